@@ -1,0 +1,65 @@
+# One command for each job. The first one that needs Python makes .venv and installs setup.cfg's dependencies into it.
+# CONFIG picks another YAML, ARGS overrides any of its fields, SEED picks the seed:
+#   make grpo CONFIG=experiments/configs/paper/grpo_7b.yaml ARGS="--model.beta=0.01"
+#   make pipeline SEED=1
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+CONFIG ?=
+ARGS ?=
+SEED ?= 0
+NANO := experiments/configs/nano
+# $(call config,name): the YAML asked for, or the nano one of that name.
+config = --config $(or $(CONFIG),$(NANO)/$(1).yaml)
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
+
+.DEFAULT_GOAL := help
+.PHONY: help pipeline base shards sft grpo eval report lint test test-slow clean
+
+help:  ## Print this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@printf '\n  CONFIG=file.yaml  another configuration      ARGS="--model.beta=0.01"  override any field\n'
+	@printf '  SEED=1            another seed               PYTHON=python3.12         the Python that makes .venv\n'
+
+$(STAMP): setup.cfg
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...' >&2; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --editable '.[dev]'
+	touch $@
+
+pipeline: $(STAMP)  ## Base, CoT-SFT, rejection sampling, GRPO, MIG-Bench between them, and the report (the main job)
+	$(PY) -m experiments.pipeline $(call config,pipeline) --seed $(SEED) $(ARGS)
+
+base: $(STAMP)  ## Pretrain the nano base model on single-image tasks (it is committed: only to remake it)
+	$(PY) -m experiments.base $(ARGS)
+
+shards: $(STAMP)  ## Generate the nano world: shards for CoT-SFT and RL, and its MIG-Bench
+	$(PY) -m experiments.shards $(call config,shards) $(ARGS)
+
+sft: $(STAMP)  ## Train CoT-SFT (LoRA) and merge
+	$(PY) -m experiments.train $(call config,cot_sft) $(ARGS)
+
+grpo: $(STAMP)  ## Rejection-sample with the stage-1 model, train GRPO and merge
+	$(PY) -m experiments.train $(call config,grpo) $(ARGS)
+
+eval: $(STAMP)  ## Evaluate a model on MIG-Bench: ARGS="--model outputs/nano/grpo/merged"
+	$(PY) -m experiments.evaluate $(call config,eval) $(ARGS)
+
+report: $(STAMP)  ## Rewrite report.html from a finished or running experiment: ARGS="--folder outputs/nano-seed1"
+	$(PY) -m experiments.report $(ARGS)
+
+lint: $(STAMP)  ## Check style with ruff
+	$(PY) -m ruff check .
+
+test: $(STAMP)  ## Run the tests (no network)
+	$(OFFLINE) $(PY) -m pytest -m 'not slow' $(ARGS)
+
+test-slow: $(STAMP)  ## Run the slow tests too (no network)
+	$(OFFLINE) $(PY) -m pytest $(ARGS)
+
+clean:  ## Remove caches (never outputs, data or models)
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	rm -rf .pytest_cache .ruff_cache .hypothesis build ./*.egg-info

@@ -1,0 +1,100 @@
+"""Files that survive a kill: hashes of what a result was made from, journals, and writes that are whole or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def fingerprint(*parts: Any) -> str:
+    """16 hex digits that change whenever one of the JSON-like `parts` changes."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def path_fingerprint(path: str | Path) -> str:
+    """Of a file, a shard folder (by its manifest, which holds every shard's hash) or a model folder: by content.
+
+    Of anything else (a Hub name): by name.
+    """
+    path = Path(path)
+    if path.is_file():
+        files = [path]
+    elif (path / "manifest.json").is_file():
+        files = [path / "manifest.json"]
+    else:
+        files = sorted([*path.glob("*.json"), *path.glob("*.safetensors"), *path.glob("*.jinja")])
+    return fingerprint([(file.name, _hash_file(file)) for file in files] or str(path))
+
+
+def write_atomic(path: str | Path, text: str) -> None:
+    """Replace `path` by a file that holds `text`: a reader, or a kill at any moment, sees the old or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """The file's value; {} where there is no such file."""
+    return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {}
+
+
+class Journal:
+    """A JSONL file that is appended to as results come, and read again by a run that makes the same results.
+
+    `key` says what they are made from and stands in `<path>.key`: a journal of another key is dropped. `records` are
+    those found. A line that a kill cut short is dropped too.
+    """
+
+    def __init__(self, path: str | Path, key: str) -> None:
+        self.path = Path(path)
+        if read_json(_key_file(self.path)) != {"key": key}:
+            self.path.unlink(missing_ok=True)  # before the new key is written, or a kill in between would adopt it
+            write_json(_key_file(self.path), {"key": key})
+        self.records, sound = _sound_records(self.path)
+        if self.path.is_file():
+            os.truncate(self.path, sound)
+
+    def append(self, records: Iterable[Any]) -> None:
+        """Write the records as one piece."""
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def read_journal(path: Path, key: str) -> list[Any]:
+    """The sound records of a journal that another process may be writing; [] if it is of another key."""
+    return _sound_records(path)[0] if read_json(_key_file(path)) == {"key": key} else []
+
+
+def _key_file(path: Path) -> Path:
+    return path.with_name(path.name + ".key")
+
+
+def _sound_records(path: Path) -> tuple[list[Any], int]:
+    """Records up to the first line that is cut short or damaged, and their length in bytes."""
+    records: list[Any] = []
+    sound = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+        try:
+            if not line.endswith(b"\n"):
+                break
+            records.append(json.loads(line))
+        except ValueError:
+            break
+        sound += len(line)
+    return records, sound
+
+
+def _hash_file(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]

@@ -1,0 +1,59 @@
+"""Encoding samples for evaluation and sampling: as training does it, one window ahead of the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from lightning.pytorch import LightningModule
+
+from datamodules.batches import Encoder, PromptItem
+from datamodules.samples import LoadedSample, SampleError
+from lightning_modules.rollouts import NativeEngine, RolloutEngine
+
+T = TypeVar("T")
+
+
+def prompt_encoder(encoder: Encoder, max_prompt_tokens: int | None = None) -> Encoder:
+    """The training encoder without targets, so that the policy is asked as it was trained."""
+    encoder = copy.copy(encoder)
+    encoder.with_target = False
+    encoder.max_prompt_tokens = max_prompt_tokens or encoder.max_prompt_tokens
+    return encoder
+
+
+def rollout_engine(pl_module: LightningModule) -> RolloutEngine:
+    """The module's own engine, or one in this process."""
+    return getattr(pl_module, "engine", None) or NativeEngine(pl_module.policy)
+
+
+def split_windows(values: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+def encode_ahead(
+    encoder: Encoder, windows: Sequence[Sequence[T]], load: Callable[[T], LoadedSample]
+) -> Iterator[list[tuple[T, PromptItem | SampleError]]]:
+    """Each window with its members encoded, or the error by which one was refused.
+
+    A thread encodes the next window while the caller works on this one; it holds no more than that one.
+    """
+
+    def encode(member: T) -> PromptItem | SampleError:
+        try:
+            return encoder.encode(load(member))
+        except SampleError as error:
+            return error
+
+    def encode_window(window: Sequence[T]) -> list[tuple[T, PromptItem | SampleError]]:
+        return [(member, encode(member)) for member in window]
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting = pool.submit(encode_window, windows[0]) if windows else None
+        for index in range(len(windows)):
+            ready = waiting.result()
+            if index + 1 < len(windows):
+                waiting = pool.submit(encode_window, windows[index + 1])
+            yield ready

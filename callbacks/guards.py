@@ -1,0 +1,67 @@
+"""Ctrl-C and SIGTERM cost nothing: the batch is finished, a checkpoint written, and the same command goes on from it.
+
+What else guards a run lies elsewhere. A loss that is not finite stops it with its sample ids saved (`PolicyModule`).
+Checkpoints are whole or absent: Lightning writes them beside their place and moves them there.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+FILE_NAME = "interrupted.ckpt"
+
+
+class SaveOnInterrupt(Callback):
+    """Saves <checkpoint folder>/interrupted.ckpt at the end of the batch in which the signal came, and stops.
+
+    Lightning alone would stop at Ctrl-C in the middle of a batch, and its `save_on_exception` would also save weights
+    that another error has spoilt. A second Ctrl-C stops at once, without a checkpoint. A SIGTERM ends the process
+    with status 143.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._previous: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._asked = False
+        self._previous = signal.signal(signal.SIGINT, self._ask)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        # One rank may have heard the signal before the others; they must all stop behind the same batch.
+        if trainer.strategy.reduce_boolean_decision(self._asked or trainer.received_sigterm, all=False):
+            trainer.save_checkpoint(_path(trainer))
+            raise KeyboardInterrupt if self._asked else SIGTERMException(128 + signal.SIGTERM)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            _path(trainer).unlink(missing_ok=True)  # a finished run has its own last checkpoint
+
+    def _ask(self, signum: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        print("\nfinishing this batch, then saving a checkpoint; once more stops at once", flush=True)
+
+    def _restore(self) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+
+def _path(trainer: Trainer) -> Path:
+    checkpoints = trainer.checkpoint_callback
+    folder = getattr(checkpoints, "dirpath", None) or Path(trainer.default_root_dir) / "checkpoints"
+    return Path(folder) / FILE_NAME

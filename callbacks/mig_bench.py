@@ -1,0 +1,261 @@
+"""MIG-Bench before, inside and after a phase of training; and the evaluation itself, which needs no Trainer."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from tqdm import tqdm
+
+from callbacks.artefacts import (
+    Journal,
+    fingerprint,
+    path_fingerprint,
+    read_journal,
+    write_json,
+)
+from callbacks.encoding import encode_ahead, prompt_encoder, rollout_engine, split_windows
+from datamodules.batches import Encoder
+from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
+from datamodules.benchmarks.mig_scoring import Prediction, format_table, score_answer, score_refused, summarise
+from datamodules.samples import LoadedSample, Sample, SampleError
+from lightning_modules.qwen_vl import QwenVL
+from lightning_modules.rollouts import RolloutEngine, RolloutSettings
+
+log = logging.getLogger(__name__)
+# Prompts given to the engine at once, in batches: it adapts its weights once for them, and they are in memory together.
+BATCHES_PER_CALL = 4
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Greedy decoding of at most `max_new_tokens`, `batch_prompts` questions at a time."""
+
+    max_new_tokens: int = 1024
+    batch_prompts: int = 32
+
+
+def evaluate_mig_bench(
+    policy: QwenVL,
+    engine: RolloutEngine,
+    encoder: Encoder,
+    samples: Sequence[Sample],
+    load: Callable[[Sample], LoadedSample],
+    settings: EvaluationSettings,
+    journal: Journal | None = None,
+    show_progress: bool = True,
+) -> list[Prediction]:
+    """One prediction for each sample, in the order of `samples`.
+
+    Predictions are appended to `journal` as they come, and those that it holds already are not made again. A question
+    that cannot be put to the model counts as wrong, under the name of its fault.
+    """
+    done = {record["id"]: Prediction.from_json(record) for record in journal.records} if journal else {}
+    # Many images first: neighbours in length share a batch, memory is tested at once, the time left is not flattered.
+    waiting = sorted((s for s in samples if s.id not in done), key=lambda s: (-len(s.images), s.task))
+    windows = split_windows(waiting, BATCHES_PER_CALL * settings.batch_prompts)
+    rollout_settings = RolloutSettings(
+        1, 1.0, settings.max_new_tokens, greedy=True, batch_prompts=settings.batch_prompts
+    )
+    with tqdm(
+        total=len(samples),
+        initial=len(samples) - len(waiting),
+        desc="MIG-Bench",
+        unit="question",
+        disable=not show_progress,
+    ) as bar:
+        for window in encode_ahead(encoder, windows, load):
+            refused = [(sample, item) for sample, item in window if isinstance(item, SampleError)]
+            items = [item.to(policy.device) for _, item in window if not isinstance(item, SampleError)]
+            for _, error in refused:
+                log.warning("counted as wrong: %s", error)
+            start = bar.n + len(refused)
+            rollouts = engine.generate(
+                items, rollout_settings, on_progress=lambda n, start=start: bar.update(start + n - bar.n)
+            )
+            predictions = [score_refused(sample, error.rule) for sample, error in refused]
+            for item, (rollout,) in zip(items, rollouts, strict=True):
+                predictions.append(
+                    score_answer(
+                        item.sample,
+                        rollout.text,
+                        item.geometries,
+                        encoder.convention,
+                        num_tokens=len(rollout.token_ids),
+                        finished=rollout.finished,
+                    )
+                )
+            if journal is not None:
+                journal.append(prediction.to_json() for prediction in predictions)
+            done |= {prediction.id: prediction for prediction in predictions}
+            bar.update(start + len(items) - bar.n)
+    return [done[sample.id] for sample in samples]
+
+
+def limit_tasks(samples: Sequence[Sample], limit_per_task: int | None) -> list[Sample]:
+    """At most `limit_per_task` samples of each task, spread evenly over the file (neighbours there share images)."""
+    if limit_per_task is None:
+        return list(samples)
+    tasks: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        tasks[sample.task].append(sample)
+    return [
+        members[index * len(members) // min(limit_per_task, len(members))]
+        for members in tasks.values()
+        for index in range(min(limit_per_task, len(members)))
+    ]
+
+
+def policy_fingerprint(policy: QwenVL) -> str:
+    """Of the weights that the policy started from, and of all that training has changed in it."""
+    digest = hashlib.sha256(path_fingerprint(policy.processor_path).encode())
+    for name, parameter in policy.model.named_parameters():
+        if parameter.requires_grad:
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def evaluation_key(
+    policy: QwenVL,
+    encoder: Encoder,
+    annotations: str,
+    image_root: str,
+    samples: Sequence[Sample],
+    settings: EvaluationSettings,
+) -> str:
+    """Hash of all that predictions depend on; images count by name and size in bytes."""
+    images = sorted({name for sample in samples for name in sample.images})
+    return fingerprint(
+        policy_fingerprint(policy),
+        path_fingerprint(annotations),
+        [(name, (Path(image_root) / name).stat().st_size) for name in images],
+        [sample.id for sample in samples],
+        {name: value for name, value in vars(encoder).items() if name not in ("processor", "processor_path")},
+        asdict(settings),
+    )
+
+
+class MIGBench(Callback):
+    """Evaluates the policy `before` and `after` fitting on `limit_per_task` questions of each task (null: all), and
+    while it trains, every `every_n_steps` updates or `every_n_validations` validation runs, on
+    `validation_limit_per_task`.
+
+    `annotations` is MIG_data.json, `image_root` the folder that holds "MIG-Bench/". Questions are put as the
+    datamodule puts its own. Each evaluation has a folder in <folder>/ ("before", "step_000100", "after"; by default
+    <default_root_dir>/mig_bench) with predictions.jsonl, which an interrupted run goes on from, and mig_bench.json,
+    the summary. Full evaluations are logged as mig_bench/…, the smaller ones as mig_bench_val/…. With several ranks
+    the folder must be shared by them.
+    """
+
+    def __init__(
+        self,
+        annotations: str,
+        image_root: str,
+        before: bool = False,
+        after: bool = True,
+        every_n_steps: int | None = None,
+        every_n_validations: int | None = None,
+        limit_per_task: int | None = None,
+        validation_limit_per_task: int = 20,
+        max_new_tokens: int = 1024,
+        batch_prompts: int = 32,
+        max_prompt_tokens: int | None = None,
+        folder: str | None = None,
+    ) -> None:
+        self.annotations, self.image_root, self.folder = annotations, image_root, folder
+        self.before, self.after = before, after
+        self.every_n_steps, self.every_n_validations = every_n_steps, every_n_validations
+        self.limit_per_task, self.validation_limit_per_task = limit_per_task, validation_limit_per_task
+        self.settings = EvaluationSettings(max_new_tokens, batch_prompts)
+        self.max_prompt_tokens = max_prompt_tokens
+        self.samples: list[Sample] = []
+        self._resumed_step = 0
+        self._last_step = 0
+        self._num_validations = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Read before any weights are: a wrong path should fail in the first second.
+        self.samples, dirty = load_mig_bench(self.annotations, self.image_root)
+        if dirty.boxes and trainer.is_global_zero:
+            log.warning("%s: %s", self.annotations, dirty)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._resumed_step = self._last_step = checkpoint["global_step"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.before and self._resumed_step == 0:  # else the weights are no longer those from before
+            self._evaluate("before", trainer, pl_module, self.limit_per_task, "mig_bench")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        last, self._last_step = self._last_step, trainer.global_step
+        # A rollout may be worth several updates: the count need not stop at a multiple.
+        if self.every_n_steps and last // self.every_n_steps < trainer.global_step // self.every_n_steps:
+            self._evaluate_subset(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or not self.every_n_validations:
+            return
+        self._num_validations += 1
+        if self._num_validations % self.every_n_validations == 0:
+            self._evaluate_subset(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not on_train_end: that does not come when a finished run is started again to get its missing evaluation.
+        if self.after:
+            pl_module.to(trainer.strategy.root_device)  # the strategy has taken it down to the CPU
+            self._evaluate("after", trainer, pl_module, self.limit_per_task, "mig_bench")
+
+    def _evaluate_subset(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        name = f"step_{trainer.global_step:06d}"
+        self._evaluate(name, trainer, pl_module, self.validation_limit_per_task, "mig_bench_val")
+
+    def _evaluate(
+        self, name: str, trainer: Trainer, pl_module: LightningModule, limit: int | None, prefix: str
+    ) -> None:
+        folder = Path(self.folder or Path(trainer.default_root_dir) / "mig_bench") / name
+        encoder = prompt_encoder(trainer.datamodule.encoder, self.max_prompt_tokens)
+        samples = limit_tasks(self.samples, limit)
+        key = evaluation_key(pl_module.policy, encoder, self.annotations, self.image_root, samples, self.settings)
+        trainer.strategy.barrier("mig_bench")
+        evaluate_mig_bench(
+            pl_module.policy,
+            rollout_engine(pl_module),
+            encoder,
+            samples[trainer.global_rank :: trainer.world_size],
+            partial(load_images, image_root=self.image_root),
+            self.settings,
+            Journal(folder / _predictions_file(trainer.global_rank), key),
+            show_progress=trainer.is_global_zero,
+        )
+        trainer.strategy.barrier("mig_bench")
+        if trainer.is_global_zero:
+            files = [folder / _predictions_file(rank) for rank in range(trainer.world_size)]
+            records = [record for file in files for record in read_journal(file, key)]
+            found = {record["id"]: Prediction.from_json(record) for record in records}
+            summary = summarise([found[sample.id] for sample in samples])
+            write_json(folder / "mig_bench.json", {"key": key, "step": trainer.global_step} | summary)
+            log_summary(trainer, summary, prefix)
+            print(f"\n{name}, step {trainer.global_step}\n{format_table(summary)}", flush=True)
+
+
+def log_summary(trainer: Trainer, summary: dict[str, Any], prefix: str) -> None:
+    """Log the averages, every task and the rates, at the step that Lightning logs its own metrics at."""
+    names = ("avg", "in_domain", "out_of_domain", "acc_0.3", "acc_0.7", "mean_iou", "format_rate", "truncated_rate")
+    metrics = {f"{prefix}/{name}": summary[name] for name in names if summary[name] is not None}
+    metrics |= {f"{prefix}/{task}": accuracy for task, accuracy in summary["tasks"].items()}
+    metrics[f"{prefix}/official_avg"] = summary["official"]["avg"]
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def _predictions_file(rank: int) -> str:
+    return "predictions.jsonl" if rank == 0 else f"predictions-rank{rank}.jsonl"

@@ -1,0 +1,246 @@
+"""Rejection sampling: keep the training prompts that the stage-1 model solves sometimes, not always and not never.
+
+The rest cannot teach GRPO anything: all completions of a group would earn about the same.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from tqdm import tqdm
+
+from callbacks.artefacts import (
+    Journal,
+    fingerprint,
+    path_fingerprint,
+    read_journal,
+    read_json,
+    write_atomic,
+    write_json,
+)
+from callbacks.encoding import encode_ahead, prompt_encoder, rollout_engine, split_windows
+from datamodules.batches import Encoder, PromptItem
+from datamodules.samples import SampleError
+from datamodules.shards import ShardReader, ShardWriter
+from lightning_modules.policy_module import derive_seed
+from lightning_modules.qwen_vl import QwenVL
+from lightning_modules.rewards import reward
+from lightning_modules.rollouts import RolloutEngine, RolloutSettings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RejectionSettings:
+    """`num_samples` completions of each candidate; one is correct when its IoU is above `threshold`."""
+
+    num_samples: int = 8
+    temperature: float = 0.7
+    max_new_tokens: int = 1024
+    batch_prompts: int = 32
+    threshold: float = 0.5
+    seed: int = 0
+
+
+def rejection_sample(
+    policy: QwenVL,
+    engine: RolloutEngine,
+    encoder: Encoder,
+    source: str | list[str],
+    settings: RejectionSettings,
+    folder: str | Path,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], Any] = lambda: None,
+) -> Path:
+    """Sample every candidate in the shard folders `source`, write the kept ones as shards and return their folder.
+
+    `folder` gets shards/, kept.jsonl, histogram.json and journal*.jsonl, from which an interrupted call goes on with
+    the very same samples. What is finished there already for the same weights (`policy` as loaded from its path),
+    candidates and settings is used again. Every rank calls it, with a shared `folder`. Raises ValueError when nothing
+    is kept.
+    """
+    folder = Path(folder)
+    key = rejection_key(policy.processor_path, encoder, source, settings)
+    if not is_finished(folder, key):
+        reader = ShardReader(source)
+        # The window's number seeds it: which rank samples it, and after which interruption, changes nothing.
+        windows = list(enumerate(split_windows(range(reader.count), settings.batch_prompts)))
+        journal = Journal(folder / f"journal-{rank}.jsonl", key)
+        done = _read_windows(folder, key)  # those of all ranks there ever were
+        barrier()
+        mine = [window for window in windows[rank::world_size] if window[0] not in done]
+        _sample_windows(policy, engine, encoder, reader, mine, settings, journal, show_progress=rank == 0)
+        barrier()
+        if rank == 0:
+            _write_kept(folder, reader, _read_windows(folder, key), settings, key)
+        barrier()
+    histogram = read_json(folder / "histogram.json")
+    if histogram["kept"] == 0:
+        raise ValueError(f"rejection sampling kept none of {histogram['candidates']} candidates: {histogram}")
+    return folder / "shards"
+
+
+def rejection_key(model: str, encoder: Encoder, source: str | list[str], settings: RejectionSettings) -> str:
+    """Hash of all that the choice depends on: weights, candidates, prompts and settings."""
+    folders = [source] if isinstance(source, str) else source
+    prompts = {name: value for name, value in vars(encoder).items() if name not in ("processor", "processor_path")}
+    return fingerprint(path_fingerprint(model), [path_fingerprint(path) for path in folders], prompts, asdict(settings))
+
+
+def is_finished(folder: str | Path, key: str) -> bool:
+    return read_json(Path(folder) / "histogram.json").get("key") == key
+
+
+def _read_windows(folder: Path, key: str) -> dict[int, dict[str, Any]]:
+    records = [record for path in sorted(folder.glob("journal-*.jsonl")) for record in read_journal(path, key)]
+    return {record["window"]: record for record in records}
+
+
+class RejectionSampling(Callback):
+    """Before training, puts the kept part of the datamodule's shards in the place of the whole.
+
+    It runs in on_fit_start: the policy is built, on its device and still the stage-1 model, and the datamodule opens
+    its shards only afterwards, when the Trainer asks for the dataloader. Candidates are the shards that the
+    datamodule names; `folder` is by default <default_root_dir>/rejection_sampling. The temperature should be that of
+    the rollouts in training.
+
+    A resumed run takes the finished choice as it is. If that is gone, or other settings ask for another one, it raises
+    RuntimeError: the policy has been trained by then and must not choose.
+    """
+
+    def __init__(
+        self,
+        num_samples: int = 8,
+        temperature: float = 0.7,
+        max_new_tokens: int = 1024,
+        batch_prompts: int = 32,
+        threshold: float = 0.5,
+        seed: int = 0,
+        folder: str | None = None,
+    ) -> None:
+        self.settings = RejectionSettings(num_samples, temperature, max_new_tokens, batch_prompts, threshold, seed)
+        self.folder = folder
+        self._resumed_step = 0
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._resumed_step = checkpoint["global_step"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data, policy = trainer.datamodule, pl_module.policy
+        folder = Path(self.folder or Path(trainer.default_root_dir) / "rejection_sampling")
+        encoder = prompt_encoder(data.encoder)
+        key = rejection_key(policy.processor_path, encoder, data.shards, self.settings)
+        if self._resumed_step > 0 and not is_finished(folder, key):
+            raise RuntimeError(
+                f"resumed at step {self._resumed_step}, but {folder} does not hold the prompts that this run trains on"
+                " (gone, or chosen with other weights, candidates or settings): restore it, or start afresh"
+            )
+        kept = rejection_sample(
+            policy,
+            rollout_engine(pl_module),
+            encoder,
+            data.shards,
+            self.settings,
+            folder,
+            trainer.global_rank,
+            trainer.world_size,
+            trainer.strategy.barrier,
+        )
+        data.shards = str(kept)
+        histogram = read_json(folder / "histogram.json")
+        if trainer.is_global_zero:
+            print(
+                f"rejection sampling kept {histogram['kept']} of {histogram['candidates']} prompts: {kept}", flush=True
+            )
+        for logger in trainer.loggers if self._resumed_step == 0 else ():
+            share = histogram["kept"] / histogram["candidates"]
+            logger.log_metrics({"rejection_sampling/kept_share": share}, step=0)
+
+
+def _sample_windows(
+    policy: QwenVL,
+    engine: RolloutEngine,
+    encoder: Encoder,
+    reader: ShardReader,
+    windows: list[tuple[int, range]],
+    settings: RejectionSettings,
+    journal: Journal,
+    show_progress: bool,
+) -> None:
+    """Append to `journal` one record for each window: {"window", "outcomes": [...], "rejected": {id: rule}}."""
+    rollout_settings = RolloutSettings(
+        settings.num_samples, settings.temperature, settings.max_new_tokens, batch_prompts=settings.batch_prompts
+    )
+    encoded = encode_ahead(encoder, [numbers for _, numbers in windows], reader.read)
+    with tqdm(
+        total=sum(len(numbers) for _, numbers in windows),
+        desc="rejection sampling",
+        unit="prompt",
+        disable=not show_progress,
+    ) as bar:
+        for (window, _), members in zip(windows, encoded, strict=True):
+            errors = [error for _, error in members if isinstance(error, SampleError)]
+            known = [(number, item) for number, item in members if isinstance(item, PromptItem)]
+            generator = torch.Generator(policy.device).manual_seed(derive_seed(settings.seed, window))
+            items = [item.to(policy.device) for _, item in known]
+            groups = engine.generate(items, rollout_settings, generator=generator)
+            outcomes = [
+                _outcome(number, item, [rollout.text for rollout in group], encoder, settings.threshold)
+                for (number, item), group in zip(known, groups, strict=True)
+            ]
+            rejected = {error.sample_id: error.rule for error in errors}
+            journal.append([{"window": window, "outcomes": outcomes, "rejected": rejected}])
+            bar.update(len(members))
+
+
+def _outcome(number: int, item: PromptItem, texts: list[str], encoder: Encoder, threshold: float) -> dict[str, Any]:
+    ious = [reward(text, item.sample.answer, item.geometries, encoder.convention).iou for text in texts]
+    correct = sum(value > threshold for value in ious)
+    fields = {"number": number, "id": item.sample.id, "task": item.sample.task}
+    return fields | {"correct": correct, "samples": len(ious), "mean_iou": sum(ious) / len(ious)}
+
+
+def _write_kept(
+    folder: Path, reader: ShardReader, windows: dict[int, dict[str, Any]], settings: RejectionSettings, key: str
+) -> None:
+    """Write shards/ and kept.jsonl in the order of the source; last, as the sign that all is there, histogram.json."""
+    outcomes = [outcome for window in sorted(windows) for outcome in windows[window]["outcomes"]]
+    rejected = Counter(rule for window in windows.values() for rule in window["rejected"].values())
+    if rejected:
+        log.warning("%d candidates could not be read: %s", rejected.total(), dict(rejected))
+    kept = [outcome for outcome in outcomes if 0 < outcome["correct"] < settings.num_samples]
+    (folder / "histogram.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / "shards", ignore_errors=True)
+    with ShardWriter(folder / "shards") as writer:
+        for outcome in kept:
+            writer.add(reader.read(outcome["number"]))
+    write_atomic(folder / "kept.jsonl", "".join(json.dumps(outcome) + "\n" for outcome in kept))
+    histogram = {
+        "key": key,
+        "candidates": len(outcomes),
+        "kept": len(kept),
+        "rejected": dict(rejected),
+        "num_correct": _count_correct(outcomes, settings.num_samples),
+        "tasks": {
+            task: _count_correct([outcome for outcome in outcomes if outcome["task"] == task], settings.num_samples)
+            for task in sorted({outcome["task"] for outcome in outcomes})
+        },
+        "settings": asdict(settings),
+    }
+    write_json(folder / "histogram.json", histogram)
+
+
+def _count_correct(outcomes: list[dict[str, Any]], num_samples: int) -> list[int]:
+    """How many candidates had 0, 1, …, `num_samples` correct completions."""
+    counts = Counter(outcome["correct"] for outcome in outcomes)
+    return [counts[number] for number in range(num_samples + 1)]

@@ -1,0 +1,1 @@
+"""Benchmarks: their own files read into samples, and their scoring."""

@@ -1,0 +1,197 @@
+"""MIG-Bench (Li et al., "Migician"): its JSON, read into samples. The nano benchmark has the same format and tasks.
+
+One record, with exactly these keys:
+
+    {"task": "region", "images": ["./MIG-Bench/images/region/a.jpg", "./MIG-Bench/images/region/a_1.jpg"],
+     "question": "… Please locate the 1th region picture in the source image. ", "answer": [0.421, 0.104, 0.606, 0.507],
+     "additional_info": "", "need_format": true}
+
+`answer` is unit xyxy of one of the images; which one is not said (see `target_image`). A record's id is its position.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from datamodules.boxes import Box, box_fault
+from datamodules.samples import BoxAnswer, LoadedSample, Sample, SampleError
+
+# In the order of the paper's table, whose columns are Static, Robust, Common, OT, MV, Region, Refer, GG, Reason, Co-Re.
+TASKS = (
+    "diff",
+    "view_diff",
+    "common_object",
+    "object_tracking",
+    "multi_view",
+    "region",
+    "refer_grounding",
+    "group_grounding",
+    "reasoning",
+    "correspondence",
+)
+IN_DOMAIN = ("diff", "common_object", "region", "refer_grounding")
+OUT_OF_DOMAIN = tuple(task for task in TASKS if task not in IN_DOMAIN)
+
+_FIELDS = {"task": str, "images": list, "question": str, "answer": list, "additional_info": str, "need_format": bool}
+_SECOND_IMAGE = ("correspondence", "diff", "view_diff", "refer_grounding", "reasoning")
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+_NUMBERED = re.compile(r"\bin the (\d+)th image\b")  # "1th" is literal
+_NAMED = re.compile(r"\bIt is in the (\w+) image\b")
+_QUERY_BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")  # per mille, of image 0
+
+
+@dataclass(frozen=True)
+class DirtyBox:
+    """An answer that nothing can match, or that leaves the image. Kept as it is: the official code scores it so."""
+
+    position: int
+    task: str
+    rule: str  # "degenerate" or "out_of_range"
+    box: Box
+
+
+@dataclass(frozen=True)
+class DirtyReport:
+    boxes: tuple[DirtyBox, ...]
+
+    def __str__(self) -> str:
+        lines = [f"  position {dirty.position} ({dirty.task}): {dirty.rule} {list(dirty.box)}" for dirty in self.boxes]
+        return "\n".join([f"{len(lines)} dirty answer boxes, kept and scored as they are", *lines])
+
+
+def load_mig_bench(path: str | Path, image_root: str | Path | None = None) -> tuple[list[Sample], DirtyReport]:
+    """Samples "mig_bench/<position>" in file order, all images first and then the question, as in the official prompt.
+
+    Image names are relative to `image_root`, the folder that holds "MIG-Bench/"; given it, every image must be there.
+    `additional_info` reaches no sample: for group_grounding it holds the answer. Raises ValueError for a file that is
+    no JSON list, SampleError for a record of another form, and FileNotFoundError for missing images.
+    """
+    try:
+        records = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(records, list) or not records:
+        raise ValueError(f"{path}: expected a list of records, found {type(records).__name__} without any")
+    samples = [_sample(record, position) for position, record in enumerate(records)]
+    if image_root is not None:
+        _check_images(samples, Path(image_root))
+    return samples, _find_dirty(samples)
+
+
+def load_images(sample: Sample, image_root: str | Path) -> LoadedSample:
+    """The sample with its image files' bytes. Raises SampleError "missing_image"."""
+    try:
+        return LoadedSample(sample, tuple((Path(image_root) / name).read_bytes() for name in sample.images))
+    except FileNotFoundError as error:
+        raise SampleError(sample.id, "missing_image", str(error.filename)) from error
+
+
+def target_image(record: Mapping[str, Any]) -> int:
+    """0-based index of the image that `answer` is in.
+
+    The file does not say it; this rule reproduces what the questions, file names and the official code's prompts imply:
+    the source image for region (the number in its question counts crops), the second image for the two-image tasks, the
+    number in the question for common_object, multi_view and object_tracking, and for group_grounding the ordinal in
+    `additional_info`. Raises ValueError when the wording it needs is not there exactly once or names no image.
+    """
+    task = record["task"]
+    if task == "region":
+        index = 0
+    elif task in _SECOND_IMAGE:
+        index = 1
+    elif task == "group_grounding":
+        index = _ORDINALS.index(_only(_NAMED, record["additional_info"], "additional_info"))
+    else:
+        index = int(_only(_NUMBERED, record["question"], "question")) - 1
+    if not 0 <= index < len(record["images"]):
+        raise ValueError(f"the {task} answer should be in image {index + 1} of {len(record['images'])}")
+    return index
+
+
+def _only(pattern: re.Pattern[str], text: str, field: str) -> str:
+    found = pattern.findall(text)
+    if len(found) != 1 or not (found[0].isdigit() or found[0] in _ORDINALS):
+        raise ValueError(f"{field} should name its image once ({pattern.pattern}), found {found} in {text[:200]!r}")
+    return found[0]
+
+
+def _sample(record: Any, position: int) -> Sample:
+    sample_id = f"mig_bench/{position}"
+    _check_fields(record, sample_id)
+    if record["task"] not in TASKS:
+        raise SampleError(sample_id, "unknown_task", f"task is {record['task']!r}, not one of {', '.join(TASKS)}")
+    try:
+        target = target_image(record)
+    except ValueError as error:
+        raise SampleError(sample_id, "target_image", str(error)) from error
+    parts = [{"type": "image", "image": index} for index in range(len(record["images"]))]
+    return Sample.from_json(
+        {
+            "id": sample_id,
+            "source": "mig_bench",
+            "task": record["task"],
+            "images": [_relative(name, sample_id) for name in record["images"]],
+            "messages": parts + _question_parts(record["question"]),
+            "answer": {"image": target, "box": record["answer"], "label": ""},
+        },
+        strict_boxes=False,
+    )
+
+
+def _check_fields(record: Any, sample_id: str) -> None:
+    if not isinstance(record, Mapping):
+        raise SampleError(sample_id, "field_type", f"a record is an object, got {type(record).__name__}")
+    if missing := [name for name in _FIELDS if name not in record]:
+        raise SampleError(sample_id, "missing_field", ", ".join(missing))
+    if unknown := [str(name) for name in record if name not in _FIELDS]:
+        raise SampleError(sample_id, "unknown_field", ", ".join(unknown))
+    for name, kind in _FIELDS.items():
+        if not isinstance(record[name], kind):
+            raise SampleError(sample_id, "field_type", f"{name} is {type(record[name]).__name__}, not {kind.__name__}")
+
+
+def _relative(name: Any, sample_id: str) -> str:
+    """The image name without its leading "./"; a name that leaves the image root is refused."""
+    if not isinstance(name, str):
+        raise SampleError(sample_id, "field_type", f"images holds {type(name).__name__}, not only str")
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise SampleError(sample_id, "image_path", f"images holds {name!r}, which leaves the image folder")
+    return str(path)
+
+
+def _question_parts(question: str) -> list[dict[str, Any]]:
+    """The question as text and box parts; joined as written they are the question again."""
+    parts: list[dict[str, Any]] = []
+    done = 0
+    for match in _QUERY_BOX.finditer(question):
+        box = [int(number) / 1000 for number in match.groups()]
+        parts.append({"type": "text", "text": question[done : match.start()]})
+        parts.append({"type": "box", "image": 0, "box": box, "text": match.group()})
+        done = match.end()
+    parts.append({"type": "text", "text": question[done:]})
+    return [part for part in parts if part.get("text")]
+
+
+def _check_images(samples: list[Sample], image_root: Path) -> None:
+    names = {name: sample.id for sample in reversed(samples) for name in reversed(sample.images)}
+    missing = [name for name in reversed(names) if not (image_root / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(names)} benchmark images are not below {image_root}, the first is {missing[0]}"
+            f" of {names[missing[0]]}: the folder must be the one that holds MIG-Bench/images"
+        )
+
+
+def _find_dirty(samples: list[Sample]) -> DirtyReport:
+    dirty = []
+    for position, sample in enumerate(samples):
+        assert isinstance(sample.answer, BoxAnswer)
+        if (rule := box_fault(sample.answer.box)) is not None:
+            dirty.append(DirtyBox(position, sample.task, rule, sample.answer.box))
+    return DirtyReport(tuple(dirty))

@@ -1,0 +1,195 @@
+"""Scoring of MIG-Bench answers: as the official code does it, and with this project's parser and geometry beside it.
+
+The two differ where the official code is wrong for models that write pixels: it divides every number >= 1 by 1000.
+Both score the first box, neither asks the model to name the image, and an answer without a box counts as IoU 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from datamodules.answers import FAILURE_KINDS, ParseFailure, is_well_formed, parse_answer
+from datamodules.benchmarks.mig_bench import IN_DOMAIN, OUT_OF_DOMAIN, TASKS
+from datamodules.boxes import Box, Convention, ImageGeometry, iou
+from datamodules.samples import BoxAnswer, Sample
+
+_INT, _DEC = r"(\d+)", r"(\d+\.\d+)"
+# Tried in this order; the first with any match decides. Integers and decimals are never mixed within one box.
+_OFFICIAL_FORMS = tuple(
+    re.compile(form)
+    for form in (
+        rf"\({_INT},{_INT}\),\({_INT},{_INT}\)",
+        rf"\[{_DEC},\s*{_DEC},\s*{_DEC},\s*{_DEC}\]",
+        rf"\({_DEC},{_DEC}\),\({_DEC},{_DEC}\)",
+        rf"\({_DEC},\s*{_DEC},\s*{_DEC},\s*{_DEC}\)",
+        rf"\[{_INT},\s*{_INT},\s*{_INT},\s*{_INT}\]",
+        rf"<box>{_INT} {_INT} {_INT} {_INT}</box>",
+    )
+)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One scored answer, as it stands in predictions.jsonl. Boxes are unit xyxy of the target image."""
+
+    id: str
+    task: str
+    text: str
+    truth: Box
+    box: Box | None  # the first box, read with the model's convention and the image's geometry
+    iou: float
+    official_box: Box | None
+    official_iou: float
+    well_formed: bool  # earns the format reward
+    failure: str | None  # why there is no box: one of FAILURE_KINDS, or the rule by which the question was refused
+    num_tokens: int
+    finished: bool  # False: cut at the token limit
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Prediction:
+        values = {field.name: record[field.name] for field in fields(cls)}
+        for name in ("truth", "box", "official_box"):
+            values[name] = None if values[name] is None else tuple(values[name])
+        return cls(**values)
+
+
+def extract_box_officially(text: str) -> Box | None:
+    """The box that the official MIG-Bench code reads from an answer: four numbers that it takes for unit xyxy, or None.
+
+    Kept with its faults, so that numbers compare with published ones (`extract_bbox` of Migician's eval/utils.py, from
+    its behaviour). Numbers are divided by 1000 from 1 on when the text holds one box, and only above 1 when it holds
+    several: a lone [0.0,0.15,1.0,0.5] gets x2 = 0.001. A box that mixes integers with decimals is not seen.
+    """
+    for form in _OFFICIAL_FORMS:
+        found = form.findall(text)
+        if found:
+            numbers = [float(number) for number in found[0]]
+            x1, y1, x2, y2 = (
+                number / 1000 if number > 1 or (number == 1 and len(found) == 1) else number for number in numbers
+            )
+            return x1, y1, x2, y2
+    return None
+
+
+def score_answer(
+    sample: Sample,
+    text: str,
+    geometries: Sequence[ImageGeometry],
+    convention: Convention,
+    num_tokens: int = 0,
+    finished: bool = True,
+) -> Prediction:
+    """Score one model text against `sample`, whose answer is one box; `geometries` has one entry per image."""
+    truth = _truth(sample)
+    parsed = parse_answer(text)
+    failed = isinstance(parsed, ParseFailure)
+    box = None if failed else geometries[truth.image].to_unit(parsed.boxes[0].values, convention)
+    official = extract_box_officially(text)
+    return Prediction(
+        id=sample.id,
+        task=sample.task,
+        text=text,
+        truth=truth.box,
+        box=box,
+        iou=0.0 if box is None else iou(box, truth.box),
+        official_box=official,
+        official_iou=0.0 if official is None else iou(official, truth.box),
+        well_formed=is_well_formed(text),
+        failure=parsed.kind if failed else None,
+        num_tokens=num_tokens,
+        finished=finished,
+    )
+
+
+def score_refused(sample: Sample, rule: str) -> Prediction:
+    """A question that could not be put to the model (a truncated image, say): wrong, and counted under `rule`."""
+    assert rule not in FAILURE_KINDS
+    return Prediction(
+        sample.id, sample.task, "", _truth(sample).box, None, 0.0, None, 0.0, False, rule, num_tokens=0, finished=True
+    )
+
+
+def average_tasks(tasks: Mapping[str, float]) -> dict[str, float | None]:
+    """Macro averages over per-task percentages: "avg", "in_domain", "out_of_domain"; None where no such task is."""
+
+    def mean(names: Sequence[str]) -> float | None:
+        values = [tasks[name] for name in names if name in tasks]
+        return sum(values) / len(values) if values else None
+
+    return {"avg": mean(TASKS), "in_domain": mean(IN_DOMAIN), "out_of_domain": mean(OUT_OF_DOMAIN)}
+
+
+def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """The benchmark's numbers, accuracies and rates in percent (0-100, unrounded).
+
+    {"avg", "in_domain", "out_of_domain", "tasks": {task: Acc@0.5}, "acc_0.3", "acc_0.7", "mean_iou" (macro, 0-1),
+     "format_rate", "truncated_rate", "mean_tokens" (all over questions), "parse_failures": {kind: count}, "n",
+     "official": the first seven again, by the official rules}
+
+    Here a box counts when IoU > threshold, officially when IoU >= threshold. All averages but the rates are over tasks.
+    """
+    if not predictions:
+        raise ValueError("no predictions to summarise")
+    n = len(predictions)
+    ours: dict[str, list[float]] = {task: [] for task in TASKS}
+    official: dict[str, list[float]] = {task: [] for task in TASKS}
+    for prediction in predictions:
+        ours[prediction.task].append(prediction.iou)
+        official[prediction.task].append(prediction.official_iou)
+    return {
+        **_accuracies(ours, inclusive=False),
+        "format_rate": 100 * sum(prediction.well_formed for prediction in predictions) / n,
+        "truncated_rate": 100 * sum(not prediction.finished for prediction in predictions) / n,
+        "mean_tokens": sum(prediction.num_tokens for prediction in predictions) / n,
+        "parse_failures": dict(sorted(Counter(p.failure for p in predictions if p.failure is not None).items())),
+        "n": n,
+        "official": _accuracies(official, inclusive=True),
+    }
+
+
+def format_table(summary: Mapping[str, Any]) -> str:
+    """A short table for the terminal: one line per task, then the averages."""
+    rows = [(task, accuracy, summary["official"]["tasks"][task]) for task, accuracy in summary["tasks"].items()]
+    rows += [(key, summary[key], summary["official"][key]) for key in ("in_domain", "out_of_domain", "avg")]
+    lines = [f"{'Acc@0.5':<16} {'>0.5':>7} {'official':>9}"]
+    lines += [f"{name:<16} {_percent(ours):>7} {_percent(official):>9}" for name, ours, official in rows]
+    failures = ", ".join(f"{kind} {count}" for kind, count in summary["parse_failures"].items()) or "none"
+    lines.append(f"n {summary['n']}, format {_percent(summary['format_rate'])} %, parse failures: {failures}")
+    return "\n".join(lines)
+
+
+def _accuracies(ious: Mapping[str, Sequence[float]], inclusive: bool) -> dict[str, Any]:
+    def accuracy(values: Sequence[float], threshold: float) -> float:
+        hits = sum(value >= threshold if inclusive else value > threshold for value in values)
+        return 100 * hits / len(values)
+
+    asked = {task: values for task, values in ious.items() if values}
+    tasks = {task: accuracy(values, 0.5) for task, values in asked.items()}
+
+    def macro(threshold: float) -> float:
+        return sum(accuracy(values, threshold) for values in asked.values()) / len(asked)
+
+    return {
+        **average_tasks(tasks),
+        "tasks": tasks,
+        "acc_0.3": macro(0.3),
+        "acc_0.7": macro(0.7),
+        "mean_iou": sum(sum(values) / len(values) for values in asked.values()) / len(asked),
+    }
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _truth(sample: Sample) -> BoxAnswer:
+    if not isinstance(sample.answer, BoxAnswer):
+        raise ValueError(f"sample {sample.id!r} has a {type(sample.answer).__name__}; MIG-Bench scores one box")
+    return sample.answer

@@ -1,0 +1,132 @@
+"""All box and image-size arithmetic: IoU, Qwen's resizing rule, and the one object that converts coordinates.
+
+Boxes are xyxy with continuous, end-exclusive edges. "Unit" means 0-1 relative to the original image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+Box = tuple[float, float, float, float]
+
+MAX_ASPECT_RATIO = 200
+
+
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union of two continuous xyxy boxes in the same space, area (x2-x1)(y2-y1) without +1.
+
+    A degenerate, inverted or non-finite box has no area, so its IoU with anything is 0.0. In 0-1, never NaN.
+    """
+    area_a, area_b = _area(a), _area(b)
+    if area_a == 0.0 or area_b == 0.0:
+        return 0.0
+    overlap = _area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
+    union = area_a + area_b - overlap
+    # Rounding may leave the quotient one ulp above 1; an area that overflowed makes it inf/inf.
+    return min(overlap / union, 1.0) if math.isfinite(union) else 0.0
+
+
+def _area(box: Box) -> float:
+    if not all(math.isfinite(value) for value in box) or box[2] <= box[0] or box[3] <= box[1]:
+        return 0.0
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def box_fault(box: Box) -> str | None:
+    """Why `box` is not a valid unit xyxy box ("not_finite", "degenerate" or "out_of_range"), or None if it is one."""
+    if not all(math.isfinite(value) for value in box):
+        return "not_finite"
+    if box[2] <= box[0] or box[3] <= box[1]:
+        return "degenerate"
+    if min(box) < 0.0 or max(box) > 1.0:
+        return "out_of_range"
+    return None
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(height, width) in pixels that Qwen's image processor resizes an image to.
+
+    Both sides are multiples of `factor` (patch size times merge size), the area is in `min_pixels` to `max_pixels`
+    where that is possible, and the aspect ratio is kept as well as the grid allows. Follows transformers' Qwen2-VL
+    rule, including Python's rounding of halves to even. Raises ValueError for sizes below 1 and ratios above 200.
+    """
+    if min(height, width, factor) < 1:
+        raise ValueError(f"image size and factor must be at least 1: height={height}, width={width}, factor={factor}")
+    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
+        raise ValueError(f"aspect ratio above {MAX_ASPECT_RATIO}: height={height}, width={width}")
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    if new_height * new_width > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    return new_height, new_width
+
+
+class Convention(StrEnum):
+    """What a model's numbers mean: a property of the model, never inferred from the numbers."""
+
+    ABSOLUTE = "absolute"  # pixels of the processed image (Qwen2.5-VL)
+    PER_MILLE = "per_mille"  # 0-1000 of the image (Qwen2-VL, InternVL, Migician)
+    UNIT = "unit"  # 0-1 of the image
+
+
+@dataclass(frozen=True)
+class ImageGeometry:
+    """The sizes of one image, (width, height) in pixels: as stored, and as the vision tower sees it.
+
+    It alone converts between the stored unit box and what a model speaks:
+
+        geometry = ImageGeometry(original=(640, 480), processed=(644, 476))
+        geometry.to_model((0.25, 0.5, 0.75, 1.0), Convention.ABSOLUTE)   # (161, 238, 483, 475)
+    """
+
+    original: tuple[int, int]
+    processed: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if min(*self.original, *self.processed) < 1:
+            raise ValueError(f"image sizes must be at least 1: original={self.original}, processed={self.processed}")
+
+    @classmethod
+    def from_grid(cls, original: tuple[int, int], grid_hw: tuple[int, int], patch_size: int) -> ImageGeometry:
+        """From a processor's `image_grid_thw[k][1:]`: (rows, columns) of patches of `patch_size` pixels."""
+        rows, columns = grid_hw
+        return cls(original=original, processed=(columns * patch_size, rows * patch_size))
+
+    def to_model(self, box: Box, convention: Convention) -> tuple[int | float, ...]:
+        """Unit xyxy `box` -> the four numbers that a model of this convention writes.
+
+        Rounding and clipping are those of the models' own training data: absolute to 0..size-1, per mille to 0..1000.
+        """
+        if convention == Convention.UNIT:
+            return tuple(round(value, 3) for value in box)
+        if convention == Convention.PER_MILLE:
+            return tuple(_clip(round(value * 1000), 1000) for value in box)
+        sizes = (*self.processed, *self.processed)
+        return tuple(_clip(round(value * size), size - 1) for value, size in zip(box, sizes, strict=True))
+
+    def to_unit(self, values: Sequence[float], convention: Convention) -> Box:
+        """A model's four numbers -> unit xyxy. Nothing is clipped or reordered: a bad box stays bad and scores 0."""
+        x1, y1, x2, y2 = values
+        width, height = {
+            Convention.ABSOLUTE: self.processed,
+            Convention.PER_MILLE: (1000, 1000),
+            Convention.UNIT: (1, 1),
+        }[convention]
+        return x1 / width, y1 / height, x2 / width, y2 / height
+
+    def to_pixels(self, box: Box) -> Box:
+        """Unit xyxy -> pixels of the original image, for drawing."""
+        width, height = self.original
+        return box[0] * width, box[1] * height, box[2] * width, box[3] * height
+
+
+def _clip(value: int, highest: int) -> int:
+    return max(0, min(value, highest))

@@ -1,0 +1,93 @@
+"""The LightningDataModule of both phases: batches of encoded samples from shards, with exact resume."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from lightning.pytorch import LightningDataModule
+
+from datamodules.batches import Batch, Encoder
+from datamodules.boxes import Convention
+from datamodules.prompts import PromptStyle
+from datamodules.samples import Rejections
+from datamodules.shards import ShardReader
+from datamodules.stream import BatchLoader, ShardStream
+
+
+class MultiImageData(LightningDataModule):
+    """Training batches from folders of shards (one path or several).
+
+    The LightningModule calls `mark_trained(batch)` at the end of its training step; a checkpoint then resumes with the
+    very next batch. `batch_size` is per rank. `strict` raises the first rejected sample instead of counting it.
+    """
+
+    def __init__(
+        self,
+        shards: str | list[str],
+        processor: str,
+        convention: Literal["absolute", "per_mille", "unit"] = "absolute",
+        style: Literal["think", "answer", "plain", "official"] = "think",
+        batch_size: int = 8,
+        num_workers: int = 0,
+        seed: int = 0,
+        shuffle_buffer: int = 10_000,
+        with_target: bool = True,
+        max_prompt_tokens: int = 4096,
+        max_completion_tokens: int = 1024,
+        max_image_pixels: int = 64_000_000,
+        max_resized_pixels: int | None = None,
+        label_images: bool = False,
+        strict: bool = False,
+    ) -> None:
+        super().__init__()
+        low = {"batch_size": (batch_size, 1), "num_workers": (num_workers, 0), "shuffle_buffer": (shuffle_buffer, 1)}
+        faults = [f"{name}={value} is below {least}" for name, (value, least) in low.items() if value < least]
+        if not shards:
+            faults.append(f"shards={shards!r} names no folder")
+        if faults:
+            raise ValueError("; ".join(faults))
+        self.shards, self.batch_size, self.num_workers = shards, batch_size, num_workers
+        self.seed, self.shuffle_buffer = seed, shuffle_buffer
+        self.rejections = Rejections(strict)
+        self.encoder = Encoder(
+            processor,
+            Convention(convention),
+            PromptStyle(style),
+            max_prompt_tokens,
+            max_completion_tokens,
+            with_target,
+            max_image_pixels,
+            max_resized_pixels,
+            label_images,
+        )
+        self._loader: BatchLoader | None = None
+        self._state: dict[str, Any] = {}  # until there is a loader
+
+    def train_dataloader(self) -> BatchLoader:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        reader = ShardReader(self.shards)
+        stream = ShardStream(reader, self.encoder.encode, self.seed, rank, world_size, self.shuffle_buffer)
+        state = self.state_dict()
+        self._loader = BatchLoader(stream, self.batch_size, self.num_workers, self.rejections)
+        if state:
+            self._loader.load_state_dict(state)
+        if self.num_workers:
+            _ = self.encoder.processor  # loaded before the workers are forked, not in each of them in each epoch
+        return self._loader
+
+    def mark_trained(self, batch: Batch) -> None:
+        """`batch` has been trained on: a state taken from here on resumes after it."""
+        assert self._loader is not None, "the batch does not come from train_dataloader"
+        self._loader.mark_trained(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._loader.state_dict() if self._loader is not None else self._state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._state = state_dict
+        if self._loader is not None:
+            self._loader.load_state_dict(state_dict)
+
+    def teardown(self, stage: str) -> None:
+        if self._loader is not None:
+            self._loader.report()

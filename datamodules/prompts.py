@@ -1,0 +1,104 @@
+"""Chat messages and target texts: how a sample is put to a model, and what the model should write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Any
+
+from datamodules.answers import render_answer
+from datamodules.boxes import Convention, ImageGeometry, box_fault
+from datamodules.samples import BoxAnswer, BoxPart, ImagePart, Sample, SampleError, TextPart
+
+ANSWER_SUFFIX = " Output the bounding box coordinates in JSON format."
+# The paper's prompt (§3.2.1), after the question.
+THINK_SUFFIX = (
+    " First output the thinking process in <think> </think> tags and then output the final answer in"
+    " <answer> </answer> tags." + ANSWER_SUFFIX
+)
+# MIG-Bench's official prompt for Qwen models; its misspelling and second box_start are part of it.
+OFFICIAL_QWEN_SUFFIX = "Format:<|box_start|>(x1,y1),(x2,y2)<|box_start|>. Don't generate addtional words."
+
+
+class PromptStyle(StrEnum):
+    """What follows the question."""
+
+    THINK = "think"  # reason, then answer
+    ANSWER = "answer"  # answer at once, in JSON
+    PLAIN = "plain"  # the question as it is
+    OFFICIAL = "official"  # MIG-Bench's own prompt, boxes in the question as written there
+
+
+_SUFFIXES = {
+    PromptStyle.THINK: THINK_SUFFIX,
+    PromptStyle.ANSWER: ANSWER_SUFFIX,
+    PromptStyle.PLAIN: "",
+    PromptStyle.OFFICIAL: OFFICIAL_QWEN_SUFFIX,
+}
+
+
+def build_messages(
+    sample: Sample, geometries: Sequence[ImageGeometry], convention: Convention, style: PromptStyle
+) -> list[dict[str, Any]]:
+    """One user turn for a processor's chat template; images keep their places, adjacent texts are joined.
+
+    `geometries` has one entry per image of the sample. Boxes in the question are written in the model's convention.
+    THINK and ANSWER put one space between question and suffix; OFFICIAL appends without one, as the official code does.
+    """
+    _check_geometries(sample, geometries)
+    content: list[dict[str, Any]] = []
+    for part in sample.messages:
+        if isinstance(part, ImagePart):
+            content.append({"type": "image"})
+        else:
+            _append_text(content, _part_text(part, geometries, convention, style))
+    suffix = _SUFFIXES[style]
+    if style in (PromptStyle.THINK, PromptStyle.ANSWER):
+        if content and content[-1]["type"] == "text":
+            content[-1]["text"] = content[-1]["text"].rstrip()
+        else:
+            suffix = suffix.lstrip()
+    _append_text(content, suffix)
+    return [{"role": "user", "content": content}]
+
+
+def target_text(sample: Sample, geometries: Sequence[ImageGeometry], convention: Convention, style: PromptStyle) -> str:
+    """The completion that supervised training aims at.
+
+    Raises ValueError for a style without a target, and SampleError when the sample has none: "no_box_answer",
+    "missing_thinking", or "box_too_small" (rounded to the convention's grid, the box has no area left).
+    """
+    if style not in (PromptStyle.THINK, PromptStyle.ANSWER):
+        raise ValueError(f"style {style!r} has no target text: use 'think' or 'answer'")
+    _check_geometries(sample, geometries)
+    answer = sample.answer
+    if not isinstance(answer, BoxAnswer):
+        raise SampleError(sample.id, "no_box_answer", f"the answer is a {type(answer).__name__}")
+    if style == PromptStyle.THINK and sample.thinking is None:
+        raise SampleError(sample.id, "missing_thinking", "style 'think' needs a rationale")
+    geometry = geometries[answer.image]
+    values = geometry.to_model(answer.box, convention)
+    if box_fault(geometry.to_unit(values, convention)) == "degenerate":
+        raise SampleError(sample.id, "box_too_small", f"{answer.box} becomes {values} in {convention}")
+    return render_answer(values, answer.label, sample.thinking if style == PromptStyle.THINK else None)
+
+
+def _part_text(
+    part: TextPart | BoxPart, geometries: Sequence[ImageGeometry], convention: Convention, style: PromptStyle
+) -> str:
+    if isinstance(part, TextPart) or style == PromptStyle.OFFICIAL:
+        return part.text
+    values = geometries[part.image].to_model(part.box, convention)
+    return "[" + ", ".join(str(value) for value in values) + "]"
+
+
+def _append_text(content: list[dict[str, Any]], text: str) -> None:
+    if content and content[-1]["type"] == "text":
+        content[-1]["text"] += text
+    elif text:
+        content.append({"type": "text", "text": text})
+
+
+def _check_geometries(sample: Sample, geometries: Sequence[ImageGeometry]) -> None:
+    if len(geometries) != len(sample.images):
+        raise ValueError(f"sample {sample.id!r} has {len(sample.images)} images but {len(geometries)} geometries")

@@ -1,0 +1,237 @@
+"""Shards: WebDataset tars with a manifest, written once and read by sample number.
+
+A sample is `{key}.0.jpg {key}.1.png … {key}.json` in a tar, with key `{shard number}_{number in the shard}`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import json
+import os
+import tarfile
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from datamodules.samples import LoadedSample, Rejections, Sample, SampleError
+
+MANIFEST = "manifest.json"
+
+
+class ShardWriter:
+    """Writes samples to `{prefix}-00000.tar` … in `folder`, and on leaving the context the manifest.
+
+    A shard appears under its name when it is complete, the manifest when all are: a folder without one is unfinished.
+    The same samples give the same bytes.
+    """
+
+    def __init__(self, folder: str | Path, prefix: str = "shard", max_samples: int = 1000) -> None:
+        self.folder = Path(folder)
+        self.prefix = prefix
+        self.max_samples = max_samples
+        self.shards: list[dict[str, Any]] = []
+        self.tasks: Counter[str] = Counter()  # of the open shard
+        self.tar: Any = None
+        if max_samples < 1:
+            raise ValueError(f"max_samples must be at least 1, got {max_samples}")
+        if (self.folder / MANIFEST).exists():
+            raise ValueError(f"{self.folder} already holds finished shards: remove them or choose another folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def add(self, loaded: LoadedSample) -> None:
+        import webdataset
+
+        sample = loaded.sample
+        if len(loaded.images) != len(sample.images):
+            raise ValueError(f"sample {sample.id!r} names {len(sample.images)} images, got {len(loaded.images)}")
+        if self.tar is None:
+            self.file = self._path(partial=True).open("wb")
+            self.tar = webdataset.TarWriter(self.file, encoder=False, mtime=0)
+        record: dict[str, Any] = {"__key__": f"{len(self.shards):05d}_{self.tasks.total():06d}"}
+        for index, (name, data) in enumerate(zip(sample.images, loaded.images, strict=True)):
+            record[f"{index}.{Path(name).suffix.lower().lstrip('.') or 'img'}"] = data
+        record["json"] = json.dumps(sample.to_json(), ensure_ascii=False).encode()
+        self.tar.write(record)
+        self.tasks[sample.task] += 1
+        if self.tasks.total() == self.max_samples:
+            self._finish_shard()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            if self.tar is not None:
+                self._close()
+                self._path(partial=True).unlink()
+            return
+        if self.tar is not None:
+            self._finish_shard()
+        manifest = {"version": 1, "count": sum(shard["count"] for shard in self.shards), "shards": self.shards}
+        partial = self.folder / f"{MANIFEST}.partial"
+        partial.write_text(json.dumps(manifest, indent=1) + "\n")
+        os.replace(partial, self.folder / MANIFEST)
+
+    def _path(self, partial: bool) -> Path:
+        return self.folder / f"{self.prefix}-{len(self.shards):05d}.tar{'.partial' if partial else ''}"
+
+    def _close(self) -> None:
+        self.tar.close()
+        self.file.close()
+        self.tar = None
+
+    def _finish_shard(self) -> None:
+        self._close()
+        path = self._path(partial=False)
+        os.replace(self._path(partial=True), path)
+        self.shards.append(
+            {
+                "name": path.name,
+                "count": self.tasks.total(),
+                "bytes": path.stat().st_size,
+                "sha256": _sha256(path),
+                "tasks": dict(sorted(self.tasks.items())),
+            }
+        )
+        self.tasks = Counter()
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """{"version", "count", "shards": [{"name", "count", "bytes", "sha256", "tasks": {task: count}}]}.
+
+    Raises ValueError if the folder has none, or one that cannot be right.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"no {MANIFEST} in {folder}: not a folder of shards, or one whose writing was interrupted")
+    try:
+        manifest = json.loads(path.read_text())
+        counted = sum(shard["count"] for shard in manifest["shards"])
+        complete = all({"name", "bytes", "sha256", "tasks"} <= shard.keys() for shard in manifest["shards"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a manifest: {error!r}") from error
+    if not complete or counted != manifest.get("count"):
+        raise ValueError(f"{path} is inconsistent: count={manifest.get('count')}, its shards hold {counted}")
+    return manifest
+
+
+def check_shards(folder: str | Path) -> list[str]:
+    """What differs between the tars of `folder` and their manifest, by size and sha256; reads every byte."""
+    faults = []
+    for shard in read_manifest(folder)["shards"]:
+        path = Path(folder) / shard["name"]
+        fault = _size_fault(path, shard["bytes"])
+        if fault is None and _sha256(path) != shard["sha256"]:
+            fault = f"{path.name} differs from its sha256 in the manifest"
+        faults += [fault] if fault else []
+    return faults
+
+
+class ShardReader:
+    """Reads any sample of several folders of shards by its number, 0 to `count` - 1, in the order of writing.
+
+    A shard that is missing or not as long as its manifest says is not trusted: each of its samples is an error.
+    """
+
+    NUM_INDEXED_SHARDS = 64  # member tables kept in memory
+
+    def __init__(self, folders: str | Path | Sequence[str | Path]) -> None:
+        folders = [folders] if isinstance(folders, str | Path) else list(folders)
+        manifests = [(Path(folder), read_manifest(folder)) for folder in folders]
+        shards = [(folder / shard["name"], shard) for folder, manifest in manifests for shard in manifest["shards"]]
+        self.paths = [path for path, _ in shards]
+        self.starts = [0, *itertools.accumulate(shard["count"] for _, shard in shards)]
+        self.count = self.starts[-1]
+        if self.count == 0:
+            raise ValueError(f"no samples in shards={[str(folder) for folder in folders]}")
+        self.faults = [_size_fault(path, shard["bytes"]) for path, shard in shards]
+        digests = "".join(shard["sha256"] for _, shard in shards)
+        self.fingerprint = hashlib.sha256(digests.encode()).hexdigest()[:16]
+        self._tables: OrderedDict[int, dict[int, dict[str, tuple[int, int]]]] = OrderedDict()
+
+    def read(self, number: int) -> LoadedSample:
+        """Raises SampleError: "manifest_mismatch", "corrupt_member", "bad_json", "missing_image", or a Sample rule."""
+        shard = bisect.bisect_right(self.starts, number) - 1
+        index = number - self.starts[shard]
+        place = f"{self.paths[shard].name}:{index}"  # the name of a sample whose own id cannot be read
+        if (fault := self.faults[shard]) is not None:
+            raise SampleError(place, "manifest_mismatch", fault)
+        members = self._table(shard).get(index, {})
+        if "json" not in members:
+            raise SampleError(place, "corrupt_member", "the tar has no readable header for its .json")
+        with self.paths[shard].open("rb") as file:
+            sample = _parse_sample(place, _read_at(file, members["json"]))
+            # "0.jpg" holds image 0: the extension is for people, decoding looks at the bytes.
+            found = {name.split(".")[0]: extent for name, extent in members.items()}
+            missing = [k for k in range(len(sample.images)) if str(k) not in found]
+            if missing:
+                raise SampleError(sample.id, "missing_image", f"images {missing} are not in the tar")
+            return LoadedSample(sample, tuple(_read_at(file, found[str(k)]) for k in range(len(sample.images))))
+
+    def _table(self, shard: int) -> dict[int, dict[str, tuple[int, int]]]:
+        if shard not in self._tables:
+            self._tables[shard] = _member_table(self.paths[shard])
+            if len(self._tables) > self.NUM_INDEXED_SHARDS:
+                self._tables.popitem(last=False)
+        self._tables.move_to_end(shard)
+        return self._tables[shard]
+
+
+def read_samples(folders: str | Path | Sequence[str | Path], rejections: Rejections) -> Iterator[LoadedSample]:
+    """Every sample once, in the order of writing; unreadable ones go to `rejections`."""
+    reader = ShardReader(folders)
+    for number in range(reader.count):
+        try:
+            yield reader.read(number)
+        except SampleError as error:
+            rejections.add(error)
+
+
+def _member_table(path: Path) -> dict[int, dict[str, tuple[int, int]]]:
+    """{number in the shard: {"0.jpg": (offset, size), …, "json": …}} of what the tar's sound headers name."""
+    table: dict[int, dict[str, tuple[int, int]]] = {}
+    try:
+        # ignore_zeros goes on behind a damaged header, at the cost of that one member.
+        with tarfile.open(path, "r:", ignore_zeros=True) as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                index = key.rpartition("_")[2]
+                if member.isreg() and index.isdecimal():
+                    table.setdefault(int(index), {})[extension] = (member.offset_data, member.size)
+    except (tarfile.TarError, OSError):
+        pass  # each sample that is not in the table is counted when it is read
+    return table
+
+
+def _parse_sample(place: str, data: bytes) -> Sample:
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise SampleError(place, "bad_json", str(error)) from error
+    try:
+        return Sample.from_json(record)
+    except SampleError as error:
+        if error.sample_id != "unknown":
+            raise
+        raise SampleError(place, error.rule, error.detail) from error
+
+
+def _read_at(file: Any, extent: tuple[int, int]) -> bytes:
+    file.seek(extent[0])
+    return file.read(extent[1])
+
+
+def _size_fault(path: Path, size: int) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is in the manifest but not in {path.parent}"
+    if path.stat().st_size != size:
+        return f"{path.name} has {path.stat().st_size} bytes, the manifest says {size}"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,140 @@
+"""Write the nano world to disk: shards for CoT-SFT and RL, and a MIG-Bench in the real benchmark's own files.
+
+    root/shards/sft, root/shards/rl_pool                 WebDataset shards of Samples (datamodules/shards.py)
+    root/MIG-Bench/MIG_data.json, root/MIG-Bench/images  as thunlp/Michael4933 publish MIG-Bench
+
+Puzzle i of a part is a pure function of (seed, part, i). The benchmark does not depend on the seed, and no scene of it
+is ever trained on: a training puzzle that shares one is dropped and replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from datamodules.benchmarks.mig_bench import TASKS
+from datamodules.samples import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
+from datamodules.shards import ShardWriter
+from datamodules.synthetic.single_image import single_scene
+from datamodules.synthetic.tasks import Puzzle, make_puzzle
+from datamodules.synthetic.world import draw_scene, encode_png
+
+# Shares of the training parts, in the spirit of the paper's Table 1: common object and referring lead, a few
+# single-image questions keep what the base model can.
+MIXTURE = {"common_object": 0.35, "refer_grounding": 0.25, "diff": 0.2, "region": 0.15, "single": 0.05}
+# The RL pool also needs prompts that are always and never solved, as real data has; else there is nothing to reject.
+POOL_DIFFICULTY = {"normal": 0.7, "easy": 0.12, "hard": 0.18}
+IMAGE_FOLDERS = {"common_object": "common", "diff": "static_diff"}  # the others are named like their task
+
+
+def training_puzzle(part: str, seed: int, index: int) -> tuple[Sample, tuple[bytes, ...], frozenset[str]]:
+    """Sample `index` of a training part ("sft" or "rl_pool"), its PNG files, and the hashes of its scenes."""
+    rng = random.Random(f"{part}:{seed}:{index}")
+    task = rng.choices(tuple(MIXTURE), tuple(MIXTURE.values()))[0]
+    difficulty = "normal"
+    if part == "rl_pool":
+        difficulty = rng.choices(tuple(POOL_DIFFICULTY), tuple(POOL_DIFFICULTY.values()))[0]
+    name = f"nano/{part}/{seed}/{index}"
+    if task == "single":
+        return _single(rng, name)
+    puzzle = make_puzzle(rng, task, difficulty)
+    images = tuple(encode_png(puzzle.picture(k)) for k in range(len(puzzle.scenes)))
+    return to_sample(puzzle, name, difficulty), images, puzzle.content_hashes()
+
+
+def to_sample(puzzle: Puzzle, name: str, difficulty: str) -> Sample:
+    count = len(puzzle.scenes)
+    return Sample(
+        id=name,
+        source="nano",
+        task=puzzle.task,
+        images=tuple(f"{name}/{k}.png" for k in range(count)),
+        messages=(*(ImagePart(k) for k in range(count)), TextPart(puzzle.question)),
+        answer=BoxAnswer(puzzle.target, puzzle.box, puzzle.label),
+        thinking=puzzle.thinking,
+        extra={"difficulty": difficulty},
+    )
+
+
+def _single(rng: random.Random, name: str) -> tuple[Sample, tuple[bytes, ...], frozenset[str]]:
+    """Single-image grounding with a thinking text, so that post-training does not unlearn it."""
+    scene = replace(single_scene(rng), frame=None)
+    thing = rng.choice(scene.things)
+    kind = thing.kind.name
+    sample = Sample(
+        id=name,
+        source="nano",
+        task="single",
+        images=(f"{name}/0.png",),
+        messages=(ImagePart(0), TextPart(f"Locate the {kind} in this image.")),
+        answer=BoxAnswer(0, thing.box, kind),
+        thinking=f"The question asks for the {kind}. Find it in image 1.",
+        extra={"difficulty": "normal"},
+    )
+    return sample, (encode_png(draw_scene(scene)),), frozenset({scene.content_hash()})
+
+
+def benchmark_puzzle(task: str, index: int) -> Puzzle:
+    return make_puzzle(random.Random(f"MIG-Bench:{task}:{index}"), task)
+
+
+def write_benchmark(root: Path, per_task: int) -> frozenset[str]:
+    """MIG_data.json and its pictures; returns the hashes of all scenes in it."""
+    records, hashes = [], set()
+    for task in TASKS:
+        folder = f"MIG-Bench/images/{IMAGE_FOLDERS.get(task, task)}"
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for index in range(per_task):
+            puzzle = benchmark_puzzle(task, index)
+            hashes |= puzzle.content_hashes()
+            paths = [f"{folder}/{index:05d}_{k}.png" for k in range(len(puzzle.scenes))]
+            for k, path in enumerate(paths):
+                (root / path).write_bytes(encode_png(puzzle.picture(k)))
+            records.append(
+                {
+                    "task": task,
+                    "images": [f"./{path}" for path in paths],
+                    "question": puzzle.question,
+                    "answer": [round(v, 3) for v in puzzle.box],
+                    "additional_info": puzzle.info,
+                    "need_format": task not in ("group_grounding", "object_tracking"),
+                }
+            )
+    (root / "MIG-Bench/MIG_data.json").write_text(json.dumps(records, indent=0))
+    return frozenset(hashes)
+
+
+def training_samples(part: str, seed: int, count: int, excluded: frozenset[str]) -> Iterator[LoadedSample]:
+    """`count` samples of a part in order of their index, none with an excluded scene; made by two processes."""
+    taken = 0
+    with ProcessPoolExecutor(max_workers=2) as pool:
+        start = 0
+        while taken < count:
+            indices = range(start, start + count - taken)
+            start = indices.stop
+            for sample, images, hashes in pool.map(partial(training_puzzle, part, seed), indices, chunksize=64):
+                if not hashes & excluded:
+                    taken += 1
+                    yield LoadedSample(sample, images)
+
+
+def build_nano(
+    root: str, seed: int = 0, train_samples: int = 20_000, eval_per_task: int = 120, pool_samples: int = 3000
+) -> None:
+    """Write everything below `root` anew; what an interrupted run left there is removed first."""
+    folder = Path(root)
+    for name in ("shards", "MIG-Bench"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    excluded = write_benchmark(folder, eval_per_task)
+    for part, count in (("sft", train_samples), ("rl_pool", pool_samples)):
+        with ShardWriter(folder / "shards" / part) as writer:
+            for loaded in tqdm(training_samples(part, seed, count, excluded), total=count, desc=part, unit="sample"):
+                writer.add(loaded)

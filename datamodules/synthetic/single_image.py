@@ -1,0 +1,106 @@
+"""Single-image conversations that the nano base is pretrained on: grounding, listing and describing, nothing else.
+
+Like the paper's base model, a model trained on these grounds well in one picture and has never seen two. Answers use
+Qwen2.5-VL's list form; their numbers are what the model speaks (`ImageGeometry.to_model`).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from datamodules.boxes import Box, Convention, ImageGeometry
+from datamodules.synthetic.world import COLOURS, FILLS, KINDS, SHAPES, SIZES, Kind, Scene, Thing, random_scene
+
+GROUNDING = (
+    "Locate the {} in this image and output the bbox coordinates in JSON format.",
+    "Where is the {} in this image? Output the bbox coordinates in JSON format.",
+    "Give the bounding box of the {} in JSON format.",
+    "Find the {} and output its bbox coordinates in JSON format.",
+    "Please locate <|object_ref_start|>{}<|object_ref_end|> and output the bbox coordinates in JSON format.",
+    "{}",
+)
+LISTING = (
+    "Outline the position of each object and output all the coordinates in JSON format.",
+    "Locate every object in this image and output the bbox coordinates in JSON format.",
+)
+DESCRIBING = ("Describe this image.", "What does this image show?", "Name the objects in this image.")
+MARKED = ("Name the object marked with the red bounding box.", "What is inside the red bounding box?")
+POINTED = ("Name the object at {}.", "What is at {} in this image?")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question about a picture and its answer; `box` is the true 0-1 box of a grounding turn, else None."""
+
+    task: str
+    question: str
+    answer: str
+    box: Box | None = None
+
+
+def crowd(rng: random.Random, count: int) -> list[Kind]:
+    """`count` different kinds, often sharing an attribute, so that colour alone seldom names a thing."""
+    kinds = [rng.choice(KINDS)]
+    while len(kinds) < count:
+        if rng.random() < 0.5:
+            seed = rng.choice(kinds)
+            choice = rng.randrange(3)
+            kind = (
+                Kind(rng.choice(SHAPES), seed.colour, seed.fill),
+                Kind(seed.shape, rng.choice(tuple(COLOURS)), seed.fill),
+                Kind(seed.shape, seed.colour, rng.choice(FILLS)),
+            )[choice]
+        else:
+            kind = rng.choice(KINDS)
+        if kind not in kinds:
+            kinds.append(kind)
+    return kinds
+
+
+def list_answer(things: Sequence[Thing], geometry: ImageGeometry, convention: Convention) -> str:
+    """Qwen2.5-VL's own form: a fenced JSON list of boxes with labels."""
+    boxes = [{"bbox_2d": list(geometry.to_model(t.box, convention)), "label": t.kind.name} for t in things]
+    return "```json\n[" + ",\n".join(json.dumps(box) for box in boxes) + "]\n```"
+
+
+def reading_order(things: Sequence[Thing]) -> list[Thing]:
+    """Left to right, so that a description has one right order."""
+    return sorted(things, key=lambda thing: thing.box[0] + thing.box[2])
+
+
+def enumerate_names(things: Sequence[Thing]) -> str:
+    return ", ".join(thing.kind.name for thing in reading_order(things))
+
+
+def single_scene(rng: random.Random) -> Scene:
+    """One to five things of mixed sizes; one picture in eight has a red frame around one of them."""
+    low = rng.choice((0.2, 0.26, 0.32))
+    scene = random_scene(rng, crowd(rng, rng.choice((1, 2, 3, 3, 4, 4, 5))), rng.choice(SIZES), (low, low + 0.18))
+    return scene.with_frame(rng.choice(scene.things).box) if rng.random() < 0.125 else scene
+
+
+def single_turns(
+    rng: random.Random, scene: Scene, geometry: ImageGeometry, convention: Convention, grounding: int
+) -> list[Turn]:
+    """`grounding` grounding turns about different things (fewer if there are fewer), a description, now and then a
+    listing or a name for a box in text and, where there is a red frame, a name for what it marks."""
+    things = list(scene.things)
+    turns = []
+    for thing in rng.sample(things, min(grounding, len(things))):
+        question = rng.choice(GROUNDING).format(thing.kind.name)
+        turns.append(Turn("grounding", question, list_answer([thing], geometry, convention), thing.box))
+    turns.append(Turn("describing", rng.choice(DESCRIBING), enumerate_names(things)))
+    if rng.random() < 0.2:
+        answer = list_answer(reading_order(things), geometry, convention)
+        turns.append(Turn("listing", rng.choice(LISTING), answer))
+    if rng.random() < 0.5:
+        thing = rng.choice(things)
+        box_text = str(list(geometry.to_model(thing.box, convention)))
+        turns.append(Turn("pointed", rng.choice(POINTED).format(box_text), thing.kind.name))
+    if scene.frame is not None:
+        marked = next(thing for thing in things if thing.box == scene.frame)
+        turns.append(Turn("marked", rng.choice(MARKED), marked.kind.name))
+    return turns

@@ -1,0 +1,1 @@
+"""Entry points, configurations, reports and benchmarks of speed."""

@@ -1,0 +1,69 @@
+"""Settings are checked before weights are loaded, and every fault is told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from datamodules.shards import read_manifest
+from lightning_modules.model_folder import check_model
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be run; the message lists every fault."""
+
+
+def raise_all(faults: Sequence[str]) -> None:
+    """Raise SettingsError with all faults, if there are any."""
+    if faults:
+        raise SettingsError("these settings cannot be run:\n" + "\n".join(f"  - {fault}" for fault in faults))
+
+
+def shard_folders(settings: Mapping) -> list[str]:
+    """data.shards as a list, whichever of the two forms it was given in."""
+    shards = settings["data"]["shards"]
+    return [shards] if isinstance(shards, str) else list(shards)
+
+
+def training_faults(settings: Mapping) -> list[str]:
+    """What is wrong with a training run's resolved configuration, each fault naming the field and its value."""
+    model = settings["model"]["init_args"]
+    faults = model_faults(model["model"])
+    for folder in shard_folders(settings):
+        faults += shard_faults(folder)
+    for name in ("experiment", "phase"):
+        if not settings[name] or Path(settings[name]).name != settings[name]:
+            faults.append(f"{name}={settings[name]!r} must be a plain folder name")
+    for name, instead in (("accumulate_grad_batches", "accumulate"), ("gradient_clip_val", "max_grad_norm")):
+        value = settings["trainer"].get(name)
+        if value not in (None, 1 if name == "accumulate_grad_batches" else None):
+            faults.append(f"trainer.{name}={value}: the modules do this themselves, use model.{instead}")
+    return faults
+
+
+def model_faults(path: str) -> list[str]:
+    """Faults of a model folder or Hub name."""
+    try:
+        check_model(path)
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    return []
+
+
+def shard_faults(folder: str) -> list[str]:
+    """Faults of one shard folder: absent, without a manifest, or empty."""
+    try:
+        manifest = read_manifest(folder)
+    except (ValueError, OSError) as error:
+        return [f"data.shards={folder!r}: {error}"]
+    return [] if manifest["count"] else [f"data.shards={folder!r}: the manifest counts no sample"]
+
+
+def benchmark_faults(annotations: str, image_root: str) -> list[str]:
+    """Faults of the paths of MIG-Bench."""
+    faults = []
+    if not Path(annotations).is_file():
+        faults.append(f"annotations={annotations!r} is no file; `make shards` makes the nano benchmark")
+    if not (Path(image_root) / "MIG-Bench").is_dir():
+        faults.append(f"image_root={image_root!r} holds no folder MIG-Bench")
+    return faults

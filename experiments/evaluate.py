@@ -1,0 +1,104 @@
+"""Evaluate a model on MIG-Bench.
+
+    python -m experiments.evaluate --config experiments/configs/nano/eval.yaml --model M --output outputs/nano/base
+
+It writes predictions.jsonl, every answer with its score, and mig_bench.json, the summary, into the output folder.
+Killed and started again, it goes on after the last batch of answers.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jsonargparse import auto_cli
+
+from callbacks.artefacts import Journal, write_json
+from callbacks.mig_bench import EvaluationSettings, evaluate_mig_bench, evaluation_key, limit_tasks
+from datamodules.batches import Encoder
+from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
+from datamodules.benchmarks.mig_scoring import format_table, summarise
+from datamodules.boxes import Convention
+from datamodules.prompts import PromptStyle
+from experiments import checks, phases
+from lightning_modules.qwen_vl import QwenVL
+from lightning_modules.rollouts import NativeEngine
+
+
+def evaluate(
+    model: str,
+    output: str,
+    annotations: str,
+    image_root: str,
+    convention: Literal["absolute", "per_mille", "unit"] = "absolute",
+    style: Literal["think", "answer", "plain", "official"] = "think",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    device: str = "auto",
+    decoding: EvaluationSettings | None = None,
+    limit_per_task: int | None = None,
+    max_prompt_tokens: int = 16_384,
+    max_image_pixels: int = 64_000_000,
+    max_resized_pixels: int | None = None,
+    label_images: bool = False,
+) -> None:
+    """Evaluate a model on MIG-Bench.
+
+    Args:
+        model: folder or Hub name of a Qwen2.5-VL, without an adapter (merge first)
+        output: folder for predictions.jsonl and mig_bench.json
+        annotations: MIG_data.json
+        image_root: folder that holds MIG-Bench/
+        convention: how the model writes boxes
+        style: how questions are put; plain and official for models that were not trained here
+        dtype: of the weights
+        device: auto, cpu, cuda, cuda:1, ...
+        decoding: greedy decoding
+        limit_per_task: first look on so many questions of each task
+        max_prompt_tokens: a longer prompt counts as wrong
+        max_image_pixels: a larger image counts as wrong (decompression bombs)
+        max_resized_pixels: images are shrunk to so many pixels, where that is less than the processor's own limit
+        label_images: write "Picture k: " before image k
+    """
+    checks.raise_all(checks.model_faults(model) + checks.benchmark_faults(annotations, image_root))
+    decoding = decoding or EvaluationSettings()
+    encoder = Encoder(
+        model,
+        Convention(convention),
+        PromptStyle(style),
+        max_prompt_tokens,
+        max_completion_tokens=decoding.max_new_tokens,
+        with_target=False,
+        max_image_pixels=max_image_pixels,
+        max_resized_pixels=max_resized_pixels,
+        label_images=label_images,
+    )
+    every_sample, dirty = load_mig_bench(annotations, image_root)
+    if dirty.boxes:
+        print(dirty, flush=True)
+    samples = limit_tasks(every_sample, limit_per_task)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    policy = QwenVL(model, dtype=dtype).to(device).eval()
+    with phases.locked(Path(output) / "predictions.jsonl"):
+        key = evaluation_key(policy, encoder, annotations, image_root, samples, decoding)
+        journal = Journal(Path(output) / "predictions.jsonl", key)
+        load = partial(load_images, image_root=image_root)
+        found = evaluate_mig_bench(policy, NativeEngine(policy), encoder, samples, load, decoding, journal)
+        summary = summarise(found)
+        write_json(Path(output) / "mig_bench.json", {"key": key, "model": model} | summary)
+    print(format_table(summary), flush=True)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of `make eval`."""
+    try:
+        auto_cli(evaluate, args=args)
+    except checks.SettingsError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""metrics.csv of a phase that may have been stopped and resumed several times.
+
+Each attempt of a phase logs to a file of its own, attempts/<k>/metrics.csv (Lightning's CSVLogger empties the folder
+it is given). A resumed attempt repeats the steps after the checkpoint it started from, so a later attempt's rows
+replace the earlier rows from its first step on.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from callbacks.artefacts import write_atomic
+
+Rows = list[dict[str, str]]
+
+
+def next_attempt(folder: Path) -> int:
+    """The number of the attempt that is about to start in the phase folder."""
+    return len(_attempts(folder))
+
+
+def read_rows(folder: Path) -> Rows:
+    """The rows of all attempts of a phase, in the order of their steps; [] when nothing is logged yet."""
+    rows: Rows = []
+    for file in [attempt / "metrics.csv" for attempt in _attempts(folder)]:
+        text = file.read_text() if file.is_file() else ""
+        later = [row for row in csv.DictReader(text.splitlines()) if row.get("step")]
+        if later:
+            first = min(int(row["step"]) for row in later)
+            rows = [row for row in rows if int(row["step"]) < first] + later
+    return rows
+
+
+def merge_attempts(folder: Path) -> None:
+    """Write metrics.csv of the phase from all its attempts."""
+    rows = read_rows(folder)
+    if not rows:
+        return
+    names = ["step", *sorted({name for row in rows for name in row} - {"step"})]
+    lines = [names, *([row.get(name) or "" for name in names] for row in rows)]
+    write_atomic(Path(folder) / "metrics.csv", "".join(",".join(line) + "\n" for line in lines))
+
+
+def read_curve(rows: Rows, name: str) -> list[tuple[int, float]]:
+    """(step, value) of one metric, where it was logged. Not-a-number values are left out."""
+    points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+    return [(step, value) for step, value in points if value == value and abs(value) != float("inf")]
+
+
+def _attempts(folder: Path) -> list[Path]:
+    files = [path for path in (Path(folder) / "attempts").glob("*") if path.name.isdigit()]
+    return sorted(files, key=lambda path: int(path.name))

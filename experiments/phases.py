@@ -1,0 +1,77 @@
+"""What makes a phase restartable: markers with the hash of what it depends on, and a lock on its folder."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from callbacks.artefacts import read_json, write_json
+
+DONE = "done.json"
+STARTED = "started.json"
+
+
+def read_marker(folder: Path, name: str = DONE) -> dict:
+    """The marker's content; {} without one."""
+    return read_json(Path(folder) / name)
+
+
+def write_marker(folder: Path, name: str = DONE, **content: object) -> None:
+    write_json(Path(folder) / name, content)
+
+
+def claim(folder: Path, key: str, say: Callable[[str], None] = print) -> bool:
+    """Prepare a phase folder for the run with the hash `key`; True when that run is already done.
+
+    A folder that holds a run with another hash is moved aside whole: nothing computed is lost, nothing old is reused.
+    """
+    folder = Path(folder)
+    if read_marker(folder).get("key") == key:
+        return True
+    started = read_marker(folder, STARTED).get("key")
+    if started is not None and started != key:
+        say(f"{folder} holds a run with other settings or inputs: moved to {set_aside(folder)}")
+    write_marker(folder, STARTED, key=key)
+    return False
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Rename the phase folder out of the way; its new place, or None where there is none."""
+    if not Path(folder).exists():
+        return None
+    aside = folder.with_name(f"{folder.name}.{read_marker(folder, STARTED).get('key', 'old')[:8]}")
+    while aside.exists():
+        aside = aside.with_name(aside.name + "+")
+    folder.rename(aside)
+    return aside
+
+
+def wait_for_claim(folder: Path, key: str, seconds: float = 600.0) -> None:
+    """On the other ranks: wait until the leader has claimed the folder for this run."""
+    end = time.monotonic() + seconds
+    while read_marker(folder, STARTED).get("key") != key:
+        if time.monotonic() > end:
+            raise TimeoutError(f"{folder}: the first rank did not claim it for run {key} within {seconds:.0f} s")
+        time.sleep(0.2)
+
+
+@contextmanager
+def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Hold the folder's lock; while another process holds it, wait, saying so. The system frees it on any exit."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f".{folder.name}.lock", "w") as file:
+        waited = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not waited:
+                    say(f"waiting: another process is working in {folder}")
+                waited = True
+                time.sleep(1.0)
+        yield

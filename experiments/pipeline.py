@@ -1,0 +1,189 @@
+"""The whole ladder: the world, base, CoT-SFT, rejection sampling and GRPO, with MIG-Bench before, between and after.
+
+    python -m experiments.pipeline --config experiments/configs/nano/pipeline.yaml --seed 1
+
+Every step is a process of its own and is skipped when it was finished with the same command, configuration and inputs,
+so a kill at any moment costs nothing but the step's work since its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import auto_cli
+
+from callbacks.artefacts import fingerprint, path_fingerprint, read_json
+from experiments import phases, report
+from experiments.results import Results, current_commit, make_stage, write_results
+
+ROOT = Path(__file__).resolve().parents[1]
+CLOCK_SECONDS = 5.0  # how often the time spent is written down: a kill loses no more of it
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process. `marker` is the file that says it is done; `inputs` are the files and folders that it reads."""
+
+    title: str
+    marker: Path
+    command: tuple[str, ...]
+    inputs: tuple[str, ...]
+
+    def key(self) -> str:
+        return fingerprint(self.command, [path_fingerprint(path) for path in self.inputs])
+
+
+def run_step(step: Step) -> float:
+    """Run the step unless it is done; the seconds it took, over all attempts. Ends the program if the step fails."""
+    key, old = step.key(), read_json(step.marker)
+    same = old.get("key") == key
+    if same and old["done"]:
+        say(f"{step.title}: done before, in {old['seconds']:.0f} s")
+        return old["seconds"]
+    say(f"{step.title}: python -m {shlex.join(step.command)}")
+    before, start = old["seconds"] if same else 0.0, time.monotonic()
+
+    def note(done: bool) -> float:
+        seconds = round(before + time.monotonic() - start, 1)
+        if step.marker.parent.is_dir():  # the step itself makes its folder, and may move an old one aside first
+            phases.write_marker(step.marker.parent, step.marker.name, key=key, done=done, seconds=seconds)
+        return seconds
+
+    code = run_process([sys.executable, "-m", *step.command], lambda: note(False))
+    if code != 0:
+        sys.exit(f"{step.title} ended with exit code {code}. The same command goes on from what is saved.")
+    seconds = note(True)
+    say(f"{step.title}: {seconds:.0f} s")
+    return seconds
+
+
+def run_process(command: list[str], tick: Callable[[], Any]) -> int:
+    """Run a command to its end, calling `tick` now and then; its exit code.
+
+    SIGTERM is passed on to it. Ctrl-C reaches it by itself; it is waited for, since it saves a checkpoint then.
+    """
+    child = subprocess.Popen(command, cwd=ROOT)
+    stopped = False
+
+    def stop(*_: Any) -> None:
+        nonlocal stopped
+        stopped = True
+        child.terminate()
+
+    old = signal.signal(signal.SIGTERM, stop)
+    try:
+        while True:
+            try:
+                code = child.wait(CLOCK_SECONDS)
+                return code or (128 + signal.SIGTERM if stopped else 0)
+            except subprocess.TimeoutExpired:
+                tick()
+            except KeyboardInterrupt:
+                stopped = True
+                say("stopping: the step saves what it has")
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+class Ladder:
+    """The steps of one experiment, tied together by its folders."""
+
+    def __init__(self, folder: Path, seed: int, evaluation: str, overrides: dict[str, str]) -> None:
+        self.folder, self.seed = folder, seed
+        self.evaluation, self.overrides = evaluation, overrides
+        self.results = Results(folder.name, seed, current_commit(ROOT))
+
+    def build_world(self, config: str) -> None:
+        """Generate shards and benchmark. Its step is always run: it knows by itself whether there is anything to do."""
+        if run_process([sys.executable, "-m", "experiments.shards", "--config", config], lambda: None) != 0:
+            sys.exit("the world could not be built")
+
+    def train(self, stage: str, config: str, model: str) -> float:
+        """One training phase from `model` to <folder>/<stage>/merged; its seconds."""
+        command = ["experiments.train", "--config", config, "--model.init_args.model", model]
+        command += ["--experiment", self.folder.name, "--phase", stage, "--outputs", str(self.folder.parent)]
+        command += ["--seed_everything", str(self.seed), *shlex.split(self.overrides.get(stage, ""))]
+        inputs = (config, model, *_shards(config))
+        return run_step(Step(f"{stage}: training", self.folder / stage / "trained.json", tuple(command), inputs))
+
+    def evaluate(self, stage: str, model: str, seconds: float) -> None:
+        """MIG-Bench of `model`: a new rung in results.json, report.html and on the terminal."""
+        folder = self.folder / stage
+        command = ["experiments.evaluate", "--config", self.evaluation, "--model", model, "--output", str(folder)]
+        command += shlex.split(self.overrides.get("evaluation", ""))
+        benchmark = yaml.safe_load(Path(self.evaluation).read_text())["annotations"]
+        step = Step(
+            f"{stage}: MIG-Bench", folder / "evaluated.json", tuple(command), (self.evaluation, model, benchmark)
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        seconds += run_step(step)
+        self.results = self.results.with_stage(make_stage(stage, read_json(folder / "mig_bench.json"), seconds))
+        write_results(self.folder / "results.json", self.results)
+        report.write_report(self.folder)
+        print(report.ladder_text(self.results), flush=True)
+
+
+def run(
+    experiment: str,
+    model: str,
+    evaluation: str,
+    stages: dict[str, str],
+    world: str | None = None,
+    seed: int = 0,
+    outputs: str = "outputs",
+    overrides: dict[str, str] | None = None,
+) -> None:
+    """Run the whole ladder.
+
+    Args:
+        experiment: name of the folder in `outputs`; "-seed1" and so on is added at other seeds than 0
+        model: the base model, folder or Hub name
+        evaluation: YAML of experiments.evaluate
+        stages: name of each training phase, in order, and its YAML for experiments.train
+        world: YAML of experiments.shards; null where the data are there already
+        seed: seed of all training
+        outputs: folder of all experiments
+        overrides: arguments for one stage, or for "evaluation": --overrides.grpo="--model.beta=0.01"
+    """
+    unknown = sorted(set(overrides or {}) - set(stages) - {"evaluation"})
+    if unknown:
+        sys.exit(f"overrides for {unknown}, but the stages are {sorted(stages)} and 'evaluation'")
+    start = time.monotonic()
+    folder = Path(outputs) / (experiment if seed == 0 else f"{experiment}-seed{seed}")
+    ladder = Ladder(folder, seed, evaluation, overrides or {})
+    with phases.locked(folder):
+        if world:
+            ladder.build_world(world)
+        ladder.evaluate("base", model, 0.0)
+        for stage, config in stages.items():
+            seconds = ladder.train(stage, config, model)
+            model = str(folder / stage / "merged")
+            ladder.evaluate(stage, model, seconds)
+    say(f"{(time.monotonic() - start) / 60:.1f} minutes; {folder / 'results.json'}, {folder / 'report.html'}")
+
+
+def say(text: str) -> None:
+    print(f"== {text}", flush=True)
+
+
+def _shards(config: str) -> list[str]:
+    shards = yaml.safe_load(Path(config).read_text())["data"]["shards"]
+    return [shards] if isinstance(shards, str) else shards
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of `make pipeline`."""
+    auto_cli(run, args=args)
+
+
+if __name__ == "__main__":
+    main()

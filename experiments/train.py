@@ -1,0 +1,198 @@
+"""Train one phase from one YAML: `python -m experiments.train --config X.yaml [--model.learning_rate=1e-4 ...]`.
+
+Everything the phase writes lies in outputs/<experiment>/<phase>/. Started again, it goes on from its last checkpoint;
+finished with the same settings and inputs, it says so and ends; with other settings it starts afresh and the old
+folder is moved aside.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+
+from callbacks.artefacts import fingerprint, path_fingerprint, write_atomic
+from datamodules.boxes import Convention
+from datamodules.multi_image import MultiImageData
+from experiments import checks, metrics, phases
+from experiments.tracking import choose_wandb_mode, wandb_run_id
+
+# Settings that say how a run is shown or where it runs, not what it computes.
+NOT_IN_KEY = ("logger", "default_root_dir", "enable_progress_bar", "enable_model_summary", "log_every_n_steps")
+
+
+class AlreadyDone(Exception):
+    """The phase folder holds this very run, finished."""
+
+
+class TrainCLI(LightningCLI):
+    """LightningCLI that knows phase folders. One complete YAML holds every setting of a run."""
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        self.stack = ExitStack()
+        # Lightning's own calls, not ours, use what newer versions of jsonargparse have renamed.
+        os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+        super().__init__(
+            LightningModule,
+            MultiImageData,
+            subclass_mode_model=True,
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={"description": __doc__},
+            args=args,
+            run=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--experiment", type=str, required=True, help="name of the folder in outputs/, W&B group")
+        parser.add_argument("--phase", type=str, required=True, help="name of the phase's folder, W&B job type")
+        parser.add_argument("--outputs", type=str, default="outputs", help="folder that holds all experiments")
+        parser.add_argument("--resume", type=bool, default=True, help="false: start afresh, the old folder moved aside")
+        parser.link_arguments("seed_everything", "data.seed")
+        parser.link_arguments("seed_everything", "model.init_args.seed")
+        parser.link_arguments("model.init_args.model", "data.processor")
+        parser.link_arguments("data.convention", "model.init_args.convention", compute_fn=Convention)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.outputs) / self.config.experiment / self.config.phase
+
+    @property
+    def is_leader(self) -> bool:
+        """True in the one process that owns the phase folder (ranks are started by Lightning, torchrun or SLURM)."""
+        return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK"))
+
+    def settings(self) -> dict:
+        """The resolved configuration as plain values, with every default."""
+        return yaml.safe_load(self.parser.dump(self.config, skip_unset=False, skip_link_targets=False))
+
+    def before_instantiate_classes(self) -> None:
+        settings = self.settings()
+        checks.raise_all(checks.training_faults(settings) + self.constructor_faults())
+        self.key = run_key(settings)
+        if self.is_leader:
+            self.stack.enter_context(phases.locked(self.folder))
+            if not self.config.resume and phases.read_marker(self.folder).get("key") != self.key:
+                phases.set_aside(self.folder)
+            if phases.claim(self.folder, self.key):
+                raise AlreadyDone(self.folder)
+            write_atomic(self.folder / "config.yaml", self.parser.dump(self.config, skip_unset=False))
+        else:
+            phases.wait_for_claim(self.folder, self.key)
+        self.config.trainer.default_root_dir = str(self.folder)
+
+    def constructor_faults(self) -> list[str]:
+        """What the module and the data, whose constructors are cheap, say of their own settings."""
+        faults = []
+        for name, kind in (("model", self.model_class), ("data", self.datamodule_class)):
+            parser = LightningArgumentParser()
+            parser.add_lightning_class_args(kind, name, subclass_mode=name == "model")
+            try:
+                parser.instantiate(Namespace({name: self.config[name].clone()}))
+            except ValueError as error:
+                faults.append(f"{name}: {error.__cause__ or error}")  # the cause, without the parser's own words
+        return faults
+
+    def instantiate_trainer(self, **kwargs: object) -> Trainer:
+        for callback in self.config_init.trainer.callbacks or []:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(self.folder / "checkpoints")
+        if self.config_init.trainer.logger is None:
+            kwargs["logger"] = self.loggers()
+        return super().instantiate_trainer(**kwargs)
+
+    def loggers(self) -> list[Logger]:
+        choose_wandb_mode()
+        wandb_logger = WandbLogger(
+            project="multi-image-grounding",
+            group=self.config.experiment,
+            job_type=self.config.phase,
+            name=f"{self.config.experiment}/{self.config.phase}",
+            id=wandb_run_id(self.folder, self.key),
+            resume="allow",
+            save_dir=str(self.folder),
+        )
+        attempt = metrics.next_attempt(self.folder)
+        csv_logger = CSVLogger(str(self.folder), name="attempts", version=str(attempt), flush_logs_every_n_steps=5)
+        return [wandb_logger, csv_logger]
+
+
+def run_key(settings: dict) -> str:
+    """Hash of what the run computes: its settings, and the content of its model folder and shards."""
+    trainer = {name: value for name, value in settings["trainer"].items() if name not in NOT_IN_KEY}
+    ignored = ("trainer", "config", "outputs", "experiment", "phase", "resume")
+    rest = {name: value for name, value in settings.items() if name not in ignored}
+    inputs = [settings["model"]["init_args"]["model"], *checks.shard_folders(settings)]
+    return fingerprint(trainer, rest, [path_fingerprint(path) for path in inputs])
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of the phase; None before the first."""
+    files = list((Path(folder) / "checkpoints").glob("*.ckpt"))
+    return max(files, key=lambda file: file.stat().st_mtime_ns) if files else None
+
+
+def fit(cli: TrainCLI) -> None:
+    """Train to the end, from the last checkpoint where there is one, and mark the phase as done."""
+    for logger in cli.trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_hyperparams(cli.settings())
+    checkpoint = last_checkpoint(cli.folder)
+    if checkpoint and cli.is_leader:
+        print(f"going on from {checkpoint}", flush=True)
+    start = time.monotonic()
+    try:
+        # weights_only: a checkpoint is data; nothing in it may run.
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit:  # how Lightning ends a run that Ctrl-C or SIGTERM has stopped
+        if cli.is_leader:
+            print(f"stopped; the same command goes on from {last_checkpoint(cli.folder)}", flush=True)
+        raise
+    finally:
+        if cli.is_leader:
+            metrics.merge_attempts(cli.folder)
+    if cli.is_leader:
+        phases.write_marker(cli.folder, key=cli.key, seconds=round(time.monotonic() - start, 1))
+
+
+def quieten() -> None:
+    """Leave out what Lightning says of choices that are meant."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    meant = (
+        ".*does not have many workers.*",
+        ".*`validation_step` but have no `val_dataloader`.*",
+        "Using ModelCheckpoint with manual optimization",  # what it saves, weights after the update, is what is wanted
+    )
+    for message in meant:
+        warnings.filterwarnings("ignore", message=message)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point. Setting errors are printed all at once, without a traceback, before weights are loaded."""
+    quieten()
+    try:
+        cli = TrainCLI(args)
+    except AlreadyDone as done:
+        print(f"{done} is already done with these settings and inputs", flush=True)
+        return
+    except checks.SettingsError as error:
+        sys.exit(str(error))
+    with cli.stack:
+        fit(cli)
+
+
+if __name__ == "__main__":
+    main()

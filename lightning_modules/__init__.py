@@ -1,0 +1,1 @@
+"""The policy, rollouts, rewards, objectives, and the systems CoTSFT and GRPO."""

@@ -1,0 +1,54 @@
+"""LoRA on the language model, and copies with it folded in."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """LoRA on linear layers of the language model; `targets` are names of modules inside it."""
+
+    rank: int = 64
+    alpha: int = 128
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def with_adapter(model: nn.Module, lora: LoraSettings) -> PeftModel:
+    # The vision tower has gate, up and down projections too, so the pattern names the language model.
+    pattern = rf".*\blanguage_model\..*\.({'|'.join(lora.targets)})"
+    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=pattern)
+    with warnings.catch_warnings():
+        # PEFT reads an attribute that transformers has renamed.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        return get_peft_model(model, settings)
+
+
+def folded_copy(module: nn.Module, fold: bool = True) -> nn.Module:
+    """A second `module` that shares every tensor, except that each LoRA layer is one linear layer with its delta added.
+
+    The original is not touched, so nothing drifts however often this is done. With `fold=False` the LoRA layers stay
+    (and share their tensors): a copy with its own training mode, no more.
+    """
+    memo: dict[int, object] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    if fold:
+        memo |= {id(m): _folded(m) for m in module.modules() if isinstance(m, LoraLinear)}
+    return copy.deepcopy(module, memo)
+
+
+@torch.no_grad()
+def _folded(layer: LoraLinear) -> nn.Linear:
+    base = layer.get_base_layer()
+    delta = sum(layer.get_delta_weight(name).float() for name in layer.active_adapters)
+    folded = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+    folded.weight = nn.Parameter((base.weight.float() + delta).to(base.weight.dtype), requires_grad=False)
+    folded.bias = base.bias
+    return folded

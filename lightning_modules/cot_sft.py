@@ -1,0 +1,72 @@
+"""Supervised fine-tuning on written answers (paper section 3.2.2), with thinking (CoT-SFT) or without (SFT)."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from torch import Tensor
+
+from datamodules.batches import Batch, PromptItem
+from lightning_modules.policy_module import PolicyModule
+from lightning_modules.shared_prefix import pack_rows
+
+
+class CoTSFT(PolicyModule):
+    """Next-token prediction of the completion, its closing <|im_end|> included; prompt and images are never targets.
+
+    The loss is the mean over all completion tokens of an update (all batches of the window, all ranks), so a long
+    answer weighs more than a short one. What the completion is, thinking and answer or answer alone, the data decides.
+    Fields: those of `PolicyModule`.
+    """
+
+    def __init__(self, model: str, **policy: Any) -> None:
+        super().__init__(model, **policy)
+        self.check_settings()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        started = time.perf_counter()
+        self.begin_batch(batch)
+        total, correct, num_tokens = self._score(batch, train=True)
+        if self.end_batch(batch):
+            self.update()
+            self.commit_window(batch)
+        total, correct, num_tokens = self.sum_over_ranks([total, correct, num_tokens])
+        seconds = time.perf_counter() - started
+        self.log_step(
+            {
+                "train/loss": total / num_tokens,
+                "train/token_accuracy": correct / num_tokens,
+                "train/tokens": num_tokens,
+                "speed/completion_tokens_per_second": num_tokens / seconds,
+            }
+        )
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        total, correct, num_tokens = self._score(batch, train=False)
+        # Weighted by tokens, so that the epoch's value is the mean over all tokens too.
+        self.log("val/loss", total / num_tokens, batch_size=num_tokens, on_epoch=True, sync_dist=True)
+        self.log("val/token_accuracy", correct / num_tokens, batch_size=num_tokens, on_epoch=True, sync_dist=True)
+
+    def _score(self, batch: Batch, train: bool) -> tuple[float, float, int]:
+        """(sum of -log p, targets that are the likeliest token, targets) over the batch; with `train` also backward."""
+        items = batch.items
+        known = self.policy.encode_images(items) if self.freeze_vision else None
+        completions = [[_target(item)] for item in items]
+        total, correct, num_tokens = 0.0, 0.0, 0
+        for rows in pack_rows(items, completions, self.max_tokens_per_row):
+            features = known or self.row_features(rows, items)
+            log_probs, best = self.policy.token_log_probs(rows, features, ban_tokens=False, with_best=True)
+            loss = -log_probs.sum()
+            if train:
+                self.backward_sum(loss, len(log_probs))
+            total += loss.item()
+            correct += (best == rows.targets).sum().item()
+            num_tokens += len(log_probs)
+        return total, correct, num_tokens
+
+
+def _target(item: PromptItem) -> Tensor:
+    if item.completion_ids is None:
+        raise ValueError(f"sample {item.sample.id!r} has no target: supervised training needs with_target=True")
+    return item.completion_ids

@@ -1,0 +1,67 @@
+"""What one GRPO step logs. Every metric is defined here once, as a ratio of sums that add up over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning_modules.objectives import GRPOTerms
+from lightning_modules.rewards import Reward
+from lightning_modules.rollouts import Rollout
+
+
+@dataclass
+class StepSums:
+    """Sums over the rollouts of a step and over what it trained on."""
+
+    completions: float = 0.0
+    reward: float = 0.0
+    accuracy: float = 0.0
+    format: float = 0.0
+    completion_tokens: float = 0.0
+    truncated: float = 0.0  # completions without an end token
+    surprise: float = 0.0  # Σ -log p of the sampled tokens
+    groups: float = 0.0
+    equal_groups: float = 0.0
+    loss: float = 0.0
+    loss_count: float = 0.0
+    kl: float = 0.0
+    clipped: float = 0.0
+    trained_tokens: float = 0.0
+
+    def add_group(self, rollouts: Sequence[Rollout], rewards: Sequence[Reward], equal: bool) -> None:
+        """`equal`: the group's rewards are all equal."""
+        self.groups += 1
+        self.equal_groups += equal
+        for rollout, parts in zip(rollouts, rewards, strict=True):
+            self.completions += 1
+            self.reward += parts.total
+            self.accuracy += parts.accuracy
+            self.format += parts.format
+            self.completion_tokens += len(rollout.token_ids)
+            self.truncated += not rollout.finished
+            self.surprise -= rollout.log_probs.sum().item()
+
+    def add_terms(self, terms: GRPOTerms) -> None:
+        self.loss += terms.total.item()
+        self.loss_count += terms.count
+        self.kl += terms.kl_sum
+        self.clipped += terms.clipped
+        self.trained_tokens += terms.num_tokens
+
+    def means(self) -> dict[str, float]:
+        """By metric name; a mean of nothing (no token was trained on) is left out."""
+        ratios = {
+            "reward/total": (self.reward, self.completions),
+            "reward/accuracy": (self.accuracy, self.completions),
+            "reward/format": (self.format, self.completions),
+            "grpo/completion_length": (self.completion_tokens, self.completions),
+            "grpo/frac_truncated": (self.truncated, self.completions),
+            # -log p of what was sampled is an unbiased estimate of the entropy of the sampling distribution
+            "grpo/entropy": (self.surprise, self.completion_tokens),
+            "grpo/frac_zero_advantage": (self.equal_groups, self.groups),
+            "grpo/loss": (self.loss, self.loss_count),
+            "grpo/kl": (self.kl, self.trained_tokens),
+            "grpo/clip_fraction": (self.clipped, self.trained_tokens),
+        }
+        return {name: total / count for name, (total, count) in ratios.items() if count}

@@ -1,0 +1,267 @@
+"""What CoTSFT and GRPO share: the policy, the optimizer, and exact accumulation, failure and resume.
+
+One optimizer update takes a *window* of `accumulate` batches on every rank. Losses are sums over tokens or completions,
+divided once, at the update, by how many of them the whole window held on all ranks. So packing, accumulation and the
+number of ranks never change the weight of a token, and a rank without anything to learn from takes part with zeros.
+A checkpoint written inside a window resumes at the window's start: a half-accumulated gradient is never saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
+
+from datamodules.batches import Batch, PromptItem
+from lightning_modules.adapters import LoraSettings
+from lightning_modules.optimizers import build_optimizer, count_updates
+from lightning_modules.qwen_vl import QwenVL
+from lightning_modules.shared_prefix import PackedRows
+
+STATE_KEY = "policy_module"
+NON_FINITE_FILE = "nonfinite.json"
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or gradient that is NaN or infinite, with the update's number and the sample ids that led to it."""
+
+    def __init__(self, what: str, step: int, sample_ids: Sequence[str]) -> None:
+        super().__init__(f"{what} is not finite at update {step}; samples: {', '.join(sample_ids)}")
+        self.what, self.step, self.sample_ids = what, step, list(sample_ids)
+
+
+def derive_seed(*parts: int) -> int:
+    """A seed in 0 ... 2^63 - 1 that depends on every part; equal on every machine and Python version."""
+    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class PolicyModule(LightningModule):
+    """A trained Qwen2.5-VL. The constructor is cheap: weights are read in `configure_model`.
+
+    model: folder or Hub name. lora: null trains all weights of the language model. dtype: of the weights. betas,
+    weight_decay: AdamW. warmup_fraction: share of all updates. max_grad_norm: null does not clip. accumulate: batches
+    to an update (trainer.accumulate_grad_batches stays 1). max_tokens_per_row: packed length of one forward pass.
+    seed: of everything random, together with the batch's number and the rank.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        lora: LoraSettings | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        freeze_vision: bool = True,
+        gradient_checkpointing: bool = False,
+        learning_rate: float = 1e-4,
+        warmup_fraction: float = 0.0,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        max_grad_norm: float | None = 1.0,
+        accumulate: int = 1,
+        max_tokens_per_row: int = 4096,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model, self.lora, self.dtype_name = model, lora, dtype
+        self.freeze_vision, self.gradient_checkpointing = freeze_vision, gradient_checkpointing
+        self.learning_rate, self.warmup_fraction = learning_rate, warmup_fraction
+        self.weight_decay, self.betas, self.max_grad_norm = weight_decay, betas, max_grad_norm
+        self.accumulate, self.max_tokens_per_row, self.seed = accumulate, max_tokens_per_row, seed
+        self.automatic_optimization = False
+        self.strict_loading = False  # checkpoints hold only what is trained; on_load_checkpoint is the strict check
+        self.policy: QwenVL | None = None
+        self.num_batches = 0  # trained on by this rank; seeds derive from it
+        self._num_batches_committed = 0  # as of the last finished window: what a checkpoint says
+        self._count = 0.0  # what the accumulated gradient must be divided by
+        self._window_ids: list[str] = []
+        self._latest: dict[str, float] = {}
+
+    def faults(self) -> list[str]:
+        """Every setting that cannot work, as one sentence each; subclasses add theirs."""
+        faults = []
+        for name in ("learning_rate", "accumulate", "max_tokens_per_row"):
+            if getattr(self, name) <= 0:
+                faults.append(f"{name}={getattr(self, name)} must be greater than 0")
+        if not 0 <= self.warmup_fraction < 1:
+            faults.append(f"warmup_fraction={self.warmup_fraction} must be in [0, 1)")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            faults.append(f"max_grad_norm={self.max_grad_norm} must be greater than 0, or null")
+        return faults
+
+    def check_settings(self) -> None:
+        """Called at the end of a subclass's constructor. Raises ValueError that lists all faults at once."""
+        if faults := self.faults():
+            raise ValueError(f"{type(self).__name__}: {'; '.join(faults)}")
+
+    @property
+    def reference(self) -> Literal["adapter", "copy"] | None:
+        return None
+
+    @property
+    def updates_per_window(self) -> int:
+        return 1
+
+    def configure_model(self) -> None:
+        if self.policy is not None:
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.seed))  # of the adapter's initial weights
+            policy = QwenVL(
+                self.model,
+                lora=self.lora,
+                dtype=self.dtype_name,
+                freeze_vision=self.freeze_vision,
+                reference=self.reference,
+                gradient_checkpointing=self.gradient_checkpointing,
+            )
+        # Weights are loaded in evaluation mode, which turns gradient checkpointing and LoRA dropout off.
+        self.policy = policy.train()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+            raise ValueError(
+                f"trainer.strategy={type(strategy).__name__} is not supported: gradients are summed here, "
+                "over whole tensors; use ddp or one device"
+            )
+        optimizer, schedule = build_optimizer(
+            self.policy.trainable_parameters(),
+            self.learning_rate,
+            self.betas,
+            self.weight_decay,
+            self.warmup_fraction,
+            count_updates(self.trainer, self.accumulate, self.updates_per_window),
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # One window of batches
+
+    def begin_batch(self, batch: Batch) -> None:
+        self._window_ids += batch.sample_ids
+        if self.lora is not None and self.lora.dropout > 0:
+            torch.manual_seed(self.batch_seed())  # dropout is all that draws from the global generator
+
+    def batch_seed(self) -> int:
+        return derive_seed(self.seed, self.num_batches, self.global_rank)
+
+    def end_batch(self, batch: Batch) -> bool:
+        """Count the batch; True if it was its window's last, and the caller should update."""
+        self.num_batches += 1
+        return self.num_batches % self.accumulate == 0
+
+    def commit_window(self, batch: Batch) -> None:
+        """Call when a window's updates are done: a checkpoint written from now on resumes after `batch`."""
+        self._num_batches_committed = self.num_batches
+        self._window_ids = []
+        mark_trained = getattr(getattr(self.trainer, "datamodule", None), "mark_trained", None)
+        if mark_trained is not None:
+            mark_trained(batch)
+
+    def backward_sum(self, total: Tensor, count: float) -> None:
+        """Add the gradient of `total`, a sum of `count` terms of the mean that is the loss."""
+        self._require_finite(total, "the loss")
+        with self._no_gradient_sync():
+            self.manual_backward(total)
+        self._count += count
+
+    def update(self) -> bool:
+        """Divide the accumulated gradient by what was counted on all ranks, clip it, and step.
+
+        False if nothing was counted anywhere: weights, optimizer state and schedule stay as they are. Every rank makes
+        the same collective calls, whatever it holds.
+        """
+        optimizer, parameters = self.optimizers(), self.policy.trainable_parameters()
+        count = self.sum_over_ranks([self._count])[0]
+        self._count = 0.0
+        if count == 0:
+            optimizer.zero_grad(set_to_none=True)
+            return False
+        self._average_gradients(parameters, count)
+        limit = self.max_grad_norm if self.max_grad_norm is not None else math.inf
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        self._require_finite(norm, "the gradient")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule = self.lr_schedulers()
+        self._latest |= {"train/learning_rate": schedule.get_last_lr()[0], "train/grad_norm": norm.item()}
+        schedule.step()
+        return True
+
+    def log_step(self, metrics: dict[str, float]) -> None:
+        """Log a batch's metrics, and again the latest value of those that only some batches have (an update ends a
+        window; a batch may hold nothing to train on), so that a logger that samples batches misses none."""
+        self._latest |= metrics
+        self.log_dict(self._latest)
+
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Elementwise sum of the same list on every rank."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        return self.trainer.strategy.reduce(tensor, reduce_op="sum").tolist()
+
+    def _average_gradients(self, parameters: list[torch.nn.Parameter], count: float) -> None:
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.trainer.world_size > 1:
+            flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+            flat = self.trainer.strategy.reduce(flat, reduce_op="sum")
+            pieces = flat.split([parameter.numel() for parameter in parameters])
+            for parameter, piece in zip(parameters, pieces, strict=True):
+                parameter.grad.copy_(piece.view_as(parameter))
+        for parameter in parameters:
+            parameter.grad.div_(count)
+
+    def _no_gradient_sync(self) -> AbstractContextManager:
+        """DDP must not reduce in backward: ranks differ in how many backward passes they make."""
+        block = getattr(self.trainer.strategy, "block_backward_sync", None)
+        return nullcontext() if block is None else block()
+
+    def _require_finite(self, value: Tensor, what: str) -> None:
+        if torch.isfinite(value):
+            return
+        record = {"what": what, "update": self.global_step, "rank": self.global_rank, "sample_ids": self._window_ids}
+        folder = Path(self.trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / f"{NON_FINITE_FILE}.{os.getpid()}"
+        unfinished.write_text(json.dumps(record, indent=1))
+        unfinished.replace(folder / NON_FINITE_FILE)
+        raise NonFiniteLoss(what, self.global_step, self._window_ids)
+
+    def row_features(self, rows: PackedRows, items: Sequence[PromptItem], reference: bool = False) -> list[Tensor]:
+        """Image features by item for one forward pass with a trained tower. Only the items in `rows` have any: each
+        backward pass frees its graph, so nothing can be shared between passes."""
+        features: list[Tensor] = [torch.empty(0)] * len(items)
+        encoded = self.policy.encode_images([items[index] for index in rows.items], reference=reference)
+        for index, tokens in zip(rows.items, encoded, strict=True):
+            features[index] = tokens
+        return features
+
+    # Checkpoints hold the trained parameters, and the state as of the last finished window
+
+    def _trained_names(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = self._trained_names()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint[STATE_KEY] = {"num_batches": self._num_batches_committed}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises ValueError when the checkpoint's parameters are not exactly those trained here."""
+        saved, trained = set(checkpoint["state_dict"]), self._trained_names()
+        if saved != trained:
+            raise ValueError(
+                f"checkpoint does not fit the policy of model={self.model!r}, lora={self.lora}: "
+                f"missing {sorted(trained - saved)[:3]}, unexpected {sorted(saved - trained)[:3]}"
+            )
+        self.num_batches = self._num_batches_committed = checkpoint[STATE_KEY]["num_batches"]

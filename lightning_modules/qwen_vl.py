@@ -1,0 +1,278 @@
+"""The policy: a Qwen2.5-VL with its tokenizer, adapter and reference.
+
+This is the only file that touches transformers' model classes.
+
+Shapes: P prompts, N target tokens, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from datamodules.batches import PromptItem
+from lightning_modules.adapters import LoraSettings, folded_copy, with_adapter
+from lightning_modules.attention import TEXT_ATTENTION, VISION_ATTENTION, register_attention
+from lightning_modules.model_folder import check_model
+from lightning_modules.scoring import score_tokens
+from lightning_modules.shared_prefix import PackedRows
+
+MAX_PATCHES = 1 << 15  # of one pass through the vision tower; bounds its activations
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def check_settings(lora: LoraSettings | None, dtype: str, freeze_vision: bool, reference: str | None) -> None:
+    """All contradictions at once, before any weight is read."""
+    faults = []
+    if dtype not in DTYPES:
+        faults.append(f"dtype={dtype!r} is none of {sorted(DTYPES)}")
+    if reference not in (None, "adapter", "copy"):
+        faults.append(f"reference={reference!r} is neither null, 'adapter' nor 'copy'")
+    if reference == "adapter" and lora is None:
+        faults.append("reference='adapter' needs an adapter to disable, but lora=None; use reference='copy'")
+    if reference == "adapter" and not freeze_vision:
+        faults.append(
+            "reference='adapter' keeps the trained vision tower, but freeze_vision=False; use reference='copy'"
+        )
+    if lora is not None and not lora.targets:
+        faults.append(f"lora.targets={lora.targets!r} names no layer, but lora.rank={lora.rank}; use lora=None")
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+class QwenVL(nn.Module):
+    """`path` is a folder or a Hub name. On the meta device only `config.json` is read and no weight is allocated."""
+
+    def __init__(
+        self,
+        path: str,
+        lora: LoraSettings | None = None,
+        dtype: str = "float32",
+        freeze_vision: bool = True,
+        reference: Literal["adapter", "copy"] | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        check_settings(lora, dtype, freeze_vision, reference)
+        on_meta = torch.get_default_device().type == "meta"
+        check_model(path, need_weights=not on_meta)
+        self.processor_path = path
+        self.freeze_vision = freeze_vision
+        self.reference = reference
+        model = _load(path, DTYPES[dtype], on_meta)
+        model.requires_grad_(lora is None)
+        model.model.visual.requires_grad_(not freeze_vision)
+        # Taken before the adapter goes in. Frozen vision weights are shared, the rest is a true copy.
+        self.reference_model = _frozen_copy(model, share_vision=freeze_vision) if reference == "copy" else None
+        self.model = model if lora is None else with_adapter(model, lora)
+        if not freeze_vision:
+            self.base.model.visual.requires_grad_(True)  # PEFT freezes all but its own
+        if gradient_checkpointing:
+            old_name = self.base.gradient_checkpointing_enable  # transformers renamed it after 5.17
+            getattr(self.base, "activation_checkpointing_enable", old_name)()
+        if not on_meta:
+            self.register_buffer("banned", torch.tensor(self.banned_token_ids), persistent=False)
+
+    @property
+    def base(self) -> nn.Module:
+        """The Qwen2_5_VLForConditionalGeneration, with LoRA layers in it if there is an adapter."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.processor_path)
+
+    @property
+    def image_token_id(self) -> int:
+        return self.base.config.image_token_id
+
+    @cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion: those of the generation config and the tokenizer's own."""
+        listed = self.base.generation_config.eos_token_id
+        ids = set(listed if isinstance(listed, list) else [listed]) | {self.tokenizer.eos_token_id}
+        return tuple(sorted(ids - {None}))
+
+    @cached_property
+    def banned_token_ids(self) -> tuple[int, ...]:
+        """Never sampled: all special tokens but the ends, and ids that no token has.
+
+        A policy that writes an image placeholder changes the meaning of its own prompt and breaks every later forward.
+        """
+        config, tokenizer = self.base.config, self.tokenizer
+        special = set(tokenizer.all_special_ids)
+        special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special |= {config.image_token_id, config.video_token_id}
+        special |= {config.vision_start_token_id, config.vision_end_token_id}
+        special |= set(range(len(tokenizer), config.text_config.vocab_size))
+        return tuple(sorted(special - set(self.eos_ids)))
+
+    def encode_images(self, items: Sequence[PromptItem], reference: bool = False) -> list[Tensor]:
+        """Image features [tokens, D] of each item, its images in order. The same image in several items runs once."""
+        model = self.reference_model if reference and self.reference_model is not None else self.base
+        unique: dict[str, tuple[Tensor, Tensor]] = {}
+        for item in items:
+            pixels = item.pixel_values.split(item.grid_thw.prod(-1).tolist())
+            for key, patches, grid in zip(item.image_keys, pixels, item.grid_thw, strict=True):
+                unique.setdefault(key, (patches, grid))
+        features: dict[str, Tensor] = {}
+        with torch.no_grad() if self.freeze_vision or reference else nullcontext():
+            for keys in _chunks(unique):
+                patches = torch.cat([unique[key][0] for key in keys])
+                grids = torch.stack([unique[key][1] for key in keys])
+                features.update(zip(keys, model.model.get_image_features(patches, grids).pooler_output, strict=True))
+        return [torch.cat([features[key] for key in item.image_keys]) for item in items]
+
+    def token_log_probs(
+        self,
+        rows: PackedRows,
+        features: Sequence[Tensor],
+        temperature: float = 1.0,
+        reference: bool = False,
+        ban_tokens: bool = True,
+        with_best: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """log p of each target [N], in the order of `rows.targets`, under the distribution that rollouts sample from.
+
+        `features` are those of all items given to `pack_rows` (`encode_images`). `ban_tokens=False` normalises over the
+        whole vocabulary, as supervised training does. With `reference=True` the reference answers, without gradient.
+        `with_best` also gives the likeliest token [N] in the place of each target.
+        """
+        banned = self.banned if ban_tokens else None
+        with self._acting(reference) as model, self._autocast():
+            hidden = self._hidden_states(model, rows, features)[rows.predict]
+            log_probs, best = score_tokens(hidden, rows.targets, model.lm_head, banned, temperature)
+        return (log_probs, best) if with_best else log_probs
+
+    def _hidden_states(self, model: nn.Module, rows: PackedRows, features: Sequence[Tensor]) -> Tensor:
+        """[B * L, D], after the last norm."""
+        images, slots = [features[index] for index in rows.items], rows.image_slots(self.image_token_id)
+        embeddings = self.embed(model, rows.input_ids, images, slots)
+        outputs = model.model.language_model(
+            inputs_embeds=embeddings,
+            position_ids=rows.position_ids,
+            # What stands in a mapping is handed on as it is: transformers builds no mask of its own.
+            attention_mask={"full_attention": rows.attention},
+            use_cache=False,
+        )
+        return outputs.last_hidden_state.flatten(0, 1)
+
+    def embed(self, model: nn.Module, input_ids: Tensor, features: Sequence[Tensor], slots: Tensor) -> Tensor:
+        """Token embeddings [..., D] with image features at the flat indices `slots`."""
+        embeddings = model.get_input_embeddings()(input_ids)
+        images = torch.cat(list(features)) if features else embeddings.new_zeros(0, embeddings.shape[-1])
+        if len(images) != len(slots):
+            raise ValueError(f"{len(slots)} image placeholders but {len(images)} image features")
+        flat = embeddings.flatten(0, -2).index_copy(0, slots, images.to(embeddings.dtype))
+        return flat.view_as(embeddings)
+
+    @contextmanager
+    def _acting(self, reference: bool) -> Iterator[nn.Module]:
+        """The model that answers: the policy, or the reference without gradient."""
+        if not reference:
+            yield self.base
+            return
+        if self.reference is None:
+            raise ValueError("reference=True asked of a policy built with reference=None")
+        with torch.no_grad():
+            if self.reference == "copy":
+                yield self.reference_model
+            else:
+                with self.model.disable_adapter():
+                    yield self.base
+
+    def _autocast(self) -> torch.autocast:
+        """Adapters are kept in float32 beside half-precision weights; their products run in the weights' precision."""
+        dtype = self.base.dtype
+        return torch.autocast(
+            self.device.type, dtype=dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32
+        )
+
+    def decoder(self, fold_adapter: bool = True) -> nn.Module:
+        """The model for decoding: shares the policy's tensors, in evaluation mode, by default with LoRA folded in."""
+        return folded_copy(self.base, fold_adapter).eval()
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """All that training changes, by name: the LoRA weights, and whatever else is not frozen."""
+        return {name: p.detach().cpu() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def load_adapter_state(self, state: dict[str, Tensor]) -> None:
+        """Put back what `adapter_state` gave; names must match exactly."""
+        own = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if own.keys() != state.keys():
+            raise ValueError(f"adapter state does not fit: names that differ: {sorted(own.keys() ^ state.keys())[:5]}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+    def save_merged(self, folder: str | Path) -> None:
+        """Write a plain Qwen2.5-VL folder (safetensors, processor, tokenizer) with the adapter merged into a copy.
+
+        Whole or not at all: it is written beside `folder` and moved there when complete, replacing what was there.
+        """
+        folder = Path(folder)
+        unfinished = folder.with_name(folder.name + ".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        folded_copy(self.base).save_pretrained(unfinished)
+        AutoProcessor.from_pretrained(self.processor_path).save_pretrained(unfinished)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+
+
+def new_model(config: PreTrainedConfig) -> nn.Module:
+    """An untrained model of this configuration; weights come from torch's global random state."""
+    return AutoModelForImageTextToText.from_config(config)
+
+
+def _load(path: str, dtype: torch.dtype, on_meta: bool) -> nn.Module:
+    register_attention()
+    if on_meta:
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+    else:
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
+    model.set_attn_implementation({"text_config": TEXT_ATTENTION, "vision_config": VISION_ATTENTION})
+    return model
+
+
+def _frozen_copy(model: nn.Module, share_vision: bool) -> nn.Module:
+    visual = model.model.visual
+    memo = {id(t): t for t in (*visual.parameters(), *visual.buffers())} if share_vision else {}
+    return copy.deepcopy(model, memo).requires_grad_(False).eval()
+
+
+def _chunks(images: dict[str, tuple[Tensor, Tensor]]) -> Iterator[list[str]]:
+    """Keys of consecutive images that together have at most MAX_PATCHES patches (one image at least)."""
+    keys: list[str] = []
+    total = 0
+    for key, (patches, _) in images.items():
+        if keys and total + len(patches) > MAX_PATCHES:
+            yield keys
+            keys, total = [], 0
+        keys.append(key)
+        total += len(patches)
+    if keys:
+        yield keys

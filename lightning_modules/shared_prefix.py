@@ -1,0 +1,227 @@
+"""Several completions of one prompt as one sequence: the prompt once, then its G completions side by side.
+
+A row is [prefix a, branch a1 ... aG, prefix b, branch b1 ... bG, ...]. Every branch sees its own prefix and itself,
+never a sibling or another group, and its positions start where the prefix ends. So each token gets the hidden state
+that it would get in a plain row [prefix, completion], while the prefix is computed once instead of G times.
+
+Shapes: B rows (one, where attention goes by structure), L tokens in a row, N target tokens in all completions of the
+rows; H key-value heads, R query heads for each of them, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+if TYPE_CHECKING:
+    from datamodules.batches import PromptItem
+
+PADDING = -1
+PREFIX = 0
+
+
+@dataclass(frozen=True)
+class GroupSpan:
+    """Lengths of one group's parts in a row, in tokens; empty branches are left out."""
+
+    prefix: int
+    branches: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SharedPrefixAttention:
+    """The attention of packed rows computed by its structure: what no token may see is not computed at all.
+
+    Equal to attention under `PackedRows.attention_mask`, whose cost grows with the square of the row's length; here only
+    each group's own length counts.
+    """
+
+    spans: tuple[GroupSpan, ...]
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Query [1, H * R, L, D], key and value [1, H, L, D] -> [1, L, H * R, D]."""
+        heads = key.shape[1]
+        # Token-major, so that every part below is a slice of memory.
+        query = query[0].unflatten(0, (heads, -1)).permute(2, 0, 1, 3)  # [L, H, R, D]
+        key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)  # [L, H, D]
+        out, start = [], 0
+        for span in self.spans:
+            parts = [span.prefix, *span.branches]
+            q, k, v = (t[start : start + sum(parts)].split(parts) for t in (query, key, value))
+            out.append(_attend(q[0][None], k[0][None], v[0][None], span.prefix, scaling)[0])
+            if span.branches:
+                out += self._attend_branches(q, k, v, span, scaling)
+            start += sum(parts)
+        return torch.cat(out).flatten(1, 2)[None]
+
+    @staticmethod
+    def _attend_branches(
+        query: Sequence[Tensor], key: Sequence[Tensor], value: Sequence[Tensor], span: GroupSpan, scaling: float
+    ) -> list[Tensor]:
+        """All branches as one batch, padded to the longest; each has the prefix before its own keys."""
+        q, k, v = (pad_sequence(parts[1:], batch_first=True) for parts in (query, key, value))
+        k, v = (torch.cat([parts[0].expand(len(own), -1, -1, -1), own], dim=1) for parts, own in ((key, k), (value, v)))
+        out = _attend(q, k, v, q.shape[1], scaling)
+        return [branch[:length] for branch, length in zip(out, span.branches, strict=True)]
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, num_queries: int, scaling: float) -> Tensor:
+    """Causal attention of the last T of S tokens: query [G, T, H, R, D], key and value [G, S, H, D] -> as query.
+
+    The R heads that share a key-value head are queries of one product, so keys and values are not repeated.
+    """
+    sharing, before = query.shape[3], key.shape[1] - num_queries
+    causal = torch.ones(num_queries, key.shape[1], dtype=torch.bool, device=query.device).tril_(before)
+    out = F.scaled_dot_product_attention(
+        query.permute(0, 2, 3, 1, 4).flatten(2, 3),  # [G, H, R * T, D]
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=causal.repeat(sharing, 1),
+        scale=scaling,
+    )
+    return out.unflatten(2, (sharing, num_queries)).permute(0, 3, 1, 2, 4)
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """One forward pass. A flat index counts through [B, L]; `items` says which of the packed items the rows hold."""
+
+    items: tuple[int, ...]  # in order of their places
+    spans: tuple[GroupSpan, ...]  # of the items, in order
+    input_ids: Tensor  # [B, L]
+    position_ids: Tensor  # [3, B, L], M-RoPE: temporal, height, width
+    group: Tensor  # [B, L] number of the group in its row, -1 for padding
+    branch: Tensor  # [B, L] 0 for the prefix, 1 ... G for the completions
+    predict: Tensor  # [N] flat index of the token whose hidden state predicts target n
+    targets: Tensor  # [N] token ids
+    completion: Tensor  # [N] which completion target n is of, counted through all items given to `pack_rows`
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.numel()
+
+    def image_slots(self, image_token_id: int) -> Tensor:
+        """Flat indices where the image features of `items`, concatenated in order, go.
+
+        Only prompts hold images: a placeholder that a policy wrote itself stays an ordinary token.
+        """
+        return ((self.input_ids == image_token_id) & (self.branch == PREFIX)).flatten().nonzero()[:, 0]
+
+    def to(self, device: torch.device | str) -> PackedRows:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor)})
+
+    @property
+    def attention(self) -> SharedPrefixAttention:
+        return SharedPrefixAttention(self.spans)
+
+    def attention_mask(self, dtype: torch.dtype) -> Tensor:
+        """[B, 1, L, L], True (bool) or 0 (float) where token i may look at token j.
+
+        That is where j <= i, both are of one group, and j is in the prefix or in the branch of i. Padding sees only
+        itself, so that its softmax stays finite.
+        """
+        i, j = (slice(None), slice(None), None), (slice(None), None, slice(None))
+        length = self.input_ids.shape[1]
+        index = torch.arange(length, device=self.input_ids.device)
+        same_group = (self.group[i] == self.group[j]) & (self.group[i] != PADDING)
+        same_branch = (self.branch[j] == PREFIX) | (self.branch[i] == self.branch[j])
+        visible = same_group & same_branch & (index[None, :] <= index[:, None])
+        visible = (visible | torch.eye(length, dtype=torch.bool, device=visible.device))[:, None]
+        if dtype == torch.bool:
+            return visible
+        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+
+
+def group_length(item: PromptItem, completions: Sequence[Tensor]) -> int:
+    """Tokens that a group takes in a row. The last token of a completion predicts nothing, so it is left out."""
+    return len(item.input_ids) + sum(max(len(completion) - 1, 0) for completion in completions)
+
+
+def pack_rows(
+    items: Sequence[PromptItem], completions: Sequence[Sequence[Tensor]], max_tokens: int
+) -> list[PackedRows]:
+    """Lay out each item with its completions, in order, in rows of at most `max_tokens` tokens.
+
+    A group is never split: one that is longer than `max_tokens` gets a row of its own. Every PackedRows holds one row
+    without padding, because a CPU gains nothing from more rows and a GPU takes one long row with a block mask.
+    """
+    if len(items) != len(completions):
+        raise ValueError(f"{len(items)} items but completions for {len(completions)}")
+    packed: list[PackedRows] = []
+    waiting: list[int] = []
+    room = max_tokens
+    first = _first_completion(completions)
+    for index, item in enumerate(items):
+        length = group_length(item, completions[index])
+        if waiting and length > room:
+            packed.append(_one_row(items, completions, waiting, first))
+            waiting, room = [], max_tokens
+        waiting.append(index)
+        room -= length
+    if waiting:
+        packed.append(_one_row(items, completions, waiting, first))
+    return packed
+
+
+def _first_completion(completions: Sequence[Sequence[Tensor]]) -> list[int]:
+    """Global number of each item's first completion."""
+    first = [0]
+    for group in completions:
+        first.append(first[-1] + len(group))
+    return first
+
+
+def _one_row(
+    items: Sequence[PromptItem],
+    completions: Sequence[Sequence[Tensor]],
+    chosen: Sequence[int],
+    first: Sequence[int],
+) -> PackedRows:
+    device = items[chosen[0]].input_ids.device
+    ids, positions, groups, branches, spans = [], [], [], [], []
+    predict, targets, completion_numbers = [], [], []
+    start = 0
+
+    def add(tokens: Tensor, places: Tensor, group: int, branch: int) -> None:
+        nonlocal start
+        ids.append(tokens)
+        positions.append(places)
+        groups.append(torch.full((len(tokens),), group))
+        branches.append(torch.full((len(tokens),), branch))
+        start += len(tokens)
+
+    for group, index in enumerate(chosen):
+        item = items[index]
+        add(item.input_ids, item.positions, group, PREFIX)
+        prefix_end = start - 1
+        for number, completion in enumerate(completions[index]):
+            if len(completion) == 0:
+                continue
+            inputs = completion[:-1]
+            predict += [torch.tensor([prefix_end]), torch.arange(start, start + len(inputs))]
+            targets.append(completion)
+            completion_numbers.append(torch.full((len(completion),), first[index] + number))
+            places = item.next_position + torch.arange(len(inputs), device=device)
+            add(inputs, places.expand(3, -1), group, number + 1)
+        lengths = (len(completion) - 1 for completion in completions[index])
+        spans.append(GroupSpan(len(item.input_ids), tuple(length for length in lengths if length > 0)))
+
+    none = [torch.zeros(0, dtype=torch.long)]
+    return PackedRows(
+        items=tuple(chosen),
+        spans=tuple(spans),
+        input_ids=torch.cat(ids)[None],
+        position_ids=torch.cat(positions, dim=1)[:, None],
+        group=torch.cat(groups).to(device)[None],
+        branch=torch.cat(branches).to(device)[None],
+        predict=torch.cat(predict or none).to(device),
+        targets=torch.cat(targets or none).to(device),
+        completion=torch.cat(completion_numbers or none).to(device),
+    )

@@ -1,0 +1,169 @@
+"""A benchmark folder, a folder of shards and scripted engines for the callbacks' tests."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
+
+from datamodules.batches import Batch, Encoder, PromptItem
+from datamodules.multi_image import MultiImageData
+from datamodules.samples import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
+from datamodules.shards import ShardWriter
+from lightning_modules.rollouts import Rollout
+
+QUESTIONS = {
+    "diff": "Give me the coordinates of their difference. ",
+    "region": "Please locate the 1th region picture in the source image. ",
+    "common_object": "Recognize and locate this object in the 2th image. ",
+}
+
+
+# Resuming writes to the checkpoint folder that it reads from.
+resuming = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+
+
+class FakePolicy(torch.nn.Module):
+    """Has the few attributes of QwenVL that the callbacks touch, and one weight."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.processor_path = path
+        self.model = torch.nn.Linear(2, 1)
+        self.device = torch.device("cpu")
+        self.merged: list[Path] = []
+
+    def save_merged(self, folder: Path) -> None:
+        self.merged.append(folder)
+
+
+class FakeEngine:
+    """Answers with `write(item, k)` for the k-th completion of an item; counts what it was asked."""
+
+    def __init__(self, write: Callable[[PromptItem, int], str]) -> None:
+        self.write = write
+        self.asked: list[str] = []
+        self.seeds: list[int] = []
+
+    def generate(self, items, settings, features=None, generator=None, on_progress=None) -> list[list[Rollout]]:
+        self.asked += [item.sample.id for item in items]
+        self.seeds += [generator.initial_seed()] if generator is not None else []
+        if on_progress is not None:
+            on_progress(len(items))
+        ids = torch.zeros(3, dtype=torch.long)
+        return [
+            [Rollout(ids, torch.zeros(3), True, self.write(item, k)) for k in range(settings.group_size)]
+            for item in items
+        ]
+
+
+class FakeModule(LightningModule):
+    """A PolicyModule in small: a policy, an engine, and a training step that marks its batch as trained."""
+
+    def __init__(self, path: str, engine: FakeEngine) -> None:
+        super().__init__()
+        self.policy, self.engine = FakePolicy(path), engine
+        self.seen: list[str] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        self.seen += batch.sample_ids
+        self.trainer.datamodule.mark_trained(batch)
+        return self.policy.model(torch.ones(1, 2)).sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.policy.parameters(), lr=0.1)
+
+
+def true_answer(item: PromptItem, k: int = 0) -> str:
+    """The right box, in the format that earns the format reward."""
+    answer = item.sample.answer
+    values = item.geometries[answer.image].to_model(answer.box, "absolute")
+    return f'<think>I see.</think><answer>{{"bbox_2d": {list(values)}, "label": "x"}}</answer>'
+
+
+def read_rows(logger: CSVLogger) -> list[dict[str, str]]:
+    """The rows of a CSV logger's metrics.csv."""
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> tuple[Path, Path]:
+    """(annotations, image root) of a benchmark with four questions of each of three tasks, two images each."""
+    root = tmp_path / "bench"
+    records = []
+    for task, question in QUESTIONS.items():
+        folder = root / "MIG-Bench/images" / task
+        folder.mkdir(parents=True)
+        for number in range(4):
+            names = [f"{number}_{image}.png" for image in range(2)]
+            for image, name in enumerate(names):
+                Image.new("RGB", (84 + 28 * image, 84), (60 * number, 90, 40)).save(folder / name)
+            images = [f"./MIG-Bench/images/{task}/{name}" for name in names]
+            box = [0.1, 0.2, 0.5 + 0.1 * number, 0.8]
+            records.append(
+                {
+                    "task": task,
+                    "images": images,
+                    "question": question,
+                    "answer": box,
+                    "additional_info": "",
+                    "need_format": True,
+                }
+            )
+    annotations = root / "MIG-Bench/MIG_data.json"
+    annotations.write_text(json.dumps(records))
+    return annotations, root
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Path:
+    """A folder of 20 candidates "c0" … "c19" in shards of 8; the last one's image is damaged."""
+    rng = random.Random(0)
+    folder = tmp_path / "pool"
+    with ShardWriter(folder, max_samples=8) as writer:
+        for number in range(20):
+            path = tmp_path / "image.png"
+            Image.new("RGB", (84, 84), tuple(rng.randrange(256) for _ in range(3))).save(path)
+            data = path.read_bytes()
+            parts = (ImagePart(0), TextPart("Where is it?"))
+            answer = BoxAnswer(0, (0.2, 0.2, 0.7, 0.8), "ring")
+            sample = Sample(f"c{number}", "test", "region" if number % 2 else "diff", ("a.png",), parts, answer)
+            writer.add(LoadedSample(sample, (data[:60] if number == 19 else data,)))
+    return folder
+
+
+@pytest.fixture
+def encoder(tiny_model_dir: Path) -> Encoder:
+    return Encoder(str(tiny_model_dir), "absolute", "think", 4096, 256, with_target=False)
+
+
+@pytest.fixture
+def fit(tiny_model_dir: Path, pool: Path, tmp_path: Path) -> Callable[..., Trainer]:
+    """fit(module, callbacks, ...) trains on the pool for some steps, on the CPU, and returns the Trainer."""
+
+    def run(module: LightningModule, callbacks: list, max_steps: int = 2, ckpt_path: Any = None, **kwargs) -> Trainer:
+        data = MultiImageData(str(pool), str(tiny_model_dir), batch_size=2, with_target=False, shuffle_buffer=4)
+        defaults = {"logger": False, "enable_checkpointing": False}
+        trainer = Trainer(
+            accelerator="cpu",
+            max_steps=max_steps,
+            callbacks=callbacks,
+            default_root_dir=tmp_path / "run",
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **defaults | kwargs,
+        )
+        trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+        return trainer
+
+    return run

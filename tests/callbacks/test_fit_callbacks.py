@@ -1,0 +1,128 @@
+"""The small callbacks: merging, pictures, throughput, and interruption."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from fsspec.implementations.local import LocalFileOpener
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from PIL import Image
+
+from callbacks.guards import SaveOnInterrupt
+from callbacks.merge_adapter import MergeAdapter
+from callbacks.previews import Previews, draw_preview
+from callbacks.throughput import Throughput
+from datamodules.benchmarks.mig_bench import load_mig_bench
+from datamodules.benchmarks.mig_scoring import Prediction
+from tests.callbacks.conftest import FakeEngine, FakeModule, read_rows, resuming, true_answer
+
+
+@pytest.fixture
+def module(tiny_model_dir) -> FakeModule:
+    return FakeModule(str(tiny_model_dir), FakeEngine(true_answer))
+
+
+class Sends(Callback):
+    """Sends this process a signal while the second batch is trained on."""
+
+    def __init__(self, signum: int, times: int = 1) -> None:
+        self.signum, self.times = signum, times
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if batch_idx == 1:
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.signum)
+
+
+def test_the_policy_is_merged_once_into_the_runs_folder(fit, module, tmp_path: Path) -> None:
+    fit(module, [MergeAdapter()])
+    assert module.policy.merged == [tmp_path / "run/merged"]
+
+
+def test_throughput_is_logged_from_the_second_batch_on(fit, module, tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path / "log")
+    fit(module, [Throughput()], max_steps=3, logger=logger, log_every_n_steps=1)
+    rows = read_rows(logger)
+    assert len(rows) == 2
+    assert all(float(row["speed/seconds_per_batch"]) > 0 for row in rows)
+    assert all(0 <= float(row["speed/data_wait_share"]) <= 1 for row in rows)
+    assert all(float(row["speed/prompt_tokens_per_second"]) > 0 for row in rows)
+
+
+def test_previews_are_drawn_for_every_task(fit, module, bench, tmp_path: Path) -> None:
+    fit(module, [Previews(str(bench[0]), str(bench[1]), every_n_steps=1)])
+    folder = tmp_path / "run/previews"
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
+    files = ["common_object_8.png", "diff_0.png", "region_4.png"]
+    assert names == [f"step_{step:06d}/{name}" for step in (1, 2) for name in files]
+
+
+def prediction(text: str, truth, box, failure: str | None) -> Prediction:
+    return Prediction("a/0", "diff", text, truth, box, 0.2, None, 0.0, False, failure, num_tokens=1, finished=True)
+
+
+def test_a_preview_shows_both_boxes_in_their_colours(bench) -> None:
+    sample = load_mig_bench(*bench)[0][0]
+    answer = prediction("because é 猫 " * 40, (0.1, 0.2, 0.5, 0.6), (0.9, 0.4, 0.2, 3.0), None)
+    picture = draw_preview(Image.new("RGB", (100, 50), "white"), sample, answer)
+    assert picture.width == 640 and picture.height > 320
+    assert picture.getpixel((64, 128)) == (0x00, 0xA0, 0x00)  # the true box's left side
+    assert picture.getpixel((300, 128)) == (0xE0, 0x20, 0x20)  # the predicted one's top, with its sides put in order
+
+
+def test_a_preview_of_an_answer_without_a_box_is_drawn(bench) -> None:
+    sample = load_mig_bench(*bench)[0][0]
+    picture = draw_preview(Image.new("L", (90, 900)), sample, prediction("", (0, 0, 1, 1), None, "empty"))
+    assert picture.size > (640, 6400)
+
+
+@resuming
+@pytest.mark.parametrize(("signum", "error"), [(signal.SIGINT, SystemExit), (signal.SIGTERM, SIGTERMException)])
+def test_a_signal_saves_a_checkpoint_behind_the_batch_and_a_resume_loses_nothing(
+    fit, module, tiny_model_dir, tmp_path: Path, signum: int, error: type[BaseException]
+) -> None:
+    whole = FakeModule(str(tiny_model_dir), module.engine)
+    fit(whole, [], max_steps=5)
+    before = signal.getsignal(signum)
+    checkpoints = ModelCheckpoint(tmp_path / "ckpt", save_last=False, every_n_train_steps=100)
+    with pytest.raises(error) as caught:
+        fit(module, [SaveOnInterrupt(), checkpoints, Sends(signum)], max_steps=5, enable_checkpointing=True)
+    assert caught.value.code == (1 if signum == signal.SIGINT else 143)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves Ctrl-C ignored
+    assert signum == signal.SIGINT or signal.getsignal(signum) == before
+    assert module.seen == whole.seen[:4]
+    path = tmp_path / "ckpt/interrupted.ckpt"
+    assert path.is_file()
+    resumed = FakeModule(str(tiny_model_dir), module.engine)
+    fit(resumed, [SaveOnInterrupt(), checkpoints], max_steps=5, enable_checkpointing=True, ckpt_path=path)
+    assert resumed.seen == whole.seen[4:]
+    assert not path.exists()
+
+
+def test_a_second_ctrl_c_stops_at_once(fit, module, tmp_path: Path) -> None:
+    checkpoints = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=100)
+    with pytest.raises(SystemExit):
+        fit(module, [SaveOnInterrupt(), checkpoints, Sends(signal.SIGINT, times=2)], enable_checkpointing=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert len(module.seen) == 2
+    assert not (tmp_path / "ckpt/interrupted.ckpt").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_whole_leaves_the_old_one(fit, module, tmp_path: Path, monkeypatch) -> None:
+    trainer = fit(module, [])
+    path = tmp_path / "old.ckpt"
+    trainer.save_checkpoint(path)
+    old = path.read_bytes()
+
+    def fill_up(file: LocalFileOpener, data: bytes) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(LocalFileOpener, "write", fill_up, raising=False)
+    with pytest.raises(OSError, match="no space"):
+        trainer.save_checkpoint(path)
+    assert path.read_bytes() == old

@@ -1,0 +1,136 @@
+"""The MIGBench callback and the evaluation without a Trainer, with scripted answers and once with a real tiny model."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from callbacks.artefacts import Journal
+from callbacks.mig_bench import EvaluationSettings, MIGBench, evaluate_mig_bench, limit_tasks
+from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
+from datamodules.benchmarks.mig_scoring import summarise
+from lightning_modules.qwen_vl import QwenVL
+from lightning_modules.rollouts import NativeEngine
+from tests.callbacks.conftest import FakeEngine, FakeModule, FakePolicy, read_rows, resuming, true_answer
+
+SETTINGS = EvaluationSettings(max_new_tokens=8, batch_prompts=1)  # windows of four questions
+
+
+def half_right(item, k: int) -> str:
+    """Right where the question is one of the file's even ones."""
+    return true_answer(item) if int(item.sample.id.split("/")[1]) % 2 == 0 else "I do not know."
+
+
+def test_every_question_gets_one_prediction_in_the_files_order(bench, encoder) -> None:
+    samples, _ = load_mig_bench(*bench)
+    engine = FakeEngine(half_right)
+    load = partial(load_images, image_root=bench[1])
+    predictions = evaluate_mig_bench(FakePolicy("p"), engine, encoder, samples, load, SETTINGS, show_progress=False)
+    assert [p.id for p in predictions] == [s.id for s in samples]
+    assert sorted(engine.asked) == sorted(s.id for s in samples)
+    summary = summarise(predictions)
+    assert summary["tasks"] == {"diff": 50.0, "common_object": 50.0, "region": 50.0}
+    assert summary["format_rate"] == 50.0 and summary["parse_failures"] == {"no_json": 6}
+
+
+def test_an_interrupted_evaluation_goes_on_and_gives_the_same_predictions(bench, encoder, tmp_path: Path) -> None:
+    samples, _ = load_mig_bench(*bench)
+    load = partial(load_images, image_root=bench[1])
+    given = {"encoder": encoder, "samples": samples, "load": load, "settings": SETTINGS, "show_progress": False}
+    run = partial(evaluate_mig_bench, **given)
+    whole = run(FakePolicy("p"), FakeEngine(half_right))
+    path = tmp_path / "predictions.jsonl"
+
+    class Dying(FakeEngine):
+        def generate(self, items, *args, **kwargs):
+            if len(self.asked) >= 8:
+                raise KeyboardInterrupt
+            return super().generate(items, *args, **kwargs)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(FakePolicy("p"), Dying(half_right), journal=Journal(path, "key"))
+    assert len(path.read_text().splitlines()) == 8
+    second = FakeEngine(half_right)
+    assert run(FakePolicy("p"), second, journal=Journal(path, "key")) == whole
+    assert len(second.asked) == 4
+    assert run(FakePolicy("p"), FakeEngine(half_right), journal=Journal(path, "key")) == whole
+    third = FakeEngine(half_right)
+    run(FakePolicy("p"), third, journal=Journal(path, "another key"))
+    assert len(third.asked) == 12
+
+
+def test_a_damaged_image_counts_as_wrong_under_its_name(bench, encoder, caplog) -> None:
+    samples, _ = load_mig_bench(*bench)
+    damaged = bench[1] / samples[0].images[1]
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    load = partial(load_images, image_root=bench[1])
+    engine = FakeEngine(true_answer)
+    predictions = evaluate_mig_bench(FakePolicy("p"), engine, encoder, samples, load, SETTINGS, show_progress=False)
+    summary = summarise(predictions)
+    assert summary["n"] == 12 and summary["tasks"]["diff"] == 75.0
+    assert summary["parse_failures"] == {"truncated_image": 1}
+    assert "mig_bench/0" in caplog.text
+
+
+def test_a_limit_takes_questions_from_all_over_each_task(bench) -> None:
+    samples, _ = load_mig_bench(*bench)
+    assert [s.id for s in limit_tasks(samples, 2)] == [f"mig_bench/{n}" for n in (0, 2, 4, 6, 8, 10)]
+    assert limit_tasks(samples, None) == limit_tasks(samples, 99) == samples
+
+
+def test_the_callback_evaluates_before_inside_and_after_and_logs(bench, fit, tiny_model_dir, tmp_path: Path) -> None:
+    module = FakeModule(str(tiny_model_dir), FakeEngine(half_right))
+    callback = MIGBench(
+        str(bench[0]), str(bench[1]), before=True, every_n_steps=2, limit_per_task=3, validation_limit_per_task=1
+    )
+    logger = CSVLogger(tmp_path / "log")
+    fit(module, [callback], max_steps=3, logger=logger, log_every_n_steps=1)
+    folder = tmp_path / "run/mig_bench"
+    assert sorted(path.name for path in folder.iterdir()) == ["after", "before", "step_000002"]
+    after = json.loads((folder / "after/mig_bench.json").read_text())
+    assert after["n"] == 9 and after["step"] == 3
+    assert len((folder / "after/predictions.jsonl").read_text().splitlines()) == 9
+    assert json.loads((folder / "step_000002/mig_bench.json").read_text())["n"] == 3
+    # The policy has moved in between, so nothing was taken over from "before".
+    assert json.loads((folder / "before/mig_bench.json").read_text())["key"] != after["key"]
+    rows = read_rows(logger)
+    logged = [row["step"] for row in rows if row["mig_bench/avg"]]
+    assert logged == ["0", "3"]
+    assert {"mig_bench/diff", "mig_bench/in_domain", "mig_bench_val/avg"} <= set(rows[0])
+
+
+@resuming
+def test_a_finished_run_that_is_started_again_gets_only_what_is_missing(bench, fit, tiny_model_dir, tmp_path) -> None:
+    checkpoints = ModelCheckpoint(tmp_path / "ckpt", save_last=True, every_n_train_steps=1)
+    fit(FakeModule(str(tiny_model_dir), FakeEngine(half_right)), [checkpoints], enable_checkpointing=True)
+    engine = FakeEngine(half_right)
+    module = FakeModule(str(tiny_model_dir), engine)
+    callback = MIGBench(str(bench[0]), str(bench[1]), before=True)
+    fit(module, [callback, checkpoints], enable_checkpointing=True, ckpt_path=tmp_path / "ckpt/last.ckpt")
+    assert module.seen == []
+    assert len(engine.asked) == 12
+    assert [path.name for path in (tmp_path / "run/mig_bench").iterdir()] == ["after"]
+
+
+def test_a_wrong_image_root_fails_before_the_model_is_built(bench, fit, tiny_model_dir, tmp_path: Path) -> None:
+    class Unbuildable(FakeModule):
+        def configure_model(self) -> None:
+            raise AssertionError("the model was built first")
+
+    with pytest.raises(FileNotFoundError, match="benchmark images"):
+        fit(Unbuildable(str(tiny_model_dir), FakeEngine(half_right)), [MIGBench(str(bench[0]), str(tmp_path))])
+
+
+def test_a_real_model_is_evaluated_greedily_and_the_same_twice(bench, encoder, tiny_model_dir) -> None:
+    samples, _ = load_mig_bench(*bench)
+    policy = QwenVL(str(tiny_model_dir))
+    load = partial(load_images, image_root=bench[1])
+    run = partial(evaluate_mig_bench, policy, NativeEngine(policy), encoder, samples[::4], load, show_progress=False)
+    first = run(EvaluationSettings(max_new_tokens=6, batch_prompts=2))
+    assert len(first) == 3 and all(0 < p.num_tokens <= 6 for p in first)
+    assert [p.text for p in run(EvaluationSettings(max_new_tokens=6, batch_prompts=1))] == [p.text for p in first]

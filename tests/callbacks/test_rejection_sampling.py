@@ -1,0 +1,122 @@
+"""Rejection sampling: what is kept, that it is reused, and that an interruption changes nothing."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from callbacks.rejection_sampling import RejectionSampling, RejectionSettings, rejection_sample
+from datamodules.samples import Rejections
+from datamodules.shards import read_samples
+from tests.callbacks.conftest import FakeEngine, FakeModule, FakePolicy, resuming, true_answer
+
+SETTINGS = RejectionSettings(num_samples=4, max_new_tokens=8, batch_prompts=3)
+
+
+def right_number_mod_5(item, k: int) -> str:
+    """Candidate c<n> is solved in n mod 5 of 4 samples."""
+    return true_answer(item) if k < int(item.sample.id[1:]) % 5 else "(0,0),(1,1)"
+
+
+def kept_ids(folder: Path) -> list[str]:
+    return [loaded.sample.id for loaded in read_samples(folder, Rejections(strict=True))]
+
+
+@pytest.fixture
+def run(pool, encoder, tiny_model_dir, tmp_path):
+    policy = FakePolicy(str(tiny_model_dir))
+    given = {"encoder": encoder, "source": str(pool), "settings": SETTINGS, "folder": tmp_path / "rs"}
+    return partial(rejection_sample, policy, **given)
+
+
+def test_always_and_never_solved_prompts_are_dropped(run, tmp_path: Path) -> None:
+    shards = run(FakeEngine(right_number_mod_5))
+    # 0 of 4 and 4 of 4 go; c19 cannot be read.
+    assert kept_ids(shards) == [f"c{n}" for n in range(19) if 0 < n % 5 < 4]
+    histogram = json.loads((tmp_path / "rs/histogram.json").read_text())
+    assert histogram["num_correct"] == [4, 4, 4, 4, 3]
+    assert (histogram["candidates"], histogram["kept"]) == (19, 12)
+    assert sum(histogram["rejected"].values()) == 1
+    assert sum(histogram["tasks"]["diff"]) + sum(histogram["tasks"]["region"]) == 19
+    kept = [json.loads(line) for line in (tmp_path / "rs/kept.jsonl").read_text().splitlines()]
+    assert kept[0]["id"] == "c1" and kept[0]["correct"] == 1
+    assert kept[0]["mean_iou"] == pytest.approx(0.25, abs=0.02)
+
+
+def test_a_finished_choice_is_used_again_unless_something_changed(run, encoder, tiny_model_dir, tmp_path: Path) -> None:
+    run(FakeEngine(right_number_mod_5))
+    again = FakeEngine(right_number_mod_5)
+    run(again)
+    assert again.asked == []
+    for changed in (
+        {"settings": RejectionSettings(num_samples=4, max_new_tokens=8, batch_prompts=3, temperature=0.9)},
+        {"settings": SETTINGS},
+    ):
+        engine = FakeEngine(right_number_mod_5)
+        run(engine, **changed)
+        assert len(engine.asked) == 19
+
+
+def test_an_interrupted_choice_goes_on_with_the_same_seeds(run, tmp_path: Path) -> None:
+    whole = FakeEngine(right_number_mod_5)
+    expected = kept_ids(run(whole, folder=tmp_path / "other"))
+
+    class Dying(FakeEngine):
+        def generate(self, items, *args, **kwargs):
+            if len(self.asked) >= 9:
+                raise KeyboardInterrupt
+            return super().generate(items, *args, **kwargs)
+
+    first, second = Dying(right_number_mod_5), FakeEngine(right_number_mod_5)
+    with pytest.raises(KeyboardInterrupt):
+        run(first)
+    assert kept_ids(run(second)) == expected
+    assert first.asked + second.asked == whole.asked
+    assert first.seeds + second.seeds == whole.seeds
+    assert len(set(whole.seeds)) == 7
+
+
+def test_ranks_share_the_work_and_one_writes(run, tmp_path: Path) -> None:
+    expected = kept_ids(run(FakeEngine(right_number_mod_5), folder=tmp_path / "other"))
+    engines = [FakeEngine(right_number_mod_5) for _ in range(2)]
+    barrier = Barrier(2, timeout=60)
+    with ThreadPoolExecutor(2) as pool:
+        ranks = [
+            pool.submit(run, engine, rank=rank, world_size=2, barrier=barrier.wait)
+            for rank, engine in enumerate(engines)
+        ]
+    assert [kept_ids(rank.result()) for rank in ranks] == [expected, expected]
+    assert sorted(engines[0].asked + engines[1].asked) == sorted(f"c{n}" for n in range(19))
+    assert len(engines[0].seeds) == 4 and len(engines[1].seeds) == 3
+
+
+def test_keeping_nothing_is_an_error_that_shows_the_counts(run) -> None:
+    with pytest.raises(ValueError, match="none of 19 candidates"):
+        run(FakeEngine(lambda item, k: "no box"))
+
+
+@resuming
+def test_the_callback_trains_on_what_was_kept(fit, tiny_model_dir, tmp_path: Path) -> None:
+    module = FakeModule(str(tiny_model_dir), FakeEngine(right_number_mod_5))
+    callback = RejectionSampling(num_samples=4, max_new_tokens=8)
+    checkpoints = ModelCheckpoint(tmp_path / "ckpt", save_last=True, every_n_train_steps=1)
+    fit(module, [callback, checkpoints], max_steps=4, enable_checkpointing=True)
+    kept = [f"c{n}" for n in range(19) if 0 < n % 5 < 4]
+    assert len(module.seen) == 8 and set(module.seen) <= set(kept)
+
+    engine = FakeEngine(right_number_mod_5)
+    resumed = FakeModule(str(tiny_model_dir), engine)
+    again = {"enable_checkpointing": True, "max_steps": 6, "ckpt_path": tmp_path / "ckpt/last.ckpt"}
+    fit(resumed, [callback, checkpoints], **again)
+    assert engine.asked == []
+    assert sorted(module.seen + resumed.seen) == sorted(kept)
+
+    (tmp_path / "run/rejection_sampling/histogram.json").unlink()
+    with pytest.raises(RuntimeError, match="resumed at step"):
+        fit(resumed, [callback, checkpoints], **again)

@@ -1,0 +1,109 @@
+"""A whole tiny experiment: shards, a MIG-Bench of two tasks, and YAMLs that train a few updates of the tiny model."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from datamodules.samples import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
+from datamodules.shards import ShardWriter
+from tests.conftest import QUESTIONS, SIZES, random_png
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """Paths of the tiny experiment; `outputs` is empty at first."""
+
+    root: Path
+    model: Path
+
+    @property
+    def outputs(self) -> Path:
+        return self.root / "outputs"
+
+    @property
+    def benchmark(self) -> dict[str, str]:
+        return {"annotations": str(self.root / "MIG-Bench" / "MIG_data.json"), "image_root": str(self.root)}
+
+    def write_yaml(self, name: str, settings: dict) -> str:
+        path = self.root / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(settings))
+        return str(path)
+
+    def training(self, phase: str, callbacks: Sequence[dict] = (), **model: object) -> str:
+        """Path of a training YAML: two updates of two prompts on the CPU, with a checkpoint after each."""
+        is_grpo = phase == "grpo"
+        class_path = "lightning_modules.grpo.GRPO" if is_grpo else "lightning_modules.cot_sft.CoTSFT"
+        checkpoints = {"save_last": True, "save_top_k": 0, "every_n_train_steps": 1, "enable_version_counter": False}
+        every = [
+            {"class_path": "callbacks.merge_adapter.MergeAdapter"},
+            {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoints},
+            {"class_path": "callbacks.guards.SaveOnInterrupt"},
+        ]
+        common = {"model": str(self.model), "lora": {"rank": 4, "alpha": 8}, "learning_rate": 1e-3}
+        own = {"group_size": 2, "max_new_tokens": 6, "temperature": 1.0} if is_grpo else {}
+        settings = {
+            "experiment": "tiny",
+            "phase": phase,
+            "outputs": str(self.outputs),
+            "model": {"class_path": class_path, "init_args": common | own | model},
+            "data": {"shards": str(self.root / "shards"), "batch_size": 2, "with_target": not is_grpo},
+            "trainer": {
+                "accelerator": "cpu",
+                "devices": 1,
+                "max_steps": 2,
+                "log_every_n_steps": 1,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "callbacks": [*callbacks, *every],
+            },
+        }
+        return self.write_yaml(phase, settings)
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    rng = random.Random(0)
+    with ShardWriter(root / "shards") as writer:
+        for index in range(12):
+            files = tuple(f"{index}_{image}.png" for image in range(2))
+            parts = (*(ImagePart(image) for image in range(2)), TextPart(rng.choice(QUESTIONS)))
+            answer = BoxAnswer(1, (0.1, 0.2, 0.6, 0.9), "ring")
+            sample = Sample(f"tiny/{index}", "test", "diff", files, parts, answer, "It is there.")
+            writer.add(LoadedSample(sample, tuple(random_png(rng, rng.choice(SIZES)) for _ in files)))
+    records = []
+    for index, task in enumerate(("diff", "reasoning", "diff", "reasoning")):
+        names = [f"./MIG-Bench/images/{task}/{index}_{image}.png" for image in range(2)]
+        for name in names:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(random_png(rng, rng.choice(SIZES)))
+        records.append(
+            {
+                "task": task,
+                "images": names,
+                "question": "Find it and locate it in the second image. ",
+                "answer": [0.1, 0.2, 0.7, 0.8],
+                "additional_info": "",
+                "need_format": True,
+            }
+        )
+    (root / "MIG-Bench" / "MIG_data.json").write_text(json.dumps(records))
+    return root
+
+
+@pytest.fixture
+def workbench(tiny_world: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workbench:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr("sys.argv", ["train"])  # LightningCLI warns when it is given arguments in two ways
+    for name in ("shards", "MIG-Bench"):
+        (tmp_path / name).symlink_to(tiny_world / name)
+    return Workbench(tmp_path, tiny_model_dir)

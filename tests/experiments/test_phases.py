@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from experiments import phases
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_phase_is_done_only_with_its_own_hash(tmp_path: Path) -> None:
+    folder = tmp_path / "cot_sft"
+    assert not phases.claim(folder, "aaaa")
+    assert not phases.claim(folder, "aaaa"), "started is not done"
+    phases.write_marker(folder, key="aaaa", seconds=1.0)
+    assert phases.claim(folder, "aaaa")
+
+
+def test_other_settings_start_afresh_and_lose_nothing(tmp_path: Path) -> None:
+    folder, said = tmp_path / "grpo", []
+    for key in ("aaaa", "bbbb", "aaaa", "bbbb", "aaaa"):
+        assert not phases.claim(folder, key, said.append)
+        assert not (folder / "weights").exists()
+        (folder / "weights").write_text(key)
+    kept = sorted((path.name, (path / "weights").read_text()) for path in tmp_path.iterdir())
+    assert kept == [
+        ("grpo", "aaaa"), ("grpo.aaaa", "aaaa"), ("grpo.aaaa+", "aaaa"), ("grpo.bbbb", "bbbb"), ("grpo.bbbb+", "bbbb"),
+    ]  # fmt: skip
+    assert len(said) == 4 and "grpo.aaaa" in said[0]
+
+
+def test_a_second_process_waits_for_the_first_and_a_kill_frees_the_lock(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from experiments import phases\n"
+        "with phases.locked(sys.argv[1]): print('in', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "grpo")], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "in\n"
+        said: list[str] = []
+
+        def kill_and_note(message: str) -> None:
+            said.append(message)
+            holder.kill()
+
+        start = time.monotonic()
+        with phases.locked(tmp_path / "grpo", kill_and_note):
+            assert len(said) == 1 and "waiting" in said[0]
+        assert time.monotonic() - start < 30
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()

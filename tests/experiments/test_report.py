@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+from experiments import charts, report
+from experiments.results import Results, make_stage, write_results
+from tests.experiments.test_metrics import attempt
+from tests.experiments.test_results import summary
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    stages = [make_stage(name, summary(avg), 60) for name, avg in (("base", 11.0), ("cot_sft", 26.5), ("grpo", 32.25))]
+    write_results(tmp_path / "results.json", Results("nano <x>", 1, "abc123", tuple(stages)))
+    attempt(tmp_path / "grpo", 0, "reward/total,step\n0.5,0\n0.75,1\n")
+    image = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(image, "PNG")
+    for step in ("step_000010", "step_000020"):
+        (tmp_path / "grpo" / "previews" / step).mkdir(parents=True)
+        (tmp_path / "grpo" / "previews" / step / f"{step}_example.png").write_bytes(image.getvalue())
+    return tmp_path
+
+
+def test_the_page_holds_the_ladder_curves_and_pictures(folder: Path) -> None:
+    page = report.write_report(folder).read_text()
+    for text in ("26.50", "+15.50", "32.25", "+5.75", "abc123", "nano &lt;x&gt;", "data:image/png;base64,", "Reward"):
+        assert text in page
+    assert "<svg" in page and "no_box" in page
+    assert "step_000020_example" in page and "step_000010_example" not in page
+
+
+def test_the_page_needs_nothing_from_outside(folder: Path) -> None:
+    page = report.render_report(folder)
+    links = re.findall(r"(?:src|href)=\"(?!data:)[^\"]*", page) + re.findall(r"url\(|@import|<script|<link", page)
+    assert links == []
+
+
+def test_the_terminal_ladder_is_aligned(folder: Path) -> None:
+    lines = report.ladder_text(report.read_results(folder / "results.json")).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[-1].split()[:3] == ["grpo", "32.25", "+5.75"]
+
+
+def test_a_half_finished_experiment_is_reported_as_far_as_it_went(tmp_path: Path) -> None:
+    write_results(tmp_path / "results.json", Results("nano", 0, "abc"))
+    assert "Ladder" in report.render_report(tmp_path)
+
+
+def test_a_missing_experiment_is_a_short_error(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"no report: .*results\.json"):
+        report.main(["--folder", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "points", [[(0, 1.0)], [(5, 2.0), (5, 2.0)], [(k, k % 7) for k in range(100)], [(0, -1), (1, 1e9)]]
+)
+def test_charts_are_well_formed_and_stay_inside_their_frame(points: list) -> None:
+    tree = ElementTree.fromstring(charts.line_chart("a < b", {"x & y": points, "empty": []}))
+    for line in tree.iter("{http://www.w3.org/2000/svg}polyline"):
+        for place in line.get("points").split():
+            x, y = map(float, place.split(","))
+            assert charts.LEFT - 0.1 <= x <= charts.WIDTH and 0 <= y <= charts.HEIGHT
+
+
+def test_bars_are_as_tall_as_their_values() -> None:
+    tree = ElementTree.fromstring(charts.bar_chart("t", ["diff", "region"], {"base": {"diff": 50, "region": 100}}))
+    bars = [float(bar.get("height")) for bar in tree.iter("{http://www.w3.org/2000/svg}rect") if bar.get("fill")]
+    assert bars[1] == pytest.approx(2 * bars[0], abs=0.2)
+
+
+def test_no_points_make_no_chart() -> None:
+    assert charts.line_chart("t", {"a": []}) == ""
+
+
+def test_smoothing_keeps_a_constant_and_the_number_of_points() -> None:
+    points = [(k, 3.0) for k in range(50)]
+    assert charts.smooth(points) == points

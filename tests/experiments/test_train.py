@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from callbacks.artefacts import read_json
+from experiments import metrics, train
+from experiments.checks import SettingsError
+from tests.experiments.conftest import ROOT, Workbench
+
+REJECTION = {
+    "class_path": "callbacks.rejection_sampling.RejectionSampling",
+    "init_args": {"num_samples": 2, "max_new_tokens": 6},
+}
+
+
+def start(config: str, *more: str, log: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "experiments.train", "--config", config, *more]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop("WANDB_SERVICE", None)  # else it would be one with the run that an earlier test made
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=log.open("a"), stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+    )
+
+
+def wait_until(condition, process: subprocess.Popen, log: Path, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.05)
+
+
+def test_a_phase_leaves_everything_that_the_next_one_needs(workbench: Workbench, capsys) -> None:
+    config = workbench.training("cot_sft")
+    train.main(["--config", config, "--model.learning_rate=0.002"])
+    folder = workbench.outputs / "tiny" / "cot_sft"
+    resolved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert resolved["model"]["init_args"]["learning_rate"] == 0.002
+    assert resolved["data"]["max_image_pixels"] == 64_000_000, "defaults are written out"
+    assert (folder / "merged" / "model.safetensors").is_file()
+    assert [step for step, _ in metrics.read_curve(metrics.read_rows(folder), "train/loss")] == [0, 1]
+    assert (folder / "metrics.csv").is_file()
+    assert read_json(folder / "done.json")["seconds"] > 0
+    assert list((folder / "wandb").glob("offline-run-*"))
+
+    for arguments in (["--config", config, "--model.learning_rate=0.002"], ["--config", str(folder / "config.yaml")]):
+        train.main(arguments)
+        assert "already done" in capsys.readouterr().out
+
+
+def test_other_settings_train_afresh_and_keep_the_old_run(workbench: Workbench) -> None:
+    config = workbench.training("cot_sft")
+    arguments = ["--config", config, "--trainer.logger=false", "--trainer.max_steps=1"]
+    train.main(arguments)
+    key = read_json(workbench.outputs / "tiny" / "cot_sft" / "done.json")["key"]
+    train.main([*arguments, "--seed_everything=1"])
+    assert read_json(workbench.outputs / "tiny" / f"cot_sft.{key[:8]}" / "done.json")["key"] == key
+    assert read_json(workbench.outputs / "tiny" / "cot_sft" / "done.json")["key"] != key
+
+
+def test_every_fault_is_told_at_once_and_before_weights_are_read(workbench: Workbench) -> None:
+    config = workbench.training("grpo", group_size=1, beta=-1.0, model=str(workbench.root / "nowhere"))
+    more = ["--data.shards", str(workbench.root / "no_shards"), "--data.batch_size=0", "--phase=../up"]
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--config", config, "--trainer.accumulate_grad_batches=2", *more])
+    message = str(caught.value)
+    for fault in ("nowhere", "no_shards", "group_size=1", "beta=-1.0", "batch_size=0", "'../up'", "model.accumulate"):
+        assert fault in message, fault
+    assert "Union" not in message and len(message.splitlines()) <= 9
+    assert not workbench.outputs.exists()
+
+
+def test_an_empty_shard_list_is_named(workbench: Workbench) -> None:
+    config = workbench.training("cot_sft")
+    with pytest.raises(SystemExit, match=r"shards=.* names no folder"):
+        train.main(["--config", config, "--data.shards=[]"])
+
+
+def test_the_key_follows_what_is_computed(workbench: Workbench) -> None:
+    config = workbench.training("cot_sft")
+
+    class Parsed(train.TrainCLI):
+        def before_instantiate_classes(self) -> None:
+            self.key = train.run_key(self.settings())
+
+        def instantiate_classes(self) -> None:
+            pass
+
+    def key(*more: str) -> str:
+        return Parsed(["--config", config, *more]).key
+
+    assert key() == key("--trainer.log_every_n_steps=7", "--trainer.logger=false", "--outputs=elsewhere")
+    different = [key(), key("--seed_everything=1"), key("--model.learning_rate=1e-5"), key("--trainer.max_steps=3")]
+    assert len(set(different)) == 4
+
+
+def test_setting_errors_are_value_errors() -> None:
+    assert issubclass(SettingsError, ValueError)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_grpo_run_ends_as_one_left_alone(workbench: Workbench, kill: signal.Signals) -> None:
+    config = workbench.training("grpo")
+    log = workbench.root / "log.txt"
+    more = ("--trainer.max_steps=6", "--model.skip_equal_groups=false")
+
+    def rollouts(phase: str) -> list[dict]:
+        path = workbench.root / f"{phase}.jsonl"
+        found = {}
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            found[record["batch"], record["id"]] = record
+        return [found[key] for key in sorted(found)]
+
+    for phase in ("whole", "stopped"):
+        arguments = (*more, f"--phase={phase}", f"--model.rollout_log={workbench.root / phase}.jsonl")
+        process = start(config, *arguments, log=log)
+        if phase == "stopped":
+            last = workbench.outputs / "tiny" / phase / "checkpoints" / "last.ckpt"
+            wait_until(last.is_file, process, log)
+            process.send_signal(kill)
+            assert process.wait(60) != 0
+            process = start(config, *arguments, log=log)
+        assert process.wait(120) == 0, log.read_text()
+    assert "going on from" in log.read_text()
+    assert rollouts("whole") == rollouts("stopped")
+    curves = {}
+    for phase in ("whole", "stopped"):
+        rows = metrics.read_rows(workbench.outputs / "tiny" / phase)
+        curves[phase] = [metrics.read_curve(rows, name) for name in ("reward/total", "grpo/loss", "grpo/kl")]
+    assert curves["whole"] == curves["stopped"]

@@ -1,0 +1,101 @@
+"""Running a training module on batches held in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning import LightningDataModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from datamodules.batches import Batch, PromptItem
+from lightning_modules.adapters import LoraSettings
+from lightning_modules.policy_module import PolicyModule
+
+LORA = LoraSettings(rank=8, alpha=16)
+
+
+class Batches(LightningDataModule):
+    """Cycles through `num_items` at a time, forever; resumes after the batch that was last marked as trained on.
+
+    With several ranks, each takes every world-size-th batch.
+    """
+
+    def __init__(self, items: list[PromptItem], num_items: int) -> None:
+        super().__init__()
+        self.items, self.num_items = items, num_items
+        self.position = 0
+
+    def train_dataloader(self) -> Iterator[Batch]:
+        return _Stream(self)
+
+    def mark_trained(self, batch: Batch) -> None:
+        self.position = batch.position["number"]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+class ValidatedBatches(Batches):
+    """Also every item by itself, to validate on."""
+
+    def val_dataloader(self) -> _Loader:
+        return _Loader([Batch([item]) for item in self.items])
+
+
+class _Loader:
+    """Not a list: Lightning takes those for lists of loaders."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+
+class _Stream:
+    def __init__(self, data: Batches) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Batch]:
+        data, trainer, number = self.data, self.data.trainer, self.data.position
+        while True:
+            start = (number * trainer.world_size + trainer.global_rank) * data.num_items
+            number += 1
+            chosen = [data.items[(start + k) % len(data.items)] for k in range(data.num_items)]
+            yield Batch(chosen, {"number": number})
+
+
+@pytest.fixture
+def lora() -> LoraSettings:
+    return LORA
+
+
+@pytest.fixture
+def fit(tmp_path: Path) -> Callable[..., Trainer]:
+    """fit(module, items, num_items=2, max_steps=3, **trainer) trains on the CPU; returns the trainer."""
+
+    def run(
+        module: PolicyModule, items: list[PromptItem], num_items: int = 2, ckpt_path: Any = None, **trainer: Any
+    ) -> Trainer:
+        settings = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
+        made = Trainer(
+            default_root_dir=tmp_path,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=1,
+            **settings | {"limit_val_batches": 0} | trainer,
+        )
+        kind = ValidatedBatches if is_overridden("validation_step", module) else Batches
+        made.fit(module, datamodule=kind(items, num_items), ckpt_path=ckpt_path, weights_only=True)
+        return made
+
+    return run

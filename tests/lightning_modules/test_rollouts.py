@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from datamodules.batches import PromptItem
+from lightning_modules.qwen_vl import LoraSettings, QwenVL
+from lightning_modules.rollouts import NativeEngine, Rollout, RolloutSettings, sample
+from lightning_modules.shared_prefix import pack_rows
+
+MakeItems = Callable[..., list[PromptItem]]
+
+
+@pytest.fixture
+def policy(tiny_model_dir: Path) -> QwenVL:
+    torch.manual_seed(0)
+    policy = QwenVL(str(tiny_model_dir), lora=LoraSettings(rank=4, alpha=8)).train()
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    return policy
+
+
+def generate(policy: QwenVL, items: list[PromptItem], fold: bool = True, **settings: object) -> list[list[Rollout]]:
+    chosen = {"group_size": 4, "temperature": 1.0, "max_new_tokens": 12, "batch_prompts": 3} | settings
+    generator = torch.Generator().manual_seed(3)
+    return NativeEngine(policy, fold).generate(items, RolloutSettings(**chosen), generator=generator)
+
+
+def end_often(policy: QwenVL) -> None:
+    """Make a common token an end, so that completions end at many different lengths."""
+    policy.__dict__["eos_ids"] = (*policy.eos_ids, *policy.tokenizer.convert_tokens_to_ids(list("aeiotnrs")))
+
+
+def test_greedy_equals_transformers_generate(policy: QwenVL, make_items: MakeItems) -> None:
+    items = make_items([1, 2, 3, 4, 2])
+    rollouts = generate(policy, items, group_size=1, greedy=True, max_new_tokens=24)
+    policy.eval()
+    for item, (rollout,) in zip(items, rollouts, strict=True):
+        ids = item.input_ids[None]
+        full = policy.base.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=item.pixel_values,
+            image_grid_thw=item.grid_thw,
+            mm_token_type_ids=(ids == policy.image_token_id).int(),
+            do_sample=False,
+            max_new_tokens=24,
+            suppress_tokens=list(policy.banned_token_ids),
+            eos_token_id=list(policy.eos_ids),
+            pad_token_id=0,
+        )
+        assert rollout.token_ids.tolist() == full[0, ids.shape[1] :].tolist()
+    assert len({str(rollout.token_ids.tolist()) for (rollout,) in rollouts}) > 2
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_log_probs_equal_those_of_training(policy: QwenVL, make_items: MakeItems, fold: bool) -> None:
+    end_often(policy)
+    items = make_items([1, 3, 2, 6])
+    rollouts = generate(policy, items, fold, temperature=0.7, max_new_tokens=40)
+    lengths = [len(r.token_ids) for group in rollouts for r in group]
+    assert len(set(lengths)) > 5 and min(lengths) < 20  # ragged: rows were dropped on the way
+    rows = pack_rows(items, [[r.token_ids for r in group] for group in rollouts], 2000)
+    features = policy.encode_images(items)
+    with torch.no_grad():
+        expected = torch.cat([policy.token_log_probs(row, features, temperature=0.7) for row in rows])
+    actual = torch.cat([r.log_probs for group in rollouts for r in group])
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_completions_end_with_their_end_token_or_at_the_limit(policy: QwenVL, make_items: MakeItems) -> None:
+    end_often(policy)
+    rollouts = [r for group in generate(policy, make_items([1, 2, 1]), max_new_tokens=10) for r in group]
+    ends = set(policy.eos_ids)
+    for rollout in rollouts:
+        ids = rollout.token_ids.tolist()
+        assert not ends & set(ids[:-1])
+        assert rollout.finished == (ids[-1] in ends)
+        assert rollout.finished or len(ids) == 10
+        assert len(ids) == len(rollout.log_probs)
+        assert not set(ids) & set(policy.banned_token_ids)
+        assert rollout.text == policy.tokenizer.decode(ids, skip_special_tokens=True)
+    assert len({rollout.finished for rollout in rollouts}) == 2
+
+
+def test_results_do_not_depend_on_batching_and_features(policy: QwenVL, make_items: MakeItems) -> None:
+    items = make_items([2, 1, 4, 1])
+    options = {"group_size": 1, "greedy": True, "max_new_tokens": 8}
+    alone = generate(policy, items, batch_prompts=1, **options)
+    heard: list[int] = []
+    settings = RolloutSettings(temperature=1.0, batch_prompts=3, **options)
+    features = policy.encode_images(items)
+    together = NativeEngine(policy).generate(items, settings, features=features, on_progress=heard.append)
+    assert heard == [3, 4]
+    for (a,), (b,) in zip(alone, together, strict=True):
+        assert a.token_ids.tolist() == b.token_ids.tolist()
+        torch.testing.assert_close(a.log_probs, b.log_probs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_seed_gives_the_same_rollouts_and_branches_differ(policy: QwenVL, make_items: MakeItems) -> None:
+    items = make_items([1, 2])
+    first, second = (generate(policy, items) for _ in range(2))
+    assert [[r.token_ids.tolist() for r in g] for g in first] == [[r.token_ids.tolist() for r in g] for g in second]
+    assert all(len({str(r.token_ids.tolist()) for r in group}) == 4 for group in first)
+
+
+def test_rollouts_leave_the_policy_as_it_was(policy: QwenVL, make_items: MakeItems) -> None:
+    before = {name: p.clone() for name, p in policy.named_parameters()}
+    items = make_items([1])
+    features = policy.encode_images(items)
+    log_probs = generate(policy, items)[0][0].log_probs
+    assert policy.training and all(m.training for m in policy.base.model.language_model.modules())
+    assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters())
+    assert not (log_probs.is_inference() or features[0].is_inference())  # training may use both
+
+
+def test_samples_follow_the_tempered_distribution() -> None:
+    """Pearson's chi-square over 7 tokens, 20,000 draws; the 0.999 quantile at 6 degrees of freedom is 22.46."""
+    logits = torch.tensor([0.3, -1.0, 2.0, 0.0, 5.0, 1.1, -0.4, 0.9])
+    banned = torch.tensor([4])
+    settings = RolloutSettings(group_size=1, temperature=0.6, max_new_tokens=1)
+    draws = 20_000
+    tokens, log_probs = sample(logits.expand(draws, -1), banned, settings, torch.Generator().manual_seed(0))
+    weights = torch.exp(logits.double() / 0.6)
+    weights[4] = 0
+    expected = weights / weights.sum()
+    counts = torch.bincount(tokens, minlength=8).double()
+    assert counts[4] == 0
+    keep = expected > 0
+    assert ((counts - draws * expected)[keep] ** 2 / (draws * expected[keep])).sum() < 22.46
+    torch.testing.assert_close(log_probs.double(), expected.log()[tokens], rtol=1e-5, atol=1e-5)
+
+
+def test_first_tokens_of_a_group_follow_the_model(policy: QwenVL, make_items: MakeItems) -> None:
+    """Through the whole engine: 4,000 branches of a prompt against its next-token distribution, rare tokens pooled."""
+    items = make_items([2])
+    draws = 4000
+    rollouts = generate(policy, items, group_size=draws, max_new_tokens=1)[0]
+    counts = torch.bincount(torch.cat([r.token_ids for r in rollouts]), minlength=policy.tokenizer.vocab_size).double()
+    vocabulary = torch.arange(len(counts))
+    (row,) = pack_rows(items, [[vocabulary[i : i + 1] for i in vocabulary]], 10_000)
+    with torch.no_grad():
+        expected = policy.token_log_probs(row, policy.encode_images(items)).double().exp()
+    common = draws * expected >= 5
+    observed = torch.cat([counts[common], counts[~common].sum()[None]])
+    hoped = draws * torch.cat([expected[common], expected[~common].sum()[None]])
+    statistic = ((observed - hoped) ** 2 / hoped).sum()
+    freedom = len(hoped) - 1
+    assert freedom > 5
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5  # four standard deviations above the mean
+
+
+@pytest.mark.parametrize(
+    ("settings", "quoted"),
+    [
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"group_size": 0}, "group_size=0"),
+        ({"greedy": True, "group_size": 8}, "greedy=True"),
+    ],
+)
+def test_senseless_settings_are_refused(settings: dict[str, object], quoted: str) -> None:
+    with pytest.raises(ValueError, match=quoted):
+        RolloutSettings(**({"group_size": 1, "temperature": 1.0, "max_new_tokens": 4} | settings))

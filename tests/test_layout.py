@@ -1,0 +1,164 @@
+"""The house rules of the code, held by reading imports with ast: nothing is imported here."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = ("datamodules", "lightning_modules", "callbacks", "experiments")  # a floor imports itself and those before it
+
+# Pure functions and records: they run, and are tested, without Lightning or transformers.
+LEAVES = (
+    "datamodules/boxes.py",
+    "datamodules/samples.py",
+    "datamodules/answers.py",
+    "datamodules/prompts.py",
+    "lightning_modules/shared_prefix.py",
+    "lightning_modules/rewards.py",
+    "lightning_modules/objectives.py",
+    "experiments/results.py",
+)
+# Base training and speed benchmarks run on a bare machine that lacks these packages.
+BARE_ENTRY_POINTS = ("experiments/base.py",)
+OPTIONAL = {"wandb", "webdataset", "jsonargparse"}
+
+
+def imported_names(source: str, at_import_time: bool = False) -> Iterator[str]:
+    """Every dotted module name that `source` imports; only those run when the module itself is imported, if asked."""
+
+    def visit(node: ast.AST) -> Iterator[str]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from (alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"line {child.lineno}: relative import; name the package in full"
+                yield child.module
+                yield from (f"{child.module}.{alias.name}" for alias in child.names)
+            elif at_import_time and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                continue
+            elif at_import_time and isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                yield from visit(ast.Module(body=child.orelse, type_ignores=[]))
+            else:
+                yield from visit(child)
+
+    return visit(ast.parse(source))
+
+
+def direction_faults(root: Path) -> list[str]:
+    """Imports that go up a floor, as 'file imports module'."""
+    faults = []
+    for level, floor in enumerate(FLOORS):
+        above = set(FLOORS[level + 1 :]) | {"tests"}
+        for file in sorted((root / floor).rglob("*.py")):
+            names = {name.split(".")[0] for name in imported_names(file.read_text())}
+            faults += [f"{file.relative_to(root)} imports {name}" for name in sorted(names & above)]
+    return faults
+
+
+def import_closure(root: Path, entry: str) -> dict[str, str]:
+    """Top-level package -> the file that imports it, over all that importing `entry` runs."""
+    found: dict[str, str] = {}
+    waiting, seen = [root / entry], set()
+    while waiting:
+        file = waiting.pop()
+        if file in seen:
+            continue
+        seen.add(file)
+        for name in imported_names(file.read_text(), at_import_time=True):
+            parts = name.split(".")
+            found.setdefault(parts[0], str(file.relative_to(root)))
+            if parts[0] in FLOORS:
+                for depth in range(1, len(parts) + 1):
+                    base = root.joinpath(*parts[:depth])
+                    waiting += [path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()]
+    return found
+
+
+def python_files() -> list[Path]:
+    return [file for floor in FLOORS for file in sorted((ROOT / floor).rglob("*.py"))]
+
+
+def test_every_floor_exists_and_holds_code() -> None:
+    for floor in FLOORS:
+        assert (ROOT / floor / "__init__.py").is_file()
+        assert len(list((ROOT / floor).rglob("*.py"))) > 1
+
+
+def test_no_floor_imports_a_floor_above_it() -> None:
+    assert direction_faults(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("datamodules/a.py", "import lightning_modules.rewards"),
+        ("datamodules/deep/a.py", "from callbacks.previews import Previews"),
+        ("lightning_modules/a.py", "def late():\n    from experiments import train"),
+        ("callbacks/a.py", "if True:\n    import experiments"),
+        ("datamodules/a.py", "import tests.conftest"),
+    ],
+)
+def test_an_added_forbidden_import_is_found(tmp_path: Path, file: str, line: str) -> None:
+    for floor in FLOORS:
+        (tmp_path / floor).mkdir()
+        (tmp_path / floor / "good.py").write_text("import datamodules.boxes\nimport torch\n")
+    assert direction_faults(tmp_path) == []
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(line + "\n")
+    assert [fault.split(" ")[0] for fault in direction_faults(tmp_path)] == [file]
+
+
+def test_init_files_hold_at_most_a_docstring() -> None:
+    for file in python_files():
+        if file.name == "__init__.py":
+            body = ast.parse(file.read_text()).body
+            assert all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body), file
+
+
+@pytest.mark.parametrize("file", LEAVES)
+def test_leaves_import_neither_lightning_nor_transformers(file: str) -> None:
+    heavy = {"lightning", "pytorch_lightning", "transformers", "peft", "wandb", "webdataset", "jsonargparse"}
+    assert heavy & set(import_closure(ROOT, file)) == set()
+
+
+@pytest.mark.parametrize("file", BARE_ENTRY_POINTS)
+def test_bare_entry_points_need_no_optional_package(file: str) -> None:
+    closure = import_closure(ROOT, file)
+    assert {name: closure[name] for name in OPTIONAL & set(closure)} == {}
+
+
+def test_an_optional_import_is_found_through_other_files(tmp_path: Path) -> None:
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "datamodules").mkdir()
+    (tmp_path / "experiments" / "base.py").write_text("from datamodules import shards\n")
+    (tmp_path / "datamodules" / "shards.py").write_text("def late():\n    import webdataset\n")
+    assert "webdataset" not in import_closure(tmp_path, "experiments/base.py")
+    (tmp_path / "datamodules" / "shards.py").write_text("import webdataset\n")
+    assert import_closure(tmp_path, "experiments/base.py")["webdataset"] == "datamodules/shards.py"
+
+
+def test_only_the_policy_wrapper_touches_transformers_model_classes() -> None:
+    classes = ("AutoModel", "Qwen2_5_VLModel", "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLPreTrainedModel")
+    users = {
+        str(file.relative_to(ROOT))
+        for file in python_files()
+        for name in imported_names(file.read_text())
+        if name.startswith("transformers") and name.split(".")[-1].startswith(classes)
+    }
+    assert users <= {"lightning_modules/qwen_vl.py"}
+    assert users
+
+
+def test_nothing_is_unpickled_from_disk() -> None:
+    for file in python_files():
+        text = file.read_text()
+        names = set(imported_names(text))
+        assert names.isdisjoint({"pickle", "dill", "joblib", "cloudpickle"}), file
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                safe = [k.value for k in node.keywords if k.arg == "weights_only"]
+                assert safe and ast.unparse(safe[0]) == "True", f"{file}:{node.lineno}: needs weights_only=True"
