@@ -95,7 +95,7 @@ def evaluate(
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make eval`."""
     try:
-        auto_cli(evaluate, args=args)
+        auto_cli(evaluate, as_positional=False, args=args)
     except checks.SettingsError as error:
         sys.exit(str(error))
 

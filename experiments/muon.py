@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -28,11 +30,13 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 class Muon(Optimizer):
     """Nesterov momentum, orthogonalised, scaled by 0.2·sqrt(max(m, n)) so that AdamW's learning rates fit."""
 
-    def __init__(self, params, lr: float = 2e-3, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
+    def __init__(
+        self, params: Iterable[Tensor], lr: float = 2e-3, momentum: float = 0.95, weight_decay: float = 0.01
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:
         if closure is not None:
             raise ValueError("Muon takes no closure")
         for group in self.param_groups:

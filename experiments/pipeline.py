@@ -182,7 +182,7 @@ def _shards(config: str) -> list[str]:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make pipeline`."""
-    auto_cli(run, args=args)
+    auto_cli(run, as_positional=False, args=args)
 
 
 if __name__ == "__main__":

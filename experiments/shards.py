@@ -44,7 +44,7 @@ def build(
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make shards`."""
-    auto_cli(build, args=args)
+    auto_cli(build, as_positional=False, args=args)
 
 
 if __name__ == "__main__":

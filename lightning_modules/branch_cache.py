@@ -81,7 +81,8 @@ class BranchLayer:
     def __init__(self, cache: BranchCache, keys: Tensor, values: Tensor, num_branches: int, max_new: int) -> None:
         prompts, heads, _, width = keys.shape
         self.cache = cache
-        self.prefix_keys, self.prefix_values = keys, values  # [P, H, L, D]
+        # The model lays them out by token; by head, as they are read at every step, a product needs no copy.
+        self.prefix_keys, self.prefix_values = keys.contiguous(), values.contiguous()  # [P, H, L, D]
         self.keys = keys.new_zeros(prompts, heads, num_branches, max_new, width)  # [P, H, G, T, D]
         self.values = torch.zeros_like(self.keys)
 

@@ -38,8 +38,8 @@ class GroupSpan:
 class SharedPrefixAttention:
     """The attention of packed rows computed by its structure: what no token may see is not computed at all.
 
-    Equal to attention under `PackedRows.attention_mask`, whose cost grows with the square of the row's length; here only
-    each group's own length counts.
+    Equal to attention under `PackedRows.attention_mask`, whose cost grows with the square of the row's length; here
+    only each group's own length counts.
     """
 
     spans: tuple[GroupSpan, ...]

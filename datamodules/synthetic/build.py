@@ -23,8 +23,9 @@ from tqdm import tqdm
 from datamodules.benchmarks.mig_bench import TASKS
 from datamodules.samples import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
 from datamodules.shards import ShardWriter
+from datamodules.synthetic.puzzles import Puzzle
 from datamodules.synthetic.single_image import single_scene
-from datamodules.synthetic.tasks import Puzzle, make_puzzle
+from datamodules.synthetic.tasks import make_puzzle
 from datamodules.synthetic.world import draw_scene, encode_png
 
 # Shares of the training parts, in the spirit of the paper's Table 1: common object and referring lead, a few

@@ -6,15 +6,9 @@ import random
 from collections.abc import Sequence
 
 from datamodules.synthetic.single_image import enumerate_names
-from datamodules.synthetic.world import Scene, Thing
+from datamodules.synthetic.world import Scene
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
-
-
-def picture(rng: random.Random, index: int, things: Sequence[Thing]) -> str:
-    """What one image shows, for example 'Image 2: red circle, blue star.'"""
-    names = enumerate_names(things)
-    return rng.choice((f"Image {index + 1}: {names}.", f"Picture {index + 1}: {names}."))
 
 
 def pictures(rng: random.Random, scenes: Sequence[Scene]) -> str:

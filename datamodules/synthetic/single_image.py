@@ -75,10 +75,11 @@ def enumerate_names(things: Sequence[Thing]) -> str:
     return ", ".join(thing.kind.name for thing in reading_order(things))
 
 
-def single_scene(rng: random.Random) -> Scene:
-    """One to five things of mixed sizes; one picture in eight has a red frame around one of them."""
+def single_scene(rng: random.Random, most: int = 5) -> Scene:
+    """One to `most` things of mixed sizes; one picture in eight has a red frame around one of them."""
     low = rng.choice((0.2, 0.26, 0.32))
-    scene = random_scene(rng, crowd(rng, rng.choice((1, 2, 3, 3, 4, 4, 5))), rng.choice(SIZES), (low, low + 0.18))
+    count = min(most, rng.choice((1, 2, 3, 4, 4, 5, 5)))
+    scene = random_scene(rng, crowd(rng, count), rng.choice(SIZES), (low, low + 0.18))
     return scene.with_frame(rng.choice(scene.things).box) if rng.random() < 0.125 else scene
 
 
@@ -93,10 +94,10 @@ def single_turns(
         question = rng.choice(GROUNDING).format(thing.kind.name)
         turns.append(Turn("grounding", question, list_answer([thing], geometry, convention), thing.box))
     turns.append(Turn("describing", rng.choice(DESCRIBING), enumerate_names(things)))
-    if rng.random() < 0.2:
+    if rng.random() < 0.1:
         answer = list_answer(reading_order(things), geometry, convention)
         turns.append(Turn("listing", rng.choice(LISTING), answer))
-    if rng.random() < 0.5:
+    if rng.random() < 0.3:
         thing = rng.choice(things)
         box_text = str(list(geometry.to_model(thing.box, convention)))
         turns.append(Turn("pointed", rng.choice(POINTED).format(box_text), thing.kind.name))

@@ -1,0 +1,119 @@
+"""Pictures of the nano world with their questions, as the base model is trained and measured on them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import Qwen2_5_VLProcessor
+
+from datamodules.answers import ParsedAnswer, parse_answer
+from datamodules.batches import PromptItem, mrope_positions
+from datamodules.boxes import Convention, ImageGeometry, iou
+from datamodules.samples import BoxAnswer, ImagePart, Sample, TextPart
+from datamodules.synthetic.single_image import Turn, single_scene, single_turns
+from datamodules.synthetic.world import Scene, draw_scene
+from lightning_modules.qwen_vl import QwenVL
+from lightning_modules.rollouts import NativeEngine, RolloutSettings
+
+HELD_OUT = "held-out"  # names the evaluation stream; training's is "train:<seed>"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture as a prefix, with its turns as completions and, for each token of those, whether it is an answer."""
+
+    item: PromptItem
+    completions: tuple[Tensor, ...]  # long, one for each turn: rest of the prompt, answer, <|im_end|>
+    is_answer: Tensor  # bool [tokens of all completions]
+    turns: tuple[Turn, ...]
+
+
+class PictureEncoder:
+    """Renders and tokenizes picture i of a stream. The text is what the chat template gives (a test compares)."""
+
+    def __init__(self, processor: Qwen2_5_VLProcessor, grounding_turns: int) -> None:
+        self.tokenizer = processor.tokenizer
+        self.image_processor = processor.image_processor
+        self.image_token_id = processor.image_token_id
+        self.grounding_turns = grounding_turns
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\0"}]}]
+        text = processor.apply_chat_template(messages, add_generation_prompt=True, add_vision_id=True, tokenize=False)
+        before, after = text.split("\0")
+        self.before, self.after = self.encode(before), self.encode(after)
+        self.end = self.encode("<|im_end|>")
+
+    def encode(self, text: str) -> Tensor:
+        return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
+
+    def picture(self, stream: str, index: int, most: int = 5) -> Picture:
+        """Picture `index` of a stream, a pure function of the arguments; `most` is the largest number of its things."""
+        rng = random.Random(f"{stream}:{index}")
+        scene = single_scene(rng, most)
+        item = self._prefix(scene)
+        turns = tuple(single_turns(rng, scene, item.geometries[0], Convention.ABSOLUTE, self.grounding_turns))
+        completions, marks = [], []
+        for turn in turns:
+            question = torch.cat([self.encode(turn.question), self.after])
+            answer = torch.cat([self.encode(turn.answer), self.end])
+            completions.append(torch.cat([question, answer]))
+            marks += [torch.zeros(len(question), dtype=torch.bool), torch.ones(len(answer), dtype=torch.bool)]
+        return Picture(item, tuple(completions), torch.cat(marks), turns)
+
+    def _prefix(self, scene: Scene) -> PromptItem:
+        """The conversation up to and with the picture."""
+        features = self.image_processor(images=[draw_scene(scene)], return_tensors="pt")
+        grid = features["image_grid_thw"]
+        rows, columns = grid[0, 1:].tolist()
+        merge = self.image_processor.merge_size
+        repeats = torch.where(self.before == self.image_token_id, rows * columns // merge**2, 1)
+        prefix = self.before.repeat_interleave(repeats)
+        positions, next_position = mrope_positions(prefix, grid, self.image_token_id, merge)
+        name = scene.content_hash()
+        parts, answer = (ImagePart(0), TextPart("?")), BoxAnswer(0, scene.things[0].box, "")
+        return PromptItem(
+            sample=Sample(name, "nano", "single", (name,), parts, answer),
+            input_ids=prefix,
+            positions=positions,
+            next_position=next_position,
+            pixel_values=features["pixel_values"],
+            grid_thw=grid,
+            geometries=(ImageGeometry.from_grid(scene.size, (rows, columns), self.image_processor.patch_size),),
+            completion_ids=None,
+            image_keys=(name,),
+        )
+
+    def prompt(self, picture: Picture, turn: int) -> PromptItem:
+        """The picture with one of its questions, ready for an answer."""
+        item = picture.item
+        extra = torch.cat([self.encode(picture.turns[turn].question), self.after])
+        places = item.next_position + torch.arange(len(extra))
+        return replace(
+            item,
+            input_ids=torch.cat([item.input_ids, extra]),
+            positions=torch.cat([item.positions, places.expand(3, -1)], dim=1),
+            next_position=item.next_position + len(extra),
+        )
+
+
+def accuracy(policy: QwenVL, encoder: PictureEncoder, num_eval: int) -> dict[str, float]:
+    """Greedy single-image grounding on held-out scenes: Acc@0.5 (IoU > 0.5), mean IoU, parse failures; per cent."""
+    pictures = [encoder.picture(HELD_OUT, index) for index in range(num_eval)]
+    items = [encoder.prompt(picture, 0) for picture in pictures]
+    settings = RolloutSettings(group_size=1, temperature=1.0, max_new_tokens=48, greedy=True, batch_prompts=64)
+    scores, failures = [], 0
+    for picture, item, (rollout,) in zip(pictures, items, NativeEngine(policy).generate(items, settings), strict=True):
+        answer = parse_answer(rollout.text)
+        if isinstance(answer, ParsedAnswer):
+            box = item.geometries[0].to_unit(answer.boxes[0].values, Convention.ABSOLUTE)
+            scores.append(iou(box, picture.turns[0].box))
+        else:
+            failures += 1
+            scores.append(0.0)
+    return {
+        "single_image_acc": 100 * sum(score > 0.5 for score in scores) / num_eval,
+        "single_image_iou": 100 * sum(scores) / num_eval,
+        "parse_failures": 100 * failures / num_eval,
+    }

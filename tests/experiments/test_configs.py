@@ -1,0 +1,166 @@
+"""Every shipped configuration parses and instantiates, and the paper's hold the paper's values."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from callbacks.rejection_sampling import RejectionSampling
+from datamodules.prompts import PromptStyle
+from experiments import evaluate, pipeline, shards, train
+from lightning_modules.cot_sft import CoTSFT
+from lightning_modules.grpo import GRPO
+from lightning_modules.qwen_vl import QwenVL
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "experiments" / "configs"
+TRAINING = (
+    "nano/cot_sft.yaml",
+    "nano/sft.yaml",
+    "nano/grpo.yaml",
+    "paper/cot_sft_3b.yaml",
+    "paper/cot_sft_7b.yaml",
+    "paper/sft_3b.yaml",
+    "paper/sft_7b.yaml",
+    "paper/grpo_3b.yaml",
+    "paper/grpo_7b.yaml",
+)
+OTHERS = {
+    "nano/eval.yaml": evaluate.evaluate,
+    "nano/shards.yaml": shards.build,
+    "nano/pipeline.yaml": pipeline.run,
+    "paper/eval_3b.yaml": evaluate.evaluate,
+    "paper/eval_7b.yaml": evaluate.evaluate,
+    "paper/pipeline_3b.yaml": pipeline.run,
+    "paper/pipeline_7b.yaml": pipeline.run,
+}
+# Qwen2.5-VL as published, cut to what decides shapes.
+SHAPES = {
+    "3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16},
+    "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28},
+}
+PARAMETERS = {"3b": 3.75e9, "7b": 8.29e9}  # of the whole model
+
+
+class Parsed(train.TrainCLI):
+    """The CLI up to instantiation, without the folder, the files and the checks of a run."""
+
+    def before_instantiate_classes(self) -> None:
+        pass
+
+
+@pytest.fixture
+def parse(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.argv", ["train"])
+
+    def parse_config(name: str) -> Parsed:
+        more = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.logger=false"]
+        return Parsed(["--config", str(CONFIGS / name), *more])
+
+    return parse_config
+
+
+def qwen_config(size: str) -> dict:
+    """config.json of Qwen2.5-VL-3B or 7B."""
+    text = {"vocab_size": 151936 if size == "3b" else 152064, "num_key_value_heads": 2 if size == "3b" else 4}
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "window_size": 112}
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "tie_word_embeddings": size == "3b",
+        "text_config": SHAPES[size]
+        | text
+        | {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+            "tie_word_embeddings": size == "3b",
+        },
+        "vision_config": vision
+        | {"out_hidden_size": SHAPES[size]["hidden_size"], "fullatt_block_indexes": [7, 15, 23, 31]},
+    }
+
+
+def test_the_lists_here_name_every_configuration() -> None:
+    assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")} == {*TRAINING, *OTHERS}
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_configurations_instantiate(parse, name: str) -> None:
+    cli = parse(name)
+    stem = Path(name).stem
+    assert cli.config.phase == stem.removesuffix("_3b").removesuffix("_7b")
+    is_grpo = cli.config.phase == "grpo"
+    assert isinstance(cli.model, GRPO if is_grpo else CoTSFT)
+    assert type(cli.trainer.callbacks[0]).__name__ == ("RejectionSampling" if is_grpo else "MergeAdapter")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_configurations_fit_their_function(name: str) -> None:
+    settings = yaml.safe_load((CONFIGS / name).read_text())
+    inspect.signature(OTHERS[name]).bind(**settings)
+    for path in (settings.get("evaluation"), settings.get("world"), *settings.get("stages", {}).values()):
+        assert path is None or (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize("name", ["nano/pipeline.yaml", "paper/pipeline_3b.yaml", "paper/pipeline_7b.yaml"])
+def test_a_pipelines_parts_agree(name: str) -> None:
+    settings = yaml.safe_load((CONFIGS / name).read_text())
+    evaluation = yaml.safe_load((ROOT / settings["evaluation"]).read_text())
+    phases = [yaml.safe_load((ROOT / path).read_text()) for path in settings["stages"].values()]
+    for phase in phases:
+        assert phase["experiment"] == settings["experiment"]
+        for field in ("convention", "style", "label_images", "max_resized_pixels"):
+            assert phase["data"].get(field) == evaluation.get(field), field
+    assert phases[0]["model"]["init_args"]["model"] == settings["model"] == evaluation["model"]
+    merged = f"outputs/{settings['experiment']}/cot_sft/merged"
+    assert phases[1]["model"]["init_args"]["model"] == merged, "make grpo goes on from what make sft leaves"
+
+
+@pytest.mark.parametrize("size", ["3b", "7b"])
+@pytest.mark.parametrize(
+    ("phase", "learning_rate", "total_batch", "style"),
+    [("cot_sft", 1e-4, 32, PromptStyle.THINK), ("sft", 2e-6, 64, PromptStyle.ANSWER)],
+)
+def test_sft_has_the_papers_values(parse, size: str, phase: str, learning_rate, total_batch: int, style) -> None:
+    settings = yaml.safe_load((CONFIGS / f"paper/{phase}_{size}.yaml").read_text())
+    cli = parse(f"paper/{phase}_{size}.yaml")
+    model, data = cli.model, cli.datamodule
+    assert model.learning_rate == learning_rate and model.warmup_fraction == 0
+    assert data.batch_size * model.accumulate * settings["trainer"]["devices"] == total_batch
+    assert data.encoder.max_completion_tokens == 1024 and data.encoder.style is style and data.encoder.with_target
+    assert model.lora is not None and model.freeze_vision
+    assert model.model == f"Qwen/Qwen2.5-VL-{size.upper()}-Instruct"
+
+
+@pytest.mark.parametrize("size", ["3b", "7b"])
+def test_grpo_has_the_papers_values(parse, size: str) -> None:
+    cli = parse(f"paper/grpo_{size}.yaml")
+    model = cli.model
+    assert (model.learning_rate, model.group_size, model.temperature) == (5e-5, 8, 0.7)
+    assert (cli.datamodule.batch_size, model.accumulate, model.max_new_tokens) == (2, 4, 1024)
+    assert (model.beta, model.accuracy_weight, model.format_weight, model.clip_range) == (0.001, 1.0, 0.5, 0.2)
+    assert model.freeze_vision and model.updates_per_window == 1
+    rejection = next(callback for callback in cli.trainer.callbacks if isinstance(callback, RejectionSampling))
+    assert rejection.settings.temperature == model.temperature
+    assert rejection.settings.max_new_tokens == model.max_new_tokens
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINING if name.startswith("paper/")])
+def test_paper_policies_are_built_on_the_meta_device(parse, tmp_path: Path, name: str) -> None:
+    size = name.removesuffix(".yaml")[-2:]
+    (tmp_path / "config.json").write_text(json.dumps(qwen_config(size)))
+    module = parse(name).model
+    with torch.device("meta"):
+        policy = QwenVL(str(tmp_path), module.lora, module.dtype_name, module.freeze_vision, module.reference)
+    assert all(parameter.is_meta for parameter in policy.parameters())
+    trained = {key for key, parameter in policy.named_parameters() if parameter.requires_grad}
+    assert trained and all("lora_" in key and "visual" not in key for key in trained)
+    assert len(trained) == 2 * 7 * SHAPES[size]["num_hidden_layers"]
+    frozen = sum(p.numel() for key, p in policy.named_parameters() if key not in trained)
+    assert frozen == pytest.approx(PARAMETERS[size], rel=0.01)

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from callbacks.artefacts import read_json
+from experiments import evaluate, pipeline
+from experiments.pipeline import Step, run_step
+from experiments.results import read_results
+from tests.experiments.conftest import ROOT, Workbench
+
+
+def counting_step(folder: Path, text: str = "first") -> Step:
+    """A step that appends one letter to a file at each run, and depends on another file."""
+    folder.mkdir(exist_ok=True)
+    (folder / "input.txt").write_text(text)
+    command = ("timeit", "-n1", "-r1", f"open({str(folder / 'runs')!r}, 'a').write('x')")
+    return Step("step", folder / "done.json", command, (str(folder / "input.txt"),))
+
+
+def test_a_step_runs_once_for_the_same_inputs(tmp_path: Path) -> None:
+    folder = tmp_path / "phase"
+    first = run_step(counting_step(folder))
+    assert run_step(counting_step(folder)) == first
+    assert (folder / "runs").read_text() == "x"
+    run_step(counting_step(folder, "second"))
+    assert (folder / "runs").read_text() == "xx"
+
+
+def test_the_time_of_killed_attempts_is_counted(tmp_path: Path) -> None:
+    step = counting_step(tmp_path / "phase")
+    (tmp_path / "phase" / "done.json").write_text(json.dumps({"key": step.key(), "done": False, "seconds": 100.0}))
+    assert run_step(step) >= 100
+    assert (tmp_path / "phase" / "runs").read_text() == "x", "not done: it ran again"
+
+
+def test_a_failing_step_ends_the_pipeline_and_is_not_done(tmp_path: Path) -> None:
+    step = Step("broken", tmp_path / "done.json", ("timeit", "-n1", "-r1", "1/0"), ())
+    with pytest.raises(SystemExit, match="broken ended with exit code 1"):
+        run_step(step)
+    assert not read_json(tmp_path / "done.json").get("done")
+
+
+def test_sigterm_is_passed_on_and_ends_the_pipeline(tmp_path: Path) -> None:
+    leave = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))"
+    child = f"import signal, sys, time; {leave}; print('up'); time.sleep(60)"
+    code = (
+        "import sys; from experiments.pipeline import run_process\n"
+        f"sys.exit(run_process([sys.executable, '-u', '-c', {child!r}], lambda: None))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "up\n"
+        start = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM, "a step that saved and left with 0 was stopped all the same"
+        assert time.monotonic() - start < 50
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_overrides_for_an_unknown_stage_are_named(workbench: Workbench) -> None:
+    with pytest.raises(SystemExit, match="'grpoo'"):
+        pipeline.run("tiny", str(workbench.model), "eval.yaml", {"grpo": "x.yaml"}, overrides={"grpoo": "--a=1"})
+
+
+def evaluation(workbench: Workbench) -> dict:
+    """Settings of experiments.evaluate."""
+    paths = {"model": str(workbench.model), "output": "unused"} | workbench.benchmark
+    return paths | {"decoding": {"max_new_tokens": 4, "batch_prompts": 2}, "device": "cpu"}
+
+
+def test_evaluation_writes_answers_and_summary_and_goes_on_from_them(workbench: Workbench, capsys) -> None:
+    config = workbench.write_yaml("eval", evaluation(workbench))
+    folder = workbench.outputs / "base"
+    evaluate.main(["--config", config, "--output", str(folder)])
+    summary = read_json(folder / "mig_bench.json")
+    assert summary["n"] == 4 and set(summary["tasks"]) == {"diff", "reasoning"}
+    answers = (folder / "predictions.jsonl").read_text()
+    assert len(answers.splitlines()) == 4
+    (folder / "predictions.jsonl").write_text("".join(answers.splitlines(keepends=True)[:2]))
+    evaluate.main(["--config", config, "--output", str(folder)])
+    assert (folder / "predictions.jsonl").read_text() == answers
+    assert read_json(folder / "mig_bench.json") == summary
+
+
+def test_evaluation_names_every_wrong_path_before_weights_are_read(workbench: Workbench) -> None:
+    config = workbench.write_yaml("eval", evaluation(workbench))
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main(["--config", config, "--model=./no/model", "--annotations=no.json", "--image_root=/no"])
+    assert all(name in str(caught.value) for name in ("./no/model", "no.json", "/no"))
+
+
+@pytest.mark.slow
+def test_the_whole_ladder_runs_and_runs_only_once(workbench: Workbench, capfd) -> None:
+    stages = {"cot_sft": workbench.training("cot_sft"), "grpo": workbench.training("grpo")}
+    settings = {"experiment": "tiny", "model": str(workbench.model), "outputs": str(workbench.outputs)}
+    settings["evaluation"] = workbench.write_yaml("eval", evaluation(workbench))
+    config = workbench.write_yaml("pipeline", settings | {"stages": stages})
+
+    pipeline.main(["--config", config, "--seed=3", "--overrides.grpo=--model.beta=0.01"])
+    folder = workbench.outputs / "tiny-seed3"
+    found = read_results(folder / "results.json")
+    assert (found.experiment, found.seed) == ("tiny-seed3", 3)
+    assert [stage.name for stage in found.stages] == ["base", "cot_sft", "grpo"]
+    assert all(stage.seconds > 0 and stage.mig_bench["n"] == 4 for stage in found.stages)
+    assert "grpo" in (folder / "report.html").read_text()
+    resolved = (folder / "grpo" / "config.yaml").read_text()
+    for line in ("beta: 0.01", f"model: {folder}/cot_sft/merged", "seed_everything: 3"):
+        assert line in resolved
+
+    capfd.readouterr()
+    pipeline.main(["--config", config, "--seed=3", "--overrides.grpo=--model.beta=0.01"])
+    assert capfd.readouterr().out.count("done before") == 5
+    assert read_results(folder / "results.json") == found
