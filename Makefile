@@ -9,10 +9,13 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 CONFIG ?=
 ARGS ?=
-SEED ?= 0
+SEED ?=
 NANO := experiments/configs/nano
 # $(call config,name): the YAML asked for, or the nano one of that name.
 config = --config $(or $(CONFIG),$(NANO)/$(1).yaml)
+seed = $(if $(SEED),--seed_everything $(SEED))
+# The nano configurations need the nano world, which is made once; another CONFIG brings its own data.
+world = $(if $(CONFIG),,$(PY) -m experiments.shards --config $(NANO)/shards.yaml)
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 
 .DEFAULT_GOAL := help
@@ -31,7 +34,7 @@ $(STAMP): setup.cfg
 	touch $@
 
 pipeline: $(STAMP)  ## Base, CoT-SFT, rejection sampling, GRPO, MIG-Bench between them, and the report (the main job)
-	$(PY) -m experiments.pipeline $(call config,pipeline) --seed $(SEED) $(ARGS)
+	$(PY) -m experiments.pipeline $(call config,pipeline) --seed $(or $(SEED),0) $(ARGS)
 
 base: $(STAMP)  ## Pretrain the nano base model on single-image tasks (it is committed: only to remake it)
 	$(PY) -m experiments.base $(ARGS)
@@ -40,12 +43,15 @@ shards: $(STAMP)  ## Generate the nano world: shards for CoT-SFT and RL, and its
 	$(PY) -m experiments.shards $(call config,shards) $(ARGS)
 
 sft: $(STAMP)  ## Train CoT-SFT (LoRA) and merge
-	$(PY) -m experiments.train $(call config,cot_sft) $(ARGS)
+	$(world)
+	$(PY) -m experiments.train $(call config,cot_sft) $(seed) $(ARGS)
 
 grpo: $(STAMP)  ## Rejection-sample with the stage-1 model, train GRPO and merge
-	$(PY) -m experiments.train $(call config,grpo) $(ARGS)
+	$(world)
+	$(PY) -m experiments.train $(call config,grpo) $(seed) $(ARGS)
 
 eval: $(STAMP)  ## Evaluate a model on MIG-Bench: ARGS="--model outputs/nano/grpo/merged"
+	$(world)
 	$(PY) -m experiments.evaluate $(call config,eval) $(ARGS)
 
 report: $(STAMP)  ## Rewrite report.html from a finished or running experiment: ARGS="--folder outputs/nano-seed1"

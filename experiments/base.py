@@ -40,15 +40,17 @@ class BaseSettings:
     text_depth: int = 4
     vision_width: int = 128
     vision_depth: int = 3
-    num_images: int = 44_000
-    batch_images: int = 16
+    num_images: int = 42_000
+    batch_images: int = 24
     grounding_turns: int = 5
-    learning_rate: float = 3e-3
+    learning_rate: float = 2.5e-3
     warmup: float = 0.02
     decay: float = 0.5  # last part of the run, linear to zero
     max_tokens_per_row: int = 4096
     num_eval: int = 400
-    curriculum_images: int = 1500  # pictures of one thing come first, then so many of up to two, and so on up to five
+    # Where a thing is must be learned before which thing is meant: one at a time first, then up to two, and so on.
+    single_images: int = 12_000
+    curriculum_images: int = 6_000
 
     @property
     def num_steps(self) -> int:
@@ -56,7 +58,9 @@ class BaseSettings:
 
     def most_things(self, index: int) -> int:
         """The largest number of things in picture `index`."""
-        return min(5, 1 + index // self.curriculum_images)
+        if index < self.single_images:
+            return 1
+        return min(5, 2 + (index - self.single_images) // self.curriculum_images)
 
 
 class PictureStream(IterableDataset):

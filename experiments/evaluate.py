@@ -30,9 +30,9 @@ from lightning_modules.rollouts import NativeEngine
 
 def evaluate(
     model: str,
-    output: str,
     annotations: str,
     image_root: str,
+    output: str | None = None,
     convention: Literal["absolute", "per_mille", "unit"] = "absolute",
     style: Literal["think", "answer", "plain", "official"] = "think",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -48,9 +48,10 @@ def evaluate(
 
     Args:
         model: folder or Hub name of a Qwen2.5-VL, without an adapter (merge first)
-        output: folder for predictions.jsonl and mig_bench.json
         annotations: MIG_data.json
         image_root: folder that holds MIG-Bench/
+        output: folder for predictions.jsonl and mig_bench.json; null: that of the phase which the merged model lies in,
+            for another model outputs/mig_bench/<model>
         convention: how the model writes boxes
         style: how questions are put; plain and official for models that were not trained here
         dtype: of the weights
@@ -62,6 +63,7 @@ def evaluate(
         max_resized_pixels: images are shrunk to so many pixels, where that is less than the processor's own limit
         label_images: write "Picture k: " before image k
     """
+    output = output or default_output(model)
     checks.raise_all(checks.model_faults(model) + checks.benchmark_faults(annotations, image_root))
     decoding = decoding or EvaluationSettings()
     encoder = Encoder(
@@ -90,6 +92,13 @@ def evaluate(
         summary = summarise(found)
         write_json(Path(output) / "mig_bench.json", {"key": key, "model": model} | summary)
     print(format_table(summary), flush=True)
+
+
+def default_output(model: str) -> str:
+    """A folder of the model's own: evaluating one model never overwrites another's answers."""
+    if Path(model).name == "merged":
+        return str(Path(model).parent)
+    return str(Path("outputs") / "mig_bench" / model.strip("./").replace("/", "--"))
 
 
 def main(args: list[str] | None = None) -> None:

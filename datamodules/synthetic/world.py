@@ -26,6 +26,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (140, 45, 170),
     "white": (250, 250, 250),
 }
+MARGIN = (40, 40, 40)
 SHAPES = ("circle", "square", "triangle", "cross", "star", "diamond")
 FILLS = ("solid", "hollow")
 # (width, height) of the drawn picture. With the nano processor (10,000 pixels at most, multiples of 28) they become
@@ -179,6 +180,9 @@ def draw_scene(scene: Scene) -> Image.Image:
         pixels = pixels + noise
     image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8), "RGB")
     draw = ImageDraw.Draw(image)
+    # A thin dark margin, as of a printed photo. Qwen's vision tower knows relative places only: the margin is what it
+    # can measure from.
+    draw.rectangle((0, 0, width - 1, height - 1), outline=MARGIN, width=max(2, round(min(width, height) * 0.03)))
     for thing in scene.things:
         _draw_thing(draw, thing, scene.size)
     if scene.frame is not None:

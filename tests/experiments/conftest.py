@@ -49,7 +49,8 @@ class Workbench:
             {"class_path": "callbacks.guards.SaveOnInterrupt"},
         ]
         common = {"model": str(self.model), "lora": {"rank": 4, "alpha": 8}, "learning_rate": 1e-3}
-        own = {"group_size": 2, "max_new_tokens": 6, "temperature": 1.0} if is_grpo else {}
+        sampling = {"group_size": 2, "max_new_tokens": 6, "temperature": 1.0}
+        own = sampling | {"skip_equal_groups": False} if is_grpo else {}  # untrained, all rewards are 0
         settings = {
             "experiment": "tiny",
             "phase": phase,

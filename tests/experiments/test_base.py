@@ -46,6 +46,7 @@ TINY = BaseSettings(
     grounding_turns=2,
     max_tokens_per_row=600,
     num_eval=3,
+    single_images=3,
     curriculum_images=3,
 )
 
@@ -157,10 +158,10 @@ def test_shares_of_a_batch_add_up_to_its_mean(tiny_model_dir: Path, processor) -
 
 
 def test_the_stream_starts_anywhere_and_grows_harder(processor) -> None:
-    settings = replace(TINY, num_images=24, batch_images=4, curriculum_images=4)
+    settings = replace(TINY, num_images=24, batch_images=4, single_images=8, curriculum_images=4)
     keys = [[p.item.image_keys for p in batch] for batch in PictureStream(processor, settings, 0)]
     assert [[p.item.image_keys for p in batch] for batch in PictureStream(processor, settings, 4)] == keys[4:]
-    assert [settings.most_things(index) for index in (0, 3, 4, 15, 16, 400)] == [1, 1, 2, 4, 5, 5]
+    assert [settings.most_things(index) for index in (0, 7, 8, 11, 12, 19, 20, 400)] == [1, 1, 2, 2, 3, 4, 5, 5]
     other = PictureStream(processor, replace(settings, seed=1), 0)
     assert {key for batch in other for p in batch for key in p.item.image_keys}.isdisjoint(
         key for batch in keys for picture in batch for key in picture

@@ -99,6 +99,12 @@ def test_evaluation_names_every_wrong_path_before_weights_are_read(workbench: Wo
     assert all(name in str(caught.value) for name in ("./no/model", "no.json", "/no"))
 
 
+def test_each_model_has_an_output_folder_of_its_own() -> None:
+    assert evaluate.default_output("outputs/nano/grpo/merged") == "outputs/nano/grpo"
+    assert evaluate.default_output("models/nano-base") == "outputs/mig_bench/models--nano-base"
+    assert evaluate.default_output("Qwen/A") != evaluate.default_output("Qwen/B")
+
+
 @pytest.mark.slow
 def test_the_whole_ladder_runs_and_runs_only_once(workbench: Workbench, capfd) -> None:
     stages = {"cot_sft": workbench.training("cot_sft"), "grpo": workbench.training("grpo")}

@@ -100,7 +100,7 @@ def test_training_and_evaluation_share_no_scene(benchmark: tuple[Path, frozenset
     _, hashes = benchmark
     assert len(hashes) > PER_TASK * len(TASKS)
     for part in ("sft", "rl_pool"):
-        for index in range(200):
+        for index in range(60):
             assert not training_puzzle(part, 0, index)[2] & hashes
 
 

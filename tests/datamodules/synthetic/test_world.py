@@ -13,6 +13,7 @@ from datamodules.boxes import box_fault, smart_resize
 from datamodules.synthetic.single_image import crowd, single_scene
 from datamodules.synthetic.world import (
     KINDS,
+    MARGIN,
     SIZES,
     Scene,
     Thing,
@@ -121,6 +122,14 @@ def test_a_frame_is_red_and_covers_no_thing() -> None:
         ring = framed[y0 - 1 : y1 + 1, x0 - 1 : x1 + 1].copy()
         ring[1:-1, 1:-1] = (255, 0, 0)
         assert (ring == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_dark_margin_runs_around_every_picture(size: tuple[int, int]) -> None:
+    picture = pixels(Scene(size, (140, 150, 10, 7), ())) == MARGIN
+    dark = picture.all(axis=-1)
+    assert dark[:2].all() and dark[-2:].all() and dark[:, :2].all() and dark[:, -2:].all()
+    assert not dark[5:-5, 5:-5].any()
 
 
 def test_a_crop_is_that_part_of_the_picture() -> None:
