@@ -34,10 +34,11 @@ $(STAMP): setup.cfg
 	touch $@
 
 pipeline: $(STAMP)  ## Base, CoT-SFT, rejection sampling, GRPO, MIG-Bench between them, and the report (the main job)
+	$(if $(CONFIG),,$(PY) -m experiments.base --processes 2)
 	$(PY) -m experiments.pipeline $(call config,pipeline) --seed $(or $(SEED),0) $(ARGS)
 
-base: $(STAMP)  ## Pretrain the nano base model on single-image tasks (it is committed: only to remake it)
-	$(PY) -m experiments.base $(ARGS)
+base: $(STAMP)  ## Pretrain the nano base model on single-image tasks (an hour or more on two CPU cores; resumes)
+	$(PY) -m experiments.base --processes 2 $(ARGS)
 
 shards: $(STAMP)  ## Generate the nano world: shards for CoT-SFT and RL, and its MIG-Bench
 	$(PY) -m experiments.shards $(call config,shards) $(ARGS)

@@ -165,9 +165,10 @@ def build_config(
             "num_key_value_heads": 2,
             "max_position_embeddings": 4096,
             "rms_norm_eps": 1e-6,
-            # Rows and columns turn the lower frequencies of M-RoPE. At Qwen's theta of 1e6 the few columns of a nano
-            # picture would differ by less than a thousandth of a turn, and the model could not tell where it looks.
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [2, 7, 7]},
+            # Columns turn the lowest frequencies of M-RoPE and hardly differ, as in Qwen itself: places come from the
+            # vision tower. A small theta, at which columns differ, learns them later (docs/lab_book.md): it leaves no
+            # slow frequency by which a word could find its thing at any distance.
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
             "bos_token_id": token("<|endoftext|>"),
             "eos_token_id": token("<|im_end|>"),
             "pad_token_id": token("<|endoftext|>"),

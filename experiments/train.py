@@ -126,7 +126,7 @@ class TrainCLI(LightningCLI):
             save_dir=str(self.folder),
         )
         attempt = metrics.next_attempt(self.folder)
-        csv_logger = CSVLogger(str(self.folder), name="attempts", version=str(attempt), flush_logs_every_n_steps=5)
+        csv_logger = CSVLogger(str(self.folder), name="attempts", version=str(attempt), flush_logs_every_n_steps=1)
         return [wandb_logger, csv_logger]
 
 
