@@ -37,6 +37,8 @@ class SaveOnInterrupt(Callback):
         # One rank may have heard the signal before the others; they must all stop behind the same batch.
         if trainer.strategy.reduce_boolean_decision(self._asked or trainer.received_sigterm, all=False):
             trainer.save_checkpoint(_path(trainer))
+            # Lightning logs a batch after its callbacks; the run that goes on from here will not log this one.
+            trainer._logger_connector.update_train_step_metrics()
             raise KeyboardInterrupt if self._asked else SIGTERMException(128 + signal.SIGTERM)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
