@@ -48,10 +48,10 @@ class PictureEncoder:
     def encode(self, text: str) -> Tensor:
         return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
 
-    def picture(self, stream: str, index: int, most: int = 5) -> Picture:
-        """Picture `index` of a stream, a pure function of the arguments; `most` is the largest number of its things."""
+    def picture(self, stream: str, index: int) -> Picture:
+        """Picture `index` of a stream, a pure function of the arguments."""
         rng = random.Random(f"{stream}:{index}")
-        scene = single_scene(rng, most)
+        scene = single_scene(rng)
         item = self._prefix(scene)
         turns = tuple(single_turns(rng, scene, item.geometries[0], Convention.ABSOLUTE, self.grounding_turns))
         completions, marks = [], []

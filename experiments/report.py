@@ -1,6 +1,6 @@
 """report.html of an experiment: the ladder, curves, bars per task and drawn examples in one file that opens offline.
 
-    python -m experiments.report --folder outputs/nano
+python -m experiments.report --folder outputs/nano
 """
 
 from __future__ import annotations

@@ -134,4 +134,3 @@ def _stage_faults(stage: object) -> list[str]:
 
 def _is_percentage(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value) and 0 <= value <= 100
-

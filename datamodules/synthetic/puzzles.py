@@ -94,6 +94,19 @@ def crowd_around(rng: random.Random, kind: Kind) -> list[Kind]:
     return rng.sample(near, len(near))
 
 
+def close_up(rng: random.Random, thing: Thing, size: tuple[int, int]) -> Box:
+    """A box around a thing with a little room on every side, on whole pixels of a picture of `size`."""
+    x0, y0, x1, y1 = thing.box
+    width, height = size
+    room_x, room_y = (x1 - x0) * rng.uniform(0.04, 0.14), (y1 - y0) * rng.uniform(0.04, 0.14)
+    return (
+        max(0, round((x0 - room_x) * width)) / width,
+        max(0, round((y0 - room_y) * height)) / height,
+        min(width, round((x1 + room_x) * width)) / width,
+        min(height, round((y1 + room_y) * height)) / height,
+    )
+
+
 def change_one(
     rng: random.Random, size: tuple[int, int], scale: tuple[float, float]
 ) -> tuple[list[Thing], list[Thing], Thing]:

@@ -75,11 +75,10 @@ def enumerate_names(things: Sequence[Thing]) -> str:
     return ", ".join(thing.kind.name for thing in reading_order(things))
 
 
-def single_scene(rng: random.Random, most: int = 5) -> Scene:
-    """One to `most` things of mixed sizes; one picture in eight has a red frame around one of them."""
+def single_scene(rng: random.Random) -> Scene:
+    """One to five things of mixed sizes; one picture in eight has a red frame around one of them."""
     low = rng.choice((0.2, 0.26, 0.32))
-    count = min(most, rng.choice((1, 2, 3, 4, 4, 5, 5)))
-    scene = random_scene(rng, crowd(rng, count), rng.choice(SIZES), (low, low + 0.18))
+    scene = random_scene(rng, crowd(rng, rng.choice((1, 2, 3, 4, 4, 5, 5))), rng.choice(SIZES), (low, low + 0.18))
     return scene.with_frame(rng.choice(scene.things).box) if rng.random() < 0.125 else scene
 
 

@@ -14,6 +14,7 @@ from datamodules.synthetic.puzzles import (
     box_text,
     build_puzzle,
     change_one,
+    close_up,
     crowd_around,
     drift,
     move_all,
@@ -84,19 +85,7 @@ def region(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
     """A source and crops of it, each around another thing; the Nth crop is to be found in the source."""
     source = random_scene(rng, crowd(rng, rng.choice((3, 4))), scale=scale)
     things = rng.sample(list(source.things), rng.choice((1, 2, 3)))
-    crops = []
-    for thing in things:
-        margin_x, margin_y = ((b - a) * rng.uniform(0.04, 0.14) for a, b in (thing.box[::2], thing.box[1::2]))
-        x0, y0, x1, y1 = thing.box
-        width, height = source.size
-        crops.append(
-            (
-                max(0, round((x0 - margin_x) * width)) / width,
-                max(0, round((y0 - margin_y) * height)) / height,
-                min(width, round((x1 + margin_x) * width)) / width,
-                min(height, round((y1 + margin_y) * height)) / height,
-            )
-        )
+    crops = [close_up(rng, thing, source.size) for thing in things]
     index = rng.randrange(len(things))
     question = (
         "You are given a source image followed by its several regions. "
