@@ -157,7 +157,9 @@ class TowerStage:
                 kind, framed = thing.kind, int(thing == picture.framed)
                 kinds.append((SHAPES.index(kind.shape), _COLOURS.index(kind.colour), FILLS.index(kind.fill), framed))
                 boxes.append(geometry.to_model(thing.box, Convention.ABSOLUTE))
-        return Cells(torch.cat(pixels), torch.cat(grids), torch.tensor(kinds), torch.tensor(boxes))
+        cells = Cells(torch.cat(pixels), torch.cat(grids), torch.tensor(kinds), torch.tensor(boxes))
+        assert cells.boxes.max() < LONGEST, "the image processor makes larger pictures than the heads have digits for"
+        return cells
 
     def _owners(self, picture: View, rows: int, columns: int) -> Iterator[Thing | None]:
         """Of each cell of a picture of rows × columns patches, in the order of the tower's tokens."""

@@ -1,4 +1,4 @@
-"""Base training: prompts, loss and gradient against plain forwards, resume, and what a folder may hold."""
+"""Base training: the language stage against plain forwards, then whole runs: resume, and what a folder may hold."""
 
 from __future__ import annotations
 
@@ -21,17 +21,11 @@ from datamodules.batches import mrope_positions
 from datamodules.synthetic.single_image import single_scene
 from datamodules.synthetic.world import draw_scene
 from experiments import base, nano_model, pictures
-from experiments.base import (
-    CHECKPOINT,
-    LOG,
-    BaseSettings,
-    PictureStream,
-    average_gradients,
-    batch_loss,
-    build_optimizers,
-    learning_rate_factor,
-    train,
-)
+from experiments.base import train
+from experiments.base_language import LanguageStage
+from experiments.base_run import CHECKPOINT, LOG, average_gradients, build_optimizers, learning_rate_factor
+from experiments.base_settings import BaseSettings
+from experiments.base_tower import TowerStage
 from experiments.muon import Muon
 from experiments.pictures import HELD_OUT, Picture, PictureEncoder, accuracy
 from lightning_modules.qwen_vl import QwenVL
@@ -41,13 +35,14 @@ TINY = BaseSettings(
     text_depth=1,
     vision_width=32,
     vision_depth=1,
-    num_images=12,
-    batch_images=2,
+    tower_pictures=12,
+    tower_batch=2,
+    tower_learning_rate=5e-4,
+    language_pictures=12,
+    language_batch=2,
     grounding_turns=2,
     max_tokens_per_row=600,
     num_eval=3,
-    single_images=3,
-    curriculum_images=3,
 )
 
 
@@ -120,52 +115,56 @@ def plain_losses(model: nn.Module, processor, batch: list[Picture], first: int) 
     return total, count
 
 
+@pytest.fixture
+def stage(tiny_model_dir: Path) -> LanguageStage:
+    settings = replace(TINY, language_pictures=9, language_batch=3, max_tokens_per_row=500)  # several rows
+    return LanguageStage(settings, tiny_model_dir)
+
+
+def trained(stage: LanguageStage) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in stage.policy.base.named_parameters() if p.requires_grad}
+
+
 def test_side_by_side_turns_have_the_loss_and_gradient_of_plain_forwards(
-    tiny_model_dir: Path, processor, encoder: PictureEncoder
+    tiny_model_dir: Path, processor, stage: LanguageStage
 ) -> None:
-    batch = [encoder.picture("train:0", index) for index in range(4, 7)]
+    batch = next(stage.batches(1))
     plain = AutoModelForImageTextToText.from_pretrained(tiny_model_dir, dtype=torch.float32)
-    expected, expected_count = plain_losses(plain, processor, batch, first=4)
+    expected, expected_count = plain_losses(plain, processor, batch, first=3)
     expected.backward()
-    policy = QwenVL(str(tiny_model_dir), freeze_vision=False)
-    total, count = batch_loss(policy, batch, max_tokens=500)  # several rows
+    total, count = stage.loss(batch)
     assert count == expected_count
     assert total == pytest.approx(expected.item(), rel=1e-5)
-    gradients = {name: parameter.grad for name, parameter in policy.base.named_parameters()}
+    parameters = trained(stage)
+    assert parameters and not any("visual" in name for name in parameters)
     for name, parameter in plain.named_parameters():
-        scale = parameter.grad.abs().max().item()
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=2e-4 * max(scale, 1e-3), msg=name)
+        if name in parameters:
+            scale = max(parameter.grad.abs().max().item(), 1e-3)
+            torch.testing.assert_close(parameters[name].grad, parameter.grad, rtol=1e-3, atol=2e-4 * scale, msg=name)
 
 
-def test_shares_of_a_batch_add_up_to_its_mean(tiny_model_dir: Path, processor) -> None:
+def test_shares_of_a_batch_add_up_to_its_mean(stage: LanguageStage) -> None:
     """What two processes do, without the processes: each takes its share, and gradients of sums are added."""
-    policy = QwenVL(str(tiny_model_dir), freeze_vision=False)
-    parameters = list(policy.base.parameters())
-    settings = replace(TINY, batch_images=3, num_images=6)
-    whole = list(PictureStream(processor, settings, start=1))
-    shares = [list(PictureStream(processor, settings, 1, rank, 2)) for rank in range(2)]
-    assert len(whole) == 1 and all(len(share) == 1 for share in shares)
-    keys = sorted(picture.item.image_keys for share in shares for picture in share[0])
-    assert keys == sorted(picture.item.image_keys for picture in whole[0])
-    loss = average_gradients(parameters, *batch_loss(policy, whole[0], 600))
+    parameters = list(trained(stage).values())
+    whole = next(stage.batches(1))
+    shares = [next(stage.batches(1, rank, 2)) for rank in range(2)]
+    keys = sorted(picture.item.image_keys for share in shares for picture in share)
+    assert keys == sorted(picture.item.image_keys for picture in whole)
+    loss = average_gradients(parameters, *stage.loss(whole))
     expected = [parameter.grad.clone() for parameter in parameters]
-    policy.zero_grad()
-    sums = [batch_loss(policy, share[0], 600) for share in shares]
+    stage.policy.zero_grad()
+    sums = [stage.loss(share) for share in shares]
     shared = average_gradients(parameters, sum(total for total, _ in sums), sum(count for _, count in sums))
     assert shared == pytest.approx(loss, rel=1e-6)
     for parameter, gradient in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
 
 
-def test_the_stream_starts_anywhere_and_grows_harder(processor) -> None:
-    settings = replace(TINY, num_images=24, batch_images=4, single_images=8, curriculum_images=4)
-    keys = [[p.item.image_keys for p in batch] for batch in PictureStream(processor, settings, 0)]
-    assert [[p.item.image_keys for p in batch] for batch in PictureStream(processor, settings, 4)] == keys[4:]
-    assert [settings.most_things(index) for index in (0, 7, 8, 11, 12, 19, 20, 400)] == [1, 1, 2, 2, 3, 4, 5, 5]
-    other = PictureStream(processor, replace(settings, seed=1), 0)
-    assert {key for batch in other for p in batch for key in p.item.image_keys}.isdisjoint(
-        key for batch in keys for picture in batch for key in picture
-    )
+def test_the_stream_starts_anywhere_and_has_a_seed(tiny_model_dir: Path, stage: LanguageStage) -> None:
+    keys = [[picture.item.image_keys for picture in batch] for batch in stage.batches(0)]
+    assert [[picture.item.image_keys for picture in batch] for batch in stage.batches(2)] == keys[2:]
+    other = LanguageStage(replace(stage.settings, seed=1), tiny_model_dir)
+    assert {p.item.image_keys for batch in other.batches(0) for p in batch}.isdisjoint(key for batch in keys for key in batch)
 
 
 def test_held_out_pictures_are_none_of_the_trained(encoder: PictureEncoder) -> None:
@@ -183,7 +182,7 @@ def test_the_learning_rate_warms_up_stays_and_falls_to_zero() -> None:
 
 def test_each_parameter_has_one_optimizer_and_muon_the_matrices_inside(tiny_model_dir: Path) -> None:
     policy = QwenVL(str(tiny_model_dir), freeze_vision=False)
-    muon, adamw = build_optimizers(policy, 1e-3)
+    muon, adamw = build_optimizers(policy.base.named_parameters(), 1e-3)
     assert isinstance(muon, Muon)
     held = [p for optimizer in (muon, adamw) for group in optimizer.param_groups for p in group["params"]]
     assert len({id(p) for p in held}) == len(held) == len(list(policy.base.parameters()))
@@ -221,18 +220,19 @@ def train_tiny(folder: Path, settings: BaseSettings = TINY) -> dict[str, Tensor]
     return train(settings, folder, save_every=2, eval_every=100, log_every=1).base.state_dict()
 
 
-def killed_at(monkeypatch: pytest.MonkeyPatch, folder: Path, step: int) -> None:
-    calls = 0
+def killed_at(monkeypatch: pytest.MonkeyPatch, folder: Path, kind: type, step: int) -> None:
+    """A run that is killed in the step after `step` of a stage."""
+    calls, loss = 0, kind.loss
 
-    def failing(*arguments):
+    def failing(self, batch):
         nonlocal calls
         calls += 1
         if calls > step:
             raise Killed
-        return batch_loss(*arguments)
+        return loss(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(base, "batch_loss", failing)
+        patch.setattr(kind, "loss", failing)
         with pytest.raises(Killed):
             train_tiny(folder)
 
@@ -259,19 +259,26 @@ def test_a_finished_folder_loads_plainly_and_has_its_log(finished: tuple[Path, d
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
     header, *steps = records(folder)
     assert header == {"settings": asdict(TINY)}
-    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
-    assert "single_image_acc" in steps[-1] and "single_image_acc" not in steps[0]
-    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6] * 2
+    assert [record["stage"] for record in steps] == ["tower"] * 6 + ["language"] * 6
+    assert "cell_kind_acc" in steps[5] and "single_image_acc" in steps[-1] and "single_image_acc" not in steps[6]
+    assert steps[5]["loss"] < steps[1]["loss"] and steps[-1]["loss"] < steps[6]["loss"]
 
 
-@pytest.mark.parametrize("step", [1, 5])  # before the first checkpoint, and past one
+@pytest.mark.parametrize("kind", [TowerStage, LanguageStage])
+@pytest.mark.parametrize("step", [0, 1, 5])  # at a stage's start, before its first checkpoint, and past one
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
-    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: tuple[Path, dict[str, Tensor]]
+    kind: type,
+    step: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    finished: tuple[Path, dict[str, Tensor]],
 ) -> None:
     folder, expected = finished
-    killed_at(monkeypatch, tmp_path, step)
-    assert (tmp_path / CHECKPOINT).exists() == (step == 5)
-    assert records(tmp_path)[-1]["step"] == step
+    killed_at(monkeypatch, tmp_path, kind, step)
+    assert (tmp_path / CHECKPOINT).exists() == (kind is LanguageStage or step == 5)
+    done = [record for record in records(tmp_path)[1:] if record["stage"] == kind.name]
+    assert len(done) == step
     weights = train_tiny(tmp_path)
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
@@ -290,8 +297,8 @@ def test_a_finished_folder_is_left_as_it_is(
 
 
 def test_other_settings_in_the_same_folder_are_refused(finished: tuple[Path, dict[str, Tensor]]) -> None:
-    with pytest.raises(ValueError, match=r"learning_rate=0\.\d+ there and 0\.5 here"):
-        train_tiny(finished[0], replace(TINY, learning_rate=0.5))
+    with pytest.raises(ValueError, match=r"tower_learning_rate=0\.0005 there and 0\.5 here"):
+        train_tiny(finished[0], replace(TINY, tower_learning_rate=0.5))
 
 
 def test_a_model_from_elsewhere_is_not_overwritten(tiny_model_dir: Path) -> None:
