@@ -30,10 +30,10 @@ from callbacks.artefacts import (
 from callbacks.encoding import encode_ahead, prompt_encoder, rollout_engine, split_windows
 from datamodules.batches import Encoder, PromptItem
 from datamodules.samples import SampleError
+from datamodules.scores import score_text
 from datamodules.shards import ShardReader, ShardWriter
 from lightning_modules.policy_module import derive_seed
 from lightning_modules.qwen_vl import QwenVL
-from lightning_modules.rewards import reward
 from lightning_modules.rollouts import RolloutEngine, RolloutSettings
 
 log = logging.getLogger(__name__)
@@ -204,7 +204,7 @@ def _sample_windows(
 
 
 def _outcome(number: int, item: PromptItem, texts: list[str], encoder: Encoder, threshold: float) -> dict[str, Any]:
-    ious = [reward(text, item.sample.answer, item.geometries, encoder.convention).iou for text in texts]
+    ious = [score_text(text, item.sample.answer, item.geometries, encoder.convention).iou for text in texts]
     correct = sum(value > threshold for value in ious)
     fields = {"number": number, "id": item.sample.id, "task": item.sample.task}
     return fields | {"correct": correct, "samples": len(ious), "mean_iou": sum(ious) / len(ious)}
