@@ -166,7 +166,7 @@ class QwenVL(nn.Module):
         return (log_probs, best) if with_best else log_probs
 
     def _hidden_states(self, model: nn.Module, rows: PackedRows, features: Sequence[Tensor]) -> Tensor:
-        """[B * L, D], after the last norm."""
+        """[L, D], after the last norm."""
         images, slots = [features[index] for index in rows.items], rows.image_slots(self.image_token_id)
         embeddings = self.embed(model, rows.input_ids, images, slots)
         outputs = model.model.language_model(
