@@ -12,25 +12,24 @@ import json
 import os
 import tarfile
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.samples import LoadedSample, Rejections, Sample, SampleError
+from datamodules.samples import LoadedSample, Sample, SampleError
 
 MANIFEST = "manifest.json"
 
 
 class ShardWriter:
-    """Writes samples to `{prefix}-00000.tar` … in `folder`, and on leaving the context the manifest.
+    """Writes samples to `shard-00000.tar` … in `folder`, and on leaving the context the manifest.
 
     A shard appears under its name when it is complete, the manifest when all are: a folder without one is unfinished.
     The same samples give the same bytes.
     """
 
-    def __init__(self, folder: str | Path, prefix: str = "shard", max_samples: int = 1000) -> None:
+    def __init__(self, folder: str | Path, max_samples: int = 1000) -> None:
         self.folder = Path(folder)
-        self.prefix = prefix
         self.max_samples = max_samples
         self.shards: list[dict[str, Any]] = []
         self.tasks: Counter[str] = Counter()  # of the open shard
@@ -76,7 +75,7 @@ class ShardWriter:
         os.replace(partial, self.folder / MANIFEST)
 
     def _path(self, partial: bool) -> Path:
-        return self.folder / f"{self.prefix}-{len(self.shards):05d}.tar{'.partial' if partial else ''}"
+        return self.folder / f"shard-{len(self.shards):05d}.tar{'.partial' if partial else ''}"
 
     def _close(self) -> None:
         self.tar.close()
@@ -116,18 +115,6 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not complete or counted != manifest.get("count"):
         raise ValueError(f"{path} is inconsistent: count={manifest.get('count')}, its shards hold {counted}")
     return manifest
-
-
-def check_shards(folder: str | Path) -> list[str]:
-    """What differs between the tars of `folder` and their manifest, by size and sha256; reads every byte."""
-    faults = []
-    for shard in read_manifest(folder)["shards"]:
-        path = Path(folder) / shard["name"]
-        fault = _size_fault(path, shard["bytes"])
-        if fault is None and _sha256(path) != shard["sha256"]:
-            fault = f"{path.name} differs from its sha256 in the manifest"
-        faults += [fault] if fault else []
-    return faults
 
 
 class ShardReader:
@@ -178,16 +165,6 @@ class ShardReader:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(shard)
         return self._tables[shard]
-
-
-def read_samples(folders: str | Path | Sequence[str | Path], rejections: Rejections) -> Iterator[LoadedSample]:
-    """Every sample once, in the order of writing; unreadable ones go to `rejections`."""
-    reader = ShardReader(folders)
-    for number in range(reader.count):
-        try:
-            yield reader.read(number)
-        except SampleError as error:
-            rejections.add(error)
 
 
 def _member_table(path: Path) -> dict[int, dict[str, tuple[int, int]]]:
