@@ -28,7 +28,7 @@ class CoTSFT(PolicyModule):
         started = time.perf_counter()
         self.begin_batch(batch)
         total, correct, num_tokens = self._score(batch, train=True)
-        if self.end_batch(batch):
+        if self.end_batch():
             self.update()
             self.commit_window(batch)
         total, correct, num_tokens = self.sum_over_ranks([total, correct, num_tokens])

@@ -104,8 +104,8 @@ class PolicyModule(LightningModule):
             raise ValueError(f"{type(self).__name__}: {'; '.join(faults)}")
 
     @property
-    def reference(self) -> Literal["adapter", "copy"] | None:
-        return None
+    def with_reference(self) -> bool:
+        return False
 
     @property
     def updates_per_window(self) -> int:
@@ -121,7 +121,7 @@ class PolicyModule(LightningModule):
                 lora=self.lora,
                 dtype=self.dtype_name,
                 freeze_vision=self.freeze_vision,
-                reference=self.reference,
+                with_reference=self.with_reference,
                 gradient_checkpointing=self.gradient_checkpointing,
             )
         # Weights are loaded in evaluation mode, which turns gradient checkpointing and LoRA dropout off.
@@ -154,7 +154,7 @@ class PolicyModule(LightningModule):
     def batch_seed(self) -> int:
         return derive_seed(self.seed, self.num_batches, self.global_rank)
 
-    def end_batch(self, batch: Batch) -> bool:
+    def end_batch(self) -> bool:
         """Count the batch; True if it was its window's last, and the caller should update."""
         self.num_batches += 1
         return self.num_batches % self.accumulate == 0

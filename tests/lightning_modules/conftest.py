@@ -9,12 +9,19 @@ from typing import Any
 import pytest
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 
 from datamodules.batches import Batch, PromptItem
 from lightning_modules.adapters import LoraSettings
 from lightning_modules.policy_module import PolicyModule
+from lightning_modules.qwen_vl import QwenVL
 
 LORA = LoraSettings(rank=8, alpha=16)
+
+
+def trained_weights(policy: QwenVL) -> dict[str, Tensor]:
+    """A copy, by name, of all that training changes."""
+    return {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
 
 
 class Batches(LightningDataModule):

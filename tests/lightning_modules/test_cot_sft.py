@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from datamodules.batches import Batch
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.optimizers import cosine_factor
+from tests.lightning_modules.conftest import trained_weights
 
 
 class Recorder(Callback):
@@ -156,14 +157,14 @@ def test_ranks_with_different_batches_train_as_one(tiny_model_dir, make_items, f
 
     class Save(Callback):
         def on_train_end(self, trainer, module):
-            torch.save(module.policy.adapter_state(), tmp_path / f"rank{trainer.global_rank}.pt")
+            torch.save(trained_weights(module.policy), tmp_path / f"rank{trainer.global_rank}.pt")
 
     one = CoTSFT(str(tiny_model_dir), accumulate=2, **settings)
     fit(one, items, num_items=1, max_steps=2)
     two = CoTSFT(str(tiny_model_dir), **settings)
     fit(two, items, num_items=1, max_steps=2, strategy="ddp_fork", devices=2, callbacks=[Save()])
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    for name, value in one.policy.adapter_state().items():
+    for name, value in trained_weights(one.policy).items():
         assert torch.equal(ranks[0][name], ranks[1][name])
         torch.testing.assert_close(ranks[0][name], value, atol=1e-5, rtol=1e-3)
 

@@ -40,7 +40,7 @@ def plain_log_probs(policy: QwenVL, item: PromptItem, completion: Tensor, temper
 @pytest.fixture
 def policy(tiny_model_dir: Path) -> QwenVL:
     torch.manual_seed(0)
-    policy = QwenVL(str(tiny_model_dir), lora=LoraSettings(rank=4, alpha=8), reference="adapter")
+    policy = QwenVL(str(tiny_model_dir), lora=LoraSettings(rank=4, alpha=8), with_reference=True)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide the adapter
