@@ -173,7 +173,6 @@ def quieten() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     meant = (
         ".*does not have many workers.*",
-        ".*`validation_step` but have no `val_dataloader`.*",
         "Using ModelCheckpoint with manual optimization",  # what it saves, weights after the update, is what is wanted
     )
     for message in meant:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from lightning import LightningDataModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from datamodules.batches import Batch, PromptItem
@@ -48,26 +47,6 @@ class Batches(LightningDataModule):
         self.position = state["position"]
 
 
-class ValidatedBatches(Batches):
-    """Also every item by itself, to validate on."""
-
-    def val_dataloader(self) -> _Loader:
-        return _Loader([Batch([item]) for item in self.items])
-
-
-class _Loader:
-    """Not a list: Lightning takes those for lists of loaders."""
-
-    def __init__(self, batches: list[Batch]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self.batches)
-
-
 class _Stream:
     def __init__(self, data: Batches) -> None:
         self.data = data
@@ -99,10 +78,9 @@ def fit(tmp_path: Path) -> Callable[..., Trainer]:
             enable_progress_bar=False,
             enable_model_summary=False,
             log_every_n_steps=1,
-            **settings | {"limit_val_batches": 0} | trainer,
+            **settings | trainer,
         )
-        kind = ValidatedBatches if is_overridden("validation_step", module) else Batches
-        made.fit(module, datamodule=kind(items, num_items), ckpt_path=ckpt_path, weights_only=True)
+        made.fit(module, datamodule=Batches(items, num_items), ckpt_path=ckpt_path, weights_only=True)
         return made
 
     return run

@@ -71,7 +71,8 @@ def test_targets_are_the_completion_with_its_end_and_nothing_else(make_items, ti
         (torch.zeros(len(rows.targets)), torch.zeros(len(rows.targets))),
     )[1]
     items = make_items([2, 1], with_target=True)
-    module._score(Batch(items), train=False)
+    module.backward_sum = lambda total, count: None
+    module._backward(Batch(items))
     targets = torch.cat([rows.targets for rows in seen])
     assert torch.equal(targets, torch.cat([item.completion_ids for item in items]))
     assert targets[len(items[0].completion_ids) - 1].item() in module.policy.eos_ids
@@ -84,16 +85,6 @@ def test_it_learns_the_samples_by_heart(tiny_model_dir, make_items, fit, lora):
     fit(module, items, max_steps=25, callbacks=[recorder])
     losses = [metrics["train/loss"] for metrics in recorder.metrics]
     assert losses[-1] < 0.5 * losses[0]
-
-
-def test_validation_loss_is_the_mean_over_all_tokens(tiny_model_dir, make_items, fit, lora):
-    items = make_items([1, 2, 1], with_target=True)
-    module = CoTSFT(str(tiny_model_dir), lora=lora, learning_rate=1e-9)
-    trainer = fit(module, items, max_steps=1, limit_val_batches=1.0, val_check_interval=1)
-    with torch.no_grad():
-        sums = [plain_loss_sum(module.policy, item) for item in items]
-    expected = sum(s[0] for s in sums).item() / sum(s[2] for s in sums)
-    assert trainer.callback_metrics["val/loss"].item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_frozen_parts_do_not_move(tiny_model_dir, make_items, fit, lora):
