@@ -18,7 +18,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
-from callbacks.artefacts import (
+from callbacks.encoding import encode_ahead, prompt_encoder, rollout_engine, split_windows
+from datamodules.artefacts import (
     Journal,
     fingerprint,
     path_fingerprint,
@@ -27,7 +28,6 @@ from callbacks.artefacts import (
     write_atomic,
     write_json,
 )
-from callbacks.encoding import encode_ahead, prompt_encoder, rollout_engine, split_windows
 from datamodules.batches import Encoder, PromptItem
 from datamodules.samples import SampleError
 from datamodules.scores import score_text

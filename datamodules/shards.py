@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from datamodules.artefacts import file_sha256, write_atomic
 from datamodules.samples import LoadedSample, Sample, SampleError
 
 MANIFEST = "manifest.json"
@@ -70,9 +71,7 @@ class ShardWriter:
         if self.tar is not None:
             self._finish_shard()
         manifest = {"version": 1, "count": sum(shard["count"] for shard in self.shards), "shards": self.shards}
-        partial = self.folder / f"{MANIFEST}.partial"
-        partial.write_text(json.dumps(manifest, indent=1) + "\n")
-        os.replace(partial, self.folder / MANIFEST)
+        write_atomic(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
     def _path(self, partial: bool) -> Path:
         return self.folder / f"shard-{len(self.shards):05d}.tar{'.partial' if partial else ''}"
@@ -91,7 +90,7 @@ class ShardWriter:
                 "name": path.name,
                 "count": self.tasks.total(),
                 "bytes": path.stat().st_size,
-                "sha256": _sha256(path),
+                "sha256": file_sha256(path),
                 "tasks": dict(sorted(self.tasks.items())),
             }
         )
@@ -207,8 +206,3 @@ def _size_fault(path: Path, size: int) -> str | None:
     if path.stat().st_size != size:
         return f"{path.name} has {path.stat().st_size} bytes, the manifest says {size}"
     return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 from jsonargparse import auto_cli
 
-from callbacks.artefacts import fingerprint, path_fingerprint, read_json
+from datamodules.artefacts import fingerprint, path_fingerprint, read_json
 from experiments import phases, report
 from experiments.results import Results, current_commit, make_stage, write_results
 

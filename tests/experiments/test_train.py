@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from callbacks.artefacts import read_json
+from datamodules.artefacts import read_json
 from experiments import metrics, train
 from experiments.checks import SettingsError
 from tests.experiments.conftest import ROOT, Workbench
