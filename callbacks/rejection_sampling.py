@@ -31,7 +31,7 @@ from datamodules.artefacts import (
 from datamodules.batches import Encoder, PromptItem
 from datamodules.samples import SampleError
 from datamodules.scores import score_text
-from datamodules.shards import ShardReader, ShardWriter
+from datamodules.shards import ShardReader, ShardWriter, folder_list
 from lightning_modules.policy_module import derive_seed
 from lightning_modules.qwen_vl import QwenVL
 from lightning_modules.rollouts import RolloutEngine, RolloutSettings
@@ -92,7 +92,7 @@ def rejection_sample(
 
 def rejection_key(model: str, encoder: Encoder, source: str | list[str], settings: RejectionSettings) -> str:
     """Hash of all that the choice depends on: weights, candidates, prompts and settings."""
-    folders = [source] if isinstance(source, str) else source
+    folders = folder_list(source)
     prompts = {name: value for name, value in vars(encoder).items() if name not in ("processor", "processor_path")}
     return fingerprint(path_fingerprint(model), [path_fingerprint(path) for path in folders], prompts, asdict(settings))
 

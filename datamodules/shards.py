@@ -116,6 +116,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
+def folder_list(folders: str | Path | Sequence[str | Path]) -> list[str | Path]:
+    """Shard folders as a list, whether one or several were given."""
+    return [folders] if isinstance(folders, str | Path) else list(folders)
+
+
 class ShardReader:
     """Reads any sample of several folders of shards by its number, 0 to `count` - 1, in the order of writing.
 
@@ -125,7 +130,7 @@ class ShardReader:
     NUM_INDEXED_SHARDS = 64  # member tables kept in memory
 
     def __init__(self, folders: str | Path | Sequence[str | Path]) -> None:
-        folders = [folders] if isinstance(folders, str | Path) else list(folders)
+        folders = folder_list(folders)
         manifests = [(Path(folder), read_manifest(folder)) for folder in folders]
         shards = [(folder / shard["name"], shard) for folder, manifest in manifests for shard in manifest["shards"]]
         self.paths = [path for path, _ in shards]
