@@ -15,14 +15,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
-from callbacks.artefacts import (
+from callbacks.encoding import encode_ahead, prompt_encoder, rollout_engine, split_windows
+from datamodules.artefacts import (
     Journal,
     fingerprint,
     path_fingerprint,
     read_journal,
     write_json,
 )
-from callbacks.encoding import encode_ahead, prompt_encoder, rollout_engine, split_windows
 from datamodules.batches import Encoder
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
 from datamodules.benchmarks.mig_scoring import Prediction, format_table, score_answer, score_refused, summarise

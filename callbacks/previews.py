@@ -16,7 +16,7 @@ from callbacks.mig_bench import EvaluationSettings, evaluate_mig_bench, limit_ta
 from datamodules.batches import ImageError, load_image
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
 from datamodules.benchmarks.mig_scoring import Prediction
-from datamodules.boxes import Box
+from datamodules.boxes import Box, ImageGeometry
 from datamodules.samples import BoxPart, Sample, TextPart
 
 WIDTH = 640  # pixels; every preview is as wide
@@ -47,8 +47,9 @@ def draw_preview(image: Image.Image, sample: Sample, prediction: Prediction) -> 
 
 def _draw_box(draw: ImageDraw.ImageDraw, box: Box, colour: str, size: tuple[int, int]) -> None:
     """Outline a unit box that may be inverted or far outside: cut to the picture, sides put in order."""
-    xs = sorted(min(max(x, 0.0), 1.0) * (size[0] - 1) for x in (box[0], box[2]))
-    ys = sorted(min(max(y, 0.0), 1.0) * (size[1] - 1) for y in (box[1], box[3]))
+    x1, y1, x2, y2 = ImageGeometry(original=size, processed=size).to_pixels(box)
+    xs = sorted(min(max(x, 0.0), size[0] - 1.0) for x in (x1, x2))
+    ys = sorted(min(max(y, 0.0), size[1] - 1.0) for y in (y1, y2))
     draw.rectangle((xs[0], ys[0], xs[1], ys[1]), outline=colour, width=3)
 
 

@@ -18,7 +18,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
-from callbacks.artefacts import (
+from callbacks.encoding import encode_ahead, prompt_encoder, rollout_engine, split_windows
+from datamodules.artefacts import (
     Journal,
     fingerprint,
     path_fingerprint,
@@ -27,13 +28,12 @@ from callbacks.artefacts import (
     write_atomic,
     write_json,
 )
-from callbacks.encoding import encode_ahead, prompt_encoder, rollout_engine, split_windows
 from datamodules.batches import Encoder, PromptItem
 from datamodules.samples import SampleError
-from datamodules.shards import ShardReader, ShardWriter
+from datamodules.scores import score_text
+from datamodules.shards import ShardReader, ShardWriter, folder_list
 from lightning_modules.policy_module import derive_seed
 from lightning_modules.qwen_vl import QwenVL
-from lightning_modules.rewards import reward
 from lightning_modules.rollouts import RolloutEngine, RolloutSettings
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def rejection_sample(
 
 def rejection_key(model: str, encoder: Encoder, source: str | list[str], settings: RejectionSettings) -> str:
     """Hash of all that the choice depends on: weights, candidates, prompts and settings."""
-    folders = [source] if isinstance(source, str) else source
+    folders = folder_list(source)
     prompts = {name: value for name, value in vars(encoder).items() if name not in ("processor", "processor_path")}
     return fingerprint(path_fingerprint(model), [path_fingerprint(path) for path in folders], prompts, asdict(settings))
 
@@ -204,7 +204,7 @@ def _sample_windows(
 
 
 def _outcome(number: int, item: PromptItem, texts: list[str], encoder: Encoder, threshold: float) -> dict[str, Any]:
-    ious = [reward(text, item.sample.answer, item.geometries, encoder.convention).iou for text in texts]
+    ious = [score_text(text, item.sample.answer, item.geometries, encoder.convention).iou for text in texts]
     correct = sum(value > threshold for value in ious)
     fields = {"number": number, "id": item.sample.id, "task": item.sample.task}
     return fields | {"correct": correct, "samples": len(ious), "mean_iou": sum(ious) / len(ious)}

@@ -20,11 +20,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from datamodules.boxes import MAX_ASPECT_RATIO, Convention, ImageGeometry
+from datamodules.boxes import Convention, ImageGeometry
 from datamodules.prompts import PromptStyle, build_messages, target_text
 from datamodules.samples import LoadedSample, Sample, SampleError
 
 END_OF_TURN = "<|im_end|>"
+MAX_ASPECT_RATIO = 200  # transformers' resizing rule refuses more
 # What Pillow's decoders raise on damaged files.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
@@ -229,7 +230,7 @@ class Encoder:
 
         One call per image: the size of one never bears on another, and patches stay paired with their grid.
         """
-        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):  # the resizing rule ends there
+        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
             raise SampleError(sample.id, "extreme_aspect_ratio", f"image {index} is {image.width}x{image.height}")
         features = self.processor.image_processor(images=[image], return_tensors="pt")
         return features["pixel_values"], features["image_grid_thw"]

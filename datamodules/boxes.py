@@ -1,4 +1,4 @@
-"""All box and image-size arithmetic: IoU, Qwen's resizing rule, and the one object that converts coordinates.
+"""All box arithmetic: IoU, validity, and the one object that converts coordinates.
 
 Boxes are xyxy with continuous, end-exclusive edges. "Unit" means 0-1 relative to the original image.
 """
@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 Box = tuple[float, float, float, float]
-
-MAX_ASPECT_RATIO = 200
 
 
 def iou(a: Box, b: Box) -> float:
@@ -44,29 +42,6 @@ def box_fault(box: Box) -> str | None:
     if min(box) < 0.0 or max(box) > 1.0:
         return "out_of_range"
     return None
-
-
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(height, width) in pixels that Qwen's image processor resizes an image to.
-
-    Both sides are multiples of `factor` (patch size times merge size), the area is in `min_pixels` to `max_pixels`
-    where that is possible, and the aspect ratio is kept as well as the grid allows. Follows transformers' Qwen2-VL
-    rule, including Python's rounding of halves to even. Raises ValueError for sizes below 1 and ratios above 200.
-    """
-    if min(height, width, factor) < 1:
-        raise ValueError(f"image size and factor must be at least 1: height={height}, width={width}, factor={factor}")
-    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
-        raise ValueError(f"aspect ratio above {MAX_ASPECT_RATIO}: height={height}, width={width}")
-    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
-    if new_height * new_width > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        new_height = max(factor, math.floor(height / shrink / factor) * factor)
-        new_width = max(factor, math.floor(width / shrink / factor) * factor)
-    elif new_height * new_width < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        new_height = math.ceil(height * grow / factor) * factor
-        new_width = math.ceil(width * grow / factor) * factor
-    return new_height, new_width
 
 
 class Convention(StrEnum):

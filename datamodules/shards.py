@@ -12,25 +12,25 @@ import json
 import os
 import tarfile
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.samples import LoadedSample, Rejections, Sample, SampleError
+from datamodules.artefacts import file_sha256, write_atomic
+from datamodules.samples import LoadedSample, Sample, SampleError
 
 MANIFEST = "manifest.json"
 
 
 class ShardWriter:
-    """Writes samples to `{prefix}-00000.tar` … in `folder`, and on leaving the context the manifest.
+    """Writes samples to `shard-00000.tar` … in `folder`, and on leaving the context the manifest.
 
     A shard appears under its name when it is complete, the manifest when all are: a folder without one is unfinished.
     The same samples give the same bytes.
     """
 
-    def __init__(self, folder: str | Path, prefix: str = "shard", max_samples: int = 1000) -> None:
+    def __init__(self, folder: str | Path, max_samples: int = 1000) -> None:
         self.folder = Path(folder)
-        self.prefix = prefix
         self.max_samples = max_samples
         self.shards: list[dict[str, Any]] = []
         self.tasks: Counter[str] = Counter()  # of the open shard
@@ -71,12 +71,10 @@ class ShardWriter:
         if self.tar is not None:
             self._finish_shard()
         manifest = {"version": 1, "count": sum(shard["count"] for shard in self.shards), "shards": self.shards}
-        partial = self.folder / f"{MANIFEST}.partial"
-        partial.write_text(json.dumps(manifest, indent=1) + "\n")
-        os.replace(partial, self.folder / MANIFEST)
+        write_atomic(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
     def _path(self, partial: bool) -> Path:
-        return self.folder / f"{self.prefix}-{len(self.shards):05d}.tar{'.partial' if partial else ''}"
+        return self.folder / f"shard-{len(self.shards):05d}.tar{'.partial' if partial else ''}"
 
     def _close(self) -> None:
         self.tar.close()
@@ -92,7 +90,7 @@ class ShardWriter:
                 "name": path.name,
                 "count": self.tasks.total(),
                 "bytes": path.stat().st_size,
-                "sha256": _sha256(path),
+                "sha256": file_sha256(path),
                 "tasks": dict(sorted(self.tasks.items())),
             }
         )
@@ -118,16 +116,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def check_shards(folder: str | Path) -> list[str]:
-    """What differs between the tars of `folder` and their manifest, by size and sha256; reads every byte."""
-    faults = []
-    for shard in read_manifest(folder)["shards"]:
-        path = Path(folder) / shard["name"]
-        fault = _size_fault(path, shard["bytes"])
-        if fault is None and _sha256(path) != shard["sha256"]:
-            fault = f"{path.name} differs from its sha256 in the manifest"
-        faults += [fault] if fault else []
-    return faults
+def folder_list(folders: str | Path | Sequence[str | Path]) -> list[str | Path]:
+    """Shard folders as a list, whether one or several were given."""
+    return [folders] if isinstance(folders, str | Path) else list(folders)
 
 
 class ShardReader:
@@ -139,7 +130,7 @@ class ShardReader:
     NUM_INDEXED_SHARDS = 64  # member tables kept in memory
 
     def __init__(self, folders: str | Path | Sequence[str | Path]) -> None:
-        folders = [folders] if isinstance(folders, str | Path) else list(folders)
+        folders = folder_list(folders)
         manifests = [(Path(folder), read_manifest(folder)) for folder in folders]
         shards = [(folder / shard["name"], shard) for folder, manifest in manifests for shard in manifest["shards"]]
         self.paths = [path for path, _ in shards]
@@ -178,16 +169,6 @@ class ShardReader:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(shard)
         return self._tables[shard]
-
-
-def read_samples(folders: str | Path | Sequence[str | Path], rejections: Rejections) -> Iterator[LoadedSample]:
-    """Every sample once, in the order of writing; unreadable ones go to `rejections`."""
-    reader = ShardReader(folders)
-    for number in range(reader.count):
-        try:
-            yield reader.read(number)
-        except SampleError as error:
-            rejections.add(error)
 
 
 def _member_table(path: Path) -> dict[int, dict[str, tuple[int, int]]]:
@@ -230,8 +211,3 @@ def _size_fault(path: Path, size: int) -> str | None:
     if path.stat().st_size != size:
         return f"{path.name} has {path.stat().st_size} bytes, the manifest says {size}"
     return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

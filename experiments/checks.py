@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from datamodules.shards import read_manifest
+from datamodules.shards import folder_list, read_manifest
 from lightning_modules.model_folder import check_model
 
 
@@ -20,9 +20,8 @@ def raise_all(faults: Sequence[str]) -> None:
 
 
 def shard_folders(settings: Mapping) -> list[str]:
-    """data.shards as a list, whichever of the two forms it was given in."""
-    shards = settings["data"]["shards"]
-    return [shards] if isinstance(shards, str) else list(shards)
+    """data.shards as a list."""
+    return folder_list(settings["data"]["shards"])
 
 
 def training_faults(settings: Mapping) -> list[str]:

@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 from jsonargparse import auto_cli
 
-from callbacks.artefacts import Journal, write_json
 from callbacks.mig_bench import EvaluationSettings, evaluate_mig_bench, evaluation_key, limit_tasks
+from datamodules.artefacts import Journal, write_json
 from datamodules.batches import Encoder
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
 from datamodules.benchmarks.mig_scoring import format_table, summarise

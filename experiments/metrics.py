@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from callbacks.artefacts import write_atomic
+from datamodules.artefacts import write_atomic
 
 Rows = list[dict[str, str]]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from callbacks.artefacts import read_json, write_json
+from datamodules.artefacts import read_json, write_json
 
 DONE = "done.json"
 STARTED = "started.json"

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLProcessor
 
-from datamodules.answers import ParsedAnswer, parse_answer
 from datamodules.batches import PromptItem, mrope_positions
-from datamodules.boxes import Convention, ImageGeometry, iou
+from datamodules.boxes import Convention, ImageGeometry
 from datamodules.samples import BoxAnswer, ImagePart, Sample, TextPart
+from datamodules.scores import score_text
 from datamodules.synthetic.single_image import Turn, single_scene, single_turns
 from datamodules.synthetic.world import Scene, draw_scene
 from lightning_modules.qwen_vl import QwenVL
@@ -103,17 +103,13 @@ def accuracy(policy: QwenVL, encoder: PictureEncoder, num_eval: int) -> dict[str
     pictures = [encoder.picture(HELD_OUT, index) for index in range(num_eval)]
     items = [encoder.prompt(picture, 0) for picture in pictures]
     settings = RolloutSettings(group_size=1, temperature=1.0, max_new_tokens=48, greedy=True, batch_prompts=64)
-    scores, failures = [], 0
-    for picture, item, (rollout,) in zip(pictures, items, NativeEngine(policy).generate(items, settings), strict=True):
-        answer = parse_answer(rollout.text)
-        if isinstance(answer, ParsedAnswer):
-            box = item.geometries[0].to_unit(answer.boxes[0].values, Convention.ABSOLUTE)
-            scores.append(iou(box, picture.turns[0].box))
-        else:
-            failures += 1
-            scores.append(0.0)
+    rollouts = NativeEngine(policy).generate(items, settings)
+    scores = [
+        score_text(rollout.text, BoxAnswer(0, picture.turns[0].box, ""), item.geometries, Convention.ABSOLUTE)
+        for picture, item, (rollout,) in zip(pictures, items, rollouts, strict=True)
+    ]
     return {
-        "single_image_acc": 100 * sum(score > 0.5 for score in scores) / num_eval,
-        "single_image_iou": 100 * sum(scores) / num_eval,
-        "parse_failures": 100 * failures / num_eval,
+        "single_image_acc": 100 * sum(score.iou > 0.5 for score in scores) / num_eval,
+        "single_image_iou": 100 * sum(score.iou for score in scores) / num_eval,
+        "parse_failures": 100 * sum(score.failure is not None for score in scores) / num_eval,
     }

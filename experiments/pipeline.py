@@ -21,7 +21,8 @@ from typing import Any
 import yaml
 from jsonargparse import auto_cli
 
-from callbacks.artefacts import fingerprint, path_fingerprint, read_json
+from datamodules.artefacts import fingerprint, path_fingerprint, read_json
+from datamodules.shards import folder_list
 from experiments import phases, report
 from experiments.results import Results, current_commit, make_stage, write_results
 
@@ -176,8 +177,7 @@ def say(text: str) -> None:
 
 
 def _shards(config: str) -> list[str]:
-    shards = yaml.safe_load(Path(config).read_text())["data"]["shards"]
-    return [shards] if isinstance(shards, str) else shards
+    return folder_list(yaml.safe_load(Path(config).read_text())["data"]["shards"])
 
 
 def main(args: list[str] | None = None) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from callbacks.artefacts import write_atomic
+from datamodules.artefacts import write_atomic
 from experiments import charts, metrics
 from experiments.results import Results, Stage, read_results
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from callbacks.artefacts import write_atomic
+from datamodules.artefacts import write_atomic
 
 MIG_BENCH_KEYS = ("avg", "in_domain", "out_of_domain", "tasks", "format_rate", "parse_failures", "n")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from callbacks.artefacts import fingerprint, path_fingerprint
+from datamodules.artefacts import fingerprint, path_fingerprint
 from experiments import phases
 
 GENERATOR = Path(__file__).resolve().parents[1] / "datamodules" / "synthetic"

@@ -7,7 +7,7 @@ import os
 import secrets
 from pathlib import Path
 
-from callbacks.artefacts import write_atomic
+from datamodules.artefacts import write_atomic
 
 
 def choose_wandb_mode() -> str:

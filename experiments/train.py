@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
-from callbacks.artefacts import fingerprint, path_fingerprint, write_atomic
+from datamodules.artefacts import fingerprint, path_fingerprint, write_atomic
 from datamodules.boxes import Convention
 from datamodules.multi_image import MultiImageData
 from experiments import checks, metrics, phases
@@ -173,7 +173,6 @@ def quieten() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     meant = (
         ".*does not have many workers.*",
-        ".*`validation_step` but have no `val_dataloader`.*",
         "Using ModelCheckpoint with manual optimization",  # what it saves, weights after the update, is what is wanted
     )
     for message in meant:

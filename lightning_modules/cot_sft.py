@@ -27,8 +27,8 @@ class CoTSFT(PolicyModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         started = time.perf_counter()
         self.begin_batch(batch)
-        total, correct, num_tokens = self._score(batch, train=True)
-        if self.end_batch(batch):
+        total, correct, num_tokens = self._backward(batch)
+        if self.end_batch():
             self.update()
             self.commit_window(batch)
         total, correct, num_tokens = self.sum_over_ranks([total, correct, num_tokens])
@@ -42,14 +42,8 @@ class CoTSFT(PolicyModule):
             }
         )
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        total, correct, num_tokens = self._score(batch, train=False)
-        # Weighted by tokens, so that the epoch's value is the mean over all tokens too.
-        self.log("val/loss", total / num_tokens, batch_size=num_tokens, on_epoch=True, sync_dist=True)
-        self.log("val/token_accuracy", correct / num_tokens, batch_size=num_tokens, on_epoch=True, sync_dist=True)
-
-    def _score(self, batch: Batch, train: bool) -> tuple[float, float, int]:
-        """(sum of -log p, targets that are the likeliest token, targets) over the batch; with `train` also backward."""
+    def _backward(self, batch: Batch) -> tuple[float, float, int]:
+        """Add the batch's gradient; (sum of -log p, targets that are the likeliest token, targets)."""
         items = batch.items
         known = self.policy.encode_images(items) if self.freeze_vision else None
         completions = [[_target(item)] for item in items]
@@ -58,8 +52,7 @@ class CoTSFT(PolicyModule):
             features = known or self.row_features(rows, items)
             log_probs, best = self.policy.token_log_probs(rows, features, ban_tokens=False, with_best=True)
             loss = -log_probs.sum()
-            if train:
-                self.backward_sum(loss, len(log_probs))
+            self.backward_sum(loss, len(log_probs))
             total += loss.item()
             correct += (best == rows.targets).sum().item()
             num_tokens += len(log_probs)

@@ -99,10 +99,8 @@ class GRPO(PolicyModule):
         return faults
 
     @property
-    def reference(self) -> Literal["adapter", "copy"] | None:
-        if self.beta == 0:
-            return None
-        return "adapter" if self.lora is not None and self.freeze_vision else "copy"
+    def with_reference(self) -> bool:
+        return self.beta > 0
 
     @property
     def updates_per_window(self) -> int:
@@ -123,7 +121,7 @@ class GRPO(PolicyModule):
             self._backward(groups)
         else:
             self._window += groups
-        if self.end_batch(batch):
+        if self.end_batch():
             self._update_window()
             self.commit_window(batch)
         self._log_step(rolled_out - started, time.perf_counter() - rolled_out)
@@ -236,7 +234,7 @@ class GRPO(PolicyModule):
         for rows, features in self._rows(groups):
             log_probs = self.policy.token_log_probs(rows, features, self.temperature)
             reference = None
-            if self.beta > 0:
+            if self.with_reference:
                 fixed = features if self.freeze_vision else self.row_features(rows, items, reference=True)
                 reference = self.policy.token_log_probs(rows, fixed, self.temperature, reference=True)
             terms = grpo_loss(

@@ -9,9 +9,7 @@ A checkpoint written inside a window resumes at the window's start: a half-accum
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,6 +20,7 @@ from lightning import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
+from datamodules.artefacts import write_json
 from datamodules.batches import Batch, PromptItem
 from lightning_modules.adapters import LoraSettings
 from lightning_modules.optimizers import build_optimizer, count_updates
@@ -104,8 +103,8 @@ class PolicyModule(LightningModule):
             raise ValueError(f"{type(self).__name__}: {'; '.join(faults)}")
 
     @property
-    def reference(self) -> Literal["adapter", "copy"] | None:
-        return None
+    def with_reference(self) -> bool:
+        return False
 
     @property
     def updates_per_window(self) -> int:
@@ -121,7 +120,7 @@ class PolicyModule(LightningModule):
                 lora=self.lora,
                 dtype=self.dtype_name,
                 freeze_vision=self.freeze_vision,
-                reference=self.reference,
+                with_reference=self.with_reference,
                 gradient_checkpointing=self.gradient_checkpointing,
             )
         # Weights are loaded in evaluation mode, which turns gradient checkpointing and LoRA dropout off.
@@ -154,7 +153,7 @@ class PolicyModule(LightningModule):
     def batch_seed(self) -> int:
         return derive_seed(self.seed, self.num_batches, self.global_rank)
 
-    def end_batch(self, batch: Batch) -> bool:
+    def end_batch(self) -> bool:
         """Count the batch; True if it was its window's last, and the caller should update."""
         self.num_batches += 1
         return self.num_batches % self.accumulate == 0
@@ -230,11 +229,7 @@ class PolicyModule(LightningModule):
         if torch.isfinite(value):
             return
         record = {"what": what, "update": self.global_step, "rank": self.global_rank, "sample_ids": self._window_ids}
-        folder = Path(self.trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / f"{NON_FINITE_FILE}.{os.getpid()}"
-        unfinished.write_text(json.dumps(record, indent=1))
-        unfinished.replace(folder / NON_FINITE_FILE)
+        write_json(Path(self.trainer.default_root_dir) / NON_FINITE_FILE, record)
         raise NonFiniteLoss(what, self.global_step, self._window_ids)
 
     def row_features(self, rows: PackedRows, items: Sequence[PromptItem], reference: bool = False) -> list[Tensor]:

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -38,19 +37,11 @@ MAX_PATCHES = 1 << 15  # of one pass through the vision tower; bounds its activa
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def check_settings(lora: LoraSettings | None, dtype: str, freeze_vision: bool, reference: str | None) -> None:
+def check_settings(lora: LoraSettings | None, dtype: str) -> None:
     """All contradictions at once, before any weight is read."""
     faults = []
     if dtype not in DTYPES:
         faults.append(f"dtype={dtype!r} is none of {sorted(DTYPES)}")
-    if reference not in (None, "adapter", "copy"):
-        faults.append(f"reference={reference!r} is neither null, 'adapter' nor 'copy'")
-    if reference == "adapter" and lora is None:
-        faults.append("reference='adapter' needs an adapter to disable, but lora=None; use reference='copy'")
-    if reference == "adapter" and not freeze_vision:
-        faults.append(
-            "reference='adapter' keeps the trained vision tower, but freeze_vision=False; use reference='copy'"
-        )
     if lora is not None and not lora.targets:
         faults.append(f"lora.targets={lora.targets!r} names no layer, but lora.rank={lora.rank}; use lora=None")
     if faults:
@@ -66,21 +57,23 @@ class QwenVL(nn.Module):
         lora: LoraSettings | None = None,
         dtype: str = "float32",
         freeze_vision: bool = True,
-        reference: Literal["adapter", "copy"] | None = None,
+        with_reference: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_settings(lora, dtype, freeze_vision, reference)
+        check_settings(lora, dtype)
         on_meta = torch.get_default_device().type == "meta"
         check_model(path, need_weights=not on_meta)
         self.processor_path = path
         self.freeze_vision = freeze_vision
-        self.reference = reference
+        self.with_reference = with_reference
         model = _load(path, DTYPES[dtype], on_meta)
         model.requires_grad_(lora is None)
         model.model.visual.requires_grad_(not freeze_vision)
-        # Taken before the adapter goes in. Frozen vision weights are shared, the rest is a true copy.
-        self.reference_model = _frozen_copy(model, share_vision=freeze_vision) if reference == "copy" else None
+        # Where only an adapter is trained, the reference is the policy without it. Else it is a copy, taken before the
+        # adapter goes in: frozen vision weights are shared, the rest is truly copied.
+        needs_copy = with_reference and (lora is None or not freeze_vision)
+        self.reference_model = _frozen_copy(model, share_vision=freeze_vision) if needs_copy else None
         self.model = model if lora is None else with_adapter(model, lora)
         if not freeze_vision:
             self.base.model.visual.requires_grad_(True)  # PEFT freezes all but its own
@@ -166,7 +159,7 @@ class QwenVL(nn.Module):
         return (log_probs, best) if with_best else log_probs
 
     def _hidden_states(self, model: nn.Module, rows: PackedRows, features: Sequence[Tensor]) -> Tensor:
-        """[B * L, D], after the last norm."""
+        """[L, D], after the last norm."""
         images, slots = [features[index] for index in rows.items], rows.image_slots(self.image_token_id)
         embeddings = self.embed(model, rows.input_ids, images, slots)
         outputs = model.model.language_model(
@@ -193,10 +186,10 @@ class QwenVL(nn.Module):
         if not reference:
             yield self.base
             return
-        if self.reference is None:
-            raise ValueError("reference=True asked of a policy built with reference=None")
+        if not self.with_reference:
+            raise ValueError("reference=True asked of a policy built with_reference=False")
         with torch.no_grad():
-            if self.reference == "copy":
+            if self.reference_model is not None:
                 yield self.reference_model
             else:
                 with self.model.disable_adapter():
@@ -215,19 +208,6 @@ class QwenVL(nn.Module):
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-
-    def adapter_state(self) -> dict[str, Tensor]:
-        """All that training changes, by name: the LoRA weights, and whatever else is not frozen."""
-        return {name: p.detach().cpu() for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def load_adapter_state(self, state: dict[str, Tensor]) -> None:
-        """Put back what `adapter_state` gave; names must match exactly."""
-        own = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if own.keys() != state.keys():
-            raise ValueError(f"adapter state does not fit: names that differ: {sorted(own.keys() ^ state.keys())[:5]}")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
 
     def save_merged(self, folder: str | Path) -> None:
         """Write a plain Qwen2.5-VL folder (safetensors, processor, tokenizer) with the adapter merged into a copy.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from datamodules.answers import ParseFailure, is_well_formed, parse_answer
-from datamodules.boxes import Convention, ImageGeometry, iou
+from datamodules.boxes import Convention, ImageGeometry
 from datamodules.samples import BoxAnswer
+from datamodules.scores import score_text
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,6 @@ class Reward:
     format: float  # r_format, 0 or 1
     failure: str | None  # why no box could be read (a kind of `answers.ParseFailure`), else None
 
-    @property
-    def iou(self) -> float:
-        """r_acc under its other name: the paper's accuracy reward is the IoU."""
-        return self.accuracy
-
 
 def reward(
     text: str,
@@ -36,22 +31,8 @@ def reward(
     accuracy_weight: float = 1.0,
     format_weight: float = 0.5,
 ) -> Reward:
-    """r = λ_acc · IoU + λ_format · format (eq. 3) for one completion.
-
-    The numbers in `text` are read in the model's `convention` and in the geometry of the answer's own image
-    (`answer.image`), never guessed from the numbers nor from the true box. Where several boxes are written, the
-    first counts: more boxes can not raise the reward. A text without a readable box has r_acc 0 and names the failure.
-    Raises ValueError when `answer` is not one box or names an image that has no geometry.
-    """
-    if not isinstance(answer, BoxAnswer):
-        raise ValueError(f"reward needs an answer of one box, got {type(answer).__name__}")
-    if not 0 <= answer.image < len(geometries):
-        raise ValueError(f"answer is in image {answer.image}, but there are {len(geometries)} images")
-    parsed = parse_answer(text)
-    if isinstance(parsed, ParseFailure):
-        accuracy, failure = 0.0, parsed.kind
-    else:
-        predicted = geometries[answer.image].to_unit(parsed.boxes[0].values, convention)
-        accuracy, failure = iou(predicted, answer.box), None
-    well_formed = float(is_well_formed(text))
-    return Reward(accuracy_weight * accuracy + format_weight * well_formed, accuracy, well_formed, failure)
+    """r = λ_acc · IoU + λ_format · format (eq. 3) for one completion, scored by `score_text`, with its errors."""
+    score = score_text(text, answer, geometries, convention)
+    well_formed = float(score.well_formed)
+    total = accuracy_weight * score.iou + format_weight * well_formed
+    return Reward(total, score.iou, well_formed, score.failure)

@@ -4,14 +4,18 @@ A row is [prefix a, branch a1 ... aG, prefix b, branch b1 ... bG, ...]. Every br
 never a sibling or another group, and its positions start where the prefix ends. So each token gets the hidden state
 that it would get in a plain row [prefix, completion], while the prefix is computed once instead of G times.
 
-Shapes: B rows (one, where attention goes by structure), L tokens in a row, N target tokens in all completions of the
-rows; H key-value heads, R query heads for each of them, D head width.
+A forward pass takes one row without padding, so the batch dimension is 1 everywhere: more rows give a CPU nothing, and
+a GPU is filled by one long row.
+
+Shapes: L tokens in the row, N target tokens in all its completions; H key-value heads, R query heads for each of them,
+D head width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,9 +25,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 if TYPE_CHECKING:
     from datamodules.batches import PromptItem
-
-PADDING = -1
-PREFIX = 0
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class GroupSpan:
 
 @dataclass(frozen=True)
 class SharedPrefixAttention:
-    """The attention of packed rows computed by its structure: what no token may see is not computed at all.
+    """The attention of a packed row computed by its structure: what no token may see is not computed at all.
 
-    Equal to attention under `PackedRows.attention_mask`, whose cost grows with the square of the row's length; here
-    only each group's own length counts.
+    Token i sees token j where j <= i, both are of one group, and j is in the prefix or in the branch of i. A mask over
+    the row would cost the square of its length; here only each group's own length counts.
     """
 
     spans: tuple[GroupSpan, ...]
@@ -90,53 +91,27 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, num_queries: int, scaling
 
 @dataclass(frozen=True)
 class PackedRows:
-    """One forward pass. A flat index counts through [B, L]; `items` says which of the packed items the rows hold."""
+    """One forward pass; `items` says which of the packed items its row holds."""
 
     items: tuple[int, ...]  # in order of their places
     spans: tuple[GroupSpan, ...]  # of the items, in order
-    input_ids: Tensor  # [B, L]
-    position_ids: Tensor  # [3, B, L], M-RoPE: temporal, height, width
-    group: Tensor  # [B, L] number of the group in its row, -1 for padding
-    branch: Tensor  # [B, L] 0 for the prefix, 1 ... G for the completions
-    predict: Tensor  # [N] flat index of the token whose hidden state predicts target n
+    input_ids: Tensor  # [1, L]
+    position_ids: Tensor  # [3, 1, L], M-RoPE: temporal, height, width
+    is_prompt: Tensor  # bool [1, L], False for the completions
+    predict: Tensor  # [N] index in the row of the token whose hidden state predicts target n
     targets: Tensor  # [N] token ids
     completion: Tensor  # [N] which completion target n is of, counted through all items given to `pack_rows`
 
-    @property
-    def num_tokens(self) -> int:
-        return self.input_ids.numel()
-
     def image_slots(self, image_token_id: int) -> Tensor:
-        """Flat indices where the image features of `items`, concatenated in order, go.
+        """Indices in the row where the image features of `items`, concatenated in order, go.
 
         Only prompts hold images: a placeholder that a policy wrote itself stays an ordinary token.
         """
-        return ((self.input_ids == image_token_id) & (self.branch == PREFIX)).flatten().nonzero()[:, 0]
-
-    def to(self, device: torch.device | str) -> PackedRows:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor)})
+        return ((self.input_ids == image_token_id) & self.is_prompt)[0].nonzero()[:, 0]
 
     @property
     def attention(self) -> SharedPrefixAttention:
         return SharedPrefixAttention(self.spans)
-
-    def attention_mask(self, dtype: torch.dtype) -> Tensor:
-        """[B, 1, L, L], True (bool) or 0 (float) where token i may look at token j.
-
-        That is where j <= i, both are of one group, and j is in the prefix or in the branch of i. Padding sees only
-        itself, so that its softmax stays finite.
-        """
-        i, j = (slice(None), slice(None), None), (slice(None), None, slice(None))
-        length = self.input_ids.shape[1]
-        index = torch.arange(length, device=self.input_ids.device)
-        same_group = (self.group[i] == self.group[j]) & (self.group[i] != PADDING)
-        same_branch = (self.branch[j] == PREFIX) | (self.branch[i] == self.branch[j])
-        visible = same_group & same_branch & (index[None, :] <= index[:, None])
-        visible = (visible | torch.eye(length, dtype=torch.bool, device=visible.device))[:, None]
-        if dtype == torch.bool:
-            return visible
-        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
 def group_length(item: PromptItem, completions: Sequence[Tensor]) -> int:
@@ -149,15 +124,14 @@ def pack_rows(
 ) -> list[PackedRows]:
     """Lay out each item with its completions, in order, in rows of at most `max_tokens` tokens.
 
-    A group is never split: one that is longer than `max_tokens` gets a row of its own. Every PackedRows holds one row
-    without padding, because a CPU gains nothing from more rows and a GPU takes one long row with a block mask.
+    A group is never split: one that is longer than `max_tokens` gets a row of its own.
     """
     if len(items) != len(completions):
         raise ValueError(f"{len(items)} items but completions for {len(completions)}")
     packed: list[PackedRows] = []
     waiting: list[int] = []
     room = max_tokens
-    first = _first_completion(completions)
+    first = list(accumulate(map(len, completions), initial=0))  # each item's first completion, counted through all
     for index, item in enumerate(items):
         length = group_length(item, completions[index])
         if waiting and length > room:
@@ -170,14 +144,6 @@ def pack_rows(
     return packed
 
 
-def _first_completion(completions: Sequence[Sequence[Tensor]]) -> list[int]:
-    """Global number of each item's first completion."""
-    first = [0]
-    for group in completions:
-        first.append(first[-1] + len(group))
-    return first
-
-
 def _one_row(
     items: Sequence[PromptItem],
     completions: Sequence[Sequence[Tensor]],
@@ -185,31 +151,30 @@ def _one_row(
     first: Sequence[int],
 ) -> PackedRows:
     device = items[chosen[0]].input_ids.device
-    ids, positions, groups, branches, spans = [], [], [], [], []
+    ids, positions, prompts, spans = [], [], [], []
     predict, targets, completion_numbers = [], [], []
     start = 0
 
-    def add(tokens: Tensor, places: Tensor, group: int, branch: int) -> None:
+    def add(tokens: Tensor, places: Tensor, is_prompt: bool) -> None:
         nonlocal start
         ids.append(tokens)
         positions.append(places)
-        groups.append(torch.full((len(tokens),), group))
-        branches.append(torch.full((len(tokens),), branch))
+        prompts.append(torch.full((len(tokens),), is_prompt))
         start += len(tokens)
 
-    for group, index in enumerate(chosen):
+    for index in chosen:
         item = items[index]
-        add(item.input_ids, item.positions, group, PREFIX)
+        add(item.input_ids, item.positions, is_prompt=True)
         prefix_end = start - 1
-        for number, completion in enumerate(completions[index]):
+        for number, completion in enumerate(completions[index], first[index]):
             if len(completion) == 0:
                 continue
             inputs = completion[:-1]
             predict += [torch.tensor([prefix_end]), torch.arange(start, start + len(inputs))]
             targets.append(completion)
-            completion_numbers.append(torch.full((len(completion),), first[index] + number))
+            completion_numbers.append(torch.full((len(completion),), number))
             places = item.next_position + torch.arange(len(inputs), device=device)
-            add(inputs, places.expand(3, -1), group, number + 1)
+            add(inputs, places.expand(3, -1), is_prompt=False)
         lengths = (len(completion) - 1 for completion in completions[index])
         spans.append(GroupSpan(len(item.input_ids), tuple(length for length in lengths if length > 0)))
 
@@ -219,8 +184,7 @@ def _one_row(
         spans=tuple(spans),
         input_ids=torch.cat(ids)[None],
         position_ids=torch.cat(positions, dim=1)[:, None],
-        group=torch.cat(groups).to(device)[None],
-        branch=torch.cat(branches).to(device)[None],
+        is_prompt=torch.cat(prompts).to(device)[None],
         predict=torch.cat(predict or none).to(device),
         targets=torch.cat(targets or none).to(device),
         completion=torch.cat(completion_numbers or none).to(device),

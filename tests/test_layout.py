@@ -17,6 +17,7 @@ LEAVES = (
     "datamodules/samples.py",
     "datamodules/answers.py",
     "datamodules/prompts.py",
+    "datamodules/scores.py",
     "lightning_modules/shared_prefix.py",
     "lightning_modules/rewards.py",
     "lightning_modules/objectives.py",

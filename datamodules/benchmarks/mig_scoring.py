@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from datamodules.answers import FAILURE_KINDS, ParseFailure, is_well_formed, parse_answer
+from datamodules.answers import FAILURE_KINDS
 from datamodules.benchmarks.mig_bench import IN_DOMAIN, OUT_OF_DOMAIN, TASKS
 from datamodules.boxes import Box, Convention, ImageGeometry, iou
-from datamodules.samples import BoxAnswer, Sample
+from datamodules.samples import Sample
+from datamodules.scores import score_text
 
 _INT, _DEC = r"(\d+)", r"(\d+\.\d+)"
 # Tried in this order; the first with any match decides. Integers and decimals are never mixed within one box.
@@ -87,22 +88,20 @@ def score_answer(
     finished: bool = True,
 ) -> Prediction:
     """Score one model text against `sample`, whose answer is one box; `geometries` has one entry per image."""
-    truth = _truth(sample)
-    parsed = parse_answer(text)
-    failed = isinstance(parsed, ParseFailure)
-    box = None if failed else geometries[truth.image].to_unit(parsed.boxes[0].values, convention)
+    score = score_text(text, sample.answer, geometries, convention)
+    truth = sample.answer.box
     official = extract_box_officially(text)
     return Prediction(
         id=sample.id,
         task=sample.task,
         text=text,
-        truth=truth.box,
-        box=box,
-        iou=0.0 if box is None else iou(box, truth.box),
+        truth=truth,
+        box=score.box,
+        iou=score.iou,
         official_box=official,
-        official_iou=0.0 if official is None else iou(official, truth.box),
-        well_formed=is_well_formed(text),
-        failure=parsed.kind if failed else None,
+        official_iou=0.0 if official is None else iou(official, truth),
+        well_formed=score.well_formed,
+        failure=score.failure,
         num_tokens=num_tokens,
         finished=finished,
     )
@@ -112,7 +111,7 @@ def score_refused(sample: Sample, rule: str) -> Prediction:
     """A question that could not be put to the model (a truncated image, say): wrong, and counted under `rule`."""
     assert rule not in FAILURE_KINDS
     return Prediction(
-        sample.id, sample.task, "", _truth(sample).box, None, 0.0, None, 0.0, False, rule, num_tokens=0, finished=True
+        sample.id, sample.task, "", sample.answer.box, None, 0.0, None, 0.0, False, rule, num_tokens=0, finished=True
     )
 
 
@@ -187,9 +186,3 @@ def _accuracies(ious: Mapping[str, Sequence[float]], inclusive: bool) -> dict[st
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _truth(sample: Sample) -> BoxAnswer:
-    if not isinstance(sample.answer, BoxAnswer):
-        raise ValueError(f"sample {sample.id!r} has a {type(sample.answer).__name__}; MIG-Bench scores one box")
-    return sample.answer

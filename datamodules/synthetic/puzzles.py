@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
-from typing import Any
 
 from PIL import Image
 
@@ -53,19 +52,30 @@ class Puzzle:
 
 
 def build_puzzle(
-    task: str, scenes: list[Scene], question: str, target: int, thing: Thing, thinking: str, **more: Any
+    task: str,
+    scenes: list[Scene],
+    question: str,
+    target: int,
+    thing: Thing,
+    thinking: str,
+    *,
+    crops: tuple[Box | None, ...] | None = None,
+    box: Box | None = None,
+    info: str = "",
+    query: Thing | None = None,
 ) -> Puzzle:
-    """Puzzle whose pictures are whole scenes and whose answer is `thing`, unless `more` says otherwise."""
+    """Puzzle whose answer is `thing`, in whole scenes at its own box unless `crops` and `box` say otherwise."""
     return Puzzle(
         task=task,
         scenes=tuple(scenes),
-        crops=more.pop("crops", (None,) * len(scenes)),
+        crops=crops or (None,) * len(scenes),
         question=question,
         target=target,
-        box=more.pop("box", thing.box),
+        box=box or thing.box,
         label=thing.kind.name,
         thinking=thinking,
-        **more,
+        info=info,
+        query=query,
     )
 
 

@@ -7,11 +7,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from callbacks.artefacts import Journal
-from callbacks.mig_bench import EvaluationSettings, MIGBench, evaluate_mig_bench, limit_tasks
+from callbacks.mig_bench import EvaluationSettings, MIGBench, evaluate_mig_bench, limit_tasks, policy_fingerprint
+from datamodules.artefacts import Journal
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
 from datamodules.benchmarks.mig_scoring import summarise
 from lightning_modules.qwen_vl import QwenVL
@@ -134,3 +135,12 @@ def test_a_real_model_is_evaluated_greedily_and_the_same_twice(bench, encoder, t
     first = run(EvaluationSettings(max_new_tokens=6, batch_prompts=2))
     assert len(first) == 3 and all(0 < p.num_tokens <= 6 for p in first)
     assert [p.text for p in run(EvaluationSettings(max_new_tokens=6, batch_prompts=1))] == [p.text for p in first]
+
+
+def test_the_policys_hash_follows_what_is_trained() -> None:
+    policy = FakePolicy("owner/name").to(torch.bfloat16)
+    before = policy_fingerprint(policy)
+    assert policy_fingerprint(policy) == before
+    with torch.no_grad():
+        policy.model.weight[0, 0] += 1
+    assert policy_fingerprint(policy) != before

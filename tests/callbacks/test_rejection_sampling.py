@@ -12,8 +12,7 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.rejection_sampling import RejectionSampling, RejectionSettings, rejection_sample
-from datamodules.samples import Rejections
-from datamodules.shards import read_samples
+from datamodules.shards import ShardReader
 from tests.callbacks.conftest import FakeEngine, FakeModule, FakePolicy, resuming, true_answer
 
 SETTINGS = RejectionSettings(num_samples=4, max_new_tokens=8, batch_prompts=3)
@@ -25,7 +24,8 @@ def right_number_mod_5(item, k: int) -> str:
 
 
 def kept_ids(folder: Path) -> list[str]:
-    return [loaded.sample.id for loaded in read_samples(folder, Rejections(strict=True))]
+    reader = ShardReader(folder)
+    return [reader.read(number).sample.id for number in range(reader.count)]
 
 
 @pytest.fixture

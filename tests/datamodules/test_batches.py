@@ -118,6 +118,14 @@ def test_geometry_is_the_original_and_the_size_of_the_grid(encoder: Encoder) -> 
     assert item.geometries[1].processed == (28, 28)
 
 
+def test_aspect_ratios_are_refused_where_the_processor_refuses_them(encoder: Encoder) -> None:
+    loaded = make_sample("a", ((3, 601),))
+    assert rejected_rule(encoder, loaded) == "extreme_aspect_ratio"
+    with pytest.raises(ValueError, match="aspect ratio"):
+        encoder.processor.image_processor(images=[load_image(loaded.images[0], 10**6)])
+    assert encoder.encode(make_sample("a", ((3, 600),))).geometries[0].original == (3, 600)
+
+
 def test_target_is_in_processed_pixels_and_ends_the_turn(encoder: Encoder) -> None:
     item = encoder.encode(make_sample("a", ((56, 56), (112, 84))))
     text = encoder.processor.tokenizer.decode(item.completion_ids)

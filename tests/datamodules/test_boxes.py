@@ -1,4 +1,4 @@
-"""IoU, box validity, Qwen's resizing rule and the conversions of ImageGeometry."""
+"""IoU, box validity and the conversions of ImageGeometry."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import math
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as transformers_smart_resize
 
-from datamodules.boxes import Convention, ImageGeometry, box_fault, iou, smart_resize
+from datamodules.boxes import Convention, ImageGeometry, box_fault, iou
 
 GRID = 12
 cells = st.integers(-2, GRID)
@@ -98,41 +97,6 @@ def test_touching_boxes_do_not_overlap() -> None:
 )
 def test_box_fault_names_the_first_fault(box, fault) -> None:
     assert box_fault(box) == fault
-
-
-@given(
-    st.integers(1, 4000), st.integers(1, 4000), st.sampled_from([4, 16, 28, 32]), st.integers(0, 9), st.integers(0, 9)
-)
-@example(14, 42, 28, 4, 7)  # halves are rounded to even
-@example(1, 1, 28, 0, 9)
-@example(10, 2000, 28, 0, 0)
-def test_smart_resize_equals_transformers(height: int, width: int, factor: int, low: int, more: int) -> None:
-    assume(max(height, width) / min(height, width) <= 200)
-    bounds = (factor * factor * 2**low, factor * factor * 2 ** (low + more))
-    ours = smart_resize(height, width, factor, *bounds)
-    assert ours == transformers_smart_resize(height, width, factor, *bounds)
-    assert ours[0] % factor == ours[1] % factor == 0 and min(ours) >= factor
-
-
-@given(st.integers(1, 3), st.integers(601, 5000))
-def test_extreme_aspect_ratios_are_refused_as_in_transformers(short: int, long: int) -> None:
-    for size in ((short, long), (long, short)):
-        with pytest.raises(ValueError, match="aspect ratio"):
-            smart_resize(*size, 28, 3136, 1003520)
-        with pytest.raises(ValueError, match="aspect ratio"):
-            transformers_smart_resize(*size, 28, 3136, 1003520)
-
-
-@pytest.mark.parametrize("size", [(0, 10, 28), (10, 0, 28), (-5, 10, 28), (10, 10, 0)])
-def test_sizes_below_one_are_refused(size) -> None:
-    with pytest.raises(ValueError, match="at least 1"):
-        smart_resize(*size, 3136, 1003520)
-
-
-def test_a_tiny_image_does_not_change_how_later_images_are_resized() -> None:
-    before = smart_resize(480, 640, 28, 3136, 1003520)
-    assert smart_resize(20, 20, 28, 3136, 1003520) == (56, 56)
-    assert smart_resize(480, 640, 28, 3136, 1003520) == before == (476, 644)
 
 
 @given(unit_boxes(), sizes, sizes, conventions)

@@ -157,7 +157,7 @@ def test_paper_policies_are_built_on_the_meta_device(parse, tmp_path: Path, name
     (tmp_path / "config.json").write_text(json.dumps(qwen_config(size)))
     module = parse(name).model
     with torch.device("meta"):
-        policy = QwenVL(str(tmp_path), module.lora, module.dtype_name, module.freeze_vision, module.reference)
+        policy = QwenVL(str(tmp_path), module.lora, module.dtype_name, module.freeze_vision, module.with_reference)
     assert all(parameter.is_meta for parameter in policy.parameters())
     trained = {key for key, parameter in policy.named_parameters() if parameter.requires_grad}
     assert trained and all("lora_" in key and "visual" not in key for key in trained)

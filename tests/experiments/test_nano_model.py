@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerBase
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from datamodules.boxes import smart_resize
 from datamodules.prompts import ANSWER_SUFFIX, THINK_SUFFIX
 from datamodules.synthetic.world import KINDS, SIZES
 from experiments.nano_model import (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from callbacks.artefacts import read_json
+from datamodules.artefacts import read_json
 from experiments import evaluate, pipeline
 from experiments.pipeline import Step, run_step
 from experiments.results import read_results

@@ -62,10 +62,12 @@ def test_a_missing_experiment_is_a_short_error(tmp_path: Path) -> None:
 )
 def test_charts_are_well_formed_and_stay_inside_their_frame(points: list) -> None:
     tree = ElementTree.fromstring(charts.line_chart("a < b", {"x & y": points, "empty": []}))
-    for line in tree.iter("{http://www.w3.org/2000/svg}polyline"):
-        for place in line.get("points").split():
-            x, y = map(float, place.split(","))
-            assert charts.LEFT - 0.1 <= x <= charts.WIDTH and 0 <= y <= charts.HEIGHT
+    lines = [line.get("points").split() for line in tree.iter("{http://www.w3.org/2000/svg}polyline")]
+    dots = [f"{dot.get('cx')},{dot.get('cy')}" for dot in tree.iter("{http://www.w3.org/2000/svg}circle")]
+    assert (len(lines), len(dots)) == (0, 1) if len(points) == 1 else len(lines) >= 1
+    for place in [*dots, *(place for line in lines for place in line)]:
+        x, y = map(float, place.split(","))
+        assert charts.LEFT - 0.1 <= x <= charts.WIDTH and 0 <= y <= charts.HEIGHT
 
 
 def test_bars_are_as_tall_as_their_values() -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from callbacks.artefacts import read_json
+from datamodules.artefacts import read_json
 from experiments import metrics, train
-from experiments.checks import SettingsError
 from tests.experiments.conftest import ROOT, Workbench
 
 REJECTION = {
@@ -94,10 +93,6 @@ def test_the_key_follows_what_is_computed(workbench: Workbench) -> None:
     assert key() == key("--trainer.log_every_n_steps=7", "--trainer.logger=false", "--outputs=elsewhere")
     different = [key(), key("--seed_everything=1"), key("--model.learning_rate=1e-5"), key("--trainer.max_steps=3")]
     assert len(set(different)) == 4
-
-
-def test_setting_errors_are_value_errors() -> None:
-    assert issubclass(SettingsError, ValueError)
 
 
 @pytest.mark.parametrize(

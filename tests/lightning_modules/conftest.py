@@ -8,13 +8,19 @@ from typing import Any
 
 import pytest
 from lightning import LightningDataModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 
 from datamodules.batches import Batch, PromptItem
 from lightning_modules.adapters import LoraSettings
 from lightning_modules.policy_module import PolicyModule
+from lightning_modules.qwen_vl import QwenVL
 
 LORA = LoraSettings(rank=8, alpha=16)
+
+
+def trained_weights(policy: QwenVL) -> dict[str, Tensor]:
+    """A copy, by name, of all that training changes."""
+    return {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
 
 
 class Batches(LightningDataModule):
@@ -39,26 +45,6 @@ class Batches(LightningDataModule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.position = state["position"]
-
-
-class ValidatedBatches(Batches):
-    """Also every item by itself, to validate on."""
-
-    def val_dataloader(self) -> _Loader:
-        return _Loader([Batch([item]) for item in self.items])
-
-
-class _Loader:
-    """Not a list: Lightning takes those for lists of loaders."""
-
-    def __init__(self, batches: list[Batch]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self.batches)
 
 
 class _Stream:
@@ -92,10 +78,9 @@ def fit(tmp_path: Path) -> Callable[..., Trainer]:
             enable_progress_bar=False,
             enable_model_summary=False,
             log_every_n_steps=1,
-            **settings | {"limit_val_batches": 0} | trainer,
+            **settings | trainer,
         )
-        kind = ValidatedBatches if is_overridden("validation_step", module) else Batches
-        made.fit(module, datamodule=kind(items, num_items), ckpt_path=ckpt_path, weights_only=True)
+        made.fit(module, datamodule=Batches(items, num_items), ckpt_path=ckpt_path, weights_only=True)
         return made
 
     return run

@@ -14,6 +14,7 @@ from lightning_modules.objectives import REDUCTIONS, GRPOTerms
 from lightning_modules.policy_module import NonFiniteLoss, derive_seed
 from lightning_modules.rewards import Reward
 from lightning_modules.shared_prefix import pack_rows
+from tests.lightning_modules.conftest import trained_weights
 
 MAX_NEW = 8
 
@@ -113,10 +114,9 @@ def test_gradient_of_a_window_is_that_of_the_written_out_equation(
     module, recorder = build(loss_reduction=loss_reduction, **settings), Recorder()
     module.configure_model()
     stir(module)
-    start, module.engine = module.policy.adapter_state(), RecordingEngine(module.engine)
-    start = {name: value.clone() for name, value in start.items()}
+    start, module.engine = trained_weights(module.policy), RecordingEngine(module.engine)
     fit(module, items, max_steps=1, callbacks=[recorder])
-    module.policy.load_adapter_state(start)
+    module.policy.load_state_dict(start, strict=False)
     advantages = [record["advantages"] for record in recorder.records]
     assert [any(group) for group in advantages] == [True, True, False, True]
     expected = torch.autograd.grad(
@@ -283,8 +283,8 @@ def test_answer_that_cannot_be_rewarded_is_an_error_that_names_the_sample(build,
 @pytest.mark.parametrize("settings", [{"lora": None}, {"freeze_vision": False, "max_tokens_per_row": 10}])
 def test_other_trained_parts_use_a_copy_as_reference(build, make_items, fit, easy, settings):
     module, recorder = build(beta=0.1, learning_rate=1e-4, **settings), Recorder()
-    assert module.reference == "copy"
     fit(module, make_items([1, 2]), max_steps=3, callbacks=[recorder])
+    assert module.policy.reference_model is not None
     assert recorder.metrics[0]["grpo/kl"] == pytest.approx(0, abs=1e-6)
     assert recorder.metrics[-1]["grpo/kl"] > 1e-7
 
@@ -301,7 +301,7 @@ def test_ranks_of_which_one_has_nothing_to_learn_do_not_hang(build, make_items, 
 
     class Save(Callback):
         def on_train_end(self, trainer, module):
-            torch.save(module.policy.adapter_state(), tmp_path / f"rank{trainer.global_rank}.pt")
+            torch.save(trained_weights(module.policy), tmp_path / f"rank{trainer.global_rank}.pt")
 
     module = build(beta=0.01)
     fit(module, items, num_items=1, max_steps=2, strategy="ddp_fork", devices=2, callbacks=[Save()])

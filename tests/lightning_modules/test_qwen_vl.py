@@ -141,10 +141,10 @@ def test_folded_copy_shares_all_but_the_adapted_weights(tiny_model_dir: Path) ->
     assert any("lora" in name for name, _ in policy.base.named_parameters())
 
 
-@pytest.mark.parametrize("reference", ["adapter", "copy"])
-def test_reference_stays_at_the_start(tiny_model_dir: Path, make_items: MakeItems, reference: str) -> None:
-    lora = LORA if reference == "adapter" else None
-    policy = QwenVL(str(tiny_model_dir), lora=lora, reference=reference)
+@pytest.mark.parametrize("lora", [LORA, None])
+def test_reference_stays_at_the_start(tiny_model_dir: Path, make_items: MakeItems, lora: LoraSettings | None) -> None:
+    policy = QwenVL(str(tiny_model_dir), lora=lora, with_reference=True)
+    assert (policy.reference_model is None) == (lora is not None)  # a copy only where the adapter can not be disabled
     items = make_items([1, 2])
     start = packed(policy, items).detach()
     trained(policy)
@@ -155,10 +155,11 @@ def test_reference_stays_at_the_start(tiny_model_dir: Path, make_items: MakeItem
     assert len(policy.trainable_parameters()) == len([p for p in policy.parameters() if p.requires_grad])
 
 
-def test_reference_copy_keeps_its_own_vision_tower_when_that_trains(
-    tiny_model_dir: Path, make_items: MakeItems
+@pytest.mark.parametrize("lora", [LORA, None])
+def test_reference_keeps_its_own_vision_tower_when_that_trains(
+    tiny_model_dir: Path, make_items: MakeItems, lora: LoraSettings | None
 ) -> None:
-    policy = QwenVL(str(tiny_model_dir), freeze_vision=False, reference="copy")
+    policy = QwenVL(str(tiny_model_dir), lora=lora, freeze_vision=False, with_reference=True)
     items = make_items([2])
     start = policy.encode_images(items)[0].detach()
     trained(policy)
@@ -168,7 +169,7 @@ def test_reference_copy_keeps_its_own_vision_tower_when_that_trains(
 
 
 def test_asking_for_a_reference_that_is_not_there(tiny_model_dir: Path, make_items: MakeItems) -> None:
-    with pytest.raises(ValueError, match="reference=None"):
+    with pytest.raises(ValueError, match="with_reference=False"):
         packed(QwenVL(str(tiny_model_dir), lora=LORA), make_items([1]), reference=True)
 
 
@@ -195,19 +196,9 @@ def test_without_the_ban_log_probs_are_of_the_whole_vocabulary(tiny_model_dir: P
     assert best[0] == logits.argmax()
 
 
-def test_adapter_state_comes_back(tiny_model_dir: Path, make_items: MakeItems) -> None:
-    items = make_items([1])
-    policy = trained(QwenVL(str(tiny_model_dir), lora=LORA))
-    other = QwenVL(str(tiny_model_dir), lora=LORA)
-    other.load_adapter_state(policy.adapter_state())
-    torch.testing.assert_close(packed(other, items), packed(policy, items))
-    with pytest.raises(ValueError, match="does not fit"):
-        QwenVL(str(tiny_model_dir)).load_adapter_state(policy.adapter_state())
-
-
 def test_bfloat16_runs_close_to_float32(tiny_model_dir: Path, make_items: MakeItems) -> None:
     items = make_items([2])
-    policy = QwenVL(str(tiny_model_dir), lora=LORA, dtype="bfloat16", reference="adapter")
+    policy = QwenVL(str(tiny_model_dir), lora=LORA, dtype="bfloat16", with_reference=True)
     assert all(p.dtype == torch.float32 for p in policy.trainable_parameters())
     log_probs = packed(policy, items)
     assert log_probs.dtype == torch.float32
@@ -219,20 +210,15 @@ def test_bfloat16_runs_close_to_float32(tiny_model_dir: Path, make_items: MakeIt
 def test_meta_device_needs_only_a_config(tiny_model_dir: Path, tmp_path: Path) -> None:
     shutil.copy(tiny_model_dir / "config.json", tmp_path)
     with torch.device("meta"):
-        policy = QwenVL(str(tmp_path), lora=LORA, dtype="bfloat16", reference="adapter", gradient_checkpointing=True)
+        policy = QwenVL(str(tmp_path), lora=LORA, dtype="bfloat16", with_reference=True, gradient_checkpointing=True)
     assert {p.device.type for p in policy.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize(
     ("options", "quoted"),
     [
-        ({"lora": None, "reference": "adapter"}, ["reference='adapter'", "lora=None"]),
-        (
-            {"lora": LORA, "reference": "adapter", "freeze_vision": False},
-            ["reference='adapter'", "freeze_vision=False"],
-        ),
         ({"lora": LoraSettings(targets=())}, ["targets=()", "rank=64"]),
-        ({"dtype": "int4", "reference": "twin"}, ["dtype='int4'", "reference='twin'"]),
+        ({"dtype": "int4", "lora": LoraSettings(targets=())}, ["dtype='int4'", "targets=()"]),
     ],
 )
 def test_contradictory_settings_are_quoted_before_loading(options: dict[str, object], quoted: list[str]) -> None:

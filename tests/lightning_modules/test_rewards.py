@@ -6,7 +6,7 @@ import pytest
 
 from datamodules.answers import render_answer
 from datamodules.boxes import Convention, ImageGeometry
-from datamodules.samples import BoxAnswer, BoxesAnswer
+from datamodules.samples import BoxAnswer
 from lightning_modules.rewards import reward
 
 WIDE = ImageGeometry(original=(640, 480), processed=(640, 480))
@@ -33,7 +33,7 @@ def reference_iou(a, b, steps=480):
 def test_accuracy_is_the_iou_of_the_parsed_box(values):
     unit = [values[0] / 640, values[1] / 480, values[2] / 640, values[3] / 480]
     got = reward(answer(values), HALF, [WIDE], Convention.ABSOLUTE)
-    assert got.accuracy == got.iou == pytest.approx(reference_iou(HALF.box, unit), abs=1e-9)
+    assert got.accuracy == pytest.approx(reference_iou(HALF.box, unit), abs=1e-9)
     assert got.format == 1.0 and got.failure is None
     assert got.total == pytest.approx(got.accuracy + 0.5)
 
@@ -92,10 +92,3 @@ def test_further_boxes_do_not_raise_the_reward():
     boxes = '<think>t</think><answer>[{"bbox_2d": [400, 300, 500, 400]}, {"bbox_2d": [0, 0, 320, 240]}]</answer>'
     got = reward(boxes, HALF, [WIDE], Convention.ABSOLUTE)
     assert (got.accuracy, got.format) == (0.0, 0.0)
-
-
-def test_an_answer_that_is_not_one_known_box_is_an_error():
-    with pytest.raises(ValueError, match="BoxesAnswer"):
-        reward("", BoxesAnswer((HALF,)), [WIDE], Convention.ABSOLUTE)
-    with pytest.raises(ValueError, match="image 1"):
-        reward("", BoxAnswer(1, HALF.box, ""), [WIDE], Convention.ABSOLUTE)

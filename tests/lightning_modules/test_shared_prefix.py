@@ -9,7 +9,7 @@ from torch import Tensor
 
 from datamodules.batches import PromptItem
 from lightning_modules.qwen_vl import LoraSettings, QwenVL
-from lightning_modules.shared_prefix import group_length, pack_rows
+from lightning_modules.shared_prefix import GroupSpan, group_length, pack_rows
 
 MakeItems = Callable[..., list[PromptItem]]
 
@@ -40,7 +40,7 @@ def plain_log_probs(policy: QwenVL, item: PromptItem, completion: Tensor, temper
 @pytest.fixture
 def policy(tiny_model_dir: Path) -> QwenVL:
     torch.manual_seed(0)
-    policy = QwenVL(str(tiny_model_dir), lora=LoraSettings(rank=4, alpha=8), reference="adapter")
+    policy = QwenVL(str(tiny_model_dir), lora=LoraSettings(rank=4, alpha=8), with_reference=True)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide the adapter
@@ -109,28 +109,31 @@ def test_gradient_checkpointing_changes_nothing(tiny_model_dir: Path, make_items
     torch.testing.assert_close(*results)
 
 
-def test_mask_is_the_written_rule(make_items: MakeItems) -> None:
-    items = make_items([1, 1])
-    (row,) = pack_rows(items, ragged([[3, 2], [4]]), 10_000)
-    group, branch = row.group[0].tolist(), row.branch[0].tolist()
-    visible = row.attention_mask(torch.bool)[0, 0]
-    for i in range(len(group)):
-        for j in range(len(group)):
-            expected = group[i] == group[j] and j <= i and branch[j] in (0, branch[i])
-            assert visible[i, j] == expected
-    additive = row.attention_mask(torch.float32)
-    assert torch.equal(additive == 0, row.attention_mask(torch.bool))
+def written_mask(spans: tuple[GroupSpan, ...]) -> Tensor:
+    """bool [L, L], True where token i may look at token j: the rule of `SharedPrefixAttention`, word by word."""
+    places = [
+        (group, branch)
+        for group, span in enumerate(spans)
+        for branch, length in enumerate((span.prefix, *span.branches))
+        for _ in range(length)
+    ]
+    return torch.tensor(
+        [
+            [j <= i and group == other and branch in (0, own) for j, (other, branch) in enumerate(places)]
+            for i, (group, own) in enumerate(places)
+        ]
+    )
 
 
 def test_attention_by_structure_equals_attention_under_the_mask(make_items: MakeItems) -> None:
     (row,) = pack_rows(make_items([1, 2, 1]), ragged([[3, 9, 1], [4], [1]]), 10_000)
     generator = torch.Generator().manual_seed(0)
-    length, shapes = row.num_tokens, ((4, 16), (2, 16), (2, 16))
+    length, shapes = row.input_ids.shape[1], ((4, 16), (2, 16), (2, 16))
     tensors = [torch.randn(1, h, length, d, generator=generator, requires_grad=True) for h, d in shapes]
     weights = torch.randn(1, length, 4, 16, generator=generator)
     q, k, v = tensors
     k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
-    scores = q @ k.transpose(-1, -2) * 0.3 + row.attention_mask(torch.float32)
+    scores = (q @ k.transpose(-1, -2) * 0.3).masked_fill(~written_mask(row.spans), float("-inf"))
     expected = (scores.softmax(-1) @ v).transpose(1, 2)
     actual = row.attention(*tensors, scaling=0.3)
     torch.testing.assert_close(actual, expected)
@@ -146,7 +149,7 @@ def test_rows_keep_to_the_budget_and_never_split_a_group(make_items: MakeItems) 
     assert lengths[2] > budget  # longer than a row may be
     rows = pack_rows(items, completions, budget)
     assert [row.items for row in rows] == [(0, 1), (2,), (3,)]
-    assert [row.num_tokens for row in rows] == [budget, lengths[2], lengths[3]]
+    assert [row.input_ids.shape[1] for row in rows] == [budget, lengths[2], lengths[3]]
     assert torch.cat([row.completion for row in rows]).tolist() == [
         number for number, length in enumerate([3, 2, 4, 4, 5, 5, 2, 2]) for _ in range(length)
     ]

@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from datamodules.answers import ParsedAnswer, parse_answer
-from datamodules.boxes import Convention, ImageGeometry, smart_resize
+from datamodules.boxes import Convention, ImageGeometry
 from datamodules.synthetic.single_image import GROUNDING, MARKED, POINTED, Turn, crowd, single_scene, single_turns
 from datamodules.synthetic.world import Scene, Thing
 from experiments.nano_model import MAX_PIXELS, MIN_PIXELS

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from datamodules.benchmarks.mig_bench import TASKS
-from datamodules.boxes import Box, box_fault, smart_resize
+from datamodules.boxes import Box, box_fault
 from datamodules.synthetic.puzzles import Puzzle
 from datamodules.synthetic.tasks import GROUP_GROUNDING, SCALES, make_puzzle
 from datamodules.synthetic.world import SIZES, Kind, Scene, Thing, draw_scene, encode_png

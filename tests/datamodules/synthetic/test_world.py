@@ -8,8 +8,9 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from datamodules.boxes import box_fault, smart_resize
+from datamodules.boxes import box_fault
 from datamodules.synthetic.single_image import crowd, single_scene
 from datamodules.synthetic.world import (
     KINDS,

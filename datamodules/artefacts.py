@@ -27,7 +27,12 @@ def path_fingerprint(path: str | Path) -> str:
         files = [path / "manifest.json"]
     else:
         files = sorted([*path.glob("*.json"), *path.glob("*.safetensors"), *path.glob("*.jinja")])
-    return fingerprint([(file.name, _hash_file(file)) for file in files] or str(path))
+    return fingerprint([(file.name, file_sha256(file)[:16]) for file in files] or str(path))
+
+
+def file_sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_atomic(path: str | Path, text: str) -> None:
@@ -93,8 +98,3 @@ def _sound_records(path: Path) -> tuple[list[Any], int]:
             break
         sound += len(line)
     return records, sound
-
-
-def _hash_file(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
