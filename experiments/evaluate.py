@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from jsonargparse import auto_cli
 
-from callbacks.artefacts import Journal, write_json
+from callbacks.artefacts import Journal, read_json, write_json
 from callbacks.mig_bench import EvaluationSettings, evaluate_mig_bench, evaluation_key, limit_tasks
 from datamodules.batches import Encoder
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
@@ -50,8 +50,8 @@ def evaluate(
         model: folder or Hub name of a Qwen2.5-VL, without an adapter (merge first)
         annotations: MIG_data.json
         image_root: folder that holds MIG-Bench/
-        output: folder for predictions.jsonl and mig_bench.json; null: that of the phase which the merged model lies in,
-            for another model outputs/mig_bench/<model>
+        output: folder for predictions.jsonl and mig_bench.json, which are replaced there; null: that of the phase which
+            the merged model lies in, for another model outputs/mig_bench/<model>, and nothing finished is replaced
         convention: how the model writes boxes
         style: how questions are put; plain and official for models that were not trained here
         dtype: of the weights
@@ -63,7 +63,7 @@ def evaluate(
         max_resized_pixels: images are shrunk to so many pixels, where that is less than the processor's own limit
         label_images: write "Picture k: " before image k
     """
-    output = output or default_output(model)
+    home = Path(output or default_output(model))
     checks.raise_all(checks.model_faults(model) + checks.benchmark_faults(annotations, image_root))
     decoding = decoding or EvaluationSettings()
     encoder = Encoder(
@@ -84,13 +84,14 @@ def evaluate(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = QwenVL(model, dtype=dtype).to(device).eval()
-    with phases.locked(Path(output) / "predictions.jsonl"):
+    with phases.locked(home / "predictions.jsonl"):
         key = evaluation_key(policy, encoder, annotations, image_root, samples, decoding)
-        journal = Journal(Path(output) / "predictions.jsonl", key)
+        folder = home if output else spare_folder(home, key)
+        journal = Journal(folder / "predictions.jsonl", key)
         load = partial(load_images, image_root=image_root)
         found = evaluate_mig_bench(policy, NativeEngine(policy), encoder, samples, load, decoding, journal)
         summary = summarise(found)
-        write_json(Path(output) / "mig_bench.json", {"key": key, "model": model} | summary)
+        write_json(folder / "mig_bench.json", {"key": key, "model": model} | summary)
     print(format_table(summary), flush=True)
 
 
@@ -99,6 +100,18 @@ def default_output(model: str) -> str:
     if Path(model).name == "merged":
         return str(Path(model).parent)
     return str(Path("outputs") / "mig_bench" / model.strip("./").replace("/", "--"))
+
+
+def spare_folder(home: Path, key: str) -> Path:
+    """`home`, or a folder in it for this key where `home` holds the finished evaluation of another.
+
+    So a quick look on a few questions leaves the numbers that a pipeline or a report reads as they are.
+    """
+    if read_json(home / "mig_bench.json").get("key") in (None, key):
+        return home
+    folder = home / f"mig_bench-{key}"
+    print(f"{home} holds an evaluation with other settings or inputs: this one goes to {folder}", flush=True)
+    return folder
 
 
 def main(args: list[str] | None = None) -> None:

@@ -31,12 +31,19 @@ CLOCK_SECONDS = 5.0  # how often the time spent is written down: a kill loses no
 
 @dataclass(frozen=True)
 class Step:
-    """One process. `marker` is the file that says it is done; `inputs` are the files and folders that it reads."""
+    """One process. `marker` is the file that says it is done; `inputs` are the files and folders that it reads.
+
+    `result` is a JSON file that it writes and others may write too, with a key: only with that key is the step done.
+    """
 
     title: str
     marker: Path
     command: tuple[str, ...]
     inputs: tuple[str, ...]
+    result: Path | None = None
+
+    def result_key(self) -> str | None:
+        return read_json(self.result).get("key") if self.result else None
 
     def key(self) -> str:
         return fingerprint(self.command, [path_fingerprint(path) for path in self.inputs])
@@ -46,7 +53,7 @@ def run_step(step: Step) -> float:
     """Run the step unless it is done; the seconds it took, over all attempts. Ends the program if the step fails."""
     key, old = step.key(), read_json(step.marker)
     same = old.get("key") == key
-    if same and old["done"]:
+    if same and old["done"] and old.get("result_key") == step.result_key():
         say(f"{step.title}: done before, in {old['seconds']:.0f} s")
         return old["seconds"]
     say(f"{step.title}: python -m {shlex.join(step.command)}")
@@ -55,7 +62,8 @@ def run_step(step: Step) -> float:
     def note(done: bool) -> float:
         seconds = round(before + time.monotonic() - start, 1)
         if step.marker.parent.is_dir():  # the step itself makes its folder, and may move an old one aside first
-            phases.write_marker(step.marker.parent, step.marker.name, key=key, done=done, seconds=seconds)
+            content = {"key": key, "result_key": step.result_key(), "done": done, "seconds": seconds}
+            phases.write_marker(step.marker.parent, step.marker.name, **content)
         return seconds
 
     code = run_process([sys.executable, "-m", *step.command], lambda: note(False))
@@ -121,12 +129,11 @@ class Ladder:
         command = ["experiments.evaluate", "--config", self.evaluation, "--model", model, "--output", str(folder)]
         command += shlex.split(self.overrides.get("evaluation", ""))
         benchmark = yaml.safe_load(Path(self.evaluation).read_text())["annotations"]
-        step = Step(
-            f"{stage}: MIG-Bench", folder / "evaluated.json", tuple(command), (self.evaluation, model, benchmark)
-        )
+        inputs, summary = (self.evaluation, model, benchmark), folder / "mig_bench.json"
+        step = Step(f"{stage}: MIG-Bench", folder / "evaluated.json", tuple(command), inputs, summary)
         folder.mkdir(parents=True, exist_ok=True)
         seconds += run_step(step)
-        self.results = self.results.with_stage(make_stage(stage, read_json(folder / "mig_bench.json"), seconds))
+        self.results = self.results.with_stage(make_stage(stage, read_json(summary), seconds))
         write_results(self.folder / "results.json", self.results)
         report.write_report(self.folder)
         print(report.ladder_text(self.results), flush=True)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,18 @@ def test_a_step_runs_once_for_the_same_inputs(tmp_path: Path) -> None:
     assert (folder / "runs").read_text() == "x"
     run_step(counting_step(folder, "second"))
     assert (folder / "runs").read_text() == "xx"
+
+
+def test_a_result_that_another_has_replaced_is_not_believed(tmp_path: Path) -> None:
+    step = counting_step(tmp_path / "phase")
+    step = replace(step, result=tmp_path / "phase" / "result.json")
+    step.result.write_text(json.dumps({"key": "the step's"}))
+    run_step(step)
+    run_step(step)
+    assert (tmp_path / "phase" / "runs").read_text() == "x"
+    step.result.write_text(json.dumps({"key": "another's"}))
+    run_step(step)
+    assert (tmp_path / "phase" / "runs").read_text() == "xx"
 
 
 def test_the_time_of_killed_attempts_is_counted(tmp_path: Path) -> None:
@@ -90,6 +103,23 @@ def test_evaluation_writes_answers_and_summary_and_goes_on_from_them(workbench: 
     evaluate.main(["--config", config, "--output", str(folder)])
     assert (folder / "predictions.jsonl").read_text() == answers
     assert read_json(folder / "mig_bench.json") == summary
+
+
+def test_a_quick_look_leaves_a_finished_evaluation_alone(workbench: Workbench, capsys) -> None:
+    phase = workbench.outputs / "tiny" / "grpo"
+    phase.mkdir(parents=True)
+    (phase / "merged").symlink_to(workbench.model)
+    settings = evaluation(workbench) | {"model": str(phase / "merged"), "output": None}
+    config = workbench.write_yaml("eval", settings)
+    evaluate.main(["--config", config])
+    files = [phase / "mig_bench.json", phase / "predictions.jsonl"]
+    finished = [file.read_text() for file in files]
+    evaluate.main(["--config", config, "--limit_per_task=1"])
+    assert [file.read_text() for file in files] == finished
+    (other,) = phase.glob("mig_bench-*")
+    assert read_json(other / "mig_bench.json")["n"] == 2 and str(other) in capsys.readouterr().out
+    evaluate.main(["--config", config, "--limit_per_task=1", "--output", str(phase)])
+    assert read_json(phase / "mig_bench.json")["n"] == 2, "a folder that is asked for by name is replaced"
 
 
 def test_evaluation_names_every_wrong_path_before_weights_are_read(workbench: Workbench) -> None:
