@@ -2,7 +2,8 @@
 
     python -m experiments.evaluate --config experiments/configs/nano/eval.yaml --model M --output outputs/nano/base
 
-It writes predictions.jsonl, every answer with its score, and mig_bench.json, the summary, into the output folder.
+It writes predictions.jsonl, every answer with its score, and mig_bench.json, the summary, into the output folder, and
+logs the summary to the W&B run of that phase.
 Killed and started again, it goes on after the last batch of answers.
 """
 
@@ -17,13 +18,13 @@ import torch
 from jsonargparse import auto_cli
 
 from callbacks.artefacts import Journal, read_json, write_json
-from callbacks.mig_bench import EvaluationSettings, evaluate_mig_bench, evaluation_key, limit_tasks
+from callbacks.mig_bench import EvaluationSettings, evaluate_mig_bench, evaluation_key, limit_tasks, summary_metrics
 from datamodules.batches import Encoder
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
 from datamodules.benchmarks.mig_scoring import format_table, summarise
 from datamodules.boxes import Convention
 from datamodules.prompts import PromptStyle
-from experiments import checks, phases
+from experiments import checks, phases, tracking
 from lightning_modules.qwen_vl import QwenVL
 from lightning_modules.rollouts import NativeEngine
 
@@ -93,6 +94,8 @@ def evaluate(
         summary = summarise(found)
         write_json(folder / "mig_bench.json", {"key": key, "model": model} | summary)
     print(format_table(summary), flush=True)
+    if folder == home:
+        tracking.log_evaluation(folder, key, summary_metrics(summary, "mig_bench"))
 
 
 def default_output(model: str) -> str:

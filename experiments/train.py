@@ -26,7 +26,7 @@ from callbacks.artefacts import fingerprint, path_fingerprint, write_atomic
 from datamodules.boxes import Convention
 from datamodules.multi_image import MultiImageData
 from experiments import checks, metrics, phases
-from experiments.tracking import choose_wandb_mode, wandb_run_id
+from experiments.tracking import choose_wandb_mode, wandb_identity, wandb_run_id
 
 # Settings that say how a run is shown or where it runs, not what it computes.
 NOT_IN_KEY = ("logger", "default_root_dir", "enable_progress_bar", "enable_model_summary", "log_every_n_steps")
@@ -116,15 +116,8 @@ class TrainCLI(LightningCLI):
 
     def loggers(self) -> list[Logger]:
         choose_wandb_mode()
-        wandb_logger = WandbLogger(
-            project="multi-image-grounding",
-            group=self.config.experiment,
-            job_type=self.config.phase,
-            name=f"{self.config.experiment}/{self.config.phase}",
-            id=wandb_run_id(self.folder, self.key),
-            resume="allow",
-            save_dir=str(self.folder),
-        )
+        identity = wandb_identity(self.folder, wandb_run_id(self.folder, self.key))
+        wandb_logger = WandbLogger(save_dir=str(self.folder), **identity)
         attempt = metrics.next_attempt(self.folder)
         csv_logger = CSVLogger(str(self.folder), name="attempts", version=str(attempt), flush_logs_every_n_steps=1)
         return [wandb_logger, csv_logger]

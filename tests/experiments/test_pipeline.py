@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import wandb
 
 from callbacks.artefacts import read_json
-from experiments import evaluate, pipeline
+from experiments import evaluate, pipeline, train
 from experiments.pipeline import Step, run_step
 from experiments.results import read_results
 from tests.experiments.conftest import ROOT, Workbench
@@ -120,6 +121,54 @@ def test_a_quick_look_leaves_a_finished_evaluation_alone(workbench: Workbench, c
     assert read_json(other / "mig_bench.json")["n"] == 2 and str(other) in capsys.readouterr().out
     evaluate.main(["--config", config, "--limit_per_task=1", "--output", str(phase)])
     assert read_json(phase / "mig_bench.json")["n"] == 2, "a folder that is asked for by name is replaced"
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """What is logged to W&B, in order, with the run's id, group and job type."""
+    calls, log = [], wandb.Run.log
+
+    def note(run: wandb.Run, data: dict) -> None:
+        calls.append({"id": run.id, "group": run.group, "job_type": run.job_type} | data)
+        log(run, data)
+
+    monkeypatch.setattr(wandb.Run, "log", note)
+    return calls
+
+
+def test_an_evaluation_is_logged_to_the_phases_own_run(workbench: Workbench, logged: list[dict]) -> None:
+    train.main(["--config", workbench.training("cot_sft")])
+    phase = workbench.outputs / "tiny" / "cot_sft"
+    settings = evaluation(workbench) | {"model": str(phase / "merged"), "output": None}
+    config = workbench.write_yaml("eval", settings)
+    evaluate.main(["--config", config])
+    *training, evaluated = logged
+    summary = read_json(phase / "mig_bench.json")
+    assert evaluated["mig_bench/avg"] == summary["avg"] and evaluated["mig_bench/diff"] == summary["tasks"]["diff"]
+    assert evaluated["trainer/global_step"] == training[-1]["trainer/global_step"] + 1 == 2
+    for name in ("id", "group", "job_type"):
+        assert evaluated[name] == training[-1][name]
+    assert len(list((phase / "wandb").glob(f"offline-run-*-{evaluated['id']}"))) == 2
+    evaluate.main(["--config", config, "--limit_per_task=1"])
+    assert logged[-1] is evaluated, "a quick look is not the phase's result"
+
+
+def test_a_model_without_a_phase_gets_a_run_of_its_own(workbench: Workbench, logged: list[dict]) -> None:
+    folder = workbench.outputs / "tiny" / "base"
+    config = workbench.write_yaml("eval", evaluation(workbench) | {"output": str(folder)})
+    for more in ([], [], ["--style=answer"]):
+        evaluate.main(["--config", config, *more])
+    first, again, other = logged
+    assert (first["group"], first["job_type"]) == ("tiny", "base")
+    assert first["id"] == again["id"] != other["id"], "another evaluation is another run"
+
+
+def test_a_phase_trained_without_wandb_stays_without(workbench: Workbench, logged: list[dict]) -> None:
+    train.main(["--config", workbench.training("cot_sft"), "--trainer.logger=false"])
+    phase = workbench.outputs / "tiny" / "cot_sft"
+    settings = evaluation(workbench) | {"model": str(phase / "merged"), "output": None}
+    evaluate.main(["--config", workbench.write_yaml("eval", settings)])
+    assert read_json(phase / "mig_bench.json")["n"] == 4 and not logged
 
 
 def test_evaluation_names_every_wrong_path_before_weights_are_read(workbench: Workbench) -> None:
