@@ -12,9 +12,10 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import yaml
 from jsonargparse import auto_cli
 
 from callbacks.artefacts import Journal, read_json, write_json
@@ -44,6 +45,7 @@ def evaluate(
     max_image_pixels: int = 64_000_000,
     max_resized_pixels: int | None = None,
     label_images: bool = False,
+    as_trained: bool = True,
 ) -> None:
     """Evaluate a model on MIG-Bench.
 
@@ -63,21 +65,18 @@ def evaluate(
         max_image_pixels: a larger image counts as wrong (decompression bombs)
         max_resized_pixels: images are shrunk to so many pixels, where that is less than the processor's own limit
         label_images: write "Picture k: " before image k
+        as_trained: put questions to a phase's merged model as that phase did, whatever convention, style,
+            max_resized_pixels and label_images say; false: as these say
     """
     home = Path(output or default_output(model))
     checks.raise_all(checks.model_faults(model) + checks.benchmark_faults(annotations, image_root))
     decoding = decoding or EvaluationSettings()
-    encoder = Encoder(
-        model,
-        Convention(convention),
-        PromptStyle(style),
-        max_prompt_tokens,
-        max_completion_tokens=decoding.max_new_tokens,
-        with_target=False,
-        max_image_pixels=max_image_pixels,
-        max_resized_pixels=max_resized_pixels,
-        label_images=label_images,
-    )
+    form = {"convention": convention, "style": style}
+    form |= {"max_resized_pixels": max_resized_pixels, "label_images": label_images}
+    form |= trained_form(model, form) if as_trained else {}
+    form |= {"convention": Convention(form["convention"]), "style": PromptStyle(form["style"])}
+    limits = {"max_prompt_tokens": max_prompt_tokens, "max_image_pixels": max_image_pixels}
+    encoder = Encoder(model, with_target=False, max_completion_tokens=decoding.max_new_tokens, **limits, **form)
     every_sample, dirty = load_mig_bench(annotations, image_root)
     if dirty.boxes:
         print(dirty, flush=True)
@@ -103,6 +102,22 @@ def default_output(model: str) -> str:
     if Path(model).name == "merged":
         return str(Path(model).parent)
     return str(Path("outputs") / "mig_bench" / model.strip("./").replace("/", "--"))
+
+
+def trained_form(model: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `given` as the phase that the merged model lies in had them, saying which differ.
+
+    {} for a model that no phase left. One YAML so evaluates the base model, answer-only SFT and models that think.
+    """
+    config = Path(model).parent / "config.yaml"
+    if Path(model).name != "merged" or not config.is_file():
+        return {}
+    data = yaml.safe_load(config.read_text())["data"]
+    trained = {name: data[name] for name in given}
+    for name, value in trained.items():
+        if value != given[name]:
+            print(f"{name}={value} as {config} has it, not {given[name]}; --as_trained=false puts questions as given")
+    return trained
 
 
 def spare_folder(home: Path, key: str) -> Path:

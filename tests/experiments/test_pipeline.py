@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import wandb
+import yaml
 
 from callbacks.artefacts import read_json
+from datamodules.prompts import PromptStyle
 from experiments import evaluate, pipeline, train
 from experiments.pipeline import Step, run_step
 from experiments.results import read_results
@@ -169,6 +171,37 @@ def test_a_phase_trained_without_wandb_stays_without(workbench: Workbench, logge
     settings = evaluation(workbench) | {"model": str(phase / "merged"), "output": None}
     evaluate.main(["--config", workbench.write_yaml("eval", settings)])
     assert read_json(phase / "mig_bench.json")["n"] == 4 and not logged
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "style", "labels"),
+    [
+        ("merged", [], PromptStyle.ANSWER, True),
+        ("merged", ["--as_trained=false"], PromptStyle.THINK, False),
+        ("other", [], PromptStyle.THINK, False),
+    ],
+)
+def test_a_phases_model_is_asked_as_it_was_trained(
+    workbench: Workbench, monkeypatch, capsys, name: str, more: list[str], style: PromptStyle, labels: bool
+) -> None:
+    phase = workbench.outputs / "tiny" / "sft"
+    phase.mkdir(parents=True)
+    (phase / name).symlink_to(workbench.model)
+    data = {"convention": "absolute", "style": "answer", "max_resized_pixels": 20_000, "label_images": True}
+    (phase / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+    asked = []
+
+    def keep_encoder(policy, encoder, *_: object) -> str:
+        asked.append(encoder)
+        return "key"
+
+    monkeypatch.setattr(evaluate, "evaluation_key", keep_encoder)
+    settings = evaluation(workbench) | {"model": str(phase / name), "output": str(workbench.outputs / "apart")}
+    evaluate.main(["--config", workbench.write_yaml("eval", settings), *more])
+    (encoder,) = asked
+    assert (encoder.style, encoder.label_images) == (style, labels)
+    assert encoder.max_resized_pixels == (20_000 if labels else None)
+    assert ("style=answer" in capsys.readouterr().out) == labels
 
 
 def test_evaluation_names_every_wrong_path_before_weights_are_read(workbench: Workbench) -> None:
