@@ -111,8 +111,12 @@ class Ladder:
         self.results = Results(folder.name, seed, current_commit(ROOT))
 
     def build_world(self, config: str) -> None:
-        """Generate shards and benchmark. Its step is always run: it knows by itself whether there is anything to do."""
-        if run_process([sys.executable, "-m", "experiments.shards", "--config", config], lambda: None) != 0:
+        """Generate shards and benchmark, unless a finished world is there, of whatever settings it is.
+
+        Its step is always run: it knows by itself whether there is anything to do.
+        """
+        command = ["experiments.shards", "--config", config, "--keep=true"]
+        if run_process([sys.executable, "-m", *command], lambda: None) != 0:
             sys.exit("the world could not be built")
 
     def train(self, stage: str, config: str, model: str) -> float:
