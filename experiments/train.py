@@ -60,7 +60,6 @@ class TrainCLI(LightningCLI):
         parser.add_argument("--experiment", type=str, required=True, help="name of the folder in outputs/, W&B group")
         parser.add_argument("--phase", type=str, required=True, help="name of the phase's folder, W&B job type")
         parser.add_argument("--outputs", type=str, default="outputs", help="folder that holds all experiments")
-        parser.add_argument("--resume", type=bool, default=True, help="false: start afresh, the old folder moved aside")
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("model.init_args.model", "data.processor")
@@ -85,13 +84,13 @@ class TrainCLI(LightningCLI):
         self.key = run_key(settings)
         if self.is_leader:
             self.stack.enter_context(phases.locked(self.folder))
-            if not self.config.resume and phases.read_marker(self.folder).get("key") != self.key:
-                phases.set_aside(self.folder)
-            if phases.claim(self.folder, self.key):
-                raise AlreadyDone(self.folder)
-            write_atomic(self.folder / "config.yaml", self.parser.dump(self.config, skip_unset=False))
+            done = phases.claim(self.folder, self.key)
         else:
-            phases.wait_for_claim(self.folder, self.key)
+            done = phases.wait_for_claim(self.folder, self.key)
+        if done:
+            raise AlreadyDone(self.folder)
+        if self.is_leader:
+            write_atomic(self.folder / "config.yaml", self.parser.dump(self.config, skip_unset=False))
         self.config.trainer.default_root_dir = str(self.folder)
 
     def constructor_faults(self) -> list[str]:
@@ -126,7 +125,7 @@ class TrainCLI(LightningCLI):
 def run_key(settings: dict) -> str:
     """Hash of what the run computes: its settings, and the content of its model folder and shards."""
     trainer = {name: value for name, value in settings["trainer"].items() if name not in NOT_IN_KEY}
-    ignored = ("trainer", "config", "outputs", "experiment", "phase", "resume")
+    ignored = ("trainer", "config", "outputs", "experiment", "phase")
     rest = {name: value for name, value in settings.items() if name not in ignored}
     inputs = [settings["model"]["init_args"]["model"], *checks.shard_folders(settings)]
     return fingerprint(trainer, rest, [path_fingerprint(path) for path in inputs])
