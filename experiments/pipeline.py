@@ -168,6 +168,8 @@ def run(
     unknown = sorted(set(overrides or {}) - set(stages) - {"evaluation"})
     if unknown:
         sys.exit(f"overrides for {unknown}, but the stages are {sorted(stages)} and 'evaluation'")
+    if "base" in stages:
+        sys.exit(f"stages={sorted(stages)}: 'base' is the name of the first rung, which nothing is trained on")
     start = time.monotonic()
     folder = Path(outputs) / (experiment if seed == 0 else f"{experiment}-seed{seed}")
     ladder = Ladder(folder, seed, evaluation, overrides or {})

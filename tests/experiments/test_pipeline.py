@@ -88,6 +88,11 @@ def test_overrides_for_an_unknown_stage_are_named(workbench: Workbench) -> None:
         pipeline.run("tiny", str(workbench.model), "eval.yaml", {"grpo": "x.yaml"}, overrides={"grpoo": "--a=1"})
 
 
+def test_no_training_phase_takes_the_name_of_the_first_rung(workbench: Workbench) -> None:
+    with pytest.raises(SystemExit, match="'base'"):
+        pipeline.run("tiny", str(workbench.model), "eval.yaml", {"base": "x.yaml"}, outputs=str(workbench.outputs))
+
+
 def evaluation(workbench: Workbench) -> dict:
     """Settings of experiments.evaluate."""
     paths = {"model": str(workbench.model), "output": "unused"} | workbench.benchmark
