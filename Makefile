@@ -14,8 +14,9 @@ NANO := experiments/configs/nano
 # $(call config,name): the YAML asked for, or the nano one of that name.
 config = --config $(or $(CONFIG),$(NANO)/$(1).yaml)
 seed = $(if $(SEED),--seed_everything $(SEED))
-# The nano configurations need the nano world, which is made once; another CONFIG brings its own data.
-world = $(if $(CONFIG),,$(PY) -m experiments.shards --config $(NANO)/shards.yaml)
+# The nano configurations need the nano world, which is made once; a finished one is kept, also if `make shards` was given
+# ARGS. Another CONFIG brings its own data.
+world = $(if $(CONFIG),,$(PY) -m experiments.shards --config $(NANO)/shards.yaml --keep=true)
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 
 .DEFAULT_GOAL := help

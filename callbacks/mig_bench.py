@@ -145,15 +145,17 @@ def evaluation_key(
 
 
 class MIGBench(Callback):
-    """Evaluates the policy `before` and `after` fitting on `limit_per_task` questions of each task (null: all), and
-    while it trains, every `every_n_steps` updates or `every_n_validations` validation runs, on
-    `validation_limit_per_task`.
+    """Evaluates the policy while it trains, every `every_n_steps` updates, on `validation_limit_per_task` questions of
+    each task, and, where wished, `before` and `after` fitting on all questions.
+
+    A pipeline needs neither of these two: experiments.evaluate asks all questions between its phases, and logs to the
+    same W&B run. They are for a phase on its own, above all in a sweep, which reads mig_bench/avg of its own run.
 
     `annotations` is MIG_data.json, `image_root` the folder that holds "MIG-Bench/". Questions are put as the
     datamodule puts its own. Each evaluation has a folder in <folder>/ ("before", "step_000100", "after"; by default
     <default_root_dir>/mig_bench) with predictions.jsonl, which an interrupted run goes on from, and mig_bench.json,
-    the summary. Full evaluations are logged as mig_bench/…, the smaller ones as mig_bench_val/…. With several ranks
-    the folder must be shared by them.
+    the summary. The full ones are logged as mig_bench/…, the smaller ones as mig_bench_val/…. With several ranks the
+    folder must be shared by them.
     """
 
     def __init__(
@@ -161,10 +163,8 @@ class MIGBench(Callback):
         annotations: str,
         image_root: str,
         before: bool = False,
-        after: bool = True,
+        after: bool = False,
         every_n_steps: int | None = None,
-        every_n_validations: int | None = None,
-        limit_per_task: int | None = None,
         validation_limit_per_task: int = 20,
         max_new_tokens: int = 1024,
         batch_prompts: int = 32,
@@ -172,15 +172,13 @@ class MIGBench(Callback):
         folder: str | None = None,
     ) -> None:
         self.annotations, self.image_root, self.folder = annotations, image_root, folder
-        self.before, self.after = before, after
-        self.every_n_steps, self.every_n_validations = every_n_steps, every_n_validations
-        self.limit_per_task, self.validation_limit_per_task = limit_per_task, validation_limit_per_task
+        self.before, self.after, self.every_n_steps = before, after, every_n_steps
+        self.validation_limit_per_task = validation_limit_per_task
         self.settings = EvaluationSettings(max_new_tokens, batch_prompts)
         self.max_prompt_tokens = max_prompt_tokens
         self.samples: list[Sample] = []
         self._resumed_step = 0
         self._last_step = 0
-        self._num_validations = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Read before any weights are: a wrong path should fail in the first second.
@@ -193,37 +191,26 @@ class MIGBench(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.before and self._resumed_step == 0:  # else the weights are no longer those from before
-            self._evaluate("before", trainer, pl_module, self.limit_per_task, "mig_bench")
+            self._evaluate("before", trainer, pl_module, self.samples, "mig_bench")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         last, self._last_step = self._last_step, trainer.global_step
         # A rollout may be worth several updates: the count need not stop at a multiple.
         if self.every_n_steps and last // self.every_n_steps < trainer.global_step // self.every_n_steps:
-            self._evaluate_subset(trainer, pl_module)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or not self.every_n_validations:
-            return
-        self._num_validations += 1
-        if self._num_validations % self.every_n_validations == 0:
-            self._evaluate_subset(trainer, pl_module)
+            samples = limit_tasks(self.samples, self.validation_limit_per_task)
+            self._evaluate(f"step_{trainer.global_step:06d}", trainer, pl_module, samples, "mig_bench_val")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not on_train_end: that does not come when a finished run is started again to get its missing evaluation.
         if self.after:
             pl_module.to(trainer.strategy.root_device)  # the strategy has taken it down to the CPU
-            self._evaluate("after", trainer, pl_module, self.limit_per_task, "mig_bench")
-
-    def _evaluate_subset(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        name = f"step_{trainer.global_step:06d}"
-        self._evaluate(name, trainer, pl_module, self.validation_limit_per_task, "mig_bench_val")
+            self._evaluate("after", trainer, pl_module, self.samples, "mig_bench")
 
     def _evaluate(
-        self, name: str, trainer: Trainer, pl_module: LightningModule, limit: int | None, prefix: str
+        self, name: str, trainer: Trainer, pl_module: LightningModule, samples: list[Sample], prefix: str
     ) -> None:
         folder = Path(self.folder or Path(trainer.default_root_dir) / "mig_bench") / name
         encoder = prompt_encoder(trainer.datamodule.encoder, self.max_prompt_tokens)
-        samples = limit_tasks(self.samples, limit)
         key = evaluation_key(pl_module.policy, encoder, self.annotations, self.image_root, samples, self.settings)
         trainer.strategy.barrier("mig_bench")
         evaluate_mig_bench(
@@ -243,18 +230,19 @@ class MIGBench(Callback):
             found = {record["id"]: Prediction.from_json(record) for record in records}
             summary = summarise([found[sample.id] for sample in samples])
             write_json(folder / "mig_bench.json", {"key": key, "step": trainer.global_step} | summary)
-            log_summary(trainer, summary, prefix)
+            for logger in trainer.loggers:  # at the step that Lightning logs its own metrics at
+                step = trainer.fit_loop.epoch_loop._batches_that_stepped
+                logger.log_metrics(summary_metrics(summary, prefix), step=step)
             print(f"\n{name}, step {trainer.global_step}\n{format_table(summary)}", flush=True)
 
 
-def log_summary(trainer: Trainer, summary: dict[str, Any], prefix: str) -> None:
-    """Log the averages, every task and the rates, at the step that Lightning logs its own metrics at."""
-    names = ("avg", "in_domain", "out_of_domain", "acc_0.3", "acc_0.7", "mean_iou", "format_rate", "truncated_rate")
+def summary_metrics(summary: dict[str, Any], prefix: str) -> dict[str, float]:
+    """What is logged of a summary: the averages, every task, the rates and the mean length."""
+    names = ("avg", "in_domain", "out_of_domain", "acc_0.3", "acc_0.7", "mean_iou")
+    names += ("format_rate", "truncated_rate", "mean_tokens")
     metrics = {f"{prefix}/{name}": summary[name] for name in names if summary[name] is not None}
     metrics |= {f"{prefix}/{task}": accuracy for task, accuracy in summary["tasks"].items()}
-    metrics[f"{prefix}/official_avg"] = summary["official"]["avg"]
-    for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+    return metrics | {f"{prefix}/official_avg": summary["official"]["avg"]}
 
 
 def _predictions_file(rank: int) -> str:

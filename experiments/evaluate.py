@@ -2,7 +2,8 @@
 
     python -m experiments.evaluate --config experiments/configs/nano/eval.yaml --model M --output outputs/nano/base
 
-It writes predictions.jsonl, every answer with its score, and mig_bench.json, the summary, into the output folder.
+It writes predictions.jsonl, every answer with its score, and mig_bench.json, the summary, into the output folder, and
+logs the summary to the W&B run of that phase.
 Killed and started again, it goes on after the last batch of answers.
 """
 
@@ -11,19 +12,20 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import yaml
 from jsonargparse import auto_cli
 
-from callbacks.mig_bench import EvaluationSettings, evaluate_mig_bench, evaluation_key, limit_tasks
-from datamodules.artefacts import Journal, write_json
+from callbacks.mig_bench import EvaluationSettings, evaluate_mig_bench, evaluation_key, limit_tasks, summary_metrics
+from datamodules.artefacts import Journal, read_json, write_json
 from datamodules.batches import Encoder
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
 from datamodules.benchmarks.mig_scoring import format_table, summarise
 from datamodules.boxes import Convention
 from datamodules.prompts import PromptStyle
-from experiments import checks, phases
+from experiments import checks, phases, tracking
 from lightning_modules.qwen_vl import QwenVL
 from lightning_modules.rollouts import NativeEngine
 
@@ -43,6 +45,7 @@ def evaluate(
     max_image_pixels: int = 64_000_000,
     max_resized_pixels: int | None = None,
     label_images: bool = False,
+    as_trained: bool = True,
 ) -> None:
     """Evaluate a model on MIG-Bench.
 
@@ -50,8 +53,8 @@ def evaluate(
         model: folder or Hub name of a Qwen2.5-VL, without an adapter (merge first)
         annotations: MIG_data.json
         image_root: folder that holds MIG-Bench/
-        output: folder for predictions.jsonl and mig_bench.json; null: that of the phase which the merged model lies in,
-            for another model outputs/mig_bench/<model>
+        output: folder for predictions.jsonl and mig_bench.json, which are replaced there; null: that of the phase which
+            the merged model lies in, for another model outputs/mig_bench/<model>, and nothing finished is replaced
         convention: how the model writes boxes
         style: how questions are put; plain and official for models that were not trained here
         dtype: of the weights
@@ -62,21 +65,18 @@ def evaluate(
         max_image_pixels: a larger image counts as wrong (decompression bombs)
         max_resized_pixels: images are shrunk to so many pixels, where that is less than the processor's own limit
         label_images: write "Picture k: " before image k
+        as_trained: put questions to a phase's merged model as that phase did, whatever convention, style,
+            max_resized_pixels and label_images say; false: as these say
     """
-    output = output or default_output(model)
+    home = Path(output or default_output(model))
     checks.raise_all(checks.model_faults(model) + checks.benchmark_faults(annotations, image_root))
     decoding = decoding or EvaluationSettings()
-    encoder = Encoder(
-        model,
-        Convention(convention),
-        PromptStyle(style),
-        max_prompt_tokens,
-        max_completion_tokens=decoding.max_new_tokens,
-        with_target=False,
-        max_image_pixels=max_image_pixels,
-        max_resized_pixels=max_resized_pixels,
-        label_images=label_images,
-    )
+    form = {"convention": convention, "style": style}
+    form |= {"max_resized_pixels": max_resized_pixels, "label_images": label_images}
+    form |= trained_form(model, form) if as_trained else {}
+    form |= {"convention": Convention(form["convention"]), "style": PromptStyle(form["style"])}
+    limits = {"max_prompt_tokens": max_prompt_tokens, "max_image_pixels": max_image_pixels}
+    encoder = Encoder(model, with_target=False, max_completion_tokens=decoding.max_new_tokens, **limits, **form)
     every_sample, dirty = load_mig_bench(annotations, image_root)
     if dirty.boxes:
         print(dirty, flush=True)
@@ -84,14 +84,17 @@ def evaluate(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = QwenVL(model, dtype=dtype).to(device).eval()
-    with phases.locked(Path(output) / "predictions.jsonl"):
+    with phases.locked(home / "predictions.jsonl"):
         key = evaluation_key(policy, encoder, annotations, image_root, samples, decoding)
-        journal = Journal(Path(output) / "predictions.jsonl", key)
+        folder = home if output else spare_folder(home, key)
+        journal = Journal(folder / "predictions.jsonl", key)
         load = partial(load_images, image_root=image_root)
         found = evaluate_mig_bench(policy, NativeEngine(policy), encoder, samples, load, decoding, journal)
         summary = summarise(found)
-        write_json(Path(output) / "mig_bench.json", {"key": key, "model": model} | summary)
+        write_json(folder / "mig_bench.json", {"key": key, "model": model} | summary)
     print(format_table(summary), flush=True)
+    if folder == home:
+        tracking.log_evaluation(folder, key, summary_metrics(summary, "mig_bench"))
 
 
 def default_output(model: str) -> str:
@@ -99,6 +102,34 @@ def default_output(model: str) -> str:
     if Path(model).name == "merged":
         return str(Path(model).parent)
     return str(Path("outputs") / "mig_bench" / model.strip("./").replace("/", "--"))
+
+
+def trained_form(model: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `given` as the phase that the merged model lies in had them, saying which differ.
+
+    {} for a model that no phase left. One YAML so evaluates the base model, answer-only SFT and models that think.
+    """
+    config = Path(model).parent / "config.yaml"
+    if Path(model).name != "merged" or not config.is_file():
+        return {}
+    data = yaml.safe_load(config.read_text())["data"]
+    trained = {name: data[name] for name in given}
+    for name, value in trained.items():
+        if value != given[name]:
+            print(f"{name}={value} as {config} has it, not {given[name]}; --as_trained=false puts questions as given")
+    return trained
+
+
+def spare_folder(home: Path, key: str) -> Path:
+    """`home`, or a folder in it for this key where `home` holds the finished evaluation of another.
+
+    So a quick look on a few questions leaves the numbers that a pipeline or a report reads as they are.
+    """
+    if read_json(home / "mig_bench.json").get("key") in (None, key):
+        return home
+    folder = home / f"mig_bench-{key}"
+    print(f"{home} holds an evaluation with other settings or inputs: this one goes to {folder}", flush=True)
+    return folder
 
 
 def main(args: list[str] | None = None) -> None:

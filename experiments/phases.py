@@ -38,10 +38,8 @@ def claim(folder: Path, key: str, say: Callable[[str], None] = print) -> bool:
     return False
 
 
-def set_aside(folder: Path) -> Path | None:
-    """Rename the phase folder out of the way; its new place, or None where there is none."""
-    if not Path(folder).exists():
-        return None
+def set_aside(folder: Path) -> Path:
+    """Rename the phase folder out of the way; its new place."""
     aside = folder.with_name(f"{folder.name}.{read_marker(folder, STARTED).get('key', 'old')[:8]}")
     while aside.exists():
         aside = aside.with_name(aside.name + "+")
@@ -49,13 +47,17 @@ def set_aside(folder: Path) -> Path | None:
     return aside
 
 
-def wait_for_claim(folder: Path, key: str, seconds: float = 600.0) -> None:
-    """On the other ranks: wait until the leader has claimed the folder for this run."""
+def wait_for_claim(folder: Path, key: str, seconds: float = 600.0) -> bool:
+    """On the other ranks: wait until the leader has claimed the folder for this run; True when it is already done.
+
+    The leader ends then, so a rank that went on would wait for it in vain.
+    """
     end = time.monotonic() + seconds
     while read_marker(folder, STARTED).get("key") != key:
         if time.monotonic() > end:
             raise TimeoutError(f"{folder}: the first rank did not claim it for run {key} within {seconds:.0f} s")
         time.sleep(0.2)
+    return read_marker(folder).get("key") == key
 
 
 @contextmanager

@@ -32,12 +32,19 @@ CLOCK_SECONDS = 5.0  # how often the time spent is written down: a kill loses no
 
 @dataclass(frozen=True)
 class Step:
-    """One process. `marker` is the file that says it is done; `inputs` are the files and folders that it reads."""
+    """One process. `marker` is the file that says it is done; `inputs` are the files and folders that it reads.
+
+    `result` is a JSON file that it writes and others may write too, with a key: only with that key is the step done.
+    """
 
     title: str
     marker: Path
     command: tuple[str, ...]
     inputs: tuple[str, ...]
+    result: Path | None = None
+
+    def result_key(self) -> str | None:
+        return read_json(self.result).get("key") if self.result else None
 
     def key(self) -> str:
         return fingerprint(self.command, [path_fingerprint(path) for path in self.inputs])
@@ -47,7 +54,7 @@ def run_step(step: Step) -> float:
     """Run the step unless it is done; the seconds it took, over all attempts. Ends the program if the step fails."""
     key, old = step.key(), read_json(step.marker)
     same = old.get("key") == key
-    if same and old["done"]:
+    if same and old["done"] and old.get("result_key") == step.result_key():
         say(f"{step.title}: done before, in {old['seconds']:.0f} s")
         return old["seconds"]
     say(f"{step.title}: python -m {shlex.join(step.command)}")
@@ -56,7 +63,8 @@ def run_step(step: Step) -> float:
     def note(done: bool) -> float:
         seconds = round(before + time.monotonic() - start, 1)
         if step.marker.parent.is_dir():  # the step itself makes its folder, and may move an old one aside first
-            phases.write_marker(step.marker.parent, step.marker.name, key=key, done=done, seconds=seconds)
+            content = {"key": key, "result_key": step.result_key(), "done": done, "seconds": seconds}
+            phases.write_marker(step.marker.parent, step.marker.name, **content)
         return seconds
 
     code = run_process([sys.executable, "-m", *step.command], lambda: note(False))
@@ -104,8 +112,12 @@ class Ladder:
         self.results = Results(folder.name, seed, current_commit(ROOT))
 
     def build_world(self, config: str) -> None:
-        """Generate shards and benchmark. Its step is always run: it knows by itself whether there is anything to do."""
-        if run_process([sys.executable, "-m", "experiments.shards", "--config", config], lambda: None) != 0:
+        """Generate shards and benchmark, unless a finished world is there, of whatever settings it is.
+
+        Its step is always run: it knows by itself whether there is anything to do.
+        """
+        command = ["experiments.shards", "--config", config, "--keep=true"]
+        if run_process([sys.executable, "-m", *command], lambda: None) != 0:
             sys.exit("the world could not be built")
 
     def train(self, stage: str, config: str, model: str) -> float:
@@ -122,12 +134,11 @@ class Ladder:
         command = ["experiments.evaluate", "--config", self.evaluation, "--model", model, "--output", str(folder)]
         command += shlex.split(self.overrides.get("evaluation", ""))
         benchmark = yaml.safe_load(Path(self.evaluation).read_text())["annotations"]
-        step = Step(
-            f"{stage}: MIG-Bench", folder / "evaluated.json", tuple(command), (self.evaluation, model, benchmark)
-        )
+        inputs, summary = (self.evaluation, model, benchmark), folder / "mig_bench.json"
+        step = Step(f"{stage}: MIG-Bench", folder / "evaluated.json", tuple(command), inputs, summary)
         folder.mkdir(parents=True, exist_ok=True)
         seconds += run_step(step)
-        self.results = self.results.with_stage(make_stage(stage, read_json(folder / "mig_bench.json"), seconds))
+        self.results = self.results.with_stage(make_stage(stage, read_json(summary), seconds))
         write_results(self.folder / "results.json", self.results)
         report.write_report(self.folder)
         print(report.ladder_text(self.results), flush=True)
@@ -158,6 +169,8 @@ def run(
     unknown = sorted(set(overrides or {}) - set(stages) - {"evaluation"})
     if unknown:
         sys.exit(f"overrides for {unknown}, but the stages are {sorted(stages)} and 'evaluation'")
+    if "base" in stages:
+        sys.exit(f"stages={sorted(stages)}: 'base' is the name of the first rung, which nothing is trained on")
     start = time.monotonic()
     folder = Path(outputs) / (experiment if seed == 0 else f"{experiment}-seed{seed}")
     ladder = Ladder(folder, seed, evaluation, overrides or {})

@@ -14,7 +14,7 @@ import json
 import math
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from datamodules.artefacts import write_atomic
@@ -41,14 +41,8 @@ class Results:
     stages: tuple[Stage, ...] = ()
 
     def with_stage(self, stage: Stage) -> Results:
-        """The same results with `stage` in its old place if a stage of that name exists, else at the end."""
-        names = [old.name for old in self.stages]
-        if stage.name in names:
-            place = names.index(stage.name)
-            stages = (*self.stages[:place], stage, *self.stages[place + 1 :])
-        else:
-            stages = (*self.stages, stage)
-        return Results(self.experiment, self.seed, self.commit, stages)
+        """The same results with one more stage at the end."""
+        return replace(self, stages=(*self.stages, stage))
 
 
 def make_stage(name: str, summary: Mapping, seconds: float) -> Stage:

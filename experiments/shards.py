@@ -1,11 +1,13 @@
 """Generate the nano world once: `python -m experiments.shards --config experiments/configs/nano/shards.yaml`.
 
 It writes <root>/shards/sft, <root>/shards/rl_pool and <root>/MIG-Bench, and does nothing when they are there already,
-made by the same generator with the same settings.
+made by the same generator with the same settings. A world of other settings is moved aside. Folders of these names that
+it did not make, such as a download of the real benchmark, it refuses to touch.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from jsonargparse import auto_cli
@@ -16,9 +18,7 @@ from experiments import phases
 GENERATOR = Path(__file__).resolve().parents[1] / "datamodules" / "synthetic"
 
 
-def build(
-    root: str, seed: int = 0, train_samples: int = 20_000, eval_per_task: int = 120, pool_samples: int = 6_000
-) -> None:
+def build(root: str, seed: int, train_samples: int, eval_per_task: int, pool_samples: int, keep: bool = False) -> None:
     """Build the nano world.
 
     Args:
@@ -27,11 +27,17 @@ def build(
         train_samples: samples with a rationale, of the four in-domain tasks, for CoT-SFT
         eval_per_task: MIG-Bench questions of each of the ten tasks
         pool_samples: in-domain prompts from which rejection sampling picks
+        keep: leave a finished world as it is also when it is one of other settings; so one that was made on purpose
+            with `make shards ARGS=...` is what training then uses
     """
     settings = {"seed": seed, "train": train_samples, "eval": eval_per_task, "pool": pool_samples}
     sources = [path_fingerprint(file) for file in sorted(GENERATOR.glob("*.py"))]
     key = fingerprint(settings, sources)
     with phases.locked(Path(root)):
+        refuse_foreign(Path(root))
+        if keep and phases.read_marker(Path(root)).get("key", key) != key:
+            print(f"{root} holds a world of other settings or of another generator: kept; `make shards` makes it anew")
+            return
         if phases.claim(Path(root), key):
             print(f"{root} is already built with these settings", flush=True)
             return
@@ -40,6 +46,17 @@ def build(
 
         build_nano(root, seed=seed, train_samples=train_samples, eval_per_task=eval_per_task, pool_samples=pool_samples)
         phases.write_marker(Path(root), key=key)
+
+
+def refuse_foreign(root: Path) -> None:
+    """End the program where `root` holds folders that a build would replace and no build has made."""
+    if phases.read_marker(root, phases.STARTED):
+        return
+    foreign = [str(root / name) for name in ("shards", "MIG-Bench") if (root / name).exists()]
+    if foreign:
+        sys.exit(
+            f"root={str(root)!r}: {', '.join(foreign)} would be replaced and was not made here; choose another root"
+        )
 
 
 def main(args: list[str] | None = None) -> None:

@@ -26,7 +26,7 @@ from datamodules.artefacts import fingerprint, path_fingerprint, write_atomic
 from datamodules.boxes import Convention
 from datamodules.multi_image import MultiImageData
 from experiments import checks, metrics, phases
-from experiments.tracking import choose_wandb_mode, wandb_run_id
+from experiments.tracking import choose_wandb_mode, wandb_identity, wandb_run_id
 
 # Settings that say how a run is shown or where it runs, not what it computes.
 NOT_IN_KEY = ("logger", "default_root_dir", "enable_progress_bar", "enable_model_summary", "log_every_n_steps")
@@ -60,7 +60,6 @@ class TrainCLI(LightningCLI):
         parser.add_argument("--experiment", type=str, required=True, help="name of the folder in outputs/, W&B group")
         parser.add_argument("--phase", type=str, required=True, help="name of the phase's folder, W&B job type")
         parser.add_argument("--outputs", type=str, default="outputs", help="folder that holds all experiments")
-        parser.add_argument("--resume", type=bool, default=True, help="false: start afresh, the old folder moved aside")
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("model.init_args.model", "data.processor")
@@ -85,13 +84,13 @@ class TrainCLI(LightningCLI):
         self.key = run_key(settings)
         if self.is_leader:
             self.stack.enter_context(phases.locked(self.folder))
-            if not self.config.resume and phases.read_marker(self.folder).get("key") != self.key:
-                phases.set_aside(self.folder)
-            if phases.claim(self.folder, self.key):
-                raise AlreadyDone(self.folder)
-            write_atomic(self.folder / "config.yaml", self.parser.dump(self.config, skip_unset=False))
+            done = phases.claim(self.folder, self.key)
         else:
-            phases.wait_for_claim(self.folder, self.key)
+            done = phases.wait_for_claim(self.folder, self.key)
+        if done:
+            raise AlreadyDone(self.folder)
+        if self.is_leader:
+            write_atomic(self.folder / "config.yaml", self.parser.dump(self.config, skip_unset=False))
         self.config.trainer.default_root_dir = str(self.folder)
 
     def constructor_faults(self) -> list[str]:
@@ -116,15 +115,8 @@ class TrainCLI(LightningCLI):
 
     def loggers(self) -> list[Logger]:
         choose_wandb_mode()
-        wandb_logger = WandbLogger(
-            project="multi-image-grounding",
-            group=self.config.experiment,
-            job_type=self.config.phase,
-            name=f"{self.config.experiment}/{self.config.phase}",
-            id=wandb_run_id(self.folder, self.key),
-            resume="allow",
-            save_dir=str(self.folder),
-        )
+        identity = wandb_identity(self.folder, wandb_run_id(self.folder, self.key))
+        wandb_logger = WandbLogger(save_dir=str(self.folder), **identity)
         attempt = metrics.next_attempt(self.folder)
         csv_logger = CSVLogger(str(self.folder), name="attempts", version=str(attempt), flush_logs_every_n_steps=1)
         return [wandb_logger, csv_logger]
@@ -133,7 +125,7 @@ class TrainCLI(LightningCLI):
 def run_key(settings: dict) -> str:
     """Hash of what the run computes: its settings, and the content of its model folder and shards."""
     trainer = {name: value for name, value in settings["trainer"].items() if name not in NOT_IN_KEY}
-    ignored = ("trainer", "config", "outputs", "experiment", "phase", "resume")
+    ignored = ("trainer", "config", "outputs", "experiment", "phase")
     rest = {name: value for name, value in settings.items() if name not in ignored}
     inputs = [settings["model"]["init_args"]["model"], *checks.shard_folders(settings)]
     return fingerprint(trainer, rest, [path_fingerprint(path) for path in inputs])

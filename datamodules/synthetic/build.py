@@ -127,10 +127,11 @@ def training_samples(part: str, seed: int, count: int, excluded: frozenset[str])
                     yield LoadedSample(sample, images)
 
 
-def build_nano(
-    root: str, seed: int = 0, train_samples: int = 20_000, eval_per_task: int = 120, pool_samples: int = 3000
-) -> None:
-    """Write everything below `root` anew; what an interrupted run left there is removed first."""
+def build_nano(root: str, seed: int, train_samples: int, eval_per_task: int, pool_samples: int) -> None:
+    """Write `root`/shards and `root`/MIG-Bench anew. They are REMOVED first, as what an interrupted run left there.
+
+    experiments/shards.py makes sure that nothing else lies there.
+    """
     folder = Path(root)
     for name in ("shards", "MIG-Bench"):
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -87,22 +87,22 @@ def test_a_limit_takes_questions_from_all_over_each_task(bench) -> None:
 def test_the_callback_evaluates_before_inside_and_after_and_logs(bench, fit, tiny_model_dir, tmp_path: Path) -> None:
     module = FakeModule(str(tiny_model_dir), FakeEngine(half_right))
     callback = MIGBench(
-        str(bench[0]), str(bench[1]), before=True, every_n_steps=2, limit_per_task=3, validation_limit_per_task=1
+        str(bench[0]), str(bench[1]), before=True, after=True, every_n_steps=2, validation_limit_per_task=1
     )
     logger = CSVLogger(tmp_path / "log")
     fit(module, [callback], max_steps=3, logger=logger, log_every_n_steps=1)
     folder = tmp_path / "run/mig_bench"
     assert sorted(path.name for path in folder.iterdir()) == ["after", "before", "step_000002"]
     after = json.loads((folder / "after/mig_bench.json").read_text())
-    assert after["n"] == 9 and after["step"] == 3
-    assert len((folder / "after/predictions.jsonl").read_text().splitlines()) == 9
+    assert after["n"] == 12 and after["step"] == 3
+    assert len((folder / "after/predictions.jsonl").read_text().splitlines()) == 12
     assert json.loads((folder / "step_000002/mig_bench.json").read_text())["n"] == 3
     # The policy has moved in between, so nothing was taken over from "before".
     assert json.loads((folder / "before/mig_bench.json").read_text())["key"] != after["key"]
     rows = read_rows(logger)
     logged = [row["step"] for row in rows if row["mig_bench/avg"]]
     assert logged == ["0", "3"]
-    assert {"mig_bench/diff", "mig_bench/in_domain", "mig_bench_val/avg"} <= set(rows[0])
+    assert {"mig_bench/diff", "mig_bench/in_domain", "mig_bench/mean_tokens", "mig_bench_val/avg"} <= set(rows[0])
 
 
 @resuming
@@ -111,7 +111,7 @@ def test_a_finished_run_that_is_started_again_gets_only_what_is_missing(bench, f
     fit(FakeModule(str(tiny_model_dir), FakeEngine(half_right)), [checkpoints], enable_checkpointing=True)
     engine = FakeEngine(half_right)
     module = FakeModule(str(tiny_model_dir), engine)
-    callback = MIGBench(str(bench[0]), str(bench[1]), before=True)
+    callback = MIGBench(str(bench[0]), str(bench[1]), before=True, after=True)
     fit(module, [callback, checkpoints], enable_checkpointing=True, ckpt_path=tmp_path / "ckpt/last.ckpt")
     assert module.seen == []
     assert len(engine.asked) == 12

@@ -164,7 +164,9 @@ def test_the_stream_starts_anywhere_and_has_a_seed(tiny_model_dir: Path, stage: 
     keys = [[picture.item.image_keys for picture in batch] for batch in stage.batches(0)]
     assert [[picture.item.image_keys for picture in batch] for batch in stage.batches(2)] == keys[2:]
     other = LanguageStage(replace(stage.settings, seed=1), tiny_model_dir)
-    assert {p.item.image_keys for batch in other.batches(0) for p in batch}.isdisjoint(key for batch in keys for key in batch)
+    assert {p.item.image_keys for batch in other.batches(0) for p in batch}.isdisjoint(
+        name for names in keys for name in names
+    )
 
 
 def test_held_out_pictures_are_none_of_the_trained(encoder: PictureEncoder) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from jsonargparse import auto_parser
 
 from callbacks.rejection_sampling import RejectionSampling
 from datamodules.prompts import PromptStyle
@@ -100,12 +101,26 @@ def test_training_configurations_instantiate(parse, name: str) -> None:
     assert type(cli.trainer.callbacks[0]).__name__ == ("RejectionSampling" if is_grpo else "MergeAdapter")
 
 
+def parse_settings(function: Callable[..., None], path: Path) -> None:
+    """Parse a YAML as the function's command does; unknown fields, nested ones too, and wrong types end the program."""
+    auto_parser(function, as_positional=False).parse_args(["--config", str(path)])
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_configurations_fit_their_function(name: str) -> None:
+    parse_settings(OTHERS[name], CONFIGS / name)
     settings = yaml.safe_load((CONFIGS / name).read_text())
-    inspect.signature(OTHERS[name]).bind(**settings)
     for path in (settings.get("evaluation"), settings.get("world"), *settings.get("stages", {}).values()):
         assert path is None or (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize("wrong", [{"decoding": {"max_tokens": 3}}, {"style": "thinking"}, {"limit": 3}])
+def test_a_wrong_field_does_not_fit(wrong: dict, tmp_path: Path, capsys) -> None:
+    settings = yaml.safe_load((CONFIGS / "nano/eval.yaml").read_text())
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(settings | wrong))
+    with pytest.raises(SystemExit):
+        parse_settings(evaluate.evaluate, tmp_path / "eval.yaml")
+    assert next(iter(wrong)) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["nano/pipeline.yaml", "paper/pipeline_3b.yaml", "paper/pipeline_7b.yaml"])

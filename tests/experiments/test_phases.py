@@ -5,6 +5,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from experiments import phases
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +31,18 @@ def test_other_settings_start_afresh_and_lose_nothing(tmp_path: Path) -> None:
         ("grpo", "aaaa"), ("grpo.aaaa", "aaaa"), ("grpo.aaaa+", "aaaa"), ("grpo.bbbb", "bbbb"), ("grpo.bbbb+", "bbbb"),
     ]  # fmt: skip
     assert len(said) == 4 and "grpo.aaaa" in said[0]
+
+
+def test_other_ranks_learn_that_the_run_is_done(tmp_path: Path) -> None:
+    folder = tmp_path / "grpo"
+    phases.claim(folder, "aaaa")
+    assert phases.wait_for_claim(folder, "aaaa", seconds=1) is False
+    phases.write_marker(folder, key="aaaa")
+    assert phases.wait_for_claim(folder, "aaaa", seconds=1) is True
+    phases.claim(folder, "bbbb")
+    assert phases.wait_for_claim(folder, "bbbb", seconds=1) is False
+    with pytest.raises(TimeoutError, match="aaaa"):
+        phases.wait_for_claim(folder, "aaaa", seconds=0)
 
 
 def test_a_second_process_waits_for_the_first_and_a_kill_frees_the_lock(tmp_path: Path) -> None:

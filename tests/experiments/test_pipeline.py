@@ -5,12 +5,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import wandb
+import yaml
 
 from datamodules.artefacts import read_json
-from experiments import evaluate, pipeline
+from datamodules.prompts import PromptStyle
+from experiments import evaluate, pipeline, train
 from experiments.pipeline import Step, run_step
 from experiments.results import read_results
 from tests.experiments.conftest import ROOT, Workbench
@@ -31,6 +35,18 @@ def test_a_step_runs_once_for_the_same_inputs(tmp_path: Path) -> None:
     assert (folder / "runs").read_text() == "x"
     run_step(counting_step(folder, "second"))
     assert (folder / "runs").read_text() == "xx"
+
+
+def test_a_result_that_another_has_replaced_is_not_believed(tmp_path: Path) -> None:
+    step = counting_step(tmp_path / "phase")
+    step = replace(step, result=tmp_path / "phase" / "result.json")
+    step.result.write_text(json.dumps({"key": "the step's"}))
+    run_step(step)
+    run_step(step)
+    assert (tmp_path / "phase" / "runs").read_text() == "x"
+    step.result.write_text(json.dumps({"key": "another's"}))
+    run_step(step)
+    assert (tmp_path / "phase" / "runs").read_text() == "xx"
 
 
 def test_the_time_of_killed_attempts_is_counted(tmp_path: Path) -> None:
@@ -72,6 +88,11 @@ def test_overrides_for_an_unknown_stage_are_named(workbench: Workbench) -> None:
         pipeline.run("tiny", str(workbench.model), "eval.yaml", {"grpo": "x.yaml"}, overrides={"grpoo": "--a=1"})
 
 
+def test_no_training_phase_takes_the_name_of_the_first_rung(workbench: Workbench) -> None:
+    with pytest.raises(SystemExit, match="'base'"):
+        pipeline.run("tiny", str(workbench.model), "eval.yaml", {"base": "x.yaml"}, outputs=str(workbench.outputs))
+
+
 def evaluation(workbench: Workbench) -> dict:
     """Settings of experiments.evaluate."""
     paths = {"model": str(workbench.model), "output": "unused"} | workbench.benchmark
@@ -90,6 +111,102 @@ def test_evaluation_writes_answers_and_summary_and_goes_on_from_them(workbench: 
     evaluate.main(["--config", config, "--output", str(folder)])
     assert (folder / "predictions.jsonl").read_text() == answers
     assert read_json(folder / "mig_bench.json") == summary
+
+
+def test_a_quick_look_leaves_a_finished_evaluation_alone(workbench: Workbench, capsys) -> None:
+    phase = workbench.outputs / "tiny" / "grpo"
+    phase.mkdir(parents=True)
+    (phase / "merged").symlink_to(workbench.model)
+    settings = evaluation(workbench) | {"model": str(phase / "merged"), "output": None}
+    config = workbench.write_yaml("eval", settings)
+    evaluate.main(["--config", config])
+    files = [phase / "mig_bench.json", phase / "predictions.jsonl"]
+    finished = [file.read_text() for file in files]
+    evaluate.main(["--config", config, "--limit_per_task=1"])
+    assert [file.read_text() for file in files] == finished
+    (other,) = phase.glob("mig_bench-*")
+    assert read_json(other / "mig_bench.json")["n"] == 2 and str(other) in capsys.readouterr().out
+    evaluate.main(["--config", config, "--limit_per_task=1", "--output", str(phase)])
+    assert read_json(phase / "mig_bench.json")["n"] == 2, "a folder that is asked for by name is replaced"
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """What is logged to W&B, in order, with the run's id, group and job type."""
+    calls, log = [], wandb.Run.log
+
+    def note(run: wandb.Run, data: dict) -> None:
+        calls.append({"id": run.id, "group": run.group, "job_type": run.job_type} | data)
+        log(run, data)
+
+    monkeypatch.setattr(wandb.Run, "log", note)
+    return calls
+
+
+def test_an_evaluation_is_logged_to_the_phases_own_run(workbench: Workbench, logged: list[dict]) -> None:
+    train.main(["--config", workbench.training("cot_sft")])
+    phase = workbench.outputs / "tiny" / "cot_sft"
+    settings = evaluation(workbench) | {"model": str(phase / "merged"), "output": None}
+    config = workbench.write_yaml("eval", settings)
+    evaluate.main(["--config", config])
+    *training, evaluated = logged
+    summary = read_json(phase / "mig_bench.json")
+    assert evaluated["mig_bench/avg"] == summary["avg"] and evaluated["mig_bench/diff"] == summary["tasks"]["diff"]
+    assert evaluated["trainer/global_step"] == training[-1]["trainer/global_step"] + 1 == 2
+    for name in ("id", "group", "job_type"):
+        assert evaluated[name] == training[-1][name]
+    assert len(list((phase / "wandb").glob(f"offline-run-*-{evaluated['id']}"))) == 2
+    evaluate.main(["--config", config, "--limit_per_task=1"])
+    assert logged[-1] is evaluated, "a quick look is not the phase's result"
+
+
+def test_a_model_without_a_phase_gets_a_run_of_its_own(workbench: Workbench, logged: list[dict]) -> None:
+    folder = workbench.outputs / "tiny" / "base"
+    config = workbench.write_yaml("eval", evaluation(workbench) | {"output": str(folder)})
+    for more in ([], [], ["--style=answer"]):
+        evaluate.main(["--config", config, *more])
+    first, again, other = logged
+    assert (first["group"], first["job_type"]) == ("tiny", "base")
+    assert first["id"] == again["id"] != other["id"], "another evaluation is another run"
+
+
+def test_a_phase_trained_without_wandb_stays_without(workbench: Workbench, logged: list[dict]) -> None:
+    train.main(["--config", workbench.training("cot_sft"), "--trainer.logger=false"])
+    phase = workbench.outputs / "tiny" / "cot_sft"
+    settings = evaluation(workbench) | {"model": str(phase / "merged"), "output": None}
+    evaluate.main(["--config", workbench.write_yaml("eval", settings)])
+    assert read_json(phase / "mig_bench.json")["n"] == 4 and not logged
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "style", "labels"),
+    [
+        ("merged", [], PromptStyle.ANSWER, True),
+        ("merged", ["--as_trained=false"], PromptStyle.THINK, False),
+        ("other", [], PromptStyle.THINK, False),
+    ],
+)
+def test_a_phases_model_is_asked_as_it_was_trained(
+    workbench: Workbench, monkeypatch, capsys, name: str, more: list[str], style: PromptStyle, labels: bool
+) -> None:
+    phase = workbench.outputs / "tiny" / "sft"
+    phase.mkdir(parents=True)
+    (phase / name).symlink_to(workbench.model)
+    data = {"convention": "absolute", "style": "answer", "max_resized_pixels": 20_000, "label_images": True}
+    (phase / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+    asked = []
+
+    def keep_encoder(policy, encoder, *_: object) -> str:
+        asked.append(encoder)
+        return "key"
+
+    monkeypatch.setattr(evaluate, "evaluation_key", keep_encoder)
+    settings = evaluation(workbench) | {"model": str(phase / name), "output": str(workbench.outputs / "apart")}
+    evaluate.main(["--config", workbench.write_yaml("eval", settings), *more])
+    (encoder,) = asked
+    assert (encoder.style, encoder.label_images) == (style, labels)
+    assert encoder.max_resized_pixels == (20_000 if labels else None)
+    assert ("style=answer" in capsys.readouterr().out) == labels
 
 
 def test_evaluation_names_every_wrong_path_before_weights_are_read(workbench: Workbench) -> None:

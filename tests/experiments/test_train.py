@@ -49,6 +49,17 @@ def test_a_phase_leaves_everything_that_the_next_one_needs(workbench: Workbench,
         assert "already done" in capsys.readouterr().out
 
 
+def test_every_rank_of_a_finished_run_ends(workbench: Workbench, monkeypatch, capsys) -> None:
+    arguments = ["--config", workbench.training("cot_sft"), "--trainer.logger=false", "--trainer.max_steps=1"]
+    train.main(arguments)
+    capsys.readouterr()
+    monkeypatch.setattr(train, "fit", lambda cli: pytest.fail("a rank went on without the first"))
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        train.main(arguments)
+        assert "already done" in capsys.readouterr().out
+
+
 def test_other_settings_train_afresh_and_keep_the_old_run(workbench: Workbench) -> None:
     config = workbench.training("cot_sft")
     arguments = ["--config", config, "--trainer.logger=false", "--trainer.max_steps=1"]
