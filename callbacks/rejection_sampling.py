@@ -109,13 +109,11 @@ def _read_windows(folder: Path, key: str) -> dict[int, dict[str, Any]]:
 class RejectionSampling(Callback):
     """Before training, puts the kept part of the datamodule's shards in the place of the whole.
 
-    It runs in on_fit_start: the policy is built, on its device and still the stage-1 model, and the datamodule opens
-    its shards only afterwards, when the Trainer asks for the dataloader. Candidates are the shards that the
-    datamodule names; `folder` is by default <default_root_dir>/rejection_sampling. The temperature should be that of
-    the rollouts in training.
-
-    A resumed run takes the finished choice as it is. If that is gone, or other settings ask for another one, it raises
-    RuntimeError: the policy has been trained by then and must not choose.
+    It runs in setup: before the optimizer's schedule asks how many batches there are, for which the Trainer opens the
+    shards and keeps them. The policy is the stage-1 model there, in a resumed run too, whose checkpoint is loaded
+    later; so a choice that is gone is made again, the same. List it behind callbacks that check their paths in setup:
+    it may take hours. Candidates are the shards that the datamodule names; `folder` is by default
+    <default_root_dir>/rejection_sampling. The temperature should be that of the rollouts in training.
     """
 
     def __init__(
@@ -130,25 +128,19 @@ class RejectionSampling(Callback):
     ) -> None:
         self.settings = RejectionSettings(num_samples, temperature, max_new_tokens, batch_prompts, threshold, seed)
         self.folder = folder
-        self._resumed_step = 0
+        self.kept_share = 0.0
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._resumed_step = checkpoint["global_step"]
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data, policy = trainer.datamodule, pl_module.policy
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        with trainer.init_module():  # as Lightning does, which finds the weights there when its turn comes
+            pl_module.configure_model()
+        data, policy = trainer.datamodule, pl_module.policy.to(trainer.strategy.root_device)
         folder = Path(self.folder or Path(trainer.default_root_dir) / "rejection_sampling")
-        encoder = prompt_encoder(data.encoder)
-        key = rejection_key(policy.processor_path, encoder, data.shards, self.settings)
-        if self._resumed_step > 0 and not is_finished(folder, key):
-            raise RuntimeError(
-                f"resumed at step {self._resumed_step}, but {folder} does not hold the prompts that this run trains on"
-                " (gone, or chosen with other weights, candidates or settings): restore it, or start afresh"
-            )
         kept = rejection_sample(
             policy,
             rollout_engine(pl_module),
-            encoder,
+            prompt_encoder(data.encoder),
             data.shards,
             self.settings,
             folder,
@@ -158,13 +150,15 @@ class RejectionSampling(Callback):
         )
         data.shards = str(kept)
         histogram = read_json(folder / "histogram.json")
+        self.kept_share = histogram["kept"] / histogram["candidates"]
         if trainer.is_global_zero:
             print(
                 f"rejection sampling kept {histogram['kept']} of {histogram['candidates']} prompts: {kept}", flush=True
             )
-        for logger in trainer.loggers if self._resumed_step == 0 else ():
-            share = histogram["kept"] / histogram["candidates"]
-            logger.log_metrics({"rejection_sampling/kept_share": share}, step=0)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for logger in trainer.loggers if trainer.ckpt_path is None else ():  # a resumed run has logged it
+            logger.log_metrics({"rejection_sampling/kept_share": self.kept_share}, step=0)
 
 
 def _sample_windows(

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from shutil import rmtree
 from threading import Barrier
 
 import pytest
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 from callbacks.rejection_sampling import RejectionSampling, RejectionSettings, rejection_sample
 from datamodules.samples import Rejections
 from datamodules.shards import read_samples
-from tests.callbacks.conftest import FakeEngine, FakeModule, FakePolicy, resuming, true_answer
+from lightning_modules.adapters import LoraSettings
+from lightning_modules.grpo import GRPO
+from tests.callbacks.conftest import FakeEngine, FakeModule, FakePolicy, read_rows, resuming, true_answer
 
 SETTINGS = RejectionSettings(num_samples=4, max_new_tokens=8, batch_prompts=3)
 
@@ -117,6 +122,78 @@ def test_the_callback_trains_on_what_was_kept(fit, tiny_model_dir, tmp_path: Pat
     assert engine.asked == []
     assert sorted(module.seen + resumed.seen) == sorted(kept)
 
-    (tmp_path / "run/rejection_sampling/histogram.json").unlink()
-    with pytest.raises(RuntimeError, match="resumed at step"):
-        fit(resumed, [callback, checkpoints], **again)
+
+class RealTokens(FakeEngine):
+    """Answers in real tokens, and notes whether the policy had moved from stage 1 when candidates were sampled."""
+
+    def __init__(self, module: GRPO) -> None:
+        super().__init__(right_number_mod_5)
+        self.module, self.had_moved = module, []
+
+    def generate(self, items, settings, features=None, generator=None, on_progress=None):
+        if features is None:  # in training they are known
+            self.had_moved += [bool(p.any()) for name, p in self.module.named_parameters() if "lora_B" in name]
+        ids = self.module.policy.tokenizer.encode("ring", return_tensors="pt")[0]
+        groups = super().generate(items, settings, features, generator, on_progress)
+        return [[replace(rollout, token_ids=ids) for rollout in group] for group in groups]
+
+
+class Records(Callback):
+    """Writes a rank's sample ids, and saves a checkpoint behind the second batch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        with (self.folder / f"seen-{trainer.global_rank}").open("a") as file:
+            file.writelines(f"{name}\n" for name in batch.sample_ids)
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(self.folder / "second.ckpt")
+
+    def on_train_end(self, trainer, module) -> None:
+        (rate,) = trainer.lr_scheduler_configs[0].scheduler.get_last_lr()
+        (self.folder / f"rate-{trainer.global_rank}").write_text(str(rate))
+
+    def read(self) -> list[str]:
+        return sorted("".join(path.read_text() for path in self.folder.glob("seen-*")).split())
+
+
+@pytest.fixture
+def grpo(tiny_model_dir):
+    def build() -> GRPO:
+        lora = LoraSettings(rank=4, alpha=8)
+        module = GRPO(str(tiny_model_dir), lora=lora, group_size=4, max_new_tokens=8, beta=0.0, learning_rate=1e-2)
+        module.engine = RealTokens(module)
+        return module
+
+    return build
+
+
+KEPT = sorted(f"c{n}" for n in range(19) if 0 < n % 5 < 4)
+ONE_EPOCH = {"max_epochs": 1, "max_steps": -1, "log_every_n_steps": 1}
+
+
+@pytest.mark.parametrize("ranks", [{}, {"strategy": "ddp_fork", "devices": 2}], ids=["one", "two"])
+def test_grpo_trains_an_epoch_of_what_was_kept_and_its_schedule_ends_there(fit, grpo, tmp_path: Path, ranks) -> None:
+    records = Records(tmp_path)
+    fit(grpo(), [RejectionSampling(num_samples=4, max_new_tokens=8, batch_prompts=3), records], **ONE_EPOCH, **ranks)
+    assert records.read() == KEPT
+    assert float((tmp_path / "rate-0").read_text()) == pytest.approx(0, abs=1e-12)
+
+
+@resuming
+def test_a_lost_choice_is_made_again_by_the_stage_1_model_and_logged_once(fit, grpo, tmp_path: Path) -> None:
+    records, logger = Records(tmp_path), CSVLogger(tmp_path / "log")
+    callbacks = [RejectionSampling(num_samples=4, max_new_tokens=8), records]
+    first = grpo()
+    fit(first, callbacks, **ONE_EPOCH | {"max_steps": 2}, logger=logger)
+    shares = [row.get("rejection_sampling/kept_share") for row in read_rows(logger)]
+    assert [float(share) for share in shares if share] == [pytest.approx(12 / 19)]
+    assert any(p.any() for name, p in first.named_parameters() if "lora_B" in name)
+
+    rmtree(tmp_path / "run/rejection_sampling")
+    second, logger = grpo(), CSVLogger(tmp_path / "log")
+    fit(second, callbacks, **ONE_EPOCH, ckpt_path=tmp_path / "second.ckpt", logger=logger)
+    assert records.read() == KEPT
+    assert second.engine.had_moved and not any(second.engine.had_moved)
+    assert not any(row.get("rejection_sampling/kept_share") for row in read_rows(logger))
