@@ -25,6 +25,7 @@ from torch import Tensor
 from datamodules.batches import Batch, PromptItem
 from lightning_modules.adapters import LoraSettings
 from lightning_modules.optimizers import build_optimizer, count_updates
+from lightning_modules.progress import rewind
 from lightning_modules.qwen_vl import QwenVL
 from lightning_modules.shared_prefix import PackedRows
 
@@ -255,6 +256,8 @@ class PolicyModule(LightningModule):
         trained = self._trained_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint[STATE_KEY] = {"num_batches": self._num_batches_committed}
+        # Lightning has counted the open window's batches too; its epoch would end too soon by as many.
+        rewind(checkpoint["loops"]["fit_loop"], self.num_batches - self._num_batches_committed)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError when the checkpoint's parameters are not exactly those trained here."""

@@ -19,6 +19,8 @@ from callbacks.previews import Previews, draw_preview
 from callbacks.throughput import Throughput
 from datamodules.benchmarks.mig_bench import load_mig_bench
 from datamodules.benchmarks.mig_scoring import Prediction
+from lightning_modules.adapters import LoraSettings
+from lightning_modules.policy_module import PolicyModule
 from tests.callbacks.conftest import FakeEngine, FakeModule, read_rows, resuming, true_answer
 
 
@@ -28,13 +30,14 @@ def module(tiny_model_dir) -> FakeModule:
 
 
 class Sends(Callback):
-    """Sends this process a signal while the second batch is trained on."""
+    """Sends this process a signal while the second (or another) batch of the run is trained on."""
 
-    def __init__(self, signum: int, times: int = 1) -> None:
-        self.signum, self.times = signum, times
+    def __init__(self, signum: int, times: int = 1, batch: int = 2) -> None:
+        self.signum, self.times, self.batch = signum, times, batch
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        if batch_idx == 1:
+        self.batch -= 1
+        if self.batch == 0:
             for _ in range(self.times):
                 os.kill(os.getpid(), self.signum)
 
@@ -102,6 +105,54 @@ def test_a_signal_saves_a_checkpoint_behind_the_batch_and_a_resume_loses_nothing
     fit(resumed, [SaveOnInterrupt(), checkpoints], max_steps=5, enable_checkpointing=True, ckpt_path=path)
     assert resumed.seen == whole.seen[4:]
     assert not path.exists()
+
+
+class Windows(PolicyModule):
+    """Updates on windows of 4 batches without looking at them; notes what it is given."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, lora=LoraSettings(rank=2, alpha=2), accumulate=4)
+        self.seen: list[str] = []
+
+    def training_step(self, batch, batch_idx: int) -> None:
+        self.begin_batch(batch)
+        self.seen += batch.sample_ids
+        self.backward_sum(sum(parameter.sum() for parameter in self.policy.trainable_parameters()), 1)
+        if self.end_batch(batch):
+            self.update()
+            self.commit_window(batch)
+
+
+TWO_EPOCHS = {"max_epochs": 2, "max_steps": -1, "log_every_n_steps": 1}  # of 10 batches: the third window is in both
+
+
+@resuming
+@pytest.mark.parametrize(("batch", "finished"), [(3, 0), (8, 8), (10, 8), (11, 8), (12, 12), (15, 12)])
+def test_a_run_stopped_inside_a_window_trains_every_sample_of_its_epochs(
+    fit, tiny_model_dir, tmp_path: Path, batch: int, finished: int
+) -> None:
+    whole, first, resumed = (Windows(str(tiny_model_dir)) for _ in range(3))
+    fit(whole, [], **TWO_EPOCHS)
+    checkpoints = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=100)
+    given = TWO_EPOCHS | {"enable_checkpointing": True}
+    with pytest.raises(SIGTERMException):
+        fit(first, [SaveOnInterrupt(), checkpoints, Sends(signal.SIGTERM, batch=batch)], **given)
+    trainer = fit(resumed, [checkpoints], ckpt_path=tmp_path / "ckpt/interrupted.ckpt", **given)
+    assert first.seen == whole.seen[: 2 * batch]
+    assert resumed.seen == whole.seen[2 * finished :]
+    assert trainer.global_step == 5 and trainer.current_epoch == 2
+    assert trainer.fit_loop.epoch_loop._batches_that_stepped == 20  # what metrics are logged at
+
+
+@resuming
+def test_a_checkpoint_of_an_epochs_end_inside_a_window_resumes_there(fit, tiny_model_dir, tmp_path: Path) -> None:
+    whole, resumed = Windows(str(tiny_model_dir)), Windows(str(tiny_model_dir))
+    checkpoints = ModelCheckpoint(tmp_path / "ckpt", "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    given = TWO_EPOCHS | {"enable_checkpointing": True}
+    fit(whole, [checkpoints], **given)
+    trainer = fit(resumed, [checkpoints], ckpt_path=tmp_path / "ckpt/epoch=0.ckpt", **given)
+    assert resumed.seen == whole.seen[2 * 8 :]
+    assert trainer.global_step == 5 and trainer.fit_loop.epoch_loop._batches_that_stepped == 20
 
 
 def test_a_second_ctrl_c_stops_at_once(fit, module, tmp_path: Path) -> None:
