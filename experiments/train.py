@@ -23,6 +23,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from callbacks.artefacts import fingerprint, path_fingerprint, write_atomic
+from callbacks.checkpoints import WholeCheckpoints
 from datamodules.boxes import Convention
 from datamodules.multi_image import MultiImageData
 from experiments import checks, metrics, phases
@@ -112,6 +113,8 @@ class TrainCLI(LightningCLI):
                 callback.dirpath = str(self.folder / "checkpoints")
         if self.config_init.trainer.logger is None:
             kwargs["logger"] = self.loggers()
+        plugins = self.config_init.trainer.plugins or []
+        kwargs["plugins"] = [WholeCheckpoints(), *(plugins if isinstance(plugins, list) else [plugins])]
         return super().instantiate_trainer(**kwargs)
 
     def loggers(self) -> list[Logger]:

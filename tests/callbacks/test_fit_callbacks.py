@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 
 import pytest
-from fsspec.implementations.local import LocalFileOpener
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -162,18 +161,3 @@ def test_a_second_ctrl_c_stops_at_once(fit, module, tmp_path: Path) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     assert len(module.seen) == 2
     assert not (tmp_path / "ckpt/interrupted.ckpt").exists()
-
-
-def test_a_checkpoint_that_cannot_be_written_whole_leaves_the_old_one(fit, module, tmp_path: Path, monkeypatch) -> None:
-    trainer = fit(module, [])
-    path = tmp_path / "old.ckpt"
-    trainer.save_checkpoint(path)
-    old = path.read_bytes()
-
-    def fill_up(file: LocalFileOpener, data: bytes) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(LocalFileOpener, "write", fill_up, raising=False)
-    with pytest.raises(OSError, match="no space"):
-        trainer.save_checkpoint(path)
-    assert path.read_bytes() == old

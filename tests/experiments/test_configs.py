@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from callbacks.checkpoints import WholeCheckpoints
 from callbacks.rejection_sampling import RejectionSampling
 from datamodules.prompts import PromptStyle
 from experiments import evaluate, pipeline, shards, train
@@ -97,6 +98,7 @@ def test_training_configurations_instantiate(parse, name: str) -> None:
     assert cli.config.phase == stem.removesuffix("_3b").removesuffix("_7b")
     is_grpo = cli.config.phase == "grpo"
     assert isinstance(cli.model, GRPO if is_grpo else CoTSFT)
+    assert isinstance(cli.trainer.strategy.checkpoint_io, WholeCheckpoints)
     names = [type(callback).__name__ for callback in cli.trainer.callbacks]
     assert ("RejectionSampling" in names) == is_grpo
     if is_grpo:  # hours of sampling come after the callbacks that find a wrong path in the first second

@@ -1,0 +1,43 @@
+"""When checkpoints are written, and that they are whole."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from callbacks.checkpoints import WholeCheckpoints
+from tests.callbacks.conftest import FakeEngine, FakeModule, true_answer
+
+
+@pytest.fixture
+def trainer(fit, tiny_model_dir):
+    return fit(FakeModule(str(tiny_model_dir), FakeEngine(true_answer)), [], plugins=[WholeCheckpoints()])
+
+
+def test_a_checkpoint_that_cannot_be_written_whole_leaves_the_old_one(trainer, tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "new folder" / "old.ckpt"
+    trainer.save_checkpoint(path)
+    old = path.read_bytes()
+
+    def fill_up(checkpoint: dict, file) -> None:
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(torch, "save", fill_up)
+        trainer.save_checkpoint(path)
+    assert path.read_bytes() == old
+    assert list(path.parent.glob("*.ckpt")) == [path], "a resume looks for these"
+
+    trainer.save_checkpoint(path)
+    assert [file.name for file in path.parent.iterdir()] == ["old.ckpt"]
+    assert torch.load(path, weights_only=True)["global_step"] == 2
+
+
+def test_a_checkpoint_does_not_go_through_the_folder_for_temporary_files(trainer, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "there is no such folder"))
+    trainer.save_checkpoint(tmp_path / "new.ckpt")
+    assert (tmp_path / "new.ckpt").is_file()
