@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent on every filesystem."""
+"""When checkpoints are written, and that they are whole or absent on every filesystem."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -26,3 +28,30 @@ class WholeCheckpoints(TorchCheckpointIO):
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
+
+
+class WindowCheckpoint(ModelCheckpoint):
+    """A ModelCheckpoint whose `every_n_train_steps` also holds where a window makes several updates.
+
+    Lightning's own saves where the count of updates is a multiple, which then is seldom seen behind a batch; this one
+    saves where it has passed one. Only the last batch of a window changes the count, so no window is open.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._last_step = 0
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._last_step = checkpoint["global_step"]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        last, self._last_step = self._last_step, trainer.global_step
+        every = self._every_n_train_steps
+        if every < 1 or last // every == trainer.global_step // every or self._should_skip_saving_checkpoint(trainer):
+            return
+        metrics = self._monitor_candidates(trainer)
+        if self.monitor is not None and self.monitor not in metrics:
+            self._defer_save_until_validation = True  # which logs it
+            return
+        self._save_topk_checkpoint(trainer, metrics)
+        self._save_last_checkpoint(trainer, metrics)

@@ -177,7 +177,6 @@ def quieten() -> None:
     meant = (
         ".*does not have many workers.*",
         ".*`validation_step` but have no `val_dataloader`.*",
-        "Using ModelCheckpoint with manual optimization",  # what it saves, weights after the update, is what is wanted
     )
     for message in meant:
         warnings.filterwarnings("ignore", message=message)

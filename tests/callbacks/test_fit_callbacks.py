@@ -18,9 +18,7 @@ from callbacks.previews import Previews, draw_preview
 from callbacks.throughput import Throughput
 from datamodules.benchmarks.mig_bench import load_mig_bench
 from datamodules.benchmarks.mig_scoring import Prediction
-from lightning_modules.adapters import LoraSettings
-from lightning_modules.policy_module import PolicyModule
-from tests.callbacks.conftest import FakeEngine, FakeModule, read_rows, resuming, true_answer
+from tests.callbacks.conftest import TWO_EPOCHS, FakeEngine, FakeModule, Windows, read_rows, resuming, true_answer
 
 
 @pytest.fixture
@@ -104,25 +102,6 @@ def test_a_signal_saves_a_checkpoint_behind_the_batch_and_a_resume_loses_nothing
     fit(resumed, [SaveOnInterrupt(), checkpoints], max_steps=5, enable_checkpointing=True, ckpt_path=path)
     assert resumed.seen == whole.seen[4:]
     assert not path.exists()
-
-
-class Windows(PolicyModule):
-    """Updates on windows of 4 batches without looking at them; notes what it is given."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(path, lora=LoraSettings(rank=2, alpha=2), accumulate=4)
-        self.seen: list[str] = []
-
-    def training_step(self, batch, batch_idx: int) -> None:
-        self.begin_batch(batch)
-        self.seen += batch.sample_ids
-        self.backward_sum(sum(parameter.sum() for parameter in self.policy.trainable_parameters()), 1)
-        if self.end_batch(batch):
-            self.update()
-            self.commit_window(batch)
-
-
-TWO_EPOCHS = {"max_epochs": 2, "max_steps": -1, "log_every_n_steps": 1}  # of 10 batches: the third window is in both
 
 
 @resuming

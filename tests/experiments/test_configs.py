@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from callbacks.checkpoints import WholeCheckpoints
+from callbacks.checkpoints import WholeCheckpoints, WindowCheckpoint
 from callbacks.rejection_sampling import RejectionSampling
 from datamodules.prompts import PromptStyle
 from experiments import evaluate, pipeline, shards, train
@@ -99,6 +99,7 @@ def test_training_configurations_instantiate(parse, name: str) -> None:
     is_grpo = cli.config.phase == "grpo"
     assert isinstance(cli.model, GRPO if is_grpo else CoTSFT)
     assert isinstance(cli.trainer.strategy.checkpoint_io, WholeCheckpoints)
+    assert isinstance(cli.trainer.checkpoint_callback, WindowCheckpoint)
     names = [type(callback).__name__ for callback in cli.trainer.callbacks]
     assert ("RejectionSampling" in names) == is_grpo
     if is_grpo:  # hours of sampling come after the callbacks that find a wrong path in the first second
