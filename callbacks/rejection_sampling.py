@@ -10,7 +10,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,30 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RejectionSettings:
-    """`num_samples` completions of each candidate; one is correct when its IoU is above `threshold`."""
+    """`num_samples` completions of each candidate; one is correct when its IoU is above `threshold`.
+
+    temperature, max_new_tokens: null is that of the rollouts in training.
+    """
 
     num_samples: int = 8
-    temperature: float = 0.7
-    max_new_tokens: int = 1024
+    temperature: float | None = None
+    max_new_tokens: int | None = None
     batch_prompts: int = 32
     threshold: float = 0.5
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.num_samples < 2:
+            faults.append(f"num_samples={self.num_samples}: to be solved sometimes takes at least 2")
+        for name in ("temperature", "max_new_tokens", "batch_prompts"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                faults.append(f"{name}={value} must be greater than 0")
+        if not 0 <= self.threshold < 1:
+            faults.append(f"threshold={self.threshold} must be in [0, 1)")
+        if faults:
+            raise ValueError(f"rejection sampling: {'; '.join(faults)}")
 
 
 def rejection_sample(
@@ -113,20 +129,11 @@ class RejectionSampling(Callback):
     shards and keeps them. The policy is the stage-1 model there, in a resumed run too, whose checkpoint is loaded
     later; so a choice that is gone is made again, the same. List it behind callbacks that check their paths in setup:
     it may take hours. Candidates are the shards that the datamodule names; `folder` is by default
-    <default_root_dir>/rejection_sampling. The temperature should be that of the rollouts in training.
+    <default_root_dir>/rejection_sampling. The other fields: `RejectionSettings`.
     """
 
-    def __init__(
-        self,
-        num_samples: int = 8,
-        temperature: float = 0.7,
-        max_new_tokens: int = 1024,
-        batch_prompts: int = 32,
-        threshold: float = 0.5,
-        seed: int = 0,
-        folder: str | None = None,
-    ) -> None:
-        self.settings = RejectionSettings(num_samples, temperature, max_new_tokens, batch_prompts, threshold, seed)
+    def __init__(self, folder: str | None = None, **settings: Any) -> None:
+        self.settings = RejectionSettings(**settings)
         self.folder = folder
         self.kept_share = 0.0
 
@@ -137,12 +144,17 @@ class RejectionSampling(Callback):
             pl_module.configure_model()
         data, policy = trainer.datamodule, pl_module.policy.to(trainer.strategy.root_device)
         folder = Path(self.folder or Path(trainer.default_root_dir) / "rejection_sampling")
+        settings = replace(
+            self.settings,
+            temperature=self.settings.temperature or pl_module.temperature,
+            max_new_tokens=self.settings.max_new_tokens or pl_module.max_new_tokens,
+        )
         kept = rejection_sample(
             policy,
             rollout_engine(pl_module),
             prompt_encoder(data.encoder),
             data.shards,
-            self.settings,
+            settings,
             folder,
             trainer.global_rank,
             trainer.world_size,

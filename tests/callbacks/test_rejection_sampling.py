@@ -21,7 +21,7 @@ from lightning_modules.adapters import LoraSettings
 from lightning_modules.grpo import GRPO
 from tests.callbacks.conftest import FakeEngine, FakeModule, FakePolicy, read_rows, resuming, true_answer
 
-SETTINGS = RejectionSettings(num_samples=4, max_new_tokens=8, batch_prompts=3)
+SETTINGS = RejectionSettings(num_samples=4, temperature=0.7, max_new_tokens=8, batch_prompts=3)
 
 
 def right_number_mod_5(item, k: int) -> str:
@@ -60,7 +60,7 @@ def test_a_finished_choice_is_used_again_unless_something_changed(run, encoder, 
     run(again)
     assert again.asked == []
     for changed in (
-        {"settings": RejectionSettings(num_samples=4, max_new_tokens=8, batch_prompts=3, temperature=0.9)},
+        {"settings": replace(SETTINGS, temperature=0.9)},
         {"settings": SETTINGS},
     ):
         engine = FakeEngine(right_number_mod_5)
@@ -106,10 +106,30 @@ def test_keeping_nothing_is_an_error_that_shows_the_counts(run) -> None:
         run(FakeEngine(lambda item, k: "no box"))
 
 
+def test_all_bad_settings_are_named_before_weights_are_read() -> None:
+    bad = {"num_samples": 1, "temperature": 0, "max_new_tokens": 0, "batch_prompts": 0, "threshold": 1.5}
+    with pytest.raises(ValueError) as caught:
+        RejectionSampling(**bad)
+    assert all(f"{name}={value}" in str(caught.value) for name, value in bad.items())
+
+
+def test_candidates_are_sampled_as_in_training_unless_told_otherwise(fit, tiny_model_dir) -> None:
+    class Asked(FakeEngine):
+        def generate(self, items, settings, *args, **kwargs):
+            self.settings = settings
+            return super().generate(items, settings, *args, **kwargs)
+
+    for given, expected in (({}, (0.9, 6)), ({"temperature": 0.5, "max_new_tokens": 8}, (0.5, 8))):
+        module = FakeModule(str(tiny_model_dir), Asked(right_number_mod_5))
+        module.temperature, module.max_new_tokens = 0.9, 6
+        fit(module, [RejectionSampling(num_samples=4, **given)], max_steps=1)
+        assert (module.engine.settings.temperature, module.engine.settings.max_new_tokens) == expected
+
+
 @resuming
 def test_the_callback_trains_on_what_was_kept(fit, tiny_model_dir, tmp_path: Path) -> None:
     module = FakeModule(str(tiny_model_dir), FakeEngine(right_number_mod_5))
-    callback = RejectionSampling(num_samples=4, max_new_tokens=8)
+    callback = RejectionSampling(num_samples=4, temperature=0.7, max_new_tokens=8)
     checkpoints = ModelCheckpoint(tmp_path / "ckpt", save_last=True, every_n_train_steps=1)
     fit(module, [callback, checkpoints], max_steps=4, enable_checkpointing=True)
     kept = [f"c{n}" for n in range(19) if 0 < n % 5 < 4]
@@ -176,7 +196,12 @@ ONE_EPOCH = {"max_epochs": 1, "max_steps": -1, "log_every_n_steps": 1}
 @pytest.mark.parametrize("ranks", [{}, {"strategy": "ddp_fork", "devices": 2}], ids=["one", "two"])
 def test_grpo_trains_an_epoch_of_what_was_kept_and_its_schedule_ends_there(fit, grpo, tmp_path: Path, ranks) -> None:
     records = Records(tmp_path)
-    fit(grpo(), [RejectionSampling(num_samples=4, max_new_tokens=8, batch_prompts=3), records], **ONE_EPOCH, **ranks)
+    fit(
+        grpo(),
+        [RejectionSampling(num_samples=4, temperature=0.7, max_new_tokens=8, batch_prompts=3), records],
+        **ONE_EPOCH,
+        **ranks,
+    )
     assert records.read() == KEPT
     assert float((tmp_path / "rate-0").read_text()) == pytest.approx(0, abs=1e-12)
 
@@ -184,7 +209,7 @@ def test_grpo_trains_an_epoch_of_what_was_kept_and_its_schedule_ends_there(fit, 
 @resuming
 def test_a_lost_choice_is_made_again_by_the_stage_1_model_and_logged_once(fit, grpo, tmp_path: Path) -> None:
     records, logger = Records(tmp_path), CSVLogger(tmp_path / "log")
-    callbacks = [RejectionSampling(num_samples=4, max_new_tokens=8), records]
+    callbacks = [RejectionSampling(num_samples=4, temperature=0.7, max_new_tokens=8), records]
     first = grpo()
     fit(first, callbacks, **ONE_EPOCH | {"max_steps": 2}, logger=logger)
     shares = [row.get("rejection_sampling/kept_share") for row in read_rows(logger)]
