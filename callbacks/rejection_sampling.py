@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -37,6 +39,8 @@ from lightning_modules.rewards import reward
 from lightning_modules.rollouts import RolloutEngine, RolloutSettings
 
 log = logging.getLogger(__name__)
+
+POLL_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -82,10 +86,10 @@ def rejection_sample(
 
     `folder` gets shards/, kept.jsonl, histogram.json and journal*.jsonl, from which an interrupted call goes on with
     the very same samples. What is finished there already for the same weights (`policy` as loaded from its path),
-    candidates and settings is used again. Every rank calls it, with a shared `folder`. Raises ValueError when nothing
-    is kept.
+    candidates and settings is used again. Every rank calls it, with a shared `folder`; they meet at `barrier` before
+    they sample and wait for each other's files afterwards. Raises ValueError when nothing is kept.
     """
-    folder = Path(folder)
+    folder, parent = Path(folder), os.getppid()
     key = rejection_key(policy.processor_path, encoder, source, settings)
     if not is_finished(folder, key):
         reader = ShardReader(source)
@@ -93,13 +97,14 @@ def rejection_sample(
         windows = list(enumerate(split_windows(range(reader.count), settings.batch_prompts)))
         journal = Journal(folder / f"journal-{rank}.jsonl", key)
         done = _read_windows(folder, key)  # those of all ranks there ever were
-        barrier()
-        mine = [window for window in windows[rank::world_size] if window[0] not in done]
+        barrier()  # none has sampled until all have read: the ranks divide one and the same list
+        mine = [window for window in windows if window[0] not in done][rank::world_size]
         _sample_windows(policy, engine, encoder, reader, mine, settings, journal, show_progress=rank == 0)
-        barrier()
         if rank == 0:
+            _wait_until(lambda: len(_read_windows(folder, key)) == len(windows))
             _write_kept(folder, reader, _read_windows(folder, key), settings, key)
-        barrier()
+        else:
+            _wait_until(lambda: is_finished(folder, key), parent)
     histogram = read_json(folder / "histogram.json")
     if histogram["kept"] == 0:
         raise ValueError(f"rejection sampling kept none of {histogram['candidates']} candidates: {histogram}")
@@ -120,6 +125,17 @@ def is_finished(folder: str | Path, key: str) -> bool:
 def _read_windows(folder: Path, key: str) -> dict[int, dict[str, Any]]:
     records = [record for path in sorted(folder.glob("journal-*.jsonl")) for record in read_journal(path, key)]
     return {record["window"]: record for record in records}
+
+
+def _wait_until(is_so: Callable[[], bool], parent: int | None = None) -> None:
+    """Polls, since a collective gives up after half an hour, and another rank may sample or write for longer.
+
+    Raises RuntimeError when `parent`, the process that started this one, has ended: it is rank 0 or would end us too.
+    """
+    while not is_so():
+        if parent not in (None, os.getppid()):
+            raise RuntimeError(f"process {parent}, which started this rank, is gone; nobody will write what was kept")
+        time.sleep(POLL_SECONDS)
 
 
 class RejectionSampling(Callback):

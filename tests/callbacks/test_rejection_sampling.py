@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,7 @@ import pytest
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
+from callbacks import rejection_sampling
 from callbacks.rejection_sampling import RejectionSampling, RejectionSettings, rejection_sample
 from datamodules.samples import Rejections
 from datamodules.shards import read_samples
@@ -34,7 +36,8 @@ def kept_ids(folder: Path) -> list[str]:
 
 
 @pytest.fixture
-def run(pool, encoder, tiny_model_dir, tmp_path):
+def run(pool, encoder, tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(rejection_sampling, "POLL_SECONDS", 0.01)
     policy = FakePolicy(str(tiny_model_dir))
     given = {"encoder": encoder, "source": str(pool), "settings": SETTINGS, "folder": tmp_path / "rs"}
     return partial(rejection_sample, policy, **given)
@@ -87,18 +90,55 @@ def test_an_interrupted_choice_goes_on_with_the_same_seeds(run, tmp_path: Path) 
     assert len(set(whole.seeds)) == 7
 
 
+def run_on_two_ranks(run, engines: list[FakeEngine], **given) -> list[list[str]]:
+    """What each of two ranks returns, as ids."""
+    barrier = Barrier(2, timeout=60)
+    with ThreadPoolExecutor(2) as pool:
+        given = {"world_size": 2, "barrier": barrier.wait} | given
+        ranks = [pool.submit(run, engine, rank=rank, **given) for rank, engine in enumerate(engines)]
+    return [kept_ids(rank.result()) for rank in ranks]
+
+
 def test_ranks_share_the_work_and_one_writes(run, tmp_path: Path) -> None:
     expected = kept_ids(run(FakeEngine(right_number_mod_5), folder=tmp_path / "other"))
     engines = [FakeEngine(right_number_mod_5) for _ in range(2)]
-    barrier = Barrier(2, timeout=60)
-    with ThreadPoolExecutor(2) as pool:
-        ranks = [
-            pool.submit(run, engine, rank=rank, world_size=2, barrier=barrier.wait)
-            for rank, engine in enumerate(engines)
-        ]
-    assert [kept_ids(rank.result()) for rank in ranks] == [expected, expected]
+    assert run_on_two_ranks(run, engines) == [expected, expected]
     assert sorted(engines[0].asked + engines[1].asked) == sorted(f"c{n}" for n in range(19))
     assert len(engines[0].seeds) == 4 and len(engines[1].seeds) == 3
+
+
+def test_ranks_share_what_an_interruption_has_left_to_do(run, tmp_path: Path) -> None:
+    expected = kept_ids(run(FakeEngine(right_number_mod_5)))
+    journal = tmp_path / "rs/journal-0.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[::2]))  # rank 0 of two was done, and rank 1 had done nothing
+    (tmp_path / "rs/histogram.json").unlink()
+    engines = [FakeEngine(right_number_mod_5) for _ in range(2)]
+    assert run_on_two_ranks(run, engines) == [expected, expected]
+    assert len(engines[0].seeds) == 2 and len(engines[1].seeds) == 1
+
+
+def test_a_rank_waits_for_a_slower_one_longer_than_a_collective_would(run, tmp_path: Path) -> None:
+    expected = kept_ids(run(FakeEngine(right_number_mod_5), folder=tmp_path / "other"))
+    barrier = Barrier(2, timeout=60)
+
+    class Slow(FakeEngine):
+        def generate(self, *args, **kwargs):
+            time.sleep(0.1)
+            return super().generate(*args, **kwargs)
+
+    def wait_briefly_when_sampling_has_begun() -> None:
+        barrier.wait(0.05 if any(engine.asked for engine in engines) else 60)
+
+    engines = [FakeEngine(right_number_mod_5), Slow(right_number_mod_5)]
+    assert run_on_two_ranks(run, engines, barrier=wait_briefly_when_sampling_has_begun) == [expected, expected]
+
+
+def test_a_rank_whose_parent_has_ended_does_not_wait_forever(run, monkeypatch) -> None:
+    parents = iter([10, 10])
+    monkeypatch.setattr(rejection_sampling.os, "getppid", lambda: next(parents, 1))
+    with pytest.raises(RuntimeError, match="process 10, which started this rank, is gone"):
+        run(FakeEngine(right_number_mod_5), rank=1, world_size=2)
 
 
 def test_keeping_nothing_is_an_error_that_shows_the_counts(run) -> None:
