@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM cost nothing: the batch is finished, a checkpoint written, and the same command goes on from it.
 
 What else guards a run lies elsewhere. A loss that is not finite stops it with its sample ids saved (`PolicyModule`).
-Checkpoints are whole or absent: Lightning writes them beside their place and moves them there.
+Checkpoints are whole or absent (`callbacks/checkpoints.py`).
 """
 
 from __future__ import annotations

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +40,35 @@ from lightning_modules.rollouts import RolloutEngine, RolloutSettings
 
 log = logging.getLogger(__name__)
 
+POLL_SECONDS = 2.0
+
 
 @dataclass(frozen=True)
 class RejectionSettings:
-    """`num_samples` completions of each candidate; one is correct when its IoU is above `threshold`."""
+    """`num_samples` completions of each candidate; one is correct when its IoU is above `threshold`.
+
+    temperature, max_new_tokens: null is that of the rollouts in training.
+    """
 
     num_samples: int = 8
-    temperature: float = 0.7
-    max_new_tokens: int = 1024
+    temperature: float | None = None
+    max_new_tokens: int | None = None
     batch_prompts: int = 32
     threshold: float = 0.5
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.num_samples < 2:
+            faults.append(f"num_samples={self.num_samples}: to be solved sometimes takes at least 2")
+        for name in ("temperature", "max_new_tokens", "batch_prompts"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                faults.append(f"{name}={value} must be greater than 0")
+        if not 0 <= self.threshold < 1:
+            faults.append(f"threshold={self.threshold} must be in [0, 1)")
+        if faults:
+            raise ValueError(f"rejection sampling: {'; '.join(faults)}")
 
 
 def rejection_sample(
@@ -66,10 +86,10 @@ def rejection_sample(
 
     `folder` gets shards/, kept.jsonl, histogram.json and journal*.jsonl, from which an interrupted call goes on with
     the very same samples. What is finished there already for the same weights (`policy` as loaded from its path),
-    candidates and settings is used again. Every rank calls it, with a shared `folder`. Raises ValueError when nothing
-    is kept.
+    candidates and settings is used again. Every rank calls it, with a shared `folder`; they meet at `barrier` before
+    they sample and wait for each other's files afterwards. Raises ValueError when nothing is kept.
     """
-    folder = Path(folder)
+    folder, parent = Path(folder), os.getppid()
     key = rejection_key(policy.processor_path, encoder, source, settings)
     if not is_finished(folder, key):
         reader = ShardReader(source)
@@ -77,13 +97,14 @@ def rejection_sample(
         windows = list(enumerate(split_windows(range(reader.count), settings.batch_prompts)))
         journal = Journal(folder / f"journal-{rank}.jsonl", key)
         done = _read_windows(folder, key)  # those of all ranks there ever were
-        barrier()
-        mine = [window for window in windows[rank::world_size] if window[0] not in done]
+        barrier()  # none has sampled until all have read: the ranks divide one and the same list
+        mine = [window for window in windows if window[0] not in done][rank::world_size]
         _sample_windows(policy, engine, encoder, reader, mine, settings, journal, show_progress=rank == 0)
-        barrier()
         if rank == 0:
+            _wait_until(lambda: len(_read_windows(folder, key)) == len(windows))
             _write_kept(folder, reader, _read_windows(folder, key), settings, key)
-        barrier()
+        else:
+            _wait_until(lambda: is_finished(folder, key), parent)
     histogram = read_json(folder / "histogram.json")
     if histogram["kept"] == 0:
         raise ValueError(f"rejection sampling kept none of {histogram['candidates']} candidates: {histogram}")
@@ -106,51 +127,50 @@ def _read_windows(folder: Path, key: str) -> dict[int, dict[str, Any]]:
     return {record["window"]: record for record in records}
 
 
+def _wait_until(is_so: Callable[[], bool], parent: int | None = None) -> None:
+    """Polls, since a collective gives up after half an hour, and another rank may sample or write for longer.
+
+    Raises RuntimeError when `parent`, the process that started this one, has ended: it is rank 0 or would end us too.
+    """
+    while not is_so():
+        if parent not in (None, os.getppid()):
+            raise RuntimeError(f"process {parent}, which started this rank, is gone; nobody will write what was kept")
+        time.sleep(POLL_SECONDS)
+
+
 class RejectionSampling(Callback):
     """Before training, puts the kept part of the datamodule's shards in the place of the whole.
 
-    It runs in on_fit_start: the policy is built, on its device and still the stage-1 model, and the datamodule opens
-    its shards only afterwards, when the Trainer asks for the dataloader. Candidates are the shards that the
-    datamodule names; `folder` is by default <default_root_dir>/rejection_sampling. The temperature should be that of
-    the rollouts in training.
-
-    A resumed run takes the finished choice as it is. If that is gone, or other settings ask for another one, it raises
-    RuntimeError: the policy has been trained by then and must not choose.
+    It runs in setup: before the optimizer's schedule asks how many batches there are, for which the Trainer opens the
+    shards and keeps them. The policy is the stage-1 model there, in a resumed run too, whose checkpoint is loaded
+    later; so a choice that is gone is made again, the same. List it behind callbacks that check their paths in setup:
+    it may take hours. Candidates are the shards that the datamodule names; `folder` is by default
+    <default_root_dir>/rejection_sampling. The other fields: `RejectionSettings`.
     """
 
-    def __init__(
-        self,
-        num_samples: int = 8,
-        temperature: float = 0.7,
-        max_new_tokens: int = 1024,
-        batch_prompts: int = 32,
-        threshold: float = 0.5,
-        seed: int = 0,
-        folder: str | None = None,
-    ) -> None:
-        self.settings = RejectionSettings(num_samples, temperature, max_new_tokens, batch_prompts, threshold, seed)
+    def __init__(self, folder: str | None = None, **settings: Any) -> None:
+        self.settings = RejectionSettings(**settings)
         self.folder = folder
-        self._resumed_step = 0
+        self.kept_share = 0.0
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._resumed_step = checkpoint["global_step"]
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data, policy = trainer.datamodule, pl_module.policy
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        with trainer.init_module():  # as Lightning does, which finds the weights there when its turn comes
+            pl_module.configure_model()
+        data, policy = trainer.datamodule, pl_module.policy.to(trainer.strategy.root_device)
         folder = Path(self.folder or Path(trainer.default_root_dir) / "rejection_sampling")
-        encoder = prompt_encoder(data.encoder)
-        key = rejection_key(policy.processor_path, encoder, data.shards, self.settings)
-        if self._resumed_step > 0 and not is_finished(folder, key):
-            raise RuntimeError(
-                f"resumed at step {self._resumed_step}, but {folder} does not hold the prompts that this run trains on"
-                " (gone, or chosen with other weights, candidates or settings): restore it, or start afresh"
-            )
+        settings = replace(
+            self.settings,
+            temperature=self.settings.temperature or pl_module.temperature,
+            max_new_tokens=self.settings.max_new_tokens or pl_module.max_new_tokens,
+        )
         kept = rejection_sample(
             policy,
             rollout_engine(pl_module),
-            encoder,
+            prompt_encoder(data.encoder),
             data.shards,
-            self.settings,
+            settings,
             folder,
             trainer.global_rank,
             trainer.world_size,
@@ -158,13 +178,15 @@ class RejectionSampling(Callback):
         )
         data.shards = str(kept)
         histogram = read_json(folder / "histogram.json")
+        self.kept_share = histogram["kept"] / histogram["candidates"]
         if trainer.is_global_zero:
             print(
                 f"rejection sampling kept {histogram['kept']} of {histogram['candidates']} prompts: {kept}", flush=True
             )
-        for logger in trainer.loggers if self._resumed_step == 0 else ():
-            share = histogram["kept"] / histogram["candidates"]
-            logger.log_metrics({"rejection_sampling/kept_share": share}, step=0)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for logger in trainer.loggers if trainer.ckpt_path is None else ():  # a resumed run has logged it
+            logger.log_metrics({"rejection_sampling/kept_share": self.kept_share}, step=0)
 
 
 def _sample_windows(

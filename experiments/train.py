@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
+from callbacks.checkpoints import WholeCheckpoints
 from datamodules.artefacts import fingerprint, path_fingerprint, write_atomic
 from datamodules.boxes import Convention
 from datamodules.multi_image import MultiImageData
@@ -111,6 +112,8 @@ class TrainCLI(LightningCLI):
                 callback.dirpath = str(self.folder / "checkpoints")
         if self.config_init.trainer.logger is None:
             kwargs["logger"] = self.loggers()
+        plugins = self.config_init.trainer.plugins or []
+        kwargs["plugins"] = [WholeCheckpoints(), *(plugins if isinstance(plugins, list) else [plugins])]
         return super().instantiate_trainer(**kwargs)
 
     def loggers(self) -> list[Logger]:
@@ -163,10 +166,7 @@ def fit(cli: TrainCLI) -> None:
 def quieten() -> None:
     """Leave out what Lightning says of choices that are meant."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    meant = (
-        ".*does not have many workers.*",
-        "Using ModelCheckpoint with manual optimization",  # what it saves, weights after the update, is what is wanted
-    )
+    meant = (".*does not have many workers.*",)
     for message in meant:
         warnings.filterwarnings("ignore", message=message)
 

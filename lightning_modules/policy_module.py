@@ -24,6 +24,7 @@ from datamodules.artefacts import write_json
 from datamodules.batches import Batch, PromptItem
 from lightning_modules.adapters import LoraSettings
 from lightning_modules.optimizers import build_optimizer, count_updates
+from lightning_modules.progress import rewind
 from lightning_modules.qwen_vl import QwenVL
 from lightning_modules.shared_prefix import PackedRows
 
@@ -58,7 +59,7 @@ class PolicyModule(LightningModule):
         self,
         model: str,
         lora: LoraSettings | None = None,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        dtype: Literal["float32", "bfloat16"] = "float32",
         freeze_vision: bool = True,
         gradient_checkpointing: bool = False,
         learning_rate: float = 1e-4,
@@ -95,6 +96,15 @@ class PolicyModule(LightningModule):
             faults.append(f"warmup_fraction={self.warmup_fraction} must be in [0, 1)")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             faults.append(f"max_grad_norm={self.max_grad_norm} must be greater than 0, or null")
+        if self.dtype_name not in ("float32", "bfloat16"):  # float16 would need a loss scaler
+            faults.append(f"dtype={self.dtype_name!r} must be 'float32' or 'bfloat16'")
+        elif self.dtype_name == "bfloat16" and (self.lora is None or not self.freeze_vision):
+            # Adapters are float32 whatever the weights are; weights that are trained themselves are not.
+            name = "lora=None" if self.lora is None else f"freeze_vision={self.freeze_vision}"
+            faults.append(
+                f"dtype={self.dtype_name!r} with {name}: updates of a small learning rate are less than half the last "
+                "digit of a bfloat16 weight and round away; use dtype='float32'"
+            )
         return faults
 
     def check_settings(self) -> None:
@@ -250,6 +260,8 @@ class PolicyModule(LightningModule):
         trained = self._trained_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint[STATE_KEY] = {"num_batches": self._num_batches_committed}
+        # Lightning has counted the open window's batches too; its epoch would end too soon by as many.
+        rewind(checkpoint["loops"]["fit_loop"], self.num_batches - self._num_batches_committed)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError when the checkpoint's parameters are not exactly those trained here."""

@@ -19,6 +19,8 @@ from datamodules.batches import Batch, Encoder, PromptItem
 from datamodules.multi_image import MultiImageData
 from datamodules.samples import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
 from datamodules.shards import ShardWriter
+from lightning_modules.adapters import LoraSettings
+from lightning_modules.policy_module import PolicyModule
 from lightning_modules.rollouts import Rollout
 
 QUESTIONS = {
@@ -81,6 +83,31 @@ class FakeModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.policy.parameters(), lr=0.1)
+
+
+class Windows(PolicyModule):
+    """Updates on windows of 4 batches without looking at them, once or more each; notes what it is given."""
+
+    def __init__(self, path: str, num_updates: int = 1) -> None:
+        super().__init__(path, lora=LoraSettings(rank=2, alpha=2), accumulate=4)
+        self.num_updates = num_updates
+        self.seen: list[str] = []
+
+    @property
+    def updates_per_window(self) -> int:
+        return self.num_updates
+
+    def training_step(self, batch, batch_idx: int) -> None:
+        self.begin_batch(batch)
+        self.seen += batch.sample_ids
+        if self.end_batch():
+            for _ in range(self.num_updates):
+                self.backward_sum(sum(parameter.sum() for parameter in self.policy.trainable_parameters()), 1)
+                self.update()
+            self.commit_window(batch)
+
+
+TWO_EPOCHS = {"max_epochs": 2, "max_steps": -1, "log_every_n_steps": 1}  # of 10 batches: the third window is in both
 
 
 def true_answer(item: PromptItem, k: int = 0) -> str:

@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 
 import pytest
-from fsspec.implementations.local import LocalFileOpener
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -19,7 +18,7 @@ from callbacks.previews import Previews, draw_preview
 from callbacks.throughput import Throughput
 from datamodules.benchmarks.mig_bench import load_mig_bench
 from datamodules.benchmarks.mig_scoring import Prediction
-from tests.callbacks.conftest import FakeEngine, FakeModule, read_rows, resuming, true_answer
+from tests.callbacks.conftest import TWO_EPOCHS, FakeEngine, FakeModule, Windows, read_rows, resuming, true_answer
 
 
 @pytest.fixture
@@ -28,13 +27,14 @@ def module(tiny_model_dir) -> FakeModule:
 
 
 class Sends(Callback):
-    """Sends this process a signal while the second batch is trained on."""
+    """Sends this process a signal while the second (or another) batch of the run is trained on."""
 
-    def __init__(self, signum: int, times: int = 1) -> None:
-        self.signum, self.times = signum, times
+    def __init__(self, signum: int, times: int = 1, batch: int = 2) -> None:
+        self.signum, self.times, self.batch = signum, times, batch
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        if batch_idx == 1:
+        self.batch -= 1
+        if self.batch == 0:
             for _ in range(self.times):
                 os.kill(os.getpid(), self.signum)
 
@@ -104,6 +104,35 @@ def test_a_signal_saves_a_checkpoint_behind_the_batch_and_a_resume_loses_nothing
     assert not path.exists()
 
 
+@resuming
+@pytest.mark.parametrize(("batch", "finished"), [(3, 0), (8, 8), (10, 8), (11, 8), (12, 12), (15, 12)])
+def test_a_run_stopped_inside_a_window_trains_every_sample_of_its_epochs(
+    fit, tiny_model_dir, tmp_path: Path, batch: int, finished: int
+) -> None:
+    whole, first, resumed = (Windows(str(tiny_model_dir)) for _ in range(3))
+    fit(whole, [], **TWO_EPOCHS)
+    checkpoints = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=100)
+    given = TWO_EPOCHS | {"enable_checkpointing": True}
+    with pytest.raises(SIGTERMException):
+        fit(first, [SaveOnInterrupt(), checkpoints, Sends(signal.SIGTERM, batch=batch)], **given)
+    trainer = fit(resumed, [checkpoints], ckpt_path=tmp_path / "ckpt/interrupted.ckpt", **given)
+    assert first.seen == whole.seen[: 2 * batch]
+    assert resumed.seen == whole.seen[2 * finished :]
+    assert trainer.global_step == 5 and trainer.current_epoch == 2
+    assert trainer.fit_loop.epoch_loop._batches_that_stepped == 20  # what metrics are logged at
+
+
+@resuming
+def test_a_checkpoint_of_an_epochs_end_inside_a_window_resumes_there(fit, tiny_model_dir, tmp_path: Path) -> None:
+    whole, resumed = Windows(str(tiny_model_dir)), Windows(str(tiny_model_dir))
+    checkpoints = ModelCheckpoint(tmp_path / "ckpt", "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    given = TWO_EPOCHS | {"enable_checkpointing": True}
+    fit(whole, [checkpoints], **given)
+    trainer = fit(resumed, [checkpoints], ckpt_path=tmp_path / "ckpt/epoch=0.ckpt", **given)
+    assert resumed.seen == whole.seen[2 * 8 :]
+    assert trainer.global_step == 5 and trainer.fit_loop.epoch_loop._batches_that_stepped == 20
+
+
 def test_a_second_ctrl_c_stops_at_once(fit, module, tmp_path: Path) -> None:
     checkpoints = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=100)
     with pytest.raises(SystemExit):
@@ -111,18 +140,3 @@ def test_a_second_ctrl_c_stops_at_once(fit, module, tmp_path: Path) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     assert len(module.seen) == 2
     assert not (tmp_path / "ckpt/interrupted.ckpt").exists()
-
-
-def test_a_checkpoint_that_cannot_be_written_whole_leaves_the_old_one(fit, module, tmp_path: Path, monkeypatch) -> None:
-    trainer = fit(module, [])
-    path = tmp_path / "old.ckpt"
-    trainer.save_checkpoint(path)
-    old = path.read_bytes()
-
-    def fill_up(file: LocalFileOpener, data: bytes) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(LocalFileOpener, "write", fill_up, raising=False)
-    with pytest.raises(OSError, match="no space"):
-        trainer.save_checkpoint(path)
-    assert path.read_bytes() == old

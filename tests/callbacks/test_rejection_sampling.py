@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from shutil import rmtree
 from threading import Barrier
 
 import pytest
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
+from callbacks import rejection_sampling
 from callbacks.rejection_sampling import RejectionSampling, RejectionSettings, rejection_sample
 from datamodules.shards import ShardReader
-from tests.callbacks.conftest import FakeEngine, FakeModule, FakePolicy, resuming, true_answer
+from lightning_modules.adapters import LoraSettings
+from lightning_modules.grpo import GRPO
+from tests.callbacks.conftest import FakeEngine, FakeModule, FakePolicy, read_rows, resuming, true_answer
 
-SETTINGS = RejectionSettings(num_samples=4, max_new_tokens=8, batch_prompts=3)
+SETTINGS = RejectionSettings(num_samples=4, temperature=0.7, max_new_tokens=8, batch_prompts=3)
 
 
 def right_number_mod_5(item, k: int) -> str:
@@ -29,7 +36,8 @@ def kept_ids(folder: Path) -> list[str]:
 
 
 @pytest.fixture
-def run(pool, encoder, tiny_model_dir, tmp_path):
+def run(pool, encoder, tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(rejection_sampling, "POLL_SECONDS", 0.01)
     policy = FakePolicy(str(tiny_model_dir))
     given = {"encoder": encoder, "source": str(pool), "settings": SETTINGS, "folder": tmp_path / "rs"}
     return partial(rejection_sample, policy, **given)
@@ -55,7 +63,7 @@ def test_a_finished_choice_is_used_again_unless_something_changed(run, encoder, 
     run(again)
     assert again.asked == []
     for changed in (
-        {"settings": RejectionSettings(num_samples=4, max_new_tokens=8, batch_prompts=3, temperature=0.9)},
+        {"settings": replace(SETTINGS, temperature=0.9)},
         {"settings": SETTINGS},
     ):
         engine = FakeEngine(right_number_mod_5)
@@ -82,18 +90,55 @@ def test_an_interrupted_choice_goes_on_with_the_same_seeds(run, tmp_path: Path) 
     assert len(set(whole.seeds)) == 7
 
 
+def run_on_two_ranks(run, engines: list[FakeEngine], **given) -> list[list[str]]:
+    """What each of two ranks returns, as ids."""
+    barrier = Barrier(2, timeout=60)
+    with ThreadPoolExecutor(2) as pool:
+        given = {"world_size": 2, "barrier": barrier.wait} | given
+        ranks = [pool.submit(run, engine, rank=rank, **given) for rank, engine in enumerate(engines)]
+    return [kept_ids(rank.result()) for rank in ranks]
+
+
 def test_ranks_share_the_work_and_one_writes(run, tmp_path: Path) -> None:
     expected = kept_ids(run(FakeEngine(right_number_mod_5), folder=tmp_path / "other"))
     engines = [FakeEngine(right_number_mod_5) for _ in range(2)]
-    barrier = Barrier(2, timeout=60)
-    with ThreadPoolExecutor(2) as pool:
-        ranks = [
-            pool.submit(run, engine, rank=rank, world_size=2, barrier=barrier.wait)
-            for rank, engine in enumerate(engines)
-        ]
-    assert [kept_ids(rank.result()) for rank in ranks] == [expected, expected]
+    assert run_on_two_ranks(run, engines) == [expected, expected]
     assert sorted(engines[0].asked + engines[1].asked) == sorted(f"c{n}" for n in range(19))
     assert len(engines[0].seeds) == 4 and len(engines[1].seeds) == 3
+
+
+def test_ranks_share_what_an_interruption_has_left_to_do(run, tmp_path: Path) -> None:
+    expected = kept_ids(run(FakeEngine(right_number_mod_5)))
+    journal = tmp_path / "rs/journal-0.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[::2]))  # rank 0 of two was done, and rank 1 had done nothing
+    (tmp_path / "rs/histogram.json").unlink()
+    engines = [FakeEngine(right_number_mod_5) for _ in range(2)]
+    assert run_on_two_ranks(run, engines) == [expected, expected]
+    assert len(engines[0].seeds) == 2 and len(engines[1].seeds) == 1
+
+
+def test_a_rank_waits_for_a_slower_one_longer_than_a_collective_would(run, tmp_path: Path) -> None:
+    expected = kept_ids(run(FakeEngine(right_number_mod_5), folder=tmp_path / "other"))
+    barrier = Barrier(2, timeout=60)
+
+    class Slow(FakeEngine):
+        def generate(self, *args, **kwargs):
+            time.sleep(0.1)
+            return super().generate(*args, **kwargs)
+
+    def wait_briefly_when_sampling_has_begun() -> None:
+        barrier.wait(0.05 if any(engine.asked for engine in engines) else 60)
+
+    engines = [FakeEngine(right_number_mod_5), Slow(right_number_mod_5)]
+    assert run_on_two_ranks(run, engines, barrier=wait_briefly_when_sampling_has_begun) == [expected, expected]
+
+
+def test_a_rank_whose_parent_has_ended_does_not_wait_forever(run, monkeypatch) -> None:
+    parents = iter([10, 10])
+    monkeypatch.setattr(rejection_sampling.os, "getppid", lambda: next(parents, 1))
+    with pytest.raises(RuntimeError, match="process 10, which started this rank, is gone"):
+        run(FakeEngine(right_number_mod_5), rank=1, world_size=2)
 
 
 def test_keeping_nothing_is_an_error_that_shows_the_counts(run) -> None:
@@ -101,10 +146,30 @@ def test_keeping_nothing_is_an_error_that_shows_the_counts(run) -> None:
         run(FakeEngine(lambda item, k: "no box"))
 
 
+def test_all_bad_settings_are_named_before_weights_are_read() -> None:
+    bad = {"num_samples": 1, "temperature": 0, "max_new_tokens": 0, "batch_prompts": 0, "threshold": 1.5}
+    with pytest.raises(ValueError) as caught:
+        RejectionSampling(**bad)
+    assert all(f"{name}={value}" in str(caught.value) for name, value in bad.items())
+
+
+def test_candidates_are_sampled_as_in_training_unless_told_otherwise(fit, tiny_model_dir) -> None:
+    class Asked(FakeEngine):
+        def generate(self, items, settings, *args, **kwargs):
+            self.settings = settings
+            return super().generate(items, settings, *args, **kwargs)
+
+    for given, expected in (({}, (0.9, 6)), ({"temperature": 0.5, "max_new_tokens": 8}, (0.5, 8))):
+        module = FakeModule(str(tiny_model_dir), Asked(right_number_mod_5))
+        module.temperature, module.max_new_tokens = 0.9, 6
+        fit(module, [RejectionSampling(num_samples=4, **given)], max_steps=1)
+        assert (module.engine.settings.temperature, module.engine.settings.max_new_tokens) == expected
+
+
 @resuming
 def test_the_callback_trains_on_what_was_kept(fit, tiny_model_dir, tmp_path: Path) -> None:
     module = FakeModule(str(tiny_model_dir), FakeEngine(right_number_mod_5))
-    callback = RejectionSampling(num_samples=4, max_new_tokens=8)
+    callback = RejectionSampling(num_samples=4, temperature=0.7, max_new_tokens=8)
     checkpoints = ModelCheckpoint(tmp_path / "ckpt", save_last=True, every_n_train_steps=1)
     fit(module, [callback, checkpoints], max_steps=4, enable_checkpointing=True)
     kept = [f"c{n}" for n in range(19) if 0 < n % 5 < 4]
@@ -117,6 +182,83 @@ def test_the_callback_trains_on_what_was_kept(fit, tiny_model_dir, tmp_path: Pat
     assert engine.asked == []
     assert sorted(module.seen + resumed.seen) == sorted(kept)
 
-    (tmp_path / "run/rejection_sampling/histogram.json").unlink()
-    with pytest.raises(RuntimeError, match="resumed at step"):
-        fit(resumed, [callback, checkpoints], **again)
+
+class RealTokens(FakeEngine):
+    """Answers in real tokens, and notes whether the policy had moved from stage 1 when candidates were sampled."""
+
+    def __init__(self, module: GRPO) -> None:
+        super().__init__(right_number_mod_5)
+        self.module, self.had_moved = module, []
+
+    def generate(self, items, settings, features=None, generator=None, on_progress=None):
+        if features is None:  # in training they are known
+            self.had_moved += [bool(p.any()) for name, p in self.module.named_parameters() if "lora_B" in name]
+        ids = self.module.policy.tokenizer.encode("ring", return_tensors="pt")[0]
+        groups = super().generate(items, settings, features, generator, on_progress)
+        return [[replace(rollout, token_ids=ids) for rollout in group] for group in groups]
+
+
+class Records(Callback):
+    """Writes a rank's sample ids, and saves a checkpoint behind the second batch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        with (self.folder / f"seen-{trainer.global_rank}").open("a") as file:
+            file.writelines(f"{name}\n" for name in batch.sample_ids)
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(self.folder / "second.ckpt")
+
+    def on_train_end(self, trainer, module) -> None:
+        (rate,) = trainer.lr_scheduler_configs[0].scheduler.get_last_lr()
+        (self.folder / f"rate-{trainer.global_rank}").write_text(str(rate))
+
+    def read(self) -> list[str]:
+        return sorted("".join(path.read_text() for path in self.folder.glob("seen-*")).split())
+
+
+@pytest.fixture
+def grpo(tiny_model_dir):
+    def build() -> GRPO:
+        lora = LoraSettings(rank=4, alpha=8)
+        module = GRPO(str(tiny_model_dir), lora=lora, group_size=4, max_new_tokens=8, beta=0.0, learning_rate=1e-2)
+        module.engine = RealTokens(module)
+        return module
+
+    return build
+
+
+KEPT = sorted(f"c{n}" for n in range(19) if 0 < n % 5 < 4)
+ONE_EPOCH = {"max_epochs": 1, "max_steps": -1, "log_every_n_steps": 1}
+
+
+@pytest.mark.parametrize("ranks", [{}, {"strategy": "ddp_fork", "devices": 2}], ids=["one", "two"])
+def test_grpo_trains_an_epoch_of_what_was_kept_and_its_schedule_ends_there(fit, grpo, tmp_path: Path, ranks) -> None:
+    records = Records(tmp_path)
+    fit(
+        grpo(),
+        [RejectionSampling(num_samples=4, temperature=0.7, max_new_tokens=8, batch_prompts=3), records],
+        **ONE_EPOCH,
+        **ranks,
+    )
+    assert records.read() == KEPT
+    assert float((tmp_path / "rate-0").read_text()) == pytest.approx(0, abs=1e-12)
+
+
+@resuming
+def test_a_lost_choice_is_made_again_by_the_stage_1_model_and_logged_once(fit, grpo, tmp_path: Path) -> None:
+    records, logger = Records(tmp_path), CSVLogger(tmp_path / "log")
+    callbacks = [RejectionSampling(num_samples=4, temperature=0.7, max_new_tokens=8), records]
+    first = grpo()
+    fit(first, callbacks, **ONE_EPOCH | {"max_steps": 2}, logger=logger)
+    shares = [row.get("rejection_sampling/kept_share") for row in read_rows(logger)]
+    assert [float(share) for share in shares if share] == [pytest.approx(12 / 19)]
+    assert any(p.any() for name, p in first.named_parameters() if "lora_B" in name)
+
+    rmtree(tmp_path / "run/rejection_sampling")
+    second, logger = grpo(), CSVLogger(tmp_path / "log")
+    fit(second, callbacks, **ONE_EPOCH, ckpt_path=tmp_path / "second.ckpt", logger=logger)
+    assert records.read() == KEPT
+    assert second.engine.had_moved and not any(second.engine.had_moved)
+    assert not any(row.get("rejection_sampling/kept_share") for row in read_rows(logger))

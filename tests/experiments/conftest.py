@@ -45,7 +45,7 @@ class Workbench:
         checkpoints = {"save_last": True, "save_top_k": 0, "every_n_train_steps": 1, "enable_version_counter": False}
         every = [
             {"class_path": "callbacks.merge_adapter.MergeAdapter"},
-            {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoints},
+            {"class_path": "callbacks.checkpoints.WindowCheckpoint", "init_args": checkpoints},
             {"class_path": "callbacks.guards.SaveOnInterrupt"},
         ]
         common = {"model": str(self.model), "lora": {"rank": 4, "alpha": 8}, "learning_rate": 1e-3}

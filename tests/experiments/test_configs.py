@@ -11,6 +11,7 @@ import torch
 import yaml
 from jsonargparse import auto_parser
 
+from callbacks.checkpoints import WholeCheckpoints, WindowCheckpoint
 from callbacks.rejection_sampling import RejectionSampling
 from datamodules.prompts import PromptStyle
 from experiments import evaluate, pipeline, shards, train
@@ -98,7 +99,12 @@ def test_training_configurations_instantiate(parse, name: str) -> None:
     assert cli.config.phase == stem.removesuffix("_3b").removesuffix("_7b")
     is_grpo = cli.config.phase == "grpo"
     assert isinstance(cli.model, GRPO if is_grpo else CoTSFT)
-    assert type(cli.trainer.callbacks[0]).__name__ == ("RejectionSampling" if is_grpo else "MergeAdapter")
+    assert isinstance(cli.trainer.strategy.checkpoint_io, WholeCheckpoints)
+    assert isinstance(cli.trainer.checkpoint_callback, WindowCheckpoint)
+    names = [type(callback).__name__ for callback in cli.trainer.callbacks]
+    assert ("RejectionSampling" in names) == is_grpo
+    if is_grpo:  # hours of sampling come after the callbacks that find a wrong path in the first second
+        assert names.index("RejectionSampling") > max(names.index("Previews"), names.index("MIGBench"))
 
 
 def parse_settings(function: Callable[..., None], path: Path) -> None:

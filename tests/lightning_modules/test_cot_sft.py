@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 
 from datamodules.batches import Batch
+from lightning_modules.adapters import LoraSettings
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.optimizers import cosine_factor
 from tests.lightning_modules.conftest import trained_weights
@@ -169,6 +170,22 @@ def test_all_bad_settings_are_named_before_weights_are_read():
     with pytest.raises(ValueError) as error:
         CoTSFT("no/such/model", learning_rate=0, accumulate=0, warmup_fraction=1.5)
     assert all(text in str(error.value) for text in ("learning_rate=0", "accumulate=0", "warmup_fraction=1.5"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lora", "freeze_vision", "named"),
+    [
+        ("bfloat16", None, True, ["dtype='bfloat16'", "lora=None"]),
+        ("bfloat16", LoraSettings(), False, ["dtype='bfloat16'", "freeze_vision=False"]),
+        ("float16", LoraSettings(), True, ["dtype='float16'"]),
+    ],
+)
+def test_weights_are_not_trained_in_a_precision_that_loses_updates(dtype, lora, freeze_vision, named):
+    with pytest.raises(ValueError) as caught:
+        CoTSFT("nowhere", dtype=dtype, lora=lora, freeze_vision=freeze_vision)
+    assert all(part in str(caught.value) for part in [*named, "float32"])
+    CoTSFT("nowhere", dtype="bfloat16", lora=LoraSettings())
+    CoTSFT("nowhere", lora=None, freeze_vision=False)
 
 
 def test_a_schedule_without_an_end_is_an_error(tiny_model_dir, make_items, fit, lora):
