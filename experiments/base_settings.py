@@ -19,7 +19,7 @@ class BaseSettings:
     tower_batch: int = 32
     tower_learning_rate: float = 3e-3
     # Stage 2: the language model.
-    language_pictures: int = 48_000
+    language_pictures: int = 32_000
     language_batch: int = 16
     language_learning_rate: float = 2e-3
     grounding_turns: int = 5

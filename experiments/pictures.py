@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLProcessor
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor
 
 from datamodules.batches import PromptItem, mrope_positions
 from datamodules.boxes import Convention, ImageGeometry
@@ -44,6 +44,7 @@ class PictureEncoder:
         before, after = text.split("\0")
         self.before, self.after = self.encode(before), self.encode(after)
         self.end = self.encode("<|im_end|>")
+        self.pieces = _pieces(processor.tokenizer)
 
     def encode(self, text: str) -> Tensor:
         return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
@@ -53,14 +54,25 @@ class PictureEncoder:
         rng = random.Random(f"{stream}:{index}")
         scene = single_scene(rng)
         item = self._prefix(scene)
-        turns = tuple(single_turns(rng, scene, item.geometries[0], Convention.ABSOLUTE, self.grounding_turns))
+        turns = single_turns(rng, scene, item.geometries[0], Convention.ABSOLUTE, self.grounding_turns)
+        turns.append(self._repeating(rng))
         completions, marks = [], []
         for turn in turns:
             question = torch.cat([self.encode(turn.question), self.after])
             answer = torch.cat([self.encode(turn.answer), self.end])
             completions.append(torch.cat([question, answer]))
             marks += [torch.zeros(len(question), dtype=torch.bool), torch.ones(len(answer), dtype=torch.bool)]
-        return Picture(item, tuple(completions), torch.cat(marks), turns)
+        return Picture(item, tuple(completions), torch.cat(marks), tuple(turns))
+
+    def _repeating(self, rng: random.Random) -> Turn:
+        """Any text, to be said again. It makes every token of the vocabulary an answer now and then, as web text does
+        for a real base model: one that never was an answer has an output embedding like any other such token's, and
+        LoRA, which leaves embeddings alone, cannot make a policy sure of it (<think>, say)."""
+        pieces = rng.choices(self.pieces, k=rng.randint(4, 12))
+        if rng.random() < 0.5:
+            pieces.append(chr(rng.randrange(0xA1, 0xD800)))  # spelled in single bytes
+        text = "".join(pieces).strip()
+        return Turn("repeating", f"Output: {text}", text)
 
     def _prefix(self, scene: Scene) -> PromptItem:
         """The conversation up to and with the picture."""
@@ -96,6 +108,13 @@ class PictureEncoder:
             positions=torch.cat([item.positions, places.expand(3, -1)], dim=1),
             next_position=item.next_position + len(extra),
         )
+
+
+def _pieces(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The text of each token that is text by itself, in the order of the vocabulary; no special tokens."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    texts = [tokenizer.decode([i]) for i in range(len(tokenizer)) if i not in special]
+    return [text for text in texts if text and "\ufffd" not in text]
 
 
 def accuracy(policy: QwenVL, encoder: PictureEncoder, num_eval: int) -> dict[str, float]:

@@ -97,6 +97,16 @@ def test_completions_hold_question_and_answer_and_mark_the_answer(processor, enc
         assert processor.tokenizer.decode(ids[mark]) == f"{turn.answer}<|im_end|>"
 
 
+def test_any_token_that_is_text_is_an_answer_now_and_then(encoder: PictureEncoder) -> None:
+    turns = [encoder.picture("train:0", index).turns[-1] for index in range(300)]
+    assert all(turn.task == "repeating" and turn.question == f"Output: {turn.answer}" for turn in turns)
+    answers = "".join(turn.answer for turn in turns)
+    pieces = [piece for piece in encoder.pieces if not piece.isspace()]
+    assert {"<think>", "</answer>"} <= set(pieces) and "<|image_pad|>" not in pieces
+    assert sum(piece in answers for piece in pieces) > 0.9 * len(pieces)
+    assert any(ord(letter) > 0x7FF for letter in answers)
+
+
 def plain_losses(model: nn.Module, processor, batch: list[Picture], first: int) -> tuple[Tensor, int]:
     """Negative log-likelihood of all answer tokens and their number, one plain conversation after another."""
     total, count = torch.zeros(()), 0
