@@ -38,7 +38,7 @@ pipeline: $(STAMP)  ## Base, CoT-SFT, rejection sampling, GRPO, MIG-Bench betwee
 	$(if $(CONFIG),,$(PY) -m experiments.base --processes 2)
 	$(PY) -m experiments.pipeline $(call config,pipeline) --seed $(or $(SEED),0) $(ARGS)
 
-base: $(STAMP)  ## Pretrain the nano base model on single-image tasks (an hour or more on two CPU cores; resumes)
+base: $(STAMP)  ## Pretrain the nano base model on single-image tasks (half an hour or more on two CPU cores; resumes)
 	$(PY) -m experiments.base --processes 2 $(ARGS)
 
 shards: $(STAMP)  ## Generate the nano world: shards for CoT-SFT and RL, and its MIG-Bench

@@ -23,14 +23,15 @@ from tqdm import tqdm
 from datamodules.benchmarks.mig_bench import TASKS
 from datamodules.samples import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
 from datamodules.shards import ShardWriter
+from datamodules.synthetic.instructions import reworded
 from datamodules.synthetic.puzzles import Puzzle
-from datamodules.synthetic.single_image import single_scene
+from datamodules.synthetic.single_image import GROUNDING, single_scene
 from datamodules.synthetic.tasks import make_puzzle
 from datamodules.synthetic.world import draw_scene, encode_png
 
 # Shares of the training parts, in the spirit of the paper's Table 1: common object and referring lead, a few
 # single-image questions keep what the base model can.
-MIXTURE = {"common_object": 0.35, "refer_grounding": 0.25, "diff": 0.2, "region": 0.15, "single": 0.05}
+MIXTURE = {"common_object": 0.33, "refer_grounding": 0.24, "diff": 0.19, "region": 0.14, "single": 0.1}
 # The RL pool also needs prompts that are always and never solved, as real data has; else there is nothing to reject.
 POOL_DIFFICULTY = {"normal": 0.7, "easy": 0.12, "hard": 0.18}
 IMAGE_FOLDERS = {"common_object": "common", "diff": "static_diff"}  # the others are named like their task
@@ -48,7 +49,8 @@ def training_puzzle(part: str, seed: int, index: int) -> tuple[Sample, tuple[byt
         return _single(rng, name)
     puzzle = make_puzzle(rng, task, difficulty)
     images = tuple(encode_png(puzzle.picture(k)) for k in range(len(puzzle.scenes)))
-    return to_sample(puzzle, name, difficulty), images, puzzle.content_hashes()
+    sample = to_sample(replace(puzzle, question=reworded(rng, puzzle)), name, difficulty)
+    return sample, images, puzzle.content_hashes()
 
 
 def to_sample(puzzle: Puzzle, name: str, difficulty: str) -> Sample:
@@ -75,7 +77,7 @@ def _single(rng: random.Random, name: str) -> tuple[Sample, tuple[bytes, ...], f
         source="nano",
         task="single",
         images=(f"{name}/0.png",),
-        messages=(ImagePart(0), TextPart(f"Locate the {kind} in this image.")),
+        messages=(ImagePart(0), TextPart(rng.choice(GROUNDING).format(kind))),
         answer=BoxAnswer(0, thing.box, kind),
         thinking=f"The question asks for the {kind}. Find it in image 1.",
         extra={"difficulty": "normal"},
