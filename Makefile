@@ -18,6 +18,8 @@ seed = $(if $(SEED),--seed_everything $(SEED))
 # ARGS. Another CONFIG brings its own data.
 world = $(if $(CONFIG),,$(PY) -m experiments.shards --config $(NANO)/shards.yaml --keep=true)
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
+# The tests' tensors are tiny: on two cores a second OpenMP thread made them many times slower.
+ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .PHONY: help pipeline base shards sft grpo eval report lint test test-slow clean
@@ -63,10 +65,10 @@ lint: $(STAMP)  ## Check style with ruff
 	$(PY) -m ruff check .
 
 test: $(STAMP)  ## Run the tests (no network)
-	$(OFFLINE) $(PY) -m pytest -m 'not slow' $(ARGS)
+	$(OFFLINE) $(ONE_THREAD) $(PY) -m pytest -m 'not slow' $(ARGS)
 
 test-slow: $(STAMP)  ## Run the slow tests too (no network)
-	$(OFFLINE) $(PY) -m pytest $(ARGS)
+	$(OFFLINE) $(ONE_THREAD) $(PY) -m pytest $(ARGS)
 
 clean:  ## Remove caches (never outputs, data or models)
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
