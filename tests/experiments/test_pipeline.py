@@ -155,7 +155,7 @@ def test_an_evaluation_is_logged_to_the_phases_own_run(workbench: Workbench, log
     assert evaluated["trainer/global_step"] == training[-1]["trainer/global_step"] + 1 == 2
     for name in ("id", "group", "job_type"):
         assert evaluated[name] == training[-1][name]
-    assert len(list((phase / "wandb").glob(f"offline-run-*-{evaluated['id']}"))) == 2
+    assert len(list((phase / "wandb").glob(f"offline-run-*-{evaluated['id']}*"))) == 2
     evaluate.main(["--config", config, "--limit_per_task=1"])
     assert logged[-1] is evaluated, "a quick look is not the phase's result"
 
