@@ -21,10 +21,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from datamodules.benchmarks.mig_bench import TASKS
-from datamodules.samples import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
+from datamodules.samples import BoxAnswer, BoxPart, ImagePart, LoadedSample, Sample, TextPart
 from datamodules.shards import ShardWriter
 from datamodules.synthetic.instructions import reworded
-from datamodules.synthetic.puzzles import Puzzle
+from datamodules.synthetic.puzzles import Puzzle, box_text
 from datamodules.synthetic.single_image import GROUNDING, single_scene
 from datamodules.synthetic.tasks import make_puzzle
 from datamodules.synthetic.world import draw_scene, encode_png
@@ -34,6 +34,9 @@ from datamodules.synthetic.world import draw_scene, encode_png
 MIXTURE = {"common_object": 0.33, "refer_grounding": 0.24, "diff": 0.19, "region": 0.14, "single": 0.1}
 # The RL pool also needs prompts that are always and never solved, as real data has; else there is nothing to reject.
 POOL_DIFFICULTY = {"normal": 0.7, "easy": 0.12, "hard": 0.18}
+# Around the box of a thing that a single-image question points at; those of the second line mark it in the picture too.
+POINTING = (("Which object is at ", "? Name it and locate it."), ("Name the object at ", " and give its bounding box."))
+MARKING = (("What is in the red bounding box ", "? Locate it."), ("Name and locate the object marked in red ", "."))
 IMAGE_FOLDERS = {"common_object": "common", "diff": "static_diff"}  # the others are named like their task
 
 
@@ -68,18 +71,31 @@ def to_sample(puzzle: Puzzle, name: str, difficulty: str) -> Sample:
 
 
 def _single(rng: random.Random, name: str) -> tuple[Sample, tuple[bytes, ...], frozenset[str]]:
-    """Single-image grounding with a thinking text, so that post-training does not unlearn it."""
+    """Single-image grounding with a thinking text, so that post-training does not unlearn it.
+
+    Half of the questions name the thing; half give its box, some of these with a red frame around it, and ask for its
+    name.
+    """
     scene = replace(single_scene(rng), frame=None)
     thing = rng.choice(scene.things)
     kind = thing.kind.name
+    if rng.random() < 0.5:
+        question = (TextPart(rng.choice(GROUNDING).format(kind)),)
+        thinking = f"The question asks for the {kind}. Find it in image 1."
+    else:
+        before, after = rng.choice((*POINTING, *MARKING))
+        question = (TextPart(before), BoxPart(0, thing.box, box_text(thing.box)), TextPart(after))
+        thinking = f"The marked object is the {kind}. Find it in image 1."
+        if (before, after) in MARKING:
+            scene = scene.with_frame(thing.box)
     sample = Sample(
         id=name,
         source="nano",
         task="single",
         images=(f"{name}/0.png",),
-        messages=(ImagePart(0), TextPart(rng.choice(GROUNDING).format(kind))),
+        messages=(ImagePart(0), *question),
         answer=BoxAnswer(0, thing.box, kind),
-        thinking=f"The question asks for the {kind}. Find it in image 1.",
+        thinking=thinking,
         extra={"difficulty": "normal"},
     )
     return sample, (encode_png(draw_scene(scene)),), frozenset({scene.content_hash()})
