@@ -13,7 +13,7 @@ from PIL import Image
 from datamodules.benchmarks.mig_bench import TASKS, load_images, load_mig_bench
 from datamodules.boxes import Convention, ImageGeometry
 from datamodules.prompts import PromptStyle, build_messages, target_text
-from datamodules.samples import BoxPart, ImagePart, LoadedSample
+from datamodules.samples import BoxPart, ImagePart, LoadedSample, TextPart
 from datamodules.shards import read_manifest
 from datamodules.synthetic.build import (
     MIXTURE,
@@ -144,3 +144,15 @@ def test_equal_seeds_give_equal_bytes_and_old_files_are_removed(tmp_path: Path) 
     same = {name for name, digest in contents(tmp_path / "a").items() if other.get(name) == digest}
     assert any(name.endswith(".tar") for name in other) and not any(name.endswith(".tar") for name in same)
     assert {name for name in other if name.startswith("MIG-Bench")} == {n for n in same if n.startswith("MIG-Bench")}
+
+
+def test_single_image_questions_name_a_thing_or_give_its_box_never_both() -> None:
+    singles = [sample for k in range(400) if (sample := training_puzzle("sft", 0, k)[0]).task == "single"]
+    pointing = 0
+    for sample in singles:
+        text = "".join(part.text for part in sample.messages if isinstance(part, TextPart))
+        boxes = [part.box for part in sample.messages if isinstance(part, BoxPart)]
+        assert boxes in ([], [sample.answer.box])
+        assert (sample.answer.label in text) == (not boxes), text
+        pointing += bool(boxes)
+    assert len(singles) > 20 and 0.25 < pointing / len(singles) < 0.75
