@@ -22,20 +22,22 @@ class SaveOnInterrupt(Callback):
 
     Lightning alone would stop at Ctrl-C in the middle of a batch, and its `save_on_exception` would also save weights
     that another error has spoilt. A second Ctrl-C stops at once, without a checkpoint. A SIGTERM ends the process
-    with status 143.
+    with status 143. Lightning's own SIGTERM handler is set aside meanwhile: it calls a collective inside the handler,
+    and ranks that are in another one then wait for each other for ever.
     """
 
     def __init__(self) -> None:
-        self._asked = False
-        self._previous: Any = None
+        self._asked = self._terminated = False
+        self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._asked = False
-        self._previous = signal.signal(signal.SIGINT, self._ask)
+        self._asked = self._terminated = False
+        for number, handler in ((signal.SIGINT, self._ask), (signal.SIGTERM, self._terminate)):
+            self._previous[number] = signal.signal(number, handler)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         # One rank may have heard the signal before the others; they must all stop behind the same batch.
-        if trainer.strategy.reduce_boolean_decision(self._asked or trainer.received_sigterm, all=False):
+        if trainer.strategy.reduce_boolean_decision(self._asked or self._terminated, all=False):
             trainer.save_checkpoint(_path(trainer))
             # Lightning logs a batch after its callbacks; the run that goes on from here will not log this one.
             trainer._logger_connector.update_train_step_metrics()
@@ -57,10 +59,13 @@ class SaveOnInterrupt(Callback):
         self._asked = True
         print("\nfinishing this batch, then saving a checkpoint; once more stops at once", flush=True)
 
+    def _terminate(self, signum: int, frame: FrameType | None) -> None:
+        self._terminated = True
+
     def _restore(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        while self._previous:
+            number, handler = self._previous.popitem()
+            signal.signal(number, handler)
 
 
 def _path(trainer: Trainer) -> Path:

@@ -20,7 +20,7 @@ REJECTION = {
 }
 
 
-def run_apart(config: str, *more: str, log: Path, **environment: object) -> int:
+def run_apart(config: str, *more: str, log: Path, timeout: float | None = None, **environment: object) -> int:
     """The run as a process of its own; its exit code."""
     command = [sys.executable, "-m", "tests.experiments.text_reward", "--config", config, *more]
     environment = {name: str(value) for name, value in environment.items()}
@@ -28,7 +28,7 @@ def run_apart(config: str, *more: str, log: Path, **environment: object) -> int:
     variables.pop("WANDB_SERVICE", None)  # else it would be one with the run that an earlier test made
     with log.open("a") as out:
         streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
-        return subprocess.run(command, cwd=ROOT, env=variables, **streams).returncode
+        return subprocess.run(command, cwd=ROOT, env=variables, timeout=timeout, **streams).returncode
 
 
 def test_a_phase_leaves_everything_that_the_next_one_needs(workbench: Workbench, capsys) -> None:
@@ -141,3 +141,14 @@ def test_a_stopped_grpo_run_ends_as_one_left_alone(workbench: Workbench, kill: s
         curves[phase] = [metrics.read_curve(rows, name) for name in ("reward/total", "grpo/loss", "grpo/kl")]
     assert curves["whole"] == curves["stopped"]
     assert any(value > 0 for _, value in curves["whole"][2]), "the policy has moved"
+
+
+@pytest.mark.slow
+def test_sigterm_to_both_ranks_stops_them_behind_the_same_batch(workbench: Workbench) -> None:
+    config, log = workbench.training("grpo"), workbench.root / "log.txt"
+    ranks = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=6")
+    assert run_apart(config, *ranks, log=log, timeout=300, STOP_SIGNAL=int(signal.SIGTERM), STOP_AT=6) != 0
+    checkpoints = workbench.outputs / "tiny" / "grpo" / "checkpoints"
+    assert (checkpoints / "interrupted.ckpt").is_file(), log.read_text()
+    assert run_apart(config, *ranks, log=log, timeout=300) == 0, log.read_text()
+    assert "going on from" in log.read_text()
