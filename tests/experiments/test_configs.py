@@ -14,7 +14,7 @@ from jsonargparse import auto_parser
 from callbacks.checkpoints import WholeCheckpoints, WindowCheckpoint
 from callbacks.rejection_sampling import RejectionSampling
 from datamodules.prompts import PromptStyle
-from experiments import evaluate, pipeline, shards, train
+from experiments import evaluate, import_shards, pipeline, shards, train
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.grpo import GRPO
 from lightning_modules.qwen_vl import QwenVL
@@ -36,6 +36,7 @@ OTHERS = {
     "nano/eval.yaml": evaluate.evaluate,
     "nano/shards.yaml": shards.build,
     "nano/pipeline.yaml": pipeline.run,
+    "paper/cot_mixture.yaml": import_shards.run,
     "paper/eval_3b.yaml": evaluate.evaluate,
     "paper/eval_7b.yaml": evaluate.evaluate,
     "paper/pipeline_3b.yaml": pipeline.run,
