@@ -62,6 +62,7 @@ def run(
     seed: int = 0,
     records_per_shard: int = 1000,
     max_rejected: float = 0.2,
+    one_box: bool = False,
     allow: list[str] | None = None,
     processes: int = 0,
     scan_only: bool = False,
@@ -79,17 +80,18 @@ def run(
         seed: seed of the draw
         records_per_shard: records of the source that go into one shard
         max_rejected: stop when a larger share of samples breaks a rule
+        one_box: reject answers of several boxes, as in tracks, which training cannot score
         allow: unknown fields of the source's records to put up with
         processes: how many to use; 0 is one for each core
         scan_only: print the schema reports and write nothing
     """
     check(root, source, out, parts, [count, *(part.count for part in parts or ())], surplus, records_per_shard)
     folder = Path(out or f"data/{source}")
-    settings = Settings(None, seed, records_per_shard, max_rejected)
+    settings = Settings(None, seed, records_per_shard, max_rejected, one_box)
     wanted = [Part(source, source, "", subsets or [], count)] if parts is None else parts
     digests = {(part.source, part.root): _digests(part, root) for part in wanted}
     plan = [asdict(part) | {"digests": digests[part.source, part.root]} for part in wanted]
-    key = fingerprint(VERSION, plan, parts is None, surplus, seed, records_per_shard)
+    key = fingerprint(VERSION, plan, parts is None, surplus, seed, records_per_shard, one_box)
     with phases.locked(folder):
         _refuse_foreign(folder)
         if phases.read_marker(folder).get("key") == key and not scan_only:
@@ -182,7 +184,8 @@ def _import(
     """Import one part unless it is there; its tally."""
     folder, names = out / part.name, _chosen(part, scan)
     count = None if part.count is None else math.ceil(part.count * surplus)
-    key = fingerprint(VERSION, part.source, digests, names, count, settings.seed, settings.records_per_shard)
+    made_of = settings.seed, settings.records_per_shard, settings.one_box
+    key = fingerprint(VERSION, part.source, digests, names, count, made_of)
     if phases.claim(folder, key):
         print(f"{folder} is already imported with these settings", flush=True)
     else:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from datamodules.artefacts import read_json, write_json
 from datamodules.importers.images import load_images
 from datamodules.importers.scan import Convert
-from datamodules.samples import SampleError
+from datamodules.samples import BoxAnswer, SampleError
 from datamodules.shards import ShardFile, write_manifest
 
 PARTS = ".parts"
@@ -42,6 +42,7 @@ class Settings:
     seed: int = 0
     records_per_shard: int = 1000
     max_rejected: float = 0.2  # a larger share of rejected samples is taken for a change of format
+    one_box: bool = False  # reject answers of several boxes ("several_answers"), which no training here scores
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class _Task:
     entries: Sequence[Any]
     convert: Convert
     image_root: Path
+    one_box: bool
     limit: int | None = None  # samples at most
 
 
@@ -188,7 +190,7 @@ def _tasks(
     size = settings.records_per_shard
     for number, start in enumerate(range(0, len(order), size)):
         chosen = [entries[index] for index in order[start : start + size]]
-        yield _Task(folder, number, chosen, convert, image_root)
+        yield _Task(folder, number, chosen, convert, image_root, settings.one_box)
 
 
 def _make_shard(task: _Task) -> dict[str, Any]:
@@ -204,6 +206,8 @@ def _make_shard(task: _Task) -> dict[str, Any]:
             try:
                 if isinstance(sample, SampleError):
                     raise sample
+                if task.one_box and not isinstance(sample.answer, BoxAnswer):
+                    raise SampleError(sample.id, "several_answers", f"{type(sample.answer).__name__}")
                 shard.add(load_images(sample, task.image_root))
             except SampleError as error:
                 tally.reject(error)

@@ -150,6 +150,14 @@ def test_a_surprise_stops_before_anything_is_written_unless_it_is_allowed(data: 
     assert ShardReader(tmp_path / "out").count == 2
 
 
+def test_training_sets_are_rid_of_answers_of_several_boxes(data: Path, tmp_path: Path) -> None:
+    settings = {"source": "mgrounding", "root": data / "mg", "one_box": "true", "max_rejected": 1}
+    run(out=tmp_path / "out", subsets='["object_tracking", "diff"]', **settings)
+    assert {sample.task for sample in samples(tmp_path / "out")} == {"diff"}
+    tallies = read_json(tmp_path / "out/import.json")["parts"]
+    assert tallies["object_tracking"]["rejected"] == {"several_answers": 5}
+
+
 def test_a_scan_writes_nothing(data: Path, tmp_path: Path, capsys) -> None:
     run(source="odinw", root=data / "od", out=tmp_path / "out", scan_only="true")
     assert "several_boxes 1" in capsys.readouterr().out
