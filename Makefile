@@ -9,6 +9,8 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 CONFIG ?=
 ARGS ?=
+SOURCE ?=
+ROOT ?=
 SEED ?=
 NANO := experiments/configs/nano
 # $(call config,name): the YAML asked for, or the nano one of that name.
@@ -17,6 +19,8 @@ seed = $(if $(SEED),--seed_everything $(SEED))
 # The nano configurations need the nano world, which is made once; a finished one is kept, also if `make shards` was given
 # ARGS. Another CONFIG brings its own data.
 world = $(if $(CONFIG),,$(PY) -m experiments.shards --config $(NANO)/shards.yaml --keep=true)
+# A source by its name, or a mixture by its YAML.
+import = import_shards $(if $(filter %.yaml,$(SOURCE)),--config,--source) $(SOURCE) $(if $(ROOT),--root $(ROOT))
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 # The tests' tensors are tiny: on two cores a second OpenMP thread made them many times slower.
 ONE_THREAD := OMP_NUM_THREADS=1
@@ -43,8 +47,8 @@ pipeline: $(STAMP)  ## Base, CoT-SFT, rejection sampling, GRPO, MIG-Bench betwee
 base: $(STAMP)  ## Pretrain the nano base model on single-image tasks (half an hour or more on two CPU cores; resumes)
 	$(PY) -m experiments.base --processes 2 $(ARGS)
 
-shards: $(STAMP)  ## Generate the nano world: shards for CoT-SFT and RL, and its MIG-Bench
-	$(PY) -m experiments.shards $(call config,shards) $(ARGS)
+shards: $(STAMP)  ## Generate the nano world, or import SOURCE=mgrounding|refcoco|odinw|v3det|mixture.yaml from ROOT=folder
+	$(PY) -m experiments.$(if $(SOURCE),$(import),shards $(call config,shards)) $(ARGS)
 
 sft: $(STAMP)  ## Train CoT-SFT (LoRA) and merge
 	$(world)

@@ -44,6 +44,22 @@ def box_fault(box: Box) -> str | None:
     return None
 
 
+def from_pixels_xywh(values: Sequence[float], size: tuple[int, int], tolerance: float = 1.0) -> tuple[Box, bool]:
+    """COCO's x, y, width, height in pixels of an image of `size` (width, height) -> unit xyxy, and whether clamped.
+
+    Edges up to `tolerance` pixels outside the image are rounding in the annotators' tools and moved onto its border;
+    those farther outside stay, for `box_fault` to find.
+    """
+    x, y, width, height = values
+    edges, limits = (x, y, x + width, y + height), (*size, *size)
+    clamped = []
+    for edge, limit in zip(edges, limits, strict=True):
+        near = -tolerance <= edge < 0 or limit < edge <= limit + tolerance
+        clamped.append(min(max(edge, 0.0), float(limit)) if near else edge)
+    x1, y1, x2, y2 = (edge / limit for edge, limit in zip(clamped, limits, strict=True))
+    return (x1, y1, x2, y2), tuple(clamped) != edges
+
+
 class Convention(StrEnum):
     """What a model's numbers mean: a property of the model, never inferred from the numbers."""
 

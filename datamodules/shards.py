@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import io
 import itertools
 import json
 import os
 import tarfile
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,66 @@ from datamodules.artefacts import file_sha256, write_atomic
 from datamodules.samples import LoadedSample, Sample, SampleError
 
 MANIFEST = "manifest.json"
+
+
+class ShardFile:
+    """One shard: `with ShardFile(folder, number) as shard: shard.add(loaded)`.
+
+    It appears under its name, `shard-{number}.tar`, when the context is left without an error and it holds a sample;
+    `entry` is then what the manifest says of it, else None. The same samples give the same bytes.
+    """
+
+    def __init__(self, folder: str | Path, number: int) -> None:
+        self.path = Path(folder) / f"shard-{number:05d}.tar"
+        # With the process's number: a draft that another process left, or still writes, is not touched.
+        self.draft = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
+        self.number = number
+        self.tasks: Counter[str] = Counter()
+        self.tar: Any = None
+        self.entry: dict[str, Any] | None = None
+
+    def __enter__(self) -> ShardFile:
+        return self
+
+    def add(self, loaded: LoadedSample) -> None:
+        sample = loaded.sample
+        if len(loaded.images) != len(sample.images):
+            raise ValueError(f"sample {sample.id!r} names {len(sample.images)} images, got {len(loaded.images)}")
+        if self.tar is None:
+            self.file = self.draft.open("wb")
+            self.tar = tarfile.open(fileobj=self.file, mode="w|", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        members = {
+            f"{index}.{os.path.splitext(name)[1].lower().lstrip('.') or 'img'}": data
+            for index, (name, data) in enumerate(zip(sample.images, loaded.images, strict=True))
+        }
+        members["json"] = json.dumps(sample.to_json(), ensure_ascii=False).encode()
+        for extension in sorted(members):
+            self._add_member(f"{self.number:05d}_{self.tasks.total():06d}.{extension}", members[extension])
+        self.tasks[sample.task] += 1
+
+    def _add_member(self, name: str, data: bytes) -> None:
+        """As webdataset's TarWriter does, to the byte; importing that would load torch into every writing process."""
+        info = tarfile.TarInfo(name)
+        info.size, info.mtime, info.mode = len(data), 0, 0o444
+        info.uname = info.gname = "bigdata"
+        self.tar.addfile(info, io.BytesIO(data))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.tar is None:
+            return
+        self.tar.close()
+        self.file.close()
+        if kind is not None:
+            self.draft.unlink()
+            return
+        os.replace(self.draft, self.path)
+        self.entry = {
+            "name": self.path.name,
+            "count": self.tasks.total(),
+            "bytes": self.path.stat().st_size,
+            "sha256": file_sha256(self.path),
+            "tasks": dict(sorted(self.tasks.items())),
+        }
 
 
 class ShardWriter:
@@ -33,68 +94,39 @@ class ShardWriter:
         self.folder = Path(folder)
         self.max_samples = max_samples
         self.shards: list[dict[str, Any]] = []
-        self.tasks: Counter[str] = Counter()  # of the open shard
-        self.tar: Any = None
         if max_samples < 1:
             raise ValueError(f"max_samples must be at least 1, got {max_samples}")
         if (self.folder / MANIFEST).exists():
             raise ValueError(f"{self.folder} already holds finished shards: remove them or choose another folder")
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.shard = ShardFile(self.folder, 0)
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def add(self, loaded: LoadedSample) -> None:
-        import webdataset
-
-        sample = loaded.sample
-        if len(loaded.images) != len(sample.images):
-            raise ValueError(f"sample {sample.id!r} names {len(sample.images)} images, got {len(loaded.images)}")
-        if self.tar is None:
-            self.file = self._path(partial=True).open("wb")
-            self.tar = webdataset.TarWriter(self.file, encoder=False, mtime=0)
-        record: dict[str, Any] = {"__key__": f"{len(self.shards):05d}_{self.tasks.total():06d}"}
-        for index, (name, data) in enumerate(zip(sample.images, loaded.images, strict=True)):
-            record[f"{index}.{Path(name).suffix.lower().lstrip('.') or 'img'}"] = data
-        record["json"] = json.dumps(sample.to_json(), ensure_ascii=False).encode()
-        self.tar.write(record)
-        self.tasks[sample.task] += 1
-        if self.tasks.total() == self.max_samples:
+        self.shard.add(loaded)
+        if self.shard.tasks.total() == self.max_samples:
             self._finish_shard()
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is not None:
-            if self.tar is not None:
-                self._close()
-                self._path(partial=True).unlink()
+            self.shard.__exit__(kind, *error)
             return
-        if self.tar is not None:
-            self._finish_shard()
-        manifest = {"version": 1, "count": sum(shard["count"] for shard in self.shards), "shards": self.shards}
-        write_atomic(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-
-    def _path(self, partial: bool) -> Path:
-        return self.folder / f"shard-{len(self.shards):05d}.tar{'.partial' if partial else ''}"
-
-    def _close(self) -> None:
-        self.tar.close()
-        self.file.close()
-        self.tar = None
+        self._finish_shard()
+        write_manifest(self.folder, self.shards)
 
     def _finish_shard(self) -> None:
-        self._close()
-        path = self._path(partial=False)
-        os.replace(self._path(partial=True), path)
-        self.shards.append(
-            {
-                "name": path.name,
-                "count": self.tasks.total(),
-                "bytes": path.stat().st_size,
-                "sha256": file_sha256(path),
-                "tasks": dict(sorted(self.tasks.items())),
-            }
-        )
-        self.tasks = Counter()
+        self.shard.__exit__(None, None, None)
+        if self.shard.entry:
+            self.shards.append(self.shard.entry)
+        self.shard = ShardFile(self.folder, len(self.shards))
+
+
+def write_manifest(folder: str | Path, shards: Sequence[Mapping[str, Any]]) -> None:
+    """Declare the folder's shards finished. An entry is a `ShardFile.entry`; its name may lead into a subfolder."""
+    manifest = {"version": 1, "count": sum(shard["count"] for shard in shards), "shards": list(shards)}
+    write_atomic(Path(folder) / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

@@ -25,6 +25,8 @@ LEAVES = (
 )
 # Base training and speed benchmarks run on a bare machine that lacks these packages.
 BARE_ENTRY_POINTS = ("experiments/base.py",)
+# RefCOCO is published as a pickle. Here alone one is read, by an Unpickler that refuses every class and function.
+PLAIN_PICKLE = "datamodules/importers/plain_pickle.py"
 OPTIONAL = {"wandb", "webdataset", "jsonargparse"}
 
 
@@ -158,6 +160,11 @@ def test_nothing_is_unpickled_from_disk() -> None:
     for file in python_files():
         text = file.read_text()
         names = set(imported_names(text))
+        if str(file.relative_to(ROOT)) == PLAIN_PICKLE:
+            used = {ast.unparse(node) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)}
+            used = {name for name in used if name.startswith("pickle.")}
+            assert used == {"pickle.Unpickler", "pickle.UnpicklingError"}
+            continue
         assert names.isdisjoint({"pickle", "dill", "joblib", "cloudpickle"}), file
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":

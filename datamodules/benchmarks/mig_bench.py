@@ -39,7 +39,7 @@ OUT_OF_DOMAIN = tuple(task for task in TASKS if task not in IN_DOMAIN)
 
 _FIELDS = {"task": str, "images": list, "question": str, "answer": list, "additional_info": str, "need_format": bool}
 _SECOND_IMAGE = ("correspondence", "diff", "view_diff", "refer_grounding", "reasoning")
-_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 _NUMBERED = re.compile(r"\bin the (\d+)th image\b")  # "1th" is literal
 _NAMED = re.compile(r"\bIt is in the (\w+) image\b")
 _QUERY_BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")  # per mille, of image 0
@@ -105,7 +105,7 @@ def target_image(record: Mapping[str, Any]) -> int:
     elif task in _SECOND_IMAGE:
         index = 1
     elif task == "group_grounding":
-        index = _ORDINALS.index(_only(_NAMED, record["additional_info"], "additional_info"))
+        index = ORDINALS.index(_only(_NAMED, record["additional_info"], "additional_info"))
     else:
         index = int(_only(_NUMBERED, record["question"], "question")) - 1
     if not 0 <= index < len(record["images"]):
@@ -115,7 +115,7 @@ def target_image(record: Mapping[str, Any]) -> int:
 
 def _only(pattern: re.Pattern[str], text: str, field: str) -> str:
     found = pattern.findall(text)
-    if len(found) != 1 or not (found[0].isdigit() or found[0] in _ORDINALS):
+    if len(found) != 1 or not (found[0].isdigit() or found[0] in ORDINALS):
         raise ValueError(f"{field} should name its image once ({pattern.pattern}), found {found} in {text[:200]!r}")
     return found[0]
 
@@ -135,7 +135,7 @@ def _sample(record: Any, position: int) -> Sample:
             "id": sample_id,
             "source": "mig_bench",
             "task": record["task"],
-            "images": [_relative(name, sample_id) for name in record["images"]],
+            "images": [relative_name(name, sample_id) for name in record["images"]],
             "messages": parts + _question_parts(record["question"]),
             "answer": {"image": target, "box": record["answer"], "label": ""},
         },
@@ -155,8 +155,8 @@ def _check_fields(record: Any, sample_id: str) -> None:
             raise SampleError(sample_id, "field_type", f"{name} is {type(record[name]).__name__}, not {kind.__name__}")
 
 
-def _relative(name: Any, sample_id: str) -> str:
-    """The image name without its leading "./"; a name that leaves the image root is refused."""
+def relative_name(name: Any, sample_id: str) -> str:
+    """The image name without its leading "./"; SampleError "image_path" for one that leaves the image root."""
     if not isinstance(name, str):
         raise SampleError(sample_id, "field_type", f"images holds {type(name).__name__}, not only str")
     path = PurePosixPath(name)

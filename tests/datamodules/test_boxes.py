@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from datamodules.boxes import Convention, ImageGeometry, box_fault, iou
+from datamodules.boxes import Convention, ImageGeometry, box_fault, from_pixels_xywh, iou
 
 GRID = 12
 cells = st.integers(-2, GRID)
@@ -173,3 +173,25 @@ def test_reading_a_models_numbers_neither_clips_nor_reorders() -> None:
 def test_geometry_refuses_empty_images(bad) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         ImageGeometry(*bad)
+
+
+@given(unit_boxes(), sizes)
+def test_coco_boxes_are_the_same_place_in_unit_coordinates(box: tuple[float, ...], size: tuple[int, int]) -> None:
+    x1, y1, x2, y2 = ImageGeometry(size, size).to_pixels(box)
+    found, _ = from_pixels_xywh((x1, y1, x2 - x1, y2 - y1), size)
+    assert found == pytest.approx(box, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("values", "unit", "clamped"),
+    [
+        ((10, 20, 30, 40), (0.1, 0.1, 0.4, 0.3), False),
+        ((0, 0, 100, 200), (0.0, 0.0, 1.0, 1.0), False),
+        ((-1, -0.2, 50, 200.9), (0.0, 0.0, 0.49, 1.0), True),
+        ((-1.5, 0, 50, 100), (-0.015, 0.0, 0.485, 0.5), False),
+        ((60, 0, 41.5, 100), (0.6, 0.0, 1.015, 0.5), False),
+    ],
+)
+def test_coco_boxes_less_than_a_pixel_outside_are_moved_onto_the_border(values, unit, clamped) -> None:
+    found, was_clamped = from_pixels_xywh(values, (100, 200))
+    assert found == pytest.approx(unit) and was_clamped == clamped

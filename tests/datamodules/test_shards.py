@@ -111,6 +111,18 @@ def test_webdataset_reads_the_shards(tmp_path: Path) -> None:
     assert json.loads(records[1]["json"]) == samples[1].sample.to_json()
 
 
+def test_a_shard_is_what_webdataset_would_write_to_the_byte(tmp_path: Path) -> None:
+    from webdataset import TarWriter
+
+    samples = write(tmp_path, 3)
+    with (tmp_path / "reference.tar").open("wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
+        for index, loaded in enumerate(samples):
+            images = {f"{k}.png": data for k, data in enumerate(loaded.images)}
+            text = json.dumps(loaded.sample.to_json(), ensure_ascii=False).encode()
+            writer.write({"__key__": f"00000_{index:06d}", **images, "json": text})
+    assert (tmp_path / "shard-00000.tar").read_bytes() == (tmp_path / "reference.tar").read_bytes()
+
+
 def test_interrupted_writing_leaves_no_manifest_and_can_be_repeated(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), ShardWriter(tmp_path, max_samples=2) as writer:
         for index in range(3):

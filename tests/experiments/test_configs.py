@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from jsonargparse import auto_parser
 from callbacks.checkpoints import WholeCheckpoints, WindowCheckpoint
 from callbacks.rejection_sampling import RejectionSampling
 from datamodules.prompts import PromptStyle
-from experiments import evaluate, pipeline, shards, train
+from experiments import evaluate, import_shards, pipeline, shards, train
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.grpo import GRPO
 from lightning_modules.qwen_vl import QwenVL
@@ -36,6 +37,7 @@ OTHERS = {
     "nano/eval.yaml": evaluate.evaluate,
     "nano/shards.yaml": shards.build,
     "nano/pipeline.yaml": pipeline.run,
+    "paper/cot_mixture.yaml": import_shards.run,
     "paper/eval_3b.yaml": evaluate.evaluate,
     "paper/eval_7b.yaml": evaluate.evaluate,
     "paper/pipeline_3b.yaml": pipeline.run,
@@ -118,6 +120,18 @@ def test_other_configurations_fit_their_function(name: str) -> None:
     settings = yaml.safe_load((CONFIGS / name).read_text())
     for path in (settings.get("evaluation"), settings.get("world"), *settings.get("stages", {}).values()):
         assert path is None or (ROOT / path).is_file(), path
+
+
+def test_the_paper_mixture_has_the_counts_of_its_table_1() -> None:
+    settings = yaml.safe_load((CONFIGS / "paper/cot_mixture.yaml").read_text())
+    counts: Counter[str] = Counter()
+    for part in settings["parts"]:
+        counts[part["name"] if part["source"] == "mgrounding" else part["source"]] += part["count"]
+        default = import_shards.SOURCES[part["source"]].default_subsets
+        assert part["source"] == "mgrounding" or set(part["subsets"]) <= set(default), "training splits alone"
+    counts["odinw and v3det"] = counts.pop("odinw") + counts.pop("v3det")
+    paper = {"common_object": 22_000, "refer_grounding": 24_000, "region": 5_000, "diff": 3_000}
+    assert dict(counts) == paper | {"refcoco": 1_000, "odinw and v3det": 1_000}
 
 
 @pytest.mark.parametrize("wrong", [{"decoding": {"max_tokens": 3}}, {"style": "thinking"}, {"limit": 3}])

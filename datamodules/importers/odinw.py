@@ -1,0 +1,58 @@
+"""ODinW: a folder for each data set, COCO annotations beside the images of each split.
+
+    <root>/<set>[/<variant>]/<split>/annotations_without_background.json
+    <root>/<set>/export/<split>_annotations_without_background.json     (pistols, dice, boggleBoards, selfdrivingCar)
+
+No question comes with it. Here an image is asked for each category of which it holds exactly one box.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from datamodules.importers.coco import Entry, convert, read_coco, single_box_entries
+from datamodules.importers.scan import Scan
+from datamodules.importers.schema import Schema
+
+FILE = "annotations_without_background.json"
+SPLITS = ("train", "valid", "test", "mini_val")
+EXPORTED = {"train": "train", "val": "valid", "test": "test"}  # as those four sets name their splits
+DEFAULT_SUBSETS = ("*/train",)
+
+
+def annotation_files(root: Path) -> list[Path]:
+    """Every split's file below `root`; ValueError where there is none."""
+    files = [path for path in sorted(root.rglob(f"*{FILE}")) if _subset(root, path)]
+    if not files:
+        raise ValueError(f"root={str(root)!r}: no <set>/<{'|'.join(SPLITS)}>/{FILE} in it")
+    return files
+
+
+def scan(root: Path, allow: Sequence[str] = ()) -> Scan:
+    """Subsets are "<set>[/<variant>]/<split>". Raises ValueError for any surprise."""
+    schema, skipped = Schema(allow), Counter({"several_boxes": 0, "crowd": 0})
+    subsets: dict[str, list[Entry]] = {}
+    for path in annotation_files(root):
+        subset = _subset(root, path)
+        coco = read_coco(path, schema)
+        schema.count("categories", f"{subset} {len(coco.categories)}")
+        coco.check_references(str(path))
+        entries = single_box_entries(coco, "odinw", subset, skipped, f"{path.parent.relative_to(root).as_posix()}/")
+        schema.counts["questions"][subset] = len(entries)
+        if entries:
+            subsets[subset] = entries
+    return Scan(subsets, partial(convert, "odinw"), root, schema.report(), dict(skipped))
+
+
+def _subset(root: Path, path: Path) -> str | None:
+    """The file's subset; None for the few-shot and renamed lists that lie beside it."""
+    parts = path.relative_to(root).parts
+    if path.name == FILE and len(parts) > 2 and parts[-2] in SPLITS:
+        return "/".join(parts[:-1])
+    split = EXPORTED.get(path.name.removesuffix(f"_{FILE}"))
+    if split and len(parts) > 2 and parts[-2] == "export":
+        return "/".join((*parts[:-2], split))
+    return None

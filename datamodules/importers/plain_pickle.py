@@ -1,0 +1,30 @@
+"""Pickles that hold plain values only. RefCOCO's references come as one, and a pickle can otherwise run any code."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Lists, dicts, tuples, sets, strings, bytes, numbers, None. Classes and functions are refused: nothing runs."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(f"it names {module}.{name}, and only plain values are read")
+
+    def persistent_load(self, pid: Any) -> NoReturn:
+        raise pickle.UnpicklingError(f"it refers to a persistent object {pid!r:.100}")
+
+
+def load_plain_pickle(path: str | Path) -> Any:
+    """The value in the file; byte strings of Python 2 become str. Raises ValueError for anything but plain values."""
+    data = Path(path).read_bytes()
+    try:
+        try:
+            return _PlainUnpickler(io.BytesIO(data), encoding="ASCII").load()
+        except UnicodeDecodeError:  # Python 2 wrote strings as it had them
+            return _PlainUnpickler(io.BytesIO(data), encoding="latin-1").load()
+    except Exception as error:  # a damaged pickle raises whatever its opcodes run into
+        raise ValueError(f"{path} is not a pickle of plain values: {error}") from error

@@ -1,0 +1,97 @@
+"""RefCOCO, RefCOCO+ and RefCOCOg in their original files (lichengunc/refer): one question for each expression.
+
+    <root>/{refcoco,refcoco+,refcocog}/refs(<splitBy>).p, instances.json
+    <root>/images/mscoco/images/train2014/COCO_train2014_000000581857.jpg
+
+A reference: {"ref_id", "ann_id", "category_id", "image_id", "file_name", "split", "sent_ids",
+"sentences": [{"sent_id", "raw", "sent", "tokens"}]}. Its `file_name` is not the image's: that is found by `image_id`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datamodules.importers.coco import Annotation, CocoFile, Entry, convert, read_coco
+from datamodules.importers.plain_pickle import load_plain_pickle
+from datamodules.importers.scan import Scan
+from datamodules.importers.schema import Schema
+
+DATASETS = ("refcoco", "refcoco+", "refcocog")
+SPLITS = ("train", "val", "test", "testA", "testB")
+# One way of splitting each; UMD's RefCOCOg keeps images apart, Google's does not.
+DEFAULT_SUBSETS = ("refcoco_unc/train", "refcoco+_unc/train", "refcocog_umd/train")
+IMAGES = "images/mscoco/images/train2014"
+_REFS = re.compile(r"refs\((.*)\)\.p")
+_REF = {
+    "ref_id": int,
+    "ann_id": int,
+    "category_id": int,
+    "image_id": int,
+    "file_name": str,
+    "split": str,
+    "sent_ids": list,
+    "sentences": list,
+}
+_SENTENCE = {"sent_id": int, "raw": str, "sent": str, "tokens": list}
+
+
+def annotation_files(root: Path) -> list[Path]:
+    """instances.json and every refs(*).p of each data set that is there; ValueError where there is none."""
+    files = []
+    for name in DATASETS:
+        if refs := sorted((root / name).glob("refs(*).p")):
+            files += [root / name / "instances.json", *refs]
+    if not files:
+        raise ValueError(f"root={str(root)!r}: no {{{','.join(DATASETS)}}}/refs(<splitBy>).p in it")
+    if missing := [str(path) for path in files if not path.is_file()]:
+        raise ValueError(f"missing beside its refs(*).p: {', '.join(missing)}")
+    return files
+
+
+def scan(root: Path, allow: Sequence[str] = ()) -> Scan:
+    """Subsets are "<data set>_<splitBy>/<split>". Raises ValueError for any surprise."""
+    schema = Schema(allow)
+    subsets: dict[str, list[Entry]] = {}
+    coco, boxes = CocoFile(), {}
+    for path in annotation_files(root):
+        if path.name == "instances.json":
+            coco = read_coco(path, schema)
+            coco.check_references(str(path))
+            boxes = {annotation.id: annotation for annotation in coco.annotations}
+            continue
+        name = f"{path.parent.name}_{_REFS.fullmatch(path.name)[1]}"
+        refs = load_plain_pickle(path)
+        if not isinstance(refs, list) or not refs:
+            raise ValueError(f"{path}: a list of references is expected, found {type(refs).__name__} without any")
+        for number, ref in enumerate(refs):
+            _check(schema, ref, f"{path}[{number}]")
+            subset = f"{name}/{ref['split']}"
+            schema.count("references", subset)
+            subsets.setdefault(subset, []).extend(_entries(ref, name, coco, boxes, f"{path}[{number}]"))
+    return Scan(subsets, partial(convert, "refcoco"), root / IMAGES, schema.report())
+
+
+def _entries(
+    ref: Mapping[str, Any], name: str, coco: CocoFile, boxes: Mapping[Any, Annotation], where: str
+) -> Iterator[Entry]:
+    """A question for each sentence of a reference."""
+    box = boxes.get(ref["ann_id"])
+    if box is None:
+        raise ValueError(f"{where}: field 'ann_id' is {ref['ann_id']}, which instances.json does not list")
+    if box.image != ref["image_id"]:
+        raise ValueError(f"{where}: field 'image_id' is {ref['image_id']}, but its annotation's is {box.image}")
+    image, size = coco.images[box.image]
+    for sentence in ref["sentences"]:
+        yield Entry(f"{name}/{ref['ref_id']}/{sentence['sent_id']}", "rec", image, size, box.box, sentence["sent"])
+
+
+def _check(schema: Schema, ref: Any, where: str) -> None:
+    schema.check("reference", ref, where, _REF)
+    if ref["split"] not in SPLITS:
+        raise ValueError(f"{where}: field 'split' is {ref['split']!r}, not one of {', '.join(SPLITS)}")
+    for position, sentence in enumerate(ref["sentences"]):
+        schema.check("sentence", sentence, f"{where}.sentences[{position}]", _SENTENCE)

@@ -1,0 +1,85 @@
+"""What a source's files really hold: checked field by field, counted, and reported before anything is written."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Kinds = type | tuple[type, ...]
+NUMBER = (int, float)
+_NO_BOOL = (int, NUMBER, (int, str))  # Python's True is an int, JSON's is not a number
+REPORTED = 600  # characters of a first record in the printed report
+
+
+class Schema:
+    """Counts keys and values of records and keeps the first record of each kind.
+
+    A field that is missing, of another type, or unknown is a surprise: ValueError with the place, field and value.
+    `allow` names unknown fields that the user has looked at and admits.
+    """
+
+    def __init__(self, allow: Sequence[str] = ()) -> None:
+        self.allow = frozenset(allow)
+        self.keys: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.first: dict[str, Any] = {}
+
+    def check(
+        self,
+        kind: str,
+        record: Any,
+        where: str,
+        required: Mapping[str, Kinds],
+        optional: Mapping[str, Kinds] | None = None,
+    ) -> None:
+        """Check one record of `kind`; `where` is its place in the file, for the message."""
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: a record of {kind} is an object, found {record!r:.200}")
+        for name, kinds in required.items():
+            if name not in record:
+                raise ValueError(f"{where}: field {name!r} is missing, found {sorted(map(str, record))}")
+            _check_type(record[name], kinds, where, name)
+        for name in record.keys() - required.keys():
+            if optional and name in optional:
+                _check_type(record[name], optional[name], where, name)
+            elif name not in self.allow:
+                raise ValueError(
+                    f"{where}: unknown field {name!r} = {record[name]!r:.200}; if it does not matter, admit it by"
+                    f" --allow '[{json.dumps(str(name))}]'"
+                )
+        self.keys[kind].update(record.keys())
+        self.first.setdefault(kind, record)
+
+    def count(self, what: str, value: str) -> None:
+        self.counts[what][value] += 1
+
+    def report(self) -> dict[str, Any]:
+        """{"keys": {kind: {key: n}}, "counts": {what: {value: n}}, "first": {kind: record}}."""
+        return {
+            "keys": {kind: dict(counter) for kind, counter in self.keys.items()},
+            "counts": {what: dict(counter.most_common()) for what, counter in self.counts.items()},
+            "first": self.first,
+        }
+
+
+def format_report(report: Mapping[str, Any]) -> str:
+    """The report as lines for people; long records are cut."""
+    lines = []
+    for kind, counts in report["keys"].items():
+        lines.append(f"  {kind}: " + ", ".join(f"{key} {count:,}" for key, count in counts.items()))
+    for what, counts in report["counts"].items():
+        shown = [f"{value} {count:,}" for value, count in list(counts.items())[:30]]
+        shown += [f"and {len(counts) - 30} more"] * (len(counts) > 30)
+        lines.append(f"  {what}: " + ", ".join(shown))
+    for kind, record in report["first"].items():
+        text = json.dumps(record, ensure_ascii=False, default=str)
+        lines.append(f"  first of {kind}: {text[:REPORTED]}{' …' if len(text) > REPORTED else ''}")
+    return "\n".join(lines)
+
+
+def _check_type(value: Any, kinds: Kinds, where: str, name: str) -> None:
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds in _NO_BOOL):
+        names = "/".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+        raise ValueError(f"{where}: field {name!r} should be {names}, found {value!r:.200}")

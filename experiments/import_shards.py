@@ -1,0 +1,231 @@
+"""Import published data sets as shards: `make shards SOURCE=mgrounding ROOT=/data/MGrounding-630k`.
+
+SOURCE is one of datamodules/importers/registry.py's, or a YAML that names several with their shares, such as the
+paper's mixture. <out>/<part>/ holds a part's shards, <out>/manifest.json all parts as one folder of shards,
+<out>/import.json the schema reports and what was rejected, and why. A killed import goes on; a finished one
+is left as it is.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import auto_cli
+
+from datamodules.artefacts import file_sha256, fingerprint, read_json, write_json
+from datamodules.importers.engine import Settings, Workers, forget_parts, import_part
+from datamodules.importers.registry import SOURCES, VERSION
+from datamodules.importers.scan import Scan
+from datamodules.importers.schema import format_report
+from datamodules.shards import MANIFEST, read_manifest, write_manifest
+from experiments import phases
+
+REPORT = "import.json"
+MADE_BY = "import_shards"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One share of a mixture.
+
+    Args:
+        name: its folder below `out`
+        source: what it comes from: mgrounding, refcoco, odinw or v3det
+        root: the source's folder, below the mixture's root
+        subsets: patterns of the source's subsets; those meant for training where none are given
+        count: samples to draw at random; all where none is given
+    """
+
+    name: str
+    source: str
+    root: str = ""
+    subsets: list[str] = field(default_factory=list)
+    count: int | None = None
+
+
+def run(
+    root: str = "",
+    source: str = "",
+    out: str = "",
+    subsets: list[str] | None = None,
+    count: int | None = None,
+    parts: list[Part] | None = None,
+    surplus: float = 1.0,
+    seed: int = 0,
+    records_per_shard: int = 1000,
+    max_rejected: float = 0.2,
+    one_box: bool = False,
+    allow: list[str] | None = None,
+    processes: int = 0,
+    scan_only: bool = False,
+) -> None:
+    """Import one source, or the parts of a mixture.
+
+    Args:
+        root: folder with the source's files as published, or that holds the folders of a mixture's sources
+        source: mgrounding, refcoco, odinw or v3det; each of its subsets becomes a part
+        out: folder to write; data/<source> if it is not given
+        subsets: patterns of the source's subsets, such as "*/val"; those meant for training if none are given
+        count: samples to draw at random from each subset; all if it is not given
+        parts: a mixture, in place of `source`, `subsets` and `count`
+        surplus: multiplies the counts, for what a later step will filter out
+        seed: seed of the draw
+        records_per_shard: records of the source that go into one shard
+        max_rejected: stop when a larger share of samples breaks a rule
+        one_box: reject answers of several boxes, as in tracks, which training cannot score
+        allow: unknown fields of the source's records to put up with
+        processes: how many to use; 0 is one for each core
+        scan_only: print the schema reports and write nothing
+    """
+    check(root, source, out, parts, [count, *(part.count for part in parts or ())], surplus, records_per_shard)
+    folder = Path(out or f"data/{source}")
+    settings = Settings(None, seed, records_per_shard, max_rejected, one_box)
+    wanted = [Part(source, source, "", subsets or [], count)] if parts is None else parts
+    digests = {(part.source, part.root): _digests(part, root) for part in wanted}
+    plan = [asdict(part) | {"digests": digests[part.source, part.root]} for part in wanted]
+    key = fingerprint(VERSION, plan, parts is None, surplus, seed, records_per_shard, one_box)
+    with phases.locked(folder):
+        _refuse_foreign(folder)
+        if phases.read_marker(folder).get("key") == key and not scan_only:
+            print(f"{folder} is already imported with these settings", flush=True)
+            return
+        scans = {place: _scan(*place, root, allow or ()) for place in digests}
+        if scan_only:
+            return
+        phases.write_marker(folder, phases.STARTED, key=key, made_by=MADE_BY)
+        (folder / MANIFEST).unlink(missing_ok=True)  # of other settings: parts may be moved aside now
+        if parts is None:
+            wanted = _part_for_each_subset(wanted[0], scans[source, ""])
+        tallies = {}
+        with Workers(processes or os.cpu_count() or 1) as workers:
+            for part in wanted:
+                place = part.source, part.root
+                tallies[part.name] = _import(folder, part, scans[place], digests[place], settings, surplus, workers)
+        _finish(folder, scans, tallies)
+        phases.write_marker(folder, key=key)
+
+
+def check(
+    root: str,
+    source: str,
+    out: str,
+    parts: Sequence[Part] | None,
+    counts: Sequence[int | None],
+    surplus: float,
+    records_per_shard: int,
+) -> None:
+    """All wrong settings at once, as one ValueError."""
+    faults = []
+    if not Path(root).is_dir() or not root:
+        faults.append(f"root={root!r} is no folder")
+    if (parts is None) == (not source):
+        faults.append(f"source={source!r} with {len(parts or ())} parts: exactly one of the two is needed")
+    if parts is not None and not out:
+        faults.append("out='': a mixture needs a folder to write")
+    names = [source] * bool(source) + [part.source for part in parts or ()]
+    faults += [f"source={name!r} is none of {', '.join(SOURCES)}" for name in names if name not in SOURCES]
+    folders = [part.name for part in parts or ()]
+    faults += [f"two parts are named {name!r}" for name in sorted(set(folders)) if folders.count(name) > 1]
+    faults += [f"count={count} is below 1" for count in counts if count is not None and count < 1]
+    if surplus < 1:
+        faults.append(f"surplus={surplus} is below 1")
+    if records_per_shard < 1:
+        faults.append(f"records_per_shard={records_per_shard} is below 1")
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def _digests(part: Part, root: str) -> dict[str, str]:
+    files = SOURCES[part.source].annotation_files(Path(root, part.root))
+    return {str(file.relative_to(Path(root, part.root))): file_sha256(file) for file in files}
+
+
+def _scan(source: str, below: str, root: str, allow: Sequence[str]) -> Scan:
+    """Scan a source and print what it holds."""
+    print(f"{source} in {Path(root, below)}:", flush=True)
+    scan = SOURCES[source].scan(Path(root, below), allow)
+    print(format_report(scan.report))
+    print("  subsets: " + ", ".join(f"{name} {len(entries):,}" for name, entries in scan.subsets.items()))
+    print("  no questions: " + (", ".join(f"{why} {n:,}" for why, n in scan.skipped.items()) or "none"), flush=True)
+    return scan
+
+
+def _chosen(part: Part, scan: Scan) -> list[str]:
+    """The subsets that the part's patterns name; a pattern without any is an error."""
+    patterns = part.subsets or SOURCES[part.source].default_subsets
+    names = [name for name in scan.subsets if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    idle = [pattern for pattern in part.subsets if not fnmatch.filter(scan.subsets, pattern)]
+    if idle or not names:
+        raise ValueError(f"{part.name}: subsets={idle or list(patterns)} match none of {', '.join(scan.subsets)}")
+    return names
+
+
+def _part_for_each_subset(part: Part, scan: Scan) -> list[Part]:
+    return [Part(name, part.source, part.root, [name], part.count) for name in _chosen(part, scan)]
+
+
+def _import(
+    out: Path,
+    part: Part,
+    scan: Scan,
+    digests: dict[str, str],
+    settings: Settings,
+    surplus: float,
+    workers: Workers,
+) -> dict[str, Any]:
+    """Import one part unless it is there; its tally."""
+    folder, names = out / part.name, _chosen(part, scan)
+    count = None if part.count is None else math.ceil(part.count * surplus)
+    made_of = settings.seed, settings.records_per_shard, settings.one_box
+    key = fingerprint(VERSION, part.source, digests, names, count, made_of)
+    if phases.claim(folder, key):
+        print(f"{folder} is already imported with these settings", flush=True)
+    else:
+        several = list(itertools.chain.from_iterable(scan.subsets[name] for name in names)) if names[1:] else None
+        entries = scan.subsets[names[0]] if several is None else several
+        settings = replace(settings, count=count)
+        tally = import_part(folder, entries, scan.convert, scan.image_root, settings, workers, part.name)
+        write_json(folder / REPORT, tally.to_json())
+        phases.write_marker(folder, key=key)
+        print(f"{part.name}:\n{tally}", flush=True)
+    forget_parts(folder)
+    return read_json(folder / REPORT)
+
+
+def _finish(out: Path, scans: dict[tuple[str, str], Scan], tallies: dict[str, Any]) -> None:
+    """The report of the whole, and the manifest that makes one folder of shards of all parts."""
+    sources = {
+        f"{source} {below}".strip(): scan.report
+        | {"subsets": {name: len(entries) for name, entries in scan.subsets.items()}, "skipped": scan.skipped}
+        for (source, below), scan in scans.items()
+    }
+    write_json(out / REPORT, {"sources": sources, "parts": tallies})
+    shards = [
+        shard | {"name": f"{name}/{shard['name']}"} for name in tallies for shard in read_manifest(out / name)["shards"]
+    ]
+    write_manifest(out, shards)
+    print(f"{out}: {sum(shard['count'] for shard in shards):,} samples in {len(shards):,} shards", flush=True)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """End the program where `folder` holds anything that no import has made."""
+    made_here = phases.read_marker(folder, phases.STARTED).get("made_by") == MADE_BY
+    if folder.exists() and any(folder.iterdir()) and not made_here:
+        sys.exit(f"out={str(folder)!r} holds what was not made here; choose another folder")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of `make shards SOURCE=...`."""
+    auto_cli(run, as_positional=False, args=args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""How fast an import is, and how its memory goes: `make test-slow ARGS=tests/datamodules/importers/test_speed.py`."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from datamodules.shards import ShardReader, read_manifest
+from tests.datamodules.importers.published import jpeg, mgrounding_record, write_mgrounding
+
+ROOT = Path(__file__).resolve().parents[3]
+NUM_RECORDS = 10_000
+RATE = 2000  # samples a second on two cores
+SLACK_MB = 32
+
+
+def resident_mb(pid: int) -> float:
+    """Resident memory of the process and of all that it started, shared pages counted in each."""
+    total, waiting = 0, [pid]
+    while waiting:
+        here = waiting.pop()
+        try:
+            waiting += map(int, Path(f"/proc/{here}/task/{here}/children").read_text().split())
+            total += int(Path(f"/proc/{here}/statm").read_text().split()[1])
+        except OSError:  # it ended between the two looks
+            continue
+    return total * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def cpu_seconds() -> float:
+    """Of the processes that this one has started and that ended: what the clock would show on cores of their own."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
+def test_ten_thousand_records_are_imported_fast_and_in_flat_memory(tmp_path: Path, capsys) -> None:
+    records = [mgrounding_record(number, kind=1) for number in range(NUM_RECORDS)]  # three images each
+    root = write_mgrounding(tmp_path, records, [jpeg(seed, (320, 240)) for seed in range(3)])
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "experiments.import_shards", "--source=mgrounding", f"--root={root}"]
+    begin, used = time.monotonic(), cpu_seconds()
+    process = subprocess.Popen([*command, f"--out={out}", "--processes=2"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    seen: list[tuple[int, float]] = []  # shards done, megabytes
+    while process.poll() is None:
+        done = len(list(out.glob("common_object/shard-*.tar")))
+        seen.append((done, resident_mb(process.pid)))
+        time.sleep(0.05)
+    seconds, used = time.monotonic() - begin, cpu_seconds() - used
+    assert process.returncode == 0
+    assert ShardReader(out).count == NUM_RECORDS
+    num_shards = len(read_manifest(out)["shards"])
+    quarter = max(mb for done, mb in seen if done <= num_shards / 4)
+    end = max(mb for done, mb in seen if done > num_shards / 4)
+    with capsys.disabled():
+        print(
+            f"\n{NUM_RECORDS:,} samples, 3 images of {len(jpeg(0, (320, 240))):,} bytes each, start and scan included:"
+            f" {NUM_RECORDS / seconds:,.0f} a second by the clock ({seconds:.1f} s), {2 * NUM_RECORDS / used:,.0f} by"
+            f" the CPU time of two cores ({used:.1f} s); peak memory {quarter:.0f} MB until a quarter, {end:.0f} later"
+        )
+    assert end < quarter + SLACK_MB
+    assert 2 * NUM_RECORDS / used >= RATE
