@@ -17,6 +17,7 @@ LEAVES = (
     "datamodules/samples.py",
     "datamodules/answers.py",
     "datamodules/prompts.py",
+    "datamodules/dialects.py",
     "datamodules/scores.py",
     "lightning_modules/shared_prefix.py",
     "lightning_modules/rewards.py",
@@ -152,6 +153,15 @@ def test_only_the_policy_wrapper_touches_transformers_model_classes() -> None:
     }
     assert users <= {"lightning_modules/qwen_vl.py"}
     assert users
+
+
+def test_only_the_endpoint_imports_the_http_client() -> None:
+    users = {
+        str(file.relative_to(ROOT))
+        for file in python_files()
+        if {"openai", "httpx", "httpx2", "requests", "aiohttp"} & set(imported_names(file.read_text()))
+    }
+    assert users == {"lightning_modules/endpoint.py"}
 
 
 def test_nothing_is_unpickled_from_disk() -> None:

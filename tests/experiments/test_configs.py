@@ -14,7 +14,7 @@ from jsonargparse import auto_parser
 from callbacks.checkpoints import WholeCheckpoints, WindowCheckpoint
 from callbacks.rejection_sampling import RejectionSampling
 from datamodules.prompts import PromptStyle
-from experiments import evaluate, pipeline, shards, train
+from experiments import evaluate, pipeline, shards, synthesize, train
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.grpo import GRPO
 from lightning_modules.qwen_vl import QwenVL
@@ -36,6 +36,8 @@ OTHERS = {
     "nano/eval.yaml": evaluate.evaluate,
     "nano/shards.yaml": shards.build,
     "nano/pipeline.yaml": pipeline.run,
+    "nano/synthesize.yaml": synthesize.synthesize,
+    "paper/synthesize_72b.yaml": synthesize.synthesize,
     "paper/eval_3b.yaml": evaluate.evaluate,
     "paper/eval_7b.yaml": evaluate.evaluate,
     "paper/pipeline_3b.yaml": pipeline.run,
@@ -118,6 +120,12 @@ def test_other_configurations_fit_their_function(name: str) -> None:
     settings = yaml.safe_load((CONFIGS / name).read_text())
     for path in (settings.get("evaluation"), settings.get("world"), *settings.get("stages", {}).values()):
         assert path is None or (ROOT / path).is_file(), path
+
+
+def test_synthesis_has_the_papers_values() -> None:
+    settings = yaml.safe_load((CONFIGS / "paper/synthesize_72b.yaml").read_text())
+    assert settings["endpoint"]["model"] == "Qwen/Qwen2.5-VL-72B-Instruct" and settings["threshold"] == 0.5
+    assert settings["sampling"]["num_responses"] == 4 and settings["sampling"]["max_tokens"] == 1024
 
 
 @pytest.mark.parametrize("wrong", [{"decoding": {"max_tokens": 3}}, {"style": "thinking"}, {"limit": 3}])
