@@ -1,4 +1,5 @@
-"""A loaded sample as chat messages for an OpenAI-compatible server, and the geometries that its answer is read in."""
+"""A loaded sample as chat messages in a dialect, for a processor or for an OpenAI-compatible server, and the geometries
+that its answer is read in."""
 
 from __future__ import annotations
 
@@ -18,13 +19,13 @@ from datamodules.samples import LoadedSample, SampleError
 
 @dataclass(frozen=True)
 class RequestForm:
-    """How questions are put to a model behind an endpoint.
+    """How questions are put to a model that is not the policy of this repository.
 
     style: `think` and `answer` are this repository's suffixes, `plain` adds none, `native` is the dialect's own.
     before_image: instead of the dialect's, such as "Picture {}: ".
     min_pixels, max_pixels: bounds of an image as it is sent. For a model that speaks in pixels they must lie within the
-    server's own: the image is then sent in the very size that the server's processor would give it, so that the pixels
-    of prompt, answer and score are the same ones.
+    its processor's own: the image then comes in the very size that the processor would give it, so that the pixels of
+    prompt, answer and score are the same ones.
     """
 
     dialect: Dialect
@@ -45,16 +46,29 @@ class RequestForm:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """OpenAI chat messages with PNG data URLs, and one geometry for each image."""
+    """Chat messages, and one geometry for each image."""
 
     messages: list[dict[str, Any]]
     geometries: tuple[ImageGeometry, ...]
 
 
 def build_request(loaded: LoadedSample, form: RequestForm) -> ChatRequest:
-    """Raises SampleError: the rules of `load_image` and "extreme_aspect_ratio"."""
+    """The turn in OpenAI's form, images as PNG data URLs. Raises SampleError as `build_turn` does."""
+    request = build_turn(loaded, form)
+    for message in request.messages:
+        for part in message["content"]:
+            if part["type"] == "image":
+                part |= {"type": "image_url", "image_url": {"url": _data_url(part.pop("image"))}}
+    return request
+
+
+def build_turn(loaded: LoadedSample, form: RequestForm) -> ChatRequest:
+    """The turn in a processor's form, images as Pillow images under "image".
+
+    Raises SampleError: the rules of `load_image` and "extreme_aspect_ratio".
+    """
     sample, dialect = loaded.sample, form.dialect
-    urls, geometries = [], []
+    images, geometries = [], []
     for index, data in enumerate(loaded.images):
         try:
             image = load_image(data, form.max_image_pixels)
@@ -63,7 +77,7 @@ def build_request(loaded: LoadedSample, form: RequestForm) -> ChatRequest:
         if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
             raise SampleError(sample.id, "extreme_aspect_ratio", f"image {index} is {image.width}x{image.height}")
         geometry = ImageGeometry(image.size, _sent_size(image.size, form))
-        urls.append(_data_url(image, geometry.processed))
+        images.append(_resized(image, geometry.processed))
         geometries.append(geometry)
     native = form.style == "native"
     turn = build_messages(
@@ -76,21 +90,23 @@ def build_request(loaded: LoadedSample, form: RequestForm) -> ChatRequest:
     )
     before = dialect.before_image if form.before_image is None else form.before_image
     for message in turn:
-        message["content"] = _with_images(message["content"], urls, before, dialect.after_image)
+        message["content"] = _with_images(message["content"], images, before, dialect.after_image)
     return ChatRequest(turn, tuple(geometries))
 
 
-def _with_images(content: list[dict[str, Any]], urls: list[str], before: str, after: str) -> list[dict[str, Any]]:
-    """The parts of one turn with each image placeholder replaced by its label and data URL."""
+def _with_images(
+    content: list[dict[str, Any]], images: list[Image.Image], before: str, after: str
+) -> list[dict[str, Any]]:
+    """The parts of one turn with each image placeholder replaced by its label and the image."""
     parts: list[dict[str, Any]] = []
     number = 0
     for part in content:
         if part["type"] != "image":
             parts.append(part)
             continue
-        label, url = before.format(number + 1), urls[number]
+        label = before.format(number + 1)
         parts += [{"type": "text", "text": label}] if label else []
-        parts.append({"type": "image_url", "image_url": {"url": url}})
+        parts.append({"type": "image", "image": images[number]})
         parts += [{"type": "text", "text": after}] if after else []
         number += 1
     return parts
@@ -105,9 +121,11 @@ def _sent_size(size: tuple[int, int], form: RequestForm) -> tuple[int, int]:
     return max(1, int(size[0] * shrink)), max(1, int(size[1] * shrink))
 
 
-def _data_url(image: Image.Image, size: tuple[int, int]) -> str:
-    if image.size != size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def _data_url(image: Image.Image) -> str:
     file = io.BytesIO()
     image.save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
