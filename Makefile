@@ -26,7 +26,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help pipeline base shards sft grpo eval report lint test test-slow clean
+.PHONY: help pipeline base shards sft grpo eval synthesize report lint test test-slow clean
 
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,11 @@ grpo: $(STAMP)  ## Rejection-sample with the stage-1 model, train GRPO and merge
 eval: $(STAMP)  ## Evaluate a model on MIG-Bench: ARGS="--model outputs/nano/grpo/merged"
 	$(world)
 	$(PY) -m experiments.evaluate $(call config,eval) $(ARGS)
+
+synthesize: $(STAMP)  ## CoT data from a teacher: nano's own CoT-SFT model, served here, or any OpenAI-compatible server
+	$(if $(CONFIG),,test -d outputs/nano/cot_sft/merged || $(MAKE) sft SEED= ARGS=)
+	$(world)
+	$(PY) -m experiments.synthesize $(call config,synthesize) $(ARGS)
 
 report: $(STAMP)  ## Rewrite report.html from a finished or running experiment: ARGS="--folder outputs/nano-seed1"
 	$(PY) -m experiments.report $(ARGS)

@@ -27,8 +27,10 @@ MAX_DEPTH = 16  # nesting beyond this is no answer; Python's decoder would recur
 # look-alike of s or k counts.
 _TAG = re.compile(r"<(/?)(think|answer)(?:\s[^<>]*+)?>", re.IGNORECASE | re.ASCII)
 _STRUCTURE = re.compile(r'\\.|["\n{}\[\]]', re.DOTALL)
-_NUMBER = r"\s*+([-+]?[0-9]++(?:\.[0-9]++)?)\s*+"
+_DIGITS = r"([-+]?[0-9]++(?:\.[0-9]++)?)"
+_NUMBER = rf"\s*+{_DIGITS}\s*+"
 _PAIRS = re.compile(rf"\({_NUMBER},{_NUMBER}\)\s*+,?\s*+\({_NUMBER},{_NUMBER}\)")  # Qwen2-VL: (x1,y1),(x2,y2)
+_SPACED = re.compile(rf"<box>\s*+{_DIGITS}\s++{_DIGITS}\s++{_DIGITS}\s++{_DIGITS}\s*+</box>")  # MiniCPM-V
 _FENCE = re.compile(r"```(?:json)?[ \t\r]*+\n(.*)```", re.DOTALL)
 
 
@@ -83,8 +85,9 @@ def parse_answer(text: str) -> ParsedAnswer | ParseFailure:
     """Read the boxes in any model text.
 
     The answer is the first answer block after the thinking, or without one all that follows the thinking. In it, boxes
-    under "bbox_2d" count before bare lists of four numbers, and those before (x1,y1),(x2,y2). Malformed JSON around a
-    sound part (a missing fence, a list cut short) does not hide that part. An inverted box is read: it scores 0.
+    under "bbox_2d" count before bare lists of four numbers, those before (x1,y1),(x2,y2), and those before
+    <box>x1 y1 x2 y2</box>. Malformed JSON around a sound part (a missing fence, a list cut short) does not hide that
+    part. An inverted box is read: it scores 0.
     """
     if not text.strip():
         return ParseFailure("empty")
@@ -98,7 +101,8 @@ def parse_answer(text: str) -> ParsedAnswer | ParseFailure:
         reader.read(value)
     boxes = reader.keyed or reader.bare
     if not boxes:
-        pairs = [tuple(float(number) for number in match.groups()) for match in _PAIRS.finditer(answer)]
+        found = list(_PAIRS.finditer(answer)) or list(_SPACED.finditer(answer))
+        pairs = [tuple(float(number) for number in match.groups()) for match in found]
         boxes = [ParsedBox(values, None) for values in pairs if _is_box(list(values))]
         if pairs and not boxes:
             return ParseFailure("bad_box")

@@ -70,10 +70,12 @@ class Journal:
             os.truncate(self.path, sound)
 
     def append(self, records: Iterable[Any]) -> None:
-        """Write the records as one piece."""
+        """Write the records as one piece; they are on the disk when this returns."""
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_journal(path: Path, key: str) -> list[Any]:

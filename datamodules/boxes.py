@@ -119,5 +119,23 @@ class ImageGeometry:
         return box[0] * width, box[1] * height, box[2] * width, box[3] * height
 
 
+def fit_size(size: tuple[int, int], factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The (width, height) to which Qwen's processors resize an image of `size`: multiples of `factor`, nearly the same
+    shape, an area in `min_pixels`..`max_pixels`. It leaves such a size as it is. A sliver can come out too
+    large; fitting it again shrinks it further.
+
+    Source: `smart_resize` of Qwen2-VL, with at least one `factor` a side as in qwen_vl_utils.
+    """
+    width, height = size
+    new = [max(factor, round(side / factor) * factor) for side in size]
+    if new[0] * new[1] > max_pixels:
+        shrink = math.sqrt(width * height / max_pixels)
+        new = [max(factor, math.floor(side / shrink / factor) * factor) for side in size]
+    elif new[0] * new[1] < min_pixels:
+        grow = math.sqrt(min_pixels / (width * height))
+        new = [math.ceil(side * grow / factor) * factor for side in size]
+    return new[0], new[1]
+
+
 def _clip(value: int, highest: int) -> int:
     return max(0, min(value, highest))

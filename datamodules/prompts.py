@@ -19,6 +19,8 @@ THINK_SUFFIX = (
 # MIG-Bench's official prompt for Qwen models; its misspelling and second box_start are part of it.
 OFFICIAL_QWEN_SUFFIX = "Format:<|box_start|>(x1,y1),(x2,y2)<|box_start|>. Don't generate addtional words."
 
+QUESTION_BOX = "[{}, {}, {}, {}]"  # how a box inside a question is written
+
 
 class PromptStyle(StrEnum):
     """What follows the question."""
@@ -38,12 +40,18 @@ _SUFFIXES = {
 
 
 def build_messages(
-    sample: Sample, geometries: Sequence[ImageGeometry], convention: Convention, style: PromptStyle
+    sample: Sample,
+    geometries: Sequence[ImageGeometry],
+    convention: Convention,
+    style: PromptStyle,
+    suffix: str | None = None,
+    question_box: str = QUESTION_BOX,
 ) -> list[dict[str, Any]]:
     """One user turn for a processor's chat template; images keep their places, adjacent texts are joined.
 
     `geometries` has one entry per image of the sample. Boxes in the question are written in the model's convention.
     THINK and ANSWER put one space between question and suffix; OFFICIAL appends without one, as the official code does.
+    A `suffix` stands in the place of the style's own, and `question_box` is how the box's four numbers are written.
     """
     _check_geometries(sample, geometries)
     content: list[dict[str, Any]] = []
@@ -51,8 +59,8 @@ def build_messages(
         if isinstance(part, ImagePart):
             content.append({"type": "image"})
         else:
-            _append_text(content, _part_text(part, geometries, convention, style))
-    suffix = _SUFFIXES[style]
+            _append_text(content, _part_text(part, geometries, convention, style, question_box))
+    suffix = _SUFFIXES[style] if suffix is None else suffix
     if style in (PromptStyle.THINK, PromptStyle.ANSWER):
         if content and content[-1]["type"] == "text":
             content[-1]["text"] = content[-1]["text"].rstrip()
@@ -84,12 +92,15 @@ def target_text(sample: Sample, geometries: Sequence[ImageGeometry], convention:
 
 
 def _part_text(
-    part: TextPart | BoxPart, geometries: Sequence[ImageGeometry], convention: Convention, style: PromptStyle
+    part: TextPart | BoxPart,
+    geometries: Sequence[ImageGeometry],
+    convention: Convention,
+    style: PromptStyle,
+    question_box: str,
 ) -> str:
     if isinstance(part, TextPart) or style == PromptStyle.OFFICIAL:
         return part.text
-    values = geometries[part.image].to_model(part.box, convention)
-    return "[" + ", ".join(str(value) for value in values) + "]"
+    return question_box.format(*geometries[part.image].to_model(part.box, convention))
 
 
 def _append_text(content: list[dict[str, Any]], text: str) -> None:

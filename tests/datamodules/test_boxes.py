@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from datamodules.boxes import Convention, ImageGeometry, box_fault, from_pixels_xywh, iou
+from datamodules.boxes import Convention, ImageGeometry, box_fault, fit_size, from_pixels_xywh, iou
 
 GRID = 12
 cells = st.integers(-2, GRID)
@@ -167,6 +168,21 @@ def test_one_means_the_same_in_every_position_and_convention() -> None:
 def test_reading_a_models_numbers_neither_clips_nor_reorders() -> None:
     geometry = ImageGeometry(original=(100, 100), processed=(100, 100))
     assert geometry.to_unit((90, -10, 20, 150), Convention.ABSOLUTE) == (0.9, -0.1, 0.2, 1.5)
+
+
+@pytest.mark.parametrize("limits", [(28, 56 * 56, 14 * 14 * 4 * 1280), (32, 784, 40_000), (28, 3136, 10_000)])
+def test_fitted_sizes_are_those_of_qwens_processor_and_stay_as_they_are(limits) -> None:
+    smart_resize = pytest.importorskip("transformers.models.qwen2_vl.image_processing_qwen2_vl").smart_resize
+    rng = random.Random(0)
+    for _ in range(500):
+        size = rng.randrange(20, 3000), rng.randrange(20, 3000)
+        fitted = fit_size(size, *limits)
+        height, width = smart_resize(size[1], size[0], *limits)
+        if min(height, width) > 0:  # transformers' own rounds a short side to nothing; qwen_vl_utils does not
+            assert fitted == (width, height), size
+        if fitted[0] * fitted[1] <= limits[2]:
+            assert fit_size(fitted, *limits) == fitted
+        assert all(side % limits[0] == 0 and side > 0 for side in fitted)
 
 
 @pytest.mark.parametrize("bad", [((0, 5), (5, 5)), ((5, 5), (5, 0)), ((-1, 5), (5, 5))])

@@ -149,6 +149,13 @@ def test_samples_without_a_usable_target_are_rejected_by_rule(change, rule) -> N
     assert (caught.value.sample_id, caught.value.rule) == (SAMPLE.id, rule)
 
 
+def test_a_suffix_and_a_form_of_boxes_can_be_given() -> None:
+    form = "<|box_start|>({},{}),({},{})<|box_end|>"
+    (message,) = build_messages(SAMPLE, GEOMETRIES, Convention.PER_MILLE, PromptStyle.PLAIN, "Format: x.", form)
+    text = f"The object in the first image({WRITTEN}). Locate it in the 2th image. Format: x."
+    assert message["content"][-1] == {"type": "text", "text": text}
+
+
 @pytest.mark.parametrize("geometries", [GEOMETRIES[:1], GEOMETRIES * 2, ()])
 def test_one_geometry_for_each_image_is_required(geometries) -> None:
     with pytest.raises(ValueError, match="2 images"):

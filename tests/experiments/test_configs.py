@@ -15,7 +15,7 @@ from jsonargparse import auto_parser
 from callbacks.checkpoints import WholeCheckpoints, WindowCheckpoint
 from callbacks.rejection_sampling import RejectionSampling
 from datamodules.prompts import PromptStyle
-from experiments import evaluate, import_shards, pipeline, shards, train
+from experiments import evaluate, import_shards, pipeline, shards, synthesize, train
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.grpo import GRPO
 from lightning_modules.qwen_vl import QwenVL
@@ -38,6 +38,8 @@ OTHERS = {
     "nano/shards.yaml": shards.build,
     "nano/pipeline.yaml": pipeline.run,
     "paper/cot_mixture.yaml": import_shards.run,
+    "nano/synthesize.yaml": synthesize.synthesize,
+    "paper/synthesize_72b.yaml": synthesize.synthesize,
     "paper/eval_3b.yaml": evaluate.evaluate,
     "paper/eval_7b.yaml": evaluate.evaluate,
     "paper/pipeline_3b.yaml": pipeline.run,
@@ -132,6 +134,12 @@ def test_the_paper_mixture_has_the_counts_of_its_table_1() -> None:
     counts["odinw and v3det"] = counts.pop("odinw") + counts.pop("v3det")
     paper = {"common_object": 22_000, "refer_grounding": 24_000, "region": 5_000, "diff": 3_000}
     assert dict(counts) == paper | {"refcoco": 1_000, "odinw and v3det": 1_000}
+
+
+def test_synthesis_has_the_papers_values() -> None:
+    settings = yaml.safe_load((CONFIGS / "paper/synthesize_72b.yaml").read_text())
+    assert settings["endpoint"]["model"] == "Qwen/Qwen2.5-VL-72B-Instruct" and settings["threshold"] == 0.5
+    assert settings["sampling"]["num_responses"] == 4 and settings["sampling"]["max_tokens"] == 1024
 
 
 @pytest.mark.parametrize("wrong", [{"decoding": {"max_tokens": 3}}, {"style": "thinking"}, {"limit": 3}])

@@ -1,0 +1,194 @@
+"""CoT data from a teacher: `python -m experiments.synthesize --config experiments/configs/nano/synthesize.yaml`.
+
+Every question of the shards goes to the teacher several times; a question is kept when all responses are right, and one
+response's thinking becomes its rationale (`experiments/rationales.py` has the rule). <output> gets
+
+    shards/           the kept samples with thinking, for CoT-SFT
+    journal.jsonl     every response, appended and synced as it comes: a killed run goes on after the last one
+    outcomes.jsonl    every question: how many responses were right, and which one was chosen or why it was dropped
+    synthesis.json, report.md   counts, tokens, cost and the histogram of difficulty
+    server/           log of the local server, if there was one
+
+Another threshold or limit works on the responses that are there; other prompts, sampling, questions or another teacher
+move the old folder aside.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import auto_cli
+
+from datamodules.artefacts import (
+    Journal,
+    fingerprint,
+    path_fingerprint,
+    read_journal,
+    read_json,
+    write_atomic,
+    write_json,
+)
+from datamodules.chat_requests import RequestForm
+from datamodules.dialects import find_dialect
+from datamodules.shards import MANIFEST, ShardReader, folder_list
+from experiments import checks, phases
+from experiments.rationales import Verdict, format_report, group_responses, judge, summarise, write_rationales
+from experiments.teacher import Prices, Sampling, Session, Teacher, missing_responses, record_geometries
+from lightning_modules.endpoint import EndpointMisused, EndpointSettings, EndpointUnavailable
+from lightning_modules.local_server import local_server
+
+
+def synthesize(
+    questions: str | list[str],
+    output: str,
+    endpoint: EndpointSettings,
+    dialect: str = "auto",
+    before_image: str | None = None,
+    min_pixels: int = 56 * 56,
+    max_pixels: int = 16384 * 28 * 28,
+    max_image_pixels: int = 64_000_000,
+    sampling: Sampling | None = None,
+    threshold: float = 0.5,
+    limit: int | None = None,
+    samples_per_shard: int = 1000,
+    prices: Prices | None = None,
+    device: str = "auto",
+) -> None:
+    """Ask a teacher for rationales and write the kept samples as shards.
+
+    Args:
+        questions: shard folders of samples with one true box; thinking that they hold is not shown to the teacher
+        output: folder for the shards and the journal
+        endpoint: the teacher. Without base_url, model is a folder or Hub name that `transformers serve` serves here,
+            one request at a time
+        dialect: how the teacher writes boxes (datamodules/dialects.py); auto: by the model's name
+        before_image: text before image k instead of the dialect's, such as "Picture {}: "
+        min_pixels: smaller images are enlarged
+        max_pixels: larger images are shrunk; for a teacher that speaks in pixels, no more than its server's own limit
+        max_image_pixels: a larger stored image is refused (decompression bombs)
+        sampling: responses to each question
+        threshold: a response is right when its IoU is above it
+        limit: first look on so many questions
+        samples_per_shard: of the shards that are written
+        prices: of tokens, for the cost
+        device: of the local server: auto, cpu, cuda:0, ...
+    """
+    sampling, prices = sampling or Sampling(), prices or Prices()
+    folders = folder_list(questions)
+    faults = _faults(folders, endpoint, threshold, limit)
+    try:
+        speech = find_dialect(dialect, endpoint.model)
+        form = RequestForm(speech, "think", before_image, min_pixels, max_pixels, max_image_pixels)
+    except ValueError as error:
+        faults.append(str(error))
+    checks.raise_all(faults)
+    teacher = [endpoint.model, endpoint.extra_body, path_fingerprint(endpoint.model)]
+    key = fingerprint([path_fingerprint(folder) for folder in folders], teacher, asdict(form), asdict(sampling))
+    home = Path(output)
+    with phases.locked(home):
+        phases.claim(home, key)
+        reader = ShardReader(folders)
+        count = min(reader.count, limit or reader.count)
+        result_key = fingerprint(key, threshold, count, samples_per_shard)
+        if read_json(home / "synthesis.json").get("key") == result_key and (home / "shards" / MANIFEST).is_file():
+            print(f"{home} is already finished with these settings", flush=True)
+            return
+        (home / "synthesis.json").unlink(missing_ok=True)
+        journal = Journal(home / "journal.jsonl", key)
+        session = _ask(journal, count, reader, endpoint, form, sampling, prices, home / "server", device)
+        records = read_journal(journal.path, key)
+        if missing := missing_responses(records, count, sampling.num_responses):
+            sys.exit(f"{len(missing)} questions lack responses ({_faults_text(session)}): run the same command again")
+        verdicts = _judge_all(records, count, reader, form, threshold, sampling.seed)
+        tasks = write_rationales(home, reader, verdicts, endpoint.model, samples_per_shard)
+        summary = summarise(verdicts, tasks, records, count, sampling.num_responses)
+        summary["cost"] = round(prices.cost(summary["prompt_tokens"], summary["completion_tokens"]), 4)
+        settings = {"teacher": endpoint.model, "threshold": threshold, "sampling": asdict(sampling)}
+        print(_write_summary(home, {"key": result_key} | summary | settings), flush=True)
+    print(f"in this run: {session.requests} responses, {_faults_text(session)}", flush=True)
+
+
+def _write_summary(home: Path, summary: dict[str, Any]) -> str:
+    """Write report.md and, last, as the sign that all is there, synthesis.json; the report's text."""
+    report = format_report(summary, f"CoT synthesis by {summary['teacher']}")
+    write_atomic(home / "report.md", report)
+    write_json(home / "synthesis.json", summary)
+    return report
+
+
+def _ask(
+    journal: Journal,
+    count: int,
+    reader: ShardReader,
+    endpoint: EndpointSettings,
+    form: RequestForm,
+    sampling: Sampling,
+    prices: Prices,
+    work: Path,
+    device: str,
+) -> Session:
+    """Ask for whatever the journal lacks; a server is started only if there is something to ask."""
+    if not missing_responses(journal.records, count, sampling.num_responses):
+        return Session()
+    with _reachable(endpoint, work, device) as settings:
+        return Teacher(reader, settings, form, sampling, journal, prices).run(count)
+
+
+@contextmanager
+def _reachable(endpoint: EndpointSettings, work: Path, device: str) -> Iterator[EndpointSettings]:
+    """The endpoint itself, or one of a local server."""
+    if endpoint.base_url is not None:
+        yield endpoint
+        return
+    print(f"starting a local server of {endpoint.model}", flush=True)
+    with local_server(endpoint.model, work, device) as server:
+        # It generates one answer at a time anyway, and a seed holds there only while no other request comes in between.
+        yield replace(endpoint, base_url=server.base_url, model=server.model, concurrency=1)
+
+
+def _judge_all(
+    records: list[dict[str, Any]], count: int, reader: ShardReader, form: RequestForm, threshold: float, seed: int
+) -> dict[int, Verdict]:
+    verdicts = {}
+    for number, responses in group_responses(records, count).items():
+        sample, texts = reader.read(number).sample, [response["text"] for response in responses]
+        geometries = record_geometries(responses[0])
+        verdicts[number] = judge(sample, texts, geometries, form.dialect.convention, threshold, seed)
+    return verdicts
+
+
+def _faults(folders: list[str], endpoint: EndpointSettings, threshold: float, limit: int | None) -> list[str]:
+    faults = [fault for folder in folders for fault in checks.shard_faults(str(folder))]
+    if not 0 <= threshold < 1:
+        faults.append(f"threshold={threshold} must be in [0, 1)")
+    if limit is not None and limit < 1:
+        faults.append(f"limit={limit} must be at least 1")
+    model = Path(endpoint.model)
+    if endpoint.base_url is None and not model.is_dir() and (model.is_absolute() or len(model.parts) != 2):
+        faults.append(
+            f"endpoint.model={endpoint.model!r} is no folder here and no Hub name; `make sft` makes the nano teacher,"
+            " and a teacher behind a server needs endpoint.base_url"
+        )
+    return faults
+
+
+def _faults_text(session: Session) -> str:
+    counts = ", ".join(f"{kind} {number}" for kind, number in sorted(session.faults.items()))
+    return f"faults that were retried: {counts or 'none'}"
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of `make synthesize`."""
+    try:
+        auto_cli(synthesize, as_positional=False, args=args)
+    except (checks.SettingsError, EndpointMisused, EndpointUnavailable) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

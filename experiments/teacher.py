@@ -1,0 +1,187 @@
+"""Asking a teacher: several responses to every question, asynchronously, each journalled the moment it is there."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from datamodules.artefacts import Journal
+from datamodules.boxes import ImageGeometry
+from datamodules.chat_requests import ChatRequest, RequestForm, build_request
+from datamodules.samples import BoxAnswer, SampleError
+from datamodules.shards import ShardReader
+from lightning_modules.endpoint import ChatEndpoint, EndpointSettings, EndpointUnavailable, RequestRefused
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """`num_responses` to each question. The seed of each follows from `seed`, the sample's id and the number it has.
+
+    So a server that heeds seeds gives the same ones in whatever order and after whichever interruption.
+    """
+
+    num_responses: int = 4
+    temperature: float = 0.7
+    max_tokens: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = {"num_responses": self.num_responses, "max_tokens": self.max_tokens}
+        faults = [f"{name}={count} must be at least 1" for name, count in counts.items() if count < 1]
+        if not 0 <= self.temperature <= 2:
+            faults.append(f"temperature={self.temperature} must be in 0..2")
+        if self.num_responses > 1 and self.temperature == 0:
+            faults.append(f"temperature=0 makes the num_responses={self.num_responses} responses one and the same")
+        if faults:
+            raise ValueError(f"sampling: {'; '.join(faults)}")
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Of a million tokens, in whatever currency; 0 for a server of one's own."""
+
+    prompt: float = 0.0
+    completion: float = 0.0
+
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
+        return (self.prompt * prompt_tokens + self.completion * completion_tokens) / 1e6
+
+
+@dataclass
+class Session:
+    """What one process did; what all did together is in the journal."""
+
+    requests: int = 0  # answered
+    faults: Counter[str] = field(default_factory=Counter)  # retried, by kind
+    unanswered: int = 0  # questions given up for now: the next run asks them again
+
+
+def request_seed(seed: int, sample_id: str, response: int) -> int:
+    """A seed in 0..2^31-1, the range that every server takes."""
+    digest = hashlib.sha256(f"{seed}/{response}/{sample_id}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def record_geometries(record: dict[str, Any]) -> tuple[ImageGeometry, ...]:
+    """The geometries of a journalled response."""
+    return tuple(ImageGeometry((sizes[0], sizes[1]), (sizes[2], sizes[3])) for sizes in record["sizes"])
+
+
+def missing_responses(records: list[dict[str, Any]], count: int, num_responses: int) -> dict[int, list[int]]:
+    """{number: responses to ask for} of questions 0..count-1, in order; those that were rejected need none."""
+    missing = {number: set(range(num_responses)) for number in range(count)}
+    for record in records:
+        if "rule" in record:
+            missing.pop(record["number"], None)
+        elif record["number"] in missing:
+            missing[record["number"]].discard(record["response"])
+    return {number: sorted(responses) for number, responses in missing.items() if responses}
+
+
+class Teacher:
+    """One run over the questions that the journal does not answer yet.
+
+    `concurrency` workers take a question each and ask for its responses one after the other (so a server that caches
+    prefixes reads the images once). Memory holds no more than one question for each worker.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        endpoint: EndpointSettings,
+        form: RequestForm,
+        sampling: Sampling,
+        journal: Journal,
+        prices: Prices,
+    ) -> None:
+        self.reader, self.settings, self.form, self.sampling = reader, endpoint, form, sampling
+        self.journal, self.prices = journal, prices
+        self.session = Session()
+        self._bar: tqdm | None = None  # the live line
+        self._in_a_row = 0  # questions given up since the last answer
+        known = [record for record in journal.records if "text" in record]
+        self._tokens = [sum(record[name] for record in known) for name in ("prompt_tokens", "completion_tokens")]
+
+    def run(self, count: int) -> Session:
+        """Ask for what is missing of the first `count` questions.
+
+        Raises EndpointUnavailable when the server does not answer at all any more, and EndpointMisused when it does
+        not know the key or the model.
+        """
+        missing = missing_responses(self.journal.records, count, self.sampling.num_responses)
+        if missing:
+            try:
+                asyncio.run(self._ask_all(missing, count))
+            except ExceptionGroup as group:  # of the workers; each would say the same
+                raise group.exceptions[0] from None
+        return self.session
+
+    async def _ask_all(self, missing: dict[int, list[int]], count: int) -> None:
+        total = count * self.sampling.num_responses
+        asked = sum(len(responses) for responses in missing.values())
+        questions = iter(missing.items())
+        # One thread reads and encodes images: the reader is not for several, and the server is what takes the time.
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            self._bar = tqdm(total=total, initial=total - asked, desc="teacher", unit="response", smoothing=0.05)
+            with self._bar:
+                async with ChatEndpoint(self.settings) as endpoint:
+                    self.session.faults = endpoint.faults
+                    async with asyncio.TaskGroup() as workers:
+                        for _ in range(min(self.settings.concurrency, len(missing))):
+                            workers.create_task(self._work(questions, endpoint, pool))
+
+    async def _work(
+        self, questions: Iterator[tuple[int, list[int]]], endpoint: ChatEndpoint, pool: ThreadPoolExecutor
+    ) -> None:
+        for number, responses in questions:
+            try:
+                sample_id, request = await asyncio.get_running_loop().run_in_executor(pool, self._prepare, number)
+                await self._ask(number, sample_id, request, responses, endpoint)
+            except SampleError as error:
+                self.journal.append([{"number": number, "id": error.sample_id, "rule": error.rule}])
+                self._bar.update(len(responses))
+            except EndpointUnavailable:
+                self.session.unanswered += 1
+                self._in_a_row += 1
+                if self._in_a_row >= self.settings.concurrency:
+                    raise
+
+    def _prepare(self, number: int) -> tuple[str, ChatRequest]:
+        loaded = self.reader.read(number)
+        if not isinstance(loaded.sample.answer, BoxAnswer):
+            detail = f"the answer is a {type(loaded.sample.answer).__name__}"
+            raise SampleError(loaded.sample.id, "no_box_answer", detail)
+        return loaded.sample.id, build_request(loaded, self.form)
+
+    async def _ask(
+        self, number: int, sample_id: str, request: ChatRequest, responses: list[int], endpoint: ChatEndpoint
+    ) -> None:
+        sampling = self.sampling
+        sizes = [[*geometry.original, *geometry.processed] for geometry in request.geometries]
+        for response in responses:
+            seed = request_seed(sampling.seed, sample_id, response)
+            try:
+                found = await endpoint.complete(request.messages, sampling.max_tokens, sampling.temperature, seed)
+            except RequestRefused as error:
+                raise SampleError(sample_id, "refused", str(error)) from error
+            record = {"number": number, "id": sample_id, "response": response, "text": found.text}
+            record |= {"finish": found.finish_reason, "sizes": sizes}
+            record |= {"prompt_tokens": found.prompt_tokens, "completion_tokens": found.completion_tokens}
+            self.journal.append([record])
+            self._count(found.prompt_tokens, found.completion_tokens)
+
+    def _count(self, prompt_tokens: int, completion_tokens: int) -> None:
+        self.session.requests += 1
+        self._in_a_row = 0
+        self._tokens[0] += prompt_tokens
+        self._tokens[1] += completion_tokens
+        shown = {"tokens": f"{self._tokens[0]}+{self._tokens[1]}", "cost": f"{self.prices.cost(*self._tokens):.2f}"}
+        self._bar.set_postfix(shown | {"retries": self.session.faults.total()}, refresh=False)
+        self._bar.update()

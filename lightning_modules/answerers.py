@@ -1,0 +1,89 @@
+"""Models other than the policy as answerers: questions with their images in, text out.
+
+`EndpointAnswerer` asks an OpenAI-compatible server; `image_text.py` has an answerer for models in this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from datamodules.boxes import Convention, ImageGeometry
+from datamodules.chat_requests import RequestForm, build_request
+from datamodules.samples import LoadedSample, Sample, SampleError
+from lightning_modules.endpoint import ChatEndpoint, EndpointSettings, RequestRefused
+
+Load = Callable[[Sample], LoadedSample]  # reads the images of a sample; raises SampleError where it cannot
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back for one question, and the geometries (one for each image) that its numbers are read in."""
+
+    text: str
+    geometries: tuple[ImageGeometry, ...] = ()
+    num_tokens: int = 0  # of the answer; 0 where it is not known
+    finished: bool = True  # False: cut at the token limit
+    refused: str | None = None  # the rule by which the question could not be asked
+
+
+class EndpointAnswerer:
+    """Asks in the form's dialect, greedily unless told otherwise; questions are independent of each other."""
+
+    window = 1
+
+    def __init__(
+        self, settings: EndpointSettings, form: RequestForm, max_tokens: int = 1024, temperature: float = 0.0
+    ) -> None:
+        self.settings, self.form = settings, form
+        self.max_tokens, self.temperature = max_tokens, temperature
+
+    @property
+    def convention(self) -> Convention:
+        """What the numbers in an answer mean."""
+        return self.form.dialect.convention
+
+    def identity(self) -> dict[str, Any]:
+        """All that answers depend on beside the question, JSON-like. The server's weights are known by name only."""
+        decoding = {"max_tokens": self.max_tokens, "temperature": self.temperature}
+        server = {"model": self.settings.model, "extra_body": self.settings.extra_body}
+        return {"endpoint": server, "form": asdict(self.form), "decoding": decoding}
+
+    def answers(self, samples: Sequence[Sample], load: Load) -> Iterator[tuple[Sample, Reply]]:
+        """One reply for each sample as they come, `concurrency` under way at a time.
+
+        What `load` or the server refuses gets a reply with its rule. Raises the other errors of `ChatEndpoint`.
+        """
+        with asyncio.Runner() as runner:
+            stream = self._stream(samples, load)
+
+            async def following() -> tuple[Sample, Reply] | None:
+                return await anext(stream, None)
+
+            while (found := runner.run(following())) is not None:
+                yield found
+
+    async def _stream(self, samples: Sequence[Sample], load: Load) -> AsyncIterator[tuple[Sample, Reply]]:
+        waiting, running = iter(samples), set()
+        async with ChatEndpoint(self.settings) as endpoint:
+            while True:
+                while len(running) < self.settings.concurrency and (sample := next(waiting, None)) is not None:
+                    running.add(asyncio.create_task(self._answer(sample, load, endpoint)))
+                if not running:
+                    return
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    yield task.result()
+
+    async def _answer(self, sample: Sample, load: Load, endpoint: ChatEndpoint) -> tuple[Sample, Reply]:
+        try:
+            request = await asyncio.to_thread(lambda: build_request(load(sample), self.form))
+            found = await endpoint.complete(request.messages, self.max_tokens, self.temperature)
+        except SampleError as error:
+            return sample, Reply("", refused=error.rule)
+        except RequestRefused:
+            return sample, Reply("", refused="refused")
+        finished = found.finish_reason != "length"
+        return sample, Reply(found.text, request.geometries, found.completion_tokens, finished)

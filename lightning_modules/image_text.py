@@ -1,0 +1,95 @@
+"""Any image-text model that transformers knows as an answerer in this process: Qwen2-VL, InternVL, LLaVA-OneVision, …
+
+It is asked in its family's own prompt and read in its family's own scale (`datamodules/dialects.py`). The policy has
+its own engine; this is for the models that it is compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from datamodules.artefacts import path_fingerprint
+from datamodules.boxes import Convention, ImageGeometry
+from datamodules.chat_requests import ChatRequest, RequestForm, build_turn
+from datamodules.samples import Sample, SampleError
+from lightning_modules.answerers import Load, Reply
+
+
+class ImageTextAnswerer:
+    """Greedy answers, one question at a time. `trust_remote_code` runs code that comes with the weights."""
+
+    window = 1
+
+    def __init__(
+        self,
+        model: str,
+        form: RequestForm,
+        max_tokens: int = 1024,
+        device: str = "cpu",
+        dtype: str = "float32",
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.form, self.max_tokens = form, max_tokens
+        self.name, self.dtype = model, dtype
+        self.processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
+        self.model = AutoModelForImageTextToText.from_pretrained(
+            model, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+        self.model.to(device).eval()
+
+    @property
+    def convention(self) -> Convention:
+        """What the numbers in an answer mean."""
+        return self.form.dialect.convention
+
+    def identity(self) -> dict[str, Any]:
+        """All that answers depend on beside the question, JSON-like."""
+        decoding = {"max_tokens": self.max_tokens, "dtype": self.dtype}
+        return {"model": path_fingerprint(self.name), "form": asdict(self.form), "decoding": decoding}
+
+    def answers(self, samples: Sequence[Sample], load: Load) -> Iterator[tuple[Sample, Reply]]:
+        """One reply for each sample, in order; what `load` refuses gets a reply with its rule."""
+        for sample in samples:
+            try:
+                request = build_turn(load(sample), self.form)
+            except SampleError as error:
+                yield sample, Reply("", refused=error.rule)
+                continue
+            yield sample, self._answer(request)
+
+    @torch.inference_mode()
+    def _answer(self, request: ChatRequest) -> Reply:
+        inputs = self.processor.apply_chat_template(
+            request.messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ).to(self.model.device, self.model.dtype)
+        self._check_sizes(request.geometries, inputs)
+        written = self.model.generate(
+            **inputs, max_new_tokens=self.max_tokens, do_sample=False, suppress_tokens=self._placeholders()
+        )[0, inputs["input_ids"].shape[1] :]
+        text = self.processor.decode(written, skip_special_tokens=True)
+        ends = self.model.generation_config.eos_token_id
+        finished = int(written[-1]) in (ends if isinstance(ends, list) else [ends])
+        return Reply(text, request.geometries, len(written), finished)
+
+    def _placeholders(self) -> list[int] | None:
+        """A placeholder that the model wrote would be taken for an image without pixels."""
+        ids = {getattr(self.processor, f"{kind}_token_id", None) for kind in ("image", "video")} - {None}
+        return sorted(ids) or None
+
+    def _check_sizes(self, geometries: Sequence[ImageGeometry], inputs: Any) -> None:
+        """Pixels mean something only in the size that the model sees."""
+        if self.convention != Convention.ABSOLUTE:
+            return
+        patch = self.processor.image_processor.patch_size
+        seen = [(int(columns) * patch, int(rows) * patch) for _, rows, columns in inputs["image_grid_thw"].tolist()]
+        sent = [geometry.processed for geometry in geometries]
+        if seen != sent:
+            raise ValueError(
+                f"the processor of {self.name!r} resized images of {sent} to {seen}: min_pixels={self.form.min_pixels}"
+                f" and max_pixels={self.form.max_pixels} must lie within its own limits"
+            )

@@ -1,0 +1,106 @@
+"""A model of one's own behind `transformers serve` on this machine, for as long as somebody needs it.
+
+The server is a process of its own, `python -m lightning_modules.local_server <arguments of transformers serve>`. It
+ends when its standard input does, so no server is left behind when the process that started it is killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class LocalServer:
+    """A running server: its address, and the name by which it knows its model."""
+
+    base_url: str
+    model: str
+    process: subprocess.Popen
+
+
+@contextmanager
+def local_server(model: str, work: Path, device: str = "auto", startup_seconds: float = 600.0) -> Iterator[LocalServer]:
+    """Serve `model`, a folder or Hub name, until the context is left. `work` gets server.log and the served folder.
+
+    Raises RuntimeError with the end of the log when the server does not come up.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    served = str(sampling_folder(Path(model), work / "model")) if Path(model).is_dir() else model
+    port = _free_port()
+    command = [sys.executable, "-m", "lightning_modules.local_server", served, "--host", HOST, "--port", str(port)]
+    log = work / "server.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [*command, "--device", device], stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT
+        )
+    try:
+        _wait_until_healthy(process, f"http://{HOST}:{port}/health", log, startup_seconds)
+        yield LocalServer(f"http://{HOST}:{port}/v1", served, process)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+
+
+def sampling_folder(model: Path, folder: Path) -> Path:
+    """A copy of a model folder, by links, whose generation settings sample.
+
+    `transformers serve` takes a temperature from the request, but whether to sample at all from the model alone.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    settings = {}
+    for file in sorted(model.resolve().iterdir()):
+        if file.name == "generation_config.json":
+            settings = json.loads(file.read_text())
+        elif file.is_file():
+            (folder / file.name).symlink_to(file)
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"do_sample": True}, indent=2))
+    return folder.resolve()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def _wait_until_healthy(process: subprocess.Popen, url: str, log: Path, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < end:
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):  # not listening yet
+            time.sleep(0.2)
+    state = f"ended with {process.returncode}" if process.poll() is not None else f"is not up after {seconds:.0f} s"
+    tail = log.read_text(errors="replace")[-2000:]
+    raise RuntimeError(f"the local server {state}; it needs `transformers[serving]`. The end of {log}:\n{tail}")
+
+
+def _end_with_stdin() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    from transformers.cli.transformers import app
+
+    app(["serve", *sys.argv[1:]])

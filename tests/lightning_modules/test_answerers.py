@@ -1,0 +1,73 @@
+"""A model behind an endpoint answers questions, with refusals as outcomes."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from datamodules.boxes import Convention
+from datamodules.chat_requests import RequestForm
+from datamodules.dialects import find_dialect
+from datamodules.samples import BoxAnswer, ImagePart, LoadedSample, Sample, SampleError, TextPart
+from datamodules.scores import score_text
+from lightning_modules.answerers import EndpointAnswerer
+from lightning_modules.endpoint import EndpointMisused, EndpointSettings
+from tests.chat_server import ChatServer, http_response, question_text
+from tests.conftest import random_png
+
+TRUTH = BoxAnswer(0, (0.1, 0.2, 0.6, 0.9), "thing")
+SAMPLES = [
+    Sample(f"q/{k}", "test", "refer", ("a.png",), (ImagePart(0), TextPart(f"Where is thing {k}?")), TRUTH)
+    for k in range(6)
+]
+
+
+def load(sample: Sample) -> LoadedSample:
+    if sample.id == "q/4":
+        raise SampleError(sample.id, "missing_image")
+    return LoadedSample(sample, (random_png(random.Random(0), (90, 60)),))
+
+
+def reply(request: dict) -> str | bytes:
+    if "thing 2?" in question_text(request):
+        return http_response(400, b'{"error": {"message": "no"}}')
+    return "<ref>thing</ref><box>[[100, 200, 600, 900]]</box>"
+
+
+def answerer(base_url: str) -> EndpointAnswerer:
+    settings = EndpointSettings("OpenGVLab/InternVL2-8B", base_url, concurrency=2)
+    return EndpointAnswerer(settings, RequestForm(find_dialect("auto", settings.model)), max_tokens=128)
+
+
+def test_every_sample_gets_one_reply_that_is_read_in_the_dialect() -> None:
+    with ChatServer(reply) as server:
+        asked = answerer(server.base_url)
+        found = {sample.id: answer for sample, answer in asked.answers(SAMPLES, load)}
+        sent = {(r["temperature"], r["max_completion_tokens"], "seed" in r) for r in server.requests}
+    assert sent == {(0, 128, False)} and asked.convention == Convention.PER_MILLE
+    assert sorted(found) == [sample.id for sample in SAMPLES]
+    assert (found.pop("q/2").refused, found.pop("q/4").refused) == ("refused", "missing_image")
+    for answer in found.values():
+        assert score_text(answer.text, TRUTH, answer.geometries, asked.convention).iou > 0.99
+        assert answer.num_tokens == 4 and answer.finished and answer.refused is None
+
+
+def test_a_caller_may_stop_early_and_errors_surface() -> None:
+    with ChatServer(reply) as server:
+        stream = answerer(server.base_url).answers(SAMPLES[:2], load)
+        next(stream)
+        stream.close()
+    with (
+        ChatServer(lambda request: http_response(404, b'{"error": {"message": "no such model"}}')) as server,
+        pytest.raises(EndpointMisused, match=r"InternVL2-8B.*no such model"),
+    ):
+        list(answerer(server.base_url).answers(SAMPLES, load))
+
+
+def test_identity_follows_what_answers_depend_on_and_not_the_address() -> None:
+    one, other = answerer("http://a/v1"), answerer("http://b/v1")
+    assert json.dumps(one.identity()) == json.dumps(other.identity())
+    other.max_tokens = 5
+    assert one.identity() != other.identity()
