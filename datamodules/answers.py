@@ -109,6 +109,11 @@ def parse_answer(text: str) -> ParsedAnswer | ParseFailure:
     return ParseFailure("bad_json" if "{" in answer or "[" in answer else "no_json")
 
 
+def answer_text(text: str) -> str | None:
+    """What the model answers after its thinking: the answer block, else the rest; None when the thinking never ends."""
+    return _split(text)[1]
+
+
 def is_well_formed(text: str) -> bool:
     """The format reward's condition (paper §3.2, made exact): one think block, then one answer block, nothing outside
     but white space, and in the answer one JSON object, fenced or not, with "bbox_2d" of four finite numbers,
