@@ -28,7 +28,8 @@ class NativeAnswerer:
         self._policy_key = policy_fingerprint(policy)  # once: it reads all weights
 
     def identity(self) -> dict[str, Any]:
-        form = {name: value for name, value in vars(self.encoder).items() if name not in ("processor", "processor_path")}
+        elsewhere = ("processor", "processor_path")  # the policy's folder
+        form = {name: value for name, value in vars(self.encoder).items() if name not in elsewhere}
         return {"policy": self._policy_key, "form": form, "decoding": asdict(self.settings)}
 
     def answers(self, samples: Sequence[Sample], load: Load) -> Iterator[tuple[Sample, Reply]]:

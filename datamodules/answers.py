@@ -29,6 +29,10 @@ _TAG = re.compile(r"<(/?)(think|answer)(?:\s[^<>]*+)?>", re.IGNORECASE | re.ASCI
 _STRUCTURE = re.compile(r'\\.|["\n{}\[\]]', re.DOTALL)
 _NUMBER = r"\s*+([-+]?[0-9]++(?:\.[0-9]++)?)\s*+"
 _PAIRS = re.compile(rf"\({_NUMBER},{_NUMBER}\)\s*+,?\s*+\({_NUMBER},{_NUMBER}\)")  # Qwen2-VL: (x1,y1),(x2,y2)
+# What other models write: (x1, y1, x2, y2), and MiniCPM-V's <box>x1 y1 x2 y2</box>.
+_FOREIGN = re.compile(
+    rf"{_PAIRS.pattern}|\({_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\)|<box>{_NUMBER}{_NUMBER}{_NUMBER}{_NUMBER}</box>"
+)
 _FENCE = re.compile(r"```(?:json)?[ \t\r]*+\n(.*)```", re.DOTALL)
 
 
@@ -79,12 +83,13 @@ def render_answer(values: Sequence[int | float], label: str, thinking: str | Non
     return fenced if thinking is None else f"<think>{thinking}</think><answer>{fenced}</answer>"
 
 
-def parse_answer(text: str) -> ParsedAnswer | ParseFailure:
+def parse_answer(text: str, foreign: bool = False) -> ParsedAnswer | ParseFailure:
     """Read the boxes in any model text.
 
     The answer is the first answer block after the thinking, or without one all that follows the thinking. In it, boxes
-    under "bbox_2d" count before bare lists of four numbers, and those before (x1,y1),(x2,y2). Malformed JSON around a
+    under "bbox_2d" count before bare lists of four numbers, and those before the forms without JSON. Malformed JSON around a
     sound part (a missing fence, a list cut short) does not hide that part. An inverted box is read: it scores 0.
+    `foreign` admits (x1, y1, x2, y2) and <box>x1 y1 x2 y2</box> too: for evaluating any model, not for training ours.
     """
     if not text.strip():
         return ParseFailure("empty")
@@ -98,9 +103,10 @@ def parse_answer(text: str) -> ParsedAnswer | ParseFailure:
         reader.read(value)
     boxes = reader.keyed or reader.bare
     if not boxes:
-        pairs = [tuple(float(number) for number in match.groups()) for match in _PAIRS.finditer(answer)]
-        boxes = [ParsedBox(values, None) for values in pairs if _is_box(list(values))]
-        if pairs and not boxes:
+        form = _FOREIGN if foreign else _PAIRS
+        written = [tuple(float(n) for n in match.groups() if n is not None) for match in form.finditer(answer)]
+        boxes = [ParsedBox(values, None) for values in written if _is_box(list(values))]
+        if written and not boxes:
             return ParseFailure("bad_box")
     if boxes:
         return ParsedAnswer(tuple(boxes), thinking)

@@ -7,6 +7,7 @@ The answer is what follows the thinking (`answers.answer_text`). The first rule 
 3. it marks one letter only: "(B)", "[B]", "option B"
 4. it begins with a letter and a mark: "B. the second image", "B) …", "B: …"
 5. it has one capital letter only that stands alone; "A" or "I" before a word in small letters is a word
+   ("A dog"), but not before and, or, is, but, because, since
 6. it is the text of one option, or holds the text of one option only
 
 An empty answer is wrong. So is a letter that no option has. Nothing is guessed.
@@ -24,7 +25,7 @@ CHOICE_FAILURES = ("empty", "no_answer", "no_choice", "several_choices", "no_suc
 
 _OPEN, _CLOSE = r"[\s\"'`*(\[{<]*+", r"[\s\"'`*)\]}>.,:;!]*+"
 _ALONE = re.compile(rf"{_OPEN}([A-Za-z]){_CLOSE}")
-_WORD_NEXT = r"(?!\s+[a-z])"  # "A dog": an article
+_WORD_NEXT = r"(?!\s+(?!(?:and|or|is|but|because|since)\b)[a-z])"  # "A dog" has an article, "A is right" a letter
 _SAID = re.compile(
     rf"\b(?i:answer)(?:\s+(?i:is|was|would be|should be))?\s*+[:=]?\s*+(?:(?i:option|choice|letter)\s+)?"
     rf"[\"'`*(\[{{<$]*+(?:\\boxed\{{)?([A-Z])\b{_WORD_NEXT}|\\boxed\{{\(?([A-Z])\)?\}}"

@@ -30,19 +30,20 @@ def score_text(
     geometries: Sequence[ImageGeometry],
     convention: Convention,
     which: BoxChoice = "first",
+    foreign: bool = False,
 ) -> TextScore:
     """Score one text against `answer`; `geometries` has one entry per image of the sample.
 
     The numbers in `text` are read in the model's `convention` and in the geometry of the answer's own image
     (`answer.image`), never guessed from the numbers nor from the true box. Where several boxes are written, the first
-    counts: more boxes can not raise the score; `which` says otherwise. Raises ValueError when `answer` is not one box or names an image that
-    has no geometry.
+    counts, so that more boxes can not raise the score, unless `which` says otherwise; `foreign` is `parse_answer`'s.
+    Raises ValueError when `answer` is not one box or names an image that has no geometry.
     """
     if not isinstance(answer, BoxAnswer):
         raise ValueError(f"scoring needs an answer of one box, got {type(answer).__name__}")
     if not 0 <= answer.image < len(geometries):
         raise ValueError(f"answer is in image {answer.image}, but there are {len(geometries)} images")
-    parsed, well_formed = parse_answer(text), is_well_formed(text)
+    parsed, well_formed = parse_answer(text, foreign), is_well_formed(text)
     if isinstance(parsed, ParseFailure):
         return TextScore(None, 0.0, well_formed, parsed.kind)
     boxes = [geometries[answer.image].to_unit(written.values, convention) for written in parsed.boxes]

@@ -2,7 +2,7 @@
 
     python -m experiments.evaluate_benchmarks --config experiments/configs/nano/benchmarks.yaml --model M --bench all
 
-    <output>/answers/<benchmark>-<key>/rank0.jsonl   every answer as it came: what a killed run goes on from, and the cache
+    <output>/answers/<benchmark>-<key>/rank0.jsonl   every answer as it came; resuming and the cache
     <output>/<benchmark>/predictions.jsonl           every answer with its score and all that scoring needs
     <output>/<benchmark>/result.json                 columns, averages, intervals (datamodules/benchmarks/results.py)
 
@@ -90,12 +90,13 @@ def evaluate_benchmarks(
         limits=form | {"max_prompt_tokens": max_prompt_tokens, "max_image_pixels": max_image_pixels},
     )
     home = Path(output or default_output(model))
+    facts = {"model": model, "data_root": data_root}
     results: dict[str, dict[str, Any]] = {}
     with phases.locked(home):
         job = Job(settings, tuple(benchmarks), data_root, str(home / "answers"), limit)
         totals = {name: len(limit_columns(b.samples, limit)) for name, b in benchmarks.items()}
         for name, key, folder, spoken in ask_all(job, totals, processes):
-            results[name] = _finish(benchmarks[name], home, model, limit, key, Path(folder), Convention(spoken))
+            results[name] = _finish(benchmarks[name], home, facts, limit, key, Path(folder), Convention(spoken))
     if limit is None:
         _log(home, results)
     print(f"wrote {home}")
@@ -126,7 +127,7 @@ def _load(names: list[str], data_root: str, twins: bool) -> dict[str, Benchmark]
 def _finish(
     benchmark: Benchmark,
     home: Path,
-    model: str,
+    facts: dict[str, str],
     limit: int | None,
     key: str,
     answers: Path,
@@ -137,7 +138,7 @@ def _finish(
     rules = (benchmark.rule, benchmark.official)
     samples = limit_columns(benchmark.samples, limit)
     predictions = [predict(sample, replies[sample.id], convention, *rules) for sample in samples]
-    result = {"benchmark": benchmark.name, "model": model, "key": key, "limit": limit}
+    result = {"benchmark": benchmark.name} | facts | {"key": key, "limit": limit}
     result |= {"dropped": dict(benchmark.dropped)} | summarise(predictions, *rules, benchmark.averages)
     folder = home / (benchmark.name if limit is None else f"{benchmark.name}-limit{limit}")
     write_evaluation(folder, predictions, result)
@@ -153,7 +154,7 @@ def default_output(model: str) -> str:
 
 
 def _log(home: Path, results: dict[str, dict[str, Any]]) -> None:
-    """To the W&B run of the phase, or one of the model's own. MIG-Bench's names stay those of `experiments.evaluate`."""
+    """To the W&B run of the phase, or one of the model's own."""
     values = {}
     for name, result in results.items():
         cells = result["columns"] | result["averages"]

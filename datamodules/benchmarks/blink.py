@@ -27,6 +27,7 @@ SUBSETS = (  # in the order of the paper's Table 6
     "Visual_Similarity",
     "Visual_Correspondence",
 )
+AVERAGES = {"avg": SUBSETS}
 RULE = Rule(source="paper Table 6: accuracy, mean over subsets")
 OFFICIAL = Rule(source="BLINK eval/evaluate.py without its GPT-3.5 matcher, mean over subsets", reader="blink")
 IMAGES = ("image_1", "image_2", "image_3", "image_4")
@@ -37,7 +38,7 @@ def load(root: Path) -> Benchmark:
     samples = [sample for subset in SUBSETS for sample in _subset(root, subset)]
 
     data = files_fingerprint(root, [str(_file(root, subset).relative_to(root)) for subset in SUBSETS])
-    return Benchmark(NAME, tuple(samples), partial(_read, root=root), RULE, OFFICIAL, {"avg": SUBSETS}, data)
+    return Benchmark(NAME, tuple(samples), partial(_read, root=root), RULE, OFFICIAL, AVERAGES, data)
 
 
 def _read(sample: Sample, root: Path) -> LoadedSample:

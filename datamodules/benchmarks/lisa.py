@@ -2,8 +2,8 @@
 
     ReasonSeg/{val,test}/X.jpg + X.json   {"text": […], "is_sentence": …, "shapes": [{"label", "points", …}, …]}
 
-Boxes from masks: around all target pixels (`boxes="targets"`). UniVG-R1 and Visual-RFT take the points of shapes[0] alone,
-whatever its label is (`boxes="first_shape"`). The question is text[0]: official evaluation asks no other.
+Boxes from masks: around all target pixels (`boxes="targets"`). UniVG-R1 and Visual-RFT take the points of shapes[0]
+alone, whatever its label is (`boxes="first_shape"`). The question is text[0]: official evaluation asks no other.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from datamodules.samples import Sample
 
 NAME, FOLDER = "lisa", "ReasonSeg"
 COLUMNS = ("val", "test")
+AVERAGES = {"avg": COLUMNS}
 RULE = Rule(source=PAPER)
 OFFICIAL = Rule(source="UniVG-R1 eval/zero_shot/lisa_evaluation: first box, IoU >= 0.5", inclusive=True)
 QUESTION = "Output the bounding box in the image corresponding to the instruction: {}."
@@ -50,7 +51,7 @@ def load(root: Path, boxes: Literal["targets", "first_shape"] = "targets") -> Be
             else:
                 samples.append(sample)
 
-    return file_benchmark(NAME, samples, root, RULE, OFFICIAL, {"avg": COLUMNS}, dropped)
+    return file_benchmark(NAME, samples, root, RULE, OFFICIAL, AVERAGES, dropped)
 
 
 def _sample(file: Path, split: str, boxes: str) -> Sample | None:

@@ -1,4 +1,4 @@
-"""Boxes from masks: polygons as labelme writes them, and COCO's run-length encoding. Boxes are pixel xyxy, end-exclusive."""
+"""Boxes from masks: labelme's polygons, and COCO's run-length encoding. Boxes are pixel xyxy, end-exclusive."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def _area(points: Polygon) -> float:
 def rle_box(rle: Mapping[str, Any]) -> Box | None:
     """The tight box of {"size": [height, width], "counts": str or list}; None for an empty mask.
 
-    Counts are lengths of runs of 0 and 1 in turn, down the columns. No mask is unpacked. Raises ValueError when the runs
-    do not fill the mask.
+    Counts are lengths of runs of 0 and 1 in turn, down the columns. No mask is unpacked. Raises ValueError when
+    the runs do not fill the mask.
     """
     height, width = rle["size"]
     counts = rle["counts"]
@@ -95,6 +95,6 @@ def encode_counts(runs: Sequence[int]) -> str:
         while more:
             bits = value & 31
             value >>= 5
-            more = not (value == -1 and bits & 16 or value == 0 and not bits & 16)
+            more = not ((value == -1 and bits & 16) or (value == 0 and not bits & 16))
             text.append(chr(48 + bits + 32 * more))
     return "".join(text)

@@ -8,6 +8,7 @@ from datamodules.benchmarks.mig_bench import IN_DOMAIN, OUT_OF_DOMAIN, TASKS, lo
 from datamodules.benchmarks.schema import PAPER, Benchmark, Rule, file_benchmark
 
 NAME, FOLDER = "mig_bench", "MIG-Bench"
+AVERAGES = {"avg": TASKS, "in_domain": IN_DOMAIN, "out_of_domain": OUT_OF_DOMAIN}
 RULE = Rule(source=PAPER + ", mean over tasks")
 OFFICIAL = Rule(source="Migician eval/utils.py: its own box reader, IoU >= 0.5", inclusive=True, reader="mig_bench")
 
@@ -17,5 +18,4 @@ def load(root: Path) -> Benchmark:
     samples, dirty = load_mig_bench(root / "MIG_data.json", root.parent)
 
     notes = {"kept: dirty answer box": len(dirty.boxes)} if dirty.boxes else {}
-    averages = {"avg": TASKS, "in_domain": IN_DOMAIN, "out_of_domain": OUT_OF_DOMAIN}
-    return file_benchmark(NAME, samples, root.parent, RULE, OFFICIAL, averages, notes)
+    return file_benchmark(NAME, samples, root.parent, RULE, OFFICIAL, AVERAGES, notes)

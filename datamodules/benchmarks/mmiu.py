@@ -48,7 +48,7 @@ SPATIAL = {
 COLUMNS = SEMANTIC | SPATIAL
 AVERAGES = {"avg": tuple(COLUMNS), "semantic": tuple(SEMANTIC), "spatial": tuple(SPATIAL)}
 RULE = Rule(source="paper Tables 7 and 8: mean over tasks, a task of two keys is their mean", within="macro")
-OFFICIAL = Rule(source="MMIU evaluate.py without its GPT-4o-mini matcher, mean over tasks", within="macro", reader="mmiu")
+OFFICIAL = Rule(source="MMIU evaluate.py without its GPT-4o-mini matcher", within="macro", reader="mmiu")
 _KEYS = {key: column for column, keys in COLUMNS.items() for key in keys}
 _FIELDS = ("task", "question", "context", "options", "input_image_path", "output")
 _OPTION = re.compile(r"^\s*\(?([A-Z])\)?\s*[:.)]\s?(.*)$", re.MULTILINE)

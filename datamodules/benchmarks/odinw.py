@@ -36,9 +36,12 @@ SETS = {
     "Vector": "vector",
 }
 COLUMNS = tuple(SETS)
+AVERAGES = {"avg": COLUMNS}
 RULE = Rule(source=PAPER)
-OFFICIAL = Rule(source="lmms-eval odinw13 ACC@0.5, without its choice of scale by the truth: best box, IoU >= 0.5", inclusive=True, box="best")
-QUESTION = "Locate the {} in this image."
+OFFICIAL = Rule(
+    source="lmms-eval odinw13 ACC@0.5 without its choice of scale: best box, IoU >= 0.5", inclusive=True, box="best"
+)
+QUESTION = "Locate the {} in this image and output the bbox coordinates in JSON format."  # Qwen2.5-VL's own wording
 FILE = "annotations_without_background.json"
 
 
@@ -55,7 +58,7 @@ def load(root: Path, split: str = "valid") -> Benchmark:
         require_fields(coco, ("images", "annotations", "categories"), str(path))
         samples += _samples(coco, column, f"{folder}/{split}", dropped)
 
-    return file_benchmark(NAME, samples, root, RULE, OFFICIAL, {"avg": COLUMNS}, dict(dropped))
+    return file_benchmark(NAME, samples, root, RULE, OFFICIAL, AVERAGES, dict(dropped))
 
 
 def _samples(coco: dict[str, Any], column: str, folder: str, dropped: Counter[str]) -> list[Sample]:

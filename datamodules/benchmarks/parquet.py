@@ -1,4 +1,4 @@
-"""Rows and images of Parquet files (pyarrow, in setup.cfg's extra `benchmarks`), read by row group so that memory stays flat."""
+"""Rows and images of Parquet files, images by row group, so that memory stays flat."""
 
 from __future__ import annotations
 

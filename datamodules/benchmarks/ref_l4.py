@@ -1,6 +1,6 @@
 """Ref-L4 (Chen et al.): long referring expressions for one image each.
 
-    Ref-L4/ref-l4-val.parquet, ref-l4-test.parquet   id, caption, bbox [x, y, w, h] in pixels, file_name, width, height, …
+    Ref-L4/ref-l4-val.parquet, ref-l4-test.parquet   id, caption, bbox [x, y, w, h] in pixels, file_name, width, …
     Ref-L4/images/…                                  images.tar.gz unpacked; file_name is the name in it
 
 Official rule: IoU > 0.5 too, over annotations. Its class-macro accuracy merges COCO's classes into Objects365's through
@@ -17,6 +17,7 @@ from datamodules.samples import Sample
 
 NAME, FOLDER = "ref_l4", "Ref-L4"
 COLUMNS = ("val", "test")
+AVERAGES = {"avg": COLUMNS}
 RULE = Rule(source=PAPER)
 OFFICIAL = Rule(source="ref_l4/evaluation.py: IoU > 0.5, over annotations")
 QUESTION = "Locate the region that this sentence describes: {}"
@@ -33,7 +34,7 @@ def load(root: Path) -> Benchmark:
     # The names in the archive may hold its folder already.
     inside = (root / samples[0].images[0]).is_file() if samples else False
     folder = root if inside else root / "images"
-    return file_benchmark(NAME, samples, folder, RULE, OFFICIAL, {"avg": COLUMNS})
+    return file_benchmark(NAME, samples, folder, RULE, OFFICIAL, AVERAGES)
 
 
 def _sample(row: dict, split: str, position: int) -> Sample:

@@ -1,6 +1,7 @@
 """The files of one benchmark's evaluation: predictions.jsonl, and result.json, the one result schema.
 
-    {"benchmark": "ref_l4", "model": "models/nano-base", "key": "…", "limit": null, "dropped": {}, "n": 80,
+    {"benchmark": "ref_l4", "model": "models/nano-base", "data_root": "data/nano", "key": "…",
+     "limit": null, "dropped": {}, "n": 80,
      "columns": {"val": {"score", "low", "high", "n"}, …}, "averages": {"avg": {…}}, "rule": {…},
      "official": {"rule", "columns", "averages"}, "details": {…}, "failures": {…}, "truncated_rate", "mean_tokens"}
 

@@ -29,11 +29,12 @@ from datamodules.samples import Sample
 NAME, FOLDER = "revos", "ReVOS"
 COLUMNS = ("ReVOS",)
 TYPES = {0: "referring", 1: "reasoning"}  # 2: expressions without a target, which official averages leave out too
+AVERAGES = {"avg": COLUMNS}
 RULE = Rule(source=PAPER)
 OFFICIAL = Rule(source="UniVG-R1 eval/zero_shot: first box, IoU >= 0.5 (ReVOS itself scores masks)", inclusive=True)
 QUESTION = (
-    "This is a sequence of images from a video. Please understand the entire video content, and then output the bounding"
-    " box in the {} image according to the instruction: {}"
+    "This is a sequence of images from a video. Please understand the entire video content, and then output the"
+    " bounding box in the {} image according to the instruction: {}"
 )
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 
@@ -66,7 +67,7 @@ def load(root: Path, num_frames: int = 6, grounded: int = 2) -> Benchmark:
             names = [f"JPEGImages/{video}/{content['frames'][place]}.jpg" for place in places]
             samples.append(_sample(f"{NAME}/{video}/{number}", expression, names, *found))
 
-    return file_benchmark(NAME, samples, root, RULE, OFFICIAL, {"avg": COLUMNS}, dict(dropped))
+    return file_benchmark(NAME, samples, root, RULE, OFFICIAL, AVERAGES, dict(dropped))
 
 
 def sample_frames(count: int, num_frames: int) -> list[int]:

@@ -143,7 +143,7 @@ def geometries_from_json(sizes: Sequence[Sequence[int]]) -> tuple[ImageGeometry,
 
 
 def make_sample(record: Mapping[str, Any], **extra: Any) -> Sample:
-    """A benchmark's sample: validated, but with the answer's box as it is (benchmarks score dirty boxes as they are)."""
+    """A benchmark's sample: validated, but for the answer's box, which is scored as it is, dirty or not."""
     return Sample.from_json({**record, "extra": extra}, strict_boxes=False)
 
 

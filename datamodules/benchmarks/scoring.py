@@ -73,7 +73,8 @@ def _read(prediction: Prediction, rule: Rule) -> tuple[float, str | tuple[float,
     if rule.reader == "mig_bench":
         box = extract_box_officially(prediction.text)
         return (0.0, None, "no_box") if box is None else (iou(box, prediction.answer.box), box, None)
-    score = score_text(prediction.text, prediction.answer, prediction.geometries, prediction.convention, rule.box)
+    how = (prediction.geometries, prediction.convention, rule.box)
+    score = score_text(prediction.text, prediction.answer, *how, foreign=True)
     return score.iou, score.box, score.failure
 
 

@@ -14,7 +14,7 @@ from jsonargparse import auto_parser
 from callbacks.checkpoints import WholeCheckpoints, WindowCheckpoint
 from callbacks.rejection_sampling import RejectionSampling
 from datamodules.prompts import PromptStyle
-from experiments import evaluate, pipeline, shards, train
+from experiments import evaluate, evaluate_benchmarks, pipeline, shards, train
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.grpo import GRPO
 from lightning_modules.qwen_vl import QwenVL
@@ -33,9 +33,12 @@ TRAINING = (
     "paper/grpo_7b.yaml",
 )
 OTHERS = {
+    "nano/benchmarks.yaml": evaluate_benchmarks.evaluate_benchmarks,
     "nano/eval.yaml": evaluate.evaluate,
     "nano/shards.yaml": shards.build,
     "nano/pipeline.yaml": pipeline.run,
+    "paper/benchmarks_3b.yaml": evaluate_benchmarks.evaluate_benchmarks,
+    "paper/benchmarks_7b.yaml": evaluate_benchmarks.evaluate_benchmarks,
     "paper/eval_3b.yaml": evaluate.evaluate,
     "paper/eval_7b.yaml": evaluate.evaluate,
     "paper/pipeline_3b.yaml": pipeline.run,
