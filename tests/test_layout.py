@@ -15,9 +15,13 @@ FLOORS = ("datamodules", "lightning_modules", "callbacks", "experiments")  # a f
 LEAVES = (
     "datamodules/boxes.py",
     "datamodules/samples.py",
+    "datamodules/answerers.py",
     "datamodules/answers.py",
     "datamodules/prompts.py",
     "datamodules/scores.py",
+    "datamodules/choices.py",
+    "datamodules/benchmarks/scoring.py",
+    "datamodules/benchmarks/registry.py",
     "lightning_modules/shared_prefix.py",
     "lightning_modules/rewards.py",
     "lightning_modules/objectives.py",

@@ -76,6 +76,7 @@ def _sample(file: Path, split: str, boxes: str) -> Sample | None:
             "answer": {"image": 0, "box": unit_box(box, size), "label": ""},
         },
         column=split,
+        size=list(size),
     )
 
 

@@ -91,7 +91,8 @@ def _samples(coco: dict[str, Any], column: str, folder: str, dropped: Counter[st
                         "box": unit_box((x, y, x + w, y + h), (image["width"], image["height"])),
                         "label": names[category_id],
                     },
-                }
+                },
+                size=[image["width"], image["height"]],
             )
         )
     return samples

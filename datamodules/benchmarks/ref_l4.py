@@ -52,4 +52,5 @@ def _sample(row: dict, split: str, position: int) -> Sample:
             "answer": {"image": 0, "box": box, "label": ""},
         },
         column=split,
+        size=[row["width"], row["height"]],
     )

@@ -79,8 +79,8 @@ def sample_frames(count: int, num_frames: int) -> list[int]:
 
 def _find(
     annotations: list[Any], masks: dict[str, Any], places: list[int], grounded: int, where: str
-) -> tuple[int, list[float]] | None:
-    """(index among the sampled frames, unit box) of the frame nearest to the wanted one with an object in it."""
+) -> tuple[int, list[float], list[int]] | None:
+    """(index, unit box, [width, height]) of the sampled frame nearest to the wanted one that shows an object."""
     for index in sorted(range(len(places)), key=lambda index: (abs(index - grounded), index)):
         found = []
         for annotation in annotations:
@@ -92,11 +92,13 @@ def _find(
         box = union_box([rle_box(rle) for rle in found])
         if box is not None:
             height, width = found[0]["size"]
-            return index, unit_box(box, (width, height))
+            return index, unit_box(box, (width, height)), [width, height]
     return None
 
 
-def _sample(name: str, expression: dict[str, Any], images: list[str], target: int, box: list[float]) -> Sample:
+def _sample(
+    name: str, expression: dict[str, Any], images: list[str], target: int, box: list[float], size: list[int]
+) -> Sample:
     question = QUESTION.format(ORDINALS[target], expression["exp"])
     return make_sample(
         {
@@ -108,4 +110,5 @@ def _sample(name: str, expression: dict[str, Any], images: list[str], target: in
             "answer": {"image": target, "box": box, "label": ""},
         },
         column=COLUMNS[0],
+        size=size,
     )

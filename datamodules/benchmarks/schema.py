@@ -1,7 +1,9 @@
 """What every benchmark is, and the record of one answer. One form for all seven, so that one evaluation serves them.
 
 A benchmark's samples lie in columns, those of the paper's table, and a column in units. A sample's unit is its `task`;
-its column is `extra["column"]`, or the unit itself where none is given.
+its column is `extra["column"]`, or the unit itself where none is given. `extra["size"]` is the (width, height) that the
+annotation was made in, where the files tell it: an image of another size (a resized copy, or one that EXIF turns) would
+give boxes another meaning, so its question counts as wrong under "size_mismatch".
 """
 
 from __future__ import annotations

@@ -37,9 +37,16 @@ def predict(sample: Sample, reply: Reply, convention: Convention, rule: Rule, of
         geometries=reply.geometries,
         num_tokens=reply.num_tokens,
         finished=reply.finished,
-        refused=reply.refused,
+        refused=reply.refused or _size_fault(sample, reply),
     )
     return rescore(unscored, rule, official)
+
+
+def _size_fault(sample: Sample, reply: Reply) -> str | None:
+    if "size" not in sample.extra or not reply.geometries:
+        return None
+    real = reply.geometries[sample.answer.image].original
+    return None if real == tuple(sample.extra["size"]) else "size_mismatch"
 
 
 def rescore(prediction: Prediction, rule: Rule, official: Rule) -> Prediction:

@@ -67,6 +67,11 @@ def test_an_unreadable_and_a_refused_answer_are_wrong_and_counted() -> None:
     assert result["columns"]["t"]["score"] == 25.0 and result["n"] == 4
 
 
+def test_an_image_of_another_size_than_the_annotations_is_wrong_and_counted() -> None:
+    assert boxed(WHOLE, size=[640, 480]).correct
+    assert boxed(WHOLE, size=[480, 640]).failure == "size_mismatch"
+
+
 def choice(text: str, letter: str = "B") -> Prediction:
     answer = ChoiceAnswer(letter, ("one", "two"))
     sample = Sample("c/0", "c", "t", ("a",), (ImagePart(0), TextPart("?")), answer)
