@@ -19,12 +19,14 @@ from jsonargparse import auto_cli
 
 from callbacks.evaluation import read_answers
 from callbacks.mig_bench import EvaluationSettings
+from datamodules.answerers import Reply
 from datamodules.artefacts import fingerprint
 from datamodules.benchmarks.registry import benchmark_names, load_benchmark
 from datamodules.benchmarks.results import format_result, write_evaluation
 from datamodules.benchmarks.schema import Benchmark, limit_columns
 from datamodules.benchmarks.scoring import predict, summarise
 from datamodules.boxes import Convention
+from datamodules.synthetic.twins.build import TWINS, write_twin
 from experiments import checks, phases, tracking
 from experiments.answerers import ALIASES, AnswererSettings
 from experiments.asking import Job, ask_all
@@ -90,30 +92,34 @@ def evaluate_benchmarks(
         limits=form | {"max_prompt_tokens": max_prompt_tokens, "max_image_pixels": max_image_pixels},
     )
     home = Path(output or default_output(model))
-    facts = {"model": model, "data_root": data_root}
-    results: dict[str, dict[str, Any]] = {}
+    job = Job(settings, tuple(benchmarks), data_root, str(home / "answers"), limit)
     with phases.locked(home):
-        job = Job(settings, tuple(benchmarks), data_root, str(home / "answers"), limit)
-        totals = {name: len(limit_columns(b.samples, limit)) for name, b in benchmarks.items()}
-        for name, key, folder, spoken in ask_all(job, totals, processes):
-            results[name] = _finish(benchmarks[name], home, facts, limit, key, Path(folder), Convention(spoken))
+        results = _evaluate(job, benchmarks, home, processes)
     if limit is None:
         _log(home, results)
     print(f"wrote {home}")
     return results
 
 
+def _evaluate(job: Job, benchmarks: dict[str, Benchmark], home: Path, processes: int) -> dict[str, dict[str, Any]]:
+    """Ask, and score each benchmark as soon as all its answers are there."""
+    results: dict[str, dict[str, Any]] = {}
+    totals = {name: len(limit_columns(benchmark.samples, job.limit)) for name, benchmark in benchmarks.items()}
+    for name, key, answers, convention in ask_all(job, totals, processes):
+        facts = {"model": job.settings.model, "data_root": job.data_root, "key": key, "limit": job.limit}
+        replies = read_answers(Path(answers), key)
+        results[name] = _finish(benchmarks[name], home, facts, replies, Convention(convention))
+    return results
+
+
 def _load(names: list[str], data_root: str, twins: bool) -> dict[str, Benchmark]:
     """All benchmarks, before any weights: a missing file should fail in the first seconds, and every one at once."""
-    if twins:
-        from datamodules.synthetic.twins.build import TWINS, write_twin
-
-        for name in [name for name in names if name in TWINS]:
-            write_twin(name, data_root)
     found: dict[str, Benchmark] = {}
     faults = []
     for name in names:
         try:
+            if twins and name in TWINS:
+                write_twin(name, data_root)
             found[name] = load_benchmark(name, data_root)
         except (OSError, ValueError) as error:
             faults.append(f"{name}: {error}")
@@ -127,18 +133,16 @@ def _load(names: list[str], data_root: str, twins: bool) -> dict[str, Benchmark]
 def _finish(
     benchmark: Benchmark,
     home: Path,
-    facts: dict[str, str],
-    limit: int | None,
-    key: str,
-    answers: Path,
+    facts: dict[str, Any],
+    replies: dict[str, Reply],
     convention: Convention,
 ) -> dict[str, Any]:
     """Score what was answered, write and print it."""
-    replies = read_answers(answers, key)
+    limit = facts["limit"]
     rules = (benchmark.rule, benchmark.official)
     samples = limit_columns(benchmark.samples, limit)
     predictions = [predict(sample, replies[sample.id], convention, *rules) for sample in samples]
-    result = {"benchmark": benchmark.name} | facts | {"key": key, "limit": limit}
+    result = {"benchmark": benchmark.name} | facts
     result |= {"dropped": dict(benchmark.dropped)} | summarise(predictions, *rules, benchmark.averages)
     folder = home / (benchmark.name if limit is None else f"{benchmark.name}-limit{limit}")
     write_evaluation(folder, predictions, result)

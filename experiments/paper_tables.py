@@ -93,7 +93,8 @@ def find_measured(outputs: Path) -> dict[str, Cells]:
     for file in sorted(outputs.glob(f"eval/*/*/{RESULT}")):
         result = read_result(file)
         if result["limit"] is None:
-            measured.setdefault(result["model"], {}).update(result_cells(result))
+            label = f"{result['model']} ({result['data_root']})"
+            measured.setdefault(label, {}).update(result_cells(result))
     for experiment in sorted(path for path in outputs.iterdir() if path.is_dir()):
         measured |= phase_measured(experiment)
     return measured
@@ -156,8 +157,8 @@ def markdown(source: str, tables: Sequence[Table]) -> str:
 
 
 NOTE = (
-    "Measured cells have 95 % bootstrap intervals; n is the number of questions. Rows measured on nano twins are not"
-    " comparable with the paper's."
+    "Measured cells have 95 % bootstrap intervals (of no width at 0 and 100 %); n is the number of questions. Rows"
+    " measured on nano twins (data/nano) are not comparable with the paper's."
 )
 
 

@@ -19,7 +19,7 @@ from datamodules.artefacts import read_json, write_atomic, write_json
 from datamodules.benchmarks.schema import Prediction, require_fields
 
 PREDICTIONS, RESULT = "predictions.jsonl", "result.json"
-_FIELDS = ("benchmark", "model", "limit", "n", "columns", "averages", "rule", "official", "failures")
+_FIELDS = ("benchmark", "model", "data_root", "limit", "n", "columns", "averages", "rule", "official", "failures")
 
 
 def write_evaluation(folder: Path, predictions: Sequence[Prediction], result: Mapping[str, Any]) -> None:

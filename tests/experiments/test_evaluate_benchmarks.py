@@ -15,7 +15,8 @@ from experiments.asking import Job, ask_all
 
 @pytest.fixture
 def small_twins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "TWINS", {n: (folder, writer, 2) for n, (folder, writer, _) in build.TWINS.items()})
+    small = {name: (folder, writer, 2) for name, (folder, writer, _) in build.TWINS.items()}
+    monkeypatch.setattr(build, "TWINS", small)
     monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
@@ -44,7 +45,7 @@ def test_the_whole_way_to_the_tables(tiny_model_dir: Path, tmp_path: Path, small
 
     tables.main(["--outputs", str(tmp_path / "outputs")])
     text = (tmp_path / "outputs/tables/tables.md").read_text()
-    assert text.count(f"measured: {tiny_model_dir}") == 2  # Tables 4 and 6
+    assert text.count(f"measured: {tiny_model_dir} ({tmp_path / 'data'})") == 2  # Tables 4 and 6
     assert "Table 6" in capsys.readouterr().out
 
     rescore.main(["--predictions", str(output / "lisa"), "--threshold=0", "--inclusive=true"])
@@ -58,6 +59,9 @@ def test_the_whole_way_to_the_tables(tiny_model_dir: Path, tmp_path: Path, small
 def test_every_missing_file_is_named_before_weights_are_read(tiny_model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(checks.SettingsError, match=r"(?s)ref_l4: .*ref-l4-val.*lisa: .*val"):
         evaluate_benchmarks.evaluate_benchmarks(str(tiny_model_dir), str(tmp_path), bench="ref_l4,lisa")
+    (tmp_path / "data/BLINK").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="BLINK was not made here"):
+        evaluate(tiny_model_dir, tmp_path, "--bench=blink")
     with pytest.raises(SystemExit, match="processes=0"):
         evaluate(tiny_model_dir, tmp_path, "--processes=0")
 

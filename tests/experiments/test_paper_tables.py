@@ -25,7 +25,8 @@ def cell(score: float, n: int = 10) -> dict:
 
 
 def write_result(folder: Path, name: str, columns: dict[str, float], averages: dict[str, float], **changes) -> None:
-    result = {"benchmark": name, "model": "m", "limit": None, "n": 10, "rule": {}, "official": {}, "failures": {}}
+    result = {"benchmark": name, "model": "m", "data_root": "d", "limit": None, "n": 10}
+    result |= {"rule": {}, "official": {}, "failures": {}}
     result["columns"] = {name: cell(score) for name, score in columns.items()}
     result["averages"] = {name: cell(score) for name, score in averages.items()}
     write_evaluation(folder, [], result | changes)
@@ -62,13 +63,13 @@ def test_a_measured_row_stands_below_the_papers_with_its_interval(tmp_path: Path
     write_result(tmp_path / "eval/m/odinw-limit1", "odinw", {"Vector": 0.0}, {}, limit=1)
     text = tables.make_tables(tmp_path)
     lines = text.split("## Table 5")[1].split("##")[0].strip().splitlines()
-    assert lines[-1] == "| measured: m | – | – | – | – | 50.00 [49.00, 51.00] | – | 10 |"
+    assert lines[-1] == "| measured: m (d) | – | – | – | – | 50.00 [49.00, 51.00] | – | 10 |"
     assert lines[-2].startswith("| Ours | 20.61 | 91.73 |")
     assert text.count("measured: m") == 1
     rows = list(csv.DictReader((tmp_path / "tables/tables.csv").read_text().splitlines()))
     (measured,) = [row for row in rows if row["kind"] == "measured"]
     assert measured == {
-        "table": "5", "row": "m", "kind": "measured", "column": "Vector",
+        "table": "5", "row": "m (d)", "kind": "measured", "column": "Vector",
         "score": "50.0000", "low": "49.0000", "high": "51.0000", "n": "10",
     }  # fmt: skip
     printed = sum(len(row.cells) for table in paper_tables.load_paper_tables()[1] for row in table.rows)
