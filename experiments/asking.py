@@ -133,8 +133,10 @@ def _check_alive(workers: list[Any]) -> None:
 def _work(job: Job, rank: int, world_size: int, messages: Any) -> None:
     # The cores are shared; more threads than cores make all of them slow.
     torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // world_size)))
+    parent = os.getppid()
     try:
         for _ in ask_rank(job, rank, world_size, messages.put):
-            pass
+            if os.getppid() != parent:  # it was killed: whoever starts again asks the rest
+                return
     except Exception:
         messages.put(Failed(rank, traceback.format_exc()))
