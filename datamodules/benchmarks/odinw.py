@@ -4,8 +4,8 @@
 
 How the paper turns detection into questions is published nowhere. Here, a question is an image and a category that
 has exactly one box in it; Acc@0.5 counts. The official score, COCO's mAP, is not of this kind: it is of one prompt that
-names every category of an image, and is not computed. Split `valid`: the paper's figures for Wildfire Smoke are
-multiples of 1/147, and that split has 147 images.
+names every category of an image, and is not computed. The paper names no split either: `valid` is a choice (its figures
+for Wildfire Smoke are multiples of 1/147, those for Vector of 1/18; not checked against the files).
 """
 
 from __future__ import annotations
