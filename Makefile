@@ -8,6 +8,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 CONFIG ?=
+MODEL ?=
+BENCH ?=
 ARGS ?=
 SOURCE ?=
 ROOT ?=
@@ -26,7 +28,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help pipeline base shards sft grpo eval synthesize report lint test test-slow clean
+.PHONY: help pipeline base shards sft grpo eval rescore synthesize tables report lint test test-slow clean
 
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,9 +60,17 @@ grpo: $(STAMP)  ## Rejection-sample with the stage-1 model, train GRPO and merge
 	$(world)
 	$(PY) -m experiments.train $(call config,grpo) $(seed) $(ARGS)
 
-eval: $(STAMP)  ## Evaluate a model on MIG-Bench: ARGS="--model outputs/nano/grpo/merged"
+eval: $(STAMP)  ## Evaluate: MODEL=nano BENCH=all (or ref_l4,blink,...), or MIG-Bench alone: ARGS="--model outputs/nano/grpo/merged"
 	$(world)
-	$(PY) -m experiments.evaluate $(call config,eval) $(ARGS)
+	$(if $(MODEL)$(BENCH),$(PY) -m experiments.evaluate_benchmarks $(call config,benchmarks) \
+		$(if $(MODEL),--model $(MODEL)) $(if $(BENCH),--bench $(BENCH)) $(ARGS),\
+		$(PY) -m experiments.evaluate $(call config,eval) $(ARGS))
+
+rescore: $(STAMP)  ## Score stored answers again: ARGS="--predictions outputs/eval/models--nano-base/lisa --threshold 0.3"
+	$(PY) -m experiments.rescore $(ARGS)
+
+tables: $(STAMP)  ## The paper's Tables 2-9 with the measured numbers beside them: Markdown, CSV, report.html
+	$(PY) -m experiments.tables $(ARGS)
 
 synthesize: $(STAMP)  ## CoT data from a teacher: nano's own CoT-SFT model, served here, or any OpenAI-compatible server
 	$(if $(CONFIG),,test -d outputs/nano/cot_sft/merged || $(MAKE) sft SEED= ARGS=)

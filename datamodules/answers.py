@@ -30,7 +30,10 @@ _STRUCTURE = re.compile(r'\\.|["\n{}\[\]]', re.DOTALL)
 _DIGITS = r"([-+]?[0-9]++(?:\.[0-9]++)?)"
 _NUMBER = rf"\s*+{_DIGITS}\s*+"
 _PAIRS = re.compile(rf"\({_NUMBER},{_NUMBER}\)\s*+,?\s*+\({_NUMBER},{_NUMBER}\)")  # Qwen2-VL: (x1,y1),(x2,y2)
-_SPACED = re.compile(rf"<box>\s*+{_DIGITS}\s++{_DIGITS}\s++{_DIGITS}\s++{_DIGITS}\s*+</box>")  # MiniCPM-V
+# What other models write: (x1, y1, x2, y2), and MiniCPM-V's <box>x1 y1 x2 y2</box>.
+_FOREIGN = re.compile(
+    rf"{_PAIRS.pattern}|\({_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\)|<box>{_NUMBER}{_NUMBER}{_NUMBER}{_NUMBER}</box>"
+)
 _FENCE = re.compile(r"```(?:json)?[ \t\r]*+\n(.*)```", re.DOTALL)
 
 
@@ -81,13 +84,13 @@ def render_answer(values: Sequence[int | float], label: str, thinking: str | Non
     return fenced if thinking is None else f"<think>{thinking}</think><answer>{fenced}</answer>"
 
 
-def parse_answer(text: str) -> ParsedAnswer | ParseFailure:
+def parse_answer(text: str, foreign: bool = False) -> ParsedAnswer | ParseFailure:
     """Read the boxes in any model text.
 
     The answer is the first answer block after the thinking, or without one all that follows the thinking. In it, boxes
-    under "bbox_2d" count before bare lists of four numbers, those before (x1,y1),(x2,y2), and those before
-    <box>x1 y1 x2 y2</box>. Malformed JSON around a sound part (a missing fence, a list cut short) does not hide that
-    part. An inverted box is read: it scores 0.
+    under "bbox_2d" count before bare lists of four numbers, and those before the forms without JSON. Malformed JSON
+    around a sound part (a missing fence, a list cut short) does not hide that part. An inverted box is read, scoring 0.
+    `foreign` admits (x1, y1, x2, y2) and <box>x1 y1 x2 y2</box> too: for evaluating any model, not for training ours.
     """
     if not text.strip():
         return ParseFailure("empty")
@@ -101,16 +104,21 @@ def parse_answer(text: str) -> ParsedAnswer | ParseFailure:
         reader.read(value)
     boxes = reader.keyed or reader.bare
     if not boxes:
-        found = list(_PAIRS.finditer(answer)) or list(_SPACED.finditer(answer))
-        pairs = [tuple(float(number) for number in match.groups()) for match in found]
-        boxes = [ParsedBox(values, None) for values in pairs if _is_box(list(values))]
-        if pairs and not boxes:
+        form = _FOREIGN if foreign else _PAIRS
+        written = [tuple(float(n) for n in match.groups() if n is not None) for match in form.finditer(answer)]
+        boxes = [ParsedBox(values, None) for values in written if _is_box(list(values))]
+        if written and not boxes:
             return ParseFailure("bad_box")
     if boxes:
         return ParsedAnswer(tuple(boxes), thinking)
     if num_decoded:
         return ParseFailure("bad_box" if reader.num_bad else "no_box")
     return ParseFailure("bad_json" if "{" in answer or "[" in answer else "no_json")
+
+
+def answer_text(text: str) -> str | None:
+    """What the model answers after its thinking: the answer block, else the rest; None when the thinking never ends."""
+    return _split(text)[1]
 
 
 def is_well_formed(text: str) -> bool:

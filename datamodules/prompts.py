@@ -8,7 +8,7 @@ from typing import Any
 
 from datamodules.answers import render_answer
 from datamodules.boxes import Convention, ImageGeometry, box_fault
-from datamodules.samples import BoxAnswer, BoxPart, ImagePart, Sample, SampleError, TextPart
+from datamodules.samples import BoxAnswer, BoxPart, ChoiceAnswer, ImagePart, Sample, SampleError, TextPart
 
 ANSWER_SUFFIX = " Output the bounding box coordinates in JSON format."
 # The paper's prompt (§3.2.1), after the question.
@@ -16,6 +16,8 @@ THINK_SUFFIX = (
     " First output the thinking process in <think> </think> tags and then output the final answer in"
     " <answer> </answer> tags." + ANSWER_SUFFIX
 )
+CHOICE_SUFFIX = " Answer with the letter of one option."
+CHOICE_THINK_SUFFIX = THINK_SUFFIX.removesuffix(ANSWER_SUFFIX) + " The final answer is the letter of one option."
 # MIG-Bench's official prompt for Qwen models; its misspelling and second box_start are part of it.
 OFFICIAL_QWEN_SUFFIX = "Format:<|box_start|>(x1,y1),(x2,y2)<|box_start|>. Don't generate addtional words."
 
@@ -36,6 +38,14 @@ _SUFFIXES = {
     PromptStyle.ANSWER: ANSWER_SUFFIX,
     PromptStyle.PLAIN: "",
     PromptStyle.OFFICIAL: OFFICIAL_QWEN_SUFFIX,
+}
+
+# Questions with options carry their own in the official prompts.
+_CHOICE_SUFFIXES = {
+    PromptStyle.THINK: CHOICE_THINK_SUFFIX,
+    PromptStyle.ANSWER: CHOICE_SUFFIX,
+    PromptStyle.PLAIN: "",
+    PromptStyle.OFFICIAL: "",
 }
 
 
@@ -60,7 +70,8 @@ def build_messages(
             content.append({"type": "image"})
         else:
             _append_text(content, _part_text(part, geometries, convention, style, question_box))
-    suffix = _SUFFIXES[style] if suffix is None else suffix
+    if suffix is None:
+        suffix = (_CHOICE_SUFFIXES if isinstance(sample.answer, ChoiceAnswer) else _SUFFIXES)[style]
     if style in (PromptStyle.THINK, PromptStyle.ANSWER):
         if content and content[-1]["type"] == "text":
             content[-1]["text"] = content[-1]["text"].rstrip()

@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 
 from datamodules.artefacts import write_atomic
-from experiments import charts, metrics
+from experiments import charts, metrics, paper_tables
 from experiments.results import Results, Stage, read_results
 
 # Title of a chart -> the logged metrics in it. A chart whose metrics were not logged is left out.
@@ -77,6 +77,7 @@ def render_report(folder: Path) -> str:
         f'<div class="scroll">{charts.bar_chart("Acc@0.5 by task", tasks, bars)}</div>' if tasks else "",
         _table([["task", *bars], *([task, *(_number(b.get(task)) for b in bars.values())] for task in tasks)]),
         *_failures(results),
+        *_paper_tables(folder),
         *(_phase_section(phase) for phase in _phases(folder, results)),
     ]
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
@@ -119,6 +120,20 @@ def _failures(results: Results) -> list[str]:
     kinds = list(dict.fromkeys(kind for counts in failures.values() for kind in counts))
     rows = [[kind, *(str(counts.get(kind, 0)) for counts in failures.values())] for kind in kinds]
     return [_table([["answers without a box", *failures], *rows])] if kinds else []
+
+
+def _paper_tables(folder: Path) -> list[str]:
+    """The paper's tables that this experiment has measured cells for."""
+    measured = paper_tables.phase_measured(folder)
+    source, tables = paper_tables.load_paper_tables()
+    shown = [t for t in paper_tables.with_measured(tables, measured) if any(row.measured for row in t.rows)]
+    if not shown:
+        return []
+    sections = [f"<h2>The paper's tables</h2><p>Paper: {escape(source.strip())}. {escape(paper_tables.NOTE)}</p>"]
+    for table in shown:
+        sections.append(f"<h3>Table {table.number}: {escape(table.title)}</h3>")
+        sections.append(f'<div class="scroll">{_table(paper_tables.text_rows(table))}</div>')
+    return sections
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -6,27 +6,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from datamodules.boxes import Convention, ImageGeometry
+from datamodules.answerers import Load, Reply
+from datamodules.boxes import Convention
 from datamodules.chat_requests import RequestForm, build_request
-from datamodules.samples import LoadedSample, Sample, SampleError
+from datamodules.samples import Sample, SampleError
 from lightning_modules.endpoint import ChatEndpoint, EndpointSettings, RequestRefused
-
-Load = Callable[[Sample], LoadedSample]  # reads the images of a sample; raises SampleError where it cannot
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What came back for one question, and the geometries (one for each image) that its numbers are read in."""
-
-    text: str
-    geometries: tuple[ImageGeometry, ...] = ()
-    num_tokens: int = 0  # of the answer; 0 where it is not known
-    finished: bool = True  # False: cut at the token limit
-    refused: str | None = None  # the rule by which the question could not be asked
 
 
 class EndpointAnswerer:
@@ -82,8 +70,8 @@ class EndpointAnswerer:
             request = await asyncio.to_thread(lambda: build_request(load(sample), self.form))
             found = await endpoint.complete(request.messages, self.max_tokens, self.temperature)
         except SampleError as error:
-            return sample, Reply("", refused=error.rule)
+            return sample, Reply("", (), refused=error.rule)
         except RequestRefused:
-            return sample, Reply("", refused="refused")
+            return sample, Reply("", (), refused="refused")
         finished = found.finish_reason != "length"
         return sample, Reply(found.text, request.geometries, found.completion_tokens, finished)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from datamodules.answerers import Load, Reply
 from datamodules.artefacts import path_fingerprint
 from datamodules.boxes import Convention, ImageGeometry
 from datamodules.chat_requests import ChatRequest, RequestForm, build_turn
 from datamodules.samples import Sample, SampleError
-from lightning_modules.answerers import Load, Reply
 
 
 class ImageTextAnswerer:
@@ -58,7 +58,7 @@ class ImageTextAnswerer:
             try:
                 request = build_turn(load(sample), self.form)
             except SampleError as error:
-                yield sample, Reply("", refused=error.rule)
+                yield sample, Reply("", (), refused=error.rule)
                 continue
             yield sample, self._answer(request)
 

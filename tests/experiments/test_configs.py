@@ -15,7 +15,7 @@ from jsonargparse import auto_parser
 from callbacks.checkpoints import WholeCheckpoints, WindowCheckpoint
 from callbacks.rejection_sampling import RejectionSampling
 from datamodules.prompts import PromptStyle
-from experiments import evaluate, import_shards, pipeline, shards, synthesize, train
+from experiments import evaluate, evaluate_benchmarks, import_shards, pipeline, shards, synthesize, train
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.grpo import GRPO
 from lightning_modules.qwen_vl import QwenVL
@@ -34,12 +34,15 @@ TRAINING = (
     "paper/grpo_7b.yaml",
 )
 OTHERS = {
+    "nano/benchmarks.yaml": evaluate_benchmarks.evaluate_benchmarks,
     "nano/eval.yaml": evaluate.evaluate,
     "nano/shards.yaml": shards.build,
     "nano/pipeline.yaml": pipeline.run,
     "paper/cot_mixture.yaml": import_shards.run,
     "nano/synthesize.yaml": synthesize.synthesize,
     "paper/synthesize_72b.yaml": synthesize.synthesize,
+    "paper/benchmarks_3b.yaml": evaluate_benchmarks.evaluate_benchmarks,
+    "paper/benchmarks_7b.yaml": evaluate_benchmarks.evaluate_benchmarks,
     "paper/eval_3b.yaml": evaluate.evaluate,
     "paper/eval_7b.yaml": evaluate.evaluate,
     "paper/pipeline_3b.yaml": pipeline.run,

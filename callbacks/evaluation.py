@@ -1,0 +1,85 @@
+"""Asking one benchmark's questions: a fixed share for each process, a journal for each, and nothing asked twice.
+
+    <folder>/rank0.jsonl, rank1.jsonl, …   {"id", "text", "geometries": [[w, h, processed w, processed h], …], …}
+
+The folder is named by the key of what answers depend on, so it is also the cache: any later evaluation of the same
+model, data and settings finds its answers there, whatever it was limited to and however many processes it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from callbacks.encoding import split_windows
+from datamodules.answerers import Answerer, Reply
+from datamodules.artefacts import Journal, fingerprint, read_journal
+from datamodules.benchmarks.schema import Benchmark, column_of, geometries_from_json
+from datamodules.samples import Sample
+
+
+def answers_key(benchmark: Benchmark, answerer: Answerer) -> str:
+    """Hash of the questions, their images (by name and size) and the answerer. Not of how many are asked."""
+    return fingerprint([sample.to_json() for sample in benchmark.samples], benchmark.data, answerer.identity())
+
+
+def read_answers(folder: Path, key: str) -> dict[str, Reply]:
+    """Sample id -> reply, from the journals of all processes, also of earlier evaluations."""
+    replies: dict[str, Reply] = {}
+    for file in sorted(folder.glob("rank*.jsonl")):
+        replies |= {record["id"]: _reply(record) for record in read_journal(file, key)}
+    return replies
+
+
+def ask_share(
+    answerer: Answerer,
+    samples: Sequence[Sample],
+    benchmark: Benchmark,
+    folder: Path,
+    key: str,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[int]:
+    """Ask this process's share of `samples` and journal the replies, window by window.
+
+    Windows are cut from all samples in a fixed order, many images first (memory is tested at once, and the time left is
+    not flattered). A window whose replies are all there is done; any other is asked whole, so that the questions which
+    share a batch are always the same. Yields how many more replies are there, those found first.
+    """
+    done = read_answers(folder, key).keys()
+    ordered = sorted(samples, key=lambda sample: (-len(sample.images), column_of(sample), sample.task))
+    mine = split_windows(ordered, answerer.window)[rank::world_size]
+    waiting = [window for window in mine if not all(sample.id in done for sample in window)]
+    yield sum(map(len, mine)) - sum(map(len, waiting))
+    journal = Journal(folder / f"rank{rank}.jsonl", key)
+    records: list[dict[str, Any]] = []
+    for sample, reply in answerer.answers([sample for window in waiting for sample in window], benchmark.load):
+        records.append(_record(sample, reply))
+        if len(records) >= answerer.window:
+            journal.append(records)
+            yield len(records)
+            records = []
+    journal.append(records)
+    yield len(records)
+
+
+def _record(sample: Sample, reply: Reply) -> dict[str, Any]:
+    return {
+        "id": sample.id,
+        "text": reply.text,
+        "geometries": [[*g.original, *g.processed] for g in reply.geometries],
+        "num_tokens": reply.num_tokens,
+        "finished": reply.finished,
+        "refused": reply.refused,
+    }
+
+
+def _reply(record: Mapping[str, Any]) -> Reply:
+    return Reply(
+        text=record["text"],
+        geometries=geometries_from_json(record["geometries"]),
+        num_tokens=record["num_tokens"],
+        finished=record["finished"],
+        refused=record["refused"],
+    )

@@ -1,0 +1,75 @@
+"""BLINK (Fu et al.): the seven subsets of the paper, validation split (the test answers are hidden).
+
+    BLINK/<Subset>/val-00000-of-00001.parquet   idx, question, image_1 … image_4, choices, answer "(A)", prompt, …
+
+The model is asked `prompt`, which lists the options, after the images. Official accuracy is exact match after a reading
+whose last step asks GPT-3.5; that step is left out of the official column.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datamodules.benchmarks.parquet import null_columns, read_rows, row_bytes
+from datamodules.benchmarks.schema import Benchmark, Rule, files_fingerprint, image_parts, make_sample
+from datamodules.samples import LoadedSample, Sample
+
+NAME, FOLDER = "blink", "BLINK"
+SUBSETS = (  # in the order of the paper's Table 6
+    "Counting",
+    "Forensic_Detection",
+    "IQ_Test",
+    "Jigsaw",
+    "Multi-view_Reasoning",
+    "Visual_Similarity",
+    "Visual_Correspondence",
+)
+AVERAGES = {"avg": SUBSETS}
+RULE = Rule(source="paper Table 6: accuracy, mean over subsets")
+OFFICIAL = Rule(source="BLINK eval/evaluate.py without its GPT-3.5 matcher, mean over subsets", reader="blink")
+IMAGES = ("image_1", "image_2", "image_3", "image_4")
+
+
+def load(root: Path) -> Benchmark:
+    """Raises ValueError that names a missing column or a wrong answer, FileNotFoundError for a missing subset."""
+    samples = [sample for subset in SUBSETS for sample in _subset(root, subset)]
+
+    data = files_fingerprint(root, [str(_file(root, subset).relative_to(root)) for subset in SUBSETS])
+    return Benchmark(NAME, tuple(samples), partial(_read, root=root), RULE, OFFICIAL, AVERAGES, data)
+
+
+def _read(sample: Sample, root: Path) -> LoadedSample:
+    columns = [name.rsplit("#", 1)[1] for name in sample.images]
+    return LoadedSample(sample, tuple(row_bytes(_file(root, sample.task), sample.extra["row"], columns)))
+
+
+def _file(root: Path, subset: str) -> Path:
+    return root / subset / "val-00000-of-00001.parquet"
+
+
+def _subset(root: Path, subset: str) -> list[Sample]:
+    path = _file(root, subset)
+    rows = read_rows(path, ("idx", "prompt", "choices", "answer"))
+    nulls = null_columns(path, IMAGES)
+    return [_sample(row, position, subset, null) for position, (row, null) in enumerate(zip(rows, nulls, strict=True))]
+
+
+def _sample(row: dict[str, Any], position: int, subset: str, null: set[str]) -> Sample:
+    letter = re.fullmatch(r"\(([A-Z])\)", row["answer"])
+    if letter is None:
+        raise ValueError(f"BLINK {subset}, {row['idx']}: answer={row['answer']!r} is not of the form (A)")
+    images = [name for name in IMAGES if name not in null]
+    return make_sample(
+        {
+            "id": f"{NAME}/{row['idx']}",
+            "source": NAME,
+            "task": subset,
+            "images": [f"{row['idx']}#{name}" for name in images],
+            "messages": image_parts(len(images), row["prompt"]),
+            "answer": {"letter": letter[1], "choices": row["choices"]},
+        },
+        row=position,
+    )

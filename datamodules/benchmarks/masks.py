@@ -1,0 +1,100 @@
+"""Boxes from masks: labelme's polygons, and COCO's run-length encoding. Boxes are pixel xyxy, end-exclusive."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from datamodules.boxes import Box
+
+Polygon = Sequence[Sequence[float]]
+
+
+def polygons_box(polygons: Sequence[tuple[Polygon, int]], size: tuple[int, int]) -> Box | None:
+    """The tight box of value 1 in an image of `size` (width, height) where (polygon, value) pairs are drawn.
+
+    As LISA draws ReasonSeg: in descending area, outline and fill, so that smaller ones overwrite larger ones. Polygons
+    of fewer than two points draw nothing. None if no pixel has the value 1.
+    """
+    mask = Image.new("L", size)
+    draw = ImageDraw.Draw(mask)
+    for points, value in sorted(polygons, key=lambda pair: -_area(pair[0])):
+        if len(points) > 1:
+            draw.polygon([tuple(point) for point in points], fill=value, outline=value)
+    box = mask.point(lambda value: 255 if value == 1 else 0).getbbox()
+    return None if box is None else tuple(map(float, box))
+
+
+def _area(points: Polygon) -> float:
+    following = [*points[1:], *points[:1]]
+    return abs(sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(points, following, strict=True))) / 2
+
+
+def rle_box(rle: Mapping[str, Any]) -> Box | None:
+    """The tight box of {"size": [height, width], "counts": str or list}; None for an empty mask.
+
+    Counts are lengths of runs of 0 and 1 in turn, down the columns. No mask is unpacked. Raises ValueError when
+    the runs do not fill the mask.
+    """
+    height, width = rle["size"]
+    counts = rle["counts"]
+    runs = counts if isinstance(counts, list) else _decode_counts(counts)
+    if sum(runs) != height * width or min(runs, default=0) < 0:
+        raise ValueError(f"RLE: runs of {sum(runs)} pixels do not fill a mask of size {height}x{width}")
+    left, top, right, bottom = width, height, 0, 0
+    position = 0
+    for index, run in enumerate(runs):
+        if index % 2 and run:
+            first, last = divmod(position, height), divmod(position + run - 1, height)
+            left, right = min(left, first[0]), max(right, last[0] + 1)
+            whole = first[0] != last[0]  # it passes the foot of a column and goes on at the head of the next
+            top = min(top, 0 if whole else first[1])
+            bottom = max(bottom, height if whole else last[1] + 1)
+        position += run
+    return (float(left), float(top), float(right), float(bottom)) if right else None
+
+
+def union_box(boxes: Sequence[Box | None]) -> Box | None:
+    """The box around all boxes that are there."""
+    there = [box for box in boxes if box is not None]
+    if not there:
+        return None
+    x1, y1, x2, y2 = zip(*there, strict=True)
+    return min(x1), min(y1), max(x2), max(y2)
+
+
+def _decode_counts(text: str | bytes) -> list[int]:
+    """COCO's compressed counts: five bits a character from '0' on, low bits first, a sixth bit says that more follow;
+    signed; from the fourth count on the difference to the count before last."""
+    counts: list[int] = []
+    value = shift = 0
+    for code in text if isinstance(text, bytes) else text.encode("ascii"):
+        bits = code - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"RLE: counts hold the character {chr(code)!r}")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            if bits & 16:
+                value -= 1 << shift
+            counts.append(value + counts[-2] if len(counts) > 2 else value)
+            value = shift = 0
+    if shift:
+        raise ValueError("RLE: counts end inside a number")
+    return counts
+
+
+def encode_counts(runs: Sequence[int]) -> str:
+    """The inverse, for writing data in COCO's form."""
+    text = []
+    for index, run in enumerate(runs):
+        value = run - runs[index - 2] if index > 2 else run
+        more = True
+        while more:
+            bits = value & 31
+            value >>= 5
+            more = not ((value == -1 and bits & 16) or (value == 0 and not bits & 16))
+            text.append(chr(48 + bits + 32 * more))
+    return "".join(text)

@@ -1,0 +1,120 @@
+"""MMIU (Meng et al.): the tasks of the paper's Tables 7 and 8 (three semantic groups, and two-dimensional space).
+
+    MMIU/all.parquet        task, question, context, options "A: …\\nB: …", input_image_path [str], output (a letter)
+    MMIU/<Category>/<task>/…   the images; some unpackings lack <Category>
+
+A table's column is a task of the paper, which may join two keys of the file: its accuracy is the mean of the keys'
+accuracies. Official accuracy reads a letter and asks GPT-4o-mini where it finds none; that step is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from datamodules.benchmarks.parquet import read_rows
+from datamodules.benchmarks.schema import Benchmark, Rule, file_benchmark, image_parts, make_sample, read_files
+from datamodules.samples import LoadedSample, Sample, SampleError
+
+NAME, FOLDER = "mmiu", "MMIU"
+# Column -> keys of the file, compared in lower case.
+SEMANTIC = {
+    "VGR": ("visually_grounded_reasoning_marvl", "visually_grounded_reasoning_nlvr2"),
+    "STS": ("spot_the_similarity",),
+    "VCor": ("visual_correspondence_blink", "visual_correspondence_scannet"),
+    "SC": ("semantic_correspondence_blink", "semantic_correspondence_misc210k"),
+    "FC": ("functional_correspondence_blink", "functional_correspondence_funk_point"),
+    "ER": ("emotion_recognition_expw", "emotion_recognition_findingemo"),
+    "CR": ("casuality_reasoning_next_qa", "casuality_reasoning_var"),
+    "MIC": ("multiple_image_captioning",),
+    "VQA": ("visual_quality_assessment_q_bench+", "visual_quality_assessment_ve_lol_l"),
+    "FD": ("forensic_detection_blink", "forensic_detection_forgerynet"),
+}
+SPATIAL = {
+    "RPM": ("ravens_progressive_matrices",),
+    "JPS": ("jigsaw_puzzle_solving",),
+    "ICSC": ("image_captioning_with_spatial_context",),
+    "IQASC": ("icon_question_answering_with_spatial_context",),
+    "ITRSC": ("image_text_retrieval_with_spatial_context",),
+    "ISTE": ("image_spatial_transformation_estimation",),
+    "HE": ("homography_estimation",),
+    "PT": ("point_tracking",),
+    "SOT": ("single_object_tracking",),
+}
+COLUMNS = SEMANTIC | SPATIAL
+AVERAGES = {"avg": tuple(COLUMNS), "semantic": tuple(SEMANTIC), "spatial": tuple(SPATIAL)}
+RULE = Rule(source="paper Tables 7 and 8: mean over tasks, a task of two keys is their mean", within="macro")
+OFFICIAL = Rule(source="MMIU evaluate.py without its GPT-4o-mini matcher", within="macro", reader="mmiu")
+_KEYS = {key: column for column, keys in COLUMNS.items() for key in keys}
+_FIELDS = ("task", "question", "context", "options", "input_image_path", "output")
+_OPTION = re.compile(r"^\s*\(?([A-Z])\)?\s*[:.)]\s?(.*)$", re.MULTILINE)
+
+
+def load(root: Path) -> Benchmark:
+    """Raises ValueError that names a missing column, a task without rows or a wrong field."""
+    samples: list[Sample] = []
+    dropped: Counter[str] = Counter()
+    for position, row in enumerate(read_rows(root / "all.parquet", _FIELDS)):
+        key = row["task"].lower()
+        if key not in _KEYS:
+            dropped["task of another group"] += 1
+        elif not row["output"]:
+            dropped["no output"] += 1  # the official script skips these too
+        else:
+            samples.append(_sample(row, key, position))
+    if absent := sorted(set(_KEYS) - {sample.task for sample in samples}):
+        raise ValueError(f"{root / 'all.parquet'}: no row has the task {', '.join(absent)}")
+
+    benchmark = file_benchmark(NAME, samples, root, RULE, OFFICIAL, AVERAGES, dict(dropped))
+    return replace(benchmark, load=partial(_read, root=root))
+
+
+def _read(sample: Sample, root: Path) -> LoadedSample:
+    try:
+        return read_files(sample, root)
+    except SampleError:
+        return LoadedSample(sample, tuple(_read_without_category(sample, root)))
+
+
+def _read_without_category(sample: Sample, root: Path) -> list[bytes]:
+    names = [str(PurePosixPath(*PurePosixPath(name).parts[1:])) for name in sample.images]
+    if missing := [name for name in names if not (root / name).is_file()]:
+        raise SampleError(sample.id, "missing_image", f"{missing[0]}, with and without its category's folder")
+    return [(root / name).read_bytes() for name in names]
+
+
+def _sample(row: dict[str, Any], key: str, position: int) -> Sample:
+    where = f"MMIU row {position} ({row['task']})"
+    if not isinstance(row["input_image_path"], list):
+        raise ValueError(f"{where}: input_image_path={row['input_image_path']!r:.80} is not a list of paths")
+    options = _OPTION.findall(row["options"])
+    letters = [letter for letter, _ in options]
+    if letters != [chr(ord("A") + index) for index in range(len(letters))] or not letters:
+        raise ValueError(f"{where}: options={row['options']!r:.80} are not lettered A, B, …")
+    letter = row["output"].strip().strip("().:").upper()
+    if letter not in letters:
+        raise ValueError(f"{where}: output={row['output']!r} is none of {letters}")
+    images = [str(PurePosixPath(name)) for name in row["input_image_path"]]
+    return make_sample(
+        {
+            "id": f"{NAME}/{position}",
+            "source": NAME,
+            "task": key,
+            "images": images,
+            "messages": image_parts(len(images), _text(row)),
+            "answer": {"letter": letter, "choices": [text for _, text in options]},
+        },
+        column=_KEYS[key],
+    )
+
+
+def _text(row: dict[str, Any]) -> str:
+    """Question, context and, where the context does not repeat them, the options."""
+    parts = [row["question"].strip(), (row["context"] or "").strip()]
+    if row["options"].strip() not in parts[1]:
+        parts.append(row["options"].strip())
+    return "\n".join(part for part in parts if part)

@@ -1,0 +1,103 @@
+"""ODinW: five sets of "Object Detection in the Wild" (Li et al.), each category of an image asked for by name.
+
+    odinw/<set>/<split>/annotations_without_background.json and the images beside it (COCO; bbox [x, y, w, h] in pixels)
+
+How the paper turns detection into questions is published nowhere. Here, a question is an image and a category that
+has exactly one box in it; Acc@0.5 counts. The official score, COCO's mAP, is not of this kind: it is of one prompt that
+names every category of an image, and is not computed. The paper names no split either: `valid` is a choice (its figures
+for Wildfire Smoke are multiples of 1/147, those for Vector of 1/18; not checked against the files).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from datamodules.benchmarks.schema import (
+    PAPER,
+    Benchmark,
+    Rule,
+    file_benchmark,
+    image_parts,
+    make_sample,
+    require_fields,
+    unit_box,
+)
+from datamodules.samples import Sample
+
+NAME, FOLDER = "odinw", "odinw"
+SETS = {
+    "OxfordPets": "OxfordPets/by-breed",
+    "PascalVOC": "PascalVOC",
+    "WildfireSmoke": "WildfireSmoke",
+    "OpenPoetryVision": "openPoetryVision/512x512",
+    "Vector": "vector",
+}
+COLUMNS = tuple(SETS)
+AVERAGES = {"avg": COLUMNS}
+RULE = Rule(source=PAPER)
+OFFICIAL = Rule(
+    source="lmms-eval odinw13 ACC@0.5 without its choice of scale: best box, IoU >= 0.5", inclusive=True, box="best"
+)
+QUESTION = "Locate the {} in this image and output the bbox coordinates in JSON format."  # Qwen2.5-VL's own wording
+FILE = "annotations_without_background.json"
+
+
+def load(root: Path, split: str = "valid") -> Benchmark:
+    """Raises ValueError that names a missing field, FileNotFoundError for a missing set."""
+    samples: list[Sample] = []
+    dropped: Counter[str] = Counter()
+    for column, folder in SETS.items():
+        path = root / folder / split / FILE
+        if not path.is_file():
+            there = sorted(p.parent.name for p in (root / folder).glob(f"*/{FILE}"))
+            raise FileNotFoundError(f"{path} is not there; {root / folder} has the splits {there}")
+        coco = json.loads(path.read_text(encoding="utf-8"))
+        require_fields(coco, ("images", "annotations", "categories"), str(path))
+        samples += _samples(coco, column, f"{folder}/{split}", dropped)
+
+    return file_benchmark(NAME, samples, root, RULE, OFFICIAL, AVERAGES, dict(dropped))
+
+
+def _samples(coco: dict[str, Any], column: str, folder: str, dropped: Counter[str]) -> list[Sample]:
+    names = {category["id"]: category["name"] for category in coco["categories"]}
+    boxes: dict[tuple[int, int], list[list[float]]] = {}
+    for annotation in coco["annotations"]:
+        require_fields(annotation, ("image_id", "category_id", "bbox"), f"{folder}: an annotation")
+        boxes.setdefault((annotation["image_id"], annotation["category_id"]), []).append(annotation["bbox"])
+    samples = []
+    images = {image["id"]: image for image in coco["images"]}
+    for (image_id, category_id), found in boxes.items():
+        if image_id not in images or category_id not in names:
+            raise ValueError(f"{folder}: an annotation has image_id={image_id}, category_id={category_id}, not listed")
+        if len(found) != 1:
+            dropped["several boxes of the category"] += 1
+            continue
+        image = images[image_id]
+        require_fields(image, ("file_name", "width", "height"), f"{folder}: image {image_id}")
+        x, y, w, h = found[0]
+        samples.append(
+            make_sample(
+                {
+                    "id": f"{NAME}/{column}/{image_id}/{category_id}",
+                    "source": NAME,
+                    "task": column,
+                    "images": [f"{folder}/{image['file_name']}"],
+                    "messages": image_parts(1, QUESTION.format(spoken(names[category_id]))),
+                    "answer": {
+                        "image": 0,
+                        "box": unit_box((x, y, x + w, y + h), (image["width"], image["height"])),
+                        "label": names[category_id],
+                    },
+                },
+                size=[image["width"], image["height"]],
+            )
+        )
+    return samples
+
+
+def spoken(name: str) -> str:
+    """A category as one says it: "cat-Abyssinian" and "yorkshire_terrier" with spaces."""
+    return name.replace("_", " ").replace("-", " ").strip() or repr(name)

@@ -1,0 +1,52 @@
+"""Rows and images of Parquet files, images by row group, so that memory stays flat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+NUM_CACHED_GROUPS = 4
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """These columns of all rows. Raises ValueError that names missing columns, FileNotFoundError without the file."""
+    file = _open(str(path))
+    missing = [name for name in columns if name not in file.schema_arrow.names]
+    if missing:
+        raise ValueError(f"{path} lacks the column {', '.join(missing)}; it has {', '.join(file.schema_arrow.names)}")
+    return file.read(columns=list(columns)).to_pylist()
+
+
+def row_bytes(path: Path, row: int, columns: Sequence[str]) -> list[bytes]:
+    """The encoded images of one row, in the order of `columns` (Hugging Face's image struct, {"bytes", "path"})."""
+    file = _open(str(path))
+    group = 0
+    while row >= (size := file.metadata.row_group(group).num_rows):
+        row, group = row - size, group + 1
+    values = _group(str(path), group, tuple(columns))
+    return [values[name][row].as_py()["bytes"] for name in columns]
+
+
+def null_columns(path: Path, columns: Sequence[str]) -> list[set[str]]:
+    """For each row, which of these columns are null; images are not decoded to Python."""
+    found: list[set[str]] = []
+    file = _open(str(path))
+    for group in range(file.metadata.num_row_groups):
+        table = file.read_row_group(group, columns=list(columns))
+        nulls = {name: table[name].is_null().to_pylist() for name in columns}
+        found += [{name for name in columns if nulls[name][row]} for row in range(table.num_rows)]
+    return found
+
+
+@lru_cache(maxsize=NUM_CACHED_GROUPS)
+def _group(path: str, group: int, columns: tuple[str, ...]) -> Any:
+    return _open(path).read_row_group(group, columns=list(columns))
+
+
+@lru_cache(maxsize=64)
+def _open(path: str) -> Any:
+    import pyarrow.parquet as parquet  # needed by three benchmarks only
+
+    return parquet.ParquetFile(path)

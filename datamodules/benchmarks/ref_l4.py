@@ -1,0 +1,56 @@
+"""Ref-L4 (Chen et al.): long referring expressions for one image each.
+
+    Ref-L4/ref-l4-val.parquet, ref-l4-test.parquet   id, caption, bbox [x, y, w, h] in pixels, file_name, width, …
+    Ref-L4/images/…                                  images.tar.gz unpacked; file_name is the name in it
+
+Official rule: IoU > 0.5 too, over annotations. Its class-macro accuracy merges COCO's classes into Objects365's through
+a table in its code; `within=macro` here averages over `ori_category_id` as it stands.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datamodules.benchmarks.parquet import read_rows
+from datamodules.benchmarks.schema import PAPER, Benchmark, Rule, file_benchmark, image_parts, make_sample, unit_box
+from datamodules.samples import Sample
+
+NAME, FOLDER = "ref_l4", "Ref-L4"
+COLUMNS = ("val", "test")
+AVERAGES = {"avg": COLUMNS}
+RULE = Rule(source=PAPER)
+OFFICIAL = Rule(source="ref_l4/evaluation.py: IoU > 0.5, over annotations")
+QUESTION = "Locate the region that this sentence describes: {}"
+_FIELDS = ("id", "caption", "bbox", "file_name", "ori_category_id", "width", "height")
+
+
+def load(root: Path) -> Benchmark:
+    """Raises ValueError that names a missing column, and FileNotFoundError for a missing file."""
+    samples = [
+        _sample(row, split, position)
+        for split in COLUMNS
+        for position, row in enumerate(read_rows(root / f"ref-l4-{split}.parquet", _FIELDS))
+    ]
+    # The names in the archive may hold its folder already.
+    inside = (root / samples[0].images[0]).is_file() if samples else False
+    folder = root if inside else root / "images"
+    return file_benchmark(NAME, samples, folder, RULE, OFFICIAL, AVERAGES)
+
+
+def _sample(row: dict, split: str, position: int) -> Sample:
+    if len(row["bbox"]) != 4:
+        raise ValueError(f"ref-l4-{split}.parquet, row {position}: bbox={row['bbox']} is not [x, y, w, h]")
+    x, y, w, h = row["bbox"]
+    box = unit_box((x, y, x + w, y + h), (row["width"], row["height"]))
+    return make_sample(
+        {
+            "id": f"{NAME}/{split}/{row['id']}",
+            "source": NAME,
+            "task": str(row["ori_category_id"]),
+            "images": [row["file_name"]],
+            "messages": image_parts(1, QUESTION.format(row["caption"])),
+            "answer": {"image": 0, "box": box, "label": ""},
+        },
+        column=split,
+        size=[row["width"], row["height"]],
+    )

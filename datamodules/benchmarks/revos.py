@@ -1,0 +1,114 @@
+"""ReVOS-Grounding: reasoning about a video (Yan et al., VISA), asked over frames and answered with one frame's box.
+
+    ReVOS/JPEGImages/<video>/<frame>.jpg   mask_dict.json   meta_expressions_valid_.json
+
+As in the paper, six frames are sampled uniformly and one is grounded. Which one it does not say: here the third, as in
+UniVG-R1, or the nearest to it that shows the object. Boxes are those around the masks of all the expression's objects.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from datamodules.benchmarks.masks import rle_box, union_box
+from datamodules.benchmarks.schema import (
+    PAPER,
+    Benchmark,
+    Rule,
+    file_benchmark,
+    image_parts,
+    make_sample,
+    require_fields,
+    unit_box,
+)
+from datamodules.samples import Sample
+
+NAME, FOLDER = "revos", "ReVOS"
+COLUMNS = ("ReVOS",)
+TYPES = {0: "referring", 1: "reasoning"}  # 2: expressions without a target, which official averages leave out too
+AVERAGES = {"avg": COLUMNS}
+RULE = Rule(source=PAPER)
+OFFICIAL = Rule(source="UniVG-R1 eval/zero_shot: first box, IoU >= 0.5 (ReVOS itself scores masks)", inclusive=True)
+QUESTION = (
+    "This is a sequence of images from a video. Please understand the entire video content, and then output the"
+    " bounding box in the {} image according to the instruction: {}"
+)
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+
+
+def load(root: Path, num_frames: int = 6, grounded: int = 2) -> Benchmark:
+    """`grounded` is the 0-based place of the wanted frame among the `num_frames` sampled ones.
+
+    Raises ValueError that names a missing field, FileNotFoundError for a missing file.
+    """
+    if not 0 <= grounded < num_frames <= len(ORDINALS):
+        raise ValueError(f"grounded={grounded} must be one of num_frames={num_frames}, at most {len(ORDINALS)}")
+    meta = json.loads((root / "meta_expressions_valid_.json").read_text(encoding="utf-8"))
+    require_fields(meta, ("videos",), "meta_expressions_valid_.json")
+    masks = json.loads((root / "mask_dict.json").read_text(encoding="utf-8"))
+    samples: list[Sample] = []
+    dropped: Counter[str] = Counter()
+    for video, content in meta["videos"].items():
+        require_fields(content, ("frames", "expressions"), f"video {video}")
+        for number, expression in content["expressions"].items():
+            where = f"{video}, expression {number}"
+            require_fields(expression, ("exp", "anno_id", "type_id"), where)
+            if expression["type_id"] not in TYPES:
+                dropped[f"type_id {expression['type_id']}"] += 1
+                continue
+            places = sample_frames(len(content["frames"]), num_frames)
+            found = _find(expression["anno_id"], masks, places, grounded, where)
+            if found is None:
+                dropped["object in no sampled frame"] += 1
+                continue
+            names = [f"JPEGImages/{video}/{content['frames'][place]}.jpg" for place in places]
+            samples.append(_sample(f"{NAME}/{video}/{number}", expression, names, *found))
+
+    return file_benchmark(NAME, samples, root, RULE, OFFICIAL, AVERAGES, dict(dropped))
+
+
+def sample_frames(count: int, num_frames: int) -> list[int]:
+    """Places of `num_frames` of `count` frames, the middles of equal spans; all of them where there are no more."""
+    if count <= num_frames:
+        return list(range(count))
+    return [(2 * index + 1) * count // (2 * num_frames) for index in range(num_frames)]
+
+
+def _find(
+    annotations: list[Any], masks: dict[str, Any], places: list[int], grounded: int, where: str
+) -> tuple[int, list[float], list[int]] | None:
+    """(index, unit box, [width, height]) of the sampled frame nearest to the wanted one that shows an object."""
+    for index in sorted(range(len(places)), key=lambda index: (abs(index - grounded), index)):
+        found = []
+        for annotation in annotations:
+            frames = masks.get(str(annotation))
+            if frames is None or len(frames) <= places[index]:
+                raise ValueError(f"{where}: mask_dict.json has no frame {places[index]} of anno_id {annotation}")
+            if frames[places[index]] is not None:
+                found.append(frames[places[index]])
+        box = union_box([rle_box(rle) for rle in found])
+        if box is not None:
+            height, width = found[0]["size"]
+            return index, unit_box(box, (width, height)), [width, height]
+    return None
+
+
+def _sample(
+    name: str, expression: dict[str, Any], images: list[str], target: int, box: list[float], size: list[int]
+) -> Sample:
+    question = QUESTION.format(ORDINALS[target], expression["exp"])
+    return make_sample(
+        {
+            "id": name,
+            "source": NAME,
+            "task": TYPES[expression["type_id"]],
+            "images": images,
+            "messages": image_parts(len(images), question),
+            "answer": {"image": target, "box": box, "label": ""},
+        },
+        column=COLUMNS[0],
+        size=size,
+    )

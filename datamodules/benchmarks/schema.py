@@ -1,0 +1,192 @@
+"""What every benchmark is, and the record of one answer. One form for all seven, so that one evaluation serves them.
+
+A benchmark's samples lie in columns, those of the paper's table, and a column in units. A sample's unit is its `task`;
+its column is `extra["column"]`, or the unit itself where none is given. `extra["size"]` is the (width, height) that the
+annotation was made in, where the files tell it: an image of another size (a resized copy, or one that EXIF turns) would
+give boxes another meaning, so its question counts as wrong under "size_mismatch".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from datamodules.artefacts import fingerprint
+from datamodules.boxes import Convention, ImageGeometry
+from datamodules.samples import Answer, BoxAnswer, ChoiceAnswer, LoadedSample, Sample, SampleError
+from datamodules.scores import BoxChoice
+
+Average = Literal["micro", "macro"]
+Reader = Literal["project", "mig_bench", "blink", "mmiu"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How answers become accuracies. Of a multiple-choice benchmark, threshold, inclusive and box say nothing."""
+
+    source: str  # where the rule is from
+    threshold: float = 0.5  # of the IoU
+    inclusive: bool = False  # IoU >= threshold counts too
+    box: BoxChoice = "first"
+    within: Average = "micro"  # a column: over its questions, or the mean of its units
+    across: Average = "macro"  # an average: the mean of its columns, or over their questions
+    reader: Reader = "project"  # "project": answers.py and choices.py; else the official code's own
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"rule: threshold={self.threshold} is an IoU and must lie in 0-1")
+
+
+PAPER = "paper §4.1: Acc@0.5, IoU exceeds 0.5"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Questions, how their images are read, and how answers are scored: as in the paper, and officially."""
+
+    name: str
+    samples: tuple[Sample, ...]
+    load: Callable[[Sample], LoadedSample]
+    rule: Rule
+    official: Rule
+    averages: Mapping[str, tuple[str, ...]]  # "avg" and others -> their columns; those of "avg" in the table's order
+    data: str  # fingerprint of the image files
+    dropped: Mapping[str, int] = field(default_factory=dict)  # records that are no question here, by reason
+
+    def __post_init__(self) -> None:
+        if not self.samples:
+            raise ValueError(f"{self.name}: no question was found; dropped: {dict(self.dropped)}")
+        unknown = {column_of(sample) for sample in self.samples} - set(self.averages["avg"])
+        if unknown:
+            raise ValueError(f"{self.name}: columns {sorted(unknown)} stand in no average")
+
+
+def column_of(sample: Sample) -> str:
+    return sample.extra.get("column", sample.task)
+
+
+def limit_columns(samples: Sequence[Sample], limit: int | None) -> tuple[Sample, ...]:
+    """At most `limit` samples of each column, spread evenly over the file (neighbours there are alike)."""
+    if limit is None:
+        return tuple(samples)
+    if limit < 1:
+        raise ValueError(f"limit={limit} must be at least 1")
+    columns: dict[str, list[Sample]] = {}
+    for sample in samples:
+        columns.setdefault(column_of(sample), []).append(sample)
+    return tuple(
+        members[index * len(members) // min(limit, len(members))]
+        for members in columns.values()
+        for index in range(min(limit, len(members)))
+    )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One scored answer: a line of predictions.jsonl. It holds all that scoring needs, so it is scored again without
+    model and data."""
+
+    id: str
+    column: str
+    unit: str
+    answer: Answer  # the truth
+    text: str
+    convention: Convention
+    geometries: tuple[ImageGeometry, ...]
+    num_tokens: int
+    finished: bool
+    refused: str | None
+    value: float = 0.0  # IoU of the box that counts, or 1.0 for the right option
+    correct: bool = False
+    read: str | tuple[float, ...] | None = None  # the box (unit xyxy of the answer's image) or letter that was read
+    failure: str | None = None  # why nothing could be read
+    official_value: float = 0.0
+    official_correct: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["answer"] = answer_to_json(self.answer)
+        values["geometries"] = [[*g.original, *g.processed] for g in self.geometries]
+        return values
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Prediction:
+        """Raises ValueError that names missing fields."""
+        missing = [f.name for f in fields(cls) if f.name not in record]
+        if missing:
+            raise ValueError(f"no prediction: a record of predictions.jsonl lacks {', '.join(missing)}")
+        values = {f.name: record[f.name] for f in fields(cls)}
+        values["answer"] = answer_from_json(record["answer"])
+        values["convention"] = Convention(record["convention"])
+        values["geometries"] = geometries_from_json(record["geometries"])
+        values["read"] = tuple(record["read"]) if isinstance(record["read"], list) else record["read"]
+        return cls(**values)
+
+
+def answer_to_json(answer: Answer) -> dict[str, Any]:
+    if isinstance(answer, ChoiceAnswer):
+        return {"letter": answer.letter, "choices": list(answer.choices)}
+    if isinstance(answer, BoxAnswer):
+        return {"image": answer.image, "box": list(answer.box), "label": answer.label}
+    raise ValueError(f"a benchmark's answer is one box or one option, got {type(answer).__name__}")
+
+
+def answer_from_json(record: Mapping[str, Any]) -> Answer:
+    if "letter" in record:
+        return ChoiceAnswer(record["letter"], tuple(record["choices"]))
+    return BoxAnswer(record["image"], tuple(record["box"]), record["label"])
+
+
+def geometries_from_json(sizes: Sequence[Sequence[int]]) -> tuple[ImageGeometry, ...]:
+    return tuple(ImageGeometry(original=(w, h), processed=(pw, ph)) for w, h, pw, ph in sizes)
+
+
+def make_sample(record: Mapping[str, Any], **extra: Any) -> Sample:
+    """A benchmark's sample: validated, but for the answer's box, which is scored as it is, dirty or not."""
+    return Sample.from_json({**record, "extra": extra}, strict_boxes=False)
+
+
+def image_parts(count: int, text: str) -> list[dict[str, Any]]:
+    """All images, then the question."""
+    return [*({"type": "image", "image": k} for k in range(count)), {"type": "text", "text": text}]
+
+
+def unit_box(box: Sequence[float], size: Sequence[int]) -> list[float]:
+    """xyxy in pixels of an image of `size` (width, height) -> unit xyxy, clipped to the image: annotations overshoot
+    borders by fractions of a pixel. An inverted box stays inverted."""
+    sizes = (*size, *size)
+    return [min(max(value / total, 0.0), 1.0) for value, total in zip(box, sizes, strict=True)]
+
+
+def file_benchmark(name: str, samples: Sequence[Sample], folder: Path, *fields: Any) -> Benchmark:
+    """A benchmark whose samples name image files below `folder`; `fields` are rule, official, averages and dropped."""
+    rule, official, averages, *dropped = fields
+    names = sorted({image for sample in samples for image in sample.images})
+    data = files_fingerprint(folder, names)
+    return Benchmark(name, tuple(samples), partial(read_files, root=folder), rule, official, averages, data, *dropped)
+
+
+def files_fingerprint(folder: Path, names: Sequence[str]) -> str:
+    """Of files by name and size in bytes; a missing one counts as such, and is refused when it is read."""
+    paths = [folder / name for name in names]
+    return fingerprint([(n, p.stat().st_size if p.is_file() else None) for n, p in zip(names, paths, strict=True)])
+
+
+def read_files(sample: Sample, root: Path) -> LoadedSample:
+    """The sample with its image files below `root`. Raises SampleError "missing_image"."""
+    try:
+        return LoadedSample(sample, tuple((root / name).read_bytes() for name in sample.images))
+    except FileNotFoundError as error:
+        raise SampleError(sample.id, "missing_image", str(error.filename)) from error
+
+
+def require_fields(record: Any, names: Sequence[str], where: str) -> None:
+    """Raise ValueError that names the fields which `record` lacks."""
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{where}: expected an object, found {type(record).__name__}")
+    missing = [name for name in names if name not in record]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}; it has {', '.join(map(str, list(record)[:20]))}")

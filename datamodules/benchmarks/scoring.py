@@ -1,0 +1,203 @@
+"""From texts to a benchmark's result: each answer scored by a rule, columns, averages, 95 % intervals.
+
+Accuracies and rates are percentages (0-100, unrounded); a mean IoU is 0-1.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+from datamodules.answerers import Reply
+from datamodules.benchmarks.mig_scoring import extract_box_officially
+from datamodules.benchmarks.schema import Prediction, Rule, column_of
+from datamodules.boxes import Convention, iou
+from datamodules.choices import ChoiceFailure, parse_choice, read_choice_as_blink, read_choice_as_mmiu
+from datamodules.samples import BoxAnswer, ChoiceAnswer, Sample
+from datamodules.scores import score_text
+
+NUM_RESAMPLES = 2000
+THRESHOLDS = (0.3, 0.5, 0.7, 0.75, 0.9)  # reported beside the rule's own
+COCO_THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))  # mAcc: the mean over these
+
+
+def predict(sample: Sample, reply: Reply, convention: Convention, rule: Rule, official: Rule) -> Prediction:
+    """The scored record of one reply."""
+    unscored = Prediction(
+        id=sample.id,
+        column=column_of(sample),
+        unit=sample.task,
+        answer=sample.answer,
+        text=reply.text,
+        convention=convention,
+        geometries=reply.geometries,
+        num_tokens=reply.num_tokens,
+        finished=reply.finished,
+        refused=reply.refused or _size_fault(sample, reply),
+    )
+    return rescore(unscored, rule, official)
+
+
+def _size_fault(sample: Sample, reply: Reply) -> str | None:
+    if "size" not in sample.extra or not reply.geometries:
+        return None
+    real = reply.geometries[sample.answer.image].original
+    return None if real == tuple(sample.extra["size"]) else "size_mismatch"
+
+
+def rescore(prediction: Prediction, rule: Rule, official: Rule) -> Prediction:
+    """The same answer scored anew; all it needs is in the record."""
+    value, read, failure = _read(prediction, rule)
+    official_value, _, _ = _read(prediction, official)
+    return replace(
+        prediction,
+        value=value,
+        correct=_counts(value, prediction, rule),
+        read=read,
+        failure=failure,
+        official_value=official_value,
+        official_correct=_counts(official_value, prediction, official),
+    )
+
+
+def _counts(value: float, prediction: Prediction, rule: Rule) -> bool:
+    if isinstance(prediction.answer, ChoiceAnswer):
+        return value == 1.0
+    return value >= rule.threshold if rule.inclusive else value > rule.threshold
+
+
+def _read(prediction: Prediction, rule: Rule) -> tuple[float, str | tuple[float, ...] | None, str | None]:
+    """(value, what was read, why nothing was)."""
+    if prediction.refused is not None:
+        return 0.0, None, prediction.refused
+    if isinstance(prediction.answer, ChoiceAnswer):
+        return _read_choice(prediction.text, prediction.answer, rule)
+    assert isinstance(prediction.answer, BoxAnswer)
+    if rule.reader == "mig_bench":
+        box = extract_box_officially(prediction.text)
+        return (0.0, None, "no_box") if box is None else (iou(box, prediction.answer.box), box, None)
+    how = (prediction.geometries, prediction.convention, rule.box)
+    score = score_text(prediction.text, prediction.answer, *how, foreign=True)
+    return score.iou, score.box, score.failure
+
+
+def _read_choice(text: str, answer: ChoiceAnswer, rule: Rule) -> tuple[float, str | None, str | None]:
+    if rule.reader == "project":
+        found = parse_choice(text, answer.choices)
+        if isinstance(found, ChoiceFailure):
+            return 0.0, None, found.kind
+    else:
+        found = {"blink": read_choice_as_blink, "mmiu": read_choice_as_mmiu}[rule.reader](text)
+        if found is None:
+            return 0.0, None, "no_choice"
+    return float(found == answer.letter), found, None
+
+
+def summarise(
+    predictions: Sequence[Prediction],
+    rule: Rule,
+    official: Rule,
+    averages: Mapping[str, Sequence[str]],
+    seed: int = 0,
+) -> dict[str, Any]:
+    """A benchmark's numbers.
+
+    {"n", "columns": {column: cell}, "averages": {name: cell}, "rule", "official": {"rule", "columns", "averages"},
+     "details": {"mean_iou", "acc_0.3", …, "macc"} (grounding only), "failures": {kind: count}, "truncated_rate",
+     "mean_tokens"}; a cell is {"score", "low", "high", "n"}, its interval that of `interval_cells`.
+
+    Columns that no question is in are left out, and so is an average that lacks one of its columns.
+    """
+    if not predictions:
+        raise ValueError("no predictions to summarise")
+    columns, means = interval_cells(_hits(predictions, "correct"), rule, averages, seed)
+    official_columns, official_means = interval_cells(_hits(predictions, "official_correct"), official, averages, seed)
+    n = len(predictions)
+    return {
+        "n": n,
+        "columns": columns,
+        "averages": means,
+        "rule": asdict(rule),
+        "official": {"rule": asdict(official), "columns": official_columns, "averages": official_means},
+        "details": _details(predictions, rule, averages["avg"]),
+        "failures": dict(sorted(Counter(p.failure for p in predictions if p.failure is not None).items())),
+        "truncated_rate": 100 * sum(not p.finished for p in predictions) / n,
+        "mean_tokens": sum(p.num_tokens for p in predictions) / n,
+    }
+
+
+Hits = dict[str, dict[str, list[bool]]]  # column -> unit -> one bool for each question
+
+
+def _hits(predictions: Sequence[Prediction], name: str) -> Hits:
+    hits: Hits = {}
+    for prediction in predictions:
+        hits.setdefault(prediction.column, {}).setdefault(prediction.unit, []).append(getattr(prediction, name))
+    return hits
+
+
+def interval_cells(
+    hits: Hits, rule: Rule, averages: Mapping[str, Sequence[str]], seed: int = 0
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Cells of the columns and of the averages, with 95 % percentile intervals of the bootstrap.
+
+    Questions are drawn anew inside each unit, so the draw of a unit's accuracy is Binomial(n, accuracy) / n. Columns
+    and averages are computed from the draws as from the answers. The same hits and seed give the same interval.
+    """
+    rng = np.random.default_rng(seed)
+    columns: dict[str, tuple[np.ndarray, int]] = {}  # the score, then its resamples; and the number of questions
+    for column in [name for name in averages["avg"] if name in hits]:
+        sizes, draws = [], []
+        for unit in sorted(hits[column]):
+            values = hits[column][unit]
+            share = sum(values) / len(values)
+            sizes.append(len(values))
+            drawn = rng.binomial(len(values), share, NUM_RESAMPLES) / len(values)
+            draws.append(np.concatenate([[share], drawn]))
+        weights = np.array(sizes, float) if rule.within == "micro" else np.ones(len(sizes))
+        columns[column] = (np.average(draws, axis=0, weights=weights), sum(sizes))
+    means = {}
+    for name, members in averages.items():
+        if all(member in columns for member in members):
+            sizes = [columns[member][1] for member in members]
+            weights = np.array(sizes, float) if rule.across == "micro" else np.ones(len(sizes))
+            draws = np.average([columns[member][0] for member in members], axis=0, weights=weights)
+            means[name] = _cell(draws, sum(sizes))
+    return {name: _cell(*column) for name, column in columns.items()}, means
+
+
+def _cell(draws: np.ndarray, n: int) -> dict[str, Any]:
+    low, high = np.percentile(100 * draws[1:], [2.5, 97.5])
+    return {"score": 100 * float(draws[0]), "low": float(low), "high": float(high), "n": n}
+
+
+def _details(predictions: Sequence[Prediction], rule: Rule, columns: Sequence[str]) -> dict[str, float]:
+    """Of grounding, averaged as the rule says: the mean IoU, other thresholds, and their mean over 0.5 to 0.95."""
+    if isinstance(predictions[0].answer, ChoiceAnswer):
+        return {}
+    asked = [name for name in columns if any(p.column == name for p in predictions)]
+
+    def average(value: Any) -> float:
+        by_column = []
+        for column in asked:
+            units: dict[str, list[float]] = {}
+            for p in predictions:
+                if p.column == column:
+                    units.setdefault(p.unit, []).append(value(p))
+            means = [float(np.mean(values)) for values in units.values()]
+            weights = [len(values) if rule.within == "micro" else 1 for values in units.values()]
+            by_column.append((float(np.average(means, weights=weights)), sum(map(len, units.values()))))
+        weights = [n if rule.across == "micro" else 1 for _, n in by_column]
+        return float(np.average([mean for mean, _ in by_column], weights=weights))
+
+    def accuracy(threshold: float) -> float:
+        other = replace(rule, threshold=threshold)
+        return 100 * average(lambda p: _counts(p.value, p, other))
+
+    details = {"mean_iou": average(lambda p: p.value)}
+    details |= {f"acc_{threshold}": accuracy(threshold) for threshold in THRESHOLDS}
+    return details | {"macc": float(np.mean([accuracy(threshold) for threshold in COCO_THRESHOLDS]))}

@@ -1,0 +1,142 @@
+"""Asking the questions of several benchmarks in one process or in several, with one progress bar over all."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from callbacks.evaluation import answers_key, ask_share
+from datamodules.benchmarks.registry import load_benchmark
+from datamodules.benchmarks.schema import limit_columns
+from experiments.answerers import AnswererSettings, make_answerer
+
+POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process is told."""
+
+    settings: AnswererSettings
+    names: tuple[str, ...]
+    data_root: str
+    answers: str  # folder
+    limit: int | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """`count` more replies of a benchmark are there."""
+
+    name: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """One process has no more questions of this benchmark."""
+
+    name: str
+    key: str
+    folder: str
+    convention: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    rank: int
+    trace: str
+
+
+def ask_all(job: Job, totals: Mapping[str, int], processes: int) -> Iterator[tuple[str, str, str, str]]:
+    """Yields (benchmark, key, answers' folder, convention) when all processes are through with a benchmark.
+
+    Raises RuntimeError with the traceback of a process that failed; the others are ended then.
+    """
+    events = _events(job, processes) if processes > 1 else _events_here(job)
+    ended: Counter[str] = Counter()
+    with tqdm(total=sum(totals.values()), unit="question", smoothing=0.1) as bar:
+        for event in events:
+            if isinstance(event, Asked):
+                bar.set_description(event.name)
+                bar.update(event.count)
+            elif isinstance(event, Ended):
+                ended[event.name] += 1
+                if ended[event.name] == processes:
+                    bar.clear()
+                    yield event.name, event.key, event.folder, event.convention
+
+
+def ask_rank(job: Job, rank: int, world_size: int, send: Callable[[Any], None]) -> Iterator[None]:
+    """One process's part. A generator that yields after every message, so that one process alone can hand over."""
+    answerer = make_answerer(job.settings, rank)
+    for name in job.names:
+        benchmark = load_benchmark(name, job.data_root)
+        key = answers_key(benchmark, answerer)
+        folder = Path(job.answers) / f"{name}-{key}"
+        samples = limit_columns(benchmark.samples, job.limit)
+        for count in ask_share(answerer, samples, benchmark, folder, key, rank, world_size):
+            send(Asked(name, count))
+            yield
+        send(Ended(name, key, str(folder), str(answerer.convention)))
+        yield
+
+
+def _events_here(job: Job) -> Iterator[Any]:
+    waiting: list[Any] = []
+    for _ in ask_rank(job, 0, 1, waiting.append):
+        yield from waiting
+        waiting.clear()
+
+
+def _events(job: Job, processes: int) -> Iterator[Any]:
+    """Messages of spawned processes, until all have ended."""
+    context = multiprocessing.get_context("spawn")
+    messages = context.Queue()
+    workers = [context.Process(target=_work, args=(job, rank, processes, messages)) for rank in range(processes)]
+    for worker in workers:
+        worker.start()
+    try:
+        while any(worker.is_alive() for worker in workers) or not messages.empty():
+            try:
+                event = messages.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                _check_alive(workers)
+                continue
+            if isinstance(event, Failed):
+                raise RuntimeError(f"process {event.rank} of {processes} failed:\n{event.trace}")
+            yield event
+        _check_alive(workers)
+    finally:
+        for worker in workers:
+            worker.terminate()
+            worker.join()
+
+
+def _check_alive(workers: list[Any]) -> None:
+    """A process that was killed sends no message."""
+    for rank, worker in enumerate(workers):
+        if worker.exitcode not in (None, 0):
+            raise RuntimeError(f"process {rank} of {len(workers)} ended with exit code {worker.exitcode}")
+
+
+def _work(job: Job, rank: int, world_size: int, messages: Any) -> None:
+    # The cores are shared; more threads than cores make all of them slow.
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // world_size)))
+    parent = os.getppid()
+    try:
+        for _ in ask_rank(job, rank, world_size, messages.put):
+            if os.getppid() != parent:  # it was killed: whoever starts again asks the rest
+                return
+    except Exception:
+        messages.put(Failed(rank, traceback.format_exc()))

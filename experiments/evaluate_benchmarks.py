@@ -1,0 +1,179 @@
+"""Evaluate a model on the paper's benchmarks.
+
+    python -m experiments.evaluate_benchmarks --config experiments/configs/nano/benchmarks.yaml --model M --bench all
+
+    <output>/answers/<benchmark>-<key>/rank0.jsonl   every answer as it came; resuming and the cache
+    <output>/<benchmark>/predictions.jsonl           every answer with its score and all that scoring needs
+    <output>/<benchmark>/result.json                 columns, averages, intervals (datamodules/benchmarks/results.py)
+
+With a limit the last two lie in <output>/<benchmark>-limit<k>/. `experiments.rescore` scores them again.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import auto_cli
+
+from callbacks.evaluation import read_answers
+from callbacks.mig_bench import EvaluationSettings
+from datamodules.answerers import Reply
+from datamodules.artefacts import fingerprint
+from datamodules.benchmarks.registry import benchmark_names, load_benchmark
+from datamodules.benchmarks.results import format_result, write_evaluation
+from datamodules.benchmarks.schema import Benchmark, limit_columns
+from datamodules.benchmarks.scoring import predict, summarise
+from datamodules.boxes import Convention
+from datamodules.synthetic.twins.build import TWINS, write_twin
+from experiments import checks, phases, tracking
+from experiments.answerers import ALIASES, AnswererSettings
+from experiments.asking import Job, ask_all
+from experiments.evaluate import trained_form
+
+
+def evaluate_benchmarks(
+    model: str,
+    data_root: str,
+    bench: str = "all",
+    output: str | None = None,
+    twins: bool = False,
+    convention: Literal["absolute", "per_mille", "unit"] = "absolute",
+    style: Literal["think", "answer", "plain", "official"] = "think",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    device: str = "auto",
+    decoding: EvaluationSettings | None = None,
+    limit: int | None = None,
+    processes: int = 1,
+    max_prompt_tokens: int = 16_384,
+    max_image_pixels: int = 64_000_000,
+    max_resized_pixels: int | None = None,
+    label_images: bool = False,
+    as_trained: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Evaluate a model on the paper's benchmarks; the results by name.
+
+    Args:
+        model: folder or Hub name of a Qwen2.5-VL, without an adapter (merge first); nano: models/nano-base
+        data_root: folder that holds MIG-Bench/, Ref-L4/, ReasonSeg/, ReVOS/, odinw/, BLINK/, MMIU/
+        bench: all, or some of mig_bench, ref_l4, lisa, revos, odinw, blink, mmiu with commas between
+        output: null: <phase>/benchmarks for the merged model of a phase, else outputs/eval/<model>
+        twins: write the benchmarks' nano twins into data_root where they are missing
+        convention: how the model writes boxes
+        style: how questions are put
+        dtype: of the weights
+        device: auto, cpu, cuda (each process takes its own GPU), cuda:1, ...
+        decoding: greedy decoding
+        limit: ask at most so many questions of each column: split, set, subset or task
+        processes: so many share the questions; answers do not depend on it
+        max_prompt_tokens: a longer prompt counts as wrong
+        max_image_pixels: a larger image counts as wrong (decompression bombs)
+        max_resized_pixels: images are shrunk to so many pixels, where that is less than the processor's own limit
+        label_images: write "Picture k: " before image k
+        as_trained: put questions to a phase's merged model as that phase did
+    """
+    model = ALIASES.get(model, model)
+    faults = checks.model_faults(model)
+    if processes < 1:
+        faults.append(f"processes={processes} must be at least 1")
+    checks.raise_all(faults)
+    benchmarks = _load(benchmark_names(bench), data_root, twins)
+    form = {"convention": convention, "style": style}
+    form |= {"max_resized_pixels": max_resized_pixels, "label_images": label_images}
+    form |= trained_form(model, form) if as_trained else {}
+    settings = AnswererSettings(
+        model=model,
+        convention=form.pop("convention"),
+        style=form.pop("style"),
+        dtype=dtype,
+        device=device,
+        decoding=decoding or EvaluationSettings(),
+        limits=form | {"max_prompt_tokens": max_prompt_tokens, "max_image_pixels": max_image_pixels},
+    )
+    home = Path(output or default_output(model))
+    job = Job(settings, tuple(benchmarks), data_root, str(home / "answers"), limit)
+    with phases.locked(home):
+        results = _evaluate(job, benchmarks, home, processes)
+    if limit is None:
+        _log(home, results)
+    print(f"wrote {home}")
+    return results
+
+
+def _evaluate(job: Job, benchmarks: dict[str, Benchmark], home: Path, processes: int) -> dict[str, dict[str, Any]]:
+    """Ask, and score each benchmark as soon as all its answers are there."""
+    results: dict[str, dict[str, Any]] = {}
+    totals = {name: len(limit_columns(benchmark.samples, job.limit)) for name, benchmark in benchmarks.items()}
+    for name, key, answers, convention in ask_all(job, totals, processes):
+        facts = {"model": job.settings.model, "data_root": job.data_root, "key": key, "limit": job.limit}
+        replies = read_answers(Path(answers), key)
+        results[name] = _finish(benchmarks[name], home, facts, replies, Convention(convention))
+    return results
+
+
+def _load(names: list[str], data_root: str, twins: bool) -> dict[str, Benchmark]:
+    """All benchmarks, before any weights: a missing file should fail in the first seconds, and every one at once."""
+    found: dict[str, Benchmark] = {}
+    faults = []
+    for name in names:
+        try:
+            if twins and name in TWINS:
+                write_twin(name, data_root)
+            found[name] = load_benchmark(name, data_root)
+        except (OSError, ValueError) as error:
+            faults.append(f"{name}: {error}")
+    checks.raise_all(faults)
+    for name, benchmark in found.items():
+        notes = "".join(f"; {count} {reason}" for reason, count in benchmark.dropped.items() if count)
+        print(f"{name}: {len(benchmark.samples)} questions{notes}", flush=True)
+    return found
+
+
+def _finish(
+    benchmark: Benchmark,
+    home: Path,
+    facts: dict[str, Any],
+    replies: dict[str, Reply],
+    convention: Convention,
+) -> dict[str, Any]:
+    """Score what was answered, write and print it."""
+    limit = facts["limit"]
+    rules = (benchmark.rule, benchmark.official)
+    samples = limit_columns(benchmark.samples, limit)
+    predictions = [predict(sample, replies[sample.id], convention, *rules) for sample in samples]
+    result = {"benchmark": benchmark.name} | facts
+    result |= {"dropped": dict(benchmark.dropped)} | summarise(predictions, *rules, benchmark.averages)
+    folder = home / (benchmark.name if limit is None else f"{benchmark.name}-limit{limit}")
+    write_evaluation(folder, predictions, result)
+    print("\n" + format_result(result), flush=True)
+    return result
+
+
+def default_output(model: str) -> str:
+    """A folder of the model's own: inside the phase that a merged model lies in."""
+    if Path(model).name == "merged":
+        return str(Path(model).parent / "benchmarks")
+    return str(Path("outputs") / "eval" / model.strip("./").replace("/", "--"))
+
+
+def _log(home: Path, results: dict[str, dict[str, Any]]) -> None:
+    """To the W&B run of the phase, or one of the model's own."""
+    values = {}
+    for name, result in results.items():
+        cells = result["columns"] | result["averages"]
+        values |= {f"{name}/{column}": cell["score"] for column, cell in cells.items()}
+    folder = home.parent if (home.parent / "config.yaml").is_file() else home
+    tracking.log_evaluation(folder, fingerprint([result["key"] for result in results.values()]), values)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of `make eval MODEL=… BENCH=…`."""
+    try:
+        auto_cli(evaluate_benchmarks, as_positional=False, args=args)
+    except checks.SettingsError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

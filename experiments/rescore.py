@@ -1,0 +1,72 @@
+"""Score stored answers again, without model and data: another threshold, box or average.
+
+python -m experiments.rescore --predictions outputs/eval/models--nano-base/ref_l4 --threshold 0.3 --inclusive true
+
+The benchmark's own rule holds where nothing else is said. The result is printed and written to rescored.json beside the
+predictions (`--output` names another file); result.json stays as it is.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import auto_cli
+
+from datamodules.artefacts import write_json
+from datamodules.benchmarks.registry import BENCHMARKS
+from datamodules.benchmarks.results import PREDICTIONS, RESULT, format_result, read_predictions, read_result
+from datamodules.benchmarks.scoring import rescore, summarise
+
+
+def rescore_predictions(
+    predictions: str,
+    threshold: float | None = None,
+    inclusive: bool | None = None,
+    box: Literal["first", "last", "best"] | None = None,
+    within: Literal["micro", "macro"] | None = None,
+    across: Literal["micro", "macro"] | None = None,
+    seed: int = 0,
+    output: str | None = None,
+) -> dict[str, Any]:
+    """Score stored answers again; the result, in the form of result.json.
+
+    Args:
+        predictions: folder that an evaluation wrote: predictions.jsonl and result.json
+        threshold: IoU above which a box counts
+        inclusive: an IoU equal to the threshold counts too
+        box: which of several boxes counts; best looks at the truth
+        within: a column's accuracy over its questions (micro) or the mean of its units (macro)
+        across: averages over columns (macro) or over their questions (micro)
+        seed: of the bootstrap
+        output: file; null: rescored.json in the folder
+    """
+    folder = Path(predictions)
+    result = read_result(folder / RESULT)
+    if result["benchmark"] not in BENCHMARKS:
+        raise ValueError(f"{folder / RESULT}: benchmark={result['benchmark']!r} is none of {', '.join(BENCHMARKS)}")
+    module = BENCHMARKS[result["benchmark"]]
+    asked = {"threshold": threshold, "inclusive": inclusive, "box": box, "within": within, "across": across}
+    changes = {name: value for name, value in asked.items() if value is not None}
+    if changes:
+        changes["source"] = f"{module.RULE.source}; changed: {', '.join(f'{n}={v}' for n, v in changes.items())}"
+    rule = replace(module.RULE, **changes)
+    scored = [rescore(prediction, rule, module.OFFICIAL) for prediction in read_predictions(folder / PREDICTIONS)]
+    rescored = result | summarise(scored, rule, module.OFFICIAL, module.AVERAGES, seed)
+    write_json(Path(output) if output else folder / "rescored.json", rescored)
+    print(format_result(rescored))
+    return rescored
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of `make rescore`."""
+    try:
+        auto_cli(rescore_predictions, as_positional=False, args=args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"not rescored: {error}")
+
+
+if __name__ == "__main__":
+    main()

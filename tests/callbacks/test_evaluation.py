@@ -1,0 +1,145 @@
+"""Asking a benchmark's questions: each once, whatever the number of processes and kills; and the native answerer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from callbacks.evaluation import answers_key, ask_share, read_answers
+from callbacks.mig_bench import EvaluationSettings
+from callbacks.native_answerer import NativeAnswerer
+from datamodules.answerers import Answerer, Reply
+from datamodules.batches import Encoder
+from datamodules.benchmarks.registry import load_benchmark
+from datamodules.benchmarks.schema import Benchmark, limit_columns
+from datamodules.boxes import Convention, ImageGeometry
+from datamodules.samples import Sample
+from datamodules.synthetic.twins.build import write_twin
+from lightning_modules.qwen_vl import QwenVL
+from lightning_modules.rollouts import NativeEngine
+
+GEOMETRY = ImageGeometry((64, 48), (56, 56))
+
+
+class Scripted:
+    """Answers with what depends on the batch: its text names all questions of its window. Dies after `dies_after`."""
+
+    convention = Convention.UNIT
+
+    def __init__(self, window: int = 3, dies_after: int | None = None, name: str = "scripted") -> None:
+        self.window, self.dies_after, self.name = window, dies_after, name
+        self.asked: list[str] = []
+
+    def identity(self) -> dict[str, str]:
+        return {"name": self.name}
+
+    def answers(self, samples, load) -> Iterator[tuple[Sample, Reply]]:
+        for start in range(0, len(samples), self.window):
+            window = samples[start : start + self.window]
+            text = ",".join(sample.id for sample in window)
+            for sample in reversed(window):  # any order will do
+                if self.dies_after is not None and len(self.asked) >= self.dies_after:
+                    raise KeyboardInterrupt
+                self.asked.append(sample.id)
+                load(sample)
+                yield sample, Reply(text, (GEOMETRY,) * len(sample.images), num_tokens=1)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Benchmark:
+    write_twin("blink", tmp_path, count=2)  # 14 questions: four windows of three and one of two
+    return load_benchmark("blink", tmp_path)
+
+
+def ask(
+    answerer: Answerer, bench: Benchmark, folder: Path, rank: int = 0, world: int = 1, limit: int | None = None
+) -> int:
+    key = answers_key(bench, answerer)
+    return sum(ask_share(answerer, limit_columns(bench.samples, limit), bench, folder, key, rank, world))
+
+
+def texts(answerer: Answerer, bench: Benchmark, folder: Path) -> dict[str, Reply]:
+    return read_answers(folder, answers_key(bench, answerer))
+
+
+def test_two_processes_ask_each_question_once_and_get_the_answers_of_one(bench, tmp_path: Path) -> None:
+    one, first, second = Scripted(), Scripted(), Scripted()
+    assert ask(one, bench, tmp_path / "one") == 14
+    assert ask(first, bench, tmp_path / "two", 0, 2) + ask(second, bench, tmp_path / "two", 1, 2) == 14
+    assert sorted(first.asked + second.asked) == sorted(one.asked) == sorted(s.id for s in bench.samples)
+    assert len(first.asked) == 8 and len(second.asked) == 6
+    assert texts(one, bench, tmp_path / "one") == texts(one, bench, tmp_path / "two")
+
+
+def test_a_killed_evaluation_asks_the_broken_window_again_and_no_other(bench, tmp_path: Path) -> None:
+    whole = Scripted()
+    ask(whole, bench, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        ask(Scripted(dies_after=7), bench, tmp_path / "killed")
+    again = Scripted()
+    assert ask(again, bench, tmp_path / "killed", 0, 2) + ask(again, bench, tmp_path / "killed", 1, 2) == 14
+    assert len(again.asked) == 8  # the third window had come in part
+    assert texts(whole, bench, tmp_path / "killed") == texts(whole, bench, tmp_path / "whole")
+
+
+def test_answers_are_found_again_by_model_data_and_settings(bench, tmp_path: Path) -> None:
+    ask(Scripted(), bench, tmp_path / "a")
+    cached = Scripted()
+    assert ask(cached, bench, tmp_path / "a") == 14 and cached.asked == []
+    assert answers_key(bench, Scripted(name="other")) != answers_key(bench, Scripted())
+    write_twin("blink", tmp_path, count=3)
+    assert answers_key(load_benchmark("blink", tmp_path), Scripted()) != answers_key(bench, Scripted())
+
+
+def test_the_key_sees_a_changed_image(tmp_path: Path) -> None:
+    write_twin("lisa", tmp_path, count=1)
+    before = answers_key(load_benchmark("lisa", tmp_path), Scripted())
+    image = tmp_path / "ReasonSeg/val/00000.jpg"
+    image.write_bytes(image.read_bytes() + b"\0")
+    assert answers_key(load_benchmark("lisa", tmp_path), Scripted()) != before
+
+
+def test_a_limited_look_leaves_answers_that_the_whole_evaluation_keeps_apart(bench, tmp_path: Path) -> None:
+    single = Scripted(window=1)
+    assert ask(single, bench, tmp_path / "a", limit=1) == 7
+    rest = Scripted(window=1)
+    ask(rest, bench, tmp_path / "a")
+    assert len(rest.asked) == 7 and set(rest.asked).isdisjoint(single.asked)
+
+
+def native(model_dir: Path, **limits) -> NativeAnswerer:
+    settings = EvaluationSettings(max_new_tokens=4, batch_prompts=4)
+    encoder = Encoder(str(model_dir), "absolute", "think", 4096, 4, with_target=False, **limits)
+    policy = QwenVL(str(model_dir)).eval()
+    return NativeAnswerer(policy, NativeEngine(policy), encoder, settings)
+
+
+def test_the_native_answerer_gives_the_same_answers_in_two_shares(tiny_model_dir: Path, bench, tmp_path: Path) -> None:
+    answerer = native(tiny_model_dir)
+    ask(answerer, bench, tmp_path / "one")
+    for rank in range(2):
+        ask(answerer, bench, tmp_path / "two", rank, 2)
+    one = texts(answerer, bench, tmp_path / "one")
+    assert one == texts(answerer, bench, tmp_path / "two")
+    assert len(one) == 14 and all(reply.num_tokens and reply.refused is None for reply in one.values())
+    sample = bench.samples[0]
+    assert len(one[sample.id].geometries) == len(sample.images)
+
+
+def test_a_question_that_is_too_long_is_refused_by_its_rule(tiny_model_dir: Path, bench, tmp_path: Path) -> None:
+    answerer = native(tiny_model_dir)
+    answerer.encoder.max_prompt_tokens = 150
+    ask(answerer, bench, tmp_path / "a")
+    refused = {reply.refused for reply in texts(answerer, bench, tmp_path / "a").values()}
+    assert "prompt_too_long" in refused
+    lines = [json.loads(line) for line in (tmp_path / "a/rank0.jsonl").read_text().splitlines()]
+    assert all(line["geometries"] == [] for line in lines if line["refused"])
+
+
+def test_identity_tells_settings_and_weights_apart(tiny_model_dir: Path) -> None:
+    first, other = native(tiny_model_dir), native(tiny_model_dir, label_images=True)
+    assert first.identity() == native(tiny_model_dir).identity() != other.identity()
+    assert "processor" not in first.identity()["form"]

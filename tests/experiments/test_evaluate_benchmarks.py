@@ -1,0 +1,86 @@
+"""`make eval BENCH=…` from the command line with a tiny model: processes, limits, rescoring, tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from datamodules.synthetic.twins import build
+from experiments import checks, evaluate_benchmarks, rescore, tables
+from experiments.answerers import AnswererSettings
+from experiments.asking import Job, ask_all
+
+
+@pytest.fixture
+def small_twins(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {name: (folder, writer, 2) for name, (folder, writer, _) in build.TWINS.items()}
+    monkeypatch.setattr(build, "TWINS", small)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+def evaluate(model: Path, root: Path, *args: str) -> Path:
+    """Run the entry point; its output folder."""
+    output = root / "outputs" / "eval" / "tiny"
+    fixed = ["--model", str(model), "--data_root", str(root / "data"), "--output", str(output), "--twins=true"]
+    evaluate_benchmarks.main([*fixed, "--decoding.max_new_tokens=4", "--decoding.batch_prompts=3", *args])
+    return output
+
+
+def files(folder: Path) -> tuple[str, dict]:
+    result = json.loads((folder / "result.json").read_text())
+    del result["data_root"]
+    return (folder / "predictions.jsonl").read_text(), result
+
+
+def test_the_whole_way_to_the_tables(tiny_model_dir: Path, tmp_path: Path, small_twins, capsys) -> None:
+    output = evaluate(tiny_model_dir, tmp_path, "--bench=lisa,revos,ref_l4,blink")
+    result = json.loads((output / "blink/result.json").read_text())
+    assert result["n"] == 14 and result["limit"] is None and result["official"]["rule"]["reader"] == "blink"
+    assert "Jigsaw" in capsys.readouterr().out
+    evaluate(tiny_model_dir, tmp_path, "--bench=blink", "--limit=1")
+    assert json.loads((output / "blink-limit1/result.json").read_text())["n"] == 7
+    assert json.loads((output / "blink/result.json").read_text()) == result
+
+    tables.main(["--outputs", str(tmp_path / "outputs")])
+    text = (tmp_path / "outputs/tables/tables.md").read_text()
+    assert text.count(f"measured: {tiny_model_dir} ({tmp_path / 'data'})") == 2  # Tables 4 and 6
+    assert "Table 6" in capsys.readouterr().out
+
+    rescore.main(["--predictions", str(output / "lisa"), "--threshold=0", "--inclusive=true"])
+    everything = json.loads((output / "lisa/rescored.json").read_text())
+    assert everything["averages"]["avg"]["score"] == 100.0 and everything["rule"]["threshold"] == 0.0
+    rescore.main(["--predictions", str(output / "lisa")])
+    again, first = (json.loads((output / "lisa" / name).read_text()) for name in ("rescored.json", "result.json"))
+    assert again == first
+
+
+def test_every_missing_file_is_named_before_weights_are_read(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(checks.SettingsError, match=r"(?s)ref_l4: .*ref-l4-val.*lisa: .*val"):
+        evaluate_benchmarks.evaluate_benchmarks(str(tiny_model_dir), str(tmp_path), bench="ref_l4,lisa")
+    (tmp_path / "data/BLINK").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="BLINK was not made here"):
+        evaluate(tiny_model_dir, tmp_path, "--bench=blink")
+    with pytest.raises(SystemExit, match="processes=0"):
+        evaluate(tiny_model_dir, tmp_path, "--processes=0")
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(tiny_model_dir: Path, tmp_path: Path, small_twins) -> None:
+    bench = "--bench=revos,mmiu"
+    one = evaluate(tiny_model_dir, tmp_path / "one", bench)
+    two = evaluate(tiny_model_dir, tmp_path / "two", bench, "--processes=2")
+    for name in ("revos", "mmiu"):
+        assert files(one / name) == files(two / name)
+        (folder,) = (two / "answers").glob(f"{name}-*")
+        ids = [json.loads(line)["id"] for file in folder.glob("rank*.jsonl") for line in file.read_text().splitlines()]
+        assert len(ids) == len(set(ids)) == json.loads((two / name / "result.json").read_text())["n"]
+        assert all((folder / f"rank{rank}.jsonl").stat().st_size for rank in range(2))
+
+
+@pytest.mark.slow
+def test_a_failing_process_ends_the_evaluation_with_its_error(tmp_path: Path) -> None:
+    settings = AnswererSettings(model=str(tmp_path / "none"), limits={"max_prompt_tokens": 10})
+    with pytest.raises(RuntimeError, match=r"(?s)process \d of 2 failed.*none"):
+        list(ask_all(Job(settings, ("lisa",), str(tmp_path), str(tmp_path), None), {"lisa": 1}, 2))
