@@ -24,7 +24,7 @@ LEAVES = (
     "experiments/results.py",
 )
 # Base training and speed benchmarks run on a bare machine that lacks these packages.
-BARE_ENTRY_POINTS = ("experiments/base.py",)
+BARE_ENTRY_POINTS = ("experiments/base.py", "experiments/bench/run.py", "experiments/bench/our_side.py")
 OPTIONAL = {"wandb", "webdataset", "jsonargparse"}
 
 

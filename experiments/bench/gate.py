@@ -44,7 +44,8 @@ class Channel:
 class PhaseClock:
     """Wall-clock seconds by phase. A phase inside another is not counted in the outer one.
 
-    `exact` waits for the GPU at every border; otherwise a border is where the CPU passes it. On a CPU both are the same.
+    `exact` waits for the GPU at every border; otherwise a border is where the CPU passes it. Without a GPU nothing
+    differs.
     """
 
     def __init__(self) -> None:
@@ -129,7 +130,7 @@ class Gate:
         self.answers: dict[str, Callable[[], dict[str, Any]]] = {}
         self.facts: dict[str, Any] = {}  # of the current step, filled in by the side: tokens, prompts, loss
         self.quit = False
-        self._began = 0.0
+        self._began = self._cpu_began = 0.0
 
     def open(self) -> bool:
         self.channel.send(ready=True)
@@ -137,8 +138,9 @@ class Gate:
 
     def step_done(self) -> bool:
         synchronize()
-        seconds = time.perf_counter() - self._began
-        self.channel.send(seconds=seconds, phases=self.clock.stop(), peak_bytes=peak_bytes(), **self.facts)
+        seconds, cpu_seconds = time.perf_counter() - self._began, time.process_time() - self._cpu_began
+        times = {"seconds": seconds, "cpu_seconds": cpu_seconds, "phases": self.clock.stop()}
+        self.channel.send(**times, peak_bytes=peak_bytes(), **self.facts)
         return self._wait()
 
     def _wait(self) -> bool:
@@ -162,7 +164,7 @@ class Gate:
         reset_peak()
         self.clock.exact = exact
         self.clock.start()
-        self._began = time.perf_counter()
+        self._began, self._cpu_began = time.perf_counter(), time.process_time()
 
 
 def serve(train: Callable[[dict[str, Any], Gate], None], **versions: str) -> None:
@@ -175,7 +177,8 @@ def serve(train: Callable[[dict[str, Any], Gate], None], **versions: str) -> Non
             return
         gate = Gate(channel)
         train(command, gate)
-        release_memory()
         if gate.quit:
             return
+        del gate  # its answers hold the model
+        release_memory()
         channel.send(stopped=True)

@@ -23,7 +23,7 @@ def measure(case: Case, model: str, sides: Mapping[str, Side], peaks: Peaks) -> 
         for name in order:
             turns[name].append(_run_turn(chosen[name], case, turn))
     decoding = {}
-    if "ours" in chosen and case.workload.task == "grpo":
+    if "ours" in chosen and case.name == "grpo":
         decoding = chosen["ours"].ask(do="decode")
     for side in chosen.values():
         side.ask(do="stop")
@@ -38,7 +38,7 @@ def measure(case: Case, model: str, sides: Mapping[str, Side], peaks: Peaks) -> 
 
 
 def _run_turn(side: Side, case: Case, turn: int) -> list[dict[str, Any]]:
-    untimed = case.warmup + (1 if turn == 0 else 0)
+    untimed = case.warmup if turn > 0 else max(case.warmup, 1)
     # Untimed steps wait for the GPU between phases, which gives the phases; timed steps do not.
     steps = [side.ask(do="step", exact=index < untimed) for index in range(untimed + case.steps)]
     side.ask(do="release")
@@ -63,6 +63,7 @@ def _summary(turns: list[list[dict[str, Any]]], case: Case) -> dict[str, Any]:
     names = dict.fromkeys(name for step in phased for name in step["phases"])
     return {
         "seconds": seconds,
+        "cpu_seconds": median(step["cpu_seconds"] for step in flat),
         "steps": [[step["seconds"] for step in steps] for steps in timed],
         "phases": {name: median(step["phases"].get(name, 0.0) for step in phased) for name in names},
         "peak_bytes": max(step["peak_bytes"] for step in flat),
@@ -75,12 +76,17 @@ def _summary(turns: list[list[dict[str, Any]]], case: Case) -> dict[str, Any]:
 
 
 def _ratio(sides: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """TRL's seconds over ours: of the medians, and of each turn, which shows the spread."""
+    """TRL's seconds over ours: of the medians; of each turn, which shows the spread; and of processor time, which other
+    work on the machine disturbs less (with one thread and an idle machine it equals the first)."""
     if set(sides) != {"ours", "trl"}:
         return {}
     ours, trl = sides["ours"], sides["trl"]
     by_turn = [median(b) / median(a) for a, b in zip(ours["steps"], trl["steps"], strict=True)]
-    return {"ratio": trl["seconds"] / ours["seconds"], "ratio_by_turn": by_turn}
+    return {
+        "ratio": trl["seconds"] / ours["seconds"],
+        "ratio_by_turn": by_turn,
+        "cpu_ratio": trl["cpu_seconds"] / ours["cpu_seconds"],
+    }
 
 
 def _floor(result: dict[str, Any], case: Case, model: str, peaks: Peaks) -> dict[str, Any]:

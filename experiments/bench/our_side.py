@@ -27,7 +27,6 @@ from lightning_modules.grpo import GRPO
 from lightning_modules.policy_module import PolicyModule
 from lightning_modules.rollouts import Rollout, RolloutEngine, RolloutSettings
 
-POOL = 32  # steps until the prompts come again
 MAX_STEPS = 1_000_000  # the driver ends the run, not the trainer
 
 
@@ -61,7 +60,7 @@ class EndlessBatches:
         limit = 4 * workload.completion_tokens + 512
         with_target = workload.task == "sft"
         self.encoder = Encoder(model, "absolute", "think", 1 << 17, limit, with_target)
-        self.samples = make_samples(workload, POOL * workload.prompts)
+        self.samples = make_samples(workload)
         self.prompts, self.gate = workload.prompts, gate
 
     def __iter__(self) -> Iterator[Batch]:
@@ -137,7 +136,7 @@ class Turnstile(Callback):
         best: dict[int, float] = {}
         with torch.no_grad():
             features = module.policy.encode_images(self.items)
-        for length in (longest, shortest) * 3:  # the first pass warms up
+        for length in (longest, shortest) * 2:  # the first pass warms up
             settings = RolloutSettings(self.workload.group_size, self.workload.temperature, length)
             generator = torch.Generator(module.device).manual_seed(0)
             synchronize()

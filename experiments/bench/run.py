@@ -77,10 +77,13 @@ class Runner:
                 key = case_key(case, self.settings)
                 known = self.results().get(case.name, {})
                 if known.get("key") != key:
-                    if self.left or self.deadline - time.monotonic() < case.expected_seconds:
+                    if self.left or self._no_time(case):
                         self.left.append(case.name)
                         continue
                     model = model or model_folder(self.shape, self.arguments.models)
+                    if self._no_time(case):  # writing the model took it
+                        self.left.append(case.name)
+                        continue
                     peaks = peaks or machine_peaks()
                     known = self._measure(case, key, str(model), peaks)
                 if known is not None and "=" not in case.name:  # the others have a line each in the last table
@@ -89,9 +92,14 @@ class Runner:
         if grown:
             print(growth_table(grown), end="\n\n", flush=True)
 
+    def _no_time(self, case: Case) -> bool:
+        return self.deadline - time.monotonic() < case.expected_seconds
+
     def _measure(self, case: Case, key: str, model: str, peaks: Peaks) -> dict[str, Any] | None:
         """The case's result, stored; None if it failed or did not end in time."""
         try:
+            for name in set(self.sides) - set(case.sides):
+                self.sides.pop(name).close()  # its model would take memory
             for name in case.sides:
                 if name not in self.sides:
                     self.sides[name] = self._start(name)
@@ -132,7 +140,7 @@ def _only(case: Case, sides: Sequence[str]) -> Case:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=sorted([*SHAPES, "nano"]), default=["nano"])
-    parser.add_argument("--cases", nargs="+", default=[""], help="only cases whose names begin so, such as 'grpo images'")
+    parser.add_argument("--cases", nargs="+", default=[""], help="only names that begin so: 'grpo images'")
     parser.add_argument("--sides", nargs="+", choices=("ours", "trl"), default=["ours", "trl"])
     parser.add_argument("--growth", choices=("ours", "both", "none"), default="ours", help="whose growth is measured")
     parser.add_argument("--trl-python", default=sys.executable, help="interpreter of an environment that has TRL")

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLConfig
 
 from datamodules.artefacts import fingerprint, read_json, write_json
+
 NANO_BASE = Path("models/nano-base")
 RECIPE = "recipe.json"  # written last: a folder without it is unfinished
 
@@ -61,7 +62,8 @@ def _text(width: int, inner: int, depth: int, heads: int, kv_heads: int, vocab: 
 SHAPES = {
     "tiny": Shape(
         _text(64, 128, 2, 4, 2, 1024, _QWEN_ROPE | {"mrope_section": [2, 3, 3]}),
-        _VISION | {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "fullatt_block_indexes": [1]},
+        _VISION
+        | {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "fullatt_block_indexes": [1]},
         tied=True,
         dtype="float32",
         max_pixels=10_000,
@@ -94,7 +96,7 @@ def _write_model(shape: Shape, target: Path) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
-        model = new_model(_config(shape, target))
+        model = new_model(_config(shape, target)).to(getattr(torch, shape.dtype))
     model.save_pretrained(target)
     del model
     if device == "cuda":

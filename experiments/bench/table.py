@@ -23,6 +23,7 @@ def case_table(result: Mapping[str, Any]) -> str:
             lines.append(_row([phase, *(_number(value) for value in seconds), _number(least or None)]))
     total = [_number(sides[name]["seconds"]) for name in names]
     lines.append(_row(["step, seconds", *total, _number(floor.get("seconds"))]))
+    lines.append(_row(["processor seconds", *(_number(sides[name]["cpu_seconds"]) for name in names)]))
     lines.append(_row(["tokens/s", *(f"{sides[name]['tokens_per_second']:.0f}" for name in names)]))
     lines.append(_row(["peak GB", *(f"{sides[name]['peak_bytes'] / 1e9:.2f}" for name in names)]))
     return "\n".join([*lines, *_verdict(result)])
@@ -32,7 +33,8 @@ def _verdict(result: Mapping[str, Any]) -> list[str]:
     lines = []
     if "ratio" in result:
         by_turn = ", ".join(f"{ratio:.2f}" for ratio in result["ratio_by_turn"])
-        lines.append(f"TRL / ours: {result['ratio']:.2f} (by turn {by_turn})")
+        processor = f"of processor time {result['cpu_ratio']:.2f}"
+        lines.append(f"TRL / ours: {result['ratio']:.2f} (by turn {by_turn}; {processor})")
     if "floor_share" in result:
         lines.append(f"share of the floor: {result['floor_share']:.1%}")
     if "decode_share" in result:

@@ -28,7 +28,6 @@ from experiments.bench.workload import Workload, make_samples
 from lightning_modules.adapters import LoraSettings, lora_config
 from lightning_modules.rewards import reward
 
-POOL = 32  # steps until the prompts come again
 MAX_STEPS = 1_000_000  # the driver ends the run, not the trainer
 STYLE, CONVENTION = PromptStyle.THINK, Convention.ABSOLUTE
 
@@ -38,7 +37,7 @@ def make_dataset(model: str, workload: Workload) -> tuple[Dataset, list[PromptIt
     encoder = Encoder(model, CONVENTION, STYLE, 1 << 17, 1, with_target=False)
     processor = AutoProcessor.from_pretrained(model)
     items, rows = [], []
-    for index, loaded in enumerate(make_samples(workload, POOL * workload.prompts)):
+    for index, loaded in enumerate(make_samples(workload)):
         item = encoder.encode(loaded)
         messages = build_messages(item.sample, item.geometries, CONVENTION, STYLE)
         row: dict[str, Any] = {"images": [{"bytes": data, "path": None} for data in loaded.images]}

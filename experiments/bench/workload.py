@@ -12,6 +12,7 @@ from PIL import Image
 
 from datamodules.samples import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
 
+POOL = 16  # steps until the prompts come again
 QUESTION = "Which object is in all of these images? Locate it in the last one."
 WORDS = ("the", "red", "ring", "is", "left", "of", "a", "blue", "square", "in", "image", "and", "small", "green")
 
@@ -57,9 +58,9 @@ class Workload:
         return 2 * self.lora_rank
 
 
-def make_samples(workload: Workload, count: int) -> list[LoadedSample]:
-    """`count` samples, sample i the same whatever `count` is. Their answers are written, as CoT-SFT needs them."""
-    return [_make_sample(workload, index) for index in range(count)]
+def make_samples(workload: Workload) -> list[LoadedSample]:
+    """Those of POOL steps, in order. Their answers are written, as CoT-SFT needs them."""
+    return [_make_sample(workload, index) for index in range(POOL * workload.prompts)]
 
 
 def _make_sample(workload: Workload, index: int) -> LoadedSample:
