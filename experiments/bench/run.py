@@ -36,6 +36,11 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("datamodules", "lightning_modules", "experiments/bench")
 
 
+def num_cores() -> int:
+    """Those that this process may use; macOS does not say, so there all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def machine() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "lightning")}
@@ -98,8 +103,8 @@ class Runner:
     def _measure(self, case: Case, key: str, model: str, peaks: Peaks) -> dict[str, Any] | None:
         """The case's result, stored; None if it failed or did not end in time."""
         try:
-            for name in set(self.sides) - set(case.sides):
-                self.sides.pop(name).close()  # its model would take memory
+            if len(case.sides) > 1 or set(self.sides) - set(case.sides):
+                self._close_sides()  # a fresh process holds no memory of another case
             for name in case.sides:
                 if name not in self.sides:
                     self.sides[name] = self._start(name)
@@ -144,7 +149,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--sides", nargs="+", choices=("ours", "trl"), default=["ours", "trl"])
     parser.add_argument("--growth", choices=("ours", "both", "none"), default="ours", help="whose growth is measured")
     parser.add_argument("--trl-python", default=sys.executable, help="interpreter of an environment that has TRL")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=num_cores())
     parser.add_argument("--minutes", type=float, default=24 * 60, help="end within this time; run again to go on")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
     parser.add_argument("--models", type=Path, default=Path("outputs/bench/models"), help="for random weights")
