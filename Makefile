@@ -28,7 +28,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help pipeline base shards sft grpo eval rescore synthesize tables report lint test test-slow clean
+.PHONY: help pipeline base shards sft grpo eval rescore synthesize tables report bench bench-gpu lint test test-slow clean
 
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +79,14 @@ synthesize: $(STAMP)  ## CoT data from a teacher: nano's own CoT-SFT model, serv
 
 report: $(STAMP)  ## Rewrite report.html from a finished or running experiment: ARGS="--folder outputs/nano-seed1"
 	$(PY) -m experiments.report $(ARGS)
+
+bench: $(STAMP)  ## Time GRPO and SFT steps beside TRL's on the nano base, and how ours grow: ARGS="--threads 1"
+	$(OFFLINE) $(PY) -m experiments.bench.run --shapes nano $(ARGS)
+
+# Needs no .venv: BENCH_PYTHON is any Python with torch and transformers, ARGS="--trl-python ..." another one with TRL.
+BENCH_PYTHON ?= $(PY)
+bench-gpu:  ## The same at the 7B and 3B shapes with random weights; ends within 9 minutes, run it again to go on
+	$(OFFLINE) $(BENCH_PYTHON) -m experiments.bench.run --shapes 7b 3b --minutes 8.5 $(ARGS)
 
 lint: $(STAMP)  ## Check style with ruff
 	$(PY) -m ruff check .

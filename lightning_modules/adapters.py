@@ -22,14 +22,17 @@ class LoraSettings:
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def with_adapter(model: nn.Module, lora: LoraSettings) -> PeftModel:
+def lora_config(lora: LoraSettings) -> LoraConfig:
     # The vision tower has gate, up and down projections too, so the pattern names the language model.
     pattern = rf".*\blanguage_model\..*\.({'|'.join(lora.targets)})"
-    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=pattern)
+    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=pattern)
+
+
+def with_adapter(model: nn.Module, lora: LoraSettings) -> PeftModel:
     with warnings.catch_warnings():
         # PEFT reads an attribute that transformers has renamed.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        return get_peft_model(model, settings)
+        return get_peft_model(model, lora_config(lora))
 
 
 def folded_copy(module: nn.Module, fold: bool = True) -> nn.Module:

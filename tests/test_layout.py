@@ -29,7 +29,7 @@ LEAVES = (
     "experiments/results.py",
 )
 # Base training and speed benchmarks run on a bare machine that lacks these packages.
-BARE_ENTRY_POINTS = ("experiments/base.py",)
+BARE_ENTRY_POINTS = ("experiments/base.py", "experiments/bench/run.py", "experiments/bench/our_side.py")
 # RefCOCO is published as a pickle. Here alone one is read, by an Unpickler that refuses every class and function.
 PLAIN_PICKLE = "datamodules/importers/plain_pickle.py"
 OPTIONAL = {"wandb", "webdataset", "jsonargparse"}

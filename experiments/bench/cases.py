@@ -1,0 +1,65 @@
+"""What is measured for each shape: a GRPO step and an SFT step beside TRL, and how our GRPO step grows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from experiments.bench.workload import Workload
+
+GROWTH = {
+    "group_size": (4, 8, 16, 32),
+    "images": (1, 2, 4, 8),
+    "completion_tokens": (64, 128, 256, 512, 1024),
+}
+TINY_GROWTH = {"group_size": (2, 4), "images": (1, 2), "completion_tokens": (4, 8)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """`turns` of each side, alternating; each is `warmup` untimed steps (at least one in the first turn) and then
+    `steps` timed ones. `expected_seconds`: no case is begun with less than this left."""
+
+    name: str
+    workload: Workload
+    sides: tuple[str, ...] = ("ours", "trl")
+    turns: int = 4
+    warmup: int = 0
+    steps: int = 2
+    expected_seconds: int = 60
+
+
+def workloads(shape: str) -> dict[str, Workload]:
+    """The GRPO and the SFT workload of a shape."""
+    if shape == "tiny":
+        grpo = Workload(group_size=2, completion_tokens=8, images=2, image_size=(56, 56), lora_rank=4)
+        return {"grpo": grpo, "sft": replace(grpo, task="sft", group_size=1)}
+    if shape == "nano":
+        grpo = Workload()
+        return {"grpo": grpo, "sft": replace(grpo, task="sft", prompts=16, group_size=1)}
+    # DESIGN.md: 2 prompts x 8 completions of 256 tokens, 3 images of 640x480.
+    grpo = Workload(
+        completion_tokens=256,
+        image_size=(640, 480),
+        lora_rank=64,
+        gradient_checkpointing=True,
+        dtype="bfloat16",
+        max_tokens_per_row=16_384,
+    )
+    return {"grpo": grpo, "sft": replace(grpo, task="sft", prompts=8, group_size=1)}
+
+
+def cases(shape: str, growth_sides: tuple[str, ...] = ("ours",)) -> Iterator[Case]:
+    base = workloads(shape)
+    on_gpu = shape not in ("tiny", "nano")
+    # On the GPU each turn starts with memory that was just given to the other side: its first step is not timed.
+    pace = {"turns": 2, "warmup": 1, "steps": 1} if on_gpu else {"turns": 1 if shape == "tiny" else 4}
+    yield Case("grpo", base["grpo"], expected_seconds=380 if on_gpu else 60, **pace)
+    yield Case("sft", base["sft"], expected_seconds=120 if on_gpu else 60, **pace)
+    once = {"turns": 1, "steps": 2, "sides": growth_sides, "expected_seconds": 100 if on_gpu else 60}
+    if on_gpu:
+        large = replace(base["grpo"], images=8, completion_tokens=1024)
+        yield Case("grpo large", large, **once)
+    for field, values in (TINY_GROWTH if shape == "tiny" else GROWTH).items():
+        for value in values:
+            yield Case(f"grpo {field}={value}", replace(base["grpo"], **{field: value}), **once)

@@ -1,0 +1,105 @@
+"""Running one case: the sides take turns; medians, ratio, floor and its share come out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+from experiments.bench.cases import Case
+from experiments.bench.floor import Peaks, Sizes, step_work
+from experiments.bench.side_process import Side
+
+
+def measure(case: Case, model: str, sides: Mapping[str, Side], peaks: Peaks) -> dict[str, Any]:
+    """The case's result, as JSON. Raises ValueError if the sides were not given the same tokens."""
+    chosen = {name: sides[name] for name in case.sides}
+    for side in chosen.values():
+        side.ask(do="train", model=model, workload=case.workload.to_json())
+    turns: dict[str, list[list[dict]]] = {name: [] for name in chosen}  # by side and turn: every step, untimed ones too
+    for turn in range(case.turns):
+        order = list(chosen) if turn % 2 == 0 else list(chosen)[::-1]
+        for name in order:
+            turns[name].append(_run_turn(chosen[name], case, turn))
+    decoding = {}
+    if "ours" in chosen and case.name == "grpo":
+        decoding = chosen["ours"].ask(do="decode")
+    for side in chosen.values():
+        side.ask(do="stop")
+    _check_inputs(turns)
+    result = {
+        "case": case.name,
+        "workload": case.workload.to_json(),
+        "sides": {name: _summary(turns[name], case) for name in chosen},
+        "decoding": decoding,
+    }
+    return result | _ratio(result["sides"]) | _floor(result, case, model, peaks)
+
+
+def _run_turn(side: Side, case: Case, turn: int) -> list[dict[str, Any]]:
+    untimed = case.warmup if turn > 0 else max(case.warmup, 1)
+    # Untimed steps wait for the GPU between phases, which gives the phases; timed steps do not.
+    steps = [side.ask(do="step", exact=index < untimed) for index in range(untimed + case.steps)]
+    side.ask(do="release")
+    return steps
+
+
+def _check_inputs(turns: Mapping[str, list[list[dict]]]) -> None:
+    seen = {name: [step["inputs"] for steps in of_side for step in steps] for name, of_side in turns.items()}
+    first, *others = seen.values()
+    for other in others:
+        if other != first:
+            number = next(k for k, pair in enumerate(zip(first, other, strict=True)) if pair[0] != pair[1])
+            raise ValueError(f"the sides read different tokens at step {number}: {' and '.join(seen)}")
+
+
+def _summary(turns: list[list[dict[str, Any]]], case: Case) -> dict[str, Any]:
+    timed = [steps[-case.steps :] for steps in turns]
+    flat = [step for steps in timed for step in steps]
+    # Where there are untimed steps in the last turn, phases are theirs: on a GPU only these are exact.
+    phased = turns[-1][: case.warmup] or flat
+    seconds = median(step["seconds"] for step in flat)
+    names = dict.fromkeys(name for step in phased for name in step["phases"])
+    return {
+        "seconds": seconds,
+        "cpu_seconds": median(step["cpu_seconds"] for step in flat),
+        "steps": [[step["seconds"] for step in steps] for steps in timed],
+        "phases": {name: median(step["phases"].get(name, 0.0) for step in phased) for name in names},
+        "peak_bytes": max(step["peak_bytes"] for step in flat),
+        "prompt_tokens": flat[-1]["prompt_tokens"],
+        "completion_tokens": flat[-1]["completion_tokens"],
+        "tokens_per_second": flat[-1]["completion_tokens"] / seconds,
+        "patches": flat[-1].get("patches"),
+        "first_loss": turns[0][0].get("loss"),
+    }
+
+
+def _ratio(sides: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """TRL's seconds over ours: of the medians; of each turn, which shows the spread; and of processor time, which other
+    work on the machine disturbs less (with one thread and an idle machine it equals the first)."""
+    if set(sides) != {"ours", "trl"}:
+        return {}
+    ours, trl = sides["ours"], sides["trl"]
+    by_turn = [median(b) / median(a) for a, b in zip(ours["steps"], trl["steps"], strict=True)]
+    return {
+        "ratio": trl["seconds"] / ours["seconds"],
+        "ratio_by_turn": by_turn,
+        "cpu_ratio": trl["cpu_seconds"] / ours["cpu_seconds"],
+    }
+
+
+def _floor(result: dict[str, Any], case: Case, model: str, peaks: Peaks) -> dict[str, Any]:
+    ours = result["sides"].get("ours")
+    if ours is None:
+        return {}
+    counts = (ours["prompt_tokens"], ours["completion_tokens"], ours["patches"])
+    work = step_work(Sizes.read(model), case.workload, *counts)
+    phases = {name: asdict(part) | {"seconds": part.seconds(peaks)} for name, part in work.items()}
+    seconds = sum(part["seconds"] for part in phases.values())
+    values = {"floor": {"seconds": seconds, "phases": phases}, "floor_share": seconds / ours["seconds"]}
+    a_token = result["decoding"].get("seconds_a_token")
+    if a_token:
+        bound = phases["decode"]["seconds"] / (case.workload.completion_tokens - 1)
+        values["decode_share"] = bound / a_token
+    return values

@@ -1,0 +1,178 @@
+"""This project's side of the benchmark: GRPO and CoTSFT as they are, in the smallest Lightning loop.
+
+Only public names are used: `GRPO`, `CoTSFT`, their policy and engine. Run by the driver (`experiments.bench.run`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from datamodules.artefacts import fingerprint
+from datamodules.batches import Batch, Encoder, PromptItem
+from experiments.bench.gate import Gate, serve, synchronize
+from experiments.bench.shapes import tokens_never_sampled
+from experiments.bench.workload import Workload, make_samples
+from lightning_modules.adapters import LoraSettings
+from lightning_modules.cot_sft import CoTSFT
+from lightning_modules.grpo import GRPO
+from lightning_modules.policy_module import PolicyModule
+from lightning_modules.rollouts import Rollout, RolloutEngine, RolloutSettings
+
+MAX_STEPS = 1_000_000  # the driver ends the run, not the trainer
+
+
+def build_module(model: str, workload: Workload) -> PolicyModule:
+    common = {
+        "lora": LoraSettings(workload.lora_rank, workload.alpha),
+        "dtype": workload.dtype,
+        "gradient_checkpointing": workload.gradient_checkpointing,
+        "learning_rate": 1e-6,
+        "max_tokens_per_row": workload.max_tokens_per_row,
+        "seed": workload.seed,
+    }
+    if workload.task == "sft":
+        return CoTSFT(model, **common)
+    return GRPO(
+        model,
+        group_size=workload.group_size,
+        temperature=workload.temperature,
+        max_new_tokens=workload.completion_tokens,
+        beta=workload.beta,
+        skip_equal_groups=False,  # a random model's rewards are all 0; TRL trains on such groups too
+        **common,
+    )
+
+
+class EndlessBatches:
+    """Encodes the prompts of each step inside that step, as TRL does: decoding and preprocessing are part of it."""
+
+    def __init__(self, model: str, workload: Workload, gate: Gate) -> None:
+        # The length of a written answer is ragged; none is cut.
+        limit = 4 * workload.completion_tokens + 512
+        with_target = workload.task == "sft"
+        self.encoder = Encoder(model, "absolute", "think", 1 << 17, limit, with_target)
+        self.samples = make_samples(workload)
+        self.prompts, self.gate = workload.prompts, gate
+
+    def __iter__(self) -> Iterator[Batch]:
+        stream = itertools.cycle(self.samples)
+        while True:
+            with self.gate.clock.phase("data"):
+                batch = Batch([self.encoder.encode(sample) for sample in itertools.islice(stream, self.prompts)])
+            yield batch
+
+
+class TimedEngine:
+    """Counts rollouts as their phase and insists on the lengths that the workload states."""
+
+    def __init__(self, engine: RolloutEngine, gate: Gate) -> None:
+        self.engine, self.gate = engine, gate
+
+    def generate(
+        self, items: Sequence[PromptItem], settings: RolloutSettings, *args: Any, **kwargs: Any
+    ) -> list[list[Rollout]]:
+        with self.gate.clock.phase("rollout"):
+            rollouts = self.engine.generate(items, settings, *args, **kwargs)
+        lengths = {len(rollout.token_ids) for group in rollouts for rollout in group}
+        if lengths != {settings.max_new_tokens}:
+            raise ValueError(f"completions have lengths {sorted(lengths)}, not {settings.max_new_tokens}")
+        return rollouts
+
+
+class Turnstile(Callback):
+    """Stops at the gate after every batch, each of which is one optimizer step."""
+
+    def __init__(self, model: str, workload: Workload, gate: Gate) -> None:
+        self.model, self.workload, self.gate = model, workload, gate
+        self.items: list[PromptItem] = []
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        policy = module.policy
+        forced = tokens_never_sampled(self.model)
+        missing = set(policy.banned_token_ids) - set(forced)
+        if missing:
+            raise ValueError(f"tokens that the policy bans but the benchmark does not: {sorted(missing)[:5]}")
+        policy.banned = torch.tensor(forced, device=policy.device)
+        clock = self.gate.clock
+        clock.wrap(policy, "encode_images", "encode")
+        clock.wrap(policy, "token_log_probs", _scoring_phase)
+        clock.wrap(module, "manual_backward", "backward")
+        clock.wrap(module, "update", "optimizer")
+        if self.workload.task == "grpo":
+            module.engine = TimedEngine(module.engine, self.gate)
+            self.gate.answers["decode"] = lambda: self._time_decoding(module)
+        trainer.should_stop = not self.gate.open()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self.items = batch.items
+        gate, metrics = self.gate, trainer.callback_metrics
+        gate.facts["prompt_tokens"] = sum(len(item.input_ids) for item in batch.items)
+        gate.facts["patches"] = sum(len(item.pixel_values) for item in batch.items)
+        if self.workload.task == "sft":
+            gate.facts["completion_tokens"] = int(metrics["train/tokens"])
+            gate.facts["loss"] = float(metrics["train/loss"])
+            gate.facts["inputs"] = _digest([torch.cat([item.input_ids, item.completion_ids]) for item in batch.items])
+        else:
+            workload = self.workload
+            gate.facts["completion_tokens"] = workload.prompts * workload.group_size * workload.completion_tokens
+            gate.facts["inputs"] = _digest([item.input_ids for item in batch.items])
+        trainer.should_stop = not gate.step_done()
+
+    def _time_decoding(self, module: GRPO) -> dict[str, Any]:
+        """Seconds of a rollout of a quarter and of full length: their difference is decoding alone."""
+        longest = self.workload.completion_tokens
+        shortest = max(1, longest // 4)
+        best: dict[int, float] = {}
+        with torch.no_grad():
+            features = module.policy.encode_images(self.items)
+        for length in (longest, shortest) * 2:  # the first pass warms up
+            settings = RolloutSettings(self.workload.group_size, self.workload.temperature, length)
+            generator = torch.Generator(module.device).manual_seed(0)
+            synchronize()
+            began = time.perf_counter()
+            module.engine.generate(self.items, settings, features, generator)
+            synchronize()
+            best[length] = min(best.get(length, float("inf")), time.perf_counter() - began)
+        a_token = (best[longest] - best[shortest]) / (longest - shortest) if longest > shortest else float("nan")
+        return {"seconds_a_token": a_token, "prefill_seconds": best[longest] - longest * a_token}
+
+
+def _scoring_phase(*args: Any, reference: bool = False, **kwargs: Any) -> str:
+    return "reference" if reference else "forward"
+
+
+def _digest(sequences: Sequence[Tensor]) -> str:
+    return fingerprint(sorted(sequence.tolist() for sequence in sequences))
+
+
+def train(command: dict[str, Any], gate: Gate) -> None:
+    model, workload = command["model"], Workload.from_json(command["workload"])
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = Trainer(
+            accelerator="gpu" if torch.cuda.is_available() else "cpu",
+            devices=1,
+            max_steps=MAX_STEPS,
+            default_root_dir=folder,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[Turnstile(model, workload, gate)],
+        )
+        trainer.fit(build_module(model, workload), EndlessBatches(model, workload, gate))
+
+
+if __name__ == "__main__":
+    serve(train)

@@ -1,0 +1,74 @@
+"""One side as a process: starts it, sends commands, waits for answers no longer than until a deadline."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+MODULES = {"ours": "experiments.bench.our_side", "trl": "experiments.bench.trl_side"}
+
+
+class SideFailed(RuntimeError):
+    """The side's process ended; the message holds the end of its log."""
+
+
+class OutOfTime(RuntimeError):
+    """No answer before the deadline."""
+
+
+class Side:
+    def __init__(self, name: str, python: str, threads: int, log: Path, deadline: float) -> None:
+        """`python` is the interpreter of the environment to use; `deadline` in seconds of time.monotonic()."""
+        self.name, self.log, self.deadline = name, log, deadline
+        log.parent.mkdir(parents=True, exist_ok=True)
+        # Nothing is looked up on a network, and both sides get the same number of threads.
+        own = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                [python, "-m", MODULES[name]],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=os.environ | own,
+            )
+        self._received = b""
+        try:
+            self.versions: dict[str, str] = self.read()["versions"]
+        except (OutOfTime, SideFailed):
+            self.close()
+            raise
+
+    def ask(self, **command: Any) -> dict[str, Any]:
+        try:
+            self.process.stdin.write(json.dumps(command).encode() + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise SideFailed(self._last_words()) from None
+        return self.read()
+
+    def read(self) -> dict[str, Any]:
+        while b"\n" not in self._received:
+            left = self.deadline - time.monotonic()
+            if left <= 0 or not select.select([self.process.stdout], [], [], left)[0]:
+                raise OutOfTime(f"{self.name} did not answer in time")
+            data = os.read(self.process.stdout.fileno(), 1 << 16)
+            if not data:
+                raise SideFailed(self._last_words())
+            self._received += data
+        line, self._received = self._received.split(b"\n", 1)
+        return json.loads(line)
+
+    def _last_words(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()
+        return f"{self.name} ended; the end of {self.log}:\n" + "\n".join(lines[-20:])
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            pipe.close()

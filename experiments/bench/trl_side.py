@@ -1,0 +1,187 @@
+"""TRL's side of the benchmark: its GRPOTrainer and SFTTrainer with transformers' generate.
+
+Run by the driver (`experiments.bench.run`), with the Python of an environment that has TRL. Settings are TRL's own
+defaults, but for those that make it faster or that make the two sides do the same: one forward pass takes the whole
+step, nothing is logged or saved, gradient checkpointing only where this project has it too.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import trl
+from datasets import Dataset, Image, List
+from transformers import AutoProcessor, TrainerCallback, TrainerControl
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from datamodules.artefacts import fingerprint
+from datamodules.batches import END_OF_TURN, Encoder, PromptItem
+from datamodules.boxes import Convention
+from datamodules.prompts import PromptStyle, build_messages, target_text
+from experiments.bench.gate import Gate, serve
+from experiments.bench.shapes import tokens_never_sampled
+from experiments.bench.workload import Workload, make_samples
+from lightning_modules.adapters import LoraSettings, lora_config
+from lightning_modules.rewards import reward
+
+MAX_STEPS = 1_000_000  # the driver ends the run, not the trainer
+STYLE, CONVENTION = PromptStyle.THINK, Convention.ABSOLUTE
+
+
+def make_dataset(model: str, workload: Workload) -> tuple[Dataset, list[PromptItem]]:
+    """Rows for TRL, and the same samples as this project encodes them."""
+    encoder = Encoder(model, CONVENTION, STYLE, 1 << 17, 1, with_target=False)
+    processor = AutoProcessor.from_pretrained(model)
+    items, rows = [], []
+    for index, loaded in enumerate(make_samples(workload)):
+        item = encoder.encode(loaded)
+        messages = build_messages(item.sample, item.geometries, CONVENTION, STYLE)
+        row: dict[str, Any] = {"images": [{"bytes": data, "path": None} for data in loaded.images]}
+        if workload.task == "sft":  # rendered ahead, which saves TRL the template at every step
+            row["prompt"] = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            row["completion"] = target_text(item.sample, item.geometries, CONVENTION, STYLE) + END_OF_TURN
+        else:
+            row |= {"prompt": messages, "number": index}
+        items.append(item)
+        rows.append(row)
+    return Dataset.from_list(rows).cast_column("images", List(Image())), items
+
+
+def common_settings(workload: Workload, folder: str) -> dict[str, Any]:
+    on_gpu = torch.cuda.is_available()
+    return {
+        "output_dir": folder,
+        "per_device_train_batch_size": workload.prompts * (workload.group_size if workload.task == "grpo" else 1),
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": workload.gradient_checkpointing,
+        "learning_rate": 1e-6,
+        "max_steps": MAX_STEPS,
+        "bf16": workload.dtype == "bfloat16",
+        "use_cpu": not on_gpu,
+        "model_init_kwargs": {"dtype": workload.dtype, "attn_implementation": "sdpa"},
+        "report_to": "none",
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": on_gpu,
+        "seed": workload.seed,
+    }
+
+
+def build_trainer(model: str, workload: Workload, folder: str, gate: Gate) -> GRPOTrainer | SFTTrainer:
+    dataset, items = make_dataset(model, workload)
+    shared = {
+        "model": model,
+        "train_dataset": dataset,
+        "peft_config": lora_config(LoraSettings(workload.lora_rank, workload.alpha)),
+        "callbacks": [Turnstile(gate)],
+    }
+    settings = common_settings(workload, folder)
+    if workload.task == "sft":
+        order = {"train_sampling_strategy": "sequential"}
+        trainer = SFTTrainer(args=SFTConfig(max_length=None, completion_only_loss=True, **order, **settings), **shared)
+        _report_sft(trainer, gate)
+        return trainer
+
+    def score(completions: list[Any], number: list[int], **_: Any) -> list[float]:
+        texts = [completion[0]["content"] for completion in completions]
+        chosen = [items[index] for index in number]
+        pairs = zip(texts, chosen, strict=True)
+        return [reward(text, item.sample.answer, item.geometries, CONVENTION).total for text, item in pairs]
+
+    arguments = GRPOConfig(
+        num_generations=workload.group_size,
+        max_completion_length=workload.completion_tokens,
+        temperature=workload.temperature,
+        beta=workload.beta,
+        loss_type="grpo",
+        use_bias_correction_kl=False,
+        shuffle_dataset=False,
+        generation_kwargs={"suppress_tokens": tokens_never_sampled(model)},
+        **settings,
+    )
+    trainer = GRPOTrainer(args=arguments, reward_funcs=score, **shared)
+    _report_grpo(trainer, gate, workload)
+    return trainer
+
+
+class Turnstile(TrainerCallback):
+    """Stops at the gate after every optimizer step."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+
+    def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        self.gate.clock.wrap(kwargs["optimizer"], "step", "optimizer")
+        if not self.gate.open():
+            raise ValueError("the driver stopped TRL's side before its first step")
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        control.should_training_stop = not self.gate.step_done()
+        return control
+
+
+def _report_grpo(trainer: GRPOTrainer, gate: Gate, workload: Workload) -> None:
+    """Phases and facts of a step. These are TRL's private methods: another TRL may name them differently."""
+    clock = gate.clock
+    _time_trainer(trainer, gate)
+    clock.wrap(trainer, "_tokenize_prompts", "data")
+    clock.wrap(trainer, "_generate_single_turn", "rollout")
+    clock.wrap(trainer, "_get_per_token_logps_and_entropies", _scoring_phase)
+    clock.wrap(trainer.processing_class.image_processor, "preprocess", "data")
+    generate = trainer._generate
+
+    def checked(prompts: list[Any]) -> tuple[Any, ...]:
+        prompt_ids, completion_ids, *rest = generate(prompts)
+        lengths = {len(ids) for ids in completion_ids}
+        if lengths != {workload.completion_tokens}:
+            raise ValueError(f"TRL's completions have lengths {sorted(lengths)}, not {workload.completion_tokens}")
+        unique = {tuple(ids) for ids in prompt_ids}
+        gate.facts["completion_tokens"] = sum(map(len, completion_ids))
+        gate.facts["prompt_tokens"] = sum(map(len, unique))
+        gate.facts["inputs"] = fingerprint(sorted(list(ids) for ids in unique))
+        return prompt_ids, completion_ids, *rest
+
+    trainer._generate = checked
+
+
+def _report_sft(trainer: SFTTrainer, gate: Gate) -> None:
+    _time_trainer(trainer, gate)
+    gate.clock.wrap(trainer, "compute_loss", "forward")
+    step = trainer.training_step
+
+    def reported(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = step(model, inputs, *args, **kwargs)
+        real, targets = inputs["attention_mask"].bool(), inputs["labels"] != -100
+        gate.facts["completion_tokens"] = int(targets.sum())
+        gate.facts["prompt_tokens"] = int(real.sum() - targets.sum())
+        gate.facts["loss"] = float(loss)
+        rows: Sequence[torch.Tensor] = inputs["input_ids"]
+        gate.facts["inputs"] = fingerprint(sorted(row[m].tolist() for row, m in zip(rows, real, strict=True)))
+        return loss
+
+    trainer.training_step = reported
+
+
+def _time_trainer(trainer: GRPOTrainer | SFTTrainer, gate: Gate) -> None:
+    gate.clock.wrap(trainer, "get_batch_samples", "data")
+    gate.clock.wrap(trainer.accelerator, "backward", "backward")
+
+
+def _scoring_phase(*_: Any, **__: Any) -> str:
+    return "forward" if torch.is_grad_enabled() else "reference"
+
+
+def train(command: dict[str, Any], gate: Gate) -> None:
+    workload = Workload.from_json(command["workload"])
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        build_trainer(command["model"], workload, folder, gate).train()
+
+
+if __name__ == "__main__":
+    serve(train, trl=trl.__version__)

@@ -1,0 +1,88 @@
+"""What both sides are given: the same prompts, images and lengths, made from a seed."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from PIL import Image
+
+from datamodules.samples import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
+
+POOL = 16  # steps until the prompts come again
+QUESTION = "Which object is in all of these images? Locate it in the last one."
+WORDS = ("the", "red", "ring", "is", "left", "of", "a", "blue", "square", "in", "image", "and", "small", "green")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One optimizer step. Every completion of a rollout has exactly `completion_tokens` tokens; written answers (SFT)
+    are ragged, of `completion_tokens` words on average.
+
+    prompts P of a step; group_size G (GRPO; 1 for SFT); images of (width, height) pixels to a prompt.
+    """
+
+    task: Literal["grpo", "sft"] = "grpo"
+    prompts: int = 2
+    group_size: int = 8
+    completion_tokens: int = 64
+    images: int = 3
+    image_size: tuple[int, int] = (112, 84)
+    lora_rank: int = 32
+    beta: float = 0.001
+    temperature: float = 1.0
+    gradient_checkpointing: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_tokens_per_row: int = 4096
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "group_size", "completion_tokens", "images", "lora_rank", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"workload: {name}={getattr(self, name)} must be greater than 0")
+        if self.task not in ("grpo", "sft"):
+            raise ValueError(f"workload: task={self.task!r} is neither 'grpo' nor 'sft'")
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Workload:
+        return cls(**values | {"image_size": tuple(values["image_size"])})
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def alpha(self) -> int:
+        return 2 * self.lora_rank
+
+
+def make_samples(workload: Workload) -> list[LoadedSample]:
+    """Those of POOL steps, in order. Their answers are written, as CoT-SFT needs them."""
+    return [_make_sample(workload, index) for index in range(POOL * workload.prompts)]
+
+
+def _make_sample(workload: Workload, index: int) -> LoadedSample:
+    rng = random.Random(f"{workload.seed}:{index}")
+    files = tuple(f"{index}_{image}.jpg" for image in range(workload.images))
+    # Half to one and a half times the stated length.
+    num_words = max(1, round(workload.completion_tokens * rng.uniform(0.5, 1.5)))
+    sample = Sample(
+        id=f"bench/{index}",
+        source="bench",
+        task="common_object",
+        images=files,
+        messages=(*(ImagePart(image) for image in range(workload.images)), TextPart(f"{QUESTION} ({index})")),
+        answer=BoxAnswer(workload.images - 1, (0.2, 0.2, 0.8, 0.8), "ring"),
+        thinking=" ".join(rng.choice(WORDS) for _ in range(num_words)),
+    )
+    return LoadedSample(sample, tuple(_random_jpeg(rng, workload.image_size) for _ in files))
+
+
+def _random_jpeg(rng: random.Random, size: Sequence[int]) -> bytes:
+    """A smooth random picture: its file is about as large, and as long to decode, as a photograph's."""
+    coarse = Image.frombytes("RGB", (16, 16), rng.randbytes(16 * 16 * 3))
+    file = io.BytesIO()
+    coarse.resize(tuple(size), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+    return file.getvalue()
