@@ -11,6 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
+from lightning_modules.lora_linear import FusedLoraLinear
+
 
 @dataclass(frozen=True)
 class LoraSettings:
@@ -29,7 +31,11 @@ def with_adapter(model: nn.Module, lora: LoraSettings) -> PeftModel:
     with warnings.catch_warnings():
         # PEFT reads an attribute that transformers has renamed.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        return get_peft_model(model, settings)
+        adapted = get_peft_model(model, settings)
+    for module in adapted.modules():
+        if type(module) is LoraLinear:
+            module.__class__ = FusedLoraLinear  # same state, other forward
+    return adapted
 
 
 def folded_copy(module: nn.Module, fold: bool = True) -> nn.Module:
