@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from datamodules.batches import PromptItem
-from lightning_modules.adapters import LoraSettings, folded_copy, with_adapter
+from lightning_modules.adapters import LoraSettings, fold_again, folded_copy, with_adapter
 from lightning_modules.attention import TEXT_ATTENTION, VISION_ATTENTION, register_attention
 from lightning_modules.model_folder import check_model
 from lightning_modules.scoring import score_tokens
@@ -205,6 +205,10 @@ class QwenVL(nn.Module):
     def decoder(self, fold_adapter: bool = True) -> nn.Module:
         """The model for decoding: shares the policy's tensors, in evaluation mode, by default with LoRA folded in."""
         return folded_copy(self.base, fold_adapter).eval()
+
+    def refresh_decoder(self, model: nn.Module) -> None:
+        """Bring a `decoder` up to date with an adapter that has been trained since; its tensors stay where they are."""
+        fold_again(model, self.base)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
