@@ -42,6 +42,6 @@ class GraphedSteps:
                     tensor.copy_(old)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):  # records, and changes nothing
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # records, changes nothing
             self.decoder.step_all(width)
         return graph

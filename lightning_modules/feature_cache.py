@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from datamodules.artefacts import file_sha256, fingerprint
 GIB = 1 << 30
 SUFFIX = ".safetensors"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+STALE = 3600.0  # seconds after which a draft's writer must have been killed
 CHECK_SHARE = 0.02  # of the limit: so much is written between two looks at what the folder holds
 
 
@@ -79,10 +81,11 @@ class FeatureCache:
     def _evict(self) -> None:
         """Bring the folder under its limit. Files that another process removes meanwhile count as gone."""
         found: list[tuple[float, int, Path]] = []
-        for path in self.root.glob("*/*"):  # drafts of killed processes too
+        for path in self.root.glob("*/*"):
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
-                found.append((status.st_mtime, status.st_size, path))
+                if path.suffix == SUFFIX or time.time() - status.st_mtime > STALE:
+                    found.append((status.st_mtime, status.st_size, path))
         excess = sum(size for _, size, _ in found) - self.limit
         for _, size, path in sorted(found):
             if excess <= 0:
