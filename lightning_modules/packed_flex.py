@@ -26,7 +26,10 @@ SHORTEST = 1024
 
 
 def padded_length(length: int) -> int:
-    """The next power of two, `SHORTEST` at least: so few lengths need few compiled kernels. Padding costs little."""
+    """The next power of two, `SHORTEST` at least: so few lengths need few compiled kernels. Padding costs little.
+
+    Fewer than 128 tokens would get another kernel, which wants R to be a power of two.
+    """
     return max(SHORTEST, 1 << (length - 1).bit_length())
 
 

@@ -169,7 +169,7 @@ class QwenVL(nn.Module):
         banned = self.banned if ban_tokens else None
         with self._acting(reference) as model, self._autocast(), self._checkpointing(rows):
             hidden = self._hidden_states(model, rows, features)[rows.predict]
-            log_probs, best = score_tokens(hidden, rows.targets, model.lm_head, banned, temperature)
+            log_probs, best = score_tokens(hidden, rows.targets, model.lm_head, banned, temperature, with_best)
         return (log_probs, best) if with_best else log_probs
 
     def _hidden_states(self, model: nn.Module, rows: PackedRows, features: Sequence[Tensor]) -> Tensor:
