@@ -14,7 +14,8 @@ class Throughput(Callback):
     """Logs, for every batch after the first:
 
     speed/seconds_per_batch: wall clock from the end of the last batch to the end of this one.
-    speed/data_wait_share: the part of it (0-1) before this batch's training step began.
+    speed/data_wait: the part of it, in seconds, before this batch's training step began.
+    speed/data_wait_share: the same as a share of it (0-1).
     speed/prompt_tokens_per_second: prompt tokens of this rank's batch over it. (Completions: the module's own speed/*.)
 
     Callbacks listed behind it, and the writing of checkpoints, count as waiting: list it last.
@@ -40,6 +41,7 @@ class Throughput(Callback):
         pl_module.log_dict(
             {
                 "speed/seconds_per_batch": seconds,
+                "speed/data_wait": self._started - last,
                 "speed/data_wait_share": (self._started - last) / seconds,
                 "speed/prompt_tokens_per_second": sum(len(item.input_ids) for item in batch.items) / seconds,
             },

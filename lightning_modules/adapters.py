@@ -11,6 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
+from lightning_modules.lora_linear import FusedLoraLinear
+
 
 @dataclass(frozen=True)
 class LoraSettings:
@@ -32,7 +34,11 @@ def with_adapter(model: nn.Module, lora: LoraSettings) -> PeftModel:
     with warnings.catch_warnings():
         # PEFT reads an attribute that transformers has renamed.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        return get_peft_model(model, lora_config(lora))
+        adapted = get_peft_model(model, lora_config(lora))
+    for module in adapted.modules():
+        if type(module) is LoraLinear:
+            module.__class__ = FusedLoraLinear  # same state, other forward
+    return adapted
 
 
 def folded_copy(module: nn.Module, fold: bool = True) -> nn.Module:
@@ -48,10 +54,23 @@ def folded_copy(module: nn.Module, fold: bool = True) -> nn.Module:
 
 
 @torch.no_grad()
+def fold_again(folded: nn.Module, module: nn.Module) -> None:
+    """Write the LoRA layers of `module`, as they are now, into `folded`, an earlier `folded_copy` of it, in place."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, LoraLinear) and not isinstance(copied := folded.get_submodule(name), LoraLinear):
+            copied.weight.copy_(_folded_weight(layer))
+
+
 def _folded(layer: LoraLinear) -> nn.Linear:
     base = layer.get_base_layer()
-    delta = sum(layer.get_delta_weight(name).float() for name in layer.active_adapters)
     folded = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-    folded.weight = nn.Parameter((base.weight.float() + delta).to(base.weight.dtype), requires_grad=False)
+    folded.weight = nn.Parameter(_folded_weight(layer), requires_grad=False)
     folded.bias = base.bias
     return folded
+
+
+@torch.no_grad()
+def _folded_weight(layer: LoraLinear) -> torch.Tensor:
+    base = layer.get_base_layer()
+    delta = sum(layer.get_delta_weight(name).float() for name in layer.active_adapters)
+    return (base.weight.float() + delta).to(base.weight.dtype)

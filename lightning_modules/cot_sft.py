@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from datamodules.batches import Batch, PromptItem
+from lightning_modules.feature_cache import FeatureCache, tower_fingerprint
 from lightning_modules.policy_module import PolicyModule
 from lightning_modules.shared_prefix import pack_rows
 
@@ -17,12 +18,30 @@ class CoTSFT(PolicyModule):
 
     The loss is the mean over all completion tokens of an update (all batches of the window, all ranks), so a long
     answer weighs more than a short one. What the completion is, thinking and answer or answer alone, the data decides.
-    Fields: those of `PolicyModule`.
+    feature_cache: folder where a frozen tower's image features are kept over epochs and runs, at most
+    feature_cache_gib of them; null keeps none. Fields: those of `PolicyModule`.
     """
 
-    def __init__(self, model: str, **policy: Any) -> None:
+    def __init__(
+        self, model: str, feature_cache: str | None = None, feature_cache_gib: float = 20.0, **policy: Any
+    ) -> None:
         super().__init__(model, **policy)
+        self.feature_cache, self.feature_cache_gib = feature_cache, feature_cache_gib
         self.check_settings()
+
+    def faults(self) -> list[str]:
+        faults = super().faults()
+        if self.feature_cache is not None and not self.freeze_vision:
+            faults.append(f"feature_cache={self.feature_cache!r} needs freeze_vision=True, not {self.freeze_vision}")
+        if self.feature_cache_gib <= 0:
+            faults.append(f"feature_cache_gib={self.feature_cache_gib} must be greater than 0")
+        return faults
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.feature_cache is not None and self.policy.feature_cache is None:
+            tower = tower_fingerprint(self.policy.base.model.visual, self.model)
+            self.policy.feature_cache = FeatureCache(self.feature_cache, tower, self.feature_cache_gib)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         started = time.perf_counter()

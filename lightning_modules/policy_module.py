@@ -49,7 +49,9 @@ def derive_seed(*parts: int) -> int:
 class PolicyModule(LightningModule):
     """A trained Qwen2.5-VL. The constructor is cheap: weights are read in `configure_model`.
 
-    model: folder or Hub name. lora: null trains all weights of the language model. dtype: of the weights. betas,
+    model: folder or Hub name. lora: null trains all weights of the language model. dtype: of the weights.
+    activation_gib: with gradient_checkpointing on a GPU, checkpoint only as many layers as keep their activations
+    within it (null: all). betas,
     weight_decay: AdamW. warmup_fraction: share of all updates. max_grad_norm: null does not clip. accumulate: batches
     to an update (trainer.accumulate_grad_batches stays 1). max_tokens_per_row: packed length of one forward pass.
     seed: of everything random, together with the batch's number and the rank.
@@ -62,6 +64,7 @@ class PolicyModule(LightningModule):
         dtype: Literal["float32", "bfloat16"] = "float32",
         freeze_vision: bool = True,
         gradient_checkpointing: bool = False,
+        activation_gib: float | None = None,
         learning_rate: float = 1e-4,
         warmup_fraction: float = 0.0,
         weight_decay: float = 0.0,
@@ -74,6 +77,7 @@ class PolicyModule(LightningModule):
         super().__init__()
         self.model, self.lora, self.dtype_name = model, lora, dtype
         self.freeze_vision, self.gradient_checkpointing = freeze_vision, gradient_checkpointing
+        self.activation_gib = activation_gib
         self.learning_rate, self.warmup_fraction = learning_rate, warmup_fraction
         self.weight_decay, self.betas, self.max_grad_norm = weight_decay, betas, max_grad_norm
         self.accumulate, self.max_tokens_per_row, self.seed = accumulate, max_tokens_per_row, seed
@@ -96,6 +100,11 @@ class PolicyModule(LightningModule):
             faults.append(f"warmup_fraction={self.warmup_fraction} must be in [0, 1)")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             faults.append(f"max_grad_norm={self.max_grad_norm} must be greater than 0, or null")
+        if self.activation_gib is not None and not (self.gradient_checkpointing and self.activation_gib > 0):
+            faults.append(
+                f"activation_gib={self.activation_gib} must be greater than 0, with gradient_checkpointing=True, "
+                f"not {self.gradient_checkpointing}; or null"
+            )
         if self.dtype_name not in ("float32", "bfloat16"):  # float16 would need a loss scaler
             faults.append(f"dtype={self.dtype_name!r} must be 'float32' or 'bfloat16'")
         elif self.dtype_name == "bfloat16" and (self.lora is None or not self.freeze_vision):
@@ -132,6 +141,7 @@ class PolicyModule(LightningModule):
                 freeze_vision=self.freeze_vision,
                 with_reference=self.with_reference,
                 gradient_checkpointing=self.gradient_checkpointing,
+                activation_gib=self.activation_gib,
             )
         # Weights are loaded in evaluation mode, which turns gradient checkpointing and LoRA dropout off.
         self.policy = policy.train()

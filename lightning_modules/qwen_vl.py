@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -27,8 +27,10 @@ from transformers import (
 )
 
 from datamodules.batches import PromptItem
-from lightning_modules.adapters import LoraSettings, folded_copy, with_adapter
+from lightning_modules.activations import ActivationBudget
+from lightning_modules.adapters import LoraSettings, fold_again, folded_copy, with_adapter
 from lightning_modules.attention import TEXT_ATTENTION, VISION_ATTENTION, register_attention
+from lightning_modules.feature_cache import FeatureCache
 from lightning_modules.model_folder import check_model
 from lightning_modules.scoring import score_tokens
 from lightning_modules.shared_prefix import PackedRows
@@ -59,6 +61,7 @@ class QwenVL(nn.Module):
         freeze_vision: bool = True,
         with_reference: bool = False,
         gradient_checkpointing: bool = False,
+        activation_gib: float | None = None,
     ) -> None:
         super().__init__()
         check_settings(lora, dtype)
@@ -80,6 +83,10 @@ class QwenVL(nn.Module):
         if gradient_checkpointing:
             old_name = self.base.gradient_checkpointing_enable  # transformers renamed it after 5.17
             getattr(self.base, "activation_checkpointing_enable", old_name)()
+        self.feature_cache: FeatureCache | None = None  # set by who wants a frozen tower's features kept on disk
+        self.activations: ActivationBudget | None = None
+        if gradient_checkpointing and activation_gib is not None:
+            self.activations = ActivationBudget(self.base.model.language_model.layers, activation_gib)
         if not on_meta:
             self.register_buffer("banned", torch.tensor(self.banned_token_ids), persistent=False)
 
@@ -129,12 +136,19 @@ class QwenVL(nn.Module):
             pixels = item.pixel_values.split(item.grid_thw.prod(-1).tolist())
             for key, patches, grid in zip(item.image_keys, pixels, item.grid_thw, strict=True):
                 unique.setdefault(key, (patches, grid))
+        cache = self.feature_cache if self.freeze_vision else None
         features: dict[str, Tensor] = {}
+        for key, (_, grid) in unique.items() if cache is not None else ():
+            if (known := cache.get(key, grid.tolist(), self.device)) is not None:
+                features[key] = known
+        missing = {key: image for key, image in unique.items() if key not in features}
         with torch.no_grad() if self.freeze_vision or reference else nullcontext():
-            for keys in _chunks(unique):
+            for keys in _chunks(missing):
                 patches = torch.cat([unique[key][0] for key in keys])
                 grids = torch.stack([unique[key][1] for key in keys])
                 features.update(zip(keys, model.model.get_image_features(patches, grids).pooler_output, strict=True))
+        for key, (_, grid) in missing.items() if cache is not None else ():
+            cache.put(key, grid.tolist(), features[key])
         return [torch.cat([features[key] for key in item.image_keys]) for item in items]
 
     def token_log_probs(
@@ -153,9 +167,9 @@ class QwenVL(nn.Module):
         `with_best` also gives the likeliest token [N] in the place of each target.
         """
         banned = self.banned if ban_tokens else None
-        with self._acting(reference) as model, self._autocast():
+        with self._acting(reference) as model, self._autocast(), self._checkpointing(rows):
             hidden = self._hidden_states(model, rows, features)[rows.predict]
-            log_probs, best = score_tokens(hidden, rows.targets, model.lm_head, banned, temperature)
+            log_probs, best = score_tokens(hidden, rows.targets, model.lm_head, banned, temperature, with_best)
         return (log_probs, best) if with_best else log_probs
 
     def _hidden_states(self, model: nn.Module, rows: PackedRows, features: Sequence[Tensor]) -> Tensor:
@@ -195,6 +209,12 @@ class QwenVL(nn.Module):
                 with self.model.disable_adapter():
                     yield self.base
 
+    def _checkpointing(self, rows: PackedRows) -> AbstractContextManager:
+        """Checkpoint as many layers as this row needs; without a budget, or off the GPU, all or none, as was set."""
+        if self.activations is None or self.device.type != "cuda" or not (self.training and torch.is_grad_enabled()):
+            return nullcontext()
+        return self.activations.row(rows.input_ids.shape[1])
+
     def _autocast(self) -> torch.autocast:
         """Adapters are kept in float32 beside half-precision weights; their products run in the weights' precision."""
         dtype = self.base.dtype
@@ -205,6 +225,10 @@ class QwenVL(nn.Module):
     def decoder(self, fold_adapter: bool = True) -> nn.Module:
         """The model for decoding: shares the policy's tensors, in evaluation mode, by default with LoRA folded in."""
         return folded_copy(self.base, fold_adapter).eval()
+
+    def refresh_decoder(self, model: nn.Module) -> None:
+        """Bring a `decoder` up to date with an adapter that has been trained since; its tensors stay where they are."""
+        fold_again(model, self.base)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]

@@ -1,10 +1,11 @@
 """Sampling G completions for each prompt. One small interface, and the engine that runs in this process.
 
-Shapes: P prompts of a batch, G branches (completions of a prompt), A branches that go on, V vocabulary, T tokens.
+Shapes: G branches (completions of a prompt), A branches that go on, V vocabulary, T tokens.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,15 +15,19 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from datamodules.batches import PromptItem
-from lightning_modules.branch_cache import BranchCache, PrefixRecorder
+from lightning_modules.branch_cache import PrefixRecorder
+from lightning_modules.decode_graphs import GraphedSteps
+from lightning_modules.decoding import NO_MASK, BranchDecoder, Decoded, Prefilled
 from lightning_modules.qwen_vl import QwenVL
 
-NO_MASK = {"full_attention": None}  # tells transformers to build none: prefill is causal, decoding masks for itself
+PREFIX_STEP = 512  # tokens by which a GPU's memory for a prompt grows
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """`greedy` takes the likeliest token; log-probabilities are at `temperature` all the same."""
+    """`greedy` takes the likeliest token; log-probabilities are at `temperature` all the same. `batch_prompts` are
+    decoded at a time; of more, the next take the places of those that are complete."""
 
     group_size: int
     temperature: float
@@ -62,15 +67,19 @@ class RolloutEngine(Protocol):
 
 
 class NativeEngine:
-    """Prefills each prompt once and decodes its branches over a shared prefix (`branch_cache`).
+    """Prefills each prompt once and decodes its branches over a shared prefix (`decoding`, `branch_cache`).
 
-    `fold_adapter` decodes with LoRA folded into a temporary copy of the linear weights: fewer operations, and exact in
-    float32; in bfloat16 the sum is rounded, as it is in any server that is given merged weights.
+    `fold_adapter` decodes with LoRA folded into a copy of the linear weights: fewer operations, and exact in float32;
+    in bfloat16 the sum is rounded, as it is in any server that is given merged weights. `static` (by default on a GPU)
+    takes all rows at each step, at fixed shapes; on a GPU as a CUDA graph. Its memory and weights are kept for the next
+    call, as what is captured refers to them.
     """
 
-    def __init__(self, policy: QwenVL, fold_adapter: bool = True) -> None:
+    def __init__(self, policy: QwenVL, fold_adapter: bool = True, static: bool | None = None) -> None:
         self.policy = policy
         self.fold_adapter = fold_adapter
+        self.static = static
+        self._kept: tuple[tuple[object, ...], BranchDecoder] | None = None
 
     @torch.no_grad()  # not inference mode: the caller trains on the log-probabilities and features
     def generate(
@@ -85,62 +94,60 @@ class NativeEngine:
 
         `generator` must be on the policy's device. `on_progress` hears how many prompts are complete.
         """
-        model = self.policy.decoder(self.fold_adapter)
-        # Neighbours in length share a batch, so that little is padded.
+        if not items:
+            return []
+        # Neighbours in length are read together, so that little is padded.
         order = sorted(range(len(items)), key=lambda i: len(items[i].input_ids))
+
+        def prefill(start: int, stop: int) -> Prefilled:
+            batch = [items[i] for i in order[start:stop]]
+            images = self.policy.encode_images(batch) if features is None else [features[i] for i in order[start:stop]]
+            return self._prefill(decoder.model, batch, images)
+
         rollouts: list[list[Rollout]] = [[] for _ in items]
-        for start in range(0, len(order), settings.batch_prompts):
-            chosen = order[start : start + settings.batch_prompts]
-            batch = [items[i] for i in chosen]
-            images = self.policy.encode_images(batch) if features is None else [features[i] for i in chosen]
-            for index, group in zip(
-                chosen, self._generate_batch(model, batch, images, settings, generator), strict=True
-            ):
-                rollouts[index] = group
+        num_done = 0
+        decoder = self._decoder(settings, len(items), max(len(item.input_ids) for item in items))
+        for decoded in decoder.decode(len(items), prefill, settings.max_new_tokens, generator):
+            for group in decoded:
+                rollouts[order[group.number]] = self._rollouts(group)
+            num_done += len(decoded)
             if on_progress is not None:
-                on_progress(start + len(chosen))
+                on_progress(num_done)
         return rollouts
 
-    def _generate_batch(
-        self,
-        model: nn.Module,
-        items: Sequence[PromptItem],
-        features: Sequence[Tensor],
-        settings: RolloutSettings,
-        generator: torch.Generator | None,
-    ) -> list[list[Rollout]]:
-        group, limit = settings.group_size, settings.max_new_tokens
-        hidden, cache = self._prefill(model, items, features, group, limit)
-        hidden = hidden.repeat_interleave(group, dim=0)  # [P * G, D]
-        first = torch.tensor([item.next_position for item in items], device=hidden.device).repeat_interleave(group)
-        ends = torch.tensor(self.policy.eos_ids, device=hidden.device)
-        tokens = torch.zeros(len(hidden), limit, dtype=torch.long, device=hidden.device)
-        log_probs = torch.zeros(len(hidden), limit, device=hidden.device)
-        lengths = torch.full((len(hidden),), limit, device=hidden.device)
-        rows = torch.arange(len(hidden), device=hidden.device)  # [A] branches that go on
-        for step in range(limit):
-            chosen, scores = sample(model.lm_head(hidden), self.policy.banned, settings, generator)
-            tokens[rows, step], log_probs[rows, step] = chosen, scores
-            ended = torch.isin(chosen, ends)
-            if ended.any():
-                lengths[rows[ended]] = step + 1
-                alive = (~ended).nonzero()[:, 0]
-                rows, chosen = rows[alive], chosen[alive]
-                cache.keep_rows(alive)
-            if step + 1 == limit or len(rows) == 0:
-                break
-            hidden = self._step(model, chosen, first[rows] + step, cache)
-        finished = torch.ones_like(lengths, dtype=torch.bool)
-        finished[rows] = False
-        return self._collect(tokens.cpu(), log_probs.cpu(), lengths.tolist(), finished.tolist(), group)
+    def _decoder(self, settings: RolloutSettings, num_items: int, longest_prompt: int) -> BranchDecoder:
+        """A new one; on a GPU the last one if it has the room, with its weights brought up to date."""
+        policy = self.policy
+        static = policy.device.type == "cuda" if self.static is None else self.static
+        places, room = min(settings.batch_prompts, num_items), settings.max_new_tokens
+        weights = policy.base.get_input_embeddings().weight.data_ptr()  # another address: the policy was moved
+        needs = (weights, policy.banned.data_ptr(), places, settings.group_size, settings.temperature, settings.greedy)
+        if self._kept is not None and self._kept[0] == needs:
+            decoder = self._kept[1]
+            if decoder.prefix_room >= longest_prompt and decoder.branch_room >= room:
+                policy.refresh_decoder(decoder.model)
+                return decoder
+        self._kept = None  # its memory is free before new memory is asked for
+        if static:  # so that prompts a little longer need no new memory
+            longest_prompt = -(-longest_prompt // PREFIX_STEP) * PREFIX_STEP
 
-    def _prefill(
-        self, model: nn.Module, items: Sequence[PromptItem], features: Sequence[Tensor], group: int, limit: int
-    ) -> tuple[Tensor, BranchCache]:
-        """Hidden state [P, D] of each prompt's last token, and the cache to decode from.
+        def choose(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+            return sample(logits, policy.banned, settings, draws=draws)
 
-        Prompts are padded on the right, where causal attention never looks.
-        """
+        model = policy.decoder(self.fold_adapter)
+        decoder = BranchDecoder(
+            model, choose, policy.eos_ids, places, settings.group_size, longest_prompt, room, static=static
+        )
+        if static:
+            self._kept = needs, decoder
+        if policy.device.type == "cuda" and static:
+            decoder.run_static = GraphedSteps(decoder)
+        elif static:
+            log.info("no CUDA device: decoding at fixed shapes without CUDA graphs")
+        return decoder
+
+    def _prefill(self, model: nn.Module, items: Sequence[PromptItem], features: Sequence[Tensor]) -> Prefilled:
+        """Prompts are padded on the right, where causal attention never looks."""
         ids = pad_sequence([item.input_ids for item in items], batch_first=True)
         positions = pad_sequence([item.positions.T for item in items], batch_first=True).permute(2, 0, 1)
         slots = (ids == self.policy.image_token_id).flatten().nonzero()[:, 0]
@@ -153,34 +160,27 @@ class NativeEngine:
         ).last_hidden_state
         lengths = torch.tensor([len(item.input_ids) for item in items], device=hidden.device)
         last = hidden[torch.arange(len(items), device=hidden.device), lengths - 1]
-        return last, BranchCache(recorder, lengths, group, limit)
+        next_positions = torch.tensor([item.next_position for item in items], device=hidden.device)
+        return Prefilled(last, lengths, next_positions, recorder)
 
-    @staticmethod
-    def _step(model: nn.Module, tokens: Tensor, positions: Tensor, cache: BranchCache) -> Tensor:
-        """Run one token of each active branch, tokens [A] at positions [A]; hidden states [A, D]."""
-        hidden = model.model.language_model(
-            input_ids=tokens[:, None],
-            position_ids=positions[None, :, None].expand(3, -1, -1),
-            attention_mask=NO_MASK,
-            past_key_values=cache,
-        ).last_hidden_state
-        cache.advance()
-        return hidden[:, 0]
-
-    def _collect(
-        self, tokens: Tensor, log_probs: Tensor, lengths: list[int], finished: list[bool], group: int
-    ) -> list[list[Rollout]]:
-        ids = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
-        texts = self.policy.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        scores = [row[:length] for row, length in zip(log_probs, lengths, strict=True)]
-        flat = [Rollout(*fields) for fields in zip(ids, scores, finished, texts, strict=True)]
-        return [flat[start : start + group] for start in range(0, len(flat), group)]
+    def _rollouts(self, group: Decoded) -> list[Rollout]:
+        texts = self.policy.tokenizer.batch_decode(
+            group.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return [Rollout(*fields) for fields in zip(group.tokens, group.log_probs, group.finished, texts, strict=True)]
 
 
 def sample(
-    logits: Tensor, banned: Tensor, settings: RolloutSettings, generator: torch.Generator | None
+    logits: Tensor,
+    banned: Tensor,
+    settings: RolloutSettings,
+    generator: torch.Generator | None = None,
+    draws: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens [A] drawn from softmax(logits [A, V] / temperature) without banned tokens, and their log-probabilities."""
+    """Tokens [A] drawn from softmax(logits [A, V] / temperature) without banned tokens, and their log-probabilities.
+
+    `draws` [A, 1], uniform in [0, 1) and float64, decide; without them they come from `generator`.
+    """
     logits = logits.float() / settings.temperature
     log_probs = logits.index_fill_(-1, banned, float("-inf")).log_softmax(-1)
     if settings.greedy:
@@ -189,6 +189,7 @@ def sample(
         # By inversion: one random number a row, where torch.multinomial draws one for every entry of the vocabulary.
         # In float64, so that no sum over a large vocabulary rounds a likely token away; a banned one has no width.
         sums = log_probs.double().exp().cumsum(-1)
-        draw = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device, generator=generator)
-        tokens = torch.searchsorted(sums, draw * sums[:, -1:], right=True)[:, 0]
+        if draws is None:
+            draws = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device, generator=generator)
+        tokens = torch.searchsorted(sums, draws * sums[:, -1:], right=True)[:, 0]
     return tokens, log_probs.gather(-1, tokens[:, None])[:, 0]

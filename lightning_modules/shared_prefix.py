@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lightning_modules.packed_flex import attend_packed, compiled_flex, row_block_mask
+
 if TYPE_CHECKING:
     from datamodules.batches import PromptItem
 
@@ -40,13 +42,16 @@ class SharedPrefixAttention:
     """The attention of a packed row computed by its structure: what no token may see is not computed at all.
 
     Token i sees token j where j <= i, both are of one group, and j is in the prefix or in the branch of i. A mask over
-    the row would cost the square of its length; here only each group's own length counts.
+    the row would cost the square of its length; here only each group's own length counts. On a GPU one kernel does it
+    (`packed_flex`); on a CPU, slices of the row.
     """
 
     spans: tuple[GroupSpan, ...]
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Query [1, H * R, L, D], key and value [1, H, L, D] -> [1, L, H * R, D]."""
+        if query.is_cuda:
+            return attend_packed(query, key, value, row_block_mask(self.spans, query.device), scaling, compiled_flex())
         heads = key.shape[1]
         # Token-major, so that every part below is a slice of memory.
         query = query[0].unflatten(0, (heads, -1)).permute(2, 0, 1, 3)  # [L, H, R, D]

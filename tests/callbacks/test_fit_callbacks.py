@@ -50,7 +50,12 @@ def test_throughput_is_logged_from_the_second_batch_on(fit, module, tmp_path: Pa
     rows = read_rows(logger)
     assert len(rows) == 2
     assert all(float(row["speed/seconds_per_batch"]) > 0 for row in rows)
-    assert all(0 <= float(row["speed/data_wait_share"]) <= 1 for row in rows)
+    for row in rows:
+        wait, share, whole = (
+            float(row[f"speed/{name}"]) for name in ("data_wait", "data_wait_share", "seconds_per_batch")
+        )
+        assert 0 <= share <= 1
+        assert wait == pytest.approx(share * whole, rel=1e-3, abs=1e-6)
     assert all(float(row["speed/prompt_tokens_per_second"]) > 0 for row in rows)
 
 
