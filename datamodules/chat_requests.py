@@ -14,16 +14,17 @@ from datamodules.batches import MAX_ASPECT_RATIO, ImageError, load_image
 from datamodules.boxes import Convention, ImageGeometry, fit_size
 from datamodules.dialects import Dialect
 from datamodules.prompts import PromptStyle, build_messages
-from datamodules.samples import LoadedSample, SampleError
+from datamodules.samples import ChoiceAnswer, LoadedSample, SampleError
 
 
 @dataclass(frozen=True)
 class RequestForm:
     """How questions are put to a model that is not the policy of this repository.
 
-    style: `think` and `answer` are this repository's suffixes, `plain` adds none, `native` is the dialect's own.
+    style: `think` and `answer` are this repository's suffixes, `plain` adds none, `native` is the dialect's own; under
+    `native` a question with options asks for a letter as under `answer`, since families differ only in boxes.
     before_image: instead of the dialect's, such as "Picture {}: ".
-    min_pixels, max_pixels: bounds of an image as it is sent. For a model that speaks in pixels they must lie within the
+    min_pixels, max_pixels: bounds of an image as it is sent. For a model that speaks in pixels they must lie within
     its processor's own: the image then comes in the very size that the processor would give it, so that the pixels of
     prompt, answer and score are the same ones.
     """
@@ -79,14 +80,12 @@ def build_turn(loaded: LoadedSample, form: RequestForm) -> ChatRequest:
         geometry = ImageGeometry(image.size, _sent_size(image.size, form))
         images.append(_resized(image, geometry.processed))
         geometries.append(geometry)
-    native = form.style == "native"
+    style, suffix = form.style, None
+    if style == "native":
+        chooses = isinstance(sample.answer, ChoiceAnswer)
+        style, suffix = (PromptStyle.ANSWER, None) if chooses else (PromptStyle.PLAIN, dialect.suffix)
     turn = build_messages(
-        sample,
-        geometries,
-        dialect.convention,
-        PromptStyle.PLAIN if native else PromptStyle(form.style),
-        suffix=dialect.suffix if native else None,
-        question_box=dialect.question_box,
+        sample, geometries, dialect.convention, PromptStyle(style), suffix=suffix, question_box=dialect.question_box
     )
     before = dialect.before_image if form.before_image is None else form.before_image
     for message in turn:

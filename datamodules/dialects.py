@@ -86,7 +86,7 @@ DIALECTS = (
     ),
     Dialect(
         name="llava_onevision",
-        models=r"llava-?(onevision|ov)",
+        models=r"llava[-_]?(onevision|ov)",
         convention=Convention.UNIT,
         suffix=f" Format:<box>[x1, y1, x2, y2]</box>. {_ONLY_THE_BOX}",
         source="LLaVA-OneVision: 0-1; MIG-Bench's prompt",
@@ -99,15 +99,20 @@ DIALECTS = (
 )
 
 
-def find_dialect(name: str, model: str) -> Dialect:
-    """The dialect called `name`, or with "auto" the first whose pattern is found in `model`.
+def find_dialect(name: str, *models: str) -> Dialect:
+    """The dialect called `name`, or with "auto" the first whose pattern is found in a model's name.
 
-    Raises ValueError for an unknown name, and where "auto" finds none: a scale is not guessed.
+    A model may have several names (the model_type of its config, its folder): an earlier one that is known decides.
+    Raises ValueError for an unknown `name`, and where "auto" finds none: a scale is not guessed.
     """
-    names = [dialect.name for dialect in DIALECTS]
-    for dialect in DIALECTS:
-        if dialect.name == name or (name == "auto" and re.search(dialect.models, model, re.IGNORECASE)):
-            return dialect
-    if name == "auto":
-        raise ValueError(f"model={model!r} is of no known family: set dialect to one of {', '.join(names)}")
-    raise ValueError(f"dialect={name!r} is not auto or one of {', '.join(names)}")
+    names = ", ".join(dialect.name for dialect in DIALECTS)
+    if name != "auto":
+        for dialect in DIALECTS:
+            if dialect.name == name:
+                return dialect
+        raise ValueError(f"dialect={name!r} is not auto or one of {names}")
+    for model in models:
+        for dialect in DIALECTS:
+            if re.search(dialect.models, model, re.IGNORECASE):
+                return dialect
+    raise ValueError(f"model={models[-1]!r} is of no known family: set dialect to one of {names}")

@@ -169,7 +169,9 @@ def _faults(folders: list[str], endpoint: EndpointSettings, threshold: float, li
     if limit is not None and limit < 1:
         faults.append(f"limit={limit} must be at least 1")
     model = Path(endpoint.model)
-    if endpoint.base_url is None and not model.is_dir() and (model.is_absolute() or len(model.parts) != 2):
+    if not endpoint.model:
+        faults.append("endpoint.model='' must name the teacher")
+    elif endpoint.base_url is None and not model.is_dir() and (model.is_absolute() or len(model.parts) != 2):
         faults.append(
             f"endpoint.model={endpoint.model!r} is no folder here and no Hub name; `make sft` makes the nano teacher,"
             " and a teacher behind a server needs endpoint.base_url"
