@@ -15,7 +15,8 @@ from typing import Any
 
 from datamodules.answerers import Answerer, Reply, split_windows
 from datamodules.artefacts import Journal, fingerprint, read_journal
-from datamodules.benchmarks.schema import Benchmark, column_of, geometries_from_json
+from datamodules.benchmarks.schema import Benchmark, column_of
+from datamodules.boxes import geometries_from_json, geometries_to_json
 from datamodules.samples import Sample
 
 
@@ -76,7 +77,7 @@ def _record(sample: Sample, reply: Reply) -> dict[str, Any]:
     return {
         "id": sample.id,
         "text": reply.text,
-        "geometries": [[*g.original, *g.processed] for g in reply.geometries],
+        "geometries": geometries_to_json(reply.geometries),
         "num_tokens": reply.num_tokens,
         "finished": reply.finished,
         "refused": reply.refused,

@@ -10,11 +10,11 @@ from typing import Any
 
 from PIL import Image
 
-from datamodules.batches import MAX_ASPECT_RATIO, ImageError, load_image
+from datamodules.batches import load_sample_image
 from datamodules.boxes import Convention, ImageGeometry, fit_size
 from datamodules.dialects import Dialect
 from datamodules.prompts import PromptStyle, build_messages
-from datamodules.samples import ChoiceAnswer, LoadedSample, SampleError
+from datamodules.samples import ChoiceAnswer, LoadedSample
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,12 @@ def build_request(loaded: LoadedSample, form: RequestForm) -> ChatRequest:
 def build_turn(loaded: LoadedSample, form: RequestForm) -> ChatRequest:
     """The turn in a processor's form, images as Pillow images under "image".
 
-    Raises SampleError: the rules of `load_image` and "extreme_aspect_ratio".
+    Raises SampleError: the rules of `load_sample_image`.
     """
     sample, dialect = loaded.sample, form.dialect
     images, geometries = [], []
     for index, data in enumerate(loaded.images):
-        try:
-            image = load_image(data, form.max_image_pixels)
-        except ImageError as error:
-            raise SampleError(sample.id, error.rule, f"image {index}: {error.detail}") from error
-        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-            raise SampleError(sample.id, "extreme_aspect_ratio", f"image {index} is {image.width}x{image.height}")
+        image = load_sample_image(sample, index, data, form.max_image_pixels)
         geometry = ImageGeometry(image.size, _sent_size(image.size, form))
         images.append(_resized(image, geometry.processed))
         geometries.append(geometry)

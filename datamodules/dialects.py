@@ -10,9 +10,8 @@ import re
 from dataclasses import dataclass
 
 from datamodules.boxes import Convention
-from datamodules.prompts import ANSWER_SUFFIX, OFFICIAL_QWEN_SUFFIX, QUESTION_BOX
+from datamodules.prompts import ANSWER_SUFFIX, OFFICIAL_ENDING, OFFICIAL_QWEN_SUFFIX, QUESTION_BOX
 
-_ONLY_THE_BOX = "Don't generate addtional words."  # MIG-Bench's wording, its misspelling included
 _STATED_SCALE = (
     " Answer with the bounding box only, written as [x1, y1, x2, y2]: left, top, right and bottom, as numbers from 0 to"
     " 1 relative to the width and height of the image that holds the object."
@@ -70,7 +69,7 @@ DIALECTS = (
         name="internvl",
         models=r"internvl",
         convention=Convention.PER_MILLE,
-        suffix=f"Format:<box>[[x1,y1,x2,y2]]</box>. {_ONLY_THE_BOX}",
+        suffix=f"Format:<box>[[x1,y1,x2,y2]]</box>. {OFFICIAL_ENDING}",
         question_box="[{},{},{},{}]",
         before_image="Image-{}: ",
         after_image="\n",
@@ -80,7 +79,7 @@ DIALECTS = (
         name="minicpm_v",
         models=r"minicpm-?v",
         convention=Convention.PER_MILLE,
-        suffix=f"Format:<box>x1 y1 x2 y2</box>. {_ONLY_THE_BOX}",
+        suffix=f"Format:<box>x1 y1 x2 y2</box>. {OFFICIAL_ENDING}",
         question_box="<box>{} {} {} {}</box>",
         source="MiniCPM-V 2.6: 0-1000, separated by spaces; MIG-Bench's prompt",
     ),
@@ -88,7 +87,7 @@ DIALECTS = (
         name="llava_onevision",
         models=r"llava[-_]?(onevision|ov)",
         convention=Convention.UNIT,
-        suffix=f" Format:<box>[x1, y1, x2, y2]</box>. {_ONLY_THE_BOX}",
+        suffix=f" Format:<box>[x1, y1, x2, y2]</box>. {OFFICIAL_ENDING}",
         source="LLaVA-OneVision: 0-1; MIG-Bench's prompt",
     ),
     # No scale of their own is documented: the prompt names one.

@@ -33,12 +33,13 @@ from datamodules.artefacts import (
     write_atomic,
     write_json,
 )
+from datamodules.boxes import geometries_from_json
 from datamodules.chat_requests import RequestForm
 from datamodules.dialects import find_dialect
 from datamodules.shards import MANIFEST, ShardReader, folder_list
 from experiments import checks, phases
 from experiments.rationales import Verdict, format_report, group_responses, judge, summarise, write_rationales
-from experiments.teacher import Prices, Sampling, Session, Teacher, missing_responses, record_geometries
+from experiments.teacher import Prices, Sampling, Session, Teacher, missing_responses
 from lightning_modules.endpoint import EndpointMisused, EndpointSettings, EndpointUnavailable
 from lightning_modules.local_server import local_server
 
@@ -157,7 +158,7 @@ def _judge_all(
     verdicts = {}
     for number, responses in group_responses(records, count).items():
         sample, texts = reader.read(number).sample, [response["text"] for response in responses]
-        geometries = record_geometries(responses[0])
+        geometries = geometries_from_json(responses[0]["sizes"])
         verdicts[number] = judge(sample, texts, geometries, form.dialect.convention, threshold, seed)
     return verdicts
 
