@@ -136,6 +136,12 @@ def test_wrong_models_and_settings_are_named_before_anything_is_read(
     assert capsys.readouterr().out == ""
 
 
+def test_a_served_model_never_writes_where_one_in_this_process_does() -> None:
+    merged = "outputs/nano/grpo/merged"
+    assert evaluate_benchmarks.default_output(merged) == "outputs/nano/grpo/benchmarks"
+    assert evaluate_benchmarks.default_output(merged, served=True) == "outputs/eval/outputs--nano--grpo--merged--served"
+
+
 def test_every_fault_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(checks.SettingsError, match=r"(?s)processes=0.*dialect='klingon'"):
         evaluate_benchmarks.evaluate_benchmarks(
