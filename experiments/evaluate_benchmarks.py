@@ -79,6 +79,7 @@ def evaluate_benchmarks(
         max_prompt_tokens: a longer prompt of a Qwen2.5-VL counts as wrong
         max_image_pixels: a larger image counts as wrong (decompression bombs)
         max_resized_pixels: images are shrunk to so many pixels, where that is less than the processor's own limit
+            (for a served Qwen2.5-VL it must be no more than that limit)
         label_images: write "Picture k: " before image k, for a Qwen2.5-VL
         before_image: text before image k for other models instead of the dialect's, such as "Picture {}: "
         as_trained: put questions to a phase's merged model as that phase did
