@@ -60,7 +60,7 @@ grpo: $(STAMP)  ## Rejection-sample with the stage-1 model, train GRPO and merge
 	$(world)
 	$(PY) -m experiments.train $(call config,grpo) $(seed) $(ARGS)
 
-eval: $(STAMP)  ## Evaluate: MODEL=nano BENCH=all (or ref_l4,blink,...), or MIG-Bench alone: ARGS="--model outputs/nano/grpo/merged"
+eval: $(STAMP)  ## Evaluate any model: MODEL=nano BENCH=all (or ref_l4,blink,...), or MIG-Bench alone: ARGS="--model outputs/nano/grpo/merged"
 	$(world)
 	$(if $(MODEL)$(BENCH),$(PY) -m experiments.evaluate_benchmarks $(call config,benchmarks) \
 		$(if $(MODEL),--model $(MODEL)) $(if $(BENCH),--bench $(BENCH)) $(ARGS),\

@@ -29,10 +29,6 @@ def rollout_engine(pl_module: LightningModule) -> RolloutEngine:
     return getattr(pl_module, "engine", None) or NativeEngine(pl_module.policy)
 
 
-def split_windows(values: Sequence[T], size: int) -> list[Sequence[T]]:
-    return [values[start : start + size] for start in range(0, len(values), size)]
-
-
 def encode_ahead(
     encoder: Encoder, windows: Sequence[Sequence[T]], load: Callable[[T], LoadedSample]
 ) -> Iterator[list[tuple[T, PromptItem | SampleError]]]:

@@ -9,14 +9,23 @@ model, data and settings finds its answers there, whatever it was limited to and
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from callbacks.encoding import split_windows
-from datamodules.answerers import Answerer, Reply
+from datamodules.answerers import Answerer, Reply, split_windows
 from datamodules.artefacts import Journal, fingerprint, read_journal
-from datamodules.benchmarks.schema import Benchmark, column_of, geometries_from_json
+from datamodules.benchmarks.schema import Benchmark, column_of
+from datamodules.boxes import geometries_from_json, geometries_to_json
 from datamodules.samples import Sample
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Greedy decoding of at most `max_new_tokens`, `batch_prompts` questions at a time."""
+
+    max_new_tokens: int = 1024
+    batch_prompts: int = 32
 
 
 def answers_key(benchmark: Benchmark, answerer: Answerer) -> str:
@@ -68,7 +77,7 @@ def _record(sample: Sample, reply: Reply) -> dict[str, Any]:
     return {
         "id": sample.id,
         "text": reply.text,
-        "geometries": [[*g.original, *g.processed] for g in reply.geometries],
+        "geometries": geometries_to_json(reply.geometries),
         "num_tokens": reply.num_tokens,
         "finished": reply.finished,
         "refused": reply.refused,

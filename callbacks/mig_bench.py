@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
-from callbacks.encoding import encode_ahead, prompt_encoder, rollout_engine, split_windows
+from callbacks.encoding import encode_ahead, prompt_encoder, rollout_engine
+from callbacks.evaluation import EvaluationSettings
+from datamodules.answerers import split_windows
 from datamodules.artefacts import (
     Journal,
     fingerprint,
@@ -33,14 +35,6 @@ from lightning_modules.rollouts import RolloutEngine, RolloutSettings
 log = logging.getLogger(__name__)
 # Prompts given to the engine at once, in batches: it adapts its weights once for them, and they are in memory together.
 BATCHES_PER_CALL = 4
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """Greedy decoding of at most `max_new_tokens`, `batch_prompts` questions at a time."""
-
-    max_new_tokens: int = 1024
-    batch_prompts: int = 32
 
 
 def evaluate_mig_bench(

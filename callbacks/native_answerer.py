@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from callbacks.encoding import encode_ahead, split_windows
-from callbacks.mig_bench import EvaluationSettings, policy_fingerprint
-from datamodules.answerers import Load, Reply
+from callbacks.encoding import encode_ahead
+from callbacks.evaluation import EvaluationSettings
+from callbacks.mig_bench import policy_fingerprint
+from datamodules.answerers import Load, Reply, split_windows
 from datamodules.batches import Encoder
 from datamodules.samples import Sample, SampleError
 from lightning_modules.qwen_vl import QwenVL

@@ -12,7 +12,8 @@ from lightning.pytorch.loggers import WandbLogger
 from PIL import Image, ImageDraw, ImageFont
 
 from callbacks.encoding import prompt_encoder, rollout_engine
-from callbacks.mig_bench import EvaluationSettings, evaluate_mig_bench, limit_tasks
+from callbacks.evaluation import EvaluationSettings
+from callbacks.mig_bench import evaluate_mig_bench, limit_tasks
 from datamodules.batches import ImageError, load_image
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
 from datamodules.benchmarks.mig_scoring import Prediction

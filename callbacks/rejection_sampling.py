@@ -20,7 +20,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
-from callbacks.encoding import encode_ahead, prompt_encoder, rollout_engine, split_windows
+from callbacks.encoding import encode_ahead, prompt_encoder, rollout_engine
+from datamodules.answerers import split_windows
 from datamodules.artefacts import (
     Journal,
     fingerprint,

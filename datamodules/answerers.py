@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from datamodules.boxes import Convention, ImageGeometry
 from datamodules.samples import LoadedSample, Sample
 
+T = TypeVar("T")
 Load = Callable[[Sample], LoadedSample]  # reads the images of a sample; raises SampleError where it cannot
 
 
@@ -52,3 +53,7 @@ class Answerer(Protocol):
         the model's limits, refuse with SampleError gets a reply with its rule. Any other error surfaces.
         """
         ...
+
+
+def split_windows(values: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [values[start : start + size] for start in range(0, len(values), size)]

@@ -115,6 +115,18 @@ def load_image(data: bytes, max_pixels: int) -> Image.Image:
         raise ImageError("truncated_image", str(error)) from error
 
 
+def load_sample_image(sample: Sample, index: int, data: bytes, max_pixels: int) -> Image.Image:
+    """Image `index` of a sample, as a model may see it. Raises SampleError: the rules of `load_image`, and
+    "extreme_aspect_ratio"."""
+    try:
+        image = load_image(data, max_pixels)
+    except ImageError as error:
+        raise SampleError(sample.id, error.rule, f"image {index}: {error.detail}") from error
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise SampleError(sample.id, "extreme_aspect_ratio", f"image {index} is {image.width}x{image.height}")
+    return image
+
+
 def mrope_positions(input_ids: Tensor, grid_thw: Tensor, image_token_id: int, merge_size: int) -> tuple[Tensor, int]:
     """M-RoPE positions long [3, P] (time, row, column) of one unpadded prompt long [P], and the position after it.
 
@@ -191,13 +203,14 @@ class Encoder:
         return processor
 
     def encode(self, loaded: LoadedSample) -> PromptItem:
-        """Raises SampleError: the rules of `load_image`, "extreme_aspect_ratio", "missing_image",
+        """Raises SampleError: the rules of `load_sample_image`, "missing_image",
         "placeholder_mismatch", "prompt_too_long", "completion_too_long", and those of `target_text`."""
         sample = loaded.sample
         if len(loaded.images) != len(sample.images):
             raise SampleError(sample.id, "missing_image", f"{len(loaded.images)} of {len(sample.images)} images")
-        images = [self._image(sample, index, data) for index, data in enumerate(loaded.images)]
-        pixels, grids = zip(*(self._patches(sample, index, image) for index, image in enumerate(images)), strict=True)
+        limit = self.max_image_pixels
+        images = [load_sample_image(sample, index, data, limit) for index, data in enumerate(loaded.images)]
+        pixels, grids = zip(*map(self._patches, images), strict=True)
         grid_thw = torch.cat(grids)
         patch_size = self.processor.image_processor.patch_size
         geometries = tuple(
@@ -219,19 +232,11 @@ class Encoder:
             image_keys=tuple(hashlib.sha256(data).hexdigest() for data in loaded.images),
         )
 
-    def _image(self, sample: Sample, index: int, data: bytes) -> Image.Image:
-        try:
-            return load_image(data, self.max_image_pixels)
-        except ImageError as error:
-            raise SampleError(sample.id, error.rule, f"image {index}: {error.detail}") from error
-
-    def _patches(self, sample: Sample, index: int, image: Image.Image) -> tuple[Tensor, Tensor]:
+    def _patches(self, image: Image.Image) -> tuple[Tensor, Tensor]:
         """Patches float [rows·columns, patch_dim] and grid long [1, 3] of one image.
 
         One call per image: the size of one never bears on another, and patches stay paired with their grid.
         """
-        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-            raise SampleError(sample.id, "extreme_aspect_ratio", f"image {index} is {image.width}x{image.height}")
         features = self.processor.image_processor(images=[image], return_tensors="pt")
         return features["pixel_values"], features["image_grid_thw"]
 

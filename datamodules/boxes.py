@@ -60,6 +60,14 @@ def from_pixels_xywh(values: Sequence[float], size: tuple[int, int], tolerance: 
     return (x1, y1, x2, y2), tuple(clamped) != edges
 
 
+def from_pixels_clipped(box: Sequence[float], size: Sequence[int]) -> list[float]:
+    """xyxy in pixels of an image of `size` (width, height) -> unit xyxy, clipped to the image. An inverted box stays
+    inverted. For benchmarks, whose every question counts; data for training takes no box that needs more than rounding.
+    """
+    sizes = (*size, *size)
+    return [min(max(value / total, 0.0), 1.0) for value, total in zip(box, sizes, strict=True)]
+
+
 class Convention(StrEnum):
     """What a model's numbers mean: a property of the model, never inferred from the numbers."""
 
@@ -117,6 +125,16 @@ class ImageGeometry:
         """Unit xyxy -> pixels of the original image, for drawing."""
         width, height = self.original
         return box[0] * width, box[1] * height, box[2] * width, box[3] * height
+
+
+def geometries_to_json(geometries: Sequence[ImageGeometry]) -> list[list[int]]:
+    """[[width, height, processed width, processed height], …], as journals and predictions hold them."""
+    return [[*geometry.original, *geometry.processed] for geometry in geometries]
+
+
+def geometries_from_json(sizes: Sequence[Sequence[int]]) -> tuple[ImageGeometry, ...]:
+    """The inverse of `geometries_to_json`."""
+    return tuple(ImageGeometry(original=(w, h), processed=(pw, ph)) for w, h, pw, ph in sizes)
 
 
 def fit_size(size: tuple[int, int], factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

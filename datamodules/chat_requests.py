@@ -10,20 +10,21 @@ from typing import Any
 
 from PIL import Image
 
-from datamodules.batches import MAX_ASPECT_RATIO, ImageError, load_image
+from datamodules.batches import load_sample_image
 from datamodules.boxes import Convention, ImageGeometry, fit_size
 from datamodules.dialects import Dialect
 from datamodules.prompts import PromptStyle, build_messages
-from datamodules.samples import LoadedSample, SampleError
+from datamodules.samples import ChoiceAnswer, LoadedSample
 
 
 @dataclass(frozen=True)
 class RequestForm:
     """How questions are put to a model that is not the policy of this repository.
 
-    style: `think` and `answer` are this repository's suffixes, `plain` adds none, `native` is the dialect's own.
+    style: `think` and `answer` are this repository's suffixes, `plain` adds none, `native` is the dialect's own; under
+    `native` a question with options asks for a letter as under `answer`, since families differ only in boxes.
     before_image: instead of the dialect's, such as "Picture {}: ".
-    min_pixels, max_pixels: bounds of an image as it is sent. For a model that speaks in pixels they must lie within the
+    min_pixels, max_pixels: bounds of an image as it is sent. For a model that speaks in pixels they must lie within
     its processor's own: the image then comes in the very size that the processor would give it, so that the pixels of
     prompt, answer and score are the same ones.
     """
@@ -65,28 +66,21 @@ def build_request(loaded: LoadedSample, form: RequestForm) -> ChatRequest:
 def build_turn(loaded: LoadedSample, form: RequestForm) -> ChatRequest:
     """The turn in a processor's form, images as Pillow images under "image".
 
-    Raises SampleError: the rules of `load_image` and "extreme_aspect_ratio".
+    Raises SampleError: the rules of `load_sample_image`.
     """
     sample, dialect = loaded.sample, form.dialect
     images, geometries = [], []
     for index, data in enumerate(loaded.images):
-        try:
-            image = load_image(data, form.max_image_pixels)
-        except ImageError as error:
-            raise SampleError(sample.id, error.rule, f"image {index}: {error.detail}") from error
-        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-            raise SampleError(sample.id, "extreme_aspect_ratio", f"image {index} is {image.width}x{image.height}")
+        image = load_sample_image(sample, index, data, form.max_image_pixels)
         geometry = ImageGeometry(image.size, _sent_size(image.size, form))
         images.append(_resized(image, geometry.processed))
         geometries.append(geometry)
-    native = form.style == "native"
+    style, suffix = form.style, None
+    if style == "native":
+        chooses = isinstance(sample.answer, ChoiceAnswer)
+        style, suffix = (PromptStyle.ANSWER, None) if chooses else (PromptStyle.PLAIN, dialect.suffix)
     turn = build_messages(
-        sample,
-        geometries,
-        dialect.convention,
-        PromptStyle.PLAIN if native else PromptStyle(form.style),
-        suffix=dialect.suffix if native else None,
-        question_box=dialect.question_box,
+        sample, geometries, dialect.convention, PromptStyle(style), suffix=suffix, question_box=dialect.question_box
     )
     before = dialect.before_image if form.before_image is None else form.before_image
     for message in turn:

@@ -10,9 +10,8 @@ import re
 from dataclasses import dataclass
 
 from datamodules.boxes import Convention
-from datamodules.prompts import ANSWER_SUFFIX, OFFICIAL_QWEN_SUFFIX, QUESTION_BOX
+from datamodules.prompts import ANSWER_SUFFIX, OFFICIAL_ENDING, OFFICIAL_QWEN_SUFFIX, QUESTION_BOX
 
-_ONLY_THE_BOX = "Don't generate addtional words."  # MIG-Bench's wording, its misspelling included
 _STATED_SCALE = (
     " Answer with the bounding box only, written as [x1, y1, x2, y2]: left, top, right and bottom, as numbers from 0 to"
     " 1 relative to the width and height of the image that holds the object."
@@ -70,7 +69,7 @@ DIALECTS = (
         name="internvl",
         models=r"internvl",
         convention=Convention.PER_MILLE,
-        suffix=f"Format:<box>[[x1,y1,x2,y2]]</box>. {_ONLY_THE_BOX}",
+        suffix=f"Format:<box>[[x1,y1,x2,y2]]</box>. {OFFICIAL_ENDING}",
         question_box="[{},{},{},{}]",
         before_image="Image-{}: ",
         after_image="\n",
@@ -80,15 +79,15 @@ DIALECTS = (
         name="minicpm_v",
         models=r"minicpm-?v",
         convention=Convention.PER_MILLE,
-        suffix=f"Format:<box>x1 y1 x2 y2</box>. {_ONLY_THE_BOX}",
+        suffix=f"Format:<box>x1 y1 x2 y2</box>. {OFFICIAL_ENDING}",
         question_box="<box>{} {} {} {}</box>",
         source="MiniCPM-V 2.6: 0-1000, separated by spaces; MIG-Bench's prompt",
     ),
     Dialect(
         name="llava_onevision",
-        models=r"llava-?(onevision|ov)",
+        models=r"llava[-_]?(onevision|ov)",
         convention=Convention.UNIT,
-        suffix=f" Format:<box>[x1, y1, x2, y2]</box>. {_ONLY_THE_BOX}",
+        suffix=f" Format:<box>[x1, y1, x2, y2]</box>. {OFFICIAL_ENDING}",
         source="LLaVA-OneVision: 0-1; MIG-Bench's prompt",
     ),
     # No scale of their own is documented: the prompt names one.
@@ -99,15 +98,20 @@ DIALECTS = (
 )
 
 
-def find_dialect(name: str, model: str) -> Dialect:
-    """The dialect called `name`, or with "auto" the first whose pattern is found in `model`.
+def find_dialect(name: str, *models: str) -> Dialect:
+    """The dialect called `name`, or with "auto" the first whose pattern is found in a model's name.
 
-    Raises ValueError for an unknown name, and where "auto" finds none: a scale is not guessed.
+    A model may have several names (the model_type of its config, its folder): an earlier one that is known decides.
+    Raises ValueError for an unknown `name`, and where "auto" finds none: a scale is not guessed.
     """
-    names = [dialect.name for dialect in DIALECTS]
-    for dialect in DIALECTS:
-        if dialect.name == name or (name == "auto" and re.search(dialect.models, model, re.IGNORECASE)):
-            return dialect
-    if name == "auto":
-        raise ValueError(f"model={model!r} is of no known family: set dialect to one of {', '.join(names)}")
-    raise ValueError(f"dialect={name!r} is not auto or one of {', '.join(names)}")
+    names = ", ".join(dialect.name for dialect in DIALECTS)
+    if name != "auto":
+        for dialect in DIALECTS:
+            if dialect.name == name:
+                return dialect
+        raise ValueError(f"dialect={name!r} is not auto or one of {names}")
+    for model in models:
+        for dialect in DIALECTS:
+            if re.search(dialect.models, model, re.IGNORECASE):
+                return dialect
+    raise ValueError(f"model={models[-1]!r} is of no known family: set dialect to one of {names}")

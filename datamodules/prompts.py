@@ -18,8 +18,9 @@ THINK_SUFFIX = (
 )
 CHOICE_SUFFIX = " Answer with the letter of one option."
 CHOICE_THINK_SUFFIX = THINK_SUFFIX.removesuffix(ANSWER_SUFFIX) + " The final answer is the letter of one option."
-# MIG-Bench's official prompt for Qwen models; its misspelling and second box_start are part of it.
-OFFICIAL_QWEN_SUFFIX = "Format:<|box_start|>(x1,y1),(x2,y2)<|box_start|>. Don't generate addtional words."
+# MIG-Bench's official prompts; the misspelling, and the second box_start for Qwen models, are part of them.
+OFFICIAL_ENDING = "Don't generate addtional words."
+OFFICIAL_QWEN_SUFFIX = f"Format:<|box_start|>(x1,y1),(x2,y2)<|box_start|>. {OFFICIAL_ENDING}"
 
 QUESTION_BOX = "[{}, {}, {}, {}]"  # how a box inside a question is written
 

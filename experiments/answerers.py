@@ -1,39 +1,132 @@
-"""Which `Answerer` a model string means."""
+"""Which `Answerer` a model means: the policy's family, any other image-text model here, or one behind a server."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from callbacks.mig_bench import EvaluationSettings
-from callbacks.native_answerer import NativeAnswerer
+from callbacks.evaluation import EvaluationSettings
 from datamodules.answerers import Answerer
-from datamodules.batches import Encoder
 from datamodules.boxes import Convention
+from datamodules.chat_requests import RequestForm
+from datamodules.dialects import find_dialect
 from datamodules.prompts import PromptStyle
-from lightning_modules.qwen_vl import QwenVL
-from lightning_modules.rollouts import NativeEngine
+from experiments import phases
+from lightning_modules.endpoint import EndpointSettings
+from lightning_modules.model_folder import MODEL_TYPE, check_image_text_model, check_model, read_model_type
 
 ALIASES = {"nano": "models/nano-base"}
 
 
 @dataclass(frozen=True)
-class AnswererSettings:
-    """All that makes an answerer. It crosses to other processes, which make their own."""
+class ModelOptions:
+    """How a model is to be asked, as the user says it; `evaluate_benchmarks` explains each field."""
 
-    model: str
     convention: str = "absolute"
-    style: str = "think"
+    style: str = "auto"
+    dialect: str = "auto"
+    before_image: str | None = None
+    label_images: bool = False
+    max_prompt_tokens: int = 16_384
+    max_image_pixels: int = 64_000_000
+    max_resized_pixels: int | None = None
+    as_trained: bool = True
     dtype: str = "float32"
     device: str = "auto"
     decoding: EvaluationSettings = field(default_factory=EvaluationSettings)
-    limits: dict[str, Any] = field(default_factory=dict)  # of `Encoder`: max_prompt_tokens, label_images, …
+    trust_remote_code: bool = False
+
+
+# All that makes an answerer. Settings cross to other processes, which make their own.
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """A Qwen2.5-VL in this process, asked by the engine that it is trained with."""
+
+    model: str
+    convention: str
+    style: str
+    dtype: str
+    device: str
+    decoding: EvaluationSettings
+    limits: dict[str, Any]  # of `Encoder`: max_prompt_tokens, label_images, …
+
+
+@dataclass(frozen=True)
+class ImageTextSettings:
+    """Any other image-text model in this process."""
+
+    model: str
+    form: RequestForm
+    max_tokens: int
+    dtype: str
+    device: str
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class ServedSettings:
+    """A model behind an OpenAI-compatible server. One process asks, with the endpoint's own concurrency."""
+
+    endpoint: EndpointSettings
+    form: RequestForm
+    max_tokens: int
+
+    @property
+    def model(self) -> str:
+        return self.endpoint.model
+
+
+AnswererSettings = PolicySettings | ImageTextSettings | ServedSettings
+
+
+def choose_answerer(model: str, endpoint: EndpointSettings | None, options: ModelOptions) -> AnswererSettings:
+    """What `model` and the options mean, checked as far as it goes without weights and without asking the server.
+
+    Raises ValueError that names each wrong field.
+    """
+    max_tokens = options.decoding.max_new_tokens
+    if endpoint is not None:
+        if endpoint.base_url is None:
+            raise ValueError("endpoint.base_url=None: a model behind a server needs its address")
+        if endpoint.model not in ("", model):
+            raise ValueError(f"endpoint.model={endpoint.model!r} and model={model!r} must be one: leave out the former")
+        return ServedSettings(replace(endpoint, model=model), _form(options, model), max_tokens)
+    found = read_model_type(model, options.trust_remote_code)
+    if found == MODEL_TYPE:
+        return _policy_settings(model, options)
+    check_image_text_model(model, options.trust_remote_code)
+    form = _form(options, found, model)
+    return ImageTextSettings(model, form, max_tokens, options.dtype, options.device, options.trust_remote_code)
 
 
 def make_answerer(settings: AnswererSettings, rank: int = 0) -> Answerer:
-    """The answerer of this process; `rank` takes its own GPU where there are several."""
+    """The answerer of this process; `rank` takes its own GPU where there are several.
+
+    Each kind imports what it needs: who asks a server waits for no model classes.
+    """
+    if isinstance(settings, ServedSettings):
+        from lightning_modules.answerers import EndpointAnswerer
+
+        return EndpointAnswerer(settings.endpoint, settings.form, settings.max_tokens)
+    device = choose_device(settings.device, rank)
+    if isinstance(settings, ImageTextSettings):
+        from lightning_modules.image_text import ImageTextAnswerer
+
+        how = (settings.max_tokens, device, settings.dtype, settings.trust_remote_code)
+        return ImageTextAnswerer(settings.model, settings.form, *how)
+    return _make_policy(settings, device)
+
+
+def _make_policy(settings: PolicySettings, device: str) -> Answerer:
+    from callbacks.native_answerer import NativeAnswerer
+    from datamodules.batches import Encoder
+    from lightning_modules.qwen_vl import QwenVL
+    from lightning_modules.rollouts import NativeEngine
+
     encoder = Encoder(
         settings.model,
         convention=Convention(settings.convention),
@@ -42,8 +135,39 @@ def make_answerer(settings: AnswererSettings, rank: int = 0) -> Answerer:
         max_completion_tokens=settings.decoding.max_new_tokens,
         **settings.limits,
     )
-    policy = QwenVL(settings.model, dtype=settings.dtype).to(choose_device(settings.device, rank)).eval()
+    policy = QwenVL(settings.model, dtype=settings.dtype).to(device).eval()
     return NativeAnswerer(policy, NativeEngine(policy), encoder, settings.decoding)
+
+
+def _policy_settings(model: str, options: ModelOptions) -> PolicySettings:
+    check_model(model)
+    faults = [
+        f"{name}={value!r} is for other models; {model!r} is a Qwen2.5-VL: convention, style and label_images"
+        for name, value, default in (("dialect", options.dialect, "auto"), ("before_image", options.before_image, None))
+        if value != default
+    ]
+    if options.style == "native":
+        faults.append("style='native' is a dialect's own prompt, for other models than Qwen2.5-VL")
+    if faults:
+        raise ValueError("; ".join(faults))
+    form = {"convention": options.convention, "style": "think" if options.style == "auto" else options.style}
+    form |= {"max_resized_pixels": options.max_resized_pixels, "label_images": options.label_images}
+    form |= phases.trained_form(model, form) if options.as_trained else {}
+    bounds = {"max_prompt_tokens": options.max_prompt_tokens, "max_image_pixels": options.max_image_pixels}
+    convention, style = form.pop("convention"), form.pop("style")
+    return PolicySettings(model, convention, style, options.dtype, options.device, options.decoding, form | bounds)
+
+
+def _form(options: ModelOptions, *names: str) -> RequestForm:
+    """The prompt form of another model; `names` say which family it is of."""
+    if options.convention != "absolute":
+        raise ValueError(f"convention={options.convention!r} is for Qwen2.5-VL; other models have theirs from dialect")
+    dialect = find_dialect(options.dialect, *names)
+    style = "native" if options.style == "auto" else options.style
+    sizes: dict[str, int] = {"max_image_pixels": options.max_image_pixels}
+    if options.max_resized_pixels is not None:
+        sizes["max_pixels"] = options.max_resized_pixels
+    return RequestForm(dialect, style, options.before_image, **sizes)
 
 
 def choose_device(device: str, rank: int) -> str:

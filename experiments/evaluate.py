@@ -12,13 +12,13 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import yaml
 from jsonargparse import auto_cli
 
-from callbacks.mig_bench import EvaluationSettings, evaluate_mig_bench, evaluation_key, limit_tasks, summary_metrics
+from callbacks.evaluation import EvaluationSettings
+from callbacks.mig_bench import evaluate_mig_bench, evaluation_key, limit_tasks, summary_metrics
 from datamodules.artefacts import Journal, read_json, write_json
 from datamodules.batches import Encoder
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
@@ -73,7 +73,7 @@ def evaluate(
     decoding = decoding or EvaluationSettings()
     form = {"convention": convention, "style": style}
     form |= {"max_resized_pixels": max_resized_pixels, "label_images": label_images}
-    form |= trained_form(model, form) if as_trained else {}
+    form |= phases.trained_form(model, form) if as_trained else {}
     form |= {"convention": Convention(form["convention"]), "style": PromptStyle(form["style"])}
     limits = {"max_prompt_tokens": max_prompt_tokens, "max_image_pixels": max_image_pixels}
     encoder = Encoder(model, with_target=False, max_completion_tokens=decoding.max_new_tokens, **limits, **form)
@@ -102,22 +102,6 @@ def default_output(model: str) -> str:
     if Path(model).name == "merged":
         return str(Path(model).parent)
     return str(Path("outputs") / "mig_bench" / model.strip("./").replace("/", "--"))
-
-
-def trained_form(model: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `given` as the phase that the merged model lies in had them, saying which differ.
-
-    {} for a model that no phase left. One YAML so evaluates the base model, answer-only SFT and models that think.
-    """
-    config = Path(model).parent / "config.yaml"
-    if Path(model).name != "merged" or not config.is_file():
-        return {}
-    data = yaml.safe_load(config.read_text())["data"]
-    trained = {name: data[name] for name in given}
-    for name, value in trained.items():
-        if value != given[name]:
-            print(f"{name}={value} as {config} has it, not {given[name]}; --as_trained=false puts questions as given")
-    return trained
 
 
 def spare_folder(home: Path, key: str) -> Path:

@@ -1,6 +1,7 @@
 """Evaluate a model on the paper's benchmarks.
 
     python -m experiments.evaluate_benchmarks --config experiments/configs/nano/benchmarks.yaml --model M --bench all
+    … --model gpt-4o --endpoint.base_url https://…/v1
 
     <output>/answers/<benchmark>-<key>/rank0.jsonl   every answer as it came; resuming and the cache
     <output>/<benchmark>/predictions.jsonl           every answer with its score and all that scoring needs
@@ -17,8 +18,7 @@ from typing import Any, Literal
 
 from jsonargparse import auto_cli
 
-from callbacks.evaluation import read_answers
-from callbacks.mig_bench import EvaluationSettings
+from callbacks.evaluation import EvaluationSettings, read_answers
 from datamodules.answerers import Reply
 from datamodules.artefacts import fingerprint
 from datamodules.benchmarks.registry import benchmark_names, load_benchmark
@@ -28,9 +28,9 @@ from datamodules.benchmarks.scoring import predict, summarise
 from datamodules.boxes import Convention
 from datamodules.synthetic.twins.build import TWINS, write_twin
 from experiments import checks, phases, tracking
-from experiments.answerers import ALIASES, AnswererSettings
+from experiments.answerers import ALIASES, ModelOptions, choose_answerer
 from experiments.asking import Job, ask_all
-from experiments.evaluate import trained_form
+from lightning_modules.endpoint import EndpointMisused, EndpointSettings, EndpointUnavailable
 
 
 def evaluate_benchmarks(
@@ -39,8 +39,10 @@ def evaluate_benchmarks(
     bench: str = "all",
     output: str | None = None,
     twins: bool = False,
+    endpoint: EndpointSettings | None = None,
+    dialect: str = "auto",
     convention: Literal["absolute", "per_mille", "unit"] = "absolute",
-    style: Literal["think", "answer", "plain", "official"] = "think",
+    style: Literal["auto", "think", "answer", "plain", "official", "native"] = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str = "auto",
     decoding: EvaluationSettings | None = None,
@@ -50,51 +52,65 @@ def evaluate_benchmarks(
     max_image_pixels: int = 64_000_000,
     max_resized_pixels: int | None = None,
     label_images: bool = False,
+    before_image: str | None = None,
     as_trained: bool = True,
+    trust_remote_code: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a model on the paper's benchmarks; the results by name.
 
     Args:
-        model: folder or Hub name of a Qwen2.5-VL, without an adapter (merge first); nano: models/nano-base
+        model: folder or Hub name of a Qwen2.5-VL without an adapter (merge first), or of any image-text model that
+            transformers loads; nano: models/nano-base. With an endpoint, the server's name of it
         data_root: folder that holds MIG-Bench/, Ref-L4/, ReasonSeg/, ReVOS/, odinw/, BLINK/, MMIU/
         bench: all, or some of mig_bench, ref_l4, lisa, revos, odinw, blink, mmiu with commas between
         output: null: <phase>/benchmarks for the merged model of a phase, else outputs/eval/<model>
         twins: write the benchmarks' nano twins into data_root where they are missing
-        convention: how the model writes boxes
-        style: how questions are put
+        endpoint: an OpenAI-compatible server, by base_url; its model is the one above
+        dialect: how another model than Qwen2.5-VL is asked for boxes and writes them (datamodules/dialects.py); auto:
+            by model_type and name
+        convention: how a Qwen2.5-VL writes boxes
+        style: how questions are put; auto: think, for other models native, which is their dialect's own prompt
         dtype: of the weights
         device: auto, cpu, cuda (each process takes its own GPU), cuda:1, ...
-        decoding: greedy decoding
+        decoding: greedy decoding; batches are Qwen2.5-VL's
         limit: ask at most so many questions of each column: split, set, subset or task
-        processes: so many share the questions; answers do not depend on it
-        max_prompt_tokens: a longer prompt counts as wrong
+        processes: so many share the questions; answers do not depend on it. One asks an endpoint, with the
+            endpoint's concurrency
+        max_prompt_tokens: a longer prompt of a Qwen2.5-VL counts as wrong
         max_image_pixels: a larger image counts as wrong (decompression bombs)
         max_resized_pixels: images are shrunk to so many pixels, where that is less than the processor's own limit
-        label_images: write "Picture k: " before image k
+            (for a served Qwen2.5-VL it must be no more than that limit)
+        label_images: write "Picture k: " before image k, for a Qwen2.5-VL
+        before_image: text before image k for other models instead of the dialect's, such as "Picture {}: "
         as_trained: put questions to a phase's merged model as that phase did
+        trust_remote_code: run code that comes with a model's weights
     """
-    model = ALIASES.get(model, model)
-    faults = checks.model_faults(model)
-    if processes < 1:
-        faults.append(f"processes={processes} must be at least 1")
-    checks.raise_all(faults)
-    benchmarks = _load(benchmark_names(bench), data_root, twins)
-    form = {"convention": convention, "style": style}
-    form |= {"max_resized_pixels": max_resized_pixels, "label_images": label_images}
-    form |= trained_form(model, form) if as_trained else {}
-    settings = AnswererSettings(
-        model=model,
-        convention=form.pop("convention"),
-        style=form.pop("style"),
+    options = ModelOptions(
+        convention=convention,
+        style=style,
+        dialect=dialect,
+        before_image=before_image,
+        label_images=label_images,
+        max_prompt_tokens=max_prompt_tokens,
+        max_image_pixels=max_image_pixels,
+        max_resized_pixels=max_resized_pixels,
+        as_trained=as_trained,
         dtype=dtype,
         device=device,
         decoding=decoding or EvaluationSettings(),
-        limits=form | {"max_prompt_tokens": max_prompt_tokens, "max_image_pixels": max_image_pixels},
+        trust_remote_code=trust_remote_code,
     )
-    home = Path(output or default_output(model))
+    faults = [f"processes={processes} must be at least 1"] if processes < 1 else []
+    try:
+        settings = choose_answerer(model if endpoint else ALIASES.get(model, model), endpoint, options)
+    except ValueError as error:
+        faults.append(str(error))
+    checks.raise_all(faults)
+    benchmarks = _load(benchmark_names(bench), data_root, twins)
+    home = Path(output or default_output(settings.model, served=endpoint is not None))
     job = Job(settings, tuple(benchmarks), data_root, str(home / "answers"), limit)
     with phases.locked(home):
-        results = _evaluate(job, benchmarks, home, processes)
+        results = _evaluate(job, benchmarks, home, 1 if endpoint else processes)
     if limit is None:
         _log(home, results)
     print(f"wrote {home}")
@@ -150,11 +166,12 @@ def _finish(
     return result
 
 
-def default_output(model: str) -> str:
-    """A folder of the model's own: inside the phase that a merged model lies in."""
-    if Path(model).name == "merged":
+def default_output(model: str, served: bool = False) -> str:
+    """A folder of the model's own: inside the phase that a merged model lies in. A served one never shares it."""
+    if Path(model).name == "merged" and not served:
         return str(Path(model).parent / "benchmarks")
-    return str(Path("outputs") / "eval" / model.strip("./").replace("/", "--"))
+    name = model.strip("./").replace("/", "--")
+    return str(Path("outputs") / "eval" / (f"{name}--served" if served else name))
 
 
 def _log(home: Path, results: dict[str, dict[str, Any]]) -> None:
@@ -171,7 +188,7 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of `make eval MODEL=… BENCH=…`."""
     try:
         auto_cli(evaluate_benchmarks, as_positional=False, args=args)
-    except checks.SettingsError as error:
+    except (checks.SettingsError, EndpointMisused, EndpointUnavailable) as error:
         sys.exit(str(error))
 
 

@@ -7,6 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from datamodules.artefacts import read_json, write_json
 
@@ -58,6 +61,22 @@ def wait_for_claim(folder: Path, key: str, seconds: float = 600.0) -> bool:
             raise TimeoutError(f"{folder}: the first rank did not claim it for run {key} within {seconds:.0f} s")
         time.sleep(0.2)
     return read_marker(folder).get("key") == key
+
+
+def trained_form(model: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `given` as the phase that the merged model lies in had them, saying which differ.
+
+    {} for a model that no phase left. One YAML so evaluates the base model, answer-only SFT and models that think.
+    """
+    config = Path(model).parent / "config.yaml"
+    if Path(model).name != "merged" or not config.is_file():
+        return {}
+    data = yaml.safe_load(config.read_text())["data"]
+    trained = {name: data[name] for name in given}
+    for name, value in trained.items():
+        if value != given[name]:
+            print(f"{name}={value} as {config} has it, not {given[name]}; --as_trained=false puts questions as given")
+    return trained
 
 
 @contextmanager

@@ -33,12 +33,13 @@ from datamodules.artefacts import (
     write_atomic,
     write_json,
 )
+from datamodules.boxes import geometries_from_json
 from datamodules.chat_requests import RequestForm
 from datamodules.dialects import find_dialect
 from datamodules.shards import MANIFEST, ShardReader, folder_list
 from experiments import checks, phases
 from experiments.rationales import Verdict, format_report, group_responses, judge, summarise, write_rationales
-from experiments.teacher import Prices, Sampling, Session, Teacher, missing_responses, record_geometries
+from experiments.teacher import Prices, Sampling, Session, Teacher, missing_responses
 from lightning_modules.endpoint import EndpointMisused, EndpointSettings, EndpointUnavailable
 from lightning_modules.local_server import local_server
 
@@ -157,7 +158,7 @@ def _judge_all(
     verdicts = {}
     for number, responses in group_responses(records, count).items():
         sample, texts = reader.read(number).sample, [response["text"] for response in responses]
-        geometries = record_geometries(responses[0])
+        geometries = geometries_from_json(responses[0]["sizes"])
         verdicts[number] = judge(sample, texts, geometries, form.dialect.convention, threshold, seed)
     return verdicts
 
@@ -169,7 +170,9 @@ def _faults(folders: list[str], endpoint: EndpointSettings, threshold: float, li
     if limit is not None and limit < 1:
         faults.append(f"limit={limit} must be at least 1")
     model = Path(endpoint.model)
-    if endpoint.base_url is None and not model.is_dir() and (model.is_absolute() or len(model.parts) != 2):
+    if not endpoint.model:
+        faults.append("endpoint.model='' must name the teacher")
+    elif endpoint.base_url is None and not model.is_dir() and (model.is_absolute() or len(model.parts) != 2):
         faults.append(
             f"endpoint.model={endpoint.model!r} is no folder here and no Hub name; `make sft` makes the nano teacher,"
             " and a teacher behind a server needs endpoint.base_url"

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from datamodules.artefacts import Journal
-from datamodules.boxes import ImageGeometry
+from datamodules.boxes import geometries_to_json
 from datamodules.chat_requests import ChatRequest, RequestForm, build_request
 from datamodules.samples import BoxAnswer, SampleError
 from datamodules.shards import ShardReader
@@ -67,11 +67,6 @@ def request_seed(seed: int, sample_id: str, response: int) -> int:
     """A seed in 0..2^31-1, the range that every server takes."""
     digest = hashlib.sha256(f"{seed}/{response}/{sample_id}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
-
-
-def record_geometries(record: dict[str, Any]) -> tuple[ImageGeometry, ...]:
-    """The geometries of a journalled response."""
-    return tuple(ImageGeometry((sizes[0], sizes[1]), (sizes[2], sizes[3])) for sizes in record["sizes"])
 
 
 def missing_responses(records: list[dict[str, Any]], count: int, num_responses: int) -> dict[int, list[int]]:
@@ -164,7 +159,7 @@ class Teacher:
         self, number: int, sample_id: str, request: ChatRequest, responses: list[int], endpoint: ChatEndpoint
     ) -> None:
         sampling = self.sampling
-        sizes = [[*geometry.original, *geometry.processed] for geometry in request.geometries]
+        sizes = geometries_to_json(request.geometries)
         for response in responses:
             seed = request_seed(sampling.seed, sample_id, response)
             try:

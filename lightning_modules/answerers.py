@@ -8,13 +8,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict
+from io import BytesIO
 from typing import Any
+
+from PIL import Image
 
 from datamodules.answerers import Load, Reply
 from datamodules.boxes import Convention
 from datamodules.chat_requests import RequestForm, build_request
-from datamodules.samples import Sample, SampleError
-from lightning_modules.endpoint import ChatEndpoint, EndpointSettings, RequestRefused
+from datamodules.samples import BoxAnswer, ImagePart, LoadedSample, Sample, SampleError, TextPart
+from lightning_modules.endpoint import ChatEndpoint, EndpointMisused, EndpointSettings, RequestRefused
+
+CHECK_ATTEMPTS = 3  # who mistyped an address should not wait for every attempt
 
 
 class EndpointAnswerer:
@@ -27,6 +32,7 @@ class EndpointAnswerer:
     ) -> None:
         self.settings, self.form = settings, form
         self.max_tokens, self.temperature = max_tokens, temperature
+        self._checked = False
 
     @property
     def convention(self) -> Convention:
@@ -42,7 +48,9 @@ class EndpointAnswerer:
     def answers(self, samples: Sequence[Sample], load: Load) -> Iterator[tuple[Sample, Reply]]:
         """One reply for each sample as they come, `concurrency` under way at a time.
 
-        What `load` or the server refuses gets a reply with its rule. Raises the other errors of `ChatEndpoint`.
+        Before the first of all, a grey image is asked about: a wrong address, key, model or setting, or a model that
+        takes no images, ends here as an error of `ChatEndpoint` and not in wrong answers. After that, what `load` or
+        the server refuses gets a reply with its rule; other errors are raised.
         """
         with asyncio.Runner() as runner:
             stream = self._stream(samples, load)
@@ -56,6 +64,8 @@ class EndpointAnswerer:
     async def _stream(self, samples: Sequence[Sample], load: Load) -> AsyncIterator[tuple[Sample, Reply]]:
         waiting, running = iter(samples), set()
         async with ChatEndpoint(self.settings) as endpoint:
+            if samples and not self._checked:
+                await self._check(endpoint)
             while True:
                 while len(running) < self.settings.concurrency and (sample := next(waiting, None)) is not None:
                     running.add(asyncio.create_task(self._answer(sample, load, endpoint)))
@@ -64,6 +74,15 @@ class EndpointAnswerer:
                 done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     yield task.result()
+
+    async def _check(self, endpoint: ChatEndpoint) -> None:
+        messages = build_request(_grey_question(), self.form).messages
+        try:
+            await endpoint.complete(messages, self.max_tokens, self.temperature, attempts=CHECK_ATTEMPTS)
+        except RequestRefused as error:
+            where = f"base_url={self.settings.base_url!r}, model={self.settings.model!r}"
+            raise EndpointMisused(f"{where}: refuses a question about one small image: {error}") from error
+        self._checked = True
 
     async def _answer(self, sample: Sample, load: Load, endpoint: ChatEndpoint) -> tuple[Sample, Reply]:
         try:
@@ -75,3 +94,11 @@ class EndpointAnswerer:
             return sample, Reply("", (), refused="refused")
         finished = found.finish_reason != "length"
         return sample, Reply(found.text, request.geometries, found.completion_tokens, finished)
+
+
+def _grey_question() -> LoadedSample:
+    file = BytesIO()
+    Image.new("RGB", (84, 84), "grey").save(file, "PNG")
+    messages = (ImagePart(0), TextPart("Which colour is this?"))
+    sample = Sample("check", "check", "check", ("grey.png",), messages, BoxAnswer(0, (0.0, 0.0, 1.0, 1.0), "grey"))
+    return LoadedSample(sample, (file.getvalue(),))

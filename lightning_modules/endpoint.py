@@ -37,14 +37,15 @@ class _Malformed(ValueError):
 class EndpointSettings:
     """An OpenAI-compatible server, and how patiently it is asked.
 
-    base_url: such as http://localhost:8000/v1; None only where a local server is still to be started. api_key_env: the
+    model: the server's name of it; "" only where a command has it elsewhere. base_url: such as
+    http://localhost:8000/v1; None only where a local server is still to be started. api_key_env: the
     environment variable that holds the key, if it needs one. timeout: seconds for one whole request. attempts: how
     often a request is made before it is given up. Before attempt k + 1 it waits backoff * 2^(k - 1) seconds, at most
     max_backoff, times a random share of one half to one; longer where the server says so (Retry-After). concurrency:
     requests under way at once. extra_body: further fields of every request.
     """
 
-    model: str
+    model: str = ""
     base_url: str | None = None
     api_key_env: str = "OPENAI_API_KEY"
     timeout: float = 300.0
@@ -87,8 +88,8 @@ class ChatEndpoint:
     def __init__(self, settings: EndpointSettings) -> None:
         import openai
 
-        if settings.base_url is None:
-            raise ValueError("base_url=None: an endpoint needs an address")
+        if settings.base_url is None or not settings.model:
+            raise ValueError(f"an endpoint needs base_url={settings.base_url!r} and model={settings.model!r}")
         self.settings = settings
         self.faults: Counter[str] = Counter()
         self._errors = openai
@@ -107,14 +108,20 @@ class ChatEndpoint:
         await self._client.close()
 
     async def complete(
-        self, messages: list[dict[str, Any]], max_tokens: int, temperature: float, seed: int | None = None
+        self,
+        messages: list[dict[str, Any]],
+        max_tokens: int,
+        temperature: float,
+        seed: int | None = None,
+        attempts: int | None = None,
     ) -> Completion:
-        """The answer to `messages` (OpenAI's form).
+        """The answer to `messages` (OpenAI's form), in at most `attempts`, or as many as the settings say.
 
         Raises RequestRefused, EndpointMisused, and after every attempt EndpointUnavailable.
         """
         settings = self.settings
-        for attempt in range(1, settings.attempts + 1):
+        attempts = min(attempts or settings.attempts, settings.attempts)
+        for attempt in range(1, attempts + 1):
             try:
                 async with asyncio.timeout(settings.timeout):
                     return await self._ask(messages, max_tokens, temperature, seed)
@@ -133,9 +140,9 @@ class ChatEndpoint:
             except _Malformed as error:
                 kind, fault, wait = "malformed", str(error), 0.0
             self.faults[kind] += 1
-            if attempt < settings.attempts:
+            if attempt < attempts:
                 await asyncio.sleep(self._delay(attempt, wait))
-        raise EndpointUnavailable(f"{settings.base_url} gave no answer in {settings.attempts} attempts; last: {fault}")
+        raise EndpointUnavailable(f"{settings.base_url} gave no answer in {attempts} attempts; last: {fault}")
 
     async def _ask(
         self, messages: list[dict[str, Any]], max_tokens: int, temperature: float, seed: int | None

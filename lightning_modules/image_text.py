@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,7 +51,11 @@ class ImageTextAnswerer:
     def identity(self) -> dict[str, Any]:
         """All that answers depend on beside the question, JSON-like."""
         decoding = {"max_tokens": self.max_tokens, "dtype": self.dtype}
-        return {"model": path_fingerprint(self.name), "form": asdict(self.form), "decoding": decoding}
+        return {"model": self._weights_key, "form": asdict(self.form), "decoding": decoding}
+
+    @cached_property
+    def _weights_key(self) -> str:
+        return path_fingerprint(self.name)  # reads all weights, so once for all benchmarks
 
     def answers(self, samples: Sequence[Sample], load: Load) -> Iterator[tuple[Sample, Reply]]:
         """One reply for each sample, in order; what `load` refuses gets a reply with its rule."""

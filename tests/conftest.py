@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from PIL import Image
@@ -23,6 +24,11 @@ QUESTIONS = (
     "Where is the red ring?",
     "What changed between the first and the last?",
 )
+
+
+# How long an example takes is a matter of who else uses the cores.
+hypothesis.settings.register_profile("any_load", deadline=None)
+hypothesis.settings.load_profile("any_load")
 
 
 @pytest.fixture(scope="session")

@@ -139,6 +139,12 @@ def test_bare_entry_points_need_no_optional_package(file: str) -> None:
     assert {name: closure[name] for name in OPTIONAL & set(closure)} == {}
 
 
+def test_evaluating_a_served_model_loads_no_model_classes() -> None:
+    closure = import_closure(ROOT, "experiments/evaluate_benchmarks.py")
+    heavy = {"lightning", "transformers", "peft", "wandb", "openai"}
+    assert {name: closure[name] for name in heavy & set(closure)} == {}
+
+
 def test_an_optional_import_is_found_through_other_files(tmp_path: Path) -> None:
     (tmp_path / "experiments").mkdir()
     (tmp_path / "datamodules").mkdir()

@@ -23,8 +23,8 @@ from datamodules.benchmarks.schema import (
     image_parts,
     make_sample,
     require_fields,
-    unit_box,
 )
+from datamodules.boxes import from_pixels_clipped
 from datamodules.samples import Sample
 
 NAME, FOLDER = "lisa", "ReasonSeg"
@@ -73,7 +73,7 @@ def _sample(file: Path, split: str, boxes: str) -> Sample | None:
             "task": "sentence" if record["is_sentence"] else "phrase",
             "images": [f"{split}/{image.name}"],
             "messages": image_parts(1, QUESTION.format(record["text"][0].strip().rstrip("."))),
-            "answer": {"image": 0, "box": unit_box(box, size), "label": ""},
+            "answer": {"image": 0, "box": from_pixels_clipped(box, size), "label": ""},
         },
         column=split,
         size=list(size),

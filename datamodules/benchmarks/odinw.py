@@ -23,8 +23,8 @@ from datamodules.benchmarks.schema import (
     image_parts,
     make_sample,
     require_fields,
-    unit_box,
 )
+from datamodules.boxes import from_pixels_clipped
 from datamodules.samples import Sample
 
 NAME, FOLDER = "odinw", "odinw"
@@ -88,7 +88,7 @@ def _samples(coco: dict[str, Any], column: str, folder: str, dropped: Counter[st
                     "messages": image_parts(1, QUESTION.format(spoken(names[category_id]))),
                     "answer": {
                         "image": 0,
-                        "box": unit_box((x, y, x + w, y + h), (image["width"], image["height"])),
+                        "box": from_pixels_clipped((x, y, x + w, y + h), (image["width"], image["height"])),
                         "label": names[category_id],
                     },
                 },

@@ -12,7 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from datamodules.benchmarks.parquet import read_rows
-from datamodules.benchmarks.schema import PAPER, Benchmark, Rule, file_benchmark, image_parts, make_sample, unit_box
+from datamodules.benchmarks.schema import PAPER, Benchmark, Rule, file_benchmark, image_parts, make_sample
+from datamodules.boxes import from_pixels_clipped
 from datamodules.samples import Sample
 
 NAME, FOLDER = "ref_l4", "Ref-L4"
@@ -41,7 +42,7 @@ def _sample(row: dict, split: str, position: int) -> Sample:
     if len(row["bbox"]) != 4:
         raise ValueError(f"ref-l4-{split}.parquet, row {position}: bbox={row['bbox']} is not [x, y, w, h]")
     x, y, w, h = row["bbox"]
-    box = unit_box((x, y, x + w, y + h), (row["width"], row["height"]))
+    box = from_pixels_clipped((x, y, x + w, y + h), (row["width"], row["height"]))
     return make_sample(
         {
             "id": f"{NAME}/{split}/{row['id']}",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.benchmarks.masks import rle_box, union_box
+from datamodules.benchmarks.mig_bench import ORDINALS
 from datamodules.benchmarks.schema import (
     PAPER,
     Benchmark,
@@ -22,8 +23,8 @@ from datamodules.benchmarks.schema import (
     image_parts,
     make_sample,
     require_fields,
-    unit_box,
 )
+from datamodules.boxes import from_pixels_clipped
 from datamodules.samples import Sample
 
 NAME, FOLDER = "revos", "ReVOS"
@@ -36,7 +37,6 @@ QUESTION = (
     "This is a sequence of images from a video. Please understand the entire video content, and then output the"
     " bounding box in the {} image according to the instruction: {}"
 )
-ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 
 
 def load(root: Path, num_frames: int = 6, grounded: int = 2) -> Benchmark:
@@ -92,7 +92,7 @@ def _find(
         box = union_box([rle_box(rle) for rle in found])
         if box is not None:
             height, width = found[0]["size"]
-            return index, unit_box(box, (width, height)), [width, height]
+            return index, from_pixels_clipped(box, (width, height)), [width, height]
     return None
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datamodules.artefacts import fingerprint
-from datamodules.boxes import Convention, ImageGeometry
+from datamodules.boxes import Convention, ImageGeometry, geometries_from_json, geometries_to_json
 from datamodules.samples import Answer, BoxAnswer, ChoiceAnswer, LoadedSample, Sample, SampleError
 from datamodules.scores import BoxChoice
 
@@ -109,7 +109,7 @@ class Prediction:
     def to_json(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["answer"] = answer_to_json(self.answer)
-        values["geometries"] = [[*g.original, *g.processed] for g in self.geometries]
+        values["geometries"] = geometries_to_json(self.geometries)
         return values
 
     @classmethod
@@ -140,10 +140,6 @@ def answer_from_json(record: Mapping[str, Any]) -> Answer:
     return BoxAnswer(record["image"], tuple(record["box"]), record["label"])
 
 
-def geometries_from_json(sizes: Sequence[Sequence[int]]) -> tuple[ImageGeometry, ...]:
-    return tuple(ImageGeometry(original=(w, h), processed=(pw, ph)) for w, h, pw, ph in sizes)
-
-
 def make_sample(record: Mapping[str, Any], **extra: Any) -> Sample:
     """A benchmark's sample: validated, but for the answer's box, which is scored as it is, dirty or not."""
     return Sample.from_json({**record, "extra": extra}, strict_boxes=False)
@@ -152,13 +148,6 @@ def make_sample(record: Mapping[str, Any], **extra: Any) -> Sample:
 def image_parts(count: int, text: str) -> list[dict[str, Any]]:
     """All images, then the question."""
     return [*({"type": "image", "image": k} for k in range(count)), {"type": "text", "text": text}]
-
-
-def unit_box(box: Sequence[float], size: Sequence[int]) -> list[float]:
-    """xyxy in pixels of an image of `size` (width, height) -> unit xyxy, clipped to the image: annotations overshoot
-    borders by fractions of a pixel. An inverted box stays inverted."""
-    sizes = (*size, *size)
-    return [min(max(value / total, 0.0), 1.0) for value, total in zip(box, sizes, strict=True)]
 
 
 def file_benchmark(name: str, samples: Sequence[Sample], folder: Path, *fields: Any) -> Benchmark:

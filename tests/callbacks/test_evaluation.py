@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from callbacks.evaluation import answers_key, ask_share, read_answers
-from callbacks.mig_bench import EvaluationSettings
+from callbacks.evaluation import EvaluationSettings, answers_key, ask_share, read_answers
 from callbacks.native_answerer import NativeAnswerer
 from datamodules.answerers import Answerer, Reply
 from datamodules.batches import Encoder

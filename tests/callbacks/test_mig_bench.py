@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from callbacks.mig_bench import EvaluationSettings, MIGBench, evaluate_mig_bench, limit_tasks, policy_fingerprint
+from callbacks.evaluation import EvaluationSettings
+from callbacks.mig_bench import MIGBench, evaluate_mig_bench, limit_tasks, policy_fingerprint
 from datamodules.artefacts import Journal
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
 from datamodules.benchmarks.mig_scoring import summarise

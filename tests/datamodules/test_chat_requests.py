@@ -13,8 +13,8 @@ from PIL import Image
 from datamodules.boxes import Convention, fit_size
 from datamodules.chat_requests import RequestForm, build_request
 from datamodules.dialects import DIALECTS, find_dialect
-from datamodules.prompts import THINK_SUFFIX
-from datamodules.samples import BoxAnswer, BoxPart, ImagePart, LoadedSample, Sample, SampleError, TextPart
+from datamodules.prompts import CHOICE_SUFFIX, THINK_SUFFIX
+from datamodules.samples import BoxAnswer, BoxPart, ChoiceAnswer, ImagePart, LoadedSample, Sample, SampleError, TextPart
 from tests.conftest import random_png
 
 SIZES = ((640, 480), (90, 60))
@@ -87,6 +87,12 @@ def test_every_dialect_asks_in_its_own_words(dialect, loaded: LoadedSample) -> N
     assert asked in text and "as written" not in text
     if dialect.convention != Convention.ABSOLUTE:
         assert [geometry.processed for geometry in request.geometries] == list(SIZES)
+
+
+def test_a_question_with_options_asks_for_a_letter_and_not_for_a_box(loaded: LoadedSample) -> None:
+    choosing = replace(loaded, sample=replace(SAMPLE, answer=ChoiceAnswer("A", ("left", "right"))))
+    content = build_request(choosing, RequestForm(find_dialect("internvl", ""))).messages[0]["content"]
+    assert content[-1]["text"].endswith("Where is it?" + CHOICE_SUFFIX)
 
 
 def test_images_are_labelled_in_the_dialects_way(loaded: LoadedSample) -> None:

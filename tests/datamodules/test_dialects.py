@@ -36,6 +36,7 @@ WRITTEN = {
         ("OpenGVLab/InternVL3-8B-hf", "internvl"),
         ("openbmb/MiniCPM-V-2_6", "minicpm_v"),
         ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "llava_onevision"),
+        ("llava_onevision", "llava_onevision"),
         ("mPLUG/mPLUG-Owl3-7B-240728", "mplug_owl3"),
         ("TIGER-Lab/Mantis-8B-Idefics2", "mantis"),
         ("gpt-4o-2024-08-06", "gpt_4o"),
@@ -51,6 +52,11 @@ def test_a_family_is_found_by_name_or_must_be_given(model: str, name: str | None
     assert find_dialect("stated", model).convention == Convention.UNIT
 
 
+def test_an_earlier_name_that_is_known_decides() -> None:
+    assert find_dialect("auto", "llava_onevision", "distilled-from-qwen2.5-vl").name == "llava_onevision"
+    assert find_dialect("auto", "idefics2", "TIGER-Lab/Mantis-8B-Idefics2").name == "mantis"
+
+
 def test_an_unknown_dialect_is_named() -> None:
     with pytest.raises(ValueError, match="dialect='klingon'"):
         find_dialect("klingon", "Qwen/Qwen2.5-VL-7B-Instruct")
@@ -60,11 +66,11 @@ def test_an_unknown_dialect_is_named() -> None:
 def test_each_family_is_read_in_its_own_scale(dialect) -> None:
     box = (0.25, 0.5, 0.75, 0.9)
     geometry = ImageGeometry((640, 480), (644, 476))
-    values = parse_answer(WRITTEN[dialect.name]).boxes[0].values
+    values = parse_answer(WRITTEN[dialect.name], foreign=True).boxes[0].values
     assert iou(geometry.to_unit(values, dialect.convention), box) > 0.98
     # A box in a question is written in that scale too.
     asked = dialect.question_box.format(*geometry.to_model(box, dialect.convention))
-    assert iou(geometry.to_unit(parse_answer(asked).boxes[0].values, dialect.convention), box) > 0.98
+    assert iou(geometry.to_unit(parse_answer(asked, foreign=True).boxes[0].values, dialect.convention), box) > 0.98
 
 
 def test_names_are_unique_and_only_pixels_need_a_factor() -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from callbacks.evaluation import EvaluationSettings
 from datamodules.synthetic.twins import build
 from experiments import checks, evaluate_benchmarks, rescore, tables
-from experiments.answerers import AnswererSettings
+from experiments.answerers import PolicySettings
 from experiments.asking import Job, ask_all
 
 
@@ -81,6 +82,8 @@ def test_two_processes_write_what_one_writes(tiny_model_dir: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_failing_process_ends_the_evaluation_with_its_error(tmp_path: Path) -> None:
-    settings = AnswererSettings(model=str(tmp_path / "none"), limits={"max_prompt_tokens": 10})
+    limits = {"max_prompt_tokens": 10}
+    missing = str(tmp_path / "none")
+    settings = PolicySettings(missing, "absolute", "think", "float32", "cpu", EvaluationSettings(), limits)
     with pytest.raises(RuntimeError, match=r"(?s)process \d of 2 failed.*none"):
         list(ask_all(Job(settings, ("lisa",), str(tmp_path), str(tmp_path), None), {"lisa": 1}, 2))

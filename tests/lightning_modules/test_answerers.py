@@ -54,6 +54,23 @@ def test_every_sample_gets_one_reply_that_is_read_in_the_dialect() -> None:
         assert answer.num_tokens == 4 and answer.finished and answer.refused is None
 
 
+def test_a_server_that_takes_no_such_question_at_all_is_an_error_and_no_wrong_answers() -> None:
+    with (
+        ChatServer(lambda request: http_response(400, b'{"error": {"message": "text only"}}')) as server,
+        pytest.raises(EndpointMisused, match=r"InternVL2-8B.*one small image.*text only"),
+    ):
+        list(answerer(server.base_url).answers(SAMPLES, load))
+
+
+def test_a_server_is_tried_once_for_all_benchmarks_and_not_for_nothing() -> None:
+    with ChatServer(reply) as server:
+        asked = answerer(server.base_url)
+        assert list(asked.answers([], load)) == [] and not server.requests
+        for sample in SAMPLES[:2]:
+            list(asked.answers([sample], load))
+        assert len(server.requests) == 3
+
+
 def test_a_caller_may_stop_early_and_errors_surface() -> None:
     with ChatServer(reply) as server:
         stream = answerer(server.base_url).answers(SAMPLES[:2], load)

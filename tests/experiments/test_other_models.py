@@ -1,0 +1,149 @@
+"""`make eval MODEL=… BENCH=…` with models of other families: behind a server, and in this process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from datamodules.answers import FAILURE_KINDS
+from datamodules.dialects import find_dialect
+from datamodules.prompts import CHOICE_SUFFIX
+from datamodules.synthetic.twins import build
+from experiments import checks, evaluate_benchmarks, rescore
+from experiments.answerers import ImageTextSettings, ModelOptions, choose_answerer
+from lightning_modules.endpoint import EndpointSettings
+from tests.chat_server import ChatServer, http_response, question_text
+from tests.image_text_models import qwen2_vl, save_model
+
+SERVED = "OpenGVLab/InternVL2-8B"
+INTERNVL = find_dialect("internvl")
+SOON = ("--endpoint.attempts=2", "--endpoint.backoff=0.01")
+
+
+@pytest.fixture(autouse=True)
+def small_twins(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {name: (folder, writer, 2) for name, (folder, writer, _) in build.TWINS.items()}
+    monkeypatch.setattr(build, "TWINS", small)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+def evaluate(model: str, root: Path, *args: str) -> Path:
+    """Run the entry point on lisa (four boxes) and blink (14 letters); its output folder."""
+    fixed = ["--model", model, "--data_root", str(root / "data"), "--output", str(root / "out"), "--twins=true"]
+    evaluate_benchmarks.main([*fixed, "--bench=lisa,blink", "--decoding.max_new_tokens=6", *args])
+    return root / "out"
+
+
+def predictions(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def reply(request: dict) -> str:
+    box = question_text(request).endswith(INTERNVL.suffix)
+    return "<ref>it</ref><box>[[100, 200, 600, 900]]</box>" if box else "The answer is B."
+
+
+def test_a_served_model_is_asked_once_in_its_dialect_and_its_answers_are_kept(tmp_path: Path) -> None:
+    with ChatServer(reply) as server:
+        address = f"--endpoint.base_url={server.base_url}"
+        out = evaluate(SERVED, tmp_path, address, "--processes=2", "--endpoint.concurrency=3")
+        boxes, letters = predictions(out / "lisa"), predictions(out / "blink")
+        asked = len(server.requests)
+    assert asked == 1 + len(boxes) + len(letters), "one look at the server, and each question once"
+    assert {request["model"] for request in server.requests} == {SERVED}
+    texts = [question_text(request) for request in server.requests]
+    assert sum(text.endswith(CHOICE_SUFFIX) for text in texts) == len(letters) == 14
+    assert all(text.startswith("Image-1: ") for text in texts)
+    assert {tuple(prediction["read"]) for prediction in boxes} == {(0.1, 0.2, 0.6, 0.9)}
+    assert {prediction["convention"] for prediction in boxes} == {"per_mille"}
+    assert {prediction["read"] for prediction in letters} == {"B"}
+    assert all(prediction["correct"] == (prediction["answer"]["letter"] == "B") for prediction in letters)
+
+    first = (out / "blink/result.json").read_text()
+    evaluate(SERVED, tmp_path, address)  # the server is gone: nothing is left to ask
+    assert (out / "blink/result.json").read_text() == first
+    rescore.main(["--predictions", str(out / "lisa"), "--threshold=0"])
+    found = json.loads((out / "lisa/rescored.json").read_text())["averages"]["avg"]
+    assert found["score"] == 100 * sum(prediction["value"] > 0 for prediction in boxes) / len(boxes)
+
+
+def test_what_a_dying_server_answered_is_not_asked_again(tmp_path: Path) -> None:
+    def until_the_tenth(request: dict) -> str | bytes:
+        return reply(request) if len(server.requests) <= 10 else http_response(503, b"{}")
+
+    with ChatServer(until_the_tenth) as server, pytest.raises(SystemExit, match="no answer in 2 attempts"):
+        evaluate(SERVED, tmp_path, f"--endpoint.base_url={server.base_url}", "--endpoint.concurrency=1", *SOON)
+    with ChatServer(reply) as server:
+        out = evaluate(SERVED, tmp_path, f"--endpoint.base_url={server.base_url}")
+    total = len(predictions(out / "lisa")) + len(predictions(out / "blink"))
+    assert len(server.requests) == 1 + total - 9
+
+
+def test_servers_that_cannot_be_used_end_the_evaluation_soon(tmp_path: Path) -> None:
+    with ChatServer(reply) as server:
+        closed = server.base_url
+    with pytest.raises(SystemExit, match=f"{closed} gave no answer in 2 attempts"):
+        evaluate(SERVED, tmp_path, f"--endpoint.base_url={closed}", *SOON)
+    unknown = http_response(404, b'{"error": {"message": "no such model"}}')
+    with ChatServer(lambda request: unknown) as server, pytest.raises(SystemExit, match="no such model"):
+        evaluate(SERVED, tmp_path, f"--endpoint.base_url={server.base_url}")
+    assert not (tmp_path / "out/lisa").exists(), "no answer is scored"
+
+
+def test_another_family_in_this_process(tmp_path: Path) -> None:
+    model = str(save_model(qwen2_vl, tmp_path / "model"))
+    settings = choose_answerer(model, None, ModelOptions())
+    assert isinstance(settings, ImageTextSettings) and settings.form.dialect.name == "qwen2_vl"
+    assert settings.form.style == "native" and not settings.trust_remote_code
+    out = evaluate(model, tmp_path, "--limit=1")
+    boxes, letters = predictions(out / "lisa-limit1"), predictions(out / "blink-limit1")
+    assert len(boxes) == 2 and len(letters) == 7
+    for prediction in boxes + letters:
+        assert prediction["convention"] == "per_mille" and prediction["refused"] is None
+        assert 1 <= prediction["num_tokens"] <= 6 and prediction["geometries"]
+    assert {prediction["failure"] for prediction in boxes} <= {None, *FAILURE_KINDS}
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--model=gpt-4o", "--endpoint.concurrency=2"], "endpoint.base_url=None"),
+        (["--model=gpt-4o", "--endpoint.base_url=http://a/v1", "--endpoint.model=other"], "endpoint.model='other'"),
+        (["--model=mystery-7b", "--endpoint.base_url=http://a/v1"], "set dialect to one of"),
+        (["--model=gpt-4o", "--endpoint.base_url=http://a/v1", "--dialect=klingon"], "dialect='klingon'"),
+        (["--model=gpt-4o", "--endpoint.base_url=http://a/v1", "--style=official"], "style='official'"),
+        (["--model=gpt-4o", "--endpoint.base_url=http://a/v1", "--convention=unit"], "convention='unit'"),
+        (["--model=gpt-4o"], "no folder 'gpt-4o'"),
+        (["--model={text}"], "'llama', which transformers knows no image-text model of"),
+        (["--model={bare}"], "model.safetensors is missing"),
+        (["--model={ours}", "--dialect=internvl"], "dialect='internvl' is for other models"),
+        (["--model={ours}", "--style=native"], "style='native'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_models_and_settings_are_named_before_anything_is_read(
+    args: list[str], words: str, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for name, model_type in (("text", "llama"), ("bare", "qwen2_vl")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": model_type}))
+    folders = {"text": tmp_path / "text", "bare": tmp_path / "bare", "ours": tiny_model_dir}
+    args = [arg.format(**folders) for arg in args]
+    with pytest.raises(SystemExit, match=words):
+        evaluate_benchmarks.main([*args, "--data_root", str(tmp_path / "none")])
+    assert capsys.readouterr().out == ""
+
+
+def test_a_served_model_never_writes_where_one_in_this_process_does() -> None:
+    merged = "outputs/nano/grpo/merged"
+    assert evaluate_benchmarks.default_output(merged) == "outputs/nano/grpo/benchmarks"
+    assert evaluate_benchmarks.default_output(merged, served=True) == "outputs/eval/outputs--nano--grpo--merged--served"
+
+
+def test_every_fault_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(checks.SettingsError, match=r"(?s)processes=0.*dialect='klingon'"):
+        evaluate_benchmarks.evaluate_benchmarks(
+            "gpt-4o", str(tmp_path), endpoint=EndpointSettings(base_url="http://a/v1"), dialect="klingon", processes=0
+        )
