@@ -25,7 +25,7 @@ from datamodules.samples import BoxAnswer, BoxPart, ImagePart, LoadedSample, Sam
 from datamodules.shards import ShardWriter
 from datamodules.synthetic.instructions import reworded
 from datamodules.synthetic.puzzles import Puzzle, box_text
-from datamodules.synthetic.rationales import conclusion, pictures
+from datamodules.synthetic.rationales import conclusion
 from datamodules.synthetic.single_image import GROUNDING, single_scene
 from datamodules.synthetic.tasks import make_puzzle
 from datamodules.synthetic.world import draw_scene, encode_png
@@ -86,7 +86,7 @@ def _single(rng: random.Random, name: str) -> tuple[Sample, tuple[bytes, ...], f
     else:
         before, after = rng.choice((*POINTING, *MARKING))
         question = (TextPart(before), BoxPart(0, thing.box, box_text(thing.box)), TextPart(after))
-        thinking = f"{pictures(rng, [scene])} {conclusion(rng, 'The marked object', kind, 0)}"
+        thinking = conclusion(rng, "The marked object", kind, 0)
         if (before, after) in MARKING:
             scene = scene.with_frame(thing.box)
     sample = Sample(

@@ -22,7 +22,7 @@ from datamodules.synthetic.puzzles import (
     shuffled,
     thing_of,
 )
-from datamodules.synthetic.rationales import ORDINALS, conclusion, pictures
+from datamodules.synthetic.rationales import ORDINALS, conclusion
 from datamodules.synthetic.single_image import crowd
 from datamodules.synthetic.world import KINDS, SIZES, Scene, Thing, random_background, random_scene
 
@@ -66,7 +66,7 @@ def common_object(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
         f"These images share one object in common. Recognize and locate this object in the {target + 1}th image. "
     )
     reason = rng.choice(("The only object in every image", "The object that all images share"))
-    thinking = f"{pictures(rng, scenes)} {conclusion(rng, reason, shared.name, target)}"
+    thinking = conclusion(rng, reason, shared.name, target)
     return build_puzzle("common_object", scenes, question, target, thing_of(scenes[target], shared), thinking)
 
 
@@ -77,7 +77,7 @@ def diff(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
     scenes = [Scene(size, background, tuple(things)) for things in (before, after)]
     question = "Compare these two images carefully and give me the coordinates of their difference. "
     reason = rng.choice(("The object that only image 2 has", "What is different"))
-    thinking = f"{pictures(rng, scenes)} {conclusion(rng, reason, changed.kind.name, 1)}"
+    thinking = conclusion(rng, reason, changed.kind.name, 1)
     return build_puzzle("diff", scenes, question, 1, changed, thinking)
 
 
@@ -91,9 +91,7 @@ def region(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
         "You are given a source image followed by its several regions. "
         f"Please locate the {index + 1}th region picture in the source image. "
     )
-    thinking = (
-        f"{pictures(rng, [source])} {conclusion(rng, f'What region {index + 1} shows', things[index].kind.name, 0)}"
-    )
+    thinking = conclusion(rng, f"What region {index + 1} shows", things[index].kind.name, 0)
     return build_puzzle(
         "region",
         [source] * (len(things) + 1),
@@ -115,7 +113,7 @@ def refer_grounding(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
     raw = random_scene(rng, shuffled(rng, [kind, *others]), scale=scale)
     question = "Find and locate where does the object in image-1 locate in the image-2."
     reason = rng.choice(("The object of image 1", "The same object in both images"))
-    thinking = f"{pictures(rng, [alone, raw])} {conclusion(rng, reason, kind.name, 1)}"
+    thinking = conclusion(rng, reason, kind.name, 1)
     return build_puzzle("refer_grounding", [alone, raw], question, 1, thing_of(raw, kind), thinking)
 
 
@@ -135,7 +133,7 @@ def view_diff(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
         "Compare these two images carefully and give me the coordinates of their real difference in the second image. "
         " Find it and locate it in the second image. "
     )
-    thinking = f"{pictures(rng, scenes)} {conclusion(rng, 'The real difference', changed.kind.name, 1)}"
+    thinking = conclusion(rng, "The real difference", changed.kind.name, 1)
     return build_puzzle("view_diff", scenes, question, 1, thing_of(scenes[1], changed.kind), thinking)
 
 
@@ -155,7 +153,7 @@ def multi_view(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
         "These images share one object in common(the object marked with red bounding box in the first image"
         f"{box_text(query.box)}. Recognize and locate this object in the {target + 1}th image. "
     )
-    thinking = f"{pictures(rng, scenes)} {conclusion(rng, 'The marked object', query.kind.name, target)}"
+    thinking = conclusion(rng, "The marked object", query.kind.name, target)
     return build_puzzle(
         "multi_view", scenes, question, target, thing_of(scenes[target], query.kind), thinking, query=query
     )
@@ -199,7 +197,7 @@ def group_grounding(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
     phrase = f"<|object_ref_start|>a {kind.name}<|object_ref_end|>"
     thing = thing_of(scenes[target], kind)
     info = f"It is in the {ORDINALS[target]} image. {box_text(thing.box)[1:-1]}. "
-    thinking = f"{pictures(rng, scenes)} {conclusion(rng, 'What the sentence describes', kind.name, target)}"
+    thinking = conclusion(rng, "What the sentence describes", kind.name, target)
     question = rng.choice(GROUP_GROUNDING).format(phrase)
     return build_puzzle("group_grounding", scenes, question, target, thing, thinking, info=info)
 
@@ -212,7 +210,7 @@ def reasoning(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
     right, wrong = sharing(rng, kind, attribute)
     raw = random_scene(rng, shuffled(rng, [right, *wrong]), scale=scale)
     question = f"{free_text} Find it and locate it in the second image. "
-    thinking = f"{pictures(rng, [alone, raw])} {conclusion(rng, f'What has the same {attribute}', right.name, 1)}"
+    thinking = conclusion(rng, f"What has the same {attribute}", right.name, 1)
     return build_puzzle("reasoning", [alone, raw], question, 1, thing_of(raw, right), thinking, info=free_text)
 
 
@@ -229,7 +227,7 @@ def correspondence(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
         "identify and locate the corresponding area in the second image that serves a similar function or shares a "
         "similar meaning. "
     )
-    thinking = f"{pictures(rng, scenes)} {conclusion(rng, 'The counterpart of the marked object', right.name, 1)}"
+    thinking = conclusion(rng, "The counterpart of the marked object", right.name, 1)
     return build_puzzle("correspondence", scenes, question, 1, thing_of(second, right), thinking, query=query)
 
 

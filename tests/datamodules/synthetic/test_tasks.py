@@ -268,8 +268,7 @@ def test_targets_take_every_value_that_their_task_has(task: str) -> None:
 
 
 # The thinking texts, read back.
-SECTION = re.compile(r"(?:Image|Picture) (\d+): ([a-z, ]+)\. ?")
-CONCLUSION = re.compile(
+THINKING = re.compile(
     r"(?:(?P<reason>.+) is the (?P<name>[a-z ]+)\. (?:Find it in image|Locate it in picture) (?P<image>\d+)\."
     r"|So the (?P<name2>[a-z ]+): (?P<reason2>.+)\. It is in image (?P<image2>\d+)\.)"
 )
@@ -290,13 +289,7 @@ REASONS = {
 @pytest.mark.parametrize("task", TASKS)
 def test_thinking_states_true_facts(task: str) -> None:
     for puzzle in puzzles(task):
-        sections = {int(number) - 1: names.split(", ") for number, names in SECTION.findall(puzzle.thinking)}
-        described = {"region": {0}, "object_tracking": set()}.get(task, set(range(len(puzzle.scenes))))
-        assert set(sections) == described
-        for image, names in sections.items():
-            things = sorted(puzzle.scenes[image].things, key=lambda thing: (thing.box[0] + thing.box[2]) / 2)
-            assert names == [thing.kind.name for thing in things]  # all of them, from left to right
-        match = CONCLUSION.fullmatch(SECTION.sub("", puzzle.thinking))
+        match = THINKING.fullmatch(puzzle.thinking)
         reason = (match["reason"] or match["reason2"]).lower()
         (number,) = re.findall(r"the (\d+)th region", puzzle.question) or [0]
         assert reason in REASONS.get(task, {f"what region {number} shows"})
