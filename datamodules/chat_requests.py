@@ -14,16 +14,17 @@ from datamodules.batches import MAX_ASPECT_RATIO, ImageError, load_image
 from datamodules.boxes import Convention, ImageGeometry, fit_size
 from datamodules.dialects import Dialect
 from datamodules.prompts import PromptStyle, build_messages
-from datamodules.samples import LoadedSample, SampleError
+from datamodules.samples import ChoiceAnswer, LoadedSample, Sample, SampleError
 
 
 @dataclass(frozen=True)
 class RequestForm:
     """How questions are put to a model that is not the policy of this repository.
 
-    style: `think` and `answer` are this repository's suffixes, `plain` adds none, `native` is the dialect's own.
+    style: `think` and `answer` are this repository's suffixes, `plain` adds none, `native` is the dialect's own
+    (for a question with options, `answer`'s).
     before_image: instead of the dialect's, such as "Picture {}: ".
-    min_pixels, max_pixels: bounds of an image as it is sent. For a model that speaks in pixels they must lie within the
+    min_pixels, max_pixels: bounds of an image as it is sent. For a model that speaks in pixels they must lie within
     its processor's own: the image then comes in the very size that the processor would give it, so that the pixels of
     prompt, answer and score are the same ones.
     """
@@ -79,19 +80,23 @@ def build_turn(loaded: LoadedSample, form: RequestForm) -> ChatRequest:
         geometry = ImageGeometry(image.size, _sent_size(image.size, form))
         images.append(_resized(image, geometry.processed))
         geometries.append(geometry)
-    native = form.style == "native"
+    style, suffix = _style_and_suffix(sample, form)
     turn = build_messages(
-        sample,
-        geometries,
-        dialect.convention,
-        PromptStyle.PLAIN if native else PromptStyle(form.style),
-        suffix=dialect.suffix if native else None,
-        question_box=dialect.question_box,
+        sample, geometries, dialect.convention, style, suffix=suffix, question_box=dialect.question_box
     )
     before = dialect.before_image if form.before_image is None else form.before_image
     for message in turn:
         message["content"] = _with_images(message["content"], images, before, dialect.after_image)
     return ChatRequest(turn, tuple(geometries))
+
+
+def _style_and_suffix(sample: Sample, form: RequestForm) -> tuple[PromptStyle, str | None]:
+    """A dialect's own suffix asks for a box: a question with options is asked for its letter instead."""
+    if form.style != "native":
+        return PromptStyle(form.style), None
+    if isinstance(sample.answer, ChoiceAnswer):
+        return PromptStyle.ANSWER, None
+    return PromptStyle.PLAIN, form.dialect.suffix
 
 
 def _with_images(
