@@ -62,7 +62,7 @@ class Benchmark:
             raise ValueError(f"{self.name}: no question was found; dropped: {dict(self.dropped)}")
         repeated = [name for name, count in Counter(sample.id for sample in self.samples).items() if count > 1]
         if repeated:  # answers are kept by id: one question would get the other's
-            raise ValueError(f"{self.name}: {len(repeated)} ids are given to several questions, such as {repeated[0]!r}")
+            raise ValueError(f"{self.name}: {len(repeated)} ids name several questions, such as {repeated[0]!r}")
         unknown = {column_of(sample) for sample in self.samples} - set(self.averages["avg"])
         if unknown:
             raise ValueError(f"{self.name}: columns {sorted(unknown)} stand in no average")
@@ -163,7 +163,7 @@ def unit_box(box: Sequence[float], size: Sequence[int]) -> list[float]:
     borders by fractions of a pixel. An inverted box stays inverted."""
     sizes = (*size, *size)
     if len(box) != 4 or min(sizes) < 1:
-        raise ValueError(f"box={list(box)} of an image of size={list(size)}: four numbers and positive sizes are needed")
+        raise ValueError(f"box={list(box)} of an image of size={list(size)}: four numbers and positive sizes needed")
     return [min(max(value / total, 0.0), 1.0) for value, total in zip(box, sizes, strict=True)]
 
 

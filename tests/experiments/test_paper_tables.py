@@ -96,7 +96,8 @@ def write_phase(folder: Path, finished: bool = True) -> None:
         for t in TASKS
         for k in range(2)
     ]
-    (folder / "predictions.jsonl").write_text("".join(json.dumps(p.to_json(), ensure_ascii=False) + "\n" for p in predictions))
+    lines = (json.dumps(p.to_json(), ensure_ascii=False) + "\n" for p in predictions)
+    (folder / "predictions.jsonl").write_text("".join(lines))
     (folder / "mig_bench.json").write_text(json.dumps({"n": 20 if finished else 40}))
 
 
