@@ -65,6 +65,8 @@ def from_pixels_clipped(box: Sequence[float], size: Sequence[int]) -> list[float
     inverted. For benchmarks, whose every question counts; data for training takes no box that needs more than rounding.
     """
     sizes = (*size, *size)
+    if len(box) != 4 or min(sizes) < 1:
+        raise ValueError(f"box={list(box)} of an image of size={list(size)}: four numbers and positive sizes needed")
     return [min(max(value / total, 0.0), 1.0) for value, total in zip(box, sizes, strict=True)]
 
 

@@ -3,7 +3,7 @@
 The answer is what follows the thinking (`answers.answer_text`). The first rule that finds a letter decides:
 
 1. the answer is one letter, with or without brackets and punctuation: "B", "(b).", "**B**"
-2. it says so: the last "answer is B", "answer: (B)", "\\boxed{B}"
+2. it says so: the last "answer is B", "answer: (B)", "\\boxed{B}"; "answer is B or C" says two
 3. it marks one letter only: "(B)", "[B]", "option B"
 4. it begins with a letter and a mark: "B. the second image", "B) …", "B: …"
 5. it has one capital letter only that stands alone; "A" or "I" before a word in small letters is a word
@@ -26,9 +26,10 @@ CHOICE_FAILURES = ("empty", "no_answer", "no_choice", "several_choices", "no_suc
 _OPEN, _CLOSE = r"[\s\"'`*(\[{<]*+", r"[\s\"'`*)\]}>.,:;!]*+"
 _ALONE = re.compile(rf"{_OPEN}([A-Za-z]){_CLOSE}")
 _WORD_NEXT = r"(?!\s+(?!(?:and|or|is|but|because|since)\b)[a-z])"  # "A dog" has an article, "A is right" a letter
+_AND_ANOTHER = rf"(?:[\"'`*)\]}}>]*+\s*+(?:\b(?:or|and)\b|[/&])\s*+[\"'`*(\[{{<]*+([A-Z])\b{_WORD_NEXT})?"
 _SAID = re.compile(
     rf"\b(?i:answer)(?:\s+(?i:is|was|would be|should be))?\s*+[:=]?\s*+(?:(?i:option|choice|letter)\s+)?"
-    rf"[\"'`*(\[{{<$]*+(?:\\boxed\{{)?([A-Z])\b{_WORD_NEXT}|\\boxed\{{\(?([A-Z])\)?\}}"
+    rf"[\"'`*(\[{{<$]*+(?:\\boxed\{{)?([A-Z])\b{_WORD_NEXT}{_AND_ANOTHER}|\\boxed\{{\(?([A-Z])\)?\}}"
 )
 _MARKED = re.compile(r"\(([A-Za-z])\)|\[([A-Za-z])\]|\b(?i:option|choice)\s+\(?([A-Z])\b")
 _LEADING = re.compile(rf"{_OPEN}([A-Z])[\"'`*]*+[.):]")
@@ -68,7 +69,7 @@ def _letters(answer: str) -> set[str]:
     if alone := _ALONE.fullmatch(answer):
         return {alone[1].upper()}
     if said := list(_SAID.finditer(answer)):
-        return {said[-1][1] or said[-1][2]}
+        return set(filter(None, said[-1].groups()))
     if marked := {(m[1] or m[2] or m[3]).upper() for m in _MARKED.finditer(answer)}:
         return marked
     if leading := _LEADING.match(answer):

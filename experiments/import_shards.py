@@ -40,7 +40,8 @@ class Part:
         name: its folder below `out`
         source: what it comes from: mgrounding, refcoco, odinw or v3det
         root: the source's folder, below the mixture's root
-        subsets: patterns of the source's subsets; those meant for training where none are given
+        subsets: patterns of the source's subsets, "!pattern" for those to leave out; those meant for training where
+            none are given
         count: samples to draw at random; all where none is given
     """
 
@@ -73,7 +74,8 @@ def run(
         root: folder with the source's files as published, or that holds the folders of a mixture's sources
         source: mgrounding, refcoco, odinw or v3det; each of its subsets becomes a part
         out: folder to write; data/<source> if it is not given
-        subsets: patterns of the source's subsets, such as "*/val"; those meant for training if none are given
+        subsets: patterns of the source's subsets, such as "*/val", or "!vector/*" to leave some out; those meant for
+            training if none are given
         count: samples to draw at random from each subset; all if it is not given
         parts: a mixture, in place of `source`, `subsets` and `count`
         surplus: multiplies the counts, for what a later step will filter out
@@ -159,10 +161,16 @@ def _scan(source: str, below: str, root: str, allow: Sequence[str]) -> Scan:
 
 
 def _chosen(part: Part, scan: Scan) -> list[str]:
-    """The subsets that the part's patterns name; a pattern without any is an error."""
-    patterns = part.subsets or SOURCES[part.source].default_subsets
-    names = [name for name in scan.subsets if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-    idle = [pattern for pattern in part.subsets if not fnmatch.filter(scan.subsets, pattern)]
+    """The subsets that the part's patterns name, less those of its "!patterns"; a pattern without any is an error."""
+    without = [pattern[1:] for pattern in part.subsets if pattern.startswith("!")]
+    asked = [pattern for pattern in part.subsets if not pattern.startswith("!")]
+    patterns = asked or SOURCES[part.source].default_subsets
+
+    def matches(name: str, some: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in some)
+
+    names = [name for name in scan.subsets if matches(name, patterns) and not matches(name, without)]
+    idle = [pattern for pattern in asked if not fnmatch.filter(scan.subsets, pattern)]
     if idle or not names:
         raise ValueError(f"{part.name}: subsets={idle or list(patterns)} match none of {', '.join(scan.subsets)}")
     return names

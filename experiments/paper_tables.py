@@ -125,7 +125,7 @@ def pipeline_cells(folder: Path) -> Cells:
     if not file.is_file():
         return {}
     found = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_bytes().splitlines():  # str.splitlines would part texts at U+2028
         prediction = Prediction.from_json(json.loads(line))
         found[prediction.id] = prediction
     if len(found) != read_json(folder / "mig_bench.json").get("n"):

@@ -95,7 +95,7 @@ def synthesize(
         phases.claim(home, key)
         reader = ShardReader(folders)
         count = min(reader.count, limit or reader.count)
-        result_key = fingerprint(key, threshold, count, samples_per_shard)
+        result_key = fingerprint(key, threshold, count, samples_per_shard, asdict(prices))
         if read_json(home / "synthesis.json").get("key") == result_key and (home / "shards" / MANIFEST).is_file():
             print(f"{home} is already finished with these settings", flush=True)
             return

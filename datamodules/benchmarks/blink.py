@@ -58,7 +58,7 @@ def _subset(root: Path, subset: str) -> list[Sample]:
 
 
 def _sample(row: dict[str, Any], position: int, subset: str, null: set[str]) -> Sample:
-    letter = re.fullmatch(r"\(([A-Z])\)", row["answer"])
+    letter = re.fullmatch(r"\(([A-Z])\)", row["answer"] or "")
     if letter is None:
         raise ValueError(f"BLINK {subset}, {row['idx']}: answer={row['answer']!r} is not of the form (A)")
     images = [name for name in IMAGES if name not in null]

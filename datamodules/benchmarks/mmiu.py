@@ -17,7 +17,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from datamodules.benchmarks.parquet import read_rows
-from datamodules.benchmarks.schema import Benchmark, Rule, file_benchmark, image_parts, make_sample, read_files
+from datamodules.benchmarks.schema import (
+    Benchmark,
+    Rule,
+    file_benchmark,
+    files_fingerprint,
+    image_parts,
+    make_sample,
+    read_files,
+)
 from datamodules.samples import LoadedSample, Sample, SampleError
 
 NAME, FOLDER = "mmiu", "MMIU"
@@ -51,7 +59,7 @@ RULE = Rule(source="paper Tables 7 and 8: mean over tasks, a task of two keys is
 OFFICIAL = Rule(source="MMIU evaluate.py without its GPT-4o-mini matcher", within="macro", reader="mmiu")
 _KEYS = {key: column for column, keys in COLUMNS.items() for key in keys}
 _FIELDS = ("task", "question", "context", "options", "input_image_path", "output")
-_OPTION = re.compile(r"^\s*\(?([A-Z])\)?\s*[:.)]\s?(.*)$", re.MULTILINE)
+_OPTION = re.compile(r"^\s*\(?([A-Z])\)?\s*[:.)][ \t]?(.*)$", re.MULTILINE)
 
 
 def load(root: Path) -> Benchmark:
@@ -59,6 +67,7 @@ def load(root: Path) -> Benchmark:
     samples: list[Sample] = []
     dropped: Counter[str] = Counter()
     for position, row in enumerate(read_rows(root / "all.parquet", _FIELDS)):
+        _check_texts(row, position)
         key = row["task"].lower()
         if key not in _KEYS:
             dropped["task of another group"] += 1
@@ -70,7 +79,23 @@ def load(root: Path) -> Benchmark:
         raise ValueError(f"{root / 'all.parquet'}: no row has the task {', '.join(absent)}")
 
     benchmark = file_benchmark(NAME, samples, root, RULE, OFFICIAL, AVERAGES, dict(dropped))
-    return replace(benchmark, load=partial(_read, root=root))
+    names = sorted({image for sample in samples for image in sample.images})
+    places = [name if (root / name).is_file() else _without_category(name) for name in names]
+    data = files_fingerprint(root, places)  # of the files that are read: a cached answer is one about these images
+    return replace(benchmark, load=partial(_read, root=root), data=data)
+
+
+def _check_texts(row: dict[str, Any], position: int) -> None:
+    for name in ("task", "question", "options"):
+        if not isinstance(row[name], str):
+            raise ValueError(f"MMIU row {position} ({row['task']}): {name}={row[name]!r:.80} is no text")
+    for name in ("context", "output"):
+        if not isinstance(row[name], str | None):
+            raise ValueError(f"MMIU row {position} ({row['task']}): {name}={row[name]!r:.80} is neither text nor null")
+
+
+def _without_category(name: str) -> str:
+    return str(PurePosixPath(*PurePosixPath(name).parts[1:]))
 
 
 def _read(sample: Sample, root: Path) -> LoadedSample:
@@ -81,7 +106,7 @@ def _read(sample: Sample, root: Path) -> LoadedSample:
 
 
 def _read_without_category(sample: Sample, root: Path) -> list[bytes]:
-    names = [str(PurePosixPath(*PurePosixPath(name).parts[1:])) for name in sample.images]
+    names = [_without_category(name) for name in sample.images]
     if missing := [name for name in names if not (root / name).is_file()]:
         raise SampleError(sample.id, "missing_image", f"{missing[0]}, with and without its category's folder")
     return [(root / name).read_bytes() for name in names]

@@ -77,6 +77,8 @@ def _samples(coco: dict[str, Any], column: str, folder: str, dropped: Counter[st
             continue
         image = images[image_id]
         require_fields(image, ("file_name", "width", "height"), f"{folder}: image {image_id}")
+        if not isinstance(found[0], list) or len(found[0]) != 4:
+            raise ValueError(f"{folder}: image {image_id}: bbox={found[0]!r:.80} is not [x, y, w, h]")
         x, y, w, h = found[0]
         samples.append(
             make_sample(

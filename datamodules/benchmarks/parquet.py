@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 NUM_CACHED_GROUPS = 4
+# Answerers that wait for a server read in several threads: each would read the same group into memory, from one file.
+_READING = threading.Lock()
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
@@ -25,7 +28,8 @@ def row_bytes(path: Path, row: int, columns: Sequence[str]) -> list[bytes]:
     group = 0
     while row >= (size := file.metadata.row_group(group).num_rows):
         row, group = row - size, group + 1
-    values = _group(str(path), group, tuple(columns))
+    with _READING:
+        values = _group(str(path), group, tuple(columns))
     return [values[name][row].as_py()["bytes"] for name in columns]
 
 

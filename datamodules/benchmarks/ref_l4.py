@@ -39,7 +39,7 @@ def load(root: Path) -> Benchmark:
 
 
 def _sample(row: dict, split: str, position: int) -> Sample:
-    if len(row["bbox"]) != 4:
+    if not isinstance(row["bbox"], list) or len(row["bbox"]) != 4:
         raise ValueError(f"ref-l4-{split}.parquet, row {position}: bbox={row['bbox']} is not [x, y, w, h]")
     x, y, w, h = row["bbox"]
     box = from_pixels_clipped((x, y, x + w, y + h), (row["width"], row["height"]))

@@ -33,7 +33,7 @@ def write_evaluation(folder: Path, predictions: Sequence[Prediction], result: Ma
 def read_predictions(path: Path) -> list[Prediction]:
     """Raises ValueError that names the line of a broken record, FileNotFoundError without the file."""
     predictions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             predictions.append(Prediction.from_json(json.loads(line)))
         except (ValueError, KeyError, TypeError) as error:

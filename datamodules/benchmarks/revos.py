@@ -56,6 +56,8 @@ def load(root: Path, num_frames: int = 6, grounded: int = 2) -> Benchmark:
         for number, expression in content["expressions"].items():
             where = f"{video}, expression {number}"
             require_fields(expression, ("exp", "anno_id", "type_id"), where)
+            if not isinstance(expression["anno_id"], list):
+                raise ValueError(f"{where}: anno_id={expression['anno_id']!r:.80} is not a list")
             if expression["type_id"] not in TYPES:
                 dropped[f"type_id {expression['type_id']}"] += 1
                 continue

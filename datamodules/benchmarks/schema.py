@@ -8,6 +8,7 @@ give boxes another meaning, so its question counts as wrong under "size_mismatch
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -59,6 +60,9 @@ class Benchmark:
     def __post_init__(self) -> None:
         if not self.samples:
             raise ValueError(f"{self.name}: no question was found; dropped: {dict(self.dropped)}")
+        repeated = [name for name, count in Counter(sample.id for sample in self.samples).items() if count > 1]
+        if repeated:  # answers are kept by id: one question would get the other's
+            raise ValueError(f"{self.name}: {len(repeated)} ids name several questions, such as {repeated[0]!r}")
         unknown = {column_of(sample) for sample in self.samples} - set(self.averages["avg"])
         if unknown:
             raise ValueError(f"{self.name}: columns {sorted(unknown)} stand in no average")

@@ -11,6 +11,7 @@ from typing import Any
 
 CHUNK = 1 << 20  # bytes read at a time
 MAX_ITEM = 1 << 27  # bytes of one item; a broken file would else be read whole before it is called broken
+LONGEST_CUT = 2  # characters after a number that may yet belong to it: "e-". More is something else, a fault
 _BLANK = re.compile(r"[ \t\n\r]*")
 _ENDS = frozenset(",:]} \t\n\r")  # what may follow a value
 _DECODER = json.JSONDecoder()
@@ -104,7 +105,8 @@ class _Stream:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.place)
                 # Else it may be a number that goes on behind the window's edge: "1", "1." of 1.5.
-                if self.text[end : end + 1] in _ENDS or not self.more():
+                whole = self.text[end : end + 1] in _ENDS or len(self.text) - end > LONGEST_CUT
+                if whole or not self.more():
                     break
             except ValueError:  # broken, or cut by the window's edge
                 if len(self.text) - self.place > MAX_ITEM or not self.more():

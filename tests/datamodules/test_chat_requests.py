@@ -12,9 +12,18 @@ from PIL import Image
 
 from datamodules.boxes import Convention, fit_size
 from datamodules.chat_requests import RequestForm, build_request
-from datamodules.dialects import DIALECTS, find_dialect
+from datamodules.dialects import DIALECTS, Dialect, find_dialect
 from datamodules.prompts import CHOICE_SUFFIX, THINK_SUFFIX
-from datamodules.samples import BoxAnswer, BoxPart, ChoiceAnswer, ImagePart, LoadedSample, Sample, SampleError, TextPart
+from datamodules.samples import (
+    BoxAnswer,
+    BoxPart,
+    ChoiceAnswer,
+    ImagePart,
+    LoadedSample,
+    Sample,
+    SampleError,
+    TextPart,
+)
 from tests.conftest import random_png
 
 SIZES = ((640, 480), (90, 60))
@@ -116,3 +125,10 @@ def test_a_damaged_or_extreme_image_is_a_counted_rejection(loaded: LoadedSample)
 def test_wrong_forms_are_named(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         RequestForm(find_dialect("stated", ""), **wrong)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
+def test_a_question_with_options_is_not_asked_for_a_box(loaded: LoadedSample, dialect: Dialect) -> None:
+    sample = replace(loaded.sample, answer=ChoiceAnswer("A", ("x", "y")))
+    request = build_request(replace(loaded, sample=sample), RequestForm(dialect))
+    assert request.messages[0]["content"][-1]["text"].endswith("Where is it?" + CHOICE_SUFFIX)

@@ -35,6 +35,7 @@ CHOICES = ("the second image", "the third image", "a dark red circle", "a red ci
         ("The answer is A? No: the answer is B.", "B"),
         (r"So it is $\boxed{C}$.", "C"),
         ("The answer is **B**, not option A.", "B"),
+        ("The answer is B and I am sure", "B"),
         # 3: marked
         ("It must be (B) the third image", "B"),
         ("I choose option C", "C"),
@@ -67,6 +68,9 @@ def test_the_letter_that_an_answer_means(text: str, letter: str) -> None:
         ("A dog sleeps", "no_choice"),
         ("(A) or (B)", "several_choices"),
         ("A and B", "several_choices"),
+        ("The answer is B or C", "several_choices"),
+        ("Answer: **(A)** and **(C)**", "several_choices"),
+        ("Answer: A/B", "several_choices"),
         ("the second image or the third image", "several_choices"),
         ("E", "no_such_choice"),
         ("The answer is Z", "no_such_choice"),

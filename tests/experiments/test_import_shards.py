@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from datamodules.artefacts import read_json
+from datamodules.benchmarks.odinw import SETS
 from datamodules.importers.registry import SOURCES
+from datamodules.importers.scan import Scan
 from datamodules.shards import ShardReader, read_manifest
 from experiments import import_shards
 from tests.datamodules.importers import published
@@ -220,3 +223,19 @@ def running_sessions() -> set[int]:
         if state != "Z":
             found.add(int(session))
     return found
+
+
+def test_a_pattern_with_a_mark_leaves_subsets_out(data: Path, tmp_path: Path) -> None:
+    published.write_odinw(data / "od", place="vector/train")
+    run(source="odinw", root=data / "od", out=tmp_path / "out", subsets='["!vector/*"]')
+    assert {sample.images[0].split("/")[0] for sample in samples(tmp_path / "out")} == {"WildfireSmoke"}
+    with pytest.raises(ValueError, match="match none of"):
+        run(source="odinw", root=data / "od", out=tmp_path / "no", subsets='["*/train", "!*"]')
+
+
+def test_the_papers_mixture_draws_from_no_set_that_is_evaluated(tmp_path: Path) -> None:
+    settings = yaml.safe_load((ROOT / "experiments/configs/paper/cot_mixture.yaml").read_text())
+    (part,) = [import_shards.Part(**part) for part in settings["parts"] if part["source"] == "odinw"]
+    evaluated = [f"{folder}/train" for folder in SETS.values()]
+    scan = Scan(dict.fromkeys([*evaluated, "Aquarium/train", "Aquarium/valid"], ()), None, tmp_path, {})
+    assert import_shards._chosen(part, scan) == ["Aquarium/train"]

@@ -92,11 +92,12 @@ def write_phase(folder: Path, finished: bool = True) -> None:
     folder.mkdir(parents=True)
     box = (0.0, 0.0, 1.0, 1.0)
     predictions = [
-        Prediction(f"mig_bench/{t}{k}", t, "", box, box, float(k), box, float(k), True, None, 1, True)
+        Prediction(f"mig_bench/{t}{k}", t, "one\u2028line", box, box, float(k), box, float(k), True, None, 1, True)
         for t in TASKS
         for k in range(2)
     ]
-    (folder / "predictions.jsonl").write_text("".join(json.dumps(p.to_json()) + "\n" for p in predictions))
+    lines = (json.dumps(p.to_json(), ensure_ascii=False) + "\n" for p in predictions)
+    (folder / "predictions.jsonl").write_text("".join(lines))
     (folder / "mig_bench.json").write_text(json.dumps({"n": 20 if finished else 40}))
 
 

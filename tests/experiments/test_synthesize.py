@@ -137,6 +137,8 @@ def test_a_finished_run_asks_nothing_and_another_threshold_or_limit_asks_nothing
         assert read_json(out / "synthesis.json")["cost"] == pytest.approx(36 * (10 * 2 + 4 * 5) / 1e6, abs=1e-4)
         run(config, "--limit=9")
         assert "already finished" in capsys.readouterr().out
+        run(config, "--limit=9", "--prices.prompt=0", "--prices.completion=0")
+        assert read_json(out / "synthesis.json")["cost"] == 0  # of the prices that hold now
         run(config, "--limit=9", "--threshold=0.99")
         assert server.asked.total() == 36
         assert read_json(out / "synthesis.json")["kept"] == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow
@@ -13,6 +14,7 @@ import pytest
 from datamodules.answerers import Reply
 from datamodules.batches import load_image
 from datamodules.benchmarks import blink, lisa, mmiu, odinw, ref_l4, revos
+from datamodules.benchmarks.parquet import _group, row_bytes
 from datamodules.benchmarks.registry import BENCHMARKS, benchmark_names, load_benchmark
 from datamodules.benchmarks.revos import sample_frames
 from datamodules.benchmarks.schema import Benchmark, column_of, limit_columns
@@ -132,9 +134,31 @@ def test_lisa_reads_other_encodings_and_names_its_convention(copy) -> None:
 def test_mmiu_finds_images_without_the_categorys_folder(copy) -> None:
     root = copy("MMIU")
     benchmark = mmiu.load(root)
-    (root / "Semantic" / "spot_the_similarity").rename(root / "spot_the_similarity")
+    image = next((root / "Semantic" / "spot_the_similarity").rename(root / "spot_the_similarity").iterdir())
+    moved = mmiu.load(root).data
     sample = next(s for s in benchmark.samples if s.task == "spot_the_similarity")
     assert benchmark.load(sample).images[0] == (root / sample.images[0].split("/", 1)[1]).read_bytes()
+    image.write_bytes(image.read_bytes() + b"\0")
+    assert mmiu.load(root).data != moved  # else answers about other images would be found in the cache
+
+
+def test_an_mmiu_option_without_text_is_an_option() -> None:
+    assert mmiu._OPTION.findall("A:\nB: x") == [("A", ""), ("B", "x")]
+
+
+def test_ids_that_are_not_unique_are_refused(copy) -> None:
+    root = copy("Ref-L4")
+    change_parquet(root / "ref-l4-val.parquet", lambda row: row | {"id": "7"})
+    with pytest.raises(ValueError, match="ids name several questions, such as 'ref_l4/val/7'"):
+        ref_l4.load(root)
+
+
+def test_threads_read_a_group_of_rows_once(twins: Path) -> None:
+    path = twins / "BLINK/Jigsaw/val-00000-of-00001.parquet"
+    _group.cache_clear()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: row_bytes(path, 0, ["image_1"]), range(32)))
+    assert found == [found[0]] * 32 and _group.cache_info().misses == 1
 
 
 def change_parquet(path: Path, change) -> None:
@@ -149,7 +173,11 @@ def change_parquet(path: Path, change) -> None:
     [
         (ref_l4, "ref-l4-val.parquet", lambda r: {k: v for k, v in r.items() if k != "caption"}, "caption"),
         (ref_l4, "ref-l4-test.parquet", lambda r: r | {"bbox": r["bbox"][:3]}, "bbox"),
+        (ref_l4, "ref-l4-test.parquet", lambda r: r | {"bbox": None}, "bbox=None"),
+        (ref_l4, "ref-l4-test.parquet", lambda r: r | {"width": 0}, r"size=\[0"),
         (blink, "Jigsaw/val-00000-of-00001.parquet", lambda r: r | {"answer": "hidden"}, "answer='hidden'"),
+        (blink, "Jigsaw/val-00000-of-00001.parquet", lambda r: r | {"answer": None}, "answer=None"),
+        (mmiu, "all.parquet", lambda r: r | {"question": None}, "question=None"),
         (mmiu, "all.parquet", lambda r: r | {"options": "one or two"}, "options"),
         (mmiu, "all.parquet", lambda r: r | {"output": r["output"] and "H"}, "output='H'"),
         (mmiu, "all.parquet", lambda r: r | {"task": "point_tracking"}, "casuality_reasoning_var"),
@@ -170,6 +198,7 @@ def test_another_parquet_is_refused_with_the_field(module, file: str, change, na
         (revos, "meta_expressions_valid_.json", '"anno_id"', '"annotation"', "anno_id"),
         (revos, "mask_dict.json", '"2":', '"1002":', "anno_id 2"),
         (odinw, "PascalVOC/valid/annotations_without_background.json", '"bbox"', '"box"', "bbox"),
+        (odinw, "PascalVOC/valid/annotations_without_background.json", '"bbox": [', '"bbox": [1, ', "bbox=.1, "),
         (odinw, "PascalVOC/valid/annotations_without_background.json", '"width"', '"w"', "width"),
     ],
 )

@@ -15,6 +15,7 @@ import pytest
 from datamodules.answerers import Reply
 from datamodules.benchmarks import mig_bench_suite
 from datamodules.benchmarks.mig_bench import load_mig_bench
+from datamodules.benchmarks.results import PREDICTIONS, read_predictions, write_evaluation
 from datamodules.benchmarks.schema import Prediction, Rule
 from datamodules.benchmarks.scoring import interval_cells, predict, rescore, summarise
 from datamodules.boxes import Box, Convention, ImageGeometry, iou
@@ -127,6 +128,12 @@ def test_predictions_survive_json_and_are_scored_again_from_it() -> None:
         assert rescore(blank, RULE, official) == before
     with pytest.raises(ValueError, match="convention"):
         Prediction.from_json({k: v for k, v in boxed(HALF).to_json().items() if k != "convention"})
+
+
+def test_a_text_with_a_line_separator_is_read_again(tmp_path: Path) -> None:
+    answers = [boxed(f"{HALF}{mark}") for mark in "\u2028\u2029\x85\x0b\n"]
+    write_evaluation(tmp_path, answers, {})
+    assert read_predictions(tmp_path / PREDICTIONS) == answers
 
 
 # ---- MIG-Bench: all real annotations, every answer form ----

@@ -80,3 +80,14 @@ def test_a_broken_item_is_not_searched_for_its_end_through_the_whole_file(tmp_pa
         with pytest.raises(ValueError, match="byte 1: expected a JSON value"):
             list(stream.items())
         assert file.tell() < 1000
+
+
+def test_a_missing_comma_is_not_searched_for_through_the_whole_file(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(json_stream, "CHUNK", 16)
+    path = tmp_path / "a.json"
+    path.write_text('[{"a": 1}{"a": 2}' + ', {"a": 3}' * 10_000 + "]")
+    with path.open("rb") as file:
+        stream = json_stream._Stream(file, path)
+        with pytest.raises(ValueError, match="byte 9: expected a comma"):
+            list(stream.items())
+        assert file.tell() < 1000
