@@ -16,8 +16,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from datamodules.benchmarks.mig_bench import load_images
 from datamodules.benchmarks.parquet import read_rows
-from datamodules.benchmarks.schema import Benchmark, Rule, file_benchmark, image_parts, make_sample, read_files
+from datamodules.benchmarks.schema import Benchmark, Rule, file_benchmark, image_parts, make_sample
 from datamodules.samples import LoadedSample, Sample, SampleError
 
 NAME, FOLDER = "mmiu", "MMIU"
@@ -74,17 +75,12 @@ def load(root: Path) -> Benchmark:
 
 
 def _read(sample: Sample, root: Path) -> LoadedSample:
+    """With its category's folder or, where an image is not there, without. Raises SampleError "missing_image"."""
     try:
-        return read_files(sample, root)
+        return load_images(sample, root)
     except SampleError:
-        return LoadedSample(sample, tuple(_read_without_category(sample, root)))
-
-
-def _read_without_category(sample: Sample, root: Path) -> list[bytes]:
-    names = [str(PurePosixPath(*PurePosixPath(name).parts[1:])) for name in sample.images]
-    if missing := [name for name in names if not (root / name).is_file()]:
-        raise SampleError(sample.id, "missing_image", f"{missing[0]}, with and without its category's folder")
-    return [(root / name).read_bytes() for name in names]
+        names = tuple(str(PurePosixPath(*PurePosixPath(name).parts[1:])) for name in sample.images)
+        return replace(load_images(replace(sample, images=names), root), sample=sample)
 
 
 def _sample(row: dict[str, Any], key: str, position: int) -> Sample:
