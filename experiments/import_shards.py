@@ -159,7 +159,7 @@ def _scan(source: str, below: str, root: str, allow: Sequence[str]) -> Scan:
 
 def _chosen(part: Part, scan: Scan) -> list[str]:
     """The subsets that the part's patterns name; a pattern without any is an error."""
-    patterns = part.subsets or SOURCES[part.source].default_subsets
+    patterns = part.subsets or SOURCES[part.source].DEFAULT_SUBSETS
     names = [name for name in scan.subsets if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     idle = [pattern for pattern in part.subsets if not fnmatch.filter(scan.subsets, pattern)]
     if idle or not names:
