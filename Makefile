@@ -49,7 +49,7 @@ pipeline: $(STAMP)  ## Base, CoT-SFT, rejection sampling, GRPO, MIG-Bench betwee
 base: $(STAMP)  ## Pretrain the nano base model on single-image tasks (half an hour or more on two CPU cores; resumes)
 	$(PY) -m experiments.base --processes 2 $(ARGS)
 
-shards: $(STAMP)  ## Generate the nano world, or import SOURCE=mgrounding|refcoco|odinw|v3det|mixture.yaml from ROOT=folder
+shards: $(STAMP)  ## Generate the nano world, or import: SOURCE=mgrounding|refcoco|odinw|v3det|mixture.yaml ROOT=folder
 	$(PY) -m experiments.$(if $(SOURCE),$(import),shards $(call config,shards)) $(ARGS)
 
 sft: $(STAMP)  ## Train CoT-SFT (LoRA) and merge
@@ -85,7 +85,7 @@ bench: $(STAMP)  ## Time GRPO and SFT steps beside TRL's on the nano base, and h
 
 # Needs no .venv: BENCH_PYTHON is any Python with torch and transformers, ARGS="--trl-python ..." another one with TRL.
 BENCH_PYTHON ?= $(PY)
-bench-gpu:  ## The same at the 7B and 3B shapes with random weights; ends within 9 minutes, run it again to go on
+bench-gpu:  ## Time them on a GPU at the 7B and 3B shapes, random weights; 9 minutes at most, run it again to go on
 	$(OFFLINE) $(BENCH_PYTHON) -m experiments.bench.run --shapes 7b 3b --minutes 8.5 $(ARGS)
 
 lint: $(STAMP)  ## Check style with ruff

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from callbacks.evaluation import answers_key, ask_share
 from datamodules.benchmarks.registry import load_benchmark
 from datamodules.benchmarks.schema import limit_columns
+from datamodules.boxes import Convention
 from experiments.answerers import AnswererSettings, make_answerer
 
 POLL_SECONDS = 1.0
@@ -47,9 +48,9 @@ class Ended:
     """One process has no more questions of this benchmark."""
 
     name: str
-    key: str
-    folder: str
-    convention: str
+    key: str  # of its answers
+    folder: str  # where they are
+    convention: Convention
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class Failed:
     trace: str
 
 
-def ask_all(job: Job, totals: Mapping[str, int], processes: int) -> Iterator[tuple[str, str, str, str]]:
-    """Yields (benchmark, key, answers' folder, convention) when all processes are through with a benchmark.
+def ask_all(job: Job, totals: Mapping[str, int], processes: int) -> Iterator[Ended]:
+    """Yields a benchmark's last `Ended`, when all processes are through with it.
 
     Raises RuntimeError with the traceback of a process that failed; the others are ended then.
     """
@@ -74,7 +75,7 @@ def ask_all(job: Job, totals: Mapping[str, int], processes: int) -> Iterator[tup
                 ended[event.name] += 1
                 if ended[event.name] == processes:
                     bar.clear()
-                    yield event.name, event.key, event.folder, event.convention
+                    yield event
 
 
 def ask_rank(job: Job, rank: int, world_size: int, send: Callable[[Any], None]) -> Iterator[None]:
@@ -88,7 +89,7 @@ def ask_rank(job: Job, rank: int, world_size: int, send: Callable[[Any], None]) 
         for count in ask_share(answerer, samples, benchmark, folder, key, rank, world_size):
             send(Asked(name, count))
             yield
-        send(Ended(name, key, str(folder), str(answerer.convention)))
+        send(Ended(name, key, str(folder), answerer.convention))
         yield
 
 

@@ -121,10 +121,10 @@ def _evaluate(job: Job, benchmarks: dict[str, Benchmark], home: Path, processes:
     """Ask, and score each benchmark as soon as all its answers are there."""
     results: dict[str, dict[str, Any]] = {}
     totals = {name: len(limit_columns(benchmark.samples, job.limit)) for name, benchmark in benchmarks.items()}
-    for name, key, answers, convention in ask_all(job, totals, processes):
-        facts = {"model": job.settings.model, "data_root": job.data_root, "key": key, "limit": job.limit}
-        replies = read_answers(Path(answers), key)
-        results[name] = _finish(benchmarks[name], home, facts, replies, Convention(convention))
+    for ended in ask_all(job, totals, processes):
+        facts = {"model": job.settings.model, "data_root": job.data_root, "key": ended.key, "limit": job.limit}
+        replies = read_answers(Path(ended.folder), ended.key)
+        results[ended.name] = _finish(benchmarks[ended.name], home, facts, replies, ended.convention)
     return results
 
 

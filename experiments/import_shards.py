@@ -26,7 +26,7 @@ from datamodules.importers.registry import SOURCES, VERSION
 from datamodules.importers.scan import Scan
 from datamodules.importers.schema import format_report
 from datamodules.shards import MANIFEST, read_manifest, write_manifest
-from experiments import phases
+from experiments import checks, phases
 
 REPORT = "import.json"
 MADE_BY = "import_shards"
@@ -87,7 +87,7 @@ def run(
         processes: how many to use; 0 is one for each core
         scan_only: print the schema reports and write nothing
     """
-    check(root, source, out, parts, [count, *(part.count for part in parts or ())], surplus, records_per_shard)
+    _check(root, source, out, parts, [count, *(part.count for part in parts or ())], surplus, records_per_shard)
     folder = Path(out or f"data/{source}")
     settings = Settings(None, seed, records_per_shard, max_rejected, one_box)
     wanted = [Part(source, source, "", subsets or [], count)] if parts is None else parts
@@ -115,7 +115,7 @@ def run(
         phases.write_marker(folder, key=key)
 
 
-def check(
+def _check(
     root: str,
     source: str,
     out: str,
@@ -124,7 +124,7 @@ def check(
     surplus: float,
     records_per_shard: int,
 ) -> None:
-    """All wrong settings at once, as one ValueError."""
+    """All wrong settings at once, as SettingsError."""
     faults = []
     if not Path(root).is_dir() or not root:
         faults.append(f"root={root!r} is no folder")
@@ -141,8 +141,7 @@ def check(
         faults.append(f"surplus={surplus} is below 1")
     if records_per_shard < 1:
         faults.append(f"records_per_shard={records_per_shard} is below 1")
-    if faults:
-        raise ValueError("; ".join(faults))
+    checks.raise_all(faults)
 
 
 def _digests(part: Part, root: str) -> dict[str, str]:
@@ -164,7 +163,7 @@ def _chosen(part: Part, scan: Scan) -> list[str]:
     """The subsets that the part's patterns name, less those of its "!patterns"; a pattern without any is an error."""
     without = [pattern[1:] for pattern in part.subsets if pattern.startswith("!")]
     asked = [pattern for pattern in part.subsets if not pattern.startswith("!")]
-    patterns = asked or SOURCES[part.source].default_subsets
+    patterns = asked or SOURCES[part.source].DEFAULT_SUBSETS
 
     def matches(name: str, some: Sequence[str]) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in some)
@@ -232,7 +231,10 @@ def _refuse_foreign(folder: Path) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make shards SOURCE=...`."""
-    auto_cli(run, as_positional=False, args=args)
+    try:
+        auto_cli(run, as_positional=False, args=args)
+    except checks.SettingsError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,10 @@ from datamodules.benchmarks.schema import Rule
 from datamodules.benchmarks.scoring import interval_cells
 
 DATA = Path(__file__).with_name("paper_tables.yaml")
+NOTE = (
+    "Measured cells have 95 % bootstrap intervals (of no width at 0 and 100 %); n is the number of questions. Rows"
+    " measured on nano twins (data/nano) are not comparable with the paper's."
+)
 Cells = dict[str, dict[str, Any]]  # "<benchmark>/<column or average>" -> {"score", "low", "high", "n"}
 
 
@@ -59,9 +63,7 @@ def load_paper_tables() -> tuple[str, list[Table]]:
 
 def with_measured(tables: Sequence[Table], measured: Mapping[str, Cells]) -> list[Table]:
     """The tables with a row for each label that has any of their cells."""
-    return [
-        replace(table, rows=table.rows + tuple(_measured_rows(table, measured))) for table in tables
-    ]
+    return [replace(table, rows=table.rows + tuple(_measured_rows(table, measured))) for table in tables]
 
 
 def _measured_rows(table: Table, measured: Mapping[str, Cells]) -> list[Row]:
@@ -154,12 +156,6 @@ def markdown(source: str, tables: Sequence[Table]) -> str:
         lines += ["", f"## Table {table.number}: {table.title}", "", _line(header), _line(["---"] * len(header))]
         lines += map(_line, rows)
     return "\n".join(lines) + "\n"
-
-
-NOTE = (
-    "Measured cells have 95 % bootstrap intervals (of no width at 0 and 100 %); n is the number of questions. Rows"
-    " measured on nano twins (data/nano) are not comparable with the paper's."
-)
 
 
 def comma_separated(tables: Sequence[Table]) -> str:

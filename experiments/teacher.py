@@ -60,7 +60,6 @@ class Session:
 
     requests: int = 0  # answered
     faults: Counter[str] = field(default_factory=Counter)  # retried, by kind
-    unanswered: int = 0  # questions given up for now: the next run asks them again
 
 
 def request_seed(seed: int, sample_id: str, response: int) -> int:
@@ -143,8 +142,7 @@ class Teacher:
                 self.journal.append([{"number": number, "id": error.sample_id, "rule": error.rule}])
                 self._bar.update(len(responses))
             except EndpointUnavailable:
-                self.session.unanswered += 1
-                self._in_a_row += 1
+                self._in_a_row += 1  # the next run asks it again
                 if self._in_a_row >= self.settings.concurrency:
                     raise
 

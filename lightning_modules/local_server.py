@@ -6,7 +6,6 @@ ends when its standard input does, so no server is left behind when the process 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -21,7 +20,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from datamodules.artefacts import read_json, write_json
+
 HOST = "127.0.0.1"
+GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,6 @@ class LocalServer:
 
     base_url: str
     model: str
-    process: subprocess.Popen
 
 
 @contextmanager
@@ -50,7 +51,7 @@ def local_server(model: str, work: Path, device: str = "auto", startup_seconds: 
         )
     try:
         _wait_until_healthy(process, f"http://{HOST}:{port}/health", log, startup_seconds)
-        yield LocalServer(f"http://{HOST}:{port}/v1", served, process)
+        yield LocalServer(f"http://{HOST}:{port}/v1", served)
     finally:
         process.kill()
         process.wait()
@@ -64,13 +65,10 @@ def sampling_folder(model: Path, folder: Path) -> Path:
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    settings = {}
     for file in sorted(model.resolve().iterdir()):
-        if file.name == "generation_config.json":
-            settings = json.loads(file.read_text())
-        elif file.is_file():
+        if file.is_file() and file.name != GENERATION:
             (folder / file.name).symlink_to(file)
-    (folder / "generation_config.json").write_text(json.dumps(settings | {"do_sample": True}, indent=2))
+    write_json(folder / GENERATION, read_json(model / GENERATION) | {"do_sample": True})
     return folder.resolve()
 
 

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from datamodules.benchmarks.mig_bench import load_images
 from datamodules.benchmarks.parquet import read_rows
 from datamodules.benchmarks.schema import (
     Benchmark,
@@ -24,7 +25,6 @@ from datamodules.benchmarks.schema import (
     files_fingerprint,
     image_parts,
     make_sample,
-    read_files,
 )
 from datamodules.samples import LoadedSample, Sample, SampleError
 
@@ -99,17 +99,12 @@ def _without_category(name: str) -> str:
 
 
 def _read(sample: Sample, root: Path) -> LoadedSample:
+    """With its category's folder or, where an image is not there, without. Raises SampleError "missing_image"."""
     try:
-        return read_files(sample, root)
+        return load_images(sample, root)
     except SampleError:
-        return LoadedSample(sample, tuple(_read_without_category(sample, root)))
-
-
-def _read_without_category(sample: Sample, root: Path) -> list[bytes]:
-    names = [_without_category(name) for name in sample.images]
-    if missing := [name for name in names if not (root / name).is_file()]:
-        raise SampleError(sample.id, "missing_image", f"{missing[0]}, with and without its category's folder")
-    return [(root / name).read_bytes() for name in names]
+        names = tuple(_without_category(name) for name in sample.images)
+        return replace(load_images(replace(sample, images=names), root), sample=sample)
 
 
 def _sample(row: dict[str, Any], key: str, position: int) -> Sample:

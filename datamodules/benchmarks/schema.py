@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datamodules.artefacts import fingerprint
+from datamodules.benchmarks.mig_bench import load_images
 from datamodules.boxes import Convention, ImageGeometry, geometries_from_json, geometries_to_json
-from datamodules.samples import Answer, BoxAnswer, ChoiceAnswer, LoadedSample, Sample, SampleError
+from datamodules.samples import Answer, BoxAnswer, ChoiceAnswer, LoadedSample, Sample
 from datamodules.scores import BoxChoice
 
 Average = Literal["micro", "macro"]
@@ -154,26 +155,25 @@ def image_parts(count: int, text: str) -> list[dict[str, Any]]:
     return [*({"type": "image", "image": k} for k in range(count)), {"type": "text", "text": text}]
 
 
-def file_benchmark(name: str, samples: Sequence[Sample], folder: Path, *fields: Any) -> Benchmark:
-    """A benchmark whose samples name image files below `folder`; `fields` are rule, official, averages and dropped."""
-    rule, official, averages, *dropped = fields
-    names = sorted({image for sample in samples for image in sample.images})
-    data = files_fingerprint(folder, names)
-    return Benchmark(name, tuple(samples), partial(read_files, root=folder), rule, official, averages, data, *dropped)
+def file_benchmark(
+    name: str,
+    samples: Sequence[Sample],
+    folder: Path,
+    rule: Rule,
+    official: Rule,
+    averages: Mapping[str, tuple[str, ...]],
+    dropped: Mapping[str, int] | None = None,
+) -> Benchmark:
+    """A benchmark whose samples name image files below `folder`."""
+    data = files_fingerprint(folder, sorted({image for sample in samples for image in sample.images}))
+    load = partial(load_images, image_root=folder)
+    return Benchmark(name, tuple(samples), load, rule, official, averages, data, dropped or {})
 
 
 def files_fingerprint(folder: Path, names: Sequence[str]) -> str:
     """Of files by name and size in bytes; a missing one counts as such, and is refused when it is read."""
     paths = [folder / name for name in names]
     return fingerprint([(n, p.stat().st_size if p.is_file() else None) for n, p in zip(names, paths, strict=True)])
-
-
-def read_files(sample: Sample, root: Path) -> LoadedSample:
-    """The sample with its image files below `root`. Raises SampleError "missing_image"."""
-    try:
-        return LoadedSample(sample, tuple((root / name).read_bytes() for name in sample.images))
-    except FileNotFoundError as error:
-        raise SampleError(sample.id, "missing_image", str(error.filename)) from error
 
 
 def require_fields(record: Any, names: Sequence[str], where: str) -> None:

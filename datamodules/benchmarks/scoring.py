@@ -6,7 +6,7 @@ Accuracies and rates are percentages (0-100, unrounded); a mean IoU is 0-1.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from datamodules.answerers import Reply
 from datamodules.benchmarks.mig_scoring import extract_box_officially
-from datamodules.benchmarks.schema import Prediction, Rule, column_of
+from datamodules.benchmarks.schema import Average, Prediction, Rule, column_of
 from datamodules.boxes import Convention, iou
 from datamodules.choices import ChoiceFailure, parse_choice, read_choice_as_blink, read_choice_as_mmiu
 from datamodules.samples import BoxAnswer, ChoiceAnswer, Sample
@@ -131,6 +131,7 @@ def summarise(
 
 
 Hits = dict[str, dict[str, list[bool]]]  # column -> unit -> one bool for each question
+Weighted = tuple[np.ndarray, int]  # a score, in `interval_cells` with its resamples behind it; the number of questions
 
 
 def _hits(predictions: Sequence[Prediction], name: str) -> Hits:
@@ -149,25 +150,27 @@ def interval_cells(
     and averages are computed from the draws as from the answers. The same hits and seed give the same interval.
     """
     rng = np.random.default_rng(seed)
-    columns: dict[str, tuple[np.ndarray, int]] = {}  # the score, then its resamples; and the number of questions
+    columns: dict[str, Weighted] = {}
     for column in [name for name in averages["avg"] if name in hits]:
-        sizes, draws = [], []
-        for unit in sorted(hits[column]):
-            values = hits[column][unit]
+        units = []
+        for _, values in sorted(hits[column].items()):
             share = sum(values) / len(values)
-            sizes.append(len(values))
             drawn = rng.binomial(len(values), share, NUM_RESAMPLES) / len(values)
-            draws.append(np.concatenate([[share], drawn]))
-        weights = np.array(sizes, float) if rule.within == "micro" else np.ones(len(sizes))
-        columns[column] = (np.average(draws, axis=0, weights=weights), sum(sizes))
-    means = {}
-    for name, members in averages.items():
-        if all(member in columns for member in members):
-            sizes = [columns[member][1] for member in members]
-            weights = np.array(sizes, float) if rule.across == "micro" else np.ones(len(sizes))
-            draws = np.average([columns[member][0] for member in members], axis=0, weights=weights)
-            means[name] = _cell(draws, sum(sizes))
+            units.append((np.concatenate([[share], drawn]), len(values)))
+        columns[column] = _mean(units, rule.within)
+    means = {
+        name: _cell(*_mean([columns[member] for member in members], rule.across))
+        for name, members in averages.items()
+        if all(member in columns for member in members)
+    }
     return {name: _cell(*column) for name, column in columns.items()}, means
+
+
+def _mean(parts: Sequence[Weighted], how: Average) -> Weighted:
+    """The parts' mean (macro), or that of their questions (micro)."""
+    sizes = [size for _, size in parts]
+    weights = np.array(sizes, float) if how == "micro" else np.ones(len(sizes))
+    return np.average([value for value, _ in parts], axis=0, weights=weights), sum(sizes)
 
 
 def _cell(draws: np.ndarray, n: int) -> dict[str, Any]:
@@ -179,20 +182,17 @@ def _details(predictions: Sequence[Prediction], rule: Rule, columns: Sequence[st
     """Of grounding, averaged as the rule says: the mean IoU, other thresholds, and their mean over 0.5 to 0.95."""
     if isinstance(predictions[0].answer, ChoiceAnswer):
         return {}
-    asked = [name for name in columns if any(p.column == name for p in predictions)]
+    grouped: dict[str, dict[str, list[Prediction]]] = {name: {} for name in columns}
+    for p in predictions:
+        grouped[p.column].setdefault(p.unit, []).append(p)
 
-    def average(value: Any) -> float:
-        by_column = []
-        for column in asked:
-            units: dict[str, list[float]] = {}
-            for p in predictions:
-                if p.column == column:
-                    units.setdefault(p.unit, []).append(value(p))
-            means = [float(np.mean(values)) for values in units.values()]
-            weights = [len(values) if rule.within == "micro" else 1 for values in units.values()]
-            by_column.append((float(np.average(means, weights=weights)), sum(map(len, units.values()))))
-        weights = [n if rule.across == "micro" else 1 for _, n in by_column]
-        return float(np.average([mean for mean, _ in by_column], weights=weights))
+    def average(value: Callable[[Prediction], float]) -> float:
+        means = [
+            _mean([(np.mean([value(p) for p in unit]), len(unit)) for unit in units.values()], rule.within)
+            for units in grouped.values()
+            if units
+        ]
+        return float(_mean(means, rule.across)[0])
 
     def accuracy(threshold: float) -> float:
         other = replace(rule, threshold=threshold)

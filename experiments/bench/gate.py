@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import transformers
 
+MAX_STEPS = 1_000_000  # the driver ends the run, not the trainer
 _RESET_PEAK = Path("/proc/self/clear_refs")  # Linux: writing 5 starts the process's peak of resident memory anew
 
 

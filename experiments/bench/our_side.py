@@ -18,7 +18,7 @@ from torch import Tensor
 
 from datamodules.artefacts import fingerprint
 from datamodules.batches import Batch, Encoder, PromptItem
-from experiments.bench.gate import Gate, serve, synchronize
+from experiments.bench.gate import MAX_STEPS, Gate, serve, synchronize
 from experiments.bench.shapes import tokens_never_sampled
 from experiments.bench.workload import Workload, make_samples
 from lightning_modules.adapters import LoraSettings
@@ -26,8 +26,6 @@ from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.grpo import GRPO
 from lightning_modules.policy_module import PolicyModule
 from lightning_modules.rollouts import Rollout, RolloutEngine, RolloutSettings
-
-MAX_STEPS = 1_000_000  # the driver ends the run, not the trainer
 
 
 def build_module(model: str, workload: Workload) -> PolicyModule:

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ class Runner:
 
 def _only(case: Case, sides: Sequence[str]) -> Case:
     kept = tuple(name for name in case.sides if name in sides)
-    return Case(**vars(case) | {"sides": kept or tuple(sides)})
+    return replace(case, sides=kept or tuple(sides))
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

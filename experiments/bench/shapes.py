@@ -6,7 +6,6 @@ weights that are drawn once, so that both sides read the same.
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,12 +106,12 @@ def _write_processor(target: Path, vocab_size: int, max_pixels: int) -> None:
     """The nano processor; unused tokens fill its vocabulary, so that sampling meets no id without a token."""
     for name in ("chat_template.jinja", "tokenizer_config.json"):
         shutil.copy(NANO_BASE / name, target / name)
-    tokenizer = json.loads((NANO_BASE / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer = read_json(NANO_BASE / "tokenizer.json")
     vocab = tokenizer["model"]["vocab"]
     used = max(*vocab.values(), *(token["id"] for token in tokenizer["added_tokens"]))
     vocab |= {f"<unused {index}>": index for index in range(used + 1, vocab_size)}
     write_json(target / "tokenizer.json", tokenizer)
-    processor = json.loads((NANO_BASE / "processor_config.json").read_text(encoding="utf-8"))
+    processor = read_json(NANO_BASE / "processor_config.json")
     processor["image_processor"]["size"] = {"shortest_edge": 56 * 56, "longest_edge": max_pixels}
     write_json(target / "processor_config.json", processor)
 

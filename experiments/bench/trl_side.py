@@ -22,13 +22,12 @@ from datamodules.artefacts import fingerprint
 from datamodules.batches import END_OF_TURN, Encoder, PromptItem
 from datamodules.boxes import Convention
 from datamodules.prompts import PromptStyle, build_messages, target_text
-from experiments.bench.gate import Gate, serve
+from experiments.bench.gate import MAX_STEPS, Gate, serve
 from experiments.bench.shapes import tokens_never_sampled
 from experiments.bench.workload import Workload, make_samples
 from lightning_modules.adapters import LoraSettings, lora_config
 from lightning_modules.rewards import reward
 
-MAX_STEPS = 1_000_000  # the driver ends the run, not the trainer
 STYLE, CONVENTION = PromptStyle.THINK, Convention.ABSOLUTE
 
 

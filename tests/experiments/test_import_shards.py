@@ -168,11 +168,11 @@ def test_a_scan_writes_nothing(data: Path, tmp_path: Path, capsys) -> None:
 
 
 def test_wrong_settings_are_all_named_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(SystemExit) as caught:
         run(source="coco", root=tmp_path / "gone", count=0, surplus=0.5, records_per_shard=0)
     for fault in ("root=", "source='coco'", "count=0", "surplus=0.5", "records_per_shard=0"):
         assert fault in str(caught.value)
-    with pytest.raises(ValueError, match="exactly one of the two"):
+    with pytest.raises(SystemExit, match="exactly one of the two"):
         run(root=tmp_path)
 
 
