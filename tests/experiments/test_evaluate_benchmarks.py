@@ -18,7 +18,6 @@ from experiments.asking import Job, ask_all
 def small_twins(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {name: (folder, writer, 2) for name, (folder, writer, _) in build.TWINS.items()}
     monkeypatch.setattr(build, "TWINS", small)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
 def evaluate(model: Path, root: Path, *args: str) -> Path:

@@ -26,7 +26,6 @@ SOON = ("--endpoint.attempts=2", "--endpoint.backoff=0.01")
 def small_twins(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {name: (folder, writer, 2) for name, (folder, writer, _) in build.TWINS.items()}
     monkeypatch.setattr(build, "TWINS", small)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
 def evaluate(model: str, root: Path, *args: str) -> Path:
