@@ -311,9 +311,12 @@ def test_ranks_of_which_one_has_nothing_to_learn_do_not_hang(build, make_items, 
 
 
 def test_reward_rises(build, make_items, fit, easy):
-    """The learning test: after some sixty updates the easy reward is clearly above where it began."""
+    """The learning test: after sixty updates the easy reward is clearly above where it began.
+
+    At twice the learning rate all completions soon get one reward: then no batch updates, and max_steps never comes.
+    """
     recorder = Recorder()
-    module = build(group_size=8, learning_rate=1e-2, beta=0.001)
+    module = build(group_size=8, learning_rate=5e-3, beta=0.001)
     fit(module, make_items([1, 1]), max_steps=60, callbacks=[recorder])
     rewards = [metrics["reward/total"] for metrics in recorder.metrics]
     first, last = sum(rewards[:5]) / 5, sum(rewards[-5:]) / 5
