@@ -17,7 +17,15 @@ from datamodules.boxes import geometries_to_json
 from datamodules.chat_requests import ChatRequest, RequestForm, build_request
 from datamodules.samples import BoxAnswer, SampleError
 from datamodules.shards import ShardReader
-from lightning_modules.endpoint import ChatEndpoint, EndpointSettings, EndpointUnavailable, RequestRefused
+from lightning_modules.endpoint import (
+    ChatEndpoint,
+    EndpointMisused,
+    EndpointSettings,
+    EndpointUnavailable,
+    RequestRefused,
+)
+
+REFUSALS = 8  # so many before the first answer, and it is the server's settings that are wrong
 
 
 @dataclass(frozen=True)
@@ -100,14 +108,18 @@ class Teacher:
         self.session = Session()
         self._bar: tqdm | None = None  # the live line
         self._in_a_row = 0  # questions given up since the last answer
+        self._refused: list[dict[str, Any]] | None = []  # held back until the server answers anything; then None
         known = [record for record in journal.records if "text" in record]
+        if known:
+            self._refused = None
         self._tokens = [sum(record[name] for record in known) for name in ("prompt_tokens", "completion_tokens")]
 
     def run(self, count: int) -> Session:
         """Ask for what is missing of the first `count` questions.
 
         Raises EndpointUnavailable when the server does not answer at all any more, and EndpointMisused when it does
-        not know the key or the model.
+        not know the key or the model, or refuses `REFUSALS` questions, or all, before it has answered any: then the
+        server's settings are wrong, and no question is marked as refused.
         """
         missing = missing_responses(self.journal.records, count, self.sampling.num_responses)
         if missing:
@@ -115,6 +127,8 @@ class Teacher:
                 asyncio.run(self._ask_all(missing, count))
             except ExceptionGroup as group:  # of the workers; each would say the same
                 raise group.exceptions[0] from None
+        if self._refused:
+            raise self._misused()
         return self.session
 
     async def _ask_all(self, missing: dict[int, list[int]], count: int) -> None:
@@ -139,12 +153,27 @@ class Teacher:
                 sample_id, request = await asyncio.get_running_loop().run_in_executor(pool, self._prepare, number)
                 await self._ask(number, sample_id, request, responses, endpoint)
             except SampleError as error:
-                self.journal.append([{"number": number, "id": error.sample_id, "rule": error.rule}])
+                self._reject({"number": number, "id": error.sample_id, "rule": error.rule, "detail": error.detail})
                 self._bar.update(len(responses))
             except EndpointUnavailable:
                 self._in_a_row += 1  # the next run asks it again
                 if self._in_a_row >= self.settings.concurrency:
                     raise
+
+    def _reject(self, record: dict[str, Any]) -> None:
+        if record["rule"] != "refused" or self._refused is None:
+            self.journal.append([record])
+            return
+        self._refused.append(record)
+        if len(self._refused) >= REFUSALS:
+            raise self._misused()
+
+    def _misused(self) -> EndpointMisused:
+        asked = f"base_url={self.settings.base_url!r}, model={self.settings.model!r}"
+        return EndpointMisused(
+            f"{asked}: {len(self._refused)} questions were refused and none was answered; first: "
+            f"{self._refused[0]['detail']}"
+        )
 
     def _prepare(self, number: int) -> tuple[str, ChatRequest]:
         loaded = self.reader.read(number)
@@ -167,7 +196,8 @@ class Teacher:
             record = {"number": number, "id": sample_id, "response": response, "text": found.text}
             record |= {"finish": found.finish_reason, "sizes": sizes}
             record |= {"prompt_tokens": found.prompt_tokens, "completion_tokens": found.completion_tokens}
-            self.journal.append([record])
+            self.journal.append([*(self._refused or ()), record])
+            self._refused = None
             self._count(found.prompt_tokens, found.completion_tokens)
 
     def _count(self, prompt_tokens: int, completion_tokens: int) -> None:

@@ -17,12 +17,15 @@ from torch import Tensor
 
 
 class PrefixRecorder:
-    """Handed to the model as its cache during prefill: keeps each layer's keys and values, rotated, [P, H, L, D]."""
+    """Handed to the model as its cache during prefill: keeps each layer's keys and values, rotated, [P, H, L, D].
+
+    What else `update` is given differs between versions of transformers, and bears on its own caches only.
+    """
 
     def __init__(self) -> None:
         self.layers: list[tuple[Tensor, Tensor]] = []
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         assert layer == len(self.layers), "layers must come in order"
         self.layers.append((keys, values))
         return keys, values
@@ -84,7 +87,9 @@ class BranchCache:
             hidden = torch.arange(width, device=places.device) > last[:, None]
             self.branch_bias = _bias(hidden).view(self.num_prompts, 1, self.num_branches, 1, width)
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: object) -> tuple[BranchLayer, BranchLayer]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int, *_: object, **__: object
+    ) -> tuple[BranchLayer, BranchLayer]:
         """Write the keys and values [A, H, 1, D] of this step's tokens; the layer itself answers `attend`."""
         self.layers[layer].write(keys[:, :, 0], values[:, :, 0])
         return self.layers[layer], self.layers[layer]

@@ -8,8 +8,11 @@ Shapes: S places for prompts, G branches of each, R = S * G rows, A rows of a st
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,19 @@ NO_MASK = {"full_attention": None}  # tells transformers to build none: prefill 
 CHECK_EVERY = 8  # steps of all rows between two looks at which have ended: a look waits for the device
 
 Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # logits [A, V], draws [A, 1] in 0-1 -> tokens, log p [A]
+
+
+def hidden_states(model: nn.Module, cache: Any, **inputs: Tensor) -> Tensor:
+    """Last hidden states [rows, tokens, D] of the language model, run with this cache and without masks of its own."""
+    language_model = model.model.language_model
+    inputs[_cache_argument(type(language_model))] = cache
+    return language_model(attention_mask=NO_MASK, **inputs).last_hidden_state
+
+
+@functools.cache
+def _cache_argument(kind: type[nn.Module]) -> str:
+    """transformers 5.24 calls it `cache`; versions before, `past_key_values`."""
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 @dataclass
@@ -166,12 +182,12 @@ class BranchDecoder:
 
     def _step(self, rows: Tensor, draws: Tensor) -> None:
         """Run the last token of each of `rows` and sample the next. The cache has been told of it (`begin`)."""
-        hidden = self.model.model.language_model(
+        hidden = hidden_states(
+            self.model,
+            self.cache,
             input_ids=self.token[rows, None],
             position_ids=(self.first[rows] + self.length[rows] - 1)[None, :, None].expand(3, -1, -1),
-            attention_mask=NO_MASK,
-            past_key_values=self.cache,
-        ).last_hidden_state
+        )
         self._sample(rows, hidden[:, 0], draws)
 
     def _sample(self, rows: Tensor, hidden: Tensor, draws: Tensor) -> None:

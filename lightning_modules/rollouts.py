@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from datamodules.batches import PromptItem
 from lightning_modules.branch_cache import PrefixRecorder
 from lightning_modules.decode_graphs import GraphedSteps
-from lightning_modules.decoding import NO_MASK, BranchDecoder, Decoded, Prefilled
+from lightning_modules.decoding import BranchDecoder, Decoded, Prefilled, hidden_states
 from lightning_modules.qwen_vl import QwenVL
 
 PREFIX_STEP = 512  # tokens by which a GPU's memory for a prompt grows
@@ -152,12 +152,8 @@ class NativeEngine:
         positions = pad_sequence([item.positions.T for item in items], batch_first=True).permute(2, 0, 1)
         slots = (ids == self.policy.image_token_id).flatten().nonzero()[:, 0]
         recorder = PrefixRecorder()
-        hidden = model.model.language_model(
-            inputs_embeds=self.policy.embed(model, ids, features, slots),
-            position_ids=positions,
-            attention_mask=NO_MASK,
-            past_key_values=recorder,
-        ).last_hidden_state
+        embeddings = self.policy.embed(model, ids, features, slots)
+        hidden = hidden_states(model, recorder, inputs_embeds=embeddings, position_ids=positions)
         lengths = torch.tensor([len(item.input_ids) for item in items], device=hidden.device)
         last = hidden[torch.arange(len(items), device=hidden.device), lengths - 1]
         next_positions = torch.tensor([item.next_position for item in items], device=hidden.device)

@@ -192,6 +192,20 @@ def test_what_the_server_refuses_is_counted_and_not_asked_again(questions: Path,
     assert "q/3" not in [sample.id for sample in kept(out)]
 
 
+@pytest.mark.parametrize(("limit", "most"), [(None, 8 + 3), (5, 5)])
+def test_a_server_that_refuses_everything_is_misused_and_marks_no_question(
+    undisturbed: Path, questions: Path, tmp_path: Path, limit: int | None, most: int
+) -> None:
+    refusal = http_response(400, b'{"error": {"message": "unknown field max_completion_tokens"}}')
+    with ChatServer(lambda request: refusal) as server:
+        with pytest.raises(SystemExit, match=r"none was answered; first: .*unknown field"):
+            run(write_config(tmp_path, questions, server.base_url, limit=limit))
+        assert server.asked.total() <= most
+    with ChatServer(teach) as server:
+        out = run(write_config(tmp_path, questions, server.base_url))
+    assert [sample.id for sample in kept(out)] == [sample.id for sample in kept(undisturbed)]
+
+
 def test_a_server_that_dies_ends_the_run_and_the_next_one_goes_on(
     undisturbed: Path, questions: Path, tmp_path: Path
 ) -> None:
