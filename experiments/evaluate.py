@@ -91,7 +91,7 @@ def evaluate(
         load = partial(load_images, image_root=image_root)
         found = evaluate_mig_bench(policy, NativeEngine(policy), encoder, samples, load, decoding, journal)
         summary = summarise(found)
-        write_json(folder / "mig_bench.json", {"key": key, "model": model} | summary)
+        write_json(folder / "mig_bench.json", {"key": key, "model": model, "limit_per_task": limit_per_task} | summary)
     print(format_table(summary), flush=True)
     if folder == home:
         tracking.log_evaluation(folder, key, summary_metrics(summary, "mig_bench"))

@@ -122,15 +122,16 @@ def result_cells(result: Mapping[str, Any]) -> Cells:
 
 
 def pipeline_cells(folder: Path) -> Cells:
-    """MIG-Bench's cells from a phase's predictions.jsonl; none where it, or its summary, is missing or unfinished."""
-    file = folder / "predictions.jsonl"
-    if not file.is_file():
+    """MIG-Bench's cells from a phase's predictions.jsonl; none where it, or its summary, is missing or unfinished, or
+    only some questions were asked."""
+    file, summary = folder / "predictions.jsonl", read_json(folder / "mig_bench.json")
+    if not file.is_file() or summary.get("limit_per_task") is not None:
         return {}
     found = {}
     for line in file.read_bytes().splitlines():  # str.splitlines would part texts at U+2028
         prediction = Prediction.from_json(json.loads(line))
         found[prediction.id] = prediction
-    if len(found) != read_json(folder / "mig_bench.json").get("n"):
+    if len(found) != summary.get("n"):
         return {}
     hits: dict[str, dict[str, list[bool]]] = {}
     for prediction in found.values():

@@ -87,7 +87,7 @@ def test_table_4_averages_three_benchmarks_and_only_whole_rows(tmp_path: Path) -
     assert average["score"] == pytest.approx(50.0) and average["low"] < 50 < average["high"] and average["n"] == 50
 
 
-def write_phase(folder: Path, finished: bool = True) -> None:
+def write_phase(folder: Path, finished: bool = True, limit: int | None = None) -> None:
     """What a pipeline leaves: two questions of each task, one right."""
     folder.mkdir(parents=True)
     box = (0.0, 0.0, 1.0, 1.0)
@@ -98,12 +98,13 @@ def write_phase(folder: Path, finished: bool = True) -> None:
     ]
     lines = (json.dumps(p.to_json(), ensure_ascii=False) + "\n" for p in predictions)
     (folder / "predictions.jsonl").write_text("".join(lines))
-    (folder / "mig_bench.json").write_text(json.dumps({"n": 20 if finished else 40}))
+    (folder / "mig_bench.json").write_text(json.dumps({"n": 20 if finished else 40, "limit_per_task": limit}))
 
 
 def test_a_pipelines_phases_stand_in_the_mig_bench_tables_and_in_the_report(tmp_path: Path) -> None:
     write_phase(tmp_path / "nano/grpo")
     write_phase(tmp_path / "nano/sft", finished=False)
+    write_phase(tmp_path / "nano/cot_sft", limit=2)
     write_phase(tmp_path / "nano/grpo.0123abcd")
     write_results(tmp_path / "nano/results.json", Results("nano", 0, "abc"))
     measured = paper_tables.find_measured(tmp_path)
