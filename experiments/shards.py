@@ -1,8 +1,8 @@
 """Generate the nano world once: `python -m experiments.shards --config experiments/configs/nano/shards.yaml`.
 
-It writes <root>/shards/sft, <root>/shards/rl_pool and <root>/MIG-Bench, and does nothing when they are there already,
-made by the same generator with the same settings. A world of other settings is moved aside. Folders of these names that
-it did not make, such as a download of the real benchmark, it refuses to touch.
+It writes <root>/shards/sft, <root>/shards/rl_pool, <root>/MIG-Bench and <root>/validation/MIG-Bench, and does nothing
+when they are there already, made by the same generator with the same settings. A world of other settings is moved
+aside. Folders of these names that it did not make, such as a download of the real benchmark, it refuses to touch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from experiments import phases
 GENERATOR = Path(__file__).resolve().parents[1] / "datamodules" / "synthetic"
 
 
-def build(root: str, seed: int, train_samples: int, eval_per_task: int, pool_samples: int, keep: bool = False) -> None:
+def build(
+    root: str,
+    seed: int,
+    train_samples: int,
+    eval_per_task: int,
+    pool_samples: int,
+    validation_per_task: int = 100,
+    keep: bool = False,
+) -> None:
     """Build the nano world.
 
     Args:
@@ -27,10 +35,17 @@ def build(root: str, seed: int, train_samples: int, eval_per_task: int, pool_sam
         train_samples: samples with a rationale, of the four in-domain tasks, for CoT-SFT
         eval_per_task: MIG-Bench questions of each of the ten tasks
         pool_samples: in-domain prompts from which rejection sampling picks
+        validation_per_task: questions like MIG-Bench's, of other scenes, on which settings are chosen
         keep: leave a finished world as it is also when it is one of other settings; so one that was made on purpose
             with `make shards ARGS=...` is what training then uses
     """
-    settings = {"seed": seed, "train": train_samples, "eval": eval_per_task, "pool": pool_samples}
+    settings = {
+        "seed": seed,
+        "train_samples": train_samples,
+        "eval_per_task": eval_per_task,
+        "validation_per_task": validation_per_task,
+        "pool_samples": pool_samples,
+    }
     sources = [path_fingerprint(file) for file in sorted(GENERATOR.glob("*.py"))]
     key = fingerprint(settings, sources)
     with phases.locked(Path(root)):
@@ -44,7 +59,7 @@ def build(root: str, seed: int, train_samples: int, eval_per_task: int, pool_sam
         # Imported late: a finished world is recognised without loading the generator.
         from datamodules.synthetic.build import build_nano
 
-        build_nano(root, seed=seed, train_samples=train_samples, eval_per_task=eval_per_task, pool_samples=pool_samples)
+        build_nano(root, **settings)
         phases.write_marker(Path(root), key=key)
 
 
@@ -52,7 +67,7 @@ def refuse_foreign(root: Path) -> None:
     """End the program where `root` holds folders that a build would replace and no build has made."""
     if phases.read_marker(root, phases.STARTED):
         return
-    foreign = [str(root / name) for name in ("shards", "MIG-Bench") if (root / name).exists()]
+    foreign = [str(root / name) for name in ("shards", "MIG-Bench", "validation") if (root / name).exists()]
     if foreign:
         sys.exit(
             f"root={str(root)!r}: {', '.join(foreign)} would be replaced and was not made here; choose another root"

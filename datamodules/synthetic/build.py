@@ -2,9 +2,10 @@
 
     root/shards/sft, root/shards/rl_pool                 WebDataset shards of Samples (datamodules/shards.py)
     root/MIG-Bench/MIG_data.json, root/MIG-Bench/images  as thunlp/Michael4933 publish MIG-Bench
+    root/validation/MIG-Bench/...                        other questions of the same kind: settings are chosen on these
 
-Puzzle i of a part is a pure function of (seed, part, i). The benchmark does not depend on the seed, and no scene of it
-is ever trained on: a training puzzle that shares one is dropped and replaced.
+Puzzle i of a part is a pure function of (seed, part, i). Neither set of questions depends on the seed, and no scene of
+them is ever trained on: a training puzzle that shares one is dropped and replaced.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ POOL_DIFFICULTY = {"normal": 0.7, "easy": 0.12, "hard": 0.18}
 # Around the box of a thing that a single-image question points at; those of the second line mark it in the picture too.
 POINTING = (("Which object is at ", "? Name it and locate it."), ("Name the object at ", " and give its bounding box."))
 MARKING = (("What is in the red bounding box ", "? Locate it."), ("Name and locate the object marked in red ", "."))
+BENCHMARK, VALIDATION = "MIG-Bench", "validation"
+PARTS = ("shards", BENCHMARK, VALIDATION)  # the folders that a build makes
 IMAGE_FOLDERS = {"common_object": "common", "diff": "static_diff"}  # the others are named like their task
 
 
@@ -102,18 +105,18 @@ def _single(rng: random.Random, name: str) -> tuple[Sample, tuple[bytes, ...], f
     return sample, (encode_png(draw_scene(scene)),), frozenset({scene.content_hash()})
 
 
-def benchmark_puzzle(task: str, index: int) -> Puzzle:
-    return make_puzzle(random.Random(f"MIG-Bench:{task}:{index}"), task)
+def benchmark_puzzle(task: str, index: int, split: str = BENCHMARK) -> Puzzle:
+    return make_puzzle(random.Random(f"{split}:{task}:{index}"), task)
 
 
-def write_benchmark(root: Path, per_task: int) -> frozenset[str]:
+def write_benchmark(root: Path, per_task: int, split: str = BENCHMARK) -> frozenset[str]:
     """MIG_data.json and its pictures; returns the hashes of all scenes in it."""
     records, hashes = [], set()
     for task in TASKS:
         folder = f"MIG-Bench/images/{IMAGE_FOLDERS.get(task, task)}"
         (root / folder).mkdir(parents=True, exist_ok=True)
         for index in range(per_task):
-            puzzle = benchmark_puzzle(task, index)
+            puzzle = benchmark_puzzle(task, index, split)
             hashes |= puzzle.content_hashes()
             paths = [f"{folder}/{index:05d}_{k}.png" for k in range(len(puzzle.scenes))]
             for k, path in enumerate(paths):
@@ -146,15 +149,18 @@ def training_samples(part: str, seed: int, count: int, excluded: frozenset[str])
                     yield LoadedSample(sample, images)
 
 
-def build_nano(root: str, seed: int, train_samples: int, eval_per_task: int, pool_samples: int) -> None:
-    """Write `root`/shards and `root`/MIG-Bench anew. They are REMOVED first, as what an interrupted run left there.
+def build_nano(
+    root: str, seed: int, train_samples: int, eval_per_task: int, validation_per_task: int, pool_samples: int
+) -> None:
+    """Write the folders of PARTS in `root` anew. They are REMOVED first, as what an interrupted run left there.
 
     experiments/shards.py makes sure that nothing else lies there.
     """
     folder = Path(root)
-    for name in ("shards", "MIG-Bench"):
+    for name in PARTS:
         shutil.rmtree(folder / name, ignore_errors=True)
     excluded = write_benchmark(folder, eval_per_task)
+    excluded |= write_benchmark(folder / VALIDATION, validation_per_task, VALIDATION)
     for part, count in (("sft", train_samples), ("rl_pool", pool_samples)):
         with ShardWriter(folder / "shards" / part) as writer:
             for loaded in tqdm(training_samples(part, seed, count, excluded), total=count, desc=part, unit="sample"):

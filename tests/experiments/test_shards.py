@@ -45,7 +45,7 @@ def test_training_keeps_a_finished_world_of_other_settings(tmp_path: Path, built
     assert built == [9, 3], "an unfinished one is not kept"
 
 
-@pytest.mark.parametrize("name", ["MIG-Bench", "shards"])
+@pytest.mark.parametrize("name", ["MIG-Bench", "shards", "validation"])
 def test_folders_that_were_not_made_here_are_never_removed(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     (tmp_path / name / "images.zip").write_text("a download of 1 GB")

@@ -18,6 +18,7 @@ from datamodules.shards import read_manifest
 from datamodules.synthetic.build import (
     MIXTURE,
     POOL_DIFFICULTY,
+    VALIDATION,
     benchmark_puzzle,
     build_nano,
     training_puzzle,
@@ -97,11 +98,26 @@ def test_a_benchmark_puzzle_depends_on_task_and_number_only() -> None:
 
 
 def test_training_and_evaluation_share_no_scene(benchmark: tuple[Path, frozenset[str]]) -> None:
-    _, hashes = benchmark
+    hashes = set(benchmark[1])
     assert len(hashes) > PER_TASK * len(TASKS)
+    for task in TASKS:
+        for index in range(10):
+            hashes |= benchmark_puzzle(task, index, VALIDATION).content_hashes()
     for part in ("sft", "rl_pool"):
         for index in range(60):
             assert not training_puzzle(part, 0, index)[2] & hashes
+
+
+def test_the_validation_questions_are_others_than_the_benchmark_s(
+    tmp_path: Path, benchmark: tuple[Path, frozenset[str]]
+) -> None:
+    root, hashes = benchmark
+    assert not write_benchmark(tmp_path / "validation", PER_TASK, VALIDATION) & hashes
+    samples, report = load_mig_bench(tmp_path / "validation/MIG-Bench/MIG_data.json", tmp_path / "validation")
+    assert report.boxes == () and len(samples) == PER_TASK * len(TASKS)
+    assert [load_images(sample, tmp_path / "validation").images for sample in samples] != [
+        load_images(sample, root).images for sample in load_mig_bench(root / "MIG-Bench/MIG_data.json", root)[0]
+    ]
 
 
 def test_a_training_puzzle_with_an_excluded_scene_is_dropped_and_replaced() -> None:
@@ -134,12 +150,12 @@ def test_seeds_and_parts_differ() -> None:
 def test_equal_seeds_give_equal_bytes_and_old_files_are_removed(tmp_path: Path) -> None:
     (tmp_path / "a/shards/sft").mkdir(parents=True)
     (tmp_path / "a/shards/sft/left.tar.partial").write_bytes(b"interrupted")
-    build_nano(str(tmp_path / "a"), seed=3, train_samples=12, eval_per_task=1, pool_samples=5)
-    build_nano(str(tmp_path / "b"), seed=3, train_samples=12, eval_per_task=1, pool_samples=5)
+    build_nano(str(tmp_path / "a"), seed=3, train_samples=12, eval_per_task=1, validation_per_task=2, pool_samples=5)
+    build_nano(str(tmp_path / "b"), seed=3, train_samples=12, eval_per_task=1, validation_per_task=2, pool_samples=5)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert read_manifest(tmp_path / "a/shards/sft")["count"] == 12
     assert read_manifest(tmp_path / "a/shards/rl_pool")["count"] == 5
-    build_nano(str(tmp_path / "b"), seed=4, train_samples=12, eval_per_task=1, pool_samples=5)
+    build_nano(str(tmp_path / "b"), seed=4, train_samples=12, eval_per_task=1, validation_per_task=2, pool_samples=5)
     other = contents(tmp_path / "b")
     same = {name for name, digest in contents(tmp_path / "a").items() if other.get(name) == digest}
     assert any(name.endswith(".tar") for name in other) and not any(name.endswith(".tar") for name in same)
