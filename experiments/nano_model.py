@@ -96,7 +96,7 @@ def corpus(seed: int, size: int) -> Iterator[str]:
             yield turn.answer
         puzzle = tasks.make_puzzle(rng, rng.choice(TASKS))
         yield puzzle.question
-        yield puzzle.thinking
+        yield from (puzzle.thinking(wording) for wording in range(6))
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:

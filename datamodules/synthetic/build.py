@@ -24,7 +24,7 @@ from tqdm import tqdm
 from datamodules.benchmarks.mig_bench import TASKS
 from datamodules.samples import BoxAnswer, BoxPart, ImagePart, LoadedSample, Sample, TextPart
 from datamodules.shards import ShardWriter
-from datamodules.synthetic.instructions import reworded
+from datamodules.synthetic.instructions import BOX, reworded
 from datamodules.synthetic.puzzles import Puzzle, box_text
 from datamodules.synthetic.rationales import conclusion
 from datamodules.synthetic.single_image import GROUNDING, single_scene
@@ -56,22 +56,31 @@ def training_puzzle(part: str, seed: int, index: int) -> tuple[Sample, tuple[byt
         return _single(rng, name)
     puzzle = make_puzzle(rng, task, difficulty)
     images = tuple(encode_png(puzzle.picture(k)) for k in range(len(puzzle.scenes)))
-    sample = to_sample(replace(puzzle, question=reworded(rng, puzzle)), name, difficulty)
+    question, wording = reworded(rng, puzzle)
+    sample = to_sample(replace(puzzle, question=question), name, difficulty, wording)
     return sample, images, puzzle.content_hashes()
 
 
-def to_sample(puzzle: Puzzle, name: str, difficulty: str) -> Sample:
+def to_sample(puzzle: Puzzle, name: str, difficulty: str, wording: int = 0) -> Sample:
     count = len(puzzle.scenes)
     return Sample(
         id=name,
         source="nano",
         task=puzzle.task,
         images=tuple(f"{name}/{k}.png" for k in range(count)),
-        messages=(*(ImagePart(k) for k in range(count)), TextPart(puzzle.question)),
+        messages=(*(ImagePart(k) for k in range(count)), *_question(puzzle)),
         answer=BoxAnswer(puzzle.target, puzzle.box, puzzle.label),
-        thinking=puzzle.thinking,
+        thinking=puzzle.thinking(wording),
         extra={"difficulty": difficulty},
     )
+
+
+def _question(puzzle: Puzzle) -> tuple[TextPart | BoxPart, ...]:
+    before, mark, after = puzzle.question.partition(BOX)
+    if not mark:
+        return (TextPart(puzzle.question),)
+    (thing,) = puzzle.scenes[0].things
+    return TextPart(before), BoxPart(0, thing.box, box_text(thing.box)), TextPart(after)
 
 
 def _single(rng: random.Random, name: str) -> tuple[Sample, tuple[bytes, ...], frozenset[str]]:
@@ -87,9 +96,10 @@ def _single(rng: random.Random, name: str) -> tuple[Sample, tuple[bytes, ...], f
         question = (TextPart(rng.choice(GROUNDING).format(kind)),)
         thinking = f"The question asks for the {kind}. Find it in image 1."
     else:
-        before, after = rng.choice((*POINTING, *MARKING))
+        wording = rng.randrange(len(POINTING + MARKING))
+        before, after = (POINTING + MARKING)[wording]
         question = (TextPart(before), BoxPart(0, thing.box, box_text(thing.box)), TextPart(after))
-        thinking = conclusion(rng, "The marked object", kind, 0)
+        thinking = conclusion(("The marked object",), kind, 0, wording)
         if (before, after) in MARKING:
             scene = scene.with_frame(thing.box)
     sample = Sample(

@@ -11,6 +11,8 @@ import re
 from datamodules.synthetic.puzzles import Puzzle
 from datamodules.synthetic.rationales import ORDINALS
 
+# Where a question's text gives the box of the only thing in image 1, as questions of real data do.
+BOX = "<box>"
 # {n} and {nth} name the image or region asked for, counted from 1; {picture} is the region's place among the pictures.
 REWORDINGS = {
     "common_object": (
@@ -36,16 +38,20 @@ REWORDINGS = {
         "Find the object of the first image in the second image.",
         "Locate what image 1 shows in image 2.",
         "The object in the first image is in the second image too. Give its bounding box there.",
+        f"The object at {BOX} in image 1 is also in image 2. Locate it there.",
+        f"Look at {BOX} in the first image and find the same object in the second image.",
+        f"Image 1 shows an object {BOX}. Recognize it and locate it in the image-2.",
     ),
 }
 
 
-def reworded(rng: random.Random, puzzle: Puzzle) -> str:
-    """The puzzle's question in one of its wordings, its own among them. In-domain tasks only."""
+def reworded(rng: random.Random, puzzle: Puzzle) -> tuple[str, int]:
+    """The puzzle's question in one of its wordings, its own among them, and the number of that wording. In-domain
+    tasks only."""
     wordings = REWORDINGS[puzzle.task]
     choice = rng.randrange(len(wordings) + 1)
     if choice == len(wordings):
-        return puzzle.question
+        return puzzle.question, choice
     asked = re.search(r"(\d+)th", puzzle.question)
     n = int(asked[1]) if asked else puzzle.target + 1
-    return wordings[choice].format(n=n, nth=ORDINALS[n - 1], picture=n + 1)
+    return wordings[choice].format(n=n, nth=ORDINALS[n - 1], picture=n + 1), choice

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from PIL import Image
 
 from datamodules.boxes import Box
+from datamodules.synthetic.rationales import conclusion
 from datamodules.synthetic.single_image import crowd
 from datamodules.synthetic.world import (
     COLOURS,
@@ -29,7 +30,7 @@ class Puzzle:
     """A question over several pictures. Picture k is `scenes[k]`, or its `crops[k]` part where that is a box.
 
     `target` is the 0-based image of the answer `box` (0-1 of that image); `query` the thing asked about in image 0,
-    where there is one; `info` what MIG-Bench keeps in additional_info.
+    where there is one; `reasons` begin the thinking text; `info` is what MIG-Bench keeps in additional_info.
     """
 
     task: str
@@ -39,13 +40,16 @@ class Puzzle:
     target: int
     box: Box
     label: str
-    thinking: str
+    reasons: tuple[str, ...]
     info: str = ""
     query: Thing | None = None
 
     def picture(self, k: int) -> Image.Image:
         crop = self.crops[k]
         return draw_scene(self.scenes[k]) if crop is None else crop_scene(self.scenes[k], crop)
+
+    def thinking(self, wording: int = 0) -> str:
+        return conclusion(self.reasons, self.label, self.target, wording)
 
     def content_hashes(self) -> frozenset[str]:
         return frozenset(scene.content_hash() for scene in self.scenes)
@@ -57,7 +61,7 @@ def build_puzzle(
     question: str,
     target: int,
     thing: Thing,
-    thinking: str,
+    reasons: tuple[str, ...],
     *,
     crops: tuple[Box | None, ...] | None = None,
     box: Box | None = None,
@@ -73,7 +77,7 @@ def build_puzzle(
         target=target,
         box=box or thing.box,
         label=thing.kind.name,
-        thinking=thinking,
+        reasons=reasons,
         info=info,
         query=query,
     )

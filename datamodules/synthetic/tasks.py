@@ -1,6 +1,6 @@
 """The ten MIG-Bench tasks in the nano world, in MIG-Bench's own task names and question wording.
 
-A `Puzzle` is symbolic: scenes, question, answer, and a thinking text that states true facts. Each has exactly one right
+A `Puzzle` is symbolic: scenes, question, answer, and the reason for it, which is true of that answer alone. Each has exactly one right
 answer, and distractors make every image needed (tests/datamodules/synthetic/test_tasks.py solves them by brute force).
 """
 
@@ -22,7 +22,7 @@ from datamodules.synthetic.puzzles import (
     shuffled,
     thing_of,
 )
-from datamodules.synthetic.rationales import ORDINALS, conclusion
+from datamodules.synthetic.rationales import ORDINALS
 from datamodules.synthetic.single_image import crowd
 from datamodules.synthetic.world import KINDS, SIZES, Scene, Thing, random_background, random_scene
 
@@ -65,9 +65,8 @@ def common_object(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
     question = (
         f"These images share one object in common. Recognize and locate this object in the {target + 1}th image. "
     )
-    reason = rng.choice(("The only object in every image", "The object that all images share"))
-    thinking = conclusion(rng, reason, shared.name, target)
-    return build_puzzle("common_object", scenes, question, target, thing_of(scenes[target], shared), thinking)
+    reasons = ("The only object in every image", "The object that all images share")
+    return build_puzzle("common_object", scenes, question, target, thing_of(scenes[target], shared), reasons)
 
 
 def diff(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
@@ -76,9 +75,8 @@ def diff(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
     before, after, changed = change_one(rng, size, scale)
     scenes = [Scene(size, background, tuple(things)) for things in (before, after)]
     question = "Compare these two images carefully and give me the coordinates of their difference. "
-    reason = rng.choice(("The object that only image 2 has", "What is different"))
-    thinking = conclusion(rng, reason, changed.kind.name, 1)
-    return build_puzzle("diff", scenes, question, 1, changed, thinking)
+    reasons = ("The object that only image 2 has", "What is different")
+    return build_puzzle("diff", scenes, question, 1, changed, reasons)
 
 
 def region(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
@@ -91,14 +89,14 @@ def region(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
         "You are given a source image followed by its several regions. "
         f"Please locate the {index + 1}th region picture in the source image. "
     )
-    thinking = conclusion(rng, f"What region {index + 1} shows", things[index].kind.name, 0)
+    reasons = (f"What region {index + 1} shows",)
     return build_puzzle(
         "region",
         [source] * (len(things) + 1),
         question,
         0,
         things[index],
-        thinking,
+        reasons,
         crops=(None, *crops),
         box=crops[index],
         query=things[index],
@@ -112,9 +110,8 @@ def refer_grounding(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
     others = crowd_around(rng, kind)[: rng.choice((2, 3))]
     raw = random_scene(rng, shuffled(rng, [kind, *others]), scale=scale)
     question = "Find and locate where does the object in image-1 locate in the image-2."
-    reason = rng.choice(("The object of image 1", "The same object in both images"))
-    thinking = conclusion(rng, reason, kind.name, 1)
-    return build_puzzle("refer_grounding", [alone, raw], question, 1, thing_of(raw, kind), thinking)
+    reasons = ("The object of image 1", "The same object in both images")
+    return build_puzzle("refer_grounding", [alone, raw], question, 1, thing_of(raw, kind), reasons)
 
 
 def view_diff(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
@@ -133,8 +130,8 @@ def view_diff(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
         "Compare these two images carefully and give me the coordinates of their real difference in the second image. "
         " Find it and locate it in the second image. "
     )
-    thinking = conclusion(rng, "The real difference", changed.kind.name, 1)
-    return build_puzzle("view_diff", scenes, question, 1, thing_of(scenes[1], changed.kind), thinking)
+    reasons = ("The real difference",)
+    return build_puzzle("view_diff", scenes, question, 1, thing_of(scenes[1], changed.kind), reasons)
 
 
 def _views(rng: random.Random, scale: tuple[float, float], count: int) -> tuple[list[Scene], Thing]:
@@ -153,9 +150,9 @@ def multi_view(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
         "These images share one object in common(the object marked with red bounding box in the first image"
         f"{box_text(query.box)}. Recognize and locate this object in the {target + 1}th image. "
     )
-    thinking = conclusion(rng, "The marked object", query.kind.name, target)
+    reasons = ("The marked object",)
     return build_puzzle(
-        "multi_view", scenes, question, target, thing_of(scenes[target], query.kind), thinking, query=query
+        "multi_view", scenes, question, target, thing_of(scenes[target], query.kind), reasons, query=query
     )
 
 
@@ -177,9 +174,9 @@ def object_tracking(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
         "These are a sequence of images containing moving objects. For the object in the first image marked with red "
         f"bounding box{box_text(query.box)}, please locate it in the {target + 1}th image. "
     )
-    thinking = conclusion(rng, "The marked object", query.kind.name, target)
+    reasons = ("The marked object",)
     return build_puzzle(
-        "object_tracking", scenes, question, target, thing_of(scenes[target], query.kind), thinking, query=query
+        "object_tracking", scenes, question, target, thing_of(scenes[target], query.kind), reasons, query=query
     )
 
 
@@ -197,9 +194,9 @@ def group_grounding(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
     phrase = f"<|object_ref_start|>a {kind.name}<|object_ref_end|>"
     thing = thing_of(scenes[target], kind)
     info = f"It is in the {ORDINALS[target]} image. {box_text(thing.box)[1:-1]}. "
-    thinking = conclusion(rng, "What the sentence describes", kind.name, target)
+    reasons = ("What the sentence describes",)
     question = rng.choice(GROUP_GROUNDING).format(phrase)
-    return build_puzzle("group_grounding", scenes, question, target, thing, thinking, info=info)
+    return build_puzzle("group_grounding", scenes, question, target, thing, reasons, info=info)
 
 
 def reasoning(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
@@ -210,8 +207,8 @@ def reasoning(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
     right, wrong = sharing(rng, kind, attribute)
     raw = random_scene(rng, shuffled(rng, [right, *wrong]), scale=scale)
     question = f"{free_text} Find it and locate it in the second image. "
-    thinking = conclusion(rng, f"What has the same {attribute}", right.name, 1)
-    return build_puzzle("reasoning", [alone, raw], question, 1, thing_of(raw, right), thinking, info=free_text)
+    reasons = (f"What has the same {attribute}",)
+    return build_puzzle("reasoning", [alone, raw], question, 1, thing_of(raw, right), reasons, info=free_text)
 
 
 def correspondence(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
@@ -227,8 +224,8 @@ def correspondence(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
         "identify and locate the corresponding area in the second image that serves a similar function or shares a "
         "similar meaning. "
     )
-    thinking = conclusion(rng, "The counterpart of the marked object", right.name, 1)
-    return build_puzzle("correspondence", scenes, question, 1, thing_of(second, right), thinking, query=query)
+    reasons = ("The counterpart of the marked object",)
+    return build_puzzle("correspondence", scenes, question, 1, thing_of(second, right), reasons, query=query)
 
 
 MAKERS: dict[str, Callable[[random.Random, tuple[float, float]], Puzzle]] = {

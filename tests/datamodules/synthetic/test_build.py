@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -172,3 +173,29 @@ def test_single_image_questions_name_a_thing_or_give_its_box_never_both() -> Non
         assert (sample.answer.label in text) == (not boxes), text
         pointing += bool(boxes)
     assert len(singles) > 20 and 0.25 < pointing / len(singles) < 0.75
+
+
+def test_a_thinking_text_s_wording_follows_from_the_question_s() -> None:
+    words: dict[tuple[str, str], set[str]] = {}
+    for index in range(600):
+        sample = training_puzzle("sft", 0, index)[0]
+        question = "".join(part.text for part in sample.messages if isinstance(part, TextPart))
+        if sample.task != "single":
+            text = re.sub(r"\d+", "#", sample.thinking.replace(sample.answer.label, "*"))
+            question = re.sub(r"\d+|first|second|third|fourth|fifth", "#", question)
+            words.setdefault((sample.task, question), set()).add(text)
+    assert all(len(texts) == 1 for texts in words.values()), words
+    assert len({text for texts in words.values() for text in texts}) >= 15
+
+
+def test_some_referring_questions_give_the_box_of_the_object_in_image_1_and_never_that_of_the_answer() -> None:
+    count = 0
+    for index in range(300):
+        sample = training_puzzle("sft", 0, index)[0]
+        boxes = [part for part in sample.messages if isinstance(part, BoxPart)]
+        if boxes and sample.task != "single":
+            assert sample.task == "refer_grounding" and sample.answer.image == 1
+            (part,) = boxes
+            assert part.image == 0 and part.box != sample.answer.box
+            count += 1
+    assert count > 10

@@ -288,11 +288,11 @@ REASONS = {
 
 @pytest.mark.parametrize("task", TASKS)
 def test_thinking_states_true_facts(task: str) -> None:
-    for puzzle in puzzles(task):
-        match = THINKING.fullmatch(puzzle.thinking)
+    for number, puzzle in enumerate(puzzles(task)):
+        match = THINKING.fullmatch(puzzle.thinking(number))
         reason = (match["reason"] or match["reason2"]).lower()
-        (number,) = re.findall(r"the (\d+)th region", puzzle.question) or [0]
-        assert reason in REASONS.get(task, {f"what region {number} shows"})
+        (region,) = re.findall(r"the (\d+)th region", puzzle.question) or [0]
+        assert reason in REASONS.get(task, {f"what region {region} shows"})
         if task == "reasoning":
             (attribute,) = {meant for word, meant in ATTRIBUTE_WORDS.items() if word in puzzle.question}
             assert reason.endswith(attribute)
@@ -306,8 +306,8 @@ def test_thinking_states_true_facts(task: str) -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_thinking_comes_in_several_wordings(task: str) -> None:
     wordings = set()
-    for puzzle in puzzles(task):
-        text = puzzle.thinking
+    for number, puzzle in enumerate(puzzles(task)):
+        text = puzzle.thinking(number)
         for kind in {kind for scene in puzzle.scenes for kind in scene.kinds}:
             text = text.replace(kind.name, "*")
         wordings.add(re.sub(r"\d+|(hollow )?\*(, (hollow )?\*)*", "#", text))
