@@ -1,7 +1,8 @@
 """The ten MIG-Bench tasks in the nano world, in MIG-Bench's own task names and question wording.
 
-A `Puzzle` is symbolic: scenes, question, answer, and the reason for it, which is true of that answer alone. Each has exactly one right
-answer, and distractors make every image needed (tests/datamodules/synthetic/test_tasks.py solves them by brute force).
+A `Puzzle` is symbolic: scenes, question, answer, and the reason for it, which is true of that answer alone. Each has
+exactly one right answer, and distractors make every image needed (tests/datamodules/synthetic/test_tasks.py solves them
+by brute force).
 """
 
 from __future__ import annotations
