@@ -74,11 +74,11 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as {"a.b": value}. Members of a list that have a class_path are named by it, not by place."""
+    """Nested settings as {"a.b": value}. A member of a list that has a class_path is named by it, not by its place."""
     if isinstance(value, Mapping):
         items = [(str(name), member) for name, member in value.items()]
     elif isinstance(value, Sequence) and any(isinstance(member, Mapping) for member in value):
-        items = [(str(_class_name(member) or place), member) for place, member in enumerate(value)]
+        items = [_named(member, place) for place, member in enumerate(value)]
     else:
         return {prefix: value}
     flat: dict[str, Any] = {}
@@ -105,9 +105,12 @@ def _cell(config: Mapping[str, Any], name: str) -> str:
     return "–" if name not in config else "null" if config[name] is None else str(config[name])
 
 
-def _class_name(member: Any) -> str | None:
+def _named(member: Any, place: int) -> tuple[str, Any]:
+    """The name and the arguments of a list's member."""
     path = member.get("class_path") if isinstance(member, Mapping) else None
-    return path.rpartition(".")[2] if isinstance(path, str) else None
+    if not isinstance(path, str):
+        return str(place), member
+    return path.rpartition(".")[2], member.get("init_args") or "with its defaults"
 
 
 def _is_phase(path: Path) -> bool:

@@ -15,7 +15,7 @@ function make(tag, attributes = {}, ...children) {
 }
 
 const fixed = (value, digits = 2) => (value === null || value === undefined ? "–" : value.toFixed(digits));
-const signed = (value) => (value > 0 ? "+" : value < 0 ? "−" : "±") + Math.abs(value).toFixed(2);
+const signed = (value) => (value > 0 ? "+" : value < 0 ? "−" : "") + Math.abs(value).toFixed(2);
 
 // Accuracy by task
 
@@ -196,18 +196,23 @@ function rectangle(box, attributes) {
   return make("rect", { x: left, y: top, width: Math.abs(x2 - x1), height: Math.abs(y2 - y1), ...attributes });
 }
 
+/** A model's JSON on one line, without its fence; the raw text is behind "as written". */
+const brief = (answer) => answer.replace(/```(json)?/g, "").replace(/\s+/g, " ").trim();
+
 function completionItem(card, completion, k) {
   const { reward, advantage } = completion;
+  const raw = make("pre", { hidden: "" }, completion.text);
+  const button = make("button", { type: "button", class: "link" }, "as written");
+  button.addEventListener("click", () => { raw.hidden = !raw.hidden; });
   const score = make("p", { class: "score" }, make("b", {}, `reward ${fixed(reward.total)}`),
-    ` IoU ${fixed(reward.accuracy)} · format ${reward.format} · `,
-    make("span", { class: advantage < 0 ? "loss" : "gain" }, `advantage ${signed(advantage)}`));
+    ` · IoU ${fixed(reward.accuracy)} · format ${reward.format} · `,
+    make("span", { class: ["loss", "", "gain"][1 + Math.sign(advantage)] }, `advantage ${signed(advantage)}`));
   if (reward.failure) score.append(make("span", { class: "badge" }, reward.failure));
+  score.append(button);
   const item = make("li", {}, score);
-  if (completion.thinking) item.append(make("p", { class: "thinking" }, completion.thinking));
-  if (completion.thinking !== null && completion.answer !== null) item.append(make("pre", {}, completion.answer.trim()));
-  else item.append(make("pre", {}, completion.text || "(empty)"));
-  const details = make("details", {}, make("summary", {}, "as written"), make("pre", {}, completion.text));
-  if (completion.thinking !== null) item.append(details);
+  const parsed = completion.thinking !== null && completion.answer !== null;
+  if (parsed) item.append(make("p", { class: "thinking" }, completion.thinking));
+  item.append(make("code", {}, parsed ? brief(completion.answer) : completion.text || "(empty)"), raw);
   const mark = (on) => () => {
     card.classList.toggle("one", on);
     for (const box of card.querySelectorAll(`[data-completion="${k}"]`)) box.classList.toggle("chosen", on);
