@@ -111,7 +111,7 @@ def _axes(x_range: tuple[float, float], y_range: tuple[float, float]) -> list[st
         parts.append(_text(LEFT - 5, y + 4, f"{y_value:.3g}", anchor="end"))
         x_value = x_range[0] + k / 4 * (x_range[1] - x_range[0])
         x, _ = _place(x_value, y_range[0], x_range, y_range)
-        parts.append(_text(x, HEIGHT - BOTTOM + 16, f"{x_value:.0f}", anchor="middle"))
+        parts.append(_text(x, HEIGHT - BOTTOM + 16, f"{x_value:.0f}", anchor="middle" if k < 4 else "end"))
     return parts
 
 

@@ -223,13 +223,10 @@ function completionItem(card, completion, k) {
 }
 
 async function chooseLog() {
-  byId("task").replaceChildren(make("option", { value: "" }, "all"));
-  try {
-    const index = await readIndex(byId("log").value);
-    byId("task").append(...index.tasks.map((task, k) => make("option", { value: k }, task || "(not logged)")));
-  } finally {
-    firstPage();
-  }
+  const index = await readIndex(byId("log").value).catch(() => ({ tasks: [] })); // showGroups says what is missing
+  byId("task").replaceChildren(make("option", { value: "" }, "all"),
+    ...index.tasks.map((task, k) => make("option", { value: k }, task || "(not logged)")));
+  return firstPage();
 }
 
 function firstPage() { byId("page").value = 1; return showGroups(); }
