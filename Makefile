@@ -14,6 +14,7 @@ ARGS ?=
 SOURCE ?=
 ROOT ?=
 SEED ?=
+RUNS ?=
 NANO := experiments/configs/nano
 # $(call config,name): the YAML asked for, or the nano one of that name.
 config = --config $(or $(CONFIG),$(NANO)/$(1).yaml)
@@ -28,7 +29,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help pipeline base shards sft grpo eval rescore synthesize tables report bench bench-gpu lint test test-slow clean
+.PHONY: help pipeline base shards sft grpo eval rescore synthesize tables report compare dashboard bench bench-gpu lint test test-slow clean
 
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +80,12 @@ synthesize: $(STAMP)  ## CoT data from a teacher: nano's own CoT-SFT model, serv
 
 report: $(STAMP)  ## Rewrite report.html from a finished or running experiment: ARGS="--folder outputs/nano-seed1"
 	$(PY) -m experiments.report $(ARGS)
+
+compare: $(STAMP)  ## One page that compares runs, with their rollouts: RUNS="outputs/nano outputs/nano-seed1/grpo"
+	$(PY) -m experiments.compare --runs $(or $(RUNS),outputs/nano) $(ARGS)
+
+dashboard: $(STAMP)  ## The same as a W&B report (needs a key): ARGS="--experiments nano nano-seed1"
+	$(PY) -m experiments.wandb_report $(ARGS)
 
 bench: $(STAMP)  ## Time GRPO and SFT steps beside TRL's on the nano base, and how ours grow: ARGS="--threads 1"
 	$(OFFLINE) $(PY) -m experiments.bench.run --shapes nano $(ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from datamodules.batches import ImageError, load_image
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
 from datamodules.benchmarks.mig_scoring import Prediction
 from datamodules.boxes import Box, ImageGeometry
-from datamodules.samples import BoxPart, Sample, TextPart
+from datamodules.samples import BoxPart, LoadedSample, Sample, TextPart
 
 WIDTH = 640  # pixels; every preview is as wide
 FONT_SIZE = 14
@@ -105,23 +106,36 @@ class Previews(Callback):
         )
         folder = Path(self.folder or Path(trainer.default_root_dir) / "previews") / f"step_{trainer.global_step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
-        rows = []
-        for sample, prediction in zip(self.samples, predictions, strict=True):
-            try:
-                image = load_image(load(sample).images[sample.answer.image], encoder.max_image_pixels)
-            except ImageError:
-                continue  # the evaluation has warned of it
-            preview = draw_preview(image, sample, prediction)
+        rows = draw_previews(self.samples, predictions, load, encoder.max_image_pixels)
+        for sample, _, preview in rows:
             preview.save(folder / f"{sample.task}_{sample.id.rpartition('/')[2]}.png")
-            rows.append((sample, prediction, preview))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                _log_table(logger, rows)
+                table = preview_table(rows)
+                logger.log_table("previews", columns=table.columns, data=table.data)
 
 
-def _log_table(logger: WandbLogger, rows: list[tuple[Sample, Prediction, Image.Image]]) -> None:
+def draw_previews(
+    samples: Sequence[Sample],
+    predictions: Sequence[Prediction],
+    load: Callable[[Sample], LoadedSample],
+    max_image_pixels: int,
+) -> list[tuple[Sample, Prediction, Image.Image]]:
+    """Each sample with its prediction and its preview; without those whose image cannot be read, of which the
+    evaluation has warned."""
+    rows = []
+    for sample, prediction in zip(samples, predictions, strict=True):
+        try:
+            image = load_image(load(sample).images[sample.answer.image], max_image_pixels)
+        except ImageError:
+            continue
+        rows.append((sample, prediction, draw_preview(image, sample, prediction)))
+    return rows
+
+
+def preview_table(rows: Sequence[tuple[Sample, Prediction, Image.Image]]) -> Any:
+    """A `wandb.Table` of the previews."""
     import wandb
 
-    columns = ["task", "id", "preview", "iou", "text"]
     data = [[s.task, s.id, wandb.Image(preview), p.iou, p.text] for s, p, preview in rows]
-    logger.log_table("previews", columns=columns, data=data)
+    return wandb.Table(columns=["task", "id", "preview", "iou", "text"], data=data)

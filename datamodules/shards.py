@@ -13,7 +13,7 @@ import json
 import os
 import tarfile
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,31 @@ class ShardReader:
 
     def read(self, number: int) -> LoadedSample:
         """Raises SampleError: "manifest_mismatch", "corrupt_member", "bad_json", "missing_image", or a Sample rule."""
+        sample, path, members = self._read(number)
+        # "0.jpg" holds image 0: the extension is for people, decoding looks at the bytes.
+        found = {name.split(".")[0]: extent for name, extent in members.items()}
+        missing = [k for k in range(len(sample.images)) if str(k) not in found]
+        if missing:
+            raise SampleError(sample.id, "missing_image", f"images {missing} are not in the tar")
+        with path.open("rb") as file:
+            return LoadedSample(sample, tuple(_read_at(file, found[str(k)]) for k in range(len(sample.images))))
+
+    def find(self, ids: Collection[str]) -> dict[str, int]:
+        """The number of each sample of `ids` that is there: its first, by id. Reads no images; skips bad samples."""
+        found: dict[str, int] = {}
+        for number in range(self.count if ids else 0):
+            try:
+                name = self._read(number)[0].id
+            except SampleError:
+                continue  # nothing was trained on it
+            if name in ids:
+                found.setdefault(name, number)
+                if len(found) == len(ids):
+                    break
+        return found
+
+    def _read(self, number: int) -> tuple[Sample, Path, dict[str, tuple[int, int]]]:
+        """A sample without its images, its shard, and where its members lie in that."""
         shard = bisect.bisect_right(self.starts, number) - 1
         index = number - self.starts[shard]
         place = f"{self.paths[shard].name}:{index}"  # the name of a sample whose own id cannot be read
@@ -186,13 +211,7 @@ class ShardReader:
         if "json" not in members:
             raise SampleError(place, "corrupt_member", "the tar has no readable header for its .json")
         with self.paths[shard].open("rb") as file:
-            sample = _parse_sample(place, _read_at(file, members["json"]))
-            # "0.jpg" holds image 0: the extension is for people, decoding looks at the bytes.
-            found = {name.split(".")[0]: extent for name, extent in members.items()}
-            missing = [k for k in range(len(sample.images)) if str(k) not in found]
-            if missing:
-                raise SampleError(sample.id, "missing_image", f"images {missing} are not in the tar")
-            return LoadedSample(sample, tuple(_read_at(file, found[str(k)]) for k in range(len(sample.images))))
+            return _parse_sample(place, _read_at(file, members["json"])), self.paths[shard], members
 
     def _table(self, shard: int) -> dict[int, dict[str, tuple[int, int]]]:
         if shard not in self._tables:

@@ -6,14 +6,19 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 COLOURS = ("#3465a4", "#c4542d", "#4e8a2e", "#8257a8", "#b08a1e", "#2f8f8f")
+DASHES = ("none", "6 3", "2 3")
 Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 420, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 26, 30  # margins for the axis labels and the title
 
 
-def line_chart(title: str, curves: Mapping[str, Points]) -> str:
-    """Curves over training steps. `curves` maps a legend to its (step, value) points; empty curves are left out."""
+def line_chart(title: str, curves: Mapping[str, Points], legend: Sequence[str] | None = None) -> str:
+    """Curves over training steps. `curves` maps a legend to its (step, value) points; empty curves are left out.
+
+    `legend`: names in the order of a legend that the page shows itself, for many charts of the same curves. A curve has
+    the colour of its place there, `curve_style`, and lies in <g data-curve="place">.
+    """
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
         return ""
@@ -21,13 +26,16 @@ def line_chart(title: str, curves: Mapping[str, Points]) -> str:
     ys = [y for points in curves.values() for _, y in points]
     x_range, y_range = _widen(min(xs), max(xs), 0.0), _widen(min(ys), max(ys), 0.05)
     parts = [_frame(title), *_axes(x_range, y_range)]
-    for k, (name, points) in enumerate(curves.items()):
-        colour = COLOURS[k % len(COLOURS)]
+    for place, (name, points) in enumerate(curves.items()):
+        k = place if legend is None else legend.index(name)
+        colour, dash = curve_style(k)
+        parts.append(f'<g data-curve="{k}" stroke-dasharray="{dash}">')
         if len(points) > 20:
             parts.append(_polyline(points, x_range, y_range, colour, opacity=0.25))
             points = smooth(points)
-        parts.append(_polyline(points, x_range, y_range, colour))
-        parts.append(_text(WIDTH - RIGHT, TOP + 14 * (k + 1) - 2, name, anchor="end", colour=colour))
+        parts.append(_polyline(points, x_range, y_range, colour) + "</g>")
+        if legend is None:
+            parts.append(_text(WIDTH - RIGHT, TOP + 14 * (k + 1) - 2, name, anchor="end", colour=colour))
     return _svg(WIDTH, HEIGHT, parts)
 
 
@@ -56,6 +64,11 @@ def bar_chart(title: str, groups: Sequence[str], series: Mapping[str, Mapping[st
     for k, name in enumerate(series):
         parts.append(_text(LEFT + 90 * k, height - 6, "■ " + name, colour=COLOURS[k % len(COLOURS)]))
     return _svg(width, height, parts)
+
+
+def curve_style(place: int) -> tuple[str, str]:
+    """Colour and SVG dash pattern of the curve at a place in the legend."""
+    return COLOURS[place % len(COLOURS)], DASHES[place // len(COLOURS) % len(DASHES)]
 
 
 def smooth(points: Points, share: float = 0.05) -> list[tuple[float, float]]:
@@ -98,7 +111,7 @@ def _axes(x_range: tuple[float, float], y_range: tuple[float, float]) -> list[st
         parts.append(_text(LEFT - 5, y + 4, f"{y_value:.3g}", anchor="end"))
         x_value = x_range[0] + k / 4 * (x_range[1] - x_range[0])
         x, _ = _place(x_value, y_range[0], x_range, y_range)
-        parts.append(_text(x, HEIGHT - BOTTOM + 16, f"{x_value:.0f}", anchor="middle"))
+        parts.append(_text(x, HEIGHT - BOTTOM + 16, f"{x_value:.0f}", anchor="middle" if k < 4 else "end"))
     return parts
 
 

@@ -10,6 +10,7 @@ Killed and started again, it goes on after the last batch of answers.
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ from jsonargparse import auto_cli
 
 from callbacks.evaluation import EvaluationSettings
 from callbacks.mig_bench import evaluate_mig_bench, evaluation_key, limit_tasks, summary_metrics
+from callbacks.previews import draw_previews
 from datamodules.artefacts import Journal, read_json, write_json
 from datamodules.batches import Encoder
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
@@ -94,7 +96,11 @@ def evaluate(
         write_json(folder / "mig_bench.json", {"key": key, "model": model, "limit_per_task": limit_per_task} | summary)
     print(format_table(summary), flush=True)
     if folder == home:
-        tracking.log_evaluation(folder, key, summary_metrics(summary, "mig_bench"))
+        settings = {"model": model, "annotations": annotations, "dtype": dtype} | form | limits | asdict(decoding)
+        by_id = {prediction.id: prediction for prediction in found}
+        drawn = limit_tasks(samples, 1)
+        rows = draw_previews(drawn, [by_id[sample.id] for sample in drawn], load, max_image_pixels)
+        tracking.log_evaluation(folder, key, summary_metrics(summary, "mig_bench"), settings, rows)
 
 
 def default_output(model: str) -> str:

@@ -181,7 +181,9 @@ def _log(home: Path, results: dict[str, dict[str, Any]]) -> None:
         cells = result["columns"] | result["averages"]
         values |= {f"{name}/{column}": cell["score"] for column, cell in cells.items()}
     folder = home.parent if (home.parent / "config.yaml").is_file() else home
-    tracking.log_evaluation(folder, fingerprint([result["key"] for result in results.values()]), values)
+    fields = ("model", "data_root", "key")
+    settings = {name: {field: result[field] for field in fields} for name, result in results.items()}
+    tracking.log_evaluation(folder, fingerprint([result["key"] for result in results.values()]), values, settings)
 
 
 def main(args: list[str] | None = None) -> None:

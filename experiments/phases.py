@@ -26,8 +26,10 @@ def write_marker(folder: Path, name: str = DONE, **content: object) -> None:
     write_json(Path(folder) / name, content)
 
 
-def claim(folder: Path, key: str, say: Callable[[str], None] = print) -> bool:
+def claim(folder: Path, key: str, say: Callable[[str], None] = print, **facts: object) -> bool:
     """Prepare a phase folder for the run with the hash `key`; True when that run is already done.
+
+    `facts` of the run that begins, such as the commit, are written down beside its hash.
 
     A folder that holds a run with another hash is moved aside whole: nothing computed is lost, nothing old is reused.
     """
@@ -37,7 +39,7 @@ def claim(folder: Path, key: str, say: Callable[[str], None] = print) -> bool:
     started = read_marker(folder, STARTED).get("key")
     if started is not None and started != key:
         say(f"{folder} holds a run with other settings or inputs: moved to {set_aside(folder)}")
-    write_marker(folder, STARTED, key=key)
+    write_marker(folder, STARTED, key=key, **facts)
     return False
 
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import netrc
 import os
+import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from datamodules.artefacts import write_atomic
 from experiments import metrics
+from experiments.results import current_commit
+
+PROJECT = "multi-image-grounding"
 
 
 def choose_wandb_mode() -> str:
     """Set WANDB_MODE to offline where no key is found, unless the user set it; the mode."""
     if not os.environ.get("WANDB_MODE"):
-        os.environ["WANDB_MODE"] = "online" if _has_key() else "offline"
+        os.environ["WANDB_MODE"] = "online" if has_key() else "offline"
     os.environ.setdefault("WANDB_SILENT", "true")
     return os.environ["WANDB_MODE"]
 
@@ -28,18 +33,31 @@ def wandb_run_id(folder: Path, key: str) -> str:
     return file.read_text().strip()
 
 
-def wandb_identity(folder: Path, run_id: str) -> dict[str, str]:
-    """How the run of outputs/<experiment>/<phase> is found on W&B, again after a resume."""
+def wandb_identity(folder: Path, run_id: str) -> dict[str, Any]:
+    """How the run of outputs/<experiment>/<phase> is found on W&B, again after a resume.
+
+    Tags: the experiment without its seed, the seed, if the name has one, and the phase.
+    """
     phase = Path(folder).resolve()
-    names = {"group": phase.parent.name, "job_type": phase.name, "name": f"{phase.parent.name}/{phase.name}"}
-    return {"project": "multi-image-grounding", "id": run_id, "resume": "allow"} | names
+    experiment = phase.parent.name
+    names = {"group": experiment, "job_type": phase.name, "name": f"{experiment}/{phase.name}"}
+    tags = [tag for tag in re.split(r"-(?=seed\d+$)", experiment) if tag] + [phase.name]
+    names["tags"] = [tag[:64] for tag in dict.fromkeys(tags)]  # W&B refuses longer ones
+    return {"project": PROJECT, "id": run_id, "resume": "allow"} | names
 
 
-def log_evaluation(folder: Path, key: str, values: Mapping[str, float]) -> None:
+def log_evaluation(
+    folder: Path,
+    key: str,
+    values: Mapping[str, float],
+    settings: Mapping[str, Any],
+    previews: Sequence[Sequence[Any]] = (),
+) -> None:
     """Log an evaluation behind the last training step of the W&B run of the phase in `folder`.
 
-    A folder that nothing was trained in, such as the base model's, gets a run of its own, by the evaluation's key. A
-    phase that was trained without W&B stays without.
+    `settings` go into the run's config as "evaluation", with the commit; `previews` are rows of
+    `callbacks.previews.preview_table`. A folder that nothing was trained in, such as the base model's, gets a run of
+    its own, by the evaluation's key. A phase that was trained without W&B stays without.
     """
     import wandb
 
@@ -52,10 +70,19 @@ def log_evaluation(folder: Path, key: str, values: Mapping[str, float]) -> None:
     step = int(rows[-1]["step"]) + 1 if rows else 0
     with wandb.init(dir=str(folder), reinit="finish_previous", **identity) as run:
         run.define_metric("*", step_metric="trainer/global_step", step_sync=True)  # the axis that WandbLogger uses
+        facts = {"commit": current_commit(Path(__file__).parent)}
+        run.config.update({"evaluation": dict(settings) | facts}, allow_val_change=True)
+        if previews:
+            from callbacks.previews import (
+                preview_table,  # loads Lightning, which evaluating a served model does without
+            )
+
+            values = {**values, "previews": preview_table(previews)}
         run.log({**values, "trainer/global_step": step})
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
+    """Whether there is a key of the W&B server in the environment or in .netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]

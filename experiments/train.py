@@ -27,6 +27,7 @@ from datamodules.artefacts import fingerprint, path_fingerprint, write_atomic
 from datamodules.boxes import Convention
 from datamodules.multi_image import MultiImageData
 from experiments import checks, metrics, phases
+from experiments.results import current_commit
 from experiments.tracking import choose_wandb_mode, wandb_identity, wandb_run_id
 
 # Settings that say how a run is shown or where it runs, not what it computes.
@@ -42,6 +43,7 @@ class TrainCLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None) -> None:
         self.stack = ExitStack()
+        self.commit = current_commit(Path(__file__).parent)
         # Lightning's own calls, not ours, use what newer versions of jsonargparse have renamed.
         os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
         super().__init__(
@@ -85,7 +87,7 @@ class TrainCLI(LightningCLI):
         self.key = run_key(settings)
         if self.is_leader:
             self.stack.enter_context(phases.locked(self.folder))
-            done = phases.claim(self.folder, self.key)
+            done = phases.claim(self.folder, self.key, commit=self.commit)
         else:
             done = phases.wait_for_claim(self.folder, self.key)
         if done:
@@ -130,7 +132,11 @@ def run_key(settings: dict) -> str:
     trainer = {name: value for name, value in settings["trainer"].items() if name not in NOT_IN_KEY}
     ignored = ("trainer", "config", "outputs", "experiment", "phase")
     rest = {name: value for name, value in settings.items() if name not in ignored}
-    inputs = [settings["model"]["init_args"]["model"], *checks.shard_folders(settings)]
+    model = dict(settings["model"]["init_args"])
+    if model.pop("rollout_log_every", None):  # what is written down of a run does not change it
+        model["rollout_log"] = None
+    rest["model"] = settings["model"] | {"init_args": model}
+    inputs = [model["model"], *checks.shard_folders(settings)]
     return fingerprint(trainer, rest, [path_fingerprint(path) for path in inputs])
 
 
@@ -144,7 +150,7 @@ def fit(cli: TrainCLI) -> None:
     """Train to the end, from the last checkpoint where there is one, and mark the phase as done."""
     for logger in cli.trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_hyperparams(cli.settings())
+            logger.log_hyperparams(cli.settings() | {"commit": cli.commit})
     checkpoint = last_checkpoint(cli.folder)
     if checkpoint and cli.is_leader:
         print(f"going on from {checkpoint}", flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass
@@ -13,11 +12,12 @@ import torch
 from torch import Tensor
 
 from datamodules.batches import Batch, PromptItem
-from datamodules.boxes import Convention
+from datamodules.boxes import Convention, geometries_to_json
 from lightning_modules.grpo_metrics import StepSums
 from lightning_modules.objectives import Reduction, equal_groups, group_advantages, grpo_loss
 from lightning_modules.policy_module import PolicyModule, derive_seed
 from lightning_modules.rewards import Reward, reward
+from lightning_modules.rollout_log import RolloutLog
 from lightning_modules.rollouts import NativeEngine, Rollout, RolloutEngine, RolloutSettings
 from lightning_modules.shared_prefix import PackedRows, pack_rows
 
@@ -45,8 +45,9 @@ class GRPO(PolicyModule):
     eq. 2 literally; loss_reduction as in `grpo_loss`. skip_equal_groups: groups whose rewards are all equal are not
     trained on at all (else they get the KL gradient). mask_truncated: completions without an end are not trained on;
     they count in their group's mean all the same. Neither is in the loss's normaliser: their tokens are left out of the
-    packed rows. rollout_log: JSONL of every group (of a resumed run, a batch's last line counts). rollout_prompts:
-    prompts decoded together. The other fields: `PolicyModule`.
+    packed rows. rollout_log: JSONL of the groups of every `rollout_log_every`-th batch; a relative path lies in the
+    phase's folder (`rollout_log.py` reads it). rollout_prompts: prompts decoded together. The other fields:
+    `PolicyModule`.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class GRPO(PolicyModule):
         mask_truncated: bool = False,
         rollout_prompts: int = 32,
         rollout_log: str | None = None,
+        rollout_log_every: int = 1,
         learning_rate: float = 5e-5,
         **policy: Any,
     ) -> None:
@@ -78,9 +80,11 @@ class GRPO(PolicyModule):
         self.accuracy_weight, self.format_weight = accuracy_weight, format_weight
         self.epochs_per_rollout, self.minibatches, self.old_log_probs = epochs_per_rollout, minibatches, old_log_probs
         self.skip_equal_groups, self.mask_truncated = skip_equal_groups, mask_truncated
-        self.rollout_prompts, self.rollout_log = rollout_prompts, rollout_log
+        self.rollout_prompts = rollout_prompts
+        self.rollout_log, self.rollout_log_every = rollout_log, rollout_log_every
         self.engine: RolloutEngine | None = None
         self.last_rollouts: list[dict[str, Any]] = []  # of the last batch, for callbacks
+        self._log: RolloutLog | None = None
         self._window: list[Group] = []
         self._sums = StepSums()
         self.check_settings()
@@ -89,7 +93,8 @@ class GRPO(PolicyModule):
         faults = super().faults()
         if self.group_size < 2:
             faults.append(f"group_size={self.group_size}: an advantage needs a group of at least 2")
-        for name in ("temperature", "max_new_tokens", "epochs_per_rollout", "minibatches", "rollout_prompts"):
+        positive = ("temperature", "max_new_tokens", "epochs_per_rollout", "minibatches", "rollout_prompts")
+        for name in (*positive, "rollout_log_every"):
             if getattr(self, name) <= 0:
                 faults.append(f"{name}={getattr(self, name)} must be greater than 0")
         if self.beta < 0:
@@ -183,6 +188,9 @@ class GRPO(PolicyModule):
                 "update": self.global_step,
                 "batch": self.num_batches,
                 "id": item.sample.id,
+                "task": item.sample.task,
+                "answer": item.sample.to_json()["answer"],
+                "sizes": geometries_to_json(item.geometries),
                 "texts": [rollout.text for rollout in rollouts[index]],
                 "rewards": [asdict(parts) for parts in rewards[index]],
                 "advantages": advantages[index].tolist(),
@@ -192,13 +200,11 @@ class GRPO(PolicyModule):
         ]
         for group, group_rewards, is_equal in zip(rollouts, rewards, equal.tolist(), strict=True):
             self._sums.add_group(group, group_rewards, is_equal)
-        if self.rollout_log is not None:
-            path = Path(self.rollout_log)
-            if self.trainer.world_size > 1:
-                path = path.with_stem(f"{path.stem}-rank{self.global_rank}")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
-                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in self.last_rollouts)
+        if self.rollout_log is not None and self.num_batches % self.rollout_log_every == 0:
+            if self._log is None:
+                path = Path(self.trainer.default_root_dir) / self.rollout_log
+                self._log = RolloutLog(path, self.global_rank, self.trainer.world_size)
+            self._log.append(self.last_rollouts)
 
     # Updating
 

@@ -208,3 +208,15 @@ def test_shard_that_is_not_the_manifests_is_not_trusted(tmp_path: Path) -> None:
     for number, fault in ((0, "bytes, the manifest says"), (8, "in the manifest but not in")):
         with pytest.raises(SampleError, match=fault):
             reader.read(number)
+
+
+def test_samples_are_found_by_id_over_folders_and_bad_ones_are_passed_over(tmp_path: Path) -> None:
+    samples = write(tmp_path / "a", 6)
+    with ShardWriter(tmp_path / "b") as writer:
+        writer.add(make_sample("other"))
+        writer.add(make_sample("s1"))
+    rewrite_tar(tmp_path / "a", lambda name, data: None if name == "00000_000002.json" else data)
+    reader = ShardReader([tmp_path / "a", tmp_path / "b"])
+    assert reader.find({"s0", "s1", "s2", "s5", "other", "nowhere"}) == {"s0": 0, "s1": 1, "s5": 5, "other": 6}
+    assert reader.read(reader.find({"s5"})["s5"]).images == samples[5].images
+    assert reader.find(set()) == {}

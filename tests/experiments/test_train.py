@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,6 +11,7 @@ import yaml
 
 from datamodules.artefacts import read_json
 from experiments import metrics, train
+from lightning_modules.rollout_log import read_index
 from tests.experiments.conftest import ROOT, Workbench
 
 REJECTION = {
@@ -102,6 +102,8 @@ def test_the_key_follows_what_is_computed(workbench: Workbench) -> None:
         return Parsed(["--config", config, *more]).key
 
     assert key() == key("--trainer.log_every_n_steps=7", "--trainer.logger=false", "--outputs=elsewhere")
+    grpo = workbench.training("grpo")
+    assert key("--config", grpo) == key("--config", grpo, "--model.rollout_log=a.jsonl", "--model.rollout_log_every=3")
     different = [key(), key("--seed_everything=1"), key("--model.learning_rate=1e-5"), key("--trainer.max_steps=3")]
     assert len(set(different)) == 4
 
@@ -120,21 +122,17 @@ def test_a_stopped_grpo_run_ends_as_one_left_alone(workbench: Workbench, kill: s
     more = ("--trainer.max_steps=6", "--model.beta=0.1")
 
     def rollouts(phase: str) -> list[dict]:
-        path = workbench.root / f"{phase}.jsonl"
-        found = {}
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
-            found[record["batch"], record["id"]] = record
-        return [found[key] for key in sorted(found)]
+        return [group.read() for group in read_index(workbench.outputs / "tiny" / phase / "rollouts.jsonl")]
 
     for phase in ("whole", "stopped"):
-        arguments = (*more, f"--phase={phase}", f"--model.rollout_log={workbench.root / phase}.jsonl")
+        arguments = (*more, f"--phase={phase}", "--model.rollout_log=rollouts.jsonl")
         if phase == "stopped":
             # Four rewards a batch: in the middle of the third.
             assert run_apart(config, *arguments, log=log, STOP_SIGNAL=int(kill), STOP_AT=10) != 0, log.read_text()
         assert run_apart(config, *arguments, log=log) == 0, log.read_text()
     assert "going on from" in log.read_text()
     assert rollouts("whole") == rollouts("stopped")
+    assert [group["batch"] for group in rollouts("stopped")] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     curves = {}
     for phase in ("whole", "stopped"):
         rows = metrics.read_rows(workbench.outputs / "tiny" / phase)

@@ -13,6 +13,7 @@ from lightning_modules.grpo import GRPO
 from lightning_modules.objectives import REDUCTIONS, GRPOTerms
 from lightning_modules.policy_module import NonFiniteLoss, derive_seed
 from lightning_modules.rewards import Reward
+from lightning_modules.rollout_log import read_index
 from lightning_modules.shared_prefix import pack_rows
 from tests.lightning_modules.conftest import trained_weights
 
@@ -259,6 +260,12 @@ def test_rollouts_are_logged(build, make_items, fit, easy, tmp_path):
     assert [line["id"] for line in lines] == ["sample/0", "sample/1", "sample/2", "sample/0"]
     assert lines[-2:] == module.last_rollouts
     assert len(lines[0]["texts"]) == len(lines[0]["rewards"]) == len(lines[0]["advantages"]) == 4
+    assert lines[0]["task"] == "referring" and lines[0]["answer"]["box"] == [0.1, 0.2, 0.6, 0.9]
+
+
+def test_every_other_batch_is_logged_in_the_runs_folder(build, make_items, fit, easy, tmp_path):
+    fit(build(rollout_log="rollouts.jsonl", rollout_log_every=2), make_items([1, 2, 1]), max_steps=3)
+    assert [group.batch for group in read_index(tmp_path / "rollouts.jsonl")] == [0, 0, 2, 2]
 
 
 def test_real_reward_of_random_text_is_zero_and_harmless(build, make_items, fit):

@@ -1,0 +1,67 @@
+"""One page that compares runs, offline: ladder, tasks, curves, settings, and every completion of logged prompts.
+
+    python -m experiments.compare --runs outputs/nano outputs/nano-seed1/grpo
+
+Open outputs/compare/index.html in a browser; the files beside it belong to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from datamodules.artefacts import write_atomic
+from experiments.compare_page import render_page
+from experiments.rollout_pages import write_rollouts
+from experiments.runs import find_runs
+
+MARKER = "comparison.txt"  # a folder with it is ours to write over
+
+
+def compare(paths: Sequence[str | Path], output: Path, max_groups: int = 5000, max_pictures: int = 4000) -> Path:
+    """Write the comparison of the runs in `paths`, phase or experiment folders, to the folder `output`; index.html.
+
+    `max_groups` and `max_pictures` bound what is written of one run's rollouts. Raises ValueError for a path that holds
+    no run, and for an `output` that holds something else.
+    """
+    if min(max_groups, max_pictures) < 0:
+        raise ValueError(f"max_groups={max_groups}, max_pictures={max_pictures} must not be negative")
+    runs = find_runs(paths)
+    output = Path(output)
+    if output.exists() and any(output.iterdir()) and not (output / MARKER).is_file():
+        raise ValueError(f"output={output} holds files that are not of a comparison: choose another folder")
+    write_atomic(output / MARKER, "".join(f"{run.folder}\n" for run in runs))
+    shutil.rmtree(output / "rollouts", ignore_errors=True)
+    logs = {
+        place: write_rollouts(run, output / "rollouts" / str(place), str(place), max_groups, max_pictures)
+        for place, run in enumerate(runs)
+        if run.groups
+    }
+    page = output / "index.html"
+    write_atomic(page, render_page(runs, logs))
+    for place, log in logs.items():
+        print(f"{runs[place].label}: {log.num_written:,} of {log.num_groups:,} groups, {log.num_pictures:,} pictures")
+        print(*(f"  {note}" for note in log.notes), sep="\n", end="\n" if log.notes else "")
+    return page
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of `make compare`."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--runs", nargs="+", required=True, help="folders of phases or of whole experiments")
+    parser.add_argument("--output", type=Path, default=Path("outputs/compare"), help="folder of the page")
+    parser.add_argument("--max_groups", type=int, default=5000, help="groups of one run, evenly over it")
+    parser.add_argument("--max_pictures", type=int, default=4000, help="picture files of one run")
+    options = parser.parse_args(args)
+    try:
+        page = compare(options.runs, options.output, options.max_groups, options.max_pictures)
+    except (OSError, ValueError) as error:
+        sys.exit(f"no comparison: {error}")
+    print(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    main()

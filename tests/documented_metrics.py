@@ -1,0 +1,21 @@
+"""The names that docs/metrics.md defines."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from datamodules.benchmarks.mig_bench import TASKS
+
+METRICS = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
+
+
+def documented_names() -> set[str]:
+    """Every name in the first column of a table; `<task>` stands for each task of MIG-Bench, and what is defined of
+    `mig_bench/` holds for `mig_bench_val/` too, as the page says."""
+    names: set[str] = set()
+    for line in METRICS.read_text(encoding="utf-8").splitlines():
+        if line.startswith("|"):
+            names |= set(re.findall(r"`([^`]+)`", line.split("|")[1]))
+    names |= {name.replace("<task>", task) for name in names for task in TASKS}
+    return names | {name.replace("mig_bench/", "mig_bench_val/") for name in names if name.startswith("mig_bench/")}
