@@ -72,10 +72,10 @@ def render_report(folder: Path) -> str:
         f"<h1>{escape(title)}</h1>",
         f"<p>Commit {escape(results.commit)}. Accuracies are Acc@0.5 in percent; AVG is the mean over the tasks.</p>",
         "<h2>Ladder</h2>",
-        _table(ladder_rows(results)),
+        html_table(ladder_rows(results)),
         "<h2>Tasks</h2>",
         f'<div class="scroll">{charts.bar_chart("Acc@0.5 by task", tasks, bars)}</div>' if tasks else "",
-        _table([["task", *bars], *([task, *(_number(b.get(task)) for b in bars.values())] for task in tasks)]),
+        html_table([["task", *bars], *([task, *(_number(b.get(task)) for b in bars.values())] for task in tasks)]),
         *_failures(results),
         *_paper_tables(folder),
         *(_phase_section(phase) for phase in _phases(folder, results)),
@@ -119,7 +119,7 @@ def _failures(results: Results) -> list[str]:
     failures = {stage.name: stage.mig_bench["parse_failures"] for stage in results.stages}
     kinds = list(dict.fromkeys(kind for counts in failures.values() for kind in counts))
     rows = [[kind, *(str(counts.get(kind, 0)) for counts in failures.values())] for kind in kinds]
-    return [_table([["answers without a box", *failures], *rows])] if kinds else []
+    return [html_table([["answers without a box", *failures], *rows])] if kinds else []
 
 
 def _paper_tables(folder: Path) -> list[str]:
@@ -132,11 +132,13 @@ def _paper_tables(folder: Path) -> list[str]:
     sections = [f"<h2>The paper's tables</h2><p>Paper: {escape(source.strip())}. {escape(paper_tables.NOTE)}</p>"]
     for table in shown:
         sections.append(f"<h3>Table {table.number}: {escape(table.title)}</h3>")
-        sections.append(f'<div class="scroll">{_table(paper_tables.text_rows(table))}</div>')
+        sections.append(f'<div class="scroll">{html_table(paper_tables.text_rows(table))}</div>')
     return sections
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def html_table(rows: Sequence[Sequence[str]]) -> str:
+    """Text cells, header first, as a table."""
+
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 

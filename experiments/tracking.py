@@ -29,10 +29,18 @@ def wandb_run_id(folder: Path, key: str) -> str:
 
 
 def wandb_identity(folder: Path, run_id: str) -> dict[str, str]:
-    """How the run of outputs/<experiment>/<phase> is found on W&B, again after a resume."""
+    """How the run of outputs/<experiment>/<phase> is found on W&B, again after a resume. Its group is WANDB_RUN_GROUP
+    where that is set, else the experiment."""
     phase = Path(folder).resolve()
-    names = {"group": phase.parent.name, "job_type": phase.name, "name": f"{phase.parent.name}/{phase.name}"}
+    group = os.environ.get("WANDB_RUN_GROUP") or phase.parent.name
+    names = {"group": group, "job_type": phase.name, "name": f"{phase.parent.name}/{phase.name}"}
     return {"project": "multi-image-grounding", "id": run_id, "resume": "allow"} | names
+
+
+def wandb_environment(group: str, *tags: str) -> dict[str, str]:
+    """The variables that put the W&B run of a process into a group, with tags beside those that the user has set."""
+    given = [tag for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag]
+    return {"WANDB_RUN_GROUP": group, "WANDB_TAGS": ",".join(dict.fromkeys([*given, *tags]))}
 
 
 def log_evaluation(folder: Path, key: str, values: Mapping[str, float]) -> None:
