@@ -9,7 +9,7 @@ has finished is not made again. Kill it whenever you like; the same command goes
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,8 +19,9 @@ from jsonargparse import auto_cli
 
 from datamodules.artefacts import write_atomic
 from experiments import ablation_report, phases, tracking
-from experiments.ablation_report import Comparison
-from experiments.pipeline import BASE, Ladder, build_world, check_stages, experiment_folder, say
+from experiments.ablation_summary import Comparison
+from experiments.pipeline import Ladder, build_world, check_stages, experiment_folder, say
+from experiments.results import BASE
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,14 @@ def run(
                     report()
         say(f"{(time.monotonic() - start) / 60:.1f} minutes")
     print(report(), flush=True)
+    if not report_only:
+        tracking.log_summary(home / "summary", *ablation_report.figures(home))
     say(f"{home / 'ablations.html'}, {home / 'ablations.md'}, {home / 'ablations.json'}")
 
 
-def run_rows(ladder: Ladder, model: str, rows: Mapping[str, Row], configs: Mapping[str, str], wanted: set[str]):
+def run_rows(
+    ladder: Ladder, model: str, rows: Mapping[str, Row], configs: Mapping[str, str], wanted: set[str]
+) -> Iterator[str]:
     """Run the wanted rows of one seed in their order; yields each row's name when it is evaluated.
 
     A row that is not wanted is not run, but stays among the results where it is done as it would be now.

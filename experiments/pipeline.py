@@ -25,10 +25,9 @@ from jsonargparse import auto_cli
 from datamodules.artefacts import fingerprint, path_fingerprint, read_json
 from datamodules.shards import folder_list
 from experiments import phases, report
-from experiments.results import Results, current_commit, make_stage, write_results
+from experiments.results import BASE, Results, current_commit, make_stage, write_results
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = "base"  # the first rung: the model as it is given
 CLOCK_SECONDS = 5.0  # how often the time spent is written down: a kill loses no more of it
 
 
@@ -186,11 +185,10 @@ class Ladder:
         step = self.evaluation_of(stage, model)
         step.marker.parent.mkdir(parents=True, exist_ok=True)
         seconds += run_step(step)
-        summary = step.result
-        self.results = self.results.with_stage(make_stage(stage, read_json(summary), seconds))
+        self.results = self.results.with_stage(make_stage(stage, read_json(step.result), seconds))
         write_results(self.folder / "results.json", self.results)
         report.write_report(self.folder)
-        print(report.ladder_text(self.results), flush=True)
+        print(report.ladder_text(self.results, report.stage_starts(self.folder, self.results)), flush=True)
 
 
 def run(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import netrc
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from datamodules.artefacts import write_atomic
+from datamodules.artefacts import fingerprint, read_json, write_atomic, write_json
 from experiments import metrics
 
 
@@ -61,6 +61,22 @@ def log_evaluation(folder: Path, key: str, values: Mapping[str, float]) -> None:
     with wandb.init(dir=str(folder), reinit="finish_previous", **identity) as run:
         run.define_metric("*", step_metric="trainer/global_step", step_sync=True)  # the axis that WandbLogger uses
         run.log({**values, "trainer/global_step": step})
+
+
+def log_summary(folder: Path, values: Mapping[str, float], tables: Mapping[str, Sequence[Sequence[str]]]) -> None:
+    """Log figures and tables (text cells, header first) of a whole experiment to one W&B run of their own, named as
+    outputs/<experiment>/<folder>. What was logged last is not logged again."""
+    import wandb
+
+    key, marker = fingerprint(values, tables), folder / "logged.json"
+    if read_json(marker).get("key") == key:
+        return
+    choose_wandb_mode()
+    identity = wandb_identity(folder, wandb_run_id(folder, fingerprint(folder.parent.name)))
+    with wandb.init(dir=str(folder), reinit="finish_previous", **identity) as run:
+        shown = {name: wandb.Table(columns=list(rows[0]), data=list(rows[1:])) for name, rows in tables.items()}
+        run.log({**values, **shown})
+    write_json(marker, {"key": key})
 
 
 def _has_key() -> bool:

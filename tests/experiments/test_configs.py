@@ -172,7 +172,8 @@ def test_a_pipelines_parts_agree(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "whole"), [("nano/ablations.yaml", "nano/pipeline.yaml"), ("paper/ablations_7b.yaml", "paper/pipeline_7b.yaml")]
+    ("name", "whole"),
+    [("nano/ablations.yaml", "nano/pipeline.yaml"), ("paper/ablations_7b.yaml", "paper/pipeline_7b.yaml")],
 )
 def test_an_ablation_has_the_pipelines_stages_as_rows(name: str, whole: str) -> None:
     rows, stages = (yaml.safe_load((CONFIGS / file).read_text()) for file in (name, whole))
