@@ -47,6 +47,7 @@ class Comparison:
 
     def holds(self, difference: float) -> bool:
         """Whether a difference of so many points reaches the aim, apart from `or_both_at_most`."""
+        difference = round(difference, 6)  # a mean of accuracies is off by its last bits
         limits = [difference >= self.at_least] if self.at_least is not None else []
         limits += [difference > self.more_than] if self.more_than is not None else []
         return bool(limits) and all(limits)

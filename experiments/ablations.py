@@ -8,6 +8,7 @@ has finished is not made again. Kill it whenever you like; the same command goes
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -166,7 +167,10 @@ def check_rows(rows: Mapping[str, Row], comparisons: list[Comparison], only: lis
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make ablations`."""
-    auto_cli(run, as_positional=False, args=args)
+    try:
+        auto_cli(run, as_positional=False, args=args)
+    except ValueError as error:
+        sys.exit(f"no ablation: {error}")
 
 
 if __name__ == "__main__":
