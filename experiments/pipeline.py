@@ -89,7 +89,9 @@ def run_process(command: list[str], tick: Callable[[], Any], environment: Mappin
 
     SIGTERM is passed on to it. Ctrl-C reaches it by itself; it is waited for, since it saves a checkpoint then.
     """
-    child = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **(environment or {})})
+    # Not this process's own W&B service: it would hold the run of a step that has ended, and refuse it to the next.
+    own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    child = subprocess.Popen(command, cwd=ROOT, env=own | dict(environment or {}))
     stopped = False
 
     def stop(*_: Any) -> None:
