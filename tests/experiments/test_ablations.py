@@ -35,7 +35,9 @@ def write_config(workbench: Workbench) -> str:
     settings = {"experiment": "tiny", "model": str(workbench.model), "outputs": str(workbench.outputs)}
     settings["evaluation"] = workbench.write_yaml("eval", evaluation(workbench))
     comparisons = [{"row": "grpo", "over": "sft", "at_least": 9.04}, {"row": "grpo", "over": "cot_sft"}]
-    return workbench.write_yaml("ablations", settings | {"rows": rows, "comparisons": comparisons})
+    path = workbench.root / "ablations.yaml"
+    path.write_text(yaml.safe_dump(settings | {"rows": rows, "comparisons": comparisons}, sort_keys=False))
+    return str(path)
 
 
 ROWS = {
