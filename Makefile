@@ -15,9 +15,15 @@ SOURCE ?=
 ROOT ?=
 SEED ?=
 RUNS ?=
+SEEDS ?=
+ROWS ?=
 NANO := experiments/configs/nano
 # $(call config,name): the YAML asked for, or the nano one of that name.
 config = --config $(or $(CONFIG),$(NANO)/$(1).yaml)
+comma := ,
+space := $(subst ,, )
+# $(call list,a b): as a flag's value, [a,b].
+list = '[$(subst $(space),$(comma),$(strip $(1)))]'
 seed = $(if $(SEED),--seed_everything $(SEED))
 # The nano configurations need the nano world, which is made once; a finished one is kept, also if `make shards` was given
 # ARGS. Another CONFIG brings its own data.
@@ -29,7 +35,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help pipeline base shards sft grpo eval rescore synthesize tables report compare dashboard bench bench-gpu lint test test-slow clean
+.PHONY: help pipeline ablations base shards sft grpo eval rescore synthesize tables report compare dashboard bench bench-gpu lint test test-slow clean
 
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +52,11 @@ $(STAMP): setup.cfg
 pipeline: $(STAMP)  ## Base, CoT-SFT, rejection sampling, GRPO, MIG-Bench between them, and the report (the main job)
 	$(if $(CONFIG),,$(PY) -m experiments.base --processes 2)
 	$(PY) -m experiments.pipeline $(call config,pipeline) --seed $(or $(SEED),0) $(ARGS)
+
+ablations: $(STAMP)  ## The paper's Tables 2, 3 and 9: every row at SEEDS="0 1 2", ROWS="sft grpo" for some; resumes, reuses `make pipeline`
+	$(if $(CONFIG),,$(PY) -m experiments.base --processes 2)
+	$(PY) -m experiments.ablations $(call config,ablations) $(if $(SEEDS),--seeds $(call list,$(SEEDS))) \
+		$(if $(ROWS),--only $(call list,$(ROWS))) $(ARGS)
 
 base: $(STAMP)  ## Pretrain the nano base model on single-image tasks (half an hour or more on two CPU cores; resumes)
 	$(PY) -m experiments.base --processes 2 $(ARGS)

@@ -42,7 +42,7 @@ def line_chart(title: str, curves: Mapping[str, Points], legend: Sequence[str] |
 def bar_chart(title: str, groups: Sequence[str], series: Mapping[str, Mapping[str, float]]) -> str:
     """Grouped bars of percentages (0-100): one group for each of `groups`, in it one bar for each of `series`."""
     step, bar = 16 * len(series) + 14, 14
-    width = max(WIDTH, LEFT + RIGHT + step * len(groups))
+    width = max(WIDTH, LEFT + RIGHT + step * len(groups), LEFT + sum(max(90, 7 * len(name) + 20) for name in series))
     height, base = 300, 210
     parts = [_frame(title, width, height)]
     for tick in range(0, 101, 20):
@@ -61,8 +61,10 @@ def bar_chart(title: str, groups: Sequence[str], series: Mapping[str, Mapping[st
         parts.append(
             f'<text transform="translate({x + 8 * len(series)},{base + 12}) rotate(35)">{escape(group)}</text>'
         )
+    x = LEFT
     for k, name in enumerate(series):
-        parts.append(_text(LEFT + 90 * k, height - 6, "■ " + name, colour=COLOURS[k % len(COLOURS)]))
+        parts.append(_text(x, height - 6, "■ " + name, colour=COLOURS[k % len(COLOURS)]))
+        x += max(90, 7 * len(name) + 20)
     return _svg(width, height, parts)
 
 

@@ -121,20 +121,24 @@ def result_cells(result: Mapping[str, Any]) -> Cells:
     return {f"{result['benchmark']}/{name}": cell for name, cell in (result["columns"] | result["averages"]).items()}
 
 
-def pipeline_cells(folder: Path) -> Cells:
-    """MIG-Bench's cells from a phase's predictions.jsonl; none where it, or its summary, is missing or unfinished, or
-    only some questions were asked."""
-    file, summary = folder / "predictions.jsonl", read_json(folder / "mig_bench.json")
-    if not file.is_file() or summary.get("limit_per_task") is not None:
+def phase_predictions(folder: Path) -> dict[str, Prediction]:
+    """A phase's MIG-Bench answers by question; {} where they, or their summary, are missing or unfinished."""
+    file = folder / "predictions.jsonl"
+    if not file.is_file():
         return {}
     found = {}
     for line in file.read_bytes().splitlines():  # str.splitlines would part texts at U+2028
         prediction = Prediction.from_json(json.loads(line))
         found[prediction.id] = prediction
-    if len(found) != summary.get("n"):
+    return found if len(found) == read_json(folder / "mig_bench.json").get("n") else {}
+
+
+def pipeline_cells(folder: Path) -> Cells:
+    """MIG-Bench's cells from a phase's predictions; none where only some questions were asked."""
+    if read_json(folder / "mig_bench.json").get("limit_per_task") is not None:
         return {}
     hits: dict[str, dict[str, list[bool]]] = {}
-    for prediction in found.values():
+    for prediction in phase_predictions(folder).values():
         hits.setdefault(prediction.task, {}).setdefault(prediction.task, []).append(prediction.iou > RULE.threshold)
     columns, means = interval_cells(hits, RULE, AVERAGES)
     return {f"mig_bench/{name}": cell for name, cell in (columns | means).items()}
@@ -153,10 +157,14 @@ def text_rows(table: Table) -> list[list[str]]:
 def markdown(source: str, tables: Sequence[Table]) -> str:
     lines = ["# The paper's tables and what was measured", "", f"Paper: {source.strip()}.", NOTE]
     for table in tables:
-        header, *rows = text_rows(table)
-        lines += ["", f"## Table {table.number}: {table.title}", "", _line(header), _line(["---"] * len(header))]
-        lines += map(_line, rows)
+        lines += ["", f"## Table {table.number}: {table.title}", "", markdown_table(text_rows(table))]
     return "\n".join(lines) + "\n"
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Text cells, header first, as a table."""
+    header, *body = rows
+    return "\n".join(map(_line, [header, ["---"] * len(header), *body]))
 
 
 def comma_separated(tables: Sequence[Table]) -> str:

@@ -8,13 +8,14 @@ so a kill at any moment costs nothing but the step's work since its last checkpo
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from jsonargparse import auto_cli
 from datamodules.artefacts import fingerprint, path_fingerprint, read_json
 from datamodules.shards import folder_list
 from experiments import phases, report
-from experiments.results import Results, current_commit, make_stage, write_results
+from experiments.results import BASE, Results, current_commit, make_stage, write_results
 
 ROOT = Path(__file__).resolve().parents[1]
 CLOCK_SECONDS = 5.0  # how often the time spent is written down: a kill loses no more of it
@@ -35,6 +36,7 @@ class Step:
     """One process. `marker` is the file that says it is done; `inputs` are the files and folders that it reads.
 
     `result` is a JSON file that it writes and others may write too, with a key: only with that key is the step done.
+    `environment` adds variables for its process, such as W&B names: none that change what it computes.
     """
 
     title: str
@@ -42,6 +44,7 @@ class Step:
     command: tuple[str, ...]
     inputs: tuple[str, ...]
     result: Path | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def result_key(self) -> str | None:
         return read_json(self.result).get("key") if self.result else None
@@ -49,16 +52,22 @@ class Step:
     def key(self) -> str:
         return fingerprint(self.command, [path_fingerprint(path) for path in self.inputs])
 
+    def seconds_if_done(self, key: str) -> float | None:
+        """The seconds that it took, where it is done with this key; else None."""
+        marker = read_json(self.marker)
+        done = marker.get("key") == key and marker["done"] and marker.get("result_key") == self.result_key()
+        return marker["seconds"] if done else None
+
 
 def run_step(step: Step) -> float:
     """Run the step unless it is done; the seconds it took, over all attempts. Ends the program if the step fails."""
     key, old = step.key(), read_json(step.marker)
-    same = old.get("key") == key
-    if same and old["done"] and old.get("result_key") == step.result_key():
-        say(f"{step.title}: done before, in {old['seconds']:.0f} s")
-        return old["seconds"]
+    seconds = step.seconds_if_done(key)
+    if seconds is not None:
+        say(f"{step.title}: done before, in {seconds:.0f} s")
+        return seconds
     say(f"{step.title}: python -m {shlex.join(step.command)}")
-    before, start = old["seconds"] if same else 0.0, time.monotonic()
+    before, start = old["seconds"] if old.get("key") == key else 0.0, time.monotonic()
 
     def note(done: bool) -> float:
         seconds = round(before + time.monotonic() - start, 1)
@@ -67,7 +76,7 @@ def run_step(step: Step) -> float:
             phases.write_marker(step.marker.parent, step.marker.name, **content)
         return seconds
 
-    code = run_process([sys.executable, "-m", *step.command], lambda: note(False))
+    code = run_process([sys.executable, "-m", *step.command], lambda: note(False), step.environment)
     if code != 0:
         sys.exit(f"{step.title} ended with exit code {code}. The same command goes on from what is saved.")
     seconds = note(True)
@@ -75,12 +84,14 @@ def run_step(step: Step) -> float:
     return seconds
 
 
-def run_process(command: list[str], tick: Callable[[], Any]) -> int:
-    """Run a command to its end, calling `tick` now and then; its exit code.
+def run_process(command: list[str], tick: Callable[[], Any], environment: Mapping[str, str] | None = None) -> int:
+    """Run a command to its end, calling `tick` now and then; its exit code. `environment` adds to this process's own.
 
     SIGTERM is passed on to it. Ctrl-C reaches it by itself; it is waited for, since it saves a checkpoint then.
     """
-    child = subprocess.Popen(command, cwd=ROOT)
+    # Not this process's own W&B service: it would hold the run of a step that has ended, and refuse it to the next.
+    own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    child = subprocess.Popen(command, cwd=ROOT, env=own | dict(environment or {}))
     stopped = False
 
     def stop(*_: Any) -> None:
@@ -103,45 +114,83 @@ def run_process(command: list[str], tick: Callable[[], Any]) -> int:
         signal.signal(signal.SIGTERM, old)
 
 
-class Ladder:
-    """The steps of one experiment, tied together by its folders."""
+def experiment_folder(outputs: str, experiment: str, seed: int) -> Path:
+    """Where an experiment of this seed lies."""
+    return Path(outputs) / (experiment if seed == 0 else f"{experiment}-seed{seed}")
 
-    def __init__(self, folder: Path, seed: int, evaluation: str, overrides: dict[str, str]) -> None:
+
+def check_stages(stages: Iterable[str], overrides: Iterable[str]) -> None:
+    """Ends the program where a stage has the name of the first rung, or overrides are for no stage."""
+    if unknown := sorted(set(overrides) - set(stages) - {"evaluation"}):
+        sys.exit(f"overrides for {unknown}, but the stages are {sorted(stages)} and 'evaluation'")
+    if BASE in stages:
+        sys.exit(f"stages={sorted(stages)}: {BASE!r} is the name of the first rung, which nothing is trained on")
+
+
+def build_world(config: str) -> None:
+    """Generate shards and benchmark, unless a finished world is there, of whatever settings it is.
+
+    Its process is always run: it knows by itself whether there is anything to do.
+    """
+    command = ["experiments.shards", "--config", config, "--keep=true"]
+    if run_process([sys.executable, "-m", *command], lambda: None) != 0:
+        sys.exit("the world could not be built")
+
+
+class Ladder:
+    """The steps of one experiment, tied together by its folders.
+
+    `overrides` has more arguments by stage, or by "evaluation"; `environment` gives a stage's processes more variables.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        evaluation: str,
+        overrides: Mapping[str, str],
+        environment: Callable[[str], Mapping[str, str]] = lambda stage: {},
+    ) -> None:
         self.folder, self.seed = folder, seed
-        self.evaluation, self.overrides = evaluation, overrides
+        self.evaluation, self.overrides, self.environment = evaluation, overrides, environment
         self.results = Results(folder.name, seed, current_commit(ROOT))
 
-    def build_world(self, config: str) -> None:
-        """Generate shards and benchmark, unless a finished world is there, of whatever settings it is.
+    def merged(self, stage: str) -> str:
+        """The model that the stage leaves."""
+        return str(self.folder / stage / "merged")
 
-        Its step is always run: it knows by itself whether there is anything to do.
-        """
-        command = ["experiments.shards", "--config", config, "--keep=true"]
-        if run_process([sys.executable, "-m", *command], lambda: None) != 0:
-            sys.exit("the world could not be built")
-
-    def train(self, stage: str, config: str, model: str) -> float:
-        """One training phase from `model` to <folder>/<stage>/merged; its seconds."""
+    def training(self, stage: str, config: str, model: str) -> Step:
+        """The training phase from `model` to <folder>/<stage>/merged."""
         command = ["experiments.train", "--config", config, "--model.init_args.model", model]
         command += ["--experiment", self.folder.name, "--phase", stage, "--outputs", str(self.folder.parent)]
         command += ["--seed_everything", str(self.seed), *shlex.split(self.overrides.get(stage, ""))]
         inputs = (config, model, *_shards(config))
-        return run_step(Step(f"{stage}: training", self.folder / stage / "trained.json", tuple(command), inputs))
+        marker, names = self.folder / stage / "trained.json", self.environment(stage)
+        return Step(f"{stage}: training", marker, tuple(command), inputs, environment=names)
 
-    def evaluate(self, stage: str, model: str, seconds: float) -> None:
-        """MIG-Bench of `model`: a new rung in results.json, report.html and on the terminal."""
+    def evaluation_of(self, stage: str, model: str) -> Step:
+        """MIG-Bench of `model`, which the stage has left."""
         folder = self.folder / stage
         command = ["experiments.evaluate", "--config", self.evaluation, "--model", model, "--output", str(folder)]
         command += shlex.split(self.overrides.get("evaluation", ""))
         benchmark = yaml.safe_load(Path(self.evaluation).read_text())["annotations"]
         inputs, summary = (self.evaluation, model, benchmark), folder / "mig_bench.json"
-        step = Step(f"{stage}: MIG-Bench", folder / "evaluated.json", tuple(command), inputs, summary)
-        folder.mkdir(parents=True, exist_ok=True)
+        marker, names = folder / "evaluated.json", self.environment(stage)
+        return Step(f"{stage}: MIG-Bench", marker, tuple(command), inputs, summary, names)
+
+    def train(self, stage: str, config: str, model: str) -> float:
+        """Run the training phase; its seconds."""
+        return run_step(self.training(stage, config, model))
+
+    def evaluate(self, stage: str, model: str, seconds: float) -> None:
+        """MIG-Bench of `model`: a new rung in results.json, report.html and on the terminal."""
+        step = self.evaluation_of(stage, model)
+        step.marker.parent.mkdir(parents=True, exist_ok=True)
         seconds += run_step(step)
-        self.results = self.results.with_stage(make_stage(stage, read_json(summary), seconds))
+        self.results = self.results.with_stage(make_stage(stage, read_json(step.result), seconds))
         write_results(self.folder / "results.json", self.results)
         report.write_report(self.folder)
-        print(report.ladder_text(self.results), flush=True)
+        print(report.ladder_text(self.results, report.stage_starts(self.folder, self.results)), flush=True)
 
 
 def run(
@@ -166,21 +215,17 @@ def run(
         outputs: folder of all experiments
         overrides: arguments for one stage, or for "evaluation": --overrides.grpo="--model.beta=0.01"
     """
-    unknown = sorted(set(overrides or {}) - set(stages) - {"evaluation"})
-    if unknown:
-        sys.exit(f"overrides for {unknown}, but the stages are {sorted(stages)} and 'evaluation'")
-    if "base" in stages:
-        sys.exit(f"stages={sorted(stages)}: 'base' is the name of the first rung, which nothing is trained on")
+    check_stages(stages, overrides or {})
     start = time.monotonic()
-    folder = Path(outputs) / (experiment if seed == 0 else f"{experiment}-seed{seed}")
+    folder = experiment_folder(outputs, experiment, seed)
     ladder = Ladder(folder, seed, evaluation, overrides or {})
     with phases.locked(folder):
         if world:
-            ladder.build_world(world)
-        ladder.evaluate("base", model, 0.0)
+            build_world(world)
+        ladder.evaluate(BASE, model, 0.0)
         for stage, config in stages.items():
             seconds = ladder.train(stage, config, model)
-            model = str(folder / stage / "merged")
+            model = ladder.merged(stage)
             ladder.evaluate(stage, model, seconds)
     say(f"{(time.monotonic() - start) / 60:.1f} minutes; {folder / 'results.json'}, {folder / 'report.html'}")
 

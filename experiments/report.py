@@ -8,13 +8,15 @@ from __future__ import annotations
 import argparse
 import base64
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+import yaml
+
 from datamodules.artefacts import write_atomic
 from experiments import charts, metrics, paper_tables
-from experiments.results import Results, Stage, read_results
+from experiments.results import BASE, Results, read_results
 
 # Title of a chart -> the logged metrics in it. A chart whose metrics were not logged is left out.
 CHARTS = {
@@ -39,23 +41,37 @@ figure img { max-width: 100%; } svg text { font: 11px system-ui, sans-serif; } s
 """
 
 
-def ladder_rows(results: Results) -> list[list[str]]:
-    """The ladder as text cells, header first: each stage's averages and its gain over the stage before."""
-    rows = [["stage", "AVG", "gain", "in-domain", "out-of-domain", "format %", "questions", "seconds"]]
-    before: Stage | None = None
-    for stage in results.stages:
+def ladder_rows(results: Results, starts: Mapping[str, str] | None = None) -> list[list[str]]:
+    """The ladder as text cells, header first: each stage's averages, and its gain over the stage that it starts from,
+    by `starts`, or else the stage before."""
+    rows = [["stage", "AVG", "gain", "over", "in-domain", "out-of-domain", "format %", "questions", "seconds"]]
+    names = [stage.name for stage in results.stages]
+    known = {stage.name: stage for stage in results.stages}
+    for name, stage in known.items():
         bench = stage.mig_bench
-        gain = "" if before is None else f"{bench['avg'] - before.mig_bench['avg']:+.2f}"
+        before = names[names.index(name) - 1] if name != names[0] else ""
+        over = (starts or {}).get(name, before)
+        gain = f"{bench['avg'] - known[over].mig_bench['avg']:+.2f}" if over in known else ""
         averages = [_number(bench[key]) for key in ("in_domain", "out_of_domain")]
         last = [f"{bench['format_rate']:.1f}", str(bench["n"]), f"{stage.seconds:.0f}"]
-        rows.append([stage.name, f"{bench['avg']:.2f}", gain, *averages, *last])
-        before = stage
+        rows.append([name, f"{bench['avg']:.2f}", gain, over if gain else "", *averages, *last])
     return rows
 
 
-def ladder_text(results: Results) -> str:
+def stage_starts(folder: Path, results: Results) -> dict[str, str]:
+    """Each trained stage -> the stage whose model it was trained from, as the phases' config.yaml say."""
+    starts = {}
+    for stage in results.stages:
+        config = Path(folder) / stage.name / "config.yaml"
+        if config.is_file():
+            model = Path(yaml.safe_load(config.read_text())["model"]["init_args"]["model"])
+            starts[stage.name] = model.parent.name if model.name == "merged" else BASE
+    return starts
+
+
+def ladder_text(results: Results, starts: Mapping[str, str] | None = None) -> str:
     """The ladder as a table for the terminal."""
-    rows = ladder_rows(results)
+    rows = ladder_rows(results, starts)
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
@@ -72,7 +88,7 @@ def render_report(folder: Path) -> str:
         f"<h1>{escape(title)}</h1>",
         f"<p>Commit {escape(results.commit)}. Accuracies are Acc@0.5 in percent; AVG is the mean over the tasks.</p>",
         "<h2>Ladder</h2>",
-        html_table(ladder_rows(results)),
+        html_table(ladder_rows(results, stage_starts(folder, results))),
         "<h2>Tasks</h2>",
         f'<div class="scroll">{charts.bar_chart("Acc@0.5 by task", tasks, bars)}</div>' if tasks else "",
         html_table([["task", *bars], *([task, *(_number(b.get(task)) for b in bars.values())] for task in tasks)]),
@@ -158,7 +174,8 @@ def main(args: list[str] | None = None) -> None:
         path = write_report(folder)
     except (OSError, ValueError) as error:
         sys.exit(f"no report: {error}")
-    print(ladder_text(read_results(folder / "results.json")))
+    results = read_results(folder / "results.json")
+    print(ladder_text(results, stage_starts(folder, results)))
     print(f"wrote {path}")
 
 

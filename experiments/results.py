@@ -19,6 +19,7 @@ from pathlib import Path
 
 from datamodules.artefacts import write_atomic
 
+BASE = "base"  # the first stage: the model as it is given
 MIG_BENCH_KEYS = ("avg", "in_domain", "out_of_domain", "tasks", "format_rate", "parse_failures", "n")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.artefacts import write_atomic
+from datamodules.artefacts import fingerprint, read_json, write_atomic, write_json
 from experiments import metrics
 from experiments.results import current_commit
 
@@ -36,14 +36,25 @@ def wandb_run_id(folder: Path, key: str) -> str:
 def wandb_identity(folder: Path, run_id: str) -> dict[str, Any]:
     """How the run of outputs/<experiment>/<phase> is found on W&B, again after a resume.
 
-    Tags: the experiment without its seed, the seed, if the name has one, and the phase.
+    Its group is WANDB_RUN_GROUP where that is set, else the experiment. Tags: those of WANDB_TAGS, the experiment
+    without its seed, the seed, if the name has one, and the phase.
     """
     phase = Path(folder).resolve()
     experiment = phase.parent.name
-    names = {"group": experiment, "job_type": phase.name, "name": f"{experiment}/{phase.name}"}
-    tags = [tag for tag in re.split(r"-(?=seed\d+$)", experiment) if tag] + [phase.name]
+    group = os.environ.get("WANDB_RUN_GROUP") or experiment
+    names = {"group": group, "job_type": phase.name, "name": f"{experiment}/{phase.name}"}
+    tags = [*given_tags(), *(tag for tag in re.split(r"-(?=seed\d+$)", experiment) if tag), phase.name]
     names["tags"] = [tag[:64] for tag in dict.fromkeys(tags)]  # W&B refuses longer ones
     return {"project": PROJECT, "id": run_id, "resume": "allow"} | names
+
+
+def wandb_environment(group: str, *tags: str) -> dict[str, str]:
+    """The variables that put the W&B run of a process into a group, with tags beside those that the user has set."""
+    return {"WANDB_RUN_GROUP": group, "WANDB_TAGS": ",".join(dict.fromkeys([*given_tags(), *tags]))}
+
+
+def given_tags() -> list[str]:
+    return [tag for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag]
 
 
 def log_evaluation(
@@ -79,6 +90,22 @@ def log_evaluation(
 
             values = {**values, "previews": preview_table(previews)}
         run.log({**values, "trainer/global_step": step})
+
+
+def log_summary(folder: Path, values: Mapping[str, float], tables: Mapping[str, Sequence[Sequence[str]]]) -> None:
+    """Log figures and tables (text cells, header first) of a whole experiment to one W&B run of their own, named as
+    outputs/<experiment>/<folder>. What was logged last is not logged again."""
+    import wandb
+
+    key, marker = fingerprint(values, tables), folder / "logged.json"
+    if read_json(marker).get("key") == key:
+        return
+    choose_wandb_mode()
+    identity = wandb_identity(folder, wandb_run_id(folder, fingerprint(folder.parent.name)))
+    with wandb.init(dir=str(folder), reinit="finish_previous", **identity) as run:
+        shown = {name: wandb.Table(columns=list(rows[0]), data=list(rows[1:])) for name, rows in tables.items()}
+        run.log({**values, **shown})
+    write_json(marker, {"key": key})
 
 
 def has_key() -> bool:

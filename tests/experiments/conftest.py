@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import wandb
 import yaml
 
 from datamodules.samples import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
@@ -108,3 +109,16 @@ def workbench(tiny_world: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatc
     for name in ("shards", "MIG-Bench"):
         (tmp_path / name).symlink_to(tiny_world / name)
     return Workbench(tmp_path, tiny_model_dir)
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """What is logged to W&B, in order, with the run's id, group, job type and tags."""
+    calls, log = [], wandb.Run.log
+
+    def note(run: wandb.Run, data: dict) -> None:
+        calls.append({"id": run.id, "group": run.group, "job_type": run.job_type, "tags": run.tags} | data)
+        log(run, data)
+
+    monkeypatch.setattr(wandb.Run, "log", note)
+    return calls

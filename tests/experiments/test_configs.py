@@ -15,7 +15,7 @@ from jsonargparse import auto_parser
 from callbacks.checkpoints import WholeCheckpoints, WindowCheckpoint
 from callbacks.rejection_sampling import RejectionSampling
 from datamodules.prompts import PromptStyle
-from experiments import evaluate, evaluate_benchmarks, import_shards, pipeline, shards, synthesize, train
+from experiments import ablations, evaluate, evaluate_benchmarks, import_shards, pipeline, shards, synthesize, train
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.grpo import GRPO
 from lightning_modules.qwen_vl import QwenVL
@@ -34,6 +34,8 @@ TRAINING = (
     "paper/grpo_7b.yaml",
 )
 OTHERS = {
+    "nano/ablations.yaml": ablations.run,
+    "paper/ablations_7b.yaml": ablations.run,
     "nano/benchmarks.yaml": evaluate_benchmarks.evaluate_benchmarks,
     "nano/eval.yaml": evaluate.evaluate,
     "nano/shards.yaml": shards.build,
@@ -167,6 +169,29 @@ def test_a_pipelines_parts_agree(name: str) -> None:
     assert phases[0]["model"]["init_args"]["model"] == settings["model"] == evaluation["model"]
     merged = f"outputs/{settings['experiment']}/cot_sft/merged"
     assert phases[1]["model"]["init_args"]["model"] == merged, "make grpo goes on from what make sft leaves"
+
+
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [("nano/ablations.yaml", "nano/pipeline.yaml"), ("paper/ablations_7b.yaml", "paper/pipeline_7b.yaml")],
+)
+def test_an_ablation_has_the_pipelines_stages_as_rows(name: str, whole: str) -> None:
+    rows, stages = (yaml.safe_load((CONFIGS / file).read_text()) for file in (name, whole))
+    for field in ("experiment", "model", "world", "evaluation"):
+        assert rows[field] == stages[field], field
+    before = "base"
+    for stage, config in stages["stages"].items():
+        assert rows["rows"][stage] == {"start": before, "config": config}, "the steps' keys would differ"
+        before = stage
+    fields = {"config", "start", "overrides", "without"}
+    assert all(row.keys() <= fields and (ROOT / row["config"]).is_file() for row in rows["rows"].values())
+
+
+def test_grpo_without_a_cold_start_is_worth_as_many_batches_as_the_full_row() -> None:
+    rows = yaml.safe_load((CONFIGS / "nano/ablations.yaml").read_text())["rows"]
+    full = yaml.safe_load((ROOT / rows["grpo"]["config"]).read_text())
+    limits = f"--trainer.max_epochs=1 --trainer.limit_train_batches={full['trainer']['max_steps']}"
+    assert rows["grpo_without_cold_start"]["overrides"] == limits
 
 
 @pytest.mark.parametrize("size", ["3b", "7b"])

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import wandb
 import yaml
 
 from datamodules.artefacts import read_json
@@ -128,19 +127,6 @@ def test_a_quick_look_leaves_a_finished_evaluation_alone(workbench: Workbench, c
     assert read_json(other / "mig_bench.json")["n"] == 2 and str(other) in capsys.readouterr().out
     evaluate.main(["--config", config, "--limit_per_task=1", "--output", str(phase)])
     assert read_json(phase / "mig_bench.json")["n"] == 2, "a folder that is asked for by name is replaced"
-
-
-@pytest.fixture
-def logged(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """What is logged to W&B, in order, with the run's id, group and job type."""
-    calls, log = [], wandb.Run.log
-
-    def note(run: wandb.Run, data: dict) -> None:
-        calls.append({"id": run.id, "group": run.group, "job_type": run.job_type} | data)
-        log(run, data)
-
-    monkeypatch.setattr(wandb.Run, "log", note)
-    return calls
 
 
 def test_an_evaluation_is_logged_to_the_phases_own_run(workbench: Workbench, logged: list[dict]) -> None:

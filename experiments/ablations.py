@@ -1,0 +1,177 @@
+"""The paper's ablation: rows that each train from another row's model, at several seeds, and what they differ by.
+
+    python -m experiments.ablations --config experiments/configs/nano/ablations.yaml --seeds '[0, 1]'
+
+A seed's rows lie in the experiment folder that `make pipeline SEED=…` uses, and are made by the same steps: what either
+has finished is not made again. Kill it whenever you like; the same command goes on from what is saved.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import yaml
+from jsonargparse import auto_cli
+
+from datamodules.artefacts import write_atomic
+from experiments import ablation_report, phases, tracking
+from experiments.ablation_summary import Comparison
+from experiments.pipeline import Ladder, build_world, check_stages, experiment_folder, say
+from experiments.results import BASE
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: a phase trained with `config` from the model of row `start` ("base": the model as it is given).
+
+    without: class names of callbacks of that configuration to leave out. overrides: arguments for experiments.train.
+    """
+
+    start: str
+    config: str
+    without: list[str] = field(default_factory=list)
+    overrides: str = ""
+
+
+def run(
+    experiment: str,
+    model: str,
+    evaluation: str,
+    rows: dict[str, Row],
+    world: str | None = None,
+    seeds: list[int] | None = None,
+    comparisons: list[Comparison] | None = None,
+    only: list[str] | None = None,
+    report_only: bool = False,
+    outputs: str = "outputs",
+    overrides: dict[str, str] | None = None,
+) -> None:
+    """Run the rows at all seeds, and compare them.
+
+    Args:
+        experiment: name of the pipeline's folder in `outputs`; "-seed1" and so on is added at other seeds than 0. What
+            the rows differ by goes to <experiment>-ablations
+        model: the base model, folder or Hub name
+        evaluation: YAML of experiments.evaluate
+        rows: name of each row's phase, behind the row that it starts from; the first row, "base", is always there
+        world: YAML of experiments.shards; null where the data are there already
+        seeds: seeds of all training; null: [0]
+        comparisons: differences between rows, with the aims for them
+        only: rows to run, with those that they start from; others are kept where they are done. null: all
+        report_only: run nothing; write the comparison of what is there
+        outputs: folder of all experiments
+        overrides: more arguments for one row, or for "evaluation": --overrides.grpo="--model.beta=0.01"
+    """
+    seeds, comparisons, overrides = seeds or [0], comparisons or [], overrides or {}
+    check_stages(rows, overrides)
+    check_rows(rows, comparisons, only)
+    folders = {seed: experiment_folder(outputs, experiment, seed) for seed in seeds}
+    home = Path(outputs) / f"{experiment}-ablations"
+    starts = {BASE: BASE} | {name: row.start for name, row in rows.items()}
+
+    def report() -> str:
+        return ablation_report.write(home, folders, starts, comparisons)
+
+    if not report_only:
+        start = time.monotonic()
+        if world:
+            build_world(world)
+        configs = {name: row_config(name, row, home) for name, row in rows.items()}
+        arguments = {name: f"{row.overrides} {overrides.get(name, '')}".strip() for name, row in rows.items()}
+        arguments["evaluation"] = overrides.get("evaluation", "")
+        for seed, folder in folders.items():
+            names = partial(tracking.wandb_environment, home.name, f"seed{seed}")  # of a row, which is a tag too
+            ladder = Ladder(folder, seed, evaluation, arguments, names)
+            with phases.locked(folder):
+                for name in run_rows(ladder, model, rows, configs, wanted_rows(rows, only)):
+                    say(f"seed {seed}: {name} is there")
+                    report()
+        say(f"{(time.monotonic() - start) / 60:.1f} minutes")
+    print(report(), flush=True)
+    if not report_only:
+        tracking.log_summary(home / "summary", *ablation_report.figures(home))
+    say(f"{home / 'ablations.html'}, {home / 'ablations.md'}, {home / 'ablations.json'}")
+
+
+def run_rows(
+    ladder: Ladder, model: str, rows: Mapping[str, Row], configs: Mapping[str, str], wanted: set[str]
+) -> Iterator[str]:
+    """Run the wanted rows of one seed in their order; yields each row's name when it is evaluated.
+
+    A row that is not wanted is not run, but stays among the results where it is done as it would be now.
+    """
+    ladder.evaluate(BASE, model, 0.0)
+    yield BASE
+    models = {BASE: model} | {name: ladder.merged(name) for name in rows}
+    for name, row in rows.items():
+        start, config = models[row.start], configs[name]
+        steps = ladder.training(name, config, start), ladder.evaluation_of(name, models[name])
+        if name in wanted or all(step.seconds_if_done(step.key()) is not None for step in steps):
+            seconds = ladder.train(name, config, start)
+            ladder.evaluate(name, models[name], seconds)
+            yield name
+
+
+def wanted_rows(rows: Mapping[str, Row], only: list[str] | None) -> set[str]:
+    """The rows to run: those of `only`, or all, and all that they start from."""
+    wanted, waiting = set(), list(rows if only is None else only)
+    while waiting:
+        name = waiting.pop()
+        if name != BASE:
+            wanted.add(name)
+            waiting.append(rows[name].start)
+    return wanted
+
+
+def row_config(name: str, row: Row, home: Path) -> str:
+    """The path of the row's configuration: its own, or a copy in `home` without the callbacks that it leaves out.
+
+    Raises ValueError where a callback to leave out is not there.
+    """
+    if not row.without:
+        return row.config
+    settings = yaml.safe_load(Path(row.config).read_text())
+    callbacks = settings["trainer"].get("callbacks") or []
+    kept = [callback for callback in callbacks if class_name(callback) not in row.without]
+    if missing := sorted(set(row.without) - {class_name(callback) for callback in callbacks}):
+        raise ValueError(f"rows.{name}: without={missing}, but {row.config} has {[class_name(c) for c in callbacks]}")
+    settings["trainer"]["callbacks"] = kept
+    path = home / "configs" / f"{name}.yaml"
+    head = f"# {row.config} without {', '.join(row.without)}\n"
+    write_atomic(path, head + yaml.safe_dump(settings, sort_keys=False, width=120))
+    return str(path)
+
+
+def class_name(callback: Mapping) -> str:
+    return callback["class_path"].rpartition(".")[-1]
+
+
+def check_rows(rows: Mapping[str, Row], comparisons: list[Comparison], only: list[str] | None) -> None:
+    """Raises ValueError that names every row which starts from, or is compared with, one that is not there."""
+    known, faults = [BASE], []
+    for name, row in rows.items():
+        if row.start not in known:
+            faults.append(f"rows.{name}: start={row.start!r} must be one of the rows before it, {known}")
+        known.append(name)
+    for comparison in comparisons:
+        faults += [f"comparisons: no row {n!r} in {known}" for n in (comparison.row, comparison.over) if n not in known]
+    faults += [f"only: no row {name!r} in {known}" for name in only or () if name not in known]
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of `make ablations`."""
+    try:
+        auto_cli(run, as_positional=False, args=args)
+    except ValueError as error:
+        sys.exit(f"no ablation: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from datamodules.artefacts import read_json
+from experiments import ablations, metrics, pipeline, tracking, train
+from experiments.ablation_summary import Comparison
+from experiments.ablations import Row
+from experiments.results import read_results
+from tests.experiments.conftest import ROOT, Workbench
+from tests.experiments.test_pipeline import evaluation
+
+THROUGHPUT = {"class_path": "callbacks.throughput.Throughput"}
+
+
+def write_config(workbench: Workbench) -> str:
+    """An ablation of the tiny model: the pipeline's stages, SFT, and GRPO from the base, which never counts a step."""
+    grpo = workbench.training("grpo", [THROUGHPUT])
+    few = "--model.skip_equal_groups=true --trainer.max_epochs=1 --trainer.limit_train_batches=2"
+    rows = {
+        "sft": {"start": "base", "config": workbench.training("sft")},
+        "cot_sft": {"start": "base", "config": workbench.training("cot_sft")},
+        "cold": {"start": "base", "config": grpo, "without": ["Throughput"], "overrides": few},
+        "grpo": {"start": "cot_sft", "config": grpo},
+    }
+    settings = {"experiment": "tiny", "model": str(workbench.model), "outputs": str(workbench.outputs)}
+    settings["evaluation"] = workbench.write_yaml("eval", evaluation(workbench))
+    comparisons = [{"row": "grpo", "over": "sft", "at_least": 9.04}, {"row": "grpo", "over": "cot_sft"}]
+    path = workbench.root / "ablations.yaml"
+    path.write_text(yaml.safe_dump(settings | {"rows": rows, "comparisons": comparisons}, sort_keys=False))
+    return str(path)
+
+
+ROWS = {
+    "sft": Row("base", "sft.yaml"),
+    "cot_sft": Row("base", "cot_sft.yaml"),
+    "grpo": Row("cot_sft", "grpo.yaml"),
+    "more": Row("grpo", "grpo.yaml"),
+}
+
+
+def test_a_row_brings_those_that_it_starts_from() -> None:
+    assert ablations.wanted_rows(ROWS, None) == set(ROWS)
+    assert ablations.wanted_rows(ROWS, ["more"]) == {"more", "grpo", "cot_sft"}
+    assert ablations.wanted_rows(ROWS, ["base"]) == ablations.wanted_rows(ROWS, []) == set()
+
+
+def test_every_row_that_is_not_there_is_named() -> None:
+    rows = {"grpo": Row("cot_sft", "grpo.yaml"), "cot_sft": Row("base", "cot_sft.yaml")}
+    with pytest.raises(ValueError) as caught:
+        ablations.check_rows(rows, [Comparison("grpo", "ful")], ["sfft"])
+    for text in ("rows.grpo: start='cot_sft'", "comparisons: no row 'ful'", "only: no row 'sfft'"):
+        assert text in str(caught.value)
+    ablations.check_rows(ROWS, [Comparison("grpo", "base")], ["sft", "base"])
+
+
+def test_a_derived_configuration_lacks_only_what_is_left_out(workbench: Workbench) -> None:
+    config, home = workbench.training("grpo", [THROUGHPUT]), workbench.outputs / "tiny-ablations"
+    assert ablations.row_config("grpo", Row("base", config), home) == config
+    path = ablations.row_config("cold", Row("base", config, ["Throughput", "SaveOnInterrupt"]), home)
+    settings, derived = (yaml.safe_load(Path(file).read_text()) for file in (config, path))
+    names = [callback["class_path"].split(".")[-1] for callback in derived["trainer"].pop("callbacks")]
+    assert names == ["MergeAdapter", "WindowCheckpoint"]
+    settings["trainer"].pop("callbacks")
+    assert derived == settings
+    with pytest.raises(ValueError, match=r"rows.cold: without=\['Througput'\]"):
+        ablations.row_config("cold", Row("base", config, ["Througput"]), home)
+
+
+def test_rows_share_a_wandb_group_and_keep_the_users_tags(
+    workbench: Workbench, logged: list[dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_TAGS", "mine")
+    for name, value in tracking.wandb_environment("tiny-ablations", "seed1", "cold").items():
+        monkeypatch.setenv(name, value)
+    train.main(["--config", workbench.training("sft")])
+    last = logged[-1]
+    assert (last["group"], last["job_type"], last["tags"]) == ("tiny-ablations", "sft", ("mine", "seed1", "cold"))
+
+
+def test_a_summary_is_logged_once_for_each_content(workbench: Workbench, logged: list[dict]) -> None:
+    folder = workbench.outputs / "tiny-ablations" / "summary"
+    tables = {"Ladder": [["row", "AVG"], ["grpo", "80.00"]]}
+    for avg in (80.0, 80.0, 81.0):
+        tracking.log_summary(folder, {"grpo/avg": avg}, tables)
+    first, second = logged
+    assert (first["group"], first["job_type"], first["grpo/avg"]) == ("tiny-ablations", "summary", 80)
+    assert first["id"] == second["id"] and second["grpo/avg"] == 81 and second["Ladder"].data == [["grpo", "80.00"]]
+
+
+@pytest.mark.slow
+def test_rows_are_run_once_each_and_compared_after_a_kill(workbench: Workbench, capfd) -> None:
+    config = write_config(workbench)
+    folder, home = workbench.outputs / "tiny", workbench.outputs / "tiny-ablations"
+    kill_when_done(["--config", config, "--only=[cold]"], folder / "base" / "evaluated.json")
+    ablations.main(["--config", config, "--only=[cold]"])
+    assert capfd.readouterr().out.count("base: MIG-Bench: done before") == 1
+    assert stage_names(folder) == ["base", "cold"]
+    resolved = yaml.safe_load((folder / "cold" / "config.yaml").read_text())
+    names = [callback["class_path"].split(".")[-1] for callback in resolved["trainer"]["callbacks"]]
+    assert "Throughput" not in names and "MergeAdapter" in names
+    equal = metrics.read_curve(metrics.read_rows(folder / "cold"), "grpo/frac_zero_advantage")
+    assert [share for _, share in equal] == [1.0, 1.0], "no step counted, and yet there is a model"
+
+    ablations.main(["--config", config])
+    printed = capfd.readouterr().out
+    assert printed.count("done before") == 3
+    assert re.search(r"grpo +0.00 +\+0.00 +cot_sft ", printed), "the gain is over the row that it starts from"
+    assert stage_names(folder) == ["base", "sft", "cot_sft", "cold", "grpo"]
+
+    pipeline.main([f"--{key}={value}" for key, value in read_pipeline(config).items()])
+    assert capfd.readouterr().out.count("done before") == 5, "the pipeline's stages are rows"
+    assert stage_names(folder) == ["base", "cot_sft", "grpo"]
+    ablations.main(["--config", config, "--only=[]"])
+    assert capfd.readouterr().out.count("done before") == 9, "rows that are not asked for stay where they are done"
+    summary = read_json(home / "ablations.json")
+    assert summary["comparisons"][0]["reached"] is False
+    assert summary["comparisons"][1]["differences"]["avg"]["p"] == 1
+    assert "Not there yet" not in (home / "ablations.md").read_text()
+
+
+def kill_when_done(args: list[str], marker: Path) -> None:
+    """Start the ablation, and end it and all that it started with kill -9 when the step of this marker is done."""
+    command = [sys.executable, "-m", "experiments.ablations", *args]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    try:
+        while not read_json(marker).get("done"):
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.1)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def stage_names(folder: Path) -> list[str]:
+    return [stage.name for stage in read_results(folder / "results.json").stages]
+
+
+def read_pipeline(config: str) -> dict[str, object]:
+    """The settings of a pipeline whose stages are the ablation's rows."""
+    settings = yaml.safe_load(Path(config).read_text())
+    stages = {name: settings["rows"][name]["config"] for name in ("cot_sft", "grpo")}
+    return {key: settings[key] for key in ("experiment", "model", "evaluation", "outputs")} | {"stages": stages}
