@@ -17,6 +17,7 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoP
 from datamodules.batches import Encoder, PromptItem
 from datamodules.samples import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
 from experiments import nano_model
+from tests.browser import browser_page  # noqa: F401
 
 SIZES = ((112, 84), (84, 112), (140, 120), (56, 56), (112, 56), (170, 90))  # width, height in pixels
 QUESTIONS = (
