@@ -23,7 +23,9 @@ def choose_wandb_mode() -> str:
 def wandb_run_id(folder: Path, key: str) -> str:
     """The W&B id of the run in this phase folder: the same after a resume, another for another run."""
     file = Path(folder) / "wandb_id"
-    if not file.is_file() or not file.read_text().startswith(key[:8]):
+    if os.environ.get("WANDB_SWEEP_ID"):  # W&B's agent has named the run, and takes no other name
+        write_atomic(file, os.environ["WANDB_RUN_ID"])
+    elif not file.is_file() or not file.read_text().startswith(key[:8]):
         write_atomic(file, f"{key[:8]}{secrets.token_hex(4)}")
     return file.read_text().strip()
 
@@ -31,7 +33,8 @@ def wandb_run_id(folder: Path, key: str) -> str:
 def wandb_identity(folder: Path, run_id: str) -> dict[str, str]:
     """How the run of outputs/<experiment>/<phase> is found on W&B, again after a resume."""
     phase = Path(folder).resolve()
-    names = {"group": phase.parent.name, "job_type": phase.name, "name": f"{phase.parent.name}/{phase.name}"}
+    kind = os.environ.get("WANDB_JOB_TYPE") or phase.name  # a sweep says that its phases are trials
+    names = {"group": phase.parent.name, "job_type": kind, "name": f"{phase.parent.name}/{phase.name}"}
     return {"project": "multi-image-grounding", "id": run_id, "resume": "allow"} | names
 
 
