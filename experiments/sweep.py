@@ -72,10 +72,11 @@ class LocalSweep:
     def _recall(self, trial: Trial) -> None:
         """Bring a trial of an earlier process before the optimiser; carry it out where it has not ended."""
         self.study.begin(trial.latent)
-        stopped = self._report(0, trial.points)
         if trial.state != "running":
+            for index, (_, value) in enumerate(trial.points):
+                self.study.report(index, value)
             self.study.end(trial.state, trial.value)
-        elif stopped is not None:  # and the sweep was killed before it could say so
+        elif self._report(0, trial.points) is not None:  # and the sweep was killed before it could say so
             self._close(trial, True, 0, trial.seconds, self.folder / "logs")
         else:
             say(f"trial {trial.number} was interrupted: it goes on")
@@ -131,7 +132,8 @@ class LocalSweep:
             state, value = "complete", points[-1][1]
         if points[known:] and not pruned:
             self.log.add_points(trial.number, points[known:], seconds)
-            self._report(known, points[known:])
+            for index, (_, late) in enumerate(points[known:], start=known):
+                self.study.report(index, late)
         trial = self.log.end(trial.number, state, seconds, value, message)
         self.study.end(state, value)
         say(f"trial {trial.number}: {state}{'' if value is None else f', {value:.4g}'} {message}".rstrip())

@@ -127,11 +127,13 @@ def _best(plan: SweepPlan, best: Mapping[str, Any] | None) -> str:
         f"<div><dt>{escape(short(name))}</dt><dd>{escape(_say(value))}</dd></div>"
         for name, value in best["parameters"].items()
     )
+    config = f"CONFIG={plan.configs[0]} " if plan.configs else ""
     flags = " ".join(f"--{name}={value}" for name, value in best["parameters"].items())
+    longer = f'make grpo {config}ARGS="{flags}"'
     return (
         f"<div class=best>Best: trial {best['trial']}, {escape(plan.metric)} <b>{best['value']:.4g}</b><dl>{pairs}</dl>"
         f"<pre id=command>{escape(best['command'])}</pre><button data-copy=command>copy</button>"
-        f'<p class=note>The same settings in a longer run:</p><pre>make grpo ARGS="{escape(flags)}"</pre></div>'
+        f"<p class=note>The same settings in a longer run:</p><pre>{escape(longer)}</pre></div>"
     )
 
 

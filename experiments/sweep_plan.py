@@ -20,8 +20,8 @@ from typing import Any
 
 import yaml
 
-KEYS = ("name", "description", "project", "entity", "program", "method", "metric", "parameters", "early_terminate")
-KEYS += ("command", "run_cap")
+KEYS = ("name", "description", "project", "entity", "program", "command", "method", "metric", "parameters", "run_cap")
+KEYS += ("early_terminate",)
 METHODS = ("grid", "random", "bayes")
 MACROS = ("${env}", "${interpreter}", "${program}", "${args}")
 # Fields of each distribution besides its name; those with a default are in DEFAULTS.
@@ -223,9 +223,8 @@ def read_early_stop(fields: Any) -> EarlyStop | None:
 
 
 def describe_command(arguments: Sequence[str]) -> str:
-    """A command line to be read and pasted: from `python` on."""
-    words = [word for word in arguments if word != "/usr/bin/env"]
-    return shlex.join(["python", *words[1:]])
+    """A command line to be read and pasted."""
+    return shlex.join(["python", *[word for word in arguments if word != "/usr/bin/env"][1:]])
 
 
 def _top_faults(settings: Mapping) -> list[str]:

@@ -1,4 +1,4 @@
-"""Local sweeps: they end, survive kills at any moment, stop bad trials, and record failures. Trials are real processes."""
+"""Local sweeps end, survive kills at any moment, stop bad trials and record failures. Trials are real processes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import wandb
+import yaml
 
 from datamodules.artefacts import read_json
 from experiments import sweep, sweep_trials
 from experiments.sweep_trials import last_words, points_agreed
 from tests.experiments.conftest import ROOT, Workbench
-from tests.experiments.test_sweep_plan import write
+from tests.experiments.test_sweep_plan import CONFIGS, write
 
 COMMAND = ["${interpreter}", "-m", "tests.experiments.sweep_trial", "${args}"]
 HEIGHTS = {"height": {"distribution": "uniform", "min": 0.0, "max": 10.0}, "slope": {"values": [0, 1]}}
@@ -157,6 +160,20 @@ def without_seconds(summary: dict[str, Any]) -> list[dict[str, Any]]:
     return [{key: trial[key] for key in ("state", "value", "parameters", "points")} for trial in summary["trials"]]
 
 
+def test_a_killed_sweep_goes_on(run, tmp_path: Path) -> None:
+    parameters = HEIGHTS | {"pace": {"value": 0.4}}
+    settings = {"metric": {"name": "score", "goal": "maximize"}, "parameters": parameters, "command": COMMAND}
+    config = write(tmp_path, **settings, method="bayes")
+    killed, folder = start_apart(tmp_path, "outputs", config), tmp_path / "outputs/tiny-sweep"
+    wait_for_points(folder, 1, 1, killed)
+    kill_all(killed)
+    resumed = run(method="bayes", parameters=parameters)
+    for state in folder.glob("*"):
+        state.rename(tmp_path / state.name)
+    assert without_seconds(resumed) == without_seconds(run(method="bayes", parameters=parameters))
+
+
+@pytest.mark.slow
 def test_a_killed_sweep_ends_as_one_left_alone(tmp_path: Path) -> None:
     early = {"type": "hyperband", "min_iter": 3, "eta": 2}
     # Slow beside the poll of a second: a trial that ends before it was looked at is no longer stopped.
@@ -180,6 +197,25 @@ def test_a_killed_sweep_ends_as_one_left_alone(tmp_path: Path) -> None:
     expected = without_seconds(read_json(tmp_path / "whole/tiny-sweep/sweep.json"))
     assert without_seconds(read_json(folder / "sweep.json")) == expected
     assert list((folder / "wandb").glob("offline-run-*"))
+
+
+def test_without_a_key_nothing_can_be_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="takes a W&B key"):
+        sweep.main(["--join", "entity/project/id"])
+
+
+def test_with_a_key_a_sweep_is_created_once_and_an_agent_started(tmp_path: Path, monkeypatch) -> None:
+    created, started = [], []
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr(wandb, "sweep", lambda what, **where: created.append((what, where)) or f"s{len(created)}")
+    monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(default_entity="lab"))
+    monkeypatch.setattr(sweep.sweep_wandb, "run_agent", lambda *what: started.append(what) or sys.exit())
+    config = CONFIGS / "nano/sweep.yaml"
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            sweep.main(["--config", str(config), "--outputs", str(tmp_path)])
+    assert started == [("lab/multi-image-grounding/s1", None)] * 2
+    assert created == [(yaml.safe_load(config.read_text()), {"entity": "lab", "project": "multi-image-grounding"})]
 
 
 def test_points_are_taken_where_two_looks_agree() -> None:

@@ -65,7 +65,7 @@ def test_the_page_works_in_a_browser(plan: SweepPlan, tmp_path: Path, browser_pa
     column = browser_page.locator("#table th", has_text="mig_bench_val/avg")
     column.click()
     column.click()
-    shown = [text for text in browser_page.locator("#table tbody td:nth-child(3)").all_inner_texts()]
+    shown = browser_page.locator("#table tbody td:nth-child(3)").all_inner_texts()
     numbers = [float(text) for text in shown if text]
     assert numbers == sorted(numbers, reverse=True) and shown[-1] == "" and len(numbers) == 15
     assert rows.first.get_attribute("data-trial") == str(best.number)
