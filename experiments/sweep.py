@@ -61,9 +61,11 @@ class LocalSweep:
         self.write_page()
 
     def command(self, trial: Trial) -> list[str]:
-        """The trial's command line; what stands last wins."""
+        """The trial's command line, with this sweep's folders in the place of those for W&B's agent."""
+        words = self.plan.arguments(trial.parameters, sys.executable)
+        words = [word for word in words if not word.startswith(("--experiment=", "--phase=", "--outputs="))]
         where = ["--experiment", self.folder.name, "--phase", phase_name(trial), "--outputs", str(self.folder.parent)]
-        return self.plan.arguments(trial.parameters, sys.executable) + where
+        return words + where
 
     def write_page(self) -> None:
         commands = [describe_command(self.command(trial)) for trial in self.log.trials]

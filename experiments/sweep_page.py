@@ -20,7 +20,7 @@ from datamodules.artefacts import write_atomic, write_json
 from experiments import report, sweep_charts
 from experiments.sweep_charts import short
 from experiments.sweep_plan import SweepPlan
-from experiments.sweep_study import FEWEST_FOR_IMPORTANCE, IMPORTANCE
+from experiments.sweep_study import FEWEST_FOR_IMPORTANCE, IMPORTANCE, num_best
 from experiments.sweep_trials import Trial
 
 SCRIPT, STYLE = Path(__file__).with_suffix(".js"), Path(__file__).with_suffix(".css")
@@ -111,12 +111,12 @@ def importance_note(num_finished: int, is_shown: bool) -> str:
     """What importance means, and what it cannot say with so few trials."""
     if not is_shown:
         return f"Importance needs at least {FEWEST_FOR_IMPORTANCE} finished trials with different values."
-    note = f"{IMPORTANCE}: how far the settings of the best tenth of the trials differ from those of all, for each"
-    note += " parameter by itself, as shares of 1. It says neither in which direction nor what parameters do together,"
-    note += " and trials that were stopped early are left out."
+    note = f"{IMPORTANCE}: how far the settings of the best {num_best(num_finished)} trials differ from those of all"
+    note += f" {num_finished} finished ones, for each parameter by itself, as shares of 1. It says neither in which"
+    note += " direction nor what parameters do together, and trials that were stopped early are left out."
     if num_finished < FEW:
-        note += f" With {num_finished} finished trials the best tenth is a handful or one of them: the shares"
-        note += " are a hint where to look, not a result, and another seed may order them differently."
+        note += f" With fewer than {FEW} finished trials the shares are a hint where to look, not a result: another"
+        note += " seed may order them differently."
     return note
 
 

@@ -146,8 +146,7 @@ def read_plan(path: str | Path) -> SweepPlan:
     settings = yaml.safe_load(Path(path).read_text())
     if not isinstance(settings, Mapping):
         raise ValueError(f"{path}: expected keys and values, found {settings!r:.60}")
-    faults = _top_faults(settings)
-    parameters = []
+    faults, parameters = _top_faults(settings), []
     for name, fields in (settings.get("parameters") or {}).items():
         try:
             parameters.append(read_parameter(str(name), fields))
@@ -191,9 +190,8 @@ def read_parameter(name: str, fields: Any) -> Parameter:
     missing = sorted(set(FIELDS[kind]) - set(given) - set(DEFAULTS))
     if unknown or missing:
         raise ValueError(f"{where}: {kind} has {list(FIELDS[kind])}; unknown {unknown}, missing {missing}")
-    if kind in ("constant", "categorical", "categorical_w_probabilities"):
-        return _read_choice(where, name, kind, given)
-    return _read_number(where, name, kind, DEFAULTS | given)
+    read = _read_choice if kind.startswith(("constant", "categorical")) else _read_number
+    return read(where, name, kind, DEFAULTS | given)
 
 
 def read_early_stop(fields: Any) -> EarlyStop | None:

@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 from experiments.sweep_plan import Parameter, SweepPlan
 
 IMPORTANCE = "PED-ANOVA"
-FEWEST_FOR_IMPORTANCE = 4
+FEWEST_FOR_IMPORTANCE = 6
 STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -66,7 +66,8 @@ class Study:
         names = [parameter.name for parameter in self.plan.varied]
         if len(finished) < FEWEST_FOR_IMPORTANCE or not names or len({trial.value for trial in finished}) < 2:
             return {}
-        return get_param_importances(self.study, evaluator=PedAnovaImportanceEvaluator(), params=names)
+        evaluator = PedAnovaImportanceEvaluator(target_quantile=num_best(len(finished)) / len(finished))
+        return get_param_importances(self.study, evaluator=evaluator, params=names)
 
     def _sampler(self, number: int) -> BaseSampler:
         if self.plan.method == "grid":
@@ -75,6 +76,11 @@ class Study:
         if self.plan.method == "random":
             return RandomSampler(seed)
         return TPESampler(seed=seed, n_startup_trials=min(10, 2 + len(self.plan.varied)))
+
+
+def num_best(num_finished: int) -> int:
+    """How many trials count as the best ones for importance: a tenth, at least three. One alone decides nothing."""
+    return max(3, num_finished // 10)
 
 
 def distribution(parameter: Parameter) -> BaseDistribution:

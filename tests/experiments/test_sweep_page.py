@@ -148,6 +148,7 @@ def test_the_best_is_dark_and_the_goal_decides_which_it_is(plan: SweepPlan, tmp_
 
 
 def test_importance_says_what_it_cannot_tell() -> None:
-    assert "at least 4" in sweep_page.importance_note(3, False)
-    assert "With 8 finished trials" in sweep_page.importance_note(8, True)
-    assert "finished trials the best tenth" not in sweep_page.importance_note(60, True)
+    assert "at least 6" in sweep_page.importance_note(3, False)
+    few, many = sweep_page.importance_note(8, True), sweep_page.importance_note(60, True)
+    assert "best 3 trials" in few and "not a result" in few
+    assert "best 6 trials" in many and "not a result" not in many

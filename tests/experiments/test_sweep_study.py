@@ -91,9 +91,9 @@ def test_without_early_terminate_nothing_is_stopped(tmp_path: Path) -> None:
 def test_importance_finds_the_parameter_that_matters(tmp_path: Path) -> None:
     plan = read_plan(write(tmp_path, parameters=NUMBERS | {"d": {"value": 3}}))
     study = Study(plan, 1)
-    for _ in range(3):
+    for _ in range(5):
         run_trial(study, plan)
-    assert study.importance() == {}, "three trials say nothing"
+    assert study.importance() == {}, "five trials say nothing"
     for _ in range(60):
         run_trial(study, plan)
     study.begin()
