@@ -137,7 +137,7 @@ def start_apart(tmp_path: Path, name: str, config: Path) -> subprocess.Popen:
 
 
 def wait_for_points(folder: Path, trial: int, count: int, process: subprocess.Popen) -> None:
-    end = time.monotonic() + 300
+    end = time.monotonic() + 1200  # on a busy machine
     while time.monotonic() < end and process.poll() is None:
         file = folder / "trials.jsonl"
         records = [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.is_file() else []
@@ -275,7 +275,7 @@ def test_eight_real_trials_over_lambda_and_beta_survive_a_kill(workbench: Workbe
     killed = start_apart(workbench.root, "outputs", config)
     wait_for_points(folder, 3, 1, killed)
     kill_all(killed)
-    assert start_apart(workbench.root, "outputs", config).wait(900) == 0
+    assert start_apart(workbench.root, "outputs", config).wait(2400) == 0
     summary = read_json(folder / "sweep.json")
     assert [trial["state"] for trial in summary["trials"]] == ["complete"] * 8, summary
     assert all(len(trial["points"]) == 3 for trial in summary["trials"])
