@@ -17,6 +17,7 @@ SEED ?=
 RUNS ?=
 SEEDS ?=
 ROWS ?=
+SWEEP ?=
 NANO := experiments/configs/nano
 # $(call config,name): the YAML asked for, or the nano one of that name.
 config = --config $(or $(CONFIG),$(NANO)/$(1).yaml)
@@ -35,7 +36,8 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help pipeline ablations base shards sft grpo eval rescore synthesize tables report compare dashboard bench bench-gpu lint test test-slow clean
+.PHONY: help pipeline ablations base shards sft grpo sweep agent eval rescore synthesize tables report compare dashboard
+.PHONY: bench bench-gpu lint test test-slow clean
 
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +73,14 @@ sft: $(STAMP)  ## Train CoT-SFT (LoRA) and merge
 grpo: $(STAMP)  ## Rejection-sample with the stage-1 model, train GRPO and merge
 	$(world)
 	$(PY) -m experiments.train $(call config,grpo) $(seed) $(ARGS)
+
+sweep: $(STAMP)  ## Sweep λ, β and what else GRPO hangs on: on W&B where there is a key, else here; resumes. ARGS="--trials 8"
+	$(if $(CONFIG),,test -d outputs/nano/cot_sft/merged || $(MAKE) sft SEED= ARGS=)
+	$(world)
+	$(PY) -m experiments.sweep $(call config,sweep) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+agent: $(STAMP)  ## Join a W&B sweep from another machine: SWEEP=entity/project/id
+	$(PY) -m experiments.sweep --join $(or $(SWEEP),$(error SWEEP=entity/project/id is missing)) $(ARGS)
 
 eval: $(STAMP)  ## Evaluate any model: MODEL=nano BENCH=all (or ref_l4,blink,...), or MIG-Bench alone: ARGS="--model outputs/nano/grpo/merged"
 	$(world)

@@ -142,14 +142,14 @@ class MIGBench(Callback):
     """Evaluates the policy while it trains, every `every_n_steps` updates, on `validation_limit_per_task` questions of
     each task, and, where wished, `before` and `after` fitting on all questions.
 
-    A pipeline needs neither of these two: experiments.evaluate asks all questions between its phases, and logs to the
-    same W&B run. They are for a phase on its own, above all in a sweep, which reads mig_bench/avg of its own run.
+    Everything is logged as mig_bench_val/…: these are the questions on which settings are chosen. mig_bench/… is the
+    benchmark, which experiments.evaluate asks between the phases and logs to the same W&B run. `after` is for the trial
+    of a sweep, whose last value of mig_bench_val/avg must be that of all questions.
 
     `annotations` is MIG_data.json, `image_root` the folder that holds "MIG-Bench/". Questions are put as the
     datamodule puts its own. Each evaluation has a folder in <folder>/ ("before", "step_000100", "after"; by default
     <default_root_dir>/mig_bench) with predictions.jsonl, which an interrupted run goes on from, and mig_bench.json,
-    the summary. The full ones are logged as mig_bench/…, the smaller ones as mig_bench_val/…. With several ranks the
-    folder must be shared by them.
+    the summary. With several ranks the folder must be shared by them.
     """
 
     def __init__(
@@ -185,24 +185,24 @@ class MIGBench(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.before and self._resumed_step == 0:  # else the weights are no longer those from before
-            self._evaluate("before", trainer, pl_module, self.samples, "mig_bench")
+            self._evaluate("before", trainer, pl_module, self.samples)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         last, self._last_step = self._last_step, trainer.global_step
         # A rollout may be worth several updates: the count need not stop at a multiple.
+        if self.after and trainer.global_step == trainer.max_steps:
+            return  # all questions are about to be asked
         if self.every_n_steps and last // self.every_n_steps < trainer.global_step // self.every_n_steps:
             samples = limit_tasks(self.samples, self.validation_limit_per_task)
-            self._evaluate(f"step_{trainer.global_step:06d}", trainer, pl_module, samples, "mig_bench_val")
+            self._evaluate(f"step_{trainer.global_step:06d}", trainer, pl_module, samples)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not on_train_end: that does not come when a finished run is started again to get its missing evaluation.
         if self.after:
             pl_module.to(trainer.strategy.root_device)  # the strategy has taken it down to the CPU
-            self._evaluate("after", trainer, pl_module, self.samples, "mig_bench")
+            self._evaluate("after", trainer, pl_module, self.samples)
 
-    def _evaluate(
-        self, name: str, trainer: Trainer, pl_module: LightningModule, samples: list[Sample], prefix: str
-    ) -> None:
+    def _evaluate(self, name: str, trainer: Trainer, pl_module: LightningModule, samples: list[Sample]) -> None:
         folder = Path(self.folder or Path(trainer.default_root_dir) / "mig_bench") / name
         encoder = prompt_encoder(trainer.datamodule.encoder, self.max_prompt_tokens)
         key = evaluation_key(pl_module.policy, encoder, self.annotations, self.image_root, samples, self.settings)
@@ -226,7 +226,7 @@ class MIGBench(Callback):
             write_json(folder / "mig_bench.json", {"key": key, "step": trainer.global_step} | summary)
             for logger in trainer.loggers:  # at the step that Lightning logs its own metrics at
                 step = trainer.fit_loop.epoch_loop._batches_that_stepped
-                logger.log_metrics(summary_metrics(summary, prefix), step=step)
+                logger.log_metrics(summary_metrics(summary, "mig_bench_val"), step=step)
             print(f"\n{name}, step {trainer.global_step}\n{format_table(summary)}", flush=True)
 
 

@@ -5,6 +5,7 @@ The rest cannot teach GRPO anything: all completions of a group would earn about
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -146,12 +147,14 @@ class RejectionSampling(Callback):
     shards and keeps them. The policy is the stage-1 model there, in a resumed run too, whose checkpoint is loaded
     later; so a choice that is gone is made again, the same. List it behind callbacks that check their paths in setup:
     it may take hours. Candidates are the shards that the datamodule names; `folder` is by default
-    <default_root_dir>/rejection_sampling. The other fields: `RejectionSettings`.
+    <default_root_dir>/rejection_sampling. With `shared`, a folder on the same filesystem, a finished choice moves to
+    <shared>/<its key>, and one that is there already is used: the trials of a sweep sample once, not each for itself.
+    The other fields: `RejectionSettings`.
     """
 
-    def __init__(self, folder: str | None = None, **settings: Any) -> None:
+    def __init__(self, folder: str | None = None, shared: str | None = None, **settings: Any) -> None:
         self.settings = RejectionSettings(**settings)
-        self.folder = folder
+        self.folder, self.shared = folder, shared
         self.kept_share = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -166,10 +169,15 @@ class RejectionSampling(Callback):
             temperature=self.settings.temperature or pl_module.temperature,
             max_new_tokens=self.settings.max_new_tokens or pl_module.max_new_tokens,
         )
+        encoder = prompt_encoder(data.encoder)
+        key = rejection_key(policy.processor_path, encoder, data.shards, settings) if self.shared else ""
+        # One process looks for all: another run may be moving its choice there at this moment.
+        if self.shared and trainer.strategy.broadcast(is_finished(Path(self.shared) / key, key)):
+            folder = Path(self.shared) / key
         kept = rejection_sample(
             policy,
             rollout_engine(pl_module),
-            prompt_encoder(data.encoder),
+            encoder,
             data.shards,
             settings,
             folder,
@@ -177,6 +185,13 @@ class RejectionSampling(Callback):
             trainer.world_size,
             trainer.strategy.barrier,
         )
+        if self.shared and folder != Path(self.shared) / key:
+            trainer.strategy.barrier("rejection_sampling")  # the others have seen that the folder is finished
+            if trainer.is_global_zero:
+                _publish(folder, Path(self.shared) / key)
+            trainer.strategy.barrier("rejection_sampling")
+            folder = Path(self.shared) / key
+            kept = folder / "shards"
         data.shards = str(kept)
         histogram = read_json(folder / "histogram.json")
         self.kept_share = histogram["kept"] / histogram["candidates"]
@@ -188,6 +203,17 @@ class RejectionSampling(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for logger in trainer.loggers if trainer.ckpt_path is None else ():  # a resumed run has logged it
             logger.log_metrics({"rejection_sampling/kept_share": self.kept_share}, step=0)
+
+
+def _publish(folder: Path, shared: Path) -> None:
+    """Move a finished choice to its shared place, whole or not at all; where the same one is there, that one stays."""
+    shared.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.rename(shared)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        shutil.rmtree(folder)  # another process has made the same one meanwhile
 
 
 def _sample_windows(

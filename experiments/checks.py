@@ -33,6 +33,8 @@ def training_faults(settings: Mapping) -> list[str]:
     for name in ("experiment", "phase"):
         if not settings[name] or Path(settings[name]).name != settings[name]:
             faults.append(f"{name}={settings[name]!r} must be a plain folder name")
+        elif "$" in settings[name]:
+            faults.append(f"{name}={settings[name]!r} names an environment variable that is not set")
     for name, instead in (("accumulate_grad_batches", "accumulate"), ("gradient_clip_val", "max_grad_norm")):
         value = settings["trainer"].get(name)
         if value not in (None, 1 if name == "accumulate_grad_batches" else None):

@@ -25,7 +25,8 @@ def read_rows(folder: Path) -> Rows:
     rows: Rows = []
     for file in [attempt / "metrics.csv" for attempt in _attempts(folder)]:
         text = file.read_text() if file.is_file() else ""
-        later = [row for row in csv.DictReader(text.splitlines()) if row.get("step")]
+        whole = text[: text.rfind("\n") + 1]  # the run may be writing its last line
+        later = [row for row in csv.DictReader(whole.splitlines()) if row.get("step")]
         if later:
             first = min(int(row["step"]) for row in later)
             rows = [row for row in rows if int(row["step"]) < first] + later

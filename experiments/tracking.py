@@ -28,7 +28,9 @@ def choose_wandb_mode() -> str:
 def wandb_run_id(folder: Path, key: str) -> str:
     """The W&B id of the run in this phase folder: the same after a resume, another for another run."""
     file = Path(folder) / "wandb_id"
-    if not file.is_file() or not file.read_text().startswith(key[:8]):
+    if os.environ.get("WANDB_SWEEP_ID"):  # W&B's agent has named the run, and takes no other name
+        write_atomic(file, os.environ["WANDB_RUN_ID"])
+    elif not file.is_file() or not file.read_text().startswith(key[:8]):
         write_atomic(file, f"{key[:8]}{secrets.token_hex(4)}")
     return file.read_text().strip()
 
@@ -42,7 +44,8 @@ def wandb_identity(folder: Path, run_id: str) -> dict[str, Any]:
     phase = Path(folder).resolve()
     experiment = phase.parent.name
     group = os.environ.get("WANDB_RUN_GROUP") or experiment
-    names = {"group": group, "job_type": phase.name, "name": f"{experiment}/{phase.name}"}
+    kind = os.environ.get("WANDB_JOB_TYPE") or phase.name  # a sweep says that its phases are trials
+    names = {"group": group, "job_type": kind, "name": f"{experiment}/{phase.name}"}
     tags = [*given_tags(), *(tag for tag in re.split(r"-(?=seed\d+$)", experiment) if tag), phase.name]
     names["tags"] = [tag[:64] for tag in dict.fromkeys(tags)]  # W&B refuses longer ones
     return {"project": PROJECT, "id": run_id, "resume": "allow"} | names

@@ -82,6 +82,8 @@ class TrainCLI(LightningCLI):
         return yaml.safe_load(self.parser.dump(self.config, skip_unset=False, skip_link_targets=False))
 
     def before_instantiate_classes(self) -> None:
+        # W&B's agent names its runs in the environment, and a folder has to be named after that.
+        self.config.phase = os.path.expandvars(self.config.phase)
         settings = self.settings()
         checks.raise_all(checks.training_faults(settings) + self.constructor_faults())
         self.key = run_key(settings)

@@ -246,6 +246,33 @@ def test_grpo_trains_an_epoch_of_what_was_kept_and_its_schedule_ends_there(fit, 
     assert float((tmp_path / "rate-0").read_text()) == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize("ranks", [{}, {"strategy": "ddp_fork", "devices": 2}], ids=["one", "two"])
+def test_runs_with_the_same_candidates_share_one_choice(fit, grpo, tmp_path: Path, ranks) -> None:
+    records, given = Records(tmp_path), {"num_samples": 4, "temperature": 0.7, "max_new_tokens": 8, "batch_prompts": 3}
+    shared = str(tmp_path / "shared")
+    fit(grpo(), [RejectionSampling(shared=shared, **given), records], **ONE_EPOCH, **ranks)
+    assert records.read() == KEPT
+    (choice,) = Path(shared).iterdir()
+    assert not (tmp_path / "run/rejection_sampling").exists(), "it has moved"
+    written = (choice / "histogram.json").stat().st_mtime_ns
+
+    module = grpo()
+    fit(module, [RejectionSampling(shared=shared, **given)], **ONE_EPOCH | {"max_steps": 1})
+    assert module.engine.had_moved == [], "nothing was sampled before training"
+    assert [path.stat().st_mtime_ns for path in Path(shared).glob("*/histogram.json")] == [written]
+
+    fit(grpo(), [RejectionSampling(shared=shared, **given | {"temperature": 0.9})], **ONE_EPOCH | {"max_steps": 1})
+    assert len(list(Path(shared).iterdir())) == 2, "another temperature is another choice"
+
+
+def test_a_choice_that_another_run_has_published_meanwhile_is_kept(tmp_path: Path) -> None:
+    for name in ("run", "shared/key"):
+        (tmp_path / name / "shards").mkdir(parents=True)
+        (tmp_path / name / "histogram.json").write_text(name)
+    rejection_sampling._publish(tmp_path / "run", tmp_path / "shared/key")
+    assert (tmp_path / "shared/key/histogram.json").read_text() == "shared/key" and not (tmp_path / "run").exists()
+
+
 @resuming
 def test_a_lost_choice_is_made_again_by_the_stage_1_model_and_logged_once(fit, grpo, tmp_path: Path) -> None:
     records, logger = Records(tmp_path), CSVLogger(tmp_path / "log")

@@ -16,6 +16,8 @@ from callbacks.checkpoints import WholeCheckpoints, WindowCheckpoint
 from callbacks.rejection_sampling import RejectionSampling
 from datamodules.prompts import PromptStyle
 from experiments import ablations, evaluate, evaluate_benchmarks, import_shards, pipeline, shards, synthesize, train
+from experiments.sweep import num_trials
+from experiments.sweep_plan import read_plan
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.grpo import GRPO
 from lightning_modules.qwen_vl import QwenVL
@@ -50,6 +52,11 @@ OTHERS = {
     "paper/pipeline_3b.yaml": pipeline.run,
     "paper/pipeline_7b.yaml": pipeline.run,
 }
+# A sweep, and what its trials change in a training configuration: (that one, the changes).
+SWEEPS = {
+    "nano/sweep.yaml": ("nano/grpo.yaml", "nano/sweep_trial.yaml"),
+    "paper/sweep_7b.yaml": ("paper/grpo_7b.yaml", "paper/sweep_trial_7b.yaml"),
+}
 # Qwen2.5-VL as published, cut to what decides shapes.
 SHAPES = {
     "3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16},
@@ -69,9 +76,9 @@ class Parsed(train.TrainCLI):
 def parse(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sys.argv", ["train"])
 
-    def parse_config(name: str) -> Parsed:
-        more = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.logger=false"]
-        return Parsed(["--config", str(CONFIGS / name), *more])
+    def parse_config(name: str, *more: str) -> Parsed:
+        here = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.logger=false"]
+        return Parsed(["--config", str(CONFIGS / name), *more, *here])
 
     return parse_config
 
@@ -98,7 +105,8 @@ def qwen_config(size: str) -> dict:
 
 
 def test_the_lists_here_name_every_configuration() -> None:
-    assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")} == {*TRAINING, *OTHERS}
+    sweeps = {*SWEEPS, *(changes for _, changes in SWEEPS.values())}
+    assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")} == {*TRAINING, *OTHERS, *sweeps}
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -114,6 +122,28 @@ def test_training_configurations_instantiate(parse, name: str) -> None:
     assert ("RejectionSampling" in names) == is_grpo
     if is_grpo:  # hours of sampling come after the callbacks that find a wrong path in the first second
         assert names.index("RejectionSampling") > max(names.index("Previews"), names.index("MIGBench"))
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_sweeps_try_settings_that_exist_on_questions_that_are_not_the_benchmark(parse, name: str) -> None:
+    plan, (config, changes) = read_plan(CONFIGS / name), SWEEPS[name]
+    assert plan.configs == [f"experiments/configs/{config}", f"experiments/configs/{changes}"]
+    assert plan.metric == "mig_bench_val/avg" and plan.maximize
+    assert plan.early and num_trials(plan, None) == plan.run_cap
+    edges = ({p.name: (p.grid() or [p.low, p.high])[end] for p in plan.parameters} for end in (0, -1))
+    for values in map(plan.values, edges):
+        flags = [f"--{key}={value}" for key, value in values.items()]
+        cli = parse(config, "--config", str(CONFIGS / changes), *flags)
+        settings = cli.settings()["model"]["init_args"]
+        assert {key: settings[key.split(".")[-1]] for key in values} == values
+        callbacks = {type(callback).__name__: callback for callback in cli.trainer.callbacks}
+        bench = callbacks["MIGBench"]
+        assert "/validation/" in bench.annotations and bench.after
+        # Early stopping needs a value at its first band that is not the last.
+        assert cli.trainer.max_steps // bench.every_n_steps > plan.early.first + 1
+        assert callbacks["RejectionSampling"].shared and "MergeAdapter" not in callbacks
+        plain = next(c for c in parse(config).trainer.callbacks if type(c).__name__ == "RejectionSampling")
+        assert callbacks["RejectionSampling"].settings == plain.settings, "the same choice as outside the sweep"
 
 
 def parse_settings(function: Callable[..., None], path: Path) -> None:

@@ -36,6 +36,8 @@ def test_an_attempt_killed_before_or_while_writing_is_no_error(tmp_path: Path) -
     (tmp_path / "attempts" / "0").mkdir(parents=True)
     attempt(tmp_path, 1, "loss,step\n3.0,0\n2.0")
     assert metrics.read_curve(metrics.read_rows(tmp_path), "loss") == [(0, 3.0)]
+    attempt(tmp_path, 2, "loss,step\n2.5,1\n2.0,1")  # of 2.0,12
+    assert metrics.read_curve(metrics.read_rows(tmp_path), "loss") == [(0, 3.0), (1, 2.5)]
 
 
 def test_not_a_number_leaves_no_point(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from datamodules.artefacts import read_json
-from experiments import metrics, train
+from experiments import metrics, tracking, train
 from lightning_modules.rollout_log import read_index
 from tests.experiments.conftest import ROOT, Workbench
 
@@ -106,6 +106,29 @@ def test_the_key_follows_what_is_computed(workbench: Workbench) -> None:
     assert key("--config", grpo) == key("--config", grpo, "--model.rollout_log=a.jsonl", "--model.rollout_log_every=3")
     different = [key(), key("--seed_everything=1"), key("--model.learning_rate=1e-5"), key("--trainer.max_steps=3")]
     assert len(set(different)) == 4
+
+
+def test_a_phase_is_named_after_the_run_of_a_wandb_agent(workbench: Workbench) -> None:
+    config, more = workbench.training("cot_sft"), ("--phase=trial-$WANDB_RUN_ID", "--trainer.max_steps=1")
+    with pytest.raises(SystemExit, match=r"'trial-\$WANDB_RUN_ID' names an environment variable that is not set"):
+        train.main(["--config", config, *more])
+    log, chosen = workbench.root / "log.txt", workbench.root / "chosen.yaml"
+    chosen.write_text("wandb_version: 1\nmodel.init_args.learning_rate:\n  value: 0.002\n")
+    agent = {"WANDB_SWEEP_ID": "abc", "WANDB_RUN_ID": "x1y2", "WANDB_SWEEP_PARAM_PATH": chosen, "WANDB_MODE": "offline"}
+    assert run_apart(config, *more, "--model.init_args.learning_rate=0.002", log=log, **agent) == 0, log.read_text()
+    folder = workbench.outputs / "tiny/trial-x1y2"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["phase"] == "trial-x1y2"
+    assert len(list((folder / "wandb").glob("offline-run-*-x1y2"))) == 1
+
+
+def test_a_run_of_a_wandb_sweep_keeps_the_agent_s_id(tmp_path: Path, monkeypatch) -> None:
+    own = tracking.wandb_run_id(tmp_path, "0123456789")
+    assert own.startswith("01234567") and tracking.wandb_run_id(tmp_path, "0123456789") == own
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    monkeypatch.setenv("WANDB_RUN_ID", "x1y2")
+    monkeypatch.setenv("WANDB_JOB_TYPE", "trial")
+    assert tracking.wandb_run_id(tmp_path, "0123456789") == "x1y2" == (tmp_path / "wandb_id").read_text()
+    assert tracking.wandb_identity(tmp_path / "sweep/trial-1", "x1y2")["job_type"] == "trial"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,215 @@
+"""A sweep from W&B's own YAML: `python -m experiments.sweep --config experiments/configs/nano/sweep.yaml`.
+
+With a W&B key it creates the sweep there, or finds the one it created before, and starts an agent. Without one, or
+with --local, the trials run here, one after another, chosen by Optuna: outputs/<sweep>/ then holds trials.jsonl, the
+phase folders trial-<n>/, logs/, and after each trial sweep.json and sweep.html. Killed at any moment, the same command
+goes on with the trial that was running, from its last checkpoint. docs/sweeps.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from datamodules.artefacts import fingerprint, path_fingerprint
+from experiments import phases, sweep_page, sweep_wandb
+from experiments.results import current_commit
+from experiments.sweep_plan import SweepPlan, describe_command, read_plan
+from experiments.sweep_study import Study
+from experiments.sweep_trials import (
+    ROOT,
+    Interrupted,
+    Points,
+    Trial,
+    TrialLog,
+    last_words,
+    logged_points,
+    run_process,
+    trial_environment,
+)
+from experiments.tracking import choose_wandb_mode
+
+GIVE_UP = 3  # so many failures before anything has succeeded end the sweep: all trials would fail
+ATTEMPTS = 2  # a trial whose process is killed, as for want of memory, is taken up once more
+
+
+class LocalSweep:
+    """Trials on this machine, one at a time, until there are `num_trials`."""
+
+    def __init__(self, plan: SweepPlan, folder: Path, seed: int, num_trials: int, retry_failed: bool = False) -> None:
+        self.plan, self.folder, self.num_trials = plan, folder, num_trials
+        # What the trials depend on besides their parameters. Not their number: a sweep may be made longer.
+        inputs = [path_fingerprint(ROOT / config) for config in plan.configs]
+        key = fingerprint(seed, plan.method, plan.metric, plan.maximize, plan.parameters, plan.command, inputs)
+        phases.claim(folder, key)
+        self.log = TrialLog(folder / "trials.jsonl", key)
+        self.study = Study(plan, seed)
+        self.facts = {"seed": seed, "commit": current_commit(ROOT)}
+        self.failures = 0  # of this process, in a row
+        if retry_failed:
+            for trial in [trial for trial in self.log.trials if trial.state == "failed"]:
+                self.log.reopen(trial.number)
+
+    def run(self) -> None:
+        for known in list(self.log.trials):
+            self._recall(known)
+        while len(self.log.trials) < self.num_trials:
+            latent = self.study.begin()
+            self._carry_out(self.log.begin(latent, self.plan.values(latent)))
+        self.write_page()
+
+    def command(self, trial: Trial) -> list[str]:
+        """The trial's command line, with this sweep's folders in the place of those for W&B's agent."""
+        words = self.plan.arguments(trial.parameters, sys.executable)
+        words = [word for word in words if not word.startswith(("--experiment=", "--phase=", "--outputs="))]
+        where = ["--experiment", self.folder.name, "--phase", phase_name(trial), "--outputs", str(self.folder.parent)]
+        return words + where
+
+    def write_page(self) -> None:
+        commands = [describe_command(self.command(trial)) for trial in self.log.trials]
+        sweep_page.write(self.folder, self.plan, self.log.trials, commands, self.study.importance(), self.facts)
+
+    def _recall(self, trial: Trial) -> None:
+        """Bring a trial of an earlier process before the optimiser; carry it out where it has not ended."""
+        self.study.begin(trial.latent)
+        if trial.state != "running":
+            for index, (_, value) in enumerate(trial.points):
+                self.study.report(index, value)
+            self.study.end(trial.state, trial.value)
+        elif self._report(0, trial.points) is not None:  # and the sweep was killed before it could say so
+            self._close(trial, True, 0, trial.seconds, self.folder / "logs")
+        else:
+            say(f"trial {trial.number} was interrupted: it goes on")
+            self._carry_out(trial)
+
+    def _carry_out(self, trial: Trial) -> None:
+        number, folder = trial.number, self.folder / phase_name(trial)
+        log, settings = self.folder / "logs" / f"{folder.name}.log", _short(trial.parameters)
+        say(f"trial {number} ({number + 1} of {self.num_trials}): {settings}")
+
+        def see(points: Points, seconds: float) -> bool:
+            known = len(self.log.trials[number].points)
+            if len(points) <= known:
+                return False  # a resumed trial repeats what was logged behind its checkpoint
+            # What came behind the value that stops the trial depends on when this process looked: it is left out.
+            stopped = self._report(known, points[known:])
+            kept = points[known:] if stopped is None else points[known : stopped + 1]
+            self.log.add_points(number, kept, trial.seconds + seconds)
+            say(f"trial {number}: {self.plan.metric} {kept[-1][1]:.4g} at step {kept[-1][0]}")
+            return stopped is not None
+
+        environment = trial_environment(("sweep", self.plan.method))
+        for _ in range(ATTEMPTS):
+            ended = run_process(
+                self.command(trial), environment, log, lambda: logged_points(folder, self.plan.metric), see
+            )
+            if ended.pruned or ended.code >= 0:
+                break
+        self._close(trial, ended.pruned, ended.code, trial.seconds + ended.seconds, log)
+
+    def _report(self, first: int, points: Sequence[tuple[int, float]]) -> int | None:
+        """Tell the optimiser of values from number `first` on; the number of the one at which to stop the trial.
+
+        Never at the value that finished trials ended with: nothing would be saved, and the trial may be over already.
+        """
+        last = max((len(trial.points) for trial in self.log.trials if trial.state == "complete"), default=0) - 1
+        for number, (_, value) in enumerate(points, start=first):
+            if self.study.report(number, value) and number < last:
+                return number
+        return None
+
+    def _close(self, trial: Trial, pruned: bool, code: int, seconds: float, log: Path) -> None:
+        points = logged_points(self.folder / phase_name(trial), self.plan.metric)
+        known = len(self.log.trials[trial.number].points)
+        state, value, message = "failed", None, ""
+        if pruned:
+            state, message = "pruned", "not among the best at this step"
+        elif code != 0:
+            message = f"exit code {code}: {last_words(log)}"
+        elif not points:
+            message = f"it logged no finite {self.plan.metric}"
+        else:
+            state, value = "complete", points[-1][1]
+        if points[known:] and not pruned:
+            self.log.add_points(trial.number, points[known:], seconds)
+            for index, (_, late) in enumerate(points[known:], start=known):
+                self.study.report(index, late)
+        trial = self.log.end(trial.number, state, seconds, value, message)
+        self.study.end(state, value)
+        say(f"trial {trial.number}: {state}{'' if value is None else f', {value:.4g}'} {message}".rstrip())
+        self.write_page()
+        self.failures = self.failures + 1 if state == "failed" else 0
+        if self.failures >= GIVE_UP and not any(t.state in ("complete", "pruned") for t in self.log.trials):
+            sys.exit(f"the first {self.failures} trials failed; {log}: {message}\n--retry_failed takes them up again")
+
+
+def phase_name(trial: Trial) -> str:
+    return f"trial-{trial.number}"
+
+
+def say(text: str) -> None:
+    print(f"== {text}", flush=True)
+
+
+def _short(parameters: dict) -> str:
+    return ", ".join(
+        f"{name.split('.')[-1]} {value:.4g}" if isinstance(value, float) else f"{name.split('.')[-1]} {value}"
+        for name, value in parameters.items()
+    )
+
+
+def num_trials(plan: SweepPlan, asked: int | None) -> int:
+    """How many trials there are to be. Raises ValueError where nothing says so."""
+    counts = [count for count in (asked or plan.run_cap, plan.grid_size()) if count is not None]
+    if not counts:
+        raise ValueError(f"method {plan.method} has no end: set run_cap in the YAML, or --trials")
+    return min(counts)
+
+
+def parse(args: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", type=Path, help="the sweep, as W&B defines it")
+    parser.add_argument("--join", metavar="ENTITY/PROJECT/ID", help="start an agent for a W&B sweep that is there")
+    parser.add_argument("--local", action="store_true", help="run the trials here also where there is a W&B key")
+    parser.add_argument("--trials", type=int, help="number of trials; by default run_cap, or the whole grid")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of parameters")
+    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder that holds all experiments")
+    parser.add_argument("--retry_failed", action="store_true", help="take up failed trials again")
+    known = parser.parse_args(args)
+    if (known.config is None) == (known.join is None):
+        parser.error("give --config, or --join")
+    if known.trials is not None and known.trials < 1:
+        parser.error(f"--trials {known.trials} must be at least 1")
+    return known
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of `make sweep` and `make agent`."""
+    given = parse(args)
+    online = choose_wandb_mode() == "online"
+    if given.join:
+        if not online:
+            sys.exit("to join a sweep takes a W&B key: `wandb login`, or WANDB_API_KEY")
+        sweep_wandb.run_agent(given.join, given.trials)
+    try:
+        plan = read_plan(given.config)
+        count = num_trials(plan, given.trials)
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+    folder = given.outputs / plan.name
+    if online and not given.local:
+        sweep_wandb.run_agent(sweep_wandb.find_or_create(given.config, folder), given.trials)
+    with phases.locked(folder):
+        sweep = LocalSweep(plan, folder, given.seed, count, given.retry_failed)
+        try:
+            sweep.run()
+        except Interrupted as signal_name:
+            sys.exit(f"stopped by {signal_name}; the same command goes on with the trial that was running")
+        sweep_wandb.log_sweep(folder, plan)
+    say(f"{folder / 'sweep.html'}, {folder / 'sweep.json'}")
+
+
+if __name__ == "__main__":
+    main()

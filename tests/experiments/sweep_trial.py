@@ -1,0 +1,52 @@
+"""A trial without a model: it logs a curve that its parameters decide, and saves, stops and resumes as training does.
+
+With --die k its process kills itself in the first k attempts, with --fault it ends with an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from datamodules.artefacts import read_json, write_json
+from experiments import metrics, phases
+
+asked: list[int] = []
+
+
+def run(given: argparse.Namespace, folder: Path) -> None:
+    attempt = metrics.next_attempt(folder)
+    file = folder / "attempts" / str(attempt) / "metrics.csv"
+    file.parent.mkdir(parents=True)
+    file.write_text("step,score,other\n")
+    if given.fault:
+        sys.exit(f"ValueError: height={given.height} cannot be trained")
+    for step in range(read_json(folder / "state.json").get("step", 0) + 1, given.steps + 1):
+        time.sleep(given.pace)
+        with file.open("a") as out:
+            out.write(f"{step},{given.height * step / given.steps + given.slope * step},\n")
+        write_json(folder / "state.json", {"step": step})
+        if attempt < given.die and step == 2 + attempt:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if asked:
+            (folder / "stopped").touch()
+            sys.exit(143)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    for name in ("experiment", "phase", "outputs"):
+        parser.add_argument(f"--{name}")
+    for name, kind, default in (("height", float, 0), ("slope", float, 0), ("pace", float, 0.1), ("steps", int, 4)):
+        parser.add_argument(f"--{name}", type=kind, default=default)
+    parser.add_argument("--die", type=int, default=0)
+    parser.add_argument("--fault", type=int, default=0)
+    arguments = parser.parse_args()
+    phase = Path(arguments.outputs) / arguments.experiment / arguments.phase
+    signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    with phases.locked(phase):
+        run(arguments, phase)

@@ -1,0 +1,284 @@
+"""Local sweeps end, survive kills at any moment, stop bad trials and record failures. Trials are real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import wandb
+import yaml
+
+from datamodules.artefacts import read_json
+from experiments import sweep, sweep_trials
+from experiments.sweep_trials import last_words, points_agreed
+from tests.experiments.conftest import ROOT, Workbench
+from tests.experiments.test_sweep_plan import CONFIGS, write
+
+COMMAND = ["${interpreter}", "-m", "tests.experiments.sweep_trial", "${args}"]
+HEIGHTS = {"height": {"distribution": "uniform", "min": 0.0, "max": 10.0}, "slope": {"values": [0, 1]}}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(sweep_trials, "POLL_SECONDS", 0.02)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """run("--trials=2", method="grid", …) runs the sweep in this process; its sweep.json."""
+    monkeypatch.setattr(sweep.sweep_wandb, "log_sweep", lambda *_: None)  # tested with the real trials, below
+
+    def start(*arguments: str, **changes: Any) -> dict[str, Any]:
+        settings = {"metric": {"name": "score", "goal": "maximize"}, "parameters": HEIGHTS, "command": COMMAND}
+        config = write(tmp_path, **settings | changes)
+        sweep.main(["--config", str(config), "--outputs", str(tmp_path / "outputs"), *arguments])
+        return read_json(tmp_path / "outputs/tiny-sweep/sweep.json")
+
+    return start
+
+
+def starts(folder: Path) -> list[str]:
+    """The attempts of all trials, as trial/attempt."""
+    return sorted(f"{path.parts[-3]}/{path.name}" for path in folder.glob("trial-*/attempts/*"))
+
+
+def test_a_sweep_ends_with_the_best_trial_and_is_done_once(run, tmp_path: Path) -> None:
+    summary = run()
+    folder = tmp_path / "outputs/tiny-sweep"
+    assert [trial["state"] for trial in summary["trials"]] == ["complete"] * 3
+    for trial in summary["trials"]:
+        height, slope = trial["parameters"]["height"], trial["parameters"]["slope"]
+        assert [step for step, _ in trial["points"]] == [1, 2, 3, 4]
+        assert trial["value"] == pytest.approx(height + 4 * slope)
+    assert summary["best"]["value"] == max(trial["value"] for trial in summary["trials"])
+    assert f"--phase trial-{summary['best']['trial']}" in summary["best"]["command"]
+    assert (folder / "sweep.html").is_file()
+    assert run() == summary and len(starts(folder)) == 3, "nothing is run again"
+    longer = run("--trials=4")
+    assert longer["trials"][:3] == summary["trials"] and len(longer["trials"]) == 4
+
+
+def test_a_grid_is_run_once_and_whole(run) -> None:
+    parameters = {"height": {"values": [1, 2]}, "slope": {"values": [0, 1]}, "pace": {"value": 0.0}}
+    summary = run(method="grid", run_cap=None, parameters=parameters)
+    seen = [(trial["parameters"]["height"], trial["parameters"]["slope"]) for trial in summary["trials"]]
+    assert sorted(seen) == [(1, 0), (1, 1), (2, 0), (2, 1)]
+
+
+def test_a_sweep_without_an_end_is_refused(run) -> None:
+    with pytest.raises(SystemExit, match="set run_cap in the YAML, or --trials"):
+        run(run_cap=None)
+
+
+def test_another_sweep_of_the_same_name_moves_the_old_one_aside(run, tmp_path: Path) -> None:
+    run("--trials=1")
+    run("--trials=1", metric={"name": "score", "goal": "minimize"})
+    assert len(list((tmp_path / "outputs").glob("tiny-sweep*"))) == 2
+    assert starts(tmp_path / "outputs/tiny-sweep") == ["trial-0/0"]
+
+
+def test_a_trial_that_lags_is_stopped_by_sigterm_and_kept_as_pruned(run, tmp_path: Path) -> None:
+    early = {"type": "hyperband", "min_iter": 1, "eta": 2}
+    parameters = {"height": {"values": [9, 1]}, "steps": {"value": 12}, "pace": {"value": 0.15}}
+    summary = run("--seed=1", method="grid", run_cap=None, parameters=parameters, early_terminate=early)
+    heights = [trial["parameters"]["height"] for trial in summary["trials"]]
+    assert heights == [9, 1], "the seed must bring the better one first"
+    assert [trial["state"] for trial in summary["trials"]] == ["complete", "pruned"]
+    assert summary["trials"][1]["value"] is None and 2 <= len(summary["trials"][1]["points"]) < 11
+    assert (tmp_path / "outputs/tiny-sweep/trial-1/stopped").is_file()
+
+
+def test_a_failed_trial_is_recorded_with_its_message_and_the_sweep_goes_on(run) -> None:
+    parameters = {"height": {"values": [1, 2]}, "fault": {"values": [0, 1]}, "pace": {"value": 0.0}}
+    summary = run(method="grid", run_cap=None, parameters=parameters)
+    assert len(summary["trials"]) == 4
+    for trial in summary["trials"]:
+        failed = trial["parameters"]["fault"] == 1
+        assert trial["state"] == ("failed" if failed else "complete")
+        assert (f"ValueError: height={trial['parameters']['height']}" in trial["message"]) == failed
+
+
+def test_three_failures_at_the_start_end_the_sweep_until_they_are_retried(run, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"first 3 trials failed; .*trial-2\.log: exit code 1: ValueError: height"):
+        run("--trials=6", parameters=HEIGHTS | {"fault": {"value": 1}})
+    folder = tmp_path / "outputs/tiny-sweep"
+    assert len(starts(folder)) == 3
+    with pytest.raises(SystemExit, match="first 3"):
+        run("--trials=6", "--retry_failed", parameters=HEIGHTS | {"fault": {"value": 1}})
+    assert starts(folder) == [f"trial-{trial}/{attempt}" for trial in range(3) for attempt in range(2)]
+
+
+def test_a_metric_that_is_never_logged_is_a_failure_that_says_so(run) -> None:
+    summary = run("--trials=1", metric={"name": "other"})
+    assert summary["trials"][0]["message"] == "it logged no finite other" and summary["best"] is None
+
+
+def test_a_killed_trial_goes_on_once_and_fails_when_killed_again(run, tmp_path: Path) -> None:
+    summary = run(method="grid", run_cap=None, parameters={"die": {"values": [0, 1, 2]}, "height": {"value": 1}})
+    states = {trial["parameters"]["die"]: trial for trial in summary["trials"]}
+    assert [states[k]["state"] for k in range(3)] == ["complete", "complete", "failed"]
+    assert states[1]["points"] == states[0]["points"], "from its own checkpoint"
+    assert "exit code -9" in states[2]["message"]
+
+
+def start_apart(tmp_path: Path, name: str, config: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "experiments.sweep", "--config", str(config), "--outputs", str(tmp_path / name)]
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+
+
+def wait_for_points(folder: Path, trial: int, count: int, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 1200  # on a busy machine
+    while time.monotonic() < end and process.poll() is None:
+        file = folder / "trials.jsonl"
+        records = [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.is_file() else []
+        if sum(len(record.get("values", ())) for record in records if record["trial"] == trial) >= count:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{folder}: trial {trial} did not log {count} values; exit code {process.poll()}")
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL to the sweep and to the trial it runs, as when a machine goes down."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(process.pid, signal.SIGKILL)
+    for child in children:
+        os.killpg(int(child), signal.SIGKILL)
+    process.wait()
+
+
+def without_seconds(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{key: trial[key] for key in ("state", "value", "parameters", "points")} for trial in summary["trials"]]
+
+
+def test_a_killed_sweep_goes_on(run, tmp_path: Path) -> None:
+    parameters = HEIGHTS | {"pace": {"value": 0.4}}
+    settings = {"metric": {"name": "score", "goal": "maximize"}, "parameters": parameters, "command": COMMAND}
+    config = write(tmp_path, **settings, method="bayes")
+    killed, folder = start_apart(tmp_path, "outputs", config), tmp_path / "outputs/tiny-sweep"
+    wait_for_points(folder, 1, 1, killed)
+    kill_all(killed)
+    resumed = run(method="bayes", parameters=parameters)
+    for state in folder.glob("*"):
+        state.rename(tmp_path / state.name)
+    assert without_seconds(resumed) == without_seconds(run(method="bayes", parameters=parameters))
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_ends_as_one_left_alone(tmp_path: Path) -> None:
+    early = {"type": "hyperband", "min_iter": 3, "eta": 2}
+    # Slow beside the poll of a second: a trial that ends before it was looked at is no longer stopped.
+    parameters = HEIGHTS | {"pace": {"value": 1.0}, "steps": {"value": 12}}
+    settings = {"metric": {"name": "score", "goal": "maximize"}, "parameters": parameters, "command": COMMAND}
+    config = write(tmp_path, **settings, early_terminate=early, method="bayes")
+    whole, folder = start_apart(tmp_path, "whole", config), tmp_path / "killed/tiny-sweep"
+    killed = start_apart(tmp_path, "killed", config)
+    wait_for_points(folder, 1, 1, killed)
+    kill_all(killed)
+    interrupted = starts(folder)
+    stopped = start_apart(tmp_path, "killed", config)
+    wait_for_points(folder, 2, 1, stopped)
+    stopped.terminate()
+    assert stopped.wait(60) == 1
+    assert (folder / "trial-2/stopped").is_file(), "SIGTERM is passed on to the trial"
+    assert start_apart(tmp_path, "killed", config).wait(120) == 0
+    assert whole.wait(120) == 0
+    assert interrupted == ["trial-0/0", "trial-1/0"]
+    assert starts(folder) == ["trial-0/0", "trial-1/0", "trial-1/1", "trial-2/0", "trial-2/1"]
+    expected = without_seconds(read_json(tmp_path / "whole/tiny-sweep/sweep.json"))
+    assert without_seconds(read_json(folder / "sweep.json")) == expected
+    assert list((folder / "wandb").glob("offline-run-*"))
+
+
+def test_without_a_key_nothing_can_be_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="takes a W&B key"):
+        sweep.main(["--join", "entity/project/id"])
+
+
+def test_with_a_key_a_sweep_is_created_once_and_an_agent_started(tmp_path: Path, monkeypatch) -> None:
+    created, started = [], []
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr(wandb, "sweep", lambda what, **where: created.append((what, where)) or f"s{len(created)}")
+    monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(default_entity="lab"))
+    monkeypatch.setattr(sweep.sweep_wandb, "run_agent", lambda *what: started.append(what) or sys.exit())
+    config = CONFIGS / "nano/sweep.yaml"
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            sweep.main(["--config", str(config), "--outputs", str(tmp_path)])
+    assert started == [("lab/multi-image-grounding/s1", None)] * 2
+    assert created == [(yaml.safe_load(config.read_text()), {"entity": "lab", "project": "multi-image-grounding"})]
+
+
+def test_points_are_taken_where_two_looks_agree() -> None:
+    assert points_agreed([(1, 2.0), (2, 3.0)], [(1, 2.0), (2, 3.0), (3, 4.0)]) == [(1, 2.0), (2, 3.0)]
+    assert points_agreed([(1, 2.0), (2, 3.5)], [(1, 2.0), (2, 3.0)]) == [(1, 2.0)]
+    assert points_agreed([], [(1, 2.0)]) == [] == points_agreed([(1, 2.0)], [])
+
+
+def test_the_error_is_found_in_a_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("start\nTraceback:\n  File x\nValueError: the loss is nan\nwandb: synced\nbye\n")
+    assert last_words(log) == "ValueError: the loss is nan"
+    log.write_text("settings cannot be run:\n  - beta=-1.0 is negative\n")
+    assert last_words(log) == "- beta=-1.0 is negative"
+    assert last_words(tmp_path / "none") == "it said nothing"
+
+
+def real_sweep(workbench: Workbench, count: int, **model: Any) -> Path:
+    """The YAML of a sweep over λ and β with real GRPO trials of the tiny model, of three updates each."""
+    callback = {
+        "class_path": "callbacks.mig_bench.MIGBench",
+        "init_args": workbench.benchmark | {"after": True, "every_n_steps": 1, "max_new_tokens": 4},
+    }
+    config = workbench.training("grpo", [callback], **model)
+    command = ["${env}", "${interpreter}", "-m", "tests.experiments.text_reward", f"--config={config}"]
+    command += ["--trainer.max_steps=3", "--phase=trial-$WANDB_RUN_ID", "${args}"]
+    prefix = "model.init_args."
+    parameters = {
+        prefix + "accuracy_weight": {"values": [0.5, 1.0, 2.0]},
+        prefix + "format_weight": {"values": [0.0, 0.5]},
+        prefix + "beta": {"distribution": "log_uniform_values", "min": 1e-3, "max": 0.5},
+    }
+    metric = {"name": "mig_bench_val/mean_tokens", "goal": "minimize"}  # of an untrained model no box can be read
+    return write(
+        workbench.root, name="lambda-beta", metric=metric, parameters=parameters, command=command, run_cap=count
+    )
+
+
+def test_two_real_trials_end_and_log_to_wandb(workbench: Workbench) -> None:
+    config = real_sweep(workbench, 2)
+    sweep.main(["--config", str(config), "--outputs", str(workbench.outputs)])
+    folder = workbench.outputs / "lambda-beta"
+    summary = read_json(folder / "sweep.json")
+    assert [trial["state"] for trial in summary["trials"]] == ["complete"] * 2, summary
+    # After the updates 1 and 2 on some questions, after the third on all.
+    assert all(len(trial["points"]) == 3 and trial["value"] == trial["points"][-1][1] for trial in summary["trials"])
+    after = read_json(folder / "trial-1/mig_bench/after/mig_bench.json")
+    assert summary["trials"][1]["value"] == after["mean_tokens"] and after["n"] == 4
+    assert list((folder / "wandb").glob("offline-run-*")) and list((folder / "trial-0/wandb").glob("offline-run-*"))
+    assert not (folder / "trial-0/rejection_sampling").exists()
+
+
+@pytest.mark.slow
+def test_eight_real_trials_over_lambda_and_beta_survive_a_kill(workbench: Workbench, browser_page) -> None:
+    config = real_sweep(workbench, 8)
+    folder = workbench.outputs / "lambda-beta"
+    killed = start_apart(workbench.root, "outputs", config)
+    wait_for_points(folder, 3, 1, killed)
+    kill_all(killed)
+    assert start_apart(workbench.root, "outputs", config).wait(2400) == 0
+    summary = read_json(folder / "sweep.json")
+    assert [trial["state"] for trial in summary["trials"]] == ["complete"] * 8, summary
+    assert all(len(trial["points"]) == 3 for trial in summary["trials"])
+    assert len(starts(folder)) == 9, "the interrupted trial went on, nothing else was run twice"
+    browser_page.goto((folder / "sweep.html").as_uri())
+    assert browser_page.locator("#table tbody tr").count() == 8
