@@ -227,6 +227,10 @@ class MIGBench(Callback):
             for logger in trainer.loggers:  # at the step that Lightning logs its own metrics at
                 step = trainer.fit_loop.epoch_loop._batches_that_stepped
                 logger.log_metrics(summary_metrics(summary, prefix), step=step)
+            # Where WindowCheckpoint's `monitor` finds it; the first rank alone keeps and removes checkpoints.
+            trainer.callback_metrics.update(
+                {name: torch.tensor(value) for name, value in summary_metrics(summary, prefix).items()}
+            )
             print(f"\n{name}, step {trainer.global_step}\n{format_table(summary)}", flush=True)
 
 

@@ -8,6 +8,7 @@ so a kill at any moment costs nothing but the step's work since its last checkpo
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from typing import Any
 import yaml
 from jsonargparse import auto_cli
 
+from callbacks import preemption
 from datamodules.artefacts import fingerprint, path_fingerprint, read_json
 from datamodules.shards import folder_list
 from experiments import phases, report
@@ -67,7 +69,13 @@ def run_step(step: Step) -> float:
             phases.write_marker(step.marker.parent, step.marker.name, **content)
         return seconds
 
-    code = run_process([sys.executable, "-m", *step.command], lambda: note(False))
+    def tick() -> None:
+        try:
+            note(False)
+        except OSError as error:  # only the clock: whether the step can go on, it finds out itself
+            say(f"{step.title}: the time spent is not noted: {error}")
+
+    code = run_process([sys.executable, "-m", *step.command], tick)
     if code != 0:
         sys.exit(f"{step.title} ended with exit code {code}. The same command goes on from what is saved.")
     seconds = note(True)
@@ -78,21 +86,26 @@ def run_step(step: Step) -> float:
 def run_process(command: list[str], tick: Callable[[], Any]) -> int:
     """Run a command to its end, calling `tick` now and then; its exit code.
 
-    SIGTERM is passed on to it. Ctrl-C reaches it by itself; it is waited for, since it saves a checkpoint then.
+    SIGTERM is passed on to it. SLURM's warning stops it too, and the job is requeued when it has ended. Ctrl-C reaches
+    it by itself; it is waited for, since it saves a checkpoint then.
     """
-    child = subprocess.Popen(command, cwd=ROOT)
-    stopped = False
+    child = subprocess.Popen(command, cwd=ROOT, env=os.environ | {preemption.LEFT_TO_PARENT: "1"})
+    stopped = requeue = False
 
-    def stop(*_: Any) -> None:
-        nonlocal stopped
+    def stop(signum: int, *_: Any) -> None:
+        nonlocal stopped, requeue
         stopped = True
+        requeue |= signum == preemption.REQUEUE_SIGNAL
         child.terminate()
 
-    old = signal.signal(signal.SIGTERM, stop)
+    numbers = [signal.SIGTERM, *([preemption.REQUEUE_SIGNAL] if preemption.in_slurm_job() else [])]
+    old = {number: signal.signal(number, stop) for number in numbers}
     try:
         while True:
             try:
                 code = child.wait(CLOCK_SECONDS)
+                if requeue:
+                    preemption.requeue_job()
                 return code or (128 + signal.SIGTERM if stopped else 0)
             except subprocess.TimeoutExpired:
                 tick()
@@ -100,7 +113,8 @@ def run_process(command: list[str], tick: Callable[[], Any]) -> int:
                 stopped = True
                 say("stopping: the step saves what it has")
     finally:
-        signal.signal(signal.SIGTERM, old)
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 class Ladder:

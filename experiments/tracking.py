@@ -5,6 +5,7 @@ from __future__ import annotations
 import netrc
 import os
 import secrets
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -53,6 +54,12 @@ def log_evaluation(folder: Path, key: str, values: Mapping[str, float]) -> None:
     with wandb.init(dir=str(folder), reinit="finish_previous", **identity) as run:
         run.define_metric("*", step_metric="trainer/global_step", step_sync=True)  # the axis that WandbLogger uses
         run.log({**values, "trainer/global_step": step})
+
+
+def finish_run() -> None:
+    """End this process's W&B run, if there is one, so that the next has files of its own."""
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish()
 
 
 def _has_key() -> bool:
