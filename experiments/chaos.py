@@ -137,8 +137,7 @@ class Pipeline:
 
     def phase(self) -> str | None:
         """Where it is now; None between two steps and in what belongs to no phase."""
-        commands = [command for command in self.members().values() if "experiments.pipeline" not in command]
-        for command in commands:
+        for command in self._steps():
             words = command.split()
             if "experiments.shards" in command:
                 return "world"
@@ -150,6 +149,15 @@ class Pipeline:
         results = read_json(self.folder / "results.json").get("stages", [])
         waiting = [stage for stage in done if stage not in [rung["name"] for rung in results]]
         return f"{waiting[0]}: report" if waiting else None
+
+    def _steps(self) -> list[str]:
+        """Commands of the pipeline's own children: seldom more than one, and read often."""
+        pid = self.process.pid
+        try:
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            return [Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode() for child in children]
+        except OSError:  # one has just ended
+            return []
 
     def _training(self, stage: str) -> str:
         folder = self.folder / stage
