@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from datamodules.artefacts import read_json
-from experiments import metrics, train
+from experiments import metrics, tracking, train
 from tests.callbacks.test_preemption import put_scontrol
 from tests.experiments.conftest import ROOT, Workbench
 
@@ -182,21 +182,32 @@ def test_attempts_of_one_phase_are_one_wandb_run(workbench: Workbench) -> None:
     assert {run.name.split("-")[-1] for run in runs} == {(folder / "wandb_id").read_text()}
 
 
+def rolling_back(workbench: Workbench) -> str:
+    """A GRPO run whose entropy is out of bounds, as any policy's is, in every window of two batches."""
+    bounds = {"grpo/entropy": {"low": 99.0}}
+    settings = {"bounds": bounds, "action": "roll_back", "window": 2, "max_rollbacks": 1}
+    guard = {"class_path": "callbacks.collapse.CollapseGuard", "init_args": settings}
+    return workbench.training("grpo", [guard])
+
+
 def test_a_run_that_is_rolled_back_goes_on_in_the_same_process(workbench: Workbench, capsys) -> None:
-    guard = {
-        "class_path": "callbacks.collapse.CollapseGuard",
-        # No policy has an entropy above that: it is out of bounds in every window.
-        "init_args": {"bounds": {"grpo/entropy": {"low": 99.0}}, "action": "roll_back", "window": 2},
-    }
-    guard["init_args"]["max_rollbacks"] = 1
-    with pytest.raises(SystemExit) as caught:
-        train.main(["--config", workbench.training("grpo", [guard]), "--trainer.max_steps=6", "--model.beta=0.1"])
-    assert "stopped after 1 rollbacks" in str(caught.value)
+    tracking.finish_run()  # one that an earlier test has left in this process
+    with pytest.raises(SystemExit, match="stopped after 1 rollbacks"):
+        train.main(["--config", rolling_back(workbench), "--trainer.max_steps=6", "--model.beta=0.1"])
     folder = workbench.outputs / "tiny" / "grpo"
     assert [event["action"] for event in read_json(folder / "collapse.json")["events"]] == ["roll_back", "stop"]
     assert capsys.readouterr().out.count("going on from") == 1
     assert [value for _, value in metrics.read_curve(metrics.read_rows(folder), "collapse/rollbacks")][-1] == 1.0
     assert not (folder / "done.json").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_roll_back_together(workbench: Workbench) -> None:
+    log = workbench.root / "log.txt"
+    more = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=6")
+    assert run_apart(rolling_back(workbench), *more, log=log, timeout=400) == 1, log.read_text()
+    events = read_json(workbench.outputs / "tiny" / "grpo" / "collapse.json")["events"]
+    assert [event["action"] for event in events] == ["roll_back", "stop"], log.read_text()
 
 
 def test_a_full_disk_at_the_end_keeps_the_checkpoint_and_says_so(workbench: Workbench, small_disk, monkeypatch) -> None:
