@@ -64,6 +64,7 @@ def test_one_rank_or_all_are_found_and_killed(tmp_path: Path) -> None:
     child = "import time; time.sleep(60)  # experiments.train --phase grpo"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])  # experiments.pipeline"
     pipeline.process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, start_new_session=True)
+    pipeline.sessions.add(pipeline.process.pid)
     try:
         while len(pipeline.members()) < 2:
             assert pipeline.process.poll() is None
