@@ -106,7 +106,7 @@ def write_configs(folder: Path, model: str) -> Path:
 
 
 class Pipeline:
-    """The pipeline's processes, each start in a session of its own: what an earlier one has left behind is found too."""
+    """The pipeline's processes, each start in a session of its own; what an earlier one has left is found too."""
 
     def __init__(self, config: Path, outputs: Path) -> None:
         self.folder = outputs / EXPERIMENT
