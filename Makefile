@@ -37,7 +37,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .PHONY: help pipeline ablations base shards sft grpo sweep agent eval rescore synthesize tables report compare dashboard
-.PHONY: bench bench-gpu lint test test-slow clean
+.PHONY: bench bench-gpu chaos lint test test-slow clean
 
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -115,6 +115,9 @@ bench: $(STAMP)  ## Time GRPO and SFT steps beside TRL's on the nano base, and h
 BENCH_PYTHON ?= $(PY)
 bench-gpu:  ## Time them on a GPU at the 7B and 3B shapes, random weights; 9 minutes at most, run it again to go on
 	$(OFFLINE) $(BENCH_PYTHON) -m experiments.bench.run --shapes 7b 3b --minutes 8.5 $(ARGS)
+
+chaos: $(STAMP)  ## Kill a short pipeline 20 times and compare its results with an undisturbed run's: ARGS="--kills 40 --seed 1"
+	$(OFFLINE) $(ONE_THREAD) $(PY) -m experiments.chaos $(ARGS)
 
 lint: $(STAMP)  ## Check style with ruff
 	$(PY) -m ruff check .

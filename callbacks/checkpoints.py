@@ -1,57 +1,200 @@
-"""When checkpoints are written, and that they are whole or absent on every filesystem."""
+"""When checkpoints are written, which are kept, and that they are whole or absent on every filesystem."""
 
 from __future__ import annotations
 
+import logging
 import os
+import time
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
+
+from datamodules.artefacts import remove_draft, storage_error
+
+log = logging.getLogger(__name__)
+
+UNFINISHED = ".unfinished"
+
+
+class RunStopped(RuntimeError):
+    """A run that ends for a reason that its message states in full; what it has reached is saved."""
 
 
 class WholeCheckpoints(TorchCheckpointIO):
     """Writes <path>.unfinished beside the checkpoint's place and renames it once it is on the disk.
 
     Lightning's own writes to the folder for temporary files and moves it from there: where that is another filesystem,
-    the move is a copy onto the old checkpoint, and a kill or a full disk in between leaves neither.
+    the move is a copy onto the old checkpoint, and a kill or a full disk in between leaves neither. The folder above
+    the checkpoint's must be there: where a mounted filesystem is gone, nothing is written into the place it left.
+    Raises OSError that names the path and the free space; the room that the draft took is free again.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".unfinished")
-        with unfinished.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        unfinished = path.with_name(path.name + UNFINISHED)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with unfinished.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for what its file raised
+            remove_draft(unfinished)
+            raise storage_error(error, path) from error
 
 
-class WindowCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint whose `every_n_train_steps` also holds where a window makes several updates.
+def log_batch(trainer: Trainer) -> None:
+    """Log the batch now, from its `on_train_batch_end`, as is right before a checkpoint behind it.
 
-    Lightning's own saves where the count of updates is a multiple, which then is seldom seen behind a batch; this one
-    saves where it has passed one. Only the last batch of a window changes the count, so no window is open.
+    Lightning logs a batch after its callbacks: a kill in between would lose the row, since the run that goes on from
+    the checkpoint does not make it again. The loggers leave out the second.
+    """
+    trainer._logger_connector.update_train_step_metrics()
+
+
+def save(trainer: Trainer, path: Path) -> str | None:
+    """Write a checkpoint; every rank calls it and is told the error of the first, if there is one."""
+    error = None
+    try:
+        trainer.save_checkpoint(path)
+    except OSError as failure:
+        error = str(failure)
+        trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks are
+    error = trainer.strategy.broadcast(error)
+    if error is not None and trainer.is_global_zero:
+        log.warning("no checkpoint at step %d: %s", trainer.global_step, error)
+    return error
+
+
+def newest(folder: str | Path, without: Collection[str] = ()) -> Path | None:
+    """The newest checkpoint in the folder, but for those named; None where there is none."""
+    files = [file for file in Path(folder).glob("*.ckpt") if file.name not in without]
+    return max(files, key=lambda file: file.stat().st_mtime_ns) if files else None
+
+
+class WindowCheckpoint(Checkpoint):
+    """Checkpoints <dirpath>/step-00000120.ckpt every so many updates, or minutes, or both; and one at the end.
+
+    Updates are counted over whole windows: where a window makes several, the first checkpoint behind a multiple is
+    written. A time that is up inside a window waits for its end. So a checkpoint never has a half-used window of
+    rollouts or a half-accumulated gradient in it.
+
+    Kept are the `keep_last` newest; with `keep_every`, for ever, the first behind every multiple of that many updates;
+    and with `monitor` the `keep_best` of the highest (or lowest) value of that metric, as it was logged last.
+    A checkpoint that cannot be written is warned of and tried again when the next one is due; the older ones stay.
+    After `max_failures` in a row the run ends with `RunStopped`. dirpath: by default <default_root_dir>/checkpoints.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        every_n_steps: int | None = None,
+        every_n_minutes: float | None = None,
+        keep_last: int = 1,
+        keep_every: int | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "max",
+        keep_best: int = 1,
+        max_failures: int = 3,
+    ) -> None:
+        self.dirpath = dirpath
+        self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
+        self.keep_last, self.keep_every, self.keep_best = keep_last, keep_every, keep_best
+        self.monitor, self.mode, self.max_failures = monitor, mode, max_failures
+        if faults := self._faults():
+            raise ValueError(f"WindowCheckpoint: {'; '.join(faults)}")
+        self.scores: dict[str, float] = {}  # by file name; known to rank 0, which writes the checkpoints
+        self._failures = 0
         self._last_step = 0
+        self._saved_batches = 0
+        self._saved_at = 0.0
+
+    def _faults(self) -> list[str]:
+        faults = []
+        for name in ("every_n_steps", "every_n_minutes", "keep_every"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                faults.append(f"{name}={value} must be greater than 0, or null")
+        for name in ("keep_last", "keep_best", "max_failures"):
+            if getattr(self, name) < 1:
+                faults.append(f"{name}={getattr(self, name)} must be at least 1")
+        if self.mode not in ("min", "max"):
+            faults.append(f"mode={self.mode!r} must be 'min' or 'max'")
+        return faults
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.dirpath = self.dirpath or str(Path(trainer.default_root_dir) / "checkpoints")
+        if trainer.is_global_zero and stage == "fit":
+            for draft in Path(self.dirpath).glob(f"*.ckpt{UNFINISHED}"):  # what a kill has left
+                remove_draft(draft)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scores": self.scores}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.scores = dict(state_dict["scores"])
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._last_step = checkpoint["global_step"]
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_at = time.monotonic()
+        self._saved_batches = _num_batches(trainer)
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         last, self._last_step = self._last_step, trainer.global_step
-        every = self._every_n_train_steps
-        if every < 1 or last // every == trainer.global_step // every or self._should_skip_saving_checkpoint(trainer):
+        due = self.every_n_steps and last // self.every_n_steps < trainer.global_step // self.every_n_steps
+        if self.every_n_minutes and not getattr(pl_module, "window_is_open", False):
+            # Clocks differ: the first rank's counts.
+            due = trainer.strategy.broadcast(due or time.monotonic() - self._saved_at >= 60 * self.every_n_minutes)
+        if due:
+            log_batch(trainer)
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if _num_batches(trainer) != self._saved_batches:
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        path = Path(self.dirpath) / f"step-{trainer.global_step:08d}.ckpt"
+        score = trainer.callback_metrics.get(self.monitor) if self.monitor else None
+        if score is not None:
+            self.scores[path.name] = float(score)
+        error = save(trainer, path)
+        self._saved_at = time.monotonic()
+        if error is None:
+            self._failures, self._saved_batches = 0, _num_batches(trainer)
+            if trainer.is_global_zero:
+                self._remove_old(trainer)
             return
-        metrics = self._monitor_candidates(trainer)
-        if self.monitor is not None and self.monitor not in metrics:
-            self._defer_save_until_validation = True  # which logs it
-            return
-        self._save_topk_checkpoint(trainer, metrics)
-        self._save_last_checkpoint(trainer, metrics)
+        self.scores.pop(path.name, None)
+        self._failures += 1
+        if self._failures >= self.max_failures:
+            raise RunStopped(
+                f"stopped at step {trainer.global_step}: {self._failures} checkpoints in a row could not be written, "
+                f"the last because {error}. The last good one is {newest(self.dirpath)}: the same command goes on there"
+            )
+
+    def _remove_old(self, trainer: Trainer) -> None:
+        files = {int(file.stem.split("-")[1]): file for file in Path(self.dirpath).glob("step-*.ckpt")}
+        kept = set(sorted(files)[-self.keep_last :])
+        if self.keep_every:
+            marks = {step // self.keep_every: step for step in sorted(files, reverse=True)}  # the first behind each
+            kept |= {step for mark, step in marks.items() if mark > 0}
+        sign = 1 if self.mode == "max" else -1
+        scored = [step for step, file in files.items() if file.name in self.scores]
+        best = sorted(scored, key=lambda step: (-sign * self.scores[files[step].name], step))
+        kept |= set(best[: self.keep_best])
+        for step in files.keys() - kept:
+            self.scores.pop(files[step].name, None)
+            trainer.strategy.remove_checkpoint(files[step])
+
+
+def _num_batches(trainer: Trainer) -> int:
+    return trainer.fit_loop.epoch_loop.batch_progress.total.ready

@@ -14,6 +14,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from callbacks import preemption
+from callbacks.checkpoints import log_batch, save
+
 FILE_NAME = "interrupted.ckpt"
 
 
@@ -22,25 +25,30 @@ class SaveOnInterrupt(Callback):
 
     Lightning alone would stop at Ctrl-C in the middle of a batch, and its `save_on_exception` would also save weights
     that another error has spoilt. A second Ctrl-C stops at once, without a checkpoint. A SIGTERM ends the process
-    with status 143. Lightning's own SIGTERM handler is set aside meanwhile: it calls a collective inside the handler,
-    and ranks that are in another one then wait for each other for ever.
+    with status 143; so does SLURM's warning, SIGUSR1, and the job is requeued once the checkpoint is written.
+    Lightning's own handlers are set aside meanwhile: that of SIGTERM calls a collective inside the handler, and ranks
+    that are in another one then wait for each other for ever; that of SIGUSR1 saves in the middle of a batch.
     """
 
     def __init__(self) -> None:
-        self._asked = self._terminated = False
+        self._asked = self._terminated = self._requeue = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._asked = self._terminated = False
-        for number, handler in ((signal.SIGINT, self._ask), (signal.SIGTERM, self._terminate)):
+        self._asked = self._terminated = self._requeue = False
+        handlers = {signal.SIGINT: self._ask, signal.SIGTERM: self._terminate}
+        if preemption.in_slurm_job():
+            handlers[preemption.REQUEUE_SIGNAL] = self._warn
+        for number, handler in handlers.items():
             self._previous[number] = signal.signal(number, handler)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         # One rank may have heard the signal before the others; they must all stop behind the same batch.
         if trainer.strategy.reduce_boolean_decision(self._asked or self._terminated, all=False):
-            trainer.save_checkpoint(_path(trainer))
-            # Lightning logs a batch after its callbacks; the run that goes on from here will not log this one.
-            trainer._logger_connector.update_train_step_metrics()
+            log_batch(trainer)
+            save(trainer, _path(trainer))
+            if trainer.strategy.reduce_boolean_decision(self._requeue, all=False):
+                preemption.requeue_job()
             raise KeyboardInterrupt if self._asked else SIGTERMException(128 + signal.SIGTERM)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -61,6 +69,9 @@ class SaveOnInterrupt(Callback):
 
     def _terminate(self, signum: int, frame: FrameType | None) -> None:
         self._terminated = True
+
+    def _warn(self, signum: int, frame: FrameType | None) -> None:
+        self._terminated = self._requeue = True
 
     def _restore(self) -> None:
         while self._previous:

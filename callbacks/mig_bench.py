@@ -224,9 +224,12 @@ class MIGBench(Callback):
             found = {record["id"]: Prediction.from_json(record) for record in records}
             summary = summarise([found[sample.id] for sample in samples])
             write_json(folder / "mig_bench.json", {"key": key, "step": trainer.global_step} | summary)
+            values = summary_metrics(summary, "mig_bench_val")
             for logger in trainer.loggers:  # at the step that Lightning logs its own metrics at
                 step = trainer.fit_loop.epoch_loop._batches_that_stepped
-                logger.log_metrics(summary_metrics(summary, "mig_bench_val"), step=step)
+                logger.log_metrics(values, step=step)
+            # Where WindowCheckpoint's `monitor` finds it; the first rank alone keeps and removes checkpoints.
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
             print(f"\n{name}, step {trainer.global_step}\n{format_table(summary)}", flush=True)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -40,8 +42,12 @@ def write_atomic(path: str | Path, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+    try:
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    except OSError as error:
+        remove_draft(draft)
+        raise storage_error(error, path) from error
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -51,6 +57,48 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_json(path: str | Path) -> Any:
     """The file's value; {} where there is no such file."""
     return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {}
+
+
+def append_text(path: str | Path, text: str) -> None:
+    """Append `text` in one piece, on the disk when this returns.
+
+    Where that fails (the disk is full, the filesystem is gone) nothing of it stays in the file, so that no cut line
+    stands before later ones, and OSError is raised.
+    """
+    path = Path(path)
+    try:
+        with path.open("ab", buffering=0) as file:  # a buffer would be written again when the file is closed
+            size, rest = file.seek(0, os.SEEK_END), text.encode()
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+            except OSError:
+                os.ftruncate(file.fileno(), size)
+                raise
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
+def storage_error(error: Exception, path: str | Path) -> OSError:
+    """An OSError for a failed write that names the path and the space that is left there."""
+    number, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
+    return OSError(number or 0, f"cannot be written: {reason or error}; {free_space(path)}", str(path))
+
+
+def free_space(path: str | Path) -> str:
+    """How much is free where `path` lies or would lie, in words."""
+    try:
+        folder = next(parent for parent in (Path(path), *Path(path).absolute().parents) if parent.is_dir())
+        return f"{shutil.disk_usage(folder).free / 2**20:,.1f} MiB free in {folder}"
+    except OSError as error:
+        return f"free space unknown: {error}"
+
+
+def remove_draft(path: Path) -> None:
+    """Make room again after a failed write; where the filesystem is gone there is nothing to remove."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 class Journal:
@@ -72,15 +120,17 @@ class Journal:
     def append(self, records: Iterable[Any]) -> None:
         """Write the records as one piece; they are on the disk when this returns."""
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        append_text(self.path, text)
 
 
 def read_journal(path: Path, key: str) -> list[Any]:
     """The sound records of a journal that another process may be writing; [] if it is of another key."""
     return _sound_records(path)[0] if read_json(_key_file(path)) == {"key": key} else []
+
+
+def read_sound_lines(path: Path) -> list[Any]:
+    """The records of a JSONL file up to the first line that is cut short or damaged; [] where there is no file."""
+    return _sound_records(path)[0]
 
 
 def _key_file(path: Path) -> Path:

@@ -80,6 +80,11 @@ class MultiImageData(LightningDataModule):
         assert self._loader is not None, "the batch does not come from train_dataloader"
         self._loader.mark_trained(batch)
 
+    def reorder(self, number: int) -> None:
+        """Take the samples from here on in another order (0 is the first): what was seen of an epoch may come again."""
+        assert self._loader is not None, "there is no train_dataloader yet"
+        self._loader.stream.reorder(number)
+
     def state_dict(self) -> dict[str, Any]:
         return self._loader.state_dict() if self._loader is not None else self._state
 

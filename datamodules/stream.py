@@ -54,18 +54,24 @@ class ShardStream(IterableDataset):
         self.num_samples = reader.count // world_size  # of this rank in an epoch
         self._window: tuple[list[int], int, int] = ([], 0, 0)
         self._order: tuple[int, list[int]] | None = None
+        self._variant = ""
+
+    def reorder(self, number: int) -> None:
+        """Walk every epoch in another order, the `number`-th one; 0 is the first. Positions in it stay as they are."""
+        self._variant = f"+{number}" if number else ""
+        self._order = None
 
     def order(self, epoch: int) -> list[int]:
         """The sample numbers of this rank in `epoch`."""
         if self._order is None or self._order[0] != epoch:
             starts = self.reader.starts
-            rng = random.Random(f"{self.seed}/{epoch}")
+            rng = random.Random(f"{self.seed}{self._variant}/{epoch}")
             shards = list(range(len(starts) - 1))
             rng.shuffle(shards)
             row = [number for shard in shards for number in range(starts[shard], starts[shard + 1])]
             first = rng.randrange(len(row)) + self.rank * self.num_samples
             mine = (row[(first + k) % len(row)] for k in range(self.num_samples))
-            rng = random.Random(f"{self.seed}/{epoch}/{self.rank}")
+            rng = random.Random(f"{self.seed}{self._variant}/{epoch}/{self.rank}")
             self._order = epoch, list(_shuffle_through_buffer(mine, self.shuffle_buffer, rng))
         return self._order[1]
 

@@ -1,8 +1,8 @@
 """metrics.csv of a phase that may have been stopped and resumed several times.
 
-Each attempt of a phase logs to a file of its own, attempts/<k>/metrics.csv (Lightning's CSVLogger empties the folder
-it is given). A resumed attempt repeats the steps after the checkpoint it started from, so a later attempt's rows
-replace the earlier rows from its first step on.
+Each attempt of a phase logs to a file of its own, attempts/<k>/metrics.jsonl. A resumed attempt repeats the steps after
+the checkpoint it started from, so a later attempt's rows replace the earlier rows from its first step on. What several
+callbacks log at one step is one row.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from datamodules.artefacts import write_atomic
+from datamodules.artefacts import read_sound_lines, write_atomic
 
 Rows = list[dict[str, str]]
+ATTEMPTS, ROWS = "attempts", "metrics.jsonl"
 
 
 def next_attempt(folder: Path) -> int:
@@ -22,15 +23,15 @@ def next_attempt(folder: Path) -> int:
 
 def read_rows(folder: Path) -> Rows:
     """The rows of all attempts of a phase, in the order of their steps; [] when nothing is logged yet."""
-    rows: Rows = []
-    for file in [attempt / "metrics.csv" for attempt in _attempts(folder)]:
-        text = file.read_text() if file.is_file() else ""
-        whole = text[: text.rfind("\n") + 1]  # the run may be writing its last line
-        later = [row for row in csv.DictReader(whole.splitlines()) if row.get("step")]
-        if later:
-            first = min(int(row["step"]) for row in later)
-            rows = [row for row in rows if int(row["step"]) < first] + later
-    return rows
+    rows: dict[int, dict[str, str]] = {}
+    for attempt in _attempts(folder):
+        later = _attempt_rows(attempt)
+        first = min((int(row["step"]) for row in later), default=None)
+        if first is not None:
+            rows = {step: row for step, row in rows.items() if step < first}
+        for row in later:
+            rows.setdefault(int(row["step"]), {}).update({name: value for name, value in row.items() if value})
+    return [rows[step] for step in sorted(rows)]
 
 
 def merge_attempts(folder: Path) -> None:
@@ -49,6 +50,14 @@ def read_curve(rows: Rows, name: str) -> list[tuple[int, float]]:
     return [(step, value) for step, value in points if value == value and abs(value) != float("inf")]
 
 
+def _attempt_rows(attempt: Path) -> Rows:
+    rows = [{name: str(value) for name, value in row.items()} for row in read_sound_lines(attempt / ROWS)]
+    old = attempt / "metrics.csv"  # of runs before there was metrics.jsonl
+    text = old.read_text() if old.is_file() else ""
+    whole = text[: text.rfind("\n") + 1]  # that run may have been killed in its last line
+    return rows + [row for row in csv.DictReader(whole.splitlines()) if row.get("step")]
+
+
 def _attempts(folder: Path) -> list[Path]:
-    files = [path for path in (Path(folder) / "attempts").glob("*") if path.name.isdigit()]
+    files = [path for path in (Path(folder) / ATTEMPTS).glob("*") if path.name.isdigit()]
     return sorted(files, key=lambda path: int(path.name))

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 from jsonargparse import auto_cli
 
+from callbacks import preemption
 from datamodules.artefacts import fingerprint, path_fingerprint, read_json
 from datamodules.shards import folder_list
 from experiments import phases, report
@@ -76,7 +77,13 @@ def run_step(step: Step) -> float:
             phases.write_marker(step.marker.parent, step.marker.name, **content)
         return seconds
 
-    code = run_process([sys.executable, "-m", *step.command], lambda: note(False), step.environment)
+    def tick() -> None:
+        try:
+            note(False)
+        except OSError as error:  # only the clock: whether the step can go on, it finds out itself
+            say(f"{step.title}: the time spent is not noted: {error}")
+
+    code = run_process([sys.executable, "-m", *step.command], tick, step.environment)
     if code != 0:
         sys.exit(f"{step.title} ended with exit code {code}. The same command goes on from what is saved.")
     seconds = note(True)
@@ -87,23 +94,28 @@ def run_step(step: Step) -> float:
 def run_process(command: list[str], tick: Callable[[], Any], environment: Mapping[str, str] | None = None) -> int:
     """Run a command to its end, calling `tick` now and then; its exit code. `environment` adds to this process's own.
 
-    SIGTERM is passed on to it. Ctrl-C reaches it by itself; it is waited for, since it saves a checkpoint then.
+    SIGTERM is passed on to it. SLURM's warning stops it too, and the job is requeued when it has ended. Ctrl-C reaches
+    it by itself; it is waited for, since it saves a checkpoint then.
     """
     # Not this process's own W&B service: it would hold the run of a step that has ended, and refuse it to the next.
     own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-    child = subprocess.Popen(command, cwd=ROOT, env=own | dict(environment or {}))
-    stopped = False
+    child = subprocess.Popen(command, cwd=ROOT, env=own | {preemption.LEFT_TO_PARENT: "1"} | dict(environment or {}))
+    stopped = requeue = False
 
-    def stop(*_: Any) -> None:
-        nonlocal stopped
+    def stop(signum: int, *_: Any) -> None:
+        nonlocal stopped, requeue
         stopped = True
+        requeue |= signum == preemption.REQUEUE_SIGNAL
         child.terminate()
 
-    old = signal.signal(signal.SIGTERM, stop)
+    numbers = [signal.SIGTERM, *([preemption.REQUEUE_SIGNAL] if preemption.in_slurm_job() else [])]
+    old = {number: signal.signal(number, stop) for number in numbers}
     try:
         while True:
             try:
                 code = child.wait(CLOCK_SECONDS)
+                if requeue:
+                    preemption.requeue_job()
                 return code or (128 + signal.SIGTERM if stopped else 0)
             except subprocess.TimeoutExpired:
                 tick()
@@ -111,7 +123,8 @@ def run_process(command: list[str], tick: Callable[[], Any], environment: Mappin
                 stopped = True
                 say("stopping: the step saves what it has")
     finally:
-        signal.signal(signal.SIGTERM, old)
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def experiment_folder(outputs: str, experiment: str, seed: int) -> Path:

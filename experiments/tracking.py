@@ -6,6 +6,7 @@ import netrc
 import os
 import re
 import secrets
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,12 @@ def log_evaluation(
 
             values = {**values, "previews": preview_table(previews)}
         run.log({**values, "trainer/global_step": step})
+
+
+def finish_run() -> None:
+    """End this process's W&B run, if there is one, so that the next has files of its own."""
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish()
 
 
 def log_summary(folder: Path, values: Mapping[str, float], tables: Mapping[str, Sequence[Sequence[str]]]) -> None:

@@ -18,20 +18,27 @@ from pathlib import Path
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 
-from callbacks.checkpoints import WholeCheckpoints
+from callbacks import collapse, preemption
+from callbacks.checkpoints import RunStopped, WholeCheckpoints
 from datamodules.artefacts import fingerprint, path_fingerprint, write_atomic
 from datamodules.boxes import Convention
 from datamodules.multi_image import MultiImageData
-from experiments import checks, metrics, phases
+from experiments import checks, metrics, phases, tracking
+from experiments.loggers import MetricsLogger, OnceWandbLogger
 from experiments.results import current_commit
 from experiments.tracking import choose_wandb_mode, wandb_identity, wandb_run_id
 
 # Settings that say how a run is shown or where it runs, not what it computes.
 NOT_IN_KEY = ("logger", "default_root_dir", "enable_progress_bar", "enable_model_summary", "log_every_n_steps")
+CALLBACKS_NOT_IN_KEY = (
+    "callbacks.checkpoints.WindowCheckpoint",
+    "callbacks.guards.SaveOnInterrupt",
+    "callbacks.throughput.Throughput",
+)
 
 
 class AlreadyDone(Exception):
@@ -112,7 +119,7 @@ class TrainCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: object) -> Trainer:
         for callback in self.config_init.trainer.callbacks or []:
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+            if isinstance(callback, Checkpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.folder / "checkpoints")
         if self.config_init.trainer.logger is None:
             kwargs["logger"] = self.loggers()
@@ -123,15 +130,14 @@ class TrainCLI(LightningCLI):
     def loggers(self) -> list[Logger]:
         choose_wandb_mode()
         identity = wandb_identity(self.folder, wandb_run_id(self.folder, self.key))
-        wandb_logger = WandbLogger(save_dir=str(self.folder), **identity)
-        attempt = metrics.next_attempt(self.folder)
-        csv_logger = CSVLogger(str(self.folder), name="attempts", version=str(attempt), flush_logs_every_n_steps=1)
-        return [wandb_logger, csv_logger]
+        wandb_logger = OnceWandbLogger(save_dir=str(self.folder), **identity)
+        return [wandb_logger, MetricsLogger(self.folder, metrics.next_attempt(self.folder))]
 
 
 def run_key(settings: dict) -> str:
     """Hash of what the run computes: its settings, and the content of its model folder and shards."""
     trainer = {name: value for name, value in settings["trainer"].items() if name not in NOT_IN_KEY}
+    trainer["callbacks"] = [c for c in trainer["callbacks"] or [] if c["class_path"] not in CALLBACKS_NOT_IN_KEY]
     ignored = ("trainer", "config", "outputs", "experiment", "phase")
     rest = {name: value for name, value in settings.items() if name not in ignored}
     model = dict(settings["model"]["init_args"])
@@ -142,18 +148,14 @@ def run_key(settings: dict) -> str:
     return fingerprint(trainer, rest, [path_fingerprint(path) for path in inputs])
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of the phase; None before the first."""
-    files = list((Path(folder) / "checkpoints").glob("*.ckpt"))
-    return max(files, key=lambda file: file.stat().st_mtime_ns) if files else None
-
-
 def fit(cli: TrainCLI) -> None:
     """Train to the end, from the last checkpoint where there is one, and mark the phase as done."""
     for logger in cli.trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_hyperparams(cli.settings() | {"commit": cli.commit})
-    checkpoint = last_checkpoint(cli.folder)
+    if cli.is_leader:
+        collapse.finish_rollback(cli.folder)
+    checkpoint = collapse.last_good(cli.folder)
     if checkpoint and cli.is_leader:
         print(f"going on from {checkpoint}", flush=True)
     start = time.monotonic()
@@ -162,7 +164,7 @@ def fit(cli: TrainCLI) -> None:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # how Lightning ends a run that Ctrl-C or SIGTERM has stopped
         if cli.is_leader:
-            print(f"stopped; the same command goes on from {last_checkpoint(cli.folder)}", flush=True)
+            print(f"stopped; the same command goes on from {collapse.last_good(cli.folder)}", flush=True)
         raise
     finally:
         if cli.is_leader:
@@ -182,15 +184,20 @@ def quieten() -> None:
 def main(args: list[str] | None = None) -> None:
     """Entry point. Setting errors are printed all at once, without a traceback, before weights are loaded."""
     quieten()
-    try:
-        cli = TrainCLI(args)
-    except AlreadyDone as done:
-        print(f"{done} is already done with these settings and inputs", flush=True)
-        return
-    except checks.SettingsError as error:
-        sys.exit(str(error))
-    with cli.stack:
-        fit(cli)
+    preemption.requeue_at_once()  # until training starts, and can be stopped between two batches
+    while True:
+        try:
+            cli = TrainCLI(args)
+            with cli.stack:
+                return fit(cli)
+        except AlreadyDone as done:
+            return print(f"{done} is already done with these settings and inputs", flush=True)
+        except collapse.RolledBack as rolled_back:
+            cli = None  # its weights are not needed beside those that are now loaded
+            tracking.finish_run()
+            print(rolled_back, flush=True)
+        except (checks.SettingsError, RunStopped) as reason:
+            sys.exit(str(reason))
 
 
 if __name__ == "__main__":

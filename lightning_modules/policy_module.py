@@ -88,7 +88,8 @@ class PolicyModule(LightningModule):
         self._num_batches_committed = 0  # as of the last finished window: what a checkpoint says
         self._count = 0.0  # what the accumulated gradient must be divided by
         self._window_ids: list[str] = []
-        self._latest: dict[str, float] = {}
+        self._latest: dict[str, float] = {}  # metrics, as logged last
+        self._latest_committed: dict[str, float] = {}
 
     def faults(self) -> list[str]:
         """Every setting that cannot work, as one sentence each; subclasses add theirs."""
@@ -178,6 +179,11 @@ class PolicyModule(LightningModule):
         self.num_batches += 1
         return self.num_batches % self.accumulate == 0
 
+    @property
+    def window_is_open(self) -> bool:
+        """True when batches were trained on since the last update: a checkpoint would go back behind them."""
+        return self.num_batches != self._num_batches_committed
+
     def commit_window(self, batch: Batch) -> None:
         """Call when a window's updates are done: a checkpoint written from now on resumes after `batch`."""
         self._num_batches_committed = self.num_batches
@@ -220,6 +226,8 @@ class PolicyModule(LightningModule):
         """Log a batch's metrics, and again the latest value of those that only some batches have (an update ends a
         window; a batch may hold nothing to train on), so that a logger that samples batches misses none."""
         self._latest |= metrics
+        if not self.window_is_open:
+            self._latest_committed = dict(self._latest)
         self.log_dict(self._latest)
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
@@ -269,7 +277,7 @@ class PolicyModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = self._trained_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        checkpoint[STATE_KEY] = {"num_batches": self._num_batches_committed}
+        checkpoint[STATE_KEY] = {"num_batches": self._num_batches_committed, "latest": self._latest_committed}
         # Lightning has counted the open window's batches too; its epoch would end too soon by as many.
         rewind(checkpoint["loops"]["fit_loop"], self.num_batches - self._num_batches_committed)
 
@@ -282,3 +290,5 @@ class PolicyModule(LightningModule):
                 f"missing {sorted(trained - saved)[:3]}, unexpected {sorted(saved - trained)[:3]}"
             )
         self.num_batches = self._num_batches_committed = checkpoint[STATE_KEY]["num_batches"]
+        self._latest_committed = checkpoint[STATE_KEY]["latest"]
+        self._latest = dict(self._latest_committed)

@@ -241,8 +241,12 @@ class QwenVL(nn.Module):
         folder = Path(folder)
         unfinished = folder.with_name(folder.name + ".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
-        folded_copy(self.base).save_pretrained(unfinished)
-        AutoProcessor.from_pretrained(self.processor_path).save_pretrained(unfinished)
+        try:
+            folded_copy(self.base).save_pretrained(unfinished)
+            AutoProcessor.from_pretrained(self.processor_path).save_pretrained(unfinished)
+        except Exception:
+            shutil.rmtree(unfinished, ignore_errors=True)  # the disk may be full: make room again
+            raise
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
 

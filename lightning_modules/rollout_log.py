@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datamodules.artefacts import append_text
+
 
 class RolloutLog:
     """Appends the groups of one rank's batches; the file is made with the first."""
@@ -33,8 +35,7 @@ class RolloutLog:
         if not self._mended and _is_cut_short(self.path):
             text = "\n" + text  # a half line of its own: the group behind it stays whole
         self._mended = True
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        append_text(self.path, text)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import random
-from collections.abc import Callable, Sequence
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import hypothesis
@@ -30,6 +34,36 @@ QUESTIONS = (
 # How long an example takes is a matter of who else uses the cores.
 hypothesis.settings.register_profile("any_load", deadline=None)
 hypothesis.settings.load_profile("any_load")
+
+
+@dataclass(frozen=True)
+class SmallDisk:
+    """A filesystem of 2 MiB."""
+
+    root: Path
+
+    def fill(self, but: int = 0) -> None:
+        """Leave no more than `but` bytes free."""
+        usage = shutil.disk_usage(self.root)
+        (self.root / "ballast").write_bytes(bytes(max(usage.free - but, 0)))
+
+    def make_room(self) -> None:
+        (self.root / "ballast").unlink()
+
+    def lose(self) -> None:
+        """Take the filesystem away from under its place, as when a server is gone."""
+        subprocess.run(["umount", "--lazy", self.root], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    root = tmp_path / "disk"
+    root.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", root]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small filesystem is not permitted here")
+    yield SmallDisk(root)
+    subprocess.run(["umount", "--lazy", root], capture_output=True, check=False)  # a test may have lost it
 
 
 @pytest.fixture(scope="session")

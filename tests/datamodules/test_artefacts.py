@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
-from datamodules.artefacts import Journal, fingerprint, path_fingerprint, read_journal, write_json
+import pytest
+
+from datamodules.artefacts import Journal, fingerprint, path_fingerprint, read_journal, read_json, write_json
+from tests.conftest import SmallDisk
 
 
 def test_a_journal_is_read_again_with_the_same_key_only(tmp_path: Path) -> None:
@@ -41,3 +45,27 @@ def test_hashes_follow_content(tmp_path: Path) -> None:
     known = path_fingerprint(folder)
     (folder / "model.safetensors").write_bytes(b"3")
     assert path_fingerprint(folder) == known
+
+
+def test_a_full_disk_cuts_no_line_of_a_journal(small_disk: SmallDisk) -> None:
+    path = small_disk.root / "journal.jsonl"
+    journal = Journal(path, "key")
+    journal.append([{"n": 0}])
+    small_disk.fill()
+    with pytest.raises(OSError, match=r"No space left.*0\.0 MiB free") as caught:
+        journal.append([{"n": 1, "text": "x" * 20_000}])
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(path)
+    assert read_journal(path, "key") == [{"n": 0}]
+    small_disk.make_room()
+    journal.append([{"n": 2}])
+    assert read_journal(path, "key") == [{"n": 0}, {"n": 2}], "the same journal goes on"
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_draft(small_disk: SmallDisk) -> None:
+    path = small_disk.root / "done.json"
+    write_json(path, {"old": True})
+    small_disk.fill()
+    with pytest.raises(OSError, match="No space left"):
+        write_json(path, ["new"] * 20_000)
+    assert read_json(path) == {"old": True}
+    assert {file.name for file in small_disk.root.iterdir()} == {"done.json", "ballast"}

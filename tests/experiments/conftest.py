@@ -43,7 +43,7 @@ class Workbench:
         """Path of a training YAML: two updates of two prompts on the CPU, with a checkpoint after each."""
         is_grpo = phase == "grpo"
         class_path = "lightning_modules.grpo.GRPO" if is_grpo else "lightning_modules.cot_sft.CoTSFT"
-        checkpoints = {"save_last": True, "save_top_k": 0, "every_n_train_steps": 1, "enable_version_counter": False}
+        checkpoints = {"every_n_steps": 1}
         every = [
             {"class_path": "callbacks.merge_adapter.MergeAdapter"},
             {"class_path": "callbacks.checkpoints.WindowCheckpoint", "init_args": checkpoints},

@@ -12,6 +12,7 @@ import yaml
 from datamodules.artefacts import read_json
 from experiments import metrics, tracking, train
 from lightning_modules.rollout_log import read_index
+from tests.callbacks.test_preemption import put_scontrol
 from tests.experiments.conftest import ROOT, Workbench
 
 REJECTION = {
@@ -162,6 +163,107 @@ def test_a_stopped_grpo_run_ends_as_one_left_alone(workbench: Workbench, kill: s
         curves[phase] = [metrics.read_curve(rows, name) for name in ("reward/total", "grpo/loss", "grpo/kl")]
     assert curves["whole"] == curves["stopped"]
     assert any(value > 0 for _, value in curves["whole"][2]), "the policy has moved"
+
+
+def test_a_kill_inside_a_window_of_several_updates_repeats_the_whole_window(workbench: Workbench) -> None:
+    """Windows of two batches, trained on twice in two minibatches; the kill comes in the fourth batch."""
+    log = workbench.root / "log.txt"
+    window = {"accumulate": 2, "epochs_per_rollout": 2, "minibatches": 2, "beta": 0.1}
+    config = workbench.training("grpo", **window)
+    curves, weights = {}, {}
+    for phase in ("whole", "stopped"):
+        arguments = ("--trainer.max_steps=12", f"--phase={phase}")
+        if phase == "stopped":
+            assert run_apart(config, *arguments, log=log, STOP_SIGNAL=int(signal.SIGKILL), STOP_AT=14) != 0
+            assert [step for step, _ in metrics.read_curve(reported(workbench, phase), "grpo/entropy")] == [0, 1, 2]
+        assert run_apart(config, *arguments, log=log) == 0, log.read_text()
+        curves[phase] = [without_times(row) for row in reported(workbench, phase)]
+        weights[phase] = (workbench.outputs / "tiny" / phase / "merged/model.safetensors").read_bytes()
+    assert "step-00000004.ckpt" in log.read_text()
+    assert len(curves["whole"]) == 6 and curves["whole"] == curves["stopped"]
+    assert weights["whole"] == weights["stopped"]
+
+
+def reported(workbench: Workbench, phase: str) -> metrics.Rows:
+    return metrics.read_rows(workbench.outputs / "tiny" / phase)
+
+
+def without_times(row: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in row.items() if not name.startswith("speed/")}
+
+
+def test_attempts_of_one_phase_are_one_wandb_run(workbench: Workbench) -> None:
+    config, log = workbench.training("grpo"), workbench.root / "log.txt"
+    more = ("--trainer.max_steps=4",)
+    assert run_apart(config, *more, log=log, STOP_SIGNAL=int(signal.SIGKILL), STOP_AT=10) != 0, log.read_text()
+    assert run_apart(config, *more, log=log) == 0, log.read_text()
+    folder = workbench.outputs / "tiny" / "grpo"
+    runs = list((folder / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2, "one for each attempt"
+    assert {run.name.split("-")[-1] for run in runs} == {(folder / "wandb_id").read_text()}
+
+
+def rolling_back(workbench: Workbench) -> str:
+    """A GRPO run whose entropy is out of bounds, as any policy's is, in every window of two batches."""
+    bounds = {"grpo/entropy": {"low": 99.0}}
+    settings = {"bounds": bounds, "action": "roll_back", "window": 2, "max_rollbacks": 1}
+    guard = {"class_path": "callbacks.collapse.CollapseGuard", "init_args": settings}
+    return workbench.training("grpo", [guard])
+
+
+def test_a_run_that_is_rolled_back_goes_on_in_the_same_process(workbench: Workbench, capsys) -> None:
+    tracking.finish_run()  # one that an earlier test has left in this process
+    with pytest.raises(SystemExit, match="stopped after 1 rollbacks"):
+        train.main(["--config", rolling_back(workbench), "--trainer.max_steps=6", "--model.beta=0.1"])
+    folder = workbench.outputs / "tiny" / "grpo"
+    assert [event["action"] for event in read_json(folder / "collapse.json")["events"]] == ["roll_back", "stop"]
+    assert capsys.readouterr().out.count("going on from") == 1
+    assert [value for _, value in metrics.read_curve(metrics.read_rows(folder), "collapse/rollbacks")][-1] == 1.0
+    assert not (folder / "done.json").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_roll_back_together(workbench: Workbench) -> None:
+    log = workbench.root / "log.txt"
+    more = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=6")
+    assert run_apart(rolling_back(workbench), *more, log=log, timeout=400) == 1, log.read_text()
+    events = read_json(workbench.outputs / "tiny" / "grpo" / "collapse.json")["events"]
+    assert [event["action"] for event in events] == ["roll_back", "stop"], log.read_text()
+
+
+def test_a_full_disk_at_the_end_keeps_the_checkpoint_and_says_so(workbench: Workbench, small_disk, monkeypatch) -> None:
+    more = ["--outputs", str(small_disk.root), "--trainer.max_steps=1", "--trainer.logger=false"]
+    arguments = ["--config", workbench.training("cot_sft"), *more]
+    with pytest.raises(SystemExit, match=r"the merged model: .*cannot be written.*free"):
+        train.main(arguments)  # two MiB hold the adapter, not the model
+    folder = small_disk.root / "tiny" / "cot_sft"
+    assert not list(folder.glob("merged*")) and not (folder / "done.json").exists()
+    assert [file.name for file in (folder / "checkpoints").iterdir()] == ["step-00000001.ckpt"]
+
+
+@pytest.mark.slow
+def test_both_ranks_stop_where_checkpoints_cannot_be_written(workbench: Workbench, small_disk) -> None:
+    config, log = workbench.training("grpo"), workbench.root / "log.txt"
+    more = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=9", "--trainer.logger=false")
+    more = (*more, "--outputs", str(small_disk.root), "--model.lora.rank=64")
+    small_disk.fill(but=300_000)
+    assert run_apart(config, *more, log=log, timeout=300) == 1
+    assert "3 checkpoints in a row could not be written" in log.read_text()
+
+
+@pytest.mark.slow
+def test_under_slurm_a_run_is_requeued_and_goes_on(workbench: Workbench) -> None:
+    config, log = workbench.training("grpo"), workbench.root / "log.txt"
+    calls = put_scontrol(workbench.root, workbench.outputs / "tiny/grpo/checkpoints")
+    job = {"SLURM_JOB_ID": 17, "SLURM_NTASKS": 1, "SLURM_PROCID": 0, "SLURM_LOCALID": 0, "SLURM_NODEID": 0}
+    job |= {"SLURM_JOB_NAME": "train", "PATH": f"{workbench.root / 'bin'}:{os.environ['PATH']}"}
+    stop = {"STOP_SIGNAL": int(signal.SIGUSR1), "STOP_AT": 10}
+    more = ("--trainer.max_steps=6",)
+    assert run_apart(config, *more, log=log, **job, **stop) == 143, log.read_text()
+    assert calls.read_text() == "requeue 17 interrupted.ckpt step-00000002.ckpt\n"
+    assert not list(workbench.outputs.rglob("hpc_ckpt*")), "Lightning's own handler was not called"
+    assert run_apart(config, *more, log=log, **job) == 0, log.read_text()
+    assert "going on from" in log.read_text()
 
 
 @pytest.mark.slow
