@@ -28,7 +28,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help pipeline base shards sft grpo eval rescore synthesize tables report bench bench-gpu lint test test-slow clean
+.PHONY: help pipeline base shards sft grpo vllm-server eval rescore synthesize tables report bench bench-gpu lint test test-slow clean
 
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,11 @@ sft: $(STAMP)  ## Train CoT-SFT (LoRA) and merge
 grpo: $(STAMP)  ## Rejection-sample with the stage-1 model, train GRPO and merge
 	$(world)
 	$(PY) -m experiments.train $(call config,grpo) $(seed) $(ARGS)
+
+# Needs no .venv: the server has an environment of its own.
+VLLM_VENV ?= .venv-vllm
+vllm-server:  ## Serve rollouts for GRPO with model.engine=vllm: MODEL=folder, ARGS="--port 8001"; on a GPU if there is one
+	$(PYTHON) experiments/vllm_server.py --venv $(VLLM_VENV) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 eval: $(STAMP)  ## Evaluate any model: MODEL=nano BENCH=all (or ref_l4,blink,...), or MIG-Bench alone: ARGS="--model outputs/nano/grpo/merged"
 	$(world)
@@ -92,7 +97,7 @@ lint: $(STAMP)  ## Check style with ruff
 	$(PY) -m ruff check .
 
 test: $(STAMP)  ## Run the tests (no network)
-	$(OFFLINE) $(ONE_THREAD) $(PY) -m pytest -m 'not slow' $(ARGS)
+	$(OFFLINE) $(ONE_THREAD) $(PY) -m pytest -m 'not slow and not vllm' $(ARGS)
 
 test-slow: $(STAMP)  ## Run the slow tests too (no network)
 	$(OFFLINE) $(ONE_THREAD) $(PY) -m pytest $(ARGS)
