@@ -14,6 +14,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_modules.server_pool import ServersLost
+
 FILE_NAME = "interrupted.ckpt"
 
 
@@ -23,7 +25,8 @@ class SaveOnInterrupt(Callback):
     Lightning alone would stop at Ctrl-C in the middle of a batch, and its `save_on_exception` would also save weights
     that another error has spoilt. A second Ctrl-C stops at once, without a checkpoint. A SIGTERM ends the process
     with status 143. Lightning's own SIGTERM handler is set aside meanwhile: it calls a collective inside the handler,
-    and ranks that are in another one then wait for each other for ever.
+    and ranks that are in another one then wait for each other for ever. A single process that has lost its rollout
+    servers saves there too, as of its last finished window.
     """
 
     def __init__(self) -> None:
@@ -48,6 +51,9 @@ class SaveOnInterrupt(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore()
+        # Its weights are sound. Several ranks would not meet here, and saving is a collective.
+        if isinstance(exception, ServersLost) and trainer.world_size == 1:
+            trainer.save_checkpoint(_path(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:

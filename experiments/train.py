@@ -29,7 +29,8 @@ from datamodules.multi_image import MultiImageData
 from experiments import checks, metrics, phases
 from experiments.tracking import choose_wandb_mode, wandb_identity, wandb_run_id
 
-# Settings that say how a run is shown or where it runs, not what it computes.
+# Settings that say how a run is shown or where it runs, not what it computes; and those of the model: where it samples.
+MODEL_NOT_IN_KEY = ("vllm",)
 NOT_IN_KEY = ("logger", "default_root_dir", "enable_progress_bar", "enable_model_summary", "log_every_n_steps")
 
 
@@ -130,7 +131,10 @@ def run_key(settings: dict) -> str:
     trainer = {name: value for name, value in settings["trainer"].items() if name not in NOT_IN_KEY}
     ignored = ("trainer", "config", "outputs", "experiment", "phase")
     rest = {name: value for name, value in settings.items() if name not in ignored}
-    inputs = [settings["model"]["init_args"]["model"], *checks.shard_folders(settings)]
+    arguments = settings["model"]["init_args"]
+    known = {name: value for name, value in arguments.items() if name not in MODEL_NOT_IN_KEY}
+    rest["model"] = settings["model"] | {"init_args": known}
+    inputs = [arguments["model"], *checks.shard_folders(settings)]
     return fingerprint(trainer, rest, [path_fingerprint(path) for path in inputs])
 
 

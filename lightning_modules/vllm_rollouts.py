@@ -148,8 +148,12 @@ class VLLMEngine:
             last, self.adapter = self.adapter, None
             self._call(lambda pool: pool.prepare_all())
             shutil.rmtree(last.folder)
+        self._disconnect()
+
+    def _disconnect(self) -> None:
         if self._runner is not None:
-            self._runner.run(self._pool.close())
+            if self._pool is not None:
+                self._runner.run(self._pool.close())
             self._runner.close()
             self._runner = self._pool = None
 
@@ -224,7 +228,7 @@ class VLLMEngine:
         )
 
     def _call(self, what: Callable[[ServerPool], Awaitable[T]]) -> T:
-        """Run `what` on the pool, in the event loop that its connections belong to."""
+        """Run `what` on the pool, in the event loop that its connections belong to; an error ends both."""
         if self._runner is None:
             self._runner = asyncio.Runner()
 
@@ -234,7 +238,11 @@ class VLLMEngine:
                 self._pool = ServerPool(self.settings.endpoints(), self._prepare, *waits)
             return await what(self._pool)
 
-        return self._runner.run(run())
+        try:
+            return self._runner.run(run())
+        except BaseException:
+            self._disconnect()
+            raise
 
 
 def connect(policy: QwenVL, settings: VLLMSettings, trainer: Trainer, max_new_tokens: int) -> VLLMEngine:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from callbacks.guards import SaveOnInterrupt
 from lightning_modules import grpo
 from lightning_modules.endpoint import EndpointMisused, EndpointSettings
 from lightning_modules.grpo import GRPO
@@ -25,6 +26,7 @@ from lightning_modules.server_pool import ServerPool, ServersLost
 from lightning_modules.shared_prefix import pack_rows
 from lightning_modules.vllm_protocol import PromptMismatch, VLLMSettings
 from lightning_modules.vllm_rollouts import VLLMEngine
+from tests.lightning_modules.conftest import trained_weights
 from tests.vllm_stub import VLLMStub, wait_for
 
 SAMPLING = RolloutSettings(group_size=3, temperature=0.8, max_new_tokens=6)
@@ -292,3 +294,31 @@ def test_ranks_share_one_adapter(stub, tiny_model_dir, lora, make_items, fit, mo
     first, second = (json.loads((tmp_path / f"names-{rank}.json").read_text()) for rank in range(2))
     assert first == second == stub.loads[1:] and len(first) == 2
     assert not stub.adapters
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_that_lost_its_servers_goes_on_as_if_it_had_not(
+    stub, tiny_model_dir, lora, make_items, fit, monkeypatch, tmp_path, accumulate
+) -> None:
+    monkeypatch.setattr(grpo, "reward", letters)
+    items = make_items([1, 2, 1])
+    whole = served(tiny_model_dir, lora, stub.url, accumulate=accumulate)
+    fit(whole, items, max_steps=3)
+
+    lost = served(tiny_model_dir, lora, stub.url, accumulate=accumulate)
+    lost.vllm = replace(lost.vllm, patience=0.2)
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            if module.num_batches == 2 * accumulate - 1 + (accumulate == 1):
+                stub.stop()
+
+    with pytest.raises(ServersLost):
+        fit(lost, items, max_steps=3, callbacks=[Stop(), SaveOnInterrupt()])
+    stub.start()
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    again = served(tiny_model_dir, lora, stub.url, accumulate=accumulate)
+    trainer = fit(again, items, max_steps=3, ckpt_path=checkpoint)
+    assert trainer.global_step == 3 and again.num_batches == 3 * accumulate
+    ours, theirs = trained_weights(whole.policy), trained_weights(again.policy)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
