@@ -106,8 +106,12 @@ class ServerPool:
         """Prepare every server that answers now: one at least, or ServersLost. The others follow when they get work."""
         for server in self._servers:
             server.dead_since = None
-        while not any(await asyncio.gather(*(self._prepared(server) for server in self._servers))):
+        while not any(await self.look_once()):
             await asyncio.sleep(self.pause)
+
+    async def look_once(self) -> list[bool]:
+        """Prepare every server that answers now; whether each did."""
+        return await asyncio.gather(*(self._prepared(server) for server in self._servers))
 
     async def _until(
         self, finished: asyncio.Event, work: Callable[[_Server], Awaitable[None]], num_jobs: int

@@ -134,7 +134,7 @@ class VLLMEngine:
         self.adapter = adapter
 
     def _publish(self, adapter: Adapter, tensors: dict[str, Tensor]) -> None:
-        if self.adapter is None:  # left by a run that was killed
+        if self.adapter is None and self.settings.adapters is None:  # left by this phase when it was killed
             shutil.rmtree(self.folder, ignore_errors=True)
         old, self.adapter = self.adapter, adapter
         write_adapter(tensors, self.policy.model, Path(adapter.folder))
@@ -143,10 +143,10 @@ class VLLMEngine:
             shutil.rmtree(old.folder)
 
     def close(self) -> None:
-        """Take the adapter from the servers, and its files away."""
+        """Take the adapter from the servers that are there, and its files away."""
         if self.adapter is not None and self.rank == 0:
             last, self.adapter = self.adapter, None
-            self._call(lambda pool: pool.prepare_all())
+            self._call(lambda pool: pool.look_once())
             shutil.rmtree(last.folder)
         self._disconnect()
 

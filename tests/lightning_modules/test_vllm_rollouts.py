@@ -115,6 +115,18 @@ def test_every_sync_has_a_new_name_and_the_old_one_goes(stub, connect, tmp_path)
     assert another.adapter.name not in names, "nor does another process use a name again"
 
 
+def test_a_folder_that_others_may_use_is_left_alone(stub, connect, tmp_path) -> None:
+    """And an end without a server is an end: what was trained is there."""
+    (tmp_path / "shared" / "of-another-run").mkdir(parents=True)
+    engine = connect(stub.url, adapters=str(tmp_path / "shared"))
+    engine.sync()
+    assert len(list((tmp_path / "shared").iterdir())) == 2
+    stub.stop()
+    engine.close()
+    assert [folder.name for folder in (tmp_path / "shared").iterdir()] == ["of-another-run"]
+    stub.start()
+
+
 def test_a_restarted_server_is_given_the_adapter_again(stub, connect, make_items) -> None:
     engine, items = connect(stub.url), make_items([1, 2])
     stir(engine.policy)
