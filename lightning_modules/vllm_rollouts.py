@@ -88,6 +88,7 @@ class VLLMEngine:
         self._runner: asyncio.Runner | None = None
         self._pool: ServerPool | None = None
         self._models: dict[str, str] = {}  # the name of the model at each server that was fit
+        self._given: set[str] = set()  # servers that had an adapter of this run
 
     # What a server must be
 
@@ -102,12 +103,14 @@ class VLLMEngine:
         url = endpoint.settings.base_url
         served = await endpoint.get("/models", read_models)
         known = [name for name in served if name.startswith(f"policy-{self._run}-")]
-        if url not in self._models or (self.adapter is not None and not known):  # new, or started again
+        if url not in self._models or (url in self._given and not known):  # new, or started again
             self._models[url] = find_model(url, served, self.settings.model, self._max_tokens)
             await require_lora(endpoint)
             await require_processed_log_probs(endpoint, self._models[url], self.policy.eos_ids[0])
         if self.adapter is not None and self.adapter.name not in known:
             await self._load(endpoint, self.adapter)
+        if self.adapter is not None:
+            self._given.add(url)
         if self.rank == 0:
             for name in known:
                 if self.adapter is None or name != self.adapter.name:
@@ -146,6 +149,7 @@ class VLLMEngine:
         """Take the adapter from the servers that are there, and its files away."""
         if self.adapter is not None and self.rank == 0:
             last, self.adapter = self.adapter, None
+            self._given.clear()
             self._call(lambda pool: pool.look_once())
             shutil.rmtree(last.folder)
         self._disconnect()

@@ -53,7 +53,7 @@ def test_the_command_has_what_the_engine_checks(on_cpu: bool, monkeypatch) -> No
     command = vllm_server.serve_command(Path("venv"), "model", on_cpu, ["--max-lora-rank", "16"])
     assert command[:3] == ["venv/bin/vllm", "serve", "model"] and command[-2:] == ["--max-lora-rank", "16"]
     assert "--enable-lora" in command and command[command.index("--logprobs-mode") + 1] == "processed_logprobs"
-    assert ("--dtype" in command) == on_cpu
+    assert ("--dtype" in command) == ("--no-enable-chunked-prefill" in command) == on_cpu
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
     environment = vllm_server.serve_environment(on_cpu)
     assert environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True" and environment["VLLM_CPU_KVCACHE_SPACE"] == "4"
