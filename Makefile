@@ -36,8 +36,8 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help pipeline ablations base shards sft grpo sweep agent eval rescore synthesize tables report compare dashboard
-.PHONY: bench bench-gpu chaos lint test test-slow clean
+.PHONY: help pipeline ablations base shards sft grpo vllm-server sweep agent eval rescore synthesize tables report compare
+.PHONY: dashboard bench bench-gpu chaos lint test test-slow clean
 
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +82,11 @@ sweep: $(STAMP)  ## Sweep λ, β and what else GRPO hangs on: on W&B where there
 agent: $(STAMP)  ## Join a W&B sweep from another machine: SWEEP=entity/project/id
 	$(PY) -m experiments.sweep --join $(or $(SWEEP),$(error SWEEP=entity/project/id is missing)) $(ARGS)
 
+# Needs no .venv: the server has an environment of its own.
+VLLM_VENV ?= .venv-vllm
+vllm-server:  ## Serve rollouts for GRPO with model.engine=vllm: MODEL=folder, ARGS="--port 8001"; on a GPU if there is one
+	$(PYTHON) experiments/vllm_server.py --venv $(VLLM_VENV) $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
 eval: $(STAMP)  ## Evaluate any model: MODEL=nano BENCH=all (or ref_l4,blink,...), or MIG-Bench alone: ARGS="--model outputs/nano/grpo/merged"
 	$(world)
 	$(if $(MODEL)$(BENCH),$(PY) -m experiments.evaluate_benchmarks $(call config,benchmarks) \
@@ -123,7 +128,7 @@ lint: $(STAMP)  ## Check style with ruff
 	$(PY) -m ruff check .
 
 test: $(STAMP)  ## Run the tests (no network)
-	$(OFFLINE) $(ONE_THREAD) $(PY) -m pytest -m 'not slow' $(ARGS)
+	$(OFFLINE) $(ONE_THREAD) $(PY) -m pytest -m 'not slow and not vllm' $(ARGS)
 
 test-slow: $(STAMP)  ## Run the slow tests too (no network)
 	$(OFFLINE) $(ONE_THREAD) $(PY) -m pytest $(ARGS)

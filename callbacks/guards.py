@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks import preemption
 from callbacks.checkpoints import log_batch, save
+from lightning_modules.server_pool import ServersLost
 
 FILE_NAME = "interrupted.ckpt"
 
@@ -27,7 +28,8 @@ class SaveOnInterrupt(Callback):
     that another error has spoilt. A second Ctrl-C stops at once, without a checkpoint. A SIGTERM ends the process
     with status 143; so does SLURM's warning, SIGUSR1, and the job is requeued once the checkpoint is written.
     Lightning's own handlers are set aside meanwhile: that of SIGTERM calls a collective inside the handler, and ranks
-    that are in another one then wait for each other for ever; that of SIGUSR1 saves in the middle of a batch.
+    that are in another one then wait for each other for ever; that of SIGUSR1 saves in the middle of a batch. A single
+    process that has lost its rollout servers saves there too, as of its last finished window.
     """
 
     def __init__(self) -> None:
@@ -56,6 +58,9 @@ class SaveOnInterrupt(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore()
+        # Its weights are sound. Several ranks would not meet here, and saving is a collective.
+        if isinstance(exception, ServersLost) and trainer.world_size == 1:
+            trainer.save_checkpoint(_path(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:

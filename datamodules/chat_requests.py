@@ -59,7 +59,7 @@ def build_request(loaded: LoadedSample, form: RequestForm) -> ChatRequest:
     for message in request.messages:
         for part in message["content"]:
             if part["type"] == "image":
-                part |= {"type": "image_url", "image_url": {"url": _data_url(part.pop("image"))}}
+                part |= {"type": "image_url", "image_url": {"url": png_data_url(part.pop("image"))}}
     return request
 
 
@@ -119,7 +119,8 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
-def _data_url(image: Image.Image) -> str:
+def png_data_url(image: Image.Image) -> str:
+    """The image as a PNG in a URL: without loss."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -32,7 +32,9 @@ from experiments.loggers import MetricsLogger, OnceWandbLogger
 from experiments.results import current_commit
 from experiments.tracking import choose_wandb_mode, wandb_identity, wandb_run_id
 
-# Settings that say how a run is shown or where it runs, not what it computes.
+# Settings that say how a run is shown or where it runs, not what it computes. Of the model: where it samples, and what
+# is written down of that.
+MODEL_NOT_IN_KEY = ("vllm", "rollout_log", "rollout_log_every")
 NOT_IN_KEY = ("logger", "default_root_dir", "enable_progress_bar", "enable_model_summary", "log_every_n_steps")
 CALLBACKS_NOT_IN_KEY = (
     "callbacks.checkpoints.WindowCheckpoint",
@@ -140,11 +142,10 @@ def run_key(settings: dict) -> str:
     trainer["callbacks"] = [c for c in trainer["callbacks"] or [] if c["class_path"] not in CALLBACKS_NOT_IN_KEY]
     ignored = ("trainer", "config", "outputs", "experiment", "phase")
     rest = {name: value for name, value in settings.items() if name not in ignored}
-    model = dict(settings["model"]["init_args"])
-    if model.pop("rollout_log_every", None):  # what is written down of a run does not change it
-        model["rollout_log"] = None
-    rest["model"] = settings["model"] | {"init_args": model}
-    inputs = [model["model"], *checks.shard_folders(settings)]
+    arguments = settings["model"]["init_args"]
+    known = {name: value for name, value in arguments.items() if name not in MODEL_NOT_IN_KEY}
+    rest["model"] = settings["model"] | {"init_args": known}
+    inputs = [arguments["model"], *checks.shard_folders(settings)]
     return fingerprint(trainer, rest, [path_fingerprint(path) for path in inputs])
 
 

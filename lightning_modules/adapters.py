@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from lightning_modules.lora_linear import FusedLoraLinear
 
@@ -39,6 +41,34 @@ def with_adapter(model: nn.Module, lora: LoraSettings) -> PeftModel:
         if type(module) is LoraLinear:
             module.__class__ = FusedLoraLinear  # same state, other forward
     return adapted
+
+
+def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """The adapter's tensors as they are now, on the CPU, under the names that PEFT gives them in a file.
+
+    Where parameters are sharded every rank must call it: each gathers them whole.
+    """
+    whole = {name: getattr(value, "full_tensor", lambda value=value: value)() for name, value in _lora_items(model)}
+    named = get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=False)
+    return {name: value.detach().cpu().contiguous() for name, value in named.items()}
+
+
+def _lora_items(model: PeftModel) -> list[tuple[str, Tensor]]:
+    return [(name, value) for name, value in model.named_parameters() if "lora_" in name]
+
+
+def write_adapter(tensors: dict[str, Tensor], model: PeftModel, folder: Path) -> None:
+    """Write `adapter_tensors` as a PEFT adapter: adapter_model.safetensors and adapter_config.json.
+
+    `folder` must not exist: it appears whole.
+    """
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    unfinished.mkdir(parents=True)
+    save_file(tensors, unfinished / "adapter_model.safetensors")
+    config = copy.deepcopy(model.peft_config["default"])
+    config.inference_mode = True
+    config.save_pretrained(unfinished)
+    unfinished.rename(folder)
 
 
 def folded_copy(module: nn.Module, fold: bool = True) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The client of an OpenAI-compatible server: one chat completion at a time, asked again until it is there.
+"""The client of an OpenAI-compatible server: one request at a time, made again until its answer is there.
 
 The only file that imports `openai`, whose own retries are off: here they are counted and bounded by one deadline each.
 """
@@ -10,8 +10,11 @@ import json
 import os
 import random
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 RETRIED = (408, 409, 425, 429)  # and every 5xx
 REFUSED = (400, 413, 422)  # this one request cannot be answered: too long, or an image that the server does not take
@@ -26,11 +29,15 @@ class EndpointMisused(ValueError):
 
 
 class EndpointUnavailable(RuntimeError):
-    """No answer after every attempt."""
+    """No answer after every attempt. `status` is that of the last one, if the server gave any."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
-class _Malformed(ValueError):
-    """A success whose body is no chat completion."""
+class Malformed(ValueError):
+    """A success whose body is not what was asked for, such as one that was cut short: asked again."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +126,37 @@ class ChatEndpoint:
 
         Raises RequestRefused, EndpointMisused, and after every attempt EndpointUnavailable.
         """
+        return await self._persist(lambda: self._ask(messages, max_tokens, temperature, seed), attempts)
+
+    async def post(
+        self, path: str, body: dict[str, Any], read: Callable[[str], T] = str, attempts: int | None = None
+    ) -> T:
+        """What `read` makes of the answer to `body`, sent as JSON to a path below base_url.
+
+        `read` raises Malformed for a text that is not what was asked for; other errors as of `complete`.
+        """
+
+        async def ask() -> T:
+            return read(await self._client.post(path, cast_to=str, body=body))
+
+        return await self._persist(ask, attempts)
+
+    async def get(self, path: str, read: Callable[[str], T] = str, attempts: int | None = None) -> T:
+        """As `post`, of what lies at the path."""
+
+        async def ask() -> T:
+            return read(await self._client.get(path, cast_to=str))
+
+        return await self._persist(ask, attempts)
+
+    async def _persist(self, ask: Callable[[], Awaitable[T]], attempts: int | None) -> T:
         settings = self.settings
         attempts = min(attempts or settings.attempts, settings.attempts)
         for attempt in range(1, attempts + 1):
+            status = None
             try:
                 async with asyncio.timeout(settings.timeout):
-                    return await self._ask(messages, max_tokens, temperature, seed)
+                    return await ask()
             except self._errors.APIStatusError as error:
                 status, fault = error.status_code, f"{error.status_code} {error.message[:300]}"
                 if status in REFUSED:
@@ -137,12 +169,13 @@ class ChatEndpoint:
                 kind, fault, wait = "timeout", f"no answer within {settings.timeout} s", 0.0
             except self._errors.APIConnectionError as error:
                 kind, fault, wait = "connection", repr(error.__cause__ or error), 0.0
-            except _Malformed as error:
+            except Malformed as error:
                 kind, fault, wait = "malformed", str(error), 0.0
             self.faults[kind] += 1
             if attempt < attempts:
                 await asyncio.sleep(self._delay(attempt, wait))
-        raise EndpointUnavailable(f"{settings.base_url} gave no answer in {attempts} attempts; last: {fault}")
+        message = f"{settings.base_url} gave no answer in {attempts} attempts; last: {fault}"
+        raise EndpointUnavailable(message, status)
 
     async def _ask(
         self, messages: list[dict[str, Any]], max_tokens: int, temperature: float, seed: int | None
@@ -177,7 +210,7 @@ def read_completion(body: bytes) -> Completion:
         if not isinstance(content, str) or not isinstance(thinking, str | None):
             raise TypeError(f"content is a {type(content).__name__}, thinking a {type(thinking).__name__}")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise _Malformed(f"not a chat completion ({error!r}): {body[:200]!r}") from error
+        raise Malformed(f"not a chat completion ({error!r}): {body[:200]!r}") from error
     text = content if thinking is None else f"<think>{thinking}</think>{content}"
     return Completion(text, str(choice.get("finish_reason")), *counts)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,25 +12,23 @@ import torch
 from torch import Tensor
 
 from datamodules.batches import Batch, PromptItem
-from datamodules.boxes import Convention, geometries_to_json
-from lightning_modules.grpo_metrics import StepSums
-from lightning_modules.objectives import Reduction, equal_groups, group_advantages, grpo_loss
+from datamodules.boxes import Convention
+from lightning_modules.groups import Group, group_of
+from lightning_modules.grpo_metrics import StepSums, rollout_records
+from lightning_modules.objectives import (
+    Reduction,
+    equal_groups,
+    group_advantages,
+    grpo_loss,
+    truncated_importance,
+)
 from lightning_modules.policy_module import PolicyModule, derive_seed
 from lightning_modules.rewards import Reward, reward
 from lightning_modules.rollout_log import RolloutLog
 from lightning_modules.rollouts import NativeEngine, Rollout, RolloutEngine, RolloutSettings
 from lightning_modules.shared_prefix import PackedRows, pack_rows
-
-
-@dataclass
-class Group:
-    """The completions of one prompt that are learnt from; C of its G."""
-
-    item: PromptItem
-    features: Tensor | None  # [image tokens, D] of a frozen tower; None when images are encoded at each forward pass
-    completions: list[Tensor]  # C of token ids [T]
-    advantages: Tensor  # [C]
-    old: list[Tensor] | None  # C of log-probabilities [T] at the rollout; None: the policy has not moved since
+from lightning_modules.vllm_protocol import VLLMSettings
+from lightning_modules.vllm_rollouts import connect
 
 
 class GRPO(PolicyModule):
@@ -46,8 +44,9 @@ class GRPO(PolicyModule):
     trained on at all (else they get the KL gradient). mask_truncated: completions without an end are not trained on;
     they count in their group's mean all the same. Neither is in the loss's normaliser: their tokens are left out of the
     packed rows. rollout_log: JSONL of the groups of every `rollout_log_every`-th batch; a relative path lies in the
-    phase's folder (`rollout_log.py` reads it). rollout_prompts: prompts decoded together. The other fields:
-    `PolicyModule`.
+    phase's folder (`rollout_log.py` reads it). rollout_prompts: prompts decoded together. engine: "native" samples in
+    this process, "vllm" on the servers that `vllm` names (docs/rollout_engines.md). importance_cap: of
+    `truncated_importance`; null trusts the engine's log-probabilities. The other fields: `PolicyModule`.
     """
 
     def __init__(
@@ -70,6 +69,9 @@ class GRPO(PolicyModule):
         rollout_prompts: int = 32,
         rollout_log: str | None = None,
         rollout_log_every: int = 1,
+        engine: Literal["native", "vllm"] = "native",
+        vllm: VLLMSettings | None = None,
+        importance_cap: float | None = None,
         learning_rate: float = 5e-5,
         **policy: Any,
     ) -> None:
@@ -82,6 +84,7 @@ class GRPO(PolicyModule):
         self.skip_equal_groups, self.mask_truncated = skip_equal_groups, mask_truncated
         self.rollout_prompts = rollout_prompts
         self.rollout_log, self.rollout_log_every = rollout_log, rollout_log_every
+        self.engine_name, self.vllm, self.importance_cap = engine, vllm or VLLMSettings(), importance_cap
         self.engine: RolloutEngine | None = None
         self.last_rollouts: list[dict[str, Any]] = []  # of the last batch, for callbacks
         self._log: RolloutLog | None = None
@@ -101,6 +104,15 @@ class GRPO(PolicyModule):
             faults.append(f"beta={self.beta} must not be negative")
         if self.clip_range is not None and not 0 < self.clip_range < 1:
             faults.append(f"clip_range={self.clip_range} must be in (0, 1), or null")
+        if self.importance_cap is not None and self.importance_cap <= 0:
+            faults.append(f"importance_cap={self.importance_cap} must be greater than 0, or null")
+        if self.importance_cap is not None and self.updates_per_window > 1 and self.old_log_probs == "engine":
+            faults.append(f"importance_cap={self.importance_cap} with old_log_probs='engine': it is in the ratio")
+        if self.engine_name == "vllm" and (self.lora is None or not self.freeze_vision):
+            faults.append(
+                f"engine='vllm' with lora={self.lora}, freeze_vision={self.freeze_vision}: servers are sent an adapter "
+                "of the language model, and nothing else"
+            )
         return faults
 
     @property
@@ -114,7 +126,20 @@ class GRPO(PolicyModule):
     def configure_model(self) -> None:
         super().configure_model()
         if self.engine is None:
-            self.engine = NativeEngine(self.policy)
+            if self.engine_name == "vllm":
+                self.engine = connect(self.policy, self.vllm, self.trainer, self.max_new_tokens)
+            else:
+                self.engine = NativeEngine(self.policy)
+
+    def on_fit_start(self) -> None:
+        self.engine.sync()
+
+    def on_train_start(self) -> None:
+        if self.trainer.strategy.restore_checkpoint_after_setup:  # a resumed run's weights are here only now
+            self.engine.sync()
+
+    def on_fit_end(self) -> None:
+        self.engine.close()
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         self.begin_batch(batch)
@@ -127,8 +152,11 @@ class GRPO(PolicyModule):
         else:
             self._window += groups
         if self.end_batch():
+            before = self.global_step
             self._update_window()
             self.commit_window(batch)
+            if self.global_step != before:
+                self.engine.sync()
         self._log_step(rolled_out - started, time.perf_counter() - rolled_out)
 
     # Rolling out
@@ -161,18 +189,8 @@ class GRPO(PolicyModule):
             kept = [k for k, r in enumerate(rollouts[index]) if r.finished or not self.mask_truncated]
             if kept and not (self.skip_equal_groups and equal[index]):
                 known = features[index] if self.freeze_vision else None
-                groups.append(self._group(item, known, [rollouts[index][k] for k in kept], advantages[index, kept]))
+                groups.append(group_of(item, known, [rollouts[index][k] for k in kept], advantages[index, kept]))
         return groups
-
-    def _group(self, item: PromptItem, features: Tensor | None, rollouts: list[Rollout], advantages: Tensor) -> Group:
-        from_engine = self.updates_per_window > 1 and self.old_log_probs == "engine"
-        return Group(
-            item=item,
-            features=features,
-            completions=[rollout.token_ids.to(self.device) for rollout in rollouts],
-            advantages=advantages.to(self.device),
-            old=[rollout.log_probs.to(self.device) for rollout in rollouts] if from_engine else None,
-        )
 
     def _record(
         self,
@@ -183,20 +201,9 @@ class GRPO(PolicyModule):
         equal: Tensor,
     ) -> None:
         """Keep the batch's rollouts for callbacks and the log, and add them to the step's sums."""
+        counts = {"update": self.global_step, "batch": self.num_batches}
         self.last_rollouts = [
-            {
-                "update": self.global_step,
-                "batch": self.num_batches,
-                "id": item.sample.id,
-                "task": item.sample.task,
-                "answer": item.sample.to_json()["answer"],
-                "sizes": geometries_to_json(item.geometries),
-                "texts": [rollout.text for rollout in rollouts[index]],
-                "rewards": [asdict(parts) for parts in rewards[index]],
-                "advantages": advantages[index].tolist(),
-                "equal": bool(equal[index]),
-            }
-            for index, item in enumerate(batch.items)
+            counts | record for record in rollout_records(batch.items, rollouts, rewards, advantages, equal)
         ]
         for group, group_rewards, is_equal in zip(rollouts, rewards, equal.tolist(), strict=True):
             self._sums.add_group(group, group_rewards, is_equal)
@@ -215,6 +222,9 @@ class GRPO(PolicyModule):
             return
         if self.old_log_probs == "trainer":
             self._store_old_log_probs(self._window)
+        else:
+            for group in self._window:
+                group.old = group.engine
         for epoch in range(self.epochs_per_rollout):
             generator = torch.Generator().manual_seed(derive_seed(self.batch_seed(), epoch))
             order = torch.randperm(len(self._window), generator=generator)
@@ -237,15 +247,19 @@ class GRPO(PolicyModule):
         items = [group.item for group in groups]
         advantages = torch.cat([group.advantages for group in groups])
         old = [log_probs for group in groups for log_probs in group.old or ()]
+        engine = [log_probs for group in groups for log_probs in group.engine]
         for rows, features in self._rows(groups):
             log_probs = self.policy.token_log_probs(rows, features, self.temperature)
             reference = None
             if self.with_reference:
                 fixed = features if self.freeze_vision else self.row_features(rows, items, reference=True)
                 reference = self.policy.token_log_probs(rows, fixed, self.temperature, reference=True)
+            present = rows.completion.unique_consecutive().tolist()
+            row_old = torch.cat([old[c] for c in present]) if old else None
+            importance = self._importance(log_probs if row_old is None else row_old, [engine[c] for c in present])
             terms = grpo_loss(
                 log_probs,
-                torch.cat([old[c] for c in rows.completion.unique_consecutive().tolist()]) if old else None,
+                row_old,
                 reference,
                 rows.completion,
                 advantages,
@@ -253,9 +267,18 @@ class GRPO(PolicyModule):
                 self.clip_range,
                 self.loss_reduction,
                 self.max_new_tokens,
+                importance,
             )
             self.backward_sum(terms.total, terms.count)
             self._sums.add_terms(terms)
+
+    def _importance(self, log_probs: Tensor, engine: list[Tensor]) -> Tensor | None:
+        """Weights [N] for what the engine sampled, from the trainer's own log-probabilities then."""
+        if self.updates_per_window > 1 and self.old_log_probs == "engine":
+            return None  # the trainer's were never computed
+        sampled = torch.cat(engine)
+        self._sums.add_engine(log_probs, sampled, self.importance_cap)
+        return None if self.importance_cap is None else truncated_importance(log_probs, sampled, self.importance_cap)
 
     @torch.no_grad()
     def _store_old_log_probs(self, groups: list[Group]) -> None:

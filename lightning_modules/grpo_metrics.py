@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from torch import Tensor
+
+from datamodules.batches import PromptItem
+from datamodules.boxes import geometries_to_json
 from lightning_modules.objectives import GRPOTerms
 from lightning_modules.rewards import Reward
 from lightning_modules.rollouts import Rollout
@@ -28,6 +34,9 @@ class StepSums:
     kl: float = 0.0
     clipped: float = 0.0
     trained_tokens: float = 0.0
+    mismatch: float = 0.0  # Σ |log p of the trainer - log p of the engine| before any update
+    capped: float = 0.0  # tokens whose importance weight is held by its cap
+    compared_tokens: float = 0.0
 
     def add_group(self, rollouts: Sequence[Rollout], rewards: Sequence[Reward], equal: bool) -> None:
         """`equal`: the group's rewards are all equal."""
@@ -49,6 +58,13 @@ class StepSums:
         self.clipped += terms.clipped
         self.trained_tokens += terms.num_tokens
 
+    def add_engine(self, log_probs: Tensor, engine: Tensor, cap: float | None) -> None:
+        """Log-probabilities [N] of sampled tokens, by the trainer as the policy was then, and by the engine."""
+        difference = log_probs.detach().float() - engine
+        self.mismatch += difference.abs().sum().item()
+        self.capped += 0 if cap is None else (difference > math.log(cap)).sum().item()
+        self.compared_tokens += len(difference)
+
     def means(self) -> dict[str, float]:
         """By metric name; a mean of nothing (no token was trained on) is left out."""
         ratios = {
@@ -63,5 +79,30 @@ class StepSums:
             "grpo/loss": (self.loss, self.loss_count),
             "grpo/kl": (self.kl, self.trained_tokens),
             "grpo/clip_fraction": (self.clipped, self.trained_tokens),
+            "grpo/engine_mismatch": (self.mismatch, self.compared_tokens),
+            "grpo/importance_capped": (self.capped, self.compared_tokens),
         }
         return {name: total / count for name, (total, count) in ratios.items() if count}
+
+
+def rollout_records(
+    items: Sequence[PromptItem],
+    rollouts: Sequence[Sequence[Rollout]],
+    rewards: Sequence[Sequence[Reward]],
+    advantages: Tensor,
+    equal: Tensor,
+) -> list[dict[str, Any]]:
+    """One JSON-like record for each group; advantages [P, G], equal [P]."""
+    return [
+        {
+            "id": item.sample.id,
+            "task": item.sample.task,
+            "answer": item.sample.to_json()["answer"],
+            "sizes": geometries_to_json(item.geometries),
+            "texts": [rollout.text for rollout in rollouts[index]],
+            "rewards": [asdict(parts) for parts in rewards[index]],
+            "advantages": advantages[index].tolist(),
+            "equal": bool(equal[index]),
+        }
+        for index, item in enumerate(items)
+    ]

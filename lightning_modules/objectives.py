@@ -46,6 +46,18 @@ def kl_k3(log_probs: Tensor, reference: Tensor) -> Tensor:
     return torch.exp(difference) - difference - 1
 
 
+def truncated_importance(log_probs: Tensor, engine: Tensor, cap: float) -> Tensor:
+    """Weights min(p_trainer / p_engine, cap) [N] of sampled tokens, without gradient.
+
+    `log_probs` are the trainer's under the policy that sampled, `engine` those that the engine says it sampled with. An
+    engine that computes otherwise (another kernel, another precision) samples from another distribution; the quotient
+    puts that right in the mean, and the cap bounds its variance at the price of a bias (Ionides 2008, "Truncated
+    importance sampling"; for rollout engines Yao et al. 2025, "Your efficient RL framework secretly brings you
+    off-policy RL training", with cap 2).
+    """
+    return torch.exp(log_probs.detach().float() - engine.float()).clamp(max=cap)
+
+
 @dataclass(frozen=True)
 class GRPOTerms:
     """Sums over some completions. Terms of disjoint sets of completions add up: the loss of the union is
@@ -72,6 +84,7 @@ def grpo_loss(
     clip_range: float | None,
     reduction: Reduction = "completion",
     max_tokens: int | None = None,
+    importance: Tensor | None = None,
 ) -> GRPOTerms:
     """Minus eq. 2, token by token, with PPO's clip and the k3 estimate of the KL term.
 
@@ -82,7 +95,8 @@ def grpo_loss(
 
     clip_range ε bounds the ratio to 1 ± ε; None is eq. 2 literally. reduction: "completion", mean over a completion's
     tokens, then over completions; "token" (DAPO), mean over all tokens; "dr_grpo", sum over tokens / max_tokens, mean
-    over completions. Raises ValueError for an unknown reduction or a missing reference or max_tokens.
+    over completions. importance [N] multiplies each token's surrogate, not its KL term (`truncated_importance`).
+    Raises ValueError for an unknown reduction or a missing reference or max_tokens.
     """
     log_probs = log_probs.float()
     old = log_probs.detach() if old is None else old.float()
@@ -94,6 +108,8 @@ def grpo_loss(
         bounded = ratio.clamp(1 - clip_range, 1 + clip_range) * advantage
         clipped = bounded < surrogate
         surrogate = torch.minimum(surrogate, bounded)
+    if importance is not None:
+        surrogate = importance.to(surrogate) * surrogate
     token_loss, kl_sum = -surrogate, 0.0
     if beta > 0:
         if reference is None:

@@ -56,6 +56,8 @@ class Rollout:
 
 
 class RolloutEngine(Protocol):
+    """`sync`: the policy's adapter has changed; called on every rank behind the same update. `close`: no more to do."""
+
     def generate(
         self,
         items: Sequence[PromptItem],
@@ -64,6 +66,10 @@ class RolloutEngine(Protocol):
         generator: torch.Generator | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[list[Rollout]]: ...
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class NativeEngine:
@@ -80,6 +86,12 @@ class NativeEngine:
         self.fold_adapter = fold_adapter
         self.static = static
         self._kept: tuple[tuple[object, ...], BranchDecoder] | None = None
+
+    def sync(self) -> None:
+        """Nothing: each call of `generate` reads the policy's weights."""
+
+    def close(self) -> None:
+        """Nothing: memory goes with the engine."""
 
     @torch.no_grad()  # not inference mode: the caller trains on the log-probabilities and features
     def generate(

@@ -67,6 +67,12 @@ class FakeEngine:
             for item in items
         ]
 
+    def sync(self) -> None:
+        """It has no weights."""
+
+    def close(self) -> None:
+        """Nor anything else."""
+
 
 class FakeModule(LightningModule):
     """A PolicyModule in small: a policy, an engine, and a training step that marks its batch as trained."""

@@ -108,6 +108,10 @@ def test_the_key_follows_what_is_computed(workbench: Workbench) -> None:
     different = [key(), key("--seed_everything=1"), key("--model.learning_rate=1e-5"), key("--trainer.max_steps=3")]
     assert len(set(different)) == 4
 
+    served = workbench.training("grpo", engine="vllm")
+    keys = [Parsed(["--config", served, *more]).key for more in ((), ("--model.vllm.servers=[http://node1:8000/v1]",))]
+    assert keys[0] == keys[1] != Parsed(["--config", served, "--model.engine=native"]).key, "where it samples"
+
 
 def test_a_phase_is_named_after_the_run_of_a_wandb_agent(workbench: Workbench) -> None:
     config, more = workbench.training("cot_sft"), ("--phase=trial-$WANDB_RUN_ID", "--trainer.max_steps=1")

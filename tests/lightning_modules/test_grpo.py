@@ -63,6 +63,12 @@ class RecordingEngine:
         self.seen += zip(items, rollouts, strict=True)
         return rollouts
 
+    def sync(self):
+        self.engine.sync()
+
+    def close(self):
+        self.engine.close()
+
 
 def stir(module):
     """Move the adapter away from its start, where policy and reference are the same model."""

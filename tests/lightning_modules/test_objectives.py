@@ -7,7 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_modules.objectives import REDUCTIONS, equal_groups, group_advantages, grpo_loss, kl_k3
+from lightning_modules.objectives import (
+    REDUCTIONS,
+    equal_groups,
+    group_advantages,
+    grpo_loss,
+    kl_k3,
+    truncated_importance,
+)
 
 LENGTHS = [3, 1, 5, 2]
 MAX_TOKENS = 6
@@ -218,3 +225,39 @@ def test_loss_and_gradient_match_trl(tensors, loss_type, reduction, beta, with_o
     assert terms.clipped / terms.num_tokens == pytest.approx(metrics["clip_ratio/region_mean"][0])
     if beta:
         assert terms.kl_sum / terms.num_tokens == pytest.approx(metrics["kl"][0], rel=1e-5)
+
+
+def test_importance_weights_match_a_written_out_reference():
+    own = torch.tensor([-0.5, -2.0, -1.0, -3.0], requires_grad=True)
+    engine = torch.tensor([-0.5, -1.0, -2.0, -1.0])
+    weights = truncated_importance(own, engine, 2.0)
+    expected = [min(math.exp(a - b), 2.0) for a, b in zip(own.tolist(), engine.tolist(), strict=True)]
+    assert weights.tolist() == pytest.approx(expected) and expected[2] == 2.0 and expected[1] < 1
+    assert not weights.requires_grad
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_importance_weighs_the_surrogate_of_each_token_and_not_its_kl(tensors, reduction):
+    t, beta, clip_range = tensors, 0.1, 0.2
+    engine = t.old + 0.4 * torch.randn(len(t.old), generator=torch.Generator().manual_seed(1))
+    weights = [min(math.exp(a - b), 1.1) for a, b in zip(t.old.tolist(), engine.tolist(), strict=True)]
+    assert 0 < sum(weight == 1.1 for weight in weights) < len(weights)
+    by_completion = defaultdict(list)
+    for n, c in enumerate(t.completion.tolist()):
+        ratio = torch.exp(t.log_probs[n] - t.old[n])
+        held = ratio.clamp(1 - clip_range, 1 + clip_range)
+        surrogate = weights[n] * torch.minimum(ratio * t.advantages[c], held * t.advantages[c])
+        difference = t.reference[n] - t.log_probs[n]
+        by_completion[c].append(-(surrogate - beta * (torch.exp(difference) - difference - 1)))
+    sums = [sum(values) for values in by_completion.values()]
+    if reduction == "completion":
+        expected = sum(s / len(v) for s, v in zip(sums, by_completion.values(), strict=True)) / len(sums)
+    else:
+        expected = sum(sums) / (len(t.completion) if reduction == "token" else len(sums) * MAX_TOKENS)
+    importance = truncated_importance(t.old, engine, 1.1)
+    got = grpo_loss(
+        t.log_probs, t.old, t.reference, t.completion, t.advantages, beta, clip_range, reduction, MAX_TOKENS, importance
+    ).loss
+    torch.testing.assert_close(got, expected)
+    gradients = [torch.autograd.grad(loss, t.log_probs, retain_graph=True)[0] for loss in (got, expected)]
+    torch.testing.assert_close(*gradients)
