@@ -17,8 +17,7 @@ class MergeAdapter(Callback):
         self.folder = folder
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            folder = Path(self.folder or Path(trainer.default_root_dir) / "merged")
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            pl_module.policy.save_merged(folder)
+        folder = Path(self.folder or Path(trainer.default_root_dir) / "merged")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        pl_module.policy.save_merged(folder, write=trainer.is_global_zero)
         trainer.strategy.barrier("merge_adapter")

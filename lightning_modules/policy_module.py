@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning import LightningModule
@@ -27,7 +27,10 @@ from lightning_modules.optimizers import build_optimizer, count_updates
 from lightning_modules.progress import rewind
 from lightning_modules.qwen_vl import QwenVL
 from lightning_modules.shared_prefix import PackedRows
+from lightning_modules.sharded_strategy import ShardedStrategy
+from lightning_modules.sharding import clip_divided, sum_gradients
 
+T = TypeVar("T")
 STATE_KEY = "policy_module"
 NON_FINITE_FILE = "nonfinite.json"
 
@@ -40,7 +43,7 @@ class NonFiniteLoss(RuntimeError):
         self.what, self.step, self.sample_ids = what, step, list(sample_ids)
 
 
-def derive_seed(*parts: int) -> int:
+def derive_seed(*parts: int | str) -> int:
     """A seed in 0 ... 2^63 - 1 that depends on every part; equal on every machine and Python version."""
     digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
@@ -148,10 +151,10 @@ class PolicyModule(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         strategy = self.trainer.strategy
-        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ShardedStrategy):
             raise ValueError(
-                f"trainer.strategy={type(strategy).__name__} is not supported: gradients are summed here, "
-                "over whole tensors; use ddp or one device"
+                f"trainer.strategy={type(strategy).__name__} is not supported: a window's gradients are summed and then "
+                "divided here; use ddp, lightning_modules.sharded_strategy.ShardedStrategy (FSDP2) or one device"
             )
         optimizer, schedule = build_optimizer(
             self.policy.trainable_parameters(),
@@ -160,6 +163,7 @@ class PolicyModule(LightningModule):
             self.weight_decay,
             self.warmup_fraction,
             count_updates(self.trainer, self.accumulate, self.updates_per_window),
+            foreach=False if self.policy.sharded is not None else None,  # no list may mix divided and whole tensors
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -172,6 +176,16 @@ class PolicyModule(LightningModule):
 
     def batch_seed(self) -> int:
         return derive_seed(self.seed, self.num_batches, self.global_rank)
+
+    def sample_seeds(self, batch: Batch) -> list[int]:
+        """A seed for each item of a batch that has begun: of the run's seed, the window, the sample's id, and how often
+        that was in the window before. Neither rank nor place in the batch: how a window is divided among ranks and
+        batches changes no rollout."""
+        window, earlier = self.num_batches // self.accumulate, len(self._window_ids) - len(batch)
+        return [
+            derive_seed(self.seed, window, self._window_ids[: earlier + index].count(sample_id), sample_id)
+            for index, sample_id in enumerate(batch.sample_ids)
+        ]
 
     def end_batch(self) -> bool:
         """Count the batch; True if it was its window's last, and the caller should update."""
@@ -205,9 +219,7 @@ class PolicyModule(LightningModule):
         if count == 0:
             optimizer.zero_grad(set_to_none=True)
             return False
-        self._average_gradients(parameters, count)
-        limit = self.max_grad_norm if self.max_grad_norm is not None else math.inf
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        norm = self._finish_gradients(parameters, count)
         self._require_finite(norm, "the gradient")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -224,21 +236,37 @@ class PolicyModule(LightningModule):
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Elementwise sum of the same list on every rank."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        return self.trainer.strategy.reduce(tensor, reduce_op="sum").tolist()
+        return self._add_up(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
-    def _average_gradients(self, parameters: list[torch.nn.Parameter], count: float) -> None:
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        if self.trainer.world_size > 1:
-            flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
-            flat = self.trainer.strategy.reduce(flat, reduce_op="sum")
-            pieces = flat.split([parameter.numel() for parameter in parameters])
-            for parameter, piece in zip(parameters, pieces, strict=True):
-                parameter.grad.copy_(piece.view_as(parameter))
+    def _add_up(self, tensor: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(tensor, reduce_op="sum")
+
+    def _finish_gradients(self, parameters: list[torch.nn.Parameter], count: float) -> Tensor:
+        """Sum gradients over ranks, divide them by `count` and clip them; their norm before that."""
+        sum_gradients(parameters, self._add_up if self.trainer.world_size > 1 else lambda tensor: tensor)
         for parameter in parameters:
             parameter.grad.div_(count)
+        limit = self.max_grad_norm if self.max_grad_norm is not None else math.inf
+        if self.policy.sharded is not None:
+            return clip_divided(parameters, limit, self._add_up)
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+
+    def in_step(self, rows: Iterable[T]) -> Iterator[T | None]:
+        """`rows`, and None for each that another rank has more of: where layers are divided, every rank takes part in
+        every pass through them, with an idle one (`idle_pass`) where it has no row."""
+        rows = list(rows)
+        yield from rows
+        if self.policy.sharded is not None:
+            most = torch.tensor(len(rows), device=self.device)
+            yield from [None] * (int(self.trainer.strategy.reduce(most, reduce_op="max")) - len(rows))
+
+    def idle_pass(self) -> None:
+        """What a row goes through, with a row of one token and without any effect on the gradient."""
+        total = self.policy.idle_log_prob()
+        if self.with_reference and torch.is_grad_enabled():
+            self.policy.idle_log_prob(reference=True)
+        if torch.is_grad_enabled():
+            self.backward_sum(0.0 * total, 0)
 
     def _no_gradient_sync(self) -> AbstractContextManager:
         """DDP must not reduce in backward: ranks differ in how many backward passes they make."""

@@ -57,8 +57,8 @@ class RecordingEngine:
     def __init__(self, engine):
         self.engine, self.seen = engine, []
 
-    def generate(self, items, *arguments):
-        rollouts = self.engine.generate(items, *arguments)
+    def generate(self, items, *arguments, **named):
+        rollouts = self.engine.generate(items, *arguments, **named)
         self.seen += zip(items, rollouts, strict=True)
         return rollouts
 
