@@ -255,10 +255,12 @@ class PolicyModule(LightningModule):
         """`rows`, and None for each that another rank has more of: where layers are divided, every rank takes part in
         every pass through them, with an idle one (`idle_pass`) where it has no row."""
         rows = list(rows)
-        yield from rows
-        if self.policy.sharded is not None:
+        num_idle = 0
+        if self.policy.sharded is not None:  # before the first row, whose pass waits for the other ranks'
             most = torch.tensor(len(rows), device=self.device)
-            yield from [None] * (int(self.trainer.strategy.reduce(most, reduce_op="max")) - len(rows))
+            num_idle = int(self.trainer.strategy.reduce(most, reduce_op="max")) - len(rows)
+        yield from rows
+        yield from [None] * num_idle
 
     def idle_pass(self) -> None:
         """What a row goes through, with a row of one token and without any effect on the gradient."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import socket
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from typing import Any
 
-TIMEOUT = 300.0  # seconds
+TIMEOUT = 120.0  # seconds
 
 
 def run_ranks(world_size: int, work: Callable[[], Any]) -> list[Any]:
@@ -29,16 +31,19 @@ def run_ranks(world_size: int, work: Callable[[], Any]) -> list[Any]:
         pipes.append(receiver)
     deadline = time.monotonic() + TIMEOUT
     try:
-        results = []
-        for rank, pipe in enumerate(pipes):
-            assert pipe.poll(max(deadline - time.monotonic(), 0.0)), f"rank {rank} of {world_size} hangs"
-            try:
-                failed, result = pipe.recv()
-            except EOFError:
-                raise AssertionError(f"rank {rank} of {world_size} ended without a result") from None
-            assert not failed, f"rank {rank} of {world_size}:\n{result}"
-            results.append(result)
-        return results
+        results: dict[int, Any] = {}
+        while len(results) < world_size:
+            waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+            ready = wait(waiting, max(deadline - time.monotonic(), 0.0))  # the first that fails makes others wait
+            assert ready, f"hanging: ranks {sorted(set(range(world_size)) - set(results))} of {world_size}"
+            for pipe in ready:
+                rank = pipes.index(pipe)
+                try:
+                    failed, results[rank] = pipe.recv()
+                except EOFError:
+                    raise AssertionError(f"rank {rank} of {world_size} ended without a result") from None
+                assert not failed, f"rank {rank} of {world_size}:\n{results[rank]}"
+        return [results[rank] for rank in range(world_size)]
     finally:
         for process in processes:
             process.kill()
@@ -46,6 +51,7 @@ def run_ranks(world_size: int, work: Callable[[], Any]) -> list[Any]:
 
 
 def _be_rank(rank: int, world_size: int, port: int, work: Callable[[], Any], sender: Any) -> None:
+    faulthandler.dump_traceback_later(TIMEOUT, exit=True)  # says where it hangs, and ends it without its parent too
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
     os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
