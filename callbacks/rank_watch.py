@@ -23,6 +23,24 @@ BEAT_SECONDS = 1.0
 KEY = "rank_watch"
 
 
+def end_with_parent() -> None:
+    """Where this process is a rank that another one started, end it once that one is gone: before there is a process
+    group, nothing else would. Rank 0 of Lightning's own launcher was started by the user, who may leave."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(BEAT_SECONDS)
+        # Later than those of the watch below, which know more.
+        time.sleep(3 * BEAT_SECONDS)
+        print(f"\nprocess {parent}, which started this rank, is gone: this one ends too", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
+
+
 class RankWatch(Callback):
     """A thread in each rank. On the same host a rank counts as dead once its process is gone; on another, after
     `silence_seconds` without a sign. Then every rank says so and ends with status 1; the same command goes on from the
@@ -57,8 +75,8 @@ class RankWatch(Callback):
         while not stop.wait(BEAT_SECONDS):
             fault = peers.beat()
             if fault and not stop.is_set():
-                print(f"\n{fault}: rank {peers.rank} ends too; the same command goes on from the last checkpoint",
-                      file=sys.stderr, flush=True)
+                message = f"{fault}: rank {peers.rank} ends too; the same command goes on from the last checkpoint"
+                print(f"\n{message}", file=sys.stderr, flush=True)
                 os._exit(1)
 
 

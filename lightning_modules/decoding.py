@@ -105,8 +105,8 @@ class BranchDecoder:
     def decode(
         self, count: int, prefill: Callable[[int, int], Prefilled], limit: int, draw: Callable[[int], Tensor] | None
     ) -> Iterator[list[Decoded]]:
-        """Every prompt from 0 to `count`, as they are complete. `prefill(i, j)` reads prompts i to j; `draw(i)` gives all
-        random numbers of prompt i at once, [G, limit] in 0-1 and float64, so that no other prompt bears on them.
+        """Every prompt from 0 to `count`, as they are complete. `prefill(i, j)` reads prompts i to j; `draw(i)` gives
+        all random numbers of prompt i, [G, limit] in 0-1 and float64, so that no other prompt bears on them.
 
         Free places are filled again once they are a quarter of all, so that prompts are read several at a time.
         """

@@ -16,9 +16,10 @@ from datamodules.batches import Batch, PromptItem
 from datamodules.boxes import Convention
 from lightning_modules.grpo_metrics import StepSums
 from lightning_modules.objectives import Reduction, equal_groups, group_advantages, grpo_loss
-from lightning_modules.policy_module import PolicyModule, derive_seed
+from lightning_modules.policy_module import PolicyModule
 from lightning_modules.rewards import Reward, reward
 from lightning_modules.rollouts import NativeEngine, Rollout, RolloutEngine, RolloutSettings
+from lightning_modules.seeds import derive_seed
 from lightning_modules.shared_prefix import PackedRows, pack_rows
 
 

@@ -8,7 +8,6 @@ A checkpoint written inside a window resumes at the window's start: a half-accum
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +18,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from datamodules.artefacts import write_json
 from datamodules.batches import Batch, PromptItem
@@ -26,9 +26,10 @@ from lightning_modules.adapters import LoraSettings
 from lightning_modules.optimizers import build_optimizer, count_updates
 from lightning_modules.progress import rewind
 from lightning_modules.qwen_vl import QwenVL
-from lightning_modules.shared_prefix import PackedRows
+from lightning_modules.seeds import derive_seed, sample_seeds
 from lightning_modules.sharded_strategy import ShardedStrategy
 from lightning_modules.sharding import clip_divided, sum_gradients
+from lightning_modules.shared_prefix import PackedRows
 
 T = TypeVar("T")
 STATE_KEY = "policy_module"
@@ -43,21 +44,15 @@ class NonFiniteLoss(RuntimeError):
         self.what, self.step, self.sample_ids = what, step, list(sample_ids)
 
 
-def derive_seed(*parts: int | str) -> int:
-    """A seed in 0 ... 2^63 - 1 that depends on every part; equal on every machine and Python version."""
-    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
 class PolicyModule(LightningModule):
     """A trained Qwen2.5-VL. The constructor is cheap: weights are read in `configure_model`.
 
     model: folder or Hub name. lora: null trains all weights of the language model. dtype: of the weights.
     activation_gib: with gradient_checkpointing on a GPU, checkpoint only as many layers as keep their activations
-    within it (null: all). betas,
-    weight_decay: AdamW. warmup_fraction: share of all updates. max_grad_norm: null does not clip. accumulate: batches
-    to an update (trainer.accumulate_grad_batches stays 1). max_tokens_per_row: packed length of one forward pass.
-    seed: of everything random, together with the batch's number and the rank.
+    within it (null: all). betas, weight_decay: AdamW. warmup_fraction: share of all updates. max_grad_norm: null does
+    not clip. accumulate: batches to an update (trainer.accumulate_grad_batches stays 1). max_tokens_per_row: packed
+    length of one forward pass.
+    seed: of everything random; of rollouts together with the window and the sample, else with the batch and the rank.
     """
 
     def __init__(
@@ -153,8 +148,8 @@ class PolicyModule(LightningModule):
         strategy = self.trainer.strategy
         if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ShardedStrategy):
             raise ValueError(
-                f"trainer.strategy={type(strategy).__name__} is not supported: a window's gradients are summed and then "
-                "divided here; use ddp, lightning_modules.sharded_strategy.ShardedStrategy (FSDP2) or one device"
+                f"trainer.strategy={type(strategy).__name__} is not supported: gradients are summed and divided here; "
+                "use ddp, lightning_modules.sharded_strategy.ShardedStrategy (FSDP2) or one device"
             )
         optimizer, schedule = build_optimizer(
             self.policy.trainable_parameters(),
@@ -178,14 +173,9 @@ class PolicyModule(LightningModule):
         return derive_seed(self.seed, self.num_batches, self.global_rank)
 
     def sample_seeds(self, batch: Batch) -> list[int]:
-        """A seed for each item of a batch that has begun: of the run's seed, the window, the sample's id, and how often
-        that was in the window before. Neither rank nor place in the batch: how a window is divided among ranks and
-        batches changes no rollout."""
-        window, earlier = self.num_batches // self.accumulate, len(self._window_ids) - len(batch)
-        return [
-            derive_seed(self.seed, window, self._window_ids[: earlier + index].count(sample_id), sample_id)
-            for index, sample_id in enumerate(batch.sample_ids)
-        ]
+        """A seed for each item of a batch that has begun, the same on whichever rank it is."""
+        earlier = self._window_ids[: -len(batch)]
+        return sample_seeds(self.seed, self.num_batches // self.accumulate, earlier, batch.sample_ids)
 
     def end_batch(self) -> bool:
         """Count the batch; True if it was its window's last, and the caller should update."""
@@ -247,15 +237,13 @@ class PolicyModule(LightningModule):
         for parameter in parameters:
             parameter.grad.div_(count)
         limit = self.max_grad_norm if self.max_grad_norm is not None else math.inf
-        if self.policy.sharded is not None:
-            return clip_divided(parameters, limit, self._add_up)
-        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+        is_divided = self.policy.sharded is not None
+        return clip_divided(parameters, limit, self._add_up) if is_divided else clip_grad_norm_(parameters, limit)
 
     def in_step(self, rows: Iterable[T]) -> Iterator[T | None]:
         """`rows`, and None for each that another rank has more of: where layers are divided, every rank takes part in
         every pass through them, with an idle one (`idle_pass`) where it has no row."""
-        rows = list(rows)
-        num_idle = 0
+        rows, num_idle = list(rows), 0
         if self.policy.sharded is not None:  # before the first row, whose pass waits for the other ranks'
             most = torch.tensor(len(rows), device=self.device)
             num_idle = int(self.trainer.strategy.reduce(most, reduce_op="max")) - len(rows)
@@ -265,9 +253,9 @@ class PolicyModule(LightningModule):
     def idle_pass(self) -> None:
         """What a row goes through, with a row of one token and without any effect on the gradient."""
         total = self.policy.idle_log_prob()
-        if self.with_reference and torch.is_grad_enabled():
-            self.policy.idle_log_prob(reference=True)
         if torch.is_grad_enabled():
+            if self.with_reference:
+                self.policy.idle_log_prob(reference=True)
             self.backward_sum(0.0 * total, 0)
 
     def _no_gradient_sync(self) -> AbstractContextManager:

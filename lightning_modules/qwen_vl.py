@@ -31,16 +31,15 @@ from datamodules.batches import PromptItem
 from lightning_modules.activations import ActivationBudget
 from lightning_modules.adapters import LoraSettings, fold_again, folded_copy, with_adapter
 from lightning_modules.attention import TEXT_ATTENTION, VISION_ATTENTION, register_attention
-from lightning_modules.feature_cache import FeatureCache
+from lightning_modules.feature_cache import FeatureCache, chunk_images
 from lightning_modules.model_folder import check_model
 from lightning_modules.scoring import score_tokens
-from lightning_modules.shared_prefix import PackedRows, one_token_row
 from lightning_modules.sharding import ShardedModel, shard_layers, whole
+from lightning_modules.shared_prefix import PackedRows, one_token_row
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-MAX_PATCHES = 1 << 15  # of one pass through the vision tower; bounds its activations
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -149,7 +148,7 @@ class QwenVL(nn.Module):
                 features[key] = known
         missing = {key: image for key, image in unique.items() if key not in features}
         with torch.no_grad() if self.freeze_vision or reference else nullcontext():
-            for keys in _chunks(missing):
+            for keys in chunk_images(missing):
                 patches = torch.cat([unique[key][0] for key in keys])
                 grids = torch.stack([unique[key][1] for key in keys])
                 features.update(zip(keys, model.model.get_image_features(patches, grids).pooler_output, strict=True))
@@ -238,9 +237,7 @@ class QwenVL(nn.Module):
 
         Of a policy that is divided over ranks it can be had inside `gathered` only.
         """
-        if self.sharded is not None:
-            return self.sharded.decoder(fold_adapter)
-        return folded_copy(self.base, fold_adapter).eval()
+        return self.sharded.decoder(fold_adapter) if self.sharded else folded_copy(self.base, fold_adapter).eval()
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Divide the decoder layers, of policy and reference, over the ranks of `mesh` (`sharding`)."""
@@ -269,12 +266,10 @@ class QwenVL(nn.Module):
         Whole or not at all: it is written beside `folder` and moved there when complete, replacing what was there.
         Of several ranks all call it, and one with `write`.
         """
-        if self.sharded is not None:
-            merged = self.sharded.copy(place="cpu" if write else "meta")
-        else:
-            merged = folded_copy(self.base) if write else None
+        merged = self.sharded.copy(place="cpu" if write else "meta") if self.sharded is not None else None
         if not write:
             return
+        merged = merged or folded_copy(self.base)
         folder = Path(folder)
         unfinished = folder.with_name(folder.name + ".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -303,17 +298,3 @@ def _frozen_copy(model: nn.Module, share_vision: bool) -> nn.Module:
     visual = model.model.visual
     memo = {id(t): t for t in (*visual.parameters(), *visual.buffers())} if share_vision else {}
     return copy.deepcopy(model, memo).requires_grad_(False).eval()
-
-
-def _chunks(images: dict[str, tuple[Tensor, Tensor]]) -> Iterator[list[str]]:
-    """Keys of consecutive images that together have at most MAX_PATCHES patches (one image at least)."""
-    keys: list[str] = []
-    total = 0
-    for key, (patches, _) in images.items():
-        if keys and total + len(patches) > MAX_PATCHES:
-            yield keys
-            keys, total = [], 0
-        keys.append(key)
-        total += len(patches)
-    if keys:
-        yield keys

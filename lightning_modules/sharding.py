@@ -1,9 +1,9 @@
 """FSDP2: each decoder layer's weights, gradients and optimizer state divided over all ranks.
 
 A layer is gathered for its forward and its backward pass and let go after each; its gradients come back as sums over
-ranks, of which every rank keeps its part. All the rest (embeddings, head, last norm, vision tower) every rank has whole:
-head and tower run a different number of times on each rank, which a gathering must not. Decoding runs on a whole copy,
-gathered once for a rollout (`ShardedModel`), as a gathering of all layers for each token would take longer than the token.
+ranks, of which every rank keeps its part. Embeddings, head, last norm and vision tower every rank has whole: head and
+tower run a different number of times on each rank, which a gathering must not. Decoding runs on a whole copy, gathered
+once for a rollout (`ShardedModel`): to gather all layers for each token would take longer than the token.
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ from datamodules.samples import ChoiceAnswer
 from lightning_modules import grpo
 from lightning_modules.grpo import GRPO
 from lightning_modules.objectives import REDUCTIONS, GRPOTerms
-from lightning_modules.policy_module import NonFiniteLoss, derive_seed
+from lightning_modules.policy_module import NonFiniteLoss
 from lightning_modules.rewards import Reward
+from lightning_modules.seeds import derive_seed
 from lightning_modules.shared_prefix import pack_rows
 from tests.lightning_modules.conftest import trained_weights
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from safetensors.torch import load_file
 
+from callbacks.checkpoints import WholeCheckpoints
 from lightning_modules import grpo
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.grpo import GRPO
@@ -155,7 +159,8 @@ def test_each_rank_holds_its_part_of_the_layers_and_their_optimizer_state(build,
     def work():
         torch.set_num_threads(1)
         module = build("sft", lora=None)
-        trainer = fit(module, make_items([1, 1], with_target=True), 1, max_steps=1, strategy=ShardedStrategy(), devices=2)
+        items = make_items([1, 1], with_target=True)
+        trainer = fit(module, items, 1, max_steps=1, strategy=ShardedStrategy(), devices=2)
         layers = module.policy.base.model.language_model.layers
         own = sum(p.to_local().numel() for p in layers.parameters())
         state = trainer.optimizers[0].state
@@ -167,3 +172,44 @@ def test_each_rank_holds_its_part_of_the_layers_and_their_optimizer_state(build,
     parts = run_ranks(2, work)
     assert sum(own for own, _, _ in parts) == sum(moments for _, moments, _ in parts) == parts[0][2]
     assert all(0.4 < own / total < 0.6 for own, _, total in parts)
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+def test_checkpoint_and_merged_model_are_those_of_an_undivided_run(build, make_items, fit, tmp_path, lora):
+    """Written by two ranks with divided layers; one process goes on from it, and two go on from one process's."""
+    items = make_items([1, 2, 1, 3, 2, 1], with_target=True)
+
+    class Leave(Callback):
+        def __init__(self, folder):
+            self.folder = folder
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(self.folder / "two.ckpt")
+
+        def on_fit_end(self, trainer, module):
+            module.policy.save_merged(self.folder / "merged", write=trainer.is_global_zero)
+            trainer.strategy.barrier()
+
+    def train(name, world_size, **more):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        ranks = {"strategy": ShardedStrategy(), "devices": world_size} if world_size > 1 else {}
+        module = build("sft", lora=lora, learning_rate=1e-3 if lora else 1e-4)
+        callbacks = [Leave(folder)]
+        checkpointing = {"enable_checkpointing": True, "plugins": [WholeCheckpoints()]}
+        fit(module, items, 2 // world_size, max_steps=4, callbacks=callbacks, **checkpointing, **ranks, **more)
+
+    train("one", 1)
+    run_ranks(2, functools.partial(train, "two", 2))
+    run_ranks(2, functools.partial(train, "two_from_one", 2, ckpt_path=tmp_path / "one" / "two.ckpt"))
+    train("one_from_two", 1, ckpt_path=tmp_path / "two" / "two.ckpt")
+
+    saved = [torch.load(tmp_path / name / "two.ckpt", weights_only=True) for name in ("one", "two")]
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "policy_module"):
+        torch.testing.assert_close(saved[1][part], saved[0][part], atol=1e-5, rtol=1e-3)
+    expected = load_file(tmp_path / "one" / "merged" / "model.safetensors")
+    for name in ("two", "two_from_one", "one_from_two"):
+        merged = load_file(tmp_path / name / "merged" / "model.safetensors")
+        assert merged.keys() == expected.keys()
+        torch.testing.assert_close(merged, expected, atol=2e-5, rtol=1e-3)
