@@ -51,8 +51,7 @@ class PolicyModule(LightningModule):
     activation_gib: with gradient_checkpointing on a GPU, checkpoint only as many layers as keep their activations
     within it (null: all). betas, weight_decay: AdamW. warmup_fraction: share of all updates. max_grad_norm: null does
     not clip. accumulate: batches to an update (trainer.accumulate_grad_batches stays 1). max_tokens_per_row: packed
-    length of one forward pass.
-    seed: of everything random; of rollouts together with the window and the sample, else with the batch and the rank.
+    length of one forward pass. seed: of everything random.
     """
 
     def __init__(
@@ -233,25 +232,25 @@ class PolicyModule(LightningModule):
 
     def _finish_gradients(self, parameters: list[torch.nn.Parameter], count: float) -> Tensor:
         """Sum gradients over ranks, divide them by `count` and clip them; their norm before that."""
-        sum_gradients(parameters, self._add_up if self.trainer.world_size > 1 else lambda tensor: tensor)
+        sum_gradients(parameters, self._add_up if self.trainer.world_size > 1 else None)
         for parameter in parameters:
             parameter.grad.div_(count)
         limit = self.max_grad_norm if self.max_grad_norm is not None else math.inf
-        is_divided = self.policy.sharded is not None
-        return clip_divided(parameters, limit, self._add_up) if is_divided else clip_grad_norm_(parameters, limit)
+        divided = self.policy.sharded
+        return clip_divided(parameters, limit, self._add_up) if divided else clip_grad_norm_(parameters, limit)
 
     def in_step(self, rows: Iterable[T]) -> Iterator[T | None]:
         """`rows`, and None for each that another rank has more of: where layers are divided, every rank takes part in
-        every pass through them, with an idle one (`idle_pass`) where it has no row."""
+        every pass, with an idle one (`idle_pass`) where it has no row."""
         rows, num_idle = list(rows), 0
         if self.policy.sharded is not None:  # before the first row, whose pass waits for the other ranks'
-            most = torch.tensor(len(rows), device=self.device)
-            num_idle = int(self.trainer.strategy.reduce(most, reduce_op="max")) - len(rows)
+            most = self.trainer.strategy.reduce(torch.tensor(len(rows), device=self.device), reduce_op="max")
+            num_idle = int(most) - len(rows)
         yield from rows
         yield from [None] * num_idle
 
     def idle_pass(self) -> None:
-        """What a row goes through, with a row of one token and without any effect on the gradient."""
+        """All that a row goes through, with one token and without any effect on the gradient."""
         total = self.policy.idle_log_prob()
         if torch.is_grad_enabled():
             if self.with_reference:

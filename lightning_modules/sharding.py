@@ -114,14 +114,14 @@ def _filled(module: nn.Module, gather: Callable[[str], nn.Parameter]) -> nn.Modu
     return copy.deepcopy(module, {id(parameter): gather(name) for name, parameter in module.named_parameters()})
 
 
-def sum_gradients(parameters: Sequence[nn.Parameter], add_up: Callable[[Tensor], Tensor]) -> None:
-    """Make every gradient the sum over ranks, zeros where a rank has none. `add_up` is that sum for a plain tensor;
-    gradients of divided parameters are summed already, in the backward pass."""
+def sum_gradients(parameters: Sequence[nn.Parameter], add_up: Callable[[Tensor], Tensor] | None) -> None:
+    """Make every gradient the sum over ranks, zeros where a rank has none. `add_up` is that sum for a plain tensor (null:
+    there is one rank); gradients of divided parameters are summed already, in the backward pass."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     kept_whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
-    if not kept_whole:
+    if add_up is None or not kept_whole:
         return
     flat = add_up(torch.cat([parameter.grad.flatten() for parameter in kept_whole]))
     pieces = flat.split([parameter.numel() for parameter in kept_whole])

@@ -196,9 +196,8 @@ def test_checkpoint_and_merged_model_are_those_of_an_undivided_run(build, make_i
         folder.mkdir(exist_ok=True)
         ranks = {"strategy": ShardedStrategy(), "devices": world_size} if world_size > 1 else {}
         module = build("sft", lora=lora, learning_rate=1e-3 if lora else 1e-4)
-        callbacks = [Leave(folder)]
-        checkpointing = {"enable_checkpointing": True, "plugins": [WholeCheckpoints()]}
-        fit(module, items, 2 // world_size, max_steps=4, callbacks=callbacks, **checkpointing, **ranks, **more)
+        own = {"callbacks": [Leave(folder)], "plugins": [WholeCheckpoints()]}
+        fit(module, items, 2 // world_size, max_steps=4, **own, **ranks, **more)
 
     train("one", 1)
     run_ranks(2, functools.partial(train, "two", 2))
