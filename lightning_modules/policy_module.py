@@ -199,8 +199,8 @@ class PolicyModule(LightningModule):
     def update(self) -> bool:
         """Divide the accumulated gradient by what was counted on all ranks, clip it, and step.
 
-        False if nothing was counted anywhere: weights, optimizer state and schedule stay as they are. Every rank makes
-        the same collective calls, whatever it holds.
+        False if nothing was counted anywhere: weights, optimizer state and schedule stay as they are. All ranks make
+        the same collective calls.
         """
         optimizer, parameters = self.optimizers(), self.policy.trainable_parameters()
         count = self.sum_over_ranks([self._count])[0]
@@ -235,8 +235,7 @@ class PolicyModule(LightningModule):
         sum_gradients(parameters, self._add_up if self.trainer.world_size > 1 else None)
         for parameter in parameters:
             parameter.grad.div_(count)
-        limit = self.max_grad_norm if self.max_grad_norm is not None else math.inf
-        divided = self.policy.sharded
+        limit, divided = self.max_grad_norm or math.inf, self.policy.sharded  # it is not 0 (`faults`)
         return clip_divided(parameters, limit, self._add_up) if divided else clip_grad_norm_(parameters, limit)
 
     def in_step(self, rows: Iterable[T]) -> Iterator[T | None]:
