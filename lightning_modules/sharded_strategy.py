@@ -64,7 +64,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         state = (optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict()
         gathered = {number: _gather(values, self.is_global_zero) for number, values in state["state"].items()}
-        return state | {"state": gathered}
+        return {"state": gathered, "param_groups": _with_foreach(state, None)}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
@@ -73,11 +73,16 @@ class ShardedStrategy(ModelParallelStrategy):
                 number: {name: _scatter(value, parameters[number]) for name, value in values.items()}
                 for number, values in saved["state"].items()
             }
-            optimizer.load_state_dict(saved | {"state": divided})
+            optimizer.load_state_dict({"state": divided, "param_groups": _with_foreach(saved, False)})
 
     # Lightning's own would bring its other format.
     save_checkpoint = ParallelStrategy.save_checkpoint
     load_checkpoint = ParallelStrategy.load_checkpoint
+
+
+def _with_foreach(state: Mapping[str, Any], foreach: bool | None) -> list[dict[str, Any]]:
+    """The groups of a state: a file says nothing of how a run computes; divided beside whole tensors need False."""
+    return [group | {"foreach": foreach} for group in state["param_groups"]]
 
 
 def _gather(values: Mapping[str, Any], keep: bool) -> dict[str, Any]:

@@ -115,8 +115,8 @@ def _filled(module: nn.Module, gather: Callable[[str], nn.Parameter]) -> nn.Modu
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter], add_up: Callable[[Tensor], Tensor] | None) -> None:
-    """Make every gradient the sum over ranks, zeros where a rank has none. `add_up` is that sum for a plain tensor (null:
-    of one rank); gradients of divided parameters are summed already, in the backward pass."""
+    """Make every gradient the sum over ranks, zeros where a rank has none. `add_up` is that of a plain tensor (null: of
+    one rank); gradients of divided parameters are summed already, in the backward pass."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
