@@ -115,7 +115,7 @@ class TrainCLI(LightningCLI):
             kwargs["logger"] = self.loggers()
         callbacks = self.config_init.trainer.callbacks or []
         if not any(isinstance(callback, RankWatch) for callback in callbacks):
-            self.config_init.trainer.callbacks = [*callbacks, RankWatch()]
+            kwargs["callbacks"] = [*callbacks, RankWatch()]
         plugins = self.config_init.trainer.plugins or []
         kwargs["plugins"] = [WholeCheckpoints(), *(plugins if isinstance(plugins, list) else [plugins])]
         return super().instantiate_trainer(**kwargs)
