@@ -23,13 +23,12 @@ class MergeAdapter(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         error = None
-        if trainer.is_global_zero:
-            folder = Path(self.folder or Path(trainer.default_root_dir) / "merged")
-            try:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                pl_module.policy.save_merged(folder)
-            except (OSError, SafetensorError) as failure:
-                error = str(storage_error(failure, folder))
+        folder = Path(self.folder or Path(trainer.default_root_dir) / "merged")
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            pl_module.policy.save_merged(folder, write=trainer.is_global_zero)
+        except (OSError, SafetensorError) as failure:
+            error = str(storage_error(failure, folder))
         error = trainer.strategy.broadcast(error)  # the ranks also wait here for the first
         if error is not None:
             raise RunStopped(f"the merged model: {error}. Make room; the same command merges without training again")

@@ -111,10 +111,9 @@ def limit_tasks(samples: Sequence[Sample], limit_per_task: int | None) -> list[S
 def policy_fingerprint(policy: QwenVL) -> str:
     """Of the weights that the policy started from, and of all that training has changed in it."""
     digest = hashlib.sha256(path_fingerprint(policy.processor_path).encode())
-    for name, parameter in policy.model.named_parameters():
-        if parameter.requires_grad:
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for name, tensor in policy.trained_tensors():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -207,16 +206,17 @@ class MIGBench(Callback):
         encoder = prompt_encoder(trainer.datamodule.encoder, self.max_prompt_tokens)
         key = evaluation_key(pl_module.policy, encoder, self.annotations, self.image_root, samples, self.settings)
         trainer.strategy.barrier("mig_bench")
-        evaluate_mig_bench(
-            pl_module.policy,
-            rollout_engine(pl_module),
-            encoder,
-            samples[trainer.global_rank :: trainer.world_size],
-            partial(load_images, image_root=self.image_root),
-            self.settings,
-            Journal(folder / _predictions_file(trainer.global_rank), key),
-            show_progress=trainer.is_global_zero,
-        )
+        with pl_module.policy.gathered():
+            evaluate_mig_bench(
+                pl_module.policy,
+                rollout_engine(pl_module),
+                encoder,
+                samples[trainer.global_rank :: trainer.world_size],
+                partial(load_images, image_root=self.image_root),
+                self.settings,
+                Journal(folder / _predictions_file(trainer.global_rank), key),
+                show_progress=trainer.is_global_zero,
+            )
         trainer.strategy.barrier("mig_bench")
         if trainer.is_global_zero:
             files = [folder / _predictions_file(rank) for rank in range(trainer.world_size)]

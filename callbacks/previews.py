@@ -95,8 +95,11 @@ class Previews(Callback):
         self._draw(trainer, pl_module)
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
+        with pl_module.policy.gathered():
+            if trainer.is_global_zero:
+                self._draw_all(trainer, pl_module)
+
+    def _draw_all(self, trainer: Trainer, pl_module: LightningModule) -> None:
         encoder = prompt_encoder(trainer.datamodule.encoder, self.max_prompt_tokens)
         load = partial(load_images, image_root=self.image_root)
         settings = EvaluationSettings(self.max_new_tokens)

@@ -36,9 +36,9 @@ from datamodules.batches import Encoder, PromptItem
 from datamodules.samples import SampleError
 from datamodules.scores import score_text
 from datamodules.shards import ShardReader, ShardWriter, folder_list
-from lightning_modules.policy_module import derive_seed
 from lightning_modules.qwen_vl import QwenVL
 from lightning_modules.rollouts import RolloutEngine, RolloutSettings
+from lightning_modules.seeds import derive_seed
 
 log = logging.getLogger(__name__)
 

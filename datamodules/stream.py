@@ -168,17 +168,32 @@ class BatchLoader:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError if the state is of another stream (data, seed, batch size, number of ranks)."""
+        """Raises ValueError if the state is of another stream (data, seed, shuffle buffer, batch size).
+
+        With another number of ranks, samples lie on other ranks in another order: what was left of the state's epoch
+        is left out, and the stream goes on with the next epoch, so that none is seen twice in one. A state between two
+        epochs loses nothing. The batch size may then change too, so that a global batch stays as large as it was.
+        """
+        divided_anew = state["stream"].get("world_size") != self.stream.world_size
+        free = {"world_size", "batch_size"} if divided_anew else set()
         changed = [
             f"{name}={value!r}, saved with {state['stream'].get(name)!r}"
             for name, value in self.settings.items()
-            if state["stream"].get(name) != value
+            if name not in free and state["stream"].get(name) != value
         ]
-        if str(self.stream.rank) not in state["cursors"]:
+        if not divided_anew and str(self.stream.rank) not in state["cursors"]:
             changed.append(f"rank={self.stream.rank}, saved for ranks {sorted(state['cursors'])}")
         if changed:
             raise ValueError("cannot resume this data stream exactly: " + "; ".join(changed))
-        self._trained = Position(state["epoch"], state["batch"], state["cursors"][str(self.stream.rank)])
+        if divided_anew:
+            self._trained = Position(state["epoch"] + (state["batch"] > 0), 0, 0)
+            if state["batch"] > 0 and self.stream.rank == 0:
+                logger.warning(
+                    "world_size=%d, saved with %d: the rest of epoch %d is left out, the next one begins",
+                    *(self.stream.world_size, state["stream"]["world_size"], state["epoch"]),
+                )
+        else:
+            self._trained = Position(state["epoch"], state["batch"], state["cursors"][str(self.stream.rank)])
         self._start = self._trained
 
     def report(self) -> None:

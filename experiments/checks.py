@@ -8,6 +8,14 @@ from pathlib import Path
 from datamodules.shards import folder_list, read_manifest
 from lightning_modules.model_folder import check_model
 
+SHARDED = "lightning_modules.sharded_strategy.ShardedStrategy (FSDP2)"
+REFUSED_STRATEGIES = {
+    "deepspeed": "its engine divides gradients by its own counts of batches and owns the step, where a window here is "
+    "divided by the tokens or completions of all ranks",
+    "fsdp": "FSDP1 flattens frozen and trained weights into one tensor, which LoRA beside frozen weights needs apart",
+    "modelparallel": "Lightning's own leaves the division of the layers to the module",
+}
+
 
 class SettingsError(ValueError):
     """Settings that cannot be run; the message lists every fault."""
@@ -35,6 +43,11 @@ def training_faults(settings: Mapping) -> list[str]:
             faults.append(f"{name}={settings[name]!r} must be a plain folder name")
         elif "$" in settings[name]:
             faults.append(f"{name}={settings[name]!r} names an environment variable that is not set")
+    strategy = settings["trainer"].get("strategy")
+    strategy = strategy["class_path"] if isinstance(strategy, Mapping) else strategy
+    for name, reason in REFUSED_STRATEGIES.items():
+        if name in str(strategy).lower():
+            faults.append(f"trainer.strategy={strategy!r}: {reason}; use ddp or {SHARDED}")
     for name, instead in (("accumulate_grad_batches", "accumulate"), ("gradient_clip_val", "max_grad_norm")):
         value = settings["trainer"].get(name)
         if value not in (None, 1 if name == "accumulate_grad_batches" else None):

@@ -24,6 +24,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 
 from callbacks import collapse, preemption
 from callbacks.checkpoints import RunStopped, WholeCheckpoints
+from callbacks.rank_watch import RankWatch, end_with_parent
 from datamodules.artefacts import fingerprint, path_fingerprint, write_atomic
 from datamodules.boxes import Convention
 from datamodules.multi_image import MultiImageData
@@ -125,6 +126,9 @@ class TrainCLI(LightningCLI):
                 callback.dirpath = str(self.folder / "checkpoints")
         if self.config_init.trainer.logger is None:
             kwargs["logger"] = self.loggers()
+        callbacks = self.config_init.trainer.callbacks or []
+        if not any(isinstance(callback, RankWatch) for callback in callbacks):
+            kwargs["callbacks"] = [*callbacks, RankWatch()]
         plugins = self.config_init.trainer.plugins or []
         kwargs["plugins"] = [WholeCheckpoints(), *(plugins if isinstance(plugins, list) else [plugins])]
         return super().instantiate_trainer(**kwargs)
@@ -185,6 +189,7 @@ def quieten() -> None:
 def main(args: list[str] | None = None) -> None:
     """Entry point. Setting errors are printed all at once, without a traceback, before weights are loaded."""
     quieten()
+    end_with_parent()
     preemption.requeue_at_once()  # until training starts, and can be stopped between two batches
     while True:
         try:

@@ -44,7 +44,8 @@ class ActivationBudget:
         readings: list[int] = []
         hooks = [
             self.layers[-1].register_forward_pre_hook(lambda *_: readings.append(self.allocated())),
-            self.layers[-1].register_forward_hook(lambda *_: readings.append(self.allocated())),
+            # Before the hook by which a sharded layer lets its weights go.
+            self.layers[-1].register_forward_hook(lambda *_: readings.append(self.allocated()), prepend=True),
         ]
         try:
             yield

@@ -79,7 +79,7 @@ def folded_copy(module: nn.Module, fold: bool = True) -> nn.Module:
     """
     memo: dict[int, object] = {id(t): t for t in (*module.parameters(), *module.buffers())}
     if fold:
-        memo |= {id(m): _folded(m) for m in module.modules() if isinstance(m, LoraLinear)}
+        memo |= {id(m): folded_layer(m) for m in module.modules() if isinstance(m, LoraLinear)}
     return copy.deepcopy(module, memo)
 
 
@@ -91,7 +91,8 @@ def fold_again(folded: nn.Module, module: nn.Module) -> None:
             copied.weight.copy_(_folded_weight(layer))
 
 
-def _folded(layer: LoraLinear) -> nn.Linear:
+def folded_layer(layer: LoraLinear) -> nn.Linear:
+    """One linear layer with the LoRA delta added to its weight; the bias is shared."""
     base = layer.get_base_layer()
     folded = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
     folded.weight = nn.Parameter(_folded_weight(layer), requires_grad=False)

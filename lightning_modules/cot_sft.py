@@ -67,7 +67,10 @@ class CoTSFT(PolicyModule):
         known = self.policy.encode_images(items) if self.freeze_vision else None
         completions = [[_target(item)] for item in items]
         total, correct, num_tokens = 0.0, 0.0, 0
-        for rows in pack_rows(items, completions, self.max_tokens_per_row):
+        for rows in self.in_step(pack_rows(items, completions, self.max_tokens_per_row)):
+            if rows is None:
+                self.idle_pass()
+                continue
             features = known or self.row_features(rows, items)
             log_probs, best = self.policy.token_log_probs(rows, features, ban_tokens=False, with_best=True)
             loss = -log_probs.sum()

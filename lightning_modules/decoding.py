@@ -96,16 +96,17 @@ class BranchDecoder:
         self.length = torch.ones_like(self.token)  # tokens sampled
         self.alive = torch.zeros(rows, dtype=torch.bool, device=device)
         self.limit = torch.tensor(branch_room, device=device)
-        self.draws = torch.zeros(rows, 1, dtype=torch.float64, device=device)
-        # One column more than a row can hold: what a row that has ended would write goes there.
+        # One column more than a row can hold: what a row that has ended would read or write is there.
+        self.draws = torch.zeros(rows, branch_room + 1, dtype=torch.float64, device=device)
         self.tokens = torch.zeros(rows, branch_room + 1, dtype=torch.long, device=device)
         self.log_probs = torch.zeros(rows, branch_room + 1, device=device)
         self.run_static: Callable[[int], None] = self.step_all
 
     def decode(
-        self, count: int, prefill: Callable[[int, int], Prefilled], limit: int, generator: torch.Generator | None
+        self, count: int, prefill: Callable[[int, int], Prefilled], limit: int, draw: Callable[[int], Tensor] | None
     ) -> Iterator[list[Decoded]]:
-        """Every prompt from 0 to `count`, as they are complete. `prefill(i, j)` reads prompts i to j.
+        """Every prompt from 0 to `count`, as they are complete. `prefill(i, j)` reads prompts i to j; `draw(i)` gives
+        all random numbers of prompt i, [G, limit] in 0-1 and float64, so that no other prompt bears on them.
 
         Free places are filled again once they are a quarter of all, so that prompts are read several at a time.
         """
@@ -117,12 +118,12 @@ class BranchDecoder:
             free = [index for index, place in enumerate(places) if place is None]
             if taken < count and 4 * len(free) >= self.num_places:
                 chosen = free[: count - taken]
-                self._admit(places, chosen, taken, prefill(taken, taken + len(chosen)), generator)
+                self._admit(places, chosen, taken, prefill(taken, taken + len(chosen)), draw)
                 taken += len(chosen)
             elif len(free) == self.num_places:
                 return
             else:
-                self._advance([place for place in places if place is not None], generator)
+                self._advance([place for place in places if place is not None])
                 num_steps += 1
             longest = max(place.steps for place in places if place is not None)
             if self.static and num_steps % CHECK_EVERY and longest < limit:
@@ -140,7 +141,7 @@ class BranchDecoder:
         chosen: list[int],
         number: int,
         prefilled: Prefilled,
-        generator: torch.Generator | None,
+        draw: Callable[[int], Tensor] | None,
     ) -> None:
         device = self.rows.device
         self.cache.admit(torch.tensor(chosen, device=device), prefilled.recorder, prefilled.lengths)
@@ -148,22 +149,24 @@ class BranchDecoder:
             places[index] = _Place(number, prefix, 1)
             number += 1
         rows = self.rows.view(self.num_places, self.group)[chosen].flatten()
+        if draw is not None:
+            numbers = torch.cat([draw(places[index].number) for index in chosen])
+            self.draws[rows, : numbers.shape[1]] = numbers.to(device)
         self.alive[rows], self.length[rows] = True, 0
         self.first[rows] = prefilled.next_positions.repeat_interleave(self.group)
         if not self.static:
             self.active = self.cache.slots = self.alive.nonzero()[:, 0]
-        self._sample(rows, prefilled.hidden.repeat_interleave(self.group, dim=0), self._draw(len(rows), generator))
+        self._sample(rows, prefilled.hidden.repeat_interleave(self.group, dim=0))
 
-    def _advance(self, places: list[_Place], generator: torch.Generator | None) -> None:
+    def _advance(self, places: list[_Place]) -> None:
         steps = [place.steps for place in places]
         if self.static:
-            self.draws.uniform_(generator=generator)
             self.run_static(self._width(max(steps)))
         else:
             rows = self.active
             self.cache.prefix_width = max(place.prefix for place in places)
             self.cache.begin(steps[0] - 1 if len(set(steps)) == 1 else self.length[rows] - 1, max(steps))
-            self._step(rows, self._draw(len(rows), generator))
+            self._step(rows)
         for place in places:
             place.steps += 1
 
@@ -172,15 +175,15 @@ class BranchDecoder:
         return min(max(64, 1 << (least - 1).bit_length()), self.branch_room)
 
     def step_all(self, width: int) -> None:
-        """One step of every row with `draws`, at shapes that depend on `width` alone."""
+        """One step of every row, at shapes that depend on `width` alone."""
         self.cache.begin(self.length - 1, width)
-        self._step(self.rows, self.draws)
+        self._step(self.rows)
 
     def changed_by_step(self) -> list[Tensor]:
         """All that a step changes, but for the cache, where it writes no place that is read before it is rewritten."""
         return [self.token, self.length, self.alive, self.tokens, self.log_probs]
 
-    def _step(self, rows: Tensor, draws: Tensor) -> None:
+    def _step(self, rows: Tensor) -> None:
         """Run the last token of each of `rows` and sample the next. The cache has been told of it (`begin`)."""
         hidden = hidden_states(
             self.model,
@@ -188,21 +191,18 @@ class BranchDecoder:
             input_ids=self.token[rows, None],
             position_ids=(self.first[rows] + self.length[rows] - 1)[None, :, None].expand(3, -1, -1),
         )
-        self._sample(rows, hidden[:, 0], draws)
+        self._sample(rows, hidden[:, 0])
 
-    def _sample(self, rows: Tensor, hidden: Tensor, draws: Tensor) -> None:
+    def _sample(self, rows: Tensor, hidden: Tensor) -> None:
         """Add to each row that goes on a token chosen from `hidden` [A, D]."""
-        chosen, scores = self.choose(self.model.lm_head(hidden), draws)
         alive, length = self.alive[rows], self.length[rows]
+        chosen, scores = self.choose(self.model.lm_head(hidden), self.draws[rows, length, None])
         place = torch.where(alive, length, self.branch_room)
         self.tokens[rows, place], self.log_probs[rows, place] = chosen, scores
         self.token[rows] = torch.where(alive, chosen, self.token[rows])
         length = length + alive
         self.length[rows] = length
         self.alive[rows] = alive & (chosen[:, None] != self.ends).all(-1) & (length < self.limit)
-
-    def _draw(self, count: int, generator: torch.Generator | None) -> Tensor:
-        return torch.rand(count, 1, dtype=torch.float64, device=self.rows.device, generator=generator)
 
     def _look(self, shrink: bool) -> list[bool]:
         """Whether each place has a branch that goes on. Unless steps take all rows, the next one takes those that do;

@@ -12,7 +12,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from datamodules.artefacts import file_sha256, fingerprint
 
 GIB = 1 << 30
+MAX_PATCHES = 1 << 15  # of one pass through the vision tower; bounds its activations
 SUFFIX = ".safetensors"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 STALE = 3600.0  # seconds after which a draft's writer must have been killed
@@ -93,3 +94,17 @@ class FeatureCache:
             path.unlink(missing_ok=True)
             excess -= size
         self._unchecked = 0
+
+
+def chunk_images(images: dict[str, tuple[Tensor, Tensor]]) -> Iterator[list[str]]:
+    """Keys of consecutive images that together have at most MAX_PATCHES patches (one image at least)."""
+    keys: list[str] = []
+    total = 0
+    for key, (patches, _) in images.items():
+        if keys and total + len(patches) > MAX_PATCHES:
+            yield keys
+            keys, total = [], 0
+        keys.append(key)
+        total += len(patches)
+    if keys:
+        yield keys

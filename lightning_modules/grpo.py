@@ -22,10 +22,11 @@ from lightning_modules.objectives import (
     grpo_loss,
     truncated_importance,
 )
-from lightning_modules.policy_module import PolicyModule, derive_seed
+from lightning_modules.policy_module import PolicyModule
 from lightning_modules.rewards import Reward, reward
 from lightning_modules.rollout_log import RolloutLog
 from lightning_modules.rollouts import NativeEngine, Rollout, RolloutEngine, RolloutSettings
+from lightning_modules.seeds import derive_seed
 from lightning_modules.shared_prefix import PackedRows, pack_rows
 from lightning_modules.vllm_protocol import VLLMSettings
 from lightning_modules.vllm_rollouts import connect
@@ -172,11 +173,10 @@ class GRPO(PolicyModule):
         """Sample and reward every group of the batch; returns those that are learnt from."""
         with torch.no_grad():
             features = self.policy.encode_images(batch.items)
-        generator = torch.Generator(self.device).manual_seed(self.batch_seed())
         settings = RolloutSettings(
             self.group_size, self.temperature, self.max_new_tokens, batch_prompts=self.rollout_prompts
         )
-        rollouts = self.engine.generate(batch.items, settings, features, generator)
+        rollouts = self.engine.generate(batch.items, settings, features, seeds=self.sample_seeds(batch))
         rewards = [
             [self._reward(item, rollout) for rollout in group]
             for item, group in zip(batch.items, rollouts, strict=True)
@@ -234,18 +234,20 @@ class GRPO(PolicyModule):
         self._window = []
 
     def _rows(self, groups: list[Group]) -> Iterator[tuple[PackedRows, list[Tensor]]]:
-        """Packed rows of all groups, and the image features for each."""
+        """Packed rows of all groups, and the image features for each. Makes the idle passes that are due itself."""
         items = [group.item for group in groups]
         known = [group.features for group in groups] if self.freeze_vision else None
-        for rows in pack_rows(items, [group.completions for group in groups], self.max_tokens_per_row):
-            yield rows, known or self.row_features(rows, items)
+        packed = pack_rows(items, [group.completions for group in groups], self.max_tokens_per_row)
+        for rows in self.in_step(packed):
+            if rows is None:
+                self.idle_pass()
+            else:
+                yield rows, known or self.row_features(rows, items)
 
     def _backward(self, groups: list[Group]) -> None:
         """Add the gradient of minus eq. 2 over these groups."""
-        if not groups:
-            return
         items = [group.item for group in groups]
-        advantages = torch.cat([group.advantages for group in groups])
+        advantages = torch.cat([group.advantages for group in groups] or [torch.zeros(0)])
         old = [log_probs for group in groups for log_probs in group.old or ()]
         engine = [log_probs for group in groups for log_probs in group.engine]
         for rows, features in self._rows(groups):
@@ -283,11 +285,9 @@ class GRPO(PolicyModule):
     @torch.no_grad()
     def _store_old_log_probs(self, groups: list[Group]) -> None:
         """Log-probabilities of the policy before the window's first update."""
-        if not groups:
-            return
         log_probs = [self.policy.token_log_probs(rows, f, self.temperature) for rows, f in self._rows(groups)]
         lengths = [len(completion) for group in groups for completion in group.completions]
-        split = iter(torch.cat(log_probs).split(lengths))
+        split = iter(torch.cat(log_probs).split(lengths)) if lengths else iter(())
         for group in groups:
             group.old = [next(split) for _ in group.completions]
 

@@ -48,8 +48,9 @@ def build_optimizer(
     weight_decay: float,
     warmup_fraction: float,
     num_updates: int,
+    foreach: bool | None = None,
 ) -> tuple[AdamW, LambdaLR]:
     """AdamW and its cosine schedule over `num_updates`, the first `warmup_fraction` of them warm-up."""
-    optimizer = AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay)
+    optimizer = AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, foreach=foreach)
     num_warmup = math.ceil(warmup_fraction * num_updates)
     return optimizer, LambdaLR(optimizer, partial(cosine_factor, num_warmup=num_warmup, num_steps=num_updates))

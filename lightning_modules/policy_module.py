@@ -8,17 +8,17 @@ A checkpoint written inside a window resumes at the window's start: a half-accum
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from datamodules.artefacts import write_json
 from datamodules.batches import Batch, PromptItem
@@ -26,8 +26,12 @@ from lightning_modules.adapters import LoraSettings
 from lightning_modules.optimizers import build_optimizer, count_updates
 from lightning_modules.progress import rewind
 from lightning_modules.qwen_vl import QwenVL
+from lightning_modules.seeds import derive_seed, sample_seeds
+from lightning_modules.sharded_strategy import ShardedStrategy
+from lightning_modules.sharding import clip_divided, sum_gradients
 from lightning_modules.shared_prefix import PackedRows
 
+T = TypeVar("T")
 STATE_KEY = "policy_module"
 NON_FINITE_FILE = "nonfinite.json"
 
@@ -40,21 +44,14 @@ class NonFiniteLoss(RuntimeError):
         self.what, self.step, self.sample_ids = what, step, list(sample_ids)
 
 
-def derive_seed(*parts: int) -> int:
-    """A seed in 0 ... 2^63 - 1 that depends on every part; equal on every machine and Python version."""
-    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
 class PolicyModule(LightningModule):
     """A trained Qwen2.5-VL. The constructor is cheap: weights are read in `configure_model`.
 
     model: folder or Hub name. lora: null trains all weights of the language model. dtype: of the weights.
     activation_gib: with gradient_checkpointing on a GPU, checkpoint only as many layers as keep their activations
-    within it (null: all). betas,
-    weight_decay: AdamW. warmup_fraction: share of all updates. max_grad_norm: null does not clip. accumulate: batches
-    to an update (trainer.accumulate_grad_batches stays 1). max_tokens_per_row: packed length of one forward pass.
-    seed: of everything random, together with the batch's number and the rank.
+    within it (null: all). betas, weight_decay: AdamW. warmup_fraction: share of all updates. max_grad_norm: null does
+    not clip. accumulate: batches to an update (trainer.accumulate_grad_batches stays 1). max_tokens_per_row: packed
+    length of one forward pass. seed: of everything random.
     """
 
     def __init__(
@@ -149,10 +146,10 @@ class PolicyModule(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         strategy = self.trainer.strategy
-        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ShardedStrategy):
             raise ValueError(
-                f"trainer.strategy={type(strategy).__name__} is not supported: gradients are summed here, "
-                "over whole tensors; use ddp or one device"
+                f"trainer.strategy={type(strategy).__name__} is not supported: gradients are summed and divided here; "
+                "use ddp, lightning_modules.sharded_strategy.ShardedStrategy (FSDP2) or one device"
             )
         optimizer, schedule = build_optimizer(
             self.policy.trainable_parameters(),
@@ -161,6 +158,7 @@ class PolicyModule(LightningModule):
             self.weight_decay,
             self.warmup_fraction,
             count_updates(self.trainer, self.accumulate, self.updates_per_window),
+            foreach=False if self.policy.sharded is not None else None,  # no list may mix divided and whole tensors
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -173,6 +171,11 @@ class PolicyModule(LightningModule):
 
     def batch_seed(self) -> int:
         return derive_seed(self.seed, self.num_batches, self.global_rank)
+
+    def sample_seeds(self, batch: Batch) -> list[int]:
+        """A seed for each item of a batch that has begun, the same on whichever rank it is."""
+        earlier = self._window_ids[: -len(batch)]
+        return sample_seeds(self.seed, self.num_batches // self.accumulate, earlier, batch.sample_ids)
 
     def end_batch(self) -> bool:
         """Count the batch; True if it was its window's last, and the caller should update."""
@@ -202,8 +205,8 @@ class PolicyModule(LightningModule):
     def update(self) -> bool:
         """Divide the accumulated gradient by what was counted on all ranks, clip it, and step.
 
-        False if nothing was counted anywhere: weights, optimizer state and schedule stay as they are. Every rank makes
-        the same collective calls, whatever it holds.
+        False if nothing was counted anywhere: weights, optimizer state and schedule stay as they are. All ranks make
+        the same collective calls.
         """
         optimizer, parameters = self.optimizers(), self.policy.trainable_parameters()
         count = self.sum_over_ranks([self._count])[0]
@@ -211,9 +214,7 @@ class PolicyModule(LightningModule):
         if count == 0:
             optimizer.zero_grad(set_to_none=True)
             return False
-        self._average_gradients(parameters, count)
-        limit = self.max_grad_norm if self.max_grad_norm is not None else math.inf
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        norm = self._finish_gradients(parameters, count)
         self._require_finite(norm, "the gradient")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -232,21 +233,36 @@ class PolicyModule(LightningModule):
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Elementwise sum of the same list on every rank."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        return self.trainer.strategy.reduce(tensor, reduce_op="sum").tolist()
+        return self._add_up(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
-    def _average_gradients(self, parameters: list[torch.nn.Parameter], count: float) -> None:
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        if self.trainer.world_size > 1:
-            flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
-            flat = self.trainer.strategy.reduce(flat, reduce_op="sum")
-            pieces = flat.split([parameter.numel() for parameter in parameters])
-            for parameter, piece in zip(parameters, pieces, strict=True):
-                parameter.grad.copy_(piece.view_as(parameter))
+    def _add_up(self, tensor: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(tensor, reduce_op="sum")
+
+    def _finish_gradients(self, parameters: list[torch.nn.Parameter], count: float) -> Tensor:
+        """Sum gradients over ranks, divide them by `count` and clip them; their norm before that."""
+        sum_gradients(parameters, self._add_up if self.trainer.world_size > 1 else None)
         for parameter in parameters:
             parameter.grad.div_(count)
+        limit, divided = self.max_grad_norm or math.inf, self.policy.sharded  # it is not 0 (`faults`)
+        return clip_divided(parameters, limit, self._add_up) if divided else clip_grad_norm_(parameters, limit)
+
+    def in_step(self, rows: Iterable[T]) -> Iterator[T | None]:
+        """`rows`, and None for each that another rank has more of: where layers are divided, every rank takes part in
+        every pass, with an idle one (`idle_pass`) where it has no row."""
+        rows, num_idle = list(rows), 0
+        if self.policy.sharded is not None:  # before the first row, whose pass waits for the other ranks'
+            most = self.trainer.strategy.reduce(torch.tensor(len(rows), device=self.device), reduce_op="max")
+            num_idle = int(most) - len(rows)
+        yield from rows
+        yield from [None] * num_idle
+
+    def idle_pass(self) -> None:
+        """All that a row goes through, with one token and without any effect on the gradient."""
+        total = self.policy.idle_log_prob()
+        if torch.is_grad_enabled():
+            if self.with_reference:
+                self.policy.idle_log_prob(reference=True)
+            self.backward_sum(0.0 * total, 0)
 
     def _no_gradient_sync(self) -> AbstractContextManager:
         """DDP must not reduce in backward: ranks differ in how many backward passes they make."""

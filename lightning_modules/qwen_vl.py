@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
@@ -30,12 +31,15 @@ from datamodules.batches import PromptItem
 from lightning_modules.activations import ActivationBudget
 from lightning_modules.adapters import LoraSettings, fold_again, folded_copy, with_adapter
 from lightning_modules.attention import TEXT_ATTENTION, VISION_ATTENTION, register_attention
-from lightning_modules.feature_cache import FeatureCache
+from lightning_modules.feature_cache import FeatureCache, chunk_images
 from lightning_modules.model_folder import check_model
 from lightning_modules.scoring import score_tokens
-from lightning_modules.shared_prefix import PackedRows
+from lightning_modules.sharding import ShardedModel, shard_layers, whole
+from lightning_modules.shared_prefix import PackedRows, one_token_row
 
-MAX_PATCHES = 1 << 15  # of one pass through the vision tower; bounds its activations
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -84,6 +88,7 @@ class QwenVL(nn.Module):
             old_name = self.base.gradient_checkpointing_enable  # transformers renamed it after 5.17
             getattr(self.base, "activation_checkpointing_enable", old_name)()
         self.feature_cache: FeatureCache | None = None  # set by who wants a frozen tower's features kept on disk
+        self.sharded: ShardedModel | None = None  # `base`, once its layers are divided over ranks
         self.activations: ActivationBudget | None = None
         if gradient_checkpointing and activation_gib is not None:
             self.activations = ActivationBudget(self.base.model.language_model.layers, activation_gib)
@@ -143,7 +148,7 @@ class QwenVL(nn.Module):
                 features[key] = known
         missing = {key: image for key, image in unique.items() if key not in features}
         with torch.no_grad() if self.freeze_vision or reference else nullcontext():
-            for keys in _chunks(missing):
+            for keys in chunk_images(missing):
                 patches = torch.cat([unique[key][0] for key in keys])
                 grids = torch.stack([unique[key][1] for key in keys])
                 features.update(zip(keys, model.model.get_image_features(patches, grids).pooler_output, strict=True))
@@ -185,6 +190,11 @@ class QwenVL(nn.Module):
         )
         return outputs.last_hidden_state.flatten(0, 1)
 
+    def idle_log_prob(self, reference: bool = False) -> Tensor:
+        """log p of one token in a row without images: the passes through the layers that any row makes."""
+        token = torch.tensor([self.eos_ids[0]], device=self.device)
+        return self.token_log_probs(one_token_row(token), [], reference=reference).sum()
+
     def embed(self, model: nn.Module, input_ids: Tensor, features: Sequence[Tensor], slots: Tensor) -> Tensor:
         """Token embeddings [..., D] with image features at the flat indices `slots`."""
         embeddings = model.get_input_embeddings()(input_ids)
@@ -223,8 +233,25 @@ class QwenVL(nn.Module):
         )
 
     def decoder(self, fold_adapter: bool = True) -> nn.Module:
-        """The model for decoding: shares the policy's tensors, in evaluation mode, by default with LoRA folded in."""
-        return folded_copy(self.base, fold_adapter).eval()
+        """The model for decoding: shares the policy's tensors, in evaluation mode, by default with LoRA folded in.
+
+        Of a policy that is divided over ranks it can be had inside `gathered` only.
+        """
+        return self.sharded.decoder(fold_adapter) if self.sharded else folded_copy(self.base, fold_adapter).eval()
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Divide the decoder layers, of policy and reference, over the ranks of `mesh` (`sharding`)."""
+        self.sharded = ShardedModel(self.base, self.base.model.language_model, mesh)
+        if self.reference_model is not None:
+            shard_layers(self.reference_model.model.language_model, mesh)
+
+    def gathered(self, fold_adapter: bool = True) -> AbstractContextManager:
+        """Inside, the policy can decode; its weights may not change. All ranks enter a divided one together."""
+        return nullcontext() if self.sharded is None else self.sharded.gathered(fold_adapter)
+
+    def trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Name in `model` and whole value of all that is trained; ranks go through a divided policy together."""
+        return ((name, whole(p.detach())) for name, p in self.model.named_parameters() if p.requires_grad)
 
     def refresh_decoder(self, model: nn.Module) -> None:
         """Bring a `decoder` up to date with an adapter that has been trained since; its tensors stay where they are."""
@@ -233,16 +260,21 @@ class QwenVL(nn.Module):
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def save_merged(self, folder: str | Path) -> None:
+    def save_merged(self, folder: str | Path, write: bool = True) -> None:
         """Write a plain Qwen2.5-VL folder (safetensors, processor, tokenizer) with the adapter merged into a copy.
 
         Whole or not at all: it is written beside `folder` and moved there when complete, replacing what was there.
+        Of several ranks all call it, and one with `write`.
         """
+        merged = self.sharded.copy(place="cpu" if write else "meta") if self.sharded is not None else None
+        if not write:
+            return
+        merged = merged or folded_copy(self.base)
         folder = Path(folder)
         unfinished = folder.with_name(folder.name + ".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
-            folded_copy(self.base).save_pretrained(unfinished)
+            merged.save_pretrained(unfinished)
             AutoProcessor.from_pretrained(self.processor_path).save_pretrained(unfinished)
         except Exception:
             shutil.rmtree(unfinished, ignore_errors=True)  # the disk may be full: make room again
@@ -270,17 +302,3 @@ def _frozen_copy(model: nn.Module, share_vision: bool) -> nn.Module:
     visual = model.model.visual
     memo = {id(t): t for t in (*visual.parameters(), *visual.buffers())} if share_vision else {}
     return copy.deepcopy(model, memo).requires_grad_(False).eval()
-
-
-def _chunks(images: dict[str, tuple[Tensor, Tensor]]) -> Iterator[list[str]]:
-    """Keys of consecutive images that together have at most MAX_PATCHES patches (one image at least)."""
-    keys: list[str] = []
-    total = 0
-    for key, (patches, _) in images.items():
-        if keys and total + len(patches) > MAX_PATCHES:
-            yield keys
-            keys, total = [], 0
-        keys.append(key)
-        total += len(patches)
-    if keys:
-        yield keys

@@ -65,6 +65,7 @@ class RolloutEngine(Protocol):
         features: Sequence[Tensor] | None = None,
         generator: torch.Generator | None = None,
         on_progress: Callable[[int], None] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> list[list[Rollout]]: ...
 
     def sync(self) -> None: ...
@@ -101,15 +102,39 @@ class NativeEngine:
         features: Sequence[Tensor] | None = None,
         generator: torch.Generator | None = None,
         on_progress: Callable[[int], None] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> list[list[Rollout]]:
         """G rollouts for each item, in the order of `items`. `features` are the items' own, if already encoded.
 
-        `generator` must be on the policy's device. `on_progress` hears how many prompts are complete.
+        Each item samples with random numbers of its own, from its seed: what else is asked for with it, and in which
+        process, changes nothing. Without `seeds` they are drawn from `generator`. `on_progress` hears how many prompts
+        are complete.
         """
-        if not items:
-            return []
+        with self.policy.gathered(self.fold_adapter):
+            rollouts = self._generate(items, settings, features, generator, on_progress, seeds) if items else []
+        if self.policy.sharded is not None:
+            self._kept = None  # a whole copy of divided weights has no place beside a training step
+        return rollouts
+
+    def _generate(
+        self,
+        items: Sequence[PromptItem],
+        settings: RolloutSettings,
+        features: Sequence[Tensor] | None,
+        generator: torch.Generator | None,
+        on_progress: Callable[[int], None] | None,
+        seeds: Sequence[int] | None,
+    ) -> list[list[Rollout]]:
         # Neighbours in length are read together, so that little is padded.
         order = sorted(range(len(items)), key=lambda i: len(items[i].input_ids))
+
+        if seeds is None and not settings.greedy:
+            device = generator.device if generator is not None else "cpu"
+            seeds = torch.randint(1 << 62, (len(items),), generator=generator, device=device).tolist()
+
+        def draw(number: int) -> Tensor:
+            own = torch.Generator().manual_seed(seeds[order[number]])
+            return torch.rand(settings.group_size, settings.max_new_tokens, dtype=torch.float64, generator=own)
 
         def prefill(start: int, stop: int) -> Prefilled:
             batch = [items[i] for i in order[start:stop]]
@@ -119,7 +144,9 @@ class NativeEngine:
         rollouts: list[list[Rollout]] = [[] for _ in items]
         num_done = 0
         decoder = self._decoder(settings, len(items), max(len(item.input_ids) for item in items))
-        for decoded in decoder.decode(len(items), prefill, settings.max_new_tokens, generator):
+        for decoded in decoder.decode(
+            len(items), prefill, settings.max_new_tokens, None if settings.greedy else draw
+        ):
             for group in decoded:
                 rollouts[order[group.number]] = self._rollouts(group)
             num_done += len(decoded)

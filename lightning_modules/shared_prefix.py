@@ -149,6 +149,21 @@ def pack_rows(
     return packed
 
 
+def one_token_row(token: Tensor) -> PackedRows:
+    """A row of `token` [1] alone, as prompt and as target."""
+    nothing = torch.zeros_like(token)
+    return PackedRows(
+        items=(),
+        spans=(GroupSpan(1, ()),),
+        input_ids=token[None],
+        position_ids=nothing.expand(3, 1, 1),
+        is_prompt=torch.ones_like(token, dtype=torch.bool)[None],
+        predict=nothing,
+        targets=token,
+        completion=nothing,
+    )
+
+
 def _one_row(
     items: Sequence[PromptItem],
     completions: Sequence[Sequence[Tensor]],

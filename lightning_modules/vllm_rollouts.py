@@ -183,15 +183,17 @@ class VLLMEngine:
         features: Sequence[Tensor] | None = None,
         generator: torch.Generator | None = None,
         on_progress: Callable[[int], None] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> list[list[Rollout]]:
         """G rollouts for each item. `features` are not used: the servers encode the images themselves.
 
-        The seed of each prompt comes from `generator`. Greedy completions have log-probabilities at temperature 1.
-        Raises PromptMismatch that names the sample, and the errors of `ServerPool.run`.
+        Without `seeds`, one for each prompt, they come from `generator`. Greedy completions have log-probabilities at
+        temperature 1. Raises PromptMismatch that names the sample, and the errors of `ServerPool.run`.
         """
-        device = None if generator is None else generator.device
-        seeds = torch.randint(2**31, (len(items),), generator=generator, device=device).tolist()
-        jobs = [(item.to("cpu"), seed) for item, seed in zip(items, seeds, strict=True)]
+        if seeds is None:
+            device = None if generator is None else generator.device
+            seeds = torch.randint(2**31, (len(items),), generator=generator, device=device).tolist()
+        jobs = [(item.to("cpu"), seed % 2**31) for item, seed in zip(items, seeds, strict=True)]
         ask = partial(self._ask, writer=self._writer, settings=settings)
         return self._call(lambda pool: pool.run(jobs, ask, on_progress))
 

@@ -220,13 +220,28 @@ def test_stopping_early_goes_on_after_the_last_trained_batch() -> None:
         (Setting(seed=1), "seed=1, saved with 0"),
         (Setting(batch_size=2, shuffle_buffer=9), "batch_size=2, saved with 3; shuffle_buffer=9, saved with 6"),
         (Setting(sizes=(22,)), "data="),
-        (Setting(world_size=2), "world_size=2, saved with 1"),
+        (Setting(world_size=2, shuffle_buffer=9), "shuffle_buffer=9, saved with 6"),
     ],
 )
 def test_state_of_another_stream_is_refused(other: Setting, message: str) -> None:
     state = Setting().loader().state_dict()
     with pytest.raises(ValueError, match=message):
         other.loader().load_state_dict(state)
+
+
+@pytest.mark.parametrize(("old", "new"), [((1, 4), (2, 2)), ((2, 2), (1, 4)), ((2, 3), (3, 3))])
+def test_another_number_of_ranks_goes_on_with_the_next_epoch(old, new, caplog: pytest.LogCaptureFixture) -> None:
+    """(ranks, batch size) before and after; behind the last batch of an epoch nothing is left out."""
+    before = Setting(world_size=old[0], batch_size=old[1]).loader()
+    after = Setting(world_size=new[0], batch_size=new[1])
+    for number, batch in enumerate(before, 1):
+        before.mark_trained(batch)
+        for rank in range(new[0]):
+            resumed, left_alone = after.loader(rank), after.loader(rank)
+            resumed.load_state_dict(json.loads(json.dumps(before.state_dict())))
+            assert [b.sample_ids for b in resumed] == train(left_alone, 2)[len(left_alone) :]
+        assert bool(caplog.records) == (number < len(before))
+        caplog.clear()
 
 
 def test_state_lacking_this_rank_is_refused() -> None:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -279,3 +282,84 @@ def test_sigterm_to_both_ranks_stops_them_behind_the_same_batch(workbench: Workb
     assert (checkpoints / "interrupted.ckpt").is_file(), log.read_text()
     assert run_apart(config, *ranks, log=log, timeout=300) == 0, log.read_text()
     assert "going on from" in log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "killed"),
+    [("ddp", 1), ("ddp", 0), ("lightning_modules.sharded_strategy.ShardedStrategy", 1)],
+    ids=["ddp-1", "ddp-0", "sharded-1"],
+)
+def test_a_killed_rank_ends_the_run_which_then_goes_on_as_one_left_alone(
+    workbench: Workbench, strategy: str, killed: int
+) -> None:
+    config = workbench.training("grpo")
+    more = ("--trainer.devices=2", f"--trainer.strategy={strategy}", "--trainer.max_steps=4", "--model.beta=0.1")
+
+    def outcome(phase: str) -> tuple[list, list]:
+        found = {}
+        for path in workbench.root.glob(f"{phase}-rank*.jsonl"):
+            for record in map(json.loads, path.read_text().splitlines()):
+                found[path.stem.removeprefix(phase), record["batch"], record["id"]] = record
+        rows = metrics.read_rows(workbench.outputs / "tiny" / phase)
+        curves = [metrics.read_curve(rows, name) for name in ("reward/total", "grpo/loss", "grpo/kl")]
+        return [found[key] for key in sorted(found)], curves
+
+    for phase in ("whole", "stopped"):
+        log = workbench.root / f"{phase}.txt"
+        arguments = (*more, f"--phase={phase}", f"--model.rollout_log={workbench.root / phase}.jsonl")
+        if phase == "stopped":
+            # Four rewards a batch and rank: in the middle of the second.
+            stop = {"STOP_SIGNAL": int(signal.SIGKILL), "STOP_AT": 6, "STOP_RANK": killed}
+            assert run_apart(config, *arguments, log=log, timeout=300, **stop) != 0, log.read_text()
+            killed_at = float((workbench.root / "killed_at").read_text())
+            others = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(workbench.root).encode() in read_bytes(p)]
+            assert not others, "a rank was left behind"
+            assert time.time() - killed_at < 60
+            assert f"rank {killed}" in log.read_text()
+        assert run_apart(config, *arguments, log=log, timeout=300) == 0, log.read_text()
+    assert "going on from" in log.read_text()
+    assert outcome("whole") == outcome("stopped") and outcome("whole")[0]
+
+
+def read_bytes(path: Path) -> bytes:
+    """Empty for what is gone."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "lightning_modules.sharded_strategy.ShardedStrategy"])
+def test_two_nodes_started_by_torchrun(workbench: Workbench, strategy: str) -> None:
+    """On this machine, each node a torchrun of its own; they meet at a port."""
+    config = workbench.training("cot_sft")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    launch += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test", "--local-addr=127.0.0.1"]
+    run = ["-m", "experiments.train", "--config", config, "--trainer.num_nodes=2", f"--trainer.strategy={strategy}"]
+    logs = [workbench.root / f"node{node}.txt" for node in range(2)]
+    nodes = []
+    for log in logs:
+        with log.open("w") as out:
+            nodes.append(subprocess.Popen([*launch, *run], cwd=ROOT, env=variables, stdout=out, stderr=out))
+    try:
+        codes = [node.wait(timeout=300) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert codes == [0, 0], "".join(log.read_text() for log in logs)
+    folder = workbench.outputs / "tiny" / "cot_sft"
+    assert (folder / "merged" / "model.safetensors").is_file()
+    assert [step for step, _ in metrics.read_curve(metrics.read_rows(folder), "train/loss")] == [0, 1]
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "fsdp"])
+def test_strategies_that_cannot_work_are_refused_before_weights_are_read(workbench: Workbench, strategy: str) -> None:
+    config = workbench.training("cot_sft")
+    with pytest.raises(SystemExit, match=f"trainer.strategy='{strategy}'.*ShardedStrategy"):
+        train.main(["--config", config, f"--trainer.strategy={strategy}"])

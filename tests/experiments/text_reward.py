@@ -1,9 +1,13 @@
 """Runs experiments.train with a reward that an untrained model earns too: how many vowels its answer has.
 
-With STOP_SIGNAL and STOP_AT in the environment the run gets that signal at that call of the reward, in mid-batch.
+With STOP_SIGNAL and STOP_AT in the environment the run gets that signal at that call of the reward, in mid-batch; of
+several ranks, with STOP_RANK, that one alone.
 """
 
 import os
+import sys
+import time
+from pathlib import Path
 
 from lightning_modules import grpo
 from lightning_modules.rewards import Reward
@@ -14,7 +18,10 @@ calls = 0
 def count_vowels(text: str, *_: object) -> Reward:
     global calls
     calls += 1
-    if calls == int(os.environ.get("STOP_AT", 0)):
+    chosen = os.environ.get("STOP_RANK") in (None, os.environ.get("RANK", os.environ.get("LOCAL_RANK")))
+    if chosen and calls == int(os.environ.get("STOP_AT", 0)):
+        if "STOP_RANK" in os.environ:
+            Path(sys.argv[sys.argv.index("--config") + 1]).with_name("killed_at").write_text(str(time.time()))
         os.kill(os.getpid(), int(os.environ["STOP_SIGNAL"]))
     share = sum(letter in "aeiou" for letter in text) / (1 + len(text))
     return Reward(share, share, 0.0, None)

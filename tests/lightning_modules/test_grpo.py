@@ -11,9 +11,10 @@ from datamodules.samples import ChoiceAnswer
 from lightning_modules import grpo
 from lightning_modules.grpo import GRPO
 from lightning_modules.objectives import REDUCTIONS, GRPOTerms
-from lightning_modules.policy_module import NonFiniteLoss, derive_seed
+from lightning_modules.policy_module import NonFiniteLoss
 from lightning_modules.rewards import Reward
 from lightning_modules.rollout_log import read_index
+from lightning_modules.seeds import derive_seed
 from lightning_modules.shared_prefix import pack_rows
 from tests.lightning_modules.conftest import trained_weights
 
@@ -58,8 +59,8 @@ class RecordingEngine:
     def __init__(self, engine):
         self.engine, self.seen = engine, []
 
-    def generate(self, items, *arguments):
-        rollouts = self.engine.generate(items, *arguments)
+    def generate(self, items, *arguments, **named):
+        rollouts = self.engine.generate(items, *arguments, **named)
         self.seen += zip(items, rollouts, strict=True)
         return rollouts
 

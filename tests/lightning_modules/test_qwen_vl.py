@@ -64,7 +64,7 @@ def test_equal_images_are_encoded_once_and_chunks_change_nothing(
     assert sum(seen) == sum(len(item.pixel_values) for item in items)
     torch.testing.assert_close(again, [*once, *once])
     hook.remove()
-    monkeypatch.setattr("lightning_modules.qwen_vl.MAX_PATCHES", 100)
+    monkeypatch.setattr("lightning_modules.feature_cache.MAX_PATCHES", 100)
     torch.testing.assert_close(policy.encode_images(items), once, rtol=1e-4, atol=1e-5)
 
 

@@ -1,0 +1,140 @@
+"""Ends a run of several processes when one of them has died, saying which.
+
+A process that is killed leaves the others waiting in a collective: for NCCL until the process group's timeout, half an
+hour by default. Here each rank tells the others through the store of the process group that it is there. It works alike
+under Lightning's own launcher, torchrun and SLURM, on one node and on many.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+BEAT_SECONDS = 1.0
+KEY = "rank_watch"
+
+
+def end_with_parent() -> None:
+    """Where this process is a rank that another one started, end it once that one is gone: before there is a process
+    group, nothing else would. Rank 0 of Lightning's own launcher was started by the user, who may leave."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(BEAT_SECONDS)
+        # Later than those of the watch below, which know more.
+        time.sleep(3 * BEAT_SECONDS)
+        print(f"\nprocess {parent}, which started this rank, is gone: this one ends too", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
+
+
+class RankWatch(Callback):
+    """A thread in each rank. On the same host a rank counts as dead once its process is gone; on another, after
+    `silence_seconds` without a sign. Then every rank says so and ends with status 1; the same command goes on from the
+    last checkpoint. A rank that fails prints its own error first.
+    """
+
+    def __init__(self, silence_seconds: float = 30.0) -> None:
+        if silence_seconds < 5 * BEAT_SECONDS:
+            raise ValueError(f"silence_seconds={silence_seconds} must be at least {5 * BEAT_SECONDS}")
+        self.silence_seconds = silence_seconds
+        self._stop = threading.Event()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.world_size > 1 and torch.distributed.is_initialized():
+            # A connection of its own: the process group's is taken while it waits.
+            store = torch.distributed.distributed_c10d._get_default_store().clone()
+            peers = Peers(store, trainer.global_rank, trainer.world_size, self.silence_seconds)
+            self._stop = threading.Event()
+            threading.Thread(target=self._watch, args=(peers, self._stop), name=KEY, daemon=True).start()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop.set()
+        trainer.strategy.barrier(KEY)  # no rank ends while another still watches it
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if trainer.world_size > 1 and isinstance(exception, RuntimeError):
+            time.sleep(3 * BEAT_SECONDS)  # a broken collective: the watch, which knows by whom, ends this process
+        self._stop.set()
+
+    @staticmethod
+    def _watch(peers: Peers, stop: threading.Event) -> None:
+        while not stop.wait(BEAT_SECONDS):
+            fault = peers.beat()
+            if fault and not stop.is_set():
+                message = f"{fault}: rank {peers.rank} ends too; the same command goes on from the last checkpoint"
+                print(f"\n{message}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+
+class Peers:
+    """What a rank knows of the others."""
+
+    def __init__(self, store: Any, rank: int, world_size: int, silence_seconds: float) -> None:
+        self.store, self.rank, self.silence_seconds = store, rank, silence_seconds
+        self.host = _host()
+        self.others = [other for other in range(world_size) if other != rank]
+        self.heard: dict[int, tuple[int, float]] = {}  # rank -> its last number, and when it was new
+        self.known: dict[int, dict[str, Any]] = {}
+        self.number = 0
+
+    def beat(self) -> str | None:
+        """Give a sign, look for the others'; says who is gone."""
+        self.number += 1
+        try:
+            sign = {"host": self.host, "pid": os.getpid(), "number": self.number}
+            self.store.set(f"{KEY}/{self.rank}", json.dumps(sign))
+            present = [other for other in self.others if self.store.check([f"{KEY}/{other}"])]
+            signs = self.store.multi_get([f"{KEY}/{other}" for other in present]) if present else []
+        except RuntimeError as error:  # the first rank, or torchrun, holds the store
+            gone = [fault for other in self.known if (fault := self._gone(other))]
+            return gone[0] if gone else f"rank 0 or its launcher is gone ({str(error).splitlines()[0]})"
+        now = time.monotonic()
+        for other, text in zip(present, signs, strict=True):
+            self.known[other] = json.loads(text)
+            number = self.known[other]["number"]
+            if other not in self.heard or self.heard[other][0] != number:
+                self.heard[other] = number, now
+        return next((fault for other in present if (fault := self._gone(other))), None)
+
+    def _gone(self, other: int) -> str | None:
+        sign, silence = self.known[other], time.monotonic() - self.heard[other][1]
+        name = f"rank {other} (process {sign['pid']} on {sign['host']})"
+        if sign["host"] == self.host and not _is_running(sign["pid"]):
+            return f"{name} has ended"
+        return f"{name} has given no sign for {silence:.0f} s" if silence > self.silence_seconds else None
+
+
+def _host() -> str:
+    """Name of this machine, with its boot's id where there is one: two containers may have one name."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
+    return f"{socket.gethostname()}/{boot.read_text().strip()[:8] if boot.exists() else ''}{namespace[4:]}"
+
+
+def _is_running(pid: int) -> bool:
+    """A killed child stays as a zombie until its parent looks."""
+    stat = Path(f"/proc/{pid}/stat")
+    if not Path("/proc/self/stat").exists():  # not Linux
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
