@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,15 @@ class FakePolicy(torch.nn.Module):
         self.device = torch.device("cpu")
         self.merged: list[Path] = []
 
-    def save_merged(self, folder: Path) -> None:
-        self.merged.append(folder)
+    def gathered(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def trained_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, p.detach()) for name, p in self.model.named_parameters() if p.requires_grad)
+
+    def save_merged(self, folder: Path, write: bool = True) -> None:
+        if write:
+            self.merged.append(folder)
 
 
 class FakeEngine:
@@ -56,7 +64,9 @@ class FakeEngine:
         self.asked: list[str] = []
         self.seeds: list[int] = []
 
-    def generate(self, items, settings, features=None, generator=None, on_progress=None) -> list[list[Rollout]]:
+    def generate(
+        self, items, settings, features=None, generator=None, on_progress=None, seeds=None
+    ) -> list[list[Rollout]]:
         self.asked += [item.sample.id for item in items]
         self.seeds += [generator.initial_seed()] if generator is not None else []
         if on_progress is not None:

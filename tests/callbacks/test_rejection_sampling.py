@@ -190,7 +190,7 @@ class RealTokens(FakeEngine):
         super().__init__(right_number_mod_5)
         self.module, self.had_moved = module, []
 
-    def generate(self, items, settings, features=None, generator=None, on_progress=None):
+    def generate(self, items, settings, features=None, generator=None, on_progress=None, seeds=None):
         if features is None:  # in training they are known
             self.had_moved += [bool(p.any()) for name, p in self.module.named_parameters() if "lora_B" in name]
         ids = self.module.policy.tokenizer.encode("ring", return_tensors="pt")[0]
