@@ -12,9 +12,7 @@ import yaml
 
 from datamodules.artefacts import path_fingerprint, read_json, write_atomic, write_json
 from experiments.sweep_plan import SweepPlan
-from experiments.tracking import choose_wandb_mode, wandb_identity
-
-PROJECT = "multi-image-grounding"
+from experiments.tracking import PROJECT, choose_wandb_mode, wandb_identity
 
 
 def find_or_create(config: Path, folder: Path) -> str:
@@ -51,14 +49,14 @@ def log_sweep(folder: Path, plan: SweepPlan) -> None:
     file = folder / "wandb_id"
     if not file.is_file():
         write_atomic(file, secrets.token_hex(4))
-    identity = wandb_identity(folder / "sweep", file.read_text().strip()) | {"name": folder.name}
+    identity = wandb_identity(folder / "sweep", file.read_text().strip())
+    identity |= {"name": folder.name, "tags": ["sweep", plan.method]}
     names = [parameter.name for parameter in plan.varied]
     rows = [
         [t["trial"], t["state"], t["value"], t["seconds"], *(str(t["parameters"][name]) for name in names)]
         for t in summary["trials"]
     ]
-    tags = ["sweep", plan.method]
-    with wandb.init(dir=str(folder), tags=tags, config={"sweep": summary["sweep"]}, **identity) as run:
+    with wandb.init(dir=str(folder), config={"sweep": summary["sweep"]}, **identity) as run:
         table = wandb.Table(columns=["trial", "state", plan.metric, "seconds", *names], data=rows)
         run.log({"sweep/trials": table, "sweep/page": wandb.Html(str(folder / "sweep.html"))})
         best = summary["best"] or {}
