@@ -58,6 +58,7 @@ class RankWatch(Callback):
             # A connection of its own: the process group's is taken while it waits.
             store = torch.distributed.distributed_c10d._get_default_store().clone()
             peers = Peers(store, trainer.global_rank, trainer.world_size, self.silence_seconds)
+            peers.beat()  # a first sign, before anything that can kill a rank: one that never gave any is not missed
             self._stop = threading.Event()
             threading.Thread(target=self._watch, args=(peers, self._stop), name=KEY, daemon=True).start()
 

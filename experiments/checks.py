@@ -8,7 +8,7 @@ from pathlib import Path
 from datamodules.shards import folder_list, read_manifest
 from lightning_modules.model_folder import check_model
 
-SHARDED = "lightning_modules.sharded_strategy.ShardedStrategy (FSDP2)"
+SHARDED = "sharded (FSDP2)"
 REFUSED_STRATEGIES = {
     "deepspeed": "its engine divides gradients by its own counts of batches and owns the step, where a window here is "
     "divided by the tokens or completions of all ranks",

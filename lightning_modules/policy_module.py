@@ -149,7 +149,7 @@ class PolicyModule(LightningModule):
         if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ShardedStrategy):
             raise ValueError(
                 f"trainer.strategy={type(strategy).__name__} is not supported: gradients are summed and divided here; "
-                "use ddp, lightning_modules.sharded_strategy.ShardedStrategy (FSDP2) or one device"
+                "use ddp, sharded (FSDP2) or one device"
             )
         optimizer, schedule = build_optimizer(
             self.policy.trainable_parameters(),

@@ -1,7 +1,7 @@
 """Lightning's strategy for a policy whose layers are divided over all ranks (FSDP2, see `sharding`).
 
     trainer:
-      strategy: lightning_modules.sharded_strategy.ShardedStrategy
+      strategy: sharded
 
 Checkpoints are those of an undivided run, in one file: any number of ranks, divided or not, goes on from them.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, StrategyRegistry
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -98,3 +98,6 @@ def _gather(values: Mapping[str, Any], keep: bool) -> dict[str, Any]:
 def _scatter(value: Any, parameter: Tensor) -> Any:
     is_like = isinstance(value, Tensor) and value.shape == parameter.shape  # else a number, as AdamW's count of steps
     return own_part(value, parameter) if is_like else value
+
+
+StrategyRegistry.register("sharded", ShardedStrategy, description="decoder layers divided over ranks (FSDP2)")

@@ -287,7 +287,7 @@ def test_sigterm_to_both_ranks_stops_them_behind_the_same_batch(workbench: Workb
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "killed"),
-    [("ddp", 1), ("ddp", 0), ("lightning_modules.sharded_strategy.ShardedStrategy", 1)],
+    [("ddp", 1), ("ddp", 0), ("sharded", 1)],
     ids=["ddp-1", "ddp-0", "sharded-1"],
 )
 def test_a_killed_rank_ends_the_run_which_then_goes_on_as_one_left_alone(
@@ -313,13 +313,18 @@ def test_a_killed_rank_ends_the_run_which_then_goes_on_as_one_left_alone(
             stop = {"STOP_SIGNAL": int(signal.SIGKILL), "STOP_AT": 6, "STOP_RANK": killed}
             assert run_apart(config, *arguments, log=log, timeout=300, **stop) != 0, log.read_text()
             killed_at = float((workbench.root / "killed_at").read_text())
-            others = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(workbench.root).encode() in read_bytes(p)]
-            assert not others, "a rank was left behind"
-            assert time.time() - killed_at < 60
+            while left_behind(workbench.root):  # rank 0 may be gone before the others have noticed
+                assert time.time() - killed_at < 60, left_behind(workbench.root)
+                time.sleep(0.5)
             assert f"rank {killed}" in log.read_text()
         assert run_apart(config, *arguments, log=log, timeout=300) == 0, log.read_text()
     assert "going on from" in log.read_text()
     assert outcome("whole") == outcome("stopped") and outcome("whole")[0]
+
+
+def left_behind(root: Path) -> list[Path]:
+    """Processes with this folder in their command line."""
+    return [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(root).encode() in read_bytes(path)]
 
 
 def read_bytes(path: Path) -> bytes:
@@ -331,7 +336,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "lightning_modules.sharded_strategy.ShardedStrategy"])
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
 def test_two_nodes_started_by_torchrun(workbench: Workbench, strategy: str) -> None:
     """On this machine, each node a torchrun of its own; they meet at a port."""
     config = workbench.training("cot_sft")
@@ -361,5 +366,5 @@ def test_two_nodes_started_by_torchrun(workbench: Workbench, strategy: str) -> N
 @pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "fsdp"])
 def test_strategies_that_cannot_work_are_refused_before_weights_are_read(workbench: Workbench, strategy: str) -> None:
     config = workbench.training("cot_sft")
-    with pytest.raises(SystemExit, match=f"trainer.strategy='{strategy}'.*ShardedStrategy"):
+    with pytest.raises(SystemExit, match=f"trainer.strategy='{strategy}'.*sharded"):
         train.main(["--config", config, f"--trainer.strategy={strategy}"])
