@@ -52,6 +52,11 @@ class Side:
         return self.read()
 
     def read(self) -> dict[str, Any]:
+        while not (line := self._next_line()).startswith(b"{"):
+            pass  # what a library prints is no answer
+        return json.loads(line)
+
+    def _next_line(self) -> bytes:
         while b"\n" not in self._received:
             left = self.deadline - time.monotonic()
             if left <= 0 or not select.select([self.process.stdout], [], [], left)[0]:
@@ -61,7 +66,7 @@ class Side:
                 raise SideFailed(self._last_words())
             self._received += data
         line, self._received = self._received.split(b"\n", 1)
-        return json.loads(line)
+        return line
 
     def _last_words(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()
