@@ -85,6 +85,12 @@ class TimedEngine:
             raise ValueError(f"completions have lengths {sorted(lengths)}, not {settings.max_new_tokens}")
         return rollouts
 
+    def sync(self) -> None:
+        self.engine.sync()
+
+    def close(self) -> None:
+        self.engine.close()
+
 
 class Turnstile(Callback):
     """Stops at the gate after every batch, each of which is one optimizer step."""
