@@ -49,10 +49,14 @@ POLL_SECONDS = 2.0
 class RejectionSettings:
     """`num_samples` completions of each candidate; one is correct when its IoU is above `threshold`.
 
+    A candidate is kept with `min_correct` to `max_correct` correct ones; by default, as in the paper, with at least one
+    and one less than all. Where luck finds the box now and then, one correct completion may say nothing of the policy.
     temperature, max_new_tokens: null is that of the rollouts in training.
     """
 
     num_samples: int = 8
+    min_correct: int = 1
+    max_correct: int | None = None
     temperature: float | None = None
     max_new_tokens: int | None = None
     batch_prompts: int = 32
@@ -69,8 +73,17 @@ class RejectionSettings:
                 faults.append(f"{name}={value} must be greater than 0")
         if not 0 <= self.threshold < 1:
             faults.append(f"threshold={self.threshold} must be in [0, 1)")
+        if not 0 <= self.min_correct <= self.most_correct <= self.num_samples:
+            faults.append(
+                f"min_correct={self.min_correct}, max_correct={self.max_correct} is no range within "
+                f"num_samples={self.num_samples}"
+            )
         if faults:
             raise ValueError(f"rejection sampling: {'; '.join(faults)}")
+
+    @property
+    def most_correct(self) -> int:
+        return self.num_samples - 1 if self.max_correct is None else self.max_correct
 
 
 def rejection_sample(
@@ -267,7 +280,7 @@ def _write_kept(
     rejected = Counter(rule for window in windows.values() for rule in window["rejected"].values())
     if rejected:
         log.warning("%d candidates could not be read: %s", rejected.total(), dict(rejected))
-    kept = [outcome for outcome in outcomes if 0 < outcome["correct"] < settings.num_samples]
+    kept = [outcome for outcome in outcomes if settings.min_correct <= outcome["correct"] <= settings.most_correct]
     (folder / "histogram.json").unlink(missing_ok=True)
     shutil.rmtree(folder / "shards", ignore_errors=True)
     with ShardWriter(folder / "shards") as writer:

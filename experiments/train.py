@@ -23,7 +23,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from callbacks import collapse, preemption
-from callbacks.checkpoints import RunStopped, WholeCheckpoints
+from callbacks.checkpoints import RunStopped, WholeCheckpoints, WindowCheckpoint
 from callbacks.rank_watch import RankWatch, end_with_parent
 from datamodules.artefacts import fingerprint, path_fingerprint, write_atomic
 from datamodules.boxes import Convention
@@ -121,14 +121,19 @@ class TrainCLI(LightningCLI):
         return faults
 
     def instantiate_trainer(self, **kwargs: object) -> Trainer:
-        for callback in self.config_init.trainer.callbacks or []:
-            if isinstance(callback, Checkpoint) and callback.dirpath is None:
-                callback.dirpath = str(self.folder / "checkpoints")
         if self.config_init.trainer.logger is None:
             kwargs["logger"] = self.loggers()
-        callbacks = self.config_init.trainer.callbacks or []
+        callbacks = list(self.config_init.trainer.callbacks or [])
         if not any(isinstance(callback, RankWatch) for callback in callbacks):
-            kwargs["callbacks"] = [*callbacks, RankWatch()]
+            callbacks.append(RankWatch())
+        checkpoints = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
+        if not checkpoints and self.config_init.trainer.enable_checkpointing is not False:
+            checkpoints = [WindowCheckpoint(every_n_minutes=10)]  # Lightning's own would not know of windows
+            callbacks += checkpoints
+        for callback in checkpoints:
+            if callback.dirpath is None:
+                callback.dirpath = str(self.folder / "checkpoints")
+        kwargs["callbacks"] = callbacks
         plugins = self.config_init.trainer.plugins or []
         kwargs["plugins"] = [WholeCheckpoints(), *(plugins if isinstance(plugins, list) else [plugins])]
         return super().instantiate_trainer(**kwargs)

@@ -57,6 +57,18 @@ def test_always_and_never_solved_prompts_are_dropped(run, tmp_path: Path) -> Non
     assert kept[0]["mean_iou"] == pytest.approx(0.25, abs=0.02)
 
 
+def test_how_many_correct_completions_are_kept_can_be_set(run) -> None:
+    for bounds, right in (({"min_correct": 2}, (2, 3)), ({"max_correct": 2}, (1, 2)), ({"min_correct": 3}, (3,))):
+        shards = run(FakeEngine(right_number_mod_5), settings=replace(SETTINGS, **bounds))
+        assert kept_ids(shards) == [f"c{n}" for n in range(19) if n % 5 in right], bounds
+
+
+@pytest.mark.parametrize(("least", "most"), [(3, 2), (-1, None), (4, None), (1, 5)])
+def test_bounds_that_keep_nothing_are_refused(least: int, most: int | None) -> None:
+    with pytest.raises(ValueError, match=f"min_correct={least}, max_correct={most}"):
+        RejectionSettings(num_samples=4, min_correct=least, max_correct=most)
+
+
 def test_a_finished_choice_is_used_again_unless_something_changed(run, encoder, tiny_model_dir, tmp_path: Path) -> None:
     run(FakeEngine(right_number_mod_5))
     again = FakeEngine(right_number_mod_5)

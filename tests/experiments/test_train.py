@@ -53,6 +53,20 @@ def test_a_phase_leaves_everything_that_the_next_one_needs(workbench: Workbench,
         assert "already done" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_run_without_callbacks_is_saved_unless_told_otherwise(workbench: Workbench, wanted: bool) -> None:
+    config = Path(workbench.training("cot_sft"))
+    settings = yaml.safe_load(config.read_text())
+    settings["trainer"] |= {"callbacks": [], "max_epochs": 1, "max_steps": -1}
+    config.write_text(yaml.safe_dump(settings | {"phase": f"saved_{wanted}"}))
+    more = [] if wanted else ["--trainer.enable_checkpointing=false"]
+    train.main(["--config", str(config), "--trainer.logger=false", *more])
+    folder = workbench.outputs / "tiny" / f"saved_{wanted}"
+    assert (folder / "done.json").is_file()
+    assert len(list(folder.rglob("*.ckpt"))) == wanted
+    assert all(file.parent == folder / "checkpoints" for file in folder.rglob("*.ckpt"))
+
+
 def test_every_rank_of_a_finished_run_ends(workbench: Workbench, monkeypatch, capsys) -> None:
     arguments = ["--config", workbench.training("cot_sft"), "--trainer.logger=false", "--trainer.max_steps=1"]
     train.main(arguments)
