@@ -40,7 +40,10 @@ def line_chart(title: str, curves: Mapping[str, Points], legend: Sequence[str] |
 
 
 def bar_chart(title: str, groups: Sequence[str], series: Mapping[str, Mapping[str, float]]) -> str:
-    """Grouped bars of percentages (0-100): one group for each of `groups`, in it one bar for each of `series`."""
+    """Grouped bars of percentages (0-100): one group for each of `groups`, in it one bar for each of `series`.
+
+    A series without a value for a group has a gap there.
+    """
     step, bar = 16 * len(series) + 14, 14
     width = max(WIDTH, LEFT + RIGHT + step * len(groups), LEFT + sum(max(90, 7 * len(name) + 20) for name in series))
     height, base = 300, 210
@@ -52,7 +55,9 @@ def bar_chart(title: str, groups: Sequence[str], series: Mapping[str, Mapping[st
     for g, group in enumerate(groups):
         x = LEFT + g * step + 6
         for k, values in enumerate(series.values()):
-            value = min(max(values.get(group, 0.0), 0.0), 100.0)
+            if group not in values:
+                continue
+            value = min(max(values[group], 0.0), 100.0)
             tall = value / 100 * (base - TOP - 16)
             parts.append(
                 f'<rect x="{x + k * 16}" y="{base - tall:.1f}" width="{bar}" height="{tall:.1f}"'

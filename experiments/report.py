@@ -52,7 +52,7 @@ def ladder_rows(results: Results, starts: Mapping[str, str] | None = None) -> li
         before = names[names.index(name) - 1] if name != names[0] else ""
         over = (starts or {}).get(name, before)
         gain = f"{bench['avg'] - known[over].mig_bench['avg']:+.2f}" if over in known else ""
-        averages = [_number(bench[key]) for key in ("in_domain", "out_of_domain")]
+        averages = [number(bench[key]) for key in ("in_domain", "out_of_domain")]
         last = [f"{bench['format_rate']:.1f}", str(bench["n"]), f"{stage.seconds:.0f}"]
         rows.append([name, f"{bench['avg']:.2f}", gain, over if gain else "", *averages, *last])
     return rows
@@ -91,7 +91,7 @@ def render_report(folder: Path) -> str:
         html_table(ladder_rows(results, stage_starts(folder, results))),
         "<h2>Tasks</h2>",
         f'<div class="scroll">{charts.bar_chart("Acc@0.5 by task", tasks, bars)}</div>' if tasks else "",
-        html_table([["task", *bars], *([task, *(_number(b.get(task)) for b in bars.values())] for task in tasks)]),
+        html_table([["task", *bars], *([task, *(number(b.get(task)) for b in bars.values())] for task in tasks)]),
         *_failures(results),
         *_paper_tables(folder),
         *(_phase_section(phase) for phase in _phases(folder, results)),
@@ -161,7 +161,8 @@ def html_table(rows: Sequence[Sequence[str]]) -> str:
     return f"<table><thead>{line(rows[0], 'th')}</thead><tbody>{body}</tbody></table>"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A cell of a table: two decimals, or a dash for what was not measured."""
     return "–" if value is None else f"{value:.2f}"
 
 
