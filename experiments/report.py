@@ -16,7 +16,7 @@ import yaml
 
 from datamodules.artefacts import write_atomic
 from experiments import charts, metrics, paper_tables
-from experiments.results import BASE, Results, read_results
+from experiments.results import Results, read_results, started_from
 
 # Title of a chart -> the logged metrics in it. A chart whose metrics were not logged is left out.
 CHARTS = {
@@ -64,8 +64,7 @@ def stage_starts(folder: Path, results: Results) -> dict[str, str]:
     for stage in results.stages:
         config = Path(folder) / stage.name / "config.yaml"
         if config.is_file():
-            model = Path(yaml.safe_load(config.read_text())["model"]["init_args"]["model"])
-            starts[stage.name] = model.parent.name if model.name == "merged" else BASE
+            starts[stage.name] = started_from(yaml.safe_load(config.read_text())["model"]["init_args"]["model"])
     return starts
 
 
