@@ -9,8 +9,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from experiments import charts
-from experiments.report import html_table
-from experiments.rollout_pages import WrittenLog, script_json
+from experiments.report import html_table, script_json
+from experiments.rollout_pages import WrittenLog
 from experiments.runs import Points, Run, config_differences
 
 PAGES = Path(__file__).parent / "pages"

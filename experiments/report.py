@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import base64
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -158,6 +160,11 @@ def html_table(rows: Sequence[Sequence[str]]) -> str:
 
     body = "".join(line(row, "td") for row in rows[1:])
     return f"<table><thead>{line(rows[0], 'th')}</thead><tbody>{body}</tbody></table>"
+
+
+def script_json(value: Any) -> str:
+    """JSON that can stand inside a script element, whatever its strings hold."""
+    return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
 
 
 def number(value: float | None) -> str:

@@ -13,8 +13,9 @@ from datamodules.artefacts import write_json
 from datamodules.shards import ShardWriter
 from experiments import compare
 from experiments.compare_page import ladder_rows
+from experiments.report import script_json
 from experiments.results import Results, make_stage, write_results
-from experiments.rollout_pages import GROUPS_PER_CHUNK, script_json, thin
+from experiments.rollout_pages import GROUPS_PER_CHUNK, thin
 from experiments.runs import config_differences, find_runs, flatten
 from lightning_modules.rollout_log import RolloutLog
 from tests.datamodules.tiny_processor import make_sample
