@@ -63,6 +63,12 @@ def test_every_row_that_is_not_there_is_named() -> None:
     ablations.check_rows(ROWS, [Comparison("grpo", "base")], ["sft", "base"])
 
 
+@pytest.mark.parametrize("name", ["grpo.v2", "../grpo", ""])
+def test_a_row_whose_folder_no_report_would_find_is_refused(name: str) -> None:
+    with pytest.raises(SystemExit, match="must be one of a folder, without a dot"):
+        ablations.run("tiny", "m", "eval.yaml", {name: Row("base", "sft.yaml")})
+
+
 def test_a_derived_configuration_lacks_only_what_is_left_out(workbench: Workbench) -> None:
     config, home = workbench.training("grpo", [THROUGHPUT]), workbench.outputs / "tiny-ablations"
     assert ablations.row_config("grpo", Row("base", config), home) == config
