@@ -12,7 +12,7 @@ from datamodules.artefacts import read_json, write_atomic, write_json
 from experiments import charts
 from experiments.ablation_summary import FIGURES, Comparison, read_rows, summarise
 from experiments.paper_tables import markdown_table
-from experiments.report import STYLE, html_table
+from experiments.report import STYLE, html_table, number
 from experiments.significance import TRANSFER
 
 NAMES = {"avg": "AVG", "in_domain": "in-domain", "out_of_domain": "out-of-domain", "format_rate": "format %"}
@@ -66,11 +66,11 @@ def tables(summary: Mapping[str, Any]) -> dict[str, list[list[str]]]:
         ladder.append([row["name"], row["start"] if row["start"] != row["name"] else "", str(len(row["seeds"]))])
         ladder[-1] += [_spread(row, key) for key in FIGURES] + [f"{row['mean']['minutes']:.1f}"]
         for seed, values in row["seeds"].items():
-            figures = [_number(values[key]) for key in FIGURES]
+            figures = [number(values[key]) for key in FIGURES]
             every.append([row["name"], seed, *figures, str(values["n"]), f"{values['minutes']:.1f}"])
     names = list(dict.fromkeys(task for row in rows for seed in row["seeds"].values() for task in seed["tasks"]))
     tasks = [["task", *(row["name"] for row in rows)]]
-    tasks += [[task, *(_number(task_means(row).get(task)) for row in rows)] for task in names]
+    tasks += [[task, *(number(task_means(row).get(task)) for row in rows)] for task in names]
     return {
         "Ladder": ladder,
         "Aims": _aim_rows(summary),
@@ -81,9 +81,12 @@ def tables(summary: Mapping[str, Any]) -> dict[str, list[list[str]]]:
 
 
 def task_means(row: Mapping[str, Any]) -> dict[str, float]:
-    """A row's accuracy by task, the mean over its seeds."""
-    seeds = list(row["seeds"].values())
-    return {task: statistics.mean(seed["tasks"][task] for seed in seeds) for task in seeds[0]["tasks"]} if seeds else {}
+    """A row's accuracy by task, the mean over those of its seeds that were asked it."""
+    by_task: dict[str, list[float]] = {}
+    for seed in row["seeds"].values():
+        for task, accuracy in seed["tasks"].items():
+            by_task.setdefault(task, []).append(accuracy)
+    return {task: statistics.mean(values) for task, values in by_task.items()}
 
 
 def _aim_rows(summary: Mapping[str, Any]) -> list[list[str]]:
@@ -126,10 +129,6 @@ def _spread(row: Mapping[str, Any], key: str) -> str:
     std = row["std"][key]
     spread = "" if std is None else f" ± {std:.2f} [{row['low'][key]:.2f}, {row['high'][key]:.2f}]"
     return f"{row['mean'][key]:.2f}{spread}"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
 
 
 def _missing(summary: Mapping[str, Any]) -> list[str]:

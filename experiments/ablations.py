@@ -78,6 +78,7 @@ def run(
         return ablation_report.write(home, folders, starts, comparisons)
 
     if not report_only:
+        check_files(rows, evaluation, world)
         start = time.monotonic()
         if world:
             build_world(world)
@@ -163,6 +164,13 @@ def check_rows(rows: Mapping[str, Row], comparisons: list[Comparison], only: lis
     faults += [f"only: no row {name!r} in {known}" for name in only or () if name not in known]
     if faults:
         raise ValueError("; ".join(faults))
+
+
+def check_files(rows: Mapping[str, Row], evaluation: str, world: str | None) -> None:
+    """Raises ValueError that names every YAML that is not there, before anything runs."""
+    files = {"evaluation": evaluation, "world": world} | {f"rows.{n}.config": row.config for n, row in rows.items()}
+    if missing := [f"{field}={path!r}" for field, path in files.items() if path and not Path(path).is_file()]:
+        raise ValueError(f"no such file: {', '.join(missing)}")
 
 
 def main(args: list[str] | None = None) -> None:

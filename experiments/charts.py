@@ -35,12 +35,15 @@ def line_chart(title: str, curves: Mapping[str, Points], legend: Sequence[str] |
             points = smooth(points)
         parts.append(_polyline(points, x_range, y_range, colour) + "</g>")
         if legend is None:
-            parts.append(_text(WIDTH - RIGHT, TOP + 14 * (k + 1) - 2, name, anchor="end", colour=colour))
+            parts.append(svg_text(WIDTH - RIGHT, TOP + 14 * (k + 1) - 2, name, anchor="end", colour=colour))
     return _svg(WIDTH, HEIGHT, parts)
 
 
 def bar_chart(title: str, groups: Sequence[str], series: Mapping[str, Mapping[str, float]]) -> str:
-    """Grouped bars of percentages (0-100): one group for each of `groups`, in it one bar for each of `series`."""
+    """Grouped bars of percentages (0-100): one group for each of `groups`, in it one bar for each of `series`.
+
+    A series without a value for a group has a gap there.
+    """
     step, bar = 16 * len(series) + 14, 14
     width = max(WIDTH, LEFT + RIGHT + step * len(groups), LEFT + sum(max(90, 7 * len(name) + 20) for name in series))
     height, base = 300, 210
@@ -48,11 +51,13 @@ def bar_chart(title: str, groups: Sequence[str], series: Mapping[str, Mapping[st
     for tick in range(0, 101, 20):
         y = base - tick / 100 * (base - TOP - 16)
         parts.append(f'<line x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
-        parts.append(_text(LEFT - 5, y + 4, str(tick), anchor="end"))
+        parts.append(svg_text(LEFT - 5, y + 4, str(tick), anchor="end"))
     for g, group in enumerate(groups):
         x = LEFT + g * step + 6
         for k, values in enumerate(series.values()):
-            value = min(max(values.get(group, 0.0), 0.0), 100.0)
+            if group not in values:
+                continue
+            value = min(max(values[group], 0.0), 100.0)
             tall = value / 100 * (base - TOP - 16)
             parts.append(
                 f'<rect x="{x + k * 16}" y="{base - tall:.1f}" width="{bar}" height="{tall:.1f}"'
@@ -63,7 +68,7 @@ def bar_chart(title: str, groups: Sequence[str], series: Mapping[str, Mapping[st
         )
     x = LEFT
     for k, name in enumerate(series):
-        parts.append(_text(x, height - 6, "■ " + name, colour=COLOURS[k % len(COLOURS)]))
+        parts.append(svg_text(x, height - 6, "■ " + name, colour=COLOURS[k % len(COLOURS)]))
         x += max(90, 7 * len(name) + 20)
     return _svg(width, height, parts)
 
@@ -110,18 +115,19 @@ def _axes(x_range: tuple[float, float], y_range: tuple[float, float]) -> list[st
         y_value = y_range[0] + k / 4 * (y_range[1] - y_range[0])
         _, y = _place(x_range[0], y_value, x_range, y_range)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
-        parts.append(_text(LEFT - 5, y + 4, f"{y_value:.3g}", anchor="end"))
+        parts.append(svg_text(LEFT - 5, y + 4, f"{y_value:.3g}", anchor="end"))
         x_value = x_range[0] + k / 4 * (x_range[1] - x_range[0])
         x, _ = _place(x_value, y_range[0], x_range, y_range)
-        parts.append(_text(x, HEIGHT - BOTTOM + 16, f"{x_value:.0f}", anchor="middle" if k < 4 else "end"))
+        parts.append(svg_text(x, HEIGHT - BOTTOM + 16, f"{x_value:.0f}", anchor="middle" if k < 4 else "end"))
     return parts
 
 
 def _frame(title: str, width: int = WIDTH, height: int = HEIGHT) -> str:
-    return f'<rect width="{width}" height="{height}" class="paper"/>' + _text(LEFT, 16, title, bold=True)
+    return f'<rect width="{width}" height="{height}" class="paper"/>' + svg_text(LEFT, 16, title, bold=True)
 
 
-def _text(x: float, y: float, text: str, anchor: str = "start", colour: str = "#444", bold: bool = False) -> str:
+def svg_text(x: float, y: float, text: str, anchor: str = "start", colour: str = "#444", bold: bool = False) -> str:
+    """A text at a place, escaped."""
     weight = ' font-weight="600"' if bold else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}"{weight}>{escape(text)}</text>'
 

@@ -34,7 +34,8 @@ def compare(paths: Sequence[str | Path], output: Path, max_groups: int = 5000, m
     if output.exists() and any(output.iterdir()) and not (output / MARKER).is_file():
         raise ValueError(f"output={output} holds files that are not of a comparison: choose another folder")
     write_atomic(output / MARKER, "".join(f"{run.folder}\n" for run in runs))
-    shutil.rmtree(output / "rollouts", ignore_errors=True)
+    if (output / "rollouts").exists():
+        shutil.rmtree(output / "rollouts")
     logs = {
         place: write_rollouts(run, output / "rollouts" / str(place), str(place), max_groups, max_pictures)
         for place, run in enumerate(runs)

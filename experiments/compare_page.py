@@ -9,8 +9,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from experiments import charts
-from experiments.report import html_table
-from experiments.rollout_pages import WrittenLog, script_json
+from experiments.report import html_table, script_json
+from experiments.rollout_pages import WrittenLog
 from experiments.runs import Points, Run, config_differences
 
 PAGES = Path(__file__).parent / "pages"
@@ -43,27 +43,26 @@ def render_page(runs: Sequence[Run], logs: Mapping[int, WrittenLog]) -> str:
 def ladder_rows(runs: Sequence[Run]) -> list[list[str]]:
     """Header and one row for each stage of each experiment: means over its seeds, ± the standard deviation of them.
 
-    The gain is the mean over the seeds of what each won over its own stage before.
+    The gain is the mean over the seeds of what each won over the stage, of its own seed, that it was trained from.
     """
-    rows = [["experiment", "stage", "seeds", "AVG", "gain", "in-domain", "out-of-domain", "format %", "questions"]]
-    for family in dict.fromkeys(run.family for run in runs):
+    rows = [["experiment", "stage", "seeds", "AVG", "gain", "over", "in-domain", "out-of-domain", "format %", "n"]]
+    known = {run.folder: run for run in runs}
+    families = list(dict.fromkeys(run.family for run in runs))
+    names = [family.name for family in families]
+    for family in families:
+        title = family.name if names.count(family.name) == 1 else f"{family.parent.name}/{family.name}"
         mine = [run for run in runs if run.family == family]
-        before: list[Run] = []
         for phase in dict.fromkeys(run.phase for run in mine):
             seeds = [run for run in mine if run.phase == phase]
             columns = [[run.mig_bench[key] for run in seeds] for key in ("avg", "in_domain", "out_of_domain")]
             average, inside, outside = map(_mean_and_spread, columns)
             form = _mean_and_spread([run.mig_bench["format_rate"] for run in seeds])
             questions = ", ".join(f"{n:,}" for n in sorted({run.mig_bench["n"] for run in seeds}))
-            gain = _mean_and_spread(_gains(before, seeds), signed=True)
-            rows.append([family, phase, str(len(seeds)), average, gain, inside, outside, form, questions])
-            before = seeds
+            gains = [r.mig_bench["avg"] - known[r.start].mig_bench["avg"] for r in seeds if r.start in known]
+            over = ", ".join(dict.fromkeys(run.start.name for run in seeds if run.start in known))
+            gain = _mean_and_spread(gains, signed=True)
+            rows.append([title, phase, str(len(seeds)), average, gain, over, inside, outside, form, questions])
     return rows
-
-
-def _gains(before: Sequence[Run], after: Sequence[Run]) -> list[float]:
-    start = {run.folder.parent: run.mig_bench["avg"] for run in before}
-    return [run.mig_bench["avg"] - start[run.folder.parent] for run in after if run.folder.parent in start]
 
 
 def _mean_and_spread(values: Sequence[float | None], signed: bool = False) -> str:
@@ -92,7 +91,7 @@ def _ladder(runs: Sequence[Run]) -> str:
         return _empty("No run was evaluated on MIG-Bench.")
     note = (
         "MIG-Bench, Acc@0.5 in percent; AVG is the mean over the tasks. Several seeds: mean ± standard deviation. "
-        "The gain is that over the stage before, seed by seed."
+        "The gain is that over the stage that it was trained from, seed by seed."
     )
     each = [["run", "seed", "commit", "AVG", "in-domain", "out-of-domain", "format %", "questions"]]
     for run in runs:

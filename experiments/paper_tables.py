@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from datamodules.artefacts import read_json
+from datamodules.artefacts import read_json, read_sound_lines
 from datamodules.benchmarks.mig_bench_suite import AVERAGES, RULE
 from datamodules.benchmarks.mig_scoring import Prediction
 from datamodules.benchmarks.results import RESULT, read_result
@@ -123,13 +122,8 @@ def result_cells(result: Mapping[str, Any]) -> Cells:
 
 def phase_predictions(folder: Path) -> dict[str, Prediction]:
     """A phase's MIG-Bench answers by question; {} where they, or their summary, are missing or unfinished."""
-    file = folder / "predictions.jsonl"
-    if not file.is_file():
-        return {}
-    found = {}
-    for line in file.read_bytes().splitlines():  # str.splitlines would part texts at U+2028
-        prediction = Prediction.from_json(json.loads(line))
-        found[prediction.id] = prediction
+    predictions = map(Prediction.from_json, read_sound_lines(folder / "predictions.jsonl"))
+    found = {prediction.id: prediction for prediction in predictions}
     return found if len(found) == read_json(folder / "mig_bench.json").get("n") else {}
 
 

@@ -133,11 +133,13 @@ def experiment_folder(outputs: str, experiment: str, seed: int) -> Path:
 
 
 def check_stages(stages: Iterable[str], overrides: Iterable[str]) -> None:
-    """Ends the program where a stage has the name of the first rung, or overrides are for no stage."""
+    """Ends the program where a stage cannot be a folder's name, or overrides are for no stage."""
     if unknown := sorted(set(overrides) - set(stages) - {"evaluation"}):
         sys.exit(f"overrides for {unknown}, but the stages are {sorted(stages)} and 'evaluation'")
     if BASE in stages:
         sys.exit(f"stages={sorted(stages)}: {BASE!r} is the name of the first rung, which nothing is trained on")
+    if wrong := [stage for stage in stages if Path(stage).name != stage or "." in stage or not stage]:
+        sys.exit(f"stages={wrong}: a name must be one of a folder, without a dot: that marks runs that were set aside")
 
 
 def build_world(config: str) -> None:

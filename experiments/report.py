@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import argparse
 import base64
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from datamodules.artefacts import write_atomic
 from experiments import charts, metrics, paper_tables
-from experiments.results import BASE, Results, read_results
+from experiments.results import Results, read_results, started_from
 
 # Title of a chart -> the logged metrics in it. A chart whose metrics were not logged is left out.
 CHARTS = {
@@ -52,7 +54,7 @@ def ladder_rows(results: Results, starts: Mapping[str, str] | None = None) -> li
         before = names[names.index(name) - 1] if name != names[0] else ""
         over = (starts or {}).get(name, before)
         gain = f"{bench['avg'] - known[over].mig_bench['avg']:+.2f}" if over in known else ""
-        averages = [_number(bench[key]) for key in ("in_domain", "out_of_domain")]
+        averages = [number(bench[key]) for key in ("in_domain", "out_of_domain")]
         last = [f"{bench['format_rate']:.1f}", str(bench["n"]), f"{stage.seconds:.0f}"]
         rows.append([name, f"{bench['avg']:.2f}", gain, over if gain else "", *averages, *last])
     return rows
@@ -64,8 +66,7 @@ def stage_starts(folder: Path, results: Results) -> dict[str, str]:
     for stage in results.stages:
         config = Path(folder) / stage.name / "config.yaml"
         if config.is_file():
-            model = Path(yaml.safe_load(config.read_text())["model"]["init_args"]["model"])
-            starts[stage.name] = model.parent.name if model.name == "merged" else BASE
+            starts[stage.name] = started_from(yaml.safe_load(config.read_text())["model"]["init_args"]["model"])
     return starts
 
 
@@ -91,7 +92,7 @@ def render_report(folder: Path) -> str:
         html_table(ladder_rows(results, stage_starts(folder, results))),
         "<h2>Tasks</h2>",
         f'<div class="scroll">{charts.bar_chart("Acc@0.5 by task", tasks, bars)}</div>' if tasks else "",
-        html_table([["task", *bars], *([task, *(_number(b.get(task)) for b in bars.values())] for task in tasks)]),
+        html_table([["task", *bars], *([task, *(number(b.get(task)) for b in bars.values())] for task in tasks)]),
         *_failures(results),
         *_paper_tables(folder),
         *(_phase_section(phase) for phase in _phases(folder, results)),
@@ -161,7 +162,13 @@ def html_table(rows: Sequence[Sequence[str]]) -> str:
     return f"<table><thead>{line(rows[0], 'th')}</thead><tbody>{body}</tbody></table>"
 
 
-def _number(value: float | None) -> str:
+def script_json(value: Any) -> str:
+    """JSON that can stand inside a script element, whatever its strings hold."""
+    return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
+
+
+def number(value: float | None) -> str:
+    """A cell of a table: two decimals, or a dash for what was not measured."""
     return "–" if value is None else f"{value:.2f}"
 
 

@@ -57,6 +57,11 @@ def make_stage(name: str, summary: Mapping, seconds: float) -> Stage:
     return Stage(name, {key: summary[key] for key in MIG_BENCH_KEYS}, round(float(seconds), 1))
 
 
+def started_from(model: str) -> str:
+    """The stage that left `model`: the one whose folder a merged model lies in; the first for any other."""
+    return Path(model).parent.name if Path(model).name == "merged" else BASE
+
+
 def read_results(path: Path) -> Results:
     """Read and check results.json; raises ValueError that names the file and what is wrong in it."""
     try:

@@ -10,7 +10,6 @@ Model output is data in them: strings of JSON in ASCII, with no < that could end
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from datamodules.boxes import Convention, geometries_from_json
 from datamodules.samples import BoxAnswer, BoxPart, Sample, SampleError, TextPart
 from datamodules.scores import score_text
 from datamodules.shards import MANIFEST, ShardReader, folder_list
+from experiments.report import script_json
 from experiments.runs import Run
 from lightning_modules.rollout_log import LoggedGroup
 
@@ -73,11 +73,6 @@ def thin(items: Sequence[Any], limit: int) -> list[Any]:
     if limit < 2:
         return list(items[:limit])
     return [items[round(k * (len(items) - 1) / (limit - 1))] for k in range(limit)]
-
-
-def script_json(value: Any) -> str:
-    """JSON that can stand inside a script element, whatever its strings hold."""
-    return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
 
 
 def write_script(path: Path, function: str, name: str, value: Any) -> None:

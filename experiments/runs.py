@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ import yaml
 from datamodules.artefacts import read_json
 from experiments import metrics
 from experiments.phases import STARTED
-from experiments.results import MIG_BENCH_KEYS, Results, read_results
+from experiments.results import BASE, Results, make_stage, read_results, started_from
 from lightning_modules.rollout_log import LoggedGroup, read_index
 
 Points = list[tuple[float, float]]
@@ -29,16 +30,25 @@ class Run:
     seed: int | None
     commit: str
     config: Mapping[str, Any]  # flat: {"model.init_args.beta": 0.001, …}; {} of a model that was only evaluated
-    mig_bench: Mapping[str, Any] | None  # the numbers of results.json
+    mig_bench: Mapping[str, Any] | None  # its numbers, as in results.json
 
     @property
     def phase(self) -> str:
         return self.folder.name
 
     @property
-    def family(self) -> str:
+    def family(self) -> Path:
         """The experiment without its seed: outputs/nano and outputs/nano-seed1 are one."""
-        return re.sub(r"-seed\d+$", "", self.folder.parent.name)
+        experiment = self.folder.parent
+        return experiment.with_name(re.sub(r"(?<=.)-seed\d+$", "", experiment.name))
+
+    @property
+    def start(self) -> Path | None:
+        """The folder of the phase of this experiment that it was trained from; None of another model."""
+        model = self.config.get("model.init_args.model")
+        if model is None or (started_from(model) != BASE and Path(model).parents[1].name != self.folder.parent.name):
+            return None
+        return self.folder.parent / started_from(model)
 
     @cached_property
     def curves(self) -> dict[str, Points]:
@@ -74,11 +84,16 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as {"a.b": value}. A member of a list that has a class_path is named by it, not by its place."""
+    """Nested settings as {"a.b": value}. A member of a list that has a class_path is named by it, not by its place;
+    a second one of that class by ".2" behind it."""
     if isinstance(value, Mapping):
         items = [(str(name), member) for name, member in value.items()]
     elif isinstance(value, Sequence) and any(isinstance(member, Mapping) for member in value):
-        items = [_named(member, place) for place, member in enumerate(value)]
+        items, seen = [], Counter()
+        for place, member in enumerate(value):
+            name, settings = _named(member, place)
+            seen[name] += 1
+            items.append((name if seen[name] == 1 else f"{name}.{seen[name]}", settings))
     else:
         return {prefix: value}
     flat: dict[str, Any] = {}
@@ -135,8 +150,7 @@ def _read_run(folder: Path, taken: Sequence[str]) -> Run:
     file = folder / "config.yaml"
     config = flatten(yaml.safe_load(file.read_text())) if file.is_file() else {}
     results = _results(folder.parent)
-    stages = {stage.name: stage.mig_bench for stage in results.stages}
-    summary = stages.get(folder.name) or read_json(folder / "mig_bench.json")
+    summary = read_json(folder / "mig_bench.json")  # results.json may still hold a stage that was set aside
     label = f"{folder.parent.name}/{folder.name}"
     if label in taken:  # the same names under another outputs folder
         label = f"{folder.parents[1].name}/{label} ({len(taken)})"
@@ -146,5 +160,5 @@ def _read_run(folder: Path, taken: Sequence[str]) -> Run:
         seed=config.get("seed_everything", results.seed if results.stages else None),
         commit=read_json(folder / STARTED).get("commit") or results.commit or "unknown",
         config=config,
-        mig_bench={key: summary[key] for key in MIG_BENCH_KEYS} if summary else None,
+        mig_bench=make_stage(label, summary, 0.0).mig_bench if summary else None,
     )

@@ -9,6 +9,8 @@ goes on with the trial that was running, from its last checkpoint. docs/sweeps.m
 from __future__ import annotations
 
 import argparse
+import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +18,9 @@ from pathlib import Path
 from datamodules.artefacts import fingerprint, path_fingerprint
 from experiments import phases, sweep_page, sweep_wandb
 from experiments.results import current_commit
-from experiments.sweep_plan import SweepPlan, describe_command, read_plan
+from experiments.sweep_charts import short
+from experiments.sweep_page import in_words
+from experiments.sweep_plan import SweepPlan, read_plan
 from experiments.sweep_study import Study
 from experiments.sweep_trials import (
     ROOT,
@@ -24,6 +28,7 @@ from experiments.sweep_trials import (
     Points,
     Trial,
     TrialLog,
+    last_value,
     last_words,
     logged_points,
     run_process,
@@ -85,7 +90,7 @@ class LocalSweep:
             self._carry_out(trial)
 
     def _carry_out(self, trial: Trial) -> None:
-        number, folder = trial.number, self.folder / phase_name(trial)
+        number, folder, spent = trial.number, self.folder / phase_name(trial), trial.seconds
         log, settings = self.folder / "logs" / f"{folder.name}.log", _short(trial.parameters)
         say(f"trial {number} ({number + 1} of {self.num_trials}): {settings}")
 
@@ -96,7 +101,7 @@ class LocalSweep:
             # What came behind the value that stops the trial depends on when this process looked: it is left out.
             stopped = self._report(known, points[known:])
             kept = points[known:] if stopped is None else points[known : stopped + 1]
-            self.log.add_points(number, kept, trial.seconds + seconds)
+            self.log.add_points(number, kept, spent + seconds)
             say(f"trial {number}: {self.plan.metric} {kept[-1][1]:.4g} at step {kept[-1][0]}")
             return stopped is not None
 
@@ -105,9 +110,10 @@ class LocalSweep:
             ended = run_process(
                 self.command(trial), environment, log, lambda: logged_points(folder, self.plan.metric), see
             )
+            spent += ended.seconds
             if ended.pruned or ended.code >= 0:
                 break
-        self._close(trial, ended.pruned, ended.code, trial.seconds + ended.seconds, log)
+        self._close(trial, ended.pruned, ended.code, spent, log)
 
     def _report(self, first: int, points: Sequence[tuple[int, float]]) -> int | None:
         """Tell the optimiser of values from number `first` on; the number of the one at which to stop the trial.
@@ -121,7 +127,8 @@ class LocalSweep:
         return None
 
     def _close(self, trial: Trial, pruned: bool, code: int, seconds: float, log: Path) -> None:
-        points = logged_points(self.folder / phase_name(trial), self.plan.metric)
+        folder = self.folder / phase_name(trial)
+        points, last = logged_points(folder, self.plan.metric), last_value(folder, self.plan.metric)
         known = len(self.log.trials[trial.number].points)
         state, value, message = "failed", None, ""
         if pruned:
@@ -130,6 +137,8 @@ class LocalSweep:
             message = f"exit code {code}: {last_words(log)}"
         elif not points:
             message = f"it logged no finite {self.plan.metric}"
+        elif not math.isfinite(last):
+            message = f"its last {self.plan.metric} is {last}"
         else:
             state, value = "complete", points[-1][1]
         if points[known:] and not pruned:
@@ -149,15 +158,17 @@ def phase_name(trial: Trial) -> str:
     return f"trial-{trial.number}"
 
 
+def describe_command(arguments: Sequence[str]) -> str:
+    """A command line to be read and pasted."""
+    return shlex.join(["python", *[word for word in arguments if word != "/usr/bin/env"][1:]])
+
+
 def say(text: str) -> None:
     print(f"== {text}", flush=True)
 
 
 def _short(parameters: dict) -> str:
-    return ", ".join(
-        f"{name.split('.')[-1]} {value:.4g}" if isinstance(value, float) else f"{name.split('.')[-1]} {value}"
-        for name, value in parameters.items()
-    )
+    return ", ".join(f"{short(name)} {in_words(value)}" for name, value in parameters.items())
 
 
 def num_trials(plan: SweepPlan, asked: int | None) -> int:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from typing import Any
 
+from experiments.charts import svg_text
 from experiments.sweep_plan import Parameter, SweepPlan
 from experiments.sweep_trials import Trial
 
@@ -71,9 +71,9 @@ def importance_chart(importance: Mapping[str, float], width: int = 568) -> str:
     for k, (name, share) in enumerate(importance.items()):
         y = TOP + 8 + 26 * k
         long = share * (width - 240)
-        parts.append(_text(164, y + 13, short(name), "end"))
+        parts.append(svg_text(164, y + 13, short(name), "end"))
         parts.append(f'<rect x="172" y="{y}" width="{max(long, 1):.1f}" height="18" rx="2" fill="#3465a4"/>')
-        parts.append(_text(180 + long, y + 13, f"{share:.2f}"))
+        parts.append(svg_text(180 + long, y + 13, f"{share:.2f}"))
     return _svg(width, height, parts)
 
 
@@ -91,7 +91,8 @@ def parallel_chart(plan: SweepPlan, trials: Sequence[Trial], height: int = 340) 
     width = gap * (len(axes) + 1)
     top, bottom = 54, height - 20
     xs = [gap / 2 + gap * k for k in range(len(axes) + 1)]
-    scales = [_axis(parameter, [t.parameters[parameter.name] for t in drawn], top, bottom) for parameter in axes]
+    seen = [[trial.parameters[parameter.name] for trial in drawn] for parameter in axes]
+    scales = [_axis(parameter, values, top, bottom) for parameter, values in zip(axes, seen, strict=True)]
     values = [trial.value for trial in drawn if trial.value is not None]
     metric_scale, metric_ticks = _number_axis(values or [0.0], top, bottom)
     shades, parts = shades_of(plan, trials), []
@@ -108,11 +109,12 @@ def parallel_chart(plan: SweepPlan, trials: Sequence[Trial], height: int = 340) 
         ticks = scales[k][1] if k < len(axes) else metric_ticks
         parts.append(f'<g class="axis" data-axis="{k}" data-x="{x:.1f}">')
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}" stroke="#666"/>')
-        parts.append(_text(x, 22, title, "middle", bold=True))
-        parts.append(_text(x, 38, "log scale" if k < len(axes) and axes[k].log else "", "middle", "#888"))
+        parts.append(svg_text(x, 22, title, "middle", bold=True))
+        note = "log scale" if k < len(axes) and _is_log(axes[k], seen[k]) else ""
+        parts.append(svg_text(x, 38, note, "middle", "#888"))
         for place, label in ticks:
             parts.append(f'<line x1="{x - 4:.1f}" x2="{x:.1f}" y1="{place:.1f}" y2="{place:.1f}" stroke="#666"/>')
-            parts.append(f"<g class='label'>{_text(x - 7, place + 4, label, 'end')}</g>")
+            parts.append(f"<g class='label'>{svg_text(x - 7, place + 4, label, 'end')}</g>")
         handle = f'x="{x - 14:.1f}" y="{top - 6}" width="28" height="{bottom - top + 12}"'
         parts.append(f'<rect class="handle" {handle} fill="transparent"/>')
         parts.append(f'<rect class="brush" x="{x - 9:.1f}" width="18"/>')
@@ -144,8 +146,13 @@ def best_number(plan: SweepPlan, trials: Sequence[Trial]) -> int | None:
 
 
 def short(name: str) -> str:
-    """The last part of a flag, which is enough where all are shown beside each other."""
+    """A flag without the words that most of them begin with."""
     return name.removeprefix("model.init_args.")
+
+
+def _is_log(parameter: Parameter, seen: Sequence[Any]) -> bool:
+    """Whether its axis is logarithmic: not where a value was rounded to 0."""
+    return parameter.log and min(seen) > 0
 
 
 def _axis(parameter: Parameter, seen: Sequence[Any], top: float, bottom: float) -> tuple[Callable, list]:
@@ -154,7 +161,7 @@ def _axis(parameter: Parameter, seen: Sequence[Any], top: float, bottom: float) 
         names = list(dict.fromkeys(map(str, parameter.choices)))
         even = _linear(-0.5, len(names) - 0.5, bottom, top)
         return lambda value: even(names.index(str(value))), [(even(k), name) for k, name in enumerate(names)]
-    if parameter.log:
+    if _is_log(parameter, seen):
         scale, _ = _number_axis([math.log10(value) for value in seen], top, bottom)
         values = [math.log10(value) for value in seen]
         decades = list(range(math.ceil(min(values)), math.floor(max(values)) + 1))
@@ -187,15 +194,15 @@ def _grid(y: Scale, values: Sequence[float], width: int) -> list[str]:
     parts = []
     for at in _ticks(min(values), max(values)):
         parts.append(f'<line x1="{LEFT}" x2="{width - RIGHT}" y1="{y(at):.1f}" y2="{y(at):.1f}" class="grid"/>')
-        parts.append(_text(LEFT - 6, y(at) + 4, f"{at:.3g}", "end"))
+        parts.append(svg_text(LEFT - 6, y(at) + 4, f"{at:.3g}", "end"))
     return parts
 
 
 def _numbers(x: Scale, at: Sequence[int], height: int, what: str) -> list[str]:
     """Whole numbers below a drawing, no more than fit."""
     shown = list(at)[:: max(1, math.ceil(len(at) / 12))]
-    return [_text(x(number), height - 16, str(number), "middle") for number in shown] + [
-        _text(LEFT, height - 3, what, colour="#888")
+    return [svg_text(x(number), height - 16, str(number), "middle") for number in shown] + [
+        svg_text(LEFT, height - 3, what, colour="#888")
     ]
 
 
@@ -208,14 +215,9 @@ def _line(places: Sequence[tuple[float, float]], colour: str, wide: float, more:
     return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{wide}" {more}/>'
 
 
-def _text(x: float, y: float, text: str, anchor: str = "start", colour: str = "#444", bold: bool = False) -> str:
-    weight = ' font-weight="600"' if bold else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}"{weight}>{escape(text)}</text>'
-
-
 def _frame(title: str, width: int, height: int, note: str) -> str:
     paper = f'<rect width="{width}" height="{height}" class="paper"/>'
-    return paper + _text(14, 19, title, bold=True) + _text(width - RIGHT, 19, note, "end", "#888")
+    return paper + svg_text(14, 19, title, bold=True) + svg_text(width - RIGHT, 19, note, "end", "#888")
 
 
 def _svg(width: float, height: float, parts: Sequence[str], name: str = "") -> str:

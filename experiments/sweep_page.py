@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -84,7 +84,7 @@ def render(plan: SweepPlan, trials: Sequence[Trial], summary: Mapping[str, Any])
     counts = ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
     lead = f"{len(trials)} trials ({counts}), method {plan.method}, seed {summary['seed']}, commit {summary['commit']}"
     lead += f"; {sum(trial.seconds for trial in trials) / 60:.1f} minutes in all"
-    shares = summary["importance"]["shares"]
+    shares, tips = summary["importance"]["shares"], [_tip(plan, trial) for trial in trials]
     body = [
         f"<h1>{escape(plan.name)}</h1><p class=lead>{escape(lead)}.</p>",
         _best(plan, summary["best"]),
@@ -100,7 +100,7 @@ def render(plan: SweepPlan, trials: Sequence[Trial], summary: Mapping[str, Any])
         "<h2>Trials</h2>",
         f"<div class=scroll>{_table(plan, trials, summary['best'])}</div>",
         "<div id=tip hidden></div>",
-        f'<script type="application/json" id=trials>{_json([_tip(plan, trial) for trial in trials])}</script>',
+        f'<script type="application/json" id=trials>{report.script_json(tips)}</script>',
         f"<script>{SCRIPT.read_text(encoding='utf-8')}</script>",
     ]
     style = report.STYLE + STYLE.read_text(encoding="utf-8")
@@ -125,11 +125,11 @@ def _best(plan: SweepPlan, best: Mapping[str, Any] | None) -> str:
     if best is None:
         return "<p class=best>No trial has finished yet.</p>"
     pairs = "".join(
-        f"<div><dt>{escape(short(name))}</dt><dd>{escape(_say(value))}</dd></div>"
+        f"<div><dt>{escape(short(name))}</dt><dd>{escape(in_words(value))}</dd></div>"
         for name, value in best["parameters"].items()
     )
     config = f"CONFIG={plan.configs[0]} " if plan.configs else ""
-    flags = " ".join(f"--{name}={value}" for name, value in best["parameters"].items())
+    flags = " ".join(shlex.quote(f"--{name}={value}") for name, value in best["parameters"].items())
     longer = f'make grpo {config}ARGS="{flags}"'
     return (
         f"<div class=best>Best: trial {best['trial']}, {escape(plan.metric)} <b>{best['value']:.4g}</b><dl>{pairs}</dl>"
@@ -146,8 +146,8 @@ def _table(plan: SweepPlan, trials: Sequence[Trial], best: Mapping[str, Any] | N
         settings = [trial.parameters[name] for name in names]
         cells = [
             f"<td>{trial.number}</td><td class=text>{trial.state}</td>",
-            f'<td data-value="{"" if trial.value is None else trial.value}">{_say(trial.value)}</td>',
-            *(f'<td data-value="{escape(str(value))}">{escape(_say(value))}</td>' for value in settings),
+            f'<td data-value="{"" if trial.value is None else trial.value}">{in_words(trial.value)}</td>',
+            *(f'<td data-value="{escape(str(value))}">{escape(in_words(value))}</td>' for value in settings),
             f"<td>{trial.seconds / 60:.1f}</td><td class=text>{escape(trial.message)}</td>",
         ]
         kind = " class=best-row" if best and best["trial"] == trial.number else ""
@@ -157,15 +157,11 @@ def _table(plan: SweepPlan, trials: Sequence[Trial], best: Mapping[str, Any] | N
 
 
 def _tip(plan: SweepPlan, trial: Trial) -> str:
-    pairs = [f"{short(p.name)}: {_say(trial.parameters[p.name])}" for p in plan.varied]
+    pairs = [f"{short(p.name)}: {in_words(trial.parameters[p.name])}" for p in plan.varied]
     value = trial.state if trial.value is None else f"{plan.metric}: {trial.value:.4g}"
     return "\n".join([f"trial {trial.number}", value, *pairs])
 
 
-def _say(value: Any) -> str:
+def in_words(value: Any) -> str:
+    """A parameter's or a trial's value to be read; "" for none."""
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _json(value: Any) -> str:
-    """JSON that may stand inside a script element."""
-    return json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")

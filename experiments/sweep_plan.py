@@ -8,9 +8,8 @@ a probability, and a q_ distribution is rounded to multiples of q afterwards, as
 from __future__ import annotations
 
 import math
-import shlex
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from numbers import Real
@@ -87,7 +86,7 @@ class Parameter:
 class EarlyStop:
     """W&B's hyperband: a trial whose k-th value is not among the best 1/eta of all trials' k-th values is stopped.
 
-    k, counted from 0, is `first`, `first` · eta, `first` · eta² and so on.
+    k, counted from 1, is `first`, `first` · eta, `first` · eta² and so on.
     """
 
     first: int
@@ -143,17 +142,20 @@ class SweepPlan:
 
 def read_plan(path: str | Path) -> SweepPlan:
     """The plan in a YAML file. Raises ValueError that lists every fault by its key and value."""
-    settings = yaml.safe_load(Path(path).read_text())
+    try:
+        settings = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(settings, Mapping):
         raise ValueError(f"{path}: expected keys and values, found {settings!r:.60}")
-    faults, parameters = _top_faults(settings), []
-    for name, fields in (settings.get("parameters") or {}).items():
+    faults, parameters, given = _top_faults(settings), [], settings.get("parameters")
+    for name, fields in given.items() if isinstance(given, Mapping) else ():
         try:
             parameters.append(read_parameter(str(name), fields))
         except ValueError as error:
             faults.append(str(error))
     if settings.get("method") == "grid":
-        uncountable = [p.name for p in parameters if p.grid() is None]
+        uncountable = [p.name for p in parameters if not p.grid()]
         faults += [f"parameters.{name}: method grid needs values, int_uniform or q_uniform" for name in uncountable]
     early = None
     try:
@@ -203,8 +205,8 @@ def read_early_stop(fields: Any) -> EarlyStop | None:
     unknown = sorted(set(fields) - {"type", "min_iter", "max_iter", "s", "eta", "strict"})
     eta, first = fields.get("eta", 3), fields.get("min_iter")
     faults = [f"{key} is unknown" for key in unknown]
-    if fields.get("strict"):
-        faults.append("strict=true is W&B's alone: leave it out")
+    if fields.get("strict", True) is not True:
+        faults.append(f"strict={fields['strict']!r} is W&B's alone: leave it out")
     if not isinstance(eta, int) or eta < 2:
         faults.append(f"eta={eta!r} must be a whole number from 2 on")
     elif first is None:
@@ -220,15 +222,10 @@ def read_early_stop(fields: Any) -> EarlyStop | None:
     return EarlyStop(first, eta)
 
 
-def describe_command(arguments: Sequence[str]) -> str:
-    """A command line to be read and pasted."""
-    return shlex.join(["python", *[word for word in arguments if word != "/usr/bin/env"][1:]])
-
-
 def _top_faults(settings: Mapping) -> list[str]:
     faults = [f"{key} is no key of a sweep here; there are {list(KEYS)}" for key in settings if key not in KEYS]
     name, metric, command = (settings.get(key) for key in ("name", "metric", "command"))
-    if not isinstance(name, str) or Path(name).name != name:
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
         faults.append(f"name={name!r} must be a plain folder name")
     if settings.get("method") not in METHODS:
         faults.append(f"method={settings.get('method')!r} is none of {list(METHODS)}")
@@ -241,7 +238,7 @@ def _top_faults(settings: Mapping) -> list[str]:
     if not isinstance(command, list) or "${args}" not in command:
         faults.append(f"command={command!r} must be a list that runs experiments.train with ${{args}}")
     else:
-        unknown = [word for word in command if str(word).startswith("${") and word not in MACROS]
+        unknown = [word for word in command if "${" in str(word) and word not in MACROS]
         faults += [f"command: {word} is none of {list(MACROS)}" for word in unknown]
     run_cap = settings.get("run_cap")
     if run_cap is not None and (not isinstance(run_cap, int) or run_cap < 1):
@@ -262,9 +259,11 @@ def _read_choice(where: str, name: str, kind: str, given: Mapping) -> Parameter:
     choices = [given["value"]] if kind == "constant" else given["values"]
     if not isinstance(choices, list) or not choices:
         raise ValueError(f"{where}.values={choices!r} must be a list that is not empty")
-    shares = given.get("probabilities", [])
-    if shares and (len(shares) != len(choices) or min(shares) < 0 or not math.isclose(sum(shares), 1, abs_tol=1e-6)):
-        raise ValueError(f"{where}.probabilities={shares!r} must be one for each of {choices!r} and sum to 1")
+    shares = given.get("probabilities", ())
+    if "probabilities" in given:
+        positive = isinstance(shares, list) and all(isinstance(share, Real) and share >= 0 for share in shares)
+        if not positive or len(shares) != len(choices) or not math.isclose(sum(shares), 1, abs_tol=1e-6):
+            raise ValueError(f"{where}.probabilities={shares!r} must be one for each of {choices!r} and sum to 1")
     return Parameter(name, kind, tuple(choices), tuple(shares))
 
 
@@ -295,6 +294,6 @@ def _read_number(where: str, name: str, kind: str, given: Mapping) -> Parameter:
 
 
 def _multiple(value: float, q: float) -> float:
-    """The multiple of q next to `value`; a whole number where q is one."""
+    """The multiple of q next to `value`; an int where q is one, as W&B has it: an int flag needs q: 1."""
     nearest = round(value / q) * q
-    return int(nearest) if float(q).is_integer() else float(f"{nearest:.12g}")
+    return int(nearest) if isinstance(q, int) else float(f"{nearest:.12g}")

@@ -3,7 +3,8 @@
     grid -> GridSampler   random -> RandomSampler   bayes -> TPESampler   hyperband -> SuccessiveHalvingPruner
 
 W&B's hyperband stops trials at bands first, first · eta, first · eta² …, as successive halving does in one bracket;
-Optuna's HyperbandPruner would spread the trials over several brackets with other bands. Optuna keeps nothing on disk
+Optuna's HyperbandPruner would spread the trials over several brackets with other bands. W&B lets one trial more pass a
+band: of n values there Optuna keeps the best n // eta, and always one. Optuna keeps nothing on disk
 here: a study is made anew from the sweep's journal by the same calls, so a sweep that was killed goes on as one left
 alone. That is why each trial has a sampler of its own, seeded with its number: what it draws does not depend on what
 the same process drew before.
@@ -52,7 +53,7 @@ class Study:
 
     def report(self, index: int, value: float) -> bool:
         """Note the trial's value number `index`, from 0; True where the trial should be stopped."""
-        self.trial.report(value, index)
+        self.trial.report(value, index + 1)  # W&B counts the values of a trial from 1, and so bands mean the same
         return self.trial.should_prune()
 
     def end(self, state: str, value: float | None = None) -> None:

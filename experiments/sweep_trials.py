@@ -18,6 +18,7 @@ from typing import Any
 
 from datamodules.artefacts import Journal
 from experiments import metrics
+from experiments.tracking import with_given_tags
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 1.0
@@ -137,6 +138,12 @@ def logged_points(folder: Path, metric: str) -> Points:
     return metrics.read_curve(metrics.read_rows(folder), metric)
 
 
+def last_value(folder: Path, metric: str) -> float | None:
+    """What the metric was logged as last, finite or not; None where it never was."""
+    values = [row[metric] for row in metrics.read_rows(folder) if row.get(metric)]
+    return float(values[-1]) if values else None
+
+
 def last_words(log: Path, limit: int = 300) -> str:
     """The last line of a log that says something: the error, where a trial has failed."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()] if log.is_file() else []
@@ -147,7 +154,7 @@ def last_words(log: Path, limit: int = 300) -> str:
 
 def trial_environment(tags: Iterable[str]) -> dict[str, str]:
     """The environment of a trial's process; W&B finds it there that the phase is a trial."""
-    return os.environ | {"WANDB_JOB_TYPE": "trial", "WANDB_TAGS": ",".join(tags)}
+    return os.environ | {"WANDB_JOB_TYPE": "trial", "WANDB_TAGS": ",".join(with_given_tags(*tags))}
 
 
 def _stop(child: subprocess.Popen) -> int:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import secrets
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 import yaml
 
-from datamodules.artefacts import path_fingerprint, read_json, write_atomic, write_json
+from datamodules.artefacts import fingerprint, path_fingerprint, read_json, write_json
 from experiments.sweep_plan import SweepPlan
-from experiments.tracking import PROJECT, choose_wandb_mode, wandb_identity
+from experiments.tracking import PROJECT, choose_wandb_mode, wandb_identity, wandb_run_id, with_given_tags
 
 
 def find_or_create(config: Path, folder: Path) -> str:
@@ -35,7 +34,7 @@ def run_agent(sweep: str, count: int | None) -> NoReturn:
     """Become W&B's agent for the sweep: it runs the YAML's command for each run that W&B proposes, `count` at most."""
     # The agent calls `python`, which must be this one, and stops runs by SIGTERM, on which they save a checkpoint.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    os.environ |= {"WANDB_JOB_TYPE": "trial", "WANDB_TAGS": "sweep"}
+    os.environ |= {"WANDB_JOB_TYPE": "trial", "WANDB_TAGS": ",".join(with_given_tags("sweep"))}
     limit = ["--count", str(count)] if count else []
     os.execv(sys.executable, [sys.executable, "-m", "wandb", "agent", "--forward-signals", *limit, sweep])
 
@@ -46,11 +45,8 @@ def log_sweep(folder: Path, plan: SweepPlan) -> None:
 
     choose_wandb_mode()
     summary = read_json(folder / "sweep.json")
-    file = folder / "wandb_id"
-    if not file.is_file():
-        write_atomic(file, secrets.token_hex(4))
-    identity = wandb_identity(folder / "sweep", file.read_text().strip())
-    identity |= {"name": folder.name, "tags": ["sweep", plan.method]}
+    identity = wandb_identity(folder / "sweep", wandb_run_id(folder, fingerprint(folder.name)))
+    identity |= {"name": folder.name, "tags": with_given_tags("sweep", plan.method)}
     names = [parameter.name for parameter in plan.varied]
     rows = [
         [t["trial"], t["state"], t["value"], t["seconds"], *(str(t["parameters"][name]) for name in names)]

@@ -47,18 +47,20 @@ def wandb_identity(folder: Path, run_id: str) -> dict[str, Any]:
     group = os.environ.get("WANDB_RUN_GROUP") or experiment
     kind = os.environ.get("WANDB_JOB_TYPE") or phase.name  # a sweep says that its phases are trials
     names = {"group": group, "job_type": kind, "name": f"{experiment}/{phase.name}"}
-    tags = [*given_tags(), *(tag for tag in re.split(r"-(?=seed\d+$)", experiment) if tag), phase.name]
-    names["tags"] = [tag[:64] for tag in dict.fromkeys(tags)]  # W&B refuses longer ones
+    tags = with_given_tags(*re.split(r"-(?=seed\d+$)", experiment), phase.name)
+    names["tags"] = [tag[:64] for tag in tags]  # W&B refuses longer ones
     return {"project": PROJECT, "id": run_id, "resume": "allow"} | names
 
 
 def wandb_environment(group: str, *tags: str) -> dict[str, str]:
     """The variables that put the W&B run of a process into a group, with tags beside those that the user has set."""
-    return {"WANDB_RUN_GROUP": group, "WANDB_TAGS": ",".join(dict.fromkeys([*given_tags(), *tags]))}
+    return {"WANDB_RUN_GROUP": group, "WANDB_TAGS": ",".join(with_given_tags(*tags))}
 
 
-def given_tags() -> list[str]:
-    return [tag for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag]
+def with_given_tags(*tags: str) -> list[str]:
+    """The tags that the user has set in WANDB_TAGS, and behind them `tags`; each once."""
+    given = os.environ.get("WANDB_TAGS", "").split(",")
+    return [tag for tag in dict.fromkeys([*given, *tags]) if tag]
 
 
 def log_evaluation(

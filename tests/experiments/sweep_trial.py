@@ -1,11 +1,13 @@
 """A trial without a model: it logs a curve that its parameters decide, and saves, stops and resumes as training does.
 
-With --die k its process kills itself in the first k attempts, with --fault it ends with an error.
+With --die k its process kills itself in the first k attempts, with --fault it ends with an error, with --diverge
+its last value is nan.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -28,7 +30,8 @@ def run(given: argparse.Namespace, folder: Path) -> None:
     for step in range(read_json(folder / "state.json").get("step", 0) + 1, given.steps + 1):
         time.sleep(given.pace)
         with file.open("a") as out:
-            out.write(f"{step},{given.height * step / given.steps + given.slope * step},\n")
+            score = given.height * step / given.steps + given.slope * step
+            out.write(f"{step},{math.nan if given.diverge and step == given.steps else score},\n")
         write_json(folder / "state.json", {"step": step})
         if attempt < given.die and step == 2 + attempt:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -43,8 +46,8 @@ if __name__ == "__main__":
         parser.add_argument(f"--{name}")
     for name, kind, default in (("height", float, 0), ("slope", float, 0), ("pace", float, 0.1), ("steps", int, 4)):
         parser.add_argument(f"--{name}", type=kind, default=default)
-    parser.add_argument("--die", type=int, default=0)
-    parser.add_argument("--fault", type=int, default=0)
+    for name in ("die", "fault", "diverge"):
+        parser.add_argument(f"--{name}", type=int, default=0)
     arguments = parser.parse_args()
     phase = Path(arguments.outputs) / arguments.experiment / arguments.phase
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))

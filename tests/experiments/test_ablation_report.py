@@ -106,6 +106,16 @@ def test_the_page_holds_all_tables_and_needs_nothing_from_outside(tmp_path: Path
     assert re.findall(r"(?:src|href)=\"(?!data:)[^\"]*|url\(|@import|<script|<link", page) == []
 
 
+def test_a_task_that_one_seed_was_not_asked_is_averaged_over_the_others(tmp_path: Path, folders) -> None:
+    for seed in (0, 1):
+        file = folders[seed] / "results.json"
+        record = json.loads(file.read_text())
+        record["stages"][3]["mig_bench"]["tasks"].pop("diff" if seed else "region")
+        file.write_text(json.dumps(record))
+    text = ablation_report.write(tmp_path / "home", folders, STARTS, [])
+    assert "| diff | 5.00 | 52.50 | 60.00 | 75.00 |" in text and "| region | 5.00 | 52.50 | 60.00 | 85.00 |" in text
+
+
 def test_wandb_gets_every_rows_figures_and_differences(tmp_path: Path, folders) -> None:
     ablation_report.write(tmp_path / "home", folders, STARTS, [Comparison("grpo", "sft", at_least=9.04)])
     values, tables = ablation_report.figures(tmp_path / "home")

@@ -63,6 +63,22 @@ def test_every_row_that_is_not_there_is_named() -> None:
     ablations.check_rows(ROWS, [Comparison("grpo", "base")], ["sft", "base"])
 
 
+def test_configurations_that_are_not_there_are_named_before_anything_runs(tmp_path: Path) -> None:
+    config = tmp_path / "ablations.yaml"
+    rows = {"sft": {"start": "base", "config": str(tmp_path / "sfft.yaml")}}
+    settings = {"experiment": "tiny", "model": "m", "evaluation": str(tmp_path / "evl.yaml"), "rows": rows}
+    config.write_text(yaml.safe_dump(settings | {"outputs": str(tmp_path / "outputs")}))
+    with pytest.raises(SystemExit, match=r"evaluation='.*evl\.yaml', rows\.sft\.config='.*sfft\.yaml'"):
+        ablations.main(["--config", str(config)])
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("name", ["grpo.v2", "../grpo", ""])
+def test_a_row_whose_folder_no_report_would_find_is_refused(name: str) -> None:
+    with pytest.raises(SystemExit, match="must be one of a folder, without a dot"):
+        ablations.run("tiny", "m", "eval.yaml", {name: Row("base", "sft.yaml")})
+
+
 def test_a_derived_configuration_lacks_only_what_is_left_out(workbench: Workbench) -> None:
     config, home = workbench.training("grpo", [THROUGHPUT]), workbench.outputs / "tiny-ablations"
     assert ablations.row_config("grpo", Row("base", config), home) == config

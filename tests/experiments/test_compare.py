@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from datamodules.artefacts import write_json
 from datamodules.shards import ShardWriter
 from experiments import compare
 from experiments.compare_page import ladder_rows
+from experiments.report import script_json
 from experiments.results import Results, make_stage, write_results
-from experiments.rollout_pages import GROUPS_PER_CHUNK, script_json, thin
+from experiments.rollout_pages import GROUPS_PER_CHUNK, thin
 from experiments.runs import config_differences, find_runs, flatten
 from lightning_modules.rollout_log import RolloutLog
 from tests.datamodules.tiny_processor import make_sample
@@ -55,10 +57,10 @@ def write_experiment(root: Path, name: str, averages: tuple[float, ...], seed: i
     folder = root / name
     stages = [make_stage(phase, summary(avg), 1) for phase, avg in zip(("base", "grpo"), averages, strict=True)]
     write_results(folder / "results.json", Results(name, seed, "abc123", tuple(stages)))
-    (folder / "base").mkdir()
-    (folder / "base" / "mig_bench.json").write_text("{}")
+    for stage in stages:
+        write_json(folder / stage.name / "mig_bench.json", {"key": "k", "limit_per_task": None, **stage.mig_bench})
     attempt(folder / "grpo", 0, "reward/total,grpo/kl,step\n0.5,0.1,0\n0.75,0.2,1\n")
-    arguments = {"beta": beta, "rollout_log": "rollouts.jsonl"}
+    arguments = {"model": "models/tiny", "beta": beta, "rollout_log": "rollouts.jsonl"}
     settings = {
         "seed_everything": seed,
         "experiment": name,
@@ -84,10 +86,44 @@ def experiments(tmp_path: Path) -> list[Path]:
 
 def test_the_ladder_has_mean_and_spread_over_seeds(experiments: list[Path]) -> None:
     rows = ladder_rows(find_runs(experiments))
-    assert [row[:5] for row in rows[1:]] == [
-        ["tiny", "base", "2", "11.00 ± 1.41", ""],
-        ["tiny", "grpo", "2", "33.00 ± 4.24", "+22.00 ± 2.83"],
+    assert [row[:6] for row in rows[1:]] == [
+        ["tiny", "base", "2", "11.00 ± 1.41", "", ""],
+        ["tiny", "grpo", "2", "33.00 ± 4.24", "+22.00 ± 2.83", "base"],
     ]
+
+
+def test_a_gain_is_over_the_stage_that_a_row_was_trained_from(experiments: list[Path]) -> None:
+    folder = experiments[0]
+    for name, start, average in (("sft", "models/tiny", 40.0), ("full", str(folder / "grpo" / "merged"), 42.0)):
+        write_json(folder / name / "mig_bench.json", summary(average))
+        (folder / name / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"model": start}}}))
+    write_json(folder / "foreign" / "mig_bench.json", summary(50.0))
+    other = {"model": {"init_args": {"model": "outputs/other/grpo/merged"}}}
+    (folder / "foreign" / "config.yaml").write_text(yaml.safe_dump(other))
+    gains = {row[1]: tuple(row[4:6]) for row in ladder_rows(find_runs([folder]))[1:]}
+    assert gains["sft"] == ("+30.00", "base") and gains["full"] == ("+12.00", "grpo") and gains["foreign"] == ("", "")
+
+
+def test_experiments_of_one_name_in_two_places_are_not_seeds_of_one(experiments: list[Path], tmp_path: Path) -> None:
+    again = write_experiment(tmp_path / "later", "tiny", (10.0, 50.0), 0, 0.001)
+    rows = ladder_rows(find_runs([experiments[0], again]))
+    assert [row[:4] for row in rows[1:]] == [
+        [f"{tmp_path.name}/tiny", "base", "1", "10.00"],
+        [f"{tmp_path.name}/tiny", "grpo", "1", "30.00"],
+        ["later/tiny", "base", "1", "10.00"],
+        ["later/tiny", "grpo", "1", "50.00"],
+    ]
+
+
+def test_a_phase_that_was_begun_anew_has_not_the_numbers_of_the_one_before(experiments: list[Path]) -> None:
+    grpo = experiments[0] / "grpo"
+    (grpo / "mig_bench.json").unlink()  # it went with the folder that was set aside; results.json still has the stage
+    assert find_runs([grpo])[0].mig_bench is None
+    write_json(grpo / "mig_bench.json", summary(33.0))
+    assert find_runs([grpo])[0].mig_bench["avg"] == 33.0
+    write_json(grpo / "mig_bench.json", {"avg": 33.0})
+    with pytest.raises(ValueError, match=r"tiny/grpo.*lacks .*in_domain"):
+        find_runs([grpo])
 
 
 def test_settings_that_differ_are_listed_and_no_others(experiments: list[Path]) -> None:
@@ -104,9 +140,14 @@ def test_lists_of_plain_values_stay_whole() -> None:
     assert flatten({"a": [1, 2], "b": [{"x": 1}], "c": []}) == {"a": [1, 2], "b.0.x": 1, "c": []}
 
 
+def test_two_callbacks_of_one_class_are_both_there() -> None:
+    callbacks = [{"class_path": "callbacks.mig_bench.MIGBench", "init_args": {"limit": limit}} for limit in (5, 7)]
+    assert flatten({"callbacks": callbacks}) == {"callbacks.MIGBench.limit": 5, "callbacks.MIGBench.2.limit": 7}
+
+
 def test_one_phase_folder_is_a_run_too(experiments: list[Path]) -> None:
     (run,) = find_runs([experiments[1] / "grpo"])
-    assert (run.label, run.family, run.seed, run.commit) == ("tiny-seed1/grpo", "tiny", 1, "abc123")
+    assert (run.label, run.family.name, run.seed, run.commit) == ("tiny-seed1/grpo", "tiny", 1, "abc123")
     assert run.mig_bench["avg"] == 36.0 and run.curves["grpo/kl"] == [(0, 0.1), (1, 0.2)] and run.groups == []
 
 

@@ -76,6 +76,17 @@ def test_bars_are_as_tall_as_their_values() -> None:
     assert bars[1] == pytest.approx(2 * bars[0], abs=0.2)
 
 
+def test_a_bar_that_was_not_measured_is_a_gap_and_not_a_zero() -> None:
+    tree = ElementTree.fromstring(charts.bar_chart("t", ["diff", "region"], {"base": {"region": 0.0}, "grpo": {}}))
+    titles = [title.text for title in tree.iter("{http://www.w3.org/2000/svg}title")]
+    assert titles == ["region: 0.0"]
+
+
+def test_a_phase_whose_last_answer_was_cut_short_is_no_obstacle(folder: Path) -> None:
+    (folder / "grpo" / "predictions.jsonl").write_text('{"id": "diff/1", "task": "di')
+    assert "Ladder" in report.render_report(folder)
+
+
 def test_no_points_make_no_chart() -> None:
     assert charts.line_chart("t", {"a": []}) == ""
 

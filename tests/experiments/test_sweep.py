@@ -88,7 +88,7 @@ def test_another_sweep_of_the_same_name_moves_the_old_one_aside(run, tmp_path: P
 
 
 def test_a_trial_that_lags_is_stopped_by_sigterm_and_kept_as_pruned(run, tmp_path: Path) -> None:
-    early = {"type": "hyperband", "min_iter": 1, "eta": 2}
+    early = {"type": "hyperband", "min_iter": 2, "eta": 2}
     parameters = {"height": {"values": [9, 1]}, "steps": {"value": 12}, "pace": {"value": 0.15}}
     summary = run("--seed=1", method="grid", run_cap=None, parameters=parameters, early_terminate=early)
     heights = [trial["parameters"]["height"] for trial in summary["trials"]]
@@ -124,11 +124,26 @@ def test_a_metric_that_is_never_logged_is_a_failure_that_says_so(run) -> None:
 
 
 def test_a_killed_trial_goes_on_once_and_fails_when_killed_again(run, tmp_path: Path) -> None:
-    summary = run(method="grid", run_cap=None, parameters={"die": {"values": [0, 1, 2]}, "height": {"value": 1}})
+    parameters = {"die": {"values": [0, 1, 2]}, "height": {"value": 1}, "pace": {"value": 0.4}}
+    summary = run(method="grid", run_cap=None, parameters=parameters)
     states = {trial["parameters"]["die"]: trial for trial in summary["trials"]}
     assert [states[k]["state"] for k in range(3)] == ["complete", "complete", "failed"]
     assert states[1]["points"] == states[0]["points"], "from its own checkpoint"
     assert "exit code -9" in states[2]["message"]
+    assert states[1]["seconds"] > 4 * 0.4, "the time of both attempts"
+
+
+def test_a_trial_that_diverged_at_the_end_has_failed(run) -> None:
+    parameters = {"height": {"value": 1}, "diverge": {"values": [0, 1]}, "pace": {"value": 0.0}}
+    summary = run(method="grid", run_cap=None, parameters=parameters)
+    states = {trial["parameters"]["diverge"]: trial for trial in summary["trials"]}
+    assert (states[0]["state"], states[1]["state"]) == ("complete", "failed")
+    assert states[1]["message"] == "its last score is nan" and states[1]["value"] is None
+
+
+def test_trials_keep_the_tags_that_the_user_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_TAGS", "mine,sweep")
+    assert sweep_trials.trial_environment(("sweep", "bayes"))["WANDB_TAGS"] == "mine,sweep,bayes"
 
 
 def start_apart(tmp_path: Path, name: str, config: Path) -> subprocess.Popen:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import math
 import random
 import re
+import shlex
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -106,6 +108,25 @@ def test_the_page_needs_nothing_from_outside_and_escapes_all_text(plan: SweepPla
     page = write_page(plan, tmp_path, made_up_trials(plan)).read_text()
     assert re.findall(r"(?:src|href)=|url\(|@import|<link", page) == []
     assert "<nan>" not in page and "<16>" not in page and "<sweep>" not in page
+
+
+def test_a_value_that_was_rounded_to_zero_has_a_place(tmp_path: Path) -> None:
+    fields = {"distribution": "q_log_uniform_values", "min": 0.1, "max": 10, "q": 1}
+    plan = read_plan(write(tmp_path, parameters={"a": fields}))
+    trials = [
+        Trial(k, {"a": latent}, plan.values({"a": latent}), ((1, 2.0),), "complete", 2.0 + k)
+        for k, latent in enumerate((0.1, 8.0))
+    ]
+    assert [trial.parameters["a"] for trial in trials] == [0, 8]
+    page = write_page(plan, tmp_path, trials).read_text()
+    assert page.count("data-ys=") == 2 and "log scale" not in page
+
+
+def test_the_command_of_a_longer_run_can_be_pasted(tmp_path: Path) -> None:
+    plan = read_plan(write(tmp_path, parameters={"a": {"values": [[1, 2]]}, "b": {"value": 3}}))
+    page = write_page(plan, tmp_path, [Trial(0, {}, {"a": [1, 2], "b": 3}, ((1, 2.0),), "complete", 2.0)]).read_text()
+    command = html.unescape(re.findall(r"<pre>(.*?)</pre>", page)[0])
+    assert shlex.split(shlex.split(command)[-1].removeprefix("ARGS=")) == ["--a=[1, 2]", "--b=3"]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])

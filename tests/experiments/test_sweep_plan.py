@@ -110,6 +110,9 @@ def test_probabilities_are_kept() -> None:
         ({"distribution": "normal", "sigma": 0}, "sigma=0"),
         ({"values": []}, r"values=\[\]"),
         ({"values": [1, 2], "probabilities": [0.5, 0.6]}, "sum to 1"),
+        ({"values": [1], "probabilities": 1.0}, "probabilities=1.0 must be one for each"),
+        ({"values": [1, 2], "probabilities": ["0.5", "0.5"]}, "sum to 1"),
+        ({"values": [1, 2], "probabilities": []}, r"probabilities=\[\] must be one for each"),
         ({"parameters": {"x": {"value": 1}}}, "nested"),
         (0.5, "0.5: give value, values, or min and max"),
     ],
@@ -144,13 +147,40 @@ def test_a_macro_that_is_not_known_is_named(tmp_path: Path) -> None:
         read_plan(write(tmp_path, command=[*PLAN["command"], "${args_json}"]))
 
 
+@pytest.mark.parametrize("word", ["--phase=${envvar:PHASE}", "--x=${args}"])
+def test_a_macro_inside_a_word_is_refused(tmp_path: Path, word: str) -> None:
+    with pytest.raises(ValueError, match="is none of"):
+        read_plan(write(tmp_path, command=[*PLAN["command"], word]))
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b"])
+def test_a_sweep_that_would_lie_outside_a_folder_of_its_own_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="must be a plain folder name"):
+        read_plan(write(tmp_path, name=name))
+
+
+def test_what_is_no_mapping_is_a_short_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"parameters=\[1, 2\] names none"):
+        read_plan(write(tmp_path, parameters=[1, 2]))
+    (tmp_path / "sweep.yaml").write_text("name: [a\nmethod: {")
+    with pytest.raises(ValueError, match="is no YAML"):
+        read_plan(tmp_path / "sweep.yaml")
+
+
+def test_rounded_numbers_are_ints_where_wandb_gives_ints() -> None:
+    for q, kind in ((2, int), (2.0, float), (None, float)):
+        fields = {"distribution": "q_uniform", "min": 1, "max": 9} | ({} if q is None else {"q": q})
+        assert type(read_parameter("p", fields).value(3.7)) is kind
+
+
 def test_a_grid_is_of_values_that_can_be_counted(tmp_path: Path) -> None:
     parameters = {"a": {"values": [1, 2, 3]}, "b": {"distribution": "q_uniform", "min": 0, "max": 1, "q": 0.5}}
     plan = read_plan(write(tmp_path, method="grid", parameters=parameters | {"c": {"min": 4, "max": 5}}))
     assert plan.grid_size() == 3 * 3 * 2
     assert [plan.parameters[1].value(latent) for latent in plan.parameters[1].grid()] == [0, 0.5, 1]
-    with pytest.raises(ValueError, match=r"parameters\.d: method grid needs"):
-        read_plan(write(tmp_path, method="grid", parameters={"d": {"min": 0.0, "max": 1.0}}))
+    for empty in ({"min": 0.0, "max": 1.0}, {"distribution": "q_uniform", "min": 0.3, "max": 0.4, "q": 0.25}):
+        with pytest.raises(ValueError, match=r"parameters\.d: method grid needs"):
+            read_plan(write(tmp_path, method="grid", parameters={"d": empty}))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +189,7 @@ def test_a_grid_is_of_values_that_can_be_counted(tmp_path: Path) -> None:
         ({"min_iter": 2}, EarlyStop(2, 3)),
         ({"min_iter": 1, "eta": 2}, EarlyStop(1, 2)),
         ({"max_iter": 27, "s": 2}, EarlyStop(3, 3)),
-        ({"max_iter": 8, "s": 3, "eta": 2, "strict": False}, EarlyStop(1, 2)),
+        ({"max_iter": 8, "s": 3, "eta": 2, "strict": True}, EarlyStop(1, 2)),
     ],
 )
 def test_hyperband_has_the_bands_that_wandb_gives_it(fields: dict, expected: EarlyStop) -> None:
@@ -174,7 +204,7 @@ def test_hyperband_has_the_bands_that_wandb_gives_it(fields: dict, expected: Ear
         ({"type": "hyperband", "max_iter": 10, "s": 2}, "max_iter=10 that eta=3 divides s=2 times"),
         ({"type": "hyperband", "min_iter": 1, "eta": 2.5}, "eta=2.5"),
         ({"type": "hyperband", "min_iter": 0}, "min_iter=0"),
-        ({"type": "hyperband", "min_iter": 1, "strict": True}, "strict=true"),
+        ({"type": "hyperband", "min_iter": 1, "strict": False}, "strict=False"),
         ({"type": "hyperband", "min_iter": 1, "rungs": 2}, "rungs is unknown"),
     ],
 )

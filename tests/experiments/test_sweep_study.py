@@ -72,11 +72,11 @@ def test_a_trial_that_is_not_among_the_best_is_stopped_at_a_band(tmp_path: Path)
     study, stopped = Study(plan), []
     for level in (5.0, 4.0, 6.0, 5.5, 1.0):
         study.begin()
-        stopped.append([study.report(index, level + index / 10) for index in range(4)])
-        study.end("pruned" if any(stopped[-1]) else "complete", level)
-    # Bands at the values 1 and 2, counted from 0. The first has no rival; 5.5 is the second best of four.
-    assert [any(stops) for stops in stopped] == [False, True, False, False, True]
-    assert stopped[1][:2] == [False, True] and stopped[4][:2] == [False, True]
+        stopped.append(next((index for index in range(5) if study.report(index, level + index / 10)), None))
+        study.end("complete" if stopped[-1] is None else "pruned", level)
+    # Bands are the first, second and fourth value. The first trial has no rival; 5.5 is the second best of four at the
+    # first band, and not the best of three at the second.
+    assert stopped == [None, 0, None, 1, 0]
 
 
 def test_without_early_terminate_nothing_is_stopped(tmp_path: Path) -> None:
