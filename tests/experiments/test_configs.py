@@ -140,7 +140,7 @@ def test_sweeps_try_settings_that_exist_on_questions_that_are_not_the_benchmark(
         bench = callbacks["MIGBench"]
         assert "/validation/" in bench.annotations and bench.after
         # Early stopping needs a value at its first band that is not the last.
-        assert cli.trainer.max_steps // bench.every_n_steps > plan.early.first + 1
+        assert cli.trainer.max_steps // bench.every_n_steps > plan.early.first  # counted from 1
         assert callbacks["RejectionSampling"].shared and "MergeAdapter" not in callbacks
         plain = next(c for c in parse(config).trainer.callbacks if type(c).__name__ == "RejectionSampling")
         assert callbacks["RejectionSampling"].settings == plain.settings, "the same choice as outside the sweep"
