@@ -30,6 +30,11 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def packed(weight: Tensor) -> Tensor:
+    """`weight` laid out once for many products of few tokens. Only `multiply` can read it."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight) if uses_onednn(weight) else weight
+
+
 class FastLinear(nn.Linear):
     """A linear layer by `multiply`, in both directions."""
 
