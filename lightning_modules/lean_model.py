@@ -20,11 +20,15 @@ from lightning_modules.adapters import folded_weight
 from lightning_modules.branch_cache import BranchLayer
 from lightning_modules.products import multiply, packed
 
-ROWS = 16  # products have a multiple of it: oneDNN makes code for each number of rows, which takes as long as ten products
+ROWS = 16  # products have a multiple of it: oneDNN makes code for each number of rows, for the time of ten products
 
 
 class LeanModel:
-    """Reads the weights of a Qwen2.5-VL, with or without LoRA, as they are now; float32 on a CPU."""
+    """Reads the weights of a Qwen2.5-VL, with or without LoRA, as they are now."""
+
+    @staticmethod
+    def can_read(model: nn.Module) -> bool:
+        return model.device.type == "cpu" and model.dtype == torch.float32
 
     def __init__(self, model: nn.Module) -> None:
         text = model.model.language_model

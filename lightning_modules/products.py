@@ -1,5 +1,5 @@
-"""Products of linear layers. In float32 on a CPU oneDNN makes them: PyTorch's own choice there is MKL, which leaves half
-of an AMD core's vector width unused. Both round each product once in float32; everything else is PyTorch's own.
+"""Products of linear layers. In float32 on a CPU oneDNN makes them: PyTorch's own choice there is MKL, which leaves
+half of an AMD core's vector width unused. Both sum in float32, in another order; everything else is PyTorch's own.
 
 Shapes: N tokens, I inputs, O outputs.
 """
@@ -26,6 +26,8 @@ def uses_onednn(*tensors: Tensor) -> bool:
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [N, I] times weight [O, I] transposed, plus bias [O]: [N, O]. Without gradient; operands may be transposed."""
     if uses_onednn(x, weight):
+        if not (weight.is_mkldnn or weight.is_contiguous() or weight.t().is_contiguous()):
+            weight = weight.contiguous()  # with gaps in its memory oneDNN takes a plain loop, a thousand times slower
         return _ONEDNN(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 

@@ -32,7 +32,6 @@ from lightning_modules.activations import ActivationBudget
 from lightning_modules.adapters import LoraSettings, fold_again, folded_copy, with_adapter
 from lightning_modules.attention import TEXT_ATTENTION, VISION_ATTENTION, register_attention
 from lightning_modules.feature_cache import FeatureCache, chunk_images
-from lightning_modules.lean_model import LeanModel
 from lightning_modules.model_folder import check_model
 from lightning_modules.products import with_fast_linears
 from lightning_modules.scoring import score_tokens
@@ -234,14 +233,11 @@ class QwenVL(nn.Module):
             self.device.type, dtype=dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32
         )
 
-    def decoder(self, fold_adapter: bool = True, lean: bool = False) -> nn.Module | LeanModel:
+    def decoder(self, fold_adapter: bool = True) -> nn.Module:
         """The model for decoding: shares the policy's tensors, in evaluation mode, by default with LoRA folded in.
 
-        `lean`: in fewer operations, where it can be had. Of a policy that is divided over ranks it can be had inside
-        `gathered` only.
+        Of a policy that is divided over ranks it can be had inside `gathered` only.
         """
-        if lean and fold_adapter and not self.sharded and self.device.type == "cpu" and self.base.dtype == torch.float32:
-            return LeanModel(self.base)
         return self.sharded.decoder(fold_adapter) if self.sharded else folded_copy(self.base, fold_adapter).eval()
 
     def shard(self, mesh: DeviceMesh) -> None:

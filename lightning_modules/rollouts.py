@@ -78,7 +78,8 @@ class NativeEngine:
     """Prefills each prompt once and decodes its branches over a shared prefix (`decoding`, `branch_cache`).
 
     `fold_adapter` decodes with LoRA folded into a copy of the linear weights: fewer operations, and exact in float32;
-    in bfloat16 the sum is rounded, as it is in any server that is given merged weights. `static` (by default on a GPU)
+    in bfloat16 the sum is rounded, as it is in any server that is given merged weights; on a CPU in float32 the model
+    itself is another one, of fewer operations (`lean_model`). `static` (by default on a GPU)
     takes all rows at each step, at fixed shapes; on a GPU as a CUDA graph. Its memory and weights are kept for the next
     call, as what is captured refers to them.
     """
@@ -174,7 +175,8 @@ class NativeEngine:
         def choose(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
             return sample(logits, policy.banned, settings, draws=draws)
 
-        model = policy.decoder(self.fold_adapter, lean=not static)
+        lean = self.fold_adapter and not static and policy.sharded is None and LeanModel.can_read(policy.base)
+        model = LeanModel(policy.base) if lean else policy.decoder(self.fold_adapter)
         decoder = BranchDecoder(
             model, choose, policy.eos_ids, places, settings.group_size, longest_prompt, room, static=static
         )
@@ -186,7 +188,9 @@ class NativeEngine:
             log.info("no CUDA device: decoding at fixed shapes without CUDA graphs")
         return decoder
 
-    def _prefill(self, model: nn.Module | LeanModel, items: Sequence[PromptItem], features: Sequence[Tensor]) -> Prefilled:
+    def _prefill(
+        self, model: nn.Module | LeanModel, items: Sequence[PromptItem], features: Sequence[Tensor]
+    ) -> Prefilled:
         """Prompts are padded on the right, where causal attention never looks."""
         ids = pad_sequence([item.input_ids for item in items], batch_first=True)
         positions = pad_sequence([item.positions.T for item in items], batch_first=True).permute(2, 0, 1)
