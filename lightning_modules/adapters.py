@@ -88,20 +88,23 @@ def fold_again(folded: nn.Module, module: nn.Module) -> None:
     """Write the LoRA layers of `module`, as they are now, into `folded`, an earlier `folded_copy` of it, in place."""
     for name, layer in module.named_modules():
         if isinstance(layer, LoraLinear) and not isinstance(copied := folded.get_submodule(name), LoraLinear):
-            copied.weight.copy_(_folded_weight(layer))
+            copied.weight.copy_(folded_weight(layer))
 
 
 def folded_layer(layer: LoraLinear) -> nn.Linear:
     """One linear layer with the LoRA delta added to its weight; the bias is shared."""
     base = layer.get_base_layer()
     folded = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-    folded.weight = nn.Parameter(_folded_weight(layer), requires_grad=False)
+    folded.weight = nn.Parameter(folded_weight(layer), requires_grad=False)
     folded.bias = base.bias
     return folded
 
 
 @torch.no_grad()
-def _folded_weight(layer: LoraLinear) -> torch.Tensor:
+def folded_weight(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer, with the LoRA delta added where it has one."""
+    if not isinstance(layer, LoraLinear):
+        return layer.weight.detach()
     base = layer.get_base_layer()
     delta = sum(layer.get_delta_weight(name).float() for name in layer.active_adapters)
     return (base.weight.float() + delta).to(base.weight.dtype)

@@ -59,6 +59,7 @@ class BranchCache:
         self.prefix_bias[:, :, 0] = 0
         self.prefix_width, self.branch_width = shape.prefix, shape.branch  # how much of them is read
         self.places: Tensor | int = 0
+        self.owners = self.branches = self.slots  # prompt and branch of each slot, as of the step that has begun
         self.branch_bias: Tensor | None = None
         self.layers = [BranchLayer(self, shape, dtype, device) for _ in range(shape.layers)]
 
@@ -81,6 +82,7 @@ class BranchCache:
         `width` is how much of the branches is read: places are below it.
         """
         self.places, self.branch_width, self.branch_bias = places, width, None
+        self.owners, self.branches = self.slots // self.num_branches, self.slots % self.num_branches
         if isinstance(places, Tensor):
             last = places.new_zeros(self.num_prompts * self.num_branches)
             last[self.slots] = places
@@ -132,10 +134,15 @@ class BranchLayer:
         self.keys, self.values = (torch.zeros(branch, dtype=dtype, device=device) for _ in range(2))
 
     def write(self, keys: Tensor, values: Tensor) -> None:
+        """Keys and values [A, H, D] of this step's tokens."""
         cache = self.cache
-        prompt, branch = cache.slots // cache.num_branches, cache.slots % cache.num_branches
-        self.keys[prompt, :, branch, cache.places] = keys
-        self.values[prompt, :, branch, cache.places] = values
+        if cache.is_full and isinstance(cache.places, int):
+            grid = (cache.num_prompts, cache.num_branches)
+            self.keys[:, :, :, cache.places] = keys.unflatten(0, grid).transpose(1, 2)
+            self.values[:, :, :, cache.places] = values.unflatten(0, grid).transpose(1, 2)
+        else:
+            self.keys[cache.owners, :, cache.branches, cache.places] = keys
+            self.values[cache.owners, :, cache.branches, cache.places] = values
 
     def attend(self, query: Tensor, scaling: float) -> Tensor:
         """Query [A, H * R, 1, D] -> [A, 1, H * R, D]."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.branch_cache import BranchCache, CacheShape, PrefixRecorder
+from lightning_modules.lean_model import LeanModel
 
 NO_MASK = {"full_attention": None}  # tells transformers to build none: prefill is causal, decoding masks for itself
 CHECK_EVERY = 8  # steps of all rows between two looks at which have ended: a look waits for the device
@@ -25,8 +26,10 @@ CHECK_EVERY = 8  # steps of all rows between two looks at which have ended: a lo
 Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # logits [A, V], draws [A, 1] in 0-1 -> tokens, log p [A]
 
 
-def hidden_states(model: nn.Module, cache: Any, **inputs: Tensor) -> Tensor:
+def hidden_states(model: nn.Module | LeanModel, cache: Any, **inputs: Tensor) -> Tensor:
     """Last hidden states [rows, tokens, D] of the language model, run with this cache and without masks of its own."""
+    if isinstance(model, LeanModel):
+        return model.hidden_states(cache, **inputs)
     language_model = model.model.language_model
     inputs[_cache_argument(type(language_model))] = cache
     return language_model(attention_mask=NO_MASK, **inputs).last_hidden_state
@@ -72,7 +75,7 @@ class BranchDecoder:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | LeanModel,
         choose: Choose,
         ends: Sequence[int],
         num_places: int,

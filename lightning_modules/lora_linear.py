@@ -4,6 +4,9 @@ PEFT computes W x + s · B (A x) as two full outputs, a product with s and a sum
 x. Here s goes to the narrow side (A x has `rank` columns), and both sums are the accumulation of a matrix product. On
 narrow models on a CPU those passes cost as much as the products themselves; on a GPU each is a kernel less.
 
+In float32 on a CPU, where there are more tokens than outputs, W + s · B A is made first: one product in place of three,
+and one backward for the gradient of x. In half precision that sum would be rounded.
+
 Shapes: N tokens, I inputs, O outputs, r rank.
 """
 
@@ -16,6 +19,8 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from lightning_modules.products import multiply, uses_onednn
 
 
 class FusedLoraLinear(LoraLinear):
@@ -47,8 +52,13 @@ class _LoraProduct(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
     ) -> Tensor:
         flat = x.flatten(0, -2)
-        narrow = (flat @ down.t()).mul_(scaling)  # [N, r]
-        out = F.linear(flat, weight, bias).addmm_(narrow, up.t())
+        ctx.is_merged = uses_onednn(flat, weight) and len(flat) > len(weight)
+        if ctx.is_merged:
+            narrow, weight = None, torch.addmm(weight, up, down, alpha=scaling)
+            out = multiply(flat, weight, bias)
+        else:
+            narrow = (flat @ down.t()).mul_(scaling)  # [N, r]
+            out = F.linear(flat, weight, bias).addmm_(narrow, up.t())
         ctx.save_for_backward(flat, weight, down, up, narrow)
         ctx.scaling, ctx.shape = scaling, x.shape
         return out.view(*x.shape[:-1], -1)
@@ -58,8 +68,12 @@ class _LoraProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         flat, weight, down, up, narrow = ctx.saved_tensors
         grad = grad.flatten(0, -2)
-        grad_narrow = (grad @ up).mul_(ctx.scaling)  # [N, r]
+        grad_narrow = multiply(grad, up.t()).mul_(ctx.scaling)  # [N, r]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).addmm_(grad_narrow, down).view(ctx.shape)
-        return grad_x, None, None, grad_narrow.t() @ flat, grad.t() @ narrow, None
+            grad_x = multiply(grad, weight.t())
+            grad_x = (grad_x if ctx.is_merged else grad_x.addmm_(grad_narrow, down)).view(ctx.shape)
+        if ctx.is_merged:
+            narrow = multiply(flat, down).mul_(ctx.scaling)
+        grad_up = multiply(narrow.t(), grad.t()).t()  # the narrow one in front: a third faster than the other way
+        return grad_x, None, None, multiply(grad_narrow.t(), flat.t()), grad_up, None

@@ -33,6 +33,7 @@ from lightning_modules.adapters import LoraSettings, fold_again, folded_copy, wi
 from lightning_modules.attention import TEXT_ATTENTION, VISION_ATTENTION, register_attention
 from lightning_modules.feature_cache import FeatureCache, chunk_images
 from lightning_modules.model_folder import check_model
+from lightning_modules.products import with_fast_linears
 from lightning_modules.scoring import score_tokens
 from lightning_modules.sharding import ShardedModel, shard_layers, whole
 from lightning_modules.shared_prefix import PackedRows, one_token_row
@@ -295,7 +296,7 @@ def _load(path: str, dtype: torch.dtype, on_meta: bool) -> nn.Module:
     else:
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
     model.set_attn_implementation({"text_config": TEXT_ATTENTION, "vision_config": VISION_ATTENTION})
-    return model
+    return with_fast_linears(model)
 
 
 def _frozen_copy(model: nn.Module, share_vision: bool) -> nn.Module:

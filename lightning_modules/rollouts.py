@@ -18,6 +18,7 @@ from datamodules.batches import PromptItem
 from lightning_modules.branch_cache import PrefixRecorder
 from lightning_modules.decode_graphs import GraphedSteps
 from lightning_modules.decoding import BranchDecoder, Decoded, Prefilled, hidden_states
+from lightning_modules.lean_model import LeanModel
 from lightning_modules.qwen_vl import QwenVL
 
 PREFIX_STEP = 512  # tokens by which a GPU's memory for a prompt grows
@@ -77,7 +78,8 @@ class NativeEngine:
     """Prefills each prompt once and decodes its branches over a shared prefix (`decoding`, `branch_cache`).
 
     `fold_adapter` decodes with LoRA folded into a copy of the linear weights: fewer operations, and exact in float32;
-    in bfloat16 the sum is rounded, as it is in any server that is given merged weights. `static` (by default on a GPU)
+    in bfloat16 the sum is rounded, as it is in any server that is given merged weights; on a CPU in float32 the model
+    itself is another one, of fewer operations (`lean_model`). `static` (by default on a GPU)
     takes all rows at each step, at fixed shapes; on a GPU as a CUDA graph. Its memory and weights are kept for the next
     call, as what is captured refers to them.
     """
@@ -173,7 +175,8 @@ class NativeEngine:
         def choose(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
             return sample(logits, policy.banned, settings, draws=draws)
 
-        model = policy.decoder(self.fold_adapter)
+        lean = self.fold_adapter and not static and policy.sharded is None and LeanModel.can_read(policy.base)
+        model = LeanModel(policy.base) if lean else policy.decoder(self.fold_adapter)
         decoder = BranchDecoder(
             model, choose, policy.eos_ids, places, settings.group_size, longest_prompt, room, static=static
         )
@@ -185,7 +188,9 @@ class NativeEngine:
             log.info("no CUDA device: decoding at fixed shapes without CUDA graphs")
         return decoder
 
-    def _prefill(self, model: nn.Module, items: Sequence[PromptItem], features: Sequence[Tensor]) -> Prefilled:
+    def _prefill(
+        self, model: nn.Module | LeanModel, items: Sequence[PromptItem], features: Sequence[Tensor]
+    ) -> Prefilled:
         """Prompts are padded on the right, where causal attention never looks."""
         ids = pad_sequence([item.input_ids for item in items], batch_first=True)
         positions = pad_sequence([item.positions.T for item in items], batch_first=True).permute(2, 0, 1)
@@ -217,14 +222,15 @@ def sample(
     `draws` [A, 1], uniform in [0, 1) and float64, decide; without them they come from `generator`.
     """
     logits = logits.float() / settings.temperature
-    log_probs = logits.index_fill_(-1, banned, float("-inf")).log_softmax(-1)
+    probabilities = logits.index_fill_(-1, banned, float("-inf")).softmax(-1)
     if settings.greedy:
-        tokens = log_probs.argmax(-1)
+        tokens = probabilities.argmax(-1)
     else:
         # By inversion: one random number a row, where torch.multinomial draws one for every entry of the vocabulary.
-        # In float64, so that no sum over a large vocabulary rounds a likely token away; a banned one has no width.
-        sums = log_probs.double().exp().cumsum(-1)
+        # Summed in float64, so that no sum over a large vocabulary rounds a likely token away; a banned one has no
+        # width. On a CPU exponentials in float64 would cost more than all else here.
+        sums = probabilities.double().cumsum(-1)
         if draws is None:
             draws = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device, generator=generator)
         tokens = torch.searchsorted(sums, draws * sums[:, -1:], right=True)[:, 0]
-    return tokens, log_probs.gather(-1, tokens[:, None])[:, 0]
+    return tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log()

@@ -53,28 +53,26 @@ class SharedPrefixAttention:
         if query.is_cuda:
             return attend_packed(query, key, value, row_block_mask(self.spans, query.device), scaling, compiled_flex())
         heads = key.shape[1]
-        # Token-major, so that every part below is a slice of memory.
+        # Token-major, so that every part below is a slice of memory; cut once, so that gradients are joined once.
         query = query[0].unflatten(0, (heads, -1)).permute(2, 0, 1, 3)  # [L, H, R, D]
-        key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)  # [L, H, D]
-        out, start = [], 0
-        for span in self.spans:
-            parts = [span.prefix, *span.branches]
-            q, k, v = (t[start : start + sum(parts)].split(parts) for t in (query, key, value))
-            out.append(_attend(q[0][None], k[0][None], v[0][None], span.prefix, scaling)[0])
+        sizes = [size for span in self.spans for size in (span.prefix, sum(span.branches))]
+        parts = zip(*(t.split(sizes) for t in (query, key[0].transpose(0, 1), value[0].transpose(0, 1))), strict=True)
+        out = []
+        for span, (q, k, v), branches in zip(self.spans, parts, parts, strict=True):  # two parts of each
+            out.append(_attend(q[None], k[None], v[None], span.prefix, scaling)[0])
             if span.branches:
-                out += self._attend_branches(q, k, v, span, scaling)
-            start += sum(parts)
+                out.append(self._attend_branches(branches, (k, v), span, scaling))
         return torch.cat(out).flatten(1, 2)[None]
 
     @staticmethod
     def _attend_branches(
-        query: Sequence[Tensor], key: Sequence[Tensor], value: Sequence[Tensor], span: GroupSpan, scaling: float
-    ) -> list[Tensor]:
-        """All branches as one batch, padded to the longest; each has the prefix before its own keys."""
-        q, k, v = (pad_sequence(parts[1:], batch_first=True) for parts in (query, key, value))
-        k, v = (torch.cat([parts[0].expand(len(own), -1, -1, -1), own], dim=1) for parts, own in ((key, k), (value, v)))
+        branches: tuple[Tensor, Tensor, Tensor], prefix: tuple[Tensor, Tensor], span: GroupSpan, scaling: float
+    ) -> Tensor:
+        """All branches as one batch, padded to the longest; each sees the prefix before its own keys."""
+        q, *own = (pad_sequence(part.split(span.branches), batch_first=True) for part in branches)
+        k, v = (torch.cat([p.expand(len(o), *p.shape), o], dim=1) for p, o in zip(prefix, own, strict=True))
         out = _attend(q, k, v, q.shape[1], scaling)
-        return [branch[:length] for branch, length in zip(out, span.branches, strict=True)]
+        return torch.cat([branch[:length] for branch, length in zip(out, span.branches, strict=True)])
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, num_queries: int, scaling: float) -> Tensor:

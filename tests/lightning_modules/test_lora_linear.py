@@ -35,6 +35,18 @@ def test_values_and_gradients_equal_pefts(bias: bool, shape: tuple[int, ...]) ->
     assert (expected[0] - made.get_base_layer()(x)).abs().max() > 0.1  # the adapter does something
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(90, 24), (2, 45, 24)])
+def test_more_tokens_than_outputs_give_pefts_values_and_gradients_too(bias: bool, shape: tuple[int, ...]) -> None:
+    """Against float64: there the sum over many tokens is exact, here each way rounds its own."""
+    made, x = layer(bias), torch.randn(shape)
+    weights = torch.randn(*shape[:-1], 40)
+    actual = run(made, FusedLoraLinear, x, weights)
+    expected = run(made.double(), LoraLinear, x.double(), weights.double())
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
+
+
 def test_gradients_equal_finite_differences() -> None:
     made = layer().double()
     made.__class__ = FusedLoraLinear

@@ -1,0 +1,74 @@
+"""Products of linear layers. In float32 on a CPU oneDNN makes them: PyTorch's own choice there is MKL, which leaves
+half of an AMD core's vector width unused. Both sum in float32, in another order; everything else is PyTorch's own.
+
+Shapes: N tokens, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+# Not in every build of PyTorch, and not among its documented functions.
+_ONEDNN = torch.ops.mkldnn._linear_pointwise.default if hasattr(torch.ops.mkldnn, "_linear_pointwise") else None
+
+
+def uses_onednn(*tensors: Tensor) -> bool:
+    """Whether `multiply` takes these operands to oneDNN."""
+    known = _ONEDNN is not None and torch.backends.mkldnn.enabled
+    return known and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [N, I] times weight [O, I] transposed, plus bias [O]: [N, O]. Without gradient; operands may be transposed."""
+    if uses_onednn(x, weight):
+        if not (weight.is_mkldnn or weight.is_contiguous() or weight.t().is_contiguous()):
+            weight = weight.contiguous()  # with gaps in its memory oneDNN takes a plain loop, a thousand times slower
+        return _ONEDNN(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def packed(weight: Tensor) -> Tensor:
+    """`weight` laid out once for many products of few tokens. Only `multiply` can read it."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight) if uses_onednn(weight) else weight
+
+
+class FastLinear(nn.Linear):
+    """A linear layer by `multiply`, in both directions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not uses_onednn(x, self.weight) or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        return _Linear.apply(x.flatten(0, -2), self.weight, self.bias).view(*x.shape[:-1], -1)
+
+
+def with_fast_linears(model: nn.Module) -> nn.Module:
+    """The same model: its plain linear layers become `FastLinear` and keep their state."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = FastLinear
+    return model
+
+
+class _Linear(torch.autograd.Function):
+    """x [N, I] -> weight x + bias [N, O]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return multiply(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            multiply(grad, weight.t()) if needs_x else None,
+            multiply(grad.t(), x.t()) if needs_weight else None,
+            grad.sum(0) if needs_bias else None,
+        )
