@@ -84,8 +84,8 @@ class TrainCLI(LightningCLI):
 
     @property
     def is_leader(self) -> bool:
-        """True in the one process that owns the phase folder (ranks are started by Lightning, torchrun or SLURM)."""
-        return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK"))
+        """True in the one process that owns the phase folder."""
+        return preemption.is_first_process()
 
     def settings(self) -> dict:
         """The resolved configuration as plain values, with every default."""
@@ -128,7 +128,7 @@ class TrainCLI(LightningCLI):
             kwargs["logger"] = self.loggers()
         callbacks = self.config_init.trainer.callbacks or []
         if not any(isinstance(callback, RankWatch) for callback in callbacks):
-            kwargs["callbacks"] = [*callbacks, RankWatch()]
+            kwargs["callbacks"] = [RankWatch(), *callbacks]
         plugins = self.config_init.trainer.plugins or []
         kwargs["plugins"] = [WholeCheckpoints(), *(plugins if isinstance(plugins, list) else [plugins])]
         return super().instantiate_trainer(**kwargs)

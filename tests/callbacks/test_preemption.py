@@ -70,6 +70,17 @@ def test_another_process_of_the_job_leaves_it_to_the_first(
     assert (tmp_path / "ckpt/interrupted.ckpt").is_file() and not calls.exists()
 
 
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "RANK", "NODE_RANK"])
+def test_of_the_ranks_that_lightning_or_torchrun_start_one_requeues(calls: Path, monkeypatch, name: str) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "0")  # of the batch script, and so of all that it starts
+    monkeypatch.setenv(name, "1")
+    preemption.requeue_job()
+    assert not calls.exists()
+    monkeypatch.setenv(name, "0")
+    preemption.requeue_job()
+    assert calls.read_text().split() == ["requeue", "17"]
+
+
 def test_a_job_that_cannot_be_requeued_says_so(monkeypatch, tmp_path: Path, capsys) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -274,6 +274,51 @@ def test_under_slurm_a_run_is_requeued_and_goes_on(workbench: Workbench) -> None
 
 
 @pytest.mark.slow
+def test_under_slurm_two_ranks_of_lightnings_launcher_requeue_once(workbench: Workbench) -> None:
+    config, log = workbench.training("grpo"), workbench.root / "log.txt"
+    calls = put_scontrol(workbench.root, workbench.outputs / "tiny/grpo/checkpoints")
+    script = workbench.root / "bin/scontrol"
+    script.write_text(script.read_text().replace("exit", "sleep 8\nexit"))  # longer than a rank takes to end
+    job = {"SLURM_JOB_ID": 17, "SLURM_PROCID": 0, "PATH": f"{workbench.root / 'bin'}:{os.environ['PATH']}"}
+    stop = {"STOP_SIGNAL": int(signal.SIGUSR1), "STOP_AT": 6}
+    ranks = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=6")
+    code = run_apart(config, *ranks, log=log, timeout=300, **job, **stop)
+    assert len(calls.read_text().splitlines()) == 1
+    assert "not requeued" not in log.read_text() and "ends too" not in log.read_text()
+    assert "SLURM job 17 is requeued" in log.read_text() and code != 0
+
+
+@pytest.mark.slow
+def test_a_rank_killed_in_rejection_sampling_ends_the_other(workbench: Workbench) -> None:
+    """Two nodes that were started by hand: no launcher looks after them."""
+    sampling = {**REJECTION, "init_args": {"num_samples": 64, "max_new_tokens": 64, "batch_prompts": 1}}
+    config = workbench.training("grpo", [sampling])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    run = [sys.executable, "-m", "experiments.train", "--config", config]
+    run += ["--trainer.num_nodes=2", "--trainer.strategy=ddp"]
+    log, nodes = workbench.root / "log.txt", []
+    with log.open("w") as out:
+        for rank in range(2):
+            environment = variables | {"NODE_RANK": str(rank)}
+            nodes.append(subprocess.Popen(run, cwd=ROOT, env=environment, stdout=out, stderr=out))
+    journal = workbench.outputs / "tiny/grpo/rejection_sampling/journal-1.jsonl"
+    try:
+        deadline = time.monotonic() + 300
+        while not journal.is_file() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        nodes[1].kill()
+        assert nodes[0].wait(timeout=60) == 1, log.read_text()
+    finally:
+        for node in nodes:
+            node.kill()
+    assert "rank 1" in log.read_text() and "has ended" in log.read_text()
+
+
+@pytest.mark.slow
 def test_sigterm_to_both_ranks_stops_them_behind_the_same_batch(workbench: Workbench) -> None:
     config, log = workbench.training("grpo"), workbench.root / "log.txt"
     ranks = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=6")
