@@ -83,8 +83,11 @@ class RankWatch(Callback):
 
 
 class Peers:
-    """What a rank knows of the others. Silence is counted in signs that this rank gave meanwhile, not by the clock: while
-    all are halted (Ctrl-Z, a suspended job), or the store answers nobody, none is dead."""
+    """What a rank knows of the others.
+
+    Silence is counted in signs that this rank gave meanwhile, not by the clock: while all are halted (Ctrl-Z, a
+    suspended job), or the store answers nobody, none is dead.
+    """
 
     def __init__(self, store: Any, rank: int, world_size: int, silence_seconds: float) -> None:
         self.store, self.rank, self.silence_seconds = store, rank, silence_seconds

@@ -201,7 +201,7 @@ def test_what_an_interruption_saved_inside_the_window_is_spoilt_too(run, tmp_pat
     with pytest.raises(SIGTERMException):
         run("roll_back", callbacks=[SaveOnInterrupt(), Sends(signal.SIGTERM, batch=8)])
     assert collapse.last_good(tmp_path / "run").name == "interrupted.ckpt"
-    with pytest.raises(RolledBack, match="step-00000004.ckpt"):
+    with pytest.raises(RolledBack, match=r"step-00000004\.ckpt"):
         run("roll_back")
     assert collapse.last_good(tmp_path / "run").name == "step-00000004.ckpt"
     collapse.finish_rollback(tmp_path / "run")
@@ -212,7 +212,7 @@ def test_a_spoilt_checkpoint_that_cannot_be_removed_stays_condemned(tmp_path: Pa
     spoilt = tmp_path / "checkpoints/step-00000008.ckpt"
     spoilt.mkdir(parents=True)  # no file: it cannot be unlinked
     write_json(tmp_path / "collapse.json", {"events": [], "spoilt": [spoilt.name]})
-    with pytest.raises(OSError, match="step-00000008.ckpt"):
+    with pytest.raises(OSError, match=r"step-00000008\.ckpt"):
         collapse.finish_rollback(tmp_path)
     assert collapse.last_good(tmp_path) is None
 

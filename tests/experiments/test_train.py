@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -342,13 +341,10 @@ def test_a_killed_rank_ends_the_run_which_then_goes_on_as_one_left_alone(
     more = ("--trainer.devices=2", f"--trainer.strategy={strategy}", "--trainer.max_steps=4", "--model.beta=0.1")
 
     def outcome(phase: str) -> tuple[list, list]:
-        found = {}
-        for path in workbench.root.glob(f"{phase}-rank*.jsonl"):
-            for record in map(json.loads, path.read_text().splitlines()):
-                found[path.stem.removeprefix(phase), record["batch"], record["id"]] = record
+        groups = [group.read() for group in read_index(workbench.root / f"{phase}.jsonl")]
         rows = metrics.read_rows(workbench.outputs / "tiny" / phase)
         curves = [metrics.read_curve(rows, name) for name in ("reward/total", "grpo/loss", "grpo/kl")]
-        return [found[key] for key in sorted(found)], curves
+        return groups, curves
 
     for phase in ("whole", "stopped"):
         log = workbench.root / f"{phase}.txt"
