@@ -12,7 +12,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.checkpoints import RunStopped, log_batch, newest, num_updates
-from datamodules.artefacts import read_json, write_json
+from datamodules.artefacts import StorageError, read_json, write_json
 from lightning_modules.seeds import derive_seed
 
 log = logging.getLogger(__name__)
@@ -155,8 +155,13 @@ class CollapseGuard(Callback):
         event["checkpoint"] = good.name if good else None
         words = f"collapse at step {fault['step']}: {fault['fault']}"
         if trainer.is_global_zero:
-            _record(trainer.default_root_dir, event, spoilt if event["action"] == "roll_back" else [])
             log.warning(words)
+            try:
+                _record(trainer.default_root_dir, event, spoilt if event["action"] == "roll_back" else [])
+            except StorageError as error:
+                if event["action"] != "warn":
+                    raise
+                log.warning(error)
         trainer.strategy.barrier("collapse")  # all go on when it is recorded
         if event["action"] == "roll_back":
             raise RolledBack(f"{words}. Rolled back to {good}; rollback {self._rollbacks + 1} of {self.max_rollbacks}")

@@ -25,13 +25,15 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from callbacks import collapse, preemption
 from callbacks.checkpoints import RunStopped, WholeCheckpoints
 from callbacks.rank_watch import RankWatch, end_with_parent
-from datamodules.artefacts import fingerprint, path_fingerprint, write_atomic
+from datamodules.artefacts import StorageError, fingerprint, path_fingerprint, write_atomic
 from datamodules.boxes import Convention
 from datamodules.multi_image import MultiImageData
 from experiments import checks, metrics, phases, tracking
 from experiments.loggers import MetricsLogger, OnceWandbLogger
 from experiments.results import current_commit
 from experiments.tracking import choose_wandb_mode, wandb_identity, wandb_run_id
+
+log = logging.getLogger(__name__)
 
 # Settings that say how a run is shown or where it runs, not what it computes. Of the model: where it samples, and what
 # is written down of that.
@@ -173,9 +175,17 @@ def fit(cli: TrainCLI) -> None:
         raise
     finally:
         if cli.is_leader:
-            metrics.merge_attempts(cli.folder)
+            merge_metrics(cli.folder)
     if cli.is_leader:
         phases.write_marker(cli.folder, key=cli.key, seconds=round(time.monotonic() - start, 1))
+
+
+def merge_metrics(folder: Path) -> None:
+    """Write metrics.csv; where it cannot be written, that must not hide how the run has ended."""
+    try:
+        metrics.merge_attempts(folder)
+    except StorageError as error:
+        log.warning("metrics.csv is not up to date: %s", error)
 
 
 def quieten() -> None:

@@ -100,6 +100,15 @@ def test_a_warning_is_given_once_and_training_goes_on(run, tmp_path: Path, caplo
     assert [(event["action"], event["step"]) for event in events(tmp_path)] == [("warn", 9)]
 
 
+def test_a_warning_that_cannot_be_written_down_does_not_end_the_run(run, tmp_path: Path, caplog) -> None:
+    (tmp_path / "run/collapse.json").mkdir(parents=True)  # no file
+    with caplog.at_level(logging.WARNING, "callbacks.collapse"):
+        assert run("warn").global_step == 12
+    assert "is below low=0.5" in caplog.text and "cannot be written" in caplog.text
+    with pytest.raises(OSError, match="cannot be written"):
+        run("stop", max_steps=24)
+
+
 def test_a_stop_names_metric_value_bound_and_the_last_good_checkpoint(run, tmp_path: Path) -> None:
     words = r"step 9: reward/total: the mean 0.325 .* low=0.5. The last good checkpoint is .*step-00000004.ckpt"
     with pytest.raises(RunStopped, match=words):

@@ -70,6 +70,13 @@ def test_previews_are_drawn_for_every_task(fit, module, bench, tmp_path: Path) -
     assert names == [f"step_{step:06d}/{name}" for step in (1, 2) for name in files]
 
 
+def test_previews_that_cannot_be_written_are_warned_of(fit, module, bench, small_disk, caplog) -> None:
+    small_disk.fill()
+    fit(module, [Previews(str(bench[0]), str(bench[1]), folder=str(small_disk.root / "previews"))])
+    assert "the previews of step 2 are not kept" in caplog.text
+    assert not list(small_disk.root.rglob("*.png"))
+
+
 def prediction(text: str, truth, box, failure: str | None) -> Prediction:
     return Prediction("a/0", "diff", text, truth, box, 0.2, None, 0.0, False, failure, num_tokens=1, finished=True)
 

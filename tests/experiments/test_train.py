@@ -85,6 +85,22 @@ def test_every_fault_is_told_at_once_and_before_weights_are_read(workbench: Work
     assert not workbench.outputs.exists()
 
 
+def test_a_checkpoint_folder_that_a_resume_would_not_look_into_is_refused(workbench: Workbench) -> None:
+    class_path, elsewhere = "callbacks.checkpoints.WindowCheckpoint", str(workbench.root / "elsewhere")
+    config = workbench.training("cot_sft", [{"class_path": class_path, "init_args": {"dirpath": elsewhere}}])
+    with pytest.raises(SystemExit, match=f"WindowCheckpoint: dirpath='{elsewhere}'"):
+        train.main(["--config", config])
+
+
+def test_a_metrics_file_that_cannot_be_written_hides_nothing(workbench: Workbench, caplog) -> None:
+    sends = {"class_path": "tests.callbacks.test_fit_callbacks.Sends", "init_args": {"signum": int(signal.SIGTERM)}}
+    (workbench.outputs / "tiny/cot_sft/metrics.csv").mkdir(parents=True)  # no file
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--config", workbench.training("cot_sft", [sends]), "--trainer.max_steps=3"])
+    assert stopped.value.code == 128 + signal.SIGTERM, "by which the pipeline and SLURM's script know it"
+    assert "metrics.csv" in caplog.text
+
+
 def test_an_empty_shard_list_is_named(workbench: Workbench) -> None:
     config = workbench.training("cot_sft")
     with pytest.raises(SystemExit, match=r"shards=.* names no folder"):
