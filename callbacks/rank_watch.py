@@ -19,26 +19,17 @@ from typing import Any
 import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from datamodules.processes import end_with_parent
+
 BEAT_SECONDS = 1.0
 KEY = "rank_watch"
 
 
-def end_with_parent() -> None:
+def end_with_launcher() -> None:
     """Where this process is a rank that another one started, end it once that one is gone: before there is a process
     group, nothing else would. Rank 0 of Lightning's own launcher was started by the user, who may leave."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(BEAT_SECONDS)
-        # Later than those of the watch below, which know more.
-        time.sleep(3 * BEAT_SECONDS)
-        print(f"\nprocess {parent}, which started this rank, is gone: this one ends too", file=sys.stderr, flush=True)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0 or "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(delay=3 * BEAT_SECONDS)  # the watch below, which knows more, speaks first
 
 
 class RankWatch(Callback):

@@ -24,7 +24,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 
 from callbacks import collapse, preemption
 from callbacks.checkpoints import RunStopped, WholeCheckpoints
-from callbacks.rank_watch import RankWatch, end_with_parent
+from callbacks.rank_watch import RankWatch, end_with_launcher
 from datamodules.artefacts import StorageError, fingerprint, path_fingerprint, write_atomic
 from datamodules.boxes import Convention
 from datamodules.multi_image import MultiImageData
@@ -199,7 +199,7 @@ def quieten() -> None:
 def main(args: list[str] | None = None) -> None:
     """Entry point. Setting errors are printed all at once, without a traceback, before weights are loaded."""
     quieten()
-    end_with_parent()
+    end_with_launcher()
     preemption.requeue_at_once()  # until training starts, and can be stopped between two batches
     while True:
         try:
