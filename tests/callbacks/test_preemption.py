@@ -113,3 +113,16 @@ def test_the_pipeline_requeues_when_its_step_has_saved(tmp_path: Path, calls: Pa
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=50)
     assert run.returncode == 143
     assert calls.read_text() == "requeue 17 saved\n"
+
+
+@pytest.mark.parametrize("module", ["pipeline", "ablations"])
+def test_a_warning_between_two_steps_requeues_too(calls: Path, module: str) -> None:
+    """While inputs are hashed, or a lock is waited for."""
+    code = (
+        f"import os, signal, time; from experiments import {module} as program\n"
+        "def run() -> None:\n    os.kill(os.getpid(), signal.SIGUSR1); time.sleep(60)\n"
+        "program.run = run\nprogram.main([])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 143, run.stderr
+    assert calls.read_text().split()[:2] == ["requeue", "17"]
