@@ -95,6 +95,7 @@ def test_a_checkpoint_folder_that_a_resume_would_not_look_into_is_refused(workbe
 def test_a_metrics_file_that_cannot_be_written_hides_nothing(workbench: Workbench, caplog) -> None:
     sends = {"class_path": "tests.callbacks.test_fit_callbacks.Sends", "init_args": {"signum": int(signal.SIGTERM)}}
     (workbench.outputs / "tiny/cot_sft/metrics.csv").mkdir(parents=True)  # no file
+    tracking.finish_run()  # one that an earlier test has left in this process
     with pytest.raises(SystemExit) as stopped:
         train.main(["--config", workbench.training("cot_sft", [sends]), "--trainer.max_steps=3"])
     assert stopped.value.code == 128 + signal.SIGTERM, "by which the pipeline and SLURM's script know it"
