@@ -19,6 +19,7 @@ from datamodules.artefacts import remove_draft, storage_error
 log = logging.getLogger(__name__)
 
 UNFINISHED = ".unfinished"
+STEP = "step-"  # and the number of updates: the name of a checkpoint
 
 
 class RunStopped(RuntimeError):
@@ -73,9 +74,20 @@ def save(trainer: Trainer, path: Path) -> str | None:
 
 
 def newest(folder: str | Path, without: Collection[str] = ()) -> Path | None:
-    """The newest checkpoint in the folder, but for those named; None where there is none."""
+    """The checkpoint of the most updates in the folder, but for those named; None where there is none.
+
+    Times say nothing: clocks are put back, and the files of a copied folder are all new. Of equal ones that of an
+    interruption is further.
+    """
     files = [file for file in Path(folder).glob("*.ckpt") if file.name not in without]
-    return max(files, key=lambda file: file.stat().st_mtime_ns) if files else None
+    return max(files, key=lambda file: (num_updates(file), not file.name.startswith(STEP)), default=None)
+
+
+def num_updates(file: Path) -> int:
+    """Of a checkpoint: by its name, or by what it holds."""
+    if file.name.startswith(STEP):
+        return int(file.stem.removeprefix(STEP))
+    return torch.load(file, mmap=True, weights_only=True)["global_step"]
 
 
 class WindowCheckpoint(Checkpoint):
@@ -162,9 +174,9 @@ class WindowCheckpoint(Checkpoint):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        path = Path(self.dirpath) / f"step-{trainer.global_step:08d}.ckpt"
+        path = Path(self.dirpath) / f"{STEP}{trainer.global_step:08d}.ckpt"
         score = trainer.callback_metrics.get(self.monitor) if self.monitor else None
-        if score is not None:
+        if score is not None and not torch.isnan(score):
             self.scores[path.name] = float(score)
         error = save(trainer, path)
         self._saved_at = time.monotonic()
@@ -182,7 +194,7 @@ class WindowCheckpoint(Checkpoint):
             )
 
     def _remove_old(self, trainer: Trainer) -> None:
-        files = {int(file.stem.split("-")[1]): file for file in Path(self.dirpath).glob("step-*.ckpt")}
+        files = {num_updates(file): file for file in Path(self.dirpath).glob(f"{STEP}*.ckpt")}
         kept = set(sorted(files)[-self.keep_last :])
         if self.keep_every:
             marks = {step // self.keep_every: step for step in sorted(files, reverse=True)}  # the first behind each

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.checkpoints import RunStopped, log_batch, newest
-from datamodules.artefacts import read_json, remove_draft, write_json
-from lightning_modules.policy_module import derive_seed
+from callbacks.checkpoints import RunStopped, log_batch, newest, num_updates
+from datamodules.artefacts import StorageError, read_json, write_json
+from lightning_modules.seeds import derive_seed
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +27,7 @@ class RolledBack(RuntimeError):
 @dataclass(frozen=True)
 class Bound:
     """A metric's mean over the window must be at least `low`, at most `high`, and not below its highest mean so far by
-    more than the share `max_drop` of it. null: no such bound."""
+    more than `max_drop` times the size of that. null: no such bound."""
 
     low: float | None = None
     high: float | None = None
@@ -37,13 +39,15 @@ class Bound:
             return f"is below low={self.low:g}"
         if self.high is not None and not mean <= self.high:
             return f"is above high={self.high:g}"
-        if self.max_drop is not None and not mean >= best * (1 - self.max_drop):
+        if self.max_drop is not None and not mean >= best - self.max_drop * abs(best):
             return f"is more than max_drop={self.max_drop:g} below its best, {best:.4g}"
         return None
 
 
 class CollapseGuard(Callback):
     """Watches the mean of each metric in `bounds` over the last `window` batches, at the end of each update's window.
+
+    A mean that is no number is out of every bound. A metric that is not logged at all is warned of, once.
 
     warn: says so, once for each time that they are left. stop: ends the run; the message names metric, value, bound
     and the last good checkpoint. roll_back: goes back to the newest checkpoint from before the window (else the oldest
@@ -71,6 +75,7 @@ class CollapseGuard(Callback):
         self._best: dict[str, float] = {}
         self._rollbacks = 0  # that the learning rate has seen
         self._outside = False
+        self._missed: set[str] = set()  # metrics that were warned of
 
     def _faults(self) -> list[str]:
         faults = [] if self.bounds else ["bounds={} watches nothing"]
@@ -82,6 +87,8 @@ class CollapseGuard(Callback):
         for name, bound in self.bounds.items():
             if bound == Bound():
                 faults.append(f"bounds[{name!r}] has neither low nor high nor max_drop")
+            if bound.max_drop is not None and not bound.max_drop > 0:
+                faults.append(f"bounds[{name!r}].max_drop={bound.max_drop} must be greater than 0, or null")
         return faults
 
     def state_dict(self) -> dict[str, Any]:
@@ -108,10 +115,20 @@ class CollapseGuard(Callback):
         if getattr(pl_module, "window_is_open", False):
             return
         self._values, self._open = [*self._values, *self._open][-self.window :], []
+        if trainer.is_global_zero:
+            self._warn_of_missing(known)
         fault = trainer.strategy.broadcast(self._find_fault())
         if fault and not (self._outside and self.action == "warn"):
             self._act(trainer, fault)
         self._outside = bool(fault)
+
+    def _warn_of_missing(self, known: Mapping[str, Any]) -> None:
+        """Once the window is full; a misspelt name would else watch nothing in silence."""
+        names = self.bounds.keys() - self._missed if len(self._values) == self.window else ()
+        for name in sorted(names):
+            if not any(name in value for value in self._values):
+                self._missed.add(name)
+                log.warning("bounds[%r] watches nothing: it is not logged; %s are", name, ", ".join(sorted(known)))
 
     def _find_fault(self) -> dict[str, Any] | None:
         """The first metric out of its bounds; None while the window is not full."""
@@ -120,8 +137,9 @@ class CollapseGuard(Callback):
             if not values:
                 continue
             mean = sum(values) / len(values)
-            best = self._best[name] = max(mean, self._best.get(name, mean))
-            if fault := bound.fault(mean, best):
+            if mean > self._best.get(name, -math.inf):  # a NaN is not
+                self._best[name] = mean
+            if fault := bound.fault(mean, self._best.get(name, -math.inf)):
                 words = f"{name}: the mean {mean:.4g} over the last {len(values)} batches {fault}"
                 return {"step": self._values[-1]["step"], "metric": name, "mean": mean, "fault": words}
         return None
@@ -137,8 +155,13 @@ class CollapseGuard(Callback):
         event["checkpoint"] = good.name if good else None
         words = f"collapse at step {fault['step']}: {fault['fault']}"
         if trainer.is_global_zero:
-            _record(trainer.default_root_dir, event, spoilt if event["action"] == "roll_back" else [])
             log.warning(words)
+            try:
+                _record(trainer.default_root_dir, event, spoilt if event["action"] == "roll_back" else [])
+            except StorageError as error:
+                if event["action"] != "warn":
+                    raise
+                log.warning(error)
         trainer.strategy.barrier("collapse")  # all go on when it is recorded
         if event["action"] == "roll_back":
             raise RolledBack(f"{words}. Rolled back to {good}; rollback {self._rollbacks + 1} of {self.max_rollbacks}")
@@ -153,7 +176,7 @@ def finish_rollback(folder: str | Path) -> None:
     record = read_json(file)
     if record.get("spoilt"):
         for name in record["spoilt"]:
-            remove_draft(Path(folder) / "checkpoints" / name)
+            (Path(folder) / "checkpoints" / name).unlink(missing_ok=True)
         write_json(file, record | {"spoilt": []})
 
 
@@ -165,10 +188,11 @@ def last_good(folder: str | Path) -> Path | None:
 def _split_checkpoints(folder: Path, before: int) -> tuple[Path | None, list[str]]:
     """The newest of less than `before` updates (else the oldest), and the names of those behind it."""
     files = sorted(folder.glob("step-*.ckpt"))
-    early = [file for file in files if int(file.stem.split("-")[1]) < before]
+    early = [file for file in files if num_updates(file) < before]
     good = early[-1] if early else next(iter(files), None)
     # One from an interruption is also newer, or a run went on from it and it is of no use.
-    return good, [file.name for file in sorted(folder.glob("*.ckpt")) if not (good and file.name <= good.name)]
+    kept = files[: files.index(good) + 1] if good else []
+    return good, sorted(file.name for file in folder.glob("*.ckpt") if file not in kept)
 
 
 def _record(folder: str | Path, event: dict[str, Any], spoilt: list[str]) -> None:

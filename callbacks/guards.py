@@ -28,13 +28,18 @@ class SaveOnInterrupt(Callback):
     that another error has spoilt. A second Ctrl-C stops at once, without a checkpoint. A SIGTERM ends the process
     with status 143; so does SLURM's warning, SIGUSR1, and the job is requeued once the checkpoint is written.
     Lightning's own handlers are set aside meanwhile: that of SIGTERM calls a collective inside the handler, and ranks
-    that are in another one then wait for each other for ever; that of SIGUSR1 saves in the middle of a batch. A single
-    process that has lost its rollout servers saves there too, as of its last finished window.
+    that are in another one then wait for each other for ever; that of SIGUSR1 saves in the middle of a batch. Behind
+    the last batch, and once this has stopped the run, a signal does what it did before the run. A single process that
+    has lost its rollout servers saves there too, as of its last finished window.
     """
 
     def __init__(self) -> None:
         self._asked = self._terminated = self._requeue = False
-        self._previous: dict[signal.Signals, Any] = {}
+        self._before: dict[signal.Signals, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        numbers = (signal.SIGINT, signal.SIGTERM, preemption.REQUEUE_SIGNAL)
+        self._before = {number: signal.getsignal(number) for number in numbers}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._asked = self._terminated = self._requeue = False
@@ -42,7 +47,7 @@ class SaveOnInterrupt(Callback):
         if preemption.in_slurm_job():
             handlers[preemption.REQUEUE_SIGNAL] = self._warn
         for number, handler in handlers.items():
-            self._previous[number] = signal.signal(number, handler)
+            signal.signal(number, handler)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         # One rank may have heard the signal before the others; they must all stop behind the same batch.
@@ -51,6 +56,7 @@ class SaveOnInterrupt(Callback):
             save(trainer, _path(trainer))
             if trainer.strategy.reduce_boolean_decision(self._requeue, all=False):
                 preemption.requeue_job()
+                trainer.strategy.barrier("requeue")  # a rank that ended meanwhile would be taken for dead
             raise KeyboardInterrupt if self._asked else SIGTERMException(128 + signal.SIGTERM)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -60,7 +66,7 @@ class SaveOnInterrupt(Callback):
         self._restore()
         # Its weights are sound. Several ranks would not meet here, and saving is a collective.
         if isinstance(exception, ServersLost) and trainer.world_size == 1:
-            trainer.save_checkpoint(_path(trainer))
+            save(trainer, _path(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -79,9 +85,8 @@ class SaveOnInterrupt(Callback):
         self._terminated = self._requeue = True
 
     def _restore(self) -> None:
-        while self._previous:
-            number, handler = self._previous.popitem()
-            signal.signal(number, handler)
+        while self._before:
+            signal.signal(*self._before.popitem())
 
 
 def _path(trainer: Trainer) -> Path:

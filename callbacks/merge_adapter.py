@@ -15,7 +15,8 @@ class MergeAdapter(Callback):
     """When fitting has ended, saves the policy with its adapter merged into a copy, whole or not at all.
 
     `folder` is by default <default_root_dir>/merged. It comes after a finished run that is started again, too. Where it
-    cannot be written, every rank ends with `RunStopped`; the checkpoint of the training's end is there.
+    cannot be written, every rank ends with `RunStopped`; the same command goes on from the last checkpoint, that of
+    the training's end unless that could not be written either.
     """
 
     def __init__(self, folder: str | None = None) -> None:
@@ -31,4 +32,4 @@ class MergeAdapter(Callback):
             error = str(storage_error(failure, folder))
         error = trainer.strategy.broadcast(error)  # the ranks also wait here for the first
         if error is not None:
-            raise RunStopped(f"the merged model: {error}. Make room; the same command merges without training again")
+            raise RunStopped(f"the merged model: {error}. Make room; the same command goes on from the last checkpoint")

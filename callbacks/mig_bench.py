@@ -15,12 +15,15 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
+from callbacks.checkpoints import RunStopped
 from callbacks.encoding import encode_ahead, prompt_encoder, rollout_engine
 from callbacks.evaluation import EvaluationSettings
 from datamodules.answerers import split_windows
 from datamodules.artefacts import (
     Journal,
+    StorageError,
     fingerprint,
+    make_folder,
     path_fingerprint,
     read_journal,
     write_json,
@@ -148,7 +151,9 @@ class MIGBench(Callback):
     `annotations` is MIG_data.json, `image_root` the folder that holds "MIG-Bench/". Questions are put as the
     datamodule puts its own. Each evaluation has a folder in <folder>/ ("before", "step_000100", "after"; by default
     <default_root_dir>/mig_bench) with predictions.jsonl, which an interrupted run goes on from, and mig_bench.json,
-    the summary. With several ranks the folder must be shared by them.
+    the summary. With several ranks the folder must be shared by them. Where an answer cannot be written, an evaluation
+    while it trains is warned of and left out: nothing waits for it, and the run has checkpoints to write. `before` and
+    `after` end the run with `RunStopped`.
     """
 
     def __init__(
@@ -178,13 +183,14 @@ class MIGBench(Callback):
         self.samples, dirty = load_mig_bench(self.annotations, self.image_root)
         if dirty.boxes and trainer.is_global_zero:
             log.warning("%s: %s", self.annotations, dirty)
+        self._home(trainer).mkdir(parents=True, exist_ok=True)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._resumed_step = self._last_step = checkpoint["global_step"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.before and self._resumed_step == 0:  # else the weights are no longer those from before
-            self._evaluate("before", trainer, pl_module, self.samples)
+            self._evaluate("before", trainer, pl_module, self.samples, required=True)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         last, self._last_step = self._last_step, trainer.global_step
@@ -199,38 +205,56 @@ class MIGBench(Callback):
         # Not on_train_end: that does not come when a finished run is started again to get its missing evaluation.
         if self.after:
             pl_module.to(trainer.strategy.root_device)  # the strategy has taken it down to the CPU
-            self._evaluate("after", trainer, pl_module, self.samples)
+            self._evaluate("after", trainer, pl_module, self.samples, required=True)
 
-    def _evaluate(self, name: str, trainer: Trainer, pl_module: LightningModule, samples: list[Sample]) -> None:
-        folder = Path(self.folder or Path(trainer.default_root_dir) / "mig_bench") / name
+    def _home(self, trainer: Trainer) -> Path:
+        return Path(self.folder or Path(trainer.default_root_dir) / "mig_bench")
+
+    def _evaluate(
+        self, name: str, trainer: Trainer, pl_module: LightningModule, samples: list[Sample], required: bool = False
+    ) -> None:
+        folder = self._home(trainer) / name
         encoder = prompt_encoder(trainer.datamodule.encoder, self.max_prompt_tokens)
         key = evaluation_key(pl_module.policy, encoder, self.annotations, self.image_root, samples, self.settings)
         trainer.strategy.barrier("mig_bench")
+        fault: StorageError | None = None
         with pl_module.policy.gathered():
-            evaluate_mig_bench(
-                pl_module.policy,
-                rollout_engine(pl_module),
-                encoder,
-                samples[trainer.global_rank :: trainer.world_size],
-                partial(load_images, image_root=self.image_root),
-                self.settings,
-                Journal(folder / _predictions_file(trainer.global_rank), key),
-                show_progress=trainer.is_global_zero,
-            )
-        trainer.strategy.barrier("mig_bench")
-        if trainer.is_global_zero:
-            files = [folder / _predictions_file(rank) for rank in range(trainer.world_size)]
-            records = [record for file in files for record in read_journal(file, key)]
-            found = {record["id"]: Prediction.from_json(record) for record in records}
-            summary = summarise([found[sample.id] for sample in samples])
-            write_json(folder / "mig_bench.json", {"key": key, "step": trainer.global_step} | summary)
-            values = summary_metrics(summary, "mig_bench_val")
-            for logger in trainer.loggers:  # at the step that Lightning logs its own metrics at
-                step = trainer.fit_loop.epoch_loop._batches_that_stepped
-                logger.log_metrics(values, step=step)
-            # Where WindowCheckpoint's `monitor` finds it; the first rank alone keeps and removes checkpoints.
-            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
-            print(f"\n{name}, step {trainer.global_step}\n{format_table(summary)}", flush=True)
+            try:
+                make_folder(folder)
+                evaluate_mig_bench(
+                    pl_module.policy,
+                    rollout_engine(pl_module),
+                    encoder,
+                    samples[trainer.global_rank :: trainer.world_size],
+                    partial(load_images, image_root=self.image_root),
+                    self.settings,
+                    Journal(folder / _predictions_file(trainer.global_rank), key),
+                    show_progress=trainer.is_global_zero,
+                )
+            except StorageError as error:
+                fault = error
+        if trainer.strategy.reduce_boolean_decision(fault is None, all=True):  # all ranks meet here
+            if trainer.is_global_zero:
+                self._summarise(folder, key, trainer, samples)
+        elif required:
+            reason = fault or "another rank could not write its answers"
+            raise RunStopped(f"MIG-Bench, {name}: {reason}. The same command goes on there")
+        elif fault is not None:
+            log.warning("MIG-Bench of %s is left out: %s", name, fault)
+
+    def _summarise(self, folder: Path, key: str, trainer: Trainer, samples: Sequence[Sample]) -> None:
+        """Put the answers of all ranks together, on the first."""
+        files = [folder / _predictions_file(rank) for rank in range(trainer.world_size)]
+        records = [record for file in files for record in read_journal(file, key)]
+        found = {record["id"]: Prediction.from_json(record) for record in records}
+        summary = summarise([found[sample.id] for sample in samples])
+        write_json(folder / "mig_bench.json", {"key": key, "step": trainer.global_step} | summary)
+        values = summary_metrics(summary, "mig_bench_val")
+        for logger in trainer.loggers:  # at the step that Lightning logs its own metrics at
+            logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        # Where WindowCheckpoint's `monitor` finds it; the first rank alone keeps and removes checkpoints.
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        print(f"\n{folder.name}, step {trainer.global_step}\n{format_table(summary)}", flush=True)
 
 
 def summary_metrics(summary: dict[str, Any], prefix: str) -> dict[str, float]:

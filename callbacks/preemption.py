@@ -27,9 +27,14 @@ def job_id() -> str:
     return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
+def is_first_process() -> bool:
+    """Of all ranks, whether Lightning, torchrun or SLURM has started them."""
+    return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK"))
+
+
 def requeue_job() -> None:
     """Put this job back into the queue. Where that cannot be done, says so: what is saved stays, the run ends."""
-    if os.environ.get(LEFT_TO_PARENT) or int(os.environ.get("SLURM_PROCID", 0)) > 0:
+    if os.environ.get(LEFT_TO_PARENT) or not is_first_process():
         return
     command = ["scontrol", "requeue", job_id()]
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,11 +16,14 @@ from PIL import Image, ImageDraw, ImageFont
 from callbacks.encoding import prompt_encoder, rollout_engine
 from callbacks.evaluation import EvaluationSettings
 from callbacks.mig_bench import evaluate_mig_bench, limit_tasks
+from datamodules.artefacts import make_folder, remove_draft
 from datamodules.batches import ImageError, load_image
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
 from datamodules.benchmarks.mig_scoring import Prediction
 from datamodules.boxes import Box, ImageGeometry
 from datamodules.samples import BoxPart, LoadedSample, Sample, TextPart
+
+log = logging.getLogger(__name__)
 
 WIDTH = 640  # pixels; every preview is as wide
 FONT_SIZE = 14
@@ -60,7 +64,7 @@ class Previews(Callback):
     before.
 
     PNG files go to <folder>/step_000100/<task>_<position>.png (by default <default_root_dir>/previews); a W&B logger
-    also gets them as the table "previews". Only the first rank works.
+    also gets them as the table "previews". Only the first rank works. Files that cannot be written are warned of.
     """
 
     def __init__(
@@ -81,6 +85,10 @@ class Previews(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.samples = limit_tasks(load_mig_bench(self.annotations, self.image_root)[0], self.num_per_task)
+        self._home(trainer).mkdir(parents=True, exist_ok=True)
+
+    def _home(self, trainer: Trainer) -> Path:
+        return Path(self.folder or Path(trainer.default_root_dir) / "previews")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step
@@ -107,11 +115,12 @@ class Previews(Callback):
         predictions = evaluate_mig_bench(
             pl_module.policy, engine, encoder, self.samples, load, settings, show_progress=False
         )
-        folder = Path(self.folder or Path(trainer.default_root_dir) / "previews") / f"step_{trainer.global_step:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = self._home(trainer) / f"step_{trainer.global_step:06d}"
         rows = draw_previews(self.samples, predictions, load, encoder.max_image_pixels)
-        for sample, _, preview in rows:
-            preview.save(folder / f"{sample.task}_{sample.id.rpartition('/')[2]}.png")
+        try:
+            _save(rows, folder)
+        except OSError as error:
+            log.warning("the previews of step %d are not kept: %s", trainer.global_step, error)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 table = preview_table(rows)
@@ -134,6 +143,17 @@ def draw_previews(
             continue
         rows.append((sample, prediction, draw_preview(image, sample, prediction)))
     return rows
+
+
+def _save(rows: Sequence[tuple[Sample, Prediction, Image.Image]], folder: Path) -> None:
+    make_folder(folder)
+    for sample, _, preview in rows:
+        file = folder / f"{sample.task}_{sample.id.rpartition('/')[2]}.png"
+        try:
+            preview.save(file)
+        except OSError:
+            remove_draft(file)
+            raise
 
 
 def preview_table(rows: Sequence[tuple[Sample, Prediction, Image.Image]]) -> Any:

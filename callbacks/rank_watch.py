@@ -19,32 +19,23 @@ from typing import Any
 import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from datamodules.processes import end_with_parent
+
 BEAT_SECONDS = 1.0
 KEY = "rank_watch"
 
 
-def end_with_parent() -> None:
+def end_with_launcher() -> None:
     """Where this process is a rank that another one started, end it once that one is gone: before there is a process
     group, nothing else would. Rank 0 of Lightning's own launcher was started by the user, who may leave."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(BEAT_SECONDS)
-        # Later than those of the watch below, which know more.
-        time.sleep(3 * BEAT_SECONDS)
-        print(f"\nprocess {parent}, which started this rank, is gone: this one ends too", file=sys.stderr, flush=True)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0 or "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(delay=3 * BEAT_SECONDS)  # the watch below, which knows more, speaks first
 
 
 class RankWatch(Callback):
     """A thread in each rank. On the same host a rank counts as dead once its process is gone; on another, after
     `silence_seconds` without a sign. Then every rank says so and ends with status 1; the same command goes on from the
-    last checkpoint. A rank that fails prints its own error first.
+    last checkpoint. A rank that fails prints its own error first. List it first: rejection sampling comes in setup.
     """
 
     def __init__(self, silence_seconds: float = 30.0) -> None:
@@ -62,7 +53,8 @@ class RankWatch(Callback):
             self._stop = threading.Event()
             threading.Thread(target=self._watch, args=(peers, self._stop), name=KEY, daemon=True).start()
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Behind every callback's on_fit_end, where the model is merged and evaluated.
         self._stop.set()
         trainer.strategy.barrier(KEY)  # no rank ends while another still watches it
 
@@ -82,13 +74,17 @@ class RankWatch(Callback):
 
 
 class Peers:
-    """What a rank knows of the others."""
+    """What a rank knows of the others.
+
+    Silence is counted in signs that this rank gave meanwhile, not by the clock: while all are halted (Ctrl-Z, a
+    suspended job), or the store answers nobody, none is dead.
+    """
 
     def __init__(self, store: Any, rank: int, world_size: int, silence_seconds: float) -> None:
         self.store, self.rank, self.silence_seconds = store, rank, silence_seconds
         self.host = _host()
         self.others = [other for other in range(world_size) if other != rank]
-        self.heard: dict[int, tuple[int, float]] = {}  # rank -> its last number, and when it was new
+        self.heard: dict[int, tuple[int, int]] = {}  # rank -> its last number, and this rank's when it was new
         self.known: dict[int, dict[str, Any]] = {}
         self.number = 0
 
@@ -103,19 +99,18 @@ class Peers:
         except RuntimeError as error:  # the first rank, or torchrun, holds the store
             gone = [fault for other in self.known if (fault := self._gone(other))]
             return gone[0] if gone else f"rank 0 or its launcher is gone ({str(error).splitlines()[0]})"
-        now = time.monotonic()
         for other, text in zip(present, signs, strict=True):
             self.known[other] = json.loads(text)
             number = self.known[other]["number"]
             if other not in self.heard or self.heard[other][0] != number:
-                self.heard[other] = number, now
+                self.heard[other] = number, self.number
         return next((fault for other in present if (fault := self._gone(other))), None)
 
     def _gone(self, other: int) -> str | None:
-        sign, silence = self.known[other], time.monotonic() - self.heard[other][1]
+        sign, silence = self.known[other], (self.number - self.heard[other][1]) * BEAT_SECONDS
         name = f"rank {other} (process {sign['pid']} on {sign['host']})"
-        if sign["host"] == self.host and not _is_running(sign["pid"]):
-            return f"{name} has ended"
+        if sign["host"] == self.host:
+            return None if _is_running(sign["pid"]) else f"{name} has ended"
         return f"{name} has given no sign for {silence:.0f} s" if silence > self.silence_seconds else None
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 import shutil
 import time
 from collections import Counter
@@ -104,7 +103,7 @@ def rejection_sample(
     candidates and settings is used again. Every rank calls it, with a shared `folder`; they meet at `barrier` before
     they sample and wait for each other's files afterwards. Raises ValueError when nothing is kept.
     """
-    folder, parent = Path(folder), os.getppid()
+    folder = Path(folder)
     key = rejection_key(policy.processor_path, encoder, source, settings)
     if not is_finished(folder, key):
         reader = ShardReader(source)
@@ -119,7 +118,7 @@ def rejection_sample(
             _wait_until(lambda: len(_read_windows(folder, key)) == len(windows))
             _write_kept(folder, reader, _read_windows(folder, key), settings, key)
         else:
-            _wait_until(lambda: is_finished(folder, key), parent)
+            _wait_until(lambda: is_finished(folder, key))
     histogram = read_json(folder / "histogram.json")
     if histogram["kept"] == 0:
         raise ValueError(f"rejection sampling kept none of {histogram['candidates']} candidates: {histogram}")
@@ -142,14 +141,10 @@ def _read_windows(folder: Path, key: str) -> dict[int, dict[str, Any]]:
     return {record["window"]: record for record in records}
 
 
-def _wait_until(is_so: Callable[[], bool], parent: int | None = None) -> None:
-    """Polls, since a collective gives up after half an hour, and another rank may sample or write for longer.
-
-    Raises RuntimeError when `parent`, the process that started this one, has ended: it is rank 0 or would end us too.
-    """
+def _wait_until(is_so: Callable[[], bool]) -> None:
+    """Polls, since a collective gives up after half an hour, and another rank may sample or write for longer. That it
+    lives, `RankWatch` sees to."""
     while not is_so():
-        if parent not in (None, os.getppid()):
-            raise RuntimeError(f"process {parent}, which started this rank, is gone; nobody will write what was kept")
         time.sleep(POLL_SECONDS)
 
 

@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 
+class StorageError(OSError):
+    """Something could not be written; the message names the path, the reason and the space that is left there."""
+
+
 def fingerprint(*parts: Any) -> str:
     """16 hex digits that change whenever one of the JSON-like `parts` changes."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -63,7 +67,7 @@ def append_text(path: str | Path, text: str) -> None:
     """Append `text` in one piece, on the disk when this returns.
 
     Where that fails (the disk is full, the filesystem is gone) nothing of it stays in the file, so that no cut line
-    stands before later ones, and OSError is raised.
+    stands before later ones, and StorageError is raised.
     """
     path = Path(path)
     try:
@@ -80,10 +84,18 @@ def append_text(path: str | Path, text: str) -> None:
         raise storage_error(error, path) from error
 
 
-def storage_error(error: Exception, path: str | Path) -> OSError:
-    """An OSError for a failed write that names the path and the space that is left there."""
+def make_folder(folder: Path) -> None:
+    """Make one folder in one that is there: not in the place that a lost filesystem left. Raises StorageError."""
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise storage_error(error, folder) from error
+
+
+def storage_error(error: Exception, path: str | Path) -> StorageError:
+    """For a failed write."""
     number, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
-    return OSError(number or 0, f"cannot be written: {reason or error}; {free_space(path)}", str(path))
+    return StorageError(number or 0, f"cannot be written: {reason or error}; {free_space(path)}", str(path))
 
 
 def free_space(path: str | Path) -> str:
@@ -111,7 +123,10 @@ class Journal:
     def __init__(self, path: str | Path, key: str) -> None:
         self.path = Path(path)
         if read_json(_key_file(self.path)) != {"key": key}:
-            self.path.unlink(missing_ok=True)  # before the new key is written, or a kill in between would adopt it
+            try:  # before the new key is written, or a kill in between would adopt it
+                self.path.unlink(missing_ok=True)
+            except OSError as error:
+                raise storage_error(error, self.path) from error
             write_json(_key_file(self.path), {"key": key})
         self.records, sound = _sound_records(self.path)
         if self.path.is_file():

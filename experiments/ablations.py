@@ -18,6 +18,7 @@ from pathlib import Path
 import yaml
 from jsonargparse import auto_cli
 
+from callbacks import preemption
 from datamodules.artefacts import write_atomic
 from experiments import ablation_report, phases, tracking
 from experiments.ablation_summary import Comparison
@@ -175,6 +176,7 @@ def check_files(rows: Mapping[str, Row], evaluation: str, world: str | None) -> 
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make ablations`."""
+    preemption.requeue_at_once()  # between two steps
     try:
         auto_cli(run, as_positional=False, args=args)
     except ValueError as error:

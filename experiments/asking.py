@@ -19,6 +19,7 @@ from callbacks.evaluation import answers_key, ask_share
 from datamodules.benchmarks.registry import load_benchmark
 from datamodules.benchmarks.schema import limit_columns
 from datamodules.boxes import Convention
+from datamodules.processes import end_with_parent
 from experiments.answerers import AnswererSettings, make_answerer
 
 POLL_SECONDS = 1.0
@@ -134,10 +135,9 @@ def _check_alive(workers: list[Any]) -> None:
 def _work(job: Job, rank: int, world_size: int, messages: Any) -> None:
     # The cores are shared; more threads than cores make all of them slow.
     torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // world_size)))
-    parent = os.getppid()
+    end_with_parent()  # whoever starts again asks the rest
     try:
         for _ in ask_rank(job, rank, world_size, messages.put):
-            if os.getppid() != parent:  # it was killed: whoever starts again asks the rest
-                return
+            pass
     except Exception:
         messages.put(Failed(rank, traceback.format_exc()))

@@ -48,6 +48,11 @@ def training_faults(settings: Mapping) -> list[str]:
     for name, reason in REFUSED_STRATEGIES.items():
         if name in str(strategy).lower():
             faults.append(f"trainer.strategy={strategy!r}: {reason}; use ddp or {SHARDED}")
+    for callback in settings["trainer"].get("callbacks") or []:
+        elsewhere = callback.get("init_args", {}).get("dirpath")
+        if elsewhere is not None and callback["class_path"].endswith(".WindowCheckpoint"):
+            reason = "a run goes on from checkpoints/ in its phase's folder, and looks nowhere else"
+            faults.append(f"WindowCheckpoint: dirpath={elsewhere!r} must be null: {reason}")
     for name, instead in (("accumulate_grad_batches", "accumulate"), ("gradient_clip_val", "max_grad_norm")):
         value = settings["trainer"].get(name)
         if value not in (None, 1 if name == "accumulate_grad_batches" else None):

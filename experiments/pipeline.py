@@ -255,6 +255,7 @@ def _shards(config: str) -> list[str]:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make pipeline`."""
+    preemption.requeue_at_once()  # between two steps
     auto_cli(run, as_positional=False, args=args)
 
 

@@ -24,14 +24,16 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 
 from callbacks import collapse, preemption
 from callbacks.checkpoints import RunStopped, WholeCheckpoints, WindowCheckpoint
-from callbacks.rank_watch import RankWatch, end_with_parent
-from datamodules.artefacts import fingerprint, path_fingerprint, write_atomic
+from callbacks.rank_watch import RankWatch, end_with_launcher
+from datamodules.artefacts import StorageError, fingerprint, path_fingerprint, write_atomic
 from datamodules.boxes import Convention
 from datamodules.multi_image import MultiImageData
 from experiments import checks, metrics, phases, tracking
 from experiments.loggers import MetricsLogger, OnceWandbLogger
 from experiments.results import current_commit
 from experiments.tracking import choose_wandb_mode, wandb_identity, wandb_run_id
+
+log = logging.getLogger(__name__)
 
 # Settings that say how a run is shown or where it runs, not what it computes. Of the model: where it samples, and what
 # is written down of that.
@@ -84,8 +86,8 @@ class TrainCLI(LightningCLI):
 
     @property
     def is_leader(self) -> bool:
-        """True in the one process that owns the phase folder (ranks are started by Lightning, torchrun or SLURM)."""
-        return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK"))
+        """True in the one process that owns the phase folder."""
+        return preemption.is_first_process()
 
     def settings(self) -> dict:
         """The resolved configuration as plain values, with every default."""
@@ -125,7 +127,7 @@ class TrainCLI(LightningCLI):
             kwargs["logger"] = self.loggers()
         callbacks = list(self.config_init.trainer.callbacks or [])
         if not any(isinstance(callback, RankWatch) for callback in callbacks):
-            callbacks.append(RankWatch())
+            callbacks.insert(0, RankWatch())
         checkpoints = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
         if not checkpoints and self.config_init.trainer.enable_checkpointing is not False:
             checkpoints = [WindowCheckpoint(every_n_minutes=10)]  # Lightning's own would not know of windows
@@ -178,9 +180,17 @@ def fit(cli: TrainCLI) -> None:
         raise
     finally:
         if cli.is_leader:
-            metrics.merge_attempts(cli.folder)
+            merge_metrics(cli.folder)
     if cli.is_leader:
         phases.write_marker(cli.folder, key=cli.key, seconds=round(time.monotonic() - start, 1))
+
+
+def merge_metrics(folder: Path) -> None:
+    """Write metrics.csv; where it cannot be written, that must not hide how the run has ended."""
+    try:
+        metrics.merge_attempts(folder)
+    except StorageError as error:
+        log.warning("metrics.csv is not up to date: %s", error)
 
 
 def quieten() -> None:
@@ -194,7 +204,7 @@ def quieten() -> None:
 def main(args: list[str] | None = None) -> None:
     """Entry point. Setting errors are printed all at once, without a traceback, before weights are loaded."""
     quieten()
-    end_with_parent()
+    end_with_launcher()
     preemption.requeue_at_once()  # until training starts, and can be stopped between two batches
     while True:
         try:

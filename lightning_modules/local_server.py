@@ -1,7 +1,7 @@
 """A model of one's own behind `transformers serve` on this machine, for as long as somebody needs it.
 
-The server is a process of its own, `python -m lightning_modules.local_server <arguments of transformers serve>`. It
-ends when its standard input does, so no server is left behind when the process that started it is killed.
+The server is a process of its own, which ends with the one that started it:
+`python -m lightning_modules.local_server <that one's id> <arguments of transformers serve>`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datamodules.artefacts import read_json, write_json
+from datamodules.processes import end_with_parent
 
 HOST = "127.0.0.1"
 GENERATION = "generation_config.json"
@@ -43,19 +43,17 @@ def local_server(model: str, work: Path, device: str = "auto", startup_seconds: 
     work.mkdir(parents=True, exist_ok=True)
     served = str(sampling_folder(Path(model), work / "model")) if Path(model).is_dir() else model
     port = _free_port()
-    command = [sys.executable, "-m", "lightning_modules.local_server", served, "--host", HOST, "--port", str(port)]
+    command = [sys.executable, "-m", "lightning_modules.local_server", str(os.getpid()), served]
+    command += ["--host", HOST, "--port", str(port), "--device", device]
     log = work / "server.log"
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            [*command, "--device", device], stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
     try:
         _wait_until_healthy(process, f"http://{HOST}:{port}/health", log, startup_seconds)
         yield LocalServer(f"http://{HOST}:{port}/v1", served)
     finally:
         process.kill()
         process.wait()
-        process.stdin.close()
 
 
 def sampling_folder(model: Path, folder: Path) -> Path:
@@ -92,13 +90,8 @@ def _wait_until_healthy(process: subprocess.Popen, url: str, log: Path, seconds:
     raise RuntimeError(f"the local server {state}; it needs `transformers[serving]`. The end of {log}:\n{tail}")
 
 
-def _end_with_stdin() -> None:
-    sys.stdin.buffer.read()
-    os._exit(1)
-
-
 if __name__ == "__main__":
-    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    end_with_parent(int(sys.argv[1]))
     from transformers.cli.transformers import app
 
-    app(["serve", *sys.argv[1:]])
+    app(["serve", *sys.argv[2:]])

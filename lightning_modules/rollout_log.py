@@ -4,13 +4,16 @@
      "sizes": [[width, height, processed width, processed height], ...], "texts": [G texts], "rewards": [G records],
      "advantages": [G numbers], "equal": false}
 
-A kill may cut the last line short, and a resumed run rolls the batches after its checkpoint out once more: a reader
-drops the former and takes the last line of a group.
+    {"resumed_at": 12}
+
+The second kind is written where a run goes on from a checkpoint, maybe with other ranks: of the lines above it those of
+batch 12 and later do not count any more. A kill may cut the last line short: a reader drops it.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,23 +22,48 @@ from typing import Any
 
 from datamodules.artefacts import append_text
 
+log = logging.getLogger(__name__)
+
 
 class RolloutLog:
-    """Appends the groups of one rank's batches; the file is made with the first."""
+    """Appends the groups of one rank's batches; the file is made with the first.
+
+    It is to be looked at, and nothing is computed from it: what cannot be written (the disk is full, the filesystem is
+    gone) is left out and counted in a warning, and training goes on.
+    """
 
     def __init__(self, path: str | Path, rank: int = 0, world_size: int = 1) -> None:
         path = Path(path)
-        self.path = path.with_stem(f"{path.stem}-rank{rank}") if world_size > 1 else path
-        self._mended = False
+        files = [path.with_stem(f"{path.stem}-rank{k}") for k in range(world_size)] if world_size > 1 else [path]
+        self.path = files[rank]
+        self._left_over = set(_all_files(path)) - set(files) if rank == 0 else set()  # of ranks that are no more
+        self._begun = False
+        self._num_missing = 0
 
     def append(self, groups: Iterable[dict[str, Any]]) -> None:
-        """Write the groups in one piece."""
-        text = "".join(json.dumps(group, ensure_ascii=False) + "\n" for group in groups)
+        """Write the groups, at least one, in one piece."""
+        groups = list(groups)
+        try:
+            if not self._begun:
+                self._begin(groups[0]["batch"])
+            append_text(self.path, "".join(json.dumps(group, ensure_ascii=False) + "\n" for group in groups))
+        except OSError as error:
+            if self._num_missing == 0:
+                log.warning("the rollouts are not logged: %s", error)
+            self._num_missing += len(groups)
+        else:
+            if self._num_missing > 0:
+                log.warning("the rollouts are logged again: %d groups are missing in %s", self._num_missing, self.path)
+            self._num_missing = 0
+
+    def _begin(self, batch: int) -> None:
+        """Say in the files that are there that their lines count up to `batch` only."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not self._mended and _is_cut_short(self.path):
-            text = "\n" + text  # a half line of its own: the group behind it stays whole
-        self._mended = True
-        append_text(self.path, text)
+        for file in (self.path, *self._left_over):
+            if file.is_file() and file.stat().st_size > 0:
+                # A line that was cut short becomes one of its own.
+                append_text(file, "\n" * _is_cut_short(file) + json.dumps({"resumed_at": batch}) + "\n")
+        self._begun = True
 
 
 @dataclass(frozen=True)
@@ -61,12 +89,21 @@ class LoggedGroup:
 
 def read_index(path: str | Path) -> list[LoggedGroup]:
     """Every group of a log, of all its ranks, once, by batch, rank and line. [] where there is no log."""
-    path = Path(path)
-    found: dict[tuple[int, int, str], LoggedGroup] = {}
-    for rank, file in enumerate([path, *_by_rank(path)]):
-        for offset, group in _sound_lines(file):
-            key = (group["batch"], rank, group["id"])
-            found.pop(key, None)  # the last line also has the last place
+    groups: list[tuple[int, int, LoggedGroup]] = []
+    for rank, file in enumerate(_all_files(Path(path))):
+        groups += [(group.batch, rank, group) for group in _read_file(file)]
+    return [group for _, _, group in sorted(groups, key=lambda entry: entry[:2])]
+
+
+def _read_file(file: Path) -> list[LoggedGroup]:
+    """The groups of one rank, in the order of their lines."""
+    found: dict[tuple[int, str], LoggedGroup] = {}
+    for offset, group in _sound_lines(file):
+        if "resumed_at" in group:
+            found = {key: earlier for key, earlier in found.items() if key[0] < group["resumed_at"]}
+        else:
+            key = (group["batch"], group["id"])
+            found.pop(key, None)  # of logs from before there was "resumed_at"; the last line also has the last place
             totals = [reward["total"] for reward in group["rewards"]]
             accuracies = [reward["accuracy"] for reward in group["rewards"]]
             found[key] = LoggedGroup(
@@ -80,12 +117,13 @@ def read_index(path: str | Path) -> list[LoggedGroup]:
                 mean_reward=sum(totals) / len(totals),
                 mean_accuracy=sum(accuracies) / len(accuracies),
             )
-    return [found[key] for key in sorted(found, key=lambda key: key[:2])]
+    return list(found.values())
 
 
-def _by_rank(path: Path) -> list[Path]:
+def _all_files(path: Path) -> list[Path]:
+    """Of a run with one rank, then of all ranks there ever were."""
     files = path.parent.glob(f"{path.stem}-rank*{path.suffix}")
-    return sorted(files, key=lambda file: int(file.stem.rpartition("-rank")[2]))
+    return [path, *sorted(files, key=lambda file: int(file.stem.rpartition("-rank")[2]))]
 
 
 def _sound_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:

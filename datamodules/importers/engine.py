@@ -7,16 +7,13 @@ on kills. A finished shard leaves a note in `.parts/`; a run that finds it does 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import random
 import shutil
-import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from tqdm import tqdm
 from datamodules.artefacts import read_json, write_json
 from datamodules.importers.images import load_images
 from datamodules.importers.scan import Convert
+from datamodules.processes import end_with_parent
 from datamodules.samples import BoxAnswer, SampleError
 from datamodules.shards import ShardFile, write_manifest
 
@@ -101,7 +99,7 @@ class Workers:
         if self.processes > 1:
             # spawn: workers inherit no lock and no memory from this process.
             context = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(self.processes, mp_context=context, initializer=_end_with_parent)
+            self.pool = ProcessPoolExecutor(self.processes, mp_context=context, initializer=end_with_parent)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -242,9 +240,3 @@ def _remove_strays(folder: Path, names: set[str]) -> None:
     for path in [*folder.glob("shard-*.tar"), *folder.glob("shard-*.partial")]:
         if path.name not in names:
             path.unlink()
-
-
-def _end_with_parent() -> None:
-    """In a worker: end when the parent is gone, also by kill -9, so that no second run meets a leftover worker."""
-    sentinel = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (connection.wait([sentinel]), os._exit(1)), daemon=True).start()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from callbacks.checkpoints import RunStopped, WholeCheckpoints, WindowCheckpoint
+from callbacks.checkpoints import RunStopped, WholeCheckpoints, WindowCheckpoint, newest
 from tests.callbacks.conftest import TWO_EPOCHS, FakeEngine, FakeModule, Windows, true_answer
 from tests.conftest import SmallDisk
 
@@ -118,6 +120,24 @@ def test_the_newest_every_kth_and_the_best_are_kept(fit, tiny_model_dir, tmp_pat
 
     assert run(5) == [2, 3, 4, 5]
     assert run(10, tmp_path / "ckpt/step-00000005.ckpt") == [2, 4, 6, 8, 9, 10], "3 was the second best until 6 came"
+
+
+def test_a_score_that_is_no_number_is_not_the_best(fit, tiny_model_dir, tmp_path: Path) -> None:
+    checkpoints = WindowCheckpoint(str(tmp_path / "ckpt"), every_n_steps=1, monitor="score")
+    module = FakeModule(str(tiny_model_dir), FakeEngine(true_answer))
+    scores = {1: math.nan, 2: 5.0, 3: math.nan, 4: 1.0}
+    fit(module, [Scores(scores), checkpoints], max_steps=6, enable_checkpointing=True)
+    assert names(tmp_path / "ckpt") == ["step-00000002.ckpt", "step-00000006.ckpt"]
+
+
+def test_the_newest_is_that_of_the_most_updates_whatever_the_clock_says(trainer, tmp_path: Path) -> None:
+    for number, step in enumerate((9, 10, 1)):  # the clock went back, or the folder was copied
+        trainer.save_checkpoint(tmp_path / f"step-{step:08d}.ckpt")
+        os.utime(tmp_path / f"step-{step:08d}.ckpt", (1000 - number, 1000 - number))
+    trainer.save_checkpoint(tmp_path / "interrupted.ckpt")  # of update 2
+    assert newest(tmp_path).name == "step-00000010.ckpt"
+    assert newest(tmp_path, without=["step-00000010.ckpt", "step-00000009.ckpt"]).name == "interrupted.ckpt"
+    assert newest(tmp_path / "none") is None
 
 
 def test_a_draft_that_a_kill_has_left_is_removed(fit, tiny_model_dir, tmp_path: Path) -> None:

@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import logging
+import math
+import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks import collapse
 from callbacks.checkpoints import RunStopped, WindowCheckpoint
 from callbacks.collapse import Bound, CollapseGuard, RolledBack
-from datamodules.artefacts import read_json
+from callbacks.guards import SaveOnInterrupt
+from datamodules.artefacts import read_json, write_json
 from tests.callbacks.conftest import Windows
+from tests.callbacks.test_fit_callbacks import Sends
 
 # Update 7 and later are out of bounds, until the guard has rolled back.
 HEALTHY, SPOILT = 1.0, 0.1
 
 
 class Rewarded(Windows):
-    """Trains with every batch (windows of `accumulate`), and logs a reward that falls; notes what it did, by update."""
+    """Trains with every batch (windows of `accumulate`), and logs a reward that falls, or is given for each update;
+    notes what it did, by update."""
 
-    def __init__(self, path: str, falls_at: int = 7, accumulate: int = 1, always: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        falls_at: int = 7,
+        accumulate: int = 1,
+        always: bool = False,
+        rewards: Sequence[float] | None = None,
+    ) -> None:
         super().__init__(path)
-        self.falls_at, self.accumulate, self.always = falls_at, accumulate, always
+        self.falls_at, self.accumulate, self.always, self.rewards = falls_at, accumulate, always, rewards
         self.rates: list[float] = []
         self.seeds: list[int] = []
         self.base_seed = self.seed
@@ -31,7 +45,8 @@ class Rewarded(Windows):
     def training_step(self, batch, batch_idx: int) -> None:
         super().training_step(batch, batch_idx)
         falls = self.global_step >= self.falls_at and (self.always or self.seed == self.base_seed)
-        self.log_step({"reward/total": SPOILT if falls else HEALTHY})
+        given = self.rewards[self.global_step - 1] if self.rewards else None
+        self.log_step({"reward/total": given or (SPOILT if falls else HEALTHY)})
         self.rates.append(self.optimizers().param_groups[0]["lr"])
         self.seeds.append(self.batch_seed())
 
@@ -42,14 +57,16 @@ def run(fit, tiny_model_dir, tmp_path: Path):
 
     def train(action: str, bound: Bound | None = None, max_steps: int = 12, **settings) -> Rewarded:
         factor = settings.pop("learning_rate_factor", 1.0)
-        guard = CollapseGuard({"reward/total": bound or Bound(low=0.5)}, action, window=4, learning_rate_factor=factor)
+        bounds = {settings.pop("metric", "reward/total"): bound or Bound(low=0.5)}
+        guard = CollapseGuard(bounds, action, window=4, learning_rate_factor=factor)
+        more = settings.pop("callbacks", ())
         checkpoints = WindowCheckpoint(every_n_steps=settings.pop("every_n_steps", 2), keep_last=9)
         module = Rewarded(str(tiny_model_dir), **settings)
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
         collapse.finish_rollback(folder)
         given = {"enable_checkpointing": True, "max_epochs": 5, "ckpt_path": collapse.last_good(folder)}
-        fit(module, [guard, checkpoints], max_steps=max_steps, **given)
+        fit(module, [guard, checkpoints, *more], max_steps=max_steps, **given)
         return module
 
     return train
@@ -81,6 +98,15 @@ def test_a_warning_is_given_once_and_training_goes_on(run, tmp_path: Path, caplo
     # The mean of four batches: 0.55 at update 8, 0.325 at update 9.
     assert warning == "collapse at step 9: reward/total: the mean 0.325 over the last 4 batches is below low=0.5"
     assert [(event["action"], event["step"]) for event in events(tmp_path)] == [("warn", 9)]
+
+
+def test_a_warning_that_cannot_be_written_down_does_not_end_the_run(run, tmp_path: Path, caplog) -> None:
+    (tmp_path / "run/collapse.json").mkdir(parents=True)  # no file
+    with caplog.at_level(logging.WARNING, "callbacks.collapse"):
+        assert run("warn").global_step == 12
+    assert "is below low=0.5" in caplog.text and "cannot be written" in caplog.text
+    with pytest.raises(OSError, match="cannot be written"):
+        run("stop", max_steps=24)
 
 
 def test_a_stop_names_metric_value_bound_and_the_last_good_checkpoint(run, tmp_path: Path) -> None:
@@ -180,6 +206,46 @@ def test_the_batches_of_an_open_window_are_not_in_the_state(run, tmp_path: Path)
     ]
 
 
+def test_what_an_interruption_saved_inside_the_window_is_spoilt_too(run, tmp_path: Path) -> None:
+    with pytest.raises(SIGTERMException):
+        run("roll_back", callbacks=[SaveOnInterrupt(), Sends(signal.SIGTERM, batch=8)])
+    assert collapse.last_good(tmp_path / "run").name == "interrupted.ckpt"
+    with pytest.raises(RolledBack, match=r"step-00000004\.ckpt"):
+        run("roll_back")
+    assert collapse.last_good(tmp_path / "run").name == "step-00000004.ckpt"
+    collapse.finish_rollback(tmp_path / "run")
+    assert collapse.last_good(tmp_path / "run").name == "step-00000004.ckpt"
+
+
+def test_a_spoilt_checkpoint_that_cannot_be_removed_stays_condemned(tmp_path: Path) -> None:
+    spoilt = tmp_path / "checkpoints/step-00000008.ckpt"
+    spoilt.mkdir(parents=True)  # no file: it cannot be unlinked
+    write_json(tmp_path / "collapse.json", {"events": [], "spoilt": [spoilt.name]})
+    with pytest.raises(OSError, match=r"step-00000008\.ckpt"):
+        collapse.finish_rollback(tmp_path)
+    assert collapse.last_good(tmp_path) is None
+
+
+def test_a_value_that_is_no_number_is_a_fault_and_does_not_lower_the_best(run, tmp_path: Path) -> None:
+    run("warn", bound=Bound(max_drop=0.4), max_steps=13, rewards=[1.0] * 4 + [math.nan] + [0.72] * 4 + [0.5] * 4)
+    first, second = events(tmp_path)
+    assert first["step"] == 5 and "nan" in first["fault"]
+    assert second["step"] == 12 and second["fault"].endswith("below its best, 1")
+
+
+def test_a_share_of_a_negative_best_is_below_it() -> None:
+    bound = Bound(max_drop=0.5)
+    assert bound.fault(-1.0, best=-1.0) is None and bound.fault(-1.4, best=-1.0) is None
+    assert bound.fault(-1.6, best=-1.0)
+
+
+def test_a_metric_that_is_never_logged_is_warned_of_once(run, caplog) -> None:
+    with caplog.at_level(logging.WARNING, "callbacks.collapse"):
+        run("stop", metric="reward/totl", max_steps=8)
+    (warning,) = [record.message for record in caplog.records if record.name == "callbacks.collapse"]
+    assert "'reward/totl'" in warning and "reward/total" in warning
+
+
 def test_settings_that_cannot_work_are_named() -> None:
-    with pytest.raises(ValueError, match=r"action='cry'.*window=0.*'grpo/kl'.* has neither"):
-        CollapseGuard({"grpo/kl": Bound()}, "cry", window=0)
+    with pytest.raises(ValueError, match=r"action='cry'.*window=0.*'grpo/kl'.* has neither.*max_drop=-1"):
+        CollapseGuard({"grpo/kl": Bound(), "reward/total": Bound(max_drop=-1)}, "cry", window=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 
+from callbacks.checkpoints import WholeCheckpoints
 from callbacks.guards import SaveOnInterrupt
 from callbacks.merge_adapter import MergeAdapter
 from callbacks.previews import Previews, draw_preview
 from callbacks.throughput import Throughput
 from datamodules.benchmarks.mig_bench import load_mig_bench
 from datamodules.benchmarks.mig_scoring import Prediction
+from lightning_modules.server_pool import ServersLost
 from tests.callbacks.conftest import TWO_EPOCHS, FakeEngine, FakeModule, Windows, read_rows, resuming, true_answer
 
 
@@ -65,6 +68,13 @@ def test_previews_are_drawn_for_every_task(fit, module, bench, tmp_path: Path) -
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
     files = ["common_object_8.png", "diff_0.png", "region_4.png"]
     assert names == [f"step_{step:06d}/{name}" for step in (1, 2) for name in files]
+
+
+def test_previews_that_cannot_be_written_are_warned_of(fit, module, bench, small_disk, caplog) -> None:
+    small_disk.fill()
+    fit(module, [Previews(str(bench[0]), str(bench[1]), folder=str(small_disk.root / "previews"))])
+    assert "the previews of step 2 are not kept" in caplog.text
+    assert not list(small_disk.root.rglob("*.png"))
 
 
 def prediction(text: str, truth, box, failure: str | None) -> Prediction:
@@ -136,6 +146,42 @@ def test_a_checkpoint_of_an_epochs_end_inside_a_window_resumes_there(fit, tiny_m
     trainer = fit(resumed, [checkpoints], ckpt_path=tmp_path / "ckpt/epoch=0.ckpt", **given)
     assert resumed.seen == whole.seen[2 * 8 :]
     assert trainer.global_step == 5 and trainer.fit_loop.epoch_loop._batches_that_stepped == 20
+
+
+class Handlers(Callback):
+    """What SIGTERM would meet once the guard is out of the way."""
+
+    def __init__(self) -> None:
+        self.found: list = []
+
+    def on_train_end(self, *_) -> None:
+        self.found.append(signal.getsignal(signal.SIGTERM))
+
+    def on_exception(self, *_) -> None:
+        self.found.append(signal.getsignal(signal.SIGTERM))
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_sigterm_behind_the_last_batch_does_not_meet_lightnings_handler(fit, module, stopped: bool) -> None:
+    """That one calls a collective, where other ranks are in another: the last checkpoint, or the end."""
+    before, handlers = signal.getsignal(signal.SIGTERM), Handlers()
+    callbacks = [SaveOnInterrupt(), handlers, *([Sends(signal.SIGTERM)] if stopped else [])]
+    with pytest.raises(SIGTERMException) if stopped else nullcontext():
+        fit(module, callbacks, max_steps=3)
+    assert handlers.found == [before]
+
+
+def test_lost_servers_on_a_full_disk_are_told_of(fit, tiny_model_dir, small_disk, caplog) -> None:
+    class Lost(FakeModule):
+        def training_step(self, batch, batch_idx):
+            small_disk.fill()
+            raise ServersLost("both are gone")
+
+    checkpoints = ModelCheckpoint(small_disk.root / "ckpt", every_n_train_steps=100)
+    module = Lost(str(tiny_model_dir), FakeEngine(true_answer))
+    with pytest.raises(ServersLost, match="both are gone"):
+        fit(module, [SaveOnInterrupt(), checkpoints], plugins=[WholeCheckpoints()], enable_checkpointing=True)
+    assert "no checkpoint at step 0" in caplog.text
 
 
 def test_a_second_ctrl_c_stops_at_once(fit, module, tmp_path: Path) -> None:

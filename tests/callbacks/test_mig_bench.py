@@ -8,17 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
+from callbacks.checkpoints import RunStopped
 from callbacks.evaluation import EvaluationSettings
 from callbacks.mig_bench import MIGBench, evaluate_mig_bench, limit_tasks, policy_fingerprint
+from callbacks.previews import Previews
 from datamodules.artefacts import Journal
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
 from datamodules.benchmarks.mig_scoring import summarise
 from lightning_modules.qwen_vl import QwenVL
 from lightning_modules.rollouts import NativeEngine
 from tests.callbacks.conftest import FakeEngine, FakeModule, FakePolicy, read_rows, resuming, true_answer
+from tests.lightning_modules.ranks import run_ranks
 
 SETTINGS = EvaluationSettings(max_new_tokens=8, batch_prompts=1)  # windows of four questions
 
@@ -119,6 +122,60 @@ def test_a_finished_run_that_is_started_again_gets_only_what_is_missing(bench, f
     assert module.seen == []
     assert len(engine.asked) == 12
     assert [path.name for path in (tmp_path / "run/mig_bench").iterdir()] == ["after"]
+
+
+class AtBatchStart(Callback):
+    """Calls something before a batch is trained on, by its number."""
+
+    def __init__(self, calls: dict) -> None:
+        self.calls = calls
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.calls.get(batch_idx, lambda: None)()
+
+
+def test_on_a_full_disk_an_evaluation_in_training_is_left_out(
+    bench, fit, tiny_model_dir, small_disk, tmp_path, caplog
+) -> None:
+    module = FakeModule(str(tiny_model_dir), FakeEngine(half_right))
+    disk = AtBatchStart({1: small_disk.fill, 2: small_disk.make_room})
+    callback = MIGBench(str(bench[0]), str(bench[1]), every_n_steps=1, folder=str(small_disk.root / "mig_bench"))
+    logger = CSVLogger(tmp_path / "log")
+    fit(module, [disk, callback], max_steps=3, logger=logger, log_every_n_steps=1)
+    assert len(module.seen) == 2 * 3
+    whole = sorted(path.parent.name for path in (small_disk.root / "mig_bench").glob("*/mig_bench.json"))
+    assert whole == ["step_000001", "step_000003"]
+    assert "step_000002 is left out: " in caplog.text and "MiB free" in caplog.text
+    assert len([row for row in read_rows(logger) if row["mig_bench_val/avg"]]) == 2
+
+
+def test_an_evaluation_that_the_run_is_asked_for_must_be_written(bench, fit, tiny_model_dir, small_disk) -> None:
+    module = FakeModule(str(tiny_model_dir), FakeEngine(half_right))
+    callback = MIGBench(str(bench[0]), str(bench[1]), after=True, folder=str(small_disk.root / "mig_bench"))
+    with pytest.raises(RunStopped, match=r"MIG-Bench, after: .*cannot be written.*MiB free"):
+        fit(module, [AtBatchStart({1: small_disk.fill}), callback], max_steps=2)
+
+
+def test_where_one_rank_cannot_write_all_leave_the_evaluation_out(bench, fit, tiny_model_dir, tmp_path: Path) -> None:
+    (tmp_path / "mig_bench/step_000001/predictions-rank1.jsonl").mkdir(parents=True)  # no file to append to
+
+    def work() -> int:
+        module = FakeModule(str(tiny_model_dir), FakeEngine(half_right))
+        callback = MIGBench(str(bench[0]), str(bench[1]), every_n_steps=1, folder=str(tmp_path / "mig_bench"))
+        fit(module, [callback], max_steps=2, strategy="ddp", devices=2)
+        return len(module.seen)
+
+    assert run_ranks(2, work) == [4, 4]
+    assert [path.parent.name for path in (tmp_path / "mig_bench").glob("*/mig_bench.json")] == ["step_000002"]
+
+
+def test_into_the_place_that_a_lost_filesystem_left_nothing_is_written(bench, fit, tiny_model_dir, small_disk) -> None:
+    module = FakeModule(str(tiny_model_dir), FakeEngine(half_right))
+    evaluation = MIGBench(str(bench[0]), str(bench[1]), every_n_steps=1, folder=str(small_disk.root / "mig_bench"))
+    previews = Previews(str(bench[0]), str(bench[1]), every_n_steps=1, folder=str(small_disk.root / "previews"))
+    fit(module, [AtBatchStart({1: small_disk.lose}), evaluation, previews], max_steps=3)
+    assert len(module.seen) == 2 * 3
+    assert list(small_disk.root.iterdir()) == []
 
 
 def test_a_wrong_image_root_fails_before_the_model_is_built(bench, fit, tiny_model_dir, tmp_path: Path) -> None:

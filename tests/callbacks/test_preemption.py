@@ -70,6 +70,17 @@ def test_another_process_of_the_job_leaves_it_to_the_first(
     assert (tmp_path / "ckpt/interrupted.ckpt").is_file() and not calls.exists()
 
 
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "RANK", "NODE_RANK"])
+def test_of_the_ranks_that_lightning_or_torchrun_start_one_requeues(calls: Path, monkeypatch, name: str) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "0")  # of the batch script, and so of all that it starts
+    monkeypatch.setenv(name, "1")
+    preemption.requeue_job()
+    assert not calls.exists()
+    monkeypatch.setenv(name, "0")
+    preemption.requeue_job()
+    assert calls.read_text().split() == ["requeue", "17"]
+
+
 def test_a_job_that_cannot_be_requeued_says_so(monkeypatch, tmp_path: Path, capsys) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -102,3 +113,16 @@ def test_the_pipeline_requeues_when_its_step_has_saved(tmp_path: Path, calls: Pa
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=50)
     assert run.returncode == 143
     assert calls.read_text() == "requeue 17 saved\n"
+
+
+@pytest.mark.parametrize("module", ["pipeline", "ablations"])
+def test_a_warning_between_two_steps_requeues_too(calls: Path, module: str) -> None:
+    """While inputs are hashed, or a lock is waited for."""
+    code = (
+        f"import os, signal, time; from experiments import {module} as program\n"
+        "def run() -> None:\n    os.kill(os.getpid(), signal.SIGUSR1); time.sleep(60)\n"
+        "program.run = run\nprogram.main([])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 143, run.stderr
+    assert calls.read_text().split()[:2] == ["requeue", "17"]

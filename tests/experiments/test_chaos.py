@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import chaos
+from experiments import chaos, chaos_pipeline
 from experiments.chaos_compare import differences
 from tests.experiments.conftest import ROOT
 
@@ -60,7 +60,7 @@ def test_kills_are_spread_over_all_phases_in_their_order() -> None:
 
 
 def test_one_rank_or_all_are_found_and_killed(tmp_path: Path) -> None:
-    pipeline = chaos.Pipeline(tmp_path / "config.yaml", tmp_path / "outputs")
+    pipeline = chaos_pipeline.Pipeline(tmp_path / "config.yaml", tmp_path / "outputs")
     child = "import time; time.sleep(60)  # experiments.train --phase grpo"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])  # experiments.pipeline"
     pipeline.process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, start_new_session=True)
@@ -78,7 +78,7 @@ def test_one_rank_or_all_are_found_and_killed(tmp_path: Path) -> None:
 
 
 def test_the_short_pipeline_is_the_nano_one_with_its_callbacks(tmp_path: Path) -> None:
-    config = chaos.write_configs(tmp_path / "configs", "models/nano-base")
+    config = chaos_pipeline.write_configs(tmp_path / "configs", "models/nano-base")
     assert config.is_file()
     text = (tmp_path / "configs/grpo.yaml").read_text()
     for name in ("RejectionSampling", "MIGBench", "CollapseGuard", "SaveOnInterrupt", "strategy: ddp", "accumulate: 2"):

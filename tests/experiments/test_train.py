@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -98,6 +97,23 @@ def test_every_fault_is_told_at_once_and_before_weights_are_read(workbench: Work
         assert fault in message, fault
     assert "Union" not in message and len(message.splitlines()) <= 9
     assert not workbench.outputs.exists()
+
+
+def test_a_checkpoint_folder_that_a_resume_would_not_look_into_is_refused(workbench: Workbench) -> None:
+    class_path, elsewhere = "callbacks.checkpoints.WindowCheckpoint", str(workbench.root / "elsewhere")
+    config = workbench.training("cot_sft", [{"class_path": class_path, "init_args": {"dirpath": elsewhere}}])
+    with pytest.raises(SystemExit, match=f"WindowCheckpoint: dirpath='{elsewhere}'"):
+        train.main(["--config", config])
+
+
+def test_a_metrics_file_that_cannot_be_written_hides_nothing(workbench: Workbench, caplog) -> None:
+    sends = {"class_path": "tests.callbacks.test_fit_callbacks.Sends", "init_args": {"signum": int(signal.SIGTERM)}}
+    (workbench.outputs / "tiny/cot_sft/metrics.csv").mkdir(parents=True)  # no file
+    tracking.finish_run()  # one that an earlier test has left in this process
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--config", workbench.training("cot_sft", [sends]), "--trainer.max_steps=3"])
+    assert stopped.value.code == 128 + signal.SIGTERM, "by which the pipeline and SLURM's script know it"
+    assert "metrics.csv" in caplog.text
 
 
 def test_an_empty_shard_list_is_named(workbench: Workbench) -> None:
@@ -288,6 +304,51 @@ def test_under_slurm_a_run_is_requeued_and_goes_on(workbench: Workbench) -> None
 
 
 @pytest.mark.slow
+def test_under_slurm_two_ranks_of_lightnings_launcher_requeue_once(workbench: Workbench) -> None:
+    config, log = workbench.training("grpo"), workbench.root / "log.txt"
+    calls = put_scontrol(workbench.root, workbench.outputs / "tiny/grpo/checkpoints")
+    script = workbench.root / "bin/scontrol"
+    script.write_text(script.read_text().replace("exit", "sleep 8\nexit"))  # longer than a rank takes to end
+    job = {"SLURM_JOB_ID": 17, "SLURM_PROCID": 0, "PATH": f"{workbench.root / 'bin'}:{os.environ['PATH']}"}
+    stop = {"STOP_SIGNAL": int(signal.SIGUSR1), "STOP_AT": 6}
+    ranks = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=6")
+    code = run_apart(config, *ranks, log=log, timeout=300, **job, **stop)
+    assert len(calls.read_text().splitlines()) == 1
+    assert "not requeued" not in log.read_text() and "ends too" not in log.read_text()
+    assert "SLURM job 17 is requeued" in log.read_text() and code != 0
+
+
+@pytest.mark.slow
+def test_a_rank_killed_in_rejection_sampling_ends_the_other(workbench: Workbench) -> None:
+    """Two nodes that were started by hand: no launcher looks after them."""
+    sampling = {**REJECTION, "init_args": {"num_samples": 64, "max_new_tokens": 64, "batch_prompts": 1}}
+    config = workbench.training("grpo", [sampling])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    run = [sys.executable, "-m", "experiments.train", "--config", config]
+    run += ["--trainer.num_nodes=2", "--trainer.strategy=ddp"]
+    log, nodes = workbench.root / "log.txt", []
+    with log.open("w") as out:
+        for rank in range(2):
+            environment = variables | {"NODE_RANK": str(rank)}
+            nodes.append(subprocess.Popen(run, cwd=ROOT, env=environment, stdout=out, stderr=out))
+    journal = workbench.outputs / "tiny/grpo/rejection_sampling/journal-1.jsonl"
+    try:
+        deadline = time.monotonic() + 300
+        while not journal.is_file() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        nodes[1].kill()
+        assert nodes[0].wait(timeout=60) == 1, log.read_text()
+    finally:
+        for node in nodes:
+            node.kill()
+    assert "rank 1" in log.read_text() and "has ended" in log.read_text()
+
+
+@pytest.mark.slow
 def test_sigterm_to_both_ranks_stops_them_behind_the_same_batch(workbench: Workbench) -> None:
     config, log = workbench.training("grpo"), workbench.root / "log.txt"
     ranks = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=6")
@@ -311,13 +372,10 @@ def test_a_killed_rank_ends_the_run_which_then_goes_on_as_one_left_alone(
     more = ("--trainer.devices=2", f"--trainer.strategy={strategy}", "--trainer.max_steps=4", "--model.beta=0.1")
 
     def outcome(phase: str) -> tuple[list, list]:
-        found = {}
-        for path in workbench.root.glob(f"{phase}-rank*.jsonl"):
-            for record in map(json.loads, path.read_text().splitlines()):
-                found[path.stem.removeprefix(phase), record["batch"], record["id"]] = record
+        groups = [group.read() for group in read_index(workbench.root / f"{phase}.jsonl")]
         rows = metrics.read_rows(workbench.outputs / "tiny" / phase)
         curves = [metrics.read_curve(rows, name) for name in ("reward/total", "grpo/loss", "grpo/kl")]
-        return [found[key] for key in sorted(found)], curves
+        return groups, curves
 
     for phase in ("whole", "stopped"):
         log = workbench.root / f"{phase}.txt"
