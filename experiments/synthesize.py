@@ -5,7 +5,7 @@ response's thinking becomes its rationale (`experiments/rationales.py` has the r
 
     shards/           the kept samples with thinking, for CoT-SFT
     journal.jsonl     every response, appended and synced as it comes: a killed run goes on after the last one
-    outcomes.jsonl    every question: how many responses were right, and which one was chosen or why it was dropped
+    outcomes.jsonl    every answered question: how many responses were right, which one was chosen or why it was dropped
     synthesis.json, report.md   counts, tokens, cost and the histogram of difficulty
     server/           log of the local server, if there was one
 
@@ -96,22 +96,26 @@ def synthesize(
         reader = ShardReader(folders)
         count = min(reader.count, limit or reader.count)
         result_key = fingerprint(key, threshold, count, samples_per_shard, asdict(prices))
-        if read_json(home / "synthesis.json").get("key") == result_key and (home / "shards" / MANIFEST).is_file():
+        found = read_json(home / "synthesis.json")
+        whole = found.get("key") == result_key and not found.get("failed") and (home / "shards" / MANIFEST).is_file()
+        if whole:
             print(f"{home} is already finished with these settings", flush=True)
             return
-        (home / "synthesis.json").unlink(missing_ok=True)
         journal = Journal(home / "journal.jsonl", key)
         session = _ask(journal, count, reader, endpoint, form, sampling, prices, home / "server", device)
         records = read_journal(journal.path, key)
-        if missing := missing_responses(records, count, sampling.num_responses):
-            sys.exit(f"{len(missing)} questions lack responses ({_faults_text(session)}): run the same command again")
-        verdicts = _judge_all(records, count, reader, form, threshold, sampling.seed)
+        (home / "synthesis.json").unlink(missing_ok=True)
+        verdicts = _judge_all(records, count, reader, form, threshold, sampling)
         tasks = write_rationales(home, reader, verdicts, endpoint.model, samples_per_shard)
         summary = summarise(verdicts, tasks, records, count, sampling.num_responses)
+        summary["failed"] = session.failed
         summary["cost"] = round(prices.cost(summary["prompt_tokens"], summary["completion_tokens"]), 4)
         settings = {"teacher": endpoint.model, "threshold": threshold, "sampling": asdict(sampling)}
         print(_write_summary(home, {"key": result_key} | summary | settings), flush=True)
     print(f"in this run: {session.requests} responses, {_faults_text(session)}", flush=True)
+    if session.failed:
+        first = ": ".join(next(iter(session.failed.items())))
+        print(f"{len(session.failed)} questions got no answer; the same command asks them again. First: {first}")
 
 
 def _write_summary(home: Path, summary: dict[str, Any]) -> str:
@@ -153,13 +157,21 @@ def _reachable(endpoint: EndpointSettings, work: Path, device: str) -> Iterator[
 
 
 def _judge_all(
-    records: list[dict[str, Any]], count: int, reader: ShardReader, form: RequestForm, threshold: float, seed: int
+    records: list[dict[str, Any]],
+    count: int,
+    reader: ShardReader,
+    form: RequestForm,
+    threshold: float,
+    sampling: Sampling,
 ) -> dict[int, Verdict]:
+    """Of the questions that have all their responses."""
     verdicts = {}
     for number, responses in group_responses(records, count).items():
+        if len(responses) < sampling.num_responses:
+            continue
         sample, texts = reader.read(number).sample, [response["text"] for response in responses]
         geometries = geometries_from_json(responses[0]["sizes"])
-        verdicts[number] = judge(sample, texts, geometries, form.dialect.convention, threshold, seed)
+        verdicts[number] = judge(sample, texts, geometries, form.dialect.convention, threshold, sampling.seed)
     return verdicts
 
 
