@@ -144,10 +144,18 @@ def test_an_adapter_whose_answer_is_lost_is_no_fault(stub, connect, path) -> Non
     assert stub.wrap.seen == 2 and list(stub.adapters) == [engine.adapter.name]
 
 
-@pytest.mark.parametrize("path", ["load_lora_adapter", "completions"])
-@pytest.mark.parametrize("spoil", [lambda answer: (503, error("starting")), lambda answer: (200, b"{")])
-def test_a_server_that_stumbles_while_it_is_checked_is_looked_at_again(stub, connect, path, spoil) -> None:
-    stub.wrap = Spoiled(path, spoil if path == "completions" else lambda answer: (503, error("starting")))
+@pytest.mark.parametrize(
+    ("path", "answer"),
+    [
+        ("load_lora_adapter", (503, error("starting"))),
+        ("completions", (503, error("starting"))),
+        ("completions", (200, b"{")),
+        ("models", (200, b'{"data": [{')),
+    ],
+    ids=["load", "complete", "truncated", "truncated models"],
+)
+def test_a_server_that_stumbles_while_it_is_checked_is_looked_at_again(stub, connect, path, answer) -> None:
+    stub.wrap = Spoiled(path, lambda _: answer)
     connect(stub.url).check(max_tokens=500)
     assert stub.wrap.seen == 2
 

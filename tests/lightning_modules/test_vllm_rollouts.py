@@ -6,6 +6,7 @@ Faults are in `test_served_faults.py`, the real server in `test_vllm_server.py`.
 from __future__ import annotations
 
 import json
+import random
 import threading
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from callbacks.guards import SaveOnInterrupt
+from datamodules.samples import ImagePart, LoadedSample, TextPart
 from lightning_modules import grpo
 from lightning_modules.grpo import GRPO
 from lightning_modules.qwen_vl import QwenVL
@@ -23,6 +25,7 @@ from lightning_modules.served_prompts import PromptWriter
 from lightning_modules.server_pool import ServersLost
 from lightning_modules.shared_prefix import pack_rows
 from lightning_modules.vllm_protocol import VLLMSettings
+from tests.conftest import random_png
 from tests.lightning_modules.conftest import QUICK, trained_weights
 from tests.vllm_stub import wait_for
 
@@ -146,6 +149,29 @@ def test_a_prompt_that_is_no_single_turn_is_refused(tiny_model_dir, make_items) 
     assert [part["type"] for part in writer.messages(item)[0]["content"]] == ["image_url", "text"]
     with pytest.raises(ValueError, match=r"'sample/0': its prompt is no turn with 1 images"):
         writer.messages(replace(item, input_ids=item.input_ids[:-2]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Wo ist der größte Schneemann \N{SNOWMAN}?",
+        "e\u0301 is not é, nor \N{HANGUL SYLLABLE HAN} \u1112\u1161\u11ab",
+        "\N{FAMILY}\u200d\N{GRINNING FACE} \U0001f1e9\U0001f1ea\ufeff",
+        "  blanks,\n\n\tand lines \n",
+        "{braces} <b>tags</b> &amp; user\n assistant\n",
+        "",
+    ],
+)
+def test_any_text_between_images_is_read_as_it_was_meant(stub, tiny_model_dir, make_items, text) -> None:
+    (item,) = make_items([3])
+    parts = (ImagePart(1), TextPart(text + "1"), ImagePart(0), ImagePart(2), TextPart(text + "2"))
+    sample = replace(item.sample, messages=parts)
+    rng = random.Random(0)
+    images = tuple(random_png(rng, size) for size in ((112, 84), (84, 112), (56, 56)))
+    item = stub.encoder.encode(LoadedSample(sample, images))
+    read = stub._read(PromptWriter(str(tiny_model_dir)).messages(item))
+    assert read.input_ids.tolist() == item.input_ids.tolist()
+    assert torch.equal(read.grid_thw, item.grid_thw) and torch.allclose(read.pixel_values, item.pixel_values)
 
 
 def test_settings_that_cannot_work_are_named() -> None:
