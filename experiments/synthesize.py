@@ -82,12 +82,7 @@ def synthesize(
     sampling, prices = sampling or Sampling(), prices or Prices()
     folders = folder_list(questions)
     faults = _faults(folders, endpoint, threshold, limit)
-    try:
-        speech = find_dialect(dialect, endpoint.model)
-        form = RequestForm(speech, "think", before_image, min_pixels, max_pixels, max_image_pixels)
-    except ValueError as error:
-        faults.append(str(error))
-    checks.raise_all(faults)
+    form = _form(dialect, endpoint.model, faults, before_image, min_pixels, max_pixels, max_image_pixels)
     teacher = [endpoint.model, endpoint.extra_body, path_fingerprint(endpoint.model)]
     key = fingerprint([path_fingerprint(folder) for folder in folders], teacher, asdict(form), asdict(sampling))
     home = Path(output)
@@ -96,9 +91,7 @@ def synthesize(
         reader = ShardReader(folders)
         count = min(reader.count, limit or reader.count)
         result_key = fingerprint(key, threshold, count, samples_per_shard, asdict(prices))
-        found = read_json(home / "synthesis.json")
-        whole = found.get("key") == result_key and not found.get("failed") and (home / "shards" / MANIFEST).is_file()
-        if whole:
+        if _is_finished(home, result_key):
             print(f"{home} is already finished with these settings", flush=True)
             return
         journal = Journal(home / "journal.jsonl", key)
@@ -112,10 +105,13 @@ def synthesize(
         summary["cost"] = round(prices.cost(summary["prompt_tokens"], summary["completion_tokens"]), 4)
         settings = {"teacher": endpoint.model, "threshold": threshold, "sampling": asdict(sampling)}
         print(_write_summary(home, {"key": result_key} | summary | settings), flush=True)
-    print(f"in this run: {session.requests} responses, {_faults_text(session)}", flush=True)
-    if session.failed:
-        first = ": ".join(next(iter(session.failed.items())))
-        print(f"{len(session.failed)} questions got no answer; the same command asks them again. First: {first}")
+    print(_session_text(session), flush=True)
+
+
+def _is_finished(home: Path, key: str) -> bool:
+    """Whether all is there, and no question is to be asked again."""
+    found = read_json(home / "synthesis.json")
+    return found.get("key") == key and not found.get("failed") and (home / "shards" / MANIFEST).is_file()
 
 
 def _write_summary(home: Path, summary: dict[str, Any]) -> str:
@@ -192,9 +188,23 @@ def _faults(folders: list[str], endpoint: EndpointSettings, threshold: float, li
     return faults
 
 
-def _faults_text(session: Session) -> str:
+def _form(dialect: str, model: str, faults: list[str], *more: Any) -> RequestForm:
+    """The form of the requests. Raises SettingsError for its own faults and those that were found before."""
+    try:
+        form = RequestForm(find_dialect(dialect, model), "think", *more)
+    except ValueError as error:
+        checks.raise_all([*faults, str(error)])
+    checks.raise_all(faults)
+    return form
+
+
+def _session_text(session: Session) -> str:
     counts = ", ".join(f"{kind} {number}" for kind, number in sorted(session.faults.items()))
-    return f"faults that were retried: {counts or 'none'}"
+    text = f"in this run: {session.requests} responses, faults that were retried: {counts or 'none'}"
+    if session.failed:
+        first = ": ".join(next(iter(session.failed.items())))
+        text += f"\n{len(session.failed)} questions got no answer; the same command asks them again. First: {first}"
+    return text
 
 
 def main(args: list[str] | None = None) -> None:

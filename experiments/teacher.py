@@ -25,7 +25,7 @@ from lightning_modules.endpoint import (
     RequestRefused,
 )
 
-REFUSALS = 8  # so many before the first answer, or questions without one, and it is the settings that are wrong
+REFUSALS = 8  # or losses, so many before the first answer, and it is the settings that are wrong
 TRIES = 2  # of a question that gets no answer while the server answers others, the second one behind all of those
 PROBE = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
 
@@ -118,6 +118,7 @@ class Teacher:
         self.session = Session()
         self._bar: tqdm | None = None  # the live line
         self._refused: list[dict[str, Any]] | None = []  # held back until the server answers anything; then None
+        self._lost = 0  # questions that got no answer, each time counted
         known = [record for record in journal.records if "text" in record]
         if known:
             self._refused = None
@@ -127,7 +128,7 @@ class Teacher:
         """Ask for what is missing of the first `count` questions; `Session.failed` are those that got no answer.
 
         Raises EndpointUnavailable when the server does not answer at all any more, or has answered no question and
-        `REFUSALS`, or all, are without answer; and EndpointMisused when it does not know the key or the model, or
+        lost `REFUSALS`, or all; and EndpointMisused when it does not know the key or the model, or
         refuses as many before it has answered any: then the settings are wrong, and no question is marked as refused.
         """
         missing = missing_responses(self.journal.records, count, self.sampling.num_responses)
@@ -138,10 +139,11 @@ class Teacher:
                 raise group.exceptions[0] from None
         if self._refused:
             raise self._misused()
-        if self.session.failed and not self._answered():
+        if self.session.failed and not self._answered:
             raise EndpointUnavailable(next(iter(self.session.failed.values())))
         return self.session
 
+    @property
     def _answered(self) -> bool:
         return self._refused is None
 
@@ -177,7 +179,8 @@ class Teacher:
                     questions.append(question)
                 else:
                     self.session.failed[sample_id] = str(error)
-                if not self._answered() and len(self.session.failed) >= REFUSALS:
+                self._lost += 1
+                if not self._answered and self._lost >= REFUSALS:
                     raise
 
     async def _require_answer(self, endpoint: ChatEndpoint) -> None:

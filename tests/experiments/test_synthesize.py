@@ -271,19 +271,18 @@ def test_a_question_without_answer_is_reported_and_holds_up_nothing(
         assert read_json(out / "synthesis.json")["failed"] == {}
 
 
-def test_a_server_that_answers_no_question_ends_the_run(questions: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("limit", "most"), [(None, 8 + 3), (3, 6)])
+def test_a_server_that_answers_no_question_ends_the_run(
+    questions: Path, tmp_path: Path, limit: int | None, most: int
+) -> None:
     """Such as where `timeout` is too short for any: it is not to be waited for with each."""
     failing = http_response(500, b'{"error": {"message": "too slow"}}')
     with ChatServer(lambda request: failing if "thing" in question_text(request) else "Hello.") as server:
-        config = write_config(tmp_path, questions, server.base_url, limit=5, endpoint={"attempts": 1})
+        config = write_config(tmp_path, questions, server.base_url, limit=limit, endpoint={"attempts": 1})
         with pytest.raises(SystemExit, match="too slow"):
             run(config)
         asked = [text for text, _ in server.asked.elements() if "thing" in text]
-        assert len(asked) == 10 and not (tmp_path / "out/synthesis.json").exists()
-        server.asked.clear()
-        with pytest.raises(SystemExit, match="too slow"):
-            run(write_config(tmp_path, questions, server.base_url, endpoint={"attempts": 1}))
-        assert len([text for text, _ in server.asked.elements() if "thing" in text]) <= NUM_QUESTIONS + 8 + 3
+        assert len(asked) <= most and not (tmp_path / "out/synthesis.json").exists()
 
 
 @pytest.mark.parametrize(
