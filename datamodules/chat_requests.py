@@ -39,6 +39,10 @@ class RequestForm:
     def __post_init__(self) -> None:
         if self.style not in ("think", "answer", "plain", "native"):
             raise ValueError(f"style={self.style!r} is not think, answer, plain or native")
+        try:
+            (self.before_image or "").format(1)
+        except (LookupError, ValueError) as error:
+            raise ValueError(f'before_image={self.before_image!r} must be such as "Picture {{}}: "') from error
         if not 0 < self.min_pixels < self.max_pixels:
             raise ValueError(f"min_pixels={self.min_pixels} must be in 1..max_pixels, max_pixels={self.max_pixels}")
         if self.dialect.convention == Convention.ABSOLUTE and self.dialect.factor is None:

@@ -139,13 +139,14 @@ def summarise(
 
 
 def format_report(summary: Mapping[str, Any], title: str) -> str:
-    """The summary as Markdown: totals, and the histogram of difficulty."""
+    """The summary, with `failed` and `cost`, as Markdown: totals, and the histogram of difficulty."""
     lines = [f"# {title}", ""]
     for name in ("questions", "judged", "kept", "responses", "cut_short", "prompt_tokens", "completion_tokens", "cost"):
         lines.append(f"- {name.replace('_', ' ')}: {summary[name]}")
     for name in ("dropped", "rejected"):
         counts = ", ".join(f"{rule} {number}" for rule, number in summary[name].items())
         lines.append(f"- {name}: {counts or 'none'}")
+    lines.append(f"- without an answer: {len(summary['failed'])}")
     header = ["correct responses", *(str(number) for number in range(len(summary["difficulty"])))]
     lines += ["", "## Difficulty", "", "How many questions had so many correct responses.", ""]
     lines += ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]

@@ -5,7 +5,7 @@ response's thinking becomes its rationale (`experiments/rationales.py` has the r
 
     shards/           the kept samples with thinking, for CoT-SFT
     journal.jsonl     every response, appended and synced as it comes: a killed run goes on after the last one
-    outcomes.jsonl    every question: how many responses were right, and which one was chosen or why it was dropped
+    outcomes.jsonl    every answered question: how many responses were right, which one was chosen or why it was dropped
     synthesis.json, report.md   counts, tokens, cost and the histogram of difficulty
     server/           log of the local server, if there was one
 
@@ -82,12 +82,7 @@ def synthesize(
     sampling, prices = sampling or Sampling(), prices or Prices()
     folders = folder_list(questions)
     faults = _faults(folders, endpoint, threshold, limit)
-    try:
-        speech = find_dialect(dialect, endpoint.model)
-        form = RequestForm(speech, "think", before_image, min_pixels, max_pixels, max_image_pixels)
-    except ValueError as error:
-        faults.append(str(error))
-    checks.raise_all(faults)
+    form = _form(dialect, endpoint.model, faults, before_image, min_pixels, max_pixels, max_image_pixels)
     teacher = [endpoint.model, endpoint.extra_body, path_fingerprint(endpoint.model)]
     key = fingerprint([path_fingerprint(folder) for folder in folders], teacher, asdict(form), asdict(sampling))
     home = Path(output)
@@ -96,22 +91,27 @@ def synthesize(
         reader = ShardReader(folders)
         count = min(reader.count, limit or reader.count)
         result_key = fingerprint(key, threshold, count, samples_per_shard, asdict(prices))
-        if read_json(home / "synthesis.json").get("key") == result_key and (home / "shards" / MANIFEST).is_file():
+        if _is_finished(home, result_key):
             print(f"{home} is already finished with these settings", flush=True)
             return
-        (home / "synthesis.json").unlink(missing_ok=True)
         journal = Journal(home / "journal.jsonl", key)
         session = _ask(journal, count, reader, endpoint, form, sampling, prices, home / "server", device)
         records = read_journal(journal.path, key)
-        if missing := missing_responses(records, count, sampling.num_responses):
-            sys.exit(f"{len(missing)} questions lack responses ({_faults_text(session)}): run the same command again")
-        verdicts = _judge_all(records, count, reader, form, threshold, sampling.seed)
+        (home / "synthesis.json").unlink(missing_ok=True)
+        verdicts = _judge_all(records, count, reader, form, threshold, sampling)
         tasks = write_rationales(home, reader, verdicts, endpoint.model, samples_per_shard)
         summary = summarise(verdicts, tasks, records, count, sampling.num_responses)
+        summary["failed"] = session.failed
         summary["cost"] = round(prices.cost(summary["prompt_tokens"], summary["completion_tokens"]), 4)
         settings = {"teacher": endpoint.model, "threshold": threshold, "sampling": asdict(sampling)}
         print(_write_summary(home, {"key": result_key} | summary | settings), flush=True)
-    print(f"in this run: {session.requests} responses, {_faults_text(session)}", flush=True)
+    print(_session_text(session), flush=True)
+
+
+def _is_finished(home: Path, key: str) -> bool:
+    """Whether all is there, and no question is to be asked again."""
+    found = read_json(home / "synthesis.json")
+    return found.get("key") == key and not found.get("failed") and (home / "shards" / MANIFEST).is_file()
 
 
 def _write_summary(home: Path, summary: dict[str, Any]) -> str:
@@ -153,13 +153,21 @@ def _reachable(endpoint: EndpointSettings, work: Path, device: str) -> Iterator[
 
 
 def _judge_all(
-    records: list[dict[str, Any]], count: int, reader: ShardReader, form: RequestForm, threshold: float, seed: int
+    records: list[dict[str, Any]],
+    count: int,
+    reader: ShardReader,
+    form: RequestForm,
+    threshold: float,
+    sampling: Sampling,
 ) -> dict[int, Verdict]:
+    """Of the questions that have all their responses."""
     verdicts = {}
     for number, responses in group_responses(records, count).items():
+        if len(responses) < sampling.num_responses:
+            continue
         sample, texts = reader.read(number).sample, [response["text"] for response in responses]
         geometries = geometries_from_json(responses[0]["sizes"])
-        verdicts[number] = judge(sample, texts, geometries, form.dialect.convention, threshold, seed)
+        verdicts[number] = judge(sample, texts, geometries, form.dialect.convention, threshold, sampling.seed)
     return verdicts
 
 
@@ -180,9 +188,23 @@ def _faults(folders: list[str], endpoint: EndpointSettings, threshold: float, li
     return faults
 
 
-def _faults_text(session: Session) -> str:
+def _form(dialect: str, model: str, faults: list[str], *more: Any) -> RequestForm:
+    """The form of the requests. Raises SettingsError for its own faults and those that were found before."""
+    try:
+        form = RequestForm(find_dialect(dialect, model), "think", *more)
+    except ValueError as error:
+        checks.raise_all([*faults, str(error)])
+    checks.raise_all(faults)
+    return form
+
+
+def _session_text(session: Session) -> str:
     counts = ", ".join(f"{kind} {number}" for kind, number in sorted(session.faults.items()))
-    return f"faults that were retried: {counts or 'none'}"
+    text = f"in this run: {session.requests} responses, faults that were retried: {counts or 'none'}"
+    if session.failed:
+        first = ": ".join(next(iter(session.failed.items())))
+        text += f"\n{len(session.failed)} questions got no answer; the same command asks them again. First: {first}"
+    return text
 
 
 def main(args: list[str] | None = None) -> None:

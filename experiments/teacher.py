@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,9 @@ from lightning_modules.endpoint import (
     RequestRefused,
 )
 
-REFUSALS = 8  # so many before the first answer, and it is the server's settings that are wrong
+REFUSALS = 8  # or losses, so many before the first answer, and it is the settings that are wrong
+TRIES = 2  # of a question that gets no answer while the server answers others, the second one behind all of those
+PROBE = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Session:
 
     requests: int = 0  # answered
     faults: Counter[str] = field(default_factory=Counter)  # retried, by kind
+    failed: dict[str, str] = field(default_factory=dict)  # {sample id: last fault}; asked by the next process
 
 
 def request_seed(seed: int, sample_id: str, response: int) -> int:
@@ -85,6 +88,13 @@ def missing_responses(records: list[dict[str, Any]], count: int, num_responses: 
         elif record["number"] in missing:
             missing[record["number"]].discard(record["response"])
     return {number: sorted(responses) for number, responses in missing.items() if responses}
+
+
+@dataclass
+class _Question:
+    number: int
+    responses: list[int]  # still to be asked for
+    tries: int = 0
 
 
 class Teacher:
@@ -107,19 +117,19 @@ class Teacher:
         self.journal, self.prices = journal, prices
         self.session = Session()
         self._bar: tqdm | None = None  # the live line
-        self._in_a_row = 0  # questions given up since the last answer
         self._refused: list[dict[str, Any]] | None = []  # held back until the server answers anything; then None
+        self._lost = 0  # questions that got no answer, each time counted
         known = [record for record in journal.records if "text" in record]
         if known:
             self._refused = None
         self._tokens = [sum(record[name] for record in known) for name in ("prompt_tokens", "completion_tokens")]
 
     def run(self, count: int) -> Session:
-        """Ask for what is missing of the first `count` questions.
+        """Ask for what is missing of the first `count` questions; `Session.failed` are those that got no answer.
 
-        Raises EndpointUnavailable when the server does not answer at all any more, and EndpointMisused when it does
-        not know the key or the model, or refuses `REFUSALS` questions, or all, before it has answered any: then the
-        server's settings are wrong, and no question is marked as refused.
+        Raises EndpointUnavailable when the server does not answer at all any more, or has answered no question and
+        lost `REFUSALS`, or all; and EndpointMisused when it does not know the key or the model, or
+        refuses as many before it has answered any: then the settings are wrong, and no question is marked as refused.
         """
         missing = missing_responses(self.journal.records, count, self.sampling.num_responses)
         if missing:
@@ -129,12 +139,18 @@ class Teacher:
                 raise group.exceptions[0] from None
         if self._refused:
             raise self._misused()
+        if self.session.failed and not self._answered:
+            raise EndpointUnavailable(next(iter(self.session.failed.values())))
         return self.session
+
+    @property
+    def _answered(self) -> bool:
+        return self._refused is None
 
     async def _ask_all(self, missing: dict[int, list[int]], count: int) -> None:
         total = count * self.sampling.num_responses
         asked = sum(len(responses) for responses in missing.values())
-        questions = iter(missing.items())
+        questions = deque(_Question(*each) for each in missing.items())
         # One thread reads and encodes images: the reader is not for several, and the server is what takes the time.
         with ThreadPoolExecutor(max_workers=1) as pool:
             self._bar = tqdm(total=total, initial=total - asked, desc="teacher", unit="response", smoothing=0.05)
@@ -145,20 +161,32 @@ class Teacher:
                         for _ in range(min(self.settings.concurrency, len(missing))):
                             workers.create_task(self._work(questions, endpoint, pool))
 
-    async def _work(
-        self, questions: Iterator[tuple[int, list[int]]], endpoint: ChatEndpoint, pool: ThreadPoolExecutor
-    ) -> None:
-        for number, responses in questions:
+    async def _work(self, questions: deque[_Question], endpoint: ChatEndpoint, pool: ThreadPoolExecutor) -> None:
+        while questions:
+            question = questions.popleft()
             try:
-                sample_id, request = await asyncio.get_running_loop().run_in_executor(pool, self._prepare, number)
-                await self._ask(number, sample_id, request, responses, endpoint)
+                loop = asyncio.get_running_loop()
+                sample_id, request = await loop.run_in_executor(pool, self._prepare, question.number)
+                await self._ask(question, sample_id, request, endpoint)
             except SampleError as error:
-                self._reject({"number": number, "id": error.sample_id, "rule": error.rule, "detail": error.detail})
-                self._bar.update(len(responses))
-            except EndpointUnavailable:
-                self._in_a_row += 1  # the next run asks it again
-                if self._in_a_row >= self.settings.concurrency:
+                rejected = {"number": question.number, "id": error.sample_id, "rule": error.rule}
+                self._reject(rejected | {"detail": error.detail})
+                self._bar.update(len(question.responses))
+            except EndpointUnavailable as error:
+                await self._require_answer(endpoint)
+                question.tries += 1
+                if question.tries < TRIES:
+                    questions.append(question)
+                else:
+                    self.session.failed[sample_id] = str(error)
+                self._lost += 1
+                if not self._answered and self._lost >= REFUSALS:
                     raise
+
+    async def _require_answer(self, endpoint: ChatEndpoint) -> None:
+        """Raises EndpointUnavailable where the server does not even answer the smallest question."""
+        with suppress(RequestRefused):
+            await endpoint.complete(PROBE, 1, self.sampling.temperature)
 
     def _reject(self, record: dict[str, Any]) -> None:
         if record["rule"] != "refused" or self._refused is None:
@@ -182,29 +210,29 @@ class Teacher:
             raise SampleError(loaded.sample.id, "no_box_answer", detail)
         return loaded.sample.id, build_request(loaded, self.form)
 
-    async def _ask(
-        self, number: int, sample_id: str, request: ChatRequest, responses: list[int], endpoint: ChatEndpoint
-    ) -> None:
+    async def _ask(self, question: _Question, sample_id: str, request: ChatRequest, endpoint: ChatEndpoint) -> None:
         sampling = self.sampling
         sizes = geometries_to_json(request.geometries)
-        for response in responses:
+        while question.responses:
+            response = question.responses[0]
             seed = request_seed(sampling.seed, sample_id, response)
             try:
                 found = await endpoint.complete(request.messages, sampling.max_tokens, sampling.temperature, seed)
             except RequestRefused as error:
                 raise SampleError(sample_id, "refused", str(error)) from error
-            record = {"number": number, "id": sample_id, "response": response, "text": found.text}
+            record = {"number": question.number, "id": sample_id, "response": response, "text": found.text}
             record |= {"finish": found.finish_reason, "sizes": sizes}
             record |= {"prompt_tokens": found.prompt_tokens, "completion_tokens": found.completion_tokens}
             self.journal.append([*(self._refused or ()), record])
             self._refused = None
+            question.responses.pop(0)
             self._count(found.prompt_tokens, found.completion_tokens)
 
     def _count(self, prompt_tokens: int, completion_tokens: int) -> None:
         self.session.requests += 1
-        self._in_a_row = 0
         self._tokens[0] += prompt_tokens
         self._tokens[1] += completion_tokens
         shown = {"tokens": f"{self._tokens[0]}+{self._tokens[1]}", "cost": f"{self.prices.cost(*self._tokens):.2f}"}
-        self._bar.set_postfix(shown | {"retries": self.session.faults.total()}, refresh=False)
+        shown |= {"retries": self.session.faults.total(), "failed": len(self.session.failed)}
+        self._bar.set_postfix(shown, refresh=False)
         self._bar.update()

@@ -31,13 +31,17 @@ CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "
 
 
 def install(venv: Path, on_cpu: bool) -> None:
-    """Make the environment, once; a kill in between is made good by the next call."""
+    """Make the environment, once; a kill in between is made good by the next call.
+
+    Exits for an environment that holds another package: that one's server would refuse this one's flags.
+    """
+    package = CPU_PACKAGE if on_cpu else GPU_PACKAGE
     if (venv / STAMP).is_file():
+        if (found := (venv / STAMP).read_text().strip()) != package:
+            sys.exit(f"--venv={venv} holds {found!r}, not {package!r}: remove it, or name another folder")
         return
     python = str(venv / "bin" / "python")
-    if not Path(python).exists():
-        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-    package = CPU_PACKAGE if on_cpu else GPU_PACKAGE
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)  # completes one that a kill left without pip
     subprocess.run([python, "-m", "pip", "install", package, "uv"], check=True)
     if on_cpu:
         name_as_vllm(venv)

@@ -207,11 +207,14 @@ def read_completion(body: bytes) -> Completion:
         content, usage = message.get("content") or "", record.get("usage") or {}
         thinking = message.get("reasoning_content") or message.get("reasoning")
         counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+        if choice.get("finish_reason") in ("abort", "error"):
+            raise ValueError(f"finish_reason={choice['finish_reason']!r}")  # vLLM's, of a server that is shut down
         if not isinstance(content, str) or not isinstance(thinking, str | None):
             raise TypeError(f"content is a {type(content).__name__}, thinking a {type(thinking).__name__}")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
         raise Malformed(f"not a chat completion ({error!r}): {body[:200]!r}") from error
     text = content if thinking is None else f"<think>{thinking}</think>{content}"
+    text = text.encode(errors="replace").decode()  # JSON may hold half a surrogate pair, which no file takes
     return Completion(text, str(choice.get("finish_reason")), *counts)
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ from lightning_modules.endpoint import ChatEndpoint, EndpointMisused, EndpointSe
 J = TypeVar("J")
 R = TypeVar("R")
 MISUSES = 3  # in a row, each after a `prepare` that found nothing wrong: then it is not the server's state
+LOSSES = 3  # of one job, for longer than `patience`: then it is not the servers
 log = logging.getLogger(__name__)
 
 
@@ -43,8 +45,9 @@ class ServerPool:
     """`prepare(endpoint)` brings a server into the state that jobs need, and raises EndpointUnavailable as long as it
     cannot. It is called before a server gets its first job of a `run`, and after every failure.
 
-    patience: seconds without any server until ServersLost; pause: seconds between two looks at a dead one. A pool
-    belongs to one event loop.
+    patience: seconds without any server until ServersLost; pause: seconds between two looks at a dead one; look:
+    seconds that one `prepare` may take, which is longer than any server that works needs. A pool belongs to one event
+    loop.
     """
 
     def __init__(
@@ -53,9 +56,11 @@ class ServerPool:
         prepare: Callable[[ChatEndpoint], Awaitable[None]],
         patience: float,
         pause: float,
+        look: float,
     ) -> None:
-        self.prepare, self.patience, self.pause = prepare, patience, pause
+        self.prepare, self.patience, self.pause, self.look = prepare, patience, pause, look
         self._servers = [_Server(ChatEndpoint(each)) for each in settings]
+        self._began = time.monotonic()  # before that nobody has looked at the servers
 
     async def close(self) -> None:
         for server in self._servers:
@@ -70,7 +75,8 @@ class ServerPool:
         """The answers to all jobs, in their order. Each job goes to the server that is free first.
 
         `ask` raising EndpointUnavailable or EndpointMisused puts the server under suspicion and the job back; any other
-        error ends the run. Raises ServersLost, and EndpointMisused where `prepare` does or cannot mend it.
+        error ends the run. Raises ServersLost, EndpointMisused where `prepare` does or cannot mend it, and
+        EndpointUnavailable for a job that is lost over and over, though there are servers.
         """
         if not jobs:
             return []
@@ -78,6 +84,7 @@ class ServerPool:
         for numbered in enumerate(jobs):
             waiting.put_nowait(numbered)
         results: dict[int, R] = {}
+        losses: defaultdict[int, list[float]] = defaultdict(list)  # when each job was lost
         finished = asyncio.Event()
 
         async def work(server: _Server) -> None:
@@ -91,6 +98,9 @@ class ServerPool:
                     results[number] = await ask(server.endpoint, job)
                 except (EndpointUnavailable, EndpointMisused) as error:
                     waiting.put_nowait((number, job))
+                    losses[number].append(time.monotonic())
+                    if len(losses[number]) >= LOSSES and losses[number][-1] - losses[number][0] > self.patience:
+                        raise
                     _note(server, error)
                     continue
                 server.misuses = 0
@@ -103,15 +113,22 @@ class ServerPool:
         return [results[number] for number in range(len(jobs))]
 
     async def prepare_all(self) -> None:
-        """Prepare every server that answers now: one at least, or ServersLost. The others follow when they get work."""
-        for server in self._servers:
-            server.dead_since = None
+        """Prepare every server that answers now: one at least, or ServersLost. The others follow when they get work.
+
+        So do those that were dead before: nobody waits for a machine that is gone for good.
+        """
+        self._began = time.monotonic()
+        if any(await self._look(server for server in self._servers if server.dead_since is None)):
+            return
         while not any(await self.look_once()):
             await asyncio.sleep(self.pause)
 
     async def look_once(self) -> list[bool]:
         """Prepare every server that answers now; whether each did."""
-        return await asyncio.gather(*(self._prepared(server) for server in self._servers))
+        return await self._look(self._servers)
+
+    async def _look(self, servers: Iterable[_Server]) -> list[bool]:
+        return await asyncio.gather(*(self._prepared(server) for server in servers))
 
     async def _until(
         self, finished: asyncio.Event, work: Callable[[_Server], Awaitable[None]], num_jobs: int
@@ -119,7 +136,7 @@ class ServerPool:
         """Run the workers of every server, and who heals it, until `finished`."""
         for server in self._servers:
             server.suspect()
-            server.dead_since = None
+        self._began = time.monotonic()
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._heal(server)) for server in self._servers]
@@ -145,8 +162,11 @@ class ServerPool:
     async def _prepared(self, server: _Server) -> bool:
         """Whether the server could be prepared. Raises ServersLost when none could for as long as was to be waited."""
         try:
-            await self.prepare(server.endpoint)
-        except EndpointUnavailable as error:
+            async with asyncio.timeout(self.look):
+                await self.prepare(server.endpoint)
+        except (EndpointUnavailable, TimeoutError) as error:
+            if isinstance(error, TimeoutError):
+                error = EndpointUnavailable(f"{server.url} is not ready after look={self.look:g} s")
             if server.dead_since is None:
                 log.warning("server %s does not answer: %s", server.url, error)
                 server.dead_since = time.monotonic()
@@ -159,7 +179,7 @@ class ServerPool:
 
     def _check_patience(self, error: Exception) -> None:
         since = [server.dead_since for server in self._servers]
-        if None not in since and time.monotonic() - max(since) > self.patience:
+        if None not in since and time.monotonic() - max(self._began, *since) > self.patience:
             urls = ", ".join(server.url for server in self._servers)
             raise ServersLost(
                 f"none of the servers {urls} has answered for patience={self.patience:g} s. Start one; the same "

@@ -4,6 +4,8 @@ answers."""
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ from lightning_modules.endpoint import (
     Malformed,
     RequestRefused,
 )
+from lightning_modules.rollouts import RolloutSettings
 
 
 class PromptMismatch(ValueError):
@@ -44,12 +47,13 @@ class VLLMSettings:
     concurrency: int = 16
     patience: float = 900.0
     pause: float = 2.0
+    look: float = 300.0
     api_key_env: str = "OPENAI_API_KEY"
 
     def __post_init__(self) -> None:
         if not self.servers or len(set(self.servers)) < len(self.servers):
             raise ValueError(f"vllm: servers={self.servers} must name at least one server, and none twice")
-        for name in ("patience", "pause"):
+        for name in ("patience", "pause", "look"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"vllm: {name}={getattr(self, name)} must be greater than 0")
         self.endpoints()
@@ -78,10 +82,13 @@ def find_model(url: str, served: dict[str, dict[str, Any]], wanted: str | None, 
     return name
 
 
-def read_choices(text: str, item: PromptItem) -> list[tuple[list[int], list[float]]]:
-    """Token ids and their log-probabilities of each completion, in order.
+def read_choices(
+    text: str, item: PromptItem, settings: RolloutSettings, ends: Collection[int]
+) -> list[tuple[list[int], list[float]]]:
+    """Token ids and their log-probabilities of each of `group_size` completions, in order.
 
-    Raises PromptMismatch if the server read another prompt than `item`'s, and Malformed for what is no such answer.
+    Raises PromptMismatch if the server read another prompt than `item`'s, and Malformed for what is no such answer:
+    also where a completion stops before its limit without one of the tokens `ends`, as of a server that is shut down.
     """
     try:
         answer = json.loads(text)
@@ -90,13 +97,26 @@ def read_choices(text: str, item: PromptItem) -> list[tuple[list[int], list[floa
         found = [
             (choice["token_ids"], [token["logprob"] for token in choice["logprobs"]["content"]]) for choice in choices
         ]
-        sound = all(ids and len(ids) == len(log_probs) for ids, log_probs in found)
+        faults = [fault for ids, log_probs in found if (fault := _fault(ids, log_probs, settings.max_new_tokens, ends))]
     except (ValueError, KeyError, TypeError) as error:
         raise Malformed(f"no completion with token ids and log-probabilities ({error!r}): {text[:200]!r}") from error
-    if not sound:
-        raise Malformed(f"{[(len(a), len(b)) for a, b in found]} token ids and log-probabilities")
     _require_same_prompt(item, prompt)
+    if len(found) != settings.group_size:
+        faults.append(f"{len(found)} completions instead of {settings.group_size}")
+    if faults:
+        raise Malformed("; ".join(faults))
     return found
+
+
+def _fault(ids: list[int], log_probs: list[float], longest: int, ends: Collection[int]) -> str | None:
+    """What is wrong with a completion."""
+    if not ids or len(ids) != len(log_probs):
+        return f"{len(ids)} token ids with {len(log_probs)} log-probabilities"
+    if not all(type(token) is int for token in ids) or not all(math.isfinite(value) for value in log_probs):
+        return f"token ids {ids[:5]} with log-probabilities {log_probs[:5]}"
+    if len(ids) > longest or (ids[-1] not in ends and len(ids) < longest):
+        return f"a completion of {len(ids)} tokens, at most {longest} of them, with the end {ids[-1]}"
+    return None
 
 
 def _require_same_prompt(item: PromptItem, read: list[int]) -> None:
@@ -126,11 +146,20 @@ async def require_lora(endpoint: ChatEndpoint) -> None:
     except (EndpointMisused, RequestRefused, EndpointUnavailable) as error:
         if "/no/such/adapter" in str(error):
             return
+        if isinstance(error, EndpointUnavailable):
+            await raise_if_down(endpoint, error)
         fault = str(error)
     raise EndpointMisused(
         f"{endpoint.settings.base_url} loads no adapters: {fault}. Start it with --enable-lora and "
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
     )
+
+
+async def raise_if_down(endpoint: ChatEndpoint, error: EndpointUnavailable) -> None:
+    """Raise `error` unless the server is well: 500 is also how it says that it cannot read or place an adapter."""
+    if error.status != 500:
+        raise error
+    await endpoint.get(endpoint.settings.base_url.removesuffix("/v1") + "/health")  # 503 once its engine is dead
 
 
 async def require_processed_log_probs(endpoint: ChatEndpoint, model: str, token: int) -> None:
@@ -143,10 +172,19 @@ async def require_processed_log_probs(endpoint: ChatEndpoint, model: str, token:
         "logprobs": True,
         "top_logprobs": 0,
     }
-    answer = json.loads(await endpoint.post("/chat/completions", body))
-    found = answer["choices"][0]["logprobs"]["content"][0]["logprob"]
+    found = await endpoint.post("/chat/completions", body, _read_first_log_prob)
     if abs(found) > 1e-3:
         raise EndpointMisused(
             f"{endpoint.settings.base_url} gives raw log-probabilities ({found:.3f} of a token without alternative); "
             "start it with --logprobs-mode processed_logprobs"
         )
+
+
+def _read_first_log_prob(text: str) -> float:
+    try:
+        found = float(json.loads(text)["choices"][0]["logprobs"]["content"][0]["logprob"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise Malformed(f"no token with its log-probability ({error!r}): {text[:200]!r}") from error
+    if not math.isfinite(found):
+        raise Malformed(f"a log-probability of {found}")
+    return found

@@ -34,6 +34,7 @@ from lightning_modules.server_pool import ServerPool
 from lightning_modules.vllm_protocol import (
     VLLMSettings,
     find_model,
+    raise_if_down,
     read_choices,
     read_models,
     require_lora,
@@ -87,7 +88,8 @@ class VLLMEngine:
         self._max_tokens = 0
         self._runner: asyncio.Runner | None = None
         self._pool: ServerPool | None = None
-        self._models: dict[str, str] = {}  # the name of the model at each server that was fit
+        self._models: dict[str, str] = {}  # the name of the model at each server
+        self._fit: set[str] = set()  # servers that were found to be what they must
         self._given: set[str] = set()  # servers that had an adapter of this run
 
     # What a server must be
@@ -103,10 +105,17 @@ class VLLMEngine:
         url = endpoint.settings.base_url
         served = await endpoint.get("/models", read_models)
         known = [name for name in served if name.startswith(f"policy-{self._run}-")]
-        if url not in self._models or (url in self._given and not known):  # new, or started again
-            self._models[url] = find_model(url, served, self.settings.model, self._max_tokens)
+        if url not in self._fit or (url in self._given and not known):  # new, or started again
+            self._fit.discard(url)
+            model = find_model(url, served, self.settings.model, self._max_tokens)
+            if model != self._models.setdefault(url, model):
+                raise EndpointMisused(
+                    f"{url} serves {model!r} now, and {self._models[url]!r} before it was started again: start it with "
+                    "the model that is trained"
+                )
             await require_lora(endpoint)
-            await require_processed_log_probs(endpoint, self._models[url], self.policy.eos_ids[0])
+            await require_processed_log_probs(endpoint, model, self.policy.eos_ids[0])
+            self._fit.add(url)
         if self.adapter is not None and self.adapter.name not in known:
             await self._load(endpoint, self.adapter)
         if self.adapter is not None:
@@ -114,7 +123,7 @@ class VLLMEngine:
         if self.rank == 0:
             for name in known:
                 if self.adapter is None or name != self.adapter.name:
-                    await endpoint.post("/unload_lora_adapter", {"lora_name": name})
+                    await self._unload(endpoint, name)
 
     # The adapter
 
@@ -165,14 +174,22 @@ class VLLMEngine:
         try:
             await endpoint.post("/load_lora_adapter", {"lora_name": adapter.name, "lora_path": adapter.folder})
         except (RequestRefused, EndpointMisused, EndpointUnavailable) as error:
-            if isinstance(error, EndpointUnavailable) and error.status != 500:
-                raise  # 500 is how it says that it cannot read or place the adapter
+            if isinstance(error, EndpointUnavailable):
+                await raise_if_down(endpoint, error)
             if adapter.name in await endpoint.get("/models", read_models):  # another rank was faster
                 return
             raise EndpointMisused(
                 f"{endpoint.settings.base_url} does not load the adapter {adapter.folder}: {error}. Does it see that "
                 "folder, and is its --max-lora-rank large enough?"
             ) from error
+
+    async def _unload(self, endpoint: ChatEndpoint, name: str) -> None:
+        try:
+            await endpoint.post("/unload_lora_adapter", {"lora_name": name})
+        except (RequestRefused, EndpointMisused):
+            if name in await endpoint.get("/models", read_models):
+                raise
+            # It is gone: the answer to an earlier attempt was lost, or the server was started again.
 
     # Completions
 
@@ -220,9 +237,12 @@ class VLLMEngine:
             "logit_bias": {str(token): BAN for token in self.policy.banned_token_ids},
         }
         try:
-            choices = await endpoint.post("/chat/completions", body | PLAIN_SAMPLING, partial(read_choices, item=item))
+            read = partial(read_choices, item=item, settings=settings, ends=self.policy.eos_ids)
+            choices = await endpoint.post("/chat/completions", body | PLAIN_SAMPLING, read)
         except RequestRefused as error:
             raise RequestRefused(f"sample {item.sample.id!r}: {endpoint.settings.base_url}: {error}") from error
+        except EndpointUnavailable as error:
+            raise EndpointUnavailable(f"sample {item.sample.id!r}: {error}", error.status) from error
         return [self._rollout(item, token_ids, log_probs) for token_ids, log_probs in choices]
 
     def _rollout(self, item: PromptItem, token_ids: list[int], log_probs: list[float]) -> Rollout:
@@ -240,7 +260,7 @@ class VLLMEngine:
 
         async def run() -> T:
             if self._pool is None:
-                waits = self.settings.patience, self.settings.pause
+                waits = self.settings.patience, self.settings.pause, self.settings.look
                 self._pool = ServerPool(self.settings.endpoints(), self._prepare, *waits)
             return await what(self._pool)
 

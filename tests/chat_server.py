@@ -80,10 +80,12 @@ class _Server:
 
 
 class ChatServer(_Server):
-    """Answers with `reply(request)`: a text, or the bytes of a whole HTTP response. It keeps the requests, and counts
-    in `asked` those that were received, by question and seed."""
+    """Answers with `reply(request)`: a text, the bytes of a whole HTTP response, or None for no answer at all.
 
-    def __init__(self, reply: Callable[[dict[str, Any]], str | bytes], delay: float = 0.0) -> None:
+    It keeps the requests, and counts in `asked` those that were received, by question and seed.
+    """
+
+    def __init__(self, reply: Callable[[dict[str, Any]], str | bytes | None], delay: float = 0.0) -> None:
         self.reply, self.delay = reply, delay
         self.requests: list[dict[str, Any]] = []
         self.asked: Counter[tuple[str, int | None]] = Counter()
@@ -94,6 +96,9 @@ class ChatServer(_Server):
         self.asked[question_text(request), request.get("seed")] += 1
         await asyncio.sleep(self.delay)
         reply = self.reply(request)
+        if reply is None:
+            await reader.read()  # until the client gives up
+            return
         writer.write(reply if isinstance(reply, bytes) else http_response(200, completion(reply)))
         await writer.drain()
 

@@ -38,6 +38,8 @@ class VLLMStub:
         self.max_model_len, self.raw_log_probs, self.can_load = 4096, False, True
         self.read_prompt: Callable[[list[int]], list[int]] = lambda ids: ids
         self.before_answer: Callable[[], Any] = lambda: None
+        # Of a request's last part of the path, and what would answer it: the status and body to send.
+        self.wrap: Callable[[str, Callable[[], tuple[int, Any]]], tuple[int, Any]] = lambda path, answer: answer()
 
     @property
     def url(self) -> str:
@@ -56,14 +58,16 @@ class VLLMStub:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self._answer(*stub.models())
+                path = self.path.rpartition("/")[2]
+                self._answer(*stub.wrap(path, stub.models if path == "models" else stub.health))
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                self._answer(*stub.post(self.path.rpartition("/")[2], body))
+                path = self.path.rpartition("/")[2]
+                self._answer(*stub.wrap(path, lambda: stub.post(path, body)))
 
             def _answer(self, status: int, value: Any) -> None:
-                text = json.dumps(value).encode()
+                text = value if isinstance(value, bytes) else json.dumps(value).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
@@ -85,6 +89,9 @@ class VLLMStub:
     def models(self) -> tuple[int, Any]:
         base = {"id": "tiny", "parent": None, "max_model_len": self.max_model_len}
         return 200, {"data": [base, *({"id": name, "parent": "tiny"} for name in self.adapters)]}
+
+    def health(self) -> tuple[int, Any]:
+        return 200, ""
 
     def post(self, what: str, body: dict[str, Any]) -> tuple[int, Any]:
         if what == "completions":

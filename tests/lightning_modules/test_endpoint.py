@@ -57,7 +57,7 @@ def test_each_fault_is_retried_and_counted(fault: str, monkeypatch: pytest.Monke
         # The first request is spoiled, the second passes.
         shares = iter((0.0, 1.0))
         monkeypatch.setattr(proxy.random, "random", lambda: next(shares))
-        answers, faults = ask(settings(proxy.base_url, timeout=0.5 if fault == "hang" else 5.0))
+        answers, faults = ask(settings(proxy.base_url, timeout=2.0 if fault == "hang" else 30.0))
     assert [answer.text for answer in answers] == ["there"]
     assert proxy.faults == {fault: 1} and proxy.passed == 1
     kind = {"hang": "timeout", "truncated": "malformed", "reset": "connection"}.get(fault, fault)
@@ -113,10 +113,16 @@ def test_thinking_that_a_server_parts_from_the_answer_is_put_back() -> None:
     assert read_completion(completion("c", reasoning_content=None)).text == "c"
 
 
+def test_half_a_surrogate_pair_is_no_text() -> None:
+    """JSON may hold one, such as of an emoji that was cut; a journal cannot."""
+    assert read_completion(completion("so \ud83d")).text == "so ?"
+
+
 @pytest.mark.parametrize(
     "body",
     [b"", b"null", b"[]", b'"text"', b"{}", b'{"choices": []}', b'{"choices": [{}]}', completion("x")[:-9],
-     json.dumps({"choices": [{"message": {"content": ["x"]}}]}).encode()],
+     json.dumps({"choices": [{"message": {"content": ["x"]}}]}).encode(),
+     completion("x").replace(b'"stop"', b'"abort"'), completion("x").replace(b": 10,", b": Infinity,")],
 )  # fmt: skip
 def test_a_body_that_is_no_completion_is_an_error(body: bytes) -> None:
     with pytest.raises(ValueError, match="not a chat completion"):

@@ -1,12 +1,12 @@
 """The served engine against a stub with a real tiny model behind it (`tests/vllm_stub.py`).
 
-The real server is in `test_vllm_server.py`.
+Faults are in `test_served_faults.py`, the real server in `test_vllm_server.py`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
+import random
 import threading
 from dataclasses import replace
 
@@ -15,49 +15,21 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from callbacks.guards import SaveOnInterrupt
+from datamodules.samples import ImagePart, LoadedSample, TextPart
 from lightning_modules import grpo
-from lightning_modules.endpoint import EndpointMisused, EndpointSettings
 from lightning_modules.grpo import GRPO
 from lightning_modules.qwen_vl import QwenVL
 from lightning_modules.rewards import Reward
 from lightning_modules.rollouts import RolloutSettings
 from lightning_modules.served_prompts import PromptWriter
-from lightning_modules.server_pool import ServerPool, ServersLost
+from lightning_modules.server_pool import ServersLost
 from lightning_modules.shared_prefix import pack_rows
-from lightning_modules.vllm_protocol import PromptMismatch, VLLMSettings
-from lightning_modules.vllm_rollouts import VLLMEngine
-from tests.lightning_modules.conftest import trained_weights
-from tests.vllm_stub import VLLMStub, wait_for
+from lightning_modules.vllm_protocol import VLLMSettings
+from tests.conftest import random_png
+from tests.lightning_modules.conftest import QUICK, trained_weights
+from tests.vllm_stub import wait_for
 
 SAMPLING = RolloutSettings(group_size=3, temperature=0.8, max_new_tokens=6)
-QUICK = {"timeout": 20.0, "attempts": 1, "backoff": 0.01, "max_backoff": 0.02, "patience": 20.0, "pause": 0.02}
-
-
-@pytest.fixture
-def stub(tiny_model_dir, lora):
-    with VLLMStub(str(tiny_model_dir), lora) as stub:
-        yield stub
-
-
-@pytest.fixture
-def other(tiny_model_dir, lora):
-    with VLLMStub(str(tiny_model_dir), lora) as stub:
-        yield stub
-
-
-@pytest.fixture
-def connect(tiny_model_dir, lora, tmp_path):
-    engines = []
-
-    def make(*urls, **more) -> VLLMEngine:
-        policy = QwenVL(str(tiny_model_dir), lora=lora).eval()
-        engines.append(VLLMEngine(policy, VLLMSettings(urls, **QUICK | more), tmp_path / "adapters"))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.adapter = None  # a server may be gone
-        engine.close()
 
 
 def stir(policy: QwenVL, seed: int = 3) -> None:
@@ -171,69 +143,35 @@ def test_a_dead_servers_prompts_go_to_the_others_and_it_comes_back(stub, other, 
     assert largest_difference(engine.policy, items, groups) < 1e-4
 
 
-def test_servers_that_stay_dead_end_the_run(stub, connect, make_items) -> None:
-    engine = connect(stub.url, patience=0.3)
-    engine.sync()
-    stub.stop()
-    with pytest.raises(ServersLost, match=r"patience=0.3 s.*same command goes on from the last checkpoint"):
-        engine.generate(make_items([1]), SAMPLING)
-    with pytest.raises(ServersLost):
-        engine.sync()
-    stub.start()
-
-
-def test_other_prompt_tokens_are_an_error_that_names_the_sample(stub, connect, make_items) -> None:
-    engine = connect(stub.url)
-    image = engine.policy.image_token_id
-    stub.read_prompt = lambda ids: [*ids[: ids.index(image)], *ids[ids.index(image) + 1 :]]  # an image token less
-    with pytest.raises(PromptMismatch, match=r"sample 'sample/0': the server read (\d+) prompt tokens, the trainer"):
-        engine.generate(make_items([2]), SAMPLING)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "settings", "named"),
-    [
-        ({"raw_log_probs": True}, {}, "--logprobs-mode processed_logprobs"),
-        ({"can_load": False}, {}, "--enable-lora"),
-        ({"max_model_len": 80}, {}, "max_model_len=80"),
-        ({}, {"model": "large"}, "vllm.model='large'"),
-    ],
-)
-def test_a_server_that_cannot_serve_is_told_at_the_start(stub, connect, wrong, settings, named) -> None:
-    for name, value in wrong.items():
-        setattr(stub, name, value)
-    with pytest.raises(EndpointMisused, match=named):
-        connect(stub.url, **settings).check(max_tokens=500)
-
-
-def test_an_adapter_that_servers_do_not_see_is_told(stub, connect, monkeypatch) -> None:
-    engine = connect(stub.url)
-    monkeypatch.setattr("lightning_modules.vllm_rollouts.write_adapter", lambda *_: None)
-    with pytest.raises(EndpointMisused, match="Does it see that folder"):
-        engine.sync()
-
-
-def test_a_job_that_no_preparation_helps_ends_the_run() -> None:
-    async def prepare(endpoint) -> None:
-        """Finds nothing wrong."""
-
-    async def ask(endpoint, job) -> None:
-        raise EndpointMisused("403 no")
-
-    async def run() -> None:
-        pool = ServerPool([EndpointSettings("m", "http://127.0.0.1:9/v1")], prepare, patience=5, pause=0.01)
-        await pool.run([1, 2], ask)
-
-    with pytest.raises(EndpointMisused, match="403 no"):
-        asyncio.run(run())
-
-
 def test_a_prompt_that_is_no_single_turn_is_refused(tiny_model_dir, make_items) -> None:
     (item,) = make_items([1])
     writer = PromptWriter(str(tiny_model_dir))
     assert [part["type"] for part in writer.messages(item)[0]["content"]] == ["image_url", "text"]
     with pytest.raises(ValueError, match=r"'sample/0': its prompt is no turn with 1 images"):
         writer.messages(replace(item, input_ids=item.input_ids[:-2]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Wo ist der größte Schneemann \N{SNOWMAN}?",
+        "e\u0301 is not é, nor \N{HANGUL SYLLABLE HAN} \u1112\u1161\u11ab",
+        "\N{FAMILY}\u200d\N{GRINNING FACE} \U0001f1e9\U0001f1ea\ufeff",
+        "  blanks,\n\n\tand lines \n",
+        "{braces} <b>tags</b> &amp; user\n assistant\n",
+        "",
+    ],
+)
+def test_any_text_between_images_is_read_as_it_was_meant(stub, tiny_model_dir, make_items, text) -> None:
+    (item,) = make_items([3])
+    parts = (ImagePart(1), TextPart(text + "1"), ImagePart(0), ImagePart(2), TextPart(text + "2"))
+    sample = replace(item.sample, messages=parts)
+    rng = random.Random(0)
+    images = tuple(random_png(rng, size) for size in ((112, 84), (84, 112), (56, 56)))
+    item = stub.encoder.encode(LoadedSample(sample, images))
+    read = stub._read(PromptWriter(str(tiny_model_dir)).messages(item))
+    assert read.input_ids.tolist() == item.input_ids.tolist()
+    assert torch.equal(read.grid_thw, item.grid_thw) and torch.allclose(read.pixel_values, item.pixel_values)
 
 
 def test_settings_that_cannot_work_are_named() -> None:
