@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -383,13 +384,13 @@ def test_a_killed_rank_ends_the_run_which_then_goes_on_as_one_left_alone(
         if phase == "stopped":
             # Four rewards a batch and rank: in the middle of the second.
             stop = {"STOP_SIGNAL": int(signal.SIGKILL), "STOP_AT": 6, "STOP_RANK": killed}
-            assert run_apart(config, *arguments, log=log, timeout=300, **stop) != 0, log.read_text()
+            assert run_apart(config, *arguments, log=log, timeout=900, **stop) != 0, log.read_text()
             killed_at = float((workbench.root / "killed_at").read_text())
             while left_behind(workbench.root):  # rank 0 may be gone before the others have noticed
                 assert time.time() - killed_at < 60, left_behind(workbench.root)
                 time.sleep(0.5)
-            assert f"rank {killed}" in log.read_text()
-        assert run_apart(config, *arguments, log=log, timeout=300) == 0, log.read_text()
+            assert re.search(f"rank:? {killed}", log.read_text()), "RankWatch or Lightning's launcher, who is first"
+        assert run_apart(config, *arguments, log=log, timeout=900) == 0, log.read_text()
     assert "going on from" in log.read_text()
     assert outcome("whole") == outcome("stopped") and outcome("whole")[0]
 
