@@ -6,12 +6,18 @@ Shapes: N tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+# How many plans of products oneDNN, and PyTorch in front of it, keep; read when the first is made. With 1,024 of each,
+# their default, and rows of ever new lengths a process grows by 1.2 GB; a plan is made in less than a millisecond.
+for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_name, "128")
 
 # Not in every build of PyTorch, and not among its documented functions.
 _ONEDNN = torch.ops.mkldnn._linear_pointwise.default if hasattr(torch.ops.mkldnn, "_linear_pointwise") else None
