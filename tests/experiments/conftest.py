@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,3 +125,28 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
     monkeypatch.setattr(wandb.Run, "log", note)
     return calls
+
+
+REJECTION = {
+    "class_path": "callbacks.rejection_sampling.RejectionSampling",
+    "init_args": {"num_samples": 2, "max_new_tokens": 6},
+}
+
+
+def run_apart(config: str, *more: str, log: Path, timeout: float | None = None, **environment: object) -> int:
+    """The run as a process of its own; its exit code."""
+    command = [sys.executable, "-m", "tests.experiments.text_reward", "--config", config, *more]
+    environment = {name: str(value) for name, value in environment.items()}
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
+    variables.pop("WANDB_SERVICE", None)  # else it would be one with the run that an earlier test made
+    with log.open("a") as out:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
+        return subprocess.run(command, cwd=ROOT, env=variables, timeout=timeout, **streams).returncode
+
+
+def rolling_back(workbench: Workbench) -> str:
+    """A GRPO run whose entropy is out of bounds, as any policy's is, in every window of two batches."""
+    bounds = {"grpo/entropy": {"low": 99.0}}
+    settings = {"bounds": bounds, "action": "roll_back", "window": 2, "max_rollbacks": 1}
+    guard = {"class_path": "callbacks.collapse.CollapseGuard", "init_args": settings}
+    return workbench.training("grpo", [guard])
