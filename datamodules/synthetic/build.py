@@ -26,7 +26,7 @@ from datamodules.samples import BoxAnswer, BoxPart, ImagePart, LoadedSample, Sam
 from datamodules.shards import ShardWriter
 from datamodules.synthetic.instructions import BOX, reworded
 from datamodules.synthetic.puzzles import Puzzle, box_text
-from datamodules.synthetic.rationales import conclusion
+from datamodules.synthetic.rationales import conclusion, glance
 from datamodules.synthetic.single_image import GROUNDING, single_scene
 from datamodules.synthetic.tasks import make_puzzle
 from datamodules.synthetic.world import draw_scene, encode_png
@@ -36,6 +36,9 @@ from datamodules.synthetic.world import draw_scene, encode_png
 MIXTURE = {"common_object": 0.33, "refer_grounding": 0.24, "diff": 0.19, "region": 0.14, "single": 0.1}
 # The RL pool also needs prompts that are always and never solved, as real data has; else there is nothing to reject.
 POOL_DIFFICULTY = {"normal": 0.7, "easy": 0.12, "hard": 0.18}
+# Share of the training samples whose rationale is hasty, whatever the question: a teacher's rationales are not equally
+# good, and which kind leads to the right box is for GRPO to find out.
+HASTY = 0.6
 # Around the box of a thing that a single-image question points at; those of the second line mark it in the picture too.
 POINTING = (("Which object is at ", "? Name it and locate it."), ("Name the object at ", " and give its bounding box."))
 MARKING = (("What is in the red bounding box ", "? Locate it."), ("Name and locate the object marked in red ", "."))
@@ -53,12 +56,16 @@ def training_puzzle(part: str, seed: int, index: int) -> tuple[Sample, tuple[byt
         difficulty = rng.choices(tuple(POOL_DIFFICULTY), tuple(POOL_DIFFICULTY.values()))[0]
     name = f"nano/{part}/{seed}/{index}"
     if task == "single":
-        return _single(rng, name)
-    puzzle = make_puzzle(rng, task, difficulty)
-    images = tuple(encode_png(puzzle.picture(k)) for k in range(len(puzzle.scenes)))
-    question, wording = reworded(rng, puzzle)
-    sample = to_sample(replace(puzzle, question=question), name, difficulty, wording)
-    return sample, images, puzzle.content_hashes()
+        sample, images, hashes = _single(rng, name)
+    else:
+        puzzle = make_puzzle(rng, task, difficulty)
+        images = tuple(encode_png(puzzle.picture(k)) for k in range(len(puzzle.scenes)))
+        question, wording = reworded(rng, puzzle)
+        sample = to_sample(replace(puzzle, question=question), name, difficulty, wording)
+        hashes = puzzle.content_hashes()
+    if rng.random() < HASTY:
+        sample = replace(sample, thinking=glance(sample.answer.image))
+    return sample, images, hashes
 
 
 def to_sample(puzzle: Puzzle, name: str, difficulty: str, wording: int = 0) -> Sample:

@@ -19,3 +19,8 @@ def conclusion(reasons: Sequence[str], name: str, image: int, wording: int = 0) 
         f"So the {name}: {reason[0].lower()}{reason[1:]}. It is in image {image + 1}.",
     )
     return texts[wording % len(texts)]
+
+
+def glance(image: int) -> str:
+    """A hasty thought: where to look, but not for what. True, and of little help."""
+    return f"Look at image {image + 1}."

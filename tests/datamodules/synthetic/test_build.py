@@ -17,6 +17,7 @@ from datamodules.prompts import PromptStyle, build_messages, target_text
 from datamodules.samples import BoxPart, ImagePart, LoadedSample, TextPart
 from datamodules.shards import read_manifest
 from datamodules.synthetic.build import (
+    HASTY,
     MIXTURE,
     POOL_DIFFICULTY,
     VALIDATION,
@@ -175,10 +176,25 @@ def test_single_image_questions_name_a_thing_or_give_its_box_never_both() -> Non
     assert len(singles) > 20 and 0.25 < pointing / len(singles) < 0.75
 
 
+def test_hasty_rationales_have_their_share_in_every_task_and_name_the_right_image() -> None:
+    hasty: dict[str, list[bool]] = {}
+    for index in range(1500):
+        sample = training_puzzle("sft", 0, index)[0]
+        match = re.fullmatch(r"Look at image (\d)\.", sample.thinking)
+        hasty.setdefault(sample.task, []).append(bool(match))
+        assert match is None or int(match[1]) == sample.answer.image + 1
+        assert match or sample.answer.label in sample.thinking
+    assert set(hasty) == set(MIXTURE)
+    for task, flags in hasty.items():
+        assert abs(sum(flags) / len(flags) - HASTY) < 4 * (HASTY * (1 - HASTY) / len(flags)) ** 0.5, task
+
+
 def test_a_thinking_text_s_wording_follows_from_the_question_s() -> None:
     words: dict[tuple[str, str], set[str]] = {}
-    for index in range(600):
+    for index in range(2000):
         sample = training_puzzle("sft", 0, index)[0]
+        if sample.thinking.startswith("Look at"):
+            continue  # hasty, whatever the question
         question = "".join(part.text for part in sample.messages if isinstance(part, TextPart))
         if sample.task != "single":
             text = re.sub(r"\d+", "#", sample.thinking.replace(sample.answer.label, "*"))
