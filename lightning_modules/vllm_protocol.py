@@ -34,7 +34,7 @@ class VLLMSettings:
     folder. timeout: seconds for all completions of one prompt. attempts, backoff, max_backoff: of one request at one
     server, as in `EndpointSettings`, before its prompt goes to another. concurrency: prompts under way at each server,
     from each rank. patience: seconds without any server until the run ends. pause: seconds between two looks at a dead
-    server.
+    server. look: seconds for one look. api_key_env: the environment variable with the key, if the servers want one.
     """
 
     servers: tuple[str, ...] = ("http://127.0.0.1:8000/v1",)
