@@ -1,5 +1,5 @@
 # One command for each job. The first one that needs Python makes .venv and installs setup.cfg's dependencies into it.
-# CONFIG picks another YAML, ARGS overrides any of its fields, SEED picks the seed:
+# CONFIG picks another YAML, ARGS overrides any of its fields, SEED picks the seed of pipeline, sft, grpo and sweep:
 #   make grpo CONFIG=experiments/configs/paper/grpo_7b.yaml ARGS="--model.beta=0.01"
 #   make pipeline SEED=1
 
@@ -42,7 +42,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf '\n  CONFIG=file.yaml  another configuration      ARGS="--model.beta=0.01"  override any field\n'
-	@printf '  SEED=1            another seed               PYTHON=python3.12         the Python that makes .venv\n'
+	@printf '  SEED=1            of pipeline, sft, grpo, sweep\n  PYTHON=python3.12 the Python that makes .venv\n'
 
 $(STAMP): setup.cfg
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
