@@ -32,8 +32,7 @@ def write(
     `folders` has each seed's experiment folder, `starts` every row, in the order of the tables, with that which it
     starts from.
     """
-    found, results = read_rows(folders, starts)
-    summary = summarise(found, starts, comparisons, results, list(folders))
+    summary = summarise(read_rows(folders, starts), starts, comparisons, list(folders))
     write_json(home / "ablations.json", summary)
     sections = [(title, rows) for title, rows in tables(summary).items() if len(rows) > 1]
     text = "\n".join([f"# {home.name}", "", NOTE, *_missing(summary), *map(_markdown_section, sections)])
@@ -61,13 +60,14 @@ def tables(summary: Mapping[str, Any]) -> dict[str, list[list[str]]]:
     """Title -> rows of text cells, header first."""
     rows = [row for row in summary["rows"] if row["seeds"]]
     ladder = [["row", "from", "seeds", *NAMES.values(), "minutes"]]
-    every = [["row", "seed", *NAMES.values(), "questions", "minutes"]]
+    every = [["row", "seed", *NAMES.values(), "questions", "minutes", "trained at"]]
     for row in rows:
         ladder.append([row["name"], row["start"] if row["start"] != row["name"] else "", str(len(row["seeds"]))])
         ladder[-1] += [_spread(row, key) for key in FIGURES] + [f"{row['mean']['minutes']:.1f}"]
         for seed, values in row["seeds"].items():
             figures = [number(values[key]) for key in FIGURES]
-            every.append([row["name"], seed, *figures, str(values["n"]), f"{values['minutes']:.1f}"])
+            last = [str(values["n"]), f"{values['minutes']:.1f}", values["commit"] or "–"]
+            every.append([row["name"], seed, *figures, *last])
     names = list(dict.fromkeys(task for row in rows for seed in row["seeds"].values() for task in seed["tasks"]))
     tasks = [["task", *(row["name"] for row in rows)]]
     tasks += [[task, *(number(task_means(row).get(task)) for row in rows)] for task in names]
@@ -148,8 +148,7 @@ def _markdown_section(section: tuple[str, list[list[str]]]) -> str:
 def _page(title: str, summary: Mapping[str, Any], sections: Sequence[tuple[str, list[list[str]]]]) -> str:
     bars = {row["name"]: task_means(row) for row in summary["rows"] if row["seeds"]}
     names = list(dict.fromkeys(task for tasks in bars.values() for task in tasks))
-    commits = ", ".join(f"seed {seed}: {commit}" for seed, commit in summary["commits"].items())
-    body = [f"<h1>{escape(title)}</h1><p>{escape(NOTE)}</p><p>Commits: {escape(commits or 'nothing is finished')}</p>"]
+    body = [f"<h1>{escape(title)}</h1><p>{escape(NOTE)}</p>"]
     body += [f"<p>{escape(line)}</p>" for line in _missing(summary) if line]
     for heading, rows in sections:
         body.append(f'<h2>{escape(heading)}</h2><div class="scroll">{html_table(rows)}</div>')

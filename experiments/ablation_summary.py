@@ -16,7 +16,8 @@ import numpy as np
 
 from datamodules.benchmarks.mig_bench_suite import RULE
 from experiments.paper_tables import phase_predictions
-from experiments.results import Results, Stage, read_results
+from experiments.phases import trained_commit
+from experiments.results import Stage, read_results
 from experiments.significance import paired_differences
 
 FIGURES = ("avg", "in_domain", "out_of_domain", "format_rate")
@@ -55,27 +56,26 @@ class Comparison:
 
 @dataclass(frozen=True)
 class SeedRow:
-    """One row at one seed: its stage, and per task which questions were answered rightly; None where unknown."""
+    """One row at one seed: its stage, per task which questions were answered rightly (None where unknown), and the
+    commit that it was trained at (None of a model that no phase trained)."""
 
     stage: Stage
     hits: Mapping[str, Mapping[str, bool]] | None
+    commit: str | None
 
 
 Found = dict[str, dict[int, SeedRow]]  # row -> seed -> what is there
 
 
-def read_rows(folders: Mapping[int, Path], names: Iterable[str]) -> tuple[Found, dict[int, Results]]:
-    """What is there of the rows `names`, in that order, and the results of each seed that has any.
-
-    `folders` has each seed's experiment folder.
-    """
-    results = {seed: read_results(f / "results.json") for seed, f in folders.items() if (f / "results.json").is_file()}
+def read_rows(folders: Mapping[int, Path], names: Iterable[str]) -> Found:
+    """What is there of the rows `names`, in that order. `folders` has each seed's experiment folder."""
     found: Found = {name: {} for name in names}
-    for seed, result in results.items():
-        for stage in result.stages:
+    for seed, folder in folders.items():
+        for stage in read_results(folder / "results.json").stages if (folder / "results.json").is_file() else ():
             if stage.name in found:
-                found[stage.name][seed] = SeedRow(stage, row_hits(folders[seed] / stage.name, stage))
-    return found, results
+                phase = folder / stage.name
+                found[stage.name][seed] = SeedRow(stage, row_hits(phase, stage), trained_commit(phase))
+    return found
 
 
 def row_hits(phase: Path, stage: Stage) -> Mapping[str, Mapping[str, bool]] | None:
@@ -94,19 +94,18 @@ def summarise(
     found: Found,
     starts: Mapping[str, str],
     comparisons: Sequence[Comparison],
-    results: Mapping[int, Results],
     seeds: Sequence[int],
 ) -> dict[str, Any]:
-    """What ablations.json holds: {"seeds", "commits": {seed: commit}, "rows": [row], "comparisons": [comparison]}.
+    """What ablations.json holds: {"seeds", "rows": [row], "comparisons": [comparison]}.
 
-    A row is {"name", "start", "seeds": {seed: {figure: value, "tasks", "n", "minutes"}}, "mean", "std", "low", "high"},
-    the last four by figure; std is null of one seed. A comparison is {"row", "over", "aim", "seeds", "differences":
-    {average: {"value", "low", "high", "p"}}, "by_seed": {seed: AVG's}, "reached", "sure", "missing"}; reached is null
-    without an aim or a figure, and `missing` says why differences have no interval.
+    A row is {"name", "start", "seeds": {seed: {figure: value, "tasks", "n", "minutes", "commit"}}, "mean", "std",
+    "low", "high"}, the last four by figure; std is null of one seed, commit that of the training, null of a model that
+    no phase trained. A comparison is {"row", "over", "aim", "seeds", "differences": {average: {"value", "low", "high",
+    "p"}}, "by_seed": {seed: AVG's}, "reached", "sure", "missing"}; reached is null without an aim or a figure, and
+    `missing` says why differences have no interval.
     """
     return {
         "seeds": list(seeds),
-        "commits": {str(seed): result.commit for seed, result in results.items()},
         "rows": [_row(name, starts[name], by_seed) for name, by_seed in found.items()],
         "comparisons": [_compare(comparison, found) for comparison in comparisons],
     }
@@ -116,7 +115,8 @@ def _row(name: str, start: str, by_seed: Mapping[int, SeedRow]) -> dict[str, Any
     seeds = {}
     for seed, row in sorted(by_seed.items()):
         bench = row.stage.mig_bench
-        seeds[str(seed)] = {key: bench[key] for key in (*FIGURES, "tasks", "n")} | {"minutes": row.stage.seconds / 60}
+        seeds[str(seed)] = {key: bench[key] for key in (*FIGURES, "tasks", "n")}
+        seeds[str(seed)] |= {"minutes": row.stage.seconds / 60, "commit": row.commit}
     values = {key: [s[key] for s in seeds.values() if s[key] is not None] for key in (*FIGURES, "minutes")}
     values = {key: found for key, found in values.items() if found}
     return {

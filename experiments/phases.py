@@ -43,6 +43,11 @@ def claim(folder: Path, key: str, say: Callable[[str], None] = print, **facts: o
     return False
 
 
+def trained_commit(folder: Path) -> str | None:
+    """The commit of the last attempt at the run in this phase folder; None where there was none."""
+    return read_marker(folder, STARTED).get("commit")
+
+
 def set_aside(folder: Path) -> Path:
     """Rename the phase folder out of the way; its new place."""
     aside = folder.with_name(f"{folder.name}.{read_marker(folder, STARTED).get('key', 'old')[:8]}")

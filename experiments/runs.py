@@ -14,7 +14,7 @@ import yaml
 
 from datamodules.artefacts import read_json
 from experiments import metrics
-from experiments.phases import STARTED
+from experiments.phases import trained_commit
 from experiments.results import BASE, Results, make_stage, read_results, started_from
 from lightning_modules.rollout_log import LoggedGroup, read_index
 
@@ -158,7 +158,7 @@ def _read_run(folder: Path, taken: Sequence[str]) -> Run:
         folder=folder,
         label=label,
         seed=config.get("seed_everything", results.seed if results.stages else None),
-        commit=read_json(folder / STARTED).get("commit") or results.commit or "unknown",
+        commit=trained_commit(folder) or results.commit or "unknown",
         config=config,
         mig_bench=make_stage(label, summary, 0.0).mig_bench if summary else None,
     )

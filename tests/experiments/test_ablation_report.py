@@ -25,6 +25,8 @@ def add_stage(folder: Path, name: str, num_right: int, num_questions: int = 20) 
     ]
     summary = summarise(predictions)
     write_json(folder / name / "mig_bench.json", {"limit_per_task": None} | summary)
+    if name != "base":
+        write_json(folder / name / "started.json", {"key": "k", "commit": f"{name}{num_right}"})
     lines = [json.dumps(prediction.to_json(), ensure_ascii=False) + "\n" for prediction in predictions]
     (folder / name / "predictions.jsonl").write_text("".join(lines))
     path = folder / "results.json"
@@ -52,7 +54,17 @@ def test_the_ladder_has_mean_spread_and_range_of_the_seeds_that_are_there(tmp_pa
     assert (rows["grpo"]["low"]["avg"], rows["grpo"]["high"]["avg"], rows["grpo"]["mean"]["minutes"]) == (75, 85, 1.5)
     assert "| grpo | cot_sft | 2 | 80.00 ± 7.07 [75.00, 85.00] |" in text
     assert "Not there yet: grpo at seed 2." in text and "Not there yet: base" not in text
-    assert "| grpo | 1 | 85.00 | 85.00 | 85.00 | 100.00 | 80 | 1.5 |" in text
+    assert "| grpo | 1 | 85.00 | 85.00 | 85.00 | 100.00 | 80 | 1.5 | grpo17 |" in text
+
+
+def test_each_row_has_the_commit_it_was_trained_at_and_not_the_last_commands(tmp_path: Path, folders) -> None:
+    text = ablation_report.write(tmp_path / "home", folders, STARTS, [])
+    rows = {row["name"]: row["seeds"] for row in read_json(tmp_path / "home" / "ablations.json")["rows"]}
+    commits = {name: [seed["commit"] for seed in seeds.values()] for name, seeds in rows.items()}
+    assert commits["cot_sft"] == ["cot_sft12", "cot_sft12"] and commits["grpo"] == ["grpo15", "grpo17"]
+    assert commits["base"] == [None, None, None], "the model as it is given: nothing here has trained it"
+    page = (tmp_path / "home" / "ablations.html").read_text()
+    assert "grpo15" in page and "grpo17" in text and "abc123" not in page + text
 
 
 def test_aims_are_told_with_their_figure_whether_reached_or_not(tmp_path: Path, folders) -> None:
@@ -101,7 +113,7 @@ def test_answers_that_are_not_those_of_the_figures_are_not_believed(tmp_path: Pa
 def test_the_page_holds_all_tables_and_needs_nothing_from_outside(tmp_path: Path, folders) -> None:
     ablation_report.write(tmp_path / "home", folders, STARTS, [Comparison("grpo", "sft", at_least=9.04)])
     page = (tmp_path / "home" / "ablations.html").read_text()
-    for text in ("Ladder", "Aims", "Differences", "Every seed", "80.00 ± 7.07", "abc123", "<svg", "&gt;= 9.04"):
+    for text in ("Ladder", "Aims", "Differences", "Every seed", "80.00 ± 7.07", "grpo15", "<svg", "&gt;= 9.04"):
         assert text in page
     assert re.findall(r"(?:src|href)=\"(?!data:)[^\"]*|url\(|@import|<script|<link", page) == []
 
