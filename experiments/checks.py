@@ -16,6 +16,14 @@ REFUSED_STRATEGIES = {
     "modelparallel": "Lightning's own leaves the division of the layers to the module",
 }
 
+# Settings of the Trainer that the modules have their own for, and the values that change nothing. A precision would round
+# adapters to 16 bits, scale losses whose gradients are clipped here, or be switched off again by the policy.
+MODULES_OWN = {
+    "accumulate_grad_batches": ("accumulate", (None, 1)),
+    "gradient_clip_val": ("max_grad_norm", (None,)),
+    "precision": ("dtype", (None, 32, "32", "32-true")),
+}
+
 
 class SettingsError(ValueError):
     """Settings that cannot be run; the message lists every fault."""
@@ -53,9 +61,9 @@ def training_faults(settings: Mapping) -> list[str]:
         if elsewhere is not None and callback["class_path"].endswith(".WindowCheckpoint"):
             reason = "a run goes on from checkpoints/ in its phase's folder, and looks nowhere else"
             faults.append(f"WindowCheckpoint: dirpath={elsewhere!r} must be null: {reason}")
-    for name, instead in (("accumulate_grad_batches", "accumulate"), ("gradient_clip_val", "max_grad_norm")):
+    for name, (instead, harmless) in MODULES_OWN.items():
         value = settings["trainer"].get(name)
-        if value not in (None, 1 if name == "accumulate_grad_batches" else None):
+        if value not in harmless:
             faults.append(f"trainer.{name}={value}: the modules do this themselves, use model.{instead}")
     return faults
 

@@ -73,6 +73,12 @@ def test_a_checkpoint_folder_that_a_resume_would_not_look_into_is_refused(workbe
         train.main(["--config", config])
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "16-mixed"])
+def test_a_precision_that_would_round_adapters_or_be_ignored_is_refused(workbench: Workbench, precision: str) -> None:
+    with pytest.raises(SystemExit, match=f"trainer.precision={precision}.*model.dtype"):
+        train.main(["--config", workbench.training("cot_sft"), f"--trainer.precision={precision}"])
+
+
 def test_a_metrics_file_that_cannot_be_written_hides_nothing(workbench: Workbench, caplog) -> None:
     sends = {"class_path": "tests.callbacks.test_fit_callbacks.Sends", "init_args": {"signum": int(signal.SIGTERM)}}
     (workbench.outputs / "tiny/cot_sft/metrics.csv").mkdir(parents=True)  # no file
