@@ -16,6 +16,7 @@ from datamodules.boxes import Convention
 from lightning_modules.groups import Group, group_of
 from lightning_modules.grpo_metrics import StepSums, rollout_records
 from lightning_modules.objectives import (
+    REDUCTIONS,
     Reduction,
     equal_groups,
     group_advantages,
@@ -101,6 +102,13 @@ class GRPO(PolicyModule):
         for name in (*positive, "rollout_log_every"):
             if getattr(self, name) <= 0:
                 faults.append(f"{name}={getattr(self, name)} must be greater than 0")
+        for name, value, known in (
+            ("loss_reduction", self.loss_reduction, REDUCTIONS),
+            ("old_log_probs", self.old_log_probs, ("trainer", "engine")),
+            ("engine", self.engine_name, ("native", "vllm")),
+        ):
+            if value not in known:
+                faults.append(f"{name}={value!r} must be one of {known}")
         if self.beta < 0:
             faults.append(f"beta={self.beta} must not be negative")
         if self.clip_range is not None and not 0 < self.clip_range < 1:

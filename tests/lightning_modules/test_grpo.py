@@ -344,6 +344,13 @@ def test_all_bad_settings_are_named_before_weights_are_read():
         assert text in str(error.value)
 
 
+def test_a_name_that_is_none_of_those_known_falls_back_on_nothing():
+    with pytest.raises(ValueError) as error:
+        GRPO("no/such/model", loss_reduction="mean", old_log_probs="rollout", engine="vLLM")
+    for text in ("loss_reduction='mean'", "old_log_probs='rollout'", "engine='vLLM'"):
+        assert text in str(error.value)
+
+
 def test_seeds_differ_by_every_part_and_never_change():
     seeds = {derive_seed(*parts) for parts in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 10), (1, 0)]}
     assert len(seeds) == 6 and all(0 <= seed < 2**63 for seed in seeds)
