@@ -151,9 +151,9 @@ class MIGBench(Callback):
     `annotations` is MIG_data.json, `image_root` the folder that holds "MIG-Bench/". Questions are put as the
     datamodule puts its own. Each evaluation has a folder in <folder>/ ("before", "step_000100", "after"; by default
     <default_root_dir>/mig_bench) with predictions.jsonl, which an interrupted run goes on from, and mig_bench.json,
-    the summary. With several ranks the folder must be shared by them. Where an answer cannot be written, an evaluation
-    while it trains is warned of and left out: nothing waits for it, and the run has checkpoints to write. `before` and
-    `after` end the run with `RunStopped`.
+    the summary. With several ranks the folder must be shared by them. Where an answer or the summary cannot be written,
+    an evaluation while it trains is warned of and left out: nothing waits for it, and the run has checkpoints to write.
+    `before` and `after` end the run with `RunStopped`.
     """
 
     def __init__(
@@ -233,13 +233,18 @@ class MIGBench(Callback):
                 )
             except StorageError as error:
                 fault = error
-        if trainer.strategy.reduce_boolean_decision(fault is None, all=True):  # all ranks meet here
-            if trainer.is_global_zero:
+        all_written = trainer.strategy.reduce_boolean_decision(fault is None, all=True)  # all ranks meet here
+        if all_written and trainer.is_global_zero:
+            try:
                 self._summarise(folder, key, trainer, samples)
-        elif required:
-            reason = fault or "another rank could not write its answers"
+            except StorageError as error:
+                fault = error
+        if trainer.strategy.reduce_boolean_decision(fault is None, all=True):
+            return
+        if required:
+            reason = fault or "another rank could not write"
             raise RunStopped(f"MIG-Bench, {name}: {reason}. The same command goes on there")
-        elif fault is not None:
+        if fault is not None:
             log.warning("MIG-Bench of %s is left out: %s", name, fault)
 
     def _summarise(self, folder: Path, key: str, trainer: Trainer, samples: Sequence[Sample]) -> None:

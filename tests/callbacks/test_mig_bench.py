@@ -169,6 +169,18 @@ def test_where_one_rank_cannot_write_all_leave_the_evaluation_out(bench, fit, ti
     assert [path.parent.name for path in (tmp_path / "mig_bench").glob("*/mig_bench.json")] == ["step_000002"]
 
 
+def test_a_summary_that_cannot_be_written_ends_no_training(bench, fit, tiny_model_dir, tmp_path: Path, caplog) -> None:
+    home = tmp_path / "mig_bench"
+    for name in ("step_000001", "after"):
+        (home / name / "mig_bench.json").mkdir(parents=True)  # no file to replace
+    module = FakeModule(str(tiny_model_dir), FakeEngine(half_right))
+    callback = MIGBench(str(bench[0]), str(bench[1]), every_n_steps=1, after=True, folder=str(home))
+    with pytest.raises(RunStopped, match=r"MIG-Bench, after: .*mig_bench\.json"):
+        fit(module, [callback], max_steps=3)
+    assert len(module.seen) == 2 * 3 and "step_000001 is left out: " in caplog.text
+    assert (home / "step_000002/mig_bench.json").is_file()
+
+
 def test_into_the_place_that_a_lost_filesystem_left_nothing_is_written(bench, fit, tiny_model_dir, small_disk) -> None:
     module = FakeModule(str(tiny_model_dir), FakeEngine(half_right))
     evaluation = MIGBench(str(bench[0]), str(bench[1]), every_n_steps=1, folder=str(small_disk.root / "mig_bench"))
