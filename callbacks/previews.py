@@ -21,7 +21,7 @@ from datamodules.batches import ImageError, load_image
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
 from datamodules.benchmarks.mig_scoring import Prediction
 from datamodules.boxes import Box, ImageGeometry
-from datamodules.samples import BoxPart, LoadedSample, Sample, TextPart
+from datamodules.samples import BoxPart, LoadedSample, Sample, SampleError, TextPart
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def draw_previews(
     for sample, prediction in zip(samples, predictions, strict=True):
         try:
             image = load_image(load(sample).images[sample.answer.image], max_image_pixels)
-        except ImageError:
+        except (ImageError, SampleError):
             continue
         rows.append((sample, prediction, draw_preview(image, sample, prediction)))
     return rows

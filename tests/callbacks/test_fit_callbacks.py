@@ -6,6 +6,7 @@ import os
 import signal
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -75,6 +76,16 @@ def test_previews_that_cannot_be_written_are_warned_of(fit, module, bench, small
     fit(module, [Previews(str(bench[0]), str(bench[1]), folder=str(small_disk.root / "previews"))])
     assert "the previews of step 2 are not kept" in caplog.text
     assert not list(small_disk.root.rglob("*.png"))
+
+
+def test_a_preview_whose_image_has_gone_meanwhile_is_left_out(fit, module, bench, tmp_path: Path) -> None:
+    class Loses(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            (bench[1] / "MIG-Bench/images/diff/0_1.png").unlink(missing_ok=True)
+
+    fit(module, [Loses(), Previews(str(bench[0]), str(bench[1]))])
+    names = sorted(path.name for path in (tmp_path / "run/previews").rglob("*.png"))
+    assert names == ["common_object_8.png", "region_4.png"]
 
 
 def prediction(text: str, truth, box, failure: str | None) -> Prediction:
