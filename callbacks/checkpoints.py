@@ -98,7 +98,8 @@ class WindowCheckpoint(Checkpoint):
     rollouts or a half-accumulated gradient in it.
 
     Kept are the `keep_last` newest; with `keep_every`, for ever, the first behind every multiple of that many updates;
-    and with `monitor` the `keep_best` of the highest (or lowest) value of that metric, as it was logged last.
+    and with `monitor` the `keep_best` of the highest (or lowest) value of that metric, as it was logged last (a warning
+    says once that it is not logged).
     A checkpoint that cannot be written is warned of and tried again when the next one is due; the older ones stay.
     After `max_failures` in a row the run ends with `RunStopped`. dirpath: by default <default_root_dir>/checkpoints.
     """
@@ -123,6 +124,7 @@ class WindowCheckpoint(Checkpoint):
             raise ValueError(f"WindowCheckpoint: {'; '.join(faults)}")
         self.scores: dict[str, float] = {}  # by file name; known to rank 0, which writes the checkpoints
         self._failures = 0
+        self._missed = False  # that `monitor` is not logged was warned of
         self._last_step = 0
         self._saved_batches = 0
         self._saved_at = 0.0
@@ -176,6 +178,12 @@ class WindowCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         path = Path(self.dirpath) / f"{STEP}{trainer.global_step:08d}.ckpt"
         score = trainer.callback_metrics.get(self.monitor) if self.monitor else None
+        # A misspelt name would else keep nothing in silence. (What MIGBench logs, the first rank alone knows.)
+        if self.monitor and score is None and not self._missed and trainer.is_global_zero:
+            self._missed = True
+            known = ", ".join(sorted(trainer.callback_metrics))
+            words = "step %d has no score: monitor=%r is not logged so far; %s are"
+            log.warning(words, trainer.global_step, self.monitor, known)
         if score is not None and not torch.isnan(score):
             self.scores[path.name] = float(score)
         error = save(trainer, path)

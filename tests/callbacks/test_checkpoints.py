@@ -130,6 +130,14 @@ def test_a_score_that_is_no_number_is_not_the_best(fit, tiny_model_dir, tmp_path
     assert names(tmp_path / "ckpt") == ["step-00000002.ckpt", "step-00000006.ckpt"]
 
 
+def test_a_monitor_that_is_not_logged_is_warned_of_once(fit, tiny_model_dir, tmp_path: Path, caplog) -> None:
+    checkpoints = WindowCheckpoint(str(tmp_path / "ckpt"), every_n_steps=1, monitor="scores")
+    module = FakeModule(str(tiny_model_dir), FakeEngine(true_answer))
+    fit(module, [Scores({1: 5.0}), checkpoints], max_steps=3, enable_checkpointing=True)
+    assert names(tmp_path / "ckpt") == ["step-00000003.ckpt"]
+    assert caplog.text.count("monitor='scores'") == 1 and "score" in caplog.text
+
+
 def test_the_newest_is_that_of_the_most_updates_whatever_the_clock_says(trainer, tmp_path: Path) -> None:
     for number, step in enumerate((9, 10, 1)):  # the clock went back, or the folder was copied
         trainer.save_checkpoint(tmp_path / f"step-{step:08d}.ckpt")
