@@ -162,7 +162,8 @@ class NativeEngine:
         static = policy.device.type == "cuda" if self.static is None else self.static
         places, room = min(settings.batch_prompts, num_items), settings.max_new_tokens
         weights = policy.base.get_input_embeddings().weight.data_ptr()  # another address: the policy was moved
-        needs = (weights, policy.banned.data_ptr(), places, settings.group_size, settings.temperature, settings.greedy)
+        of_policy = (weights, policy.banned.data_ptr(), policy.sharded is None)  # undivided in rejection sampling
+        needs = (*of_policy, places, settings.group_size, settings.temperature, settings.greedy)
         if self._kept is not None and self._kept[0] == needs:
             decoder = self._kept[1]
             if decoder.prefix_room >= longest_prompt and decoder.branch_room >= room:

@@ -8,12 +8,15 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
 
 from callbacks.checkpoints import WholeCheckpoints
 from lightning_modules import grpo
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.grpo import GRPO
+from lightning_modules.qwen_vl import QwenVL
 from lightning_modules.rewards import Reward
+from lightning_modules.rollouts import NativeEngine, RolloutSettings
 from lightning_modules.sharded_strategy import ShardedStrategy
 from tests.lightning_modules.conftest import LORA
 from tests.lightning_modules.ranks import run_ranks
@@ -220,3 +223,23 @@ def test_checkpoint_and_merged_model_are_those_of_an_undivided_run(build, make_i
         merged = load_file(tmp_path / name / "merged" / "model.safetensors")
         assert merged.keys() == expected.keys()
         torch.testing.assert_close(merged, expected, atol=2e-5, rtol=1e-3)
+
+
+def test_memory_kept_from_before_the_policy_was_divided_is_not_decoded_with(tiny_model_dir, make_items):
+    items, settings = make_items([1, 2]), RolloutSettings(2, 1.0, 6)
+
+    def work():
+        torch.set_num_threads(1)
+        policy = QwenVL(str(tiny_model_dir), lora=LORA)
+        engine = NativeEngine(policy, static=True)  # as on a GPU, where rejection sampling comes first
+
+        def texts():
+            groups = engine.generate(items, settings, seeds=[1, 2])
+            return [[rollout.token_ids.tolist() for rollout in group] for group in groups]
+
+        before = texts()
+        torch.distributed.init_process_group("gloo")
+        policy.shard(init_device_mesh("cpu", (2,)))
+        return before == texts(), engine._kept is None
+
+    assert run_ranks(2, work) == [(True, True)] * 2
