@@ -18,6 +18,7 @@ import yaml
 
 from datamodules.artefacts import write_atomic
 from experiments import charts, metrics, paper_tables
+from experiments.phases import trained_commit
 from experiments.results import Results, read_results, started_from
 
 # Title of a chart -> the logged metrics in it. A chart whose metrics were not logged is left out.
@@ -87,7 +88,7 @@ def render_report(folder: Path) -> str:
     title = f"{results.experiment}, seed {results.seed}"
     body = [
         f"<h1>{escape(title)}</h1>",
-        f"<p>Commit {escape(results.commit)}. Accuracies are Acc@0.5 in percent; AVG is the mean over the tasks.</p>",
+        f"<p>{escape(_commits(folder, results))} Accuracies are Acc@0.5 in percent; AVG is the mean over the tasks.</p>",
         "<h2>Ladder</h2>",
         html_table(ladder_rows(results, stage_starts(folder, results))),
         "<h2>Tasks</h2>",
@@ -99,6 +100,13 @@ def render_report(folder: Path) -> str:
     ]
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>\n"
+
+
+def _commits(folder: Path, results: Results) -> str:
+    """Which code trained each stage; results.json says only which the last command ran."""
+    trained = {stage.name: trained_commit(folder / stage.name) for stage in results.stages}
+    words = ", ".join(f"{name} at {commit}" for name, commit in trained.items() if commit)
+    return f"Last command at commit {results.commit}" + (f"; trained: {words}." if words else ".")
 
 
 def write_report(folder: Path) -> Path:

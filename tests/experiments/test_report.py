@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from experiments import charts, report
+from experiments import charts, phases, report
 from experiments.results import Results, make_stage, write_results
 from tests.experiments.test_metrics import attempt
 from tests.experiments.test_results import summary
@@ -33,6 +33,11 @@ def test_the_page_holds_the_ladder_curves_and_pictures(folder: Path) -> None:
         assert text in page
     assert "<svg" in page and "no_box" in page
     assert "step_000020_example" in page and "step_000010_example" not in page
+
+
+def test_the_page_tells_the_commit_of_the_training_from_the_last_commands(folder: Path) -> None:
+    phases.claim(folder / "grpo", "key", commit="def456")
+    assert "Last command at commit abc123; trained: grpo at def456." in report.render_report(folder)
 
 
 def test_the_page_needs_nothing_from_outside(folder: Path) -> None:
