@@ -16,8 +16,8 @@ REFUSED_STRATEGIES = {
     "modelparallel": "Lightning's own leaves the division of the layers to the module",
 }
 
-# Settings of the Trainer that the modules have their own for, and the values that change nothing. A precision would round
-# adapters to 16 bits, scale losses whose gradients are clipped here, or be switched off again by the policy.
+# Settings of the Trainer that the modules have their own for, and the values that change nothing. A precision would
+# round adapters to 16 bits, scale losses whose gradients are clipped here, or be switched off again by the policy.
 MODULES_OWN = {
     "accumulate_grad_batches": ("accumulate", (None, 1)),
     "gradient_clip_val": ("max_grad_norm", (None,)),
