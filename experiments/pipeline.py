@@ -72,7 +72,9 @@ def run_step(step: Step) -> float:
 
     def note(done: bool) -> float:
         seconds = round(before + time.monotonic() - start, 1)
-        if step.marker.parent.is_dir():  # the step itself makes its folder, and may move an old one aside first
+        marker = read_json(step.marker)  # another's that is finished stays until the step moves it aside, or is done
+        free = done or marker.get("key") == key or not marker.get("done")
+        if step.marker.parent.is_dir() and free:  # the step itself makes its folder
             content = {"key": key, "result_key": step.result_key(), "done": done, "seconds": seconds}
             phases.write_marker(step.marker.parent, step.marker.name, **content)
         return seconds

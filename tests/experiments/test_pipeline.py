@@ -55,6 +55,16 @@ def test_the_time_of_killed_attempts_is_counted(tmp_path: Path) -> None:
     assert (tmp_path / "phase" / "runs").read_text() == "x", "not done: it ran again"
 
 
+def test_a_step_with_faulty_settings_leaves_what_was_finished_with_others(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(pipeline, "CLOCK_SECONDS", 0.02)  # it reads its settings for longer than that
+    step = counting_step(tmp_path / "phase")
+    first = run_step(step)
+    with pytest.raises(SystemExit, match="step ended with exit code 1"):
+        run_step(replace(step, command=("timeit", "-n1", "-r1", "1/0")))
+    assert run_step(step) == first, "the time it took is not forgotten"
+    assert (tmp_path / "phase" / "runs").read_text() == "x"
+
+
 def test_a_failing_step_ends_the_pipeline_and_is_not_done(tmp_path: Path) -> None:
     step = Step("broken", tmp_path / "done.json", ("timeit", "-n1", "-r1", "1/0"), ())
     with pytest.raises(SystemExit, match="broken ended with exit code 1"):
