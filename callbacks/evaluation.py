@@ -27,6 +27,15 @@ class EvaluationSettings:
     max_new_tokens: int = 1024
     batch_prompts: int = 32
 
+    def __post_init__(self) -> None:
+        require_positive("evaluation", max_new_tokens=self.max_new_tokens, batch_prompts=self.batch_prompts)
+
+
+def require_positive(owner: str, **settings: int | None) -> None:
+    """Raises ValueError that names every setting that is neither null nor greater than 0."""
+    if wrong := [f"{name}={value}" for name, value in settings.items() if value is not None and not value > 0]:
+        raise ValueError(f"{owner}: {', '.join(wrong)} must be greater than 0")
+
 
 def answers_key(benchmark: Benchmark, answerer: Answerer) -> str:
     """Hash of the questions, their images (by name and size) and the answerer. Not of how many are asked."""

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from callbacks.checkpoints import RunStopped
 from callbacks.encoding import encode_ahead, prompt_encoder, rollout_engine
-from callbacks.evaluation import EvaluationSettings
+from callbacks.evaluation import EvaluationSettings, require_positive
 from datamodules.answerers import split_windows
 from datamodules.artefacts import (
     Journal,
@@ -174,6 +174,8 @@ class MIGBench(Callback):
         self.validation_limit_per_task = validation_limit_per_task
         self.settings = EvaluationSettings(max_new_tokens, batch_prompts)
         self.max_prompt_tokens = max_prompt_tokens
+        every = {"every_n_steps": every_n_steps, "max_prompt_tokens": max_prompt_tokens}
+        require_positive("MIGBench", validation_limit_per_task=validation_limit_per_task, **every)
         self.samples: list[Sample] = []
         self._resumed_step = 0
         self._last_step = 0

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 from PIL import Image, ImageDraw, ImageFont
 
 from callbacks.encoding import prompt_encoder, rollout_engine
-from callbacks.evaluation import EvaluationSettings
+from callbacks.evaluation import EvaluationSettings, require_positive
 from callbacks.mig_bench import evaluate_mig_bench, limit_tasks
 from datamodules.artefacts import make_folder, remove_draft
 from datamodules.batches import ImageError, load_image
@@ -79,7 +79,9 @@ class Previews(Callback):
     ) -> None:
         self.annotations, self.image_root, self.folder = annotations, image_root, folder
         self.num_per_task, self.every_n_steps = num_per_task, every_n_steps
-        self.max_new_tokens, self.max_prompt_tokens = max_new_tokens, max_prompt_tokens
+        self.settings, self.max_prompt_tokens = EvaluationSettings(max_new_tokens), max_prompt_tokens
+        every = {"every_n_steps": every_n_steps, "max_prompt_tokens": max_prompt_tokens}
+        require_positive("Previews", num_per_task=num_per_task, **every)
         self.samples: list[Sample] = []
         self._last_step = 0
 
@@ -110,10 +112,9 @@ class Previews(Callback):
     def _draw_all(self, trainer: Trainer, pl_module: LightningModule) -> None:
         encoder = prompt_encoder(trainer.datamodule.encoder, self.max_prompt_tokens)
         load = partial(load_images, image_root=self.image_root)
-        settings = EvaluationSettings(self.max_new_tokens)
         engine = rollout_engine(pl_module)
         predictions = evaluate_mig_bench(
-            pl_module.policy, engine, encoder, self.samples, load, settings, show_progress=False
+            pl_module.policy, engine, encoder, self.samples, load, self.settings, show_progress=False
         )
         folder = self._home(trainer) / f"step_{trainer.global_step:06d}"
         rows = draw_previews(self.samples, predictions, load, encoder.max_image_pixels)

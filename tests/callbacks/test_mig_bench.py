@@ -190,6 +190,22 @@ def test_into_the_place_that_a_lost_filesystem_left_nothing_is_written(bench, fi
     assert list(small_disk.root.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        (MIGBench, "every_n_steps", -5),
+        (MIGBench, "validation_limit_per_task", 0),
+        (MIGBench, "batch_prompts", 0),
+        (Previews, "every_n_steps", 0),
+        (Previews, "num_per_task", 0),
+        (Previews, "max_new_tokens", 0),
+    ],
+)
+def test_settings_that_would_ask_nothing_are_refused_at_once(kind: type, name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value} must be greater than 0"):
+        kind("MIG_data.json", "data", **{name: value})
+
+
 def test_a_wrong_image_root_fails_before_the_model_is_built(bench, fit, tiny_model_dir, tmp_path: Path) -> None:
     class Unbuildable(FakeModule):
         def configure_model(self) -> None:
