@@ -88,7 +88,8 @@ def render_report(folder: Path) -> str:
     title = f"{results.experiment}, seed {results.seed}"
     body = [
         f"<h1>{escape(title)}</h1>",
-        f"<p>{escape(_commits(folder, results))} Accuracies are Acc@0.5 in percent; AVG is the mean over the tasks.</p>",
+        f"<p>{escape(_commits(folder, results))}</p>",
+        "<p>Accuracies are Acc@0.5 in percent; AVG is the mean over the tasks.</p>",
         "<h2>Ladder</h2>",
         html_table(ladder_rows(results, stage_starts(folder, results))),
         "<h2>Tasks</h2>",
