@@ -49,8 +49,8 @@ class CollapseGuard(Callback):
 
     A mean that is no number is out of every bound. A metric that is not logged at all is warned of, once.
 
-    warn: says so, once for each time that they are left. stop: ends the run; the message names metric, value, bound
-    and the last good checkpoint. roll_back: goes back to the newest checkpoint from before the window (else the oldest
+    warn: says so, once for each time that a metric leaves them. stop: ends the run; the message names metric, value,
+    bound and the last good checkpoint. roll_back: goes back to the newest checkpoint from before the window (else the oldest
     there is; WindowCheckpoint's keep_last says how far back that can be), and goes on from there with other samples,
     other rollouts and the learning rate times `learning_rate_factor`; after `max_rollbacks`, it stops.
     What happened stands in <default_root_dir>/collapse.json, and `collapse/rollbacks` is logged. A rollback is first
@@ -74,7 +74,7 @@ class CollapseGuard(Callback):
         self._open: list[dict[str, float]] = []  # of the batches since
         self._best: dict[str, float] = {}
         self._rollbacks = 0  # that the learning rate has seen
-        self._outside = False
+        self._outside: set[str] = set()  # metrics
         self._missed: set[str] = set()  # metrics that were warned of
 
     def _faults(self) -> list[str]:
@@ -117,10 +117,11 @@ class CollapseGuard(Callback):
         self._values, self._open = [*self._values, *self._open][-self.window :], []
         if trainer.is_global_zero:
             self._warn_of_missing(known)
-        fault = trainer.strategy.broadcast(self._find_fault())
-        if fault and not (self._outside and self.action == "warn"):
-            self._act(trainer, fault)
-        self._outside = bool(fault)
+        faults = trainer.strategy.broadcast(self._find_faults())
+        for fault in faults:
+            if not (fault["metric"] in self._outside and self.action == "warn"):
+                self._act(trainer, fault)
+        self._outside = {fault["metric"] for fault in faults}
 
     def _warn_of_missing(self, known: Mapping[str, Any]) -> None:
         """Once the window is full; a misspelt name would else watch nothing in silence."""
@@ -130,8 +131,9 @@ class CollapseGuard(Callback):
                 self._missed.add(name)
                 log.warning("bounds[%r] watches nothing: it is not logged; %s are", name, ", ".join(sorted(known)))
 
-    def _find_fault(self) -> dict[str, Any] | None:
-        """The first metric out of its bounds; None while the window is not full."""
+    def _find_faults(self) -> list[dict[str, Any]]:
+        """Every metric out of its bounds; none while the window is not full."""
+        faults = []
         for name, bound in self.bounds.items() if len(self._values) == self.window else ():
             values = [value[name] for value in self._values if name in value]
             if not values:
@@ -141,8 +143,8 @@ class CollapseGuard(Callback):
                 self._best[name] = mean
             if fault := bound.fault(mean, self._best.get(name, -math.inf)):
                 words = f"{name}: the mean {mean:.4g} over the last {len(values)} batches {fault}"
-                return {"step": self._values[-1]["step"], "metric": name, "mean": mean, "fault": words}
-        return None
+                faults.append({"step": self._values[-1]["step"], "metric": name, "mean": mean, "fault": words})
+        return faults
 
     def _act(self, trainer: Trainer, fault: dict[str, Any]) -> None:
         log_batch(trainer)  # the row that shows it

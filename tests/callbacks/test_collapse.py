@@ -233,6 +233,20 @@ def test_a_value_that_is_no_number_is_a_fault_and_does_not_lower_the_best(run, t
     assert second["step"] == 12 and second["fault"].endswith("below its best, 1")
 
 
+def test_a_second_metric_is_watched_while_the_first_is_out_of_its_bounds(fit, tiny_model_dir, tmp_path: Path) -> None:
+    class Two(Rewarded):
+        def training_step(self, batch, batch_idx: int) -> None:
+            super().training_step(batch, batch_idx)
+            self.log_step({"grpo/entropy": ([1.0] * 4 + [10.0] * 4 + [4.0] * 4)[self.global_step - 1]})
+
+    guard = CollapseGuard({"reward/total": Bound(low=2.0), "grpo/entropy": Bound(max_drop=0.4)}, "warn", window=4)
+    (tmp_path / "run").mkdir()
+    fit(Two(str(tiny_model_dir)), [guard], max_steps=12, max_epochs=5)
+    # The entropy's mean was 10 at update 8, and is 5.5 at update 11.
+    left = [(event["metric"], event["step"]) for event in events(tmp_path)]
+    assert left == [("reward/total", 4), ("grpo/entropy", 11)]
+
+
 def test_a_share_of_a_negative_best_is_below_it() -> None:
     bound = Bound(max_drop=0.5)
     assert bound.fault(-1.0, best=-1.0) is None and bound.fault(-1.4, best=-1.0) is None
