@@ -15,7 +15,8 @@ def derive_seed(*parts: int | str) -> int:
 def sample_seeds(seed: int, window: int, earlier: Sequence[str], sample_ids: Sequence[str]) -> list[int]:
     """A seed for each sample of a batch: of the run's seed, the window's number, the sample's id, and how often that
     was in the window before (`earlier` are the ids of its batches so far). Neither rank nor place in the batch: how a
-    window is divided among ranks and batches changes no rollout."""
+    window is divided among ranks and batches changes no rollout, unless a sample is in it twice: each rank counts its
+    own."""
     seen = list(earlier)
     seeds = []
     for sample_id in sample_ids:
