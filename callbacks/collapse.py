@@ -50,9 +50,9 @@ class CollapseGuard(Callback):
     A mean that is no number is out of every bound. A metric that is not logged at all is warned of, once.
 
     warn: says so, once for each time that a metric leaves them. stop: ends the run; the message names metric, value,
-    bound and the last good checkpoint. roll_back: goes back to the newest checkpoint from before the window (else the oldest
-    there is; WindowCheckpoint's keep_last says how far back that can be), and goes on from there with other samples,
-    other rollouts and the learning rate times `learning_rate_factor`; after `max_rollbacks`, it stops.
+    bound and the last good checkpoint. roll_back: goes back to the newest checkpoint from before the window (else the
+    oldest there is; WindowCheckpoint's keep_last says how far back that can be), and goes on from there with other
+    samples, other rollouts and the learning rate times `learning_rate_factor`; after `max_rollbacks`, it stops.
     What happened stands in <default_root_dir>/collapse.json, and `collapse/rollbacks` is logged. A rollback is first
     written there whole, and done when the run starts again: a kill at any moment changes nothing of it.
     List it before SaveOnInterrupt.
