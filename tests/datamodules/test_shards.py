@@ -3,11 +3,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import sys
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -83,19 +81,6 @@ def test_few_member_tables_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     reader = ShardReader(tmp_path)
     assert [reader.read(number) for number in (*range(8), 0)] == [*samples, samples[0]]
     assert len(reader._tables) == 2
-
-
-def test_threads_may_share_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = [loaded.sample.id for loaded in write(tmp_path, 8, max_samples=1)]
-    monkeypatch.setattr(ShardReader, "NUM_INDEXED_SHARDS", 2)  # so that each drops what the others look up
-    reader, interval = ShardReader(tmp_path), sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(2) as pool:
-            found = list(pool.map(lambda number: reader.read(number).sample.id, list(range(8)) * 100))
-    finally:
-        sys.setswitchinterval(interval)
-    assert found == ids * 100
 
 
 def test_manifest_describes_the_shards(tmp_path: Path) -> None:
