@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from lightning.pytorch import LightningModule
 
 from datamodules.batches import Encoder, PromptItem
+from datamodules.prefetch import prefetch
 from datamodules.samples import LoadedSample, SampleError
 from lightning_modules.rollouts import NativeEngine, RolloutEngine
 
@@ -46,10 +46,4 @@ def encode_ahead(
     def encode_window(window: Sequence[T]) -> list[tuple[T, PromptItem | SampleError]]:
         return [(member, encode(member)) for member in window]
 
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting = pool.submit(encode_window, windows[0]) if windows else None
-        for index in range(len(windows)):
-            ready = waiting.result()
-            if index + 1 < len(windows):
-                waiting = pool.submit(encode_window, windows[index + 1])
-            yield ready
+    return prefetch(map(encode_window, windows), num_ahead=1)

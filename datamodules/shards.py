@@ -214,12 +214,14 @@ class ShardReader:
             return _parse_sample(place, _read_at(file, members["json"])), self.paths[shard], members
 
     def _table(self, shard: int) -> dict[int, dict[str, tuple[int, int]]]:
-        if shard not in self._tables:
-            self._tables[shard] = _member_table(self.paths[shard])
-            if len(self._tables) > self.NUM_INDEXED_SHARDS:
-                self._tables.popitem(last=False)
-        self._tables.move_to_end(shard)
-        return self._tables[shard]
+        # Several threads may read: each line leaves the tables whole, at worst without one that is then read again.
+        table = self._tables.pop(shard, None)
+        if table is None:
+            table = _member_table(self.paths[shard])
+        self._tables[shard] = table  # as the newest
+        if len(self._tables) > self.NUM_INDEXED_SHARDS:
+            self._tables.popitem(last=False)
+        return table
 
 
 def _member_table(path: Path) -> dict[int, dict[str, tuple[int, int]]]:

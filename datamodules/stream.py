@@ -17,10 +17,13 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datamodules.batches import Batch, PromptItem
+from datamodules.prefetch import prefetch
 from datamodules.samples import LoadedSample, Rejections, SampleError
 from datamodules.shards import ShardReader
 
 logger = logging.getLogger(__name__)
+
+NUM_BATCHES_AHEAD = 2  # encoded and waiting to be asked for; what bounds memory
 
 
 class Slot(NamedTuple):
@@ -207,16 +210,21 @@ class BatchLoader:
         return {"epoch": epoch, "batch": batch, "cursors": {str(self.stream.rank): cursor}, "stream": self.settings}
 
     def _slots(self, epoch: int, cursor: int, length: int) -> Iterator[Slot]:
-        """The `length` slots that suffice if none is rejected, from the workers; then more, from this process."""
-        yield from DataLoader(
-            self.stream.window(epoch, cursor, length),
-            batch_size=None,
-            num_workers=self.num_workers,
-            collate_fn=_unchanged,
-            prefetch_factor=max(2, 2 * self.batch_size // self.num_workers) if self.num_workers else None,
-            # A generator of its own: otherwise each iterator draws a seed from torch's, and a resumed run samples anew.
-            generator=torch.Generator(),
-        )
+        """The `length` slots that suffice if none is rejected, from the workers, or a thread without any; then more."""
+        window, num_ahead = self.stream.window(epoch, cursor, length), NUM_BATCHES_AHEAD * self.batch_size
+        if self.num_workers == 0:
+            yield from prefetch(window, num_ahead)
+        else:
+            yield from DataLoader(
+                window,
+                batch_size=None,
+                num_workers=self.num_workers,
+                collate_fn=_unchanged,
+                prefetch_factor=max(2, num_ahead // self.num_workers),
+                # A generator of its own: otherwise each iterator draws a seed from torch's, and a resumed run samples
+                # anew.
+                generator=torch.Generator(),
+            )
         cursor += length
         while True:
             yield from self.stream.window(epoch, cursor, 1)

@@ -198,14 +198,23 @@ def test_cut_image_is_named(kind: str) -> None:
         assert caught.value.rule in ("truncated_image", "unreadable_image")
 
 
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of that size whose pixels are missing."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    image = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return image + struct.pack(">I", 10**6) + b"IDAT" + bytes(100)
+
+
 def test_decompression_bomb_is_refused_by_its_header() -> None:
-    header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
-    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    bomb += struct.pack(">I", 10**6) + b"IDAT" + bytes(100)
     for max_pixels in (10**6, 10**12):  # this guard, and Pillow's own
         with pytest.raises(ImageError) as caught:
-            load_image(bomb, max_pixels)
+            load_image(png_header(20_000, 20_000), max_pixels)
         assert caught.value.rule == "decompression_bomb"
+
+
+def test_pillow_may_warn_of_a_large_image() -> None:
+    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(ImageError, match="decompression_bomb"):
+        load_image(png_header(10_000, 10_000), 64_000_000)
 
 
 def test_samples_that_cannot_be_encoded_are_named(processor_dir: Path, encoder: Encoder) -> None:

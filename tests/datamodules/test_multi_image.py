@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from datamodules.batches import Batch
+from datamodules.batches import Batch, PromptItem
 from datamodules.multi_image import MultiImageData
 from datamodules.samples import SampleError
-from datamodules.shards import ShardWriter
+from datamodules.shards import ShardReader, ShardWriter
 from tests.datamodules import trainer_process
 from tests.datamodules.tiny_processor import make_sample, save_tiny_processor
 
@@ -164,6 +165,19 @@ def test_batches_are_encoded_and_carry_their_position(shards: Path, processor: P
             assert item.sample == twin.sample and torch.equal(item.pixel_values, twin.pixel_values)
             assert item.completion_ids is not None and item.geometries == twin.geometries
     assert data.rejections.counts == {"missing_image": 1}
+
+
+def test_batches_of_the_thread_are_those_encoded_one_by_one(shards: Path, processor: Path) -> None:
+    data, alone = make_data(shards, processor), make_data(shards, processor)
+    reader, loader = ShardReader(str(shards)), data.train_dataloader()
+    numbers = [number for number in loader.stream.order(0) if reader.find({"s6"})["s6"] != number]
+    for batch, other in zip(loader, loader, strict=True):  # two threads with one reader and one processor
+        for item, again in zip(batch.items, other.items, strict=True):
+            true = alone.encoder.encode(reader.read(numbers.pop(0)))
+            for field in fields(PromptItem):
+                values = [getattr(each, field.name) for each in (item, again, true)]
+                is_tensor = isinstance(values[0], torch.Tensor)
+                assert all(torch.equal(value, values[2]) if is_tensor else value == values[2] for value in values)
 
 
 def test_state_survives_until_there_is_a_loader(shards: Path, processor: Path) -> None:

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import json
 import random
+import threading
+import time
+import traceback
 from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate, islice, pairwise
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -124,10 +128,61 @@ def test_number_of_workers_changes_nothing(num_workers: int) -> None:
     assert train(Setting(bad=alone.bad, num_workers=num_workers).loader(), 2) == train(alone.loader(), 2)
 
 
-def test_reading_leaves_the_random_state_of_torch_alone() -> None:
-    before = torch.random.get_rng_state()
+def test_reading_leaves_the_global_random_states_alone() -> None:
+    before = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     train(Setting().loader(), 1)
-    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
+
+
+class CountingReader(NumberReader):
+    """Knows how many samples were read, and by which threads; sample 7 of the walk raises what is no SampleError."""
+
+    def __init__(self, sizes: list[int], broken: bool = False) -> None:
+        super().__init__(sizes)
+        self.broken, self.num_read, self.threads = broken, 0, set()
+
+    def read(self, number: int) -> Any:
+        self.num_read += 1
+        self.threads.add(threading.current_thread())
+        if self.broken and self.num_read == 7:
+            raise OSError("the disk is gone")
+        return super().read(number)
+
+
+def counting_loader(reader: CountingReader) -> BatchLoader:
+    return BatchLoader(ShardStream(reader, same, seed=0, shuffle_buffer=6), 3, 0, Rejections())
+
+
+def test_a_thread_reads_two_batches_ahead_and_no_more() -> None:
+    reader = CountingReader([50])
+    loader = counting_loader(reader)
+    for given, batch in enumerate(islice(loader, 5), 1):
+        deadline = time.monotonic() + 30
+        while reader.num_read < 3 * (given + 2) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.01)
+        assert reader.num_read == 3 * (given + 2)
+        # The state knows nothing of what was read ahead.
+        loader.mark_trained(batch)
+        assert loader.state_dict()["batch"] == given and loader.state_dict()["cursors"] == {"0": 3 * given}
+    assert threading.current_thread() not in reader.threads
+    assert not any(thread.is_alive() for thread in reader.threads)  # the epoch was left early
+
+
+def test_two_open_iterators_give_the_same_batches() -> None:
+    loader = counting_loader(CountingReader([50]))
+    assert all(one.sample_ids == other.sample_ids for one, other in zip(loader, loader, strict=True))
+
+
+def test_an_error_that_is_no_rejection_reaches_the_training_thread_in_its_place() -> None:
+    reader = CountingReader([50], broken=True)
+    batches = iter(counting_loader(reader))
+    assert [len(next(batches)) for _ in range(2)] == [3, 3]
+    with pytest.raises(OSError, match="the disk is gone") as caught:
+        next(batches)
+    assert "read" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert not any(thread.is_alive() for thread in reader.threads)
 
 
 @pytest.mark.parametrize("setting", random_settings(8, bad_share=0.0) + random_settings(8, bad_share=0.2), ids=str)

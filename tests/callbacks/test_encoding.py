@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from callbacks.encoding import encode_ahead, prompt_encoder
+from datamodules.batches import Encoder, PromptItem
+from datamodules.samples import LoadedSample, SampleError
+from tests.datamodules.tiny_processor import make_sample, save_tiny_processor
+
+
+def test_evaluation_shares_no_processor_with_the_thread_that_encodes_for_training(tmp_path: Path) -> None:
+    training = Encoder(str(save_tiny_processor(tmp_path)), "absolute", "think", 500, 100, with_target=True)
+    assert training.processor is training.processor
+    evaluating = prompt_encoder(training)
+    assert evaluating.processor is not training.processor
+    loaded = make_sample("a")
+    assert torch.equal(evaluating.encode(loaded).input_ids, training.encode(loaded).input_ids)
+
+
+def test_windows_come_in_order_with_refusals_in_place(tmp_path: Path) -> None:
+    encoder = Encoder(str(save_tiny_processor(tmp_path)), "absolute", "think", 500, 100, with_target=False)
+    asked: list[str] = []
+
+    def load(name: str) -> LoadedSample:
+        asked.append(name)
+        if name == "bad":
+            raise SampleError(name, "missing_image")
+        return make_sample(name)
+
+    windows = [["a", "b"], ["bad"], ["c"], ["d"]]
+    for window, encoded in zip(windows, encode_ahead(encoder, windows, load), strict=True):
+        assert [name for name, _ in encoded] == window
+        assert all(isinstance(item, SampleError if name == "bad" else PromptItem) for name, item in encoded)
+    assert asked == ["a", "b", "bad", "c", "d"]
+    assert list(encode_ahead(encoder, [], load)) == []
