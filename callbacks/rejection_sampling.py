@@ -127,9 +127,8 @@ def rejection_sample(
 
 def rejection_key(model: str, encoder: Encoder, source: str | list[str], settings: RejectionSettings) -> str:
     """Hash of all that the choice depends on: weights, candidates, prompts and settings."""
-    folders = folder_list(source)
-    prompts = {name: value for name, value in vars(encoder).items() if name not in ("processor", "processor_path")}
-    return fingerprint(path_fingerprint(model), [path_fingerprint(path) for path in folders], prompts, asdict(settings))
+    candidates = [path_fingerprint(path) for path in folder_list(source)]
+    return fingerprint(path_fingerprint(model), candidates, encoder.form(), asdict(settings))
 
 
 def is_finished(folder: str | Path, key: str) -> bool:
