@@ -135,7 +135,7 @@ def evaluation_key(
         path_fingerprint(annotations),
         [(name, (Path(image_root) / name).stat().st_size) for name in images],
         [sample.id for sample in samples],
-        {name: value for name, value in vars(encoder).items() if name not in ("processor", "processor_path")},
+        encoder.form(),
         asdict(settings),
     )
 

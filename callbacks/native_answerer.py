@@ -29,9 +29,7 @@ class NativeAnswerer:
         self._policy_key = policy_fingerprint(policy)  # once: it reads all weights
 
     def identity(self) -> dict[str, Any]:
-        elsewhere = ("processor", "processor_path")  # the policy's folder
-        form = {name: value for name, value in vars(self.encoder).items() if name not in elsewhere}
-        return {"policy": self._policy_key, "form": form, "decoding": asdict(self.settings)}
+        return {"policy": self._policy_key, "form": self.encoder.form(), "decoding": asdict(self.settings)}
 
     def answers(self, samples: Sequence[Sample], load: Load) -> Iterator[tuple[Sample, Reply]]:
         rollout_settings = RolloutSettings(

@@ -190,6 +190,11 @@ class Encoder:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "processor"}
 
+    def form(self) -> dict[str, Any]:
+        """All that decides how a sample is put to a model, for the keys of what is computed from its answers; not the
+        processor, which belongs to the model's folder."""
+        return {name: value for name, value in vars(self).items() if name not in ("processor", "processor_path")}
+
     @cached_property
     def processor(self) -> Any:
         from transformers import AutoProcessor  # a slow import, needed only where samples are encoded

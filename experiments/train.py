@@ -196,9 +196,7 @@ def merge_metrics(folder: Path) -> None:
 def quieten() -> None:
     """Leave out what Lightning says of choices that are meant."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    meant = (".*does not have many workers.*",)
-    for message in meant:
-        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 
 def main(args: list[str] | None = None) -> None:

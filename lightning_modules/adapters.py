@@ -13,6 +13,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from datamodules.artefacts import whole_folder
 from lightning_modules.lora_linear import FusedLoraLinear
 
 
@@ -58,17 +59,13 @@ def _lora_items(model: PeftModel) -> list[tuple[str, Tensor]]:
 
 
 def write_adapter(tensors: dict[str, Tensor], model: PeftModel, folder: Path) -> None:
-    """Write `adapter_tensors` as a PEFT adapter: adapter_model.safetensors and adapter_config.json.
-
-    `folder` must not exist: it appears whole.
-    """
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    unfinished.mkdir(parents=True)
-    save_file(tensors, unfinished / "adapter_model.safetensors")
-    config = copy.deepcopy(model.peft_config["default"])
-    config.inference_mode = True
-    config.save_pretrained(unfinished)
-    unfinished.rename(folder)
+    """Write `adapter_tensors` as a PEFT adapter: adapter_model.safetensors and adapter_config.json. `folder` appears
+    whole."""
+    with whole_folder(folder) as unfinished:
+        save_file(tensors, unfinished / "adapter_model.safetensors")
+        config = copy.deepcopy(model.peft_config["default"])
+        config.inference_mode = True
+        config.save_pretrained(unfinished)
 
 
 def folded_copy(module: nn.Module, fold: bool = True) -> nn.Module:

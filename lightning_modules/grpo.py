@@ -13,7 +13,7 @@ from torch import Tensor
 
 from datamodules.batches import Batch, PromptItem
 from datamodules.boxes import Convention
-from lightning_modules.groups import Group, group_of
+from lightning_modules.groups import Group, keep_old, learnt_groups
 from lightning_modules.grpo_metrics import StepSums, rollout_records
 from lightning_modules.objectives import (
     REDUCTIONS,
@@ -192,13 +192,9 @@ class GRPO(PolicyModule):
         totals = torch.tensor([[parts.total for parts in group] for group in rewards], dtype=torch.float64)
         advantages, equal = group_advantages(totals), equal_groups(totals)
         self._record(batch, rollouts, rewards, advantages, equal)
-        groups = []
-        for index, item in enumerate(batch.items):
-            kept = [k for k, r in enumerate(rollouts[index]) if r.finished or not self.mask_truncated]
-            if kept and not (self.skip_equal_groups and equal[index]):
-                known = features[index] if self.freeze_vision else None
-                groups.append(group_of(item, known, [rollouts[index][k] for k in kept], advantages[index, kept]))
-        return groups
+        skip = (equal & self.skip_equal_groups).tolist()
+        known = features if self.freeze_vision else None
+        return learnt_groups(batch.items, rollouts, advantages, known, skip, self.mask_truncated)
 
     def _record(
         self,
@@ -213,8 +209,7 @@ class GRPO(PolicyModule):
         self.last_rollouts = [
             counts | record for record in rollout_records(batch.items, rollouts, rewards, advantages, equal)
         ]
-        for group, group_rewards, is_equal in zip(rollouts, rewards, equal.tolist(), strict=True):
-            self._sums.add_group(group, group_rewards, is_equal)
+        self._sums.add_groups(rollouts, rewards, equal)
         if self.rollout_log is not None and self.num_batches % self.rollout_log_every == 0:
             if self._log is None:
                 path = Path(self.trainer.default_root_dir) / self.rollout_log
@@ -293,19 +288,13 @@ class GRPO(PolicyModule):
     @torch.no_grad()
     def _store_old_log_probs(self, groups: list[Group]) -> None:
         """Log-probabilities of the policy before the window's first update."""
-        log_probs = [self.policy.token_log_probs(rows, f, self.temperature) for rows, f in self._rows(groups)]
-        lengths = [len(completion) for group in groups for completion in group.completions]
-        split = iter(torch.cat(log_probs).split(lengths)) if lengths else iter(())
-        for group in groups:
-            group.old = [next(split) for _ in group.completions]
+        keep_old(groups, [self.policy.token_log_probs(rows, f, self.temperature) for rows, f in self._rows(groups)])
 
     def _log_step(self, rollout_seconds: float, update_seconds: float) -> None:
         sums = StepSums(*self.sum_over_ranks(astuple(self._sums)))
-        self.log_step(
-            sums.means()
-            | {
-                "speed/rollout_seconds": rollout_seconds,
-                "speed/update_seconds": update_seconds,
-                "speed/completion_tokens_per_second": sums.completion_tokens / (rollout_seconds + update_seconds),
-            }
-        )
+        speeds = {
+            "speed/rollout_seconds": rollout_seconds,
+            "speed/update_seconds": update_seconds,
+            "speed/completion_tokens_per_second": sums.completion_tokens / (rollout_seconds + update_seconds),
+        }
+        self.log_step(sums.means() | speeds)

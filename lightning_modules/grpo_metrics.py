@@ -38,18 +38,21 @@ class StepSums:
     capped: float = 0.0  # tokens whose importance weight is held by its cap
     compared_tokens: float = 0.0
 
-    def add_group(self, rollouts: Sequence[Rollout], rewards: Sequence[Reward], equal: bool) -> None:
-        """`equal`: the group's rewards are all equal."""
-        self.groups += 1
-        self.equal_groups += equal
-        for rollout, parts in zip(rollouts, rewards, strict=True):
-            self.completions += 1
-            self.reward += parts.total
-            self.accuracy += parts.accuracy
-            self.format += parts.format
-            self.completion_tokens += len(rollout.token_ids)
-            self.truncated += not rollout.finished
-            self.surprise -= rollout.log_probs.sum().item()
+    def add_groups(
+        self, rollouts: Sequence[Sequence[Rollout]], rewards: Sequence[Sequence[Reward]], equal: Tensor
+    ) -> None:
+        """`equal` [P]: the group's rewards are all equal."""
+        for group, group_rewards, is_equal in zip(rollouts, rewards, equal.tolist(), strict=True):
+            self.groups += 1
+            self.equal_groups += is_equal
+            for rollout, parts in zip(group, group_rewards, strict=True):
+                self.completions += 1
+                self.reward += parts.total
+                self.accuracy += parts.accuracy
+                self.format += parts.format
+                self.completion_tokens += len(rollout.token_ids)
+                self.truncated += not rollout.finished
+                self.surprise -= rollout.log_probs.sum().item()
 
     def add_terms(self, terms: GRPOTerms) -> None:
         self.loss += terms.total.item()

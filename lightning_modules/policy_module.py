@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -20,9 +19,9 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from datamodules.artefacts import write_json
 from datamodules.batches import Batch, PromptItem
 from lightning_modules.adapters import LoraSettings
+from lightning_modules.non_finite import require_finite
 from lightning_modules.optimizers import build_optimizer, count_updates
 from lightning_modules.progress import rewind
 from lightning_modules.qwen_vl import QwenVL
@@ -33,15 +32,6 @@ from lightning_modules.shared_prefix import PackedRows
 
 T = TypeVar("T")
 STATE_KEY = "policy_module"
-NON_FINITE_FILE = "nonfinite.json"
-
-
-class NonFiniteLoss(RuntimeError):
-    """A loss or gradient that is NaN or infinite, with the update's number and the sample ids that led to it."""
-
-    def __init__(self, what: str, step: int, sample_ids: Sequence[str]) -> None:
-        super().__init__(f"{what} is not finite at update {step}; samples: {', '.join(sample_ids)}")
-        self.what, self.step, self.sample_ids = what, step, list(sample_ids)
 
 
 class PolicyModule(LightningModule):
@@ -270,11 +260,8 @@ class PolicyModule(LightningModule):
         return nullcontext() if block is None else block()
 
     def _require_finite(self, value: Tensor, what: str) -> None:
-        if torch.isfinite(value):
-            return
-        record = {"what": what, "update": self.global_step, "rank": self.global_rank, "sample_ids": self._window_ids}
-        write_json(Path(self.trainer.default_root_dir) / NON_FINITE_FILE, record)
-        raise NonFiniteLoss(what, self.global_step, self._window_ids)
+        folder = self.trainer.default_root_dir
+        require_finite(value, what, folder, self.global_step, self.global_rank, self._window_ids)
 
     def row_features(self, rows: PackedRows, items: Sequence[PromptItem], reference: bool = False) -> list[Tensor]:
         """Image features by item for one forward pass with a trained tower. Only the items in `rows` have any: each

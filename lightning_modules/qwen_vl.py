@@ -8,7 +8,6 @@ Shapes: P prompts, N target tokens, D hidden width, V vocabulary.
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
@@ -27,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from datamodules.artefacts import whole_folder
 from datamodules.batches import PromptItem
 from lightning_modules.activations import ActivationBudget
 from lightning_modules.adapters import LoraSettings, fold_again, folded_copy, with_adapter
@@ -264,24 +264,16 @@ class QwenVL(nn.Module):
     def save_merged(self, folder: str | Path, write: bool = True) -> None:
         """Write a plain Qwen2.5-VL folder (safetensors, processor, tokenizer) with the adapter merged into a copy.
 
-        Whole or not at all: it is written beside `folder` and moved there when complete, replacing what was there.
-        Of several ranks all call it, and one with `write`.
+        Whole or not at all, replacing what was there (`whole_folder`). Of several ranks all call it, and one with
+        `write`.
         """
         merged = self.sharded.copy(place="cpu" if write else "meta") if self.sharded is not None else None
         if not write:
             return
         merged = merged or folded_copy(self.base)
-        folder = Path(folder)
-        unfinished = folder.with_name(folder.name + ".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        try:
+        with whole_folder(folder) as unfinished:
             merged.save_pretrained(unfinished)
             AutoProcessor.from_pretrained(self.processor_path).save_pretrained(unfinished)
-        except Exception:
-            shutil.rmtree(unfinished, ignore_errors=True)  # the disk may be full: make room again
-            raise
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
 
 
 def new_model(config: PreTrainedConfig) -> nn.Module:

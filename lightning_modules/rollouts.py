@@ -129,7 +129,6 @@ class NativeEngine:
     ) -> list[list[Rollout]]:
         # Neighbours in length are read together, so that little is padded.
         order = sorted(range(len(items)), key=lambda i: len(items[i].input_ids))
-
         if seeds is None and not settings.greedy:
             device = generator.device if generator is not None else "cpu"
             seeds = torch.randint(1 << 62, (len(items),), generator=generator, device=device).tolist()
@@ -174,7 +173,7 @@ class NativeEngine:
             longest_prompt = -(-longest_prompt // PREFIX_STEP) * PREFIX_STEP
 
         def choose(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-            return sample(logits, policy.banned, settings, draws=draws)
+            return sample(logits, policy.banned, settings, draws)
 
         lean = self.fold_adapter and not static and policy.sharded is None and LeanModel.can_read(policy.base)
         model = LeanModel(policy.base) if lean else policy.decoder(self.fold_adapter)
@@ -211,16 +210,10 @@ class NativeEngine:
         return [Rollout(*fields) for fields in zip(group.tokens, group.log_probs, group.finished, texts, strict=True)]
 
 
-def sample(
-    logits: Tensor,
-    banned: Tensor,
-    settings: RolloutSettings,
-    generator: torch.Generator | None = None,
-    draws: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, banned: Tensor, settings: RolloutSettings, draws: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens [A] drawn from softmax(logits [A, V] / temperature) without banned tokens, and their log-probabilities.
 
-    `draws` [A, 1], uniform in [0, 1) and float64, decide; without them they come from `generator`.
+    `draws` [A, 1], uniform in [0, 1) and float64, decide, unless it is greedy.
     """
     logits = logits.float() / settings.temperature
     probabilities = logits.index_fill_(-1, banned, float("-inf")).softmax(-1)
@@ -231,7 +224,5 @@ def sample(
         # Summed in float64, so that no sum over a large vocabulary rounds a likely token away; a banned one has no
         # width. On a CPU exponentials in float64 would cost more than all else here.
         sums = probabilities.double().cumsum(-1)
-        if draws is None:
-            draws = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device, generator=generator)
         tokens = torch.searchsorted(sums, draws * sums[:, -1:], right=True)[:, 0]
     return tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log()

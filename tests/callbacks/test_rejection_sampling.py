@@ -15,8 +15,9 @@ import pytest
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from callbacks import rejection_sampling
-from callbacks.rejection_sampling import RejectionSampling, RejectionSettings, rejection_sample
+from callbacks import prompt_choice, rejection_sampling
+from callbacks.prompt_choice import RejectionSettings, rejection_sample
+from callbacks.rejection_sampling import RejectionSampling
 from datamodules.shards import ShardReader
 from lightning_modules.adapters import LoraSettings
 from lightning_modules.grpo import GRPO
@@ -37,7 +38,7 @@ def kept_ids(folder: Path) -> list[str]:
 
 @pytest.fixture
 def run(pool, encoder, tiny_model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(rejection_sampling, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(prompt_choice, "POLL_SECONDS", 0.01)
     policy = FakePolicy(str(tiny_model_dir))
     given = {"encoder": encoder, "source": str(pool), "settings": SETTINGS, "folder": tmp_path / "rs"}
     return partial(rejection_sample, policy, **given)

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.artefacts import Journal, fingerprint, path_fingerprint, read_journal, read_json, write_json
+from datamodules.artefacts import (
+    Journal,
+    fingerprint,
+    path_fingerprint,
+    read_journal,
+    read_json,
+    whole_folder,
+    write_json,
+)
 from tests.conftest import SmallDisk
 
 
@@ -69,3 +77,18 @@ def test_a_full_disk_leaves_the_old_file_and_no_draft(small_disk: SmallDisk) -> 
         write_json(path, ["new"] * 20_000)
     assert read_json(path) == {"old": True}
     assert {file.name for file in small_disk.root.iterdir()} == {"done.json", "ballast"}
+
+
+def test_a_folder_is_replaced_whole_or_stays_as_it_was(tmp_path: Path) -> None:
+    def write(name: str) -> None:
+        with whole_folder(tmp_path / "model") as draft:
+            (draft / name).write_text(name)
+            if name == "bad":
+                raise RuntimeError("killed")
+
+    write("first")
+    with pytest.raises(RuntimeError, match="killed"):
+        write("bad")
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "first"]
+    write("second")
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "second"]

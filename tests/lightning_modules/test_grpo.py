@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import Callback
 from datamodules.samples import ChoiceAnswer
 from lightning_modules import grpo
 from lightning_modules.grpo import GRPO
+from lightning_modules.non_finite import NonFiniteLoss
 from lightning_modules.objectives import REDUCTIONS, GRPOTerms
-from lightning_modules.policy_module import NonFiniteLoss
 from lightning_modules.rewards import Reward
 from lightning_modules.rollout_log import read_index
 from lightning_modules.seeds import derive_seed

@@ -139,7 +139,8 @@ def test_samples_follow_the_tempered_distribution() -> None:
     banned = torch.tensor([4])
     settings = RolloutSettings(group_size=1, temperature=0.6, max_new_tokens=1)
     draws = 20_000
-    tokens, log_probs = sample(logits.expand(draws, -1), banned, settings, torch.Generator().manual_seed(0))
+    uniform = torch.rand(draws, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tokens, log_probs = sample(logits.expand(draws, -1), banned, settings, uniform)
     weights = torch.exp(logits.double() / 0.6)
     weights[4] = 0
     expected = weights / weights.sum()

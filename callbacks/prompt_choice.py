@@ -1,0 +1,224 @@
+"""Which of many prompts a policy solves sometimes, not always and not never: sampled, counted, written as shards.
+
+The rest cannot teach GRPO anything: all completions of a group would earn about the same.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from callbacks.encoding import encode_ahead
+from datamodules.answerers import split_windows
+from datamodules.artefacts import (
+    Journal,
+    fingerprint,
+    path_fingerprint,
+    read_journal,
+    read_json,
+    write_atomic,
+    write_json,
+)
+from datamodules.batches import Encoder, PromptItem
+from datamodules.samples import SampleError
+from datamodules.scores import score_text
+from datamodules.shards import ShardReader, ShardWriter, folder_list
+from lightning_modules.qwen_vl import QwenVL
+from lightning_modules.rollouts import RolloutEngine, RolloutSettings
+from lightning_modules.seeds import derive_seed
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class RejectionSettings:
+    """`num_samples` completions of each candidate; one is correct when its IoU is above `threshold`.
+
+    A candidate is kept with `min_correct` to `max_correct` correct ones; by default, as in the paper, with at least one
+    and one less than all. Where luck finds the box now and then, one correct completion may say nothing of the policy.
+    temperature, max_new_tokens: null is that of the rollouts in training.
+    """
+
+    num_samples: int = 8
+    min_correct: int = 1
+    max_correct: int | None = None
+    temperature: float | None = None
+    max_new_tokens: int | None = None
+    batch_prompts: int = 32
+    threshold: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.num_samples < 2:
+            faults.append(f"num_samples={self.num_samples}: to be solved sometimes takes at least 2")
+        for name in ("temperature", "max_new_tokens", "batch_prompts"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                faults.append(f"{name}={value} must be greater than 0")
+        if not 0 <= self.threshold < 1:
+            faults.append(f"threshold={self.threshold} must be in [0, 1)")
+        if not 0 <= self.min_correct <= self.most_correct <= self.num_samples:
+            faults.append(
+                f"min_correct={self.min_correct}, max_correct={self.max_correct} is no range within "
+                f"num_samples={self.num_samples}"
+            )
+        if faults:
+            raise ValueError(f"rejection sampling: {'; '.join(faults)}")
+
+    @property
+    def most_correct(self) -> int:
+        return self.num_samples - 1 if self.max_correct is None else self.max_correct
+
+
+def rejection_sample(
+    policy: QwenVL,
+    engine: RolloutEngine,
+    encoder: Encoder,
+    source: str | list[str],
+    settings: RejectionSettings,
+    folder: str | Path,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], Any] = lambda: None,
+) -> Path:
+    """Sample every candidate in the shard folders `source`, write the kept ones as shards and return their folder.
+
+    `folder` gets shards/, kept.jsonl, histogram.json and journal*.jsonl, from which an interrupted call goes on with
+    the very same samples. What is finished there already for the same weights (`policy` as loaded from its path),
+    candidates and settings is used again. Every rank calls it, with a shared `folder`; they meet at `barrier` before
+    they sample and wait for each other's files afterwards. Raises ValueError when nothing is kept.
+    """
+    folder = Path(folder)
+    key = rejection_key(policy.processor_path, encoder, source, settings)
+    if not is_finished(folder, key):
+        reader = ShardReader(source)
+        # The window's number seeds it: which rank samples it, and after which interruption, changes nothing.
+        windows = list(enumerate(split_windows(range(reader.count), settings.batch_prompts)))
+        journal = Journal(folder / f"journal-{rank}.jsonl", key)
+        done = _read_windows(folder, key)  # those of all ranks there ever were
+        barrier()  # none has sampled until all have read: the ranks divide one and the same list
+        mine = [window for window in windows if window[0] not in done][rank::world_size]
+        _sample_windows(policy, engine, encoder, reader, mine, settings, journal, show_progress=rank == 0)
+        if rank == 0:
+            _wait_until(lambda: len(_read_windows(folder, key)) == len(windows))
+            _write_kept(folder, reader, _read_windows(folder, key), settings, key)
+        else:
+            _wait_until(lambda: is_finished(folder, key))
+    histogram = read_json(folder / "histogram.json")
+    if histogram["kept"] == 0:
+        raise ValueError(f"rejection sampling kept none of {histogram['candidates']} candidates: {histogram}")
+    return folder / "shards"
+
+
+def rejection_key(model: str, encoder: Encoder, source: str | list[str], settings: RejectionSettings) -> str:
+    """Hash of all that the choice depends on: weights, candidates, prompts and settings."""
+    candidates = [path_fingerprint(path) for path in folder_list(source)]
+    return fingerprint(path_fingerprint(model), candidates, encoder.form(), asdict(settings))
+
+
+def is_finished(folder: str | Path, key: str) -> bool:
+    return read_json(Path(folder) / "histogram.json").get("key") == key
+
+
+def _read_windows(folder: Path, key: str) -> dict[int, dict[str, Any]]:
+    records = [record for path in sorted(folder.glob("journal-*.jsonl")) for record in read_journal(path, key)]
+    return {record["window"]: record for record in records}
+
+
+def _wait_until(is_so: Callable[[], bool]) -> None:
+    """Polls, since a collective gives up after half an hour, and another rank may sample or write for longer. That it
+    lives, `RankWatch` sees to."""
+    while not is_so():
+        time.sleep(POLL_SECONDS)
+
+
+def _sample_windows(
+    policy: QwenVL,
+    engine: RolloutEngine,
+    encoder: Encoder,
+    reader: ShardReader,
+    windows: list[tuple[int, range]],
+    settings: RejectionSettings,
+    journal: Journal,
+    show_progress: bool,
+) -> None:
+    """Append to `journal` one record for each window: {"window", "outcomes": [...], "rejected": {id: rule}}."""
+    rollout_settings = RolloutSettings(
+        settings.num_samples, settings.temperature, settings.max_new_tokens, batch_prompts=settings.batch_prompts
+    )
+    encoded = encode_ahead(encoder, [numbers for _, numbers in windows], reader.read)
+    with tqdm(
+        total=sum(len(numbers) for _, numbers in windows),
+        desc="rejection sampling",
+        unit="prompt",
+        disable=not show_progress,
+    ) as bar:
+        for (window, _), members in zip(windows, encoded, strict=True):
+            errors = [error for _, error in members if isinstance(error, SampleError)]
+            known = [(number, item) for number, item in members if isinstance(item, PromptItem)]
+            generator = torch.Generator(policy.device).manual_seed(derive_seed(settings.seed, window))
+            items = [item.to(policy.device) for _, item in known]
+            groups = engine.generate(items, rollout_settings, generator=generator)
+            outcomes = [
+                _outcome(number, item, [rollout.text for rollout in group], encoder, settings.threshold)
+                for (number, item), group in zip(known, groups, strict=True)
+            ]
+            rejected = {error.sample_id: error.rule for error in errors}
+            journal.append([{"window": window, "outcomes": outcomes, "rejected": rejected}])
+            bar.update(len(members))
+
+
+def _outcome(number: int, item: PromptItem, texts: list[str], encoder: Encoder, threshold: float) -> dict[str, Any]:
+    ious = [score_text(text, item.sample.answer, item.geometries, encoder.convention).iou for text in texts]
+    correct = sum(value > threshold for value in ious)
+    fields = {"number": number, "id": item.sample.id, "task": item.sample.task}
+    return fields | {"correct": correct, "samples": len(ious), "mean_iou": sum(ious) / len(ious)}
+
+
+def _write_kept(
+    folder: Path, reader: ShardReader, windows: dict[int, dict[str, Any]], settings: RejectionSettings, key: str
+) -> None:
+    """Write shards/ and kept.jsonl in the order of the source; last, as the sign that all is there, histogram.json."""
+    outcomes = [outcome for window in sorted(windows) for outcome in windows[window]["outcomes"]]
+    rejected = Counter(rule for window in windows.values() for rule in window["rejected"].values())
+    if rejected:
+        log.warning("%d candidates could not be read: %s", rejected.total(), dict(rejected))
+    kept = [outcome for outcome in outcomes if settings.min_correct <= outcome["correct"] <= settings.most_correct]
+    (folder / "histogram.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / "shards", ignore_errors=True)
+    with ShardWriter(folder / "shards") as writer:
+        for outcome in kept:
+            writer.add(reader.read(outcome["number"]))
+    write_atomic(folder / "kept.jsonl", "".join(json.dumps(outcome) + "\n" for outcome in kept))
+    histogram = {
+        "key": key,
+        "candidates": len(outcomes),
+        "kept": len(kept),
+        "rejected": dict(rejected),
+        "num_correct": _count_correct(outcomes, settings.num_samples),
+        "tasks": {
+            task: _count_correct([outcome for outcome in outcomes if outcome["task"] == task], settings.num_samples)
+            for task in sorted({outcome["task"] for outcome in outcomes})
+        },
+        "settings": asdict(settings),
+    }
+    write_json(folder / "histogram.json", histogram)
+
+
+def _count_correct(outcomes: list[dict[str, Any]], num_samples: int) -> list[int]:
+    """How many candidates had 0, 1, …, `num_samples` correct completions."""
+    counts = Counter(outcome["correct"] for outcome in outcomes)
+    return [counts[number] for number in range(num_samples + 1)]
