@@ -69,3 +69,10 @@ def test_a_full_disk_leaves_the_old_file_and_no_draft(small_disk: SmallDisk) -> 
         write_json(path, ["new"] * 20_000)
     assert read_json(path) == {"old": True}
     assert {file.name for file in small_disk.root.iterdir()} == {"done.json", "ballast"}
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"key": "a', b"\xff\xfe\x00"])
+def test_a_damaged_marker_is_named(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "done.json").write_bytes(damage)
+    with pytest.raises(ValueError, match=r"done\.json is damaged"):
+        read_json(tmp_path / "done.json")
