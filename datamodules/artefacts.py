@@ -59,8 +59,11 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """The file's value; {} where there is no such file."""
-    return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {}
+    """The file's value; {} where there is no such file. Raises ValueError that names a damaged one."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; without it, what it says is done is made again") from error
 
 
 def append_text(path: str | Path, text: str) -> None:

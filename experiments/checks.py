@@ -40,6 +40,11 @@ def shard_folders(settings: Mapping) -> list[str]:
     return folder_list(settings["data"]["shards"])
 
 
+def seed_faults(seed: object) -> list[str]:
+    """Faults of a seed, which NumPy takes in 32 bits."""
+    return [] if not isinstance(seed, int) or 0 <= seed < 2**32 else [f"seed={seed} must be in 0 to {2**32 - 1}"]
+
+
 def training_faults(settings: Mapping) -> list[str]:
     """What is wrong with a training run's resolved configuration, each fault naming the field and its value."""
     model = settings["model"]["init_args"]

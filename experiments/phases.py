@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -88,10 +89,17 @@ def trained_form(model: str, given: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
-    """Hold the folder's lock; while another process holds it, wait, saying so. The system frees it on any exit."""
+    """Hold the folder's lock; while another process holds it, wait, saying so. The system frees it on any exit.
+
+    Ends the program where nothing can be written beside the folder.
+    """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f".{folder.name}.lock", "w") as file:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(folder.parent / f".{folder.name}.lock", "w")  # noqa: SIM115
+    except OSError as error:
+        sys.exit(f"{folder} cannot be written: {error}")
+    with lock as file:
         waited = False
         while True:
             try:

@@ -25,7 +25,7 @@ from jsonargparse import auto_cli
 from callbacks import preemption
 from datamodules.artefacts import fingerprint, path_fingerprint, read_json
 from datamodules.shards import folder_list
-from experiments import phases, report
+from experiments import checks, phases, report
 from experiments.results import BASE, Results, current_commit, make_stage, write_results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,6 +144,13 @@ def check_stages(stages: Iterable[str], overrides: Iterable[str]) -> None:
         sys.exit(f"stages={wrong}: a name must be one of a folder, without a dot: that marks runs that were set aside")
 
 
+def check_files(files: Mapping[str, str | None]) -> None:
+    """Ends the program, naming each field whose file is not there, before anything runs."""
+    missing = [f"{field}={path!r}" for field, path in files.items() if path is not None and not Path(path).is_file()]
+    if missing:
+        sys.exit(f"no such file: {', '.join(missing)}")
+
+
 def build_world(config: str) -> None:
     """Generate shards and benchmark, unless a finished world is there, of whatever settings it is.
 
@@ -233,6 +240,8 @@ def run(
         overrides: arguments for one stage, or for "evaluation": --overrides.grpo="--model.beta=0.01"
     """
     check_stages(stages, overrides or {})
+    check_files({"evaluation": evaluation, "world": world} | {f"stages.{n}": config for n, config in stages.items()})
+    checks.raise_all(checks.seed_faults(seed))
     start = time.monotonic()
     folder = experiment_folder(outputs, experiment, seed)
     ladder = Ladder(folder, seed, evaluation, overrides or {})
@@ -258,7 +267,10 @@ def _shards(config: str) -> list[str]:
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make pipeline`."""
     preemption.requeue_at_once()  # between two steps
-    auto_cli(run, as_positional=False, args=args)
+    try:
+        auto_cli(run, as_positional=False, args=args)
+    except checks.SettingsError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

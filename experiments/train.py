@@ -80,6 +80,10 @@ class TrainCLI(LightningCLI):
         parser.link_arguments("model.init_args.model", "data.processor")
         parser.link_arguments("data.convention", "model.init_args.convention", compute_fn=Convention)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
+        super().parse_arguments(parser, args)
+        checks.raise_all(checks.seed_faults(self.config.seed_everything))  # Lightning seeds before it asks for more
+
     @property
     def folder(self) -> Path:
         return Path(self.config.outputs) / self.config.experiment / self.config.phase
@@ -176,7 +180,8 @@ def fit(cli: TrainCLI) -> None:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # how Lightning ends a run that Ctrl-C or SIGTERM has stopped
         if cli.is_leader:
-            print(f"stopped; the same command goes on from {collapse.last_good(cli.folder)}", flush=True)
+            saved = collapse.last_good(cli.folder) or "what is saved"  # as in rejection sampling
+            print(f"stopped; the same command goes on from {saved}", flush=True)
         raise
     finally:
         if cli.is_leader:

@@ -92,3 +92,10 @@ def test_a_folder_is_replaced_whole_or_stays_as_it_was(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "first"]
     write("second")
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "second"]
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"key": "a', b"\xff\xfe\x00"])
+def test_a_damaged_marker_is_named(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "done.json").write_bytes(damage)
+    with pytest.raises(ValueError, match=r"done\.json is damaged"):
+        read_json(tmp_path / "done.json")

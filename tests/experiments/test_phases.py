@@ -69,3 +69,10 @@ def test_a_second_process_waits_for_the_first_and_a_kill_frees_the_lock(tmp_path
         holder.kill()
         holder.wait()
         holder.stdout.close()
+
+
+def test_a_place_that_cannot_be_written_ends_the_program_and_is_named(tmp_path: Path) -> None:
+    (tmp_path / "outputs").write_text("a file where a folder should be")
+    wanted = r"outputs/nano/grpo cannot be written: .*[Nn]ot a directory"
+    with pytest.raises(SystemExit, match=wanted), phases.locked(tmp_path / "outputs/nano/grpo"):
+        pass

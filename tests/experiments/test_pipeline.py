@@ -102,6 +102,19 @@ def test_no_training_phase_takes_the_name_of_the_first_rung(workbench: Workbench
         pipeline.run("tiny", str(workbench.model), "eval.yaml", {"base": "x.yaml"}, outputs=str(workbench.outputs))
 
 
+def test_files_that_are_not_there_and_a_seed_out_of_range_are_named_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as caught:
+        pipeline.run("tiny", "model", "no_eval.yaml", {"grpo": "no_grpo.yaml"}, "no_world.yaml", outputs=str(tmp_path))
+    assert all(name in str(caught.value) for name in ("no_eval.yaml", "stages.grpo='no_grpo.yaml'", "no_world.yaml"))
+    (tmp_path / "a.yaml").write_text("{}")
+    settings = {"experiment": "tiny", "model": "m", "evaluation": str(tmp_path / "a.yaml"), "stages": {}}
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump(settings | {"outputs": str(tmp_path / "outputs")}))
+    for seed in ("-1", str(2**32)):
+        with pytest.raises(SystemExit, match=f"seed={seed} must be in 0 to"):
+            pipeline.main(["--config", str(tmp_path / "b.yaml"), f"--seed={seed}"])
+    assert not (tmp_path / "outputs").exists()
+
+
 def evaluation(workbench: Workbench) -> dict:
     """Settings of experiments.evaluate."""
     paths = {"model": str(workbench.model), "output": "unused"} | workbench.benchmark

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,18 @@ def test_an_empty_shard_list_is_named(workbench: Workbench) -> None:
     config = workbench.training("cot_sft")
     with pytest.raises(SystemExit, match=r"shards=.* names no folder"):
         train.main(["--config", config, "--data.shards=[]"])
+
+
+def test_a_seed_out_of_range_is_named(workbench: Workbench) -> None:
+    with pytest.raises(SystemExit, match="seed=-1 must be in 0 to"):
+        train.main(["--config", workbench.training("cot_sft"), "--seed_everything=-1"])
+
+
+def test_a_stop_before_the_first_checkpoint_does_not_name_one(workbench: Workbench, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(train.Trainer, "fit", lambda *_, **__: sys.exit(1))
+    with pytest.raises(SystemExit):
+        train.main(["--config", workbench.training("cot_sft"), "--trainer.logger=false"])
+    assert "goes on from what is saved" in capsys.readouterr().out
 
 
 def test_the_key_follows_what_is_computed(workbench: Workbench) -> None:
