@@ -32,6 +32,7 @@ from lightning_modules.activations import ActivationBudget
 from lightning_modules.adapters import LoraSettings, fold_again, folded_copy, with_adapter
 from lightning_modules.attention import TEXT_ATTENTION, VISION_ATTENTION, register_attention
 from lightning_modules.feature_cache import FeatureCache, chunk_images
+from lightning_modules.memory import keep_freed_memory
 from lightning_modules.model_folder import check_model
 from lightning_modules.products import with_fast_linears
 from lightning_modules.scoring import score_tokens
@@ -283,6 +284,7 @@ def new_model(config: PreTrainedConfig) -> nn.Module:
 
 def _load(path: str, dtype: torch.dtype, on_meta: bool) -> nn.Module:
     register_attention()
+    keep_freed_memory()
     if on_meta:
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
     else:

@@ -14,14 +14,14 @@ D head width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from lightning_modules.packed_flex import attend_packed, compiled_flex, row_block_mask
 
@@ -47,6 +47,7 @@ class SharedPrefixAttention:
     """
 
     spans: tuple[GroupSpan, ...]
+    biases: dict[tuple[int, int], Tensor] = field(default_factory=dict, compare=False, repr=False)  # for every layer
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Query [1, H * R, L, D], key and value [1, H, L, D] -> [1, L, H * R, D]."""
@@ -59,37 +60,52 @@ class SharedPrefixAttention:
         parts = zip(*(t.split(sizes) for t in (query, key[0].transpose(0, 1), value[0].transpose(0, 1))), strict=True)
         out = []
         for span, (q, k, v), branches in zip(self.spans, parts, parts, strict=True):  # two parts of each
-            out.append(_attend(q[None], k[None], v[None], span.prefix, scaling)[0])
+            out.append(self._attend(q[None], k[None], v[None], scaling)[0])
             if span.branches:
-                out.append(self._attend_branches(branches, (k, v), span, scaling))
+                out.append(self._attend_branches(branches, (k, v), span.branches, scaling))
         return torch.cat(out).flatten(1, 2)[None]
 
-    @staticmethod
     def _attend_branches(
-        branches: tuple[Tensor, Tensor, Tensor], prefix: tuple[Tensor, Tensor], span: GroupSpan, scaling: float
+        self, branches: tuple[Tensor, ...], prefix: tuple[Tensor, Tensor], lengths: tuple[int, ...], scaling: float
     ) -> Tensor:
         """All branches as one batch, padded to the longest; each sees the prefix before its own keys."""
-        q, *own = (pad_sequence(part.split(span.branches), batch_first=True) for part in branches)
+        q, *own = (_side_by_side(part, lengths) for part in branches)
         k, v = (torch.cat([p.expand(len(o), *p.shape), o], dim=1) for p, o in zip(prefix, own, strict=True))
-        out = _attend(q, k, v, q.shape[1], scaling)
-        return torch.cat([branch[:length] for branch, length in zip(out, span.branches, strict=True)])
+        out = self._attend(q, k, v, scaling)
+        return torch.cat([branch[:length] for branch, length in zip(out, lengths, strict=True)])
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Causal attention of the last T of S tokens: query [G, T, H, R, D], key and value [G, S, H, D] -> as query.
+
+        The R heads that share a key-value head are queries of one product, so keys and values are not repeated.
+        """
+        num_queries, sharing = query.shape[1], query.shape[3]
+        out = F.scaled_dot_product_attention(
+            query.permute(0, 2, 3, 1, 4).flatten(2, 3),  # [G, H, R * T, D]
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_mask=self._causal_bias(query, key.shape[1]),
+            scale=scaling,
+        )
+        return out.unflatten(2, (sharing, num_queries)).permute(0, 3, 1, 2, 4)
+
+    def _causal_bias(self, query: Tensor, num_keys: int) -> Tensor:
+        """What is added to the scores [R * T, S] of the last T of S tokens; made once for all layers of a pass."""
+        num_queries, sharing = query.shape[1], query.shape[3]
+        if (num_queries, num_keys) not in self.biases:
+            hidden = query.new_full((num_queries, num_keys), float("-inf")).triu_(num_keys - num_queries + 1)
+            self.biases[num_queries, num_keys] = hidden.repeat(sharing, 1)
+        return self.biases[num_queries, num_keys]
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, num_queries: int, scaling: float) -> Tensor:
-    """Causal attention of the last T of S tokens: query [G, T, H, R, D], key and value [G, S, H, D] -> as query.
-
-    The R heads that share a key-value head are queries of one product, so keys and values are not repeated.
-    """
-    sharing, before = query.shape[3], key.shape[1] - num_queries
-    causal = torch.ones(num_queries, key.shape[1], dtype=torch.bool, device=query.device).tril_(before)
-    out = F.scaled_dot_product_attention(
-        query.permute(0, 2, 3, 1, 4).flatten(2, 3),  # [G, H, R * T, D]
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attn_mask=causal.repeat(sharing, 1),
-        scale=scaling,
-    )
-    return out.unflatten(2, (sharing, num_queries)).permute(0, 3, 1, 2, 4)
+def _side_by_side(parts: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """Parts of these lengths, end to end [N, ...], as [G, longest, ...] with zeros behind the shorter."""
+    longest = max(lengths)
+    if min(lengths) < longest:  # joined by one operation, and in the backward pass cut by one
+        zeros = parts.new_zeros(longest, *parts.shape[1:])
+        pieces = zip(parts.split(lengths), lengths, strict=True)
+        parts = torch.cat([piece for part, length in pieces for piece in (part, zeros[length:])])
+    return parts.unflatten(0, (len(lengths), longest))
 
 
 @dataclass(frozen=True)
@@ -112,7 +128,7 @@ class PackedRows:
         """
         return ((self.input_ids == image_token_id) & self.is_prompt)[0].nonzero()[:, 0]
 
-    @property
+    @cached_property
     def attention(self) -> SharedPrefixAttention:
         return SharedPrefixAttention(self.spans)
 
