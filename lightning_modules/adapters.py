@@ -97,6 +97,11 @@ def folded_layer(layer: LoraLinear) -> nn.Linear:
     return folded
 
 
+def plain_weight(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer, without LoRA where it has one."""
+    return (layer.get_base_layer() if isinstance(layer, LoraLinear) else layer).weight.detach()
+
+
 @torch.no_grad()
 def folded_weight(layer: nn.Module) -> Tensor:
     """The weight of a linear layer, with the LoRA delta added where it has one."""

@@ -149,7 +149,7 @@ class BranchLayer:
         cache = self.cache
         prompts, heads, branches, _, width = self.keys.shape
         length = cache.prefix_width
-        query = (query * scaling)[:, :, 0]
+        query = (query if scaling == 1 else query * scaling)[:, :, 0]
         if not cache.is_full:
             rows = query.new_zeros(prompts * branches, *query.shape[1:])
             rows[cache.slots] = query

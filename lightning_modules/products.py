@@ -7,7 +7,7 @@ Shapes: N tokens, I inputs, O outputs.
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_name, "128")
 
 # Not in every build of PyTorch, and not among its documented functions.
-_ONEDNN = torch.ops.mkldnn._linear_pointwise.default if hasattr(torch.ops.mkldnn, "_linear_pointwise") else None
+_ONEDNN = torch.ops.mkldnn._linear_pointwise if hasattr(torch.ops.mkldnn, "_linear_pointwise") else None
 
 
 def uses_onednn(*tensors: Tensor) -> bool:
@@ -29,13 +29,25 @@ def uses_onednn(*tensors: Tensor) -> bool:
     return known and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [N, I] times weight [O, I] transposed, plus bias [O]: [N, O]. Without gradient; operands may be transposed."""
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    """x [N, I] times weight [O, I] transposed, plus bias [O]: [N, O], with "swish" as `activation` its SiLU.
+
+    Without gradient; operands may be transposed.
+    """
     if uses_onednn(x, weight):
         if not (weight.is_mkldnn or weight.is_contiguous() or weight.t().is_contiguous()):
             weight = weight.contiguous()  # with gaps in its memory oneDNN takes a plain loop, a thousand times slower
-        return _ONEDNN(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+        return _ONEDNN.default(x, weight, bias, activation, [], "")
+    out = F.linear(x, weight, bias)
+    return F.silu(out) if activation == "swish" else out
+
+
+def multiply_with(x: Tensor, weight: Tensor, other: Tensor, how: Literal["add", "mul"]) -> Tensor:
+    """x [N, I] times weight [O, I] transposed, and that plus or times `other` [N, O]. Without gradient."""
+    if uses_onednn(x, weight):
+        return _ONEDNN.binary(x, other, weight, None, how)
+    out = F.linear(x, weight)
+    return out + other if how == "add" else out * other
 
 
 def packed(weight: Tensor) -> Tensor:

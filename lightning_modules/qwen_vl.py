@@ -32,6 +32,7 @@ from lightning_modules.activations import ActivationBudget
 from lightning_modules.adapters import LoraSettings, fold_again, folded_copy, with_adapter
 from lightning_modules.attention import TEXT_ATTENTION, VISION_ATTENTION, register_attention
 from lightning_modules.feature_cache import FeatureCache, chunk_images
+from lightning_modules.lean_model import KeptLean, LeanModel
 from lightning_modules.memory import keep_freed_memory
 from lightning_modules.model_folder import check_model
 from lightning_modules.products import with_fast_linears
@@ -91,6 +92,7 @@ class QwenVL(nn.Module):
             getattr(self.base, "activation_checkpointing_enable", old_name)()
         self.feature_cache: FeatureCache | None = None  # set by who wants a frozen tower's features kept on disk
         self.sharded: ShardedModel | None = None  # `base`, once its layers are divided over ranks
+        self._lean_reference = KeptLean()
         self.activations: ActivationBudget | None = None
         if gradient_checkpointing and activation_gib is not None:
             self.activations = ActivationBudget(self.base.model.language_model.layers, activation_gib)
@@ -179,10 +181,12 @@ class QwenVL(nn.Module):
             log_probs, best = score_tokens(hidden, rows.targets, model.lm_head, banned, temperature, with_best)
         return (log_probs, best) if with_best else log_probs
 
-    def _hidden_states(self, model: nn.Module, rows: PackedRows, features: Sequence[Tensor]) -> Tensor:
+    def _hidden_states(self, model: nn.Module | LeanModel, rows: PackedRows, features: Sequence[Tensor]) -> Tensor:
         """[L, D], after the last norm."""
         images, slots = [features[index] for index in rows.items], rows.image_slots(self.image_token_id)
         embeddings = self.embed(model, rows.input_ids, images, slots)
+        if isinstance(model, LeanModel):
+            return model.hidden_states(rows.attention, rows.position_ids, inputs_embeds=embeddings)[0]
         outputs = model.model.language_model(
             inputs_embeds=embeddings,
             position_ids=rows.position_ids,
@@ -207,19 +211,18 @@ class QwenVL(nn.Module):
         return flat.view_as(embeddings)
 
     @contextmanager
-    def _acting(self, reference: bool) -> Iterator[nn.Module]:
+    def _acting(self, reference: bool) -> Iterator[nn.Module | LeanModel]:
         """The model that answers: the policy, or the reference without gradient."""
         if not reference:
             yield self.base
             return
         if not self.with_reference:
             raise ValueError("reference=True asked of a policy built with_reference=False")
-        with torch.no_grad():
-            if self.reference_model is not None:
-                yield self.reference_model
-            else:
-                with self.model.disable_adapter():
-                    yield self.base
+        model = self.base if self.reference_model is None else self.reference_model
+        lean = self.sharded is None and LeanModel.can_read(model)
+        without_adapter = nullcontext() if lean or model is not self.base else self.model.disable_adapter()
+        with torch.no_grad(), without_adapter:
+            yield self._lean_reference.read(model) if lean else model
 
     def _checkpointing(self, rows: PackedRows) -> AbstractContextManager:
         """Checkpoint as many layers as this row needs; without a budget, or off the GPU, all or none, as was set."""

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from datamodules.batches import PromptItem
 
 
+QUERY_BLOCK = 256  # below it nothing is gained, and gradients of slices cost more
+
+
 @dataclass(frozen=True)
 class GroupSpan:
     """Lengths of one group's parts in a row, in tokens; empty branches are left out."""
@@ -77,9 +80,16 @@ class SharedPrefixAttention:
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Causal attention of the last T of S tokens: query [G, T, H, R, D], key and value [G, S, H, D] -> as query.
 
-        The R heads that share a key-value head are queries of one product, so keys and values are not repeated.
+        In blocks of queries, each with the keys that it may see: half of a long square is hidden. The R heads that
+        share a key-value head are queries of one product, so keys and values are not repeated.
         """
         num_queries, sharing = query.shape[1], query.shape[3]
+        if num_queries > QUERY_BLOCK:
+            before = key.shape[1] - num_queries
+            ends = [min(start + QUERY_BLOCK, num_queries) for start in range(0, num_queries, QUERY_BLOCK)]
+            blocks = zip(query.split(QUERY_BLOCK, dim=1), ends, strict=True)
+            parts = [self._attend(q, key[:, : before + end], value[:, : before + end], scaling) for q, end in blocks]
+            return torch.cat(parts, dim=1)
         out = F.scaled_dot_product_attention(
             query.permute(0, 2, 3, 1, 4).flatten(2, 3),  # [G, H, R * T, D]
             key.transpose(1, 2),

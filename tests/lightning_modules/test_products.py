@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from lightning_modules import products
 from lightning_modules.branch_cache import PrefixRecorder
 from lightning_modules.decoding import hidden_states
 from lightning_modules.lean_model import LeanModel
-from lightning_modules.products import FastLinear, multiply, packed, uses_onednn, with_fast_linears
+from lightning_modules.products import FastLinear, multiply, multiply_with, packed, uses_onednn, with_fast_linears
 from lightning_modules.qwen_vl import LoraSettings, QwenVL
 
 needs_onednn = pytest.mark.skipif(not uses_onednn(torch.zeros(1)), reason="this build of PyTorch has no oneDNN")
@@ -32,6 +33,18 @@ def test_products_equal_those_in_float64(x_turned: bool, weight_turned: bool) ->
 def test_packed_weights_give_the_same_products() -> None:
     x, weight, bias = torch.randn(37, 24), torch.randn(40, 24), torch.randn(40)
     torch.testing.assert_close(multiply(x, packed(weight), bias), multiply(x, weight, bias))
+
+
+@pytest.mark.parametrize("with_onednn", [True, False])
+def test_what_follows_a_product_is_done_with_it(with_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not with_onednn:
+        monkeypatch.setattr(products, "_ONEDNN", None)
+    x, weight, other = torch.randn(37, 24), torch.randn(40, 24), torch.randn(37, 40)
+    plain = x @ weight.t()
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    close(multiply(x, packed(weight), activation="swish"), plain * plain.sigmoid())
+    close(multiply_with(x, packed(weight), other, "add"), plain + other)
+    close(multiply_with(x, packed(weight), other, "mul"), plain * other)
 
 
 @needs_onednn

@@ -155,6 +155,16 @@ def test_reference_stays_at_the_start(tiny_model_dir: Path, make_items: MakeItem
     assert len(policy.trainable_parameters()) == len([p for p in policy.parameters() if p.requires_grad])
 
 
+def test_the_reference_follows_weights_that_are_written(tiny_model_dir: Path, make_items: MakeItems) -> None:
+    policy, items = QwenVL(str(tiny_model_dir), lora=LORA, with_reference=True), make_items([1])
+    before = packed(policy, items, reference=True)
+    with torch.no_grad():
+        policy.base.model.language_model.layers[0].mlp.down_proj.get_base_layer().weight.mul_(1.5)
+    after = packed(policy, items, reference=True)
+    assert (after - before).abs().max() > 0.01
+    torch.testing.assert_close(after, packed(policy, items).detach())  # the adapter is still as it was made: nothing
+
+
 @pytest.mark.parametrize("lora", [LORA, None])
 def test_reference_keeps_its_own_vision_tower_when_that_trains(
     tiny_model_dir: Path, make_items: MakeItems, lora: LoraSettings | None

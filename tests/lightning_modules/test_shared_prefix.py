@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from datamodules.batches import PromptItem
+from lightning_modules import shared_prefix
 from lightning_modules.qwen_vl import LoraSettings, QwenVL
 from lightning_modules.shared_prefix import GroupSpan, group_length, pack_rows
 
@@ -125,7 +126,11 @@ def written_mask(spans: tuple[GroupSpan, ...]) -> Tensor:
     )
 
 
-def test_attention_by_structure_equals_attention_under_the_mask(make_items: MakeItems) -> None:
+@pytest.mark.parametrize("query_block", [2, 1000])
+def test_attention_by_structure_equals_attention_under_the_mask(
+    make_items: MakeItems, monkeypatch: pytest.MonkeyPatch, query_block: int
+) -> None:
+    monkeypatch.setattr(shared_prefix, "QUERY_BLOCK", query_block)
     (row,) = pack_rows(make_items([1, 2, 1]), ragged([[3, 9, 1], [4], [1]]), 10_000)
     generator = torch.Generator().manual_seed(0)
     length, shapes = row.input_ids.shape[1], ((4, 16), (2, 16), (2, 16))
