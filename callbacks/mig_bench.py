@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -56,15 +56,13 @@ def evaluate_mig_bench(
     that cannot be put to the model counts as wrong, under the name of its fault.
     """
     done = {record["id"]: Prediction.from_json(record) for record in journal.records} if journal else {}
-    # Many images first: neighbours in length share a batch, memory is tested at once, the time left is not flattered.
-    waiting = sorted((s for s in samples if s.id not in done), key=lambda s: (-len(s.images), s.task))
-    windows = split_windows(waiting, BATCHES_PER_CALL * settings.batch_prompts)
+    windows = question_windows((sample for sample in samples if sample.id not in done), settings)
     rollout_settings = RolloutSettings(
         1, 1.0, settings.max_new_tokens, greedy=True, batch_prompts=settings.batch_prompts
     )
     with tqdm(
         total=len(samples),
-        initial=len(samples) - len(waiting),
+        initial=len(samples) - sum(map(len, windows)),
         desc="MIG-Bench",
         unit="question",
         disable=not show_progress,
@@ -95,6 +93,15 @@ def evaluate_mig_bench(
             done |= {prediction.id: prediction for prediction in predictions}
             bar.update(start + len(items) - bar.n)
     return [done[sample.id] for sample in samples]
+
+
+def question_windows(samples: Iterable[Sample], settings: EvaluationSettings) -> list[Sequence[Sample]]:
+    """Questions that are given to the engine together. Windows taken out whole are windows again.
+
+    Many images first: neighbours in length share a batch, memory is tested at once, the time left is not flattered.
+    """
+    ordered = sorted(samples, key=lambda sample: (-len(sample.images), sample.task))
+    return split_windows(ordered, BATCHES_PER_CALL * settings.batch_prompts)
 
 
 def limit_tasks(samples: Sequence[Sample], limit_per_task: int | None) -> list[Sample]:

@@ -94,6 +94,11 @@ def ask_rank(job: Job, rank: int, world_size: int, send: Callable[[Any], None]) 
         yield
 
 
+def share_cores(processes: int) -> None:
+    """Give this process its part of the cores: more threads than cores make all of them slow."""
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // processes)))
+
+
 def _events_here(job: Job) -> Iterator[Any]:
     waiting: list[Any] = []
     for _ in ask_rank(job, 0, 1, waiting.append):
@@ -133,8 +138,7 @@ def _check_alive(workers: list[Any]) -> None:
 
 
 def _work(job: Job, rank: int, world_size: int, messages: Any) -> None:
-    # The cores are shared; more threads than cores make all of them slow.
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // world_size)))
+    share_cores(world_size)
     end_with_parent()  # whoever starts again asks the rest
     try:
         for _ in ask_rank(job, rank, world_size, messages.put):

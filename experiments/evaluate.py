@@ -15,21 +15,19 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
 from jsonargparse import auto_cli
 
 from callbacks.evaluation import EvaluationSettings
-from callbacks.mig_bench import evaluate_mig_bench, evaluation_key, limit_tasks, summary_metrics
+from callbacks.mig_bench import evaluation_key, limit_tasks, summary_metrics
 from callbacks.previews import draw_previews
-from datamodules.artefacts import Journal, read_json, write_json
-from datamodules.batches import Encoder
+from datamodules.artefacts import read_json, write_json
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
 from datamodules.benchmarks.mig_scoring import format_table, summarise
 from datamodules.boxes import Convention
 from datamodules.prompts import PromptStyle
 from experiments import checks, phases, tracking
-from lightning_modules.qwen_vl import QwenVL
-from lightning_modules.rollouts import NativeEngine
+from experiments.asking import share_cores
+from experiments.shares import Asking, OtherProcesses, answer_all
 
 
 def evaluate(
@@ -48,6 +46,7 @@ def evaluate(
     max_resized_pixels: int | None = None,
     label_images: bool = False,
     as_trained: bool = True,
+    processes: int = 1,
 ) -> None:
     """Evaluate a model on MIG-Bench.
 
@@ -69,29 +68,28 @@ def evaluate(
         label_images: write "Picture k: " before image k
         as_trained: put questions to a phase's merged model as that phase did, whatever convention, style,
             max_resized_pixels and label_images say; false: as these say
+        processes: so many share the questions, each with a GPU of its own, or with its part of the CPU's cores
     """
     home = Path(output or default_output(model))
-    checks.raise_all(checks.model_faults(model) + checks.benchmark_faults(annotations, image_root))
+    faults = [f"processes={processes} must be at least 1"] if processes < 1 else []
+    checks.raise_all(faults + checks.model_faults(model) + checks.benchmark_faults(annotations, image_root))
     decoding = decoding or EvaluationSettings()
     form = {"convention": convention, "style": style}
     form |= {"max_resized_pixels": max_resized_pixels, "label_images": label_images}
     form |= phases.trained_form(model, form) if as_trained else {}
     form |= {"convention": Convention(form["convention"]), "style": PromptStyle(form["style"])}
     limits = {"max_prompt_tokens": max_prompt_tokens, "max_image_pixels": max_image_pixels}
-    encoder = Encoder(model, with_target=False, max_completion_tokens=decoding.max_new_tokens, **limits, **form)
+    asking = Asking(model, dtype, device, form | limits, image_root, decoding)
     every_sample, dirty = load_mig_bench(annotations, image_root)
     if dirty.boxes:
         print(dirty, flush=True)
     samples = limit_tasks(every_sample, limit_per_task)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = QwenVL(model, dtype=dtype).to(device).eval()
-    with phases.locked(home / "predictions.jsonl"):
+    with OtherProcesses(processes - 1) as others, phases.locked(home / "predictions.jsonl"):
+        share_cores(processes)
+        policy, encoder = asking.policy(rank=0), asking.encoder()
         key = evaluation_key(policy, encoder, annotations, image_root, samples, decoding)
         folder = home if output else spare_folder(home, key)
-        journal = Journal(folder / "predictions.jsonl", key)
-        load = partial(load_images, image_root=image_root)
-        found = evaluate_mig_bench(policy, NativeEngine(policy), encoder, samples, load, decoding, journal)
+        found = answer_all(asking, policy, encoder, samples, folder, key, others)
         summary = summarise(found)
         write_json(folder / "mig_bench.json", {"key": key, "model": model, "limit_per_task": limit_per_task} | summary)
     print(format_table(summary), flush=True)
@@ -99,6 +97,7 @@ def evaluate(
         settings = {"model": model, "annotations": annotations, "dtype": dtype} | form | limits | asdict(decoding)
         by_id = {prediction.id: prediction for prediction in found}
         drawn = limit_tasks(samples, 1)
+        load = partial(load_images, image_root=image_root)
         rows = draw_previews(drawn, [by_id[sample.id] for sample in drawn], load, max_image_pixels)
         tracking.log_evaluation(folder, key, summary_metrics(summary, "mig_bench"), settings, rows)
 

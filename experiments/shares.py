@@ -1,0 +1,148 @@
+"""MIG-Bench's questions shared by several processes: on several GPUs, or on a CPU with one thread each.
+
+The process that was started asks its share and hands each other process its own, which journals its answers beside the
+first one's, in predictions-rank1.jsonl, …; in the end they are joined. Windows of questions that share batches are the
+same however many processes there are, so answers do not depend on it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from callbacks.evaluation import EvaluationSettings
+from callbacks.mig_bench import evaluate_mig_bench, question_windows
+from datamodules.artefacts import Journal, read_journal, remove_journal
+from datamodules.batches import Encoder
+from datamodules.benchmarks.mig_bench import load_images
+from datamodules.benchmarks.mig_scoring import Prediction
+from datamodules.processes import end_with_parent
+from datamodules.samples import Sample
+from experiments.answerers import choose_device
+from experiments.asking import share_cores
+from lightning_modules.qwen_vl import QwenVL
+from lightning_modules.rollouts import NativeEngine
+
+OTHERS = "predictions-rank*.jsonl"
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Who is asked, and how: enough for any process. `form` are the arguments of `Encoder` on prompts and limits."""
+
+    model: str
+    dtype: str
+    device: str
+    form: dict[str, Any]
+    image_root: str
+    decoding: EvaluationSettings
+
+    def policy(self, rank: int) -> QwenVL:
+        return QwenVL(self.model, dtype=self.dtype).to(choose_device(self.device, rank)).eval()
+
+    def encoder(self) -> Encoder:
+        limit = self.decoding.max_new_tokens
+        return Encoder(self.model, with_target=False, max_completion_tokens=limit, **self.form)
+
+    def answer(
+        self,
+        policy: QwenVL,
+        encoder: Encoder,
+        samples: Sequence[Sample],
+        journal: Journal,
+        show_progress: bool = True,
+    ) -> list[Prediction]:
+        load = partial(load_images, image_root=self.image_root)
+        engine = NativeEngine(policy)
+        return evaluate_mig_bench(policy, engine, encoder, samples, load, self.decoding, journal, show_progress)
+
+
+class OtherProcesses:
+    """`count` processes that load their libraries at once and wait for their shares. They end with this one."""
+
+    def __init__(self, count: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        ends = [context.Pipe() for _ in range(count)]
+        self._pipes = [here for here, _ in ends]
+        self._workers = [
+            context.Process(target=_work, args=(there, rank, count + 1), daemon=True)
+            for rank, (_, there) in enumerate(ends, 1)
+        ]
+
+    def __enter__(self) -> OtherProcesses:
+        for worker in self._workers:
+            worker.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.terminate()
+            worker.join()
+
+    @property
+    def count(self) -> int:
+        return len(self._workers)
+
+    def ask(self, asking: Asking, shares: Sequence[Sequence[Sample]], folder: Path, key: str) -> None:
+        for pipe, samples in zip(self._pipes, shares, strict=True):
+            pipe.send((asking, samples, folder, key))
+
+    def wait(self) -> None:
+        """Until all have answered. Raises RuntimeError where one has failed; what it has answered is kept."""
+        for worker in self._workers:
+            worker.join()
+        failed = {rank: worker.exitcode for rank, worker in enumerate(self._workers, 1) if worker.exitcode != 0}
+        if failed:
+            codes = ", ".join(f"process {rank} with exit code {code}" for rank, code in failed.items())
+            raise RuntimeError(f"of {len(self._workers) + 1} processes that ask MIG-Bench ended: {codes}")
+
+
+def answer_all(
+    asking: Asking,
+    policy: QwenVL,
+    encoder: Encoder,
+    samples: Sequence[Sample],
+    folder: Path,
+    key: str,
+    others: OtherProcesses,
+) -> list[Prediction]:
+    """One prediction for each sample, in the order of `samples`, all in predictions.jsonl in `folder`."""
+    journal = joined_journal(folder, key)
+    if others.count:
+        done = {record["id"] for record in journal.records}
+        windows = question_windows((sample for sample in samples if sample.id not in done), asking.decoding)
+        mine, *theirs = (list(chain(*windows[rank :: others.count + 1])) for rank in range(others.count + 1))
+        others.ask(asking, theirs, folder, key)
+        asking.answer(policy, encoder, mine, journal)
+        others.wait()
+        journal = joined_journal(folder, key)
+    return asking.answer(policy, encoder, samples, journal, show_progress=not others.count)
+
+
+def joined_journal(folder: Path, key: str) -> Journal:
+    """The evaluation's journal, with what other processes have answered in it, now or before a kill."""
+    journal = Journal(folder / "predictions.jsonl", key)
+    others = sorted(folder.glob(OTHERS))
+    known = {record["id"] for record in journal.records}
+    found = {record["id"]: record for file in others for record in read_journal(file, key)}
+    journal.append(record for name, record in found.items() if name not in known)
+    for file in others:
+        remove_journal(file)
+    return Journal(journal.path, key) if others else journal
+
+
+def _work(pipe: Connection, rank: int, processes: int) -> None:
+    end_with_parent()  # whoever starts again asks the rest
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the first process, and with it this one
+    share_cores(processes)
+    asking, samples, folder, key = pipe.recv()
+    if samples:
+        journal = Journal(folder / OTHERS.replace("*", str(rank)), key)
+        asking.answer(asking.policy(rank), asking.encoder(), samples, journal, show_progress=False)
