@@ -22,8 +22,9 @@ from callbacks import preemption
 from datamodules.artefacts import write_atomic
 from experiments import ablation_report, phases, tracking
 from experiments.ablation_summary import Comparison
-from experiments.pipeline import Ladder, build_world, check_stages, experiment_folder, say
+from experiments.pipeline import Ladder, build_world, check_stages, experiment_folder
 from experiments.results import BASE
+from experiments.steps import say
 
 
 @dataclass(frozen=True)
