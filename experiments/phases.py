@@ -88,10 +88,11 @@ def trained_form(model: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+def locked(folder: Path, say: Callable[[str], None] = print, wait: bool = True) -> Iterator[bool]:
     """Hold the folder's lock; while another process holds it, wait, saying so. The system frees it on any exit.
 
-    Ends the program where nothing can be written beside the folder.
+    Without `wait` it is not waited for. Yields whether the lock is held. Ends the program where nothing can be written
+    beside the folder.
     """
     folder = Path(folder)
     try:
@@ -100,14 +101,16 @@ def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
     except OSError as error:
         sys.exit(f"{folder} cannot be written: {error}")
     with lock as file:
-        waited = False
-        while True:
+        held = waited = False
+        while not held:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                held = True
             except BlockingIOError:
+                if not wait:
+                    break
                 if not waited:
                     say(f"waiting: another process is working in {folder}")
                 waited = True
                 time.sleep(1.0)
-        yield
+        yield held

@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -21,7 +22,7 @@ from callbacks import preemption
 from datamodules.artefacts import read_json
 from datamodules.shards import folder_list
 from experiments import checks, phases, report
-from experiments.results import BASE, Results, current_commit, make_stage, write_results
+from experiments.results import BASE, Results, Stage, current_commit, make_stage, write_results
 from experiments.steps import ROOT, Step, run_process, run_step, say
 
 
@@ -57,30 +58,48 @@ def build_world(config: str) -> None:
         sys.exit("the world could not be built")
 
 
-class Ladder:
-    """The steps of one experiment, tied together by its folders.
+@dataclass(frozen=True)
+class Rung:
+    """A training stage of a ladder: `config` trained from the model that stage `start` leaves."""
 
-    `overrides` has more arguments by stage, or by "evaluation"; `environment` gives a stage's processes more variables.
+    start: str
+    config: str
+
+
+class Ladder:
+    """The stages of one experiment, tied together by its folders: BASE, which is `model`, and `rungs` in their order.
+
+    A rung starts from BASE or from one before it. `overrides` has more arguments by stage, or by "evaluation";
+    `environment` gives a stage's processes more variables.
     """
 
     def __init__(
         self,
         folder: Path,
         seed: int,
+        model: str,
         evaluation: str,
+        rungs: Mapping[str, Rung],
         overrides: Mapping[str, str],
         environment: Callable[[str], Mapping[str, str]] = lambda stage: {},
     ) -> None:
-        self.folder, self.seed = folder, seed
-        self.evaluation, self.overrides, self.environment = evaluation, overrides, environment
-        self.results = Results(folder.name, seed, current_commit(ROOT))
+        self.folder, self.seed, self.model, self.evaluation, self.rungs = folder, seed, model, evaluation, rungs
+        self.overrides, self.environment = overrides, environment
+        self.commit, self.stages = current_commit(ROOT), {}
 
-    def merged(self, stage: str) -> str:
+    @property
+    def results(self) -> Results:
+        """What is known to be done, in the ladder's order."""
+        stages = tuple(self.stages[name] for name in (BASE, *self.rungs) if name in self.stages)
+        return Results(self.folder.name, self.seed, self.commit, stages)
+
+    def model_of(self, stage: str) -> str:
         """The model that the stage leaves."""
-        return str(self.folder / stage / "merged")
+        return self.model if stage == BASE else str(self.folder / stage / "merged")
 
-    def training(self, stage: str, config: str, model: str) -> Step:
-        """The training phase from `model` to <folder>/<stage>/merged."""
+    def training(self, stage: str) -> Step:
+        """The training phase to <folder>/<stage>/merged."""
+        config, model = self.rungs[stage].config, self.model_of(self.rungs[stage].start)
         command = ["experiments.train", "--config", config, "--model.init_args.model", model]
         command += ["--experiment", self.folder.name, "--phase", stage, "--outputs", str(self.folder.parent)]
         command += ["--seed_everything", str(self.seed), *shlex.split(self.overrides.get(stage, ""))]
@@ -88,9 +107,9 @@ class Ladder:
         marker, names = self.folder / stage / "trained.json", self.environment(stage)
         return Step(f"{stage}: training", marker, tuple(command), inputs, environment=names)
 
-    def evaluation_of(self, stage: str, model: str) -> Step:
-        """MIG-Bench of `model`, which the stage has left."""
-        folder = self.folder / stage
+    def evaluation_of(self, stage: str) -> Step:
+        """MIG-Bench of the model that the stage leaves."""
+        folder, model = self.folder / stage, self.model_of(stage)
         command = ["experiments.evaluate", "--config", self.evaluation, "--model", model, "--output", str(folder)]
         command += shlex.split(self.overrides.get("evaluation", ""))
         benchmark = yaml.safe_load(Path(self.evaluation).read_text())["annotations"]
@@ -98,19 +117,43 @@ class Ladder:
         marker, names = folder / "evaluated.json", self.environment(stage)
         return Step(f"{stage}: MIG-Bench", marker, tuple(command), inputs, summary, names)
 
-    def train(self, stage: str, config: str, model: str) -> float:
-        """Run the training phase; its seconds."""
-        return run_step(self.training(stage, config, model))
+    def training_seconds(self, stage: str) -> float | None:
+        """The seconds of its training, where that need not run: it, and all that it starts from, are done."""
+        if stage == BASE:
+            return 0.0
+        if self.training_seconds(self.rungs[stage].start) is None:
+            return None
+        return self.training(stage).seconds_if_done()
 
-    def evaluate(self, stage: str, model: str, seconds: float) -> None:
-        """MIG-Bench of `model`: a new rung in results.json, report.html and on the terminal."""
-        step = self.evaluation_of(stage, model)
+    def seconds_if_done(self, stage: str) -> float | None:
+        """The seconds that the stage took, where nothing of it need run; else None."""
+        evaluating = self.evaluation_of(stage).seconds_if_done()
+        training = None if evaluating is None else self.training_seconds(stage)
+        return None if training is None else training + evaluating
+
+    def list_done(self) -> None:
+        """Write results.json and report.html with the stages that need not run, and no others."""
+        seconds = {stage: self.seconds_if_done(stage) for stage in (BASE, *self.rungs)}
+        self.stages = {stage: self._found(stage, spent) for stage, spent in seconds.items() if spent is not None}
+        if self.stages or (self.folder / "results.json").is_file():
+            self._write()
+
+    def run(self, stage: str) -> None:
+        """Train, where it is no BASE, and evaluate, as far as that is not done; the stage is listed, and printed."""
+        seconds = 0.0 if stage == BASE else run_step(self.training(stage))
+        step = self.evaluation_of(stage)
         step.marker.parent.mkdir(parents=True, exist_ok=True)
         seconds += run_step(step)
-        self.results = self.results.with_stage(make_stage(stage, read_json(step.result), seconds))
+        self.stages[stage] = self._found(stage, seconds)
+        self._write()
+        print(report.ladder_text(self.results, report.stage_starts(self.folder, self.results)), flush=True)
+
+    def _found(self, stage: str, seconds: float) -> Stage:
+        return make_stage(stage, read_json(self.evaluation_of(stage).result), seconds)
+
+    def _write(self) -> None:
         write_results(self.folder / "results.json", self.results)
         report.write_report(self.folder)
-        print(report.ladder_text(self.results, report.stage_starts(self.folder, self.results)), flush=True)
 
 
 def run(
@@ -140,15 +183,15 @@ def run(
     checks.raise_all(checks.seed_faults(seed))
     start = time.monotonic()
     folder = experiment_folder(outputs, experiment, seed)
-    ladder = Ladder(folder, seed, evaluation, overrides or {})
+    starts = [BASE, *stages]
+    rungs = {stage: Rung(start, config) for start, (stage, config) in zip(starts, stages.items(), strict=False)}
+    ladder = Ladder(folder, seed, model, evaluation, rungs, overrides or {})
     with phases.locked(folder):
         if world:
             build_world(world)
-        ladder.evaluate(BASE, model, 0.0)
-        for stage, config in stages.items():
-            seconds = ladder.train(stage, config, model)
-            model = ladder.merged(stage)
-            ladder.evaluate(stage, model, seconds)
+        ladder.list_done()
+        for stage in starts:
+            ladder.run(stage)
     say(f"{(time.monotonic() - start) / 60:.1f} minutes; {folder / 'results.json'}, {folder / 'report.html'}")
 
 

@@ -42,20 +42,20 @@ class Step:
     def key(self) -> str:
         return fingerprint(self.command, [path_fingerprint(path) for path in self.inputs])
 
-    def seconds_if_done(self, key: str) -> float | None:
-        """The seconds that it took, where it is done with this key; else None."""
+    def seconds_if_done(self) -> float | None:
+        """The seconds that it took, where it is done with its command and inputs as they are now; else None."""
         marker = read_json(self.marker)
-        done = marker.get("key") == key and marker["done"] and marker.get("result_key") == self.result_key()
+        done = marker.get("done") and marker.get("result_key") == self.result_key() and marker["key"] == self.key()
         return marker["seconds"] if done else None
 
 
 def run_step(step: Step) -> float:
     """Run the step unless it is done; the seconds it took, over all attempts. Ends the program if the step fails."""
-    key, old = step.key(), read_json(step.marker)
-    seconds = step.seconds_if_done(key)
+    seconds = step.seconds_if_done()
     if seconds is not None:
         say(f"{step.title}: done before, in {seconds:.0f} s")
         return seconds
+    key, old = step.key(), read_json(step.marker)
     say(f"{step.title}: python -m {shlex.join(step.command)}")
     before, start = old["seconds"] if old.get("key") == key else 0.0, time.monotonic()
 

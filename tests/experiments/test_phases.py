@@ -76,3 +76,10 @@ def test_a_place_that_cannot_be_written_ends_the_program_and_is_named(tmp_path: 
     wanted = r"outputs/nano/grpo cannot be written: .*[Nn]ot a directory"
     with pytest.raises(SystemExit, match=wanted), phases.locked(tmp_path / "outputs/nano/grpo"):
         pass
+
+
+def test_a_lock_that_is_not_waited_for_says_whether_it_is_held(tmp_path: Path) -> None:
+    with phases.locked(tmp_path / "grpo", wait=False) as first, phases.locked(tmp_path / "grpo", wait=False) as second:
+        assert first and not second
+    with phases.locked(tmp_path / "grpo") as third:
+        assert third
