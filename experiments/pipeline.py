@@ -204,7 +204,7 @@ def main(args: list[str] | None = None) -> None:
     preemption.requeue_at_once()  # between two steps
     try:
         auto_cli(run, as_positional=False, args=args)
-    except checks.SettingsError as error:
+    except (checks.SettingsError, phases.OtherVersion) as error:
         sys.exit(str(error))
 
 
