@@ -22,8 +22,9 @@ from callbacks import preemption
 from datamodules.artefacts import write_atomic
 from experiments import ablation_report, phases, tracking
 from experiments.ablation_summary import Comparison
-from experiments.pipeline import Ladder, build_world, check_stages, experiment_folder, say
+from experiments.pipeline import Ladder, Rung, build_world, check_stages, experiment_folder
 from experiments.results import BASE
+from experiments.steps import say
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,16 @@ def run(
         configs = {name: row_config(name, row, home) for name, row in rows.items()}
         arguments = {name: f"{row.overrides} {overrides.get(name, '')}".strip() for name, row in rows.items()}
         arguments["evaluation"] = overrides.get("evaluation", "")
+        rungs = {name: Rung(row.start, configs[name]) for name, row in rows.items()}
+        ladders = {}
         for seed, folder in folders.items():
             names = partial(tracking.wandb_environment, home.name, f"seed{seed}")  # of a row, which is a tag too
-            ladder = Ladder(folder, seed, evaluation, arguments, names)
-            with phases.locked(folder):
-                for name in run_rows(ladder, model, rows, configs, wanted_rows(rows, only)):
+            ladders[seed] = Ladder(folder, seed, model, evaluation, rungs, arguments, names)
+        list_all_done(ladders)
+        report()
+        for seed, ladder in ladders.items():
+            with phases.locked(ladder.folder):
+                for name in run_rows(ladder, wanted_rows(rows, only)):
                     say(f"seed {seed}: {name} is there")
                     report()
         say(f"{(time.monotonic() - start) / 60:.1f} minutes")
@@ -100,22 +106,28 @@ def run(
     say(f"{home / 'ablations.html'}, {home / 'ablations.md'}, {home / 'ablations.json'}")
 
 
-def run_rows(
-    ladder: Ladder, model: str, rows: Mapping[str, Row], configs: Mapping[str, str], wanted: set[str]
-) -> Iterator[str]:
+def list_all_done(ladders: Mapping[int, Ladder]) -> None:
+    """List what is done at every seed, before hours are spent at the first: whenever this ends, the tables show it all.
+
+    A seed at which another process is working is left to that one, which lists what it has found done.
+    """
+    for seed, ladder in ladders.items():
+        with phases.locked(ladder.folder, wait=False) as held:
+            if held:
+                ladder.list_done()
+            else:
+                say(f"seed {seed}: another process is working in {ladder.folder}: its rows are listed as it has them")
+
+
+def run_rows(ladder: Ladder, wanted: set[str]) -> Iterator[str]:
     """Run the wanted rows of one seed in their order; yields each row's name when it is evaluated.
 
     A row that is not wanted is not run, but stays among the results where it is done as it would be now.
     """
-    ladder.evaluate(BASE, model, 0.0)
-    yield BASE
-    models = {BASE: model} | {name: ladder.merged(name) for name in rows}
-    for name, row in rows.items():
-        start, config = models[row.start], configs[name]
-        steps = ladder.training(name, config, start), ladder.evaluation_of(name, models[name])
-        if name in wanted or all(step.seconds_if_done(step.key()) is not None for step in steps):
-            seconds = ladder.train(name, config, start)
-            ladder.evaluate(name, models[name], seconds)
+    ladder.list_done()
+    for name in (BASE, *ladder.rungs):
+        if name == BASE or name in wanted or ladder.seconds_if_done(name) is not None:
+            ladder.run(name)
             yield name
 
 

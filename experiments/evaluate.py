@@ -125,7 +125,7 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of `make eval`."""
     try:
         auto_cli(evaluate, as_positional=False, args=args)
-    except checks.SettingsError as error:
+    except (checks.SettingsError, phases.OtherVersion) as error:
         sys.exit(str(error))
 
 

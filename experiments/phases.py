@@ -13,9 +13,19 @@ from typing import Any
 import yaml
 
 from datamodules.artefacts import read_json, write_json
+from datamodules.boxes import Convention
+from datamodules.prompts import PromptStyle
 
 DONE = "done.json"
 STARTED = "started.json"
+CONFIG = "config.yaml"
+
+
+class OtherVersion(ValueError):
+    """A phase's saved settings are not those of this version of the project; the message names file and field."""
+
+    def __init__(self, folder: Path, what: str) -> None:
+        super().__init__(f"{Path(folder) / CONFIG} was written by another version of the project: {what}")
 
 
 def read_marker(folder: Path, name: str = DONE) -> dict:
@@ -71,16 +81,37 @@ def wait_for_claim(folder: Path, key: str, seconds: float = 600.0) -> bool:
     return read_marker(folder).get("key") == key
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings that the phase in this folder was trained with; {} where there are none."""
+    file = Path(folder) / CONFIG
+    settings = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    if not isinstance(settings, dict):
+        raise OtherVersion(folder, f"no settings by name, but {settings!r:.40}")
+    return settings
+
+
+def read_field(folder: Path, name: str) -> Any:
+    """The saved setting of this dotted name. Raises OtherVersion where it is not there."""
+    value: Any = read_settings(folder)
+    for part in name.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise OtherVersion(folder, f"it has no field {name}")
+        value = value[part]
+    return value
+
+
 def trained_form(model: str, given: dict[str, Any]) -> dict[str, Any]:
     """The fields of `given` as the phase that the merged model lies in had them, saying which differ.
 
     {} for a model that no phase left. One YAML so evaluates the base model, answer-only SFT and models that think.
     """
-    config = Path(model).parent / "config.yaml"
+    phase, config = Path(model).parent, Path(model).parent / CONFIG
     if Path(model).name != "merged" or not config.is_file():
         return {}
-    data = yaml.safe_load(config.read_text())["data"]
-    trained = {name: data[name] for name in given}
+    trained = {name: read_field(phase, f"data.{name}") for name in given}
+    for name, kind in (("convention", Convention), ("style", PromptStyle)):
+        if name in trained and trained[name] not in list(kind):
+            raise OtherVersion(phase, f"data.{name}={trained[name]!r} is none of {[str(k.value) for k in kind]}")
     for name, value in trained.items():
         if value != given[name]:
             print(f"{name}={value} as {config} has it, not {given[name]}; --as_trained=false puts questions as given")
@@ -88,10 +119,11 @@ def trained_form(model: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+def locked(folder: Path, say: Callable[[str], None] = print, wait: bool = True) -> Iterator[bool]:
     """Hold the folder's lock; while another process holds it, wait, saying so. The system frees it on any exit.
 
-    Ends the program where nothing can be written beside the folder.
+    Without `wait` it is not waited for. Yields whether the lock is held. Ends the program where nothing can be written
+    beside the folder.
     """
     folder = Path(folder)
     try:
@@ -100,14 +132,16 @@ def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
     except OSError as error:
         sys.exit(f"{folder} cannot be written: {error}")
     with lock as file:
-        waited = False
-        while True:
+        held = waited = False
+        while not held:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                held = True
             except BlockingIOError:
+                if not wait:
+                    break
                 if not waited:
                     say(f"waiting: another process is working in {folder}")
                 waited = True
                 time.sleep(1.0)
-        yield
+        yield held

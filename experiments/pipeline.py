@@ -8,125 +8,22 @@ so a kill at any moment costs nothing but the step's work since its last checkpo
 
 from __future__ import annotations
 
-import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from jsonargparse import auto_cli
 
 from callbacks import preemption
-from datamodules.artefacts import fingerprint, path_fingerprint, read_json
+from datamodules.artefacts import read_json
 from datamodules.shards import folder_list
 from experiments import checks, phases, report
-from experiments.results import BASE, Results, current_commit, make_stage, write_results
-
-ROOT = Path(__file__).resolve().parents[1]
-CLOCK_SECONDS = 5.0  # how often the time spent is written down: a kill loses no more of it
-
-
-@dataclass(frozen=True)
-class Step:
-    """One process. `marker` is the file that says it is done; `inputs` are the files and folders that it reads.
-
-    `result` is a JSON file that it writes and others may write too, with a key: only with that key is the step done.
-    `environment` adds variables for its process, such as W&B names: none that change what it computes.
-    """
-
-    title: str
-    marker: Path
-    command: tuple[str, ...]
-    inputs: tuple[str, ...]
-    result: Path | None = None
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-    def result_key(self) -> str | None:
-        return read_json(self.result).get("key") if self.result else None
-
-    def key(self) -> str:
-        return fingerprint(self.command, [path_fingerprint(path) for path in self.inputs])
-
-    def seconds_if_done(self, key: str) -> float | None:
-        """The seconds that it took, where it is done with this key; else None."""
-        marker = read_json(self.marker)
-        done = marker.get("key") == key and marker["done"] and marker.get("result_key") == self.result_key()
-        return marker["seconds"] if done else None
-
-
-def run_step(step: Step) -> float:
-    """Run the step unless it is done; the seconds it took, over all attempts. Ends the program if the step fails."""
-    key, old = step.key(), read_json(step.marker)
-    seconds = step.seconds_if_done(key)
-    if seconds is not None:
-        say(f"{step.title}: done before, in {seconds:.0f} s")
-        return seconds
-    say(f"{step.title}: python -m {shlex.join(step.command)}")
-    before, start = old["seconds"] if old.get("key") == key else 0.0, time.monotonic()
-
-    def note(done: bool) -> float:
-        seconds = round(before + time.monotonic() - start, 1)
-        marker = read_json(step.marker)  # another's that is finished stays until the step moves it aside, or is done
-        free = done or marker.get("key") == key or not marker.get("done")
-        if step.marker.parent.is_dir() and free:  # the step itself makes its folder
-            content = {"key": key, "result_key": step.result_key(), "done": done, "seconds": seconds}
-            phases.write_marker(step.marker.parent, step.marker.name, **content)
-        return seconds
-
-    def tick() -> None:
-        try:
-            note(False)
-        except OSError as error:  # only the clock: whether the step can go on, it finds out itself
-            say(f"{step.title}: the time spent is not noted: {error}")
-
-    code = run_process([sys.executable, "-m", *step.command], tick, step.environment)
-    if code != 0:
-        sys.exit(f"{step.title} ended with exit code {code}. The same command goes on from what is saved.")
-    seconds = note(True)
-    say(f"{step.title}: {seconds:.0f} s")
-    return seconds
-
-
-def run_process(command: list[str], tick: Callable[[], Any], environment: Mapping[str, str] | None = None) -> int:
-    """Run a command to its end, calling `tick` now and then; its exit code. `environment` adds to this process's own.
-
-    SIGTERM is passed on to it. SLURM's warning stops it too, and the job is requeued when it has ended. Ctrl-C reaches
-    it by itself; it is waited for, since it saves a checkpoint then.
-    """
-    # Not this process's own W&B service: it would hold the run of a step that has ended, and refuse it to the next.
-    own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-    child = subprocess.Popen(command, cwd=ROOT, env=own | {preemption.LEFT_TO_PARENT: "1"} | dict(environment or {}))
-    stopped = requeue = False
-
-    def stop(signum: int, *_: Any) -> None:
-        nonlocal stopped, requeue
-        stopped = True
-        requeue |= signum == preemption.REQUEUE_SIGNAL
-        child.terminate()
-
-    numbers = [signal.SIGTERM, *([preemption.REQUEUE_SIGNAL] if preemption.in_slurm_job() else [])]
-    old = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        while True:
-            try:
-                code = child.wait(CLOCK_SECONDS)
-                if requeue:
-                    preemption.requeue_job()
-                return code or (128 + signal.SIGTERM if stopped else 0)
-            except subprocess.TimeoutExpired:
-                tick()
-            except KeyboardInterrupt:
-                stopped = True
-                say("stopping: the step saves what it has")
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+from experiments.results import BASE, Results, Stage, current_commit, make_stage, write_results
+from experiments.steps import ROOT, Step, run_process, run_step, say
 
 
 def experiment_folder(outputs: str, experiment: str, seed: int) -> Path:
@@ -161,30 +58,48 @@ def build_world(config: str) -> None:
         sys.exit("the world could not be built")
 
 
-class Ladder:
-    """The steps of one experiment, tied together by its folders.
+@dataclass(frozen=True)
+class Rung:
+    """A training stage of a ladder: `config` trained from the model that stage `start` leaves."""
 
-    `overrides` has more arguments by stage, or by "evaluation"; `environment` gives a stage's processes more variables.
+    start: str
+    config: str
+
+
+class Ladder:
+    """The stages of one experiment, tied together by its folders: BASE, which is `model`, and `rungs` in their order.
+
+    A rung starts from BASE or from one before it. `overrides` has more arguments by stage, or by "evaluation";
+    `environment` gives a stage's processes more variables.
     """
 
     def __init__(
         self,
         folder: Path,
         seed: int,
+        model: str,
         evaluation: str,
+        rungs: Mapping[str, Rung],
         overrides: Mapping[str, str],
         environment: Callable[[str], Mapping[str, str]] = lambda stage: {},
     ) -> None:
-        self.folder, self.seed = folder, seed
-        self.evaluation, self.overrides, self.environment = evaluation, overrides, environment
-        self.results = Results(folder.name, seed, current_commit(ROOT))
+        self.folder, self.seed, self.model, self.evaluation, self.rungs = folder, seed, model, evaluation, rungs
+        self.overrides, self.environment = overrides, environment
+        self.commit, self.stages = current_commit(ROOT), {}
 
-    def merged(self, stage: str) -> str:
+    @property
+    def results(self) -> Results:
+        """What is known to be done, in the ladder's order."""
+        stages = tuple(self.stages[name] for name in (BASE, *self.rungs) if name in self.stages)
+        return Results(self.folder.name, self.seed, self.commit, stages)
+
+    def model_of(self, stage: str) -> str:
         """The model that the stage leaves."""
-        return str(self.folder / stage / "merged")
+        return self.model if stage == BASE else str(self.folder / stage / "merged")
 
-    def training(self, stage: str, config: str, model: str) -> Step:
-        """The training phase from `model` to <folder>/<stage>/merged."""
+    def training(self, stage: str) -> Step:
+        """The training phase to <folder>/<stage>/merged."""
+        config, model = self.rungs[stage].config, self.model_of(self.rungs[stage].start)
         command = ["experiments.train", "--config", config, "--model.init_args.model", model]
         command += ["--experiment", self.folder.name, "--phase", stage, "--outputs", str(self.folder.parent)]
         command += ["--seed_everything", str(self.seed), *shlex.split(self.overrides.get(stage, ""))]
@@ -192,9 +107,9 @@ class Ladder:
         marker, names = self.folder / stage / "trained.json", self.environment(stage)
         return Step(f"{stage}: training", marker, tuple(command), inputs, environment=names)
 
-    def evaluation_of(self, stage: str, model: str) -> Step:
-        """MIG-Bench of `model`, which the stage has left."""
-        folder = self.folder / stage
+    def evaluation_of(self, stage: str) -> Step:
+        """MIG-Bench of the model that the stage leaves."""
+        folder, model = self.folder / stage, self.model_of(stage)
         command = ["experiments.evaluate", "--config", self.evaluation, "--model", model, "--output", str(folder)]
         command += shlex.split(self.overrides.get("evaluation", ""))
         benchmark = yaml.safe_load(Path(self.evaluation).read_text())["annotations"]
@@ -202,19 +117,43 @@ class Ladder:
         marker, names = folder / "evaluated.json", self.environment(stage)
         return Step(f"{stage}: MIG-Bench", marker, tuple(command), inputs, summary, names)
 
-    def train(self, stage: str, config: str, model: str) -> float:
-        """Run the training phase; its seconds."""
-        return run_step(self.training(stage, config, model))
+    def training_seconds(self, stage: str) -> float | None:
+        """The seconds of its training, where that need not run: it, and all that it starts from, are done."""
+        if stage == BASE:
+            return 0.0
+        if self.training_seconds(self.rungs[stage].start) is None:
+            return None
+        return self.training(stage).seconds_if_done()
 
-    def evaluate(self, stage: str, model: str, seconds: float) -> None:
-        """MIG-Bench of `model`: a new rung in results.json, report.html and on the terminal."""
-        step = self.evaluation_of(stage, model)
+    def seconds_if_done(self, stage: str) -> float | None:
+        """The seconds that the stage took, where nothing of it need run; else None."""
+        evaluating = self.evaluation_of(stage).seconds_if_done()
+        training = None if evaluating is None else self.training_seconds(stage)
+        return None if training is None else training + evaluating
+
+    def list_done(self) -> None:
+        """Write results.json and report.html with the stages that need not run, and no others."""
+        seconds = {stage: self.seconds_if_done(stage) for stage in (BASE, *self.rungs)}
+        self.stages = {stage: self._found(stage, spent) for stage, spent in seconds.items() if spent is not None}
+        if self.stages or (self.folder / "results.json").is_file():
+            self._write()
+
+    def run(self, stage: str) -> None:
+        """Train, where it is no BASE, and evaluate, as far as that is not done; the stage is listed, and printed."""
+        seconds = 0.0 if stage == BASE else run_step(self.training(stage))
+        step = self.evaluation_of(stage)
         step.marker.parent.mkdir(parents=True, exist_ok=True)
         seconds += run_step(step)
-        self.results = self.results.with_stage(make_stage(stage, read_json(step.result), seconds))
+        self.stages[stage] = self._found(stage, seconds)
+        self._write()
+        print(report.ladder_text(self.results, report.stage_starts(self.folder, self.results)), flush=True)
+
+    def _found(self, stage: str, seconds: float) -> Stage:
+        return make_stage(stage, read_json(self.evaluation_of(stage).result), seconds)
+
+    def _write(self) -> None:
         write_results(self.folder / "results.json", self.results)
         report.write_report(self.folder)
-        print(report.ladder_text(self.results, report.stage_starts(self.folder, self.results)), flush=True)
 
 
 def run(
@@ -244,20 +183,16 @@ def run(
     checks.raise_all(checks.seed_faults(seed))
     start = time.monotonic()
     folder = experiment_folder(outputs, experiment, seed)
-    ladder = Ladder(folder, seed, evaluation, overrides or {})
+    starts = [BASE, *stages]
+    rungs = {stage: Rung(start, config) for start, (stage, config) in zip(starts, stages.items(), strict=False)}
+    ladder = Ladder(folder, seed, model, evaluation, rungs, overrides or {})
     with phases.locked(folder):
         if world:
             build_world(world)
-        ladder.evaluate(BASE, model, 0.0)
-        for stage, config in stages.items():
-            seconds = ladder.train(stage, config, model)
-            model = ladder.merged(stage)
-            ladder.evaluate(stage, model, seconds)
+        ladder.list_done()
+        for stage in starts:
+            ladder.run(stage)
     say(f"{(time.monotonic() - start) / 60:.1f} minutes; {folder / 'results.json'}, {folder / 'report.html'}")
-
-
-def say(text: str) -> None:
-    print(f"== {text}", flush=True)
 
 
 def _shards(config: str) -> list[str]:
@@ -269,7 +204,7 @@ def main(args: list[str] | None = None) -> None:
     preemption.requeue_at_once()  # between two steps
     try:
         auto_cli(run, as_positional=False, args=args)
-    except checks.SettingsError as error:
+    except (checks.SettingsError, phases.OtherVersion) as error:
         sys.exit(str(error))
 
 

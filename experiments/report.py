@@ -14,11 +14,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from datamodules.artefacts import write_atomic
 from experiments import charts, metrics, paper_tables
-from experiments.phases import trained_commit
+from experiments.phases import CONFIG, read_field, trained_commit
 from experiments.results import Results, read_results, started_from
 
 # Title of a chart -> the logged metrics in it. A chart whose metrics were not logged is left out.
@@ -65,9 +63,9 @@ def stage_starts(folder: Path, results: Results) -> dict[str, str]:
     """Each trained stage -> the stage whose model it was trained from, as the phases' config.yaml say."""
     starts = {}
     for stage in results.stages:
-        config = Path(folder) / stage.name / "config.yaml"
-        if config.is_file():
-            starts[stage.name] = started_from(yaml.safe_load(config.read_text())["model"]["init_args"]["model"])
+        phase = Path(folder) / stage.name
+        if (phase / CONFIG).is_file():
+            starts[stage.name] = started_from(read_field(phase, "model.init_args.model"))
     return starts
 
 

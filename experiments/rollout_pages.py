@@ -22,6 +22,7 @@ from datamodules.boxes import Convention, geometries_from_json
 from datamodules.samples import BoxAnswer, BoxPart, Sample, SampleError, TextPart
 from datamodules.scores import score_text
 from datamodules.shards import MANIFEST, ShardReader, folder_list
+from experiments import phases
 from experiments.report import script_json
 from experiments.runs import Run
 from lightning_modules.rollout_log import LoggedGroup
@@ -47,8 +48,9 @@ def write_rollouts(run: Run, folder: Path, name: str, max_groups: int, max_pictu
     At most `max_groups` groups, evenly over the run, and `max_pictures` pictures, evenly over those. Raises ValueError
     when the run's configuration does not say how its boxes are written.
     """
-    if "data.convention" not in run.config:
-        raise ValueError(f"{run.folder}: rollouts, but no config.yaml with data.convention to read their boxes by")
+    if not run.config:
+        raise ValueError(f"{run.folder}: rollouts, but no {phases.CONFIG} with data.convention to read their boxes by")
+    phases.read_field(run.folder, "data.convention")
     groups = thin(run.groups, max_groups)
     notes = []
     if len(groups) < len(run.groups):
@@ -135,7 +137,9 @@ def _spread(items: list[Any]) -> list[Any]:
 def _shard_folder(run: Run) -> list[str]:
     """Where the samples of the run's prompts are: what rejection sampling kept, else the pool."""
     kept = run.folder / "rejection_sampling" / "shards"
-    return [str(kept)] if (kept / MANIFEST).is_file() else [str(f) for f in folder_list(run.config["data.shards"])]
+    if (kept / MANIFEST).is_file():
+        return [str(kept)]
+    return [str(folder) for folder in folder_list(phases.read_field(run.folder, "data.shards"))]
 
 
 def _question(sample: Sample) -> str:

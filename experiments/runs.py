@@ -10,11 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from datamodules.artefacts import read_json
 from experiments import metrics
-from experiments.phases import trained_commit
+from experiments.phases import read_settings, trained_commit
 from experiments.results import BASE, Results, make_stage, read_results, started_from
 from lightning_modules.rollout_log import LoggedGroup, read_index
 
@@ -147,8 +145,7 @@ def _results(experiment: Path) -> Results:
 
 
 def _read_run(folder: Path, taken: Sequence[str]) -> Run:
-    file = folder / "config.yaml"
-    config = flatten(yaml.safe_load(file.read_text())) if file.is_file() else {}
+    config = flatten(read_settings(folder))
     results = _results(folder.parent)
     summary = read_json(folder / "mig_bench.json")  # results.json may still hold a stage that was set aside
     label = f"{folder.parent.name}/{folder.name}"

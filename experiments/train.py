@@ -12,7 +12,8 @@ import os
 import sys
 import time
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import yaml
@@ -81,7 +82,16 @@ class TrainCLI(LightningCLI):
         parser.link_arguments("data.convention", "model.init_args.convention", compute_fn=Convention)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
-        super().parse_arguments(parser, args)
+        try:
+            super().parse_arguments(parser, args)
+        except SystemExit as end:  # the parser has told what is wrong, but not in which file
+            for file in saved_configs(sys.argv[1:] if args is None else args) if end.code else ():
+                try:
+                    with redirect_stderr(StringIO()):
+                        parser.parse_args(["--config", str(file)])
+                except SystemExit:
+                    raise phases.OtherVersion(file.parent, "see the field named above") from end
+            raise
         checks.raise_all(checks.seed_faults(self.config.seed_everything))  # Lightning seeds before it asks for more
 
     @property
@@ -111,7 +121,7 @@ class TrainCLI(LightningCLI):
         if done:
             raise AlreadyDone(self.folder)
         if self.is_leader:
-            write_atomic(self.folder / "config.yaml", self.parser.dump(self.config, skip_unset=False))
+            write_atomic(self.folder / phases.CONFIG, self.parser.dump(self.config, skip_unset=False))
         self.config.trainer.default_root_dir = str(self.folder)
 
     def constructor_faults(self) -> list[str]:
@@ -149,6 +159,12 @@ class TrainCLI(LightningCLI):
         identity = wandb_identity(self.folder, wandb_run_id(self.folder, self.key))
         wandb_logger = OnceWandbLogger(save_dir=str(self.folder), **identity)
         return [wandb_logger, MetricsLogger(self.folder, metrics.next_attempt(self.folder))]
+
+
+def saved_configs(args: list[str]) -> list[Path]:
+    """The files among the arguments that a run has written as its config.yaml."""
+    files = [Path(word.removeprefix("--config=")) for word in args]
+    return [file for file in files if file.name == phases.CONFIG and (file.parent / phases.STARTED).is_file()]
 
 
 def run_key(settings: dict) -> str:
@@ -220,7 +236,7 @@ def main(args: list[str] | None = None) -> None:
             cli = None  # its weights are not needed beside those that are now loaded
             tracking.finish_run()
             print(rolled_back, flush=True)
-        except (checks.SettingsError, RunStopped) as reason:
+        except (checks.SettingsError, phases.OtherVersion, RunStopped) as reason:
             sys.exit(str(reason))
 
 

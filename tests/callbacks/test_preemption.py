@@ -107,7 +107,7 @@ def test_the_pipeline_requeues_when_its_step_has_saved(tmp_path: Path, calls: Pa
         "signal.signal(signal.SIGTERM, save)\nos.kill(os.getppid(), signal.SIGUSR1); time.sleep(60)"
     )
     code = (
-        "import sys; from experiments.pipeline import run_process\n"
+        "import sys; from experiments.steps import run_process\n"
         f"sys.exit(run_process([sys.executable, '-c', {step!r}], lambda: None))"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=50)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,3 +151,32 @@ def rolling_back(workbench: Workbench) -> str:
     settings = {"bounds": bounds, "action": "roll_back", "window": 2, "max_rollbacks": 1}
     guard = {"class_path": "callbacks.collapse.CollapseGuard", "init_args": settings}
     return workbench.training("grpo", [guard])
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL to the sweep and to the trial it runs, as when a machine goes down."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(process.pid, signal.SIGKILL)
+    for child in children:
+        os.killpg(int(child), signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture
+def start_apart() -> Iterator[Callable[..., subprocess.Popen]]:
+    """start_apart(config, outputs, poll=…, hold=…) starts a sweep as a process of its own, which ends with the test.
+
+    poll: seconds between its looks at a trial. hold: the trial that waits behind its first step (sweep_trial.py).
+    """
+    started: list[subprocess.Popen] = []
+
+    def start(config: Path, outputs: Path, poll: float = 1.0, hold: str = "") -> subprocess.Popen:
+        code = f"from experiments import sweep, sweep_trials; sweep_trials.POLL_SECONDS = {poll}; sweep.main()"
+        command = [sys.executable, "-c", code, "--config", str(config), "--outputs", str(outputs)]
+        started.append(subprocess.Popen(command, cwd=ROOT, start_new_session=True, env=os.environ | {"HOLD": hold}))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            kill_all(process)

@@ -258,3 +258,15 @@ def test_a_browser_pages_through_thousands_and_loads_what_it_shows(
     page.wait_for_function("document.querySelector('.group').innerText.includes('update 1499,')")
     scripts = [url for url in asked if url.endswith(".js")]
     assert len(scripts) == len(set(scripts)) < 9, "nothing is loaded twice, and little at all"
+
+
+@pytest.mark.parametrize("name", ["convention", "shards"])
+def test_rollouts_of_another_version_are_told_with_file_and_field(
+    experiments: list[Path], tmp_path: Path, name: str
+) -> None:
+    file = experiments[0] / "grpo" / "config.yaml"
+    settings = yaml.safe_load(file.read_text())
+    del settings["data"][name]
+    file.write_text(yaml.safe_dump(settings))
+    with pytest.raises(ValueError, match=rf"grpo/config.yaml was written by another version .* no field data\.{name}"):
+        compare.compare([experiments[0]], tmp_path / "page")

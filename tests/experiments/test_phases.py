@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from experiments import phases
 
@@ -76,3 +78,26 @@ def test_a_place_that_cannot_be_written_ends_the_program_and_is_named(tmp_path: 
     wanted = r"outputs/nano/grpo cannot be written: .*[Nn]ot a directory"
     with pytest.raises(SystemExit, match=wanted), phases.locked(tmp_path / "outputs/nano/grpo"):
         pass
+
+
+def test_a_lock_that_is_not_waited_for_says_whether_it_is_held(tmp_path: Path) -> None:
+    with phases.locked(tmp_path / "grpo", wait=False) as first, phases.locked(tmp_path / "grpo", wait=False) as second:
+        assert first and not second
+    with phases.locked(tmp_path / "grpo") as third:
+        assert third
+
+
+@pytest.mark.parametrize(
+    ("saved", "what"),
+    [
+        ({"data": {"style": "think"}}, "it has no field data.convention"),
+        ({"model": {}}, "it has no field data.convention"),
+        ({"data": {"style": "long", "convention": "absolute"}}, r"data.style='long' is none of \['think', "),
+        (None, "no settings by name, but None"),
+    ],
+)
+def test_settings_of_another_version_are_told_with_file_and_field(tmp_path: Path, saved: object, what: str) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    file = re.escape(str(tmp_path / "config.yaml"))
+    with pytest.raises(ValueError, match=f"{file} was written by another version of the project: {what}"):
+        phases.trained_form(str(tmp_path / "merged"), {"convention": "absolute", "style": "think"})

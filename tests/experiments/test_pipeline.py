@@ -13,9 +13,9 @@ import yaml
 
 from datamodules.artefacts import read_json
 from datamodules.prompts import PromptStyle
-from experiments import evaluate, pipeline, train
-from experiments.pipeline import Step, run_step
+from experiments import evaluate, pipeline, steps, train
 from experiments.results import read_results
+from experiments.steps import Step, run_step
 from tests.experiments.conftest import ROOT, Workbench
 
 
@@ -56,7 +56,7 @@ def test_the_time_of_killed_attempts_is_counted(tmp_path: Path) -> None:
 
 
 def test_a_step_with_faulty_settings_leaves_what_was_finished_with_others(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(pipeline, "CLOCK_SECONDS", 0.02)  # it reads its settings for longer than that
+    monkeypatch.setattr(steps, "CLOCK_SECONDS", 0.02)  # it reads its settings for longer than that
     step = counting_step(tmp_path / "phase")
     first = run_step(step)
     with pytest.raises(SystemExit, match="step ended with exit code 1"):
@@ -76,7 +76,7 @@ def test_sigterm_is_passed_on_and_ends_the_pipeline(tmp_path: Path) -> None:
     leave = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))"
     child = f"import signal, sys, time; {leave}; print('up'); time.sleep(60)"
     code = (
-        "import sys; from experiments.pipeline import run_process\n"
+        "import sys; from experiments.steps import run_process\n"
         f"sys.exit(run_process([sys.executable, '-u', '-c', {child!r}], lambda: None))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -99,3 +99,10 @@ def test_no_points_make_no_chart() -> None:
 def test_smoothing_keeps_a_constant_and_the_number_of_points() -> None:
     points = [(k, 3.0) for k in range(50)]
     assert charts.smooth(points) == points
+
+
+def test_a_stage_of_another_version_is_told_with_file_and_field(folder: Path) -> None:
+    (folder / "grpo" / "config.yaml").write_text("model: {init_args: {path: models/tiny}}")
+    wanted = r"grpo/config.yaml was written by another version of the project: it has no field model.init_args.model"
+    with pytest.raises(SystemExit, match=wanted):
+        report.main(["--folder", str(folder)])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +18,8 @@ import yaml
 from datamodules.artefacts import read_json
 from experiments import sweep, sweep_trials
 from experiments.sweep_trials import last_words, points_agreed
-from tests.experiments.conftest import ROOT, Workbench
+from tests.experiments.conftest import Workbench, kill_all
+from tests.experiments.sweep_trial import LIMIT_SECONDS, num_seen
 from tests.experiments.test_sweep_plan import CONFIGS, write
 
 COMMAND = ["${interpreter}", "-m", "tests.experiments.sweep_trial", "${args}"]
@@ -89,7 +88,7 @@ def test_another_sweep_of_the_same_name_moves_the_old_one_aside(run, tmp_path: P
 
 def test_a_trial_that_lags_is_stopped_by_sigterm_and_kept_as_pruned(run, tmp_path: Path) -> None:
     early = {"type": "hyperband", "min_iter": 2, "eta": 2}
-    parameters = {"height": {"values": [9, 1]}, "steps": {"value": 12}, "pace": {"value": 0.15}}
+    parameters = {"height": {"values": [9, 1]}, "steps": {"value": 12}, "pace": {"value": 0.0}, "watched": {"value": 1}}
     summary = run("--seed=1", method="grid", run_cap=None, parameters=parameters, early_terminate=early)
     heights = [trial["parameters"]["height"] for trial in summary["trials"]]
     assert heights == [9, 1], "the seed must bring the better one first"
@@ -146,71 +145,57 @@ def test_trials_keep_the_tags_that_the_user_has_set(monkeypatch: pytest.MonkeyPa
     assert sweep_trials.trial_environment(("sweep", "bayes"))["WANDB_TAGS"] == "mine,sweep,bayes"
 
 
-def start_apart(tmp_path: Path, name: str, config: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "experiments.sweep", "--config", str(config), "--outputs", str(tmp_path / name)]
-    return subprocess.Popen(command, cwd=ROOT, start_new_session=True)
-
-
 def wait_for_points(folder: Path, trial: int, count: int, process: subprocess.Popen) -> None:
-    end = time.monotonic() + 1200  # on a busy machine
+    end = time.monotonic() + LIMIT_SECONDS
     while time.monotonic() < end and process.poll() is None:
-        file = folder / "trials.jsonl"
-        records = [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.is_file() else []
-        if sum(len(record.get("values", ())) for record in records if record["trial"] == trial) >= count:
+        if (folder / "trials.jsonl").is_file() and num_seen(folder, f"trial-{trial}") >= count:
             return
         time.sleep(0.05)
     raise AssertionError(f"{folder}: trial {trial} did not log {count} values; exit code {process.poll()}")
-
-
-def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL to the sweep and to the trial it runs, as when a machine goes down."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(process.pid, signal.SIGKILL)
-    for child in children:
-        os.killpg(int(child), signal.SIGKILL)
-    process.wait()
 
 
 def without_seconds(summary: dict[str, Any]) -> list[dict[str, Any]]:
     return [{key: trial[key] for key in ("state", "value", "parameters", "points")} for trial in summary["trials"]]
 
 
-def test_a_killed_sweep_goes_on(run, tmp_path: Path) -> None:
-    parameters = HEIGHTS | {"pace": {"value": 0.4}}
+def test_a_killed_sweep_goes_on(run, start_apart, tmp_path: Path) -> None:
+    parameters = HEIGHTS | {"pace": {"value": 0.0}}
     settings = {"metric": {"name": "score", "goal": "maximize"}, "parameters": parameters, "command": COMMAND}
-    config = write(tmp_path, **settings, method="bayes")
-    killed, folder = start_apart(tmp_path, "outputs", config), tmp_path / "outputs/tiny-sweep"
+    config, folder = write(tmp_path, **settings, method="bayes"), tmp_path / "outputs/tiny-sweep"
+    killed = start_apart(config, tmp_path / "outputs", poll=0.05, hold="trial-1")
     wait_for_points(folder, 1, 1, killed)
     kill_all(killed)
     resumed = run(method="bayes", parameters=parameters)
+    assert starts(folder) == ["trial-0/0", "trial-1/0", "trial-1/1", "trial-2/0"]
     for state in folder.glob("*"):
         state.rename(tmp_path / state.name)
     assert without_seconds(resumed) == without_seconds(run(method="bayes", parameters=parameters))
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_ends_as_one_left_alone(tmp_path: Path) -> None:
+def test_a_killed_sweep_ends_as_one_left_alone(start_apart, tmp_path: Path) -> None:
     early = {"type": "hyperband", "min_iter": 3, "eta": 2}
-    # Slow beside the poll of a second: a trial that ends before it was looked at is no longer stopped.
-    parameters = HEIGHTS | {"pace": {"value": 1.0}, "steps": {"value": 12}}
+    parameters = HEIGHTS | {"pace": {"value": 0.0}, "steps": {"value": 12}, "watched": {"value": 1}}
     settings = {"metric": {"name": "score", "goal": "maximize"}, "parameters": parameters, "command": COMMAND}
     config = write(tmp_path, **settings, early_terminate=early, method="bayes")
-    whole, folder = start_apart(tmp_path, "whole", config), tmp_path / "killed/tiny-sweep"
-    killed = start_apart(tmp_path, "killed", config)
+    start = partial(start_apart, config, poll=0.05)
+    whole, outputs, folder = start(tmp_path / "whole"), tmp_path / "killed", tmp_path / "killed/tiny-sweep"
+    killed = start(outputs, hold="trial-1")
     wait_for_points(folder, 1, 1, killed)
     kill_all(killed)
     interrupted = starts(folder)
-    stopped = start_apart(tmp_path, "killed", config)
+    stopped = start(outputs, hold="trial-2")
     wait_for_points(folder, 2, 1, stopped)
     stopped.terminate()
-    assert stopped.wait(60) == 1
+    assert stopped.wait(LIMIT_SECONDS) == 1
     assert (folder / "trial-2/stopped").is_file(), "SIGTERM is passed on to the trial"
-    assert start_apart(tmp_path, "killed", config).wait(120) == 0
-    assert whole.wait(120) == 0
+    assert start(outputs).wait(LIMIT_SECONDS) == 0
+    assert whole.wait(LIMIT_SECONDS) == 0
     assert interrupted == ["trial-0/0", "trial-1/0"]
     assert starts(folder) == ["trial-0/0", "trial-1/0", "trial-1/1", "trial-2/0", "trial-2/1"]
     expected = without_seconds(read_json(tmp_path / "whole/tiny-sweep/sweep.json"))
     assert without_seconds(read_json(folder / "sweep.json")) == expected
+    assert "pruned" in [trial["state"] for trial in expected]
     assert list((folder / "wandb").glob("offline-run-*"))
 
 
@@ -284,17 +269,17 @@ def test_two_real_trials_end_and_log_to_wandb(workbench: Workbench) -> None:
 
 
 @pytest.mark.slow
-def test_eight_real_trials_over_lambda_and_beta_survive_a_kill(workbench: Workbench, browser_page) -> None:
+def test_eight_real_trials_over_lambda_and_beta_survive_a_kill(workbench: Workbench, start_apart, browser_page) -> None:
     config = real_sweep(workbench, 8)
     folder = workbench.outputs / "lambda-beta"
-    killed = start_apart(workbench.root, "outputs", config)
+    killed = start_apart(config, workbench.outputs)
     rows = folder / "trial-3/attempts/0/metrics.jsonl"  # the sweep itself looks seldom: a short trial has ended by then
     end = time.monotonic() + 1200
     while not (rows.is_file() and rows.read_text()):
         assert killed.poll() is None and time.monotonic() < end
         time.sleep(0.02)
     kill_all(killed)
-    assert start_apart(workbench.root, "outputs", config).wait(2400) == 0
+    assert start_apart(config, workbench.outputs).wait(2400) == 0
     summary = read_json(folder / "sweep.json")
     assert [trial["state"] for trial in summary["trials"]] == ["complete"] * 8, summary
     assert all(len(trial["points"]) == 3 for trial in summary["trials"])

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from datamodules.artefacts import read_json
-from experiments import metrics, tracking, train
+from experiments import metrics, phases, tracking, train
 from lightning_modules.rollout_log import read_index
 from tests.experiments.conftest import Workbench, rolling_back, run_apart
 
@@ -245,3 +245,19 @@ def test_a_full_disk_at_the_end_keeps_the_checkpoint_and_says_so(workbench: Work
     folder = small_disk.root / "tiny" / "cot_sft"
     assert not list(folder.glob("merged*")) and not (folder / "done.json").exists()
     assert [file.name for file in (folder / "checkpoints").iterdir()] == ["step-00000001.ckpt"]
+
+
+def test_a_saved_configuration_of_another_version_is_named(workbench: Workbench, capsys: pytest.CaptureFixture) -> None:
+    folder = workbench.outputs / "tiny" / "cot_sft"
+    settings = yaml.safe_load(Path(workbench.training("cot_sft")).read_text())
+    settings["data"]["gone"] = 1
+    phases.claim(folder, "key")
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(SystemExit, match=r"cot_sft/config\.yaml was written by another version of the project"):
+        train.main(["--config", str(folder / "config.yaml")])
+    assert "'gone'" in capsys.readouterr().err
+    del settings["data"]["gone"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--config", str(folder / "config.yaml"), "--data.gone=1"])
+    assert caught.value.code == 2, "the argument is wrong, not the file"

@@ -1,0 +1,122 @@
+"""Steps of an experiment: processes that are each run once for the same command and inputs, and outlive any kill."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from callbacks import preemption
+from datamodules.artefacts import fingerprint, path_fingerprint, read_json
+from experiments import phases
+
+ROOT = Path(__file__).resolve().parents[1]
+CLOCK_SECONDS = 5.0  # how often the time spent is written down: a kill loses no more of it
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process. `marker` is the file that says it is done; `inputs` are the files and folders that it reads.
+
+    `result` is a JSON file that it writes and others may write too, with a key: only with that key is the step done.
+    `environment` adds variables for its process, such as W&B names: none that change what it computes.
+    """
+
+    title: str
+    marker: Path
+    command: tuple[str, ...]
+    inputs: tuple[str, ...]
+    result: Path | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def result_key(self) -> str | None:
+        return read_json(self.result).get("key") if self.result else None
+
+    def key(self) -> str:
+        return fingerprint(self.command, [path_fingerprint(path) for path in self.inputs])
+
+    def seconds_if_done(self) -> float | None:
+        """The seconds that it took, where it is done with its command and inputs as they are now; else None."""
+        marker = read_json(self.marker)
+        done = marker.get("done") and marker.get("result_key") == self.result_key() and marker["key"] == self.key()
+        return marker["seconds"] if done else None
+
+
+def run_step(step: Step) -> float:
+    """Run the step unless it is done; the seconds it took, over all attempts. Ends the program if the step fails."""
+    seconds = step.seconds_if_done()
+    if seconds is not None:
+        say(f"{step.title}: done before, in {seconds:.0f} s")
+        return seconds
+    key, old = step.key(), read_json(step.marker)
+    say(f"{step.title}: python -m {shlex.join(step.command)}")
+    before, start = old["seconds"] if old.get("key") == key else 0.0, time.monotonic()
+
+    def note(done: bool) -> float:
+        seconds = round(before + time.monotonic() - start, 1)
+        marker = read_json(step.marker)  # another's that is finished stays until the step moves it aside, or is done
+        free = done or marker.get("key") == key or not marker.get("done")
+        if step.marker.parent.is_dir() and free:  # the step itself makes its folder
+            content = {"key": key, "result_key": step.result_key(), "done": done, "seconds": seconds}
+            phases.write_marker(step.marker.parent, step.marker.name, **content)
+        return seconds
+
+    def tick() -> None:
+        try:
+            note(False)
+        except OSError as error:  # only the clock: whether the step can go on, it finds out itself
+            say(f"{step.title}: the time spent is not noted: {error}")
+
+    code = run_process([sys.executable, "-m", *step.command], tick, step.environment)
+    if code != 0:
+        sys.exit(f"{step.title} ended with exit code {code}. The same command goes on from what is saved.")
+    seconds = note(True)
+    say(f"{step.title}: {seconds:.0f} s")
+    return seconds
+
+
+def run_process(command: list[str], tick: Callable[[], Any], environment: Mapping[str, str] | None = None) -> int:
+    """Run a command to its end, calling `tick` now and then; its exit code. `environment` adds to this process's own.
+
+    SIGTERM is passed on to it. SLURM's warning stops it too, and the job is requeued when it has ended. Ctrl-C reaches
+    it by itself; it is waited for, since it saves a checkpoint then.
+    """
+    # Not this process's own W&B service: it would hold the run of a step that has ended, and refuse it to the next.
+    own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    child = subprocess.Popen(command, cwd=ROOT, env=own | {preemption.LEFT_TO_PARENT: "1"} | dict(environment or {}))
+    stopped = requeue = False
+
+    def stop(signum: int, *_: Any) -> None:
+        nonlocal stopped, requeue
+        stopped = True
+        requeue |= signum == preemption.REQUEUE_SIGNAL
+        child.terminate()
+
+    numbers = [signal.SIGTERM, *([preemption.REQUEUE_SIGNAL] if preemption.in_slurm_job() else [])]
+    old = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        while True:
+            try:
+                code = child.wait(CLOCK_SECONDS)
+                if requeue:
+                    preemption.requeue_job()
+                return code or (128 + signal.SIGTERM if stopped else 0)
+            except subprocess.TimeoutExpired:
+                tick()
+            except KeyboardInterrupt:
+                stopped = True
+                say("stopping: the step saves what it has")
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def say(text: str) -> None:
+    print(f"== {text}", flush=True)

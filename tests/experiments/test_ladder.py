@@ -1,0 +1,162 @@
+"""What results.json and an ablation's tables list, whenever a run is stopped. The steps' processes are stand-ins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import yaml
+
+from datamodules.artefacts import fingerprint, path_fingerprint, read_json, write_json
+from experiments import ablations, phases, pipeline, steps, tracking
+from experiments.results import read_results
+from tests.experiments.test_results import summary
+
+ROWS = {"sft": "base", "cot_sft": "base", "grpo": "cot_sft", "full": "grpo"}
+ALL = ["base", *ROWS]
+
+
+class Processes:
+    """In the place of the steps' processes. One of the stage `broken` ends with an error."""
+
+    def __init__(self) -> None:
+        self.broken: str | None = None
+        self.ran: list[str] = []
+
+    def __call__(self, command: list[str], tick: Callable[[], object], environment: Mapping[str, str]) -> int:
+        flags = dict(zip(command[3::2], command[4::2], strict=True))
+        train = command[2] == "experiments.train"
+        folder = Path(flags["--outputs"], flags["--experiment"], flags["--phase"]) if train else Path(flags["--output"])
+        if folder.name == self.broken:
+            return 1
+        self.ran.append(f"{folder.parent.name}/{folder.name}")
+        if train:
+            model = flags["--model.init_args.model"]
+            content = fingerprint(folder.name, Path(flags["--config"]).read_text(), path_fingerprint(model))
+            write_json(folder / "merged/config.json", content)
+        else:
+            write_json(folder / "mig_bench.json", {"key": path_fingerprint(flags["--model"]), **summary()})
+        return 0
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> Processes:
+    stand_ins = Processes()
+    monkeypatch.setattr(steps, "run_process", stand_ins)
+    monkeypatch.setattr(tracking, "log_summary", lambda *_: None)
+    return stand_ins
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict:
+    """What the ablation and the pipeline are both given; the rows' YAMLs lie in `tmp_path`."""
+    write_json(tmp_path / "shards/manifest.json", {})
+    for name in ROWS:
+        write_config(tmp_path, name, 0)
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump({"annotations": str(tmp_path / "shards")}))
+    write_json(tmp_path / "model/config.json", {})
+    paths = {"model": tmp_path / "model", "evaluation": tmp_path / "eval.yaml", "outputs": tmp_path / "outputs"}
+    return {"experiment": "tiny"} | {name: str(path) for name, path in paths.items()}
+
+
+def write_config(root: Path, name: str, version: int) -> str:
+    """The YAML of a row; with another version, what was trained with it before is not what it would train."""
+    path = root / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({"version": version, "data": {"shards": str(root / "shards")}}))
+    return str(path)
+
+
+def run_rows(settings: Mapping, **more: object) -> None:
+    root = Path(settings["outputs"]).parent
+    rows = {name: ablations.Row(start, str(root / f"{name}.yaml")) for name, start in ROWS.items()}
+    ablations.run(**settings, rows=rows, seeds=[0, 1], **more)
+
+
+def listed(outputs: Path, seed: int) -> list[str]:
+    folder = outputs / ("tiny" if seed == 0 else f"tiny-seed{seed}")
+    return [stage.name for stage in read_results(folder / "results.json").stages]
+
+
+def in_tables(outputs: Path, seed: int) -> list[str]:
+    rows = read_json(outputs / "tiny-ablations/ablations.json")["rows"]
+    return [row["name"] for row in rows if str(seed) in row["seeds"]]
+
+
+def test_an_ablation_that_is_stopped_lists_what_is_done_at_every_seed(
+    processes: Processes, settings: dict, tmp_path: Path
+) -> None:
+    run_rows(settings)
+    write_config(tmp_path, "sft", 1)
+    processes.broken = "sft"
+    with pytest.raises(SystemExit, match="sft: training"):
+        run_rows(settings)
+    for seed in (0, 1):
+        found = ["base", "cot_sft", "grpo", "full"]
+        assert listed(tmp_path / "outputs", seed) == in_tables(tmp_path / "outputs", seed) == found
+    processes.broken, processes.ran = None, []
+    run_rows(settings)
+    assert processes.ran == [f"{folder}/sft" for folder in ("tiny", "tiny-seed1") for _ in range(2)]
+    assert listed(tmp_path / "outputs", 1) == in_tables(tmp_path / "outputs", 1) == ALL, "in the order of the rows"
+
+
+def test_a_row_whose_start_is_to_be_trained_again_is_not_listed(
+    processes: Processes, settings: dict, tmp_path: Path
+) -> None:
+    run_rows(settings)
+    write_config(tmp_path, "cot_sft", 1)
+    processes.broken = "cot_sft"
+    with pytest.raises(SystemExit, match="cot_sft: training"):
+        run_rows(settings)
+    assert listed(tmp_path / "outputs", 0) == listed(tmp_path / "outputs", 1) == ["base", "sft"]
+    run_rows(settings, only=["sft"])
+    assert in_tables(tmp_path / "outputs", 0) == ["base", "sft"], "nor where its start is not asked for"
+
+
+def test_a_row_that_only_its_starts_evaluation_lacks_is_listed(
+    processes: Processes, settings: dict, tmp_path: Path
+) -> None:
+    run_rows(settings)
+    write_json(tmp_path / "outputs/tiny/cot_sft/mig_bench.json", {"key": "another's", **summary()})
+    processes.broken = "cot_sft"
+    with pytest.raises(SystemExit, match="cot_sft: MIG-Bench"):
+        run_rows(settings)
+    assert listed(tmp_path / "outputs", 0) == ["base", "sft", "grpo", "full"]
+
+
+def test_a_seed_at_which_another_process_works_is_left_to_it(
+    processes: Processes, settings: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run_rows(settings)
+    write_config(tmp_path, "sft", 1)
+    processes.broken = "sft"
+    with phases.locked(tmp_path / "outputs/tiny-seed1"), pytest.raises(SystemExit, match="sft: training"):
+        run_rows(settings)
+    assert "seed 1: another process is working" in capsys.readouterr().out
+    assert listed(tmp_path / "outputs", 1) == ALL and "sft" not in listed(tmp_path / "outputs", 0)
+
+
+def test_a_pipeline_that_is_stopped_lists_what_is_done_behind(
+    processes: Processes, settings: dict, tmp_path: Path
+) -> None:
+    stages = {name: str(tmp_path / f"{name}.yaml") for name in ("cot_sft", "grpo")}
+    pipeline.run(**settings, stages=stages)
+    assert listed(tmp_path / "outputs", 0) == ["base", *stages]
+    write_json(tmp_path / "outputs/tiny/cot_sft/mig_bench.json", {"key": "another's", **summary()})
+    processes.broken = "cot_sft"
+    with pytest.raises(SystemExit, match="cot_sft: MIG-Bench"):
+        pipeline.run(**settings, stages=stages)
+    assert listed(tmp_path / "outputs", 0) == ["base", "grpo"]
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump({"annotations": "others"}))
+    processes.broken = "base"
+    with pytest.raises(SystemExit, match="base: MIG-Bench"):
+        pipeline.run(**settings, stages=stages)
+    assert listed(tmp_path / "outputs", 0) == [], "what was asked otherwise does not count"
+    assert (tmp_path / "outputs/tiny/report.html").is_file()
+
+
+def test_a_run_that_finds_nothing_writes_nothing(processes: Processes, settings: dict, tmp_path: Path) -> None:
+    processes.broken = "base"
+    with pytest.raises(SystemExit, match="base: MIG-Bench"):
+        pipeline.run(**settings, stages={})
+    assert not (tmp_path / "outputs/tiny/results.json").exists()
