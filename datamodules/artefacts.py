@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -10,6 +11,8 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+REMEMBERED = 16 << 20  # bytes; hashes of larger files, weights, are remembered
 
 
 class StorageError(OSError):
@@ -37,6 +40,19 @@ def path_fingerprint(path: str | Path) -> str:
 
 
 def file_sha256(file: Path) -> str:
+    """Weights are read once in a process, and again only when the file is another or has been written."""
+    state = file.stat()
+    if state.st_size < REMEMBERED:
+        return _sha256(file)
+    return _remembered_sha256(file.resolve(), state.st_ino, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _remembered_sha256(file: Path, *state: int) -> str:
+    return _sha256(file)
+
+
+def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

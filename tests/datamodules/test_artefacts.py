@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
 
+from datamodules import artefacts
 from datamodules.artefacts import (
     Journal,
     fingerprint,
@@ -14,6 +16,7 @@ from datamodules.artefacts import (
     read_journal,
     read_json,
     whole_folder,
+    write_atomic,
     write_json,
 )
 from tests.conftest import SmallDisk
@@ -99,3 +102,16 @@ def test_a_damaged_marker_is_named(tmp_path: Path, damage: bytes) -> None:
     (tmp_path / "done.json").write_bytes(damage)
     with pytest.raises(ValueError, match=r"done\.json is damaged"):
         read_json(tmp_path / "done.json")
+
+
+def test_large_files_are_hashed_once_until_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artefacts, "REMEMBERED", 4)
+    file, read = tmp_path / "model.safetensors", []
+    monkeypatch.setattr(artefacts, "_sha256", lambda path: read.append(path) or path.read_text())
+    file.write_text("first")
+    artefacts.file_sha256(file)
+    assert artefacts.file_sha256(file) == "first" and len(read) == 1
+    write_atomic(file, "other")
+    assert artefacts.file_sha256(file) == "other" and len(read) == 2
+    os.utime(file, ns=(1, 1))  # written in its place
+    assert artefacts.file_sha256(file) == "other" and len(read) == 3
