@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -142,6 +143,29 @@ def test_an_adapter_whose_answer_is_lost_is_no_fault(stub, connect, path) -> Non
     stub.wrap = Spoiled(path, lose)
     engine.sync()
     assert stub.wrap.seen == 2 and list(stub.adapters) == [engine.adapter.name]
+
+
+@pytest.mark.parametrize("fault", ["keeps it", "hangs", "is another"])
+def test_an_end_asks_every_server_whatever_one_of_them_does(stub, other, connect, tmp_path, monkeypatch, fault) -> None:
+    monkeypatch.setattr("lightning_modules.vllm_rollouts.FAREWELL", 2.0)
+    engine = connect(stub.url, other.url, timeout=60.0)
+    engine.sync()
+    other.wrap = lambda path, answer: answer() if path == "models" else (403, error("not you"))
+    release = threading.Event()
+    if fault == "hangs":
+        other.wrap = lambda path, answer: (release.wait(60), answer())[1]
+    elif fault == "is another":  # an error that ends a run: the other one's adapter goes all the same
+        other.models = lambda: (200, {"data": [{"id": "of-the-base", "parent": None, "max_model_len": 4096}]})
+        with pytest.raises(EndpointMisused, match="before it was started again"):
+            engine.sync()
+    began = time.monotonic()
+    try:
+        with pytest.raises(EndpointMisused, match="not you") if fault == "keeps it" else nullcontext():
+            engine.close()
+    finally:
+        release.set()
+    assert time.monotonic() - began < 30
+    assert not stub.adapters and not list((tmp_path / "adapters").iterdir())
 
 
 @pytest.mark.parametrize(
