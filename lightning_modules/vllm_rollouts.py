@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -85,7 +85,7 @@ class VLLMEngine:
         self.adapter: Adapter | None = None
         self._run = uuid.uuid4().hex[:8]  # another process never uses these names again
         self._count = 0
-        self._max_tokens = 0
+        self._needs: Mapping[str, int] = {}
         self._runner: asyncio.Runner | None = None
         self._pool: ServerPool | None = None
         self._models: dict[str, str] = {}  # the name of the model at each server
@@ -94,10 +94,11 @@ class VLLMEngine:
 
     # What a server must be
 
-    def check(self, max_tokens: int) -> None:
-        """Wait for a server. Raises EndpointMisused for one that cannot serve this run: other models, sequences of less
-        than `max_tokens`, no LoRA, or raw log-probabilities. A server that comes later is looked at then."""
-        self._max_tokens = max_tokens
+    def check(self, needs: Mapping[str, int]) -> None:
+        """Wait for a server. Raises EndpointMisused for one that cannot serve this run: other models, sequences shorter
+        than one of `needs` (of `find_model`), no LoRA, or raw log-probabilities. A server that comes later is looked at
+        then."""
+        self._needs = needs
         self._call(lambda pool: pool.prepare_all())
 
     async def _prepare(self, endpoint: ChatEndpoint) -> None:
@@ -107,7 +108,7 @@ class VLLMEngine:
         known = self._own(served)
         if url not in self._fit or (url in self._given and not known):  # new, or started again
             self._fit.discard(url)
-            model = find_model(url, served, self.settings.model, self._max_tokens)
+            model = find_model(url, served, self.settings.model, self._needs)
             if model != self._models.setdefault(url, model):
                 raise EndpointMisused(
                     f"{url} serves {model!r} now, and {self._models[url]!r} before it was started again: start it with "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
@@ -15,12 +16,29 @@ from lightning_modules.vllm_rollouts import VLLMEngine
 log = logging.getLogger(__name__)
 
 
+@runtime_checkable
+class AsksEngine(Protocol):
+    """A callback that has the module's engine answer prompts of its own."""
+
+    def longest_sequence(self, max_prompt_tokens: int, max_new_tokens: int) -> int:
+        """The most tokens of a prompt with its completion; 0 if it asks nothing. Limits of its own come before those of
+        training, which are given."""
+        ...
+
+
 def connect(policy: QwenVL, settings: VLLMSettings, trainer: Trainer, max_new_tokens: int) -> VLLMEngine:
-    """The engine of this rank, its servers checked for the longest prompt that the trainer's data may have."""
+    """The engine of this rank, its servers checked for the longest sequences of training and of every callback: what
+    does not fit should end the run now, and not at an evaluation hours later."""
     folder = Path(trainer.default_root_dir) / "adapters"
     engine = VLLMEngine(policy, settings, folder, trainer.global_rank, trainer.strategy.broadcast)
     encoder = getattr(trainer.datamodule, "encoder", None)
-    engine.check(max_new_tokens + getattr(encoder, "max_prompt_tokens", 1))
+    limits = getattr(encoder, "max_prompt_tokens", 1), max_new_tokens
+    needs = {"training": sum(limits)}
+    for callback in trainer.callbacks:
+        if isinstance(callback, AsksEngine):
+            name = type(callback).__name__  # there may be two of a kind
+            needs[name] = max(needs.get(name, 0), callback.longest_sequence(*limits))
+    engine.check(needs)
     return engine
 
 

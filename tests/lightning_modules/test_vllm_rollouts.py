@@ -52,7 +52,7 @@ def largest_difference(policy: QwenVL, items, groups) -> float:
 def test_rollouts_are_the_policys_own(stub, connect, make_items) -> None:
     """Prompts of several images of mixed sizes; the trainer finds the log-probabilities that the server gave."""
     engine, items = connect(stub.url), make_items([1, 3, 2])
-    engine.check(max_tokens=500)
+    engine.check({"training": 500})
     plain = engine.generate(items, SAMPLING, generator=torch.Generator().manual_seed(0))
     assert largest_difference(engine.policy, items, plain) < 1e-4, "before any sync the model as it is"
     stir(engine.policy)
