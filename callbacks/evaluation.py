@@ -13,11 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datamodules.answerers import Answerer, Reply, split_windows
+from datamodules.answerers import UNANSWERED, Answerer, Reply, split_windows
 from datamodules.artefacts import Journal, fingerprint, read_journal
 from datamodules.benchmarks.schema import Benchmark, column_of
 from datamodules.boxes import geometries_from_json, geometries_to_json
 from datamodules.samples import Sample
+
+LOSSES = 8  # so many questions without an answer, and more than have one: it is no use to ask the rest
+
+
+class QuestionsLost(RuntimeError):
+    """More questions of a benchmark got no answer than got one: a score of that would say nothing of the model."""
 
 
 @dataclass(frozen=True)
@@ -64,22 +70,39 @@ def ask_share(
     Windows are cut from all samples in a fixed order, many images first (memory is tested at once, and the time left is
     not flattered). A window whose replies are all there is done; any other is asked whole, so that the questions which
     share a batch are always the same. Yields how many more replies are there, those found first.
+
+    A question that was lost on the way (`UNANSWERED`) counts as wrong, and is asked again by the next call. Raises
+    QuestionsLost as soon as it is most of them.
     """
-    done = read_answers(folder, key).keys()
+    done = {name for name, reply in read_answers(folder, key).items() if reply.refused != UNANSWERED}
     ordered = sorted(samples, key=lambda sample: (-len(sample.images), column_of(sample), sample.task))
     mine = split_windows(ordered, answerer.window)[rank::world_size]
     waiting = [window for window in mine if not all(sample.id in done for sample in window)]
     yield sum(map(len, mine)) - sum(map(len, waiting))
     journal = Journal(folder / f"rank{rank}.jsonl", key)
     records: list[dict[str, Any]] = []
+    answered, lost = len(done), 0
     for sample, reply in answerer.answers([sample for window in waiting for sample in window], benchmark.load):
         records.append(_record(sample, reply))
+        lost += reply.refused == UNANSWERED
+        answered += reply.refused != UNANSWERED
         if len(records) >= answerer.window:
             journal.append(records)
             yield len(records)
             records = []
+        if lost >= LOSSES:
+            _require_answers(benchmark, answered, lost)
     journal.append(records)
     yield len(records)
+    _require_answers(benchmark, answered, lost)
+
+
+def _require_answers(benchmark: Benchmark, answered: int, lost: int) -> None:
+    if lost > answered:
+        raise QuestionsLost(
+            f"{benchmark.name}: {lost} questions got no answer in all attempts, and {answered} got one. The server "
+            "answers others: endpoint.timeout may be too short. The same command asks again what is missing"
+        )
 
 
 def _record(sample: Sample, reply: Reply) -> dict[str, Any]:

@@ -194,6 +194,11 @@ class MIGBench(Callback):
             log.warning("%s: %s", self.annotations, dirty)
         self._home(trainer).mkdir(parents=True, exist_ok=True)
 
+    def longest_sequence(self, max_prompt_tokens: int, max_new_tokens: int) -> int:
+        """Of a prompt with its completion, in tokens (`AsksEngine`)."""
+        asks = self.before or self.after or self.every_n_steps is not None
+        return (self.max_prompt_tokens or max_prompt_tokens) + self.settings.max_new_tokens if asks else 0
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._resumed_step = self._last_step = checkpoint["global_step"]
 

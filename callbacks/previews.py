@@ -89,6 +89,10 @@ class Previews(Callback):
         self.samples = limit_tasks(load_mig_bench(self.annotations, self.image_root)[0], self.num_per_task)
         self._home(trainer).mkdir(parents=True, exist_ok=True)
 
+    def longest_sequence(self, max_prompt_tokens: int, max_new_tokens: int) -> int:
+        """Of a prompt with its completion, in tokens (`AsksEngine`)."""
+        return (self.max_prompt_tokens or max_prompt_tokens) + self.settings.max_new_tokens
+
     def _home(self, trainer: Trainer) -> Path:
         return Path(self.folder or Path(trainer.default_root_dir) / "previews")
 

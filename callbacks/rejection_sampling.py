@@ -75,6 +75,10 @@ class RejectionSampling(Callback):
                 f"rejection sampling kept {histogram['kept']} of {histogram['candidates']} prompts: {kept}", flush=True
             )
 
+    def longest_sequence(self, max_prompt_tokens: int, max_new_tokens: int) -> int:
+        """Of a prompt with its completion, in tokens (`AsksEngine`)."""
+        return max_prompt_tokens + (self.settings.max_new_tokens or max_new_tokens)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for logger in trainer.loggers if trainer.ckpt_path is None else ():  # a resumed run has logged it
             logger.log_metrics({"rejection_sampling/kept_share": self.kept_share}, step=0)

@@ -15,6 +15,7 @@ from datamodules.samples import LoadedSample, Sample
 
 T = TypeVar("T")
 Load = Callable[[Sample], LoadedSample]  # reads the images of a sample; raises SampleError where it cannot
+UNANSWERED = "unanswered"  # the rule of a question that a server gave no answer to, this time: it is asked again
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Reply:
     geometries: tuple[ImageGeometry, ...]  # one for each image of the question; () if it was refused
     num_tokens: int = 0  # of the completion; 0 where it is not known
     finished: bool = True  # False: cut at the token limit
-    refused: str | None = None  # the rule by which the question could not be put to the model: it counts as wrong
+    refused: str | None = None  # the rule by which the question was not put to the model, or lost: it counts as wrong
 
 
 class Answerer(Protocol):

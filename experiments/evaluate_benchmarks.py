@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from jsonargparse import auto_cli
 
-from callbacks.evaluation import EvaluationSettings, read_answers
+from callbacks.evaluation import EvaluationSettings, QuestionsLost, read_answers
 from datamodules.answerers import Reply
 from datamodules.artefacts import fingerprint
 from datamodules.benchmarks.registry import benchmark_names, load_benchmark
@@ -190,7 +190,7 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of `make eval MODEL=… BENCH=…`."""
     try:
         auto_cli(evaluate_benchmarks, as_positional=False, args=args)
-    except (checks.SettingsError, EndpointMisused, EndpointUnavailable) as error:
+    except (checks.SettingsError, EndpointMisused, EndpointUnavailable, QuestionsLost) as error:
         sys.exit(str(error))
 
 

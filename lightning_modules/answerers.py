@@ -6,18 +6,28 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from io import BytesIO
 from typing import Any
 
 from PIL import Image
 
-from datamodules.answerers import Load, Reply
+from datamodules.answerers import UNANSWERED, Load, Reply
 from datamodules.boxes import Convention
 from datamodules.chat_requests import RequestForm, build_request
 from datamodules.samples import BoxAnswer, ImagePart, LoadedSample, Sample, SampleError, TextPart
-from lightning_modules.endpoint import ChatEndpoint, EndpointMisused, EndpointSettings, RequestRefused
+from lightning_modules.endpoint import (
+    ChatEndpoint,
+    EndpointMisused,
+    EndpointSettings,
+    EndpointUnavailable,
+    RequestRefused,
+)
+
+log = logging.getLogger(__name__)
 
 CHECK_ATTEMPTS = 3  # who mistyped an address should not wait for every attempt
 
@@ -50,7 +60,8 @@ class EndpointAnswerer:
 
         Before the first of all, a grey image is asked about: a wrong address, key, model or setting, or a model that
         takes no images, ends here as an error of `ChatEndpoint` and not in wrong answers. After that, what `load` or
-        the server refuses gets a reply with its rule; other errors are raised.
+        the server refuses gets a reply with its rule, and so does what gets no answer in all attempts (`UNANSWERED`),
+        if the server still answers the grey image; other errors are raised.
         """
         with asyncio.Runner() as runner:
             stream = self._stream(samples, load)
@@ -84,6 +95,12 @@ class EndpointAnswerer:
             raise EndpointMisused(f"{where}: refuses a question about one small image: {error}") from error
         self._checked = True
 
+    async def _require_answer(self, endpoint: ChatEndpoint) -> None:
+        """Raises EndpointUnavailable where it is not one question that the server fails on: it is gone."""
+        with suppress(RequestRefused):
+            messages = build_request(_grey_question(), self.form).messages
+            await endpoint.complete(messages, 1, self.temperature)
+
     async def _answer(self, sample: Sample, load: Load, endpoint: ChatEndpoint) -> tuple[Sample, Reply]:
         try:
             request = await asyncio.to_thread(lambda: build_request(load(sample), self.form))
@@ -92,6 +109,10 @@ class EndpointAnswerer:
             return sample, Reply("", (), refused=error.rule)
         except RequestRefused:
             return sample, Reply("", (), refused="refused")
+        except EndpointUnavailable as error:
+            await self._require_answer(endpoint)
+            log.warning("counted as wrong: sample %r: %s", sample.id, error)
+            return sample, Reply("", (), refused=UNANSWERED)
         finished = found.finish_reason != "length"
         return sample, Reply(found.text, request.geometries, found.completion_tokens, finished)
 

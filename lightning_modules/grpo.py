@@ -30,7 +30,7 @@ from lightning_modules.rollouts import NativeEngine, Rollout, RolloutEngine, Rol
 from lightning_modules.seeds import derive_seed
 from lightning_modules.shared_prefix import PackedRows, pack_rows
 from lightning_modules.vllm_protocol import VLLMSettings
-from lightning_modules.vllm_rollouts import connect
+from lightning_modules.vllm_run import CloseOnError, connect
 
 
 class GRPO(PolicyModule):
@@ -134,11 +134,12 @@ class GRPO(PolicyModule):
 
     def configure_model(self) -> None:
         super().configure_model()
-        if self.engine is None:
-            if self.engine_name == "vllm":
-                self.engine = connect(self.policy, self.vllm, self.trainer, self.max_new_tokens)
-            else:
-                self.engine = NativeEngine(self.policy)
+        if self.engine is None and self.engine_name == "vllm":
+            self.engine = connect(self.policy, self.vllm, self.trainer, self.max_new_tokens)
+        self.engine = self.engine or NativeEngine(self.policy)
+
+    def configure_callbacks(self) -> list[CloseOnError]:
+        return [CloseOnError()]
 
     def on_fit_start(self) -> None:
         self.engine.sync()
@@ -206,9 +207,8 @@ class GRPO(PolicyModule):
     ) -> None:
         """Keep the batch's rollouts for callbacks and the log, and add them to the step's sums."""
         counts = {"update": self.global_step, "batch": self.num_batches}
-        self.last_rollouts = [
-            counts | record for record in rollout_records(batch.items, rollouts, rewards, advantages, equal)
-        ]
+        records = rollout_records(batch.items, rollouts, rewards, advantages, equal)
+        self.last_rollouts = [counts | record for record in records]
         self._sums.add_groups(rollouts, rewards, equal)
         if self.rollout_log is not None and self.num_batches % self.rollout_log_every == 0:
             if self._log is None:

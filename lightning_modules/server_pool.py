@@ -127,6 +127,19 @@ class ServerPool:
         """Prepare every server that answers now; whether each did."""
         return await self._look(self._servers)
 
+    async def visit_all(self, visit: Callable[[ChatEndpoint], Awaitable[None]], seconds: float) -> None:
+        """Visit every server that answers within `seconds`. Raises the first other error when all are through: a fault
+        of one keeps none from its visit."""
+
+        async def visit_one(endpoint: ChatEndpoint) -> None:
+            async with asyncio.timeout(seconds):
+                await visit(endpoint)
+
+        visits = (visit_one(server.endpoint) for server in self._servers)
+        for fault in await asyncio.gather(*visits, return_exceptions=True):
+            if fault is not None and not isinstance(fault, EndpointUnavailable | TimeoutError):
+                raise fault
+
     async def _look(self, servers: Iterable[_Server]) -> list[bool]:
         return await asyncio.gather(*(self._prepared(server) for server in servers))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,20 +64,24 @@ class VLLMSettings:
         return [EndpointSettings(self.model or "the one served", url.rstrip("/"), **more) for url in self.servers]
 
 
-def find_model(url: str, served: dict[str, dict[str, Any]], wanted: str | None, max_tokens: int) -> str:
+def find_model(url: str, served: dict[str, dict[str, Any]], wanted: str | None, needs: Mapping[str, int]) -> str:
     """The server's name of its model: `wanted`, or the only one.
 
-    Raises EndpointMisused if that is not served, or not in sequences of `max_tokens`.
+    `needs`: {who asks: the most tokens of a prompt with its completion}. Raises EndpointMisused if the model is not
+    served, or not in such sequences.
     """
     names = [name for name, entry in served.items() if not entry.get("parent")]
     name = wanted or (names[0] if len(names) == 1 else None)
     if name not in names:
         raise EndpointMisused(f"{url} serves {names}, not vllm.model={wanted!r}")
     longest = served[name].get("max_model_len")
-    if longest is not None and longest < max_tokens:
+    longer = {who: tokens for who, tokens in needs.items() if longest is not None and longest < tokens}
+    if longer:
+        found = ", ".join(f"{tokens} in {who}" for who, tokens in longer.items())
         raise EndpointMisused(
-            f"{url}: max_model_len={longest} of {name!r} is less than the {max_tokens} tokens that a prompt and its "
-            "completion may have; start it with --max-model-len, or lower data.max_prompt_tokens"
+            f"{url}: max_model_len={longest} of {name!r} is less than the tokens that a prompt and its completion may "
+            f"have: {found}; start it with --max-model-len {max(longer.values())}, or lower max_prompt_tokens or "
+            "max_new_tokens there (in training: of data and of model)"
         )
     return name
 

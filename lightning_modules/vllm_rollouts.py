@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 import shutil
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from lightning import Trainer
 from torch import Tensor
 
 from datamodules.batches import PromptItem
@@ -42,6 +41,7 @@ from lightning_modules.vllm_protocol import (
 )
 
 T = TypeVar("T")
+FAREWELL = 30.0  # seconds; unloading is quick, and a server that hangs must not hold up an error
 BAN = -100.0  # OpenAI's lowest bias: added to a logit before the temperature divides it
 # All that could change the distribution otherwise: a server takes what is missing from the model's generation config,
 # and Qwen2.5-VL's has a repetition penalty and a top-p.
@@ -85,7 +85,7 @@ class VLLMEngine:
         self.adapter: Adapter | None = None
         self._run = uuid.uuid4().hex[:8]  # another process never uses these names again
         self._count = 0
-        self._max_tokens = 0
+        self._needs: Mapping[str, int] = {}
         self._runner: asyncio.Runner | None = None
         self._pool: ServerPool | None = None
         self._models: dict[str, str] = {}  # the name of the model at each server
@@ -94,20 +94,21 @@ class VLLMEngine:
 
     # What a server must be
 
-    def check(self, max_tokens: int) -> None:
-        """Wait for a server. Raises EndpointMisused for one that cannot serve this run: other models, sequences of less
-        than `max_tokens`, no LoRA, or raw log-probabilities. A server that comes later is looked at then."""
-        self._max_tokens = max_tokens
+    def check(self, needs: Mapping[str, int]) -> None:
+        """Wait for a server. Raises EndpointMisused for one that cannot serve this run: other models, sequences shorter
+        than one of `needs` (of `find_model`), no LoRA, or raw log-probabilities. A server that comes later is looked at
+        then."""
+        self._needs = needs
         self._call(lambda pool: pool.prepare_all())
 
     async def _prepare(self, endpoint: ChatEndpoint) -> None:
         """The server is fit, and has the current adapter and none of this run's older ones."""
         url = endpoint.settings.base_url
         served = await endpoint.get("/models", read_models)
-        known = [name for name in served if name.startswith(f"policy-{self._run}-")]
+        known = self._own(served)
         if url not in self._fit or (url in self._given and not known):  # new, or started again
             self._fit.discard(url)
-            model = find_model(url, served, self.settings.model, self._max_tokens)
+            model = find_model(url, served, self.settings.model, self._needs)
             if model != self._models.setdefault(url, model):
                 raise EndpointMisused(
                     f"{url} serves {model!r} now, and {self._models[url]!r} before it was started again: start it with "
@@ -155,12 +156,16 @@ class VLLMEngine:
             shutil.rmtree(old.folder)
 
     def close(self) -> None:
-        """Take the adapter from the servers that are there, and its files away."""
+        """Take the run's adapters from the servers that are there, and their files away. Raises the error of a server
+        that keeps one, when all the others have been asked."""
         if self.adapter is not None and self.rank == 0:
-            last, self.adapter = self.adapter, None
+            self.adapter = None
             self._given.clear()
-            self._call(lambda pool: pool.look_once())
-            shutil.rmtree(last.folder)
+            try:
+                self._call(lambda pool: pool.visit_all(self._unload_all, FAREWELL))
+            finally:
+                for folder in self.folder.glob(f"policy-{self._run}-*"):  # two, where an update failed
+                    shutil.rmtree(folder)
         self._disconnect()
 
     def _disconnect(self) -> None:
@@ -182,6 +187,13 @@ class VLLMEngine:
                 f"{endpoint.settings.base_url} does not load the adapter {adapter.folder}: {error}. Does it see that "
                 "folder, and is its --max-lora-rank large enough?"
             ) from error
+
+    def _own(self, served: Iterable[str]) -> list[str]:
+        return [name for name in served if name.startswith(f"policy-{self._run}-")]
+
+    async def _unload_all(self, endpoint: ChatEndpoint) -> None:
+        for name in self._own(await endpoint.get("/models", read_models)):
+            await self._unload(endpoint, name)
 
     async def _unload(self, endpoint: ChatEndpoint, name: str) -> None:
         try:
@@ -269,12 +281,3 @@ class VLLMEngine:
         except BaseException:
             self._disconnect()
             raise
-
-
-def connect(policy: QwenVL, settings: VLLMSettings, trainer: Trainer, max_new_tokens: int) -> VLLMEngine:
-    """The engine of this rank, its servers checked for the longest prompt that the trainer's data may have."""
-    folder = Path(trainer.default_root_dir) / "adapters"
-    engine = VLLMEngine(policy, settings, folder, trainer.global_rank, trainer.strategy.broadcast)
-    encoder = getattr(trainer.datamodule, "encoder", None)
-    engine.check(max_new_tokens + getattr(encoder, "max_prompt_tokens", 1))
-    return engine

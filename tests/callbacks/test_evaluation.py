@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from callbacks.evaluation import EvaluationSettings, answers_key, ask_share, read_answers
+from callbacks.evaluation import LOSSES, EvaluationSettings, QuestionsLost, answers_key, ask_share, read_answers
 from callbacks.native_answerer import NativeAnswerer
-from datamodules.answerers import Answerer, Reply
+from datamodules.answerers import UNANSWERED, Answerer, Reply
 from datamodules.batches import Encoder
 from datamodules.benchmarks.registry import load_benchmark
 from datamodules.benchmarks.schema import Benchmark, limit_columns
@@ -24,12 +24,15 @@ GEOMETRY = ImageGeometry((64, 48), (56, 56))
 
 
 class Scripted:
-    """Answers with what depends on the batch: its text names all questions of its window. Dies after `dies_after`."""
+    """Answers with what depends on the batch: its text names all questions of its window. Dies after `dies_after`;
+    gives no answer to those in `lost`."""
 
     convention = Convention.UNIT
 
-    def __init__(self, window: int = 3, dies_after: int | None = None, name: str = "scripted") -> None:
-        self.window, self.dies_after, self.name = window, dies_after, name
+    def __init__(
+        self, window: int = 3, dies_after: int | None = None, name: str = "scripted", lost: Sequence[str] = ()
+    ) -> None:
+        self.window, self.dies_after, self.name, self.lost = window, dies_after, name, lost
         self.asked: list[str] = []
 
     def identity(self) -> dict[str, str]:
@@ -44,6 +47,9 @@ class Scripted:
                     raise KeyboardInterrupt
                 self.asked.append(sample.id)
                 load(sample)
+                if sample.id in self.lost:
+                    yield sample, Reply("", (), refused=UNANSWERED)
+                    continue
                 yield sample, Reply(text, (GEOMETRY,) * len(sample.images), num_tokens=1)
 
 
@@ -107,6 +113,29 @@ def test_a_limited_look_leaves_answers_that_the_whole_evaluation_keeps_apart(ben
     rest = Scripted(window=1)
     ask(rest, bench, tmp_path / "a")
     assert len(rest.asked) == 7 and set(rest.asked).isdisjoint(single.asked)
+
+
+def test_a_lost_question_is_asked_again_by_the_next_evaluation_and_by_no_other(bench, tmp_path: Path) -> None:
+    lost = bench.samples[3].id
+    for _ in range(2):  # the second time it is the only one, and the others' answers say that the server is well
+        assert ask(Scripted(window=1, lost=[lost]), bench, tmp_path / "a") == 14
+        assert {i: r.refused for i, r in texts(Scripted(), bench, tmp_path / "a").items() if r.refused} == {
+            lost: UNANSWERED
+        }
+    again = Scripted(window=1)
+    assert ask(again, bench, tmp_path / "a") == 14 and again.asked == [lost]
+    whole = Scripted(window=1)
+    ask(whole, bench, tmp_path / "b")
+    assert texts(again, bench, tmp_path / "a") == texts(whole, bench, tmp_path / "b")
+
+
+@pytest.mark.parametrize(("limit", "num_asked"), [(None, LOSSES), (1, 7)])
+def test_an_evaluation_that_loses_most_questions_ends_with_an_error(bench, tmp_path, limit, num_asked) -> None:
+    lost = Scripted(window=1, lost=[sample.id for sample in bench.samples])
+    with pytest.raises(QuestionsLost, match=f"blink: {num_asked} questions got no answer.*and 0 got one"):
+        ask(lost, bench, tmp_path / "a", limit=limit)
+    assert len(lost.asked) == num_asked
+    assert ask(Scripted(window=1), bench, tmp_path / "a") == 14
 
 
 def native(model_dir: Path, **limits) -> NativeAnswerer:

@@ -12,6 +12,7 @@ from datamodules.synthetic.twins import build
 from experiments import checks, evaluate_benchmarks, rescore, tables
 from experiments.answerers import PolicySettings
 from experiments.asking import Job, ask_all
+from tests.chat_server import ChatServer, http_response, question_text
 
 
 @pytest.fixture
@@ -64,6 +65,33 @@ def test_every_missing_file_is_named_before_weights_are_read(tiny_model_dir: Pat
         evaluate(tiny_model_dir, tmp_path, "--bench=blink")
     with pytest.raises(SystemExit, match="processes=0"):
         evaluate(tiny_model_dir, tmp_path, "--processes=0")
+
+
+def test_a_served_models_lost_question_is_counted_and_asked_again(tmp_path: Path, small_twins, capsys) -> None:
+    silent = {"blink": 1}  # questions of a benchmark that get no answer
+
+    def reply(request: dict) -> str | bytes:
+        text = question_text(request)
+        if "Which colour" not in text and (text in lost or len(lost) < silent["blink"]):
+            lost.add(text)
+            return http_response(500, b"{}")
+        return "A"
+
+    lost: set[str] = set()
+    with ChatServer(reply) as server:
+        patience = ("--endpoint.attempts=1", "--endpoint.concurrency=1")
+        served = ("--bench=blink", f"--endpoint.base_url={server.base_url}", "--dialect=internvl", *patience)
+        output = evaluate(Path("some-model"), tmp_path, *served)
+        result = json.loads((output / "blink/result.json").read_text())
+        assert result["n"] == 14 and result["failures"] == {"unanswered": 1}
+        assert "unanswered 1" in capsys.readouterr().out
+        lost.clear()
+        silent["blink"] = 0
+        evaluate(Path("some-model"), tmp_path, *served)
+        assert json.loads((output / "blink/result.json").read_text())["failures"] == {}
+        silent["blink"] = 99
+        with pytest.raises(SystemExit, match="blink: 8 questions got no answer"):
+            evaluate(Path("another"), tmp_path, *served)
 
 
 @pytest.mark.slow

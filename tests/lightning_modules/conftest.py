@@ -12,8 +12,10 @@ from torch import Tensor
 
 from datamodules.batches import Batch, PromptItem
 from lightning_modules.adapters import LoraSettings
+from lightning_modules.grpo import GRPO
 from lightning_modules.policy_module import PolicyModule
 from lightning_modules.qwen_vl import QwenVL
+from lightning_modules.rewards import Reward
 from lightning_modules.vllm_protocol import VLLMSettings
 from lightning_modules.vllm_rollouts import VLLMEngine
 from tests.vllm_stub import VLLMStub
@@ -25,6 +27,17 @@ QUICK = {"timeout": 20.0, "attempts": 1, "backoff": 0.01, "max_backoff": 0.02, "
 def trained_weights(policy: QwenVL) -> dict[str, Tensor]:
     """A copy, by name, of all that training changes."""
     return {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
+
+
+def letters(text, *_) -> Reward:
+    share = sum(character.isalpha() for character in text) / max(len(text), 1)
+    return Reward(share, share, 0.0, None)
+
+
+def served(tiny_model_dir, lora, url: str, **more) -> GRPO:
+    small = {"lora": lora, "group_size": 4, "temperature": 1.0, "max_new_tokens": 8, "learning_rate": 1e-2}
+    vllm = VLLMSettings((url,), **QUICK)
+    return GRPO(str(tiny_model_dir), engine="vllm", vllm=vllm, importance_cap=2.0, **small | more)
 
 
 class Batches(LightningDataModule):

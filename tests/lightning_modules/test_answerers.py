@@ -7,13 +7,14 @@ import random
 
 import pytest
 
+from datamodules.answerers import UNANSWERED
 from datamodules.boxes import Convention
 from datamodules.chat_requests import RequestForm
 from datamodules.dialects import find_dialect
 from datamodules.samples import BoxAnswer, ImagePart, LoadedSample, Sample, SampleError, TextPart
 from datamodules.scores import score_text
 from lightning_modules.answerers import EndpointAnswerer
-from lightning_modules.endpoint import EndpointMisused, EndpointSettings
+from lightning_modules.endpoint import EndpointMisused, EndpointSettings, EndpointUnavailable
 from tests.chat_server import ChatServer, http_response, question_text
 from tests.conftest import random_png
 
@@ -36,8 +37,8 @@ def reply(request: dict) -> str | bytes:
     return "<ref>thing</ref><box>[[100, 200, 600, 900]]</box>"
 
 
-def answerer(base_url: str) -> EndpointAnswerer:
-    settings = EndpointSettings("OpenGVLab/InternVL2-8B", base_url, concurrency=2)
+def answerer(base_url: str, **patience) -> EndpointAnswerer:
+    settings = EndpointSettings("OpenGVLab/InternVL2-8B", base_url, concurrency=2, **patience)
     return EndpointAnswerer(settings, RequestForm(find_dialect("auto", settings.model)), max_tokens=128)
 
 
@@ -69,6 +70,36 @@ def test_a_server_is_tried_once_for_all_benchmarks_and_not_for_nothing() -> None
         for sample in SAMPLES[:2]:
             list(asked.answers([sample], load))
         assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("silence", "patience"),
+    [(http_response(500, b"{}"), {"backoff": 0.01}), (None, {"timeout": 2.0, "attempts": 1})],
+    ids=["500", "hangs"],
+)
+def test_a_question_without_answer_counts_as_wrong_and_ends_nothing(silence, patience, caplog) -> None:
+    def without(request: dict) -> str | bytes | None:
+        return silence if "thing 1?" in question_text(request) else reply(request)
+
+    with ChatServer(without) as server:
+        asked = answerer(server.base_url, **{"attempts": 2} | patience)
+        found = {sample.id: answer.refused for sample, answer in asked.answers(SAMPLES, load)}
+        times = sum("thing 1?" in question_text(request) for request in server.requests)
+    lost = {"q/1": UNANSWERED, "q/2": "refused", "q/4": "missing_image"}
+    assert found == dict.fromkeys((sample.id for sample in SAMPLES), None) | lost
+    assert times == asked.settings.attempts and "counted as wrong: sample 'q/1'" in caplog.text
+
+
+def test_a_server_that_dies_on_the_way_is_an_error_and_no_wrong_answers() -> None:
+    def dying(request: dict) -> str | bytes:
+        return http_response(503, b"{}") if len(server.requests) > 3 else reply(request)
+
+    found = []
+    with ChatServer(dying) as server:
+        stream = answerer(server.base_url, attempts=2, backoff=0.01).answers(SAMPLES, load)
+        with pytest.raises(EndpointUnavailable, match="2 attempts; last: 503"):
+            found.extend(answer.refused for _, answer in iter(stream))
+    assert UNANSWERED not in found
 
 
 def test_a_caller_may_stop_early_and_errors_surface() -> None:

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -79,7 +80,7 @@ NO_ANSWERS = {
 
 def test_an_answer_that_is_none_is_asked_again(stub, connect, make_items) -> None:
     engine, items = connect(stub.url), make_items([1])
-    engine.check(max_tokens=500)
+    engine.check({"training": 500})
     good = engine.generate(items, SAMPLING, seeds=[5])
     for name, spoil in NO_ANSWERS.items():
         stub.wrap = Spoiled("completions", spoil)
@@ -91,7 +92,7 @@ def test_an_answer_that_is_none_is_asked_again(stub, connect, make_items) -> Non
 def test_a_prompt_that_is_never_answered_ends_the_run_and_is_named(stub, connect, make_items) -> None:
     """The server is well, but for this prompt: it would be asked for ever."""
     engine, items = connect(stub.url, patience=0.3), make_items([1, 2])
-    engine.check(max_tokens=500)
+    engine.check({"training": 500})
     stub.wrap = Spoiled("completions", lambda answer: (500, error("an image too wide")), times=10**6)
     began = time.monotonic()
     with pytest.raises(EndpointUnavailable, match=r"sample 'sample/\d'.*an image too wide"):
@@ -106,7 +107,7 @@ def test_a_server_that_hangs_holds_up_nobody(stub, other, connect, make_items) -
     engine, items = connect(stub.url, other.url, look=8.0, timeout=60.0), make_items([1] * 3)
     try:
         began = time.monotonic()
-        engine.check(max_tokens=500)
+        engine.check({"training": 500})
         engine.sync()
         engine.generate(items, SAMPLING)
         assert time.monotonic() - began < 50 and other.asked == 0
@@ -144,6 +145,29 @@ def test_an_adapter_whose_answer_is_lost_is_no_fault(stub, connect, path) -> Non
     assert stub.wrap.seen == 2 and list(stub.adapters) == [engine.adapter.name]
 
 
+@pytest.mark.parametrize("fault", ["keeps it", "hangs", "is another"])
+def test_an_end_asks_every_server_whatever_one_of_them_does(stub, other, connect, tmp_path, monkeypatch, fault) -> None:
+    monkeypatch.setattr("lightning_modules.vllm_rollouts.FAREWELL", 2.0)
+    engine = connect(stub.url, other.url, timeout=60.0)
+    engine.sync()
+    other.wrap = lambda path, answer: answer() if path == "models" else (403, error("not you"))
+    release = threading.Event()
+    if fault == "hangs":
+        other.wrap = lambda path, answer: (release.wait(60), answer())[1]
+    elif fault == "is another":  # an error that ends a run: the other one's adapter goes all the same
+        other.models = lambda: (200, {"data": [{"id": "of-the-base", "parent": None, "max_model_len": 4096}]})
+        with pytest.raises(EndpointMisused, match="before it was started again"):
+            engine.sync()
+    began = time.monotonic()
+    try:
+        with pytest.raises(EndpointMisused, match="not you") if fault == "keeps it" else nullcontext():
+            engine.close()
+    finally:
+        release.set()
+    assert time.monotonic() - began < 30
+    assert not stub.adapters and not list((tmp_path / "adapters").iterdir())
+
+
 @pytest.mark.parametrize(
     ("path", "answer"),
     [
@@ -156,7 +180,7 @@ def test_an_adapter_whose_answer_is_lost_is_no_fault(stub, connect, path) -> Non
 )
 def test_a_server_that_stumbles_while_it_is_checked_is_looked_at_again(stub, connect, path, answer) -> None:
     stub.wrap = Spoiled(path, lambda _: answer)
-    connect(stub.url).check(max_tokens=500)
+    connect(stub.url).check({"training": 500})
     assert stub.wrap.seen == 2
 
 
@@ -220,7 +244,7 @@ def test_a_server_that_cannot_serve_is_told_at_the_start(stub, connect, wrong, s
     for name, value in wrong.items():
         setattr(stub, name, value)
     with pytest.raises(EndpointMisused, match=named):
-        connect(stub.url, **settings).check(max_tokens=500)
+        connect(stub.url, **settings).check({"training": 500})
 
 
 def test_an_adapter_that_servers_do_not_see_is_told(stub, connect, monkeypatch) -> None:

@@ -19,14 +19,13 @@ from datamodules.samples import ImagePart, LoadedSample, TextPart
 from lightning_modules import grpo
 from lightning_modules.grpo import GRPO
 from lightning_modules.qwen_vl import QwenVL
-from lightning_modules.rewards import Reward
 from lightning_modules.rollouts import RolloutSettings
 from lightning_modules.served_prompts import PromptWriter
 from lightning_modules.server_pool import ServersLost
 from lightning_modules.shared_prefix import pack_rows
 from lightning_modules.vllm_protocol import VLLMSettings
 from tests.conftest import random_png
-from tests.lightning_modules.conftest import QUICK, trained_weights
+from tests.lightning_modules.conftest import letters, served, trained_weights
 from tests.vllm_stub import wait_for
 
 SAMPLING = RolloutSettings(group_size=3, temperature=0.8, max_new_tokens=6)
@@ -53,7 +52,7 @@ def largest_difference(policy: QwenVL, items, groups) -> float:
 def test_rollouts_are_the_policys_own(stub, connect, make_items) -> None:
     """Prompts of several images of mixed sizes; the trainer finds the log-probabilities that the server gave."""
     engine, items = connect(stub.url), make_items([1, 3, 2])
-    engine.check(max_tokens=500)
+    engine.check({"training": 500})
     plain = engine.generate(items, SAMPLING, generator=torch.Generator().manual_seed(0))
     assert largest_difference(engine.policy, items, plain) < 1e-4, "before any sync the model as it is"
     stir(engine.policy)
@@ -185,11 +184,6 @@ def test_settings_that_cannot_work_are_named() -> None:
 # Training
 
 
-def letters(text, *_) -> Reward:
-    share = sum(character.isalpha() for character in text) / max(len(text), 1)
-    return Reward(share, share, 0.0, None)
-
-
 class Recorder(Callback):
     def __init__(self):
         self.names, self.metrics = [], []
@@ -197,12 +191,6 @@ class Recorder(Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.names.append(module.engine.adapter.name)
         self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-
-
-def served(tiny_model_dir, lora, url: str, **more) -> GRPO:
-    small = {"lora": lora, "group_size": 4, "temperature": 1.0, "max_new_tokens": 8, "learning_rate": 1e-2}
-    vllm = VLLMSettings((url,), **QUICK)
-    return GRPO(str(tiny_model_dir), engine="vllm", vllm=vllm, importance_cap=2.0, **small | more)
 
 
 @pytest.mark.parametrize("updates", [{}, {"epochs_per_rollout": 2}])
