@@ -232,10 +232,8 @@ class QwenVL(nn.Module):
 
     def _autocast(self) -> torch.autocast:
         """Adapters are kept in float32 beside half-precision weights; their products run in the weights' precision."""
-        dtype = self.base.dtype
-        return torch.autocast(
-            self.device.type, dtype=dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32
-        )
+        half = None if self.base.dtype == torch.float32 else self.base.dtype
+        return torch.autocast(self.device.type, dtype=half, enabled=half is not None)
 
     def decoder(self, fold_adapter: bool = True) -> nn.Module:
         """The model for decoding: shares the policy's tensors, in evaluation mode, by default with LoRA folded in.
