@@ -83,7 +83,7 @@ class VLLMEngine:
         self.folder = Path(settings.adapters or folder).absolute()
         self.rank, self.broadcast = rank, broadcast
         self.adapter: Adapter | None = None
-        self._run = uuid.uuid4().hex[:8]  # another process never uses these names again
+        self._prefix = f"policy-{uuid.uuid4().hex[:8]}-"  # of adapters' names: no other process ever uses them
         self._count = 0
         self._needs: Mapping[str, int] = {}
         self._runner: asyncio.Runner | None = None
@@ -132,7 +132,7 @@ class VLLMEngine:
         """Give the servers the adapter as it is now. A collective call; on every rank it ends the same way."""
         tensors = adapter_tensors(self.policy.model)
         self._count += 1
-        adapter = Adapter(name := f"policy-{self._run}-{self._count}", str(self.folder / name))
+        adapter = Adapter(name := f"{self._prefix}{self._count}", str(self.folder / name))
         fault = None
         if self.rank == 0:
             try:
@@ -164,7 +164,7 @@ class VLLMEngine:
             try:
                 self._call(lambda pool: pool.visit_all(self._unload_all, FAREWELL))
             finally:
-                for folder in self.folder.glob(f"policy-{self._run}-*"):  # two, where an update failed
+                for folder in self.folder.glob(f"{self._prefix}*"):  # two, where an update failed
                     shutil.rmtree(folder)
         self._disconnect()
 
@@ -189,7 +189,8 @@ class VLLMEngine:
             ) from error
 
     def _own(self, served: Iterable[str]) -> list[str]:
-        return [name for name in served if name.startswith(f"policy-{self._run}-")]
+        """Of the names that a server knows, those of this run's adapters."""
+        return [name for name in served if name.startswith(self._prefix)]
 
     async def _unload_all(self, endpoint: ChatEndpoint) -> None:
         for name in self._own(await endpoint.get("/models", read_models)):
