@@ -180,7 +180,7 @@ def _log(home: Path, results: dict[str, dict[str, Any]]) -> None:
     for name, result in results.items():
         cells = result["columns"] | result["averages"]
         values |= {f"{name}/{column}": cell["score"] for column, cell in cells.items()}
-    folder = home.parent if (home.parent / "config.yaml").is_file() else home
+    folder = home.parent if (home.parent / phases.CONFIG).is_file() else home
     fields = ("model", "data_root", "key")
     settings = {name: {field: result[field] for field in fields} for name, result in results.items()}
     tracking.log_evaluation(folder, fingerprint([result["key"] for result in results.values()]), values, settings)

@@ -12,7 +12,7 @@ from typing import Any
 
 from datamodules.artefacts import read_json
 from experiments import metrics
-from experiments.phases import read_settings, trained_commit
+from experiments.phases import CONFIG, read_settings, trained_commit
 from experiments.results import BASE, Results, make_stage, read_results, started_from
 from lightning_modules.rollout_log import LoggedGroup, read_index
 
@@ -127,7 +127,7 @@ def _named(member: Any, place: int) -> tuple[str, Any]:
 
 
 def _is_phase(path: Path) -> bool:
-    return any((path / name).exists() for name in ("config.yaml", "mig_bench.json", "attempts"))
+    return any((path / name).exists() for name in (CONFIG, "mig_bench.json", "attempts"))
 
 
 def _phases(path: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.artefacts import fingerprint, read_json, write_atomic, write_json
-from experiments import metrics
+from experiments import metrics, phases
 from experiments.results import current_commit
 
 PROJECT = "multi-image-grounding"
@@ -78,7 +78,7 @@ def log_evaluation(
     """
     import wandb
 
-    trained, file = (folder / "config.yaml").is_file(), folder / "wandb_id"
+    trained, file = (folder / phases.CONFIG).is_file(), folder / "wandb_id"
     if trained and not file.is_file():
         return
     choose_wandb_mode()
