@@ -84,14 +84,7 @@ def run(
         start = time.monotonic()
         if world:
             build_world(world)
-        configs = {name: row_config(name, row, home) for name, row in rows.items()}
-        arguments = {name: f"{row.overrides} {overrides.get(name, '')}".strip() for name, row in rows.items()}
-        arguments["evaluation"] = overrides.get("evaluation", "")
-        rungs = {name: Rung(row.start, configs[name]) for name, row in rows.items()}
-        ladders = {}
-        for seed, folder in folders.items():
-            names = partial(tracking.wandb_environment, home.name, f"seed{seed}")  # of a row, which is a tag too
-            ladders[seed] = Ladder(folder, seed, model, evaluation, rungs, arguments, names)
+        ladders = make_ladders(folders, home, model, evaluation, rows, overrides)
         list_all_done(ladders)
         report()
         for seed, ladder in ladders.items():
@@ -104,6 +97,25 @@ def run(
     if not report_only:
         tracking.log_summary(home / "summary", *ablation_report.figures(home))
     say(f"{home / 'ablations.html'}, {home / 'ablations.md'}, {home / 'ablations.json'}")
+
+
+def make_ladders(
+    folders: Mapping[int, Path],
+    home: Path,
+    model: str,
+    evaluation: str,
+    rows: Mapping[str, Row],
+    overrides: Mapping[str, str],
+) -> dict[int, Ladder]:
+    """Each seed's ladder in its folder, with the rows as rungs; configurations that differ from theirs go to `home`."""
+    rungs = {name: Rung(row.start, row_config(name, row, home)) for name, row in rows.items()}
+    arguments = {name: f"{row.overrides} {overrides.get(name, '')}".strip() for name, row in rows.items()}
+    arguments["evaluation"] = overrides.get("evaluation", "")
+    ladders = {}
+    for seed, folder in folders.items():
+        names = partial(tracking.wandb_environment, home.name, f"seed{seed}")  # of a row, which is a tag too
+        ladders[seed] = Ladder(folder, seed, model, evaluation, rungs, arguments, names)
+    return ladders
 
 
 def list_all_done(ladders: Mapping[int, Ladder]) -> None:
