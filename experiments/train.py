@@ -85,11 +85,9 @@ class TrainCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except SystemExit as end:  # the parser has told what is wrong, but not in which file
-            for file in saved_configs(sys.argv[1:] if args is None else args) if end.code else ():
-                try:
-                    with redirect_stderr(StringIO()):
-                        parser.parse_args(["--config", str(file)])
-                except SystemExit:
+            files = saved_configs(sys.argv[1:] if args is None else args) if end.code else []
+            for file in files:
+                if not can_parse(parser, file):
                     raise phases.OtherVersion(file.parent, "see the field named above") from end
             raise
         checks.raise_all(checks.seed_faults(self.config.seed_everything))  # Lightning seeds before it asks for more
@@ -165,6 +163,16 @@ def saved_configs(args: list[str]) -> list[Path]:
     """The files among the arguments that a run has written as its config.yaml."""
     files = [Path(word.removeprefix("--config=")) for word in args]
     return [file for file in files if file.name == phases.CONFIG and (file.parent / phases.STARTED).is_file()]
+
+
+def can_parse(parser: LightningArgumentParser, config: Path) -> bool:
+    """Whether the file alone is a configuration of this version; says nothing."""
+    try:
+        with redirect_stderr(StringIO()):
+            parser.parse_args(["--config", str(config)])
+    except SystemExit:
+        return False
+    return True
 
 
 def run_key(settings: dict) -> str:
