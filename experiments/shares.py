@@ -30,7 +30,7 @@ from experiments.asking import share_cores
 from lightning_modules.qwen_vl import QwenVL
 from lightning_modules.rollouts import NativeEngine
 
-OTHERS = "predictions-rank*.jsonl"
+OTHERS = "predictions-rank{}.jsonl"  # journals of the other processes, by rank; the first has predictions.jsonl
 
 
 @dataclass(frozen=True)
@@ -122,20 +122,20 @@ def answer_all(
         others.ask(asking, theirs, folder, key)
         asking.answer(policy, encoder, mine, journal)
         others.wait()
-        journal = joined_journal(folder, key)
+        journal = joined_journal(folder, key)  # of all samples: what follows asks nothing and puts them in order
     return asking.answer(policy, encoder, samples, journal, show_progress=not others.count)
 
 
 def joined_journal(folder: Path, key: str) -> Journal:
     """The evaluation's journal, with what other processes have answered in it, now or before a kill."""
     journal = Journal(folder / "predictions.jsonl", key)
-    others = sorted(folder.glob(OTHERS))
+    files = sorted(folder.glob(OTHERS.format("*")))
     known = {record["id"] for record in journal.records}
-    found = {record["id"]: record for file in others for record in read_journal(file, key)}
+    found = {record["id"]: record for file in files for record in read_journal(file, key)}
     journal.append(record for name, record in found.items() if name not in known)
-    for file in others:
+    for file in files:
         remove_journal(file)
-    return Journal(journal.path, key) if others else journal
+    return Journal(journal.path, key) if files else journal
 
 
 def _work(pipe: Connection, rank: int, processes: int) -> None:
@@ -144,5 +144,5 @@ def _work(pipe: Connection, rank: int, processes: int) -> None:
     share_cores(processes)
     asking, samples, folder, key = pipe.recv()
     if samples:
-        journal = Journal(folder / OTHERS.replace("*", str(rank)), key)
+        journal = Journal(folder / OTHERS.format(rank), key)
         asking.answer(asking.policy(rank), asking.encoder(), samples, journal, show_progress=False)
