@@ -40,7 +40,8 @@ def path_fingerprint(path: str | Path) -> str:
 
 
 def file_sha256(file: Path) -> str:
-    """Weights are read once in a process, and again only when the file is another or has been written."""
+    """Hash of a file's content. Weights are read for it once in a process, and again when the file is another or has
+    been written: lists of what is done ask for them as often as there are steps."""
     state = file.stat()
     if state.st_size < REMEMBERED:
         return _sha256(file)
@@ -49,6 +50,7 @@ def file_sha256(file: Path) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _remembered_sha256(file: Path, *state: int) -> str:
+    """`state` changes whenever the content may have changed."""
     return _sha256(file)
 
 
@@ -180,6 +182,7 @@ def read_journal(path: Path, key: str) -> list[Any]:
 
 
 def remove_journal(path: Path) -> None:
+    """Remove a journal and the file of its key, where they are."""
     path.unlink(missing_ok=True)
     _key_file(path).unlink(missing_ok=True)
 

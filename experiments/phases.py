@@ -82,7 +82,7 @@ def wait_for_claim(folder: Path, key: str, seconds: float = 600.0) -> bool:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings that the phase in this folder was trained with; {} where there are none."""
+    """The settings that the phase in this folder was trained with; {} where there are none. May raise OtherVersion."""
     file = Path(folder) / CONFIG
     settings = yaml.safe_load(file.read_text()) if file.is_file() else {}
     if not isinstance(settings, dict):

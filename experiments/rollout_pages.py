@@ -50,7 +50,7 @@ def write_rollouts(run: Run, folder: Path, name: str, max_groups: int, max_pictu
     """
     if not run.config:
         raise ValueError(f"{run.folder}: rollouts, but no {phases.CONFIG} with data.convention to read their boxes by")
-    phases.read_field(run.folder, "data.convention")
+    phases.read_field(run.folder, "data.convention")  # raises, with the file, where another version wrote it
     groups = thin(run.groups, max_groups)
     notes = []
     if len(groups) < len(run.groups):

@@ -17,7 +17,7 @@ LARGEST = 32 << 20  # the most that glibc accepts; larger blocks go back to the 
 
 @functools.cache  # once for each process
 def keep_freed_memory() -> bool:
-    """Whether this process's allocator could be told so: it is glibc's. Others do as they did."""
+    """Tell this process's allocator. Whether it could be told: only glibc's can, others do as they did."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False

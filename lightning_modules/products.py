@@ -24,7 +24,7 @@ _ONEDNN = torch.ops.mkldnn._linear_pointwise if hasattr(torch.ops.mkldnn, "_line
 
 
 def uses_onednn(*tensors: Tensor) -> bool:
-    """Whether `multiply` takes these operands to oneDNN."""
+    """Whether products of these operands are oneDNN's."""
     known = _ONEDNN is not None and torch.backends.mkldnn.enabled
     return known and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
 
@@ -51,7 +51,7 @@ def multiply_with(x: Tensor, weight: Tensor, other: Tensor, how: Literal["add", 
 
 
 def packed(weight: Tensor) -> Tensor:
-    """`weight` laid out once for many products of few tokens. Only `multiply` can read it."""
+    """`weight` laid out once for many products of few tokens. Only `multiply` and `multiply_with` can read it."""
     return torch.ops.mkldnn._reorder_linear_weight(weight) if uses_onednn(weight) else weight
 
 
