@@ -45,7 +45,8 @@ def file_sha256(file: Path) -> str:
     state = file.stat()
     if state.st_size < REMEMBERED:
         return _sha256(file)
-    return _remembered_sha256(file.resolve(), state.st_ino, state.st_size, state.st_mtime_ns)
+    # Who copies with timestamps sets the time of the last write, but not that of the last change.
+    return _remembered_sha256(file.resolve(), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -92,7 +93,8 @@ class OtherProcesses:
 
     def ask(self, asking: Asking, shares: Sequence[Sequence[Sample]], folder: Path, key: str) -> None:
         for pipe, samples in zip(self._pipes, shares, strict=True):
-            pipe.send((asking, samples, folder, key))
+            with suppress(ConnectionError):  # it has ended, before it was asked: `wait` says how
+                pipe.send((asking, samples, folder, key))
 
     def wait(self) -> None:
         """Until all have answered. Raises RuntimeError where one has failed; what it has answered is kept."""

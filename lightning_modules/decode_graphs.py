@@ -26,7 +26,8 @@ class GraphedSteps:
 
     def __call__(self, width: int) -> None:
         if width not in self._graphs:
-            self._graphs[width] = self._capture(width)
+            with torch.cuda.device(self.decoder.rows.device):  # streams are of the current one, whatever runs on them
+                self._graphs[width] = self._capture(width)
         self._graphs[width].replay()
 
     def _capture(self, width: int) -> torch.cuda.CUDAGraph:

@@ -89,6 +89,9 @@ class KeptLean:
         self._state: list[tuple[int, int]] = []
         self._lean: LeanModel | None = None
 
+    def __reduce__(self) -> tuple[type[KeptLean], tuple[()]]:
+        return KeptLean, ()  # a copy of the policy reads its own weights; what oneDNN has laid out cannot be copied
+
     def read(self, model: nn.Module) -> LeanModel:
         """Another one where the weights have been written, or moved, since the last call."""
         state = [(w.data_ptr(), w._version) for w in model.parameters() if not w.requires_grad]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,17 @@ def test_a_process_that_fails_is_named(workbench: Workbench, tmp_path: Path) -> 
     with OtherProcesses(1) as others:
         others.ask(asking, [samples], tmp_path, "key")
         with pytest.raises(RuntimeError, match="process 1 with exit code 1"):
+            others.wait()
+
+
+def test_a_process_that_was_killed_before_it_was_asked_is_named(tmp_path: Path) -> None:
+    asking = Asking("model", "float32", "cpu", {}, "images", EvaluationSettings())
+    with OtherProcesses(1) as others:
+        (worker,) = multiprocessing.active_children()
+        worker.kill()
+        worker.join()
+        others.ask(asking, [[]], tmp_path, "key")
+        with pytest.raises(RuntimeError, match="process 1 with exit code -9"):
             others.wait()
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,17 @@ def test_the_reference_follows_weights_that_are_written(tiny_model_dir: Path, ma
     after = packed(policy, items, reference=True)
     assert (after - before).abs().max() > 0.01
     torch.testing.assert_close(after, packed(policy, items).detach())  # the adapter is still as it was made: nothing
+
+
+def test_a_policy_whose_reference_has_answered_can_be_copied(tiny_model_dir: Path, make_items: MakeItems) -> None:
+    policy, items = QwenVL(str(tiny_model_dir), lora=LORA, with_reference=True), make_items([1])
+    before = packed(policy, items, reference=True)
+    other = deepcopy(policy)
+    torch.testing.assert_close(packed(other, items, reference=True), before)
+    with torch.no_grad():
+        other.base.model.language_model.layers[0].mlp.down_proj.get_base_layer().weight.mul_(1.5)
+    assert (packed(other, items, reference=True) - before).abs().max() > 0.01
+    torch.testing.assert_close(packed(policy, items, reference=True), before)
 
 
 @pytest.mark.parametrize("lora", [LORA, None])
