@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from datamodules.batches import PromptItem
 
 
+KEPT_BIAS = 1 << 22  # numbers; of a long prompt all blocks together would fill gigabytes
 QUERY_BLOCK = 256  # below it nothing is gained, and gradients of slices cost more
 
 
@@ -100,12 +101,15 @@ class SharedPrefixAttention:
         return out.unflatten(2, (sharing, num_queries)).permute(0, 3, 1, 2, 4)
 
     def _causal_bias(self, query: Tensor, num_keys: int) -> Tensor:
-        """What is added to the scores [R * T, S] of the last T of S tokens; made once for all layers of a pass."""
+        """What is added to the scores [R * T, S] of the last T of S tokens; small ones are kept for the next layer."""
         num_queries, sharing = query.shape[1], query.shape[3]
-        if (num_queries, num_keys) not in self.biases:
-            hidden = query.new_full((num_queries, num_keys), float("-inf")).triu_(num_keys - num_queries + 1)
-            self.biases[num_queries, num_keys] = hidden.repeat(sharing, 1)
-        return self.biases[num_queries, num_keys]
+        if (num_queries, num_keys) in self.biases:
+            return self.biases[num_queries, num_keys]
+        hidden = query.new_full((num_queries, num_keys), float("-inf")).triu_(num_keys - num_queries + 1)
+        bias = hidden.repeat(sharing, 1)
+        if bias.numel() <= KEPT_BIAS:
+            self.biases[num_queries, num_keys] = bias
+        return bias
 
 
 def _side_by_side(parts: Tensor, lengths: tuple[int, ...]) -> Tensor:
