@@ -1,4 +1,4 @@
-"""MIG-Bench's questions shared by several processes: on several GPUs, or on a CPU with one thread each.
+"""MIG-Bench's questions shared by several processes: a GPU each, or on a CPU a part of the cores.
 
 The process that was started asks its share and hands each other process its own, which journals its answers beside the
 first one's, in predictions-rank1.jsonl, …; in the end they are joined. Windows of questions that share batches are the
