@@ -73,6 +73,15 @@ def run_rows(settings: Mapping, **more: object) -> None:
     ablations.run(**settings, rows=rows, seeds=[0, 1], **more)
 
 
+def change_and_break(name: str, processes: Processes, settings: Mapping) -> None:
+    """Run all rows; then again with another configuration of this one, whose training fails."""
+    run_rows(settings)
+    write_config(Path(settings["outputs"]).parent, name, 1)
+    processes.broken = name
+    with pytest.raises(SystemExit, match=f"{name}: training"):
+        run_rows(settings)
+
+
 def listed(outputs: Path, seed: int) -> list[str]:
     folder = outputs / ("tiny" if seed == 0 else f"tiny-seed{seed}")
     return [stage.name for stage in read_results(folder / "results.json").stages]
@@ -86,11 +95,7 @@ def in_tables(outputs: Path, seed: int) -> list[str]:
 def test_an_ablation_that_is_stopped_lists_what_is_done_at_every_seed(
     processes: Processes, settings: dict, tmp_path: Path
 ) -> None:
-    run_rows(settings)
-    write_config(tmp_path, "sft", 1)
-    processes.broken = "sft"
-    with pytest.raises(SystemExit, match="sft: training"):
-        run_rows(settings)
+    change_and_break("sft", processes, settings)
     for seed in (0, 1):
         found = ["base", "cot_sft", "grpo", "full"]
         assert listed(tmp_path / "outputs", seed) == in_tables(tmp_path / "outputs", seed) == found
@@ -103,11 +108,7 @@ def test_an_ablation_that_is_stopped_lists_what_is_done_at_every_seed(
 def test_a_row_whose_start_is_to_be_trained_again_is_not_listed(
     processes: Processes, settings: dict, tmp_path: Path
 ) -> None:
-    run_rows(settings)
-    write_config(tmp_path, "cot_sft", 1)
-    processes.broken = "cot_sft"
-    with pytest.raises(SystemExit, match="cot_sft: training"):
-        run_rows(settings)
+    change_and_break("cot_sft", processes, settings)
     assert listed(tmp_path / "outputs", 0) == listed(tmp_path / "outputs", 1) == ["base", "sft"]
     run_rows(settings, only=["sft"])
     assert in_tables(tmp_path / "outputs", 0) == ["base", "sft"], "nor where its start is not asked for"
