@@ -85,7 +85,7 @@ def fold_again(folded: nn.Module, module: nn.Module) -> None:
     """Write the LoRA layers of `module`, as they are now, into `folded`, an earlier `folded_copy` of it, in place."""
     for name, layer in module.named_modules():
         if isinstance(layer, LoraLinear) and not isinstance(copied := folded.get_submodule(name), LoraLinear):
-            copied.weight.copy_(folded_weight(layer))
+            folded_weight(layer, out=copied.weight)
 
 
 def folded_layer(layer: LoraLinear) -> nn.Linear:
@@ -103,10 +103,16 @@ def plain_weight(layer: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def folded_weight(layer: nn.Module) -> Tensor:
-    """The weight of a linear layer, with the LoRA delta added where it has one."""
+def folded_weight(layer: nn.Module, out: Tensor | None = None) -> Tensor:
+    """The weight of a linear layer, with the LoRA delta added where it has one; written to `out`, if that is given."""
     if not isinstance(layer, LoraLinear):
         return layer.weight.detach()
-    base = layer.get_base_layer()
-    delta = sum(layer.get_delta_weight(name).float() for name in layer.active_adapters)
-    return (base.weight.float() + delta).to(base.weight.dtype)
+    base, names = layer.get_base_layer(), layer.active_adapters
+    weight = base.weight.detach()
+    if weight.is_cuda and weight.dtype != torch.float32 and len(names) == 1:
+        # One pass over the weights: A and B rounded as in training, the sum in float32. Else ten passes of that size.
+        down, up = (part[names[0]].weight.to(weight.dtype) for part in (layer.lora_A, layer.lora_B))
+        return torch.addmm(weight, up, down, alpha=layer.scaling[names[0]], out=out)
+    delta = sum(layer.get_delta_weight(name).float() for name in names)
+    folded = (weight.float() + delta).to(weight.dtype)
+    return folded if out is None else out.copy_(folded)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -59,10 +60,15 @@ def vision_attention(
 ) -> tuple[Tensor, None]:
     """Full attention inside each of n segments of one sequence, [1, heads, S, d] -> [1, S, heads, d].
 
-    Segments (windows, or whole images) are padded to the longest and run as one batch; padding is masked as a key and
-    thrown away as a query. `cu_seq_lens_q` [n + 1] holds the boundaries, `max_length_q` the longest segment.
+    `cu_seq_lens_q` [n + 1] holds the boundaries of segments (windows, or whole images), `max_length_q` the longest. On
+    a GPU in half precision one kernel takes them as they are. Elsewhere they are padded to the longest and run as one
+    batch; padding is masked as a key and thrown away as a query.
     """
     num_segments, longest = len(cu_seq_lens_q) - 1, int(max_length_q)
+    if query.is_cuda and query.dtype != torch.float32 and dropout == 0:
+        ends = cu_seq_lens_q.int()
+        q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+        return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling)[None], None
     batch = torch.cat([query, key, value]).transpose(1, 2)  # [3, S, heads, d]
     if num_segments * longest == batch.shape[1]:
         q, k, v = batch.unflatten(1, (num_segments, longest)).transpose(2, 3)

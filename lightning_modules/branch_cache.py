@@ -57,8 +57,10 @@ class BranchCache:
         self.slots = torch.arange(shape.prompts * shape.branches, device=device)  # [A]
         self.prefix_bias = torch.full((shape.prompts, 1, shape.prefix), float("-inf"), device=device)
         self.prefix_bias[:, :, 0] = 0
+        self.prefix_lengths = torch.ones(shape.prompts, dtype=torch.long, device=device)
         self.prefix_width, self.branch_width = shape.prefix, shape.branch  # how much of them is read
         self.places: Tensor | int = 0
+        self.seen: Tensor | int = 1  # tokens of a branch, with this step's
         self.owners = self.branches = self.slots  # prompt and branch of each slot, as of the step that has begun
         self.branch_bias: Tensor | None = None
         self.layers = [BranchLayer(self, shape, dtype, device) for _ in range(shape.layers)]
@@ -71,7 +73,7 @@ class BranchCache:
     def admit(self, prompts: Tensor, recorder: PrefixRecorder, lengths: Tensor) -> None:
         """Put prefixes of `lengths` [p] true tokens in the places `prompts` [p]; their branches are empty again."""
         padding = torch.arange(self.prefix_bias.shape[2], device=lengths.device) >= lengths[:, None]
-        self.prefix_bias[prompts] = _bias(padding)[:, None]
+        self.prefix_bias[prompts], self.prefix_lengths[prompts] = _bias(padding)[:, None], lengths
         for layer, (keys, values) in zip(self.layers, recorder.layers, strict=True):
             layer.prefix_keys[prompts, :, : keys.shape[2]] = keys
             layer.prefix_values[prompts, :, : values.shape[2]] = values
@@ -81,7 +83,7 @@ class BranchCache:
 
         `width` is how much of the branches is read: places are below it.
         """
-        self.places, self.branch_width, self.branch_bias = places, width, None
+        self.places, self.seen, self.branch_width, self.branch_bias = places, places + 1, width, None
         self.owners, self.branches = self.slots // self.num_branches, self.slots % self.num_branches
         if isinstance(places, Tensor):
             last = places.new_zeros(self.num_prompts * self.num_branches)
@@ -117,7 +119,7 @@ class BranchCache:
         kept[prompt, inside] = self.slots % self.num_branches
         for layer in self.layers:
             layer.keep(alive, kept)
-        self.prefix_bias = self.prefix_bias[alive]
+        self.prefix_bias, self.prefix_lengths = self.prefix_bias[alive], self.prefix_lengths[alive]
         self.num_prompts, self.num_branches = len(alive), widest
         self.slots = prompt * widest + inside
 

@@ -18,17 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.branch_cache import BranchCache, CacheShape, PrefixRecorder
+from lightning_modules.fused_model import FusedModel
 from lightning_modules.lean_model import LeanModel
 
 NO_MASK = {"full_attention": None}  # tells transformers to build none: prefill is causal, decoding masks for itself
 CHECK_EVERY = 8  # steps of all rows between two looks at which have ended: a look waits for the device
 
+Model = nn.Module | LeanModel | FusedModel
 Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # logits [A, V], draws [A, 1] in 0-1 -> tokens, log p [A]
 
 
-def hidden_states(model: nn.Module | LeanModel, cache: Any, **inputs: Tensor) -> Tensor:
+def hidden_states(model: Model, cache: Any, **inputs: Tensor) -> Tensor:
     """Last hidden states [rows, tokens, D] of the language model, run with this cache and without masks of its own."""
-    if isinstance(model, LeanModel):
+    if isinstance(model, LeanModel | FusedModel):
         return model.hidden_states(cache, **inputs)
     language_model = model.model.language_model
     inputs[_cache_argument(type(language_model))] = cache
@@ -75,7 +77,7 @@ class BranchDecoder:
 
     def __init__(
         self,
-        model: nn.Module | LeanModel,
+        model: Model,
         choose: Choose,
         ends: Sequence[int],
         num_places: int,

@@ -32,6 +32,7 @@ from lightning_modules.activations import ActivationBudget
 from lightning_modules.adapters import LoraSettings, fold_again, folded_copy, with_adapter
 from lightning_modules.attention import TEXT_ATTENTION, VISION_ATTENTION, register_attention
 from lightning_modules.feature_cache import FeatureCache, chunk_images
+from lightning_modules.layers import with_fused_layers
 from lightning_modules.lean_model import KeptLean, LeanModel
 from lightning_modules.memory import keep_freed_memory
 from lightning_modules.model_folder import check_model
@@ -291,7 +292,7 @@ def _load(path: str, dtype: torch.dtype, on_meta: bool) -> nn.Module:
     else:
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
     model.set_attn_implementation({"text_config": TEXT_ATTENTION, "vision_config": VISION_ATTENTION})
-    return with_fast_linears(model)
+    return with_fast_linears(with_fused_layers(model))
 
 
 def _frozen_copy(model: nn.Module, share_vision: bool) -> nn.Module:

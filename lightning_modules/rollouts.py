@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from datamodules.batches import PromptItem
 from lightning_modules.branch_cache import PrefixRecorder
 from lightning_modules.decode_graphs import GraphedSteps
-from lightning_modules.decoding import BranchDecoder, Decoded, Prefilled, hidden_states
+from lightning_modules.decoding import BranchDecoder, Decoded, Model, Prefilled, hidden_states
+from lightning_modules.fused_model import FusedModel
 from lightning_modules.lean_model import LeanModel
 from lightning_modules.qwen_vl import QwenVL
+from lightning_modules.sampling import sample
 
 PREFIX_STEP = 512  # tokens by which a GPU's memory for a prompt grows
 log = logging.getLogger(__name__)
@@ -145,9 +147,7 @@ class NativeEngine:
         rollouts: list[list[Rollout]] = [[] for _ in items]
         num_done = 0
         decoder = self._decoder(settings, len(items), max(len(item.input_ids) for item in items))
-        for decoded in decoder.decode(
-            len(items), prefill, settings.max_new_tokens, None if settings.greedy else draw
-        ):
+        for decoded in decoder.decode(len(items), prefill, settings.max_new_tokens, None if settings.greedy else draw):
             for group in decoded:
                 rollouts[order[group.number]] = self._rollouts(group)
             num_done += len(decoded)
@@ -166,20 +166,17 @@ class NativeEngine:
         if self._kept is not None and self._kept[0] == needs:
             decoder = self._kept[1]
             if decoder.prefix_room >= longest_prompt and decoder.branch_room >= room:
-                policy.refresh_decoder(decoder.model)
+                self._refresh(decoder.model)
                 return decoder
         self._kept = None  # its memory is free before new memory is asked for
         if static:  # so that prompts a little longer need no new memory
             longest_prompt = -(-longest_prompt // PREFIX_STEP) * PREFIX_STEP
 
         def choose(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-            return sample(logits, policy.banned, settings, draws)
+            return sample(logits, policy.banned, settings.temperature, None if settings.greedy else draws)
 
-        lean = self.fold_adapter and not static and policy.sharded is None and LeanModel.can_read(policy.base)
-        model = LeanModel(policy.base) if lean else policy.decoder(self.fold_adapter)
-        decoder = BranchDecoder(
-            model, choose, policy.eos_ids, places, settings.group_size, longest_prompt, room, static=static
-        )
+        rooms = (places, settings.group_size, longest_prompt, room)
+        decoder = BranchDecoder(self._model(static), choose, policy.eos_ids, *rooms, static=static)
         if static:
             self._kept = needs, decoder
         if policy.device.type == "cuda" and static:
@@ -188,9 +185,24 @@ class NativeEngine:
             log.info("no CUDA device: decoding at fixed shapes without CUDA graphs")
         return decoder
 
-    def _prefill(
-        self, model: nn.Module | LeanModel, items: Sequence[PromptItem], features: Sequence[Tensor]
-    ) -> Prefilled:
+    def _model(self, static: bool) -> Model:
+        policy = self.policy
+        if self.fold_adapter and not static and policy.sharded is None and LeanModel.can_read(policy.base):
+            return LeanModel(policy.base)
+        module = policy.decoder(self.fold_adapter)
+        if not (self.fold_adapter and static and FusedModel.can_read(module)):
+            return module
+        shared = {parameter.data_ptr() for parameter in policy.base.parameters()} if policy.sharded is None else ()
+        return FusedModel(module, shared)
+
+    def _refresh(self, model: Model) -> None:
+        if isinstance(model, FusedModel):
+            self.policy.refresh_decoder(model.module)
+            model.refresh()
+        else:
+            self.policy.refresh_decoder(model)
+
+    def _prefill(self, model: Model, items: Sequence[PromptItem], features: Sequence[Tensor]) -> Prefilled:
         """Prompts are padded on the right, where causal attention never looks."""
         ids = pad_sequence([item.input_ids for item in items], batch_first=True)
         positions = pad_sequence([item.positions.T for item in items], batch_first=True).permute(2, 0, 1)
@@ -208,21 +220,3 @@ class NativeEngine:
             group.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return [Rollout(*fields) for fields in zip(group.tokens, group.log_probs, group.finished, texts, strict=True)]
-
-
-def sample(logits: Tensor, banned: Tensor, settings: RolloutSettings, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [A] drawn from softmax(logits [A, V] / temperature) without banned tokens, and their log-probabilities.
-
-    `draws` [A, 1], uniform in [0, 1) and float64, decide, unless it is greedy.
-    """
-    logits = logits.float() / settings.temperature
-    probabilities = logits.index_fill_(-1, banned, float("-inf")).softmax(-1)
-    if settings.greedy:
-        tokens = probabilities.argmax(-1)
-    else:
-        # By inversion: one random number a row, where torch.multinomial draws one for every entry of the vocabulary.
-        # Summed in float64, so that no sum over a large vocabulary rounds a likely token away; a banned one has no
-        # width. On a CPU exponentials in float64 would cost more than all else here.
-        sums = probabilities.double().cumsum(-1)
-        tokens = torch.searchsorted(sums, draws * sums[:, -1:], right=True)[:, 0]
-    return tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log()

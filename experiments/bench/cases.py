@@ -45,6 +45,7 @@ def workloads(shape: str) -> dict[str, Workload]:
         gradient_checkpointing=True,
         dtype="bfloat16",
         max_tokens_per_row=16_384,
+        activation_gib=6,  # the step then needs no more memory than TRL's
     )
     return {"grpo": grpo, "sft": replace(grpo, task="sft", prompts=8, group_size=1)}
 

@@ -15,8 +15,10 @@ from experiments.bench.side_process import Side
 def measure(case: Case, model: str, sides: Mapping[str, Side], peaks: Peaks) -> dict[str, Any]:
     """The case's result, as JSON. Raises ValueError if the sides were not given the same tokens."""
     chosen = {name: sides[name] for name in case.sides}
+    for side in chosen.values():  # both load at the same time
+        side.tell(do="train", model=model, workload=case.workload.to_json())
     for side in chosen.values():
-        side.ask(do="train", model=model, workload=case.workload.to_json())
+        side.read()
     turns: dict[str, list[list[dict]]] = {name: [] for name in chosen}  # by side and turn: every step, untimed ones too
     for turn in range(case.turns):
         order = list(chosen) if turn % 2 == 0 else list(chosen)[::-1]

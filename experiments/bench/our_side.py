@@ -33,6 +33,7 @@ def build_module(model: str, workload: Workload) -> PolicyModule:
         "lora": LoraSettings(workload.lora_rank, workload.alpha),
         "dtype": workload.dtype,
         "gradient_checkpointing": workload.gradient_checkpointing,
+        "activation_gib": workload.activation_gib,
         "learning_rate": 1e-6,
         "max_tokens_per_row": workload.max_tokens_per_row,
         "seed": workload.seed,

@@ -39,6 +39,7 @@ _VISION = {
     "window_size": 112,
     "fullatt_block_indexes": [7, 15, 23, 31],
 }
+_THIN_VISION = _VISION | {"depth": 8, "fullatt_block_indexes": [7]}
 _QWEN_ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 _QWEN_PIXELS = 12_845_056
 
@@ -68,6 +69,8 @@ SHAPES = {
         max_pixels=10_000,
     ),
     "3b": Shape(_text(2048, 11_008, 36, 16, 2, 151_936, _QWEN_ROPE), _VISION, True, "bfloat16", _QWEN_PIXELS),
+    # The first layers of the 7B, to try a machine or a change in a minute.
+    "7b-thin": Shape(_text(3584, 18_944, 4, 28, 4, 152_064, _QWEN_ROPE), _THIN_VISION, False, "bfloat16", _QWEN_PIXELS),
     "7b": Shape(_text(3584, 18_944, 28, 28, 4, 152_064, _QWEN_ROPE), _VISION, False, "bfloat16", _QWEN_PIXELS),
 }
 

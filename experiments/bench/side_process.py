@@ -22,6 +22,8 @@ class OutOfTime(RuntimeError):
 
 
 class Side:
+    """Starts at once; `greeting` waits until it is ready for commands."""
+
     def __init__(self, name: str, python: str, threads: int, log: Path, deadline: float) -> None:
         """`python` is the interpreter of the environment to use; `deadline` in seconds of time.monotonic()."""
         self.name, self.log, self.deadline = name, log, deadline
@@ -37,19 +39,23 @@ class Side:
                 env=os.environ | own,
             )
         self._received = b""
-        try:
-            self.versions: dict[str, str] = self.read()["versions"]
-        except (OutOfTime, SideFailed):
-            self.close()
-            raise
+        self.versions: dict[str, str] = {}
+
+    def greeting(self) -> None:
+        """The side's first answer: its versions."""
+        self.versions = self.versions or self.read()["versions"]
 
     def ask(self, **command: Any) -> dict[str, Any]:
+        self.tell(**command)
+        return self.read()
+
+    def tell(self, **command: Any) -> None:
+        """Send a command whose answer is read later."""
         try:
             self.process.stdin.write(json.dumps(command).encode() + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             raise SideFailed(self._last_words()) from None
-        return self.read()
 
     def read(self) -> dict[str, Any]:
         while not (line := self._next_line()).startswith(b"{"):

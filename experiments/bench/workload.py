@@ -37,6 +37,7 @@ class Workload:
     gradient_checkpointing: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_tokens_per_row: int = 4096
+    activation_gib: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

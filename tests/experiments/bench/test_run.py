@@ -118,6 +118,12 @@ class StubSide:
     def __init__(self, log: list[str], name: str, seconds: list[float], inputs: str = "same") -> None:
         self.log, self.name, self.seconds, self.inputs = log, name, iter(seconds), inputs
 
+    def tell(self, **command: str) -> None:
+        self.answer = self.ask(**command)
+
+    def read(self) -> dict:
+        return self.answer
+
     def ask(self, do: str, **_: object) -> dict:
         self.log.append(f"{self.name} {do}")
         if do != "step":
@@ -156,8 +162,10 @@ def test_a_side_that_is_silent_is_not_waited_for_forever(tmp_path: Path) -> None
     silent = tmp_path / "python"
     silent.write_text("#!/bin/sh\nexec sleep 60\n")
     silent.chmod(0o755)
+    side = run.Side("ours", str(silent), 1, tmp_path / "log", deadline=run.time.monotonic() + 0.2)
     with pytest.raises(OutOfTime, match="ours did not answer"):
-        run.Side("ours", str(silent), 1, tmp_path / "log", deadline=run.time.monotonic() + 0.2)
+        side.greeting()
+    side.close()
 
 
 @pytest.mark.parametrize("shape", ["tiny", "nano", "3b", "7b"])

@@ -1,0 +1,218 @@
+"""Attention of a decoding step on a GPU, in Triton: three launches between two matrix products.
+
+A step of a few rows reads every weight once and computes little, so each further launch is lost time. A prompt's keys
+are read once for all its branches, in parts that run side by side with those of the branches' own; the parts are joined
+by their log-sums (as FlashDecoding does).
+
+Shapes: A = P * G rows in order, H key-value heads, R query heads for each of them, D head width, L and T tokens of room
+in a prefix and in a branch. S parts of a sequence, M queries that share its keys: G * R of a prefix, R of a branch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+KEYS = 64  # of a step through a part
+QUERIES = 64  # at most, of one program
+PROGRAMS = 132  # of an H100's multiprocessors: so many are enough to share the work of one launch
+
+
+@triton.jit
+def _turn_and_keep(
+    qkv, cos, sin, places, out, keys, values,
+    num_queries, num_keys, branches, key_p, key_h, key_g, key_t,
+    HALF: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0), tl.program_id(1)
+    place = tl.arange(0, BLOCK)
+    inside = place < HALF
+    start = qkv + (row * (num_queries + 2 * num_keys) + head) * 2 * HALF
+    low = tl.load(start + place, mask=inside, other=0.0)
+    high = tl.load(start + HALF + place, mask=inside, other=0.0)
+    if head < num_queries + num_keys:
+        turn = row * 2 * HALF + place
+        a, b = low.to(tl.float32), high.to(tl.float32)
+        cosine, sine = cos + turn, sin + turn
+        first = a * tl.load(cosine, mask=inside, other=0.0).to(tl.float32)
+        low = (first - b * tl.load(sine, mask=inside, other=0.0).to(tl.float32)).to(low.dtype)
+        second = b * tl.load(cosine + HALF, mask=inside, other=0.0).to(tl.float32)
+        high = (second + a * tl.load(sine + HALF, mask=inside, other=0.0).to(tl.float32)).to(high.dtype)
+    if head < num_queries:
+        target = out + (row * num_queries + head) * 2 * HALF
+    else:
+        token = tl.load(places + row)
+        of_branch = (row // branches).to(tl.int64) * key_p + (row % branches).to(tl.int64) * key_g + token * key_t
+        if head < num_queries + num_keys:
+            target = keys + of_branch + (head - num_queries) * key_h
+        else:
+            target = values + of_branch + (head - num_queries - num_keys) * key_h
+    tl.store(target + place, low, mask=inside)
+    tl.store(target + HALF + place, high, mask=inside)
+
+
+@triton.jit
+def _attend_part(
+    query, keys, values, lengths, out, log_sums, which, part, block, scaling,
+    heads, sharing, rows, inner, key_outer, key_inner, key_h, key_t, num_parts, part_keys,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """One part of the keys of one sequence and head, for up to QUERIES of the `rows` * `sharing` queries that share it.
+
+    Sequence b has the rows from b * `rows`; its keys are at (b // inner, b % inner) of the memory.
+    """
+    sequence, head = which // heads, which % heads
+    m = block * QUERIES + tl.arange(0, QUERIES)
+    d = tl.arange(0, BLOCK)
+    is_query, in_head = m < rows * sharing, d < WIDTH
+    of_query = (sequence * rows + m // sharing) * heads * sharing + head * sharing + m % sharing
+    q = tl.load(query + of_query[:, None] * WIDTH + d, mask=is_query[:, None] & in_head, other=0.0)
+    base = (sequence // inner).to(tl.int64) * key_outer + (sequence % inner).to(tl.int64) * key_inner + head * key_h
+
+    most = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    mean = tl.zeros([QUERIES, BLOCK], tl.float32)
+    end = tl.minimum((part + 1) * part_keys, tl.load(lengths + sequence).to(tl.int32))
+    for start in range(part * part_keys, end, KEYS):
+        n = start + tl.arange(0, KEYS)
+        is_key = n < end
+        where = base + n[:, None] * key_t + d
+        k = tl.load(keys + where, mask=is_key[:, None] & in_head, other=0.0)
+        v = tl.load(values + where, mask=is_key[:, None] & in_head, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+        scores = tl.where(is_key, scores, float("-inf"))
+        now = tl.maximum(most, tl.max(scores, axis=1))
+        weights = tl.exp(scores - now[:, None])
+        fade = tl.exp(most - now)
+        total = total * fade + tl.sum(weights, axis=1)
+        mean = mean * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        most = now
+    # A part behind the end of its sequence has seen nothing: its sum is 0, and its log-sum -inf.
+    divisor = tl.where(total > 0, total, 1.0)
+    mean /= divisor[:, None]
+    of_part = (which * num_parts + part) * rows * sharing + m
+    tl.store(out + of_part[:, None] * WIDTH + d, mean, mask=is_query[:, None] & in_head)
+    tl.store(log_sums + of_part, most + tl.log(divisor), mask=is_query)
+
+
+@triton.jit
+def _attend(
+    query, prefix_keys, prefix_values, prefix_lengths, prefix_out, prefix_sums,
+    keys, values, lengths, out, log_sums, scaling, heads, sharing, branches,
+    prefix_p, prefix_h, prefix_t, key_p, key_h, key_g, key_t,
+    prefix_parts, prefix_part_keys, num_parts, part_keys, blocks, num_of_prefix,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, OF_PREFIX: tl.constexpr, OF_BRANCH: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """The first `num_of_prefix` programs take parts of prefixes, the others parts of branches."""
+    program = tl.program_id(0)
+    if program < num_of_prefix:
+        part, block = program % prefix_parts, (program // prefix_parts) % blocks
+        _attend_part(
+            query, prefix_keys, prefix_values, prefix_lengths, prefix_out, prefix_sums,
+            program // (prefix_parts * blocks), part, block, scaling, heads, sharing, branches,
+            1, prefix_p, 0, prefix_h, prefix_t, prefix_parts, prefix_part_keys, WIDTH, BLOCK, OF_PREFIX, KEYS,
+        )  # fmt: skip
+    else:
+        program -= num_of_prefix
+        _attend_part(
+            query, keys, values, lengths, out, log_sums,
+            program // num_parts, program % num_parts, 0, scaling, heads, sharing, 1,
+            branches, key_p, key_g, key_h, key_t, num_parts, part_keys, WIDTH, BLOCK, OF_BRANCH, KEYS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _read_parts(out, log_sums, first, step, num_parts, d, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    """Means [PARTS, BLOCK] and log-sums [PARTS] of one query, at `first` and every `step` further."""
+    s = tl.arange(0, PARTS)
+    is_part = s < num_parts
+    of_part = first + s * step
+    sums = tl.load(log_sums + of_part, mask=is_part, other=float("-inf"))
+    means = tl.load(out + of_part[:, None] * WIDTH + d, mask=is_part[:, None] & (d < WIDTH), other=0.0)
+    return means, sums
+
+
+@triton.jit
+def _join(
+    prefix_out, prefix_sums, branch_out, branch_sums, out, heads, sharing, branches, prefix_parts, branch_parts,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PREFIX_PARTS: tl.constexpr, BRANCH_PARTS: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0), tl.program_id(1) // sharing
+    shared = tl.program_id(1) % sharing
+    d = tl.arange(0, BLOCK)
+    prompt, branch = row // branches, row % branches
+    many = branches * sharing
+    first = ((prompt * heads + head) * prefix_parts) * many + branch * sharing + shared
+    a, a_sums = _read_parts(prefix_out, prefix_sums, first, many, prefix_parts, d, WIDTH, PREFIX_PARTS)
+    first = ((row * heads + head) * branch_parts) * sharing + shared
+    b, b_sums = _read_parts(branch_out, branch_sums, first, sharing, branch_parts, d, WIDTH, BRANCH_PARTS)
+    most = tl.maximum(tl.max(a_sums, axis=0), tl.max(b_sums, axis=0))  # finite: a row sees itself
+    a_weights, b_weights = tl.exp(a_sums - most), tl.exp(b_sums - most)
+    mean = tl.sum(a * a_weights[:, None], axis=0) + tl.sum(b * b_weights[:, None], axis=0)
+    mean /= tl.sum(a_weights, axis=0) + tl.sum(b_weights, axis=0)
+    target = out + (row * heads * sharing + tl.program_id(1)) * WIDTH + d
+    tl.store(target, mean.to(out.dtype.element_ty), mask=d < WIDTH)
+
+
+def turn_and_keep(
+    qkv: Tensor, cos: Tensor, sin: Tensor, places: Tensor, keys: Tensor, values: Tensor, num_queries: int
+) -> Tensor:
+    """Rotate queries and keys of `qkv` [A, (H * R + 2 H) * D] by `cos`, `sin` [A, D] and write keys and values into
+    their memory [P, H, G, T, D] at `places` [A]. Returns the queries [A, H * R, D]; `num_queries` is H * R."""
+    _, heads, branches, _, width = keys.shape
+    rows = len(qkv)
+    out = qkv.new_empty(rows, num_queries, width)
+    strides = (keys.stride(0), keys.stride(1), keys.stride(2), keys.stride(3))
+    block = triton.next_power_of_2(width // 2)
+    _turn_and_keep[(rows, num_queries + 2 * heads)](
+        qkv, cos, sin, places, out, keys, values, num_queries, heads, branches, *strides,
+        HALF=width // 2, BLOCK=block, num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+def attend(
+    query: Tensor, prefix: tuple[Tensor, Tensor], branch: tuple[Tensor, Tensor], lengths: tuple[Tensor, Tensor],
+    read: tuple[int, int], scaling: float,
+) -> Tensor:  # fmt: skip
+    """Query [A, H * R, D] over `prefix` (keys and values [P, H, L, D]) and `branch` ([P, H, G, T, D]) -> [A, H * R, D].
+
+    `lengths`: tokens there are of each prefix [P] and of each branch [A], at least one; `read`: at most, of both.
+    """
+    num_prompts, heads, branches, _, width = branch[0].shape
+    rows, sharing = len(query), query.shape[1] // heads
+    block, many = triton.next_power_of_2(width), branches * sharing
+    of_prefix, of_branch = (min(QUERIES, max(16, triton.next_power_of_2(n))) for n in (many, sharing))
+    blocks = triton.cdiv(many, of_prefix)
+    prefix_parts, prefix_part_keys = _split(read[0], num_prompts * heads * blocks)
+    parts, part_keys = _split(read[1], rows * heads)
+    means = [
+        query.new_empty(num_prompts * heads, prefix_parts, many, width, dtype=torch.float32),
+        query.new_empty(rows * heads, parts, sharing, width, dtype=torch.float32),
+    ]
+    sums = [mean.new_empty(mean.shape[:-1]) for mean in means]
+    k, own = prefix[0], branch[0]
+    num_of_prefix = num_prompts * heads * blocks * prefix_parts
+    _attend[(num_of_prefix + rows * heads * parts,)](
+        query, *prefix, lengths[0], means[0], sums[0], *branch, lengths[1], means[1], sums[1],
+        scaling, heads, sharing, branches, k.stride(0), k.stride(1), k.stride(2),
+        own.stride(0), own.stride(1), own.stride(2), own.stride(3),
+        prefix_parts, prefix_part_keys, parts, part_keys, blocks, num_of_prefix,
+        WIDTH=width, BLOCK=block, OF_PREFIX=of_prefix, OF_BRANCH=of_branch, KEYS=KEYS, num_warps=4,
+    )  # fmt: skip
+    out = torch.empty_like(query)
+    _join[(rows, heads * sharing)](
+        means[0], sums[0], means[1], sums[1], out, heads, sharing, branches, prefix_parts, parts, WIDTH=width,
+        BLOCK=block, PREFIX_PARTS=triton.next_power_of_2(prefix_parts), BRANCH_PARTS=triton.next_power_of_2(parts),
+        num_warps=2,
+    )  # fmt: skip
+    return out
+
+
+def _split(length: int, sharers: int) -> tuple[int, int]:
+    """Parts of a sequence of this length, and keys of each, so that `sharers` of such sequences fill the GPU."""
+    steps = triton.cdiv(length, KEYS)
+    part_steps = triton.cdiv(steps, max(1, PROGRAMS // sharers))
+    return triton.cdiv(steps, part_steps), part_steps * KEYS

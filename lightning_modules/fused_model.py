@@ -1,0 +1,150 @@
+"""The language model of a decoder on a GPU: the same sums in few launches.
+
+A step of a few rows is bound by reading the weights, and then by the number of its kernels: transformers makes about
+sixty of each layer, here it is a dozen (`decode_kernels`, `layer_kernels`). Query, key and value are one product, gate
+and up another; both residual sums are the accumulation of a product.
+
+Shapes: B rows, T tokens of each, N = B * T; H key-value heads, R query heads for each of them, W width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_modules.branch_cache import BranchCache, PrefixRecorder
+from lightning_modules.layers import has_triton
+
+
+class FusedModel:
+    """Reads a decoder (`QwenVL.decoder`) whose adapter is folded in.
+
+    Weights that are the decoder's own are joined in place: it then reads parts of the joined ones. Those `shared` with
+    the policy (addresses) stay where they are; only query, key and value are copied, and `refresh` copies them again.
+    """
+
+    @staticmethod
+    def can_read(model: nn.Module) -> bool:
+        return model.device.type == "cuda" and has_triton() and model.config.text_config.hidden_act == "silu"
+
+    def __init__(self, module: nn.Module, shared: Collection[int] = ()) -> None:
+        text = module.model.language_model
+        self.module, self.config, self.dtype, self.device = module, module.config, module.dtype, module.device
+        self.embeddings, self.rotary, self.norm = module.get_input_embeddings(), text.rotary_emb, text.norm
+        self.lm_head = module.lm_head
+        self.layers = [_Layer(layer, shared) for layer in text.layers]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def refresh(self) -> None:
+        """After the weights of the decoder have changed. No tensor moves: what is captured stays valid."""
+        for layer in self.layers:
+            layer.refresh()
+
+    def hidden_states(
+        self,
+        context: BranchCache | PrefixRecorder,
+        position_ids: Tensor,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Last hidden states [B, T, D]. `position_ids` [3, B, T].
+
+        With a `BranchCache` one token of every row; else prompts, where each token sees those before it.
+        """
+        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        shape, turns = x.shape, self.rotary(x, position_ids)
+        x = x.flatten(0, 1).clone()  # changed in place
+        for layer in self.layers:
+            layer(x, turns, context)
+        return self.norm(x).view(shape)
+
+
+class _Layer:
+    def __init__(self, layer: nn.Module, shared: Collection[int]) -> None:
+        # They need Triton, which a CPU's PyTorch does not bring.
+        from lightning_modules.decode_kernels import attend, turn_and_keep
+        from lightning_modules.layer_kernels import gated, norm
+
+        self.kernels = SimpleNamespace(attend=attend, turn_and_keep=turn_and_keep, gated=gated, norm=norm)
+        self.attention, self.mlp = layer.self_attn, layer.mlp
+        self.before_attention, self.before_mlp = layer.input_layernorm, layer.post_attention_layernorm
+        self.index, self.width = self.attention.layer_idx, self.attention.head_dim
+        self.num_keys = self.attention.num_key_value_heads
+        self.qkv = [self.attention.q_proj, self.attention.k_proj, self.attention.v_proj]
+        self.weight, self.bias = _joined([m.weight for m in self.qkv]), _joined([m.bias for m in self.qkv])
+        self.is_copy = not _read_from(self.weight, self.qkv, shared)
+        gate_up = [self.mlp.gate_proj, self.mlp.up_proj]
+        self.gate_up = None if _any_shared(gate_up, shared) else _joined([m.weight for m in gate_up])
+        if self.gate_up is not None:
+            _read_from(self.gate_up, gate_up, shared)
+
+    def refresh(self) -> None:
+        if self.is_copy:
+            torch.cat([m.weight.detach() for m in self.qkv], out=self.weight)
+            torch.cat([m.bias.detach() for m in self.qkv], out=self.bias)
+
+    def __call__(self, x: Tensor, turns: tuple[Tensor, Tensor], context: BranchCache | PrefixRecorder) -> None:
+        """Add the layer's two parts to `x` [N, D]. `turns`: cosines and sines [B, T, W]."""
+        qkv = F.linear(self._norm(self.before_attention, x), self.weight, self.bias)
+        attend = self._attend_branches if isinstance(context, BranchCache) else self._attend_prompts
+        x.addmm_(attend(qkv, turns, context).flatten(1), self.attention.o_proj.weight.t())
+        normed = self._norm(self.before_mlp, x)
+        if self.gate_up is None:
+            gate, up = self.mlp.gate_proj(normed), self.mlp.up_proj(normed)
+        else:
+            gate, up = F.linear(normed, self.gate_up).chunk(2, dim=1)
+        x.addmm_(self.kernels.gated(gate, up), self.mlp.down_proj.weight.t())
+
+    def _norm(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return self.kernels.norm(x, norm.weight, norm.variance_epsilon)
+
+    def _attend_branches(self, qkv: Tensor, turns: tuple[Tensor, Tensor], cache: BranchCache) -> Tensor:
+        cos, sin = (turn.flatten(0, 1) for turn in turns)
+        layer = cache.layers[self.index]
+        num_queries = qkv.shape[1] // self.width - 2 * self.num_keys
+        query = self.kernels.turn_and_keep(qkv, cos, sin, cache.places, layer.keys, layer.values, num_queries)
+        return self.kernels.attend(
+            query,
+            (layer.prefix_keys, layer.prefix_values),
+            (layer.keys, layer.values),
+            (cache.prefix_lengths, cache.seen),
+            (cache.prefix_width, cache.branch_width),
+            self.attention.scaling,
+        )
+
+    def _attend_prompts(self, qkv: Tensor, turns: tuple[Tensor, Tensor], recorder: PrefixRecorder) -> Tensor:
+        cos, sin = (turn[:, :, None] for turn in turns)
+        heads = qkv.view(*cos.shape[:2], -1, self.width)
+        turned, value = heads[:, :, : -self.num_keys], heads[:, :, -self.num_keys :]
+        low, high = turned.chunk(2, dim=-1)
+        turned = turned * cos + torch.cat([-high, low], dim=-1) * sin
+        query, key = turned[:, :, : -self.num_keys], turned[:, :, -self.num_keys :]
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+        key, value = recorder.update(key, value, self.index)
+        scale = self.attention.scaling
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2).flatten(0, 1)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach() for tensor in tensors])
+
+
+def _any_shared(linears: Sequence[nn.Module], shared: Collection[int]) -> bool:
+    return any(linear.weight.data_ptr() in shared for linear in linears)
+
+
+def _read_from(joined: Tensor, linears: Sequence[nn.Module], shared: Collection[int]) -> bool:
+    """Let each of `linears` read its part of their `joined` weights, unless they are shared; whether they do."""
+    if _any_shared(linears, shared):
+        return False
+    parts = joined.split([linear.out_features for linear in linears])
+    for linear, part in zip(linears, parts, strict=True):
+        linear.weight = nn.Parameter(part, requires_grad=False)
+    return True

@@ -1,0 +1,127 @@
+"""RMS norm and gated activation on a GPU, in Triton: one pass over memory each, forwards and backwards.
+
+Written out in PyTorch they are eight and three passes over the widest tensors of a layer, and keep copies in float32
+for the gradient. Here only what goes in is kept.
+
+Shapes: N rows; `width` numbers of a row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK = 1024  # numbers of a gated activation that one program takes
+
+
+@triton.jit
+def _norm(x, weight, out, scales, width, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, BLOCK)
+    inside = place < width
+    values = tl.load(x + row * width + place, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values, axis=0) / width + eps)
+    scaled = (values * scale).to(out.dtype.element_ty).to(tl.float32)  # rounded where the model rounds
+    scaled *= tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + place, scaled.to(out.dtype.element_ty), mask=inside)
+    tl.store(scales + row, scale)
+
+
+@triton.jit
+def _norm_backward(grad, x, weight, scales, out, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, BLOCK)
+    inside = place < width
+    scale = tl.load(scales + row)
+    scaled = tl.load(x + row * width + place, mask=inside, other=0.0).to(tl.float32) * scale
+    of_scaled = tl.load(grad + row * width + place, mask=inside, other=0.0).to(tl.float32)
+    of_scaled *= tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+    along = tl.sum(of_scaled * scaled, axis=0) / width
+    tl.store(out + row * width + place, ((of_scaled - scaled * along) * scale).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gated(gate, up, out, width, gate_row, up_row, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < width
+    x = tl.load(gate + row * gate_row + place, mask=inside, other=0.0).to(tl.float32)
+    activated = (x * tl.sigmoid(x)).to(out.dtype.element_ty).to(tl.float32)
+    activated *= tl.load(up + row * up_row + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + place, activated.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gated_backward(grad, gate, up, of_gate, of_up, width, gate_row, up_row, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < width
+    x = tl.load(gate + row * gate_row + place, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(up + row * up_row + place, mask=inside, other=0.0).to(tl.float32)
+    arriving = tl.load(grad + row * width + place, mask=inside, other=0.0).to(tl.float32)
+    share = tl.sigmoid(x)
+    slope = share * (1 + x * (1 - share))
+    tl.store(of_gate + row * width + place, (arriving * factor * slope).to(of_gate.dtype.element_ty), mask=inside)
+    tl.store(of_up + row * width + place, (arriving * x * share).to(of_up.dtype.element_ty), mask=inside)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        width, x = x.shape[-1], x.contiguous()
+        out = torch.empty_like(x)
+        scales = x.new_empty(x.numel() // width, dtype=torch.float32)
+        block = triton.next_power_of_2(width)
+        _norm[(len(scales),)](x, weight, out, scales, width, eps, BLOCK=block, num_warps=_warps(block))
+        ctx.save_for_backward(x, weight, scales)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, scales = ctx.saved_tensors
+        width, grad, out = x.shape[-1], grad.contiguous(), torch.empty_like(x)
+        block = triton.next_power_of_2(width)
+        _norm_backward[(len(scales),)](grad, x, weight, scales, out, width, BLOCK=block, num_warps=_warps(block))
+        return out, None, None
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        rows, width = gate.shape
+        out = gate.new_empty(rows, width)
+        _gated[(rows, triton.cdiv(width, BLOCK))](gate, up, out, width, gate.stride(0), up.stride(0), BLOCK=BLOCK)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        rows, width = gate.shape
+        of_gate, of_up = gate.new_empty(rows, width), up.new_empty(rows, width)
+        strides = (gate.stride(0), up.stride(0))
+        _gated_backward[(rows, triton.cdiv(width, BLOCK))](
+            grad.contiguous(), gate, up, of_gate, of_up, width, *strides, BLOCK=BLOCK
+        )
+        return of_gate, of_up
+
+
+def _warps(block: int) -> int:
+    return min(max(block // 512, 1), 8)
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm of each row of `x` [..., width], times `weight`, which gets no gradient."""
+    return _Norm.apply(x, weight.detach(), eps)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU(gate) * up, both [N, width]; they may be parts of wider rows."""
+    return _Gated.apply(gate, up)

@@ -1,0 +1,83 @@
+"""Layers of Qwen2.5-VL that are faster on a GPU: other forward passes of transformers' modules, with the same state.
+
+A module's class becomes a subclass of what it was, so every case that is not the fast one is transformers' own code.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether `layer_kernels` can take this tensor."""
+    return x.is_cuda and has_triton()
+
+
+class FusedNorm(nn.Module):
+    """An RMS norm whose weight is frozen, as one kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not has_kernels(x) or self.weight.requires_grad:
+            return super().forward(x)
+        from lightning_modules.layer_kernels import norm
+
+        return norm(x, self.weight, self.variance_epsilon)
+
+
+class FusedMLP(nn.Module):
+    """A gated MLP with what lies between its products as one kernel.
+
+    In half precision an inner width that is no multiple of 8 is filled up with zeros: Qwen2.5-VL's vision tower has
+    3,420 inner units, and as rows of so many numbers start anywhere in memory, their products are four times slower on
+    a GPU. The weights stay what they are; filled copies are made on the way.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        down, linears = self.down_proj, (self.gate_proj, self.up_proj, self.down_proj)
+        is_plain = all(isinstance(linear, nn.Linear) for linear in linears)  # without an adapter
+        missing = -down.in_features % 8 if is_plain and x.element_size() == 2 else 0
+        if not missing and not has_kernels(x):
+            return super().forward(x)
+        if not missing:
+            return down(self._between(self.gate_proj(x), self.up_proj(x)))
+        gate, up = (_wider(linear, x, missing) for linear in (self.gate_proj, self.up_proj))
+        return F.linear(self._between(gate, up), F.pad(down.weight, (0, missing)), down.bias)
+
+    def _between(self, gate: Tensor, up: Tensor) -> Tensor:
+        if not has_kernels(gate):
+            return self.act_fn(gate) * up
+        from lightning_modules.layer_kernels import gated
+
+        return gated(gate.flatten(0, -2), up.flatten(0, -2)).view(gate.shape)
+
+
+def _wider(linear: nn.Linear, x: Tensor, missing: int) -> Tensor:
+    bias = None if linear.bias is None else F.pad(linear.bias, (0, missing))
+    return F.linear(x, F.pad(linear.weight, (0, 0, 0, missing)), bias)
+
+
+def with_fused_layers(model: nn.Module) -> nn.Module:
+    """The same Qwen2.5-VL: its RMS norms become `FusedNorm`, its MLPs with SiLU `FusedMLP`; they keep their state."""
+    text, visual = model.model.language_model, model.model.visual
+    norms = [text.norm, *(n for layer in text.layers for n in (layer.input_layernorm, layer.post_attention_layernorm))]
+    norms += [n for block in visual.blocks for n in (block.norm1, block.norm2)]
+    mlps = [layer.mlp for layer in text.layers] if model.config.text_config.hidden_act == "silu" else []
+    mlps += [block.mlp for block in visual.blocks] if model.config.vision_config.hidden_act == "silu" else []
+    for modules, kind in ((norms, FusedNorm), (mlps, FusedMLP)):
+        for module in modules:
+            module.__class__ = _subclass(kind, type(module))
+    return model
+
+
+@functools.cache
+def _subclass(kind: type[nn.Module], of: type[nn.Module]) -> type[nn.Module]:
+    return type(f"{kind.__name__}{of.__name__}", (kind, of), {})
