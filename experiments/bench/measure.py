@@ -11,6 +11,7 @@ from experiments.bench.cases import Case
 from experiments.bench.floor import Peaks, Sizes, step_work
 from experiments.bench.side_process import Side
 
+LONG = 20.0  # seconds: asking for its memory again is nothing to a step as long as this
 
 def measure(case: Case, model: str, sides: Mapping[str, Side], peaks: Peaks) -> dict[str, Any]:
     """The case's result, as JSON. Raises ValueError if the sides were not given the same tokens."""
@@ -23,7 +24,7 @@ def measure(case: Case, model: str, sides: Mapping[str, Side], peaks: Peaks) -> 
     for turn in range(case.turns):
         order = list(chosen) if turn % 2 == 0 else list(chosen)[::-1]
         for name in order:
-            turns[name].append(_run_turn(chosen[name], case, turn))
+            turns[name].append(_run_turn(chosen[name], case, turns[name]))
     decoding = {}
     if "ours" in chosen and case.name == "grpo":
         decoding = chosen["ours"].ask(do="decode")
@@ -39,10 +40,13 @@ def measure(case: Case, model: str, sides: Mapping[str, Side], peaks: Peaks) -> 
     return result | _ratio(result["sides"]) | _floor(result, case, model, peaks)
 
 
-def _run_turn(side: Side, case: Case, turn: int) -> list[dict[str, Any]]:
-    untimed = case.warmup if turn > 0 else max(case.warmup, 1)
+def _run_turn(side: Side, case: Case, earlier: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    untimed = case.warmup if earlier else max(case.warmup, 1)
+    if earlier and earlier[0][0]["seconds"] > LONG:
+        untimed = 0
     # Untimed steps wait for the GPU between phases, which gives the phases; timed steps do not.
-    steps = [side.ask(do="step", exact=index < untimed) for index in range(untimed + case.steps)]
+    exact = [index < untimed for index in range(untimed + case.steps)]
+    steps = [side.ask(do="step", exact=is_exact) | {"exact": is_exact} for is_exact in exact]
     side.ask(do="release")
     return steps
 
@@ -59,8 +63,8 @@ def _check_inputs(turns: Mapping[str, list[list[dict]]]) -> None:
 def _summary(turns: list[list[dict[str, Any]]], case: Case) -> dict[str, Any]:
     timed = [steps[-case.steps :] for steps in turns]
     flat = [step for steps in timed for step in steps]
-    # Where there are untimed steps in the last turn, phases are theirs: on a GPU only these are exact.
-    phased = turns[-1][: case.warmup] or flat
+    # Where turns have untimed steps, phases are the last one's: on a GPU only these are exact.
+    phased = [step for steps in turns for step in steps if step["exact"]][-1:] if case.warmup else flat
     seconds = median(step["seconds"] for step in flat)
     names = dict.fromkeys(name for step in phased for name in step["phases"])
     return {

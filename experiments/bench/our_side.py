@@ -18,6 +18,7 @@ from torch import Tensor
 
 from datamodules.artefacts import fingerprint
 from datamodules.batches import Batch, Encoder, PromptItem
+from datamodules.prefetch import prefetch
 from experiments.bench.gate import MAX_STEPS, Gate, serve, synchronize
 from experiments.bench.shapes import tokens_never_sampled
 from experiments.bench.workload import Workload, make_samples
@@ -52,7 +53,8 @@ def build_module(model: str, workload: Workload) -> PolicyModule:
 
 
 class EndlessBatches:
-    """Encodes the prompts of each step inside that step, as TRL does: decoding and preprocessing are part of it."""
+    """Encodes the prompts of each step: on a GPU's machine while the step before runs, as the datamodule does; on a CPU
+    inside the step, as TRL does: there is no core to spare."""
 
     def __init__(self, model: str, workload: Workload, gate: Gate) -> None:
         # The length of a written answer is ragged; none is cut.
@@ -63,11 +65,16 @@ class EndlessBatches:
         self.prompts, self.gate = workload.prompts, gate
 
     def __iter__(self) -> Iterator[Batch]:
-        stream = itertools.cycle(self.samples)
+        batches = prefetch(self._encoded(), num_ahead=1) if torch.cuda.is_available() else self._encoded()
         while True:
             with self.gate.clock.phase("data"):
-                batch = Batch([self.encoder.encode(sample) for sample in itertools.islice(stream, self.prompts)])
+                batch = next(batches)
             yield batch
+
+    def _encoded(self) -> Iterator[Batch]:
+        stream = itertools.cycle(self.samples)
+        while True:
+            yield Batch([self.encoder.encode(sample) for sample in itertools.islice(stream, self.prompts)])
 
 
 class TimedEngine:

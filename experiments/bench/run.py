@@ -103,8 +103,10 @@ class Runner:
     def _measure(self, case: Case, key: str, model: str, peaks: Peaks) -> dict[str, Any] | None:
         """The case's result, stored; None if it failed or did not end in time."""
         try:
-            if len(case.sides) > 1 or set(self.sides) - set(case.sides):
-                self._close_sides()  # a fresh process holds no memory of another case
+            if len(case.sides) > 1:
+                self._close_sides()  # fresh processes hold no memory of another case
+            for name in set(self.sides) - set(case.sides):
+                self.sides.pop(name).close()
             for name in case.sides:
                 if name not in self.sides:
                     self.sides[name] = self._start(name)
