@@ -13,6 +13,7 @@ from experiments.bench.side_process import Side
 
 LONG = 20.0  # seconds: asking for its memory again is nothing to a step as long as this
 
+
 def measure(case: Case, model: str, sides: Mapping[str, Side], peaks: Peaks) -> dict[str, Any]:
     """The case's result, as JSON. Raises ValueError if the sides were not given the same tokens."""
     chosen = {name: sides[name] for name in case.sides}
@@ -42,7 +43,7 @@ def measure(case: Case, model: str, sides: Mapping[str, Side], peaks: Peaks) -> 
 
 def _run_turn(side: Side, case: Case, earlier: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     untimed = case.warmup if earlier else max(case.warmup, 1)
-    if earlier and earlier[0][0]["seconds"] > LONG:
+    if earlier and earlier[-1][-1]["seconds"] > LONG:
         untimed = 0
     # Untimed steps wait for the GPU between phases, which gives the phases; timed steps do not.
     exact = [index < untimed for index in range(untimed + case.steps)]
