@@ -83,20 +83,26 @@ class BranchCache:
 
         `width` is how much of the branches is read: places are below it.
         """
-        self.places, self.seen, self.branch_width, self.branch_bias = places, places + 1, width, None
-        self.owners, self.branches = self.slots // self.num_branches, self.slots % self.num_branches
-        if isinstance(places, Tensor):
-            last = places.new_zeros(self.num_prompts * self.num_branches)
-            last[self.slots] = places
-            hidden = torch.arange(width, device=places.device) > last[:, None]
-            self.branch_bias = _bias(hidden).view(self.num_prompts, 1, self.num_branches, 1, width)
+        self.places, self.seen, self.branch_width = places, places + 1, width
 
     def update(
         self, keys: Tensor, values: Tensor, layer: int, *_: object, **__: object
     ) -> tuple[BranchLayer, BranchLayer]:
         """Write the keys and values [A, H, 1, D] of this step's tokens; the layer itself answers `attend`."""
+        if layer == 0:
+            self._prepare()
         self.layers[layer].write(keys[:, :, 0], values[:, :, 0])
         return self.layers[layer], self.layers[layer]
+
+    def _prepare(self) -> None:
+        """What all layers of a step need (but for a GPU's kernels, which see to it themselves)."""
+        self.owners, self.branches = self.slots // self.num_branches, self.slots % self.num_branches
+        self.branch_bias = None
+        if isinstance(self.places, Tensor):
+            last = self.places.new_zeros(self.num_prompts * self.num_branches)
+            last[self.slots] = self.places
+            hidden = torch.arange(self.branch_width, device=last.device) > last[:, None]
+            self.branch_bias = _bias(hidden).view(self.num_prompts, 1, self.num_branches, 1, -1)
 
     def keep_rows(self, rows: Tensor, shrink: bool = True, min_waste: float = 0.25) -> None:
         """Go on with those active rows only (ascending indices into [A]).

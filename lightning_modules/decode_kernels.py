@@ -55,15 +55,16 @@ def _turn_and_keep(
 
 @triton.jit
 def _attend_part(
-    query, keys, values, lengths, out, log_sums, which, part, block, scaling,
+    query, keys, values, lengths, out, log_sums, sequence_head, part, block, scaling,
     heads, sharing, rows, inner, key_outer, key_inner, key_h, key_t, num_parts, part_keys,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys of one sequence and head, for up to QUERIES of the `rows` * `sharing` queries that share it.
 
-    Sequence b has the rows from b * `rows`; its keys are at (b // inner, b % inner) of the memory.
+    Sequence b has the rows from b * `rows`; its keys are at (b // inner, b % inner) of the memory. A prefix has G rows
+    and is found by its prompt alone (inner 1); a branch has one row and is found by prompt and branch (inner G).
     """
-    sequence, head = which // heads, which % heads
+    sequence, head = sequence_head // heads, sequence_head % heads
     m = block * QUERIES + tl.arange(0, QUERIES)
     d = tl.arange(0, BLOCK)
     is_query, in_head = m < rows * sharing, d < WIDTH
@@ -92,7 +93,7 @@ def _attend_part(
     # A part behind the end of its sequence has seen nothing: its sum is 0, and its log-sum -inf.
     divisor = tl.where(total > 0, total, 1.0)
     mean /= divisor[:, None]
-    of_part = (which * num_parts + part) * rows * sharing + m
+    of_part = (sequence_head * num_parts + part) * rows * sharing + m
     tl.store(out + of_part[:, None] * WIDTH + d, mean, mask=is_query[:, None] & in_head)
     tl.store(log_sums + of_part, most + tl.log(divisor), mask=is_query)
 
@@ -148,7 +149,7 @@ def _join(
     a, a_sums = _read_parts(prefix_out, prefix_sums, first, many, prefix_parts, d, WIDTH, PREFIX_PARTS)
     first = ((row * heads + head) * branch_parts) * sharing + shared
     b, b_sums = _read_parts(branch_out, branch_sums, first, sharing, branch_parts, d, WIDTH, BRANCH_PARTS)
-    most = tl.maximum(tl.max(a_sums, axis=0), tl.max(b_sums, axis=0))  # finite: a row sees itself
+    most = tl.maximum(tl.max(a_sums, axis=0), tl.max(b_sums, axis=0))  # finite: every row sees some key
     a_weights, b_weights = tl.exp(a_sums - most), tl.exp(b_sums - most)
     mean = tl.sum(a * a_weights[:, None], axis=0) + tl.sum(b * b_weights[:, None], axis=0)
     mean /= tl.sum(a_weights, axis=0) + tl.sum(b_weights, axis=0)
@@ -166,10 +167,11 @@ def turn_and_keep(
     out = qkv.new_empty(rows, num_queries, width)
     strides = (keys.stride(0), keys.stride(1), keys.stride(2), keys.stride(3))
     block = triton.next_power_of_2(width // 2)
-    _turn_and_keep[(rows, num_queries + 2 * heads)](
-        qkv, cos, sin, places, out, keys, values, num_queries, heads, branches, *strides,
-        HALF=width // 2, BLOCK=block, num_warps=1,
-    )  # fmt: skip
+    with torch.cuda.device_of(qkv):  # Triton runs on the current device, whatever it is given
+        _turn_and_keep[(rows, num_queries + 2 * heads)](
+            qkv, cos, sin, places, out, keys, values, num_queries, heads, branches, *strides,
+            HALF=width // 2, BLOCK=block, num_warps=1,
+        )  # fmt: skip
     return out
 
 
@@ -183,7 +185,7 @@ def attend(
     """
     num_prompts, heads, branches, _, width = branch[0].shape
     rows, sharing = len(query), query.shape[1] // heads
-    block, many = triton.next_power_of_2(width), branches * sharing
+    block, many = max(16, triton.next_power_of_2(width)), branches * sharing
     of_prefix, of_branch = (min(QUERIES, max(16, triton.next_power_of_2(n))) for n in (many, sharing))
     blocks = triton.cdiv(many, of_prefix)
     prefix_parts, prefix_part_keys = _split(read[0], num_prompts * heads * blocks)
@@ -195,19 +197,20 @@ def attend(
     sums = [mean.new_empty(mean.shape[:-1]) for mean in means]
     k, own = prefix[0], branch[0]
     num_of_prefix = num_prompts * heads * blocks * prefix_parts
-    _attend[(num_of_prefix + rows * heads * parts,)](
-        query, *prefix, lengths[0], means[0], sums[0], *branch, lengths[1], means[1], sums[1],
-        scaling, heads, sharing, branches, k.stride(0), k.stride(1), k.stride(2),
-        own.stride(0), own.stride(1), own.stride(2), own.stride(3),
-        prefix_parts, prefix_part_keys, parts, part_keys, blocks, num_of_prefix,
-        WIDTH=width, BLOCK=block, OF_PREFIX=of_prefix, OF_BRANCH=of_branch, KEYS=KEYS, num_warps=4,
-    )  # fmt: skip
     out = torch.empty_like(query)
-    _join[(rows, heads * sharing)](
-        means[0], sums[0], means[1], sums[1], out, heads, sharing, branches, prefix_parts, parts, WIDTH=width,
-        BLOCK=block, PREFIX_PARTS=triton.next_power_of_2(prefix_parts), BRANCH_PARTS=triton.next_power_of_2(parts),
-        num_warps=2,
-    )  # fmt: skip
+    with torch.cuda.device_of(query):
+        _attend[(num_of_prefix + rows * heads * parts,)](
+            query, *prefix, lengths[0], means[0], sums[0], *branch, lengths[1], means[1], sums[1],
+            scaling, heads, sharing, branches, k.stride(0), k.stride(1), k.stride(2),
+            own.stride(0), own.stride(1), own.stride(2), own.stride(3),
+            prefix_parts, prefix_part_keys, parts, part_keys, blocks, num_of_prefix,
+            WIDTH=width, BLOCK=block, OF_PREFIX=of_prefix, OF_BRANCH=of_branch, KEYS=KEYS, num_warps=4,
+        )  # fmt: skip
+        _join[(rows, heads * sharing)](
+            means[0], sums[0], means[1], sums[1], out, heads, sharing, branches, prefix_parts, parts, WIDTH=width,
+            BLOCK=block, PREFIX_PARTS=triton.next_power_of_2(prefix_parts), BRANCH_PARTS=triton.next_power_of_2(parts),
+            num_warps=2,
+        )  # fmt: skip
     return out
 
 

@@ -10,14 +10,14 @@ Shapes: B rows, T tokens of each, N = B * T; H key-value heads, R query heads fo
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from types import SimpleNamespace
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.branch_cache import BranchCache, PrefixRecorder
-from lightning_modules.layers import has_triton
+from lightning_modules.layers import has_kernels
 
 
 class FusedModel:
@@ -29,14 +29,17 @@ class FusedModel:
 
     @staticmethod
     def can_read(model: nn.Module) -> bool:
-        return model.device.type == "cuda" and has_triton() and model.config.text_config.hidden_act == "silu"
+        is_half = model.dtype != torch.float32  # of which a GPU's matrix units make fast products
+        return is_half and has_kernels(model.device) and model.config.text_config.hidden_act == "silu"
 
     def __init__(self, module: nn.Module, shared: Collection[int] = ()) -> None:
+        from lightning_modules import decode_kernels  # needs Triton, which a CPU's PyTorch does not bring
+
         text = module.model.language_model
         self.module, self.config, self.dtype, self.device = module, module.config, module.dtype, module.device
         self.embeddings, self.rotary, self.norm = module.get_input_embeddings(), text.rotary_emb, text.norm
         self.lm_head = module.lm_head
-        self.layers = [_Layer(layer, shared) for layer in text.layers]
+        self.layers = [_Layer(layer, shared, decode_kernels) for layer in text.layers]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
@@ -66,23 +69,17 @@ class FusedModel:
 
 
 class _Layer:
-    def __init__(self, layer: nn.Module, shared: Collection[int]) -> None:
-        # They need Triton, which a CPU's PyTorch does not bring.
-        from lightning_modules.decode_kernels import attend, turn_and_keep
-        from lightning_modules.layer_kernels import gated, norm
-
-        self.kernels = SimpleNamespace(attend=attend, turn_and_keep=turn_and_keep, gated=gated, norm=norm)
-        self.attention, self.mlp = layer.self_attn, layer.mlp
+    def __init__(self, layer: nn.Module, shared: Collection[int], kernels: ModuleType) -> None:
+        self.kernels, self.attention, self.mlp = kernels, layer.self_attn, layer.mlp
         self.before_attention, self.before_mlp = layer.input_layernorm, layer.post_attention_layernorm
         self.index, self.width = self.attention.layer_idx, self.attention.head_dim
         self.num_keys = self.attention.num_key_value_heads
         self.qkv = [self.attention.q_proj, self.attention.k_proj, self.attention.v_proj]
-        self.weight, self.bias = _joined([m.weight for m in self.qkv]), _joined([m.bias for m in self.qkv])
-        self.is_copy = not _read_from(self.weight, self.qkv, shared)
-        gate_up = [self.mlp.gate_proj, self.mlp.up_proj]
-        self.gate_up = None if _any_shared(gate_up, shared) else _joined([m.weight for m in gate_up])
-        if self.gate_up is not None:
-            _read_from(self.gate_up, gate_up, shared)
+        self.weight, self.bias = _join(self.qkv, shared), torch.cat([m.bias.detach() for m in self.qkv])
+        self.is_copy = self.weight is None
+        if self.is_copy:
+            self.weight = torch.cat([m.weight.detach() for m in self.qkv])
+        self.gate_up = _join([self.mlp.gate_proj, self.mlp.up_proj], shared)
 
     def refresh(self) -> None:
         if self.is_copy:
@@ -91,18 +88,15 @@ class _Layer:
 
     def __call__(self, x: Tensor, turns: tuple[Tensor, Tensor], context: BranchCache | PrefixRecorder) -> None:
         """Add the layer's two parts to `x` [N, D]. `turns`: cosines and sines [B, T, W]."""
-        qkv = F.linear(self._norm(self.before_attention, x), self.weight, self.bias)
+        qkv = F.linear(self.before_attention(x), self.weight, self.bias)
         attend = self._attend_branches if isinstance(context, BranchCache) else self._attend_prompts
         x.addmm_(attend(qkv, turns, context).flatten(1), self.attention.o_proj.weight.t())
-        normed = self._norm(self.before_mlp, x)
+        normed = self.before_mlp(x)
         if self.gate_up is None:
             gate, up = self.mlp.gate_proj(normed), self.mlp.up_proj(normed)
         else:
             gate, up = F.linear(normed, self.gate_up).chunk(2, dim=1)
-        x.addmm_(self.kernels.gated(gate, up), self.mlp.down_proj.weight.t())
-
-    def _norm(self, norm: nn.Module, x: Tensor) -> Tensor:
-        return self.kernels.norm(x, norm.weight, norm.variance_epsilon)
+        x.addmm_(self.mlp.between(gate, up), self.mlp.down_proj.weight.t())
 
     def _attend_branches(self, qkv: Tensor, turns: tuple[Tensor, Tensor], cache: BranchCache) -> Tensor:
         cos, sin = (turn.flatten(0, 1) for turn in turns)
@@ -132,19 +126,11 @@ class _Layer:
         return out.transpose(1, 2).flatten(0, 1)
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach() for tensor in tensors])
-
-
-def _any_shared(linears: Sequence[nn.Module], shared: Collection[int]) -> bool:
-    return any(linear.weight.data_ptr() in shared for linear in linears)
-
-
-def _read_from(joined: Tensor, linears: Sequence[nn.Module], shared: Collection[int]) -> bool:
-    """Let each of `linears` read its part of their `joined` weights, unless they are shared; whether they do."""
-    if _any_shared(linears, shared):
-        return False
-    parts = joined.split([linear.out_features for linear in linears])
-    for linear, part in zip(linears, parts, strict=True):
+def _join(linears: Sequence[nn.Module], shared: Collection[int]) -> Tensor | None:
+    """Their weights as one, of which each then reads its part; None, and nothing done, if one of them is shared."""
+    if any(linear.weight.data_ptr() in shared for linear in linears):
+        return None
+    joined = torch.cat([linear.weight.detach() for linear in linears])
+    for linear, part in zip(linears, joined.split([linear.out_features for linear in linears]), strict=True):
         linear.weight = nn.Parameter(part, requires_grad=False)
-    return True
+    return joined

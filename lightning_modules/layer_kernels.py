@@ -119,9 +119,11 @@ def _warps(block: int) -> int:
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm of each row of `x` [..., width], times `weight`, which gets no gradient."""
-    return _Norm.apply(x, weight.detach(), eps)
+    with torch.cuda.device_of(x):  # Triton runs on the current device, whatever it is given
+        return _Norm.apply(x, weight.detach(), eps)
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU(gate) * up, both [N, width]; they may be parts of wider rows."""
-    return _Gated.apply(gate, up)
+    with torch.cuda.device_of(gate):
+        return _Gated.apply(gate, up)

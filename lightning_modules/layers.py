@@ -8,25 +8,28 @@ from __future__ import annotations
 import functools
 import importlib.util
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 @functools.cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def is_recent_gpu(device: torch.device) -> bool:
+    """Whether flash attention and Triton's matrix products run there: NVIDIA's Ampere, of 2020, or later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def has_kernels(x: Tensor) -> bool:
-    """Whether `layer_kernels` can take this tensor."""
-    return x.is_cuda and has_triton()
+@functools.cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether the kernels written in Triton run there."""
+    return is_recent_gpu(device) and importlib.util.find_spec("triton") is not None
 
 
 class FusedNorm(nn.Module):
-    """An RMS norm whose weight is frozen, as one kernel."""
+    """An RMS norm as one kernel, but for a weight's gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not has_kernels(x) or self.weight.requires_grad:
+        if not has_kernels(x.device) or (self.weight.requires_grad and torch.is_grad_enabled()):
             return super().forward(x)
         from lightning_modules.layer_kernels import norm
 
@@ -38,22 +41,24 @@ class FusedMLP(nn.Module):
 
     In half precision an inner width that is no multiple of 8 is filled up with zeros: Qwen2.5-VL's vision tower has
     3,420 inner units, and as rows of so many numbers start anywhere in memory, their products are four times slower on
-    a GPU. The weights stay what they are; filled copies are made on the way.
+    a GPU. The weights stay what they are; filled copies are made on the way (and kept for the gradient, 26 MB a layer,
+    where the tower is trained).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         down, linears = self.down_proj, (self.gate_proj, self.up_proj, self.down_proj)
         is_plain = all(isinstance(linear, nn.Linear) for linear in linears)  # without an adapter
         missing = -down.in_features % 8 if is_plain and x.element_size() == 2 else 0
-        if not missing and not has_kernels(x):
+        if not missing and not has_kernels(x.device):
             return super().forward(x)
         if not missing:
-            return down(self._between(self.gate_proj(x), self.up_proj(x)))
+            return down(self.between(self.gate_proj(x), self.up_proj(x)))
         gate, up = (_wider(linear, x, missing) for linear in (self.gate_proj, self.up_proj))
-        return F.linear(self._between(gate, up), F.pad(down.weight, (0, missing)), down.bias)
+        return F.linear(self.between(gate, up), F.pad(down.weight, (0, missing)), down.bias)
 
-    def _between(self, gate: Tensor, up: Tensor) -> Tensor:
-        if not has_kernels(gate):
+    def between(self, gate: Tensor, up: Tensor) -> Tensor:
+        """What `down_proj` is given."""
+        if not has_kernels(gate.device):
             return self.act_fn(gate) * up
         from lightning_modules.layer_kernels import gated
 

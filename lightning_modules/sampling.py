@@ -48,5 +48,6 @@ def _sample_large(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
     # Two sums of one block may differ by a rounding: a draw stays below the end of the last token that has width.
     wanted = torch.minimum(wanted, inside[:, -1:] * (1 - 1e-15))
     tokens = block * BLOCK + torch.searchsorted(inside, wanted, right=True)
+    tokens.clamp_(max=logits.shape[-1] - 1)  # of NaN there is none: let it be seen, not end the process
     log_probs = logits.gather(-1, tokens) - most - sums[:, -1:].log().float()
     return tokens[:, 0], log_probs[:, 0]

@@ -23,6 +23,11 @@ def test_samples_follow_the_tempered_distribution() -> None:
     torch.testing.assert_close(log_probs.double(), expected.log()[tokens], rtol=1e-5, atol=1e-5)
 
 
+def test_logits_that_are_not_numbers_give_such_log_probs() -> None:
+    tokens, log_probs = sample(torch.full((1, 10_000), float("nan")), torch.tensor([0]), 1.0, torch.rand(1, 1).double())
+    assert 0 <= tokens.item() < 10_000 and log_probs.isnan().all()
+
+
 @pytest.mark.parametrize("size", [20_000, 16_384])
 def test_tokens_of_a_large_vocabulary_are_those_of_one_long_sum(size: int) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -13,7 +13,7 @@ import pytest
 from experiments.bench import run
 from experiments.bench.cases import GROWTH, Case, cases, workloads
 from experiments.bench.measure import measure
-from experiments.bench.side_process import OutOfTime
+from experiments.bench.side_process import OutOfTime, SideFailed
 from experiments.bench.workload import Workload
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -151,6 +151,19 @@ def test_sides_take_turns_and_untimed_steps_do_not_count(tmp_path: Path) -> None
     assert steps == ["ours"] * 3 + ["trl"] * 5 + ["ours"] * 2
 
 
+def test_a_long_step_is_not_warmed_up_again_and_is_timed_by_phase(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((ROOT / "models/nano-base/config.json").read_text())
+    case = Case("sft", Workload(task="sft", group_size=1), turns=2, warmup=1, steps=1)
+    log: list[str] = []
+    sides = {
+        "ours": StubSide(log, "ours", [99.0, 1.0, 7.0, 2.0]),
+        "trl": StubSide(log, "trl", [99.0, 30.0, 40.0]),
+    }
+    result = measure(case, str(tmp_path), sides, run.Peaks(1e12, 1e12, "stated"))
+    assert [result["sides"][name]["steps"] for name in sides] == [[[1.0], [2.0]], [[30.0], [40.0]]]
+    assert [result["sides"][name]["phases"]["other"] for name in sides] == [7.0, 40.0]
+
+
 def test_sides_that_read_different_tokens_are_refused(tmp_path: Path) -> None:
     case = Case("sft", Workload(task="sft", group_size=1), turns=1, steps=1)
     sides = {name: StubSide([], name, [1.0, 1.0], inputs=name) for name in ("ours", "trl")}
@@ -165,6 +178,17 @@ def test_a_side_that_is_silent_is_not_waited_for_forever(tmp_path: Path) -> None
     side = run.Side("ours", str(silent), 1, tmp_path / "log", deadline=run.time.monotonic() + 0.2)
     with pytest.raises(OutOfTime, match="ours did not answer"):
         side.greeting()
+    side.close()
+
+
+def test_a_side_that_died_between_two_commands_is_reported(tmp_path: Path) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho out of memory >&2\nexit 3\n")
+    broken.chmod(0o755)
+    side = run.Side("ours", str(broken), 1, tmp_path / "log", deadline=run.time.monotonic() + 60)
+    side.process.wait()
+    with pytest.raises(SideFailed, match="out of memory"):
+        side.ask(do="step")
     side.close()
 
 
