@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from datamodules.artefacts import whole_folder
+from lightning_modules.layers import HALF
 from lightning_modules.lora_linear import FusedLoraLinear
 
 
@@ -80,6 +81,13 @@ def folded_copy(module: nn.Module, fold: bool = True) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
+def frozen_copy(model: nn.Module, share_vision: bool) -> nn.Module:
+    """A Qwen2.5-VL as it is now, which nothing trains; with `share_vision` its tower's tensors are the model's own."""
+    visual = model.model.visual
+    memo = {id(t): t for t in (*visual.parameters(), *visual.buffers())} if share_vision else {}
+    return copy.deepcopy(model, memo).requires_grad_(False).eval()
+
+
 @torch.no_grad()
 def fold_again(folded: nn.Module, module: nn.Module) -> None:
     """Write the LoRA layers of `module`, as they are now, into `folded`, an earlier `folded_copy` of it, in place."""
@@ -109,7 +117,7 @@ def folded_weight(layer: nn.Module, out: Tensor | None = None) -> Tensor:
         return layer.weight.detach()
     base, names = layer.get_base_layer(), layer.active_adapters
     weight = base.weight.detach()
-    if weight.is_cuda and weight.dtype != torch.float32 and len(names) == 1:
+    if weight.is_cuda and weight.dtype in HALF and len(names) == 1:
         # One pass over the weights: A and B rounded as in training, the sum in float32. Else ten passes of that size.
         down, up = (part[names[0]].weight.to(weight.dtype) for part in (layer.lora_A, layer.lora_B))
         return torch.addmm(weight, up, down, alpha=layer.scaling[names[0]], out=out)

@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lightning_modules.branch_cache import BranchLayer
-from lightning_modules.layers import is_recent_gpu
+from lightning_modules.layers import HALF, is_recent_gpu
 from lightning_modules.shared_prefix import SharedPrefixAttention
 
 TEXT_ATTENTION = "shared_prefix_sdpa"
@@ -66,8 +66,8 @@ def vision_attention(
     batch; padding is masked as a key and thrown away as a query.
     """
     num_segments, longest = len(cu_seq_lens_q) - 1, int(max_length_q)
-    is_half, fits = query.dtype != torch.float32, query.shape[-1] % 8 == 0
-    if is_half and fits and dropout == 0 and is_recent_gpu(query.device):
+    fits = query.dtype in HALF and query.shape[-1] % 8 == 0
+    if fits and dropout == 0 and is_recent_gpu(query.device):
         ends = cu_seq_lens_q.int()
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
         return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling)[None], None

@@ -21,7 +21,7 @@ PROGRAMS = 132  # of an H100's multiprocessors: so many are enough to share the 
 
 
 @triton.jit
-def _turn_and_keep(
+def _rotate_and_write(
     qkv, cos, sin, places, out, keys, values,
     num_queries, num_keys, branches, key_p, key_h, key_g, key_t,
     HALF: tl.constexpr, BLOCK: tl.constexpr,
@@ -157,19 +157,16 @@ def _join(
     tl.store(target, mean.to(out.dtype.element_ty), mask=d < WIDTH)
 
 
-def turn_and_keep(
-    qkv: Tensor, cos: Tensor, sin: Tensor, places: Tensor, keys: Tensor, values: Tensor, num_queries: int
-) -> Tensor:
+def rotate_and_write(qkv: Tensor, cos: Tensor, sin: Tensor, places: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Rotate queries and keys of `qkv` [A, (H * R + 2 H) * D] by `cos`, `sin` [A, D] and write keys and values into
-    their memory [P, H, G, T, D] at `places` [A]. Returns the queries [A, H * R, D]; `num_queries` is H * R."""
+    their memory [P, H, G, T, D], both of one layout, at `places` [A]. Returns the queries [A, H * R, D]."""
     _, heads, branches, _, width = keys.shape
-    rows = len(qkv)
+    rows, num_queries = len(qkv), qkv.shape[1] // width - 2 * heads
     out = qkv.new_empty(rows, num_queries, width)
-    strides = (keys.stride(0), keys.stride(1), keys.stride(2), keys.stride(3))
     block = triton.next_power_of_2(width // 2)
     with torch.cuda.device_of(qkv):  # Triton runs on the current device, whatever it is given
-        _turn_and_keep[(rows, num_queries + 2 * heads)](
-            qkv, cos, sin, places, out, keys, values, num_queries, heads, branches, *strides,
+        _rotate_and_write[(rows, num_queries + 2 * heads)](
+            qkv, cos, sin, places, out, keys, values, num_queries, heads, branches, *keys.stride()[:4],
             HALF=width // 2, BLOCK=block, num_warps=1,
         )  # fmt: skip
     return out
@@ -185,24 +182,22 @@ def attend(
     """
     num_prompts, heads, branches, _, width = branch[0].shape
     rows, sharing = len(query), query.shape[1] // heads
-    block, many = max(16, triton.next_power_of_2(width)), branches * sharing
-    of_prefix, of_branch = (min(QUERIES, max(16, triton.next_power_of_2(n))) for n in (many, sharing))
-    blocks = triton.cdiv(many, of_prefix)
+    block, of_prompt = max(16, triton.next_power_of_2(width)), branches * sharing  # queries that share a prefix's keys
+    of_prefix, of_branch = (min(QUERIES, max(16, triton.next_power_of_2(n))) for n in (of_prompt, sharing))
+    blocks = triton.cdiv(of_prompt, of_prefix)
     prefix_parts, prefix_part_keys = _split(read[0], num_prompts * heads * blocks)
     parts, part_keys = _split(read[1], rows * heads)
     means = [
-        query.new_empty(num_prompts * heads, prefix_parts, many, width, dtype=torch.float32),
+        query.new_empty(num_prompts * heads, prefix_parts, of_prompt, width, dtype=torch.float32),
         query.new_empty(rows * heads, parts, sharing, width, dtype=torch.float32),
     ]
     sums = [mean.new_empty(mean.shape[:-1]) for mean in means]
-    k, own = prefix[0], branch[0]
     num_of_prefix = num_prompts * heads * blocks * prefix_parts
     out = torch.empty_like(query)
     with torch.cuda.device_of(query):
         _attend[(num_of_prefix + rows * heads * parts,)](
             query, *prefix, lengths[0], means[0], sums[0], *branch, lengths[1], means[1], sums[1],
-            scaling, heads, sharing, branches, k.stride(0), k.stride(1), k.stride(2),
-            own.stride(0), own.stride(1), own.stride(2), own.stride(3),
+            scaling, heads, sharing, branches, *prefix[0].stride()[:3], *branch[0].stride()[:4],
             prefix_parts, prefix_part_keys, parts, part_keys, blocks, num_of_prefix,
             WIDTH=width, BLOCK=block, OF_PREFIX=of_prefix, OF_BRANCH=of_branch, KEYS=KEYS, num_warps=4,
         )  # fmt: skip

@@ -10,14 +10,13 @@ Shapes: B rows, T tokens of each, N = B * T; H key-value heads, R query heads fo
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.branch_cache import BranchCache, PrefixRecorder
-from lightning_modules.layers import has_kernels
+from lightning_modules.layers import HALF, has_kernels
 
 
 class FusedModel:
@@ -29,17 +28,15 @@ class FusedModel:
 
     @staticmethod
     def can_read(model: nn.Module) -> bool:
-        is_half = model.dtype != torch.float32  # of which a GPU's matrix units make fast products
-        return is_half and has_kernels(model.device) and model.config.text_config.hidden_act == "silu"
+        fits = model.dtype in HALF and model.config.text_config.hidden_act == "silu"
+        return fits and has_kernels(model.device)
 
     def __init__(self, module: nn.Module, shared: Collection[int] = ()) -> None:
-        from lightning_modules import decode_kernels  # needs Triton, which a CPU's PyTorch does not bring
-
         text = module.model.language_model
         self.module, self.config, self.dtype, self.device = module, module.config, module.dtype, module.device
         self.embeddings, self.rotary, self.norm = module.get_input_embeddings(), text.rotary_emb, text.norm
         self.lm_head = module.lm_head
-        self.layers = [_Layer(layer, shared, decode_kernels) for layer in text.layers]
+        self.layers = [_Layer(layer, shared) for layer in text.layers]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
@@ -69,17 +66,17 @@ class FusedModel:
 
 
 class _Layer:
-    def __init__(self, layer: nn.Module, shared: Collection[int], kernels: ModuleType) -> None:
-        self.kernels, self.attention, self.mlp = kernels, layer.self_attn, layer.mlp
+    def __init__(self, layer: nn.Module, shared: Collection[int]) -> None:
+        self.attention, self.mlp = layer.self_attn, layer.mlp
         self.before_attention, self.before_mlp = layer.input_layernorm, layer.post_attention_layernorm
         self.index, self.width = self.attention.layer_idx, self.attention.head_dim
         self.num_keys = self.attention.num_key_value_heads
         self.qkv = [self.attention.q_proj, self.attention.k_proj, self.attention.v_proj]
-        self.weight, self.bias = _join(self.qkv, shared), torch.cat([m.bias.detach() for m in self.qkv])
+        self.weight, self.bias = _joined_weight(self.qkv, shared), torch.cat([m.bias.detach() for m in self.qkv])
         self.is_copy = self.weight is None
         if self.is_copy:
             self.weight = torch.cat([m.weight.detach() for m in self.qkv])
-        self.gate_up = _join([self.mlp.gate_proj, self.mlp.up_proj], shared)
+        self.gate_up = _joined_weight([self.mlp.gate_proj, self.mlp.up_proj], shared)
 
     def refresh(self) -> None:
         if self.is_copy:
@@ -96,14 +93,16 @@ class _Layer:
             gate, up = self.mlp.gate_proj(normed), self.mlp.up_proj(normed)
         else:
             gate, up = F.linear(normed, self.gate_up).chunk(2, dim=1)
-        x.addmm_(self.mlp.between(gate, up), self.mlp.down_proj.weight.t())
+        x.addmm_(self.mlp.activate(gate, up), self.mlp.down_proj.weight.t())
 
     def _attend_branches(self, qkv: Tensor, turns: tuple[Tensor, Tensor], cache: BranchCache) -> Tensor:
+        # Needs Triton, which a CPU's PyTorch does not bring.
+        from lightning_modules.decode_kernels import attend, rotate_and_write
+
         cos, sin = (turn.flatten(0, 1) for turn in turns)
         layer = cache.layers[self.index]
-        num_queries = qkv.shape[1] // self.width - 2 * self.num_keys
-        query = self.kernels.turn_and_keep(qkv, cos, sin, cache.places, layer.keys, layer.values, num_queries)
-        return self.kernels.attend(
+        query = rotate_and_write(qkv, cos, sin, cache.places, layer.keys, layer.values)
+        return attend(
             query,
             (layer.prefix_keys, layer.prefix_values),
             (layer.keys, layer.values),
@@ -126,7 +125,7 @@ class _Layer:
         return out.transpose(1, 2).flatten(0, 1)
 
 
-def _join(linears: Sequence[nn.Module], shared: Collection[int]) -> Tensor | None:
+def _joined_weight(linears: Sequence[nn.Module], shared: Collection[int]) -> Tensor | None:
     """Their weights as one, of which each then reads its part; None, and nothing done, if one of them is shared."""
     if any(linear.weight.data_ptr() in shared for linear in linears):
         return None

@@ -1,7 +1,8 @@
-"""RMS norm and gated activation on a GPU, in Triton: one pass over memory each, forwards and backwards.
+"""RMS norm (Zhang and Sennrich 2019) and SwiGLU's gate (Shazeer 2020) on a GPU, in Triton: one pass over memory each,
+forwards and backwards.
 
 Written out in PyTorch they are eight and three passes over the widest tensors of a layer, and keep copies in float32
-for the gradient. Here only what goes in is kept.
+for the gradient. Here what goes in is kept, and one number a row.
 
 Shapes: N rows; `width` numbers of a row.
 """
@@ -117,13 +118,13 @@ def _warps(block: int) -> int:
     return min(max(block // 512, 1), 8)
 
 
-def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm of each row of `x` [..., width], times `weight`, which gets no gradient."""
     with torch.cuda.device_of(x):  # Triton runs on the current device, whatever it is given
         return _Norm.apply(x, weight.detach(), eps)
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
+def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU(gate) * up, both [N, width]; they may be parts of wider rows."""
     with torch.cuda.device_of(gate):
         return _Gated.apply(gate, up)

@@ -1,6 +1,7 @@
 """Layers of Qwen2.5-VL that are faster on a GPU: other forward passes of transformers' modules, with the same state.
 
-A module's class becomes a subclass of what it was, so every case that is not the fast one is transformers' own code.
+A module's class becomes a subclass of what it was, so in float32 on a CPU, and wherever else nothing is gained, it is
+transformers' own code that runs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 @functools.cache
@@ -31,9 +34,9 @@ class FusedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not has_kernels(x.device) or (self.weight.requires_grad and torch.is_grad_enabled()):
             return super().forward(x)
-        from lightning_modules.layer_kernels import norm
+        from lightning_modules.layer_kernels import rms_norm
 
-        return norm(x, self.weight, self.variance_epsilon)
+        return rms_norm(x, self.weight, self.variance_epsilon)
 
 
 class FusedMLP(nn.Module):
@@ -48,21 +51,21 @@ class FusedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         down, linears = self.down_proj, (self.gate_proj, self.up_proj, self.down_proj)
         is_plain = all(isinstance(linear, nn.Linear) for linear in linears)  # without an adapter
-        missing = -down.in_features % 8 if is_plain and x.element_size() == 2 else 0
-        if not missing and not has_kernels(x.device):
-            return super().forward(x)
-        if not missing:
-            return down(self.between(self.gate_proj(x), self.up_proj(x)))
-        gate, up = (_wider(linear, x, missing) for linear in (self.gate_proj, self.up_proj))
-        return F.linear(self.between(gate, up), F.pad(down.weight, (0, missing)), down.bias)
+        missing = -down.in_features % 8 if is_plain and x.dtype in HALF else 0
+        if missing:
+            gate, up = (_wider(linear, x, missing) for linear in (self.gate_proj, self.up_proj))
+            return F.linear(self.activate(gate, up), F.pad(down.weight, (0, missing)), down.bias)
+        if has_kernels(x.device):
+            return down(self.activate(self.gate_proj(x), self.up_proj(x)))
+        return super().forward(x)
 
-    def between(self, gate: Tensor, up: Tensor) -> Tensor:
+    def activate(self, gate: Tensor, up: Tensor) -> Tensor:
         """What `down_proj` is given."""
         if not has_kernels(gate.device):
             return self.act_fn(gate) * up
-        from lightning_modules.layer_kernels import gated
+        from lightning_modules.layer_kernels import silu_gate
 
-        return gated(gate.flatten(0, -2), up.flatten(0, -2)).view(gate.shape)
+        return silu_gate(gate.flatten(0, -2), up.flatten(0, -2)).view(gate.shape)
 
 
 def _wider(linear: nn.Linear, x: Tensor, missing: int) -> Tensor:
@@ -74,7 +77,7 @@ def with_fused_layers(model: nn.Module) -> nn.Module:
     """The same Qwen2.5-VL: its RMS norms become `FusedNorm`, its MLPs with SiLU `FusedMLP`; they keep their state."""
     text, visual = model.model.language_model, model.model.visual
     norms = [text.norm, *(n for layer in text.layers for n in (layer.input_layernorm, layer.post_attention_layernorm))]
-    norms += [n for block in visual.blocks for n in (block.norm1, block.norm2)]
+    norms += [visual.merger.ln_q, *(n for block in visual.blocks for n in (block.norm1, block.norm2))]
     mlps = [layer.mlp for layer in text.layers] if model.config.text_config.hidden_act == "silu" else []
     mlps += [block.mlp for block in visual.blocks] if model.config.vision_config.hidden_act == "silu" else []
     for modules, kind in ((norms, FusedNorm), (mlps, FusedMLP)):

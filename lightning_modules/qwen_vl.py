@@ -7,7 +7,6 @@ Shapes: P prompts, N target tokens, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
@@ -29,7 +28,7 @@ from transformers import (
 from datamodules.artefacts import whole_folder
 from datamodules.batches import PromptItem
 from lightning_modules.activations import ActivationBudget
-from lightning_modules.adapters import LoraSettings, fold_again, folded_copy, with_adapter
+from lightning_modules.adapters import LoraSettings, fold_again, folded_copy, frozen_copy, with_adapter
 from lightning_modules.attention import TEXT_ATTENTION, VISION_ATTENTION, register_attention
 from lightning_modules.feature_cache import FeatureCache, chunk_images
 from lightning_modules.layers import with_fused_layers
@@ -84,7 +83,7 @@ class QwenVL(nn.Module):
         # Where only an adapter is trained, the reference is the policy without it. Else it is a copy, taken before the
         # adapter goes in: frozen vision weights are shared, the rest is truly copied.
         needs_copy = with_reference and (lora is None or not freeze_vision)
-        self.reference_model = _frozen_copy(model, share_vision=freeze_vision) if needs_copy else None
+        self.reference_model = frozen_copy(model, share_vision=freeze_vision) if needs_copy else None
         self.model = model if lora is None else with_adapter(model, lora)
         if not freeze_vision:
             self.base.model.visual.requires_grad_(True)  # PEFT freezes all but its own
@@ -293,9 +292,3 @@ def _load(path: str, dtype: torch.dtype, on_meta: bool) -> nn.Module:
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
     model.set_attn_implementation({"text_config": TEXT_ATTENTION, "vision_config": VISION_ATTENTION})
     return with_fast_linears(with_fused_layers(model))
-
-
-def _frozen_copy(model: nn.Module, share_vision: bool) -> nn.Module:
-    visual = model.model.visual
-    memo = {id(t): t for t in (*visual.parameters(), *visual.buffers())} if share_vision else {}
-    return copy.deepcopy(model, memo).requires_grad_(False).eval()

@@ -80,10 +80,10 @@ class NativeEngine:
     """Prefills each prompt once and decodes its branches over a shared prefix (`decoding`, `branch_cache`).
 
     `fold_adapter` decodes with LoRA folded into a copy of the linear weights: fewer operations, and exact in float32;
-    in bfloat16 the sum is rounded, as it is in any server that is given merged weights; on a CPU in float32 the model
-    itself is another one, of fewer operations (`lean_model`). `static` (by default on a GPU)
-    takes all rows at each step, at fixed shapes; on a GPU as a CUDA graph. Its memory and weights are kept for the next
-    call, as what is captured refers to them.
+    in bfloat16 the sum is rounded, as it is in any server that is given merged weights. The model itself is then
+    another one, of fewer operations: on a CPU in float32 `lean_model`, on a GPU in half precision `fused_model`.
+    `static` (by default on a GPU) takes all rows at each step, at fixed shapes; on a GPU as a CUDA graph. Its memory and
+    weights are kept for the next call, as what is captured refers to them.
     """
 
     def __init__(self, policy: QwenVL, fold_adapter: bool = True, static: bool | None = None) -> None:
@@ -175,8 +175,8 @@ class NativeEngine:
         def choose(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
             return sample(logits, policy.banned, settings.temperature, None if settings.greedy else draws)
 
-        rooms = (places, settings.group_size, longest_prompt, room)
-        decoder = BranchDecoder(self._model(static), choose, policy.eos_ids, *rooms, static=static)
+        model, ends = self._model(static), policy.eos_ids
+        decoder = BranchDecoder(model, choose, ends, places, settings.group_size, longest_prompt, room, static=static)
         if static:
             self._kept = needs, decoder
         if policy.device.type == "cuda" and static:
@@ -190,10 +190,10 @@ class NativeEngine:
         if self.fold_adapter and not static and policy.sharded is None and LeanModel.can_read(policy.base):
             return LeanModel(policy.base)
         module = policy.decoder(self.fold_adapter)
-        if not (self.fold_adapter and static and FusedModel.can_read(module)):
-            return module
-        shared = {parameter.data_ptr() for parameter in policy.base.parameters()} if policy.sharded is None else ()
-        return FusedModel(module, shared)
+        if self.fold_adapter and static and FusedModel.can_read(module):
+            shared = policy.base.parameters() if policy.sharded is None else ()
+            return FusedModel(module, {parameter.data_ptr() for parameter in shared})
+        return module
 
     def _refresh(self, model: Model) -> None:
         if isinstance(model, FusedModel):

@@ -11,7 +11,7 @@ from experiments.bench.cases import Case
 from experiments.bench.floor import Peaks, Sizes, step_work
 from experiments.bench.side_process import Side
 
-LONG = 20.0  # seconds: asking for its memory again, or waiting at borders, is nothing to a step as long as this
+LONG_STEP_SECONDS = 20.0  # asking for its memory again, or waiting at borders, is nothing to a step as long as this
 
 
 def measure(case: Case, model: str, sides: Mapping[str, Side], peaks: Peaks) -> dict[str, Any]:
@@ -42,10 +42,8 @@ def measure(case: Case, model: str, sides: Mapping[str, Side], peaks: Peaks) -> 
 
 
 def _run_turn(side: Side, case: Case, earlier: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    untimed = case.warmup if earlier else max(case.warmup, 1)
-    is_long = bool(earlier) and earlier[-1][-1]["seconds"] > LONG
-    if is_long:
-        untimed = 0
+    is_long = bool(earlier) and earlier[-1][-1]["seconds"] > LONG_STEP_SECONDS
+    untimed = 0 if is_long else case.warmup if earlier else max(case.warmup, 1)
     # Untimed steps wait for the GPU between phases, which gives the phases; timed ones only where that costs nothing.
     exact = [is_long or index < untimed for index in range(untimed + case.steps)]
     steps = [side.ask(do="step", exact=is_exact) | {"exact": is_exact} for is_exact in exact]
@@ -54,12 +52,10 @@ def _run_turn(side: Side, case: Case, earlier: list[list[dict[str, Any]]]) -> li
 
 
 def _check_inputs(turns: Mapping[str, list[list[dict]]]) -> None:
-    seen = {name: [step["inputs"] for steps in of_side for step in steps] for name, of_side in turns.items()}
-    first, *others = seen.values()
-    for other in others:  # one side may have made more steps than another
-        number = next((k for k, pair in enumerate(zip(first, other, strict=False)) if pair[0] != pair[1]), None)
-        if number is not None:
-            raise ValueError(f"the sides read different tokens at step {number}: {' and '.join(seen)}")
+    seen = [[step["inputs"] for steps in of_side for step in steps] for of_side in turns.values()]
+    for number, inputs in enumerate(zip(*seen, strict=False)):  # one side may have made more steps than another
+        if len(set(inputs)) > 1:
+            raise ValueError(f"the sides read different tokens at step {number}: {' and '.join(turns)}")
 
 
 def _summary(turns: list[list[dict[str, Any]]], case: Case) -> dict[str, Any]:

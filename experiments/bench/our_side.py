@@ -157,7 +157,7 @@ class Turnstile(Callback):
             synchronize()
             best[length] = min(best.get(length, float("inf")), time.perf_counter() - began)
         a_token = (best[longest] - best[shortest]) / (longest - shortest) if longest > shortest else float("nan")
-        return {"seconds_a_token": a_token, "prefill_seconds": best[longest] - longest * a_token}
+        return {"seconds_a_token": a_token, "prefill_seconds": best[longest] - (longest - 1) * a_token}
 
 
 def _scoring_phase(*args: Any, reference: bool = False, **kwargs: Any) -> str:

@@ -111,7 +111,7 @@ class Runner:
                 if name not in self.sides:
                     self.sides[name] = self._start(name)
             for name in case.sides:
-                self.sides[name].greeting()
+                self.sides[name].await_greeting()
             result = measure(case, model, self.sides, peaks)
         except (OutOfTime, SideFailed) as error:
             self._close_sides()  # the sides' state is unknown: the next case starts them anew

@@ -69,7 +69,7 @@ SHAPES = {
         max_pixels=10_000,
     ),
     "3b": Shape(_text(2048, 11_008, 36, 16, 2, 151_936, _QWEN_ROPE), _VISION, True, "bfloat16", _QWEN_PIXELS),
-    # The first layers of the 7B, to try a machine or a change in a minute.
+    # The first layers of the 7B and of its vision tower, to try a machine or a change in two minutes.
     "7b-thin": Shape(_text(3584, 18_944, 4, 28, 4, 152_064, _QWEN_ROPE), _THIN_VISION, False, "bfloat16", _QWEN_PIXELS),
     "7b": Shape(_text(3584, 18_944, 28, 28, 4, 152_064, _QWEN_ROPE), _VISION, False, "bfloat16", _QWEN_PIXELS),
 }

@@ -23,7 +23,7 @@ class OutOfTime(RuntimeError):
 
 
 class Side:
-    """Starts at once; `greeting` waits until it is ready for commands."""
+    """Starts at once; `await_greeting` waits until it is ready for commands."""
 
     def __init__(self, name: str, python: str, threads: int, log: Path, deadline: float) -> None:
         """`python` is the interpreter of the environment to use; `deadline` in seconds of time.monotonic()."""
@@ -42,7 +42,7 @@ class Side:
         self._received = b""
         self.versions: dict[str, str] = {}
 
-    def greeting(self) -> None:
+    def await_greeting(self) -> None:
         """The side's first answer: its versions."""
         self.versions = self.versions or self.read()["versions"]
 

@@ -15,6 +15,7 @@ from lightning_modules.adapters import LoraSettings
 from lightning_modules.fused_model import FusedModel
 from lightning_modules.qwen_vl import QwenVL
 from lightning_modules.rollouts import NativeEngine, Rollout, RolloutSettings
+from lightning_modules.shared_prefix import pack_rows
 
 kernels = pytest.importorskip("lightning_modules.decode_kernels", reason="needs Triton")
 layer_kernels = pytest.importorskip("lightning_modules.layer_kernels", reason="needs Triton")
@@ -54,7 +55,7 @@ def test_queries_are_turned_and_keys_kept(width: int, dtype: torch.dtype) -> Non
     keys, values = randn(2, prompts, heads, branches, room, width, dtype=dtype)
     expected_keys, expected_values = keys.clone(), values.clone()
     places = torch.randint(room, (rows,), device=DEVICE)
-    query = kernels.turn_and_keep(qkv, cos, sin, places, keys, values, num_queries)
+    query = kernels.rotate_and_write(qkv, cos, sin, places, keys, values)
     by_head = qkv.view(rows, -1, width)
     turned = rotated(by_head[:, : num_queries + heads].float(), cos.float(), sin.float()).to(dtype)
     torch.testing.assert_close(query, turned[:, :num_queries])
@@ -94,23 +95,30 @@ def test_attention_over_prefix_and_branch_is_one_softmax(
         torch.testing.assert_close(out[row].float(), expected, **tolerance)
 
 
+@can_attend
 def test_kernels_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton would take the current one, and nobody makes a process's second GPU that."""
     seen = []
     real = torch.cuda.device_of
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: seen.append(tensor) or real(tensor))
     x = randn(2, 16)
-    layer_kernels.norm(x, x[0], 1e-6)
-    layer_kernels.gated(x, x)
-    memory = tuple(randn(2, 1, 1, 2, 4, 16))
-    kernels.turn_and_keep(randn(2, 48), x, x, torch.zeros(2, dtype=torch.long, device=DEVICE), *memory, 1)
-    assert len(seen) == 3 and seen[0] is x
+    layer_kernels.rms_norm(x, x[0], 1e-6)
+    layer_kernels.silu_gate(x, x)
+    own, ones = tuple(randn(2, 1, 1, 2, 4, 16)), torch.ones(2, dtype=torch.long, device=DEVICE)
+    query = kernels.rotate_and_write(randn(2, 48), x, x, ones, *own)
+    kernels.attend(query, tuple(randn(2, 1, 1, 4, 16)), own, (ones[:1], ones), (4, 4), 1.0)
+    assert len(seen) == 4 and seen[0] is x and seen[3] is query
 
 
-@pytest.fixture
-def policy(tiny_model_dir: Path) -> QwenVL:
-    torch.manual_seed(0)
-    policy = QwenVL(str(tiny_model_dir), lora=LoraSettings(rank=4, alpha=8)).train()
+ADAPTERS = {
+    "every layer": LoraSettings(rank=4, alpha=8),
+    "some layers": LoraSettings(rank=4, alpha=8, targets=("q_proj", "gate_proj")),
+    "none": None,
+}
+
+
+def new_policy(folder: Path, lora: LoraSettings | None, dtype: str = "float32") -> QwenVL:
+    policy = QwenVL(str(folder), lora, dtype).train()
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -130,10 +138,12 @@ def assert_same(actual: list[Rollout], expected: list[Rollout]) -> None:
 
 
 @can_attend
+@pytest.mark.parametrize("lora", ADAPTERS.values(), ids=ADAPTERS)
 def test_rollouts_are_those_of_transformers_layers(
-    policy: QwenVL, make_items: MakeItems, monkeypatch: pytest.MonkeyPatch
+    tiny_model_dir: Path, make_items: MakeItems, monkeypatch: pytest.MonkeyPatch, lora: LoraSettings | None
 ) -> None:
-    """Also after the adapter has changed: the kept decoder reads it again."""
+    """Also after the weights have changed: the kept decoder reads them again, joined ones and copies of shared ones."""
+    policy = new_policy(tiny_model_dir, lora)
     policy.__dict__["eos_ids"] = (*policy.eos_ids, *range(0, 250, 6))  # completions end at many lengths
     items = [item.to(DEVICE) for item in make_items([1, 2, 1])]
     engines = {kind: NativeEngine(policy, static=True) for kind in (False, True)}
@@ -153,5 +163,20 @@ def test_rollouts_are_those_of_transformers_layers(
 
 
 @pytest.mark.skipif(ON_GPU, reason="needs a machine without a GPU")
-def test_a_cpu_does_not_use_it(policy: QwenVL) -> None:
-    assert not FusedModel.can_read(policy.decoder())
+def test_a_cpu_does_not_use_it(tiny_model_dir: Path) -> None:
+    assert not FusedModel.can_read(new_policy(tiny_model_dir, None, "bfloat16").decoder())
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_a_gpu_uses_it_in_half_precision(tiny_model_dir: Path, make_items: MakeItems) -> None:
+    """Under a graph; captured, then replayed. Log-probabilities are those of training, within the precision."""
+    policy = new_policy(tiny_model_dir, ADAPTERS["every layer"], "bfloat16")
+    items, engine = [item.to(DEVICE) for item in make_items([1, 2, 1])], NativeEngine(policy)
+    first, second = rollouts(engine, items), rollouts(engine, items)
+    assert isinstance(engine._kept[1].model, FusedModel)
+    assert [r.token_ids.tolist() for r in first] == [r.token_ids.tolist() for r in second]
+    completions = [[rollout.token_ids.to(DEVICE) for rollout in first[2 * i : 2 * i + 2]] for i in range(3)]
+    (rows,) = pack_rows(items, completions, 100_000)
+    with torch.no_grad():
+        trained = policy.token_log_probs(rows, policy.encode_images(items)).cpu()
+    torch.testing.assert_close(torch.cat([r.log_probs for r in first]), trained, rtol=0.1, atol=0.1)

@@ -14,14 +14,25 @@ from lightning_modules.adapters import LoraSettings
 from lightning_modules.layers import FusedMLP, FusedNorm
 from lightning_modules.qwen_vl import QwenVL
 
-pytest.importorskip("triton", reason="needs Triton")
+layer_kernels = pytest.importorskip("lightning_modules.layer_kernels", reason="needs Triton")
+KERNELS = {"input_layernorm": "rms_norm", "norm1": "rms_norm", "mlp": "silu_gate"}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)
-def kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Kernels run on any device; their names, as they are called."""
     torch.manual_seed(0)
-    monkeypatch.setattr(layers, "has_kernels", lambda x: True)
+    monkeypatch.setattr(layers, "has_kernels", lambda device: True)
+    called: list[str] = []
+
+    def counted(name: str) -> None:
+        real = getattr(layer_kernels, name)
+        monkeypatch.setattr(layer_kernels, name, lambda *args: called.append(name) or real(*args))
+
+    counted("rms_norm")
+    counted("silu_gate")
+    return called
 
 
 @pytest.fixture
@@ -51,17 +62,19 @@ def results(module: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", ["input_layernorm", "mlp"])
-def test_layers_of_the_language_model(policy: QwenVL, name: str) -> None:
+def test_layers_of_the_language_model(policy: QwenVL, launches: list[str], name: str) -> None:
     module = getattr(policy.base.model.language_model.layers[0], name)
     x = torch.randn(1, 37, policy.base.config.text_config.hidden_size, device=DEVICE)
     torch.testing.assert_close(results(module, x), results(plain(module), x), rtol=1e-3, atol=1e-4)
+    assert launches == [KERNELS[name]]
 
 
 @pytest.mark.parametrize("name", ["norm1", "mlp"])
-def test_layers_of_the_vision_tower(policy: QwenVL, name: str) -> None:
+def test_layers_of_the_vision_tower(policy: QwenVL, launches: list[str], name: str) -> None:
     module = getattr(policy.base.model.visual.blocks[0], name)
     x = torch.randn(40, policy.base.config.vision_config.hidden_size, device=DEVICE)
     torch.testing.assert_close(results(module, x), results(plain(module), x), rtol=1e-3, atol=1e-4)
+    assert launches == [KERNELS[name]]
 
 
 def test_a_trained_norm_is_transformers_own(policy: QwenVL) -> None:
@@ -73,25 +86,21 @@ def test_a_trained_norm_is_transformers_own(policy: QwenVL) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("inner", [20, 24])
-def test_filling_the_inner_width_changes_nothing(
-    policy: QwenVL, monkeypatch: pytest.MonkeyPatch, inner: int, bias: bool
-) -> None:
+def test_filling_the_inner_width_changes_nothing(policy: QwenVL, monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
     if DEVICE == "cpu":
-        monkeypatch.setattr(layers, "has_kernels", lambda x: False)
+        monkeypatch.setattr(layers, "has_kernels", lambda device: False)
     mlp = copy.deepcopy(policy.base.model.visual.blocks[0].mlp)
-    mlp.gate_proj, mlp.up_proj = nn.Linear(16, inner, bias=bias), nn.Linear(16, inner, bias=bias)
-    mlp.down_proj = nn.Linear(inner, 16, bias=bias)
+    mlp.gate_proj, mlp.up_proj = nn.Linear(16, 20, bias=bias), nn.Linear(16, 20, bias=bias)
+    mlp.down_proj = nn.Linear(20, 16, bias=bias)
     mlp = mlp.to(DEVICE, torch.bfloat16)
     x = torch.randn(9, 16, dtype=torch.bfloat16, device=DEVICE)
     torch.testing.assert_close(results(mlp, x), results(plain(mlp), x), rtol=2e-2, atol=2e-2)
 
 
-def test_an_adapter_is_never_left_out(policy: QwenVL) -> None:
+def test_an_adapter_is_never_left_out(policy: QwenVL, monkeypatch: pytest.MonkeyPatch) -> None:
     """In half precision with an inner width that would be filled up, were it plain."""
     mlp = copy.deepcopy(policy.base.model.language_model.layers[0].mlp).to(torch.bfloat16)
     x = torch.randn(3, policy.base.config.text_config.hidden_size, dtype=torch.bfloat16, device=DEVICE)
     mlp.down_proj.in_features = 20
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "has_kernels", lambda x: False)
-        assert torch.equal(mlp(x), plain(mlp)(x))
+    monkeypatch.setattr(layers, "has_kernels", lambda device: False)
+    assert torch.equal(mlp(x), plain(mlp)(x))

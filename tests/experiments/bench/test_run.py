@@ -124,8 +124,8 @@ class StubSide:
     def read(self) -> dict:
         return self.answer
 
-    def ask(self, do: str, **_: object) -> dict:
-        self.log.append(f"{self.name} {do}")
+    def ask(self, do: str, exact: bool = False, **_: object) -> dict:
+        self.log.append(f"{self.name} {'exact ' if exact else ''}{do}")
         if do != "step":
             return {}
         seconds = next(self.seconds)
@@ -162,6 +162,9 @@ def test_a_long_step_is_not_warmed_up_again_and_is_timed_by_phase(tmp_path: Path
     result = measure(case, str(tmp_path), sides, run.Peaks(1e12, 1e12, "stated"))
     assert [result["sides"][name]["steps"] for name in sides] == [[[1.0], [2.0]], [[30.0], [40.0]]]
     assert [result["sides"][name]["phases"]["other"] for name in sides] == [7.0, 40.0]
+    steps = [line.split() for line in log if line.endswith("step")]
+    asked = {name: [how for side, how, *_ in steps if side == name] for name in sides}
+    assert asked == {"ours": ["exact", "step", "exact", "step"], "trl": ["exact", "step", "exact"]}
 
 
 def test_sides_that_read_different_tokens_are_refused(tmp_path: Path) -> None:
@@ -177,7 +180,7 @@ def test_a_side_that_is_silent_is_not_waited_for_forever(tmp_path: Path) -> None
     silent.chmod(0o755)
     side = run.Side("ours", str(silent), 1, tmp_path / "log", deadline=run.time.monotonic() + 0.2)
     with pytest.raises(OutOfTime, match="ours did not answer"):
-        side.greeting()
+        side.await_greeting()
     side.close()
 
 
@@ -205,7 +208,7 @@ def test_the_gpu_workload_is_the_measured_one() -> None:
     grpo = workloads("7b")["grpo"]
     assert (grpo.prompts, grpo.group_size, grpo.completion_tokens, grpo.images) == (2, 8, 256, 3)
     assert (grpo.image_size, grpo.lora_rank, grpo.dtype) == ((640, 480), 64, "bfloat16")
-    assert grpo.gradient_checkpointing
+    assert grpo.gradient_checkpointing and grpo.activation_gib == 6
 
 
 def test_a_workload_without_prompts_is_refused() -> None:
