@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from datamodules.artefacts import read_json, write_atomic
+from experiments.tracking import child_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 NANO = ROOT / "experiments/configs/nano"
@@ -81,7 +82,7 @@ class Pipeline:
         self.sessions: set[int] = set()
 
     def start(self) -> None:
-        environment = os.environ | {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
+        environment = child_environment() | {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
         with self.log.open("a") as log:
             streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
             self.process = subprocess.Popen(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from typing import Any
 from callbacks import preemption
 from datamodules.artefacts import fingerprint, path_fingerprint, read_json
 from experiments import phases
+from experiments.tracking import child_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 CLOCK_SECONDS = 5.0  # how often the time spent is written down: a kill loses no more of it
@@ -88,9 +88,8 @@ def run_process(command: list[str], tick: Callable[[], Any], environment: Mappin
     SIGTERM is passed on to it. SLURM's warning stops it too, and the job is requeued when it has ended. Ctrl-C reaches
     it by itself; it is waited for, since it saves a checkpoint then.
     """
-    # Not this process's own W&B service: it would hold the run of a step that has ended, and refuse it to the next.
-    own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-    child = subprocess.Popen(command, cwd=ROOT, env=own | {preemption.LEFT_TO_PARENT: "1"} | dict(environment or {}))
+    variables = child_environment() | {preemption.LEFT_TO_PARENT: "1"} | dict(environment or {})
+    child = subprocess.Popen(command, cwd=ROOT, env=variables)
     stopped = requeue = False
 
     def stop(signum: int, *_: Any) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from datamodules.artefacts import Journal
 from experiments import metrics
-from experiments.tracking import with_given_tags
+from experiments.tracking import child_environment, with_given_tags
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 1.0
@@ -154,7 +154,7 @@ def last_words(log: Path, limit: int = 300) -> str:
 
 def trial_environment(tags: Iterable[str]) -> dict[str, str]:
     """The environment of a trial's process; W&B finds it there that the phase is a trial."""
-    return os.environ | {"WANDB_JOB_TYPE": "trial", "WANDB_TAGS": ",".join(with_given_tags(*tags))}
+    return child_environment() | {"WANDB_JOB_TYPE": "trial", "WANDB_TAGS": ",".join(with_given_tags(*tags))}
 
 
 def _stop(child: subprocess.Popen) -> int:

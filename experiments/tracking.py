@@ -57,6 +57,12 @@ def wandb_environment(group: str, *tags: str) -> dict[str, str]:
     return {"WANDB_RUN_GROUP": group, "WANDB_TAGS": ",".join(with_given_tags(*tags))}
 
 
+def child_environment() -> dict[str, str]:
+    """This process's variables, for one that it starts; without its W&B service, which would hold the run of a child
+    that has ended or was killed, and refuse it to the next."""
+    return {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+
+
 def with_given_tags(*tags: str) -> list[str]:
     """The tags that the user has set in WANDB_TAGS, and behind them `tags`; each once."""
     given = os.environ.get("WANDB_TAGS", "").split(",")

@@ -140,9 +140,12 @@ def test_a_trial_that_diverged_at_the_end_has_failed(run) -> None:
     assert states[1]["message"] == "its last score is nan" and states[1]["value"] is None
 
 
-def test_trials_keep_the_tags_that_the_user_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trials_keep_the_users_tags_and_have_a_wandb_service_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_TAGS", "mine,sweep")
-    assert sweep_trials.trial_environment(("sweep", "bayes"))["WANDB_TAGS"] == "mine,sweep,bayes"
+    monkeypatch.setenv("WANDB_SERVICE", "3-4711-tcp-localhost-1")  # of a process that has logged something itself
+    variables = sweep_trials.trial_environment(("sweep", "bayes"))
+    assert variables["WANDB_TAGS"] == "mine,sweep,bayes"
+    assert "WANDB_SERVICE" not in variables
 
 
 def wait_for_points(folder: Path, trial: int, count: int, process: subprocess.Popen) -> None:
