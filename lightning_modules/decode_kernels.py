@@ -144,9 +144,9 @@ def _join(
     shared = tl.program_id(1) % sharing
     d = tl.arange(0, BLOCK)
     prompt, branch = row // branches, row % branches
-    many = branches * sharing
-    first = ((prompt * heads + head) * prefix_parts) * many + branch * sharing + shared
-    a, a_sums = _read_parts(prefix_out, prefix_sums, first, many, prefix_parts, d, WIDTH, PREFIX_PARTS)
+    of_prompt = branches * sharing
+    first = ((prompt * heads + head) * prefix_parts) * of_prompt + branch * sharing + shared
+    a, a_sums = _read_parts(prefix_out, prefix_sums, first, of_prompt, prefix_parts, d, WIDTH, PREFIX_PARTS)
     first = ((row * heads + head) * branch_parts) * sharing + shared
     b, b_sums = _read_parts(branch_out, branch_sums, first, sharing, branch_parts, d, WIDTH, BRANCH_PARTS)
     most = tl.maximum(tl.max(a_sums, axis=0), tl.max(b_sums, axis=0))  # finite: every row sees some key
