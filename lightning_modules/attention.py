@@ -71,12 +71,14 @@ def vision_attention(
         ends = cu_seq_lens_q.int()
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
         return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling)[None], None
-    batch = torch.cat([query, key, value]).transpose(1, 2)  # [3, S, heads, d]
-    if num_segments * longest == batch.shape[1]:
-        q, k, v = batch.unflatten(1, (num_segments, longest)).transpose(2, 3)
+    if num_segments * longest == query.shape[2]:
+        # Views: of [S, heads, d], as the tower has them in memory, segments are parts.
+        segments = (t[0].transpose(0, 1).unflatten(0, (num_segments, longest)) for t in (query, key, value))
+        q, k, v = (t.transpose(1, 2) for t in segments)
         out = F.scaled_dot_product_attention(q, k, v, scale=scaling, dropout_p=dropout)
         return out.transpose(1, 2).flatten(0, 1)[None], None
 
+    batch = torch.cat([query, key, value]).transpose(1, 2)  # [3, S, heads, d]
     starts, ends = cu_seq_lens_q[:-1, None].long(), cu_seq_lens_q[1:, None].long()
     places = starts + torch.arange(longest, device=batch.device)  # [n, longest]
     real = places < ends

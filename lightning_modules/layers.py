@@ -1,7 +1,7 @@
-"""Layers of Qwen2.5-VL that are faster on a GPU: other forward passes of transformers' modules, with the same state.
+"""Faster layers of Qwen2.5-VL: other forward passes of transformers' modules, with the same state.
 
-A module's class becomes a subclass of what it was, so in float32 on a CPU, and wherever else nothing is gained, it is
-transformers' own code that runs.
+A module's class becomes a subclass of what it was. Kernels are for a GPU: in float32 on a CPU, and wherever else
+nothing is gained, it is transformers' own norms and MLPs that run.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lightning_modules.products import fast_linear
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -73,6 +75,15 @@ def _wider(linear: nn.Linear, x: Tensor, missing: int) -> Tensor:
     return F.linear(x, F.pad(linear.weight, (0, 0, 0, missing)), bias)
 
 
+class PatchProduct(nn.Module):
+    """A patch embedding as one product, which it is: its convolution takes steps as long as its kernel. A CPU is four
+    times as long over the convolution."""
+
+    def forward(self, patches: Tensor) -> Tensor:
+        weight = self.proj.weight.flatten(1)
+        return fast_linear(patches.view(-1, weight.shape[1]).to(weight.dtype), weight)
+
+
 def with_fused_layers(model: nn.Module) -> nn.Module:
     """The same Qwen2.5-VL: its RMS norms become `FusedNorm`, its MLPs with SiLU `FusedMLP`; they keep their state."""
     text, visual = model.model.language_model, model.model.visual
@@ -80,7 +91,7 @@ def with_fused_layers(model: nn.Module) -> nn.Module:
     norms += [visual.merger.ln_q, *(n for block in visual.blocks for n in (block.norm1, block.norm2))]
     mlps = [layer.mlp for layer in text.layers] if model.config.text_config.hidden_act == "silu" else []
     mlps += [block.mlp for block in visual.blocks] if model.config.vision_config.hidden_act == "silu" else []
-    for modules, kind in ((norms, FusedNorm), (mlps, FusedMLP)):
+    for modules, kind in ((norms, FusedNorm), (mlps, FusedMLP), ([visual.patch_embed], PatchProduct)):
         for module in modules:
             module.__class__ = _subclass(kind, type(module))
     return model

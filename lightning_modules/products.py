@@ -55,13 +55,18 @@ def packed(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight) if uses_onednn(weight) else weight
 
 
+def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` [..., O] by `multiply`, in both directions."""
+    if not uses_onednn(x, weight) or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
+
+
 class FastLinear(nn.Linear):
-    """A linear layer by `multiply`, in both directions."""
+    """A linear layer by `fast_linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not uses_onednn(x, self.weight) or torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
-        return _Linear.apply(x.flatten(0, -2), self.weight, self.bias).view(*x.shape[:-1], -1)
+        return fast_linear(x, self.weight, self.bias)
 
 
 def with_fast_linears(model: nn.Module) -> nn.Module:

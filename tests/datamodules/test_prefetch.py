@@ -7,9 +7,11 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from datamodules.prefetch import prefetch
 
@@ -47,6 +49,18 @@ def test_values_and_their_order_are_kept(length: int, num_ahead: int) -> None:
     assert list(prefetch(numbers, num_ahead)) == list(range(length))
     assert threading.current_thread() not in numbers.threads and len(numbers.threads) <= 1
     assert not prefetching_threads()
+
+
+def test_the_thread_computes_alone_and_its_caller_as_before() -> None:
+    """OpenMP slows all down where threads have more helpers in all than there are cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        values = prefetch((torch.get_num_threads() for _ in range(3)), 2)
+        assert [(next(values), torch.get_num_threads()) for _ in range(3)] == [(1, 2)] * 3
+        assert ThreadPoolExecutor().submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("num_ahead", [1, 3])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_modules import layers
 from lightning_modules.adapters import LoraSettings
-from lightning_modules.layers import FusedMLP, FusedNorm
+from lightning_modules.layers import FusedMLP, FusedNorm, PatchProduct
 from lightning_modules.qwen_vl import QwenVL
 
 layer_kernels = pytest.importorskip("lightning_modules.layer_kernels", reason="needs Triton")
@@ -47,7 +47,7 @@ def policy(tiny_model_dir: Path) -> QwenVL:
 def plain(module: nn.Module) -> nn.Module:
     """The same as transformers made it."""
     module = copy.deepcopy(module)
-    assert type(module).__bases__[0] in (FusedMLP, FusedNorm)
+    assert type(module).__bases__[0] in (FusedMLP, FusedNorm, PatchProduct)
     module.__class__ = type(module).__bases__[1]
     return module
 
@@ -75,6 +75,16 @@ def test_layers_of_the_vision_tower(policy: QwenVL, launches: list[str], name: s
     x = torch.randn(40, policy.base.config.vision_config.hidden_size, device=DEVICE)
     torch.testing.assert_close(results(module, x), results(plain(module), x), rtol=1e-3, atol=1e-4)
     assert launches == [KERNELS[name]]
+
+
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_patches_are_embedded_as_by_a_convolution(policy: QwenVL, is_trained: bool) -> None:
+    module = copy.deepcopy(policy.base.model.visual.patch_embed).requires_grad_(is_trained)
+    patches = torch.randn(40, module.proj.weight[0].numel(), device=DEVICE)
+    actual = results(module, patches)
+    assert len(actual) == 2 + is_trained
+    tolerance = 1e-5 if DEVICE == "cpu" else 5e-3  # a GPU's convolutions take TF32
+    torch.testing.assert_close(actual, results(plain(module), patches), rtol=tolerance, atol=tolerance)
 
 
 def test_a_trained_norm_is_transformers_own(policy: QwenVL) -> None:
