@@ -146,8 +146,8 @@ class BranchLayer:
         cache = self.cache
         if cache.is_full and isinstance(cache.places, int):
             grid = (cache.num_prompts, cache.num_branches)
-            self.keys[:, :, :, cache.places] = keys.unflatten(0, grid).transpose(1, 2)
-            self.values[:, :, :, cache.places] = values.unflatten(0, grid).transpose(1, 2)
+            self.keys.select(3, cache.places).copy_(keys.unflatten(0, grid).transpose(1, 2))
+            self.values.select(3, cache.places).copy_(values.unflatten(0, grid).transpose(1, 2))
         else:
             self.keys[cache.owners, :, cache.branches, cache.places] = keys
             self.values[cache.owners, :, cache.branches, cache.places] = values

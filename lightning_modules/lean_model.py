@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_modules.adapters import folded_weight, plain_weight
 from lightning_modules.branch_cache import BranchCache, BranchLayer, PrefixRecorder
-from lightning_modules.products import multiply, multiply_with, packed
+from lightning_modules.products import PackedProduct
 from lightning_modules.shared_prefix import SharedPrefixAttention
 
 ROWS = 16  # products have a multiple of it: oneDNN makes code for each number of rows, for the time of ten products
@@ -44,7 +44,7 @@ class LeanModel:
         self.config, self.dtype, self.device = model.config, model.dtype, model.device
         self.embeddings, self.rotary, self.norm = model.get_input_embeddings(), text.rotary_emb, text.norm
         self.layers = [_Layer(layer, weight) for layer in text.layers]
-        self.lm_head = _Product(model.lm_head.weight)
+        self.lm_head = PackedProduct(model.lm_head.weight.detach())
         self._turns = torch.empty(0)  # by position [n, W / 2], of text
 
     def get_input_embeddings(self) -> nn.Module:
@@ -100,20 +100,6 @@ class KeptLean:
         return self._lean
 
 
-class _Product:
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.weight, self.bias, self.out_features = packed(weight.detach()), bias, len(weight)
-
-    def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
-        return multiply(x, self.weight, self.bias, activation)
-
-    def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        return multiply_with(x, self.weight, other, "add")
-
-    def times(self, x: Tensor, other: Tensor) -> Tensor:
-        return multiply_with(x, self.weight, other, "mul")
-
-
 class _Norm:
     """Without its weight, which is in those of the products behind it."""
 
@@ -137,11 +123,11 @@ class _Layer:
         scale = attention.scaling
         weights = [self._interleaved(weight(q) * scale), self._interleaved(weight(k)), weight(v)]
         biases = [self._interleaved(q.bias.detach() * scale), self._interleaved(k.bias.detach()), v.bias.detach()]
-        self.qkv = _Product(torch.cat(weights) * layer.input_layernorm.weight.detach(), torch.cat(biases))
-        self.out = _Product(weight(attention.o_proj))
+        self.qkv = PackedProduct(torch.cat(weights) * layer.input_layernorm.weight.detach(), torch.cat(biases))
+        self.out = PackedProduct(weight(attention.o_proj))
         of_norm = layer.post_attention_layernorm.weight.detach()
-        self.gate, self.up = (_Product(weight(m) * of_norm) for m in (mlp.gate_proj, mlp.up_proj))
-        self.down = _Product(weight(mlp.down_proj))
+        self.gate, self.up = (PackedProduct(weight(m) * of_norm) for m in (mlp.gate_proj, mlp.up_proj))
+        self.down = PackedProduct(weight(mlp.down_proj))
 
     def _interleaved(self, by_output: Tensor) -> Tensor:
         """The halves of each head, [a1, a2, ..., b1, b2, ...], as pairs: [a1, b1, a2, b2, ...]."""

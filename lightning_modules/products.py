@@ -29,30 +29,46 @@ def uses_onednn(*tensors: Tensor) -> bool:
     return known and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
-    """x [N, I] times weight [O, I] transposed, plus bias [O]: [N, O], with "swish" as `activation` its SiLU.
-
-    Without gradient; operands may be transposed.
-    """
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [N, I] times weight [O, I] transposed, plus bias [O]: [N, O]. Without gradient; operands may be transposed."""
     if uses_onednn(x, weight):
-        if not (weight.is_mkldnn or weight.is_contiguous() or weight.t().is_contiguous()):
+        if not (weight.is_contiguous() or weight.t().is_contiguous()):
             weight = weight.contiguous()  # with gaps in its memory oneDNN takes a plain loop, a thousand times slower
-        return _ONEDNN.default(x, weight, bias, activation, [], "")
-    out = F.linear(x, weight, bias)
-    return F.silu(out) if activation == "swish" else out
+        return _ONEDNN.default(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
-def multiply_with(x: Tensor, weight: Tensor, other: Tensor, how: Literal["add", "mul"]) -> Tensor:
-    """x [N, I] times weight [O, I] transposed, and that plus or times `other` [N, O]. Without gradient."""
-    if uses_onednn(x, weight):
-        return _ONEDNN.binary(x, other, weight, None, how)
-    out = F.linear(x, weight)
-    return out + other if how == "add" else out * other
+class PackedProduct:
+    """A linear layer without gradient for many products of few tokens: its weight [O, I] is laid out once for oneDNN.
 
+    What follows a product is done by it while its output is at hand. It takes x [N, I] of the weight's type.
+    """
 
-def packed(weight: Tensor) -> Tensor:
-    """`weight` laid out once for many products of few tokens. Only `multiply` and `multiply_with` can read it."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight) if uses_onednn(weight) else weight
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.by_onednn = uses_onednn(weight)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self.by_onednn else weight
+        self.bias, self.out_features = bias, len(weight)
+
+    def __call__(self, x: Tensor, activation: Literal["none", "swish"] = "none") -> Tensor:
+        """[N, O], with the bias; with "swish" its SiLU."""
+        if self.by_onednn:
+            return _ONEDNN.default(x, self.weight, self.bias, activation, [], "")
+        out = F.linear(x, self.weight, self.bias)
+        return F.silu(out) if activation == "swish" else out
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        """The product, without bias, plus `other` [N, O]."""
+        return self._with(x, other, "add")
+
+    def times(self, x: Tensor, other: Tensor) -> Tensor:
+        """The product, without bias, times `other` [N, O]."""
+        return self._with(x, other, "mul")
+
+    def _with(self, x: Tensor, other: Tensor, how: Literal["add", "mul"]) -> Tensor:
+        if self.by_onednn:
+            return _ONEDNN.binary(x, other, self.weight, None, how)
+        out = F.linear(x, self.weight)
+        return out + other if how == "add" else out * other
 
 
 def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -98,7 +99,7 @@ class NativeEngine:
     def close(self) -> None:
         """Nothing: memory goes with the engine."""
 
-    @torch.no_grad()  # not inference mode: the caller trains on the log-probabilities and features
+    @torch.no_grad()
     def generate(
         self,
         items: Sequence[PromptItem],
@@ -114,7 +115,8 @@ class NativeEngine:
         process, changes nothing. Without `seeds` they are drawn from `generator`. `on_progress` hears how many prompts
         are complete.
         """
-        with self.policy.gathered(self.fold_adapter):
+        # Without records of views and versions small operations take a tenth less. Not where memory is kept for later.
+        with self.policy.gathered(self.fold_adapter), torch.inference_mode() if self._is_lean() else nullcontext():
             rollouts = self._generate(items, settings, features, generator, on_progress, seeds) if items else []
         if self.policy.sharded is not None:
             self._kept = None  # a whole copy of divided weights has no place beside a training step
@@ -157,8 +159,7 @@ class NativeEngine:
 
     def _decoder(self, settings: RolloutSettings, num_items: int, longest_prompt: int) -> BranchDecoder:
         """A new one; on a GPU the last one if it has the room, with its weights brought up to date."""
-        policy = self.policy
-        static = policy.device.type == "cuda" if self.static is None else self.static
+        policy, static = self.policy, self._is_static()
         places, room = min(settings.batch_prompts, num_items), settings.max_new_tokens
         weights = policy.base.get_input_embeddings().weight.data_ptr()  # another address: the policy was moved
         of_policy = (weights, policy.banned.data_ptr(), policy.sharded is None)  # undivided in rejection sampling
@@ -175,7 +176,7 @@ class NativeEngine:
         def choose(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
             return sample(logits, policy.banned, settings.temperature, None if settings.greedy else draws)
 
-        model, ends = self._model(static), policy.eos_ids
+        model, ends = self._model(), policy.eos_ids
         decoder = BranchDecoder(model, choose, ends, places, settings.group_size, longest_prompt, room, static=static)
         if static:
             self._kept = needs, decoder
@@ -185,12 +186,20 @@ class NativeEngine:
             log.info("no CUDA device: decoding at fixed shapes without CUDA graphs")
         return decoder
 
-    def _model(self, static: bool) -> Model:
+    def _is_static(self) -> bool:
+        return self.policy.device.type == "cuda" if self.static is None else self.static
+
+    def _is_lean(self) -> bool:
         policy = self.policy
-        if self.fold_adapter and not static and policy.sharded is None and LeanModel.can_read(policy.base):
+        is_plain = self.fold_adapter and policy.sharded is None and not self._is_static()
+        return is_plain and LeanModel.can_read(policy.base)
+
+    def _model(self) -> Model:
+        policy = self.policy
+        if self._is_lean():
             return LeanModel(policy.base)
         module = policy.decoder(self.fold_adapter)
-        if self.fold_adapter and static and FusedModel.can_read(module):
+        if self.fold_adapter and self._is_static() and FusedModel.can_read(module):
             shared = policy.base.parameters() if policy.sharded is None else ()
             return FusedModel(module, {parameter.data_ptr() for parameter in shared})
         return module
@@ -219,4 +228,6 @@ class NativeEngine:
         texts = self.policy.tokenizer.batch_decode(
             group.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        return [Rollout(*fields) for fields in zip(group.tokens, group.log_probs, group.finished, texts, strict=True)]
+        with torch.inference_mode(False):  # copies that can be trained on
+            tokens, log_probs = ([t.clone() for t in of_group] for of_group in (group.tokens, group.log_probs))
+        return [Rollout(*fields) for fields in zip(tokens, log_probs, group.finished, texts, strict=True)]

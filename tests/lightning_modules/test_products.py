@@ -14,7 +14,7 @@ from lightning_modules import products
 from lightning_modules.branch_cache import PrefixRecorder
 from lightning_modules.decoding import hidden_states
 from lightning_modules.lean_model import LeanModel
-from lightning_modules.products import FastLinear, multiply, multiply_with, packed, uses_onednn, with_fast_linears
+from lightning_modules.products import FastLinear, PackedProduct, multiply, uses_onednn, with_fast_linears
 from lightning_modules.qwen_vl import LoraSettings, QwenVL
 
 needs_onednn = pytest.mark.skipif(not uses_onednn(torch.zeros(1)), reason="this build of PyTorch has no oneDNN")
@@ -32,7 +32,7 @@ def test_products_equal_those_in_float64(x_turned: bool, weight_turned: bool) ->
 
 def test_packed_weights_give_the_same_products() -> None:
     x, weight, bias = torch.randn(37, 24), torch.randn(40, 24), torch.randn(40)
-    torch.testing.assert_close(multiply(x, packed(weight), bias), multiply(x, weight, bias))
+    torch.testing.assert_close(PackedProduct(weight, bias)(x), multiply(x, weight, bias))
 
 
 @pytest.mark.parametrize("with_onednn", [True, False])
@@ -42,9 +42,10 @@ def test_what_follows_a_product_is_done_with_it(with_onednn: bool, monkeypatch: 
     x, weight, other = torch.randn(37, 24), torch.randn(40, 24), torch.randn(37, 40)
     plain = x @ weight.t()
     close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
-    close(multiply(x, packed(weight), activation="swish"), plain * plain.sigmoid())
-    close(multiply_with(x, packed(weight), other, "add"), plain + other)
-    close(multiply_with(x, packed(weight), other, "mul"), plain * other)
+    product = PackedProduct(weight)
+    close(product(x, "swish"), plain * plain.sigmoid())
+    close(product.plus(x, other), plain + other)
+    close(product.times(x, other), plain * other)
 
 
 @needs_onednn
@@ -93,7 +94,7 @@ def test_other_precisions_and_builds_are_pytorchs_own(monkeypatch: pytest.Monkey
     monkeypatch.setattr(products, "_ONEDNN", None)
     layer.float()
     assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
-    assert packed(layer.weight) is layer.weight
+    assert PackedProduct(layer.weight).weight is layer.weight
 
 
 def test_the_lean_model_reads_prompts_as_the_folded_one_does(

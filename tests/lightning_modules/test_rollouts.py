@@ -133,6 +133,15 @@ def test_rollouts_leave_the_policy_as_it_was(policy: QwenVL, make_items: MakeIte
     assert not (log_probs.is_inference() or features[0].is_inference())  # training may use both
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_rollouts_can_be_trained_on(policy: QwenVL, make_items: MakeItems, static: bool) -> None:
+    ((rollout, *_),) = generate(policy, make_items([2]), NativeEngine(policy, static=static))
+    weight = torch.ones(len(rollout.token_ids), requires_grad=True)
+    (weight * rollout.log_probs).sum().backward()  # keeps them for the gradient, which inference mode forbids
+    assert torch.equal(weight.grad, rollout.log_probs)
+    assert not rollout.token_ids.is_inference() and not torch.is_inference_mode_enabled()
+
+
 def test_first_tokens_of_a_group_follow_the_model(policy: QwenVL, make_items: MakeItems) -> None:
     """Through the whole engine: 4,000 branches of a prompt against its next-token distribution, rare tokens pooled."""
     items = make_items([2])
