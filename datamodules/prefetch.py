@@ -14,16 +14,6 @@ T = TypeVar("T")
 _END = object()
 
 
-def _compute_alone() -> None:
-    """Let PyTorch's operations in this thread use no further one.
-
-    Each thread has helpers of its own. Once there are more in all than cores, OpenMP lets idle ones sleep instead of
-    wait, also those of the training thread, which then has to wake them for every operation.
-    """
-    torch.get_num_threads()  # reads the common number, which would otherwise be done at the first operation
-    torch.set_num_threads(1)
-
-
 def prefetch(values: Iterable[T], num_ahead: int) -> Iterator[T]:
     """The same values in the same order, of which a thread makes up to `num_ahead` before they are asked for.
 
@@ -31,11 +21,9 @@ def prefetch(values: Iterable[T], num_ahead: int) -> Iterator[T]:
     (raised here, with its traceback), and when this iterator is closed or collected, which waits for a value half made.
     """
     source = iter(values)
-    num_threads = torch.get_num_threads()
     # The thread never waits for room: it is given a task for each place that is free. So it cannot hold up an exit.
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch", initializer=_compute_alone)
+    pool = _one_thread()
     thread = pool.submit(threading.current_thread).result()
-    torch.set_num_threads(num_threads)  # for threads to come; of those that there are, each has its own number
     try:
         waiting = deque(pool.submit(next, source, _END) for _ in range(num_ahead))
         while (value := waiting.popleft().result()) is not _END:
@@ -44,3 +32,18 @@ def prefetch(values: Iterable[T], num_ahead: int) -> Iterator[T]:
     finally:
         # The garbage collector may run in the thread itself, which cannot wait for its own end.
         pool.shutdown(wait=threading.current_thread() is not thread, cancel_futures=True)
+
+
+def _one_thread() -> ThreadPoolExecutor:
+    """One thread, whose PyTorch operations take no further one.
+
+    With OpenMP each thread has helpers of its own. Once there are more in all than cores, idle ones sleep instead of
+    waiting awake, also those of the training thread, which then has to wake them for every operation.
+    """
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+    if torch.backends.openmp.is_available():
+        number = torch.get_num_threads()
+        pool.submit(torch.get_num_threads).result()  # takes the common number, else done at the first operation
+        pool.submit(torch.set_num_threads, 1).result()
+        torch.set_num_threads(number)  # the common one again: a thread that has begun keeps its own
+    return pool
