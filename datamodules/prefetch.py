@@ -22,7 +22,7 @@ def prefetch(values: Iterable[T], num_ahead: int) -> Iterator[T]:
     """
     source = iter(values)
     # The thread never waits for room: it is given a task for each place that is free. So it cannot hold up an exit.
-    pool = _one_thread()
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch", initializer=_compute_alone)
     thread = pool.submit(threading.current_thread).result()
     try:
         waiting = deque(pool.submit(next, source, _END) for _ in range(num_ahead))
@@ -34,16 +34,15 @@ def prefetch(values: Iterable[T], num_ahead: int) -> Iterator[T]:
         pool.shutdown(wait=threading.current_thread() is not thread, cancel_futures=True)
 
 
-def _one_thread() -> ThreadPoolExecutor:
-    """One thread, whose PyTorch operations take no further one.
+def _compute_alone() -> None:
+    """Let PyTorch's operations in this thread, a new one, take no further thread.
 
     With OpenMP each thread has helpers of its own. Once there are more in all than cores, idle ones sleep instead of
     waiting awake, also those of the training thread, which then has to wake them for every operation.
     """
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
     if torch.backends.openmp.is_available():
-        number = torch.get_num_threads()
-        pool.submit(torch.get_num_threads).result()  # takes the common number, else done at the first operation
-        pool.submit(torch.set_num_threads, 1).result()
-        torch.set_num_threads(number)  # the common one again: a thread that has begun keeps its own
-    return pool
+        common = torch.get_num_threads()  # which every new thread takes over
+        torch.set_num_threads(1)  # this thread's number, and the common one
+        other = threading.Thread(target=torch.set_num_threads, args=(common,))
+        other.start()
+        other.join()

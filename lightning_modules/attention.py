@@ -72,9 +72,7 @@ def vision_attention(
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
         return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling)[None], None
     if num_segments * longest == query.shape[2]:
-        # Views: of [S, heads, d], as the tower has them in memory, segments are parts.
-        segments = (t[0].transpose(0, 1).unflatten(0, (num_segments, longest)) for t in (query, key, value))
-        q, k, v = (t.transpose(1, 2) for t in segments)
+        q, k, v = (t[0].unflatten(1, (num_segments, longest)).transpose(0, 1) for t in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, scale=scaling, dropout_p=dropout)
         return out.transpose(1, 2).flatten(0, 1)[None], None
 

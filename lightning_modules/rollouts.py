@@ -190,9 +190,8 @@ class NativeEngine:
         return self.policy.device.type == "cuda" if self.static is None else self.static
 
     def _is_lean(self) -> bool:
-        policy = self.policy
-        is_plain = self.fold_adapter and policy.sharded is None and not self._is_static()
-        return is_plain and LeanModel.can_read(policy.base)
+        is_static, is_whole = self._is_static(), self.policy.sharded is None
+        return self.fold_adapter and is_whole and not is_static and LeanModel.can_read(self.policy.base)
 
     def _model(self) -> Model:
         policy = self.policy

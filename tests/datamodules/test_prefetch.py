@@ -51,16 +51,25 @@ def test_values_and_their_order_are_kept(length: int, num_ahead: int) -> None:
     assert not prefetching_threads()
 
 
-def test_the_thread_computes_alone_and_its_caller_as_before() -> None:
-    """OpenMP slows all down where threads have more helpers in all than there are cores."""
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    """PyTorch's number of threads, for a while."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        values = prefetch((torch.get_num_threads() for _ in range(3)), 2)
-        assert [(next(values), torch.get_num_threads()) for _ in range(3)] == [(1, 2)] * 3
-        assert ThreadPoolExecutor().submit(torch.get_num_threads).result() == 2
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="threads share their helpers without OpenMP")
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_thread_computes_alone_and_all_others_as_before(depth: int) -> None:
+    """OpenMP slows all down where threads have more helpers in all than there are cores."""
+    values: Iterator[int] = (torch.get_num_threads() for _ in range(5))
+    for _ in range(depth):  # also where one prefetching thread begins another
+        values = prefetch(values, 1)
+    assert [(next(values), torch.get_num_threads()) for _ in range(3)] == [(1, 3)] * 3
+    assert ThreadPoolExecutor().submit(torch.get_num_threads).result() == 3
 
 
 @pytest.mark.parametrize("num_ahead", [1, 3])
