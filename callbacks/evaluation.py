@@ -28,7 +28,7 @@ class QuestionsLost(RuntimeError):
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Greedy decoding of at most `max_new_tokens`, `batch_prompts` questions at a time."""
+    """Answers of at most `max_new_tokens`, to `batch_prompts` questions at a time."""
 
     max_new_tokens: int = 1024
     batch_prompts: int = 32

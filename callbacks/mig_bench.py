@@ -32,6 +32,7 @@ from datamodules.batches import Encoder
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
 from datamodules.benchmarks.mig_scoring import Prediction, format_table, score_answer, score_refused, summarise
 from datamodules.samples import LoadedSample, Sample, SampleError
+from lightning_modules.generation import Generation, rules
 from lightning_modules.qwen_vl import QwenVL
 from lightning_modules.rollouts import RolloutEngine, RolloutSettings
 
@@ -57,9 +58,7 @@ def evaluate_mig_bench(
     """
     done = {record["id"]: Prediction.from_json(record) for record in journal.records} if journal else {}
     windows = question_windows((sample for sample in samples if sample.id not in done), settings)
-    rollout_settings = RolloutSettings(
-        1, 1.0, settings.max_new_tokens, greedy=True, batch_prompts=settings.batch_prompts
-    )
+    rollout_settings = RolloutSettings.of_evaluation(settings.max_new_tokens, settings.batch_prompts)
     with tqdm(
         total=len(samples),
         initial=len(samples) - sum(map(len, windows)),
@@ -134,6 +133,7 @@ def evaluation_key(
     image_root: str,
     samples: Sequence[Sample],
     settings: EvaluationSettings,
+    generation: Generation = "greedy",
 ) -> str:
     """Hash of all that predictions depend on; images count by name and size in bytes."""
     images = sorted({name for sample in samples for name in sample.images})
@@ -144,6 +144,7 @@ def evaluation_key(
         [sample.id for sample in samples],
         encoder.form(),
         asdict(settings),
+        rules(generation),
     )
 
 

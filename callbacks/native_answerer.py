@@ -1,4 +1,4 @@
-"""The policy in this process as an `Answerer`: greedy answers of the native engine."""
+"""The policy in this process as an `Answerer`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from callbacks.mig_bench import policy_fingerprint
 from datamodules.answerers import Load, Reply, split_windows
 from datamodules.batches import Encoder
 from datamodules.samples import Sample, SampleError
+from lightning_modules.generation import Generation, rules
 from lightning_modules.qwen_vl import QwenVL
 from lightning_modules.rollouts import RolloutEngine, RolloutSettings
 
@@ -20,21 +21,32 @@ log = logging.getLogger(__name__)
 
 
 class NativeAnswerer:
-    """`encoder` says how questions are put and refused; a window is one batch of `settings.batch_prompts`."""
+    """`encoder` says how questions are put and refused; a window is one batch of `settings.batch_prompts`.
 
-    def __init__(self, policy: QwenVL, engine: RolloutEngine, encoder: Encoder, settings: EvaluationSettings) -> None:
+    `engine` must generate by the rules of `generation`: the native engine does under "greedy", `own_generation` under
+    "model".
+    """
+
+    def __init__(
+        self,
+        policy: QwenVL,
+        engine: RolloutEngine,
+        encoder: Encoder,
+        settings: EvaluationSettings,
+        generation: Generation = "greedy",
+    ) -> None:
         self.policy, self.engine, self.encoder, self.settings = policy, engine, encoder, settings
+        self.generation = generation
         self.convention = encoder.convention
         self.window = settings.batch_prompts
         self._policy_key = policy_fingerprint(policy)  # once: it reads all weights
 
     def identity(self) -> dict[str, Any]:
-        return {"policy": self._policy_key, "form": self.encoder.form(), "decoding": asdict(self.settings)}
+        decoding = asdict(self.settings) | rules(self.generation)
+        return {"policy": self._policy_key, "form": self.encoder.form(), "decoding": decoding}
 
     def answers(self, samples: Sequence[Sample], load: Load) -> Iterator[tuple[Sample, Reply]]:
-        rollout_settings = RolloutSettings(
-            1, 1.0, self.settings.max_new_tokens, greedy=True, batch_prompts=self.settings.batch_prompts
-        )
+        rollouts = RolloutSettings.of_evaluation(self.settings.max_new_tokens, self.settings.batch_prompts)
         for window in encode_ahead(self.encoder, split_windows(samples, self.window), load):
             items = []
             for sample, item in window:
@@ -43,5 +55,5 @@ class NativeAnswerer:
                     yield sample, Reply("", (), refused=item.rule)
                 else:
                     items.append(item.to(self.policy.device))
-            for item, (rollout,) in zip(items, self.engine.generate(items, rollout_settings), strict=True):
+            for item, (rollout,) in zip(items, self.engine.generate(items, rollouts), strict=True):
                 yield item.sample, Reply(rollout.text, item.geometries, len(rollout.token_ids), rollout.finished)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,7 +15,12 @@ from datamodules.dialects import find_dialect
 from datamodules.prompts import PromptStyle
 from experiments import phases
 from lightning_modules.endpoint import EndpointSettings
+from lightning_modules.generation import Generation, stating
 from lightning_modules.model_folder import MODEL_TYPE, check_image_text_model, check_model, read_model_type
+
+if TYPE_CHECKING:
+    from lightning_modules.qwen_vl import QwenVL
+    from lightning_modules.rollouts import RolloutEngine
 
 ALIASES = {"nano": "models/nano-base"}
 
@@ -37,6 +42,7 @@ class ModelOptions:
     device: str = "auto"
     decoding: EvaluationSettings = field(default_factory=EvaluationSettings)
     trust_remote_code: bool = False
+    generation: Generation = "greedy"
 
 
 # All that makes an answerer. Settings cross to other processes, which make their own.
@@ -53,6 +59,7 @@ class PolicySettings:
     device: str
     decoding: EvaluationSettings
     limits: dict[str, Any]  # of `Encoder`: max_prompt_tokens, label_images, …
+    generation: Generation = "greedy"
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,7 @@ class ImageTextSettings:
     dtype: str
     device: str
     trust_remote_code: bool
+    generation: Generation = "greedy"
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,7 @@ class ServedSettings:
     endpoint: EndpointSettings
     form: RequestForm
     max_tokens: int
+    generation: Generation = "greedy"
 
     @property
     def model(self) -> str:
@@ -94,13 +103,15 @@ def choose_answerer(model: str, endpoint: EndpointSettings | None, options: Mode
             raise ValueError("endpoint.base_url=None: a model behind a server needs its address")
         if endpoint.model not in ("", model):
             raise ValueError(f"endpoint.model={endpoint.model!r} and model={model!r} must be one: leave out the former")
-        return ServedSettings(replace(endpoint, model=model), _form(options, model), max_tokens)
+        stating(endpoint, options.generation)  # raises where extra_body contradicts it
+        return ServedSettings(replace(endpoint, model=model), _form(options, model), max_tokens, options.generation)
     found = read_model_type(model, options.trust_remote_code)
     if found == MODEL_TYPE:
         return _policy_settings(model, options)
     check_image_text_model(model, options.trust_remote_code)
     form = _form(options, found, model)
-    return ImageTextSettings(model, form, max_tokens, options.dtype, options.device, options.trust_remote_code)
+    how = (options.dtype, options.device, options.trust_remote_code, options.generation)
+    return ImageTextSettings(model, form, max_tokens, *how)
 
 
 def make_answerer(settings: AnswererSettings, rank: int = 0) -> Answerer:
@@ -111,12 +122,12 @@ def make_answerer(settings: AnswererSettings, rank: int = 0) -> Answerer:
     if isinstance(settings, ServedSettings):
         from lightning_modules.answerers import EndpointAnswerer
 
-        return EndpointAnswerer(settings.endpoint, settings.form, settings.max_tokens)
+        return EndpointAnswerer(settings.endpoint, settings.form, settings.max_tokens, settings.generation)
     device = choose_device(settings.device, rank)
     if isinstance(settings, ImageTextSettings):
         from lightning_modules.image_text import ImageTextAnswerer
 
-        how = (settings.max_tokens, device, settings.dtype, settings.trust_remote_code)
+        how = (settings.max_tokens, device, settings.dtype, settings.trust_remote_code, settings.generation)
         return ImageTextAnswerer(settings.model, settings.form, *how)
     return _make_policy(settings, device)
 
@@ -125,8 +136,6 @@ def _make_policy(settings: PolicySettings, device: str) -> Answerer:
     from callbacks.native_answerer import NativeAnswerer
     from datamodules.batches import Encoder
     from lightning_modules.qwen_vl import QwenVL
-    from lightning_modules.rollouts import NativeEngine
-
     encoder = Encoder(
         settings.model,
         convention=Convention(settings.convention),
@@ -136,7 +145,19 @@ def _make_policy(settings: PolicySettings, device: str) -> Answerer:
         **settings.limits,
     )
     policy = QwenVL(settings.model, dtype=settings.dtype).to(device).eval()
-    return NativeAnswerer(policy, NativeEngine(policy), encoder, settings.decoding)
+    engine = make_engine(policy, settings.generation)
+    return NativeAnswerer(policy, engine, encoder, settings.decoding, settings.generation)
+
+
+def make_engine(policy: QwenVL, generation: Generation) -> RolloutEngine:
+    """Who answers for a Qwen2.5-VL in this process."""
+    if generation == "model":
+        from lightning_modules.own_generation import OwnGeneration
+
+        return OwnGeneration(policy)
+    from lightning_modules.rollouts import NativeEngine
+
+    return NativeEngine(policy)
 
 
 def _policy_settings(model: str, options: ModelOptions) -> PolicySettings:
@@ -155,7 +176,8 @@ def _policy_settings(model: str, options: ModelOptions) -> PolicySettings:
     form |= phases.trained_form(model, form) if options.as_trained else {}
     bounds = {"max_prompt_tokens": options.max_prompt_tokens, "max_image_pixels": options.max_image_pixels}
     convention, style = form.pop("convention"), form.pop("style")
-    return PolicySettings(model, convention, style, options.dtype, options.device, options.decoding, form | bounds)
+    how = (options.dtype, options.device, options.decoding, form | bounds, options.generation)
+    return PolicySettings(model, convention, style, *how)
 
 
 def _form(options: ModelOptions, *names: str) -> RequestForm:

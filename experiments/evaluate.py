@@ -28,6 +28,7 @@ from datamodules.prompts import PromptStyle
 from experiments import checks, phases, tracking
 from experiments.asking import share_cores
 from experiments.shares import Asking, OtherProcesses, answer_all
+from lightning_modules.generation import Generation, note
 
 
 def evaluate(
@@ -47,6 +48,7 @@ def evaluate(
     label_images: bool = False,
     as_trained: bool = True,
     processes: int = 1,
+    generation: Generation = "greedy",
 ) -> None:
     """Evaluate a model on MIG-Bench.
 
@@ -60,7 +62,7 @@ def evaluate(
         style: how questions are put; plain and official for models that were not trained here
         dtype: of the weights
         device: auto, cpu, cuda, cuda:1, ...
-        decoding: greedy decoding
+        decoding: length of an answer, questions at a time
         limit_per_task: first look on so many questions of each task
         max_prompt_tokens: a longer prompt counts as wrong
         max_image_pixels: a larger image counts as wrong (decompression bombs)
@@ -69,6 +71,8 @@ def evaluate(
         as_trained: put questions to a phase's merged model as that phase did, whatever convention, style,
             max_resized_pixels and label_images say; false: as these say
         processes: so many share the questions, each with a GPU of its own, or with its part of the CPU's cores
+        generation: greedy: the likeliest token, without penalties; model: as the model's generation_config.json says,
+            one question at a time (lightning_modules/generation.py)
     """
     home = Path(output or default_output(model))
     faults = [f"processes={processes} must be at least 1"] if processes < 1 else []
@@ -79,7 +83,7 @@ def evaluate(
     form |= phases.trained_form(model, form) if as_trained else {}
     form |= {"convention": Convention(form["convention"]), "style": PromptStyle(form["style"])}
     limits = {"max_prompt_tokens": max_prompt_tokens, "max_image_pixels": max_image_pixels}
-    asking = Asking(model, dtype, device, form | limits, image_root, decoding)
+    asking = Asking(model, dtype, device, form | limits, image_root, decoding, generation)
     every_sample, dirty = load_mig_bench(annotations, image_root)
     if dirty.boxes:
         print(dirty, flush=True)
@@ -87,14 +91,16 @@ def evaluate(
     with OtherProcesses(processes - 1) as others, phases.locked(home / "predictions.jsonl"):
         share_cores(processes)
         policy, encoder = asking.policy(rank=0), asking.encoder()
-        key = evaluation_key(policy, encoder, annotations, image_root, samples, decoding)
+        key = evaluation_key(policy, encoder, annotations, image_root, samples, decoding, generation)
         folder = home if output else spare_folder(home, key)
         found = answer_all(asking, policy, encoder, samples, folder, key, others)
         summary = summarise(found)
-        write_json(folder / "mig_bench.json", {"key": key, "model": model, "limit_per_task": limit_per_task} | summary)
-    print(format_table(summary), flush=True)
+        facts = {"key": key, "model": model, "limit_per_task": limit_per_task, "generation": generation}
+        write_json(folder / "mig_bench.json", facts | summary)
+    print(f"{format_table(summary)}{note(generation)}", flush=True)
     if folder == home:
-        settings = {"model": model, "annotations": annotations, "dtype": dtype} | form | limits | asdict(decoding)
+        settings = {"model": model, "annotations": annotations, "dtype": dtype, "generation": generation}
+        settings |= form | limits | asdict(decoding)
         by_id = {prediction.id: prediction for prediction in found}
         drawn = limit_tasks(samples, 1)
         load = partial(load_images, image_root=image_root)

@@ -31,6 +31,7 @@ from experiments import checks, phases, tracking
 from experiments.answerers import ALIASES, ModelOptions, choose_answerer
 from experiments.asking import Job, ask_all
 from lightning_modules.endpoint import EndpointMisused, EndpointSettings, EndpointUnavailable
+from lightning_modules.generation import Generation
 
 
 def evaluate_benchmarks(
@@ -55,6 +56,7 @@ def evaluate_benchmarks(
     before_image: str | None = None,
     as_trained: bool = True,
     trust_remote_code: bool = False,
+    generation: Generation = "greedy",
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a model on the paper's benchmarks; the results by name.
 
@@ -72,7 +74,7 @@ def evaluate_benchmarks(
         style: how questions are put; auto: think, for other models native, which is their dialect's own prompt
         dtype: of the weights
         device: auto, cpu, cuda (each process takes its own GPU), cuda:1, ...
-        decoding: greedy decoding; batches are Qwen2.5-VL's
+        decoding: length of an answer; batches are Qwen2.5-VL's
         limit: ask at most so many questions of each column: split, set, subset or task
         processes: so many share the questions; answers do not depend on it. One asks an endpoint, with the
             endpoint's concurrency
@@ -84,6 +86,8 @@ def evaluate_benchmarks(
         before_image: text before image k for other models instead of the dialect's, such as "Picture {}: "
         as_trained: put questions to a phase's merged model as that phase did
         trust_remote_code: run code that comes with a model's weights
+        generation: greedy: the likeliest token, without penalties, the same for every model; model: as the model's
+            generation_config.json or its server says (lightning_modules/generation.py), in results of their own
     """
     options = ModelOptions(
         convention=convention,
@@ -99,6 +103,7 @@ def evaluate_benchmarks(
         device=device,
         decoding=decoding or EvaluationSettings(),
         trust_remote_code=trust_remote_code,
+        generation=generation,
     )
     faults = [f"processes={processes} must be at least 1"] if processes < 1 else []
     try:
@@ -123,6 +128,7 @@ def _evaluate(job: Job, benchmarks: dict[str, Benchmark], home: Path, processes:
     totals = {name: len(limit_columns(benchmark.samples, job.limit)) for name, benchmark in benchmarks.items()}
     for ended in ask_all(job, totals, processes):
         facts = {"model": job.settings.model, "data_root": job.data_root, "key": ended.key, "limit": job.limit}
+        facts["generation"] = job.settings.generation
         replies = read_answers(Path(ended.folder), ended.key)
         results[ended.name] = _finish(benchmarks[ended.name], home, facts, replies, ended.convention)
     return results

@@ -121,8 +121,7 @@ def accuracy(policy: QwenVL, encoder: PictureEncoder, num_eval: int) -> dict[str
     """Greedy single-image grounding on held-out scenes: Acc@0.5 (IoU > 0.5), mean IoU, parse failures; per cent."""
     pictures = [encoder.picture(HELD_OUT, index) for index in range(num_eval)]
     items = [encoder.prompt(picture, 0) for picture in pictures]
-    settings = RolloutSettings(group_size=1, temperature=1.0, max_new_tokens=48, greedy=True, batch_prompts=64)
-    rollouts = NativeEngine(policy).generate(items, settings)
+    rollouts = NativeEngine(policy).generate(items, RolloutSettings.of_evaluation(max_new_tokens=48, batch_prompts=64))
     scores = [
         score_text(rollout.text, BoxAnswer(0, picture.turns[0].box, ""), item.geometries, Convention.ABSOLUTE)
         for picture, item, (rollout,) in zip(pictures, items, rollouts, strict=True)

@@ -26,10 +26,10 @@ from datamodules.benchmarks.mig_bench import load_images
 from datamodules.benchmarks.mig_scoring import Prediction
 from datamodules.processes import end_with_parent
 from datamodules.samples import Sample
-from experiments.answerers import choose_device
+from experiments.answerers import choose_device, make_engine
 from experiments.asking import share_cores
+from lightning_modules.generation import Generation
 from lightning_modules.qwen_vl import QwenVL
-from lightning_modules.rollouts import NativeEngine
 
 OTHERS = "predictions-rank{}.jsonl"  # journals of the other processes, by rank; the first has predictions.jsonl
 
@@ -44,6 +44,7 @@ class Asking:
     form: dict[str, Any]
     image_root: str
     decoding: EvaluationSettings
+    generation: Generation = "greedy"
 
     def policy(self, rank: int) -> QwenVL:
         return QwenVL(self.model, dtype=self.dtype).to(choose_device(self.device, rank)).eval()
@@ -61,7 +62,7 @@ class Asking:
         show_progress: bool = True,
     ) -> list[Prediction]:
         load = partial(load_images, image_root=self.image_root)
-        engine = NativeEngine(policy)
+        engine = make_engine(policy, self.generation)
         return evaluate_mig_bench(policy, engine, encoder, samples, load, self.decoding, journal, show_progress)
 
 

@@ -41,6 +41,7 @@ from experiments import checks, phases
 from experiments.rationales import Verdict, format_report, group_responses, judge, summarise, write_rationales
 from experiments.teacher import Prices, Sampling, Session, Teacher, missing_responses
 from lightning_modules.endpoint import EndpointMisused, EndpointSettings, EndpointUnavailable
+from lightning_modules.generation import server_fields
 from lightning_modules.local_server import local_server
 
 
@@ -83,7 +84,7 @@ def synthesize(
     folders = folder_list(questions)
     faults = _faults(folders, endpoint, threshold, limit)
     form = _form(dialect, endpoint.model, faults, before_image, min_pixels, max_pixels, max_image_pixels)
-    teacher = [endpoint.model, endpoint.extra_body, path_fingerprint(endpoint.model)]
+    teacher = [endpoint.model, server_fields(endpoint) | endpoint.extra_body, path_fingerprint(endpoint.model)]
     key = fingerprint([path_fingerprint(folder) for folder in folders], teacher, asdict(form), asdict(sampling))
     home = Path(output)
     with phases.locked(home):
@@ -149,7 +150,7 @@ def _reachable(endpoint: EndpointSettings, work: Path, device: str) -> Iterator[
     print(f"starting a local server of {endpoint.model}", flush=True)
     with local_server(endpoint.model, work, device) as server:
         # It generates one answer at a time anyway, and a seed holds there only while no other request comes in between.
-        yield replace(endpoint, base_url=server.base_url, model=server.model, concurrency=1)
+        yield replace(endpoint, base_url=server.base_url, model=server.model, concurrency=1, sampling_fields="openai")
 
 
 def _judge_all(
@@ -177,6 +178,8 @@ def _faults(folders: list[str], endpoint: EndpointSettings, threshold: float, li
         faults.append(f"threshold={threshold} must be in [0, 1)")
     if limit is not None and limit < 1:
         faults.append(f"limit={limit} must be at least 1")
+    if own := sorted({"temperature", "seed"} & endpoint.extra_body.keys()):
+        faults.append(f"endpoint.extra_body: {', '.join(own)} belong to sampling, such as sampling.temperature")
     model = Path(endpoint.model)
     if not endpoint.model:
         faults.append("endpoint.model='' must name the teacher")

@@ -7,7 +7,7 @@ import hashlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tqdm import tqdm
@@ -24,6 +24,7 @@ from lightning_modules.endpoint import (
     EndpointUnavailable,
     RequestRefused,
 )
+from lightning_modules.generation import server_fields
 
 REFUSALS = 8  # or losses, so many before the first answer, and it is the settings that are wrong
 TRIES = 2  # of a question that gets no answer while the server answers others, the second one behind all of those
@@ -100,6 +101,7 @@ class _Question:
 class Teacher:
     """One run over the questions that the journal does not answer yet.
 
+    Sampling is by temperature alone: every other sampler is stated as neutral, unless extra_body says otherwise.
     `concurrency` workers take a question each and ask for its responses one after the other (so a server that caches
     prefixes reads the images once). Memory holds no more than one question for each worker.
     """
@@ -113,7 +115,8 @@ class Teacher:
         journal: Journal,
         prices: Prices,
     ) -> None:
-        self.reader, self.settings, self.form, self.sampling = reader, endpoint, form, sampling
+        self.reader, self.form, self.sampling = reader, form, sampling
+        self.settings = replace(endpoint, extra_body=server_fields(endpoint) | endpoint.extra_body)
         self.journal, self.prices = journal, prices
         self.session = Session()
         self._bar: tqdm | None = None  # the live line
@@ -200,7 +203,8 @@ class Teacher:
         asked = f"base_url={self.settings.base_url!r}, model={self.settings.model!r}"
         return EndpointMisused(
             f"{asked}: {len(self._refused)} questions were refused and none was answered; first: "
-            f"{self._refused[0]['detail']}"
+            f"{self._refused[0]['detail']}; a server that refuses {', '.join(server_fields(self.settings))} may take"
+            " requests with endpoint.sampling_fields=openai"
         )
 
     def _prepare(self, number: int) -> tuple[str, ChatRequest]:

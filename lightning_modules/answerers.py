@@ -26,6 +26,7 @@ from lightning_modules.endpoint import (
     EndpointUnavailable,
     RequestRefused,
 )
+from lightning_modules.generation import Generation, require_taken, server_rules, stating
 
 log = logging.getLogger(__name__)
 
@@ -33,15 +34,21 @@ CHECK_ATTEMPTS = 3  # who mistyped an address should not wait for every attempt
 
 
 class EndpointAnswerer:
-    """Asks in the form's dialect, greedily unless told otherwise; questions are independent of each other."""
+    """Asks in the form's dialect, by the rules of `generation`; questions are independent of each other."""
 
     window = 1
 
     def __init__(
-        self, settings: EndpointSettings, form: RequestForm, max_tokens: int = 1024, temperature: float = 0.0
+        self,
+        settings: EndpointSettings,
+        form: RequestForm,
+        max_tokens: int = 1024,
+        generation: Generation = "greedy",
     ) -> None:
         self.settings, self.form = settings, form
-        self.max_tokens, self.temperature = max_tokens, temperature
+        self.max_tokens, self.generation = max_tokens, generation
+        self.temperature = 0.0 if generation == "greedy" else None
+        self._stating = stating(settings, generation)
         self._checked = False
 
     @property
@@ -51,7 +58,7 @@ class EndpointAnswerer:
 
     def identity(self) -> dict[str, Any]:
         """All that answers depend on beside the question, JSON-like. The server's weights are known by name only."""
-        decoding = {"max_tokens": self.max_tokens, "temperature": self.temperature}
+        decoding = {"max_tokens": self.max_tokens} | server_rules(self.settings, self.generation)
         server = {"model": self.settings.model, "extra_body": self.settings.extra_body}
         return {"endpoint": server, "form": asdict(self.form), "decoding": decoding}
 
@@ -74,7 +81,7 @@ class EndpointAnswerer:
 
     async def _stream(self, samples: Sequence[Sample], load: Load) -> AsyncIterator[tuple[Sample, Reply]]:
         waiting, running = iter(samples), set()
-        async with ChatEndpoint(self.settings) as endpoint:
+        async with ChatEndpoint(self._stating) as endpoint:
             if samples and not self._checked:
                 await self._check(endpoint)
             while True:
@@ -91,6 +98,7 @@ class EndpointAnswerer:
         try:
             await endpoint.complete(messages, self.max_tokens, self.temperature, attempts=CHECK_ATTEMPTS)
         except RequestRefused as error:
+            await require_taken(self.settings, self.generation, messages, self.max_tokens)
             where = f"base_url={self.settings.base_url!r}, model={self.settings.model!r}"
             raise EndpointMisused(f"{where}: refuses a question about one small image: {error}") from error
         self._checked = True

@@ -12,7 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
@@ -49,7 +49,9 @@ class EndpointSettings:
     environment variable that holds the key, if it needs one. timeout: seconds for one whole request. attempts: how
     often a request is made before it is given up. Before attempt k + 1 it waits backoff * 2^(k - 1) seconds, at most
     max_backoff, times a random share of one half to one; longer where the server says so (Retry-After). concurrency:
-    requests under way at once. extra_body: further fields of every request.
+    requests under way at once. extra_body: further fields of every request. sampling_fields: which samplers a request
+    states, so that none is left to the server: `vllm` all (vLLM, SGLang), `openai` those that OpenAI's API has, for a
+    server that refuses the others.
     """
 
     model: str = ""
@@ -61,12 +63,15 @@ class EndpointSettings:
     max_backoff: float = 60.0
     concurrency: int = 16
     extra_body: dict[str, Any] = field(default_factory=dict)
+    sampling_fields: Literal["vllm", "openai"] = "vllm"
 
     def __post_init__(self) -> None:
         faults = []
         for name, least in (("attempts", 1), ("concurrency", 1), ("backoff", 0), ("max_backoff", 0)):
             if not getattr(self, name) >= least:
                 faults.append(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.sampling_fields not in ("vllm", "openai"):
+            faults.append(f"sampling_fields={self.sampling_fields!r} must be vllm or openai")
         if not self.timeout > 0:
             faults.append(f"timeout={self.timeout} must be greater than 0")
         if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
@@ -118,11 +123,13 @@ class ChatEndpoint:
         self,
         messages: list[dict[str, Any]],
         max_tokens: int,
-        temperature: float,
+        temperature: float | None,
         seed: int | None = None,
         attempts: int | None = None,
     ) -> Completion:
         """The answer to `messages` (OpenAI's form), in at most `attempts`, or as many as the settings say.
+
+        temperature None leaves it to the server.
 
         Raises RequestRefused, EndpointMisused, and after every attempt EndpointUnavailable.
         """
@@ -178,15 +185,15 @@ class ChatEndpoint:
         raise EndpointUnavailable(message, status)
 
     async def _ask(
-        self, messages: list[dict[str, Any]], max_tokens: int, temperature: float, seed: int | None
+        self, messages: list[dict[str, Any]], max_tokens: int, temperature: float | None, seed: int | None
     ) -> Completion:
+        stated = {"temperature": temperature, "seed": seed}
         # The raw body: the library reads a truncated one as a plain string, or as an answer without choices.
         response = await self._client.chat.completions.with_raw_response.create(
             model=self.settings.model,
             messages=messages,
             max_completion_tokens=max_tokens,
-            temperature=temperature,
-            extra_body=self.settings.extra_body | ({} if seed is None else {"seed": seed}),
+            extra_body=self.settings.extra_body | {name: value for name, value in stated.items() if value is not None},
         )
         return read_completion(response.http_response.content)
 

@@ -19,10 +19,12 @@ from datamodules.artefacts import path_fingerprint
 from datamodules.boxes import Convention, ImageGeometry
 from datamodules.chat_requests import ChatRequest, RequestForm, build_turn
 from datamodules.samples import Sample, SampleError
+from lightning_modules.generation import Generation, configure, own_seed, rules
 
 
 class ImageTextAnswerer:
-    """Greedy answers, one question at a time. `trust_remote_code` runs code that comes with the weights."""
+    """Answers by the rules of `generation`, one question at a time. `trust_remote_code` runs code that comes with the
+    weights."""
 
     window = 1
 
@@ -34,14 +36,20 @@ class ImageTextAnswerer:
         device: str = "cpu",
         dtype: str = "float32",
         trust_remote_code: bool = False,
+        generation: Generation = "greedy",
     ) -> None:
-        self.form, self.max_tokens = form, max_tokens
+        self.form, self.max_tokens, self.generation = form, max_tokens, generation
         self.name, self.dtype = model, dtype
         self.processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
         self.model = AutoModelForImageTextToText.from_pretrained(
             model, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trust_remote_code
         )
         self.model.to(device).eval()
+        self.ends = self._ends()
+        own = self.model.generation_config
+        self.config = configure(own, generation, max_tokens, self.ends, self._placeholders())
+        if generation == "greedy":
+            self.model.generation_config = self.config
 
     @property
     def convention(self) -> Convention:
@@ -50,7 +58,7 @@ class ImageTextAnswerer:
 
     def identity(self) -> dict[str, Any]:
         """All that answers depend on beside the question, JSON-like."""
-        decoding = {"max_tokens": self.max_tokens, "dtype": self.dtype}
+        decoding = {"max_tokens": self.max_tokens, "dtype": self.dtype} | rules(self.generation)
         return {"model": self._weights_key, "form": asdict(self.form), "decoding": decoding}
 
     @cached_property
@@ -65,7 +73,9 @@ class ImageTextAnswerer:
             except SampleError as error:
                 yield sample, Reply("", (), refused=error.rule)
                 continue
-            yield sample, self._answer(request)
+            with own_seed(sample.id):
+                reply = self._answer(request)
+            yield sample, reply
 
     @torch.inference_mode()
     def _answer(self, request: ChatRequest) -> Reply:
@@ -73,18 +83,18 @@ class ImageTextAnswerer:
             request.messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         ).to(self.model.device, self.model.dtype)
         self._check_sizes(request.geometries, inputs)
-        written = self.model.generate(
-            **inputs, max_new_tokens=self.max_tokens, do_sample=False, suppress_tokens=self._placeholders()
-        )[0, inputs["input_ids"].shape[1] :]
+        written = self.model.generate(**inputs, generation_config=self.config)[0, inputs["input_ids"].shape[1] :]
         text = self.processor.decode(written, skip_special_tokens=True)
-        ends = self.model.generation_config.eos_token_id
-        finished = int(written[-1]) in (ends if isinstance(ends, list) else [ends])
-        return Reply(text, request.geometries, len(written), finished)
+        return Reply(text, request.geometries, len(written), int(written[-1]) in self.ends)
 
-    def _placeholders(self) -> list[int] | None:
+    def _ends(self) -> set[int]:
+        """Tokens that end an answer: those of the generation config and the tokenizer's own, as for the policy."""
+        listed = self.model.generation_config.eos_token_id
+        return {*(listed if isinstance(listed, list) else [listed]), self.processor.tokenizer.eos_token_id} - {None}
+
+    def _placeholders(self) -> set[int]:
         """A placeholder that the model wrote would be taken for an image without pixels."""
-        ids = {getattr(self.processor, f"{kind}_token_id", None) for kind in ("image", "video")} - {None}
-        return sorted(ids) or None
+        return {getattr(self.processor, f"{kind}_token_id", None) for kind in ("image", "video")} - {None}
 
     def _check_sizes(self, geometries: Sequence[ImageGeometry], inputs: Any) -> None:
         """Pixels mean something only in the size that the model sees."""

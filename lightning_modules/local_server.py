@@ -21,6 +21,7 @@ from pathlib import Path
 
 from datamodules.artefacts import read_json, write_json
 from datamodules.processes import end_with_parent
+from lightning_modules.generation import NEUTRAL, TOKEN_IDS
 
 HOST = "127.0.0.1"
 GENERATION = "generation_config.json"
@@ -57,16 +58,20 @@ def local_server(model: str, work: Path, device: str = "auto", startup_seconds: 
 
 
 def sampling_folder(model: Path, folder: Path) -> Path:
-    """A copy of a model folder, by links, whose generation settings sample.
+    """A copy of a model folder, by links, whose generation settings sample, by the request's temperature alone.
 
-    `transformers serve` takes a temperature from the request, but whether to sample at all from the model alone.
+    `transformers serve` takes temperature and top_p from the request, but whether to sample at all, and all other
+    samplers, from the model alone.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for file in sorted(model.resolve().iterdir()):
         if file.is_file() and file.name != GENERATION:
             (folder / file.name).symlink_to(file)
-    write_json(folder / GENERATION, read_json(model / GENERATION) | {"do_sample": True})
+    own = read_json(model / GENERATION)
+    ids = {name: own[name] for name in ("eos_token_id", *TOKEN_IDS) if own.get(name) is not None}
+    # top_k 0 is off; where it is missing, transformers takes 50.
+    write_json(folder / GENERATION, NEUTRAL | ids | {"do_sample": True, "top_k": 0, "top_p": 1.0})
     return folder.resolve()
 
 

@@ -39,6 +39,7 @@ from lightning_modules.products import with_fast_linears
 from lightning_modules.scoring import score_tokens
 from lightning_modules.sharding import ShardedModel, shard_layers, whole
 from lightning_modules.shared_prefix import PackedRows, one_token_row
+from lightning_modules.token_bans import Ban, placeholder_ids, special_ids
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -98,6 +99,7 @@ class QwenVL(nn.Module):
             self.activations = ActivationBudget(self.base.model.language_model.layers, activation_gib)
         if not on_meta:
             self.register_buffer("banned", torch.tensor(self.banned_token_ids), persistent=False)
+            self.register_buffer("placeholders", torch.tensor(self.banned_ids("placeholders")), persistent=False)
 
     @property
     def base(self) -> nn.Module:
@@ -125,17 +127,18 @@ class QwenVL(nn.Module):
 
     @cached_property
     def banned_token_ids(self) -> tuple[int, ...]:
-        """Never sampled: all special tokens but the ends, and ids that no token has.
+        """Never sampled in training.
 
         A policy that writes an image placeholder changes the meaning of its own prompt and breaks every later forward.
         """
-        config, tokenizer = self.base.config, self.tokenizer
-        special = set(tokenizer.all_special_ids)
-        special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        special |= {config.image_token_id, config.video_token_id}
-        special |= {config.vision_start_token_id, config.vision_end_token_id}
-        special |= set(range(len(tokenizer), config.text_config.vocab_size))
-        return tuple(sorted(special - set(self.eos_ids)))
+        return special_ids(self.base.config, self.tokenizer, self.eos_ids)
+
+    def banned_ids(self, ban: Ban) -> tuple[int, ...]:
+        return self.banned_token_ids if ban == "special" else placeholder_ids(self.base.config)
+
+    def banned_tokens(self, ban: Ban) -> Tensor:
+        """The same, on the policy's device."""
+        return self.banned if ban == "special" else self.placeholders
 
     def encode_images(self, items: Sequence[PromptItem], reference: bool = False) -> list[Tensor]:
         """Image features [tokens, D] of each item, its images in order. The same image in several items runs once."""

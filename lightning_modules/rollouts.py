@@ -23,6 +23,7 @@ from lightning_modules.fused_model import FusedModel
 from lightning_modules.lean_model import LeanModel
 from lightning_modules.qwen_vl import QwenVL
 from lightning_modules.sampling import sample
+from lightning_modules.token_bans import Ban
 
 PREFIX_STEP = 512  # tokens by which a GPU's memory for a prompt grows
 log = logging.getLogger(__name__)
@@ -31,13 +32,15 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class RolloutSettings:
     """`greedy` takes the likeliest token; log-probabilities are at `temperature` all the same. `batch_prompts` are
-    decoded at a time; of more, the next take the places of those that are complete."""
+    decoded at a time; of more, the next take the places of those that are complete. `ban`: which tokens are never
+    written (`QwenVL.banned_ids`): in training all special ones, in evaluation the placeholders alone."""
 
     group_size: int
     temperature: float
     max_new_tokens: int
     greedy: bool = False
     batch_prompts: int = 32
+    ban: Ban = "special"
 
     def __post_init__(self) -> None:
         for name in ("group_size", "temperature", "max_new_tokens", "batch_prompts"):
@@ -47,6 +50,11 @@ class RolloutSettings:
             raise ValueError(
                 f"rollouts: greedy={self.greedy} gives {self.group_size} equal completions; set group_size=1"
             )
+
+    @classmethod
+    def of_evaluation(cls, max_new_tokens: int, batch_prompts: int) -> RolloutSettings:
+        """One greedy answer each, in which every special token but a placeholder may stand, as in any other model's."""
+        return cls(1, 1.0, max_new_tokens, greedy=True, batch_prompts=batch_prompts, ban="placeholders")
 
 
 @dataclass(frozen=True)
@@ -162,7 +170,8 @@ class NativeEngine:
         policy, static = self.policy, self._is_static()
         places, room = min(settings.batch_prompts, num_items), settings.max_new_tokens
         weights = policy.base.get_input_embeddings().weight.data_ptr()  # another address: the policy was moved
-        of_policy = (weights, policy.banned.data_ptr(), policy.sharded is None)  # undivided in rejection sampling
+        banned = policy.banned_tokens(settings.ban)
+        of_policy = (weights, banned.data_ptr(), policy.sharded is None)  # undivided in rejection sampling
         needs = (*of_policy, places, settings.group_size, settings.temperature, settings.greedy)
         if self._kept is not None and self._kept[0] == needs:
             decoder = self._kept[1]
@@ -174,7 +183,7 @@ class NativeEngine:
             longest_prompt = -(-longest_prompt // PREFIX_STEP) * PREFIX_STEP
 
         def choose(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-            return sample(logits, policy.banned, settings.temperature, None if settings.greedy else draws)
+            return sample(logits, banned, settings.temperature, None if settings.greedy else draws)
 
         model, ends = self._model(), policy.eos_ids
         decoder = BranchDecoder(model, choose, ends, places, settings.group_size, longest_prompt, room, static=static)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from lightning_modules.endpoint import (
     EndpointUnavailable,
     RequestRefused,
 )
+from lightning_modules.generation import SERVER_FIELDS
 from lightning_modules.qwen_vl import QwenVL
 from lightning_modules.rollouts import Rollout, RolloutSettings
 from lightning_modules.served_prompts import PromptWriter
@@ -43,16 +44,6 @@ from lightning_modules.vllm_protocol import (
 T = TypeVar("T")
 FAREWELL = 30.0  # seconds; unloading is quick, and a server that hangs must not hold up an error
 BAN = -100.0  # OpenAI's lowest bias: added to a logit before the temperature divides it
-# All that could change the distribution otherwise: a server takes what is missing from the model's generation config,
-# and Qwen2.5-VL's has a repetition penalty and a top-p.
-PLAIN_SAMPLING = {
-    "top_p": 1.0,
-    "top_k": 0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-}
 
 
 @dataclass(frozen=True)
@@ -235,6 +226,7 @@ class VLLMEngine:
         self, endpoint: ChatEndpoint, job: tuple[PromptItem, int], writer: PromptWriter, settings: RolloutSettings
     ) -> list[Rollout]:
         item, seed = job
+        banned = self.policy.banned_ids(settings.ban)
         messages = await asyncio.to_thread(writer.messages, item)
         body = {
             "model": self.adapter.name if self.adapter else self._models[endpoint.settings.base_url],
@@ -247,20 +239,22 @@ class VLLMEngine:
             "top_logprobs": 0,
             "return_token_ids": True,
             "stop_token_ids": list(self.policy.eos_ids),
-            "logit_bias": {str(token): BAN for token in self.policy.banned_token_ids},
+            "logit_bias": {str(token): BAN for token in banned},
         }
         try:
             read = partial(read_choices, item=item, settings=settings, ends=self.policy.eos_ids)
-            choices = await endpoint.post("/chat/completions", body | PLAIN_SAMPLING, read)
+            choices = await endpoint.post("/chat/completions", body | SERVER_FIELDS, read)
         except RequestRefused as error:
             raise RequestRefused(f"sample {item.sample.id!r}: {endpoint.settings.base_url}: {error}") from error
         except EndpointUnavailable as error:
             raise EndpointUnavailable(f"sample {item.sample.id!r}: {error}", error.status) from error
-        return [self._rollout(item, token_ids, log_probs) for token_ids, log_probs in choices]
+        return [self._rollout(item, token_ids, log_probs, banned) for token_ids, log_probs in choices]
 
-    def _rollout(self, item: PromptItem, token_ids: list[int], log_probs: list[float]) -> Rollout:
-        if banned := set(token_ids) & set(self.policy.banned_token_ids):
-            raise ValueError(f"sample {item.sample.id!r}: the server sampled banned tokens {sorted(banned)}")
+    def _rollout(
+        self, item: PromptItem, token_ids: list[int], log_probs: list[float], banned: Collection[int]
+    ) -> Rollout:
+        if wrong := sorted(set(token_ids) & set(banned)):
+            raise ValueError(f"sample {item.sample.id!r}: the server sampled banned tokens {wrong}")
         text = self.policy.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Rollout(
             torch.tensor(token_ids), torch.tensor(log_probs), token_ids[-1] in self.policy.eos_ids, text

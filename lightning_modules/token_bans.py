@@ -1,0 +1,29 @@
+"""Tokens that a policy never writes: in training all special ones, in evaluation the placeholders of images alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Literal
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+Ban = Literal["special", "placeholders"]
+
+
+def placeholder_ids(config: PreTrainedConfig) -> tuple[int, ...]:
+    """Image and video placeholders: written, they would change what the prompt's images are."""
+    return tuple(sorted({config.image_token_id, config.video_token_id}))
+
+
+def special_ids(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, ends: Collection[int]
+) -> tuple[int, ...]:
+    """All special tokens but `ends`, and ids that no token has.
+
+    In evaluation they may be written, as with transformers and vLLM: official prompts ask for `<|box_start|>`.
+    """
+    special = set(tokenizer.all_special_ids)
+    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= {*placeholder_ids(config), config.vision_start_token_id, config.vision_end_token_id}
+    special |= set(range(len(tokenizer), config.text_config.vocab_size))
+    return tuple(sorted(special - set(ends)))
