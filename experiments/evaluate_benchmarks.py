@@ -7,7 +7,8 @@
     <output>/<benchmark>/predictions.jsonl           every answer with its score and all that scoring needs
     <output>/<benchmark>/result.json                 columns, averages, intervals (datamodules/benchmarks/results.py)
 
-With a limit the last two lie in <output>/<benchmark>-limit<k>/. `experiments.rescore` scores them again.
+With a limit the last two lie in <output>/<benchmark>-limit<k>/, with generation=model in
+<output>/<benchmark>-model-generation/. `experiments.rescore` scores them again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from jsonargparse import auto_cli
 from callbacks.evaluation import EvaluationSettings, QuestionsLost, read_answers
 from datamodules.answerers import Reply
 from datamodules.artefacts import fingerprint
+from datamodules.benchmarks.extraction import EXTRACTED_READERS, with_extractor
 from datamodules.benchmarks.registry import benchmark_names, load_benchmark
 from datamodules.benchmarks.results import format_result, write_evaluation
 from datamodules.benchmarks.schema import Benchmark, limit_columns
@@ -30,7 +32,9 @@ from datamodules.synthetic.twins.build import TWINS, write_twin
 from experiments import checks, phases, tracking
 from experiments.answerers import ALIASES, ModelOptions, choose_answerer
 from experiments.asking import Job, ask_all
+from experiments.extracting import extract_letters, extractor_faults
 from lightning_modules.endpoint import EndpointMisused, EndpointSettings, EndpointUnavailable
+from lightning_modules.extractor import Extractor
 from lightning_modules.generation import Generation
 
 
@@ -57,6 +61,7 @@ def evaluate_benchmarks(
     as_trained: bool = True,
     trust_remote_code: bool = False,
     generation: Generation = "greedy",
+    extractor: EndpointSettings | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a model on the paper's benchmarks; the results by name.
 
@@ -88,6 +93,8 @@ def evaluate_benchmarks(
         trust_remote_code: run code that comes with a model's weights
         generation: greedy: the likeliest token, without penalties, the same for every model; model: as the model's
             generation_config.json or its server says (lightning_modules/generation.py), in results of their own
+        extractor: an OpenAI-compatible server, by base_url and model, that says which option an answer of BLINK or MMIU
+            picks where the official reader finds no letter; official columns only, replies are kept
     """
     options = ModelOptions(
         convention=convention,
@@ -106,23 +113,30 @@ def evaluate_benchmarks(
         generation=generation,
     )
     faults = [f"processes={processes} must be at least 1"] if processes < 1 else []
+    names = benchmark_names(bench)
+    faults += extractor_faults(extractor, names)
     try:
         settings = choose_answerer(model if endpoint else ALIASES.get(model, model), endpoint, options)
     except ValueError as error:
         faults.append(str(error))
     checks.raise_all(faults)
-    benchmarks = _load(benchmark_names(bench), data_root, twins)
+    benchmarks = _load(names, data_root, twins)
     home = Path(output or default_output(settings.model, served=endpoint is not None))
     job = Job(settings, tuple(benchmarks), data_root, str(home / "answers"), limit)
     with phases.locked(home):
-        results = _evaluate(job, benchmarks, home, 1 if endpoint else processes)
+        asked = None if extractor is None else Extractor(extractor, home / "answers")
+        if asked is not None:
+            asked.check_first()
+        results = _evaluate(job, benchmarks, home, 1 if endpoint else processes, asked)
     if limit is None:
         _log(home, results)
     print(f"wrote {home}")
     return results
 
 
-def _evaluate(job: Job, benchmarks: dict[str, Benchmark], home: Path, processes: int) -> dict[str, dict[str, Any]]:
+def _evaluate(
+    job: Job, benchmarks: dict[str, Benchmark], home: Path, processes: int, extractor: Extractor | None
+) -> dict[str, dict[str, Any]]:
     """Ask, and score each benchmark as soon as all its answers are there."""
     results: dict[str, dict[str, Any]] = {}
     totals = {name: len(limit_columns(benchmark.samples, job.limit)) for name, benchmark in benchmarks.items()}
@@ -130,7 +144,7 @@ def _evaluate(job: Job, benchmarks: dict[str, Benchmark], home: Path, processes:
         facts = {"model": job.settings.model, "data_root": job.data_root, "key": ended.key, "limit": job.limit}
         facts["generation"] = job.settings.generation
         replies = read_answers(Path(ended.folder), ended.key)
-        results[ended.name] = _finish(benchmarks[ended.name], home, facts, replies, ended.convention)
+        results[ended.name] = _finish(benchmarks[ended.name], home, facts, replies, ended.convention, extractor)
     return results
 
 
@@ -158,18 +172,26 @@ def _finish(
     facts: dict[str, Any],
     replies: dict[str, Reply],
     convention: Convention,
+    extractor: Extractor | None,
 ) -> dict[str, Any]:
     """Score what was answered, write and print it."""
-    limit = facts["limit"]
     rules = (benchmark.rule, benchmark.official)
-    samples = limit_columns(benchmark.samples, limit)
+    samples = limit_columns(benchmark.samples, facts["limit"])
     predictions = [predict(sample, replies[sample.id], convention, *rules) for sample in samples]
-    result = {"benchmark": benchmark.name} | facts
+    result = {"benchmark": benchmark.name} | facts | {"extractor": None}
+    if extractor is not None and benchmark.official.reader in EXTRACTED_READERS:
+        predictions, result["extractor"] = extract_letters(extractor, benchmark, samples, predictions)
+        rules = (benchmark.rule, with_extractor(benchmark.official, extractor.settings.model))
     result |= {"dropped": dict(benchmark.dropped)} | summarise(predictions, *rules, benchmark.averages)
-    folder = home / (benchmark.name if limit is None else f"{benchmark.name}-limit{limit}")
-    write_evaluation(folder, predictions, result)
+    write_evaluation(home / result_folder(benchmark.name, facts["limit"], facts["generation"]), predictions, result)
     print("\n" + format_result(result), flush=True)
     return result
+
+
+def result_folder(name: str, limit: int | None, generation: Generation) -> str:
+    """A benchmark's own for each way of asking: none replaces the results of another."""
+    how = "" if generation == "greedy" else "-model-generation"
+    return name + how + ("" if limit is None else f"-limit{limit}")
 
 
 def default_output(model: str, served: bool = False) -> str:
@@ -187,7 +209,7 @@ def _log(home: Path, results: dict[str, dict[str, Any]]) -> None:
         cells = result["columns"] | result["averages"]
         values |= {f"{name}/{column}": cell["score"] for column, cell in cells.items()}
     folder = home.parent if (home.parent / phases.CONFIG).is_file() else home
-    fields = ("model", "data_root", "key")
+    fields = ("model", "data_root", "key", "generation", "extractor")
     settings = {name: {field: result[field] for field in fields} for name, result in results.items()}
     tracking.log_evaluation(folder, fingerprint([result["key"] for result in results.values()]), values, settings)
 

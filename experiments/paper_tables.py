@@ -21,6 +21,7 @@ from datamodules.benchmarks.mig_scoring import Prediction
 from datamodules.benchmarks.results import RESULT, read_result
 from datamodules.benchmarks.schema import Rule
 from datamodules.benchmarks.scoring import interval_cells
+from lightning_modules.generation import note
 
 DATA = Path(__file__).with_name("paper_tables.yaml")
 NOTE = (
@@ -94,7 +95,7 @@ def find_measured(outputs: Path) -> dict[str, Cells]:
     for file in sorted(outputs.glob(f"eval/*/*/{RESULT}")):
         result = read_result(file)
         if result["limit"] is None:
-            label = f"{result['model']} ({result['data_root']})"
+            label = f"{result['model']} ({result['data_root']}){note(result.get('generation'))}"
             measured.setdefault(label, {}).update(result_cells(result))
     for experiment in sorted(path for path in outputs.iterdir() if path.is_dir()):
         measured |= phase_measured(experiment)
@@ -102,17 +103,18 @@ def find_measured(outputs: Path) -> dict[str, Cells]:
 
 
 def phase_measured(experiment: Path) -> dict[str, Cells]:
-    """The same of one experiment's phases, with "<experiment>/<phase>" as labels."""
+    """The same of one experiment's phases, with "<experiment>/<phase>" as labels: a row for each way of decoding."""
     measured: dict[str, Cells] = {}
     phases = [path for path in sorted(experiment.iterdir()) if "." not in path.name]  # with one: a run set aside
     for phase in phases:
-        cells = pipeline_cells(phase)
+        found: dict[str, Cells] = {}
+        if cells := pipeline_cells(phase):
+            found[note(read_json(phase / "mig_bench.json").get("generation"))] = cells
         for file in sorted(phase.glob(f"benchmarks/*/{RESULT}")):
             result = read_result(file)
             if result["limit"] is None:
-                cells |= result_cells(result)
-        if cells:
-            measured[f"{experiment.name}/{phase.name}"] = cells
+                found.setdefault(note(result.get("generation")), {}).update(result_cells(result))
+        measured |= {f"{experiment.name}/{phase.name}{how}": cells for how, cells in found.items()}
     return measured
 
 

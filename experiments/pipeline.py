@@ -111,7 +111,8 @@ class Ladder:
         """MIG-Bench of the model that the stage leaves."""
         folder, model = self.folder / stage, self.model_of(stage)
         command = ["experiments.evaluate", "--config", self.evaluation, "--model", model, "--output", str(folder)]
-        command += shlex.split(self.overrides.get("evaluation", ""))
+        # Named, so that an evaluation from before it was a setting is not taken for one by these rules.
+        command += ["--generation", "greedy", *shlex.split(self.overrides.get("evaluation", ""))]
         benchmark = yaml.safe_load(Path(self.evaluation).read_text())["annotations"]
         inputs, summary = (self.evaluation, model, benchmark), folder / "mig_bench.json"
         marker, names = folder / "evaluated.json", self.environment(stage)

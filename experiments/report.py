@@ -14,10 +14,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from datamodules.artefacts import write_atomic
+from datamodules.artefacts import read_json, write_atomic
 from experiments import charts, metrics, paper_tables
 from experiments.phases import CONFIG, read_field, trained_commit
 from experiments.results import Results, read_results, started_from
+from lightning_modules.generation import note
 
 # Title of a chart -> the logged metrics in it. A chart whose metrics were not logged is left out.
 CHARTS = {
@@ -88,6 +89,7 @@ def render_report(folder: Path) -> str:
         f"<h1>{escape(title)}</h1>",
         f"<p>{escape(_commits(folder, results))}</p>",
         "<p>Accuracies are Acc@0.5 in percent; AVG is the mean over the tasks.</p>",
+        *_decoding(folder, results),
         "<h2>Ladder</h2>",
         html_table(ladder_rows(results, stage_starts(folder, results))),
         "<h2>Tasks</h2>",
@@ -99,6 +101,13 @@ def render_report(folder: Path) -> str:
     ]
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>\n"
+
+
+def _decoding(folder: Path, results: Results) -> list[str]:
+    """Which stages were not decoded by the common rules."""
+    summaries = {stage.name: read_json(folder / stage.name / "mig_bench.json") for stage in results.stages}
+    notes = {name: note(summary.get("generation")) for name, summary in summaries.items() if summary}
+    return [f"<p>MIG-Bench of {escape(name + how)}.</p>" for name, how in notes.items() if how]
 
 
 def _commits(folder: Path, results: Results) -> str:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from jsonargparse import auto_cli
 
 from datamodules.artefacts import write_json
+from datamodules.benchmarks.extraction import with_extractor
 from datamodules.benchmarks.registry import BENCHMARKS
 from datamodules.benchmarks.results import PREDICTIONS, RESULT, format_result, read_predictions, read_result
 from datamodules.benchmarks.scoring import rescore, summarise
@@ -53,8 +54,9 @@ def rescore_predictions(
     if changes:
         changes["source"] = f"{module.RULE.source}; changed: {', '.join(f'{n}={v}' for n, v in changes.items())}"
     rule = replace(module.RULE, **changes)
-    scored = [rescore(prediction, rule, module.OFFICIAL) for prediction in read_predictions(folder / PREDICTIONS)]
-    rescored = result | summarise(scored, rule, module.OFFICIAL, module.AVERAGES, seed)
+    official = with_extractor(module.OFFICIAL, (result.get("extractor") or {}).get("model"))
+    scored = [rescore(prediction, rule, official) for prediction in read_predictions(folder / PREDICTIONS)]
+    rescored = result | summarise(scored, rule, official, module.AVERAGES, seed)
     write_json(Path(output) if output else folder / "rescored.json", rescored)
     print(format_result(rescored))
     return rescored

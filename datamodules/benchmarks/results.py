@@ -1,9 +1,13 @@
 """The files of one benchmark's evaluation: predictions.jsonl, and result.json, the one result schema.
 
     {"benchmark": "ref_l4", "model": "models/nano-base", "data_root": "data/nano", "key": "…",
-     "limit": null, "dropped": {}, "n": 80,
+     "limit": null, "generation": "greedy", "extractor": null, "dropped": {}, "n": 80,
      "columns": {"val": {"score", "low", "high", "n"}, …}, "averages": {"avg": {…}}, "rule": {…},
      "official": {"rule", "columns", "averages"}, "details": {…}, "failures": {…}, "truncated_rate", "mean_tokens"}
+
+`generation` says by which rules answers were decoded; files of earlier versions, whose rules differed from model to
+model, lack it. `extractor` is {"model", "asked", "found", "none", "failed"} where a language model took the last step
+of the official reading (`extraction.py`).
 
 Scores and rates are percentages; low and high bound the 95 % interval (`scoring.interval_cells`).
 """
@@ -59,4 +63,10 @@ def format_result(result: Mapping[str, Any]) -> str:
             lines.append(f"{name:<24} {cell['score']:>7.2f} {interval:>17} {right:>9} {cell['n']:>6}")
     failures = ", ".join(f"{kind} {count}" for kind, count in result["failures"].items()) or "none"
     lines.append(f"{result['rule']['source']}; answers that could not be read: {failures}")
+    if extractor := result.get("extractor"):
+        failed = ", ".join(f"{kind} {count}" for kind, count in extractor["failed"].items()) or "none"
+        counts = f"{extractor['asked']} answers, a letter in {extractor['found']}, none in {extractor['none']}"
+        lines.append(f"official: {extractor['model']} read {counts}; failed: {failed}")
+    if result.get("generation") == "model":
+        lines.append("decoded by the model's own generation settings")
     return "\n".join(lines)

@@ -89,6 +89,9 @@ def limit_columns(samples: Sequence[Sample], limit: int | None) -> tuple[Sample,
     )
 
 
+_LATER_FIELDS = ("official_read", "extracted")  # of `Prediction`; files of earlier versions lack them
+
+
 @dataclass(frozen=True)
 class Prediction:
     """One scored answer: a line of predictions.jsonl. It holds all that scoring needs, so it is scored again without
@@ -110,6 +113,8 @@ class Prediction:
     failure: str | None = None  # why nothing could be read
     official_value: float = 0.0
     official_correct: bool = False
+    official_read: str | tuple[float, ...] | None = None
+    extracted: str | None = None  # the letter that a language model found for the official rule (`extraction.py`)
 
     def to_json(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -120,14 +125,15 @@ class Prediction:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Prediction:
         """Raises ValueError that names missing fields."""
-        missing = [f.name for f in fields(cls) if f.name not in record]
+        missing = [f.name for f in fields(cls) if f.name not in record and f.name not in _LATER_FIELDS]
         if missing:
             raise ValueError(f"no prediction: a record of predictions.jsonl lacks {', '.join(missing)}")
-        values = {f.name: record[f.name] for f in fields(cls)}
+        values = {f.name: record.get(f.name) for f in fields(cls)}
         values["answer"] = answer_from_json(record["answer"])
         values["convention"] = Convention(record["convention"])
         values["geometries"] = geometries_from_json(record["geometries"])
-        values["read"] = tuple(record["read"]) if isinstance(record["read"], list) else record["read"]
+        for name in ("read", "official_read"):
+            values[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
         return cls(**values)
 
 

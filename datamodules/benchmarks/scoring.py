@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.answerers import Reply
+from datamodules.benchmarks.extraction import EXTRACTED_READERS
 from datamodules.benchmarks.mig_scoring import extract_box_officially
 from datamodules.benchmarks.schema import Average, Prediction, Rule, column_of
 from datamodules.boxes import Convention, iou
@@ -52,7 +53,7 @@ def _size_fault(sample: Sample, reply: Reply) -> str | None:
 def rescore(prediction: Prediction, rule: Rule, official: Rule) -> Prediction:
     """The same answer scored anew; all it needs is in the record."""
     value, read, failure = _read(prediction, rule)
-    official_value, _, _ = _read(prediction, official)
+    official_value, official_read, _ = _read(prediction, official)
     return replace(
         prediction,
         value=value,
@@ -61,6 +62,7 @@ def rescore(prediction: Prediction, rule: Rule, official: Rule) -> Prediction:
         failure=failure,
         official_value=official_value,
         official_correct=_counts(official_value, prediction, official),
+        official_read=official_read,
     )
 
 
@@ -75,7 +77,10 @@ def _read(prediction: Prediction, rule: Rule) -> tuple[float, str | tuple[float,
     if prediction.refused is not None:
         return 0.0, None, prediction.refused
     if isinstance(prediction.answer, ChoiceAnswer):
-        return _read_choice(prediction.text, prediction.answer, rule)
+        found = _read_choice(prediction.text, prediction.answer, rule)
+        if found[1] is None and rule.reader in EXTRACTED_READERS and prediction.extracted is not None:
+            return float(prediction.extracted == prediction.answer.letter), prediction.extracted, None
+        return found
     assert isinstance(prediction.answer, BoxAnswer)
     if rule.reader == "mig_bench":
         box = extract_box_officially(prediction.text)

@@ -1,0 +1,74 @@
+"""The last step of BLINK's and MMIU's official scoring: where their readers find no letter, a language model says which
+option an answer picks. Here: what it is asked, in words of this project, and how its reply is read. Who asks is
+`lightning_modules/extractor.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from datamodules.answers import answer_text
+from datamodules.artefacts import fingerprint
+from datamodules.benchmarks.schema import Prediction, Rule
+from datamodules.samples import ImagePart, Sample
+
+EXTRACTED_READERS = ("blink", "mmiu")  # of `Rule`: the official code behind these asks a language model last
+NO_OPTION = "Z"  # the reply for an answer that picks none; no question has so many options
+
+_REQUEST = """\
+Below are a question about images, its options, and an answer to it. Find out which option the answer picks.
+
+Question:
+{question}
+
+Options:
+{options}
+
+Answer:
+{answer}
+
+Reply with one capital letter and nothing else: the letter of the option that the answer picks, by its letter or by its
+meaning. Reply {none} if the answer picks no option or several, refuses, or means something that no option says. Do not
+solve the question yourself: only the answer above counts."""
+_LETTER = re.compile(r"[\s\"'`*(\[]*([A-Z])(?:[\s\"'`*)\].:,]*|[\"'`*]*[).:\]].*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Unread:
+    """An answer in which the official reader finds no letter: `key` names it by content, `text` is the request."""
+
+    key: str
+    text: str
+    num_choices: int
+
+
+def needs_extraction(prediction: Prediction, official: Rule) -> bool:
+    """Whether the official code would ask a language model about this answer: it was given, and no letter read."""
+    asks = official.reader in EXTRACTED_READERS and prediction.refused is None
+    return asks and prediction.extracted is None and prediction.official_read is None
+
+
+def unread(sample: Sample, prediction: Prediction) -> Unread:
+    parts = (f"<image {part.image + 1}>\n" if isinstance(part, ImagePart) else part.text for part in sample.messages)
+    choices = prediction.answer.choices
+    text = extraction_request("".join(parts), choices, prediction.text)
+    return Unread(fingerprint(text), text, len(choices))
+
+
+def extraction_request(question: str, choices: Sequence[str], answer: str) -> str:
+    options = "\n".join(f"({chr(ord('A') + index)}) {choice}" for index, choice in enumerate(choices))
+    return _REQUEST.format(question=question.strip(), options=options, answer=answer.strip(), none=NO_OPTION)
+
+
+def read_extraction(reply: str, num_choices: int) -> str | None:
+    """The letter of an option, or NO_OPTION; None where the reply, after its thinking, is neither."""
+    match = _LETTER.fullmatch((answer_text(reply) or "").strip())
+    offered = [chr(ord("A") + index) for index in range(num_choices)]
+    return match[1] if match and match[1] in (*offered, NO_OPTION) else None
+
+
+def with_extractor(official: Rule, model: str | None) -> Rule:
+    """The official rule, with the model that takes its last step named."""
+    return official if model is None else replace(official, source=f"{official.source}; that step by {model}")

@@ -1,0 +1,54 @@
+"""The letters of a benchmark's answers that its official reader cannot read, from a language model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from datamodules.benchmarks.extraction import EXTRACTED_READERS, NO_OPTION, needs_extraction, unread
+from datamodules.benchmarks.registry import BENCHMARKS
+from datamodules.benchmarks.schema import Benchmark, Prediction
+from datamodules.benchmarks.scoring import rescore
+from datamodules.samples import Sample
+from lightning_modules.endpoint import EndpointSettings
+from lightning_modules.extractor import Extractor
+from lightning_modules.generation import stating
+
+
+def extractor_faults(extractor: EndpointSettings | None, names: Sequence[str]) -> list[str]:
+    """What is wrong with it for these benchmarks, as far as it goes without asking."""
+    if extractor is None:
+        return []
+    try:
+        stating(extractor, "greedy")
+    except ValueError as error:
+        return [f"extractor: {error}"]
+    lacking = [name for name in ("base_url", "model") if not getattr(extractor, name)]
+    faults = [f"extractor.{name}={getattr(extractor, name)!r}: it needs one" for name in lacking]
+    known = [name for name, module in BENCHMARKS.items() if module.OFFICIAL.reader in EXTRACTED_READERS]
+    if not set(known) & set(names):
+        faults.append(f"extractor.model={extractor.model!r} is for {', '.join(known)}, not for {', '.join(names)}")
+    return faults
+
+
+def extract_letters(
+    extractor: Extractor, benchmark: Benchmark, samples: Sequence[Sample], predictions: Sequence[Prediction]
+) -> tuple[list[Prediction], dict[str, Any]]:
+    """The predictions of `samples`, officially scored with the letters that were found; and how many those are.
+
+    An answer that got no letter counts as wrong. Raises the errors of `Extractor.letters`.
+    """
+    places = [place for place, found in enumerate(predictions) if needs_extraction(found, benchmark.official)]
+    before = Counter(extractor.failures)
+    letters = extractor.letters([unread(samples[place], predictions[place]) for place in places])
+    scored = list(predictions)
+    for place, letter in zip(places, letters, strict=True):
+        extracted = replace(scored[place], extracted=letter)
+        scored[place] = rescore(extracted, benchmark.rule, benchmark.official)
+    none = letters.count(NO_OPTION)
+    failed = dict(sorted((extractor.failures - before).items()))
+    found = len(letters) - none - sum(failed.values())
+    counts = {"asked": len(letters), "found": found, "none": none, "failed": failed}
+    return scored, {"model": extractor.settings.model} | counts
