@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from datamodules.batches import Encoder, PromptItem
 from datamodules.samples import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
 from lightning_modules.adapters import LoraSettings
+from lightning_modules.generation import SERVER_FIELDS
 from lightning_modules.qwen_vl import QwenVL
 from lightning_modules.rollouts import NativeEngine, RolloutSettings
 
@@ -119,10 +120,14 @@ class VLLMStub:
             content = [{"logprob": -3.0 if self.raw_log_probs else 0.0}]
             return 200, {"choices": [{"logprobs": {"content": content}}]}
         self.asked += 1
-        assert set(body["logit_bias"]) == {str(token) for token in self.policy.banned_token_ids}
+        greedy = body["temperature"] == 0
+        ban = "placeholders" if greedy else "special"
+        assert set(body["logit_bias"]) == {str(token) for token in self.policy.banned_ids(ban)}
+        assert {name: body[name] for name in SERVER_FIELDS} == SERVER_FIELDS
         self._use(self.adapters.get(body["model"], {}))
         item = self._read(body["messages"])
-        sampling = RolloutSettings(body["n"], body["temperature"], body["max_completion_tokens"])
+        length = body["max_completion_tokens"]
+        sampling = RolloutSettings(body["n"], body["temperature"] or 1.0, length, greedy=greedy, ban=ban)
         generator = torch.Generator().manual_seed(body["seed"])
         (group,) = NativeEngine(self.policy).generate([item], sampling, generator=generator)
         choices = [

@@ -71,4 +71,6 @@ def read_extraction(reply: str, num_choices: int) -> str | None:
 
 def with_extractor(official: Rule, model: str | None) -> Rule:
     """The official rule, with the model that takes its last step named."""
-    return official if model is None else replace(official, source=f"{official.source}; that step by {model}")
+    if model is None:
+        return official
+    return replace(official, source=f"{official.source}; last step by the extractor {model}")

@@ -4,7 +4,8 @@
     MMIU/<Category>/<task>/…   the images; some unpackings lack <Category>
 
 A table's column is a task of the paper, which may join two keys of the file: its accuracy is the mean of the keys'
-accuracies. Official accuracy reads a letter and asks GPT-4o-mini where it finds none; that step is left out.
+accuracies. Official accuracy reads a letter and asks GPT-4o-mini where it finds none; that step is left out
+unless an extractor is named (`extraction.py`).
 """
 
 from __future__ import annotations

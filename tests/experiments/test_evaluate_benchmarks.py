@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,24 @@ def test_the_whole_way_to_the_tables(tiny_model_dir: Path, tmp_path: Path, small
     rescore.main(["--predictions", str(output / "lisa")])
     again, first = (json.loads((output / "lisa" / name).read_text()) for name in ("rescored.json", "result.json"))
     assert again == first
+
+
+def test_the_models_own_settings_have_results_of_their_own(tiny_model_dir: Path, tmp_path: Path, small_twins) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    file = model / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1}))
+    output = evaluate(model, tmp_path, "--bench=blink")
+    before = files(output / "blink")
+    evaluate(model, tmp_path, "--bench=blink", "--generation=model")
+    assert files(output / "blink") == before
+    texts, result = files(output / "blink-model-generation")
+    assert (before[1]["generation"], result["generation"]) == ("greedy", "model") and result["key"] != before[1]["key"]
+    assert texts != before[0]
+    tables.main(["--outputs", str(tmp_path / "outputs")])
+    text = (tmp_path / "outputs/tables/tables.md").read_text()
+    label = f"measured: {model} ({tmp_path / 'data'})"
+    assert f"{label} |" in text and f"{label}, the model's own generation settings |" in text
 
 
 def test_every_missing_file_is_named_before_weights_are_read(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def cell(score: float, n: int = 10) -> dict:
 
 
 def write_result(folder: Path, name: str, columns: dict[str, float], averages: dict[str, float], **changes) -> None:
-    result = {"benchmark": name, "model": "m", "data_root": "d", "limit": None, "n": 10}
+    result = {"benchmark": name, "model": "m", "data_root": "d", "limit": None, "generation": "greedy", "n": 10}
     result |= {"rule": {}, "official": {}, "failures": {}}
     result["columns"] = {name: cell(score) for name, score in columns.items()}
     result["averages"] = {name: cell(score) for name, score in averages.items()}
@@ -98,7 +98,8 @@ def write_phase(folder: Path, finished: bool = True, limit: int | None = None) -
     ]
     lines = (json.dumps(p.to_json(), ensure_ascii=False) + "\n" for p in predictions)
     (folder / "predictions.jsonl").write_text("".join(lines))
-    (folder / "mig_bench.json").write_text(json.dumps({"n": 20 if finished else 40, "limit_per_task": limit}))
+    summary = {"n": 20 if finished else 40, "limit_per_task": limit, "generation": "greedy"}
+    (folder / "mig_bench.json").write_text(json.dumps(summary))
 
 
 def test_a_pipelines_phases_stand_in_the_mig_bench_tables_and_in_the_report(tmp_path: Path) -> None:
@@ -116,6 +117,27 @@ def test_a_pipelines_phases_stand_in_the_mig_bench_tables_and_in_the_report(tmp_
     assert "measured: nano/grpo" in page and "Table 9" in page and "Table 6" not in page
     write_result(tmp_path / "nano/grpo/benchmarks/blink", "blink", {"Jigsaw": 50.0}, {})
     assert "Table 6" in render_report(tmp_path / "nano")
+
+
+def test_a_row_that_was_decoded_otherwise_says_so_and_is_mixed_with_no_other(tmp_path: Path) -> None:
+    write_result(tmp_path / "eval/m/blink", "blink", {"Jigsaw": 50.0}, {})
+    write_result(tmp_path / "eval/m/blink-model-generation", "blink", {"Jigsaw": 60.0}, {}, generation="model")
+    write_result(tmp_path / "eval/old/blink", "blink", {"Jigsaw": 70.0}, {}, model="old")
+    old = tmp_path / "eval/old/blink/result.json"
+    record = json.loads(old.read_text())
+    del record["generation"]  # as of earlier versions
+    old.write_text(json.dumps(record))
+    write_phase(tmp_path / "nano/grpo")
+    write_results(tmp_path / "nano/results.json", Results("nano", 0, "abc"))
+    write_result(tmp_path / "nano/grpo/benchmarks/blink", "blink", {"Jigsaw": 80.0}, {}, generation="model")
+    measured = paper_tables.find_measured(tmp_path)
+    assert {label: cells["blink/Jigsaw"]["score"] for label, cells in measured.items() if "blink/Jigsaw" in cells} == {
+        "m (d)": 50.0,
+        "m (d), the model's own generation settings": 60.0,
+        "old (d), decoding unknown: evaluate again": 70.0,
+        "nano/grpo, the model's own generation settings": 80.0,
+    }
+    assert "mig_bench/avg" in measured["nano/grpo"]
 
 
 def test_a_broken_result_is_a_short_error(tmp_path: Path) -> None:

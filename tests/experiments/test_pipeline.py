@@ -152,6 +152,34 @@ def test_a_quick_look_leaves_a_finished_evaluation_alone(workbench: Workbench, c
     assert read_json(phase / "mig_bench.json")["n"] == 2, "a folder that is asked for by name is replaced"
 
 
+def test_an_evaluation_by_the_models_own_settings_is_another_and_named(workbench: Workbench, capsys) -> None:
+    config = workbench.write_yaml("eval", evaluation(workbench))
+    folder = workbench.outputs / "base"
+    evaluate.main(["--config", config, "--output", str(folder)])
+    greedy = read_json(folder / "mig_bench.json")
+    evaluate.main(["--config", config, "--output", str(folder), "--generation=model"])
+    own = read_json(folder / "mig_bench.json")
+    assert (greedy["generation"], own["generation"]) == ("greedy", "model") and greedy["key"] != own["key"]
+    assert "the model's own generation settings" in capsys.readouterr().out
+
+
+def test_an_evaluation_from_before_decoding_was_stated_is_made_again(workbench: Workbench) -> None:
+    config = workbench.write_yaml("eval", evaluation(workbench))
+    ladder = pipeline.Ladder(workbench.outputs, 0, str(workbench.model), config, {}, {})
+    step = ladder.evaluation_of("base")
+    step.marker.parent.mkdir(parents=True)
+    step.result.write_text(json.dumps({"key": "k"}))
+    how = step.command.index("--generation")
+    assert step.command[how + 1] == "greedy"
+    before = replace(step, command=step.command[:how] + step.command[how + 2 :])
+    done = {"done": True, "result_key": "k", "seconds": 1.0}
+    step.marker.write_text(json.dumps(done | {"key": before.key()}))
+    assert before.seconds_if_done() == 1.0 and step.seconds_if_done() is None
+    overrides = {"evaluation": "--generation model"}
+    other = pipeline.Ladder(workbench.outputs, 0, str(workbench.model), config, {}, overrides)
+    assert other.evaluation_of("base").key() != step.key()
+
+
 def test_an_evaluation_is_logged_to_the_phases_own_run(workbench: Workbench, logged: list[dict]) -> None:
     train.main(["--config", workbench.training("cot_sft")])
     phase = workbench.outputs / "tiny" / "cot_sft"

@@ -95,6 +95,8 @@ def undisturbed(questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
             assert [part["type"] for part in request["messages"][0]["content"]] == ["image_url", "text"] * 2
             assert question_text(request).endswith(THINK_SUFFIX)
             assert "an older rationale" not in json.dumps(request)
+            samplers = [request[name] for name in ("top_p", "top_k", "min_p", "repetition_penalty")]
+            assert samplers == [1, -1, 0, 1], "the temperature alone samples, whatever the server's defaults"
     return out
 
 
@@ -204,7 +206,7 @@ def test_a_server_that_refuses_everything_is_misused_and_marks_no_question(
 ) -> None:
     refusal = http_response(400, b'{"error": {"message": "unknown field max_completion_tokens"}}')
     with ChatServer(lambda request: refusal) as server:
-        with pytest.raises(SystemExit, match=r"none was answered; first: .*unknown field"):
+        with pytest.raises(SystemExit, match=r"none was answered; first: .*unknown field.*sampling_fields=openai"):
             run(write_config(tmp_path, questions, server.base_url, limit=limit))
         assert server.asked.total() <= most
     with ChatServer(teach) as server:

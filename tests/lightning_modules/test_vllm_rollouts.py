@@ -19,7 +19,7 @@ from datamodules.samples import ImagePart, LoadedSample, TextPart
 from lightning_modules import grpo
 from lightning_modules.grpo import GRPO
 from lightning_modules.qwen_vl import QwenVL
-from lightning_modules.rollouts import RolloutSettings
+from lightning_modules.rollouts import NativeEngine, RolloutSettings
 from lightning_modules.served_prompts import PromptWriter
 from lightning_modules.server_pool import ServersLost
 from lightning_modules.shared_prefix import pack_rows
@@ -68,6 +68,16 @@ def test_rollouts_are_the_policys_own(stub, connect, make_items) -> None:
     again = engine.generate(items, SAMPLING, None, torch.Generator().manual_seed(0))
     assert [[r.text for r in group] for group in again] == [[r.text for r in group] for group in groups]
     assert len({r.text for group in groups for r in group}) > 3
+
+
+def test_greedy_answers_of_a_server_are_the_native_engines(stub, connect, make_items) -> None:
+    """With the same tokens banned: placeholders alone."""
+    engine, items = connect(stub.url), make_items([1, 3, 2])
+    engine.check({"training": 500})
+    settings = RolloutSettings.of_evaluation(8, 3)
+    ours = NativeEngine(engine.policy).generate(items, settings)
+    theirs = engine.generate(items, settings)
+    assert [group[0].token_ids.tolist() for group in ours] == [group[0].token_ids.tolist() for group in theirs]
 
 
 def test_every_sync_has_a_new_name_and_the_old_one_goes(stub, connect, tmp_path) -> None:
