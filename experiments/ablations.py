@@ -22,6 +22,7 @@ from callbacks import preemption
 from datamodules.artefacts import write_atomic
 from experiments import ablation_report, phases, tracking
 from experiments.ablation_summary import Comparison
+from experiments.commands import command
 from experiments.pipeline import Ladder, Rung, build_world, check_stages, experiment_folder
 from experiments.results import BASE
 from experiments.steps import say
@@ -198,6 +199,7 @@ def check_files(rows: Mapping[str, Row], evaluation: str, world: str | None) -> 
         raise ValueError(f"no such file: {', '.join(missing)}")
 
 
+@command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make ablations`."""
     preemption.requeue_at_once()  # between two steps

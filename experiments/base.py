@@ -22,6 +22,7 @@ from experiments.base_language import LanguageStage
 from experiments.base_run import CHECKPOINT, LOG, StageRun
 from experiments.base_settings import BaseSettings
 from experiments.base_tower import TowerStage
+from experiments.commands import command
 from experiments.nano_model import build_config, build_processor
 from lightning_modules.qwen_vl import QwenVL, new_model
 
@@ -110,6 +111,7 @@ def train_process(rank: int, world_size: int, rendezvous: str, settings: BaseSet
     distributed.destroy_process_group()
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("models/nano-base"))

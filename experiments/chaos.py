@@ -22,6 +22,7 @@ from pathlib import Path
 from datamodules.artefacts import write_atomic
 from experiments.chaos_compare import differences
 from experiments.chaos_pipeline import POLL_SECONDS, ROOT, STAGES, Pipeline, write_configs
+from experiments.commands import command
 
 # In the order in which a pipeline comes to them, and the share of the kills that falls into each.
 PHASES = {
@@ -107,6 +108,7 @@ def render(kills: Sequence[Kill], spent: dict[str, float], found: Sequence[str],
     return "\n".join(lines) + "\n"
 
 
+@command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make chaos`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datamodules.artefacts import write_atomic
+from experiments.commands import command
 from experiments.compare_page import render_page
 from experiments.rollout_pages import write_rollouts
 from experiments.runs import find_runs
@@ -49,6 +50,7 @@ def compare(paths: Sequence[str | Path], output: Path, max_groups: int = 5000, m
     return page
 
 
+@command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make compare`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

@@ -27,6 +27,7 @@ from datamodules.boxes import Convention
 from datamodules.prompts import PromptStyle
 from experiments import checks, phases, tracking
 from experiments.asking import share_cores
+from experiments.commands import command
 from experiments.shares import Asking, OtherProcesses, answer_all
 from lightning_modules.generation import Generation, note
 
@@ -127,6 +128,7 @@ def spare_folder(home: Path, key: str) -> Path:
     return folder
 
 
+@command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make eval`."""
     try:

@@ -32,6 +32,7 @@ from datamodules.synthetic.twins.build import TWINS, write_twin
 from experiments import checks, phases, tracking
 from experiments.answerers import ALIASES, ModelOptions, choose_answerer
 from experiments.asking import Job, ask_all
+from experiments.commands import command
 from experiments.extracting import extract_letters, extractor_faults
 from lightning_modules.endpoint import EndpointMisused, EndpointSettings, EndpointUnavailable
 from lightning_modules.extractor import Extractor
@@ -214,6 +215,7 @@ def _log(home: Path, results: dict[str, dict[str, Any]]) -> None:
     tracking.log_evaluation(folder, fingerprint([result["key"] for result in results.values()]), values, settings)
 
 
+@command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make eval MODEL=… BENCH=…`."""
     try:

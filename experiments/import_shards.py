@@ -27,6 +27,7 @@ from datamodules.importers.scan import Scan
 from datamodules.importers.schema import format_report
 from datamodules.shards import MANIFEST, read_manifest, write_manifest
 from experiments import checks, phases
+from experiments.commands import command
 
 REPORT = "import.json"
 MADE_BY = "import_shards"
@@ -229,6 +230,7 @@ def _refuse_foreign(folder: Path) -> None:
         sys.exit(f"out={str(folder)!r} holds what was not made here; choose another folder")
 
 
+@command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make shards SOURCE=...`."""
     try:

@@ -22,6 +22,7 @@ from callbacks import preemption
 from datamodules.artefacts import read_json
 from datamodules.shards import folder_list
 from experiments import checks, phases, report
+from experiments.commands import command
 from experiments.results import BASE, Results, Stage, current_commit, make_stage, write_results
 from experiments.steps import ROOT, Step, run_process, run_step, say
 
@@ -200,6 +201,7 @@ def _shards(config: str) -> list[str]:
     return folder_list(yaml.safe_load(Path(config).read_text())["data"]["shards"])
 
 
+@command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make pipeline`."""
     preemption.requeue_at_once()  # between two steps

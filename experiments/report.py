@@ -16,6 +16,7 @@ from typing import Any
 
 from datamodules.artefacts import read_json, write_atomic
 from experiments import charts, metrics, paper_tables
+from experiments.commands import command
 from experiments.phases import CONFIG, read_field, trained_commit
 from experiments.results import Results, read_results, started_from
 from lightning_modules.generation import note
@@ -188,6 +189,7 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
+@command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make report`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

@@ -20,6 +20,7 @@ from datamodules.benchmarks.extraction import with_extractor
 from datamodules.benchmarks.registry import BENCHMARKS
 from datamodules.benchmarks.results import PREDICTIONS, RESULT, format_result, read_predictions, read_result
 from datamodules.benchmarks.scoring import rescore, summarise
+from experiments.commands import command
 
 
 def rescore_predictions(
@@ -62,6 +63,7 @@ def rescore_predictions(
     return rescored
 
 
+@command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make rescore`."""
     try:

@@ -14,6 +14,7 @@ from jsonargparse import auto_cli
 
 from datamodules.artefacts import fingerprint, path_fingerprint
 from experiments import phases
+from experiments.commands import command
 
 GENERATOR = Path(__file__).resolve().parents[1] / "datamodules" / "synthetic"
 
@@ -74,6 +75,7 @@ def refuse_foreign(root: Path) -> None:
         )
 
 
+@command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make shards`."""
     auto_cli(build, as_positional=False, args=args)

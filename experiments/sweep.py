@@ -17,6 +17,7 @@ from pathlib import Path
 
 from datamodules.artefacts import fingerprint, path_fingerprint
 from experiments import phases, sweep_page, sweep_wandb
+from experiments.commands import command
 from experiments.results import current_commit
 from experiments.sweep_charts import short
 from experiments.sweep_page import in_words
@@ -196,6 +197,7 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     return known
 
 
+@command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make sweep` and `make agent`."""
     given = parse(args)

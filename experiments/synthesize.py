@@ -38,6 +38,7 @@ from datamodules.chat_requests import RequestForm
 from datamodules.dialects import find_dialect
 from datamodules.shards import MANIFEST, ShardReader, folder_list
 from experiments import checks, phases
+from experiments.commands import command
 from experiments.rationales import Verdict, format_report, group_responses, judge, summarise, write_rationales
 from experiments.teacher import Prices, Sampling, Session, Teacher, missing_responses
 from lightning_modules.endpoint import EndpointMisused, EndpointSettings, EndpointUnavailable
@@ -210,6 +211,7 @@ def _session_text(session: Session) -> str:
     return text
 
 
+@command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make synthesize`."""
     try:

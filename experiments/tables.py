@@ -11,6 +11,7 @@ from pathlib import Path
 
 from datamodules.artefacts import write_atomic
 from experiments import paper_tables
+from experiments.commands import command
 from experiments.report import write_report
 
 
@@ -26,6 +27,7 @@ def make_tables(outputs: Path) -> str:
     return text
 
 
+@command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make tables`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

@@ -30,6 +30,7 @@ from datamodules.artefacts import StorageError, fingerprint, path_fingerprint, w
 from datamodules.boxes import Convention
 from datamodules.multi_image import MultiImageData
 from experiments import checks, metrics, phases, tracking
+from experiments.commands import command
 from experiments.loggers import MetricsLogger, OnceWandbLogger
 from experiments.results import current_commit
 from experiments.tracking import choose_wandb_mode, wandb_identity, wandb_run_id
@@ -228,6 +229,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 
+@command
 def main(args: list[str] | None = None) -> None:
     """Entry point. Setting errors are printed all at once, without a traceback, before weights are loaded."""
     quieten()

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from datamodules.benchmarks.mig_bench import TASKS
+from experiments.commands import command
 from experiments.tracking import PROJECT, has_key
 
 STEP = "trainer/global_step"
@@ -90,6 +91,7 @@ def _library() -> ModuleType:
     return library
 
 
+@command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make dashboard`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

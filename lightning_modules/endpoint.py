@@ -6,13 +6,18 @@ The only file that imports `openai`, whose own retries are off: here they are co
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
+
+from datamodules.credentials import find_credential, hide_credentials
+from lightning_modules.responses import Completion, Malformed, bound_body, read_completion
 
 T = TypeVar("T")
 
@@ -36,27 +41,33 @@ class EndpointUnavailable(RuntimeError):
         self.status = status
 
 
-class Malformed(ValueError):
-    """A success whose body is not what was asked for, such as one that was cut short: asked again."""
-
-
 @dataclass(frozen=True)
 class EndpointSettings:
     """An OpenAI-compatible server, and how patiently it is asked.
 
-    model: the server's name of it; "" only where a command has it elsewhere. base_url: such as
-    http://localhost:8000/v1; None only where a local server is still to be started. api_key_env: the
-    environment variable that holds the key, if it needs one. timeout: seconds for one whole request. attempts: how
-    often a request is made before it is given up. Before attempt k + 1 it waits backoff * 2^(k - 1) seconds, at most
-    max_backoff, times a random share of one half to one; longer where the server says so (Retry-After). concurrency:
-    requests under way at once. extra_body: further fields of every request. sampling_fields: which samplers a request
-    states, so that none is left to the server: `vllm` all (vLLM, SGLang), `openai` those that OpenAI's API has, for a
-    server that refuses the others.
+    Secrets stand in environment variables only: settings are written to files, so a URL or a field that holds a secret
+    is refused.
+
+    Args:
+        model: the server's name of the model; "" only where a command has the name elsewhere.
+        base_url: such as http://localhost:8000/v1; None only where a local server is still to be started.
+        api_key_env: the environment variable that holds the key, if the server needs one.
+        basic_auth_env: the environment variable that holds user:password, for a server behind HTTP Basic
+            authentication. Then no key is sent.
+        timeout: seconds for one whole request.
+        attempts: how often a request is made before it is given up.
+        backoff, max_backoff: before attempt k + 1 the client waits backoff * 2^(k - 1) seconds, at most max_backoff,
+            times a random factor between 0.5 and 1; longer where the server says so (Retry-After).
+        concurrency: number of requests under way at the same time.
+        extra_body: further fields of every request.
+        sampling_fields: which samplers a request states, so that none is left to the server. `vllm`: all of them (vLLM,
+            SGLang). `openai`: those of OpenAI's API, for a server that refuses the others.
     """
 
     model: str = ""
     base_url: str | None = None
     api_key_env: str = "OPENAI_API_KEY"
+    basic_auth_env: str | None = None
     timeout: float = 300.0
     attempts: int = 8
     backoff: float = 1.0
@@ -75,19 +86,24 @@ class EndpointSettings:
         if not self.timeout > 0:
             faults.append(f"timeout={self.timeout} must be greater than 0")
         if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
-            faults.append(f"base_url={self.base_url!r} must begin with http:// or https://")
+            faults.append(f"base_url={hide_credentials(self.base_url)!r} must begin with http:// or https://")
+        faults += _credential_faults(self)
         if faults:
             raise ValueError(f"endpoint: {'; '.join(faults)}")
 
 
-@dataclass(frozen=True)
-class Completion:
-    """One answer. Token counts are the server's; 0 where it sends none."""
-
-    text: str
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
+def _credential_faults(settings: EndpointSettings) -> list[str]:
+    """Secrets among the settings, in words that do not repeat them."""
+    faults = []
+    if settings.base_url is not None and (kind := find_credential(settings.base_url)):
+        faults.append(f"base_url holds {kind}: put it into the variable of basic_auth_env or api_key_env")
+    if kind := find_credential(json.dumps(settings.extra_body, default=str)):
+        faults.append(f"extra_body holds {kind}: put the key into the variable of api_key_env")
+    for name in ("api_key_env", "basic_auth_env"):
+        value = getattr(settings, name)
+        if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+            faults.append(f"{name} must be the name of an environment variable (letters, digits, _), not the secret")
+    return faults
 
 
 class ChatEndpoint:
@@ -106,11 +122,22 @@ class ChatEndpoint:
         self.faults: Counter[str] = Counter()
         self._errors = openai
         self._random = random.Random()  # spreads waiting times; nothing that is kept depends on it
+        self._key = os.environ.get(settings.api_key_env) or ""
+        user = os.environ.get(settings.basic_auth_env or "") or ""
+        if settings.basic_auth_env and not user:
+            raise EndpointMisused(f"basic_auth_env={settings.basic_auth_env!r}: no such environment variable, or empty")
+        basic = base64.b64encode(user.encode()).decode()
+        self._secrets = [self._key, user, basic, user.partition(":")[2]]
+        headers = {"Accept-Encoding": "identity"}  # a compressed body would not show its size
+        if user:
+            headers["Authorization"] = f"Basic {basic}"
         self._client = openai.AsyncOpenAI(
             base_url=settings.base_url,
-            api_key=os.environ.get(settings.api_key_env) or "none",
+            api_key=self._key or "none",
             max_retries=0,
             timeout=settings.timeout,
+            default_headers=headers,
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [bound_body]}),
         )
 
     async def __aenter__(self) -> ChatEndpoint:
@@ -165,7 +192,7 @@ class ChatEndpoint:
                 async with asyncio.timeout(settings.timeout):
                     return await ask()
             except self._errors.APIStatusError as error:
-                status, fault = error.status_code, f"{error.status_code} {error.message[:300]}"
+                status, fault = error.status_code, self._hide(f"{error.status_code} {error.message[:300]}")
                 if status in REFUSED:
                     raise RequestRefused(fault) from error
                 if status not in RETRIED and status < 500:
@@ -175,9 +202,11 @@ class ChatEndpoint:
             except (TimeoutError, self._errors.APITimeoutError):
                 kind, fault, wait = "timeout", f"no answer within {settings.timeout} s", 0.0
             except self._errors.APIConnectionError as error:
-                kind, fault, wait = "connection", repr(error.__cause__ or error), 0.0
+                # `openai` calls every error of a transfer a connection error, that of a body without an end, too.
+                kind = "malformed" if isinstance(error.__cause__, Malformed) else "connection"
+                fault, wait = self._hide(repr(error.__cause__ or error)), 0.0
             except Malformed as error:
-                kind, fault, wait = "malformed", str(error), 0.0
+                kind, fault, wait = "malformed", self._hide(str(error)), 0.0
             self.faults[kind] += 1
             if attempt < attempts:
                 await asyncio.sleep(self._delay(attempt, wait))
@@ -197,32 +226,13 @@ class ChatEndpoint:
         )
         return read_completion(response.http_response.content)
 
+    def _hide(self, text: str) -> str:
+        """A server may repeat the key that it was sent; messages end up in logs and journals."""
+        return hide_credentials(text, self._secrets)
+
     def _delay(self, attempt: int, wait: float) -> float:
         longest = min(self.settings.max_backoff, self.settings.backoff * 2 ** (attempt - 1))
         return max(longest * self._random.uniform(0.5, 1.0), min(wait, self.settings.max_backoff))
-
-
-def read_completion(body: bytes) -> Completion:
-    """A server's chat completion. Raises ValueError where it is none, such as one that was cut short.
-
-    Servers that part thinking from answer (`reasoning_content`, or `reasoning`) have it put back between its tags.
-    """
-    try:
-        record = json.loads(body)
-        choice = record["choices"][0]
-        message = choice["message"]
-        content, usage = message.get("content") or "", record.get("usage") or {}
-        thinking = message.get("reasoning_content") or message.get("reasoning")
-        counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
-        if choice.get("finish_reason") in ("abort", "error"):
-            raise ValueError(f"finish_reason={choice['finish_reason']!r}")  # vLLM's, of a server that is shut down
-        if not isinstance(content, str) or not isinstance(thinking, str | None):
-            raise TypeError(f"content is a {type(content).__name__}, thinking a {type(thinking).__name__}")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
-        raise Malformed(f"not a chat completion ({error!r}): {body[:200]!r}") from error
-    text = content if thinking is None else f"<think>{thinking}</think>{content}"
-    text = text.encode(errors="replace").decode()  # JSON may hold half a surrogate pair, which no file takes
-    return Completion(text, str(choice.get("finish_reason")), *counts)
 
 
 def _retry_after(header: str | None) -> float:

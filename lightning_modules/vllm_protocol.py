@@ -3,22 +3,25 @@ answers."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from datamodules.batches import PromptItem
+from datamodules.credentials import hide_credentials
 from lightning_modules.endpoint import (
     ChatEndpoint,
     EndpointMisused,
     EndpointSettings,
     EndpointUnavailable,
-    Malformed,
     RequestRefused,
 )
+from lightning_modules.responses import Malformed, read_json
 from lightning_modules.rollouts import RolloutSettings
+
+# A log-probability in a server's answer. Rounding may lift that of a certain token a little above 0. vLLM sends -9999
+# for minus infinity; a sampled token never has it, but nothing depends on refusing it.
+HIGHEST_LOG_PROB, LOWEST_LOG_PROB = 1e-3, -1e4
 
 
 class PromptMismatch(ValueError):
@@ -34,7 +37,7 @@ class VLLMSettings:
     folder. timeout: seconds for all completions of one prompt. attempts, backoff, max_backoff: of one request at one
     server, as in `EndpointSettings`, before its prompt goes to another. concurrency: prompts under way at each server,
     from each rank. patience: seconds without any server until the run ends. pause: seconds between two looks at a dead
-    server. look: seconds for one look. api_key_env: the environment variable with the key, if the servers want one.
+    server. look: seconds for one look. api_key_env, basic_auth_env: as in `EndpointSettings`.
     """
 
     servers: tuple[str, ...] = ("http://127.0.0.1:8000/v1",)
@@ -49,10 +52,12 @@ class VLLMSettings:
     pause: float = 2.0
     look: float = 300.0
     api_key_env: str = "OPENAI_API_KEY"
+    basic_auth_env: str | None = None
 
     def __post_init__(self) -> None:
         if not self.servers or len(set(self.servers)) < len(self.servers):
-            raise ValueError(f"vllm: servers={self.servers} must name at least one server, and none twice")
+            shown = [hide_credentials(url) for url in self.servers]
+            raise ValueError(f"vllm: servers={shown} must name at least one server, and none twice")
         for name in ("patience", "pause", "look"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"vllm: {name}={getattr(self, name)} must be greater than 0")
@@ -60,7 +65,7 @@ class VLLMSettings:
 
     def endpoints(self) -> list[EndpointSettings]:
         patience = {name: getattr(self, name) for name in ("timeout", "attempts", "backoff", "max_backoff")}
-        more = patience | {"concurrency": self.concurrency, "api_key_env": self.api_key_env}
+        more = patience | {name: getattr(self, name) for name in ("concurrency", "api_key_env", "basic_auth_env")}
         return [EndpointSettings(self.model or "the one served", url.rstrip("/"), **more) for url in self.servers]
 
 
@@ -87,40 +92,62 @@ def find_model(url: str, served: dict[str, dict[str, Any]], wanted: str | None, 
 
 
 def read_choices(
-    text: str, item: PromptItem, settings: RolloutSettings, ends: Collection[int]
+    text: str, item: PromptItem, settings: RolloutSettings, ends: Collection[int], vocabulary: Collection[int]
 ) -> list[tuple[list[int], list[float]]]:
     """Token ids and their log-probabilities of each of `group_size` completions, in order.
 
-    Raises PromptMismatch if the server read another prompt than `item`'s, and Malformed for what is no such answer:
-    also where a completion stops before its limit without one of the tokens `ends`, as of a server that is shut down.
+    Args:
+        ends: token ids that end a completion.
+        vocabulary: token ids that a policy can sample; a `range`, say.
+
+    Raises PromptMismatch if the server read another prompt than `item`'s. Raises Malformed for everything else that is
+    no such answer, and for a completion that stops before its limit without one of the tokens `ends`, as those of a
+    server that is shut down do.
     """
+    answer = read_json(text, "a completion")
     try:
-        answer = json.loads(text)
-        prompt = answer["prompt_token_ids"]
-        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        prompt, choices = answer["prompt_token_ids"], answer["choices"]
+        if type(prompt) is not list or not all(type(token) is int for token in prompt):
+            raise TypeError(f"prompt_token_ids={prompt!r:.60} is no list of integers")
+        indices = [choice["index"] for choice in choices]
+        if not all(type(index) is int for index in indices) or sorted(indices) != list(range(settings.group_size)):
+            raise ValueError(f"{settings.group_size} completions were asked for, and these came: {indices!r:.100}")
         found = [
-            (choice["token_ids"], [token["logprob"] for token in choice["logprobs"]["content"]]) for choice in choices
+            (choice["token_ids"], [token["logprob"] for token in choice["logprobs"]["content"]])
+            for choice in sorted(choices, key=lambda choice: choice["index"])
         ]
-        faults = [fault for ids, log_probs in found if (fault := _fault(ids, log_probs, settings.max_new_tokens, ends))]
-    except (ValueError, KeyError, TypeError) as error:
-        raise Malformed(f"no completion with token ids and log-probabilities ({error!r}): {text[:200]!r}") from error
+        faults = [fault for completion in found if (fault := _fault(*completion, settings, ends, vocabulary))]
+        if faults:
+            raise ValueError("; ".join(faults))
+    except (ValueError, LookupError, TypeError) as error:
+        reason = f"no completion with token ids and log-probabilities ({error!r:.600}): {text[:200]!r}"
+        raise Malformed(reason) from error
     _require_same_prompt(item, prompt)
-    if len(found) != settings.group_size:
-        faults.append(f"{len(found)} completions instead of {settings.group_size}")
-    if faults:
-        raise Malformed("; ".join(faults))
     return found
 
 
-def _fault(ids: list[int], log_probs: list[float], longest: int, ends: Collection[int]) -> str | None:
+def _fault(
+    ids: list[int],
+    log_probs: list[float],
+    settings: RolloutSettings,
+    ends: Collection[int],
+    vocabulary: Collection[int],
+) -> str | None:
     """What is wrong with a completion."""
-    if not ids or len(ids) != len(log_probs):
-        return f"{len(ids)} token ids with {len(log_probs)} log-probabilities"
-    if not all(type(token) is int for token in ids) or not all(math.isfinite(value) for value in log_probs):
-        return f"token ids {ids[:5]} with log-probabilities {log_probs[:5]}"
+    if type(ids) is not list or not ids or len(ids) != len(log_probs):
+        return f"token ids {ids!r:.60} with {len(log_probs)} log-probabilities"
+    if wrong := [token for token in ids if type(token) is not int or token not in vocabulary]:
+        return f"token ids that the model does not have: {wrong[:5]!r:.100}"
+    if wrong := [value for value in log_probs if not _is_log_prob(value)]:
+        return f"log-probabilities {wrong[:5]!r:.100}"
+    longest = settings.max_new_tokens
     if len(ids) > longest or (ids[-1] not in ends and len(ids) < longest):
         return f"a completion of {len(ids)} tokens, at most {longest} of them, with the end {ids[-1]}"
     return None
+
+
+def _is_log_prob(value: Any) -> bool:
+    return type(value) in (int, float) and LOWEST_LOG_PROB <= value <= HIGHEST_LOG_PROB
 
 
 def _require_same_prompt(item: PromptItem, read: list[int]) -> None:
@@ -136,10 +163,17 @@ def _require_same_prompt(item: PromptItem, read: list[int]) -> None:
 
 
 def read_models(text: str) -> dict[str, dict[str, Any]]:
+    """{name: entry} of a server's list of models. Raises Malformed for anything else."""
+    record = read_json(text, "a list of models")
     try:
-        return {entry["id"]: entry for entry in json.loads(text)["data"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise Malformed(f"no list of models ({error!r}): {text[:200]!r}") from error
+        entries = {entry["id"]: entry for entry in record["data"]}
+        for name, entry in entries.items():
+            longest = entry.get("max_model_len")
+            if type(name) is not str or not (longest is None or (type(longest) is int and longest > 0)):
+                raise TypeError(f"id={name!r:.60}, max_model_len={longest!r:.60}")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Malformed(f"no list of models ({error!r:.200}): {text[:200]!r}") from error
+    return entries
 
 
 async def require_lora(endpoint: ChatEndpoint) -> None:
@@ -185,10 +219,11 @@ async def require_processed_log_probs(endpoint: ChatEndpoint, model: str, token:
 
 
 def _read_first_log_prob(text: str) -> float:
+    record = read_json(text, "a completion")
     try:
-        found = float(json.loads(text)["choices"][0]["logprobs"]["content"][0]["logprob"])
-    except (ValueError, LookupError, TypeError) as error:
-        raise Malformed(f"no token with its log-probability ({error!r}): {text[:200]!r}") from error
-    if not math.isfinite(found):
-        raise Malformed(f"a log-probability of {found}")
+        found = record["choices"][0]["logprobs"]["content"][0]["logprob"]
+    except (LookupError, TypeError) as error:
+        raise Malformed(f"no token with its log-probability ({error!r:.200}): {text[:200]!r}") from error
+    if not _is_log_prob(found):
+        raise Malformed(f"a log-probability of {found!r:.60}")
     return found

@@ -242,7 +242,8 @@ class VLLMEngine:
             "logit_bias": {str(token): BAN for token in banned},
         }
         try:
-            read = partial(read_choices, item=item, settings=settings, ends=self.policy.eos_ids)
+            vocabulary = range(self.policy.base.config.text_config.vocab_size)
+            read = partial(read_choices, item=item, settings=settings, ends=self.policy.eos_ids, vocabulary=vocabulary)
             choices = await endpoint.post("/chat/completions", body | SERVER_FIELDS, read)
         except RequestRefused as error:
             raise RequestRefused(f"sample {item.sample.id!r}: {endpoint.settings.base_url}: {error}") from error

@@ -14,11 +14,11 @@ from typing import Any
 FAULTS = ("429", "500", "hang", "truncated", "reset")
 
 
-async def read_request(reader: asyncio.StreamReader) -> bytes:
-    """The body of one HTTP/1.1 request."""
+async def read_request(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
+    """Head and body of one HTTP/1.1 request."""
     head = await reader.readuntil(b"\r\n\r\n")
     lengths = [line.split(b":")[1] for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")]
-    return await reader.readexactly(int(lengths[0]))
+    return head, await reader.readexactly(int(lengths[0]))
 
 
 def http_response(status: int, body: bytes, headers: str = "") -> bytes:
@@ -39,9 +39,10 @@ def question_text(request: dict[str, Any]) -> str:
 
 
 class _Server:
-    """An asyncio server in a thread of its own; `with` starts and ends it."""
+    """An asyncio server in a thread of its own; `with` starts and ends it. `heads` holds the head of each request."""
 
     def __enter__(self) -> Any:
+        self.heads: list[bytes] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -70,7 +71,9 @@ class _Server:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # A client that goes away, killed or out of patience, is what these tests are about.
         with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            await self.answer(await read_request(reader), reader, writer)
+            head, body = await read_request(reader)
+            self.heads.append(head)
+            await self.answer(body, reader, writer)
         writer.close()
         with suppress(ConnectionError, asyncio.CancelledError):
             await writer.wait_closed()

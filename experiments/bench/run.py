@@ -31,6 +31,7 @@ from experiments.bench.measure import measure
 from experiments.bench.shapes import SHAPES, model_folder
 from experiments.bench.side_process import OutOfTime, Side, SideFailed
 from experiments.bench.table import case_table, growth_table
+from experiments.commands import command
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("datamodules", "lightning_modules", "experiments/bench")
@@ -160,6 +161,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 if nothing failed, also where time ran out; else 1."""
     parsed = parse_arguments(arguments)

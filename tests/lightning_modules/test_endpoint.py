@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import gzip
 import json
 import time
 
 import pytest
 
+from lightning_modules import responses
 from lightning_modules.endpoint import (
     ChatEndpoint,
-    Completion,
     EndpointMisused,
     EndpointSettings,
     EndpointUnavailable,
     RequestRefused,
-    read_completion,
 )
+from lightning_modules.responses import Completion, read_completion
 from tests.chat_server import FAULTS, ChatServer, FaultProxy, completion, http_response
 
 MESSAGES = [{"role": "user", "content": [{"type": "text", "text": "Where?"}]}]
@@ -122,7 +124,9 @@ def test_half_a_surrogate_pair_is_no_text() -> None:
     "body",
     [b"", b"null", b"[]", b'"text"', b"{}", b'{"choices": []}', b'{"choices": [{}]}', completion("x")[:-9],
      json.dumps({"choices": [{"message": {"content": ["x"]}}]}).encode(),
-     completion("x").replace(b'"stop"', b'"abort"'), completion("x").replace(b": 10,", b": Infinity,")],
+     completion("x").replace(b'"stop"', b'"abort"'), completion("x").replace(b": 10,", b": Infinity,"),
+     b"[" * 10**6, b'{"a":' * 10**5, b"\xff\xfe", completion("x").replace(b": 10,", b": -1,"),
+     completion("x").replace(b": 10,", b": true,"), completion("x").replace(b": 10,", b": " + b"9" * 5000 + b",")],
 )  # fmt: skip
 def test_a_body_that_is_no_completion_is_an_error(body: bytes) -> None:
     with pytest.raises(ValueError, match="not a chat completion"):
@@ -143,3 +147,81 @@ def test_a_body_that_is_no_completion_is_an_error(body: bytes) -> None:
 def test_wrong_settings_are_named(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{field}={value!r}"):
         EndpointSettings(**{"model": "m", "base_url": "http://localhost/v1", field: value})
+
+
+async def endless(writer, head: bytes) -> None:
+    """A response that never ends, as far as the client lets it."""
+    writer.write(head)
+    while True:
+        writer.write(b" " * 2**16)
+        await writer.drain()
+
+
+class EndlessServer(ChatServer):
+    async def answer(self, body: bytes, reader, writer) -> None:
+        self.requests.append(json.loads(body))
+        await endless(writer, b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
+
+
+def test_a_body_without_an_end_is_cut_off_and_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(responses, "LARGEST_BODY", 2**20)
+    with EndlessServer(lambda request: "") as server:
+        with pytest.raises(EndpointUnavailable, match=r"3 attempts; last: .*a body of more than 1048576 bytes"):
+            ask(settings(server.base_url, timeout=60.0))
+        assert len(server.requests) == 3
+
+
+def test_a_compressed_body_that_was_not_asked_for_is_refused() -> None:
+    """A few kilobytes may unpack to gigabytes."""
+    squeezed = gzip.compress(completion("there"))
+    answer = http_response(200, squeezed, "Content-Encoding: gzip\r\n")
+    with ChatServer(lambda request: answer) as server, pytest.raises(EndpointUnavailable, match="gzip"):
+        ask(settings(server.base_url))
+
+
+# Secrets
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"base_url": "http://user:PASSW0RD@host/v1"},
+        {"base_url": "https://PASSW0RD@host/v1"},
+        {"base_url": "http://host/v1?api_key=PASSW0RD"},
+        {"extra_body": {"api_key": "PASSW0RD"}},
+        {"extra_body": {"headers": {"Authorization": "Bearer PASSW0RD"}}},
+        {"api_key_env": "sk-PASSW0RD-0123456789"},
+        {"basic_auth_env": "user:PASSW0RD"},
+    ],
+)
+def test_a_secret_among_the_settings_is_refused_and_not_repeated(field: dict) -> None:
+    with pytest.raises(ValueError) as caught:
+        EndpointSettings(**{"model": "m", "base_url": "http://localhost/v1"} | field)
+    shown = str(caught.value)
+    assert next(iter(field)) in shown
+    assert "PASSW0RD" not in shown
+
+
+def test_a_key_that_the_server_repeats_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "plain-secret")
+    echo = b'{"error": {"message": "Incorrect API key provided: plain-secret, Bearer plain-secret"}}'
+    for status, error in ((401, EndpointMisused), (400, RequestRefused), (500, EndpointUnavailable)):
+        answer = http_response(status, echo)
+        with (
+            ChatServer(lambda request, answer=answer: answer) as server,
+            pytest.raises(error, match="Incorrect API key") as caught,
+        ):
+            ask(settings(server.base_url))
+        assert "plain-secret" not in str(caught.value) and "***" in str(caught.value)
+
+
+def test_basic_authentication_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEACHER_LOGIN", "user:PASSW0RD")
+    with ChatServer(lambda request: "there") as server:
+        answers, _ = ask(settings(server.base_url, basic_auth_env="TEACHER_LOGIN"))
+        assert answers[0].text == "there"
+        (head,) = server.heads
+    assert b"authorization: basic " + base64.b64encode(b"user:PASSW0RD").lower() in head.lower()
+    monkeypatch.delenv("TEACHER_LOGIN")
+    with pytest.raises(EndpointMisused, match="basic_auth_env='TEACHER_LOGIN'"):
+        ask(settings(server.base_url, basic_auth_env="TEACHER_LOGIN"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import threading
 import time
@@ -49,6 +50,10 @@ def first_log_prob(value: Any) -> Callable[[Callable[[], Any]], tuple[int, Any]]
     return change(lambda found: found["choices"][0]["logprobs"]["content"][0].update(logprob=value))
 
 
+def first_id(value: Any) -> Callable[[Callable[[], Any]], tuple[int, Any]]:
+    return change(lambda found: found["choices"][0]["token_ids"].__setitem__(0, value))
+
+
 def cut_first(found: dict[str, Any]) -> None:
     """As a server that is shut down ends what it was writing."""
     longest = max(found["choices"], key=lambda choice: len(choice["token_ids"]))
@@ -71,6 +76,23 @@ NO_ANSWERS = {
     "ids that are none": change(lambda found: found["choices"][0].update(token_ids=["1"] * 6)),
     "cut short without an end": change(cut_first),
     "an id too few": change(lambda found: found["choices"][0]["token_ids"].pop()),
+    "log-probability above 0": first_log_prob(5.0),
+    "log-probability true": first_log_prob(True),
+    "log-probability of float's least": first_log_prob(-1e308),
+    "log-probability of 400 digits": lambda answer: (
+        200,
+        json.dumps(first_log_prob(77.5)(answer)[1]).replace("77.5", "1" * 400).encode(),
+    ),
+    "an id beyond the vocabulary": first_id(10**9),
+    "an id of 30 digits": first_id(10**30),
+    "an id below 0": first_id(-5),
+    "an id that is true": first_id(True),
+    "equal indices": change(lambda found: [choice.update(index=0) for choice in found["choices"]]),
+    "an index that is true": change(lambda found: found["choices"][-1].update(index=True)),
+    "prompt ids null": change(lambda found: found.update(prompt_token_ids=None)),
+    "prompt ids a number": change(lambda found: found.update(prompt_token_ids=5)),
+    "prompt ids an object": change(lambda found: found.update(prompt_token_ids={})),
+    "deep JSON": lambda answer: (200, b"[" * 10**6),
     "truncated": lambda answer: (200, b'{"choices": [{"ind'),
     "no text": lambda answer: (200, b"\xff\xfe"),
     "429": lambda answer: (429, error("not now")),
