@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.batches import Batch, Encoder, ImageError, load_image, mrope_positions
+from datamodules.batches import Batch, Encoder, mrope_positions
+from datamodules.image_loading import ImageError, load_image
 from datamodules.samples import LoadedSample, SampleError, TextPart
 from tests.datamodules.tiny_processor import image_bytes, make_sample, save_tiny_processor
 
