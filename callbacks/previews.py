@@ -17,10 +17,10 @@ from callbacks.encoding import prompt_encoder, rollout_engine
 from callbacks.evaluation import EvaluationSettings, require_positive
 from callbacks.mig_bench import evaluate_mig_bench, limit_tasks
 from datamodules.artefacts import make_folder, remove_draft
-from datamodules.batches import ImageError, load_image
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
 from datamodules.benchmarks.mig_scoring import Prediction
 from datamodules.boxes import Box, ImageGeometry
+from datamodules.image_loading import ImageError, load_image
 from datamodules.samples import BoxPart, LoadedSample, Sample, SampleError, TextPart
 
 log = logging.getLogger(__name__)

@@ -6,9 +6,6 @@ Shapes: P prompt tokens, C completion tokens, n images, N patches of all images 
 from __future__ import annotations
 
 import hashlib
-import io
-import struct
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -16,17 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from datamodules.boxes import Convention, ImageGeometry
+from datamodules.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS, decode_images, open_images
 from datamodules.prompts import PromptStyle, build_messages, target_text
 from datamodules.samples import LoadedSample, Sample, SampleError
 
 END_OF_TURN = "<|im_end|>"
-MAX_ASPECT_RATIO = 200  # transformers' resizing rule refuses more
-# What Pillow's decoders raise on damaged files.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
 
 @dataclass(eq=False)
@@ -78,53 +73,6 @@ class Batch:
         return len(self.items)
 
 
-class ImageError(ValueError):
-    """An image that cannot be used; `rule` is the name that its sample is rejected under."""
-
-    def __init__(self, rule: str, detail: str) -> None:
-        super().__init__(rule, detail)
-        self.rule = rule
-        self.detail = detail
-
-
-def load_image(data: bytes, max_pixels: int) -> Image.Image:
-    """Decode to RGB, upright (EXIF), transparency over white.
-
-    Raises ImageError with the rule "unreadable_image", "decompression_bomb" (more than `max_pixels` pixels, known from
-    the header, so nothing is decoded) or "truncated_image".
-    """
-    try:
-        # Pillow warns of large images, and is let: silencing it for a moment would change the filters of all threads.
-        image = Image.open(io.BytesIO(data))
-    except Image.DecompressionBombError as error:
-        raise ImageError("decompression_bomb", str(error)) from error
-    except _DAMAGE as error:
-        raise ImageError("unreadable_image", str(error)) from error
-    if image.width * image.height > max_pixels:
-        raise ImageError("decompression_bomb", f"{image.width}x{image.height} pixels, max_image_pixels={max_pixels}")
-    try:
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        return image.convert("RGB")
-    except _DAMAGE as error:
-        raise ImageError("truncated_image", str(error)) from error
-
-
-def load_sample_image(sample: Sample, index: int, data: bytes, max_pixels: int) -> Image.Image:
-    """Image `index` of a sample, as a model may see it. Raises SampleError: the rules of `load_image`, and
-    "extreme_aspect_ratio"."""
-    try:
-        image = load_image(data, max_pixels)
-    except ImageError as error:
-        raise SampleError(sample.id, error.rule, f"image {index}: {error.detail}") from error
-    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-        raise SampleError(sample.id, "extreme_aspect_ratio", f"image {index} is {image.width}x{image.height}")
-    return image
-
-
 def mrope_positions(input_ids: Tensor, grid_thw: Tensor, image_token_id: int, merge_size: int) -> tuple[Tensor, int]:
     """M-RoPE positions long [3, P] (time, row, column) of one unpadded prompt long [P], and the position after it.
 
@@ -155,12 +103,28 @@ def mrope_positions(input_ids: Tensor, grid_thw: Tensor, image_token_id: int, me
     return torch.cat(pieces, dim=1), position + rest
 
 
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """A sample's tokens and grids, which depend on the sizes of its images and not on their pixels."""
+
+    geometries: tuple[ImageGeometry, ...]
+    grid_thw: Tensor  # long [n, 3]
+    input_ids: Tensor  # long [P]
+    completion_ids: Tensor | None  # long [C]
+
+    def fits(self, sizes: Sequence[tuple[int, int]], grid_thw: Tensor) -> bool:
+        """Whether images of these sizes (width, height) and grids long [n, 3] would give the same."""
+        same = [geometry.original for geometry in self.geometries] == list(sizes)
+        return same and torch.equal(self.grid_thw, grid_thw)
+
+
 class Encoder:
     """Encodes samples with the processor in `processor_path`, which is loaded at first use (workers load their own).
 
-    `max_image_pixels` bounds a stored image (decompression bombs), `max_resized_pixels` the image after resizing where
-    that should be smaller than the processor's own setting. `label_images` writes "Picture k: " before image k, as
-    Qwen's chat template does when asked to.
+    `max_image_pixels` bounds a stored image and `max_sample_pixels` all stored images of a sample together
+    (decompression bombs). `max_resized_pixels` bounds an image after resizing where that should be smaller than the
+    processor's own setting. `label_images` writes "Picture k: " before image k, as Qwen's chat template does when asked
+    to.
     """
 
     def __init__(
@@ -171,7 +135,8 @@ class Encoder:
         max_prompt_tokens: int,
         max_completion_tokens: int,
         with_target: bool,
-        max_image_pixels: int = 64_000_000,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+        max_sample_pixels: int = MAX_SAMPLE_PIXELS,
         max_resized_pixels: int | None = None,
         label_images: bool = False,
     ) -> None:
@@ -184,6 +149,7 @@ class Encoder:
         self.max_completion_tokens = max_completion_tokens
         self.with_target = with_target
         self.max_image_pixels = max_image_pixels
+        self.max_sample_pixels = max_sample_pixels
         self.max_resized_pixels = max_resized_pixels
         self.label_images = label_images
 
@@ -206,42 +172,62 @@ class Encoder:
         return processor
 
     def encode(self, loaded: LoadedSample) -> PromptItem:
-        """Raises SampleError: the rules of `load_sample_image`, "missing_image",
-        "placeholder_mismatch", "prompt_too_long", "completion_too_long", and those of `target_text`."""
+        """Raises SampleError: the rules of `open_images`, "placeholder_mismatch", "prompt_too_long",
+        "completion_too_long" and those of `target_text`, all before a pixel is decoded; then those of
+        `decode_images`."""
         sample = loaded.sample
-        if len(loaded.images) != len(sample.images):
-            raise SampleError(sample.id, "missing_image", f"{len(loaded.images)} of {len(sample.images)} images")
-        limit = self.max_image_pixels
-        images = [load_sample_image(sample, index, data, limit) for index, data in enumerate(loaded.images)]
-        pixels, grids = zip(*map(self._patches, images), strict=True)
-        grid_thw = torch.cat(grids)
-        patch_size = self.processor.image_processor.patch_size
-        geometries = tuple(
-            ImageGeometry.from_grid(image.size, (rows, columns), patch_size)
-            for image, (_, rows, columns) in zip(images, grid_thw.tolist(), strict=True)
-        )
-        input_ids = self._prompt_ids(sample, geometries, grid_thw)
+        stored = open_images(loaded, self.max_image_pixels, self.max_sample_pixels)
+        sizes = [image.size for image in stored]
+        layout = self._layout(sample, sizes, torch.cat([self._grid(size) for size in sizes]))
+        # `map` keeps no image while the next one is decoded.
+        sizes, pixels, grids = zip(*map(self._patches, decode_images(sample.id, stored)), strict=True)
+        if not layout.fits(sizes, torch.cat(grids)):  # EXIF behind the pixels of a PNG has turned it
+            layout = self._layout(sample, sizes, torch.cat(grids))
         merge_size = self.processor.image_processor.merge_size
-        positions, next_position = mrope_positions(input_ids, grid_thw, self.processor.image_token_id, merge_size)
+        positions, next_position = mrope_positions(
+            layout.input_ids, layout.grid_thw, self.processor.image_token_id, merge_size
+        )
         return PromptItem(
             sample=sample,
-            input_ids=input_ids,
+            input_ids=layout.input_ids,
             positions=positions,
             next_position=next_position,
             pixel_values=torch.cat(pixels),
-            grid_thw=grid_thw,
-            geometries=geometries,
-            completion_ids=self._completion_ids(sample, geometries) if self.with_target else None,
+            grid_thw=layout.grid_thw,
+            geometries=layout.geometries,
+            completion_ids=layout.completion_ids,
             image_keys=tuple(hashlib.sha256(data).hexdigest() for data in loaded.images),
         )
 
-    def _patches(self, image: Image.Image) -> tuple[Tensor, Tensor]:
-        """Patches float [rows·columns, patch_dim] and grid long [1, 3] of one image.
+    def _layout(self, sample: Sample, sizes: Sequence[tuple[int, int]], grid_thw: Tensor) -> _Layout:
+        """The texts of a sample over images of `sizes` (width, height) and grids long [n, 3], as tokens."""
+        patch_size = self.processor.image_processor.patch_size
+        geometries = tuple(
+            ImageGeometry.from_grid(size, (rows, columns), patch_size)
+            for size, (_, rows, columns) in zip(sizes, grid_thw.tolist(), strict=True)
+        )
+        input_ids = self._prompt_ids(sample, geometries, grid_thw)
+        completion_ids = self._completion_ids(sample, geometries) if self.with_target else None
+        return _Layout(geometries, grid_thw, input_ids, completion_ids)
+
+    def _grid(self, size: tuple[int, int]) -> Tensor:
+        """The grid long [1, 3] that `_patches` gives an image of `size` (width, height), which need not be there."""
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize  # slow, as the processor's
+
+        images, (width, height) = self.processor.image_processor, size
+        patch, limits = images.patch_size, images.size
+        rows, columns = smart_resize(
+            height, width, patch * images.merge_size, limits["shortest_edge"], limits["longest_edge"]
+        )
+        return torch.tensor([[1, rows // patch, columns // patch]])
+
+    def _patches(self, image: Image.Image) -> tuple[tuple[int, int], Tensor, Tensor]:
+        """Size (width, height), patches float [rows·columns, patch_dim] and grid long [1, 3] of one image.
 
         One call per image: the size of one never bears on another, and patches stay paired with their grid.
         """
         features = self.processor.image_processor(images=[image], return_tensors="pt")
-        return features["pixel_values"], features["image_grid_thw"]
+        return image.size, features["pixel_values"], features["image_grid_thw"]
 
     def _prompt_ids(self, sample: Sample, geometries: Sequence[ImageGeometry], grid_thw: Tensor) -> Tensor:
         messages = build_messages(sample, geometries, self.convention, self.style)

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from PIL import Image
 
-from datamodules.batches import load_sample_image
 from datamodules.boxes import Convention, ImageGeometry, fit_size
 from datamodules.dialects import Dialect
+from datamodules.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS, decode_images, open_images
 from datamodules.prompts import PromptStyle, build_messages
 from datamodules.samples import ChoiceAnswer, LoadedSample
 
@@ -34,7 +36,8 @@ class RequestForm:
     before_image: str | None = None
     min_pixels: int = 56 * 56
     max_pixels: int = 16384 * 28 * 28
-    max_image_pixels: int = 64_000_000  # a larger stored image is refused (decompression bombs)
+    max_image_pixels: int = MAX_IMAGE_PIXELS  # a larger stored image is refused (decompression bombs)
+    max_sample_pixels: int = MAX_SAMPLE_PIXELS  # more in all stored images of a sample are refused
 
     def __post_init__(self) -> None:
         if self.style not in ("think", "answer", "plain", "native"):
@@ -70,15 +73,12 @@ def build_request(loaded: LoadedSample, form: RequestForm) -> ChatRequest:
 def build_turn(loaded: LoadedSample, form: RequestForm) -> ChatRequest:
     """The turn in a processor's form, images as Pillow images under "image".
 
-    Raises SampleError: the rules of `load_sample_image`.
+    Raises SampleError: the rules of `open_images` and `decode_images`.
     """
     sample, dialect = loaded.sample, form.dialect
-    images, geometries = [], []
-    for index, data in enumerate(loaded.images):
-        image = load_sample_image(sample, index, data, form.max_image_pixels)
-        geometry = ImageGeometry(image.size, _sent_size(image.size, form))
-        images.append(_resized(image, geometry.processed))
-        geometries.append(geometry)
+    stored = open_images(loaded, form.max_image_pixels, form.max_sample_pixels)
+    # `map` keeps no stored size while the next image is decoded.
+    geometries, images = zip(*map(partial(_sent, form), decode_images(sample.id, stored)), strict=True)
     style, suffix = form.style, None
     if style == "native":
         chooses = isinstance(sample.answer, ChoiceAnswer)
@@ -89,11 +89,11 @@ def build_turn(loaded: LoadedSample, form: RequestForm) -> ChatRequest:
     before = dialect.before_image if form.before_image is None else form.before_image
     for message in turn:
         message["content"] = _with_images(message["content"], images, before, dialect.after_image)
-    return ChatRequest(turn, tuple(geometries))
+    return ChatRequest(turn, geometries)
 
 
 def _with_images(
-    content: list[dict[str, Any]], images: list[Image.Image], before: str, after: str
+    content: list[dict[str, Any]], images: Sequence[Image.Image], before: str, after: str
 ) -> list[dict[str, Any]]:
     """The parts of one turn with each image placeholder replaced by its label and the image."""
     parts: list[dict[str, Any]] = []
@@ -108,6 +108,12 @@ def _with_images(
         parts += [{"type": "text", "text": after}] if after else []
         number += 1
     return parts
+
+
+def _sent(form: RequestForm, image: Image.Image) -> tuple[ImageGeometry, Image.Image]:
+    """The image as it is sent, and its geometry."""
+    geometry = ImageGeometry(image.size, _sent_size(image.size, form))
+    return geometry, _resized(image, geometry.processed)
 
 
 def _sent_size(size: tuple[int, int], form: RequestForm) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningDataModule
 
 from datamodules.batches import Batch, Encoder
 from datamodules.boxes import Convention
+from datamodules.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
 from datamodules.prompts import PromptStyle
 from datamodules.samples import Rejections
 from datamodules.shards import ShardReader
@@ -34,7 +35,8 @@ class MultiImageData(LightningDataModule):
         with_target: bool = True,
         max_prompt_tokens: int = 4096,
         max_completion_tokens: int = 1024,
-        max_image_pixels: int = 64_000_000,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+        max_sample_pixels: int = MAX_SAMPLE_PIXELS,
         max_resized_pixels: int | None = None,
         label_images: bool = False,
         strict: bool = False,
@@ -57,6 +59,7 @@ class MultiImageData(LightningDataModule):
             max_completion_tokens,
             with_target,
             max_image_pixels,
+            max_sample_pixels,
             max_resized_pixels,
             label_images,
         )

@@ -12,6 +12,7 @@ from datamodules.answerers import Answerer
 from datamodules.boxes import Convention
 from datamodules.chat_requests import RequestForm
 from datamodules.dialects import find_dialect
+from datamodules.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
 from datamodules.prompts import PromptStyle
 from experiments import phases
 from lightning_modules.endpoint import EndpointSettings
@@ -35,7 +36,8 @@ class ModelOptions:
     before_image: str | None = None
     label_images: bool = False
     max_prompt_tokens: int = 16_384
-    max_image_pixels: int = 64_000_000
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    max_sample_pixels: int = MAX_SAMPLE_PIXELS
     max_resized_pixels: int | None = None
     as_trained: bool = True
     dtype: str = "float32"
@@ -175,6 +177,7 @@ def _policy_settings(model: str, options: ModelOptions) -> PolicySettings:
     form |= {"max_resized_pixels": options.max_resized_pixels, "label_images": options.label_images}
     form |= phases.trained_form(model, form) if options.as_trained else {}
     bounds = {"max_prompt_tokens": options.max_prompt_tokens, "max_image_pixels": options.max_image_pixels}
+    bounds |= {"max_sample_pixels": options.max_sample_pixels}
     convention, style = form.pop("convention"), form.pop("style")
     how = (options.dtype, options.device, options.decoding, form | bounds, options.generation)
     return PolicySettings(model, convention, style, *how)
@@ -186,7 +189,7 @@ def _form(options: ModelOptions, *names: str) -> RequestForm:
         raise ValueError(f"convention={options.convention!r} is for Qwen2.5-VL; other models have theirs from dialect")
     dialect = find_dialect(options.dialect, *names)
     style = "native" if options.style == "auto" else options.style
-    sizes: dict[str, int] = {"max_image_pixels": options.max_image_pixels}
+    sizes = {"max_image_pixels": options.max_image_pixels, "max_sample_pixels": options.max_sample_pixels}
     if options.max_resized_pixels is not None:
         sizes["max_pixels"] = options.max_resized_pixels
     return RequestForm(dialect, style, options.before_image, **sizes)

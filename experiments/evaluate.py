@@ -24,6 +24,7 @@ from datamodules.artefacts import read_json, write_json
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
 from datamodules.benchmarks.mig_scoring import format_table, summarise
 from datamodules.boxes import Convention
+from datamodules.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
 from datamodules.prompts import PromptStyle
 from experiments import checks, phases, tracking
 from experiments.asking import share_cores
@@ -44,7 +45,8 @@ def evaluate(
     decoding: EvaluationSettings | None = None,
     limit_per_task: int | None = None,
     max_prompt_tokens: int = 16_384,
-    max_image_pixels: int = 64_000_000,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+    max_sample_pixels: int = MAX_SAMPLE_PIXELS,
     max_resized_pixels: int | None = None,
     label_images: bool = False,
     as_trained: bool = True,
@@ -67,6 +69,7 @@ def evaluate(
         limit_per_task: first look on so many questions of each task
         max_prompt_tokens: a longer prompt counts as wrong
         max_image_pixels: a larger image counts as wrong (decompression bombs)
+        max_sample_pixels: a question with more pixels in all its images together counts as wrong
         max_resized_pixels: images are shrunk to so many pixels, where that is less than the processor's own limit
         label_images: write "Picture k: " before image k
         as_trained: put questions to a phase's merged model as that phase did, whatever convention, style,
@@ -84,6 +87,7 @@ def evaluate(
     form |= phases.trained_form(model, form) if as_trained else {}
     form |= {"convention": Convention(form["convention"]), "style": PromptStyle(form["style"])}
     limits = {"max_prompt_tokens": max_prompt_tokens, "max_image_pixels": max_image_pixels}
+    limits |= {"max_sample_pixels": max_sample_pixels}
     asking = Asking(model, dtype, device, form | limits, image_root, decoding, generation)
     every_sample, dirty = load_mig_bench(annotations, image_root)
     if dirty.boxes:

@@ -28,6 +28,7 @@ from datamodules.benchmarks.results import format_result, write_evaluation
 from datamodules.benchmarks.schema import Benchmark, limit_columns
 from datamodules.benchmarks.scoring import predict, summarise
 from datamodules.boxes import Convention
+from datamodules.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
 from datamodules.synthetic.twins.build import TWINS, write_twin
 from experiments import checks, phases, tracking
 from experiments.answerers import ALIASES, ModelOptions, choose_answerer
@@ -55,7 +56,8 @@ def evaluate_benchmarks(
     limit: int | None = None,
     processes: int = 1,
     max_prompt_tokens: int = 16_384,
-    max_image_pixels: int = 64_000_000,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+    max_sample_pixels: int = MAX_SAMPLE_PIXELS,
     max_resized_pixels: int | None = None,
     label_images: bool = False,
     before_image: str | None = None,
@@ -86,6 +88,7 @@ def evaluate_benchmarks(
             endpoint's concurrency
         max_prompt_tokens: a longer prompt of a Qwen2.5-VL counts as wrong
         max_image_pixels: a larger image counts as wrong (decompression bombs)
+        max_sample_pixels: a question with more pixels in all its images together counts as wrong
         max_resized_pixels: images are shrunk to so many pixels, where that is less than the processor's own limit
             (for a served Qwen2.5-VL it must be no more than that limit)
         label_images: write "Picture k: " before image k, for a Qwen2.5-VL
@@ -105,6 +108,7 @@ def evaluate_benchmarks(
         label_images=label_images,
         max_prompt_tokens=max_prompt_tokens,
         max_image_pixels=max_image_pixels,
+        max_sample_pixels=max_sample_pixels,
         max_resized_pixels=max_resized_pixels,
         as_trained=as_trained,
         dtype=dtype,

@@ -17,8 +17,8 @@ from typing import Any
 
 from datamodules.answers import ParsedAnswer, answer_text, parse_answer
 from datamodules.artefacts import write_atomic
-from datamodules.batches import ImageError, load_image
 from datamodules.boxes import Convention, geometries_from_json
+from datamodules.image_loading import MAX_IMAGE_PIXELS, ImageError, load_image
 from datamodules.samples import BoxAnswer, BoxPart, Sample, SampleError, TextPart
 from datamodules.scores import score_text
 from datamodules.shards import MANIFEST, ShardReader, folder_list
@@ -29,7 +29,6 @@ from lightning_modules.rollout_log import LoggedGroup
 
 GROUPS_PER_CHUNK = 50
 LONGEST_SIDE = 640  # pixels of a picture
-MAX_IMAGE_PIXELS = 64_000_000
 
 
 @dataclass(frozen=True)

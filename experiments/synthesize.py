@@ -36,6 +36,7 @@ from datamodules.artefacts import (
 from datamodules.boxes import geometries_from_json
 from datamodules.chat_requests import RequestForm
 from datamodules.dialects import find_dialect
+from datamodules.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
 from datamodules.shards import MANIFEST, ShardReader, folder_list
 from experiments import checks, phases
 from experiments.commands import command
@@ -54,7 +55,8 @@ def synthesize(
     before_image: str | None = None,
     min_pixels: int = 56 * 56,
     max_pixels: int = 16384 * 28 * 28,
-    max_image_pixels: int = 64_000_000,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+    max_sample_pixels: int = MAX_SAMPLE_PIXELS,
     sampling: Sampling | None = None,
     threshold: float = 0.5,
     limit: int | None = None,
@@ -74,6 +76,7 @@ def synthesize(
         min_pixels: smaller images are enlarged
         max_pixels: larger images are shrunk; for a teacher that speaks in pixels, no more than its server's own limit
         max_image_pixels: a larger stored image is refused (decompression bombs)
+        max_sample_pixels: a question with more pixels in all its stored images together is refused
         sampling: responses to each question
         threshold: a response is right when its IoU is above it
         limit: first look on so many questions
@@ -84,7 +87,8 @@ def synthesize(
     sampling, prices = sampling or Sampling(), prices or Prices()
     folders = folder_list(questions)
     faults = _faults(folders, endpoint, threshold, limit)
-    form = _form(dialect, endpoint.model, faults, before_image, min_pixels, max_pixels, max_image_pixels)
+    pixels = (min_pixels, max_pixels, max_image_pixels, max_sample_pixels)
+    form = _form(dialect, endpoint.model, faults, before_image, *pixels)
     teacher = [endpoint.model, server_fields(endpoint) | endpoint.extra_body, path_fingerprint(endpoint.model)]
     key = fingerprint([path_fingerprint(folder) for folder in folders], teacher, asdict(form), asdict(sampling))
     home = Path(output)

@@ -32,6 +32,8 @@ LEAVES = (
 BARE_ENTRY_POINTS = ("experiments/base.py", "experiments/bench/run.py", "experiments/bench/our_side.py")
 # RefCOCO is published as a pickle. Here alone one is read, by an Unpickler that refuses every class and function.
 PLAIN_PICKLE = "datamodules/importers/plain_pickle.py"
+# Images come from files that somebody else wrote. Here alone they are opened, as one of a stated list of formats.
+IMAGE_LOADING = "datamodules/image_loading.py"
 OPTIONAL = {"wandb", "webdataset", "jsonargparse"}
 
 
@@ -190,3 +192,42 @@ def test_nothing_is_unpickled_from_disk() -> None:
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 safe = [k.value for k in node.keywords if k.arg == "weights_only"]
                 assert safe and ast.unparse(safe[0]) == "True", f"{file}:{node.lineno}: needs weights_only=True"
+
+
+def image_openers(source: str) -> list[str]:
+    """Calls in `source` that open or decode an image file, in whatever way it was imported."""
+    tree = ast.parse(source)
+    found = [name for name in imported_names(source) if name.startswith("PIL.Image.")]
+    found += [name for name in imported_names(source) if name.split(".")[0] in ("imageio", "skimage")]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            name = ast.unparse(node)
+            if name.endswith("Image.open") or node.attr in ("imread", "imdecode", "decode_image", "read_image"):
+                found.append(name)
+    return found
+
+
+def test_only_image_loading_opens_images() -> None:
+    users = {str(file.relative_to(ROOT)) for file in python_files() if image_openers(file.read_text())}
+    assert users == {IMAGE_LOADING}
+    calls = [
+        node
+        for node in ast.walk(ast.parse((ROOT / IMAGE_LOADING).read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Image.open")
+    ]
+    assert len(calls) == 1 and "formats" in {keyword.arg for keyword in calls[0].keywords}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from PIL import Image\nImage.open(file)",
+        "import PIL.Image\nopener = PIL.Image.open",
+        "from PIL.Image import open as read",
+        "import cv2\ncv2.imread(name)",
+        "import torchvision\ntorchvision.io.read_image(name)",
+    ],
+)
+def test_an_added_way_to_open_an_image_is_found(source: str) -> None:
+    assert image_openers(source)
+    assert not image_openers("from PIL import Image\nImage.new('RGB', (1, 1)).save(file)\nopen(file)")

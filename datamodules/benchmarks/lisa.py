@@ -12,8 +12,6 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
-
 from datamodules.benchmarks.masks import polygons_box
 from datamodules.benchmarks.schema import (
     PAPER,
@@ -25,6 +23,7 @@ from datamodules.benchmarks.schema import (
     require_fields,
 )
 from datamodules.boxes import from_pixels_clipped
+from datamodules.image_loading import ImageError, open_image
 from datamodules.samples import Sample
 
 NAME, FOLDER = "lisa", "ReasonSeg"
@@ -57,8 +56,10 @@ def load(root: Path, boxes: Literal["targets", "first_shape"] = "targets") -> Be
 def _sample(file: Path, split: str, boxes: str) -> Sample | None:
     record = _read(file)
     image = file.with_suffix(".jpg")
-    with Image.open(image) as opened:
-        size = opened.size
+    try:
+        size = open_image(image.read_bytes()).size
+    except ImageError as error:
+        raise ValueError(f"{image}: {error}") from error
     if boxes == "first_shape":
         xs, ys = zip(*record["shapes"][0]["points"], strict=True)
         box = (min(xs), min(ys), max(xs), max(ys))

@@ -3,17 +3,18 @@ from __future__ import annotations
 import io
 import pickle
 import random
-import struct
-import zlib
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
-from datamodules.batches import Batch, Encoder, ImageError, load_image, mrope_positions
-from datamodules.samples import LoadedSample, SampleError, TextPart
+from datamodules.batches import Batch, Encoder, mrope_positions
+from datamodules.image_loading import load_image
+from datamodules.samples import BoxPart, LoadedSample, SampleError, TextPart
+from tests.datamodules.image_mutations import PNG_MAGIC, encoded, pixels, png_chunk
 from tests.datamodules.tiny_processor import image_bytes, make_sample, save_tiny_processor
 
 IMAGE, START, END, TEXT = 7, 5, 6, 1
@@ -178,45 +179,6 @@ def test_exif_orientation_is_applied_before_geometry(encoder: Encoder) -> None:
     assert item.geometries[0].original == (56, 84)
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "CMYK"])
-def test_any_mode_becomes_rgb(mode: str) -> None:
-    buffer = io.BytesIO()
-    Image.new(mode, (4, 4)).save(buffer, "TIFF" if mode == "CMYK" else "PNG")
-    image = load_image(buffer.getvalue(), 100)
-    assert image.mode == "RGB"
-    if mode in ("RGBA", "LA"):
-        assert image.getpixel((0, 0)) == (255, 255, 255)  # nothing but transparency
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
-def test_cut_image_is_named(kind: str) -> None:
-    data = image_bytes(64, 64, kind=kind)
-    assert load_image(data, 64 * 64).size == (64, 64)
-    for length in (0, 1, 10, len(data) // 2, len(data) * 4 // 5):
-        with pytest.raises(ImageError) as caught:
-            load_image(data[:length], 64 * 64)
-        assert caught.value.rule in ("truncated_image", "unreadable_image")
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG of that size whose pixels are missing."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    image = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    return image + struct.pack(">I", 10**6) + b"IDAT" + bytes(100)
-
-
-def test_decompression_bomb_is_refused_by_its_header() -> None:
-    for max_pixels in (10**6, 10**12):  # this guard, and Pillow's own
-        with pytest.raises(ImageError) as caught:
-            load_image(png_header(20_000, 20_000), max_pixels)
-        assert caught.value.rule == "decompression_bomb"
-
-
-def test_pillow_may_warn_of_a_large_image() -> None:
-    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(ImageError, match="decompression_bomb"):
-        load_image(png_header(10_000, 10_000), 64_000_000)
-
-
 def test_samples_that_cannot_be_encoded_are_named(processor_dir: Path, encoder: Encoder) -> None:
     loaded = make_sample("a")
     data = loaded.images[0]
@@ -231,3 +193,76 @@ def test_samples_that_cannot_be_encoded_are_named(processor_dir: Path, encoder: 
         assert rejected_rule(Encoder(str(processor_dir), "absolute", "think", *limits, True), loaded) == rule
     small = Encoder(str(processor_dir), "absolute", "think", 1000, 200, True, max_image_pixels=1000)
     assert rejected_rule(small, loaded) == "decompression_bomb"
+
+
+def without_pixels(width: int, height: int) -> bytes:
+    """The header of a PNG, after which decoding would say truncated_image."""
+    header = png_chunk(b"IHDR", width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\0\0\0")
+    return PNG_MAGIC + header + (10**6).to_bytes(4, "big") + b"IDAT" + bytes(100)
+
+
+def test_lengths_are_known_before_a_pixel_is_decoded(processor_dir: Path) -> None:
+    loaded = with_images(make_sample("a"), without_pixels(560, 560), without_pixels(840, 560))
+    for limits, rule in (((20, 200), "prompt_too_long"), ((1000, 10), "completion_too_long")):
+        assert rejected_rule(Encoder(str(processor_dir), "absolute", "think", *limits, True), loaded) == rule
+    assert rejected_rule(Encoder(str(processor_dir), "absolute", "think", 1000, 200, True), loaded) == "truncated_image"
+
+
+def test_the_pixels_of_a_sample_are_bounded(processor_dir: Path) -> None:
+    def encoder(**limits: int) -> Encoder:
+        return Encoder(str(processor_dir), "absolute", "think", 10**6, 200, True, **limits)
+
+    twelve = with_images(make_sample("a", ((8, 8),) * 12), *[without_pixels(8000, 8000)] * 12)
+    assert rejected_rule(encoder(), twelve) == "too_many_pixels"
+    loaded = make_sample("a", ((56, 56), (84, 56)))
+    assert encoder(max_sample_pixels=56 * 140).encode(loaded).geometries
+    assert rejected_rule(encoder(max_sample_pixels=56 * 140 - 1), loaded) == "too_many_pixels"
+
+
+def test_grids_known_from_headers_are_those_of_the_processor(processor_dir: Path) -> None:
+    rng = random.Random(0)
+    for limit in (None, 56 * 56):
+        encoder = Encoder(str(processor_dir), "absolute", "think", 1000, 200, True, max_resized_pixels=limit)
+        for _ in range(100):
+            size = rng.randint(1, 300), rng.randint(2, 300)
+            _, _, grid = encoder._patches(Image.new("RGB", size))
+            assert torch.equal(encoder._grid(size), grid), size
+
+
+def test_pixels_of_one_stored_image_at_a_time_are_held(processor_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder(str(processor_dir), "absolute", "think", 1000, 200, True)
+    seen: list[weakref.ref[Image.Image]] = []
+    order: list[str] = []
+    patches, load = encoder._patches, ImageFile.ImageFile.load
+
+    def watched_patches(image: Image.Image) -> object:
+        seen.append(weakref.ref(image))
+        order.append("patches")
+        return patches(image)
+
+    def watched_load(image: ImageFile.ImageFile) -> object:
+        assert all(other() is None for other in seen), "an image is held while the next is decoded"
+        if order[-1:] != ["decode"]:  # Pillow calls this again on what is decoded already
+            order.append("decode")
+        return load(image)
+
+    monkeypatch.setattr(encoder, "_patches", watched_patches)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", watched_load)
+    encoder.encode(make_sample("a", MIXED))
+    assert order == ["decode", "patches"] * len(MIXED)
+
+
+def test_a_png_that_is_turned_behind_its_pixels_gets_the_prompt_of_an_upright_one(encoder: Encoder) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = pixels(1, size=(84, 56))
+    whole = encoded(image, "PNG")
+    late = whole[:-12] + png_chunk(b"eXIf", exif.tobytes()[6:]) + whole[-12:]
+    upright = encoded(image.transpose(Image.Transpose.ROTATE_270), "PNG")
+    loaded = make_sample("a", ((56, 84),))
+    question = BoxPart(0, (0.1, 0.2, 0.9, 0.7), "box")
+    loaded = replace(loaded, sample=replace(loaded.sample, messages=(*loaded.sample.messages, question)))
+    turned, expected = (encoder.encode(with_images(loaded, data)) for data in (late, upright))
+    assert turned.geometries == expected.geometries and turned.geometries[0].original == (56, 84)
+    for name in ("input_ids", "positions", "pixel_values", "grid_thw", "completion_ids"):
+        assert torch.equal(getattr(turned, name), getattr(expected, name)), name

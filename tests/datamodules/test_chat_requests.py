@@ -121,6 +121,19 @@ def test_a_damaged_or_extreme_image_is_a_counted_rejection(loaded: LoadedSample)
         assert (caught.value.sample_id, caught.value.rule) == ("s", rule)
 
 
+def test_pixels_of_a_question_are_bounded(loaded: LoadedSample) -> None:
+    pixels = 640 * 480 + 90 * 60
+    dialect = find_dialect("stated", "")
+    assert build_request(loaded, RequestForm(dialect, max_sample_pixels=pixels)).messages
+    with pytest.raises(SampleError, match="too_many_pixels"):
+        build_request(loaded, RequestForm(dialect, max_sample_pixels=pixels - 1))
+
+
+def test_a_question_without_one_of_its_images_is_a_counted_rejection(loaded: LoadedSample) -> None:
+    with pytest.raises(SampleError, match="missing_image"):
+        build_request(replace(loaded, images=loaded.images[:1]), RequestForm(find_dialect("stated", "")))
+
+
 @pytest.mark.parametrize("wrong", [{"style": "official"}, {"min_pixels": 0}, {"max_pixels": 10}])
 def test_wrong_forms_are_named(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):

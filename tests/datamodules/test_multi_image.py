@@ -4,7 +4,7 @@ import json
 import signal
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from datamodules.multi_image import MultiImageData
 from datamodules.samples import SampleError
 from datamodules.shards import ShardReader, ShardWriter
 from tests.datamodules import trainer_process
+from tests.datamodules.image_mutations import encoded, pixels, seeds
 from tests.datamodules.tiny_processor import make_sample, save_tiny_processor
 
 NUM_SAMPLES = 17  # 5 batches of 3; one sample is damaged, one is over
@@ -202,6 +203,33 @@ def test_samples_that_cannot_be_encoded_are_counted_with_those_that_cannot_be_re
         list(data.train_dataloader())
     data.teardown("fit")
     assert "17 samples rejected" in caplog.text
+
+
+def test_images_that_no_decoder_takes_are_counted_and_training_goes_on(processor: Path, tmp_path: Path) -> None:
+    whole = [make_sample(f"s{index}", ((28, 28), (56, 28))) for index in range(6)]
+    dds, eps = (seeds(kind)[0] for kind in ("DDS", "EPS"))
+    spoilt = {1: dds[:150], 2: eps, 4: without_end(encoded(pixels(1), "PNG"))}
+    if avif := seeds("AVIF"):
+        spoilt[5] = without_end(avif[1])
+    with ShardWriter(tmp_path) as writer:
+        for index, loaded in enumerate(whole):
+            images = (loaded.images[0], spoilt.get(index, loaded.images[1]))
+            writer.add(replace(loaded, images=images))
+    data = make_data(tmp_path, processor, batch_size=1)
+    ids = {batch.sample_ids[0] for batch in data.train_dataloader()}
+    assert ids == {f"s{index}" for index in range(6) if index not in spoilt}
+    assert data.rejections.counts == {"unreadable_image": 2, "truncated_image": len(spoilt) - 2}
+
+
+def without_end(data: bytes) -> bytes:
+    """The file cut in its pixels."""
+    return data[: len(data) - 40]
+
+
+def test_pixels_of_a_sample_are_bounded_by_a_setting(shards: Path, processor: Path) -> None:
+    data = make_data(shards, processor, max_sample_pixels=28 * 28 + 56 * 28 - 1)
+    with pytest.raises(ValueError, match=r"no usable sample.*too_many_pixels 16"):
+        list(data.train_dataloader())
 
 
 def test_strict_data_raises(shards: Path, processor: Path) -> None:

@@ -20,6 +20,7 @@ def test_a_phase_leaves_everything_that_the_next_one_needs(workbench: Workbench,
     resolved = yaml.safe_load((folder / "config.yaml").read_text())
     assert resolved["model"]["init_args"]["learning_rate"] == 0.002
     assert resolved["data"]["max_image_pixels"] == 64_000_000, "defaults are written out"
+    assert resolved["data"]["max_sample_pixels"] == 256_000_000
     assert (folder / "merged" / "model.safetensors").is_file()
     assert [step for step, _ in metrics.read_curve(metrics.read_rows(folder), "train/loss")] == [0, 1]
     assert (folder / "metrics.csv").is_file()

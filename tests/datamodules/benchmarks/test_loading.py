@@ -12,7 +12,6 @@ import pyarrow.parquet as parquet
 import pytest
 
 from datamodules.answerers import Reply
-from datamodules.batches import load_image
 from datamodules.benchmarks import blink, lisa, mmiu, odinw, ref_l4, revos
 from datamodules.benchmarks.parquet import _group, row_bytes
 from datamodules.benchmarks.registry import BENCHMARKS, benchmark_names, load_benchmark
@@ -20,6 +19,7 @@ from datamodules.benchmarks.revos import sample_frames
 from datamodules.benchmarks.schema import Benchmark, column_of, limit_columns
 from datamodules.benchmarks.scoring import predict, summarise
 from datamodules.boxes import Convention, ImageGeometry, box_fault
+from datamodules.image_loading import load_image
 from datamodules.samples import BoxAnswer, Sample
 from datamodules.synthetic.build import write_benchmark
 from datamodules.synthetic.twins.build import TWINS, write_twin

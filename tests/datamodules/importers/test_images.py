@@ -8,6 +8,7 @@ from PIL import Image
 
 from datamodules.importers.images import load_images
 from datamodules.samples import BoxAnswer, ImagePart, Sample, SampleError, TextPart
+from tests.datamodules.image_mutations import PNG_MAGIC, encoded, grey16, pixels, png_chunk
 from tests.datamodules.importers.published import jpeg
 
 
@@ -32,6 +33,20 @@ def turned_png() -> bytes:
     return file.getvalue()
 
 
+def late_turn() -> bytes:
+    """A PNG whose EXIF stands behind its pixels."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = encoded(pixels(0), "PNG")
+    return whole[:-12] + png_chunk(b"eXIf", exif.tobytes()[6:]) + whole[-12:]
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG of that size whose pixels are missing."""
+    header = png_chunk(b"IHDR", width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\0\0\0")
+    return PNG_MAGIC + header + (10**6).to_bytes(4, "big") + b"IDAT" + bytes(100)
+
+
 def test_bytes_are_kept_as_they_are(tmp_path: Path) -> None:
     files = jpeg(0), jpeg(1)[:-200], jpeg(2, orientation=1)  # the second is cut short: only its header is looked at
     for index, data in enumerate(files):
@@ -49,6 +64,11 @@ def test_bytes_are_kept_as_they_are(tmp_path: Path) -> None:
         (turned_png(), {}, "turned_image"),
         (jpeg(), {"sizes": [[48, 64]]}, "image_size"),
         (jpeg(), {"sizes": [[64, 48]]}, None),
+        (encoded(pixels(0), "EPS"), {}, "unreadable_image"),
+        (encoded(Image.new("F", (4, 4)), "TIFF"), {}, "unknown_value_range"),
+        (encoded(grey16(), "PNG"), {"sizes": [[24, 16]]}, None),
+        (late_turn(), {}, "turned_image"),
+        (png_of(40_000, 40_000), {}, "decompression_bomb"),
     ],
 )
 def test_files_that_boxes_would_not_fit_break_a_rule(
