@@ -81,7 +81,7 @@ def evaluate(
     limits = {"max_prompt_tokens": max_prompt_tokens, "max_image_pixels": max_image_pixels}
     asking = Asking(model, dtype, device, form | limits, image_root, decoding)
     every_sample, dirty = load_mig_bench(annotations, image_root)
-    if dirty.boxes:
+    if dirty:
         print(dirty, flush=True)
     samples = limit_tasks(every_sample, limit_per_task)
     with OtherProcesses(processes - 1) as others, phases.locked(home / "predictions.jsonl"):

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from datamodules.benchmarks.masks import encode_counts, polygons_box, rle_box, union_box
+from datamodules.benchmarks.masks import encode_counts, rle_box, union_box
+from datamodules.benchmarks.polygons import polygons_box
 
 
 def slow_box(runs: list[int], height: int, width: int) -> tuple[int, int, int, int] | None:
