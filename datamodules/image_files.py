@@ -28,7 +28,11 @@ _NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 @dataclass(frozen=True)
 class Header:
-    """`size` is the stored (width, height) in pixels; `orientation` is EXIF's, 1 to 8."""
+    """`size` is the stored (width, height) in pixels; `orientation` is EXIF's, 1 to 8.
+
+    "Stored" is what reading without a look at EXIF gives. Of a TIFF that is the image as shown: decoders turn it
+    themselves.
+    """
 
     size: tuple[int, int]
     orientation: int = 1
@@ -49,6 +53,8 @@ def read_header(file: BinaryIO) -> Header:
 
 
 def _orientation(image: Image.Image, file: BinaryIO) -> int:
+    if image.format == "TIFF":
+        return 1
     if image.format == "PNG":
         # Pillow decodes a PNG to look for its tags, which may stand behind the pixels.
         file.seek(0)
