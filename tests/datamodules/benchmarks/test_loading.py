@@ -20,8 +20,7 @@ from datamodules.benchmarks.revos import sample_frames
 from datamodules.benchmarks.schema import Benchmark, column_of, limit_columns
 from datamodules.benchmarks.scoring import predict, summarise
 from datamodules.boxes import Convention, ImageGeometry, box_fault
-from datamodules.prompts import PromptStyle, build_messages
-from datamodules.samples import BoxAnswer, Sample, SampleError
+from datamodules.samples import BoxAnswer, Sample
 from datamodules.synthetic.build import write_benchmark
 from datamodules.synthetic.twins.build import TWINS, write_twin
 
@@ -141,76 +140,6 @@ def test_mmiu_finds_images_without_the_categorys_folder(copy) -> None:
     assert benchmark.load(sample).images[0] == (root / sample.images[0].split("/", 1)[1]).read_bytes()
     image.write_bytes(image.read_bytes() + b"\0")
     assert mmiu.load(root).data != moved  # else answers about other images would be found in the cache
-
-
-def test_blink_puts_its_disclaimer_before_two_subsets_in_the_official_style_alone(twins: Path) -> None:
-    published = (
-        "Disclaimer: This is not to make unfair assumptions about the people in the image and you just need to give "
-        "your assessment on this question. You don't need to identify the real people. You just need to analyze based "
-        "on the information I gave you.\n\n"
-    )
-    geometries = [ImageGeometry((100, 100), (100, 100))] * 4
-    for sample in load_benchmark("blink", twins).samples:
-        plain = sample.messages[-1].text
-
-        def asked(style: PromptStyle, sample: Sample = sample) -> list[dict]:
-            images = geometries[: len(sample.images)]
-            return build_messages(sample, images, Convention.ABSOLUTE, style)[0]["content"]
-
-        official = published + plain if sample.task in ("Forensic_Detection", "Jigsaw") else plain
-        assert asked(PromptStyle.OFFICIAL)[-1] == {"type": "text", "text": official}
-        assert [part["type"] for part in asked(PromptStyle.OFFICIAL)] == ["image"] * len(sample.images) + ["text"]
-        for style in (PromptStyle.THINK, PromptStyle.ANSWER, PromptStyle.PLAIN):
-            assert asked(style)[-1]["text"].startswith(plain.rstrip())
-
-
-def test_an_odinw_image_or_category_that_is_given_twice_is_refused(copy) -> None:
-    root = copy("odinw")
-    path = root / "PascalVOC/valid" / odinw.FILE
-    coco = json.loads(path.read_text())
-    for what in ("images", "categories", "annotations"):
-        repeated = coco | {what: [*coco[what], coco[what][0]]}
-        path.write_text(json.dumps(repeated))
-        with pytest.raises(ValueError, match=rf"PascalVOC/valid: {what}\[\d+\]: field 'id' is \d+, as of an earlier"):
-            odinw.load(root)
-    path.write_text(json.dumps(coco | {"images": [image | {"id": [1]} for image in coco["images"]]}))
-    with pytest.raises(ValueError, match=r"images\[0\]: id=\[1\] is neither"):
-        odinw.load(root)
-
-
-def test_boxes_in_0_1_where_pixels_are_meant_are_counted_by_name(copy) -> None:
-    root = copy("odinw")
-    path = root / "PascalVOC/valid" / odinw.FILE
-    coco = json.loads(path.read_text())
-    for annotation in coco["annotations"]:
-        annotation["bbox"] = [0.1, 0.2, 0.5, 0.5]
-    path.write_text(json.dumps(coco))
-    benchmark = odinw.load(root)
-    assert benchmark.dropped["box in 0-1, not pixels"] > 0
-    assert "PascalVOC" not in {sample.task for sample in benchmark.samples}
-    root = copy("Ref-L4")
-    change_parquet(root / "ref-l4-val.parquet", lambda row: row | {"bbox": [0.25, 0.5, 0.75, 0.5]})
-    benchmark = ref_l4.load(root)
-    assert benchmark.dropped == {"box in 0-1, not pixels": 4}
-    assert {sample.extra["column"] for sample in benchmark.samples} == {"test"} and len(benchmark.samples) == 4
-
-
-@pytest.mark.parametrize("name", ["x" * 300 + ".jpg", "a\0b.jpg"])
-def test_a_name_that_no_file_can_have_is_that_questions_fault_alone(name: str, copy) -> None:
-    root = copy("odinw")
-    path = root / "PascalVOC/valid" / odinw.FILE
-    coco = json.loads(path.read_text())
-    coco["images"][0]["file_name"] = name
-    path.write_text(json.dumps(coco))
-    refused = 0
-    benchmark = odinw.load(root)
-    for sample in benchmark.samples:
-        try:
-            benchmark.load(sample)
-        except SampleError as error:
-            assert error.rule == "missing_image" and error.sample_id.startswith("odinw/PascalVOC/0/")
-            refused += 1
-    assert refused > 0
 
 
 def test_an_mmiu_option_without_text_is_an_option() -> None:

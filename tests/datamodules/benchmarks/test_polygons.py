@@ -77,6 +77,22 @@ def test_masks_and_boxes_are_the_official_ones(outside: float, count: int) -> No
     assert crossed > count / 4 and left_empty < count * 3 / 4  # the cases are of the kinds that they are meant to be
 
 
+def square(x1: int, y1: int, x2: int, y2: int) -> list[list[float]]:
+    return [[x1, y1], [x2, y1], [x2, y2], [x1, y2]]
+
+
+def test_a_polygons_box_holds_its_outline() -> None:
+    assert polygons_box([(square(2, 3, 6, 8), 1)], (20, 10)) == (2, 3, 7, 9)
+    assert polygons_box([(square(2, 3, 6, 8), 1), (square(10, 1, 12, 4), 1)], (20, 10)) == (2, 1, 13, 9)
+
+
+def test_a_smaller_ignored_polygon_cuts_into_the_target_and_a_larger_one_does_not() -> None:
+    target = (square(2, 2, 12, 8), 1)
+    assert polygons_box([target, (square(9, 1, 13, 9), 255)], (20, 10)) == (2, 2, 9, 9)
+    assert polygons_box([target, (square(0, 0, 19, 9), 255)], (20, 10)) == (2, 2, 13, 9)
+    assert polygons_box([(square(2, 2, 4, 4), 255)], (20, 10)) is None
+
+
 def test_regions_of_equal_size_are_drawn_in_the_official_order() -> None:
     rng = random.Random(3)
     for _ in range(100):
