@@ -191,7 +191,7 @@ class MIGBench(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Read before any weights are: a wrong path should fail in the first second.
         self.samples, dirty = load_mig_bench(self.annotations, self.image_root)
-        if dirty.boxes and trainer.is_global_zero:
+        if dirty and trainer.is_global_zero:
             log.warning("%s: %s", self.annotations, dirty)
         self._home(trainer).mkdir(parents=True, exist_ok=True)
 

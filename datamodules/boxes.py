@@ -70,6 +70,36 @@ def from_pixels_clipped(box: Sequence[float], size: Sequence[int]) -> list[float
     return [min(max(value / total, 0.0), 1.0) for value, total in zip(box, sizes, strict=True)]
 
 
+def turn_box(box: Box, orientation: int) -> Box:
+    """Unit xyxy of an image's stored pixels -> unit xyxy of the image as EXIF's `orientation` (1 to 8) shows it.
+
+    2, 3 and 4 mirror or turn by 180 degrees; 5 to 8 exchange width and height first (Exif 2.3, tag 274). An inverted
+    box stays inverted.
+    """
+    x1, y1, x2, y2 = box
+    if orientation >= 5:
+        x1, y1, x2, y2 = y1, x1, y2, x2
+    if orientation in (2, 3, 6, 7):
+        x1, x2 = 1 - x2, 1 - x1
+    if orientation in (3, 4, 7, 8):
+        y1, y2 = 1 - y2, 1 - y1
+    return x1, y1, x2, y2
+
+
+def turn_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """The stored (width, height) -> that of the image as EXIF's `orientation` shows it."""
+    return (size[1], size[0]) if orientation >= 5 else size
+
+
+def is_unit_xywh(values: Sequence[float], size: tuple[int, int]) -> bool:
+    """Whether x, y, width and height, said to be pixels of an image of `size`, are 0-1 instead.
+
+    As pixels such a box would lie in the first two rows and columns, which no annotator marks; only an image of hardly
+    more pixels than that is excepted. A box without an area is none of them: it has a fault of its own.
+    """
+    return max(values) <= 1 and min(values[2:]) > 0 and min(size) > 2
+
+
 class Convention(StrEnum):
     """What a model's numbers mean: a property of the model, never inferred from the numbers."""
 

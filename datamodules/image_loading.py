@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
@@ -46,6 +47,7 @@ FORMATS = (
 )
 
 _ORIENTATION = 0x0112  # tag of EXIF; 1 is upright, 5 to 8 are turned by a quarter
+_PNG_MARKS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # chunks that can hold an orientation
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
 _LEAST_SHADES = 16  # of 256; what spans fewer after scaling would be shown as nearly one colour
 _DETAIL = 200  # characters kept of a decoder's message
@@ -73,18 +75,32 @@ class StoredImage:
 
     image: Image.Image
     size: tuple[int, int]
+    source: BinaryIO
 
     @property
     def pixels(self) -> int:
         return self.size[0] * self.size[1]
 
     def orientation(self) -> int:
-        """EXIF's orientation, 1 (upright) to 8. A PNG without EXIF before its pixels is decoded for it. Raises
-        ImageError ("unreadable_image")."""
-        if self.image.format == "JPEG" and self.image.info.keys().isdisjoint(("exif", "xmp")):
+        """EXIF's orientation, 1 (upright) to 8; 1 for a TIFF, which Pillow turns while it decodes.
+
+        A PNG that holds EXIF is decoded for it, as EXIF may stand behind the pixels. Raises ImageError
+        ("unreadable_image").
+        """
+        image = self.image
+        if image.format == "TIFF":
+            return 1
+        if image.format == "JPEG" and image.info.keys().isdisjoint(("exif", "xmp")):
             return 1  # asking every JPEG would cost as much again as opening it
         with _decoding("unreadable_image"):
-            return self.image.getexif().get(_ORIENTATION, 1) or 1
+            if image.format == "PNG":
+                self.source.seek(0)
+                data = self.source.read()
+                if not any(mark in data for mark in _PNG_MARKS):
+                    return 1
+                image = Image.open(io.BytesIO(data), formats=("PNG",))
+            found = image.getexif().get(_ORIENTATION, 1)
+            return found if found in range(1, 9) else 1  # Pillow shows an image of any other value as it is stored
 
     def decode(self) -> Image.Image:
         """The pixels as RGB, upright (EXIF), transparency over white; grey of 16 bits as `_eight_bits` says. Raises
@@ -102,26 +118,35 @@ class StoredImage:
             return image.convert("RGB")
 
 
-def open_image(data: bytes, max_pixels: int | None = None) -> StoredImage:
-    """Read an image's header. Raises ImageError: "unreadable_image", "decompression_bomb" (more than `max_pixels`
-    pixels, or than Pillow's own limit) or "unknown_value_range"."""
+def open_image(data: bytes | BinaryIO, max_pixels: int | None = None) -> StoredImage:
+    """Read an image's header, of bytes or of an open file.
+
+    Raises ImageError: "unreadable_image", "decompression_bomb" (more than `max_pixels` pixels, or than Pillow's own
+    limit) or "unknown_value_range".
+    """
+    source = io.BytesIO(data) if isinstance(data, bytes) else data
     with _decoding("unreadable_image"):
         try:
             # Pillow warns of large images, and is let: silencing it for a moment would change the filters of all
             # threads.
-            image = Image.open(io.BytesIO(data), formats=_known_formats())
+            image = Image.open(source, formats=_known_formats())
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ImageError("decompression_bomb", str(error)) from error
         except Image.UnidentifiedImageError as error:
-            names = ", ".join(FORMATS)
-            raise ImageError("unreadable_image", f"not one of {names}; it begins with {data[:12]!r}") from error
+            detail = f"not one of {', '.join(FORMATS)}; it begins with {_first_bytes(source)!r}"
+            raise ImageError("unreadable_image", detail) from error
         size = image.size[::-1] if _is_turned_by_a_quarter(image) else image.size
     if max_pixels is not None and size[0] * size[1] > max_pixels:
         raise ImageError("decompression_bomb", f"{size[0]}x{size[1]} pixels, max_image_pixels={max_pixels}")
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
         kind = "float" if image.mode == "F" else "32-bit or signed"
         raise ImageError("unknown_value_range", f"{kind} values: nothing says which is white. Save it as 8-bit")
-    return StoredImage(image, size)
+    return StoredImage(image, size, source)
+
+
+def _first_bytes(source: BinaryIO) -> bytes:
+    source.seek(0)
+    return source.read(12)
 
 
 def load_image(data: bytes, max_pixels: int) -> Image.Image:

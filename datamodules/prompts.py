@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
 from datamodules.answers import render_answer
 from datamodules.boxes import Convention, ImageGeometry, box_fault
-from datamodules.samples import BoxAnswer, BoxPart, ChoiceAnswer, ImagePart, Sample, SampleError, TextPart
+from datamodules.samples import (
+    RESERVED,
+    BoxAnswer,
+    BoxPart,
+    ChoiceAnswer,
+    ImagePart,
+    Sample,
+    SampleError,
+    TextPart,
+)
 
 ANSWER_SUFFIX = " Output the bounding box coordinates in JSON format."
 # The paper's prompt (§3.2.1), after the question.
@@ -23,6 +32,8 @@ OFFICIAL_ENDING = "Don't generate addtional words."
 OFFICIAL_QWEN_SUFFIX = f"Format:<|box_start|>(x1,y1),(x2,y2)<|box_start|>. {OFFICIAL_ENDING}"
 
 QUESTION_BOX = "[{}, {}, {}, {}]"  # how a box inside a question is written
+# The field of a sample's `extra` with a text that the benchmark's own prompt puts before the question.
+OFFICIAL_PREFIX = "official_prefix"
 
 
 class PromptStyle(StrEnum):
@@ -31,7 +42,7 @@ class PromptStyle(StrEnum):
     THINK = "think"  # reason, then answer
     ANSWER = "answer"  # answer at once, in JSON
     PLAIN = "plain"  # the question as it is
-    OFFICIAL = "official"  # MIG-Bench's own prompt, boxes in the question as written there
+    OFFICIAL = "official"  # the benchmark's own prompt: boxes in the question as written there, and its prefix
 
 
 _SUFFIXES = {
@@ -61,16 +72,21 @@ def build_messages(
     """One user turn for a processor's chat template; images keep their places, adjacent texts are joined.
 
     `geometries` has one entry per image of the sample. Boxes in the question are written in the model's convention.
-    THINK and ANSWER put one space between question and suffix; OFFICIAL appends without one, as the official code does.
-    A `suffix` stands in the place of the style's own, and `question_box` is how the box's four numbers are written.
+    THINK and ANSWER put one space between question and suffix; OFFICIAL appends without one, as the official code does,
+    and puts the sample's OFFICIAL_PREFIX before its first text. A `suffix` stands in the place of the style's own, and
+    `question_box` is how the box's four numbers are written.
+
+    Raises SampleError "reserved_token" for a text that holds one once its parts are joined.
     """
     _check_geometries(sample, geometries)
     content: list[dict[str, Any]] = []
+    prefix = sample.extra.get(OFFICIAL_PREFIX, "") if style == PromptStyle.OFFICIAL else ""
     for part in sample.messages:
         if isinstance(part, ImagePart):
             content.append({"type": "image"})
         else:
-            _append_text(content, _part_text(part, geometries, convention, style, question_box))
+            _append_text(content, prefix + _part_text(part, geometries, convention, style, question_box))
+            prefix = ""
     if suffix is None:
         suffix = (_CHOICE_SUFFIXES if isinstance(sample.answer, ChoiceAnswer) else _SUFFIXES)[style]
     if style in (PromptStyle.THINK, PromptStyle.ANSWER):
@@ -79,6 +95,7 @@ def build_messages(
         else:
             suffix = suffix.lstrip()
     _append_text(content, suffix)
+    _refuse_reserved(sample.id, content)
     return [{"role": "user", "content": content}]
 
 
@@ -120,6 +137,13 @@ def _append_text(content: list[dict[str, Any]], text: str) -> None:
         content[-1]["text"] += text
     elif text:
         content.append({"type": "text", "text": text})
+
+
+def _refuse_reserved(sample_id: str, content: Sequence[Mapping[str, Any]]) -> None:
+    """Each part was looked at when the sample was read; two side by side may spell a token that neither holds."""
+    for part in content:
+        if token := RESERVED.search(part.get("text", "")):
+            raise SampleError(sample_id, "reserved_token", f"the parts of the question join to {token.group()}")
 
 
 def _check_geometries(sample: Sample, geometries: Sequence[ImageGeometry]) -> None:

@@ -12,7 +12,7 @@ from datamodules.answers import has_answer_tags
 from datamodules.boxes import Box, box_fault
 
 # Text holding one of these would become a placeholder without an image, or would end the turn.
-_RESERVED = re.compile(r"<\|(?:image_pad|video_pad|vision_(?:start|end|pad)|im_start|im_end|endoftext)\|>")
+RESERVED = re.compile(r"<\|(?:image_pad|video_pad|vision_(?:start|end|pad)|im_start|im_end|endoftext)\|>")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -273,7 +273,7 @@ class _Reader:
             self.fail("field_type", f"{where} is not a string but {type(value).__name__}")
         if _SURROGATE.search(value):
             self.fail("not_unicode", f"{where} holds a lone surrogate, which no tokenizer accepts")
-        if token := _RESERVED.search(value):
+        if token := RESERVED.search(value):
             self.fail("reserved_token", f"{where} holds {token.group()}")
         return value
 

@@ -1,6 +1,8 @@
 """Shards: WebDataset tars with a manifest, written once and read by sample number.
 
-A sample is `{key}.0.jpg {key}.1.png … {key}.json` in a tar, with key `{shard number}_{number in the shard}`.
+A sample is `{key}.0.jpg {key}.1.png … {key}.json` in a tar, with key `{shard number}_{number in the shard}`. An image's
+own name gives its member a plain extension and nothing else: a tar's names are short, and WebDataset takes all behind
+the first dot for the extension.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import io
 import itertools
 import json
 import os
+import re
 import tarfile
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Mapping, Sequence
@@ -21,6 +24,7 @@ from datamodules.artefacts import file_sha256, write_atomic
 from datamodules.samples import LoadedSample, Sample, SampleError
 
 MANIFEST = "manifest.json"
+_EXTENSION = re.compile("[a-z0-9]{1,8}")
 
 
 class ShardFile:
@@ -50,7 +54,7 @@ class ShardFile:
             self.file = self.draft.open("wb")
             self.tar = tarfile.open(fileobj=self.file, mode="w|", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         members = {
-            f"{index}.{os.path.splitext(name)[1].lower().lstrip('.') or 'img'}": data
+            f"{index}.{_extension(name)}": data
             for index, (name, data) in enumerate(zip(sample.images, loaded.images, strict=True))
         }
         members["json"] = json.dumps(sample.to_json(), ensure_ascii=False).encode()
@@ -81,6 +85,12 @@ class ShardFile:
             "sha256": file_sha256(self.path),
             "tasks": dict(sorted(self.tasks.items())),
         }
+
+
+def _extension(name: str) -> str:
+    """ "jpg" of "a.JPG"; "img" of a name without any, or with one that is more than a few letters and digits."""
+    found = os.path.splitext(name)[1].lower().lstrip(".")
+    return found if _EXTENSION.fullmatch(found) else "img"
 
 
 class ShardWriter:

@@ -90,7 +90,7 @@ def evaluate(
     limits |= {"max_sample_pixels": max_sample_pixels}
     asking = Asking(model, dtype, device, form | limits, image_root, decoding, generation)
     every_sample, dirty = load_mig_bench(annotations, image_root)
-    if dirty.boxes:
+    if dirty:
         print(dirty, flush=True)
     samples = limit_tasks(every_sample, limit_per_task)
     with OtherProcesses(processes - 1) as others, phases.locked(home / "predictions.jsonl"):

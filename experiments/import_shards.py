@@ -200,7 +200,8 @@ def _import(
         several = list(itertools.chain.from_iterable(scan.subsets[name] for name in names)) if names[1:] else None
         entries = scan.subsets[names[0]] if several is None else several
         settings = replace(settings, count=count)
-        tally = import_part(folder, entries, scan.convert, scan.image_root, settings, workers, part.name)
+        where = scan.image_root, settings, workers, part.name, scan.frame
+        tally = import_part(folder, entries, scan.convert, *where)
         write_json(folder / REPORT, tally.to_json())
         phases.write_marker(folder, key=key)
         print(f"{part.name}:\n{tally}", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -176,6 +177,19 @@ def test_only_the_endpoint_imports_the_http_client() -> None:
         if {"openai", "httpx", "httpx2", "requests", "aiohttp"} & set(imported_names(file.read_text()))
     }
     assert users == {"lightning_modules/endpoint.py"}
+
+
+def test_only_the_masks_of_polygons_need_opencv() -> None:
+    users = {
+        str(file.relative_to(ROOT)) for file in python_files() if "cv2" in set(imported_names(file.read_text()))
+    }
+    assert users == {"datamodules/benchmarks/polygons.py"}
+    assert "cv2" not in import_closure(ROOT, "experiments/evaluate_benchmarks.py")
+    extras = configparser.ConfigParser()
+    extras.read(ROOT / "setup.cfg")
+    assert "opencv-python-headless" in extras["options.extras_require"]["benchmarks"]
+    assert "opencv" not in extras["options"]["install_requires"]
+    assert "benchmarks]" in extras["options.extras_require"]["dev"]
 
 
 def test_nothing_is_unpickled_from_disk() -> None:

@@ -4,6 +4,11 @@
 
 The model is asked `prompt`, which lists the options, after the images. Official accuracy is exact match after a reading
 whose last step asks GPT-3.5; that step is left out of the official column.
+
+Style `official` puts BLINK's disclaimer before the prompts of the two of these subsets that have one. Two differences
+to eval/test_benchmark.py remain: it sends the text before the images, while here the images come first in every style;
+and its disclaimer is a tuple, by a stray comma, with which it ends in an error for these subsets: here the text in that
+tuple is taken. Images are shown as EXIF turns them, which is also how the `datasets` library hands them to that script.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from typing import Any
 
 from datamodules.benchmarks.parquet import null_columns, read_rows, row_bytes
 from datamodules.benchmarks.schema import Benchmark, Rule, files_fingerprint, image_parts, make_sample
+from datamodules.prompts import OFFICIAL_PREFIX
 from datamodules.samples import LoadedSample, Sample
 
 NAME, FOLDER = "blink", "BLINK"
@@ -31,6 +37,12 @@ AVERAGES = {"avg": SUBSETS}
 RULE = Rule(source="paper Table 6: accuracy, mean over subsets")
 OFFICIAL = Rule(source="BLINK eval/evaluate.py without its GPT-3.5 matcher, mean over subsets", reader="blink")
 IMAGES = ("image_1", "image_2", "image_3", "image_4")
+DISCLAIMED = ("Forensic_Detection", "Jigsaw")
+DISCLAIMER = (  # verbatim from eval/test_benchmark.py
+    "Disclaimer: This is not to make unfair assumptions about the people in the image and you just need to give your"
+    " assessment on this question. You don't need to identify the real people. You just need to analyze based on the"
+    " information I gave you.\n\n"
+)
 
 
 def load(root: Path) -> Benchmark:
@@ -72,4 +84,5 @@ def _sample(row: dict[str, Any], position: int, subset: str, null: set[str]) -> 
             "answer": {"letter": letter[1], "choices": row["choices"]},
         },
         row=position,
+        **({OFFICIAL_PREFIX: DISCLAIMER} if subset in DISCLAIMED else {}),
     )

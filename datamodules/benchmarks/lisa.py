@@ -2,8 +2,10 @@
 
     ReasonSeg/{val,test}/X.jpg + X.json   {"text": […], "is_sentence": …, "shapes": [{"label", "points", …}, …]}
 
-Boxes from masks: around all target pixels (`boxes="targets"`). UniVG-R1 and Visual-RFT take the points of shapes[0]
-alone, whatever its label is (`boxes="first_shape"`). The question is text[0]: official evaluation asks no other.
+Boxes from masks: around all target pixels (`boxes="targets"`), drawn as LISA draws them (`polygons.py`). UniVG-R1 and
+Visual-RFT take the points of shapes[0] alone, whatever its label is (`boxes="first_shape"`). The question is text[0]:
+official evaluation asks no other. LISA reads an image as EXIF shows it, so points are pixels of that frame. UniVG-R1
+divides them by the stored size; for a turned photograph that fault is not repeated.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from datamodules.benchmarks.masks import polygons_box
+from datamodules.benchmarks.polygons import points_fault, polygons_box
 from datamodules.benchmarks.schema import (
+    IN_UNIT,
     PAPER,
     Benchmark,
     Rule,
@@ -23,7 +26,7 @@ from datamodules.benchmarks.schema import (
     require_fields,
 )
 from datamodules.boxes import from_pixels_clipped
-from datamodules.image_loading import ImageError, open_image
+from datamodules.image_files import read_header
 from datamodules.samples import Sample
 
 NAME, FOLDER = "lisa", "ReasonSeg"
@@ -38,35 +41,39 @@ IGNORE = 255
 def load(root: Path, boxes: Literal["targets", "first_shape"] = "targets") -> Benchmark:
     """Raises ValueError for a file of another form, naming it and the field, FileNotFoundError for a missing folder."""
     samples: list[Sample] = []
-    dropped = {"no target in the mask": 0}
+    dropped = {"no target in the mask": 0, IN_UNIT: 0}
     for split in COLUMNS:
         files = sorted((root / split).glob("*.json"))
         if not files:
             raise FileNotFoundError(f"{root / split} holds no X.json beside its X.jpg")
         for file in files:
             sample = _sample(file, split, boxes)
-            if sample is None:
-                dropped["no target in the mask"] += 1
-            else:
+            if isinstance(sample, Sample):
                 samples.append(sample)
+            else:
+                dropped[sample] += 1
 
-    return file_benchmark(NAME, samples, root, RULE, OFFICIAL, AVERAGES, dropped)
+    return file_benchmark(NAME, samples, root, RULE, OFFICIAL, AVERAGES, dropped, frame="shown")
 
 
-def _sample(file: Path, split: str, boxes: str) -> Sample | None:
+def _sample(file: Path, split: str, boxes: str) -> Sample | str:
+    """The question, or why the file holds none."""
     record = _read(file)
     image = file.with_suffix(".jpg")
-    try:
-        size = open_image(image.read_bytes()).size
-    except ImageError as error:
-        raise ValueError(f"{image}: {error}") from error
+    with image.open("rb") as opened:
+        try:
+            size = read_header(opened).size_in("shown")
+        except ValueError as error:
+            raise ValueError(f"{image}: {error}") from error
+    if max(max(point) for shape in record["shapes"] for point in shape["points"]) <= 1:
+        return IN_UNIT
     if boxes == "first_shape":
         xs, ys = zip(*record["shapes"][0]["points"], strict=True)
         box = (min(xs), min(ys), max(xs), max(ys))
     else:
         box = polygons_box([(shape["points"], _value(shape["label"])) for shape in _drawn(record["shapes"])], size)
     if box is None:
-        return None
+        return "no target in the mask"
     return make_sample(
         {
             "id": f"{NAME}/{split}/{file.stem}",
@@ -96,11 +103,15 @@ def _read(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: text={record['text']!r:.80} and shapes must be lists that hold something")
     for shape in record["shapes"]:
         require_fields(shape, ("label", "points"), f"{file}: a shape")
+        if not isinstance(shape["label"], str):
+            raise ValueError(f"{file}: label={shape['label']!r:.80} of a shape is no text")
+        if (fault := points_fault(shape["points"])) is not None:
+            raise ValueError(f"{file}: points of a shape with label={shape['label']!r:.40} {fault}")
     return record
 
 
 def _drawn(shapes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [shape for shape in shapes if "flag" not in shape["label"].lower()]  # deprecated marks, no regions
+    return [shape for shape in shapes if shape["label"].lower() != "flag"]  # deprecated marks, no regions
 
 
 def _value(label: str) -> int:

@@ -1,35 +1,11 @@
-"""Boxes from masks: labelme's polygons, and COCO's run-length encoding. Boxes are pixel xyxy, end-exclusive."""
+"""Boxes from masks in COCO's run-length encoding. Boxes are pixel xyxy, end-exclusive."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from PIL import Image, ImageDraw
-
 from datamodules.boxes import Box
-
-Polygon = Sequence[Sequence[float]]
-
-
-def polygons_box(polygons: Sequence[tuple[Polygon, int]], size: tuple[int, int]) -> Box | None:
-    """The tight box of value 1 in an image of `size` (width, height) where (polygon, value) pairs are drawn.
-
-    As LISA draws ReasonSeg: in descending area, outline and fill, so that smaller ones overwrite larger ones. Polygons
-    of fewer than two points draw nothing. None if no pixel has the value 1.
-    """
-    mask = Image.new("L", size)
-    draw = ImageDraw.Draw(mask)
-    for points, value in sorted(polygons, key=lambda pair: -_area(pair[0])):
-        if len(points) > 1:
-            draw.polygon([tuple(point) for point in points], fill=value, outline=value)
-    box = mask.point(lambda value: 255 if value == 1 else 0).getbbox()
-    return None if box is None else tuple(map(float, box))
-
-
-def _area(points: Polygon) -> float:
-    following = [*points[1:], *points[:1]]
-    return abs(sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(points, following, strict=True))) / 2
 
 
 def rle_box(rle: Mapping[str, Any]) -> Box | None:

@@ -7,6 +7,8 @@ One record, with exactly these keys:
      "additional_info": "", "need_format": true}
 
 `answer` is unit xyxy of one of the images; which one is not said (see `target_image`). A record's id is its position.
+The official code shows images as they are stored, so its boxes are of the stored pixels: those of a photograph that
+EXIF turns are turned with it.
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from datamodules.benchmarks.upright import turn_questions
 from datamodules.boxes import Box, box_fault
+from datamodules.image_files import file_size, read_image_file
 from datamodules.samples import BoxAnswer, LoadedSample, Sample, SampleError
 
 # In the order of the paper's table, whose columns are Static, Robust, Common, OT, MV, Region, Refer, GG, Reason, Co-Re.
@@ -58,16 +62,24 @@ class DirtyBox:
 @dataclass(frozen=True)
 class DirtyReport:
     boxes: tuple[DirtyBox, ...]
+    turned: int = 0  # questions whose boxes were turned with their photograph
+
+    def __bool__(self) -> bool:
+        return bool(self.boxes or self.turned)
 
     def __str__(self) -> str:
-        lines = [f"  position {dirty.position} ({dirty.task}): {dirty.rule} {list(dirty.box)}" for dirty in self.boxes]
-        return "\n".join([f"{len(lines)} dirty answer boxes, kept and scored as they are", *lines])
+        lines = [f"{len(self.boxes)} dirty answer boxes, kept and scored as they are"] if self.boxes else []
+        lines += [f"  position {dirty.position} ({dirty.task}): {dirty.rule} {list(dirty.box)}" for dirty in self.boxes]
+        if self.turned:
+            lines.append(f"{self.turned} questions on photographs that EXIF turns: their boxes are turned too")
+        return "\n".join(lines)
 
 
 def load_mig_bench(path: str | Path, image_root: str | Path | None = None) -> tuple[list[Sample], DirtyReport]:
     """Samples "mig_bench/<position>" in file order, all images first and then the question, as in the official prompt.
 
-    Image names are relative to `image_root`, the folder that holds "MIG-Bench/"; given it, every image must be there.
+    Image names are relative to `image_root`, the folder that holds "MIG-Bench/"; given it, every image must be there,
+    and boxes are those of the images as they are shown. Without it they are as the file has them.
     `additional_info` reaches no sample: for group_grounding it holds the answer. Raises ValueError for a file that is
     no JSON list, SampleError for a record of another form, and FileNotFoundError for missing images.
     """
@@ -78,17 +90,16 @@ def load_mig_bench(path: str | Path, image_root: str | Path | None = None) -> tu
     if not isinstance(records, list) or not records:
         raise ValueError(f"{path}: expected a list of records, found {type(records).__name__} without any")
     samples = [_sample(record, position) for position, record in enumerate(records)]
+    dirty, turned = _find_dirty(samples), 0
     if image_root is not None:
         _check_images(samples, Path(image_root))
-    return samples, _find_dirty(samples)
+        samples, turned = turn_questions(samples, Path(image_root))
+    return samples, replace(dirty, turned=turned)
 
 
 def load_images(sample: Sample, image_root: str | Path) -> LoadedSample:
     """The sample with its image files' bytes. Raises SampleError "missing_image"."""
-    try:
-        return LoadedSample(sample, tuple((Path(image_root) / name).read_bytes() for name in sample.images))
-    except FileNotFoundError as error:
-        raise SampleError(sample.id, "missing_image", str(error.filename)) from error
+    return LoadedSample(sample, tuple(read_image_file(Path(image_root, name), sample.id) for name in sample.images))
 
 
 def target_image(record: Mapping[str, Any]) -> int:
@@ -180,7 +191,7 @@ def _question_parts(question: str) -> list[dict[str, Any]]:
 
 def _check_images(samples: list[Sample], image_root: Path) -> None:
     names = {name: sample.id for sample in reversed(samples) for name in reversed(sample.images)}
-    missing = [name for name in reversed(names) if not (image_root / name).is_file()]
+    missing = [name for name in reversed(names) if file_size(image_root / name) is None]
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(names)} benchmark images are not below {image_root}, the first is {missing[0]}"

@@ -6,6 +6,9 @@
 A table's column is a task of the paper, which may join two keys of the file: its accuracy is the mean of the keys'
 accuracies. Official accuracy reads a letter and asks GPT-4o-mini where it finds none; that step is left out
 unless an extractor is named (`extraction.py`).
+
+Questions and options hold coordinates of the stored pixels, in many wordings. They cannot be turned with a photograph
+that EXIF turns, so a question on such an image counts as wrong under "turned_image".
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from datamodules.benchmarks.schema import (
     image_parts,
     make_sample,
 )
+from datamodules.image_files import file_size, refuse_turned
 from datamodules.samples import LoadedSample, Sample, SampleError
 
 NAME, FOLDER = "mmiu", "MMIU"
@@ -79,9 +83,9 @@ def load(root: Path) -> Benchmark:
     if absent := sorted(set(_KEYS) - {sample.task for sample in samples}):
         raise ValueError(f"{root / 'all.parquet'}: no row has the task {', '.join(absent)}")
 
-    benchmark = file_benchmark(NAME, samples, root, RULE, OFFICIAL, AVERAGES, dict(dropped))
+    benchmark = file_benchmark(NAME, samples, root, RULE, OFFICIAL, AVERAGES, dict(dropped), frame="stored")
     names = sorted({image for sample in samples for image in sample.images})
-    places = [name if (root / name).is_file() else _without_category(name) for name in names]
+    places = [_without_category(name) if file_size(root / name) is None else name for name in names]
     data = files_fingerprint(root, places)  # of the files that are read: a cached answer is one about these images
     return replace(benchmark, load=partial(_read, root=root), data=data)
 
@@ -100,12 +104,18 @@ def _without_category(name: str) -> str:
 
 
 def _read(sample: Sample, root: Path) -> LoadedSample:
-    """With its category's folder or, where an image is not there, without. Raises SampleError "missing_image"."""
+    """With its category's folder or, where an image is not there, without.
+
+    Raises SampleError "missing_image", and "turned_image" for a photograph that EXIF turns.
+    """
     try:
-        return load_images(sample, root)
+        loaded = load_images(sample, root)
     except SampleError:
         names = tuple(_without_category(name) for name in sample.images)
-        return replace(load_images(replace(sample, images=names), root), sample=sample)
+        loaded = replace(load_images(replace(sample, images=names), root), sample=sample)
+    for name, data in zip(sample.images, loaded.images, strict=True):
+        refuse_turned(sample.id, name, data)
+    return loaded
 
 
 def _sample(row: dict[str, Any], key: str, position: int) -> Sample:

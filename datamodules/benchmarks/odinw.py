@@ -5,7 +5,8 @@
 How the paper turns detection into questions is published nowhere. Here, a question is an image and a category that
 has exactly one box in it; Acc@0.5 counts. The official score, COCO's mAP, is not of this kind: it is of one prompt that
 names every category of an image, and is not computed. The paper names no split either: `valid` is a choice (its figures
-for Wildfire Smoke are multiples of 1/147, those for Vector of 1/18; not checked against the files).
+for Wildfire Smoke are multiples of 1/147, those for Vector of 1/18; not checked against the files). GLIP, by ODinW's
+authors, reads images as they are stored.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.benchmarks.schema import (
+    IN_UNIT,
     PAPER,
     Benchmark,
     Rule,
+    by_id,
     file_benchmark,
     image_parts,
     make_sample,
     require_fields,
 )
-from datamodules.boxes import from_pixels_clipped
+from datamodules.boxes import from_pixels_clipped, is_unit_xywh
 from datamodules.samples import Sample
 
 NAME, FOLDER = "odinw", "odinw"
@@ -58,19 +61,20 @@ def load(root: Path, split: str = "valid") -> Benchmark:
         require_fields(coco, ("images", "annotations", "categories"), str(path))
         samples += _samples(coco, column, f"{folder}/{split}", dropped)
 
-    return file_benchmark(NAME, samples, root, RULE, OFFICIAL, AVERAGES, dict(dropped))
+    return file_benchmark(NAME, samples, root, RULE, OFFICIAL, AVERAGES, dict(dropped), frame="stored")
 
 
 def _samples(coco: dict[str, Any], column: str, folder: str, dropped: Counter[str]) -> list[Sample]:
-    names = {category["id"]: category["name"] for category in coco["categories"]}
+    categories = by_id(coco["categories"], "categories", folder)
+    images = by_id(coco["images"], "images", folder)
+    by_id((annotation for annotation in coco["annotations"] if "id" in annotation), "annotations", folder)
     boxes: dict[tuple[int, int], list[list[float]]] = {}
     for annotation in coco["annotations"]:
         require_fields(annotation, ("image_id", "category_id", "bbox"), f"{folder}: an annotation")
         boxes.setdefault((annotation["image_id"], annotation["category_id"]), []).append(annotation["bbox"])
     samples = []
-    images = {image["id"]: image for image in coco["images"]}
     for (image_id, category_id), found in boxes.items():
-        if image_id not in images or category_id not in names:
+        if image_id not in images or category_id not in categories:
             raise ValueError(f"{folder}: an annotation has image_id={image_id}, category_id={category_id}, not listed")
         if len(found) != 1:
             dropped["several boxes of the category"] += 1
@@ -80,6 +84,10 @@ def _samples(coco: dict[str, Any], column: str, folder: str, dropped: Counter[st
         if not isinstance(found[0], list) or len(found[0]) != 4:
             raise ValueError(f"{folder}: image {image_id}: bbox={found[0]!r:.80} is not [x, y, w, h]")
         x, y, w, h = found[0]
+        size, label = (image["width"], image["height"]), categories[category_id]["name"]
+        if is_unit_xywh(found[0], size):
+            dropped[IN_UNIT] += 1
+            continue
         samples.append(
             make_sample(
                 {
@@ -87,14 +95,14 @@ def _samples(coco: dict[str, Any], column: str, folder: str, dropped: Counter[st
                     "source": NAME,
                     "task": column,
                     "images": [f"{folder}/{image['file_name']}"],
-                    "messages": image_parts(1, QUESTION.format(spoken(names[category_id]))),
+                    "messages": image_parts(1, QUESTION.format(spoken(label))),
                     "answer": {
                         "image": 0,
-                        "box": from_pixels_clipped((x, y, x + w, y + h), (image["width"], image["height"])),
-                        "label": names[category_id],
+                        "box": from_pixels_clipped((x, y, x + w, y + h), size),
+                        "label": label,
                     },
                 },
-                size=[image["width"], image["height"]],
+                size=list(size),
             )
         )
     return samples

@@ -4,7 +4,8 @@
     Ref-L4/images/…                                  images.tar.gz unpacked; file_name is the name in it
 
 Official rule: IoU > 0.5 too, over annotations. Its class-macro accuracy merges COCO's classes into Objects365's through
-a table in its code; `within=macro` here averages over `ori_category_id` as it stands.
+a table in its code; `within=macro` here averages over `ori_category_id` as it stands. Its code reads images as they are
+stored.
 """
 
 from __future__ import annotations
@@ -12,8 +13,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from datamodules.benchmarks.parquet import read_rows
-from datamodules.benchmarks.schema import PAPER, Benchmark, Rule, file_benchmark, image_parts, make_sample
-from datamodules.boxes import from_pixels_clipped
+from datamodules.benchmarks.schema import (
+    IN_UNIT,
+    PAPER,
+    Benchmark,
+    Rule,
+    file_benchmark,
+    image_parts,
+    make_sample,
+)
+from datamodules.boxes import from_pixels_clipped, is_unit_xywh
+from datamodules.image_files import file_size
 from datamodules.samples import Sample
 
 NAME, FOLDER = "ref_l4", "Ref-L4"
@@ -27,20 +37,25 @@ _FIELDS = ("id", "caption", "bbox", "file_name", "ori_category_id", "width", "he
 
 def load(root: Path) -> Benchmark:
     """Raises ValueError that names a missing column, and FileNotFoundError for a missing file."""
-    samples = [
+    rows = [
         _sample(row, split, position)
         for split in COLUMNS
         for position, row in enumerate(read_rows(root / f"ref-l4-{split}.parquet", _FIELDS))
     ]
+    samples = [sample for sample in rows if sample is not None]
     # The names in the archive may hold its folder already.
-    inside = (root / samples[0].images[0]).is_file() if samples else False
+    inside = samples and file_size(root / samples[0].images[0]) is not None
     folder = root if inside else root / "images"
-    return file_benchmark(NAME, samples, folder, RULE, OFFICIAL, AVERAGES)
+    dropped = {IN_UNIT: len(rows) - len(samples)}
+    return file_benchmark(NAME, samples, folder, RULE, OFFICIAL, AVERAGES, dropped, frame="stored")
 
 
-def _sample(row: dict, split: str, position: int) -> Sample:
+def _sample(row: dict, split: str, position: int) -> Sample | None:
+    """The question; None where its box is in 0-1."""
     if not isinstance(row["bbox"], list) or len(row["bbox"]) != 4:
         raise ValueError(f"ref-l4-{split}.parquet, row {position}: bbox={row['bbox']} is not [x, y, w, h]")
+    if is_unit_xywh(row["bbox"], (row["width"], row["height"])):
+        return None
     x, y, w, h = row["bbox"]
     box = from_pixels_clipped((x, y, x + w, y + h), (row["width"], row["height"]))
     return make_sample(

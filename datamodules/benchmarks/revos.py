@@ -4,6 +4,7 @@
 
 As in the paper, six frames are sampled uniformly and one is grounded. Which one it does not say: here the third, as in
 UniVG-R1, or the nearest to it that shows the object. Boxes are those around the masks of all the expression's objects.
+ReVOS' authors read frames with OpenCV, as EXIF shows them, so that is the frame of the masks.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def load(root: Path, num_frames: int = 6, grounded: int = 2) -> Benchmark:
             names = [f"JPEGImages/{video}/{content['frames'][place]}.jpg" for place in places]
             samples.append(_sample(f"{NAME}/{video}/{number}", expression, names, *found))
 
-    return file_benchmark(NAME, samples, root, RULE, OFFICIAL, AVERAGES, dict(dropped))
+    return file_benchmark(NAME, samples, root, RULE, OFFICIAL, AVERAGES, dict(dropped), frame="shown")
 
 
 def sample_frames(count: int, num_frames: int) -> list[int]:

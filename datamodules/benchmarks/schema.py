@@ -2,14 +2,15 @@
 
 A benchmark's samples lie in columns, those of the paper's table, and a column in units. A sample's unit is its `task`;
 its column is `extra["column"]`, or the unit itself where none is given. `extra["size"]` is the (width, height) that the
-annotation was made in, where the files tell it: an image of another size (a resized copy, or one that EXIF turns) would
-give boxes another meaning, so its question counts as wrong under "size_mismatch".
+annotation was made in, where the files tell it: an image of another size (a resized copy, say) would give boxes another
+meaning, so its question counts as wrong under "size_mismatch". Boxes and size are those of the image as it is shown,
+which for a photograph that EXIF turns is not as it is stored; `file_benchmark` turns boxes of the stored pixels.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,9 @@ from typing import Any, Literal
 
 from datamodules.artefacts import fingerprint
 from datamodules.benchmarks.mig_bench import load_images
+from datamodules.benchmarks.upright import TURNED, turn_questions
 from datamodules.boxes import Convention, ImageGeometry, geometries_from_json, geometries_to_json
+from datamodules.image_files import Frame, file_size
 from datamodules.samples import Answer, BoxAnswer, ChoiceAnswer, LoadedSample, Sample
 from datamodules.scores import BoxChoice
 
@@ -43,6 +46,7 @@ class Rule:
 
 
 PAPER = "paper §4.1: Acc@0.5, IoU exceeds 0.5"
+IN_UNIT = "box in 0-1, not pixels"  # a record that is no question, where the format means pixels
 
 
 @dataclass(frozen=True)
@@ -169,17 +173,48 @@ def file_benchmark(
     official: Rule,
     averages: Mapping[str, tuple[str, ...]],
     dropped: Mapping[str, int] | None = None,
+    *,
+    frame: Frame,
 ) -> Benchmark:
-    """A benchmark whose samples name image files below `folder`."""
+    """A benchmark whose samples name image files below `folder`.
+
+    `frame` is the one in which its authors read images, and so that of the boxes and sizes in `samples`; in the
+    benchmark they are those of the images as they are shown.
+    """
+    turned = 0
+    if frame == "stored":
+        samples, turned = turn_questions(samples, folder)
     data = files_fingerprint(folder, sorted({image for sample in samples for image in sample.images}))
     load = partial(load_images, image_root=folder)
-    return Benchmark(name, tuple(samples), load, rule, official, averages, data, dropped or {})
+    notes = {**(dropped or {})} | ({TURNED: turned} if turned else {})
+    return Benchmark(name, tuple(samples), load, rule, official, averages, data, notes)
 
 
 def files_fingerprint(folder: Path, names: Sequence[str]) -> str:
     """Of files by name and size in bytes; a missing one counts as such, and is refused when it is read."""
-    paths = [folder / name for name in names]
-    return fingerprint([(n, p.stat().st_size if p.is_file() else None) for n, p in zip(names, paths, strict=True)])
+    return fingerprint([(name, file_size(folder / name)) for name in names])
+
+
+def by_id(records: Any, what: str, where: str) -> dict[int | str, Mapping[str, Any]]:
+    """COCO's records by their ids. Raises ValueError for one without an id, and for an id that two of them have: which
+    of the two other records mean is not said."""
+    found: dict[int | str, Mapping[str, Any]] = {}
+    for position, record in enumerate(records):
+        require_fields(record, ("id",), f"{where}: {what}[{position}]")
+        number = record["id"]
+        if isinstance(number, bool) or not isinstance(number, int | str):
+            raise ValueError(f"{where}: {what}[{position}]: id={number!r:.80} is neither a number nor a text")
+        refuse_repeated(number, found, f"{where}: {what}[{position}]")
+        found[number] = record
+    return found
+
+
+def refuse_repeated(number: int | str, known: Container[int | str], where: str, field: str = "id") -> None:
+    """Raise ValueError if `number`, the `field` of the record at `where`, is among the `known` ids."""
+    if number in known:
+        raise ValueError(
+            f"{where}: field {field!r} is {number!r:.80}, as of an earlier record: each needs an id of its own"
+        )
 
 
 def require_fields(record: Any, names: Sequence[str], where: str) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datamodules.benchmarks.mig_bench import relative_name
-from datamodules.boxes import from_pixels_xywh
+from datamodules.benchmarks.schema import refuse_repeated
+from datamodules.boxes import from_pixels_xywh, is_unit_xywh
 from datamodules.importers.json_stream import stream_json
 from datamodules.importers.schema import NUMBER, Kinds, Schema
 from datamodules.samples import Sample, SampleError
@@ -67,6 +68,7 @@ class CocoFile:
     images: dict[int | str, tuple[str, tuple[int, int]]] = field(default_factory=dict)
     categories: dict[int, str] = field(default_factory=dict)
     annotations: list[Annotation] = field(default_factory=list)
+    ids: set[int | str] = field(default_factory=set)  # of annotations, where the file has them
 
     def check_references(self, where: str) -> None:
         """Raises ValueError for an annotation of an image or category that is not listed."""
@@ -79,7 +81,11 @@ class CocoFile:
 
 
 def read_coco(path: Path, schema: Schema, more: Mapping[str, Mapping[str, Kinds]] | None = None) -> CocoFile:
-    """Read and check a file. Raises ValueError for a field that is missing, unknown or of another type."""
+    """Read and check a file.
+
+    Raises ValueError for a field that is missing, unknown or of another type, and for an id that two images, categories
+    or annotations have: which of the two is meant is not said.
+    """
     coco, counts = CocoFile(), Counter()
     for item in stream_json(path):
         if item.key not in _REQUIRED:
@@ -101,14 +107,19 @@ def _keep(coco: CocoFile, key: str, value: dict[str, Any], where: str) -> None:
     if key == "images":
         if min(value["width"], value["height"]) < 1:
             raise ValueError(f"{where}: width={value['width']}, height={value['height']}")
+        refuse_repeated(value["id"], coco.images, where)
         coco.images[value["id"]] = value["file_name"], (value["width"], value["height"])
     elif key == "categories":
+        refuse_repeated(value["id"], coco.categories, where)
         coco.categories[value["id"]] = value["name"]
     else:
         box = value["bbox"]
         if len(box) != 4 or not all(isinstance(number, int | float) for number in box):
             raise ValueError(f"{where}: field 'bbox' should be four numbers, found {box!r:.200}")
         number = value.get("id", len(coco.annotations))
+        if "id" in value:
+            refuse_repeated(number, coco.ids, where)
+            coco.ids.add(number)
         crowd = bool(value.get("iscrowd", 0))
         coco.annotations.append(Annotation(number, value["image_id"], value["category_id"], box, crowd))
 
@@ -151,6 +162,9 @@ def _sample(source: str, entry: Entry) -> Sample:
     phrase = " ".join(entry.phrase.split()).rstrip(".?! ")
     if not phrase:
         raise SampleError(entry.id, "empty_phrase", f"{entry.phrase!r} names nothing")
+    if is_unit_xywh(entry.box, entry.size):
+        detail = f"bbox={list(entry.box)} of {entry.size[0]}x{entry.size[1]} pixels is in 0-1, where COCO means pixels"
+        raise SampleError(entry.id, "box_in_unit", detail)
     box, clamped = from_pixels_xywh(entry.box, entry.size)
     wording = QUESTIONS[hashlib.sha256(entry.id.encode()).digest()[0] % len(QUESTIONS)]
     return Sample.from_json(

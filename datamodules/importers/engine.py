@@ -20,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from datamodules.artefacts import read_json, write_json
+from datamodules.image_files import Frame
 from datamodules.importers.images import load_images
 from datamodules.importers.scan import Convert
 from datamodules.processes import end_with_parent
@@ -29,7 +30,7 @@ from datamodules.shards import ShardFile, write_manifest
 PARTS = ".parts"
 NUM_EXAMPLES = 3  # of each rule, kept with their detail
 MIN_JUDGED = 500  # samples seen before the share of rejected ones is judged
-COUNTED = ("image_from", "repaired")  # fields of a sample's `extra` whose values the report counts
+COUNTED = ("image_from", "repaired", "turned")  # fields of a sample's `extra` whose values the report counts
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class _Task:
     convert: Convert
     image_root: Path
     one_box: bool
+    frame: Frame | None = None  # that of the boxes
     limit: int | None = None  # samples at most
 
 
@@ -142,8 +144,11 @@ def import_part(
     settings: Settings,
     workers: Workers,
     title: str,
+    frame: Frame | None = None,
 ) -> Tally:
     """Write one folder of shards and its manifest, and return what was taken and what was rejected, and why.
+
+    `frame` is that of the boxes (`Scan.frame`).
 
     Raises ValueError when more than `max_rejected` of the samples break a rule, or fewer than `count` can be had; what
     was made until then stays for the next run.
@@ -153,7 +158,7 @@ def import_part(
     tally, shards = Tally(), []
     total = len(entries) if settings.count is None else settings.count
     unit = "record" if settings.count is None else "sample"
-    finished = workers.in_order(_tasks(folder, entries, convert, image_root, settings))
+    finished = workers.in_order(_tasks(folder, entries, convert, image_root, settings, frame))
     with tqdm(total=total, desc=title, unit=unit) as bar, closing(finished):
         for task, note in finished:
             missing = None if settings.count is None else settings.count - tally.samples
@@ -179,7 +184,12 @@ def forget_parts(folder: str | Path) -> None:
 
 
 def _tasks(
-    folder: Path, entries: Sequence[Any], convert: Convert, image_root: Path, settings: Settings
+    folder: Path,
+    entries: Sequence[Any],
+    convert: Convert,
+    image_root: Path,
+    settings: Settings,
+    frame: Frame | None,
 ) -> Iterator[_Task]:
     order: Sequence[int] = range(len(entries))
     if settings.count is not None:
@@ -188,7 +198,7 @@ def _tasks(
     size = settings.records_per_shard
     for number, start in enumerate(range(0, len(order), size)):
         chosen = [entries[index] for index in order[start : start + size]]
-        yield _Task(folder, number, chosen, convert, image_root, settings.one_box)
+        yield _Task(folder, number, chosen, convert, image_root, settings.one_box, frame)
 
 
 def _make_shard(task: _Task) -> dict[str, Any]:
@@ -206,14 +216,15 @@ def _make_shard(task: _Task) -> dict[str, Any]:
                     raise sample
                 if task.one_box and not isinstance(sample.answer, BoxAnswer):
                     raise SampleError(sample.id, "several_answers", f"{type(sample.answer).__name__}")
-                shard.add(load_images(sample, task.image_root))
+                loaded = load_images(sample, task.image_root, task.frame)
+                shard.add(loaded)
             except SampleError as error:
                 tally.reject(error)
                 continue
             tally.samples += 1
             for what in COUNTED:
-                if what in sample.extra:
-                    tally.counts.setdefault(what, Counter())[sample.extra[what]] += 1
+                if what in loaded.sample.extra:
+                    tally.counts.setdefault(what, Counter())[loaded.sample.extra[what]] += 1
             if tally.samples == task.limit:
                 break
     note = {"limit": task.limit, "shard": shard.entry, **tally.to_json()}

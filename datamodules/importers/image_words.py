@@ -58,8 +58,8 @@ def bind(
     "single": there is one image. "fixed": the task's answers are always in image `fixed`. "answer": the nearest image
     named before the box. "order", for `in_order` alone: as many boxes as images, or as images after the first when the
     question marks that one. "question": the image that it names last. "silent": image `silent`, when no word names one.
-    Raises SampleError "no_box"; "image_unknown" where nothing names an image: none is guessed; "image_conflict" where
-    the answer names another image than the one so found.
+    Raises SampleError "no_box"; "box_in_unit" for numbers of 0-1; "image_unknown" where nothing names an image: none is
+    guessed; "image_conflict" where the answer names another image than the one so found.
     """
     matches = list(BOX.finditer(answer))
     if not matches:
@@ -77,6 +77,8 @@ def bind(
         raise SampleError(sample_id, "image_unknown", f"no image is named: {question[-100:]!r} -> {answer!r:.100}")
     if source != "answer" and not {image for _, image in named} <= set(images):
         raise SampleError(sample_id, "image_conflict", f"{source} says {images}, but the answer is {answer!r:.150}")
+    if in_unit := [match.group() for match in matches if max(map(float, match.groups())) <= 1]:
+        raise SampleError(sample_id, "box_in_unit", f"{in_unit[0]} is in 0-1, where the markup means 0-1000")
     found = [Marked(image, _unit(match), match.start()) for match, image in zip(matches, images, strict=True)]
     return found, source
 

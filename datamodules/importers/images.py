@@ -2,38 +2,52 @@
 
 from __future__ import annotations
 
+import io
 import os
+from dataclasses import replace
 from pathlib import Path
 
-from datamodules.image_loading import ImageError, open_image
+from datamodules.image_files import Frame, Header, read_header, read_image_file
+from datamodules.image_loading import ImageError
 from datamodules.samples import LoadedSample, Sample, SampleError
+from datamodules.turned import turn_sample
 
 
-def load_images(sample: Sample, image_root: Path) -> LoadedSample:
+def load_images(sample: Sample, image_root: Path, frame: Frame | None = None) -> LoadedSample:
     """The sample with its files' bytes; nothing is decoded and nothing encoded again.
 
+    `frame` is the one that the source measured its boxes in, None where that is not known. Boxes of the stored pixels
+    of a photograph that EXIF turns become boxes of the image as it is shown; `extra["turned"]` then says how often.
+
     Raises SampleError: "missing_image"; the rules of `open_image` ("unreadable_image": the header is no image's);
-    "turned_image" (EXIF turns it when shown, and no source says in which of the two frames its boxes are);
-    "image_size" (not the width and height that `extra["sizes"]`, the source's own, says its boxes are in).
+    "turned_image" (EXIF turns it when shown, and `frame` is None); "image_size" (not the width and height that
+    `extra["sizes"]`, the source's own, says its boxes are in).
     """
-    sizes = sample.extra.get("sizes", [None] * len(sample.images))
-    files = zip(sample.images, sizes, strict=True)
-    return LoadedSample(sample, tuple(_load(sample.id, os.path.join(image_root, name), size) for name, size in files))
+    files, orientations = [], {}
+    sizes = list(sample.extra.get("sizes", [None] * len(sample.images)))
+    for index, name in enumerate(sample.images):
+        path = os.path.join(image_root, name)
+        data = read_image_file(path, sample.id)
+        header = _header(sample.id, path, data)
+        if header.orientation != 1 and frame is None:
+            raise SampleError(sample.id, "turned_image", f"{path} has EXIF orientation {header.orientation}")
+        found = list(header.size_in(frame or "stored"))
+        if sizes[index] is not None:
+            if found != list(sizes[index]):
+                raise SampleError(sample.id, "image_size", f"{path} is {found}, the annotation says {sizes[index]}")
+            sizes[index] = list(header.size_in("shown"))
+        if frame == "stored" and header.orientation != 1:
+            orientations[index] = header.orientation
+        files.append(data)
+    if orientations:
+        extra = {**sample.extra, "turned": f"{len(orientations)} of {len(files)}"}
+        extra |= {"sizes": sizes} if "sizes" in extra else {}
+        sample = replace(turn_sample(sample, orientations), extra=extra)
+    return LoadedSample(sample, tuple(files))
 
 
-def _load(sample_id: str, path: str, size: list[int] | None) -> bytes:
+def _header(sample_id: str, path: str, data: bytes) -> Header:
     try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise SampleError(sample_id, "missing_image", path) from error
-    try:
-        stored = open_image(data)
-        found, orientation = list(stored.size), stored.orientation()
+        return read_header(io.BytesIO(data))
     except ImageError as error:
         raise SampleError(sample_id, error.rule, f"{path}: {error.detail}") from error
-    if orientation != 1:
-        raise SampleError(sample_id, "turned_image", f"{path} has EXIF orientation {orientation}")
-    if size is not None and found != list(size):
-        raise SampleError(sample_id, "image_size", f"{path} is {found}, the annotation says {list(size)}")
-    return data

@@ -6,7 +6,8 @@
         {"from": "gpt", "value": "It's in the second image. <|box_start|>(316,58),(764,999)<|box_end|>"}]}
 
 Boxes are 0-1000 of the image they are in, which only the wording names. A question is a human turn and the answer after
-it, over all images of the record. The subset is read from the path; `type` is only counted.
+it, over all images of the record. The subset is read from the path; `type` is only counted. The authors' training and
+evaluation read images as they are stored.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def scan(root: Path, allow: Sequence[str] = ()) -> Scan:
     filled = {task: spans for task, spans in subsets.items() if len(spans)}
     if not filled:
         raise ValueError(f"{path} holds no record")
-    return Scan(filled, partial(convert, path), image_root(root), schema.report(), skipped)
+    return Scan(filled, partial(convert, path), image_root(root), schema.report(), skipped, frame="stored")
 
 
 def image_root(root: Path) -> Path:

@@ -3,7 +3,8 @@
     <root>/<set>[/<variant>]/<split>/annotations_without_background.json
     <root>/<set>/export/<split>_annotations_without_background.json     (pistols, dice, boggleBoards, selfdrivingCar)
 
-No question comes with it. Here an image is asked for each category of which it holds exactly one box.
+No question comes with it. Here an image is asked for each category of which it holds exactly one box. GLIP, by ODinW's
+authors, reads images as they are stored.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def scan(root: Path, allow: Sequence[str] = ()) -> Scan:
         schema.counts["questions"][subset] = len(entries)
         if entries:
             subsets[subset] = entries
-    return Scan(subsets, partial(convert, "odinw"), root, schema.report(), dict(skipped))
+    return Scan(subsets, partial(convert, "odinw"), root, schema.report(), dict(skipped), frame="stored")
 
 
 def _subset(root: Path, path: Path) -> str | None:

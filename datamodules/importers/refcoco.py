@@ -5,6 +5,7 @@
 
 A reference: {"ref_id", "ann_id", "category_id", "image_id", "file_name", "split", "sent_ids",
 "sentences": [{"sent_id", "raw", "sent", "tokens"}]}. Its `file_name` is not the image's: that is found by `image_id`.
+COCO's boxes are in stored pixels.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from datamodules.benchmarks.schema import refuse_repeated
 from datamodules.importers.coco import Annotation, CocoFile, Entry, convert, read_coco
 from datamodules.importers.plain_pickle import load_plain_pickle
 from datamodules.importers.scan import Scan
@@ -67,12 +69,15 @@ def scan(root: Path, allow: Sequence[str] = ()) -> Scan:
         refs = load_plain_pickle(path)
         if not isinstance(refs, list) or not refs:
             raise ValueError(f"{path}: a list of references is expected, found {type(refs).__name__} without any")
+        known: set[int] = set()
         for number, ref in enumerate(refs):
             _check(schema, ref, f"{path}[{number}]")
+            refuse_repeated(ref["ref_id"], known, f"{path}[{number}]", "ref_id")
+            known.add(ref["ref_id"])
             subset = f"{name}/{ref['split']}"
             schema.count("references", subset)
             subsets.setdefault(subset, []).extend(_entries(ref, name, coco, boxes, f"{path}[{number}]"))
-    return Scan(subsets, partial(convert, "refcoco"), root / IMAGES, schema.report())
+    return Scan(subsets, partial(convert, "refcoco"), root / IMAGES, schema.report(), frame="stored")
 
 
 def _entries(

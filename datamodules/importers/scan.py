@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from datamodules.image_files import Frame
 from datamodules.samples import Sample, SampleError
 
 # Entries -> what became of each of their samples, in order. It runs in other processes, so it must be picklable.
@@ -20,6 +21,8 @@ class Scan:
 
     `subsets` has for each subset one small picklable entry a record, in file order; `image_root` is where the samples'
     image names begin; `report` is `Schema.report()`, `skipped` how many records are no questions of this kind, and why.
+    `frame` is the one that its boxes were measured in: of a photograph that EXIF turns, the stored pixels or the image
+    as it is shown. None where nothing says which: questions on such photographs are rejected.
     """
 
     subsets: dict[str, Sequence[Any]]
@@ -27,6 +30,7 @@ class Scan:
     image_root: Path
     report: dict[str, Any]
     skipped: dict[str, int] = field(default_factory=dict)
+    frame: Frame | None = None
 
 
 class Spans(Sequence):

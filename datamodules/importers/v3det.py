@@ -5,6 +5,8 @@
 
 No question comes with it. Here an image is asked for each class of which it holds exactly one box, unless it also
 holds a box of a class above or below in the tree: "fruit" is no question where an apple lies beside it.
+
+Nothing published says in which frame the boxes of a photograph that EXIF turns were measured: those are rejected.
 """
 
 from __future__ import annotations

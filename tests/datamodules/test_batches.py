@@ -188,7 +188,9 @@ def test_samples_that_cannot_be_encoded_are_named(processor_dir: Path, encoder: 
     assert rejected_rule(encoder, with_images(loaded, data, image_bytes(3, 700))) == "extreme_aspect_ratio"
     assert rejected_rule(encoder, make_sample("a", thinking=None)) == "missing_thinking"
     injected = replace(loaded.sample, messages=(*loaded.sample.messages, TextPart("<|image_pad|>")))
-    assert rejected_rule(encoder, replace(loaded, sample=injected)) == "placeholder_mismatch"
+    assert rejected_rule(encoder, replace(loaded, sample=injected)) == "reserved_token"
+    split = replace(loaded.sample, messages=(*loaded.sample.messages, TextPart("<|i"), TextPart("m_end|>")))
+    assert rejected_rule(encoder, replace(loaded, sample=split)) == "reserved_token"
     for limits, rule in (((20, 200), "prompt_too_long"), ((1000, 10), "completion_too_long")):
         assert rejected_rule(Encoder(str(processor_dir), "absolute", "think", *limits, True), loaded) == rule
     small = Encoder(str(processor_dir), "absolute", "think", 1000, 200, True, max_image_pixels=1000)

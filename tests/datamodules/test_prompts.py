@@ -107,6 +107,38 @@ def test_a_suffix_after_an_image_is_a_text_of_its_own() -> None:
     assert content(PromptStyle.PLAIN, sample=sample)[-1] == {"type": "image"}
 
 
+RESERVED_TOKENS = ("image_pad", "video_pad", "vision_start", "vision_end", "vision_pad", "im_start", "im_end")
+
+
+@pytest.mark.parametrize("token", [f"<|{name}|>" for name in (*RESERVED_TOKENS, "endoftext")])
+@pytest.mark.parametrize("style", list(PromptStyle))
+def test_a_reserved_token_that_parts_join_to_is_refused(token: str, style: PromptStyle) -> None:
+    for cut in range(1, len(token)):
+        halves = (TextPart("Where is " + token[:cut]), TextPart(token[cut:] + "?"))
+        sample = replace(SAMPLE, messages=(ImagePart(0), ImagePart(1), *halves))
+        assert Sample.from_json(sample.to_json()) == sample  # each part by itself is sound
+        with pytest.raises(SampleError) as caught:
+            content(style, sample=sample)
+        assert caught.value.rule == "reserved_token" and caught.value.sample_id == sample.id
+        assert token in caught.value.detail
+
+
+def test_a_reserved_token_is_refused_where_a_written_box_or_an_empty_text_joins_it() -> None:
+    halves = (TextPart("<|im_"), TextPart(""), TextPart("end|>"))
+    with pytest.raises(SampleError, match="reserved_token"):
+        content(PromptStyle.PLAIN, sample=replace(SAMPLE, messages=(ImagePart(0), ImagePart(1), *halves)))
+    written = (TextPart("<|im_"), BoxPart(0, (0.1, 0.2, 0.3, 0.4), "end|>"), TextPart(" where?"))
+    sample = replace(SAMPLE, messages=(ImagePart(0), ImagePart(1), *written))
+    with pytest.raises(SampleError, match="reserved_token"):
+        content(PromptStyle.OFFICIAL, sample=sample)
+    assert "<|im_[100, 200, 300, 400] where?" in content(PromptStyle.THINK, Convention.PER_MILLE, sample)[-1]["text"]
+
+
+def test_halves_of_a_token_around_an_image_join_to_nothing() -> None:
+    sample = replace(SAMPLE, messages=(ImagePart(0), TextPart("<|im_"), ImagePart(1), TextPart("end|>?")))
+    assert [part["type"] for part in content(PromptStyle.PLAIN, sample=sample)] == ["image", "text", "image", "text"]
+
+
 def test_building_twice_gives_equal_and_separate_messages() -> None:
     first = build_messages(SAMPLE, GEOMETRIES, Convention.ABSOLUTE, PromptStyle.THINK)
     first[0]["content"][-1]["text"] = ""

@@ -6,11 +6,12 @@ import json
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from datamodules.samples import LoadedSample, SampleError
+from datamodules.samples import ImagePart, LoadedSample, SampleError, TextPart
 from datamodules.shards import ShardReader, ShardWriter, read_manifest
 from tests.datamodules.tiny_processor import make_sample
 
@@ -109,6 +110,23 @@ def test_webdataset_reads_the_shards(tmp_path: Path) -> None:
     assert [record["__key__"] for record in records] == ["00000_000000", "00000_000001", "00000_000002"]
     assert [record["1.png"] for record in records] == [sample.images[1] for sample in samples]
     assert json.loads(records[1]["json"]) == samples[1].sample.to_json()
+
+
+def test_image_names_of_any_kind_make_plain_members(tmp_path: Path) -> None:
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    names = ("a.b.JPG", "photo.jpg_size_" + "k" * 110, "x.p n", "nul.\0", "none", "ü.ßß", "a/b.c/d")
+    loaded = make_sample("s")
+    parts = (*(ImagePart(k) for k in range(len(names))), TextPart("Where?"))
+    sample = replace(loaded.sample, images=names, messages=parts)
+    with ShardWriter(tmp_path) as writer:
+        writer.add(LoadedSample(sample, tuple(name.encode() for name in names)))
+    with (tmp_path / "shard-00000.tar").open("rb") as stream:
+        (record,) = group_by_keys(tar_file_expander([{"url": "shard-00000.tar", "stream": stream}]))
+    members = {name for name in record if name[0].isdigit()}
+    assert members == {"0.jpg", *(f"{k}.img" for k in range(1, len(names)))}
+    read = ShardReader(tmp_path).read(0)
+    assert read.sample == sample and read.images == tuple(name.encode() for name in names)
 
 
 def test_a_shard_is_what_webdataset_would_write_to_the_byte(tmp_path: Path) -> None:

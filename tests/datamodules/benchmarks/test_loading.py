@@ -113,7 +113,7 @@ def test_odinw_asks_only_for_categories_with_one_box(copy) -> None:
     path = root / "vector/valid/annotations_without_background.json"
     coco = json.loads(path.read_text())
     coco["annotations"] = [a | {"image_id": 0, "category_id": 1} for a in coco["annotations"][:2]]
-    coco["annotations"].append(coco["annotations"][0] | {"image_id": 1})
+    coco["annotations"].append(coco["annotations"][0] | {"image_id": 1, "id": 2})
     path.write_text(json.dumps(coco))
     benchmark = odinw.load(root)
     assert [s.id for s in benchmark.samples if s.task == "Vector"] == ["odinw/Vector/1/1"]

@@ -1,4 +1,4 @@
-"""Boxes from polygons and run lengths, against masks unpacked pixel by pixel."""
+"""Boxes from run lengths, against masks unpacked pixel by pixel."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from datamodules.benchmarks.masks import encode_counts, polygons_box, rle_box, union_box
+from datamodules.benchmarks.masks import encode_counts, rle_box, union_box
 
 
 def slow_box(runs: list[int], height: int, width: int) -> tuple[int, int, int, int] | None:
@@ -40,22 +40,6 @@ def test_compressed_counts_by_hand() -> None:
 def test_runs_that_do_not_fill_the_mask_are_an_error(rle) -> None:
     with pytest.raises(ValueError, match="RLE"):
         rle_box(rle)
-
-
-def square(x1: int, y1: int, x2: int, y2: int) -> list[list[float]]:
-    return [[x1, y1], [x2, y1], [x2, y2], [x1, y2]]
-
-
-def test_a_polygons_box_holds_its_outline() -> None:
-    assert polygons_box([(square(2, 3, 6, 8), 1)], (20, 10)) == (2, 3, 7, 9)
-    assert polygons_box([(square(2, 3, 6, 8), 1), (square(10, 1, 12, 4), 1)], (20, 10)) == (2, 1, 13, 9)
-
-
-def test_a_smaller_ignored_polygon_cuts_into_the_target_and_a_larger_one_does_not() -> None:
-    target = (square(2, 2, 12, 8), 1)
-    assert polygons_box([target, (square(9, 1, 13, 9), 255)], (20, 10)) == (2, 2, 9, 9)
-    assert polygons_box([target, (square(0, 0, 19, 9), 255)], (20, 10)) == (2, 2, 13, 9)
-    assert polygons_box([(square(2, 2, 4, 4), 255)], (20, 10)) is None
 
 
 def test_the_union_of_boxes_leaves_out_what_is_not_there() -> None:

@@ -68,6 +68,20 @@ def test_a_surprising_reference_stops_the_scan(tmp_path: Path, change: Callable[
         refcoco.scan(tmp_path)
 
 
+def test_a_reference_that_is_given_twice_stops_the_scan(tmp_path: Path) -> None:
+    write_refcoco(tmp_path, [reference(0), reference(1), reference(0)])
+    with pytest.raises(ValueError, match=r"refs\(unc\)\.p\[2\]: field 'ref_id' is 0, as of an earlier record"):
+        refcoco.scan(tmp_path)
+
+
+def test_v3det_refuses_repeated_ids_too_and_does_without_annotation_ids(tmp_path: Path) -> None:
+    content, _ = v3det_files()
+    assert all("id" not in annotation for annotation in content["annotations"])
+    content["images"][1]["id"] = 0
+    with pytest.raises(ValueError, match=r"images\[1\]: field 'id' is 0, as of an earlier record"):
+        v3det.scan(write_v3det(tmp_path, content))
+
+
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no \{refcoco,refcoco\+,refcocog\}/refs"):
         refcoco.scan(tmp_path)
@@ -109,6 +123,9 @@ def test_odinw_asks_what_an_image_holds_once_and_knows_both_layouts(tmp_path: Pa
         (lambda coco: coco["annotations"][0].update(category_id=9), "category_id=9, and one of them is not listed"),
         (lambda coco: coco["annotations"][0].update(image_id=9), "image_id=9"),
         (lambda coco: coco["annotations"][0].update(rotation=9), "unknown field 'rotation'"),
+        (lambda coco: coco["images"][1].update(id=0), r"images\[1\]: field 'id' is 0, as of an earlier record"),
+        (lambda coco: coco["annotations"][3].update(id=1), r"annotations\[3\]: field 'id' is 1, as of an earlier"),
+        (lambda coco: coco["categories"][1].update(id=1), r"categories\[1\]: field 'id' is 1, as of an earlier"),
     ],
 )
 def test_a_surprising_annotation_file_stops_the_scan(tmp_path: Path, change: Callable[[dict], Any], fault: str) -> None:
@@ -130,6 +147,10 @@ def test_a_surprising_annotation_file_stops_the_scan(tmp_path: Path, change: Cal
         ([8, 12, 0, 24], "cat", "degenerate_box"),
         ([8, 12, -4, 24], "cat", "degenerate_box"),
         ([8, 12, float("nan"), 24], "cat", "not_finite_box"),
+        ([0.1, 0.2, 0.5, 0.5], "cat", "box_in_unit"),
+        ([0.6, 0.6, 0.9, 0.9], "cat", "box_in_unit"),  # xyxy in 0-1
+        ([0, 0, 1, 1], "cat", "box_in_unit"),
+        ([0, 0, 0, 0], "cat", "degenerate_box"),
         ([8, 12, 16, 24], "  ", "empty_phrase"),
         ([8, 12, 16, 24], " . ", "empty_phrase"),
         ([8, 12, 16, 24], "<|image_pad|>", "reserved_token"),

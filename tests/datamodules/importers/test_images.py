@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from datamodules.image_files import Frame
+from datamodules.image_loading import load_image
 from datamodules.importers.images import load_images
-from datamodules.samples import BoxAnswer, ImagePart, Sample, SampleError, TextPart
+from datamodules.samples import BoxAnswer, BoxPart, ImagePart, Sample, SampleError, TextPart
 from tests.datamodules.image_mutations import PNG_MAGIC, encoded, grey16, pixels, png_chunk
 from tests.datamodules.importers.published import jpeg
+from tests.datamodules.photographs import QUERY, SIZE, photograph, place_of, unit
 
 
 def sample(*names: str, **extra: object) -> Sample:
@@ -75,6 +78,52 @@ def test_files_that_boxes_would_not_fit_break_a_rule(
     tmp_path: Path, data: bytes, extra: dict, rule: str | None
 ) -> None:
     assert rule_of(tmp_path, data, **extra) == rule
+
+
+def boxed(*names: str, **extra: object) -> Sample:
+    """A question that marks the blue thing of image 0; the answer is the red thing of the last image."""
+    parts = [ImagePart(k) for k in range(len(names))]
+    marked = BoxPart(0, tuple(unit(QUERY)), "<|box_start|>(500,600),(900,900)<|box_end|>")
+    answer = BoxAnswer(len(names) - 1, tuple(unit()), "thing")
+    return Sample("s", "test", "rec", names, (*parts, TextPart("Where is "), marked), answer, extra=extra)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_of_stored_pixels_become_boxes_of_what_is_shown(tmp_path: Path, orientation: int) -> None:
+    data = photograph(1), photograph(orientation)
+    for index, file in enumerate(data):
+        (tmp_path / f"{index}.jpg").write_bytes(file)
+    loaded = load_images(boxed("0.jpg", "1.jpg", sizes=[list(SIZE)] * 2), tmp_path, "stored")
+    assert loaded.images == data
+    assert loaded.sample.answer.box == pytest.approx(place_of(data[1]))
+    assert loaded.sample.messages[-1].box == pytest.approx(place_of(data[0], "blue"))
+    shown = load_image(data[1], 10**6).size
+    assert loaded.sample.extra["sizes"] == [list(SIZE), list(shown)]
+    assert loaded.sample.extra.get("turned") == (None if orientation == 1 else "1 of 2")
+    assert Sample.from_json(loaded.sample.to_json()) == loaded.sample
+
+
+@pytest.mark.parametrize(
+    ("frame", "sizes", "rule"),
+    [
+        ("stored", [[80, 120]], "image_size"),  # measured in the image as it is shown, then
+        ("shown", [[120, 80]], "image_size"),
+        ("shown", [[80, 120]], None),
+        (None, [[120, 80]], "turned_image"),
+        (None, [[80, 120]], "turned_image"),
+    ],
+)
+def test_the_annotations_size_must_be_that_of_its_frame(
+    tmp_path: Path, frame: Frame | None, sizes: list, rule: str | None
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(photograph(6))
+    sample = boxed("a.jpg", sizes=sizes)
+    if rule is None:
+        assert load_images(sample, tmp_path, frame).sample == sample
+    else:
+        with pytest.raises(SampleError) as caught:
+            load_images(sample, tmp_path, frame)
+        assert caught.value.rule == rule
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,49 @@
+"""Questions whose boxes were measured in the stored pixels of photographs that EXIF turns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from datamodules.boxes import turn_size
+from datamodules.image_files import read_header
+from datamodules.samples import BoxAnswer, Sample
+from datamodules.turned import boxed_images, turn_sample
+
+TURNED = "kept: boxes of a turned photograph"
+
+
+def turn_questions(samples: Sequence[Sample], folder: Path) -> tuple[list[Sample], int]:
+    """The samples with their boxes as their images, files below `folder`, are shown, and how many that changed.
+
+    Only images with a box in them are opened, each once. `extra["size"]`, the stored size that the annotation says, is
+    that of the answer's image and turns with it. An image that is not there, or no image, turns nothing: its question
+    is refused when it is asked.
+    """
+    known: dict[str, int] = {}
+    found = []
+    for sample in samples:
+        names = {index: sample.images[index] for index in boxed_images(sample)}
+        for name in names.values():
+            if name not in known:
+                known[name] = orientation_of(folder / name)
+        found.append(_turned(sample, {index: known[name] for index, name in names.items()}))
+    return found, sum(new is not old for new, old in zip(found, samples, strict=True))
+
+
+def orientation_of(path: Path) -> int:
+    """EXIF's orientation of an image file, 1 to 8; 1 for one that cannot be looked at."""
+    try:
+        with path.open("rb") as file:
+            return read_header(file).orientation
+    except (OSError, ValueError):
+        return 1  # whoever reads the file itself says what is wrong with it
+
+
+def _turned(sample: Sample, orientations: dict[int, int]) -> Sample:
+    new = turn_sample(sample, orientations)
+    if new is not sample and "size" in sample.extra and isinstance(sample.answer, BoxAnswer):
+        width, height = turn_size(tuple(sample.extra["size"]), orientations[sample.answer.image])
+        new = replace(new, extra={**sample.extra, "size": [width, height]})
+    return new
