@@ -98,7 +98,7 @@ class StoredImage:
                 data = self.source.read()
                 if not any(mark in data for mark in _PNG_MARKS):
                     return 1
-                image = Image.open(io.BytesIO(data), formats=("PNG",))
+                image = open_image(data).image
             found = image.getexif().get(_ORIENTATION, 1)
             return found if found in range(1, 9) else 1  # Pillow shows an image of any other value as it is stored
 

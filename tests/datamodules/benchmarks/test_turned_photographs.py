@@ -18,13 +18,13 @@ import pyarrow.parquet as parquet
 import pytest
 
 from datamodules.answerers import Reply
-from datamodules.batches import load_image
 from datamodules.benchmarks import lisa, mig_bench_suite, mmiu, odinw, ref_l4, revos
 from datamodules.benchmarks.masks import encode_counts
 from datamodules.benchmarks.mig_bench import load_mig_bench
 from datamodules.benchmarks.schema import Benchmark
 from datamodules.benchmarks.scoring import predict
 from datamodules.boxes import Convention, ImageGeometry
+from datamodules.image_loading import load_image
 from datamodules.prompts import PromptStyle, build_messages
 from datamodules.samples import Sample, SampleError
 from datamodules.synthetic.twins.build import write_twin
