@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from datamodules.boxes import Convention, ImageGeometry
+from datamodules.pretrained import load_processor
 from datamodules.prompts import PromptStyle, build_messages, target_text
 from datamodules.samples import LoadedSample, Sample, SampleError
 
@@ -197,9 +198,7 @@ class Encoder:
 
     @cached_property
     def processor(self) -> Any:
-        from transformers import AutoProcessor  # a slow import, needed only where samples are encoded
-
-        processor = AutoProcessor.from_pretrained(self.processor_path)
+        processor = load_processor(self.processor_path)
         if self.max_resized_pixels is not None:
             shortest = processor.image_processor.size["shortest_edge"]
             processor.image_processor.size = {"shortest_edge": shortest, "longest_edge": self.max_resized_pixels}

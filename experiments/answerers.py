@@ -15,7 +15,7 @@ from datamodules.dialects import find_dialect
 from datamodules.prompts import PromptStyle
 from experiments import phases
 from lightning_modules.endpoint import EndpointSettings
-from lightning_modules.model_folder import MODEL_TYPE, check_image_text_model, check_model, read_model_type
+from datamodules.model_folder import MODEL_TYPE, check_image_text_model, check_model, read_model_type
 
 ALIASES = {"nano": "models/nano-base"}
 

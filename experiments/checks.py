@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from datamodules.shards import folder_list, read_manifest
-from lightning_modules.model_folder import check_model
+from datamodules.model_folder import check_model
 
 SHARDED = "sharded (FSDP2)"
 REFUSED_STRATEGIES = {

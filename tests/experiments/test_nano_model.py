@@ -25,7 +25,7 @@ from experiments.nano_model import (
     build_tokenizer,
     corpus,
 )
-from lightning_modules.qwen_vl import new_model
+from datamodules.pretrained import new_model
 
 TOKENIZER = build_tokenizer(corpus(0, 300))
 
