@@ -12,7 +12,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
-# All files beside the weights that say how a model is loaded, asked and decoded, in the layouts of transformers 4 and 5.
+# Every file beside the weights that says how a model is loaded, asked and decoded, as transformers 4 and 5 lay it out.
 COMPANIONS = (
     CONFIG,
     "generation_config.json",

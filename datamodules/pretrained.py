@@ -25,6 +25,7 @@ from torch import Tensor
 from datamodules.model_folder import (
     ModelError,
     check_image_text_model,
+    check_model,
     check_processor,
     first_line,
     local_folder,
@@ -56,15 +57,23 @@ def load_model(
     return model
 
 
-def check_weights(path: str | Path) -> None:
-    """Raise ModelError unless every tensor of the model is in its files, in the right shape: `load_model` without
-    reading a value, in a second or two for any size. `path` is a folder that `check_model` finds nothing wrong with."""
+def check_policy(path: str | Path) -> None:
+    """Raise ModelError for all about a Qwen2.5-VL's folder that can be told in seconds, without reading a value: its
+    files, its tensors' names and shapes, its processor."""
+    check_model(path)
+    check_tensors(path)
+    load_processor(path)
+
+
+def check_tensors(path: str | Path, attention: str | None = ATTENTION) -> None:
+    """Raise ModelError unless every tensor of the model is in its files, in the right shape: `load_model` on the meta
+    device. The files themselves have been checked (`check_model`, `check_image_text_model`)."""
     from transformers.utils import logging as progress
 
     shown = progress.is_progress_bar_enabled()
     progress.disable_progress_bar()
     try:
-        _fill(path, torch.float32, ATTENTION, False, device_map={"": "meta"})
+        _fill(path, torch.float32, attention, False, device_map={"": "meta"})
     finally:
         if shown:
             progress.enable_progress_bar()

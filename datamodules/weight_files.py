@@ -97,7 +97,7 @@ def stored_tensors(file: Path) -> list[StoredTensor]:
         raise BrokenFile(fault)
     try:
         with safe_open(file, framework="numpy") as tensors:
-            slices = [(name, tensors.get_slice(name)) for name in tensors.keys()]  # noqa: SIM118: no mapping
+            slices = [(name, tensors.get_slice(name)) for name in tensors.keys()]  # noqa: SIM118
             return [StoredTensor(name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices]
     except SafetensorError as error:
         raise BrokenFile(_damage(file, error)) from error

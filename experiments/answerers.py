@@ -12,10 +12,11 @@ from datamodules.answerers import Answerer
 from datamodules.boxes import Convention
 from datamodules.chat_requests import RequestForm
 from datamodules.dialects import find_dialect
+from datamodules.model_folder import MODEL_TYPE, check_image_text_model, read_model_type
+from datamodules.pretrained import ANY_ATTENTION, check_policy, check_tensors
 from datamodules.prompts import PromptStyle
 from experiments import phases
 from lightning_modules.endpoint import EndpointSettings
-from datamodules.model_folder import MODEL_TYPE, check_image_text_model, check_model, read_model_type
 
 ALIASES = {"nano": "models/nano-base"}
 
@@ -95,10 +96,12 @@ def choose_answerer(model: str, endpoint: EndpointSettings | None, options: Mode
         if endpoint.model not in ("", model):
             raise ValueError(f"endpoint.model={endpoint.model!r} and model={model!r} must be one: leave out the former")
         return ServedSettings(replace(endpoint, model=model), _form(options, model), max_tokens)
-    found = read_model_type(model, options.trust_remote_code)
+    found = read_model_type(model)
     if found == MODEL_TYPE:
         return _policy_settings(model, options)
     check_image_text_model(model, options.trust_remote_code)
+    if not options.trust_remote_code:  # a model's own code may not know the meta device
+        check_tensors(model, ANY_ATTENTION)
     form = _form(options, found, model)
     return ImageTextSettings(model, form, max_tokens, options.dtype, options.device, options.trust_remote_code)
 
@@ -140,7 +143,7 @@ def _make_policy(settings: PolicySettings, device: str) -> Answerer:
 
 
 def _policy_settings(model: str, options: ModelOptions) -> PolicySettings:
-    check_model(model)
+    check_policy(model)
     faults = [
         f"{name}={value!r} is for other models; {model!r} is a Qwen2.5-VL: convention, style and label_images"
         for name, value, default in (("dialect", options.dialect, "auto"), ("before_image", options.before_image, None))

@@ -36,6 +36,7 @@ from datamodules.artefacts import (
 from datamodules.boxes import geometries_from_json
 from datamodules.chat_requests import RequestForm
 from datamodules.dialects import find_dialect
+from datamodules.model_folder import ModelError
 from datamodules.shards import MANIFEST, ShardReader, folder_list
 from experiments import checks, phases
 from experiments.rationales import Verdict, format_report, group_responses, judge, summarise, write_rationales
@@ -211,7 +212,7 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of `make synthesize`."""
     try:
         auto_cli(synthesize, as_positional=False, args=args)
-    except (checks.SettingsError, EndpointMisused, EndpointUnavailable) as error:
+    except (checks.SettingsError, EndpointMisused, EndpointUnavailable, ModelError) as error:
         sys.exit(str(error))
 
 

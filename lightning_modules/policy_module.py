@@ -80,7 +80,7 @@ class PolicyModule(LightningModule):
 
     def faults(self) -> list[str]:
         """Every setting that cannot work, as one sentence each; subclasses add theirs."""
-        faults = []
+        faults = self.lora.faults() if self.lora is not None else []
         for name in ("learning_rate", "accumulate", "max_tokens_per_row"):
             if getattr(self, name) <= 0:
                 faults.append(f"{name}={getattr(self, name)} must be greater than 0")

@@ -45,8 +45,7 @@ def check_settings(lora: LoraSettings | None, dtype: str) -> None:
     faults = []
     if dtype not in DTYPES:
         faults.append(f"dtype={dtype!r} is none of {sorted(DTYPES)}")
-    if lora is not None and not lora.targets:
-        faults.append(f"lora.targets={lora.targets!r} names no layer, but lora.rank={lora.rank}; use lora=None")
+    faults += lora.faults() if lora is not None else []
     if faults:
         raise ValueError("; ".join(faults))
 
@@ -258,7 +257,7 @@ class QwenVL(nn.Module):
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def save_merged(self, folder: str | Path, write: bool = True) -> None:
-        """Write the model's folder again with the adapter merged into its weights (`write_merged`), whole or not at all,
+        """Write the model's folder again with the adapter merged into its weights (`write_merged`): whole or not at all,
         replacing what was there. Where there are several ranks all call it, and one with `write`."""
         merged = self.sharded.copy(place="cpu" if write else "meta") if self.sharded is not None else None
         if not write:
