@@ -94,11 +94,10 @@ def skeleton(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model that `config.json` describes, with new weights on the default device: on the meta device, none."""
     from transformers import AutoModelForImageTextToText
 
-    config = load_config(path)
     return _loaded(
         path,
         AutoModelForImageTextToText.from_config,
-        config,
+        load_config(path),
         dtype=dtype,
         attn_implementation=ATTENTION,
         trust_remote_code=False,
@@ -112,12 +111,17 @@ def new_model(config: PreTrainedConfig) -> PreTrainedModel:
     return AutoModelForImageTextToText.from_config(config, attn_implementation=ATTENTION, trust_remote_code=False)
 
 
-def load_config(path: str | Path) -> PreTrainedConfig:
-    """The configuration of a folder or Hub repository. Raises ModelError."""
+def load_config(
+    path: str | Path, attention: str | None = ATTENTION, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """The configuration of a folder or Hub repository, with this attention implementation. Raises ModelError."""
     from transformers import AutoConfig
 
-    folder = local_folder(path, weights=False)
-    return _loaded(path, AutoConfig.from_pretrained, folder, trust_remote_code=False)
+    folder = local_folder(path, weights=False, code=trust_remote_code)
+    config = _loaded(path, AutoConfig.from_pretrained, folder, trust_remote_code=trust_remote_code)
+    # An argument would not do: `_attn_implementation` in config.json is read after it, and may name code on the Hub.
+    config._attn_implementation = attention
+    return config
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -164,11 +168,13 @@ def _fill(
     """A model whose every tensor comes from the files of `path`. Raises ModelError."""
     from transformers import AutoModelForImageTextToText
 
+    config = load_config(path, attention, trust_remote_code)
     with _without_report():
         model, found = _loaded(
             path,
             AutoModelForImageTextToText.from_pretrained,
             local_folder(path, code=trust_remote_code),
+            config=config,
             dtype=dtype,
             use_safetensors=True,
             attn_implementation=attention,
