@@ -73,7 +73,7 @@ def lora_config(lora: LoraSettings) -> LoraConfig:
 
 def _pattern(layers: Sequence[str]) -> str:
     # The vision tower has gate, up and down projections too, so the pattern names the language model.
-    return rf".*\blanguage_model\..*\.({'|'.join(map(re.escape, layers))})"
+    return rf".*\blanguage_model\.(?:.*\.)?({'|'.join(map(re.escape, layers))})"
 
 
 def _unmatched(model: nn.Module, layers: Sequence[str]) -> list[str]:

@@ -257,8 +257,8 @@ class QwenVL(nn.Module):
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def save_merged(self, folder: str | Path, write: bool = True) -> None:
-        """Write the model's folder again with the adapter merged into its weights (`write_merged`): whole or not at all,
-        replacing what was there. Where there are several ranks all call it, and one with `write`."""
+        """Write the model's folder again with the adapter merged into its weights (`write_merged`), whole or not at
+        all, replacing what was there. Where there are several ranks all call it, and one with `write`."""
         merged = self.sharded.copy(place="cpu" if write else "meta") if self.sharded is not None else None
         if not write:
             return

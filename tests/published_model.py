@@ -1,5 +1,6 @@
-"""A tiny random Qwen2.5-VL folder in the layout in which Qwen publishes it (that of transformers 4): a flat config.json,
-preprocessor_config.json, vocab.json and merges.txt, tensors named `model.layers.…` and `visual.…` in several files."""
+"""A tiny random Qwen2.5-VL folder in the layout in which Qwen publishes it (that of transformers 4): a flat
+config.json, preprocessor_config.json, vocab.json and merges.txt, tensors named `model.layers.…` and
+`visual.…` in several files."""
 
 from __future__ import annotations
 

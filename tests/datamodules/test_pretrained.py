@@ -78,7 +78,8 @@ def test_names_of_an_adapter_model_are_told_as_such(copy: Path) -> None:
 
 
 def test_a_tensor_that_the_configuration_has_no_place_for_is_named(copy: Path) -> None:
-    change_tensors(copy, lambda tensors: tensors | {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(4, 64)})
+    name = "model.layers.0.self_attn.q_proj.lora_A.weight"
+    change_tensors(copy, lambda tensors: tensors | {name: torch.zeros(4, 64)})
     assert "1 tensor unexpected (model.language_model.layers.0.self_attn.q_proj.lora_A.weight)" in refusal(copy)
     edit_json(copy / "config.json", num_hidden_layers=1)  # a layer that would be left out in silence
     assert "tensors unexpected" in refusal(copy)
@@ -135,7 +136,8 @@ CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nclass
 
 def test_a_processors_own_code_is_not_run_whatever_stdin_says(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (copy / "own.py").write_text(CODE.replace("Path(__file__)", f"Path({str(copy / 'own.py')!r})"))
-    own = {"processor_class": "OwnProcessor", "auto_map": {"AutoProcessor": "own.Own", "AutoTokenizer": ["own.Own", None]}}
+    own_map = {"AutoProcessor": "own.Own", "AutoTokenizer": ["own.Own", None]}
+    own = {"processor_class": "OwnProcessor", "auto_map": own_map}
     for name in ("preprocessor_config.json", "tokenizer_config.json"):
         edit_json(copy / name, **own)
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 100))
