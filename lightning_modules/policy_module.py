@@ -37,9 +37,9 @@ STATE_KEY = "policy_module"
 class PolicyModule(LightningModule):
     """A trained Qwen2.5-VL. The constructor is cheap: weights are read in `configure_model`.
 
-    model: folder or Hub name. lora: null trains all weights of the language model. dtype: of the weights.
-    activation_gib: with gradient_checkpointing on a GPU, checkpoint only as many layers as keep their activations
-    within it (null: all). betas, weight_decay: AdamW. warmup_fraction: share of all updates. max_grad_norm: null does
+    model: folder or Hub name. lora: `LoraSettings`; null trains all weights of the language model. dtype: of the
+    weights. activation_gib: with gradient_checkpointing on a GPU, checkpoint only as many layers as keep their
+    activations within it (null: all). betas, weight_decay: AdamW. warmup_fraction: share of all updates. max_grad_norm: null does
     not clip. accumulate: batches to an update (trainer.accumulate_grad_batches stays 1). max_tokens_per_row: packed
     length of one forward pass. seed: of everything random.
     """
