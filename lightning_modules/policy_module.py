@@ -39,9 +39,9 @@ class PolicyModule(LightningModule):
 
     model: folder or Hub name. lora: `LoraSettings`; null trains all weights of the language model. dtype: of the
     weights. activation_gib: with gradient_checkpointing on a GPU, checkpoint only as many layers as keep their
-    activations within it (null: all). betas, weight_decay: AdamW. warmup_fraction: share of all updates. max_grad_norm: null does
-    not clip. accumulate: batches to an update (trainer.accumulate_grad_batches stays 1). max_tokens_per_row: packed
-    length of one forward pass. seed: of everything random.
+    activations within it (null: all). betas, weight_decay: AdamW. warmup_fraction: share of all updates.
+    max_grad_norm: null does not clip. accumulate: batches to an update (trainer.accumulate_grad_batches stays 1).
+    max_tokens_per_row: packed length of one forward pass. seed: of everything random.
     """
 
     def __init__(
