@@ -18,6 +18,7 @@ from torch import Tensor
 
 from datamodules.boxes import Convention, ImageGeometry
 from datamodules.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS, decode_images, open_images
+from datamodules.pretrained import load_processor
 from datamodules.prompts import PromptStyle, build_messages, target_text
 from datamodules.samples import LoadedSample, Sample, SampleError
 
@@ -163,9 +164,7 @@ class Encoder:
 
     @cached_property
     def processor(self) -> Any:
-        from transformers import AutoProcessor  # a slow import, needed only where samples are encoded
-
-        processor = AutoProcessor.from_pretrained(self.processor_path)
+        processor = load_processor(self.processor_path)
         if self.max_resized_pixels is not None:
             shortest = processor.image_processor.size["shortest_edge"]
             processor.image_processor.size = {"shortest_edge": shortest, "longest_edge": self.max_resized_pixels}

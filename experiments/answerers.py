@@ -13,11 +13,12 @@ from datamodules.boxes import Convention
 from datamodules.chat_requests import RequestForm
 from datamodules.dialects import find_dialect
 from datamodules.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
+from datamodules.model_folder import MODEL_TYPE, check_image_text_model, read_model_type
+from datamodules.pretrained import ANY_ATTENTION, check_policy, check_tensors
 from datamodules.prompts import PromptStyle
 from experiments import phases
 from lightning_modules.endpoint import EndpointSettings
 from lightning_modules.generation import Generation, stating
-from lightning_modules.model_folder import MODEL_TYPE, check_image_text_model, check_model, read_model_type
 
 if TYPE_CHECKING:
     from lightning_modules.qwen_vl import QwenVL
@@ -107,10 +108,12 @@ def choose_answerer(model: str, endpoint: EndpointSettings | None, options: Mode
             raise ValueError(f"endpoint.model={endpoint.model!r} and model={model!r} must be one: leave out the former")
         stating(endpoint, options.generation)  # raises where extra_body contradicts it
         return ServedSettings(replace(endpoint, model=model), _form(options, model), max_tokens, options.generation)
-    found = read_model_type(model, options.trust_remote_code)
+    found = read_model_type(model)
     if found == MODEL_TYPE:
         return _policy_settings(model, options)
     check_image_text_model(model, options.trust_remote_code)
+    if not options.trust_remote_code:  # a model's own code may not know the meta device
+        check_tensors(model, ANY_ATTENTION)
     form = _form(options, found, model)
     how = (options.dtype, options.device, options.trust_remote_code, options.generation)
     return ImageTextSettings(model, form, max_tokens, *how)
@@ -163,7 +166,7 @@ def make_engine(policy: QwenVL, generation: Generation) -> RolloutEngine:
 
 
 def _policy_settings(model: str, options: ModelOptions) -> PolicySettings:
-    check_model(model)
+    check_policy(model)
     faults = [
         f"{name}={value!r} is for other models; {model!r} is a Qwen2.5-VL: convention, style and label_images"
         for name, value, default in (("dialect", options.dialect, "auto"), ("before_image", options.before_image, None))

@@ -19,6 +19,7 @@ from callbacks.evaluation import answers_key, ask_share
 from datamodules.benchmarks.registry import load_benchmark
 from datamodules.benchmarks.schema import limit_columns
 from datamodules.boxes import Convention
+from datamodules.model_folder import ModelError
 from datamodules.processes import end_with_parent
 from experiments.answerers import AnswererSettings, make_answerer
 
@@ -58,12 +59,14 @@ class Ended:
 class Failed:
     rank: int
     trace: str
+    model_error: str | None = None  # where it is the model that cannot be used
 
 
 def ask_all(job: Job, totals: Mapping[str, int], processes: int) -> Iterator[Ended]:
     """Yields a benchmark's last `Ended`, when all processes are through with it.
 
-    Raises RuntimeError with the traceback of a process that failed; the others are ended then.
+    Raises RuntimeError with the traceback of a process that failed, ModelError where its model cannot be used; the
+    others are ended then.
     """
     events = _events(job, processes) if processes > 1 else _events_here(job)
     ended: Counter[str] = Counter()
@@ -120,6 +123,8 @@ def _events(job: Job, processes: int) -> Iterator[Any]:
             except queue.Empty:
                 _check_alive(workers)
                 continue
+            if isinstance(event, Failed) and event.model_error:
+                raise ModelError(event.model_error)
             if isinstance(event, Failed):
                 raise RuntimeError(f"process {event.rank} of {processes} failed:\n{event.trace}")
             yield event
@@ -143,5 +148,6 @@ def _work(job: Job, rank: int, world_size: int, messages: Any) -> None:
     try:
         for _ in ask_rank(job, rank, world_size, messages.put):
             pass
-    except Exception:
-        messages.put(Failed(rank, traceback.format_exc()))
+    except Exception as error:
+        reason = str(error) if isinstance(error, ModelError) else None
+        messages.put(Failed(rank, traceback.format_exc(), reason))

@@ -18,13 +18,14 @@ from pathlib import Path
 import torch
 from torch import distributed, multiprocessing
 
+from datamodules.pretrained import new_model
 from experiments.base_language import LanguageStage
 from experiments.base_run import CHECKPOINT, LOG, StageRun
 from experiments.base_settings import BaseSettings
 from experiments.base_tower import TowerStage
 from experiments.commands import command
 from experiments.nano_model import build_config, build_processor
-from lightning_modules.qwen_vl import QwenVL, new_model
+from lightning_modules.qwen_vl import QwenVL
 
 STAGES = (TowerStage, LanguageStage)
 

@@ -12,8 +12,8 @@ from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoProcessor
 
+from datamodules.pretrained import load_processor
 from experiments.base_run import share_of
 from experiments.base_settings import BaseSettings
 from experiments.pictures import Picture, PictureEncoder, accuracy
@@ -28,7 +28,7 @@ class LanguageStage:
         self.settings = settings
         self.policy = QwenVL(str(folder))
         self.heads = nn.ModuleList()
-        self.encoder = PictureEncoder(AutoProcessor.from_pretrained(folder), settings.grounding_turns)
+        self.encoder = PictureEncoder(load_processor(folder), settings.grounding_turns)
         self.num_steps, self.learning_rate = settings.language_steps, settings.language_learning_rate
 
     def batches(self, start: int, rank: int = 0, world_size: int = 1) -> Iterator[list[Picture]]:

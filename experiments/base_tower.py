@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoProcessor
 
 from datamodules.boxes import Box, Convention, ImageGeometry, iou
+from datamodules.pretrained import load_processor
 from datamodules.synthetic.puzzles import close_up
 from datamodules.synthetic.single_image import crowd, single_scene
 from datamodules.synthetic.world import COLOURS, FILLS, SHAPES, Thing, crop_scene, draw_scene, random_scene
@@ -133,7 +133,7 @@ class TowerStage:
         self.policy.base.model.visual.requires_grad_(True)
         torch.manual_seed(settings.seed)
         self.heads = Heads(settings.text_width)
-        self.image_processor = AutoProcessor.from_pretrained(folder).image_processor
+        self.image_processor = load_processor(folder).image_processor
         self.num_steps, self.learning_rate = settings.tower_steps, settings.tower_learning_rate
 
     def batches(self, start: int, rank: int = 0, world_size: int = 1) -> Iterator[Cells]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from datamodules.pretrained import check_policy
 from datamodules.shards import folder_list, read_manifest
-from lightning_modules.model_folder import check_model
 
 SHARDED = "sharded (FSDP2)"
 REFUSED_STRATEGIES = {
@@ -74,9 +74,9 @@ def training_faults(settings: Mapping) -> list[str]:
 
 
 def model_faults(path: str) -> list[str]:
-    """Faults of a model folder or Hub name."""
+    """Faults of a model folder or Hub name, its tensors among them, before any value is read."""
     try:
-        check_model(path)
+        check_policy(path)
     except (ValueError, OSError) as error:
         return [str(error)]
     return []

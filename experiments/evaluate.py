@@ -25,6 +25,7 @@ from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
 from datamodules.benchmarks.mig_scoring import format_table, summarise
 from datamodules.boxes import Convention
 from datamodules.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
+from datamodules.model_folder import ModelError
 from datamodules.prompts import PromptStyle
 from experiments import checks, phases, tracking
 from experiments.asking import share_cores
@@ -137,7 +138,7 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of `make eval`."""
     try:
         auto_cli(evaluate, as_positional=False, args=args)
-    except (checks.SettingsError, phases.OtherVersion) as error:
+    except (checks.SettingsError, phases.OtherVersion, ModelError) as error:
         sys.exit(str(error))
 
 

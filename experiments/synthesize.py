@@ -37,6 +37,7 @@ from datamodules.boxes import geometries_from_json
 from datamodules.chat_requests import RequestForm
 from datamodules.dialects import find_dialect
 from datamodules.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
+from datamodules.model_folder import ModelError
 from datamodules.shards import MANIFEST, ShardReader, folder_list
 from experiments import checks, phases
 from experiments.commands import command
@@ -220,7 +221,7 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of `make synthesize`."""
     try:
         auto_cli(synthesize, as_positional=False, args=args)
-    except (checks.SettingsError, EndpointMisused, EndpointUnavailable) as error:
+    except (checks.SettingsError, EndpointMisused, EndpointUnavailable, ModelError) as error:
         sys.exit(str(error))
 
 

@@ -28,6 +28,7 @@ from callbacks.checkpoints import RunStopped, WholeCheckpoints, WindowCheckpoint
 from callbacks.rank_watch import RankWatch, end_with_launcher
 from datamodules.artefacts import StorageError, fingerprint, path_fingerprint, write_atomic
 from datamodules.boxes import Convention
+from datamodules.model_folder import ModelError
 from datamodules.multi_image import MultiImageData
 from experiments import checks, metrics, phases, tracking
 from experiments.commands import command
@@ -246,7 +247,7 @@ def main(args: list[str] | None = None) -> None:
             cli = None  # its weights are not needed beside those that are now loaded
             tracking.finish_run()
             print(rolled_back, flush=True)
-        except (checks.SettingsError, phases.OtherVersion, RunStopped) as reason:
+        except (checks.SettingsError, phases.OtherVersion, RunStopped, ModelError) as reason:
             sys.exit(str(reason))
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -17,24 +20,72 @@ from datamodules.artefacts import whole_folder
 from lightning_modules.layers import HALF
 from lightning_modules.lora_linear import FusedLoraLinear
 
+ALL_LINEAR = "all-linear"  # as PEFT calls it
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """LoRA on linear layers of the language model; `targets` are names of modules inside it."""
+    """LoRA on linear layers of the language model; the vision tower never gets any.
+
+    rank, alpha: as in the LoRA paper (arXiv:2106.09685); the delta is scaled by alpha / rank. dropout: of the adapter's
+    input. targets: names of linear layers, `LINEAR_LAYERS`, also with parents in front (`mlp.up_proj`,
+    `layers.3.self_attn.q_proj`), or "all-linear" for all of them.
+    """
 
     rank: int = 64
     alpha: int = 128
     dropout: float = 0.0
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets: tuple[str, ...] | Literal["all-linear"] = LINEAR_LAYERS
+
+    def layers(self) -> tuple[str, ...]:
+        """The names that `targets` means."""
+        return LINEAR_LAYERS if self.targets in (ALL_LINEAR, (ALL_LINEAR,)) else tuple(self.targets)
+
+    def faults(self) -> list[str]:
+        """Every setting that cannot work, as one sentence each."""
+        faults = [
+            f"lora.{name}={value} must be greater than 0; lora=null trains without an adapter"
+            for name, value in (("rank", self.rank), ("alpha", self.alpha))
+            if value <= 0
+        ]
+        if not 0 <= self.dropout < 1:
+            faults.append(f"lora.dropout={self.dropout} must be in [0, 1)")
+        if not self.layers():
+            faults.append(f"lora.targets={self.targets!r} names no layer, but lora.rank={self.rank}; use lora=null")
+        if unknown := [name for name in self.layers() if name.rpartition(".")[2] not in LINEAR_LAYERS]:
+            faults.append(_unknown_targets(unknown))
+        return faults
+
+
+def _unknown_targets(names: Sequence[str]) -> str:
+    return (
+        f"lora.targets: {', '.join(map(repr, names))} match{'es' if len(names) == 1 else ''} no linear layer of the"
+        f" language model, which has {', '.join(LINEAR_LAYERS)}; or {ALL_LINEAR!r} for all of them"
+    )
 
 
 def lora_config(lora: LoraSettings) -> LoraConfig:
-    # The vision tower has gate, up and down projections too, so the pattern names the language model.
-    pattern = rf".*\blanguage_model\..*\.({'|'.join(lora.targets)})"
+    """PEFT's settings for an adapter on the language model alone."""
+    pattern = _pattern(lora.layers())
     return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=pattern)
 
 
+def _pattern(layers: Sequence[str]) -> str:
+    # The vision tower has gate, up and down projections too, so the pattern names the language model.
+    return rf".*\blanguage_model\.(?:.*\.)?({'|'.join(map(re.escape, layers))})"
+
+
+def _unmatched(model: nn.Module, layers: Sequence[str]) -> list[str]:
+    """Those names that no linear layer of the language model has. PEFT is content if any of them matches."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [layer for layer in layers if not any(re.fullmatch(_pattern([layer]), name) for name in linear)]
+
+
 def with_adapter(model: nn.Module, lora: LoraSettings) -> PeftModel:
+    """The model with a new adapter. Raises ValueError for a target that matches no linear layer."""
+    if unmatched := _unmatched(model, lora.layers()):
+        raise ValueError(_unknown_targets(unmatched))
     with warnings.catch_warnings():
         # PEFT reads an attribute that transformers has renamed.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)

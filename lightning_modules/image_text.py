@@ -12,12 +12,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from datamodules.answerers import Load, Reply
 from datamodules.artefacts import path_fingerprint
 from datamodules.boxes import Convention, ImageGeometry
 from datamodules.chat_requests import ChatRequest, RequestForm, build_turn
+from datamodules.pretrained import ANY_ATTENTION, load_model, load_processor
 from datamodules.samples import Sample, SampleError
 from lightning_modules.generation import Generation, configure, own_seed, rules
 
@@ -40,10 +40,8 @@ class ImageTextAnswerer:
     ) -> None:
         self.form, self.max_tokens, self.generation = form, max_tokens, generation
         self.name, self.dtype = model, dtype
-        self.processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
-        self.model = AutoModelForImageTextToText.from_pretrained(
-            model, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trust_remote_code
-        )
+        self.processor = load_processor(model, trust_remote_code)
+        self.model = load_model(model, getattr(torch, dtype), ANY_ATTENTION, trust_remote_code)
         self.model.to(device).eval()
         self.ends = self._ends()
         own = self.model.generation_config

@@ -18,8 +18,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datamodules.artefacts import read_json, write_json
+from datamodules.model_folder import CONFIG, check_image_text_model, local_folder
+from datamodules.pretrained import ANY_ATTENTION, check_tensors, check_values
 from datamodules.processes import end_with_parent
 from lightning_modules.generation import NEUTRAL, TOKEN_IDS
 
@@ -39,10 +42,14 @@ class LocalServer:
 def local_server(model: str, work: Path, device: str = "auto", startup_seconds: float = 600.0) -> Iterator[LocalServer]:
     """Serve `model`, a folder or Hub name, until the context is left. `work` gets server.log and the served folder.
 
-    Raises RuntimeError with the end of the log when the server does not come up.
+    Raises ModelError for a model that lacks weights or has some that are not finite: the server itself would fill gaps
+    with random numbers. Raises RuntimeError with the end of the log when the server does not come up.
     """
+    check_image_text_model(model)
+    check_tensors(model, ANY_ATTENTION)
+    check_values(model)
     work.mkdir(parents=True, exist_ok=True)
-    served = str(sampling_folder(Path(model), work / "model")) if Path(model).is_dir() else model
+    served = str(sampling_folder(local_folder(model), work / "model"))
     port = _free_port()
     command = [sys.executable, "-m", "lightning_modules.local_server", str(os.getpid()), served]
     command += ["--host", HOST, "--port", str(port), "--device", device]
@@ -58,21 +65,31 @@ def local_server(model: str, work: Path, device: str = "auto", startup_seconds: 
 
 
 def sampling_folder(model: Path, folder: Path) -> Path:
-    """A copy of a model folder, by links, whose generation settings sample, by the request's temperature alone.
+    """A copy of a model folder, by links, whose generation settings sample, by the request's temperature alone, and
+    whose configuration names no attention.
 
     `transformers serve` takes temperature and top_p from the request, but whether to sample at all, and all other
-    samplers, from the model alone.
+    samplers, from the model alone. An attention implementation that a configuration names may be code on the Hub.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for file in sorted(model.resolve().iterdir()):
-        if file.is_file() and file.name != GENERATION:
+        if file.is_file() and file.name not in (GENERATION, CONFIG):
             (folder / file.name).symlink_to(file)
     own = read_json(model / GENERATION)
     ids = {name: own[name] for name in ("eos_token_id", *TOKEN_IDS) if own.get(name) is not None}
     # top_k 0 is off; where it is missing, transformers takes 50.
     write_json(folder / GENERATION, NEUTRAL | ids | {"do_sample": True, "top_k": 0, "top_p": 1.0})
+    write_json(folder / CONFIG, _without_attention(read_json(model / CONFIG)))
     return folder.resolve()
+
+
+def _without_attention(config: Any) -> Any:
+    """A configuration, nested as it may be, without the names of attention implementations."""
+    if not isinstance(config, dict):
+        return config
+    named = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+    return {key: _without_attention(value) for key, value in config.items() if key not in named}
 
 
 def _free_port() -> int:

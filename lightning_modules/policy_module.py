@@ -37,11 +37,11 @@ STATE_KEY = "policy_module"
 class PolicyModule(LightningModule):
     """A trained Qwen2.5-VL. The constructor is cheap: weights are read in `configure_model`.
 
-    model: folder or Hub name. lora: null trains all weights of the language model. dtype: of the weights.
-    activation_gib: with gradient_checkpointing on a GPU, checkpoint only as many layers as keep their activations
-    within it (null: all). betas, weight_decay: AdamW. warmup_fraction: share of all updates. max_grad_norm: null does
-    not clip. accumulate: batches to an update (trainer.accumulate_grad_batches stays 1). max_tokens_per_row: packed
-    length of one forward pass. seed: of everything random.
+    model: folder or Hub name. lora: `LoraSettings`; null trains all weights of the language model. dtype: of the
+    weights. activation_gib: with gradient_checkpointing on a GPU, checkpoint only as many layers as keep their
+    activations within it (null: all). betas, weight_decay: AdamW. warmup_fraction: share of all updates.
+    max_grad_norm: null does not clip. accumulate: batches to an update (trainer.accumulate_grad_batches stays 1).
+    max_tokens_per_row: packed length of one forward pass. seed: of everything random.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class PolicyModule(LightningModule):
 
     def faults(self) -> list[str]:
         """Every setting that cannot work, as one sentence each; subclasses add theirs."""
-        faults = []
+        faults = self.lora.faults() if self.lora is not None else []
         for name in ("learning_rate", "accumulate", "max_tokens_per_row"):
             if getattr(self, name) <= 0:
                 faults.append(f"{name}={getattr(self, name)} must be greater than 0")

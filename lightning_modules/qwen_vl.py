@@ -1,6 +1,6 @@
 """The policy: a Qwen2.5-VL with its tokenizer, adapter and reference.
 
-This is the only file that touches transformers' model classes.
+This is the only file that knows what a Qwen2.5-VL looks like inside; `datamodules/pretrained.py` loads it.
 
 Shapes: P prompts, N target tokens, D hidden width, V vocabulary.
 """
@@ -16,17 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 
-from datamodules.artefacts import whole_folder
 from datamodules.batches import PromptItem
+from datamodules.model_folder import check_model
+from datamodules.pretrained import load_model, load_tokenizer, skeleton
 from lightning_modules.activations import ActivationBudget
 from lightning_modules.adapters import LoraSettings, fold_again, folded_copy, frozen_copy, with_adapter
 from lightning_modules.attention import TEXT_ATTENTION, VISION_ATTENTION, register_attention
@@ -34,7 +28,7 @@ from lightning_modules.feature_cache import FeatureCache, chunk_images
 from lightning_modules.layers import with_fused_layers
 from lightning_modules.lean_model import KeptLean, LeanModel
 from lightning_modules.memory import keep_freed_memory
-from lightning_modules.model_folder import check_model
+from lightning_modules.merged_folder import check_names, write_merged
 from lightning_modules.products import with_fast_linears
 from lightning_modules.scoring import score_tokens
 from lightning_modules.sharding import ShardedModel, shard_layers, whole
@@ -52,8 +46,7 @@ def check_settings(lora: LoraSettings | None, dtype: str) -> None:
     faults = []
     if dtype not in DTYPES:
         faults.append(f"dtype={dtype!r} is none of {sorted(DTYPES)}")
-    if lora is not None and not lora.targets:
-        faults.append(f"lora.targets={lora.targets!r} names no layer, but lora.rank={lora.rank}; use lora=None")
+    faults += lora.faults() if lora is not None else []
     if faults:
         raise ValueError("; ".join(faults))
 
@@ -112,7 +105,7 @@ class QwenVL(nn.Module):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.processor_path)
+        return load_tokenizer(self.processor_path)
 
     @property
     def image_token_id(self) -> int:
@@ -267,31 +260,19 @@ class QwenVL(nn.Module):
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def save_merged(self, folder: str | Path, write: bool = True) -> None:
-        """Write a plain Qwen2.5-VL folder (safetensors, processor, tokenizer) with the adapter merged into a copy.
-
-        Whole or not at all, replacing what was there (`whole_folder`). Of several ranks all call it, and one with
-        `write`.
-        """
+        """Write the model's folder again with the adapter merged into its weights (`write_merged`), whole or not at
+        all, replacing what was there. Where there are several ranks all call it, and one with `write`."""
         merged = self.sharded.copy(place="cpu" if write else "meta") if self.sharded is not None else None
         if not write:
             return
-        merged = merged or folded_copy(self.base)
-        with whole_folder(folder) as unfinished:
-            merged.save_pretrained(unfinished)
-            AutoProcessor.from_pretrained(self.processor_path).save_pretrained(unfinished)
-
-
-def new_model(config: PreTrainedConfig) -> nn.Module:
-    """An untrained model of this configuration; weights come from torch's global random state."""
-    return AutoModelForImageTextToText.from_config(config)
+        write_merged((merged or folded_copy(self.base)).state_dict(), self.processor_path, folder)
 
 
 def _load(path: str, dtype: torch.dtype, on_meta: bool) -> nn.Module:
     register_attention()
     keep_freed_memory()
-    if on_meta:
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
-    else:
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
+    model = skeleton(path, dtype) if on_meta else load_model(path, dtype)
+    if not on_meta:
+        check_names(path, model.state_dict())
     model.set_attn_implementation({"text_config": TEXT_ATTENTION, "vision_config": VISION_ATTENTION})
     return with_fast_linears(with_fused_layers(model))

@@ -8,6 +8,7 @@ from typing import Any
 from datamodules.batches import PromptItem
 from datamodules.chat_requests import png_data_url
 from datamodules.patches import images_from_patches
+from datamodules.pretrained import load_processor
 
 MARK = "\N{SNOWMAN}"  # stands for the user's turn while the template around it is looked at
 
@@ -21,9 +22,7 @@ class PromptWriter:
     """
 
     def __init__(self, processor_path: str) -> None:
-        from transformers import AutoProcessor  # a slow import, needed only where prompts are written
-
-        self.processor = AutoProcessor.from_pretrained(processor_path)
+        self.processor = load_processor(processor_path)
         self.before, self.after = self._render([{"type": "text", "text": MARK}]).split(MARK)
         rendered = self._render([{"type": "image"}])
         self.image = rendered.removeprefix(self.before).removesuffix(self.after)

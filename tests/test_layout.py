@@ -35,6 +35,8 @@ BARE_ENTRY_POINTS = ("experiments/base.py", "experiments/bench/run.py", "experim
 PLAIN_PICKLE = "datamodules/importers/plain_pickle.py"
 # Images come from files that somebody else wrote. Here alone they are opened, as one of a stated list of formats.
 IMAGE_LOADING = "datamodules/image_loading.py"
+# The one file that loads models, configurations, processors and tokenizers.
+LOADER = "datamodules/pretrained.py"
 OPTIONAL = {"wandb", "webdataset", "jsonargparse"}
 
 
@@ -158,7 +160,55 @@ def test_an_optional_import_is_found_through_other_files(tmp_path: Path) -> None
     assert import_closure(tmp_path, "experiments/base.py")["webdataset"] == "datamodules/shards.py"
 
 
-def test_only_the_policy_wrapper_touches_transformers_model_classes() -> None:
+def loader_faults(source: str) -> list[str]:
+    """Calls and mentions of transformers' loaders in `source`, and loaders of weights that need none of it."""
+    loaders = {"from_pretrained", "from_config", "snapshot_download", "hf_hub_download", "load_state_dict_from_url"}
+    tree = ast.parse(source)
+    used = [(node.lineno, node.attr) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    used += [(node.lineno, node.id) for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    used += [(node.lineno, node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            used += [(node.lineno, alias.name.split(".")[-1]) for alias in node.names]
+    return [f"line {line}: {name}" for line, name in used if name in loaders]
+
+
+def test_one_file_alone_loads_what_is_published() -> None:
+    loading = {str(f.relative_to(ROOT)): faults for f in python_files() if (faults := loader_faults(f.read_text()))}
+    assert loading.keys() == {LOADER, "datamodules/model_folder.py"}
+    assert all("snapshot_download" in fault for fault in loading["datamodules/model_folder.py"])  # files, and no more
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "model = AutoModel.from_pretrained(path)",
+        "load = PeftModel.from_pretrained",
+        "from huggingface_hub import hf_hub_download as fetch",
+        "model = getattr(AutoModel, 'from_pretrained')(path)",
+        "model = Auto.from_config(config)",
+    ],
+)
+def test_a_call_that_goes_around_the_loader_is_found(line: str) -> None:
+    assert loader_faults("import torch\n" + line)
+    assert loader_faults("model = load_model(path)\nfrom_here = 1") == []
+
+
+def test_the_loader_runs_no_code_of_a_model_and_names_the_attention() -> None:
+    calls = [node for node in ast.walk(ast.parse((ROOT / LOADER).read_text())) if isinstance(node, ast.Call)]
+    loads = [call for call in calls if "from_pretrained" in ast.unparse(call) or "from_config" in ast.unparse(call)]
+    loads = [call for call in loads if ast.unparse(call.func) == "_loaded" or "from_" in ast.unparse(call.func)]
+    assert len(loads) == 6  # model, skeleton, new model, configuration, tokenizer, processor
+    for call in loads:
+        options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert options["trust_remote_code"] in ("False", "trust_remote_code"), ast.unparse(call)
+        if "AutoModel" in ast.unparse(call):
+            assert options["attn_implementation"] in ("ATTENTION", "attention"), ast.unparse(call)
+        if "AutoModel" in ast.unparse(call) and "from_pretrained" in ast.unparse(call):
+            assert options["use_safetensors"] == options["output_loading_info"] == "True"
+
+
+def test_only_the_loader_touches_transformers_model_classes() -> None:
     classes = ("AutoModel", "Qwen2_5_VLModel", "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLPreTrainedModel")
     users = {
         str(file.relative_to(ROOT))
@@ -166,8 +216,7 @@ def test_only_the_policy_wrapper_touches_transformers_model_classes() -> None:
         for name in imported_names(file.read_text())
         if name.startswith("transformers") and name.split(".")[-1].startswith(classes)
     }
-    # The models that the policy is compared with are of any family, whole and frozen: the wrapper does not fit them.
-    assert users == {"lightning_modules/qwen_vl.py", "lightning_modules/image_text.py"}
+    assert users == {LOADER}
 
 
 def test_only_the_endpoint_imports_the_http_client() -> None:

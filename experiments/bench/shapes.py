@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLConfig
+from transformers import Qwen2_5_VLConfig
 
 from datamodules.artefacts import fingerprint, read_json, write_json
+from datamodules.pretrained import load_config, load_tokenizer, new_model
 
 NANO_BASE = Path("models/nano-base")
 RECIPE = "recipe.json"  # written last: a folder without it is unfinished
@@ -91,8 +92,6 @@ def model_folder(shape: str, folder: Path) -> Path:
 
 
 def _write_model(shape: Shape, target: Path) -> None:
-    from lightning_modules.qwen_vl import new_model  # not needed by TRL's side, which may run in another environment
-
     target.mkdir(parents=True)
     _write_processor(target, shape.text["vocab_size"], shape.max_pixels)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -120,7 +119,7 @@ def _write_processor(target: Path, vocab_size: int, max_pixels: int) -> None:
 
 
 def _config(shape: Shape, target: Path) -> Qwen2_5_VLConfig:
-    special = AutoTokenizer.from_pretrained(target).convert_tokens_to_ids
+    special = load_tokenizer(target).convert_tokens_to_ids
     ends = {"bos_token_id": special("<|endoftext|>"), "pad_token_id": special("<|endoftext|>")}
     ends["eos_token_id"] = special("<|im_end|>")
     config = Qwen2_5_VLConfig(
@@ -139,7 +138,7 @@ def _config(shape: Shape, target: Path) -> Qwen2_5_VLConfig:
 
 def tokens_never_sampled(folder: str | Path) -> list[int]:
     """Special tokens, ends included, and ids that no token has: without an end every completion has full length."""
-    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    config, tokenizer = load_config(folder), load_tokenizer(folder)
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= {*tokenizer.all_special_ids, config.image_token_id, config.video_token_id}
     special |= {config.text_config.eos_token_id, config.vision_start_token_id, config.vision_end_token_id}

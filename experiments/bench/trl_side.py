@@ -15,12 +15,13 @@ from typing import Any
 import torch
 import trl
 from datasets import Dataset, Image, List
-from transformers import AutoProcessor, TrainerCallback, TrainerControl
+from transformers import TrainerCallback, TrainerControl
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from datamodules.artefacts import fingerprint
 from datamodules.batches import END_OF_TURN, Encoder, PromptItem
 from datamodules.boxes import Convention
+from datamodules.pretrained import load_processor
 from datamodules.prompts import PromptStyle, build_messages, target_text
 from experiments.bench.gate import MAX_STEPS, Gate, serve
 from experiments.bench.shapes import tokens_never_sampled
@@ -34,7 +35,7 @@ STYLE, CONVENTION = PromptStyle.THINK, Convention.ABSOLUTE
 def make_dataset(model: str, workload: Workload) -> tuple[Dataset, list[PromptItem]]:
     """Rows for TRL, and the same samples as this project encodes them."""
     encoder = Encoder(model, CONVENTION, STYLE, 1 << 17, 1, with_target=False)
-    processor = AutoProcessor.from_pretrained(model)
+    processor = load_processor(model)
     items, rows = [], []
     for index, loaded in enumerate(make_samples(workload)):
         item = encoder.encode(loaded)

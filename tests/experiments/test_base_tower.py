@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from datamodules.pretrained import new_model
 from datamodules.synthetic.world import COLOURS, FILLS, SHAPES, Kind, Thing
 from experiments import nano_model
 from experiments.base_settings import BaseSettings
 from experiments.base_tower import NOTHING, TowerStage, inside, owner, view
-from lightning_modules.qwen_vl import new_model
 
 LEFT = Thing(Kind("star", "blue"), (0.0, 0.0, 0.4, 0.4))
 RIGHT = Thing(Kind("cross", "red"), (0.5, 0.1, 0.9, 0.6))

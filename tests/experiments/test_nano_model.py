@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from datamodules.pretrained import new_model
 from datamodules.prompts import ANSWER_SUFFIX, THINK_SUFFIX
 from datamodules.synthetic.world import KINDS, SIZES
 from experiments.nano_model import (
@@ -25,7 +26,6 @@ from experiments.nano_model import (
     build_tokenizer,
     corpus,
 )
-from lightning_modules.qwen_vl import new_model
 
 TOKENIZER = build_tokenizer(corpus(0, 300))
 

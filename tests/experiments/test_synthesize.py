@@ -370,7 +370,9 @@ def test_a_local_server_is_started_killed_with_its_owner_and_gives_the_same_agai
 
 
 @pytest.mark.slow
-def test_a_local_server_that_cannot_come_up_says_why(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(RuntimeError, match="ended with"), local_server(str(tmp_path / "empty"), tmp_path / "work"):
+def test_a_local_server_that_cannot_come_up_says_why(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")  # the server's Python
+    with pytest.raises(RuntimeError, match="ended with 1"), local_server(str(tiny_model_dir), tmp_path / "work"):
         pass
