@@ -97,6 +97,9 @@ class FakeModule(LightningModule):
         self.trainer.datamodule.mark_trained(batch)
         return self.policy.model(torch.ones(1, 2)).sum()
 
+    def require_learnt(self) -> None:
+        """It has."""
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.policy.parameters(), lr=0.1)
 

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from callbacks import prompt_choice, rejection_sampling
+from callbacks.checkpoints import RunStopped
 from callbacks.prompt_choice import RejectionSettings, rejection_sample
 from callbacks.rejection_sampling import RejectionSampling
 from datamodules.shards import ShardReader
@@ -148,7 +149,7 @@ def test_a_rank_waits_for_a_slower_one_longer_than_a_collective_would(run, tmp_p
 
 
 def test_keeping_nothing_is_an_error_that_shows_the_counts(run) -> None:
-    with pytest.raises(ValueError, match="none of 19 candidates"):
+    with pytest.raises(RunStopped, match="none of 19 candidates"):
         run(FakeEngine(lambda item, k: "no box"))
 
 
