@@ -50,7 +50,7 @@ class IdleWindows:
         if limit is not None and self.number >= limit:
             raise IdleTooLong(
                 f"stopped: GRPO learns nothing; {self.explain(max_new_tokens, temperature)}\n"
-                f"The same command goes on from the saved checkpoint; model.max_idle_windows={limit} may be raised for it"
+                f"The same command goes on from the saved checkpoint; model.max_idle_windows={limit} may be raised"
             )
 
     def explain(self, max_new_tokens: int, temperature: float) -> str:
