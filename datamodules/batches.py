@@ -88,7 +88,7 @@ class ImageError(ValueError):
 
 
 def load_image(data: bytes, max_pixels: int) -> Image.Image:
-    """Decode to RGB, upright (EXIF), transparency over white.
+    """Decode to RGB, upright (EXIF), transparency over white; qwen-vl-utils does neither of the two.
 
     Raises ImageError with the rule "unreadable_image", "decompression_bomb" (more than `max_pixels` pixels, known from
     the header, so nothing is decoded) or "truncated_image".
@@ -238,7 +238,8 @@ class Encoder:
     def _patches(self, image: Image.Image) -> tuple[Tensor, Tensor]:
         """Patches float [rows·columns, patch_dim] and grid long [1, 3] of one image.
 
-        One call per image: the size of one never bears on another, and patches stay paired with their grid.
+        One call per image: the size of one never bears on another, and patches stay paired with their grid. The
+        processor resizes with torchvision, where qwen-vl-utils takes Pillow: sizes are equal, pixels nearly.
         """
         features = self.processor.image_processor(images=[image], return_tensors="pt")
         return features["pixel_values"], features["image_grid_thw"]

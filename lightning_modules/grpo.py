@@ -39,13 +39,13 @@ class GRPO(PolicyModule):
     group_size G; temperature and max_new_tokens of the rollouts; beta 0 needs no reference model; clip_range null is
     eq. 2 literally; loss_reduction as in `grpo_loss`. skip_equal_groups: groups whose rewards are all equal are not
     trained on at all (else they get the KL gradient). mask_truncated: completions without an end are not trained on;
-    they count in their group's mean all the same. Neither is in the loss's normaliser: their tokens are left out of the
-    packed rows. rollout_log: JSONL of the groups of every `rollout_log_every`-th batch; a relative path lies in the
-    phase's folder (`rollout_log.py` reads it). rollout_prompts: prompts decoded together. engine: "native" samples in
-    this process, "vllm" on the servers that `vllm` names (docs/rollout_engines.md). importance_cap: of
-    `truncated_importance`; null trusts the engine's log-probabilities. max_idle_windows: after so many windows in a row
-    without an informative group (`idle_windows`) the run ends with NothingLearnt; null goes on. A resumed run goes on
-    counting. The other fields: `PolicyModule`.
+    they count in their group's mean all the same. Neither is in the loss's normaliser, where eq. 2 and TRL have both:
+    their tokens are left out of the packed rows. rollout_log: JSONL of the groups of every `rollout_log_every`-th
+    batch; a relative path lies in the phase's folder (`rollout_log.py` reads it). rollout_prompts: prompts decoded
+    together. engine: "native" samples in this process, "vllm" on the servers that `vllm` names
+    (docs/rollout_engines.md). importance_cap: of `truncated_importance`; null trusts the engine's log-probabilities.
+    max_idle_windows: after so many windows in a row without an informative group (`idle_windows`) the run ends with
+    IdleTooLong; null goes on. A resumed run goes on counting. The other fields: `PolicyModule`.
     """
 
     def __init__(
