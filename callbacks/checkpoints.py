@@ -15,15 +15,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from datamodules.artefacts import remove_draft, storage_error
+from lightning_modules.endings import IdleTooLong, RunStopped
 
 log = logging.getLogger(__name__)
 
 UNFINISHED = ".unfinished"
 STEP = "step-"  # and the number of updates: the name of a checkpoint
-
-
-class RunStopped(RuntimeError):
-    """A run that ends for a reason that its message states in full; what it has reached is saved."""
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -101,7 +98,8 @@ class WindowCheckpoint(Checkpoint):
     and with `monitor` the `keep_best` of the highest (or lowest) value of that metric, as it was logged last (a warning
     says once that it is not logged).
     A checkpoint that cannot be written is warned of and tried again when the next one is due; the older ones stay.
-    After `max_failures` in a row the run ends with `RunStopped`. dirpath: by default <default_root_dir>/checkpoints.
+    After `max_failures` in a row the run ends with `RunStopped`. A run that ends because it learns nothing is saved
+    behind its last batch. dirpath: by default <default_root_dir>/checkpoints.
     """
 
     def __init__(
@@ -174,6 +172,11 @@ class WindowCheckpoint(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if _num_batches(trainer) != self._saved_batches:
             self._save(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, IdleTooLong):  # its weights are sound, and all ranks are here
+            log_batch(trainer)  # the row that shows it
+            self.on_train_end(trainer, pl_module)
 
     def _save(self, trainer: Trainer) -> None:
         path = Path(self.dirpath) / f"{STEP}{trainer.global_step:08d}.ckpt"

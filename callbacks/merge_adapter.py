@@ -16,13 +16,15 @@ class MergeAdapter(Callback):
 
     `folder` is by default <default_root_dir>/merged. It comes after a finished run that is started again, too. Where it
     cannot be written, every rank ends with `RunStopped`; the same command goes on from the last checkpoint, that of
-    the training's end unless that could not be written either.
+    the training's end unless that could not be written either. Where training has changed nothing, every rank ends with
+    `NothingLearnt`, and nothing is written: what would be merged is the model that the phase started from.
     """
 
     def __init__(self, folder: str | None = None) -> None:
         self.folder = folder
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.require_learnt()
         error = None
         folder = Path(self.folder or Path(trainer.default_root_dir) / "merged")
         try:

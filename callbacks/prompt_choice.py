@@ -10,7 +10,7 @@ import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from callbacks.checkpoints import RunStopped
 from callbacks.encoding import encode_ahead
 from datamodules.answerers import split_windows
 from datamodules.artefacts import (
@@ -30,8 +31,8 @@ from datamodules.artefacts import (
     write_json,
 )
 from datamodules.batches import Encoder, PromptItem
-from datamodules.samples import SampleError
-from datamodules.scores import score_text
+from datamodules.samples import LoadedSample, SampleError
+from datamodules.scores import require_box, score_text
 from datamodules.shards import ShardReader, ShardWriter, folder_list
 from lightning_modules.qwen_vl import QwenVL
 from lightning_modules.rollouts import RolloutEngine, RolloutSettings
@@ -99,7 +100,8 @@ def rejection_sample(
     `folder` gets shards/, kept.jsonl, histogram.json and journal*.jsonl, from which an interrupted call goes on with
     the very same samples. What is finished there already for the same weights (`policy` as loaded from its path),
     candidates and settings is used again. Every rank calls it, with a shared `folder`; they meet at `barrier` before
-    they sample and wait for each other's files afterwards. Raises ValueError when nothing is kept.
+    they sample and wait for each other's files afterwards. A candidate that cannot be used (its answer is not one box,
+    an image is damaged) is left out and counted by rule. Raises RunStopped when nothing is kept.
     """
     folder = Path(folder)
     key = rejection_key(policy.processor_path, encoder, source, settings)
@@ -119,8 +121,25 @@ def rejection_sample(
             _wait_until(lambda: is_finished(folder, key))
     histogram = read_json(folder / "histogram.json")
     if histogram["kept"] == 0:
-        raise ValueError(f"rejection sampling kept none of {histogram['candidates']} candidates: {histogram}")
+        raise RunStopped(_explain_nothing_kept(histogram, settings))
     return folder / "shards"
+
+
+def _explain_nothing_kept(histogram: Mapping[str, Any], settings: RejectionSettings) -> str:
+    least, most, num_samples = settings.min_correct, settings.most_correct, settings.num_samples
+    rejected = ", ".join(f"{rule} {count}" for rule, count in histogram["rejected"].items())
+    if not histogram["candidates"]:
+        return f"rejection sampling: no candidate can be used; rejected: {rejected or 'none, there is none'}"
+    counts = ", ".join(f"{correct} right {count}" for correct, count in enumerate(histogram["num_correct"]) if count)
+    never, cure = histogram["num_correct"][0], "take harder candidates"
+    if 2 * never >= histogram["candidates"]:
+        cure = "start from a better model (CoT-SFT), take easier candidates, or lower threshold"
+    return (
+        f"rejection sampling kept none of {histogram['candidates']} candidates: none has {least} to {most} right of "
+        f"{num_samples} completions (IoU above threshold={settings.threshold})\n"
+        f"counted: {counts}; rejected: {rejected or 'none'}\n"
+        f"GRPO cannot learn from such prompts: {cure}"
+    )
 
 
 def rejection_key(model: str, encoder: Encoder, source: str | list[str], settings: RejectionSettings) -> str:
@@ -159,7 +178,13 @@ def _sample_windows(
     rollout_settings = RolloutSettings(
         settings.num_samples, settings.temperature, settings.max_new_tokens, batch_prompts=settings.batch_prompts
     )
-    encoded = encode_ahead(encoder, [numbers for _, numbers in windows], reader.read)
+
+    def read(number: int) -> LoadedSample:
+        loaded = reader.read(number)
+        require_box(loaded.sample)
+        return loaded
+
+    encoded = encode_ahead(encoder, [numbers for _, numbers in windows], read)
     with tqdm(
         total=sum(len(numbers) for _, numbers in windows),
         desc="rejection sampling",
@@ -195,7 +220,7 @@ def _write_kept(
     outcomes = [outcome for window in sorted(windows) for outcome in windows[window]["outcomes"]]
     rejected = Counter(rule for window in windows.values() for rule in window["rejected"].values())
     if rejected:
-        log.warning("%d candidates could not be read: %s", rejected.total(), dict(rejected))
+        log.warning("%d candidates cannot be used: %s", rejected.total(), dict(rejected))
     kept = [outcome for outcome in outcomes if settings.min_correct <= outcome["correct"] <= settings.most_correct]
     (folder / "histogram.json").unlink(missing_ok=True)
     shutil.rmtree(folder / "shards", ignore_errors=True)

@@ -223,7 +223,8 @@ class Encoder:
     def _patches(self, image: Image.Image) -> tuple[tuple[int, int], Tensor, Tensor]:
         """Size (width, height), patches float [rows·columns, patch_dim] and grid long [1, 3] of one image.
 
-        One call per image: the size of one never bears on another, and patches stay paired with their grid.
+        One call per image: the size of one never bears on another, and patches stay paired with their grid. The
+        processor resizes with torchvision, where qwen-vl-utils takes Pillow: sizes are equal, pixels nearly.
         """
         features = self.processor.image_processor(images=[image], return_tensors="pt")
         return image.size, features["pixel_values"], features["image_grid_thw"]

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 
-from datamodules.batches import Batch, Encoder
+from datamodules.batches import Batch, Encoder, PromptItem
 from datamodules.boxes import Convention
 from datamodules.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
 from datamodules.prompts import PromptStyle
-from datamodules.samples import Rejections
+from datamodules.samples import LoadedSample, Rejections
+from datamodules.scores import require_box
 from datamodules.shards import ShardReader
 from datamodules.stream import BatchLoader, ShardStream
+
+
+def encode_for_training(encoder: Encoder, loaded: LoadedSample) -> PromptItem:
+    """An item that a phase can learn from: both need an answer of one box, CoT-SFT to write it and GRPO to reward it.
+    Raises SampleError: "no_box_answer", before any image is decoded, and the rules of `Encoder.encode`."""
+    require_box(loaded.sample)
+    return encoder.encode(loaded)
 
 
 class MultiImageData(LightningDataModule):
@@ -69,7 +78,8 @@ class MultiImageData(LightningDataModule):
     def train_dataloader(self) -> BatchLoader:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         reader = ShardReader(self.shards)
-        stream = ShardStream(reader, self.encoder.encode, self.seed, rank, world_size, self.shuffle_buffer)
+        encode = partial(encode_for_training, self.encoder)
+        stream = ShardStream(reader, encode, self.seed, rank, world_size, self.shuffle_buffer)
         state = self.state_dict()
         self._loader = BatchLoader(stream, self.batch_size, self.num_workers, self.rejections)
         if state:

@@ -8,16 +8,8 @@ from typing import Any
 
 from datamodules.answers import render_answer
 from datamodules.boxes import Convention, ImageGeometry, box_fault
-from datamodules.samples import (
-    RESERVED,
-    BoxAnswer,
-    BoxPart,
-    ChoiceAnswer,
-    ImagePart,
-    Sample,
-    SampleError,
-    TextPart,
-)
+from datamodules.samples import RESERVED, BoxPart, ChoiceAnswer, ImagePart, Sample, SampleError, TextPart
+from datamodules.scores import require_box
 
 ANSWER_SUFFIX = " Output the bounding box coordinates in JSON format."
 # The paper's prompt (§3.2.1), after the question.
@@ -108,9 +100,7 @@ def target_text(sample: Sample, geometries: Sequence[ImageGeometry], convention:
     if style not in (PromptStyle.THINK, PromptStyle.ANSWER):
         raise ValueError(f"style {style!r} has no target text: use 'think' or 'answer'")
     _check_geometries(sample, geometries)
-    answer = sample.answer
-    if not isinstance(answer, BoxAnswer):
-        raise SampleError(sample.id, "no_box_answer", f"the answer is a {type(answer).__name__}")
+    answer = require_box(sample)
     if style == PromptStyle.THINK and sample.thinking is None:
         raise SampleError(sample.id, "missing_thinking", "style 'think' needs a rationale")
     geometry = geometries[answer.image]

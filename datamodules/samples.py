@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from datamodules.answers import has_answer_tags
 from datamodules.boxes import Box, box_fault
 
-# Text holding one of these would become a placeholder without an image, or would end the turn.
+# Text with one of these would become a placeholder without an image, or end the turn. MIG-Bench's own has others.
 RESERVED = re.compile(r"<\|(?:image_pad|video_pad|vision_(?:start|end|pad)|im_start|im_end|endoftext)\|>")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 

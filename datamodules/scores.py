@@ -8,7 +8,7 @@ from typing import Literal
 
 from datamodules.answers import ParseFailure, is_well_formed, parse_answer
 from datamodules.boxes import Box, Convention, ImageGeometry, iou
-from datamodules.samples import BoxAnswer
+from datamodules.samples import BoxAnswer, Sample, SampleError
 
 # Which of several boxes counts. "best" looks at the true box: an oracle, for comparing with harnesses that do so.
 BoxChoice = Literal["first", "last", "best"]
@@ -22,6 +22,14 @@ class TextScore:
     iou: float  # with the true box, 0-1; 0 without a box
     well_formed: bool  # earns the format reward
     failure: str | None  # why no box could be read (a kind of `answers.ParseFailure`), else None
+
+
+def require_box(sample: Sample) -> BoxAnswer:
+    """The sample's answer, which must be one box: training and sampling can use no other. Raises SampleError with the
+    rule "no_box_answer"."""
+    if not isinstance(sample.answer, BoxAnswer):
+        raise SampleError(sample.id, "no_box_answer", f"the answer is a {type(sample.answer).__name__}")
+    return sample.answer
 
 
 def score_text(

@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 NUM_BATCHES_AHEAD = 2  # encoded and waiting to be asked for; what bounds memory
 
 
+class UnusableData(ValueError):
+    """Samples that no run can be made of: too few for one batch, or none that can be used."""
+
+
 class Slot(NamedTuple):
     """One place in the stream: what it holds, and the cursor after it."""
 
@@ -125,7 +129,7 @@ class BatchLoader:
         }
         if len(self) == 0:
             counts = f"{stream.reader.count} samples, batch_size={batch_size}, world_size={stream.world_size}"
-            raise ValueError(f"not one batch for every rank: {counts}")
+            raise UnusableData(f"not one batch for every rank: {counts}")
         self._trained = Position(0, 0, 0)
         self._start = Position(0, 0, 0)  # of the next `iter`
         self._rejected: set[str] = set()
@@ -235,7 +239,7 @@ class BatchLoader:
             self._rejected.add(error.sample_id)
             self.rejections.add(error)
         if num_misses >= self.stream.num_samples:
-            raise ValueError(f"no usable sample in a whole epoch: {self.rejections.summary()}")
+            raise UnusableData(f"no usable sample in a whole epoch: {self.rejections.summary()}")
 
 
 def _shuffle_through_buffer(items: Iterable[int], size: int, rng: random.Random) -> Iterator[int]:

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from datamodules.artefacts import Journal
 from datamodules.boxes import geometries_to_json
 from datamodules.chat_requests import ChatRequest, RequestForm, build_request
-from datamodules.samples import BoxAnswer, SampleError
+from datamodules.samples import SampleError
+from datamodules.scores import require_box
 from datamodules.shards import ShardReader
 from lightning_modules.endpoint import (
     ChatEndpoint,
@@ -209,9 +210,7 @@ class Teacher:
 
     def _prepare(self, number: int) -> tuple[str, ChatRequest]:
         loaded = self.reader.read(number)
-        if not isinstance(loaded.sample.answer, BoxAnswer):
-            detail = f"the answer is a {type(loaded.sample.answer).__name__}"
-            raise SampleError(loaded.sample.id, "no_box_answer", detail)
+        require_box(loaded.sample)
         return loaded.sample.id, build_request(loaded, self.form)
 
     async def _ask(self, question: _Question, sample_id: str, request: ChatRequest, endpoint: ChatEndpoint) -> None:

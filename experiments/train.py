@@ -30,6 +30,7 @@ from datamodules.artefacts import StorageError, fingerprint, path_fingerprint, w
 from datamodules.boxes import Convention
 from datamodules.model_folder import ModelError
 from datamodules.multi_image import MultiImageData
+from datamodules.stream import UnusableData
 from experiments import checks, metrics, phases, tracking
 from experiments.commands import command
 from experiments.loggers import MetricsLogger, OnceWandbLogger
@@ -38,9 +39,9 @@ from experiments.tracking import choose_wandb_mode, wandb_identity, wandb_run_id
 
 log = logging.getLogger(__name__)
 
-# Settings that say how a run is shown or where it runs, not what it computes. Of the model: where it samples, and what
-# is written down of that.
-MODEL_NOT_IN_KEY = ("vllm", "rollout_log", "rollout_log_every")
+# Settings that say how a run is shown or where it runs, not what it computes. Of the model: where it samples, what is
+# written down of that, and when it gives up.
+MODEL_NOT_IN_KEY = ("vllm", "rollout_log", "rollout_log_every", "max_idle_windows")
 NOT_IN_KEY = ("logger", "default_root_dir", "enable_progress_bar", "enable_model_summary", "log_every_n_steps")
 CALLBACKS_NOT_IN_KEY = (
     "callbacks.checkpoints.WindowCheckpoint",
@@ -212,6 +213,8 @@ def fit(cli: TrainCLI) -> None:
     finally:
         if cli.is_leader:
             merge_metrics(cli.folder)
+    if cli.trainer.global_step == 0:  # a run without MergeAdapter, which looks at the weights themselves
+        cli.model.require_learnt()
     if cli.is_leader:
         phases.write_marker(cli.folder, key=cli.key, seconds=round(time.monotonic() - start, 1))
 
@@ -247,7 +250,7 @@ def main(args: list[str] | None = None) -> None:
             cli = None  # its weights are not needed beside those that are now loaded
             tracking.finish_run()
             print(rolled_back, flush=True)
-        except (checks.SettingsError, phases.OtherVersion, RunStopped, ModelError) as reason:
+        except (checks.SettingsError, phases.OtherVersion, RunStopped, UnusableData, ModelError) as reason:
             sys.exit(str(reason))
 
 

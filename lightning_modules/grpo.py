@@ -15,20 +15,15 @@ from datamodules.batches import Batch, PromptItem
 from datamodules.boxes import Convention
 from lightning_modules.groups import Group, keep_old, learnt_groups
 from lightning_modules.grpo_metrics import StepSums, rollout_records
-from lightning_modules.objectives import (
-    REDUCTIONS,
-    Reduction,
-    equal_groups,
-    group_advantages,
-    grpo_loss,
-    truncated_importance,
-)
-from lightning_modules.policy_module import PolicyModule
+from lightning_modules.idle_windows import IdleWindows
+from lightning_modules.objectives import Reduction, equal_groups, group_advantages, grpo_loss, truncated_importance
+from lightning_modules.policy_module import STATE_KEY, PolicyModule
 from lightning_modules.rewards import Reward, reward
 from lightning_modules.rollout_log import RolloutLog
 from lightning_modules.rollouts import NativeEngine, Rollout, RolloutEngine, RolloutSettings
 from lightning_modules.seeds import derive_seed
 from lightning_modules.shared_prefix import PackedRows, pack_rows
+from lightning_modules.training_faults import grpo_faults
 from lightning_modules.vllm_protocol import VLLMSettings
 from lightning_modules.vllm_run import CloseOnError, connect
 
@@ -44,11 +39,13 @@ class GRPO(PolicyModule):
     group_size G; temperature and max_new_tokens of the rollouts; beta 0 needs no reference model; clip_range null is
     eq. 2 literally; loss_reduction as in `grpo_loss`. skip_equal_groups: groups whose rewards are all equal are not
     trained on at all (else they get the KL gradient). mask_truncated: completions without an end are not trained on;
-    they count in their group's mean all the same. Neither is in the loss's normaliser: their tokens are left out of the
-    packed rows. rollout_log: JSONL of the groups of every `rollout_log_every`-th batch; a relative path lies in the
-    phase's folder (`rollout_log.py` reads it). rollout_prompts: prompts decoded together. engine: "native" samples in
-    this process, "vllm" on the servers that `vllm` names (docs/rollout_engines.md). importance_cap: of
-    `truncated_importance`; null trusts the engine's log-probabilities. The other fields: `PolicyModule`.
+    they count in their group's mean all the same. Neither is in the loss's normaliser, where eq. 2 and TRL have both:
+    their tokens are left out of the packed rows. rollout_log: JSONL of the groups of every `rollout_log_every`-th
+    batch; a relative path lies in the phase's folder (`rollout_log.py` reads it). rollout_prompts: prompts decoded
+    together. engine: "native" samples in this process, "vllm" on the servers that `vllm` names
+    (docs/rollout_engines.md). importance_cap: of `truncated_importance`; null trusts the engine's log-probabilities.
+    max_idle_windows: after so many windows in a row without an informative group (`idle_windows`) the run ends with
+    IdleTooLong; null goes on. A resumed run goes on counting. The other fields: `PolicyModule`.
     """
 
     def __init__(
@@ -74,6 +71,7 @@ class GRPO(PolicyModule):
         engine: Literal["native", "vllm"] = "native",
         vllm: VLLMSettings | None = None,
         importance_cap: float | None = None,
+        max_idle_windows: int | None = 100,
         learning_rate: float = 5e-5,
         **policy: Any,
     ) -> None:
@@ -92,37 +90,11 @@ class GRPO(PolicyModule):
         self._log: RolloutLog | None = None
         self._window: list[Group] = []
         self._sums = StepSums()
+        self.max_idle_windows, self._idle = max_idle_windows, IdleWindows()
         self.check_settings()
 
     def faults(self) -> list[str]:
-        faults = super().faults()
-        if self.group_size < 2:
-            faults.append(f"group_size={self.group_size}: an advantage needs a group of at least 2")
-        positive = ("temperature", "max_new_tokens", "epochs_per_rollout", "minibatches", "rollout_prompts")
-        for name in (*positive, "rollout_log_every"):
-            if getattr(self, name) <= 0:
-                faults.append(f"{name}={getattr(self, name)} must be greater than 0")
-        for name, value, known in (
-            ("loss_reduction", self.loss_reduction, REDUCTIONS),
-            ("old_log_probs", self.old_log_probs, ("trainer", "engine")),
-            ("engine", self.engine_name, ("native", "vllm")),
-        ):
-            if value not in known:
-                faults.append(f"{name}={value!r} must be one of {known}")
-        if self.beta < 0:
-            faults.append(f"beta={self.beta} must not be negative")
-        if self.clip_range is not None and not 0 < self.clip_range < 1:
-            faults.append(f"clip_range={self.clip_range} must be in (0, 1), or null")
-        if self.importance_cap is not None and self.importance_cap <= 0:
-            faults.append(f"importance_cap={self.importance_cap} must be greater than 0, or null")
-        if self.importance_cap is not None and self.updates_per_window > 1 and self.old_log_probs == "engine":
-            faults.append(f"importance_cap={self.importance_cap} with old_log_probs='engine': it is in the ratio")
-        if self.engine_name == "vllm" and (self.lora is None or not self.freeze_vision):
-            faults.append(
-                f"engine='vllm' with lora={self.lora}, freeze_vision={self.freeze_vision}: servers are sent an adapter "
-                "of the language model, and nothing else"
-            )
-        return faults
+        return super().faults() + grpo_faults(self)
 
     @property
     def with_reference(self) -> bool:
@@ -195,7 +167,9 @@ class GRPO(PolicyModule):
         self._record(batch, rollouts, rewards, advantages, equal)
         skip = (equal & self.skip_equal_groups).tolist()
         known = features if self.freeze_vision else None
-        return learnt_groups(batch.items, rollouts, advantages, known, skip, self.mask_truncated)
+        groups = learnt_groups(batch.items, rollouts, advantages, known, skip, self.mask_truncated)
+        self._sums.informative_groups += sum(bool(group.advantages.any()) for group in groups)
+        return groups
 
     def _record(
         self,
@@ -292,9 +266,28 @@ class GRPO(PolicyModule):
 
     def _log_step(self, rollout_seconds: float, update_seconds: float) -> None:
         sums = StepSums(*self.sum_over_ranks(astuple(self._sums)))
+        self._idle.add(sums, ends_window=not self.window_is_open)
         speeds = {
             "speed/rollout_seconds": rollout_seconds,
             "speed/update_seconds": update_seconds,
             "speed/completion_tokens_per_second": sums.completion_tokens / (rollout_seconds + update_seconds),
         }
         self.log_step(sums.means() | speeds)
+
+    # Ending where nothing is learnt
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # behind the callbacks' own
+        if not self.window_is_open:
+            self._idle.require_fewer_than(self.max_idle_windows, self.max_new_tokens, self.temperature)
+
+    def explain_no_learning(self) -> str:
+        is_idle = self._idle.number > 0
+        return self._idle.explain(self.max_new_tokens, self.temperature) if is_idle else super().explain_no_learning()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[STATE_KEY]["idle_windows"] = self._idle.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._idle.load_state_dict(checkpoint[STATE_KEY].get("idle_windows", IdleWindows().state_dict()))

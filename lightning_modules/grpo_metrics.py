@@ -15,6 +15,8 @@ from lightning_modules.objectives import GRPOTerms
 from lightning_modules.rewards import Reward
 from lightning_modules.rollouts import Rollout
 
+RIGHT_IOU = 0.5  # a completion is right above it, as in the metric
+
 
 @dataclass
 class StepSums:
@@ -37,6 +39,9 @@ class StepSums:
     mismatch: float = 0.0  # Σ |log p of the trainer - log p of the engine| before any update
     capped: float = 0.0  # tokens whose importance weight is held by its cap
     compared_tokens: float = 0.0
+    informative_groups: float = 0.0  # in which a completion that is trained on has an advantage other than 0
+    zero_iou: float = 0.0  # completions
+    right: float = 0.0  # completions
 
     def add_groups(
         self, rollouts: Sequence[Sequence[Rollout]], rewards: Sequence[Sequence[Reward]], equal: Tensor
@@ -50,6 +55,8 @@ class StepSums:
                 self.reward += parts.total
                 self.accuracy += parts.accuracy
                 self.format += parts.format
+                self.zero_iou += parts.accuracy == 0
+                self.right += parts.accuracy > RIGHT_IOU
                 self.completion_tokens += len(rollout.token_ids)
                 self.truncated += not rollout.finished
                 self.surprise -= rollout.log_probs.sum().item()

@@ -91,7 +91,7 @@ def grpo_loss(
     log_probs [N] with gradient; old [N], or None when the policy has not moved since the rollout (the ratio is then
     1 with the gradient of log_probs); reference [N], needed when beta > 0; completion [N] long, the index of each
     token's completion into advantages [C]. Tokens of completions that must not count (equal groups, masked
-    truncations) are left out by the caller, and so out of the normaliser too.
+    truncations) are left out by the caller, and so out of the normaliser too: eq. 2 and TRL divide by all of them.
 
     clip_range ε bounds the ratio to 1 ± ε; None is eq. 2 literally. reduction: "completion", mean over a completion's
     tokens, then over completions; "token" (DAPO), mean over all tokens; "dr_grpo", sum over tokens / max_tokens, mean

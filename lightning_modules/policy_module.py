@@ -3,6 +3,8 @@
 One optimizer update takes a *window* of `accumulate` batches on every rank. Losses are sums over tokens or completions,
 divided once, at the update, by how many of them the whole window held on all ranks. So packing, accumulation and the
 number of ranks never change the weight of a token, and a rank without anything to learn from takes part with zeros.
+A window may reach over the end of an epoch; a run's last window may hold fewer batches, and is stepped like any other.
+(Hugging Face's Trainer steps what is left at the end of every epoch.)
 A checkpoint written inside a window resumes at the window's start: a half-accumulated gradient is never saved.
 """
 
@@ -21,14 +23,17 @@ from torch.nn.utils import clip_grad_norm_
 
 from datamodules.batches import Batch, PromptItem
 from lightning_modules.adapters import LoraSettings
+from lightning_modules.endings import NothingLearnt
 from lightning_modules.non_finite import require_finite
-from lightning_modules.optimizers import build_optimizer, count_updates
-from lightning_modules.progress import rewind
+from lightning_modules.optimizers import build_optimizer, count_updates, require_same_groups
+from lightning_modules.progress import is_last_batch, rewind
 from lightning_modules.qwen_vl import QwenVL
 from lightning_modules.seeds import derive_seed, sample_seeds
 from lightning_modules.sharded_strategy import ShardedStrategy
 from lightning_modules.sharding import clip_divided, sum_gradients
 from lightning_modules.shared_prefix import PackedRows
+from lightning_modules.training_faults import policy_faults
+from lightning_modules.unmoved import is_unmoved, weight_marks
 
 T = TypeVar("T")
 STATE_KEY = "policy_module"
@@ -39,9 +44,10 @@ class PolicyModule(LightningModule):
 
     model: folder or Hub name. lora: `LoraSettings`; null trains all weights of the language model. dtype: of the
     weights. activation_gib: with gradient_checkpointing on a GPU, checkpoint only as many layers as keep their
-    activations within it (null: all). betas, weight_decay: AdamW. warmup_fraction: share of all updates.
-    max_grad_norm: null does not clip. accumulate: batches to an update (trainer.accumulate_grad_batches stays 1).
-    max_tokens_per_row: packed length of one forward pass. seed: of everything random.
+    activations within it (null: all). betas, weight_decay: AdamW; norms and biases are not decayed (`optimizers`).
+    warmup_fraction: share of all updates, from which the learning rate rises to its peak. max_grad_norm: null does
+    not clip. accumulate: batches to an update (trainer.accumulate_grad_batches stays 1). max_tokens_per_row: packed
+    length of one forward pass. seed: of everything random.
     """
 
     def __init__(
@@ -75,34 +81,13 @@ class PolicyModule(LightningModule):
         self._num_batches_committed = 0  # as of the last finished window: what a checkpoint says
         self._count = 0.0  # what the accumulated gradient must be divided by
         self._window_ids: list[str] = []
+        self._start: dict[str, int] = {}  # marks of the weights as loaded, where they are trained themselves
         self._latest: dict[str, float] = {}  # metrics, as logged last
         self._latest_committed: dict[str, float] = {}
 
     def faults(self) -> list[str]:
         """Every setting that cannot work, as one sentence each; subclasses add theirs."""
-        faults = self.lora.faults() if self.lora is not None else []
-        for name in ("learning_rate", "accumulate", "max_tokens_per_row"):
-            if getattr(self, name) <= 0:
-                faults.append(f"{name}={getattr(self, name)} must be greater than 0")
-        if not 0 <= self.warmup_fraction < 1:
-            faults.append(f"warmup_fraction={self.warmup_fraction} must be in [0, 1)")
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            faults.append(f"max_grad_norm={self.max_grad_norm} must be greater than 0, or null")
-        if self.activation_gib is not None and not (self.gradient_checkpointing and self.activation_gib > 0):
-            faults.append(
-                f"activation_gib={self.activation_gib} must be greater than 0, with gradient_checkpointing=True, "
-                f"not {self.gradient_checkpointing}; or null"
-            )
-        if self.dtype_name not in ("float32", "bfloat16"):  # float16 would need a loss scaler
-            faults.append(f"dtype={self.dtype_name!r} must be 'float32' or 'bfloat16'")
-        elif self.dtype_name == "bfloat16" and (self.lora is None or not self.freeze_vision):
-            # Adapters are float32 whatever the weights are; weights that are trained themselves are not.
-            name = "lora=None" if self.lora is None else f"freeze_vision={self.freeze_vision}"
-            faults.append(
-                f"dtype={self.dtype_name!r} with {name}: updates of a small learning rate are less than half the last "
-                "digit of a bfloat16 weight and round away; use dtype='float32'"
-            )
-        return faults
+        return policy_faults(self)
 
     def check_settings(self) -> None:
         """Called at the end of a subclass's constructor. Raises ValueError that lists all faults at once."""
@@ -133,6 +118,7 @@ class PolicyModule(LightningModule):
             )
         # Weights are loaded in evaluation mode, which turns gradient checkpointing and LoRA dropout off.
         self.policy = policy.train()
+        self._start = weight_marks(self.policy)
 
     def configure_optimizers(self) -> dict[str, Any]:
         strategy = self.trainer.strategy
@@ -170,7 +156,7 @@ class PolicyModule(LightningModule):
     def end_batch(self) -> bool:
         """Count the batch; True if it was its window's last, and the caller should update."""
         self.num_batches += 1
-        return self.num_batches % self.accumulate == 0
+        return self.num_batches - self._num_batches_committed >= self.accumulate or is_last_batch(self.trainer)
 
     @property
     def window_is_open(self) -> bool:
@@ -212,6 +198,22 @@ class PolicyModule(LightningModule):
         self._latest |= {"train/learning_rate": schedule.get_last_lr()[0], "train/grad_norm": norm.item()}
         schedule.step()
         return True
+
+    def require_learnt(self) -> None:
+        """For the end of a run, before anything is made of it; all ranks call it. Raises NothingLearnt where no update
+        was made, or where every weight is still the one that was loaded."""
+        updates = self.trainer.global_step
+        if updates > 0 and not is_unmoved(self.policy, self._start):
+            return
+        fact = f"{updates} updates have changed no weight of the model" if updates else "no update was made"
+        raise NothingLearnt(f"nothing was learnt: {fact}; {self.explain_no_learning()}")
+
+    def explain_no_learning(self) -> str:
+        """What may be behind it, in words."""
+        return (
+            f"learning_rate={self.learning_rate} may be too small for dtype={self.dtype_name!r}, or trainer.max_steps, "
+            "max_epochs and limit_train_batches leave no batch"
+        )
 
     def log_step(self, metrics: dict[str, float]) -> None:
         """Log a batch's metrics, and again the latest value of those that only some batches have (an update ends a
@@ -292,6 +294,7 @@ class PolicyModule(LightningModule):
                 f"checkpoint does not fit the policy of model={self.model!r}, lora={self.lora}: "
                 f"missing {sorted(trained - saved)[:3]}, unexpected {sorted(saved - trained)[:3]}"
             )
+        require_same_groups(checkpoint, self.policy.trainable_parameters(), self.weight_decay)
         self.num_batches = self._num_batches_committed = checkpoint[STATE_KEY]["num_batches"]
         self._latest_committed = checkpoint[STATE_KEY]["latest"]
         self._latest = dict(self._latest_committed)

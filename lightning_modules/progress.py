@@ -1,8 +1,18 @@
-"""Lightning's count of batches in a checkpoint, taken back to where its weights and data are."""
+"""Lightning's count of batches: the last of a run, and in a checkpoint taken back to where weights and data are."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from lightning import Trainer
+
+
+def is_last_batch(trainer: Trainer) -> bool:
+    """True in the training step of the last batch of the last epoch, which ends the run. Alike on all ranks."""
+    if trainer.max_epochs in (None, -1) or trainer.current_epoch + 1 < trainer.max_epochs:
+        return False
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    return batches.is_last_batch or batches.current.ready >= trainer.num_training_batches
 
 
 def rewind(fit_loop: dict[str, Any], num_batches: int) -> None:

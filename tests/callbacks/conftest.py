@@ -97,15 +97,18 @@ class FakeModule(LightningModule):
         self.trainer.datamodule.mark_trained(batch)
         return self.policy.model(torch.ones(1, 2)).sum()
 
+    def require_learnt(self) -> None:
+        """It has."""
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.policy.parameters(), lr=0.1)
 
 
 class Windows(PolicyModule):
-    """Updates on windows of 4 batches without looking at them, once or more each; notes what it is given."""
+    """Updates on windows of batches without looking at them, once or more each; notes what it is given."""
 
-    def __init__(self, path: str, num_updates: int = 1) -> None:
-        super().__init__(path, lora=LoraSettings(rank=2, alpha=2), accumulate=4)
+    def __init__(self, path: str, num_updates: int = 1, accumulate: int = 4) -> None:
+        super().__init__(path, lora=LoraSettings(rank=2, alpha=2), accumulate=accumulate)
         self.num_updates = num_updates
         self.seen: list[str] = []
 

@@ -159,6 +159,25 @@ def test_a_checkpoint_of_an_epochs_end_inside_a_window_resumes_there(fit, tiny_m
     assert trainer.global_step == 5 and trainer.fit_loop.epoch_loop._batches_that_stepped == 20
 
 
+@resuming
+@pytest.mark.parametrize(("batch", "finished"), [(17, 15), (18, 18), (19, 18), (20, 20)])
+def test_a_run_stopped_around_its_trailing_batches_steps_them_once(
+    fit, tiny_model_dir, tmp_path: Path, batch: int, finished: int
+) -> None:
+    """20 batches in windows of 3: six, and one of two batches."""
+    whole, first, resumed = (Windows(str(tiny_model_dir), accumulate=3) for _ in range(3))
+    assert fit(whole, [], **TWO_EPOCHS).global_step == 7
+    checkpoints = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=100)
+    given = TWO_EPOCHS | {"enable_checkpointing": True}
+    with pytest.raises(SIGTERMException):
+        fit(first, [SaveOnInterrupt(), checkpoints, Sends(signal.SIGTERM, batch=batch)], **given)
+    trainer = fit(resumed, [checkpoints], ckpt_path=tmp_path / "ckpt/interrupted.ckpt", **given)
+    assert resumed.seen == whole.seen[2 * finished :]
+    assert trainer.global_step == 7 and not resumed.window_is_open
+    for name, value in whole.state_dict().items():
+        assert value.equal(resumed.state_dict()[name]), name
+
+
 class Handlers(Callback):
     """What SIGTERM would meet once the guard is out of the way."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -16,9 +17,11 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from callbacks import prompt_choice, rejection_sampling
+from callbacks.checkpoints import RunStopped
 from callbacks.prompt_choice import RejectionSettings, rejection_sample
 from callbacks.rejection_sampling import RejectionSampling
-from datamodules.shards import ShardReader
+from datamodules.samples import BoxAnswer, BoxesAnswer, ChoiceAnswer
+from datamodules.shards import ShardReader, ShardWriter
 from lightning_modules.adapters import LoraSettings
 from lightning_modules.grpo import GRPO
 from tests.callbacks.conftest import FakeEngine, FakeModule, FakePolicy, read_rows, resuming, true_answer
@@ -148,8 +151,56 @@ def test_a_rank_waits_for_a_slower_one_longer_than_a_collective_would(run, tmp_p
 
 
 def test_keeping_nothing_is_an_error_that_shows_the_counts(run) -> None:
-    with pytest.raises(ValueError, match="none of 19 candidates"):
+    with pytest.raises(RunStopped, match="none of 19 candidates"):
         run(FakeEngine(lambda item, k: "no box"))
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [
+        (0, ["none has 1 to 3 right of 4", "0 right 19", "truncated_image 1", "start from a better model"]),
+        (4, ["none has 1 to 3 right of 4", "4 right 19", "truncated_image 1", "take harder candidates"]),
+    ],
+)
+def test_why_nothing_was_kept_is_told_in_a_few_lines(run, share: int, words: list[str]) -> None:
+    for _ in range(2):  # a finished choice that kept nothing ends the next start in the same way
+        with pytest.raises(RunStopped) as caught:
+            run(FakeEngine(lambda item, k: true_answer(item) if k < share else "no box"))
+        assert all(word in str(caught.value) for word in words), str(caught.value)
+        assert len(str(caught.value).splitlines()) <= 5
+
+
+BOX = BoxAnswer(0, (0.2, 0.2, 0.7, 0.8), "ring")
+UNUSABLE = {1: BoxesAnswer((BOX, BOX)), 4: ChoiceAnswer("A", ("left", "right"))}
+
+
+def with_unusable(pool: Path, folder: Path, numbers: Sequence[int]) -> str:
+    """The pool's candidates; those with these numbers have an answer of two boxes, or of a choice."""
+    reader = ShardReader(pool)
+    with ShardWriter(folder) as writer:
+        for number in range(reader.count):
+            loaded = reader.read(number)
+            if number in numbers:
+                answer = UNUSABLE[1 if number % 2 else 4]
+                loaded = replace(loaded, sample=replace(loaded.sample, answer=answer))
+            writer.add(loaded)
+    return str(folder)
+
+
+def test_a_candidate_without_one_box_is_rejected_by_name(run, pool, tmp_path: Path, caplog) -> None:
+    engine = FakeEngine(right_number_mod_5)
+    shards = run(engine, source=with_unusable(pool, tmp_path / "mixed", [1, 4]))
+    assert kept_ids(shards) == [f"c{n}" for n in range(19) if 0 < n % 5 < 4 and n != 1]
+    assert not {"c1", "c4"} & set(engine.asked)
+    histogram = json.loads((tmp_path / "rs/histogram.json").read_text())
+    assert histogram["rejected"] == {"no_box_answer": 2, "truncated_image": 1} and histogram["candidates"] == 17
+    assert "'no_box_answer': 2" in caplog.text
+
+
+def test_a_pool_of_which_nothing_can_be_used_is_told_of(run, pool, tmp_path: Path) -> None:
+    source = with_unusable(pool, tmp_path / "none", range(20))
+    with pytest.raises(RunStopped, match="no candidate can be used; rejected: no_box_answer 20"):
+        run(FakeEngine(right_number_mod_5), source=source)
 
 
 def test_all_bad_settings_are_named_before_weights_are_read() -> None:

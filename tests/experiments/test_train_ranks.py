@@ -41,6 +41,21 @@ def test_two_ranks_roll_back_together(workbench: Workbench) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+def test_both_ranks_end_where_nothing_is_learnt(workbench: Workbench, strategy: str) -> None:
+    config, log = workbench.training("grpo", skip_equal_groups=True, max_new_tokens=1), workbench.root / "log.txt"
+    more = ("--trainer.devices=2", f"--trainer.strategy={strategy}", "--trainer.logger=false")
+    more = (*more, "--model.temperature=1e-6", "--model.max_idle_windows=3")
+    folder = workbench.outputs / "tiny" / "grpo"
+    for number in (3, 4):  # started again, it goes on counting
+        assert run_apart(config, *more, log=log, timeout=300) == 1, log.read_text()
+        assert f"no group of the last {number} windows" in log.read_text()
+        assert [file.name for file in (folder / "checkpoints").iterdir()] == ["step-00000000.ckpt"]
+    assert "Traceback" not in log.read_text() and "has ended" not in log.read_text()
+    assert not (folder / "done.json").exists() and not (folder / "merged").exists()
+
+
+@pytest.mark.slow
 def test_both_ranks_stop_where_checkpoints_cannot_be_written(workbench: Workbench, small_disk) -> None:
     config, log = workbench.training("grpo"), workbench.root / "log.txt"
     more = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=9", "--trainer.logger=false")
