@@ -13,17 +13,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from datamodules import answers
+from datamodules import box_texts
 from datamodules.answers import (
     FAILURE_KINDS,
     ParsedAnswer,
-    ParsedBox,
     ParseFailure,
     has_answer_tags,
     is_well_formed,
     parse_answer,
     render_answer,
 )
+from datamodules.box_texts import ParsedBox
 
 CASES = runpy.run_path(str(Path(__file__).with_name("hostile_answers.py")))["CASES"]
 NUMBERS = st.integers(-10, 10_000) | st.floats(0, 1).map(lambda value: round(value, 3))
@@ -221,14 +221,14 @@ GROWING = [
 @pytest.mark.parametrize(("start", "unit", "end"), GROWING, ids=[repr(case) for case in GROWING])
 def test_work_grows_linearly_with_length(start: str, unit: str, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = 0
-    decode = answers._decode
+    decode = box_texts.decode
 
     def counting_decode(text: str, **options):
         nonlocal decoded
         decoded += len(text)
         return decode(text, **options)
 
-    monkeypatch.setattr(answers, "_decode", counting_decode)
+    monkeypatch.setattr(box_texts, "decode", counting_decode)
 
     def seconds(length: int) -> float:
         text = start + unit * (length // len(unit)) + end
@@ -245,7 +245,7 @@ def test_work_grows_linearly_with_length(start: str, unit: str, end: str, monkey
     short, long = 2_000, 32_000
     # 16 times the length: linear is 16 times the time, quadratic 256. The constant is for the clock's grain.
     assert seconds(long) <= 80 * max(seconds(short), 1e-4)
-    assert decoded <= (answers.MAX_DEPTH + 1) * 3 * 4 * (short + long + 200)
+    assert decoded <= (box_texts.MAX_DEPTH + 1) * 3 * 4 * (short + long + 200)
 
 
 def test_nesting_beyond_pythons_recursion_limit_is_a_plain_failure() -> None:

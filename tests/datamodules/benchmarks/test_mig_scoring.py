@@ -13,7 +13,6 @@ from datamodules.benchmarks.mig_bench import TASKS, load_mig_bench
 from datamodules.benchmarks.mig_scoring import (
     Prediction,
     average_tasks,
-    extract_box_officially,
     format_table,
     score_answer,
     score_refused,
