@@ -92,7 +92,8 @@ def parse_answer(text: str, foreign: bool = False) -> ParsedAnswer | ParseFailur
     The answer is the first answer block after the thinking, or without one all that follows the thinking, from its
     conclusion on. In it, boxes under "bbox_2d" count before bare lists of four numbers, and those before the forms
     without JSON. Malformed JSON around a sound part (a missing fence, a list cut short) does not hide that part. An
-    inverted box is read, scoring 0. `foreign` admits (x1, y1, x2, y2) and <box>x1 y1 x2 y2</box> too: for evaluating any model, not for training ours.
+    inverted box is read, scoring 0. `foreign` admits (x1, y1, x2, y2) and <box>x1 y1 x2 y2</box> too: for evaluating
+    any model, not for training ours.
     """
     if not text.strip():
         return ParseFailure("empty")

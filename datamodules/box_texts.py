@@ -1,12 +1,14 @@
-"""Boxes in the text of an answer, tolerantly: in JSON, in JSON that is slightly broken, and in the forms of other models.
+"""Boxes in the text of an answer, tolerantly: in JSON, in JSON that is slightly broken, in the forms of other models.
 
-Readable to a person and so to this reader, though it is no JSON: numbers such as 10., .5, +10 and 010, numbers in quotes,
-a comma before the closing bracket, and full-width digits, signs and brackets. Anything else in a list of four (units,
-words, other separators, a missing or a fifth number) is no box. The strict format check knows none of this (`answers.py`).
+Readable to a person and so to this reader, though it is no JSON: numbers such as 10., .5, +10 and 010, numbers in
+quotes, a comma before the closing bracket, and full-width digits, signs and brackets. A list of four with anything else
+(units, words, other separators, a missing or a fifth number) is no box. The strict format check admits none of this
+(`answers.is_well_formed`).
 
-Work is bounded, so that 1 MB of any text is read in some milliseconds. Nesting beyond MAX_DEPTH is no value. Reading
-stops after MAX_VALUES bracket pairs. A text with more than MAX_MARKS of the characters that cost work (brackets, commas,
-quotes, line breaks, "\\", "<") is read only in the WINDOW characters round its last opening bracket.
+Work is bounded, so that 1 MB of any text is read in some milliseconds. Nesting beyond MAX_DEPTH is no value, and
+reading stops after MAX_VALUES bracket pairs. A text with more than MAX_MARKS of the characters that cost work
+(brackets, commas, quotes, line breaks, "\\", "<") is read only in its first WINDOW / 2 characters and in WINDOW round
+its last opening bracket. Full-width forms are read in texts of up to 8 * WINDOW characters.
 """
 
 from __future__ import annotations
@@ -63,28 +65,16 @@ class PlacedBox:
 
 
 class BoxesInText:
-    """What a text holds: boxes under "bbox_2d" (`keyed`), bare lists of four numbers, and forms without JSON."""
+    """A text's boxes: under "bbox_2d" (`keyed`), in `bare` lists of four numbers, in forms without JSON (`written`)."""
 
     def __init__(self, text: str, foreign: bool) -> None:
         self.keyed: list[PlacedBox] = []
         self.bare: list[PlacedBox] = []
         self.written: list[PlacedBox] = []
         self.num_bad = 0  # lists that should be a box and are none
-        start, text = _readable(text)
-        decoded: list[tuple[int, int]] = []
-        for begin, end, value in _json_values(text):
-            decoded.append((begin, end))
-            self._read(value, start + begin, start + end)
-        self.num_values = len(decoded)
-        for found in _written(text, foreign):
-            values = [float(number) for number in found.groups() if number is not None]
-            if is_inside(found.start(), decoded):
-                continue
-            if is_box(values):
-                box = ParsedBox(tuple(values), None)
-                self.written.append(PlacedBox(box, start + found.start(), start + found.end()))
-            else:
-                self.num_bad += 1
+        self.num_values = 0  # JSON values
+        for start, end in _read_parts(text):
+            self._read_part(text[start:end], start, foreign)
 
     def places(self) -> list[tuple[int, int]]:
         """[start, end) of all that holds a box, in order; no two overlap."""
@@ -96,6 +86,23 @@ class BoxesInText:
             if found := tuple(placed.box for placed in boxes if placed.start >= start):
                 return found
         return ()
+
+    def _read_part(self, text: str, offset: int, foreign: bool) -> None:
+        decoded: list[tuple[int, int]] = []
+        for start, end, value in _json_values(text):
+            decoded.append((start, end))
+            self._read(value, offset + start, offset + end)
+        self.num_values += len(decoded)
+        for found in _written(text, foreign):
+            if is_inside(found.start(), decoded):
+                continue
+            values = [float(number) for number in found.groups() if number is not None]
+            if is_box(values):
+                kind = self.bare if found[0].startswith("[") else self.written
+                kind.append(PlacedBox(ParsedBox(tuple(values), None), offset + found.start(), offset + found.end()))
+            else:
+                self.num_bad += 1
+        self.bare.sort(key=lambda placed: placed.start)  # stable: boxes of one JSON value stay in order
 
     def _read(self, value: Any, start: int, end: int, label: str | None = None, keyed: bool = False) -> None:
         """Walk one decoded value (at most MAX_DEPTH deep)."""
@@ -148,17 +155,20 @@ def _is_number(value: Any) -> bool:
 
 
 def _from_quotes(value: Any) -> Any:
-    if isinstance(value, str) and len(value) < 100 and (number := _QUOTED_NUMBER.fullmatch(value.translate(_FULL_WIDTH))):
-        return float(number[1])
-    return value
+    if not isinstance(value, str) or len(value) > 100:
+        return value
+    number = _QUOTED_NUMBER.fullmatch(value.translate(_FULL_WIDTH))
+    return value if number is None else float(number[1])
 
 
-def _readable(text: str) -> tuple[int, str]:
-    """The part of `text` that is read, and where it starts."""
+def _read_parts(text: str) -> list[tuple[int, int]]:
+    """[start, end) of the parts of `text` that are read, in order."""
     if _num_marks(text) <= MAX_MARKS:
-        return 0, text
-    start = max(0, max(text.rfind("["), text.rfind("{"), text.rfind("(")) - WINDOW // 2)
-    return start, text[start : start + WINDOW]
+        return [(0, len(text))]
+    start = max(text.rfind("["), text.rfind("{"), text.rfind("(")) - WINDOW // 4
+    if start <= WINDOW // 2:
+        return [(0, WINDOW)]
+    return [(0, WINDOW // 2), (start, min(len(text), start + WINDOW))]
 
 
 def _num_marks(text: str) -> int:
@@ -169,7 +179,7 @@ def _num_marks(text: str) -> int:
 def _written(text: str, foreign: bool) -> Iterator[re.Match[str]]:
     """The forms without JSON. A list in ASCII brackets is none: it is read as JSON or not at all."""
     plain = text
-    if not text.isascii() and len(text) <= 8 * WINDOW:  # beyond, full-width forms are not read: it would take long
+    if not text.isascii() and len(text) <= 8 * WINDOW:
         plain = text.translate(_FULL_WIDTH)
     if "(" in plain or "<box>" in plain or plain != text:
         for found in (_FOREIGN if foreign else _WRITTEN).finditer(plain):

@@ -1,10 +1,10 @@
-"""Reading the letter of an option from any model text, by stated rules. What benchmarks' own code reads instead stands
+"""Reading the letter of an option from any model text, by stated rules. How the code of benchmarks reads instead stands
 in `benchmarks/official_parsers.py`.
 
-The answer is what follows the thinking (`answers.answer_text`); its last MAX_LENGTH characters are read. Lists such as
-"(A, B, C, or D)" name the question's options and are passed over. The first rule that finds options decides; where it
-finds two, the answer has several and is wrong. What a statement is and does: `conclusions.py`; what names an option,
-and which of a letter and a text beside it counts: `option_mentions.py`.
+The answer is the text that follows the thinking (`answers.answer_text`); its last MAX_LENGTH characters are read. Lists
+such as "(A, B, C, or D)" name the question's options and are passed over. The first rule that finds options decides;
+where it finds two, the answer has several and is wrong. `conclusions.py` says which statements say, conclude, refuse
+and deny, `option_mentions.py` which words name an option and whether a letter or the text beside it counts.
 
 1. The answer is one letter, with or without brackets and punctuation, or is the text of one option.
 2. It says so: the last "the answer is …", "I would choose …", "\\boxed{…", "(B) is the best choice".
@@ -12,15 +12,15 @@ and which of a letter and a text beside it counts: `option_mentions.py`.
 4. It concludes: the last "Therefore, …", "Based on …", "this suggests that …" that names one option.
 5. It begins with the answer: the first statement names one option. A bare letter there gives way to the option that
    the next statement names by its text.
-6. The last statement that names one option, else the first that names any; statements that deny come last.
+6. The last statement that names options, if it names one; else the first; statements that deny only if no other does.
 
-A statement that it is impossible or difficult to determine the answer, refuses: before it nothing counts, and after it
-only rules 2 to 4 do. In a statement, what is denied ("not (B)") never counts, and what the answer is compared with or
-reasoned from ("than …", "whereas …", "because …") only where nothing else does. Denying statements conclude nothing.
+A statement that it is impossible or difficult to determine the answer refuses: before it nothing counts, and after it
+only rules 2 to 4 do. Inside a statement a denied part ("not (B)") never counts, and a part that compares or gives
+reasons ("than …", "whereas …", "because …") only where nothing else does. A denying statement concludes nothing.
 
-One option under two letters: where the conclusion has an option's text with a letter in print ("**(A) the second
-image**") and the text elsewhere stands with another offered letter that is free ("the second image (B)"), the free letter
-counts. Such an answer contradicts itself; published results count its free letter.
+One option under two letters: the conclusion has an option's text with a letter in print ("**(A) the second image**"),
+and elsewhere the same text stands with another offered letter that is free ("the second image (B)"). Such an answer
+contradicts itself. The free letter counts, because published results count it.
 
 An empty answer is wrong. So is a letter that no option has. Nothing is guessed.
 """
@@ -109,19 +109,26 @@ def _first_or_last(options: Options, parts: list[Statement]) -> set[str]:
 
 
 def _claims(options: Options, part: Statement, span: tuple[int, int] | None = None) -> list[Mention]:
-    """What `part` claims within `span`, else in all of it."""
+    """The options that `part` claims within `span`, else in all of it."""
     start, end = span or (0, len(part.text))
-    found = options.mentions(part.text[start:end])
-    asides = part.asides() if found else []
-    plain, compared = [], []
-    for mention in found:
-        while asides and asides[0][1] <= start + mention.start:
-            asides.pop(0)
-        if not asides or start + mention.start < asides[0][0]:
-            plain.append(mention)
-        elif not asides[0][2]:
-            compared.append(mention)
-    return plain or compared
+    text = part.text[start:end]
+    asides = part.asides()
+
+    def outside(mentions: list[Mention], which: Sequence[tuple[int, int, bool]]) -> list[Mention]:
+        kept, index = [], 0
+        for mention in mentions:
+            while index < len(which) and which[index][1] <= start + mention.start:
+                index += 1
+            if index == len(which) or start + mention.start < which[index][0]:
+                kept.append(mention)
+        return kept
+
+    marked, capitals = options.mentions(text), options.capitals(text)
+    denied = [aside for aside in asides if aside[2]]
+    for mentions, which in ((marked, asides), (capitals, asides), (marked, denied), (capitals, denied)):
+        if found := outside(mentions, which):
+            return found
+    return []
 
 
 def _one_letter(options: Options, found: list[Mention], parts: list[Statement]) -> set[str]:

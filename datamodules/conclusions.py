@@ -1,22 +1,24 @@
-"""What a free text states as its answer: sentence by sentence, which say the answer, conclude, refuse, deny or compare.
+"""The statements of a free text: whether each says the answer, concludes, refuses, denies or compares.
 
-For the readers of letters (`choices.py`) and of boxes (`answers.py`). Cues are words of general English; no model's and
-no benchmark's phrase is among them. All work is linear in the length of the text.
+For the readers of letters (`choices.py`) and of boxes (`answers.py`). The cues are words of general English; no phrase
+of a model or of a benchmark is among them. All work is linear in the length of the text.
 
-- A statement is a sentence, or a line without a full stop. One that ends in a colon goes on to the next line with text, and over
-  all lines of a list that begin with a letter there.
-- It says the answer: "the answer is …", "Option: …", "I would choose …", "\\boxed{…"; "… is the best choice" says it before.
+- A statement is a sentence, or a line without a full stop. A line that ends in a colon goes on to the next line with
+  text, and over all lines of a list whose lines begin with a letter, as in "(A) …".
+- It says the answer: "the answer is …", "Option: …", "I would choose …", "\\boxed{…". With "… is the best choice" the
+  answer stands before.
 - It concludes: "Therefore, …", "So …", "Based on …", "this indicates that …".
-- It refuses: "it is not possible to determine …", "I cannot tell".
-- It denies: "… does not match", "unlikely", "on the other hand".
-- A part of it compares or gives reasons: from "whereas", "than", "because" on. A part is denied: from "not" to the
-  next comma. Neither is what the statement says.
+- It refuses: "it is not possible to determine …", "I cannot tell …".
+- It denies: "… does not match", "unlikely", "either … or", "on the other hand". A question denies too.
+- A part of it compares or gives reasons: from "whereas", "than", "because" on; to the next comma if it begins so.
+- A part of it is denied: from "not" to the next comma or "but".
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 MAX_STATEMENTS = 400  # of a text: its last
 
@@ -34,28 +36,32 @@ _SAID_AFTER = re.compile(
     rf"|\b(?:I|we|let us|let's)(?:'d|'ll| would| will| shall| can| must| should| might)? {_CHOOSE}\b|\\boxed\{{",
     re.IGNORECASE,
 )
-_SAID_BEFORE = re.compile(rf"\b{_SAYS} (?:the|a|an|my) (?:[\w-]{{1,20}} ){{0,2}}(?:answer|choice|option)\b", re.IGNORECASE)
+_SAID_BEFORE = re.compile(
+    rf"\b{_SAYS} (?:the|a|an|my) (?:[\w-]{{1,20}} ){{0,2}}(?:answer|choice|option)\b", re.IGNORECASE
+)
 _CONCLUDING = re.compile(
     r"(?:^|[,;:.]|\band)[\s*_#>-]{0,6}(?:therefore|thus|hence|consequently|accordingly|ultimately|finally|so|overall,"
     r"|in (?:conclusion|summary)|to (?:conclude|summarize|sum up)|considering|given|based on|from th(?:is|ese)"
-    r"|(?:this|which|it) (?:clearly )?(?:suggests|indicates|means|implies|shows) that|(?:indicating|suggesting|meaning) that)(?!\w)",
+    r"|(?:this|which|it) (?:clearly )?(?:suggests|indicates|means|implies|shows) that"
+    r"|(?:indicating|suggesting|meaning) that)(?!\w)",
     re.IGNORECASE,
 )
-_DECIDE = r"(?:\w+ly )?(?:be )?(?:determined?|say|tell|identify|identified|know|choose|decided?|select|answer(?:ed)?|make|see)\b"
+_DECIDE = r"(?:determine|say|tell|identify|know|choose|decide|select|answer|make|see|be (?:determined|decided))"
 _REFUSING = re.compile(
-    rf"\b(?:(?:not possible|impossible|unable|not able|difficult|hard|challenging) to|cannot|can't|can not|could not|couldn't) {_DECIDE}"
+    r"\b(?:(?:not possible|impossible|unable|not able|difficult|hard|challenging) to"
+    rf"|cannot|can't|can not|could not|couldn't) (?:\w{{1,20}}ly )?{_DECIDE}\b"
     r"|\b(?:I|we) (?:do not|don't) know\b|\bnot enough (?:information|context)\b",
     re.IGNORECASE,
 )
 _DENYING = re.compile(
-    r"\b(?:not|nor|neither|none|cannot|less|least|unlikely|either|incorrect|wrong|lack(?:s|ing)?|unrelated"
+    r"\b(?:no|not|nor|neither|none|cannot|less|least|unlikely|either|incorrect|wrong|lack(?:s|ing)?|unrelated"
     r"|on the other hand|in contrast)\b|n't\b",
     re.IGNORECASE,
 )
 _ASIDE = re.compile(
-    r"\b(?P<denied>not|n't|nor|neither)\b|(?<=n)(?P<short>'t)\b"
-    r"|\b(?:whereas|while|whilst|although|though|unlike|than|instead of|rather than|as opposed to|in contrast to|similar to"
-    r"|compared (?:to|with)|relative to|since|because)\b",
+    r"(?P<denied>\b(?:not|nor|neither)\b|n't\b)"
+    r"|\b(?:whereas|while|whilst|although|though|unlike|than|instead of|rather than|as opposed to|in contrast to"
+    r"|similar to|compared (?:to|with)|relative to|since|because)\b",
     re.IGNORECASE,
 )
 _BREAK = re.compile(r"[,;:]|\bbut\b", re.IGNORECASE)
@@ -84,7 +90,7 @@ class Statement:
         return _REFUSING.search(self.text) is not None
 
     def denies(self) -> bool:
-        return _DENYING.search(self.text) is not None
+        return self.text.rstrip().endswith("?") or _DENYING.search(self.text) is not None
 
     def asides(self) -> list[tuple[int, int, bool]]:
         """[from, to) of the parts that compare or give reasons (False), or are denied (True), in order."""
@@ -92,7 +98,7 @@ class Statement:
         for match in _ASIDE.finditer(self.text):
             if match.start() < done:
                 continue
-            denied = match["denied"] is not None or match["short"] is not None
+            denied = match["denied"] is not None
             leading = not self.text[: match.start()].strip(" \t\n*_#>-")
             stop = _BREAK.search(self.text, match.end()) if denied or leading else None
             done = len(self.text) if stop is None else stop.start()
@@ -113,6 +119,6 @@ def statements(text: str) -> list[Statement]:
         listing = (open_colon or listing) and _LISTED.match(text, start, line.end()) is not None
         if found and (open_colon or listing):
             cuts[0] = found.pop().start
-        found += [Statement(text[a:b], a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        found += [Statement(text[a:b], a, b) for a, b in pairwise(cuts)]
         open_colon = line[0].rstrip(" \t\r*_").endswith(":")
     return found[-MAX_STATEMENTS:]

@@ -3,13 +3,13 @@
 Rules of one mention:
 
 - Texts are compared by words, without case and a leading article. Numbers count by value: "four", "4" and "04" are one.
-  Of two options with the same text, neither is named by it. "dark red circle" names no option "red circle".
+  A text that two options share names neither. "dark red circle" names no option "red circle".
 - A letter beside an option's text is one mention with it: "(B) the third image", "the third image (B)". Where the two
   differ, the text counts, unless the letter is one that is offered and stands free, with white space round "(B)".
 - A letter behind the word that all options end in names something else: "the first image (A)", where only the second
   and the third image can be chosen.
-- A capital alone counts only where nothing else names an option. "A" and "I" before a small letter are words ("A dog"),
-  but not before words that follow no article ("A is", "A and", "A in").
+- A capital alone counts only where nothing else that is claimed names an option. "A" and "I" before a small letter are
+  words ("A dog"), but not before words that follow no article ("A is", "A and", "A in").
 - A letter that no option has counts only where nothing else is named.
 """
 
@@ -21,19 +21,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-_WORD_NEXT = (
-    r"(?!\s+(?!(?:and|or|is|was|has|does|would|but|because|since|as|at|by|for|from|in|of|on|to|which|with)\b)[a-z])"
-)
+# "A" and "I" before a small letter are words, but not before words that follow no article.
+_NO_ARTICLE = "and|or|is|are|was|were|has|have|does|can|would|but|because|since|at|by|for|from|in|of|on|to|which|with"
+_NO_WORD = rf"(?!\s+(?!(?:{_NO_ARTICLE})\b)[a-z])"
 _MARK = re.compile(
     r"(?<!\S)\((?P<free>[A-Z])\)(?!\S)"
     r"|\((?:(?i:choice|option|answer) )?(?P<round>[A-Za-z])\)|\[(?P<square>[A-Za-z])\]"
     r"|\b(?i:option|choice|answer|letter)\s{1,4}[\"'`*(]{0,4}(?P<named>[A-Z])\b(?!['’])"
-    rf"|(?<![\w(])(?P<closed>[A-Z])\)|^[\s\"'`*]{{0,8}}(?P<leading>[A-Z])[\"'`*]{{0,4}}(?:[.:]|\s*$)",
+    r"|(?<![\w(])(?P<closed>[A-Z])\)|^[\s\"'`*]{0,8}(?P<leading>[A-Z])[\"'`*]{0,4}(?:[.:]|\s*$)",
     re.MULTILINE,
 )
-_CAPITAL = re.compile(rf"(?<![\w'’.\-])([A-Z])(?![\w'’\-]){_WORD_NEXT}")
+_CAPITAL = re.compile(rf"(?<![A-Za-z0-9_'’.\-])([B-HJ-Z]|[AI]{_NO_WORD})(?![A-Za-z0-9_'’\-])")
 _BESIDE = re.compile(r"[\s\"'`*.:)\-–—,]{0,6}")  # between a letter and the text that it labels
-_NUMBERS = tuple("zero one two three four five six seven eight nine ten eleven twelve".split())
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _ARTICLES = ("the", "a", "an")
 # Models that know Chinese answer in it now and then. A text that is one such word names the option with this text.
 _CHINESE = {
@@ -79,7 +79,7 @@ class Options:
         return self._owner(parts)
 
     def mentions(self, text: str) -> list[Mention]:
-        """All mentions in `text`, in order."""
+        """Mentions in `text` by a marked letter or by text, in order; without any, those of letters that none has."""
         texts = [] if self._named is None else [*self._named.finditer(text)]
         starts = [found.start() for found in texts]
         labelled: set[int] = set()
@@ -103,11 +103,12 @@ class Options:
             if index not in labelled:
                 owner = self._owners[found.lastindex - 1]
                 offered.append(Mention(owner, found.start(), text_of=owner))
-        if not offered:
-            capitals = [Mention(found[1], found.start()) for found in _CAPITAL.finditer(text)]
-            offered = [mention for mention in capitals if mention.letter in self.letters]
-            unknown = unknown or capitals
         return sorted(offered or unknown, key=lambda mention: mention.start)
+
+    def capitals(self, text: str) -> list[Mention]:
+        """Mentions in `text` by a capital alone, in order; without any, those of letters that no option has."""
+        found = [Mention(capital[1], capital.start()) for capital in _CAPITAL.finditer(text)]
+        return [mention for mention in found if mention.letter in self.letters] or found
 
     def _owner(self, parts: list[str]) -> str | None:
         text = " ".join(parts)

@@ -18,6 +18,7 @@ from datamodules.boxes import Box, Convention, ImageGeometry, iou
 from datamodules.samples import Sample
 from datamodules.scores import score_text
 
+
 @dataclass(frozen=True)
 class Prediction:
     """One scored answer, as it stands in predictions.jsonl. Boxes are unit xyxy of the target image."""

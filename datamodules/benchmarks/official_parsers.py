@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from datamodules.boxes import Box
 
 _INT, _DEC = r"(\d+)", r"(\d+\.\d+)"
-# Tried in this order; the first with any match decides. Integers and decimals are never mixed within one box. White space
-# after a comma is allowed in all but the pairs of decimals, and never before one.
+# Tried in this order; the first with any match decides. Integers and decimals are never mixed within one box. White
+# space after a comma is allowed in all forms but the pairs of decimals, and before a comma in none.
 _BOX_FORMS = tuple(
     re.compile(form)
     for form in (
@@ -30,16 +30,17 @@ _BLINK_LETTERS = "ABCDE"  # the most options that a BLINK question has
 def extract_box_officially(text: str) -> Box | None:
     """The box that the official MIG-Bench code reads from an answer: four numbers that it takes for unit xyxy, or None.
 
-    From the behaviour of `extract_bbox` (Migician's eval/utils.py). The first box of the first form that matches counts.
-    Numbers are divided by 1000 from 1 on when the text holds one box, and only above 1 when it holds several: a lone
-    [0.0,0.15,1.0,0.5] gets x2 = 0.001. A box that mixes integers with decimals is not seen.
+    From the behaviour of `extract_bbox` (Migician's eval/utils.py). The first box of the first form that matches
+    counts. Numbers are divided by 1000 from 1 on when the text holds one box, and only above 1 when it holds several: a
+    lone [0.0,0.15,1.0,0.5] gets x2 = 0.001. A box that mixes integers with decimals is not seen.
     """
     for form in _BOX_FORMS:
-        found = form.findall(text)
-        if found:
-            numbers = [float(number) for number in found[0]]
+        found = form.finditer(text)
+        if first := next(found, None):
+            alone = next(found, None) is None
             x1, y1, x2, y2 = (
-                number / 1000 if number > 1 or (number == 1 and len(found) == 1) else number for number in numbers
+                number / 1000 if number > 1 or (number == 1 and alone) else number
+                for number in map(float, first.groups())
             )
             return x1, y1, x2, y2
     return None

@@ -18,6 +18,7 @@ from datamodules.benchmarks.mig_scoring import (
     score_refused,
     summarise,
 )
+from datamodules.benchmarks.official_parsers import extract_box_officially
 from datamodules.boxes import Convention, ImageGeometry
 from datamodules.samples import BoxAnswer, ImagePart, Sample, TextPart
 
