@@ -87,11 +87,17 @@ class BoxesInText:
                 return found
         return ()
 
+    def read(self, value: Any, start: int = 0, end: int = 0) -> bool:
+        """Add the boxes of one decoded value that stands at [start, end); whether there are any."""
+        before = len(self.keyed) + len(self.bare)
+        self._read(value, start, end)
+        return len(self.keyed) + len(self.bare) > before
+
     def _read_part(self, text: str, offset: int, foreign: bool) -> None:
         decoded: list[tuple[int, int]] = []
         for start, end, value in _json_values(text):
             decoded.append((start, end))
-            self._read(value, offset + start, offset + end)
+            self.read(value, offset + start, offset + end)
         self.num_values += len(decoded)
         for found in _written(text, foreign):
             if is_inside(found.start(), decoded):
@@ -212,14 +218,15 @@ def _json_values(text: str) -> Iterator[tuple[int, int, Any]]:
 
 
 def _repaired(part: str) -> Any:
-    """The value of a part that is no JSON only for how its boxes or its last commas are written; else None."""
+    """The value of a part that holds a box and is no JSON only for how boxes or last commas are written; else None."""
     plain = _TRAILING_COMMA.sub(r"\1", _LIST.sub(_as_json, part.translate(_FULL_WIDTH)))
     if plain == part:
         return None
     try:
-        return decode(plain, unique_keys=False)
+        value = decode(plain, unique_keys=False)
     except ValueError:
         return None
+    return value if BoxesInText("", False).read(value) else None
 
 
 def _as_json(found: re.Match[str]) -> str:
