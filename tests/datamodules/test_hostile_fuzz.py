@@ -19,8 +19,8 @@ from tests.datamodules.test_choices import PIECES as CUES
 from tests.datamodules.test_format_tags import VALID, follows_the_papers_format
 
 SHORT = [text for text, _, _ in CASES if len(text) < 600]
-GRAMMAR = """<think> </think> <answer> </answer> < > ```json ``` { } [ ] " \\ , : "bbox_2d" "label" 1 2.5 -3 1e999 NaN null
-(1,2) ( [1,2,3,4] 10. +1 ' true"""
+GRAMMAR = """<think> </think> <answer> </answer> < > ```json ``` { } [ ] " \\ , : "bbox_2d" "label" 1 2.5 -3 1e999 NaN
+null true (1,2) ( [1,2,3,4] 10. +1 '"""
 WORDS = [*GRAMMAR.split(), "\uff3b", "\uff11", "\u0661", "\x00", "\ud800", "\u0130"]
 PIECES = [*WORDS, *CUES, OBJ, OTHER, FENCED, " ", "\n", "\n\n"]
 
