@@ -36,7 +36,7 @@ from datamodules.conclusions import Statement, statements
 from datamodules.option_mentions import Mention, Options, options_of
 
 CHOICE_FAILURES = ("empty", "no_answer", "no_choice", "several_choices", "no_such_choice")
-MAX_LENGTH = 8_192
+MAX_LENGTH = 6_144
 
 _OPEN, _CLOSE = r"[\s\"'`*(（\[{<$]*+", r"[\s\"'`*)）\]}>.,:;!$]*+"
 _ALONE = re.compile(rf"{_OPEN}(?:\\boxed\{{\(?)?([A-Za-z]){_CLOSE}")
@@ -112,6 +112,9 @@ def _claims(options: Options, part: Statement, span: tuple[int, int] | None = No
     """The options that `part` claims within `span`, else in all of it."""
     start, end = span or (0, len(part.text))
     text = part.text[start:end]
+    marked, capitals = options.mentions(text), options.capitals(text)
+    if not marked and not capitals:
+        return []
     asides = part.asides()
 
     def outside(mentions: list[Mention], which: Sequence[tuple[int, int, bool]]) -> list[Mention]:
@@ -123,7 +126,6 @@ def _claims(options: Options, part: Statement, span: tuple[int, int] | None = No
                 kept.append(mention)
         return kept
 
-    marked, capitals = options.mentions(text), options.capitals(text)
     denied = [aside for aside in asides if aside[2]]
     for mentions, which in ((marked, asides), (capitals, asides), (marked, denied), (capitals, denied)):
         if found := outside(mentions, which):

@@ -20,7 +20,7 @@ import re
 from dataclasses import dataclass
 from itertools import pairwise
 
-MAX_STATEMENTS = 400  # of a text: its last
+MAX_STATEMENTS = 256  # of a text: its last
 
 _LINE = re.compile(r"[^\n]+")
 # A sentence ends before a capital, a digit or an opening mark. "B. The dog" at the start of a line stays whole.
