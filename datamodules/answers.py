@@ -4,45 +4,47 @@
     {"bbox_2d": [x1, y1, x2, y2], "label": "…"}
     ```</answer>
 
-The numbers are in the model's own convention; `boxes.ImageGeometry` gives them meaning. Nothing here raises on model
-text, and all work is linear in its length: every regex is free of nested repetition, and the text is decoded as JSON at
-most MAX_DEPTH times over.
+The numbers are in the model's own convention; `boxes.ImageGeometry` gives them meaning. The tolerant parser also reads
+boxes whose JSON is slightly broken (10., +10, .5, numbers in quotes, a comma before a closing bracket, full-width
+digits and brackets) and forms without JSON (`box_texts.py`); none of these earns the format reward.
+
+Which of several boxes is the answer: `parse_answer` lists them from the conclusion on, so that the first one is it. The
+conclusion is looked for only where no <answer> tag says where the answer begins, and only where the answer holds
+several boxes. It begins at the first of these that a box follows (`conclusions.py` has the words):
+
+1. the last statement that says the answer ("The answer is …", "I would choose …")
+2. the last statement that concludes ("Therefore, …")
+3. the last paragraph, if it is boxes and nothing else and no paragraph before it is
+
+Without any of these it begins with the text. Words inside JSON conclude nothing.
+
+Nothing here raises on model text, and the work on a text is bounded whatever it holds: a text with more than MAX_TAGS
+tags has no answer, a conclusion is looked for in the last MAX_CONCLUSION characters of the answer, and `box_texts.py`
+bounds the rest. Every regex is free of nested repetition.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
 
-from datamodules.boxes import Box
+from datamodules.box_texts import BoxesInText, ParsedBox, decode, is_box, is_inside, is_one_value
+from datamodules.conclusions import statements
 
 FAILURE_KINDS = ("empty", "no_answer", "no_json", "bad_json", "no_box", "bad_box")
-MAX_DEPTH = 16  # nesting beyond this is no answer; Python's decoder would recurse until it raises
+MAX_TAGS = 4_096
+MAX_CONCLUSION = 8_192
 
 # Attributes and upper case count, so that strictness can refuse them. ASCII: no Unicode
 # look-alike of s or k counts.
 _TAG = re.compile(r"<(/?)(think|answer)(?:\s[^<>]*+)?>", re.IGNORECASE | re.ASCII)
-_STRUCTURE = re.compile(r'\\.|["\n{}\[\]]', re.DOTALL)
-_DIGITS = r"([-+]?[0-9]++(?:\.[0-9]++)?)"
-_NUMBER = rf"\s*+{_DIGITS}\s*+"
-_PAIRS = re.compile(rf"\({_NUMBER},{_NUMBER}\)\s*+,?\s*+\({_NUMBER},{_NUMBER}\)")  # Qwen2-VL: (x1,y1),(x2,y2)
-# What other models write: (x1, y1, x2, y2), and MiniCPM-V's <box>x1 y1 x2 y2</box>.
-_FOREIGN = re.compile(
-    rf"{_PAIRS.pattern}|\({_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\)|<box>{_NUMBER}{_NUMBER}{_NUMBER}{_NUMBER}</box>"
-)
+_BEGINNINGS = ("<think", "</think", "<answer", "</answer")
 _FENCE = re.compile(r"```(?:json)?[ \t\r]*+\n(.*)```", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class ParsedBox:
-    """Four finite numbers as the model wrote them (its convention; possibly inverted) and the label beside them."""
-
-    values: Box
-    label: str | None
+_PARAGRAPH_BREAK = re.compile(r"\n[ \t\r]*+\n")
+_MARKUP = re.compile(r"```(?:json)?|<\|?/?[a-z_]{1,20}\|?>", re.IGNORECASE)  # round a box
+_BOX = "\ufffc"  # stands for a box where only the words between boxes matter
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def render_answer(values: Sequence[int | float], label: str, thinking: str | Non
 
     Raises ValueError if `values` are not four finite numbers or `thinking` holds a tag.
     """
-    if not _is_box(list(values)):
+    if not is_box(list(values)):
         raise ValueError(f"an answer has four finite numbers, got {values!r}")
     if thinking is not None and has_answer_tags(thinking):
         raise ValueError(f"thinking must not hold think or answer tags: {thinking[:200]!r}")
@@ -87,32 +89,24 @@ def render_answer(values: Sequence[int | float], label: str, thinking: str | Non
 def parse_answer(text: str, foreign: bool = False) -> ParsedAnswer | ParseFailure:
     """Read the boxes in any model text.
 
-    The answer is the first answer block after the thinking, or without one all that follows the thinking. In it, boxes
-    under "bbox_2d" count before bare lists of four numbers, and those before the forms without JSON. Malformed JSON
-    around a sound part (a missing fence, a list cut short) does not hide that part. An inverted box is read, scoring 0.
-    `foreign` admits (x1, y1, x2, y2) and <box>x1 y1 x2 y2</box> too: for evaluating any model, not for training ours.
+    The answer is the first answer block after the thinking, or without one all that follows the thinking, from its
+    conclusion on. In it, boxes under "bbox_2d" count before bare lists of four numbers, and those before the forms
+    without JSON. Malformed JSON around a sound part (a missing fence, a list cut short) does not hide that part. An
+    inverted box is read, scoring 0. `foreign` admits (x1, y1, x2, y2) and <box>x1 y1 x2 y2</box> too: for evaluating
+    any model, not for training ours.
     """
     if not text.strip():
         return ParseFailure("empty")
-    thinking, answer = _split(text)
+    thinking, answer, tagged = _split(text)
     if answer is None or not answer.strip():
         return ParseFailure("no_answer")
-    reader = _BoxReader()
-    num_decoded = 0
-    for value in _json_values(answer):
-        num_decoded += 1
-        reader.read(value)
-    boxes = reader.keyed or reader.bare
-    if not boxes:
-        form = _FOREIGN if foreign else _PAIRS
-        written = [tuple(float(n) for n in match.groups() if n is not None) for match in form.finditer(answer)]
-        boxes = [ParsedBox(values, None) for values in written if _is_box(list(values))]
-        if written and not boxes:
-            return ParseFailure("bad_box")
-    if boxes:
-        return ParsedAnswer(tuple(boxes), thinking)
-    if num_decoded:
-        return ParseFailure("bad_box" if reader.num_bad else "no_box")
+    found = BoxesInText(answer, foreign)
+    if boxes := found.counting(0 if tagged else _conclusion(answer, found)):
+        return ParsedAnswer(boxes, thinking)
+    if found.num_bad:
+        return ParseFailure("bad_box")
+    if found.num_values:
+        return ParseFailure("no_box")
     return ParseFailure("bad_json" if "{" in answer or "[" in answer else "no_json")
 
 
@@ -128,7 +122,7 @@ def is_well_formed(text: str) -> bool:
 
     Empty thinking is allowed; so are other keys, but no key may be given twice and "label" must be a string.
     """
-    tags = list(_TAG.finditer(text))
+    tags = _tags(text) or []
     if [tag.group() for tag in tags] != ["<think>", "</think>", "<answer>", "</answer>"]:
         return False
     outside = text[: tags[0].start()] + text[tags[1].end() : tags[2].start()] + text[tags[3].end() :]
@@ -140,21 +134,51 @@ def is_well_formed(text: str) -> bool:
         if fenced is None:
             return False
         body = fenced.group(1).strip()
-    if not body.startswith("{") or not any(span == (0, len(body)) for span in _outer_spans(body)):
+    if not body.startswith("{") or not is_one_value(body):
         return False
     try:
-        answer = _decode(body)
+        answer = decode(body)
     except ValueError:
         return False
-    if not isinstance(answer.get("label", ""), str) or not _is_box(answer.get("bbox_2d")):
+    if not isinstance(answer.get("label", ""), str) or not is_box(answer.get("bbox_2d")):
         return False
     x1, y1, x2, y2 = answer["bbox_2d"]
     return x1 < x2 and y1 < y2
 
 
-def _split(text: str) -> tuple[str | None, str | None]:
-    """(thinking, answer) of a model text; the answer is None when the thinking never ends."""
-    tags = list(_TAG.finditer(text))
+def _conclusion(answer: str, found: BoxesInText) -> int:
+    """Where the conclusion of an answer begins, of those that boxes follow; 0 without one."""
+    offset = max(0, len(answer) - MAX_CONCLUSION)
+    values = [(start - offset, end - offset) for start, end in found.places() if start >= offset]
+    if not values or len(found.places()) < 2:
+        return 0
+    said, concluding = 0, 0
+    for part in statements(answer[offset:]):
+        if part.start > values[-1][0]:
+            break
+        span = part.said()
+        if span is not None and part.start + span[0] <= values[-1][0] and not is_inside(part.start + span[0], values):
+            said = part.start + span[0]
+        if part.concludes() and not is_inside(part.start, values):
+            concluding = part.start
+    start = said or concluding or _last_paragraph(answer[offset:], values)
+    return offset + start if start else 0
+
+
+def _last_paragraph(answer: str, values: list[tuple[int, int]]) -> int:
+    """Where the boxes of the last paragraph begin, if it alone is boxes and nothing else; else 0."""
+    places = [0, *(place for value in values for place in value), len(answer)]
+    between = [answer[start:end] for start, end in zip(places[::2], places[1::2], strict=True)]
+    paragraphs = [part for part in _PARAGRAPH_BREAK.split(_BOX.join(between)) if part.strip()]
+    alone = [_BOX in part and not re.search(r"\w", _MARKUP.sub(" ", part)) for part in paragraphs]
+    return values[-paragraphs[-1].count(_BOX)][0] if alone[-1] and alone.count(True) == 1 else 0
+
+
+def _split(text: str) -> tuple[str | None, str | None, bool]:
+    """(thinking, answer, whether an answer tag opens it) of a model text; no answer when the thinking never ends."""
+    tags = _tags(text)
+    if tags is None:
+        return None, None, False
     kinds = [(tag.group(1) + tag.group(2)).lower() for tag in tags]
     openings = [index for index, kind in enumerate(kinds) if kind == "answer"]
     closings = [index for index, kind in enumerate(kinds) if kind == "/think"]
@@ -163,10 +187,30 @@ def _split(text: str) -> tuple[str | None, str | None]:
         after = max((index for index in closings if index < openings[-1]), default=-1)
         opening = next(index for index in openings if index > after)
         closing = next((tags[i].start() for i in range(opening + 1, len(tags)) if kinds[i] == "/answer"), len(text))
-        return _thinking(text, tags[:opening], kinds, tags[opening].start()), text[tags[opening].end() : closing]
+        thinking = _thinking(text, tags[:opening], kinds, tags[opening].start())
+        return thinking, text[tags[opening].end() : closing], True
     if closings:
-        return _thinking(text, tags, kinds, len(text)), text[tags[closings[-1]].end() :]
-    return None, None if "think" in kinds else text
+        return _thinking(text, tags, kinds, len(text)), text[tags[closings[-1]].end() :], False
+    return None, None if "think" in kinds else text, False
+
+
+def _tags(text: str) -> list[re.Match[str]] | None:
+    """The think and answer tags in order; None for more than MAX_TAGS places that begin like one.
+
+    Where there are many "<", the beginnings are counted and found by plain search, which is fast for any text.
+    """
+    if text.count("<") <= MAX_TAGS:
+        return list(_TAG.finditer(text))
+    lower = text.replace("\u0130", "i").lower()  # the one character that lower() makes two of
+    if sum(lower.count(beginning) for beginning in _BEGINNINGS) > MAX_TAGS:
+        return None
+    places: list[int] = []
+    for beginning in _BEGINNINGS:
+        place = lower.find(beginning)
+        while place >= 0:
+            places.append(place)
+            place = lower.find(beginning, place + 1)
+    return [tag for place in sorted(places) if (tag := _TAG.match(text, place))]
 
 
 def _thinking(text: str, tags: list[re.Match[str]], kinds: list[str], end: int) -> str | None:
@@ -176,102 +220,3 @@ def _thinking(text: str, tags: list[re.Match[str]], kinds: list[str], end: int) 
     if start is None and not closings:
         return None
     return text[start or 0 : closings[-1] if closings else end]
-
-
-class _BoxReader:
-    """Collects boxes from decoded JSON: those under "bbox_2d", and bare lists of numbers."""
-
-    def __init__(self) -> None:
-        self.keyed: list[ParsedBox] = []
-        self.bare: list[ParsedBox] = []
-        self.num_bad = 0
-
-    def read(self, value: Any, label: str | None = None, keyed: bool = False) -> None:
-        """Walk one decoded value (at most MAX_DEPTH deep)."""
-        if isinstance(value, dict) and not keyed:
-            label = value["label"] if isinstance(value.get("label"), str) else None
-            for key, item in value.items():
-                if key == "bbox_2d" or isinstance(item, dict | list):
-                    self.read(item, label, keyed=key == "bbox_2d")
-        elif _is_box(value):
-            (self.keyed if keyed else self.bare).append(ParsedBox(tuple(value), label))
-        elif isinstance(value, list) and value and all(isinstance(item, dict | list) for item in value):
-            for item in value:
-                self.read(item, label, keyed)
-        elif keyed or (isinstance(value, list) and any(_is_number(item) for item in value)):
-            self.num_bad += 1
-        elif isinstance(value, list):
-            for item in value:
-                if isinstance(item, dict | list):
-                    self.read(item, label)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_box(value: Any) -> bool:
-    return (
-        isinstance(value, list) and len(value) == 4 and all(_is_number(item) and math.isfinite(item) for item in value)
-    )
-
-
-def _json_values(text: str) -> Iterator[Any]:
-    """The outermost balanced bracket pairs in `text` that decode as JSON, in order; where one does not, those in it."""
-    done = 0
-    for start, end in _outer_spans(text):
-        if start < done:
-            continue
-        try:
-            # A slice, not an offset: the decoder's error message counts lines from the start of what it was given.
-            value = _decode(text[start:end], unique_keys=False)
-        except ValueError:
-            continue
-        done = end
-        yield value
-
-
-def _outer_spans(text: str) -> list[tuple[int, int]]:
-    """(start, end) of the balanced bracket pairs at most MAX_DEPTH high, outer before inner, in order of start."""
-    starts: list[int] = []
-    ends: list[int | None] = []
-    open_pairs: list[list[int]] = []  # [index into starts, height of what it holds]
-    in_string = False
-    for match in _STRUCTURE.finditer(text):
-        token = match.group()
-        if token == '"' or token == "\n":
-            # A quote in prose is no string, and JSON strings hold no raw line break: an unclosed one ends there.
-            in_string = token == '"' and not in_string and bool(open_pairs)
-        elif in_string or token[0] == "\\":
-            continue
-        elif token in "{[":
-            open_pairs.append([len(starts), 1])
-            starts.append(match.start())
-            ends.append(None)
-        elif not open_pairs or text[starts[open_pairs[-1][0]]] != ("{" if token == "}" else "["):
-            open_pairs.clear()
-        else:
-            index, height = open_pairs.pop()
-            if height <= MAX_DEPTH:
-                ends[index] = match.end()
-            if open_pairs:
-                open_pairs[-1][1] = max(open_pairs[-1][1], height + 1)
-    return [(start, end) for start, end in zip(starts, ends, strict=True) if end is not None]
-
-
-def _decode(text: str, unique_keys: bool = True) -> Any:
-    """Strict JSON of bounded depth: no NaN or Infinity, and a number too large for a float becomes inf."""
-    hook = _reject_repeated_keys if unique_keys else None
-    # float also for integers: int() refuses more than 4,300 digits and takes quadratic time below that.
-    return json.loads(text, parse_int=float, parse_constant=_reject_constant, object_pairs_hook=hook)
-
-
-def _reject_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _reject_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    decoded = dict(pairs)
-    if len(decoded) != len(pairs):
-        raise ValueError("a key is given twice")
-    return decoded

@@ -1,4 +1,8 @@
-"""The score of one model text: its first box and IoU, its format, or why it has no box. For rewards and benchmarks."""
+"""The score of one model text: its box and IoU, its format, or why it has no box. For rewards and benchmarks.
+
+The boxes are those that `answers.parse_answer` lists: all of an answer block, and of any other text those from its
+conclusion on. So "first" is the first box of the answer, not a box that is mentioned on the way to it.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +47,9 @@ def score_text(
     """Score one text against `answer`; `geometries` has one entry per image of the sample.
 
     The numbers in `text` are read in the model's `convention` and in the geometry of the answer's own image
-    (`answer.image`), never guessed from the numbers nor from the true box. Where several boxes are written, the first
-    counts, so that more boxes can not raise the score, unless `which` says otherwise; `foreign` is `parse_answer`'s.
+    (`answer.image`), never guessed from the numbers nor from the true box. Where the answer has several boxes, the
+    first counts, so that more boxes can not raise the score, unless `which` says otherwise; `foreign` is
+    `parse_answer`'s.
     Raises ValueError when `answer` is not one box or names an image that has no geometry.
     """
     if not isinstance(answer, BoxAnswer):

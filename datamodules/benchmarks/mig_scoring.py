@@ -6,7 +6,6 @@ Both score the first box, neither asks the model to name the image, and an answe
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -14,23 +13,10 @@ from typing import Any
 
 from datamodules.answers import FAILURE_KINDS
 from datamodules.benchmarks.mig_bench import IN_DOMAIN, OUT_OF_DOMAIN, TASKS
+from datamodules.benchmarks.official_parsers import extract_box_officially
 from datamodules.boxes import Box, Convention, ImageGeometry, iou
 from datamodules.samples import Sample
 from datamodules.scores import score_text
-
-_INT, _DEC = r"(\d+)", r"(\d+\.\d+)"
-# Tried in this order; the first with any match decides. Integers and decimals are never mixed within one box.
-_OFFICIAL_FORMS = tuple(
-    re.compile(form)
-    for form in (
-        rf"\({_INT},{_INT}\),\({_INT},{_INT}\)",
-        rf"\[{_DEC},\s*{_DEC},\s*{_DEC},\s*{_DEC}\]",
-        rf"\({_DEC},{_DEC}\),\({_DEC},{_DEC}\)",
-        rf"\({_DEC},\s*{_DEC},\s*{_DEC},\s*{_DEC}\)",
-        rf"\[{_INT},\s*{_INT},\s*{_INT},\s*{_INT}\]",
-        rf"<box>{_INT} {_INT} {_INT} {_INT}</box>",
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -59,24 +45,6 @@ class Prediction:
         for name in ("truth", "box", "official_box"):
             values[name] = None if values[name] is None else tuple(values[name])
         return cls(**values)
-
-
-def extract_box_officially(text: str) -> Box | None:
-    """The box that the official MIG-Bench code reads from an answer: four numbers that it takes for unit xyxy, or None.
-
-    Kept with its faults, so that numbers compare with published ones (`extract_bbox` of Migician's eval/utils.py, from
-    its behaviour). Numbers are divided by 1000 from 1 on when the text holds one box, and only above 1 when it holds
-    several: a lone [0.0,0.15,1.0,0.5] gets x2 = 0.001. A box that mixes integers with decimals is not seen.
-    """
-    for form in _OFFICIAL_FORMS:
-        found = form.findall(text)
-        if found:
-            numbers = [float(number) for number in found[0]]
-            x1, y1, x2, y2 = (
-                number / 1000 if number > 1 or (number == 1 and len(found) == 1) else number for number in numbers
-            )
-            return x1, y1, x2, y2
-    return None
 
 
 def score_answer(

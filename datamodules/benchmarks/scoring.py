@@ -14,10 +14,10 @@ import numpy as np
 
 from datamodules.answerers import Reply
 from datamodules.benchmarks.extraction import EXTRACTED_READERS
-from datamodules.benchmarks.mig_scoring import extract_box_officially
+from datamodules.benchmarks.official_parsers import extract_box_officially, read_choice_as_blink, read_choice_as_mmiu
 from datamodules.benchmarks.schema import Average, Prediction, Rule, column_of
 from datamodules.boxes import Convention, iou
-from datamodules.choices import ChoiceFailure, parse_choice, read_choice_as_blink, read_choice_as_mmiu
+from datamodules.choices import ChoiceFailure, parse_choice
 from datamodules.samples import BoxAnswer, ChoiceAnswer, Sample
 from datamodules.scores import score_text
 
@@ -96,7 +96,8 @@ def _read_choice(text: str, answer: ChoiceAnswer, rule: Rule) -> tuple[float, st
         if isinstance(found, ChoiceFailure):
             return 0.0, None, found.kind
     else:
-        found = {"blink": read_choice_as_blink, "mmiu": read_choice_as_mmiu}[rule.reader](text)
+        assert rule.reader in ("blink", "mmiu")
+        found = read_choice_as_blink(text, answer.choices) if rule.reader == "blink" else read_choice_as_mmiu(text)
         if found is None:
             return 0.0, None, "no_choice"
     return float(found == answer.letter), found, None

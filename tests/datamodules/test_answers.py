@@ -5,27 +5,23 @@ from __future__ import annotations
 import json
 import math
 import re
-import runpy
-import time
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from datamodules import answers
 from datamodules.answers import (
     FAILURE_KINDS,
     ParsedAnswer,
-    ParsedBox,
     ParseFailure,
     has_answer_tags,
     is_well_formed,
     parse_answer,
     render_answer,
 )
+from datamodules.box_texts import ParsedBox
+from tests.datamodules.hostile_answers import CASES
 
-CASES = runpy.run_path(str(Path(__file__).with_name("hostile_answers.py")))["CASES"]
 NUMBERS = st.integers(-10, 10_000) | st.floats(0, 1).map(lambda value: round(value, 3))
 VALID = render_answer((1, 2, 3, 4), "red circle", "It is in the second image.")
 # Pieces of which model text is made; random sequences of them reach far deeper than random characters.
@@ -174,78 +170,6 @@ def test_numbers_stay_as_written_whatever_their_size() -> None:
     for values in ([0, 0.15, 1, 0.5], [0.0, 0.15, 1.0, 0.5], [300, 400, 1500, 1600], [1, 1, 1000, 1000]):
         assert parse_answer(json.dumps({"bbox_2d": values})).boxes[0].values == tuple(values)
         assert parse_answer(json.dumps([{"bbox_2d": values}] * 2)).boxes[1].values == tuple(values)
-
-
-# (start, unit repeated n times, end): what makes a careless regex or decoder quadratic or worse.
-GROWING = [
-    ("", "<think>", ""),
-    ("", "</think>", ""),
-    ("", "<answer>", ""),
-    ("", "<answer ", ""),
-    ("", "<think></think><answer>", ""),
-    ("", "<", "answer>"),
-    ("", " ", "x"),
-    ("", "(", ""),
-    ("", "(1", ""),
-    ("", "(1,2) ", ""),
-    ("", "(1,2)", " x"),
-    ("", "( ", "1"),
-    ("", "1", ",2"),
-    ("", "[", ""),
-    ("", "[]", ""),
-    ("", "[x]", ""),
-    ("", "[1,", ""),
-    ("", "{", ""),
-    ("", '{"', ""),
-    ("", '{"a":', ""),
-    ("", '{"a":[', ""),
-    ("", "[[x]", "]"),
-    ("", '"', ""),
-    ("", "\\", ""),
-    ("", "\n", "x"),
-    ("", "```json\n", ""),
-    ("", "{'bbox_2d': [1, 2, 3, 4]}", ""),
-    ("", '{"bbox_2d": [1, 2, 3, 4]}', ""),
-    ("", "[" * 16 + "x" + "]" * 16, ""),
-    ("(1,2)", " ", "x"),
-    ("(1", " ", "x"),
-    ("<answer", " ", "<"),
-    ("<box>1", " ", "x"),
-    ("", "<box>1 2 3 ", ""),
-    ("```json", " ", "x"),
-    ("[1,2,3,", "4", "]"),
-    ("[", "[1,NaN],", "]"),
-]
-
-
-@pytest.mark.parametrize(("start", "unit", "end"), GROWING, ids=[repr(case) for case in GROWING])
-def test_work_grows_linearly_with_length(start: str, unit: str, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded = 0
-    decode = answers._decode
-
-    def counting_decode(text: str, **options):
-        nonlocal decoded
-        decoded += len(text)
-        return decode(text, **options)
-
-    monkeypatch.setattr(answers, "_decode", counting_decode)
-
-    def seconds(length: int) -> float:
-        text = start + unit * (length // len(unit)) + end
-        wrapped = f"<think>t</think><answer>```json\n{text}\n```</answer>"
-        best = math.inf
-        for _ in range(3):
-            began = time.process_time()
-            for variant in (text, wrapped):
-                parse_answer(variant)
-                is_well_formed(variant)
-            best = min(best, time.process_time() - began)
-        return best
-
-    short, long = 2_000, 32_000
-    # 16 times the length: linear is 16 times the time, quadratic 256. The constant is for the clock's grain.
-    assert seconds(long) <= 80 * max(seconds(short), 1e-4)
-    assert decoded <= (answers.MAX_DEPTH + 1) * 3 * 4 * (short + long + 200)
 
 
 def test_nesting_beyond_pythons_recursion_limit_is_a_plain_failure() -> None:

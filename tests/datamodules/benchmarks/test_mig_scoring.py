@@ -13,12 +13,12 @@ from datamodules.benchmarks.mig_bench import TASKS, load_mig_bench
 from datamodules.benchmarks.mig_scoring import (
     Prediction,
     average_tasks,
-    extract_box_officially,
     format_table,
     score_answer,
     score_refused,
     summarise,
 )
+from datamodules.benchmarks.official_parsers import extract_box_officially
 from datamodules.boxes import Convention, ImageGeometry
 from datamodules.samples import BoxAnswer, ImagePart, Sample, TextPart
 
