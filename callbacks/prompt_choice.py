@@ -93,18 +93,20 @@ def rejection_sample(
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], Any] = lambda: None,
+    verify_shards: bool = True,
 ) -> Path:
     """Sample every candidate in the shard folders `source`, write the kept ones as shards and return their folder.
 
     `folder` gets shards/, kept.jsonl, histogram.json and journal*.jsonl, from which an interrupted call goes on with
     the very same samples. What is finished there already for the same weights (`policy` as loaded from its path),
     candidates and settings is used again. Every rank calls it, with a shared `folder`; they meet at `barrier` before
-    they sample and wait for each other's files afterwards. Raises ValueError when nothing is kept.
+    they sample and wait for each other's files afterwards. `verify_shards` as in `ShardReader`. Raises ValueError when
+    nothing is kept.
     """
     folder = Path(folder)
     key = rejection_key(policy.processor_path, encoder, source, settings)
     if not is_finished(folder, key):
-        reader = ShardReader(source)
+        reader = ShardReader(source, verify_shards)
         # The window's number seeds it: which rank samples it, and after which interruption, changes nothing.
         windows = list(enumerate(split_windows(range(reader.count), settings.batch_prompts)))
         journal = Journal(folder / f"journal-{rank}.jsonl", key)
@@ -194,14 +196,18 @@ def _write_kept(
     """Write shards/ and kept.jsonl in the order of the source; last, as the sign that all is there, histogram.json."""
     outcomes = [outcome for window in sorted(windows) for outcome in windows[window]["outcomes"]]
     rejected = Counter(rule for window in windows.values() for rule in window["rejected"].values())
-    if rejected:
-        log.warning("%d candidates could not be read: %s", rejected.total(), dict(rejected))
     kept = [outcome for outcome in outcomes if settings.min_correct <= outcome["correct"] <= settings.most_correct]
     (folder / "histogram.json").unlink(missing_ok=True)
     shutil.rmtree(folder / "shards", ignore_errors=True)
     with ShardWriter(folder / "shards") as writer:
-        for outcome in kept:
-            writer.add(reader.read(outcome["number"]))
+        for outcome in list(kept):
+            try:
+                writer.add(reader.read(outcome["number"]))
+            except SampleError as error:  # its shard was there when it was sampled
+                rejected[error.rule] += 1
+                kept.remove(outcome)
+    if rejected:
+        log.warning("%d candidates could not be read: %s", rejected.total(), dict(rejected))
     write_atomic(folder / "kept.jsonl", "".join(json.dumps(outcome) + "\n" for outcome in kept))
     histogram = {
         "key": key,

@@ -59,6 +59,7 @@ class RejectionSampling(Callback):
             trainer.global_rank,
             trainer.world_size,
             trainer.strategy.barrier,
+            data.verify_shards,
         )
         if self.shared and folder != Path(self.shared) / key:
             trainer.strategy.barrier("rejection_sampling")  # the others have seen that the folder is finished

@@ -19,6 +19,7 @@ class MultiImageData(LightningDataModule):
 
     The LightningModule calls `mark_trained(batch)` at the end of its training step; a checkpoint then resumes with the
     very next batch. `batch_size` is per rank. `strict` raises the first rejected sample instead of counting it.
+    `verify_shards` compares the sha256 of each shard with its manifest when it is first read (`ShardReader`).
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class MultiImageData(LightningDataModule):
         max_resized_pixels: int | None = None,
         label_images: bool = False,
         strict: bool = False,
+        verify_shards: bool = True,
     ) -> None:
         super().__init__()
         low = {"batch_size": (batch_size, 1), "num_workers": (num_workers, 0), "shuffle_buffer": (shuffle_buffer, 1)}
@@ -47,7 +49,7 @@ class MultiImageData(LightningDataModule):
         if faults:
             raise ValueError("; ".join(faults))
         self.shards, self.batch_size, self.num_workers = shards, batch_size, num_workers
-        self.seed, self.shuffle_buffer = seed, shuffle_buffer
+        self.seed, self.shuffle_buffer, self.verify_shards = seed, shuffle_buffer, verify_shards
         self.rejections = Rejections(strict)
         self.encoder = Encoder(
             processor,
@@ -65,7 +67,7 @@ class MultiImageData(LightningDataModule):
 
     def train_dataloader(self) -> BatchLoader:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        reader = ShardReader(self.shards)
+        reader = ShardReader(self.shards, self.verify_shards)
         stream = ShardStream(reader, self.encoder.encode, self.seed, rank, world_size, self.shuffle_buffer)
         state = self.state_dict()
         self._loader = BatchLoader(stream, self.batch_size, self.num_workers, self.rejections)

@@ -36,6 +36,7 @@ from datamodules.artefacts import (
 from datamodules.boxes import geometries_from_json
 from datamodules.chat_requests import RequestForm
 from datamodules.dialects import find_dialect
+from datamodules.samples import SampleError
 from datamodules.shards import MANIFEST, ShardReader, folder_list
 from experiments import checks, phases
 from experiments.rationales import Verdict, format_report, group_responses, judge, summarise, write_rationales
@@ -59,6 +60,7 @@ def synthesize(
     samples_per_shard: int = 1000,
     prices: Prices | None = None,
     device: str = "auto",
+    verify_shards: bool = True,
 ) -> None:
     """Ask a teacher for rationales and write the kept samples as shards.
 
@@ -78,6 +80,7 @@ def synthesize(
         samples_per_shard: of the shards that are written
         prices: of tokens, for the cost
         device: of the local server: auto, cpu, cuda:0, ...
+        verify_shards: compare the sha256 of each shard with its manifest when it is first read
     """
     sampling, prices = sampling or Sampling(), prices or Prices()
     folders = folder_list(questions)
@@ -88,7 +91,7 @@ def synthesize(
     home = Path(output)
     with phases.locked(home):
         phases.claim(home, key)
-        reader = ShardReader(folders)
+        reader = ShardReader(folders, verify_shards)
         count = min(reader.count, limit or reader.count)
         result_key = fingerprint(key, threshold, count, samples_per_shard, asdict(prices))
         if _is_finished(home, result_key):
@@ -213,6 +216,8 @@ def main(args: list[str] | None = None) -> None:
         auto_cli(synthesize, as_positional=False, args=args)
     except (checks.SettingsError, EndpointMisused, EndpointUnavailable) as error:
         sys.exit(str(error))
+    except SampleError as error:  # it could be read when it was asked about
+        sys.exit(f"{error}. The responses are kept: mend the shards, and the same command goes on with them")
 
 
 if __name__ == "__main__":
