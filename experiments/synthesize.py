@@ -10,7 +10,7 @@ response's thinking becomes its rationale (`experiments/rationales.py` has the r
     server/           log of the local server, if there was one
 
 Another threshold or limit works on the responses that are there; other prompts, sampling, questions or another teacher
-move the old folder aside.
+move the old folder aside. Where the source files of the project have changed since, it asks: --keep, or --redo.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ from datamodules.dialects import find_dialect
 from datamodules.samples import SampleError
 from datamodules.shards import MANIFEST, ShardReader, folder_list
 from experiments import checks, phases
+from experiments.changes import CodeChanged, MadeOf, choice_of, spell_out
 from experiments.rationales import Verdict, format_report, group_responses, judge, summarise, write_rationales
+from experiments.source_code import source_code
 from experiments.teacher import Prices, Sampling, Session, Teacher, missing_responses
 from lightning_modules.endpoint import EndpointMisused, EndpointSettings, EndpointUnavailable
 from lightning_modules.local_server import local_server
@@ -61,6 +63,8 @@ def synthesize(
     prices: Prices | None = None,
     device: str = "auto",
     verify_shards: bool = True,
+    redo: bool = False,
+    keep: bool = False,
 ) -> None:
     """Ask a teacher for rationales and write the kept samples as shards.
 
@@ -81,16 +85,23 @@ def synthesize(
         prices: of tokens, for the cost
         device: of the local server: auto, cpu, cuda:0, ...
         verify_shards: compare the sha256 of each shard with its manifest when it is first read
+        redo: move aside, and ask again for, what other source files of the project have made
+        keep: go on with, or take, what other source files of the project have made
     """
     sampling, prices = sampling or Sampling(), prices or Prices()
     folders = folder_list(questions)
     faults = _faults(folders, endpoint, threshold, limit)
     form = _form(dialect, endpoint.model, faults, before_image, min_pixels, max_pixels, max_image_pixels)
     teacher = [endpoint.model, endpoint.extra_body, path_fingerprint(endpoint.model)]
-    key = fingerprint([path_fingerprint(folder) for folder in folders], teacher, asdict(form), asdict(sampling))
+    contents = [path_fingerprint(folder) for folder in folders]
+    key = fingerprint(contents, teacher, asdict(form), asdict(sampling))
     home = Path(output)
     with phases.locked(home):
-        phases.claim(home, key)
+        settings = {"endpoint": {"model": endpoint.model, "extra_body": endpoint.extra_body}}
+        settings |= {"form": asdict(form), "sampling": asdict(sampling)}
+        inputs = {"questions": [(str(folder), content) for folder, content in zip(folders, contents, strict=True)]}
+        code = source_code(("experiments.synthesize",))
+        phases.claim(home, MadeOf(key, settings, inputs, code), choice=choice_of(redo, keep))
         reader = ShardReader(folders, verify_shards)
         count = min(reader.count, limit or reader.count)
         result_key = fingerprint(key, threshold, count, samples_per_shard, asdict(prices))
@@ -213,8 +224,8 @@ def _session_text(session: Session) -> str:
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make synthesize`."""
     try:
-        auto_cli(synthesize, as_positional=False, args=args)
-    except (checks.SettingsError, EndpointMisused, EndpointUnavailable) as error:
+        auto_cli(synthesize, as_positional=False, args=spell_out(args))
+    except (checks.SettingsError, CodeChanged, EndpointMisused, EndpointUnavailable) as error:
         sys.exit(str(error))
     except SampleError as error:  # it could be read when it was asked about
         sys.exit(f"{error}. The responses are kept: mend the shards, and the same command goes on with them")

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from datamodules.artefacts import read_json
-from experiments import metrics, phases, tracking, train
+from experiments import metrics, phases, run_keys, tracking, train
 from lightning_modules.rollout_log import read_index
 from tests.experiments.conftest import Workbench, rolling_back, run_apart
 
@@ -113,7 +113,7 @@ def test_the_key_follows_what_is_computed(workbench: Workbench) -> None:
 
     class Parsed(train.TrainCLI):
         def before_instantiate_classes(self) -> None:
-            self.key = train.run_key(self.settings())
+            self.key = run_keys.run_key(self.settings())
 
         def instantiate_classes(self) -> None:
             pass
