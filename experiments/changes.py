@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from datamodules.artefacts import fingerprint
-from experiments.source_code import Code, changed_files
+from datamodules.source_code import Code, changed_files
 
 Choice = Literal["redo", "keep"]
 Inputs = dict[str, list[tuple[str, str | None]]]  # {"data.shards": [(path, hash of its content), …]}

@@ -26,11 +26,11 @@ from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
 from datamodules.benchmarks.mig_scoring import format_table, summarise
 from datamodules.boxes import Convention
 from datamodules.prompts import PromptStyle
+from datamodules.source_code import source_code
 from experiments import checks, phases, tracking
 from experiments.asking import share_cores
 from experiments.changes import Choice, CodeChanged, choice_of, is_stale, kept, question, spell_out
 from experiments.shares import Asking, OtherProcesses, answer_all, set_answers_aside
-from experiments.source_code import source_code
 
 RECORD = "evaluation.json"  # beside the answers: their key, and the source files that asked for them
 

@@ -22,10 +22,10 @@ from jsonargparse import auto_cli
 from callbacks import preemption
 from datamodules.artefacts import read_json
 from datamodules.shards import folder_list
+from datamodules.source_code import class_modules
 from experiments import checks, phases, report
 from experiments.changes import Choice, CodeChanged, choice_of, spell_out
 from experiments.results import BASE, Results, Stage, current_commit, make_stage, write_results
-from experiments.source_code import class_modules
 from experiments.steps import ROOT, Step, run_process, run_step, say, settle
 
 

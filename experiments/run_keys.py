@@ -11,9 +11,9 @@ from typing import Any
 
 from datamodules.artefacts import fingerprint, path_fingerprint
 from datamodules.shard_content import deviations
+from datamodules.source_code import class_modules, source_code
 from experiments import checks
 from experiments.changes import Inputs, MadeOf
-from experiments.source_code import class_modules, source_code
 
 # Where a run lies and how it is called; and the answer to what it was made of.
 RUN_NOT_IN_KEY = ("config", "outputs", "experiment", "phase")

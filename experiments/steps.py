@@ -14,9 +14,9 @@ from typing import Any
 
 from callbacks import preemption
 from datamodules.artefacts import fingerprint, path_fingerprint, read_json
+from datamodules.source_code import source_code
 from experiments import phases
 from experiments.changes import Choice, CodeChanged, changed_text, is_stale, kept
-from experiments.source_code import source_code
 from experiments.tracking import child_environment
 
 ROOT = Path(__file__).resolve().parents[1]

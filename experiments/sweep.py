@@ -19,10 +19,10 @@ from pathlib import Path
 import yaml
 
 from datamodules.artefacts import fingerprint, path_fingerprint
+from datamodules.source_code import class_modules, source_code
 from experiments import phases, sweep_page, sweep_wandb
 from experiments.changes import Choice, CodeChanged, MadeOf, choice_of
 from experiments.results import current_commit
-from experiments.source_code import class_modules, source_code
 from experiments.sweep_charts import short
 from experiments.sweep_page import in_words
 from experiments.sweep_plan import SweepPlan, read_plan

@@ -38,10 +38,10 @@ from datamodules.chat_requests import RequestForm
 from datamodules.dialects import find_dialect
 from datamodules.samples import SampleError
 from datamodules.shards import MANIFEST, ShardReader, folder_list
+from datamodules.source_code import source_code
 from experiments import checks, phases
 from experiments.changes import CodeChanged, MadeOf, choice_of, spell_out
 from experiments.rationales import Verdict, format_report, group_responses, judge, summarise, write_rationales
-from experiments.source_code import source_code
 from experiments.teacher import Prices, Sampling, Session, Teacher, missing_responses
 from lightning_modules.endpoint import EndpointMisused, EndpointSettings, EndpointUnavailable
 from lightning_modules.local_server import local_server

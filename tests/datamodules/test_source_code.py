@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.source_code import ROOT, changed_files, class_modules, source_code
+from datamodules.source_code import ROOT, changed_files, class_modules, source_code
 
 FILES = {
     "experiments/__init__.py": "",
@@ -47,7 +47,7 @@ def test_all_that_is_imported_counts_at_once_late_or_by_a_configuration(project:
     [
         ("datamodules/boxes.py", "class A:\n    def f(self):\n        return 2\n", True),
         ("datamodules/late.py", "def f():\n    return 3\n", True),
-        ("datamodules/boxes.py", "class A:  # why\n    'What.'\n    def f(self):\n        'how'\n        return 1\n", False),
+        ("datamodules/boxes.py", "class A:  # w\n    'W.'\n    def f(self):\n        'how'\n        return 1\n", False),
         ("callbacks/merge.py", '"""Another text."""\n\n\nX = 1  # one\n', False),
         ("callbacks/unused.py", "Y = 2\n", False),
         ("callbacks/merge.py", "X = '1'\n", True),
