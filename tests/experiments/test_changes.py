@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 
 from experiments.changes import MadeOf, choice_of, find_differences, is_stale, kept, question, spell_out, take_choice
+from tests.experiments.conftest import ROOT
 
 OLD, NEW = {"a.py": "1", "b.py": "2"}, {"a.py": "1", "b.py": "3"}
 
@@ -68,3 +71,13 @@ def test_the_question_is_short_and_has_both_answers() -> None:
         assert words in text and "KEEP=1" in text and "--redo" in text and "outputs/nano/grpo is finished" in text
         assert len(text.splitlines()) <= 4
     assert "goes on with it" in question("x", False, {"code": OLD}, NEW)
+
+
+@pytest.mark.parametrize("target", ["pipeline", "ablations", "sft", "grpo", "sweep", "eval", "synthesize"])
+def test_make_passes_the_answer_on(target: str) -> None:
+    def last_command(*words: str) -> str:
+        command = ["make", "-n", target, "STAMP=Makefile", "CONFIG=x.yaml", *words]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+
+    assert "--keep" in last_command("KEEP=1") and "--redo" in last_command("REDO=1")
+    assert not {"--keep", "--redo"} & set(last_command("REDO=0").split())
