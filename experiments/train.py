@@ -105,13 +105,15 @@ class TrainCLI(LightningCLI):
         checks.raise_all(checks.training_faults(settings) + self.constructor_faults())
         run = made_of(settings)
         self.key = run.key
-        if self.is_leader:
-            self.stack.enter_context(phases.locked(self.folder))
-            done = phases.claim(self.folder, run, choice=self.choice, commit=self.commit)
-        else:
-            done = phases.wait_for_claim(self.folder, run, choice=self.choice)
-        if done:
-            raise AlreadyDone(self.folder)
+        with ExitStack() as stack:  # whoever does not get to train frees the folder at once
+            if self.is_leader:
+                stack.enter_context(phases.locked(self.folder))
+                done = phases.claim(self.folder, run, choice=self.choice, commit=self.commit)
+            else:
+                done = phases.wait_for_claim(self.folder, run, choice=self.choice)
+            if done:
+                raise AlreadyDone(self.folder)
+            self.stack = stack.pop_all()
         if self.is_leader:
             write_atomic(self.folder / phases.CONFIG, self.parser.dump(self.config, skip_unset=False))
         self.config.trainer.default_root_dir = str(self.folder)
