@@ -2,6 +2,7 @@
 # CONFIG picks another YAML, ARGS overrides any of its fields, SEED picks the seed of pipeline, sft, grpo and sweep:
 #   make grpo CONFIG=experiments/configs/paper/grpo_7b.yaml ARGS="--model.beta=0.01"
 #   make pipeline SEED=1
+# KEEP=1 or REDO=1 answers a command that asks, where source files have changed since what is there was made.
 
 PYTHON ?= python3
 VENV := .venv
@@ -18,6 +19,8 @@ RUNS ?=
 SEEDS ?=
 ROWS ?=
 SWEEP ?=
+KEEP ?=
+REDO ?=
 NANO := experiments/configs/nano
 # $(call config,name): the YAML asked for, or the nano one of that name.
 config = --config $(or $(CONFIG),$(NANO)/$(1).yaml)
@@ -26,6 +29,7 @@ space := $(subst ,, )
 # $(call list,a b): as a flag's value, [a,b].
 list = '[$(subst $(space),$(comma),$(strip $(1)))]'
 seed = $(if $(SEED),--seed_everything $(SEED))
+answer = $(if $(filter-out 0,$(REDO)),--redo) $(if $(filter-out 0,$(KEEP)),--keep)
 # The nano configurations need the nano world, which is made once; a finished one is kept, also if `make shards` was given
 # ARGS. Another CONFIG brings its own data.
 world = $(if $(CONFIG),,$(PY) -m experiments.shards --config $(NANO)/shards.yaml --keep=true)
@@ -42,6 +46,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf '\n  CONFIG=file.yaml  another configuration      ARGS="--model.beta=0.01"  override any field\n'
+	@printf '  KEEP=1, REDO=1    take, or make again, what was made before source files changed\n'
 	@printf '  SEED=1            of pipeline, sft, grpo, sweep\n  PYTHON=python3.12 the Python that makes .venv\n'
 
 $(STAMP): setup.cfg
@@ -53,12 +58,12 @@ $(STAMP): setup.cfg
 
 pipeline: $(STAMP)  ## Base, CoT-SFT, rejection sampling, GRPO, MIG-Bench between them, and the report (the main job)
 	$(if $(CONFIG),,$(PY) -m experiments.base --processes 2)
-	$(PY) -m experiments.pipeline $(call config,pipeline) --seed $(or $(SEED),0) $(ARGS)
+	$(PY) -m experiments.pipeline $(call config,pipeline) --seed $(or $(SEED),0) $(answer) $(ARGS)
 
 ablations: $(STAMP)  ## The paper's Tables 2, 3 and 9: every row at SEEDS="0 1 2", ROWS="sft grpo" for some; resumes, reuses `make pipeline`
 	$(if $(CONFIG),,$(PY) -m experiments.base --processes 2)
 	$(PY) -m experiments.ablations $(call config,ablations) $(if $(SEEDS),--seeds $(call list,$(SEEDS))) \
-		$(if $(ROWS),--only $(call list,$(ROWS))) $(ARGS)
+		$(if $(ROWS),--only $(call list,$(ROWS))) $(answer) $(ARGS)
 
 base: $(STAMP)  ## Pretrain the nano base model on single-image tasks (half an hour or more on two CPU cores; resumes)
 	$(PY) -m experiments.base --processes 2 $(ARGS)
@@ -68,16 +73,16 @@ shards: $(STAMP)  ## Generate the nano world, or import: SOURCE=mgrounding|refco
 
 sft: $(STAMP)  ## Train CoT-SFT (LoRA) and merge
 	$(world)
-	$(PY) -m experiments.train $(call config,cot_sft) $(seed) $(ARGS)
+	$(PY) -m experiments.train $(call config,cot_sft) $(seed) $(answer) $(ARGS)
 
 grpo: $(STAMP)  ## Rejection-sample with the stage-1 model, train GRPO and merge
 	$(world)
-	$(PY) -m experiments.train $(call config,grpo) $(seed) $(ARGS)
+	$(PY) -m experiments.train $(call config,grpo) $(seed) $(answer) $(ARGS)
 
 sweep: $(STAMP)  ## Sweep λ, β and what else GRPO hangs on: on W&B where there is a key, else here; resumes. ARGS="--trials 8"
 	$(if $(CONFIG),,test -d outputs/nano/cot_sft/merged || $(MAKE) sft SEED= ARGS=)
 	$(world)
-	$(PY) -m experiments.sweep $(call config,sweep) $(if $(SEED),--seed $(SEED)) $(ARGS)
+	$(PY) -m experiments.sweep $(call config,sweep) $(if $(SEED),--seed $(SEED)) $(answer) $(ARGS)
 
 agent: $(STAMP)  ## Join a W&B sweep from another machine: SWEEP=entity/project/id
 	$(PY) -m experiments.sweep --join $(or $(SWEEP),$(error SWEEP=entity/project/id is missing)) $(ARGS)
@@ -91,7 +96,7 @@ eval: $(STAMP)  ## Evaluate any model: MODEL=nano BENCH=all (or ref_l4,blink,...
 	$(world)
 	$(if $(MODEL)$(BENCH),$(PY) -m experiments.evaluate_benchmarks $(call config,benchmarks) \
 		$(if $(MODEL),--model $(MODEL)) $(if $(BENCH),--bench $(BENCH)) $(ARGS),\
-		$(PY) -m experiments.evaluate $(call config,eval) $(ARGS))
+		$(PY) -m experiments.evaluate $(call config,eval) $(answer) $(ARGS))
 
 rescore: $(STAMP)  ## Score stored answers again: ARGS="--predictions outputs/eval/models--nano-base/lisa --threshold 0.3"
 	$(PY) -m experiments.rescore $(ARGS)
@@ -102,7 +107,7 @@ tables: $(STAMP)  ## The paper's Tables 2-9 with the measured numbers beside the
 synthesize: $(STAMP)  ## CoT data from a teacher: nano's own CoT-SFT model, served here, or any OpenAI-compatible server
 	$(if $(CONFIG),,test -d outputs/nano/cot_sft/merged || $(MAKE) sft SEED= ARGS=)
 	$(world)
-	$(PY) -m experiments.synthesize $(call config,synthesize) $(ARGS)
+	$(PY) -m experiments.synthesize $(call config,synthesize) $(answer) $(ARGS)
 
 report: $(STAMP)  ## Rewrite report.html from a finished or running experiment: ARGS="--folder outputs/nano-seed1"
 	$(PY) -m experiments.report $(ARGS)

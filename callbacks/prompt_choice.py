@@ -94,6 +94,7 @@ def rejection_sample(
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], Any] = lambda: None,
+    verify_shards: bool = True,
 ) -> Path:
     """Sample every candidate in the shard folders `source`, write the kept ones as shards and return their folder.
 
@@ -101,12 +102,13 @@ def rejection_sample(
     the very same samples. What is finished there already for the same weights (`policy` as loaded from its path),
     candidates and settings is used again. Every rank calls it, with a shared `folder`; they meet at `barrier` before
     they sample and wait for each other's files afterwards. A candidate that cannot be used (its answer is not one box,
-    an image is damaged) is left out and counted by rule. Raises RunStopped when nothing is kept.
+    an image is damaged) is left out and counted by rule. `verify_shards` as in `ShardReader`. Raises RunStopped when
+    nothing is kept.
     """
     folder = Path(folder)
     key = rejection_key(policy.processor_path, encoder, source, settings)
     if not is_finished(folder, key):
-        reader = ShardReader(source)
+        reader = ShardReader(source, verify_shards)
         # The window's number seeds it: which rank samples it, and after which interruption, changes nothing.
         windows = list(enumerate(split_windows(range(reader.count), settings.batch_prompts)))
         journal = Journal(folder / f"journal-{rank}.jsonl", key)
@@ -219,14 +221,18 @@ def _write_kept(
     """Write shards/ and kept.jsonl in the order of the source; last, as the sign that all is there, histogram.json."""
     outcomes = [outcome for window in sorted(windows) for outcome in windows[window]["outcomes"]]
     rejected = Counter(rule for window in windows.values() for rule in window["rejected"].values())
-    if rejected:
-        log.warning("%d candidates cannot be used: %s", rejected.total(), dict(rejected))
     kept = [outcome for outcome in outcomes if settings.min_correct <= outcome["correct"] <= settings.most_correct]
     (folder / "histogram.json").unlink(missing_ok=True)
     shutil.rmtree(folder / "shards", ignore_errors=True)
     with ShardWriter(folder / "shards") as writer:
-        for outcome in kept:
-            writer.add(reader.read(outcome["number"]))
+        for outcome in list(kept):
+            try:
+                writer.add(reader.read(outcome["number"]))
+            except SampleError as error:  # its shard was there when it was sampled
+                rejected[error.rule] += 1
+                kept.remove(outcome)
+    if rejected:
+        log.warning("%d candidates cannot be used: %s", rejected.total(), dict(rejected))
     write_atomic(folder / "kept.jsonl", "".join(json.dumps(outcome) + "\n" for outcome in kept))
     histogram = {
         "key": key,

@@ -12,7 +12,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.encoding import prompt_encoder, rollout_engine
 from callbacks.prompt_choice import RejectionSettings, is_finished, rejection_key, rejection_sample
-from datamodules.artefacts import read_json
+from datamodules.artefacts import fingerprint, read_json
+from datamodules.source_code import source_code
+
+SOURCE = ("callbacks.prompt_choice",)  # with all that it imports: what samples and chooses
 
 
 class RejectionSampling(Callback):
@@ -23,7 +26,8 @@ class RejectionSampling(Callback):
     later; so a choice that is gone is made again, the same. List it behind callbacks that check their paths in setup:
     it may take hours. Candidates are the shards that the datamodule names; `folder` is by default
     <default_root_dir>/rejection_sampling. With `shared`, a folder on the same filesystem, a finished choice moves to
-    <shared>/<its key>, and one that is there already is used: the trials of a sweep sample once, not each for itself.
+    <shared>/<its key>-<code>, and one that is there already is used: the trials of a sweep sample once, not each for
+    itself, as long as the source files that sample are the same.
     The other fields: `RejectionSettings`.
     """
 
@@ -46,9 +50,10 @@ class RejectionSampling(Callback):
         )
         encoder = prompt_encoder(data.encoder)
         key = rejection_key(policy.processor_path, encoder, data.shards, settings) if self.shared else ""
+        shared = Path(self.shared or "") / f"{key}-{fingerprint(source_code(SOURCE))[:8]}"
         # One process looks for all: another run may be moving its choice there at this moment.
-        if self.shared and trainer.strategy.broadcast(is_finished(Path(self.shared) / key, key)):
-            folder = Path(self.shared) / key
+        if self.shared and trainer.strategy.broadcast(is_finished(shared, key)):
+            folder = shared
         kept = rejection_sample(
             policy,
             rollout_engine(pl_module),
@@ -59,13 +64,14 @@ class RejectionSampling(Callback):
             trainer.global_rank,
             trainer.world_size,
             trainer.strategy.barrier,
+            data.verify_shards,
         )
-        if self.shared and folder != Path(self.shared) / key:
+        if self.shared and folder != shared:
             trainer.strategy.barrier("rejection_sampling")  # the others have seen that the folder is finished
             if trainer.is_global_zero:
-                _publish(folder, Path(self.shared) / key)
+                _publish(folder, shared)
             trainer.strategy.barrier("rejection_sampling")
-            folder = Path(self.shared) / key
+            folder = shared
             kept = folder / "shards"
         data.shards = str(kept)
         histogram = read_json(folder / "histogram.json")

@@ -25,18 +25,20 @@ def fingerprint(*parts: Any) -> str:
 
 
 def path_fingerprint(path: str | Path) -> str:
-    """Of a file, a shard folder (by its manifest, which holds every shard's hash) or a model folder: by content.
+    """Of a file, a shard folder or a model folder: by content. Of anything else (a Hub name): by name.
 
-    Of anything else (a Hub name): by name.
+    A shard folder is its manifest, which holds every shard's hash, and what differs from it.
     """
-    path = Path(path)
+    path, differing = Path(path), []
     if path.is_file():
         files = [path]
     elif (path / "manifest.json").is_file():
-        files = [path / "manifest.json"]
+        from datamodules.shard_content import deviations  # which writes its records with this module's functions
+
+        files, differing = [path / "manifest.json"], deviations(path)
     else:
         files = sorted([*path.glob("*.json"), *path.glob("*.safetensors"), *path.glob("*.jinja")])
-    return fingerprint([(file.name, file_sha256(file)[:16]) for file in files] or str(path))
+    return fingerprint([*((file.name, file_sha256(file)[:16]) for file in files), *differing] or str(path))
 
 
 def file_sha256(file: Path) -> str:
@@ -44,7 +46,7 @@ def file_sha256(file: Path) -> str:
     been written: lists of what is done ask for them as often as there are steps."""
     state = file.stat()
     if state.st_size < REMEMBERED:
-        return _sha256(file)
+        return hash_file(file)
     # Who copies with timestamps sets the time of the last write, but not that of the last change.
     return _remembered_sha256(file.resolve(), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
@@ -52,10 +54,11 @@ def file_sha256(file: Path) -> str:
 @functools.lru_cache(maxsize=1024)
 def _remembered_sha256(file: Path, *state: int) -> str:
     """`state` changes whenever the content may have changed."""
-    return _sha256(file)
+    return hash_file(file)
 
 
-def _sha256(file: Path) -> str:
+def hash_file(file: Path) -> str:
+    """sha256 of what the file holds now."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

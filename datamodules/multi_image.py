@@ -29,6 +29,7 @@ class MultiImageData(LightningDataModule):
 
     The LightningModule calls `mark_trained(batch)` at the end of its training step; a checkpoint then resumes with the
     very next batch. `batch_size` is per rank. `strict` raises the first rejected sample instead of counting it.
+    `verify_shards` compares the sha256 of each shard with its manifest when it is first read (`ShardReader`).
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class MultiImageData(LightningDataModule):
         max_resized_pixels: int | None = None,
         label_images: bool = False,
         strict: bool = False,
+        verify_shards: bool = True,
     ) -> None:
         super().__init__()
         low = {"batch_size": (batch_size, 1), "num_workers": (num_workers, 0), "shuffle_buffer": (shuffle_buffer, 1)}
@@ -58,7 +60,7 @@ class MultiImageData(LightningDataModule):
         if faults:
             raise ValueError("; ".join(faults))
         self.shards, self.batch_size, self.num_workers = shards, batch_size, num_workers
-        self.seed, self.shuffle_buffer = seed, shuffle_buffer
+        self.seed, self.shuffle_buffer, self.verify_shards = seed, shuffle_buffer, verify_shards
         self.rejections = Rejections(strict)
         self.encoder = Encoder(
             processor,
@@ -77,7 +79,7 @@ class MultiImageData(LightningDataModule):
 
     def train_dataloader(self) -> BatchLoader:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        reader = ShardReader(self.shards)
+        reader = ShardReader(self.shards, self.verify_shards)
         encode = partial(encode_for_training, self.encoder)
         stream = ShardStream(reader, encode, self.seed, rank, world_size, self.shuffle_buffer)
         state = self.state_dict()

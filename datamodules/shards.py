@@ -16,14 +16,19 @@ import os
 import re
 import tarfile
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from datamodules.artefacts import file_sha256, write_atomic
+from datamodules.artefacts import file_sha256
+from datamodules.manifest import MANIFEST, read_manifest, write_manifest
 from datamodules.samples import LoadedSample, Sample, SampleError
+from datamodules.shard_content import PROCESS_BEGAN, State, content_sha256, file_state
 
-MANIFEST = "manifest.json"
+Extent = tuple[int, int]  # where a member's bytes begin in the tar, and how many there are
+Members = dict[int, dict[str, Extent]]  # {number in the shard: {"0": …, "1": …, "json": …}}
+DUPLICATE: Extent = (-1, -1)  # of a member that is there twice: nothing says which one is meant
 _EXTENSION = re.compile("[a-z0-9]{1,8}")
 
 
@@ -133,31 +138,6 @@ class ShardWriter:
         self.shard = ShardFile(self.folder, len(self.shards))
 
 
-def write_manifest(folder: str | Path, shards: Sequence[Mapping[str, Any]]) -> None:
-    """Declare the folder's shards finished. An entry is a `ShardFile.entry`; its name may lead into a subfolder."""
-    manifest = {"version": 1, "count": sum(shard["count"] for shard in shards), "shards": list(shards)}
-    write_atomic(Path(folder) / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-
-
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """{"version", "count", "shards": [{"name", "count", "bytes", "sha256", "tasks": {task: count}}]}.
-
-    Raises ValueError if the folder has none, or one that cannot be right.
-    """
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        raise ValueError(f"no {MANIFEST} in {folder}: not a folder of shards, or one whose writing was interrupted")
-    try:
-        manifest = json.loads(path.read_text())
-        counted = sum(shard["count"] for shard in manifest["shards"])
-        complete = all({"name", "bytes", "sha256", "tasks"} <= shard.keys() for shard in manifest["shards"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a manifest: {error!r}") from error
-    if not complete or counted != manifest.get("count"):
-        raise ValueError(f"{path} is inconsistent: count={manifest.get('count')}, its shards hold {counted}")
-    return manifest
-
-
 def folder_list(folders: str | Path | Sequence[str | Path]) -> list[str | Path]:
     """Shard folders as a list, whether one or several were given."""
     return [folders] if isinstance(folders, str | Path) else list(folders)
@@ -166,12 +146,18 @@ def folder_list(folders: str | Path | Sequence[str | Path]) -> list[str | Path]:
 class ShardReader:
     """Reads any sample of several folders of shards by its number, 0 to `count` - 1, in the order of writing.
 
-    A shard that is missing or not as long as its manifest says is not trusted: each of its samples is an error.
+    A shard that is missing, or not what its manifest says, is not trusted: each of its samples is an error. Its length
+    is compared whenever it is read, its sha256 when it is first read, and again when the file has changed since. With
+    `verify` false the sha256 is not compared. A comparison by another process counts too, if it was made at `since`
+    (a time.time()) or later: by default, since this process began, so in a run every shard is hashed once. 0 trusts any
+    as long as the file has not changed.
     """
 
     NUM_INDEXED_SHARDS = 64  # member tables kept in memory
 
-    def __init__(self, folders: str | Path | Sequence[str | Path]) -> None:
+    def __init__(
+        self, folders: str | Path | Sequence[str | Path], verify: bool = True, since: float = PROCESS_BEGAN
+    ) -> None:
         folders = folder_list(folders)
         manifests = [(Path(folder), read_manifest(folder)) for folder in folders]
         shards = [(folder / shard["name"], shard) for folder, manifest in manifests for shard in manifest["shards"]]
@@ -180,28 +166,29 @@ class ShardReader:
         self.count = self.starts[-1]
         if self.count == 0:
             raise ValueError(f"no samples in shards={[str(folder) for folder in folders]}")
-        self.faults = [_size_fault(path, shard["bytes"]) for path, shard in shards]
-        digests = "".join(shard["sha256"] for _, shard in shards)
-        self.fingerprint = hashlib.sha256(digests.encode()).hexdigest()[:16]
-        self._tables: OrderedDict[int, dict[int, dict[str, tuple[int, int]]]] = OrderedDict()
+        self.verify, self.since = verify, since
+        self._wanted = [(shard["bytes"], shard["sha256"]) for _, shard in shards]
+        self.fingerprint = hashlib.sha256("".join(digest for _, digest in self._wanted).encode()).hexdigest()[:16]
+        self._faults: dict[int, tuple[State, str | None]] = {}  # by shard: of the file in this state
+        self._tables: OrderedDict[int, tuple[State, Members]] = OrderedDict()
 
     def read(self, number: int) -> LoadedSample:
-        """Raises SampleError: "manifest_mismatch", "corrupt_member", "bad_json", "missing_image", or a Sample rule."""
-        sample, path, members = self._read(number)
-        # "0.jpg" holds image 0: the extension is for people, decoding looks at the bytes.
-        found = {name.split(".")[0]: extent for name, extent in members.items()}
-        missing = [k for k in range(len(sample.images)) if str(k) not in found]
-        if missing:
-            raise SampleError(sample.id, "missing_image", f"images {missing} are not in the tar")
-        with path.open("rb") as file:
-            return LoadedSample(sample, tuple(_read_at(file, found[str(k)]) for k in range(len(sample.images))))
+        """Raises SampleError: "manifest_mismatch", "unreadable_shard", "corrupt_member", "duplicate_member",
+        "bad_json", "missing_image", or a Sample rule."""
+        with self._opened(number) as (place, file, members):
+            sample = _read_sample(place, file, members)
+            names = [str(k) for k in range(len(sample.images))]
+            if missing := [int(name) for name in names if name not in members]:
+                raise SampleError(sample.id, "missing_image", f"images {missing} are not in the tar")
+            return LoadedSample(sample, tuple(_read_member(place, file, members, name) for name in names))
 
     def find(self, ids: Collection[str]) -> dict[str, int]:
         """The number of each sample of `ids` that is there: its first, by id. Reads no images; skips bad samples."""
         found: dict[str, int] = {}
         for number in range(self.count if ids else 0):
             try:
-                name = self._read(number)[0].id
+                with self._opened(number) as (place, file, members):
+                    name = _read_sample(place, file, members).id
             except SampleError:
                 continue  # nothing was trained on it
             if name in ids:
@@ -210,47 +197,82 @@ class ShardReader:
                     break
         return found
 
-    def _read(self, number: int) -> tuple[Sample, Path, dict[str, tuple[int, int]]]:
-        """A sample without its images, its shard, and where its members lie in that."""
+    @contextmanager
+    def _opened(self, number: int) -> Iterator[tuple[str, BinaryIO, Mapping[str, Extent]]]:
+        """A name for a sample whose own id cannot be read, its shard, and where the sample's members lie in that.
+
+        A shard may go, be cut short or be replaced at any moment of a run: that is an error of each of its samples.
+        """
         shard = bisect.bisect_right(self.starts, number) - 1
         index = number - self.starts[shard]
-        place = f"{self.paths[shard].name}:{index}"  # the name of a sample whose own id cannot be read
-        if (fault := self.faults[shard]) is not None:
-            raise SampleError(place, "manifest_mismatch", fault)
-        members = self._table(shard).get(index, {})
-        if "json" not in members:
-            raise SampleError(place, "corrupt_member", "the tar has no readable header for its .json")
-        with self.paths[shard].open("rb") as file:
-            return _parse_sample(place, _read_at(file, members["json"])), self.paths[shard], members
+        path = self.paths[shard]
+        place = f"{path.name}:{index}"
+        try:
+            with path.open("rb") as file:
+                state = file_state(os.fstat(file.fileno()))
+                if (fault := self._fault(shard, state)) is not None:
+                    raise SampleError(place, "manifest_mismatch", fault)
+                yield place, file, self._table(shard, state, file).get(index, {})
+        except FileNotFoundError as error:
+            fault = f"{path.name} is in the manifest but not in {path.parent}"
+            raise SampleError(place, "manifest_mismatch", fault) from error
+        except OSError as error:
+            raise SampleError(place, "unreadable_shard", f"{path.name}: {error.strerror or error}") from error
 
-    def _table(self, shard: int) -> dict[int, dict[str, tuple[int, int]]]:
+    def _fault(self, shard: int, state: State) -> str | None:
+        """How the shard is not what its manifest says; None where it is."""
+        known = self._faults.get(shard)
+        if known is None or known[0] != state:
+            known = self._faults[shard] = state, self._compare(shard, state)
+        return known[1]
+
+    def _compare(self, shard: int, state: State) -> str | None:
+        path, (size, digest) = self.paths[shard], self._wanted[shard]
+        if state.size != size:
+            return f"{path.name} has {state.size} bytes, the manifest says {size}"
+        if self.verify and (actual := content_sha256(path, self.since)) != digest:
+            return f"{path.name} has the sha256 {actual[:16]}…, the manifest says {digest[:16]}…"
+        return None
+
+    def _table(self, shard: int, state: State, file: BinaryIO) -> Members:
         # Several threads may read: each line leaves the tables whole, at worst without one that is then read again.
-        table = self._tables.pop(shard, None)
-        if table is None:
-            table = _member_table(self.paths[shard])
-        self._tables[shard] = table  # as the newest
+        known = self._tables.pop(shard, None)
+        if known is None or known[0] != state:
+            known = state, _member_table(file, state.size)
+        self._tables[shard] = known  # as the newest
         if len(self._tables) > self.NUM_INDEXED_SHARDS:
             self._tables.popitem(last=False)
-        return table
+        return known[1]
 
 
-def _member_table(path: Path) -> dict[int, dict[str, tuple[int, int]]]:
-    """{number in the shard: {"0.jpg": (offset, size), …, "json": …}} of what the tar's sound headers name."""
-    table: dict[int, dict[str, tuple[int, int]]] = {}
+def _member_table(file: BinaryIO, size: int) -> Members:
+    """Of what the tar's sound headers name, as far as it lies in the file of `size` bytes."""
+    table: Members = {}
     try:
         # ignore_zeros goes on behind a damaged header, at the cost of that one member.
-        with tarfile.open(path, "r:", ignore_zeros=True) as tar:
+        with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
             for member in tar:
                 key, _, extension = member.name.partition(".")
-                index = key.rpartition("_")[2]
-                if member.isreg() and index.isdecimal():
-                    table.setdefault(int(index), {})[extension] = (member.offset_data, member.size)
+                index, name = key.rpartition("_")[2], extension.partition(".")[0]
+                if not member.isreg() or not _is_number(index) or member.offset_data + member.size > size:
+                    continue
+                # "0.jpg" holds image 0: the extension is for people, decoding looks at the bytes.
+                members = table.setdefault(int(index), {})
+                members[name] = DUPLICATE if name in members else (member.offset_data, member.size)
     except (tarfile.TarError, OSError):
         pass  # each sample that is not in the table is counted when it is read
     return table
 
 
-def _parse_sample(place: str, data: bytes) -> Sample:
+def _is_number(text: str) -> bool:
+    """Whether it is a sample's number, as it is written here: Python takes other scripts' digits too."""
+    return text.isascii() and text.isdecimal() and len(text) <= 12
+
+
+def _read_sample(place: str, file: BinaryIO, members: Mapping[str, Extent]) -> Sample:
+    if "json" not in members:
+        raise SampleError(place, "corrupt_member", "the tar has no readable header for its .json")
+    data = _read_member(place, file, members, "json")
     try:
         record = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -263,14 +285,13 @@ def _parse_sample(place: str, data: bytes) -> Sample:
         raise SampleError(place, error.rule, error.detail) from error
 
 
-def _read_at(file: Any, extent: tuple[int, int]) -> bytes:
-    file.seek(extent[0])
-    return file.read(extent[1])
-
-
-def _size_fault(path: Path, size: int) -> str | None:
-    if not path.is_file():
-        return f"{path.name} is in the manifest but not in {path.parent}"
-    if path.stat().st_size != size:
-        return f"{path.name} has {path.stat().st_size} bytes, the manifest says {size}"
-    return None
+def _read_member(place: str, file: BinaryIO, members: Mapping[str, Extent], name: str) -> bytes:
+    """The bytes of the sample's member: all of them, of the only one of this name."""
+    offset, size = members[name]
+    if (offset, size) == DUPLICATE:
+        raise SampleError(place, "duplicate_member", f"the tar holds member {name!r} of this sample twice")
+    file.seek(offset)
+    data = file.read(size)
+    if len(data) < size:
+        raise SampleError(place, "manifest_mismatch", f"the shard ends inside member {name!r}: it was cut short")
+    return data

@@ -3,7 +3,8 @@
     python -m experiments.ablations --config experiments/configs/nano/ablations.yaml --seeds '[0, 1]'
 
 A seed's rows lie in the experiment folder that `make pipeline SEED=…` uses, and are made by the same steps: what either
-has finished is not made again. Kill it whenever you like; the same command goes on from what is saved.
+has finished is not made again. Kill it whenever you like; the same command goes on from what is saved. Where the source
+files of the project have changed since, it asks before anything runs: --keep takes what is there, --redo makes it anew.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from callbacks import preemption
 from datamodules.artefacts import write_atomic
 from experiments import ablation_report, phases, tracking
 from experiments.ablation_summary import Comparison
+from experiments.changes import Choice, CodeChanged, choice_of, spell_out
 from experiments.commands import command
 from experiments.pipeline import Ladder, Rung, build_world, check_stages, experiment_folder
 from experiments.results import BASE
-from experiments.steps import say
+from experiments.steps import say, settle
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ def run(
     report_only: bool = False,
     outputs: str = "outputs",
     overrides: dict[str, str] | None = None,
+    redo: bool = False,
+    keep: bool = False,
 ) -> None:
     """Run the rows at all seeds, and compare them.
 
@@ -69,6 +73,8 @@ def run(
         report_only: run nothing; write the comparison of what is there
         outputs: folder of all experiments
         overrides: more arguments for one row, or for "evaluation": --overrides.grpo="--model.beta=0.01"
+        redo: make again what other source files of the project have made
+        keep: take what other source files of the project have made as it is
     """
     seeds, comparisons, overrides = seeds or [0], comparisons or [], overrides or {}
     check_stages(rows, overrides)
@@ -85,7 +91,8 @@ def run(
         start = time.monotonic()
         if world:
             build_world(world)
-        ladders = make_ladders(folders, home, model, evaluation, rows, overrides)
+        ladders = make_ladders(folders, home, model, evaluation, rows, overrides, choice_of(redo, keep))
+        settle([step for ladder in ladders.values() for step in ladder.steps()])
         list_all_done(ladders)
         report()
         for seed, ladder in ladders.items():
@@ -107,6 +114,7 @@ def make_ladders(
     evaluation: str,
     rows: Mapping[str, Row],
     overrides: Mapping[str, str],
+    choice: Choice | None = None,
 ) -> dict[int, Ladder]:
     """Each seed's ladder in its folder, with the rows as rungs; configurations that differ from theirs go to `home`."""
     rungs = {name: Rung(row.start, row_config(name, row, home)) for name, row in rows.items()}
@@ -115,7 +123,7 @@ def make_ladders(
     ladders = {}
     for seed, folder in folders.items():
         names = partial(tracking.wandb_environment, home.name, f"seed{seed}")  # of a row, which is a tag too
-        ladders[seed] = Ladder(folder, seed, model, evaluation, rungs, arguments, names)
+        ladders[seed] = Ladder(folder, seed, model, evaluation, rungs, arguments, names, choice)
     return ladders
 
 
@@ -204,7 +212,9 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of `make ablations`."""
     preemption.requeue_at_once()  # between two steps
     try:
-        auto_cli(run, as_positional=False, args=args)
+        auto_cli(run, as_positional=False, args=spell_out(args))
+    except CodeChanged as question:
+        sys.exit(str(question))
     except ValueError as error:
         sys.exit(f"no ablation: {error}")
 

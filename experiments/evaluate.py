@@ -4,7 +4,8 @@
 
 It writes predictions.jsonl, every answer with its score, and mig_bench.json, the summary, into the output folder, and
 logs the summary to the W&B run of that phase.
-Killed and started again, it goes on after the last batch of answers.
+Killed and started again, it goes on after the last batch of answers. Where the source files of the project have changed
+since these answers were given, it asks: --keep takes them, --redo sets them aside and asks the model anew.
 """
 
 from __future__ import annotations
@@ -20,18 +21,22 @@ from jsonargparse import auto_cli
 from callbacks.evaluation import EvaluationSettings
 from callbacks.mig_bench import evaluation_key, limit_tasks, summary_metrics
 from callbacks.previews import draw_previews
-from datamodules.artefacts import read_json, write_json
+from datamodules.artefacts import read_journal, read_json, write_json
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
 from datamodules.benchmarks.mig_scoring import format_table, summarise
 from datamodules.boxes import Convention
 from datamodules.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
 from datamodules.model_folder import ModelError
 from datamodules.prompts import PromptStyle
+from datamodules.source_code import source_code
 from experiments import checks, phases, tracking
 from experiments.asking import share_cores
+from experiments.changes import Choice, CodeChanged, choice_of, is_stale, kept, question, spell_out
 from experiments.commands import command
-from experiments.shares import Asking, OtherProcesses, answer_all
+from experiments.shares import Asking, OtherProcesses, answer_all, set_answers_aside
 from lightning_modules.generation import Generation, note
+
+RECORD = "evaluation.json"  # beside the answers: their key, and the source files that asked for them
 
 
 def evaluate(
@@ -53,6 +58,8 @@ def evaluate(
     as_trained: bool = True,
     processes: int = 1,
     generation: Generation = "greedy",
+    redo: bool = False,
+    keep: bool = False,
 ) -> None:
     """Evaluate a model on MIG-Bench.
 
@@ -78,8 +85,10 @@ def evaluate(
         processes: so many share the questions, each with a GPU of its own, or with its part of the CPU's cores
         generation: greedy: the likeliest token, without penalties; model: as the model's generation_config.json says,
             one question at a time (lightning_modules/generation.py)
+        redo: ask again what has been answered by other source files of the project
+        keep: take answers that were given by other source files of the project
     """
-    home = Path(output or default_output(model))
+    home, choice = Path(output or default_output(model)), choice_of(redo, keep)
     faults = [f"processes={processes} must be at least 1"] if processes < 1 else []
     checks.raise_all(faults + checks.model_faults(model) + checks.benchmark_faults(annotations, image_root))
     decoding = decoding or EvaluationSettings()
@@ -99,6 +108,7 @@ def evaluate(
         policy, encoder = asking.policy(rank=0), asking.encoder()
         key = evaluation_key(policy, encoder, annotations, image_root, samples, decoding, generation)
         folder = home if output else spare_folder(home, key)
+        settle_answers(folder, key, choice)
         found = answer_all(asking, policy, encoder, samples, folder, key, others)
         summary = summarise(found)
         facts = {"key": key, "model": model, "limit_per_task": limit_per_task, "generation": generation}
@@ -133,12 +143,34 @@ def spare_folder(home: Path, key: str) -> Path:
     return folder
 
 
+def settle_answers(folder: Path, key: str, choice: Choice | None) -> None:
+    """Note in evaluation.json which code answers. Answers of this evaluation that other code has given are kept or set
+    aside, as is chosen; where nothing is chosen, raises CodeChanged."""
+    code, file = source_code(("experiments.evaluate",)), folder / RECORD
+    record = read_json(file)
+    answers = folder / "predictions.jsonl"
+    is_there = record.get("key") == key or bool(read_journal(answers, key))
+    record = record if record.get("key") == key else {}
+    if not is_there or not is_stale(record, code, choice):
+        write_json(file, {"key": key, "code": code} | record)
+        return
+    if choice is None:
+        is_done = read_json(folder / "mig_bench.json").get("key") == key
+        raise CodeChanged(question(f"the evaluation in {folder}", is_done, record, code))
+    if choice == "keep":
+        write_json(file, {"key": key} | kept(record, code))
+        print(f"the answers in {folder} are kept, although other source files have asked for them", flush=True)
+        return
+    set_answers_aside(folder)
+    write_json(file, {"key": key, "code": code})
+
+
 @command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make eval`."""
     try:
-        auto_cli(evaluate, as_positional=False, args=args)
-    except (checks.SettingsError, phases.OtherVersion, ModelError) as error:
+        auto_cli(evaluate, as_positional=False, args=spell_out(args))
+    except (checks.SettingsError, phases.OtherVersion, ModelError, CodeChanged) as error:
         sys.exit(str(error))
 
 

@@ -27,6 +27,7 @@ from datamodules.importers.scan import Scan
 from datamodules.importers.schema import format_report
 from datamodules.shards import MANIFEST, read_manifest, write_manifest
 from experiments import checks, phases
+from experiments.changes import MadeOf
 from experiments.commands import command
 
 REPORT = "import.json"
@@ -194,7 +195,9 @@ def _import(
     count = None if part.count is None else math.ceil(part.count * surplus)
     made_of = settings.seed, settings.records_per_shard, settings.one_box
     key = fingerprint(VERSION, part.source, digests, names, count, made_of)
-    if phases.claim(folder, key):
+    settings = {"version": VERSION, "source": part.source, "subsets": names, "count": count, "annotations": digests}
+    settings |= dict(zip(("seed", "records_per_shard", "one_box"), made_of, strict=True))
+    if phases.claim(folder, MadeOf(key, settings)):
         print(f"{folder} is already imported with these settings", flush=True)
     else:
         several = list(itertools.chain.from_iterable(scan.subsets[name] for name in names)) if names[1:] else None

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,17 @@ import yaml
 from datamodules.artefacts import read_json, write_json
 from datamodules.boxes import Convention
 from datamodules.prompts import PromptStyle
+from experiments.changes import (
+    Choice,
+    CodeChanged,
+    Differences,
+    MadeOf,
+    find_differences,
+    is_stale,
+    kept,
+    question,
+    set_aside_text,
+)
 
 DONE = "done.json"
 STARTED = "started.json"
@@ -37,21 +49,89 @@ def write_marker(folder: Path, name: str = DONE, **content: object) -> None:
     write_json(Path(folder) / name, content)
 
 
-def claim(folder: Path, key: str, say: Callable[[str], None] = print, **facts: object) -> bool:
-    """Prepare a phase folder for the run with the hash `key`; True when that run is already done.
+def claim(
+    folder: Path,
+    run: MadeOf | str,
+    say: Callable[[str], None] = print,
+    choice: Choice | None = None,
+    **facts: object,
+) -> bool:
+    """Prepare a phase folder for a run, given by all that it is made of or by its hash alone; True when it is done.
 
-    `facts` of the run that begins, such as the commit, are written down beside its hash.
-
-    A folder that holds a run with another hash is moved aside whole: nothing computed is lost, nothing old is reused.
+    What the run is made of, and `facts` of its begin, such as the commit, are written down. A folder that holds a run
+    with other settings or inputs is moved aside whole, and by what it differs is said: nothing computed is lost,
+    nothing old is reused. Where only the code may differ, `choice` says whether the run that is there is kept (gone on
+    with) or made again; without one, raises CodeChanged.
     """
     folder = Path(folder)
-    if read_marker(folder).get("key") == key:
-        return True
-    started = read_marker(folder, STARTED).get("key")
-    if started is not None and started != key:
-        say(f"{folder} holds a run with other settings or inputs: moved to {set_aside(folder)}")
-    write_marker(folder, STARTED, key=key, **facts)
-    return False
+    run = MadeOf(run) if isinstance(run, str) else run
+    started, done = read_marker(folder, STARTED), read_marker(folder)
+    found = _look(folder, run, started, done, choice)
+    if found.asks and choice is None:
+        raise CodeChanged(question(str(folder), bool(done), started, run.code, found.fields))
+    if found.asks and choice == "redo":
+        say(f"{folder} is made again: what it holds moved to {set_aside(folder)}")
+        started = done = {}
+    elif found.is_other:
+        aside = set_aside(folder)
+        say(f"{set_aside_text(folder, aside, Differences(found.values, found.fields))}\nmoved to {aside}")
+        started = done = {}
+    elif found.asks:
+        started = started | kept(started, run.code)
+        if done:
+            write_marker(folder, **(done | {"key": run.key} | kept(started, run.code)))
+        say(f"{folder} is kept, although other source files have made it")
+    if not done or found.asks:
+        origin = {name: started[name] for name in ("code", "kept") if name in started}
+        write_marker(folder, STARTED, **(run.record() | origin | (facts if not done else _facts_of(started))))
+    return bool(done)
+
+
+def finish(folder: Path, key: str, **facts: object) -> None:
+    """Mark the run that has been claimed with this hash as done: by the code that it began with."""
+    started = read_marker(folder, STARTED)
+    origin = {name: started[name] for name in ("code", "kept") if name in started}
+    write_marker(folder, key=key, **facts, **origin)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a phase folder holds, as a run that wants it sees it."""
+
+    is_other: bool = False  # another run
+    asks: bool = False  # maybe this one: only the code differs, and settings that one of two versions has
+    values: list[str] = field(default_factory=list)
+    fields: list[str] = field(default_factory=list)
+
+
+def _look(folder: Path, run: MadeOf, started: dict, done: dict, choice: Choice | None) -> _Found:
+    known = started.get("key", done.get("key"))
+    if known is None:
+        return _Found()
+    if known == run.key:
+        return _Found(asks=is_stale(started, run.code, choice))
+    record = _recorded(folder, run, started)
+    if record is None:
+        return _Found(is_other=True)
+    found = find_differences(record, run)
+    # Settings that only one of them has: a version of the project has got one, or lost one. Nothing else is known.
+    asks = bool(run.code) and not found.values and ("settings" not in started or bool(found.fields))
+    return _Found(not asks, asks, found.values, found.fields)
+
+
+def _recorded(folder: Path, run: MadeOf, started: dict) -> dict | None:
+    """Settings and inputs of the run that is there: as it wrote them down, or by its config.yaml; None: unknown."""
+    if "settings" in started:
+        return started
+    try:
+        settings, inputs = run.saved(read_settings(folder)) if run.saved else ({}, {})
+    except (OtherVersion, yaml.YAMLError, KeyError, TypeError, AttributeError):  # of a version that wrote it otherwise
+        return None
+    return {"settings": settings, "inputs": inputs} if settings else None
+
+
+def _facts_of(started: dict) -> dict:
+    return {name: value for name, value in started.items() if name not in ("key", "settings", "inputs", "code", "kept")}
 
 
 def trained_commit(folder: Path) -> str | None:
@@ -68,17 +148,25 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
-def wait_for_claim(folder: Path, key: str, seconds: float = 600.0) -> bool:
+def wait_for_claim(
+    folder: Path, run: MadeOf | str, seconds: float = 600.0, choice: Choice | None = None
+) -> bool:
     """On the other ranks: wait until the leader has claimed the folder for this run; True when it is already done.
 
-    The leader ends then, so a rank that went on would wait for it in vain.
+    The leader ends then, so a rank that went on would wait for it in vain; and where it asks, which this rank does too.
     """
+    run = MadeOf(run) if isinstance(run, str) else run
     end = time.monotonic() + seconds
-    while read_marker(folder, STARTED).get("key") != key:
+    while True:
+        started, done = read_marker(folder, STARTED), read_marker(folder)
+        found = _look(Path(folder), run, started, done, choice)
+        if found.asks and choice is None:
+            raise CodeChanged(question(str(folder), bool(done), started, run.code, found.fields))
+        if started.get("key") == run.key and not found.asks:
+            return done.get("key") == run.key
         if time.monotonic() > end:
-            raise TimeoutError(f"{folder}: the first rank did not claim it for run {key} within {seconds:.0f} s")
+            raise TimeoutError(f"{folder}: the first rank did not claim it for run {run.key} within {seconds:.0f} s")
         time.sleep(0.2)
-    return read_marker(folder).get("key") == key
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

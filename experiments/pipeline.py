@@ -3,7 +3,8 @@
     python -m experiments.pipeline --config experiments/configs/nano/pipeline.yaml --seed 1
 
 Every step is a process of its own and is skipped when it was finished with the same command, configuration and inputs,
-so a kill at any moment costs nothing but the step's work since its last checkpoint.
+so a kill at any moment costs nothing but the step's work since its last checkpoint. Where the project's source files
+have changed since, it asks before anything runs: --keep takes what is there, --redo makes it again.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from jsonargparse import auto_cli
 from callbacks import preemption
 from datamodules.artefacts import read_json
 from datamodules.shards import folder_list
+from datamodules.source_code import class_modules
 from experiments import checks, phases, report
+from experiments.changes import Choice, CodeChanged, choice_of, spell_out
 from experiments.commands import command
 from experiments.results import BASE, Results, Stage, current_commit, make_stage, write_results
-from experiments.steps import ROOT, Step, run_process, run_step, say
+from experiments.steps import ROOT, Step, run_process, run_step, say, settle
 
 
 def experiment_folder(outputs: str, experiment: str, seed: int) -> Path:
@@ -71,7 +74,7 @@ class Ladder:
     """The stages of one experiment, tied together by its folders: BASE, which is `model`, and `rungs` in their order.
 
     A rung starts from BASE or from one before it. `overrides` has more arguments by stage, or by "evaluation";
-    `environment` gives a stage's processes more variables.
+    `environment` gives a stage's processes more variables. `choice` is what becomes of steps that other code has made.
     """
 
     def __init__(
@@ -83,9 +86,10 @@ class Ladder:
         rungs: Mapping[str, Rung],
         overrides: Mapping[str, str],
         environment: Callable[[str], Mapping[str, str]] = lambda stage: {},
+        choice: Choice | None = None,
     ) -> None:
         self.folder, self.seed, self.model, self.evaluation, self.rungs = folder, seed, model, evaluation, rungs
-        self.overrides, self.environment = overrides, environment
+        self.overrides, self.environment, self.choice = overrides, environment, choice
         self.commit, self.stages = current_commit(ROOT), {}
 
     @property
@@ -104,9 +108,18 @@ class Ladder:
         command = ["experiments.train", "--config", config, "--model.init_args.model", model]
         command += ["--experiment", self.folder.name, "--phase", stage, "--outputs", str(self.folder.parent)]
         command += ["--seed_everything", str(self.seed), *shlex.split(self.overrides.get(stage, ""))]
-        inputs = (config, model, *_shards(config))
-        marker, names = self.folder / stage / "trained.json", self.environment(stage)
-        return Step(f"{stage}: training", marker, tuple(command), inputs, environment=names)
+        settings = yaml.safe_load(Path(config).read_text())
+        inputs = (config, model, *folder_list(settings["data"]["shards"]))
+        return Step(
+            title=f"{stage}: training",
+            marker=self.folder / stage / "trained.json",
+            command=tuple(command),
+            inputs=inputs,
+            environment=self.environment(stage),
+            modules=("experiments.train", *class_modules(settings)),
+            choice=self.choice,
+            proof=self.folder / stage / phases.DONE,
+        )
 
     def evaluation_of(self, stage: str) -> Step:
         """MIG-Bench of the model that the stage leaves."""
@@ -116,8 +129,17 @@ class Ladder:
         command += ["--generation", "greedy", *shlex.split(self.overrides.get("evaluation", ""))]
         benchmark = yaml.safe_load(Path(self.evaluation).read_text())["annotations"]
         inputs, summary = (self.evaluation, model, benchmark), folder / "mig_bench.json"
-        marker, names = folder / "evaluated.json", self.environment(stage)
-        return Step(f"{stage}: MIG-Bench", marker, tuple(command), inputs, summary, names)
+        return Step(
+            title=f"{stage}: MIG-Bench",
+            marker=folder / "evaluated.json",
+            command=tuple(command),
+            inputs=inputs,
+            result=summary,
+            environment=self.environment(stage),
+            modules=("experiments.evaluate",),
+            choice=self.choice,
+            proof=summary,
+        )
 
     def training_seconds(self, stage: str) -> float | None:
         """The seconds of its training, where that need not run: it, and all that it starts from, are done."""
@@ -132,6 +154,11 @@ class Ladder:
         evaluating = self.evaluation_of(stage).seconds_if_done()
         training = None if evaluating is None else self.training_seconds(stage)
         return None if training is None else training + evaluating
+
+    def steps(self) -> list[Step]:
+        """All of them, in their order."""
+        rungs = [step for name in self.rungs for step in (self.training(name), self.evaluation_of(name))]
+        return [self.evaluation_of(BASE), *rungs]
 
     def list_done(self) -> None:
         """Write results.json and report.html with the stages that need not run, and no others."""
@@ -167,6 +194,8 @@ def run(
     seed: int = 0,
     outputs: str = "outputs",
     overrides: dict[str, str] | None = None,
+    redo: bool = False,
+    keep: bool = False,
 ) -> None:
     """Run the whole ladder.
 
@@ -179,6 +208,8 @@ def run(
         seed: seed of all training
         outputs: folder of all experiments
         overrides: arguments for one stage, or for "evaluation": --overrides.grpo="--model.beta=0.01"
+        redo: make again what other source files of the project have made
+        keep: take what other source files of the project have made as it is
     """
     check_stages(stages, overrides or {})
     check_files({"evaluation": evaluation, "world": world} | {f"stages.{n}": config for n, config in stages.items()})
@@ -187,18 +218,15 @@ def run(
     folder = experiment_folder(outputs, experiment, seed)
     starts = [BASE, *stages]
     rungs = {stage: Rung(start, config) for start, (stage, config) in zip(starts, stages.items(), strict=False)}
-    ladder = Ladder(folder, seed, model, evaluation, rungs, overrides or {})
+    ladder = Ladder(folder, seed, model, evaluation, rungs, overrides or {}, choice=choice_of(redo, keep))
     with phases.locked(folder):
         if world:
             build_world(world)
+        settle(ladder.steps())
         ladder.list_done()
         for stage in starts:
             ladder.run(stage)
     say(f"{(time.monotonic() - start) / 60:.1f} minutes; {folder / 'results.json'}, {folder / 'report.html'}")
-
-
-def _shards(config: str) -> list[str]:
-    return folder_list(yaml.safe_load(Path(config).read_text())["data"]["shards"])
 
 
 @command
@@ -206,8 +234,8 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of `make pipeline`."""
     preemption.requeue_at_once()  # between two steps
     try:
-        auto_cli(run, as_positional=False, args=args)
-    except (checks.SettingsError, phases.OtherVersion) as error:
+        auto_cli(run, as_positional=False, args=spell_out(args))
+    except (checks.SettingsError, phases.OtherVersion, CodeChanged) as error:
         sys.exit(str(error))
 
 

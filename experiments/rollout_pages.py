@@ -97,7 +97,7 @@ class Pictures:
         if not all((Path(folder) / MANIFEST).is_file() for folder in self.shards):
             self.notes.append(f"No pictures and questions: no shards in {', '.join(self.shards)}.")
             return
-        reader = ShardReader(self.shards)
+        reader = ShardReader(self.shards, since=0)  # to look at: a run that trained on them has compared them
         numbers = reader.find(set(wanted))
         if len(numbers) < len(wanted):
             self.notes.append(f"{len(wanted) - len(numbers):,} of {len(wanted):,} samples are not in the shards.")

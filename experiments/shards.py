@@ -14,6 +14,7 @@ from jsonargparse import auto_cli
 
 from datamodules.artefacts import fingerprint, path_fingerprint
 from experiments import phases
+from experiments.changes import MadeOf
 from experiments.commands import command
 
 GENERATOR = Path(__file__).resolve().parents[1] / "datamodules" / "synthetic"
@@ -54,7 +55,7 @@ def build(
         if keep and phases.read_marker(Path(root)).get("key", key) != key:
             print(f"{root} holds a world of other settings or of another generator: kept; `make shards` makes it anew")
             return
-        if phases.claim(Path(root), key):
+        if phases.claim(Path(root), MadeOf(key, settings)):
             print(f"{root} is already built with these settings", flush=True)
             return
         # Imported late: a finished world is recognised without loading the generator.

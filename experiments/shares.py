@@ -20,7 +20,7 @@ from typing import Any
 
 from callbacks.evaluation import EvaluationSettings
 from callbacks.mig_bench import evaluate_mig_bench, question_windows
-from datamodules.artefacts import Journal, read_journal, remove_journal
+from datamodules.artefacts import Journal, read_journal, read_json, remove_journal
 from datamodules.batches import Encoder
 from datamodules.benchmarks.mig_bench import load_images
 from datamodules.benchmarks.mig_scoring import Prediction
@@ -139,6 +139,16 @@ def joined_journal(folder: Path, key: str) -> Journal:
     for file in files:
         remove_journal(file)
     return Journal(journal.path, key) if files else journal
+
+
+def set_answers_aside(folder: Path) -> None:
+    """Rename the evaluation's journal to predictions.before.jsonl, with what other processes have answered in it."""
+    answers = folder / "predictions.jsonl"
+    if (key := read_json(answers.with_name(answers.name + ".key")).get("key")) is not None:
+        joined_journal(folder, key)
+    if answers.is_file():
+        answers.replace(folder / "predictions.before.jsonl")
+    remove_journal(answers)
 
 
 def _work(pipe: Connection, rank: int, processes: int) -> None:

@@ -13,10 +13,15 @@ import math
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+import yaml
+
 from datamodules.artefacts import fingerprint, path_fingerprint
+from datamodules.source_code import class_modules, source_code
 from experiments import phases, sweep_page, sweep_wandb
+from experiments.changes import Choice, CodeChanged, MadeOf, choice_of
 from experiments.commands import command
 from experiments.results import current_commit
 from experiments.sweep_charts import short
@@ -44,12 +49,25 @@ ATTEMPTS = 2  # a trial whose process is killed, as for want of memory, is taken
 class LocalSweep:
     """Trials on this machine, one at a time, until there are `num_trials`."""
 
-    def __init__(self, plan: SweepPlan, folder: Path, seed: int, num_trials: int, retry_failed: bool = False) -> None:
-        self.plan, self.folder, self.num_trials = plan, folder, num_trials
+    def __init__(
+        self,
+        plan: SweepPlan,
+        folder: Path,
+        seed: int,
+        num_trials: int,
+        retry_failed: bool = False,
+        choice: Choice | None = None,
+    ) -> None:
+        self.plan, self.folder, self.num_trials, self.choice = plan, folder, num_trials, choice
         # What the trials depend on besides their parameters. Not their number: a sweep may be made longer.
         inputs = [path_fingerprint(ROOT / config) for config in plan.configs]
         key = fingerprint(seed, plan.method, plan.metric, plan.maximize, plan.parameters, plan.command, inputs)
-        phases.claim(folder, key)
+        settings = {"seed": seed, "method": plan.method, "metric": plan.metric, "maximize": plan.maximize}
+        settings |= {"parameters": {p.name: asdict(p) for p in plan.parameters}, "command": list(plan.command)}
+        configs = [(str(config), content) for config, content in zip(plan.configs, inputs, strict=True)]
+        loaded = [yaml.safe_load((ROOT / config).read_text()) for config in plan.configs]
+        code = source_code(("experiments.sweep", "experiments.train", *class_modules(loaded)))
+        phases.claim(folder, MadeOf(key, settings, {"configurations": configs}, code), choice=choice)
         self.log = TrialLog(folder / "trials.jsonl", key)
         self.study = Study(plan, seed)
         self.facts = {"seed": seed, "commit": current_commit(ROOT)}
@@ -72,6 +90,10 @@ class LocalSweep:
         words = [word for word in words if not word.startswith(("--experiment=", "--phase=", "--outputs="))]
         where = ["--experiment", self.folder.name, "--phase", phase_name(trial), "--outputs", str(self.folder.parent)]
         return words + where
+
+    def started_command(self, trial: Trial) -> list[str]:
+        """The same, with the answer for a trial that other code has begun."""
+        return self.command(trial) + ([f"--{self.choice}"] if self.choice else [])
 
     def write_page(self) -> None:
         commands = [describe_command(self.command(trial)) for trial in self.log.trials]
@@ -109,7 +131,7 @@ class LocalSweep:
         environment = trial_environment(("sweep", self.plan.method))
         for _ in range(ATTEMPTS):
             ended = run_process(
-                self.command(trial), environment, log, lambda: logged_points(folder, self.plan.metric), see
+                self.started_command(trial), environment, log, lambda: logged_points(folder, self.plan.metric), see
             )
             spent += ended.seconds
             if ended.pruned or ended.code >= 0:
@@ -189,6 +211,8 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice of parameters")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder that holds all experiments")
     parser.add_argument("--retry_failed", action="store_true", help="take up failed trials again")
+    parser.add_argument("--redo", action="store_true", help="make a sweep again that other source files have made")
+    parser.add_argument("--keep", action="store_true", help="go on with a sweep that other source files have made")
     known = parser.parse_args(args)
     if (known.config is None) == (known.join is None):
         parser.error("give --config, or --join")
@@ -215,7 +239,11 @@ def main(args: list[str] | None = None) -> None:
     if online and not given.local:
         sweep_wandb.run_agent(sweep_wandb.find_or_create(given.config, folder), given.trials)
     with phases.locked(folder):
-        sweep = LocalSweep(plan, folder, given.seed, count, given.retry_failed)
+        try:
+            choice = choice_of(given.redo, given.keep)
+            sweep = LocalSweep(plan, folder, given.seed, count, given.retry_failed, choice)
+        except CodeChanged as question:
+            sys.exit(str(question))
         try:
             sweep.run()
         except Interrupted as signal_name:

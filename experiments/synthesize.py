@@ -10,7 +10,7 @@ response's thinking becomes its rationale (`experiments/rationales.py` has the r
     server/           log of the local server, if there was one
 
 Another threshold or limit works on the responses that are there; other prompts, sampling, questions or another teacher
-move the old folder aside.
+move the old folder aside. Where the source files of the project have changed since, it asks: --keep, or --redo.
 """
 
 from __future__ import annotations
@@ -38,8 +38,11 @@ from datamodules.chat_requests import RequestForm
 from datamodules.dialects import find_dialect
 from datamodules.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
 from datamodules.model_folder import ModelError
+from datamodules.samples import SampleError
 from datamodules.shards import MANIFEST, ShardReader, folder_list
+from datamodules.source_code import source_code
 from experiments import checks, phases
+from experiments.changes import CodeChanged, MadeOf, choice_of, spell_out
 from experiments.commands import command
 from experiments.rationales import Verdict, format_report, group_responses, judge, summarise, write_rationales
 from experiments.teacher import Prices, Sampling, Session, Teacher, missing_responses
@@ -64,6 +67,9 @@ def synthesize(
     samples_per_shard: int = 1000,
     prices: Prices | None = None,
     device: str = "auto",
+    verify_shards: bool = True,
+    redo: bool = False,
+    keep: bool = False,
 ) -> None:
     """Ask a teacher for rationales and write the kept samples as shards.
 
@@ -84,18 +90,27 @@ def synthesize(
         samples_per_shard: of the shards that are written
         prices: of tokens, for the cost
         device: of the local server: auto, cpu, cuda:0, ...
+        verify_shards: compare the sha256 of each shard with its manifest when it is first read
+        redo: move aside, and ask again for, what other source files of the project have made
+        keep: go on with, or take, what other source files of the project have made
     """
     sampling, prices = sampling or Sampling(), prices or Prices()
     folders = folder_list(questions)
     faults = _faults(folders, endpoint, threshold, limit)
     pixels = (min_pixels, max_pixels, max_image_pixels, max_sample_pixels)
     form = _form(dialect, endpoint.model, faults, before_image, *pixels)
-    teacher = [endpoint.model, server_fields(endpoint) | endpoint.extra_body, path_fingerprint(endpoint.model)]
-    key = fingerprint([path_fingerprint(folder) for folder in folders], teacher, asdict(form), asdict(sampling))
+    stated = server_fields(endpoint) | endpoint.extra_body
+    teacher = [endpoint.model, stated, path_fingerprint(endpoint.model)]
+    contents = [path_fingerprint(folder) for folder in folders]
+    key = fingerprint(contents, teacher, asdict(form), asdict(sampling))
     home = Path(output)
     with phases.locked(home):
-        phases.claim(home, key)
-        reader = ShardReader(folders)
+        settings = {"endpoint": {"model": endpoint.model, "extra_body": stated}}
+        settings |= {"form": asdict(form), "sampling": asdict(sampling)}
+        inputs = {"questions": [(str(folder), content) for folder, content in zip(folders, contents, strict=True)]}
+        code = source_code(("experiments.synthesize",))
+        phases.claim(home, MadeOf(key, settings, inputs, code), choice=choice_of(redo, keep))
+        reader = ShardReader(folders, verify_shards)
         count = min(reader.count, limit or reader.count)
         result_key = fingerprint(key, threshold, count, samples_per_shard, asdict(prices))
         if _is_finished(home, result_key):
@@ -220,9 +235,11 @@ def _session_text(session: Session) -> str:
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make synthesize`."""
     try:
-        auto_cli(synthesize, as_positional=False, args=args)
-    except (checks.SettingsError, EndpointMisused, EndpointUnavailable, ModelError) as error:
+        auto_cli(synthesize, as_positional=False, args=spell_out(args))
+    except (checks.SettingsError, CodeChanged, EndpointMisused, EndpointUnavailable, ModelError) as error:
         sys.exit(str(error))
+    except SampleError as error:  # it could be read when it was asked about
+        sys.exit(f"{error}. The responses are kept: mend the shards, and the same command goes on with them")
 
 
 if __name__ == "__main__":

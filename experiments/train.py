@@ -2,7 +2,8 @@
 
 Everything the phase writes lies in outputs/<experiment>/<phase>/. Started again, it goes on from its last checkpoint;
 finished with the same settings and inputs, it says so and ends; with other settings it starts afresh and the old
-folder is moved aside.
+folder is moved aside. Where only the source files of the project have changed, it asks: --keep takes the run that is
+there as it is, or goes on with it, --redo moves it aside and makes it again.
 """
 
 from __future__ import annotations
@@ -26,28 +27,20 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from callbacks import collapse, preemption
 from callbacks.checkpoints import RunStopped, WholeCheckpoints, WindowCheckpoint
 from callbacks.rank_watch import RankWatch, end_with_launcher
-from datamodules.artefacts import StorageError, fingerprint, path_fingerprint, write_atomic
+from datamodules.artefacts import StorageError, write_atomic
 from datamodules.boxes import Convention
 from datamodules.model_folder import ModelError
 from datamodules.multi_image import MultiImageData
 from datamodules.stream import UnusableData
 from experiments import checks, metrics, phases, tracking
+from experiments.changes import Choice, CodeChanged, take_choice
 from experiments.commands import command
 from experiments.loggers import MetricsLogger, OnceWandbLogger
 from experiments.results import current_commit
+from experiments.run_keys import made_of
 from experiments.tracking import choose_wandb_mode, wandb_identity, wandb_run_id
 
 log = logging.getLogger(__name__)
-
-# Settings that say how a run is shown or where it runs, not what it computes. Of the model: where it samples, what is
-# written down of that, and when it gives up.
-MODEL_NOT_IN_KEY = ("vllm", "rollout_log", "rollout_log_every", "max_idle_windows")
-NOT_IN_KEY = ("logger", "default_root_dir", "enable_progress_bar", "enable_model_summary", "log_every_n_steps")
-CALLBACKS_NOT_IN_KEY = (
-    "callbacks.checkpoints.WindowCheckpoint",
-    "callbacks.guards.SaveOnInterrupt",
-    "callbacks.throughput.Throughput",
-)
 
 
 class AlreadyDone(Exception):
@@ -57,8 +50,8 @@ class AlreadyDone(Exception):
 class TrainCLI(LightningCLI):
     """LightningCLI that knows phase folders. One complete YAML holds every setting of a run."""
 
-    def __init__(self, args: list[str] | None = None) -> None:
-        self.stack = ExitStack()
+    def __init__(self, args: list[str] | None = None, choice: Choice | None = None) -> None:
+        self.stack, self.choice = ExitStack(), choice
         self.commit = current_commit(Path(__file__).parent)
         # Lightning's own calls, not ours, use what newer versions of jsonargparse have renamed.
         os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -113,14 +106,17 @@ class TrainCLI(LightningCLI):
         self.config.phase = os.path.expandvars(self.config.phase)
         settings = self.settings()
         checks.raise_all(checks.training_faults(settings) + self.constructor_faults())
-        self.key = run_key(settings)
-        if self.is_leader:
-            self.stack.enter_context(phases.locked(self.folder))
-            done = phases.claim(self.folder, self.key, commit=self.commit)
-        else:
-            done = phases.wait_for_claim(self.folder, self.key)
-        if done:
-            raise AlreadyDone(self.folder)
+        run = made_of(settings)
+        self.key = run.key
+        with ExitStack() as stack:  # whoever does not get to train frees the folder at once
+            if self.is_leader:
+                stack.enter_context(phases.locked(self.folder))
+                done = phases.claim(self.folder, run, choice=self.choice, commit=self.commit)
+            else:
+                done = phases.wait_for_claim(self.folder, run, choice=self.choice)
+            if done:
+                raise AlreadyDone(self.folder)
+            self.stack = stack.pop_all()
         if self.is_leader:
             write_atomic(self.folder / phases.CONFIG, self.parser.dump(self.config, skip_unset=False))
         self.config.trainer.default_root_dir = str(self.folder)
@@ -178,19 +174,6 @@ def can_parse(parser: LightningArgumentParser, config: Path) -> bool:
     return True
 
 
-def run_key(settings: dict) -> str:
-    """Hash of what the run computes: its settings, and the content of its model folder and shards."""
-    trainer = {name: value for name, value in settings["trainer"].items() if name not in NOT_IN_KEY}
-    trainer["callbacks"] = [c for c in trainer["callbacks"] or [] if c["class_path"] not in CALLBACKS_NOT_IN_KEY]
-    ignored = ("trainer", "config", "outputs", "experiment", "phase")
-    rest = {name: value for name, value in settings.items() if name not in ignored}
-    arguments = settings["model"]["init_args"]
-    known = {name: value for name, value in arguments.items() if name not in MODEL_NOT_IN_KEY}
-    rest["model"] = settings["model"] | {"init_args": known}
-    inputs = [arguments["model"], *checks.shard_folders(settings)]
-    return fingerprint(trainer, rest, [path_fingerprint(path) for path in inputs])
-
-
 def fit(cli: TrainCLI) -> None:
     """Train to the end, from the last checkpoint where there is one, and mark the phase as done."""
     for logger in cli.trainer.loggers:
@@ -216,7 +199,7 @@ def fit(cli: TrainCLI) -> None:
     if cli.trainer.global_step == 0:  # a run without MergeAdapter, which looks at the weights themselves
         cli.model.require_learnt()
     if cli.is_leader:
-        phases.write_marker(cli.folder, key=cli.key, seconds=round(time.monotonic() - start, 1))
+        phases.finish(cli.folder, cli.key, seconds=round(time.monotonic() - start, 1))
 
 
 def merge_metrics(folder: Path) -> None:
@@ -239,9 +222,14 @@ def main(args: list[str] | None = None) -> None:
     quieten()
     end_with_launcher()
     preemption.requeue_at_once()  # until training starts, and can be stopped between two batches
+    choice, rest = take_choice(sys.argv[1:] if args is None else args)
+    if args is None:
+        sys.argv[1:] = rest  # which Lightning gives to the ranks that it starts
+    else:
+        args = rest
     while True:
         try:
-            cli = TrainCLI(args)
+            cli = TrainCLI(args, choice)
             with cli.stack:
                 return fit(cli)
         except AlreadyDone as done:
@@ -250,7 +238,7 @@ def main(args: list[str] | None = None) -> None:
             cli = None  # its weights are not needed beside those that are now loaded
             tracking.finish_run()
             print(rolled_back, flush=True)
-        except (checks.SettingsError, phases.OtherVersion, RunStopped, UnusableData, ModelError) as reason:
+        except (checks.SettingsError, phases.OtherVersion, CodeChanged, RunStopped, UnusableData, ModelError) as reason:
             sys.exit(str(reason))
 
 

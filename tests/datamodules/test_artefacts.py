@@ -108,7 +108,7 @@ def test_a_damaged_marker_is_named(tmp_path: Path, damage: bytes) -> None:
 def test_large_files_are_hashed_once_until_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(artefacts, "REMEMBERED", 4)
     file, read = tmp_path / "model.safetensors", []
-    monkeypatch.setattr(artefacts, "_sha256", lambda path: read.append(path) or path.read_text())
+    monkeypatch.setattr(artefacts, "hash_file", lambda path: read.append(path) or path.read_text())
     file.write_text("first")
     artefacts.file_sha256(file)
     assert artefacts.file_sha256(file) == "first" and len(read) == 1

@@ -19,7 +19,7 @@ from datamodules.samples import SampleError
 from datamodules.shards import ShardReader, ShardWriter
 from tests.datamodules import trainer_process
 from tests.datamodules.image_mutations import encoded, pixels, seeds
-from tests.datamodules.tiny_processor import make_sample, save_tiny_processor
+from tests.datamodules.tiny_processor import declare, make_sample, save_tiny_processor
 
 NUM_SAMPLES = 17  # 5 batches of 3; one sample is damaged, one is over
 
@@ -34,6 +34,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "shard-00001.tar"
     data = path.read_bytes()
     path.write_bytes(data.replace(b"00001_000002.1.png", b"00001_000002.7.png", 1))
+    declare(folder)
     return folder
 
 

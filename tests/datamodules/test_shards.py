@@ -13,7 +13,7 @@ import pytest
 
 from datamodules.samples import ImagePart, LoadedSample, SampleError, TextPart
 from datamodules.shards import ShardReader, ShardWriter, read_manifest
-from tests.datamodules.tiny_processor import make_sample
+from tests.datamodules.tiny_processor import declare, make_sample
 
 
 def write(folder: Path, num_samples: int, max_samples: int = 4) -> list[LoadedSample]:
@@ -36,7 +36,7 @@ def overwrite(path: Path, offset: int, data: bytes) -> None:
 
 
 def rewrite_tar(folder: Path, change: Callable[[str, bytes], bytes | None]) -> None:
-    """Rebuild the first shard with `change(name, data)` (None drops the member), and its size in the manifest."""
+    """Rebuild the first shard with `change(name, data)` (None drops the member), and its entry in the manifest."""
     path = folder / "shard-00000.tar"
     with tarfile.open(path) as tar:
         contents = {member.name: tar.extractfile(member).read() for member in tar}
@@ -47,14 +47,12 @@ def rewrite_tar(folder: Path, change: Callable[[str, bytes], bytes | None]) -> N
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    manifest = read_manifest(folder)
-    manifest["shards"][0]["bytes"] = path.stat().st_size
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    declare(folder)
 
 
-def read_all(folder: Path) -> tuple[list[str], dict[str, list[str]]]:
+def read_all(folder: Path, **settings: bool) -> tuple[list[str], dict[str, list[str]]]:
     """Ids of the samples that can be read, in order, and those of the others by the rule they break."""
-    reader, ids, broken = ShardReader(folder), [], defaultdict(list)
+    reader, ids, broken = ShardReader(folder, **settings), [], defaultdict(list)
     for number in range(reader.count):
         try:
             ids.append(reader.read(number).sample.id)
@@ -186,6 +184,7 @@ def test_damaged_header_costs_one_sample(tmp_path: Path) -> None:
     sound = members(path)
     for name in ("00000_000001.0.png", "00000_000002.json"):
         overwrite(path, sound[name].offset + 20, b"\xff" * 200)
+    declare(tmp_path)
     ids, rules = read_all(tmp_path)
     assert ids == ["s0", "s3", "s4", "s5", "s6", "s7"]
     assert rules == {"missing_image": ["s1"], "corrupt_member": ["shard-00000.tar:2"]}
@@ -195,6 +194,7 @@ def test_damaged_json_costs_one_sample(tmp_path: Path) -> None:
     write(tmp_path, 4)
     path = tmp_path / "shard-00000.tar"
     overwrite(path, members(path)["00000_000003.json"].offset_data, b"\x00\xfe")
+    declare(tmp_path)
     assert read_all(tmp_path) == (["s0", "s1", "s2"], {"bad_json": ["shard-00000.tar:3"]})
 
 

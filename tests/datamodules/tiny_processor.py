@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import random
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
 from datamodules.samples import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
+from datamodules.shards import read_manifest
 from experiments.nano_model import CHAT_TEMPLATE, build_tokenizer
 
 TEXTS = ("Picture 1: find the red circle in the second image.", '<think>It moved.</think><answer>{"label": "dog"}')
@@ -55,3 +58,12 @@ def make_sample(
     )
     seed = sum(map(ord, sample_id))
     return LoadedSample(sample, tuple(image_bytes(*size, seed + index) for index, size in enumerate(sizes)))
+
+
+def declare(folder: Path) -> None:
+    """Have the manifest say what the shards hold now, as if they had been written so."""
+    manifest = read_manifest(folder)
+    for shard in manifest["shards"]:
+        data = (folder / shard["name"]).read_bytes()
+        shard |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -10,6 +10,7 @@ import yaml
 
 from datamodules.artefacts import fingerprint, path_fingerprint, read_json, write_json
 from experiments import ablations, phases, pipeline, steps, tracking
+from experiments.changes import CodeChanged
 from experiments.results import read_results
 from tests.experiments.test_results import summary
 
@@ -23,8 +24,11 @@ class Processes:
     def __init__(self) -> None:
         self.broken: str | None = None
         self.ran: list[str] = []
+        self.told: list[str] = []  # --keep or --redo, of those that ran
 
     def __call__(self, command: list[str], tick: Callable[[], object], environment: Mapping[str, str]) -> int:
+        self.told += [word for word in command if word in ("--keep", "--redo")]
+        command = [word for word in command if word not in ("--keep", "--redo")]
         flags = dict(zip(command[3::2], command[4::2], strict=True))
         train = command[2] == "experiments.train"
         folder = Path(flags["--outputs"], flags["--experiment"], flags["--phase"]) if train else Path(flags["--output"])
@@ -161,3 +165,74 @@ def test_a_run_that_finds_nothing_writes_nothing(processes: Processes, settings:
     with pytest.raises(SystemExit, match="base: MIG-Bench"):
         pipeline.run(**settings, stages={})
     assert not (tmp_path / "outputs/tiny/results.json").exists()
+
+
+@pytest.fixture
+def code(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The source files, as all steps are told; a test may change them."""
+    files = {"lightning_modules/grpo.py": "1"}
+    monkeypatch.setattr(steps, "source_code", lambda modules: dict(files) if modules else {})
+    return files
+
+
+def run_pipeline(settings: Mapping, tmp_path: Path, **more: bool) -> None:
+    stages = {name: str(tmp_path / f"{name}.yaml") for name in ("cot_sft", "grpo")}
+    pipeline.run(**settings, stages=stages, **more)
+
+
+def test_a_pipeline_asks_once_and_before_anything_runs_where_code_has_changed(
+    processes: Processes, settings: dict, tmp_path: Path, code: dict[str, str], capsys: pytest.CaptureFixture
+) -> None:
+    run_pipeline(settings, tmp_path)
+    code["lightning_modules/grpo.py"] = "2"
+    processes.ran = []
+    with pytest.raises(CodeChanged) as asked:
+        run_pipeline(settings, tmp_path)
+    text = str(asked.value)
+    assert "base: MIG-Bench" in text and "grpo: training" in text and "changed since: lightning_modules/grpo.py" in text
+    assert "KEEP=1" in text and "REDO=1" in text and len(text.splitlines()) <= 5
+    assert processes.ran == [] and listed(tmp_path / "outputs", 0) == ["base", "cot_sft", "grpo"]
+    run_pipeline(settings, tmp_path, keep=True)
+    run_pipeline(settings, tmp_path)
+    assert processes.ran == [], "what is kept is not asked about again"
+    capsys.readouterr()
+    run_pipeline(settings, tmp_path, redo=True)
+    every = ["base", "cot_sft", "cot_sft", "grpo", "grpo"]
+    assert processes.ran == [f"tiny/{name}" for name in every] and processes.told == ["--redo"] * 5
+    run_pipeline(settings, tmp_path, redo=True)
+    assert len(processes.ran) == 5, "made again once, by whatever is killed meanwhile"
+
+
+def test_a_step_that_an_earlier_version_has_done_is_asked_about(
+    processes: Processes, settings: dict, tmp_path: Path, code: dict[str, str]
+) -> None:
+    run_pipeline(settings, tmp_path)
+    for marker in (tmp_path / "outputs/tiny").glob("*/*ed.json"):
+        write_json(marker, {name: value for name, value in read_json(marker).items() if name != "code"})
+    with pytest.raises(CodeChanged, match="an earlier version of the project"):
+        run_pipeline(settings, tmp_path)
+
+
+def test_an_ablation_asks_about_all_seeds_at_once(
+    processes: Processes, settings: dict, tmp_path: Path, code: dict[str, str]
+) -> None:
+    run_rows(settings)
+    code["lightning_modules/rewards.py"] = "new"
+    processes.ran = []
+    with pytest.raises(CodeChanged, match=r"rewards\.py \(new\)"):
+        run_rows(settings)
+    run_rows(settings, keep=True)
+    run_rows(settings)
+    assert processes.ran == [] and listed(tmp_path / "outputs", 1) == ALL
+
+
+def test_a_yaml_that_asks_for_the_same_keeps_the_time_that_it_took(
+    processes: Processes, settings: dict, tmp_path: Path
+) -> None:
+    run_pipeline(settings, tmp_path)
+    marker = tmp_path / "outputs/tiny/cot_sft/trained.json"
+    write_json(marker, read_json(marker) | {"seconds": 1234.5})
+    write_json(marker.with_name("done.json"), {"key": "the run's"})  # as its process leaves it, which finds it done
+    (tmp_path / "cot_sft.yaml").write_text((tmp_path / "cot_sft.yaml").read_text() + "# a comment\n")
+    run_pipeline(settings, tmp_path)
+    assert read_json(marker)["seconds"] == 1234.5

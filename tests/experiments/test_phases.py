@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from experiments import phases
+from experiments.changes import CodeChanged, MadeOf
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -101,3 +102,88 @@ def test_settings_of_another_version_are_told_with_file_and_field(tmp_path: Path
     file = re.escape(str(tmp_path / "config.yaml"))
     with pytest.raises(ValueError, match=f"{file} was written by another version of the project: {what}"):
         phases.trained_form(str(tmp_path / "merged"), {"convention": "absolute", "style": "think"})
+
+
+OLD_CODE, NEW_CODE = {"lightning_modules/grpo.py": "1"}, {"lightning_modules/grpo.py": "2"}
+
+
+def saved(settings: dict) -> tuple[dict, dict]:
+    return settings, {}
+
+
+def begin(folder: Path, code: dict, choice: str | None = None, key: str = "aaaa", **settings: object) -> bool:
+    return phases.claim(folder, MadeOf(key, settings, {}, code, saved), choice=choice)
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_what_other_code_has_made_is_asked_about_and_never_taken_or_lost(
+    tmp_path: Path, is_done: bool, is_recorded: bool, capsys: pytest.CaptureFixture
+) -> None:
+    folder, old = tmp_path / "grpo", OLD_CODE if is_recorded else {}
+    begin(folder, old)
+    (folder / "weights").write_text("old")
+    if is_done:
+        phases.finish(folder, "aaaa", seconds=5.0)
+        assert begin(folder, old) is True
+    words = r"lightning_modules/grpo\.py" if is_recorded else "an earlier version of the project"
+    for _ in range(2):
+        with pytest.raises(CodeChanged, match=f"is {'finished' if is_done else 'unfinished'}.*\n.*{words}"):
+            begin(folder, NEW_CODE)
+        with pytest.raises(CodeChanged):
+            phases.wait_for_claim(folder, MadeOf("aaaa", {}, {}, NEW_CODE), seconds=1)
+    assert begin(folder, NEW_CODE, "keep") is is_done and (folder / "weights").read_text() == "old"
+    assert begin(folder, NEW_CODE) is is_done, "it is not asked twice"
+    assert phases.wait_for_claim(folder, MadeOf("aaaa", {}, {}, NEW_CODE), seconds=1) is is_done
+    marker = phases.read_marker(folder, phases.DONE if is_done else phases.STARTED)
+    assert marker.get("code", {}) == old, "which code has made it stays written down"
+    assert not is_done or marker["seconds"] == 5.0
+    with pytest.raises(CodeChanged):
+        begin(folder, {"lightning_modules/grpo.py": "3"})
+    capsys.readouterr()
+    for _ in range(2):  # the same command again goes on with what it has begun
+        assert begin(folder, NEW_CODE, "redo") is False
+    assert not (folder / "weights").exists() and (tmp_path / "grpo.aaaa/weights").read_text() == "old"
+    assert not (tmp_path / "grpo.aaaa+").exists() and "grpo.aaaa" in capsys.readouterr().out
+    phases.finish(folder, "aaaa")
+    assert begin(folder, NEW_CODE) is True and phases.read_marker(folder)["code"] == NEW_CODE
+
+
+def test_a_run_that_is_set_aside_is_named_with_what_differs_and_the_way_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "grpo"
+    begin(folder, OLD_CODE, model={"init_args": {"beta": 0.1}}, data={"batch_size": 2})
+    assert begin(folder, NEW_CODE, key="bbbb", model={"init_args": {"beta": 0.2}}, data={"batch_size": 2}) is False
+    said = capsys.readouterr().out
+    assert "model.beta: 0.1 -> 0.2" in said and "batch_size" not in said
+    (back,) = [line for line in said.splitlines() if line.startswith("to go back")]
+    commands = back.partition(": ")[2].partition(", and")[0]
+    subprocess.run(commands, shell=True, check=True)
+    assert begin(folder, OLD_CODE, model={"init_args": {"beta": 0.1}}, data={"batch_size": 2}) is False
+    assert capsys.readouterr().out == "" and (tmp_path / "grpo.new").is_dir()
+
+
+def test_a_setting_that_a_new_version_has_is_asked_about(tmp_path: Path) -> None:
+    folder = tmp_path / "grpo"
+    begin(folder, OLD_CODE, data={"batch_size": 2})
+    phases.finish(folder, "aaaa")
+    with pytest.raises(CodeChanged, match=r"only one of the two has: data\.verify"):
+        begin(folder, NEW_CODE, key="bbbb", data={"batch_size": 2, "verify": True})
+    assert begin(folder, NEW_CODE, "keep", key="bbbb", data={"batch_size": 2, "verify": True}) is True
+    assert begin(folder, NEW_CODE, key="bbbb", data={"batch_size": 2, "verify": True}) is True
+
+
+def test_a_run_of_a_version_that_wrote_down_neither_settings_nor_code_is_compared_by_its_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "grpo"
+    phases.write_marker(folder, phases.STARTED, key="0123456789", commit="abc")
+    phases.write_marker(folder, key="0123456789", seconds=1.0)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data": {"batch_size": 2}}))
+    with pytest.raises(CodeChanged, match="an earlier version of the project"):
+        begin(folder, NEW_CODE, data={"batch_size": 2})
+    assert begin(folder, NEW_CODE, "keep", data={"batch_size": 2}) is True
+    assert begin(folder, NEW_CODE, data={"batch_size": 2}) is True and phases.trained_commit(folder) == "abc"
+    assert begin(folder, NEW_CODE, key="bbbb", data={"batch_size": 3}) is False
+    assert "data.batch_size: 2 -> 3" in capsys.readouterr().out

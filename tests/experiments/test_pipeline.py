@@ -135,6 +135,29 @@ def test_evaluation_writes_answers_and_summary_and_goes_on_from_them(workbench: 
     assert read_json(folder / "mig_bench.json") == summary
 
 
+def test_answers_that_other_code_has_asked_for_are_asked_about(workbench: Workbench, capsys, monkeypatch) -> None:
+    code = {"lightning_modules/decoding.py": "1"}
+    monkeypatch.setattr(evaluate, "source_code", lambda modules: dict(code))
+    folder = workbench.outputs / "base"
+    arguments = ["--config", workbench.write_yaml("eval", evaluation(workbench)), "--output", str(folder)]
+    evaluate.main(arguments)
+    answers = folder / "predictions.jsonl"
+    answers.write_text(answers.read_text().replace('"id"', '"id" '))  # a mark on what is there
+    marked = answers.read_text()
+    code["lightning_modules/decoding.py"] = "2"
+    with pytest.raises(SystemExit, match=r"is finished.*\n.*lightning_modules/decoding\.py\nKEEP=1"):
+        evaluate.main(arguments)
+    for choice in (["--keep"], []):
+        evaluate.main([*arguments, *choice])
+        assert answers.read_text() == marked
+    evaluate.main([*arguments, "--redo"])
+    assert len(answers.read_text().splitlines()) == 4 and answers.read_text() != marked
+    assert (folder / "predictions.before.jsonl").read_text() == marked
+    (folder / "evaluation.json").unlink()  # as an earlier version left it
+    with pytest.raises(SystemExit, match="an earlier version of the project"):
+        evaluate.main(arguments)
+
+
 def test_a_quick_look_leaves_a_finished_evaluation_alone(workbench: Workbench, capsys) -> None:
     phase = workbench.outputs / "tiny" / "grpo"
     phase.mkdir(parents=True)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ import pytest
 import yaml
 
 from datamodules.artefacts import read_json
-from experiments import metrics, phases, tracking, train
+from experiments import metrics, phases, run_keys, tracking, train
 from lightning_modules.rollout_log import read_index
 from tests.experiments.conftest import Workbench, rolling_back, run_apart
 
@@ -54,6 +56,48 @@ def test_other_settings_train_afresh_and_keep_the_old_run(workbench: Workbench) 
     train.main([*arguments, "--seed_everything=1"])
     assert read_json(workbench.outputs / "tiny" / f"cot_sft.{key[:8]}" / "done.json")["key"] == key
     assert read_json(workbench.outputs / "tiny" / "cot_sft" / "done.json")["key"] != key
+
+
+def test_a_run_that_other_code_has_made_is_never_already_done(workbench: Workbench, capsys, monkeypatch) -> None:
+    code = {"lightning_modules/cot_sft.py": "1"}
+    monkeypatch.setattr(run_keys, "source_code", lambda modules: dict(code))
+    arguments = ["--config", workbench.training("cot_sft"), "--trainer.logger=false", "--trainer.max_steps=1"]
+    folder = workbench.outputs / "tiny" / "cot_sft"
+    train.main(arguments)
+    key = read_json(folder / "done.json")["key"]
+    assert read_json(folder / "done.json")["code"] == code == read_json(folder / "started.json")["code"]
+    train.main([*arguments, "--data.num_workers=1"])
+    assert "already done" in capsys.readouterr().out, "the number of workers makes no other run"
+    code["lightning_modules/cot_sft.py"] = "2"
+    with pytest.raises(SystemExit, match=r"lightning_modules/cot_sft\.py\nKEEP=1 .*REDO=1") as asked:
+        train.main(arguments)
+    assert asked.value.code != 0 and "already done" not in capsys.readouterr().out
+    train.main([*arguments, "--keep"])
+    train.main(arguments)
+    assert capsys.readouterr().out.count("already done") == 2, "asked once"
+    train.main([*arguments, "--redo"])
+    assert read_json(folder / "done.json")["code"] == code and "redo" not in (folder / "config.yaml").read_text()
+    assert read_json(workbench.outputs / "tiny" / f"cot_sft.{key[:8]}" / "done.json")["key"] == key
+    train.main([*arguments, "--seed_everything=1"])
+    said = capsys.readouterr().out
+    assert "seed_everything: 0 -> 1" in said and f"mv {folder}.{key[:8]}+ {folder}" in said
+
+
+def test_a_damaged_shard_is_counted_and_its_repair_is_another_run(workbench: Workbench, caplog, capsys) -> None:
+    shards = workbench.root / "copied"
+    shutil.copytree(workbench.root / "shards", shards)
+    settings = yaml.safe_load(Path(workbench.training("cot_sft")).read_text())
+    settings["data"] |= {"shards": str(shards)}
+    config = workbench.write_yaml("copied", settings)
+    arguments = ["--config", config, "--trainer.logger=false", "--trainer.max_steps=1"]
+    train.main(arguments)
+    tar = shards / "shard-00000.tar"
+    sound = tar.read_bytes()
+    with tar.open("r+b") as file:
+        file.write(sound.replace(b'"ring"', b'"king"'))
+    with pytest.raises(ValueError, match=r"no usable sample in a whole epoch.*manifest_mismatch"):
+        train.main(arguments)
+    assert re.search(r"data\.shards: .*copied \(\w+\) -> .*copied \(\w+\)", capsys.readouterr().out)
 
 
 def test_every_fault_is_told_at_once_and_before_weights_are_read(workbench: Workbench) -> None:
@@ -114,7 +158,7 @@ def test_the_key_follows_what_is_computed(workbench: Workbench) -> None:
 
     class Parsed(train.TrainCLI):
         def before_instantiate_classes(self) -> None:
-            self.key = train.run_key(self.settings())
+            self.key = run_keys.run_key(self.settings())
 
         def instantiate_classes(self) -> None:
             pass

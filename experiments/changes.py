@@ -1,0 +1,190 @@
+"""By what two runs differ, in words; and the answer to the question which of them is wanted where only the code does.
+
+A finished run that other code has made is never silently taken for the one that is asked for, and never thrown away:
+the command names the files and ends, until KEEP=1 (--keep) or REDO=1 (--redo) says which is meant.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from datamodules.artefacts import fingerprint
+from datamodules.source_code import Code, changed_files
+
+Choice = Literal["redo", "keep"]
+Inputs = dict[str, list[tuple[str, str | None]]]  # {"data.shards": [(path, hash of its content), …]}
+
+MOST_LINES, MOST_FILES = 8, 6  # of a message: the rest is counted
+
+
+class CodeChanged(Exception):
+    """What is there was made by other source files, and nobody has said what to do; the message asks."""
+
+
+@dataclass(frozen=True)
+class MadeOf:
+    """What a run is made of. `saved` reads settings and inputs out of a config.yaml whose run did not record them."""
+
+    key: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Inputs = field(default_factory=dict)
+    code: Code = field(default_factory=dict)
+    saved: Callable[[Mapping[str, Any]], tuple[dict[str, Any], Inputs]] | None = None
+
+    def record(self) -> dict[str, Any]:
+        """As it stands in started.json."""
+        return {"key": self.key, "settings": self.settings, "inputs": self.inputs, "code": self.code}
+
+
+@dataclass(frozen=True)
+class Differences:
+    """`values`: settings and inputs, "name: old -> new". `fields`: names of settings that only one of the runs has, as
+    where the project has got a new one: of those nobody can say whether the old run had the same."""
+
+    values: list[str]
+    fields: list[str]
+
+
+def take_choice(words: Sequence[str]) -> tuple[Choice | None, list[str]]:
+    """The answer among the words of a command line, --redo or --keep, and the other words. Both end the program."""
+    found = [word[2:] for word in words if word in ("--redo", "--keep")]
+    if len(set(found)) > 1:
+        raise SystemExit("--redo and --keep (REDO=1 and KEEP=1) exclude each other: give one of them")
+    return (found[0] if found else None), [word for word in words if word not in ("--redo", "--keep")]
+
+
+def choice_of(redo: bool, keep: bool) -> Choice | None:
+    """The answer that two settings of a command give. Ends the program for both."""
+    return take_choice(["--redo"] * redo + ["--keep"] * keep)[0]
+
+
+def spell_out(words: Sequence[str] | None) -> list[str]:
+    """A command line, by default this process's, as parsers read it for which a flag needs a value: --redo=true."""
+    words = sys.argv[1:] if words is None else words
+    return [f"{word}=true" if word in ("--redo", "--keep") else word for word in words]
+
+
+def is_stale(record: Mapping[str, Any], code: Code, choice: Choice | None = None) -> bool:
+    """Whether what the record is of was made by other code than this, and was not kept in spite of that.
+
+    A record without code is of an earlier version of the project, which wrote none down. To be made again is asked of
+    all that other code has made, kept or not.
+    """
+    if not code or record.get("code") == code:
+        return False
+    return choice == "redo" or record.get("kept") != fingerprint(code)
+
+
+def kept(record: Mapping[str, Any], code: Code) -> dict[str, Any]:
+    """The record of what is kept although other code has made it: that stays written down, and is not asked again."""
+    return {"code": record.get("code", {}), "kept": fingerprint(code)}
+
+
+def find_differences(old: Mapping[str, Any], new: MadeOf) -> Differences:
+    """By what a run whose record (or settings and inputs) is `old` differs from a new one, apart from code."""
+    found = Differences([], [])
+    before, now = (json.loads(json.dumps(each, default=str)) for each in (old.get("settings", {}), new.settings))
+    _walk("", before, now, found)
+    for name, inputs in new.inputs.items():
+        before = [tuple(pair) for pair in old.get("inputs", {}).get(name, [])]
+        if not _same_inputs(before, inputs):
+            shown = name.replace(".init_args", "")
+            found.values.append(f"{shown}: {_in_words(before)} -> {_in_words(inputs)}")
+    return found
+
+
+def question(what: str, is_done: bool, record: Mapping[str, Any], code: Code, fields: Sequence[str] = ()) -> str:
+    """Asks for KEEP=1 or REDO=1: `what` is there, with these settings and inputs, and was made by other code."""
+    state = "is finished" if is_done else "is unfinished"
+    lines = [f"{what} {state} with these settings and inputs, but other source files of the project have made it."]
+    if record.get("code") == code:
+        lines = [f"{what} {state}, and differs by settings that only one of the two runs has."]
+    elif record.get("code"):
+        lines.append(f"  changed since: {_shorten(changed_files(record['code'], code), MOST_FILES)}")
+    else:
+        lines.append("  Which ones is not known: an earlier version of the project has made it, and wrote none down.")
+    if fields:
+        lines.append(f"  settings that only one of the two has: {_shorten(fields, MOST_FILES)}")
+    keep = "keeps it as it is" if is_done else "goes on with it, by the code as it is now"
+    lines.append(f"KEEP=1 (flag --keep) {keep}; REDO=1 (flag --redo) moves it aside and starts afresh.")
+    return "\n".join(lines)
+
+
+def changed_text(records: Sequence[tuple[str, Mapping[str, Any], Code]]) -> str:
+    """Asks for KEEP=1 or REDO=1 of several steps at once: (title, its record, the code as it is now) of each."""
+    files = [name for _, record, code in records for name in changed_files(record.get("code", {}), code)]
+    unknown = [title for title, record, _ in records if not record.get("code")]
+    titles = _shorten([title for title, _, _ in records], MOST_FILES)
+    lines = [f"Other source files of the project have made what is there, with the same settings and inputs: {titles}."]
+    if unknown:
+        lines.append("  Which ones is not known: an earlier version of the project has made it, and wrote none down.")
+    else:
+        lines.append(f"  changed since: {_shorten(list(dict.fromkeys(files)), MOST_FILES)}")
+    lines.append("KEEP=1 (flag --keep) keeps it, and goes on with what is unfinished by the code as it is now;")
+    lines.append("REDO=1 (flag --redo) moves it aside and makes it again, and what is made from it.")
+    return "\n".join(lines)
+
+
+def set_aside_text(folder: object, aside: object, differences: Differences) -> str:
+    """Says what another run's folder held, where it is now, and how to go back to it."""
+    names = [*differences.values, *(f"{name}: only one of the two has it" for name in differences.fields)]
+    shown = [f"  {line}" for line in names[:MOST_LINES]] or ["  which ones it did not write down"]
+    if len(names) > MOST_LINES:
+        shown.append(f"  and {len(names) - MOST_LINES} more: {aside}/config.yaml has its settings")
+    back = f"to go back to it: mv {folder} {folder}.new && mv {aside} {folder}, and give the old values"
+    return "\n".join([f"{folder} holds a run with other settings or inputs (old -> new):", *shown, back])
+
+
+def _walk(name: str, old: Any, new: Any, found: Differences) -> None:
+    """Add by what two values differ, field by field; lists of classes are compared class by class."""
+    old, new = _by_class(old), _by_class(new)
+    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
+        if old != new:
+            found.values.append(f"{name}: {_brief(old)} -> {_brief(new)}")
+        return
+    for key in sorted(old.keys() | new.keys()):
+        dotted = key if key.startswith("[") else f".{key}"
+        dotted = (name + dotted).lstrip(".").replace(".init_args", "")
+        if key in old and key in new:
+            _walk(dotted, old[key], new[key], found)
+        elif key.startswith("["):  # a callback is there or not, which no version of the project decides
+            found.values.append(f"{dotted}: {_presence(key in old)} -> {_presence(key in new)}")
+        else:
+            found.fields.append(dotted)
+
+
+def _by_class(value: Any) -> Any:
+    """[{"class_path": "callbacks.a.B", …}] as {"[B]": …}; another value as it is."""
+    if not isinstance(value, list) or not all(isinstance(item, Mapping) and "class_path" in item for item in value):
+        return value
+    names = [item["class_path"].rpartition(".")[2] for item in value]
+    return {f"[{name}{'+' * names[:k].count(name)}]": value[k] for k, name in enumerate(names)}
+
+
+def _same_inputs(old: Sequence[tuple[str, str | None]], new: Sequence[tuple[str, str | None]]) -> bool:
+    """By content; by path where the old content is not known."""
+    if len(old) != len(new):
+        return False
+    return all(a[1] == b[1] if a[1] is not None else a[0] == b[0] for a, b in zip(old, new, strict=True))
+
+
+def _in_words(inputs: Sequence[tuple[str, str | None]]) -> str:
+    return ", ".join(f"{path} ({content[:8]})" if content else path for path, content in inputs) or "none"
+
+
+def _presence(is_there: bool) -> str:
+    return "there" if is_there else "not there"
+
+
+def _brief(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _shorten(names: Sequence[str], most: int) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
