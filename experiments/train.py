@@ -29,6 +29,7 @@ from callbacks.rank_watch import RankWatch, end_with_launcher
 from datamodules.artefacts import StorageError, fingerprint, path_fingerprint, write_atomic
 from datamodules.boxes import Convention
 from datamodules.multi_image import MultiImageData
+from datamodules.workers import WorkersFailed
 from experiments import checks, metrics, phases, tracking
 from experiments.loggers import MetricsLogger, OnceWandbLogger
 from experiments.results import current_commit
@@ -207,6 +208,10 @@ def fit(cli: TrainCLI) -> None:
             saved = collapse.last_good(cli.folder) or "what is saved"  # as in rejection sampling
             print(f"stopped; the same command goes on from {saved}", flush=True)
         raise
+    except RuntimeError as error:  # the end of a worker may be told anywhere in training
+        if failure := cli.datamodule.workers_failure(error):
+            raise failure from error
+        raise
     finally:
         if cli.is_leader:
             merge_metrics(cli.folder)
@@ -244,7 +249,7 @@ def main(args: list[str] | None = None) -> None:
             cli = None  # its weights are not needed beside those that are now loaded
             tracking.finish_run()
             print(rolled_back, flush=True)
-        except (checks.SettingsError, phases.OtherVersion, RunStopped) as reason:
+        except (checks.SettingsError, phases.OtherVersion, RunStopped, WorkersFailed) as reason:
             sys.exit(str(reason))
 
 
