@@ -24,6 +24,7 @@ from datamodules.artefacts import read_json, write_json
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
 from datamodules.benchmarks.mig_scoring import format_table, summarise
 from datamodules.boxes import Convention
+from datamodules.processes import ProcessLost
 from datamodules.prompts import PromptStyle
 from experiments import checks, phases, tracking
 from experiments.asking import share_cores
@@ -125,7 +126,7 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of `make eval`."""
     try:
         auto_cli(evaluate, as_positional=False, args=args)
-    except (checks.SettingsError, phases.OtherVersion) as error:
+    except (checks.SettingsError, phases.OtherVersion, ProcessLost) as error:
         sys.exit(str(error))
 
 

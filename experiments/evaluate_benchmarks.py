@@ -26,6 +26,7 @@ from datamodules.benchmarks.results import format_result, write_evaluation
 from datamodules.benchmarks.schema import Benchmark, limit_columns
 from datamodules.benchmarks.scoring import predict, summarise
 from datamodules.boxes import Convention
+from datamodules.processes import ProcessLost
 from datamodules.synthetic.twins.build import TWINS, write_twin
 from experiments import checks, phases, tracking
 from experiments.answerers import ALIASES, ModelOptions, choose_answerer
@@ -190,7 +191,7 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of `make eval MODEL=… BENCH=…`."""
     try:
         auto_cli(evaluate_benchmarks, as_positional=False, args=args)
-    except (checks.SettingsError, EndpointMisused, EndpointUnavailable, QuestionsLost) as error:
+    except (checks.SettingsError, EndpointMisused, EndpointUnavailable, ProcessLost, QuestionsLost) as error:
         sys.exit(str(error))
 
 

@@ -196,7 +196,7 @@ def fit(cli: TrainCLI) -> None:
             logger.log_hyperparams(cli.settings() | {"commit": cli.commit})
     if cli.is_leader:
         collapse.finish_rollback(cli.folder)
-    checkpoint = collapse.last_good(cli.folder)
+    checkpoint = collapse.last_whole(cli.folder, cli.is_leader)
     if checkpoint and cli.is_leader:
         print(f"going on from {checkpoint}", flush=True)
     start = time.monotonic()

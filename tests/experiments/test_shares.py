@@ -51,7 +51,7 @@ def test_a_process_that_fails_is_named(workbench: Workbench, tmp_path: Path) -> 
     asking = Asking(str(tmp_path / "no-model"), "float32", "cpu", {}, str(workbench.root), decoding)
     with OtherProcesses(1) as others:
         others.ask(asking, [samples], tmp_path, "key")
-        with pytest.raises(RuntimeError, match="process 1 with exit code 1"):
+        with pytest.raises(RuntimeError, match="process 1 ended with exit code 1"):
             others.wait()
 
 
@@ -62,7 +62,7 @@ def test_a_process_that_was_killed_before_it_was_asked_is_named(tmp_path: Path) 
         worker.kill()
         worker.join()
         others.ask(asking, [[]], tmp_path, "key")
-        with pytest.raises(RuntimeError, match="process 1 with exit code -9"):
+        with pytest.raises(RuntimeError, match="process 1 was killed by signal 9"):
             others.wait()
 
 
