@@ -27,7 +27,7 @@ from datamodules.processes import POLL_SECONDS, ChildWatch, how_it_ended
 SHARED_MEMORY = Path("/dev/shm")
 GO_ON = "The same command goes on from the last checkpoint."
 LOST_VALUE = 75  # exit code of a worker that could not hand a sample over
-END_SECONDS = 5.0  # that a worker has to end by itself
+END_SECONDS = 2.0  # that a worker has to end by itself
 _END = object()
 
 

@@ -124,7 +124,7 @@ def main() -> None:
     settings = BaseSettings(**arguments)
     checkpoint = output / CHECKPOINT
     if checkpoint.exists() and (fault := damage(checkpoint)):
-        sys.exit(f"{checkpoint} is damaged: {fault}. Put a whole copy there, or remove {output} to train from the start")
+        sys.exit(f"{checkpoint} is damaged: {fault}. Put a whole copy there, or remove {output} to train anew")
     if processes == 1:
         train(settings, output)
         return

@@ -178,15 +178,12 @@ def test_a_worker_that_gives_nothing_any_more_is_named_with_its_sample(impatient
 
 
 def test_what_encoding_itself_raises_is_not_taken_for_a_workers_end() -> None:
-    def fail(loaded: Any) -> Any:
-        return act(loaded, 5, lambda: (_ for _ in ()).throw(RuntimeError("decoder")))
-
     def fail_at_five(loaded: Any) -> Any:
         if loaded.sample.id == 5:
             raise RuntimeError("decoder")
         return loaded
 
-    with pytest.raises(RuntimeError, match="(?s)Caught RuntimeError.*decoder") as failed:
+    with pytest.raises(RuntimeError, match=r"(?s)Caught RuntimeError.*decoder") as failed:
         list(make_loader(fail_at_five))
     assert not isinstance(failed.value, WorkersFailed)
 
