@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import pickle
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
@@ -49,12 +48,8 @@ def _reader_fault(file: Path) -> str | None:
     """What torch's reader of archives finds, which looks at fields that Python's does not. Reads no tensor."""
     try:
         torch.load(file, mmap=True, weights_only=True)
-    except pickle.UnpicklingError:
-        return None
-    except RuntimeError as error:
-        if "PytorchStreamReader" not in str(error):
-            raise
-        return str(error).splitlines()[0][:200]
+    except Exception as error:  # what is not of the archive itself is raised again when the run loads it
+        return str(error).splitlines()[0][:200] if "PytorchStreamReader" in str(error) else None
     return None
 
 

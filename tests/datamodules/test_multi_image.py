@@ -224,11 +224,11 @@ def test_shared_memory_is_measured_before_training(
     data = make_data(shards, processor, num_workers=2)
     if outcome == "refused":
         with pytest.raises(WorkersFailed, match=r"0 MiB free, but the workers .*up to 12 samples"):
-            fit(data, tmp_path, max_epochs=1)
+            fit(data, tmp_path / "with", max_epochs=1)
     else:
-        assert len(fit(data, tmp_path, max_epochs=1).seen) == 5
+        assert len(fit(data, tmp_path / "with", max_epochs=1).seen) == 5
     assert ("if all were as long as max_prompt_tokens admits" in caplog.text) == (outcome == "warned")
-    fit(make_data(shards, processor), tmp_path, max_epochs=1)  # without workers, none is needed
+    fit(make_data(shards, processor), tmp_path / "without", max_epochs=1)  # without workers, none is needed
 
 
 def test_the_largest_sample_is_that_of_the_longest_prompt(shards: Path, processor: Path) -> None:
