@@ -156,6 +156,7 @@ class WindowCheckpoint(Checkpoint):
         self._last_step = checkpoint["global_step"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _require_the_same(trainer)
         self._saved_at = time.monotonic()
         self._saved_batches = _num_batches(trainer)
 
@@ -217,6 +218,15 @@ class WindowCheckpoint(Checkpoint):
         for step in files.keys() - kept:
             self.scores.pop(files[step].name, None)
             trainer.strategy.remove_checkpoint(files[step])
+
+
+def _require_the_same(trainer: Trainer) -> None:
+    """Raise RunStopped where this rank goes on from another checkpoint than the first one does, as where a file reads
+    differently on another machine."""
+    mine = Path(trainer.ckpt_path).name if trainer.ckpt_path else None
+    first = trainer.strategy.broadcast(mine)
+    if mine != first:
+        raise RunStopped(f"rank {trainer.global_rank} goes on from {mine}, the first rank from {first}: start again")
 
 
 def _num_batches(trainer: Trainer) -> int:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.checkpoints import RunStopped, log_batch, newest, num_updates
+from callbacks.sound_checkpoints import newest_whole
 from datamodules.artefacts import StorageError, read_json, write_json
 from lightning_modules.seeds import derive_seed
 
@@ -185,6 +186,13 @@ def finish_rollback(folder: str | Path) -> None:
 def last_good(folder: str | Path) -> Path | None:
     """The checkpoint to go on from: the newest that no rollback has condemned; None where there is none."""
     return newest(Path(folder) / "checkpoints", without=read_json(Path(folder) / FILE_NAME).get("spoilt", ()))
+
+
+def last_whole(folder: str | Path, is_leader: bool = True) -> Path | None:
+    """`last_good`, or the newest before it that is whole; the first rank sets damaged ones aside. Raises RunStopped
+    where none of several is."""
+    spoilt = read_json(Path(folder) / FILE_NAME).get("spoilt", ())
+    return newest_whole(Path(folder) / "checkpoints", spoilt, keep_aside=is_leader)
 
 
 def _split_checkpoints(folder: Path, before: int) -> tuple[Path | None, list[str]]:

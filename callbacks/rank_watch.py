@@ -1,4 +1,4 @@
-"""Ends a run of several processes when one of them has died, saying which.
+"""Ends a run of several processes when one of them has died or was stopped, saying which.
 
 A process that is killed leaves the others waiting in a collective: for NCCL until the process group's timeout, half an
 hour by default. Here each rank tells the others through the store of the process group that it is there. It works alike
@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from datamodules.processes import end_with_parent
+from datamodules.processes import ENDED, StopClock, end_with_parent, process_state
 
 BEAT_SECONDS = 1.0
 KEY = "rank_watch"
@@ -33,9 +36,11 @@ def end_with_launcher() -> None:
 
 
 class RankWatch(Callback):
-    """A thread in each rank. On the same host a rank counts as dead once its process is gone; on another, after
-    `silence_seconds` without a sign. Then every rank says so and ends with status 1; the same command goes on from the
-    last checkpoint. A rank that fails prints its own error first. List it first: rejection sampling comes in setup.
+    """Two threads in each rank. On the same host a rank counts as dead once its process is gone, or was stopped
+    (SIGSTOP) for `silence_seconds`; on another, after as long without a sign; and where the first rank, or torchrun,
+    answers no more for as long, that one does. Then every rank says so and ends with status 1; the same command goes on
+    from the last checkpoint. A stopped process of this host is killed: it would else hold its GPU and its lock.
+    A rank that fails prints its own error first. List it first: rejection sampling comes in setup.
     """
 
     def __init__(self, silence_seconds: float = 30.0) -> None:
@@ -51,7 +56,8 @@ class RankWatch(Callback):
             peers = Peers(store, trainer.global_rank, trainer.world_size, self.silence_seconds)
             peers.beat()  # a first sign, before anything that can kill a rank: one that never gave any is not missed
             self._stop = threading.Event()
-            threading.Thread(target=self._watch, args=(peers, self._stop), name=KEY, daemon=True).start()
+            for look in (peers.beat, peers.look):  # apart: the first waits for as long as the store is silent
+                threading.Thread(target=_watch, args=(look, peers.rank, self._stop), name=KEY, daemon=True).start()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Behind every callback's on_fit_end, where the model is merged and evaluated.
@@ -63,21 +69,21 @@ class RankWatch(Callback):
             time.sleep(3 * BEAT_SECONDS)  # a broken collective: the watch, which knows by whom, ends this process
         self._stop.set()
 
-    @staticmethod
-    def _watch(peers: Peers, stop: threading.Event) -> None:
-        while not stop.wait(BEAT_SECONDS):
-            fault = peers.beat()
-            if fault and not stop.is_set():
-                message = f"{fault}: rank {peers.rank} ends too; the same command goes on from the last checkpoint"
-                print(f"\n{message}", file=sys.stderr, flush=True)
-                os._exit(1)
+
+def _watch(look: Callable[[], str | None], rank: int, stop: threading.Event) -> None:
+    while not stop.wait(BEAT_SECONDS):
+        fault = look()
+        if fault and not stop.is_set():
+            message = f"{fault}: rank {rank} ends too; the same command goes on from the last checkpoint"
+            print(f"\n{message}", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 class Peers:
     """What a rank knows of the others.
 
     Silence is counted in signs that this rank gave meanwhile, not by the clock: while all are halted (Ctrl-Z, a
-    suspended job), or the store answers nobody, none is dead.
+    suspended job) none is dead.
     """
 
     def __init__(self, store: Any, rank: int, world_size: int, silence_seconds: float) -> None:
@@ -87,6 +93,8 @@ class Peers:
         self.heard: dict[int, tuple[int, int]] = {}  # rank -> its last number, and this rank's when it was new
         self.known: dict[int, dict[str, Any]] = {}
         self.number = 0
+        self.clock = StopClock(silence_seconds)
+        self._seen = 0, 0  # the last number that was looked at, and looks since
 
     def beat(self) -> str | None:
         """Give a sign, look for the others'; says who is gone."""
@@ -106,12 +114,30 @@ class Peers:
                 self.heard[other] = number, self.number
         return next((fault for other in present if (fault := self._gone(other))), None)
 
+    def look(self) -> str | None:
+        """Says who was stopped: of the processes of this host by their state, of the first rank or its launcher by the
+        store that it holds. Call it once a BEAT_SECONDS, from another thread than `beat`, which such a store holds up.
+        """
+        for other, sign in list(self.known.items()):
+            if sign["host"] == self.host and (fault := self.clock.fault(sign["pid"], process_state(sign["pid"])[0])):
+                with suppress(ProcessLookupError):
+                    os.kill(sign["pid"], signal.SIGKILL)
+                return f"{_name(other, sign)} {fault} and is killed"
+        number, looks = self._seen
+        self._seen = self.number, looks + 1 if number == self.number else 0
+        silence = self._seen[1] * BEAT_SECONDS
+        return f"rank 0 or its launcher gives no answer for {silence:.0f} s" if silence > self.silence_seconds else None
+
     def _gone(self, other: int) -> str | None:
         sign, silence = self.known[other], (self.number - self.heard[other][1]) * BEAT_SECONDS
-        name = f"rank {other} (process {sign['pid']} on {sign['host']})"
+        name = _name(other, sign)
         if sign["host"] == self.host:
-            return None if _is_running(sign["pid"]) else f"{name} has ended"
+            return f"{name} has ended" if process_state(sign["pid"])[0] in ENDED else None
         return f"{name} has given no sign for {silence:.0f} s" if silence > self.silence_seconds else None
+
+
+def _name(rank: int, sign: dict[str, Any]) -> str:
+    return f"rank {rank} (process {sign['pid']} on {sign['host']})"
 
 
 def _host() -> str:
@@ -119,18 +145,3 @@ def _host() -> str:
     boot = Path("/proc/sys/kernel/random/boot_id")
     namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
     return f"{socket.gethostname()}/{boot.read_text().strip()[:8] if boot.exists() else ''}{namespace[4:]}"
-
-
-def _is_running(pid: int) -> bool:
-    """A killed child stays as a zombie until its parent looks."""
-    stat = Path(f"/proc/{pid}/stat")
-    if not Path("/proc/self/stat").exists():  # not Linux
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-        return True
-    try:
-        return stat.read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except (FileNotFoundError, ProcessLookupError):
-        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any, Literal
 
@@ -11,10 +12,15 @@ from datamodules.batches import Batch, Encoder, PromptItem
 from datamodules.boxes import Convention
 from datamodules.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
 from datamodules.prompts import PromptStyle
-from datamodules.samples import LoadedSample, Rejections
+from datamodules.samples import LoadedSample, Rejections, SampleError
 from datamodules.scores import require_box
 from datamodules.shards import ShardReader
-from datamodules.stream import BatchLoader, ShardStream
+from datamodules.stream import WORKER_SECONDS, BatchLoader, ShardStream, num_samples_held
+from datamodules.workers import WorkersFailed, check_room, largest_pixels
+
+logger = logging.getLogger(__name__)
+
+NUM_MEASURED = 8  # samples that are encoded to see how large one is, where that matters
 
 
 def encode_for_training(encoder: Encoder, loaded: LoadedSample) -> PromptItem:
@@ -30,6 +36,8 @@ class MultiImageData(LightningDataModule):
     The LightningModule calls `mark_trained(batch)` at the end of its training step; a checkpoint then resumes with the
     very next batch. `batch_size` is per rank. `strict` raises the first rejected sample instead of counting it.
     `verify_shards` compares the sha256 of each shard with its manifest when it is first read (`ShardReader`).
+    With `num_workers`, so many processes encode samples; each may take `worker_timeout` seconds for one. A worker that
+    dies, stops, or cannot hand its samples over ends the run with WorkersFailed, a message in words.
     """
 
     def __init__(
@@ -51,16 +59,20 @@ class MultiImageData(LightningDataModule):
         label_images: bool = False,
         strict: bool = False,
         verify_shards: bool = True,
+        worker_timeout: float = WORKER_SECONDS,
     ) -> None:
         super().__init__()
         low = {"batch_size": (batch_size, 1), "num_workers": (num_workers, 0), "shuffle_buffer": (shuffle_buffer, 1)}
         faults = [f"{name}={value} is below {least}" for name, (value, least) in low.items() if value < least]
+        if not worker_timeout > 0:
+            faults.append(f"worker_timeout={worker_timeout} must be greater than 0")
         if not shards:
             faults.append(f"shards={shards!r} names no folder")
         if faults:
             raise ValueError("; ".join(faults))
         self.shards, self.batch_size, self.num_workers = shards, batch_size, num_workers
-        self.seed, self.shuffle_buffer, self.verify_shards = seed, shuffle_buffer, verify_shards
+        self.seed, self.shuffle_buffer = seed, shuffle_buffer
+        self.verify_shards, self.worker_timeout = verify_shards, worker_timeout
         self.rejections = Rejections(strict)
         self.encoder = Encoder(
             processor,
@@ -77,18 +89,28 @@ class MultiImageData(LightningDataModule):
         self._loader: BatchLoader | None = None
         self._state: dict[str, Any] = {}  # until there is a loader
 
+    def setup(self, stage: str) -> None:
+        """Before rejection sampling, which may take hours. Raises WorkersFailed where workers cannot hand over samples
+        of usual size; warns where they cannot those of the largest."""
+        if stage == "fit" and self.num_workers:
+            held, ranks = num_samples_held(self.batch_size, self.num_workers), self.trainer.num_devices
+            warning = check_room(held, largest_pixels(self.encoder), self._mean_pixels, ranks)
+            if warning and self.trainer.is_global_zero:
+                logger.warning(warning)
+
     def train_dataloader(self) -> BatchLoader:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        reader = ShardReader(self.shards, self.verify_shards)
-        encode = partial(encode_for_training, self.encoder)
-        stream = ShardStream(reader, encode, self.seed, rank, world_size, self.shuffle_buffer)
-        state = self.state_dict()
-        self._loader = BatchLoader(stream, self.batch_size, self.num_workers, self.rejections)
+        stream, state = self._stream(), self.state_dict()
+        self._loader = BatchLoader(stream, self.batch_size, self.num_workers, self.rejections, self.worker_timeout)
         if state:
             self._loader.load_state_dict(state)
         if self.num_workers:
             _ = self.encoder.processor  # loaded before the workers are forked, not in each of them in each epoch
         return self._loader
+
+    def workers_failure(self, error: BaseException) -> WorkersFailed | None:
+        """What an error that was raised in training says of a worker that has ended; None for any other error."""
+        workers = self._loader.workers if self._loader is not None else None
+        return workers.failure(error) if workers is not None else None
 
     def mark_trained(self, batch: Batch) -> None:
         """`batch` has been trained on: a state taken from here on resumes after it."""
@@ -111,3 +133,15 @@ class MultiImageData(LightningDataModule):
     def teardown(self, stage: str) -> None:
         if self._loader is not None:
             self._loader.report()
+
+    def _stream(self) -> ShardStream:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        reader = ShardReader(self.shards, self.verify_shards)
+        encode = partial(encode_for_training, self.encoder)
+        return ShardStream(reader, encode, self.seed, rank, world_size, self.shuffle_buffer)
+
+    def _mean_pixels(self) -> int:
+        """Bytes of pixel values of a sample, by the first that can be used; 0 where there is none."""
+        values = (slot.value for slot in self._stream().window(0, 0, NUM_MEASURED))
+        sizes = [value.pixel_values.nbytes for value in values if not isinstance(value, SampleError)]
+        return sum(sizes) // max(1, len(sizes))

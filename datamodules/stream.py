@@ -7,23 +7,27 @@ number of workers changes nothing.
 
 from __future__ import annotations
 
+import bisect
 import copy
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from datamodules.batches import Batch, PromptItem
 from datamodules.prefetch import prefetch
 from datamodules.samples import LoadedSample, Rejections, SampleError
 from datamodules.shards import ShardReader
+from datamodules.workers import NoRoom, Workers, in_shared_memory, no_room, num_ahead_of_each
 
 logger = logging.getLogger(__name__)
 
 NUM_BATCHES_AHEAD = 2  # encoded and waiting to be asked for; what bounds memory
+WORKER_SECONDS = 600.0  # that a worker may take for one sample: more than a slow disk needs
 
 
 class UnusableData(ValueError):
@@ -34,7 +38,7 @@ class Slot(NamedTuple):
     """One place in the stream: what it holds, and the cursor after it."""
 
     cursor: int
-    value: Any  # what `encode` returned, or the SampleError
+    value: Any  # what `encode` returned, or the SampleError; NoRoom where a worker cannot hand it over
 
 
 class ShardStream(IterableDataset):
@@ -82,6 +86,13 @@ class ShardStream(IterableDataset):
             self._order = epoch, list(_shuffle_through_buffer(mine, self.shuffle_buffer, rng))
         return self._order[1]
 
+    def name(self, epoch: int, cursor: int, number: int) -> str:
+        """Shard, and place in it, of what lies in slot `cursor + number` of the epoch's walk; for messages."""
+        order, starts = self.order(epoch), self.reader.starts
+        sample = order[(cursor + number) % len(order)]
+        shard = bisect.bisect_right(starts, sample) - 1
+        return f"sample {sample - starts[shard]} of {self.reader.paths[shard].name}"
+
     def window(self, epoch: int, cursor: int, length: int) -> ShardStream:
         """The same stream, set to iterate slots `cursor` to `cursor + length` of the epoch's walk."""
         stream = copy.copy(self)
@@ -96,6 +107,7 @@ class ShardStream(IterableDataset):
         for place in range(cursor + skip, cursor + length, stride):
             try:
                 value = self.encode(self.reader.read(order[place % len(order)]))
+                value = in_shared_memory(value) if worker is not None else value
             except SampleError as error:
                 value = error
             yield Slot(place + 1, value)
@@ -118,8 +130,17 @@ class BatchLoader:
     first. `iter` starts after the last batch marked as trained, or after the epoch that was iterated to its end.
     """
 
-    def __init__(self, stream: ShardStream, batch_size: int, num_workers: int, rejections: Rejections) -> None:
+    def __init__(
+        self,
+        stream: ShardStream,
+        batch_size: int,
+        num_workers: int,
+        rejections: Rejections,
+        worker_seconds: float = WORKER_SECONDS,
+    ) -> None:
         self.stream, self.batch_size, self.num_workers, self.rejections = stream, batch_size, num_workers, rejections
+        self.worker_seconds = worker_seconds
+        self.workers: Workers | None = None  # of the last epoch that was iterated, where there are any
         self.settings = {
             "seed": stream.seed,
             "world_size": stream.world_size,
@@ -219,16 +240,12 @@ class BatchLoader:
         if self.num_workers == 0:
             yield from prefetch(window, num_ahead)
         else:
-            yield from DataLoader(
-                window,
-                batch_size=None,
-                num_workers=self.num_workers,
-                collate_fn=_unchanged,
-                prefetch_factor=max(2, num_ahead // self.num_workers),
-                # A generator of its own: otherwise each iterator draws a seed from torch's, and a resumed run samples
-                # anew.
-                generator=torch.Generator(),
-            )
+            names = partial(self.stream.name, epoch, cursor)
+            self.workers = Workers(window, self.num_workers, num_ahead, self.worker_seconds, names)
+            for number, slot in enumerate(self.workers):
+                if isinstance(slot.value, NoRoom):
+                    raise no_room(number % self.num_workers, slot.value)
+                yield slot
         cursor += length
         while True:
             yield from self.stream.window(epoch, cursor, 1)
@@ -242,6 +259,11 @@ class BatchLoader:
             raise UnusableData(f"no usable sample in a whole epoch: {self.rejections.summary()}")
 
 
+def num_samples_held(batch_size: int, num_workers: int) -> int:
+    """Encoded samples that there are at once: made ahead by the workers, of the batch in training and of the next."""
+    return num_workers * num_ahead_of_each(num_workers, NUM_BATCHES_AHEAD * batch_size) + 2 * batch_size
+
+
 def _shuffle_through_buffer(items: Iterable[int], size: int, rng: random.Random) -> Iterator[int]:
     buffer: list[int] = []
     for item in items:
@@ -253,7 +275,3 @@ def _shuffle_through_buffer(items: Iterable[int], size: int, rng: random.Random)
         buffer[chosen] = item
     rng.shuffle(buffer)
     yield from buffer
-
-
-def _unchanged(slot: Slot) -> Slot:
-    return slot

@@ -20,7 +20,7 @@ from datamodules.benchmarks.registry import load_benchmark
 from datamodules.benchmarks.schema import limit_columns
 from datamodules.boxes import Convention
 from datamodules.model_folder import ModelError
-from datamodules.processes import end_with_parent
+from datamodules.processes import ChildWatch, ProcessLost, end_with_parent, how_it_ended
 from experiments.answerers import AnswererSettings, make_answerer
 
 POLL_SECONDS = 1.0
@@ -65,8 +65,8 @@ class Failed:
 def ask_all(job: Job, totals: Mapping[str, int], processes: int) -> Iterator[Ended]:
     """Yields a benchmark's last `Ended`, when all processes are through with it.
 
-    Raises RuntimeError with the traceback of a process that failed, ModelError where its model cannot be used; the
-    others are ended then.
+    Raises RuntimeError with the traceback of a process that failed, ModelError where its model cannot be used, and
+    ProcessLost for a process that was killed, or was stopped and is given up; the others are ended then.
     """
     events = _events(job, processes) if processes > 1 else _events_here(job)
     ended: Counter[str] = Counter()
@@ -117,29 +117,31 @@ def _events(job: Job, processes: int) -> Iterator[Any]:
     for worker in workers:
         worker.start()
     try:
-        while any(worker.is_alive() for worker in workers) or not messages.empty():
-            try:
-                event = messages.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                _check_alive(workers)
-                continue
-            if isinstance(event, Failed) and event.model_error:
-                raise ModelError(event.model_error)
-            if isinstance(event, Failed):
-                raise RuntimeError(f"process {event.rank} of {processes} failed:\n{event.trace}")
-            yield event
-        _check_alive(workers)
+        with ChildWatch(lambda: [worker.pid for worker in workers]) as watch:
+            while any(worker.is_alive() for worker in workers) or not messages.empty():
+                try:
+                    event = messages.get(timeout=POLL_SECONDS)
+                except queue.Empty:
+                    _check_alive(workers, watch.faults)
+                    continue
+                if isinstance(event, Failed) and event.model_error:
+                    raise ModelError(event.model_error)
+                if isinstance(event, Failed):
+                    raise RuntimeError(f"process {event.rank} of {processes} failed:\n{event.trace}")
+                yield event
+            _check_alive(workers, watch.faults)
     finally:
         for worker in workers:
-            worker.terminate()
+            worker.kill()  # one that is stopped would not hear `terminate`
             worker.join()
 
 
-def _check_alive(workers: list[Any]) -> None:
-    """A process that was killed sends no message."""
+def _check_alive(workers: list[Any], faults: Mapping[int, str]) -> None:
+    """A process that was killed sends no message. `faults`: why one was killed from here, by process id."""
     for rank, worker in enumerate(workers):
         if worker.exitcode not in (None, 0):
-            raise RuntimeError(f"process {rank} of {len(workers)} ended with exit code {worker.exitcode}")
+            how = faults.get(worker.pid) or how_it_ended(worker.exitcode)
+            raise ProcessLost(f"process {rank} of {len(workers)} {how}; the same command asks the rest")
 
 
 def _work(job: Job, rank: int, world_size: int, messages: Any) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,9 @@ from pathlib import Path
 import torch
 from torch import distributed, multiprocessing
 
+from callbacks.sound_checkpoints import damage
 from datamodules.pretrained import new_model
+from datamodules.processes import ChildWatch, how_it_ended
 from experiments.base_language import LanguageStage
 from experiments.base_run import CHECKPOINT, LOG, StageRun
 from experiments.base_settings import BaseSettings
@@ -122,11 +125,22 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     output, processes = arguments.pop("output"), arguments.pop("processes")
     settings = BaseSettings(**arguments)
+    checkpoint = output / CHECKPOINT
+    if checkpoint.exists() and (fault := damage(checkpoint)):
+        sys.exit(f"{checkpoint} is damaged: {fault}. Put a whole copy there, or remove {output} to train anew")
     if processes == 1:
         train(settings, output)
         return
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(train_process, (processes, f"file://{folder}/rendezvous", settings, output), processes)
+        arguments = (processes, f"file://{folder}/rendezvous", settings, output)
+        context = multiprocessing.spawn(train_process, arguments, processes, join=False)
+        with ChildWatch(context.pids) as watch:
+            try:
+                while not context.join():
+                    pass
+            except multiprocessing.ProcessExitedException as error:
+                how = watch.faults.get(error.error_pid) or how_it_ended(error.exit_code)
+                sys.exit(f"process {error.error_index} of {processes} {how}; the same command goes on")
 
 
 if __name__ == "__main__":

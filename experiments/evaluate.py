@@ -27,6 +27,7 @@ from datamodules.benchmarks.mig_scoring import format_table, summarise
 from datamodules.boxes import Convention
 from datamodules.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
 from datamodules.model_folder import ModelError
+from datamodules.processes import ProcessLost
 from datamodules.prompts import PromptStyle
 from datamodules.source_code import source_code
 from experiments import checks, phases, tracking
@@ -170,7 +171,7 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of `make eval`."""
     try:
         auto_cli(evaluate, as_positional=False, args=spell_out(args))
-    except (checks.SettingsError, phases.OtherVersion, ModelError, CodeChanged) as error:
+    except (checks.SettingsError, phases.OtherVersion, ModelError, CodeChanged, ProcessLost) as error:
         sys.exit(str(error))
 
 

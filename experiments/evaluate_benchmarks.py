@@ -30,6 +30,7 @@ from datamodules.benchmarks.scoring import predict, summarise
 from datamodules.boxes import Convention
 from datamodules.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
 from datamodules.model_folder import ModelError
+from datamodules.processes import ProcessLost
 from datamodules.synthetic.twins.build import TWINS, write_twin
 from experiments import checks, phases, tracking
 from experiments.answerers import ALIASES, ModelOptions, choose_answerer
@@ -225,7 +226,14 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of `make eval MODEL=… BENCH=…`."""
     try:
         auto_cli(evaluate_benchmarks, as_positional=False, args=args)
-    except (checks.SettingsError, EndpointMisused, EndpointUnavailable, QuestionsLost, ModelError) as error:
+    except (
+        checks.SettingsError,
+        EndpointMisused,
+        EndpointUnavailable,
+        ModelError,
+        ProcessLost,
+        QuestionsLost,
+    ) as error:
         sys.exit(str(error))
 
 

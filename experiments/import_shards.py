@@ -25,6 +25,7 @@ from datamodules.importers.engine import Settings, Workers, forget_parts, import
 from datamodules.importers.registry import SOURCES, VERSION
 from datamodules.importers.scan import Scan
 from datamodules.importers.schema import format_report
+from datamodules.processes import ProcessLost
 from datamodules.shards import MANIFEST, read_manifest, write_manifest
 from experiments import checks, phases
 from experiments.changes import MadeOf
@@ -239,7 +240,7 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of `make shards SOURCE=...`."""
     try:
         auto_cli(run, as_positional=False, args=args)
-    except checks.SettingsError as error:
+    except (checks.SettingsError, ProcessLost) as error:
         sys.exit(str(error))
 
 

@@ -30,7 +30,7 @@ MODEL_NOT_IN_KEY = (
     *("vllm", "rollout_log", "rollout_log_every", "max_idle_windows", "feature_cache", "feature_cache_gib"),
     *("gradient_checkpointing", "activation_gib"),
 )
-DATA_NOT_IN_KEY = ("num_workers",)  # the order of samples is that of no worker (`stream`)
+DATA_NOT_IN_KEY = ("num_workers", "worker_timeout")  # the order of samples is that of no worker (`stream`)
 CALLBACKS_NOT_IN_KEY = (
     "callbacks.checkpoints.WindowCheckpoint",
     "callbacks.guards.SaveOnInterrupt",

@@ -13,6 +13,7 @@ from pathlib import Path
 from jsonargparse import auto_cli
 
 from datamodules.artefacts import fingerprint, path_fingerprint
+from datamodules.processes import ProcessLost
 from experiments import phases
 from experiments.changes import MadeOf
 from experiments.commands import command
@@ -79,7 +80,10 @@ def refuse_foreign(root: Path) -> None:
 @command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make shards`."""
-    auto_cli(build, as_positional=False, args=args)
+    try:
+        auto_cli(build, as_positional=False, args=args)
+    except ProcessLost as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

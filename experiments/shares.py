@@ -24,7 +24,7 @@ from datamodules.artefacts import Journal, read_journal, read_json, remove_journ
 from datamodules.batches import Encoder
 from datamodules.benchmarks.mig_bench import load_images
 from datamodules.benchmarks.mig_scoring import Prediction
-from datamodules.processes import end_with_parent
+from datamodules.processes import ChildWatch, ProcessLost, end_with_parent, how_it_ended
 from datamodules.samples import Sample
 from experiments.answerers import choose_device, make_engine
 from experiments.asking import share_cores
@@ -77,15 +77,18 @@ class OtherProcesses:
             context.Process(target=_work, args=(there, rank, count + 1), daemon=True)
             for rank, (_, there) in enumerate(ends, 1)
         ]
+        self._watch = ChildWatch(lambda: [worker.pid for worker in self._workers])
 
     def __enter__(self) -> OtherProcesses:
         for worker in self._workers:
             worker.start()
+        self._watch.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
+        self._watch.__exit__(*error)
         for worker in self._workers:
-            worker.terminate()
+            worker.kill()  # one that is stopped would not hear `terminate`
             worker.join()
 
     @property
@@ -98,13 +101,13 @@ class OtherProcesses:
                 pipe.send((asking, samples, folder, key))
 
     def wait(self) -> None:
-        """Until all have answered. Raises RuntimeError where one has failed; what it has answered is kept."""
+        """Until all have answered. Raises ProcessLost where one has failed; what it has answered is kept."""
         for worker in self._workers:
             worker.join()
-        failed = {rank: worker.exitcode for rank, worker in enumerate(self._workers, 1) if worker.exitcode != 0}
+        failed = [(rank, worker) for rank, worker in enumerate(self._workers, 1) if worker.exitcode != 0]
         if failed:
-            codes = ", ".join(f"process {rank} with exit code {code}" for rank, code in failed.items())
-            raise RuntimeError(f"of {len(self._workers) + 1} processes that ask MIG-Bench ended: {codes}")
+            told = [f"process {rank} {self._watch.faults.get(w.pid) or how_it_ended(w.exitcode)}" for rank, w in failed]
+            raise ProcessLost(f"of {len(self._workers) + 1} processes that ask MIG-Bench, {'; '.join(told)}")
 
 
 def answer_all(

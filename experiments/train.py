@@ -32,6 +32,7 @@ from datamodules.boxes import Convention
 from datamodules.model_folder import ModelError
 from datamodules.multi_image import MultiImageData
 from datamodules.stream import UnusableData
+from datamodules.workers import WorkersFailed
 from experiments import checks, metrics, phases, tracking
 from experiments.changes import Choice, CodeChanged, take_choice
 from experiments.commands import command
@@ -181,7 +182,7 @@ def fit(cli: TrainCLI) -> None:
             logger.log_hyperparams(cli.settings() | {"commit": cli.commit})
     if cli.is_leader:
         collapse.finish_rollback(cli.folder)
-    checkpoint = collapse.last_good(cli.folder)
+    checkpoint = collapse.last_whole(cli.folder, cli.is_leader)
     if checkpoint and cli.is_leader:
         print(f"going on from {checkpoint}", flush=True)
     start = time.monotonic()
@@ -192,6 +193,10 @@ def fit(cli: TrainCLI) -> None:
         if cli.is_leader:
             saved = collapse.last_good(cli.folder) or "what is saved"  # as in rejection sampling
             print(f"stopped; the same command goes on from {saved}", flush=True)
+        raise
+    except RuntimeError as error:  # the end of a worker may be told anywhere in training
+        if failure := cli.datamodule.workers_failure(error):
+            raise failure from error
         raise
     finally:
         if cli.is_leader:
@@ -238,7 +243,9 @@ def main(args: list[str] | None = None) -> None:
             cli = None  # its weights are not needed beside those that are now loaded
             tracking.finish_run()
             print(rolled_back, flush=True)
-        except (checks.SettingsError, phases.OtherVersion, CodeChanged, RunStopped, UnusableData, ModelError) as reason:
+        except (checks.SettingsError, phases.OtherVersion, CodeChanged, RunStopped) as reason:
+            sys.exit(str(reason))
+        except (UnusableData, WorkersFailed, ModelError) as reason:
             sys.exit(str(reason))
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from datamodules.artefacts import read_json, write_json
 from datamodules.model_folder import CONFIG, check_image_text_model, local_folder
 from datamodules.pretrained import ANY_ATTENTION, check_tensors, check_values
-from datamodules.processes import end_with_parent
+from datamodules.processes import ChildWatch, end_with_parent
 from lightning_modules.generation import NEUTRAL, TOKEN_IDS
 
 HOST = "127.0.0.1"
@@ -57,8 +57,10 @@ def local_server(model: str, work: Path, device: str = "auto", startup_seconds: 
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
     try:
-        _wait_until_healthy(process, f"http://{HOST}:{port}/health", log, startup_seconds)
-        yield LocalServer(f"http://{HOST}:{port}/v1", served)
+        # One that is stopped would take each request and let it wait for its timeout.
+        with ChildWatch(lambda: [process.pid]):
+            _wait_until_healthy(process, f"http://{HOST}:{port}/health", log, startup_seconds)
+            yield LocalServer(f"http://{HOST}:{port}/v1", served)
     finally:
         process.kill()
         process.wait()

@@ -12,7 +12,7 @@ import shutil
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from datamodules.artefacts import read_json, write_json
 from datamodules.image_files import Frame
 from datamodules.importers.images import load_images
 from datamodules.importers.scan import Convert
-from datamodules.processes import end_with_parent
+from datamodules.processes import end_with_parent, process_pool
 from datamodules.samples import BoxAnswer, SampleError
 from datamodules.shards import ShardFile, write_manifest
 
@@ -91,22 +91,28 @@ class Tally:
 
 
 class Workers:
-    """`with Workers(n) as workers`: n processes that make shards; with one, this process makes them."""
+    """`with Workers(n) as workers`: n processes that make shards; with one, this process makes them.
+
+    Raises ProcessLost where one has died, or was stopped and is given up; finished shards stay for the next run.
+    """
 
     def __init__(self, processes: int) -> None:
         self.processes = processes
         self.pool: ProcessPoolExecutor | None = None
+        self._stack = ExitStack()
 
     def __enter__(self) -> Workers:
         if self.processes > 1:
             # spawn: workers inherit no lock and no memory from this process.
             context = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(self.processes, mp_context=context, initializer=end_with_parent)
+            pool = process_pool(self.processes, mp_context=context, initializer=end_with_parent)
+            self.pool = self._stack.enter_context(pool)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
+        self._stack.__exit__(*error)
 
     def submit(self, task: _Task) -> Future:
         if self.pool:

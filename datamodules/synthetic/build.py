@@ -14,7 +14,6 @@ import json
 import random
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from datamodules.benchmarks.mig_bench import TASKS
+from datamodules.processes import process_pool
 from datamodules.samples import BoxAnswer, BoxPart, ImagePart, LoadedSample, Sample, TextPart
 from datamodules.shards import ShardWriter
 from datamodules.synthetic.instructions import BOX, reworded
@@ -155,7 +155,7 @@ def write_benchmark(root: Path, per_task: int, split: str = BENCHMARK) -> frozen
 def training_samples(part: str, seed: int, count: int, excluded: frozenset[str]) -> Iterator[LoadedSample]:
     """`count` samples of a part in order of their index, none with an excluded scene; made by two processes."""
     taken = 0
-    with ProcessPoolExecutor(max_workers=2) as pool:
+    with process_pool(2) as pool:
         start = 0
         while taken < count:
             indices = range(start, start + count - taken)

@@ -1,17 +1,22 @@
-"""What a rank takes for the death of another, and what not; two ranks of this process with a real store."""
+"""What a rank takes for the end of another, and what not; two ranks of this process with a real store."""
 
 from __future__ import annotations
 
 import json
+import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch.distributed
 
-from callbacks.rank_watch import KEY, Peers, RankWatch
+from callbacks.rank_watch import BEAT_SECONDS, KEY, Peers, RankWatch
+from datamodules.processes import process_state
 
+ROOT = Path(__file__).resolve().parents[2]
 SILENCE = 5.0  # seconds: that many signs
 
 
@@ -47,7 +52,7 @@ def test_a_pause_of_all_ranks_is_no_silence(peers: list[Peers], monkeypatch: pyt
 
 
 def test_a_silent_process_on_this_host_lives(peers: list[Peers]) -> None:
-    """One that is halted, in a debugger, or holds the interpreter's lock."""
+    """One that holds the interpreter's lock, or that a debugger holds."""
     assert [peers[0].beat() for _ in range(10)] == [None] * 10
 
 
@@ -71,3 +76,83 @@ def test_a_rank_that_never_gave_a_sign_is_not_missed() -> None:
 def test_too_short_a_silence_is_refused() -> None:
     with pytest.raises(ValueError, match="silence_seconds=1"):
         RankWatch(silence_seconds=1)
+
+
+def looked(peer: Peers, times: int) -> list[str | None]:
+    """What is said at each of so many looks, a beat apart."""
+    return [peer.look() for _ in range(times) if not peer.beat()]
+
+
+def test_a_stopped_process_of_this_host_is_named_and_killed(peers: list[Peers]) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    sign = {"host": peers[0].host, "pid": process.pid, "number": 9}
+    peers[0].store.set(f"{KEY}/1", json.dumps(sign))
+    process.send_signal(signal.SIGSTOP)
+    while process_state(process.pid)[0] != "T":
+        time.sleep(0.01)
+    faults = looked(peers[0], 6)
+    assert faults[:5] == [None] * 5
+    assert f"rank 1 (process {process.pid}" in faults[5] and "was stopped (SIGSTOP) for 6 s" in faults[5]
+    assert process.wait() == -signal.SIGKILL, "it would else hold its GPU, and the folder's lock"
+
+
+def test_a_process_that_goes_on_in_time_is_not_given_up(peers: list[Peers]) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    sign = {"host": peers[0].host, "pid": process.pid, "number": 9}
+    peers[0].store.set(f"{KEY}/1", json.dumps(sign))
+    try:
+        for _ in range(3):
+            process.send_signal(signal.SIGSTOP)
+            while process_state(process.pid)[0] != "T":
+                time.sleep(0.01)
+            assert looked(peers[0], 4) == [None] * 4
+            process.send_signal(signal.SIGCONT)
+            while process_state(process.pid)[0] == "T":
+                time.sleep(0.01)
+            assert looked(peers[0], 2) == [None] * 2
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_store_that_answers_no_more_is_noticed_while_the_beat_waits_for_it(peers: list[Peers]) -> None:
+    """As where the first rank, which holds the store, is stopped on another host."""
+    assert looked(peers[1], 8) == [None] * 8, "it answers"
+    faults = [peers[1].look() for _ in range(6)]
+    assert faults[:5] == [None] * 5
+    assert "rank 0 or its launcher gives no answer for 6 s" in faults[5]
+
+
+RANK = """
+import sys, torch
+from types import SimpleNamespace
+from callbacks.rank_watch import RankWatch
+rank = int(sys.argv[1])
+torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{sys.argv[2]}", rank=rank, world_size=2)
+RankWatch(silence_seconds=5.0).setup(SimpleNamespace(world_size=2, global_rank=rank), None, "fit")
+print("up", flush=True)
+while True:
+    torch.distributed.all_reduce(torch.ones(1))
+"""
+
+
+@pytest.mark.parametrize("stopped", [1, pytest.param(0, marks=pytest.mark.slow, id="0, which holds the store")])
+def test_a_rank_waiting_in_a_collective_for_a_stopped_one_ends(stopped: int) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(rank), port], **streams) for rank in range(2)]
+    try:
+        for rank in ranks:
+            assert rank.stdout.readline() == "up\n", rank.stderr.read()
+        time.sleep(3 * BEAT_SECONDS)  # they have heard each other
+        ranks[stopped].send_signal(signal.SIGSTOP)
+        told = ranks[1 - stopped].communicate(timeout=60)[1]
+        assert f"rank {stopped} (process {ranks[stopped].pid}" in told and "was stopped (SIGSTOP)" in told
+        assert f"rank {1 - stopped} ends too" in told and ranks[1 - stopped].returncode == 1
+        assert ranks[stopped].wait(timeout=60) == -signal.SIGKILL
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()

@@ -13,10 +13,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from datamodules import workers
 from datamodules.batches import Batch, PromptItem
 from datamodules.multi_image import MultiImageData
 from datamodules.samples import SampleError
 from datamodules.shards import ShardReader, ShardWriter
+from datamodules.workers import WorkersFailed
 from tests.datamodules import trainer_process
 from tests.datamodules.image_mutations import encoded, pixels, seeds
 from tests.datamodules.tiny_processor import declare, make_sample, save_tiny_processor
@@ -239,8 +241,33 @@ def test_strict_data_raises(shards: Path, processor: Path) -> None:
 
 
 def test_bad_settings_are_named_at_once() -> None:
-    with pytest.raises(ValueError, match=r"batch_size=0 is below 1; num_workers=-1 is below 0; shards=\[\]"):
-        MultiImageData([], "unused", batch_size=0, num_workers=-1)
+    with pytest.raises(ValueError, match=r"batch_size=0 is below 1; num_workers=-1 .*worker_timeout=0 .*; shards=\[\]"):
+        MultiImageData([], "unused", batch_size=0, num_workers=-1, worker_timeout=0)
+
+
+@pytest.mark.parametrize(("free", "outcome"), [(10**5, "refused"), (10**7, "warned"), (10**12, "silent")])
+def test_shared_memory_is_measured_before_training(
+    shards: Path, processor: Path, tmp_path: Path, monkeypatch, caplog, free: int, outcome: str
+) -> None:
+    monkeypatch.setattr(workers, "free_bytes", lambda folder: free)
+    data = make_data(shards, processor, num_workers=2)
+    if outcome == "refused":
+        with pytest.raises(WorkersFailed, match=r"0 MiB free, but the workers .*up to 12 samples"):
+            fit(data, tmp_path / "with", max_epochs=1)
+    else:
+        assert len(fit(data, tmp_path / "with", max_epochs=1).seen) == 5
+    assert ("if all were as long as max_prompt_tokens admits" in caplog.text) == (outcome == "warned")
+    fit(make_data(shards, processor), tmp_path / "without", max_epochs=1)  # without workers, none is needed
+
+
+def test_the_largest_sample_is_that_of_the_longest_prompt(shards: Path, processor: Path) -> None:
+    """A sample all of images, as many tokens as are admitted, has as many bytes."""
+    data = make_data(shards, processor)
+    item = next(iter(data.train_dataloader())).items[0]
+    merged = data.encoder.processor.image_processor.merge_size ** 2
+    tokens = len(item.pixel_values) // merged
+    data.encoder.max_prompt_tokens = tokens
+    assert workers.largest_pixels(data.encoder) == item.pixel_values.nbytes
 
 
 def test_missing_folder_is_a_clear_error(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import traceback
 from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate, islice, pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,7 @@ class NumberReader:
         self.starts = [0, *accumulate(sizes)]
         self.count = sum(sizes)
         self.fingerprint = str(sizes)
+        self.paths = [Path(f"shard-{k}.tar") for k in range(len(sizes))]
         self.bad = bad
 
     def read(self, number: int) -> Any:

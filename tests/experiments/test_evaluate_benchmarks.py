@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from callbacks.evaluation import EvaluationSettings
+from datamodules import processes as process_module
+from datamodules.processes import ProcessLost
 from datamodules.synthetic.twins import build
 from experiments import checks, evaluate_benchmarks, rescore, tables
 from experiments.answerers import PolicySettings
@@ -124,6 +131,24 @@ def test_two_processes_write_what_one_writes(tiny_model_dir: Path, tmp_path: Pat
         ids = [json.loads(line)["id"] for file in folder.glob("rank*.jsonl") for line in file.read_text().splitlines()]
         assert len(ids) == len(set(ids)) == json.loads((two / name / "result.json").read_text())["n"]
         assert all((folder / f"rank{rank}.jsonl").stat().st_size for rank in range(2))
+
+
+@pytest.mark.parametrize(
+    ("signum", "why"), [(signal.SIGSTOP, r"was stopped \(SIGSTOP\)"), (signal.SIGKILL, "was killed by signal 9")]
+)
+def test_a_process_that_is_stopped_or_killed_ends_the_evaluation(tmp_path: Path, monkeypatch, signum, why) -> None:
+    monkeypatch.setattr(process_module, "STOPPED_SECONDS", 2.0)
+
+    def disturb() -> None:
+        while not (workers := multiprocessing.active_children()):
+            time.sleep(0.05)
+        os.kill(workers[0].pid, signum)
+
+    threading.Thread(target=disturb).start()
+    settings = PolicySettings("none", "absolute", "think", "float32", "cpu", EvaluationSettings(), {})
+    job = Job(settings, (), str(tmp_path), str(tmp_path), None)  # no question: whoever lives ends at once
+    with pytest.raises(ProcessLost, match=rf"process \d of 2 {why}"):
+        list(ask_all(job, {}, 2))
 
 
 @pytest.mark.slow

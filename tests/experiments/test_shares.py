@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from callbacks import mig_bench
 from callbacks.evaluation import EvaluationSettings
+from datamodules import processes as process_module
 from datamodules.artefacts import Journal
 from datamodules.benchmarks.mig_bench import load_mig_bench
+from datamodules.processes import ProcessLost
 from experiments import checks, evaluate
 from experiments.shares import Asking, OtherProcesses, joined_journal
 from tests.experiments.conftest import Workbench
@@ -51,7 +55,7 @@ def test_a_process_that_fails_is_named(workbench: Workbench, tmp_path: Path) -> 
     asking = Asking(str(tmp_path / "no-model"), "float32", "cpu", {}, str(workbench.root), decoding)
     with OtherProcesses(1) as others:
         others.ask(asking, [samples], tmp_path, "key")
-        with pytest.raises(RuntimeError, match="process 1 with exit code 1"):
+        with pytest.raises(RuntimeError, match="process 1 ended with exit code 1"):
             others.wait()
 
 
@@ -62,8 +66,24 @@ def test_a_process_that_was_killed_before_it_was_asked_is_named(tmp_path: Path) 
         worker.kill()
         worker.join()
         others.ask(asking, [[]], tmp_path, "key")
-        with pytest.raises(RuntimeError, match="process 1 with exit code -9"):
+        with pytest.raises(RuntimeError, match="process 1 was killed by signal 9"):
             others.wait()
+
+
+def test_a_process_that_is_stopped_is_named_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_module, "STOPPED_SECONDS", 2.0)
+    with OtherProcesses(1) as others:
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGSTOP)
+        with pytest.raises(ProcessLost, match=r"process 1 was stopped \(SIGSTOP\)"):
+            others.wait()
+
+
+def test_a_stopped_process_does_not_hold_up_the_end() -> None:
+    with OtherProcesses(1):
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGSTOP)
+    assert not worker.is_alive()
 
 
 def test_fewer_processes_than_one_are_refused(workbench: Workbench) -> None:

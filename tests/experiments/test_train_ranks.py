@@ -138,12 +138,18 @@ def test_sigterm_to_both_ranks_stops_them_behind_the_same_batch(workbench: Workb
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("strategy", "killed"),
-    [("ddp", 1), ("ddp", 0), ("sharded", 1)],
-    ids=["ddp-1", "ddp-0", "sharded-1"],
+    ("strategy", "killed", "signum"),
+    [
+        ("ddp", 1, signal.SIGKILL),
+        ("ddp", 0, signal.SIGKILL),
+        ("sharded", 1, signal.SIGKILL),
+        ("ddp", 1, signal.SIGSTOP),
+        ("ddp", 0, signal.SIGSTOP),
+    ],
+    ids=["ddp-1", "ddp-0", "sharded-1", "ddp-1-stopped", "ddp-0-stopped"],
 )
-def test_a_killed_rank_ends_the_run_which_then_goes_on_as_one_left_alone(
-    workbench: Workbench, strategy: str, killed: int
+def test_a_killed_or_stopped_rank_ends_the_run_which_then_goes_on_as_one_left_alone(
+    workbench: Workbench, strategy: str, killed: int, signum: signal.Signals
 ) -> None:
     config = workbench.training("grpo")
     more = ("--trainer.devices=2", f"--trainer.strategy={strategy}", "--trainer.max_steps=4", "--model.beta=0.1")
@@ -159,7 +165,7 @@ def test_a_killed_rank_ends_the_run_which_then_goes_on_as_one_left_alone(
         arguments = (*more, f"--phase={phase}", f"--model.rollout_log={workbench.root / phase}.jsonl")
         if phase == "stopped":
             # Four rewards a batch and rank: in the middle of the second.
-            stop = {"STOP_SIGNAL": int(signal.SIGKILL), "STOP_AT": 6, "STOP_RANK": killed}
+            stop = {"STOP_SIGNAL": int(signum), "STOP_AT": 6, "STOP_RANK": killed}
             assert run_apart(config, *arguments, log=log, timeout=900, **stop) != 0, log.read_text()
             killed_at = float((workbench.root / "killed_at").read_text())
             while left_behind(workbench.root):  # rank 0 may be gone before the others have noticed
