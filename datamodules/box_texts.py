@@ -209,7 +209,7 @@ def _json_values(text: str) -> Iterator[tuple[int, int, Any]]:
                 value = decode(part, unique_keys=False)
             except ValueError as error:
                 broken = start + error.pos if isinstance(error, json.JSONDecodeError) else -1
-        if value is None and len(part) <= min(MAX_REPAIRED, repairs):
+        if value is None and ("," in part or "，" in part) and len(part) <= min(MAX_REPAIRED, repairs):
             repairs -= len(part)
             value = _repaired(part)
         if value is not None:

@@ -108,7 +108,7 @@ class Statement:
 
 def statements(text: str) -> list[Statement]:
     """The statements of `text` in order, without list numbers ("2. ") at the start of a line."""
-    found: list[Statement] = []
+    spans: list[tuple[int, int]] = []
     open_colon = listing = False
     for line in _LINE.finditer(text):
         if not line[0].strip():
@@ -117,8 +117,8 @@ def statements(text: str) -> list[Statement]:
         start = line.start() if number is None else number.end()
         cuts = [start, *(mark.end() for mark in _END.finditer(text, start, line.end())), line.end()]
         listing = (open_colon or listing) and _LISTED.match(text, start, line.end()) is not None
-        if found and (open_colon or listing):
-            cuts[0] = found.pop().start
-        found += [Statement(text[a:b], a, b) for a, b in pairwise(cuts)]
+        if spans and (open_colon or listing):
+            cuts[0] = spans.pop()[0]
+        spans += pairwise(cuts)
         open_colon = line[0].rstrip(" \t\r*_").endswith(":")
-    return found[-MAX_STATEMENTS:]
+    return [Statement(text[start:end], start, end) for start, end in spans[-MAX_STATEMENTS:]]

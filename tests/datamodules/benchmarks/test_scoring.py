@@ -145,7 +145,7 @@ def official_reference(text: str) -> Box | None:
     whole, part = r"\d+", r"\d+\.\d+"
     spaced = r",\s*"
     forms = [
-        (r"\({}\),\({}\)", whole, (",", ",")),
+        (r"\({}\),\s*\({}\)", whole, (spaced, spaced)),
         (r"\[{}\]", part, (spaced,)),
         (r"\({}\),\({}\)", part, (",", ",")),
         (r"\({}\)", part, (spaced,)),
@@ -169,6 +169,7 @@ PER_MILLE_FORMS = (
     "<ref>x</ref><box>[[{0}, {1}, {2}, {3}]]</box>",
     "<box>{0} {1} {2} {3}</box>",
     '```json\n{{"bbox_2d": [{0}, {1}, {2}, {3}], "label": "x"}}\n```',
+    "({0}, {1}), ({2}, {3})",
     "({0},{1}),({2},{3}) or ({2},{3}),({0},{1})",
 )
 UNIT_FORMS = (
