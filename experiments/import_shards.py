@@ -194,9 +194,9 @@ def _import(
     count = None if part.count is None else math.ceil(part.count * surplus)
     made_of = settings.seed, settings.records_per_shard, settings.one_box
     key = fingerprint(VERSION, part.source, digests, names, count, made_of)
-    settings = {"version": VERSION, "source": part.source, "subsets": names, "count": count, "annotations": digests}
-    settings |= dict(zip(("seed", "records_per_shard", "one_box"), made_of, strict=True))
-    if phases.claim(folder, MadeOf(key, settings)):
+    known = {"version": VERSION, "source": part.source, "subsets": names, "count": count, "annotations": digests}
+    known |= dict(zip(("seed", "records_per_shard", "one_box"), made_of, strict=True))
+    if phases.claim(folder, MadeOf(key, known)):
         print(f"{folder} is already imported with these settings", flush=True)
     else:
         several = list(itertools.chain.from_iterable(scan.subsets[name] for name in names)) if names[1:] else None
