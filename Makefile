@@ -95,7 +95,7 @@ vllm-server:  ## Serve rollouts for GRPO with model.engine=vllm: MODEL=folder, A
 eval: $(STAMP)  ## Evaluate any model: MODEL=nano BENCH=all (or ref_l4,blink,...), or MIG-Bench alone: ARGS="--model outputs/nano/grpo/merged"
 	$(world)
 	$(if $(MODEL)$(BENCH),$(PY) -m experiments.evaluate_benchmarks $(call config,benchmarks) \
-		$(if $(MODEL),--model $(MODEL)) $(if $(BENCH),--bench $(BENCH)) $(ARGS),\
+		$(if $(MODEL),--model $(MODEL)) $(if $(BENCH),--bench $(BENCH)) $(answer) $(ARGS),\
 		$(PY) -m experiments.evaluate $(call config,eval) $(answer) $(ARGS))
 
 rescore: $(STAMP)  ## Score stored answers again: ARGS="--predictions outputs/eval/models--nano-base/lisa --threshold 0.3"

@@ -10,14 +10,16 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from datamodules.artefacts import fingerprint
+from datamodules.artefacts import fingerprint, read_json, write_json
 from datamodules.source_code import Code, changed_files
 
 Choice = Literal["redo", "keep"]
 Inputs = dict[str, list[tuple[str, str | None]]]  # {"data.shards": [(path, hash of its content), …]}
 
+RECORD = "evaluation.json"  # beside answers: their key, and the source files that asked for them
 MOST_LINES, MOST_FILES = 8, 6  # of a message: the rest is counted
 
 
@@ -127,6 +129,39 @@ def changed_text(records: Sequence[tuple[str, Mapping[str, Any], Code]]) -> str:
     lines.append("KEEP=1 (flag --keep) keeps it, and goes on with what is unfinished by the code as it is now;")
     lines.append("REDO=1 (flag --redo) moves it aside and makes it again, and what is made from it.")
     return "\n".join(lines)
+
+
+def settle_answers(
+    file: Path,
+    key: str,
+    code: Code,
+    choice: Choice | None,
+    is_there: Callable[[], bool],
+    is_done: Callable[[], bool],
+    set_aside: Callable[[], None],
+) -> None:
+    """Note in `file` which code answers an evaluation. Answers that other code has given are kept or set aside, as is
+    chosen; where nothing is chosen, raises CodeChanged.
+
+    Args:
+        file: JSON in the evaluation's folder, with the key of its answers and the code that asked for them.
+        key: of all that the answers depend on beside the code.
+        is_there, is_done: whether there are answers, and whether none is missing.
+        set_aside: renames the answers.
+    """
+    record = read_json(file)
+    there = record.get("key") == key or is_there()
+    record = record if record.get("key") == key else {}
+    if not there or not is_stale(record, code, choice):
+        write_json(file, {"key": key, "code": code} | record)
+    elif choice is None:
+        raise CodeChanged(question(f"the evaluation in {file.parent}", is_done(), record, code))
+    elif choice == "keep":
+        write_json(file, {"key": key} | kept(record, code))
+        print(f"the answers in {file.parent} are kept, although other source files have asked for them", flush=True)
+    else:
+        set_aside()
+        write_json(file, {"key": key, "code": code})
 
 
 def set_aside_text(folder: object, aside: object, differences: Differences) -> str:

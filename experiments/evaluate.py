@@ -32,12 +32,10 @@ from datamodules.prompts import PromptStyle
 from datamodules.source_code import source_code
 from experiments import checks, phases, tracking
 from experiments.asking import share_cores
-from experiments.changes import Choice, CodeChanged, choice_of, is_stale, kept, question, spell_out
+from experiments.changes import RECORD, CodeChanged, choice_of, settle_answers, spell_out
 from experiments.commands import command
 from experiments.shares import Asking, OtherProcesses, answer_all, set_answers_aside
 from lightning_modules.generation import Generation, note
-
-RECORD = "evaluation.json"  # beside the answers: their key, and the source files that asked for them
 
 
 def evaluate(
@@ -109,7 +107,15 @@ def evaluate(
         policy, encoder = asking.policy(rank=0), asking.encoder()
         key = evaluation_key(policy, encoder, annotations, image_root, samples, decoding, generation)
         folder = home if output else spare_folder(home, key)
-        settle_answers(folder, key, choice)
+        settle_answers(
+            folder / RECORD,
+            key,
+            source_code(("experiments.evaluate",)),
+            choice,
+            is_there=lambda: bool(read_journal(folder / "predictions.jsonl", key)),
+            is_done=lambda: read_json(folder / "mig_bench.json").get("key") == key,
+            set_aside=lambda: set_answers_aside(folder),
+        )
         found = answer_all(asking, policy, encoder, samples, folder, key, others)
         summary = summarise(found)
         facts = {"key": key, "model": model, "limit_per_task": limit_per_task, "generation": generation}
@@ -142,28 +148,6 @@ def spare_folder(home: Path, key: str) -> Path:
     folder = home / f"mig_bench-{key}"
     print(f"{home} holds an evaluation with other settings or inputs: this one goes to {folder}", flush=True)
     return folder
-
-
-def settle_answers(folder: Path, key: str, choice: Choice | None) -> None:
-    """Note in evaluation.json which code answers. Answers of this evaluation that other code has given are kept or set
-    aside, as is chosen; where nothing is chosen, raises CodeChanged."""
-    code, file = source_code(("experiments.evaluate",)), folder / RECORD
-    record = read_json(file)
-    answers = folder / "predictions.jsonl"
-    is_there = record.get("key") == key or bool(read_journal(answers, key))
-    record = record if record.get("key") == key else {}
-    if not is_there or not is_stale(record, code, choice):
-        write_json(file, {"key": key, "code": code} | record)
-        return
-    if choice is None:
-        is_done = read_json(folder / "mig_bench.json").get("key") == key
-        raise CodeChanged(question(f"the evaluation in {folder}", is_done, record, code))
-    if choice == "keep":
-        write_json(file, {"key": key} | kept(record, code))
-        print(f"the answers in {folder} are kept, although other source files have asked for them", flush=True)
-        return
-    set_answers_aside(folder)
-    write_json(file, {"key": key, "code": code})
 
 
 @command

@@ -13,6 +13,7 @@ With a limit the last two lie in <output>/<benchmark>-limit<k>/, with generation
 
 from __future__ import annotations
 
+import secrets
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -31,10 +32,12 @@ from datamodules.boxes import Convention
 from datamodules.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
 from datamodules.model_folder import ModelError
 from datamodules.processes import ProcessLost
+from datamodules.source_code import source_code
 from datamodules.synthetic.twins.build import TWINS, write_twin
 from experiments import checks, phases, tracking
 from experiments.answerers import ALIASES, ModelOptions, choose_answerer
 from experiments.asking import Job, ask_all
+from experiments.changes import RECORD, Choice, CodeChanged, choice_of, settle_answers, spell_out
 from experiments.commands import command
 from experiments.extracting import extract_letters, extractor_faults
 from lightning_modules.endpoint import EndpointMisused, EndpointSettings, EndpointUnavailable
@@ -67,6 +70,8 @@ def evaluate_benchmarks(
     trust_remote_code: bool = False,
     generation: Generation = "greedy",
     extractor: EndpointSettings | None = None,
+    redo: bool = False,
+    keep: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a model on the paper's benchmarks; the results by name.
 
@@ -101,7 +106,10 @@ def evaluate_benchmarks(
             generation_config.json or its server says (lightning_modules/generation.py), in results of their own
         extractor: an OpenAI-compatible server, by base_url and model, that says which option an answer of BLINK or MMIU
             picks where the official reader finds no letter; official columns only, replies are kept
+        redo: ask again what has been answered by other source files of the project
+        keep: take answers that were given by other source files of the project
     """
+    choice = choice_of(redo, keep)
     options = ModelOptions(
         convention=convention,
         style=style,
@@ -131,6 +139,7 @@ def evaluate_benchmarks(
     home = Path(output or default_output(settings.model, served=endpoint is not None))
     job = Job(settings, tuple(benchmarks), data_root, str(home / "answers"), limit)
     with phases.locked(home):
+        _settle_answers(home, choice)
         asked = None if extractor is None else Extractor(extractor, home / "answers")
         if asked is not None:
             asked.check_first()
@@ -139,6 +148,27 @@ def evaluate_benchmarks(
         _log(home, results)
     print(f"wrote {home}")
     return results
+
+
+def _settle_answers(home: Path, choice: Choice | None) -> None:
+    """Ask, keep or set aside where answers in `home` were given by other source files. Each benchmark's folder in
+    answers/ is named by the key of its own answers, so all of `home` has one record of code."""
+    answers, code = home / "answers", source_code(("experiments.evaluate_benchmarks",))
+
+    def set_aside() -> None:
+        old = answers.with_name(f"answers.{secrets.token_hex(4)}")
+        answers.replace(old)
+        print(f"{answers} is moved to {old}", flush=True)
+
+    settle_answers(
+        home / RECORD,
+        "benchmarks",
+        code,
+        choice,
+        is_there=lambda: any(answers.glob("*/*.jsonl")),
+        is_done=lambda: any(home.glob("*/result.json")),
+        set_aside=set_aside,
+    )
 
 
 def _evaluate(
@@ -225,9 +255,10 @@ def _log(home: Path, results: dict[str, dict[str, Any]]) -> None:
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make eval MODEL=… BENCH=…`."""
     try:
-        auto_cli(evaluate_benchmarks, as_positional=False, args=args)
+        auto_cli(evaluate_benchmarks, as_positional=False, args=spell_out(args))
     except (
         checks.SettingsError,
+        CodeChanged,
         EndpointMisused,
         EndpointUnavailable,
         ModelError,

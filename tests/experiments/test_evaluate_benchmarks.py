@@ -16,6 +16,7 @@ import pytest
 from callbacks.evaluation import EvaluationSettings
 from datamodules import processes as process_module
 from datamodules.processes import ProcessLost
+from datamodules.source_code import source_code
 from datamodules.synthetic.twins import build
 from experiments import checks, evaluate_benchmarks, rescore, tables
 from experiments.answerers import PolicySettings
@@ -81,6 +82,29 @@ def test_the_models_own_settings_have_results_of_their_own(tiny_model_dir: Path,
     text = (tmp_path / "outputs/tables/tables.md").read_text()
     label = f"measured: {model} ({tmp_path / 'data'})"
     assert f"{label} |" in text and f"{label}, the model's own generation settings |" in text
+
+
+def test_answers_of_other_source_files_are_asked_about(
+    tiny_model_dir: Path, tmp_path: Path, small_twins, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    output = evaluate(tiny_model_dir, tmp_path, "--bench=blink")
+    first = files(output / "blink")
+    capsys.readouterr()
+    evaluate(tiny_model_dir, tmp_path, "--bench=blink")
+    assert files(output / "blink") == first, "the same code finds its answers again"
+
+    edited = source_code(("experiments.evaluate_benchmarks",)) | {"datamodules/choices.py": "edited"}
+    monkeypatch.setattr(evaluate_benchmarks, "source_code", lambda entries: edited)
+    asked = r"(?s)finished.*changed since: datamodules/choices\.py[^/]*KEEP=1.*REDO=1"
+    with pytest.raises(SystemExit, match=asked) as caught:
+        evaluate(tiny_model_dir, tmp_path, "--bench=blink")
+    assert str(caught.value).count("\n") <= 4
+    assert files(output / "blink") == first, "nothing is moved before that is said"
+    evaluate(tiny_model_dir, tmp_path, "--bench=blink", "--keep")
+    evaluate(tiny_model_dir, tmp_path, "--bench=blink")  # is not asked again
+    assert [path.name for path in output.glob("answers.*")] == []
+    evaluate(tiny_model_dir, tmp_path, "--bench=blink", "--redo")
+    assert len(list(output.glob("answers.*"))) == 1 and files(output / "blink") == first
 
 
 def test_every_missing_file_is_named_before_weights_are_read(tiny_model_dir: Path, tmp_path: Path) -> None:
