@@ -72,13 +72,13 @@ def newest_whole(folder: str | Path, without: Collection[str] = (), keep_aside: 
             break
         found[best] = damage(best)
     if damaged and best is None:
-        raise RunStopped(none_whole(Path(folder), {file.name: found[file] for file in damaged}))
+        raise RunStopped(_none_whole(Path(folder), {file.name: found[file] for file in damaged}))
     for file in damaged if keep_aside else ():
         log.warning("%s is damaged: %s. It is kept as %s", file, found[file], _set_aside(file))
     return best
 
 
-def none_whole(folder: Path, faults: dict[str, str]) -> str:
+def _none_whole(folder: Path, faults: dict[str, str]) -> str:
     """The message that there are only damaged checkpoints."""
     told = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
     return (

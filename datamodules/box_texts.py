@@ -19,9 +19,10 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from datamodules.boxes import Box
+from datamodules.strict_json import refuse_constant, unique_keys
 
 MAX_DEPTH = 16  # Python's decoder would recurse until it raises
 MAX_VALUES = 1_000
@@ -266,17 +267,6 @@ def _outer_spans(text: str) -> list[tuple[int, int]]:
     return [(start, end) for start, end in zip(starts, ends, strict=True) if end is not None]
 
 
-def _reject_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _reject_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    decoded = dict(pairs)
-    if len(decoded) != len(pairs):
-        raise ValueError("a key is given twice")
-    return decoded
-
-
 # float also for integers: int() refuses more than 4,300 digits and takes quadratic time below that.
-_UNIQUE = json.JSONDecoder(parse_int=float, parse_constant=_reject_constant, object_pairs_hook=_reject_repeated_keys)
-_REPEATED = json.JSONDecoder(parse_int=float, parse_constant=_reject_constant)
+_UNIQUE = json.JSONDecoder(parse_int=float, parse_constant=refuse_constant, object_pairs_hook=unique_keys)
+_REPEATED = json.JSONDecoder(parse_int=float, parse_constant=refuse_constant)

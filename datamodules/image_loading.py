@@ -87,20 +87,14 @@ class StoredImage:
         A PNG that holds EXIF is decoded for it, as EXIF may stand behind the pixels. Raises ImageError
         ("unreadable_image").
         """
-        image = self.image
-        if image.format == "TIFF":
-            return 1
-        if image.format == "JPEG" and image.info.keys().isdisjoint(("exif", "xmp")):
-            return 1  # asking every JPEG would cost as much again as opening it
         with _decoding("unreadable_image"):
-            if image.format == "PNG":
-                self.source.seek(0)
-                data = self.source.read()
-                if not any(mark in data for mark in _PNG_MARKS):
-                    return 1
-                image = open_image(data).image
-            found = image.getexif().get(_ORIENTATION, 1)
-            return found if found in range(1, 9) else 1  # Pillow shows an image of any other value as it is stored
+            if self.image.format != "PNG":
+                return _header_orientation(self.image)
+            self.source.seek(0)
+            data = self.source.read()
+            if not any(mark in data for mark in _PNG_MARKS):
+                return 1
+            return _exif_orientation(open_image(data).image)
 
     def decode(self) -> Image.Image:
         """The pixels as RGB, upright (EXIF), transparency over white; grey of 16 bits as `_eight_bits` says. Raises
@@ -135,7 +129,7 @@ def open_image(data: bytes | BinaryIO, max_pixels: int | None = None) -> StoredI
         except Image.UnidentifiedImageError as error:
             detail = f"not one of {', '.join(FORMATS)}; it begins with {_first_bytes(source)!r}"
             raise ImageError("unreadable_image", detail) from error
-        size = image.size[::-1] if _is_turned_by_a_quarter(image) else image.size
+        size = image.size[::-1] if _header_orientation(image) >= 5 else image.size
     if max_pixels is not None and size[0] * size[1] > max_pixels:
         raise ImageError("decompression_bomb", f"{size[0]}x{size[1]} pixels, max_image_pixels={max_pixels}")
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
@@ -223,15 +217,20 @@ def _known_formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _is_turned_by_a_quarter(image: Image.Image) -> bool:
-    """Whether EXIF exchanges width and height, as far as the header says."""
+def _header_orientation(image: Image.Image) -> int:
+    """EXIF's orientation, as far as the header says; nothing is decoded."""
     if image.format == "TIFF":
-        return False  # Pillow has exchanged them already
+        return 1  # Pillow has exchanged width and height already
     if image.info.keys().isdisjoint(("exif", "xmp")):
-        return False
+        return 1  # asking every image would cost as much again as opening it
     if image.format == "PNG" and "exif" not in image.info:
-        return False  # Pillow would decode the pixels to look for EXIF behind them
-    return image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        return 1  # Pillow would decode the pixels to look for EXIF behind them
+    return _exif_orientation(image)
+
+
+def _exif_orientation(image: Image.Image) -> int:
+    found = image.getexif().get(_ORIENTATION, 1)
+    return found if found in range(1, 9) else 1  # Pillow shows an image of any other value as it is stored
 
 
 def _eight_bits(stored: Image.Image, image: Image.Image) -> Image.Image:

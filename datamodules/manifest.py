@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from datamodules.artefacts import write_atomic
+from datamodules.strict_json import refuse_constant, unique_keys
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -66,19 +67,7 @@ def name_fault(name: object) -> str | None:
 
 def _parse(data: bytes) -> Any:
     """Strict JSON: neither NaN nor Infinity, and no key twice in an object, of which a reader would take the last."""
-    return json.loads(data.decode(), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {_brief(next(n for n in names if names.count(n) > 1))} stands twice in one object")
-    return found
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number")
+    return json.loads(data.decode(), object_pairs_hook=unique_keys, parse_constant=refuse_constant)
 
 
 def _reason(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from datamodules.messages import first_line
 from datamodules.weight_files import BrokenFile, json_object, pointer_fault, weight_faults
 
 MODEL_TYPE = "qwen2_5_vl"
@@ -103,12 +104,6 @@ def check_processor(path: str | Path, code: bool = False) -> Path:
 def read_model_type(path: str | Path) -> str:
     """The model_type in the config of a folder or Hub repository. Raises ModelError that names `path`."""
     return str(_config(local_folder(path, weights=False), path).get("model_type"))
-
-
-def first_line(error: BaseException) -> str:
-    """An error in one line of at most 300 characters: its kind, and what it says first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"[:300]
 
 
 def _config(folder: Path, path: str | Path) -> dict[str, Any]:

@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from datamodules.messages import first_line, listed
 from datamodules.model_folder import (
     ModelError,
     check_image_text_model,
     check_model,
     check_processor,
-    first_line,
     local_folder,
 )
-from datamodules.weight_files import listed, weight_files
+from datamodules.weight_files import weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -106,6 +106,10 @@ class ChildWatch:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
 
+    def fate(self, pid: int | None, exit_code: int | None) -> str:
+        """How a child ended, in words: why this watch killed it, else by its exit code."""
+        return self.faults.get(pid) or how_it_ended(exit_code)
+
     def give_up(self, pid: int, fault: str) -> None:
         """Kill a child, and note why."""
         self.faults.setdefault(pid, fault)

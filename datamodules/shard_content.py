@@ -9,7 +9,6 @@ and the same hashes. Where the folder cannot be written, the record lies in ~/.c
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datamodules.artefacts import fingerprint, hash_file, read_json, write_json
-from datamodules.manifest import MANIFEST, name_fault
+from datamodules.manifest import read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -111,14 +110,13 @@ def _hash_or_reason(path: Path) -> str:
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, int, str]]:
-    """(name, bytes, sha256) of the shards that the manifest names, as far as it is one."""
+    """(name, bytes, sha256) of the shards that the manifest names; none where it is damaged."""
     try:
-        shards = json.loads((folder / MANIFEST).read_bytes())["shards"]
-    except (ValueError, RecursionError, OSError, KeyError, TypeError):
+        shards = read_manifest(folder)["shards"]
+    except ValueError:
         return
-    for shard in shards if isinstance(shards, list) else ():
-        if isinstance(shard, dict) and name_fault(shard.get("name")) is None and isinstance(shard.get("sha256"), str):
-            yield shard["name"], shard.get("bytes"), shard["sha256"]
+    for shard in shards:
+        yield shard["name"], shard["bytes"], shard["sha256"]
 
 
 def _remembered(path: Path, state: State, since: float) -> str | None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from datamodules.messages import listed
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = {".bin", ".pt", ".pth"}
@@ -153,9 +155,3 @@ def weight_faults(folder: Path, quantised: bool = False) -> list[str]:
 
 def _is_weight(name: str) -> bool:
     return name.endswith((".weight", ".bias"))
-
-
-def listed(names: list[str], most: int = 3) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

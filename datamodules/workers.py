@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from datamodules.processes import POLL_SECONDS, ChildWatch, how_it_ended
+from datamodules.processes import POLL_SECONDS, ChildWatch
 
 SHARED_MEMORY = Path("/dev/shm")
 GO_ON = "The same command goes on from the last checkpoint."
@@ -166,7 +166,7 @@ class Workers:
             return None
         pid = int(dead[1])
         number, code = next(((n, p.exitcode) for n, p in enumerate(self._processes) if p.pid == pid), ("?", None))
-        how = self._watch.faults.get(pid) or how_it_ended(code)
+        how = self._watch.fate(pid, code)
         if code == LOST_VALUE:
             how = "could not hand a sample over, for the reason that it has printed above"
         lines = [f"worker {number} of {self.num_workers} (process {pid}), which encodes samples, {how}."]

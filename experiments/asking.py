@@ -20,7 +20,7 @@ from datamodules.benchmarks.registry import load_benchmark
 from datamodules.benchmarks.schema import limit_columns
 from datamodules.boxes import Convention
 from datamodules.model_folder import ModelError
-from datamodules.processes import ChildWatch, ProcessLost, end_with_parent, how_it_ended
+from datamodules.processes import ChildWatch, ProcessLost, end_with_parent
 from experiments.answerers import AnswererSettings, make_answerer
 
 POLL_SECONDS = 1.0
@@ -122,25 +122,25 @@ def _events(job: Job, processes: int) -> Iterator[Any]:
                 try:
                     event = messages.get(timeout=POLL_SECONDS)
                 except queue.Empty:
-                    _check_alive(workers, watch.faults)
+                    _check_alive(workers, watch)
                     continue
                 if isinstance(event, Failed) and event.model_error:
                     raise ModelError(event.model_error)
                 if isinstance(event, Failed):
                     raise RuntimeError(f"process {event.rank} of {processes} failed:\n{event.trace}")
                 yield event
-            _check_alive(workers, watch.faults)
+            _check_alive(workers, watch)
     finally:
         for worker in workers:
             worker.kill()  # one that is stopped would not hear `terminate`
             worker.join()
 
 
-def _check_alive(workers: list[Any], faults: Mapping[int, str]) -> None:
-    """A process that was killed sends no message. `faults`: why one was killed from here, by process id."""
+def _check_alive(workers: list[Any], watch: ChildWatch) -> None:
+    """Raise ProcessLost for a process that has failed: one that was killed sends no message."""
     for rank, worker in enumerate(workers):
         if worker.exitcode not in (None, 0):
-            how = faults.get(worker.pid) or how_it_ended(worker.exitcode)
+            how = watch.fate(worker.pid, worker.exitcode)
             raise ProcessLost(f"process {rank} of {len(workers)} {how}; the same command asks the rest")
 
 

@@ -21,7 +21,7 @@ from torch import distributed, multiprocessing
 
 from callbacks.sound_checkpoints import damage
 from datamodules.pretrained import new_model
-from datamodules.processes import ChildWatch, how_it_ended
+from datamodules.processes import ChildWatch
 from experiments.base_language import LanguageStage
 from experiments.base_run import CHECKPOINT, LOG, StageRun
 from experiments.base_settings import BaseSettings
@@ -139,7 +139,7 @@ def main() -> None:
                 while not context.join():
                     pass
             except multiprocessing.ProcessExitedException as error:
-                how = watch.faults.get(error.error_pid) or how_it_ended(error.exit_code)
+                how = watch.fate(error.error_pid, error.exit_code)
                 sys.exit(f"process {error.error_index} of {processes} {how}; the same command goes on")
 
 

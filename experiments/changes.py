@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datamodules.artefacts import fingerprint, read_json, write_json
+from datamodules.messages import listed
 from datamodules.source_code import Code, changed_files
 
 Choice = Literal["redo", "keep"]
@@ -86,6 +87,11 @@ def kept(record: Mapping[str, Any], code: Code) -> dict[str, Any]:
     return {"code": record.get("code", {}), "kept": fingerprint(code)}
 
 
+def origin(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a record that says which code has made it, and which code that was kept for."""
+    return {name: record[name] for name in ("code", "kept") if name in record}
+
+
 def find_differences(old: Mapping[str, Any], new: MadeOf) -> Differences:
     """By what a run whose record (or settings and inputs) is `old` differs from a new one, apart from code."""
     found = Differences([], [])
@@ -106,11 +112,11 @@ def question(what: str, is_done: bool, record: Mapping[str, Any], code: Code, fi
     if record.get("code") == code:
         lines = [f"{what} {state}, and differs by settings that only one of the two runs has."]
     elif record.get("code"):
-        lines.append(f"  changed since: {_shorten(changed_files(record['code'], code), MOST_FILES)}")
+        lines.append(f"  changed since: {listed(changed_files(record['code'], code), MOST_FILES)}")
     else:
         lines.append("  Which ones is not known: an earlier version of the project has made it, and wrote none down.")
     if fields:
-        lines.append(f"  settings that only one of the two has: {_shorten(fields, MOST_FILES)}")
+        lines.append(f"  settings that only one of the two has: {listed(fields, MOST_FILES)}")
     keep = "keeps it as it is" if is_done else "goes on with it, by the code as it is now"
     lines.append(f"KEEP=1 (flag --keep) {keep}; REDO=1 (flag --redo) moves it aside and starts afresh.")
     return "\n".join(lines)
@@ -120,12 +126,12 @@ def changed_text(records: Sequence[tuple[str, Mapping[str, Any], Code]]) -> str:
     """Asks for KEEP=1 or REDO=1 of several steps at once: (title, its record, the code as it is now) of each."""
     files = [name for _, record, code in records for name in changed_files(record.get("code", {}), code)]
     unknown = [title for title, record, _ in records if not record.get("code")]
-    titles = _shorten([title for title, _, _ in records], MOST_FILES)
+    titles = listed([title for title, _, _ in records], MOST_FILES)
     lines = [f"Other source files of the project have made what is there, with the same settings and inputs: {titles}."]
     if unknown:
         lines.append("  Which ones is not known: an earlier version of the project has made it, and wrote none down.")
     else:
-        lines.append(f"  changed since: {_shorten(list(dict.fromkeys(files)), MOST_FILES)}")
+        lines.append(f"  changed since: {listed(list(dict.fromkeys(files)), MOST_FILES)}")
     lines.append("KEEP=1 (flag --keep) keeps it, and goes on with what is unfinished by the code as it is now;")
     lines.append("REDO=1 (flag --redo) moves it aside and makes it again, and what is made from it.")
     return "\n".join(lines)
@@ -218,8 +224,3 @@ def _presence(is_there: bool) -> str:
 def _brief(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _shorten(names: Sequence[str], most: int) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

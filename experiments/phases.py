@@ -24,6 +24,7 @@ from experiments.changes import (
     find_differences,
     is_stale,
     kept,
+    origin,
     question,
     set_aside_text,
 )
@@ -82,16 +83,13 @@ def claim(
             write_marker(folder, **(done | {"key": run.key} | kept(started, run.code)))
         say(f"{folder} is kept, although other source files have made it")
     if not done or found.asks:
-        origin = {name: started[name] for name in ("code", "kept") if name in started}
-        write_marker(folder, STARTED, **(run.record() | origin | (facts if not done else _facts_of(started))))
+        write_marker(folder, STARTED, **(run.record() | origin(started) | (facts if not done else _facts_of(started))))
     return bool(done)
 
 
 def finish(folder: Path, key: str, **facts: object) -> None:
     """Mark the run that has been claimed with this hash as done: by the code that it began with."""
-    started = read_marker(folder, STARTED)
-    origin = {name: started[name] for name in ("code", "kept") if name in started}
-    write_marker(folder, key=key, **facts, **origin)
+    write_marker(folder, key=key, **facts, **origin(read_marker(folder, STARTED)))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from datamodules.artefacts import Journal, read_journal, read_json, remove_journ
 from datamodules.batches import Encoder
 from datamodules.benchmarks.mig_bench import load_images
 from datamodules.benchmarks.mig_scoring import Prediction
-from datamodules.processes import ChildWatch, ProcessLost, end_with_parent, how_it_ended
+from datamodules.processes import ChildWatch, ProcessLost, end_with_parent
 from datamodules.samples import Sample
 from experiments.answerers import choose_device, make_engine
 from experiments.asking import share_cores
@@ -106,7 +106,7 @@ class OtherProcesses:
             worker.join()
         failed = [(rank, worker) for rank, worker in enumerate(self._workers, 1) if worker.exitcode != 0]
         if failed:
-            told = [f"process {rank} {self._watch.faults.get(w.pid) or how_it_ended(w.exitcode)}" for rank, w in failed]
+            told = [f"process {rank} {self._watch.fate(w.pid, w.exitcode)}" for rank, w in failed]
             raise ProcessLost(f"of {len(self._workers) + 1} processes that ask MIG-Bench, {'; '.join(told)}")
 
 

@@ -16,7 +16,7 @@ from callbacks import preemption
 from datamodules.artefacts import fingerprint, path_fingerprint, read_json
 from datamodules.source_code import source_code
 from experiments import phases
-from experiments.changes import Choice, CodeChanged, changed_text, is_stale, kept
+from experiments.changes import Choice, CodeChanged, changed_text, is_stale, kept, origin
 from experiments.tracking import child_environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,7 +94,7 @@ def run_step(step: Step) -> float:
     say(f"{step.title}: python -m {shlex.join(command)}")
     goes_on = old.get("key") == key and not redone
     before, start = old["seconds"] if goes_on else 0.0, time.monotonic()
-    code = {name: old[name] for name in ("code", "kept") if name in old} if goes_on else {"code": step.code()}
+    code = origin(old) if goes_on else {"code": step.code()}
     proof = step.read_proof() if old.get("done") and not redone else None
 
     def note(done: bool) -> float:

@@ -20,6 +20,7 @@ from datamodules.chat_requests import ChatRequest, RequestForm, build_turn
 from datamodules.pretrained import ANY_ATTENTION, load_model, load_processor
 from datamodules.samples import Sample, SampleError
 from lightning_modules.generation import Generation, configure, own_seed, rules
+from lightning_modules.token_bans import end_ids
 
 
 class ImageTextAnswerer:
@@ -43,8 +44,8 @@ class ImageTextAnswerer:
         self.processor = load_processor(model, trust_remote_code)
         self.model = load_model(model, getattr(torch, dtype), ANY_ATTENTION, trust_remote_code)
         self.model.to(device).eval()
-        self.ends = self._ends()
         own = self.model.generation_config
+        self.ends = end_ids(own, self.processor.tokenizer)
         self.config = configure(own, generation, max_tokens, self.ends, self._placeholders())
         if generation == "greedy":
             self.model.generation_config = self.config
@@ -84,11 +85,6 @@ class ImageTextAnswerer:
         written = self.model.generate(**inputs, generation_config=self.config)[0, inputs["input_ids"].shape[1] :]
         text = self.processor.decode(written, skip_special_tokens=True)
         return Reply(text, request.geometries, len(written), int(written[-1]) in self.ends)
-
-    def _ends(self) -> set[int]:
-        """Tokens that end an answer: those of the generation config and the tokenizer's own, as for the policy."""
-        listed = self.model.generation_config.eos_token_id
-        return {*(listed if isinstance(listed, list) else [listed]), self.processor.tokenizer.eos_token_id} - {None}
 
     def _placeholders(self) -> set[int]:
         """A placeholder that the model wrote would be taken for an image without pixels."""

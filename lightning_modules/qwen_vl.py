@@ -33,7 +33,7 @@ from lightning_modules.products import with_fast_linears
 from lightning_modules.scoring import score_tokens
 from lightning_modules.sharding import ShardedModel, shard_layers, whole
 from lightning_modules.shared_prefix import PackedRows, one_token_row
-from lightning_modules.token_bans import Ban, placeholder_ids, special_ids
+from lightning_modules.token_bans import Ban, end_ids, placeholder_ids, special_ids
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -113,10 +113,8 @@ class QwenVL(nn.Module):
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
-        """Tokens that end a completion: those of the generation config and the tokenizer's own."""
-        listed = self.base.generation_config.eos_token_id
-        ids = set(listed if isinstance(listed, list) else [listed]) | {self.tokenizer.eos_token_id}
-        return tuple(sorted(ids - {None}))
+        """Tokens that end a completion."""
+        return end_ids(self.base.generation_config, self.tokenizer)
 
     @cached_property
     def banned_token_ids(self) -> tuple[int, ...]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
+
+from datamodules.strict_json import refuse_constant
 
 # Bytes of one response. The largest real one, 32 completions of 8,192 tokens with a log-probability each at about 150
 # bytes of JSON, has 40 MB.
@@ -34,13 +36,9 @@ def read_json(body: bytes | str, wanted: str) -> Any:
     """The JSON of a response that should be `wanted`. Raises Malformed for other text: NaN, nesting beyond Python's
     limit, bad UTF-8."""
     try:
-        return json.loads(body, parse_constant=_refuse_constant)
+        return json.loads(body, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise Malformed(f"not {wanted}: no JSON ({error!r:.100}): {body[:200]!r}") from error
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def read_completion(body: bytes) -> Completion:

@@ -1,13 +1,23 @@
-"""Tokens that a policy never writes: in training all special ones, in evaluation the placeholders of images alone."""
+"""Special tokens of a model: those that end an answer, and those that it never writes.
+
+In training a policy writes no special token but an end, in evaluation no placeholder of an image or video.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from typing import Literal
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 Ban = Literal["special", "placeholders"]
+
+
+def end_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens that end an answer: those of the model's generation config and the tokenizer's own."""
+    listed = generation.eos_token_id
+    ids = {*(listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id}
+    return tuple(sorted(ids - {None}))
 
 
 def placeholder_ids(config: PreTrainedConfig) -> tuple[int, ...]:
