@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -16,6 +15,7 @@ from datamodules.choices import (
     ChoiceFailure,
     parse_choice,
 )
+from tests.beside import SHARED
 
 PIECES = [
     *(
@@ -204,7 +204,7 @@ def test_any_text_gives_a_letter_or_a_known_failure(text: str) -> None:
 
 # ---- Real answers of six published models to BLINK, with the letters that its authors took ----
 
-ANSWERS = Path(__file__).resolve().parents[3].parent / "shared/data/BLINK"
+ANSWERS = SHARED / "data/BLINK"
 # The rules were made on the first three models' answers; the other three were looked at when they stood.
 DEVELOPED_ON = ("GPT4o", "llava-internlm2-7b", "cogvlm-chat")
 CHECKED_ON = ("GeminiProVision", "flamingov2", "llava_v1.5_13b")

@@ -20,10 +20,11 @@ from datamodules.image_loading import (
     open_images,
 )
 from datamodules.samples import LoadedSample, SampleError
+from tests.beside import SHARED
 from tests.datamodules.image_mutations import PNG_MAGIC, encoded, grey16, pixels, png_chunk
 from tests.datamodules.tiny_processor import image_bytes, make_sample
 
-CASES = Path(__file__).resolve().parents[3] / "shared" / "cases" / "inputs.py"
+CASES = SHARED / "cases/inputs.py"
 GREY = np.asarray(pixels(0, "L"))
 
 

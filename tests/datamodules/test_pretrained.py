@@ -17,10 +17,11 @@ from datamodules import pretrained
 from datamodules.model_folder import ModelError, local_folder
 from datamodules.pretrained import check_policy, check_values, load_model, load_processor, not_finite
 from lightning_modules.qwen_vl import QwenVL
+from tests.beside import SHARED
 from tests.broken_models import break_at_random, change_tensors
 from tests.published_model import published_folder
 
-CASES = Path(__file__).parents[2] / ".." / "shared" / "cases" / "inputs.py"
+CASES = SHARED / "cases/inputs.py"
 UP = "layers.1.mlp.up_proj.weight"
 
 

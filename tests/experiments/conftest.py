@@ -75,6 +75,13 @@ class Workbench:
         return self.write_yaml(phase, settings)
 
 
+@pytest.fixture(autouse=True)
+def no_open_wandb_run() -> None:
+    """A run that an earlier test in this process left open would be taken for the new one."""
+    if wandb.run is not None:
+        wandb.finish()
+
+
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("world")

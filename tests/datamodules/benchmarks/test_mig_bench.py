@@ -12,9 +12,10 @@ import pytest
 
 from datamodules.benchmarks.mig_bench import IN_DOMAIN, OUT_OF_DOMAIN, TASKS, load_images, load_mig_bench, target_image
 from datamodules.samples import BoxPart, ImagePart, SampleError, TextPart
+from tests.beside import SHARED
 
 ROOT = Path(__file__).resolve().parents[3]
-REAL = Path(os.environ.get("MIG_BENCH_JSON", ROOT.parent / "shared/data/MIG-Bench/MIG_data.json"))
+REAL = Path(os.environ.get("MIG_BENCH_JSON", SHARED / "data/MIG-Bench/MIG_data.json"))
 
 
 def record(**changes: Any) -> dict[str, Any]:

@@ -21,9 +21,10 @@ from datamodules.benchmarks.mig_scoring import (
 from datamodules.benchmarks.official_parsers import extract_box_officially
 from datamodules.boxes import Convention, ImageGeometry
 from datamodules.samples import BoxAnswer, ImagePart, Sample, TextPart
+from tests.beside import SHARED
 
 ROOT = Path(__file__).resolve().parents[3]
-REAL = Path(os.environ.get("MIG_BENCH_JSON", ROOT.parent / "shared/data/MIG-Bench/MIG_data.json"))
+REAL = Path(os.environ.get("MIG_BENCH_JSON", SHARED / "data/MIG-Bench/MIG_data.json"))
 GEOMETRY = ImageGeometry(original=(640, 480), processed=(644, 476))
 
 # Table 2 of the paper: the ten tasks, then in-domain, out-of-domain and AVG of its Tables 2 and 3.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from pathlib import Path
 
 import pytest
 
@@ -14,8 +13,9 @@ from datamodules.benchmarks.schema import Rule
 from datamodules.benchmarks.scoring import predict
 from datamodules.boxes import Convention
 from datamodules.samples import ChoiceAnswer, ImagePart, Sample, TextPart
+from tests.beside import SHARED
 
-CASES = Path(__file__).resolve().parents[4] / "shared/cases"
+CASES = SHARED / "cases"
 MADE = 300
 
 

@@ -20,9 +20,10 @@ from datamodules.benchmarks.schema import Prediction, Rule
 from datamodules.benchmarks.scoring import interval_cells, predict, rescore, summarise
 from datamodules.boxes import Box, Convention, ImageGeometry, iou
 from datamodules.samples import BoxAnswer, ChoiceAnswer, ImagePart, Sample, TextPart
+from tests.beside import SHARED
 
 ROOT = Path(__file__).resolve().parents[3]
-REAL = Path(os.environ.get("MIG_BENCH_JSON", ROOT.parent / "shared/data/MIG-Bench/MIG_data.json"))
+REAL = Path(os.environ.get("MIG_BENCH_JSON", SHARED / "data/MIG-Bench/MIG_data.json"))
 GEOMETRY = ImageGeometry(original=(640, 480), processed=(644, 476))
 RULE = Rule(source="test")
 TRUTH = (0.0, 0.0, 0.5, 0.5)

@@ -28,9 +28,10 @@ from datamodules.image_loading import load_image
 from datamodules.prompts import PromptStyle, build_messages
 from datamodules.samples import Sample, SampleError
 from datamodules.synthetic.twins.build import write_twin
+from tests.beside import SHARED
 from tests.datamodules.photographs import QUERY, SIZE, STORED, drawn_box, photograph, place_of, unit
 
-SHARED = Path(__file__).resolve().parents[3].parent / "shared/cases/inputs.py"
+CASES = SHARED / "cases/inputs.py"
 ORIENTATIONS = range(1, 9)
 OPENCV = pytest.importorskip("cv2", reason="no OpenCV: pip install -e '.[benchmarks]'")
 Write = Callable[[Path, bytes, tuple[int, int], tuple[int, ...]], None]
@@ -155,9 +156,9 @@ def test_boxes_of_pixels_as_shown_stay(name: str, orientation: int, tmp_path: Pa
 @pytest.mark.parametrize("orientation", [3, 6])
 @pytest.mark.parametrize("name", [*AS_STORED, *AS_SHOWN])
 def test_the_shared_photographs(name: str, orientation: int, tmp_path: Path) -> None:
-    if not SHARED.is_file():
-        pytest.skip(f"{SHARED} is not here")
-    spec = importlib.util.spec_from_file_location("inputs", SHARED)
+    if not CASES.is_file():
+        pytest.skip(f"{CASES} is not here")
+    spec = importlib.util.spec_from_file_location("inputs", CASES)
     cases = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(cases)
     cases.turned_photographs(tmp_path / "turned")

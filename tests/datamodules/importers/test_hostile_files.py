@@ -15,10 +15,11 @@ from datamodules.artefacts import read_json
 from datamodules.importers import odinw
 from datamodules.shards import ShardReader
 from experiments import import_shards
+from tests.beside import SHARED
 from tests.datamodules.importers import published
 from tests.datamodules.photographs import SIZE, STORED, photograph, place_of, unit
 
-SHARED = Path(__file__).resolve().parents[3].parent / "shared/cases/inputs.py"
+CASES = SHARED / "cases/inputs.py"
 PLACE = "WildfireSmoke/train"
 
 
@@ -38,9 +39,9 @@ def samples(out: Path) -> list[Any]:
 @pytest.fixture
 def cases(tmp_path: Path) -> Path:
     """The shared COCO files, laid out as a set of ODinW each: <tmp_path>/cases/<case>."""
-    if not SHARED.is_file():
-        pytest.skip(f"{SHARED} is not here")
-    spec = importlib.util.spec_from_file_location("inputs", SHARED)
+    if not CASES.is_file():
+        pytest.skip(f"{CASES} is not here")
+    spec = importlib.util.spec_from_file_location("inputs", CASES)
     inputs: ModuleType = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(inputs)
     inputs.coco_files(tmp_path / "coco")

@@ -25,9 +25,10 @@ from datamodules.synthetic.puzzles import Puzzle
 from datamodules.synthetic.tasks import GROUP_GROUNDING, SCALES, make_puzzle
 from datamodules.synthetic.world import SIZES, Kind, Scene, Thing, draw_scene, encode_png
 from experiments.nano_model import MAX_PIXELS, MIN_PIXELS
+from tests.beside import SHARED
 
 ROOT = Path(__file__).resolve().parents[3]
-REAL = Path(os.environ.get("MIG_BENCH_JSON", ROOT.parent / "shared/data/MIG-Bench/MIG_data.json"))
+REAL = Path(os.environ.get("MIG_BENCH_JSON", SHARED / "data/MIG-Bench/MIG_data.json"))
 NUM_PUZZLES = 150  # of each task
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 QUERY_BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")
