@@ -246,7 +246,7 @@ class ShardReader:
 
 
 def _member_table(file: BinaryIO, size: int) -> Members:
-    """Of what the tar's sound headers name, as far as it lies in the file of `size` bytes."""
+    """The members that the tar's undamaged headers name and that lie within the file's `size` bytes."""
     table: Members = {}
     try:
         # ignore_zeros goes on behind a damaged header, at the cost of that one member.

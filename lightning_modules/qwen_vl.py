@@ -259,7 +259,7 @@ class QwenVL(nn.Module):
 
     def save_merged(self, folder: str | Path, write: bool = True) -> None:
         """Write the model's folder again with the adapter merged into its weights (`write_merged`), whole or not at
-        all, replacing what was there. Where there are several ranks all call it, and one with `write`."""
+        all, in place of an older folder. All ranks call it, and exactly one rank with `write`."""
         merged = self.sharded.copy(place="cpu" if write else "meta") if self.sharded is not None else None
         if not write:
             return
