@@ -227,7 +227,7 @@ def _cure(found: dict[str, Any]) -> str:
 
 
 def _head_faults(model: PreTrainedModel) -> list[str]:
-    """Two readings of one folder: transformers 4 ties a head that config.json calls tied, 5 keeps one that differs."""
+    """Two readings of one folder: transformers 4 ties a head that config.json calls tied, 5 keeps a different head."""
     inside, outside = model.get_input_embeddings(), model.get_output_embeddings()
     tied = getattr(model.config, "tie_word_embeddings", False) and isinstance(model._tied_weights_keys, dict)
     if not tied or outside is None or "lm_head.weight" not in model._tied_weights_keys:

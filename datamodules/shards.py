@@ -93,7 +93,7 @@ class ShardFile:
 
 
 def _extension(name: str) -> str:
-    """ "jpg" of "a.JPG"; "img" of a name without any, or with one that is more than a few letters and digits."""
+    """ "jpg" of "a.JPG"; "img" of a name without an extension of a few letters and digits."""
     found = os.path.splitext(name)[1].lower().lstrip(".")
     return found if _EXTENSION.fullmatch(found) else "img"
 

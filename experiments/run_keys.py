@@ -43,7 +43,7 @@ COLLAPSE = "callbacks.collapse.CollapseGuard"
 
 
 def run_key(settings: Mapping[str, Any]) -> str:
-    """Hash of what the run computes: its settings, and the content of its model folder and shards."""
+    """Hash of the settings that results depend on, and of the content of the model folder and the shards."""
     return made_of(settings, with_code=False).key
 
 

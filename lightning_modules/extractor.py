@@ -82,7 +82,7 @@ class Extractor:
                 await self._check(endpoint)
 
             async def work() -> None:
-                for answer in waiting:  # one iterator for all workers: each takes what is next
+                for answer in waiting:  # one iterator for all workers: each takes the next answer
                     kind = await self._ask(endpoint, answer)
                     if kind is not None:
                         failed[answer.key] = kind

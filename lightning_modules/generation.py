@@ -36,7 +36,7 @@ NEUTRAL = {
     "min_length": 0,
     "min_new_tokens": 0,
 }
-TOKEN_IDS = ("bos_token_id", "pad_token_id", "decoder_start_token_id")  # beside the ends, what a model keeps of its own
+TOKEN_IDS = ("bos_token_id", "pad_token_id", "decoder_start_token_id")  # the model's own, kept beside the ends
 # A server's fields, neutral. OpenAI's API has the first three; vLLM and SGLang have all of them, and top_k -1 is off.
 OPENAI_FIELDS = {"top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 SERVER_FIELDS = OPENAI_FIELDS | {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}

@@ -21,7 +21,7 @@ from datamodules.model_folder import COMPANIONS, ModelError, local_folder
 from datamodules.weight_files import INDEX, WEIGHTS, json_object, stored_tensors, weight_files
 
 LANGUAGE, VISION = "model.language_model.", "model.visual."
-# A tensor's names in published files, as (prefix there, prefix in the model); the first one that gives a name wins.
+# A tensor's names in published files, as (prefix there, prefix in the model); the first pair that gives a name wins.
 PREFIXES = (
     ("", ""),
     ("visual.", VISION),

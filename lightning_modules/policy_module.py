@@ -4,7 +4,7 @@ One optimizer update takes a *window* of `accumulate` batches on every rank. Los
 divided once, at the update, by how many of them the whole window held on all ranks. So packing, accumulation and the
 number of ranks never change the weight of a token, and a rank without anything to learn from takes part with zeros.
 A window may reach over the end of an epoch; a run's last window may hold fewer batches, and is stepped like any other.
-(Hugging Face's Trainer steps what is left at the end of every epoch.)
+(Hugging Face's Trainer steps the remaining batches at the end of every epoch.)
 A checkpoint written inside a window resumes at the window's start: a half-accumulated gradient is never saved.
 """
 

@@ -1,6 +1,6 @@
 """The policy: a Qwen2.5-VL with its tokenizer, adapter and reference.
 
-This is the only file that knows what a Qwen2.5-VL looks like inside; `datamodules/pretrained.py` loads it.
+This is the only file that knows the modules inside a Qwen2.5-VL; `datamodules/pretrained.py` loads it.
 
 Shapes: P prompts, N target tokens, D hidden width, V vocabulary.
 """
