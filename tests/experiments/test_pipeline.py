@@ -195,7 +195,7 @@ def test_an_evaluation_from_before_decoding_was_stated_is_made_again(workbench: 
     how = step.command.index("--generation")
     assert step.command[how + 1] == "greedy"
     before = replace(step, command=step.command[:how] + step.command[how + 2 :])
-    done = {"done": True, "result_key": "k", "seconds": 1.0}
+    done = {"done": True, "result_key": "k", "seconds": 1.0, "code": step.code()}
     step.marker.write_text(json.dumps(done | {"key": before.key()}))
     assert before.seconds_if_done() == 1.0 and step.seconds_if_done() is None
     overrides = {"evaluation": "--generation model"}
