@@ -2,7 +2,7 @@
 # CONFIG picks another YAML, ARGS overrides any of its fields, SEED picks the seed of pipeline, sft, grpo and sweep:
 #   make grpo CONFIG=experiments/configs/paper/grpo_7b.yaml ARGS="--model.beta=0.01"
 #   make pipeline SEED=1
-# KEEP=1 or REDO=1 answers a command that asks, where source files have changed since what is there was made.
+# KEEP=1 or REDO=1 answers a command that asks because source files have changed since the existing results were made.
 
 PYTHON ?= python3
 VENV := .venv
@@ -46,7 +46,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf '\n  CONFIG=file.yaml  another configuration      ARGS="--model.beta=0.01"  override any field\n'
-	@printf '  KEEP=1, REDO=1    take, or make again, what was made before source files changed\n'
+	@printf '  KEEP=1, REDO=1    keep, or make again, results from before source files changed\n'
 	@printf '  SEED=1            of pipeline, sft, grpo, sweep\n  PYTHON=python3.12 the Python that makes .venv\n'
 
 $(STAMP): setup.cfg

@@ -135,7 +135,17 @@ def evaluation_key(
     settings: EvaluationSettings,
     generation: Generation = "greedy",
 ) -> str:
-    """Hash of all that predictions depend on; images count by name and size in bytes."""
+    """Hash of all that predictions depend on; images count by name and size in bytes.
+
+    Args:
+        policy: its weights count, as they are in memory.
+        encoder: how questions are put.
+        annotations: the benchmark's file; its content counts.
+        image_root: the image names begin here.
+        samples: the questions that are asked.
+        settings: length of an answer, questions at a time.
+        generation: by which rules answers are decoded.
+    """
     images = sorted({name for sample in samples for name in sample.images})
     return fingerprint(
         policy_fingerprint(policy),

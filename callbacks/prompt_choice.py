@@ -96,14 +96,25 @@ def rejection_sample(
     barrier: Callable[[], Any] = lambda: None,
     verify_shards: bool = True,
 ) -> Path:
-    """Sample every candidate in the shard folders `source`, write the kept ones as shards and return their folder.
+    """Sample every candidate, write the kept ones as shards and return their folder.
 
-    `folder` gets shards/, kept.jsonl, histogram.json and journal*.jsonl, from which an interrupted call goes on with
-    the very same samples. What is finished there already for the same weights (`policy` as loaded from its path),
-    candidates and settings is used again. Every rank calls it, with a shared `folder`; they meet at `barrier` before
-    they sample and wait for each other's files afterwards. A candidate that cannot be used (its answer is not one box,
-    an image is damaged) is left out and counted by rule. `verify_shards` as in `ShardReader`. Raises RunStopped when
-    nothing is kept.
+    An interrupted call goes on from its journals with the very same samples. A choice in `folder` that is finished for
+    the same weights, candidates and settings is used again. A candidate that cannot be used (its answer is not one box,
+    an image is damaged) is left out and counted by rule. Every rank calls this function. The ranks wait for each
+    other's files after sampling.
+
+    Args:
+        policy: as loaded from its path; its files are hashed, not its weights in memory.
+        engine: samples the completions.
+        encoder: turns candidates into prompts.
+        source: shard folders that hold the candidates.
+        settings: how many completions, and which candidates are kept.
+        folder: gets shards/, kept.jsonl, histogram.json and journal*.jsonl; all ranks see it.
+        rank, world_size: this process, and the number of processes.
+        barrier: all ranks meet at it before they sample.
+        verify_shards: as in `ShardReader`.
+
+    Raises RunStopped when nothing is kept.
     """
     folder = Path(folder)
     key = rejection_key(policy.processor_path, encoder, source, settings)

@@ -26,8 +26,8 @@ class RejectionSampling(Callback):
     later; so a choice that is gone is made again, the same. List it behind callbacks that check their paths in setup:
     it may take hours. Candidates are the shards that the datamodule names; `folder` is by default
     <default_root_dir>/rejection_sampling. With `shared`, a folder on the same filesystem, a finished choice moves to
-    <shared>/<its key>-<code>, and one that is there already is used: the trials of a sweep sample once, not each for
-    itself, as long as the source files that sample are the same.
+    <shared>/<its key>-<code>, and a choice that is already there is used. So the trials of a sweep sample once, not
+    each for itself, as long as the source files that sample are the same.
     The other fields: `RejectionSettings`.
     """
 

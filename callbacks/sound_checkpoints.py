@@ -1,6 +1,6 @@
-"""Which checkpoint a run goes on from: the newest that is whole. Damaged ones are set aside, never deleted.
+"""The checkpoint that a run goes on from: the newest that is whole. Damaged checkpoints are set aside, never deleted.
 
-No kill leaves a damaged checkpoint under its name (see `checkpoints`); disks, copies and full file servers do.
+A kill leaves no damaged checkpoint under its name (see `checkpoints`); disks, copies and full file servers do.
 """
 
 from __future__ import annotations
@@ -48,20 +48,22 @@ def _reader_fault(file: Path) -> str | None:
     """What torch's reader of archives finds, which looks at fields that Python's does not. Reads no tensor."""
     try:
         torch.load(file, mmap=True, weights_only=True)
-    except Exception as error:  # what is not of the archive itself is raised again when the run loads it
+    except Exception as error:  # any fault that is not the archive's is raised again when the run loads it
         return str(error).splitlines()[0][:200] if "PytorchStreamReader" in str(error) else None
     return None
 
 
 def newest_whole(folder: str | Path, without: Collection[str] = (), keep_aside: bool = True) -> Path | None:
-    """The whole checkpoint of the most updates in the folder, but for those named; None where there is no checkpoint.
+    """The whole checkpoint with the most updates; None where the folder has no checkpoint.
 
-    Damaged ones are passed over with a warning, and with `keep_aside` renamed to <name>.damaged: one rank does that,
-    but all look for themselves, and find the same. Raises RunStopped where there are checkpoints but none is whole:
-    a run that took many hours is not begun again unasked. Nothing is renamed then.
+    Damaged checkpoints are passed over with a warning. Every rank looks for itself; only the rank with `keep_aside`
+    renames them to <name>.damaged. `without` has names of checkpoints that do not count.
+
+    Raises RunStopped where there are checkpoints but none is whole: a run that took many hours is not started again
+    unasked. Nothing is renamed then.
     """
     found: dict[Path, str | None] = {}  # the damage of those that were looked at
-    # One of an interruption comes first: its updates stand in it, where a damaged one cannot say them.
+    # Checkpoints of an interruption come first: only their content tells their updates, and damage would hide it.
     for file in sorted(Path(folder).glob("*.ckpt")):
         if file.name not in without and not file.name.startswith(STEP):
             found[file] = damage(file)

@@ -25,9 +25,9 @@ def fingerprint(*parts: Any) -> str:
 
 
 def path_fingerprint(path: str | Path) -> str:
-    """Of a file, a shard folder or a model folder: by content. Of anything else (a Hub name): by name.
+    """Hash of a file, a shard folder or a model folder by content, of anything else (a Hub name) by name.
 
-    A shard folder is its manifest, which holds every shard's hash, and what differs from it.
+    For a shard folder the manifest is hashed, which holds every shard's hash, and the shards that differ from it.
     """
     path, differing = Path(path), []
     if path.is_file():
@@ -58,7 +58,7 @@ def _remembered_sha256(file: Path, *state: int) -> str:
 
 
 def hash_file(file: Path) -> str:
-    """sha256 of what the file holds now."""
+    """sha256 of the file's content, read now."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

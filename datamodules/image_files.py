@@ -1,4 +1,4 @@
-"""Image files by name: their bytes, and what their header says. Nothing is decoded here."""
+"""Image files by name: their bytes, and the facts in their headers. No pixel is needed here."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ _NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 class Header:
     """`size` is the stored (width, height) in pixels; `orientation` is EXIF's, 1 to 8.
 
-    "Stored" is what reading without a look at EXIF gives. Of a TIFF that is the image as shown: decoders turn it
-    themselves.
+    The stored size is the size of an image that is read without a look at EXIF. A TIFF's is the size as shown, since
+    decoders turn a TIFF themselves.
     """
 
     size: tuple[int, int]
     orientation: int = 1
 
     def size_in(self, frame: Frame) -> tuple[int, int]:
+        """(width, height) in this frame."""
         return self.size if frame == "stored" else turn_size(self.size, self.orientation)
 
 
@@ -44,7 +45,8 @@ def read_header(file: BinaryIO) -> Header:
 
 
 def refuse_turned(sample_id: str, name: str, data: bytes) -> None:
-    """Raise SampleError "turned_image" for a photograph that EXIF turns. What is no image is left to its decoder."""
+    """Raise SampleError "turned_image" for a photograph that EXIF turns. Bytes that are no image pass: their decoder
+    refuses them."""
     try:
         orientation = read_header(io.BytesIO(data)).orientation
     except ValueError:
@@ -64,7 +66,7 @@ def read_image_file(path: str | Path, sample_id: str) -> bytes:
     except (OSError, ValueError) as error:
         if not _is_absent(error):
             raise
-        # A name that no file can have may be too long to print, or hold what is not printable.
+        # A name that no file can have may be too long to print, or hold characters that cannot be printed.
         detail = str(path) if isinstance(error, _ABSENT) else f"{str(path)!r:.200}: {_reason(error)}"
         raise SampleError(sample_id, "missing_image", detail) from error
 
@@ -81,7 +83,7 @@ def file_size(path: str | Path) -> int | None:
 
 
 def _is_absent(error: OSError | ValueError) -> bool:
-    """ValueError is Python's for a NUL, or for a text that the file system's encoding cannot write."""
+    """Python raises ValueError for a NUL, or for a text that the file system's encoding cannot write."""
     return not isinstance(error, OSError) or isinstance(error, _ABSENT) or error.errno in _NO_NAME
 
 

@@ -33,7 +33,7 @@ MAX_IMAGE_PIXELS = 64_000_000  # of one stored image; most cameras make 12 to 50
 MAX_SAMPLE_PIXELS = 256_000_000  # of all stored images of a sample: 4 of the largest, or 21 of 12 million
 MAX_ASPECT_RATIO = 200  # transformers' resizing rule refuses more
 
-# What users have. Pillow knows 40 more formats; their decoders are rarely used and rarely tested, and one of them (EPS)
+# The formats that users have. Pillow knows 40 more. Their decoders are rarely used and rarely tested, and that of EPS
 # runs the bytes as a program in Ghostscript.
 FORMATS = (
     "JPEG",  # photographs of nearly every data set; Pillow reads MPO with it, the two pictures of a phone's camera
@@ -49,7 +49,7 @@ FORMATS = (
 _ORIENTATION = 0x0112  # tag of EXIF; 1 is upright, 5 to 8 are turned by a quarter
 _PNG_MARKS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # chunks that can hold an orientation
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
-_LEAST_SHADES = 16  # of 256; what spans fewer after scaling would be shown as nearly one colour
+_LEAST_SHADES = 16  # of 256; an image that spans fewer after scaling would be shown as nearly one colour
 _DETAIL = 200  # characters kept of a decoder's message
 
 
@@ -79,6 +79,7 @@ class StoredImage:
 
     @property
     def pixels(self) -> int:
+        """Width times height."""
         return self.size[0] * self.size[1]
 
     def orientation(self) -> int:
@@ -97,8 +98,10 @@ class StoredImage:
             return _exif_orientation(open_image(data).image)
 
     def decode(self) -> Image.Image:
-        """The pixels as RGB, upright (EXIF), transparency over white; grey of 16 bits as `_eight_bits` says. Raises
-        ImageError ("truncated_image", "unknown_value_range")."""
+        """The pixels as RGB, upright (EXIF), transparency over white; grey of 16 bits as `_eight_bits` says.
+
+        Raises ImageError ("truncated_image", "unknown_value_range").
+        """
         # Another library in this process may have switched it on: half an image would then pass for a whole one.
         ImageFile.LOAD_TRUNCATED_IMAGES = False
         with _decoding("truncated_image"):
@@ -174,8 +177,10 @@ def open_images(
 
 
 def decode_images(sample_id: str, images: Sequence[StoredImage]) -> Iterator[Image.Image]:
-    """Each image as `StoredImage.decode` gives it. Only the one that is asked for is decoded, so a caller who keeps
-    none holds the pixels of one image at a time. Raises SampleError with the rules of `decode`."""
+    """Each image as `StoredImage.decode` gives it, decoded when it is asked for.
+
+    A caller that keeps no image holds the pixels of one image at a time. Raises SampleError with the rules of `decode`.
+    """
     for index, stored in enumerate(images):
         with _of_sample(sample_id, index):
             image = stored.decode()

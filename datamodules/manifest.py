@@ -1,9 +1,9 @@
-"""The manifest of a folder of shards: which tars there are, and what each holds.
+"""The manifest of a folder of shards: its tars, and their content.
 
     {"version": 1, "count": 2000, "shards": [
         {"name": "shard-00000.tar", "count": 1000, "bytes": 219340800, "sha256": "9f…", "tasks": {"diff": 1000}}, …]}
 
-It is read as what anybody may have written or damaged: every field is checked before any is used.
+Anybody may have written or damaged the file: every field is checked before any is used.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def write_manifest(folder: str | Path, shards: Sequence[Mapping[str, Any]]) -> N
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """{"version", "count", "shards": [{"name", "count", "bytes", "sha256", "tasks": {task: count}}]}.
 
-    Raises ValueError, which names the file, the place in it, the value and the cure, if the folder has no manifest or
-    one that cannot be right.
+    Raises ValueError, which names the file, the place in it, the value and the cure, if the folder has no manifest or a
+    manifest that cannot be right.
     """
     path = Path(folder) / MANIFEST
     try:
@@ -50,7 +50,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def name_fault(name: object) -> str | None:
-    """Why a shard may not have this name, which must be that of a file in the manifest's folder or below it."""
+    """Why a shard may not have this name; None for the name of a file in the manifest's folder or below it."""
     if not isinstance(name, str):
         return "is no text"
     parts = name.split("/")

@@ -1,4 +1,4 @@
-"""Where a model's files lie, and what is wrong with them, before anything is loaded from them."""
+"""The place of a model's files, and their faults, before anything is loaded from them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COMPANIONS = (
 
 
 class ModelError(ValueError):
-    """A model that cannot be used as it is; the message names it, what is wrong, and what to do."""
+    """A model that cannot be used as it is; the message names the model, its faults and the cure."""
 
 
 def local_folder(path: str | Path, weights: bool = True, code: bool = False) -> Path:
@@ -52,7 +52,7 @@ def local_folder(path: str | Path, weights: bool = True, code: bool = False) -> 
     wanted += ["*.safetensors", "*.safetensors.index.json"] if weights else []
     wanted += ["*.py"] if code else []
     try:
-        # What lies in subfolders or is called consolidated is the same weights in another form.
+        # Files in subfolders, or called consolidated, hold the same weights in another form.
         skipped = ["*/*", "consolidated*"]
         return Path(snapshot_download(path, allow_patterns=wanted, ignore_patterns=skipped))
     except Exception as error:  # of many kinds: the network, the Hub's refusals, the disk
@@ -62,7 +62,7 @@ def local_folder(path: str | Path, weights: bool = True, code: bool = False) -> 
 
 
 def check_model(path: str | Path, need_weights: bool = True) -> None:
-    """Raise ModelError that names `path` and all that is wrong, unless it is a whole Qwen2.5-VL.
+    """Raise ModelError that names `path` and all its faults, unless it is a whole Qwen2.5-VL.
 
     Without `need_weights` a folder with only `config.json` will do (the meta device).
     """
@@ -131,7 +131,7 @@ def _file_faults(folder: Path, config: dict[str, Any]) -> list[str]:
 
 
 def _companion_faults(folder: Path) -> list[str]:
-    """What is wrong with the files beside the weights. Some loaders take a default, silently, for a damaged one."""
+    """Faults of the files beside the weights. Some loaders take a default for a damaged file without a word."""
     faults = []
     for what, names in (("the tokenizer", TOKENIZER_FILES), ("the image processor", PROCESSOR_FILES)):
         if not any((folder / name).is_file() for name in names):

@@ -36,8 +36,8 @@ class MultiImageData(LightningDataModule):
     The LightningModule calls `mark_trained(batch)` at the end of its training step; a checkpoint then resumes with the
     very next batch. `batch_size` is per rank. `strict` raises the first rejected sample instead of counting it.
     `verify_shards` compares the sha256 of each shard with its manifest when it is first read (`ShardReader`).
-    With `num_workers`, so many processes encode samples; each may take `worker_timeout` seconds for one. A worker that
-    dies, stops, or cannot hand its samples over ends the run with WorkersFailed, a message in words.
+    `num_workers` processes encode samples; each may take `worker_timeout` seconds for one sample. A worker that dies,
+    is stopped, or cannot hand its samples over ends the run with WorkersFailed.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class MultiImageData(LightningDataModule):
         return self._loader
 
     def workers_failure(self, error: BaseException) -> WorkersFailed | None:
-        """What an error that was raised in training says of a worker that has ended; None for any other error."""
+        """The message for a worker that has ended, if `error` reports one; None for any other error."""
         workers = self._loader.workers if self._loader is not None else None
         return workers.failure(error) if workers is not None else None
 

@@ -5,7 +5,7 @@ Rules of one mention:
 - Texts are compared by words, without case and a leading article. Numbers count by value: "four", "4" and "04" are one.
   A text that two options share names neither. "dark red circle" names no option "red circle".
 - A letter beside an option's text is one mention with it: "(B) the third image", "the third image (B)". Where the two
-  differ, the text counts, unless the letter is one that is offered and stands free, with white space round "(B)".
+  differ, the text counts, unless the letter is offered and stands free, with white space round "(B)".
 - A letter behind the word that all options end in names something else: "the first image (A)", where only the second
   and the third image can be chosen.
 - A capital alone counts only where nothing else that is claimed names an option. "A" and "I" before a small letter are

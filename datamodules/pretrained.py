@@ -1,4 +1,4 @@
-"""The one place that loads what is published: models, configurations, processors and tokenizers.
+"""The only place that loads published files: models, configurations, processors and tokenizers.
 
 Every call of `from_pretrained` and `from_config` in the project is here, so the same rules hold for the policy, the
 models that it is compared with, a teacher and the benchmarks of speed:
@@ -8,7 +8,7 @@ models that it is compared with, a teacher and the benchmarks of speed:
 - Loading runs no code but the installed packages': `trust_remote_code=False` unless the user asked for it (without a
   value transformers asks on the terminal), safetensors only, and an attention implementation that does not come from
   the model's own configuration (which may name code on the Hub).
-- What is wrong is one `ModelError` of a few lines, whatever kind of exception the libraries raise.
+- Every fault is a `ModelError` of a few lines, whatever kind of exception the libraries raise.
 """
 
 from __future__ import annotations
@@ -44,9 +44,15 @@ ANY_ATTENTION = None
 def load_model(
     path: str | Path, dtype: torch.dtype, attention: str | None = ATTENTION, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The image-text model of a folder or Hub repository on the CPU, with all its weights and nothing but them.
+    """An image-text model on the CPU, with all weights of its files and no others.
 
-    Raises ModelError that names `path` and what is wrong with it.
+    Args:
+        path: a folder or Hub repository.
+        dtype: of the weights.
+        attention: transformers' name of an attention implementation, or ANY_ATTENTION.
+        trust_remote_code: run the code that comes with the model.
+
+    Raises ModelError that names `path` and its faults.
     """
     check_image_text_model(path, trust_remote_code)
     model = _fill(path, dtype, attention, trust_remote_code)
@@ -58,16 +64,20 @@ def load_model(
 
 
 def check_policy(path: str | Path) -> None:
-    """Raise ModelError for all about a Qwen2.5-VL's folder that can be told in seconds, without reading a value: its
-    files, its tensors' names and shapes, its processor."""
+    """Raise ModelError for a Qwen2.5-VL whose files, tensor names, shapes or processor are wrong.
+
+    This takes seconds, since no value of a weight is read.
+    """
     check_model(path)
     check_tensors(path)
     load_processor(path)
 
 
 def check_tensors(path: str | Path, attention: str | None = ATTENTION) -> None:
-    """Raise ModelError unless every tensor of the model is in its files, in the right shape: `load_model` on the meta
-    device. The files themselves have been checked (`check_model`, `check_image_text_model`)."""
+    """Raise ModelError unless every tensor of the model is in its files, in the right shape.
+
+    It is `load_model` on the meta device. Check the files first (`check_model`, `check_image_text_model`).
+    """
     from transformers.utils import logging as progress
 
     shown = progress.is_progress_bar_enabled()
@@ -146,11 +156,11 @@ def load_processor(path: str | Path, trust_remote_code: bool = False) -> Any:
 
 
 def not_finite(tensors: Any) -> list[str]:
-    """A fault that lists the tensors with values that are not finite; none, []. `tensors`: pairs of name and tensor.
+    """One fault that names all tensors with a value that is not finite; [] if there is no such tensor.
 
-    A sum is finite only if every term is, and costs one pass over memory (0.1 s for a billion bfloat16 on two cores);
-    `isfinite` alone is a hundred times slower there. Where a sum is not finite it may be that finite values overflow
-    it, so only there is each value looked at.
+    `tensors`: pairs of name and tensor. A sum is finite only if every term is, and costs one pass over memory (0.1 s
+    for a billion bfloat16 on two cores); `isfinite` is a hundred times slower there. Finite values may overflow a sum,
+    so each value is looked at where the sum is not finite.
     """
     bad = [name for name, tensor in tensors if not _is_finite(tensor)]
     return [f"not all values of {listed(bad)} are finite numbers: fetch the weights again"] if bad else []
@@ -192,8 +202,10 @@ def _fill(
 
 
 def _tensor_faults(found: dict[str, Any]) -> list[str]:
-    """From transformers' list of what did not go from the files into the model. It leaves out what is tied to another
-    tensor, and what a model's class says it does without."""
+    """Faults from transformers' list of tensors that did not go from the files into the model.
+
+    That list leaves out tensors that are tied to others, and those that the model's class does without.
+    """
     shapes = [f"{name} {list(stored)} instead of {list(own)}" for name, stored, own in found["mismatched_keys"]]
     kinds = {
         "missing": sorted(found["missing_keys"]),
@@ -215,7 +227,7 @@ def _cure(found: dict[str, Any]) -> str:
 
 
 def _head_faults(model: PreTrainedModel) -> list[str]:
-    """Two readings of one folder: transformers 4 ties a head that config.json calls tied, 5 keeps one that differs."""
+    """Two readings of one folder: transformers 4 ties a head that config.json calls tied, 5 keeps a different head."""
     inside, outside = model.get_input_embeddings(), model.get_output_embeddings()
     tied = getattr(model.config, "tie_word_embeddings", False) and isinstance(model._tied_weights_keys, dict)
     if not tied or outside is None or "lm_head.weight" not in model._tied_weights_keys:

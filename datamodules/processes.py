@@ -22,7 +22,7 @@ ENDED = ("Z", "X")  # a killed child stays as a zombie until its parent looks
 
 
 class ProcessLost(RuntimeError):
-    """Another process that this one depends on has died or was given up; the message states it in full."""
+    """Another process that this process depends on has died or was given up; the message names it and the reason."""
 
 
 def end_with_parent(parent: int | None = None, delay: float = 0.0) -> None:
@@ -64,7 +64,7 @@ def process_state(pid: int) -> tuple[str, int]:
 
 
 def how_it_ended(exit_code: int | None) -> str:
-    """Of a multiprocessing process, in words."""
+    """How a multiprocessing process ended, in words; negative exit codes are signals."""
     if exit_code is None or exit_code >= 0:
         return f"ended with exit code {exit_code}"
     usual = {signal.SIGKILL: " (the system does so when memory is full)", signal.SIGBUS: " (as when /dev/shm is full)"}
@@ -72,8 +72,10 @@ def how_it_ended(exit_code: int | None) -> str:
 
 
 class StopClock:
-    """How long processes have been stopped, in looks of one a POLL_SECONDS: a pause of the looking process itself, as
-    by Ctrl-Z, does not count."""
+    """How long processes have been stopped, counted in looks, one each POLL_SECONDS.
+
+    A pause of the looking process itself, as by Ctrl-Z, does not count.
+    """
 
     def __init__(self, seconds: float | None = None) -> None:
         self.seconds = STOPPED_SECONDS if seconds is None else seconds
@@ -117,6 +119,7 @@ class ChildWatch:
             os.kill(pid, signal.SIGKILL)
 
     def look(self) -> None:
+        """Look at every child once, and kill those that have been stopped for too long."""
         for pid in [pid for pid in self.pids() if pid is not None]:
             state, parent = process_state(pid)
             fault = self.clock.fault(pid, state)
@@ -130,9 +133,9 @@ class ChildWatch:
 
 @contextmanager
 def process_pool(processes: int, **settings: Any) -> Iterator[ProcessPoolExecutor]:
-    """A pool whose results are never waited for in vain: a worker that stops or dies raises ProcessLost.
+    """A pool of processes that raises ProcessLost if a worker is stopped or dies.
 
-    settings: of ProcessPoolExecutor.
+    settings: arguments of ProcessPoolExecutor.
     """
     pool = ProcessPoolExecutor(processes, **settings)
     with ChildWatch(lambda: tuple(pool._processes or ())) as watch:

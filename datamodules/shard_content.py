@@ -1,9 +1,9 @@
-"""What shards hold now: their hashes, remembered beside them, and where they differ from their manifest.
+"""The content of shards: hashes, remembered beside the shards, and differences from the manifest.
 
-A shard is hashed when it is first asked for. <folder>/.content/<shard>.json then has the hash, the file's state (inode,
-size, times of the last write and the last change) and when it was read. As long as the state is the same, nobody has
-to read the shard again to know its hash: 140 GB are hashed once, not at each start. A copied folder has other states,
-and the same hashes. Where the folder cannot be written, the record lies in ~/.cache/multi-image-grounding/content.
+A shard is hashed when its hash is first needed. <folder>/.content/<shard>.json then holds the hash, the file's state
+(inode, size, times of the last write and the last change) and the time of reading. The shard is not read again while
+its state is the same: 140 GB are hashed once, not at each start. A copied folder has other states and the same hashes.
+Where the folder cannot be written, the record lies in ~/.cache/multi-image-grounding/content.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from datamodules.manifest import read_manifest
 log = logging.getLogger(__name__)
 
 RECORDS = ".content"
-PROCESS_BEGAN = time.time()  # of the main process in its forked workers too: what is hashed later is hashed in this run
+PROCESS_BEGAN = time.time()  # forked workers have the main process's: a later hash is one of this run
 # A file that was written this shortly before it was hashed may be written once more within the same tick of its
 # filesystem's clock, and show the same times: its hash is used and not remembered (as git does with its index).
 RACY_SECONDS = 2.0
 NUM_THREADS = 4  # sha256 takes about 1.5 GB/s of one core; more threads than that wait for the disk
-WORTH_SAYING = 1 << 30  # bytes; reading more takes seconds, and the log says what for
+WORTH_SAYING = 1 << 30  # bytes; reading more takes seconds, and the log gives the reason
 
 
 class State(NamedTuple):
@@ -42,6 +42,7 @@ class State(NamedTuple):
 
 
 def file_state(found: os.stat_result) -> State:
+    """The state of a file, of its `os.stat`."""
     return State(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
@@ -65,10 +66,10 @@ def content_sha256(path: Path, since: float = 0.0) -> str:
 
 
 def deviations(folder: str | Path) -> list[tuple[str, str]]:
-    """(name, what it is) of each shard that is not what the folder's manifest says: "absent", its size, or its hash.
+    """(name, difference) of each shard that differs from the folder's manifest: "absent", its size, or its hash.
 
-    [] where all are, and for a manifest that is none: whoever reads the shards refuses it. Shards of the right size
-    whose hash is not remembered are hashed first, by one process at a time.
+    A damaged manifest gives []: the reader of the shards refuses it. Shards of the right size whose hash is not
+    remembered are hashed first, by one process at a time.
     """
     folder, found, unknown = Path(folder), {}, []
     for name, size, digest in _entries(folder):

@@ -93,7 +93,7 @@ class ShardFile:
 
 
 def _extension(name: str) -> str:
-    """ "jpg" of "a.JPG"; "img" of a name without any, or with one that is more than a few letters and digits."""
+    """ "jpg" of "a.JPG"; "img" of a name without an extension of a few letters and digits."""
     found = os.path.splitext(name)[1].lower().lstrip(".")
     return found if _EXTENSION.fullmatch(found) else "img"
 
@@ -246,7 +246,7 @@ class ShardReader:
 
 
 def _member_table(file: BinaryIO, size: int) -> Members:
-    """Of what the tar's sound headers name, as far as it lies in the file of `size` bytes."""
+    """The members that the tar's undamaged headers name and that lie within the file's `size` bytes."""
     table: Members = {}
     try:
         # ignore_zeros goes on behind a damaged header, at the cost of that one member.

@@ -1,7 +1,7 @@
-"""Which source files of the project a command uses, and what each says: how a run notices that the code has changed.
+"""The source files of the project that a command uses, and their hashes: so a run notices that the code has changed.
 
-A file counts by its syntax tree without docstrings: comments, docstrings and layout may change. It counts where the
-command imports it, at once or late, through any number of others; a git checkout is not needed.
+The hash is of a file's syntax tree without docstrings: comments, docstrings and layout may change. A file counts if the
+command imports it, directly or through other files, at the start or later. No git checkout is needed.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("datamodules", "lightning_modules", "callbacks", "experiments")
 HAS_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
-Code = dict[str, str]  # {"datamodules/boxes.py": 12 hex digits of what it says}
+Code = dict[str, str]  # {"datamodules/boxes.py": 12 hex digits of its hash}
 
 
 def source_code(modules: Iterable[str], root: Path = ROOT) -> Code:
-    """Of the modules, by dotted name, and of all that they import of the project's packages."""
+    """Hashes of these modules (dotted names) and of all modules of the project that they import."""
     found: Code = {}
     waiting = list(modules)
     while waiting:
@@ -46,7 +46,7 @@ def class_modules(settings: Any) -> list[str]:
 
 
 def changed_files(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """Files that say something else, or are only in one of them, as words for a message."""
+    """Files that differ or that only one of the two has, in words for a message."""
     changed = [name for name in sorted(old.keys() & new.keys()) if old[name] != new[name]]
     added = [f"{name} (new)" for name in sorted(new.keys() - old.keys())]
     return changed + added + [f"{name} (no longer used)" for name in sorted(old.keys() - new.keys())]
@@ -64,7 +64,7 @@ def _files_of(module: str, root: Path) -> Iterator[Path]:
 
 @functools.lru_cache(maxsize=1024)
 def _read(path: Path, written: int, size: int) -> tuple[str, tuple[str, ...]]:
-    """(hash, what it imports); `written` and `size` change when the file does."""
+    """(hash, imported modules); `written` and `size` change when the file does."""
     data = path.read_bytes()
     try:
         tree = ast.parse(data)

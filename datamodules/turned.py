@@ -21,9 +21,10 @@ def boxed_images(sample: Sample) -> set[int]:
 
 
 def turn_sample(sample: Sample, orientations: Mapping[int, int]) -> Sample:
-    """The sample with every box as the image is shown. `orientations` has EXIF's 1 to 8 by image; others are upright.
+    """The sample with every box turned as its image is shown.
 
-    The text of a box in the question is written anew, in per mille: so both sources that have such boxes write them.
+    `orientations` has EXIF's 1 to 8 by image; other images are upright. The text of a box in the question is written
+    anew, in per mille, as both sources that have such boxes write it.
     """
     if all(orientation == 1 for orientation in orientations.values()):
         return sample

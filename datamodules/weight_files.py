@@ -1,7 +1,7 @@
-"""The safetensors files of a model folder: which they are, whether they are whole, and what tensors they hold.
+"""The safetensors files of a model folder: their names, whether they are whole, and the tensors in them.
 
-Only headers are read (a few kilobytes a file), with the library that reads the weights themselves later. So a model of
-any size is looked through in milliseconds, before anything is loaded.
+Only headers are read (a few kilobytes a file), with the library that later reads the weights. So a model of any size is
+checked in milliseconds, before anything is loaded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = {".bin", ".pt", ".pth"}
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-# What a weight is stored in. Integers, booleans and 8-bit floats are codes that need scales to become weights.
+# Types of stored weights. Integers, booleans and 8-bit floats are codes that need scales to become weights.
 STORED = ("F64", "F32", "F16", "BF16")
 # transformers reads files of this name before all others: a checkpoint that several processes have written.
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
@@ -34,11 +34,11 @@ class StoredTensor:
 
 
 class BrokenFile(ValueError):
-    """A file of a model folder that cannot be used; the message names the file, what is wrong and the cure."""
+    """A file of a model folder that cannot be used; the message names the file, the fault and the cure."""
 
 
 def pointer_fault(file: Path) -> str | None:
-    """What is wrong with a file that is a Git LFS pointer or empty; None for any other file."""
+    """The fault of a file that is a Git LFS pointer or empty; None for any other file."""
     with file.open("rb") as stream:
         start = stream.read(len(LFS_POINTER))
     if start == LFS_POINTER:
@@ -92,7 +92,7 @@ def _indexed_names(index: Path) -> list[str]:
 
 
 def stored_tensors(file: Path) -> list[StoredTensor]:
-    """All tensors of one safetensors file, from its header. Raises BrokenFile for one that is not whole."""
+    """All tensors of one safetensors file, from its header. Raises BrokenFile for a file that is not whole."""
     from safetensors import SafetensorError, safe_open
 
     if fault := pointer_fault(file):
@@ -128,7 +128,7 @@ def _whole_size(file: Path) -> int | None:
 
 
 def weight_faults(folder: Path, quantised: bool = False) -> list[str]:
-    """What is wrong with a folder's weight files as far as headers tell; [] where nothing is.
+    """Faults of a folder's weight files, as far as their headers show them.
 
     `quantised`: the model's own configuration says that its weights are stored as codes.
     """

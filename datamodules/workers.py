@@ -1,9 +1,9 @@
-"""Samples from a DataLoader's worker processes: is there room to hand them over, and no wait that has no end.
+"""Samples from a DataLoader's worker processes: room in shared memory is checked, and every wait has an end.
 
 A worker hands a sample's pixel values over in shared memory (/dev/shm; Docker gives 64 MB). By itself PyTorch puts them
 there in a thread whose failure loses the sample, and the training process then waits for it for ever. Here the worker
-puts them there before it gives the sample away, so a failure is an answer like any other; a worker that has stopped, or
-takes too long, is killed; and each worker that ends is a WorkersFailed that says which one, why, and what helps.
+puts them there before it gives the sample away, so a failure is handed over like a sample. A worker that is stopped, or
+takes too long, is killed. If a worker ends, WorkersFailed names it, the reason and the cure.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _END = object()
 
 
 class WorkersFailed(RuntimeError):
-    """Worker processes cannot, or can no longer, make samples; the message states in full why and what helps."""
+    """Worker processes cannot make samples, or no longer; the message states the reason and the cure."""
 
 
 class NoRoom(NamedTuple):
@@ -63,7 +63,7 @@ def no_room(number: int, lost: NoRoom) -> WorkersFailed:
 
 
 def free_bytes(folder: Path = SHARED_MEMORY) -> int | None:
-    """Of the folder's filesystem; None where there is no such folder, as on systems that share memory otherwise."""
+    """Free bytes of the folder's filesystem; None if there is no such folder, as on systems other than Linux."""
     if not folder.is_dir():
         return None
     stat = os.statvfs(folder)
@@ -86,10 +86,15 @@ def check_room(
 ) -> str | None:
     """Whether the samples that workers hold ready fit into shared memory, before any worker is started.
 
-    num_samples: as many are there at once, for each of `ranks` ranks on this machine; largest: bytes of the largest
-    that the settings admit; measure: the mean bytes of a few samples, asked only where the largest would not all fit.
-    Raises WorkersFailed where not even those of mean size fit. Returns a warning where only the largest do not; None
-    where all is well.
+    Args:
+        num_samples: samples that are held at once, for each rank.
+        largest: bytes of the largest sample that the settings admit.
+        measure: gives the mean bytes of a few samples; called only if `num_samples` of the largest do not fit.
+        ranks: ranks on this machine.
+        folder: where shared memory lies.
+
+    Returns a warning if samples of mean size fit and the largest do not; None if all fit. Raises WorkersFailed if not
+    even samples of mean size fit.
     """
     free, most = free_bytes(folder), ranks * num_samples * largest
     if free is None or most <= free:
@@ -112,8 +117,14 @@ def check_room(
 class Workers:
     """The values of a dataset in their order, made by worker processes, value k by worker k % num_workers.
 
-    num_ahead: so many values, or two for each worker, are made before they are asked for. seconds: how long one value
-    may take. describe: names value k in messages. One iteration at a time.
+    Only one iteration runs at a time.
+
+    Args:
+        values: the dataset.
+        num_workers: number of processes.
+        num_ahead: number of values that are made before they are asked for; at least two for each worker.
+        seconds: the longest time that one value may take.
+        describe: names value k in messages.
     """
 
     def __init__(
@@ -157,9 +168,9 @@ class Workers:
             self._end()
 
     def failure(self, error: BaseException, waiting: bool = False) -> WorkersFailed | None:
-        """What `error` says of a worker that has ended, in words for a user; None where it is of something else.
+        """The message for a worker that has ended, if `error` reports one; None for any other error.
 
-        A worker's end is told to the main thread by a signal, and so may be raised anywhere in training.
+        A signal tells the main thread that a worker has ended, so the error may be raised anywhere in training.
         """
         dead = re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)", str(error))
         if dead is None:
@@ -190,7 +201,7 @@ class Workers:
             self._watch.expect(None)
 
     def _broken(self, error: Exception) -> WorkersFailed:
-        """For an error of handing over. A worker killed while it hands over breaks that off before its end is seen."""
+        """For an error of handing over: a worker killed meanwhile causes one before its end is seen."""
         if failed := self.failure(error, waiting=True):
             return failed
         wait([process.sentinel for process in self._processes], timeout=END_SECONDS)
@@ -231,12 +242,12 @@ class _Watch(ChildWatch):
 
 
 def num_ahead_of_each(num_workers: int, num_ahead: int) -> int:
-    """Values that each worker makes ahead: with fewer than two it would idle while one is taken."""
+    """Values that each worker makes ahead, at least two: with one it would idle while that value is taken."""
     return max(2, num_ahead // num_workers)
 
 
 def _end_where_a_value_is_lost(number: int) -> None:
-    """In a worker: the thread that sends values drops one that it cannot send; nobody would ever get it."""
+    """In a worker: end it where PyTorch's sending thread would drop a value that it cannot send."""
 
     def end(error: Exception, value: Any) -> None:
         print(f"\nworker {number} cannot hand a sample over: {error!r}", file=sys.stderr, flush=True)

@@ -4,7 +4,8 @@
 
 A seed's rows lie in the experiment folder that `make pipeline SEED=…` uses, and are made by the same steps: what either
 has finished is not made again. Kill it whenever you like; the same command goes on from what is saved. Where the source
-files of the project have changed since, it asks before anything runs: --keep takes what is there, --redo makes it anew.
+files of the project have changed since, it asks before anything runs: --keep takes the existing results, --redo makes
+them anew.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ def run(
         report_only: run nothing; write the comparison of what is there
         outputs: folder of all experiments
         overrides: more arguments for one row, or for "evaluation": --overrides.grpo="--model.beta=0.01"
-        redo: make again what other source files of the project have made
-        keep: take what other source files of the project have made as it is
+        redo: make results of other source files of the project again
+        keep: take results of other source files of the project as they are
     """
     seeds, comparisons, overrides = seeds or [0], comparisons or [], overrides or {}
     check_stages(rows, overrides)

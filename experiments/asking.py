@@ -132,12 +132,12 @@ def _events(job: Job, processes: int) -> Iterator[Any]:
             _check_alive(workers, watch)
     finally:
         for worker in workers:
-            worker.kill()  # one that is stopped would not hear `terminate`
+            worker.kill()  # a stopped process does not react to `terminate`
             worker.join()
 
 
 def _check_alive(workers: list[Any], watch: ChildWatch) -> None:
-    """Raise ProcessLost for a process that has failed: one that was killed sends no message."""
+    """Raise ProcessLost for a process that has failed: a killed process sends no message."""
     for rank, worker in enumerate(workers):
         if worker.exitcode not in (None, 0):
             how = watch.fate(worker.pid, worker.exitcode)

@@ -1,7 +1,7 @@
-"""By what two runs differ, in words; and the answer to the question which of them is wanted where only the code does.
+"""The differences of two runs in words, and the choice between them where only the code differs.
 
-A finished run that other code has made is never silently taken for the one that is asked for, and never thrown away:
-the command names the files and ends, until KEEP=1 (--keep) or REDO=1 (--redo) says which is meant.
+A finished run of other code is never silently taken for the requested run, and never thrown away. The command names the
+changed files and ends, until KEEP=1 (--keep) or REDO=1 (--redo) makes the choice.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ MOST_LINES, MOST_FILES = 8, 6  # of a message: the rest is counted
 
 
 class CodeChanged(Exception):
-    """What is there was made by other source files, and nobody has said what to do; the message asks."""
+    """Other source files have made the existing results, and there is no choice yet; the message asks for it."""
 
 
 @dataclass(frozen=True)
 class MadeOf:
-    """What a run is made of. `saved` reads settings and inputs out of a config.yaml whose run did not record them."""
+    """Settings, inputs and code of a run. `saved` reads settings and inputs out of the config.yaml of a run that did
+    not record them."""
 
     key: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -45,15 +46,15 @@ class MadeOf:
 
 @dataclass(frozen=True)
 class Differences:
-    """`values`: settings and inputs, "name: old -> new". `fields`: names of settings that only one of the runs has, as
-    where the project has got a new one: of those nobody can say whether the old run had the same."""
+    """`values`: settings and inputs that differ, "name: old -> new". `fields`: names of settings that only one of the
+    runs has, such as a new setting of the project: nobody can say whether the old run had the same value."""
 
     values: list[str]
     fields: list[str]
 
 
 def take_choice(words: Sequence[str]) -> tuple[Choice | None, list[str]]:
-    """The answer among the words of a command line, --redo or --keep, and the other words. Both end the program."""
+    """The choice in a command line, --redo or --keep, and its other words. Giving both ends the program."""
     found = [word[2:] for word in words if word in ("--redo", "--keep")]
     if len(set(found)) > 1:
         raise SystemExit("--redo and --keep (REDO=1 and KEEP=1) exclude each other: give one of them")
@@ -61,21 +62,21 @@ def take_choice(words: Sequence[str]) -> tuple[Choice | None, list[str]]:
 
 
 def choice_of(redo: bool, keep: bool) -> Choice | None:
-    """The answer that two settings of a command give. Ends the program for both."""
+    """The choice that two settings of a command make. Giving both ends the program."""
     return take_choice(["--redo"] * redo + ["--keep"] * keep)[0]
 
 
 def spell_out(words: Sequence[str] | None) -> list[str]:
-    """A command line, by default this process's, as parsers read it for which a flag needs a value: --redo=true."""
+    """A command line, by default this process's, with --redo=true for --redo, as jsonargparse needs it; so --keep."""
     words = sys.argv[1:] if words is None else words
     return [f"{word}=true" if word in ("--redo", "--keep") else word for word in words]
 
 
 def is_stale(record: Mapping[str, Any], code: Code, choice: Choice | None = None) -> bool:
-    """Whether what the record is of was made by other code than this, and was not kept in spite of that.
+    """Whether the recorded result was made by other code than `code`, and was not kept for `code`.
 
-    A record without code is of an earlier version of the project, which wrote none down. To be made again is asked of
-    all that other code has made, kept or not.
+    A record without code is of an earlier version of the project, which recorded none. The choice "redo" covers results
+    that were kept, too.
     """
     if not code or record.get("code") == code:
         return False
@@ -83,7 +84,7 @@ def is_stale(record: Mapping[str, Any], code: Code, choice: Choice | None = None
 
 
 def kept(record: Mapping[str, Any], code: Code) -> dict[str, Any]:
-    """The record of what is kept although other code has made it: that stays written down, and is not asked again."""
+    """Fields of the record of a result that is kept for `code`: the command does not ask again."""
     return {"code": record.get("code", {}), "kept": fingerprint(code)}
 
 
@@ -93,7 +94,7 @@ def origin(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_differences(old: Mapping[str, Any], new: MadeOf) -> Differences:
-    """By what a run whose record (or settings and inputs) is `old` differs from a new one, apart from code."""
+    """The differences, apart from code, of a recorded run (its settings and inputs) and a new run."""
     found = Differences([], [])
     before, now = (json.loads(json.dumps(each, default=str)) for each in (old.get("settings", {}), new.settings))
     _walk("", before, now, found)
@@ -106,7 +107,15 @@ def find_differences(old: Mapping[str, Any], new: MadeOf) -> Differences:
 
 
 def question(what: str, is_done: bool, record: Mapping[str, Any], code: Code, fields: Sequence[str] = ()) -> str:
-    """Asks for KEEP=1 or REDO=1: `what` is there, with these settings and inputs, and was made by other code."""
+    """The message that asks for KEEP=1 or REDO=1 where other code has made an existing result.
+
+    Args:
+        what: the result, in words.
+        is_done: whether it is finished.
+        record: its started.json, or another record with the field "code".
+        code: the source files as they are now.
+        fields: names of settings that only one of the two runs has.
+    """
     state = "is finished" if is_done else "is unfinished"
     lines = [f"{what} {state} with these settings and inputs, but other source files of the project have made it."]
     if record.get("code") == code:
@@ -171,7 +180,7 @@ def settle_answers(
 
 
 def set_aside_text(folder: object, aside: object, differences: Differences) -> str:
-    """Says what another run's folder held, where it is now, and how to go back to it."""
+    """The message about another run's folder: the differences, its new place, and the way back."""
     names = [*differences.values, *(f"{name}: only one of the two has it" for name in differences.fields)]
     shown = [f"  {line}" for line in names[:MOST_LINES]] or ["  which ones it did not write down"]
     if len(names) > MOST_LINES:
@@ -181,7 +190,7 @@ def set_aside_text(folder: object, aside: object, differences: Differences) -> s
 
 
 def _walk(name: str, old: Any, new: Any, found: Differences) -> None:
-    """Add by what two values differ, field by field; lists of classes are compared class by class."""
+    """Add the differences of two values, field by field; lists of classes are compared class by class."""
     old, new = _by_class(old), _by_class(new)
     if not isinstance(old, Mapping) or not isinstance(new, Mapping):
         if old != new:

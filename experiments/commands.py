@@ -1,4 +1,4 @@
-"""What every command does before it reads its settings."""
+"""The check that every command makes before it reads its settings: no passwords and keys among them."""
 
 from __future__ import annotations
 
@@ -44,11 +44,12 @@ def refuse_credentials(arguments: Sequence[str]) -> None:
 
 
 def find_place(where: str) -> str:
-    """`where`, unless the name of the argument is itself the secret."""
+    """The name of an argument for a message; without the name where the name is itself the secret."""
     return "an argument" if find_credential(where) else where
 
 
 def refuse_in_file(file: Path) -> None:
+    """End the program if a line of a YAML or JSON file holds a credential; a missing file passes."""
     if not file.is_file() or file.stat().st_size > LARGEST:
         return
     for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):

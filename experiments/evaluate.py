@@ -84,8 +84,8 @@ def evaluate(
         processes: so many share the questions, each with a GPU of its own, or with its part of the CPU's cores
         generation: greedy: the likeliest token, without penalties; model: as the model's generation_config.json says,
             one question at a time (lightning_modules/generation.py)
-        redo: ask again what has been answered by other source files of the project
-        keep: take answers that were given by other source files of the project
+        redo: ask again the questions that other source files of the project have asked
+        keep: take answers that other source files of the project have got
     """
     home, choice = Path(output or default_output(model)), choice_of(redo, keep)
     faults = [f"processes={processes} must be at least 1"] if processes < 1 else []

@@ -35,11 +35,11 @@ from datamodules.processes import ProcessLost
 from datamodules.source_code import source_code
 from datamodules.synthetic.twins.build import TWINS, write_twin
 from experiments import checks, phases, tracking
-from experiments.answerers import ALIASES, ModelOptions, choose_answerer
+from experiments.answerers import ALIASES, AnswererSettings, ModelOptions, choose_answerer
 from experiments.asking import Job, ask_all
 from experiments.changes import RECORD, Choice, CodeChanged, choice_of, settle_answers, spell_out
 from experiments.commands import command
-from experiments.extracting import extract_letters, extractor_faults
+from experiments.extracting import extract_letters, extractor_faults, ready_extractor
 from lightning_modules.endpoint import EndpointMisused, EndpointSettings, EndpointUnavailable
 from lightning_modules.extractor import Extractor
 from lightning_modules.generation import Generation
@@ -127,22 +127,15 @@ def evaluate_benchmarks(
         trust_remote_code=trust_remote_code,
         generation=generation,
     )
-    faults = [f"processes={processes} must be at least 1"] if processes < 1 else []
     names = benchmark_names(bench)
-    faults += extractor_faults(extractor, names)
-    try:
-        settings = choose_answerer(model if endpoint else ALIASES.get(model, model), endpoint, options)
-    except ValueError as error:
-        faults.append(str(error))
-    checks.raise_all(faults)
+    faults = [f"processes={processes} must be at least 1"] if processes < 1 else []
+    settings = _choose_answerer(model, endpoint, options, faults + extractor_faults(extractor, names))
     benchmarks = _load(names, data_root, twins)
     home = Path(output or default_output(settings.model, served=endpoint is not None))
     job = Job(settings, tuple(benchmarks), data_root, str(home / "answers"), limit)
     with phases.locked(home):
         _settle_answers(home, choice)
-        asked = None if extractor is None else Extractor(extractor, home / "answers")
-        if asked is not None:
-            asked.check_first()
+        asked = None if extractor is None else ready_extractor(extractor, home / "answers")
         results = _evaluate(job, benchmarks, home, 1 if endpoint else processes, asked)
     if limit is None:
         _log(home, results)
@@ -169,6 +162,18 @@ def _settle_answers(home: Path, choice: Choice | None) -> None:
         is_done=lambda: any(home.glob("*/result.json")),
         set_aside=set_aside,
     )
+
+
+def _choose_answerer(
+    model: str, endpoint: EndpointSettings | None, options: ModelOptions, faults: list[str]
+) -> AnswererSettings:
+    """`choose_answerer`; raises SettingsError with its fault and the `faults` that are known already."""
+    try:
+        settings = choose_answerer(model if endpoint else ALIASES.get(model, model), endpoint, options)
+    except ValueError as error:
+        faults = [*faults, str(error)]
+    checks.raise_all(faults)
+    return settings
 
 
 def _evaluate(

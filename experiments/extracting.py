@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from datamodules.benchmarks.extraction import EXTRACTED_READERS, NO_OPTION, needs_extraction, unread
@@ -18,7 +19,7 @@ from lightning_modules.generation import stating
 
 
 def extractor_faults(extractor: EndpointSettings | None, names: Sequence[str]) -> list[str]:
-    """What is wrong with it for these benchmarks, as far as it goes without asking."""
+    """Settings of an extractor that cannot work for these benchmarks; the server is not asked."""
     if extractor is None:
         return []
     try:
@@ -33,12 +34,27 @@ def extractor_faults(extractor: EndpointSettings | None, names: Sequence[str]) -
     return faults
 
 
+def ready_extractor(settings: EndpointSettings, folder: Path) -> Extractor:
+    """An extractor that keeps its replies in `folder`, once its server has answered. Raises as `check_first` does."""
+    extractor = Extractor(settings, folder)
+    extractor.check_first()
+    return extractor
+
+
 def extract_letters(
     extractor: Extractor, benchmark: Benchmark, samples: Sequence[Sample], predictions: Sequence[Prediction]
 ) -> tuple[list[Prediction], dict[str, Any]]:
-    """The predictions of `samples`, officially scored with the letters that were found; and how many those are.
+    """The predictions, officially scored with the letters that were found; and the counts for `result.json`.
 
-    An answer that got no letter counts as wrong. Raises the errors of `Extractor.letters`.
+    An answer that got no letter counts as wrong.
+
+    Args:
+        extractor: finds the letters.
+        benchmark: its official rule decides which answers are asked about.
+        samples: the questions.
+        predictions: one for each of the samples, in their order.
+
+    Raises the errors of `Extractor.letters`.
     """
     places = [place for place, found in enumerate(predictions) if needs_extraction(found, benchmark.official)]
     before = Counter(extractor.failures)

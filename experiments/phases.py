@@ -57,12 +57,20 @@ def claim(
     choice: Choice | None = None,
     **facts: object,
 ) -> bool:
-    """Prepare a phase folder for a run, given by all that it is made of or by its hash alone; True when it is done.
+    """Prepare a phase folder for a run; True when that run is already done.
 
-    What the run is made of, and `facts` of its begin, such as the commit, are written down. A folder that holds a run
-    with other settings or inputs is moved aside whole, and by what it differs is said: nothing computed is lost,
-    nothing old is reused. Where only the code may differ, `choice` says whether the run that is there is kept (gone on
-    with) or made again; without one, raises CodeChanged.
+    A folder that holds a run with other settings or inputs is moved aside whole, and the differences are printed.
+    Nothing computed is lost, and nothing old is reused.
+
+    Args:
+        folder: the phase folder.
+        run: settings, inputs and code of the run, or its hash alone. They are written to started.json.
+        say: prints a message.
+        choice: the answer where only the code may differ. "keep" takes the existing run, or goes on with it; "redo"
+            moves it aside.
+        facts: more fields of started.json, such as the commit.
+
+    Raises CodeChanged where only the code may differ and there is no `choice`.
     """
     folder = Path(folder)
     run = MadeOf(run) if isinstance(run, str) else run
@@ -146,12 +154,18 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
-def wait_for_claim(
-    folder: Path, run: MadeOf | str, seconds: float = 600.0, choice: Choice | None = None
-) -> bool:
+def wait_for_claim(folder: Path, run: MadeOf | str, seconds: float = 600.0, choice: Choice | None = None) -> bool:
     """On the other ranks: wait until the leader has claimed the folder for this run; True when it is already done.
 
-    The leader ends then, so a rank that went on would wait for it in vain; and where it asks, which this rank does too.
+    The leader ends if the run is done, or if it must ask about changed code. Every other rank must then end too.
+
+    Args:
+        folder: the phase folder.
+        run: as the leader gives it to `claim`.
+        seconds: the longest wait.
+        choice: as the leader gives it to `claim`.
+
+    Raises CodeChanged as `claim` does, and TimeoutError after `seconds`.
     """
     run = MadeOf(run) if isinstance(run, str) else run
     end = time.monotonic() + seconds

@@ -4,7 +4,7 @@
 
 Every step is a process of its own and is skipped when it was finished with the same command, configuration and inputs,
 so a kill at any moment costs nothing but the step's work since its last checkpoint. Where the project's source files
-have changed since, it asks before anything runs: --keep takes what is there, --redo makes it again.
+have changed since, it asks before anything runs: --keep takes the existing results, --redo makes them anew.
 """
 
 from __future__ import annotations
@@ -208,8 +208,8 @@ def run(
         seed: seed of all training
         outputs: folder of all experiments
         overrides: arguments for one stage, or for "evaluation": --overrides.grpo="--model.beta=0.01"
-        redo: make again what other source files of the project have made
-        keep: take what other source files of the project have made as it is
+        redo: make results of other source files of the project again
+        keep: take results of other source files of the project as they are
     """
     check_stages(stages, overrides or {})
     check_files({"evaluation": evaluation, "world": world} | {f"stages.{n}": config for n, config in stages.items()})

@@ -1,7 +1,6 @@
-"""What a training run computes, and from what: its key, and by which settings and inputs two runs differ.
+"""The key of a training run: a hash of the settings and inputs that its results depend on.
 
-A setting is in the key unless it is named here: a new one, of which nobody has said whether results depend on it, makes
-another run rather than a wrong one.
+A setting is in the key unless it is named here. So a new setting makes another run, and never a wrong result.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ from datamodules.source_code import class_modules, source_code
 from experiments import checks
 from experiments.changes import Inputs, MadeOf
 
-# Where a run lies and how it is called; and the answer to what it was made of.
+# The place and name of a run; and the configuration files, whose values are settings themselves.
 RUN_NOT_IN_KEY = ("config", "outputs", "experiment", "phase")
-# How the run is shown, logged, saved and profiled; and validation loops, which no module here has.
+# Display, logs, saving and profiling; and validation loops, which no module here has.
 TRAINER_NOT_IN_KEY = (
     *("logger", "default_root_dir", "enable_progress_bar", "enable_model_summary", "log_every_n_steps", "profiler"),
     *("enable_checkpointing", "detect_anomaly", "barebones", "enable_autolog_hparams", "model_registry"),
     *("limit_val_batches", "limit_test_batches", "limit_predict_batches", "num_sanity_val_steps"),
     *("val_check_interval", "check_val_every_n_epoch", "inference_mode", "use_distributed_sampler"),
 )
-# Where it samples, what is written down of that, when it gives up, and settings that trade memory for time: the same
+# The place of sampling, its log, the limit at which a run gives up, and settings that trade memory for time: the same
 # numbers come out.
 MODEL_NOT_IN_KEY = (
     *("vllm", "rollout_log", "rollout_log_every", "max_idle_windows", "feature_cache", "feature_cache_gib"),
@@ -38,18 +37,18 @@ CALLBACKS_NOT_IN_KEY = (
     "callbacks.rank_watch.RankWatch",
     "callbacks.throughput.Throughput",
 )
-# Where a choice is kept that the same settings would make again.
+# The place of a choice that the same settings would make again.
 CALLBACK_FIELDS_NOT_IN_KEY = {"callbacks.rejection_sampling.RejectionSampling": ("folder", "shared")}
 COLLAPSE = "callbacks.collapse.CollapseGuard"
 
 
 def run_key(settings: Mapping[str, Any]) -> str:
-    """Hash of what the run computes: its settings, and the content of its model folder and shards."""
+    """Hash of the settings that results depend on, and of the content of the model folder and the shards."""
     return made_of(settings, with_code=False).key
 
 
 def made_of(settings: Mapping[str, Any], with_code: bool = True) -> MadeOf:
-    """All that the run with this resolved configuration is made of, read now."""
+    """Settings, inputs and code of the run with this resolved configuration, read now."""
     known, inputs = key_settings(settings), _inputs(settings)
     known["data"] |= _trusting(settings)
     contents = [[content for _, content in inputs[name]] for name in sorted(inputs)]

@@ -88,7 +88,7 @@ class OtherProcesses:
     def __exit__(self, *error: object) -> None:
         self._watch.__exit__(*error)
         for worker in self._workers:
-            worker.kill()  # one that is stopped would not hear `terminate`
+            worker.kill()  # a stopped process does not react to `terminate`
             worker.join()
 
     @property
@@ -101,7 +101,7 @@ class OtherProcesses:
                 pipe.send((asking, samples, folder, key))
 
     def wait(self) -> None:
-        """Until all have answered. Raises ProcessLost where one has failed; what it has answered is kept."""
+        """Return when all have answered. Raises ProcessLost if a process has failed; its answers are kept."""
         for worker in self._workers:
             worker.join()
         failed = [(rank, worker) for rank, worker in enumerate(self._workers, 1) if worker.exitcode != 0]

@@ -91,8 +91,8 @@ def synthesize(
         prices: of tokens, for the cost
         device: of the local server: auto, cpu, cuda:0, ...
         verify_shards: compare the sha256 of each shard with its manifest when it is first read
-        redo: move aside, and ask again for, what other source files of the project have made
-        keep: go on with, or take, what other source files of the project have made
+        redo: move responses that other source files of the project have got aside, and ask again
+        keep: go on with responses that other source files of the project have got
     """
     sampling, prices = sampling or Sampling(), prices or Prices()
     folders = folder_list(questions)

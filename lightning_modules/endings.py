@@ -1,10 +1,10 @@
-"""Ends of a run that are no fault of the program: the message states the reason in full, and no traceback follows."""
+"""Ends of a run that are no fault of the program: the message states the whole reason, and no traceback follows."""
 
 from __future__ import annotations
 
 
 class RunStopped(RuntimeError):
-    """A run that ends for a reason that its message states in full; what it has reached is saved."""
+    """A run that ends for the reason in its message; its progress is saved."""
 
 
 class NothingLearnt(RunStopped):

@@ -154,9 +154,14 @@ class ChatEndpoint:
         seed: int | None = None,
         attempts: int | None = None,
     ) -> Completion:
-        """The answer to `messages` (OpenAI's form), in at most `attempts`, or as many as the settings say.
+        """The server's answer to a chat.
 
-        temperature None leaves it to the server.
+        Args:
+            messages: in OpenAI's form.
+            max_tokens: the longest answer.
+            temperature: None leaves it to the server.
+            seed: None states no seed.
+            attempts: how often the request is made; None: as the settings say.
 
         Raises RequestRefused, EndpointMisused, and after every attempt EndpointUnavailable.
         """

@@ -32,8 +32,11 @@ CHECK = extraction_request("Which colour is the ball?", ("red", "green"), "The b
 
 
 class Extractor:
-    """Greedy; `settings.concurrency` requests under way at a time. `failures` counts answers that it gave no letter
-    for: "refused" and "unanswered" by the server, which are asked again by the next evaluation, and "unreadable"."""
+    """Asks greedily, with `settings.concurrency` requests under way at a time.
+
+    `failures` counts answers without a letter: "refused" and "unanswered" by the server, about which the next
+    evaluation asks again, and "unreadable" replies.
+    """
 
     def __init__(self, settings: EndpointSettings, folder: Path) -> None:
         self.settings = settings
@@ -47,15 +50,18 @@ class Extractor:
         self._checked = False
 
     def check_first(self) -> None:
-        """Unless a reply is kept already: ask something plain, before hours of questions. Raises EndpointMisused, or
-        EndpointUnavailable, where the server, the model or the key is wrong, or no letter comes back."""
+        """Ask about a plain answer before hours of questions, unless a reply is kept already.
+
+        Raises EndpointMisused or EndpointUnavailable if the server, the model or the key is wrong, or if the reply is
+        no letter.
+        """
         if not self._replies and not self._checked:
             asyncio.run(self._ask_all({}))
 
     def letters(self, answers: Sequence[Unread]) -> list[str | None]:
         """A letter for each, NO_OPTION where the answer picks none, None where it failed.
 
-        Raises EndpointMisused and EndpointUnavailable; what was answered before is kept.
+        Raises EndpointMisused and EndpointUnavailable; earlier replies are kept.
         """
         missing = {answer.key: answer for answer in answers if answer.key not in self._replies}
         failed: dict[str, str] = asyncio.run(self._ask_all(missing)) if missing else {}
@@ -76,7 +82,7 @@ class Extractor:
                 await self._check(endpoint)
 
             async def work() -> None:
-                for answer in waiting:  # one iterator for all workers: each takes what is next
+                for answer in waiting:  # one iterator for all workers: each takes the next answer
                     kind = await self._ask(endpoint, answer)
                     if kind is not None:
                         failed[answer.key] = kind
@@ -96,7 +102,7 @@ class Extractor:
             log.warning("no letter was extracted: %s", error)
             return "refused"
         except EndpointUnavailable as error:
-            with suppress(RequestRefused):  # it is there, and this one request is what it fails on; else that is raised
+            with suppress(RequestRefused):  # raises if the server is gone; else it fails on this one request
                 await endpoint.complete(_messages(CHECK), 1, 0.0)
             log.warning("no letter was extracted: %s", error)
             return "unanswered"

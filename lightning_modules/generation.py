@@ -36,7 +36,7 @@ NEUTRAL = {
     "min_length": 0,
     "min_new_tokens": 0,
 }
-TOKEN_IDS = ("bos_token_id", "pad_token_id", "decoder_start_token_id")  # beside the ends, what a model keeps of its own
+TOKEN_IDS = ("bos_token_id", "pad_token_id", "decoder_start_token_id")  # the model's own, kept beside the ends
 # A server's fields, neutral. OpenAI's API has the first three; vLLM and SGLang have all of them, and top_k -1 is off.
 OPENAI_FIELDS = {"top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 SERVER_FIELDS = OPENAI_FIELDS | {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -47,12 +47,15 @@ MODEL_RULES = {"generation": "model", "banned": "image and video placeholders"}
 
 
 def rules(generation: Generation) -> dict[str, Any]:
-    """What answers of a model in this process depend on, JSON-like, beside the model's own files."""
+    """The rules that answers of a model in this process depend on beside its files, JSON-like."""
     return dict(GREEDY_RULES if generation == "greedy" else MODEL_RULES)
 
 
 def note(generation: str | None) -> str:
-    """What a table says of a row: nothing of greedy decoding, which is the rule. None: a result that does not say."""
+    """The words that a table adds to a row: none for greedy decoding, which is the default.
+
+    None as `generation` is a result of an earlier version, which did not record its decoding.
+    """
     if generation == "greedy":
         return ""
     return ", the model's own generation settings" if generation == "model" else ", decoding unknown: evaluate again"
@@ -61,10 +64,17 @@ def note(generation: str | None) -> str:
 def configure(
     own: GenerationConfig, generation: Generation, max_new_tokens: int, ends: Collection[int], banned: Collection[int]
 ) -> GenerationConfig:
-    """The configuration of `generate` for a model whose own one is `own`; `banned` tokens are never written.
+    """The configuration of transformers' `generate` for one model.
 
     transformers fills every field that is None from the model's own configuration. So under "greedy" the model must
     also be given the result as its `generation_config`.
+
+    Args:
+        own: the model's own configuration.
+        generation: whether its rules hold, or those of greedy decoding.
+        max_new_tokens: the longest answer.
+        ends: token ids that end an answer.
+        banned: token ids that are never written.
     """
     from transformers import GenerationConfig
 
@@ -92,7 +102,7 @@ def own_seed(name: str) -> Iterator[None]:
 
 
 def server_rules(settings: EndpointSettings, generation: Generation) -> dict[str, Any]:
-    """What answers of a model behind a server depend on, JSON-like, beside the server's own settings."""
+    """The rules that answers of a model behind a server depend on beside the server's own settings, JSON-like."""
     if generation == "model":
         return {"generation": "model"}
     return {"generation": "greedy", "temperature": 0.0} | server_fields(settings)
@@ -122,8 +132,17 @@ def stating(settings: EndpointSettings, generation: Generation) -> EndpointSetti
 async def require_taken(
     settings: EndpointSettings, generation: Generation, messages: list[dict[str, Any]], max_tokens: int
 ) -> None:
-    """Raise EndpointMisused where the fields by which greedy decoding is stated are what made a server refuse
-    `messages`: without those that only some servers know it takes them."""
+    """Raise EndpointMisused if the server refuses a request only because of the stated samplers.
+
+    The same request is sent without the samplers that OpenAI's API does not have. If the server takes it, they are the
+    reason.
+
+    Args:
+        settings: a server that has refused `messages`.
+        generation: under "model" no sampler is stated, so nothing is asked.
+        messages: the request, in OpenAI's form.
+        max_tokens: the longest answer.
+    """
     if generation == "model" or settings.sampling_fields == "openai":
         return
     plain = replace(settings, sampling_fields="openai")

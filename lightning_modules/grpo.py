@@ -44,8 +44,8 @@ class GRPO(PolicyModule):
     batch; a relative path lies in the phase's folder (`rollout_log.py` reads it). rollout_prompts: prompts decoded
     together. engine: "native" samples in this process, "vllm" on the servers that `vllm` names
     (docs/rollout_engines.md). importance_cap: of `truncated_importance`; null trusts the engine's log-probabilities.
-    max_idle_windows: after so many windows in a row without an informative group (`idle_windows`) the run ends with
-    IdleTooLong; null goes on. A resumed run goes on counting. The other fields: `PolicyModule`.
+    max_idle_windows: after this number of windows in a row without an informative group (`idle_windows`) the run ends
+    with IdleTooLong; null goes on. A resumed run goes on counting. The other fields: `PolicyModule`.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ class IdleWindows:
         self._open_is_informative = False
 
     def add(self, sums: StepSums, ends_window: bool) -> None:
-        """One batch, as summed over all ranks; `ends_window` if it was its window's last."""
+        """Count one batch, summed over all ranks; `ends_window` says that it was its window's last."""
         self._open.update({name: int(getattr(sums, name)) for name in COUNTED})
         self._open_is_informative |= sums.informative_groups > 0
         if not ends_window:
@@ -46,7 +46,7 @@ class IdleWindows:
         self.number, self._counts = state["number"], Counter(state["counts"])
 
     def require_fewer_than(self, limit: int | None, max_new_tokens: int, temperature: float) -> None:
-        """Raises IdleTooLong where there are `limit` of them, the window before included; null: no limit."""
+        """Raises IdleTooLong after `limit` windows or more; None: no limit."""
         if limit is not None and self.number >= limit:
             raise IdleTooLong(
                 f"stopped: GRPO learns nothing; {self.explain(max_new_tokens, temperature)}\n"
@@ -54,7 +54,7 @@ class IdleWindows:
             )
 
     def explain(self, max_new_tokens: int, temperature: float) -> str:
-        """What the completions of these windows have in common, what to do about it, and the counts; three lines."""
+        """Why no group of these windows was informative, the cure, and the counts; three lines."""
         counts = self._counts
         return (
             f"no group of the last {self.number} windows was informative: in each of {counts['groups']} groups all "

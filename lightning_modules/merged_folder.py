@@ -1,8 +1,8 @@
 """A merged model as a folder that loads wherever the model loads that it was trained from.
 
-Only weights are new. Configuration, tokenizer, processor, template and generation settings are the source's own files,
-byte for byte, and the tensors have the source's names, in files of the source's names. What one release of transformers
-writes in its own layout (nested configurations, renamed tensors) older ones, and other programs, do not read.
+Only the weights are new. Configuration, tokenizer, processor, template and generation settings are the source's own
+files, byte for byte. Tensors and weight files have the source's names. A newer release of transformers writes a layout
+of its own (nested configurations, renamed tensors), which older releases and other programs do not read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from datamodules.model_folder import COMPANIONS, ModelError, local_folder
 from datamodules.weight_files import INDEX, WEIGHTS, json_object, stored_tensors, weight_files
 
 LANGUAGE, VISION = "model.language_model.", "model.visual."
-# A tensor's names in published files, as (prefix there, prefix in the model); the first one that gives a name wins.
+# A tensor's names in published files, as (prefix there, prefix in the model); the first pair that gives a name wins.
 PREFIXES = (
     ("", ""),
     ("visual.", VISION),
@@ -32,16 +32,16 @@ PREFIXES = (
 
 
 def name_in_model(stored: str, names: Iterable[str]) -> str | None:
-    """The tensor, one of the `names` in a Qwen2.5-VL of transformers 5, that `stored` is in a file; None if it is none.
+    """The name, among `names` of a Qwen2.5-VL in transformers 5, of the tensor that a file calls `stored`; else None.
 
-    Published are `model.layers.0…`, `visual.blocks.0…` and `lm_head.weight`.
+    Published files have `model.layers.0…`, `visual.blocks.0…` and `lm_head.weight`.
     """
     candidates = (own + stored.removeprefix(published) for published, own in PREFIXES if stored.startswith(published))
     return next((name for name in candidates if name in names), None)
 
 
 def check_names(source: str | Path, names: Iterable[str]) -> None:
-    """Raise ModelError for a tensor in the source's files that merging could not name: now, and not after training."""
+    """Raise ModelError for a tensor in the source's files that merging could not name; call it before training."""
     for file in weight_files(local_folder(source)):
         for tensor in stored_tensors(file):
             if name_in_model(tensor.name, names) is None:

@@ -1,5 +1,7 @@
-"""Answers of a policy by its own generation settings, whatever they hold, in transformers' `generate`: slow, and for
-evaluation alone. It is how a model's row is measured as its authors ship it (`generation` "model")."""
+"""Answers of a policy by its own generation settings, whatever they are, with transformers' `generate`.
+
+This is slow and for evaluation alone: it measures a model as its authors ship it (`generation` "model").
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ One optimizer update takes a *window* of `accumulate` batches on every rank. Los
 divided once, at the update, by how many of them the whole window held on all ranks. So packing, accumulation and the
 number of ranks never change the weight of a token, and a rank without anything to learn from takes part with zeros.
 A window may reach over the end of an epoch; a run's last window may hold fewer batches, and is stepped like any other.
-(Hugging Face's Trainer steps what is left at the end of every epoch.)
+(Hugging Face's Trainer steps the remaining batches at the end of every epoch.)
 A checkpoint written inside a window resumes at the window's start: a half-accumulated gradient is never saved.
 """
 
@@ -200,8 +200,10 @@ class PolicyModule(LightningModule):
         return True
 
     def require_learnt(self) -> None:
-        """For the end of a run, before anything is made of it; all ranks call it. Raises NothingLearnt where no update
-        was made, or where every weight is still the one that was loaded."""
+        """Call it on all ranks at the end of a run, before merging.
+
+        Raises NothingLearnt if no update was made, or if every weight still equals the loaded weight.
+        """
         updates = self.trainer.global_step
         if updates > 0 and not is_unmoved(self.policy, self._start):
             return
@@ -209,7 +211,7 @@ class PolicyModule(LightningModule):
         raise NothingLearnt(f"nothing was learnt: {fact}; {self.explain_no_learning()}")
 
     def explain_no_learning(self) -> str:
-        """What may be behind it, in words."""
+        """Possible reasons, in words."""
         return (
             f"learning_rate={self.learning_rate} may be too small for dtype={self.dtype_name!r}, or trainer.max_steps, "
             "max_epochs and limit_train_batches leave no batch"

@@ -1,6 +1,6 @@
 """The policy: a Qwen2.5-VL with its tokenizer, adapter and reference.
 
-This is the only file that knows what a Qwen2.5-VL looks like inside; `datamodules/pretrained.py` loads it.
+This is the only file that knows the modules inside a Qwen2.5-VL; `datamodules/pretrained.py` loads it.
 
 Shapes: P prompts, N target tokens, D hidden width, V vocabulary.
 """
@@ -259,7 +259,7 @@ class QwenVL(nn.Module):
 
     def save_merged(self, folder: str | Path, write: bool = True) -> None:
         """Write the model's folder again with the adapter merged into its weights (`write_merged`), whole or not at
-        all, replacing what was there. Where there are several ranks all call it, and one with `write`."""
+        all, in place of an older folder. All ranks call it, and exactly one rank with `write`."""
         merged = self.sharded.copy(place="cpu" if write else "meta") if self.sharded is not None else None
         if not write:
             return

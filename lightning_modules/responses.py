@@ -1,7 +1,7 @@
-"""What a server of models sends: read strictly, since nothing that it sends may end a run or pass as a value.
+"""Responses of a server of models, read strictly: no garbage may end a run or pass as a value.
 
-A body that is not what was asked for is `Malformed`; the client counts it and asks again. A body without an end is cut
-off at LARGEST_BODY.
+A body of another form than the request needs is `Malformed`; the client counts it and asks again. A body without an end
+is cut off at LARGEST_BODY.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LARGEST_BODY = 2**26
 
 
 class Malformed(ValueError):
-    """A success whose body is not what was asked for, such as one that was cut short: asked again."""
+    """A success whose body has another form than the request needs, such as a body that was cut short: asked again."""
 
 
 @dataclass(frozen=True)

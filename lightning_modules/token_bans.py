@@ -21,7 +21,7 @@ def end_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def placeholder_ids(config: PreTrainedConfig) -> tuple[int, ...]:
-    """Image and video placeholders: written, they would change what the prompt's images are."""
+    """Image and video placeholders: a model that wrote one would change which images the prompt has."""
     return tuple(sorted({config.image_token_id, config.video_token_id}))
 
 

@@ -1,4 +1,4 @@
-"""What cannot work in the settings of a training module, as sentences that name the field and its value."""
+"""Settings of a training module that cannot work, as sentences that name the field and its value."""
 
 from __future__ import annotations
 

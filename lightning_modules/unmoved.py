@@ -20,12 +20,12 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 
 
 def weight_marks(policy: QwenVL) -> dict[str, int]:
-    """A number for each trained tensor that is no adapter's, by name; ranks of a divided policy call it together."""
+    """A checksum of each trained tensor that is no adapter's, by name; ranks of a divided policy call it together."""
     return {name: _mark(tensor) for name, tensor in policy.trained_tensors() if "lora_" not in name}
 
 
 def is_unmoved(policy: QwenVL, start: dict[str, int]) -> bool:
-    """True if every weight of the merged model is the one that was loaded. `start`: `weight_marks` of then.
+    """True if every weight of the merged model equals the loaded weight. `start`: `weight_marks` after loading.
 
     Ranks of a divided policy call it together. The first layer whose adapter shows in its weight ends the search.
     """

@@ -98,7 +98,7 @@ def read_choices(
 
     Args:
         ends: token ids that end a completion.
-        vocabulary: token ids that a policy can sample; a `range`, say.
+        vocabulary: token ids that a policy can sample, as a `range`.
 
     Raises PromptMismatch if the server read another prompt than `item`'s. Raises Malformed for everything else that is
     no such answer, and for a completion that stops before its limit without one of the tokens `ends`, as those of a
@@ -133,7 +133,7 @@ def _fault(
     ends: Collection[int],
     vocabulary: Collection[int],
 ) -> str | None:
-    """What is wrong with a completion."""
+    """The fault of a completion; None for a sound one."""
     if type(ids) is not list or not ids or len(ids) != len(log_probs):
         return f"token ids {ids!r:.60} with {len(log_probs)} log-probabilities"
     if wrong := [token for token in ids if type(token) is not int or token not in vocabulary]:

@@ -3,7 +3,8 @@
     BLINK/<Subset>/val-00000-of-00001.parquet   idx, question, image_1 … image_4, choices, answer "(A)", prompt, …
 
 The model is asked `prompt`, which lists the options, after the images. Official accuracy is exact match after a reading
-whose last step asks GPT-3.5; that step is left out of the official column.
+whose last step asks GPT-3.5; that step is left out of the official column unless an extractor is named
+(`extraction.py`).
 
 Style `official` puts BLINK's disclaimer before the prompts of the two of these subsets that have one. Two differences
 to eval/test_benchmark.py remain: it sends the text before the images, while here the images come first in every style;

@@ -1,6 +1,7 @@
-"""The last step of BLINK's and MMIU's official scoring: where their readers find no letter, a language model says which
-option an answer picks. Here: what it is asked, in words of this project, and how its reply is read. Who asks is
-`lightning_modules/extractor.py`.
+"""The last step of BLINK's and MMIU's official scoring: a language model says which option an answer picks.
+
+The official code takes this step where its reader finds no letter. This file has the request, in words of this project,
+and the reading of the reply. `lightning_modules/extractor.py` asks.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from datamodules.benchmarks.schema import Prediction, Rule
 from datamodules.samples import ImagePart, Sample
 
 EXTRACTED_READERS = ("blink", "mmiu")  # of `Rule`: the official code behind these asks a language model last
-NO_OPTION = "Z"  # the reply for an answer that picks none; no question has so many options
+NO_OPTION = "Z"  # the reply for an answer that picks none; no question has 26 options
 
 _REQUEST = """\
 Below are a question about images, its options, and an answer to it. Find out which option the answer picks.
@@ -51,6 +52,7 @@ def needs_extraction(prediction: Prediction, official: Rule) -> bool:
 
 
 def unread(sample: Sample, prediction: Prediction) -> Unread:
+    """The request about one answer of BLINK or MMIU."""
     parts = (f"<image {part.image + 1}>\n" if isinstance(part, ImagePart) else part.text for part in sample.messages)
     choices = prediction.answer.choices
     text = extraction_request("".join(parts), choices, prediction.text)
@@ -58,6 +60,7 @@ def unread(sample: Sample, prediction: Prediction) -> Unread:
 
 
 def extraction_request(question: str, choices: Sequence[str], answer: str) -> str:
+    """The text that asks which of the `choices` the `answer` picks."""
     options = "\n".join(f"({chr(ord('A') + index)}) {choice}" for index, choice in enumerate(choices))
     return _REQUEST.format(question=question.strip(), options=options, answer=answer.strip(), none=NO_OPTION)
 

@@ -176,10 +176,17 @@ def file_benchmark(
     *,
     frame: Frame,
 ) -> Benchmark:
-    """A benchmark whose samples name image files below `folder`.
+    """A benchmark whose samples name image files.
 
-    `frame` is the one in which its authors read images, and so that of the boxes and sizes in `samples`; in the
-    benchmark they are those of the images as they are shown.
+    Args:
+        name: of the benchmark.
+        samples: its questions; boxes and sizes are in `frame`.
+        folder: the image names begin here.
+        rule, official: how answers are scored, after the paper and officially.
+        averages: names of averages, with the columns that each is over.
+        dropped: numbers of records that are no questions, by reason.
+        frame: the frame in which the benchmark's authors read images. In the result, boxes and sizes are those of the
+            images as they are shown.
     """
     turned = 0
     if frame == "stored":
@@ -191,13 +198,16 @@ def file_benchmark(
 
 
 def files_fingerprint(folder: Path, names: Sequence[str]) -> str:
-    """Of files by name and size in bytes; a missing one counts as such, and is refused when it is read."""
+    """Hash of files by name and size in bytes. A missing file counts as missing, and is refused when it is read."""
     return fingerprint([(name, file_size(folder / name)) for name in names])
 
 
 def by_id(records: Any, what: str, where: str) -> dict[int | str, Mapping[str, Any]]:
-    """COCO's records by their ids. Raises ValueError for one without an id, and for an id that two of them have: which
-    of the two other records mean is not said."""
+    """COCO's records by their ids.
+
+    Raises ValueError for a record without an id, and for an id that two records have: other records refer to it, and
+    nothing says which of the two they mean.
+    """
     found: dict[int | str, Mapping[str, Any]] = {}
     for position, record in enumerate(records):
         require_fields(record, ("id",), f"{where}: {what}[{position}]")
@@ -210,7 +220,14 @@ def by_id(records: Any, what: str, where: str) -> dict[int | str, Mapping[str, A
 
 
 def refuse_repeated(number: int | str, known: Container[int | str], where: str, field: str = "id") -> None:
-    """Raise ValueError if `number`, the `field` of the record at `where`, is among the `known` ids."""
+    """Raise ValueError for an id that an earlier record has.
+
+    Args:
+        number: the id.
+        known: ids of the earlier records.
+        where: file and position of the record, for the message.
+        field: the record's field that holds the id.
+    """
     if number in known:
         raise ValueError(
             f"{where}: field {field!r} is {number!r:.80}, as of an earlier record: each needs an id of its own"

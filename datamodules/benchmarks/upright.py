@@ -15,11 +15,11 @@ TURNED = "kept: boxes of a turned photograph"
 
 
 def turn_questions(samples: Sequence[Sample], folder: Path) -> tuple[list[Sample], int]:
-    """The samples with their boxes as their images, files below `folder`, are shown, and how many that changed.
+    """The samples with their boxes turned as their images (files below `folder`) are shown; and how many have changed.
 
-    Only images with a box in them are opened, each once. `extra["size"]`, the stored size that the annotation says, is
-    that of the answer's image and turns with it. An image that is not there, or no image, turns nothing: its question
-    is refused when it is asked.
+    Only images with a box in them are opened, each once. `extra["size"]`, the stored size by the annotation, is the
+    size of the answer's image and turns with it. A missing or damaged image turns nothing: its question is refused when
+    it is asked.
     """
     known: dict[str, int] = {}
     found = []
@@ -33,12 +33,12 @@ def turn_questions(samples: Sequence[Sample], folder: Path) -> tuple[list[Sample
 
 
 def orientation_of(path: Path) -> int:
-    """EXIF's orientation of an image file, 1 to 8; 1 for one that cannot be looked at."""
+    """EXIF's orientation of an image file, 1 to 8; 1 for a file that cannot be read."""
     try:
         with path.open("rb") as file:
             return read_header(file).orientation
     except (OSError, ValueError):
-        return 1  # whoever reads the file itself says what is wrong with it
+        return 1  # the code that reads the file itself reports the fault
 
 
 def _turned(sample: Sample, orientations: dict[int, int]) -> Sample:

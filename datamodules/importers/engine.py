@@ -152,12 +152,20 @@ def import_part(
     title: str,
     frame: Frame | None = None,
 ) -> Tally:
-    """Write one folder of shards and its manifest, and return what was taken and what was rejected, and why.
+    """Write one folder of shards and its manifest, and return the counts of taken and of rejected samples, by rule.
 
-    `frame` is that of the boxes (`Scan.frame`).
+    Args:
+        folder: of the shards.
+        entries: one for each record (`Scan.subsets`).
+        convert: makes samples of entries; it runs in the workers.
+        image_root: the folder in which the samples' image names begin.
+        settings: how many samples, their order, and the share that may be rejected.
+        workers: the processes that make shards.
+        title: of the progress bar.
+        frame: that of the boxes (`Scan.frame`).
 
-    Raises ValueError when more than `max_rejected` of the samples break a rule, or fewer than `count` can be had; what
-    was made until then stays for the next run.
+    Raises ValueError when more than `max_rejected` of the samples break a rule, or when there are fewer than `count`.
+    Finished shards stay for the next run.
     """
     folder = Path(folder)
     (folder / PARTS).mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,8 @@ from datamodules.turned import turn_sample
 def load_images(sample: Sample, image_root: Path, frame: Frame | None = None) -> LoadedSample:
     """The sample with its files' bytes; nothing is decoded and nothing encoded again.
 
-    `frame` is the one that the source measured its boxes in, None where that is not known. Boxes of the stored pixels
-    of a photograph that EXIF turns become boxes of the image as it is shown; `extra["turned"]` then says how often.
+    `frame` is that in which the source measured its boxes, None where it is not known. Boxes of the stored pixels of a
+    photograph that EXIF turns become boxes of the image as it is shown; `extra["turned"]` then says how often.
 
     Raises SampleError: "missing_image"; the rules of `open_image` ("unreadable_image": the header is no image's);
     "turned_image" (EXIF turns it when shown, and `frame` is None); "image_size" (not the width and height that

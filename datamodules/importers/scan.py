@@ -21,8 +21,8 @@ class Scan:
 
     `subsets` has for each subset one small picklable entry a record, in file order; `image_root` is where the samples'
     image names begin; `report` is `Schema.report()`, `skipped` how many records are no questions of this kind, and why.
-    `frame` is the one that its boxes were measured in: of a photograph that EXIF turns, the stored pixels or the image
-    as it is shown. None where nothing says which: questions on such photographs are rejected.
+    `frame` says in which pixels boxes of a photograph that EXIF turns were measured: as stored, or as shown. None where
+    nothing says which: questions on such photographs are rejected.
     """
 
     subsets: dict[str, Sequence[Any]]
