@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.benchmarks.parquet import null_columns, read_rows, row_bytes
-from datamodules.benchmarks.schema import Benchmark, Rule, files_fingerprint, image_parts, make_sample
+from datamodules.benchmarks.schema import WITHOUT_MODEL, Benchmark, Rule, files_fingerprint, image_parts, make_sample
 from datamodules.prompts import OFFICIAL_PREFIX
 from datamodules.samples import LoadedSample, Sample
 
@@ -36,7 +36,7 @@ SUBSETS = (  # in the order of the paper's Table 6
 )
 AVERAGES = {"avg": SUBSETS}
 RULE = Rule(source="paper Table 6: accuracy, mean over subsets")
-OFFICIAL = Rule(source="BLINK eval/evaluate.py without its GPT-3.5 matcher, mean over subsets", reader="blink")
+OFFICIAL = Rule(source=f"BLINK eval/test_benchmark.py {WITHOUT_MODEL}, mean over subsets", reader="blink")
 IMAGES = ("image_1", "image_2", "image_3", "image_4")
 DISCLAIMED = ("Forensic_Detection", "Jigsaw")
 DISCLAIMER = (  # verbatim from eval/test_benchmark.py

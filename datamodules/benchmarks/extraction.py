@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from datamodules.answers import answer_text
 from datamodules.artefacts import fingerprint
-from datamodules.benchmarks.schema import Prediction, Rule
+from datamodules.benchmarks.schema import WITHOUT_MODEL, Prediction, Rule
 from datamodules.samples import ImagePart, Sample
 
 EXTRACTED_READERS = ("blink", "mmiu")  # of `Rule`: the official code behind these asks a language model last
@@ -76,4 +76,4 @@ def with_extractor(official: Rule, model: str | None) -> Rule:
     """The official rule, with the model that takes its last step named."""
     if model is None:
         return official
-    return replace(official, source=f"{official.source}; last step by the extractor {model}")
+    return replace(official, source=official.source.replace(WITHOUT_MODEL, f"with its last step by the extractor {model}"))

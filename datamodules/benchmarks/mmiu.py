@@ -23,6 +23,7 @@ from typing import Any
 from datamodules.benchmarks.mig_bench import load_images
 from datamodules.benchmarks.parquet import read_rows
 from datamodules.benchmarks.schema import (
+    WITHOUT_MODEL,
     Benchmark,
     Rule,
     file_benchmark,
@@ -61,7 +62,7 @@ SPATIAL = {
 COLUMNS = SEMANTIC | SPATIAL
 AVERAGES = {"avg": tuple(COLUMNS), "semantic": tuple(SEMANTIC), "spatial": tuple(SPATIAL)}
 RULE = Rule(source="paper Tables 7 and 8: mean over tasks, a task of two keys is their mean", within="macro")
-OFFICIAL = Rule(source="MMIU evaluate.py without its GPT-4o-mini matcher", within="macro", reader="mmiu")
+OFFICIAL = Rule(source=f"MMIU evaluate.py {WITHOUT_MODEL}", within="macro", reader="mmiu")
 _KEYS = {key: column for column, keys in COLUMNS.items() for key in keys}
 _FIELDS = ("task", "question", "context", "options", "input_image_path", "output")
 _OPTION = re.compile(r"^\s*\(?([A-Z])\)?\s*[:.)][ \t]?(.*)$", re.MULTILINE)

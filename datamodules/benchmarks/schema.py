@@ -27,10 +27,13 @@ from datamodules.scores import BoxChoice
 Average = Literal["micro", "macro"]
 Reader = Literal["project", "mig_bench", "blink", "mmiu"]
 
+# In the source of an official rule whose authors ask a language model where their reader finds no letter.
+WITHOUT_MODEL = "without its last step, which asks a language model"
+
 
 @dataclass(frozen=True)
 class Rule:
-    """How answers become accuracies. Of a multiple-choice benchmark, threshold, inclusive and box say nothing."""
+    """How answers become accuracies. `threshold`, `inclusive` and `box` apply to benchmarks of boxes only."""
 
     source: str  # where the rule is from
     threshold: float = 0.5  # of the IoU
