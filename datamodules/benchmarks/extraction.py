@@ -76,4 +76,5 @@ def with_extractor(official: Rule, model: str | None) -> Rule:
     """The official rule, with the model that takes its last step named."""
     if model is None:
         return official
-    return replace(official, source=official.source.replace(WITHOUT_MODEL, f"with its last step by the extractor {model}"))
+    named = f"with its last step by the extractor {model}"
+    return replace(official, source=official.source.replace(WITHOUT_MODEL, named))
