@@ -21,16 +21,9 @@ from tqdm import tqdm
 from callbacks.checkpoints import RunStopped
 from callbacks.encoding import encode_ahead
 from datamodules.answerers import split_windows
-from datamodules.artefacts import (
-    Journal,
-    fingerprint,
-    path_fingerprint,
-    read_journal,
-    read_json,
-    write_atomic,
-    write_json,
-)
+from datamodules.artefacts import Journal, fingerprint, read_journal, read_json, write_atomic, write_json
 from datamodules.batches import Encoder, PromptItem
+from datamodules.path_fingerprint import path_fingerprint
 from datamodules.samples import LoadedSample, SampleError
 from datamodules.scores import require_box, score_text
 from datamodules.shards import ShardReader, ShardWriter, folder_list

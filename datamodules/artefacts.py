@@ -24,23 +24,6 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def path_fingerprint(path: str | Path) -> str:
-    """Hash of a file, a shard folder or a model folder by content, of anything else (a Hub name) by name.
-
-    For a shard folder the manifest is hashed, which holds every shard's hash, and the shards that differ from it.
-    """
-    path, differing = Path(path), []
-    if path.is_file():
-        files = [path]
-    elif (path / "manifest.json").is_file():
-        from datamodules.shard_content import deviations  # which writes its records with this module's functions
-
-        files, differing = [path / "manifest.json"], deviations(path)
-    else:
-        files = sorted([*path.glob("*.json"), *path.glob("*.safetensors"), *path.glob("*.jinja")])
-    return fingerprint([*((file.name, file_sha256(file)[:16]) for file in files), *differing] or str(path))
-
-
 def file_sha256(file: Path) -> str:
     """Hash of a file's content. Weights are read for it once in a process, and again when the file is another or has
     been written: lists of what is done ask for them as often as there are steps."""

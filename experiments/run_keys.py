@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from datamodules.artefacts import fingerprint, path_fingerprint
+from datamodules.artefacts import fingerprint
+from datamodules.path_fingerprint import path_fingerprint
 from datamodules.shard_content import deviations
 from datamodules.source_code import class_modules, source_code
 from experiments import checks

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from datamodules.artefacts import fingerprint, path_fingerprint
+from datamodules.artefacts import fingerprint
+from datamodules.path_fingerprint import path_fingerprint
 from datamodules.processes import ProcessLost
 from experiments import phases
 from experiments.changes import MadeOf

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from callbacks import preemption
-from datamodules.artefacts import fingerprint, path_fingerprint, read_json
+from datamodules.artefacts import fingerprint, read_json
+from datamodules.path_fingerprint import path_fingerprint
 from datamodules.source_code import source_code
 from experiments import phases
 from experiments.changes import Choice, CodeChanged, changed_text, is_stale, kept, origin

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import yaml
 
-from datamodules.artefacts import fingerprint, path_fingerprint
+from datamodules.artefacts import fingerprint
+from datamodules.path_fingerprint import path_fingerprint
 from datamodules.source_code import class_modules, source_code
 from experiments import phases, sweep_page, sweep_wandb
 from experiments.changes import Choice, CodeChanged, MadeOf, choice_of

@@ -9,7 +9,8 @@ from typing import NoReturn
 
 import yaml
 
-from datamodules.artefacts import fingerprint, path_fingerprint, read_json, write_json
+from datamodules.artefacts import fingerprint, read_json, write_json
+from datamodules.path_fingerprint import path_fingerprint
 from experiments.sweep_plan import SweepPlan
 from experiments.tracking import PROJECT, choose_wandb_mode, wandb_identity, wandb_run_id, with_given_tags
 

@@ -24,20 +24,13 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
-from datamodules.artefacts import (
-    Journal,
-    fingerprint,
-    path_fingerprint,
-    read_journal,
-    read_json,
-    write_atomic,
-    write_json,
-)
+from datamodules.artefacts import Journal, fingerprint, read_journal, read_json, write_atomic, write_json
 from datamodules.boxes import geometries_from_json
 from datamodules.chat_requests import RequestForm
 from datamodules.dialects import find_dialect
 from datamodules.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
 from datamodules.model_folder import ModelError
+from datamodules.path_fingerprint import path_fingerprint
 from datamodules.samples import SampleError
 from datamodules.shards import MANIFEST, ShardReader, folder_list
 from datamodules.source_code import source_code

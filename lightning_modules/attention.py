@@ -12,7 +12,7 @@ from transformers.masking_utils import sdpa_mask
 
 from lightning_modules.branch_cache import BranchLayer
 from lightning_modules.layers import HALF, is_recent_gpu
-from lightning_modules.shared_prefix import SharedPrefixAttention
+from lightning_modules.prefix_attention import SharedPrefixAttention
 
 TEXT_ATTENTION = "shared_prefix_sdpa"
 # The vision tower hands over whole sequences with their boundaries only to what is called flash; to anything else

@@ -14,6 +14,7 @@ from torch import Tensor
 from datamodules.batches import Batch, PromptItem
 from datamodules.boxes import Convention
 from lightning_modules.groups import Group, keep_old, learnt_groups
+from lightning_modules.grpo_faults import grpo_faults
 from lightning_modules.grpo_metrics import StepSums, rollout_records
 from lightning_modules.idle_windows import IdleWindows
 from lightning_modules.objectives import Reduction, equal_groups, group_advantages, grpo_loss, truncated_importance
@@ -23,7 +24,6 @@ from lightning_modules.rollout_log import RolloutLog
 from lightning_modules.rollouts import NativeEngine, Rollout, RolloutEngine, RolloutSettings
 from lightning_modules.seeds import derive_seed
 from lightning_modules.shared_prefix import PackedRows, pack_rows
-from lightning_modules.training_faults import grpo_faults
 from lightning_modules.vllm_protocol import VLLMSettings
 from lightning_modules.vllm_run import CloseOnError, connect
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from datamodules.answerers import Load, Reply
-from datamodules.artefacts import path_fingerprint
 from datamodules.boxes import Convention, ImageGeometry
 from datamodules.chat_requests import ChatRequest, RequestForm, build_turn
+from datamodules.path_fingerprint import path_fingerprint
 from datamodules.pretrained import ANY_ATTENTION, load_model, load_processor
 from datamodules.samples import Sample, SampleError
 from lightning_modules.generation import Generation, configure, own_seed, rules

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from lightning_modules.adapters import folded_weight, plain_weight
 from lightning_modules.branch_cache import BranchCache, BranchLayer, PrefixRecorder
+from lightning_modules.prefix_attention import SharedPrefixAttention
 from lightning_modules.products import PackedProduct
-from lightning_modules.shared_prefix import SharedPrefixAttention
 
 ROWS = 16  # products have a multiple of it: oneDNN makes code for each number of rows, for the time of ten products
 

@@ -1,4 +1,4 @@
-"""Attention of packed rows on a GPU: FlexAttention under a block mask, for `shared_prefix.SharedPrefixAttention`.
+"""Attention of packed rows on a GPU: FlexAttention under a block mask, for `prefix_attention.SharedPrefixAttention`.
 
 What no token of a block may see is never computed, so a row costs what its groups cost. The mask itself is never
 written out: a token's group and branch are kept, and for each pair of blocks whether any token may see any.
@@ -11,15 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-if TYPE_CHECKING:
-    from lightning_modules.shared_prefix import GroupSpan
+from lightning_modules.layout import GroupSpan
 
 BLOCK = 128
 SHORTEST = 1024

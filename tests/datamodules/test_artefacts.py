@@ -10,16 +10,8 @@ from pathlib import Path
 import pytest
 
 from datamodules import artefacts
-from datamodules.artefacts import (
-    Journal,
-    fingerprint,
-    path_fingerprint,
-    read_journal,
-    read_json,
-    whole_folder,
-    write_atomic,
-    write_json,
-)
+from datamodules.artefacts import Journal, fingerprint, read_journal, read_json, whole_folder, write_atomic, write_json
+from datamodules.path_fingerprint import path_fingerprint
 from tests.conftest import SmallDisk
 
 

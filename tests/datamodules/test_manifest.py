@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from datamodules.artefacts import path_fingerprint
 from datamodules.manifest import CURE, read_manifest
+from datamodules.path_fingerprint import path_fingerprint
 from datamodules.shards import ShardReader, ShardWriter
 from experiments import checks
 from tests.datamodules.tiny_processor import make_sample

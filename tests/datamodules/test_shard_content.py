@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from datamodules import shard_content
-from datamodules.artefacts import hash_file, path_fingerprint
+from datamodules.artefacts import hash_file
+from datamodules.path_fingerprint import path_fingerprint
 from datamodules.samples import SampleError
 from datamodules.shards import ShardReader, ShardWriter
 from tests.datamodules.tiny_processor import declare, make_sample

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from datamodules.artefacts import fingerprint, path_fingerprint, read_json, write_json
+from datamodules.artefacts import fingerprint, read_json, write_json
+from datamodules.path_fingerprint import path_fingerprint
 from experiments import ablations, phases, pipeline, steps, tracking
 from experiments.changes import CodeChanged
 from experiments.results import read_results

@@ -14,9 +14,11 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from datamodules.batches import PromptItem
 from lightning_modules.adapters import LoraSettings
+from lightning_modules.layout import GroupSpan
 from lightning_modules.packed_flex import BLOCK, attend_packed, compiled_flex, padded_length, row_block_mask
+from lightning_modules.prefix_attention import SharedPrefixAttention
 from lightning_modules.qwen_vl import QwenVL
-from lightning_modules.shared_prefix import GroupSpan, SharedPrefixAttention, pack_rows
+from lightning_modules.shared_prefix import pack_rows
 
 MakeItems = Callable[..., list[PromptItem]]
 CPU = torch.device("cpu")

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from datamodules.batches import PromptItem
-from lightning_modules import shared_prefix
+from lightning_modules import prefix_attention
+from lightning_modules.layout import GroupSpan, group_length
 from lightning_modules.qwen_vl import LoraSettings, QwenVL
-from lightning_modules.shared_prefix import GroupSpan, group_length, pack_rows
+from lightning_modules.shared_prefix import pack_rows
 
 MakeItems = Callable[..., list[PromptItem]]
 
@@ -130,7 +131,7 @@ def written_mask(spans: tuple[GroupSpan, ...]) -> Tensor:
 def test_attention_by_structure_equals_attention_under_the_mask(
     make_items: MakeItems, monkeypatch: pytest.MonkeyPatch, query_block: int
 ) -> None:
-    monkeypatch.setattr(shared_prefix, "QUERY_BLOCK", query_block)
+    monkeypatch.setattr(prefix_attention, "QUERY_BLOCK", query_block)
     (row,) = pack_rows(make_items([1, 2, 1]), ragged([[3, 9, 1], [4], [1]]), 10_000)
     generator = torch.Generator().manual_seed(0)
     length, shapes = row.input_ids.shape[1], ((4, 16), (2, 16), (2, 16))

@@ -9,7 +9,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from datamodules.artefacts import fingerprint, path_fingerprint, read_json, write_json
+from datamodules.artefacts import fingerprint, read_json, write_json
+from datamodules.path_fingerprint import path_fingerprint
 from datamodules.synthetic.twins import choices, grounding
 
 MARKER = ".twin.json"
