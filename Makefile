@@ -32,7 +32,7 @@ seed = $(if $(SEED),--seed_everything $(SEED))
 answer = $(if $(filter-out 0,$(REDO)),--redo) $(if $(filter-out 0,$(KEEP)),--keep)
 # The nano configurations need the nano world, which is made once; a finished one is kept, also if `make shards` was given
 # ARGS. Another CONFIG brings its own data.
-world = $(if $(CONFIG),,$(PY) -m experiments.shards --config $(NANO)/shards.yaml --keep=true)
+world = $(if $(CONFIG),,$(PY) -m experiments.generate_synthetic --config $(NANO)/shards.yaml --keep=true)
 # A source by its name, or a mixture by its YAML.
 import = import_shards $(if $(filter %.yaml,$(SOURCE)),--config,--source) $(SOURCE) $(if $(ROOT),--root $(ROOT))
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
@@ -57,16 +57,16 @@ $(STAMP): setup.cfg
 	touch $@
 
 pipeline: $(STAMP)  ## Base, CoT-SFT, rejection sampling, GRPO, MIG-Bench between them, and the report (the main job)
-	$(if $(CONFIG),,$(PY) -m experiments.base --processes 2)
+	$(if $(CONFIG),,$(PY) -m experiments.nano.pretrain --processes 2)
 	$(PY) -m experiments.pipeline $(call config,pipeline) --seed $(or $(SEED),0) $(answer) $(ARGS)
 
 ablations: $(STAMP)  ## The paper's Tables 2, 3 and 9: every row at SEEDS="0 1 2", ROWS="sft grpo" for some; resumes, reuses `make pipeline`
-	$(if $(CONFIG),,$(PY) -m experiments.base --processes 2)
+	$(if $(CONFIG),,$(PY) -m experiments.nano.pretrain --processes 2)
 	$(PY) -m experiments.ablations $(call config,ablations) $(if $(SEEDS),--seeds $(call list,$(SEEDS))) \
 		$(if $(ROWS),--only $(call list,$(ROWS))) $(answer) $(ARGS)
 
 base: $(STAMP)  ## Pretrain the nano base model on single-image tasks (half an hour or more on two CPU cores; resumes)
-	$(PY) -m experiments.base --processes 2 $(ARGS)
+	$(PY) -m experiments.nano.pretrain --processes 2 $(ARGS)
 
 shards: $(STAMP)  ## Generate the nano world, or import: SOURCE=mgrounding|refcoco|odinw|v3det|mixture.yaml ROOT=folder
 	$(PY) -m experiments.$(if $(SOURCE),$(import),shards $(call config,shards)) $(ARGS)
@@ -90,7 +90,7 @@ agent: $(STAMP)  ## Join a W&B sweep from another machine: SWEEP=entity/project/
 # Needs no .venv: the server has an environment of its own.
 VLLM_VENV ?= .venv-vllm
 vllm-server:  ## Serve rollouts for GRPO with model.engine=vllm: MODEL=folder, ARGS="--port 8001"; on a GPU if there is one
-	$(PYTHON) experiments/vllm_server.py --venv $(VLLM_VENV) $(if $(MODEL),--model $(MODEL)) $(ARGS)
+	$(PYTHON) lightning_modules/serving/vllm_server.py --venv $(VLLM_VENV) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 eval: $(STAMP)  ## Evaluate any model: MODEL=nano BENCH=all (or ref_l4,blink,...), or MIG-Bench alone: ARGS="--model outputs/nano/grpo/merged"
 	$(world)
@@ -102,7 +102,7 @@ rescore: $(STAMP)  ## Score stored answers again: ARGS="--predictions outputs/ev
 	$(PY) -m experiments.rescore $(ARGS)
 
 tables: $(STAMP)  ## The paper's Tables 2-9 with the measured numbers beside them: Markdown, CSV, report.html
-	$(PY) -m experiments.tables $(ARGS)
+	$(PY) -m experiments.print_tables $(ARGS)
 
 synthesize: $(STAMP)  ## CoT data from a teacher: nano's own CoT-SFT model, served here, or any OpenAI-compatible server
 	$(if $(CONFIG),,test -d outputs/nano/cot_sft/merged || $(MAKE) sft SEED= ARGS=)
@@ -110,7 +110,7 @@ synthesize: $(STAMP)  ## CoT data from a teacher: nano's own CoT-SFT model, serv
 	$(PY) -m experiments.synthesize $(call config,synthesize) $(answer) $(ARGS)
 
 report: $(STAMP)  ## Rewrite report.html from a finished or running experiment: ARGS="--folder outputs/nano-seed1"
-	$(PY) -m experiments.report $(ARGS)
+	$(PY) -m experiments.reports.pipeline_report $(ARGS)
 
 compare: $(STAMP)  ## One page that compares runs, with their rollouts: RUNS="outputs/nano outputs/nano-seed1/grpo"
 	$(PY) -m experiments.compare --runs $(or $(RUNS),outputs/nano) $(ARGS)
@@ -127,7 +127,7 @@ bench-gpu:  ## Time them on a GPU at the 7B and 3B shapes, random weights; 9 min
 	$(OFFLINE) $(BENCH_PYTHON) -m experiments.bench.run --shapes 7b 3b --minutes 8.5 $(ARGS)
 
 chaos: $(STAMP)  ## Kill a short pipeline 20 times and compare its results with an undisturbed run's: ARGS="--kills 40 --seed 1"
-	$(OFFLINE) $(ONE_THREAD) $(PY) -m experiments.chaos $(ARGS)
+	$(OFFLINE) $(ONE_THREAD) $(PY) -m tests.chaos.run_chaos $(ARGS)
 
 lint: $(STAMP)  ## Check style with ruff
 	$(PY) -m ruff check .

@@ -14,8 +14,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from datamodules.artefacts import remove_draft, storage_error
-from lightning_modules.endings import IdleTooLong, RunStopped
+from datamodules.persistence.files import remove_draft, storage_error
+from lightning_modules.training.endings import IdleTooLong, RunStopped
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from typing import TypeVar
 
 from lightning.pytorch import LightningModule
 
-from datamodules.batches import Encoder, PromptItem
-from datamodules.prefetch import prefetch
-from datamodules.samples import LoadedSample, SampleError
-from lightning_modules.rollouts import NativeEngine, RolloutEngine
+from datamodules.encoding.encoder import Encoder, PromptItem
+from datamodules.samples.sample import LoadedSample, SampleError
+from datamodules.streaming.prefetch import prefetch
+from lightning_modules.rollouts.base import NativeEngine, RolloutEngine
 
 T = TypeVar("T")
 

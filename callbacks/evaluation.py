@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.answerers import UNANSWERED, Answerer, Reply, split_windows
-from datamodules.artefacts import Journal, fingerprint, read_journal
-from datamodules.benchmarks.schema import Benchmark, column_of
-from datamodules.boxes import geometries_from_json, geometries_to_json
-from datamodules.samples import Sample
+from datamodules.benchmarks.base import Benchmark, column_of
+from datamodules.persistence.files import Journal, fingerprint, read_journal
+from datamodules.samples.boxes import geometries_from_json, geometries_to_json
+from datamodules.samples.sample import Sample
 
 LOSSES = 8  # so many questions without an answer, and more than have one: it is no use to ask the rest
 

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors import SafetensorError
 
 from callbacks.checkpoints import RunStopped
-from datamodules.artefacts import storage_error
+from datamodules.persistence.files import storage_error
 
 
 class MergeAdapter(Callback):

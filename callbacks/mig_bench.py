@@ -19,15 +19,15 @@ from callbacks.checkpoints import RunStopped
 from callbacks.encoding import encode_ahead, prompt_encoder, rollout_engine
 from callbacks.evaluation import EvaluationSettings, require_positive
 from datamodules.answerers import split_windows
-from datamodules.artefacts import Journal, StorageError, fingerprint, make_folder, read_journal, write_json
-from datamodules.batches import Encoder
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
 from datamodules.benchmarks.mig_scoring import Prediction, format_table, score_answer, score_refused, summarise
-from datamodules.path_fingerprint import path_fingerprint
-from datamodules.samples import LoadedSample, Sample, SampleError
-from lightning_modules.generation import Generation, rules
-from lightning_modules.qwen_vl import QwenVL
-from lightning_modules.rollouts import RolloutEngine, RolloutSettings
+from datamodules.encoding.encoder import Encoder
+from datamodules.persistence.files import Journal, StorageError, fingerprint, make_folder, read_journal, write_json
+from datamodules.samples.sample import LoadedSample, Sample, SampleError
+from datamodules.streaming.path_fingerprint import path_fingerprint
+from lightning_modules.models.qwen_vl import QwenVL
+from lightning_modules.rollouts.base import RolloutEngine, RolloutSettings
+from lightning_modules.serving.generation_rules import Generation, rules
 
 log = logging.getLogger(__name__)
 # Prompts given to the engine at once, in batches: it adapts its weights once for them, and they are in memory together.

@@ -11,11 +11,11 @@ from callbacks.encoding import encode_ahead
 from callbacks.evaluation import EvaluationSettings
 from callbacks.mig_bench import policy_fingerprint
 from datamodules.answerers import Load, Reply, split_windows
-from datamodules.batches import Encoder
-from datamodules.samples import Sample, SampleError
-from lightning_modules.generation import Generation, rules
-from lightning_modules.qwen_vl import QwenVL
-from lightning_modules.rollouts import RolloutEngine, RolloutSettings
+from datamodules.encoding.encoder import Encoder
+from datamodules.samples.sample import Sample, SampleError
+from lightning_modules.models.qwen_vl import QwenVL
+from lightning_modules.rollouts.base import RolloutEngine, RolloutSettings
+from lightning_modules.serving.generation_rules import Generation, rules
 
 log = logging.getLogger(__name__)
 

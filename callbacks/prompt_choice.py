@@ -21,15 +21,15 @@ from tqdm import tqdm
 from callbacks.checkpoints import RunStopped
 from callbacks.encoding import encode_ahead
 from datamodules.answerers import split_windows
-from datamodules.artefacts import Journal, fingerprint, read_journal, read_json, write_atomic, write_json
-from datamodules.batches import Encoder, PromptItem
-from datamodules.path_fingerprint import path_fingerprint
-from datamodules.samples import LoadedSample, SampleError
-from datamodules.scores import require_box, score_text
-from datamodules.shards import ShardReader, ShardWriter, folder_list
-from lightning_modules.qwen_vl import QwenVL
-from lightning_modules.rollouts import RolloutEngine, RolloutSettings
-from lightning_modules.seeds import derive_seed
+from datamodules.encoding.encoder import Encoder, PromptItem
+from datamodules.persistence.files import Journal, fingerprint, read_journal, read_json, write_atomic, write_json
+from datamodules.samples.sample import LoadedSample, SampleError
+from datamodules.samples.scores import require_box, score_text
+from datamodules.streaming.path_fingerprint import path_fingerprint
+from datamodules.streaming.shards import ShardReader, ShardWriter, folder_list
+from lightning_modules.models.qwen_vl import QwenVL
+from lightning_modules.rollouts.base import RolloutEngine, RolloutSettings
+from lightning_modules.training.seeds import derive_seed
 
 log = logging.getLogger(__name__)
 

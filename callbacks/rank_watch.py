@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from datamodules.processes import ENDED, StopClock, end_with_parent, process_state
+from datamodules.persistence.processes import ENDED, StopClock, end_with_parent, process_state
 
 BEAT_SECONDS = 1.0
 KEY = "rank_watch"

@@ -12,8 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.encoding import prompt_encoder, rollout_engine
 from callbacks.prompt_choice import RejectionSettings, is_finished, rejection_key, rejection_sample
-from datamodules.artefacts import fingerprint, read_json
-from datamodules.source_code import source_code
+from datamodules.persistence.files import fingerprint, read_json
+from datamodules.persistence.source_code import source_code
 
 SOURCE = ("callbacks.prompt_choice",)  # with all that it imports: what samples and chooses
 

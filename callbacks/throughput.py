@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from datamodules.batches import Batch
+from datamodules.encoding.encoder import Batch
 
 
 class Throughput(Callback):

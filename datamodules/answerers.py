@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from datamodules.boxes import Convention, ImageGeometry
-from datamodules.samples import LoadedSample, Sample
+from datamodules.samples.boxes import Convention, ImageGeometry
+from datamodules.samples.sample import LoadedSample, Sample
 
 T = TypeVar("T")
 Load = Callable[[Sample], LoadedSample]  # reads the images of a sample; raises SampleError where it cannot

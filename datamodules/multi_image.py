@@ -8,15 +8,15 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 
-from datamodules.batches import Batch, Encoder, PromptItem
-from datamodules.boxes import Convention
-from datamodules.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
-from datamodules.prompts import PromptStyle
-from datamodules.samples import LoadedSample, Rejections, SampleError
-from datamodules.scores import require_box
-from datamodules.shards import ShardReader
-from datamodules.stream import WORKER_SECONDS, BatchLoader, ShardStream, num_samples_held
-from datamodules.workers import WorkersFailed, check_room, largest_pixels
+from datamodules.encoding.encoder import Batch, Encoder, PromptItem
+from datamodules.encoding.messages import PromptStyle
+from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
+from datamodules.samples.boxes import Convention
+from datamodules.samples.sample import LoadedSample, Rejections, SampleError
+from datamodules.samples.scores import require_box
+from datamodules.streaming.shards import ShardReader
+from datamodules.streaming.stream import WORKER_SECONDS, BatchLoader, ShardStream, num_samples_held
+from datamodules.streaming.workers import WorkersFailed, check_room, largest_pixels
 
 logger = logging.getLogger(__name__)
 

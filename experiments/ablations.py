@@ -21,14 +21,15 @@ import yaml
 from jsonargparse import auto_cli
 
 from callbacks import preemption
-from datamodules.artefacts import write_atomic
-from experiments import ablation_report, phases, tracking
-from experiments.ablation_summary import Comparison
-from experiments.changes import Choice, CodeChanged, choice_of, spell_out
-from experiments.commands import command
+from datamodules.persistence.files import write_atomic
 from experiments.pipeline import Ladder, Rung, build_world, check_stages, experiment_folder
-from experiments.results import BASE
-from experiments.steps import say, settle
+from experiments.reports import ablation_report
+from experiments.reports.ablation_summary import Comparison
+from experiments.runs import run_identity, wandb_runs
+from experiments.runs.changes import Choice, CodeChanged, choice_of, spell_out
+from experiments.runs.commands import command
+from experiments.runs.results import BASE
+from experiments.runs.subprocess_steps import say, settle
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def run(
         model: the base model, folder or Hub name
         evaluation: YAML of experiments.evaluate
         rows: name of each row's phase, behind the row that it starts from; the first row, "base", is always there
-        world: YAML of experiments.shards; null where the data are there already
+        world: YAML of experiments.generate_synthetic; null where the data are there already
         seeds: seeds of all training; null: [0]
         comparisons: differences between rows, with the aims for them
         only: rows to run, with those that they start from; others are kept where they are done. null: all
@@ -97,14 +98,14 @@ def run(
         list_all_done(ladders)
         report()
         for seed, ladder in ladders.items():
-            with phases.locked(ladder.folder):
+            with run_identity.locked(ladder.folder):
                 for name in run_rows(ladder, wanted_rows(rows, only)):
                     say(f"seed {seed}: {name} is there")
                     report()
         say(f"{(time.monotonic() - start) / 60:.1f} minutes")
     print(report(), flush=True)
     if not report_only:
-        tracking.log_summary(home / "summary", *ablation_report.figures(home))
+        wandb_runs.log_summary(home / "summary", *ablation_report.figures(home))
     say(f"{home / 'ablations.html'}, {home / 'ablations.md'}, {home / 'ablations.json'}")
 
 
@@ -123,7 +124,7 @@ def make_ladders(
     arguments["evaluation"] = overrides.get("evaluation", "")
     ladders = {}
     for seed, folder in folders.items():
-        names = partial(tracking.wandb_environment, home.name, f"seed{seed}")  # of a row, which is a tag too
+        names = partial(wandb_runs.wandb_environment, home.name, f"seed{seed}")  # of a row, which is a tag too
         ladders[seed] = Ladder(folder, seed, model, evaluation, rungs, arguments, names, choice)
     return ladders
 
@@ -134,7 +135,7 @@ def list_all_done(ladders: Mapping[int, Ladder]) -> None:
     A seed at which another process is working is left to that one, which lists what it has found done.
     """
     for seed, ladder in ladders.items():
-        with phases.locked(ladder.folder, wait=False) as held:
+        with run_identity.locked(ladder.folder, wait=False) as held:
             if held:
                 ladder.list_done()
             else:

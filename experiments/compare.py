@@ -13,11 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from datamodules.artefacts import write_atomic
-from experiments.commands import command
-from experiments.compare_page import render_page
-from experiments.rollout_pages import write_rollouts
-from experiments.runs import find_runs
+from datamodules.persistence.files import write_atomic
+from experiments.reports.compare_page import render_page
+from experiments.reports.find_runs import find_runs
+from experiments.reports.rollout_pages import write_rollouts
+from experiments.runs.commands import command
 
 MARKER = "comparison.txt"  # a folder with it is ours to write over
 

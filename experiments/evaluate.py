@@ -21,21 +21,21 @@ from jsonargparse import auto_cli
 from callbacks.evaluation import EvaluationSettings
 from callbacks.mig_bench import evaluation_key, limit_tasks, summary_metrics
 from callbacks.previews import draw_previews
-from datamodules.artefacts import read_journal, read_json, write_json
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
 from datamodules.benchmarks.mig_scoring import format_table, summarise
-from datamodules.boxes import Convention
-from datamodules.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
-from datamodules.model_folder import ModelError
-from datamodules.processes import ProcessLost
-from datamodules.prompts import PromptStyle
-from datamodules.source_code import source_code
-from experiments import checks, phases, tracking
-from experiments.asking import share_cores
-from experiments.changes import RECORD, CodeChanged, choice_of, settle_answers, spell_out
-from experiments.commands import command
-from experiments.shares import Asking, OtherProcesses, answer_all, set_answers_aside
-from lightning_modules.generation import Generation, note
+from datamodules.checkpoints.model_folder import ModelError
+from datamodules.encoding.messages import PromptStyle
+from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
+from datamodules.persistence.files import read_journal, read_json, write_json
+from datamodules.persistence.processes import ProcessLost
+from datamodules.persistence.source_code import source_code
+from datamodules.samples.boxes import Convention
+from experiments.evaluation.ask_processes import share_cores
+from experiments.evaluation.shares import Asking, OtherProcesses, answer_all, set_answers_aside
+from experiments.runs import preflight, run_identity, wandb_runs
+from experiments.runs.changes import RECORD, CodeChanged, choice_of, settle_answers, spell_out
+from experiments.runs.commands import command
+from lightning_modules.serving.generation_rules import Generation, note
 
 
 def evaluate(
@@ -83,17 +83,17 @@ def evaluate(
             max_resized_pixels and label_images say; false: as these say
         processes: so many share the questions, each with a GPU of its own, or with its part of the CPU's cores
         generation: greedy: the likeliest token, without penalties; model: as the model's generation_config.json says,
-            one question at a time (lightning_modules/generation.py)
+            one question at a time (lightning_modules/serving/generation_rules.py)
         redo: ask again the questions that other source files of the project have asked
         keep: take answers that other source files of the project have got
     """
     home, choice = Path(output or default_output(model)), choice_of(redo, keep)
     faults = [f"processes={processes} must be at least 1"] if processes < 1 else []
-    checks.raise_all(faults + checks.model_faults(model) + checks.benchmark_faults(annotations, image_root))
+    preflight.raise_all(faults + preflight.model_faults(model) + preflight.benchmark_faults(annotations, image_root))
     decoding = decoding or EvaluationSettings()
     form = {"convention": convention, "style": style}
     form |= {"max_resized_pixels": max_resized_pixels, "label_images": label_images}
-    form |= phases.trained_form(model, form) if as_trained else {}
+    form |= run_identity.trained_form(model, form) if as_trained else {}
     form |= {"convention": Convention(form["convention"]), "style": PromptStyle(form["style"])}
     limits = {"max_prompt_tokens": max_prompt_tokens, "max_image_pixels": max_image_pixels}
     limits |= {"max_sample_pixels": max_sample_pixels}
@@ -102,7 +102,7 @@ def evaluate(
     if dirty:
         print(dirty, flush=True)
     samples = limit_tasks(every_sample, limit_per_task)
-    with OtherProcesses(processes - 1) as others, phases.locked(home / "predictions.jsonl"):
+    with OtherProcesses(processes - 1) as others, run_identity.locked(home / "predictions.jsonl"):
         share_cores(processes)
         policy, encoder = asking.policy(rank=0), asking.encoder()
         key = evaluation_key(policy, encoder, annotations, image_root, samples, decoding, generation)
@@ -128,7 +128,7 @@ def evaluate(
         drawn = limit_tasks(samples, 1)
         load = partial(load_images, image_root=image_root)
         rows = draw_previews(drawn, [by_id[sample.id] for sample in drawn], load, max_image_pixels)
-        tracking.log_evaluation(folder, key, summary_metrics(summary, "mig_bench"), settings, rows)
+        wandb_runs.log_evaluation(folder, key, summary_metrics(summary, "mig_bench"), settings, rows)
 
 
 def default_output(model: str) -> str:
@@ -155,7 +155,7 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of `make eval`."""
     try:
         auto_cli(evaluate, as_positional=False, args=spell_out(args))
-    except (checks.SettingsError, phases.OtherVersion, ModelError, CodeChanged, ProcessLost) as error:
+    except (preflight.SettingsError, run_identity.OtherVersion, ModelError, CodeChanged, ProcessLost) as error:
         sys.exit(str(error))
 
 

@@ -22,27 +22,27 @@ from jsonargparse import auto_cli
 
 from callbacks.evaluation import EvaluationSettings, QuestionsLost, read_answers
 from datamodules.answerers import Reply
-from datamodules.artefacts import fingerprint
+from datamodules.benchmarks.base import Benchmark, limit_columns
 from datamodules.benchmarks.extraction import EXTRACTED_READERS, with_extractor
 from datamodules.benchmarks.registry import benchmark_names, load_benchmark
 from datamodules.benchmarks.results import format_result, write_evaluation
-from datamodules.benchmarks.schema import Benchmark, limit_columns
 from datamodules.benchmarks.scoring import predict, summarise
-from datamodules.boxes import Convention
-from datamodules.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
-from datamodules.model_folder import ModelError
-from datamodules.processes import ProcessLost
-from datamodules.source_code import source_code
-from datamodules.synthetic.twins.build import TWINS, write_twin
-from experiments import checks, phases, tracking
-from experiments.answerers import ALIASES, AnswererSettings, ModelOptions, choose_answerer
-from experiments.asking import Job, ask_all
-from experiments.changes import RECORD, Choice, CodeChanged, choice_of, settle_answers, spell_out
-from experiments.commands import command
-from experiments.extracting import extract_letters, extractor_faults, ready_extractor
-from lightning_modules.endpoint import EndpointMisused, EndpointSettings, EndpointUnavailable
-from lightning_modules.extractor import Extractor
-from lightning_modules.generation import Generation
+from datamodules.checkpoints.model_folder import ModelError
+from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
+from datamodules.persistence.files import fingerprint
+from datamodules.persistence.processes import ProcessLost
+from datamodules.persistence.source_code import source_code
+from datamodules.samples.boxes import Convention
+from datamodules.synthetic.benchmark_replicas.write import TWINS, write_twin
+from experiments.evaluation.ask_processes import Job, ask_all
+from experiments.evaluation.choose_predictor import ALIASES, AnswererSettings, ModelOptions, choose_answerer
+from experiments.evaluation.extracting import extract_letters, extractor_faults, ready_extractor
+from experiments.runs import preflight, run_identity, wandb_runs
+from experiments.runs.changes import RECORD, Choice, CodeChanged, choice_of, settle_answers, spell_out
+from experiments.runs.commands import command
+from lightning_modules.predictors.extractor import Extractor
+from lightning_modules.serving.generation_rules import Generation
+from lightning_modules.serving.openai_client import EndpointMisused, EndpointSettings, EndpointUnavailable
 
 
 def evaluate_benchmarks(
@@ -83,7 +83,7 @@ def evaluate_benchmarks(
         output: null: <phase>/benchmarks for the merged model of a phase, else outputs/eval/<model>
         twins: write the benchmarks' nano twins into data_root where they are missing
         endpoint: an OpenAI-compatible server, by base_url; its model is the one above
-        dialect: how another model than Qwen2.5-VL is asked for boxes and writes them (datamodules/dialects.py); auto:
+        dialect: how another model than Qwen2.5-VL is asked for boxes and writes them (datamodules/encoding/model_families.py); auto:
             by model_type and name
         convention: how a Qwen2.5-VL writes boxes
         style: how questions are put; auto: think, for other models native, which is their dialect's own prompt
@@ -103,7 +103,7 @@ def evaluate_benchmarks(
         as_trained: put questions to a phase's merged model as that phase did
         trust_remote_code: run code that comes with a model's weights
         generation: greedy: the likeliest token, without penalties, the same for every model; model: as the model's
-            generation_config.json or its server says (lightning_modules/generation.py), in results of their own
+            generation_config.json or its server says (lightning_modules/serving/generation_rules.py), in results of their own
         extractor: an OpenAI-compatible server, by base_url and model, that says which option an answer of BLINK or MMIU
             picks where the official reader finds no letter; official columns only, replies are kept
         redo: ask again what has been answered by other source files of the project
@@ -133,7 +133,7 @@ def evaluate_benchmarks(
     benchmarks = _load(names, data_root, twins)
     home = Path(output or default_output(settings.model, served=endpoint is not None))
     job = Job(settings, tuple(benchmarks), data_root, str(home / "answers"), limit)
-    with phases.locked(home):
+    with run_identity.locked(home):
         _settle_answers(home, choice)
         asked = None if extractor is None else ready_extractor(extractor, home / "answers")
         results = _evaluate(job, benchmarks, home, 1 if endpoint else processes, asked)
@@ -172,7 +172,7 @@ def _choose_answerer(
         settings = choose_answerer(model if endpoint else ALIASES.get(model, model), endpoint, options)
     except ValueError as error:
         faults = [*faults, str(error)]
-    checks.raise_all(faults)
+    preflight.raise_all(faults)
     return settings
 
 
@@ -201,7 +201,7 @@ def _load(names: list[str], data_root: str, twins: bool) -> dict[str, Benchmark]
             found[name] = load_benchmark(name, data_root)
         except (OSError, ValueError) as error:
             faults.append(f"{name}: {error}")
-    checks.raise_all(faults)
+    preflight.raise_all(faults)
     for name, benchmark in found.items():
         notes = "".join(f"; {count} {reason}" for reason, count in benchmark.dropped.items() if count)
         print(f"{name}: {len(benchmark.samples)} questions{notes}", flush=True)
@@ -250,10 +250,10 @@ def _log(home: Path, results: dict[str, dict[str, Any]]) -> None:
     for name, result in results.items():
         cells = result["columns"] | result["averages"]
         values |= {f"{name}/{column}": cell["score"] for column, cell in cells.items()}
-    folder = home.parent if (home.parent / phases.CONFIG).is_file() else home
+    folder = home.parent if (home.parent / run_identity.CONFIG).is_file() else home
     fields = ("model", "data_root", "key", "generation", "extractor")
     settings = {name: {field: result[field] for field in fields} for name, result in results.items()}
-    tracking.log_evaluation(folder, fingerprint([result["key"] for result in results.values()]), values, settings)
+    wandb_runs.log_evaluation(folder, fingerprint([result["key"] for result in results.values()]), values, settings)
 
 
 @command
@@ -262,7 +262,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         auto_cli(evaluate_benchmarks, as_positional=False, args=spell_out(args))
     except (
-        checks.SettingsError,
+        preflight.SettingsError,
         CodeChanged,
         EndpointMisused,
         EndpointUnavailable,

@@ -20,16 +20,16 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
-from datamodules.artefacts import file_sha256, fingerprint, read_json, write_json
-from datamodules.importers.engine import Settings, Workers, forget_parts, import_part
+from datamodules.importers.field_checks import format_report
 from datamodules.importers.registry import SOURCES, VERSION
-from datamodules.importers.scan import Scan
-from datamodules.importers.schema import format_report
-from datamodules.processes import ProcessLost
-from datamodules.shards import MANIFEST, read_manifest, write_manifest
-from experiments import checks, phases
-from experiments.changes import MadeOf
-from experiments.commands import command
+from datamodules.importers.run_import import Settings, Workers, forget_parts, import_part
+from datamodules.importers.source import Scan
+from datamodules.persistence.files import file_sha256, fingerprint, read_json, write_json
+from datamodules.persistence.processes import ProcessLost
+from datamodules.streaming.shards import MANIFEST, read_manifest, write_manifest
+from experiments.runs import preflight, run_identity
+from experiments.runs.changes import MadeOf
+from experiments.runs.commands import command
 
 REPORT = "import.json"
 MADE_BY = "import_shards"
@@ -97,15 +97,15 @@ def run(
     digests = {(part.source, part.root): _digests(part, root) for part in wanted}
     plan = [asdict(part) | {"digests": digests[part.source, part.root]} for part in wanted]
     key = fingerprint(VERSION, plan, parts is None, surplus, seed, records_per_shard, one_box)
-    with phases.locked(folder):
+    with run_identity.locked(folder):
         _refuse_foreign(folder)
-        if phases.read_marker(folder).get("key") == key and not scan_only:
+        if run_identity.read_marker(folder).get("key") == key and not scan_only:
             print(f"{folder} is already imported with these settings", flush=True)
             return
         scans = {place: _scan(*place, root, allow or ()) for place in digests}
         if scan_only:
             return
-        phases.write_marker(folder, phases.STARTED, key=key, made_by=MADE_BY)
+        run_identity.write_marker(folder, run_identity.STARTED, key=key, made_by=MADE_BY)
         (folder / MANIFEST).unlink(missing_ok=True)  # of other settings: parts may be moved aside now
         if parts is None:
             wanted = _part_for_each_subset(wanted[0], scans[source, ""])
@@ -115,7 +115,7 @@ def run(
                 place = part.source, part.root
                 tallies[part.name] = _import(folder, part, scans[place], digests[place], settings, surplus, workers)
         _finish(folder, scans, tallies)
-        phases.write_marker(folder, key=key)
+        run_identity.write_marker(folder, key=key)
 
 
 def _check(
@@ -144,7 +144,7 @@ def _check(
         faults.append(f"surplus={surplus} is below 1")
     if records_per_shard < 1:
         faults.append(f"records_per_shard={records_per_shard} is below 1")
-    checks.raise_all(faults)
+    preflight.raise_all(faults)
 
 
 def _digests(part: Part, root: str) -> dict[str, str]:
@@ -198,7 +198,7 @@ def _import(
     key = fingerprint(VERSION, part.source, digests, names, count, made_of)
     recorded = {"version": VERSION, "source": part.source, "subsets": names, "count": count, "annotations": digests}
     recorded |= dict(zip(("seed", "records_per_shard", "one_box"), made_of, strict=True))
-    if phases.claim(folder, MadeOf(key, recorded)):
+    if run_identity.claim(folder, MadeOf(key, recorded)):
         print(f"{folder} is already imported with these settings", flush=True)
     else:
         several = list(itertools.chain.from_iterable(scan.subsets[name] for name in names)) if names[1:] else None
@@ -207,7 +207,7 @@ def _import(
         where = scan.image_root, settings, workers, part.name, scan.frame
         tally = import_part(folder, entries, scan.convert, *where)
         write_json(folder / REPORT, tally.to_json())
-        phases.write_marker(folder, key=key)
+        run_identity.write_marker(folder, key=key)
         print(f"{part.name}:\n{tally}", flush=True)
     forget_parts(folder)
     return read_json(folder / REPORT)
@@ -230,7 +230,7 @@ def _finish(out: Path, scans: dict[tuple[str, str], Scan], tallies: dict[str, An
 
 def _refuse_foreign(folder: Path) -> None:
     """End the program where `folder` holds anything that no import has made."""
-    made_here = phases.read_marker(folder, phases.STARTED).get("made_by") == MADE_BY
+    made_here = run_identity.read_marker(folder, run_identity.STARTED).get("made_by") == MADE_BY
     if folder.exists() and any(folder.iterdir()) and not made_here:
         sys.exit(f"out={str(folder)!r} holds what was not made here; choose another folder")
 
@@ -240,7 +240,7 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of `make shards SOURCE=...`."""
     try:
         auto_cli(run, as_positional=False, args=args)
-    except (checks.SettingsError, ProcessLost) as error:
+    except (preflight.SettingsError, ProcessLost) as error:
         sys.exit(str(error))
 
 

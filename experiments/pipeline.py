@@ -20,14 +20,15 @@ import yaml
 from jsonargparse import auto_cli
 
 from callbacks import preemption
-from datamodules.artefacts import read_json
-from datamodules.shards import folder_list
-from datamodules.source_code import class_modules
-from experiments import checks, phases, report
-from experiments.changes import Choice, CodeChanged, choice_of, spell_out
-from experiments.commands import command
-from experiments.results import BASE, Results, Stage, current_commit, make_stage, write_results
-from experiments.steps import ROOT, Step, run_process, run_step, say, settle
+from datamodules.persistence.files import read_json
+from datamodules.persistence.source_code import class_modules
+from datamodules.streaming.shards import folder_list
+from experiments.reports import pipeline_report
+from experiments.runs import preflight, run_identity
+from experiments.runs.changes import Choice, CodeChanged, choice_of, spell_out
+from experiments.runs.commands import command
+from experiments.runs.results import BASE, Results, Stage, current_commit, make_stage, write_results
+from experiments.runs.subprocess_steps import ROOT, Step, run_process, run_step, say, settle
 
 
 def experiment_folder(outputs: str, experiment: str, seed: int) -> Path:
@@ -57,7 +58,7 @@ def build_world(config: str) -> None:
 
     Its process is always run: it knows by itself whether there is anything to do.
     """
-    command = ["experiments.shards", "--config", config, "--keep=true"]
+    command = ["experiments.generate_synthetic", "--config", config, "--keep=true"]
     if run_process([sys.executable, "-m", *command], lambda: None) != 0:
         sys.exit("the world could not be built")
 
@@ -118,7 +119,7 @@ class Ladder:
             environment=self.environment(stage),
             modules=("experiments.train", *class_modules(settings)),
             choice=self.choice,
-            proof=self.folder / stage / phases.DONE,
+            proof=self.folder / stage / run_identity.DONE,
         )
 
     def evaluation_of(self, stage: str) -> Step:
@@ -175,14 +176,17 @@ class Ladder:
         seconds += run_step(step)
         self.stages[stage] = self._found(stage, seconds)
         self._write()
-        print(report.ladder_text(self.results, report.stage_starts(self.folder, self.results)), flush=True)
+        print(
+            pipeline_report.ladder_text(self.results, pipeline_report.stage_starts(self.folder, self.results)),
+            flush=True,
+        )
 
     def _found(self, stage: str, seconds: float) -> Stage:
         return make_stage(stage, read_json(self.evaluation_of(stage).result), seconds)
 
     def _write(self) -> None:
         write_results(self.folder / "results.json", self.results)
-        report.write_report(self.folder)
+        pipeline_report.write_report(self.folder)
 
 
 def run(
@@ -204,7 +208,7 @@ def run(
         model: the base model, folder or Hub name
         evaluation: YAML of experiments.evaluate
         stages: name of each training phase, in order, and its YAML for experiments.train
-        world: YAML of experiments.shards; null where the data are there already
+        world: YAML of experiments.generate_synthetic; null where the data are there already
         seed: seed of all training
         outputs: folder of all experiments
         overrides: arguments for one stage, or for "evaluation": --overrides.grpo="--model.beta=0.01"
@@ -213,13 +217,13 @@ def run(
     """
     check_stages(stages, overrides or {})
     check_files({"evaluation": evaluation, "world": world} | {f"stages.{n}": config for n, config in stages.items()})
-    checks.raise_all(checks.seed_faults(seed))
+    preflight.raise_all(preflight.seed_faults(seed))
     start = time.monotonic()
     folder = experiment_folder(outputs, experiment, seed)
     starts = [BASE, *stages]
     rungs = {stage: Rung(start, config) for start, (stage, config) in zip(starts, stages.items(), strict=False)}
     ladder = Ladder(folder, seed, model, evaluation, rungs, overrides or {}, choice=choice_of(redo, keep))
-    with phases.locked(folder):
+    with run_identity.locked(folder):
         if world:
             build_world(world)
         settle(ladder.steps())
@@ -235,7 +239,7 @@ def main(args: list[str] | None = None) -> None:
     preemption.requeue_at_once()  # between two steps
     try:
         auto_cli(run, as_positional=False, args=spell_out(args))
-    except (checks.SettingsError, phases.OtherVersion, CodeChanged) as error:
+    except (preflight.SettingsError, run_identity.OtherVersion, CodeChanged) as error:
         sys.exit(str(error))
 
 

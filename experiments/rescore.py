@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 from jsonargparse import auto_cli
 
-from datamodules.artefacts import write_json
 from datamodules.benchmarks.extraction import with_extractor
 from datamodules.benchmarks.registry import BENCHMARKS
 from datamodules.benchmarks.results import PREDICTIONS, RESULT, format_result, read_predictions, read_result
 from datamodules.benchmarks.scoring import rescore, summarise
-from experiments.commands import command
+from datamodules.persistence.files import write_json
+from experiments.runs.commands import command
 
 
 def rescore_predictions(

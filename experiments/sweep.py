@@ -18,18 +18,21 @@ from pathlib import Path
 
 import yaml
 
-from datamodules.artefacts import fingerprint
-from datamodules.path_fingerprint import path_fingerprint
-from datamodules.source_code import class_modules, source_code
-from experiments import phases, sweep_page, sweep_wandb
-from experiments.changes import Choice, CodeChanged, MadeOf, choice_of
-from experiments.commands import command
-from experiments.results import current_commit
-from experiments.sweep_charts import short
-from experiments.sweep_page import in_words
-from experiments.sweep_plan import SweepPlan, read_plan
-from experiments.sweep_study import Study
-from experiments.sweep_trials import (
+from datamodules.persistence.files import fingerprint
+from datamodules.persistence.source_code import class_modules, source_code
+from datamodules.streaming.path_fingerprint import path_fingerprint
+from experiments.reports import sweep_page
+from experiments.reports.sweep_charts import short
+from experiments.reports.sweep_page import in_words
+from experiments.runs import run_identity
+from experiments.runs.changes import Choice, CodeChanged, MadeOf, choice_of
+from experiments.runs.commands import command
+from experiments.runs.results import current_commit
+from experiments.runs.wandb_runs import choose_wandb_mode
+from experiments.sweeps import wandb_sweep
+from experiments.sweeps.plan import SweepPlan, read_plan
+from experiments.sweeps.study import Study
+from experiments.sweeps.trials import (
     ROOT,
     Interrupted,
     Points,
@@ -41,7 +44,6 @@ from experiments.sweep_trials import (
     run_process,
     trial_environment,
 )
-from experiments.tracking import choose_wandb_mode
 
 GIVE_UP = 3  # so many failures before anything has succeeded end the sweep: all trials would fail
 ATTEMPTS = 2  # a trial whose process is killed, as for want of memory, is taken up once more
@@ -68,7 +70,7 @@ class LocalSweep:
         configs = [(str(config), content) for config, content in zip(plan.configs, inputs, strict=True)]
         loaded = [yaml.safe_load((ROOT / config).read_text()) for config in plan.configs]
         code = source_code(("experiments.sweep", "experiments.train", *class_modules(loaded)))
-        phases.claim(folder, MadeOf(key, settings, {"configurations": configs}, code), choice=choice)
+        run_identity.claim(folder, MadeOf(key, settings, {"configurations": configs}, code), choice=choice)
         self.log = TrialLog(folder / "trials.jsonl", key)
         self.study = Study(plan, seed)
         self.facts = {"seed": seed, "commit": current_commit(ROOT)}
@@ -230,7 +232,7 @@ def main(args: list[str] | None = None) -> None:
     if given.join:
         if not online:
             sys.exit("to join a sweep takes a W&B key: `wandb login`, or WANDB_API_KEY")
-        sweep_wandb.run_agent(given.join, given.trials)
+        wandb_sweep.run_agent(given.join, given.trials)
     try:
         plan = read_plan(given.config)
         count = num_trials(plan, given.trials)
@@ -238,8 +240,8 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(str(error))
     folder = given.outputs / plan.name
     if online and not given.local:
-        sweep_wandb.run_agent(sweep_wandb.find_or_create(given.config, folder), given.trials)
-    with phases.locked(folder):
+        wandb_sweep.run_agent(wandb_sweep.find_or_create(given.config, folder), given.trials)
+    with run_identity.locked(folder):
         try:
             choice = choice_of(given.redo, given.keep)
             sweep = LocalSweep(plan, folder, given.seed, count, given.retry_failed, choice)
@@ -249,7 +251,7 @@ def main(args: list[str] | None = None) -> None:
             sweep.run()
         except Interrupted as signal_name:
             sys.exit(f"stopped by {signal_name}; the same command goes on with the trial that was running")
-        sweep_wandb.log_sweep(folder, plan)
+        wandb_sweep.log_sweep(folder, plan)
     say(f"{folder / 'sweep.html'}, {folder / 'sweep.json'}")
 
 

@@ -1,7 +1,7 @@
 """CoT data from a teacher: `python -m experiments.synthesize --config experiments/configs/nano/synthesize.yaml`.
 
 Every question of the shards goes to the teacher several times; a question is kept when all responses are right, and one
-response's thinking becomes its rationale (`experiments/rationales.py` has the rule). <output> gets
+response's thinking becomes its rationale (`experiments/synthesis/rationale_filter.py` has the rule). <output> gets
 
     shards/           the kept samples with thinking, for CoT-SFT
     journal.jsonl     every response, appended and synced as it comes: a killed run goes on after the last one
@@ -24,24 +24,31 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
-from datamodules.artefacts import Journal, fingerprint, read_journal, read_json, write_atomic, write_json
-from datamodules.boxes import geometries_from_json
-from datamodules.chat_requests import RequestForm
-from datamodules.dialects import find_dialect
-from datamodules.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
-from datamodules.model_folder import ModelError
-from datamodules.path_fingerprint import path_fingerprint
-from datamodules.samples import SampleError
-from datamodules.shards import MANIFEST, ShardReader, folder_list
-from datamodules.source_code import source_code
-from experiments import checks, phases
-from experiments.changes import CodeChanged, MadeOf, choice_of, spell_out
-from experiments.commands import command
-from experiments.rationales import Verdict, format_report, group_responses, judge, summarise, write_rationales
-from experiments.teacher import Prices, Sampling, Session, Teacher, missing_responses
-from lightning_modules.endpoint import EndpointMisused, EndpointSettings, EndpointUnavailable
-from lightning_modules.generation import server_fields
-from lightning_modules.local_server import local_server
+from datamodules.checkpoints.model_folder import ModelError
+from datamodules.encoding.chat_request import RequestForm
+from datamodules.encoding.model_families import find_dialect
+from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
+from datamodules.persistence.files import Journal, fingerprint, read_journal, read_json, write_atomic, write_json
+from datamodules.persistence.source_code import source_code
+from datamodules.samples.boxes import geometries_from_json
+from datamodules.samples.sample import SampleError
+from datamodules.streaming.path_fingerprint import path_fingerprint
+from datamodules.streaming.shards import MANIFEST, ShardReader, folder_list
+from experiments.runs import preflight, run_identity
+from experiments.runs.changes import CodeChanged, MadeOf, choice_of, spell_out
+from experiments.runs.commands import command
+from experiments.synthesis.rationale_filter import (
+    Verdict,
+    format_report,
+    group_responses,
+    judge,
+    summarise,
+    write_rationales,
+)
+from experiments.synthesis.teacher import Prices, Sampling, Session, Teacher, missing_responses
+from lightning_modules.serving.generation_rules import server_fields
+from lightning_modules.serving.openai_client import EndpointMisused, EndpointSettings, EndpointUnavailable
+from lightning_modules.serving.transformers_server import local_server
 
 
 def synthesize(
@@ -71,7 +78,7 @@ def synthesize(
         output: folder for the shards and the journal
         endpoint: the teacher. Without base_url, model is a folder or Hub name that `transformers serve` serves here,
             one request at a time
-        dialect: how the teacher writes boxes (datamodules/dialects.py); auto: by the model's name
+        dialect: how the teacher writes boxes (datamodules/encoding/model_families.py); auto: by the model's name
         before_image: text before image k instead of the dialect's, such as "Picture {}: "
         min_pixels: smaller images are enlarged
         max_pixels: larger images are shrunk; for a teacher that speaks in pixels, no more than its server's own limit
@@ -97,12 +104,12 @@ def synthesize(
     contents = [path_fingerprint(folder) for folder in folders]
     key = fingerprint(contents, teacher, asdict(form), asdict(sampling))
     home = Path(output)
-    with phases.locked(home):
+    with run_identity.locked(home):
         settings = {"endpoint": {"model": endpoint.model, "extra_body": stated}}
         settings |= {"form": asdict(form), "sampling": asdict(sampling)}
         inputs = {"questions": [(str(folder), content) for folder, content in zip(folders, contents, strict=True)]}
         code = source_code(("experiments.synthesize",))
-        phases.claim(home, MadeOf(key, settings, inputs, code), choice=choice_of(redo, keep))
+        run_identity.claim(home, MadeOf(key, settings, inputs, code), choice=choice_of(redo, keep))
         reader = ShardReader(folders, verify_shards)
         count = min(reader.count, limit or reader.count)
         result_key = fingerprint(key, threshold, count, samples_per_shard, asdict(prices))
@@ -187,7 +194,7 @@ def _judge_all(
 
 
 def _faults(folders: list[str], endpoint: EndpointSettings, threshold: float, limit: int | None) -> list[str]:
-    faults = [fault for folder in folders for fault in checks.shard_faults(str(folder))]
+    faults = [fault for folder in folders for fault in preflight.shard_faults(str(folder))]
     if not 0 <= threshold < 1:
         faults.append(f"threshold={threshold} must be in [0, 1)")
     if limit is not None and limit < 1:
@@ -210,8 +217,8 @@ def _form(dialect: str, model: str, faults: list[str], *more: Any) -> RequestFor
     try:
         form = RequestForm(find_dialect(dialect, model), "think", *more)
     except ValueError as error:
-        checks.raise_all([*faults, str(error)])
-    checks.raise_all(faults)
+        preflight.raise_all([*faults, str(error)])
+    preflight.raise_all(faults)
     return form
 
 
@@ -229,7 +236,7 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of `make synthesize`."""
     try:
         auto_cli(synthesize, as_positional=False, args=spell_out(args))
-    except (checks.SettingsError, CodeChanged, EndpointMisused, EndpointUnavailable, ModelError) as error:
+    except (preflight.SettingsError, CodeChanged, EndpointMisused, EndpointUnavailable, ModelError) as error:
         sys.exit(str(error))
     except SampleError as error:  # it could be read when it was asked about
         sys.exit(f"{error}. The responses are kept: mend the shards, and the same command goes on with them")

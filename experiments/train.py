@@ -24,22 +24,22 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from callbacks import collapse, preemption
+from callbacks import collapse_guard, preemption
 from callbacks.checkpoints import RunStopped, WholeCheckpoints, WindowCheckpoint
 from callbacks.rank_watch import RankWatch, end_with_launcher
-from datamodules.artefacts import StorageError, write_atomic
-from datamodules.boxes import Convention
-from datamodules.model_folder import ModelError
+from datamodules.checkpoints.model_folder import ModelError
 from datamodules.multi_image import MultiImageData
-from datamodules.stream import UnusableData
-from datamodules.workers import WorkersFailed
-from experiments import checks, metrics, phases, tracking
-from experiments.changes import Choice, CodeChanged, take_choice
-from experiments.commands import command
-from experiments.loggers import MetricsLogger, OnceWandbLogger
-from experiments.results import current_commit
-from experiments.run_keys import made_of
-from experiments.tracking import choose_wandb_mode, wandb_identity, wandb_run_id
+from datamodules.persistence.files import StorageError, write_atomic
+from datamodules.samples.boxes import Convention
+from datamodules.streaming.stream import UnusableData
+from datamodules.streaming.workers import WorkersFailed
+from experiments.runs import metrics_csv, preflight, run_identity, wandb_runs
+from experiments.runs.changes import Choice, CodeChanged, take_choice
+from experiments.runs.commands import command
+from experiments.runs.loggers import MetricsLogger, OnceWandbLogger
+from experiments.runs.results import current_commit
+from experiments.runs.run_key import made_of
+from experiments.runs.wandb_runs import choose_wandb_mode, wandb_identity, wandb_run_id
 
 log = logging.getLogger(__name__)
 
@@ -85,9 +85,11 @@ class TrainCLI(LightningCLI):
             files = saved_configs(sys.argv[1:] if args is None else args) if end.code else []
             for file in files:
                 if not can_parse(parser, file):
-                    raise phases.OtherVersion(file.parent, "see the field named above") from end
+                    raise run_identity.OtherVersion(file.parent, "see the field named above") from end
             raise
-        checks.raise_all(checks.seed_faults(self.config.seed_everything))  # Lightning seeds before it asks for more
+        preflight.raise_all(
+            preflight.seed_faults(self.config.seed_everything)
+        )  # Lightning seeds before it asks for more
 
     @property
     def folder(self) -> Path:
@@ -106,20 +108,20 @@ class TrainCLI(LightningCLI):
         # W&B's agent names its runs in the environment, and a folder has to be named after that.
         self.config.phase = os.path.expandvars(self.config.phase)
         settings = self.settings()
-        checks.raise_all(checks.training_faults(settings) + self.constructor_faults())
+        preflight.raise_all(preflight.training_faults(settings) + self.constructor_faults())
         run = made_of(settings)
         self.key = run.key
         with ExitStack() as stack:  # whoever does not get to train frees the folder at once
             if self.is_leader:
-                stack.enter_context(phases.locked(self.folder))
-                done = phases.claim(self.folder, run, choice=self.choice, commit=self.commit)
+                stack.enter_context(run_identity.locked(self.folder))
+                done = run_identity.claim(self.folder, run, choice=self.choice, commit=self.commit)
             else:
-                done = phases.wait_for_claim(self.folder, run, choice=self.choice)
+                done = run_identity.wait_for_claim(self.folder, run, choice=self.choice)
             if done:
                 raise AlreadyDone(self.folder)
             self.stack = stack.pop_all()
         if self.is_leader:
-            write_atomic(self.folder / phases.CONFIG, self.parser.dump(self.config, skip_unset=False))
+            write_atomic(self.folder / run_identity.CONFIG, self.parser.dump(self.config, skip_unset=False))
         self.config.trainer.default_root_dir = str(self.folder)
 
     def constructor_faults(self) -> list[str]:
@@ -156,13 +158,15 @@ class TrainCLI(LightningCLI):
         choose_wandb_mode()
         identity = wandb_identity(self.folder, wandb_run_id(self.folder, self.key))
         wandb_logger = OnceWandbLogger(save_dir=str(self.folder), **identity)
-        return [wandb_logger, MetricsLogger(self.folder, metrics.next_attempt(self.folder))]
+        return [wandb_logger, MetricsLogger(self.folder, metrics_csv.next_attempt(self.folder))]
 
 
 def saved_configs(args: list[str]) -> list[Path]:
     """The files among the arguments that a run has written as its config.yaml."""
     files = [Path(word.removeprefix("--config=")) for word in args]
-    return [file for file in files if file.name == phases.CONFIG and (file.parent / phases.STARTED).is_file()]
+    return [
+        file for file in files if file.name == run_identity.CONFIG and (file.parent / run_identity.STARTED).is_file()
+    ]
 
 
 def can_parse(parser: LightningArgumentParser, config: Path) -> bool:
@@ -181,8 +185,8 @@ def fit(cli: TrainCLI) -> None:
         if isinstance(logger, WandbLogger):
             logger.log_hyperparams(cli.settings() | {"commit": cli.commit})
     if cli.is_leader:
-        collapse.finish_rollback(cli.folder)
-    checkpoint = collapse.last_whole(cli.folder, cli.is_leader)
+        collapse_guard.finish_rollback(cli.folder)
+    checkpoint = collapse_guard.last_whole(cli.folder, cli.is_leader)
     if checkpoint and cli.is_leader:
         print(f"going on from {checkpoint}", flush=True)
     start = time.monotonic()
@@ -191,7 +195,7 @@ def fit(cli: TrainCLI) -> None:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # how Lightning ends a run that Ctrl-C or SIGTERM has stopped
         if cli.is_leader:
-            saved = collapse.last_good(cli.folder) or "what is saved"  # as in rejection sampling
+            saved = collapse_guard.last_good(cli.folder) or "what is saved"  # as in rejection sampling
             print(f"stopped; the same command goes on from {saved}", flush=True)
         raise
     except RuntimeError as error:  # the end of a worker may be told anywhere in training
@@ -204,13 +208,13 @@ def fit(cli: TrainCLI) -> None:
     if cli.trainer.global_step == 0:  # a run without MergeAdapter, which looks at the weights themselves
         cli.model.require_learnt()
     if cli.is_leader:
-        phases.finish(cli.folder, cli.key, seconds=round(time.monotonic() - start, 1))
+        run_identity.finish(cli.folder, cli.key, seconds=round(time.monotonic() - start, 1))
 
 
 def merge_metrics(folder: Path) -> None:
     """Write metrics.csv; where it cannot be written, that must not hide how the run has ended."""
     try:
-        metrics.merge_attempts(folder)
+        metrics_csv.merge_attempts(folder)
     except StorageError as error:
         log.warning("metrics.csv is not up to date: %s", error)
 
@@ -239,11 +243,11 @@ def main(args: list[str] | None = None) -> None:
                 return fit(cli)
         except AlreadyDone as done:
             return print(f"{done} is already done with these settings and inputs", flush=True)
-        except collapse.RolledBack as rolled_back:
+        except collapse_guard.RolledBack as rolled_back:
             cli = None  # its weights are not needed beside those that are now loaded
-            tracking.finish_run()
+            wandb_runs.finish_run()
             print(rolled_back, flush=True)
-        except (checks.SettingsError, phases.OtherVersion, CodeChanged, RunStopped) as reason:
+        except (preflight.SettingsError, run_identity.OtherVersion, CodeChanged, RunStopped) as reason:
             sys.exit(str(reason))
         except (UnusableData, WorkersFailed, ModelError) as reason:
             sys.exit(str(reason))

@@ -15,8 +15,8 @@ from types import ModuleType
 from typing import Any
 
 from datamodules.benchmarks.mig_bench import TASKS
-from experiments.commands import command
-from experiments.tracking import PROJECT, has_key
+from experiments.runs.commands import command
+from experiments.runs.wandb_runs import PROJECT, has_key
 
 STEP = "trainer/global_step"
 LADDER = ("mig_bench/avg", "mig_bench/in_domain", "mig_bench/out_of_domain", "mig_bench/format_rate")

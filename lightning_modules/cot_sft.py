@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from datamodules.batches import Batch, PromptItem
-from lightning_modules.feature_cache import FeatureCache, tower_fingerprint
+from datamodules.encoding.encoder import Batch, PromptItem
+from lightning_modules.models.attention.packed_rows import pack_rows
+from lightning_modules.models.vision_feature_cache import FeatureCache, tower_fingerprint
 from lightning_modules.policy_module import PolicyModule
-from lightning_modules.shared_prefix import pack_rows
 
 
 class CoTSFT(PolicyModule):

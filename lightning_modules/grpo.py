@@ -11,21 +11,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from datamodules.batches import Batch, PromptItem
-from datamodules.boxes import Convention
-from lightning_modules.groups import Group, keep_old, learnt_groups
-from lightning_modules.grpo_faults import grpo_faults
-from lightning_modules.grpo_metrics import StepSums, rollout_records
-from lightning_modules.idle_windows import IdleWindows
-from lightning_modules.objectives import Reduction, equal_groups, group_advantages, grpo_loss, truncated_importance
+from datamodules.encoding.encoder import Batch, PromptItem
+from datamodules.samples.boxes import Convention
+from lightning_modules.models.attention.packed_rows import PackedRows, pack_rows
 from lightning_modules.policy_module import STATE_KEY, PolicyModule
-from lightning_modules.rewards import Reward, reward
-from lightning_modules.rollout_log import RolloutLog
-from lightning_modules.rollouts import NativeEngine, Rollout, RolloutEngine, RolloutSettings
-from lightning_modules.seeds import derive_seed
-from lightning_modules.shared_prefix import PackedRows, pack_rows
-from lightning_modules.vllm_protocol import VLLMSettings
-from lightning_modules.vllm_run import CloseOnError, connect
+from lightning_modules.rl.grpo_faults import grpo_faults
+from lightning_modules.rl.idle_windows import IdleWindows
+from lightning_modules.rl.losses import Reduction, equal_groups, group_advantages, grpo_loss, truncated_importance
+from lightning_modules.rl.metrics import StepSums, rollout_records
+from lightning_modules.rl.rewards import Reward, reward
+from lightning_modules.rl.rollout_batch import Group, keep_old, learnt_groups
+from lightning_modules.rl.rollout_log import RolloutLog
+from lightning_modules.rollouts.base import NativeEngine, Rollout, RolloutEngine, RolloutSettings
+from lightning_modules.rollouts.vllm.lifecycle import CloseOnError, connect
+from lightning_modules.rollouts.vllm.server_checks import VLLMSettings
+from lightning_modules.training.seeds import derive_seed
 
 
 class GRPO(PolicyModule):

@@ -21,19 +21,19 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from datamodules.batches import Batch, PromptItem
-from lightning_modules.adapters import LoraSettings
-from lightning_modules.endings import NothingLearnt
-from lightning_modules.non_finite import require_finite
-from lightning_modules.optimizers import build_optimizer, count_updates, require_same_groups
-from lightning_modules.progress import is_last_batch, rewind
-from lightning_modules.qwen_vl import QwenVL
-from lightning_modules.seeds import derive_seed, sample_seeds
-from lightning_modules.sharded_strategy import ShardedStrategy
-from lightning_modules.sharding import clip_divided, sum_gradients
-from lightning_modules.shared_prefix import PackedRows
-from lightning_modules.training_faults import policy_faults
-from lightning_modules.unmoved import is_unmoved, weight_marks
+from datamodules.encoding.encoder import Batch, PromptItem
+from lightning_modules.models.attention.packed_rows import PackedRows
+from lightning_modules.models.fsdp import clip_divided, sum_gradients
+from lightning_modules.models.layers.lora import LoraSettings
+from lightning_modules.models.qwen_vl import QwenVL
+from lightning_modules.models.unmoved import is_unmoved, weight_marks
+from lightning_modules.training.endings import NothingLearnt
+from lightning_modules.training.fsdp_strategy import ShardedStrategy
+from lightning_modules.training.non_finite import require_finite
+from lightning_modules.training.optim import build_optimizer, count_updates, require_same_groups
+from lightning_modules.training.progress import is_last_batch, rewind
+from lightning_modules.training.seeds import derive_seed, sample_seeds
+from lightning_modules.training.training_faults import policy_faults
 
 T = TypeVar("T")
 STATE_KEY = "policy_module"

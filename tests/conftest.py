@@ -18,9 +18,9 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLProcessor, Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
-from datamodules.batches import Encoder, PromptItem
-from datamodules.samples import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
-from experiments import nano_model
+from datamodules.encoding.encoder import Encoder, PromptItem
+from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
+from experiments.nano import build_model
 from tests.browser import browser_page  # noqa: F401
 
 SIZES = ((112, 84), (84, 112), (140, 120), (56, 56), (112, 56), (170, 90))  # width, height in pixels
@@ -70,15 +70,15 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float32 model of 2 + 2 layers: 4 query and 2 key-value heads, tied embeddings, windowed and full vision."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    tokenizer = nano_model.build_tokenizer(QUESTIONS, vocab_size=340)
+    tokenizer = build_model.build_tokenizer(QUESTIONS, vocab_size=340)
     size = {"shortest_edge": 56 * 56, "longest_edge": 170 * 170}
     Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=size),
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(size=size),
-        chat_template=nano_model.CHAT_TEMPLATE,
+        chat_template=build_model.CHAT_TEMPLATE,
     ).save_pretrained(folder)
-    config = nano_model.build_config(tokenizer, text=(128, 2), vision=(64, 2))
+    config = build_model.build_config(tokenizer, text=(128, 2), vision=(64, 2))
     # Wide enough that the likeliest token leads by more than rounding.
     config.text_config.initializer_range = config.vision_config.initializer_range = 0.15
     with torch.random.fork_rng():

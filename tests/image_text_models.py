@@ -22,7 +22,7 @@ from transformers.models.llava_onevision.image_processing_llava_onevision import
 from transformers.models.llava_onevision.video_processing_llava_onevision import LlavaOnevisionVideoProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
-from experiments.nano_model import CHAT_TEMPLATE, build_tokenizer
+from experiments.nano.build_model import CHAT_TEMPLATE, build_tokenizer
 from tests.conftest import QUESTIONS
 
 SIDE = 56  # of the image that InternVL and LLaVA-OneVision see

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from datamodules.pretrained import new_model
-from experiments import nano_model
+from datamodules.checkpoints.pretrained import new_model
+from experiments.nano import build_model
 from tests.conftest import QUESTIONS
 
 SIZES = {
@@ -44,7 +44,7 @@ def published_folder(folder: Path, tied: bool = True, files: int = 2, dtype: tor
     decoding = {"bos_token_id": ends[1], "pad_token_id": ends[1], "eos_token_id": ends}
     _write(folder / "generation_config.json", decoding | {"do_sample": True, "repetition_penalty": 1.05})
     _write(folder / "preprocessor_config.json", IMAGES)
-    _write(folder / "chat_template.json", {"chat_template": nano_model.CHAT_TEMPLATE})
+    _write(folder / "chat_template.json", {"chat_template": build_model.CHAT_TEMPLATE})
     _write_weights(folder, tied, files, dtype)
     return folder
 
@@ -68,7 +68,7 @@ def _config(tokens: dict[str, int], tied: bool, dtype: torch.dtype) -> dict[str,
 
 
 def _write_tokenizer(folder: Path) -> None:
-    nano_model.build_tokenizer(QUESTIONS, vocab_size=340).save_pretrained(folder)
+    build_model.build_tokenizer(QUESTIONS, vocab_size=340).save_pretrained(folder)
     model = _read(folder / "tokenizer.json")
     _write(folder / "vocab.json", model["model"]["vocab"])
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["model"]["merges"]]
@@ -80,7 +80,7 @@ def _write_tokenizer(folder: Path) -> None:
         {
             "add_prefix_space": False, "added_tokens_decoder": added, "additional_special_tokens": special,
             "bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None,
-            "chat_template": nano_model.CHAT_TEMPLATE, "clean_up_tokenization_spaces": False, "errors": "replace",
+            "chat_template": build_model.CHAT_TEMPLATE, "clean_up_tokenization_spaces": False, "errors": "replace",
             "model_max_length": 2048, "split_special_tokens": False, "tokenizer_class": "Qwen2Tokenizer",
         },
     )  # fmt: skip

@@ -14,29 +14,29 @@ FLOORS = ("datamodules", "lightning_modules", "callbacks", "experiments")  # a f
 
 # Pure functions and records: they run, and are tested, without Lightning or transformers.
 LEAVES = (
-    "datamodules/boxes.py",
-    "datamodules/samples.py",
+    "datamodules/samples/boxes.py",
+    "datamodules/samples/sample.py",
     "datamodules/answerers.py",
-    "datamodules/answers.py",
-    "datamodules/prompts.py",
-    "datamodules/dialects.py",
-    "datamodules/scores.py",
-    "datamodules/choices.py",
+    "datamodules/samples/answer_text.py",
+    "datamodules/encoding/messages.py",
+    "datamodules/encoding/model_families.py",
+    "datamodules/samples/scores.py",
+    "datamodules/samples/choice_text.py",
     "datamodules/benchmarks/scoring.py",
     "datamodules/benchmarks/registry.py",
-    "lightning_modules/shared_prefix.py",
-    "lightning_modules/rewards.py",
-    "lightning_modules/objectives.py",
-    "experiments/results.py",
+    "lightning_modules/models/attention/packed_rows.py",
+    "lightning_modules/rl/rewards.py",
+    "lightning_modules/rl/losses.py",
+    "experiments/runs/results.py",
 )
 # Base training and speed benchmarks run on a bare machine that lacks these packages.
-BARE_ENTRY_POINTS = ("experiments/base.py", "experiments/bench/run.py", "experiments/bench/our_side.py")
+BARE_ENTRY_POINTS = ("experiments/nano/pretrain.py", "experiments/bench/run.py", "experiments/bench/our_side.py")
 # RefCOCO is published as a pickle. Here alone one is read, by an Unpickler that refuses every class and function.
 PLAIN_PICKLE = "datamodules/importers/plain_pickle.py"
 # Images come from files that somebody else wrote. Here alone they are opened, as one of a stated list of formats.
-IMAGE_LOADING = "datamodules/image_loading.py"
+IMAGE_LOADING = "datamodules/images/image_loading.py"
 # The one file that loads models, configurations, processors and tokenizers.
-LOADER = "datamodules/pretrained.py"
+LOADER = "datamodules/checkpoints/pretrained.py"
 OPTIONAL = {"wandb", "webdataset", "jsonargparse"}
 
 
@@ -108,7 +108,7 @@ def test_no_floor_imports_a_floor_above_it() -> None:
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("datamodules/a.py", "import lightning_modules.rewards"),
+        ("datamodules/a.py", "import lightning_modules.rl.rewards"),
         ("datamodules/deep/a.py", "from callbacks.previews import Previews"),
         ("lightning_modules/a.py", "def late():\n    from experiments import train"),
         ("callbacks/a.py", "if True:\n    import experiments"),
@@ -118,7 +118,7 @@ def test_no_floor_imports_a_floor_above_it() -> None:
 def test_an_added_forbidden_import_is_found(tmp_path: Path, file: str, line: str) -> None:
     for floor in FLOORS:
         (tmp_path / floor).mkdir()
-        (tmp_path / floor / "good.py").write_text("import datamodules.boxes\nimport torch\n")
+        (tmp_path / floor / "good.py").write_text("import datamodules.samples.boxes\nimport torch\n")
     assert direction_faults(tmp_path) == []
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(line + "\n")
@@ -155,9 +155,9 @@ def test_an_optional_import_is_found_through_other_files(tmp_path: Path) -> None
     (tmp_path / "datamodules").mkdir()
     (tmp_path / "experiments" / "base.py").write_text("from datamodules import shards\n")
     (tmp_path / "datamodules" / "shards.py").write_text("def late():\n    import webdataset\n")
-    assert "webdataset" not in import_closure(tmp_path, "experiments/base.py")
+    assert "webdataset" not in import_closure(tmp_path, "experiments/nano/pretrain.py")
     (tmp_path / "datamodules" / "shards.py").write_text("import webdataset\n")
-    assert import_closure(tmp_path, "experiments/base.py")["webdataset"] == "datamodules/shards.py"
+    assert import_closure(tmp_path, "experiments/nano/pretrain.py")["webdataset"] == "datamodules/streaming/shards.py"
 
 
 def loader_faults(source: str) -> list[str]:
@@ -175,8 +175,10 @@ def loader_faults(source: str) -> list[str]:
 
 def test_one_file_alone_loads_what_is_published() -> None:
     loading = {str(f.relative_to(ROOT)): faults for f in python_files() if (faults := loader_faults(f.read_text()))}
-    assert loading.keys() == {LOADER, "datamodules/model_folder.py"}
-    assert all("snapshot_download" in fault for fault in loading["datamodules/model_folder.py"])  # files, and no more
+    assert loading.keys() == {LOADER, "datamodules/checkpoints/model_folder.py"}
+    assert all(
+        "snapshot_download" in fault for fault in loading["datamodules/checkpoints/model_folder.py"]
+    )  # files, and no more
 
 
 @pytest.mark.parametrize(
@@ -225,13 +227,11 @@ def test_only_the_endpoint_imports_the_http_client() -> None:
         for file in python_files()
         if {"openai", "httpx", "httpx2", "requests", "aiohttp"} & set(imported_names(file.read_text()))
     }
-    assert users == {"lightning_modules/endpoint.py"}
+    assert users == {"lightning_modules/serving/openai_client.py"}
 
 
 def test_only_the_masks_of_polygons_need_opencv() -> None:
-    users = {
-        str(file.relative_to(ROOT)) for file in python_files() if "cv2" in set(imported_names(file.read_text()))
-    }
+    users = {str(file.relative_to(ROOT)) for file in python_files() if "cv2" in set(imported_names(file.read_text()))}
     assert users == {"datamodules/benchmarks/polygons.py"}
     assert "cv2" not in import_closure(ROOT, "experiments/evaluate_benchmarks.py")
     extras = configparser.ConfigParser()

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from datamodules.batches import Encoder, PromptItem
-from datamodules.samples import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
-from lightning_modules.adapters import LoraSettings
-from lightning_modules.generation import SERVER_FIELDS
-from lightning_modules.qwen_vl import QwenVL
-from lightning_modules.rollouts import NativeEngine, RolloutSettings
+from datamodules.encoding.encoder import Encoder, PromptItem
+from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
+from lightning_modules.models.layers.lora import LoraSettings
+from lightning_modules.models.qwen_vl import QwenVL
+from lightning_modules.rollouts.base import NativeEngine, RolloutSettings
+from lightning_modules.serving.generation_rules import SERVER_FIELDS
 
 
 class VLLMStub:

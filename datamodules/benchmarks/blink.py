@@ -19,10 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from datamodules.benchmarks.base import WITHOUT_MODEL, Benchmark, Rule, files_fingerprint, image_parts, make_sample
 from datamodules.benchmarks.parquet import null_columns, read_rows, row_bytes
-from datamodules.benchmarks.schema import WITHOUT_MODEL, Benchmark, Rule, files_fingerprint, image_parts, make_sample
-from datamodules.prompts import OFFICIAL_PREFIX
-from datamodules.samples import LoadedSample, Sample
+from datamodules.encoding.messages import OFFICIAL_PREFIX
+from datamodules.samples.sample import LoadedSample, Sample
 
 NAME, FOLDER = "blink", "BLINK"
 SUBSETS = (  # in the order of the paper's Table 6

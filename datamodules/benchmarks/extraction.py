@@ -1,7 +1,7 @@
 """The last step of BLINK's and MMIU's official scoring: a language model says which option an answer picks.
 
 The official code takes this step where its reader finds no letter. This file has the request, in words of this project,
-and the reading of the reply. `lightning_modules/extractor.py` asks.
+and the reading of the reply. `lightning_modules/predictors/extractor.py` asks.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from datamodules.answers import answer_text
-from datamodules.artefacts import fingerprint
-from datamodules.benchmarks.schema import WITHOUT_MODEL, Prediction, Rule
-from datamodules.samples import ImagePart, Sample
+from datamodules.benchmarks.base import WITHOUT_MODEL, Prediction, Rule
+from datamodules.persistence.files import fingerprint
+from datamodules.samples.answer_text import answer_text
+from datamodules.samples.sample import ImagePart, Sample
 
 EXTRACTED_READERS = ("blink", "mmiu")  # of `Rule`: the official code behind these asks a language model last
 NO_OPTION = "Z"  # the reply for an answer that picks none; no question has 26 options

@@ -14,8 +14,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from datamodules.benchmarks.polygons import points_fault, polygons_box
-from datamodules.benchmarks.schema import (
+from datamodules.benchmarks.base import (
     IN_UNIT,
     PAPER,
     Benchmark,
@@ -25,9 +24,10 @@ from datamodules.benchmarks.schema import (
     make_sample,
     require_fields,
 )
-from datamodules.boxes import from_pixels_clipped
-from datamodules.image_files import read_header
-from datamodules.samples import Sample
+from datamodules.benchmarks.polygons import points_fault, polygons_box
+from datamodules.images.image_files import read_header
+from datamodules.samples.boxes import from_pixels_clipped
+from datamodules.samples.sample import Sample
 
 NAME, FOLDER = "lisa", "ReasonSeg"
 COLUMNS = ("val", "test")

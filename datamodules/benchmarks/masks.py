@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datamodules.boxes import Box
+from datamodules.samples.boxes import Box
 
 
 def rle_box(rle: Mapping[str, Any]) -> Box | None:

@@ -21,9 +21,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from datamodules.benchmarks.upright import turn_questions
-from datamodules.boxes import Box, box_fault
-from datamodules.image_files import file_size, read_image_file
-from datamodules.samples import BoxAnswer, LoadedSample, Sample, SampleError
+from datamodules.images.image_files import file_size, read_image_file
+from datamodules.samples.boxes import Box, box_fault
+from datamodules.samples.sample import BoxAnswer, LoadedSample, Sample, SampleError
 
 # In the order of the paper's table, whose columns are Static, Robust, Common, OT, MV, Region, Refer, GG, Reason, Co-Re.
 TASKS = (

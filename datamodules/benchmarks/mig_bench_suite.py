@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from datamodules.benchmarks.base import PAPER, Benchmark, Rule, file_benchmark
 from datamodules.benchmarks.mig_bench import IN_DOMAIN, OUT_OF_DOMAIN, TASKS, load_mig_bench
-from datamodules.benchmarks.schema import PAPER, Benchmark, Rule, file_benchmark
 from datamodules.benchmarks.upright import TURNED
 
 NAME, FOLDER = "mig_bench", "MIG-Bench"

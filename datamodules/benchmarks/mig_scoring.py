@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from datamodules.answers import FAILURE_KINDS
 from datamodules.benchmarks.mig_bench import IN_DOMAIN, OUT_OF_DOMAIN, TASKS
 from datamodules.benchmarks.official_parsers import extract_box_officially
-from datamodules.boxes import Box, Convention, ImageGeometry, iou
-from datamodules.samples import Sample
-from datamodules.scores import score_text
+from datamodules.samples.answer_text import FAILURE_KINDS
+from datamodules.samples.boxes import Box, Convention, ImageGeometry, iou
+from datamodules.samples.sample import Sample
+from datamodules.samples.scores import score_text
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from datamodules.benchmarks.mig_bench import load_images
-from datamodules.benchmarks.parquet import read_rows
-from datamodules.benchmarks.schema import (
+from datamodules.benchmarks.base import (
     WITHOUT_MODEL,
     Benchmark,
     Rule,
@@ -31,8 +29,10 @@ from datamodules.benchmarks.schema import (
     image_parts,
     make_sample,
 )
-from datamodules.image_files import file_size, refuse_turned
-from datamodules.samples import LoadedSample, Sample, SampleError
+from datamodules.benchmarks.mig_bench import load_images
+from datamodules.benchmarks.parquet import read_rows
+from datamodules.images.image_files import file_size, refuse_turned
+from datamodules.samples.sample import LoadedSample, Sample, SampleError
 
 NAME, FOLDER = "mmiu", "MMIU"
 # Column -> keys of the file, compared in lower case.

@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from datamodules.benchmarks.schema import (
+from datamodules.benchmarks.base import (
     IN_UNIT,
     PAPER,
     Benchmark,
@@ -27,8 +27,8 @@ from datamodules.benchmarks.schema import (
     make_sample,
     require_fields,
 )
-from datamodules.boxes import from_pixels_clipped, is_unit_xywh
-from datamodules.samples import Sample
+from datamodules.samples.boxes import from_pixels_clipped, is_unit_xywh
+from datamodules.samples.sample import Sample
 
 NAME, FOLDER = "odinw", "odinw"
 SETS = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from datamodules.boxes import Box
+from datamodules.samples.boxes import Box
 
 _INT, _DEC = r"(\d+)", r"(\d+\.\d+)"
 # Tried in this order; the first with any match decides. Integers and decimals are never mixed within one box. White

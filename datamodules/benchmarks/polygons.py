@@ -12,7 +12,7 @@ from types import ModuleType
 
 import numpy as np
 
-from datamodules.boxes import Box
+from datamodules.samples.boxes import Box
 
 Polygon = Sequence[Sequence[float]]
 LARGEST = 2**31 - 1  # OpenCV takes 32-bit coordinates

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datamodules.benchmarks.parquet import read_rows
-from datamodules.benchmarks.schema import (
+from datamodules.benchmarks.base import (
     IN_UNIT,
     PAPER,
     Benchmark,
@@ -22,9 +21,10 @@ from datamodules.benchmarks.schema import (
     image_parts,
     make_sample,
 )
-from datamodules.boxes import from_pixels_clipped, is_unit_xywh
-from datamodules.image_files import file_size
-from datamodules.samples import Sample
+from datamodules.benchmarks.parquet import read_rows
+from datamodules.images.image_files import file_size
+from datamodules.samples.boxes import from_pixels_clipped, is_unit_xywh
+from datamodules.samples.sample import Sample
 
 NAME, FOLDER = "ref_l4", "Ref-L4"
 COLUMNS = ("val", "test")

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 from datamodules.benchmarks import blink, lisa, mig_bench_suite, mmiu, odinw, ref_l4, revos
-from datamodules.benchmarks.schema import Benchmark
+from datamodules.benchmarks.base import Benchmark
 
 # In the order of the paper's tables. Each module has NAME, FOLDER, RULE, OFFICIAL and load(root) -> Benchmark.
 BENCHMARKS: dict[str, ModuleType] = {

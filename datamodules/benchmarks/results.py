@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.artefacts import read_json, write_atomic, write_json
-from datamodules.benchmarks.schema import Prediction, require_fields
+from datamodules.benchmarks.base import Prediction, require_fields
+from datamodules.persistence.files import read_json, write_atomic, write_json
 
 PREDICTIONS, RESULT = "predictions.jsonl", "result.json"
 _FIELDS = ("benchmark", "model", "data_root", "limit", "n", "columns", "averages", "rule", "official", "failures")

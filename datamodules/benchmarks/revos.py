@@ -14,9 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from datamodules.benchmarks.masks import rle_box, union_box
-from datamodules.benchmarks.mig_bench import ORDINALS
-from datamodules.benchmarks.schema import (
+from datamodules.benchmarks.base import (
     PAPER,
     Benchmark,
     Rule,
@@ -25,8 +23,10 @@ from datamodules.benchmarks.schema import (
     make_sample,
     require_fields,
 )
-from datamodules.boxes import from_pixels_clipped
-from datamodules.samples import Sample
+from datamodules.benchmarks.masks import rle_box, union_box
+from datamodules.benchmarks.mig_bench import ORDINALS
+from datamodules.samples.boxes import from_pixels_clipped
+from datamodules.samples.sample import Sample
 
 NAME, FOLDER = "revos", "ReVOS"
 COLUMNS = ("ReVOS",)

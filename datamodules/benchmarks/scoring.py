@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from datamodules.answerers import Reply
+from datamodules.benchmarks.base import Average, Prediction, Rule, column_of
 from datamodules.benchmarks.extraction import EXTRACTED_READERS
 from datamodules.benchmarks.official_parsers import extract_box_officially, read_choice_as_blink, read_choice_as_mmiu
-from datamodules.benchmarks.schema import Average, Prediction, Rule, column_of
-from datamodules.boxes import Convention, iou
-from datamodules.choices import ChoiceFailure, parse_choice
-from datamodules.samples import BoxAnswer, ChoiceAnswer, Sample
-from datamodules.scores import score_text
+from datamodules.samples.boxes import Convention, iou
+from datamodules.samples.choice_text import ChoiceFailure, parse_choice
+from datamodules.samples.sample import BoxAnswer, ChoiceAnswer, Sample
+from datamodules.samples.scores import score_text
 
 NUM_RESAMPLES = 2000
 THRESHOLDS = (0.3, 0.5, 0.7, 0.75, 0.9)  # reported beside the rule's own

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from datamodules.boxes import turn_size
-from datamodules.image_files import read_header
-from datamodules.samples import BoxAnswer, Sample
-from datamodules.turned import boxed_images, turn_sample
+from datamodules.images.image_files import read_header
+from datamodules.images.turned import boxed_images, turn_sample
+from datamodules.samples.boxes import turn_size
+from datamodules.samples.sample import BoxAnswer, Sample
 
 TURNED = "kept: boxes of a turned photograph"
 

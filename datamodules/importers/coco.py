@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from datamodules.benchmarks.base import refuse_repeated
 from datamodules.benchmarks.mig_bench import relative_name
-from datamodules.benchmarks.schema import refuse_repeated
-from datamodules.boxes import from_pixels_xywh, is_unit_xywh
+from datamodules.importers.field_checks import NUMBER, Kinds, Schema
 from datamodules.importers.json_stream import stream_json
-from datamodules.importers.schema import NUMBER, Kinds, Schema
-from datamodules.samples import Sample, SampleError
+from datamodules.samples.boxes import from_pixels_xywh, is_unit_xywh
+from datamodules.samples.sample import Sample, SampleError
 
 # Known fields, required and optional, by array. What a source adds it passes as `more`.
 _REQUIRED: dict[str, dict[str, Kinds]] = {

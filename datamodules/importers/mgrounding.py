@@ -19,11 +19,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from datamodules.benchmarks.mig_bench import relative_name
-from datamodules.importers.image_words import BOX, Marked, bind, label_before, question_parts
+from datamodules.importers.field_checks import Schema
+from datamodules.importers.image_references import BOX, Marked, bind, label_before, question_parts
 from datamodules.importers.json_stream import stream_json
-from datamodules.importers.scan import Scan, Spans
-from datamodules.importers.schema import Schema
-from datamodules.samples import Sample, SampleError
+from datamodules.importers.source import Scan, Spans
+from datamodules.samples.sample import Sample, SampleError
 
 NAME = "MGrounding-630k"
 ANNOTATIONS = f"{NAME}.json"

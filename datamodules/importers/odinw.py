@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 
 from datamodules.importers.coco import Entry, convert, read_coco, single_box_entries
-from datamodules.importers.scan import Scan
-from datamodules.importers.schema import Schema
+from datamodules.importers.field_checks import Schema
+from datamodules.importers.source import Scan
 
 FILE = "annotations_without_background.json"
 SPLITS = ("train", "valid", "test", "mini_val")

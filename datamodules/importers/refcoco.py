@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datamodules.benchmarks.schema import refuse_repeated
+from datamodules.benchmarks.base import refuse_repeated
 from datamodules.importers.coco import Annotation, CocoFile, Entry, convert, read_coco
+from datamodules.importers.field_checks import Schema
 from datamodules.importers.plain_pickle import load_plain_pickle
-from datamodules.importers.scan import Scan
-from datamodules.importers.schema import Schema
+from datamodules.importers.source import Scan
 
 DATASETS = ("refcoco", "refcoco+", "refcocog")
 SPLITS = ("train", "val", "test", "testA", "testB")

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.importers.coco import convert, read_coco, single_box_entries
+from datamodules.importers.field_checks import Schema
 from datamodules.importers.json_stream import stream_json
-from datamodules.importers.scan import Scan
-from datamodules.importers.schema import Schema
+from datamodules.importers.source import Scan
 
 PREFIX = "v3det_2023_v1"
 SPLITS = ("train", "val")

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from datamodules.boxes import Box
-from datamodules.synthetic.rationales import conclusion
+from datamodules.samples.boxes import Box
 from datamodules.synthetic.single_image import crowd
+from datamodules.synthetic.thinking_texts import conclusion
 from datamodules.synthetic.world import (
     COLOURS,
     FILLS,

@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from datamodules.boxes import Box, Convention, ImageGeometry
+from datamodules.samples.boxes import Box, Convention, ImageGeometry
 from datamodules.synthetic.world import COLOURS, FILLS, KINDS, SHAPES, SIZES, Kind, Scene, Thing, random_scene
 
 GROUNDING = (

@@ -23,8 +23,8 @@ from datamodules.synthetic.puzzles import (
     shuffled,
     thing_of,
 )
-from datamodules.synthetic.rationales import ORDINALS
 from datamodules.synthetic.single_image import crowd
+from datamodules.synthetic.thinking_texts import ORDINALS
 from datamodules.synthetic.world import KINDS, SIZES, Scene, Thing, random_background, random_scene
 
 # Side of a thing as a share of the shorter picture side. `hard` things are mostly 6 to 10 pixels after resizing: hardly

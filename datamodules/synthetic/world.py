@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from PIL import Image, ImageDraw
 
-from datamodules.boxes import Box
+from datamodules.samples.boxes import Box
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (222, 32, 38),

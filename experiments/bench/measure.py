@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from experiments.bench.cases import Case
-from experiments.bench.floor import Peaks, Sizes, step_work
+from experiments.bench.roofline import Peaks, Sizes, step_work
 from experiments.bench.side_process import Side
 
 LONG_STEP_SECONDS = 20.0  # asking for its memory again, or waiting at borders, is nothing to a step as long as this

@@ -16,17 +16,17 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from datamodules.artefacts import fingerprint
-from datamodules.batches import Batch, Encoder, PromptItem
-from datamodules.prefetch import prefetch
-from experiments.bench.gate import MAX_STEPS, Gate, serve, synchronize
+from datamodules.encoding.encoder import Batch, Encoder, PromptItem
+from datamodules.persistence.files import fingerprint
+from datamodules.streaming.prefetch import prefetch
 from experiments.bench.shapes import tokens_never_sampled
+from experiments.bench.turns import MAX_STEPS, Gate, serve, synchronize
 from experiments.bench.workload import Workload, make_samples
-from lightning_modules.adapters import LoraSettings
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.grpo import GRPO
+from lightning_modules.models.layers.lora import LoraSettings
 from lightning_modules.policy_module import PolicyModule
-from lightning_modules.rollouts import Rollout, RolloutEngine, RolloutSettings
+from lightning_modules.rollouts.base import Rollout, RolloutEngine, RolloutSettings
 
 
 def build_module(model: str, workload: Workload) -> PolicyModule:

@@ -24,14 +24,14 @@ from typing import Any
 
 import torch
 
-from datamodules.artefacts import file_sha256, fingerprint, read_json, write_json
+from datamodules.persistence.files import file_sha256, fingerprint, read_json, write_json
 from experiments.bench.cases import Case, cases
-from experiments.bench.floor import Peaks, machine_peaks
 from experiments.bench.measure import measure
+from experiments.bench.roofline import Peaks, machine_peaks
 from experiments.bench.shapes import SHAPES, model_folder
 from experiments.bench.side_process import OutOfTime, Side, SideFailed
 from experiments.bench.table import case_table, growth_table
-from experiments.commands import command
+from experiments.runs.commands import command
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("datamodules", "lightning_modules", "experiments/bench")

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import Qwen2_5_VLConfig
 
-from datamodules.artefacts import fingerprint, read_json, write_json
-from datamodules.pretrained import load_config, load_tokenizer, new_model
+from datamodules.checkpoints.pretrained import load_config, load_tokenizer, new_model
+from datamodules.persistence.files import fingerprint, read_json, write_json
 
 NANO_BASE = Path("models/nano-base")
 RECIPE = "recipe.json"  # written last: a folder without it is unfinished

@@ -18,16 +18,16 @@ from datasets import Dataset, Image, List
 from transformers import TrainerCallback, TrainerControl
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from datamodules.artefacts import fingerprint
-from datamodules.batches import END_OF_TURN, Encoder, PromptItem
-from datamodules.boxes import Convention
-from datamodules.pretrained import load_processor
-from datamodules.prompts import PromptStyle, build_messages, target_text
-from experiments.bench.gate import MAX_STEPS, Gate, serve
+from datamodules.checkpoints.pretrained import load_processor
+from datamodules.encoding.encoder import END_OF_TURN, Encoder, PromptItem
+from datamodules.encoding.messages import PromptStyle, build_messages, target_text
+from datamodules.persistence.files import fingerprint
+from datamodules.samples.boxes import Convention
 from experiments.bench.shapes import tokens_never_sampled
+from experiments.bench.turns import MAX_STEPS, Gate, serve
 from experiments.bench.workload import Workload, make_samples
-from lightning_modules.adapters import LoraSettings, lora_config
-from lightning_modules.rewards import reward
+from lightning_modules.models.layers.lora import LoraSettings, lora_config
+from lightning_modules.rl.rewards import reward
 
 STYLE, CONVENTION = PromptStyle.THINK, Convention.ABSOLUTE
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from datamodules.samples import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
+from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
 
 POOL = 16  # steps until the prompts come again
 QUESTION = "Which object is in all of these images? Locate it in the last one."

@@ -16,13 +16,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
-from datamodules.batches import Batch, Encoder, PromptItem
+from datamodules.encoding.encoder import Batch, Encoder, PromptItem
 from datamodules.multi_image import MultiImageData
-from datamodules.samples import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
-from datamodules.shards import ShardWriter
-from lightning_modules.adapters import LoraSettings
+from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
+from datamodules.streaming.shards import ShardWriter
+from lightning_modules.models.layers.lora import LoraSettings
 from lightning_modules.policy_module import PolicyModule
-from lightning_modules.rollouts import Rollout
+from lightning_modules.rollouts.base import Rollout
 
 QUESTIONS = {
     "diff": "Give me the coordinates of their difference. ",

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 
 from callbacks.encoding import encode_ahead, prompt_encoder
-from datamodules.batches import Encoder, PromptItem
-from datamodules.samples import LoadedSample, SampleError
-from tests.datamodules.tiny_processor import make_sample, save_tiny_processor
+from datamodules.encoding.encoder import Encoder, PromptItem
+from datamodules.samples.sample import LoadedSample, SampleError
+from tests.datamodules.encoding.tiny_processor import make_sample, save_tiny_processor
 
 
 def test_evaluation_shares_no_processor_with_the_thread_that_encodes_for_training(tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ import pytest
 from callbacks.evaluation import LOSSES, EvaluationSettings, QuestionsLost, answers_key, ask_share, read_answers
 from callbacks.native_answerer import NativeAnswerer
 from datamodules.answerers import UNANSWERED, Answerer, Reply
-from datamodules.batches import Encoder
+from datamodules.benchmarks.base import Benchmark, limit_columns
 from datamodules.benchmarks.registry import load_benchmark
-from datamodules.benchmarks.schema import Benchmark, limit_columns
-from datamodules.boxes import Convention, ImageGeometry
-from datamodules.samples import Sample
-from datamodules.synthetic.twins.build import write_twin
-from lightning_modules.qwen_vl import QwenVL
-from lightning_modules.rollouts import NativeEngine
+from datamodules.encoding.encoder import Encoder
+from datamodules.samples.boxes import Convention, ImageGeometry
+from datamodules.samples.sample import Sample
+from datamodules.synthetic.benchmark_replicas.write import write_twin
+from lightning_modules.models.qwen_vl import QwenVL
+from lightning_modules.rollouts.base import NativeEngine
 
 GEOMETRY = ImageGeometry((64, 48), (56, 56))
 

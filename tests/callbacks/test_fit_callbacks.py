@@ -15,13 +15,13 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 
 from callbacks.checkpoints import WholeCheckpoints
-from callbacks.guards import SaveOnInterrupt
 from callbacks.merge_adapter import MergeAdapter
 from callbacks.previews import Previews, draw_preview
+from callbacks.save_on_interrupt import SaveOnInterrupt
 from callbacks.throughput import Throughput
 from datamodules.benchmarks.mig_bench import load_mig_bench
 from datamodules.benchmarks.mig_scoring import Prediction
-from lightning_modules.server_pool import ServersLost
+from lightning_modules.rollouts.vllm.server_pool import ServersLost
 from tests.callbacks.conftest import TWO_EPOCHS, FakeEngine, FakeModule, Windows, read_rows, resuming, true_answer
 
 

@@ -15,11 +15,11 @@ from callbacks.checkpoints import RunStopped
 from callbacks.evaluation import EvaluationSettings
 from callbacks.mig_bench import MIGBench, evaluate_mig_bench, limit_tasks, policy_fingerprint
 from callbacks.previews import Previews
-from datamodules.artefacts import Journal
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
 from datamodules.benchmarks.mig_scoring import summarise
-from lightning_modules.qwen_vl import QwenVL
-from lightning_modules.rollouts import NativeEngine
+from datamodules.persistence.files import Journal
+from lightning_modules.models.qwen_vl import QwenVL
+from lightning_modules.rollouts.base import NativeEngine
 from tests.callbacks.conftest import FakeEngine, FakeModule, FakePolicy, read_rows, resuming, true_answer
 from tests.lightning_modules.ranks import run_ranks
 

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks import preemption
 from callbacks.checkpoints import WindowCheckpoint
-from callbacks.guards import SaveOnInterrupt
+from callbacks.save_on_interrupt import SaveOnInterrupt
 from tests.callbacks.conftest import FakeEngine, FakeModule, true_answer
 from tests.callbacks.test_fit_callbacks import Sends
 
@@ -107,7 +107,7 @@ def test_the_pipeline_requeues_when_its_step_has_saved(tmp_path: Path, calls: Pa
         "signal.signal(signal.SIGTERM, save)\nos.kill(os.getppid(), signal.SIGUSR1); time.sleep(60)"
     )
     code = (
-        "import sys; from experiments.steps import run_process\n"
+        "import sys; from experiments.runs.subprocess_steps import run_process\n"
         f"sys.exit(run_process([sys.executable, '-c', {step!r}], lambda: None))"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=50)

@@ -14,7 +14,7 @@ import pytest
 import torch.distributed
 
 from callbacks.rank_watch import BEAT_SECONDS, KEY, Peers, RankWatch
-from datamodules.processes import process_state
+from datamodules.persistence.processes import process_state
 
 ROOT = Path(__file__).resolve().parents[2]
 SILENCE = 5.0  # seconds: that many signs

@@ -20,10 +20,10 @@ from callbacks import prompt_choice, rejection_sampling
 from callbacks.checkpoints import RunStopped
 from callbacks.prompt_choice import RejectionSettings, rejection_sample
 from callbacks.rejection_sampling import RejectionSampling
-from datamodules.samples import BoxAnswer, BoxesAnswer, ChoiceAnswer
-from datamodules.shards import ShardReader, ShardWriter
-from lightning_modules.adapters import LoraSettings
+from datamodules.samples.sample import BoxAnswer, BoxesAnswer, ChoiceAnswer
+from datamodules.streaming.shards import ShardReader, ShardWriter
 from lightning_modules.grpo import GRPO
+from lightning_modules.models.layers.lora import LoraSettings
 from tests.callbacks.conftest import FakeEngine, FakeModule, FakePolicy, read_rows, resuming, true_answer
 
 SETTINGS = RejectionSettings(num_samples=4, temperature=0.7, max_new_tokens=8, batch_prompts=3)

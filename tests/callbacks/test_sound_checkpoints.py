@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from callbacks import collapse
+from callbacks import collapse_guard
 from callbacks.checkpoints import RunStopped, WindowCheckpoint
 from callbacks.sound_checkpoints import damage, newest_whole
-from datamodules.artefacts import write_json
+from datamodules.persistence.files import write_json
 
 
 class Runs:
@@ -121,11 +121,11 @@ def test_what_a_rollback_condemned_is_not_looked_at(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     for step in (3, 9):
         write(tmp_path / f"checkpoints/step-{step:08d}.ckpt", step)
-    write_json(tmp_path / collapse.FILE_NAME, {"events": [], "spoilt": ["step-00000009.ckpt"]})
-    assert collapse.last_whole(tmp_path).name == "step-00000003.ckpt"
+    write_json(tmp_path / collapse_guard.FILE_NAME, {"events": [], "spoilt": ["step-00000009.ckpt"]})
+    assert collapse_guard.last_whole(tmp_path).name == "step-00000003.ckpt"
     empty(tmp_path / "checkpoints/step-00000003.ckpt")
     with pytest.raises(RunStopped, match=r"step-00000003\.ckpt: it is empty"):
-        collapse.last_whole(tmp_path)
+        collapse_guard.last_whole(tmp_path)
 
 
 def test_no_changed_byte_of_the_weights_goes_unseen(tmp_path: Path) -> None:

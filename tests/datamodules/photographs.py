@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from datamodules.image_loading import load_image
+from datamodules.images.image_loading import load_image
 
 SIZE = (120, 80)  # stored width, height
 STORED = (5, 10, 35, 30)  # of the red thing, in stored pixels

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from datamodules.answers import is_well_formed, render_answer
-from tests.datamodules.hostile_answers import CASES, FENCED, OBJ
+from datamodules.samples.answer_text import is_well_formed, render_answer
+from tests.datamodules.samples.hostile_answers import CASES, FENCED, OBJ
 
 VALID = render_answer((1, 2, 3, 4), "red circle", "It is in the second image.")
 

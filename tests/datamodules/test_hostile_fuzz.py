@@ -10,12 +10,12 @@ import random
 
 import pytest
 
-from datamodules.answers import FAILURE_KINDS, ParseFailure, is_well_formed, parse_answer, render_answer
 from datamodules.benchmarks.official_parsers import extract_box_officially, read_choice_as_blink, read_choice_as_mmiu
-from datamodules.choices import CHOICE_FAILURES, ChoiceFailure, parse_choice
-from tests.datamodules.hostile_answers import CASES, FENCED, OBJ, OTHER
-from tests.datamodules.test_choices import IMAGES
-from tests.datamodules.test_choices import PIECES as CUES
+from datamodules.samples.answer_text import FAILURE_KINDS, ParseFailure, is_well_formed, parse_answer, render_answer
+from datamodules.samples.choice_text import CHOICE_FAILURES, ChoiceFailure, parse_choice
+from tests.datamodules.samples.hostile_answers import CASES, FENCED, OBJ, OTHER
+from tests.datamodules.samples.test_choice_text import IMAGES
+from tests.datamodules.samples.test_choice_text import PIECES as CUES
 from tests.datamodules.test_format_tags import VALID, follows_the_papers_format
 
 SHORT = [text for text, _, _ in CASES if len(text) < 600]

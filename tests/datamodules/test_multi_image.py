@@ -13,15 +13,15 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from datamodules import workers
-from datamodules.batches import Batch, PromptItem
+from datamodules.encoding.encoder import Batch, PromptItem
 from datamodules.multi_image import MultiImageData
-from datamodules.samples import SampleError
-from datamodules.shards import ShardReader, ShardWriter
-from datamodules.workers import WorkersFailed
+from datamodules.samples.sample import SampleError
+from datamodules.streaming import workers
+from datamodules.streaming.shards import ShardReader, ShardWriter
+from datamodules.streaming.workers import WorkersFailed
 from tests.datamodules import trainer_process
+from tests.datamodules.encoding.tiny_processor import declare, make_sample, save_tiny_processor
 from tests.datamodules.image_mutations import encoded, pixels, seeds
-from tests.datamodules.tiny_processor import declare, make_sample, save_tiny_processor
 
 NUM_SAMPLES = 17  # 5 batches of 3; one sample is damaged, one is over
 
@@ -264,7 +264,7 @@ def test_the_largest_sample_is_that_of_the_longest_prompt(shards: Path, processo
     """A sample all of images, as many tokens as are admitted, has as many bytes."""
     data = make_data(shards, processor)
     item = next(iter(data.train_dataloader())).items[0]
-    merged = data.encoder.processor.image_processor.merge_size ** 2
+    merged = data.encoder.processor.image_processor.merge_size**2
     tokens = len(item.pixel_values) // merged
     data.encoder.max_prompt_tokens = tokens
     assert workers.largest_pixels(data.encoder) == item.pixel_values.nbytes

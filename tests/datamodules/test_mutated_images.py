@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.image_loading import decode_images, open_image, open_images
-from datamodules.samples import LoadedSample, SampleError
+from datamodules.images.image_loading import decode_images, open_image, open_images
+from datamodules.samples.sample import LoadedSample, SampleError
+from tests.datamodules.encoding.tiny_processor import make_sample
 from tests.datamodules.image_mutations import ADMITTED, REFUSED, mutate, seeds
-from tests.datamodules.tiny_processor import make_sample
 
 RULES = {
     "unreadable_image",

@@ -7,12 +7,12 @@ import time
 
 import pytest
 
-from datamodules import box_texts
-from datamodules.answers import ParseFailure, is_well_formed, parse_answer
-from datamodules.choices import parse_choice
+from datamodules.samples import box_texts
+from datamodules.samples.answer_text import ParseFailure, is_well_formed, parse_answer
+from datamodules.samples.choice_text import parse_choice
 from tests.datamodules.cpu_time import CPU_BOUND, cpu_seconds
-from tests.datamodules.hostile_answers import OBJ, ta
-from tests.datamodules.test_choices import IMAGES, PIECES
+from tests.datamodules.samples.hostile_answers import OBJ, ta
+from tests.datamodules.samples.test_choice_text import IMAGES, PIECES
 
 # (start, unit repeated n times, end): what makes a careless regex or decoder quadratic or worse.
 GROWING = [

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from datamodules.multi_image import MultiImageData
-from datamodules.samples import LoadedSample
+from datamodules.samples.sample import LoadedSample
 
 NUM_EPOCHS = 3
 

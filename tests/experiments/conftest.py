@@ -16,8 +16,8 @@ import pytest
 import wandb
 import yaml
 
-from datamodules.samples import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
-from datamodules.shards import ShardWriter
+from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
+from datamodules.streaming.shards import ShardWriter
 from tests.conftest import QUESTIONS, SIZES, random_png
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +51,7 @@ class Workbench:
         every = [
             {"class_path": "callbacks.merge_adapter.MergeAdapter"},
             {"class_path": "callbacks.checkpoints.WindowCheckpoint", "init_args": checkpoints},
-            {"class_path": "callbacks.guards.SaveOnInterrupt"},
+            {"class_path": "callbacks.save_on_interrupt.SaveOnInterrupt"},
         ]
         common = {"model": str(self.model), "lora": {"rank": 4, "alpha": 8}, "learning_rate": 1e-3}
         sampling = {"group_size": 2, "max_new_tokens": 6, "temperature": 1.0}
@@ -156,7 +156,7 @@ def rolling_back(workbench: Workbench) -> str:
     """A GRPO run whose entropy is out of bounds, as any policy's is, in every window of two batches."""
     bounds = {"grpo/entropy": {"low": 99.0}}
     settings = {"bounds": bounds, "action": "roll_back", "window": 2, "max_rollbacks": 1}
-    guard = {"class_path": "callbacks.collapse.CollapseGuard", "init_args": settings}
+    guard = {"class_path": "callbacks.collapse_guard.CollapseGuard", "init_args": settings}
     return workbench.training("grpo", [guard])
 
 

@@ -18,8 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from datamodules.artefacts import read_json, write_json
-from experiments import metrics, phases
+from datamodules.persistence.files import read_json, write_json
+from experiments.runs import metrics_csv, run_identity
 
 LIMIT_SECONDS = 1200  # of every wait for another process, on a busy machine
 asked: list[int] = []
@@ -42,7 +42,7 @@ def num_seen(sweep: Path, trial: str) -> int:
 
 
 def run(given: argparse.Namespace, folder: Path) -> None:
-    attempt = metrics.next_attempt(folder)
+    attempt = metrics_csv.next_attempt(folder)
     file = folder / "attempts" / str(attempt) / "metrics.csv"
     file.parent.mkdir(parents=True)
     file.write_text("step,score,other\n")
@@ -76,5 +76,5 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     phase = Path(arguments.outputs) / arguments.experiment / arguments.phase
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
-    with phases.locked(phase):
+    with run_identity.locked(phase):
         run(arguments, phase)

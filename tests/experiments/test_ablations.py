@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from datamodules.artefacts import read_json
-from experiments import ablations, metrics, pipeline, tracking, train
-from experiments.ablation_summary import Comparison
+from datamodules.persistence.files import read_json
+from experiments import ablations, pipeline, train
 from experiments.ablations import Row
-from experiments.results import read_results
+from experiments.reports.ablation_summary import Comparison
+from experiments.runs import metrics_csv, wandb_runs
+from experiments.runs.results import read_results
 from tests.experiments.conftest import ROOT, Workbench
 from tests.experiments.test_pipeline import evaluation
 
@@ -96,7 +97,7 @@ def test_rows_share_a_wandb_group_and_keep_the_users_tags(
     workbench: Workbench, logged: list[dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_TAGS", "mine")
-    for name, value in tracking.wandb_environment("tiny-ablations", "seed1", "cold").items():
+    for name, value in wandb_runs.wandb_environment("tiny-ablations", "seed1", "cold").items():
         monkeypatch.setenv(name, value)
     train.main(["--config", workbench.training("sft")])
     last = logged[-1]
@@ -108,7 +109,7 @@ def test_a_summary_is_logged_once_for_each_content(workbench: Workbench, logged:
     folder = workbench.outputs / "tiny-ablations" / "summary"
     tables = {"Ladder": [["row", "AVG"], ["grpo", "80.00"]]}
     for avg in (80.0, 80.0, 81.0):
-        tracking.log_summary(folder, {"grpo/avg": avg}, tables)
+        wandb_runs.log_summary(folder, {"grpo/avg": avg}, tables)
     first, second = logged
     assert (first["group"], first["job_type"], first["grpo/avg"]) == ("tiny-ablations", "summary", 80)
     assert first["id"] == second["id"] and second["grpo/avg"] == 81 and second["Ladder"].data == [["grpo", "80.00"]]
@@ -125,7 +126,7 @@ def test_rows_are_run_once_each_and_compared_after_a_kill(workbench: Workbench, 
     resolved = yaml.safe_load((folder / "cold" / "config.yaml").read_text())
     names = [callback["class_path"].split(".")[-1] for callback in resolved["trainer"]["callbacks"]]
     assert "Throughput" not in names and "MergeAdapter" in names
-    equal = metrics.read_curve(metrics.read_rows(folder / "cold"), "grpo/frac_zero_advantage")
+    equal = metrics_csv.read_curve(metrics_csv.read_rows(folder / "cold"), "grpo/frac_zero_advantage")
     assert [share for _, share in equal] == [1.0, 1.0], "no step counted, and yet there is a model"
 
     ablations.main(["--config", config])

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from datamodules.model_folder import ModelError
+from datamodules.checkpoints.model_folder import ModelError
 from experiments import evaluate, evaluate_benchmarks, train
-from lightning_modules.local_server import local_server, sampling_folder
+from lightning_modules.serving.transformers_server import local_server, sampling_folder
 from tests.broken_models import change_tensors
 from tests.experiments.conftest import Workbench
 from tests.image_text_models import qwen2_vl, save_model

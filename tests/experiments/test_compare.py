@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from datamodules.artefacts import write_json
-from datamodules.shards import ShardWriter
+from datamodules.persistence.files import write_json
+from datamodules.streaming.shards import ShardWriter
 from experiments import compare
-from experiments.compare_page import ladder_rows
-from experiments.report import script_json
-from experiments.results import Results, make_stage, write_results
-from experiments.rollout_pages import GROUPS_PER_CHUNK, thin
-from experiments.runs import config_differences, find_runs, flatten
-from lightning_modules.rollout_log import RolloutLog
-from tests.datamodules.tiny_processor import make_sample
-from tests.experiments.test_metrics import attempt
-from tests.experiments.test_results import summary
+from experiments.reports.compare_page import ladder_rows
+from experiments.reports.find_runs import config_differences, find_runs, flatten
+from experiments.reports.pipeline_report import script_json
+from experiments.reports.rollout_pages import GROUPS_PER_CHUNK, thin
+from experiments.runs.results import Results, make_stage, write_results
+from lightning_modules.rl.rollout_log import RolloutLog
+from tests.datamodules.encoding.tiny_processor import make_sample
+from tests.experiments.runs.test_metrics_csv import attempt
+from tests.experiments.runs.test_results import summary
 
 NUM_GROUPS, NUM_SAMPLES = 3000, 8
 TASKS = ("diff", "region", "reasoning")

@@ -14,13 +14,22 @@ from jsonargparse import auto_parser
 
 from callbacks.checkpoints import WholeCheckpoints, WindowCheckpoint
 from callbacks.rejection_sampling import RejectionSampling
-from datamodules.prompts import PromptStyle
-from experiments import ablations, evaluate, evaluate_benchmarks, import_shards, pipeline, shards, synthesize, train
+from datamodules.encoding.messages import PromptStyle
+from experiments import (
+    ablations,
+    evaluate,
+    evaluate_benchmarks,
+    generate_synthetic,
+    import_shards,
+    pipeline,
+    synthesize,
+    train,
+)
 from experiments.sweep import num_trials
-from experiments.sweep_plan import read_plan
+from experiments.sweeps.plan import read_plan
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.grpo import GRPO
-from lightning_modules.qwen_vl import QwenVL
+from lightning_modules.models.qwen_vl import QwenVL
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "experiments" / "configs"
@@ -40,7 +49,7 @@ OTHERS = {
     "paper/ablations_7b.yaml": ablations.run,
     "nano/benchmarks.yaml": evaluate_benchmarks.evaluate_benchmarks,
     "nano/eval.yaml": evaluate.evaluate,
-    "nano/shards.yaml": shards.build,
+    "nano/shards.yaml": generate_synthetic.build,
     "nano/pipeline.yaml": pipeline.run,
     "paper/cot_mixture.yaml": import_shards.run,
     "nano/synthesize.yaml": synthesize.synthesize,

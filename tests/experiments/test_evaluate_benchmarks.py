@@ -14,20 +14,21 @@ from pathlib import Path
 import pytest
 
 from callbacks.evaluation import EvaluationSettings
-from datamodules import processes as process_module
-from datamodules.processes import ProcessLost
-from datamodules.source_code import source_code
-from datamodules.synthetic.twins import build
-from experiments import checks, evaluate_benchmarks, rescore, tables
-from experiments.answerers import PolicySettings
-from experiments.asking import Job, ask_all
+from datamodules.persistence import processes as process_module
+from datamodules.persistence.processes import ProcessLost
+from datamodules.persistence.source_code import source_code
+from datamodules.synthetic.benchmark_replicas import write
+from experiments import evaluate_benchmarks, print_tables, rescore
+from experiments.evaluation.ask_processes import Job, ask_all
+from experiments.evaluation.choose_predictor import PolicySettings
+from experiments.runs import preflight
 from tests.chat_server import ChatServer, http_response, question_text
 
 
 @pytest.fixture
 def small_twins(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {name: (folder, writer, 2) for name, (folder, writer, _) in build.TWINS.items()}
-    monkeypatch.setattr(build, "TWINS", small)
+    small = {name: (folder, writer, 2) for name, (folder, writer, _) in write.TWINS.items()}
+    monkeypatch.setattr(write, "TWINS", small)
 
 
 def evaluate(model: Path, root: Path, *args: str) -> Path:
@@ -53,7 +54,7 @@ def test_the_whole_way_to_the_tables(tiny_model_dir: Path, tmp_path: Path, small
     assert json.loads((output / "blink-limit1/result.json").read_text())["n"] == 7
     assert json.loads((output / "blink/result.json").read_text()) == result
 
-    tables.main(["--outputs", str(tmp_path / "outputs")])
+    print_tables.main(["--outputs", str(tmp_path / "outputs")])
     text = (tmp_path / "outputs/tables/tables.md").read_text()
     assert text.count(f"measured: {tiny_model_dir} ({tmp_path / 'data'})") == 2  # Tables 4 and 6
     assert "Table 6" in capsys.readouterr().out
@@ -78,7 +79,7 @@ def test_the_models_own_settings_have_results_of_their_own(tiny_model_dir: Path,
     texts, result = files(output / "blink-model-generation")
     assert (before[1]["generation"], result["generation"]) == ("greedy", "model") and result["key"] != before[1]["key"]
     assert texts != before[0]
-    tables.main(["--outputs", str(tmp_path / "outputs")])
+    print_tables.main(["--outputs", str(tmp_path / "outputs")])
     text = (tmp_path / "outputs/tables/tables.md").read_text()
     label = f"measured: {model} ({tmp_path / 'data'})"
     assert f"{label} |" in text and f"{label}, the model's own generation settings |" in text
@@ -93,7 +94,7 @@ def test_answers_of_other_source_files_are_asked_about(
     evaluate(tiny_model_dir, tmp_path, "--bench=blink")
     assert files(output / "blink") == first, "the same code finds its answers again"
 
-    edited = source_code(("experiments.evaluate_benchmarks",)) | {"datamodules/choices.py": "edited"}
+    edited = source_code(("experiments.evaluate_benchmarks",)) | {"datamodules/samples/choice_text.py": "edited"}
     monkeypatch.setattr(evaluate_benchmarks, "source_code", lambda entries: edited)
     asked = r"(?s)finished.*changed since: datamodules/choices\.py[^/]*KEEP=1.*REDO=1"
     with pytest.raises(SystemExit, match=asked) as caught:
@@ -108,7 +109,7 @@ def test_answers_of_other_source_files_are_asked_about(
 
 
 def test_every_missing_file_is_named_before_weights_are_read(tiny_model_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(checks.SettingsError, match=r"(?s)ref_l4: .*ref-l4-val.*lisa: .*val"):
+    with pytest.raises(preflight.SettingsError, match=r"(?s)ref_l4: .*ref-l4-val.*lisa: .*val"):
         evaluate_benchmarks.evaluate_benchmarks(str(tiny_model_dir), str(tmp_path), bench="ref_l4,lisa")
     (tmp_path / "data/BLINK").mkdir(parents=True)
     with pytest.raises(SystemExit, match="BLINK was not made here"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from datamodules.benchmarks.extraction import NO_OPTION, extraction_request, read_extraction
-from datamodules.synthetic.twins import build
+from datamodules.synthetic.benchmark_replicas import write
 from experiments import evaluate_benchmarks, rescore
 from tests.chat_server import ChatServer, http_response, question_text
 
@@ -18,8 +18,8 @@ SOON = ("--extractor.attempts=2", "--extractor.backoff=0.01")
 
 @pytest.fixture(autouse=True)
 def small_twins(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {name: (folder, writer, 2) for name, (folder, writer, _) in build.TWINS.items()}
-    monkeypatch.setattr(build, "TWINS", small)
+    small = {name: (folder, writer, 2) for name, (folder, writer, _) in write.TWINS.items()}
+    monkeypatch.setattr(write, "TWINS", small)
 
 
 def verbose(request: dict) -> str:

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from datamodules.artefacts import read_json
 from datamodules.benchmarks.odinw import SETS
 from datamodules.importers.registry import SOURCES
-from datamodules.importers.scan import Scan
-from datamodules.shards import ShardReader, read_manifest
+from datamodules.importers.source import Scan
+from datamodules.persistence.files import read_json
+from datamodules.streaming.shards import ShardReader, read_manifest
 from experiments import import_shards
 from tests.datamodules.importers import published
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from datamodules.artefacts import fingerprint, read_json, write_json
-from datamodules.path_fingerprint import path_fingerprint
-from experiments import ablations, phases, pipeline, steps, tracking
-from experiments.changes import CodeChanged
-from experiments.results import read_results
-from tests.experiments.test_results import summary
+from datamodules.persistence.files import fingerprint, read_json, write_json
+from datamodules.streaming.path_fingerprint import path_fingerprint
+from experiments import ablations, pipeline
+from experiments.runs import run_identity, subprocess_steps, wandb_runs
+from experiments.runs.changes import CodeChanged
+from experiments.runs.results import read_results
+from tests.experiments.runs.test_results import summary
 
 ROWS = {"sft": "base", "cot_sft": "base", "grpo": "cot_sft", "full": "grpo"}
 ALL = ["base", *ROWS]
@@ -48,8 +49,8 @@ class Processes:
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch) -> Processes:
     stand_ins = Processes()
-    monkeypatch.setattr(steps, "run_process", stand_ins)
-    monkeypatch.setattr(tracking, "log_summary", lambda *_: None)
+    monkeypatch.setattr(subprocess_steps, "run_process", stand_ins)
+    monkeypatch.setattr(wandb_runs, "log_summary", lambda *_: None)
     return stand_ins
 
 
@@ -136,7 +137,7 @@ def test_a_seed_at_which_another_process_works_is_left_to_it(
     run_rows(settings)
     write_config(tmp_path, "sft", 1)
     processes.broken = "sft"
-    with phases.locked(tmp_path / "outputs/tiny-seed1"), pytest.raises(SystemExit, match="sft: training"):
+    with run_identity.locked(tmp_path / "outputs/tiny-seed1"), pytest.raises(SystemExit, match="sft: training"):
         run_rows(settings)
     assert "seed 1: another process is working" in capsys.readouterr().out
     assert listed(tmp_path / "outputs", 1) == ALL and "sft" not in listed(tmp_path / "outputs", 0)
@@ -172,7 +173,7 @@ def test_a_run_that_finds_nothing_writes_nothing(processes: Processes, settings:
 def code(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The source files, as all steps are told; a test may change them."""
     files = {"lightning_modules/grpo.py": "1"}
-    monkeypatch.setattr(steps, "source_code", lambda modules: dict(files) if modules else {})
+    monkeypatch.setattr(subprocess_steps, "source_code", lambda modules: dict(files) if modules else {})
     return files
 
 
@@ -218,7 +219,7 @@ def test_an_ablation_asks_about_all_seeds_at_once(
     processes: Processes, settings: dict, tmp_path: Path, code: dict[str, str]
 ) -> None:
     run_rows(settings)
-    code["lightning_modules/rewards.py"] = "new"
+    code["lightning_modules/rl/rewards.py"] = "new"
     processes.ran = []
     with pytest.raises(CodeChanged, match=r"rewards\.py \(new\)"):
         run_rows(settings)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.answers import FAILURE_KINDS
-from datamodules.dialects import find_dialect
-from datamodules.prompts import CHOICE_SUFFIX
-from datamodules.synthetic.twins import build
-from experiments import checks, evaluate_benchmarks, rescore
-from experiments.answerers import ImageTextSettings, ModelOptions, choose_answerer
-from lightning_modules.endpoint import EndpointSettings
+from datamodules.encoding.messages import CHOICE_SUFFIX
+from datamodules.encoding.model_families import find_dialect
+from datamodules.samples.answer_text import FAILURE_KINDS
+from datamodules.synthetic.benchmark_replicas import write
+from experiments import evaluate_benchmarks, rescore
+from experiments.evaluation.choose_predictor import ImageTextSettings, ModelOptions, choose_answerer
+from experiments.runs import preflight
+from lightning_modules.serving.openai_client import EndpointSettings
 from tests.chat_server import ChatServer, http_response, question_text
 from tests.image_text_models import qwen2_vl, save_model
 
@@ -24,8 +25,8 @@ SOON = ("--endpoint.attempts=2", "--endpoint.backoff=0.01")
 
 @pytest.fixture(autouse=True)
 def small_twins(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {name: (folder, writer, 2) for name, (folder, writer, _) in build.TWINS.items()}
-    monkeypatch.setattr(build, "TWINS", small)
+    small = {name: (folder, writer, 2) for name, (folder, writer, _) in write.TWINS.items()}
+    monkeypatch.setattr(write, "TWINS", small)
 
 
 def evaluate(model: str, root: Path, *args: str) -> Path:
@@ -142,7 +143,7 @@ def test_a_served_model_never_writes_where_one_in_this_process_does() -> None:
 
 
 def test_every_fault_is_told_at_once(tmp_path: Path) -> None:
-    with pytest.raises(checks.SettingsError, match=r"(?s)processes=0.*dialect='klingon'"):
+    with pytest.raises(preflight.SettingsError, match=r"(?s)processes=0.*dialect='klingon'"):
         evaluate_benchmarks.evaluate_benchmarks(
             "gpt-4o", str(tmp_path), endpoint=EndpointSettings(base_url="http://a/v1"), dialect="klingon", processes=0
         )

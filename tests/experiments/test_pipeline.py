@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from datamodules.artefacts import read_json
-from datamodules.prompts import PromptStyle
-from experiments import evaluate, pipeline, steps, train
-from experiments.results import read_results
-from experiments.steps import Step, run_step
+from datamodules.encoding.messages import PromptStyle
+from datamodules.persistence.files import read_json
+from experiments import evaluate, pipeline, train
+from experiments.runs import subprocess_steps
+from experiments.runs.results import read_results
+from experiments.runs.subprocess_steps import Step, run_step
 from tests.experiments.conftest import ROOT, Workbench
 
 
@@ -56,7 +57,7 @@ def test_the_time_of_killed_attempts_is_counted(tmp_path: Path) -> None:
 
 
 def test_a_step_with_faulty_settings_leaves_what_was_finished_with_others(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(steps, "CLOCK_SECONDS", 0.02)  # it reads its settings for longer than that
+    monkeypatch.setattr(subprocess_steps, "CLOCK_SECONDS", 0.02)  # it reads its settings for longer than that
     step = counting_step(tmp_path / "phase")
     first = run_step(step)
     with pytest.raises(SystemExit, match="step ended with exit code 1"):
@@ -76,7 +77,7 @@ def test_sigterm_is_passed_on_and_ends_the_pipeline(tmp_path: Path) -> None:
     leave = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))"
     child = f"import signal, sys, time; {leave}; print('up'); time.sleep(60)"
     code = (
-        "import sys; from experiments.steps import run_process\n"
+        "import sys; from experiments.runs.subprocess_steps import run_process\n"
         f"sys.exit(run_process([sys.executable, '-u', '-c', {child!r}], lambda: None))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -136,7 +137,7 @@ def test_evaluation_writes_answers_and_summary_and_goes_on_from_them(workbench: 
 
 
 def test_answers_that_other_code_has_asked_for_are_asked_about(workbench: Workbench, capsys, monkeypatch) -> None:
-    code = {"lightning_modules/decoding.py": "1"}
+    code = {"lightning_modules/rollouts/native/decoder.py": "1"}
     monkeypatch.setattr(evaluate, "source_code", lambda modules: dict(code))
     folder = workbench.outputs / "base"
     arguments = ["--config", workbench.write_yaml("eval", evaluation(workbench)), "--output", str(folder)]
@@ -144,7 +145,7 @@ def test_answers_that_other_code_has_asked_for_are_asked_about(workbench: Workbe
     answers = folder / "predictions.jsonl"
     answers.write_text(answers.read_text().replace('"id"', '"id" '))  # a mark on what is there
     marked = answers.read_text()
-    code["lightning_modules/decoding.py"] = "2"
+    code["lightning_modules/rollouts/native/decoder.py"] = "2"
     with pytest.raises(SystemExit, match=r"is finished.*\n.*lightning_modules/decoding\.py\nKEEP=1"):
         evaluate.main(arguments)
     for choice in (["--keep"], []):

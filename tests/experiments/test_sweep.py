@@ -15,12 +15,13 @@ import pytest
 import wandb
 import yaml
 
-from datamodules.artefacts import read_json
-from experiments import sweep, sweep_trials
-from experiments.sweep_trials import last_words, points_agreed
+from datamodules.persistence.files import read_json
+from experiments import sweep
+from experiments.sweeps import trials
+from experiments.sweeps.trials import last_words, points_agreed
 from tests.experiments.conftest import Workbench, kill_all
 from tests.experiments.sweep_trial import LIMIT_SECONDS, num_seen
-from tests.experiments.test_sweep_plan import CONFIGS, write
+from tests.experiments.sweeps.test_plan import CONFIGS, write
 
 COMMAND = ["${interpreter}", "-m", "tests.experiments.sweep_trial", "${args}"]
 HEIGHTS = {"height": {"distribution": "uniform", "min": 0.0, "max": 10.0}, "slope": {"values": [0, 1]}}
@@ -29,13 +30,13 @@ HEIGHTS = {"height": {"distribution": "uniform", "min": 0.0, "max": 10.0}, "slop
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(sweep_trials, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(trials, "POLL_SECONDS", 0.02)
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """run("--trials=2", method="grid", …) runs the sweep in this process; its sweep.json."""
-    monkeypatch.setattr(sweep.sweep_wandb, "log_sweep", lambda *_: None)  # tested with the real trials, below
+    monkeypatch.setattr(sweep.wandb_sweep, "log_sweep", lambda *_: None)  # tested with the real trials, below
 
     def start(*arguments: str, **changes: Any) -> dict[str, Any]:
         settings = {"metric": {"name": "score", "goal": "maximize"}, "parameters": HEIGHTS, "command": COMMAND}
@@ -143,7 +144,7 @@ def test_a_trial_that_diverged_at_the_end_has_failed(run) -> None:
 def test_trials_keep_the_users_tags_and_have_a_wandb_service_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_TAGS", "mine,sweep")
     monkeypatch.setenv("WANDB_SERVICE", "3-4711-tcp-localhost-1")  # of a process that has logged something itself
-    variables = sweep_trials.trial_environment(("sweep", "bayes"))
+    variables = trials.trial_environment(("sweep", "bayes"))
     assert variables["WANDB_TAGS"] == "mine,sweep,bayes"
     assert "WANDB_SERVICE" not in variables
 
@@ -212,7 +213,7 @@ def test_with_a_key_a_sweep_is_created_once_and_an_agent_started(tmp_path: Path,
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setattr(wandb, "sweep", lambda what, **where: created.append((what, where)) or f"s{len(created)}")
     monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(default_entity="lab"))
-    monkeypatch.setattr(sweep.sweep_wandb, "run_agent", lambda *what: started.append(what) or sys.exit())
+    monkeypatch.setattr(sweep.wandb_sweep, "run_agent", lambda *what: started.append(what) or sys.exit())
     config = CONFIGS / "nano/sweep.yaml"
     for _ in range(2):
         with pytest.raises(SystemExit):

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from datamodules.answers import render_answer
-from datamodules.artefacts import read_json
-from datamodules.prompts import THINK_SUFFIX
-from datamodules.samples import BoxAnswer, BoxesAnswer, ImagePart, LoadedSample, Sample, TextPart
-from datamodules.shards import ShardReader, ShardWriter
+from datamodules.encoding.messages import THINK_SUFFIX
+from datamodules.persistence.files import read_json
+from datamodules.samples.answer_text import render_answer
+from datamodules.samples.sample import BoxAnswer, BoxesAnswer, ImagePart, LoadedSample, Sample, TextPart
+from datamodules.streaming.shards import ShardReader, ShardWriter
 from experiments import synthesize
-from lightning_modules.local_server import local_server
+from lightning_modules.serving.transformers_server import local_server
 from tests.chat_server import ChatServer, FaultProxy, http_response, question_text
 from tests.conftest import random_png
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from datamodules.artefacts import read_json
-from experiments import metrics, phases, run_keys, tracking, train
-from lightning_modules.rollout_log import read_index
+from datamodules.persistence.files import read_json
+from experiments import train
+from experiments.runs import metrics_csv, run_identity, run_key, wandb_runs
+from lightning_modules.rl.rollout_log import read_index
 from tests.experiments.conftest import Workbench, rolling_back, run_apart
 
 
@@ -24,7 +25,7 @@ def test_a_phase_leaves_everything_that_the_next_one_needs(workbench: Workbench,
     assert resolved["data"]["max_image_pixels"] == 64_000_000, "defaults are written out"
     assert resolved["data"]["max_sample_pixels"] == 256_000_000
     assert (folder / "merged" / "model.safetensors").is_file()
-    assert [step for step, _ in metrics.read_curve(metrics.read_rows(folder), "train/loss")] == [0, 1]
+    assert [step for step, _ in metrics_csv.read_curve(metrics_csv.read_rows(folder), "train/loss")] == [0, 1]
     assert (folder / "metrics.csv").is_file()
     assert read_json(folder / "done.json")["seconds"] > 0
     assert list((folder / "wandb").glob("offline-run-*"))
@@ -60,7 +61,7 @@ def test_other_settings_train_afresh_and_keep_the_old_run(workbench: Workbench) 
 
 def test_a_run_that_other_code_has_made_is_never_already_done(workbench: Workbench, capsys, monkeypatch) -> None:
     code = {"lightning_modules/cot_sft.py": "1"}
-    monkeypatch.setattr(run_keys, "source_code", lambda modules: dict(code))
+    monkeypatch.setattr(run_key, "source_code", lambda modules: dict(code))
     arguments = ["--config", workbench.training("cot_sft"), "--trainer.logger=false", "--trainer.max_steps=1"]
     folder = workbench.outputs / "tiny" / "cot_sft"
     train.main(arguments)
@@ -128,7 +129,7 @@ def test_a_precision_that_would_round_adapters_or_be_ignored_is_refused(workbenc
 def test_a_metrics_file_that_cannot_be_written_hides_nothing(workbench: Workbench, caplog) -> None:
     sends = {"class_path": "tests.callbacks.test_fit_callbacks.Sends", "init_args": {"signum": int(signal.SIGTERM)}}
     (workbench.outputs / "tiny/cot_sft/metrics.csv").mkdir(parents=True)  # no file
-    tracking.finish_run()  # one that an earlier test has left in this process
+    wandb_runs.finish_run()  # one that an earlier test has left in this process
     with pytest.raises(SystemExit) as stopped:
         train.main(["--config", workbench.training("cot_sft", [sends]), "--trainer.max_steps=3"])
     assert stopped.value.code == 128 + signal.SIGTERM, "by which the pipeline and SLURM's script know it"
@@ -158,7 +159,7 @@ def test_the_key_follows_what_is_computed(workbench: Workbench) -> None:
 
     class Parsed(train.TrainCLI):
         def before_instantiate_classes(self) -> None:
-            self.key = run_keys.run_key(self.settings())
+            self.key = run_key.run_key(self.settings())
 
         def instantiate_classes(self) -> None:
             pass
@@ -191,13 +192,13 @@ def test_a_phase_is_named_after_the_run_of_a_wandb_agent(workbench: Workbench) -
 
 
 def test_a_run_of_a_wandb_sweep_keeps_the_agent_s_id(tmp_path: Path, monkeypatch) -> None:
-    own = tracking.wandb_run_id(tmp_path, "0123456789")
-    assert own.startswith("01234567") and tracking.wandb_run_id(tmp_path, "0123456789") == own
+    own = wandb_runs.wandb_run_id(tmp_path, "0123456789")
+    assert own.startswith("01234567") and wandb_runs.wandb_run_id(tmp_path, "0123456789") == own
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
     monkeypatch.setenv("WANDB_RUN_ID", "x1y2")
     monkeypatch.setenv("WANDB_JOB_TYPE", "trial")
-    assert tracking.wandb_run_id(tmp_path, "0123456789") == "x1y2" == (tmp_path / "wandb_id").read_text()
-    assert tracking.wandb_identity(tmp_path / "sweep/trial-1", "x1y2")["job_type"] == "trial"
+    assert wandb_runs.wandb_run_id(tmp_path, "0123456789") == "x1y2" == (tmp_path / "wandb_id").read_text()
+    assert wandb_runs.wandb_identity(tmp_path / "sweep/trial-1", "x1y2")["job_type"] == "trial"
 
 
 @pytest.mark.parametrize(
@@ -227,8 +228,8 @@ def test_a_stopped_grpo_run_ends_as_one_left_alone(workbench: Workbench, kill: s
     assert [group["batch"] for group in rollouts("stopped")] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     curves = {}
     for phase in ("whole", "stopped"):
-        rows = metrics.read_rows(workbench.outputs / "tiny" / phase)
-        curves[phase] = [metrics.read_curve(rows, name) for name in ("reward/total", "grpo/loss", "grpo/kl")]
+        rows = metrics_csv.read_rows(workbench.outputs / "tiny" / phase)
+        curves[phase] = [metrics_csv.read_curve(rows, name) for name in ("reward/total", "grpo/loss", "grpo/kl")]
     assert curves["whole"] == curves["stopped"]
     assert any(value > 0 for _, value in curves["whole"][2]), "the policy has moved"
 
@@ -243,7 +244,7 @@ def test_a_kill_inside_a_window_of_several_updates_repeats_the_whole_window(work
         arguments = ("--trainer.max_steps=12", f"--phase={phase}")
         if phase == "stopped":
             assert run_apart(config, *arguments, log=log, STOP_SIGNAL=int(signal.SIGKILL), STOP_AT=14) != 0
-            assert [step for step, _ in metrics.read_curve(reported(workbench, phase), "grpo/entropy")] == [0, 1, 2]
+            assert [step for step, _ in metrics_csv.read_curve(reported(workbench, phase), "grpo/entropy")] == [0, 1, 2]
         assert run_apart(config, *arguments, log=log) == 0, log.read_text()
         curves[phase] = [without_times(row) for row in reported(workbench, phase)]
         weights[phase] = (workbench.outputs / "tiny" / phase / "merged/model.safetensors").read_bytes()
@@ -252,8 +253,8 @@ def test_a_kill_inside_a_window_of_several_updates_repeats_the_whole_window(work
     assert weights["whole"] == weights["stopped"]
 
 
-def reported(workbench: Workbench, phase: str) -> metrics.Rows:
-    return metrics.read_rows(workbench.outputs / "tiny" / phase)
+def reported(workbench: Workbench, phase: str) -> metrics_csv.Rows:
+    return metrics_csv.read_rows(workbench.outputs / "tiny" / phase)
 
 
 def without_times(row: dict[str, str]) -> dict[str, str]:
@@ -272,13 +273,15 @@ def test_attempts_of_one_phase_are_one_wandb_run(workbench: Workbench) -> None:
 
 
 def test_a_run_that_is_rolled_back_goes_on_in_the_same_process(workbench: Workbench, capsys) -> None:
-    tracking.finish_run()  # one that an earlier test has left in this process
+    wandb_runs.finish_run()  # one that an earlier test has left in this process
     with pytest.raises(SystemExit, match="stopped after 1 rollbacks"):
         train.main(["--config", rolling_back(workbench), "--trainer.max_steps=6", "--model.beta=0.1"])
     folder = workbench.outputs / "tiny" / "grpo"
     assert [event["action"] for event in read_json(folder / "collapse.json")["events"]] == ["roll_back", "stop"]
     assert capsys.readouterr().out.count("going on from") == 1
-    assert [value for _, value in metrics.read_curve(metrics.read_rows(folder), "collapse/rollbacks")][-1] == 1.0
+    assert [value for _, value in metrics_csv.read_curve(metrics_csv.read_rows(folder), "collapse/rollbacks")][
+        -1
+    ] == 1.0
     assert not (folder / "done.json").exists()
 
 
@@ -296,7 +299,7 @@ def test_a_saved_configuration_of_another_version_is_named(workbench: Workbench,
     folder = workbench.outputs / "tiny" / "cot_sft"
     settings = yaml.safe_load(Path(workbench.training("cot_sft")).read_text())
     settings["data"]["gone"] = 1
-    phases.claim(folder, "key")
+    run_identity.claim(folder, "key")
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     with pytest.raises(SystemExit, match=r"cot_sft/config\.yaml was written by another version of the project"):
         train.main(["--config", str(folder / "config.yaml")])

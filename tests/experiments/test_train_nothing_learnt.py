@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 
-from datamodules.artefacts import read_json
-from datamodules.samples import BoxAnswer, BoxesAnswer, ChoiceAnswer
-from datamodules.shards import ShardReader, ShardWriter
+from datamodules.persistence.files import read_json
+from datamodules.samples.sample import BoxAnswer, BoxesAnswer, ChoiceAnswer
+from datamodules.streaming.shards import ShardReader, ShardWriter
 from experiments import train
 from lightning_modules import grpo
-from lightning_modules.rewards import Reward
+from lightning_modules.rl.rewards import Reward
 from tests.experiments.conftest import REJECTION, Workbench, run_apart
 
 

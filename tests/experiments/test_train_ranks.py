@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.artefacts import read_json
-from experiments import metrics, train
-from lightning_modules.rollout_log import read_index
+from datamodules.persistence.files import read_json
+from experiments import train
+from experiments.runs import metrics_csv
+from lightning_modules.rl.rollout_log import read_index
 from tests.callbacks.test_preemption import put_scontrol
 from tests.experiments.conftest import REJECTION, ROOT, Workbench, rolling_back, run_apart
 
@@ -156,8 +157,8 @@ def test_a_killed_or_stopped_rank_ends_the_run_which_then_goes_on_as_one_left_al
 
     def outcome(phase: str) -> tuple[list, list]:
         groups = [group.read() for group in read_index(workbench.root / f"{phase}.jsonl")]
-        rows = metrics.read_rows(workbench.outputs / "tiny" / phase)
-        curves = [metrics.read_curve(rows, name) for name in ("reward/total", "grpo/loss", "grpo/kl")]
+        rows = metrics_csv.read_rows(workbench.outputs / "tiny" / phase)
+        curves = [metrics_csv.read_curve(rows, name) for name in ("reward/total", "grpo/loss", "grpo/kl")]
         return groups, curves
 
     for phase in ("whole", "stopped"):
@@ -215,7 +216,7 @@ def test_two_nodes_started_by_torchrun(workbench: Workbench, strategy: str) -> N
     assert codes == [0, 0], "".join(log.read_text() for log in logs)
     folder = workbench.outputs / "tiny" / "cot_sft"
     assert (folder / "merged" / "model.safetensors").is_file()
-    assert [step for step, _ in metrics.read_curve(metrics.read_rows(folder), "train/loss")] == [0, 1]
+    assert [step for step, _ in metrics_csv.read_curve(metrics_csv.read_rows(folder), "train/loss")] == [0, 1]
 
 
 @pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "fsdp"])

@@ -14,10 +14,12 @@ import yaml
 from safetensors.torch import load_file
 from torch.utils.data import get_worker_info
 
-from datamodules import processes, workers
-from datamodules.batches import Encoder
-from experiments import metrics, tracking, train
-from tests.datamodules.test_workers import may_mount
+from datamodules.encoding.encoder import Encoder
+from datamodules.persistence import processes
+from datamodules.streaming import workers
+from experiments import train
+from experiments.runs import metrics_csv, wandb_runs
+from tests.datamodules.streaming.test_workers import may_mount
 from tests.experiments.conftest import REJECTION, ROOT, Workbench
 
 
@@ -82,10 +84,10 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_ends_as_before(wor
     config.write_text(yaml.safe_dump(settings))
     arguments = ["--config", str(config), "--trainer.max_steps=3"]
     train.main(arguments)
-    tracking.finish_run()
+    wandb_runs.finish_run()
     folder = workbench.outputs / "tiny/cot_sft"
     weights = load_file(folder / "merged/model.safetensors")
-    losses = metrics.read_curve(metrics.read_rows(folder), "train/loss")
+    losses = metrics_csv.read_curve(metrics_csv.read_rows(folder), "train/loss")
     (folder / "done.json").unlink()
     shutil.rmtree(folder / "merged")
     newest = folder / "checkpoints/step-00000003.ckpt"
@@ -95,7 +97,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_ends_as_before(wor
     assert newest.with_name("step-00000003.ckpt.damaged").is_file() and newest.is_file(), "it was made again"
     again = load_file(folder / "merged/model.safetensors")
     assert all(weights[name].equal(again[name]) for name in weights)
-    assert metrics.read_curve(metrics.read_rows(folder), "train/loss") == losses
+    assert metrics_csv.read_curve(metrics_csv.read_rows(folder), "train/loss") == losses
 
 
 def test_a_run_without_a_whole_checkpoint_says_so_and_does_not_begin_again(workbench: Workbench) -> None:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from lightning_modules import grpo
-from lightning_modules.rewards import Reward
+from lightning_modules.rl.rewards import Reward
 
 calls = 0
 

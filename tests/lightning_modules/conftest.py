@@ -10,14 +10,14 @@ import pytest
 from lightning import LightningDataModule, Trainer
 from torch import Tensor
 
-from datamodules.batches import Batch, PromptItem
-from lightning_modules.adapters import LoraSettings
+from datamodules.encoding.encoder import Batch, PromptItem
 from lightning_modules.grpo import GRPO
+from lightning_modules.models.layers.lora import LoraSettings
+from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.policy_module import PolicyModule
-from lightning_modules.qwen_vl import QwenVL
-from lightning_modules.rewards import Reward
-from lightning_modules.vllm_protocol import VLLMSettings
-from lightning_modules.vllm_rollouts import VLLMEngine
+from lightning_modules.rl.rewards import Reward
+from lightning_modules.rollouts.vllm.engine import VLLMEngine
+from lightning_modules.rollouts.vllm.server_checks import VLLMSettings
 from tests.vllm_stub import VLLMStub
 
 LORA = LoraSettings(rank=8, alpha=16)

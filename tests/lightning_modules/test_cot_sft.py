@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 
-from datamodules.batches import Batch
-from lightning_modules.adapters import LoraSettings
+from datamodules.encoding.encoder import Batch
 from lightning_modules.cot_sft import CoTSFT
-from lightning_modules.optimizers import cosine_factor
+from lightning_modules.models.layers.lora import LoraSettings
+from lightning_modules.training.optim import cosine_factor
 from tests.lightning_modules.conftest import trained_weights
 
 

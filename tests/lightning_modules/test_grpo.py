@@ -7,15 +7,15 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from datamodules.samples import ChoiceAnswer
+from datamodules.samples.sample import ChoiceAnswer
 from lightning_modules import grpo
 from lightning_modules.grpo import GRPO
-from lightning_modules.non_finite import NonFiniteLoss
-from lightning_modules.objectives import REDUCTIONS, GRPOTerms
-from lightning_modules.rewards import Reward
-from lightning_modules.rollout_log import read_index
-from lightning_modules.seeds import derive_seed
-from lightning_modules.shared_prefix import pack_rows
+from lightning_modules.models.attention.packed_rows import pack_rows
+from lightning_modules.rl.losses import REDUCTIONS, GRPOTerms
+from lightning_modules.rl.rewards import Reward
+from lightning_modules.rl.rollout_log import read_index
+from lightning_modules.training.non_finite import NonFiniteLoss
+from lightning_modules.training.seeds import derive_seed
 from tests.lightning_modules.conftest import trained_weights
 
 MAX_NEW = 8

@@ -14,10 +14,10 @@ from callbacks.checkpoints import WholeCheckpoints
 from lightning_modules import grpo
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.grpo import GRPO
-from lightning_modules.qwen_vl import QwenVL
-from lightning_modules.rewards import Reward
-from lightning_modules.rollouts import NativeEngine, RolloutSettings
-from lightning_modules.sharded_strategy import ShardedStrategy
+from lightning_modules.models.qwen_vl import QwenVL
+from lightning_modules.rl.rewards import Reward
+from lightning_modules.rollouts.base import NativeEngine, RolloutSettings
+from lightning_modules.training.fsdp_strategy import ShardedStrategy
 from tests.lightning_modules.conftest import LORA
 from tests.lightning_modules.ranks import run_ranks
 

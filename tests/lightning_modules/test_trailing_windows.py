@@ -10,7 +10,7 @@ from transformers import get_cosine_schedule_with_warmup
 from lightning_modules import grpo
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.grpo import GRPO
-from lightning_modules.shared_prefix import pack_rows
+from lightning_modules.models.attention.packed_rows import pack_rows
 from tests.lightning_modules.conftest import letters, trained_weights
 from tests.lightning_modules.ranks import run_ranks
 

@@ -7,9 +7,9 @@ import torch
 from transformers import Trainer as HuggingFaceTrainer
 
 from lightning_modules.cot_sft import CoTSFT
-from lightning_modules.endings import RunStopped
-from lightning_modules.optimizers import decay_groups
-from lightning_modules.qwen_vl import QwenVL
+from lightning_modules.models.qwen_vl import QwenVL
+from lightning_modules.training.endings import RunStopped
+from lightning_modules.training.optim import decay_groups
 
 
 def test_the_groups_are_hugging_faces(tiny_model_dir):

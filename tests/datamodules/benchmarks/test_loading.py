@@ -13,16 +13,16 @@ import pytest
 
 from datamodules.answerers import Reply
 from datamodules.benchmarks import blink, lisa, mmiu, odinw, ref_l4, revos
+from datamodules.benchmarks.base import Benchmark, column_of, limit_columns
 from datamodules.benchmarks.parquet import _group, row_bytes
 from datamodules.benchmarks.registry import BENCHMARKS, benchmark_names, load_benchmark
 from datamodules.benchmarks.revos import sample_frames
-from datamodules.benchmarks.schema import Benchmark, column_of, limit_columns
 from datamodules.benchmarks.scoring import predict, summarise
-from datamodules.boxes import Convention, ImageGeometry, box_fault
-from datamodules.image_loading import load_image
-from datamodules.samples import BoxAnswer, Sample
-from datamodules.synthetic.build import write_benchmark
-from datamodules.synthetic.twins.build import TWINS, write_twin
+from datamodules.images.image_loading import load_image
+from datamodules.samples.boxes import Convention, ImageGeometry, box_fault
+from datamodules.samples.sample import BoxAnswer, Sample
+from datamodules.synthetic.benchmark_replicas.write import TWINS, write_twin
+from datamodules.synthetic.write_samples import write_benchmark
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from datamodules.benchmarks.mig_bench import IN_DOMAIN, OUT_OF_DOMAIN, TASKS, load_images, load_mig_bench, target_image
-from datamodules.samples import BoxPart, ImagePart, SampleError, TextPart
+from datamodules.samples.sample import BoxPart, ImagePart, SampleError, TextPart
 from tests.beside import SHARED
 
 ROOT = Path(__file__).resolve().parents[3]

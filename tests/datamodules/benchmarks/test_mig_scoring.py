@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.answers import render_answer
 from datamodules.benchmarks.mig_bench import TASKS, load_mig_bench
 from datamodules.benchmarks.mig_scoring import (
     Prediction,
@@ -19,8 +18,9 @@ from datamodules.benchmarks.mig_scoring import (
     summarise,
 )
 from datamodules.benchmarks.official_parsers import extract_box_officially
-from datamodules.boxes import Convention, ImageGeometry
-from datamodules.samples import BoxAnswer, ImagePart, Sample, TextPart
+from datamodules.samples.answer_text import render_answer
+from datamodules.samples.boxes import Convention, ImageGeometry
+from datamodules.samples.sample import BoxAnswer, ImagePart, Sample, TextPart
 from tests.beside import SHARED
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -8,11 +8,11 @@ import random
 import pytest
 
 from datamodules.answerers import Reply
+from datamodules.benchmarks.base import Rule
 from datamodules.benchmarks.official_parsers import extract_box_officially, read_choice_as_blink, read_choice_as_mmiu
-from datamodules.benchmarks.schema import Rule
 from datamodules.benchmarks.scoring import predict
-from datamodules.boxes import Convention
-from datamodules.samples import ChoiceAnswer, ImagePart, Sample, TextPart
+from datamodules.samples.boxes import Convention
+from datamodules.samples.sample import ChoiceAnswer, ImagePart, Sample, TextPart
 from tests.beside import SHARED
 
 CASES = SHARED / "cases"

@@ -14,8 +14,9 @@ from PIL import Image
 
 from datamodules.benchmarks import lisa
 from datamodules.benchmarks.polygons import draw_mask, points_fault, polygons_box
-from datamodules.synthetic.twins.build import write_twin
-from experiments import checks, evaluate_benchmarks
+from datamodules.synthetic.benchmark_replicas.write import write_twin
+from experiments import evaluate_benchmarks
+from experiments.runs import preflight
 
 cv2 = pytest.importorskip("cv2", reason="no OpenCV: pip install -e '.[benchmarks]'")
 LABELS = ("target", "target", "Ignore", "flag", "ignored area", "a flagship")
@@ -161,7 +162,7 @@ def test_points_that_cannot_be_drawn_name_their_file(points: Any, fault: str, tm
 
 def test_without_opencv_only_lisa_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)  # as if it were not installed
-    with pytest.raises(checks.SettingsError) as caught:
+    with pytest.raises(preflight.SettingsError) as caught:
         evaluate_benchmarks._load(["lisa", "ref_l4"], str(tmp_path), twins=True)
     _, line = str(caught.value).splitlines()  # below a heading
     assert line.startswith("  - lisa: OpenCV is missing") and line.endswith("pip install -e '.[benchmarks]'")

@@ -11,10 +11,10 @@ import pyarrow.parquet as parquet
 import pytest
 
 from datamodules.benchmarks import blink, odinw, ref_l4
-from datamodules.boxes import Convention, ImageGeometry
-from datamodules.prompts import PromptStyle, build_messages
-from datamodules.samples import Sample, SampleError
-from datamodules.synthetic.twins.build import write_twin
+from datamodules.encoding.messages import PromptStyle, build_messages
+from datamodules.samples.boxes import Convention, ImageGeometry
+from datamodules.samples.sample import Sample, SampleError
+from datamodules.synthetic.benchmark_replicas.write import write_twin
 
 
 def odinw_twin(folder: Path) -> tuple[Path, Path, dict[str, Any]]:

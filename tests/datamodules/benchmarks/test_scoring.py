@@ -14,12 +14,12 @@ import pytest
 
 from datamodules.answerers import Reply
 from datamodules.benchmarks import mig_bench_suite
+from datamodules.benchmarks.base import Prediction, Rule
 from datamodules.benchmarks.mig_bench import load_mig_bench
 from datamodules.benchmarks.results import PREDICTIONS, read_predictions, write_evaluation
-from datamodules.benchmarks.schema import Prediction, Rule
 from datamodules.benchmarks.scoring import interval_cells, predict, rescore, summarise
-from datamodules.boxes import Box, Convention, ImageGeometry, iou
-from datamodules.samples import BoxAnswer, ChoiceAnswer, ImagePart, Sample, TextPart
+from datamodules.samples.boxes import Box, Convention, ImageGeometry, iou
+from datamodules.samples.sample import BoxAnswer, ChoiceAnswer, ImagePart, Sample, TextPart
 from tests.beside import SHARED
 
 ROOT = Path(__file__).resolve().parents[3]

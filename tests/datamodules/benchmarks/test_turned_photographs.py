@@ -19,15 +19,15 @@ import pytest
 
 from datamodules.answerers import Reply
 from datamodules.benchmarks import lisa, mig_bench_suite, mmiu, odinw, ref_l4, revos
+from datamodules.benchmarks.base import Benchmark
 from datamodules.benchmarks.masks import encode_counts
 from datamodules.benchmarks.mig_bench import load_mig_bench
-from datamodules.benchmarks.schema import Benchmark
 from datamodules.benchmarks.scoring import predict
-from datamodules.boxes import Convention, ImageGeometry
-from datamodules.image_loading import load_image
-from datamodules.prompts import PromptStyle, build_messages
-from datamodules.samples import Sample, SampleError
-from datamodules.synthetic.twins.build import write_twin
+from datamodules.encoding.messages import PromptStyle, build_messages
+from datamodules.images.image_loading import load_image
+from datamodules.samples.boxes import Convention, ImageGeometry
+from datamodules.samples.sample import Sample, SampleError
+from datamodules.synthetic.benchmark_replicas.write import write_twin
 from tests.beside import SHARED
 from tests.datamodules.photographs import QUERY, SIZE, STORED, drawn_box, photograph, place_of, unit
 

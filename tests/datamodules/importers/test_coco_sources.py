@@ -11,9 +11,9 @@ import pytest
 
 from datamodules.importers import odinw, refcoco, v3det
 from datamodules.importers.coco import QUESTIONS, Entry, convert
-from datamodules.importers.images import load_images
-from datamodules.importers.scan import Scan
-from datamodules.samples import BoxAnswer, Sample, SampleError, TextPart
+from datamodules.importers.image_bytes import load_images
+from datamodules.importers.source import Scan
+from datamodules.samples.sample import BoxAnswer, Sample, SampleError, TextPart
 from tests.datamodules.importers.published import (
     coco_file,
     reference,

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from datamodules.artefacts import read_json
 from datamodules.importers import odinw
-from datamodules.shards import ShardReader
+from datamodules.persistence.files import read_json
+from datamodules.streaming.shards import ShardReader
 from experiments import import_shards
 from tests.beside import SHARED
 from tests.datamodules.importers import published

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from datamodules.importers.mgrounding import NAME, convert, image_root, record_samples, scan
-from datamodules.samples import BoxAnswer, BoxesAnswer, BoxPart, ImagePart, Sample, SampleError, TextPart
+from datamodules.samples.sample import BoxAnswer, BoxesAnswer, BoxPart, ImagePart, Sample, SampleError, TextPart
 from tests.datamodules.importers.published import MGROUNDING, mgrounding_record, write_mgrounding
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.shards import ShardReader, read_manifest
+from datamodules.streaming.shards import ShardReader, read_manifest
 from tests.datamodules.importers.published import jpeg, mgrounding_record, write_mgrounding
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 import pytest
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from datamodules.answers import ParsedAnswer, parse_answer
-from datamodules.boxes import Convention, ImageGeometry
+from datamodules.samples.answer_text import ParsedAnswer, parse_answer
+from datamodules.samples.boxes import Convention, ImageGeometry
 from datamodules.synthetic.single_image import GROUNDING, MARKED, POINTED, Turn, crowd, single_scene, single_turns
 from datamodules.synthetic.world import Scene, Thing
-from experiments.nano_model import MAX_PIXELS, MIN_PIXELS
+from experiments.nano.build_model import MAX_PIXELS, MIN_PIXELS
 
 NUM_SCENES = 300
 

@@ -20,11 +20,11 @@ import pytest
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from datamodules.benchmarks.mig_bench import TASKS
-from datamodules.boxes import Box, box_fault
+from datamodules.samples.boxes import Box, box_fault
 from datamodules.synthetic.puzzles import Puzzle
 from datamodules.synthetic.tasks import GROUP_GROUNDING, SCALES, make_puzzle
 from datamodules.synthetic.world import SIZES, Kind, Scene, Thing, draw_scene, encode_png
-from experiments.nano_model import MAX_PIXELS, MIN_PIXELS
+from experiments.nano.build_model import MAX_PIXELS, MIN_PIXELS
 from tests.beside import SHARED
 
 ROOT = Path(__file__).resolve().parents[3]

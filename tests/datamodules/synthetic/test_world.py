@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from datamodules.boxes import box_fault
+from datamodules.samples.boxes import box_fault
 from datamodules.synthetic.single_image import crowd, single_scene
 from datamodules.synthetic.world import (
     KINDS,
@@ -25,7 +25,7 @@ from datamodules.synthetic.world import (
     random_background,
     random_scene,
 )
-from experiments.nano_model import MAX_PIXELS, MIN_PIXELS
+from experiments.nano.build_model import MAX_PIXELS, MIN_PIXELS
 
 FACTOR = 28  # patch size times merge size
 

@@ -1,0 +1,246 @@
+"""What every benchmark is, and the record of one answer. One form for all seven, so that one evaluation serves them.
+
+A benchmark's samples lie in columns, those of the paper's table, and a column in units. A sample's unit is its `task`;
+its column is `extra["column"]`, or the unit itself where none is given. `extra["size"]` is the (width, height) that the
+annotation was made in, where the files tell it: an image of another size (a resized copy, say) would give boxes another
+meaning, so its question counts as wrong under "size_mismatch". Boxes and size are those of the image as it is shown,
+which for a photograph that EXIF turns is not as it is stored; `file_benchmark` turns boxes of the stored pixels.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from datamodules.benchmarks.mig_bench import load_images
+from datamodules.benchmarks.upright import TURNED, turn_questions
+from datamodules.images.image_files import Frame, file_size
+from datamodules.persistence.files import fingerprint
+from datamodules.samples.boxes import Convention, ImageGeometry, geometries_from_json, geometries_to_json
+from datamodules.samples.sample import Answer, BoxAnswer, ChoiceAnswer, LoadedSample, Sample
+from datamodules.samples.scores import BoxChoice
+
+Average = Literal["micro", "macro"]
+Reader = Literal["project", "mig_bench", "blink", "mmiu"]
+
+# In the source of an official rule whose authors ask a language model where their reader finds no letter.
+WITHOUT_MODEL = "without its last step, which asks a language model"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How answers become accuracies. `threshold`, `inclusive` and `box` apply to benchmarks of boxes only."""
+
+    source: str  # where the rule is from
+    threshold: float = 0.5  # of the IoU
+    inclusive: bool = False  # IoU >= threshold counts too
+    box: BoxChoice = "first"
+    within: Average = "micro"  # a column: over its questions, or the mean of its units
+    across: Average = "macro"  # an average: the mean of its columns, or over their questions
+    reader: Reader = "project"  # "project": answers.py and choices.py; else the official code's own
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"rule: threshold={self.threshold} is an IoU and must lie in 0-1")
+
+
+PAPER = "paper §4.1: Acc@0.5, IoU exceeds 0.5"
+IN_UNIT = "box in 0-1, not pixels"  # a record that is no question, where the format means pixels
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Questions, how their images are read, and how answers are scored: as in the paper, and officially."""
+
+    name: str
+    samples: tuple[Sample, ...]
+    load: Callable[[Sample], LoadedSample]
+    rule: Rule
+    official: Rule
+    averages: Mapping[str, tuple[str, ...]]  # "avg" and others -> their columns; those of "avg" in the table's order
+    data: str  # fingerprint of the image files
+    dropped: Mapping[str, int] = field(default_factory=dict)  # records that are no question here, by reason
+
+    def __post_init__(self) -> None:
+        if not self.samples:
+            raise ValueError(f"{self.name}: no question was found; dropped: {dict(self.dropped)}")
+        repeated = [name for name, count in Counter(sample.id for sample in self.samples).items() if count > 1]
+        if repeated:  # answers are kept by id: one question would get the other's
+            raise ValueError(f"{self.name}: {len(repeated)} ids name several questions, such as {repeated[0]!r}")
+        unknown = {column_of(sample) for sample in self.samples} - set(self.averages["avg"])
+        if unknown:
+            raise ValueError(f"{self.name}: columns {sorted(unknown)} stand in no average")
+
+
+def column_of(sample: Sample) -> str:
+    return sample.extra.get("column", sample.task)
+
+
+def limit_columns(samples: Sequence[Sample], limit: int | None) -> tuple[Sample, ...]:
+    """At most `limit` samples of each column, spread evenly over the file (neighbours there are alike)."""
+    if limit is None:
+        return tuple(samples)
+    if limit < 1:
+        raise ValueError(f"limit={limit} must be at least 1")
+    columns: dict[str, list[Sample]] = {}
+    for sample in samples:
+        columns.setdefault(column_of(sample), []).append(sample)
+    return tuple(
+        members[index * len(members) // min(limit, len(members))]
+        for members in columns.values()
+        for index in range(min(limit, len(members)))
+    )
+
+
+_LATER_FIELDS = ("official_read", "extracted")  # of `Prediction`; files of earlier versions lack them
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One scored answer: a line of predictions.jsonl. It holds all that scoring needs, so it is scored again without
+    model and data."""
+
+    id: str
+    column: str
+    unit: str
+    answer: Answer  # the truth
+    text: str
+    convention: Convention
+    geometries: tuple[ImageGeometry, ...]
+    num_tokens: int
+    finished: bool
+    refused: str | None
+    value: float = 0.0  # IoU of the box that counts, or 1.0 for the right option
+    correct: bool = False
+    read: str | tuple[float, ...] | None = None  # the box (unit xyxy of the answer's image) or letter that was read
+    failure: str | None = None  # why nothing could be read
+    official_value: float = 0.0
+    official_correct: bool = False
+    official_read: str | tuple[float, ...] | None = None
+    extracted: str | None = None  # the letter that a language model found for the official rule (`extraction.py`)
+
+    def to_json(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["answer"] = answer_to_json(self.answer)
+        values["geometries"] = geometries_to_json(self.geometries)
+        return values
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Prediction:
+        """Raises ValueError that names missing fields."""
+        missing = [f.name for f in fields(cls) if f.name not in record and f.name not in _LATER_FIELDS]
+        if missing:
+            raise ValueError(f"no prediction: a record of predictions.jsonl lacks {', '.join(missing)}")
+        values = {f.name: record.get(f.name) for f in fields(cls)}
+        values["answer"] = answer_from_json(record["answer"])
+        values["convention"] = Convention(record["convention"])
+        values["geometries"] = geometries_from_json(record["geometries"])
+        for name in ("read", "official_read"):
+            values[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
+        return cls(**values)
+
+
+def answer_to_json(answer: Answer) -> dict[str, Any]:
+    if isinstance(answer, ChoiceAnswer):
+        return {"letter": answer.letter, "choices": list(answer.choices)}
+    if isinstance(answer, BoxAnswer):
+        return {"image": answer.image, "box": list(answer.box), "label": answer.label}
+    raise ValueError(f"a benchmark's answer is one box or one option, got {type(answer).__name__}")
+
+
+def answer_from_json(record: Mapping[str, Any]) -> Answer:
+    if "letter" in record:
+        return ChoiceAnswer(record["letter"], tuple(record["choices"]))
+    return BoxAnswer(record["image"], tuple(record["box"]), record["label"])
+
+
+def make_sample(record: Mapping[str, Any], **extra: Any) -> Sample:
+    """A benchmark's sample: validated, but for the answer's box, which is scored as it is, dirty or not."""
+    return Sample.from_json({**record, "extra": extra}, strict_boxes=False)
+
+
+def image_parts(count: int, text: str) -> list[dict[str, Any]]:
+    """All images, then the question."""
+    return [*({"type": "image", "image": k} for k in range(count)), {"type": "text", "text": text}]
+
+
+def file_benchmark(
+    name: str,
+    samples: Sequence[Sample],
+    folder: Path,
+    rule: Rule,
+    official: Rule,
+    averages: Mapping[str, tuple[str, ...]],
+    dropped: Mapping[str, int] | None = None,
+    *,
+    frame: Frame,
+) -> Benchmark:
+    """A benchmark whose samples name image files.
+
+    Args:
+        name: of the benchmark.
+        samples: its questions; boxes and sizes are in `frame`.
+        folder: the image names begin here.
+        rule, official: how answers are scored, after the paper and officially.
+        averages: names of averages, with the columns that each is over.
+        dropped: numbers of records that are no questions, by reason.
+        frame: the frame in which the benchmark's authors read images. In the result, boxes and sizes are those of the
+            images as they are shown.
+    """
+    turned = 0
+    if frame == "stored":
+        samples, turned = turn_questions(samples, folder)
+    data = files_fingerprint(folder, sorted({image for sample in samples for image in sample.images}))
+    load = partial(load_images, image_root=folder)
+    notes = {**(dropped or {})} | ({TURNED: turned} if turned else {})
+    return Benchmark(name, tuple(samples), load, rule, official, averages, data, notes)
+
+
+def files_fingerprint(folder: Path, names: Sequence[str]) -> str:
+    """Hash of files by name and size in bytes. A missing file counts as missing, and is refused when it is read."""
+    return fingerprint([(name, file_size(folder / name)) for name in names])
+
+
+def by_id(records: Any, what: str, where: str) -> dict[int | str, Mapping[str, Any]]:
+    """COCO's records by their ids.
+
+    Raises ValueError for a record without an id, and for an id that two records have: other records refer to it, and
+    nothing says which of the two they mean.
+    """
+    found: dict[int | str, Mapping[str, Any]] = {}
+    for position, record in enumerate(records):
+        require_fields(record, ("id",), f"{where}: {what}[{position}]")
+        number = record["id"]
+        if isinstance(number, bool) or not isinstance(number, int | str):
+            raise ValueError(f"{where}: {what}[{position}]: id={number!r:.80} is neither a number nor a text")
+        refuse_repeated(number, found, f"{where}: {what}[{position}]")
+        found[number] = record
+    return found
+
+
+def refuse_repeated(number: int | str, known: Container[int | str], where: str, field: str = "id") -> None:
+    """Raise ValueError for an id that an earlier record has.
+
+    Args:
+        number: the id.
+        known: ids of the earlier records.
+        where: file and position of the record, for the message.
+        field: the record's field that holds the id.
+    """
+    if number in known:
+        raise ValueError(
+            f"{where}: field {field!r} is {number!r:.80}, as of an earlier record: each needs an id of its own"
+        )
+
+
+def require_fields(record: Any, names: Sequence[str], where: str) -> None:
+    """Raise ValueError that names the fields which `record` lacks."""
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{where}: expected an object, found {type(record).__name__}")
+    missing = [name for name in names if name not in record]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}; it has {', '.join(map(str, list(record)[:20]))}")

@@ -1,0 +1,1 @@
+"""Model folders on disk: what must hold before one is loaded."""

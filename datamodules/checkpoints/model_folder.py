@@ -1,0 +1,158 @@
+"""The place of a model's files, and their faults, before anything is loaded from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from datamodules.checkpoints.weight_files import BrokenFile, json_object, pointer_fault, weight_faults
+from datamodules.persistence.message_text import first_line
+
+MODEL_TYPE = "qwen2_5_vl"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
+# Every file beside the weights that says how a model is loaded, asked and decoded, as transformers 4 and 5 lay it out.
+COMPANIONS = (
+    CONFIG,
+    "generation_config.json",
+    *PROCESSOR_FILES,
+    "video_preprocessor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    *TOKENIZER_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "LICENSE",
+)
+
+
+class ModelError(ValueError):
+    """A model that cannot be used as it is; the message names the model, its faults and the cure."""
+
+
+def local_folder(path: str | Path, weights: bool = True, code: bool = False) -> Path:
+    """The folder of a model: `path` itself, or where the files of the Hub repository of that name are kept here.
+
+    A repository is downloaded once; `weights` and `code` say whether its safetensors and Python files are wanted, too.
+    Raises ModelError where there is neither.
+    """
+    path = str(path)
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.is_file() or folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
+        raise ModelError(f"model: there is no folder {path!r}, and it is no Hub name ('owner/name') either")
+    from huggingface_hub import snapshot_download  # a slow import, needed only for the Hub
+
+    wanted = [*COMPANIONS, ADAPTER]
+    wanted += ["*.safetensors", "*.safetensors.index.json"] if weights else []
+    wanted += ["*.py"] if code else []
+    try:
+        # Files in subfolders, or called consolidated, hold the same weights in another form.
+        skipped = ["*/*", "consolidated*"]
+        return Path(snapshot_download(path, allow_patterns=wanted, ignore_patterns=skipped))
+    except Exception as error:  # of many kinds: the network, the Hub's refusals, the disk
+        raise ModelError(
+            f"model: {path!r} is no folder here, and could not be had from the Hub: {first_line(error)}"
+        ) from error
+
+
+def check_model(path: str | Path, need_weights: bool = True) -> None:
+    """Raise ModelError that names `path` and all its faults, unless it is a whole Qwen2.5-VL.
+
+    Without `need_weights` a folder with only `config.json` will do (the meta device).
+    """
+    folder = local_folder(path, need_weights)
+    config = _config(folder, path)
+    if config.get("model_type") != MODEL_TYPE:
+        raise ModelError(
+            f"model: {str(path)!r} has model_type {config.get('model_type')!r} in its config.json, not {MODEL_TYPE!r}:"
+            " give a Qwen2.5-VL"
+        )
+    if need_weights:
+        codes = [f"{CONFIG} has a quantization_config: give the plain weights"] if _is_quantised(config) else []
+        _raise(path, codes + _file_faults(folder, config))
+
+
+def check_image_text_model(path: str | Path, trust_remote_code: bool = False) -> None:
+    """Raise ModelError unless `path` is a whole model of any kind that answers on images and text."""
+    folder = local_folder(path, code=trust_remote_code)
+    config = _config(folder, path)
+    if not trust_remote_code:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
+
+        if config.get("model_type") not in KNOWN:
+            raise ModelError(
+                f"model: {str(path)!r} has model_type {config.get('model_type')!r}, which transformers knows no"
+                " image-text model of; its own code is run with trust_remote_code=true, or ask it behind a server:"
+                " endpoint.base_url"
+            )
+    _raise(path, _file_faults(folder, config))
+
+
+def check_processor(path: str | Path, code: bool = False) -> Path:
+    """The folder of a model whose tokenizer and image processor are there and whole. Raises ModelError."""
+    folder = local_folder(path, weights=False, code=code)
+    _raise(path, _companion_faults(folder))
+    return folder
+
+
+def read_model_type(path: str | Path) -> str:
+    """The model_type in the config of a folder or Hub repository. Raises ModelError that names `path`."""
+    return str(_config(local_folder(path, weights=False), path).get("model_type"))
+
+
+def _config(folder: Path, path: str | Path) -> dict[str, Any]:
+    """The config.json of a model that is not an adapter."""
+    if (folder / ADAPTER).is_file():
+        # transformers would load the model that the adapter names, from wherever that is, and put the adapter into it.
+        _raise(path, [f"it holds an adapter ({ADAPTER}), not a whole model: merge it into its base, or give the base"])
+    if not (folder / CONFIG).is_file():
+        _raise(path, [f"{CONFIG} is missing"])
+    try:
+        return json_object(folder / CONFIG)
+    except BrokenFile as error:
+        raise ModelError(_unusable(path, [str(error)])) from error
+
+
+def _is_quantised(config: dict[str, Any]) -> bool:
+    return config.get("quantization_config") is not None
+
+
+def _file_faults(folder: Path, config: dict[str, Any]) -> list[str]:
+    faults = weight_faults(folder, _is_quantised(config))
+    if "transformers_weights" in config:
+        faults.append(f"{CONFIG} names a weight file of its own (transformers_weights): remove that entry")
+    return faults + _companion_faults(folder)
+
+
+def _companion_faults(folder: Path) -> list[str]:
+    """Faults of the files beside the weights. Some loaders take a default for a damaged file without a word."""
+    faults = []
+    for what, names in (("the tokenizer", TOKENIZER_FILES), ("the image processor", PROCESSOR_FILES)):
+        if not any((folder / name).is_file() for name in names):
+            faults.append(f"{what} is missing ({' or '.join(names)})")
+    for file in (folder / name for name in COMPANIONS):
+        if not file.is_file():
+            continue
+        if file.suffix == ".json":
+            try:
+                json_object(file)
+            except BrokenFile as error:
+                faults.append(str(error))
+        elif fault := pointer_fault(file):
+            faults.append(fault)
+    return faults
+
+
+def _raise(path: str | Path, faults: list[str]) -> None:
+    if faults:
+        raise ModelError(_unusable(path, faults))
+
+
+def _unusable(path: str | Path, faults: list[str]) -> str:
+    return f"model: {str(path)!r} is not a usable model folder: {'; '.join(faults)}"

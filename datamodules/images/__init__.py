@@ -1,0 +1,1 @@
+"""Images: files, headers, pixels, and photographs that EXIF turns."""

@@ -1,0 +1,55 @@
+"""Samples over photographs that EXIF turns: boxes of the stored pixels become boxes of the image as it is shown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+from datamodules.samples.boxes import Box, turn_box
+from datamodules.samples.sample import Answer, BoxAnswer, BoxesAnswer, BoxPart, ChoiceAnswer, Part, Sample
+
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+def boxed_images(sample: Sample) -> set[int]:
+    """The images that a box of the question or of the answer is in."""
+    found = {part.image for part in sample.messages if isinstance(part, BoxPart)}
+    if isinstance(sample.answer, BoxesAnswer):
+        return found | {box.image for box in sample.answer.boxes}
+    return found | ({sample.answer.image} if isinstance(sample.answer, BoxAnswer) else set())
+
+
+def turn_sample(sample: Sample, orientations: Mapping[int, int]) -> Sample:
+    """The sample with every box turned as its image is shown.
+
+    `orientations` has EXIF's 1 to 8 by image; other images are upright. The text of a box in the question is written
+    anew, in per mille, as both sources that have such boxes write it.
+    """
+    if all(orientation == 1 for orientation in orientations.values()):
+        return sample
+
+    def turned(image: int, box: Box) -> Box:
+        return turn_box(box, orientations.get(image, 1))
+
+    def part_of(part: Part) -> Part:
+        if not isinstance(part, BoxPart) or orientations.get(part.image, 1) == 1:
+            return part
+        box = turned(part.image, part.box)
+        return replace(part, box=box, text=_rewritten(part.text, box))
+
+    def answer_of(answer: Answer) -> Answer:
+        if isinstance(answer, ChoiceAnswer):
+            return answer
+        if isinstance(answer, BoxesAnswer):
+            return BoxesAnswer(tuple(replace(one, box=turned(one.image, one.box)) for one in answer.boxes))
+        return replace(answer, box=turned(answer.image, answer.box))
+
+    return replace(sample, messages=tuple(map(part_of, sample.messages)), answer=answer_of(sample.answer))
+
+
+def _rewritten(text: str, box: Box) -> str:
+    """`text`, the markup of one box, with the four numbers of `box` in per mille in the places of its own."""
+    numbers = iter(str(round(1000 * value)) for value in box)
+    assert len(_NUMBER.findall(text)) == 4, f"{text!r} is not the text of one box"
+    return _NUMBER.sub(lambda _: next(numbers), text)

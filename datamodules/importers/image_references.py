@@ -1,0 +1,130 @@
+"""Which image a text means, and the boxes that it writes, in the wording and markup of Migician's data.
+
+Boxes are `<|box_start|>(x1,y1),(x2,y2)<|box_end|>`, 0-1000; images are "the second image", "the 2th image", "image-2".
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import Any
+
+from datamodules.benchmarks.mig_bench import ORDINALS
+from datamodules.samples.boxes import Box, Convention, ImageGeometry
+from datamodules.samples.sample import SampleError
+
+_NUMBER = r"(\d+(?:\.\d+)?)"
+BOX = re.compile(rf"<\|box_start\|>\({_NUMBER},{_NUMBER}\),\({_NUMBER},{_NUMBER}\)<\|box_end\|>")
+_KIND = "(?:image|picture|frame|photo)"
+_ORDINAL = rf"{'|'.join(ORDINALS)}|\d+(?:st|nd|rd|th)"
+_IMAGE = re.compile(rf"\b(?:({_ORDINAL})\s+{_KIND}|{_KIND}[- ]?(\d+))\b", re.IGNORECASE)
+_LABEL = re.compile(r"<\|object_ref_start\|>(.*?)<\|object_ref_end\|>", re.DOTALL)
+_PER_MILLE = ImageGeometry(original=(1, 1), processed=(1, 1))  # this convention asks for no size
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A box of a text: unit xyxy of image `image`, written at `start` of the text."""
+
+    image: int
+    box: Box
+    start: int
+
+
+def named_images(text: str, num_images: int, sample_id: str) -> list[tuple[int, int]]:
+    """(place in the text, 0-based image) of each image that the text names. Raises SampleError "image_index"."""
+    found = []
+    for match in _IMAGE.finditer(text):
+        word = (match[1] or match[2]).lower()
+        index = ORDINALS.index(word) if word in ORDINALS else int(re.sub(r"\D", "", word)) - 1
+        if not 0 <= index < num_images:
+            raise SampleError(sample_id, "image_index", f"{match.group()!r} of {num_images} images")
+        found.append((match.start(), index))
+    return found
+
+
+def bind(
+    answer: str,
+    question: str,
+    num_images: int,
+    sample_id: str,
+    fixed: int | None = None,
+    silent: int | None = None,
+    in_order: bool = False,
+) -> tuple[list[Marked], str]:
+    """The answer's boxes, each with its image, and what said which image that is.
+
+    "single": there is one image. "fixed": the task's answers are always in image `fixed`. "answer": the nearest image
+    named before the box. "order", for `in_order` alone: as many boxes as images, or as images after the first when the
+    question marks that one. "question": the image that it names last. "silent": image `silent`, when no word names one.
+    Raises SampleError "no_box"; "box_in_unit" for numbers of 0-1; "image_unknown" where nothing names an image: none is
+    guessed; "image_conflict" where the answer names another image than the one so found.
+    """
+    matches = list(BOX.finditer(answer))
+    if not matches:
+        raise SampleError(sample_id, "no_box", f"the answer is {answer!r:.150}")
+    named = named_images(answer, num_images, sample_id)
+    images, source = _images(matches, named, num_images, fixed)
+    if not images and in_order and len(matches) > 1:
+        first = 1 if BOX.search(question) else 0
+        if len(matches) == num_images - first:
+            images, source = list(range(first, num_images)), "order"
+    if not images and len(matches) == 1:
+        asked = named_images(question, num_images, sample_id)
+        images, source = ([asked[-1][1]], "question") if asked else ([silent], "silent")
+    if not images or images[0] is None or max(images) >= num_images:
+        raise SampleError(sample_id, "image_unknown", f"no image is named: {question[-100:]!r} -> {answer!r:.100}")
+    if source != "answer" and not {image for _, image in named} <= set(images):
+        raise SampleError(sample_id, "image_conflict", f"{source} says {images}, but the answer is {answer!r:.150}")
+    if in_unit := [match.group() for match in matches if max(map(float, match.groups())) <= 1]:
+        raise SampleError(sample_id, "box_in_unit", f"{in_unit[0]} is in 0-1, where the markup means 0-1000")
+    found = [Marked(image, _unit(match), match.start()) for match, image in zip(matches, images, strict=True)]
+    return found, source
+
+
+def _images(
+    matches: list[re.Match[str]], named: list[tuple[int, int]], num_images: int, fixed: int | None
+) -> tuple[list[int], str]:
+    if num_images == 1:
+        return [0] * len(matches), "single"
+    if fixed is not None:
+        return [fixed] * len(matches), "fixed"
+    if named and named[0][0] < matches[0].start():
+        places = [place for place, _ in named]
+        return [named[bisect_left(places, match.start()) - 1][1] for match in matches], "answer"
+    return [], ""
+
+
+def label_before(text: str, end: int | None = None) -> str:
+    """The last phrase marked as an object before `end`; "" where there is none."""
+    found = _LABEL.findall(text[:end])
+    return found[-1].strip() if found else ""
+
+
+def question_parts(question: str, num_images: int, sample_id: str, image_tag: str) -> list[dict[str, Any]]:
+    """A human turn as message parts: images where their tags are, or all first if it has none; boxes; the text between.
+
+    A box in a question is in the nearest image named before it, else in the first.
+    """
+    pieces = question.split(image_tag)
+    parts: list[dict[str, Any]] = []
+    if len(pieces) == 1:
+        parts = [{"type": "image", "image": index} for index in range(num_images)]
+    for number, piece in enumerate(pieces):
+        if number:
+            parts.append({"type": "image", "image": number - 1})
+            piece = piece.removeprefix("\n")  # belongs to the tag
+        done = 0
+        named = named_images(piece, num_images, sample_id) if BOX.search(piece) else []
+        for match in BOX.finditer(piece):
+            image = next((index for place, index in reversed(named) if place < match.start()), 0)
+            parts.append({"type": "text", "text": piece[done : match.start()]})
+            parts.append({"type": "box", "image": image, "box": list(_unit(match)), "text": match.group()})
+            done = match.end()
+        parts.append({"type": "text", "text": piece[done:]})
+    return [part for part in parts if part.get("text") != ""]
+
+
+def _unit(match: re.Match[str]) -> Box:
+    return _PER_MILLE.to_unit([float(number) for number in match.groups()], Convention.PER_MILLE)

@@ -1,0 +1,267 @@
+"""The import itself: records to shards, in several processes, in a fixed order, resumable at any moment.
+
+Shard k is made of the k-th run of records and of nothing else, so the files do not depend on the number of processes or
+on kills. A finished shard leaves a note in `.parts/`; a run that finds it does not make that shard again.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import shutil
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from datamodules.images.image_files import Frame
+from datamodules.importers.image_bytes import load_images
+from datamodules.importers.source import Convert
+from datamodules.persistence.files import read_json, write_json
+from datamodules.persistence.processes import end_with_parent, process_pool
+from datamodules.samples.sample import BoxAnswer, SampleError
+from datamodules.streaming.shards import ShardFile, write_manifest
+
+PARTS = ".parts"
+NUM_EXAMPLES = 3  # of each rule, kept with their detail
+MIN_JUDGED = 500  # samples seen before the share of rejected ones is judged
+COUNTED = ("image_from", "repaired", "turned")  # fields of a sample's `extra` whose values the report counts
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a part is drawn, cut and judged."""
+
+    count: int | None = None  # samples wanted, drawn at random by `seed`; None: all, in file order
+    seed: int = 0
+    records_per_shard: int = 1000
+    max_rejected: float = 0.2  # a larger share of rejected samples is taken for a change of format
+    one_box: bool = False  # reject answers of several boxes ("several_answers"), which no training here scores
+
+
+@dataclass(frozen=True)
+class _Task:
+    folder: Path
+    number: int
+    entries: Sequence[Any]
+    convert: Convert
+    image_root: Path
+    one_box: bool
+    frame: Frame | None = None  # that of the boxes
+    limit: int | None = None  # samples at most
+
+
+class Tally:
+    """Samples taken and rejected, with the rules that the rejected ones break; adds up over shards."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.rejected: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+        self.counts: dict[str, Counter[str]] = {}
+
+    def reject(self, error: SampleError) -> None:
+        self.add({"rejected": {error.rule: 1}, "examples": {error.rule: [f"{error.sample_id}: {error.detail:.200}"]}})
+
+    def add(self, note: dict[str, Any]) -> None:
+        self.samples += note.get("samples", 0)
+        self.rejected.update(note["rejected"])
+        for rule, examples in note["examples"].items():
+            known = self.examples.setdefault(rule, [])
+            known += examples[: NUM_EXAMPLES - len(known)]
+        for what, counts in note.get("counts", {}).items():
+            self.counts.setdefault(what, Counter()).update(counts)
+
+    def to_json(self) -> dict[str, Any]:
+        counts = {what: dict(counter) for what, counter in self.counts.items()}
+        rejected = dict(self.rejected.most_common())
+        return {"samples": self.samples, "rejected": rejected, "examples": self.examples, "counts": counts}
+
+    def __str__(self) -> str:
+        lines = [f"  {self.samples:,} samples, {self.rejected.total():,} rejected"]
+        for rule, count in self.rejected.most_common():
+            lines.append(f"    {rule} {count:,}: {'; '.join(self.examples[rule])}")
+        lines += [f"    {what}: {dict(counter)}" for what, counter in self.counts.items()]
+        return "\n".join(lines)
+
+
+class Workers:
+    """`with Workers(n) as workers`: n processes that make shards; with one, this process makes them.
+
+    Raises ProcessLost where one has died, or was stopped and is given up; finished shards stay for the next run.
+    """
+
+    def __init__(self, processes: int) -> None:
+        self.processes = processes
+        self.pool: ProcessPoolExecutor | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Workers:
+        if self.processes > 1:
+            # spawn: workers inherit no lock and no memory from this process.
+            context = multiprocessing.get_context("spawn")
+            pool = process_pool(self.processes, mp_context=context, initializer=end_with_parent)
+            self.pool = self._stack.enter_context(pool)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+        self._stack.__exit__(*error)
+
+    def submit(self, task: _Task) -> Future:
+        if self.pool:
+            return self.pool.submit(_make_shard, task)
+        future: Future = Future()
+        future.set_result(_make_shard(task))
+        return future
+
+    def in_order(self, tasks: Iterator[_Task]) -> Iterator[tuple[_Task, dict[str, Any]]]:
+        """Tasks with their notes, in order, few of them in flight: memory does not grow with the number of records.
+
+        Closed early, it returns when nothing is in flight any more.
+        """
+        waiting: deque[tuple[_Task, Future]] = deque()
+        try:
+            for task in tasks:
+                waiting.append((task, self.submit(task)))
+                if len(waiting) > 2 * (self.processes - 1):
+                    task, future = waiting.popleft()
+                    yield task, future.result()
+            while waiting:
+                task, future = waiting.popleft()
+                yield task, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+            wait(future for _, future in waiting)
+
+
+def import_part(
+    folder: str | Path,
+    entries: Sequence[Any],
+    convert: Convert,
+    image_root: Path,
+    settings: Settings,
+    workers: Workers,
+    title: str,
+    frame: Frame | None = None,
+) -> Tally:
+    """Write one folder of shards and its manifest, and return the counts of taken and of rejected samples, by rule.
+
+    Args:
+        folder: of the shards.
+        entries: one for each record (`Scan.subsets`).
+        convert: makes samples of entries; it runs in the workers.
+        image_root: the folder in which the samples' image names begin.
+        settings: how many samples, their order, and the share that may be rejected.
+        workers: the processes that make shards.
+        title: of the progress bar.
+        frame: that of the boxes (`Scan.frame`).
+
+    Raises ValueError when more than `max_rejected` of the samples break a rule, or when there are fewer than `count`.
+    Finished shards stay for the next run.
+    """
+    folder = Path(folder)
+    (folder / PARTS).mkdir(parents=True, exist_ok=True)
+    tally, shards = Tally(), []
+    total = len(entries) if settings.count is None else settings.count
+    unit = "record" if settings.count is None else "sample"
+    finished = workers.in_order(_tasks(folder, entries, convert, image_root, settings, frame))
+    with tqdm(total=total, desc=title, unit=unit) as bar, closing(finished):
+        for task, note in finished:
+            missing = None if settings.count is None else settings.count - tally.samples
+            if missing is not None and note["samples"] > missing:
+                note = workers.submit(replace(task, limit=missing)).result()
+            tally.add(note)
+            shards += [note["shard"]] if note["shard"] else []
+            bar.update(len(task.entries) if missing is None else note["samples"])
+            _judge(title, tally, settings.max_rejected, at_least=MIN_JUDGED)
+            if tally.samples == settings.count:
+                break
+    _judge(title, tally, settings.max_rejected, at_least=1)
+    if settings.count is not None and tally.samples < settings.count:
+        raise ValueError(f"{title}: count={settings.count}, but only {tally.samples} usable samples are there\n{tally}")
+    _remove_strays(folder, {shard["name"] for shard in shards})
+    write_manifest(folder, shards)
+    return tally
+
+
+def forget_parts(folder: str | Path) -> None:
+    """Remove the notes of a finished part."""
+    shutil.rmtree(Path(folder) / PARTS, ignore_errors=True)
+
+
+def _tasks(
+    folder: Path,
+    entries: Sequence[Any],
+    convert: Convert,
+    image_root: Path,
+    settings: Settings,
+    frame: Frame | None,
+) -> Iterator[_Task]:
+    order: Sequence[int] = range(len(entries))
+    if settings.count is not None:
+        order = list(order)
+        random.Random(settings.seed).shuffle(order)
+    size = settings.records_per_shard
+    for number, start in enumerate(range(0, len(order), size)):
+        chosen = [entries[index] for index in order[start : start + size]]
+        yield _Task(folder, number, chosen, convert, image_root, settings.one_box, frame)
+
+
+def _make_shard(task: _Task) -> dict[str, Any]:
+    """Make one shard, or find it made; its note."""
+    note_file = task.folder / PARTS / f"{task.number:05d}.json"
+    note = read_json(note_file)
+    if note and task.limit in (None, note["limit"]) and _is_there(task.folder, note["shard"]):
+        return note
+    note_file.unlink(missing_ok=True)  # first: a note must never speak of a shard that is being replaced
+    tally, shard = Tally(), ShardFile(task.folder, task.number)
+    with shard:
+        for sample in task.convert(task.entries):
+            try:
+                if isinstance(sample, SampleError):
+                    raise sample
+                if task.one_box and not isinstance(sample.answer, BoxAnswer):
+                    raise SampleError(sample.id, "several_answers", f"{type(sample.answer).__name__}")
+                loaded = load_images(sample, task.image_root, task.frame)
+                shard.add(loaded)
+            except SampleError as error:
+                tally.reject(error)
+                continue
+            tally.samples += 1
+            for what in COUNTED:
+                if what in loaded.sample.extra:
+                    tally.counts.setdefault(what, Counter())[loaded.sample.extra[what]] += 1
+            if tally.samples == task.limit:
+                break
+    note = {"limit": task.limit, "shard": shard.entry, **tally.to_json()}
+    write_json(note_file, note)
+    return note
+
+
+def _is_there(folder: Path, shard: dict[str, Any] | None) -> bool:
+    path = folder / shard["name"] if shard else None
+    return path is None or (path.is_file() and path.stat().st_size == shard["bytes"])
+
+
+def _judge(title: str, tally: Tally, max_rejected: float, at_least: int) -> None:
+    seen = tally.samples + tally.rejected.total()
+    if seen >= at_least and tally.rejected.total() > max_rejected * seen:
+        raise ValueError(
+            f"{title}: {tally.rejected.total()} of {seen} samples rejected, more than max_rejected={max_rejected}: the"
+            f" files are not as expected, or some are not here\n{tally}"
+        )
+
+
+def _remove_strays(folder: Path, names: set[str]) -> None:
+    """Shards begun beyond the last one that was needed, and drafts that kills left."""
+    for path in [*folder.glob("shard-*.tar"), *folder.glob("shard-*.partial")]:
+        if path.name not in names:
+            path.unlink()

@@ -1,0 +1,1 @@
+"""What an example is: the sample, its boxes, and the text of its answer."""

@@ -1,0 +1,272 @@
+"""Boxes in the text of an answer, tolerantly: in JSON, in JSON that is slightly broken, in the forms of other models.
+
+Readable to a person and so to this reader, though it is no JSON: numbers such as 10., .5, +10 and 010, numbers in
+quotes, a comma before the closing bracket, and full-width digits, signs and brackets. A list of four with anything else
+(units, words, other separators, a missing or a fifth number) is no box. The strict format check admits none of this
+(`answers.is_well_formed`).
+
+Work is bounded, so that 1 MB of any text is read in some milliseconds. Nesting beyond MAX_DEPTH is no value, and
+reading stops after MAX_VALUES bracket pairs. A text with more than MAX_MARKS of the characters that cost work
+(brackets, commas, quotes, line breaks, "\\", "<") is read only in its first WINDOW / 2 characters and in WINDOW round
+its last opening bracket. Full-width forms are read in texts of up to 8 * WINDOW characters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from datamodules.persistence.strict_json import refuse_constant, unique_keys
+from datamodules.samples.boxes import Box
+
+MAX_DEPTH = 16  # Python's decoder would recurse until it raises
+MAX_VALUES = 1_000
+MAX_MARKS = 4_096
+WINDOW = 8_192
+MAX_REPAIRED = 2_048  # characters of one value that is no JSON; a longer one is read by its parts
+MAX_REPAIRS = 65_536  # characters, all such values together
+
+_MARKS = '{}[]()"\n\\,<'
+_STRUCTURE = re.compile(r'[\\"\n{}\[\]]')
+_NUMBER = r"\s*+([-+]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++))\s*+"
+_QUOTED = rf"\s*+[\"'“”]?{_NUMBER}[\"'“”]?\s*+"
+_FOUR = ",".join([_QUOTED] * 4)
+_LIST = re.compile(rf"\[{_FOUR},?\s*+\]")
+_PAIRS = re.compile(rf"\({_NUMBER},{_NUMBER}\)\s*+,?\s*+\({_NUMBER},{_NUMBER}\)")  # Qwen2-VL: (x1,y1),(x2,y2)
+_WRITTEN = re.compile(rf"{_LIST.pattern}|{_PAIRS.pattern}")
+# What other models write: (x1, y1, x2, y2), and MiniCPM-V's <box>x1 y1 x2 y2</box>.
+_FOREIGN = re.compile(
+    rf"{_WRITTEN.pattern}|\({_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\)|<box>{_NUMBER}{_NUMBER}{_NUMBER}{_NUMBER}</box>"
+)
+_QUOTED_NUMBER = re.compile(_NUMBER)
+_TRAILING_COMMA = re.compile(r",(\s*+[}\]])")
+_FULL_WIDTH = {0xFF01 + offset: chr(0x21 + offset) for offset in range(94)} | {ord("【"): "[", ord("】"): "]"}
+
+
+@dataclass(frozen=True)
+class ParsedBox:
+    """Four finite numbers as the model wrote them (its convention; possibly inverted) and the label beside them."""
+
+    values: Box
+    label: str | None
+
+
+@dataclass(frozen=True)
+class PlacedBox:
+    """A box and the part [start, end) of the text that holds it: a whole JSON value, or one form without JSON."""
+
+    box: ParsedBox
+    start: int
+    end: int
+
+
+class BoxesInText:
+    """A text's boxes: under "bbox_2d" (`keyed`), in `bare` lists of four numbers, in forms without JSON (`written`)."""
+
+    def __init__(self, text: str, foreign: bool) -> None:
+        self.keyed: list[PlacedBox] = []
+        self.bare: list[PlacedBox] = []
+        self.written: list[PlacedBox] = []
+        self.num_bad = 0  # lists that should be a box and are none
+        self.num_values = 0  # JSON values
+        for start, end in _read_parts(text):
+            self._read_part(text[start:end], start, foreign)
+
+    def places(self) -> list[tuple[int, int]]:
+        """[start, end) of all that holds a box, in order; no two overlap."""
+        return sorted({(placed.start, placed.end) for placed in self.keyed + self.bare + self.written})
+
+    def counting(self, start: int = 0) -> tuple[ParsedBox, ...]:
+        """The boxes from `start` on, in the order written: the keyed ones, else the bare ones, else the other forms."""
+        for boxes in (self.keyed, self.bare, self.written):
+            if found := tuple(placed.box for placed in boxes if placed.start >= start):
+                return found
+        return ()
+
+    def read(self, value: Any, start: int = 0, end: int = 0) -> bool:
+        """Add the boxes of one decoded value that stands at [start, end); whether there are any."""
+        before = len(self.keyed) + len(self.bare)
+        self._read(value, start, end)
+        return len(self.keyed) + len(self.bare) > before
+
+    def _read_part(self, text: str, offset: int, foreign: bool) -> None:
+        decoded: list[tuple[int, int]] = []
+        for start, end, value in _json_values(text):
+            decoded.append((start, end))
+            self.read(value, offset + start, offset + end)
+        self.num_values += len(decoded)
+        for found in _written(text, foreign):
+            if is_inside(found.start(), decoded):
+                continue
+            values = [float(number) for number in found.groups() if number is not None]
+            if is_box(values):
+                kind = self.bare if found[0].startswith("[") else self.written
+                kind.append(PlacedBox(ParsedBox(tuple(values), None), offset + found.start(), offset + found.end()))
+            else:
+                self.num_bad += 1
+        self.bare.sort(key=lambda placed: placed.start)  # stable: boxes of one JSON value stay in order
+
+    def _read(self, value: Any, start: int, end: int, label: str | None = None, keyed: bool = False) -> None:
+        """Walk one decoded value (at most MAX_DEPTH deep)."""
+        if isinstance(value, dict) and not keyed:
+            label = value["label"] if isinstance(value.get("label"), str) else None
+            for key, item in value.items():
+                if key == "bbox_2d" or isinstance(item, dict | list):
+                    self._read(item, start, end, label, keyed=key == "bbox_2d")
+        elif isinstance(value, list) and is_box(numbers := [_from_quotes(item) for item in value[:5]]):
+            (self.keyed if keyed else self.bare).append(PlacedBox(ParsedBox(tuple(numbers), label), start, end))
+        elif isinstance(value, list) and value and all(isinstance(item, dict | list) for item in value):
+            for item in value:
+                self._read(item, start, end, label, keyed)
+        elif keyed or (isinstance(value, list) and any(_is_number(item) for item in value)):
+            self.num_bad += 1
+        elif isinstance(value, list):
+            for item in value:
+                if isinstance(item, dict | list):
+                    self._read(item, start, end, label)
+
+
+def is_box(value: Any) -> bool:
+    """Whether `value` is a list of four finite numbers."""
+    return (
+        isinstance(value, list) and len(value) == 4 and all(_is_number(item) and math.isfinite(item) for item in value)
+    )
+
+
+def is_inside(place: int, spans: list[tuple[int, int]]) -> bool:
+    """Whether one of the spans [start, end), in order and without overlap, holds `place`."""
+    before = bisect_right(spans, (place, math.inf)) - 1
+    return before >= 0 and place < spans[before][1]
+
+
+def decode(text: str, unique_keys: bool = True) -> Any:
+    """Strict JSON: no NaN or Infinity, and a number too large for a float becomes inf. Raises ValueError.
+
+    The caller bounds the depth.
+    """
+    return (_UNIQUE if unique_keys else _REPEATED).decode(text)
+
+
+def is_one_value(text: str) -> bool:
+    """Whether a text is one bracket pair with at most MAX_MARKS marks and at most MAX_DEPTH high, JSON or not."""
+    return _num_marks(text) <= MAX_MARKS and _outer_spans(text)[:1] == [(0, len(text))]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _from_quotes(value: Any) -> Any:
+    if not isinstance(value, str) or len(value) > 100:
+        return value
+    number = _QUOTED_NUMBER.fullmatch(value.translate(_FULL_WIDTH))
+    return value if number is None else float(number[1])
+
+
+def _read_parts(text: str) -> list[tuple[int, int]]:
+    """[start, end) of the parts of `text` that are read, in order."""
+    if _num_marks(text) <= MAX_MARKS:
+        return [(0, len(text))]
+    start = max(text.rfind("["), text.rfind("{"), text.rfind("(")) - WINDOW // 4
+    if start <= WINDOW // 2:
+        return [(0, WINDOW)]
+    return [(0, WINDOW // 2), (start, min(len(text), start + WINDOW))]
+
+
+def _num_marks(text: str) -> int:
+    """At most the length, exact where it is above MAX_MARKS."""
+    return len(text) if len(text) <= MAX_MARKS else sum(text.count(mark) for mark in _MARKS)
+
+
+def _written(text: str, foreign: bool) -> Iterator[re.Match[str]]:
+    """The forms without JSON. A list in ASCII brackets is none: it is read as JSON or not at all."""
+    plain = text
+    if not text.isascii() and len(text) <= 8 * WINDOW:
+        plain = text.translate(_FULL_WIDTH)
+    if "(" in plain or "<box>" in plain or plain != text:
+        for found in (_FOREIGN if foreign else _WRITTEN).finditer(plain):
+            if text[found.start()] != "[":
+                yield found
+
+
+def _json_values(text: str) -> Iterator[tuple[int, int, Any]]:
+    """(start, end, value) of the outermost balanced bracket pairs that decode as JSON, in order; where one does not, of
+    those in it. At most MAX_VALUES are tried."""
+    done = 0
+    broken = -1  # where the last decoding failed: a pair round this place fails there too, unless it is repaired
+    repairs = MAX_REPAIRS
+    for start, end in _outer_spans(text)[:MAX_VALUES]:
+        if start < done:
+            continue
+        # A slice, not an offset: the decoder's error message counts lines from the start of what it was given.
+        part, value = text[start:end], None
+        if not start < broken < end:
+            try:
+                value = decode(part, unique_keys=False)
+            except ValueError as error:
+                broken = start + error.pos if isinstance(error, json.JSONDecodeError) else -1
+        if value is None and ("," in part or "，" in part) and len(part) <= min(MAX_REPAIRED, repairs):
+            repairs -= len(part)
+            value = _repaired(part)
+        if value is not None:
+            done = end
+            yield start, end, value
+
+
+def _repaired(part: str) -> Any:
+    """The value of a part that holds a box and is no JSON only for how boxes or last commas are written; else None."""
+    plain = _TRAILING_COMMA.sub(r"\1", _LIST.sub(_as_json, part.translate(_FULL_WIDTH)))
+    if plain == part:
+        return None
+    try:
+        value = decode(plain, unique_keys=False)
+    except ValueError:
+        return None
+    return value if BoxesInText("", False).read(value) else None
+
+
+def _as_json(found: re.Match[str]) -> str:
+    numbers = [float(number) for number in found.groups()]
+    return json.dumps(numbers) if is_box(numbers) else found[0]
+
+
+def _outer_spans(text: str) -> list[tuple[int, int]]:
+    """(start, end) of the balanced bracket pairs at most MAX_DEPTH high, outer before inner, in order of start."""
+    starts: list[int] = []
+    ends: list[int | None] = []
+    open_pairs: list[list[int]] = []  # [index into starts, height of what it holds]
+    in_string, escaped = False, -1
+    for match in _STRUCTURE.finditer(text):
+        token = match.group()
+        if match.start() == escaped:
+            continue
+        if token == "\\":
+            escaped = match.end()
+        elif token == '"' or token == "\n":
+            # A quote in prose is no string, and JSON strings hold no raw line break: an unclosed one ends there.
+            in_string = token == '"' and not in_string and bool(open_pairs)
+        elif in_string:
+            continue
+        elif token in "{[":
+            open_pairs.append([len(starts), 1])
+            starts.append(match.start())
+            ends.append(None)
+        elif not open_pairs or text[starts[open_pairs[-1][0]]] != ("{" if token == "}" else "["):
+            open_pairs.clear()
+        else:
+            index, height = open_pairs.pop()
+            if height <= MAX_DEPTH:
+                ends[index] = match.end()
+            if open_pairs:
+                open_pairs[-1][1] = max(open_pairs[-1][1], height + 1)
+    return [(start, end) for start, end in zip(starts, ends, strict=True) if end is not None]
+
+
+# float also for integers: int() refuses more than 4,300 digits and takes quadratic time below that.
+_UNIQUE = json.JSONDecoder(parse_int=float, parse_constant=refuse_constant, object_pairs_hook=unique_keys)
+_REPEATED = json.JSONDecoder(parse_int=float, parse_constant=refuse_constant)

@@ -1,0 +1,300 @@
+"""Typed samples, their JSON form (the `.json` member of a shard), and what happens to samples that break a rule."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from datamodules.samples.answer_text import has_answer_tags
+from datamodules.samples.boxes import Box, box_fault
+
+# Text with one of these would become a placeholder without an image, or end the turn. MIG-Bench's own has others.
+RESERVED = re.compile(r"<\|(?:image_pad|video_pad|vision_(?:start|end|pad)|im_start|im_end|endoftext)\|>")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class SampleError(ValueError):
+    """A sample breaks a rule. `rule` is a stable snake_case name that runs count by."""
+
+    def __init__(self, sample_id: str, rule: str, detail: str = "") -> None:
+        super().__init__(sample_id, rule, detail)  # all three, so that workers can pickle it
+        self.sample_id = sample_id
+        self.rule = rule
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"sample {self.sample_id!r}: {self.rule}" + (f": {self.detail}" if self.detail else "")
+
+
+class Rejections:
+    """Counts rejected samples by rule and keeps a few ids of each; `strict` raises the first one instead."""
+
+    NUM_EXAMPLES = 3
+
+    def __init__(self, strict: bool = False) -> None:
+        self.strict = strict
+        self.counts: Counter[str] = Counter()
+        self.examples: defaultdict[str, list[str]] = defaultdict(list)
+
+    def add(self, error: SampleError) -> None:
+        """Count `error`, or raise it if strict."""
+        if self.strict:
+            raise error
+        self.counts[error.rule] += 1
+        if len(self.examples[error.rule]) < self.NUM_EXAMPLES:
+            self.examples[error.rule].append(error.sample_id)
+
+    def __len__(self) -> int:
+        return self.counts.total()
+
+    def summary(self) -> str:
+        """One line for the log: how many, why, and a few ids for each rule."""
+        rules = [f"{rule} {count} ({', '.join(self.examples[rule])})" for rule, count in self.counts.most_common()]
+        return f"{len(self)} samples rejected" + (f": {'; '.join(rules)}" if rules else "")
+
+
+@dataclass(frozen=True)
+class TextPart:
+    text: str
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    image: int  # index into Sample.images
+
+
+@dataclass(frozen=True)
+class BoxPart:
+    """A box inside the question: unit xyxy of image `image`, and the text it was written as in the source."""
+
+    image: int
+    box: Box
+    text: str
+
+
+@dataclass(frozen=True)
+class BoxAnswer:
+    """The true box: unit xyxy of the original image `image`."""
+
+    image: int
+    box: Box
+    label: str
+
+
+@dataclass(frozen=True)
+class BoxesAnswer:
+    boxes: tuple[BoxAnswer, ...]
+
+
+@dataclass(frozen=True)
+class ChoiceAnswer:
+    letter: str  # "A" is choices[0]
+    choices: tuple[str, ...]
+
+
+Part = TextPart | ImagePart | BoxPart
+Answer = BoxAnswer | BoxesAnswer | ChoiceAnswer
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question over one or several images.
+
+    Sample(id="s1", source="nano", task="diff", images=("a.png", "b.png"),
+           messages=(ImagePart(0), ImagePart(1), TextPart("What changed?")),
+           answer=BoxAnswer(image=1, box=(0.1, 0.2, 0.5, 0.6), label="red circle"))
+    """
+
+    id: str
+    source: str
+    task: str
+    images: tuple[str, ...]  # file names
+    messages: tuple[Part, ...]  # the user's turn, interleaved; shows every image once, in the order of `images`
+    answer: Answer
+    thinking: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record that `from_json` reads back as an equal sample."""
+        return {
+            "id": self.id,
+            "source": self.source,
+            "task": self.task,
+            "images": list(self.images),
+            "messages": [_part_to_json(part) for part in self.messages],
+            "answer": _answer_to_json(self.answer),
+            "thinking": self.thinking,
+            "extra": dict(self.extra),
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any], strict_boxes: bool = True) -> Sample:
+        """Validate a record. Raises SampleError with the sample's id and the rule that it breaks.
+
+        `strict_boxes=False` lets degenerate and out-of-range answer boxes pass: benchmarks score them as they are.
+        """
+        if not isinstance(record, Mapping):
+            raise SampleError("unknown", "field_type", f"a record is an object, got {type(record).__name__}")
+        sample_id = record.get("id")
+        known = isinstance(sample_id, str) and sample_id != ""
+        return _Reader(sample_id if known else "unknown", strict_boxes).sample(record)
+
+
+@dataclass(frozen=True)
+class LoadedSample:
+    """A sample with its encoded image bytes, as they lie in the shard or on disk, in the order of `sample.images`."""
+
+    sample: Sample
+    images: tuple[bytes, ...]
+
+
+def _part_to_json(part: Part) -> dict[str, Any]:
+    if isinstance(part, ImagePart):
+        return {"type": "image", "image": part.image}
+    if isinstance(part, BoxPart):
+        return {"type": "box", "image": part.image, "box": list(part.box), "text": part.text}
+    return {"type": "text", "text": part.text}
+
+
+def _answer_to_json(answer: Answer) -> dict[str, Any]:
+    if isinstance(answer, BoxesAnswer):
+        return {"boxes": [_answer_to_json(box) for box in answer.boxes]}
+    if isinstance(answer, ChoiceAnswer):
+        return {"letter": answer.letter, "choices": list(answer.choices)}
+    return {"image": answer.image, "box": list(answer.box), "label": answer.label}
+
+
+class _Reader:
+    """Reads one record; every check fails with this record's id."""
+
+    def __init__(self, sample_id: str, strict_boxes: bool) -> None:
+        self.sample_id = sample_id
+        self.strict_boxes = strict_boxes
+        self.num_images = 0
+
+    def sample(self, record: Mapping[str, Any]) -> Sample:
+        self.fields(record, "record", ("id", "source", "task", "images", "messages", "answer"), ("thinking", "extra"))
+        images = tuple(self.name(name, "images") for name in self.items(record["images"], "images"))
+        if not images:
+            self.fail("no_images", "images is empty")
+        self.num_images = len(images)
+        thinking, extra = record.get("thinking"), record.get("extra", {})
+        if thinking is not None and has_answer_tags(self.text(thinking, "thinking")):
+            self.fail("tag_in_thinking", "thinking holds a think or answer tag")
+        if not isinstance(extra, Mapping) or not all(isinstance(key, str) for key in extra):
+            self.fail("field_type", "extra is not an object with string keys")
+        return Sample(
+            id=self.name(record["id"], "id"),
+            source=self.name(record["source"], "source"),
+            task=self.name(record["task"], "task"),
+            images=images,
+            messages=self.messages(record["messages"]),
+            answer=self.answer(record["answer"]),
+            thinking=thinking,
+            extra=dict(extra),
+        )
+
+    def messages(self, value: Any) -> tuple[Part, ...]:
+        parts = tuple(self.part(item) for item in self.items(value, "messages"))
+        shown = [part.image for part in parts if isinstance(part, ImagePart)]
+        # Pixels are paired with placeholders by order alone, so a permutation here would swap images silently.
+        if shown != list(range(self.num_images)):
+            self.fail("image_order", f"messages show images {shown}, not each of {self.num_images} once and in order")
+        if not any(isinstance(part, TextPart) and part.text.strip() for part in parts):
+            self.fail("no_question", "messages hold no text")
+        return parts
+
+    def part(self, value: Any) -> Part:
+        kind = value.get("type") if isinstance(value, Mapping) else None
+        if kind == "image":
+            self.fields(value, "image part", ("type", "image"))
+            return ImagePart(self.index(value["image"]))
+        if kind == "text":
+            self.fields(value, "text part", ("type", "text"))
+            return TextPart(self.text(value["text"], "text"))
+        if kind == "box":
+            self.fields(value, "box part", ("type", "image", "box", "text"))
+            box = self.box(value["box"], strict=True)
+            return BoxPart(self.index(value["image"]), box, self.text(value["text"], "box text"))
+        return self.fail("part_type", f"a message part is of type image, text or box, got {_brief(value)}")
+
+    def answer(self, value: Any) -> Answer:
+        if isinstance(value, Mapping) and "boxes" in value:
+            self.fields(value, "answer", ("boxes",))
+            boxes = tuple(self.box_answer(item) for item in self.items(value["boxes"], "boxes"))
+            return BoxesAnswer(boxes) if boxes else self.fail("no_boxes", "answer.boxes is empty")
+        if isinstance(value, Mapping) and "letter" in value:
+            return self.choice(value)
+        return self.box_answer(value)
+
+    def box_answer(self, value: Any) -> BoxAnswer:
+        self.fields(value, "answer", ("image", "box", "label"))
+        box = self.box(value["box"], strict=self.strict_boxes)
+        return BoxAnswer(self.index(value["image"]), box, self.text(value["label"], "label"))
+
+    def choice(self, value: Mapping[str, Any]) -> ChoiceAnswer:
+        self.fields(value, "answer", ("letter", "choices"))
+        choices = tuple(self.text(item, "choices") for item in self.items(value["choices"], "choices"))
+        letters = [chr(ord("A") + index) for index in range(min(len(choices), 26))]
+        if self.text(value["letter"], "letter") not in letters:
+            self.fail("choice_letter", f"letter {_brief(value['letter'])} is not one of {letters}")
+        return ChoiceAnswer(value["letter"], choices)
+
+    def box(self, value: Any, strict: bool) -> Box:
+        numbers = self.items(value, "box")
+        if len(numbers) != 4:
+            self.fail("box_length", f"a box has four numbers, got {len(numbers)}")
+        if any(isinstance(number, bool) or not isinstance(number, int | float) for number in numbers):
+            self.fail("field_type", f"a box has four numbers, got {_brief(numbers)}")
+        try:
+            x1, y1, x2, y2 = (float(number) for number in numbers)
+        except OverflowError:  # an integer beyond a float's range
+            self.fail("not_finite_box", "a number is too large")
+        fault = box_fault((x1, y1, x2, y2))
+        if fault is not None and (strict or fault == "not_finite"):
+            self.fail(f"{fault}_box", f"{[x1, y1, x2, y2]}")
+        return x1, y1, x2, y2
+
+    def index(self, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            self.fail("field_type", f"an image index is an integer, got {_brief(value)}")
+        if not 0 <= value < self.num_images:
+            self.fail("image_index", f"image {_brief(value)} of {self.num_images}")
+        return value
+
+    def name(self, value: Any, where: str) -> str:
+        return self.text(value, where) or self.fail("empty_field", f"{where} is empty")
+
+    def text(self, value: Any, where: str) -> str:
+        if not isinstance(value, str):
+            self.fail("field_type", f"{where} is not a string but {type(value).__name__}")
+        if _SURROGATE.search(value):
+            self.fail("not_unicode", f"{where} holds a lone surrogate, which no tokenizer accepts")
+        if token := RESERVED.search(value):
+            self.fail("reserved_token", f"{where} holds {token.group()}")
+        return value
+
+    def items(self, value: Any, where: str) -> Any:
+        return value if isinstance(value, list | tuple) else self.fail("field_type", f"{where} is not a list")
+
+    def fields(self, value: Any, where: str, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
+        if not isinstance(value, Mapping):
+            self.fail("field_type", f"{where} is not an object")
+        if missing := [key for key in required if key not in value]:
+            self.fail("missing_field", f"{where} lacks {', '.join(missing)}")
+        if unknown := [str(key) for key in value if key not in required + optional]:
+            self.fail("unknown_field", f"{where} has {', '.join(unknown)}")
+
+    def fail(self, rule: str, detail: str) -> NoReturn:
+        raise SampleError(self.sample_id, rule, detail)
+
+
+def _brief(value: Any) -> str:
+    """A short repr for messages; Python refuses to print integers of more than 4,300 digits."""
+    try:
+        return f"{value!r:.100}"
+    except (ValueError, RecursionError):
+        return f"an unprintable {type(value).__name__}"

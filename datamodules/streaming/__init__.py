@@ -1,0 +1,1 @@
+"""Samples on disk, the order of training, and a position in it."""

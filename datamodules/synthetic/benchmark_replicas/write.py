@@ -1,0 +1,48 @@
+"""Write the twins that are missing: each benchmark's nano twin in its real files, by a pure function of a fixed seed.
+
+data/nano/{Ref-L4,ReasonSeg,ReVOS,odinw,BLINK,MMIU}    (data/nano/MIG-Bench comes with the nano world)
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from datamodules.persistence.files import fingerprint, read_json, write_json
+from datamodules.streaming.path_fingerprint import path_fingerprint
+from datamodules.synthetic.benchmark_replicas import grounding, multiple_choice
+
+MARKER = ".twin.json"
+# Benchmark -> (its folder, writer, questions or pictures of each split, set, subset or task key).
+TWINS: dict[str, tuple[str, Callable[[Path, int], None], int]] = {
+    "ref_l4": ("Ref-L4", grounding.write_ref_l4, 40),
+    "lisa": ("ReasonSeg", grounding.write_reason_seg, 40),
+    "revos": ("ReVOS", grounding.write_revos, 30),
+    "odinw": ("odinw", grounding.write_odinw, 12),
+    "blink": ("BLINK", multiple_choice.write_blink, 12),
+    "mmiu": ("MMIU", multiple_choice.write_mmiu, 6),
+}
+
+
+def write_twin(name: str, data_root: str | Path, count: int | None = None) -> None:
+    """Write the twin of benchmark `name` unless it is there as this code makes it.
+
+    Raises ValueError where the folder holds something that no twin's writer made: a download is never touched.
+    """
+    folder_name, writer, default = TWINS[name]
+    folder = Path(data_root) / folder_name
+    sources = [path_fingerprint(file) for file in sorted(Path(__file__).parent.glob("*.py"))]
+    key = fingerprint(sources, count or default)
+    marker = read_json(folder / MARKER)
+    if marker.get("key") == key:
+        return
+    if folder.exists() and not marker:
+        raise ValueError(f"data_root={str(data_root)!r}: {folder} was not made here; twins=true would replace it")
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    writer(unfinished, count or default)
+    write_json(unfinished / MARKER, {"key": key})
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)

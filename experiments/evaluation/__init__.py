@@ -1,0 +1,1 @@
+"""Which predictor a model gets, and how questions are divided over processes."""

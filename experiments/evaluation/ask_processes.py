@@ -1,0 +1,155 @@
+"""Asking the questions of several benchmarks in one process or in several, with one progress bar over all."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from callbacks.evaluation import answers_key, ask_share
+from datamodules.benchmarks.base import limit_columns
+from datamodules.benchmarks.registry import load_benchmark
+from datamodules.checkpoints.model_folder import ModelError
+from datamodules.persistence.processes import ChildWatch, ProcessLost, end_with_parent
+from datamodules.samples.boxes import Convention
+from experiments.evaluation.choose_predictor import AnswererSettings, make_answerer
+
+POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process is told."""
+
+    settings: AnswererSettings
+    names: tuple[str, ...]
+    data_root: str
+    answers: str  # folder
+    limit: int | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """`count` more replies of a benchmark are there."""
+
+    name: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """One process has no more questions of this benchmark."""
+
+    name: str
+    key: str  # of its answers
+    folder: str  # where they are
+    convention: Convention
+
+
+@dataclass(frozen=True)
+class Failed:
+    rank: int
+    trace: str
+    model_error: str | None = None  # where it is the model that cannot be used
+
+
+def ask_all(job: Job, totals: Mapping[str, int], processes: int) -> Iterator[Ended]:
+    """Yields a benchmark's last `Ended`, when all processes are through with it.
+
+    Raises RuntimeError with the traceback of a process that failed, ModelError where its model cannot be used, and
+    ProcessLost for a process that was killed, or was stopped and is given up; the others are ended then.
+    """
+    events = _events(job, processes) if processes > 1 else _events_here(job)
+    ended: Counter[str] = Counter()
+    with tqdm(total=sum(totals.values()), unit="question", smoothing=0.1) as bar:
+        for event in events:
+            if isinstance(event, Asked):
+                bar.set_description(event.name)
+                bar.update(event.count)
+            elif isinstance(event, Ended):
+                ended[event.name] += 1
+                if ended[event.name] == processes:
+                    bar.clear()
+                    yield event
+
+
+def ask_rank(job: Job, rank: int, world_size: int, send: Callable[[Any], None]) -> Iterator[None]:
+    """One process's part. A generator that yields after every message, so that one process alone can hand over."""
+    answerer = make_answerer(job.settings, rank)
+    for name in job.names:
+        benchmark = load_benchmark(name, job.data_root)
+        key = answers_key(benchmark, answerer)
+        folder = Path(job.answers) / f"{name}-{key}"
+        samples = limit_columns(benchmark.samples, job.limit)
+        for count in ask_share(answerer, samples, benchmark, folder, key, rank, world_size):
+            send(Asked(name, count))
+            yield
+        send(Ended(name, key, str(folder), answerer.convention))
+        yield
+
+
+def share_cores(processes: int) -> None:
+    """Give this process its part of the cores: more threads than cores make all of them slow."""
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // processes)))
+
+
+def _events_here(job: Job) -> Iterator[Any]:
+    waiting: list[Any] = []
+    for _ in ask_rank(job, 0, 1, waiting.append):
+        yield from waiting
+        waiting.clear()
+
+
+def _events(job: Job, processes: int) -> Iterator[Any]:
+    """Messages of spawned processes, until all have ended."""
+    context = multiprocessing.get_context("spawn")
+    messages = context.Queue()
+    workers = [context.Process(target=_work, args=(job, rank, processes, messages)) for rank in range(processes)]
+    for worker in workers:
+        worker.start()
+    try:
+        with ChildWatch(lambda: [worker.pid for worker in workers]) as watch:
+            while any(worker.is_alive() for worker in workers) or not messages.empty():
+                try:
+                    event = messages.get(timeout=POLL_SECONDS)
+                except queue.Empty:
+                    _check_alive(workers, watch)
+                    continue
+                if isinstance(event, Failed) and event.model_error:
+                    raise ModelError(event.model_error)
+                if isinstance(event, Failed):
+                    raise RuntimeError(f"process {event.rank} of {processes} failed:\n{event.trace}")
+                yield event
+            _check_alive(workers, watch)
+    finally:
+        for worker in workers:
+            worker.kill()  # a stopped process does not react to `terminate`
+            worker.join()
+
+
+def _check_alive(workers: list[Any], watch: ChildWatch) -> None:
+    """Raise ProcessLost for a process that has failed: a killed process sends no message."""
+    for rank, worker in enumerate(workers):
+        if worker.exitcode not in (None, 0):
+            how = watch.fate(worker.pid, worker.exitcode)
+            raise ProcessLost(f"process {rank} of {len(workers)} {how}; the same command asks the rest")
+
+
+def _work(job: Job, rank: int, world_size: int, messages: Any) -> None:
+    share_cores(world_size)
+    end_with_parent()  # whoever starts again asks the rest
+    try:
+        for _ in ask_rank(job, rank, world_size, messages.put):
+            pass
+    except Exception as error:
+        reason = str(error) if isinstance(error, ModelError) else None
+        messages.put(Failed(rank, traceback.format_exc(), reason))

@@ -1,0 +1,70 @@
+"""The letters of a benchmark's answers that its official reader cannot read, from a language model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from datamodules.benchmarks.base import Benchmark, Prediction
+from datamodules.benchmarks.extraction import EXTRACTED_READERS, NO_OPTION, needs_extraction, unread
+from datamodules.benchmarks.registry import BENCHMARKS
+from datamodules.benchmarks.scoring import rescore
+from datamodules.samples.sample import Sample
+from lightning_modules.predictors.extractor import Extractor
+from lightning_modules.serving.generation_rules import stating
+from lightning_modules.serving.openai_client import EndpointSettings
+
+
+def extractor_faults(extractor: EndpointSettings | None, names: Sequence[str]) -> list[str]:
+    """Settings of an extractor that cannot work for these benchmarks; the server is not asked."""
+    if extractor is None:
+        return []
+    try:
+        stating(extractor, "greedy")
+    except ValueError as error:
+        return [f"extractor: {error}"]
+    lacking = [name for name in ("base_url", "model") if not getattr(extractor, name)]
+    faults = [f"extractor.{name}={getattr(extractor, name)!r}: it needs one" for name in lacking]
+    known = [name for name, module in BENCHMARKS.items() if module.OFFICIAL.reader in EXTRACTED_READERS]
+    if not set(known) & set(names):
+        faults.append(f"extractor.model={extractor.model!r} is for {', '.join(known)}, not for {', '.join(names)}")
+    return faults
+
+
+def ready_extractor(settings: EndpointSettings, folder: Path) -> Extractor:
+    """An extractor that keeps its replies in `folder`, once its server has answered. Raises as `check_first` does."""
+    extractor = Extractor(settings, folder)
+    extractor.check_first()
+    return extractor
+
+
+def extract_letters(
+    extractor: Extractor, benchmark: Benchmark, samples: Sequence[Sample], predictions: Sequence[Prediction]
+) -> tuple[list[Prediction], dict[str, Any]]:
+    """The predictions, officially scored with the letters that were found; and the counts for `result.json`.
+
+    An answer that got no letter counts as wrong.
+
+    Args:
+        extractor: finds the letters.
+        benchmark: its official rule decides which answers are asked about.
+        samples: the questions.
+        predictions: one for each of the samples, in their order.
+
+    Raises the errors of `Extractor.letters`.
+    """
+    places = [place for place, found in enumerate(predictions) if needs_extraction(found, benchmark.official)]
+    before = Counter(extractor.failures)
+    letters = extractor.letters([unread(samples[place], predictions[place]) for place in places])
+    scored = list(predictions)
+    for place, letter in zip(places, letters, strict=True):
+        extracted = replace(scored[place], extracted=letter)
+        scored[place] = rescore(extracted, benchmark.rule, benchmark.official)
+    none = letters.count(NO_OPTION)
+    failed = dict(sorted((extractor.failures - before).items()))
+    found = len(letters) - none - sum(failed.values())
+    counts = {"asked": len(letters), "found": found, "none": none, "failed": failed}
+    return scored, {"model": extractor.settings.model} | counts

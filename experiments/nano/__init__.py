@@ -1,0 +1,1 @@
+"""The nano base model: how it is built and pretrained."""

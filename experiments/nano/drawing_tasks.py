@@ -1,0 +1,133 @@
+"""Pictures of the nano world with their questions, as the base model is trained and measured on them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor
+
+from datamodules.encoding.encoder import PromptItem, mrope_positions
+from datamodules.samples.boxes import Convention, ImageGeometry
+from datamodules.samples.sample import BoxAnswer, ImagePart, Sample, TextPart
+from datamodules.samples.scores import score_text
+from datamodules.synthetic.single_image import Turn, single_scene, single_turns
+from datamodules.synthetic.world import Scene, draw_scene
+from lightning_modules.models.qwen_vl import QwenVL
+from lightning_modules.rollouts.base import NativeEngine, RolloutSettings
+
+HELD_OUT = "held-out"  # names the evaluation stream; training's is "train:<seed>"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture as a prefix, with its turns as completions and, for each token of those, whether it is an answer."""
+
+    item: PromptItem
+    completions: tuple[Tensor, ...]  # long, one for each turn: rest of the prompt, answer, <|im_end|>
+    is_answer: Tensor  # bool [tokens of all completions]
+    turns: tuple[Turn, ...]
+
+
+class PictureEncoder:
+    """Renders and tokenizes picture i of a stream. The text is what the chat template gives (a test compares)."""
+
+    def __init__(self, processor: Qwen2_5_VLProcessor, grounding_turns: int) -> None:
+        self.tokenizer = processor.tokenizer
+        self.image_processor = processor.image_processor
+        self.image_token_id = processor.image_token_id
+        self.grounding_turns = grounding_turns
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\0"}]}]
+        text = processor.apply_chat_template(messages, add_generation_prompt=True, add_vision_id=True, tokenize=False)
+        before, after = text.split("\0")
+        self.before, self.after = self.encode(before), self.encode(after)
+        self.end = self.encode("<|im_end|>")
+        self.pieces = _pieces(processor.tokenizer)
+
+    def encode(self, text: str) -> Tensor:
+        return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
+
+    def picture(self, stream: str, index: int) -> Picture:
+        """Picture `index` of a stream, a pure function of the arguments."""
+        rng = random.Random(f"{stream}:{index}")
+        scene = single_scene(rng)
+        item = self._prefix(scene)
+        turns = single_turns(rng, scene, item.geometries[0], Convention.ABSOLUTE, self.grounding_turns)
+        turns.append(self._repeating(rng))
+        completions, marks = [], []
+        for turn in turns:
+            question = torch.cat([self.encode(turn.question), self.after])
+            answer = torch.cat([self.encode(turn.answer), self.end])
+            completions.append(torch.cat([question, answer]))
+            marks += [torch.zeros(len(question), dtype=torch.bool), torch.ones(len(answer), dtype=torch.bool)]
+        return Picture(item, tuple(completions), torch.cat(marks), tuple(turns))
+
+    def _repeating(self, rng: random.Random) -> Turn:
+        """Any text, to be said again. It makes every token of the vocabulary an answer now and then, as web text does
+        for a real base model: one that never was an answer has an output embedding like any other such token's, and
+        LoRA, which leaves embeddings alone, cannot make a policy sure of it (<think>, say)."""
+        pieces = rng.choices(self.pieces, k=rng.randint(4, 12))
+        if rng.random() < 0.5:
+            pieces.append(chr(rng.randrange(0xA1, 0xD800)))  # spelled in single bytes
+        text = "".join(pieces).strip()
+        return Turn("repeating", f"Output: {text}", text)
+
+    def _prefix(self, scene: Scene) -> PromptItem:
+        """The conversation up to and with the picture."""
+        features = self.image_processor(images=[draw_scene(scene)], return_tensors="pt")
+        grid = features["image_grid_thw"]
+        rows, columns = grid[0, 1:].tolist()
+        merge = self.image_processor.merge_size
+        repeats = torch.where(self.before == self.image_token_id, rows * columns // merge**2, 1)
+        prefix = self.before.repeat_interleave(repeats)
+        positions, next_position = mrope_positions(prefix, grid, self.image_token_id, merge)
+        name = scene.content_hash()
+        parts, answer = (ImagePart(0), TextPart("?")), BoxAnswer(0, scene.things[0].box, "")
+        return PromptItem(
+            sample=Sample(name, "nano", "single", (name,), parts, answer),
+            input_ids=prefix,
+            positions=positions,
+            next_position=next_position,
+            pixel_values=features["pixel_values"],
+            grid_thw=grid,
+            geometries=(ImageGeometry.from_grid(scene.size, (rows, columns), self.image_processor.patch_size),),
+            completion_ids=None,
+            image_keys=(name,),
+        )
+
+    def prompt(self, picture: Picture, turn: int) -> PromptItem:
+        """The picture with one of its questions, ready for an answer."""
+        item = picture.item
+        extra = torch.cat([self.encode(picture.turns[turn].question), self.after])
+        places = item.next_position + torch.arange(len(extra))
+        return replace(
+            item,
+            input_ids=torch.cat([item.input_ids, extra]),
+            positions=torch.cat([item.positions, places.expand(3, -1)], dim=1),
+            next_position=item.next_position + len(extra),
+        )
+
+
+def _pieces(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The text of each token that is text by itself, in the order of the vocabulary; no special tokens."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    texts = [tokenizer.decode([i]) for i in range(len(tokenizer)) if i not in special]
+    return [text for text in texts if text and "\ufffd" not in text]
+
+
+def accuracy(policy: QwenVL, encoder: PictureEncoder, num_eval: int) -> dict[str, float]:
+    """Greedy single-image grounding on held-out scenes: Acc@0.5 (IoU > 0.5), mean IoU, parse failures; per cent."""
+    pictures = [encoder.picture(HELD_OUT, index) for index in range(num_eval)]
+    items = [encoder.prompt(picture, 0) for picture in pictures]
+    rollouts = NativeEngine(policy).generate(items, RolloutSettings.of_evaluation(max_new_tokens=48, batch_prompts=64))
+    scores = [
+        score_text(rollout.text, BoxAnswer(0, picture.turns[0].box, ""), item.geometries, Convention.ABSOLUTE)
+        for picture, item, (rollout,) in zip(pictures, items, rollouts, strict=True)
+    ]
+    return {
+        "single_image_acc": 100 * sum(score.iou > 0.5 for score in scores) / num_eval,
+        "single_image_iou": 100 * sum(score.iou for score in scores) / num_eval,
+        "parse_failures": 100 * sum(score.failure is not None for score in scores) / num_eval,
+    }

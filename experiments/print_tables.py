@@ -1,0 +1,44 @@
+"""Print the paper's Tables 2 to 9 with what was measured: `python -m experiments.print_tables --outputs outputs`.
+
+Writes <outputs>/tables/tables.md and tables.csv, and rewrites report.html of every experiment, with its own rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from datamodules.persistence.files import write_atomic
+from experiments.reports import paper_tables
+from experiments.reports.pipeline_report import write_report
+from experiments.runs.commands import command
+
+
+def make_tables(outputs: Path) -> str:
+    """The Markdown text; all files are written."""
+    source, tables = paper_tables.load_paper_tables()
+    tables = paper_tables.with_measured(tables, paper_tables.find_measured(outputs))
+    text = paper_tables.markdown(source, tables)
+    write_atomic(outputs / "tables" / "tables.md", text)
+    write_atomic(outputs / "tables" / "tables.csv", paper_tables.comma_separated(tables))
+    for results in sorted(outputs.glob("*/results.json")):
+        write_report(results.parent)
+    return text
+
+
+@command
+def main(args: list[str] | None = None) -> None:
+    """Entry point of `make tables`."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="the folder of all experiments")
+    outputs = parser.parse_args(args).outputs
+    try:
+        print(make_tables(outputs))
+    except (OSError, ValueError) as error:
+        sys.exit(f"no tables: {error}")
+    print(f"wrote {outputs / 'tables'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""ablations.json, ablations.md and ablations.html: the ladder over seeds, and what the rows differ by."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from datamodules.persistence.files import read_json, write_atomic, write_json
+from experiments.reports import svg_charts
+from experiments.reports.ablation_summary import FIGURES, Comparison, read_rows, summarise
+from experiments.reports.paper_tables import markdown_table
+from experiments.reports.pipeline_report import STYLE, html_table, number
+from experiments.reports.significance import TRANSFER
+
+NAMES = {"avg": "AVG", "in_domain": "in-domain", "out_of_domain": "out-of-domain", "format_rate": "format %"}
+NOTE = (
+    "AVG is the mean over tasks of Acc@0.5, in percent. ± is the standard deviation over seeds, in brackets stand the"
+    " smallest and the largest. Differences are in points, paired by seed and question, with 95 % bootstrap intervals"
+    " over questions and seeds; of one seed, over questions alone. An aim is reached when the mean difference reaches"
+    " it; sure says whether the whole interval does."
+)
+
+
+def write(home: Path, folders: Mapping[int, Path], starts: Mapping[str, str], comparisons: Sequence[Comparison]) -> str:
+    """Write all three files into `home`; returns the tables as Markdown text.
+
+    `folders` has each seed's experiment folder, `starts` every row, in the order of the tables, with that which it
+    starts from.
+    """
+    summary = summarise(read_rows(folders, starts), starts, comparisons, list(folders))
+    write_json(home / "ablations.json", summary)
+    sections = [(title, rows) for title, rows in tables(summary).items() if len(rows) > 1]
+    text = "\n".join([f"# {home.name}", "", NOTE, *_missing(summary), *map(_markdown_section, sections)])
+    write_atomic(home / "ablations.md", text)
+    write_atomic(home / "ablations.html", _page(home.name, summary, sections))
+    return text
+
+
+def figures(home: Path) -> tuple[dict[str, float], dict[str, list[list[str]]]]:
+    """Of the ablations.json in `home`, for W&B: "<row>/<figure>", "<row>/avg_std" and differences; and the tables."""
+    summary = read_json(home / "ablations.json")
+    values = {}
+    for row in summary["rows"]:
+        values |= {f"{row['name']}/{key}": value for key, value in row["mean"].items()}
+        if row["std"].get("avg") is not None:
+            values[f"{row['name']}/avg_std"] = row["std"]["avg"]
+    for record in summary["comparisons"]:
+        for key in record["differences"].keys() - {TRANSFER}:
+            name = f"{record['row']}-{record['over']}/{key}"
+            values |= {name: record["differences"][key]["value"], f"{name}_p": record["differences"][key]["p"]}
+    return values, tables(summary)
+
+
+def tables(summary: Mapping[str, Any]) -> dict[str, list[list[str]]]:
+    """Title -> rows of text cells, header first."""
+    rows = [row for row in summary["rows"] if row["seeds"]]
+    ladder = [["row", "from", "seeds", *NAMES.values(), "minutes"]]
+    every = [["row", "seed", *NAMES.values(), "questions", "minutes", "trained at"]]
+    for row in rows:
+        ladder.append([row["name"], row["start"] if row["start"] != row["name"] else "", str(len(row["seeds"]))])
+        ladder[-1] += [_spread(row, key) for key in FIGURES] + [f"{row['mean']['minutes']:.1f}"]
+        for seed, values in row["seeds"].items():
+            figures = [number(values[key]) for key in FIGURES]
+            last = [str(values["n"]), f"{values['minutes']:.1f}", values["commit"] or "–"]
+            every.append([row["name"], seed, *figures, *last])
+    names = list(dict.fromkeys(task for row in rows for seed in row["seeds"].values() for task in seed["tasks"]))
+    tasks = [["task", *(row["name"] for row in rows)]]
+    tasks += [[task, *(number(task_means(row).get(task)) for row in rows)] for task in names]
+    return {
+        "Ladder": ladder,
+        "Aims": _aim_rows(summary),
+        "Differences": _difference_rows(summary),
+        "Tasks, mean over seeds": tasks,
+        "Every seed": every,
+    }
+
+
+def task_means(row: Mapping[str, Any]) -> dict[str, float]:
+    """A row's accuracy by task, the mean over those of its seeds that were asked it."""
+    by_task: dict[str, list[float]] = {}
+    for seed in row["seeds"].values():
+        for task, accuracy in seed["tasks"].items():
+            by_task.setdefault(task, []).append(accuracy)
+    return {task: statistics.mean(values) for task, values in by_task.items()}
+
+
+def _aim_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["aim for AVG", "reached", "difference", "95 % interval", "p", "sure", "seeds"]]
+    words = {True: "yes", False: "no", None: "not measured"}
+    for record in (record for record in summary["comparisons"] if record["aim"]):
+        values = list(record["by_seed"].values())
+        seeds = f"{len(values)} of {len(summary['seeds'])}"
+        figure = f"{statistics.mean(values):+.2f}" if values else "–"
+        interval, p = _interval(record["differences"].get("avg"))
+        sure = words[record["sure"]] if record["sure"] is not None else "–"
+        aim = f"{record['row']} − {record['over']} {record['aim']}"
+        rows.append([aim, words[record["reached"]], figure, interval, p, sure, seeds])
+    return rows
+
+
+def _difference_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["difference", "of", "points", "95 % interval", "p", "by seed", "seeds"]]
+    for record in summary["comparisons"]:
+        title, seeds = f"{record['row']} − {record['over']}", ", ".join(map(str, record["seeds"]))
+        by_seed = ", ".join(f"{value:+.2f}" for value in record["by_seed"].values())
+        for key, difference in record["differences"].items():
+            what = "out-of-domain − in-domain" if key == TRANSFER else NAMES[key]
+            cells = [f"{difference['value']:+.2f}", *_interval(difference), by_seed if key == "avg" else "", seeds]
+            rows.append([title, what, *cells])
+        if record["missing"]:
+            rows.append([title, record["missing"], "–", "–", "–", by_seed, seeds])
+    return rows
+
+
+def _interval(difference: Mapping[str, float] | None) -> tuple[str, str]:
+    if difference is None:
+        return "–", "–"
+    return f"[{difference['low']:+.2f}, {difference['high']:+.2f}]", f"{difference['p']:.3f}"
+
+
+def _spread(row: Mapping[str, Any], key: str) -> str:
+    if key not in row["mean"]:
+        return "–"
+    std = row["std"][key]
+    spread = "" if std is None else f" ± {std:.2f} [{row['low'][key]:.2f}, {row['high'][key]:.2f}]"
+    return f"{row['mean'][key]:.2f}{spread}"
+
+
+def _missing(summary: Mapping[str, Any]) -> list[str]:
+    """A line for every row that some seed has not finished yet."""
+    lines = []
+    for row in summary["rows"]:
+        absent = [str(seed) for seed in summary["seeds"] if str(seed) not in row["seeds"]]
+        lines += ["", f"Not there yet: {row['name']} at seed {', '.join(absent)}."] if absent else []
+    return lines
+
+
+def _markdown_section(section: tuple[str, list[list[str]]]) -> str:
+    title, rows = section
+    return f"\n## {title}\n\n{markdown_table(rows)}\n"
+
+
+def _page(title: str, summary: Mapping[str, Any], sections: Sequence[tuple[str, list[list[str]]]]) -> str:
+    bars = {row["name"]: task_means(row) for row in summary["rows"] if row["seeds"]}
+    names = list(dict.fromkeys(task for tasks in bars.values() for task in tasks))
+    body = [f"<h1>{escape(title)}</h1><p>{escape(NOTE)}</p>"]
+    body += [f"<p>{escape(line)}</p>" for line in _missing(summary) if line]
+    for heading, rows in sections:
+        body.append(f'<h2>{escape(heading)}</h2><div class="scroll">{html_table(rows)}</div>')
+    if names:
+        body.append(
+            f'<div class="scroll">{svg_charts.bar_chart("Acc@0.5 by task, mean over seeds", names, bars)}</div>'
+        )
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>\n"

@@ -1,0 +1,168 @@
+"""What an ablation's rows reached at each seed, and what they differ by: the content of ablations.json.
+
+Figures come from the results.json of each seed, so from rows that the last command there has found finished; the single
+answers, for the paired bootstrap, from the rows' predictions.jsonl.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datamodules.benchmarks.mig_bench_suite import RULE
+from experiments.reports.paper_tables import phase_predictions
+from experiments.reports.significance import paired_differences
+from experiments.runs.results import Stage, read_results
+from experiments.runs.run_identity import trained_commit
+
+FIGURES = ("avg", "in_domain", "out_of_domain", "format_rate")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`row` minus `over`, and the aim for their AVG, if any: a difference `at_least` or `more_than` so many points.
+
+    or_both_at_most: the aim is reached too where neither row's AVG is above this.
+    """
+
+    row: str
+    over: str
+    at_least: float | None = None
+    more_than: float | None = None
+    or_both_at_most: float | None = None
+
+    @property
+    def aim(self) -> str:
+        """The aim in words; "" without one."""
+        parts = [f">= {self.at_least:g}"] if self.at_least is not None else []
+        parts += [f"> {self.more_than:g}"] if self.more_than is not None else []
+        text = " and ".join(parts)
+        if self.or_both_at_most is not None:
+            text = f"{text} or both AVG <= {self.or_both_at_most:g}".removeprefix(" or ")
+        return text
+
+    def holds(self, difference: float) -> bool:
+        """Whether a difference of so many points reaches the aim, apart from `or_both_at_most`."""
+        difference = round(difference, 6)  # a mean of accuracies is off by its last bits
+        limits = [difference >= self.at_least] if self.at_least is not None else []
+        limits += [difference > self.more_than] if self.more_than is not None else []
+        return bool(limits) and all(limits)
+
+
+@dataclass(frozen=True)
+class SeedRow:
+    """One row at one seed: its stage, per task which questions were answered rightly (None where unknown), and the
+    commit that it was trained at (None of a model that no phase trained)."""
+
+    stage: Stage
+    hits: Mapping[str, Mapping[str, bool]] | None
+    commit: str | None
+
+
+Found = dict[str, dict[int, SeedRow]]  # row -> seed -> what is there
+
+
+def read_rows(folders: Mapping[int, Path], names: Iterable[str]) -> Found:
+    """What is there of the rows `names`, in that order. `folders` has each seed's experiment folder."""
+    found: Found = {name: {} for name in names}
+    for seed, folder in folders.items():
+        for stage in read_results(folder / "results.json").stages if (folder / "results.json").is_file() else ():
+            if stage.name in found:
+                phase = folder / stage.name
+                found[stage.name][seed] = SeedRow(stage, row_hits(phase, stage), trained_commit(phase))
+    return found
+
+
+def row_hits(phase: Path, stage: Stage) -> Mapping[str, Mapping[str, bool]] | None:
+    """task -> question -> right?, from the phase's predictions, where they are those of the stage's figures."""
+    hits: dict[str, dict[str, bool]] = {}
+    for prediction in phase_predictions(phase).values():
+        hits.setdefault(prediction.task, {})[prediction.id] = prediction.iou > RULE.threshold
+    shares = {task: 100 * statistics.mean(right.values()) for task, right in hits.items()}
+    same = shares.keys() == stage.mig_bench["tasks"].keys() and all(
+        abs(share - stage.mig_bench["tasks"][task]) < 1e-6 for task, share in shares.items()
+    )
+    return hits if same else None
+
+
+def summarise(
+    found: Found,
+    starts: Mapping[str, str],
+    comparisons: Sequence[Comparison],
+    seeds: Sequence[int],
+) -> dict[str, Any]:
+    """What ablations.json holds: {"seeds", "rows": [row], "comparisons": [comparison]}.
+
+    A row is {"name", "start", "seeds": {seed: {figure: value, "tasks", "n", "minutes", "commit"}}, "mean", "std",
+    "low", "high"}, the last four by figure; std is null of one seed, commit that of the training, null of a model that
+    no phase trained. A comparison is {"row", "over", "aim", "seeds", "differences": {average: {"value", "low", "high",
+    "p"}}, "by_seed": {seed: AVG's}, "reached", "sure", "missing"}; reached is null without an aim or a figure, and
+    `missing` says why differences have no interval.
+    """
+    return {
+        "seeds": list(seeds),
+        "rows": [_row(name, starts[name], by_seed) for name, by_seed in found.items()],
+        "comparisons": [_compare(comparison, found) for comparison in comparisons],
+    }
+
+
+def _row(name: str, start: str, by_seed: Mapping[int, SeedRow]) -> dict[str, Any]:
+    seeds = {}
+    for seed, row in sorted(by_seed.items()):
+        bench = row.stage.mig_bench
+        seeds[str(seed)] = {key: bench[key] for key in (*FIGURES, "tasks", "n")}
+        seeds[str(seed)] |= {"minutes": row.stage.seconds / 60, "commit": row.commit}
+    values = {key: [s[key] for s in seeds.values() if s[key] is not None] for key in (*FIGURES, "minutes")}
+    values = {key: found for key, found in values.items() if found}
+    return {
+        "name": name,
+        "start": start,
+        "seeds": seeds,
+        "mean": {key: statistics.mean(v) for key, v in values.items()},
+        "std": {key: statistics.stdev(v) if len(v) > 1 else None for key, v in values.items()},
+        "low": {key: min(v) for key, v in values.items()},
+        "high": {key: max(v) for key, v in values.items()},
+    }
+
+
+def _compare(comparison: Comparison, found: Found) -> dict[str, Any]:
+    row, over = found[comparison.row], found[comparison.over]
+    seeds = sorted(row.keys() & over.keys())
+    by_seed = {s: row[s].stage.mig_bench["avg"] - over[s].stage.mig_bench["avg"] for s in seeds}
+    record: dict[str, Any] = {"row": comparison.row, "over": comparison.over, "aim": comparison.aim, "seeds": seeds}
+    record |= {"by_seed": {str(s): value for s, value in by_seed.items()}, "differences": {}, "missing": ""}
+    record |= {"reached": None, "sure": None}
+    if not seeds:
+        return record | {"missing": "no seed has both rows"}
+    sides = [[side[s].hits for s in seeds] for side in (row, over)]
+    if any(hits is None for side in sides for hits in side):
+        record["missing"] = "the single answers are not there, or not those of the figures"
+    elif len({_questions(hits) for side in sides for hits in side}) > 1:
+        record["missing"] = "the rows were asked different questions"
+    else:
+        differences = paired_differences(*(_stack(side) for side in sides))
+        record["differences"] = {name: asdict(difference) for name, difference in differences.items()}
+    if comparison.aim:
+        low_enough = comparison.or_both_at_most is not None and all(
+            statistics.mean(side[s].stage.mig_bench["avg"] for s in seeds) <= comparison.or_both_at_most
+            for side in (row, over)
+        )
+        by_difference = comparison.holds(statistics.mean(by_seed.values()))
+        record["reached"] = low_enough or by_difference
+        if "avg" in record["differences"] and (by_difference or not low_enough):
+            record["sure"] = comparison.holds(record["differences"]["avg"]["low"])
+    return record
+
+
+def _questions(hits: Mapping[str, Mapping[str, bool]]) -> tuple:
+    return tuple((task, *sorted(right)) for task, right in sorted(hits.items()))
+
+
+def _stack(seeds: Sequence[Mapping[str, Mapping[str, bool]]]) -> dict[str, np.ndarray]:
+    """task -> bool [seeds, questions], questions in the order of their ids."""
+    return {task: np.array([[right for _, right in sorted(hits[task].items())] for hits in seeds]) for task in seeds[0]}

@@ -1,0 +1,161 @@
+"""What trained or evaluated phases left in their folders, read for comparing them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from datamodules.persistence.files import read_json
+from experiments.runs import metrics_csv
+from experiments.runs.results import BASE, Results, make_stage, read_results, started_from
+from experiments.runs.run_identity import CONFIG, read_settings, trained_commit
+from lightning_modules.rl.rollout_log import LoggedGroup, read_index
+
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One phase folder, outputs/<experiment>/<phase>."""
+
+    folder: Path
+    label: str  # "<experiment>/<phase>"
+    seed: int | None
+    commit: str
+    config: Mapping[str, Any]  # flat: {"model.init_args.beta": 0.001, …}; {} of a model that was only evaluated
+    mig_bench: Mapping[str, Any] | None  # its numbers, as in results.json
+
+    @property
+    def phase(self) -> str:
+        return self.folder.name
+
+    @property
+    def family(self) -> Path:
+        """The experiment without its seed: outputs/nano and outputs/nano-seed1 are one."""
+        experiment = self.folder.parent
+        return experiment.with_name(re.sub(r"(?<=.)-seed\d+$", "", experiment.name))
+
+    @property
+    def start(self) -> Path | None:
+        """The folder of the phase of this experiment that it was trained from; None of another model."""
+        model = self.config.get("model.init_args.model")
+        if model is None or (started_from(model) != BASE and Path(model).parents[1].name != self.folder.parent.name):
+            return None
+        return self.folder.parent / started_from(model)
+
+    @cached_property
+    def curves(self) -> dict[str, Points]:
+        """Every logged metric over the steps."""
+        rows = metrics_csv.read_rows(self.folder)
+        names = dict.fromkeys(name for row in rows for name in row if name not in ("step", "epoch"))
+        curves = {name: metrics_csv.read_curve(rows, name) for name in sorted(names)}
+        return {name: points for name, points in curves.items() if points}
+
+    @cached_property
+    def groups(self) -> list[LoggedGroup]:
+        """The groups of its rollout log; [] where it has none."""
+        return read_index(self.folder / (self.config.get("model.init_args.rollout_log") or "rollouts.jsonl"))
+
+
+def find_runs(paths: Iterable[str | Path]) -> list[Run]:
+    """The runs of phase folders, and of all phases of experiment folders, in the order given, each once.
+
+    Raises ValueError that names every path without a run.
+    """
+    folders: dict[Path, None] = {}
+    empty = []
+    for path in map(Path, paths):
+        found = [path] if _is_phase(path) else _phases(path)
+        folders |= dict.fromkeys(folder.resolve() for folder in found)
+        empty += [str(path)] if not found else []
+    if empty or not folders:
+        raise ValueError(f"runs={empty}: no folder of a phase (config.yaml, mig_bench.json), nor one that holds such")
+    runs: list[Run] = []
+    for folder in folders:
+        runs.append(_read_run(folder, [run.label for run in runs]))
+    return runs
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {"a.b": value}. A member of a list that has a class_path is named by it, not by its place;
+    a second one of that class by ".2" behind it."""
+    if isinstance(value, Mapping):
+        items = [(str(name), member) for name, member in value.items()]
+    elif isinstance(value, Sequence) and any(isinstance(member, Mapping) for member in value):
+        items, seen = [], Counter()
+        for place, member in enumerate(value):
+            name, settings = _named(member, place)
+            seen[name] += 1
+            items.append((name if seen[name] == 1 else f"{name}.{seen[name]}", settings))
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for name, member in items:
+        flat |= flatten(member, f"{prefix}.{name}" if prefix else name)
+    return flat
+
+
+def config_differences(runs: Sequence[Run]) -> dict[str, list[list[str]]]:
+    """By phase, where several runs of it were trained: rows of cells, header first, of the fields that differ."""
+    tables = {}
+    for phase in dict.fromkeys(run.phase for run in runs):
+        same = [run for run in runs if run.phase == phase and run.config]
+        if len(same) < 2:
+            continue
+        configs = [{"commit": run.commit} | dict(run.config) for run in same]
+        names = [name for name in dict.fromkeys(n for config in configs for n in config) if name != "experiment"]
+        rows = [[name, *(_cell(config, name) for config in configs)] for name in names]
+        tables[phase] = [["field", *(run.label for run in same)], *(row for row in rows if len(set(row[1:])) > 1)]
+    return tables
+
+
+def _cell(config: Mapping[str, Any], name: str) -> str:
+    return "–" if name not in config else "null" if config[name] is None else str(config[name])
+
+
+def _named(member: Any, place: int) -> tuple[str, Any]:
+    """The name and the arguments of a list's member."""
+    path = member.get("class_path") if isinstance(member, Mapping) else None
+    if not isinstance(path, str):
+        return str(place), member
+    return path.rpartition(".")[2], member.get("init_args") or "with its defaults"
+
+
+def _is_phase(path: Path) -> bool:
+    return any((path / name).exists() for name in (CONFIG, "mig_bench.json", "attempts"))
+
+
+def _phases(path: Path) -> list[Path]:
+    """Phase folders of an experiment: those of results.json in its order, then others. Not those set aside (a dot)."""
+    if not path.is_dir():
+        return []
+    staged = [path / stage.name for stage in _results(path).stages]
+    others = [folder for folder in sorted(path.iterdir()) if folder not in staged and "." not in folder.name]
+    return [folder for folder in staged + others if folder.is_dir() and _is_phase(folder)]
+
+
+def _results(experiment: Path) -> Results:
+    file = experiment / "results.json"
+    return read_results(file) if file.is_file() else Results(experiment.name, 0, "")
+
+
+def _read_run(folder: Path, taken: Sequence[str]) -> Run:
+    config = flatten(read_settings(folder))
+    results = _results(folder.parent)
+    summary = read_json(folder / "mig_bench.json")  # results.json may still hold a stage that was set aside
+    label = f"{folder.parent.name}/{folder.name}"
+    if label in taken:  # the same names under another outputs folder
+        label = f"{folder.parents[1].name}/{label} ({len(taken)})"
+    return Run(
+        folder=folder,
+        label=label,
+        seed=config.get("seed_everything", results.seed if results.stages else None),
+        commit=trained_commit(folder) or results.commit or "unknown",
+        config=config,
+        mig_bench=make_stage(label, summary, 0.0).mig_bench if summary else None,
+    )

@@ -1,0 +1,191 @@
+"""The paper's Tables 2 to 9 with measured rows beside the printed ones.
+
+Measured rows come from two kinds of files below an outputs folder: the result.json of `make eval BENCH=…`, and the
+MIG-Bench predictions that a pipeline leaves in its phases. What was limited to some questions is left out.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from datamodules.benchmarks.base import Rule
+from datamodules.benchmarks.mig_bench_suite import AVERAGES, RULE
+from datamodules.benchmarks.mig_scoring import Prediction
+from datamodules.benchmarks.results import RESULT, read_result
+from datamodules.benchmarks.scoring import interval_cells
+from datamodules.persistence.files import read_json, read_sound_lines
+from lightning_modules.serving.generation_rules import note
+
+DATA = Path(__file__).with_name("paper_tables.yaml")
+NOTE = (
+    "Measured cells have 95 % bootstrap intervals (of no width at 0 and 100 %); n is the number of questions. Rows"
+    " measured on nano twins (data/nano) are not comparable with the paper's."
+)
+Cells = dict[str, dict[str, Any]]  # "<benchmark>/<column or average>" -> {"score", "low", "high", "n"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """`cells` has one entry per column of its table: a number of the paper, a measured cell, or None."""
+
+    label: str
+    measured: bool
+    cells: tuple[float | Mapping[str, Any] | None, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    number: int
+    title: str
+    columns: tuple[tuple[str, str], ...]  # (heading, measured cell or "mean")
+    rows: tuple[Row, ...]
+
+
+def load_paper_tables() -> tuple[str, list[Table]]:
+    """The paper's name and its tables. Raises ValueError where a row does not fit its table's columns."""
+    data = yaml.safe_load(DATA.read_text(encoding="utf-8"))
+    tables = []
+    for table in data["tables"]:
+        columns = tuple((heading, key) for heading, key in table["columns"])
+        rows = tuple(Row(label, False, tuple(values)) for label, *values in table["rows"])
+        if wrong := [row.label for row in rows if len(row.cells) != len(columns)]:
+            raise ValueError(f"{DATA.name}, table {table['number']}: {wrong} do not have {len(columns)} numbers")
+        tables.append(Table(table["number"], table["title"], columns, rows))
+    return data["source"], tables
+
+
+def with_measured(tables: Sequence[Table], measured: Mapping[str, Cells]) -> list[Table]:
+    """The tables with a row for each label that has any of their cells."""
+    return [replace(table, rows=table.rows + tuple(_measured_rows(table, measured))) for table in tables]
+
+
+def _measured_rows(table: Table, measured: Mapping[str, Cells]) -> list[Row]:
+    rows = []
+    for label, cells in measured.items():
+        row = [cells.get(key) for _, key in table.columns]
+        if any(cell is not None for cell in row):
+            parts = [key for _, key in table.columns if key != "mean"]
+            whole = all(key in cells for key in parts)
+            mean = mean_cell([cells[key] for key in parts]) if whole else None
+            filled = [mean if key == "mean" else cell for (_, key), cell in zip(table.columns, row, strict=True)]
+            rows.append(Row(label, True, tuple(filled)))
+    return rows
+
+
+def mean_cell(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean of columns that lie in different benchmarks, with its interval. They must be averaged over questions."""
+    hits = {}
+    for index, cell in enumerate(cells):
+        right = round(cell["score"] * cell["n"] / 100)
+        hits[str(index)] = {"": [True] * right + [False] * (cell["n"] - right)}
+    rule = Rule(source="mean over columns")
+    return interval_cells(hits, rule, {"avg": tuple(hits)})[1]["avg"]
+
+
+def find_measured(outputs: Path) -> dict[str, Cells]:
+    """Label -> cells, of everything below `outputs`: evaluated models, and the phases of experiments."""
+    measured: dict[str, Cells] = {}
+    for file in sorted(outputs.glob(f"eval/*/*/{RESULT}")):
+        result = read_result(file)
+        if result["limit"] is None:
+            label = f"{result['model']} ({result['data_root']}){note(result.get('generation'))}"
+            measured.setdefault(label, {}).update(result_cells(result))
+    for experiment in sorted(path for path in outputs.iterdir() if path.is_dir()):
+        measured |= phase_measured(experiment)
+    return measured
+
+
+def phase_measured(experiment: Path) -> dict[str, Cells]:
+    """The same of one experiment's phases, with "<experiment>/<phase>" as labels: a row for each way of decoding."""
+    measured: dict[str, Cells] = {}
+    phases = [path for path in sorted(experiment.iterdir()) if "." not in path.name]  # with one: a run set aside
+    for phase in phases:
+        found: dict[str, Cells] = {}
+        if cells := pipeline_cells(phase):
+            found[note(read_json(phase / "mig_bench.json").get("generation"))] = cells
+        for file in sorted(phase.glob(f"benchmarks/*/{RESULT}")):
+            result = read_result(file)
+            if result["limit"] is None:
+                found.setdefault(note(result.get("generation")), {}).update(result_cells(result))
+        measured |= {f"{experiment.name}/{phase.name}{how}": cells for how, cells in found.items()}
+    return measured
+
+
+def result_cells(result: Mapping[str, Any]) -> Cells:
+    return {f"{result['benchmark']}/{name}": cell for name, cell in (result["columns"] | result["averages"]).items()}
+
+
+def phase_predictions(folder: Path) -> dict[str, Prediction]:
+    """A phase's MIG-Bench answers by question; {} where they, or their summary, are missing or unfinished."""
+    predictions = map(Prediction.from_json, read_sound_lines(folder / "predictions.jsonl"))
+    found = {prediction.id: prediction for prediction in predictions}
+    return found if len(found) == read_json(folder / "mig_bench.json").get("n") else {}
+
+
+def pipeline_cells(folder: Path) -> Cells:
+    """MIG-Bench's cells from a phase's predictions; none where only some questions were asked."""
+    if read_json(folder / "mig_bench.json").get("limit_per_task") is not None:
+        return {}
+    hits: dict[str, dict[str, list[bool]]] = {}
+    for prediction in phase_predictions(folder).values():
+        hits.setdefault(prediction.task, {}).setdefault(prediction.task, []).append(prediction.iou > RULE.threshold)
+    columns, means = interval_cells(hits, RULE, AVERAGES)
+    return {f"mig_bench/{name}": cell for name, cell in (columns | means).items()}
+
+
+def text_rows(table: Table) -> list[list[str]]:
+    """Header and rows as text; measured rows say so and carry intervals and, last, the number of questions."""
+    rows = [["", *(heading for heading, _ in table.columns), "n"]]
+    for row in table.rows:
+        asked = [cell["n"] for cell in row.cells if isinstance(cell, Mapping)]
+        label = f"measured: {row.label}" if row.measured else row.label
+        rows.append([label, *map(_text, row.cells), str(max(asked)) if asked else ""])
+    return rows
+
+
+def markdown(source: str, tables: Sequence[Table]) -> str:
+    lines = ["# The paper's tables and what was measured", "", f"Paper: {source.strip()}.", NOTE]
+    for table in tables:
+        lines += ["", f"## Table {table.number}: {table.title}", "", markdown_table(text_rows(table))]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Text cells, header first, as a table."""
+    header, *body = rows
+    return "\n".join(map(_line, [header, ["---"] * len(header), *body]))
+
+
+def comma_separated(tables: Sequence[Table]) -> str:
+    """One line a cell: table, row, measured or paper, column, score, low, high, n."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["table", "row", "kind", "column", "score", "low", "high", "n"])
+    for table in tables:
+        for row in table.rows:
+            for (heading, _), cell in zip(table.columns, row.cells, strict=True):
+                if isinstance(cell, Mapping):
+                    numbers = [*(f"{cell[key]:.4f}" for key in ("score", "low", "high")), cell["n"]]
+                    writer.writerow([table.number, row.label, "measured", heading, *numbers])
+                elif cell is not None:
+                    writer.writerow([table.number, row.label, "paper", heading, cell, "", "", ""])
+    return file.getvalue()
+
+
+def _text(cell: float | Mapping[str, Any] | None) -> str:
+    if cell is None:
+        return "–"
+    if isinstance(cell, Mapping):
+        return f"{cell['score']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]"
+    return f"{cell:.2f}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"

@@ -1,0 +1,183 @@
+"""The rollouts of a run as files beside a page, small enough for the page to load those alone that it shows.
+
+    <folder>/index.js          what groups are chosen by
+    <folder>/chunk-00012.js    GROUPS_PER_CHUNK whole groups
+    <folder>/pictures/7-1.png  image 1 of sample 7
+
+They are scripts, since a page opened as a file:// may load nothing else. Each calls one function of pages/compare.js.
+Model output is data in them: strings of JSON in ASCII, with no < that could end a script.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datamodules.images.image_loading import MAX_IMAGE_PIXELS, ImageError, load_image
+from datamodules.persistence.files import write_atomic
+from datamodules.samples.answer_text import ParsedAnswer, answer_text, parse_answer
+from datamodules.samples.boxes import Convention, geometries_from_json
+from datamodules.samples.sample import BoxAnswer, BoxPart, Sample, SampleError, TextPart
+from datamodules.samples.scores import score_text
+from datamodules.streaming.shards import MANIFEST, ShardReader, folder_list
+from experiments.reports.find_runs import Run
+from experiments.reports.pipeline_report import script_json
+from experiments.runs import run_identity
+from lightning_modules.rl.rollout_log import LoggedGroup
+
+GROUPS_PER_CHUNK = 50
+LONGEST_SIDE = 640  # pixels of a picture
+
+
+@dataclass(frozen=True)
+class WrittenLog:
+    """What there is of one run's rollouts, and what was left out."""
+
+    num_groups: int
+    num_written: int
+    num_pictures: int
+    notes: tuple[str, ...]  # sentences for the reader of the page
+
+
+def write_rollouts(run: Run, folder: Path, name: str, max_groups: int, max_pictures: int) -> WrittenLog:
+    """Write the files of a run that has a rollout log; `name` is what the page knows it by.
+
+    At most `max_groups` groups, evenly over the run, and `max_pictures` pictures, evenly over those. Raises ValueError
+    when the run's configuration does not say how its boxes are written.
+    """
+    if not run.config:
+        raise ValueError(
+            f"{run.folder}: rollouts, but no {run_identity.CONFIG} with data.convention to read their boxes by"
+        )
+    run_identity.read_field(run.folder, "data.convention")  # raises, with the file, where another version wrote it
+    groups = thin(run.groups, max_groups)
+    notes = []
+    if len(groups) < len(run.groups):
+        notes.append(f"{len(groups):,} of {len(run.groups):,} groups are here, evenly over the run (--max_groups).")
+    pictures = Pictures(folder / "pictures", _shard_folder(run), max_pictures)
+    pictures.write(group.id for group in groups)
+    notes += pictures.notes
+    tasks = sorted({group.task for group in groups})
+    rows = [_index_row(group, tasks) for group in groups]
+    head = {"chunk": GROUPS_PER_CHUNK, "tasks": tasks, "groups": rows}
+    write_script(folder / "index.js", "receiveIndex", name, head)
+    for number, start in enumerate(range(0, len(groups), GROUPS_PER_CHUNK)):
+        whole = [_whole_group(group, run, pictures) for group in groups[start : start + GROUPS_PER_CHUNK]]
+        write_script(folder / f"chunk-{number:05d}.js", "receiveChunk", f"{name}/{number}", whole)
+    return WrittenLog(len(run.groups), len(groups), pictures.num_written, tuple(notes))
+
+
+def thin(items: Sequence[Any], limit: int) -> list[Any]:
+    """At most `limit` of the items, evenly spaced, the first and, where there is room for two, the last among them."""
+    if len(items) <= limit:
+        return list(items)
+    if limit < 2:
+        return list(items[:limit])
+    return [items[round(k * (len(items) - 1) / (limit - 1))] for k in range(limit)]
+
+
+def write_script(path: Path, function: str, name: str, value: Any) -> None:
+    """A script that hands a value to a function of the page."""
+    write_atomic(path, f"{function}({script_json(name)}, {script_json(value)});\n")
+
+
+class Pictures:
+    """The images of logged samples as small files, and their questions; `notes` says what is missing."""
+
+    def __init__(self, folder: Path, shards: list[str], limit: int) -> None:
+        self.folder, self.shards, self.limit = folder, shards, limit
+        self.files: dict[str, list[str]] = {}  # sample id -> names in `folder`
+        self.questions: dict[str, str] = {}
+        self.num_written = 0
+        self.notes: list[str] = []
+
+    def write(self, ids: Iterable[str]) -> None:
+        """Write the images of as many of the samples as the limit allows, evenly over them."""
+        wanted = list(dict.fromkeys(ids))
+        if not all((Path(folder) / MANIFEST).is_file() for folder in self.shards):
+            self.notes.append(f"No pictures and questions: no shards in {', '.join(self.shards)}.")
+            return
+        reader = ShardReader(self.shards, since=0)  # to look at: a run that trained on them has compared them
+        numbers = reader.find(set(wanted))
+        if len(numbers) < len(wanted):
+            self.notes.append(f"{len(wanted) - len(numbers):,} of {len(wanted):,} samples are not in the shards.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        broken = 0
+        for name in _spread([name for name in wanted if name in numbers]):
+            try:
+                loaded = reader.read(numbers[name])
+                self.questions[name] = _question(loaded.sample)
+                if self.num_written + len(loaded.images) <= self.limit:
+                    self.files[name] = [
+                        self._save(data, f"{numbers[name]}-{place}") for place, data in enumerate(loaded.images)
+                    ]
+            except (SampleError, ImageError):
+                broken += 1
+        if broken:
+            self.notes.append(f"{broken:,} samples have images that cannot be read.")
+        if len(self.files) + broken < len(numbers):
+            shown = f"{len(self.files):,} of {len(numbers):,} prompts ({self.num_written:,} files)"
+            self.notes.append(f"Pictures are here for {shown}, spread over the run (--max_pictures).")
+
+    def _save(self, data: bytes, stem: str) -> str:
+        image = load_image(data, MAX_IMAGE_PIXELS)
+        image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+        name = f"{stem}.png" if max(image.size) <= 256 else f"{stem}.jpg"
+        image.save(self.folder / name)
+        self.num_written += 1
+        return name
+
+
+def _spread(items: list[Any]) -> list[Any]:
+    """The items in an order whose every beginning is spread over the whole: each 16th, then each 16th after that, …"""
+    return [item for start in range(16) for item in items[start::16]]
+
+
+def _shard_folder(run: Run) -> list[str]:
+    """Where the samples of the run's prompts are: what rejection sampling kept, else the pool."""
+    kept = run.folder / "rejection_sampling" / "shards"
+    if (kept / MANIFEST).is_file():
+        return [str(kept)]
+    return [str(folder) for folder in folder_list(run_identity.read_field(run.folder, "data.shards"))]
+
+
+def _question(sample: Sample) -> str:
+    return "".join(part.text for part in sample.messages if isinstance(part, TextPart | BoxPart)).strip()
+
+
+def _index_row(group: LoggedGroup, tasks: list[str]) -> list[Any]:
+    scores = round(group.mean_reward, 4), round(group.mean_accuracy, 4)
+    return [group.batch, group.update, group.id, tasks.index(group.task), int(group.equal), *scores]
+
+
+def _whole_group(group: LoggedGroup, run: Run, pictures: Pictures) -> dict[str, Any]:
+    """What the page shows of a group; boxes are unit xyxy of the answer's image."""
+    record = group.read()
+    answer = BoxAnswer(record["answer"]["image"], tuple(record["answer"]["box"]), record["answer"]["label"])
+    geometries = geometries_from_json(record["sizes"])
+    convention = Convention(run.config["data.convention"])
+    completions = []
+    for text, reward, advantage in zip(record["texts"], record["rewards"], record["advantages"], strict=True):
+        parsed = parse_answer(text)
+        completions.append(
+            {
+                "thinking": parsed.thinking if isinstance(parsed, ParsedAnswer) else None,
+                "answer": answer_text(text),
+                "text": text,
+                "box": score_text(text, answer, geometries, convention).box,
+                "reward": reward,
+                "advantage": advantage,
+            }
+        )
+    return {
+        "id": group.id,
+        "question": pictures.questions.get(group.id),
+        "pictures": pictures.files.get(group.id, []),
+        "sizes": [geometry.original for geometry in geometries],
+        "target": answer.image,
+        "label": answer.label,
+        "truth": answer.box,
+        "completions": completions,
+    }

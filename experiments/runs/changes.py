@@ -1,0 +1,235 @@
+"""The differences of two runs in words, and the choice between them where only the code differs.
+
+A finished run of other code is never silently taken for the requested run, and never thrown away. The command names the
+changed files and ends, until KEEP=1 (--keep) or REDO=1 (--redo) makes the choice.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from datamodules.persistence.files import fingerprint, read_json, write_json
+from datamodules.persistence.message_text import listed
+from datamodules.persistence.source_code import Code, changed_files
+
+Choice = Literal["redo", "keep"]
+Inputs = dict[str, list[tuple[str, str | None]]]  # {"data.shards": [(path, hash of its content), …]}
+
+RECORD = "evaluation.json"  # beside answers: their key, and the source files that asked for them
+MOST_LINES, MOST_FILES = 8, 6  # of a message: the rest is counted
+
+
+class CodeChanged(Exception):
+    """Other source files have made the existing results, and there is no choice yet; the message asks for it."""
+
+
+@dataclass(frozen=True)
+class MadeOf:
+    """Settings, inputs and code of a run. `saved` reads settings and inputs out of the config.yaml of a run that did
+    not record them."""
+
+    key: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Inputs = field(default_factory=dict)
+    code: Code = field(default_factory=dict)
+    saved: Callable[[Mapping[str, Any]], tuple[dict[str, Any], Inputs]] | None = None
+
+    def record(self) -> dict[str, Any]:
+        """As it stands in started.json."""
+        return {"key": self.key, "settings": self.settings, "inputs": self.inputs, "code": self.code}
+
+
+@dataclass(frozen=True)
+class Differences:
+    """`values`: settings and inputs that differ, "name: old -> new". `fields`: names of settings that only one of the
+    runs has, such as a new setting of the project: nobody can say whether the old run had the same value."""
+
+    values: list[str]
+    fields: list[str]
+
+
+def take_choice(words: Sequence[str]) -> tuple[Choice | None, list[str]]:
+    """The choice in a command line, --redo or --keep, and its other words. Giving both ends the program."""
+    found = [word[2:] for word in words if word in ("--redo", "--keep")]
+    if len(set(found)) > 1:
+        raise SystemExit("--redo and --keep (REDO=1 and KEEP=1) exclude each other: give one of them")
+    return (found[0] if found else None), [word for word in words if word not in ("--redo", "--keep")]
+
+
+def choice_of(redo: bool, keep: bool) -> Choice | None:
+    """The choice that two settings of a command make. Giving both ends the program."""
+    return take_choice(["--redo"] * redo + ["--keep"] * keep)[0]
+
+
+def spell_out(words: Sequence[str] | None) -> list[str]:
+    """A command line, by default this process's, with --redo=true for --redo, as jsonargparse needs it; so --keep."""
+    words = sys.argv[1:] if words is None else words
+    return [f"{word}=true" if word in ("--redo", "--keep") else word for word in words]
+
+
+def is_stale(record: Mapping[str, Any], code: Code, choice: Choice | None = None) -> bool:
+    """Whether the recorded result was made by other code than `code`, and was not kept for `code`.
+
+    A record without code is of an earlier version of the project, which recorded none. The choice "redo" covers results
+    that were kept, too.
+    """
+    if not code or record.get("code") == code:
+        return False
+    return choice == "redo" or record.get("kept") != fingerprint(code)
+
+
+def kept(record: Mapping[str, Any], code: Code) -> dict[str, Any]:
+    """Fields of the record of a result that is kept for `code`: the command does not ask again."""
+    return {"code": record.get("code", {}), "kept": fingerprint(code)}
+
+
+def origin(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a record that says which code has made it, and which code that was kept for."""
+    return {name: record[name] for name in ("code", "kept") if name in record}
+
+
+def find_differences(old: Mapping[str, Any], new: MadeOf) -> Differences:
+    """The differences, apart from code, of a recorded run (its settings and inputs) and a new run."""
+    found = Differences([], [])
+    before, now = (json.loads(json.dumps(each, default=str)) for each in (old.get("settings", {}), new.settings))
+    _walk("", before, now, found)
+    for name, inputs in new.inputs.items():
+        before = [tuple(pair) for pair in old.get("inputs", {}).get(name, [])]
+        if not _same_inputs(before, inputs):
+            shown = name.replace(".init_args", "")
+            found.values.append(f"{shown}: {_in_words(before)} -> {_in_words(inputs)}")
+    return found
+
+
+def question(what: str, is_done: bool, record: Mapping[str, Any], code: Code, fields: Sequence[str] = ()) -> str:
+    """The message that asks for KEEP=1 or REDO=1 where other code has made an existing result.
+
+    Args:
+        what: the result, in words.
+        is_done: whether it is finished.
+        record: its started.json, or another record with the field "code".
+        code: the source files as they are now.
+        fields: names of settings that only one of the two runs has.
+    """
+    state = "is finished" if is_done else "is unfinished"
+    lines = [f"{what} {state} with these settings and inputs, but other source files of the project have made it."]
+    if record.get("code") == code:
+        lines = [f"{what} {state}, and differs by settings that only one of the two runs has."]
+    elif record.get("code"):
+        lines.append(f"  changed since: {listed(changed_files(record['code'], code), MOST_FILES)}")
+    else:
+        lines.append("  Which ones is not known: an earlier version of the project has made it, and wrote none down.")
+    if fields:
+        lines.append(f"  settings that only one of the two has: {listed(fields, MOST_FILES)}")
+    keep = "keeps it as it is" if is_done else "goes on with it, by the code as it is now"
+    lines.append(f"KEEP=1 (flag --keep) {keep}; REDO=1 (flag --redo) moves it aside and starts afresh.")
+    return "\n".join(lines)
+
+
+def changed_text(records: Sequence[tuple[str, Mapping[str, Any], Code]]) -> str:
+    """Asks for KEEP=1 or REDO=1 of several steps at once: (title, its record, the code as it is now) of each."""
+    files = [name for _, record, code in records for name in changed_files(record.get("code", {}), code)]
+    unknown = [title for title, record, _ in records if not record.get("code")]
+    titles = listed([title for title, _, _ in records], MOST_FILES)
+    lines = [f"Other source files of the project have made what is there, with the same settings and inputs: {titles}."]
+    if unknown:
+        lines.append("  Which ones is not known: an earlier version of the project has made it, and wrote none down.")
+    else:
+        lines.append(f"  changed since: {listed(list(dict.fromkeys(files)), MOST_FILES)}")
+    lines.append("KEEP=1 (flag --keep) keeps it, and goes on with what is unfinished by the code as it is now;")
+    lines.append("REDO=1 (flag --redo) moves it aside and makes it again, and what is made from it.")
+    return "\n".join(lines)
+
+
+def settle_answers(
+    file: Path,
+    key: str,
+    code: Code,
+    choice: Choice | None,
+    is_there: Callable[[], bool],
+    is_done: Callable[[], bool],
+    set_aside: Callable[[], None],
+) -> None:
+    """Note in `file` which code answers an evaluation. Answers that other code has given are kept or set aside, as is
+    chosen; where nothing is chosen, raises CodeChanged.
+
+    Args:
+        file: JSON in the evaluation's folder, with the key of its answers and the code that asked for them.
+        key: of all that the answers depend on beside the code.
+        is_there, is_done: whether there are answers, and whether none is missing.
+        set_aside: renames the answers.
+    """
+    record = read_json(file)
+    there = record.get("key") == key or is_there()
+    record = record if record.get("key") == key else {}
+    if not there or not is_stale(record, code, choice):
+        write_json(file, {"key": key, "code": code} | record)
+    elif choice is None:
+        raise CodeChanged(question(f"the evaluation in {file.parent}", is_done(), record, code))
+    elif choice == "keep":
+        write_json(file, {"key": key} | kept(record, code))
+        print(f"the answers in {file.parent} are kept, although other source files have asked for them", flush=True)
+    else:
+        set_aside()
+        write_json(file, {"key": key, "code": code})
+
+
+def set_aside_text(folder: object, aside: object, differences: Differences) -> str:
+    """The message about another run's folder: the differences, its new place, and the way back."""
+    names = [*differences.values, *(f"{name}: only one of the two has it" for name in differences.fields)]
+    shown = [f"  {line}" for line in names[:MOST_LINES]] or ["  which ones it did not write down"]
+    if len(names) > MOST_LINES:
+        shown.append(f"  and {len(names) - MOST_LINES} more: {aside}/config.yaml has its settings")
+    back = f"to go back to it: mv {folder} {folder}.new && mv {aside} {folder}, and give the old values"
+    return "\n".join([f"{folder} holds a run with other settings or inputs (old -> new):", *shown, back])
+
+
+def _walk(name: str, old: Any, new: Any, found: Differences) -> None:
+    """Add the differences of two values, field by field; lists of classes are compared class by class."""
+    old, new = _by_class(old), _by_class(new)
+    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
+        if old != new:
+            found.values.append(f"{name}: {_brief(old)} -> {_brief(new)}")
+        return
+    for key in sorted(old.keys() | new.keys()):
+        dotted = key if key.startswith("[") else f".{key}"
+        dotted = (name + dotted).lstrip(".").replace(".init_args", "")
+        if key in old and key in new:
+            _walk(dotted, old[key], new[key], found)
+        elif key.startswith("["):  # a callback is there or not, which no version of the project decides
+            found.values.append(f"{dotted}: {_presence(key in old)} -> {_presence(key in new)}")
+        else:
+            found.fields.append(dotted)
+
+
+def _by_class(value: Any) -> Any:
+    """[{"class_path": "callbacks.a.B", …}] as {"[B]": …}; another value as it is."""
+    if not isinstance(value, list) or not all(isinstance(item, Mapping) and "class_path" in item for item in value):
+        return value
+    names = [item["class_path"].rpartition(".")[2] for item in value]
+    return {f"[{name}{'+' * names[:k].count(name)}]": value[k] for k, name in enumerate(names)}
+
+
+def _same_inputs(old: Sequence[tuple[str, str | None]], new: Sequence[tuple[str, str | None]]) -> bool:
+    """By content; by path where the old content is not known."""
+    if len(old) != len(new):
+        return False
+    return all(a[1] == b[1] if a[1] is not None else a[0] == b[0] for a, b in zip(old, new, strict=True))
+
+
+def _in_words(inputs: Sequence[tuple[str, str | None]]) -> str:
+    return ", ".join(f"{path} ({content[:8]})" if content else path for path, content in inputs) or "none"
+
+
+def _presence(is_there: bool) -> str:
+    return "there" if is_there else "not there"
+
+
+def _brief(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."

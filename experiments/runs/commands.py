@@ -1,0 +1,58 @@
+"""The check that every command makes before it reads its settings: no passwords and keys among them."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from datamodules.persistence.credentials import find_credential
+
+T = TypeVar("T")
+LARGEST = 2**20  # bytes; no configuration is longer
+CURE = (
+    "it would be written to config.yaml, logs and W&B. Put the secret into an environment variable and name that "
+    "variable: api_key_env for a key, basic_auth_env for user:password"
+)
+
+
+def command(main: Callable[..., T]) -> Callable[..., T]:
+    """Decorates the `main(args=None)` of an entry point: refuses passwords and keys in its arguments and configuration
+    files, in one message that does not repeat them, before anything parses, prints or writes them."""
+
+    @functools.wraps(main)
+    def run(args: Sequence[str] | None = None) -> T:
+        refuse_credentials(sys.argv[1:] if args is None else args)
+        return main() if args is None else main(args)
+
+    return run
+
+
+def refuse_credentials(arguments: Sequence[str]) -> None:
+    """End the program if an argument, or a YAML or JSON file that an argument names, holds a credential."""
+    for index, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        where = name if argument.startswith("--") else f"argument {index + 1}"
+        if index and not argument.startswith("--") and arguments[index - 1].startswith("--"):
+            where, value = arguments[index - 1].partition("=")[0], argument
+        if kind := find_credential(argument):
+            sys.exit(f"{find_place(where)} holds {kind}: {CURE}")
+        for file in (Path(text) for text in {argument, value} if text.endswith((".yaml", ".yml", ".json"))):
+            refuse_in_file(file)
+
+
+def find_place(where: str) -> str:
+    """The name of an argument for a message; without the name where the name is itself the secret."""
+    return "an argument" if find_credential(where) else where
+
+
+def refuse_in_file(file: Path) -> None:
+    """End the program if a line of a YAML or JSON file holds a credential; a missing file passes."""
+    if not file.is_file() or file.stat().st_size > LARGEST:
+        return
+    for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
+        text = line.split(" #")[0]  # a comment is read by nobody but people
+        if kind := find_credential(text):
+            sys.exit(f"{file}, line {number}, holds {kind}: {CURE}")

@@ -1,0 +1,81 @@
+"""Where metrics go: a file of the attempt, and W&B. Both take the row of a batch once, however often it is logged."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from datamodules.persistence.files import append_text
+from experiments.runs.metrics_csv import ATTEMPTS, ROWS
+
+log = logging.getLogger(__name__)
+
+
+class MetricsLogger(Logger):
+    """Appends {"step": 7, "grpo/kl": 0.01, …} to <folder>/attempts/<attempt>/metrics.jsonl, on the disk at once.
+
+    A row that cannot be written (the disk is full, the filesystem is gone) waits in memory, in its order, and training
+    goes on; if it still cannot be written when the run ends, that is an OSError. A kill or a full disk leaves no cut
+    row before others.
+    """
+
+    def __init__(self, folder: str | Path, attempt: int) -> None:
+        super().__init__()
+        self.file = Path(folder) / ATTEMPTS / str(attempt) / ROWS
+        self._attempt = attempt
+        self._last: dict[str, Any] = {}
+        self._waiting: list[str] = []
+
+    @property
+    def name(self) -> str:
+        return ATTEMPTS
+
+    @property
+    def version(self) -> int:
+        return self._attempt
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """They stand in the phase's config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        row = {"step": step, **metrics}
+        if row != self._last:
+            self._last = row
+            self._waiting.append(json.dumps(row) + "\n")
+            self._write(at_any_cost=False)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self._write(at_any_cost=status == "success")
+
+    def _write(self, at_any_cost: bool) -> None:
+        if not self._waiting:
+            return
+        try:
+            if self.file.parents[2].is_dir():  # else the filesystem is gone: not into the place that it left
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+            append_text(self.file, "".join(self._waiting))
+        except OSError as error:
+            if at_any_cost:
+                raise
+            if len(self._waiting) == 1:
+                log.warning("metrics wait in memory: %s", error)
+        else:
+            self._waiting = []
+
+
+class OnceWandbLogger(WandbLogger):
+    """A batch that is logged before its checkpoint, and then by Lightning again, is one point of the curves."""
+
+    _last: Any = None
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if (step, metrics) != self._last:
+            self._last = step, dict(metrics)
+            super().log_metrics(metrics, step)

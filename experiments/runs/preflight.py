@@ -1,0 +1,101 @@
+"""Settings are checked before weights are loaded, and every fault is told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from datamodules.checkpoints.pretrained import check_policy
+from datamodules.streaming.shards import folder_list, read_manifest
+
+SHARDED = "sharded (FSDP2)"
+REFUSED_STRATEGIES = {
+    "deepspeed": "its engine divides gradients by its own counts of batches and owns the step, where a window here is "
+    "divided by the tokens or completions of all ranks",
+    "fsdp": "FSDP1 flattens frozen and trained weights into one tensor, which LoRA beside frozen weights needs apart",
+    "modelparallel": "Lightning's own leaves the division of the layers to the module",
+}
+
+# Settings of the Trainer that the modules have their own for, and the values that change nothing. A precision would
+# round adapters to 16 bits, scale losses whose gradients are clipped here, or be switched off again by the policy.
+MODULES_OWN = {
+    "accumulate_grad_batches": ("accumulate", (None, 1)),
+    "gradient_clip_val": ("max_grad_norm", (None,)),
+    "precision": ("dtype", (None, 32, "32", "32-true")),
+}
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be run; the message lists every fault."""
+
+
+def raise_all(faults: Sequence[str]) -> None:
+    """Raise SettingsError with all faults, if there are any."""
+    if faults:
+        raise SettingsError("these settings cannot be run:\n" + "\n".join(f"  - {fault}" for fault in faults))
+
+
+def shard_folders(settings: Mapping) -> list[str]:
+    """data.shards as a list."""
+    return folder_list(settings["data"]["shards"])
+
+
+def seed_faults(seed: object) -> list[str]:
+    """Faults of a seed, which NumPy takes in 32 bits."""
+    return [] if not isinstance(seed, int) or 0 <= seed < 2**32 else [f"seed={seed} must be in 0 to {2**32 - 1}"]
+
+
+def training_faults(settings: Mapping) -> list[str]:
+    """What is wrong with a training run's resolved configuration, each fault naming the field and its value."""
+    model = settings["model"]["init_args"]
+    faults = model_faults(model["model"])
+    for folder in shard_folders(settings):
+        faults += shard_faults(folder)
+    for name in ("experiment", "phase"):
+        if not settings[name] or Path(settings[name]).name != settings[name]:
+            faults.append(f"{name}={settings[name]!r} must be a plain folder name")
+        elif "$" in settings[name]:
+            faults.append(f"{name}={settings[name]!r} names an environment variable that is not set")
+    strategy = settings["trainer"].get("strategy")
+    strategy = strategy["class_path"] if isinstance(strategy, Mapping) else strategy
+    for name, reason in REFUSED_STRATEGIES.items():
+        if name in str(strategy).lower():
+            faults.append(f"trainer.strategy={strategy!r}: {reason}; use ddp or {SHARDED}")
+    for callback in settings["trainer"].get("callbacks") or []:
+        elsewhere = callback.get("init_args", {}).get("dirpath")
+        if elsewhere is not None and callback["class_path"].endswith(".WindowCheckpoint"):
+            reason = "a run goes on from checkpoints/ in its phase's folder, and looks nowhere else"
+            faults.append(f"WindowCheckpoint: dirpath={elsewhere!r} must be null: {reason}")
+    for name, (instead, harmless) in MODULES_OWN.items():
+        value = settings["trainer"].get(name)
+        if value not in harmless:
+            faults.append(f"trainer.{name}={value}: the modules do this themselves, use model.{instead}")
+    return faults
+
+
+def model_faults(path: str) -> list[str]:
+    """Faults of a model folder or Hub name, its tensors among them, before any value is read."""
+    try:
+        check_policy(path)
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    return []
+
+
+def shard_faults(folder: str) -> list[str]:
+    """Faults of one shard folder: absent, without a manifest, or empty."""
+    try:
+        manifest = read_manifest(folder)
+    except (ValueError, OSError) as error:
+        return [f"data.shards={folder!r}: {error}"]
+    return [] if manifest["count"] else [f"data.shards={folder!r}: the manifest counts no sample"]
+
+
+def benchmark_faults(annotations: str, image_root: str) -> list[str]:
+    """Faults of the paths of MIG-Bench."""
+    faults = []
+    if not Path(annotations).is_file():
+        faults.append(f"annotations={annotations!r} is no file; `make shards` makes the nano benchmark")
+    if not (Path(image_root) / "MIG-Bench").is_dir():
+        faults.append(f"image_root={image_root!r} holds no folder MIG-Bench")
+    return faults

@@ -1,0 +1,247 @@
+"""What makes a phase restartable: markers with the hash of what it depends on, and a lock on its folder."""
+
+from __future__ import annotations
+
+import fcntl
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from datamodules.encoding.messages import PromptStyle
+from datamodules.persistence.files import read_json, write_json
+from datamodules.samples.boxes import Convention
+from experiments.runs.changes import (
+    Choice,
+    CodeChanged,
+    Differences,
+    MadeOf,
+    find_differences,
+    is_stale,
+    kept,
+    origin,
+    question,
+    set_aside_text,
+)
+
+DONE = "done.json"
+STARTED = "started.json"
+CONFIG = "config.yaml"
+
+
+class OtherVersion(ValueError):
+    """A phase's saved settings are not those of this version of the project; the message names file and field."""
+
+    def __init__(self, folder: Path, what: str) -> None:
+        super().__init__(f"{Path(folder) / CONFIG} was written by another version of the project: {what}")
+
+
+def read_marker(folder: Path, name: str = DONE) -> dict:
+    """The marker's content; {} without one."""
+    return read_json(Path(folder) / name)
+
+
+def write_marker(folder: Path, name: str = DONE, **content: object) -> None:
+    write_json(Path(folder) / name, content)
+
+
+def claim(
+    folder: Path,
+    run: MadeOf | str,
+    say: Callable[[str], None] = print,
+    choice: Choice | None = None,
+    **facts: object,
+) -> bool:
+    """Prepare a phase folder for a run; True when that run is already done.
+
+    A folder that holds a run with other settings or inputs is moved aside whole, and the differences are printed.
+    Nothing computed is lost, and nothing old is reused.
+
+    Args:
+        folder: the phase folder.
+        run: settings, inputs and code of the run, or its hash alone. They are written to started.json.
+        say: prints a message.
+        choice: the answer where only the code may differ. "keep" takes the existing run, or goes on with it; "redo"
+            moves it aside.
+        facts: more fields of started.json, such as the commit.
+
+    Raises CodeChanged where only the code may differ and there is no `choice`.
+    """
+    folder = Path(folder)
+    run = MadeOf(run) if isinstance(run, str) else run
+    started, done = read_marker(folder, STARTED), read_marker(folder)
+    found = _look(folder, run, started, done, choice)
+    if found.asks and choice is None:
+        raise CodeChanged(question(str(folder), bool(done), started, run.code, found.fields))
+    if found.asks and choice == "redo":
+        say(f"{folder} is made again: what it holds moved to {set_aside(folder)}")
+        started = done = {}
+    elif found.is_other:
+        aside = set_aside(folder)
+        say(f"{set_aside_text(folder, aside, Differences(found.values, found.fields))}\nmoved to {aside}")
+        started = done = {}
+    elif found.asks:
+        started = started | kept(started, run.code)
+        if done:
+            write_marker(folder, **(done | {"key": run.key} | kept(started, run.code)))
+        say(f"{folder} is kept, although other source files have made it")
+    if not done or found.asks:
+        write_marker(folder, STARTED, **(run.record() | origin(started) | (facts if not done else _facts_of(started))))
+    return bool(done)
+
+
+def finish(folder: Path, key: str, **facts: object) -> None:
+    """Mark the run that has been claimed with this hash as done: by the code that it began with."""
+    write_marker(folder, key=key, **facts, **origin(read_marker(folder, STARTED)))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a phase folder holds, as a run that wants it sees it."""
+
+    is_other: bool = False  # another run
+    asks: bool = False  # maybe this one: only the code differs, and settings that one of two versions has
+    values: list[str] = field(default_factory=list)
+    fields: list[str] = field(default_factory=list)
+
+
+def _look(folder: Path, run: MadeOf, started: dict, done: dict, choice: Choice | None) -> _Found:
+    known = started.get("key", done.get("key"))
+    if known is None:
+        return _Found()
+    if known == run.key:
+        return _Found(asks=is_stale(started, run.code, choice))
+    record = _recorded(folder, run, started)
+    if record is None:
+        return _Found(is_other=True)
+    found = find_differences(record, run)
+    # Settings that only one of them has: a version of the project has got one, or lost one. Nothing else is known.
+    asks = bool(run.code) and not found.values and ("settings" not in started or bool(found.fields))
+    return _Found(not asks, asks, found.values, found.fields)
+
+
+def _recorded(folder: Path, run: MadeOf, started: dict) -> dict | None:
+    """Settings and inputs of the run that is there: as it wrote them down, or by its config.yaml; None: unknown."""
+    if "settings" in started:
+        return started
+    try:
+        settings, inputs = run.saved(read_settings(folder)) if run.saved else ({}, {})
+    except (OtherVersion, yaml.YAMLError, KeyError, TypeError, AttributeError):  # of a version that wrote it otherwise
+        return None
+    return {"settings": settings, "inputs": inputs} if settings else None
+
+
+def _facts_of(started: dict) -> dict:
+    return {name: value for name, value in started.items() if name not in ("key", "settings", "inputs", "code", "kept")}
+
+
+def trained_commit(folder: Path) -> str | None:
+    """The commit of the last attempt at the run in this phase folder; None where there was none."""
+    return read_marker(folder, STARTED).get("commit")
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename the phase folder out of the way; its new place."""
+    aside = folder.with_name(f"{folder.name}.{read_marker(folder, STARTED).get('key', 'old')[:8]}")
+    while aside.exists():
+        aside = aside.with_name(aside.name + "+")
+    folder.rename(aside)
+    return aside
+
+
+def wait_for_claim(folder: Path, run: MadeOf | str, seconds: float = 600.0, choice: Choice | None = None) -> bool:
+    """On the other ranks: wait until the leader has claimed the folder for this run; True when it is already done.
+
+    The leader ends if the run is done, or if it must ask about changed code. Every other rank must then end too.
+
+    Args:
+        folder: the phase folder.
+        run: as the leader gives it to `claim`.
+        seconds: the longest wait.
+        choice: as the leader gives it to `claim`.
+
+    Raises CodeChanged as `claim` does, and TimeoutError after `seconds`.
+    """
+    run = MadeOf(run) if isinstance(run, str) else run
+    end = time.monotonic() + seconds
+    while True:
+        started, done = read_marker(folder, STARTED), read_marker(folder)
+        found = _look(Path(folder), run, started, done, choice)
+        if found.asks and choice is None:
+            raise CodeChanged(question(str(folder), bool(done), started, run.code, found.fields))
+        if started.get("key") == run.key and not found.asks:
+            return done.get("key") == run.key
+        if time.monotonic() > end:
+            raise TimeoutError(f"{folder}: the first rank did not claim it for run {run.key} within {seconds:.0f} s")
+        time.sleep(0.2)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings that the phase in this folder was trained with; {} where there are none. May raise OtherVersion."""
+    file = Path(folder) / CONFIG
+    settings = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    if not isinstance(settings, dict):
+        raise OtherVersion(folder, f"no settings by name, but {settings!r:.40}")
+    return settings
+
+
+def read_field(folder: Path, name: str) -> Any:
+    """The saved setting of this dotted name. Raises OtherVersion where it is not there."""
+    value: Any = read_settings(folder)
+    for part in name.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise OtherVersion(folder, f"it has no field {name}")
+        value = value[part]
+    return value
+
+
+def trained_form(model: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `given` as the phase that the merged model lies in had them, saying which differ.
+
+    {} for a model that no phase left. One YAML so evaluates the base model, answer-only SFT and models that think.
+    """
+    phase, config = Path(model).parent, Path(model).parent / CONFIG
+    if Path(model).name != "merged" or not config.is_file():
+        return {}
+    trained = {name: read_field(phase, f"data.{name}") for name in given}
+    for name, kind in (("convention", Convention), ("style", PromptStyle)):
+        if name in trained and trained[name] not in list(kind):
+            raise OtherVersion(phase, f"data.{name}={trained[name]!r} is none of {[str(k.value) for k in kind]}")
+    for name, value in trained.items():
+        if value != given[name]:
+            print(f"{name}={value} as {config} has it, not {given[name]}; --as_trained=false puts questions as given")
+    return trained
+
+
+@contextmanager
+def locked(folder: Path, say: Callable[[str], None] = print, wait: bool = True) -> Iterator[bool]:
+    """Hold the folder's lock; while another process holds it, wait, saying so. The system frees it on any exit.
+
+    Without `wait` it is not waited for. Yields whether the lock is held. Ends the program where nothing can be written
+    beside the folder.
+    """
+    folder = Path(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(folder.parent / f".{folder.name}.lock", "w")  # noqa: SIM115
+    except OSError as error:
+        sys.exit(f"{folder} cannot be written: {error}")
+    with lock as file:
+        held = waited = False
+        while not held:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = True
+            except BlockingIOError:
+                if not wait:
+                    break
+                if not waited:
+                    say(f"waiting: another process is working in {folder}")
+                waited = True
+                time.sleep(1.0)
+        yield held

@@ -1,0 +1,103 @@
+"""The key of a training run: a hash of the settings and inputs that its results depend on.
+
+A setting is in the key unless it is named here. So a new setting makes another run, and never a wrong result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from datamodules.persistence.files import fingerprint
+from datamodules.persistence.source_code import class_modules, source_code
+from datamodules.streaming.path_fingerprint import path_fingerprint
+from datamodules.streaming.shard_content import deviations
+from experiments.runs import preflight
+from experiments.runs.changes import Inputs, MadeOf
+
+# The place and name of a run; and the configuration files, whose values are settings themselves.
+RUN_NOT_IN_KEY = ("config", "outputs", "experiment", "phase")
+# Display, logs, saving and profiling; and validation loops, which no module here has.
+TRAINER_NOT_IN_KEY = (
+    *("logger", "default_root_dir", "enable_progress_bar", "enable_model_summary", "log_every_n_steps", "profiler"),
+    *("enable_checkpointing", "detect_anomaly", "barebones", "enable_autolog_hparams", "model_registry"),
+    *("limit_val_batches", "limit_test_batches", "limit_predict_batches", "num_sanity_val_steps"),
+    *("val_check_interval", "check_val_every_n_epoch", "inference_mode", "use_distributed_sampler"),
+)
+# The place of sampling, its log, the limit at which a run gives up, and settings that trade memory for time: the same
+# numbers come out.
+MODEL_NOT_IN_KEY = (
+    *("vllm", "rollout_log", "rollout_log_every", "max_idle_windows", "feature_cache", "feature_cache_gib"),
+    *("gradient_checkpointing", "activation_gib"),
+)
+DATA_NOT_IN_KEY = ("num_workers", "worker_timeout")  # the order of samples is that of no worker (`stream`)
+CALLBACKS_NOT_IN_KEY = (
+    "callbacks.checkpoints.WindowCheckpoint",
+    "callbacks.save_on_interrupt.SaveOnInterrupt",
+    "callbacks.previews.Previews",
+    "callbacks.rank_watch.RankWatch",
+    "callbacks.throughput.Throughput",
+)
+# The place of a choice that the same settings would make again.
+CALLBACK_FIELDS_NOT_IN_KEY = {"callbacks.rejection_sampling.RejectionSampling": ("folder", "shared")}
+COLLAPSE = "callbacks.collapse_guard.CollapseGuard"
+
+
+def run_key(settings: Mapping[str, Any]) -> str:
+    """Hash of the settings that results depend on, and of the content of the model folder and the shards."""
+    return made_of(settings, with_code=False).key
+
+
+def made_of(settings: Mapping[str, Any], with_code: bool = True) -> MadeOf:
+    """Settings, inputs and code of the run with this resolved configuration, read now."""
+    known, inputs = key_settings(settings), _inputs(settings)
+    known["data"] |= _trusting(settings)
+    contents = [[content for _, content in inputs[name]] for name in sorted(inputs)]
+    modules = ("experiments.train", *class_modules(settings))
+    code = source_code(modules) if with_code else {}
+    return MadeOf(fingerprint(known, contents), known, inputs, code, _saved)
+
+
+def key_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that results depend on. The model and the shards are in the key by content, not by path."""
+    trainer = _without(settings["trainer"], TRAINER_NOT_IN_KEY)
+    trainer["callbacks"] = [_callback(entry) for entry in trainer.get("callbacks") or [] if _matters(entry)]
+    arguments = _without(settings["model"]["init_args"], (*MODEL_NOT_IN_KEY, "model"))
+    data = _without(settings["data"], (*DATA_NOT_IN_KEY, "shards", "processor", "verify_shards"))
+    model = {**settings["model"], "init_args": arguments}
+    return _without(settings, RUN_NOT_IN_KEY) | {"trainer": trainer, "model": model, "data": data}
+
+
+def _saved(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Inputs]:
+    """Settings and inputs by path of a config.yaml whose run wrote down neither, as earlier versions did not."""
+    shards = [(str(path), None) for path in preflight.shard_folders(settings)]
+    model = [(str(settings["model"]["init_args"]["model"]), None)]
+    return key_settings(settings), {"model.init_args.model": model, "data.shards": shards}
+
+
+def _inputs(settings: Mapping[str, Any]) -> Inputs:
+    paths = {"model.init_args.model": [settings["model"]["init_args"]["model"]]}
+    paths["data.shards"] = preflight.shard_folders(settings)
+    return {name: [(str(path), path_fingerprint(path)) for path in group] for name, group in paths.items()}
+
+
+def _trusting(settings: Mapping[str, Any]) -> dict[str, bool]:
+    """Whether shards are compared is a setting of the results where some are not what their manifest says."""
+    if settings["data"].get("verify_shards", True):
+        return {}
+    return {"verify_shards": False} if any(deviations(folder) for folder in preflight.shard_folders(settings)) else {}
+
+
+def _matters(callback: Mapping[str, Any]) -> bool:
+    if callback["class_path"] == COLLAPSE:  # a warning changes nothing, and a run that was stopped is not finished
+        return callback.get("init_args", {}).get("action") == "roll_back"
+    return callback["class_path"] not in CALLBACKS_NOT_IN_KEY
+
+
+def _callback(callback: Mapping[str, Any]) -> dict[str, Any]:
+    fields = CALLBACK_FIELDS_NOT_IN_KEY.get(callback["class_path"], ())
+    return {**callback, "init_args": _without(callback.get("init_args") or {}, fields)}
+
+
+def _without(settings: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in names}

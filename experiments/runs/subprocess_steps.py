@@ -1,0 +1,165 @@
+"""Steps of an experiment: processes that are each run once for the same command and inputs, and outlive any kill."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from callbacks import preemption
+from datamodules.persistence.files import fingerprint, read_json
+from datamodules.persistence.source_code import source_code
+from datamodules.streaming.path_fingerprint import path_fingerprint
+from experiments.runs import run_identity
+from experiments.runs.changes import Choice, CodeChanged, changed_text, is_stale, kept, origin
+from experiments.runs.wandb_runs import child_environment
+
+ROOT = Path(__file__).resolve().parents[2]
+CLOCK_SECONDS = 5.0  # how often the time spent is written down: a kill loses no more of it
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process. `marker` is the file that says it is done; `inputs` are the files and folders that it reads.
+
+    `result` is a JSON file that it writes and others may write too, with a key: only with that key is the step done.
+    `environment` adds variables for its process, such as W&B names: none that change what it computes. `modules` are
+    those whose code makes the result: where that has changed, `choice` says whether the step is kept or made again, and
+    its process is told so. `proof` is a file that is another one whenever the process has computed anything.
+    """
+
+    title: str
+    marker: Path
+    command: tuple[str, ...]
+    inputs: tuple[str, ...]
+    result: Path | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    modules: tuple[str, ...] = ()
+    choice: Choice | None = None
+    proof: Path | None = None
+
+    def result_key(self) -> str | None:
+        return read_json(self.result).get("key") if self.result else None
+
+    def key(self) -> str:
+        return fingerprint(self.command, [path_fingerprint(path) for path in self.inputs])
+
+    def seconds_if_done(self) -> float | None:
+        """The seconds that it took, where it is done with its command, inputs and code as they are now; else None."""
+        marker = read_json(self.marker)
+        done = marker.get("done") and marker.get("result_key") == self.result_key() and marker["key"] == self.key()
+        return marker["seconds"] if done and not is_stale(marker, self.code(), self.choice) else None
+
+    def code(self) -> dict[str, str]:
+        return source_code(self.modules)
+
+    def read_proof(self) -> bytes | None:
+        return self.proof.read_bytes() if self.proof and self.proof.is_file() else None
+
+    def is_stale(self) -> bool:
+        """Whether it was begun or done with its command and inputs as they are now, by other code."""
+        marker = read_json(self.marker)
+        return marker.get("key") == self.key() and is_stale(marker, self.code(), self.choice)
+
+
+def settle(steps: Sequence[Step]) -> None:
+    """Before any of the steps runs: where other code has made some, keep them, or have them made again, as is chosen.
+
+    Raises CodeChanged, which names those steps and files, where nothing is chosen.
+    """
+    stale = [step for step in steps if step.is_stale()]
+    if waiting := [step for step in stale if step.choice is None]:
+        records = [(step.title, read_json(step.marker), step.code()) for step in waiting]
+        raise CodeChanged(changed_text(records))
+    for step in stale:
+        if step.choice == "keep":
+            marker = read_json(step.marker)
+            run_identity.write_marker(step.marker.parent, step.marker.name, **(marker | kept(marker, step.code())))
+            say(f"{step.title}: kept, although other source files have made it")
+
+
+def run_step(step: Step) -> float:
+    """Run the step unless it is done; the seconds it took, over all attempts. Ends the program if the step fails."""
+    seconds = step.seconds_if_done()
+    if seconds is not None:
+        say(f"{step.title}: done before, in {seconds:.0f} s")
+        return seconds
+    key, old, redone = step.key(), read_json(step.marker), step.is_stale()
+    command = [*step.command, *([f"--{step.choice}"] if step.choice else [])]
+    say(f"{step.title}: python -m {shlex.join(command)}")
+    goes_on = old.get("key") == key and not redone
+    before, start = old["seconds"] if goes_on else 0.0, time.monotonic()
+    code = origin(old) if goes_on else {"code": step.code()}
+    proof = step.read_proof() if old.get("done") and not redone else None
+
+    def note(done: bool) -> float:
+        seconds = round(before + time.monotonic() - start, 1)
+        marker = read_json(step.marker)  # another's that is finished stays until the step moves it aside, or is done
+        free = done or marker.get("key") == key or not marker.get("done")
+        if step.marker.parent.is_dir() and free:  # the step itself makes its folder
+            content = {"key": key, "result_key": step.result_key(), "done": done, "seconds": seconds}
+            run_identity.write_marker(step.marker.parent, step.marker.name, **content, **code)
+        return seconds
+
+    def tick() -> None:
+        try:
+            note(False)
+        except OSError as error:  # only the clock: whether the step can go on, it finds out itself
+            say(f"{step.title}: the time spent is not noted: {error}")
+
+    status = run_process([sys.executable, "-m", *command], tick, step.environment)
+    if status != 0:
+        sys.exit(f"{step.title} ended with exit code {status}. The same command goes on from what is saved.")
+    seconds = note(True)
+    if proof is not None and step.read_proof() == proof:
+        seconds = old["seconds"]  # it had nothing to do: another command, or YAML, asks for the same
+        run_identity.write_marker(
+            step.marker.parent, step.marker.name, **(read_json(step.marker) | {"seconds": seconds})
+        )
+    say(f"{step.title}: {seconds:.0f} s")
+    return seconds
+
+
+def run_process(command: list[str], tick: Callable[[], Any], environment: Mapping[str, str] | None = None) -> int:
+    """Run a command to its end, calling `tick` now and then; its exit code. `environment` adds to this process's own.
+
+    SIGTERM is passed on to it. SLURM's warning stops it too, and the job is requeued when it has ended. Ctrl-C reaches
+    it by itself; it is waited for, since it saves a checkpoint then.
+    """
+    variables = child_environment() | {preemption.LEFT_TO_PARENT: "1"} | dict(environment or {})
+    child = subprocess.Popen(command, cwd=ROOT, env=variables)
+    stopped = requeue = False
+
+    def stop(signum: int, *_: Any) -> None:
+        nonlocal stopped, requeue
+        stopped = True
+        requeue |= signum == preemption.REQUEUE_SIGNAL
+        child.terminate()
+
+    numbers = [signal.SIGTERM, *([preemption.REQUEUE_SIGNAL] if preemption.in_slurm_job() else [])]
+    old = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        while True:
+            try:
+                code = child.wait(CLOCK_SECONDS)
+                if requeue:
+                    preemption.requeue_job()
+                return code or (128 + signal.SIGTERM if stopped else 0)
+            except subprocess.TimeoutExpired:
+                tick()
+            except KeyboardInterrupt:
+                stopped = True
+                say("stopping: the step saves what it has")
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def say(text: str) -> None:
+    print(f"== {text}", flush=True)

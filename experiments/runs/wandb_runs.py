@@ -1,0 +1,137 @@
+"""Weights & Biases without a prompt that waits: online with a key, else offline. One run for each phase folder."""
+
+from __future__ import annotations
+
+import netrc
+import os
+import re
+import secrets
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datamodules.persistence.files import fingerprint, read_json, write_atomic, write_json
+from experiments.runs import metrics_csv, run_identity
+from experiments.runs.results import current_commit
+
+PROJECT = "multi-image-grounding"
+
+
+def choose_wandb_mode() -> str:
+    """Set WANDB_MODE to offline where no key is found, unless the user set it; the mode."""
+    if not os.environ.get("WANDB_MODE"):
+        os.environ["WANDB_MODE"] = "online" if has_key() else "offline"
+    os.environ.setdefault("WANDB_SILENT", "true")
+    return os.environ["WANDB_MODE"]
+
+
+def wandb_run_id(folder: Path, key: str) -> str:
+    """The W&B id of the run in this phase folder: the same after a resume, another for another run."""
+    file = Path(folder) / "wandb_id"
+    if os.environ.get("WANDB_SWEEP_ID"):  # W&B's agent has named the run, and takes no other name
+        write_atomic(file, os.environ["WANDB_RUN_ID"])
+    elif not file.is_file() or not file.read_text().startswith(key[:8]):
+        write_atomic(file, f"{key[:8]}{secrets.token_hex(4)}")
+    return file.read_text().strip()
+
+
+def wandb_identity(folder: Path, run_id: str) -> dict[str, Any]:
+    """How the run of outputs/<experiment>/<phase> is found on W&B, again after a resume.
+
+    Its group is WANDB_RUN_GROUP where that is set, else the experiment. Tags: those of WANDB_TAGS, the experiment
+    without its seed, the seed, if the name has one, and the phase.
+    """
+    phase = Path(folder).resolve()
+    experiment = phase.parent.name
+    group = os.environ.get("WANDB_RUN_GROUP") or experiment
+    kind = os.environ.get("WANDB_JOB_TYPE") or phase.name  # a sweep says that its phases are trials
+    names = {"group": group, "job_type": kind, "name": f"{experiment}/{phase.name}"}
+    tags = with_given_tags(*re.split(r"-(?=seed\d+$)", experiment), phase.name)
+    names["tags"] = [tag[:64] for tag in tags]  # W&B refuses longer ones
+    return {"project": PROJECT, "id": run_id, "resume": "allow"} | names
+
+
+def wandb_environment(group: str, *tags: str) -> dict[str, str]:
+    """The variables that put the W&B run of a process into a group, with tags beside those that the user has set."""
+    return {"WANDB_RUN_GROUP": group, "WANDB_TAGS": ",".join(with_given_tags(*tags))}
+
+
+def child_environment() -> dict[str, str]:
+    """This process's variables, for one that it starts; without its W&B service, which would hold the run of a child
+    that has ended or was killed, and refuse it to the next."""
+    return {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+
+
+def with_given_tags(*tags: str) -> list[str]:
+    """The tags that the user has set in WANDB_TAGS, and behind them `tags`; each once."""
+    given = os.environ.get("WANDB_TAGS", "").split(",")
+    return [tag for tag in dict.fromkeys([*given, *tags]) if tag]
+
+
+def log_evaluation(
+    folder: Path,
+    key: str,
+    values: Mapping[str, float],
+    settings: Mapping[str, Any],
+    previews: Sequence[Sequence[Any]] = (),
+) -> None:
+    """Log an evaluation behind the last training step of the W&B run of the phase in `folder`.
+
+    `settings` go into the run's config as "evaluation", with the commit; `previews` are rows of
+    `callbacks.previews.preview_table`. A folder that nothing was trained in, such as the base model's, gets a run of
+    its own, by the evaluation's key. A phase that was trained without W&B stays without.
+    """
+    import wandb
+
+    trained, file = (folder / run_identity.CONFIG).is_file(), folder / "wandb_id"
+    if trained and not file.is_file():
+        return
+    choose_wandb_mode()
+    identity = wandb_identity(folder, file.read_text().strip() if trained else wandb_run_id(folder, key))
+    rows = metrics_csv.read_rows(folder)
+    step = int(rows[-1]["step"]) + 1 if rows else 0
+    with wandb.init(dir=str(folder), reinit="finish_previous", **identity) as run:
+        run.define_metric("*", step_metric="trainer/global_step", step_sync=True)  # the axis that WandbLogger uses
+        facts = {"commit": current_commit(Path(__file__).parent)}
+        run.config.update({"evaluation": dict(settings) | facts}, allow_val_change=True)
+        if previews:
+            from callbacks.previews import (
+                preview_table,  # loads Lightning, which evaluating a served model does without
+            )
+
+            values = {**values, "previews": preview_table(previews)}
+        run.log({**values, "trainer/global_step": step})
+
+
+def finish_run() -> None:
+    """End this process's W&B run, if there is one, so that the next has files of its own."""
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish()
+
+
+def log_summary(folder: Path, values: Mapping[str, float], tables: Mapping[str, Sequence[Sequence[str]]]) -> None:
+    """Log figures and tables (text cells, header first) of a whole experiment to one W&B run of their own, named as
+    outputs/<experiment>/<folder>. What was logged last is not logged again."""
+    import wandb
+
+    key, marker = fingerprint(values, tables), folder / "logged.json"
+    if read_json(marker).get("key") == key:
+        return
+    choose_wandb_mode()
+    identity = wandb_identity(folder, wandb_run_id(folder, fingerprint(folder.parent.name)))
+    with wandb.init(dir=str(folder), reinit="finish_previous", **identity) as run:
+        shown = {name: wandb.Table(columns=list(rows[0]), data=list(rows[1:])) for name, rows in tables.items()}
+        run.log({**values, **shown})
+    write_json(marker, {"key": key})
+
+
+def has_key() -> bool:
+    """Whether there is a key of the W&B server in the environment or in .netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
+    try:
+        return netrc.netrc(os.environ.get("NETRC") or None).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

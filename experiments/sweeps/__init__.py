@@ -1,0 +1,1 @@
+"""Sweeps: the plan, its trials, and where they run."""

@@ -1,0 +1,166 @@
+"""The trials of a local sweep: what is known of each, in a journal that survives any kill, and the process of one.
+
+<sweep>/trials.jsonl   {"trial": 0, "latent": {…}, "parameters": {…}}       before the trial starts
+                       {"trial": 0, "values": [[20, 31.5]], "seconds": 41}  as (step, value) are logged
+                       {"trial": 0, "state": "complete", "value": 33.1, "seconds": 71, "message": ""}
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from datamodules.persistence.files import Journal
+from experiments.runs import metrics_csv
+from experiments.runs.wandb_runs import child_environment, with_given_tags
+
+ROOT = Path(__file__).resolve().parents[2]
+POLL_SECONDS = 1.0
+STOP_SECONDS = 300.0  # a trial that is asked to stop finishes its batch and writes a checkpoint
+Points = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is known of a trial. `state` is "running", "complete", "pruned" or "failed"; `seconds` over all attempts."""
+
+    number: int
+    latent: dict[str, float]
+    parameters: dict[str, Any]
+    points: tuple[tuple[int, float], ...] = ()
+    state: str = "running"
+    value: float | None = None
+    seconds: float = 0.0
+    message: str = ""
+
+
+class TrialLog:
+    """The trials of one sweep, in the order of their numbers, kept in `path`. `key` says which sweep they are of."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self._journal = Journal(path, key)
+        self.trials: list[Trial] = []
+        for record in self._journal.records:
+            self._apply(record)
+
+    def begin(self, latent: dict[str, float], parameters: dict[str, Any]) -> Trial:
+        return self._write({"trial": len(self.trials), "latent": latent, "parameters": parameters})
+
+    def reopen(self, number: int) -> Trial:
+        return self._write({"trial": number, "state": "running", "value": None, "message": ""})
+
+    def add_points(self, number: int, points: Points, seconds: float) -> Trial:
+        return self._write({"trial": number, "values": points, "seconds": round(seconds, 1)})
+
+    def end(self, number: int, state: str, seconds: float, value: float | None = None, message: str = "") -> Trial:
+        record = {"trial": number, "state": state, "value": value, "seconds": round(seconds, 1), "message": message}
+        return self._write(record)
+
+    def _write(self, record: dict[str, Any]) -> Trial:
+        self._journal.append([record])
+        return self._apply(record)
+
+    def _apply(self, record: dict[str, Any]) -> Trial:
+        number = record["trial"]
+        if "latent" in record:
+            self.trials.append(Trial(number, record["latent"], record["parameters"]))
+        changes = {key: record[key] for key in ("state", "value", "seconds", "message") if key in record}
+        points = (*self.trials[number].points, *map(tuple, record.get("values", ())))
+        self.trials[number] = replace(self.trials[number], points=points, **changes)
+        return self.trials[number]
+
+
+class Interrupted(Exception):
+    """The sweep was asked to stop while a trial ran; the trial has saved what it has."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a trial's process ended: `code` as of subprocess, and whether it was stopped as not worth going on."""
+
+    code: int
+    pruned: bool
+    seconds: float
+
+
+def run_process(
+    command: Sequence[str],
+    environment: dict[str, str],
+    log: Path,
+    read_points: Callable[[], Points],
+    see: Callable[[Points, float], bool],
+) -> Ended:
+    """Run a trial. `see` gets the metric's points each time there are more, and the seconds; True stops the trial.
+
+    It is stopped by SIGTERM, on which it saves a checkpoint. So it is where this process gets SIGTERM or Ctrl-C, and
+    Interrupted is raised then. A trial of a killed sweep goes on by itself; a new one waits for the lock of its folder.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    start, seen, asked = time.monotonic(), 0, []
+    with log.open("a") as out:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
+        # A group of its own: Ctrl-C must reach it once, through here.
+        child = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
+    old = {number: signal.signal(number, lambda n, _: asked.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
+    pruned, before = False, read_points()
+    try:
+        while (code := child.poll()) is None and not pruned and not asked:
+            now = read_points()
+            points, before = points_agreed(before, now), now
+            if len(points) > seen:
+                seen = len(points)
+                pruned = see(points, time.monotonic() - start)
+            time.sleep(0 if pruned else POLL_SECONDS)
+        if code is None:
+            code = _stop(child)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    if asked:
+        raise Interrupted(signal.Signals(asked[0]).name)
+    return Ended(code, pruned, time.monotonic() - start)
+
+
+def points_agreed(one: Points, other: Points) -> Points:
+    """What two looks at a file have in common from the start: the second may fall into its rewriting."""
+    same = next((k for k, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), None)
+    return other[: min(len(one), len(other)) if same is None else same]
+
+
+def logged_points(folder: Path, metric: str) -> Points:
+    """(step, value) of the metric in a phase folder, as far as it is logged; an empty list before it exists."""
+    return metrics_csv.read_curve(metrics_csv.read_rows(folder), metric)
+
+
+def last_value(folder: Path, metric: str) -> float | None:
+    """What the metric was logged as last, finite or not; None where it never was."""
+    values = [row[metric] for row in metrics_csv.read_rows(folder) if row.get(metric)]
+    return float(values[-1]) if values else None
+
+
+def last_words(log: Path, limit: int = 300) -> str:
+    """The last line of a log that says something: the error, where a trial has failed."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()] if log.is_file() else []
+    telling = [line for line in lines if line and not line.startswith(("wandb:", "warn"))]
+    errors = [line for line in telling if "Error" in line.split(":")[0] or line.startswith("- ")]
+    return (errors or telling or ["it said nothing"])[-1][:limit]
+
+
+def trial_environment(tags: Iterable[str]) -> dict[str, str]:
+    """The environment of a trial's process; W&B finds it there that the phase is a trial."""
+    return child_environment() | {"WANDB_JOB_TYPE": "trial", "WANDB_TAGS": ",".join(with_given_tags(*tags))}
+
+
+def _stop(child: subprocess.Popen) -> int:
+    child.terminate()
+    try:
+        return child.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        return child.wait()

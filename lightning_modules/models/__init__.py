@@ -1,0 +1,1 @@
+"""The policy and everything that knows the inside of Qwen2.5-VL."""

@@ -1,0 +1,1 @@
+"""Attention over one prompt and its completions."""

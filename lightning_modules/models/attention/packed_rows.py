@@ -1,0 +1,140 @@
+"""Several completions of one prompt as one sequence: the prompt once, then its G completions side by side.
+
+A row is [prefix a, branch a1 ... aG, prefix b, branch b1 ... bG, ...]. Every branch sees its own prefix and itself,
+never a sibling or another group, and its positions start where the prefix ends. So each token gets the hidden state
+that it would get in a plain row [prefix, completion], while the prefix is computed once instead of G times.
+
+A forward pass takes one row without padding, so the batch dimension is 1 everywhere: more rows give a CPU nothing, and
+a GPU is filled by one long row.
+
+Shapes: L tokens in the row, N target tokens in all its completions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_modules.models.attention.layout import GroupSpan, group_length
+from lightning_modules.models.attention.prefix_attention import SharedPrefixAttention
+
+if TYPE_CHECKING:
+    from datamodules.encoding.encoder import PromptItem
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """One forward pass; `items` says which of the packed items its row holds."""
+
+    items: tuple[int, ...]  # in order of their places
+    spans: tuple[GroupSpan, ...]  # of the items, in order
+    input_ids: Tensor  # [1, L]
+    position_ids: Tensor  # [3, 1, L], M-RoPE: temporal, height, width
+    is_prompt: Tensor  # bool [1, L], False for the completions
+    predict: Tensor  # [N] index in the row of the token whose hidden state predicts target n
+    targets: Tensor  # [N] token ids
+    completion: Tensor  # [N] which completion target n is of, counted through all items given to `pack_rows`
+
+    def image_slots(self, image_token_id: int) -> Tensor:
+        """Indices in the row where the image features of `items`, concatenated in order, go.
+
+        Only prompts hold images: a placeholder that a policy wrote itself stays an ordinary token.
+        """
+        return ((self.input_ids == image_token_id) & self.is_prompt)[0].nonzero()[:, 0]
+
+    @cached_property
+    def attention(self) -> SharedPrefixAttention:
+        return SharedPrefixAttention(self.spans)
+
+
+def pack_rows(
+    items: Sequence[PromptItem], completions: Sequence[Sequence[Tensor]], max_tokens: int
+) -> list[PackedRows]:
+    """Lay out each item with its completions, in order, in rows of at most `max_tokens` tokens.
+
+    A group is never split: one that is longer than `max_tokens` gets a row of its own.
+    """
+    if len(items) != len(completions):
+        raise ValueError(f"{len(items)} items but completions for {len(completions)}")
+    packed: list[PackedRows] = []
+    waiting: list[int] = []
+    room = max_tokens
+    first = list(accumulate(map(len, completions), initial=0))  # each item's first completion, counted through all
+    for index, item in enumerate(items):
+        length = group_length(item, completions[index])
+        if waiting and length > room:
+            packed.append(_one_row(items, completions, waiting, first))
+            waiting, room = [], max_tokens
+        waiting.append(index)
+        room -= length
+    if waiting:
+        packed.append(_one_row(items, completions, waiting, first))
+    return packed
+
+
+def one_token_row(token: Tensor) -> PackedRows:
+    """A row of `token` [1] alone, as prompt and as target."""
+    nothing = torch.zeros_like(token)
+    return PackedRows(
+        items=(),
+        spans=(GroupSpan(1, ()),),
+        input_ids=token[None],
+        position_ids=nothing.expand(3, 1, 1),
+        is_prompt=torch.ones_like(token, dtype=torch.bool)[None],
+        predict=nothing,
+        targets=token,
+        completion=nothing,
+    )
+
+
+def _one_row(
+    items: Sequence[PromptItem],
+    completions: Sequence[Sequence[Tensor]],
+    chosen: Sequence[int],
+    first: Sequence[int],
+) -> PackedRows:
+    device = items[chosen[0]].input_ids.device
+    ids, positions, prompts, spans = [], [], [], []
+    predict, targets, completion_numbers = [], [], []
+    start = 0
+
+    def add(tokens: Tensor, places: Tensor, is_prompt: bool) -> None:
+        nonlocal start
+        ids.append(tokens)
+        positions.append(places)
+        prompts.append(torch.full((len(tokens),), is_prompt))
+        start += len(tokens)
+
+    for index in chosen:
+        item = items[index]
+        add(item.input_ids, item.positions, is_prompt=True)
+        prefix_end = start - 1
+        for number, completion in enumerate(completions[index], first[index]):
+            if len(completion) == 0:
+                continue
+            inputs = completion[:-1]
+            predict += [torch.tensor([prefix_end]), torch.arange(start, start + len(inputs))]
+            targets.append(completion)
+            completion_numbers.append(torch.full((len(completion),), number))
+            places = item.next_position + torch.arange(len(inputs), device=device)
+            add(inputs, places.expand(3, -1), is_prompt=False)
+        lengths = (len(completion) - 1 for completion in completions[index])
+        spans.append(GroupSpan(len(item.input_ids), tuple(length for length in lengths if length > 0)))
+
+    none = [torch.zeros(0, dtype=torch.long)]
+    return PackedRows(
+        items=tuple(chosen),
+        spans=tuple(spans),
+        input_ids=torch.cat(ids)[None],
+        position_ids=torch.cat(positions, dim=1)[:, None],
+        is_prompt=torch.cat(prompts).to(device)[None],
+        predict=torch.cat(predict or none).to(device),
+        targets=torch.cat(targets or none).to(device),
+        completion=torch.cat(completion_numbers or none).to(device),
+    )

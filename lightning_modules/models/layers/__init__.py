@@ -1,0 +1,1 @@
+"""Layers: LoRA, fused kernels, and fast linear products."""

@@ -1,0 +1,177 @@
+"""LoRA on the language model, and copies with it folded in."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import Linear as LoraLinear
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from datamodules.persistence.files import whole_folder
+from lightning_modules.models.layers.fused_layers import HALF
+from lightning_modules.models.layers.fused_lora import FusedLoraLinear
+
+ALL_LINEAR = "all-linear"  # as PEFT calls it
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """LoRA on linear layers of the language model; the vision tower never gets any.
+
+    rank, alpha: as in the LoRA paper (arXiv:2106.09685); the delta is scaled by alpha / rank. dropout: of the adapter's
+    input. targets: names of linear layers, `LINEAR_LAYERS`, also with parents in front (`mlp.up_proj`,
+    `layers.3.self_attn.q_proj`), or "all-linear" for all of them.
+    """
+
+    rank: int = 64
+    alpha: int = 128
+    dropout: float = 0.0
+    targets: tuple[str, ...] | Literal["all-linear"] = LINEAR_LAYERS
+
+    def layers(self) -> tuple[str, ...]:
+        """The names that `targets` means."""
+        return LINEAR_LAYERS if self.targets in (ALL_LINEAR, (ALL_LINEAR,)) else tuple(self.targets)
+
+    def faults(self) -> list[str]:
+        """Every setting that cannot work, as one sentence each."""
+        faults = [
+            f"lora.{name}={value} must be greater than 0; lora=null trains without an adapter"
+            for name, value in (("rank", self.rank), ("alpha", self.alpha))
+            if value <= 0
+        ]
+        if not 0 <= self.dropout < 1:
+            faults.append(f"lora.dropout={self.dropout} must be in [0, 1)")
+        if not self.layers():
+            faults.append(f"lora.targets={self.targets!r} names no layer, but lora.rank={self.rank}; use lora=null")
+        if unknown := [name for name in self.layers() if name.rpartition(".")[2] not in LINEAR_LAYERS]:
+            faults.append(_unknown_targets(unknown))
+        return faults
+
+
+def _unknown_targets(names: Sequence[str]) -> str:
+    return (
+        f"lora.targets: {', '.join(map(repr, names))} match{'es' if len(names) == 1 else ''} no linear layer of the"
+        f" language model, which has {', '.join(LINEAR_LAYERS)}; or {ALL_LINEAR!r} for all of them"
+    )
+
+
+def lora_config(lora: LoraSettings) -> LoraConfig:
+    """PEFT's settings for an adapter on the language model alone."""
+    pattern = _pattern(lora.layers())
+    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=pattern)
+
+
+def _pattern(layers: Sequence[str]) -> str:
+    # The vision tower has gate, up and down projections too, so the pattern names the language model.
+    return rf".*\blanguage_model\.(?:.*\.)?({'|'.join(map(re.escape, layers))})"
+
+
+def _unmatched(model: nn.Module, layers: Sequence[str]) -> list[str]:
+    """Those names that no linear layer of the language model has. PEFT is content if any of them matches."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [layer for layer in layers if not any(re.fullmatch(_pattern([layer]), name) for name in linear)]
+
+
+def with_adapter(model: nn.Module, lora: LoraSettings) -> PeftModel:
+    """The model with a new adapter. Raises ValueError for a target that matches no linear layer."""
+    if unmatched := _unmatched(model, lora.layers()):
+        raise ValueError(_unknown_targets(unmatched))
+    with warnings.catch_warnings():
+        # PEFT reads an attribute that transformers has renamed.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        adapted = get_peft_model(model, lora_config(lora))
+    for module in adapted.modules():
+        if type(module) is LoraLinear:
+            module.__class__ = FusedLoraLinear  # same state, other forward
+    return adapted
+
+
+def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """The adapter's tensors as they are now, on the CPU, under the names that PEFT gives them in a file.
+
+    Where parameters are sharded every rank must call it: each gathers them whole.
+    """
+    whole = {name: getattr(value, "full_tensor", lambda value=value: value)() for name, value in _lora_items(model)}
+    named = get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=False)
+    return {name: value.detach().cpu().contiguous() for name, value in named.items()}
+
+
+def _lora_items(model: PeftModel) -> list[tuple[str, Tensor]]:
+    return [(name, value) for name, value in model.named_parameters() if "lora_" in name]
+
+
+def write_adapter(tensors: dict[str, Tensor], model: PeftModel, folder: Path) -> None:
+    """Write `adapter_tensors` as a PEFT adapter: adapter_model.safetensors and adapter_config.json. `folder` appears
+    whole."""
+    with whole_folder(folder) as unfinished:
+        save_file(tensors, unfinished / "adapter_model.safetensors")
+        config = copy.deepcopy(model.peft_config["default"])
+        config.inference_mode = True
+        config.save_pretrained(unfinished)
+
+
+def folded_copy(module: nn.Module, fold: bool = True) -> nn.Module:
+    """A second `module` that shares every tensor, except that each LoRA layer is one linear layer with its delta added.
+
+    The original is not touched, so nothing drifts however often this is done. With `fold=False` the LoRA layers stay
+    (and share their tensors): a copy with its own training mode, no more.
+    """
+    memo: dict[int, object] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    if fold:
+        memo |= {id(m): folded_layer(m) for m in module.modules() if isinstance(m, LoraLinear)}
+    return copy.deepcopy(module, memo)
+
+
+def frozen_copy(model: nn.Module, share_vision: bool) -> nn.Module:
+    """A Qwen2.5-VL as it is now, which nothing trains; with `share_vision` its tower's tensors are the model's own."""
+    visual = model.model.visual
+    memo = {id(t): t for t in (*visual.parameters(), *visual.buffers())} if share_vision else {}
+    return copy.deepcopy(model, memo).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def fold_again(folded: nn.Module, module: nn.Module) -> None:
+    """Write the LoRA layers of `module`, as they are now, into `folded`, an earlier `folded_copy` of it, in place."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, LoraLinear) and not isinstance(copied := folded.get_submodule(name), LoraLinear):
+            folded_weight(layer, out=copied.weight)
+
+
+def folded_layer(layer: LoraLinear) -> nn.Linear:
+    """One linear layer with the LoRA delta added to its weight; the bias is shared."""
+    base = layer.get_base_layer()
+    folded = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+    folded.weight = nn.Parameter(folded_weight(layer), requires_grad=False)
+    folded.bias = base.bias
+    return folded
+
+
+def plain_weight(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer, without LoRA where it has one."""
+    return (layer.get_base_layer() if isinstance(layer, LoraLinear) else layer).weight.detach()
+
+
+@torch.no_grad()
+def folded_weight(layer: nn.Module, out: Tensor | None = None) -> Tensor:
+    """The weight of a linear layer, with the LoRA delta added where it has one; written to `out`, if that is given."""
+    if not isinstance(layer, LoraLinear):
+        return layer.weight.detach()
+    base, names = layer.get_base_layer(), layer.active_adapters
+    weight = base.weight.detach()
+    if weight.is_cuda and weight.dtype in HALF and len(names) == 1:
+        # One pass over the weights: A and B rounded as in training, the sum in float32. Else ten passes of that size.
+        down, up = (part[names[0]].weight.to(weight.dtype) for part in (layer.lora_A, layer.lora_B))
+        return torch.addmm(weight, up, down, alpha=layer.scaling[names[0]], out=out)
+    delta = sum(layer.get_delta_weight(name).float() for name in names)
+    folded = (weight.float() + delta).to(weight.dtype)
+    return folded if out is None else out.copy_(folded)

@@ -1,0 +1,100 @@
+"""A merged model as a folder that loads wherever the model loads that it was trained from.
+
+Only the weights are new. Configuration, tokenizer, processor, template and generation settings are the source's own
+files, byte for byte. Tensors and weight files have the source's names. A newer release of transformers writes a layout
+of its own (nested configurations, renamed tensors), which older releases and other programs do not read.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from datamodules.checkpoints.model_folder import COMPANIONS, ModelError, local_folder
+from datamodules.checkpoints.weight_files import INDEX, WEIGHTS, json_object, stored_tensors, weight_files
+from datamodules.persistence.files import whole_folder
+
+LANGUAGE, VISION = "model.language_model.", "model.visual."
+# A tensor's names in published files, as (prefix there, prefix in the model); the first pair that gives a name wins.
+PREFIXES = (
+    ("", ""),
+    ("visual.", VISION),
+    ("model.", LANGUAGE),
+    ("language_model.model.", LANGUAGE),
+    ("language_model.", ""),
+)
+
+
+def name_in_model(stored: str, names: Iterable[str]) -> str | None:
+    """The name, among `names` of a Qwen2.5-VL in transformers 5, of the tensor that a file calls `stored`; else None.
+
+    Published files have `model.layers.0…`, `visual.blocks.0…` and `lm_head.weight`.
+    """
+    candidates = (own + stored.removeprefix(published) for published, own in PREFIXES if stored.startswith(published))
+    return next((name for name in candidates if name in names), None)
+
+
+def check_names(source: str | Path, names: Iterable[str]) -> None:
+    """Raise ModelError for a tensor in the source's files that merging could not name; call it before training."""
+    for file in weight_files(local_folder(source)):
+        for tensor in stored_tensors(file):
+            if name_in_model(tensor.name, names) is None:
+                raise ModelError(
+                    f"model: {str(source)!r}: {tensor.name} in {file.name} is no published name of a tensor of"
+                    " Qwen2.5-VL: load and save the model with transformers first"
+                )
+
+
+def write_merged(state: Mapping[str, Tensor], source: str | Path, folder: str | Path) -> None:
+    """Write `folder`, whole or not at all: the source's files with the tensors of `state`, {name in the model: value}.
+
+    A tied head is written only where the source's files have it. Values keep the type that they are trained in.
+    """
+    origin = local_folder(source)
+    with whole_folder(folder) as unfinished:
+        copy_companions(origin, unfinished)
+        size = 0
+        for file in weight_files(origin):
+            tensors = _tensors_of(file, state, source)
+            size += sum(tensor.nbytes for tensor in tensors.values())
+            with safe_open(file, framework="pt") as stored:
+                save_file(tensors, unfinished / file.name, metadata=stored.metadata() or {"format": "pt"})
+        if not (origin / WEIGHTS).is_file():
+            _write_index(origin / INDEX, unfinished / INDEX, size)
+
+
+def copy_companions(origin: Path, folder: Path) -> None:
+    """Copy all that a model folder holds beside weights, byte for byte."""
+    for name in COMPANIONS:
+        if (origin / name).is_file():
+            shutil.copyfile(origin / name, folder / name)
+
+
+def _tensors_of(file: Path, state: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+    """The tensors of one file under its names. Two names of one tensor (a tied head) become two tensors."""
+    tensors: dict[str, Tensor] = {}
+    written: set[int] = set()
+    for tensor in stored_tensors(file):
+        name = name_in_model(tensor.name, state)
+        if name is None:
+            raise ModelError(f"model: {str(source)!r}: {tensor.name} in {file.name} was not there when it was loaded")
+        value = state[name].detach().contiguous()
+        tensors[tensor.name] = value.clone() if value.data_ptr() in written else value
+        written.add(value.data_ptr())
+    return tensors
+
+
+def _write_index(source: Path, target: Path, size: int) -> None:
+    """The source's index; its total size follows where tensors are kept in another type."""
+    index = json_object(source)
+    metadata = index.get("metadata")
+    if not isinstance(metadata, dict) or metadata.get("total_size") in (None, size):
+        shutil.copyfile(source, target)
+        return
+    target.write_text(json.dumps(index | {"metadata": metadata | {"total_size": size}}, indent=2) + "\n")

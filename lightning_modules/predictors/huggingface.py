@@ -1,0 +1,104 @@
+"""Any image-text model that transformers knows as an answerer in this process: Qwen2-VL, InternVL, LLaVA-OneVision, …
+
+It is asked in its family's own prompt and read in its family's own scale (`datamodules/encoding/model_families.py`). The policy has
+its own engine; this is for the models that it is compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from datamodules.answerers import Load, Reply
+from datamodules.checkpoints.pretrained import ANY_ATTENTION, load_model, load_processor
+from datamodules.encoding.chat_request import ChatRequest, RequestForm, build_turn
+from datamodules.samples.boxes import Convention, ImageGeometry
+from datamodules.samples.sample import Sample, SampleError
+from datamodules.streaming.path_fingerprint import path_fingerprint
+from lightning_modules.models.token_bans import end_ids
+from lightning_modules.serving.generation_rules import Generation, configure, own_seed, rules
+
+
+class ImageTextAnswerer:
+    """Answers by the rules of `generation`, one question at a time. `trust_remote_code` runs code that comes with the
+    weights."""
+
+    window = 1
+
+    def __init__(
+        self,
+        model: str,
+        form: RequestForm,
+        max_tokens: int = 1024,
+        device: str = "cpu",
+        dtype: str = "float32",
+        trust_remote_code: bool = False,
+        generation: Generation = "greedy",
+    ) -> None:
+        self.form, self.max_tokens, self.generation = form, max_tokens, generation
+        self.name, self.dtype = model, dtype
+        self.processor = load_processor(model, trust_remote_code)
+        self.model = load_model(model, getattr(torch, dtype), ANY_ATTENTION, trust_remote_code)
+        self.model.to(device).eval()
+        own = self.model.generation_config
+        self.ends = end_ids(own, self.processor.tokenizer)
+        self.config = configure(own, generation, max_tokens, self.ends, self._placeholders())
+        if generation == "greedy":
+            self.model.generation_config = self.config
+
+    @property
+    def convention(self) -> Convention:
+        """What the numbers in an answer mean."""
+        return self.form.dialect.convention
+
+    def identity(self) -> dict[str, Any]:
+        """All that answers depend on beside the question, JSON-like."""
+        decoding = {"max_tokens": self.max_tokens, "dtype": self.dtype} | rules(self.generation)
+        return {"model": self._weights_key, "form": asdict(self.form), "decoding": decoding}
+
+    @cached_property
+    def _weights_key(self) -> str:
+        return path_fingerprint(self.name)  # reads all weights, so once for all benchmarks
+
+    def answers(self, samples: Sequence[Sample], load: Load) -> Iterator[tuple[Sample, Reply]]:
+        """One reply for each sample, in order; what `load` refuses gets a reply with its rule."""
+        for sample in samples:
+            try:
+                request = build_turn(load(sample), self.form)
+            except SampleError as error:
+                yield sample, Reply("", (), refused=error.rule)
+                continue
+            with own_seed(sample.id):
+                reply = self._answer(request)
+            yield sample, reply
+
+    @torch.inference_mode()
+    def _answer(self, request: ChatRequest) -> Reply:
+        inputs = self.processor.apply_chat_template(
+            request.messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ).to(self.model.device, self.model.dtype)
+        self._check_sizes(request.geometries, inputs)
+        written = self.model.generate(**inputs, generation_config=self.config)[0, inputs["input_ids"].shape[1] :]
+        text = self.processor.decode(written, skip_special_tokens=True)
+        return Reply(text, request.geometries, len(written), int(written[-1]) in self.ends)
+
+    def _placeholders(self) -> set[int]:
+        """A placeholder that the model wrote would be taken for an image without pixels."""
+        return {getattr(self.processor, f"{kind}_token_id", None) for kind in ("image", "video")} - {None}
+
+    def _check_sizes(self, geometries: Sequence[ImageGeometry], inputs: Any) -> None:
+        """Pixels mean something only in the size that the model sees."""
+        if self.convention != Convention.ABSOLUTE:
+            return
+        patch = self.processor.image_processor.patch_size
+        seen = [(int(columns) * patch, int(rows) * patch) for _, rows, columns in inputs["image_grid_thw"].tolist()]
+        sent = [geometry.processed for geometry in geometries]
+        if seen != sent:
+            raise ValueError(
+                f"the processor of {self.name!r} resized images of {sent} to {seen}: min_pixels={self.form.min_pixels}"
+                f" and max_pixels={self.form.max_pixels} must lie within its own limits"
+            )

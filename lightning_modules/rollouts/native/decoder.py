@@ -1,0 +1,231 @@
+"""Decoding many prompts in a fixed number of places: a prompt whose branches have all ended makes room for the next.
+
+Rows of places that are done cost nothing on a CPU, where each step takes the rows that go on. On a GPU every step takes
+all rows at the same shapes, so that it can be captured once and replayed (`decode_graphs`): there a row is nearly free.
+
+Shapes: S places for prompts, G branches of each, R = S * G rows, A rows of a step, T tokens that a row can grow to.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.models.attention.kv_cache import BranchCache, CacheShape, PrefixRecorder
+from lightning_modules.models.inference.cpu_model import LeanModel
+from lightning_modules.models.inference.gpu_model import FusedModel
+
+NO_MASK = {"full_attention": None}  # tells transformers to build none: prefill is causal, decoding masks for itself
+CHECK_EVERY = 8  # steps of all rows between two looks at which have ended: a look waits for the device
+
+Model = nn.Module | LeanModel | FusedModel
+Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # logits [A, V], draws [A, 1] in 0-1 -> tokens, log p [A]
+
+
+def hidden_states(model: Model, cache: Any, **inputs: Tensor) -> Tensor:
+    """Last hidden states [rows, tokens, D] of the language model, run with this cache and without masks of its own."""
+    if isinstance(model, LeanModel | FusedModel):
+        return model.hidden_states(cache, **inputs)
+    language_model = model.model.language_model
+    inputs[_cache_argument(type(language_model))] = cache
+    return language_model(attention_mask=NO_MASK, **inputs).last_hidden_state
+
+
+@functools.cache
+def _cache_argument(kind: type[nn.Module]) -> str:
+    """transformers 5.24 calls it `cache`; versions before, `past_key_values`."""
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+
+
+@dataclass
+class Prefilled:
+    """Prompts read by the model, ready to be decoded."""
+
+    hidden: Tensor  # [p, D] of each prompt's last token
+    lengths: Tensor  # [p] true tokens
+    next_positions: Tensor  # [p]
+    recorder: PrefixRecorder
+
+
+@dataclass
+class Decoded:
+    """All branches of one prompt, on the CPU."""
+
+    number: int  # of the prompt, in the order of admission
+    tokens: list[Tensor]  # G of [T]
+    log_probs: list[Tensor]  # G of [T]
+    finished: list[bool]
+
+
+@dataclass
+class _Place:
+    """A prompt that is being decoded."""
+
+    number: int
+    prefix: int  # tokens of the prompt
+    steps: int  # tokens sampled by each of its branches that go on
+
+
+class BranchDecoder:
+    """Rows in fixed places. `static` computes all of them at each step, with the shapes that it starts with."""
+
+    def __init__(
+        self,
+        model: Model,
+        choose: Choose,
+        ends: Sequence[int],
+        num_places: int,
+        group: int,
+        prefix_room: int,
+        branch_room: int,
+        static: bool,
+    ) -> None:
+        """`choose` samples; `ends` are the tokens that end a completion; rooms are in tokens."""
+        self.model, self.choose, self.static = model, choose, static
+        self.num_places, self.group, self.prefix_room, self.branch_room = num_places, group, prefix_room, branch_room
+        config, device, rows = model.config.text_config, model.device, num_places * group
+        heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        shape = CacheShape(num_places, group, prefix_room, branch_room, config.num_hidden_layers, heads, width)
+        self.cache = BranchCache(shape, model.dtype, device)
+        self.ends = torch.tensor(ends, device=device)
+        self.rows = torch.arange(rows, device=device)
+        self.active = self.rows  # those of the next step
+        self.token = torch.zeros(rows, dtype=torch.long, device=device)  # the last sampled
+        self.first = torch.zeros_like(self.token)  # position of the first completion token
+        self.length = torch.ones_like(self.token)  # tokens sampled
+        self.alive = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.limit = torch.tensor(branch_room, device=device)
+        # One column more than a row can hold: what a row that has ended would read or write is there.
+        self.draws = torch.zeros(rows, branch_room + 1, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros(rows, branch_room + 1, dtype=torch.long, device=device)
+        self.log_probs = torch.zeros(rows, branch_room + 1, device=device)
+        self.run_static: Callable[[int], None] = self.step_all
+
+    def decode(
+        self, count: int, prefill: Callable[[int, int], Prefilled], limit: int, draw: Callable[[int], Tensor] | None
+    ) -> Iterator[list[Decoded]]:
+        """Every prompt from 0 to `count`, as they are complete. `prefill(i, j)` reads prompts i to j; `draw(i)` gives
+        all random numbers of prompt i, [G, limit] in 0-1 and float64, so that no other prompt bears on them.
+
+        Free places are filled again once they are a quarter of all, so that prompts are read several at a time.
+        """
+        self.limit.fill_(limit)
+        self.alive.zero_()
+        places: list[_Place | None] = [None] * self.num_places
+        taken = num_steps = 0
+        while True:
+            free = [index for index, place in enumerate(places) if place is None]
+            if taken < count and 4 * len(free) >= self.num_places:
+                chosen = free[: count - taken]
+                self._admit(places, chosen, taken, prefill(taken, taken + len(chosen)), draw)
+                taken += len(chosen)
+            elif len(free) == self.num_places:
+                return
+            else:
+                self._advance([place for place in places if place is not None])
+                num_steps += 1
+            longest = max(place.steps for place in places if place is not None)
+            if self.static and num_steps % CHECK_EVERY and longest < limit:
+                continue
+            alive = self._look(shrink=taken == count)
+            done = [i for i, place in enumerate(places) if place is not None and not alive[i]]
+            if done:
+                yield self._collect(done, [places[i].number for i in done])
+            for index in done:
+                places[index] = None
+
+    def _admit(
+        self,
+        places: list[_Place | None],
+        chosen: list[int],
+        number: int,
+        prefilled: Prefilled,
+        draw: Callable[[int], Tensor] | None,
+    ) -> None:
+        device = self.rows.device
+        self.cache.admit(torch.tensor(chosen, device=device), prefilled.recorder, prefilled.lengths)
+        for index, prefix in zip(chosen, prefilled.lengths.tolist(), strict=True):
+            places[index] = _Place(number, prefix, 1)
+            number += 1
+        rows = self.rows.view(self.num_places, self.group)[chosen].flatten()
+        if draw is not None:
+            numbers = torch.cat([draw(places[index].number) for index in chosen])
+            self.draws[rows, : numbers.shape[1]] = numbers.to(device)
+        self.alive[rows], self.length[rows] = True, 0
+        self.first[rows] = prefilled.next_positions.repeat_interleave(self.group)
+        if not self.static:
+            self.active = self.cache.slots = self.alive.nonzero()[:, 0]
+        self._sample(rows, prefilled.hidden.repeat_interleave(self.group, dim=0))
+
+    def _advance(self, places: list[_Place]) -> None:
+        steps = [place.steps for place in places]
+        if self.static:
+            self.run_static(self._width(max(steps)))
+        else:
+            rows = self.active
+            self.cache.prefix_width = max(place.prefix for place in places)
+            self.cache.begin(steps[0] - 1 if len(set(steps)) == 1 else self.length[rows] - 1, max(steps))
+            self._step(rows)
+        for place in places:
+            place.steps += 1
+
+    def _width(self, least: int) -> int:
+        """Of the branches, how much to read: few widths, as each is captured, and never twice as much as needed."""
+        return min(max(64, 1 << (least - 1).bit_length()), self.branch_room)
+
+    def step_all(self, width: int) -> None:
+        """One step of every row, at shapes that depend on `width` alone."""
+        self.cache.begin(self.length - 1, width)
+        self._step(self.rows)
+
+    def changed_by_step(self) -> list[Tensor]:
+        """All that a step changes, but for the cache, where it writes no place that is read before it is rewritten."""
+        return [self.token, self.length, self.alive, self.tokens, self.log_probs]
+
+    def _step(self, rows: Tensor) -> None:
+        """Run the last token of each of `rows` and sample the next. The cache has been told of it (`begin`)."""
+        hidden = hidden_states(
+            self.model,
+            self.cache,
+            input_ids=self.token[rows, None],
+            position_ids=(self.first[rows] + self.length[rows] - 1)[None, :, None].expand(3, -1, -1),
+        )
+        self._sample(rows, hidden[:, 0])
+
+    def _sample(self, rows: Tensor, hidden: Tensor) -> None:
+        """Add to each row that goes on a token chosen from `hidden` [A, D]."""
+        alive, length = self.alive[rows], self.length[rows]
+        chosen, scores = self.choose(self.model.lm_head(hidden), self.draws[rows, length, None])
+        place = torch.where(alive, length, self.branch_room)
+        self.tokens[rows, place], self.log_probs[rows, place] = chosen, scores
+        self.token[rows] = torch.where(alive, chosen, self.token[rows])
+        length = length + alive
+        self.length[rows] = length
+        self.alive[rows] = alive & (chosen[:, None] != self.ends).all(-1) & (length < self.limit)
+
+    def _look(self, shrink: bool) -> list[bool]:
+        """Whether each place has a branch that goes on. Unless steps take all rows, the next one takes those that do;
+        with `shrink` (no prompt waits for a place) the others leave the cache."""
+        kept = self.alive[self.active].nonzero()[:, 0]
+        if not self.static and len(kept) < len(self.active):
+            self.active = self.active[kept]
+            self.cache.keep_rows(kept, shrink)
+        return self.alive.view(self.num_places, self.group).any(1).tolist()
+
+    def _collect(self, places: list[int], numbers: list[int]) -> list[Decoded]:
+        rows = self.rows.view(self.num_places, self.group)[places]
+        longest = int(self.length[rows].max())
+        tokens, log_probs = self.tokens[rows, :longest].cpu(), self.log_probs[rows, :longest].cpu()
+        ends = set(self.ends.tolist())
+        decoded = []
+        for index, lengths in enumerate(self.length[rows].tolist()):
+            ids = [row[:length] for row, length in zip(tokens[index], lengths, strict=True)]
+            scores = [row[:length] for row, length in zip(log_probs[index], lengths, strict=True)]
+            decoded.append(Decoded(numbers[index], ids, scores, [int(row[-1]) in ends for row in ids]))
+        return decoded

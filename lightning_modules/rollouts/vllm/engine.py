@@ -1,0 +1,277 @@
+"""Rollouts from running vLLM servers: completions with token ids and log-probabilities over the OpenAI API.
+
+The servers hold the frozen model; the adapter is sent to them as a PEFT folder after each optimizer step. An adapter
+loaded again under its old name would meet prefix-cache blocks of its old weights, so every one gets a name of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import uuid
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from datamodules.encoding.encoder import PromptItem
+from lightning_modules.models.layers.lora import adapter_tensors, write_adapter
+from lightning_modules.models.qwen_vl import QwenVL
+from lightning_modules.rollouts.base import Rollout, RolloutSettings
+from lightning_modules.rollouts.vllm.prompts import PromptWriter
+from lightning_modules.rollouts.vllm.server_checks import (
+    VLLMSettings,
+    find_model,
+    raise_if_down,
+    read_choices,
+    read_models,
+    require_lora,
+    require_processed_log_probs,
+)
+from lightning_modules.rollouts.vllm.server_pool import ServerPool
+from lightning_modules.serving.generation_rules import SERVER_FIELDS
+from lightning_modules.serving.openai_client import (
+    ChatEndpoint,
+    EndpointMisused,
+    EndpointUnavailable,
+    RequestRefused,
+)
+
+T = TypeVar("T")
+FAREWELL = 30.0  # seconds; unloading is quick, and a server that hangs must not hold up an error
+BAN = -100.0  # OpenAI's lowest bias: added to a logit before the temperature divides it
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One state of the policy's adapter, as servers know it."""
+
+    name: str
+    folder: str
+
+
+class VLLMEngine:
+    """A `RolloutEngine`. Until the first `sync` the servers' model answers as it is: a fresh adapter changes nothing.
+
+    `sync` is called on every rank, behind the same update: rank 0 writes the adapter and loads it everywhere, and
+    `broadcast` (from rank 0) tells the others its name. `generate` is a rank's own matter. A server that does not know
+    the current adapter, since it was dead or was started again, is given it before it gets a prompt.
+    """
+
+    def __init__(
+        self,
+        policy: QwenVL,
+        settings: VLLMSettings,
+        folder: Path,
+        rank: int = 0,
+        broadcast: Callable[[Any], Any] = lambda value: value,
+    ) -> None:
+        self.policy, self.settings = policy, settings
+        self.folder = Path(settings.adapters or folder).absolute()
+        self.rank, self.broadcast = rank, broadcast
+        self.adapter: Adapter | None = None
+        self._prefix = f"policy-{uuid.uuid4().hex[:8]}-"  # of adapters' names: no other process ever uses them
+        self._count = 0
+        self._needs: Mapping[str, int] = {}
+        self._runner: asyncio.Runner | None = None
+        self._pool: ServerPool | None = None
+        self._models: dict[str, str] = {}  # the name of the model at each server
+        self._fit: set[str] = set()  # servers that were found to be what they must
+        self._given: set[str] = set()  # servers that had an adapter of this run
+
+    # What a server must be
+
+    def check(self, needs: Mapping[str, int]) -> None:
+        """Wait for a server. Raises EndpointMisused for one that cannot serve this run: other models, sequences shorter
+        than one of `needs` (of `find_model`), no LoRA, or raw log-probabilities. A server that comes later is looked at
+        then."""
+        self._needs = needs
+        self._call(lambda pool: pool.prepare_all())
+
+    async def _prepare(self, endpoint: ChatEndpoint) -> None:
+        """The server is fit, and has the current adapter and none of this run's older ones."""
+        url = endpoint.settings.base_url
+        served = await endpoint.get("/models", read_models)
+        known = self._own(served)
+        if url not in self._fit or (url in self._given and not known):  # new, or started again
+            self._fit.discard(url)
+            model = find_model(url, served, self.settings.model, self._needs)
+            if model != self._models.setdefault(url, model):
+                raise EndpointMisused(
+                    f"{url} serves {model!r} now, and {self._models[url]!r} before it was started again: start it with "
+                    "the model that is trained"
+                )
+            await require_lora(endpoint)
+            await require_processed_log_probs(endpoint, model, self.policy.eos_ids[0])
+            self._fit.add(url)
+        if self.adapter is not None and self.adapter.name not in known:
+            await self._load(endpoint, self.adapter)
+        if self.adapter is not None:
+            self._given.add(url)
+        if self.rank == 0:
+            for name in known:
+                if self.adapter is None or name != self.adapter.name:
+                    await self._unload(endpoint, name)
+
+    # The adapter
+
+    def sync(self) -> None:
+        """Give the servers the adapter as it is now. A collective call; on every rank it ends the same way."""
+        tensors = adapter_tensors(self.policy.model)
+        self._count += 1
+        adapter = Adapter(name := f"{self._prefix}{self._count}", str(self.folder / name))
+        fault = None
+        if self.rank == 0:
+            try:
+                self._publish(adapter, tensors)
+            except Exception as error:  # told to the other ranks, which else would wait for ever, and raised again
+                fault = error
+        adapter, message = self.broadcast((adapter, fault and f"{type(fault).__name__}: {fault}"))
+        if fault is not None:
+            raise fault
+        if message is not None:
+            raise RuntimeError(f"rank 0 could not give the servers the adapter: {message}")
+        self.adapter = adapter
+
+    def _publish(self, adapter: Adapter, tensors: dict[str, Tensor]) -> None:
+        if self.adapter is None and self.settings.adapters is None:  # left by this phase when it was killed
+            shutil.rmtree(self.folder, ignore_errors=True)
+        old, self.adapter = self.adapter, adapter
+        write_adapter(tensors, self.policy.model, Path(adapter.folder))
+        self._call(lambda pool: pool.prepare_all())
+        if old is not None:
+            shutil.rmtree(old.folder)
+
+    def close(self) -> None:
+        """Take the run's adapters from the servers that are there, and their files away. Raises the error of a server
+        that keeps one, when all the others have been asked."""
+        if self.adapter is not None and self.rank == 0:
+            self.adapter = None
+            self._given.clear()
+            try:
+                self._call(lambda pool: pool.visit_all(self._unload_all, FAREWELL))
+            finally:
+                for folder in self.folder.glob(f"{self._prefix}*"):  # two, where an update failed
+                    shutil.rmtree(folder)
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        if self._runner is not None:
+            if self._pool is not None:
+                self._runner.run(self._pool.close())
+            self._runner.close()
+            self._runner = self._pool = None
+
+    async def _load(self, endpoint: ChatEndpoint, adapter: Adapter) -> None:
+        try:
+            await endpoint.post("/load_lora_adapter", {"lora_name": adapter.name, "lora_path": adapter.folder})
+        except (RequestRefused, EndpointMisused, EndpointUnavailable) as error:
+            if isinstance(error, EndpointUnavailable):
+                await raise_if_down(endpoint, error)
+            if adapter.name in await endpoint.get("/models", read_models):  # another rank was faster
+                return
+            raise EndpointMisused(
+                f"{endpoint.settings.base_url} does not load the adapter {adapter.folder}: {error}. Does it see that "
+                "folder, and is its --max-lora-rank large enough?"
+            ) from error
+
+    def _own(self, served: Iterable[str]) -> list[str]:
+        """Of the names that a server knows, those of this run's adapters."""
+        return [name for name in served if name.startswith(self._prefix)]
+
+    async def _unload_all(self, endpoint: ChatEndpoint) -> None:
+        for name in self._own(await endpoint.get("/models", read_models)):
+            await self._unload(endpoint, name)
+
+    async def _unload(self, endpoint: ChatEndpoint, name: str) -> None:
+        try:
+            await endpoint.post("/unload_lora_adapter", {"lora_name": name})
+        except (RequestRefused, EndpointMisused):
+            if name in await endpoint.get("/models", read_models):
+                raise
+            # It is gone: the answer to an earlier attempt was lost, or the server was started again.
+
+    # Completions
+
+    def generate(
+        self,
+        items: Sequence[PromptItem],
+        settings: RolloutSettings,
+        features: Sequence[Tensor] | None = None,
+        generator: torch.Generator | None = None,
+        on_progress: Callable[[int], None] | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> list[list[Rollout]]:
+        """G rollouts for each item. `features` are not used: the servers encode the images themselves.
+
+        Without `seeds`, one for each prompt, they come from `generator`. Greedy completions have log-probabilities at
+        temperature 1. Raises PromptMismatch that names the sample, and the errors of `ServerPool.run`.
+        """
+        if seeds is None:
+            device = None if generator is None else generator.device
+            seeds = torch.randint(2**31, (len(items),), generator=generator, device=device).tolist()
+        jobs = [(item.to("cpu"), seed % 2**31) for item, seed in zip(items, seeds, strict=True)]
+        ask = partial(self._ask, writer=self._writer, settings=settings)
+        return self._call(lambda pool: pool.run(jobs, ask, on_progress))
+
+    @cached_property
+    def _writer(self) -> PromptWriter:
+        return PromptWriter(self.policy.processor_path)
+
+    async def _ask(
+        self, endpoint: ChatEndpoint, job: tuple[PromptItem, int], writer: PromptWriter, settings: RolloutSettings
+    ) -> list[Rollout]:
+        item, seed = job
+        banned = self.policy.banned_ids(settings.ban)
+        messages = await asyncio.to_thread(writer.messages, item)
+        body = {
+            "model": self.adapter.name if self.adapter else self._models[endpoint.settings.base_url],
+            "messages": messages,
+            "n": settings.group_size,
+            "temperature": 0.0 if settings.greedy else settings.temperature,
+            "max_completion_tokens": settings.max_new_tokens,
+            "seed": seed,
+            "logprobs": True,
+            "top_logprobs": 0,
+            "return_token_ids": True,
+            "stop_token_ids": list(self.policy.eos_ids),
+            "logit_bias": {str(token): BAN for token in banned},
+        }
+        try:
+            vocabulary = range(self.policy.base.config.text_config.vocab_size)
+            read = partial(read_choices, item=item, settings=settings, ends=self.policy.eos_ids, vocabulary=vocabulary)
+            choices = await endpoint.post("/chat/completions", body | SERVER_FIELDS, read)
+        except RequestRefused as error:
+            raise RequestRefused(f"sample {item.sample.id!r}: {endpoint.settings.base_url}: {error}") from error
+        except EndpointUnavailable as error:
+            raise EndpointUnavailable(f"sample {item.sample.id!r}: {error}", error.status) from error
+        return [self._rollout(item, token_ids, log_probs, banned) for token_ids, log_probs in choices]
+
+    def _rollout(
+        self, item: PromptItem, token_ids: list[int], log_probs: list[float], banned: Collection[int]
+    ) -> Rollout:
+        if wrong := sorted(set(token_ids) & set(banned)):
+            raise ValueError(f"sample {item.sample.id!r}: the server sampled banned tokens {wrong}")
+        text = self.policy.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Rollout(torch.tensor(token_ids), torch.tensor(log_probs), token_ids[-1] in self.policy.eos_ids, text)
+
+    def _call(self, what: Callable[[ServerPool], Awaitable[T]]) -> T:
+        """Run `what` on the pool, in the event loop that its connections belong to; an error ends both."""
+        if self._runner is None:
+            self._runner = asyncio.Runner()
+
+        async def run() -> T:
+            if self._pool is None:
+                waits = self.settings.patience, self.settings.pause, self.settings.look
+                self._pool = ServerPool(self.settings.endpoints(), self._prepare, *waits)
+            return await what(self._pool)
+
+        try:
+            return self._runner.run(run())
+        except BaseException:
+            self._disconnect()
+            raise

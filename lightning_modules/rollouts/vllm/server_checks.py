@@ -1,0 +1,229 @@
+"""What a vLLM server must be and what it answers: its settings here, the checks of a server, and the reading of its
+answers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from datamodules.encoding.encoder import PromptItem
+from datamodules.persistence.credentials import hide_credentials
+from lightning_modules.rollouts.base import RolloutSettings
+from lightning_modules.serving.openai_client import (
+    ChatEndpoint,
+    EndpointMisused,
+    EndpointSettings,
+    EndpointUnavailable,
+    RequestRefused,
+)
+from lightning_modules.serving.responses import Malformed, read_json
+
+# A log-probability in a server's answer. Rounding may lift that of a certain token a little above 0. vLLM sends -9999
+# for minus infinity; a sampled token never has it, but nothing depends on refusing it.
+HIGHEST_LOG_PROB, LOWEST_LOG_PROB = 1e-3, -1e4
+
+
+class PromptMismatch(ValueError):
+    """The server read other prompt tokens than the trainer."""
+
+
+@dataclass(frozen=True)
+class VLLMSettings:
+    """The servers that serve the model that is trained, each started as docs/rollout_engines.md says.
+
+    servers: base URLs, such as http://localhost:8000/v1; prompts are spread over them. model: their name of it; null:
+    the one they serve. adapters: folder that the trainer writes and every server reads; null: `adapters` in the phase's
+    folder. timeout: seconds for all completions of one prompt. attempts, backoff, max_backoff: of one request at one
+    server, as in `EndpointSettings`, before its prompt goes to another. concurrency: prompts under way at each server,
+    from each rank. patience: seconds without any server until the run ends. pause: seconds between two looks at a dead
+    server. look: seconds for one look. api_key_env, basic_auth_env: as in `EndpointSettings`.
+    """
+
+    servers: tuple[str, ...] = ("http://127.0.0.1:8000/v1",)
+    model: str | None = None
+    adapters: str | None = None
+    timeout: float = 600.0
+    attempts: int = 2
+    backoff: float = 1.0
+    max_backoff: float = 10.0
+    concurrency: int = 16
+    patience: float = 900.0
+    pause: float = 2.0
+    look: float = 300.0
+    api_key_env: str = "OPENAI_API_KEY"
+    basic_auth_env: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.servers or len(set(self.servers)) < len(self.servers):
+            shown = [hide_credentials(url) for url in self.servers]
+            raise ValueError(f"vllm: servers={shown} must name at least one server, and none twice")
+        for name in ("patience", "pause", "look"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"vllm: {name}={getattr(self, name)} must be greater than 0")
+        self.endpoints()
+
+    def endpoints(self) -> list[EndpointSettings]:
+        patience = {name: getattr(self, name) for name in ("timeout", "attempts", "backoff", "max_backoff")}
+        more = patience | {name: getattr(self, name) for name in ("concurrency", "api_key_env", "basic_auth_env")}
+        return [EndpointSettings(self.model or "the one served", url.rstrip("/"), **more) for url in self.servers]
+
+
+def find_model(url: str, served: dict[str, dict[str, Any]], wanted: str | None, needs: Mapping[str, int]) -> str:
+    """The server's name of its model: `wanted`, or the only one.
+
+    `needs`: {who asks: the most tokens of a prompt with its completion}. Raises EndpointMisused if the model is not
+    served, or not in such sequences.
+    """
+    names = [name for name, entry in served.items() if not entry.get("parent")]
+    name = wanted or (names[0] if len(names) == 1 else None)
+    if name not in names:
+        raise EndpointMisused(f"{url} serves {names}, not vllm.model={wanted!r}")
+    longest = served[name].get("max_model_len")
+    longer = {who: tokens for who, tokens in needs.items() if longest is not None and longest < tokens}
+    if longer:
+        found = ", ".join(f"{tokens} in {who}" for who, tokens in longer.items())
+        raise EndpointMisused(
+            f"{url}: max_model_len={longest} of {name!r} is less than the tokens that a prompt and its completion may "
+            f"have: {found}; start it with --max-model-len {max(longer.values())}, or lower max_prompt_tokens or "
+            "max_new_tokens there (in training: of data and of model)"
+        )
+    return name
+
+
+def read_choices(
+    text: str, item: PromptItem, settings: RolloutSettings, ends: Collection[int], vocabulary: Collection[int]
+) -> list[tuple[list[int], list[float]]]:
+    """Token ids and their log-probabilities of each of `group_size` completions, in order.
+
+    Args:
+        ends: token ids that end a completion.
+        vocabulary: token ids that a policy can sample, as a `range`.
+
+    Raises PromptMismatch if the server read another prompt than `item`'s. Raises Malformed for everything else that is
+    no such answer, and for a completion that stops before its limit without one of the tokens `ends`, as those of a
+    server that is shut down do.
+    """
+    answer = read_json(text, "a completion")
+    try:
+        prompt, choices = answer["prompt_token_ids"], answer["choices"]
+        if type(prompt) is not list or not all(type(token) is int for token in prompt):
+            raise TypeError(f"prompt_token_ids={prompt!r:.60} is no list of integers")
+        indices = [choice["index"] for choice in choices]
+        if not all(type(index) is int for index in indices) or sorted(indices) != list(range(settings.group_size)):
+            raise ValueError(f"{settings.group_size} completions were asked for, and these came: {indices!r:.100}")
+        found = [
+            (choice["token_ids"], [token["logprob"] for token in choice["logprobs"]["content"]])
+            for choice in sorted(choices, key=lambda choice: choice["index"])
+        ]
+        faults = [fault for completion in found if (fault := _fault(*completion, settings, ends, vocabulary))]
+        if faults:
+            raise ValueError("; ".join(faults))
+    except (ValueError, LookupError, TypeError) as error:
+        reason = f"no completion with token ids and log-probabilities ({error!r:.600}): {text[:200]!r}"
+        raise Malformed(reason) from error
+    _require_same_prompt(item, prompt)
+    return found
+
+
+def _fault(
+    ids: list[int],
+    log_probs: list[float],
+    settings: RolloutSettings,
+    ends: Collection[int],
+    vocabulary: Collection[int],
+) -> str | None:
+    """The fault of a completion; None for a sound one."""
+    if type(ids) is not list or not ids or len(ids) != len(log_probs):
+        return f"token ids {ids!r:.60} with {len(log_probs)} log-probabilities"
+    if wrong := [token for token in ids if type(token) is not int or token not in vocabulary]:
+        return f"token ids that the model does not have: {wrong[:5]!r:.100}"
+    if wrong := [value for value in log_probs if not _is_log_prob(value)]:
+        return f"log-probabilities {wrong[:5]!r:.100}"
+    longest = settings.max_new_tokens
+    if len(ids) > longest or (ids[-1] not in ends and len(ids) < longest):
+        return f"a completion of {len(ids)} tokens, at most {longest} of them, with the end {ids[-1]}"
+    return None
+
+
+def _is_log_prob(value: Any) -> bool:
+    return type(value) in (int, float) and LOWEST_LOG_PROB <= value <= HIGHEST_LOG_PROB
+
+
+def _require_same_prompt(item: PromptItem, read: list[int]) -> None:
+    own = item.input_ids.tolist()
+    if read == own:
+        return
+    place = next((k for k, (a, b) in enumerate(zip(own, read, strict=False)) if a != b), min(len(own), len(read)))
+    raise PromptMismatch(
+        f"sample {item.sample.id!r}: the server read {len(read)} prompt tokens, the trainer {len(own)}; they differ "
+        f"from token {place} on: {read[place : place + 5]} there, {own[place : place + 5]} here. Does the server "
+        "serve the trained model's own folder, with its chat template and image sizes?"
+    )
+
+
+def read_models(text: str) -> dict[str, dict[str, Any]]:
+    """{name: entry} of a server's list of models. Raises Malformed for anything else."""
+    record = read_json(text, "a list of models")
+    try:
+        entries = {entry["id"]: entry for entry in record["data"]}
+        for name, entry in entries.items():
+            longest = entry.get("max_model_len")
+            if type(name) is not str or not (longest is None or (type(longest) is int and longest > 0)):
+                raise TypeError(f"id={name!r:.60}, max_model_len={longest!r:.60}")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Malformed(f"no list of models ({error!r:.200}): {text[:200]!r}") from error
+    return entries
+
+
+async def require_lora(endpoint: ChatEndpoint) -> None:
+    """Ask for an adapter that does not exist: a server that could load one says that there is none."""
+    try:
+        await endpoint.post("/load_lora_adapter", {"lora_name": "a-check", "lora_path": "/no/such/adapter"})
+        fault = "loads an adapter that does not exist"
+    except (EndpointMisused, RequestRefused, EndpointUnavailable) as error:
+        if "/no/such/adapter" in str(error):
+            return
+        if isinstance(error, EndpointUnavailable):
+            await raise_if_down(endpoint, error)
+        fault = str(error)
+    raise EndpointMisused(
+        f"{endpoint.settings.base_url} loads no adapters: {fault}. Start it with --enable-lora and "
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
+    )
+
+
+async def raise_if_down(endpoint: ChatEndpoint, error: EndpointUnavailable) -> None:
+    """Raise `error` unless the server is well: 500 is also how it says that it cannot read or place an adapter."""
+    if error.status != 500:
+        raise error
+    await endpoint.get(endpoint.settings.base_url.removesuffix("/v1") + "/health")  # 503 once its engine is dead
+
+
+async def require_processed_log_probs(endpoint: ChatEndpoint, model: str, token: int) -> None:
+    """Of a token that is the only one allowed the log-probability is 0, unless the server takes it before all that."""
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": "?"}],
+        "max_completion_tokens": 1,
+        "allowed_token_ids": [token],
+        "logprobs": True,
+        "top_logprobs": 0,
+    }
+    found = await endpoint.post("/chat/completions", body, _read_first_log_prob)
+    if abs(found) > 1e-3:
+        raise EndpointMisused(
+            f"{endpoint.settings.base_url} gives raw log-probabilities ({found:.3f} of a token without alternative); "
+            "start it with --logprobs-mode processed_logprobs"
+        )
+
+
+def _read_first_log_prob(text: str) -> float:
+    record = read_json(text, "a completion")
+    try:
+        found = record["choices"][0]["logprobs"]["content"][0]["logprob"]
+    except (LookupError, TypeError) as error:
+        raise Malformed(f"no token with its log-probability ({error!r:.200}): {text[:200]!r}") from error
+    if not _is_log_prob(found):
+        raise Malformed(f"a log-probability of {found!r:.60}")
+    return found

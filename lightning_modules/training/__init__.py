@@ -1,0 +1,1 @@
+"""What every training run shares: optimizer, seeds, strategy, and how a run ends."""

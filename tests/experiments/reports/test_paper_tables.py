@@ -1,0 +1,148 @@
+"""The paper's numbers as data, and measured rows beside them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from datamodules.benchmarks.mig_bench import TASKS
+from datamodules.benchmarks.mig_scoring import Prediction
+from datamodules.benchmarks.registry import BENCHMARKS
+from datamodules.benchmarks.results import write_evaluation
+from experiments import print_tables
+from experiments.reports import paper_tables
+from experiments.reports.pipeline_report import render_report
+from experiments.runs.results import Results, write_results
+
+# Rows whose printed AVG is not the mean of their cells (docs/paper_contradictions.md).
+CONTRADICTIONS = {(2, "LLaVA-OV-72B"), (8, "Qwen2.5-VL-7B"), (8, "+ SFT"), (9, "Qwen2.5-VL-7B")}
+
+
+def cell(score: float, n: int = 10) -> dict:
+    return {"score": score, "low": score - 1, "high": score + 1, "n": n}
+
+
+def write_result(folder: Path, name: str, columns: dict[str, float], averages: dict[str, float], **changes) -> None:
+    result = {"benchmark": name, "model": "m", "data_root": "d", "limit": None, "generation": "greedy", "n": 10}
+    result |= {"rule": {}, "official": {}, "failures": {}}
+    result["columns"] = {name: cell(score) for name, score in columns.items()}
+    result["averages"] = {name: cell(score) for name, score in averages.items()}
+    write_evaluation(folder, [], result | changes)
+
+
+def test_the_papers_averages_are_the_means_of_their_rows() -> None:
+    _, found = paper_tables.load_paper_tables()
+    assert [table.number for table in found] == list(range(2, 10))
+    assert sum(len(table.rows) for table in found) == 51
+    differing = set()
+    for table in found:
+        if table.number != 3:
+            for row in table.rows:
+                *cells, average = row.cells
+                if abs(sum(cells) / len(cells) - average) > 0.0501:
+                    differing.add((table.number, row.label))
+    assert differing == CONTRADICTIONS
+
+
+def test_every_column_names_a_cell_that_its_benchmark_has() -> None:
+    for table in paper_tables.load_paper_tables()[1]:
+        for _, key in table.columns:
+            if key != "mean":
+                name, column = key.split("/")
+                averages = BENCHMARKS[name].AVERAGES
+                assert column in averages or column in averages["avg"]
+    keys = {key for table in paper_tables.load_paper_tables()[1] for _, key in table.columns}
+    for name, module in BENCHMARKS.items():
+        assert {f"{name}/{column}" for column in module.AVERAGES["avg"]} <= keys
+
+
+def test_a_measured_row_stands_below_the_papers_with_its_interval(tmp_path: Path) -> None:
+    write_result(tmp_path / "eval/m/odinw", "odinw", {"Vector": 50.0}, {})
+    write_result(tmp_path / "eval/m/odinw-limit1", "odinw", {"Vector": 0.0}, {}, limit=1)
+    text = print_tables.make_tables(tmp_path)
+    lines = text.split("## Table 5")[1].split("##")[0].strip().splitlines()
+    assert lines[-1] == "| measured: m (d) | – | – | – | – | 50.00 [49.00, 51.00] | – | 10 |"
+    assert lines[-2].startswith("| Ours | 20.61 | 91.73 |")
+    assert text.count("measured: m") == 1
+    rows = list(csv.DictReader((tmp_path / "tables/tables.csv").read_text().splitlines()))
+    (measured,) = [row for row in rows if row["kind"] == "measured"]
+    assert measured == {
+        "table": "5", "row": "m (d)", "kind": "measured", "column": "Vector",
+        "score": "50.0000", "low": "49.0000", "high": "51.0000", "n": "10",
+    }  # fmt: skip
+    printed = sum(len(row.cells) for table in paper_tables.load_paper_tables()[1] for row in table.rows)
+    assert sum(row["kind"] == "paper" for row in rows) == printed
+
+
+def test_table_4_averages_three_benchmarks_and_only_whole_rows(tmp_path: Path) -> None:
+    write_result(tmp_path / "eval/m/ref_l4", "ref_l4", {"val": 50.0, "test": 70.0}, {})
+    write_result(tmp_path / "eval/m/lisa", "lisa", {"val": 10.0, "test": 20.0}, {})
+    measured = paper_tables.find_measured(tmp_path)
+    table = paper_tables.with_measured(paper_tables.load_paper_tables()[1], measured)[2]
+    assert table.number == 4 and table.rows[-1].cells[-1] is None
+    write_result(tmp_path / "eval/m/revos", "revos", {"ReVOS": 100.0}, {})
+    average = paper_tables.with_measured([table], paper_tables.find_measured(tmp_path))[0].rows[-1].cells[-1]
+    assert average["score"] == pytest.approx(50.0) and average["low"] < 50 < average["high"] and average["n"] == 50
+
+
+def write_phase(folder: Path, finished: bool = True, limit: int | None = None) -> None:
+    """What a pipeline leaves: two questions of each task, one right."""
+    folder.mkdir(parents=True)
+    box = (0.0, 0.0, 1.0, 1.0)
+    predictions = [
+        Prediction(f"mig_bench/{t}{k}", t, "one\u2028line", box, box, float(k), box, float(k), True, None, 1, True)
+        for t in TASKS
+        for k in range(2)
+    ]
+    lines = (json.dumps(p.to_json(), ensure_ascii=False) + "\n" for p in predictions)
+    (folder / "predictions.jsonl").write_text("".join(lines))
+    summary = {"n": 20 if finished else 40, "limit_per_task": limit, "generation": "greedy"}
+    (folder / "mig_bench.json").write_text(json.dumps(summary))
+
+
+def test_a_pipelines_phases_stand_in_the_mig_bench_tables_and_in_the_report(tmp_path: Path) -> None:
+    write_phase(tmp_path / "nano/grpo")
+    write_phase(tmp_path / "nano/sft", finished=False)
+    write_phase(tmp_path / "nano/cot_sft", limit=2)
+    write_phase(tmp_path / "nano/grpo.0123abcd")
+    write_results(tmp_path / "nano/results.json", Results("nano", 0, "abc"))
+    measured = paper_tables.find_measured(tmp_path)
+    assert list(measured) == ["nano/grpo"]
+    assert measured["nano/grpo"]["mig_bench/avg"]["score"] == 50.0
+    text = print_tables.make_tables(tmp_path)
+    assert text.count("measured: nano/grpo") == 3  # Tables 2, 3 and 9
+    page = (tmp_path / "nano/report.html").read_text()
+    assert "measured: nano/grpo" in page and "Table 9" in page and "Table 6" not in page
+    write_result(tmp_path / "nano/grpo/benchmarks/blink", "blink", {"Jigsaw": 50.0}, {})
+    assert "Table 6" in render_report(tmp_path / "nano")
+
+
+def test_a_row_that_was_decoded_otherwise_says_so_and_is_mixed_with_no_other(tmp_path: Path) -> None:
+    write_result(tmp_path / "eval/m/blink", "blink", {"Jigsaw": 50.0}, {})
+    write_result(tmp_path / "eval/m/blink-model-generation", "blink", {"Jigsaw": 60.0}, {}, generation="model")
+    write_result(tmp_path / "eval/old/blink", "blink", {"Jigsaw": 70.0}, {}, model="old")
+    old = tmp_path / "eval/old/blink/result.json"
+    record = json.loads(old.read_text())
+    del record["generation"]  # as of earlier versions
+    old.write_text(json.dumps(record))
+    write_phase(tmp_path / "nano/grpo")
+    write_results(tmp_path / "nano/results.json", Results("nano", 0, "abc"))
+    write_result(tmp_path / "nano/grpo/benchmarks/blink", "blink", {"Jigsaw": 80.0}, {}, generation="model")
+    measured = paper_tables.find_measured(tmp_path)
+    assert {label: cells["blink/Jigsaw"]["score"] for label, cells in measured.items() if "blink/Jigsaw" in cells} == {
+        "m (d)": 50.0,
+        "m (d), the model's own generation settings": 60.0,
+        "old (d), decoding unknown: evaluate again": 70.0,
+        "nano/grpo, the model's own generation settings": 80.0,
+    }
+    assert "mig_bench/avg" in measured["nano/grpo"]
+
+
+def test_a_broken_result_is_a_short_error(tmp_path: Path) -> None:
+    (tmp_path / "eval/m/blink").mkdir(parents=True)
+    (tmp_path / "eval/m/blink/result.json").write_text('{"benchmark": "blink"}')
+    with pytest.raises(SystemExit, match=r"no tables: .*result\.json lacks model"):
+        print_tables.main(["--outputs", str(tmp_path)])

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+from experiments.reports import pipeline_report, svg_charts
+from experiments.runs import run_identity
+from experiments.runs.results import Results, make_stage, write_results
+from tests.experiments.runs.test_metrics_csv import attempt
+from tests.experiments.runs.test_results import summary
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    stages = [make_stage(name, summary(avg), 60) for name, avg in (("base", 11.0), ("cot_sft", 26.5), ("grpo", 32.25))]
+    write_results(tmp_path / "results.json", Results("nano <x>", 1, "abc123", tuple(stages)))
+    attempt(tmp_path / "grpo", 0, "reward/total,step\n0.5,0\n0.75,1\n")
+    image = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(image, "PNG")
+    for step in ("step_000010", "step_000020"):
+        (tmp_path / "grpo" / "previews" / step).mkdir(parents=True)
+        (tmp_path / "grpo" / "previews" / step / f"{step}_example.png").write_bytes(image.getvalue())
+    return tmp_path
+
+
+def test_the_page_holds_the_ladder_curves_and_pictures(folder: Path) -> None:
+    page = pipeline_report.write_report(folder).read_text()
+    for text in ("26.50", "+15.50", "32.25", "+5.75", "abc123", "nano &lt;x&gt;", "data:image/png;base64,", "Reward"):
+        assert text in page
+    assert "<svg" in page and "no_box" in page
+    assert "step_000020_example" in page and "step_000010_example" not in page
+
+
+def test_the_page_tells_the_commit_of_the_training_from_the_last_commands(folder: Path) -> None:
+    run_identity.claim(folder / "grpo", "key", commit="def456")
+    assert "Last command at commit abc123; trained: grpo at def456." in pipeline_report.render_report(folder)
+
+
+def test_the_page_needs_nothing_from_outside(folder: Path) -> None:
+    page = pipeline_report.render_report(folder)
+    links = re.findall(r"(?:src|href)=\"(?!data:)[^\"]*", page) + re.findall(r"url\(|@import|<script|<link", page)
+    assert links == []
+
+
+def test_the_terminal_ladder_is_aligned(folder: Path) -> None:
+    lines = pipeline_report.ladder_text(pipeline_report.read_results(folder / "results.json")).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[-1].split()[:3] == ["grpo", "32.25", "+5.75"]
+
+
+def test_a_half_finished_experiment_is_reported_as_far_as_it_went(tmp_path: Path) -> None:
+    write_results(tmp_path / "results.json", Results("nano", 0, "abc"))
+    assert "Ladder" in pipeline_report.render_report(tmp_path)
+
+
+def test_a_missing_experiment_is_a_short_error(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"no report: .*results\.json"):
+        pipeline_report.main(["--folder", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "points", [[(0, 1.0)], [(5, 2.0), (5, 2.0)], [(k, k % 7) for k in range(100)], [(0, -1), (1, 1e9)]]
+)
+def test_charts_are_well_formed_and_stay_inside_their_frame(points: list) -> None:
+    tree = ElementTree.fromstring(svg_charts.line_chart("a < b", {"x & y": points, "empty": []}))
+    lines = [line.get("points").split() for line in tree.iter("{http://www.w3.org/2000/svg}polyline")]
+    dots = [f"{dot.get('cx')},{dot.get('cy')}" for dot in tree.iter("{http://www.w3.org/2000/svg}circle")]
+    assert (len(lines), len(dots)) == (0, 1) if len(points) == 1 else len(lines) >= 1
+    for place in [*dots, *(place for line in lines for place in line)]:
+        x, y = map(float, place.split(","))
+        assert svg_charts.LEFT - 0.1 <= x <= svg_charts.WIDTH and 0 <= y <= svg_charts.HEIGHT
+
+
+def test_bars_are_as_tall_as_their_values() -> None:
+    tree = ElementTree.fromstring(svg_charts.bar_chart("t", ["diff", "region"], {"base": {"diff": 50, "region": 100}}))
+    bars = [float(bar.get("height")) for bar in tree.iter("{http://www.w3.org/2000/svg}rect") if bar.get("fill")]
+    assert bars[1] == pytest.approx(2 * bars[0], abs=0.2)
+
+
+def test_a_bar_that_was_not_measured_is_a_gap_and_not_a_zero() -> None:
+    tree = ElementTree.fromstring(svg_charts.bar_chart("t", ["diff", "region"], {"base": {"region": 0.0}, "grpo": {}}))
+    titles = [title.text for title in tree.iter("{http://www.w3.org/2000/svg}title")]
+    assert titles == ["region: 0.0"]
+
+
+def test_a_phase_whose_last_answer_was_cut_short_is_no_obstacle(folder: Path) -> None:
+    (folder / "grpo" / "predictions.jsonl").write_text('{"id": "diff/1", "task": "di')
+    assert "Ladder" in pipeline_report.render_report(folder)
+
+
+def test_no_points_make_no_chart() -> None:
+    assert svg_charts.line_chart("t", {"a": []}) == ""
+
+
+def test_smoothing_keeps_a_constant_and_the_number_of_points() -> None:
+    points = [(k, 3.0) for k in range(50)]
+    assert svg_charts.smooth(points) == points
+
+
+def test_a_stage_of_another_version_is_told_with_file_and_field(folder: Path) -> None:
+    (folder / "grpo" / "config.yaml").write_text("model: {init_args: {path: models/tiny}}")
+    wanted = r"grpo/config.yaml was written by another version of the project: it has no field model.init_args.model"
+    with pytest.raises(SystemExit, match=wanted):
+        pipeline_report.main(["--folder", str(folder)])

@@ -1,0 +1,104 @@
+"""Passwords and keys: refused before anything is written, and in no output of a command that was given them rightly."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from datamodules.synthetic.benchmark_replicas import write
+from experiments import ablations, evaluate, evaluate_benchmarks, pipeline, synthesize, train
+from tests.chat_server import ChatServer, http_response
+
+ROOT = Path(__file__).resolve().parents[3]
+SECRET = "PASSW0RD"
+NANO = "experiments/configs/nano"
+PLANTED = {
+    "an endpoint's URL": (evaluate_benchmarks, ["--endpoint.base_url", f"http://user:{SECRET}@127.0.0.1:1/v1"]),
+    "a token in a URL": (evaluate_benchmarks, [f"--endpoint.base_url=http://{SECRET}@127.0.0.1:1/v1"]),
+    "an extractor's URL": (evaluate_benchmarks, [f"--extractor.base_url=http://user:{SECRET}@127.0.0.1:1/v1"]),
+    "a key as a field": (evaluate_benchmarks, [f'--endpoint.extra_body={{"api_key": "{SECRET}"}}']),
+    "a key in place of its variable": (synthesize, [f"--endpoint.api_key_env=sk-{SECRET}0123456789"]),
+    "a key in a query": (synthesize, [f"--endpoint.base_url=http://127.0.0.1:1/v1?api_key={SECRET}"]),
+    "a model's URL": (evaluate, [f"--model=https://user:{SECRET}@huggingface.co/a/b"]),
+    "a rollout server": (
+        train,
+        [f"--config={NANO}/grpo.yaml", f"--model.vllm.servers=['http://user:{SECRET}@127.0.0.1:1/v1']"],
+    ),
+    "an override of a phase": (
+        pipeline,
+        [f"--config={NANO}/pipeline.yaml", f"--overrides.evaluation=--model https://user:{SECRET}@host/m"],
+    ),
+    "a key in the middle": (ablations, [f"--config={NANO}/ablations.yaml", "--seeds", f"hf_{SECRET}0123456789"]),
+}
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_secret_is_refused_and_repeated_nowhere(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    entry, args = PLANTED[name]
+    args = [str(ROOT / arg) if arg.startswith(NANO) else arg.replace(f"={NANO}", f"={ROOT / NANO}") for arg in args]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        entry.main(args)
+    shown = str(caught.value) + "".join(capfd.readouterr())
+    field = next(arg for arg in reversed(args) if arg.startswith("--")).partition("=")[0]
+    assert "environment variable" in shown and field in shown
+    assert SECRET not in shown
+    assert shown.count("\n") <= 4
+    assert contents(tmp_path) == {}
+
+
+def test_a_secret_in_a_configuration_is_named_by_its_line(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"model: gpt-4o\nendpoint:\n  base_url: http://user:{SECRET}@127.0.0.1:1/v1\n")
+    for args in (["--config", str(config)], [f"--config={config}"]):
+        with pytest.raises(SystemExit, match=r"mine\.yaml, line 3, holds a URL with") as caught:
+            evaluate_benchmarks.main(args)
+        assert SECRET not in str(caught.value) + "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("status", [200, 401, 500])
+def test_secrets_of_the_environment_are_in_no_output(
+    status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """The server answers well, or refuses and repeats the key and the login that it was sent."""
+    monkeypatch.setattr(write, "TWINS", {key: (*value[:2], 2) for key, value in write.TWINS.items()})
+    secrets = {"MY_KEY": "plain-key-of-mine", "MY_LOGIN": f"user:{SECRET}"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    echo = f'{{"error": {{"message": "who is plain-key-of-mine, {SECRET}?"}}}}'.encode()
+    answer = "The answer is B." if status == 200 else http_response(status, echo)
+    with ChatServer(lambda request: answer) as server:
+        args = ["--model=gpt-4o", "--bench=blink", "--twins=true", "--decoding.max_new_tokens=6"]
+        args += ["--endpoint.attempts=1", f"--endpoint.base_url={server.base_url}", f"--data_root={tmp_path / 'data'}"]
+        args += ["--endpoint.api_key_env=MY_KEY", "--endpoint.basic_auth_env=MY_LOGIN", f"--output={tmp_path / 'out'}"]
+        if status == 200:
+            evaluate_benchmarks.main(args)
+            shown = ""
+        else:
+            with pytest.raises(SystemExit, match=r"who is \*\*\*, \*\*\*\?") as caught:
+                evaluate_benchmarks.main(args)
+            shown = str(caught.value)
+        assert server.requests
+    shown += "".join(capfd.readouterr())
+    written = b"".join(contents(tmp_path).values())
+    for value in (secrets["MY_KEY"], SECRET):
+        assert value not in shown
+        assert value.encode() not in written
+
+
+def test_every_entry_point_refuses_secrets_first() -> None:
+    found = 0
+    for file in sorted((ROOT / "experiments").rglob("*.py")):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name == "main" and file.name != "vllm_server.py":
+                found += 1
+                assert "command" in [ast.unparse(decorator) for decorator in node.decorator_list], file
+    assert found >= 15

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experiments.runs import run_identity
+from experiments.runs.changes import CodeChanged, MadeOf
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_a_phase_is_done_only_with_its_own_hash(tmp_path: Path) -> None:
+    folder = tmp_path / "cot_sft"
+    assert not run_identity.claim(folder, "aaaa")
+    assert not run_identity.claim(folder, "aaaa"), "started is not done"
+    run_identity.write_marker(folder, key="aaaa", seconds=1.0)
+    assert run_identity.claim(folder, "aaaa")
+
+
+def test_other_settings_start_afresh_and_lose_nothing(tmp_path: Path) -> None:
+    folder, said = tmp_path / "grpo", []
+    for key in ("aaaa", "bbbb", "aaaa", "bbbb", "aaaa"):
+        assert not run_identity.claim(folder, key, said.append)
+        assert not (folder / "weights").exists()
+        (folder / "weights").write_text(key)
+    kept = sorted((path.name, (path / "weights").read_text()) for path in tmp_path.iterdir())
+    assert kept == [
+        ("grpo", "aaaa"), ("grpo.aaaa", "aaaa"), ("grpo.aaaa+", "aaaa"), ("grpo.bbbb", "bbbb"), ("grpo.bbbb+", "bbbb"),
+    ]  # fmt: skip
+    assert len(said) == 4 and "grpo.aaaa" in said[0]
+
+
+def test_other_ranks_learn_that_the_run_is_done(tmp_path: Path) -> None:
+    folder = tmp_path / "grpo"
+    run_identity.claim(folder, "aaaa")
+    assert run_identity.wait_for_claim(folder, "aaaa", seconds=1) is False
+    run_identity.write_marker(folder, key="aaaa")
+    assert run_identity.wait_for_claim(folder, "aaaa", seconds=1) is True
+    run_identity.claim(folder, "bbbb")
+    assert run_identity.wait_for_claim(folder, "bbbb", seconds=1) is False
+    with pytest.raises(TimeoutError, match="aaaa"):
+        run_identity.wait_for_claim(folder, "aaaa", seconds=0)
+
+
+def test_a_second_process_waits_for_the_first_and_a_kill_frees_the_lock(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from experiments import phases\n"
+        "with phases.locked(sys.argv[1]): print('in', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "grpo")], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "in\n"
+        said: list[str] = []
+
+        def kill_and_note(message: str) -> None:
+            said.append(message)
+            holder.kill()
+
+        start = time.monotonic()
+        with run_identity.locked(tmp_path / "grpo", kill_and_note):
+            assert len(said) == 1 and "waiting" in said[0]
+        assert time.monotonic() - start < 30
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+
+
+def test_a_place_that_cannot_be_written_ends_the_program_and_is_named(tmp_path: Path) -> None:
+    (tmp_path / "outputs").write_text("a file where a folder should be")
+    wanted = r"outputs/nano/grpo cannot be written: .*[Nn]ot a directory"
+    with pytest.raises(SystemExit, match=wanted), run_identity.locked(tmp_path / "outputs/nano/grpo"):
+        pass
+
+
+def test_a_lock_that_is_not_waited_for_says_whether_it_is_held(tmp_path: Path) -> None:
+    with (
+        run_identity.locked(tmp_path / "grpo", wait=False) as first,
+        run_identity.locked(tmp_path / "grpo", wait=False) as second,
+    ):
+        assert first and not second
+    with run_identity.locked(tmp_path / "grpo") as third:
+        assert third
+
+
+@pytest.mark.parametrize(
+    ("saved", "what"),
+    [
+        ({"data": {"style": "think"}}, "it has no field data.convention"),
+        ({"model": {}}, "it has no field data.convention"),
+        ({"data": {"style": "long", "convention": "absolute"}}, r"data.style='long' is none of \['think', "),
+        (None, "no settings by name, but None"),
+    ],
+)
+def test_settings_of_another_version_are_told_with_file_and_field(tmp_path: Path, saved: object, what: str) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    file = re.escape(str(tmp_path / "config.yaml"))
+    with pytest.raises(ValueError, match=f"{file} was written by another version of the project: {what}"):
+        run_identity.trained_form(str(tmp_path / "merged"), {"convention": "absolute", "style": "think"})
+
+
+OLD_CODE, NEW_CODE = {"lightning_modules/grpo.py": "1"}, {"lightning_modules/grpo.py": "2"}
+
+
+def saved(settings: dict) -> tuple[dict, dict]:
+    return settings, {}
+
+
+def begin(folder: Path, code: dict, choice: str | None = None, key: str = "aaaa", **settings: object) -> bool:
+    return run_identity.claim(folder, MadeOf(key, settings, {}, code, saved), choice=choice)
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_what_other_code_has_made_is_asked_about_and_never_taken_or_lost(
+    tmp_path: Path, is_done: bool, is_recorded: bool, capsys: pytest.CaptureFixture
+) -> None:
+    folder, old = tmp_path / "grpo", OLD_CODE if is_recorded else {}
+    begin(folder, old)
+    (folder / "weights").write_text("old")
+    if is_done:
+        run_identity.finish(folder, "aaaa", seconds=5.0)
+        assert begin(folder, old) is True
+    words = r"lightning_modules/grpo\.py" if is_recorded else "an earlier version of the project"
+    for _ in range(2):
+        with pytest.raises(CodeChanged, match=f"is {'finished' if is_done else 'unfinished'}.*\n.*{words}"):
+            begin(folder, NEW_CODE)
+        with pytest.raises(CodeChanged):
+            run_identity.wait_for_claim(folder, MadeOf("aaaa", {}, {}, NEW_CODE), seconds=1)
+    assert begin(folder, NEW_CODE, "keep") is is_done and (folder / "weights").read_text() == "old"
+    assert begin(folder, NEW_CODE) is is_done, "it is not asked twice"
+    assert run_identity.wait_for_claim(folder, MadeOf("aaaa", {}, {}, NEW_CODE), seconds=1) is is_done
+    marker = run_identity.read_marker(folder, run_identity.DONE if is_done else run_identity.STARTED)
+    assert marker.get("code", {}) == old, "which code has made it stays written down"
+    assert not is_done or marker["seconds"] == 5.0
+    with pytest.raises(CodeChanged):
+        begin(folder, {"lightning_modules/grpo.py": "3"})
+    capsys.readouterr()
+    for _ in range(2):  # the same command again goes on with what it has begun
+        assert begin(folder, NEW_CODE, "redo") is False
+    assert not (folder / "weights").exists() and (tmp_path / "grpo.aaaa/weights").read_text() == "old"
+    assert not (tmp_path / "grpo.aaaa+").exists() and "grpo.aaaa" in capsys.readouterr().out
+    run_identity.finish(folder, "aaaa")
+    assert begin(folder, NEW_CODE) is True and run_identity.read_marker(folder)["code"] == NEW_CODE
+
+
+def test_a_run_that_is_set_aside_is_named_with_what_differs_and_the_way_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "grpo"
+    begin(folder, OLD_CODE, model={"init_args": {"beta": 0.1}}, data={"batch_size": 2})
+    assert begin(folder, NEW_CODE, key="bbbb", model={"init_args": {"beta": 0.2}}, data={"batch_size": 2}) is False
+    said = capsys.readouterr().out
+    assert "model.beta: 0.1 -> 0.2" in said and "batch_size" not in said
+    (back,) = [line for line in said.splitlines() if line.startswith("to go back")]
+    commands = back.partition(": ")[2].partition(", and")[0]
+    subprocess.run(commands, shell=True, check=True)
+    assert begin(folder, OLD_CODE, model={"init_args": {"beta": 0.1}}, data={"batch_size": 2}) is False
+    assert capsys.readouterr().out == "" and (tmp_path / "grpo.new").is_dir()
+
+
+def test_a_setting_that_a_new_version_has_is_asked_about(tmp_path: Path) -> None:
+    folder = tmp_path / "grpo"
+    begin(folder, OLD_CODE, data={"batch_size": 2})
+    run_identity.finish(folder, "aaaa")
+    with pytest.raises(CodeChanged, match=r"only one of the two has: data\.verify"):
+        begin(folder, NEW_CODE, key="bbbb", data={"batch_size": 2, "verify": True})
+    assert begin(folder, NEW_CODE, "keep", key="bbbb", data={"batch_size": 2, "verify": True}) is True
+    assert begin(folder, NEW_CODE, key="bbbb", data={"batch_size": 2, "verify": True}) is True
+
+
+def test_a_run_of_a_version_that_wrote_down_neither_settings_nor_code_is_compared_by_its_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "grpo"
+    run_identity.write_marker(folder, run_identity.STARTED, key="0123456789", commit="abc")
+    run_identity.write_marker(folder, key="0123456789", seconds=1.0)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data": {"batch_size": 2}}))
+    with pytest.raises(CodeChanged, match="an earlier version of the project"):
+        begin(folder, NEW_CODE, data={"batch_size": 2})
+    assert begin(folder, NEW_CODE, "keep", data={"batch_size": 2}) is True
+    assert begin(folder, NEW_CODE, data={"batch_size": 2}) is True and run_identity.trained_commit(folder) == "abc"
+    assert begin(folder, NEW_CODE, key="bbbb", data={"batch_size": 3}) is False
+    assert "data.batch_size: 2 -> 3" in capsys.readouterr().out

@@ -1,0 +1,232 @@
+"""W&B's sweep format: every distribution, every fault by name, and the same command line as W&B's own agent."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experiments.sweeps.plan import EarlyStop, read_early_stop, read_parameter, read_plan
+
+CONFIGS = Path(__file__).resolve().parents[3] / "experiments" / "configs"
+SWEEPS = ("nano/sweep.yaml", "paper/sweep_7b.yaml")
+PLAN = {
+    "name": "tiny-sweep",
+    "method": "random",
+    "metric": {"name": "mig_bench_val/avg", "goal": "maximize"},
+    "run_cap": 3,
+    "parameters": {"model.init_args.beta": {"values": [0.0, 0.1]}},
+    "command": ["${interpreter}", "-m", "experiments.train", "--config=a.yaml", "--config", "b.yaml", "${args}"],
+}
+
+
+def write(folder: Path, **changes: object) -> Path:
+    path = folder / "sweep.yaml"
+    settings = {key: value for key, value in (PLAN | changes).items() if value is not None}
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def drawn(fields: dict, count: int = 2000) -> list:
+    """Values of a parameter for latent values that a random search would draw."""
+    parameter, rng = read_parameter("p", fields), random.Random(0)
+    if parameter.is_choice:
+        return [parameter.value(rng.randrange(len(parameter.choices))) for _ in range(count)]
+    if parameter.whole:
+        return [parameter.value(rng.randint(parameter.low, parameter.high)) for _ in range(count)]
+    if parameter.log:
+        low, high = math.log(parameter.low), math.log(parameter.high)
+        return [parameter.value(math.exp(rng.uniform(low, high))) for _ in range(count)]
+    return [parameter.value(rng.uniform(parameter.low, parameter.high)) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "allowed"),
+    [
+        ({"value": 3}, {3}),
+        ({"value": None}, {None}),
+        ({"distribution": "constant", "value": "x"}, {"x"}),
+        ({"values": [0.0, 0.5, "a", True]}, {0.0, 0.5, "a", True}),
+        ({"min": 2, "max": 5}, {2, 3, 4, 5}),
+        ({"distribution": "q_uniform", "min": 0.2, "max": 0.7, "q": 0.25}, {0.25, 0.5, 0.75}),
+        ({"distribution": "q_uniform", "min": 1, "max": 3}, {1, 2, 3}),
+        ({"distribution": "q_log_uniform_values", "min": 1, "max": 4, "q": 2}, {2, 4}),
+        ({"distribution": "q_log_uniform", "min": 0, "max": math.log(4), "q": 2}, {2, 4}),
+    ],
+)
+def test_discrete_distributions_give_all_their_values_and_no_others(fields: dict, allowed: set) -> None:
+    assert set(drawn(fields)) == allowed
+
+
+@pytest.mark.parametrize(
+    ("fields", "low", "high", "median"),
+    [
+        ({"min": 0.0, "max": 2.0}, 0, 2, 1.0),
+        ({"distribution": "log_uniform_values", "min": 0.001, "max": 0.1}, 0.001, 0.1, 0.01),
+        ({"distribution": "log_uniform", "min": -4, "max": 0}, math.exp(-4), 1, math.exp(-2)),
+        ({"distribution": "inv_log_uniform", "min": 0, "max": 4}, math.exp(-4), 1, math.exp(-2)),
+        ({"distribution": "inv_log_uniform_values", "min": 0.001, "max": 0.1}, 0.001, 0.1, 0.01),
+    ],
+)
+def test_continuous_distributions_have_their_bounds_and_median(fields: dict, low: float, high: float, median) -> None:
+    values = drawn(fields)
+    assert low * 0.999 <= min(values) and max(values) <= high * 1.001
+    assert statistics.median(values) == pytest.approx(median, rel=0.12)
+
+
+def test_normal_distributions_have_their_mean_and_spread() -> None:
+    values = drawn({"distribution": "normal", "mu": 3, "sigma": 2}, 20000)
+    assert statistics.mean(values) == pytest.approx(3, abs=0.06)
+    assert statistics.stdev(values) == pytest.approx(2, abs=0.06)
+    logs = [math.log(value) for value in drawn({"distribution": "log_normal", "mu": -1}, 20000)]
+    assert statistics.mean(logs) == pytest.approx(-1, abs=0.03) and statistics.stdev(logs) == pytest.approx(1, abs=0.03)
+    rounded = drawn({"distribution": "q_normal", "mu": 0, "sigma": 3, "q": 0.5}, 500)
+    assert all((value * 2).is_integer() for value in rounded) and len(set(rounded)) > 10
+    assert min(drawn({"distribution": "q_log_normal", "q": 1}, 500)) >= 0
+
+
+def test_probabilities_are_kept() -> None:
+    values = drawn({"values": ["a", "b", "c"], "probabilities": [0.7, 0.3, 0.0]}, 10000)
+    assert values.count("a") / len(values) == pytest.approx(0.7, abs=0.02) and "c" not in values
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"distribution": "beta", "a": 1}, "distribution='beta' is none of"),
+        ({"min": "1e-4", "max": 1.0}, r"min='1e-4' is no number .*1\.0e-4"),
+        ({"distribution": "uniform", "min": 1.0}, r"missing \['max'\]"),
+        ({"min": 0.0, "max": 1.0, "step": 2}, r"unknown \['step'\]"),
+        ({"min": 1.0, "max": 0.0}, "min=1.0 is not below max=0.0"),
+        ({"distribution": "log_uniform_values", "min": 0, "max": 1}, "min=0 must be greater than 0"),
+        ({"distribution": "int_uniform", "min": 0.5, "max": 2}, "whole numbers"),
+        ({"distribution": "q_uniform", "min": 0, "max": 2, "q": 0}, "q=0 must be greater than 0"),
+        ({"distribution": "normal", "sigma": 0}, "sigma=0"),
+        ({"values": []}, r"values=\[\]"),
+        ({"values": [1, 2], "probabilities": [0.5, 0.6]}, "sum to 1"),
+        ({"values": [1], "probabilities": 1.0}, "probabilities=1.0 must be one for each"),
+        ({"values": [1, 2], "probabilities": ["0.5", "0.5"]}, "sum to 1"),
+        ({"values": [1, 2], "probabilities": []}, r"probabilities=\[\] must be one for each"),
+        ({"parameters": {"x": {"value": 1}}}, "nested"),
+        (0.5, "0.5: give value, values, or min and max"),
+    ],
+)
+def test_a_wrong_parameter_is_named_with_its_field(fields: object, words: str) -> None:
+    with pytest.raises(ValueError, match=rf"^parameters\.some\.flag.*{words}"):
+        read_parameter("some.flag", fields)
+
+
+def test_all_faults_of_a_sweep_are_told_at_once(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        name="../up",
+        method="hyperopt",
+        metric={"name": "x", "goal": "up", "target": 3},
+        parameters={"a": {"values": []}, "b": {"min": 3, "max": 1}},
+        command=["python", "other.py", "${args_json}"],
+        run_cap=0,
+        early_terminate={"type": "median"},
+        scheduler={"engine": "ax"},
+    )
+    with pytest.raises(ValueError) as caught:
+        read_plan(path)
+    text = str(caught.value)
+    wrong = ("'../up'", "'hyperopt'", "target", "parameters.a", "parameters.b", "other.py", "run_cap=0", "median")
+    for word in (*wrong, "scheduler is no key"):
+        assert word in text, word
+
+
+def test_a_macro_that_is_not_known_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\$\{args_json\} is none of"):
+        read_plan(write(tmp_path, command=[*PLAN["command"], "${args_json}"]))
+
+
+@pytest.mark.parametrize("word", ["--phase=${envvar:PHASE}", "--x=${args}"])
+def test_a_macro_inside_a_word_is_refused(tmp_path: Path, word: str) -> None:
+    with pytest.raises(ValueError, match="is none of"):
+        read_plan(write(tmp_path, command=[*PLAN["command"], word]))
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b"])
+def test_a_sweep_that_would_lie_outside_a_folder_of_its_own_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="must be a plain folder name"):
+        read_plan(write(tmp_path, name=name))
+
+
+def test_what_is_no_mapping_is_a_short_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"parameters=\[1, 2\] names none"):
+        read_plan(write(tmp_path, parameters=[1, 2]))
+    (tmp_path / "sweep.yaml").write_text("name: [a\nmethod: {")
+    with pytest.raises(ValueError, match="is no YAML"):
+        read_plan(tmp_path / "sweep.yaml")
+
+
+def test_rounded_numbers_are_ints_where_wandb_gives_ints() -> None:
+    for q, kind in ((2, int), (2.0, float), (None, float)):
+        fields = {"distribution": "q_uniform", "min": 1, "max": 9} | ({} if q is None else {"q": q})
+        assert type(read_parameter("p", fields).value(3.7)) is kind
+
+
+def test_a_grid_is_of_values_that_can_be_counted(tmp_path: Path) -> None:
+    parameters = {"a": {"values": [1, 2, 3]}, "b": {"distribution": "q_uniform", "min": 0, "max": 1, "q": 0.5}}
+    plan = read_plan(write(tmp_path, method="grid", parameters=parameters | {"c": {"min": 4, "max": 5}}))
+    assert plan.grid_size() == 3 * 3 * 2
+    assert [plan.parameters[1].value(latent) for latent in plan.parameters[1].grid()] == [0, 0.5, 1]
+    for empty in ({"min": 0.0, "max": 1.0}, {"distribution": "q_uniform", "min": 0.3, "max": 0.4, "q": 0.25}):
+        with pytest.raises(ValueError, match=r"parameters\.d: method grid needs"):
+            read_plan(write(tmp_path, method="grid", parameters={"d": empty}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"min_iter": 2}, EarlyStop(2, 3)),
+        ({"min_iter": 1, "eta": 2}, EarlyStop(1, 2)),
+        ({"max_iter": 27, "s": 2}, EarlyStop(3, 3)),
+        ({"max_iter": 8, "s": 3, "eta": 2, "strict": True}, EarlyStop(1, 2)),
+    ],
+)
+def test_hyperband_has_the_bands_that_wandb_gives_it(fields: dict, expected: EarlyStop) -> None:
+    assert read_early_stop({"type": "hyperband"} | fields) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"type": "envelope"}, "hyperband, the one"),
+        ({"type": "hyperband"}, "give min_iter, or a max_iter=None"),
+        ({"type": "hyperband", "max_iter": 10, "s": 2}, "max_iter=10 that eta=3 divides s=2 times"),
+        ({"type": "hyperband", "min_iter": 1, "eta": 2.5}, "eta=2.5"),
+        ({"type": "hyperband", "min_iter": 0}, "min_iter=0"),
+        ({"type": "hyperband", "min_iter": 1, "strict": False}, "strict=False"),
+        ({"type": "hyperband", "min_iter": 1, "rungs": 2}, "rungs is unknown"),
+    ],
+)
+def test_an_early_stop_that_cannot_be_kept_is_refused(fields: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=f"early_terminate.*{words}"):
+        read_early_stop(fields)
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_trial_gets_the_command_line_that_wandb_s_agent_makes(name: str) -> None:
+    from wandb.sdk.launch.sweeps import utils
+
+    plan = read_plan(CONFIGS / name)
+    values = plan.values({p.name: (p.grid() or [p.low])[0] for p in plan.parameters})
+    settings = yaml.safe_load((CONFIGS / name).read_text())
+    macros = utils.create_sweep_command_args({"args": {key: {"value": value} for key, value in values.items()}})
+    macros |= {"env": ["/usr/bin/env"], "interpreter": [sys.executable], "program": [settings["program"]]}
+    expected: list[str] = []
+    for word in utils.create_sweep_command(copy.copy(settings["command"])):
+        expected += macros[word[2:-1]] if word.startswith("${") else [word]
+    assert plan.arguments(values, sys.executable) == expected
+
+
+def test_the_configurations_of_a_command_are_found(tmp_path: Path) -> None:
+    assert read_plan(write(tmp_path)).configs == ["a.yaml", "b.yaml"]

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from datamodules.persistence.files import read_json
+from experiments import generate_synthetic
+
+SETTINGS = {"seed": 0, "train_samples": 3, "eval_per_task": 1, "pool_samples": 2}
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """train_samples of every world that is built; the build itself only marks its folder."""
+    counts: list[int] = []
+
+    def build_nano(root: str, train_samples: int, **_: int) -> None:
+        counts.append(train_samples)
+        (Path(root) / "MIG-Bench").mkdir(parents=True)
+
+    monkeypatch.setattr("datamodules.synthetic.write_samples.build_nano", build_nano)
+    return counts
+
+
+def test_a_world_of_the_same_settings_is_built_once_and_another_moves_it_aside(tmp_path: Path, built: list) -> None:
+    root = tmp_path / "nano"
+    generate_synthetic.build(str(root), **SETTINGS)
+    generate_synthetic.build(str(root), **SETTINGS)
+    assert built == [3]
+    key = read_json(root / "done.json")["key"]
+    generate_synthetic.build(str(root), **SETTINGS | {"train_samples": 9})
+    assert built == [3, 9]
+    assert read_json(tmp_path / f"nano.{key[:8]}" / "done.json")["key"] == key
+
+
+def test_training_keeps_a_finished_world_of_other_settings(tmp_path: Path, built: list, capsys) -> None:
+    root = tmp_path / "nano"
+    generate_synthetic.build(str(root), **SETTINGS | {"train_samples": 9})
+    generate_synthetic.build(str(root), **SETTINGS, keep=True)
+    assert built == [9] and "other settings" in capsys.readouterr().out
+    (root / "done.json").unlink()
+    (root / "MIG-Bench").rmdir()
+    generate_synthetic.build(str(root), **SETTINGS, keep=True)
+    assert built == [9, 3], "an unfinished one is not kept"
+
+
+@pytest.mark.parametrize("name", ["MIG-Bench", "shards", "validation"])
+def test_folders_that_were_not_made_here_are_never_removed(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "images.zip").write_text("a download of 1 GB")
+    with pytest.raises(SystemExit, match=name):
+        generate_synthetic.build(str(tmp_path), **SETTINGS)
+    assert (tmp_path / name / "images.zip").is_file()
+    assert not (tmp_path / "started.json").exists()

@@ -1,0 +1,263 @@
+"""Eq. 1 and eq. 2 against plain-Python loops, autograd on the written-out equation, and TRL's own loss."""
+
+import math
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lightning_modules.rl.losses import (
+    REDUCTIONS,
+    equal_groups,
+    group_advantages,
+    grpo_loss,
+    kl_k3,
+    truncated_importance,
+)
+
+LENGTHS = [3, 1, 5, 2]
+MAX_TOKENS = 6
+
+
+@pytest.fixture
+def tensors():
+    """Four completions with old and reference log-probabilities far enough away that some tokens are clipped."""
+    generator = torch.Generator().manual_seed(5)
+    draw = lambda scale: scale * torch.randn(sum(LENGTHS), generator=generator)  # noqa: E731
+    log_probs = -draw(1.0).abs() - 0.05
+    return SimpleNamespace(
+        log_probs=log_probs.requires_grad_(),
+        old=(log_probs + draw(0.3)).detach(),
+        reference=(log_probs + draw(0.5)).detach(),
+        completion=torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS)),
+        advantages=torch.tensor([1.2, -0.7, -0.9, 0.4]),
+    )
+
+
+def reference_advantages(rewards):
+    mean = sum(rewards) / len(rewards)
+    std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1))
+    return [(r - mean) / (std + 1e-4) for r in rewards]
+
+
+def reference_loss(t, beta, clip_range, reduction, log_probs=None, old=None):
+    """Minus eq. 2, one token at a time. `log_probs` may hold scalars with gradient."""
+    log_probs = list(t.log_probs) if log_probs is None else log_probs
+    old = list(t.old) if old is None else old
+    by_completion = defaultdict(list)
+    for n, c in enumerate(t.completion.tolist()):
+        ratio = torch.exp(log_probs[n] - old[n])
+        value = ratio * t.advantages[c]
+        if clip_range is not None:
+            held = min(max(ratio.item(), 1 - clip_range), 1 + clip_range)
+            if held * t.advantages[c] < value:
+                value = torch.as_tensor(held) * t.advantages[c]
+        difference = t.reference[n] - log_probs[n]
+        by_completion[c].append(-(value - beta * (torch.exp(difference) - difference - 1)))
+    sums = [sum(values) for values in by_completion.values()]
+    if reduction == "completion":
+        return sum(s / len(v) for s, v in zip(sums, by_completion.values(), strict=True)) / len(sums)
+    return sum(sums) / (len(t.completion) if reduction == "token" else len(sums) * MAX_TOKENS)
+
+
+def test_advantages_match_a_slow_reference():
+    rewards = torch.rand(5, 8, generator=torch.Generator().manual_seed(0))
+    expected = torch.tensor([reference_advantages(row) for row in rewards.tolist()])
+    torch.testing.assert_close(group_advantages(rewards), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.6, 1.5, 1 / 3])
+def test_constant_group_is_equal_whatever_its_reward(value):
+    """FIELD 8: a filter on the group's mean keeps a constant 0.6 group; rounding must not leave an advantage either."""
+    rewards = torch.tensor([[value] * 8, [0.0, 1.0] * 4])
+    assert equal_groups(rewards).tolist() == [True, False]
+    advantages = group_advantages(rewards)
+    assert (advantages[0] == 0).all()
+    assert (advantages[1] != 0).all()
+
+
+@pytest.mark.parametrize("rewards", [[[0.5], [1.0]], [0.5, 1.0], [[0.5, float("nan")]]])
+def test_groups_without_a_standard_deviation_are_an_error(rewards):
+    with pytest.raises(ValueError, match="rewards must be"):
+        group_advantages(torch.tensor(rewards))
+
+
+def test_k3_is_zero_at_equality_and_never_negative(tensors):
+    assert kl_k3(tensors.old, tensors.old).abs().max() == 0
+    assert (kl_k3(tensors.log_probs, tensors.reference) >= 0).all()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("clip_range", [None, 0.2])
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_loss_and_gradient_match_the_written_out_equation(tensors, beta, clip_range, reduction):
+    terms = grpo_loss(
+        tensors.log_probs,
+        tensors.old,
+        tensors.reference,
+        tensors.completion,
+        tensors.advantages,
+        beta,
+        clip_range,
+        reduction,
+        MAX_TOKENS,
+    )
+    leaves = [p.detach().clone().requires_grad_() for p in tensors.log_probs]
+    expected = reference_loss(tensors, beta, clip_range, reduction, leaves)
+    torch.testing.assert_close(terms.loss, expected, atol=1e-6, rtol=1e-5)
+    (gradient,) = torch.autograd.grad(terms.loss, tensors.log_probs)
+    expected_gradient = torch.autograd.grad(expected, leaves, allow_unused=True)
+    expected_gradient = [torch.zeros(()) if g is None else g for g in expected_gradient]
+    torch.testing.assert_close(gradient, torch.stack(expected_gradient), atol=1e-6, rtol=1e-5)
+
+
+def test_clip_is_active_in_the_data_above_and_is_counted(tensors):
+    ratio = torch.exp(tensors.log_probs - tensors.old).tolist()
+    advantage = tensors.advantages[tensors.completion].tolist()
+    held = sum((r > 1.2 and a > 0) or (r < 0.8 and a < 0) for r, a in zip(ratio, advantage, strict=True))
+    assert held >= 2
+    terms = grpo_loss(tensors.log_probs, tensors.old, None, tensors.completion, tensors.advantages, 0.0, 0.2)
+    assert terms.clipped == held
+
+
+def test_without_old_the_ratio_is_one_and_the_gradient_is_the_policy_gradient(tensors):
+    terms = grpo_loss(tensors.log_probs, None, None, tensors.completion, tensors.advantages, 0.0, 0.2)
+    lengths = torch.tensor(LENGTHS, dtype=torch.float)[tensors.completion]
+    expected = -tensors.advantages[tensors.completion] / lengths / len(LENGTHS)
+    (gradient,) = torch.autograd.grad(terms.loss, tensors.log_probs)
+    torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(terms.loss.detach(), -tensors.advantages.mean())
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_terms_of_parts_add_up_to_the_whole(tensors, reduction):
+    def part(mask):
+        arguments = (tensors.log_probs[mask], tensors.old[mask], tensors.reference[mask], tensors.completion[mask])
+        return grpo_loss(*arguments, tensors.advantages, 0.01, 0.2, reduction, MAX_TOKENS)
+
+    first = tensors.completion < 1
+    parts, whole = [part(first), part(~first)], part(torch.ones_like(first))
+    combined = sum(p.total for p in parts) / sum(p.count for p in parts)
+    torch.testing.assert_close(combined, whole.loss)
+    assert sum(p.num_tokens for p in parts) == whole.num_tokens
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_absent_completions_are_not_in_the_normaliser(tensors, reduction):
+    """An equal group's tokens are left out; its advantages may stay in the list."""
+    arguments = (tensors.log_probs, tensors.old, None, tensors.completion)
+    without = grpo_loss(*arguments, tensors.advantages, 0.0, 0.2, reduction, MAX_TOKENS)
+    padded = grpo_loss(*arguments, torch.cat([tensors.advantages, torch.zeros(4)]), 0.0, 0.2, reduction, MAX_TOKENS)
+    assert padded.count == without.count
+    torch.testing.assert_close(padded.loss, without.loss)
+
+
+def test_settings_that_cannot_work_are_errors(tensors):
+    arguments = (tensors.log_probs, None, None, tensors.completion, tensors.advantages)
+    with pytest.raises(ValueError, match=r"beta=0\.1 needs reference"):
+        grpo_loss(*arguments, 0.1, 0.2)
+    with pytest.raises(ValueError, match="reduction must be one of"):
+        grpo_loss(*arguments, 0.0, 0.2, "mean")
+    with pytest.raises(ValueError, match="needs max_tokens"):
+        grpo_loss(*arguments, 0.0, 0.2, "dr_grpo")
+
+
+def pad(values, fill=0.0):
+    """[N] laid end to end -> [C, longest], as TRL holds them."""
+    return torch.nn.utils.rnn.pad_sequence(values.split(LENGTHS), batch_first=True, padding_value=fill)
+
+
+def trl_loss(trl, t, beta, loss_type, with_old):
+    """TRL's own `GRPOTrainer._compute_loss`, its model call replaced by given log-probabilities."""
+    mask = pad(torch.ones(sum(LENGTHS)))
+    log_probs = pad(t.log_probs)
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (log_probs, torch.zeros_like(log_probs), None),
+        aux_loss_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level="token",
+        beta=beta,
+        loss_type=loss_type,
+        epsilon_low=0.2,
+        epsilon_high=0.2,
+        use_vllm=False,
+        vllm_importance_sampling_correction=False,
+        model=torch.nn.Linear(1, 1),
+        current_gradient_accumulation_steps=1,
+        max_completion_length=MAX_TOKENS,
+        accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
+        _entropy_bonus_enabled=False,
+        _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
+    )
+    inputs = {
+        "prompt_ids": torch.zeros(len(LENGTHS), 1, dtype=torch.long),
+        "prompt_mask": torch.ones(len(LENGTHS), 1),
+        "completion_ids": torch.zeros_like(mask, dtype=torch.long),
+        "completion_mask": mask,
+        "advantages": t.advantages,
+        "ref_per_token_logps": pad(t.reference),
+        "num_items_in_batch": mask.sum(),
+    }
+    if with_old:
+        inputs["old_per_token_logps"] = pad(t.old)
+    loss = trl.GRPOTrainer._compute_loss(trainer, None, inputs)
+    return loss, trainer._metrics["train"]
+
+
+@pytest.mark.filterwarnings("default")  # TRL's own warnings are not ours
+@pytest.mark.parametrize("with_old", [True, False])
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize(
+    ("loss_type", "reduction"), [("grpo", "completion"), ("dapo", "token"), ("bnpo", "token"), ("dr_grpo", "dr_grpo")]
+)
+def test_loss_and_gradient_match_trl(tensors, loss_type, reduction, beta, with_old):
+    trl = pytest.importorskip("trl", exc_type=ImportError)
+    expected, metrics = trl_loss(trl, tensors, beta, loss_type, with_old)
+    old = tensors.old if with_old else None
+    arguments = (tensors.log_probs, old, tensors.reference, tensors.completion, tensors.advantages)
+    terms = grpo_loss(*arguments, beta, 0.2, reduction, MAX_TOKENS)
+    torch.testing.assert_close(terms.loss, expected)
+    gradients = [torch.autograd.grad(loss, tensors.log_probs)[0] for loss in (terms.loss, expected)]
+    torch.testing.assert_close(*gradients)
+    assert terms.clipped / terms.num_tokens == pytest.approx(metrics["clip_ratio/region_mean"][0])
+    if beta:
+        assert terms.kl_sum / terms.num_tokens == pytest.approx(metrics["kl"][0], rel=1e-5)
+
+
+def test_importance_weights_match_a_written_out_reference():
+    own = torch.tensor([-0.5, -2.0, -1.0, -3.0], requires_grad=True)
+    engine = torch.tensor([-0.5, -1.0, -2.0, -1.0])
+    weights = truncated_importance(own, engine, 2.0)
+    expected = [min(math.exp(a - b), 2.0) for a, b in zip(own.tolist(), engine.tolist(), strict=True)]
+    assert weights.tolist() == pytest.approx(expected) and expected[2] == 2.0 and expected[1] < 1
+    assert not weights.requires_grad
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_importance_weighs_the_surrogate_of_each_token_and_not_its_kl(tensors, reduction):
+    t, beta, clip_range = tensors, 0.1, 0.2
+    engine = t.old + 0.4 * torch.randn(len(t.old), generator=torch.Generator().manual_seed(1))
+    weights = [min(math.exp(a - b), 1.1) for a, b in zip(t.old.tolist(), engine.tolist(), strict=True)]
+    assert 0 < sum(weight == 1.1 for weight in weights) < len(weights)
+    by_completion = defaultdict(list)
+    for n, c in enumerate(t.completion.tolist()):
+        ratio = torch.exp(t.log_probs[n] - t.old[n])
+        held = ratio.clamp(1 - clip_range, 1 + clip_range)
+        surrogate = weights[n] * torch.minimum(ratio * t.advantages[c], held * t.advantages[c])
+        difference = t.reference[n] - t.log_probs[n]
+        by_completion[c].append(-(surrogate - beta * (torch.exp(difference) - difference - 1)))
+    sums = [sum(values) for values in by_completion.values()]
+    if reduction == "completion":
+        expected = sum(s / len(v) for s, v in zip(sums, by_completion.values(), strict=True)) / len(sums)
+    else:
+        expected = sum(sums) / (len(t.completion) if reduction == "token" else len(sums) * MAX_TOKENS)
+    importance = truncated_importance(t.old, engine, 1.1)
+    got = grpo_loss(
+        t.log_probs, t.old, t.reference, t.completion, t.advantages, beta, clip_range, reduction, MAX_TOKENS, importance
+    ).loss
+    torch.testing.assert_close(got, expected)
+    gradients = [torch.autograd.grad(loss, t.log_probs, retain_graph=True)[0] for loss in (got, expected)]
+    torch.testing.assert_close(*gradients)
