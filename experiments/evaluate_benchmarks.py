@@ -83,8 +83,8 @@ def evaluate_benchmarks(
         output: null: <phase>/benchmarks for the merged model of a phase, else outputs/eval/<model>
         twins: write the benchmarks' nano twins into data_root where they are missing
         endpoint: an OpenAI-compatible server, by base_url; its model is the one above
-        dialect: how another model than Qwen2.5-VL is asked for boxes and writes them (datamodules/encoding/model_families.py); auto:
-            by model_type and name
+        dialect: how another model than Qwen2.5-VL is asked for boxes and writes them
+            (datamodules/encoding/model_families.py); auto: by model_type and name
         convention: how a Qwen2.5-VL writes boxes
         style: how questions are put; auto: think, for other models native, which is their dialect's own prompt
         dtype: of the weights
@@ -103,7 +103,8 @@ def evaluate_benchmarks(
         as_trained: put questions to a phase's merged model as that phase did
         trust_remote_code: run code that comes with a model's weights
         generation: greedy: the likeliest token, without penalties, the same for every model; model: as the model's
-            generation_config.json or its server says (lightning_modules/serving/generation_rules.py), in results of their own
+            generation_config.json or its server says (lightning_modules/serving/generation_rules.py), in results of
+            their own
         extractor: an OpenAI-compatible server, by base_url and model, that says which option an answer of BLINK or MMIU
             picks where the official reader finds no letter; official columns only, replies are kept
         redo: ask again what has been answered by other source files of the project

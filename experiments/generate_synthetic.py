@@ -1,4 +1,5 @@
-"""Generate the nano world once: `python -m experiments.generate_synthetic --config experiments/configs/nano/shards.yaml`.
+"""Generate the nano world once: `make shards`, or
+`python -m experiments.generate_synthetic --config experiments/configs/nano/shards.yaml`.
 
 It writes <root>/shards/sft, <root>/shards/rl_pool, <root>/MIG-Bench and <root>/validation/MIG-Bench, and does nothing
 when they are there already, made by the same generator with the same settings. A world of other settings is moved

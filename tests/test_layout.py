@@ -12,6 +12,34 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("datamodules", "lightning_modules", "callbacks", "experiments")  # a floor imports itself and those before it
 
+# The rooms of a floor, top down. A room imports itself and the rooms below it; files that lie at a floor's own top may
+# import every room of the floor, and no room imports them, but for those that the order names.
+ROOMS = {
+    "datamodules": (
+        ("synthetic/benchmark_replicas",),
+        ("importers", "synthetic"),
+        ("streaming", "benchmarks"),
+        ("answerers.py", "encoding"),
+        ("images", "checkpoints"),
+        ("samples",),
+        ("persistence",),
+    ),
+    "lightning_modules": (
+        ("predictors", "rl", "rollouts/vllm"),
+        ("rollouts", "training"),
+        ("rollouts/native", "models"),
+        ("models/inference",),
+        ("models/attention",),
+        ("models/layers",),
+        ("serving",),
+    ),
+    "callbacks": (),
+    "experiments": (("reports",), ("evaluation", "sweeps", "nano", "bench"), ("runs", "synthesis")),
+}
+MOST_ENTRIES = {"datamodules": 14, "lightning_modules": 14, "callbacks": 20, "experiments": 24}  # at a floor's top
+# Names that stand in several rooms: a benchmark and what measures it in training, a data set as benchmark and importer.
+SHARED_NAMES = {"__init__", "base", "registry", "engine", "mig_bench", "odinw", "results"}
+
 # Pure functions and records: they run, and are tested, without Lightning or transformers.
 LEAVES = (
     "datamodules/samples/boxes.py",
@@ -72,6 +100,72 @@ def direction_faults(root: Path) -> list[str]:
     return faults
 
 
+def room_of(file: Path, root: Path) -> tuple[str, str]:
+    """(floor, room) of a file: the room is its folder below the floor, or the file's own name at the floor's top."""
+    floor, *parts = file.relative_to(root).parts
+    return floor, "/".join(parts[:-1]) or parts[0]
+
+
+def imported_files(file: Path, root: Path, at_import_time: bool = False) -> Iterator[Path]:
+    """The files of the floors that a file imports by name; those for type checkers alone do not count."""
+    for name in set(imported_names(file.read_text(), at_import_time)):
+        path = root.joinpath(*name.split(".")).with_suffix(".py")
+        if name.split(".")[0] in FLOORS and path.is_file():
+            yield path
+
+
+def room_faults(root: Path) -> list[str]:
+    """Imports that go up, or sideways, between the rooms of a floor, as 'file imports file'."""
+    faults = []
+    for floor, levels in ROOMS.items():
+        level_of = {room: level for level, rooms in enumerate(levels) for room in rooms}
+        for file in sorted((root / floor).rglob("*.py")):
+            own = room_of(file, root)[1]
+            for other in imported_files(file, root, at_import_time=False):
+                other_floor, room = room_of(other, root)
+                if other_floor != floor or room == own or is_for_type_checkers(file, other, root):
+                    continue
+                goes_up = own in level_of and (room not in level_of or level_of[room] <= level_of[own])
+                if goes_up or (room.endswith(".py") and room not in level_of and own in level_of):
+                    faults.append(f"{file.relative_to(root)} imports {other.relative_to(root)}")
+    return faults
+
+
+def is_for_type_checkers(file: Path, other: Path, root: Path) -> bool:
+    """Whether `file` imports `other` under TYPE_CHECKING alone."""
+    name = ".".join(other.relative_to(root).with_suffix("").parts)
+    tree = ast.parse(file.read_text())
+    guarded = [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    ]
+    inside = {found for node in guarded for part in node.body for found in imported_names(ast.unparse(part))}
+    for node in guarded:
+        node.body = [ast.Pass()]
+    return name in inside and name not in set(imported_names(ast.unparse(tree)))
+
+
+def import_circles(root: Path) -> list[set[str]]:
+    """Groups of files that import one another, at import time or later."""
+    files = [file for floor in FLOORS for file in sorted((root / floor).rglob("*.py"))]
+    below = {
+        file: {other for other in imported_files(file, root) if not is_for_type_checkers(file, other, root)}
+        for file in files
+    }
+    reached: dict[Path, set[Path]] = {}
+    for file in files:
+        waiting, seen = list(below[file]), set()
+        while waiting:
+            other = waiting.pop()
+            if other not in seen:
+                seen.add(other)
+                waiting += below.get(other, ())
+        reached[file] = seen
+    circles = {
+        frozenset({file} | {o for o in reached[file] if file in reached[o]}) for file in files if file in reached[file]
+    }
+    return [{str(file.relative_to(root)) for file in circle} for circle in sorted(circles, key=sorted)]
+
+
 def import_closure(root: Path, entry: str) -> dict[str, str]:
     """Top-level package -> the file that imports it, over all that importing `entry` runs."""
     found: dict[str, str] = {}
@@ -125,6 +219,66 @@ def test_an_added_forbidden_import_is_found(tmp_path: Path, file: str, line: str
     assert [fault.split(" ")[0] for fault in direction_faults(tmp_path)] == [file]
 
 
+def test_no_room_imports_a_room_above_it_and_no_files_import_each_other_in_a_circle() -> None:
+    assert room_faults(ROOT) == []
+    assert import_circles(ROOT) == []
+
+
+def test_every_folder_of_code_is_a_room_with_a_place_in_the_order() -> None:
+    named = {f"{floor}/{room}" for floor, levels in ROOMS.items() for rooms in levels for room in rooms}
+    for floor in FLOORS:
+        for folder in (ROOT / floor).rglob("__init__.py"):
+            if folder.parent != ROOT / floor:
+                assert str(folder.parent.relative_to(ROOT)) in named, folder.parent
+                assert len(list(folder.parent.glob("*.py"))) <= 15, folder.parent
+    assert all((ROOT / room).exists() for room in named)
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("datamodules/samples/a.py", "from datamodules.encoding.good import x"),
+        ("datamodules/streaming/a.py", "def late():\n    import datamodules.benchmarks.good"),
+        ("lightning_modules/models/layers/a.py", "from lightning_modules.models.attention import good"),
+        ("lightning_modules/rl/a.py", "from lightning_modules import grpo"),
+        ("experiments/runs/a.py", "from experiments import train"),
+    ],
+)
+def test_an_added_import_between_rooms_that_goes_up_is_found(tmp_path: Path, file: str, line: str) -> None:
+    for good in ("samples", "encoding", "streaming", "benchmarks"):
+        (tmp_path / "datamodules" / good).mkdir(parents=True)
+        (tmp_path / "datamodules" / good / "good.py").write_text("x = 1\n")
+    for good in ("models/layers", "models/attention", "rl"):
+        (tmp_path / "lightning_modules" / good).mkdir(parents=True)
+        (tmp_path / "lightning_modules" / good / "good.py").write_text("x = 1\n")
+    (tmp_path / "lightning_modules/grpo.py").write_text("from lightning_modules.rl.good import x\n")
+    (tmp_path / "experiments/runs").mkdir(parents=True)
+    (tmp_path / "experiments/train.py").write_text("x = 1\n")
+    assert room_faults(tmp_path) == []
+    (tmp_path / file).write_text(line + "\n")
+    assert [fault.split(" ")[0] for fault in room_faults(tmp_path)] == [file]
+
+
+def test_an_added_circle_is_found(tmp_path: Path) -> None:
+    (tmp_path / "datamodules").mkdir()
+    (tmp_path / "datamodules/a.py").write_text("from datamodules import b\n")
+    (tmp_path / "datamodules/b.py").write_text("import torch\n")
+    assert import_circles(tmp_path) == []
+    (tmp_path / "datamodules/b.py").write_text("def late():\n    from datamodules.a import x\n")
+    assert import_circles(tmp_path) == [{"datamodules/a.py", "datamodules/b.py"}]
+    typed = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from datamodules.a import x\n"
+    (tmp_path / "datamodules/b.py").write_text(typed)
+    assert import_circles(tmp_path) == []
+
+
+def test_the_top_of_a_floor_stays_short_and_a_name_means_one_file() -> None:
+    for floor, most in MOST_ENTRIES.items():
+        entries = [path for path in (ROOT / floor).iterdir() if path.name != "__pycache__"]
+        assert len(entries) <= most, (floor, sorted(path.name for path in entries))
+    names = [file.stem for file in python_files()]
+    assert {name for name in names if names.count(name) > 1} <= SHARED_NAMES
+
+
 def test_init_files_hold_at_most_a_docstring() -> None:
     for file in python_files():
         if file.name == "__init__.py":
@@ -155,9 +309,9 @@ def test_an_optional_import_is_found_through_other_files(tmp_path: Path) -> None
     (tmp_path / "datamodules").mkdir()
     (tmp_path / "experiments" / "base.py").write_text("from datamodules import shards\n")
     (tmp_path / "datamodules" / "shards.py").write_text("def late():\n    import webdataset\n")
-    assert "webdataset" not in import_closure(tmp_path, "experiments/nano/pretrain.py")
+    assert "webdataset" not in import_closure(tmp_path, "experiments/base.py")
     (tmp_path / "datamodules" / "shards.py").write_text("import webdataset\n")
-    assert import_closure(tmp_path, "experiments/nano/pretrain.py")["webdataset"] == "datamodules/streaming/shards.py"
+    assert import_closure(tmp_path, "experiments/base.py")["webdataset"] == "datamodules/shards.py"
 
 
 def loader_faults(source: str) -> list[str]:

@@ -1,7 +1,8 @@
 """Any image-text model that transformers knows as an answerer in this process: Qwen2-VL, InternVL, LLaVA-OneVision, …
 
-It is asked in its family's own prompt and read in its family's own scale (`datamodules/encoding/model_families.py`). The policy has
-its own engine; this is for the models that it is compared with.
+It is asked in its family's own prompt and read in its family's own scale
+(`datamodules/encoding/model_families.py`). The policy has its own engine; this is for the models that it is compared
+with.
 """
 
 from __future__ import annotations

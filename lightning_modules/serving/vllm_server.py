@@ -1,4 +1,4 @@
-"""A vLLM server for rollouts, in a virtual environment of its own: `python lightning_modules/serving/vllm_server.py --model folder`.
+"""A vLLM server for rollouts, in a virtual environment of its own: `make vllm-server MODEL=folder`.
 
 It needs only the standard library. What it does not know goes to `vllm serve` as it is, such as --max-model-len 8192 or
 --tensor-parallel-size 4. docs/rollout_engines.md says what a server for training must be.

@@ -16,7 +16,8 @@ from datamodules.persistence import processes
 from datamodules.persistence.processes import ENDED, ChildWatch, ProcessLost, how_it_ended, process_pool, process_state
 
 ROOT = Path(__file__).resolve().parents[3]
-CHILD = "import time; from datamodules.persistence.processes import end_with_parent; end_with_parent({}); print('up', flush=True)\n"
+CHILD = "import time; from datamodules.persistence.processes import end_with_parent; end_with_parent({})\n"
+CHILD += "print('up', flush=True)\n"
 CHILD += "time.sleep(300)"
 
 

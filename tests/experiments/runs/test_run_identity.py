@@ -50,8 +50,8 @@ def test_other_ranks_learn_that_the_run_is_done(tmp_path: Path) -> None:
 
 def test_a_second_process_waits_for_the_first_and_a_kill_frees_the_lock(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from experiments import phases\n"
-        "with phases.locked(sys.argv[1]): print('in', flush=True); time.sleep(60)"
+        "import sys, time; from experiments.runs import run_identity\n"
+        "with run_identity.locked(sys.argv[1]): print('in', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "grpo")], cwd=ROOT, stdout=subprocess.PIPE, text=True
