@@ -20,8 +20,8 @@ from callbacks.encoding import encode_ahead, prompt_encoder, rollout_engine
 from callbacks.evaluation import EvaluationSettings, require_positive
 from datamodules.answerers import split_windows
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
-from datamodules.benchmarks.mig_scoring import Prediction, format_table, score_answer, score_refused, summarise
 from datamodules.encoding.encoder import Encoder
+from datamodules.metrics.mig_scoring import Prediction, format_table, score_answer, score_refused, summarise
 from datamodules.persistence.files import Journal, StorageError, fingerprint, make_folder, read_journal, write_json
 from datamodules.samples.sample import LoadedSample, Sample, SampleError
 from datamodules.streaming.path_fingerprint import path_fingerprint

@@ -17,8 +17,8 @@ from callbacks.encoding import prompt_encoder, rollout_engine
 from callbacks.evaluation import EvaluationSettings, require_positive
 from callbacks.mig_bench import evaluate_mig_bench, limit_tasks
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
-from datamodules.benchmarks.mig_scoring import Prediction
 from datamodules.images.image_loading import ImageError, load_image
+from datamodules.metrics.mig_scoring import Prediction
 from datamodules.persistence.files import make_folder, remove_draft
 from datamodules.samples.boxes import Box, ImageGeometry
 from datamodules.samples.sample import BoxPart, LoadedSample, Sample, SampleError, TextPart

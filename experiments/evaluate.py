@@ -22,10 +22,10 @@ from callbacks.evaluation import EvaluationSettings
 from callbacks.mig_bench import evaluation_key, limit_tasks, summary_metrics
 from callbacks.previews import draw_previews
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
-from datamodules.benchmarks.mig_scoring import format_table, summarise
 from datamodules.checkpoints.model_folder import ModelError
 from datamodules.encoding.messages import PromptStyle
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
+from datamodules.metrics.mig_scoring import format_table, summarise
 from datamodules.persistence.files import read_journal, read_json, write_json
 from datamodules.persistence.processes import ProcessLost
 from datamodules.persistence.source_code import source_code

@@ -5,7 +5,7 @@
 
     <output>/answers/<benchmark>-<key>/rank0.jsonl   every answer as it came; resuming and the cache
     <output>/<benchmark>/predictions.jsonl           every answer with its score and all that scoring needs
-    <output>/<benchmark>/result.json                 columns, averages, intervals (datamodules/benchmarks/results.py)
+    <output>/<benchmark>/result.json                 columns, averages, intervals (datamodules/metrics/predictions.py)
 
 With a limit the last two lie in <output>/<benchmark>-limit<k>/, with generation=model in
 <output>/<benchmark>-model-generation/. `experiments.rescore` scores them again.
@@ -23,12 +23,12 @@ from jsonargparse import auto_cli
 from callbacks.evaluation import EvaluationSettings, QuestionsLost, read_answers
 from datamodules.answerers import Reply
 from datamodules.benchmarks.base import Benchmark, limit_columns
-from datamodules.benchmarks.extraction import EXTRACTED_READERS, with_extractor
 from datamodules.benchmarks.registry import benchmark_names, load_benchmark
-from datamodules.benchmarks.results import format_result, write_evaluation
-from datamodules.benchmarks.scoring import predict, summarise
 from datamodules.checkpoints.model_folder import ModelError
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
+from datamodules.metrics.extraction import EXTRACTED_READERS, with_extractor
+from datamodules.metrics.predictions import format_result, write_evaluation
+from datamodules.metrics.summary import predict, summarise
 from datamodules.persistence.files import fingerprint
 from datamodules.persistence.processes import ProcessLost
 from datamodules.persistence.source_code import source_code

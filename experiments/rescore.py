@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from jsonargparse import auto_cli
 
-from datamodules.benchmarks.extraction import with_extractor
 from datamodules.benchmarks.registry import BENCHMARKS
-from datamodules.benchmarks.results import PREDICTIONS, RESULT, format_result, read_predictions, read_result
-from datamodules.benchmarks.scoring import rescore, summarise
+from datamodules.metrics.extraction import with_extractor
+from datamodules.metrics.predictions import PREDICTIONS, RESULT, format_result, read_predictions, read_result
+from datamodules.metrics.summary import rescore, summarise
 from datamodules.persistence.files import write_json
 from experiments.runs.commands import command
 

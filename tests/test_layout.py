@@ -18,6 +18,7 @@ ROOMS = {
     "datamodules": (
         ("synthetic/benchmark_replicas",),
         ("importers", "synthetic"),
+        ("metrics",),
         ("streaming", "benchmarks"),
         ("answerers.py", "encoding"),
         ("images", "checkpoints"),
@@ -38,7 +39,7 @@ ROOMS = {
 }
 MOST_ENTRIES = {"datamodules": 14, "lightning_modules": 14, "callbacks": 20, "experiments": 24}  # at a floor's top
 # Names that stand in several rooms: a benchmark and what measures it in training, a data set as benchmark and importer.
-SHARED_NAMES = {"__init__", "base", "registry", "engine", "mig_bench", "odinw", "results"}
+SHARED_NAMES = {"__init__", "base", "registry", "engine", "mig_bench", "odinw"}
 
 # Pure functions and records: they run, and are tested, without Lightning or transformers.
 LEAVES = (
@@ -50,7 +51,7 @@ LEAVES = (
     "datamodules/encoding/model_families.py",
     "datamodules/samples/scores.py",
     "datamodules/samples/choice_text.py",
-    "datamodules/benchmarks/scoring.py",
+    "datamodules/metrics/summary.py",
     "datamodules/benchmarks/registry.py",
     "lightning_modules/models/attention/packed_rows.py",
     "lightning_modules/rl/rewards.py",

@@ -21,8 +21,8 @@ from typing import Any
 from callbacks.evaluation import EvaluationSettings
 from callbacks.mig_bench import evaluate_mig_bench, question_windows
 from datamodules.benchmarks.mig_bench import load_images
-from datamodules.benchmarks.mig_scoring import Prediction
 from datamodules.encoding.encoder import Encoder
+from datamodules.metrics.mig_scoring import Prediction
 from datamodules.persistence.files import Journal, read_journal, read_json, remove_journal
 from datamodules.persistence.processes import ChildWatch, ProcessLost, end_with_parent
 from datamodules.samples.sample import Sample

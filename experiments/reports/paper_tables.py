@@ -17,9 +17,9 @@ import yaml
 
 from datamodules.benchmarks.base import Rule
 from datamodules.benchmarks.mig_bench_suite import AVERAGES, RULE
-from datamodules.benchmarks.mig_scoring import Prediction
-from datamodules.benchmarks.results import RESULT, read_result
-from datamodules.benchmarks.scoring import interval_cells
+from datamodules.metrics.mig_scoring import Prediction
+from datamodules.metrics.predictions import RESULT, read_result
+from datamodules.metrics.summary import interval_cells
 from datamodules.persistence.files import read_json, read_sound_lines
 from lightning_modules.serving.generation_rules import note
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from datamodules.benchmarks.mig_scoring import average_tasks
-from datamodules.benchmarks.scoring import NUM_RESAMPLES
+from datamodules.metrics.mig_scoring import average_tasks
+from datamodules.metrics.summary import NUM_RESAMPLES
 
 Hits = Mapping[str, np.ndarray]  # task -> bool [seeds, questions]: which answers are right
 # How much more is gained out-of-domain than in-domain.

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from datamodules.benchmarks.extraction import Unread, extraction_request, read_extraction
+from datamodules.metrics.extraction import Unread, extraction_request, read_extraction
 from datamodules.persistence.files import Journal, fingerprint
 from lightning_modules.serving.generation_rules import require_taken, server_rules, stating
 from lightning_modules.serving.openai_client import (

@@ -20,7 +20,7 @@ from callbacks.previews import Previews, draw_preview
 from callbacks.save_on_interrupt import SaveOnInterrupt
 from callbacks.throughput import Throughput
 from datamodules.benchmarks.mig_bench import load_mig_bench
-from datamodules.benchmarks.mig_scoring import Prediction
+from datamodules.metrics.mig_scoring import Prediction
 from lightning_modules.rollouts.vllm.server_pool import ServersLost
 from tests.callbacks.conftest import TWO_EPOCHS, FakeEngine, FakeModule, Windows, read_rows, resuming, true_answer
 

@@ -16,7 +16,7 @@ from callbacks.evaluation import EvaluationSettings
 from callbacks.mig_bench import MIGBench, evaluate_mig_bench, limit_tasks, policy_fingerprint
 from callbacks.previews import Previews
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
-from datamodules.benchmarks.mig_scoring import summarise
+from datamodules.metrics.mig_scoring import summarise
 from datamodules.persistence.files import Journal
 from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.rollouts.base import NativeEngine

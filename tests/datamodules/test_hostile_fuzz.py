@@ -10,7 +10,7 @@ import random
 
 import pytest
 
-from datamodules.benchmarks.official_parsers import extract_box_officially, read_choice_as_blink, read_choice_as_mmiu
+from datamodules.metrics.official_parsers import extract_box_officially, read_choice_as_blink, read_choice_as_mmiu
 from datamodules.samples.answer_text import FAILURE_KINDS, ParseFailure, is_well_formed, parse_answer, render_answer
 from datamodules.samples.choice_text import CHOICE_FAILURES, ChoiceFailure, parse_choice
 from tests.datamodules.samples.hostile_answers import CASES, FENCED, OBJ, OTHER

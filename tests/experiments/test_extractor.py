@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.benchmarks.extraction import NO_OPTION, extraction_request, read_extraction
+from datamodules.metrics.extraction import NO_OPTION, extraction_request, read_extraction
 from datamodules.synthetic.benchmark_replicas import write
 from experiments import evaluate_benchmarks, rescore
 from tests.chat_server import ChatServer, http_response, question_text

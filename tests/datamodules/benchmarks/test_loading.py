@@ -17,8 +17,8 @@ from datamodules.benchmarks.base import Benchmark, column_of, limit_columns
 from datamodules.benchmarks.parquet import _group, row_bytes
 from datamodules.benchmarks.registry import BENCHMARKS, benchmark_names, load_benchmark
 from datamodules.benchmarks.revos import sample_frames
-from datamodules.benchmarks.scoring import predict, summarise
 from datamodules.images.image_loading import load_image
+from datamodules.metrics.summary import predict, summarise
 from datamodules.samples.boxes import Convention, ImageGeometry, box_fault
 from datamodules.samples.sample import BoxAnswer, Sample
 from datamodules.synthetic.benchmark_replicas.write import TWINS, write_twin

@@ -22,9 +22,9 @@ from datamodules.benchmarks import lisa, mig_bench_suite, mmiu, odinw, ref_l4, r
 from datamodules.benchmarks.base import Benchmark
 from datamodules.benchmarks.masks import encode_counts
 from datamodules.benchmarks.mig_bench import load_mig_bench
-from datamodules.benchmarks.scoring import predict
 from datamodules.encoding.messages import PromptStyle, build_messages
 from datamodules.images.image_loading import load_image
+from datamodules.metrics.summary import predict
 from datamodules.samples.boxes import Convention, ImageGeometry
 from datamodules.samples.sample import Sample, SampleError
 from datamodules.synthetic.benchmark_replicas.write import write_twin

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.benchmarks.mig_scoring import Prediction, summarise
+from datamodules.metrics.mig_scoring import Prediction, summarise
 from datamodules.persistence.files import read_json, write_json
 from experiments.reports import ablation_report
 from experiments.reports.ablation_summary import Comparison

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from datamodules.benchmarks.mig_bench import TASKS
-from datamodules.benchmarks.mig_scoring import Prediction
 from datamodules.benchmarks.registry import BENCHMARKS
-from datamodules.benchmarks.results import write_evaluation
+from datamodules.metrics.mig_scoring import Prediction
+from datamodules.metrics.predictions import write_evaluation
 from experiments import print_tables
 from experiments.reports import paper_tables
 from experiments.reports.pipeline_report import render_report

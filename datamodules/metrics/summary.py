@@ -14,8 +14,8 @@ import numpy as np
 
 from datamodules.answerers import Reply
 from datamodules.benchmarks.base import Average, Prediction, Rule, column_of
-from datamodules.benchmarks.extraction import EXTRACTED_READERS
-from datamodules.benchmarks.official_parsers import extract_box_officially, read_choice_as_blink, read_choice_as_mmiu
+from datamodules.metrics.extraction import EXTRACTED_READERS
+from datamodules.metrics.official_parsers import extract_box_officially, read_choice_as_blink, read_choice_as_mmiu
 from datamodules.samples.boxes import Convention, iou
 from datamodules.samples.choice_text import ChoiceFailure, parse_choice
 from datamodules.samples.sample import BoxAnswer, ChoiceAnswer, Sample

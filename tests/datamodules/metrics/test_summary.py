@@ -16,8 +16,8 @@ from datamodules.answerers import Reply
 from datamodules.benchmarks import mig_bench_suite
 from datamodules.benchmarks.base import Prediction, Rule
 from datamodules.benchmarks.mig_bench import load_mig_bench
-from datamodules.benchmarks.results import PREDICTIONS, read_predictions, write_evaluation
-from datamodules.benchmarks.scoring import interval_cells, predict, rescore, summarise
+from datamodules.metrics.predictions import PREDICTIONS, read_predictions, write_evaluation
+from datamodules.metrics.summary import interval_cells, predict, rescore, summarise
 from datamodules.samples.boxes import Box, Convention, ImageGeometry, iou
 from datamodules.samples.sample import BoxAnswer, ChoiceAnswer, ImagePart, Sample, TextPart
 from tests.beside import SHARED

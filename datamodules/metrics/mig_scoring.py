@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from datamodules.benchmarks.mig_bench import IN_DOMAIN, OUT_OF_DOMAIN, TASKS
-from datamodules.benchmarks.official_parsers import extract_box_officially
+from datamodules.metrics.official_parsers import extract_box_officially
 from datamodules.samples.answer_text import FAILURE_KINDS
 from datamodules.samples.boxes import Box, Convention, ImageGeometry, iou
 from datamodules.samples.sample import Sample

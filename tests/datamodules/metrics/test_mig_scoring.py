@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from datamodules.benchmarks.mig_bench import TASKS, load_mig_bench
-from datamodules.benchmarks.mig_scoring import (
+from datamodules.metrics.mig_scoring import (
     Prediction,
     average_tasks,
     format_table,
@@ -17,7 +17,7 @@ from datamodules.benchmarks.mig_scoring import (
     score_refused,
     summarise,
 )
-from datamodules.benchmarks.official_parsers import extract_box_officially
+from datamodules.metrics.official_parsers import extract_box_officially
 from datamodules.samples.answer_text import render_answer
 from datamodules.samples.boxes import Convention, ImageGeometry
 from datamodules.samples.sample import BoxAnswer, ImagePart, Sample, TextPart

@@ -9,8 +9,8 @@ import pytest
 
 from datamodules.answerers import Reply
 from datamodules.benchmarks.base import Rule
-from datamodules.benchmarks.official_parsers import extract_box_officially, read_choice_as_blink, read_choice_as_mmiu
-from datamodules.benchmarks.scoring import predict
+from datamodules.metrics.official_parsers import extract_box_officially, read_choice_as_blink, read_choice_as_mmiu
+from datamodules.metrics.summary import predict
 from datamodules.samples.boxes import Convention
 from datamodules.samples.sample import ChoiceAnswer, ImagePart, Sample, TextPart
 from tests.beside import SHARED

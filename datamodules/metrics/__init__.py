@@ -1,0 +1,1 @@
+"""What answers are worth: official readers, scores, averages, and their files."""
