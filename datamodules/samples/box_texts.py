@@ -3,7 +3,7 @@
 Readable to a person and so to this reader, though it is no JSON: numbers such as 10., .5, +10 and 010, numbers in
 quotes, a comma before the closing bracket, and full-width digits, signs and brackets. A list of four with anything else
 (units, words, other separators, a missing or a fifth number) is no box. The strict format check admits none of this
-(`answers.is_well_formed`).
+(`answer_text.is_well_formed`).
 
 Work is bounded, so that 1 MB of any text is read in some milliseconds. Nesting beyond MAX_DEPTH is no value, and
 reading stops after MAX_VALUES bracket pairs. A text with more than MAX_MARKS of the characters that cost work

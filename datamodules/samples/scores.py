@@ -1,6 +1,6 @@
 """The score of one model text: its box and IoU, its format, or why it has no box. For rewards and benchmarks.
 
-The boxes are those that `answers.parse_answer` lists: all of an answer block, and of any other text those from its
+The boxes are those that `answer_text.parse_answer` lists: all of an answer block, and of any other text those from its
 conclusion on. So "first" is the first box of the answer, not a box that is mentioned on the way to it.
 """
 
@@ -25,7 +25,7 @@ class TextScore:
     box: Box | None  # the box that counts, unit xyxy of the answer's image
     iou: float  # with the true box, 0-1; 0 without a box
     well_formed: bool  # earns the format reward
-    failure: str | None  # why no box could be read (a kind of `answers.ParseFailure`), else None
+    failure: str | None  # why no box could be read (a kind of `answer_text.ParseFailure`), else None
 
 
 def require_box(sample: Sample) -> BoxAnswer:

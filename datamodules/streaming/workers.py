@@ -71,7 +71,7 @@ def free_bytes(folder: Path = SHARED_MEMORY) -> int | None:
 
 
 def largest_pixels(encoder: Any) -> int:
-    """Bytes of float32 pixel values of the largest sample that `max_prompt_tokens` of a `batches.Encoder` admits.
+    """Bytes of float32 pixel values of the largest sample that `max_prompt_tokens` of a `encoder.Encoder` admits.
 
     A prompt token stands for merge_size^2 patches, a patch for patch_size^2 pixels in 3 channels of as many frames as
     are joined in time.

@@ -1,6 +1,6 @@
 """Stage 2 of the nano base: the language model learns to ground, list and describe what the frozen tower sees.
 
-Each picture is followed by several questions, side by side (`shared_prefix`): they see the picture and not each other,
+Each picture is followed by several questions, side by side (`packed_rows`): they see the picture and not each other,
 so the picture is computed once for all of them. Only answers count in the loss.
 """
 

@@ -2,8 +2,8 @@
 
     python -m experiments.nano.pretrain --output models/nano-base
 
-Two stages: the vision tower learns to see from dense targets (`base_tower`), then the language model learns to answer
-with the tower frozen (`base_language`). Picture i of a stage is a pure function of (seed, stage, i), so a run that is
+Two stages: the vision tower learns to see from dense targets (`vision_tower`), then the language model learns to answer
+with the tower frozen (`language`). Picture i of a stage is a pure function of (seed, stage, i), so a run that is
 killed goes on from its last checkpoint exactly as if nothing had happened.
 """
 

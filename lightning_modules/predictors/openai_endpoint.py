@@ -1,6 +1,6 @@
 """Models other than the policy as answerers: questions with their images in, text out.
 
-`EndpointAnswerer` asks an OpenAI-compatible server; `image_text.py` has an answerer for models in this process.
+`EndpointAnswerer` asks an OpenAI-compatible server; `huggingface.py` has an answerer for models in this process.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class Reward:
     total: float  # eq. 3
     accuracy: float  # r_acc, the IoU itself, 0-1
     format: float  # r_format, 0 or 1
-    failure: str | None  # why no box could be read (a kind of `answers.ParseFailure`), else None
+    failure: str | None  # why no box could be read (a kind of `answer_text.ParseFailure`), else None
 
 
 def reward(

@@ -86,11 +86,11 @@ class RolloutEngine(Protocol):
 
 
 class NativeEngine:
-    """Prefills each prompt once and decodes its branches over a shared prefix (`decoding`, `branch_cache`).
+    """Prefills each prompt once and decodes its branches over a shared prefix (`decoder`, `kv_cache`).
 
     `fold_adapter` decodes with LoRA folded into a copy of the linear weights: fewer operations, and exact in float32;
     in bfloat16 the sum is rounded, as it is in any server that is given merged weights. The model itself is then
-    another one, of fewer operations: on a CPU in float32 `lean_model`, on a GPU in half precision `fused_model`.
+    another one, of fewer operations: on a CPU in float32 `cpu_model`, on a GPU in half precision `gpu_model`.
     `static` (by default on a GPU) takes all rows at each step, at fixed shapes; on a GPU as a CUDA graph. Its memory
     and weights are kept for the next call, as what is captured refers to them.
     """

@@ -24,7 +24,7 @@ class SharedPrefixAttention:
 
     Token i sees token j where j <= i, both are of one group, and j is in the prefix or in the branch of i. A mask over
     the row would cost the square of its length; here only each group's own length counts. On a GPU one kernel does it
-    (`packed_flex`); on a CPU, slices of the row.
+    (`flex_attention`); on a CPU, slices of the row.
     """
 
     spans: tuple[GroupSpan, ...]

@@ -1,7 +1,7 @@
 """Decoding many prompts in a fixed number of places: a prompt whose branches have all ended makes room for the next.
 
 Rows of places that are done cost nothing on a CPU, where each step takes the rows that go on. On a GPU every step takes
-all rows at the same shapes, so that it can be captured once and replayed (`decode_graphs`): there a row is nearly free.
+all rows at the same shapes, so that it can be captured once and replayed (`cuda_graphs`): there a row is nearly free.
 
 Shapes: S places for prompts, G branches of each, R = S * G rows, A rows of a step, T tokens that a row can grow to.
 """
