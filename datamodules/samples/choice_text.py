@@ -1,10 +1,10 @@
 """Reading the letter of an option from any model text, by stated rules. How the code of benchmarks reads instead stands
-in `benchmarks/official_parsers.py`.
+in `metrics/official_parsers.py`.
 
-The answer is the text that follows the thinking (`answer_text.answer_text`); its last MAX_LENGTH characters are read. Lists
-such as "(A, B, C, or D)" name the question's options and are passed over. The first rule that finds options decides;
-where it finds two, the answer has several and is wrong. `conclusions.py` says which statements say, conclude, refuse
-and deny, `option_mentions.py` which words name an option and whether a letter or the text beside it counts.
+The answer is the text that follows the thinking (`answer_text.answer_text`); its last MAX_LENGTH characters are read.
+Lists such as "(A, B, C, or D)" name the options of the question and are passed over. The first rule that finds options
+decides; where it finds two, the answer has several and is wrong. `conclusions.py` says which statements say, conclude,
+refuse and deny, `option_mentions.py` which words name an option and whether a letter or the text beside it counts.
 
 1. The answer is one letter, with or without brackets and punctuation, or is the text of one option.
 2. It says so: the last "the answer is …", "I would choose …", "\\boxed{…", "(B) is the best choice".

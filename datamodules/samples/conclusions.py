@@ -1,7 +1,7 @@
 """The statements of a free text: whether each says the answer, concludes, refuses, denies or compares.
 
-For the readers of letters (`choice_text.py`) and of boxes (`answer_text.py`). The cues are words of general English; no phrase
-of a model or of a benchmark is among them. All work is linear in the length of the text.
+For the readers of letters (`choice_text.py`) and of boxes (`answer_text.py`). The cues are words of general English; no
+phrase of a model or of a benchmark is among them. All work is linear in the length of the text.
 
 - A statement is a sentence, or a line without a full stop. A line that ends in a colon goes on to the next line with
   text, and over all lines of a list whose lines begin with a letter, as in "(A) …".

@@ -16,6 +16,8 @@ CURE = (
     "it would be written to config.yaml, logs and W&B. Put the secret into an environment variable and name that "
     "variable: api_key_env for a key, basic_auth_env for user:password"
 )
+# Class paths of before November 2026 that YAML files of users name.
+MOVED = {"callbacks.guards.": "callbacks.save_on_interrupt.", "callbacks.collapse.": "callbacks.collapse_guard."}
 
 
 def command(main: Callable[..., T]) -> Callable[..., T]:
@@ -49,6 +51,7 @@ def find_place(where: str) -> str:
 
 
 def refuse_in_file(file: Path) -> None:
+    """End the program if a line of a configuration holds a credential, or a class path that has moved."""
     """End the program if a line of a YAML or JSON file holds a credential; a missing file passes."""
     if not file.is_file() or file.stat().st_size > LARGEST:
         return
@@ -56,3 +59,6 @@ def refuse_in_file(file: Path) -> None:
         text = line.split(" #")[0]  # a comment is read by nobody but people
         if kind := find_credential(text):
             sys.exit(f"{file}, line {number}, holds {kind}: {CURE}")
+        for old, new in MOVED.items():
+            if old in text:
+                sys.exit(f"{file}, line {number}: {old}* has moved. Write {new}* instead")

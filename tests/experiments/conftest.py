@@ -178,7 +178,8 @@ def start_apart() -> Iterator[Callable[..., subprocess.Popen]]:
     started: list[subprocess.Popen] = []
 
     def start(config: Path, outputs: Path, poll: float = 1.0, hold: str = "") -> subprocess.Popen:
-        code = f"from experiments import sweep, sweep_trials; sweep_trials.POLL_SECONDS = {poll}; sweep.main()"
+        code = "from experiments import sweep; from experiments.sweeps import trials; "
+        code += f"trials.POLL_SECONDS = {poll}; sweep.main()"
         command = [sys.executable, "-c", code, "--config", str(config), "--outputs", str(outputs)]
         started.append(subprocess.Popen(command, cwd=ROOT, start_new_session=True, env=os.environ | {"HOLD": hold}))
         return started[-1]

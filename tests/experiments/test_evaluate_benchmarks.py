@@ -96,7 +96,7 @@ def test_answers_of_other_source_files_are_asked_about(
 
     edited = source_code(("experiments.evaluate_benchmarks",)) | {"datamodules/samples/choice_text.py": "edited"}
     monkeypatch.setattr(evaluate_benchmarks, "source_code", lambda entries: edited)
-    asked = r"(?s)finished.*changed since: datamodules/choices\.py[^/]*KEEP=1.*REDO=1"
+    asked = r"(?s)finished.*changed since: datamodules/samples/choice_text\.py[^/]*KEEP=1.*REDO=1"
     with pytest.raises(SystemExit, match=asked) as caught:
         evaluate(tiny_model_dir, tmp_path, "--bench=blink")
     assert str(caught.value).count("\n") <= 4

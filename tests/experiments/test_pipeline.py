@@ -146,7 +146,7 @@ def test_answers_that_other_code_has_asked_for_are_asked_about(workbench: Workbe
     answers.write_text(answers.read_text().replace('"id"', '"id" '))  # a mark on what is there
     marked = answers.read_text()
     code["lightning_modules/rollouts/native/decoder.py"] = "2"
-    with pytest.raises(SystemExit, match=r"is finished.*\n.*lightning_modules/decoding\.py\nKEEP=1"):
+    with pytest.raises(SystemExit, match=r"is finished.*\n.*lightning_modules/rollouts/native/decoder\.py\nKEEP=1"):
         evaluate.main(arguments)
     for choice in (["--keep"], []):
         evaluate.main([*arguments, *choice])

@@ -1,8 +1,8 @@
 """The language model of a decoder on a GPU: the same sums in few launches.
 
 A step of a few rows is bound by reading the weights, and then by the number of its kernels: transformers makes about
-sixty of each layer, here it is a dozen (`triton_attention`, `triton_norm_mlp`). Query, key and value are one product, gate
-and up another; both residual sums are the accumulation of a product.
+sixty of each layer, here it is a dozen (`triton_attention`, `triton_norm_mlp`). Query, key and value are one
+product, gate and up another; both residual sums are the accumulation of a product.
 
 Shapes: B rows, T tokens of each, N = B * T; H key-value heads, R query heads for each of them, W width of a head.
 """

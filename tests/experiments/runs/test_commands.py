@@ -9,6 +9,7 @@ import pytest
 
 from datamodules.synthetic.benchmark_replicas import write
 from experiments import ablations, evaluate, evaluate_benchmarks, pipeline, synthesize, train
+from experiments.runs.commands import MOVED
 from tests.chat_server import ChatServer, http_response
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -62,6 +63,15 @@ def test_a_secret_in_a_configuration_is_named_by_its_line(tmp_path: Path, capfd:
         with pytest.raises(SystemExit, match=r"mine\.yaml, line 3, holds a URL with") as caught:
             evaluate_benchmarks.main(args)
         assert SECRET not in str(caught.value) + "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_a_class_path_that_has_moved_is_answered_with_the_new_one(old: str, tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"trainer:\n  callbacks:\n    - class_path: {old}Guard\n")
+    with pytest.raises(SystemExit, match=rf"line 3: {old}\* has moved. Write {MOVED[old]}\* instead"):
+        train.main(["--config", str(config)])
+    assert (ROOT / (MOVED[old].strip(".").replace(".", "/") + ".py")).is_file()
 
 
 @pytest.mark.parametrize("status", [200, 401, 500])
