@@ -8,7 +8,7 @@ quotes, a comma before the closing bracket, and full-width digits, signs and bra
 Work is bounded, so that 1 MB of any text is read in some milliseconds. Nesting beyond MAX_DEPTH is no value, and
 reading stops after MAX_VALUES bracket pairs. A text with more than MAX_MARKS of the characters that cost work
 (brackets, commas, quotes, line breaks, "\\", "<") is read only in its first WINDOW / 2 characters and in WINDOW round
-its last opening bracket. Full-width forms are read in texts of up to 8 * WINDOW characters.
+its last opening bracket. Full-width forms are read in texts of up to 16 * WINDOW characters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from datamodules.samples.boxes import Box
 MAX_DEPTH = 16  # Python's decoder would recurse until it raises
 MAX_VALUES = 1_000
 MAX_MARKS = 4_096
-WINDOW = 8_192
+WINDOW = 4_096
 MAX_REPAIRED = 2_048  # characters of one value that is no JSON; a longer one is read by its parts
 MAX_REPAIRS = 65_536  # characters, all such values together
 
@@ -186,7 +186,7 @@ def _num_marks(text: str) -> int:
 def _written(text: str, foreign: bool) -> Iterator[re.Match[str]]:
     """The forms without JSON. A list in ASCII brackets is none: it is read as JSON or not at all."""
     plain = text
-    if not text.isascii() and len(text) <= 8 * WINDOW:
+    if not text.isascii() and len(text) <= 16 * WINDOW:
         plain = text.translate(_FULL_WIDTH)
     if "(" in plain or "<box>" in plain or plain != text:
         for found in (_FOREIGN if foreign else _WRITTEN).finditer(plain):
