@@ -114,6 +114,8 @@ def test_every_missing_file_is_named_before_weights_are_read(tiny_model_dir: Pat
     (tmp_path / "data/BLINK").mkdir(parents=True)
     with pytest.raises(SystemExit, match="BLINK was not made here"):
         evaluate(tiny_model_dir, tmp_path, "--bench=blink")
+    with pytest.raises(SystemExit, match=r"bench='blnk' must be all or some of .*blink"):
+        evaluate(tiny_model_dir, tmp_path, "--bench=blnk")
     with pytest.raises(SystemExit, match="processes=0"):
         evaluate(tiny_model_dir, tmp_path, "--processes=0")
 
