@@ -128,11 +128,11 @@ def evaluate_benchmarks(
         trust_remote_code=trust_remote_code,
         generation=generation,
     )
+    faults = [f"processes={processes} must be at least 1"] if processes < 1 else []
     try:
         names = benchmark_names(bench)
     except ValueError as error:
         preflight.raise_all([*faults, str(error)])
-    faults = [f"processes={processes} must be at least 1"] if processes < 1 else []
     settings = _choose_answerer(model, endpoint, options, faults + extractor_faults(extractor, names))
     benchmarks = _load(names, data_root, twins)
     home = Path(output or default_output(settings.model, served=endpoint is not None))
