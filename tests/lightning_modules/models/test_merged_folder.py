@@ -20,7 +20,7 @@ from lightning_modules.models.merged_folder import check_names, name_in_model, w
 from lightning_modules.models.qwen_vl import QwenVL
 from tests.published_model import published_folder
 
-READER = Path(__file__).parents[1] / "transformers4_reader.py"
+READER = Path(__file__).parents[2] / "transformers4_reader.py"
 PYTHON4 = os.environ.get("TRANSFORMERS4_PYTHON")
 
 
