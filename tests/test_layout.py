@@ -305,6 +305,13 @@ def test_evaluating_a_served_model_loads_no_model_classes() -> None:
     assert {name: closure[name] for name in heavy & set(closure)} == {}
 
 
+@pytest.mark.parametrize("file", ["experiments/import_shards.py", "experiments/pipeline.py", "experiments/sweep.py"])
+def test_commands_that_compute_no_tensor_load_no_torch(file: str) -> None:
+    """It takes seconds and hundreds of megabytes, in each worker of an import again."""
+    closure = import_closure(ROOT, file)
+    assert {name: closure[name] for name in {"torch", "lightning", "transformers"} & set(closure)} == {}
+
+
 def test_an_optional_import_is_found_through_other_files(tmp_path: Path) -> None:
     (tmp_path / "experiments").mkdir()
     (tmp_path / "datamodules").mkdir()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from datamodules.checkpoints.pretrained import check_policy
 from datamodules.streaming.shards import folder_list, read_manifest
 
 SHARDED = "sharded (FSDP2)"
@@ -75,6 +74,8 @@ def training_faults(settings: Mapping) -> list[str]:
 
 def model_faults(path: str) -> list[str]:
     """Faults of a model folder or Hub name, its tensors among them, before any value is read."""
+    from datamodules.checkpoints.pretrained import check_policy  # loads torch, which an import of data does without
+
     try:
         check_policy(path)
     except (ValueError, OSError) as error:
