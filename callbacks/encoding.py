@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from lightning.pytorch import LightningModule
 
-from datamodules.encoding.encoder import Encoder, PromptItem
+from datamodules.encoding.encoder import EncodedSample, Encoder
 from datamodules.samples.sample import LoadedSample, SampleError
 from datamodules.streaming.prefetch import prefetch
 from lightning_modules.rollouts.base import NativeEngine, RolloutEngine
@@ -31,19 +31,19 @@ def rollout_engine(pl_module: LightningModule) -> RolloutEngine:
 
 def encode_ahead(
     encoder: Encoder, windows: Sequence[Sequence[T]], load: Callable[[T], LoadedSample]
-) -> Iterator[list[tuple[T, PromptItem | SampleError]]]:
+) -> Iterator[list[tuple[T, EncodedSample | SampleError]]]:
     """Each window with its members encoded, or the error by which one was refused.
 
     A thread encodes the next window while the caller works on this one; it holds no more than that one.
     """
 
-    def encode(member: T) -> PromptItem | SampleError:
+    def encode(member: T) -> EncodedSample | SampleError:
         try:
             return encoder.encode(load(member))
         except SampleError as error:
             return error
 
-    def encode_window(window: Sequence[T]) -> list[tuple[T, PromptItem | SampleError]]:
+    def encode_window(window: Sequence[T]) -> list[tuple[T, EncodedSample | SampleError]]:
         return [(member, encode(member)) for member in window]
 
     return prefetch(map(encode_window, windows), num_ahead=1)

@@ -1,6 +1,6 @@
 """Asking one benchmark's questions: a fixed share for each process, a journal for each, and nothing asked twice.
 
-    <folder>/rank0.jsonl, rank1.jsonl, …   {"id", "text", "geometries": [[w, h, processed w, processed h], …], …}
+    <folder>/rank0.jsonl, rank1.jsonl, …   {"id", "text", "image_sizes": [[w, h, resized w, resized h], …], …}
 
 The folder is named by the key of what answers depend on, so it is also the cache: any later evaluation of the same
 model, data and settings finds its answers there, whatever it was limited to and however many processes it has.
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datamodules.answerers import UNANSWERED, Answerer, Reply, split_windows
 from datamodules.benchmarks.base import Benchmark, column_of
 from datamodules.persistence.files import Journal, fingerprint, read_journal
-from datamodules.samples.boxes import geometries_from_json, geometries_to_json
+from datamodules.predictors import UNANSWERED, Predictor, Reply, split_windows
+from datamodules.samples.boxes import image_sizes_from_json, image_sizes_to_json
 from datamodules.samples.sample import Sample
 
 LOSSES = 8  # so many questions without an answer, and more than have one: it is no use to ask the rest
@@ -43,9 +43,9 @@ def require_positive(owner: str, **settings: int | None) -> None:
         raise ValueError(f"{owner}: {', '.join(wrong)} must be greater than 0")
 
 
-def answers_key(benchmark: Benchmark, answerer: Answerer) -> str:
-    """Hash of the questions, their images (by name and size) and the answerer. Not of how many are asked."""
-    return fingerprint([sample.to_json() for sample in benchmark.samples], benchmark.data, answerer.identity())
+def answers_key(benchmark: Benchmark, predictor: Predictor) -> str:
+    """Hash of the questions, their images (by name and size) and the predictor. Not of how many are asked."""
+    return fingerprint([sample.to_json() for sample in benchmark.samples], benchmark.data, predictor.identity())
 
 
 def read_answers(folder: Path, key: str) -> dict[str, Reply]:
@@ -57,7 +57,7 @@ def read_answers(folder: Path, key: str) -> dict[str, Reply]:
 
 
 def ask_share(
-    answerer: Answerer,
+    predictor: Predictor,
     samples: Sequence[Sample],
     benchmark: Benchmark,
     folder: Path,
@@ -76,17 +76,17 @@ def ask_share(
     """
     done = {name for name, reply in read_answers(folder, key).items() if reply.refused != UNANSWERED}
     ordered = sorted(samples, key=lambda sample: (-len(sample.images), column_of(sample), sample.task))
-    mine = split_windows(ordered, answerer.window)[rank::world_size]
+    mine = split_windows(ordered, predictor.window)[rank::world_size]
     waiting = [window for window in mine if not all(sample.id in done for sample in window)]
     yield sum(map(len, mine)) - sum(map(len, waiting))
     journal = Journal(folder / f"rank{rank}.jsonl", key)
     records: list[dict[str, Any]] = []
     answered, lost = len(done), 0
-    for sample, reply in answerer.answers([sample for window in waiting for sample in window], benchmark.load):
+    for sample, reply in predictor.answers([sample for window in waiting for sample in window], benchmark.load):
         records.append(_record(sample, reply))
         lost += reply.refused == UNANSWERED
         answered += reply.refused != UNANSWERED
-        if len(records) >= answerer.window:
+        if len(records) >= predictor.window:
             journal.append(records)
             yield len(records)
             records = []
@@ -109,7 +109,7 @@ def _record(sample: Sample, reply: Reply) -> dict[str, Any]:
     return {
         "id": sample.id,
         "text": reply.text,
-        "geometries": geometries_to_json(reply.geometries),
+        "image_sizes": image_sizes_to_json(reply.image_sizes),
         "num_tokens": reply.num_tokens,
         "finished": reply.finished,
         "refused": reply.refused,
@@ -119,7 +119,7 @@ def _record(sample: Sample, reply: Reply) -> dict[str, Any]:
 def _reply(record: Mapping[str, Any]) -> Reply:
     return Reply(
         text=record["text"],
-        geometries=geometries_from_json(record["geometries"]),
+        image_sizes=image_sizes_from_json(record["image_sizes"]),
         num_tokens=record["num_tokens"],
         finished=record["finished"],
         refused=record["refused"],

@@ -18,11 +18,11 @@ from tqdm import tqdm
 from callbacks.checkpoints import RunStopped
 from callbacks.encoding import encode_ahead, prompt_encoder, rollout_engine
 from callbacks.evaluation import EvaluationSettings, require_positive
-from datamodules.answerers import split_windows
 from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
 from datamodules.encoding.encoder import Encoder
 from datamodules.metrics.mig_scoring import Prediction, format_table, score_answer, score_refused, summarise
 from datamodules.persistence.files import Journal, StorageError, fingerprint, make_folder, read_journal, write_json
+from datamodules.predictors import split_windows
 from datamodules.samples.sample import LoadedSample, Sample, SampleError
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from lightning_modules.models.qwen_vl import QwenVL
@@ -74,8 +74,8 @@ def evaluate_mig_bench(
                     score_answer(
                         item.sample,
                         rollout.text,
-                        item.geometries,
-                        encoder.convention,
+                        item.image_sizes,
+                        encoder.box_format,
                         num_tokens=len(rollout.token_ids),
                         finished=rollout.finished,
                     )

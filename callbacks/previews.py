@@ -20,7 +20,7 @@ from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
 from datamodules.images.image_loading import ImageError, load_image
 from datamodules.metrics.mig_scoring import Prediction
 from datamodules.persistence.files import make_folder, remove_draft
-from datamodules.samples.boxes import Box, ImageGeometry
+from datamodules.samples.boxes import Box, ImageSizes
 from datamodules.samples.sample import BoxPart, LoadedSample, Sample, SampleError, TextPart
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def draw_preview(image: Image.Image, sample: Sample, prediction: Prediction) -> 
 
 def _draw_box(draw: ImageDraw.ImageDraw, box: Box, colour: str, size: tuple[int, int]) -> None:
     """Outline a unit box that may be inverted or far outside: cut to the picture, sides put in order."""
-    x1, y1, x2, y2 = ImageGeometry(original=size, processed=size).to_pixels(box)
+    x1, y1, x2, y2 = ImageSizes(original=size, resized=size).to_pixels(box)
     xs = sorted(min(max(x, 0.0), size[0] - 1.0) for x in (x1, x2))
     ys = sorted(min(max(y, 0.0), size[1] - 1.0) for y in (y1, y2))
     draw.rectangle((xs[0], ys[0], xs[1], ys[1]), outline=colour, width=3)

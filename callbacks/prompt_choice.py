@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from callbacks.checkpoints import RunStopped
 from callbacks.encoding import encode_ahead
-from datamodules.answerers import split_windows
-from datamodules.encoding.encoder import Encoder, PromptItem
+from datamodules.encoding.encoder import EncodedSample, Encoder
 from datamodules.persistence.files import Journal, fingerprint, read_journal, read_json, write_atomic, write_json
+from datamodules.predictors import split_windows
 from datamodules.samples.sample import LoadedSample, SampleError
 from datamodules.samples.scores import require_box, score_text
 from datamodules.streaming.path_fingerprint import path_fingerprint
@@ -199,7 +199,7 @@ def _sample_windows(
     ) as bar:
         for (window, _), members in zip(windows, encoded, strict=True):
             errors = [error for _, error in members if isinstance(error, SampleError)]
-            known = [(number, item) for number, item in members if isinstance(item, PromptItem)]
+            known = [(number, item) for number, item in members if isinstance(item, EncodedSample)]
             generator = torch.Generator(policy.device).manual_seed(derive_seed(settings.seed, window))
             items = [item.to(policy.device) for _, item in known]
             groups = engine.generate(items, rollout_settings, generator=generator)
@@ -212,8 +212,8 @@ def _sample_windows(
             bar.update(len(members))
 
 
-def _outcome(number: int, item: PromptItem, texts: list[str], encoder: Encoder, threshold: float) -> dict[str, Any]:
-    ious = [score_text(text, item.sample.answer, item.geometries, encoder.convention).iou for text in texts]
+def _outcome(number: int, item: EncodedSample, texts: list[str], encoder: Encoder, threshold: float) -> dict[str, Any]:
+    ious = [score_text(text, item.sample.answer, item.image_sizes, encoder.box_format).iou for text in texts]
     correct = sum(value > threshold for value in ious)
     fields = {"number": number, "id": item.sample.id, "task": item.sample.task}
     return fields | {"correct": correct, "samples": len(ious), "mean_iou": sum(ious) / len(ious)}

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 
-from datamodules.encoding.encoder import Batch, Encoder, PromptItem
+from datamodules.encoding.encoder import Batch, EncodedSample, Encoder
 from datamodules.encoding.messages import PromptStyle
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
-from datamodules.samples.boxes import Convention
+from datamodules.samples.boxes import BoxFormat, BoxFormatName
 from datamodules.samples.sample import LoadedSample, Rejections, SampleError
 from datamodules.samples.scores import require_box
 from datamodules.streaming.shards import ShardReader
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 NUM_MEASURED = 8  # samples that are encoded to see how large one is, where that matters
 
 
-def encode_for_training(encoder: Encoder, loaded: LoadedSample) -> PromptItem:
+def encode_for_training(encoder: Encoder, loaded: LoadedSample) -> EncodedSample:
     """An item that a phase can learn from: both need an answer of one box, CoT-SFT to write it and GRPO to reward it.
     Raises SampleError: "no_box_answer", before any image is decoded, and the rules of `Encoder.encode`."""
     require_box(loaded.sample)
@@ -44,7 +44,7 @@ class MultiImageData(LightningDataModule):
         self,
         shards: str | list[str],
         processor: str,
-        convention: Literal["absolute", "per_mille", "unit"] = "absolute",
+        box_format: BoxFormatName = "absolute_pixels",
         style: Literal["think", "answer", "plain", "official"] = "think",
         batch_size: int = 8,
         num_workers: int = 0,
@@ -76,7 +76,7 @@ class MultiImageData(LightningDataModule):
         self.rejections = Rejections(strict)
         self.encoder = Encoder(
             processor,
-            Convention(convention),
+            BoxFormat(box_format),
             PromptStyle(style),
             max_prompt_tokens,
             max_completion_tokens,

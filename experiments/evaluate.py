@@ -29,7 +29,7 @@ from datamodules.metrics.mig_scoring import format_table, summarise
 from datamodules.persistence.files import read_journal, read_json, write_json
 from datamodules.persistence.processes import ProcessLost
 from datamodules.persistence.source_code import source_code
-from datamodules.samples.boxes import Convention
+from datamodules.samples.boxes import BoxFormat, BoxFormatName
 from experiments.evaluation.ask_processes import share_cores
 from experiments.evaluation.shares import Asking, OtherProcesses, answer_all, set_answers_aside
 from experiments.runs import preflight, run_identity, wandb_runs
@@ -43,7 +43,7 @@ def evaluate(
     annotations: str,
     image_root: str,
     output: str | None = None,
-    convention: Literal["absolute", "per_mille", "unit"] = "absolute",
+    box_format: BoxFormatName = "absolute_pixels",
     style: Literal["think", "answer", "plain", "official"] = "think",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str = "auto",
@@ -68,7 +68,7 @@ def evaluate(
         image_root: folder that holds MIG-Bench/
         output: folder for predictions.jsonl and mig_bench.json, which are replaced there; null: that of the phase which
             the merged model lies in, for another model outputs/mig_bench/<model>, and nothing finished is replaced
-        convention: how the model writes boxes
+        box_format: how the model writes boxes
         style: how questions are put; plain and official for models that were not trained here
         dtype: of the weights
         device: auto, cpu, cuda, cuda:1, ...
@@ -79,7 +79,7 @@ def evaluate(
         max_sample_pixels: a question with more pixels in all its images together counts as wrong
         max_resized_pixels: images are shrunk to so many pixels, where that is less than the processor's own limit
         label_images: write "Picture k: " before image k
-        as_trained: put questions to a phase's merged model as that phase did, whatever convention, style,
+        as_trained: put questions to a phase's merged model as that phase did, whatever box format, style,
             max_resized_pixels and label_images say; false: as these say
         processes: so many share the questions, each with a GPU of its own, or with its part of the CPU's cores
         generation: greedy: the likeliest token, without penalties; model: as the model's generation_config.json says,
@@ -91,10 +91,10 @@ def evaluate(
     faults = [f"processes={processes} must be at least 1"] if processes < 1 else []
     preflight.raise_all(faults + preflight.model_faults(model) + preflight.benchmark_faults(annotations, image_root))
     decoding = decoding or EvaluationSettings()
-    form = {"convention": convention, "style": style}
+    form = {"box_format": box_format, "style": style}
     form |= {"max_resized_pixels": max_resized_pixels, "label_images": label_images}
     form |= run_identity.trained_form(model, form) if as_trained else {}
-    form |= {"convention": Convention(form["convention"]), "style": PromptStyle(form["style"])}
+    form |= {"box_format": BoxFormat(form["box_format"]), "style": PromptStyle(form["style"])}
     limits = {"max_prompt_tokens": max_prompt_tokens, "max_image_pixels": max_image_pixels}
     limits |= {"max_sample_pixels": max_sample_pixels}
     asking = Asking(model, dtype, device, form | limits, image_root, decoding, generation)

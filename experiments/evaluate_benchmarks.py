@@ -21,7 +21,6 @@ from typing import Any, Literal
 from jsonargparse import auto_cli
 
 from callbacks.evaluation import EvaluationSettings, QuestionsLost, read_answers
-from datamodules.answerers import Reply
 from datamodules.benchmarks.base import Benchmark, limit_columns
 from datamodules.benchmarks.registry import benchmark_names, load_benchmark
 from datamodules.checkpoints.model_folder import ModelError
@@ -32,10 +31,11 @@ from datamodules.metrics.summary import predict, summarise
 from datamodules.persistence.files import fingerprint
 from datamodules.persistence.processes import ProcessLost
 from datamodules.persistence.source_code import source_code
-from datamodules.samples.boxes import Convention
+from datamodules.predictors import Reply
+from datamodules.samples.boxes import BoxFormat, BoxFormatName
 from datamodules.synthetic.benchmark_replicas.write import TWINS, write_twin
 from experiments.evaluation.ask_processes import Job, ask_all
-from experiments.evaluation.choose_predictor import ALIASES, AnswererSettings, ModelOptions, choose_answerer
+from experiments.evaluation.choose_predictor import ALIASES, ModelOptions, PredictorSettings, choose_predictor
 from experiments.evaluation.extracting import extract_letters, extractor_faults, ready_extractor
 from experiments.runs import preflight, run_identity, wandb_runs
 from experiments.runs.changes import RECORD, Choice, CodeChanged, choice_of, settle_answers, spell_out
@@ -52,8 +52,8 @@ def evaluate_benchmarks(
     output: str | None = None,
     twins: bool = False,
     endpoint: EndpointSettings | None = None,
-    dialect: str = "auto",
-    convention: Literal["absolute", "per_mille", "unit"] = "absolute",
+    model_family: str = "auto",
+    box_format: BoxFormatName = "absolute_pixels",
     style: Literal["auto", "think", "answer", "plain", "official", "native"] = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str = "auto",
@@ -83,10 +83,10 @@ def evaluate_benchmarks(
         output: null: <phase>/benchmarks for the merged model of a phase, else outputs/eval/<model>
         twins: write the benchmarks' nano twins into data_root where they are missing
         endpoint: an OpenAI-compatible server, by base_url; its model is the one above
-        dialect: how another model than Qwen2.5-VL is asked for boxes and writes them
+        model_family: how another model than Qwen2.5-VL is asked for boxes and writes them
             (datamodules/encoding/model_families.py); auto: by model_type and name
-        convention: how a Qwen2.5-VL writes boxes
-        style: how questions are put; auto: think, for other models native, which is their dialect's own prompt
+        box_format: how a Qwen2.5-VL writes boxes
+        style: how questions are put; auto: think, for other models native, which is their model family's own prompt
         dtype: of the weights
         device: auto, cpu, cuda (each process takes its own GPU), cuda:1, ...
         decoding: length of an answer; batches are Qwen2.5-VL's
@@ -99,7 +99,7 @@ def evaluate_benchmarks(
         max_resized_pixels: images are shrunk to so many pixels, where that is less than the processor's own limit
             (for a served Qwen2.5-VL it must be no more than that limit)
         label_images: write "Picture k: " before image k, for a Qwen2.5-VL
-        before_image: text before image k for other models instead of the dialect's, such as "Picture {}: "
+        before_image: text before image k for other models instead of the model family's, such as "Picture {}: "
         as_trained: put questions to a phase's merged model as that phase did
         trust_remote_code: run code that comes with a model's weights
         generation: greedy: the likeliest token, without penalties, the same for every model; model: as the model's
@@ -112,9 +112,9 @@ def evaluate_benchmarks(
     """
     choice = choice_of(redo, keep)
     options = ModelOptions(
-        convention=convention,
+        box_format=box_format,
         style=style,
-        dialect=dialect,
+        model_family=model_family,
         before_image=before_image,
         label_images=label_images,
         max_prompt_tokens=max_prompt_tokens,
@@ -133,7 +133,7 @@ def evaluate_benchmarks(
         names = benchmark_names(bench)
     except ValueError as error:
         preflight.raise_all([*faults, str(error)])
-    settings = _choose_answerer(model, endpoint, options, faults + extractor_faults(extractor, names))
+    settings = _choose_predictor(model, endpoint, options, faults + extractor_faults(extractor, names))
     benchmarks = _load(names, data_root, twins)
     home = Path(output or default_output(settings.model, served=endpoint is not None))
     job = Job(settings, tuple(benchmarks), data_root, str(home / "answers"), limit)
@@ -168,12 +168,12 @@ def _settle_answers(home: Path, choice: Choice | None) -> None:
     )
 
 
-def _choose_answerer(
+def _choose_predictor(
     model: str, endpoint: EndpointSettings | None, options: ModelOptions, faults: list[str]
-) -> AnswererSettings:
-    """`choose_answerer`; raises SettingsError with its fault and the `faults` that are known already."""
+) -> PredictorSettings:
+    """`choose_predictor`; raises SettingsError with its fault and the `faults` that are known already."""
     try:
-        settings = choose_answerer(model if endpoint else ALIASES.get(model, model), endpoint, options)
+        settings = choose_predictor(model if endpoint else ALIASES.get(model, model), endpoint, options)
     except ValueError as error:
         faults = [*faults, str(error)]
     preflight.raise_all(faults)
@@ -190,7 +190,7 @@ def _evaluate(
         facts = {"model": job.settings.model, "data_root": job.data_root, "key": ended.key, "limit": job.limit}
         facts["generation"] = job.settings.generation
         replies = read_answers(Path(ended.folder), ended.key)
-        results[ended.name] = _finish(benchmarks[ended.name], home, facts, replies, ended.convention, extractor)
+        results[ended.name] = _finish(benchmarks[ended.name], home, facts, replies, ended.box_format, extractor)
     return results
 
 
@@ -217,13 +217,13 @@ def _finish(
     home: Path,
     facts: dict[str, Any],
     replies: dict[str, Reply],
-    convention: Convention,
+    box_format: BoxFormat,
     extractor: Extractor | None,
 ) -> dict[str, Any]:
     """Score what was answered, write and print it."""
     rules = (benchmark.rule, benchmark.official)
     samples = limit_columns(benchmark.samples, facts["limit"])
-    predictions = [predict(sample, replies[sample.id], convention, *rules) for sample in samples]
+    predictions = [predict(sample, replies[sample.id], box_format, *rules) for sample in samples]
     result = {"benchmark": benchmark.name} | facts | {"extractor": None}
     if extractor is not None and benchmark.official.reader in EXTRACTED_READERS:
         predictions, result["extractor"] = extract_letters(extractor, benchmark, samples, predictions)

@@ -26,11 +26,11 @@ from jsonargparse import auto_cli
 
 from datamodules.checkpoints.model_folder import ModelError
 from datamodules.encoding.chat_request import RequestForm
-from datamodules.encoding.model_families import find_dialect
+from datamodules.encoding.model_families import find_model_family
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
 from datamodules.persistence.files import Journal, fingerprint, read_journal, read_json, write_atomic, write_json
 from datamodules.persistence.source_code import source_code
-from datamodules.samples.boxes import geometries_from_json
+from datamodules.samples.boxes import image_sizes_from_json
 from datamodules.samples.sample import SampleError
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from datamodules.streaming.shards import MANIFEST, ShardReader, folder_list
@@ -55,7 +55,7 @@ def synthesize(
     questions: str | list[str],
     output: str,
     endpoint: EndpointSettings,
-    dialect: str = "auto",
+    model_family: str = "auto",
     before_image: str | None = None,
     min_pixels: int = 56 * 56,
     max_pixels: int = 16384 * 28 * 28,
@@ -78,8 +78,8 @@ def synthesize(
         output: folder for the shards and the journal
         endpoint: the teacher. Without base_url, model is a folder or Hub name that `transformers serve` serves here,
             one request at a time
-        dialect: how the teacher writes boxes (datamodules/encoding/model_families.py); auto: by the model's name
-        before_image: text before image k instead of the dialect's, such as "Picture {}: "
+        model_family: how the teacher writes boxes (datamodules/encoding/model_families.py); auto: by the model's name
+        before_image: text before image k instead of the model family's, such as "Picture {}: "
         min_pixels: smaller images are enlarged
         max_pixels: larger images are shrunk; for a teacher that speaks in pixels, no more than its server's own limit
         max_image_pixels: a larger stored image is refused (decompression bombs)
@@ -98,7 +98,7 @@ def synthesize(
     folders = folder_list(questions)
     faults = _faults(folders, endpoint, threshold, limit)
     pixels = (min_pixels, max_pixels, max_image_pixels, max_sample_pixels)
-    form = _form(dialect, endpoint.model, faults, before_image, *pixels)
+    form = _form(model_family, endpoint.model, faults, before_image, *pixels)
     stated = server_fields(endpoint) | endpoint.extra_body
     teacher = [endpoint.model, stated, path_fingerprint(endpoint.model)]
     contents = [path_fingerprint(folder) for folder in folders]
@@ -188,8 +188,8 @@ def _judge_all(
         if len(responses) < sampling.num_responses:
             continue
         sample, texts = reader.read(number).sample, [response["text"] for response in responses]
-        geometries = geometries_from_json(responses[0]["sizes"])
-        verdicts[number] = judge(sample, texts, geometries, form.dialect.convention, threshold, sampling.seed)
+        image_sizes = image_sizes_from_json(responses[0]["sizes"])
+        verdicts[number] = judge(sample, texts, image_sizes, form.model_family.box_format, threshold, sampling.seed)
     return verdicts
 
 
@@ -212,10 +212,10 @@ def _faults(folders: list[str], endpoint: EndpointSettings, threshold: float, li
     return faults
 
 
-def _form(dialect: str, model: str, faults: list[str], *more: Any) -> RequestForm:
+def _form(model_family: str, model: str, faults: list[str], *more: Any) -> RequestForm:
     """The form of the requests. Raises SettingsError for its own faults and those that were found before."""
     try:
-        form = RequestForm(find_dialect(dialect, model), "think", *more)
+        form = RequestForm(find_model_family(model_family, model), "think", *more)
     except ValueError as error:
         preflight.raise_all([*faults, str(error)])
     preflight.raise_all(faults)

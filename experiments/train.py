@@ -30,7 +30,7 @@ from callbacks.rank_watch import RankWatch, end_with_launcher
 from datamodules.checkpoints.model_folder import ModelError
 from datamodules.multi_image import MultiImageData
 from datamodules.persistence.files import StorageError, write_atomic
-from datamodules.samples.boxes import Convention
+from datamodules.samples.boxes import BoxFormat
 from datamodules.streaming.stream import UnusableData
 from datamodules.streaming.workers import WorkersFailed
 from experiments.runs import metrics_csv, preflight, run_identity, wandb_runs
@@ -76,7 +76,7 @@ class TrainCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("model.init_args.model", "data.processor")
-        parser.link_arguments("data.convention", "model.init_args.convention", compute_fn=Convention)
+        parser.link_arguments("data.box_format", "model.init_args.box_format", compute_fn=BoxFormat)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
         try:

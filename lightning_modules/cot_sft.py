@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from datamodules.encoding.encoder import Batch, PromptItem
+from datamodules.encoding.encoder import Batch, EncodedSample
 from lightning_modules.models.attention.packed_rows import pack_rows
 from lightning_modules.models.vision_feature_cache import FeatureCache, tower_fingerprint
 from lightning_modules.policy_module import PolicyModule
@@ -81,7 +81,7 @@ class CoTSFT(PolicyModule):
         return total, correct, num_tokens
 
 
-def _target(item: PromptItem) -> Tensor:
+def _target(item: EncodedSample) -> Tensor:
     if item.completion_ids is None:
         raise ValueError(f"sample {item.sample.id!r} has no target: supervised training needs with_target=True")
     return item.completion_ids

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from datamodules.encoding.encoder import Batch, PromptItem
-from datamodules.samples.boxes import Convention
+from datamodules.encoding.encoder import Batch, EncodedSample
+from datamodules.samples.boxes import BoxFormat
 from lightning_modules.models.attention.packed_rows import PackedRows, pack_rows
 from lightning_modules.policy_module import STATE_KEY, PolicyModule
 from lightning_modules.rl.grpo_faults import grpo_faults
@@ -51,7 +51,7 @@ class GRPO(PolicyModule):
     def __init__(
         self,
         model: str,
-        convention: Convention = Convention.ABSOLUTE,
+        box_format: BoxFormat = BoxFormat.ABSOLUTE_PIXELS,
         group_size: int = 8,
         temperature: float = 0.7,
         max_new_tokens: int = 1024,
@@ -76,7 +76,7 @@ class GRPO(PolicyModule):
         **policy: Any,
     ) -> None:
         super().__init__(model, learning_rate=learning_rate, **policy)
-        self.convention = Convention(convention)
+        self.box_format = BoxFormat(box_format)
         self.group_size, self.temperature, self.max_new_tokens = group_size, temperature, max_new_tokens
         self.beta, self.clip_range, self.loss_reduction = beta, clip_range, loss_reduction
         self.accuracy_weight, self.format_weight = accuracy_weight, format_weight
@@ -143,10 +143,10 @@ class GRPO(PolicyModule):
 
     # Rolling out
 
-    def _reward(self, item: PromptItem, rollout: Rollout) -> Reward:
+    def _reward(self, item: EncodedSample, rollout: Rollout) -> Reward:
         weights = (self.accuracy_weight, self.format_weight)
         try:
-            return reward(rollout.text, item.sample.answer, item.geometries, self.convention, *weights)
+            return reward(rollout.text, item.sample.answer, item.image_sizes, self.box_format, *weights)
         except ValueError as error:
             raise ValueError(f"sample {item.sample.id!r} cannot be rewarded: {error}") from error
 

@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from datamodules.encoding.encoder import Batch, PromptItem
+from datamodules.encoding.encoder import Batch, EncodedSample
 from lightning_modules.models.attention.packed_rows import PackedRows
 from lightning_modules.models.fsdp import clip_divided, sum_gradients
 from lightning_modules.models.layers.lora import LoraSettings
@@ -267,7 +267,7 @@ class PolicyModule(LightningModule):
         folder = self.trainer.default_root_dir
         require_finite(value, what, folder, self.global_step, self.global_rank, self._window_ids)
 
-    def row_features(self, rows: PackedRows, items: Sequence[PromptItem], reference: bool = False) -> list[Tensor]:
+    def row_features(self, rows: PackedRows, items: Sequence[EncodedSample], reference: bool = False) -> list[Tensor]:
         """Image features by item for one forward pass with a trained tower. Only the items in `rows` have any: each
         backward pass frees its graph, so nothing can be shared between passes."""
         features: list[Tensor] = [torch.empty(0)] * len(items)

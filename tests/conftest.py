@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLProcessor, Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
-from datamodules.encoding.encoder import Encoder, PromptItem
+from datamodules.encoding.encoder import EncodedSample, Encoder
 from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
 from experiments.nano import build_model
 from tests.browser import browser_page  # noqa: F401
@@ -100,11 +100,11 @@ def random_png(rng: random.Random, size: tuple[int, int]) -> bytes:
 
 
 @pytest.fixture
-def make_items(tiny_model_dir: Path) -> Callable[..., list[PromptItem]]:
+def make_items(tiny_model_dir: Path) -> Callable[..., list[EncodedSample]]:
     """make_items([1, 3]) gives two encoded samples, of one and of three images of mixed sizes, the same for a seed."""
 
-    def make(num_images: Sequence[int], seed: int = 0, with_target: bool = False) -> list[PromptItem]:
-        encoder = Encoder(str(tiny_model_dir), "absolute", "think", 4096, 256, with_target)
+    def make(num_images: Sequence[int], seed: int = 0, with_target: bool = False) -> list[EncodedSample]:
+        encoder = Encoder(str(tiny_model_dir), "absolute_pixels", "think", 4096, 256, with_target)
         rng = random.Random(seed)
         items = []
         for index, count in enumerate(num_images):

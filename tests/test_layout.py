@@ -20,7 +20,7 @@ ROOMS = {
         ("importers", "synthetic"),
         ("metrics",),
         ("streaming", "benchmarks"),
-        ("answerers.py", "encoding"),
+        ("predictors.py", "encoding"),
         ("images", "checkpoints"),
         ("samples",),
         ("persistence",),
@@ -45,7 +45,7 @@ SHARED_NAMES = {"__init__", "base", "registry", "engine", "mig_bench", "odinw"}
 LEAVES = (
     "datamodules/samples/boxes.py",
     "datamodules/samples/sample.py",
-    "datamodules/answerers.py",
+    "datamodules/predictors.py",
     "datamodules/samples/answer_text.py",
     "datamodules/encoding/messages.py",
     "datamodules/encoding/model_families.py",

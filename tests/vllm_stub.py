@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from datamodules.encoding.encoder import Encoder, PromptItem
+from datamodules.encoding.encoder import EncodedSample, Encoder
 from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
 from lightning_modules.models.layers.lora import LoraSettings
 from lightning_modules.models.qwen_vl import QwenVL
@@ -30,7 +30,7 @@ class VLLMStub:
 
     def __init__(self, model: str, lora: LoraSettings) -> None:
         self.policy = QwenVL(model, lora=lora).eval()
-        self.encoder = Encoder(model, "absolute", "plain", 4096, 256, False)
+        self.encoder = Encoder(model, "absolute_pixels", "plain", 4096, 256, False)
         self.adapters: dict[str, dict[str, torch.Tensor]] = {}
         self.loads: list[str] = []
         self.asked = 0
@@ -147,7 +147,7 @@ class VLLMStub:
             for name, parameter in own.items():
                 parameter.copy_(adapter[name] if adapter else torch.zeros_like(parameter))
 
-    def _read(self, messages: list[dict[str, Any]]) -> PromptItem:
+    def _read(self, messages: list[dict[str, Any]]) -> EncodedSample:
         parts, images = [], []
         for part in messages[0]["content"]:
             if part["type"] == "text":

@@ -20,7 +20,7 @@ from datamodules.benchmarks.mig_bench import load_images
 from datamodules.benchmarks.upright import TURNED, turn_questions
 from datamodules.images.image_files import Frame, file_size
 from datamodules.persistence.files import fingerprint
-from datamodules.samples.boxes import Convention, ImageGeometry, geometries_from_json, geometries_to_json
+from datamodules.samples.boxes import BoxFormat, ImageSizes, image_sizes_from_json, image_sizes_to_json
 from datamodules.samples.sample import Answer, BoxAnswer, ChoiceAnswer, LoadedSample, Sample
 from datamodules.samples.scores import BoxChoice
 
@@ -109,8 +109,8 @@ class Prediction:
     unit: str
     answer: Answer  # the truth
     text: str
-    convention: Convention
-    geometries: tuple[ImageGeometry, ...]
+    box_format: BoxFormat
+    image_sizes: tuple[ImageSizes, ...]
     num_tokens: int
     finished: bool
     refused: str | None
@@ -126,7 +126,7 @@ class Prediction:
     def to_json(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["answer"] = answer_to_json(self.answer)
-        values["geometries"] = geometries_to_json(self.geometries)
+        values["image_sizes"] = image_sizes_to_json(self.image_sizes)
         return values
 
     @classmethod
@@ -137,8 +137,8 @@ class Prediction:
             raise ValueError(f"no prediction: a record of predictions.jsonl lacks {', '.join(missing)}")
         values = {f.name: record.get(f.name) for f in fields(cls)}
         values["answer"] = answer_from_json(record["answer"])
-        values["convention"] = Convention(record["convention"])
-        values["geometries"] = geometries_from_json(record["geometries"])
+        values["box_format"] = BoxFormat(record["box_format"])
+        values["image_sizes"] = image_sizes_from_json(record["image_sizes"])
         for name in ("read", "official_read"):
             values[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
         return cls(**values)

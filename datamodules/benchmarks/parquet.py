@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 NUM_CACHED_GROUPS = 4
-# Answerers that wait for a server read in several threads: each would read the same group into memory, from one file.
+# Predictors that wait for a server read in several threads: each would read the same group into memory, from one file.
 _READING = threading.Lock()
 
 

@@ -1,5 +1,7 @@
-"""A loaded sample as chat messages in a dialect, for a processor or for an OpenAI-compatible server, and the geometries
-that its answer is read in."""
+"""A loaded sample as chat messages of a model family, for a processor or for an OpenAI-compatible server.
+
+The sizes of the images come with them: the answer's boxes are read in these sizes.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,9 @@ from typing import Any
 from PIL import Image
 
 from datamodules.encoding.messages import PromptStyle, build_messages
-from datamodules.encoding.model_families import Dialect
+from datamodules.encoding.model_families import ModelFamily
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS, decode_images, open_images
-from datamodules.samples.boxes import Convention, ImageGeometry, fit_size
+from datamodules.samples.boxes import BoxFormat, ImageSizes, fit_size
 from datamodules.samples.sample import ChoiceAnswer, LoadedSample
 
 
@@ -23,15 +25,15 @@ from datamodules.samples.sample import ChoiceAnswer, LoadedSample
 class RequestForm:
     """How questions are put to a model that is not the policy of this repository.
 
-    style: `think` and `answer` are this repository's suffixes, `plain` adds none, `native` is the dialect's own; under
-    `native` a question with options asks for a letter as under `answer`, since families differ only in boxes.
-    before_image: instead of the dialect's, such as "Picture {}: ".
+    style: `think` and `answer` are this repository's suffixes, `plain` adds none, `native` is the model family's own.
+    Under `native` a question with options asks for a letter as under `answer`, since families differ only in boxes.
+    before_image: instead of the model family's, such as "Picture {}: ".
     min_pixels, max_pixels: bounds of an image as it is sent. For a model that speaks in pixels they must lie within
     its processor's own: the image then comes in the very size that the processor would give it, so that the pixels of
     prompt, answer and score are the same ones.
     """
 
-    dialect: Dialect
+    model_family: ModelFamily
     style: str = "native"
     before_image: str | None = None
     min_pixels: int = 56 * 56
@@ -48,16 +50,16 @@ class RequestForm:
             raise ValueError(f'before_image={self.before_image!r} must be such as "Picture {{}}: "') from error
         if not 0 < self.min_pixels < self.max_pixels:
             raise ValueError(f"min_pixels={self.min_pixels} must be in 1..max_pixels, max_pixels={self.max_pixels}")
-        if self.dialect.convention == Convention.ABSOLUTE and self.dialect.factor is None:
-            raise ValueError(f"dialect {self.dialect.name!r} speaks in pixels: it needs a factor")
+        if self.model_family.box_format == BoxFormat.ABSOLUTE_PIXELS and self.model_family.factor is None:
+            raise ValueError(f"model_family {self.model_family.name!r} speaks in pixels: it needs a factor")
 
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """Chat messages, and one geometry for each image."""
+    """Chat messages, and one sizes for each image."""
 
     messages: list[dict[str, Any]]
-    geometries: tuple[ImageGeometry, ...]
+    image_sizes: tuple[ImageSizes, ...]
 
 
 def build_request(loaded: LoadedSample, form: RequestForm) -> ChatRequest:
@@ -75,21 +77,26 @@ def build_turn(loaded: LoadedSample, form: RequestForm) -> ChatRequest:
 
     Raises SampleError: the rules of `open_images` and `decode_images`.
     """
-    sample, dialect = loaded.sample, form.dialect
+    sample, model_family = loaded.sample, form.model_family
     stored = open_images(loaded, form.max_image_pixels, form.max_sample_pixels)
     # `map` keeps no stored size while the next image is decoded.
-    geometries, images = zip(*map(partial(_sent, form), decode_images(sample.id, stored)), strict=True)
+    image_sizes, images = zip(*map(partial(_sent, form), decode_images(sample.id, stored)), strict=True)
     style, suffix = form.style, None
     if style == "native":
         chooses = isinstance(sample.answer, ChoiceAnswer)
-        style, suffix = (PromptStyle.ANSWER, None) if chooses else (PromptStyle.PLAIN, dialect.suffix)
+        style, suffix = (PromptStyle.ANSWER, None) if chooses else (PromptStyle.PLAIN, model_family.suffix)
     turn = build_messages(
-        sample, geometries, dialect.convention, PromptStyle(style), suffix=suffix, question_box=dialect.question_box
+        sample,
+        image_sizes,
+        model_family.box_format,
+        PromptStyle(style),
+        suffix=suffix,
+        question_box=model_family.question_box,
     )
-    before = dialect.before_image if form.before_image is None else form.before_image
+    before = model_family.before_image if form.before_image is None else form.before_image
     for message in turn:
-        message["content"] = _with_images(message["content"], images, before, dialect.after_image)
-    return ChatRequest(turn, geometries)
+        message["content"] = _with_images(message["content"], images, before, model_family.after_image)
+    return ChatRequest(turn, image_sizes)
 
 
 def _with_images(
@@ -110,15 +117,15 @@ def _with_images(
     return parts
 
 
-def _sent(form: RequestForm, image: Image.Image) -> tuple[ImageGeometry, Image.Image]:
-    """The image as it is sent, and its geometry."""
-    geometry = ImageGeometry(image.size, _sent_size(image.size, form))
-    return geometry, _resized(image, geometry.processed)
+def _sent(form: RequestForm, image: Image.Image) -> tuple[ImageSizes, Image.Image]:
+    """The image as it is sent, and its sizes."""
+    sizes = ImageSizes(image.size, _sent_size(image.size, form))
+    return sizes, _resized(image, sizes.resized)
 
 
 def _sent_size(size: tuple[int, int], form: RequestForm) -> tuple[int, int]:
-    if form.dialect.factor is not None:
-        fitted = fit_size(size, form.dialect.factor, form.min_pixels, form.max_pixels)
+    if form.model_family.factor is not None:
+        fitted = fit_size(size, form.model_family.factor, form.min_pixels, form.max_pixels)
         # The server fits it once more: what it gets must stay as it is, also where that takes slivers several rounds.
         return fitted if fitted == size else _sent_size(fitted, form)
     shrink = min(1.0, (form.max_pixels / (size[0] * size[1])) ** 0.5)

@@ -1,4 +1,4 @@
-"""From a loaded sample to what the policy reads: token ids, pixel patches, M-RoPE positions and image geometries.
+"""From a loaded sample to what the policy reads: token ids, pixel patches, M-RoPE positions and image image sizes.
 
 Shapes: P prompt tokens, C completion tokens, n images, N patches of all images of one item.
 """
@@ -19,14 +19,14 @@ from torch import Tensor
 from datamodules.checkpoints.pretrained import load_processor
 from datamodules.encoding.messages import PromptStyle, build_messages, target_text
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS, decode_images, open_images
-from datamodules.samples.boxes import Convention, ImageGeometry
+from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import LoadedSample, Sample, SampleError
 
 END_OF_TURN = "<|im_end|>"
 
 
 @dataclass(eq=False)
-class PromptItem:
+class EncodedSample:
     """One encoded sample. Images are in the order of `sample.images`, which is also their order in the prompt."""
 
     sample: Sample
@@ -35,11 +35,11 @@ class PromptItem:
     next_position: int  # position of the first completion token, on all three axes
     pixel_values: Tensor  # float [N, patch_dim], image after image
     grid_thw: Tensor  # long [n, 3]: frames, rows and columns of patches
-    geometries: tuple[ImageGeometry, ...]
+    image_sizes: tuple[ImageSizes, ...]
     completion_ids: Tensor | None  # long [C], ends with <|im_end|>; None without a target
     image_keys: tuple[str, ...]  # sha256 of each image's encoded bytes
 
-    def to(self, device: torch.device | str) -> PromptItem:
+    def to(self, device: torch.device | str) -> EncodedSample:
         return replace(self, **{name: value.to(device) for name, value in self._tensors().items()})
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -60,7 +60,7 @@ class PromptItem:
 class Batch:
     """Items of one step, and the state of the training stream after them (None outside a stream)."""
 
-    items: list[PromptItem]
+    items: list[EncodedSample]
     position: dict[str, Any] | None = None
 
     @property
@@ -108,14 +108,14 @@ def mrope_positions(input_ids: Tensor, grid_thw: Tensor, image_token_id: int, me
 class _Layout:
     """A sample's tokens and grids, which depend on the sizes of its images and not on their pixels."""
 
-    geometries: tuple[ImageGeometry, ...]
+    image_sizes: tuple[ImageSizes, ...]
     grid_thw: Tensor  # long [n, 3]
     input_ids: Tensor  # long [P]
     completion_ids: Tensor | None  # long [C]
 
     def fits(self, sizes: Sequence[tuple[int, int]], grid_thw: Tensor) -> bool:
         """Whether images of these sizes (width, height) and grids long [n, 3] would give the same."""
-        same = [geometry.original for geometry in self.geometries] == list(sizes)
+        same = [sizes.original for sizes in self.image_sizes] == list(sizes)
         return same and torch.equal(self.grid_thw, grid_thw)
 
 
@@ -131,7 +131,7 @@ class Encoder:
     def __init__(
         self,
         processor_path: str,
-        convention: Convention,
+        box_format: BoxFormat,
         style: PromptStyle,
         max_prompt_tokens: int,
         max_completion_tokens: int,
@@ -144,7 +144,7 @@ class Encoder:
         if with_target and PromptStyle(style) not in (PromptStyle.THINK, PromptStyle.ANSWER):
             raise ValueError(f"with_target=True needs style think or answer, got style={str(style)!r}")
         self.processor_path = processor_path
-        self.convention = Convention(convention)
+        self.box_format = BoxFormat(box_format)
         self.style = PromptStyle(style)
         self.max_prompt_tokens = max_prompt_tokens
         self.max_completion_tokens = max_completion_tokens
@@ -170,7 +170,7 @@ class Encoder:
             processor.image_processor.size = {"shortest_edge": shortest, "longest_edge": self.max_resized_pixels}
         return processor
 
-    def encode(self, loaded: LoadedSample) -> PromptItem:
+    def encode(self, loaded: LoadedSample) -> EncodedSample:
         """Raises SampleError: the rules of `open_images`, "placeholder_mismatch", "prompt_too_long",
         "completion_too_long" and those of `target_text`, all before a pixel is decoded; then those of
         `decode_images`."""
@@ -186,14 +186,14 @@ class Encoder:
         positions, next_position = mrope_positions(
             layout.input_ids, layout.grid_thw, self.processor.image_token_id, merge_size
         )
-        return PromptItem(
+        return EncodedSample(
             sample=sample,
             input_ids=layout.input_ids,
             positions=positions,
             next_position=next_position,
             pixel_values=torch.cat(pixels),
             grid_thw=layout.grid_thw,
-            geometries=layout.geometries,
+            image_sizes=layout.image_sizes,
             completion_ids=layout.completion_ids,
             image_keys=tuple(hashlib.sha256(data).hexdigest() for data in loaded.images),
         )
@@ -201,13 +201,13 @@ class Encoder:
     def _layout(self, sample: Sample, sizes: Sequence[tuple[int, int]], grid_thw: Tensor) -> _Layout:
         """The texts of a sample over images of `sizes` (width, height) and grids long [n, 3], as tokens."""
         patch_size = self.processor.image_processor.patch_size
-        geometries = tuple(
-            ImageGeometry.from_grid(size, (rows, columns), patch_size)
+        image_sizes = tuple(
+            ImageSizes.from_grid(size, (rows, columns), patch_size)
             for size, (_, rows, columns) in zip(sizes, grid_thw.tolist(), strict=True)
         )
-        input_ids = self._prompt_ids(sample, geometries, grid_thw)
-        completion_ids = self._completion_ids(sample, geometries) if self.with_target else None
-        return _Layout(geometries, grid_thw, input_ids, completion_ids)
+        input_ids = self._prompt_ids(sample, image_sizes, grid_thw)
+        completion_ids = self._completion_ids(sample, image_sizes) if self.with_target else None
+        return _Layout(image_sizes, grid_thw, input_ids, completion_ids)
 
     def _grid(self, size: tuple[int, int]) -> Tensor:
         """The grid long [1, 3] that `_patches` gives an image of `size` (width, height), which need not be there."""
@@ -229,8 +229,8 @@ class Encoder:
         features = self.processor.image_processor(images=[image], return_tensors="pt")
         return image.size, features["pixel_values"], features["image_grid_thw"]
 
-    def _prompt_ids(self, sample: Sample, geometries: Sequence[ImageGeometry], grid_thw: Tensor) -> Tensor:
-        messages = build_messages(sample, geometries, self.convention, self.style)
+    def _prompt_ids(self, sample: Sample, image_sizes: Sequence[ImageSizes], grid_thw: Tensor) -> Tensor:
+        messages = build_messages(sample, image_sizes, self.box_format, self.style)
         text = self.processor.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, add_vision_id=self.label_images
         )
@@ -247,8 +247,8 @@ class Encoder:
             raise SampleError(sample.id, "prompt_too_long", detail)
         return ids
 
-    def _completion_ids(self, sample: Sample, geometries: Sequence[ImageGeometry]) -> Tensor:
-        text = target_text(sample, geometries, self.convention, self.style) + END_OF_TURN
+    def _completion_ids(self, sample: Sample, image_sizes: Sequence[ImageSizes]) -> Tensor:
+        text = target_text(sample, image_sizes, self.box_format, self.style) + END_OF_TURN
         ids = torch.tensor(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
         if bool((ids == self.processor.image_token_id).any()):
             raise SampleError(sample.id, "placeholder_mismatch", "the target holds an image placeholder")

@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from datamodules.samples.answer_text import render_answer
-from datamodules.samples.boxes import Convention, ImageGeometry, box_fault
+from datamodules.samples.boxes import BoxFormat, ImageSizes, box_fault
 from datamodules.samples.sample import RESERVED, BoxPart, ChoiceAnswer, ImagePart, Sample, SampleError, TextPart
 from datamodules.samples.scores import require_box
 
@@ -55,29 +55,29 @@ _CHOICE_SUFFIXES = {
 
 def build_messages(
     sample: Sample,
-    geometries: Sequence[ImageGeometry],
-    convention: Convention,
+    image_sizes: Sequence[ImageSizes],
+    box_format: BoxFormat,
     style: PromptStyle,
     suffix: str | None = None,
     question_box: str = QUESTION_BOX,
 ) -> list[dict[str, Any]]:
     """One user turn for a processor's chat template; images keep their places, adjacent texts are joined.
 
-    `geometries` has one entry per image of the sample. Boxes in the question are written in the model's convention.
+    `image_sizes` has one entry per image of the sample. Boxes in the question are written in the model's box format.
     THINK and ANSWER put one space between question and suffix; OFFICIAL appends without one, as the official code does,
     and puts the sample's OFFICIAL_PREFIX before its first text. A `suffix` stands in the place of the style's own, and
     `question_box` is how the box's four numbers are written.
 
     Raises SampleError "reserved_token" for a text that holds one once its parts are joined.
     """
-    _check_geometries(sample, geometries)
+    _check_image_sizes(sample, image_sizes)
     content: list[dict[str, Any]] = []
     prefix = sample.extra.get(OFFICIAL_PREFIX, "") if style == PromptStyle.OFFICIAL else ""
     for part in sample.messages:
         if isinstance(part, ImagePart):
             content.append({"type": "image"})
         else:
-            _append_text(content, prefix + _part_text(part, geometries, convention, style, question_box))
+            _append_text(content, prefix + _part_text(part, image_sizes, box_format, style, question_box))
             prefix = ""
     if suffix is None:
         suffix = (_CHOICE_SUFFIXES if isinstance(sample.answer, ChoiceAnswer) else _SUFFIXES)[style]
@@ -91,35 +91,35 @@ def build_messages(
     return [{"role": "user", "content": content}]
 
 
-def target_text(sample: Sample, geometries: Sequence[ImageGeometry], convention: Convention, style: PromptStyle) -> str:
+def target_text(sample: Sample, image_sizes: Sequence[ImageSizes], box_format: BoxFormat, style: PromptStyle) -> str:
     """The completion that supervised training aims at.
 
     Raises ValueError for a style without a target, and SampleError when the sample has none: "no_box_answer",
-    "missing_thinking", or "box_too_small" (rounded to the convention's grid, the box has no area left).
+    "missing_thinking", or "box_too_small" (rounded to the box format's grid, the box has no area left).
     """
     if style not in (PromptStyle.THINK, PromptStyle.ANSWER):
         raise ValueError(f"style {style!r} has no target text: use 'think' or 'answer'")
-    _check_geometries(sample, geometries)
+    _check_image_sizes(sample, image_sizes)
     answer = require_box(sample)
     if style == PromptStyle.THINK and sample.thinking is None:
         raise SampleError(sample.id, "missing_thinking", "style 'think' needs a rationale")
-    geometry = geometries[answer.image]
-    values = geometry.to_model(answer.box, convention)
-    if box_fault(geometry.to_unit(values, convention)) == "degenerate":
-        raise SampleError(sample.id, "box_too_small", f"{answer.box} becomes {values} in {convention}")
+    sizes = image_sizes[answer.image]
+    values = sizes.to_model(answer.box, box_format)
+    if box_fault(sizes.to_unit(values, box_format)) == "degenerate":
+        raise SampleError(sample.id, "box_too_small", f"{answer.box} becomes {values} in {box_format}")
     return render_answer(values, answer.label, sample.thinking if style == PromptStyle.THINK else None)
 
 
 def _part_text(
     part: TextPart | BoxPart,
-    geometries: Sequence[ImageGeometry],
-    convention: Convention,
+    image_sizes: Sequence[ImageSizes],
+    box_format: BoxFormat,
     style: PromptStyle,
     question_box: str,
 ) -> str:
     if isinstance(part, TextPart) or style == PromptStyle.OFFICIAL:
         return part.text
-    return question_box.format(*geometries[part.image].to_model(part.box, convention))
+    return question_box.format(*image_sizes[part.image].to_model(part.box, box_format))
 
 
 def _append_text(content: list[dict[str, Any]], text: str) -> None:
@@ -136,6 +136,6 @@ def _refuse_reserved(sample_id: str, content: Sequence[Mapping[str, Any]]) -> No
             raise SampleError(sample_id, "reserved_token", f"the parts of the question join to {token.group()}")
 
 
-def _check_geometries(sample: Sample, geometries: Sequence[ImageGeometry]) -> None:
-    if len(geometries) != len(sample.images):
-        raise ValueError(f"sample {sample.id!r} has {len(sample.images)} images but {len(geometries)} geometries")
+def _check_image_sizes(sample: Sample, image_sizes: Sequence[ImageSizes]) -> None:
+    if len(image_sizes) != len(sample.images):
+        raise ValueError(f"sample {sample.id!r} has {len(sample.images)} images but {len(image_sizes)} image_sizes")

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from datamodules.encoding.messages import ANSWER_SUFFIX, OFFICIAL_ENDING, OFFICIAL_QWEN_SUFFIX, QUESTION_BOX
-from datamodules.samples.boxes import Convention
+from datamodules.samples.boxes import BoxFormat
 
 _STATED_SCALE = (
     " Answer with the bounding box only, written as [x1, y1, x2, y2]: left, top, right and bottom, as numbers from 0 to"
@@ -19,99 +19,103 @@ _STATED_SCALE = (
 
 
 @dataclass(frozen=True)
-class Dialect:
+class ModelFamily:
     """`models` is a pattern that is looked for in a model's name, without regard to case."""
 
     name: str
     models: str
-    convention: Convention
+    box_format: BoxFormat
     suffix: str  # follows a grounding question
-    question_box: str = QUESTION_BOX  # how a box inside a question is written, in the model's convention
+    question_box: str = QUESTION_BOX  # how a box inside a question is written, in the model's box format
     before_image: str = ""  # with the number of the image, from 1
     after_image: str = ""
     factor: int | None = None  # images are resized to multiples of it; needed where the scale is pixels
     source: str = ""
 
 
-DIALECTS = (
-    Dialect(
+MODEL_FAMILIES = (
+    ModelFamily(
         name="qwen2_5_vl",
         models=r"qwen2[._]?5[-_]?vl",
-        convention=Convention.ABSOLUTE,
+        box_format=BoxFormat.ABSOLUTE_PIXELS,
         suffix=ANSWER_SUFFIX,
         factor=28,
         source="Qwen2.5-VL: JSON, pixels of the resized image",
     ),
-    Dialect(
+    ModelFamily(
         name="qwen3_vl",
         models=r"qwen3([._]\d)?[-_]?vl",
-        convention=Convention.PER_MILLE,
+        box_format=BoxFormat.RELATIVE_1000,
         suffix=ANSWER_SUFFIX,
         source="Qwen3-VL: JSON, 0-1000",
     ),
-    Dialect(
+    ModelFamily(
         name="migician",
         models=r"migician",
-        convention=Convention.PER_MILLE,
+        box_format=BoxFormat.RELATIVE_1000,
         suffix=OFFICIAL_QWEN_SUFFIX,
         question_box="<|box_start|>({},{}),({},{})<|box_end|>",
         source="Migician: as Qwen2-VL; MIG-Bench's prompt",
     ),
-    Dialect(
+    ModelFamily(
         name="qwen2_vl",
         models=r"qwen2[-_]?vl",
-        convention=Convention.PER_MILLE,
+        box_format=BoxFormat.RELATIVE_1000,
         suffix=OFFICIAL_QWEN_SUFFIX,
         question_box="<|box_start|>({},{}),({},{})<|box_end|>",
         source="Qwen2-VL: 0-1000; MIG-Bench's prompt",
     ),
-    Dialect(
+    ModelFamily(
         name="internvl",
         models=r"internvl",
-        convention=Convention.PER_MILLE,
+        box_format=BoxFormat.RELATIVE_1000,
         suffix=f"Format:<box>[[x1,y1,x2,y2]]</box>. {OFFICIAL_ENDING}",
         question_box="[{},{},{},{}]",
         before_image="Image-{}: ",
         after_image="\n",
         source="InternVL 1.5 to 3: 0-1000; MIG-Bench's prompt",
     ),
-    Dialect(
+    ModelFamily(
         name="minicpm_v",
         models=r"minicpm-?v",
-        convention=Convention.PER_MILLE,
+        box_format=BoxFormat.RELATIVE_1000,
         suffix=f"Format:<box>x1 y1 x2 y2</box>. {OFFICIAL_ENDING}",
         question_box="<box>{} {} {} {}</box>",
         source="MiniCPM-V 2.6: 0-1000, separated by spaces; MIG-Bench's prompt",
     ),
-    Dialect(
+    ModelFamily(
         name="llava_onevision",
         models=r"llava[-_]?(onevision|ov)",
-        convention=Convention.UNIT,
+        box_format=BoxFormat.NORMALIZED,
         suffix=f" Format:<box>[x1, y1, x2, y2]</box>. {OFFICIAL_ENDING}",
         source="LLaVA-OneVision: 0-1; MIG-Bench's prompt",
     ),
     # No scale of their own is documented: the prompt names one.
-    Dialect("mplug_owl3", r"mplug-?owl-?3", Convention.UNIT, _STATED_SCALE, source="scale named in the prompt"),
-    Dialect("mantis", r"mantis", Convention.UNIT, _STATED_SCALE, source="scale named in the prompt"),
-    Dialect("gpt_4o", r"gpt-4", Convention.UNIT, _STATED_SCALE, source="scale named in the prompt"),
-    Dialect("stated", r"(?!)", Convention.UNIT, _STATED_SCALE, source="for any other model: scale named in the prompt"),
+    ModelFamily(
+        "mplug_owl3", r"mplug-?owl-?3", BoxFormat.NORMALIZED, _STATED_SCALE, source="scale named in the prompt"
+    ),
+    ModelFamily("mantis", r"mantis", BoxFormat.NORMALIZED, _STATED_SCALE, source="scale named in the prompt"),
+    ModelFamily("gpt_4o", r"gpt-4", BoxFormat.NORMALIZED, _STATED_SCALE, source="scale named in the prompt"),
+    ModelFamily(
+        "stated", r"(?!)", BoxFormat.NORMALIZED, _STATED_SCALE, source="for any other model: scale named in the prompt"
+    ),
 )
 
 
-def find_dialect(name: str, *models: str) -> Dialect:
-    """The dialect called `name`, or with "auto" the first whose pattern is found in a model's name.
+def find_model_family(name: str, *models: str) -> ModelFamily:
+    """The model family called `name`, or with "auto" the first whose pattern is found in a model's name.
 
     A model may have several names (the model_type of its config, its folder): an earlier one that is known decides.
     Raises ValueError for an unknown `name`, and where "auto" finds none: a scale is not guessed.
     """
-    names = ", ".join(dialect.name for dialect in DIALECTS)
+    names = ", ".join(model_family.name for model_family in MODEL_FAMILIES)
     if name != "auto":
-        for dialect in DIALECTS:
-            if dialect.name == name:
-                return dialect
-        raise ValueError(f"dialect={name!r} is not auto or one of {names}")
+        for model_family in MODEL_FAMILIES:
+            if model_family.name == name:
+                return model_family
+        raise ValueError(f"model_family={name!r} is not auto or one of {names}")
     for model in models:
-        for dialect in DIALECTS:
-            if re.search(dialect.models, model, re.IGNORECASE):
-                return dialect
-    raise ValueError(f"model={models[-1]!r} is of no known family: set dialect to one of {names}")
+        for model_family in MODEL_FAMILIES:
+            if re.search(model_family.models, model, re.IGNORECASE):
+                return model_family
+    raise ValueError(f"model={models[-1]!r} is of no known family: set model family to one of {names}")

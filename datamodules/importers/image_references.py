@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from datamodules.benchmarks.mig_bench import ORDINALS
-from datamodules.samples.boxes import Box, Convention, ImageGeometry
+from datamodules.samples.boxes import Box, BoxFormat, ImageSizes
 from datamodules.samples.sample import SampleError
 
 _NUMBER = r"(\d+(?:\.\d+)?)"
@@ -20,7 +20,7 @@ _KIND = "(?:image|picture|frame|photo)"
 _ORDINAL = rf"{'|'.join(ORDINALS)}|\d+(?:st|nd|rd|th)"
 _IMAGE = re.compile(rf"\b(?:({_ORDINAL})\s+{_KIND}|{_KIND}[- ]?(\d+))\b", re.IGNORECASE)
 _LABEL = re.compile(r"<\|object_ref_start\|>(.*?)<\|object_ref_end\|>", re.DOTALL)
-_PER_MILLE = ImageGeometry(original=(1, 1), processed=(1, 1))  # this convention asks for no size
+_RELATIVE_1000 = ImageSizes(original=(1, 1), resized=(1, 1))  # this box format asks for no size
 
 
 @dataclass(frozen=True)
@@ -127,4 +127,4 @@ def question_parts(question: str, num_images: int, sample_id: str, image_tag: st
 
 
 def _unit(match: re.Match[str]) -> Box:
-    return _PER_MILLE.to_unit([float(number) for number in match.groups()], Convention.PER_MILLE)
+    return _RELATIVE_1000.to_unit([float(number) for number in match.groups()], BoxFormat.RELATIVE_1000)

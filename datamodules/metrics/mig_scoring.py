@@ -1,4 +1,4 @@
-"""Scoring of MIG-Bench answers: as the official code does it, and with this project's parser and geometry beside it.
+"""Scoring of MIG-Bench answers: as the official code does it, and with this project's parser and sizes beside it.
 
 The two differ where the official code is wrong for models that write pixels: it divides every number >= 1 by 1000.
 Both score the first box, neither asks the model to name the image, and an answer without a box counts as IoU 0.
@@ -14,7 +14,7 @@ from typing import Any
 from datamodules.benchmarks.mig_bench import IN_DOMAIN, OUT_OF_DOMAIN, TASKS
 from datamodules.metrics.official_parsers import extract_box_officially
 from datamodules.samples.answer_text import FAILURE_KINDS
-from datamodules.samples.boxes import Box, Convention, ImageGeometry, iou
+from datamodules.samples.boxes import Box, BoxFormat, ImageSizes, iou
 from datamodules.samples.sample import Sample
 from datamodules.samples.scores import score_text
 
@@ -27,7 +27,7 @@ class Prediction:
     task: str
     text: str
     truth: Box
-    box: Box | None  # the first box, read with the model's convention and the image's geometry
+    box: Box | None  # the first box, read with the model's box format and the image's sizes
     iou: float
     official_box: Box | None
     official_iou: float
@@ -50,13 +50,13 @@ class Prediction:
 def score_answer(
     sample: Sample,
     text: str,
-    geometries: Sequence[ImageGeometry],
-    convention: Convention,
+    image_sizes: Sequence[ImageSizes],
+    box_format: BoxFormat,
     num_tokens: int = 0,
     finished: bool = True,
 ) -> Prediction:
-    """Score one model text against `sample`, whose answer is one box; `geometries` has one entry per image."""
-    score = score_text(text, sample.answer, geometries, convention)
+    """Score one model text against `sample`, whose answer is one box; `image_sizes` has one entry per image."""
+    score = score_text(text, sample.answer, image_sizes, box_format)
     truth = sample.answer.box
     official = extract_box_officially(text)
     return Prediction(

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.answerers import Reply
 from datamodules.benchmarks.base import Average, Prediction, Rule, column_of
 from datamodules.metrics.extraction import EXTRACTED_READERS
 from datamodules.metrics.official_parsers import extract_box_officially, read_choice_as_blink, read_choice_as_mmiu
-from datamodules.samples.boxes import Convention, iou
+from datamodules.predictors import Reply
+from datamodules.samples.boxes import BoxFormat, iou
 from datamodules.samples.choice_text import ChoiceFailure, parse_choice
 from datamodules.samples.sample import BoxAnswer, ChoiceAnswer, Sample
 from datamodules.samples.scores import score_text
@@ -26,7 +26,7 @@ THRESHOLDS = (0.3, 0.5, 0.7, 0.75, 0.9)  # reported beside the rule's own
 COCO_THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))  # mAcc: the mean over these
 
 
-def predict(sample: Sample, reply: Reply, convention: Convention, rule: Rule, official: Rule) -> Prediction:
+def predict(sample: Sample, reply: Reply, box_format: BoxFormat, rule: Rule, official: Rule) -> Prediction:
     """The scored record of one reply."""
     unscored = Prediction(
         id=sample.id,
@@ -34,8 +34,8 @@ def predict(sample: Sample, reply: Reply, convention: Convention, rule: Rule, of
         unit=sample.task,
         answer=sample.answer,
         text=reply.text,
-        convention=convention,
-        geometries=reply.geometries,
+        box_format=box_format,
+        image_sizes=reply.image_sizes,
         num_tokens=reply.num_tokens,
         finished=reply.finished,
         refused=reply.refused or _size_fault(sample, reply),
@@ -44,9 +44,9 @@ def predict(sample: Sample, reply: Reply, convention: Convention, rule: Rule, of
 
 
 def _size_fault(sample: Sample, reply: Reply) -> str | None:
-    if "size" not in sample.extra or not reply.geometries:
+    if "size" not in sample.extra or not reply.image_sizes:
         return None
-    real = reply.geometries[sample.answer.image].original
+    real = reply.image_sizes[sample.answer.image].original
     return None if real == tuple(sample.extra["size"]) else "size_mismatch"
 
 
@@ -85,8 +85,8 @@ def _read(prediction: Prediction, rule: Rule) -> tuple[float, str | tuple[float,
     if rule.reader == "mig_bench":
         box = extract_box_officially(prediction.text)
         return (0.0, None, "no_box") if box is None else (iou(box, prediction.answer.box), box, None)
-    how = (prediction.geometries, prediction.convention, rule.box)
-    score = score_text(prediction.text, prediction.answer, *how, foreign=True)
+    how = (prediction.image_sizes, prediction.box_format, rule.box)
+    score = score_text(prediction.text, prediction.answer, *how, lenient=True)
     return score.iou, score.box, score.failure
 
 

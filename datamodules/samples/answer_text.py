@@ -4,7 +4,7 @@
     {"bbox_2d": [x1, y1, x2, y2], "label": "…"}
     ```</answer>
 
-The numbers are in the model's own convention; `boxes.ImageGeometry` gives them meaning. The tolerant parser also reads
+The numbers are in the model's own box format; `boxes.ImageSizes` gives them meaning. The tolerant parser also reads
 boxes whose JSON is slightly broken (10., +10, .5, numbers in quotes, a comma before a closing bracket, full-width
 digits and brackets) and forms without JSON (`box_texts.py`); none of these earns the format reward.
 
@@ -86,13 +86,13 @@ def render_answer(values: Sequence[int | float], label: str, thinking: str | Non
     return fenced if thinking is None else f"<think>{thinking}</think><answer>{fenced}</answer>"
 
 
-def parse_answer(text: str, foreign: bool = False) -> ParsedAnswer | ParseFailure:
+def parse_answer(text: str, lenient: bool = False) -> ParsedAnswer | ParseFailure:
     """Read the boxes in any model text.
 
     The answer is the first answer block after the thinking, or without one all that follows the thinking, from its
     conclusion on. In it, boxes under "bbox_2d" count before bare lists of four numbers, and those before the forms
     without JSON. Malformed JSON around a sound part (a missing fence, a list cut short) does not hide that part. An
-    inverted box is read, scoring 0. `foreign` admits (x1, y1, x2, y2) and <box>x1 y1 x2 y2</box> too: for evaluating
+    inverted box is read, scoring 0. `lenient` admits (x1, y1, x2, y2) and <box>x1 y1 x2 y2</box> too: for evaluating
     any model, not for training ours.
     """
     if not text.strip():
@@ -100,7 +100,7 @@ def parse_answer(text: str, foreign: bool = False) -> ParsedAnswer | ParseFailur
     thinking, answer, tagged = _split(text)
     if answer is None or not answer.strip():
         return ParseFailure("no_answer")
-    found = BoxesInText(answer, foreign)
+    found = BoxesInText(answer, lenient)
     if boxes := found.counting(0 if tagged else _conclusion(answer, found)):
         return ParsedAnswer(boxes, thinking)
     if found.num_bad:

@@ -40,7 +40,7 @@ _LIST = re.compile(rf"\[{_FOUR},?\s*+\]")
 _PAIRS = re.compile(rf"\({_NUMBER},{_NUMBER}\)\s*+,?\s*+\({_NUMBER},{_NUMBER}\)")  # Qwen2-VL: (x1,y1),(x2,y2)
 _WRITTEN = re.compile(rf"{_LIST.pattern}|{_PAIRS.pattern}")
 # What other models write: (x1, y1, x2, y2), and MiniCPM-V's <box>x1 y1 x2 y2</box>.
-_FOREIGN = re.compile(
+_LENIENT = re.compile(
     rf"{_WRITTEN.pattern}|\({_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\)|<box>{_NUMBER}{_NUMBER}{_NUMBER}{_NUMBER}</box>"
 )
 _QUOTED_NUMBER = re.compile(_NUMBER)
@@ -50,7 +50,7 @@ _FULL_WIDTH = {0xFF01 + offset: chr(0x21 + offset) for offset in range(94)} | {o
 
 @dataclass(frozen=True)
 class ParsedBox:
-    """Four finite numbers as the model wrote them (its convention; possibly inverted) and the label beside them."""
+    """Four finite numbers as the model wrote them (its box format; possibly inverted) and the label beside them."""
 
     values: Box
     label: str | None
@@ -68,14 +68,14 @@ class PlacedBox:
 class BoxesInText:
     """A text's boxes: under "bbox_2d" (`keyed`), in `bare` lists of four numbers, in forms without JSON (`written`)."""
 
-    def __init__(self, text: str, foreign: bool) -> None:
+    def __init__(self, text: str, lenient: bool) -> None:
         self.keyed: list[PlacedBox] = []
         self.bare: list[PlacedBox] = []
         self.written: list[PlacedBox] = []
         self.num_bad = 0  # lists that should be a box and are none
         self.num_values = 0  # JSON values
         for start, end in _read_parts(text):
-            self._read_part(text[start:end], start, foreign)
+            self._read_part(text[start:end], start, lenient)
 
     def places(self) -> list[tuple[int, int]]:
         """[start, end) of all that holds a box, in order; no two overlap."""
@@ -94,13 +94,13 @@ class BoxesInText:
         self._read(value, start, end)
         return len(self.keyed) + len(self.bare) > before
 
-    def _read_part(self, text: str, offset: int, foreign: bool) -> None:
+    def _read_part(self, text: str, offset: int, lenient: bool) -> None:
         decoded: list[tuple[int, int]] = []
         for start, end, value in _json_values(text):
             decoded.append((start, end))
             self.read(value, offset + start, offset + end)
         self.num_values += len(decoded)
-        for found in _written(text, foreign):
+        for found in _written(text, lenient):
             if is_inside(found.start(), decoded):
                 continue
             values = [float(number) for number in found.groups() if number is not None]
@@ -183,13 +183,13 @@ def _num_marks(text: str) -> int:
     return len(text) if len(text) <= MAX_MARKS else sum(text.count(mark) for mark in _MARKS)
 
 
-def _written(text: str, foreign: bool) -> Iterator[re.Match[str]]:
+def _written(text: str, lenient: bool) -> Iterator[re.Match[str]]:
     """The forms without JSON. A list in ASCII brackets is none: it is read as JSON or not at all."""
     plain = text
     if not text.isascii() and len(text) <= 16 * WINDOW:
         plain = text.translate(_FULL_WIDTH)
     if "(" in plain or "<box>" in plain or plain != text:
-        for found in (_FOREIGN if foreign else _WRITTEN).finditer(plain):
+        for found in (_LENIENT if lenient else _WRITTEN).finditer(plain):
             if text[found.start()] != "[":
                 yield found
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 Box = tuple[float, float, float, float]
 
@@ -100,57 +101,67 @@ def is_unit_xywh(values: Sequence[float], size: tuple[int, int]) -> bool:
     return max(values) <= 1 and min(values[2:]) > 0 and min(size) > 2
 
 
-class Convention(StrEnum):
+class BoxFormat(StrEnum):
     """What a model's numbers mean: a property of the model, never inferred from the numbers."""
 
-    ABSOLUTE = "absolute"  # pixels of the processed image (Qwen2.5-VL)
-    PER_MILLE = "per_mille"  # 0-1000 of the image (Qwen2-VL, InternVL, Migician)
-    UNIT = "unit"  # 0-1 of the image
+    ABSOLUTE_PIXELS = "absolute_pixels"  # pixels of the resized image (Qwen2.5-VL)
+    RELATIVE_1000 = "relative_1000"  # 0-1000 of the image (Qwen2-VL, InternVL, Migician)
+    NORMALIZED = "normalized"  # 0-1 of the image
+
+    @classmethod
+    def _missing_(cls, value: object) -> BoxFormat | None:
+        """The names that earlier versions wrote are aliases."""
+        old = {"absolute": cls.ABSOLUTE_PIXELS, "per_mille": cls.RELATIVE_1000, "unit": cls.NORMALIZED}
+        return old.get(value) if isinstance(value, str) else None
+
+
+# What a command line or a YAML may say; `BoxFormat(name)` takes each of them.
+BoxFormatName = Literal["absolute_pixels", "relative_1000", "normalized", "absolute", "per_mille", "unit"]
 
 
 @dataclass(frozen=True)
-class ImageGeometry:
+class ImageSizes:
     """The sizes of one image, (width, height) in pixels: as stored, and as the vision tower sees it.
 
     It alone converts between the stored unit box and what a model speaks:
 
-        geometry = ImageGeometry(original=(640, 480), processed=(644, 476))
-        geometry.to_model((0.25, 0.5, 0.75, 1.0), Convention.ABSOLUTE)   # (161, 238, 483, 475)
+        sizes = ImageSizes(original=(640, 480), resized=(644, 476))
+        sizes.to_model((0.25, 0.5, 0.75, 1.0), BoxFormat.ABSOLUTE_PIXELS)   # (161, 238, 483, 475)
     """
 
     original: tuple[int, int]
-    processed: tuple[int, int]
+    resized: tuple[int, int]
 
     def __post_init__(self) -> None:
-        if min(*self.original, *self.processed) < 1:
-            raise ValueError(f"image sizes must be at least 1: original={self.original}, processed={self.processed}")
+        if min(*self.original, *self.resized) < 1:
+            raise ValueError(f"image sizes must be at least 1: original={self.original}, resized={self.resized}")
 
     @classmethod
-    def from_grid(cls, original: tuple[int, int], grid_hw: tuple[int, int], patch_size: int) -> ImageGeometry:
+    def from_grid(cls, original: tuple[int, int], grid_hw: tuple[int, int], patch_size: int) -> ImageSizes:
         """From a processor's `image_grid_thw[k][1:]`: (rows, columns) of patches of `patch_size` pixels."""
         rows, columns = grid_hw
-        return cls(original=original, processed=(columns * patch_size, rows * patch_size))
+        return cls(original=original, resized=(columns * patch_size, rows * patch_size))
 
-    def to_model(self, box: Box, convention: Convention) -> tuple[int | float, ...]:
-        """Unit xyxy `box` -> the four numbers that a model of this convention writes.
+    def to_model(self, box: Box, box_format: BoxFormat) -> tuple[int | float, ...]:
+        """Unit xyxy `box` -> the four numbers that a model of this box format writes.
 
         Rounding and clipping are those of the models' own training data: absolute to 0..size-1, per mille to 0..1000.
         """
-        if convention == Convention.UNIT:
+        if box_format == BoxFormat.NORMALIZED:
             return tuple(round(value, 3) for value in box)
-        if convention == Convention.PER_MILLE:
+        if box_format == BoxFormat.RELATIVE_1000:
             return tuple(_clip(round(value * 1000), 1000) for value in box)
-        sizes = (*self.processed, *self.processed)
+        sizes = (*self.resized, *self.resized)
         return tuple(_clip(round(value * size), size - 1) for value, size in zip(box, sizes, strict=True))
 
-    def to_unit(self, values: Sequence[float], convention: Convention) -> Box:
+    def to_unit(self, values: Sequence[float], box_format: BoxFormat) -> Box:
         """A model's four numbers -> unit xyxy. Nothing is clipped or reordered: a bad box stays bad and scores 0."""
         x1, y1, x2, y2 = values
         width, height = {
-            Convention.ABSOLUTE: self.processed,
-            Convention.PER_MILLE: (1000, 1000),
-            Convention.UNIT: (1, 1),
-        }[convention]
+            BoxFormat.ABSOLUTE_PIXELS: self.resized,
+            BoxFormat.RELATIVE_1000: (1000, 1000),
+            BoxFormat.NORMALIZED: (1, 1),
+        }[box_format]
         return x1 / width, y1 / height, x2 / width, y2 / height
 
     def to_pixels(self, box: Box) -> Box:
@@ -159,14 +170,14 @@ class ImageGeometry:
         return box[0] * width, box[1] * height, box[2] * width, box[3] * height
 
 
-def geometries_to_json(geometries: Sequence[ImageGeometry]) -> list[list[int]]:
-    """[[width, height, processed width, processed height], …], as journals and predictions hold them."""
-    return [[*geometry.original, *geometry.processed] for geometry in geometries]
+def image_sizes_to_json(image_sizes: Sequence[ImageSizes]) -> list[list[int]]:
+    """[[width, height, resized width, resized height], …], as journals and predictions hold them."""
+    return [[*sizes.original, *sizes.resized] for sizes in image_sizes]
 
 
-def geometries_from_json(sizes: Sequence[Sequence[int]]) -> tuple[ImageGeometry, ...]:
-    """The inverse of `geometries_to_json`."""
-    return tuple(ImageGeometry(original=(w, h), processed=(pw, ph)) for w, h, pw, ph in sizes)
+def image_sizes_from_json(sizes: Sequence[Sequence[int]]) -> tuple[ImageSizes, ...]:
+    """The inverse of `image_sizes_to_json`."""
+    return tuple(ImageSizes(original=(w, h), resized=(pw, ph)) for w, h, pw, ph in sizes)
 
 
 def fit_size(size: tuple[int, int], factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

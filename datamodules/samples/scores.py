@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from datamodules.samples.answer_text import ParseFailure, is_well_formed, parse_answer
-from datamodules.samples.boxes import Box, Convention, ImageGeometry, iou
+from datamodules.samples.boxes import Box, BoxFormat, ImageSizes, iou
 from datamodules.samples.sample import BoxAnswer, Sample, SampleError
 
 # Which of several boxes counts. "best" looks at the true box: an oracle, for comparing with harnesses that do so.
@@ -39,26 +39,26 @@ def require_box(sample: Sample) -> BoxAnswer:
 def score_text(
     text: str,
     answer: BoxAnswer,
-    geometries: Sequence[ImageGeometry],
-    convention: Convention,
+    image_sizes: Sequence[ImageSizes],
+    box_format: BoxFormat,
     which: BoxChoice = "first",
-    foreign: bool = False,
+    lenient: bool = False,
 ) -> TextScore:
-    """Score one text against `answer`; `geometries` has one entry per image of the sample.
+    """Score one text against `answer`; `image_sizes` has one entry per image of the sample.
 
-    The numbers in `text` are read in the model's `convention` and in the geometry of the answer's own image
+    The numbers in `text` are read in the model's `box_format` and in the sizes of the answer's own image
     (`answer.image`), never guessed from the numbers nor from the true box. Where the answer has several boxes, the
-    first counts, so that more boxes can not raise the score, unless `which` says otherwise; `foreign` is
+    first counts, so that more boxes can not raise the score, unless `which` says otherwise; `lenient` is
     `parse_answer`'s.
-    Raises ValueError when `answer` is not one box or names an image that has no geometry.
+    Raises ValueError when `answer` is not one box or names an image that has no sizes.
     """
     if not isinstance(answer, BoxAnswer):
         raise ValueError(f"scoring needs an answer of one box, got {type(answer).__name__}")
-    if not 0 <= answer.image < len(geometries):
-        raise ValueError(f"answer is in image {answer.image}, but there are {len(geometries)} images")
-    parsed, well_formed = parse_answer(text, foreign), is_well_formed(text)
+    if not 0 <= answer.image < len(image_sizes):
+        raise ValueError(f"answer is in image {answer.image}, but there are {len(image_sizes)} images")
+    parsed, well_formed = parse_answer(text, lenient), is_well_formed(text)
     if isinstance(parsed, ParseFailure):
         return TextScore(None, 0.0, well_formed, parsed.kind)
-    boxes = [geometries[answer.image].to_unit(written.values, convention) for written in parsed.boxes]
+    boxes = [image_sizes[answer.image].to_unit(written.values, box_format) for written in parsed.boxes]
     box = max(boxes, key=lambda box: iou(box, answer.box)) if which == "best" else boxes[-1 if which == "last" else 0]
     return TextScore(box, iou(box, answer.box), well_formed, None)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from datamodules.encoding.encoder import Batch, PromptItem
+from datamodules.encoding.encoder import Batch, EncodedSample
 from datamodules.samples.sample import LoadedSample, Rejections, SampleError
 from datamodules.streaming.prefetch import prefetch
 from datamodules.streaming.shards import ShardReader
@@ -161,7 +161,7 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, done, cursor = self._start
-        items: list[PromptItem] = []
+        items: list[EncodedSample] = []
         num_misses = 0
         for slot in self._slots(epoch, cursor, (len(self) - done) * self.batch_size):
             if isinstance(slot.value, SampleError):

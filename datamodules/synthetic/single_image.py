@@ -1,7 +1,7 @@
 """Single-image conversations that the nano base is pretrained on: grounding, listing and describing, nothing else.
 
 Like the paper's base model, a model trained on these grounds well in one picture and has never seen two. Answers use
-Qwen2.5-VL's list form; their numbers are what the model speaks (`ImageGeometry.to_model`).
+Qwen2.5-VL's list form; their numbers are what the model speaks (`ImageSizes.to_model`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from datamodules.samples.boxes import Box, Convention, ImageGeometry
+from datamodules.samples.boxes import Box, BoxFormat, ImageSizes
 from datamodules.synthetic.world import COLOURS, FILLS, KINDS, SHAPES, SIZES, Kind, Scene, Thing, random_scene
 
 GROUNDING = (
@@ -60,9 +60,9 @@ def crowd(rng: random.Random, count: int) -> list[Kind]:
     return kinds
 
 
-def list_answer(things: Sequence[Thing], geometry: ImageGeometry, convention: Convention) -> str:
+def list_answer(things: Sequence[Thing], sizes: ImageSizes, box_format: BoxFormat) -> str:
     """Qwen2.5-VL's own form: a fenced JSON list of boxes with labels."""
-    boxes = [{"bbox_2d": list(geometry.to_model(t.box, convention)), "label": t.kind.name} for t in things]
+    boxes = [{"bbox_2d": list(sizes.to_model(t.box, box_format)), "label": t.kind.name} for t in things]
     return "```json\n[" + ",\n".join(json.dumps(box) for box in boxes) + "]\n```"
 
 
@@ -83,7 +83,7 @@ def single_scene(rng: random.Random) -> Scene:
 
 
 def single_turns(
-    rng: random.Random, scene: Scene, geometry: ImageGeometry, convention: Convention, grounding: int
+    rng: random.Random, scene: Scene, sizes: ImageSizes, box_format: BoxFormat, grounding: int
 ) -> list[Turn]:
     """`grounding` grounding turns about different things (fewer if there are fewer), a description, now and then a
     listing or a name for a box in text and, where there is a red frame, a name for what it marks."""
@@ -91,14 +91,14 @@ def single_turns(
     turns = []
     for thing in rng.sample(things, min(grounding, len(things))):
         question = rng.choice(GROUNDING).format(thing.kind.name)
-        turns.append(Turn("grounding", question, list_answer([thing], geometry, convention), thing.box))
+        turns.append(Turn("grounding", question, list_answer([thing], sizes, box_format), thing.box))
     turns.append(Turn("describing", rng.choice(DESCRIBING), enumerate_names(things)))
     if rng.random() < 0.1:
-        answer = list_answer(reading_order(things), geometry, convention)
+        answer = list_answer(reading_order(things), sizes, box_format)
         turns.append(Turn("listing", rng.choice(LISTING), answer))
     if rng.random() < 0.3:
         thing = rng.choice(things)
-        box_text = str(list(geometry.to_model(thing.box, convention)))
+        box_text = str(list(sizes.to_model(thing.box, box_format)))
         turns.append(Turn("pointed", rng.choice(POINTED).format(box_text), thing.kind.name))
     if scene.frame is not None:
         marked = next(thing for thing in things if thing.box == scene.frame)

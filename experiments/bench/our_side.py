@@ -16,7 +16,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from datamodules.encoding.encoder import Batch, Encoder, PromptItem
+from datamodules.encoding.encoder import Batch, EncodedSample, Encoder
 from datamodules.persistence.files import fingerprint
 from datamodules.streaming.prefetch import prefetch
 from experiments.bench.shapes import tokens_never_sampled
@@ -60,7 +60,7 @@ class EndlessBatches:
         # The length of a written answer is ragged; none is cut.
         limit = 4 * workload.completion_tokens + 512
         with_target = workload.task == "sft"
-        self.encoder = Encoder(model, "absolute", "think", 1 << 17, limit, with_target)
+        self.encoder = Encoder(model, "absolute_pixels", "think", 1 << 17, limit, with_target)
         self.samples = make_samples(workload)
         self.prompts, self.gate = workload.prompts, gate
 
@@ -84,7 +84,7 @@ class TimedEngine:
         self.engine, self.gate = engine, gate
 
     def generate(
-        self, items: Sequence[PromptItem], settings: RolloutSettings, *args: Any, **kwargs: Any
+        self, items: Sequence[EncodedSample], settings: RolloutSettings, *args: Any, **kwargs: Any
     ) -> list[list[Rollout]]:
         with self.gate.clock.phase("rollout"):
             rollouts = self.engine.generate(items, settings, *args, **kwargs)
@@ -105,7 +105,7 @@ class Turnstile(Callback):
 
     def __init__(self, model: str, workload: Workload, gate: Gate) -> None:
         self.model, self.workload, self.gate = model, workload, gate
-        self.items: list[PromptItem] = []
+        self.items: list[EncodedSample] = []
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         policy = module.policy

@@ -19,31 +19,31 @@ from transformers import TrainerCallback, TrainerControl
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from datamodules.checkpoints.pretrained import load_processor
-from datamodules.encoding.encoder import END_OF_TURN, Encoder, PromptItem
+from datamodules.encoding.encoder import END_OF_TURN, EncodedSample, Encoder
 from datamodules.encoding.messages import PromptStyle, build_messages, target_text
 from datamodules.persistence.files import fingerprint
-from datamodules.samples.boxes import Convention
+from datamodules.samples.boxes import BoxFormat
 from experiments.bench.shapes import tokens_never_sampled
 from experiments.bench.turns import MAX_STEPS, Gate, serve
 from experiments.bench.workload import Workload, make_samples
 from lightning_modules.models.layers.lora import LoraSettings, lora_config
 from lightning_modules.rl.rewards import reward
 
-STYLE, CONVENTION = PromptStyle.THINK, Convention.ABSOLUTE
+STYLE, BOX_FORMAT = PromptStyle.THINK, BoxFormat.ABSOLUTE_PIXELS
 
 
-def make_dataset(model: str, workload: Workload) -> tuple[Dataset, list[PromptItem]]:
+def make_dataset(model: str, workload: Workload) -> tuple[Dataset, list[EncodedSample]]:
     """Rows for TRL, and the same samples as this project encodes them."""
-    encoder = Encoder(model, CONVENTION, STYLE, 1 << 17, 1, with_target=False)
+    encoder = Encoder(model, BOX_FORMAT, STYLE, 1 << 17, 1, with_target=False)
     processor = load_processor(model)
     items, rows = [], []
     for index, loaded in enumerate(make_samples(workload)):
         item = encoder.encode(loaded)
-        messages = build_messages(item.sample, item.geometries, CONVENTION, STYLE)
+        messages = build_messages(item.sample, item.image_sizes, BOX_FORMAT, STYLE)
         row: dict[str, Any] = {"images": [{"bytes": data, "path": None} for data in loaded.images]}
         if workload.task == "sft":  # rendered ahead, which saves TRL the template at every step
             row["prompt"] = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            row["completion"] = target_text(item.sample, item.geometries, CONVENTION, STYLE) + END_OF_TURN
+            row["completion"] = target_text(item.sample, item.image_sizes, BOX_FORMAT, STYLE) + END_OF_TURN
         else:
             row |= {"prompt": messages, "number": index}
         items.append(item)
@@ -91,7 +91,7 @@ def build_trainer(model: str, workload: Workload, folder: str, gate: Gate) -> GR
         texts = [completion[0]["content"] for completion in completions]
         chosen = [items[index] for index in number]
         pairs = zip(texts, chosen, strict=True)
-        return [reward(text, item.sample.answer, item.geometries, CONVENTION).total for text, item in pairs]
+        return [reward(text, item.sample.answer, item.image_sizes, BOX_FORMAT).total for text, item in pairs]
 
     arguments = GRPOConfig(
         num_generations=workload.group_size,

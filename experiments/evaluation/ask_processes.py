@@ -20,8 +20,8 @@ from datamodules.benchmarks.base import limit_columns
 from datamodules.benchmarks.registry import load_benchmark
 from datamodules.checkpoints.model_folder import ModelError
 from datamodules.persistence.processes import ChildWatch, ProcessLost, end_with_parent
-from datamodules.samples.boxes import Convention
-from experiments.evaluation.choose_predictor import AnswererSettings, make_answerer
+from datamodules.samples.boxes import BoxFormat
+from experiments.evaluation.choose_predictor import PredictorSettings, make_predictor
 
 POLL_SECONDS = 1.0
 
@@ -30,7 +30,7 @@ POLL_SECONDS = 1.0
 class Job:
     """What every process is told."""
 
-    settings: AnswererSettings
+    settings: PredictorSettings
     names: tuple[str, ...]
     data_root: str
     answers: str  # folder
@@ -52,7 +52,7 @@ class Ended:
     name: str
     key: str  # of its answers
     folder: str  # where they are
-    convention: Convention
+    box_format: BoxFormat
 
 
 @dataclass(frozen=True)
@@ -84,16 +84,16 @@ def ask_all(job: Job, totals: Mapping[str, int], processes: int) -> Iterator[End
 
 def ask_rank(job: Job, rank: int, world_size: int, send: Callable[[Any], None]) -> Iterator[None]:
     """One process's part. A generator that yields after every message, so that one process alone can hand over."""
-    answerer = make_answerer(job.settings, rank)
+    predictor = make_predictor(job.settings, rank)
     for name in job.names:
         benchmark = load_benchmark(name, job.data_root)
-        key = answers_key(benchmark, answerer)
+        key = answers_key(benchmark, predictor)
         folder = Path(job.answers) / f"{name}-{key}"
         samples = limit_columns(benchmark.samples, job.limit)
-        for count in ask_share(answerer, samples, benchmark, folder, key, rank, world_size):
+        for count in ask_share(predictor, samples, benchmark, folder, key, rank, world_size):
             send(Asked(name, count))
             yield
-        send(Ended(name, key, str(folder), answerer.convention))
+        send(Ended(name, key, str(folder), predictor.box_format))
         yield
 
 

@@ -1,4 +1,4 @@
-"""Which `Answerer` a model means: the policy's family, any other image-text model here, or one behind a server."""
+"""Which `Predictor` a model means: the policy's family, any other image-text model here, or one behind a server."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from callbacks.evaluation import EvaluationSettings
-from datamodules.answerers import Answerer
 from datamodules.checkpoints.model_folder import MODEL_TYPE, check_image_text_model, read_model_type
 from datamodules.checkpoints.pretrained import ANY_ATTENTION, check_policy, check_tensors
 from datamodules.encoding.chat_request import RequestForm
 from datamodules.encoding.messages import PromptStyle
-from datamodules.encoding.model_families import find_dialect
+from datamodules.encoding.model_families import find_model_family
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
-from datamodules.samples.boxes import Convention
+from datamodules.predictors import Predictor
+from datamodules.samples.boxes import BoxFormat
 from experiments.runs import run_identity
 from lightning_modules.serving.generation_rules import Generation, stating
 from lightning_modules.serving.openai_client import EndpointSettings
@@ -31,9 +31,9 @@ ALIASES = {"nano": "models/nano-base"}
 class ModelOptions:
     """How a model is to be asked, as the user says it; `evaluate_benchmarks` explains each field."""
 
-    convention: str = "absolute"
+    box_format: str = "absolute_pixels"
     style: str = "auto"
-    dialect: str = "auto"
+    model_family: str = "auto"
     before_image: str | None = None
     label_images: bool = False
     max_prompt_tokens: int = 16_384
@@ -48,7 +48,7 @@ class ModelOptions:
     generation: Generation = "greedy"
 
 
-# All that makes an answerer. Settings cross to other processes, which make their own.
+# All that makes a predictor. Settings cross to other processes, which make their own.
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class PolicySettings:
     """A Qwen2.5-VL in this process, asked by the engine that it is trained with."""
 
     model: str
-    convention: str
+    box_format: str
     style: str
     dtype: str
     device: str
@@ -92,10 +92,10 @@ class ServedSettings:
         return self.endpoint.model
 
 
-AnswererSettings = PolicySettings | ImageTextSettings | ServedSettings
+PredictorSettings = PolicySettings | ImageTextSettings | ServedSettings
 
 
-def choose_answerer(model: str, endpoint: EndpointSettings | None, options: ModelOptions) -> AnswererSettings:
+def choose_predictor(model: str, endpoint: EndpointSettings | None, options: ModelOptions) -> PredictorSettings:
     """What `model` and the options mean, checked as far as it goes without weights and without asking the server.
 
     Raises ValueError that names each wrong field.
@@ -119,32 +119,32 @@ def choose_answerer(model: str, endpoint: EndpointSettings | None, options: Mode
     return ImageTextSettings(model, form, max_tokens, *how)
 
 
-def make_answerer(settings: AnswererSettings, rank: int = 0) -> Answerer:
-    """The answerer of this process; `rank` takes its own GPU where there are several.
+def make_predictor(settings: PredictorSettings, rank: int = 0) -> Predictor:
+    """The predictor of this process; `rank` takes its own GPU where there are several.
 
     Each kind imports what it needs: who asks a server waits for no model classes.
     """
     if isinstance(settings, ServedSettings):
-        from lightning_modules.predictors.openai_endpoint import EndpointAnswerer
+        from lightning_modules.predictors.openai_endpoint import OpenAIPredictor
 
-        return EndpointAnswerer(settings.endpoint, settings.form, settings.max_tokens, settings.generation)
+        return OpenAIPredictor(settings.endpoint, settings.form, settings.max_tokens, settings.generation)
     device = choose_device(settings.device, rank)
     if isinstance(settings, ImageTextSettings):
-        from lightning_modules.predictors.huggingface import ImageTextAnswerer
+        from lightning_modules.predictors.huggingface import HuggingFacePredictor
 
         how = (settings.max_tokens, device, settings.dtype, settings.trust_remote_code, settings.generation)
-        return ImageTextAnswerer(settings.model, settings.form, *how)
+        return HuggingFacePredictor(settings.model, settings.form, *how)
     return _make_policy(settings, device)
 
 
-def _make_policy(settings: PolicySettings, device: str) -> Answerer:
-    from callbacks.native_answerer import NativeAnswerer
+def _make_policy(settings: PolicySettings, device: str) -> Predictor:
+    from callbacks.policy_predictor import PolicyPredictor
     from datamodules.encoding.encoder import Encoder
     from lightning_modules.models.qwen_vl import QwenVL
 
     encoder = Encoder(
         settings.model,
-        convention=Convention(settings.convention),
+        box_format=BoxFormat(settings.box_format),
         style=PromptStyle(settings.style),
         with_target=False,
         max_completion_tokens=settings.decoding.max_new_tokens,
@@ -152,7 +152,7 @@ def _make_policy(settings: PolicySettings, device: str) -> Answerer:
     )
     policy = QwenVL(settings.model, dtype=settings.dtype).to(device).eval()
     engine = make_engine(policy, settings.generation)
-    return NativeAnswerer(policy, engine, encoder, settings.decoding, settings.generation)
+    return PolicyPredictor(policy, engine, encoder, settings.decoding, settings.generation)
 
 
 def make_engine(policy: QwenVL, generation: Generation) -> RolloutEngine:
@@ -169,34 +169,39 @@ def make_engine(policy: QwenVL, generation: Generation) -> RolloutEngine:
 def _policy_settings(model: str, options: ModelOptions) -> PolicySettings:
     check_policy(model)
     faults = [
-        f"{name}={value!r} is for other models; {model!r} is a Qwen2.5-VL: convention, style and label_images"
-        for name, value, default in (("dialect", options.dialect, "auto"), ("before_image", options.before_image, None))
+        f"{name}={value!r} is for other models; {model!r} is a Qwen2.5-VL: box format, style and label_images"
+        for name, value, default in (
+            ("model_family", options.model_family, "auto"),
+            ("before_image", options.before_image, None),
+        )
         if value != default
     ]
     if options.style == "native":
-        faults.append("style='native' is a dialect's own prompt, for other models than Qwen2.5-VL")
+        faults.append("style='native' is a model family's own prompt, for other models than Qwen2.5-VL")
     if faults:
         raise ValueError("; ".join(faults))
-    form = {"convention": options.convention, "style": "think" if options.style == "auto" else options.style}
+    form = {"box_format": options.box_format, "style": "think" if options.style == "auto" else options.style}
     form |= {"max_resized_pixels": options.max_resized_pixels, "label_images": options.label_images}
     form |= run_identity.trained_form(model, form) if options.as_trained else {}
     bounds = {"max_prompt_tokens": options.max_prompt_tokens, "max_image_pixels": options.max_image_pixels}
     bounds |= {"max_sample_pixels": options.max_sample_pixels}
-    convention, style = form.pop("convention"), form.pop("style")
+    box_format, style = form.pop("box_format"), form.pop("style")
     how = (options.dtype, options.device, options.decoding, form | bounds, options.generation)
-    return PolicySettings(model, convention, style, *how)
+    return PolicySettings(model, box_format, style, *how)
 
 
 def _form(options: ModelOptions, *names: str) -> RequestForm:
     """The prompt form of another model; `names` say which family it is of."""
-    if options.convention != "absolute":
-        raise ValueError(f"convention={options.convention!r} is for Qwen2.5-VL; other models have theirs from dialect")
-    dialect = find_dialect(options.dialect, *names)
+    if options.box_format != "absolute_pixels":
+        raise ValueError(
+            f"box_format={options.box_format!r} is for Qwen2.5-VL; other models have theirs from model_family"
+        )
+    model_family = find_model_family(options.model_family, *names)
     style = "native" if options.style == "auto" else options.style
     sizes = {"max_image_pixels": options.max_image_pixels, "max_sample_pixels": options.max_sample_pixels}
     if options.max_resized_pixels is not None:
         sizes["max_pixels"] = options.max_resized_pixels
-    return RequestForm(dialect, style, options.before_image, **sizes)
+    return RequestForm(model_family, style, options.before_image, **sizes)
 
 
 def choose_device(device: str, rank: int) -> str:

@@ -14,7 +14,7 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoP
 
 from datamodules.benchmarks.mig_bench import TASKS
 from datamodules.encoding import messages
-from datamodules.samples.boxes import Convention, ImageGeometry
+from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.synthetic import single_image, tasks
 
 # Qwen2.5-VL's special tokens, in the order of its vocabulary.
@@ -90,8 +90,8 @@ def corpus(seed: int, size: int) -> Iterator[str]:
     rng = random.Random(seed)
     for _ in range(size):
         scene = single_image.single_scene(rng)
-        geometry = ImageGeometry(scene.size, scene.size)
-        for turn in single_image.single_turns(rng, scene, geometry, Convention.ABSOLUTE, 2):
+        sizes = ImageSizes(scene.size, scene.size)
+        for turn in single_image.single_turns(rng, scene, sizes, BoxFormat.ABSOLUTE_PIXELS, 2):
             yield turn.question
             yield turn.answer
         puzzle = tasks.make_puzzle(rng, rng.choice(TASKS))

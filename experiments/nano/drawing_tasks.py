@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor
 
-from datamodules.encoding.encoder import PromptItem, mrope_positions
-from datamodules.samples.boxes import Convention, ImageGeometry
+from datamodules.encoding.encoder import EncodedSample, mrope_positions
+from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import BoxAnswer, ImagePart, Sample, TextPart
 from datamodules.samples.scores import score_text
 from datamodules.synthetic.single_image import Turn, single_scene, single_turns
@@ -25,7 +25,7 @@ HELD_OUT = "held-out"  # names the evaluation stream; training's is "train:<seed
 class Picture:
     """One picture as a prefix, with its turns as completions and, for each token of those, whether it is an answer."""
 
-    item: PromptItem
+    item: EncodedSample
     completions: tuple[Tensor, ...]  # long, one for each turn: rest of the prompt, answer, <|im_end|>
     is_answer: Tensor  # bool [tokens of all completions]
     turns: tuple[Turn, ...]
@@ -54,7 +54,7 @@ class PictureEncoder:
         rng = random.Random(f"{stream}:{index}")
         scene = single_scene(rng)
         item = self._prefix(scene)
-        turns = single_turns(rng, scene, item.geometries[0], Convention.ABSOLUTE, self.grounding_turns)
+        turns = single_turns(rng, scene, item.image_sizes[0], BoxFormat.ABSOLUTE_PIXELS, self.grounding_turns)
         turns.append(self._repeating(rng))
         completions, marks = [], []
         for turn in turns:
@@ -74,7 +74,7 @@ class PictureEncoder:
         text = "".join(pieces).strip()
         return Turn("repeating", f"Output: {text}", text)
 
-    def _prefix(self, scene: Scene) -> PromptItem:
+    def _prefix(self, scene: Scene) -> EncodedSample:
         """The conversation up to and with the picture."""
         features = self.image_processor(images=[draw_scene(scene)], return_tensors="pt")
         grid = features["image_grid_thw"]
@@ -85,19 +85,19 @@ class PictureEncoder:
         positions, next_position = mrope_positions(prefix, grid, self.image_token_id, merge)
         name = scene.content_hash()
         parts, answer = (ImagePart(0), TextPart("?")), BoxAnswer(0, scene.things[0].box, "")
-        return PromptItem(
+        return EncodedSample(
             sample=Sample(name, "nano", "single", (name,), parts, answer),
             input_ids=prefix,
             positions=positions,
             next_position=next_position,
             pixel_values=features["pixel_values"],
             grid_thw=grid,
-            geometries=(ImageGeometry.from_grid(scene.size, (rows, columns), self.image_processor.patch_size),),
+            image_sizes=(ImageSizes.from_grid(scene.size, (rows, columns), self.image_processor.patch_size),),
             completion_ids=None,
             image_keys=(name,),
         )
 
-    def prompt(self, picture: Picture, turn: int) -> PromptItem:
+    def prompt(self, picture: Picture, turn: int) -> EncodedSample:
         """The picture with one of its questions, ready for an answer."""
         item = picture.item
         extra = torch.cat([self.encode(picture.turns[turn].question), self.after])
@@ -123,7 +123,7 @@ def accuracy(policy: QwenVL, encoder: PictureEncoder, num_eval: int) -> dict[str
     items = [encoder.prompt(picture, 0) for picture in pictures]
     rollouts = NativeEngine(policy).generate(items, RolloutSettings.of_evaluation(max_new_tokens=48, batch_prompts=64))
     scores = [
-        score_text(rollout.text, BoxAnswer(0, picture.turns[0].box, ""), item.geometries, Convention.ABSOLUTE)
+        score_text(rollout.text, BoxAnswer(0, picture.turns[0].box, ""), item.image_sizes, BoxFormat.ABSOLUTE_PIXELS)
         for picture, item, (rollout,) in zip(pictures, items, rollouts, strict=True)
     ]
     return {

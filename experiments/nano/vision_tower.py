@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from datamodules.checkpoints.pretrained import load_processor
-from datamodules.samples.boxes import Box, Convention, ImageGeometry, iou
+from datamodules.samples.boxes import Box, BoxFormat, ImageSizes, iou
 from datamodules.synthetic.puzzles import close_up
 from datamodules.synthetic.single_image import crowd, single_scene
 from datamodules.synthetic.world import COLOURS, FILLS, SHAPES, Thing, crop_scene, draw_scene, random_scene
@@ -43,7 +43,7 @@ class Cells:
     pixel_values: Tensor  # [patches, values of a patch]
     grid_thw: Tensor  # [pictures, 3]
     kinds: Tensor  # long [N, 4]: shape (or NOTHING), colour, fill, framed
-    boxes: Tensor  # long [N, 4], xyxy in pixels of the processed picture
+    boxes: Tensor  # long [N, 4], xyxy in pixels of the resized picture
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class TowerStage:
             pixels.append(features["pixel_values"])
             grids.append(features["image_grid_thw"])
             rows, columns = features["image_grid_thw"][0, 1:].tolist()
-            geometry = ImageGeometry.from_grid(picture.image.size, (rows, columns), self.image_processor.patch_size)
+            sizes = ImageSizes.from_grid(picture.image.size, (rows, columns), self.image_processor.patch_size)
             for thing in self._owners(picture, rows, columns):
                 if thing is None:
                     kinds.append((NOTHING, 0, 0, 0))
@@ -156,7 +156,7 @@ class TowerStage:
                     continue
                 kind, framed = thing.kind, int(thing == picture.framed)
                 kinds.append((SHAPES.index(kind.shape), _COLOURS.index(kind.colour), FILLS.index(kind.fill), framed))
-                boxes.append(geometry.to_model(thing.box, Convention.ABSOLUTE))
+                boxes.append(sizes.to_model(thing.box, BoxFormat.ABSOLUTE_PIXELS))
         cells = Cells(torch.cat(pixels), torch.cat(grids), torch.tensor(kinds), torch.tensor(boxes))
         assert cells.boxes.max() < LONGEST, "the image processor makes larger pictures than the heads have digits for"
         return cells

@@ -18,7 +18,7 @@ from typing import Any
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS, ImageError, load_image
 from datamodules.persistence.files import write_atomic
 from datamodules.samples.answer_text import ParsedAnswer, answer_text, parse_answer
-from datamodules.samples.boxes import Convention, geometries_from_json
+from datamodules.samples.boxes import BoxFormat, image_sizes_from_json
 from datamodules.samples.sample import BoxAnswer, BoxPart, Sample, SampleError, TextPart
 from datamodules.samples.scores import score_text
 from datamodules.streaming.shards import MANIFEST, ShardReader, folder_list
@@ -49,9 +49,9 @@ def write_rollouts(run: Run, folder: Path, name: str, max_groups: int, max_pictu
     """
     if not run.config:
         raise ValueError(
-            f"{run.folder}: rollouts, but no {run_identity.CONFIG} with data.convention to read their boxes by"
+            f"{run.folder}: rollouts, but no {run_identity.CONFIG} with data.box_format to read their boxes by"
         )
-    run_identity.read_field(run.folder, "data.convention")  # raises, with the file, where another version wrote it
+    run_identity.read_field(run.folder, "data.box_format")  # raises, with the file, where another version wrote it
     groups = thin(run.groups, max_groups)
     notes = []
     if len(groups) < len(run.groups):
@@ -156,8 +156,8 @@ def _whole_group(group: LoggedGroup, run: Run, pictures: Pictures) -> dict[str, 
     """What the page shows of a group; boxes are unit xyxy of the answer's image."""
     record = group.read()
     answer = BoxAnswer(record["answer"]["image"], tuple(record["answer"]["box"]), record["answer"]["label"])
-    geometries = geometries_from_json(record["sizes"])
-    convention = Convention(run.config["data.convention"])
+    image_sizes = image_sizes_from_json(record["sizes"])
+    box_format = BoxFormat(run.config["data.box_format"])
     completions = []
     for text, reward, advantage in zip(record["texts"], record["rewards"], record["advantages"], strict=True):
         parsed = parse_answer(text)
@@ -166,7 +166,7 @@ def _whole_group(group: LoggedGroup, run: Run, pictures: Pictures) -> dict[str, 
                 "thinking": parsed.thinking if isinstance(parsed, ParsedAnswer) else None,
                 "answer": answer_text(text),
                 "text": text,
-                "box": score_text(text, answer, geometries, convention).box,
+                "box": score_text(text, answer, image_sizes, box_format).box,
                 "reward": reward,
                 "advantage": advantage,
             }
@@ -175,7 +175,7 @@ def _whole_group(group: LoggedGroup, run: Run, pictures: Pictures) -> dict[str, 
         "id": group.id,
         "question": pictures.questions.get(group.id),
         "pictures": pictures.files.get(group.id, []),
-        "sizes": [geometry.original for geometry in geometries],
+        "sizes": [sizes.original for sizes in image_sizes],
         "target": answer.image,
         "label": answer.label,
         "truth": answer.box,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from datamodules.persistence.credentials import find_credential
+from experiments.runs.renamed_settings import find_old_name
 
 T = TypeVar("T")
 LARGEST = 2**20  # bytes; no configuration is longer
@@ -16,13 +17,12 @@ CURE = (
     "it would be written to config.yaml, logs and W&B. Put the secret into an environment variable and name that "
     "variable: api_key_env for a key, basic_auth_env for user:password"
 )
-# Class paths of before November 2026 that YAML files of users name.
-MOVED = {"callbacks.guards.": "callbacks.save_on_interrupt.", "callbacks.collapse.": "callbacks.collapse_guard."}
 
 
 def command(main: Callable[..., T]) -> Callable[..., T]:
     """Decorates the `main(args=None)` of an entry point: refuses passwords and keys in its arguments and configuration
-    files, in one message that does not repeat them, before anything parses, prints or writes them."""
+    files, in one message that does not repeat them, before anything parses, prints or writes them. Old names of
+    settings are refused here too."""
 
     @functools.wraps(main)
     def run(args: Sequence[str] | None = None) -> T:
@@ -41,6 +41,8 @@ def refuse_credentials(arguments: Sequence[str]) -> None:
             where, value = arguments[index - 1].partition("=")[0], argument
         if kind := find_credential(argument):
             sys.exit(f"{find_place(where)} holds {kind}: {CURE}")
+        if argument.startswith("--") and (cure := find_old_name(argument)):
+            sys.exit(f"{where}: {cure}")
         for file in (Path(text) for text in {argument, value} if text.endswith((".yaml", ".yml", ".json"))):
             refuse_in_file(file)
 
@@ -51,14 +53,12 @@ def find_place(where: str) -> str:
 
 
 def refuse_in_file(file: Path) -> None:
-    """End the program if a line of a configuration holds a credential, or a class path that has moved."""
-    """End the program if a line of a YAML or JSON file holds a credential; a missing file passes."""
+    """End the program if a line of a YAML or JSON file holds a credential or an old name; a missing file passes."""
     if not file.is_file() or file.stat().st_size > LARGEST:
         return
     for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
         text = line.split(" #")[0]  # a comment is read by nobody but people
         if kind := find_credential(text):
             sys.exit(f"{file}, line {number}, holds {kind}: {CURE}")
-        for old, new in MOVED.items():
-            if old in text:
-                sys.exit(f"{file}, line {number}: {old}* has moved. Write {new}* instead")
+        if cure := find_old_name(text):
+            sys.exit(f"{file}, line {number}: {cure}")

@@ -15,7 +15,7 @@ import yaml
 
 from datamodules.encoding.messages import PromptStyle
 from datamodules.persistence.files import read_json, write_json
-from datamodules.samples.boxes import Convention
+from datamodules.samples.boxes import BoxFormat
 from experiments.runs.changes import (
     Choice,
     CodeChanged,
@@ -209,7 +209,7 @@ def trained_form(model: str, given: dict[str, Any]) -> dict[str, Any]:
     if Path(model).name != "merged" or not config.is_file():
         return {}
     trained = {name: read_field(phase, f"data.{name}") for name in given}
-    for name, kind in (("convention", Convention), ("style", PromptStyle)):
+    for name, kind in (("box_format", BoxFormat), ("style", PromptStyle)):
         if name in trained and trained[name] not in list(kind):
             raise OtherVersion(phase, f"data.{name}={trained[name]!r} is none of {[str(k.value) for k in kind]}")
     for name, value in trained.items():

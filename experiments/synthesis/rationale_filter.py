@@ -19,7 +19,7 @@ from typing import Any
 
 from datamodules.persistence.files import write_atomic
 from datamodules.samples.answer_text import ParsedAnswer, parse_answer
-from datamodules.samples.boxes import Convention, ImageGeometry
+from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import Sample, SampleError
 from datamodules.samples.scores import score_text
 from datamodules.streaming.shards import ShardReader, ShardWriter
@@ -40,13 +40,13 @@ class Verdict:
 def judge(
     sample: Sample,
     texts: Sequence[str],
-    geometries: Sequence[ImageGeometry],
-    convention: Convention,
+    image_sizes: Sequence[ImageSizes],
+    box_format: BoxFormat,
     threshold: float,
     seed: int,
 ) -> Verdict:
-    """`texts` are the responses in the order of their numbers; `geometries` one for each image of the sample."""
-    scores = [score_text(text, sample.answer, geometries, convention) for text in texts]
+    """`texts` are the responses in the order of their numbers; `image_sizes` one for each image of the sample."""
+    scores = [score_text(text, sample.answer, image_sizes, box_format) for text in texts]
     ious = tuple(score.iou for score in scores)
     num_correct = sum(iou > threshold for iou in ious)
     if num_correct < len(texts):

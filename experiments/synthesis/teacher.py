@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from datamodules.encoding.chat_request import ChatRequest, RequestForm, build_request
 from datamodules.persistence.files import Journal
-from datamodules.samples.boxes import geometries_to_json
+from datamodules.samples.boxes import image_sizes_to_json
 from datamodules.samples.sample import SampleError
 from datamodules.samples.scores import require_box
 from datamodules.streaming.shards import ShardReader
@@ -215,7 +215,7 @@ class Teacher:
 
     async def _ask(self, question: _Question, sample_id: str, request: ChatRequest, endpoint: ChatEndpoint) -> None:
         sampling = self.sampling
-        sizes = geometries_to_json(request.geometries)
+        sizes = image_sizes_to_json(request.image_sizes)
         while question.responses:
             response = question.responses[0]
             seed = request_seed(sampling.seed, sample_id, response)

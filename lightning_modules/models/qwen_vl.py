@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.checkpoints.model_folder import check_model
 from datamodules.checkpoints.pretrained import load_model, load_tokenizer, skeleton
-from datamodules.encoding.encoder import PromptItem
+from datamodules.encoding.encoder import EncodedSample
 from lightning_modules.models.activation_checkpointing import ActivationBudget
 from lightning_modules.models.attention.hf_attention import TEXT_ATTENTION, VISION_ATTENTION, register_attention
 from lightning_modules.models.attention.packed_rows import PackedRows, one_token_row
@@ -131,7 +131,7 @@ class QwenVL(nn.Module):
         """The same, on the policy's device."""
         return self.banned if ban == "special" else self.placeholders
 
-    def encode_images(self, items: Sequence[PromptItem], reference: bool = False) -> list[Tensor]:
+    def encode_images(self, items: Sequence[EncodedSample], reference: bool = False) -> list[Tensor]:
         """Image features [tokens, D] of each item, its images in order. The same image in several items runs once."""
         model = self.reference_model if reference and self.reference_model is not None else self.base
         unique: dict[str, tuple[Tensor, Tensor]] = {}

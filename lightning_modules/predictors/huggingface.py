@@ -1,4 +1,4 @@
-"""Any image-text model that transformers knows as an answerer in this process: Qwen2-VL, InternVL, LLaVA-OneVision, …
+"""Any image-text model that transformers knows as a predictor in this process: Qwen2-VL, InternVL, LLaVA-OneVision, …
 
 It is asked in its family's own prompt and read in its family's own scale
 (`datamodules/encoding/model_families.py`). The policy has its own engine; this is for the models that it is compared
@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
-from datamodules.answerers import Load, Reply
 from datamodules.checkpoints.pretrained import ANY_ATTENTION, load_model, load_processor
 from datamodules.encoding.chat_request import ChatRequest, RequestForm, build_turn
-from datamodules.samples.boxes import Convention, ImageGeometry
+from datamodules.predictors import Load, Reply
+from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import Sample, SampleError
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from lightning_modules.models.token_bans import end_ids
 from lightning_modules.serving.generation_rules import Generation, configure, own_seed, rules
 
 
-class ImageTextAnswerer:
+class HuggingFacePredictor:
     """Answers by the rules of `generation`, one question at a time. `trust_remote_code` runs code that comes with the
     weights."""
 
@@ -52,9 +52,9 @@ class ImageTextAnswerer:
             self.model.generation_config = self.config
 
     @property
-    def convention(self) -> Convention:
+    def box_format(self) -> BoxFormat:
         """What the numbers in an answer mean."""
-        return self.form.dialect.convention
+        return self.form.model_family.box_format
 
     def identity(self) -> dict[str, Any]:
         """All that answers depend on beside the question, JSON-like."""
@@ -82,22 +82,22 @@ class ImageTextAnswerer:
         inputs = self.processor.apply_chat_template(
             request.messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         ).to(self.model.device, self.model.dtype)
-        self._check_sizes(request.geometries, inputs)
+        self._check_sizes(request.image_sizes, inputs)
         written = self.model.generate(**inputs, generation_config=self.config)[0, inputs["input_ids"].shape[1] :]
         text = self.processor.decode(written, skip_special_tokens=True)
-        return Reply(text, request.geometries, len(written), int(written[-1]) in self.ends)
+        return Reply(text, request.image_sizes, len(written), int(written[-1]) in self.ends)
 
     def _placeholders(self) -> set[int]:
         """A placeholder that the model wrote would be taken for an image without pixels."""
         return {getattr(self.processor, f"{kind}_token_id", None) for kind in ("image", "video")} - {None}
 
-    def _check_sizes(self, geometries: Sequence[ImageGeometry], inputs: Any) -> None:
+    def _check_sizes(self, image_sizes: Sequence[ImageSizes], inputs: Any) -> None:
         """Pixels mean something only in the size that the model sees."""
-        if self.convention != Convention.ABSOLUTE:
+        if self.box_format != BoxFormat.ABSOLUTE_PIXELS:
             return
         patch = self.processor.image_processor.patch_size
         seen = [(int(columns) * patch, int(rows) * patch) for _, rows, columns in inputs["image_grid_thw"].tolist()]
-        sent = [geometry.processed for geometry in geometries]
+        sent = [sizes.resized for sizes in image_sizes]
         if seen != sent:
             raise ValueError(
                 f"the processor of {self.name!r} resized images of {sent} to {seen}: min_pixels={self.form.min_pixels}"

@@ -1,6 +1,6 @@
-"""Models other than the policy as answerers: questions with their images in, text out.
+"""Models other than the policy as predictors: questions with their images in, text out.
 
-`EndpointAnswerer` asks an OpenAI-compatible server; `huggingface.py` has an answerer for models in this process.
+`OpenAIPredictor` asks an OpenAI-compatible server; `huggingface.py` has a predictor for models in this process.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 from PIL import Image
 
-from datamodules.answerers import UNANSWERED, Load, Reply
 from datamodules.encoding.chat_request import RequestForm, build_request
-from datamodules.samples.boxes import Convention
+from datamodules.predictors import UNANSWERED, Load, Reply
+from datamodules.samples.boxes import BoxFormat
 from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, SampleError, TextPart
 from lightning_modules.serving.generation_rules import Generation, require_taken, server_rules, stating
 from lightning_modules.serving.openai_client import (
@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 CHECK_ATTEMPTS = 3  # who mistyped an address should not wait for every attempt
 
 
-class EndpointAnswerer:
-    """Asks in the form's dialect, by the rules of `generation`; questions are independent of each other."""
+class OpenAIPredictor:
+    """Asks in the form's model family, by the rules of `generation`; questions are independent of each other."""
 
     window = 1
 
@@ -52,9 +52,9 @@ class EndpointAnswerer:
         self._checked = False
 
     @property
-    def convention(self) -> Convention:
+    def box_format(self) -> BoxFormat:
         """What the numbers in an answer mean."""
-        return self.form.dialect.convention
+        return self.form.model_family.box_format
 
     def identity(self) -> dict[str, Any]:
         """All that answers depend on beside the question, JSON-like. The server's weights are known by name only."""
@@ -122,7 +122,7 @@ class EndpointAnswerer:
             log.warning("counted as wrong: sample %r: %s", sample.id, error)
             return sample, Reply("", (), refused=UNANSWERED)
         finished = found.finish_reason != "length"
-        return sample, Reply(found.text, request.geometries, found.completion_tokens, finished)
+        return sample, Reply(found.text, request.image_sizes, found.completion_tokens, finished)
 
 
 def _grey_question() -> LoadedSample:

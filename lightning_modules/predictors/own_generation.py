@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from datamodules.encoding.encoder import PromptItem
+from datamodules.encoding.encoder import EncodedSample
 from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.rollouts.base import Rollout, RolloutSettings
 from lightning_modules.serving.generation_rules import configure, own_seed
@@ -35,7 +35,7 @@ class OwnGeneration:
     @torch.inference_mode()
     def generate(
         self,
-        items: Sequence[PromptItem],
+        items: Sequence[EncodedSample],
         settings: RolloutSettings,
         features: Sequence[Tensor] | None = None,
         generator: torch.Generator | None = None,
@@ -50,7 +50,7 @@ class OwnGeneration:
                 on_progress(number)
         return rollouts
 
-    def _answer(self, item: PromptItem, settings: RolloutSettings) -> Rollout:
+    def _answer(self, item: EncodedSample, settings: RolloutSettings) -> Rollout:
         policy, model = self.policy, self.policy.base
         banned, ends = policy.banned_ids(settings.ban), policy.eos_ids
         config = configure(model.generation_config, "model", settings.max_new_tokens, ends, banned)

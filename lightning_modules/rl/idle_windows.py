@@ -73,12 +73,12 @@ def _cause(counts: Mapping[str, int], max_new_tokens: int, temperature: float) -
     if counts["zero_iou"] == total and counts["format"] == 0:
         return (
             "every completion has IoU 0 and none has the format: start from a model that writes it (CoT-SFT), and see "
-            "that model, data.style and data.convention belong together"
+            "that model, data.style and data.box_format belong together"
         )
     if counts["zero_iou"] == total:
         return (
             "every completion has IoU 0: the prompts are too hard for this model (rejection sampling leaves such "
-            "prompts out), or data.convention is not the model's"
+            "prompts out), or data.box_format is not the model's"
         )
     if counts["right"] == total:
         return "every completion is right (IoU above 0.5): take harder prompts; rejection sampling leaves such ones out"

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from datamodules.encoding.encoder import PromptItem
-from datamodules.samples.boxes import geometries_to_json
+from datamodules.encoding.encoder import EncodedSample
+from datamodules.samples.boxes import image_sizes_to_json
 from lightning_modules.rl.losses import GRPOTerms
 from lightning_modules.rl.rewards import Reward
 from lightning_modules.rollouts.base import Rollout
@@ -96,7 +96,7 @@ class StepSums:
 
 
 def rollout_records(
-    items: Sequence[PromptItem],
+    items: Sequence[EncodedSample],
     rollouts: Sequence[Sequence[Rollout]],
     rewards: Sequence[Sequence[Reward]],
     advantages: Tensor,
@@ -108,7 +108,7 @@ def rollout_records(
             "id": item.sample.id,
             "task": item.sample.task,
             "answer": item.sample.to_json()["answer"],
-            "sizes": geometries_to_json(item.geometries),
+            "sizes": image_sizes_to_json(item.image_sizes),
             "texts": [rollout.text for rollout in rollouts[index]],
             "rewards": [asdict(parts) for parts in rewards[index]],
             "advantages": advantages[index].tolist(),

@@ -1,11 +1,11 @@
-"""Rule-based rewards of the paper's section 3.3. Pure: text and geometry in, numbers out."""
+"""Rule-based rewards of the paper's section 3.3. Pure: text and sizes in, numbers out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from datamodules.samples.boxes import Convention, ImageGeometry
+from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import BoxAnswer
 from datamodules.samples.scores import score_text
 
@@ -26,13 +26,13 @@ class Reward:
 def reward(
     text: str,
     answer: BoxAnswer,
-    geometries: Sequence[ImageGeometry],
-    convention: Convention,
+    image_sizes: Sequence[ImageSizes],
+    box_format: BoxFormat,
     accuracy_weight: float = 1.0,
     format_weight: float = 0.5,
 ) -> Reward:
     """r = λ_acc · IoU + λ_format · format (eq. 3) for one completion, scored by `score_text`, with its errors."""
-    score = score_text(text, answer, geometries, convention)
+    score = score_text(text, answer, image_sizes, box_format)
     well_formed = float(score.well_formed)
     total = accuracy_weight * score.iou + format_weight * well_formed
     return Reward(total, score.iou, well_formed, score.failure)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from datamodules.encoding.encoder import PromptItem
+from datamodules.encoding.encoder import EncodedSample
 from lightning_modules.rollouts.base import Rollout
 
 
@@ -16,7 +16,7 @@ from lightning_modules.rollouts.base import Rollout
 class Group:
     """The completions of one prompt that are learnt from; C of its G. Tensors are on the item's device."""
 
-    item: PromptItem
+    item: EncodedSample
     features: Tensor | None  # [image tokens, D] of a frozen tower; None when images are encoded at each forward pass
     completions: list[Tensor]  # C of token ids [T]
     advantages: Tensor  # [C]
@@ -25,7 +25,7 @@ class Group:
 
 
 def learnt_groups(
-    items: Sequence[PromptItem],
+    items: Sequence[EncodedSample],
     rollouts: Sequence[Sequence[Rollout]],
     advantages: Tensor,
     features: Sequence[Tensor] | None,

@@ -1,7 +1,7 @@
 """The rollouts of a GRPO run on disk: a JSONL line for each group, written by every rank and read as one.
 
     {"update": 3, "batch": 12, "id": "pool/17", "task": "diff", "answer": {"image": 1, "box": [...], "label": "ring"},
-     "sizes": [[width, height, processed width, processed height], ...], "texts": [G texts], "rewards": [G records],
+     "sizes": [[width, height, resized width, resized height], ...], "texts": [G texts], "rewards": [G records],
      "advantages": [G numbers], "equal": false}
 
     {"resumed_at": 12}

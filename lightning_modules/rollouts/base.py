@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from datamodules.encoding.encoder import PromptItem
+from datamodules.encoding.encoder import EncodedSample
 from lightning_modules.models.attention.kv_cache import PrefixRecorder
 from lightning_modules.models.inference.cpu_model import LeanModel
 from lightning_modules.models.inference.gpu_model import FusedModel
@@ -72,7 +72,7 @@ class RolloutEngine(Protocol):
 
     def generate(
         self,
-        items: Sequence[PromptItem],
+        items: Sequence[EncodedSample],
         settings: RolloutSettings,
         features: Sequence[Tensor] | None = None,
         generator: torch.Generator | None = None,
@@ -110,7 +110,7 @@ class NativeEngine:
     @torch.no_grad()
     def generate(
         self,
-        items: Sequence[PromptItem],
+        items: Sequence[EncodedSample],
         settings: RolloutSettings,
         features: Sequence[Tensor] | None = None,
         generator: torch.Generator | None = None,
@@ -132,7 +132,7 @@ class NativeEngine:
 
     def _generate(
         self,
-        items: Sequence[PromptItem],
+        items: Sequence[EncodedSample],
         settings: RolloutSettings,
         features: Sequence[Tensor] | None,
         generator: torch.Generator | None,
@@ -219,7 +219,7 @@ class NativeEngine:
         else:
             self.policy.refresh_decoder(model)
 
-    def _prefill(self, model: Model, items: Sequence[PromptItem], features: Sequence[Tensor]) -> Prefilled:
+    def _prefill(self, model: Model, items: Sequence[EncodedSample], features: Sequence[Tensor]) -> Prefilled:
         """Prompts are padded on the right, where causal attention never looks."""
         ids = pad_sequence([item.input_ids for item in items], batch_first=True)
         positions = pad_sequence([item.positions.T for item in items], batch_first=True).permute(2, 0, 1)

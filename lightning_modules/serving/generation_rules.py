@@ -2,7 +2,7 @@
 
 A checkpoint's generation_config.json and a server's defaults may hold a repetition penalty or samplers: Qwen2.5-VL's
 has a repetition penalty of 1.05, which vLLM also applies where a request says nothing. Under "greedy" every such field
-is stated with its neutral value, and no answerer leaves one to the checkpoint or to the server; from a checkpoint's
+is stated with its neutral value, and no predictor leaves one to the checkpoint or to the server; from a checkpoint's
 settings only token ids are taken. "model" is the opposite: the model's or the server's own settings, as they are. Which
 of the two, with all values, is a part of a result's identity.
 """

@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
-from datamodules.encoding.encoder import Batch, Encoder, PromptItem
+from datamodules.encoding.encoder import Batch, EncodedSample, Encoder
 from datamodules.multi_image import MultiImageData
 from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
 from datamodules.streaming.shards import ShardWriter
@@ -59,7 +59,7 @@ class FakePolicy(torch.nn.Module):
 class FakeEngine:
     """Answers with `write(item, k)` for the k-th completion of an item; counts what it was asked."""
 
-    def __init__(self, write: Callable[[PromptItem, int], str]) -> None:
+    def __init__(self, write: Callable[[EncodedSample, int], str]) -> None:
         self.write = write
         self.asked: list[str] = []
         self.seeds: list[int] = []
@@ -129,10 +129,10 @@ class Windows(PolicyModule):
 TWO_EPOCHS = {"max_epochs": 2, "max_steps": -1, "log_every_n_steps": 1}  # of 10 batches: the third window is in both
 
 
-def true_answer(item: PromptItem, k: int = 0) -> str:
+def true_answer(item: EncodedSample, k: int = 0) -> str:
     """The right box, in the format that earns the format reward."""
     answer = item.sample.answer
-    values = item.geometries[answer.image].to_model(answer.box, "absolute")
+    values = item.image_sizes[answer.image].to_model(answer.box, "absolute_pixels")
     return f'<think>I see.</think><answer>{{"bbox_2d": {list(values)}, "label": "x"}}</answer>'
 
 
@@ -190,7 +190,7 @@ def pool(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def encoder(tiny_model_dir: Path) -> Encoder:
-    return Encoder(str(tiny_model_dir), "absolute", "think", 4096, 256, with_target=False)
+    return Encoder(str(tiny_model_dir), "absolute_pixels", "think", 4096, 256, with_target=False)
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 
 from callbacks.encoding import encode_ahead, prompt_encoder
-from datamodules.encoding.encoder import Encoder, PromptItem
+from datamodules.encoding.encoder import EncodedSample, Encoder
 from datamodules.samples.sample import LoadedSample, SampleError
 from tests.datamodules.encoding.tiny_processor import make_sample, save_tiny_processor
 
 
 def test_evaluation_shares_no_processor_with_the_thread_that_encodes_for_training(tmp_path: Path) -> None:
-    training = Encoder(str(save_tiny_processor(tmp_path)), "absolute", "think", 500, 100, with_target=True)
+    training = Encoder(str(save_tiny_processor(tmp_path)), "absolute_pixels", "think", 500, 100, with_target=True)
     assert training.processor is training.processor
     evaluating = prompt_encoder(training)
     assert evaluating.processor is not training.processor
@@ -20,7 +20,7 @@ def test_evaluation_shares_no_processor_with_the_thread_that_encodes_for_trainin
 
 
 def test_windows_come_in_order_with_refusals_in_place(tmp_path: Path) -> None:
-    encoder = Encoder(str(save_tiny_processor(tmp_path)), "absolute", "think", 500, 100, with_target=False)
+    encoder = Encoder(str(save_tiny_processor(tmp_path)), "absolute_pixels", "think", 500, 100, with_target=False)
     asked: list[str] = []
 
     def load(name: str) -> LoadedSample:
@@ -32,6 +32,6 @@ def test_windows_come_in_order_with_refusals_in_place(tmp_path: Path) -> None:
     windows = [["a", "b"], ["bad"], ["c"], ["d"]]
     for window, encoded in zip(windows, encode_ahead(encoder, windows, load), strict=True):
         assert [name for name, _ in encoded] == window
-        assert all(isinstance(item, SampleError if name == "bad" else PromptItem) for name, item in encoded)
+        assert all(isinstance(item, SampleError if name == "bad" else EncodedSample) for name, item in encoded)
     assert asked == ["a", "b", "bad", "c", "d"]
     assert list(encode_ahead(encoder, [], load)) == []

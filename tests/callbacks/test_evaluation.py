@@ -1,4 +1,4 @@
-"""Asking a benchmark's questions: each once, whatever the number of processes and kills; and the native answerer."""
+"""Asking a benchmark's questions: each once, whatever the number of processes and kills; and the native predictor."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from pathlib import Path
 import pytest
 
 from callbacks.evaluation import LOSSES, EvaluationSettings, QuestionsLost, answers_key, ask_share, read_answers
-from callbacks.native_answerer import NativeAnswerer
-from datamodules.answerers import UNANSWERED, Answerer, Reply
+from callbacks.policy_predictor import PolicyPredictor
 from datamodules.benchmarks.base import Benchmark, limit_columns
 from datamodules.benchmarks.registry import load_benchmark
 from datamodules.encoding.encoder import Encoder
-from datamodules.samples.boxes import Convention, ImageGeometry
+from datamodules.predictors import UNANSWERED, Predictor, Reply
+from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import Sample
 from datamodules.synthetic.benchmark_replicas.write import write_twin
 from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.rollouts.base import NativeEngine
 
-GEOMETRY = ImageGeometry((64, 48), (56, 56))
+SIZES = ImageSizes((64, 48), (56, 56))
 
 
 class Scripted:
     """Answers with what depends on the batch: its text names all questions of its window. Dies after `dies_after`;
     gives no answer to those in `lost`."""
 
-    convention = Convention.UNIT
+    box_format = BoxFormat.NORMALIZED
 
     def __init__(
         self, window: int = 3, dies_after: int | None = None, name: str = "scripted", lost: Sequence[str] = ()
@@ -50,7 +50,7 @@ class Scripted:
                 if sample.id in self.lost:
                     yield sample, Reply("", (), refused=UNANSWERED)
                     continue
-                yield sample, Reply(text, (GEOMETRY,) * len(sample.images), num_tokens=1)
+                yield sample, Reply(text, (SIZES,) * len(sample.images), num_tokens=1)
 
 
 @pytest.fixture
@@ -60,14 +60,14 @@ def bench(tmp_path: Path) -> Benchmark:
 
 
 def ask(
-    answerer: Answerer, bench: Benchmark, folder: Path, rank: int = 0, world: int = 1, limit: int | None = None
+    predictor: Predictor, bench: Benchmark, folder: Path, rank: int = 0, world: int = 1, limit: int | None = None
 ) -> int:
-    key = answers_key(bench, answerer)
-    return sum(ask_share(answerer, limit_columns(bench.samples, limit), bench, folder, key, rank, world))
+    key = answers_key(bench, predictor)
+    return sum(ask_share(predictor, limit_columns(bench.samples, limit), bench, folder, key, rank, world))
 
 
-def texts(answerer: Answerer, bench: Benchmark, folder: Path) -> dict[str, Reply]:
-    return read_answers(folder, answers_key(bench, answerer))
+def texts(predictor: Predictor, bench: Benchmark, folder: Path) -> dict[str, Reply]:
+    return read_answers(folder, answers_key(bench, predictor))
 
 
 def test_two_processes_ask_each_question_once_and_get_the_answers_of_one(bench, tmp_path: Path) -> None:
@@ -138,33 +138,33 @@ def test_an_evaluation_that_loses_most_questions_ends_with_an_error(bench, tmp_p
     assert ask(Scripted(window=1), bench, tmp_path / "a") == 14
 
 
-def native(model_dir: Path, **limits) -> NativeAnswerer:
+def native(model_dir: Path, **limits) -> PolicyPredictor:
     settings = EvaluationSettings(max_new_tokens=4, batch_prompts=4)
-    encoder = Encoder(str(model_dir), "absolute", "think", 4096, 4, with_target=False, **limits)
+    encoder = Encoder(str(model_dir), "absolute_pixels", "think", 4096, 4, with_target=False, **limits)
     policy = QwenVL(str(model_dir)).eval()
-    return NativeAnswerer(policy, NativeEngine(policy), encoder, settings)
+    return PolicyPredictor(policy, NativeEngine(policy), encoder, settings)
 
 
-def test_the_native_answerer_gives_the_same_answers_in_two_shares(tiny_model_dir: Path, bench, tmp_path: Path) -> None:
-    answerer = native(tiny_model_dir)
-    ask(answerer, bench, tmp_path / "one")
+def test_the_policy_predictor_gives_the_same_answers_in_two_shares(tiny_model_dir: Path, bench, tmp_path: Path) -> None:
+    predictor = native(tiny_model_dir)
+    ask(predictor, bench, tmp_path / "one")
     for rank in range(2):
-        ask(answerer, bench, tmp_path / "two", rank, 2)
-    one = texts(answerer, bench, tmp_path / "one")
-    assert one == texts(answerer, bench, tmp_path / "two")
+        ask(predictor, bench, tmp_path / "two", rank, 2)
+    one = texts(predictor, bench, tmp_path / "one")
+    assert one == texts(predictor, bench, tmp_path / "two")
     assert len(one) == 14 and all(reply.num_tokens and reply.refused is None for reply in one.values())
     sample = bench.samples[0]
-    assert len(one[sample.id].geometries) == len(sample.images)
+    assert len(one[sample.id].image_sizes) == len(sample.images)
 
 
 def test_a_question_that_is_too_long_is_refused_by_its_rule(tiny_model_dir: Path, bench, tmp_path: Path) -> None:
-    answerer = native(tiny_model_dir)
-    answerer.encoder.max_prompt_tokens = 150
-    ask(answerer, bench, tmp_path / "a")
-    refused = {reply.refused for reply in texts(answerer, bench, tmp_path / "a").values()}
+    predictor = native(tiny_model_dir)
+    predictor.encoder.max_prompt_tokens = 150
+    ask(predictor, bench, tmp_path / "a")
+    refused = {reply.refused for reply in texts(predictor, bench, tmp_path / "a").values()}
     assert "prompt_too_long" in refused
     lines = [json.loads(line) for line in (tmp_path / "a/rank0.jsonl").read_text().splitlines()]
-    assert all(line["geometries"] == [] for line in lines if line["refused"])
+    assert all(line["image_sizes"] == [] for line in lines if line["refused"])
 
 
 def test_identity_tells_settings_and_weights_apart(tiny_model_dir: Path) -> None:

@@ -42,8 +42,8 @@ def check(text: str) -> bool:
     """What holds for any text; whether it earns the format reward."""
     well_formed = is_well_formed(text)
     assert well_formed == follows_the_papers_format(text), text
-    for foreign in (False, True):
-        parsed = parse_answer(text, foreign)
+    for lenient in (False, True):
+        parsed = parse_answer(text, lenient)
         if isinstance(parsed, ParseFailure):
             assert parsed.kind in FAILURE_KINDS and not well_formed, text
         else:

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from datamodules.encoding.encoder import Batch, PromptItem
+from datamodules.encoding.encoder import Batch, EncodedSample
 from datamodules.multi_image import MultiImageData
 from datamodules.samples.sample import SampleError
 from datamodules.streaming import workers
@@ -167,7 +167,7 @@ def test_batches_are_encoded_and_carry_their_position(shards: Path, processor: P
     for batch, other in zip(batches, alone, strict=True):
         for item, twin in zip(batch.items, other.items, strict=True):
             assert item.sample == twin.sample and torch.equal(item.pixel_values, twin.pixel_values)
-            assert item.completion_ids is not None and item.geometries == twin.geometries
+            assert item.completion_ids is not None and item.image_sizes == twin.image_sizes
     assert data.rejections.counts == {"missing_image": 1}
 
 
@@ -178,7 +178,7 @@ def test_batches_of_the_thread_are_those_encoded_one_by_one(shards: Path, proces
     for batch, other in zip(loader, loader, strict=True):  # two threads with one reader and one processor
         for item, again in zip(batch.items, other.items, strict=True):
             true = alone.encoder.encode(reader.read(numbers.pop(0)))
-            for field in fields(PromptItem):
+            for field in fields(EncodedSample):
                 values = [getattr(each, field.name) for each in (item, again, true)]
                 is_tensor = isinstance(values[0], torch.Tensor)
                 assert all(torch.equal(value, values[2]) if is_tensor else value == values[2] for value in values)

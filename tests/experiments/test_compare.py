@@ -65,7 +65,7 @@ def write_experiment(root: Path, name: str, averages: tuple[float, ...], seed: i
         "seed_everything": seed,
         "experiment": name,
         "model": {"class_path": "lightning_modules.grpo.GRPO", "init_args": arguments},
-        "data": {"convention": "absolute", "shards": str(root / "shards")},
+        "data": {"box_format": "absolute_pixels", "shards": str(root / "shards")},
         "trainer": {"callbacks": [{"class_path": "callbacks.throughput.Throughput", "init_args": {"every": seed}}]},
     }
     (folder / "grpo" / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
@@ -260,7 +260,7 @@ def test_a_browser_pages_through_thousands_and_loads_what_it_shows(
     assert len(scripts) == len(set(scripts)) < 9, "nothing is loaded twice, and little at all"
 
 
-@pytest.mark.parametrize("name", ["convention", "shards"])
+@pytest.mark.parametrize("name", ["box_format", "shards"])
 def test_rollouts_of_another_version_are_told_with_file_and_field(
     experiments: list[Path], tmp_path: Path, name: str
 ) -> None:

@@ -203,7 +203,7 @@ def test_a_pipelines_parts_agree(name: str) -> None:
     phases = [yaml.safe_load((ROOT / path).read_text()) for path in settings["stages"].values()]
     for phase in phases:
         assert phase["experiment"] == settings["experiment"]
-        for field in ("convention", "style", "label_images", "max_resized_pixels"):
+        for field in ("box_format", "style", "label_images", "max_resized_pixels"):
             assert phase["data"].get(field) == evaluation.get(field), field
     assert phases[0]["model"]["init_args"]["model"] == settings["model"] == evaluation["model"]
     merged = f"outputs/{settings['experiment']}/cot_sft/merged"

@@ -133,7 +133,7 @@ def test_a_served_models_lost_question_is_counted_and_asked_again(tmp_path: Path
     lost: set[str] = set()
     with ChatServer(reply) as server:
         patience = ("--endpoint.attempts=1", "--endpoint.concurrency=1")
-        served = ("--bench=blink", f"--endpoint.base_url={server.base_url}", "--dialect=internvl", *patience)
+        served = ("--bench=blink", f"--endpoint.base_url={server.base_url}", "--model_family=internvl", *patience)
         output = evaluate(Path("some-model"), tmp_path, *served)
         result = json.loads((output / "blink/result.json").read_text())
         assert result["n"] == 14 and result["failures"] == {"unanswered": 1}
@@ -172,7 +172,7 @@ def test_a_process_that_is_stopped_or_killed_ends_the_evaluation(tmp_path: Path,
         os.kill(workers[0].pid, signum)
 
     threading.Thread(target=disturb).start()
-    settings = PolicySettings("none", "absolute", "think", "float32", "cpu", EvaluationSettings(), {})
+    settings = PolicySettings("none", "absolute_pixels", "think", "float32", "cpu", EvaluationSettings(), {})
     job = Job(settings, (), str(tmp_path), str(tmp_path), None)  # no question: whoever lives ends at once
     with pytest.raises(ProcessLost, match=rf"process \d of 2 {why}"):
         list(ask_all(job, {}, 2))
@@ -182,6 +182,6 @@ def test_a_process_that_is_stopped_or_killed_ends_the_evaluation(tmp_path: Path,
 def test_a_failing_process_ends_the_evaluation_with_its_error(tmp_path: Path) -> None:
     limits = {"max_prompt_tokens": 10}
     missing = str(tmp_path / "none")
-    settings = PolicySettings(missing, "absolute", "think", "float32", "cpu", EvaluationSettings(), limits)
+    settings = PolicySettings(missing, "absolute_pixels", "think", "float32", "cpu", EvaluationSettings(), limits)
     with pytest.raises(RuntimeError, match=r"(?s)process \d of 2 failed.*none"):
         list(ask_all(Job(settings, ("lisa",), str(tmp_path), str(tmp_path), None), {"lisa": 1}, 2))

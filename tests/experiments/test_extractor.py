@@ -35,7 +35,14 @@ def extract(request: dict) -> str | bytes | None:
 def evaluate(
     root: Path, model: ChatServer, extractor: ChatServer | None, *args: str, bench: str = "blink,mmiu"
 ) -> Path:
-    fixed = ["--model=some", "--dialect=internvl", "--data_root", str(root / "data"), "--output", str(root / "out")]
+    fixed = [
+        "--model=some",
+        "--model_family=internvl",
+        "--data_root",
+        str(root / "data"),
+        "--output",
+        str(root / "out"),
+    ]
     fixed += [f"--bench={bench}", "--twins=true", f"--endpoint.base_url={model.base_url}"]
     if extractor is not None:
         fixed += [f"--extractor.base_url={extractor.base_url}", "--extractor.model=reader-7b", *SOON]
@@ -154,7 +161,7 @@ def test_an_extractor_that_cannot_read_ends_the_evaluation_before_a_question(tmp
     ],
 )
 def test_wrong_settings_are_named_before_anything_is_read(tmp_path: Path, args: list[str], words: str) -> None:
-    fixed = ["--model=some", "--dialect=internvl", "--data_root", str(tmp_path), "--endpoint.base_url=http://a/v1"]
+    fixed = ["--model=some", "--model_family=internvl", "--data_root", str(tmp_path), "--endpoint.base_url=http://a/v1"]
     with pytest.raises(SystemExit, match=words):
         evaluate_benchmarks.main([*fixed, "--bench=blink", *args])
 

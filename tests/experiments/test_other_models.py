@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 
 from datamodules.encoding.messages import CHOICE_SUFFIX
-from datamodules.encoding.model_families import find_dialect
+from datamodules.encoding.model_families import find_model_family
 from datamodules.samples.answer_text import FAILURE_KINDS
 from datamodules.synthetic.benchmark_replicas import write
 from experiments import evaluate_benchmarks, rescore
-from experiments.evaluation.choose_predictor import ImageTextSettings, ModelOptions, choose_answerer
+from experiments.evaluation.choose_predictor import ImageTextSettings, ModelOptions, choose_predictor
 from experiments.runs import preflight
 from lightning_modules.serving.openai_client import EndpointSettings
 from tests.chat_server import ChatServer, http_response, question_text
 from tests.image_text_models import qwen2_vl, save_model
 
 SERVED = "OpenGVLab/InternVL2-8B"
-INTERNVL = find_dialect("internvl")
+INTERNVL = find_model_family("internvl")
 SOON = ("--endpoint.attempts=2", "--endpoint.backoff=0.01")
 
 
@@ -57,7 +57,7 @@ def test_a_served_model_is_asked_once_in_its_dialect_and_its_answers_are_kept(tm
     assert sum(text.endswith(CHOICE_SUFFIX) for text in texts) == len(letters) == 14
     assert all(text.startswith("Image-1: ") for text in texts)
     assert {tuple(prediction["read"]) for prediction in boxes} == {(0.1, 0.2, 0.6, 0.9)}
-    assert {prediction["convention"] for prediction in boxes} == {"per_mille"}
+    assert {prediction["box_format"] for prediction in boxes} == {"relative_1000"}
     assert {prediction["read"] for prediction in letters} == {"B"}
     assert all(prediction["correct"] == (prediction["answer"]["letter"] == "B") for prediction in letters)
 
@@ -94,15 +94,15 @@ def test_servers_that_cannot_be_used_end_the_evaluation_soon(tmp_path: Path) -> 
 
 def test_another_family_in_this_process(tmp_path: Path) -> None:
     model = str(save_model(qwen2_vl, tmp_path / "model"))
-    settings = choose_answerer(model, None, ModelOptions())
-    assert isinstance(settings, ImageTextSettings) and settings.form.dialect.name == "qwen2_vl"
+    settings = choose_predictor(model, None, ModelOptions())
+    assert isinstance(settings, ImageTextSettings) and settings.form.model_family.name == "qwen2_vl"
     assert settings.form.style == "native" and not settings.trust_remote_code
     out = evaluate(model, tmp_path, "--limit=1")
     boxes, letters = predictions(out / "lisa-limit1"), predictions(out / "blink-limit1")
     assert len(boxes) == 2 and len(letters) == 7
     for prediction in boxes + letters:
-        assert prediction["convention"] == "per_mille" and prediction["refused"] is None
-        assert 1 <= prediction["num_tokens"] <= 6 and prediction["geometries"]
+        assert prediction["box_format"] == "relative_1000" and prediction["refused"] is None
+        assert 1 <= prediction["num_tokens"] <= 6 and prediction["image_sizes"]
     assert {prediction["failure"] for prediction in boxes} <= {None, *FAILURE_KINDS}
 
 
@@ -111,14 +111,14 @@ def test_another_family_in_this_process(tmp_path: Path) -> None:
     [
         (["--model=gpt-4o", "--endpoint.concurrency=2"], "endpoint.base_url=None"),
         (["--model=gpt-4o", "--endpoint.base_url=http://a/v1", "--endpoint.model=other"], "endpoint.model='other'"),
-        (["--model=mystery-7b", "--endpoint.base_url=http://a/v1"], "set dialect to one of"),
-        (["--model=gpt-4o", "--endpoint.base_url=http://a/v1", "--dialect=klingon"], "dialect='klingon'"),
+        (["--model=mystery-7b", "--endpoint.base_url=http://a/v1"], "set model family to one of"),
+        (["--model=gpt-4o", "--endpoint.base_url=http://a/v1", "--model_family=klingon"], "model_family='klingon'"),
         (["--model=gpt-4o", "--endpoint.base_url=http://a/v1", "--style=official"], "style='official'"),
-        (["--model=gpt-4o", "--endpoint.base_url=http://a/v1", "--convention=unit"], "convention='unit'"),
+        (["--model=gpt-4o", "--endpoint.base_url=http://a/v1", "--box_format=unit"], "box_format='unit'"),
         (["--model=gpt-4o"], "no folder 'gpt-4o'"),
         (["--model={text}"], "'llama', which transformers knows no image-text model of"),
         (["--model={bare}"], "model.safetensors is missing"),
-        (["--model={ours}", "--dialect=internvl"], "dialect='internvl' is for other models"),
+        (["--model={ours}", "--model_family=internvl"], "model_family='internvl' is for other models"),
         (["--model={ours}", "--style=native"], "style='native'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -143,7 +143,11 @@ def test_a_served_model_never_writes_where_one_in_this_process_does() -> None:
 
 
 def test_every_fault_is_told_at_once(tmp_path: Path) -> None:
-    with pytest.raises(preflight.SettingsError, match=r"(?s)processes=0.*dialect='klingon'"):
+    with pytest.raises(preflight.SettingsError, match=r"(?s)processes=0.*model_family='klingon'"):
         evaluate_benchmarks.evaluate_benchmarks(
-            "gpt-4o", str(tmp_path), endpoint=EndpointSettings(base_url="http://a/v1"), dialect="klingon", processes=0
+            "gpt-4o",
+            str(tmp_path),
+            endpoint=EndpointSettings(base_url="http://a/v1"),
+            model_family="klingon",
+            processes=0,
         )

@@ -253,7 +253,7 @@ def test_a_phases_model_is_asked_as_it_was_trained(
     phase = workbench.outputs / "tiny" / "sft"
     phase.mkdir(parents=True)
     (phase / name).symlink_to(workbench.model)
-    data = {"convention": "absolute", "style": "answer", "max_resized_pixels": 20_000, "label_images": True}
+    data = {"box_format": "absolute_pixels", "style": "answer", "max_resized_pixels": 20_000, "label_images": True}
     (phase / "config.yaml").write_text(yaml.safe_dump({"data": data}))
     asked = []
 

@@ -293,7 +293,7 @@ def test_a_server_that_answers_no_question_ends_the_run(
         ({"questions": "nowhere"}, "nowhere"),
         ({"threshold": 1.0}, "threshold=1.0"),
         ({"limit": 0}, "limit=0"),
-        ({"dialect": "klingon", "threshold": -1.0}, "dialect='klingon'"),
+        ({"model_family": "klingon", "threshold": -1.0}, "model_family='klingon'"),
         ({"max_pixels": 10}, "max_pixels=10"),
         ({"before_image": "{image}: "}, "before_image='{image}: '"),
         ({"endpoint": {"model": "outputs/nano/gone/merged", "base_url": None}}, "outputs/nano/gone/merged"),
@@ -347,7 +347,7 @@ def test_a_local_server_is_started_killed_with_its_owner_and_gives_the_same_agai
 ) -> None:
     def config(name: str) -> Path:
         endpoint = {"model": "models/nano-base", "timeout": 120.0}
-        more = {"dialect": "qwen2_5_vl", "max_pixels": 10_000, "limit": 6, "device": "cpu", "endpoint": endpoint}
+        more = {"model_family": "qwen2_5_vl", "max_pixels": 10_000, "limit": 6, "device": "cpu", "endpoint": endpoint}
         return write_config(tmp_path / name, questions, None, sampling={"max_tokens": 48, "temperature": 1.0}, **more)
 
     subprocess.run(command(config("whole")), cwd=ROOT, check=True)

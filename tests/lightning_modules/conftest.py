@@ -10,7 +10,7 @@ import pytest
 from lightning import LightningDataModule, Trainer
 from torch import Tensor
 
-from datamodules.encoding.encoder import Batch, PromptItem
+from datamodules.encoding.encoder import Batch, EncodedSample
 from lightning_modules.grpo import GRPO
 from lightning_modules.models.layers.lora import LoraSettings
 from lightning_modules.models.qwen_vl import QwenVL
@@ -46,7 +46,7 @@ class Batches(LightningDataModule):
     With several ranks, each takes every world-size-th batch.
     """
 
-    def __init__(self, items: list[PromptItem], num_items: int) -> None:
+    def __init__(self, items: list[EncodedSample], num_items: int) -> None:
         super().__init__()
         self.items, self.num_items = items, num_items
         self.position = 0
@@ -87,7 +87,7 @@ def fit(tmp_path: Path) -> Callable[..., Trainer]:
     """fit(module, items, num_items=2, max_steps=3, **trainer) trains on the CPU; returns the trainer."""
 
     def run(
-        module: PolicyModule, items: list[PromptItem], num_items: int = 2, ckpt_path: Any = None, **trainer: Any
+        module: PolicyModule, items: list[EncodedSample], num_items: int = 2, ckpt_path: Any = None, **trainer: Any
     ) -> Trainer:
         settings = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
         made = Trainer(

@@ -21,7 +21,7 @@ from tests.lightning_modules.conftest import trained_weights
 MAX_NEW = 8
 
 
-def letters(text, answer, geometries, convention, *weights):
+def letters(text, answer, image_sizes, box_format, *weights):
     """An easy reward that a random model meets by chance: the share of characters that are letters."""
     share = sum(character.isalpha() for character in text) / max(len(text), 1)
     return Reward(share, share, 0.0, None)
@@ -112,10 +112,10 @@ def test_gradient_of_a_window_is_that_of_the_written_out_equation(
     """Over two batches, one group of equal rewards among them, however the rows are packed."""
     items = make_items([1, 2, 1, 3])
 
-    def constant_for_one(text, answer, geometries, *rest):
-        if geometries is items[2].geometries:
+    def constant_for_one(text, answer, image_sizes, *rest):
+        if image_sizes is items[2].image_sizes:
             return Reward(0.6, 0.6, 0.0, None)  # FIELD 8: not a mean of 0 or 1
-        return letters(text, answer, geometries, *rest)
+        return letters(text, answer, image_sizes, *rest)
 
     monkeypatch.setattr(grpo, "reward", constant_for_one)
     settings = {"beta": 0.05, "accumulate": 2, "max_grad_norm": None, "max_tokens_per_row": max_tokens_per_row}
@@ -307,9 +307,9 @@ def test_ranks_of_which_one_has_nothing_to_learn_do_not_hang(build, make_items, 
     """FIELD 12: rank 1's groups are all equal; both take the same updates and end with the same weights."""
     items = make_items([1, 3])
 
-    def equal_on_rank_1(text, answer, geometries, *rest):
-        constant = geometries == items[1].geometries
-        return Reward(0.6, 0.6, 0.0, None) if constant else letters(text, answer, geometries, *rest)
+    def equal_on_rank_1(text, answer, image_sizes, *rest):
+        constant = image_sizes == items[1].image_sizes
+        return Reward(0.6, 0.6, 0.0, None) if constant else letters(text, answer, image_sizes, *rest)
 
     monkeypatch.setattr(grpo, "reward", equal_on_rank_1)
 

@@ -143,8 +143,8 @@ def test_a_rank_without_anything_to_learn_from_takes_part(build, make_items, fit
     """Ranks with unlike numbers of images and rows, and one whose groups are all equal, in every update of several."""
     items = make_items([1, 3])
 
-    def equal_on_rank_1(text, answer, geometries, *rest):
-        return Reward(0.6, 0.6, 0.0, None) if geometries == items[1].geometries else letters(text)
+    def equal_on_rank_1(text, answer, image_sizes, *rest):
+        return Reward(0.6, 0.6, 0.0, None) if image_sizes == items[1].image_sizes else letters(text)
 
     monkeypatch.setattr(grpo, "reward", equal_on_rank_1)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from datamodules.encoding.encoder import PromptItem
+    from datamodules.encoding.encoder import EncodedSample
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,6 @@ class GroupSpan:
     branches: tuple[int, ...]
 
 
-def group_length(item: PromptItem, completions: Sequence[Tensor]) -> int:
+def group_length(item: EncodedSample, completions: Sequence[Tensor]) -> int:
     """Tokens that a group takes in a row. The last token of a completion predicts nothing, so it is left out."""
     return len(item.input_ids) + sum(max(len(completion) - 1, 0) for completion in completions)

@@ -25,7 +25,7 @@ from lightning_modules.models.attention.layout import GroupSpan, group_length
 from lightning_modules.models.attention.prefix_attention import SharedPrefixAttention
 
 if TYPE_CHECKING:
-    from datamodules.encoding.encoder import PromptItem
+    from datamodules.encoding.encoder import EncodedSample
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class PackedRows:
 
 
 def pack_rows(
-    items: Sequence[PromptItem], completions: Sequence[Sequence[Tensor]], max_tokens: int
+    items: Sequence[EncodedSample], completions: Sequence[Sequence[Tensor]], max_tokens: int
 ) -> list[PackedRows]:
     """Lay out each item with its completions, in order, in rows of at most `max_tokens` tokens.
 
@@ -94,7 +94,7 @@ def one_token_row(token: Tensor) -> PackedRows:
 
 
 def _one_row(
-    items: Sequence[PromptItem],
+    items: Sequence[EncodedSample],
     completions: Sequence[Sequence[Tensor]],
     chosen: Sequence[int],
     first: Sequence[int],

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from datamodules.encoding.encoder import PromptItem
+from datamodules.encoding.encoder import EncodedSample
 from lightning_modules.models.layers.lora import adapter_tensors, write_adapter
 from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.rollouts.base import Rollout, RolloutSettings
@@ -199,7 +199,7 @@ class VLLMEngine:
 
     def generate(
         self,
-        items: Sequence[PromptItem],
+        items: Sequence[EncodedSample],
         settings: RolloutSettings,
         features: Sequence[Tensor] | None = None,
         generator: torch.Generator | None = None,
@@ -223,7 +223,7 @@ class VLLMEngine:
         return PromptWriter(self.policy.processor_path)
 
     async def _ask(
-        self, endpoint: ChatEndpoint, job: tuple[PromptItem, int], writer: PromptWriter, settings: RolloutSettings
+        self, endpoint: ChatEndpoint, job: tuple[EncodedSample, int], writer: PromptWriter, settings: RolloutSettings
     ) -> list[Rollout]:
         item, seed = job
         banned = self.policy.banned_ids(settings.ban)
@@ -252,7 +252,7 @@ class VLLMEngine:
         return [self._rollout(item, token_ids, log_probs, banned) for token_ids, log_probs in choices]
 
     def _rollout(
-        self, item: PromptItem, token_ids: list[int], log_probs: list[float], banned: Collection[int]
+        self, item: EncodedSample, token_ids: list[int], log_probs: list[float], banned: Collection[int]
     ) -> Rollout:
         if wrong := sorted(set(token_ids) & set(banned)):
             raise ValueError(f"sample {item.sample.id!r}: the server sampled banned tokens {wrong}")

@@ -7,14 +7,14 @@ from typing import Any
 
 from datamodules.checkpoints.pretrained import load_processor
 from datamodules.encoding.chat_request import png_data_url
-from datamodules.encoding.encoder import PromptItem
+from datamodules.encoding.encoder import EncodedSample
 from datamodules.encoding.images_from_patches import images_from_patches
 
 MARK = "\N{SNOWMAN}"  # stands for the user's turn while the template around it is looked at
 
 
 class PromptWriter:
-    """Messages in OpenAI's form whose rendering by the model's chat template gives a `PromptItem`'s own tokens.
+    """Messages in OpenAI's form whose rendering by the model's chat template gives a `EncodedSample`'s own tokens.
 
     They come from the tokens, not from the sample: so whatever prompt style, labels or boxes made them, the server gets
     the same. Images are sent in the size and with the pixels that the policy is given, and survive the server's own
@@ -28,7 +28,7 @@ class PromptWriter:
         self.image = rendered.removeprefix(self.before).removesuffix(self.after)
         self.placeholders = re.compile(f"(?:{re.escape(self.processor.image_token)})+")
 
-    def messages(self, item: PromptItem) -> list[dict[str, Any]]:
+    def messages(self, item: EncodedSample) -> list[dict[str, Any]]:
         """One user turn. Raises ValueError that names the sample if its tokens are not such a turn."""
         text = self.processor.tokenizer.decode(
             item.input_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False

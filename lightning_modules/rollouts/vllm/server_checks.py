@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from datamodules.encoding.encoder import PromptItem
+from datamodules.encoding.encoder import EncodedSample
 from datamodules.persistence.credentials import hide_credentials
 from lightning_modules.rollouts.base import RolloutSettings
 from lightning_modules.serving.openai_client import (
@@ -92,7 +92,7 @@ def find_model(url: str, served: dict[str, dict[str, Any]], wanted: str | None, 
 
 
 def read_choices(
-    text: str, item: PromptItem, settings: RolloutSettings, ends: Collection[int], vocabulary: Collection[int]
+    text: str, item: EncodedSample, settings: RolloutSettings, ends: Collection[int], vocabulary: Collection[int]
 ) -> list[tuple[list[int], list[float]]]:
     """Token ids and their log-probabilities of each of `group_size` completions, in order.
 
@@ -150,7 +150,7 @@ def _is_log_prob(value: Any) -> bool:
     return type(value) in (int, float) and LOWEST_LOG_PROB <= value <= HIGHEST_LOG_PROB
 
 
-def _require_same_prompt(item: PromptItem, read: list[int]) -> None:
+def _require_same_prompt(item: EncodedSample, read: list[int]) -> None:
     own = item.input_ids.tolist()
     if read == own:
         return

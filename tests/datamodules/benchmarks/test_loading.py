@@ -11,7 +11,6 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
-from datamodules.answerers import Reply
 from datamodules.benchmarks import blink, lisa, mmiu, odinw, ref_l4, revos
 from datamodules.benchmarks.base import Benchmark, column_of, limit_columns
 from datamodules.benchmarks.parquet import _group, row_bytes
@@ -19,7 +18,8 @@ from datamodules.benchmarks.registry import BENCHMARKS, benchmark_names, load_be
 from datamodules.benchmarks.revos import sample_frames
 from datamodules.images.image_loading import load_image
 from datamodules.metrics.summary import predict, summarise
-from datamodules.samples.boxes import Convention, ImageGeometry, box_fault
+from datamodules.predictors import Reply
+from datamodules.samples.boxes import BoxFormat, ImageSizes, box_fault
 from datamodules.samples.sample import BoxAnswer, Sample
 from datamodules.synthetic.benchmark_replicas.write import TWINS, write_twin
 from datamodules.synthetic.write_samples import write_benchmark
@@ -52,19 +52,19 @@ def copy(twins: Path, tmp_path: Path) -> Callable[[str], Path]:
 def true_reply(benchmark: Benchmark, sample: Sample) -> Reply:
     """The truth in words, with the sizes that the images really have."""
     images = [load_image(data, 10**7) for data in benchmark.load(sample).images]
-    geometries = tuple(ImageGeometry(image.size, (1000, 1000)) for image in images)
+    image_sizes = tuple(ImageSizes(image.size, (1000, 1000)) for image in images)
     if not isinstance(sample.answer, BoxAnswer):
-        return Reply(f"<think>t</think><answer>{sample.answer.letter}</answer>", geometries)
-    values = geometries[sample.answer.image].to_model(sample.answer.box, Convention.PER_MILLE)
-    return Reply(json.dumps({"bbox_2d": values}), geometries)
+        return Reply(f"<think>t</think><answer>{sample.answer.letter}</answer>", image_sizes)
+    values = image_sizes[sample.answer.image].to_model(sample.answer.box, BoxFormat.RELATIVE_1000)
+    return Reply(json.dumps({"bbox_2d": values}), image_sizes)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_true_answers_score_full_marks_in_every_column(name: str, twins: Path) -> None:
     benchmark = load_benchmark(name, twins)
     rules = (benchmark.rule, benchmark.official)
-    convention = Convention.PER_MILLE
-    predictions = [predict(s, true_reply(benchmark, s), convention, *rules) for s in benchmark.samples]
+    box_format = BoxFormat.RELATIVE_1000
+    predictions = [predict(s, true_reply(benchmark, s), box_format, *rules) for s in benchmark.samples]
     result = summarise(predictions, *rules, benchmark.averages)
     assert list(result["columns"]) == list(benchmark.averages["avg"])
     assert {cell["score"] for cell in (result["columns"] | result["averages"]).values()} == {100.0}

@@ -12,7 +12,7 @@ import pytest
 
 from datamodules.benchmarks import blink, odinw, ref_l4
 from datamodules.encoding.messages import PromptStyle, build_messages
-from datamodules.samples.boxes import Convention, ImageGeometry
+from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import Sample, SampleError
 from datamodules.synthetic.benchmark_replicas.write import write_twin
 
@@ -30,14 +30,14 @@ def test_blink_puts_its_disclaimer_before_two_subsets_in_the_official_style_alon
         "your assessment on this question. You don't need to identify the real people. You just need to analyze based "
         "on the information I gave you.\n\n"
     )
-    geometries = [ImageGeometry((100, 100), (100, 100))] * 4
+    image_sizes = [ImageSizes((100, 100), (100, 100))] * 4
     write_twin("blink", tmp_path, count=4)
     for sample in blink.load(tmp_path / "BLINK").samples:
         plain = sample.messages[-1].text
 
         def asked(style: PromptStyle, sample: Sample = sample) -> list[dict]:
-            images = geometries[: len(sample.images)]
-            return build_messages(sample, images, Convention.ABSOLUTE, style)[0]["content"]
+            images = image_sizes[: len(sample.images)]
+            return build_messages(sample, images, BoxFormat.ABSOLUTE_PIXELS, style)[0]["content"]
 
         official = published + plain if sample.task in ("Forensic_Detection", "Jigsaw") else plain
         assert asked(PromptStyle.OFFICIAL)[-1] == {"type": "text", "text": official}

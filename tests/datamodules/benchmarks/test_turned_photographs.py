@@ -17,7 +17,6 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
-from datamodules.answerers import Reply
 from datamodules.benchmarks import lisa, mig_bench_suite, mmiu, odinw, ref_l4, revos
 from datamodules.benchmarks.base import Benchmark
 from datamodules.benchmarks.masks import encode_counts
@@ -25,7 +24,8 @@ from datamodules.benchmarks.mig_bench import load_mig_bench
 from datamodules.encoding.messages import PromptStyle, build_messages
 from datamodules.images.image_loading import load_image
 from datamodules.metrics.summary import predict
-from datamodules.samples.boxes import Convention, ImageGeometry
+from datamodules.predictors import Reply
+from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import Sample, SampleError
 from datamodules.synthetic.benchmark_replicas.write import write_twin
 from tests.beside import SHARED
@@ -38,10 +38,10 @@ Write = Callable[[Path, bytes, tuple[int, int], tuple[int, ...]], None]
 
 
 def write_mig_bench(root: Path, data: bytes, size: tuple[int, int], box: tuple[int, ...]) -> None:
-    def per_mille(pixels: tuple[int, int, int, int]) -> tuple[int, ...]:
+    def relative_1000(pixels: tuple[int, int, int, int]) -> tuple[int, ...]:
         return tuple(round(1000 * value) for value in unit(pixels))
 
-    x1, y1, x2, y2 = per_mille(QUERY)
+    x1, y1, x2, y2 = relative_1000(QUERY)
     record = {
         "task": "multi_view",
         "images": ["./MIG-Bench/images/a.jpg", "./MIG-Bench/images/b.jpg"],
@@ -112,10 +112,10 @@ AS_SHOWN = {"lisa": (lisa, write_lisa), "revos": (revos, write_revos)}
 def scored(benchmark: Benchmark, sample: Sample, box: tuple[float, ...]) -> tuple[float, float, str | None]:
     """What an answer of `box`, unit xyxy of the image as it is shown, is worth: by both rules, and its failure."""
     sizes = [load_image(data, 10**7).size for data in benchmark.load(sample).images]
-    geometries = tuple(ImageGeometry(size, (1000, 1000)) for size in sizes)
+    image_sizes = tuple(ImageSizes(size, (1000, 1000)) for size in sizes)
     x1, y1, x2, y2 = (round(1000 * value) for value in box)
     text = f"({x1},{y1}),({x2},{y2})"
-    found = predict(sample, Reply(text, geometries), Convention.PER_MILLE, benchmark.rule, benchmark.official)
+    found = predict(sample, Reply(text, image_sizes), BoxFormat.RELATIVE_1000, benchmark.rule, benchmark.official)
     return found.value, found.official_value, found.failure
 
 
@@ -177,10 +177,10 @@ def test_the_box_inside_a_question_turns_too_in_every_style(tmp_path: Path) -> N
     write_mig_bench(tmp_path / "MIG-Bench", data, SIZE, STORED)
     (sample,), _ = load_mig_bench(tmp_path / "MIG-Bench/MIG_data.json", tmp_path)
     numbers = tuple(round(1000 * value) for value in place_of(data, "blue"))
-    geometries = [ImageGeometry((SIZE[1], SIZE[0]), (100, 100))] * 2
+    image_sizes = [ImageSizes((SIZE[1], SIZE[0]), (100, 100))] * 2
 
     def question(style: PromptStyle) -> str:
-        return build_messages(sample, geometries, Convention.PER_MILLE, style)[0]["content"][-1]["text"]
+        return build_messages(sample, image_sizes, BoxFormat.RELATIVE_1000, style)[0]["content"][-1]["text"]
 
     x1, y1, x2, y2 = numbers
     assert f"(<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>)" in question(PromptStyle.OFFICIAL)

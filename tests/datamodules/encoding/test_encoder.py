@@ -28,7 +28,7 @@ def processor_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoder(processor_dir: Path) -> Encoder:
-    return Encoder(str(processor_dir), "absolute", "think", 1000, 200, with_target=True)
+    return Encoder(str(processor_dir), "absolute_pixels", "think", 1000, 200, with_target=True)
 
 
 def rejected_rule(encoder: Encoder, loaded: LoadedSample) -> str:
@@ -106,17 +106,17 @@ def test_patches_stay_with_their_image_and_a_small_image_does_not_shrink_the_oth
         alone = encoder.encode(with_images(make_sample("a", (size,)), loaded.images[index]))
         assert torch.equal(block, alone.pixel_values)
         assert torch.equal(item.grid_thw[index], alone.grid_thw[0])
-        assert item.geometries[index] == alone.geometries[0]
+        assert item.image_sizes[index] == alone.image_sizes[0]
         assert item.image_keys[index] == alone.image_keys[0]
 
 
 def test_geometry_is_the_original_and_the_size_of_the_grid(encoder: Encoder) -> None:
     item = encoder.encode(make_sample("a", ((300, 200), (20, 20))))
-    assert [geometry.original for geometry in item.geometries] == [(300, 200), (20, 20)]
+    assert [sizes.original for sizes in item.image_sizes] == [(300, 200), (20, 20)]
     rows, columns = item.grid_thw[0, 1:].tolist()
-    assert item.geometries[0].processed == (columns * 14, rows * 14)
-    assert item.geometries[0].processed[0] * item.geometries[0].processed[1] <= 112 * 112
-    assert item.geometries[1].processed == (28, 28)
+    assert item.image_sizes[0].resized == (columns * 14, rows * 14)
+    assert item.image_sizes[0].resized[0] * item.image_sizes[0].resized[1] <= 112 * 112
+    assert item.image_sizes[1].resized == (28, 28)
 
 
 def test_aspect_ratios_are_refused_where_the_processor_refuses_them(encoder: Encoder) -> None:
@@ -124,7 +124,7 @@ def test_aspect_ratios_are_refused_where_the_processor_refuses_them(encoder: Enc
     assert rejected_rule(encoder, loaded) == "extreme_aspect_ratio"
     with pytest.raises(ValueError, match="aspect ratio"):
         encoder.processor.image_processor(images=[load_image(loaded.images[0], 10**6)])
-    assert encoder.encode(make_sample("a", ((3, 600),))).geometries[0].original == (3, 600)
+    assert encoder.encode(make_sample("a", ((3, 600),))).image_sizes[0].original == (3, 600)
 
 
 def test_target_is_in_processed_pixels_and_ends_the_turn(encoder: Encoder) -> None:
@@ -137,18 +137,18 @@ def test_target_is_in_processed_pixels_and_ends_the_turn(encoder: Encoder) -> No
 
 
 def test_without_target_there_is_no_completion(processor_dir: Path) -> None:
-    encoder = Encoder(str(processor_dir), "absolute", "plain", 1000, 200, with_target=False)
+    encoder = Encoder(str(processor_dir), "absolute_pixels", "plain", 1000, 200, with_target=False)
     assert encoder.encode(make_sample("a", thinking=None)).completion_ids is None
 
 
 def test_style_without_target_is_refused(processor_dir: Path) -> None:
     with pytest.raises(ValueError, match="style='plain'"):
-        Encoder(str(processor_dir), "absolute", "plain", 1000, 200, with_target=True)
+        Encoder(str(processor_dir), "absolute_pixels", "plain", 1000, 200, with_target=True)
 
 
 def test_resized_images_can_be_bounded(processor_dir: Path) -> None:
-    encoder = Encoder(str(processor_dir), "absolute", "think", 1000, 200, True, max_resized_pixels=56 * 56)
-    assert encoder.encode(make_sample("a", ((112, 112),))).geometries[0].processed == (56, 56)
+    encoder = Encoder(str(processor_dir), "absolute_pixels", "think", 1000, 200, True, max_resized_pixels=56 * 56)
+    assert encoder.encode(make_sample("a", ((112, 112),))).image_sizes[0].resized == (56, 56)
 
 
 def test_batch_holds_items_of_different_numbers_of_images(encoder: Encoder) -> None:
@@ -176,7 +176,7 @@ def test_exif_orientation_is_applied_before_geometry(encoder: Encoder) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (84, 56)).save(buffer, "JPEG", exif=exif)
     item = encoder.encode(with_images(make_sample("a", ((84, 56),)), buffer.getvalue()))
-    assert item.geometries[0].original == (56, 84)
+    assert item.image_sizes[0].original == (56, 84)
 
 
 def test_samples_that_cannot_be_encoded_are_named(processor_dir: Path, encoder: Encoder) -> None:
@@ -192,8 +192,8 @@ def test_samples_that_cannot_be_encoded_are_named(processor_dir: Path, encoder: 
     split = replace(loaded.sample, messages=(*loaded.sample.messages, TextPart("<|i"), TextPart("m_end|>")))
     assert rejected_rule(encoder, replace(loaded, sample=split)) == "reserved_token"
     for limits, rule in (((20, 200), "prompt_too_long"), ((1000, 10), "completion_too_long")):
-        assert rejected_rule(Encoder(str(processor_dir), "absolute", "think", *limits, True), loaded) == rule
-    small = Encoder(str(processor_dir), "absolute", "think", 1000, 200, True, max_image_pixels=1000)
+        assert rejected_rule(Encoder(str(processor_dir), "absolute_pixels", "think", *limits, True), loaded) == rule
+    small = Encoder(str(processor_dir), "absolute_pixels", "think", 1000, 200, True, max_image_pixels=1000)
     assert rejected_rule(small, loaded) == "decompression_bomb"
 
 
@@ -206,25 +206,28 @@ def without_pixels(width: int, height: int) -> bytes:
 def test_lengths_are_known_before_a_pixel_is_decoded(processor_dir: Path) -> None:
     loaded = with_images(make_sample("a"), without_pixels(560, 560), without_pixels(840, 560))
     for limits, rule in (((20, 200), "prompt_too_long"), ((1000, 10), "completion_too_long")):
-        assert rejected_rule(Encoder(str(processor_dir), "absolute", "think", *limits, True), loaded) == rule
-    assert rejected_rule(Encoder(str(processor_dir), "absolute", "think", 1000, 200, True), loaded) == "truncated_image"
+        assert rejected_rule(Encoder(str(processor_dir), "absolute_pixels", "think", *limits, True), loaded) == rule
+    assert (
+        rejected_rule(Encoder(str(processor_dir), "absolute_pixels", "think", 1000, 200, True), loaded)
+        == "truncated_image"
+    )
 
 
 def test_the_pixels_of_a_sample_are_bounded(processor_dir: Path) -> None:
     def encoder(**limits: int) -> Encoder:
-        return Encoder(str(processor_dir), "absolute", "think", 10**6, 200, True, **limits)
+        return Encoder(str(processor_dir), "absolute_pixels", "think", 10**6, 200, True, **limits)
 
     twelve = with_images(make_sample("a", ((8, 8),) * 12), *[without_pixels(8000, 8000)] * 12)
     assert rejected_rule(encoder(), twelve) == "too_many_pixels"
     loaded = make_sample("a", ((56, 56), (84, 56)))
-    assert encoder(max_sample_pixels=56 * 140).encode(loaded).geometries
+    assert encoder(max_sample_pixels=56 * 140).encode(loaded).image_sizes
     assert rejected_rule(encoder(max_sample_pixels=56 * 140 - 1), loaded) == "too_many_pixels"
 
 
 def test_grids_known_from_headers_are_those_of_the_processor(processor_dir: Path) -> None:
     rng = random.Random(0)
     for limit in (None, 56 * 56):
-        encoder = Encoder(str(processor_dir), "absolute", "think", 1000, 200, True, max_resized_pixels=limit)
+        encoder = Encoder(str(processor_dir), "absolute_pixels", "think", 1000, 200, True, max_resized_pixels=limit)
         for _ in range(100):
             size = rng.randint(1, 300), rng.randint(2, 300)
             _, _, grid = encoder._patches(Image.new("RGB", size))
@@ -232,7 +235,7 @@ def test_grids_known_from_headers_are_those_of_the_processor(processor_dir: Path
 
 
 def test_pixels_of_one_stored_image_at_a_time_are_held(processor_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = Encoder(str(processor_dir), "absolute", "think", 1000, 200, True)
+    encoder = Encoder(str(processor_dir), "absolute_pixels", "think", 1000, 200, True)
     seen: list[weakref.ref[Image.Image]] = []
     order: list[str] = []
     patches, load = encoder._patches, ImageFile.ImageFile.load
@@ -265,6 +268,6 @@ def test_a_png_that_is_turned_behind_its_pixels_gets_the_prompt_of_an_upright_on
     question = BoxPart(0, (0.1, 0.2, 0.9, 0.7), "box")
     loaded = replace(loaded, sample=replace(loaded.sample, messages=(*loaded.sample.messages, question)))
     turned, expected = (encoder.encode(with_images(loaded, data)) for data in (late, upright))
-    assert turned.geometries == expected.geometries and turned.geometries[0].original == (56, 84)
+    assert turned.image_sizes == expected.image_sizes and turned.image_sizes[0].original == (56, 84)
     for name in ("input_ids", "positions", "pixel_values", "grid_thw", "completion_ids"):
         assert torch.equal(getattr(turned, name), getattr(expected, name)), name

@@ -14,7 +14,7 @@ def test_images_come_back_exactly(tiny_model_dir, make_items) -> None:
     (item,) = make_items([6])
     assert len({tuple(grid) for grid in item.grid_thw.tolist()}) > 1
     images = images_from_patches(item.pixel_values, item.grid_thw, processor)
-    assert [image.size for image in images] == [geometry.processed for geometry in item.geometries]
+    assert [image.size for image in images] == [sizes.resized for sizes in item.image_sizes]
     again = processor(images=images, return_tensors="pt")
     assert torch.equal(again["image_grid_thw"], item.grid_thw)
     assert torch.equal(again["pixel_values"], item.pixel_values)

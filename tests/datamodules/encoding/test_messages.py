@@ -15,7 +15,7 @@ from datamodules.encoding.messages import (
     target_text,
 )
 from datamodules.samples.answer_text import is_well_formed, parse_answer
-from datamodules.samples.boxes import Convention, ImageGeometry, iou
+from datamodules.samples.boxes import BoxFormat, ImageSizes, iou
 from datamodules.samples.sample import BoxAnswer, BoxPart, ChoiceAnswer, ImagePart, Sample, SampleError, TextPart
 
 WRITTEN = "<|box_start|>(139,305),(495,743)<|box_end|>"
@@ -34,11 +34,13 @@ SAMPLE = Sample(
     answer=BoxAnswer(1, (0.25, 0.5, 0.75, 0.9), "cat"),
     thinking="It turned left.",
 )
-GEOMETRIES = (ImageGeometry((1000, 1000), (560, 560)), ImageGeometry((640, 480), (644, 476)))
+IMAGE_SIZES = (ImageSizes((1000, 1000), (560, 560)), ImageSizes((640, 480), (644, 476)))
 
 
-def content(style: PromptStyle, convention: Convention = Convention.ABSOLUTE, sample: Sample = SAMPLE) -> list[dict]:
-    (message,) = build_messages(sample, GEOMETRIES, convention, style)
+def content(
+    style: PromptStyle, box_format: BoxFormat = BoxFormat.ABSOLUTE_PIXELS, sample: Sample = SAMPLE
+) -> list[dict]:
+    (message,) = build_messages(sample, IMAGE_SIZES, box_format, style)
     assert message["role"] == "user"
     return message["content"]
 
@@ -53,22 +55,22 @@ def test_suffixes_are_the_published_wordings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("convention", "box"),
+    ("box_format", "box"),
     [
-        (Convention.ABSOLUTE, "[78, 171, 277, 416]"),
-        (Convention.PER_MILLE, "[139, 305, 495, 743]"),
-        (Convention.UNIT, "[0.139, 0.305, 0.495, 0.743]"),
+        (BoxFormat.ABSOLUTE_PIXELS, "[78, 171, 277, 416]"),
+        (BoxFormat.RELATIVE_1000, "[139, 305, 495, 743]"),
+        (BoxFormat.NORMALIZED, "[0.139, 0.305, 0.495, 0.743]"),
     ],
 )
-def test_a_box_in_the_question_is_written_in_the_models_convention(convention, box) -> None:
+def test_a_box_in_the_question_is_written_in_the_models_convention(box_format, box) -> None:
     question = f"The object in the first image({box}). Locate it in the 2th image."
-    assert content(PromptStyle.THINK, convention) == [
+    assert content(PromptStyle.THINK, box_format) == [
         {"type": "image"},
         {"type": "image"},
         {"type": "text", "text": question + THINK_SUFFIX},
     ]
-    assert content(PromptStyle.ANSWER, convention)[-1]["text"] == question + ANSWER_SUFFIX
-    assert content(PromptStyle.PLAIN, convention)[-1]["text"] == question + " "
+    assert content(PromptStyle.ANSWER, box_format)[-1]["text"] == question + ANSWER_SUFFIX
+    assert content(PromptStyle.PLAIN, box_format)[-1]["text"] == question + " "
 
 
 def test_a_box_of_another_image_uses_that_images_geometry() -> None:
@@ -77,10 +79,10 @@ def test_a_box_of_another_image_uses_that_images_geometry() -> None:
     assert content(PromptStyle.PLAIN, sample=sample)[-1]["text"] == "At [90, 145, 319, 354]"
 
 
-@pytest.mark.parametrize("convention", list(Convention))
-def test_the_official_style_keeps_boxes_as_written_and_adds_no_space(convention) -> None:
+@pytest.mark.parametrize("box_format", list(BoxFormat))
+def test_the_official_style_keeps_boxes_as_written_and_adds_no_space(box_format) -> None:
     expected = f"The object in the first image({WRITTEN}). Locate it in the 2th image. " + OFFICIAL_QWEN_SUFFIX
-    assert content(PromptStyle.OFFICIAL, convention)[-1]["text"] == expected
+    assert content(PromptStyle.OFFICIAL, box_format)[-1]["text"] == expected
 
 
 def test_images_keep_their_places_between_texts() -> None:
@@ -131,7 +133,7 @@ def test_a_reserved_token_is_refused_where_a_written_box_or_an_empty_text_joins_
     sample = replace(SAMPLE, messages=(ImagePart(0), ImagePart(1), *written))
     with pytest.raises(SampleError, match="reserved_token"):
         content(PromptStyle.OFFICIAL, sample=sample)
-    assert "<|im_[100, 200, 300, 400] where?" in content(PromptStyle.THINK, Convention.PER_MILLE, sample)[-1]["text"]
+    assert "<|im_[100, 200, 300, 400] where?" in content(PromptStyle.THINK, BoxFormat.RELATIVE_1000, sample)[-1]["text"]
 
 
 def test_halves_of_a_token_around_an_image_join_to_nothing() -> None:
@@ -140,30 +142,30 @@ def test_halves_of_a_token_around_an_image_join_to_nothing() -> None:
 
 
 def test_building_twice_gives_equal_and_separate_messages() -> None:
-    first = build_messages(SAMPLE, GEOMETRIES, Convention.ABSOLUTE, PromptStyle.THINK)
+    first = build_messages(SAMPLE, IMAGE_SIZES, BoxFormat.ABSOLUTE_PIXELS, PromptStyle.THINK)
     first[0]["content"][-1]["text"] = ""
     assert content(PromptStyle.THINK)[-1]["text"].endswith(THINK_SUFFIX)
 
 
-@pytest.mark.parametrize("convention", list(Convention))
-def test_the_target_is_well_formed_and_means_the_true_box(convention) -> None:
-    text = target_text(SAMPLE, GEOMETRIES, convention, PromptStyle.THINK)
+@pytest.mark.parametrize("box_format", list(BoxFormat))
+def test_the_target_is_well_formed_and_means_the_true_box(box_format) -> None:
+    text = target_text(SAMPLE, IMAGE_SIZES, box_format, PromptStyle.THINK)
     assert is_well_formed(text)
     parsed = parse_answer(text)
     assert parsed.thinking == SAMPLE.thinking
     assert parsed.boxes[0].label == "cat"
-    assert iou(GEOMETRIES[1].to_unit(parsed.boxes[0].values, convention), SAMPLE.answer.box) > 0.98
+    assert iou(IMAGE_SIZES[1].to_unit(parsed.boxes[0].values, box_format), SAMPLE.answer.box) > 0.98
 
 
 def test_the_target_without_thinking_is_the_bare_fenced_json() -> None:
-    text = target_text(SAMPLE, GEOMETRIES, Convention.ABSOLUTE, PromptStyle.ANSWER)
+    text = target_text(SAMPLE, IMAGE_SIZES, BoxFormat.ABSOLUTE_PIXELS, PromptStyle.ANSWER)
     assert text == '```json\n{"bbox_2d": [161, 238, 483, 428], "label": "cat"}\n```'
 
 
 @pytest.mark.parametrize("style", [PromptStyle.PLAIN, PromptStyle.OFFICIAL])
 def test_styles_without_a_target_are_refused(style) -> None:
     with pytest.raises(ValueError, match="no target text"):
-        target_text(SAMPLE, GEOMETRIES, Convention.ABSOLUTE, style)
+        target_text(SAMPLE, IMAGE_SIZES, BoxFormat.ABSOLUTE_PIXELS, style)
 
 
 @pytest.mark.parametrize(
@@ -177,20 +179,20 @@ def test_styles_without_a_target_are_refused(style) -> None:
 )
 def test_samples_without_a_usable_target_are_rejected_by_rule(change, rule) -> None:
     with pytest.raises(SampleError) as caught:
-        target_text(replace(SAMPLE, **change), GEOMETRIES, Convention.ABSOLUTE, PromptStyle.THINK)
+        target_text(replace(SAMPLE, **change), IMAGE_SIZES, BoxFormat.ABSOLUTE_PIXELS, PromptStyle.THINK)
     assert (caught.value.sample_id, caught.value.rule) == (SAMPLE.id, rule)
 
 
 def test_a_suffix_and_a_form_of_boxes_can_be_given() -> None:
     form = "<|box_start|>({},{}),({},{})<|box_end|>"
-    (message,) = build_messages(SAMPLE, GEOMETRIES, Convention.PER_MILLE, PromptStyle.PLAIN, "Format: x.", form)
+    (message,) = build_messages(SAMPLE, IMAGE_SIZES, BoxFormat.RELATIVE_1000, PromptStyle.PLAIN, "Format: x.", form)
     text = f"The object in the first image({WRITTEN}). Locate it in the 2th image. Format: x."
     assert message["content"][-1] == {"type": "text", "text": text}
 
 
-@pytest.mark.parametrize("geometries", [GEOMETRIES[:1], GEOMETRIES * 2, ()])
-def test_one_geometry_for_each_image_is_required(geometries) -> None:
+@pytest.mark.parametrize("image_sizes", [IMAGE_SIZES[:1], IMAGE_SIZES * 2, ()])
+def test_one_geometry_for_each_image_is_required(image_sizes) -> None:
     with pytest.raises(ValueError, match="2 images"):
-        build_messages(SAMPLE, geometries, Convention.ABSOLUTE, PromptStyle.THINK)
+        build_messages(SAMPLE, image_sizes, BoxFormat.ABSOLUTE_PIXELS, PromptStyle.THINK)
     with pytest.raises(ValueError, match="2 images"):
-        target_text(SAMPLE, geometries, Convention.ABSOLUTE, PromptStyle.THINK)
+        target_text(SAMPLE, image_sizes, BoxFormat.ABSOLUTE_PIXELS, PromptStyle.THINK)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from datamodules.encoding.model_families import DIALECTS, find_dialect
+from datamodules.encoding.model_families import MODEL_FAMILIES, find_model_family
 from datamodules.samples.answer_text import parse_answer
-from datamodules.samples.boxes import Convention, ImageGeometry, iou
+from datamodules.samples.boxes import BoxFormat, ImageSizes, iou
 
 # A model's own way to write the box (0.25, 0.5, 0.75, 0.9) of a 640x480 image that it sees in 644x476.
 WRITTEN = {
@@ -45,35 +45,37 @@ WRITTEN = {
 )
 def test_a_family_is_found_by_name_or_must_be_given(model: str, name: str | None) -> None:
     if name is not None:
-        assert find_dialect("auto", model).name == name
+        assert find_model_family("auto", model).name == name
         return
-    with pytest.raises(ValueError, match="set dialect to one of qwen2_5_vl"):
-        find_dialect("auto", model)
-    assert find_dialect("stated", model).convention == Convention.UNIT
+    with pytest.raises(ValueError, match="set model family to one of qwen2_5_vl"):
+        find_model_family("auto", model)
+    assert find_model_family("stated", model).box_format == BoxFormat.NORMALIZED
 
 
 def test_an_earlier_name_that_is_known_decides() -> None:
-    assert find_dialect("auto", "llava_onevision", "distilled-from-qwen2.5-vl").name == "llava_onevision"
-    assert find_dialect("auto", "idefics2", "TIGER-Lab/Mantis-8B-Idefics2").name == "mantis"
+    assert find_model_family("auto", "llava_onevision", "distilled-from-qwen2.5-vl").name == "llava_onevision"
+    assert find_model_family("auto", "idefics2", "TIGER-Lab/Mantis-8B-Idefics2").name == "mantis"
 
 
 def test_an_unknown_dialect_is_named() -> None:
-    with pytest.raises(ValueError, match="dialect='klingon'"):
-        find_dialect("klingon", "Qwen/Qwen2.5-VL-7B-Instruct")
+    with pytest.raises(ValueError, match="model_family='klingon'"):
+        find_model_family("klingon", "Qwen/Qwen2.5-VL-7B-Instruct")
 
 
-@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
-def test_each_family_is_read_in_its_own_scale(dialect) -> None:
+@pytest.mark.parametrize("model_family", MODEL_FAMILIES, ids=lambda model_family: model_family.name)
+def test_each_family_is_read_in_its_own_scale(model_family) -> None:
     box = (0.25, 0.5, 0.75, 0.9)
-    geometry = ImageGeometry((640, 480), (644, 476))
-    values = parse_answer(WRITTEN[dialect.name], foreign=True).boxes[0].values
-    assert iou(geometry.to_unit(values, dialect.convention), box) > 0.98
+    sizes = ImageSizes((640, 480), (644, 476))
+    values = parse_answer(WRITTEN[model_family.name], lenient=True).boxes[0].values
+    assert iou(sizes.to_unit(values, model_family.box_format), box) > 0.98
     # A box in a question is written in that scale too.
-    asked = dialect.question_box.format(*geometry.to_model(box, dialect.convention))
-    assert iou(geometry.to_unit(parse_answer(asked, foreign=True).boxes[0].values, dialect.convention), box) > 0.98
+    asked = model_family.question_box.format(*sizes.to_model(box, model_family.box_format))
+    assert iou(sizes.to_unit(parse_answer(asked, lenient=True).boxes[0].values, model_family.box_format), box) > 0.98
 
 
 def test_names_are_unique_and_only_pixels_need_a_factor() -> None:
-    assert len({dialect.name for dialect in DIALECTS}) == len(DIALECTS) == len(WRITTEN)
-    assert {dialect.name for dialect in DIALECTS if dialect.convention == Convention.ABSOLUTE} == {"qwen2_5_vl"}
-    assert all(dialect.source and dialect.suffix for dialect in DIALECTS)
+    assert len({model_family.name for model_family in MODEL_FAMILIES}) == len(MODEL_FAMILIES) == len(WRITTEN)
+    assert {
+        model_family.name for model_family in MODEL_FAMILIES if model_family.box_format == BoxFormat.ABSOLUTE_PIXELS
+    } == {"qwen2_5_vl"}
+    assert all(model_family.source and model_family.suffix for model_family in MODEL_FAMILIES)

@@ -19,13 +19,13 @@ from datamodules.metrics.mig_scoring import (
 )
 from datamodules.metrics.official_parsers import extract_box_officially
 from datamodules.samples.answer_text import render_answer
-from datamodules.samples.boxes import Convention, ImageGeometry
+from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import BoxAnswer, ImagePart, Sample, TextPart
 from tests.beside import SHARED
 
 ROOT = Path(__file__).resolve().parents[3]
 REAL = Path(os.environ.get("MIG_BENCH_JSON", SHARED / "data/MIG-Bench/MIG_data.json"))
-GEOMETRY = ImageGeometry(original=(640, 480), processed=(644, 476))
+SIZES = ImageSizes(original=(640, 480), resized=(644, 476))
 
 # Table 2 of the paper: the ten tasks, then in-domain, out-of-domain and AVG of its Tables 2 and 3.
 PAPER_ROWS = {
@@ -99,24 +99,24 @@ def test_official_extraction_keeps_its_quirks(text: str, expected) -> None:
 
 
 def test_pixels_are_read_with_the_geometry_of_the_target_image() -> None:
-    small = ImageGeometry(original=(100, 100), processed=(112, 112))
-    text = render_answer(GEOMETRY.to_model((0.1, 0.2, 0.5, 0.6), Convention.ABSOLUTE), "x", "Because.")
-    right = score_answer(sample(), text, (small, GEOMETRY), Convention.ABSOLUTE)
+    small = ImageSizes(original=(100, 100), resized=(112, 112))
+    text = render_answer(SIZES.to_model((0.1, 0.2, 0.5, 0.6), BoxFormat.ABSOLUTE_PIXELS), "x", "Because.")
+    right = score_answer(sample(), text, (small, SIZES), BoxFormat.ABSOLUTE_PIXELS)
     assert right.iou > 0.98 and right.well_formed and right.failure is None
     assert right.official_iou < 0.5  # the official code takes pixels for thousandths
-    assert score_answer(sample(image=0), text, (small, GEOMETRY), Convention.ABSOLUTE).iou < 0.1
+    assert score_answer(sample(image=0), text, (small, SIZES), BoxFormat.ABSOLUTE_PIXELS).iou < 0.1
 
 
 def test_the_first_box_is_scored_and_an_inverted_one_gets_nothing() -> None:
     text = "(100,200),(500,600) (0,0),(10,10)"
-    first = score_answer(sample(), text, (GEOMETRY, GEOMETRY), Convention.PER_MILLE)
+    first = score_answer(sample(), text, (SIZES, SIZES), BoxFormat.RELATIVE_1000)
     assert first.iou == pytest.approx(1.0) and first.official_iou == pytest.approx(1.0)
-    inverted = score_answer(sample(), "(500,600),(100,200)", (GEOMETRY, GEOMETRY), Convention.PER_MILLE)
+    inverted = score_answer(sample(), "(500,600),(100,200)", (SIZES, SIZES), BoxFormat.RELATIVE_1000)
     assert inverted.iou == inverted.official_iou == 0.0
 
 
 def test_an_answer_without_a_box_counts_as_zero_and_is_named() -> None:
-    failed = score_answer(sample(), "I cannot see it.", (GEOMETRY, GEOMETRY), Convention.ABSOLUTE)
+    failed = score_answer(sample(), "I cannot see it.", (SIZES, SIZES), BoxFormat.ABSOLUTE_PIXELS)
     assert (failed.iou, failed.official_iou, failed.box, failed.official_box) == (0.0, 0.0, None, None)
     assert failed.failure == "no_json" and not failed.well_formed
     summary = summarise([failed, score_refused(sample(), "truncated_image"), prediction("diff", 0.9)])
@@ -165,7 +165,7 @@ def test_true_answers_to_the_real_questions_score_full_marks_but_for_the_dirty_o
     for real in samples:
         x1, y1, x2, y2 = (round(value * 1000) for value in real.answer.box)
         text = f"<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>"
-        predictions.append(score_answer(real, text, [GEOMETRY] * len(real.images), Convention.PER_MILLE))
+        predictions.append(score_answer(real, text, [SIZES] * len(real.images), BoxFormat.RELATIVE_1000))
     wrong = {p.id for p in predictions if p.iou <= 0.99}
     assert wrong == degenerate == {p.id for p in predictions if p.official_iou <= 0.99}
     summary = summarise(predictions)

@@ -7,11 +7,11 @@ import random
 
 import pytest
 
-from datamodules.answerers import Reply
 from datamodules.benchmarks.base import Rule
 from datamodules.metrics.official_parsers import extract_box_officially, read_choice_as_blink, read_choice_as_mmiu
 from datamodules.metrics.summary import predict
-from datamodules.samples.boxes import Convention
+from datamodules.predictors import Reply
+from datamodules.samples.boxes import BoxFormat
 from datamodules.samples.sample import ChoiceAnswer, ImagePart, Sample, TextPart
 from tests.beside import SHARED
 
@@ -238,7 +238,7 @@ def test_scoring_gives_blinks_reader_the_options_of_the_question() -> None:
     official = Rule(source="test", reader="blink")
     for choices, correct in ((("x", "y"), True), (("x", "y", "z"), False)):
         sample = Sample("c/0", "c", "t", ("a",), (ImagePart(0), TextPart("?")), ChoiceAnswer("B", choices))
-        prediction = predict(sample, Reply("(B) and not (C) here", ()), Convention.ABSOLUTE, rule, official)
+        prediction = predict(sample, Reply("(B) and not (C) here", ()), BoxFormat.ABSOLUTE_PIXELS, rule, official)
         assert prediction.official_correct == correct  # (C) is an option of the second question only
 
 

@@ -12,19 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datamodules.answerers import Reply
 from datamodules.benchmarks import mig_bench_suite
 from datamodules.benchmarks.base import Prediction, Rule
 from datamodules.benchmarks.mig_bench import load_mig_bench
 from datamodules.metrics.predictions import PREDICTIONS, read_predictions, write_evaluation
 from datamodules.metrics.summary import interval_cells, predict, rescore, summarise
-from datamodules.samples.boxes import Box, Convention, ImageGeometry, iou
+from datamodules.predictors import Reply
+from datamodules.samples.boxes import Box, BoxFormat, ImageSizes, iou
 from datamodules.samples.sample import BoxAnswer, ChoiceAnswer, ImagePart, Sample, TextPart
 from tests.beside import SHARED
 
 ROOT = Path(__file__).resolve().parents[3]
 REAL = Path(os.environ.get("MIG_BENCH_JSON", SHARED / "data/MIG-Bench/MIG_data.json"))
-GEOMETRY = ImageGeometry(original=(640, 480), processed=(644, 476))
+SIZES = ImageSizes(original=(640, 480), resized=(644, 476))
 RULE = Rule(source="test")
 TRUTH = (0.0, 0.0, 0.5, 0.5)
 HALF, WHOLE = "(0,0),(250,500)", "(0,0),(500,500)"  # IoU 0.5 and 1.0, per mille
@@ -36,7 +36,7 @@ def box_sample(task: str = "t", **extra) -> Sample:
 
 def boxed(text: str, rule: Rule = RULE, **changes) -> Prediction:
     sample = box_sample(changes.pop("task", "t"), **changes)
-    return predict(sample, Reply(text, (GEOMETRY,)), Convention.PER_MILLE, rule, RULE)
+    return predict(sample, Reply(text, (SIZES,)), BoxFormat.RELATIVE_1000, rule, RULE)
 
 
 def test_a_tie_counts_only_where_the_rule_is_inclusive() -> None:
@@ -52,7 +52,7 @@ def test_the_rule_says_which_box_counts(box, value: float) -> None:
 
 def test_numbers_are_read_in_the_convention_and_never_guessed() -> None:
     text = json.dumps({"bbox_2d": [0, 0, 322, 238]})
-    pixels = predict(box_sample(), Reply(text, (GEOMETRY,)), Convention.ABSOLUTE, RULE, RULE)
+    pixels = predict(box_sample(), Reply(text, (SIZES,)), BoxFormat.ABSOLUTE_PIXELS, RULE, RULE)
     assert pixels.value == 1.0 and pixels.read == TRUTH
     assert boxed(text).value < 0.4
 
@@ -63,7 +63,7 @@ def test_forms_of_other_models_are_read(text: str) -> None:
 
 
 def test_an_unreadable_and_a_refused_answer_are_wrong_and_counted() -> None:
-    refused = predict(box_sample(), Reply("", (), refused="truncated_image"), Convention.PER_MILLE, RULE, RULE)
+    refused = predict(box_sample(), Reply("", (), refused="truncated_image"), BoxFormat.RELATIVE_1000, RULE, RULE)
     result = summarise([boxed("no"), boxed(""), boxed(WHOLE), refused], RULE, RULE, {"avg": ("t",)})
     assert result["failures"] == {"empty": 1, "no_json": 1, "truncated_image": 1}
     assert result["columns"]["t"]["score"] == 25.0 and result["n"] == 4
@@ -77,7 +77,7 @@ def test_an_image_of_another_size_than_the_annotations_is_wrong_and_counted() ->
 def choice(text: str, letter: str = "B") -> Prediction:
     answer = ChoiceAnswer(letter, ("one", "two"))
     sample = Sample("c/0", "c", "t", ("a",), (ImagePart(0), TextPart("?")), answer)
-    return predict(sample, Reply(text, (GEOMETRY,)), Convention.ABSOLUTE, RULE, replace(RULE, reader="mmiu"))
+    return predict(sample, Reply(text, (SIZES,)), BoxFormat.ABSOLUTE_PIXELS, RULE, replace(RULE, reader="mmiu"))
 
 
 def test_an_option_is_right_or_wrong_and_an_empty_answer_is_wrong() -> None:
@@ -127,8 +127,8 @@ def test_predictions_survive_json_and_are_scored_again_from_it() -> None:
         blank = replace(stored, value=0.0, correct=False, read=None, failure=None, official_value=0.0)
         official = replace(RULE, reader="mmiu") if isinstance(before.answer, ChoiceAnswer) else RULE
         assert rescore(blank, RULE, official) == before
-    with pytest.raises(ValueError, match="convention"):
-        Prediction.from_json({k: v for k, v in boxed(HALF).to_json().items() if k != "convention"})
+    with pytest.raises(ValueError, match="box_format"):
+        Prediction.from_json({k: v for k, v in boxed(HALF).to_json().items() if k != "box_format"})
 
 
 def test_a_text_with_a_line_separator_is_read_again(tmp_path: Path) -> None:
@@ -202,9 +202,9 @@ def guesses(samples: list[Sample]) -> list[tuple[Sample, list[float]]]:
     return found
 
 
-def scored(sample: Sample, text: str, convention: Convention) -> Prediction:
-    reply = Reply(text, (GEOMETRY,) * len(sample.images))
-    return predict(sample, reply, convention, mig_bench_suite.RULE, mig_bench_suite.OFFICIAL)
+def scored(sample: Sample, text: str, box_format: BoxFormat) -> Prediction:
+    reply = Reply(text, (SIZES,) * len(sample.images))
+    return predict(sample, reply, box_format, mig_bench_suite.RULE, mig_bench_suite.OFFICIAL)
 
 
 @pytest.mark.parametrize("form", PER_MILLE_FORMS)
@@ -213,7 +213,7 @@ def test_per_mille_answers_to_all_real_questions_score_officially_as_the_officia
     for sample, box in guesses(real):
         values = [round(1000 * value) for value in box]
         text = form.format(*values)
-        prediction = scored(sample, text, Convention.PER_MILLE)
+        prediction = scored(sample, text, BoxFormat.RELATIVE_1000)
         expected = iou(official_reference(text), sample.answer.box)
         assert prediction.official_value == expected and prediction.official_correct == (expected >= 0.5)
         if prediction.value != prediction.official_value:
@@ -230,7 +230,7 @@ def test_unit_answers_differ_only_where_the_official_rules_take_one_for_a_thousa
     for sample, box in guesses(real):
         values = [round(value, 3) for value in box]
         text = form.format(*values)
-        prediction = scored(sample, text, Convention.UNIT)
+        prediction = scored(sample, text, BoxFormat.NORMALIZED)
         assert prediction.official_value == iou(official_reference(text), sample.answer.box)
         assert prediction.value == iou(tuple(values), sample.answer.box)
         misread += 1.0 in values and not several
@@ -241,16 +241,16 @@ def test_unit_answers_differ_only_where_the_official_rules_take_one_for_a_thousa
 
 
 def test_pixels_are_right_here_and_misread_officially(real) -> None:
-    """Qwen2.5-VL's own answers: the true box in pixels of the processed image scores 1 (but for rounding) here."""
-    processed = (1400, 1008)  # large enough that a pixel of rounding never costs half of a box
-    geometry = ImageGeometry((1000, 720), processed)
+    """Qwen2.5-VL's own answers: the true box in pixels of the resized image scores 1 (but for rounding) here."""
+    resized = (1400, 1008)  # large enough that a pixel of rounding never costs half of a box
+    sizes = ImageSizes((1000, 720), resized)
     right = official = whole = 0
     for sample in real:
-        values = geometry.to_model(sample.answer.box, Convention.ABSOLUTE)
+        values = sizes.to_model(sample.answer.box, BoxFormat.ABSOLUTE_PIXELS)
         text = json.dumps({"bbox_2d": list(values), "label": ""})
-        reply = Reply(text, (geometry,) * len(sample.images))
+        reply = Reply(text, (sizes,) * len(sample.images))
         rules = (mig_bench_suite.RULE, mig_bench_suite.OFFICIAL)
-        prediction = predict(sample, reply, Convention.ABSOLUTE, *rules)
+        prediction = predict(sample, reply, BoxFormat.ABSOLUTE_PIXELS, *rules)
         misread = tuple(v / 1000 if v >= 1 else v for v in values)
         assert prediction.official_value == iou(misread, sample.answer.box)
         right += prediction.correct

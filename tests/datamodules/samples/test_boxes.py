@@ -1,4 +1,4 @@
-"""IoU, box validity and the conversions of ImageGeometry."""
+"""IoU, box validity and the conversions of ImageSizes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from datamodules.samples.boxes import Convention, ImageGeometry, box_fault, fit_size, from_pixels_xywh, iou
+from datamodules.samples.boxes import BoxFormat, ImageSizes, box_fault, fit_size, from_pixels_xywh, iou
 
 GRID = 12
 cells = st.integers(-2, GRID)
 grid_boxes = st.tuples(cells, cells, cells, cells)
 sizes = st.tuples(st.integers(1, 5000), st.integers(1, 5000))
-conventions = st.sampled_from(list(Convention))
+box_formats = st.sampled_from(list(BoxFormat))
 NAN, INF = math.nan, math.inf
 
 
@@ -100,74 +100,74 @@ def test_box_fault_names_the_first_fault(box, fault) -> None:
     assert box_fault(box) == fault
 
 
-@given(unit_boxes(), sizes, sizes, conventions)
-def test_a_box_returns_from_any_convention_within_one_step_of_its_grid(box, original, processed, convention) -> None:
-    geometry = ImageGeometry(original, processed)
-    back = geometry.to_unit(geometry.to_model(box, convention), convention)
+@given(unit_boxes(), sizes, sizes, box_formats)
+def test_a_box_returns_from_any_convention_within_one_step_of_its_grid(box, original, resized, box_format) -> None:
+    sizes = ImageSizes(original, resized)
+    back = sizes.to_unit(sizes.to_model(box, box_format), box_format)
     steps = {
-        Convention.ABSOLUTE: [
-            1 / size for size in (*processed, *processed)
+        BoxFormat.ABSOLUTE_PIXELS: [
+            1 / size for size in (*resized, *resized)
         ],  # half a pixel, or one at the clipped edge
-        Convention.PER_MILLE: [0.0005] * 4,
-        Convention.UNIT: [0.0005] * 4,
-    }[convention]
+        BoxFormat.RELATIVE_1000: [0.0005] * 4,
+        BoxFormat.NORMALIZED: [0.0005] * 4,
+    }[box_format]
     assert all(abs(a - b) <= step + 1e-12 for a, b, step in zip(box, back, steps, strict=True))
 
 
-@given(st.data(), sizes, sizes, conventions)
-def test_a_models_own_numbers_return_unchanged(data, original, processed, convention) -> None:
+@given(st.data(), sizes, sizes, box_formats)
+def test_a_models_own_numbers_return_unchanged(data, original, resized, box_format) -> None:
     width, height = {
-        Convention.ABSOLUTE: (processed[0] - 1, processed[1] - 1),
-        Convention.PER_MILLE: (1000, 1000),
-        Convention.UNIT: (1000, 1000),
-    }[convention]
+        BoxFormat.ABSOLUTE_PIXELS: (resized[0] - 1, resized[1] - 1),
+        BoxFormat.RELATIVE_1000: (1000, 1000),
+        BoxFormat.NORMALIZED: (1000, 1000),
+    }[box_format]
     values = tuple(data.draw(st.integers(0, size)) for size in (width, height, width, height))
-    if convention is Convention.UNIT:
+    if box_format is BoxFormat.NORMALIZED:
         values = tuple(value / 1000 for value in values)
-    geometry = ImageGeometry(original, processed)
-    assert geometry.to_model(geometry.to_unit(values, convention), convention) == values
+    sizes = ImageSizes(original, resized)
+    assert sizes.to_model(sizes.to_unit(values, box_format), box_format) == values
 
 
 @given(unit_boxes(), sizes, sizes)
-def test_what_a_model_writes_is_in_its_range(box, original, processed) -> None:
-    geometry = ImageGeometry(original, processed)
-    x1, y1, x2, y2 = geometry.to_model(box, Convention.ABSOLUTE)
-    assert 0 <= x1 <= x2 < processed[0] and 0 <= y1 <= y2 < processed[1]
-    for convention in (Convention.ABSOLUTE, Convention.PER_MILLE):
-        assert all(isinstance(value, int) for value in geometry.to_model(box, convention))
-    assert all(0 <= value <= 1000 for value in geometry.to_model(box, Convention.PER_MILLE))
+def test_what_a_model_writes_is_in_its_range(box, original, resized) -> None:
+    sizes = ImageSizes(original, resized)
+    x1, y1, x2, y2 = sizes.to_model(box, BoxFormat.ABSOLUTE_PIXELS)
+    assert 0 <= x1 <= x2 < resized[0] and 0 <= y1 <= y2 < resized[1]
+    for box_format in (BoxFormat.ABSOLUTE_PIXELS, BoxFormat.RELATIVE_1000):
+        assert all(isinstance(value, int) for value in sizes.to_model(box, box_format))
+    assert all(0 <= value <= 1000 for value in sizes.to_model(box, BoxFormat.RELATIVE_1000))
 
 
 def test_conversions_of_one_worked_example() -> None:
-    geometry = ImageGeometry.from_grid(original=(640, 480), grid_hw=(34, 46), patch_size=14)
-    assert geometry.processed == (644, 476)
+    sizes = ImageSizes.from_grid(original=(640, 480), grid_hw=(34, 46), patch_size=14)
+    assert sizes.resized == (644, 476)
     box = (0.25, 0.5, 0.75, 1.0)
-    assert geometry.to_model(box, Convention.ABSOLUTE) == (161, 238, 483, 475)
-    assert geometry.to_model(box, Convention.PER_MILLE) == (250, 500, 750, 1000)
-    assert geometry.to_model((1 / 3, 0, 2 / 3, 1), Convention.UNIT) == (0.333, 0, 0.667, 1)
-    assert geometry.to_pixels(box) == (160, 240, 480, 480)
-    assert geometry.to_unit((161, 238, 483, 476), "absolute") == box
+    assert sizes.to_model(box, BoxFormat.ABSOLUTE_PIXELS) == (161, 238, 483, 475)
+    assert sizes.to_model(box, BoxFormat.RELATIVE_1000) == (250, 500, 750, 1000)
+    assert sizes.to_model((1 / 3, 0, 2 / 3, 1), BoxFormat.NORMALIZED) == (0.333, 0, 0.667, 1)
+    assert sizes.to_pixels(box) == (160, 240, 480, 480)
+    assert sizes.to_unit((161, 238, 483, 476), "absolute_pixels") == box
 
 
 def test_a_perfect_pixel_box_below_1000_is_not_read_as_per_mille() -> None:
-    geometry = ImageGeometry(original=(640, 480), processed=(644, 476))
+    sizes = ImageSizes(original=(640, 480), resized=(644, 476))
     truth = (0.5, 0.5, 0.9, 0.9)
-    written = geometry.to_model(truth, Convention.ABSOLUTE)
+    written = sizes.to_model(truth, BoxFormat.ABSOLUTE_PIXELS)
     assert max(written) <= 1000
-    assert iou(geometry.to_unit(written, Convention.ABSOLUTE), truth) > 0.99
-    assert iou(geometry.to_unit(written, Convention.PER_MILLE), truth) < 0.5
+    assert iou(sizes.to_unit(written, BoxFormat.ABSOLUTE_PIXELS), truth) > 0.99
+    assert iou(sizes.to_unit(written, BoxFormat.RELATIVE_1000), truth) < 0.5
 
 
 def test_one_means_the_same_in_every_position_and_convention() -> None:
-    geometry = ImageGeometry(original=(50, 50), processed=(100, 100))
-    assert geometry.to_unit((0, 0, 1, 1), Convention.UNIT) == (0, 0, 1, 1)
-    assert geometry.to_unit((0, 0, 1, 1), Convention.ABSOLUTE) == (0, 0, 0.01, 0.01)
-    assert geometry.to_unit((0, 0, 1, 1), Convention.PER_MILLE) == (0, 0, 0.001, 0.001)
+    sizes = ImageSizes(original=(50, 50), resized=(100, 100))
+    assert sizes.to_unit((0, 0, 1, 1), BoxFormat.NORMALIZED) == (0, 0, 1, 1)
+    assert sizes.to_unit((0, 0, 1, 1), BoxFormat.ABSOLUTE_PIXELS) == (0, 0, 0.01, 0.01)
+    assert sizes.to_unit((0, 0, 1, 1), BoxFormat.RELATIVE_1000) == (0, 0, 0.001, 0.001)
 
 
 def test_reading_a_models_numbers_neither_clips_nor_reorders() -> None:
-    geometry = ImageGeometry(original=(100, 100), processed=(100, 100))
-    assert geometry.to_unit((90, -10, 20, 150), Convention.ABSOLUTE) == (0.9, -0.1, 0.2, 1.5)
+    sizes = ImageSizes(original=(100, 100), resized=(100, 100))
+    assert sizes.to_unit((90, -10, 20, 150), BoxFormat.ABSOLUTE_PIXELS) == (0.9, -0.1, 0.2, 1.5)
 
 
 @pytest.mark.parametrize("limits", [(28, 56 * 56, 14 * 14 * 4 * 1280), (32, 784, 40_000), (28, 3136, 10_000)])
@@ -188,12 +188,12 @@ def test_fitted_sizes_are_those_of_qwens_processor_and_stay_as_they_are(limits) 
 @pytest.mark.parametrize("bad", [((0, 5), (5, 5)), ((5, 5), (5, 0)), ((-1, 5), (5, 5))])
 def test_geometry_refuses_empty_images(bad) -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        ImageGeometry(*bad)
+        ImageSizes(*bad)
 
 
 @given(unit_boxes(), sizes)
 def test_coco_boxes_are_the_same_place_in_unit_coordinates(box: tuple[float, ...], size: tuple[int, int]) -> None:
-    x1, y1, x2, y2 = ImageGeometry(size, size).to_pixels(box)
+    x1, y1, x2, y2 = ImageSizes(size, size).to_pixels(box)
     found, _ = from_pixels_xywh((x1, y1, x2 - x1, y2 - y1), size)
     assert found == pytest.approx(box, abs=1e-9)
 

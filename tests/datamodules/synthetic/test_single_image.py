@@ -12,7 +12,7 @@ import pytest
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from datamodules.samples.answer_text import ParsedAnswer, parse_answer
-from datamodules.samples.boxes import Convention, ImageGeometry
+from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.synthetic.single_image import GROUNDING, MARKED, POINTED, Turn, crowd, single_scene, single_turns
 from datamodules.synthetic.world import Scene, Thing
 from experiments.nano.build_model import MAX_PIXELS, MIN_PIXELS
@@ -20,25 +20,25 @@ from experiments.nano.build_model import MAX_PIXELS, MIN_PIXELS
 NUM_SCENES = 300
 
 
-def geometry_of(scene: Scene) -> ImageGeometry:
+def sizes_of(scene: Scene) -> ImageSizes:
     width, height = scene.size
-    return ImageGeometry(scene.size, smart_resize(height, width, 28, MIN_PIXELS, MAX_PIXELS)[::-1])
+    return ImageSizes(scene.size, smart_resize(height, width, 28, MIN_PIXELS, MAX_PIXELS)[::-1])
 
 
-def conversation(seed: int, convention: Convention = Convention.ABSOLUTE) -> tuple[Scene, ImageGeometry, list[Turn]]:
+def conversation(seed: int, box_format: BoxFormat = BoxFormat.ABSOLUTE_PIXELS) -> tuple[Scene, ImageSizes, list[Turn]]:
     rng = random.Random(seed)
     scene = single_scene(rng)
-    return scene, geometry_of(scene), single_turns(rng, scene, geometry_of(scene), convention, 3)
+    return scene, sizes_of(scene), single_turns(rng, scene, sizes_of(scene), box_format, 3)
 
 
-def turns_of(task: str) -> Iterator[tuple[Scene, ImageGeometry, Turn]]:
+def turns_of(task: str) -> Iterator[tuple[Scene, ImageSizes, Turn]]:
     found = 0
     for seed in range(NUM_SCENES):
-        scene, geometry, turns = conversation(seed)
+        scene, sizes, turns = conversation(seed)
         for turn in turns:
             if turn.task == task:
                 found += 1
-                yield scene, geometry, turn
+                yield scene, sizes, turn
     assert found > 10
 
 
@@ -71,14 +71,14 @@ def test_things_of_a_crowd_often_share_attributes() -> None:
 
 
 def test_a_grounding_answer_is_the_box_of_the_one_thing_asked_for() -> None:
-    for scene, geometry, turn in turns_of("grounding"):
+    for scene, sizes, turn in turns_of("grounding"):
         (thing,) = (t for t in scene.things if t.kind.name == name_asked(turn.question, GROUNDING))
         assert turn.box == thing.box
         answer = parse_answer(turn.answer)
         assert isinstance(answer, ParsedAnswer)
         (box,) = answer.boxes
         assert box.label == thing.kind.name
-        for value, true, size in zip(box.values, thing.box, geometry.processed * 2, strict=True):
+        for value, true, size in zip(box.values, thing.box, sizes.resized * 2, strict=True):
             assert abs(value - true * size) <= 1  # half a pixel of rounding; the last pixel is the highest number
 
 
@@ -88,17 +88,17 @@ def test_descriptions_name_all_things_from_left_to_right() -> None:
 
 
 def test_listings_hold_every_box_from_left_to_right() -> None:
-    for scene, geometry, turn in turns_of("listing"):
+    for scene, sizes, turn in turns_of("listing"):
         boxes = json.loads(turn.answer.removeprefix("```json\n").removesuffix("\n```"))
         assert [box["label"] for box in boxes] == [thing.kind.name for thing in left_to_right(scene)]
         for box, thing in zip(boxes, left_to_right(scene), strict=True):
-            assert tuple(box["bbox_2d"]) == geometry.to_model(thing.box, Convention.ABSOLUTE)
+            assert tuple(box["bbox_2d"]) == sizes.to_model(thing.box, BoxFormat.ABSOLUTE_PIXELS)
 
 
 def test_a_pointed_question_names_the_thing_of_its_box() -> None:
-    for scene, geometry, turn in turns_of("pointed"):
+    for scene, sizes, turn in turns_of("pointed"):
         values = tuple(json.loads(name_asked(turn.question, POINTED)))
-        (thing,) = (t for t in scene.things if geometry.to_model(t.box, Convention.ABSOLUTE) == values)
+        (thing,) = (t for t in scene.things if sizes.to_model(t.box, BoxFormat.ABSOLUTE_PIXELS) == values)
         assert turn.answer == thing.kind.name
 
 
@@ -109,12 +109,12 @@ def test_a_marked_question_names_the_framed_thing() -> None:
         assert turn.answer == thing.kind.name
 
 
-@pytest.mark.parametrize("convention", list(Convention))
-def test_answers_speak_the_convention_asked_for(convention: Convention) -> None:
-    _, geometry, turns = conversation(3, convention)
+@pytest.mark.parametrize("box_format", list(BoxFormat))
+def test_answers_speak_the_convention_asked_for(box_format: BoxFormat) -> None:
+    _, sizes, turns = conversation(3, box_format)
     for turn in turns:
         if turn.task == "grounding":
-            assert parse_answer(turn.answer).boxes[0].values == geometry.to_model(turn.box, convention)
+            assert parse_answer(turn.answer).boxes[0].values == sizes.to_model(turn.box, box_format)
 
 
 def test_no_turn_speaks_of_a_second_image() -> None:

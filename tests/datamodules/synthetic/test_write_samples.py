@@ -13,7 +13,7 @@ from PIL import Image
 
 from datamodules.benchmarks.mig_bench import TASKS, load_images, load_mig_bench
 from datamodules.encoding.messages import PromptStyle, build_messages, target_text
-from datamodules.samples.boxes import Convention, ImageGeometry
+from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import BoxPart, ImagePart, LoadedSample, TextPart
 from datamodules.streaming.shards import read_manifest
 from datamodules.synthetic.write_samples import (
@@ -84,15 +84,15 @@ def test_the_answer_in_additional_info_reaches_no_prompt(
             continue
         numbers = record["additional_info"].split("<|box_start|>")[1].split("<|box_end|>")[0]
         sentence = record["additional_info"].split(".")[0]
-        geometries = [ImageGeometry((100, 100), (112, 112))] * len(sample.images)
+        image_sizes = [ImageSizes((100, 100), (112, 112))] * len(sample.images)
         for style in PromptStyle:
-            for convention in Convention:
-                text = json.dumps(build_messages(sample, geometries, convention, style))
+            for box_format in BoxFormat:
+                text = json.dumps(build_messages(sample, image_sizes, box_format, style))
                 assert numbers not in text and sentence not in text
                 assert record["question"].split(" <|")[0] in text
                 checked += 1
         assert numbers not in json.dumps(sample.to_json()) and sentence not in json.dumps(sample.to_json())
-    assert checked == PER_TASK * len(PromptStyle) * len(Convention)
+    assert checked == PER_TASK * len(PromptStyle) * len(BoxFormat)
 
 
 def test_a_benchmark_puzzle_depends_on_task_and_number_only() -> None:
@@ -136,8 +136,8 @@ def test_training_samples_are_sound(part: str, difficulties: set[str]) -> None:
         LoadedSample(type(sample).from_json(json.loads(json.dumps(sample.to_json()))), images)  # strict boxes
         sizes = [Image.open(io.BytesIO(data)).size for data in images]
         assert len(sizes) == len(sample.images) == sum(isinstance(part, ImagePart) for part in sample.messages)
-        geometries = [ImageGeometry(size, size) for size in sizes]
-        assert sample.answer.label in target_text(sample, geometries, Convention.ABSOLUTE, PromptStyle.THINK)
+        image_sizes = [ImageSizes(size, size) for size in sizes]
+        assert sample.answer.label in target_text(sample, image_sizes, BoxFormat.ABSOLUTE_PIXELS, PromptStyle.THINK)
         tasks.add(sample.task)
         found.add(sample.extra["difficulty"])
     assert tasks == set(MIXTURE)

@@ -24,7 +24,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_forward_pass_counts_as_torch_counts_it(tiny: Path, monkeypatch) -> None:
     workload = Workload(task="sft", prompts=2, group_size=1, completion_tokens=8, images=2, image_size=(56, 56))
-    encoder = Encoder(str(tiny), "absolute", "think", 4096, 512, with_target=True)
+    encoder = Encoder(str(tiny), "absolute_pixels", "think", 4096, 512, with_target=True)
     items = [encoder.encode(sample) for sample in make_samples(workload)[:2]]
     policy = QwenVL(str(tiny))
     rows = pack_rows(items, [[item.completion_ids] for item in items], 4096)

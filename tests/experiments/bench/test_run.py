@@ -91,9 +91,7 @@ def test_both_sides_read_the_same_tokens_and_begin_at_the_same_loss(tmp_path: Pa
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_a_run_that_has_no_time_left_says_what_is_left(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_has_no_time_left_says_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = run.main(["--shapes", "tiny", "--minutes", "0", "--output", str(tmp_path), "--models", str(tmp_path)])
     assert code == 0
     assert "run the same command again for: tiny grpo, tiny sft" in capsys.readouterr().out

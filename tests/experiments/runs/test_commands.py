@@ -9,7 +9,8 @@ import pytest
 
 from datamodules.synthetic.benchmark_replicas import write
 from experiments import ablations, evaluate, evaluate_benchmarks, pipeline, synthesize, train
-from experiments.runs.commands import MOVED
+from experiments.runs.commands import refuse_credentials
+from experiments.runs.renamed_settings import MOVED, RENAMED
 from tests.chat_server import ChatServer, http_response
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -63,6 +64,18 @@ def test_a_secret_in_a_configuration_is_named_by_its_line(tmp_path: Path, capfd:
         with pytest.raises(SystemExit, match=r"mine\.yaml, line 3, holds a URL with") as caught:
             evaluate_benchmarks.main(args)
         assert SECRET not in str(caught.value) + "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_a_renamed_setting_is_answered_with_the_new_one(old: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"data:\n  # {old}: what it was\n  {old}: absolute\n")
+    with pytest.raises(SystemExit, match=rf"line 3: the setting {old} has been renamed. Write {RENAMED[old]} instead"):
+        refuse_credentials(["--config", str(file)])
+    with pytest.raises(SystemExit, match=rf"--model.{old}: the setting {old} has been renamed"):
+        refuse_credentials([f"--model.{old}=0.5"])
+    with pytest.raises(SystemExit, match=rf"--data.{old}: the setting {old} has been renamed"):
+        refuse_credentials([f"--data.{old}", "0.5"])
 
 
 @pytest.mark.parametrize("old", MOVED)

@@ -94,9 +94,9 @@ def test_a_lock_that_is_not_waited_for_says_whether_it_is_held(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("saved", "what"),
     [
-        ({"data": {"style": "think"}}, "it has no field data.convention"),
-        ({"model": {}}, "it has no field data.convention"),
-        ({"data": {"style": "long", "convention": "absolute"}}, r"data.style='long' is none of \['think', "),
+        ({"data": {"style": "think"}}, "it has no field data.box_format"),
+        ({"model": {}}, "it has no field data.box_format"),
+        ({"data": {"style": "long", "box_format": "absolute_pixels"}}, r"data.style='long' is none of \['think', "),
         (None, "no settings by name, but None"),
     ],
 )
@@ -104,7 +104,7 @@ def test_settings_of_another_version_are_told_with_file_and_field(tmp_path: Path
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
     file = re.escape(str(tmp_path / "config.yaml"))
     with pytest.raises(ValueError, match=f"{file} was written by another version of the project: {what}"):
-        run_identity.trained_form(str(tmp_path / "merged"), {"convention": "absolute", "style": "think"})
+        run_identity.trained_form(str(tmp_path / "merged"), {"box_format": "absolute_pixels", "style": "think"})
 
 
 OLD_CODE, NEW_CODE = {"lightning_modules/grpo.py": "1"}, {"lightning_modules/grpo.py": "2"}

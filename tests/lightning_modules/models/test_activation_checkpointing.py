@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from datamodules.encoding.encoder import PromptItem
+from datamodules.encoding.encoder import EncodedSample
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.models.activation_checkpointing import GIB, ActivationBudget
 from lightning_modules.models.attention.packed_rows import pack_rows
@@ -43,7 +43,7 @@ def test_the_first_row_measures_and_later_ones_fit_the_budget() -> None:
 
 
 def test_values_and_gradients_stay_whatever_is_checkpointed(
-    tiny_model_dir: Path, make_items: Callable[..., list[PromptItem]]
+    tiny_model_dir: Path, make_items: Callable[..., list[EncodedSample]]
 ) -> None:
     torch.manual_seed(0)
     policy = QwenVL(str(tiny_model_dir), LoraSettings(rank=4), gradient_checkpointing=True, activation_gib=1.0).train()

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from datamodules.encoding.encoder import PromptItem
+from datamodules.encoding.encoder import EncodedSample
 from lightning_modules.models.attention.packed_rows import pack_rows
 from lightning_modules.models.layers.lora import folded_copy
 from lightning_modules.models.qwen_vl import LoraSettings, QwenVL
 
-MakeItems = Callable[..., list[PromptItem]]
+MakeItems = Callable[..., list[EncodedSample]]
 LORA = LoraSettings(rank=4, alpha=8)
 
 
@@ -29,7 +29,7 @@ def trained(policy: QwenVL, seed: int = 1) -> QwenVL:
     return policy
 
 
-def plain_logits(model: torch.nn.Module, item: PromptItem) -> torch.Tensor:
+def plain_logits(model: torch.nn.Module, item: EncodedSample) -> torch.Tensor:
     ids = item.input_ids[None]
     is_image = (ids == model.config.image_token_id).int()
     inputs = {"pixel_values": item.pixel_values, "image_grid_thw": item.grid_thw, "mm_token_type_ids": is_image}
@@ -37,7 +37,7 @@ def plain_logits(model: torch.nn.Module, item: PromptItem) -> torch.Tensor:
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits
 
 
-def packed(policy: QwenVL, items: list[PromptItem], **options: object) -> torch.Tensor:
+def packed(policy: QwenVL, items: list[EncodedSample], **options: object) -> torch.Tensor:
     completions = [[torch.arange(20, 29)] for _ in items]
     (row,) = pack_rows(items, completions, 100_000)
     return policy.token_log_probs(row, policy.encode_images(items), **options)

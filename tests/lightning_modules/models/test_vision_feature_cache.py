@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from datamodules.encoding.encoder import PromptItem
+from datamodules.encoding.encoder import EncodedSample
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.models.vision_feature_cache import GIB, FeatureCache, tower_fingerprint
@@ -83,7 +83,7 @@ def test_the_fingerprint_knows_weights_precision_and_processor(tiny_model_dir: P
 
 
 def test_sft_with_the_cache_trains_the_same_and_encodes_no_image_twice(
-    tiny_model_dir: Path, tmp_path: Path, make_items: Callable[..., list[PromptItem]], fit, lora
+    tiny_model_dir: Path, tmp_path: Path, make_items: Callable[..., list[EncodedSample]], fit, lora
 ) -> None:
     items, losses, seen = make_items([2, 1], with_target=True), [], []
     for cache in (None, str(tmp_path / "features"), str(tmp_path / "features")):

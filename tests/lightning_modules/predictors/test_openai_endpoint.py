@@ -7,13 +7,13 @@ import random
 
 import pytest
 
-from datamodules.answerers import UNANSWERED
 from datamodules.encoding.chat_request import RequestForm
-from datamodules.encoding.model_families import find_dialect
-from datamodules.samples.boxes import Convention
+from datamodules.encoding.model_families import find_model_family
+from datamodules.predictors import UNANSWERED
+from datamodules.samples.boxes import BoxFormat
 from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, SampleError, TextPart
 from datamodules.samples.scores import score_text
-from lightning_modules.predictors.openai_endpoint import EndpointAnswerer
+from lightning_modules.predictors.openai_endpoint import OpenAIPredictor
 from lightning_modules.serving.openai_client import EndpointMisused, EndpointSettings, EndpointUnavailable
 from tests.chat_server import ChatServer, http_response, question_text
 from tests.conftest import random_png
@@ -37,21 +37,21 @@ def reply(request: dict) -> str | bytes:
     return "<ref>thing</ref><box>[[100, 200, 600, 900]]</box>"
 
 
-def answerer(base_url: str, **patience) -> EndpointAnswerer:
+def predictor(base_url: str, **patience) -> OpenAIPredictor:
     settings = EndpointSettings("OpenGVLab/InternVL2-8B", base_url, concurrency=2, **patience)
-    return EndpointAnswerer(settings, RequestForm(find_dialect("auto", settings.model)), max_tokens=128)
+    return OpenAIPredictor(settings, RequestForm(find_model_family("auto", settings.model)), max_tokens=128)
 
 
 def test_every_sample_gets_one_reply_that_is_read_in_the_dialect() -> None:
     with ChatServer(reply) as server:
-        asked = answerer(server.base_url)
+        asked = predictor(server.base_url)
         found = {sample.id: answer for sample, answer in asked.answers(SAMPLES, load)}
         sent = {(r["temperature"], r["max_completion_tokens"], "seed" in r) for r in server.requests}
-    assert sent == {(0, 128, False)} and asked.convention == Convention.PER_MILLE
+    assert sent == {(0, 128, False)} and asked.box_format == BoxFormat.RELATIVE_1000
     assert sorted(found) == [sample.id for sample in SAMPLES]
     assert (found.pop("q/2").refused, found.pop("q/4").refused) == ("refused", "missing_image")
     for answer in found.values():
-        assert score_text(answer.text, TRUTH, answer.geometries, asked.convention).iou > 0.99
+        assert score_text(answer.text, TRUTH, answer.image_sizes, asked.box_format).iou > 0.99
         assert answer.num_tokens == 4 and answer.finished and answer.refused is None
 
 
@@ -60,12 +60,12 @@ def test_a_server_that_takes_no_such_question_at_all_is_an_error_and_no_wrong_an
         ChatServer(lambda request: http_response(400, b'{"error": {"message": "text only"}}')) as server,
         pytest.raises(EndpointMisused, match=r"InternVL2-8B.*one small image.*text only"),
     ):
-        list(answerer(server.base_url).answers(SAMPLES, load))
+        list(predictor(server.base_url).answers(SAMPLES, load))
 
 
 def test_a_server_is_tried_once_for_all_benchmarks_and_not_for_nothing() -> None:
     with ChatServer(reply) as server:
-        asked = answerer(server.base_url)
+        asked = predictor(server.base_url)
         assert list(asked.answers([], load)) == [] and not server.requests
         for sample in SAMPLES[:2]:
             list(asked.answers([sample], load))
@@ -82,7 +82,7 @@ def test_a_question_without_answer_counts_as_wrong_and_ends_nothing(silence, pat
         return silence if "thing 1?" in question_text(request) else reply(request)
 
     with ChatServer(without) as server:
-        asked = answerer(server.base_url, **{"attempts": 2} | patience)
+        asked = predictor(server.base_url, **{"attempts": 2} | patience)
         found = {sample.id: answer.refused for sample, answer in asked.answers(SAMPLES, load)}
         times = sum("thing 1?" in question_text(request) for request in server.requests)
     lost = {"q/1": UNANSWERED, "q/2": "refused", "q/4": "missing_image"}
@@ -96,7 +96,7 @@ def test_a_server_that_dies_on_the_way_is_an_error_and_no_wrong_answers() -> Non
 
     found = []
     with ChatServer(dying) as server:
-        stream = answerer(server.base_url, attempts=2, backoff=0.01).answers(SAMPLES, load)
+        stream = predictor(server.base_url, attempts=2, backoff=0.01).answers(SAMPLES, load)
         with pytest.raises(EndpointUnavailable, match="2 attempts; last: 503"):
             found.extend(answer.refused for _, answer in iter(stream))
     assert UNANSWERED not in found
@@ -104,18 +104,18 @@ def test_a_server_that_dies_on_the_way_is_an_error_and_no_wrong_answers() -> Non
 
 def test_a_caller_may_stop_early_and_errors_surface() -> None:
     with ChatServer(reply) as server:
-        stream = answerer(server.base_url).answers(SAMPLES[:2], load)
+        stream = predictor(server.base_url).answers(SAMPLES[:2], load)
         next(stream)
         stream.close()
     with (
         ChatServer(lambda request: http_response(404, b'{"error": {"message": "no such model"}}')) as server,
         pytest.raises(EndpointMisused, match=r"InternVL2-8B.*no such model"),
     ):
-        list(answerer(server.base_url).answers(SAMPLES, load))
+        list(predictor(server.base_url).answers(SAMPLES, load))
 
 
 def test_identity_follows_what_answers_depend_on_and_not_the_address() -> None:
-    one, other = answerer("http://a/v1"), answerer("http://b/v1")
+    one, other = predictor("http://a/v1"), predictor("http://b/v1")
     assert json.dumps(one.identity()) == json.dumps(other.identity())
     other.max_tokens = 5
     assert one.identity() != other.identity()

@@ -143,9 +143,9 @@ def test_windows_are_counted_over_all_ranks(build, make_items, fit, monkeypatch)
     items = make_items([1, 3])
     calls = {"number": 0}
 
-    def by_rank(text, answer, geometries, *rest):
+    def by_rank(text, answer, image_sizes, *rest):
         calls["number"] += 1
-        is_first_rank = geometries == items[0].geometries
+        is_first_rank = image_sizes == items[0].image_sizes
         return letters(text) if is_first_rank and calls["number"] <= 4 * 3 else NOTHING
 
     monkeypatch.setattr(grpo, "reward", by_rank)

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from datamodules.encoding.encoder import PromptItem
+from datamodules.encoding.encoder import EncodedSample
 from lightning_modules.models.attention.packed_rows import pack_rows
 from lightning_modules.models.qwen_vl import LoraSettings, QwenVL
 from lightning_modules.rollouts.base import NativeEngine, Rollout, RolloutSettings
 from lightning_modules.rollouts.native.decoder import BranchDecoder
 
-MakeItems = Callable[..., list[PromptItem]]
+MakeItems = Callable[..., list[EncodedSample]]
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def policy(tiny_model_dir: Path) -> QwenVL:
 
 
 def generate(
-    policy: QwenVL, items: list[PromptItem], engine: NativeEngine | None = None, **settings: object
+    policy: QwenVL, items: list[EncodedSample], engine: NativeEngine | None = None, **settings: object
 ) -> list[list[Rollout]]:
     chosen = {"group_size": 4, "temperature": 1.0, "max_new_tokens": 12, "batch_prompts": 3} | settings
     generator = torch.Generator(policy.device).manual_seed(3)
@@ -77,7 +77,7 @@ def test_log_probs_equal_those_of_training(policy: QwenVL, make_items: MakeItems
 
 
 def assert_log_probs_are_trainings(
-    policy: QwenVL, items: list[PromptItem], rollouts: list[list[Rollout]], temperature: float
+    policy: QwenVL, items: list[EncodedSample], rollouts: list[list[Rollout]], temperature: float
 ) -> None:
     rows = pack_rows(items, [[r.token_ids for r in group] for group in rollouts], 2000)
     features = policy.encode_images(items)

@@ -1,4 +1,4 @@
-"""One decoding for every answerer: the same weights give the same answers, whatever a checkpoint's settings or a
+"""One decoding for every predictor: the same weights give the same answers, whatever a checkpoint's settings or a
 server's defaults say; and only placeholders are banned in it."""
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from transformers import GenerationConfig
 
 from callbacks.evaluation import EvaluationSettings
 from callbacks.mig_bench import evaluate_mig_bench
-from callbacks.native_answerer import NativeAnswerer
+from callbacks.policy_predictor import PolicyPredictor
 from datamodules.encoding.chat_request import RequestForm
-from datamodules.encoding.encoder import Encoder, PromptItem
-from datamodules.encoding.model_families import find_dialect
+from datamodules.encoding.encoder import EncodedSample, Encoder
+from datamodules.encoding.model_families import find_model_family
 from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
 from experiments.evaluation.choose_predictor import make_engine
 from lightning_modules.models.qwen_vl import QwenVL
-from lightning_modules.predictors.huggingface import ImageTextAnswerer
-from lightning_modules.predictors.openai_endpoint import EndpointAnswerer
+from lightning_modules.predictors.huggingface import HuggingFacePredictor
+from lightning_modules.predictors.openai_endpoint import OpenAIPredictor
 from lightning_modules.rollouts.base import NativeEngine, RolloutSettings
 from lightning_modules.serving.generation_rules import NEUTRAL, configure
 from lightning_modules.serving.openai_client import EndpointMisused, EndpointSettings
@@ -71,24 +71,24 @@ def copied(model: Path, folder: Path, **settings) -> Path:
     return folder
 
 
-def texts(answerer) -> list[tuple[str, int]]:
-    found = {sample.id: (reply.text, reply.num_tokens) for sample, reply in answerer.answers(SAMPLES, load)}
+def texts(predictor) -> list[tuple[str, int]]:
+    found = {sample.id: (reply.text, reply.num_tokens) for sample, reply in predictor.answers(SAMPLES, load)}
     return [found[sample.id] for sample in SAMPLES]
 
 
-def image_text(model: Path, generation: str = "greedy") -> ImageTextAnswerer:
-    form = RequestForm(find_dialect("qwen2_5_vl"), "plain", max_pixels=28_900)
-    return ImageTextAnswerer(str(model), form, LENGTH, generation=generation)
+def image_text(model: Path, generation: str = "greedy") -> HuggingFacePredictor:
+    form = RequestForm(find_model_family("qwen2_5_vl"), "plain", max_pixels=28_900)
+    return HuggingFacePredictor(str(model), form, LENGTH, generation=generation)
 
 
-def native(model: Path, generation: str = "greedy") -> NativeAnswerer:
-    encoder = Encoder(str(model), "absolute", "plain", 4096, LENGTH, with_target=False)
+def native(model: Path, generation: str = "greedy") -> PolicyPredictor:
+    encoder = Encoder(str(model), "absolute_pixels", "plain", 4096, LENGTH, with_target=False)
     policy = QwenVL(str(model)).eval()
     settings = EvaluationSettings(LENGTH, 4)
-    return NativeAnswerer(policy, make_engine(policy, generation), encoder, settings, generation)
+    return PolicyPredictor(policy, make_engine(policy, generation), encoder, settings, generation)
 
 
-def test_two_answerers_give_the_same_answers_of_the_same_weights(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_two_predictors_give_the_same_answers_of_the_same_weights(tiny_model_dir: Path, tmp_path: Path) -> None:
     """With the kind of settings that Qwen2.5-VL is published with: 0 of 8 were equal."""
     published = copied(tiny_model_dir, tmp_path / "m", **PUBLISHED)
     ours = texts(native(published))
@@ -115,7 +115,7 @@ def test_every_field_that_transformers_fills_from_a_model_is_stated_or_empty() -
 
 
 def test_the_models_own_settings_are_used_where_they_are_asked_for(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """The same by both answerers in this process; what is sampled is sampled again."""
+    """The same by both predictors in this process; what is sampled is sampled again."""
     strong = copied(tiny_model_dir, tmp_path / "m", repetition_penalty=1.8)
     own = texts(native(strong, "model"))
     assert own == texts(image_text(strong, "model")) != texts(native(strong))
@@ -154,7 +154,7 @@ def box_writer(tiny_model_dir: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("static", [False, True])
 def test_a_greedy_answer_may_hold_any_special_token_but_a_placeholder(
-    box_writer: Path, make_items: Callable[..., list[PromptItem]], static: bool
+    box_writer: Path, make_items: Callable[..., list[EncodedSample]], static: bool
 ) -> None:
     policy, items = QwenVL(str(box_writer)).eval(), make_items([1, 2, 3, 1] * 4)
     placeholders = policy.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
@@ -178,17 +178,19 @@ def test_a_greedy_answer_may_hold_any_special_token_but_a_placeholder(
     assert policy.tokenizer.convert_tokens_to_ids("<|box_start|>") in written and not written & set(placeholders)
 
 
-def test_every_answerer_in_this_process_bans_placeholders_alone(box_writer: Path) -> None:
+def test_every_predictor_in_this_process_bans_placeholders_alone(box_writer: Path) -> None:
     found = texts(native(box_writer))
     assert found == texts(image_text(box_writer))
-    answerer, settings = native(box_writer), EvaluationSettings(LENGTH, 4)
+    predictor, settings = native(box_writer), EvaluationSettings(LENGTH, 4)
     predictions = evaluate_mig_bench(
-        answerer.policy, answerer.engine, answerer.encoder, SAMPLES, load, settings, show_progress=False
+        predictor.policy, predictor.engine, predictor.encoder, SAMPLES, load, settings, show_progress=False
     )
     assert found == [(prediction.text, prediction.num_tokens) for prediction in predictions]
 
 
-def test_training_still_samples_no_special_token(box_writer: Path, make_items: Callable[..., list[PromptItem]]) -> None:
+def test_training_still_samples_no_special_token(
+    box_writer: Path, make_items: Callable[..., list[EncodedSample]]
+) -> None:
     policy = QwenVL(str(box_writer)).eval()
     groups = NativeEngine(policy).generate(make_items([1, 2]), RolloutSettings(8, 1.0, 12), seeds=[1, 2])
     written = {token for group in groups for rollout in group for token in rollout.token_ids.tolist()}
@@ -199,9 +201,9 @@ def test_training_still_samples_no_special_token(box_writer: Path, make_items: C
 # Servers
 
 
-def endpoint(base_url: str, generation: str = "greedy", **more) -> EndpointAnswerer:
+def endpoint(base_url: str, generation: str = "greedy", **more) -> OpenAIPredictor:
     settings = EndpointSettings("InternVL", base_url, **more)
-    return EndpointAnswerer(settings, RequestForm(find_dialect("internvl")), LENGTH, generation)
+    return OpenAIPredictor(settings, RequestForm(find_model_family("internvl")), LENGTH, generation)
 
 
 def test_a_server_is_told_every_rule_and_under_model_none() -> None:

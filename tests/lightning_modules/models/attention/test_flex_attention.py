@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from datamodules.encoding.encoder import PromptItem
+from datamodules.encoding.encoder import EncodedSample
 from lightning_modules.models.attention.flex_attention import (
     BLOCK,
     attend_packed,
@@ -26,7 +26,7 @@ from lightning_modules.models.attention.prefix_attention import SharedPrefixAtte
 from lightning_modules.models.layers.lora import LoraSettings
 from lightning_modules.models.qwen_vl import QwenVL
 
-MakeItems = Callable[..., list[PromptItem]]
+MakeItems = Callable[..., list[EncodedSample]]
 CPU = torch.device("cpu")
 ROWS = {
     "one short group": (GroupSpan(5, (3, 1, 7)),),
@@ -110,7 +110,7 @@ def test_lengths_fall_into_few_shapes() -> None:
     assert len({padded_length(n) for n in range(1, 65_537, 97)}) <= 7  # dynamo gives up at 8 compiled versions
 
 
-def log_probs_and_gradients(policy: QwenVL, items: list[PromptItem]) -> list[Tensor]:
+def log_probs_and_gradients(policy: QwenVL, items: list[EncodedSample]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     completions = [[torch.randint(0, 256, (n,), generator=generator) for n in (5, 1, 30)] for _ in items]
     items = [item.to(policy.device) for item in items]

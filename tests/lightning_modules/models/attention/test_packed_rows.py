@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from datamodules.encoding.encoder import PromptItem
+from datamodules.encoding.encoder import EncodedSample
 from lightning_modules.models.attention import prefix_attention
 from lightning_modules.models.attention.layout import GroupSpan, group_length
 from lightning_modules.models.attention.packed_rows import pack_rows
 from lightning_modules.models.qwen_vl import LoraSettings, QwenVL
 
-MakeItems = Callable[..., list[PromptItem]]
+MakeItems = Callable[..., list[EncodedSample]]
 
 
 def ragged(groups: list[list[int]], seed: int = 0) -> list[list[Tensor]]:
@@ -21,7 +21,7 @@ def ragged(groups: list[list[int]], seed: int = 0) -> list[list[Tensor]]:
     return [[torch.randint(0, 256, (length,), generator=generator) for length in lengths] for lengths in groups]
 
 
-def plain_log_probs(policy: QwenVL, item: PromptItem, completion: Tensor, temperature: float) -> Tensor:
+def plain_log_probs(policy: QwenVL, item: EncodedSample, completion: Tensor, temperature: float) -> Tensor:
     """The slow reference: one row [prompt, completion] through the whole model, pixels and all, with transformers'
     own positions; log-probabilities of the tempered softmax without banned tokens."""
     ids = torch.cat([item.input_ids, completion])[None]

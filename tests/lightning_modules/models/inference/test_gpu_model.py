@@ -10,7 +10,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from datamodules.encoding.encoder import PromptItem
+from datamodules.encoding.encoder import EncodedSample
 from lightning_modules.models.attention.packed_rows import pack_rows
 from lightning_modules.models.inference.gpu_model import FusedModel
 from lightning_modules.models.layers.lora import LoraSettings
@@ -19,7 +19,7 @@ from lightning_modules.rollouts.base import NativeEngine, Rollout, RolloutSettin
 
 kernels = pytest.importorskip("lightning_modules.models.inference.triton_attention", reason="needs Triton")
 layer_kernels = pytest.importorskip("lightning_modules.models.layers.triton_norm_mlp", reason="needs Triton")
-MakeItems = Callable[..., list[PromptItem]]
+MakeItems = Callable[..., list[EncodedSample]]
 
 
 ON_GPU = torch.cuda.is_available()
@@ -125,7 +125,7 @@ def new_policy(folder: Path, lora: LoraSettings | None, dtype: str = "float32") 
     return policy.to(DEVICE)
 
 
-def rollouts(engine: NativeEngine, items: list[PromptItem]) -> list[Rollout]:
+def rollouts(engine: NativeEngine, items: list[EncodedSample]) -> list[Rollout]:
     settings = RolloutSettings(group_size=2, temperature=1.0, max_new_tokens=6, batch_prompts=2)
     groups = engine.generate(items, settings, generator=torch.Generator(engine.policy.device).manual_seed(3))
     return [rollout for group in groups for rollout in group]

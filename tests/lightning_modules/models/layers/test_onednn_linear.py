@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from datamodules.encoding.encoder import PromptItem
+from datamodules.encoding.encoder import EncodedSample
 from lightning_modules.models.attention.kv_cache import PrefixRecorder
 from lightning_modules.models.inference.cpu_model import LeanModel
 from lightning_modules.models.layers import onednn_linear
@@ -104,7 +104,7 @@ def test_other_precisions_and_builds_are_pytorchs_own(monkeypatch: pytest.Monkey
 
 
 def test_the_lean_model_reads_prompts_as_the_folded_one_does(
-    tiny_model_dir: Path, make_items: Callable[..., list[PromptItem]]
+    tiny_model_dir: Path, make_items: Callable[..., list[EncodedSample]]
 ) -> None:
     policy = QwenVL(str(tiny_model_dir), lora=LoraSettings(rank=4, alpha=8))
     for name, parameter in policy.named_parameters():

@@ -81,7 +81,7 @@ def server(tmp_path: Path):
 
 def make_items(count: int) -> list:
     """Where is that thing? In the only image, or in the last of two."""
-    encoder = Encoder(str(MODEL), "absolute", "plain", 512, MAX_NEW, False, label_images=True)
+    encoder = Encoder(str(MODEL), "absolute_pixels", "plain", 512, MAX_NEW, False, label_images=True)
     rng, items = random.Random(7), []
     for number in range(count):
         scenes = [single_scene(rng) for _ in range(1 + number % 2)]

@@ -1,7 +1,7 @@
 """Whoever answers questions over images: one small interface for models in this process, behind a server, or fake.
 
 Evaluation knows nothing else of a model. An implementation puts each question in its own prompt form and says in which
-convention its numbers are to be read.
+box format its numbers are to be read.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from datamodules.samples.boxes import Convention, ImageGeometry
+from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import LoadedSample, Sample
 
 T = TypeVar("T")
@@ -22,24 +22,24 @@ UNANSWERED = "unanswered"  # the rule of a question that a server gave no answer
 class Reply:
     """What came back for one question.
 
-    Reply(text="<think>…", geometries=(ImageGeometry((640, 480), (644, 476)),), num_tokens=93)
+    Reply(text="<think>…", image_sizes=(ImageSizes((640, 480), (644, 476)),), num_tokens=93)
     """
 
     text: str
-    geometries: tuple[ImageGeometry, ...]  # one for each image of the question; () if it was refused
+    image_sizes: tuple[ImageSizes, ...]  # one for each image of the question; () if it was refused
     num_tokens: int = 0  # of the completion; 0 where it is not known
     finished: bool = True  # False: cut at the token limit
     refused: str | None = None  # the rule by which the question was not put to the model, or lost: it counts as wrong
 
 
-class Answerer(Protocol):
+class Predictor(Protocol):
     """`window`: as many questions share a batch that their answers may depend on one another's presence (by rounding).
 
     The evaluation hands out whole windows, always the same ones, so that neither the number of processes nor a kill
     changes an answer. 1 where questions are independent, as they are for a server.
     """
 
-    convention: Convention
+    box_format: BoxFormat
     window: int
 
     def identity(self) -> Mapping[str, Any]:

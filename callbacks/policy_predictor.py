@@ -1,4 +1,4 @@
-"""The policy in this process as an `Answerer`."""
+"""The policy in this process as a `Predictor`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from callbacks.encoding import encode_ahead
 from callbacks.evaluation import EvaluationSettings
 from callbacks.mig_bench import policy_fingerprint
-from datamodules.answerers import Load, Reply, split_windows
 from datamodules.encoding.encoder import Encoder
+from datamodules.predictors import Load, Reply, split_windows
 from datamodules.samples.sample import Sample, SampleError
 from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.rollouts.base import RolloutEngine, RolloutSettings
@@ -20,7 +20,7 @@ from lightning_modules.serving.generation_rules import Generation, rules
 log = logging.getLogger(__name__)
 
 
-class NativeAnswerer:
+class PolicyPredictor:
     """`encoder` says how questions are put and refused; a window is one batch of `settings.batch_prompts`.
 
     `engine` must generate by the rules of `generation`: the native engine does under "greedy", `own_generation` under
@@ -37,7 +37,7 @@ class NativeAnswerer:
     ) -> None:
         self.policy, self.engine, self.encoder, self.settings = policy, engine, encoder, settings
         self.generation = generation
-        self.convention = encoder.convention
+        self.box_format = encoder.box_format
         self.window = settings.batch_prompts
         self._policy_key = policy_fingerprint(policy)  # once: it reads all weights
 
@@ -56,4 +56,4 @@ class NativeAnswerer:
                 else:
                     items.append(item.to(self.policy.device))
             for item, (rollout,) in zip(items, self.engine.generate(items, rollouts), strict=True):
-                yield item.sample, Reply(rollout.text, item.geometries, len(rollout.token_ids), rollout.finished)
+                yield item.sample, Reply(rollout.text, item.image_sizes, len(rollout.token_ids), rollout.finished)
