@@ -1,4 +1,4 @@
-"""From a loaded sample to what the policy reads: token ids, pixel patches, M-RoPE positions and image image sizes.
+"""From a loaded sample to what the policy reads: token ids, pixel patches, M-RoPE positions and image sizes.
 
 Shapes: P prompt tokens, C completion tokens, n images, N patches of all images of one item.
 """
