@@ -9,7 +9,7 @@ from PIL import Image
 
 from datamodules.samples.boxes import Box
 from datamodules.synthetic.single_image import crowd
-from datamodules.synthetic.thinking_texts import conclusion
+from datamodules.synthetic.thinking_texts import thorough_thinking
 from datamodules.synthetic.world import (
     COLOURS,
     FILLS,
@@ -49,7 +49,7 @@ class Puzzle:
         return draw_scene(self.scenes[k]) if crop is None else crop_scene(self.scenes[k], crop)
 
     def thinking(self, wording: int = 0) -> str:
-        return conclusion(self.reasons, self.label, self.target, wording)
+        return thorough_thinking(self.reasons, self.label, self.target, wording)
 
     def content_hashes(self) -> frozenset[str]:
         return frozenset(scene.content_hash() for scene in self.scenes)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 
 
-def conclusion(reasons: Sequence[str], name: str, image: int, wording: int = 0) -> str:
+def thorough_thinking(reasons: Sequence[str], name: str, image: int, wording: int = 0) -> str:
     """Why this thing, and in which image it is; `reasons` say the same in other words. `wording` is any number."""
     reason = reasons[wording % len(reasons)]
     texts = (
@@ -21,6 +21,6 @@ def conclusion(reasons: Sequence[str], name: str, image: int, wording: int = 0) 
     return texts[wording % len(texts)]
 
 
-def glance(image: int) -> str:
-    """A hasty thought: where to look, but not for what. True, and of little help."""
+def short_thinking(image: int) -> str:
+    """Short thinking: in which image to look, but not for which object. It is true, and helps little."""
     return f"Look at image {image + 1}."

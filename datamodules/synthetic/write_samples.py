@@ -28,7 +28,7 @@ from datamodules.synthetic.puzzles import Puzzle, box_text
 from datamodules.synthetic.question_wordings import BOX, reworded
 from datamodules.synthetic.single_image import GROUNDING, single_scene
 from datamodules.synthetic.tasks import make_puzzle
-from datamodules.synthetic.thinking_texts import conclusion, glance
+from datamodules.synthetic.thinking_texts import short_thinking, thorough_thinking
 from datamodules.synthetic.world import draw_scene, encode_png
 
 # Shares of the training parts, in the spirit of the paper's Table 1: common object and referring lead, a few
@@ -36,9 +36,9 @@ from datamodules.synthetic.world import draw_scene, encode_png
 MIXTURE = {"common_object": 0.33, "refer_grounding": 0.24, "diff": 0.19, "region": 0.14, "single": 0.1}
 # The RL pool also needs prompts that are always and never solved, as real data has; else there is nothing to reject.
 POOL_DIFFICULTY = {"normal": 0.7, "easy": 0.12, "hard": 0.18}
-# Share of the training samples whose rationale is hasty, whatever the question: a teacher's rationales are not equally
-# good, and which kind leads to the right box is for GRPO to find out.
-HASTY = 0.6
+# Share of the training samples with short thinking, whatever the question; the others have thorough thinking. The
+# rationales of a teacher are not equally good either, and GRPO has to find out which kind leads to the right box.
+SHORT_THINKING_SHARE = 0.6
 # Around the box of a thing that a single-image question points at; those of the second line mark it in the picture too.
 POINTING = (("Which object is at ", "? Name it and locate it."), ("Name the object at ", " and give its bounding box."))
 MARKING = (("What is in the red bounding box ", "? Locate it."), ("Name and locate the object marked in red ", "."))
@@ -63,8 +63,8 @@ def training_puzzle(part: str, seed: int, index: int) -> tuple[Sample, tuple[byt
         question, wording = reworded(rng, puzzle)
         sample = to_sample(replace(puzzle, question=question), name, difficulty, wording)
         hashes = puzzle.content_hashes()
-    if rng.random() < HASTY:
-        sample = replace(sample, thinking=glance(sample.answer.image))
+    if rng.random() < SHORT_THINKING_SHARE:
+        sample = replace(sample, thinking=short_thinking(sample.answer.image))
     return sample, images, hashes
 
 
@@ -106,7 +106,7 @@ def _single(rng: random.Random, name: str) -> tuple[Sample, tuple[bytes, ...], f
         wording = rng.randrange(len(POINTING + MARKING))
         before, after = (POINTING + MARKING)[wording]
         question = (TextPart(before), BoxPart(0, thing.box, box_text(thing.box)), TextPart(after))
-        thinking = conclusion(("The marked object",), kind, 0, wording)
+        thinking = thorough_thinking(("The marked object",), kind, 0, wording)
         if (before, after) in MARKING:
             scene = scene.with_frame(thing.box)
     sample = Sample(
