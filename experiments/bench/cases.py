@@ -17,12 +17,12 @@ TINY_GROWTH = {"group_size": (2, 4), "images": (1, 2), "completion_tokens": (4, 
 
 @dataclass(frozen=True)
 class Case:
-    """`turns` of each side, alternating; each is `warmup` untimed steps (at least one in the first turn) and then
+    """`turns` of each contender, alternating; each is `warmup` untimed steps (at least one in the first turn) and then
     `steps` timed ones. `expected_seconds`: no case is begun with less than this left."""
 
     name: str
     workload: Workload
-    sides: tuple[str, ...] = ("ours", "trl")
+    contenders: tuple[str, ...] = ("ours", "trl")
     turns: int = 4
     warmup: int = 0
     steps: int = 2
@@ -50,14 +50,14 @@ def workloads(shape: str) -> dict[str, Workload]:
     return {"grpo": grpo, "sft": replace(grpo, task="sft", prompts=8, group_size=1)}
 
 
-def cases(shape: str, growth_sides: tuple[str, ...] = ("ours",)) -> Iterator[Case]:
+def cases(shape: str, growth_contenders: tuple[str, ...] = ("ours",)) -> Iterator[Case]:
     base = workloads(shape)
     on_gpu = shape not in ("tiny", "nano")
-    # On the GPU each turn starts with memory that was just given to the other side: its first step is not timed.
+    # On the GPU each turn starts with memory that was just given to the other contender: its first step is not timed.
     pace = {"turns": 2, "warmup": 1, "steps": 1} if on_gpu else {"turns": 1 if shape == "tiny" else 4}
     yield Case("grpo", base["grpo"], expected_seconds=380 if on_gpu else 60, **pace)
     yield Case("sft", base["sft"], expected_seconds=120 if on_gpu else 60, **pace)
-    once = {"turns": 1, "steps": 2, "sides": growth_sides, "expected_seconds": 100 if on_gpu else 60}
+    once = {"turns": 1, "steps": 2, "contenders": growth_contenders, "expected_seconds": 100 if on_gpu else 60}
     if on_gpu:
         large = replace(base["grpo"], images=8, completion_tokens=1024)
         yield Case("grpo large", large, **once)

@@ -1,4 +1,4 @@
-"""Running one case: the sides take turns; medians, ratio, floor and its share come out."""
+"""Running one case: the contenders take turns; medians, ratio, floor and its share come out."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from statistics import median
 from typing import Any
 
 from experiments.bench.cases import Case
+from experiments.bench.contender_process import Contender
 from experiments.bench.roofline import Peaks, Sizes, step_work
-from experiments.bench.side_process import Side
 
 LONG_STEP_SECONDS = 20.0  # asking for its memory again, or waiting at borders, is nothing to a step as long as this
 
 
-def measure(case: Case, model: str, sides: Mapping[str, Side], peaks: Peaks) -> dict[str, Any]:
-    """The case's result, as JSON. Raises ValueError if the sides were not given the same tokens."""
-    chosen = {name: sides[name] for name in case.sides}
-    for side in chosen.values():  # both load at the same time
-        side.tell(do="train", model=model, workload=case.workload.to_json())
-    for side in chosen.values():
-        side.read()
-    turns: dict[str, list[list[dict]]] = {name: [] for name in chosen}  # by side and turn: every step, untimed ones too
+def measure(case: Case, model: str, contenders: Mapping[str, Contender], peaks: Peaks) -> dict[str, Any]:
+    """The case's result, as JSON. Raises ValueError if the contenders were not given the same tokens."""
+    chosen = {name: contenders[name] for name in case.contenders}
+    for contender in chosen.values():  # both load at the same time
+        contender.tell(do="train", model=model, workload=case.workload.to_json())
+    for contender in chosen.values():
+        contender.read()
+    # By contender and turn: every step, untimed steps too.
+    turns: dict[str, list[list[dict]]] = {name: [] for name in chosen}
     for turn in range(case.turns):
         order = list(chosen) if turn % 2 == 0 else list(chosen)[::-1]
         for name in order:
@@ -29,33 +30,33 @@ def measure(case: Case, model: str, sides: Mapping[str, Side], peaks: Peaks) -> 
     decoding = {}
     if "ours" in chosen and case.name == "grpo":
         decoding = chosen["ours"].ask(do="decode")
-    for side in chosen.values():
-        side.ask(do="stop")
+    for contender in chosen.values():
+        contender.ask(do="stop")
     _check_inputs(turns)
     result = {
         "case": case.name,
         "workload": case.workload.to_json(),
-        "sides": {name: _summary(turns[name], case) for name in chosen},
+        "contenders": {name: _summary(turns[name], case) for name in chosen},
         "decoding": decoding,
     }
-    return result | _ratio(result["sides"]) | _floor(result, case, model, peaks)
+    return result | _ratio(result["contenders"]) | _floor(result, case, model, peaks)
 
 
-def _run_turn(side: Side, case: Case, earlier: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def _run_turn(contender: Contender, case: Case, earlier: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     is_long = bool(earlier) and earlier[-1][-1]["seconds"] > LONG_STEP_SECONDS
     untimed = 0 if is_long else case.warmup if earlier else max(case.warmup, 1)
     # Untimed steps wait for the GPU between phases, which gives the phases; timed ones only where that costs nothing.
     exact = [is_long or index < untimed for index in range(untimed + case.steps)]
-    steps = [side.ask(do="step", exact=is_exact) | {"exact": is_exact} for is_exact in exact]
-    side.ask(do="release")
+    steps = [contender.ask(do="step", exact=is_exact) | {"exact": is_exact} for is_exact in exact]
+    contender.ask(do="release")
     return steps
 
 
 def _check_inputs(turns: Mapping[str, list[list[dict]]]) -> None:
-    seen = [[step["inputs"] for steps in of_side for step in steps] for of_side in turns.values()]
-    for number, inputs in enumerate(zip(*seen, strict=False)):  # one side may have made more steps than another
+    seen = [[step["inputs"] for steps in of_contender for step in steps] for of_contender in turns.values()]
+    for number, inputs in enumerate(zip(*seen, strict=False)):  # one contender may have made more steps than another
         if len(set(inputs)) > 1:
-            raise ValueError(f"the sides read different tokens at step {number}: {' and '.join(turns)}")
+            raise ValueError(f"the contenders read different tokens at step {number}: {' and '.join(turns)}")
 
 
 def _summary(turns: list[list[dict[str, Any]]], case: Case) -> dict[str, Any]:
@@ -79,12 +80,12 @@ def _summary(turns: list[list[dict[str, Any]]], case: Case) -> dict[str, Any]:
     }
 
 
-def _ratio(sides: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def _ratio(contenders: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """TRL's seconds over ours: of the medians; of each turn, which shows the spread; and of processor time, which other
     work on the machine disturbs less (with one thread and an idle machine it equals the first)."""
-    if set(sides) != {"ours", "trl"}:
+    if set(contenders) != {"ours", "trl"}:
         return {}
-    ours, trl = sides["ours"], sides["trl"]
+    ours, trl = contenders["ours"], contenders["trl"]
     by_turn = [median(b) / median(a) for a, b in zip(ours["steps"], trl["steps"], strict=True)]
     return {
         "ratio": trl["seconds"] / ours["seconds"],
@@ -94,7 +95,7 @@ def _ratio(sides: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _floor(result: dict[str, Any], case: Case, model: str, peaks: Peaks) -> dict[str, Any]:
-    ours = result["sides"].get("ours")
+    ours = result["contenders"].get("ours")
     if ours is None:
         return {}
     counts = (ours["prompt_tokens"], ours["completion_tokens"], ours["patches"])

@@ -5,7 +5,7 @@
 
 Every finished case is written to <output>/<shape>.json at once. The same command goes on with the cases that are left;
 a case is measured again when its settings, the code or the machine differ. With `--minutes` it ends in time and says
-what is left. The sides are processes of their own, so `--trl-python` may be the interpreter of another environment.
+what is left. Each contender is a process of its own, so `--trl-python` may be the interpreter of another environment.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ import torch
 
 from datamodules.persistence.files import file_sha256, fingerprint, read_json, write_json
 from experiments.bench.cases import Case, cases
+from experiments.bench.contender_process import Contender, ContenderFailed, OutOfTime
 from experiments.bench.measure import measure
 from experiments.bench.roofline import Peaks, machine_peaks
 from experiments.bench.shapes import SHAPES, model_folder
-from experiments.bench.side_process import OutOfTime, Side, SideFailed
 from experiments.bench.table import case_table, growth_table
 from experiments.runs.commands import command
 
@@ -61,7 +61,7 @@ class Runner:
         self.shape, self.arguments, self.deadline = shape, arguments, deadline
         self.path = arguments.output / f"{shape}.json"
         self.settings = machine() | {"threads": arguments.threads}
-        self.sides: dict[str, Side] = {}
+        self.contenders: dict[str, Contender] = {}
         self.left: list[str] = []
         self.failed: list[str] = []
 
@@ -70,10 +70,12 @@ class Runner:
         found = [case for case in cases(self.shape, growth) if case.name.startswith(tuple(self.arguments.cases))]
         if self.arguments.growth == "none":
             found = [case for case in found if case.name in ("grpo", "sft")]
-        return [_only(case, self.arguments.sides) for case in found]
+        return [_only(case, self.arguments.contenders) for case in found]
 
     def results(self) -> dict[str, Any]:
-        return read_json(self.path).get("cases", {})
+        stored = read_json(self.path).get("cases", {})
+        # Results of earlier versions have other field names. They are measured again.
+        return {name: result for name, result in stored.items() if "contenders" in result}
 
     def run(self) -> None:
         model: Path | None = None
@@ -104,54 +106,54 @@ class Runner:
     def _measure(self, case: Case, key: str, model: str, peaks: Peaks) -> dict[str, Any] | None:
         """The case's result, stored; None if it failed or did not end in time."""
         try:
-            if len(case.sides) > 1:
-                self._close_sides()  # fresh processes hold no memory of another case
-            for name in set(self.sides) - set(case.sides):
-                self.sides.pop(name).close()
-            for name in case.sides:
-                if name not in self.sides:
-                    self.sides[name] = self._start(name)
-            for name in case.sides:
-                self.sides[name].await_greeting()
-            result = measure(case, model, self.sides, peaks)
-        except (OutOfTime, SideFailed) as error:
-            self._close_sides()  # the sides' state is unknown: the next case starts them anew
+            if len(case.contenders) > 1:
+                self._close_contenders()  # fresh processes hold no memory of another case
+            for name in set(self.contenders) - set(case.contenders):
+                self.contenders.pop(name).close()
+            for name in case.contenders:
+                if name not in self.contenders:
+                    self.contenders[name] = self._start(name)
+            for name in case.contenders:
+                self.contenders[name].await_greeting()
+            result = measure(case, model, self.contenders, peaks)
+        except (OutOfTime, ContenderFailed) as error:
+            self._close_contenders()  # the contenders' state is unknown: the next case starts them anew
             print(f"{self.shape} {case.name}: {error}", file=sys.stderr, flush=True)
             (self.left if isinstance(error, OutOfTime) else self.failed).append(case.name)
             return None
-        versions = {name: self.sides[name].versions for name in case.sides}
+        versions = {name: self.contenders[name].versions for name in case.contenders}
         result |= {"shape": self.shape, "key": key, "peaks": asdict(peaks), "machine": self.settings, "by": versions}
         write_json(self.path, {"cases": self.results() | {case.name: result}})
         return result
 
-    def _start(self, name: str) -> Side:
+    def _start(self, name: str) -> Contender:
         python = self.arguments.trl_python if name == "trl" else sys.executable
         log = self.arguments.output / "logs" / f"{self.shape}-{name}.log"
-        return Side(name, python, self.arguments.threads, log, self.deadline)
+        return Contender(name, python, self.arguments.threads, log, self.deadline)
 
-    def _close_sides(self) -> None:
-        for side in self.sides.values():
-            side.close()
-        self.sides = {}
+    def _close_contenders(self) -> None:
+        for contender in self.contenders.values():
+            contender.close()
+        self.contenders = {}
 
     @contextmanager
     def _closing(self) -> Iterator[None]:
         try:
             yield
         finally:
-            self._close_sides()
+            self._close_contenders()
 
 
-def _only(case: Case, sides: Sequence[str]) -> Case:
-    kept = tuple(name for name in case.sides if name in sides)
-    return replace(case, sides=kept or tuple(sides))
+def _only(case: Case, contenders: Sequence[str]) -> Case:
+    kept = tuple(name for name in case.contenders if name in contenders)
+    return replace(case, contenders=kept or tuple(contenders))
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=sorted([*SHAPES, "nano"]), default=["nano"])
     parser.add_argument("--cases", nargs="+", default=[""], help="only names that begin so: 'grpo images'")
-    parser.add_argument("--sides", nargs="+", choices=("ours", "trl"), default=["ours", "trl"])
+    parser.add_argument("--contenders", nargs="+", choices=("ours", "trl"), default=["ours", "trl"])
     parser.add_argument("--growth", choices=("ours", "both", "none"), default="ours", help="whose growth is measured")
     parser.add_argument("--trl-python", default=sys.executable, help="interpreter of an environment that has TRL")
     parser.add_argument("--threads", type=int, default=num_cores())

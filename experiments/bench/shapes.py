@@ -1,7 +1,7 @@
 """Model folders to measure: the nano base as it is, and real Qwen2.5-VL shapes with random weights.
 
 A random folder holds the nano tokenizer with its vocabulary filled up to the real size, Qwen's image budget, and
-weights that are drawn once, so that both sides read the same.
+weights that are drawn once, so that both contenders read the same.
 """
 
 from __future__ import annotations

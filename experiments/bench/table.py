@@ -11,21 +11,21 @@ PARTS = {"rollout": ("prefill", "decode")}
 
 
 def case_table(result: Mapping[str, Any]) -> str:
-    """Phases of one case: seconds of each side, the floor, and how it was shared."""
-    sides, floor = result["sides"], result.get("floor", {"phases": {}})
-    names = list(sides)
+    """Phases of one case: seconds of each contender, the floor, and how it was shared."""
+    contenders, floor = result["contenders"], result.get("floor", {"phases": {}})
+    names = list(contenders)
     lines = [headline(result), _row(["", *names, "floor"])]
     for phase in PHASES:
-        seconds = [sides[name]["phases"].get(phase) for name in names]
+        seconds = [contenders[name]["phases"].get(phase) for name in names]
         if any(value is not None for value in seconds):
             parts = PARTS.get(phase, (phase,))
             least = sum(floor["phases"][part]["seconds"] for part in parts if part in floor["phases"])
             lines.append(_row([phase, *(_number(value) for value in seconds), _number(least or None)]))
-    total = [_number(sides[name]["seconds"]) for name in names]
+    total = [_number(contenders[name]["seconds"]) for name in names]
     lines.append(_row(["step, seconds", *total, _number(floor.get("seconds"))]))
-    lines.append(_row(["processor seconds", *(_number(sides[name]["cpu_seconds"]) for name in names)]))
-    lines.append(_row(["tokens/s", *(f"{sides[name]['tokens_per_second']:.0f}" for name in names)]))
-    lines.append(_row(["peak GB", *(f"{sides[name]['peak_bytes'] / 1e9:.2f}" for name in names)]))
+    lines.append(_row(["processor seconds", *(_number(contenders[name]["cpu_seconds"]) for name in names)]))
+    lines.append(_row(["tokens/s", *(f"{contenders[name]['tokens_per_second']:.0f}" for name in names)]))
+    lines.append(_row(["peak GB", *(f"{contenders[name]['peak_bytes'] / 1e9:.2f}" for name in names)]))
     return "\n".join([*lines, *_verdict(result)])
 
 
@@ -57,16 +57,16 @@ def headline(result: Mapping[str, Any]) -> str:
 
 def growth_table(results: Sequence[Mapping[str, Any]]) -> str:
     """One line for each case, with what its step takes against the first of its kind."""
-    lines = [_row(["", "side", "step s", "x first", "rollout s", "tokens/s", "peak GB", "of floor"])]
+    lines = [_row(["", "contender", "step s", "x first", "rollout s", "tokens/s", "peak GB", "of floor"])]
     first: dict[tuple[str, str], float] = {}
     for result in results:
-        for name, side in result["sides"].items():
+        for name, contender in result["contenders"].items():
             kind = (result["case"].split("=")[0], name)
-            base = first.setdefault(kind, side["seconds"])
+            base = first.setdefault(kind, contender["seconds"])
             share = f"{result['floor_share']:.1%}" if name == "ours" else ""
-            cells = [_number(side["seconds"]), f"{side['seconds'] / base:.2f}"]
-            cells += [_number(side["phases"].get("rollout")), f"{side['tokens_per_second']:.0f}"]
-            lines.append(_row([result["case"], name, *cells, f"{side['peak_bytes'] / 1e9:.2f}", share]))
+            cells = [_number(contender["seconds"]), f"{contender['seconds'] / base:.2f}"]
+            cells += [_number(contender["phases"].get("rollout")), f"{contender['tokens_per_second']:.0f}"]
+            lines.append(_row([result["case"], name, *cells, f"{contender['peak_bytes'] / 1e9:.2f}", share]))
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """Stepping a training loop in another process: one command a line on its standard input, one answer a line back.
 
-A side trains with its own trainer. At the end of every optimizer step the trainer stands at the gate until the driver
-asks for the next one, so the steps of two sides take turns on the same machine and never overlap.
+A contender trains with its own trainer. At the end of every optimizer step the trainer waits at the gate until the
+driver asks for the next step. So the steps of two contenders take turns on the same machine and never overlap.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def peak_bytes() -> int:
 
 
 def release_memory() -> None:
-    """Give cached GPU memory back, so that the other side has room for its turn."""
+    """Give cached GPU memory back, so that the other contender has room for its turn."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -129,7 +129,7 @@ class Gate:
         self.channel = channel
         self.clock = PhaseClock()
         self.answers: dict[str, Callable[[], dict[str, Any]]] = {}
-        self.facts: dict[str, Any] = {}  # of the current step, filled in by the side: tokens, prompts, loss
+        self.facts: dict[str, Any] = {}  # of the current step, filled in by the contender: tokens, prompts, loss
         self.quit = False
         self._began = self._cpu_began = 0.0
 

@@ -1,4 +1,4 @@
-"""What both sides are given: the same prompts, images and lengths, made from a seed."""
+"""What both contenders are given: the same prompts, images and lengths, made from a seed."""
 
 from __future__ import annotations
 

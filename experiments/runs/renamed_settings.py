@@ -10,6 +10,7 @@ MOVED = {"callbacks.guards.": "callbacks.save_on_interrupt.", "callbacks.collaps
 RENAMED = {
     "convention": "box_format",
     "dialect": "model_family",
+    "sides": "contenders",
 }
 _SETTING = re.compile(r"\s*(?:- )?([A-Za-z_]\w*)\s*:(?=\s|$)")  # a YAML key at the beginning of a line
 _FLAG = re.compile(r"--(?:[\w.]*\.)?(\w+)(?:=|$)")  # --model.beta=0.01, or --model.beta before its value

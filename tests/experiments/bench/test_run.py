@@ -12,8 +12,8 @@ import pytest
 
 from experiments.bench import run
 from experiments.bench.cases import GROWTH, Case, cases, workloads
+from experiments.bench.contender_process import ContenderFailed, OutOfTime
 from experiments.bench.measure import measure
-from experiments.bench.side_process import OutOfTime, SideFailed
 from experiments.bench.workload import Workload
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -60,13 +60,13 @@ def test_it_runs_without_the_optional_packages_and_goes_on_where_it_stopped(
     probe = subprocess.run(absent, env=os.environ | bare, capture_output=True, text=True)
     assert "No module named 'wandb'" in probe.stderr
 
-    chosen = ["--sides", "ours", "--cases", "grpo group_size", "sft"]
+    chosen = ["--contenders", "ours", "--cases", "grpo group_size", "sft"]
     first = run_bench(tmp_path, *chosen, **bare)
     assert first.returncode == 0, first.stderr + "".join(p.read_text() for p in tmp_path.rglob("*.log"))
     stored = json.loads((tmp_path / "out" / "tiny.json").read_text())["cases"]
     assert set(stored) == {"sft", "grpo group_size=2", "grpo group_size=4"}
     for result in stored.values():
-        ours = result["sides"]["ours"]
+        ours = result["contenders"]["ours"]
         assert ours["seconds"] > 0 and ours["peak_bytes"] > 0
         assert 0 < result["floor_share"] < 1
         assert sum(ours["phases"].values()) == pytest.approx(ours["seconds"], rel=0.5)
@@ -74,7 +74,7 @@ def test_it_runs_without_the_optional_packages_and_goes_on_where_it_stopped(
     (tmp_path / "out" / "logs" / "tiny-ours.log").unlink()
     second = run_bench(tmp_path, *chosen, **bare)
     assert second.returncode == 0
-    assert not list(tmp_path.rglob("*.log"))  # no side was started
+    assert not list(tmp_path.rglob("*.log"))  # no contender was started
     assert "grpo group_size=4" in second.stdout
 
 
@@ -84,10 +84,10 @@ def test_both_sides_read_the_same_tokens_and_begin_at_the_same_loss(tmp_path: Pa
     assert finished.returncode == 0, finished.stderr + "".join(p.read_text() for p in tmp_path.rglob("*.log"))
     stored = json.loads((tmp_path / "out" / "tiny.json").read_text())["cases"]
     for name, result in stored.items():
-        ours, trl = result["sides"]["ours"], result["sides"]["trl"]
+        ours, trl = result["contenders"]["ours"], result["contenders"]["trl"]
         assert (ours["prompt_tokens"], ours["completion_tokens"]) == (trl["prompt_tokens"], trl["completion_tokens"])
         assert result["ratio"] == pytest.approx(trl["seconds"] / ours["seconds"]), name
-    losses = [side["first_loss"] for side in stored["sft"]["sides"].values()]
+    losses = [contender["first_loss"] for contender in stored["sft"]["contenders"].values()]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -103,15 +103,17 @@ def test_a_side_that_cannot_start_is_reported(tmp_path: Path, capsys: pytest.Cap
     broken.write_text("#!/bin/sh\necho no trl here >&2\nexit 3\n")
     broken.chmod(0o755)
     folders = ["--output", str(tmp_path), "--models", str(tmp_path), "--threads", "1"]
-    code = run.main(["--shapes", "tiny", "--cases", "sft", "--sides", "trl", "--trl-python", str(broken), *folders])
+    code = run.main(
+        ["--shapes", "tiny", "--cases", "sft", "--contenders", "trl", "--trl-python", str(broken), *folders]
+    )
     assert code == 1
     captured = capsys.readouterr()
     assert "no trl here" in captured.err
     assert "Failed: tiny sft" in captured.out
 
 
-class StubSide:
-    """Answers like a side whose steps take the stated seconds."""
+class StubContender:
+    """Answers like a contender whose steps take the stated seconds."""
 
     def __init__(self, log: list[str], name: str, seconds: list[float], inputs: str = "same") -> None:
         self.log, self.name, self.seconds, self.inputs = log, name, iter(seconds), inputs
@@ -136,13 +138,13 @@ def test_sides_take_turns_and_untimed_steps_do_not_count(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text((ROOT / "models/nano-base/config.json").read_text())
     case = Case("sft", Workload(task="sft", group_size=1), turns=2, warmup=0, steps=2)
     log: list[str] = []
-    sides = {
-        "ours": StubSide(log, "ours", [99.0, 1.0, 1.0, 2.0, 2.0]),
-        "trl": StubSide(log, "trl", [99.0, 3.0, 3.0, 12.0, 12.0]),
+    contenders = {
+        "ours": StubContender(log, "ours", [99.0, 1.0, 1.0, 2.0, 2.0]),
+        "trl": StubContender(log, "trl", [99.0, 3.0, 3.0, 12.0, 12.0]),
     }
     peaks = run.Peaks(1e12, 1e12, "stated")
-    result = measure(case, str(tmp_path), sides, peaks)
-    assert result["sides"]["ours"]["steps"] == [[1.0, 1.0], [2.0, 2.0]]
+    result = measure(case, str(tmp_path), contenders, peaks)
+    assert result["contenders"]["ours"]["steps"] == [[1.0, 1.0], [2.0, 2.0]]
     assert result["ratio_by_turn"] == [3.0, 6.0]
     assert result["ratio"] == 7.5 / 1.5
     steps = [line.split()[0] for line in log if line.endswith("step")]
@@ -153,44 +155,44 @@ def test_a_long_step_is_not_warmed_up_again_and_is_timed_by_phase(tmp_path: Path
     (tmp_path / "config.json").write_text((ROOT / "models/nano-base/config.json").read_text())
     case = Case("sft", Workload(task="sft", group_size=1), turns=2, warmup=1, steps=1)
     log: list[str] = []
-    sides = {
-        "ours": StubSide(log, "ours", [99.0, 1.0, 7.0, 2.0]),
-        "trl": StubSide(log, "trl", [99.0, 30.0, 40.0]),
+    contenders = {
+        "ours": StubContender(log, "ours", [99.0, 1.0, 7.0, 2.0]),
+        "trl": StubContender(log, "trl", [99.0, 30.0, 40.0]),
     }
-    result = measure(case, str(tmp_path), sides, run.Peaks(1e12, 1e12, "stated"))
-    assert [result["sides"][name]["steps"] for name in sides] == [[[1.0], [2.0]], [[30.0], [40.0]]]
-    assert [result["sides"][name]["phases"]["other"] for name in sides] == [7.0, 40.0]
+    result = measure(case, str(tmp_path), contenders, run.Peaks(1e12, 1e12, "stated"))
+    assert [result["contenders"][name]["steps"] for name in contenders] == [[[1.0], [2.0]], [[30.0], [40.0]]]
+    assert [result["contenders"][name]["phases"]["other"] for name in contenders] == [7.0, 40.0]
     steps = [line.split() for line in log if line.endswith("step")]
-    asked = {name: [how for side, how, *_ in steps if side == name] for name in sides}
+    asked = {name: [how for contender, how, *_ in steps if contender == name] for name in contenders}
     assert asked == {"ours": ["exact", "step", "exact", "step"], "trl": ["exact", "step", "exact"]}
 
 
 def test_sides_that_read_different_tokens_are_refused(tmp_path: Path) -> None:
     case = Case("sft", Workload(task="sft", group_size=1), turns=1, steps=1)
-    sides = {name: StubSide([], name, [1.0, 1.0], inputs=name) for name in ("ours", "trl")}
+    contenders = {name: StubContender([], name, [1.0, 1.0], inputs=name) for name in ("ours", "trl")}
     with pytest.raises(ValueError, match="different tokens at step 0"):
-        measure(case, str(tmp_path), sides, run.Peaks(1.0, 1.0, "stated"))
+        measure(case, str(tmp_path), contenders, run.Peaks(1.0, 1.0, "stated"))
 
 
 def test_a_side_that_is_silent_is_not_waited_for_forever(tmp_path: Path) -> None:
     silent = tmp_path / "python"
     silent.write_text("#!/bin/sh\nexec sleep 60\n")
     silent.chmod(0o755)
-    side = run.Side("ours", str(silent), 1, tmp_path / "log", deadline=run.time.monotonic() + 0.2)
+    contender = run.Contender("ours", str(silent), 1, tmp_path / "log", deadline=run.time.monotonic() + 0.2)
     with pytest.raises(OutOfTime, match="ours did not answer"):
-        side.await_greeting()
-    side.close()
+        contender.await_greeting()
+    contender.close()
 
 
 def test_a_side_that_died_between_two_commands_is_reported(tmp_path: Path) -> None:
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho out of memory >&2\nexit 3\n")
     broken.chmod(0o755)
-    side = run.Side("ours", str(broken), 1, tmp_path / "log", deadline=run.time.monotonic() + 60)
-    side.process.wait()
-    with pytest.raises(SideFailed, match="out of memory"):
-        side.ask(do="step")
-    side.close()
+    contender = run.Contender("ours", str(broken), 1, tmp_path / "log", deadline=run.time.monotonic() + 60)
+    contender.process.wait()
+    with pytest.raises(ContenderFailed, match="out of memory"):
+        contender.ask(do="step")
+    contender.close()
 
 
 @pytest.mark.parametrize("shape", ["tiny", "nano", "3b", "7b"])

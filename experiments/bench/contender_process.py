@@ -1,4 +1,4 @@
-"""One side as a process: starts it, sends commands, waits for answers no longer than until a deadline."""
+"""One contender as a process: starts it, sends commands, waits for answers no longer than until a deadline."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import time
 from pathlib import Path
 from typing import Any
 
-MODULES = {"ours": "experiments.bench.our_side", "trl": "experiments.bench.trl_side"}
+MODULES = {"ours": "experiments.bench.our_contender", "trl": "experiments.bench.trl_contender"}
 
 
-class SideFailed(RuntimeError):
-    """The side's process ended; the message holds the end of its log."""
+class ContenderFailed(RuntimeError):
+    """The contender's process ended; the message holds the end of its log."""
 
 
 class OutOfTime(RuntimeError):
     """No answer before the deadline."""
 
 
-class Side:
+class Contender:
     """Starts at once; `await_greeting` waits until it is ready for commands."""
 
     def __init__(self, name: str, python: str, threads: int, log: Path, deadline: float) -> None:
         """`python` is the interpreter of the environment to use; `deadline` in seconds of time.monotonic()."""
         self.name, self.log, self.deadline = name, log, deadline
         log.parent.mkdir(parents=True, exist_ok=True)
-        # Nothing is looked up on a network, and both sides get the same number of threads.
+        # Nothing is looked up on a network, and both contenders get the same number of threads.
         own = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         with log.open("w") as errors:
             self.process = subprocess.Popen(
@@ -43,7 +43,7 @@ class Side:
         self.versions: dict[str, str] = {}
 
     def await_greeting(self) -> None:
-        """The side's first answer: its versions."""
+        """The contender's first answer: its versions."""
         self.versions = self.versions or self.read()["versions"]
 
     def ask(self, **command: Any) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class Side:
             self.process.stdin.write(json.dumps(command).encode() + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            raise SideFailed(self._last_words()) from None
+            raise ContenderFailed(self._last_words()) from None
 
     def read(self) -> dict[str, Any]:
         while not (line := self._next_line()).startswith(b"{"):
@@ -70,7 +70,7 @@ class Side:
                 raise OutOfTime(f"{self.name} did not answer in time")
             data = os.read(self.process.stdout.fileno(), 1 << 16)
             if not data:
-                raise SideFailed(self._last_words())
+                raise ContenderFailed(self._last_words())
             self._received += data
         line, self._received = self._received.split(b"\n", 1)
         return line

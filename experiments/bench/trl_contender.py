@@ -1,8 +1,8 @@
-"""TRL's side of the benchmark: its GRPOTrainer and SFTTrainer with transformers' generate.
+"""TRL as a contender of the benchmark: its GRPOTrainer and SFTTrainer with transformers' generate.
 
 Run by the driver (`experiments.bench.run`), with the Python of an environment that has TRL. Settings are TRL's own
-defaults, but for those that make it faster or that make the two sides do the same: one forward pass takes the whole
-step, nothing is logged or saved, gradient checkpointing only where this project has it too.
+defaults, except those that make it faster or that make both contenders do the same work: one forward pass takes the
+whole step, nothing is logged or saved, and gradient checkpointing is on only where this project has it on too.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Turnstile(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         self.gate.clock.wrap(kwargs["optimizer"], "step", "optimizer")
         if not self.gate.open():
-            raise ValueError("the driver stopped TRL's side before its first step")
+            raise ValueError("the driver stopped TRL before its first step")
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         control.should_training_stop = not self.gate.step_done()

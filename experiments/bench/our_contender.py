@@ -1,4 +1,4 @@
-"""This project's side of the benchmark: GRPO and CoTSFT as they are, in the smallest Lightning loop.
+"""This project as a contender of the benchmark: GRPO and CoTSFT as they are, in the smallest Lightning loop.
 
 Only public names are used: `GRPO`, `CoTSFT`, their policy and engine. Run by the driver (`experiments.bench.run`).
 """
