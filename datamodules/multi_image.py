@@ -20,24 +20,45 @@ from datamodules.streaming.workers import WorkersFailed, check_room, largest_pix
 
 logger = logging.getLogger(__name__)
 
-NUM_MEASURED = 8  # samples that are encoded to see how large one is, where that matters
+NUM_MEASURED = 8  # samples that are encoded in advance to measure the usual size of a sample
 
 
 def encode_for_training(encoder: Encoder, loaded: LoadedSample) -> EncodedSample:
-    """An item that a phase can learn from: both need an answer of one box, CoT-SFT to write it and GRPO to reward it.
-    Raises SampleError: "no_box_answer", before any image is decoded, and the rules of `Encoder.encode`."""
-    require_box(loaded.sample)
+    """Encode a sample that training can use. CoT-SFT writes the answer's box and GRPO rewards it, so there must be one.
+
+    Raises:
+        SampleError: with the rule "no_box_answer", or with a rule of `Encoder.encode`.
+    """
+    require_box(loaded.sample)  # first, because it costs no decoding
     return encoder.encode(loaded)
 
 
 class MultiImageData(LightningDataModule):
-    """Training batches from folders of shards (one path or several).
+    """Training batches from folders of shards.
 
-    The LightningModule calls `mark_trained(batch)` at the end of its training step; a checkpoint then resumes with the
-    very next batch. `batch_size` is per rank. `strict` raises the first rejected sample instead of counting it.
-    `verify_shards` compares the sha256 of each shard with its manifest when it is first read (`ShardReader`).
-    `num_workers` processes encode samples; each may take `worker_timeout` seconds for one sample. A worker that dies,
-    is stopped, or cannot hand its samples over ends the run with WorkersFailed.
+    The LightningModule calls `mark_trained(batch)` when it has used a batch. A run that resumes from a checkpoint goes
+    on with the batch after the last one that was marked.
+
+    Args:
+        shards: folder of shards, or a list of folders.
+        processor: folder or Hub name of the model's processor.
+        box_format: the meaning of the numbers that the model reads and writes.
+        style: the text behind the question (`PromptStyle`).
+        batch_size: samples of one batch on one rank.
+        num_workers: processes that encode samples; 0 encodes in this process. If a worker dies, is stopped, or cannot
+            hand over its samples, the run ends with WorkersFailed.
+        seed: seed of the order of samples.
+        shuffle_buffer: number of samples in the buffer in which the order is shuffled.
+        with_target: encode the target of supervised training too.
+        max_prompt_tokens: a sample with a longer prompt, images included, is rejected.
+        max_completion_tokens: a sample with a longer target is rejected.
+        max_image_pixels: a stored image with more pixels is refused (decompression bomb).
+        max_sample_pixels: a sample whose stored images together have more pixels is refused.
+        max_resized_pixels: largest area of an image after resizing; null takes the processor's own limit.
+        label_images: write "Picture k: " before image k.
+        strict: raise the error of the first rejected sample, instead of counting rejected samples.
+        verify_shards: compare the sha256 of each shard with its manifest when the shard is first read.
+        worker_timeout: seconds that a worker may take for one sample.
     """
 
     def __init__(
@@ -62,6 +83,7 @@ class MultiImageData(LightningDataModule):
         worker_timeout: float = WORKER_SECONDS,
     ) -> None:
         super().__init__()
+        # All wrong settings are reported together, before anything is loaded.
         low = {"batch_size": (batch_size, 1), "num_workers": (num_workers, 0), "shuffle_buffer": (shuffle_buffer, 1)}
         faults = [f"{name}={value} is below {least}" for name, (value, least) in low.items() if value < least]
         if not worker_timeout > 0:
@@ -87,11 +109,15 @@ class MultiImageData(LightningDataModule):
             label_images,
         )
         self._loader: BatchLoader | None = None
-        self._state: dict[str, Any] = {}  # until there is a loader
+        self._state: dict[str, Any] = {}  # a checkpoint's state, kept until the loader is made
 
     def setup(self, stage: str) -> None:
-        """Before rejection sampling, which may take hours. Raises WorkersFailed where workers cannot hand over samples
-        of usual size; warns where they cannot those of the largest."""
+        """Check that shared memory has room for the samples of the workers; warn if the largest ones would not fit.
+
+        Raises:
+            WorkersFailed: samples of the usual size do not fit.
+        """
+        # Lightning calls this before rejection sampling, which may take hours: the error must come first.
         if stage == "fit" and self.num_workers:
             held, ranks = num_samples_held(self.batch_size, self.num_workers), self.trainer.num_devices
             warning = check_room(held, largest_pixels(self.encoder), self._mean_pixels, ranks)
@@ -99,49 +125,57 @@ class MultiImageData(LightningDataModule):
                 logger.warning(warning)
 
     def train_dataloader(self) -> BatchLoader:
+        """The loader of this rank, at the position of the checkpoint if there is one."""
         stream, state = self._stream(), self.state_dict()
         self._loader = BatchLoader(stream, self.batch_size, self.num_workers, self.rejections, self.worker_timeout)
         if state:
             self._loader.load_state_dict(state)
         if self.num_workers:
-            _ = self.encoder.processor  # loaded before the workers are forked, not in each of them in each epoch
+            _ = self.encoder.processor  # loaded before the workers are forked, so that they need not load it each epoch
         return self._loader
 
     def workers_failure(self, error: BaseException) -> WorkersFailed | None:
-        """The message for a worker that has ended, if `error` reports one; None for any other error."""
+        """The error to show if `error` reports that a worker has ended; None for any other error."""
         workers = self._loader.workers if self._loader is not None else None
         return workers.failure(error) if workers is not None else None
 
     def mark_trained(self, batch: Batch) -> None:
-        """`batch` has been trained on: a state taken from here on resumes after it."""
+        """Record that `batch` has been used: `state_dict` now says that training goes on after it."""
         assert self._loader is not None, "the batch does not come from train_dataloader"
         self._loader.mark_trained(batch)
 
     def reorder(self, number: int) -> None:
-        """Take the samples from here on in another order (0 is the first): what was seen of an epoch may come again."""
+        """Continue with order `number` of the samples; the run begins with order 0.
+
+        After a rollback, other samples come than those that led to the collapse. Samples of this epoch may come twice.
+        """
         assert self._loader is not None, "there is no train_dataloader yet"
         self._loader.stream.reorder(number)
 
     def state_dict(self) -> dict[str, Any]:
+        """The position in the data, for the checkpoint."""
         return self._loader.state_dict() if self._loader is not None else self._state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go to the position that a checkpoint holds. Lightning may call this before or after the loader is made."""
         self._state = state_dict
         if self._loader is not None:
             self._loader.load_state_dict(state_dict)
 
     def teardown(self, stage: str) -> None:
+        """Report the rejected samples."""
         if self._loader is not None:
             self._loader.report()
 
     def _stream(self) -> ShardStream:
+        """The endless stream of this rank's samples, encoded."""
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         reader = ShardReader(self.shards, self.verify_shards)
         encode = partial(encode_for_training, self.encoder)
         return ShardStream(reader, encode, self.seed, rank, world_size, self.shuffle_buffer)
 
     def _mean_pixels(self) -> int:
-        """Bytes of pixel values of a sample, by the first that can be used; 0 where there is none."""
+        """Mean number of bytes of a sample's pixel values, over the first samples; 0 if none of them is usable."""
         values = (slot.value for slot in self._stream().window(0, 0, NUM_MEASURED))
         sizes = [value.pixel_values.nbytes for value in values if not isinstance(value, SampleError)]
         return sum(sizes) // max(1, len(sizes))

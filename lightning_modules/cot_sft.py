@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on written answers (paper section 3.2.2), with thinking (CoT-SFT) or without (SFT)."""
+"""Supervised fine-tuning on written answers (paper section 3.2.2), with thinking (CoT-SFT) or without it (SFT)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ from lightning_modules.policy_module import PolicyModule
 
 
 class CoTSFT(PolicyModule):
-    """Next-token prediction of the completion, its closing <|im_end|> included; prompt and images are never targets.
+    """Next-token prediction on the completion and its closing <|im_end|>. Prompt and images are never targets.
 
-    The loss is the mean over all completion tokens of an update (all batches of the window, all ranks), so a long
-    answer weighs more than a short one. What the completion is, thinking and answer or answer alone, the data decides.
-    feature_cache: folder where a frozen tower's image features are kept over epochs and runs, at most
-    feature_cache_gib of them; null keeps none. Fields: those of `PolicyModule`.
+    The loss is the mean over all completion tokens of one update: all batches of the accumulation window, on all ranks.
+    So a long answer has more weight than a short one. The data decides whether the completion has thinking.
+
+    Args:
+        model: folder or Hub name of the model.
+        feature_cache: folder for the image features of a frozen vision tower, which are kept for later epochs and runs;
+            null keeps none.
+        feature_cache_gib: largest size of this folder in GiB.
+        policy: the settings of `PolicyModule`.
     """
 
     def __init__(
@@ -30,6 +35,7 @@ class CoTSFT(PolicyModule):
         self.check_settings()
 
     def faults(self) -> list[str]:
+        """All settings that cannot work, in words."""
         faults = super().faults()
         if self.feature_cache is not None and not self.freeze_vision:
             faults.append(f"feature_cache={self.feature_cache!r} needs freeze_vision=True, not {self.freeze_vision}")
@@ -38,18 +44,27 @@ class CoTSFT(PolicyModule):
         return faults
 
     def configure_model(self) -> None:
+        """Load the model, and attach the feature cache."""
         super().configure_model()
+        # Lightning may call this twice. The cache's key holds a hash of the tower's weights.
         if self.feature_cache is not None and self.policy.feature_cache is None:
             tower = tower_fingerprint(self.policy.base.model.visual, self.model)
             self.policy.feature_cache = FeatureCache(self.feature_cache, tower, self.feature_cache_gib)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add the gradient of one batch. The last batch of an accumulation window also updates the weights."""
         started = time.perf_counter()
         self.begin_batch(batch)
+
+        # 1. Forward and backward passes; gradients add up until the window is complete.
         total, correct, num_tokens = self._backward(batch)
+
+        # 2. At the end of the window: one optimizer step. Only then a checkpoint may say that the batches are used.
         if self.end_batch():
             self.update()
             self.commit_window(batch)
+
+        # 3. Metrics of this batch over all ranks.
         total, correct, num_tokens = self.sum_over_ranks([total, correct, num_tokens])
         seconds = time.perf_counter() - started
         self.log_step(
@@ -62,17 +77,26 @@ class CoTSFT(PolicyModule):
         )
 
     def _backward(self, batch: Batch) -> tuple[float, float, int]:
-        """Add the batch's gradient; (sum of -log p, targets that are the likeliest token, targets)."""
+        """Add the gradient of the batch.
+
+        Returns the sum of -log p over the targets, the number of targets that are the most likely token, and the number
+        of targets.
+        """
         items = batch.items
+        # Features of a frozen tower need no gradient, so they are computed once for the whole batch (or read from the
+        # cache). A tower that is trained runs inside each row's forward pass.
         known = self.policy.encode_images(items) if self.freeze_vision else None
+        # Several samples share one packed row; attention does not cross from one sample to another.
         completions = [[_target(item)] for item in items]
         total, correct, num_tokens = 0.0, 0.0, 0
         for rows in self.in_step(pack_rows(items, completions, self.max_tokens_per_row)):
-            if rows is None:
+            if rows is None:  # another rank has more rows; FSDP needs the same number of passes on every rank
                 self.idle_pass()
                 continue
             features = known or self.row_features(rows, items)
-            log_probs, best = self.policy.token_log_probs(rows, features, ban_tokens=False, with_best=True)
+            log_probs, best = self.policy.token_log_probs(rows, features, ban_tokens=False, with_best=True)  # [N], [N]
+            # Rows hold different numbers of tokens. So the sum is added here, and `update` divides by the number of
+            # tokens of the whole window.
             loss = -log_probs.sum()
             self.backward_sum(loss, len(log_probs))
             total += loss.item()
@@ -82,6 +106,7 @@ class CoTSFT(PolicyModule):
 
 
 def _target(item: EncodedSample) -> Tensor:
+    """The token ids of the target, long [C]. Raises ValueError if the sample was encoded without one."""
     if item.completion_ids is None:
         raise ValueError(f"sample {item.sample.id!r} has no target: supervised training needs with_target=True")
     return item.completion_ids

@@ -1,6 +1,6 @@
-"""A loaded sample as chat messages of a model family, for a processor or for an OpenAI-compatible server.
+"""Turn a loaded sample into chat messages for a model family, for a processor or for an OpenAI-compatible server.
 
-The sizes of the images come with them: the answer's boxes are read in these sizes.
+The result also has the sizes of the images. The boxes in the model's answer are converted with these sizes.
 """
 
 from __future__ import annotations
@@ -23,14 +23,20 @@ from datamodules.samples.sample import ChoiceAnswer, LoadedSample
 
 @dataclass(frozen=True)
 class RequestForm:
-    """How questions are put to a model that is not the policy of this repository.
+    """The form of the questions for a model that is not the policy of this project.
 
-    style: `think` and `answer` are this repository's suffixes, `plain` adds none, `native` is the model family's own.
-    Under `native` a question with options asks for a letter as under `answer`, since families differ only in boxes.
-    before_image: instead of the model family's, such as "Picture {}: ".
-    min_pixels, max_pixels: bounds of an image as it is sent. For a model that speaks in pixels they must lie within
-    its processor's own: the image then comes in the very size that the processor would give it, so that the pixels of
-    prompt, answer and score are the same ones.
+    Args:
+        model_family: its box format, and its own prompt suffix and image labels.
+        style: the text behind the question. "think" and "answer" are this project's suffixes, "plain" adds none, and
+            "native" is the model family's own suffix. With "native", a question with options asks for a letter as with
+            "answer": families differ only in their boxes.
+        before_image: the label before each image, such as "Picture {}: "; None takes that of the model family.
+        min_pixels: smallest area of an image as it is sent, in pixels.
+        max_pixels: largest area of an image as it is sent. For a model that writes boxes in pixels, both limits must
+            lie within those of its processor. Then the image is sent in the size that the processor would give it, so
+            the pixels of prompt, answer and score agree.
+        max_image_pixels: a stored image with more pixels is refused (decompression bomb).
+        max_sample_pixels: a sample whose stored images together have more pixels is refused.
     """
 
     model_family: ModelFamily
@@ -38,8 +44,8 @@ class RequestForm:
     before_image: str | None = None
     min_pixels: int = 56 * 56
     max_pixels: int = 16384 * 28 * 28
-    max_image_pixels: int = MAX_IMAGE_PIXELS  # a larger stored image is refused (decompression bombs)
-    max_sample_pixels: int = MAX_SAMPLE_PIXELS  # more in all stored images of a sample are refused
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    max_sample_pixels: int = MAX_SAMPLE_PIXELS
 
     def __post_init__(self) -> None:
         if self.style not in ("think", "answer", "plain", "native"):
@@ -56,14 +62,14 @@ class RequestForm:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """Chat messages, and one sizes for each image."""
+    """One user turn."""
 
     messages: list[dict[str, Any]]
-    image_sizes: tuple[ImageSizes, ...]
+    image_sizes: tuple[ImageSizes, ...]  # one entry an image
 
 
 def build_request(loaded: LoadedSample, form: RequestForm) -> ChatRequest:
-    """The turn in OpenAI's form, images as PNG data URLs. Raises SampleError as `build_turn` does."""
+    """The user turn in OpenAI's form, with images as PNG data URLs. Raises SampleError as `build_turn` does."""
     request = build_turn(loaded, form)
     for message in request.messages:
         for part in message["content"]:
@@ -73,14 +79,17 @@ def build_request(loaded: LoadedSample, form: RequestForm) -> ChatRequest:
 
 
 def build_turn(loaded: LoadedSample, form: RequestForm) -> ChatRequest:
-    """The turn in a processor's form, images as Pillow images under "image".
+    """The user turn in a processor's form, with Pillow images under "image".
 
-    Raises SampleError: the rules of `open_images` and `decode_images`.
+    Raises:
+        SampleError: with a rule of `open_images` or of `decode_images`.
     """
     sample, model_family = loaded.sample, form.model_family
+    # 1. Images: check the headers, then decode and resize one image after the other.
     stored = open_images(loaded, form.max_image_pixels, form.max_sample_pixels)
-    # `map` keeps no stored size while the next image is decoded.
+    # `map` drops each decoded image once it is resized, before the next one is decoded. A loop variable would keep it.
     image_sizes, images = zip(*map(partial(_sent, form), decode_images(sample.id, stored)), strict=True)
+    # 2. Text: the question with its boxes in the model's format, and the suffix of the style.
     style, suffix = form.style, None
     if style == "native":
         chooses = isinstance(sample.answer, ChoiceAnswer)
@@ -93,6 +102,7 @@ def build_turn(loaded: LoadedSample, form: RequestForm) -> ChatRequest:
         suffix=suffix,
         question_box=model_family.question_box,
     )
+    # 3. Put each image, with its label, in place of its placeholder.
     before = model_family.before_image if form.before_image is None else form.before_image
     for message in turn:
         message["content"] = _with_images(message["content"], images, before, model_family.after_image)
@@ -102,7 +112,7 @@ def build_turn(loaded: LoadedSample, form: RequestForm) -> ChatRequest:
 def _with_images(
     content: list[dict[str, Any]], images: Sequence[Image.Image], before: str, after: str
 ) -> list[dict[str, Any]]:
-    """The parts of one turn with each image placeholder replaced by its label and the image."""
+    """The parts of one turn, where each image placeholder is replaced by the label and the image."""
     parts: list[dict[str, Any]] = []
     number = 0
     for part in content:
@@ -118,16 +128,19 @@ def _with_images(
 
 
 def _sent(form: RequestForm, image: Image.Image) -> tuple[ImageSizes, Image.Image]:
-    """The image as it is sent, and its sizes."""
+    """The sizes of an image, and the image in the size in which it is sent."""
     sizes = ImageSizes(image.size, _sent_size(image.size, form))
     return sizes, _resized(image, sizes.resized)
 
 
 def _sent_size(size: tuple[int, int], form: RequestForm) -> tuple[int, int]:
+    """The (width, height) in which an image of `size` is sent."""
     if form.model_family.factor is not None:
         fitted = fit_size(size, form.model_family.factor, form.min_pixels, form.max_pixels)
-        # The server fits it once more: what it gets must stay as it is, also where that takes slivers several rounds.
+        # The server resizes by the same rule. So the size is fitted until it no longer changes; a very long and narrow
+        # image needs several rounds.
         return fitted if fitted == size else _sent_size(fitted, form)
+    # Without pixels in the answer, only the upper limit matters.
     shrink = min(1.0, (form.max_pixels / (size[0] * size[1])) ** 0.5)
     return max(1, int(size[0] * shrink)), max(1, int(size[1] * shrink))
 
@@ -137,7 +150,7 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def png_data_url(image: Image.Image) -> str:
-    """The image as a PNG in a URL: without loss."""
+    """The image as a data URL with a PNG, which is lossless."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

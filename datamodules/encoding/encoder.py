@@ -1,6 +1,6 @@
-"""From a loaded sample to what the policy reads: token ids, pixel patches, M-RoPE positions and image sizes.
+"""Encode a loaded sample as the input of the policy: token ids, pixel patches, M-RoPE positions and image sizes.
 
-Shapes: P prompt tokens, C completion tokens, n images, N patches of all images of one item.
+Shapes: P prompt tokens, C completion tokens, n images of one sample, N patches of these images together.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class EncodedSample:
     """One encoded sample. Images are in the order of `sample.images`, which is also their order in the prompt."""
 
     sample: Sample
-    input_ids: Tensor  # long [P]; an image's placeholder is repeated once per merged patch
+    input_ids: Tensor  # long [P] of the prompt; the placeholder of an image is repeated once for each merged patch
     positions: Tensor  # long [3, P]: time, row, column (M-RoPE)
     next_position: int  # position of the first completion token, on all three axes
-    pixel_values: Tensor  # float [N, patch_dim], image after image
+    pixel_values: Tensor  # float [N, patch_dim]: the patches of the first image, then those of the second, …
     grid_thw: Tensor  # long [n, 3]: frames, rows and columns of patches
     image_sizes: tuple[ImageSizes, ...]
     completion_ids: Tensor | None  # long [C], ends with <|im_end|>; None without a target
@@ -47,7 +47,8 @@ class EncodedSample:
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Each tensor that a worker sends holds a file descriptor open; only the pixels are worth one.
+        # A worker sends each tensor through shared memory, which keeps a file descriptor open. Only the pixels are
+        # large enough for that. Small tensors are pickled as NumPy arrays.
         small = {name: value.cpu().numpy() for name, value in self._tensors().items() if name != "pixel_values"}
         return self.__dict__ | small
 
@@ -58,10 +59,10 @@ class EncodedSample:
 
 @dataclass(eq=False)
 class Batch:
-    """Items of one step, and the state of the training stream after them (None outside a stream)."""
+    """The samples of one step."""
 
     items: list[EncodedSample]
-    position: dict[str, Any] | None = None
+    position: dict[str, Any] | None = None  # state of the data stream after these samples; None outside a stream
 
     @property
     def sample_ids(self) -> list[str]:
@@ -75,30 +76,44 @@ class Batch:
 
 
 def mrope_positions(input_ids: Tensor, grid_thw: Tensor, image_token_id: int, merge_size: int) -> tuple[Tensor, int]:
-    """M-RoPE positions long [3, P] (time, row, column) of one unpadded prompt long [P], and the position after it.
+    """M-RoPE positions, long [3, P] (time, row, column), of one unpadded prompt, and the position after the prompt.
 
-    Text advances all three axes by one a token. An image of T×H×W merged patches starts where the text before it ended:
-    its tokens get (start + t, start + row, start + column), and the text goes on at start + max(H, W)
-    (Qwen2-VL, arXiv:2409.12191, §2.1; equal to transformers' `get_rope_index` for images). Raises ValueError when the
-    placeholders in `input_ids` are not the runs that `grid_thw` long [n, 3] (patches before merging) asks for.
+    A text token advances all three axes by one. The tokens of an image of T×H×W merged patches get the positions
+    (start + t, start + row, start + column), where `start` is the position after the text before the image. The next
+    text begins at start + max(H, W). Source: Qwen2-VL, arXiv:2409.12191, §2.1. The result equals that of transformers'
+    `get_rope_index` for images.
+
+    Args:
+        input_ids: long [P], with one placeholder for each merged patch.
+        grid_thw: long [n, 3]: frames, rows and columns of patches of each image, before merging.
+        image_token_id: id of the placeholder.
+        merge_size: patches that are merged into one token, along each side.
+
+    Raises:
+        ValueError: the placeholders in `input_ids` do not fit `grid_thw`.
     """
+    # The placeholders must be one uninterrupted run for each image, in the sizes of the grids.
     is_image = input_ids == image_token_id
     placeholders = is_image.nonzero().flatten()
     sizes = [(frames, rows // merge_size, columns // merge_size) for frames, rows, columns in grid_thw.tolist()]
     expected = sum(frames * rows * columns for frames, rows, columns in sizes)
     if len(placeholders) != expected:
         raise ValueError(f"prompt has {len(placeholders)} image placeholders, its grids {grid_thw.tolist()} {expected}")
+    # `done`: tokens that have positions; `position`: of the next token; `used`: placeholders that have positions.
     pieces, done, position, used = [], 0, 0, 0
     for frames, rows, columns in sizes:
         start, length = int(placeholders[used]), frames * rows * columns
         if not is_image[start : start + length].all():
             raise ValueError(f"placeholders of an image of {length} tokens are interrupted after token {start}")
+        # The text before the image.
         pieces.append(torch.arange(position, position + start - done).expand(3, -1))
         position += start - done
+        # The image.
         axes = torch.meshgrid(torch.arange(frames), torch.arange(rows), torch.arange(columns), indexing="ij")
         pieces.append(torch.stack(axes).flatten(1) + position)
         position += max(rows, columns)
         done, used = start + length, used + length
+    # The text after the last image.
     rest = len(input_ids) - done
     pieces.append(torch.arange(position, position + rest).expand(3, -1))
     return torch.cat(pieces, dim=1), position + rest
@@ -106,7 +121,7 @@ def mrope_positions(input_ids: Tensor, grid_thw: Tensor, image_token_id: int, me
 
 @dataclass(frozen=True, eq=False)
 class _Layout:
-    """A sample's tokens and grids, which depend on the sizes of its images and not on their pixels."""
+    """The tokens and grids of a sample. They depend on the sizes of its images, but not on the pixels."""
 
     image_sizes: tuple[ImageSizes, ...]
     grid_thw: Tensor  # long [n, 3]
@@ -114,18 +129,28 @@ class _Layout:
     completion_ids: Tensor | None  # long [C]
 
     def fits(self, sizes: Sequence[tuple[int, int]], grid_thw: Tensor) -> bool:
-        """Whether images of these sizes (width, height) and grids long [n, 3] would give the same."""
+        """Whether images of these sizes (width, height) and grids long [n, 3] have the same tokens and grids."""
         same = [sizes.original for sizes in self.image_sizes] == list(sizes)
         return same and torch.equal(self.grid_thw, grid_thw)
 
 
 class Encoder:
-    """Encodes samples with the processor in `processor_path`, which is loaded at first use (workers load their own).
+    """Encodes samples with the processor of the model. The processor is loaded at first use.
 
-    `max_image_pixels` bounds a stored image and `max_sample_pixels` all stored images of a sample together
-    (decompression bombs). `max_resized_pixels` bounds an image after resizing where that should be smaller than the
-    processor's own setting. `label_images` writes "Picture k: " before image k, as Qwen's chat template does when asked
-    to.
+    Args:
+        processor_path: folder or Hub name of the processor.
+        box_format: the meaning of the numbers that the model reads and writes.
+        style: the text behind the question.
+        max_prompt_tokens: a sample with a longer prompt, images included, is rejected.
+        max_completion_tokens: a sample with a longer target is rejected.
+        with_target: encode the target of supervised training too.
+        max_image_pixels: a stored image with more pixels is refused (decompression bomb).
+        max_sample_pixels: a sample whose stored images together have more pixels is refused.
+        max_resized_pixels: largest area of an image after resizing; None takes the processor's own limit.
+        label_images: write "Picture k: " before image k, an option of Qwen's chat template.
+
+    Raises:
+        ValueError: a target is asked for, but the style has none.
     """
 
     def __init__(
@@ -155,15 +180,19 @@ class Encoder:
         self.label_images = label_images
 
     def __getstate__(self) -> dict[str, Any]:
+        # The processor is not sent to other processes: each loads its own.
         return {name: value for name, value in self.__dict__.items() if name != "processor"}
 
     def form(self) -> dict[str, Any]:
-        """All that decides how a sample is put to a model, for the keys of what is computed from its answers; not the
-        processor, which belongs to the model's folder."""
+        """All settings that change the prompt or the images. They are part of the keys of cached answers.
+
+        The processor is left out: it belongs to the model's folder, which those keys contain already.
+        """
         return {name: value for name, value in vars(self).items() if name not in ("processor", "processor_path")}
 
     @cached_property
     def processor(self) -> Any:
+        """The processor, with `max_resized_pixels` as its limit."""
         processor = load_processor(self.processor_path)
         if self.max_resized_pixels is not None:
             shortest = processor.image_processor.size["shortest_edge"]
@@ -171,17 +200,23 @@ class Encoder:
         return processor
 
     def encode(self, loaded: LoadedSample) -> EncodedSample:
-        """Raises SampleError: the rules of `open_images`, "placeholder_mismatch", "prompt_too_long",
-        "completion_too_long" and those of `target_text`, all before a pixel is decoded; then those of
-        `decode_images`."""
+        """Encode one sample.
+
+        Raises:
+            SampleError: before any pixel is decoded, with a rule of `open_images` or `target_text`, or
+                "placeholder_mismatch", "prompt_too_long" or "completion_too_long"; then with a rule of `decode_images`.
+        """
         sample = loaded.sample
+        # 1. Headers: the sizes of the images, without decoding.
         stored = open_images(loaded, self.max_image_pixels, self.max_sample_pixels)
         sizes = [image.size for image in stored]
+        # 2. Text as tokens. Their number depends only on the sizes, so a sample that is too long costs no decoding.
         layout = self._layout(sample, sizes, torch.cat([self._grid(size) for size in sizes]))
-        # `map` keeps no image while the next one is decoded.
+        # 3. Pixels as patches. `map` drops each image before the next one is decoded.
         sizes, pixels, grids = zip(*map(self._patches, decode_images(sample.id, stored)), strict=True)
-        if not layout.fits(sizes, torch.cat(grids)):  # EXIF behind the pixels of a PNG has turned it
+        if not layout.fits(sizes, torch.cat(grids)):  # a PNG with EXIF behind its pixels, which has turned the image
             layout = self._layout(sample, sizes, torch.cat(grids))
+        # 4. Positions of the prompt's tokens, for the rotary embedding.
         merge_size = self.processor.image_processor.merge_size
         positions, next_position = mrope_positions(
             layout.input_ids, layout.grid_thw, self.processor.image_token_id, merge_size
@@ -199,7 +234,7 @@ class Encoder:
         )
 
     def _layout(self, sample: Sample, sizes: Sequence[tuple[int, int]], grid_thw: Tensor) -> _Layout:
-        """The texts of a sample over images of `sizes` (width, height) and grids long [n, 3], as tokens."""
+        """The prompt and the target as tokens, for images of `sizes` (width, height) and grids long [n, 3]."""
         patch_size = self.processor.image_processor.patch_size
         image_sizes = tuple(
             ImageSizes.from_grid(size, (rows, columns), patch_size)
@@ -210,8 +245,8 @@ class Encoder:
         return _Layout(image_sizes, grid_thw, input_ids, completion_ids)
 
     def _grid(self, size: tuple[int, int]) -> Tensor:
-        """The grid long [1, 3] that `_patches` gives an image of `size` (width, height), which need not be there."""
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize  # slow, as the processor's
+        """The grid, long [1, 3], that `_patches` would return for an image of `size` (width, height)."""
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize  # late: a slow import
 
         images, (width, height) = self.processor.image_processor, size
         patch, limits = images.patch_size, images.size
@@ -221,15 +256,18 @@ class Encoder:
         return torch.tensor([[1, rows // patch, columns // patch]])
 
     def _patches(self, image: Image.Image) -> tuple[tuple[int, int], Tensor, Tensor]:
-        """Size (width, height), patches float [rows·columns, patch_dim] and grid long [1, 3] of one image.
+        """The size (width, height), the patches, float [rows·columns, patch_dim], and the grid, long [1, 3], of one
+        image.
 
-        One call per image: the size of one never bears on another, and patches stay paired with their grid. The
-        processor resizes with torchvision, where qwen-vl-utils takes Pillow: sizes are equal, pixels nearly.
+        The processor resizes with torchvision; qwen-vl-utils uses Pillow. The sizes are equal, the pixels nearly equal.
         """
+        # One call for each image: images cannot influence each other, and patches stay together with their grid.
         features = self.processor.image_processor(images=[image], return_tensors="pt")
         return image.size, features["pixel_values"], features["image_grid_thw"]
 
     def _prompt_ids(self, sample: Sample, image_sizes: Sequence[ImageSizes], grid_thw: Tensor) -> Tensor:
+        """The token ids of the prompt, long [P]."""
+        # The chat template writes one placeholder for each image.
         messages = build_messages(sample, image_sizes, self.box_format, self.style)
         text = self.processor.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, add_vision_id=self.label_images
@@ -239,6 +277,7 @@ class Encoder:
         if int(is_image.sum()) != len(grid_thw):
             detail = f"{int(is_image.sum())} placeholders for {len(grid_thw)} images"
             raise SampleError(sample.id, "placeholder_mismatch", detail)
+        # The model expects one placeholder for each merged patch, so each is repeated.
         repeats = torch.ones_like(ids)
         repeats[is_image] = grid_thw.prod(dim=1) // self.processor.image_processor.merge_size**2
         ids = ids.repeat_interleave(repeats)
@@ -248,6 +287,7 @@ class Encoder:
         return ids
 
     def _completion_ids(self, sample: Sample, image_sizes: Sequence[ImageSizes]) -> Tensor:
+        """The token ids of the target, long [C], with the end of the turn."""
         text = target_text(sample, image_sizes, self.box_format, self.style) + END_OF_TURN
         ids = torch.tensor(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
         if bool((ids == self.processor.image_token_id).any()):

@@ -1,4 +1,4 @@
-"""Chat messages and target texts: how a sample is put to a model, and what the model should write."""
+"""The chat messages of a sample, and the target text that the model should write."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ THINK_SUFFIX = (
 )
 CHOICE_SUFFIX = " Answer with the letter of one option."
 CHOICE_THINK_SUFFIX = THINK_SUFFIX.removesuffix(ANSWER_SUFFIX) + " The final answer is the letter of one option."
-# MIG-Bench's official prompts; the misspelling, and the second box_start for Qwen models, are part of them.
+# MIG-Bench's official prompts. The misspelling, and the second box_start in the prompt for Qwen models, belong to them.
 OFFICIAL_ENDING = "Don't generate addtional words."
 OFFICIAL_QWEN_SUFFIX = f"Format:<|box_start|>(x1,y1),(x2,y2)<|box_start|>. {OFFICIAL_ENDING}"
 
-QUESTION_BOX = "[{}, {}, {}, {}]"  # how a box inside a question is written
-# The field of a sample's `extra` with a text that the benchmark's own prompt puts before the question.
+QUESTION_BOX = "[{}, {}, {}, {}]"  # the notation of a box inside a question
+# Key in a sample's `extra`: a text that the benchmark's own prompt puts before the question.
 OFFICIAL_PREFIX = "official_prefix"
 
 
 class PromptStyle(StrEnum):
-    """What follows the question."""
+    """The text behind the question."""
 
-    THINK = "think"  # reason, then answer
-    ANSWER = "answer"  # answer at once, in JSON
-    PLAIN = "plain"  # the question as it is
-    OFFICIAL = "official"  # the benchmark's own prompt: boxes in the question as written there, and its prefix
+    THINK = "think"  # asks for reasoning, then the answer
+    ANSWER = "answer"  # asks for the answer alone, in JSON
+    PLAIN = "plain"  # nothing
+    OFFICIAL = "official"  # the benchmark's own prompt: its notation of boxes in the question, its prefix and suffix
 
 
 _SUFFIXES = {
@@ -44,7 +44,7 @@ _SUFFIXES = {
     PromptStyle.OFFICIAL: OFFICIAL_QWEN_SUFFIX,
 }
 
-# Questions with options carry their own in the official prompts.
+# Questions with options. In the official prompts, the question itself says how to answer.
 _CHOICE_SUFFIXES = {
     PromptStyle.THINK: CHOICE_THINK_SUFFIX,
     PromptStyle.ANSWER: CHOICE_SUFFIX,
@@ -61,16 +61,21 @@ def build_messages(
     suffix: str | None = None,
     question_box: str = QUESTION_BOX,
 ) -> list[dict[str, Any]]:
-    """One user turn for a processor's chat template; images keep their places, adjacent texts are joined.
+    """The user turn of a sample, for a processor's chat template. Images keep their places among the texts.
 
-    `image_sizes` has one entry per image of the sample. Boxes in the question are written in the model's box format.
-    THINK and ANSWER put one space between question and suffix; OFFICIAL appends without one, as the official code does,
-    and puts the sample's OFFICIAL_PREFIX before its first text. A `suffix` stands in the place of the style's own, and
-    `question_box` is how the box's four numbers are written.
+    Args:
+        sample: the question and its images.
+        image_sizes: the sizes of the sample's images, one entry an image.
+        box_format: the format in which boxes inside the question are written.
+        style: the text behind the question. OFFICIAL also puts the sample's OFFICIAL_PREFIX before the question.
+        suffix: replaces the text of the style.
+        question_box: notation of a box inside the question, with four "{}" for its numbers.
 
-    Raises SampleError "reserved_token" for a text that holds one once its parts are joined.
+    Raises:
+        SampleError: with the rule "reserved_token": texts side by side spell a special token.
     """
     _check_image_sizes(sample, image_sizes)
+    # 1. The question: placeholders for images, and texts. Texts side by side become one part.
     content: list[dict[str, Any]] = []
     prefix = sample.extra.get(OFFICIAL_PREFIX, "") if style == PromptStyle.OFFICIAL else ""
     for part in sample.messages:
@@ -79,8 +84,11 @@ def build_messages(
         else:
             _append_text(content, prefix + _part_text(part, image_sizes, box_format, style, question_box))
             prefix = ""
+    # 2. The suffix that asks for the form of the answer.
     if suffix is None:
         suffix = (_CHOICE_SUFFIXES if isinstance(sample.answer, ChoiceAnswer) else _SUFFIXES)[style]
+    # This project's suffixes begin with a space, so exactly one space separates them from the question. The official
+    # code appends its suffix without a space.
     if style in (PromptStyle.THINK, PromptStyle.ANSWER):
         if content and content[-1]["type"] == "text":
             content[-1]["text"] = content[-1]["text"].rstrip()
@@ -92,10 +100,18 @@ def build_messages(
 
 
 def target_text(sample: Sample, image_sizes: Sequence[ImageSizes], box_format: BoxFormat, style: PromptStyle) -> str:
-    """The completion that supervised training aims at.
+    """The target of supervised training: the completion that the model should write.
 
-    Raises ValueError for a style without a target, and SampleError when the sample has none: "no_box_answer",
-    "missing_thinking", or "box_too_small" (rounded to the box format's grid, the box has no area left).
+    Args:
+        sample: it needs an answer of one box, and thinking for the style THINK.
+        image_sizes: the sizes of the sample's images, one entry an image.
+        box_format: the format in which the box is written.
+        style: THINK writes the thinking and the answer, ANSWER the answer alone.
+
+    Raises:
+        ValueError: the style has no target.
+        SampleError: with the rule "no_box_answer", "missing_thinking", or "box_too_small" (the box has no area after
+            its numbers are rounded to the box format).
     """
     if style not in (PromptStyle.THINK, PromptStyle.ANSWER):
         raise ValueError(f"style {style!r} has no target text: use 'think' or 'answer'")
@@ -117,6 +133,7 @@ def _part_text(
     style: PromptStyle,
     question_box: str,
 ) -> str:
+    """A text as it is; a box as four numbers in the model's format, or under OFFICIAL in the benchmark's notation."""
     if isinstance(part, TextPart) or style == PromptStyle.OFFICIAL:
         return part.text
     return question_box.format(*image_sizes[part.image].to_model(part.box, box_format))
@@ -130,7 +147,8 @@ def _append_text(content: list[dict[str, Any]], text: str) -> None:
 
 
 def _refuse_reserved(sample_id: str, content: Sequence[Mapping[str, Any]]) -> None:
-    """Each part was looked at when the sample was read; two side by side may spell a token that neither holds."""
+    """Raise SampleError if a joined text holds a special token."""
+    # `Sample.from_json` has checked each part alone. Two parts together can spell a token that neither of them holds.
     for part in content:
         if token := RESERVED.search(part.get("text", "")):
             raise SampleError(sample_id, "reserved_token", f"the parts of the question join to {token.group()}")

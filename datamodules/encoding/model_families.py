@@ -1,7 +1,7 @@
-"""How each family of models is asked for a box and writes one, as data.
+"""For each family of models: how the prompt asks for a box, and how the model writes it.
 
-A model's scale is a property of the model (FORMATS of its authors), never inferred from the numbers it writes. Where a
-model has no scale of its own, the prompt names one.
+The box format is a property of the model, documented by its authors. It is never guessed from the numbers that the
+model writes. If the authors document no format, the prompt asks for one.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ _STATED_SCALE = (
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """`models` is a pattern that is looked for in a model's name, without regard to case."""
+    """The prompt and the box format of one family."""
 
     name: str
-    models: str
+    models: str  # regex that is searched in a model's name, without regard to case
     box_format: BoxFormat
-    suffix: str  # follows a grounding question
-    question_box: str = QUESTION_BOX  # how a box inside a question is written, in the model's box format
-    before_image: str = ""  # with the number of the image, from 1
-    after_image: str = ""
-    factor: int | None = None  # images are resized to multiples of it; needed where the scale is pixels
-    source: str = ""
+    suffix: str  # text behind a grounding question
+    question_box: str = QUESTION_BOX  # notation of a box inside a question, with four "{}" for its numbers
+    before_image: str = ""  # label before each image; "{}" becomes the number of the image, from 1
+    after_image: str = ""  # text behind each image
+    factor: int | None = None  # the processor resizes sides to multiples of this; needed if boxes are in pixels
+    source: str = ""  # where the format and the prompt come from
 
 
+# The first family whose regex matches is taken, so more special names stand before more general ones.
 MODEL_FAMILIES = (
     ModelFamily(
         name="qwen2_5_vl",
@@ -90,7 +91,7 @@ MODEL_FAMILIES = (
         suffix=f" Format:<box>[x1, y1, x2, y2]</box>. {OFFICIAL_ENDING}",
         source="LLaVA-OneVision: 0-1; MIG-Bench's prompt",
     ),
-    # No scale of their own is documented: the prompt names one.
+    # The authors document no format: the prompt asks for numbers from 0 to 1.
     ModelFamily(
         "mplug_owl3", r"mplug-?owl-?3", BoxFormat.NORMALIZED, _STATED_SCALE, source="scale named in the prompt"
     ),
@@ -103,10 +104,15 @@ MODEL_FAMILIES = (
 
 
 def find_model_family(name: str, *models: str) -> ModelFamily:
-    """The model family called `name`, or with "auto" the first whose pattern is found in a model's name.
+    """The model family with this name; for "auto" the first family whose regex matches a name of the model.
 
-    A model may have several names (the model_type of its config, its folder): an earlier one that is known decides.
-    Raises ValueError for an unknown `name`, and where "auto" finds none: a scale is not guessed.
+    Args:
+        name: name of a family, or "auto".
+        models: names of one model, such as the model_type of its config and its folder. The first name that a family
+            matches decides.
+
+    Raises:
+        ValueError: no family has this name, or "auto" finds no family. A box format is never guessed.
     """
     names = ", ".join(model_family.name for model_family in MODEL_FAMILIES)
     if name != "auto":

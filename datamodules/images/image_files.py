@@ -1,4 +1,4 @@
-"""Image files by name: their bytes, and the facts in their headers. No pixel is needed here."""
+"""Image files by name: their bytes, and the facts in their headers. Pixels are not needed here."""
 
 from __future__ import annotations
 
@@ -14,51 +14,58 @@ from datamodules.images.image_loading import open_image
 from datamodules.samples.boxes import turn_size
 from datamodules.samples.sample import SampleError
 
-# The frame in which a source measured its boxes: the pixels as they lie in the file, or the image as EXIF's orientation
-# shows it, which is also how this project shows every image to a model.
+# The image in which a data set measured its boxes. "stored": the pixels in the order of the file. "shown": the image
+# turned by EXIF's orientation, as this project shows every image to a model.
 Frame = Literal["stored", "shown"]
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-# Names that no file can have.
+# Error codes for a name that no file can have.
 _NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
 @dataclass(frozen=True)
 class Header:
-    """`size` is the stored (width, height) in pixels; `orientation` is EXIF's, 1 to 8.
+    """The facts in an image's header."""
 
-    The stored size is the size of an image that is read without a look at EXIF. A TIFF's is the size as shown, since
-    decoders turn a TIFF themselves.
-    """
-
+    # (width, height) in pixels as stored, before EXIF turns the image. For a TIFF it is the size as shown, because
+    # decoders turn a TIFF themselves.
     size: tuple[int, int]
-    orientation: int = 1
+    orientation: int = 1  # EXIF's value, 1 (upright) to 8
 
     def size_in(self, frame: Frame) -> tuple[int, int]:
-        """(width, height) in this frame."""
+        """(width, height) in pixels in this frame."""
         return self.size if frame == "stored" else turn_size(self.size, self.orientation)
 
 
 def read_header(file: BinaryIO) -> Header:
-    """The header of an image file. Raises ImageError, a ValueError, with the rules of `open_image`."""
+    """The header of an image file.
+
+    Raises:
+        ImageError: a ValueError, with the rules of `open_image`.
+    """
     stored = open_image(file)
     return Header(stored.image.size, stored.orientation())
 
 
 def refuse_turned(sample_id: str, name: str, data: bytes) -> None:
-    """Raise SampleError "turned_image" for a photograph that EXIF turns. Bytes that are no image pass: their decoder
-    refuses them."""
+    """Refuse a photograph that EXIF turns.
+
+    Raises:
+        SampleError: with the rule "turned_image".
+    """
     try:
         orientation = read_header(io.BytesIO(data)).orientation
     except ValueError:
-        return
+        return  # not an image: the encoder will reject these bytes by the right rule
     if orientation != 1:
         raise SampleError(sample_id, "turned_image", f"{name} has EXIF orientation {orientation}")
 
 
 def read_image_file(path: str | Path, sample_id: str) -> bytes:
-    """The file's bytes. Raises SampleError "missing_image" where no file has this name, or could (too long, a NUL).
+    """The bytes of a file.
 
-    A file that is there and cannot be read (permissions, a broken disk) is no fault of the data: that OSError goes on.
+    Raises:
+        SampleError: with the rule "missing_image": no file has this name, or no file can have it (too long, a NUL).
+        OSError: the file exists and cannot be read (permissions, a broken disk). That is not an error of the data.
     """
     try:
         with open(path, "rb") as file:
@@ -66,13 +73,13 @@ def read_image_file(path: str | Path, sample_id: str) -> bytes:
     except (OSError, ValueError) as error:
         if not _is_absent(error):
             raise
-        # A name that no file can have may be too long to print, or hold characters that cannot be printed.
+        # A name that no file can have may be very long or unprintable, so its repr is printed and cut.
         detail = str(path) if isinstance(error, _ABSENT) else f"{str(path)!r:.200}: {_reason(error)}"
         raise SampleError(sample_id, "missing_image", detail) from error
 
 
 def file_size(path: str | Path) -> int | None:
-    """Bytes of the file; None where `read_image_file` finds none."""
+    """Number of bytes of the file; None where `read_image_file` would find no file."""
     try:
         found = os.stat(path)
     except (OSError, ValueError) as error:
@@ -83,10 +90,11 @@ def file_size(path: str | Path) -> int | None:
 
 
 def _is_absent(error: OSError | ValueError) -> bool:
-    """Python raises ValueError for a NUL, or for a text that the file system's encoding cannot write."""
+    """Whether the error says that no file has this name."""
+    # Python raises ValueError for a name with a NUL, and for text that the file system's encoding cannot express.
     return not isinstance(error, OSError) or isinstance(error, _ABSENT) or error.errno in _NO_NAME
 
 
 def _reason(error: OSError | ValueError) -> str:
-    """Without the name, which an OSError repeats in full."""
+    """The text of the error, without the file name that str(OSError) would repeat in full."""
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -1,18 +1,18 @@
-"""Images from bytes that somebody else wrote. Only this file opens and decodes them (`tests/test_layout.py`).
+"""Open and decode images from untrusted bytes. Only this file does so (`tests/test_layout.py`).
 
-An image is opened by its content, never by its name, and only as one of `FORMATS`. First the headers of a sample's
-images are read (`open_images`): format, size and value range are judged before any pixel is decoded. Then the images
-are decoded one after another (`decode_images`). Every failure of a decoder is an `ImageError` or a `SampleError` with a
-rule that runs count by:
+An image is opened by its content, never by its file name, and only as one of `FORMATS`. `open_images` first reads the
+headers of all images of a sample: format, size and value range are checked before any pixel is decoded. Then
+`decode_images` decodes the images one after another. Every failure of a decoder becomes an `ImageError` or a
+`SampleError` with one of these rules, under which a run counts it:
 
-    unreadable_image     not the header of one of FORMATS
-    decompression_bomb   more pixels than one image may have
-    too_many_pixels      more pixels than the images of one sample may have together
+    unreadable_image     the header is not that of one of FORMATS
+    decompression_bomb   the image has more pixels than one image may have
+    too_many_pixels      the images of one sample together have more pixels than allowed
     unknown_value_range  32-bit or float values, or 16-bit values that use only a small part of their range
     extreme_aspect_ratio one side is more than 200 times the other
-    truncated_image      the header is good, the pixels cannot be decoded
+    truncated_image      the header is correct, but the pixels cannot be decoded
 
-An animation or a file of several pages counts with its first frame, and no other frame is decoded.
+If the file is an animation or has several pages, only its first frame is decoded and used.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from PIL import Image, ImageFile, ImageOps
 
 from datamodules.samples.sample import LoadedSample, SampleError
 
-MAX_IMAGE_PIXELS = 64_000_000  # of one stored image; most cameras make 12 to 50 million
-MAX_SAMPLE_PIXELS = 256_000_000  # of all stored images of a sample: 4 of the largest, or 21 of 12 million
-MAX_ASPECT_RATIO = 200  # transformers' resizing rule refuses more
+MAX_IMAGE_PIXELS = 64_000_000  # of one stored image; most cameras make images of 12 to 50 million pixels
+MAX_SAMPLE_PIXELS = 256_000_000  # of all stored images of a sample: 4 of the largest, or 21 of 12 million pixels
+MAX_ASPECT_RATIO = 200  # transformers' resizing function refuses a larger ratio
 
-# The formats that users have. Pillow knows 40 more. Their decoders are rarely used and rarely tested, and that of EPS
-# runs the bytes as a program in Ghostscript.
+# The formats that users have. Pillow knows 40 more, but their decoders are rarely used and rarely tested, and the one
+# for EPS runs the bytes as a program in Ghostscript.
 FORMATS = (
-    "JPEG",  # photographs of nearly every data set; Pillow reads MPO with it, the two pictures of a phone's camera
-    "PNG",  # drawings, screenshots, the nano world; lossless copies
+    "JPEG",  # photographs of nearly every data set; Pillow's JPEG also reads MPO, the double pictures of phones
+    "PNG",  # drawings, screenshots, the synthetic dataset; lossless copies
     "WEBP",  # pictures from web pages
     "GIF",  # older pictures from web pages
     "BMP",  # uncompressed pictures of tools and old data sets
@@ -46,18 +46,18 @@ FORMATS = (
     "PPM",  # with PGM and PBM: older data sets of vision research
 )
 
-_ORIENTATION = 0x0112  # tag of EXIF; 1 is upright, 5 to 8 are turned by a quarter
+_ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 5 to 8 are turned by 90 degrees
 _PNG_MARKS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # chunks that can hold an orientation
-_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
-_LEAST_SHADES = 16  # of 256; an image that spans fewer after scaling would be shown as nearly one colour
-_DETAIL = 200  # characters kept of a decoder's message
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
+_LEAST_SHADES = 16  # of 256; an image that spans fewer after scaling would look like nearly one colour
+_DETAIL = 200  # characters that are kept of a decoder's message
 
 
 class ImageError(ValueError):
-    """An image that cannot be used; `rule` is the name that its sample is rejected under."""
+    """An image cannot be used; its sample is rejected under the name `rule`."""
 
     def __init__(self, rule: str, detail: str) -> None:
-        super().__init__(rule, detail)  # both, so that workers can pickle it
+        super().__init__(rule, detail)  # pickle calls __init__ with these: worker processes send the error
         self.rule = rule
         self.detail = detail
 
@@ -67,13 +67,11 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class StoredImage:
-    """An image whose header is read and whose pixels are not.
-
-    size: (width, height) as it will be shown, as far as its header says. A PNG can hold the EXIF that turns it behind
-    its pixels: then the size is known only after decoding.
-    """
+    """An image whose header has been read and whose pixels have not been decoded."""
 
     image: Image.Image
+    # (width, height) as shown, as far as the header tells. A PNG can hold its EXIF behind the pixels; the true size of
+    # such an image is known only after decoding.
     size: tuple[int, int]
     source: BinaryIO
 
@@ -83,14 +81,15 @@ class StoredImage:
         return self.size[0] * self.size[1]
 
     def orientation(self) -> int:
-        """EXIF's orientation, 1 (upright) to 8; 1 for a TIFF, which Pillow turns while it decodes.
+        """EXIF's orientation, 1 (upright) to 8; 1 for a TIFF, because Pillow turns a TIFF while it decodes.
 
-        A PNG that holds EXIF is decoded for it, as EXIF may stand behind the pixels. Raises ImageError
-        ("unreadable_image").
+        Raises:
+            ImageError: with the rule "unreadable_image".
         """
         with _decoding("unreadable_image"):
             if self.image.format != "PNG":
                 return _header_orientation(self.image)
+            # The EXIF of a PNG may stand behind the pixels. So a PNG with EXIF is decoded, and only such a PNG.
             self.source.seek(0)
             data = self.source.read()
             if not any(mark in data for mark in _PNG_MARKS):
@@ -98,11 +97,12 @@ class StoredImage:
             return _exif_orientation(open_image(data).image)
 
     def decode(self) -> Image.Image:
-        """The pixels as RGB, upright (EXIF), transparency over white; grey of 16 bits as `_eight_bits` says.
+        """The pixels as an upright RGB image. Transparent pixels become white; `_eight_bits` converts 16-bit grey.
 
-        Raises ImageError ("truncated_image", "unknown_value_range").
+        Raises:
+            ImageError: with the rule "truncated_image" or "unknown_value_range".
         """
-        # Another library in this process may have switched it on: half an image would then pass for a whole one.
+        # Another library in this process may have set this to True. Half an image would then pass as a whole one.
         ImageFile.LOAD_TRUNCATED_IMAGES = False
         with _decoding("truncated_image"):
             self.image.load()
@@ -116,16 +116,18 @@ class StoredImage:
 
 
 def open_image(data: bytes | BinaryIO, max_pixels: int | None = None) -> StoredImage:
-    """Read an image's header, of bytes or of an open file.
+    """Read the header of an image, from its bytes or from an open file.
 
-    Raises ImageError: "unreadable_image", "decompression_bomb" (more than `max_pixels` pixels, or than Pillow's own
-    limit) or "unknown_value_range".
+    Raises:
+        ImageError: with the rule "unreadable_image", "decompression_bomb" (more pixels than `max_pixels`, or than
+            Pillow's own limit) or "unknown_value_range".
     """
     source = io.BytesIO(data) if isinstance(data, bytes) else data
+    # 1. Format and size.
     with _decoding("unreadable_image"):
         try:
-            # Pillow warns of large images, and is let: silencing it for a moment would change the filters of all
-            # threads.
+            # Pillow may warn of a large image here. The warning is not silenced, because that would change the warning
+            # filters of all threads.
             image = Image.open(source, formats=_known_formats())
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ImageError("decompression_bomb", str(error)) from error
@@ -135,6 +137,7 @@ def open_image(data: bytes | BinaryIO, max_pixels: int | None = None) -> StoredI
         size = image.size[::-1] if _header_orientation(image) >= 5 else image.size
     if max_pixels is not None and size[0] * size[1] > max_pixels:
         raise ImageError("decompression_bomb", f"{size[0]}x{size[1]} pixels, max_image_pixels={max_pixels}")
+    # 2. Value range: these formats do not define which value is white.
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
         kind = "float" if image.mode == "F" else "32-bit or signed"
         raise ImageError("unknown_value_range", f"{kind} values: nothing says which is white. Save it as 8-bit")
@@ -147,17 +150,22 @@ def _first_bytes(source: BinaryIO) -> bytes:
 
 
 def load_image(data: bytes, max_pixels: int) -> Image.Image:
-    """Open and decode. Raises ImageError: the rules of `open_image` and of `StoredImage.decode`."""
+    """Open and decode one image.
+
+    Raises:
+        ImageError: with a rule of `open_image` or of `StoredImage.decode`.
+    """
     return open_image(data, max_pixels).decode()
 
 
 def open_images(
     loaded: LoadedSample, max_image_pixels: int = MAX_IMAGE_PIXELS, max_sample_pixels: int = MAX_SAMPLE_PIXELS
 ) -> list[StoredImage]:
-    """The headers of a sample's images, in order; no pixel is decoded.
+    """Read the headers of a sample's images, in order. No pixel is decoded.
 
-    Raises SampleError: the rules of `open_image`, "missing_image", "extreme_aspect_ratio" and "too_many_pixels" (more
-    than `max_sample_pixels` in all images together).
+    Raises:
+        SampleError: with a rule of `open_image`, or "missing_image", "extreme_aspect_ratio", or "too_many_pixels"
+            (all images together have more than `max_sample_pixels` pixels).
     """
     sample = loaded.sample
     if len(loaded.images) != len(sample.images):
@@ -177,27 +185,30 @@ def open_images(
 
 
 def decode_images(sample_id: str, images: Sequence[StoredImage]) -> Iterator[Image.Image]:
-    """Each image as `StoredImage.decode` gives it, decoded when it is asked for.
+    """Decode the images of a sample one by one, each when the caller takes it.
 
-    A caller that keeps no image holds the pixels of one image at a time. Raises SampleError with the rules of `decode`.
+    A caller that keeps no image needs memory for the pixels of one image only.
+
+    Raises:
+        SampleError: with a rule of `StoredImage.decode`.
     """
     for index, stored in enumerate(images):
         with _of_sample(sample_id, index):
             image = stored.decode()
-        stored.image.close()  # its decoded copy, of which Pillow would hold on to the pixels
+        stored.image.close()  # frees Pillow's own copy of the decoded pixels
         yield image
-        del image
+        del image  # or this frame would keep the image alive while the next one is decoded
 
 
 @contextmanager
 def _decoding(rule: str) -> Iterator[None]:
-    """Any exception of a decoder as an ImageError of this rule.
+    """Convert any exception of a decoder into an ImageError of this rule.
 
-    Catching broadly is right here, and only here. Decoders are fifty pieces of Python and C that raise whatever a
-    damaged file leads them to: OSError, SyntaxError, RuntimeError (AVIF), struct.error, KeyError, OverflowError, … No
-    list of types was ever complete, and each type that it lacked ended a training run. Under this context stands the
-    call of the decoder alone, and the failure is counted by its rule. MemoryError is raised on: sizes are bounded
-    before, so it says that the machine has no memory left and nothing about the image.
+    This is the only place that catches every exception, and here it is right. Decoders are fifty pieces of Python and C
+    code. For a damaged file they raise anything: OSError, SyntaxError, RuntimeError (AVIF), struct.error, KeyError,
+    OverflowError, … No list of types was ever complete, and each missing type ended a training run. Only calls of
+    decoders stand inside this context, and each failure is counted by its rule. MemoryError is not converted: the size
+    of an image is checked before, so this error says that the machine has no memory left.
     """
     try:
         yield
@@ -209,6 +220,7 @@ def _decoding(rule: str) -> Iterator[None]:
 
 @contextmanager
 def _of_sample(sample_id: str, index: int) -> Iterator[None]:
+    """Convert an ImageError into a SampleError that names the sample and the image."""
     try:
         yield
     except ImageError as error:
@@ -217,42 +229,49 @@ def _of_sample(sample_id: str, index: int) -> Iterator[None]:
 
 @cache
 def _known_formats() -> tuple[str, ...]:
-    """FORMATS that this Pillow can read: AVIF came with 11.3. Pillow raises KeyError for a name that it lacks."""
+    """The FORMATS that the installed Pillow can read: AVIF needs Pillow 11.3."""
     Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
+    return tuple(name for name in FORMATS if name in Image.OPEN)  # Image.open raises KeyError for an unknown name
 
 
 def _header_orientation(image: Image.Image) -> int:
-    """EXIF's orientation, as far as the header says; nothing is decoded."""
+    """EXIF's orientation as far as the header tells. No pixel is decoded."""
     if image.format == "TIFF":
         return 1  # Pillow has exchanged width and height already
     if image.info.keys().isdisjoint(("exif", "xmp")):
-        return 1  # asking every image would cost as much again as opening it
+        return 1  # `getexif` on every image would take as long as opening it
     if image.format == "PNG" and "exif" not in image.info:
-        return 1  # Pillow would decode the pixels to look for EXIF behind them
+        return 1  # Pillow would decode the pixels to search EXIF behind them
     return _exif_orientation(image)
 
 
 def _exif_orientation(image: Image.Image) -> int:
     found = image.getexif().get(_ORIENTATION, 1)
-    return found if found in range(1, 9) else 1  # Pillow shows an image of any other value as it is stored
+    return found if found in range(1, 9) else 1  # with any other value, Pillow shows the image as it is stored
 
 
 def _eight_bits(stored: Image.Image, image: Image.Image) -> Image.Image:
-    """`image`, grey of up to 16 bits as it was decoded from `stored`, as RGB.
+    """Convert a grey image of up to 16 bits to 8-bit RGB.
 
-    Rule: black is 0 and white the largest value of the stored bits (16, or what a TIFF says), so each value becomes its
-    highest 8 bits, as Pillow does with 16-bit colour. A TIFF whose white is 0 is inverted. The value that a PNG calls
-    transparent becomes white. An image that is not of one value, but spans fewer than 16 of the 256 shades, is refused
-    ("unknown_value_range"): its values are not scaled to the stored bits (as 12 bits in a 16-bit file), so nothing says
-    which is white.
+    Black is 0. White is the largest value of the stored bits: 16 bits, or the number that a TIFF names. So each value
+    keeps its highest 8 bits, as in Pillow's conversion of 16-bit colour. Transparent pixels of a PNG become white.
+
+    Args:
+        stored: the image before it was turned; it has the tags of a TIFF.
+        image: the same image, decoded and upright.
+
+    Raises:
+        ImageError: with the rule "unknown_value_range". The image has several values, but they span fewer than 16 of
+            the 256 shades. Then its values are not scaled to the stored bits (12 bits in a 16-bit file, for example),
+            and nothing tells which value is white.
     """
     values = np.asarray(image)
     tags = getattr(stored, "tag_v2", {})
     bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
-    if tags.get(_PHOTOMETRIC) == 0:
+    if tags.get(_PHOTOMETRIC) == 0:  # a TIFF in which 0 is white
         values = 2**bits - 1 - values
     shades = (values >> (bits - 8)).astype(np.uint8)
+    # An image with a single value has no detail that a wrong scale could hide.
     if values.min() != values.max() and int(shades.max()) - int(shades.min()) < _LEAST_SHADES:
         detail = f"{bits}-bit values of {values.min()} to {values.max()}: which is white? Save it as 8-bit"
         raise ImageError("unknown_value_range", detail)

@@ -1,4 +1,4 @@
-"""Samples over photographs that EXIF turns: boxes of the stored pixels become boxes of the image as it is shown."""
+"""Samples with photographs that EXIF turns: boxes of the stored pixels become boxes of the image as it is shown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
 def boxed_images(sample: Sample) -> set[int]:
-    """The images that a box of the question or of the answer is in."""
+    """The indices of the images in which the question or the answer has a box."""
     found = {part.image for part in sample.messages if isinstance(part, BoxPart)}
     if isinstance(sample.answer, BoxesAnswer):
         return found | {box.image for box in sample.answer.boxes}
@@ -21,10 +21,11 @@ def boxed_images(sample: Sample) -> set[int]:
 
 
 def turn_sample(sample: Sample, orientations: Mapping[int, int]) -> Sample:
-    """The sample with every box turned as its image is shown.
+    """The sample with all its boxes turned to the images as they are shown.
 
-    `orientations` has EXIF's 1 to 8 by image; other images are upright. The text of a box in the question is written
-    anew, in per mille, as both sources that have such boxes write it.
+    Args:
+        sample: its boxes are measured in the stored pixels.
+        orientations: EXIF's orientation (1 to 8) by index of the image. An image that is missing here is upright.
     """
     if all(orientation == 1 for orientation in orientations.values()):
         return sample
@@ -36,11 +37,12 @@ def turn_sample(sample: Sample, orientations: Mapping[int, int]) -> Sample:
         if not isinstance(part, BoxPart) or orientations.get(part.image, 1) == 1:
             return part
         box = turned(part.image, part.box)
+        # The text of the box must change with it. Both data sets that have boxes in questions write them in 0-1000.
         return replace(part, box=box, text=_rewritten(part.text, box))
 
     def answer_of(answer: Answer) -> Answer:
         if isinstance(answer, ChoiceAnswer):
-            return answer
+            return answer  # a letter has no box
         if isinstance(answer, BoxesAnswer):
             return BoxesAnswer(tuple(replace(one, box=turned(one.image, one.box)) for one in answer.boxes))
         return replace(answer, box=turned(answer.image, answer.box))
@@ -49,7 +51,7 @@ def turn_sample(sample: Sample, orientations: Mapping[int, int]) -> Sample:
 
 
 def _rewritten(text: str, box: Box) -> str:
-    """`text`, the markup of one box, with the four numbers of `box` in per mille in the places of its own."""
+    """`text`, the notation of one box, with its four numbers replaced by those of `box` (unit xyxy) in 0-1000."""
     numbers = iter(str(round(1000 * value)) for value in box)
     assert len(_NUMBER.findall(text)) == 4, f"{text!r} is not the text of one box"
     return _NUMBER.sub(lambda _: next(numbers), text)

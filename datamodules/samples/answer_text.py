@@ -1,26 +1,26 @@
-"""The one grammar of model answers: rendering, tolerant parsing, and the strict format check.
+"""The text of a model's answer: how it is written, how it is read tolerantly, and the strict format check.
 
     <think>…</think><answer>```json
     {"bbox_2d": [x1, y1, x2, y2], "label": "…"}
     ```</answer>
 
-The numbers are in the model's own box format; `boxes.ImageSizes` gives them meaning. The tolerant parser also reads
-boxes whose JSON is slightly broken (10., +10, .5, numbers in quotes, a comma before a closing bracket, full-width
-digits and brackets) and forms without JSON (`box_texts.py`); none of these earns the format reward.
+The four numbers are in the model's own box format; `boxes.ImageSizes` converts them. The tolerant parser also reads
+boxes in slightly broken JSON (10., +10, .5, numbers in quotes, a comma before a closing bracket, full-width digits and
+brackets) and boxes without JSON (`box_texts.py`). None of these earns the format reward.
 
-Which of several boxes is the answer: `parse_answer` lists them from the conclusion on, so that the first one is it. The
-conclusion is looked for only where no <answer> tag says where the answer begins, and only where the answer holds
-several boxes. It begins at the first of these that a box follows (`conclusions.py` has the words):
+A text may hold several boxes. `parse_answer` returns those from the conclusion on, so its first box is the answer. The
+parser searches a conclusion only if the text has no <answer> tag and holds several boxes. The conclusion is the first
+of the following that a box follows (`conclusions.py` has the words):
 
-1. the last statement that says the answer ("The answer is …", "I would choose …")
+1. the last statement that states the answer ("The answer is …", "I would choose …")
 2. the last statement that concludes ("Therefore, …")
-3. the last paragraph, if it is boxes and nothing else and no paragraph before it is
+3. the last paragraph, if it consists of boxes alone and no earlier paragraph does
 
-Without any of these it begins with the text. Words inside JSON conclude nothing.
+If there is none of these, all boxes of the text count. Words inside JSON are never a conclusion.
 
-Nothing here raises on model text, and the work on a text is bounded whatever it holds: a text with more than MAX_TAGS
-tags has no answer, a conclusion is looked for in the last MAX_CONCLUSION characters of the answer, and `box_texts.py`
-bounds the rest. Every regex is free of nested repetition.
+No model text raises an error here, and the work on one text is bounded: a text with more than MAX_TAGS tags has no
+answer, a conclusion is searched in the last MAX_CONCLUSION characters of the answer, and `box_texts.py` bounds the
+rest. No regex has nested repetition, which could need exponential time.
 """
 
 from __future__ import annotations
@@ -37,50 +37,60 @@ FAILURE_KINDS = ("empty", "no_answer", "no_json", "bad_json", "no_box", "bad_box
 MAX_TAGS = 4_096
 MAX_CONCLUSION = 8_192
 
-# Attributes and upper case count, so that strictness can refuse them. ASCII: no Unicode
-# look-alike of s or k counts.
+# Tags with attributes or in upper case match too, so that the strict check sees and refuses them. re.ASCII: without it,
+# IGNORECASE would also match Unicode characters that fold to "s" or "k".
 _TAG = re.compile(r"<(/?)(think|answer)(?:\s[^<>]*+)?>", re.IGNORECASE | re.ASCII)
-_BEGINNINGS = ("<think", "</think", "<answer", "</answer")
+_BEGINNINGS = ("<think", "</think", "<answer", "</answer")  # plain text search for these is faster than _TAG
 _FENCE = re.compile(r"```(?:json)?[ \t\r]*+\n(.*)```", re.DOTALL)
 _PARAGRAPH_BREAK = re.compile(r"\n[ \t\r]*+\n")
-_MARKUP = re.compile(r"```(?:json)?|<\|?/?[a-z_]{1,20}\|?>", re.IGNORECASE)  # round a box
-_BOX = "\ufffc"  # stands for a box where only the words between boxes matter
+_MARKUP = re.compile(r"```(?:json)?|<\|?/?[a-z_]{1,20}\|?>", re.IGNORECASE)  # what models write around a box
+_BOX = "\ufffc"  # replaces each box where only the words between boxes matter
 
 
 @dataclass(frozen=True)
 class ParsedAnswer:
-    """At least one box, in the order written."""
+    """An answer with at least one box."""
 
-    boxes: tuple[ParsedBox, ...]
-    thinking: str | None
+    boxes: tuple[ParsedBox, ...]  # in the order written
+    thinking: str | None  # the text between the think tags; None without them
 
 
 @dataclass(frozen=True)
 class ParseFailure:
-    """Why no box could be read; `kind` is one of FAILURE_KINDS.
+    """The reason why no box could be read; `kind` is one of FAILURE_KINDS.
 
-    empty: blank text. no_answer: the thinking never ends, or nothing follows it. no_json: no bracket in the answer.
-    bad_json: brackets, but nothing that decodes. no_box: JSON without a box. bad_box: not four finite numbers.
+    - empty: the text is blank.
+    - no_answer: the thinking never ends, or nothing follows it.
+    - no_json: the answer has no bracket.
+    - bad_json: the answer has brackets, but no JSON value that decodes.
+    - no_box: the answer has JSON, but no box in it.
+    - bad_box: a box does not have four finite numbers.
     """
 
     kind: str
 
 
 def has_answer_tags(text: str) -> bool:
-    """Whether `text` holds anything that reads as a think or answer tag, and so cannot stand inside a block."""
+    """Whether `text` holds a think or answer tag, in any spelling. Text inside a block must not hold such a tag."""
     return _TAG.search(text) is not None
 
 
 def render_answer(values: Sequence[int | float], label: str, thinking: str | None) -> str:
-    """The text that a policy should write. Without `thinking` it is the fenced JSON alone, as the base model writes it.
+    """The text that the policy should write; without `thinking` the fenced JSON alone, as the base model writes it.
 
-    Raises ValueError if `values` are not four finite numbers or `thinking` holds a tag.
+    Args:
+        values: the four numbers of the box, x1, y1, x2, y2, in the model's box format.
+        label: the name of the object.
+        thinking: the reasoning in front of the answer.
+
+    Raises:
+        ValueError: `values` are not four finite numbers, or `thinking` holds a think or answer tag.
     """
     if not is_box(list(values)):
         raise ValueError(f"an answer has four finite numbers, got {values!r}")
     if thinking is not None and has_answer_tags(thinking):
         raise ValueError(f"thinking must not hold think or answer tags: {thinking[:200]!r}")
-    # "<" is escaped so that no label can open or close a block; it decodes to the same string.
+    # "<" is escaped, so that no label can open or close a block. JSON decodes the escape to the same character.
     body = json.dumps({"bbox_2d": list(values), "label": label}, ensure_ascii=False).replace("<", "\\u003c")
     fenced = f"```json\n{body}\n```"
     return fenced if thinking is None else f"<think>{thinking}</think><answer>{fenced}</answer>"
@@ -89,20 +99,27 @@ def render_answer(values: Sequence[int | float], label: str, thinking: str | Non
 def parse_answer(text: str, lenient: bool = False) -> ParsedAnswer | ParseFailure:
     """Read the boxes in any model text.
 
-    The answer is the first answer block after the thinking, or without one all that follows the thinking, from its
-    conclusion on. In it, boxes under "bbox_2d" count before bare lists of four numbers, and those before the forms
-    without JSON. Malformed JSON around a sound part (a missing fence, a list cut short) does not hide that part. An
-    inverted box is read, scoring 0. `lenient` admits (x1, y1, x2, y2) and <box>x1 y1 x2 y2</box> too: for evaluating
-    any model, not for training ours.
+    The answer is the first answer block after the thinking. Without such a block it is the text after the thinking,
+    from its conclusion on. Boxes under "bbox_2d" count first; without any, bare lists of four numbers count; without
+    these, the forms without JSON. Broken JSON around a correct part (a missing fence, a list that was cut short) does
+    not hide that part. An inverted box is returned as written; its IoU is 0.
+
+    Args:
+        text: any text that a model generated.
+        lenient: also read (x1, y1, x2, y2) and <box>x1 y1 x2 y2</box>, which other models write. Meant for the
+            evaluation of other models, not for training.
     """
     if not text.strip():
         return ParseFailure("empty")
+    # 1. Separate the thinking from the answer.
     thinking, answer, tagged = _split(text)
     if answer is None or not answer.strip():
         return ParseFailure("no_answer")
+    # 2. Find all boxes of the answer, then keep those of its conclusion.
     found = BoxesInText(answer, lenient)
     if boxes := found.counting(0 if tagged else _conclusion(answer, found)):
         return ParsedAnswer(boxes, thinking)
+    # 3. No box: name the failure that comes closest to a box.
     if found.num_bad:
         return ParseFailure("bad_box")
     if found.num_values:
@@ -111,23 +128,25 @@ def parse_answer(text: str, lenient: bool = False) -> ParsedAnswer | ParseFailur
 
 
 def answer_text(text: str) -> str | None:
-    """What the model answers after its thinking: the answer block, else the rest; None when the thinking never ends."""
+    """The text after the thinking: the answer block, or all of it without a block; None if the thinking never ends."""
     return _split(text)[1]
 
 
 def is_well_formed(text: str) -> bool:
-    """The format reward's condition (paper §3.2, made exact): one think block, then one answer block, nothing outside
-    but white space, and in the answer one JSON object, fenced or not, with "bbox_2d" of four finite numbers,
-    x1 < x2 and y1 < y2.
+    """Whether `text` earns the format reward (paper §3.2; the paper leaves details open, this rule is exact).
 
-    Empty thinking is allowed; so are other keys, but no key may be given twice and "label" must be a string.
+    The text is one think block and then one answer block, with only white space outside. The answer is one JSON object,
+    with or without a fence. Its "bbox_2d" has four finite numbers with x1 < x2 and y1 < y2. Its "label", if any, is a
+    string. Empty thinking and other keys are allowed; a repeated key is not.
     """
+    # The four tags, each once, in this order and spelling.
     tags = _tags(text) or []
     if [tag.group() for tag in tags] != ["<think>", "</think>", "<answer>", "</answer>"]:
         return False
     outside = text[: tags[0].start()] + text[tags[1].end() : tags[2].start()] + text[tags[3].end() :]
     if outside.strip():
         return False
+    # The answer block: one JSON object, with or without a fence.
     body = text[tags[2].end() : tags[3].start()].strip()
     if body.startswith("```"):
         fenced = _FENCE.fullmatch(body)
@@ -140,6 +159,7 @@ def is_well_formed(text: str) -> bool:
         answer = decode(body)
     except ValueError:
         return False
+    # The box: four finite numbers with an area.
     if not isinstance(answer.get("label", ""), str) or not is_box(answer.get("bbox_2d")):
         return False
     x1, y1, x2, y2 = answer["bbox_2d"]
@@ -147,15 +167,15 @@ def is_well_formed(text: str) -> bool:
 
 
 def _conclusion(answer: str, found: BoxesInText) -> int:
-    """Where the conclusion of an answer begins, of those that boxes follow; 0 without one."""
-    offset = max(0, len(answer) - MAX_CONCLUSION)
+    """The place in `answer` where its conclusion begins (see the top of this file); 0 without a conclusion."""
+    offset = max(0, len(answer) - MAX_CONCLUSION)  # only the end of a very long answer is searched
     values = [(start - offset, end - offset) for start, end in found.places() if start >= offset]
     if not values or len(found.places()) < 2:
         return 0
-    said, concluding = 0, 0
+    said, concluding = 0, 0  # where the last statement of each kind begins; 0 for none
     for part in statements(answer[offset:]):
         if part.start > values[-1][0]:
-            break
+            break  # no box follows from here on
         span = part.said()
         if span is not None and part.start + span[0] <= values[-1][0] and not is_inside(part.start + span[0], values):
             said = part.start + span[0]
@@ -166,8 +186,9 @@ def _conclusion(answer: str, found: BoxesInText) -> int:
 
 
 def _last_paragraph(answer: str, values: list[tuple[int, int]]) -> int:
-    """Where the boxes of the last paragraph begin, if it alone is boxes and nothing else; else 0."""
+    """The place where the boxes of the last paragraph begin, if only this paragraph consists of boxes alone; else 0."""
     places = [0, *(place for value in values for place in value), len(answer)]
+    # Each box becomes one character, so that brackets and digits inside boxes do not count as words.
     between = [answer[start:end] for start, end in zip(places[::2], places[1::2], strict=True)]
     paragraphs = [part for part in _PARAGRAPH_BREAK.split(_BOX.join(between)) if part.strip()]
     alone = [_BOX in part and not re.search(r"\w", _MARKUP.sub(" ", part)) for part in paragraphs]
@@ -175,7 +196,10 @@ def _last_paragraph(answer: str, values: list[tuple[int, int]]) -> int:
 
 
 def _split(text: str) -> tuple[str | None, str | None, bool]:
-    """(thinking, answer, whether an answer tag opens it) of a model text; no answer when the thinking never ends."""
+    """(thinking, answer, whether an <answer> tag opens the answer) of a model text.
+
+    The answer is None if the thinking never ends, or if the text has too many tags.
+    """
     tags = _tags(text)
     if tags is None:
         return None, None, False
@@ -183,25 +207,23 @@ def _split(text: str) -> tuple[str | None, str | None, bool]:
     openings = [index for index, kind in enumerate(kinds) if kind == "answer"]
     closings = [index for index, kind in enumerate(kinds) if kind == "/think"]
     if openings:
-        # Thinking may name the tags it is about to use: it ends at the last </think> that an answer block follows.
+        # The thinking may mention the tags. So it ends at the last </think> that an answer block follows.
         after = max((index for index in closings if index < openings[-1]), default=-1)
         opening = next(index for index in openings if index > after)
         closing = next((tags[i].start() for i in range(opening + 1, len(tags)) if kinds[i] == "/answer"), len(text))
         thinking = _thinking(text, tags[:opening], kinds, tags[opening].start())
         return thinking, text[tags[opening].end() : closing], True
-    if closings:
+    if closings:  # the thinking ends, and the answer has no tag
         return _thinking(text, tags, kinds, len(text)), text[tags[closings[-1]].end() :], False
-    return None, None if "think" in kinds else text, False
+    return None, None if "think" in kinds else text, False  # an open <think> without its end is no answer
 
 
 def _tags(text: str) -> list[re.Match[str]] | None:
-    """The think and answer tags in order; None for more than MAX_TAGS places that begin like one.
-
-    Where there are many "<", the beginnings are counted and found by plain search, which is fast for any text.
-    """
+    """The think and answer tags in order; None if more than MAX_TAGS places begin like a tag."""
     if text.count("<") <= MAX_TAGS:
         return list(_TAG.finditer(text))
-    lower = text.replace("\u0130", "i").lower()  # the one character that lower() makes two of
+    # The regex is slow on a text with very many "<". There, plain search finds the beginnings in linear time.
+    lower = text.replace("\u0130", "i").lower()  # "İ" is the only character that lower() makes longer
     if sum(lower.count(beginning) for beginning in _BEGINNINGS) > MAX_TAGS:
         return None
     places: list[int] = []
@@ -214,7 +236,8 @@ def _tags(text: str) -> list[re.Match[str]] | None:
 
 
 def _thinking(text: str, tags: list[re.Match[str]], kinds: list[str], end: int) -> str | None:
-    """What stands between the first <think> (or the start, if only the prompt held it) and the last </think>."""
+    """The text between the first <think> and the last </think>; None without either tag."""
+    # Some chat templates put <think> into the prompt. Then the thinking begins with the text.
     start = next((tag.end() for tag, kind in zip(tags, kinds, strict=False) if kind == "think"), None)
     closings = [tag.start() for tag, kind in zip(tags, kinds, strict=False) if kind == "/think"]
     if start is None and not closings:

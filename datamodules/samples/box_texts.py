@@ -1,14 +1,15 @@
-"""Boxes in the text of an answer, tolerantly: in JSON, in JSON that is slightly broken, in the forms of other models.
+"""Find the boxes in the text of an answer tolerantly: in JSON, in slightly broken JSON, and in other models' notations.
 
-Readable to a person and so to this reader, though it is no JSON: numbers such as 10., .5, +10 and 010, numbers in
-quotes, a comma before the closing bracket, and full-width digits, signs and brackets. A list of four with anything else
-(units, words, other separators, a missing or a fifth number) is no box. The strict format check admits none of this
-(`answer_text.is_well_formed`).
+This reader accepts some notations that a person can read although JSON forbids them: numbers such as 10., .5, +10 and
+010, numbers in quotes, a comma before the closing bracket, and full-width digits, signs and brackets. A list of four
+with anything else (units, words, other separators, a missing or a fifth number) is not a box. The strict format check
+(`answer_text.is_well_formed`) accepts none of these notations.
 
-Work is bounded, so that 1 MB of any text is read in some milliseconds. Nesting beyond MAX_DEPTH is no value, and
-reading stops after MAX_VALUES bracket pairs. A text with more than MAX_MARKS of the characters that cost work
-(brackets, commas, quotes, line breaks, "\\", "<") is read only in its first WINDOW / 2 characters and in WINDOW round
-its last opening bracket. Full-width forms are read in texts of up to 16 * WINDOW characters.
+The work on one text is bounded, so that 1 MB of any text takes a few milliseconds. A value that is nested deeper than
+MAX_DEPTH is ignored, and reading stops after MAX_VALUES bracket pairs. Some characters cost work: brackets, commas,
+quotes, line breaks, "\\" and "<". In a text with more than MAX_MARKS of them, only the first EXCERPT / 2 characters and
+an excerpt of EXCERPT characters around the last opening bracket are read. Full-width characters are read in texts of up
+to 16 * EXCERPT characters.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from typing import Any
 from datamodules.persistence.strict_json import refuse_constant, unique_keys
 from datamodules.samples.boxes import Box
 
-MAX_DEPTH = 16  # Python's decoder would recurse until it raises
-MAX_VALUES = 1_000
-MAX_MARKS = 4_096
-WINDOW = 4_096
-MAX_REPAIRED = 2_048  # characters of one value that is no JSON; a longer one is read by its parts
-MAX_REPAIRS = 65_536  # characters, all such values together
+MAX_DEPTH = 16  # nested brackets; Python's decoder recurses and would raise RecursionError
+MAX_VALUES = 1_000  # bracket pairs of one text
+MAX_MARKS = 4_096  # characters of one text that cost work
+EXCERPT = 4_096  # characters
+MAX_REPAIRED = 2_048  # characters of one broken value; of a longer value only its parts are read
+MAX_REPAIRS = 65_536  # characters of all broken values together
 
-_MARKS = '{}[]()"\n\\,<'
+_MARKS = '{}[]()"\n\\,<'  # the characters that cost work
 _STRUCTURE = re.compile(r'[\\"\n{}\[\]]')
 _NUMBER = r"\s*+([-+]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++))\s*+"
 _QUOTED = rf"\s*+[\"'“”]?{_NUMBER}[\"'“”]?\s*+"
@@ -39,18 +40,19 @@ _FOUR = ",".join([_QUOTED] * 4)
 _LIST = re.compile(rf"\[{_FOUR},?\s*+\]")
 _PAIRS = re.compile(rf"\({_NUMBER},{_NUMBER}\)\s*+,?\s*+\({_NUMBER},{_NUMBER}\)")  # Qwen2-VL: (x1,y1),(x2,y2)
 _WRITTEN = re.compile(rf"{_LIST.pattern}|{_PAIRS.pattern}")
-# What other models write: (x1, y1, x2, y2), and MiniCPM-V's <box>x1 y1 x2 y2</box>.
+# Notations of other models: (x1, y1, x2, y2), and MiniCPM-V's <box>x1 y1 x2 y2</box>.
 _LENIENT = re.compile(
     rf"{_WRITTEN.pattern}|\({_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\)|<box>{_NUMBER}{_NUMBER}{_NUMBER}{_NUMBER}</box>"
 )
 _QUOTED_NUMBER = re.compile(_NUMBER)
 _TRAILING_COMMA = re.compile(r",(\s*+[}\]])")
+# Full-width forms (U+FF01 to U+FF5E) -> ASCII, as Chinese keyboards and models write them.
 _FULL_WIDTH = {0xFF01 + offset: chr(0x21 + offset) for offset in range(94)} | {ord("【"): "[", ord("】"): "]"}
 
 
 @dataclass(frozen=True)
 class ParsedBox:
-    """Four finite numbers as the model wrote them (its box format; possibly inverted) and the label beside them."""
+    """Four finite numbers as the model wrote them (in its box format, possibly inverted) and the label beside them."""
 
     values: Box
     label: str | None
@@ -58,7 +60,7 @@ class ParsedBox:
 
 @dataclass(frozen=True)
 class PlacedBox:
-    """A box and the part [start, end) of the text that holds it: a whole JSON value, or one form without JSON."""
+    """A box and the part [start, end) of the text that holds it: a whole JSON value, or one box without JSON."""
 
     box: ParsedBox
     start: int
@@ -66,40 +68,42 @@ class PlacedBox:
 
 
 class BoxesInText:
-    """A text's boxes: under "bbox_2d" (`keyed`), in `bare` lists of four numbers, in forms without JSON (`written`)."""
+    """All boxes of a text, in three kinds; `counting` chooses the kind that counts."""
 
     def __init__(self, text: str, lenient: bool) -> None:
-        self.keyed: list[PlacedBox] = []
-        self.bare: list[PlacedBox] = []
-        self.written: list[PlacedBox] = []
-        self.num_bad = 0  # lists that should be a box and are none
-        self.num_values = 0  # JSON values
+        self.keyed: list[PlacedBox] = []  # under "bbox_2d" in JSON
+        self.bare: list[PlacedBox] = []  # lists of four numbers without this key
+        self.written: list[PlacedBox] = []  # notations without JSON
+        self.num_bad = 0  # number of lists that should be a box and are not
+        self.num_values = 0  # number of JSON values
         for start, end in _read_parts(text):
             self._read_part(text[start:end], start, lenient)
 
     def places(self) -> list[tuple[int, int]]:
-        """[start, end) of all that holds a box, in order; no two overlap."""
+        """[start, end) of every part of the text that holds a box, in order. No two parts overlap."""
         return sorted({(placed.start, placed.end) for placed in self.keyed + self.bare + self.written})
 
     def counting(self, start: int = 0) -> tuple[ParsedBox, ...]:
-        """The boxes from `start` on, in the order written: the keyed ones, else the bare ones, else the other forms."""
+        """The boxes from the place `start` on, in the order written: keyed boxes, else bare ones, else written ones."""
         for boxes in (self.keyed, self.bare, self.written):
             if found := tuple(placed.box for placed in boxes if placed.start >= start):
                 return found
         return ()
 
     def read(self, value: Any, start: int = 0, end: int = 0) -> bool:
-        """Add the boxes of one decoded value that stands at [start, end); whether there are any."""
+        """Add the boxes of one decoded value at the place [start, end); returns whether it has any."""
         before = len(self.keyed) + len(self.bare)
         self._read(value, start, end)
         return len(self.keyed) + len(self.bare) > before
 
     def _read_part(self, text: str, offset: int, lenient: bool) -> None:
+        # 1. JSON values, exact or repaired.
         decoded: list[tuple[int, int]] = []
         for start, end, value in _json_values(text):
             decoded.append((start, end))
             self.read(value, offset + start, offset + end)
         self.num_values += len(decoded)
+        # 2. Notations without JSON, in the text between these values.
         for found in _written(text, lenient):
             if is_inside(found.start(), decoded):
                 continue
@@ -112,7 +116,7 @@ class BoxesInText:
         self.bare.sort(key=lambda placed: placed.start)  # stable: boxes of one JSON value stay in order
 
     def _read(self, value: Any, start: int, end: int, label: str | None = None, keyed: bool = False) -> None:
-        """Walk one decoded value (at most MAX_DEPTH deep)."""
+        """Walk through one decoded value (at most MAX_DEPTH deep); `keyed`: the value stands under "bbox_2d"."""
         if isinstance(value, dict) and not keyed:
             label = value["label"] if isinstance(value.get("label"), str) else None
             for key, item in value.items():
@@ -139,21 +143,24 @@ def is_box(value: Any) -> bool:
 
 
 def is_inside(place: int, spans: list[tuple[int, int]]) -> bool:
-    """Whether one of the spans [start, end), in order and without overlap, holds `place`."""
+    """Whether one of the spans [start, end) holds `place`. The spans are sorted and do not overlap."""
     before = bisect_right(spans, (place, math.inf)) - 1
     return before >= 0 and place < spans[before][1]
 
 
 def decode(text: str, unique_keys: bool = True) -> Any:
-    """Strict JSON: no NaN or Infinity, and a number too large for a float becomes inf. Raises ValueError.
+    """Decode strict JSON, without NaN and Infinity. A number too large for a float becomes inf.
 
-    The caller bounds the depth.
+    The caller must bound the depth of `text`, because the decoder recurses.
+
+    Raises:
+        ValueError: `text` is not JSON, or an object has a key twice and `unique_keys` is set.
     """
     return (_UNIQUE if unique_keys else _REPEATED).decode(text)
 
 
 def is_one_value(text: str) -> bool:
-    """Whether a text is one bracket pair with at most MAX_MARKS marks and at most MAX_DEPTH high, JSON or not."""
+    """Whether `text` is one bracket pair, at most MAX_DEPTH deep and with at most MAX_MARKS marks, JSON or not."""
     return _num_marks(text) <= MAX_MARKS and _outer_spans(text)[:1] == [(0, len(text))]
 
 
@@ -162,6 +169,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _from_quotes(value: Any) -> Any:
+    """The number that a JSON string holds; any other value as it is."""
     if not isinstance(value, str) or len(value) > 100:
         return value
     number = _QUOTED_NUMBER.fullmatch(value.translate(_FULL_WIDTH))
@@ -169,24 +177,25 @@ def _from_quotes(value: Any) -> Any:
 
 
 def _read_parts(text: str) -> list[tuple[int, int]]:
-    """[start, end) of the parts of `text` that are read, in order."""
+    """[start, end) of the parts of `text` that are read: all of it, or the beginning and around the last brackets."""
     if _num_marks(text) <= MAX_MARKS:
         return [(0, len(text))]
-    start = max(text.rfind("["), text.rfind("{"), text.rfind("(")) - WINDOW // 4
-    if start <= WINDOW // 2:
-        return [(0, WINDOW)]
-    return [(0, WINDOW // 2), (start, min(len(text), start + WINDOW))]
+    # A quarter of the excerpt lies in front of the last opening bracket, the rest behind it.
+    start = max(text.rfind("["), text.rfind("{"), text.rfind("(")) - EXCERPT // 4
+    if start <= EXCERPT // 2:
+        return [(0, EXCERPT)]
+    return [(0, EXCERPT // 2), (start, min(len(text), start + EXCERPT))]
 
 
 def _num_marks(text: str) -> int:
-    """At most the length, exact where it is above MAX_MARKS."""
+    """Number of marks; for a text of at most MAX_MARKS characters an upper bound (its length)."""
     return len(text) if len(text) <= MAX_MARKS else sum(text.count(mark) for mark in _MARKS)
 
 
 def _written(text: str, lenient: bool) -> Iterator[re.Match[str]]:
-    """The forms without JSON. A list in ASCII brackets is none: it is read as JSON or not at all."""
-    plain = text
-    if not text.isascii() and len(text) <= 16 * WINDOW:
+    """The boxes without JSON. A list in ASCII brackets is not one of them: it is read as JSON or not at all."""
+    plain = text  # each character becomes one character, so that places in `plain` are places in `text`
+    if not text.isascii() and len(text) <= 16 * EXCERPT:
         plain = text.translate(_FULL_WIDTH)
     if "(" in plain or "<box>" in plain or plain != text:
         for found in (_LENIENT if lenient else _WRITTEN).finditer(plain):
@@ -195,15 +204,18 @@ def _written(text: str, lenient: bool) -> Iterator[re.Match[str]]:
 
 
 def _json_values(text: str) -> Iterator[tuple[int, int, Any]]:
-    """(start, end, value) of the outermost balanced bracket pairs that decode as JSON, in order; where one does not, of
-    those in it. At most MAX_VALUES are tried."""
-    done = 0
-    broken = -1  # where the last decoding failed: a pair round this place fails there too, unless it is repaired
-    repairs = MAX_REPAIRS
+    """(start, end, value) of the outermost bracket pairs that decode as JSON, in order.
+
+    Where a pair does not decode, the pairs inside it are tried. At most MAX_VALUES pairs are tried in all.
+    """
+    done = 0  # end of the last value
+    broken = -1  # where the last decoding failed: a pair around this place fails there too, unless it is repaired
+    repairs = MAX_REPAIRS  # characters that may still be repaired
     for start, end in _outer_spans(text)[:MAX_VALUES]:
         if start < done:
             continue
-        # A slice, not an offset: the decoder's error message counts lines from the start of what it was given.
+        # A slice is decoded, not an offset into the text: the decoder's error counts all lines before its position,
+        # which takes quadratic time over a long text.
         part, value = text[start:end], None
         if not start < broken < end:
             try:
@@ -219,7 +231,8 @@ def _json_values(text: str) -> Iterator[tuple[int, int, Any]]:
 
 
 def _repaired(part: str) -> Any:
-    """The value of a part that holds a box and is no JSON only for how boxes or last commas are written; else None."""
+    """The value of a part that is broken only in the notation of boxes or in trailing commas, if it has a box; else
+    None."""
     plain = _TRAILING_COMMA.sub(r"\1", _LIST.sub(_as_json, part.translate(_FULL_WIDTH)))
     if plain == part:
         return None
@@ -236,11 +249,11 @@ def _as_json(found: re.Match[str]) -> str:
 
 
 def _outer_spans(text: str) -> list[tuple[int, int]]:
-    """(start, end) of the balanced bracket pairs at most MAX_DEPTH high, outer before inner, in order of start."""
-    starts: list[int] = []
-    ends: list[int | None] = []
-    open_pairs: list[list[int]] = []  # [index into starts, height of what it holds]
-    in_string, escaped = False, -1
+    """(start, end) of the balanced bracket pairs at most MAX_DEPTH deep, outer before inner, in order of start."""
+    starts: list[int] = []  # place of every opening bracket
+    ends: list[int | None] = []  # the place behind its closing bracket; None while open, or nested too deeply
+    open_pairs: list[list[int]] = []  # stack of [index into starts, depth of the brackets inside]
+    in_string, escaped = False, -1  # `escaped`: the place of a character behind a backslash
     for match in _STRUCTURE.finditer(text):
         token = match.group()
         if match.start() == escaped:
@@ -248,7 +261,7 @@ def _outer_spans(text: str) -> list[tuple[int, int]]:
         if token == "\\":
             escaped = match.end()
         elif token == '"' or token == "\n":
-            # A quote in prose is no string, and JSON strings hold no raw line break: an unclosed one ends there.
+            # A quote outside brackets is prose. A JSON string holds no raw line break, so an open string ends there.
             in_string = token == '"' and not in_string and bool(open_pairs)
         elif in_string:
             continue
@@ -257,7 +270,7 @@ def _outer_spans(text: str) -> list[tuple[int, int]]:
             starts.append(match.start())
             ends.append(None)
         elif not open_pairs or text[starts[open_pairs[-1][0]]] != ("{" if token == "}" else "["):
-            open_pairs.clear()
+            open_pairs.clear()  # a closing bracket of the wrong kind: no open pair can be balanced any more
         else:
             index, height = open_pairs.pop()
             if height <= MAX_DEPTH:
@@ -267,6 +280,6 @@ def _outer_spans(text: str) -> list[tuple[int, int]]:
     return [(start, end) for start, end in zip(starts, ends, strict=True) if end is not None]
 
 
-# float also for integers: int() refuses more than 4,300 digits and takes quadratic time below that.
+# Integers are read as floats: int() refuses more than 4,300 digits, and needs quadratic time below that.
 _UNIQUE = json.JSONDecoder(parse_int=float, parse_constant=refuse_constant, object_pairs_hook=unique_keys)
 _REPEATED = json.JSONDecoder(parse_int=float, parse_constant=refuse_constant)

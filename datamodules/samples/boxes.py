@@ -1,6 +1,7 @@
-"""All box arithmetic: IoU, validity, and the one object that converts coordinates.
+"""All box arithmetic: IoU, validity, and `ImageSizes`, the one class that converts coordinates.
 
-Boxes are xyxy with continuous, end-exclusive edges. "Unit" means 0-1 relative to the original image.
+Boxes are (x1, y1, x2, y2), "xyxy", with continuous, end-exclusive edges. A "unit" box has coordinates from 0 to 1,
+relative to the original image as it is shown (upright).
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ Box = tuple[float, float, float, float]
 
 
 def iou(a: Box, b: Box) -> float:
-    """Intersection over union of two continuous xyxy boxes in the same space, area (x2-x1)(y2-y1) without +1.
+    """Intersection over union of two xyxy boxes in the same coordinate space; a number from 0 to 1, never NaN.
 
-    A degenerate, inverted or non-finite box has no area, so its IoU with anything is 0.0. In 0-1, never NaN.
+    The area of a box is (x2-x1)(y2-y1), without the +1 of integer pixel boxes. A degenerate, inverted or non-finite box
+    has no area, so its IoU with any box is 0.0.
     """
     area_a, area_b = _area(a), _area(b)
     if area_a == 0.0 or area_b == 0.0:
         return 0.0
     overlap = _area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
     union = area_a + area_b - overlap
-    # Rounding may leave the quotient one ulp above 1; an area that overflowed makes it inf/inf.
+    # Rounding can make the quotient slightly larger than 1. An area that overflowed would make it inf / inf.
     return min(overlap / union, 1.0) if math.isfinite(union) else 0.0
 
 
@@ -35,7 +37,7 @@ def _area(box: Box) -> float:
 
 
 def box_fault(box: Box) -> str | None:
-    """Why `box` is not a valid unit xyxy box ("not_finite", "degenerate" or "out_of_range"), or None if it is one."""
+    """None if `box` is a valid unit xyxy box, else the reason: "not_finite", "degenerate" or "out_of_range"."""
     if not all(math.isfinite(value) for value in box):
         return "not_finite"
     if box[2] <= box[0] or box[3] <= box[1]:
@@ -46,15 +48,19 @@ def box_fault(box: Box) -> str | None:
 
 
 def from_pixels_xywh(values: Sequence[float], size: tuple[int, int], tolerance: float = 1.0) -> tuple[Box, bool]:
-    """COCO's x, y, width, height in pixels of an image of `size` (width, height) -> unit xyxy, and whether clamped.
+    """Convert COCO's box to a unit xyxy box; also returns whether an edge was moved onto the border of the image.
 
-    Edges up to `tolerance` pixels outside the image are rounding in the annotators' tools and moved onto its border;
-    those farther outside stay, for `box_fault` to find.
+    Args:
+        values: x, y, width, height in pixels.
+        size: (width, height) of the image in pixels.
+        tolerance: in pixels. An edge that lies outside by at most this is moved onto the border. An edge farther
+            outside stays where it is, and `box_fault` reports it.
     """
     x, y, width, height = values
     edges, limits = (x, y, x + width, y + height), (*size, *size)
     clamped = []
     for edge, limit in zip(edges, limits, strict=True):
+        # The tools of annotators round, so an edge may lie slightly outside.
         near = -tolerance <= edge < 0 or limit < edge <= limit + tolerance
         clamped.append(min(max(edge, 0.0), float(limit)) if near else edge)
     x1, y1, x2, y2 = (edge / limit for edge, limit in zip(clamped, limits, strict=True))
@@ -62,8 +68,13 @@ def from_pixels_xywh(values: Sequence[float], size: tuple[int, int], tolerance: 
 
 
 def from_pixels_clipped(box: Sequence[float], size: Sequence[int]) -> list[float]:
-    """xyxy in pixels of an image of `size` (width, height) -> unit xyxy, clipped to the image. An inverted box stays
-    inverted. For benchmarks, whose every question counts; data for training takes no box that needs more than rounding.
+    """Convert an xyxy box in pixels of an image of `size` (width, height) to a unit xyxy box, clipped to the image.
+
+    An inverted box stays inverted. Benchmarks use this, because every question of a benchmark counts. Training data
+    uses `from_pixels_xywh`, which accepts only small rounding errors.
+
+    Raises:
+        ValueError: `box` does not have four numbers, or a size is below 1.
     """
     sizes = (*size, *size)
     if len(box) != 4 or min(sizes) < 1:
@@ -72,12 +83,12 @@ def from_pixels_clipped(box: Sequence[float], size: Sequence[int]) -> list[float
 
 
 def turn_box(box: Box, orientation: int) -> Box:
-    """Unit xyxy of an image's stored pixels -> unit xyxy of the image as EXIF's `orientation` (1 to 8) shows it.
+    """Turn a unit xyxy box of the stored pixels into a unit xyxy box of the image as it is shown.
 
-    2, 3 and 4 mirror or turn by 180 degrees; 5 to 8 exchange width and height first (Exif 2.3, tag 274). An inverted
-    box stays inverted.
+    `orientation` is EXIF's value, 1 to 8 (Exif 2.3, tag 274). An inverted box stays inverted.
     """
     x1, y1, x2, y2 = box
+    # 5 to 8 exchange the two axes first. Then 2, 3, 6, 7 mirror left and right; 3, 4, 7, 8 mirror top and bottom.
     if orientation >= 5:
         x1, y1, x2, y2 = y1, x1, y2, x2
     if orientation in (2, 3, 6, 7):
@@ -88,21 +99,21 @@ def turn_box(box: Box, orientation: int) -> Box:
 
 
 def turn_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
-    """The stored (width, height) -> that of the image as EXIF's `orientation` shows it."""
+    """The (width, height) of an image as EXIF's `orientation` shows it, from its stored (width, height)."""
     return (size[1], size[0]) if orientation >= 5 else size
 
 
 def is_unit_xywh(values: Sequence[float], size: tuple[int, int]) -> bool:
-    """Whether x, y, width and height, said to be pixels of an image of `size`, are 0-1 instead.
+    """Whether x, y, width and height are numbers from 0 to 1 although the data set says pixels.
 
-    As pixels such a box would lie in the first two rows and columns, which no annotator marks; only an image of hardly
-    more pixels than that is excepted. A box without an area is none of them: it has a fault of its own.
+    In pixels, such a box would lie in the first two rows and columns of the image, which no annotator marks. Images of
+    at most two pixels a side are excepted. A box without an area returns False: `box_fault` reports it.
     """
     return max(values) <= 1 and min(values[2:]) > 0 and min(size) > 2
 
 
 class BoxFormat(StrEnum):
-    """What a model's numbers mean: a property of the model, never inferred from the numbers."""
+    """The meaning of the numbers that a model writes: a property of the model, never guessed from the numbers."""
 
     ABSOLUTE_PIXELS = "absolute_pixels"  # pixels of the resized image (Qwen2.5-VL)
     RELATIVE_1000 = "relative_1000"  # 0-1000 of the image (Qwen2-VL, InternVL, Migician)
@@ -110,20 +121,20 @@ class BoxFormat(StrEnum):
 
     @classmethod
     def _missing_(cls, value: object) -> BoxFormat | None:
-        """The names that earlier versions wrote are aliases."""
+        """Accept the names of earlier versions as aliases."""
         old = {"absolute": cls.ABSOLUTE_PIXELS, "per_mille": cls.RELATIVE_1000, "unit": cls.NORMALIZED}
         return old.get(value) if isinstance(value, str) else None
 
 
-# What a command line or a YAML may say; `BoxFormat(name)` takes each of them.
+# The values that a command line or a YAML file may hold; `BoxFormat(name)` accepts each of them.
 BoxFormatName = Literal["absolute_pixels", "relative_1000", "normalized", "absolute", "per_mille", "unit"]
 
 
 @dataclass(frozen=True)
 class ImageSizes:
-    """The sizes of one image, (width, height) in pixels: as stored, and as the vision tower sees it.
+    """The two sizes of one image, (width, height) in pixels: as stored, and as resized for the vision tower.
 
-    It alone converts between the stored unit box and what a model speaks:
+    Only this class converts between a unit box and the numbers that a model reads and writes:
 
         sizes = ImageSizes(original=(640, 480), resized=(644, 476))
         sizes.to_model((0.25, 0.5, 0.75, 1.0), BoxFormat.ABSOLUTE_PIXELS)   # (161, 238, 483, 475)
@@ -138,15 +149,19 @@ class ImageSizes:
 
     @classmethod
     def from_grid(cls, original: tuple[int, int], grid_hw: tuple[int, int], patch_size: int) -> ImageSizes:
-        """From a processor's `image_grid_thw[k][1:]`: (rows, columns) of patches of `patch_size` pixels."""
+        """Make the sizes from a processor's patch grid.
+
+        Args:
+            original: (width, height) in pixels.
+            grid_hw: `image_grid_thw[k][1:]` of the processor: rows and columns of patches.
+            patch_size: side of a patch in pixels.
+        """
         rows, columns = grid_hw
         return cls(original=original, resized=(columns * patch_size, rows * patch_size))
 
     def to_model(self, box: Box, box_format: BoxFormat) -> tuple[int | float, ...]:
-        """Unit xyxy `box` -> the four numbers that a model of this box format writes.
-
-        Rounding and clipping are those of the models' own training data: absolute to 0..size-1, per mille to 0..1000.
-        """
+        """The four numbers that a model of this box format writes for the unit xyxy box `box`."""
+        # Rounding and clipping follow the models' own training data: pixels to 0..size-1, relative to 0..1000.
         if box_format == BoxFormat.NORMALIZED:
             return tuple(round(value, 3) for value in box)
         if box_format == BoxFormat.RELATIVE_1000:
@@ -155,7 +170,10 @@ class ImageSizes:
         return tuple(_clip(round(value * size), size - 1) for value, size in zip(box, sizes, strict=True))
 
     def to_unit(self, values: Sequence[float], box_format: BoxFormat) -> Box:
-        """A model's four numbers -> unit xyxy. Nothing is clipped or reordered: a bad box stays bad and scores 0."""
+        """The unit xyxy box of four numbers that a model wrote.
+
+        Nothing is clipped or reordered: an inverted box stays inverted and scores 0.
+        """
         x1, y1, x2, y2 = values
         width, height = {
             BoxFormat.ABSOLUTE_PIXELS: self.resized,
@@ -165,13 +183,13 @@ class ImageSizes:
         return x1 / width, y1 / height, x2 / width, y2 / height
 
     def to_pixels(self, box: Box) -> Box:
-        """Unit xyxy -> pixels of the original image, for drawing."""
+        """The unit xyxy box in pixels of the original image, for drawing."""
         width, height = self.original
         return box[0] * width, box[1] * height, box[2] * width, box[3] * height
 
 
 def image_sizes_to_json(image_sizes: Sequence[ImageSizes]) -> list[list[int]]:
-    """[[width, height, resized width, resized height], …], as journals and predictions hold them."""
+    """[[width, height, resized width, resized height], …], the form in journals and in files of predictions."""
     return [[*sizes.original, *sizes.resized] for sizes in image_sizes]
 
 
@@ -181,14 +199,20 @@ def image_sizes_from_json(sizes: Sequence[Sequence[int]]) -> tuple[ImageSizes, .
 
 
 def fit_size(size: tuple[int, int], factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The (width, height) to which Qwen's processors resize an image of `size`: multiples of `factor`, nearly the same
-    shape, an area in `min_pixels`..`max_pixels`. It leaves such a size as it is. A sliver can come out too
-    large; fitting it again shrinks it further.
+    """The (width, height) to which Qwen's processors resize an image, with nearly the same aspect ratio.
 
-    Source: `smart_resize` of Qwen2-VL, with at least one `factor` a side as in qwen_vl_utils. Equal to transformers'
-    for sides of at least 28 pixels and shapes up to 4:1.
+    Source: `smart_resize` of Qwen2-VL, with at least one `factor` a side as in qwen_vl_utils. The result equals that of
+    transformers for sides of at least 28 pixels and aspect ratios up to 4:1. A size that fits already is returned
+    unchanged. A very long and narrow image can come out larger than `max_pixels`; a second call shrinks it further.
+
+    Args:
+        size: (width, height) of the image in pixels.
+        factor: both sides become multiples of this (patch size times merge size, 28 for Qwen2.5-VL).
+        min_pixels: smallest area in pixels.
+        max_pixels: largest area in pixels.
     """
     width, height = size
+    # Each side to the nearest multiple. Only an area outside the limits needs a common scale for both sides.
     new = [max(factor, round(side / factor) * factor) for side in size]
     if new[0] * new[1] > max_pixels:
         shrink = math.sqrt(width * height / max_pixels)

@@ -1,4 +1,4 @@
-"""Typed samples, their JSON form (the `.json` member of a shard), and what happens to samples that break a rule."""
+"""Typed samples, their JSON form (the `.json` member of a shard), and the counting of samples that break a rule."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any, NoReturn
 from datamodules.samples.answer_text import has_answer_tags
 from datamodules.samples.boxes import Box, box_fault
 
-# Text with one of these would become a placeholder without an image, or end the turn. MIG-Bench's own has others.
+# Special tokens of Qwen. In a text they would become a placeholder without an image, or end the user's turn.
 RESERVED = re.compile(r"<\|(?:image_pad|video_pad|vision_(?:start|end|pad)|im_start|im_end|endoftext)\|>")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class SampleError(ValueError):
-    """A sample breaks a rule. `rule` is a stable snake_case name that runs count by."""
+    """A sample breaks a rule. `rule` is a fixed snake_case name under which a run counts such samples."""
 
     def __init__(self, sample_id: str, rule: str, detail: str = "") -> None:
-        super().__init__(sample_id, rule, detail)  # all three, so that workers can pickle it
+        super().__init__(sample_id, rule, detail)  # pickle calls __init__ with these: worker processes send the error
         self.sample_id = sample_id
         self.rule = rule
         self.detail = detail
@@ -30,7 +30,7 @@ class SampleError(ValueError):
 
 
 class Rejections:
-    """Counts rejected samples by rule and keeps a few ids of each; `strict` raises the first one instead."""
+    """Counts rejected samples by rule and keeps a few ids for each rule. With `strict`, the first error is raised."""
 
     NUM_EXAMPLES = 3
 
@@ -51,7 +51,7 @@ class Rejections:
         return self.counts.total()
 
     def summary(self) -> str:
-        """One line for the log: how many, why, and a few ids for each rule."""
+        """One line for the log: the number of rejected samples, the rules, and a few ids for each rule."""
         rules = [f"{rule} {count} ({', '.join(self.examples[rule])})" for rule, count in self.counts.most_common()]
         return f"{len(self)} samples rejected" + (f": {'; '.join(rules)}" if rules else "")
 
@@ -68,20 +68,20 @@ class ImagePart:
 
 @dataclass(frozen=True)
 class BoxPart:
-    """A box inside the question: unit xyxy of image `image`, and the text it was written as in the source."""
+    """A box inside the question."""
 
-    image: int
-    box: Box
-    text: str
+    image: int  # index into Sample.images
+    box: Box  # unit xyxy of this image
+    text: str  # the notation of the box in the published data set
 
 
 @dataclass(frozen=True)
 class BoxAnswer:
-    """The true box: unit xyxy of the original image `image`."""
+    """The true box."""
 
-    image: int
-    box: Box
-    label: str
+    image: int  # index into Sample.images
+    box: Box  # unit xyxy of the original image
+    label: str  # the name of the object
 
 
 @dataclass(frozen=True)
@@ -110,15 +110,15 @@ class Sample:
 
     id: str
     source: str
-    task: str
+    task: str  # metrics are reported by task
     images: tuple[str, ...]  # file names
-    messages: tuple[Part, ...]  # the user's turn, interleaved; shows every image once, in the order of `images`
+    messages: tuple[Part, ...]  # the user's turn: text, images and boxes; every image once, in the order of `images`
     answer: Answer
-    thinking: str | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    thinking: str | None = None  # a reference rationale, the target of CoT-SFT
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)  # further facts, such as the difficulty
 
     def to_json(self) -> dict[str, Any]:
-        """The record that `from_json` reads back as an equal sample."""
+        """The JSON record of the sample; `from_json` reads it back as an equal sample."""
         return {
             "id": self.id,
             "source": self.source,
@@ -132,9 +132,9 @@ class Sample:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any], strict_boxes: bool = True) -> Sample:
-        """Validate a record. Raises SampleError with the sample's id and the rule that it breaks.
+        """Validate a record and make a sample of it. Raises SampleError with the id and the broken rule.
 
-        `strict_boxes=False` lets degenerate and out-of-range answer boxes pass: benchmarks score them as they are.
+        `strict_boxes=False` accepts degenerate and out-of-range answer boxes: benchmarks score such boxes as they are.
         """
         if not isinstance(record, Mapping):
             raise SampleError("unknown", "field_type", f"a record is an object, got {type(record).__name__}")
@@ -145,10 +145,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class LoadedSample:
-    """A sample with its encoded image bytes, as they lie in the shard or on disk, in the order of `sample.images`."""
+    """A sample together with the content of its image files."""
 
     sample: Sample
-    images: tuple[bytes, ...]
+    images: tuple[bytes, ...]  # encoded (JPEG, PNG, …), unchanged from the shard or disk, in the order of sample.images
 
 
 def _part_to_json(part: Part) -> dict[str, Any]:
@@ -168,12 +168,12 @@ def _answer_to_json(answer: Answer) -> dict[str, Any]:
 
 
 class _Reader:
-    """Reads one record; every check fails with this record's id."""
+    """Reads one record; every failed check raises a SampleError with this record's id."""
 
     def __init__(self, sample_id: str, strict_boxes: bool) -> None:
         self.sample_id = sample_id
         self.strict_boxes = strict_boxes
-        self.num_images = 0
+        self.num_images = 0  # set before messages and answer are read: their image indices are checked against it
 
     def sample(self, record: Mapping[str, Any]) -> Sample:
         self.fields(record, "record", ("id", "source", "task", "images", "messages", "answer"), ("thinking", "extra"))
@@ -200,7 +200,7 @@ class _Reader:
     def messages(self, value: Any) -> tuple[Part, ...]:
         parts = tuple(self.part(item) for item in self.items(value, "messages"))
         shown = [part.image for part in parts if isinstance(part, ImagePart)]
-        # Pixels are paired with placeholders by order alone, so a permutation here would swap images silently.
+        # The model pairs images with placeholders only by their order. Another order here would silently swap images.
         if shown != list(range(self.num_images)):
             self.fail("image_order", f"messages show images {shown}, not each of {self.num_images} once and in order")
         if not any(isinstance(part, TextPart) and part.text.strip() for part in parts):
@@ -217,7 +217,7 @@ class _Reader:
             return TextPart(self.text(value["text"], "text"))
         if kind == "box":
             self.fields(value, "box part", ("type", "image", "box", "text"))
-            box = self.box(value["box"], strict=True)
+            box = self.box(value["box"], strict=True)  # a question must be well-formed, in a benchmark too
             return BoxPart(self.index(value["image"]), box, self.text(value["text"], "box text"))
         return self.fail("part_type", f"a message part is of type image, text or box, got {_brief(value)}")
 
@@ -247,11 +247,11 @@ class _Reader:
         numbers = self.items(value, "box")
         if len(numbers) != 4:
             self.fail("box_length", f"a box has four numbers, got {len(numbers)}")
-        if any(isinstance(number, bool) or not isinstance(number, int | float) for number in numbers):
+        if any(isinstance(number, bool) or not isinstance(number, int | float) for number in numbers):  # bool is an int
             self.fail("field_type", f"a box has four numbers, got {_brief(numbers)}")
         try:
             x1, y1, x2, y2 = (float(number) for number in numbers)
-        except OverflowError:  # an integer beyond a float's range
+        except OverflowError:  # an integer that is too large for a float
             self.fail("not_finite_box", "a number is too large")
         fault = box_fault((x1, y1, x2, y2))
         if fault is not None and (strict or fault == "not_finite"):
@@ -293,8 +293,8 @@ class _Reader:
 
 
 def _brief(value: Any) -> str:
-    """A short repr for messages; Python refuses to print integers of more than 4,300 digits."""
+    """A short repr for messages."""
     try:
         return f"{value!r:.100}"
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # an integer of more than 4,300 digits; very deep nesting
         return f"an unprintable {type(value).__name__}"

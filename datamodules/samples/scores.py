@@ -1,7 +1,8 @@
-"""The score of one model text: its box and IoU, its format, or why it has no box. For rewards and benchmarks.
+"""The score of one model text: its box, its IoU, its format, or the reason why it has no box. Rewards and benchmarks
+both use it.
 
-The boxes are those that `answer_text.parse_answer` lists: all of an answer block, and of any other text those from its
-conclusion on. So "first" is the first box of the answer, not a box that is mentioned on the way to it.
+`answer_text.parse_answer` finds the boxes: in an answer block all of them, in any other text those from the conclusion
+on. So "first" means the first box of the answer, not a box that the model mentions before it answers.
 """
 
 from __future__ import annotations
@@ -14,23 +15,27 @@ from datamodules.samples.answer_text import ParseFailure, is_well_formed, parse_
 from datamodules.samples.boxes import Box, BoxFormat, ImageSizes, iou
 from datamodules.samples.sample import BoxAnswer, Sample, SampleError
 
-# Which of several boxes counts. "best" looks at the true box: an oracle, for comparing with harnesses that do so.
+# Which of several boxes counts. "best" picks the box with the highest IoU. It is an oracle, because it uses the true
+# box; it exists for comparison with evaluation code that does the same.
 BoxChoice = Literal["first", "last", "best"]
 
 
 @dataclass(frozen=True)
 class TextScore:
-    """`TextScore(box=(0.1, 0.2, 0.5, 0.6), iou=0.8, well_formed=True, failure=None)` is a well-formed, good answer."""
+    """A good answer: `TextScore(box=(0.1, 0.2, 0.5, 0.6), iou=0.8, well_formed=True, failure=None)`."""
 
-    box: Box | None  # the box that counts, unit xyxy of the answer's image
+    box: Box | None  # the box that counts: xyxy, 0-1 of the answer's image
     iou: float  # with the true box, 0-1; 0 without a box
-    well_formed: bool  # earns the format reward
-    failure: str | None  # why no box could be read (a kind of `answer_text.ParseFailure`), else None
+    well_formed: bool  # whether the text earns the format reward
+    failure: str | None  # a kind of `answer_text.ParseFailure` if no box could be read, else None
 
 
 def require_box(sample: Sample) -> BoxAnswer:
-    """The sample's answer, which must be one box: training and sampling can use no other. Raises SampleError with the
-    rule "no_box_answer"."""
+    """The sample's answer, which must be one box. Training and sampling can use no other kind of answer.
+
+    Raises:
+        SampleError: with the rule "no_box_answer".
+    """
     if not isinstance(sample.answer, BoxAnswer):
         raise SampleError(sample.id, "no_box_answer", f"the answer is a {type(sample.answer).__name__}")
     return sample.answer
@@ -44,21 +49,29 @@ def score_text(
     which: BoxChoice = "first",
     lenient: bool = False,
 ) -> TextScore:
-    """Score one text against `answer`; `image_sizes` has one entry per image of the sample.
+    """Score one text against the true box.
 
-    The numbers in `text` are read in the model's `box_format` and in the sizes of the answer's own image
-    (`answer.image`), never guessed from the numbers nor from the true box. Where the answer has several boxes, the
-    first counts, so that more boxes can not raise the score, unless `which` says otherwise; `lenient` is
-    `parse_answer`'s.
-    Raises ValueError when `answer` is not one box or names an image that has no sizes.
+    Args:
+        text: the completion of a model.
+        answer: the true box and the image that it lies in.
+        image_sizes: the sizes of the sample's images, one entry an image.
+        box_format: what the numbers in `text` mean. They are converted with the sizes of the image `answer.image`; the
+            format is never guessed from the numbers or from the true box.
+        which: which of several boxes counts. With "first", further boxes cannot raise the score.
+        lenient: read the box notations of other models too, as in `parse_answer`.
+
+    Raises:
+        ValueError: `answer` is not one box, or it names an image that has no sizes.
     """
     if not isinstance(answer, BoxAnswer):
         raise ValueError(f"scoring needs an answer of one box, got {type(answer).__name__}")
     if not 0 <= answer.image < len(image_sizes):
         raise ValueError(f"answer is in image {answer.image}, but there are {len(image_sizes)} images")
+    # The two checks are independent: a tolerantly read box may have the wrong format.
     parsed, well_formed = parse_answer(text, lenient), is_well_formed(text)
     if isinstance(parsed, ParseFailure):
         return TextScore(None, 0.0, well_formed, parsed.kind)
+    # From the model's numbers to 0-1 of the image, where the true box is given too.
     boxes = [image_sizes[answer.image].to_unit(written.values, box_format) for written in parsed.boxes]
     box = max(boxes, key=lambda box: iou(box, answer.box)) if which == "best" else boxes[-1 if which == "last" else 0]
     return TextScore(box, iou(box, answer.box), well_formed, None)

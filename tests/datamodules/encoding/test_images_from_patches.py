@@ -25,7 +25,7 @@ def test_other_values_are_refused(tiny_model_dir, make_items) -> None:
 
     processor = AutoImageProcessor.from_pretrained(tiny_model_dir)
     (item,) = make_items([1])
-    with pytest.raises(ValueError, match="no 8-bit pixels"):
+    with pytest.raises(ValueError, match="not 8-bit pixels"):
         images_from_patches(item.pixel_values * 1.01, item.grid_thw, processor)
     with pytest.raises(ValueError, match="2 frames"):
         images_from_patches(item.pixel_values.repeat(2, 1), item.grid_thw * torch.tensor([2, 1, 1]), processor)
