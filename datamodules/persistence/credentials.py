@@ -1,8 +1,7 @@
-"""Passwords and keys in text: finding them before anything is written, and hiding them in messages.
+"""Find passwords and keys in text before anything is written, and hide them in messages.
 
-A user name with a password in a URL, or a key in a setting, would be written to config.yaml, W&B, logs and journals.
-Commands therefore refuse such a setting at once; the secret itself belongs into an environment variable, of which the
-settings hold the name only.
+A password in a URL or a key in a setting would be written to config.yaml, W&B, logs and journals. So commands refuse
+such a setting at once. The secret belongs into an environment variable, and the setting holds the name of the variable.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ from collections.abc import Iterable
 
 HIDDEN = "***"
 
-# scheme://user:password@host and scheme://token@host. An "@" behind the first "/", "?" or "#" belongs to the path.
+# scheme://user:password@host and scheme://token@host. An "@" after the first "/", "?" or "#" belongs to the path.
 _USER_INFO = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*://)[^\s/?#@'\"]*(?:@[^\s/?#@'\"]*)*@")
-# ?api_key=…: servers take keys in the query, too. A signed URL counts: its signature is a key for some hours.
+# ?api_key=…: some servers accept a key in the query. The signature of a signed URL is a key for some hours.
 _QUERY_KEY = re.compile(
     r"([?&](?:[A-Za-z\-]*signature|sig|api[_-]?key|key|[a-z_\-]*token|password|secret)=)[^\s&#'\"]+", re.IGNORECASE
 )
-# Forms that providers document for their keys: OpenAI and Anthropic, Hugging Face, AWS, Google, GitHub, and a header.
+# The documented forms of keys: OpenAI and Anthropic, Hugging Face, AWS, Google, GitHub, and an authorization header.
 _KEY_FORMS = re.compile(
     r"\bsk-[A-Za-z0-9_\-]{12,}|\bhf_[A-Za-z0-9]{16,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_\-]{30,}"
     r"|\bgh[pousr]_[A-Za-z0-9]{30,}|\bBearer\s+[A-Za-z0-9._\-]{8,}"
@@ -32,7 +31,7 @@ _SECRET_FIELD = re.compile(
 
 
 def find_credential(text: str) -> str | None:
-    """The kind of the first credential in `text`, in words that do not repeat it; None where there is none."""
+    """The kind of the first credential in `text`, in words that do not repeat it; None if there is none."""
     if _USER_INFO.search(text):
         return "a URL with a user name or password"
     if _QUERY_KEY.search(text):
@@ -45,9 +44,9 @@ def find_credential(text: str) -> str | None:
 
 
 def hide_credentials(text: str, secrets: Iterable[str] = ()) -> str:
-    """`text` with everything that `find_credential` finds, and every one of `secrets`, replaced by ***."""
+    """`text` with *** in place of every credential that `find_credential` finds and of every known secret."""
     for secret in secrets:
-        if secret:
+        if secret:  # replacing "" would put *** between all characters
             text = text.replace(secret, HIDDEN)
     text = _USER_INFO.sub(rf"\1{HIDDEN}@", text)
     text = _QUERY_KEY.sub(rf"\1{HIDDEN}", text)

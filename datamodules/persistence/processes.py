@@ -1,4 +1,4 @@
-"""Processes that depend on each other: a child ends with its parent, and nobody waits for a child that is stopped."""
+"""Processes that depend on each other: a child ends with its parent, and nobody waits forever for a stopped child."""
 
 from __future__ import annotations
 
@@ -16,26 +16,30 @@ from pathlib import Path
 from typing import Any
 
 POLL_SECONDS = 1.0
-STOPPED_SECONDS = 30.0  # a process that was stopped (SIGSTOP) for longer is given up
+STOPPED_SECONDS = 30.0  # a process that is stopped (SIGSTOP) for longer is killed
+# Letters for process states in /proc/<pid>/stat.
 STOPPED = "T"
-ENDED = ("Z", "X")  # a killed child stays as a zombie until its parent looks
+ENDED = ("Z", "X")  # a killed child stays a zombie ("Z") until its parent waits for it
 
 
 class ProcessLost(RuntimeError):
-    """Another process that this process depends on has died or was given up; the message names it and the reason."""
+    """A process that this process depends on has died or was killed; the message names the process and the reason."""
 
 
 def end_with_parent(parent: int | None = None, delay: float = 0.0) -> None:
-    """From here on this process ends, with status 1, when its parent is gone, also by kill -9; `delay` seconds later.
+    """End this process, with status 1, as soon as its parent is gone. This also works if the parent dies by kill -9.
 
-    parent: its process id, as the parent has given it; multiprocessing's workers know it. Where this process has to ask
-    for it itself, a parent that is gone by now is not noticed.
+    Args:
+        parent: process id of the parent. Workers of multiprocessing know it. Otherwise the parent should pass its id:
+            if this process asks the system, a parent that has died already goes unnoticed.
+        delay: seconds between the end of the parent and the end of this process.
     """
     if parent is None:
         known = multiprocessing.parent_process()
         parent = os.getppid() if known is None else known.pid
 
     def watch() -> None:
+        # The system gives an orphan another parent, so a changed parent id means that the parent is gone.
         while os.getppid() == parent:
             time.sleep(POLL_SECONDS)
         time.sleep(delay)
@@ -46,9 +50,9 @@ def end_with_parent(parent: int | None = None, delay: float = 0.0) -> None:
 
 
 def process_state(pid: int) -> tuple[str, int]:
-    """Linux' letter for the state of a process ("T": stopped), and the id of its parent; ("X", 0) where it is gone.
+    """(state, parent id) of a process: Linux' letter, such as "T" for stopped; ("X", 0) if the process is gone.
 
-    Other systems tell no state: ("?", 0) for every process that is there.
+    On systems without /proc, ("?", 0) for every process that exists.
     """
     if not Path("/proc/self/stat").exists():
         try:
@@ -57,6 +61,7 @@ def process_state(pid: int) -> tuple[str, int]:
             return "X", 0
         return "?", 0
     try:
+        # The name of the process stands in parentheses and may itself hold some, so fields are read after the last one.
         state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
     except (FileNotFoundError, ProcessLookupError):
         return "X", 0
@@ -64,7 +69,7 @@ def process_state(pid: int) -> tuple[str, int]:
 
 
 def how_it_ended(exit_code: int | None) -> str:
-    """How a multiprocessing process ended, in words; negative exit codes are signals."""
+    """The end of a multiprocessing process in words; a negative exit code is the number of a signal."""
     if exit_code is None or exit_code >= 0:
         return f"ended with exit code {exit_code}"
     usual = {signal.SIGKILL: " (the system does so when memory is full)", signal.SIGBUS: " (as when /dev/shm is full)"}
@@ -72,32 +77,36 @@ def how_it_ended(exit_code: int | None) -> str:
 
 
 class StopClock:
-    """How long processes have been stopped, counted in looks, one each POLL_SECONDS.
+    """Measures how long processes have been stopped.
 
-    A pause of the looking process itself, as by Ctrl-Z, does not count.
+    It counts checks, one every POLL_SECONDS, and not time: a pause of the checking process itself (Ctrl-Z) must not
+    count.
     """
 
     def __init__(self, seconds: float | None = None) -> None:
         self.seconds = STOPPED_SECONDS if seconds is None else seconds
-        self._looks: dict[int, int] = {}
+        self._looks: dict[int, int] = {}  # process id -> number of checks in a row that found it stopped
 
     def fault(self, pid: int, state: str) -> str | None:
-        """In words, once the process has been stopped for longer than `seconds`. Call it once a POLL_SECONDS."""
+        """The reason in words if the process has been stopped for too long, else None. Call it every POLL_SECONDS."""
         self._looks[pid] = self._looks.get(pid, 0) + 1 if state == STOPPED else 0
         stopped = self._looks[pid] * POLL_SECONDS
         return f"was stopped (SIGSTOP) for {stopped:.0f} s" if stopped > self.seconds else None
 
 
 class ChildWatch:
-    """`with ChildWatch(pids)`: a thread that kills each child process that is stopped for longer than `seconds`.
+    """Inside `with ChildWatch(pids)`, a thread kills each child process that is stopped for longer than `seconds`.
 
-    Whoever waits for the child then learns of its end as of any other, instead of waiting for ever. `pids` tells which
-    children to look at, each time anew. `faults` holds why a child was killed, by its id.
+    Code that waits for the child then gets the usual error of a dead child, instead of waiting forever.
+
+    Args:
+        pids: returns the ids of the children; it is called before every check.
+        seconds: how long a child may be stopped; None means STOPPED_SECONDS.
     """
 
     def __init__(self, pids: Callable[[], Iterable[int | None]], seconds: float | None = None) -> None:
         self.pids, self.clock = pids, StopClock(seconds)
-        self.faults: dict[int, str] = {}
+        self.faults: dict[int, str] = {}  # process id -> why this watch killed the child
         self._stop = threading.Event()
 
     def __enter__(self) -> ChildWatch:
@@ -109,21 +118,21 @@ class ChildWatch:
         self._stop.set()
 
     def fate(self, pid: int | None, exit_code: int | None) -> str:
-        """How a child ended, in words: why this watch killed it, else by its exit code."""
+        """The end of a child in words: the reason why this watch killed it, or the meaning of its exit code."""
         return self.faults.get(pid) or how_it_ended(exit_code)
 
     def give_up(self, pid: int, fault: str) -> None:
-        """Kill a child, and note why."""
-        self.faults.setdefault(pid, fault)
+        """Kill a child and remember the reason."""
+        self.faults.setdefault(pid, fault)  # before the kill: the waiting thread may ask for the reason at once
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
     def look(self) -> None:
-        """Look at every child once, and kill those that have been stopped for too long."""
+        """Check every child once, and kill those that have been stopped for too long."""
         for pid in [pid for pid in self.pids() if pid is not None]:
             state, parent = process_state(pid)
             fault = self.clock.fault(pid, state)
-            if fault and parent == os.getpid():  # the id may have become another process's
+            if fault and parent == os.getpid():  # the system may have given the id to another process
                 self.give_up(pid, fault)
 
     def _watch(self) -> None:
@@ -133,12 +142,13 @@ class ChildWatch:
 
 @contextmanager
 def process_pool(processes: int, **settings: Any) -> Iterator[ProcessPoolExecutor]:
-    """A pool of processes that raises ProcessLost if a worker is stopped or dies.
+    """A pool of processes; `settings` are arguments of ProcessPoolExecutor.
 
-    settings: arguments of ProcessPoolExecutor.
+    Raises:
+        ProcessLost: a worker has died, or was stopped for too long.
     """
     pool = ProcessPoolExecutor(processes, **settings)
-    with ChildWatch(lambda: tuple(pool._processes or ())) as watch:
+    with ChildWatch(lambda: tuple(pool._processes or ())) as watch:  # the pool starts workers as it needs them
         try:
             with pool:
                 yield pool

@@ -1,7 +1,7 @@
-"""Hooks of Python's JSON decoder that refuse text which the decoder alone would take.
+"""Hooks for Python's JSON decoder that refuse text which the decoder alone would accept.
 
-Python reads NaN and Infinity, which JSON does not have. Where an object has a key twice, Python keeps the last value
-without a word.
+Python's decoder reads NaN and Infinity, which JSON does not have. If an object has a key twice, it silently keeps the
+last value.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ from typing import Any, NoReturn
 
 
 def refuse_constant(name: str) -> NoReturn:
-    """For `parse_constant`: raises ValueError for NaN, Infinity and -Infinity."""
+    """The hook `parse_constant`: raises ValueError for NaN, Infinity and -Infinity."""
     raise ValueError(f"{name} is not JSON")
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `object_pairs_hook`: the object. Raises ValueError that names the first key that stands twice."""
+    """The hook `object_pairs_hook`: the decoded object.
+
+    Raises:
+        ValueError: the object has a key twice; the message names the first such key.
+    """
     found = dict(pairs)
-    if len(found) < len(pairs):
+    if len(found) < len(pairs):  # search the key only if there is one; this keeps large files fast
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:

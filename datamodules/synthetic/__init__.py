@@ -1,1 +1,1 @@
-"""The nano world: a seeded generator of scenes and questions in the real benchmarks' own formats."""
+"""The synthetic dataset: a seeded generator of scenes and questions in the file formats of the real benchmarks."""

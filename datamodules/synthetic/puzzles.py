@@ -1,4 +1,4 @@
-"""What a puzzle of the nano world is, and the moves that several tasks share: look-alikes, changes, drift."""
+"""A puzzle of the synthetic dataset, and functions that several tasks share: look-alikes, changes, movement."""
 
 from __future__ import annotations
 
@@ -27,31 +27,30 @@ from datamodules.synthetic.world import (
 
 @dataclass(frozen=True)
 class Puzzle:
-    """A question over several pictures. Picture k is `scenes[k]`, or its `crops[k]` part where that is a box.
-
-    `target` is the 0-based image of the answer `box` (0-1 of that image); `query` the thing asked about in image 0,
-    where there is one; `reasons` begin the thinking text; `info` is what MIG-Bench keeps in additional_info.
-    """
+    """A question over several pictures, with its answer and the reason for it."""
 
     task: str
-    scenes: tuple[Scene, ...]
-    crops: tuple[Box | None, ...]
+    scenes: tuple[Scene, ...]  # one a picture
+    crops: tuple[Box | None, ...]  # picture k shows this part of scenes[k] (unit xyxy); None shows all of it
     question: str
-    target: int
-    box: Box
+    target: int  # index of the picture that holds the answer, from 0
+    box: Box  # the answer, unit xyxy of this picture
     label: str
-    reasons: tuple[str, ...]
-    info: str = ""
-    query: Thing | None = None
+    reasons: tuple[str, ...]  # beginnings of the thinking text
+    info: str = ""  # MIG-Bench's field additional_info
+    query: Thing | None = None  # the object in picture 0 that the question asks about, if any
 
     def picture(self, k: int) -> Image.Image:
+        """Draw picture `k`."""
         crop = self.crops[k]
         return draw_scene(self.scenes[k]) if crop is None else crop_scene(self.scenes[k], crop)
 
     def thinking(self, wording: int = 0) -> str:
+        """The thorough thinking text that leads to the answer."""
         return thorough_thinking(self.reasons, self.label, self.target, wording)
 
     def content_hashes(self) -> frozenset[str]:
+        """The hashes of all scenes, by which training and evaluation are kept apart."""
         return frozenset(scene.content_hash() for scene in self.scenes)
 
 
@@ -68,7 +67,10 @@ def build_puzzle(
     info: str = "",
     query: Thing | None = None,
 ) -> Puzzle:
-    """Puzzle whose answer is `thing`, in whole scenes at its own box unless `crops` and `box` say otherwise."""
+    """The puzzle whose answer is `thing` in picture `target`; the other arguments are fields of `Puzzle`.
+
+    Without `crops` the pictures are whole scenes. Without `box` the answer is the box of `thing`.
+    """
     return Puzzle(
         task=task,
         scenes=tuple(scenes),
@@ -84,22 +86,23 @@ def build_puzzle(
 
 
 def thing_of(scene: Scene, kind: Kind) -> Thing:
-    """The first thing of a kind that a scene holds."""
+    """The first thing of this kind in a scene."""
     return next(thing for thing in scene.things if thing.kind == kind)
 
 
 def box_text(box: Box) -> str:
-    """A box in a question, per mille, as MIG-Bench writes it."""
+    """The unit xyxy box in MIG-Bench's notation for questions, with numbers from 0 to 1000."""
     x0, y0, x1, y1 = (round(v * 1000) for v in box)
     return f"(<|box_start|>({x0},{y0}),({x1},{y1})<|box_end|>)"
 
 
 def shuffled(rng: random.Random, kinds: list[Kind]) -> list[Kind]:
+    """The kinds in random order, as a new list."""
     return rng.sample(kinds, len(kinds))
 
 
 def crowd_around(rng: random.Random, kind: Kind) -> list[Kind]:
-    """All kinds that share two of three attributes with `kind`, in random order."""
+    """The look-alikes of `kind`, in random order: all kinds that share two of its three attributes."""
     near = [
         k
         for k in KINDS
@@ -109,7 +112,10 @@ def crowd_around(rng: random.Random, kind: Kind) -> list[Kind]:
 
 
 def close_up(rng: random.Random, thing: Thing, size: tuple[int, int]) -> Box:
-    """A box around a thing with a little room on every side, on whole pixels of a picture of `size`."""
+    """A unit xyxy box around a thing, with a small margin on every side and its edges on whole pixels.
+
+    `size` is the (width, height) of the picture in pixels.
+    """
     x0, y0, x1, y1 = thing.box
     width, height = size
     room_x, room_y = (x1 - x0) * rng.uniform(0.04, 0.14), (y1 - y0) * rng.uniform(0.04, 0.14)
@@ -124,12 +130,19 @@ def close_up(rng: random.Random, thing: Thing, size: tuple[int, int]) -> Box:
 def change_one(
     rng: random.Random, size: tuple[int, int], scale: tuple[float, float]
 ) -> tuple[list[Thing], list[Thing], Thing]:
-    """Two lists of things for pictures of `size` that differ in one: replaced by another kind, or new in the second."""
+    """(things before, things after, the changed thing): two lists of things that differ in one thing.
+
+    Args:
+        rng: source of randomness.
+        size: (width, height) of the pictures in pixels.
+        scale: smallest and largest side of a thing, as a share of the shorter side of the picture.
+    """
     kinds = crowd(rng, rng.choice((3, 3, 4)))
     scene = random_scene(rng, kinds, size, scale)
     *kept, last = scene.things
-    if rng.random() < 0.5:
+    if rng.random() < 0.5:  # the thing is new in the second list
         return list(kept), [*kept, last], last
+    # The thing is replaced by a look-alike at the same place.
     other = next(kind for kind in crowd_around(rng, last.kind) if kind not in kinds)
     return [*kept, last], [*kept, replace(last, kind=other)], replace(last, kind=other)
 
@@ -137,7 +150,14 @@ def change_one(
 def move_all(
     rng: random.Random, things: list[Thing], size: tuple[int, int], scale: tuple[float, float]
 ) -> list[Thing] | None:
-    """The same kinds at other places and sizes; None when there is no room."""
+    """The same kinds at other places and in other sizes; None if there is no room for them.
+
+    Args:
+        rng: source of randomness.
+        things: the things to move.
+        size: (width, height) of the picture in pixels.
+        scale: smallest and largest side of a thing, as a share of the shorter side of the picture.
+    """
     boxes: list[Box] = []
     for _ in things:
         box = place(rng, size, boxes, scale)
@@ -148,11 +168,15 @@ def move_all(
 
 
 def drift(rng: random.Random, things: list[Thing], size: tuple[int, int]) -> list[Thing] | None:
-    """Every thing a small step further, still apart and inside; None when that fails."""
+    """The things after one small step each, inside the picture and without overlap; None if 40 tries fail.
+
+    `size` is the (width, height) of the picture in pixels.
+    """
     for _ in range(40):
         moved: list[Thing] = []
         for thing in things:
             x0, y0, x1, y1 = thing.box
+            # A step of at most 12 % of the picture, by whole pixels.
             dx = round(rng.uniform(-0.12, 0.12) * size[0]) / size[0]
             dy = round(rng.uniform(-0.12, 0.12) * size[1]) / size[1]
             box = (x0 + dx, y0 + dy, x1 + dx, y1 + dy)
@@ -169,9 +193,12 @@ def drift(rng: random.Random, things: list[Thing], size: tuple[int, int]) -> lis
 
 
 def sharing(rng: random.Random, kind: Kind, attribute: str) -> tuple[Kind, list[Kind]]:
-    """One kind that shares `attribute` with `kind` (and differs in the other of shape and colour), and two or three
-    that do not share it, at least one of which shares the other attribute.
+    """(right, wrong): a kind that shares `attribute` with `kind`, and two or three kinds that do not.
+
+    `attribute` is "shape" or "colour". The right kind differs from `kind` in the other one of these attributes. The
+    first wrong kind shares that other attribute with `kind`, so a policy must know which attribute counts.
     """
+    # All new shapes and colours differ from each other and from those of `kind`.
     shapes = rng.sample([s for s in SHAPES if s != kind.shape], 4)
     colours = rng.sample([c for c in COLOURS if c != kind.colour], 4)
     fills = rng.choices(FILLS, k=4)

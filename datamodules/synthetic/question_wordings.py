@@ -1,6 +1,7 @@
-"""Other wordings of the in-domain questions, for training: MGrounding-630k's instructions vary, the benchmark's do not.
+"""Further wordings of the in-domain questions, for training. MGrounding-630k has varied wordings too; MIG-Bench has one
+for each task.
 
-A policy that is trained on one wording a task answers that wording, and stumbles over any other.
+A policy that is trained with one wording for each task answers only this wording well.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import re
 from datamodules.synthetic.puzzles import Puzzle
 from datamodules.synthetic.thinking_texts import ORDINALS
 
-# Where a question's text gives the box of the only thing in image 1, as questions of real data do.
+# The place in a question's text for the box of the only object in image 1. Some questions of real data have such a box.
 BOX = "<box>"
-# {n} and {nth} name the image or region asked for, counted from 1; {picture} is the region's place among the pictures.
+# {n} and {nth}: number of the image or region that the question asks about, from 1. {picture}: number of the image that
+# shows the region.
 REWORDINGS = {
     "common_object": (
         "One object appears in all of these images. Find it in image {n}.",
@@ -46,12 +48,14 @@ REWORDINGS = {
 
 
 def reworded(rng: random.Random, puzzle: Puzzle) -> tuple[str, int]:
-    """The puzzle's question in one of its wordings, its own among them, and the number of that wording. In-domain
-    tasks only."""
+    """(question, number of the wording): the question of a puzzle in a random wording, which may be its own wording.
+
+    Only for in-domain tasks.
+    """
     wordings = REWORDINGS[puzzle.task]
     choice = rng.randrange(len(wordings) + 1)
     if choice == len(wordings):
-        return puzzle.question, choice
-    asked = re.search(r"(\d+)th", puzzle.question)
+        return puzzle.question, choice  # the benchmark's own wording
+    asked = re.search(r"(\d+)th", puzzle.question)  # MIG-Bench writes "2th" and "3th" too
     n = int(asked[1]) if asked else puzzle.target + 1
     return wordings[choice].format(n=n, nth=ORDINALS[n - 1], picture=n + 1), choice

@@ -1,8 +1,11 @@
-"""The ten MIG-Bench tasks in the nano world, in MIG-Bench's own task names and question wording.
+"""The ten MIG-Bench tasks in the synthetic dataset, with MIG-Bench's own task names and question wording.
 
-A `Puzzle` is symbolic: scenes, question, answer, and the reason for it, which is true of that answer alone. Each has
-exactly one right answer, and distractors make every image needed (tests/datamodules/synthetic/test_tasks.py solves them
-by brute force).
+A `Puzzle` is symbolic: scenes, question, answer, and a reason that is true of this answer alone. Each puzzle has
+exactly one correct answer. Distractors make every image necessary (tests/datamodules/synthetic/test_tasks.py solves the
+puzzles by brute force).
+
+Every function below makes one puzzle. `scale` is the smallest and largest side of a thing, as a share of the shorter
+side of the picture.
 """
 
 from __future__ import annotations
@@ -27,8 +30,7 @@ from datamodules.synthetic.single_image import crowd
 from datamodules.synthetic.thinking_texts import ORDINALS
 from datamodules.synthetic.world import KINDS, SIZES, Scene, Thing, random_background, random_scene
 
-# Side of a thing as a share of the shorter picture side. `hard` things are mostly 6 to 10 pixels after resizing: hardly
-# solvable.
+# `hard` things have mostly 6 to 10 pixels a side after resizing, so such puzzles can hardly be solved.
 SCALES = {"easy": (0.38, 0.5), "normal": (0.24, 0.4), "hard": (0.08, 0.11)}
 GROUP_GROUNDING = (
     "Please find the bounding box coordinates for the area described by: {}.",
@@ -52,13 +54,15 @@ REASONING = (
 
 
 def common_object(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
-    """One kind is in every image. In the target image each other thing is missing from just one other image, so that
-    leaving out any other image leaves two candidates.
+    """One kind is in every image.
+
+    Each other thing of the target image is missing in exactly one other image. So whoever ignores one of the other
+    images has two candidates left.
     """
     count = rng.choice((3, 3, 3, 4))
     target = rng.randrange(count)
     shared, *decoys = crowd(rng, count)
-    missing_from = dict(zip((k for k in range(count) if k != target), decoys, strict=True))
+    missing_from = dict(zip((k for k in range(count) if k != target), decoys, strict=True))  # image -> decoy
     scenes = []
     for k in range(count):
         kinds = [shared] + [decoy for other, decoy in missing_from.items() if other != k]
@@ -71,7 +75,7 @@ def common_object(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
 
 
 def diff(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
-    """The same picture twice but for one thing of the second."""
+    """Two pictures that are equal except for one thing in the second."""
     size, background = rng.choice(SIZES), random_background(rng)
     before, after, changed = change_one(rng, size, scale)
     scenes = [Scene(size, background, tuple(things)) for things in (before, after)]
@@ -81,7 +85,7 @@ def diff(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
 
 
 def region(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
-    """A source and crops of it, each around another thing; the Nth crop is to be found in the source."""
+    """A source image and crops of it, each around another thing. The question asks where the Nth crop lies."""
     source = random_scene(rng, crowd(rng, rng.choice((3, 4))), scale=scale)
     things = rng.sample(list(source.things), rng.choice((1, 2, 3)))
     crops = [close_up(rng, thing, source.size) for thing in things]
@@ -105,7 +109,7 @@ def region(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
 
 
 def refer_grounding(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
-    """One thing alone in image 1; the same kind among look-alikes in image 2."""
+    """Image 1 has a single thing. Image 2 has the same kind among look-alikes."""
     kind = rng.choice(KINDS)
     alone = random_scene(rng, [kind], scale=(0.4, 0.6))
     others = crowd_around(rng, kind)[: rng.choice((2, 3))]
@@ -116,8 +120,8 @@ def refer_grounding(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
 
 
 def view_diff(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
-    """Two views of one set of things (other places, other light); one thing of the second is not in the first."""
-    while True:
+    """Two views of a set of things, at other places and in other light. One thing of the second is not in the first."""
+    while True:  # until the moved things have found room
         first_size, size = rng.choice(SIZES), rng.choice(SIZES)
         before, after, changed = change_one(rng, first_size, scale)
         moved = move_all(rng, after, size, scale)
@@ -136,7 +140,7 @@ def view_diff(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
 
 
 def _views(rng: random.Random, scale: tuple[float, float], count: int) -> tuple[list[Scene], Thing]:
-    """`count` scenes of the same kinds at other places, and the thing of the first that is framed in red."""
+    """`count` scenes with the same kinds at other places, and the thing that has a red frame in the first scene."""
     kinds = crowd(rng, rng.choice((2, 3)))
     scenes = [random_scene(rng, shuffled(rng, kinds), scale=scale) for _ in range(count)]
     query = rng.choice(scenes[0].things)
@@ -145,6 +149,7 @@ def _views(rng: random.Random, scale: tuple[float, float], count: int) -> tuple[
 
 
 def multi_view(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
+    """Several views of the same things. The question asks for the framed thing in one of the later views."""
     scenes, query = _views(rng, scale, rng.choice((2, 2, 3, 3, 4)))
     target = rng.randrange(1, len(scenes))
     question = (
@@ -158,9 +163,9 @@ def multi_view(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
 
 
 def object_tracking(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
-    """Six frames of one picture in which every thing drifts; frames keep size and light."""
+    """Six frames in which every thing moves in small steps. Size and background stay the same."""
     size, background = rng.choice(SIZES), random_background(rng)
-    while True:
+    while True:  # until all steps of all frames have found room
         start = random_scene(rng, crowd(rng, rng.choice((2, 3))), size, scale)
         frames = [list(start.things)]
         while len(frames) < 6 and frames[-1] is not None:
@@ -182,13 +187,14 @@ def object_tracking(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
 
 
 def group_grounding(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
-    """A phrase that fits one thing of one image; the other images hold look-alikes."""
+    """A phrase that describes one thing in one image. The other images have look-alikes."""
     count = rng.choice((3, 3, 4))
     target = rng.randrange(count)
     kind = rng.choice(KINDS)
     near = crowd_around(rng, kind)
     scenes = []
     for k in range(count):
+        # Two other kinds in every image, at least one of them a look-alike; the answer only in the target image.
         kinds = [near.pop(), *(other for other in crowd(rng, 2) if other != kind)]
         kinds = list(dict.fromkeys(kinds))[:2] + ([kind] if k == target else [])
         scenes.append(random_scene(rng, shuffled(rng, kinds), scale=scale))
@@ -201,7 +207,7 @@ def group_grounding(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
 
 
 def reasoning(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
-    """Free questions about attributes: which thing of image 2 shares one with the thing of image 1."""
+    """A freely worded question: which thing in image 2 has the same shape or colour as the thing in image 1."""
     kind = rng.choice(KINDS)
     alone = random_scene(rng, [kind], scale=(0.36, 0.55))
     attribute, free_text = rng.choice(REASONING)
@@ -213,7 +219,7 @@ def reasoning(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
 
 
 def correspondence(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
-    """The counterpart of a framed thing is the one of its shape in image 2, whatever its colour."""
+    """The counterpart of the framed thing is the thing in image 2 with the same shape, in any colour."""
     query_kind = rng.choice(KINDS)
     right, wrong = sharing(rng, query_kind, "shape")
     first = random_scene(rng, shuffled(rng, [query_kind, *wrong[:1]]), scale=scale)
@@ -244,5 +250,5 @@ MAKERS: dict[str, Callable[[random.Random, tuple[float, float]], Puzzle]] = {
 
 
 def make_puzzle(rng: random.Random, task: str, difficulty: str = "normal") -> Puzzle:
-    """A new puzzle of a task; `difficulty` is one of `SCALES`."""
+    """A new puzzle of a task; `difficulty` is a key of `SCALES`."""
     return MAKERS[task](rng, SCALES[difficulty])

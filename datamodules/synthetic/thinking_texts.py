@@ -1,7 +1,8 @@
-"""Words for what is true of a scene: the thinking texts of the nano world. Several wordings for each thought.
+"""The thinking texts of the synthetic dataset. They state only what is true of the scenes, in several wordings.
 
-Which one is used follows from the question's wording: there a policy has nothing to guess, and GRPO no noise to learn
-from."""
+The wording of the question decides the wording of the thinking. If it were random, a policy would have to guess it, and
+GRPO would learn from that noise.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +12,14 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 
 
 def thorough_thinking(reasons: Sequence[str], name: str, image: int, wording: int = 0) -> str:
-    """Why this thing, and in which image it is; `reasons` say the same in other words. `wording` is any number."""
+    """Thorough thinking: why this object is the answer, and in which image it is.
+
+    Args:
+        reasons: beginnings of a sentence that mean the same, such as "The only object in every image".
+        name: the name of the object.
+        image: index of its image, from 0.
+        wording: any number; it chooses one of the wordings.
+    """
     reason = reasons[wording % len(reasons)]
     texts = (
         f"{reason} is the {name}. Find it in image {image + 1}.",

@@ -1,11 +1,12 @@
-"""Write the nano world to disk: shards for CoT-SFT and RL, and a MIG-Bench in the real benchmark's own files.
+"""Write the synthetic dataset to disk: shards for CoT-SFT and RL, and a MIG-Bench in the real benchmark's file format.
 
     root/shards/sft, root/shards/rl_pool                 WebDataset shards of Samples (datamodules/streaming/shards.py)
-    root/MIG-Bench/MIG_data.json, root/MIG-Bench/images  as thunlp/Michael4933 publish MIG-Bench
-    root/validation/MIG-Bench/...                        other questions of the same kind: settings are chosen on these
+    root/MIG-Bench/MIG_data.json, root/MIG-Bench/images  in the format of the published MIG-Bench
+    root/validation/MIG-Bench/...                        other questions of the same kind, for choosing settings
 
-Puzzle i of a part is a pure function of (seed, part, i). Neither set of questions depends on the seed, and no scene of
-them is ever trained on: a training puzzle that shares one is dropped and replaced.
+Puzzle i of a training part is a pure function of (seed, part, i). The benchmark and the validation questions do not
+depend on the seed. Training never sees a scene of theirs: a training puzzle that has such a scene is replaced by the
+next one.
 """
 
 from __future__ import annotations
@@ -31,29 +32,31 @@ from datamodules.synthetic.tasks import make_puzzle
 from datamodules.synthetic.thinking_texts import short_thinking, thorough_thinking
 from datamodules.synthetic.world import draw_scene, encode_png
 
-# Shares of the training parts, in the spirit of the paper's Table 1: common object and referring lead, a few
-# single-image questions keep what the base model can.
+# Shares of the tasks in training, similar to the paper's Table 1: common_object and refer_grounding are the largest. A
+# few single-image questions keep the abilities of the base model.
 MIXTURE = {"common_object": 0.33, "refer_grounding": 0.24, "diff": 0.19, "region": 0.14, "single": 0.1}
-# The RL pool also needs prompts that are always and never solved, as real data has; else there is nothing to reject.
+# The RL pool also has prompts that the policy always or never solves, like real data. Rejection sampling removes them.
 POOL_DIFFICULTY = {"normal": 0.7, "easy": 0.12, "hard": 0.18}
 # Share of the training samples with short thinking, whatever the question; the others have thorough thinking. The
 # rationales of a teacher are not equally good either, and GRPO has to find out which kind leads to the right box.
 SHORT_THINKING_SHARE = 0.6
-# Around the box of a thing that a single-image question points at; those of the second line mark it in the picture too.
+# Text before and behind the box in a single-image question. With MARKING, the picture also has a red frame there.
 POINTING = (("Which object is at ", "? Name it and locate it."), ("Name the object at ", " and give its bounding box."))
 MARKING = (("What is in the red bounding box ", "? Locate it."), ("Name and locate the object marked in red ", "."))
 BENCHMARK, VALIDATION = "MIG-Bench", "validation"
-PARTS = ("shards", BENCHMARK, VALIDATION)  # the folders that a build makes
-IMAGE_FOLDERS = {"common_object": "common", "diff": "static_diff"}  # the others are named like their task
+PARTS = ("shards", BENCHMARK, VALIDATION)  # the folders that `build_nano` writes
+IMAGE_FOLDERS = {"common_object": "common", "diff": "static_diff"}  # other folders have the name of their task
 
 
 def training_puzzle(part: str, seed: int, index: int) -> tuple[Sample, tuple[bytes, ...], frozenset[str]]:
     """Sample `index` of a training part ("sft" or "rl_pool"), its PNG files, and the hashes of its scenes."""
+    # 1. Task and difficulty. The seed holds the index, so that processes can make samples in any order.
     rng = random.Random(f"{part}:{seed}:{index}")
     task = rng.choices(tuple(MIXTURE), tuple(MIXTURE.values()))[0]
     difficulty = "normal"
     if part == "rl_pool":
         difficulty = rng.choices(tuple(POOL_DIFFICULTY), tuple(POOL_DIFFICULTY.values()))[0]
+    # 2. Question, pictures, and an answer with thorough thinking.
     name = f"nano/{part}/{seed}/{index}"
     if task == "single":
         sample, images, hashes = _single(rng, name)
@@ -63,12 +66,21 @@ def training_puzzle(part: str, seed: int, index: int) -> tuple[Sample, tuple[byt
         question, wording = reworded(rng, puzzle)
         sample = to_sample(replace(puzzle, question=question), name, difficulty, wording)
         hashes = puzzle.content_hashes()
+    # 3. Short thinking for a share of the samples.
     if rng.random() < SHORT_THINKING_SHARE:
         sample = replace(sample, thinking=short_thinking(sample.answer.image))
     return sample, images, hashes
 
 
 def to_sample(puzzle: Puzzle, name: str, difficulty: str, wording: int = 0) -> Sample:
+    """The sample of a puzzle.
+
+    Args:
+        puzzle: scenes, question and answer.
+        name: id of the sample; its images are called name/0.png, name/1.png, …
+        difficulty: a key of `tasks.SCALES`, kept in the sample's `extra`.
+        wording: number of the question's wording, which also chooses that of the thinking.
+    """
     count = len(puzzle.scenes)
     return Sample(
         id=name,
@@ -83,6 +95,7 @@ def to_sample(puzzle: Puzzle, name: str, difficulty: str, wording: int = 0) -> S
 
 
 def _question(puzzle: Puzzle) -> tuple[TextPart | BoxPart, ...]:
+    """The question of a puzzle as parts of a message, with the box of the only thing in image 1 at the mark BOX."""
     before, mark, after = puzzle.question.partition(BOX)
     if not mark:
         return (TextPart(puzzle.question),)
@@ -91,18 +104,18 @@ def _question(puzzle: Puzzle) -> tuple[TextPart | BoxPart, ...]:
 
 
 def _single(rng: random.Random, name: str) -> tuple[Sample, tuple[bytes, ...], frozenset[str]]:
-    """Single-image grounding with a thinking text, so that post-training does not unlearn it.
+    """Single-image grounding with a thinking text, so that the policy keeps this ability of the base model.
 
-    Half of the questions name the thing; half give its box, some of these with a red frame around it, and ask for its
-    name.
+    Half of the questions name the thing. The other half give its box, in some with a red frame in the picture, and ask
+    for its name too.
     """
     scene = replace(single_scene(rng), frame=None)
     thing = rng.choice(scene.things)
     kind = thing.kind.name
-    if rng.random() < 0.5:
+    if rng.random() < 0.5:  # by name
         question = (TextPart(rng.choice(GROUNDING).format(kind)),)
         thinking = f"The question asks for the {kind}. Find it in image 1."
-    else:
+    else:  # by box
         wording = rng.randrange(len(POINTING + MARKING))
         before, after = (POINTING + MARKING)[wording]
         question = (TextPart(before), BoxPart(0, thing.box, box_text(thing.box)), TextPart(after))
@@ -123,11 +136,18 @@ def _single(rng: random.Random, name: str) -> tuple[Sample, tuple[bytes, ...], f
 
 
 def benchmark_puzzle(task: str, index: int, split: str = BENCHMARK) -> Puzzle:
+    """Question `index` of a task, in the benchmark or in the validation set (`split`)."""
     return make_puzzle(random.Random(f"{split}:{task}:{index}"), task)
 
 
 def write_benchmark(root: Path, per_task: int, split: str = BENCHMARK) -> frozenset[str]:
-    """MIG_data.json and its pictures; returns the hashes of all scenes in it."""
+    """Write MIG_data.json and its pictures; returns the hashes of all its scenes.
+
+    Args:
+        root: folder in which MIG-Bench/ is written.
+        per_task: number of questions of each of the ten tasks.
+        split: BENCHMARK or VALIDATION; each has its own questions.
+    """
     records, hashes = [], set()
     for task in TASKS:
         folder = f"MIG-Bench/images/{IMAGE_FOLDERS.get(task, task)}"
@@ -143,7 +163,7 @@ def write_benchmark(root: Path, per_task: int, split: str = BENCHMARK) -> frozen
                     "task": task,
                     "images": [f"./{path}" for path in paths],
                     "question": puzzle.question,
-                    "answer": [round(v, 3) for v in puzzle.box],
+                    "answer": [round(v, 3) for v in puzzle.box],  # unit xyxy with three digits, as published
                     "additional_info": puzzle.info,
                     "need_format": task not in ("group_grounding", "object_tracking"),
                 }
@@ -153,10 +173,18 @@ def write_benchmark(root: Path, per_task: int, split: str = BENCHMARK) -> frozen
 
 
 def training_samples(part: str, seed: int, count: int, excluded: frozenset[str]) -> Iterator[LoadedSample]:
-    """`count` samples of a part in order of their index, none with an excluded scene; made by two processes."""
+    """`count` samples of a part in order of their index. Two processes make them.
+
+    Args:
+        part: "sft" or "rl_pool".
+        seed: seed of the training data.
+        count: number of samples.
+        excluded: hashes of scenes that no sample may have.
+    """
     taken = 0
     with process_pool(2) as pool:
         start = 0
+        # A round makes the samples that are still missing. Excluded ones are made up for in the next round.
         while taken < count:
             indices = range(start, start + count - taken)
             start = indices.stop
@@ -169,15 +197,26 @@ def training_samples(part: str, seed: int, count: int, excluded: frozenset[str])
 def build_nano(
     root: str, seed: int, train_samples: int, eval_per_task: int, validation_per_task: int, pool_samples: int
 ) -> None:
-    """Write the folders of PARTS in `root` anew. They are REMOVED first, as what an interrupted run left there.
+    """Write the synthetic dataset: all folders of PARTS in `root`.
 
-    experiments/generate_synthetic.py makes sure that nothing else lies there.
+    Folders of these names are REMOVED first, because an interrupted run may have left them. The caller,
+    experiments/generate_synthetic.py, makes sure that they hold nothing else.
+
+    Args:
+        root: folder of the dataset.
+        seed: seed of the training data. The benchmark and the validation questions do not depend on it.
+        train_samples: samples for CoT-SFT.
+        eval_per_task: questions of the benchmark for each of the ten tasks.
+        validation_per_task: validation questions for each task.
+        pool_samples: prompts in the RL pool.
     """
     folder = Path(root)
     for name in PARTS:
         shutil.rmtree(folder / name, ignore_errors=True)
+    # 1. The questions for evaluation. Their scenes are excluded from training.
     excluded = write_benchmark(folder, eval_per_task)
     excluded |= write_benchmark(folder / VALIDATION, validation_per_task, VALIDATION)
+    # 2. The training data as shards.
     for part, count in (("sft", train_samples), ("rl_pool", pool_samples)):
         with ShardWriter(folder / "shards" / part) as writer:
             for loaded in tqdm(training_samples(part, seed, count, excluded), total=count, desc=part, unit="sample"):

@@ -17,12 +17,12 @@ from datamodules.samples.boxes import Box
 from datamodules.synthetic.single_image import crowd
 from datamodules.synthetic.world import KINDS, Scene, Thing, draw_scene, random_scene
 
-NUM_FRAMES = 8  # of a ReVOS video
+NUM_FRAMES = 8  # frames of a ReVOS video
 
 
 def write_ref_l4(root: Path, count: int) -> None:
-    """Parquet files of `count` captions a split, and images/."""
-    import pyarrow
+    """Write one Parquet file with `count` captions for each split, and images/."""
+    import pyarrow  # late: only benchmarks in Parquet need it
     import pyarrow.parquet as parquet
 
     for split in ("val", "test"):
@@ -38,7 +38,7 @@ def write_ref_l4(root: Path, count: int) -> None:
                 {
                     "id": f"{split}{index:06d}",
                     "caption": f"The {thing.kind.name}{_place(thing.box)} of the picture, on a grey background.",
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],  # x, y, width, height in pixels
                     "bbox_area": (x2 - x1) * (y2 - y1),
                     "bbox_id": index,
                     "ori_category_id": f"o365_{KINDS.index(thing.kind) + 1}",
@@ -53,7 +53,10 @@ def write_ref_l4(root: Path, count: int) -> None:
 
 
 def write_reason_seg(root: Path, count: int) -> None:
-    """`count` pictures with polygons a split; every fourth has an ignored polygon too, and some files are cp1252."""
+    """Write `count` pictures with polygons for each split.
+
+    Like the real files, every fourth picture also has a polygon that is ignored, and some JSON files are in cp1252.
+    """
     for split in ("val", "test"):
         for index in range(count):
             rng = random.Random(f"ReasonSeg:{split}:{index}")
@@ -66,13 +69,13 @@ def write_reason_seg(root: Path, count: int) -> None:
             record = {"text": [text, thing.kind.name], "is_sentence": True, "shapes": shapes}
             path = root / split / f"{index:05d}.jpg"
             save_jpeg(draw_scene(scene), path)
-            record["comment"] = "drawn – by a program"
+            record["comment"] = "drawn – by a program"  # the dash has other bytes in cp1252 than in UTF-8
             encoding = "cp1252" if index % 5 == 4 else "utf-8"
             path.with_suffix(".json").write_text(json.dumps(record, ensure_ascii=False), encoding=encoding)
 
 
 def write_revos(root: Path, count: int) -> None:
-    """`count` videos with a referring and a reasoning expression each, and now and then one without a target."""
+    """Write `count` videos, each with a referring and a reasoning expression; some have one without a target too."""
     videos: dict[str, Any] = {}
     masks: dict[str, list[Any]] = {}
     for index in range(count):
@@ -85,6 +88,7 @@ def write_revos(root: Path, count: int) -> None:
         for name, frame in zip(names, steps, strict=True):
             save_jpeg(draw_scene(frame), root / "JPEGImages" / video / f"{name}.jpg")
         target = scene.things.index(thing)
+        # In some videos the target is not yet in the first frame: its mask there is None.
         masks[str(index)] = [
             None if step == 0 and index % 3 == 0 else box_rle(frame.things[target].box, frame.size)
             for step, frame in enumerate(steps)
@@ -102,7 +106,10 @@ def write_revos(root: Path, count: int) -> None:
 
 
 def write_odinw(root: Path, count: int) -> None:
-    """`count` pictures a set; a category that stands twice in a picture is no question of the loader's."""
+    """Write `count` pictures for each of the data sets of ODinW.
+
+    In some pictures a category occurs twice. The loader makes no question of such a category.
+    """
     for column, folder in SETS.items():
         categories = [{"id": i + 1, "name": kind.name, "supercategory": "thing"} for i, kind in enumerate(KINDS)]
         images, annotations = [], []
@@ -132,16 +139,18 @@ def write_odinw(root: Path, count: int) -> None:
 
 
 def _scene(rng: random.Random) -> Scene:
+    """A scene with two to four things."""
     return random_scene(rng, crowd(rng, rng.randint(2, 4)))
 
 
 def _place(box: Box) -> str:
+    """The quarter of the picture that holds the centre of the box, in words."""
     x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
     return f" in the {'upper' if y < 0.5 else 'lower'} {'left' if x < 0.5 else 'right'} part"
 
 
 def _drift(rng: random.Random, scene: Scene, thing: Thing) -> list[Scene]:
-    """Frames in which `thing` moves by whole pixels and stays inside the picture."""
+    """NUM_FRAMES frames in which `thing` moves by whole pixels and stays inside the picture."""
     width, height = scene.size
     dx, dy = rng.choice((-1, 1)) / width, rng.choice((-1, 1)) / height
     frames = []
@@ -155,15 +164,18 @@ def _drift(rng: random.Random, scene: Scene, thing: Thing) -> list[Scene]:
 
 
 def _shape(label: str, box: Box, size: tuple[int, int]) -> dict[str, Any]:
+    """The unit xyxy box as a polygon of the tool labelme, in pixels of a picture of `size` (width, height)."""
     x1, y1, x2, y2 = pixels(box, size)
-    corners = [[x1, y1], [x2 - 1, y1], [x2 - 1, y2 - 1], [x1, y2 - 1]]  # outlines are drawn, so the last pixel counts
+    # The reader fills the polygon and its outline, so the corners are the last pixels inside the box.
+    corners = [[x1, y1], [x2 - 1, y1], [x2 - 1, y2 - 1], [x1, y2 - 1]]
     return {"label": label, "points": corners, "shape_type": "polygon"}
 
 
 def box_rle(box: Box, size: tuple[int, int]) -> dict[str, Any]:
-    """The filled box as COCO's compressed mask."""
+    """The filled unit xyxy box as a compressed mask in COCO's format, for a picture of `size` (width, height)."""
     width, height = size
     x1, y1, x2, y2 = (round(value) for value in pixels(box, size))
+    # Run lengths go down the columns, and alternate between outside and inside; the first run is outside.
     runs = [x1 * height + y1]
     for _ in range(x2 - x1 - 1):
         runs += [y2 - y1, height - (y2 - y1)]
@@ -174,9 +186,9 @@ def box_rle(box: Box, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def _merged(runs: Sequence[int]) -> list[int]:
-    """Without runs of length 0 inside, which a box as high as the picture makes."""
+    """The runs without inner runs of length 0, whose neighbours are joined. A box as high as the picture has them."""
     merged = [runs[0]]
-    skip = False
+    skip = False  # the run before had length 0, so this run continues the one before that
     for run in runs[1:]:
         if skip:
             merged[-1] += run
@@ -189,10 +201,12 @@ def _merged(runs: Sequence[int]) -> list[int]:
 
 
 def pixels(box: Box, size: tuple[int, int]) -> tuple[float, ...]:
+    """The unit xyxy box in whole pixels of a picture of `size` (width, height)."""
     sizes = (*size, *size)
     return tuple(float(round(value * total)) for value, total in zip(box, sizes, strict=True))
 
 
 def save_jpeg(image: Image.Image, path: Path) -> None:
+    """Write the image as a JPEG file, and make its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, "JPEG", quality=90)

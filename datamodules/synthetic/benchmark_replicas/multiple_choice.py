@@ -15,17 +15,18 @@ from datamodules.synthetic.benchmark_replicas.grounding import pixels, save_jpeg
 from datamodules.synthetic.single_image import crowd
 from datamodules.synthetic.world import KINDS, Scene, Thing, draw_scene, encode_png, place, random_scene
 
-# (images, question, options, index of the right one)
+# (images, question, options, index of the correct option)
 Puzzle = tuple[list[Image.Image], str, list[str], int]
 WHICH = ("the second image", "the third image")
 
 
 def write_blink(root: Path, count: int) -> None:
-    """`count` questions a subset, as Hugging Face's Parquet stores them (images as {"bytes", "path"})."""
-    import pyarrow
+    """Write `count` questions for each subset, as Parquet in Hugging Face's format (images as {"bytes", "path"})."""
+    import pyarrow  # late: only benchmarks in Parquet need it
     import pyarrow.parquet as parquet
 
     image = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    # A stated schema, because Arrow cannot infer the type of a column that holds only None.
     schema = pyarrow.schema(
         [
             *((name, pyarrow.string()) for name in ("idx", "question", "sub_task", "answer", "prompt", "explanation")),
@@ -57,7 +58,10 @@ def write_blink(root: Path, count: int) -> None:
 
 
 def write_mmiu(root: Path, count: int) -> None:
-    """`count` questions a key, one of them without `output`, and a task of another group, as the real file has."""
+    """Write `count` questions for each task key.
+
+    Like the real file, it also has a question without `output`, and a question of a task that the loader leaves out.
+    """
     import pyarrow
     import pyarrow.parquet as parquet
 
@@ -85,18 +89,20 @@ def write_mmiu(root: Path, count: int) -> None:
                     }
                 )
     rows.append(rows[0] | {"output": None})
-    rows.append(rows[0] | {"task": "next_img_prediction"})
+    rows.append(rows[0] | {"task": "next_img_prediction"})  # a task of another group
     root.mkdir(parents=True, exist_ok=True)
     parquet.write_table(pyarrow.Table.from_pylist(rows), root / "all.parquet")
 
 
 def _options(rng: random.Random, right: str, wrong: list[str]) -> tuple[list[str], int]:
+    """The options in random order, and the index of the correct one."""
     options = [right, *wrong]
     rng.shuffle(options)
     return options, options.index(right)
 
 
 def _counting(rng: random.Random) -> Puzzle:
+    """How many objects does the picture show?"""
     count = rng.randint(1, 6)
     scene = random_scene(rng, crowd(rng, count))
     others = [str(n) for n in rng.sample([n for n in range(1, 8) if n != count], 3)]
@@ -104,7 +110,7 @@ def _counting(rng: random.Random) -> Puzzle:
 
 
 def _forensic(rng: random.Random) -> Puzzle:
-    """One of four pictures lacks the thing that the others share."""
+    """Which of four pictures lacks the thing that the other three show?"""
     shared, other = rng.sample(KINDS, 2)
     right = rng.randrange(4)
     pictures = [draw_scene(random_scene(rng, [other if k == right else shared])) for k in range(4)]
@@ -113,6 +119,7 @@ def _forensic(rng: random.Random) -> Puzzle:
 
 
 def _iq(rng: random.Random) -> Puzzle:
+    """Which object begins farthest to the left?"""
     scene = random_scene(rng, crowd(rng, 4))
     first = min(scene.things, key=lambda thing: thing.box[0])
     others = [thing.kind.name for thing in scene.things if thing is not first]
@@ -120,8 +127,9 @@ def _iq(rng: random.Random) -> Puzzle:
 
 
 def _jigsaw(rng: random.Random) -> Puzzle:
+    """Which image is the missing part of the first image, whose lower right corner is black?"""
     scenes = [random_scene(rng, crowd(rng, 4), (112, 84)) for _ in range(2)]
-    corner = (56, 42, 112, 84)
+    corner = (56, 42, 112, 84)  # pixels, the lower right quarter
     whole = draw_scene(scenes[0])
     pieces = [draw_scene(scene).crop(corner) for scene in scenes]
     right = rng.randrange(2)
@@ -131,16 +139,18 @@ def _jigsaw(rng: random.Random) -> Puzzle:
 
 
 def _multi_view(rng: random.Random) -> Puzzle:
+    """Did the object move to the left or to the right?"""
     kind, size = rng.choice(KINDS), (120, 90)
     places = sorted((place(rng, size, [], (0.24, 0.4)) for _ in range(2)), key=lambda box: box[0])
     right = rng.randrange(2)
-    order = places[::-1] if right == 0 else places
+    order = places[::-1] if right == 0 else places  # option 0 is "left": from the right place to the left one
     scenes = [random_scene(rng, [kind], size) for _ in range(2)]
     pictures = [draw_scene(replace(s, things=(Thing(kind, b),))) for s, b in zip(scenes, order, strict=True)]
     return pictures, "Did the object move to the left or to the right?", ["left", "right"], right
 
 
 def _similarity(rng: random.Random) -> Puzzle:
+    """Which image has the same kinds of things as the first image?"""
     kinds, others = crowd(rng, 3), crowd(rng, 3)
     same, other = random_scene(rng, kinds), random_scene(rng, others)
     right = rng.randrange(2)
@@ -150,7 +160,7 @@ def _similarity(rng: random.Random) -> Puzzle:
 
 
 def _correspondence(rng: random.Random) -> Puzzle:
-    """Where is the framed thing of the first picture in the second one?"""
+    """Which point of the second picture lies on the thing that is framed in the first picture?"""
     kinds = crowd(rng, 4)
     first, second = random_scene(rng, kinds), random_scene(rng, kinds)
     index = rng.randrange(4)
@@ -161,6 +171,7 @@ def _correspondence(rng: random.Random) -> Puzzle:
 
 
 def _which_image(rng: random.Random) -> Puzzle:
+    """Which image shows an object of this kind?"""
     kinds = rng.sample(KINDS, rng.randint(2, 4))
     right = rng.randrange(len(kinds))
     pictures = [draw_scene(random_scene(rng, [kind])) for kind in kinds]
@@ -168,7 +179,7 @@ def _which_image(rng: random.Random) -> Puzzle:
 
 
 def _same_place(rng: random.Random) -> Puzzle:
-    """The box, in 0-1, of the framed thing of the first picture in the second one."""
+    """Which unit xyxy box in the second picture has the thing that is framed in the first picture?"""
     kinds = crowd(rng, 3)
     first, second = random_scene(rng, kinds), random_scene(rng, kinds)
     index = rng.randrange(3)
@@ -179,6 +190,7 @@ def _same_place(rng: random.Random) -> Puzzle:
 
 
 def _point(thing: Thing, scene: Scene) -> str:
+    """The centre of a thing in pixels, as text."""
     x1, y1, x2, y2 = pixels(thing.box, scene.size)
     return f"({round((x1 + x2) / 2)}, {round((y1 + y2) / 2)})"
 

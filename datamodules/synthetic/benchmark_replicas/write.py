@@ -28,10 +28,12 @@ TWINS: dict[str, tuple[str, Callable[[Path, int], None], int]] = {
 def write_twin(name: str, data_root: str | Path, count: int | None = None) -> None:
     """Write the twin of benchmark `name` unless it is there as this code makes it.
 
-    Raises ValueError where the folder holds something that no twin's writer made: a download is never touched.
+    Raises:
+        ValueError: the folder holds files that this function did not write, such as a download.
     """
     folder_name, writer, default = TWINS[name]
     folder = Path(data_root) / folder_name
+    # The key changes with the code of this room and with the number of questions.
     sources = [path_fingerprint(file) for file in sorted(Path(__file__).parent.glob("*.py"))]
     key = fingerprint(sources, count or default)
     marker = read_json(folder / MARKER)
@@ -39,6 +41,7 @@ def write_twin(name: str, data_root: str | Path, count: int | None = None) -> No
         return
     if folder.exists() and not marker:
         raise ValueError(f"data_root={str(data_root)!r}: {folder} was not made here; twins=true would replace it")
+    # Write into a temporary folder and rename it at the end, so that an interruption leaves no partial benchmark.
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
