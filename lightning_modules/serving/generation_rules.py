@@ -1,10 +1,13 @@
-"""By which rules answers are generated: greedily, and the same way for every model of a table.
+"""The rules by which answers are generated: greedily, and in the same way for every model of a table.
 
-A checkpoint's generation_config.json and a server's defaults may hold a repetition penalty or samplers: Qwen2.5-VL's
-has a repetition penalty of 1.05, which vLLM also applies where a request says nothing. Under "greedy" every such field
-is stated with its neutral value, and no predictor leaves one to the checkpoint or to the server; from a checkpoint's
-settings only token ids are taken. "model" is the opposite: the model's or the server's own settings, as they are. Which
-of the two, with all values, is a part of a result's identity.
+A checkpoint's generation_config.json and a server's defaults may hold samplers or a repetition penalty. Qwen2.5-VL's
+file has a repetition penalty of 1.05, for example, and vLLM applies it to every request that does not state another.
+
+- "greedy": every such field is set explicitly to its neutral value, so none is left to the checkpoint or to the server.
+  Only token ids are taken from the checkpoint's settings.
+- "model": the model's or the server's own settings, unchanged.
+
+The choice and all its values are part of the identity of a result.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ if TYPE_CHECKING:
 
 Generation = Literal["greedy", "model"]
 
-# The fields by which transformers' `generate` changes logits, lengths or the search, neutral; those that are lists or
-# objects (suppressed and forced tokens, bad words, biases, guidance, watermarks, …) are neutral by their absence.
+# Neutral values of the fields with which transformers' `generate` changes logits, lengths or the search. Fields that
+# are lists or objects (suppressed and forced tokens, bad words, biases, guidance, watermarks, …) are neutral if absent.
 NEUTRAL = {
     "do_sample": False,
     "num_beams": 1,
@@ -36,8 +39,8 @@ NEUTRAL = {
     "min_length": 0,
     "min_new_tokens": 0,
 }
-TOKEN_IDS = ("bos_token_id", "pad_token_id", "decoder_start_token_id")  # the model's own, kept beside the ends
-# A server's fields, neutral. OpenAI's API has the first three; vLLM and SGLang have all of them, and top_k -1 is off.
+TOKEN_IDS = ("bos_token_id", "pad_token_id", "decoder_start_token_id")  # kept from the model's own settings
+# Neutral values of a server's fields. OpenAI's API has the first three. vLLM and SGLang have all; top_k -1 means off.
 OPENAI_FIELDS = {"top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 SERVER_FIELDS = OPENAI_FIELDS | {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 GREEDY_SERVER_FIELDS = {"temperature": 0.0} | SERVER_FIELDS
@@ -47,14 +50,14 @@ MODEL_RULES = {"generation": "model", "banned": "image and video placeholders"}
 
 
 def rules(generation: Generation) -> dict[str, Any]:
-    """The rules that answers of a model in this process depend on beside its files, JSON-like."""
+    """The rules that the answers of a model in this process depend on, besides the model's files, as JSON values."""
     return dict(GREEDY_RULES if generation == "greedy" else MODEL_RULES)
 
 
 def note(generation: str | None) -> str:
-    """The words that a table adds to a row: none for greedy decoding, which is the default.
+    """The words that a table adds to the name of a row; "" for greedy decoding, the default.
 
-    None as `generation` is a result of an earlier version, which did not record its decoding.
+    `generation` is None for a result of an earlier version, which did not record its decoding.
     """
     if generation == "greedy":
         return ""
@@ -66,34 +69,39 @@ def configure(
 ) -> GenerationConfig:
     """The configuration of transformers' `generate` for one model.
 
-    transformers fills every field that is None from the model's own configuration. So under "greedy" the model must
-    also be given the result as its `generation_config`.
+    transformers fills every field that is None from the model's own configuration. So with "greedy", the result must
+    also become the model's `generation_config`.
 
     Args:
         own: the model's own configuration.
-        generation: whether its rules hold, or those of greedy decoding.
-        max_new_tokens: the longest answer.
+        generation: greedy decoding, or the model's own rules.
+        max_new_tokens: length of the longest answer, in tokens.
         ends: token ids that end an answer.
-        banned: token ids that are never written.
+        banned: token ids that must never be generated.
     """
     from transformers import GenerationConfig
 
+    # 1. The rules.
     if generation == "greedy":
         kept = {name: value for name in TOKEN_IDS if (value := getattr(own, name, None)) is not None}
         made = GenerationConfig(**NEUTRAL, **kept)
     else:
         made = copy.deepcopy(own)
         banned = {*banned, *(made.suppress_tokens or ())}
+    # 2. Length, ends and banned tokens, which this project sets for every model.
     made.max_length, made.max_new_tokens = None, max_new_tokens
     made.eos_token_id, made.suppress_tokens = sorted(ends), sorted(banned) or None
     if made.pad_token_id is None:
-        made.pad_token_id = made.eos_token_id[0]  # one question at a time: nothing is padded
+        made.pad_token_id = made.eos_token_id[0]  # any id will do: questions are asked one at a time, without padding
     return made
 
 
 @contextmanager
 def own_seed(name: str) -> Iterator[None]:
-    """Random numbers that follow from `name` alone: a model whose own settings sample gives the same answer again."""
+    """Seed PyTorch's random numbers with `name` inside this context.
+
+    A model whose own settings sample then gives the same answer to the same question every time.
+    """
     import torch
 
     with torch.random.fork_rng():
@@ -102,21 +110,23 @@ def own_seed(name: str) -> Iterator[None]:
 
 
 def server_rules(settings: EndpointSettings, generation: Generation) -> dict[str, Any]:
-    """The rules that answers of a model behind a server depend on beside the server's own settings, JSON-like."""
+    """The rules that the answers of a model behind a server depend on, besides the server's own settings, as JSON
+    values."""
     if generation == "model":
         return {"generation": "model"}
     return {"generation": "greedy", "temperature": 0.0} | server_fields(settings)
 
 
 def server_fields(settings: EndpointSettings) -> dict[str, Any]:
-    """The samplers that a request to this server states as neutral; temperature is not among them."""
+    """The neutral sampler fields of a request to this server, without the temperature."""
     return dict(SERVER_FIELDS if settings.sampling_fields == "vllm" else OPENAI_FIELDS)
 
 
 def stating(settings: EndpointSettings, generation: Generation) -> EndpointSettings:
-    """The same server, whose requests all state the rules in `extra_body`; under "model" nothing is stated.
+    """The settings of the same server, where each request states the rules in `extra_body`; unchanged for "model".
 
-    Raises ValueError where extra_body has another rule than greedy decoding.
+    Raises:
+        ValueError: the user's extra_body has a field that would change greedy decoding.
     """
     if generation == "model":
         return settings
@@ -132,16 +142,19 @@ def stating(settings: EndpointSettings, generation: Generation) -> EndpointSetti
 async def require_taken(
     settings: EndpointSettings, generation: Generation, messages: list[dict[str, Any]], max_tokens: int
 ) -> None:
-    """Raise EndpointMisused if the server refuses a request only because of the stated samplers.
+    """Find out whether a server refuses a request only because of its sampler fields.
 
-    The same request is sent without the samplers that OpenAI's API does not have. If the server takes it, they are the
-    reason.
+    The request is sent again without the fields that OpenAI's API does not have. If the server accepts it now, these
+    fields are the reason.
 
     Args:
         settings: a server that has refused `messages`.
-        generation: under "model" no sampler is stated, so nothing is asked.
+        generation: with "model", requests have no sampler fields, so there is nothing to find out.
         messages: the request, in OpenAI's form.
-        max_tokens: the longest answer.
+        max_tokens: length of the longest answer, in tokens.
+
+    Raises:
+        EndpointMisused: the fields are the reason; the message says what to set.
     """
     if generation == "model" or settings.sampling_fields == "openai":
         return
@@ -151,6 +164,7 @@ async def require_taken(
             await endpoint.complete(messages, max_tokens, 0.0, attempts=1)
         fields = ", ".join(sorted(SERVER_FIELDS.keys() - OPENAI_FIELDS.keys()))
         raise EndpointMisused(
-            f"base_url={settings.base_url!r}, model={settings.model!r}: refuses requests that state {fields}, and takes"
-            " them without; set sampling_fields=openai of this endpoint, if the server has no such rules of its own"
+            f"base_url={settings.base_url!r}, model={settings.model!r}: the server refuses requests with the fields"
+            f" {fields}, and accepts them without; set sampling_fields=openai for this endpoint, if the server has no"
+            " such rules of its own"
         )

@@ -1,6 +1,7 @@
-"""The client of an OpenAI-compatible server: one request at a time, made again until its answer is there.
+"""The client of an OpenAI-compatible server: sends a request, and repeats it after a failure that may pass.
 
-The only file that imports `openai`, whose own retries are off: here they are counted and bounded by one deadline each.
+This is the only file that imports `openai`. The retries of that library are switched off: here they are counted, and
+each attempt has one deadline.
 """
 
 from __future__ import annotations
@@ -21,20 +22,21 @@ from lightning_modules.serving.responses import Completion, Malformed, bound_bod
 
 T = TypeVar("T")
 
-RETRIED = (408, 409, 425, 429)  # and every 5xx
-REFUSED = (400, 413, 422)  # this one request cannot be answered: too long, or an image that the server does not take
+# HTTP status codes.
+RETRIED = (408, 409, 425, 429)  # may pass, like every 5xx
+REFUSED = (400, 413, 422)  # this request cannot be answered: it is too long, or the server does not accept its image
 
 
 class RequestRefused(ValueError):
-    """The server will not answer this request however often it is asked."""
+    """The server cannot answer this request; further attempts would not help."""
 
 
 class EndpointMisused(ValueError):
-    """The server does not know the key, the model or the path: no request can succeed."""
+    """The key, the model or the path is wrong, so no request can succeed."""
 
 
 class EndpointUnavailable(RuntimeError):
-    """No answer after every attempt. `status` is that of the last one, if the server gave any."""
+    """All attempts have failed. `status` is the HTTP status of the last one, or None if there was none."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -43,25 +45,26 @@ class EndpointUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class EndpointSettings:
-    """An OpenAI-compatible server, and how patiently it is asked.
+    """An OpenAI-compatible server, with timeouts and retries.
 
-    Secrets stand in environment variables only: settings are written to files, so a URL or a field that holds a secret
+    Settings are written to files. So secrets must be in environment variables, and a URL or a field that holds a secret
     is refused.
 
     Args:
-        model: the server's name of the model; "" only where a command has the name elsewhere.
-        base_url: such as http://localhost:8000/v1; None only where a local server is still to be started.
+        model: the server's name of the model; may be "" if the command has this name in another setting.
+        base_url: such as http://localhost:8000/v1; None if the command starts a local server itself.
         api_key_env: the environment variable that holds the key, if the server needs one.
         basic_auth_env: the environment variable that holds user:password, for a server behind HTTP Basic
             authentication. Then no key is sent.
-        timeout: seconds for one whole request.
-        attempts: how often a request is made before it is given up.
-        backoff, max_backoff: before attempt k + 1 the client waits backoff * 2^(k - 1) seconds, at most max_backoff,
-            times a random factor between 0.5 and 1; longer where the server says so (Retry-After).
-        concurrency: number of requests under way at the same time.
+        timeout: seconds for one request.
+        attempts: number of attempts for a request.
+        backoff: the wait in seconds before the second attempt; it doubles with each further attempt. Every wait is
+            multiplied by a random factor from 0.5 to 1. A longer wait that the server demands (Retry-After) is kept.
+        max_backoff: the longest wait in seconds.
+        concurrency: number of requests at the same time.
         extra_body: further fields of every request.
-        sampling_fields: which samplers a request states, so that none is left to the server. `vllm`: all of them (vLLM,
-            SGLang). `openai`: those of OpenAI's API, for a server that refuses the others.
+        sampling_fields: the sampler fields that every request states, so that no default of the server applies. "vllm":
+            all of them (vLLM, SGLang). "openai": those of OpenAI's API, for a server that refuses the others.
     """
 
     model: str = ""
@@ -93,7 +96,7 @@ class EndpointSettings:
 
 
 def _credential_faults(settings: EndpointSettings) -> list[str]:
-    """Secrets among the settings, in words that do not repeat them."""
+    """The problems of settings that hold a secret, in words that do not repeat the secret."""
     faults = []
     if settings.base_url is not None and (kind := find_credential(settings.base_url)):
         faults.append(f"base_url holds {kind}: put it into the variable of basic_auth_env or api_key_env")
@@ -107,9 +110,9 @@ def _credential_faults(settings: EndpointSettings) -> list[str]:
 
 
 class ChatEndpoint:
-    """`async with ChatEndpoint(settings) as endpoint: await endpoint.complete(messages, ...)`.
+    """A connection to a server: `async with ChatEndpoint(settings) as endpoint: await endpoint.complete(…)`.
 
-    It belongs to the event loop that it is used in. `faults` counts what was retried: by status, or as "timeout",
+    It must be used in one event loop only. `faults` counts the failed attempts by HTTP status, or as "timeout",
     "connection" or "malformed".
     """
 
@@ -121,14 +124,15 @@ class ChatEndpoint:
         self.settings = settings
         self.faults: Counter[str] = Counter()
         self._errors = openai
-        self._random = random.Random()  # spreads waiting times; nothing that is kept depends on it
+        self._random = random.Random()  # only for the lengths of waits, so it needs no seed
+        # Credentials, from environment variables. `_secrets` lists all their forms, so that messages can hide them.
         self._key = os.environ.get(settings.api_key_env) or ""
         user = os.environ.get(settings.basic_auth_env or "") or ""
         if settings.basic_auth_env and not user:
             raise EndpointMisused(f"basic_auth_env={settings.basic_auth_env!r}: no such environment variable, or empty")
         basic = base64.b64encode(user.encode()).decode()
         self._secrets = [self._key, user, basic, user.partition(":")[2]]
-        headers = {"Accept-Encoding": "identity"}  # a compressed body would not show its size
+        headers = {"Accept-Encoding": "identity"}  # the size of a compressed body could not be bounded
         if user:
             headers["Authorization"] = f"Basic {basic}"
         self._client = openai.AsyncOpenAI(
@@ -158,21 +162,28 @@ class ChatEndpoint:
 
         Args:
             messages: in OpenAI's form.
-            max_tokens: the longest answer.
+            max_tokens: length of the longest answer, in tokens.
             temperature: None leaves it to the server.
-            seed: None states no seed.
-            attempts: how often the request is made; None: as the settings say.
+            seed: seed of the sampling; None sends no seed.
+            attempts: number of attempts, at most that of the settings; None means that of the settings.
 
-        Raises RequestRefused, EndpointMisused, and after every attempt EndpointUnavailable.
+        Raises:
+            RequestRefused: the server cannot answer this request.
+            EndpointMisused: the key, the model or the path is wrong.
+            EndpointUnavailable: all attempts have failed.
         """
         return await self._persist(lambda: self._ask(messages, max_tokens, temperature, seed), attempts)
 
     async def post(
         self, path: str, body: dict[str, Any], read: Callable[[str], T] = str, attempts: int | None = None
     ) -> T:
-        """What `read` makes of the answer to `body`, sent as JSON to a path below base_url.
+        """Send JSON to the server and read its response.
 
-        `read` raises Malformed for a text that is not what was asked for; other errors as of `complete`.
+        Args:
+            path: below base_url.
+            body: the JSON to send.
+            read: makes the result from the text of the response; it raises Malformed for a text of a wrong form.
+            attempts: as in `complete`, whose errors this method raises too.
         """
 
         async def ask() -> T:
@@ -181,7 +192,7 @@ class ChatEndpoint:
         return await self._persist(ask, attempts)
 
     async def get(self, path: str, read: Callable[[str], T] = str, attempts: int | None = None) -> T:
-        """As `post`, of what lies at the path."""
+        """As `post`, but with an HTTP GET request."""
 
         async def ask() -> T:
             return read(await self._client.get(path, cast_to=str))
@@ -189,6 +200,7 @@ class ChatEndpoint:
         return await self._persist(ask, attempts)
 
     async def _persist(self, ask: Callable[[], Awaitable[T]], attempts: int | None) -> T:
+        """Call `ask` until it succeeds, fails for good, or has failed in every attempt."""
         settings = self.settings
         attempts = min(attempts or settings.attempts, settings.attempts)
         for attempt in range(1, attempts + 1):
@@ -196,6 +208,7 @@ class ChatEndpoint:
             try:
                 async with asyncio.timeout(settings.timeout):
                     return await ask()
+            # The server has answered with an error: for good, or one that may pass.
             except self._errors.APIStatusError as error:
                 status, fault = error.status_code, self._hide(f"{error.status_code} {error.message[:300]}")
                 if status in REFUSED:
@@ -204,10 +217,11 @@ class ChatEndpoint:
                     where = f"base_url={settings.base_url!r}, model={settings.model!r}"
                     raise EndpointMisused(f"{where}: {fault}") from error
                 kind, wait = str(status), _retry_after(error.response.headers.get("retry-after"))
+            # No usable answer. These failures may all pass.
             except (TimeoutError, self._errors.APITimeoutError):
                 kind, fault, wait = "timeout", f"no answer within {settings.timeout} s", 0.0
             except self._errors.APIConnectionError as error:
-                # `openai` calls every error of a transfer a connection error, that of a body without an end, too.
+                # `openai` reports every error during the transfer as a connection error, also a body that is too large.
                 kind = "malformed" if isinstance(error.__cause__, Malformed) else "connection"
                 fault, wait = self._hide(repr(error.__cause__ or error)), 0.0
             except Malformed as error:
@@ -221,8 +235,9 @@ class ChatEndpoint:
     async def _ask(
         self, messages: list[dict[str, Any]], max_tokens: int, temperature: float | None, seed: int | None
     ) -> Completion:
+        """Send one chat request and read the answer."""
         stated = {"temperature": temperature, "seed": seed}
-        # The raw body: the library reads a truncated one as a plain string, or as an answer without choices.
+        # The raw body is read here: `openai` would return a truncated body as a string or an answer without choices.
         response = await self._client.chat.completions.with_raw_response.create(
             model=self.settings.model,
             messages=messages,
@@ -232,16 +247,17 @@ class ChatEndpoint:
         return read_completion(response.http_response.content)
 
     def _hide(self, text: str) -> str:
-        """A server may repeat the key that it was sent; messages end up in logs and journals."""
+        """`text` without secrets: a server may repeat the key, and messages are written to logs and journals."""
         return hide_credentials(text, self._secrets)
 
     def _delay(self, attempt: int, wait: float) -> float:
+        """Seconds before the next attempt; `wait` is what the server demands. The random factor spreads the clients."""
         longest = min(self.settings.max_backoff, self.settings.backoff * 2 ** (attempt - 1))
         return max(longest * self._random.uniform(0.5, 1.0), min(wait, self.settings.max_backoff))
 
 
 def _retry_after(header: str | None) -> float:
-    """Seconds; 0 without the header, or where it is a date."""
+    """The seconds in a Retry-After header; 0 without the header, or if it holds a date."""
     try:
         return max(0.0, float(header or 0))
     except ValueError:

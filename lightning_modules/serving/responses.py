@@ -1,7 +1,7 @@
-"""Responses of a server of models, read strictly: no garbage may end a run or pass as a value.
+"""Read the responses of a model server strictly: a broken response must neither end a run nor pass as a value.
 
-A body of another form than the request needs is `Malformed`; the client counts it and asks again. A body without an end
-is cut off at LARGEST_BODY.
+If a body does not have the expected form, `Malformed` is raised; the client counts it and repeats the request. A body
+that is larger than LARGEST_BODY is cut off.
 """
 
 from __future__ import annotations
@@ -13,40 +13,48 @@ from typing import Any
 
 from datamodules.persistence.strict_json import refuse_constant
 
-# Bytes of one response. The largest real one, 32 completions of 8,192 tokens with a log-probability each at about 150
-# bytes of JSON, has 40 MB.
+# Bytes of one response. The largest real response has 40 MB: 32 completions of 8,192 tokens, with a log-probability for
+# each token at about 150 bytes of JSON.
 LARGEST_BODY = 2**26
 
 
 class Malformed(ValueError):
-    """A success whose body has another form than the request needs, such as a body that was cut short: asked again."""
+    """A successful response whose body has a wrong form, such as a truncated body. The request is repeated."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer. Token counts are the server's; 0 where it sends none."""
+    """One answer of a server."""
 
-    text: str
+    text: str  # with the thinking in its tags
     finish_reason: str
-    prompt_tokens: int
+    prompt_tokens: int  # counted by the server; 0 if it sends no count
     completion_tokens: int
 
 
 def read_json(body: bytes | str, wanted: str) -> Any:
-    """The JSON of a response that should be `wanted`. Raises Malformed for other text: NaN, nesting beyond Python's
-    limit, bad UTF-8."""
+    """Decode the JSON of a response; `wanted` names the expected content, for the message.
+
+    Raises:
+        Malformed: the body is not JSON.
+    """
     try:
         return json.loads(body, parse_constant=refuse_constant)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also bad UTF-8, NaN, and nesting beyond Python's limit
         raise Malformed(f"not {wanted}: no JSON ({error!r:.100}): {body[:200]!r}") from error
 
 
 def read_completion(body: bytes) -> Completion:
-    """A server's chat completion. Raises Malformed where it is none, such as a body that was cut short.
+    """Read a chat completion.
 
-    Servers that part thinking from answer (`reasoning_content`, or `reasoning`) have it put back between its tags.
+    Some servers move the thinking into a field of its own (`reasoning_content` or `reasoning`). It is put back in front
+    of the answer, in its tags.
+
+    Raises:
+        Malformed: the body is not a chat completion.
     """
     record = read_json(body, "a chat completion")
+    # Any missing field or wrong type is a malformed response.
     try:
         choice = record["choices"][0]
         message = choice["message"]
@@ -54,18 +62,18 @@ def read_completion(body: bytes) -> Completion:
         thinking = message.get("reasoning_content") or message.get("reasoning")
         counts = [_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
         if choice.get("finish_reason") in ("abort", "error"):
-            raise ValueError(f"finish_reason={choice['finish_reason']!r}")  # vLLM's, of a server that is shut down
+            raise ValueError(f"finish_reason={choice['finish_reason']!r}")  # from a vLLM server that is shutting down
         if not isinstance(content, str) or not isinstance(thinking, str | None):
             raise TypeError(f"content is a {type(content).__name__}, thinking a {type(thinking).__name__}")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise Malformed(f"not a chat completion ({error!r:.200}): {body[:200]!r}") from error
     text = content if thinking is None else f"<think>{thinking}</think>{content}"
-    text = text.encode(errors="replace").decode()  # JSON may hold half a surrogate pair, which no file takes
+    text = text.encode(errors="replace").decode()  # JSON may hold a lone surrogate, which cannot be written to a file
     return Completion(text, str(choice.get("finish_reason"))[:40], *counts)
 
 
 def _count(value: Any) -> int:
-    """A number of tokens; 0 where the server sends none."""
+    """A number of tokens; 0 if the server sends none. Raises ValueError for anything else."""
     if value is None:
         return 0
     if type(value) is not int or not 0 <= value < 2**31:
@@ -74,12 +82,13 @@ def _count(value: Any) -> int:
 
 
 async def bound_body(response: Any) -> None:
-    """A hook of the HTTP client: cuts the response's body off at LARGEST_BODY bytes, with Malformed."""
+    """A response hook of the HTTP client: reading the body raises Malformed after LARGEST_BODY bytes."""
+    # A compressed body could be small here and huge after decompression.
     encoding = response.headers.get("content-encoding", "identity")
     if encoding != "identity":
         raise Malformed(f"a body in {encoding!r:.40}, where a plain one was asked for")
     stream = response.stream
-    # The client takes a stream of its own library's class only: httpx or httpx2, by the version of `openai`.
+    # The stream must be of the HTTP library's own class. That library is httpx or httpx2, depending on `openai`.
     base = next(kind for kind in type(stream).__mro__ if kind.__name__ == "AsyncByteStream")
 
     class Bounded(base):

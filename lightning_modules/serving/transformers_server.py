@@ -1,7 +1,7 @@
-"""A model of one's own behind `transformers serve` on this machine, for as long as somebody needs it.
+"""Serve a model with `transformers serve` on this machine, while a context manager is open.
 
-The server is a process of its own, which ends with the one that started it:
-`python -m lightning_modules.serving.transformers_server <that one's id> <arguments of transformers serve>`.
+The server is a separate process, and ends together with the process that started it:
+`python -m lightning_modules.serving.transformers_server <id of that process> <arguments of transformers serve>`.
 """
 
 from __future__ import annotations
@@ -32,22 +32,31 @@ GENERATION = "generation_config.json"
 
 @dataclass(frozen=True)
 class LocalServer:
-    """A running server: its address, and the name by which it knows its model."""
+    """A running server."""
 
     base_url: str
-    model: str
+    model: str  # the name that requests must give
 
 
 @contextmanager
 def local_server(model: str, work: Path, device: str = "auto", startup_seconds: float = 600.0) -> Iterator[LocalServer]:
-    """Serve `model`, a folder or Hub name, until the context is left. `work` gets server.log and the served folder.
+    """Serve a model until the context is left.
 
-    Raises ModelError for a model that lacks weights or has some that are not finite: the server itself would fill gaps
-    with random numbers. Raises RuntimeError with the end of the log when the server does not come up.
+    Args:
+        model: folder or Hub name.
+        work: folder for server.log and for the copy of the model folder that is served.
+        device: as `transformers serve` names it.
+        startup_seconds: time in which the server must be ready.
+
+    Raises:
+        ModelError: weights of the model are missing or not finite.
+        RuntimeError: the server did not start; the message has the end of its log.
     """
+    # 1. Check the weights here: the server would fill missing ones with random numbers.
     check_image_text_model(model)
     check_tensors(model, ANY_ATTENTION)
     check_values(model)
+    # 2. Start the server in a process of its own.
     work.mkdir(parents=True, exist_ok=True)
     served = str(sampling_folder(local_folder(model), work / "model"))
     port = _free_port()
@@ -56,8 +65,9 @@ def local_server(model: str, work: Path, device: str = "auto", startup_seconds: 
     log = work / "server.log"
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+    # 3. Wait until it is ready, hand it over, and kill it at the end.
     try:
-        # One that is stopped would take each request and let it wait for its timeout.
+        # A stopped server (SIGSTOP) would accept requests and never answer, so ChildWatch kills it.
         with ChildWatch(lambda: [process.pid]):
             _wait_until_healthy(process, f"http://{HOST}:{port}/health", log, startup_seconds)
             yield LocalServer(f"http://{HOST}:{port}/v1", served)
@@ -67,27 +77,30 @@ def local_server(model: str, work: Path, device: str = "auto", startup_seconds: 
 
 
 def sampling_folder(model: Path, folder: Path) -> Path:
-    """A copy of a model folder, by links, whose generation settings sample, by the request's temperature alone, and
-    whose configuration names no attention.
+    """Make a copy of a model folder that samples with the temperature of the request; returns its path.
 
-    `transformers serve` takes temperature and top_p from the request, but whether to sample at all, and all other
-    samplers, from the model alone. An attention implementation that a configuration names may be code on the Hub.
+    All files are symbolic links, except two:
+
+    - generation_config.json switches sampling on and all samplers off. `transformers serve` takes temperature and top_p
+      from the request, but takes everything else, including whether to sample, only from this file.
+    - config.json names no attention implementation, because such a name may refer to code on the Hub.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    # Everything else as links.
     for file in sorted(model.resolve().iterdir()):
         if file.is_file() and file.name not in (GENERATION, CONFIG):
             (folder / file.name).symlink_to(file)
     own = read_json(model / GENERATION)
     ids = {name: own[name] for name in ("eos_token_id", *TOKEN_IDS) if own.get(name) is not None}
-    # top_k 0 is off; where it is missing, transformers takes 50.
+    # top_k 0 means off; without this field, transformers uses 50.
     write_json(folder / GENERATION, NEUTRAL | ids | {"do_sample": True, "top_k": 0, "top_p": 1.0})
     write_json(folder / CONFIG, _without_attention(read_json(model / CONFIG)))
     return folder.resolve()
 
 
 def _without_attention(config: Any) -> Any:
-    """A configuration, nested as it may be, without the names of attention implementations."""
+    """A configuration, at all its levels, without the names of attention implementations."""
     if not isinstance(config, dict):
         return config
     named = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
@@ -95,12 +108,14 @@ def _without_attention(config: Any) -> Any:
 
 
 def _free_port() -> int:
+    """A port that no process uses now."""
     with socket.socket() as probe:
-        probe.bind((HOST, 0))
+        probe.bind((HOST, 0))  # port 0 lets the system choose
         return probe.getsockname()[1]
 
 
 def _wait_until_healthy(process: subprocess.Popen, url: str, log: Path, seconds: float) -> None:
+    """Wait until the server answers; raise RuntimeError if it ends, or after `seconds`."""
     end = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < end:
         try:

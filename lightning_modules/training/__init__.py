@@ -1,1 +1,1 @@
-"""What every training run shares: optimizer, seeds, strategy, and how a run ends."""
+"""Parts of every training run: optimizer, seeds, strategy, checks of settings, and the ways in which a run ends."""

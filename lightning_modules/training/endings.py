@@ -1,15 +1,15 @@
-"""Ends of a run that are no fault of the program: the message states the whole reason, and no traceback follows."""
+"""Exceptions that end a run although the program has no error: the message says everything, without a traceback."""
 
 from __future__ import annotations
 
 
 class RunStopped(RuntimeError):
-    """A run that ends for the reason in its message; its progress is saved."""
+    """The run ends for the reason in the message; its progress is saved."""
 
 
 class NothingLearnt(RunStopped):
-    """A run whose training has changed nothing."""
+    """Training has not changed the policy."""
 
 
 class IdleTooLong(NothingLearnt):
-    """Raised in training, by all ranks together, behind a finished window of batches."""
+    """GRPO has learnt nothing for too long. All ranks raise it together, at the end of an accumulation window."""

@@ -1,10 +1,11 @@
-"""Optimizer and learning-rate schedule of every phase.
+"""Optimizer and learning-rate schedule of both phases.
 
-Weight decay leaves out norms and biases, which are the tensors of one dimension, as Hugging Face's Trainer does for the
-language model. (The Trainer goes by names, and so decays the vision tower's norm1, norm2 and ln_q; here it does not.)
+Norms and biases (all tensors with one dimension) have no weight decay. Hugging Face's Trainer does the same for the
+language model. The Trainer selects tensors by name, and so it does decay norm1, norm2 and ln_q of the vision tower;
+here these have no decay either.
 
-The schedule is not quite that of Hugging Face's `get_cosine_schedule_with_warmup`: its warm-up is step / n, so that its
-first update has a learning rate of 0 and moves nothing. Here it is (step + 1) / n, and the first update counts.
+The schedule differs slightly from Hugging Face's `get_cosine_schedule_with_warmup`. There the warm-up factor is
+step / n, so the first update has a learning rate of 0 and changes nothing. Here it is (step + 1) / n.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from lightning_modules.training.endings import RunStopped
 
 
 def cosine_factor(step: int, num_warmup: int, num_steps: int) -> float:
-    """Share of the peak learning rate at update `step` (from 0): linear up over `num_warmup` updates to the peak at the
-    last of them, then half a cosine down to 0 after `num_steps`."""
+    """The learning rate at update `step` (from 0), as a fraction of its peak.
+
+    It rises linearly and reaches the peak at the last of `num_warmup` updates. Then it falls as half a cosine, to 0
+    after `num_steps` updates.
+    """
     if step < num_warmup:
         return (step + 1) / num_warmup
     progress = (step - num_warmup) / max(num_steps - num_warmup, 1)
@@ -32,15 +36,20 @@ def cosine_factor(step: int, num_warmup: int, num_steps: int) -> float:
 
 
 def count_updates(trainer: Trainer, batches_per_window: int, updates_per_window: int) -> int:
-    """Optimizer updates that `trainer` will make: its max_steps, or what its epochs hold, whichever is less. The last
-    window may hold fewer batches than the others.
+    """The number of optimizer updates that `trainer` will make: the smaller of max_steps and the updates of its epochs.
 
-    A module that optimizes by hand counts in windows of several batches, which `trainer.estimated_stepping_batches`
-    does not know. Raises ValueError when nothing bounds the run: a schedule needs an end.
+    Args:
+        trainer: with its settings max_steps and max_epochs.
+        batches_per_window: batches in an accumulation window. The last window of a run may have fewer.
+        updates_per_window: updates at the end of each window.
+
+    Raises:
+        ValueError: neither setting bounds the run; the schedule needs an end.
     """
+    # Lightning's `estimated_stepping_batches` is not the answer: with manual optimization it does not know of windows.
     limits = [trainer.max_steps] if trainer.max_steps != -1 else []
     if trainer.max_epochs not in (None, -1):
-        _ = trainer.estimated_stepping_batches  # builds the loader, and with it num_training_batches
+        _ = trainer.estimated_stepping_batches  # reading it builds the loader, which sets num_training_batches
         if math.isfinite(trainer.num_training_batches):
             num_batches = int(trainer.num_training_batches) * trainer.max_epochs
             limits.append(math.ceil(num_batches / batches_per_window) * updates_per_window)
@@ -53,7 +62,7 @@ def count_updates(trainer: Trainer, batches_per_window: int, updates_per_window:
 
 
 def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: one in the given order, or two where decay must leave norms and biases out."""
+    """AdamW's parameter groups: one group in the given order, or two if decay must leave out norms and biases."""
     narrow = [parameter for parameter in parameters if parameter.dim() < 2] if weight_decay > 0 else []
     if not narrow:
         return [{"params": list(parameters), "weight_decay": weight_decay}]
@@ -62,7 +71,11 @@ def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> lis
 
 
 def require_same_groups(checkpoint: Mapping[str, Any], parameters: Sequence[nn.Parameter], weight_decay: float) -> None:
-    """Raises RunStopped where the optimizer's state in a checkpoint is not that of these parameters in these groups."""
+    """Check that the optimizer state of a checkpoint fits the parameter groups of this run.
+
+    Raises:
+        RunStopped: the groups differ.
+    """
     needed = [len(group["params"]) for group in decay_groups(parameters, weight_decay)]
     for state in checkpoint.get("optimizer_states", ()):
         saved = [len(group["params"]) for group in state["param_groups"]]
@@ -83,7 +96,17 @@ def build_optimizer(
     num_updates: int,
     foreach: bool | None = None,
 ) -> tuple[AdamW, LambdaLR]:
-    """AdamW and its cosine schedule over `num_updates`, the first `warmup_fraction` of them warm-up."""
+    """AdamW and its cosine schedule.
+
+    Args:
+        parameters: the trained parameters.
+        learning_rate: the peak of the schedule.
+        betas: AdamW's decay rates of the two moments.
+        weight_decay: for tensors with at least two dimensions; others have none.
+        warmup_fraction: share of the updates in which the learning rate rises to its peak.
+        num_updates: updates of the whole run.
+        foreach: AdamW's setting; None lets PyTorch choose.
+    """
     groups = decay_groups(parameters, weight_decay)
     optimizer = AdamW(groups, lr=learning_rate, betas=betas, weight_decay=weight_decay, foreach=foreach)
     num_warmup = math.ceil(warmup_fraction * num_updates)

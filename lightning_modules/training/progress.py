@@ -1,4 +1,4 @@
-"""Lightning's count of batches: the last of a run, and in a checkpoint taken back to where weights and data are."""
+"""Lightning's batch counters: is this the last batch of a run, and how a checkpoint's counters are set back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning import Trainer
 
 
 def is_last_batch(trainer: Trainer) -> bool:
-    """True in the training step of the last batch of the last epoch, which ends the run. Alike on all ranks."""
+    """Whether the current training step has the last batch of the last epoch. The same on all ranks."""
     if trainer.max_epochs in (None, -1) or trainer.current_epoch + 1 < trainer.max_epochs:
         return False
     batches = trainer.fit_loop.epoch_loop.batch_progress
@@ -16,13 +16,14 @@ def is_last_batch(trainer: Trainer) -> bool:
 
 
 def rewind(fit_loop: dict[str, Any], num_batches: int) -> None:
-    """Take the last `num_batches` batches off the saved state of a fit loop, in place.
+    """Set the saved state of a fit loop back by `num_batches` batches, in place.
 
-    They may reach back over the starts of epochs, which all have as many batches. What is left is a state in the middle
-    of an epoch; its very start counts as that too.
+    A checkpoint inside an accumulation window needs this: the gradient of the open window is not saved, so its batches
+    come again. They may lie in earlier epochs. All epochs have the same number of batches.
     """
     if num_batches == 0:
         return
+    # 1. How many epochs back, and which batch of that epoch.
     batches, epochs = fit_loop["epoch_loop.batch_progress"], fit_loop["epoch_progress"]
     done = batches["current"]["ready"]
     left, epochs_back = done - num_batches, 0
@@ -30,11 +31,14 @@ def rewind(fit_loop: dict[str, Any], num_batches: int) -> None:
         length = (batches["total"]["ready"] - done) // (epochs["current"]["started"] - 1)
         epochs_back = -(left // length)
         left += epochs_back * length
-    for name in ("ready", "started", "processed", "completed"):  # an open batch has the last still to come
+    # 2. The counters of batches. All four go back by the same number, because a batch in progress has not yet counted
+    # in the last of them.
+    for name in ("ready", "started", "processed", "completed"):
         batches["total"][name] -= num_batches
         batches["current"][name] += left - done
     batches["is_last_batch"] = False
-    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= num_batches  # the step that loggers are given
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= num_batches  # the step number that loggers get
+    # 3. The counters of epochs: the state is now inside an epoch, possibly at its start.
     for counts in epochs.values():
         started = counts["started"] - epochs_back
         counts.update(ready=started, started=started, processed=started - 1, completed=started - 1)

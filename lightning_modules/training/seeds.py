@@ -1,4 +1,4 @@
-"""Seeds that say what they are of, and nothing of where or in which order it is computed."""
+"""Seeds that depend on the thing that is computed, and not on the process or the order in which it is computed."""
 
 from __future__ import annotations
 
@@ -7,19 +7,28 @@ from collections.abc import Sequence
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed in 0 ... 2^63 - 1 that depends on every part; equal on every machine and Python version."""
+    """A seed from 0 to 2^63 - 1 that depends on every part. It is the same on every machine and Python version."""
     digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return int.from_bytes(digest[:8], "big") >> 1  # without the top bit, so that it fits a signed 64-bit integer
 
 
 def sample_seeds(seed: int, window: int, earlier: Sequence[str], sample_ids: Sequence[str]) -> list[int]:
-    """A seed for each sample of a batch: of the run's seed, the window's number, the sample's id, and how often that
-    was in the window before (`earlier` are the ids of its batches so far). Neither rank nor place in the batch: how a
-    window is divided among ranks and batches changes no rollout, unless a sample is in it twice: each rank counts its
-    own."""
+    """One seed for each sample of a batch.
+
+    The seed does not depend on the rank or on the position in the batch, so rollouts are the same for any number of
+    GPUs. Exception: if one id occurs on two ranks in the same window, both ranks count from zero and draw the same
+    seed.
+
+    Args:
+        seed: the run's seed.
+        window: number of the accumulation window.
+        earlier: ids of the samples in the earlier batches of this window on this rank.
+        sample_ids: ids of the samples of this batch.
+    """
     seen = list(earlier)
     seeds = []
     for sample_id in sample_ids:
+        # The count of earlier occurrences gives a repeated sample another seed each time.
         seeds.append(derive_seed(seed, window, seen.count(sample_id), sample_id))
         seen.append(sample_id)
     return seeds

@@ -1,4 +1,4 @@
-"""Settings of a training module that cannot work, as sentences that name the field and its value."""
+"""Find settings of a training module that cannot work. Each problem is a text with the field and its value."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ if TYPE_CHECKING:
 
 
 def policy_faults(module: PolicyModule) -> list[str]:
-    """Faults of the settings that `PolicyModule` itself has."""
+    """The problems among the settings of `PolicyModule`; empty if there are none."""
     faults = module.lora.faults() if module.lora is not None else []
+    # Numbers outside their range.
     for name in ("learning_rate", "accumulate", "max_tokens_per_row"):
         if getattr(module, name) <= 0:
             faults.append(f"{name}={getattr(module, name)} must be greater than 0")
@@ -23,13 +24,14 @@ def policy_faults(module: PolicyModule) -> list[str]:
             f"activation_gib={module.activation_gib} must be greater than 0, with gradient_checkpointing=True, "
             f"not {module.gradient_checkpointing}; or null"
         )
+    # Precision of the weights.
     if module.dtype_name not in ("float32", "bfloat16"):  # float16 would need a loss scaler
         faults.append(f"dtype={module.dtype_name!r} must be 'float32' or 'bfloat16'")
     elif module.dtype_name == "bfloat16" and (module.lora is None or not module.freeze_vision):
-        # Adapters are float32 whatever the weights are; weights that are trained themselves are not.
+        # LoRA adapters are always float32. Weights that are trained without LoRA have the dtype of the model.
         name = "lora=None" if module.lora is None else f"freeze_vision={module.freeze_vision}"
         faults.append(
-            f"dtype={module.dtype_name!r} with {name}: updates of a small learning rate are less than half the last "
-            "digit of a bfloat16 weight and round away; use dtype='float32'"
+            f"dtype={module.dtype_name!r} with {name}: updates of a small learning rate are smaller than half the last "
+            "digit of a bfloat16 weight and would be rounded away; use dtype='float32'"
         )
     return faults

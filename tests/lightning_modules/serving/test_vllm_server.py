@@ -45,10 +45,10 @@ def test_a_torchvision_that_fits_is_left_alone(tmp_path: Path, monkeypatch) -> N
 
     monkeypatch.setattr(vllm_server.subprocess, "run", run)
     broken = False
-    vllm_server.mend_torchvision(tmp_path)
+    vllm_server.fix_torchvision(tmp_path)
     assert len(calls) == 1
     broken = True
-    vllm_server.mend_torchvision(tmp_path)
+    vllm_server.fix_torchvision(tmp_path)
     assert calls[-1][-2:] == ["torch==2.13.0", "torchvision==0.28.0"] and "--reinstall-package" in calls[-1]
 
 
