@@ -14,12 +14,11 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from datamodules.persistence.files import remove_draft, storage_error
+from datamodules.persistence.files import UNFINISHED, atomic_path, remove_draft, storage_error
 from lightning_modules.training.endings import IdleTooLong, RunStopped
 
 log = logging.getLogger(__name__)
 
-UNFINISHED = ".unfinished"
 STEP = "step-"  # and the number of updates: the name of a checkpoint
 
 
@@ -34,16 +33,13 @@ class WholeCheckpoints(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
-        unfinished = path.with_name(path.name + UNFINISHED)
         try:
             path.parent.mkdir(exist_ok=True)
-            with unfinished.open("wb") as file:
+            with atomic_path(path) as draft, draft.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(unfinished, path)
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for what its file raised
-            remove_draft(unfinished)
             raise storage_error(error, path) from error
 
 

@@ -8,11 +8,13 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 REMEMBERED = 16 << 20  # bytes; hashes of larger files, weights, are remembered
+UNFINISHED = ".unfinished"  # the ending of a draft's name
 
 
 class StorageError(OSError):
@@ -46,16 +48,39 @@ def hash_file(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+@contextlib.contextmanager
+def atomic_path(path: str | Path, shared: bool = False) -> Iterator[Path]:
+    """Yield a path beside `path`, where the caller writes a draft (a file or a folder), and rename the draft to `path`.
+
+    So a reader, or a kill at any moment, finds the old content or the new content, and never a part of it. After an
+    error the draft is removed, and `path` stays as it was. The folder above `path` must exist.
+
+    Args:
+        path: the file or folder to write.
+        shared: whether other processes or threads may write `path` at the same time. Then each has a draft name of its
+            own. Otherwise the draft is `<path>.unfinished`, and a draft that a killed process left is removed first.
+    """
+    path = Path(path)
+    own_name = f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp"
+    draft = path.with_name(own_name if shared else path.name + UNFINISHED)
+    remove_draft(draft)
+    try:
+        yield draft
+    except BaseException:
+        remove_draft(draft)  # the disk may be full: make room again
+        raise
+    if draft.is_dir():
+        shutil.rmtree(path, ignore_errors=True)  # a rename replaces a file, but not a folder that holds files
+    os.replace(draft, path)
+
+
 def write_atomic(path: str | Path, text: str) -> None:
     """Replace `path` by a file that holds `text`: a reader, or a kill at any moment, sees the old or the new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     try:
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, path)
+        with atomic_path(path, shared=True) as draft:
+            draft.write_text(text, encoding="utf-8")
     except OSError as error:
-        remove_draft(draft)
         raise storage_error(error, path) from error
 
 
@@ -102,19 +127,10 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """A folder <folder>.unfinished to write into. Left without an error it takes the place of `folder`, and of what was
-    there; with one it goes."""
-    folder = Path(folder)
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-    except Exception:
-        shutil.rmtree(unfinished, ignore_errors=True)  # the disk may be full: make room again
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+    """`atomic_path` for a folder: yields an empty folder to write into, which then replaces `folder`."""
+    with atomic_path(folder) as draft:
+        draft.mkdir(parents=True)
+        yield draft
 
 
 def storage_error(error: Exception, path: str | Path) -> StorageError:
@@ -133,9 +149,9 @@ def free_space(path: str | Path) -> str:
 
 
 def remove_draft(path: Path) -> None:
-    """Make room again after a failed write; where the filesystem is gone there is nothing to remove."""
+    """Remove a file or folder to make room again; where the filesystem itself is gone there is nothing to remove."""
     with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 class Journal:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, distributed, nn
 
+from datamodules.persistence.files import atomic_path
 from experiments.nano.muon import Muon
 from experiments.nano.settings import BaseSettings
 from lightning_modules.models.qwen_vl import QwenVL
@@ -132,7 +133,6 @@ class StageRun:
 
     def save(self) -> None:
         """Write the checkpoint, whole or not at all."""
-        unfinished = self.folder / f"{CHECKPOINT}.unfinished"
         state = {
             "stage": self.stage.name,
             "step": self.step,
@@ -141,8 +141,8 @@ class StageRun:
             "heads": self.stage.heads.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
-        torch.save(state, unfinished)
-        unfinished.rename(self.folder / CHECKPOINT)
+        with atomic_path(self.folder / CHECKPOINT) as draft:
+            torch.save(state, draft)
 
     def log(self, losses: Sequence[float], num_eval: int) -> None:
         """Append the mean of the `losses` since the last record and, with `num_eval` pictures, the scores on them."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from datamodules.persistence.files import file_sha256, fingerprint
+from datamodules.persistence.files import atomic_path, file_sha256, fingerprint
 
 GIB = 1 << 30
 MAX_PATCHES = 1 << 15  # of one pass through the vision tower; bounds its activations
@@ -68,11 +67,9 @@ class FeatureCache:
 
     def put(self, image_key: str, grid: Sequence[int], features: Tensor) -> None:
         path = self._path(image_key, grid)
-        draft = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
-        save_file({"features": features.detach().contiguous()}, draft)
-        size = draft.stat().st_size
-        os.replace(draft, path)
-        self._unchecked += size
+        with atomic_path(path, shared=True) as draft:
+            save_file({"features": features.detach().contiguous()}, draft)
+            self._unchecked += draft.stat().st_size
         if self._unchecked >= CHECK_SHARE * self.limit:
             self._evict()
 

@@ -5,11 +5,10 @@ data/nano/{Ref-L4,ReasonSeg,ReVOS,odinw,BLINK,MMIU}    (data/nano/MIG-Bench come
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from datamodules.persistence.files import fingerprint, read_json, write_json
+from datamodules.persistence.files import fingerprint, read_json, whole_folder, write_json
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from datamodules.synthetic.benchmark_replicas import grounding, multiple_choice
 
@@ -41,11 +40,7 @@ def write_twin(name: str, data_root: str | Path, count: int | None = None) -> No
         return
     if folder.exists() and not marker:
         raise ValueError(f"data_root={str(data_root)!r}: {folder} was not made here; twins=true would replace it")
-    # Write into a temporary folder and rename it at the end, so that an interruption leaves no partial benchmark.
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    writer(unfinished, count or default)
-    write_json(unfinished / MARKER, {"key": key})
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+    # An interruption leaves no partial benchmark: the folder is renamed when it is complete.
+    with whole_folder(folder) as draft:
+        writer(draft, count or default)
+        write_json(draft / MARKER, {"key": key})

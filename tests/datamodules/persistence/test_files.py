@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from datamodules.persistence import files
 from datamodules.persistence.files import (
     Journal,
+    atomic_path,
     fingerprint,
     read_journal,
     read_json,
@@ -96,6 +99,58 @@ def test_a_folder_is_replaced_whole_or_stays_as_it_was(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "first"]
     write("second")
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "second"]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("content", ["file", "folder"])
+def test_a_draft_replaces_the_old_content_or_goes(tmp_path: Path, shared: bool, content: str) -> None:
+    def write(text: str, error: type[BaseException] | None = None) -> None:
+        with atomic_path(tmp_path / "model", shared) as draft:
+            assert draft.parent == tmp_path, "a rename between two filesystems would be a copy"
+            if content == "folder":
+                draft.mkdir()
+            (draft / text if content == "folder" else draft).write_text(text)
+            if error is not None:
+                raise error
+
+    write("first")
+    for error in (OSError, KeyboardInterrupt):
+        with pytest.raises(error):
+            write("bad", error)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    write("second")
+    (written,) = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert written.read_text() == "second"
+
+
+def test_a_kill_leaves_the_old_content_and_the_next_writer_removes_the_draft(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.write_text("old")
+    if (child := os.fork()) == 0:
+        with atomic_path(path) as draft:
+            draft.mkdir()
+            (draft / "half").write_text("new")
+            os._exit(9)
+    os.waitpid(child, 0)
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.glob("*.unfinished/*")] == ["half"]
+    with atomic_path(path) as draft:
+        draft.write_text("new")
+    assert path.read_text() == "new" and [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_writers_that_share_a_path_have_drafts_of_their_own(tmp_path: Path) -> None:
+    path, both = tmp_path / "feature", threading.Barrier(2)
+
+    def write(text: str) -> None:
+        with atomic_path(path, shared=True) as draft:
+            draft.write_text(text)
+            both.wait()
+            assert draft.read_text() == text
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(write, ["a", "b"])) == [None, None]
+    assert path.read_text() in "ab" and [file.name for file in tmp_path.iterdir()] == ["feature"]
 
 
 @pytest.mark.parametrize("damage", [b"", b'{"key": "a', b"\xff\xfe\x00"])
