@@ -4,34 +4,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from datamodules.persistence.problems import Problems
+
 if TYPE_CHECKING:
     from lightning_modules.policy_module import PolicyModule
 
 
-def policy_faults(module: PolicyModule) -> list[str]:
-    """The problems among the settings of `PolicyModule`; empty if there are none."""
-    faults = module.lora.faults() if module.lora is not None else []
-    # Numbers outside their range.
-    for name in ("learning_rate", "accumulate", "max_tokens_per_row"):
-        if getattr(module, name) <= 0:
-            faults.append(f"{name}={getattr(module, name)} must be greater than 0")
-    if not 0 <= module.warmup_fraction < 1:
-        faults.append(f"warmup_fraction={module.warmup_fraction} must be in [0, 1)")
-    if module.max_grad_norm is not None and module.max_grad_norm <= 0:
-        faults.append(f"max_grad_norm={module.max_grad_norm} must be greater than 0, or null")
-    if module.activation_gib is not None and not (module.gradient_checkpointing and module.activation_gib > 0):
-        faults.append(
-            f"activation_gib={module.activation_gib} must be greater than 0, with gradient_checkpointing=True, "
-            f"not {module.gradient_checkpointing}; or null"
-        )
-    # Precision of the weights.
-    if module.dtype_name not in ("float32", "bfloat16"):  # float16 would need a loss scaler
-        faults.append(f"dtype={module.dtype_name!r} must be 'float32' or 'bfloat16'")
-    elif module.dtype_name == "bfloat16" and (module.lora is None or not module.freeze_vision):
+def policy_faults(module: PolicyModule) -> Problems:
+    """Problems of the settings that `PolicyModule` itself has."""
+    problems = Problems()
+    problems.extend(module.lora.faults() if module.lora is not None else [])
+    problems.positive(
+        learning_rate=module.learning_rate, accumulate=module.accumulate, max_tokens_per_row=module.max_tokens_per_row
+    )
+    fraction, activations = module.warmup_fraction, module.activation_gib
+    problems.require(0 <= fraction < 1, "must be in [0, 1)", warmup_fraction=fraction)
+    problems.positive_or_null(max_grad_norm=module.max_grad_norm)
+    problems.require(
+        activations is None or (module.gradient_checkpointing and activations > 0),
+        f"must be greater than 0, with gradient_checkpointing=True, not {module.gradient_checkpointing}; or null",
+        activation_gib=activations,
+    )
+    problems.one_of(("float32", "bfloat16"), dtype=module.dtype_name)  # float16 would need a loss scaler
+    if module.dtype_name == "bfloat16" and (module.lora is None or not module.freeze_vision):
         # LoRA adapters are always float32. Weights that are trained without LoRA have the dtype of the model.
         name = "lora=None" if module.lora is None else f"freeze_vision={module.freeze_vision}"
-        faults.append(
+        problems.append(
             f"dtype={module.dtype_name!r} with {name}: updates of a small learning rate are smaller than half the last "
             "digit of a bfloat16 weight and would be rounded away; use dtype='float32'"
         )
-    return faults
+    return problems

@@ -1,0 +1,50 @@
+"""Checks of settings: each problem is one sentence, and all of them are raised together, before weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+
+class Problems(list[str]):
+    """Sentences on settings that cannot work; each names the setting, its value and the rule.
+
+    `prefix` is put before each name: "lora." for the settings of one part of a module.
+
+    >>> problems = Problems()
+    >>> problems.positive(accumulate=0, max_tokens_per_row=4096)
+    >>> problems.require(0 <= 1.5 < 1, "must be in [0, 1)", warmup_fraction=1.5)
+    >>> problems.raise_all("CoTSFT")
+    ValueError: CoTSFT: accumulate=0 must be greater than 0; warmup_fraction=1.5 must be in [0, 1)
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        super().__init__()
+        self.prefix = prefix
+
+    def require(self, valid: bool, rule: str, **settings: Any) -> None:
+        """Add the sentence "name=value, name=value rule" for these `settings`, unless they are `valid`."""
+        if not valid:
+            shown = ", ".join(f"{self.prefix}{name}={value!r}" for name, value in settings.items())
+            self.append(f"{shown}{'' if rule.startswith(':') else ' '}{rule}")
+
+    def positive(self, **settings: float) -> None:
+        for name, value in settings.items():
+            self.require(value > 0, "must be greater than 0", **{name: value})
+
+    def positive_or_null(self, **settings: float | None) -> None:
+        for name, value in settings.items():
+            self.require(value is None or value > 0, "must be greater than 0, or null", **{name: value})
+
+    def at_least(self, least: float, **settings: float) -> None:
+        for name, value in settings.items():
+            self.require(value >= least, f"must be at least {least}", **{name: value})
+
+    def one_of(self, known: Collection[Any], **settings: Any) -> None:
+        for name, value in settings.items():
+            self.require(value in known, f"must be one of {', '.join(map(repr, known))}", **{name: value})
+
+    def raise_all(self, owner: str) -> None:
+        """Raise ValueError with every sentence, if there are any. `owner` names whose settings they are."""
+        if self:
+            raise ValueError(f"{owner}: {'; '.join(self)}")
