@@ -1,4 +1,4 @@
-"""When checkpoints are written, which are kept, and that they are whole or absent on every filesystem."""
+"""Write checkpoints, keep some of them, and make sure that each file is complete or absent, on every filesystem."""
 
 from __future__ import annotations
 
@@ -19,16 +19,20 @@ from lightning_modules.training.endings import IdleTooLong, RunStopped
 
 log = logging.getLogger(__name__)
 
-STEP = "step-"  # and the number of updates: the name of a checkpoint
+STEP = "step-"  # the name of a checkpoint begins so; the number of updates follows
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes <path>.unfinished beside the checkpoint's place and renames it once it is on the disk.
+    """Writes <path>.unfinished in the folder of the checkpoint, and renames it once it is safely on the disk.
 
-    Lightning's own writes to the folder for temporary files and moves it from there: where that is another filesystem,
-    the move is a copy onto the old checkpoint, and a kill or a full disk in between leaves neither. The folder above
-    the checkpoint's must be there: where a mounted filesystem is gone, nothing is written into the place it left.
-    Raises OSError that names the path and the free space; the room that the draft took is free again.
+    Lightning's own class writes to the system's folder for temporary files and moves the file from there. If that is
+    another filesystem, the move is a copy over the old checkpoint, and a kill or a full disk destroys both.
+
+    The parent of the checkpoint's folder must exist. So if a mounted filesystem is gone, nothing is written into the
+    empty mount point.
+
+    Raises:
+        OSError: the file cannot be written. The message has the path and the free space; the partial file is removed.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -38,28 +42,29 @@ class WholeCheckpoints(TorchCheckpointIO):
             with atomic_path(path) as draft, draft.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for what its file raised
+                os.fsync(file.fileno())  # or a power failure could leave an empty file under the final name
+        except (OSError, RuntimeError) as error:  # torch's writer turns an OSError of its file into a RuntimeError
             raise storage_error(error, path) from error
 
 
 def log_batch(trainer: Trainer) -> None:
-    """Log the batch now, from its `on_train_batch_end`, as is right before a checkpoint behind it.
+    """Log the metrics of the batch now, in `on_train_batch_end`, before a checkpoint is written.
 
-    Lightning logs a batch after its callbacks: a kill in between would lose the row, since the run that goes on from
-    the checkpoint does not make it again. The loggers leave out the second.
+    Lightning logs them after all callbacks. A kill between the checkpoint and that moment would lose the row, because a
+    run that resumes from the checkpoint does not repeat the batch. Lightning then logs the row a second time; the
+    loggers drop the repetition.
     """
     trainer._logger_connector.update_train_step_metrics()
 
 
 def save(trainer: Trainer, path: Path) -> str | None:
-    """Write a checkpoint; every rank calls it and is told the error of the first, if there is one."""
+    """Write a checkpoint. Every rank calls this. Every rank returns the error of rank 0, or None if it succeeded."""
     error = None
     try:
         trainer.save_checkpoint(path)
     except OSError as failure:
         error = str(failure)
-        trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks are
+        trainer.strategy.barrier("Trainer.save_checkpoint")  # the other ranks wait at this barrier inside Lightning
     error = trainer.strategy.broadcast(error)
     if error is not None and trainer.is_global_zero:
         log.warning("no checkpoint at step %d: %s", trainer.global_step, error)
@@ -67,35 +72,43 @@ def save(trainer: Trainer, path: Path) -> str | None:
 
 
 def newest(folder: str | Path, without: Collection[str] = ()) -> Path | None:
-    """The checkpoint of the most updates in the folder, but for those named; None where there is none.
+    """The checkpoint with the most updates in a folder, or None; names in `without` are ignored.
 
-    Times say nothing: clocks are put back, and the files of a copied folder are all new. Of equal ones that of an
-    interruption is further.
+    It compares numbers of updates, not modification times: clocks can jump back, and copying a folder changes every
+    time. At the same number of updates, the checkpoint of an interruption wins, because it was written later.
     """
     files = [file for file in Path(folder).glob("*.ckpt") if file.name not in without]
     return max(files, key=lambda file: (num_updates(file), not file.name.startswith(STEP)), default=None)
 
 
 def num_updates(file: Path) -> int:
-    """Of a checkpoint: by its name, or by what it holds."""
+    """The number of optimizer updates of a checkpoint, from its name or else from its content."""
     if file.name.startswith(STEP):
         return int(file.stem.removeprefix(STEP))
-    return torch.load(file, mmap=True, weights_only=True)["global_step"]
+    return torch.load(file, mmap=True, weights_only=True)["global_step"]  # mmap: no weights are read
 
 
 class WindowCheckpoint(Checkpoint):
-    """Checkpoints <dirpath>/step-00000120.ckpt every so many updates, or minutes, or both; and one at the end.
+    """Writes checkpoints <dirpath>/step-00000120.ckpt during training, and one at the end.
 
-    Updates are counted over whole windows: where a window makes several, the first checkpoint behind a multiple is
-    written. A time that is up inside a window waits for its end. So a checkpoint never has a half-used window of
-    rollouts or a half-accumulated gradient in it.
+    A checkpoint is written only at the end of an accumulation window. So it never holds a half-used window of rollouts
+    or a half-accumulated gradient. If a window makes several updates, the first end of a window at or after a multiple
+    of `every_n_steps` counts.
 
-    Kept are the `keep_last` newest; with `keep_every`, for ever, the first behind every multiple of that many updates;
-    and with `monitor` the `keep_best` of the highest (or lowest) value of that metric, as it was logged last (a warning
-    says once that it is not logged).
-    A checkpoint that cannot be written is warned of and tried again when the next one is due; the older ones stay.
-    After `max_failures` in a row the run ends with `RunStopped`. A run that ends because it learns nothing is saved
-    behind its last batch. dirpath: by default <default_root_dir>/checkpoints.
+    If a checkpoint cannot be written, a warning is logged, older checkpoints stay, and the next one is tried at its
+    usual time. A run that ends because it learns nothing is saved after its last batch.
+
+    Args:
+        dirpath: folder of the checkpoints; by default <default_root_dir>/checkpoints.
+        every_n_steps: updates between two checkpoints; null switches this off.
+        every_n_minutes: minutes between two checkpoints; null switches this off.
+        keep_last: number of newest checkpoints that are kept.
+        keep_every: also keep, forever, the first checkpoint at or after each multiple of this number of updates.
+        monitor: name of a metric. The checkpoints with its best values are kept too. A warning is logged, once, if the
+            metric is not logged.
+        mode: whether the highest ("max") or the lowest ("min") value is best.
+        keep_best: number of best checkpoints that are kept.
+        max_failures: after this number of failures in a row, the run ends with RunStopped.
     """
 
     def __init__(
@@ -116,12 +129,12 @@ class WindowCheckpoint(Checkpoint):
         self.monitor, self.mode, self.max_failures = monitor, mode, max_failures
         if faults := self._faults():
             raise ValueError(f"WindowCheckpoint: {'; '.join(faults)}")
-        self.scores: dict[str, float] = {}  # by file name; known to rank 0, which writes the checkpoints
-        self._failures = 0
-        self._missed = False  # that `monitor` is not logged was warned of
-        self._last_step = 0
-        self._saved_batches = 0
-        self._saved_at = 0.0
+        self.scores: dict[str, float] = {}  # file name -> value of `monitor`; only rank 0 uses it
+        self._failures = 0  # in a row
+        self._missed = False  # the warning that `monitor` is not logged has been given
+        self._last_step = 0  # number of updates after the batch before
+        self._saved_batches = 0  # number of batches at the last checkpoint
+        self._saved_at = 0.0  # time of the last checkpoint
 
     def _faults(self) -> list[str]:
         faults = []
@@ -137,9 +150,10 @@ class WindowCheckpoint(Checkpoint):
         return faults
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Choose the folder, and remove partial files that a kill has left there."""
         self.dirpath = self.dirpath or str(Path(trainer.default_root_dir) / "checkpoints")
         if trainer.is_global_zero and stage == "fit":
-            for draft in Path(self.dirpath).glob(f"*.ckpt{UNFINISHED}"):  # what a kill has left
+            for draft in Path(self.dirpath).glob(f"*.ckpt{UNFINISHED}"):
                 remove_draft(draft)
 
     def state_dict(self) -> dict[str, Any]:
@@ -157,28 +171,34 @@ class WindowCheckpoint(Checkpoint):
         self._saved_batches = _num_batches(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Write a checkpoint if one is due by updates or by time."""
+        # By updates: this batch has passed a multiple. Updates happen only at the end of a window.
         last, self._last_step = self._last_step, trainer.global_step
         due = self.every_n_steps and last // self.every_n_steps < trainer.global_step // self.every_n_steps
+        # By time: at the end of a window. The clocks of the ranks differ, so rank 0 decides for all.
         if self.every_n_minutes and not getattr(pl_module, "window_is_open", False):
-            # Clocks differ: the first rank's counts.
             due = trainer.strategy.broadcast(due or time.monotonic() - self._saved_at >= 60 * self.every_n_minutes)
         if due:
             log_batch(trainer)
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last checkpoint, unless one was written after the last batch."""
         if _num_batches(trainer) != self._saved_batches:
             self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, IdleTooLong):  # its weights are sound, and all ranks are here
-            log_batch(trainer)  # the row that shows it
+        """Save a run that ends because it learns nothing: its weights are good, and all ranks raise this together."""
+        if isinstance(exception, IdleTooLong):
+            log_batch(trainer)  # the row that shows why the run ends
             self.on_train_end(trainer, pl_module)
 
     def _save(self, trainer: Trainer) -> None:
+        """Write a checkpoint and remove those that are no longer kept. Raises RunStopped after `max_failures`."""
         path = Path(self.dirpath) / f"{STEP}{trainer.global_step:08d}.ckpt"
+        # 1. The score, from the values that were logged last.
         score = trainer.callback_metrics.get(self.monitor) if self.monitor else None
-        # A misspelt name would else keep nothing in silence. (What MIGBench logs, the first rank alone knows.)
+        # A misspelt name would silently keep nothing, so it is reported. Only rank 0 knows all metrics (MIGBench's).
         if self.monitor and score is None and not self._missed and trainer.is_global_zero:
             self._missed = True
             known = ", ".join(sorted(trainer.callback_metrics))
@@ -186,13 +206,15 @@ class WindowCheckpoint(Checkpoint):
             log.warning(words, trainer.global_step, self.monitor, known)
         if score is not None and not torch.isnan(score):
             self.scores[path.name] = float(score)
+        # 2. The file.
         error = save(trainer, path)
-        self._saved_at = time.monotonic()
+        self._saved_at = time.monotonic()  # after a failure too: the next attempt waits for its usual time
         if error is None:
             self._failures, self._saved_batches = 0, _num_batches(trainer)
             if trainer.is_global_zero:
                 self._remove_old(trainer)
             return
+        # 3. It could not be written.
         self.scores.pop(path.name, None)
         self._failures += 1
         if self._failures >= self.max_failures:
@@ -202,10 +224,12 @@ class WindowCheckpoint(Checkpoint):
             )
 
     def _remove_old(self, trainer: Trainer) -> None:
+        """Remove all checkpoints except the last ones, those of `keep_every`, and the best ones."""
         files = {num_updates(file): file for file in Path(self.dirpath).glob(f"{STEP}*.ckpt")}
         kept = set(sorted(files)[-self.keep_last :])
         if self.keep_every:
-            marks = {step // self.keep_every: step for step in sorted(files, reverse=True)}  # the first behind each
+            # Descending order: the smallest step of each multiple is written last into the dictionary.
+            marks = {step // self.keep_every: step for step in sorted(files, reverse=True)}
             kept |= {step for mark, step in marks.items() if mark > 0}
         sign = 1 if self.mode == "max" else -1
         scored = [step for step, file in files.items() if file.name in self.scores]
@@ -217,8 +241,10 @@ class WindowCheckpoint(Checkpoint):
 
 
 def _require_the_same(trainer: Trainer) -> None:
-    """Raise RunStopped where this rank goes on from another checkpoint than the first one does, as where a file reads
-    differently on another machine."""
+    """Raise RunStopped if this rank resumes from another checkpoint than rank 0.
+
+    Every rank chooses the checkpoint itself. The choices differ if a file reads differently on another machine.
+    """
     mine = Path(trainer.ckpt_path).name if trainer.ckpt_path else None
     first = trainer.strategy.broadcast(mine)
     if mine != first:
@@ -226,4 +252,5 @@ def _require_the_same(trainer: Trainer) -> None:
 
 
 def _num_batches(trainer: Trainer) -> int:
+    """Number of batches that this run has begun, over all epochs and attempts."""
     return trainer.fit_loop.epoch_loop.batch_progress.total.ready

@@ -1,4 +1,4 @@
-"""A guard for collapse: reward, entropy, length or KL that leave their bounds warn, stop the run, or roll it back."""
+"""Detect a collapse of training: if reward, entropy, length or KL leave their bounds, warn, stop, or roll back."""
 
 from __future__ import annotations
 
@@ -22,21 +22,23 @@ FILE_NAME = "collapse.json"
 
 
 class RolledBack(RuntimeError):
-    """The run must be started again, from the checkpoint that it was rolled back to."""
+    """The run was rolled back. It must be started again, and then resumes from an earlier checkpoint."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """A metric's mean over the window must be at least `low`, at most `high`, and not below its highest mean so far by
-    more than `max_drop` times the size of that. null: no such bound."""
+    """Limits for the moving average m of one metric: low <= m <= high, and m >= best - max_drop * |best|.
+
+    `best` is the highest moving average so far. null switches a limit off.
+    """
 
     low: float | None = None
     high: float | None = None
     max_drop: float | None = None
 
     def fault(self, mean: float, best: float) -> str | None:
-        """How `mean` breaks the bound, in words."""
-        if self.low is not None and not mean >= self.low:  # a NaN is out of every bound
+        """In words, how `mean` breaks a limit; None if it breaks none."""
+        if self.low is not None and not mean >= self.low:  # written so that NaN breaks every limit
             return f"is below low={self.low:g}"
         if self.high is not None and not mean <= self.high:
             return f"is above high={self.high:g}"
@@ -46,43 +48,52 @@ class Bound:
 
 
 class CollapseGuard(Callback):
-    """Watches the mean of each metric in `bounds` over the last `window` batches, at the end of each update's window.
+    """Watches moving averages of metrics. They are checked at the end of each accumulation window.
 
-    A mean that is no number is out of every bound. A metric that is not logged at all is warned of, once.
+    - warn: logs a warning each time that a metric leaves its bounds.
+    - stop: ends the run. The message has the metric, its value, the bound and the last good checkpoint.
+    - roll_back: resumes from the newest checkpoint from before the averaged batches. If there is none, it takes the
+      oldest checkpoint; `keep_last` of WindowCheckpoint decides how old that is. The run then continues with other
+      samples and other rollouts.
 
-    warn: says so, once for each time that a metric leaves them. stop: ends the run; the message names metric, value,
-    bound and the last good checkpoint. roll_back: goes back to the newest checkpoint from before the window (else the
-    oldest there is; WindowCheckpoint's keep_last says how far back that can be), and goes on from there with other
-    samples, other rollouts and the learning rate times `learning_rate_factor`; after `max_rollbacks`, it stops.
-    What happened stands in <default_root_dir>/collapse.json, and `collapse/rollbacks` is logged. A rollback is first
-    written there whole, and done when the run starts again: a kill at any moment changes nothing of it.
-    List it before SaveOnInterrupt.
+    Events are written to <default_root_dir>/collapse.json, and `collapse/rollbacks` is logged. A rollback is decided by
+    one write of this file and carried out when the run starts again, so a kill at any moment does no harm.
+
+    List this callback before SaveOnInterrupt.
+
+    Args:
+        bounds: metric -> its limits. An average that is NaN breaks every limit. A metric that is never logged leads to
+            one warning.
+        action: the reaction, see above.
+        average_over: number of batches in the moving average.
+        max_rollbacks: after this number of rollbacks, the run stops instead.
+        learning_rate_factor: the learning rate is multiplied by this at each rollback.
     """
 
     def __init__(
         self,
         bounds: dict[str, Bound],
         action: Literal["warn", "stop", "roll_back"] = "stop",
-        window: int = 20,
+        average_over: int = 20,
         max_rollbacks: int = 2,
         learning_rate_factor: float = 1.0,
     ) -> None:
-        self.bounds, self.action, self.window = bounds, action, window
+        self.bounds, self.action, self.average_over = bounds, action, average_over
         self.max_rollbacks, self.learning_rate_factor = max_rollbacks, learning_rate_factor
         if faults := self._faults():
             raise ValueError(f"CollapseGuard: {'; '.join(faults)}")
-        self._values: list[dict[str, float]] = []  # of the last batches, with their step, up to the last update
-        self._open: list[dict[str, float]] = []  # of the batches since
-        self._best: dict[str, float] = {}
-        self._rollbacks = 0  # that the learning rate has seen
-        self._outside: set[str] = set()  # metrics
-        self._missed: set[str] = set()  # metrics that were warned of
+        self._values: list[dict[str, float]] = []  # metrics and step of the last batches, up to the last update
+        self._open: list[dict[str, float]] = []  # the same of the batches since then, in a window that is still open
+        self._best: dict[str, float] = {}  # highest moving average of each metric
+        self._rollbacks = 0  # number of rollbacks for which the learning rate has been reduced
+        self._outside: set[str] = set()  # metrics that are out of bounds now
+        self._missed: set[str] = set()  # metrics that are not logged and for which a warning was given
 
     def _faults(self) -> list[str]:
         faults = [] if self.bounds else ["bounds={} watches nothing"]
         if self.action not in ("warn", "stop", "roll_back"):
             faults.append(f"action={self.action!r} must be 'warn', 'stop' or 'roll_back'")
-        for name in ("window", "max_rollbacks", "learning_rate_factor"):
+        for name in ("average_over", "max_rollbacks", "learning_rate_factor"):
             if not getattr(self, name) > 0:
                 faults.append(f"{name}={getattr(self, name)} must be greater than 0")
         for name, bound in self.bounds.items():
@@ -100,47 +111,53 @@ class CollapseGuard(Callback):
         self._rollbacks = state_dict["rollbacks"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After a rollback: another seed, another order of the samples, and a smaller learning rate."""
         done = trainer.strategy.broadcast(_num_rollbacks(trainer.default_root_dir))
         if done:
             pl_module.seed = derive_seed(pl_module.seed, done)
             trainer.datamodule.reorder(done)
+            # The checkpoint's own learning rate includes its `_rollbacks` reductions already.
             _scale_learning_rate(trainer, self.learning_rate_factor ** (done - self._rollbacks))
         self._rollbacks = done
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Collect the metrics of the batch; at the end of a window, check all bounds and act."""
         if self.action == "roll_back":
             pl_module.log("collapse/rollbacks", float(self._rollbacks))
+        # 1. Collect. Batches of an open window are kept apart, because a run that resumes repeats them.
         known = trainer.callback_metrics
         values = {name: float(known[name]) for name in self.bounds if name in known}
         self._open.append({"step": trainer.global_step, **values})
         if getattr(pl_module, "window_is_open", False):
             return
-        self._values, self._open = [*self._values, *self._open][-self.window :], []
+        # 2. Check. Rank 0 decides for all, so that all ranks stop at the same batch.
+        self._values, self._open = [*self._values, *self._open][-self.average_over :], []
         if trainer.is_global_zero:
             self._warn_of_missing(known)
         faults = trainer.strategy.broadcast(self._find_faults())
+        # 3. Act. A warning is given only when a metric leaves its bounds, not while it stays outside.
         for fault in faults:
             if not (fault["metric"] in self._outside and self.action == "warn"):
                 self._act(trainer, fault)
         self._outside = {fault["metric"] for fault in faults}
 
     def _warn_of_missing(self, known: Mapping[str, Any]) -> None:
-        """Once the window is full; a misspelt name would else watch nothing in silence."""
-        names = self.bounds.keys() - self._missed if len(self._values) == self.window else ()
+        """Warn, once, of each metric that was not logged in `average_over` batches: its name may be misspelt."""
+        names = self.bounds.keys() - self._missed if len(self._values) == self.average_over else ()
         for name in sorted(names):
             if not any(name in value for value in self._values):
                 self._missed.add(name)
                 log.warning("bounds[%r] watches nothing: it is not logged; %s are", name, ", ".join(sorted(known)))
 
     def _find_faults(self) -> list[dict[str, Any]]:
-        """Every metric out of its bounds; none while the window is not full."""
+        """All metrics that are out of bounds; none before there are `average_over` batches."""
         faults = []
-        for name, bound in self.bounds.items() if len(self._values) == self.window else ():
+        for name, bound in self.bounds.items() if len(self._values) == self.average_over else ():
             values = [value[name] for value in self._values if name in value]
             if not values:
                 continue
             mean = sum(values) / len(values)
-            if mean > self._best.get(name, -math.inf):  # a NaN is not
+            if mean > self._best.get(name, -math.inf):  # False for NaN
                 self._best[name] = mean
             if fault := bound.fault(mean, self._best.get(name, -math.inf)):
                 words = f"{name}: the mean {mean:.4g} over the last {len(values)} batches {fault}"
@@ -148,7 +165,9 @@ class CollapseGuard(Callback):
         return faults
 
     def _act(self, trainer: Trainer, fault: dict[str, Any]) -> None:
-        log_batch(trainer)  # the row that shows it
+        """React to a metric that is out of bounds. Raises RolledBack or RunStopped unless the action is to warn."""
+        log_batch(trainer)  # the row that shows the collapse
+        # 1. Choose the checkpoint to go back to. Without one, or after too many rollbacks, the run stops.
         folder = Path(trainer.checkpoint_callback.dirpath) if trainer.checkpoint_callback else None
         bound = asdict(self.bounds[fault["metric"]])
         event: dict[str, Any] = {"action": self.action, **fault, "bound": bound, "rollbacks_before": self._rollbacks}
@@ -156,6 +175,7 @@ class CollapseGuard(Callback):
         if self.action == "roll_back" and (good is None or self._rollbacks >= self.max_rollbacks):
             event["action"] = "stop"
         event["checkpoint"] = good.name if good else None
+        # 2. Record it, in one write.
         words = f"collapse at step {fault['step']}: {fault['fault']}"
         if trainer.is_global_zero:
             log.warning(words)
@@ -165,7 +185,8 @@ class CollapseGuard(Callback):
                 if event["action"] != "warn":
                     raise
                 log.warning(error)
-        trainer.strategy.barrier("collapse")  # all go on when it is recorded
+        trainer.strategy.barrier("collapse")  # no rank ends before the event is recorded
+        # 3. End this process. `finish_rollback` does the rest when the run starts again.
         if event["action"] == "roll_back":
             raise RolledBack(f"{words}. Rolled back to {good}; rollback {self._rollbacks + 1} of {self.max_rollbacks}")
         if event["action"] == "stop":
@@ -174,7 +195,7 @@ class CollapseGuard(Callback):
 
 
 def finish_rollback(folder: str | Path) -> None:
-    """Remove the checkpoints that a rollback in this phase folder left behind it, if there is one to finish."""
+    """Finish a rollback in this phase folder, if there is one: remove the checkpoints that it has given up."""
     file = Path(folder) / FILE_NAME
     record = read_json(file)
     if record.get("spoilt"):
@@ -184,38 +205,46 @@ def finish_rollback(folder: str | Path) -> None:
 
 
 def last_good(folder: str | Path) -> Path | None:
-    """The checkpoint to go on from: the newest that no rollback has condemned; None where there is none."""
+    """The newest checkpoint that no rollback has given up, or None."""
     return newest(Path(folder) / "checkpoints", without=read_json(Path(folder) / FILE_NAME).get("spoilt", ()))
 
 
 def last_whole(folder: str | Path, is_leader: bool = True) -> Path | None:
-    """`last_good`, or the newest before it that is whole; the first rank sets damaged ones aside. Raises RunStopped
-    where none of several is."""
+    """The checkpoint to resume from: the newest intact one that no rollback has given up; None without checkpoints.
+
+    The leader renames damaged checkpoints. Raises RunStopped if there are checkpoints, but none is intact.
+    """
     spoilt = read_json(Path(folder) / FILE_NAME).get("spoilt", ())
     return newest_whole(Path(folder) / "checkpoints", spoilt, keep_aside=is_leader)
 
 
 def _split_checkpoints(folder: Path, before: int) -> tuple[Path | None, list[str]]:
-    """The newest of less than `before` updates (else the oldest), and the names of those behind it."""
+    """(good, spoilt): the newest checkpoint with fewer than `before` updates, and the names of all later ones.
+
+    Without such a checkpoint, `good` is the oldest one.
+    """
     files = sorted(folder.glob("step-*.ckpt"))
     early = [file for file in files if num_updates(file) < before]
     good = early[-1] if early else next(iter(files), None)
-    # One from an interruption is also newer, or a run went on from it and it is of no use.
+    # A checkpoint of an interruption is given up too: it is later, or the run has resumed from it and needs it no more.
     kept = files[: files.index(good) + 1] if good else []
     return good, sorted(file.name for file in folder.glob("*.ckpt") if file not in kept)
 
 
 def _record(folder: str | Path, event: dict[str, Any], spoilt: list[str]) -> None:
+    """Write an event, and the checkpoints that a rollback gives up, in one step."""
     file = Path(folder) / FILE_NAME
-    events = [old for old in read_json(file).get("events", ()) if old != event]  # a resumed run says it again
+    events = [old for old in read_json(file).get("events", ()) if old != event]  # a resumed run reports the same again
     write_json(file, {"events": [*events, event], "spoilt": spoilt})
 
 
 def _num_rollbacks(folder: str | Path) -> int:
+    """Number of rollbacks of the run in this phase folder."""
     return sum(event["action"] == "roll_back" for event in read_json(Path(folder) / FILE_NAME).get("events", ()))
 
 
 def _scale_learning_rate(trainer: Trainer, factor: float) -> None:
+    """Multiply the learning rate by `factor`: its schedule, and the value in use now."""
     for config in trainer.lr_scheduler_configs:
         config.scheduler.base_lrs = [rate * factor for rate in config.scheduler.base_lrs]
     for optimizer in trainer.optimizers:

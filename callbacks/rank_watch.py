@@ -1,8 +1,8 @@
-"""Ends a run of several processes when one of them has died or was stopped, saying which.
+"""End a run of several processes when one of them has died or was stopped, with a message that names it.
 
-A process that is killed leaves the others waiting in a collective: for NCCL until the process group's timeout, half an
-hour by default. Here each rank tells the others through the store of the process group that it is there. It works alike
-under Lightning's own launcher, torchrun and SLURM, on one node and on many.
+If a process is killed, the others wait in a collective operation; with NCCL they wait until the process group's
+timeout, half an hour by default. Here, each rank regularly writes a heartbeat into the store of the process group. This
+works with Lightning's own launcher, torchrun and SLURM, on one node and on many.
 """
 
 from __future__ import annotations
@@ -24,23 +24,37 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from datamodules.persistence.processes import ENDED, StopClock, end_with_parent, process_state
 
-BEAT_SECONDS = 1.0
-KEY = "rank_watch"
+BEAT_SECONDS = 1.0  # between two heartbeats, and between two checks
+KEY = "rank_watch"  # prefix of keys in the store; name of threads and barriers
 
 
 def end_with_launcher() -> None:
-    """Where this process is a rank that another one started, end it once that one is gone: before there is a process
-    group, nothing else would. Rank 0 of Lightning's own launcher was started by the user, who may leave."""
+    """If another process has started this rank, end this rank when that process is gone.
+
+    Before the process group exists, nothing else would end it. Rank 0 of Lightning's own launcher was started by the
+    user, who may log out; it is left alone.
+    """
     if int(os.environ.get("LOCAL_RANK", 0)) > 0 or "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent(delay=3 * BEAT_SECONDS)  # the watch below, which knows more, speaks first
+        end_with_parent(delay=3 * BEAT_SECONDS)  # RankWatch knows more about the reason, so it may report first
 
 
 class RankWatch(Callback):
-    """Two threads in each rank. On the same host a rank counts as dead once its process is gone, or was stopped
-    (SIGSTOP) for `silence_seconds`; on another, after as long without a sign; and where the first rank, or torchrun,
-    answers no more for as long, that one does. Then every rank says so and ends with status 1; the same command goes on
-    from the last checkpoint. A stopped process of this host is killed: it would else hold its GPU and its lock.
-    A rank that fails prints its own error first. List it first: rejection sampling comes in setup.
+    """Two threads in each rank, which watch the other ranks.
+
+    A rank counts as dead in these cases:
+
+    - on the same host: its process is gone, or was stopped (SIGSTOP) for `silence_seconds`
+    - on another host: it has given no heartbeat for `silence_seconds`
+    - rank 0 or torchrun, which holds the store: it has not answered for `silence_seconds`
+
+    Then every rank prints the reason and ends with status 1; the same command resumes from the last checkpoint. A
+    stopped process on the same host is killed, because it would keep its GPU and its lock. A rank that fails by itself
+    prints its own error first.
+
+    List this callback first: RejectionSampling works in `setup`, and must be watched too.
+
+    Args:
+        silence_seconds: see above.
     """
 
     def __init__(self, silence_seconds: float = 30.0) -> None:
@@ -50,63 +64,76 @@ class RankWatch(Callback):
         self._stop = threading.Event()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start the threads."""
         if stage == "fit" and trainer.world_size > 1 and torch.distributed.is_initialized():
-            # A connection of its own: the process group's is taken while it waits.
+            # The threads need their own connection: that of the process group is busy while a collective waits.
             store = torch.distributed.distributed_c10d._get_default_store().clone()
             peers = Peers(store, trainer.global_rank, trainer.world_size, self.silence_seconds)
-            peers.beat()  # a first sign, before anything that can kill a rank: one that never gave any is not missed
+            # The first heartbeat comes before anything that can kill a rank: without one, a dead rank is not noticed.
+            peers.beat()
             self._stop = threading.Event()
-            for look in (peers.beat, peers.look):  # apart: the first waits for as long as the store is silent
+            for look in (peers.beat, peers.look):  # two threads, because `beat` blocks while the store does not answer
                 threading.Thread(target=_watch, args=(look, peers.rank, self._stop), name=KEY, daemon=True).start()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Behind every callback's on_fit_end, where the model is merged and evaluated.
+        """Stop watching, after `on_fit_end` of all callbacks, where the model is merged and evaluated."""
         self._stop.set()
-        trainer.strategy.barrier(KEY)  # no rank ends while another still watches it
+        trainer.strategy.barrier(KEY)  # no rank may end while another one still watches it
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the threads time to report a dead rank; otherwise stop watching."""
         if trainer.world_size > 1 and isinstance(exception, RuntimeError):
-            time.sleep(3 * BEAT_SECONDS)  # a broken collective: the watch, which knows by whom, ends this process
+            # A collective has failed, perhaps because a rank is dead. The threads know which, and end this process.
+            time.sleep(3 * BEAT_SECONDS)
         self._stop.set()
 
 
 def _watch(look: Callable[[], str | None], rank: int, stop: threading.Event) -> None:
+    """The loop of a thread: call `look`, and end the process if it reports a dead rank."""
     while not stop.wait(BEAT_SECONDS):
         fault = look()
         if fault and not stop.is_set():
             message = f"{fault}: rank {rank} ends too; the same command goes on from the last checkpoint"
             print(f"\n{message}", file=sys.stderr, flush=True)
-            os._exit(1)
+            os._exit(1)  # sys.exit would end only this thread; the main thread is stuck in a collective
 
 
 class Peers:
-    """What a rank knows of the others.
+    """The knowledge of one rank about the others.
 
-    Silence is counted in signs that this rank gave meanwhile, not by the clock: while all are halted (Ctrl-Z, a
-    suspended job) none is dead.
+    Silence is measured in this rank's own heartbeats, not in time. So no rank counts as dead while all ranks are
+    paused (Ctrl-Z, a suspended job).
+
+    Args:
+        store: the store of the process group, through a connection of its own.
+        rank: this rank.
+        world_size: number of ranks.
+        silence_seconds: a rank without a heartbeat for this time is dead.
     """
 
     def __init__(self, store: Any, rank: int, world_size: int, silence_seconds: float) -> None:
         self.store, self.rank, self.silence_seconds = store, rank, silence_seconds
         self.host = _host()
         self.others = [other for other in range(world_size) if other != rank]
-        self.heard: dict[int, tuple[int, int]] = {}  # rank -> its last number, and this rank's when it was new
-        self.known: dict[int, dict[str, Any]] = {}
-        self.number = 0
+        self.heard: dict[int, tuple[int, int]] = {}  # rank -> (number of its last heartbeat, our number when it came)
+        self.known: dict[int, dict[str, Any]] = {}  # rank -> its last heartbeat: host, process id, number
+        self.number = 0  # of this rank's last heartbeat
         self.clock = StopClock(silence_seconds)
-        self._seen = 0, 0  # the last number that was looked at, and looks since
+        self._seen = 0, 0  # (our heartbeat number at the last `look`, number of looks since it changed)
 
     def beat(self) -> str | None:
-        """Give a sign, look for the others'; says who is gone."""
+        """Write a heartbeat and read those of the others; returns in words which rank is gone, or None."""
         self.number += 1
+        # 1. Write and read.
         try:
             sign = {"host": self.host, "pid": os.getpid(), "number": self.number}
             self.store.set(f"{KEY}/{self.rank}", json.dumps(sign))
             present = [other for other in self.others if self.store.check([f"{KEY}/{other}"])]
             signs = self.store.multi_get([f"{KEY}/{other}" for other in present]) if present else []
-        except RuntimeError as error:  # the first rank, or torchrun, holds the store
+        except RuntimeError as error:  # the store is gone: rank 0 or torchrun holds it
             gone = [fault for other in self.known if (fault := self._gone(other))]
             return gone[0] if gone else f"rank 0 or its launcher is gone ({str(error).splitlines()[0]})"
+        # 2. Remember when each rank's heartbeat last changed.
         for other, text in zip(present, signs, strict=True):
             self.known[other] = json.loads(text)
             number = self.known[other]["number"]
@@ -115,20 +142,25 @@ class Peers:
         return next((fault for other in present if (fault := self._gone(other))), None)
 
     def look(self) -> str | None:
-        """Says who was stopped: of the processes of this host by their state, of the first rank or its launcher by the
-        store that it holds. Call it once a BEAT_SECONDS, from another thread than `beat`, which such a store holds up.
+        """Find stopped processes; returns in words which rank it is, or None.
+
+        Call this every BEAT_SECONDS, in another thread than `beat`: if the process with the store is stopped, `beat`
+        blocks.
         """
+        # 1. On this host: the system tells the state of a process. A stopped one is killed.
         for other, sign in list(self.known.items()):
             if sign["host"] == self.host and (fault := self.clock.fault(sign["pid"], process_state(sign["pid"])[0])):
                 with suppress(ProcessLookupError):
                     os.kill(sign["pid"], signal.SIGKILL)
                 return f"{_name(other, sign)} {fault} and is killed"
+        # 2. The process with the store, on any host: `beat` has not returned since several looks.
         number, looks = self._seen
         self._seen = self.number, looks + 1 if number == self.number else 0
         silence = self._seen[1] * BEAT_SECONDS
         return f"rank 0 or its launcher gives no answer for {silence:.0f} s" if silence > self.silence_seconds else None
 
     def _gone(self, other: int) -> str | None:
+        """In words, if another rank is gone: by its process on this host, by its silence on another one."""
         sign, silence = self.known[other], (self.number - self.heard[other][1]) * BEAT_SECONDS
         name = _name(other, sign)
         if sign["host"] == self.host:
@@ -141,7 +173,10 @@ def _name(rank: int, sign: dict[str, Any]) -> str:
 
 
 def _host() -> str:
-    """Name of this machine, with its boot's id where there is one: two containers may have one name."""
+    """A name of this machine and its process namespace. The host name alone is not enough: two containers may share it.
+
+    Two processes with the same name can see each other's state in /proc.
+    """
     boot = Path("/proc/sys/kernel/random/boot_id")
     namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
     return f"{socket.gethostname()}/{boot.read_text().strip()[:8] if boot.exists() else ''}{namespace[4:]}"

@@ -1,4 +1,4 @@
-"""Rejection sampling: GRPO trains on the prompts that the stage-1 model solves sometimes (`prompt_choice`)."""
+"""Rejection sampling: GRPO trains only on prompts that the stage-1 model solves sometimes (see `prompt_choice`)."""
 
 from __future__ import annotations
 
@@ -15,20 +15,24 @@ from callbacks.prompt_choice import RejectionSettings, is_finished, rejection_ke
 from datamodules.persistence.files import fingerprint, read_json
 from datamodules.persistence.source_code import source_code
 
-SOURCE = ("callbacks.prompt_choice",)  # with all that it imports: what samples and chooses
+SOURCE = ("callbacks.prompt_choice",)  # this module and all that it imports decide which prompts are kept
 
 
 class RejectionSampling(Callback):
-    """Before training, puts the kept part of the datamodule's shards in the place of the whole.
+    """Before training, chooses prompts from the datamodule's shards, and replaces these shards by the chosen part.
 
-    It runs in setup: before the optimizer's schedule asks how many batches there are, for which the Trainer opens the
-    shards and keeps them. The policy is the stage-1 model there, in a resumed run too, whose checkpoint is loaded
-    later; so a choice that is gone is made again, the same. List it behind callbacks that check their paths in setup:
-    it may take hours. Candidates are the shards that the datamodule names; `folder` is by default
-    <default_root_dir>/rejection_sampling. With `shared`, a folder on the same filesystem, a finished choice moves to
-    <shared>/<its key>-<code>, and a choice that is already there is used. So the trials of a sweep sample once, not
-    each for itself, as long as the source files that sample are the same.
-    The other fields: `RejectionSettings`.
+    It runs in `setup`, for two reasons. The learning-rate schedule needs the number of batches, for which the Trainer
+    opens the shards right after `setup`. And the policy is still the stage-1 model: a resumed run loads its checkpoint
+    later, so the same choice can be made again if its files are gone.
+
+    List this callback after those that check their paths in `setup`, because it may take hours.
+
+    Args:
+        folder: where the choice is written; by default <default_root_dir>/rejection_sampling.
+        shared: a folder on the same filesystem. A finished choice is moved to <shared>/<its key>-<hash of the code>,
+            and a choice that is there already is used. So the trials of a sweep sample only once, as long as the code
+            that samples stays the same.
+        settings: the fields of `RejectionSettings`.
     """
 
     def __init__(self, folder: str | None = None, shared: str | None = None, **settings: Any) -> None:
@@ -37,23 +41,28 @@ class RejectionSampling(Callback):
         self.kept_share = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Sample completions for all candidate prompts, choose, and point the datamodule to the chosen ones."""
         if stage != "fit":
             return
-        with trainer.init_module():  # as Lightning does, which finds the weights there when its turn comes
+        # 1. Load the policy. Lightning does this the same way later, and then finds it loaded.
+        with trainer.init_module():
             pl_module.configure_model()
         data, policy = trainer.datamodule, pl_module.policy.to(trainer.strategy.root_device)
+        # 2. Settings that are not given are those of GRPO's own rollouts.
         folder = Path(self.folder or Path(trainer.default_root_dir) / "rejection_sampling")
         settings = replace(
             self.settings,
             temperature=self.settings.temperature or pl_module.temperature,
             max_new_tokens=self.settings.max_new_tokens or pl_module.max_new_tokens,
         )
+        # 3. Use a shared choice if there is one. Rank 0 decides for all, because another run may be moving its choice
+        # there at this moment.
         encoder = prompt_encoder(data.encoder)
         key = rejection_key(policy.processor_path, encoder, data.shards, settings) if self.shared else ""
         shared = Path(self.shared or "") / f"{key}-{fingerprint(source_code(SOURCE))[:8]}"
-        # One process looks for all: another run may be moving its choice there at this moment.
         if self.shared and trainer.strategy.broadcast(is_finished(shared, key)):
             folder = shared
+        # 4. Sample and choose; a finished choice in `folder` is read, a partial one is completed.
         kept = rejection_sample(
             policy,
             rollout_engine(pl_module),
@@ -66,13 +75,15 @@ class RejectionSampling(Callback):
             trainer.strategy.barrier,
             data.verify_shards,
         )
+        # 5. Share a new choice with other runs.
         if self.shared and folder != shared:
-            trainer.strategy.barrier("rejection_sampling")  # the others have seen that the folder is finished
+            trainer.strategy.barrier("rejection_sampling")  # all ranks have read that the choice is finished
             if trainer.is_global_zero:
                 _publish(folder, shared)
-            trainer.strategy.barrier("rejection_sampling")
+            trainer.strategy.barrier("rejection_sampling")  # the folder is at its new place
             folder = shared
             kept = folder / "shards"
+        # 6. Train on the chosen prompts.
         data.shards = str(kept)
         histogram = read_json(folder / "histogram.json")
         self.kept_share = histogram["kept"] / histogram["candidates"]
@@ -82,20 +93,21 @@ class RejectionSampling(Callback):
             )
 
     def longest_sequence(self, max_prompt_tokens: int, max_new_tokens: int) -> int:
-        """Of a prompt with its completion, in tokens (`AsksEngine`)."""
+        """Length of the longest prompt with its completion, in tokens, for the rollout engine (`AsksEngine`)."""
         return max_prompt_tokens + (self.settings.max_new_tokens or max_new_tokens)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for logger in trainer.loggers if trainer.ckpt_path is None else ():  # a resumed run has logged it
+        """Log the share of prompts that were kept."""
+        for logger in trainer.loggers if trainer.ckpt_path is None else ():  # a resumed run has logged it before
             logger.log_metrics({"rejection_sampling/kept_share": self.kept_share}, step=0)
 
 
 def _publish(folder: Path, shared: Path) -> None:
-    """Move a finished choice to its shared place, whole or not at all; where the same one is there, that one stays."""
+    """Move a finished choice to its shared place. If the same choice is there already, remove `folder` instead."""
     shared.parent.mkdir(parents=True, exist_ok=True)
     try:
-        folder.rename(shared)
+        folder.rename(shared)  # complete or not at all
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
-        shutil.rmtree(folder)  # another process has made the same one meanwhile
+        shutil.rmtree(folder)  # another run has made the same choice meanwhile

@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM cost nothing: the batch is finished, a checkpoint written, and the same command goes on from it.
+"""Lose no work at Ctrl-C and SIGTERM: finish the batch and write a checkpoint, from which the same command resumes.
 
-What else guards a run lies elsewhere. A loss that is not finite stops it with its sample ids saved (`PolicyModule`).
-Checkpoints are whole or absent (`callbacks/checkpoints.py`).
+Other guards of a run: `PolicyModule` stops it at a loss that is not finite, and saves the sample ids;
+`callbacks/checkpoints.py` makes sure that each checkpoint is complete or absent.
 """
 
 from __future__ import annotations
@@ -22,26 +22,32 @@ FILE_NAME = "interrupted.ckpt"
 
 
 class SaveOnInterrupt(Callback):
-    """Saves <checkpoint folder>/interrupted.ckpt at the end of the batch in which the signal came, and stops.
+    """At the end of the batch in which a signal came, saves <checkpoint folder>/interrupted.ckpt and stops.
+
+    - Ctrl-C: the process ends by KeyboardInterrupt. A second Ctrl-C stops at once, without a checkpoint.
+    - SIGTERM: the process ends with status 143.
+    - SIGUSR1, SLURM's warning: as SIGTERM, and the job is requeued once the checkpoint is written.
+
+    A single process that has lost its rollout servers also saves this checkpoint, at its last finished window.
 
     Lightning alone would stop at Ctrl-C in the middle of a batch, and its `save_on_exception` would also save weights
-    that another error has spoilt. A second Ctrl-C stops at once, without a checkpoint. A SIGTERM ends the process
-    with status 143; so does SLURM's warning, SIGUSR1, and the job is requeued once the checkpoint is written.
-    Lightning's own handlers are set aside meanwhile: that of SIGTERM calls a collective inside the handler, and ranks
-    that are in another one then wait for each other for ever; that of SIGUSR1 saves in the middle of a batch. Behind
-    the last batch, and once this has stopped the run, a signal does what it did before the run. A single process that
-    has lost its rollout servers saves there too, as of its last finished window.
+    that another error has damaged. Lightning's own signal handlers are replaced during training. Its handler for
+    SIGTERM calls a collective operation; ranks that are in another collective at that moment would wait for each other
+    forever. Its handler for SIGUSR1 saves in the middle of a batch. After the last batch, and after this callback has
+    stopped the run, signals have the same effect as before the run.
     """
 
     def __init__(self) -> None:
         self._asked = self._terminated = self._requeue = False
-        self._before: dict[signal.Signals, Any] = {}
+        self._before: dict[signal.Signals, Any] = {}  # the handlers from before the run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remember the signal handlers, before Lightning sets its own."""
         numbers = (signal.SIGINT, signal.SIGTERM, preemption.REQUEUE_SIGNAL)
         self._before = {number: signal.getsignal(number) for number in numbers}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Replace Lightning's signal handlers. Ours only set flags."""
         self._asked = self._terminated = self._requeue = False
         handlers = {signal.SIGINT: self._ask, signal.SIGTERM: self._terminate}
         if preemption.in_slurm_job():
@@ -50,30 +56,36 @@ class SaveOnInterrupt(Callback):
             signal.signal(number, handler)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        # One rank may have heard the signal before the others; they must all stop behind the same batch.
+        """If a signal came, save and stop."""
+        # A signal reaches the ranks at different times, but all must stop after the same batch.
         if trainer.strategy.reduce_boolean_decision(self._asked or self._terminated, all=False):
             log_batch(trainer)
             save(trainer, _path(trainer))
             if trainer.strategy.reduce_boolean_decision(self._requeue, all=False):
                 preemption.requeue_job()
-                trainer.strategy.barrier("requeue")  # a rank that ended meanwhile would be taken for dead
+                trainer.strategy.barrier("requeue")  # RankWatch would report a rank that ends earlier as dead
             raise KeyboardInterrupt if self._asked else SIGTERMException(128 + signal.SIGTERM)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore the signal handlers."""
         self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Restore the signal handlers; save if the rollout servers are lost."""
         self._restore()
-        # Its weights are sound. Several ranks would not meet here, and saving is a collective.
+        # The weights are good. With several ranks, the others need not come here, and saving needs them all.
         if isinstance(exception, ServersLost) and trainer.world_size == 1:
             save(trainer, _path(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove the checkpoint of an interruption: a finished run has its own last checkpoint."""
         if trainer.is_global_zero:
-            _path(trainer).unlink(missing_ok=True)  # a finished run has its own last checkpoint
+            _path(trainer).unlink(missing_ok=True)
+
+    # The handlers of SIGINT, SIGTERM and SLURM's warning.
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
-        if self._asked:
+        if self._asked:  # the second Ctrl-C
             raise KeyboardInterrupt
         self._asked = True
         print("\nfinishing this batch, then saving a checkpoint; once more stops at once", flush=True)
@@ -90,6 +102,7 @@ class SaveOnInterrupt(Callback):
 
 
 def _path(trainer: Trainer) -> Path:
+    """The path of the checkpoint, in the folder of the checkpoint callback."""
     checkpoints = trainer.checkpoint_callback
     folder = getattr(checkpoints, "dirpath", None) or Path(trainer.default_root_dir) / "checkpoints"
     return Path(folder) / FILE_NAME

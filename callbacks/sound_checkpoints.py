@@ -1,6 +1,7 @@
-"""The checkpoint that a run goes on from: the newest that is whole. Damaged checkpoints are set aside, never deleted.
+"""Find the checkpoint to resume from: the newest one that is intact. Damaged checkpoints are renamed, never deleted.
 
-A kill leaves no damaged checkpoint under its name (see `checkpoints`); disks, copies and full file servers do.
+A kill never leaves a damaged checkpoint under its final name (see `checkpoints.py`). Broken disks, interrupted copies
+and full file servers do.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ DAMAGED = ".damaged"
 
 
 def damage(file: Path) -> str | None:
-    """Why a file that `torch.save` wrote is not whole, in words; None where it is.
+    """In words, why a file of `torch.save` is damaged; None if it is intact.
 
-    It is a zip archive with a checksum (CRC-32) of each member: all of it is read once, in half the time that loading
-    takes. Whether its pickle may be loaded is not asked here: what `torch.load` refuses to run stays refused.
+    The file is a zip archive with a checksum (CRC-32) for each member. Checking reads all of it once, in half the time
+    that loading takes. Nothing is unpickled here: `torch.load` decides later which content it accepts.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -36,7 +37,7 @@ def damage(file: Path) -> str | None:
     except FileNotFoundError:
         return "another rank has set it aside"
     except OSError as error:
-        if error.errno not in (None, errno.EIO, errno.EINVAL):  # as of a missing right: the file may be whole
+        if error.errno not in (None, errno.EIO, errno.EINVAL):  # such as a missing permission: the file may be intact
             raise
         return f"it cannot be read: {error}"
     except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, OverflowError) as error:
@@ -45,34 +46,42 @@ def damage(file: Path) -> str | None:
 
 
 def _reader_fault(file: Path) -> str | None:
-    """What torch's reader of archives finds, which looks at fields that Python's does not. Reads no tensor."""
+    """The problem that PyTorch's archive reader finds, or None. It checks fields that Python's zipfile ignores."""
     try:
-        torch.load(file, mmap=True, weights_only=True)
-    except Exception as error:  # any fault that is not the archive's is raised again when the run loads it
+        torch.load(file, mmap=True, weights_only=True)  # mmap: no tensor is read
+    except Exception as error:  # an error that is not about the archive comes again when the run loads the file
         return str(error).splitlines()[0][:200] if "PytorchStreamReader" in str(error) else None
     return None
 
 
 def newest_whole(folder: str | Path, without: Collection[str] = (), keep_aside: bool = True) -> Path | None:
-    """The whole checkpoint with the most updates; None where the folder has no checkpoint.
+    """The intact checkpoint with the most updates; None if the folder has no checkpoint.
 
-    Damaged checkpoints are passed over with a warning. Every rank looks for itself; only the rank with `keep_aside`
-    renames them to <name>.damaged. `without` has names of checkpoints that do not count.
+    Damaged checkpoints are skipped with a warning. Every rank calls this.
 
-    Raises RunStopped where there are checkpoints but none is whole: a run that took many hours is not started again
-    unasked. Nothing is renamed then.
+    Args:
+        folder: the folder of the checkpoints.
+        without: names of checkpoints that are ignored.
+        keep_aside: rename damaged checkpoints to <name>.damaged. Only one rank may do so.
+
+    Raises:
+        RunStopped: there are checkpoints, but none is intact. A run that took many hours must not start from the
+            beginning without being asked. In this case nothing is renamed.
     """
-    found: dict[Path, str | None] = {}  # the damage of those that were looked at
-    # Checkpoints of an interruption come first: only their content tells their updates, and damage would hide it.
+    found: dict[Path, str | None] = {}  # checked files -> their damage
+    # 1. Checkpoints of an interruption: the number of updates stands only in their content, so they must be intact
+    # before `newest` may compare them.
     for file in sorted(Path(folder).glob("*.ckpt")):
         if file.name not in without and not file.name.startswith(STEP):
             found[file] = damage(file)
+    # 2. From the newest to older ones, until one is intact. Older ones are not read.
     while True:
         damaged = [file for file, fault in found.items() if fault is not None]
         best = newest(folder, {*without, *(file.name for file in damaged)})
         if best is None or best in found:
             break
         found[best] = damage(best)
+    # 3. Report the damaged ones.
     if damaged and best is None:
         raise RunStopped(_none_whole(Path(folder), {file.name: found[file] for file in damaged}))
     for file in damaged if keep_aside else ():
@@ -81,7 +90,7 @@ def newest_whole(folder: str | Path, without: Collection[str] = (), keep_aside: 
 
 
 def _none_whole(folder: Path, faults: dict[str, str]) -> str:
-    """The message that there are only damaged checkpoints."""
+    """The message for a folder in which all checkpoints are damaged."""
     told = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
     return (
         f"no checkpoint in {folder} is whole ({told}).\n"
@@ -91,7 +100,7 @@ def _none_whole(folder: Path, faults: dict[str, str]) -> str:
 
 
 def _set_aside(file: Path) -> Path:
-    """Rename a damaged checkpoint; its new place, or the old one where it cannot be renamed."""
+    """Rename a damaged checkpoint; returns its new path, or the old one if it cannot be renamed."""
     aside = file.with_name(file.name + DAMAGED)
     while aside.exists():
         aside = aside.with_name(aside.name + "+")

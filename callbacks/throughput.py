@@ -1,4 +1,4 @@
-"""Where the time of a training step goes."""
+"""Measure the time of each training step, and the part of it in which the step waits for data."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from datamodules.encoding.encoder import Batch
 
 
 class Throughput(Callback):
-    """Logs, for every batch after the first:
+    """Logs these metrics for every batch after the first:
 
-    speed/seconds_per_batch: wall clock from the end of the last batch to the end of this one.
-    speed/data_wait: the part of it, in seconds, before this batch's training step began.
-    speed/data_wait_share: the same as a share of it (0-1).
-    speed/prompt_tokens_per_second: prompt tokens of this rank's batch over it. (Completions: the module's own speed/*.)
+    - speed/seconds_per_batch: wall-clock seconds from the end of the last batch to the end of this one.
+    - speed/data_wait: the seconds of these before the training step of this batch began.
+    - speed/data_wait_share: the same as a fraction of speed/seconds_per_batch.
+    - speed/prompt_tokens_per_second: prompt tokens of this rank's batch, divided by speed/seconds_per_batch. The module
+      logs the speed of completions itself.
 
-    Callbacks listed behind it, and the writing of checkpoints, count as waiting: list it last.
+    List this callback last: the work of callbacks behind it, and the writing of checkpoints, count as waiting.
     """
 
     def __init__(self) -> None:
-        self._ended: float | None = None
-        self._started = 0.0
+        self._ended: float | None = None  # when the last batch ended
+        self._started = 0.0  # when the training step of this batch began
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ended = None
@@ -34,8 +35,9 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
+        """Log the metrics of this batch."""
         last, self._ended = self._ended, time.perf_counter()
-        if last is None:
+        if last is None:  # the first batch: its wait includes the start of the workers
             return
         seconds = self._ended - last
         pl_module.log_dict(

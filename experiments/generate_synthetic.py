@@ -1,9 +1,9 @@
-"""Generate the nano world once: `make shards`, or
+"""Generate the synthetic dataset once: `make shards`, or
 `python -m experiments.generate_synthetic --config experiments/configs/nano/shards.yaml`.
 
-It writes <root>/shards/sft, <root>/shards/rl_pool, <root>/MIG-Bench and <root>/validation/MIG-Bench, and does nothing
-when they are there already, made by the same generator with the same settings. A world of other settings is moved
-aside. Folders of these names that it did not make, such as a download of the real benchmark, it refuses to touch.
+It writes <root>/shards/sft, <root>/shards/rl_pool, <root>/MIG-Bench and <root>/validation/MIG-Bench. If the same code
+has written them before with the same settings, it does nothing. A dataset with other settings is renamed first. The
+command refuses to touch folders of these names that it did not write, such as a download of the real benchmark.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ def build(
     validation_per_task: int = 100,
     keep: bool = False,
 ) -> None:
-    """Build the nano world.
+    """Generate the synthetic dataset.
 
     Args:
         root: folder to write
-        seed: seed of the generator; the benchmark's scenes differ from the training scenes at every seed
-        train_samples: samples with a rationale, of the four in-domain tasks, for CoT-SFT
+        seed: seed of the training data; for every seed, its scenes differ from those of the benchmark
+        train_samples: samples for CoT-SFT, with a rationale
         eval_per_task: MIG-Bench questions of each of the ten tasks
-        pool_samples: in-domain prompts from which rejection sampling picks
-        validation_per_task: questions like MIG-Bench's, of other scenes, on which settings are chosen
-        keep: leave a finished world as it is also when it is one of other settings; so one that was made on purpose
-            with `make shards ARGS=...` is what training then uses
+        pool_samples: in-domain prompts from which rejection sampling chooses
+        validation_per_task: questions like those of MIG-Bench, with other scenes, for choosing settings
+        keep: keep a finished dataset even if it has other settings, so that training uses a dataset that was made on
+            purpose with `make shards ARGS=...`
     """
     settings = {
         "seed": seed,
@@ -51,17 +51,21 @@ def build(
         "validation_per_task": validation_per_task,
         "pool_samples": pool_samples,
     }
+    # The key changes with the settings and with the code of the generator.
     sources = [path_fingerprint(file) for file in sorted(GENERATOR.glob("*.py"))]
     key = fingerprint(settings, sources)
     with run_identity.locked(Path(root)):
         refuse_foreign(Path(root))
         if keep and run_identity.read_marker(Path(root)).get("key", key) != key:
-            print(f"{root} holds a world of other settings or of another generator: kept; `make shards` makes it anew")
+            print(
+                f"{root} holds a dataset of other settings or of another version of the generator. It is kept; "
+                "`make shards` generates it again"
+            )
             return
         if run_identity.claim(Path(root), MadeOf(key, settings)):
             print(f"{root} is already built with these settings", flush=True)
             return
-        # Imported late: a finished world is recognised without loading the generator.
+        # Imported here, so that a finished dataset is recognised without loading the generator.
         from datamodules.synthetic.write_samples import build_nano
 
         build_nano(root, **settings)
@@ -69,13 +73,14 @@ def build(
 
 
 def refuse_foreign(root: Path) -> None:
-    """End the program where `root` holds folders that a build would replace and no build has made."""
-    if run_identity.read_marker(root, run_identity.STARTED):
+    """End the program if `root` holds folders that would be replaced and that this command did not write."""
+    if run_identity.read_marker(root, run_identity.STARTED):  # written by this command
         return
     foreign = [str(root / name) for name in ("shards", "MIG-Bench", "validation") if (root / name).exists()]
     if foreign:
         sys.exit(
-            f"root={str(root)!r}: {', '.join(foreign)} would be replaced and was not made here; choose another root"
+            f"root={str(root)!r}: {', '.join(foreign)} would be replaced, but this command did not write it; choose "
+            "another root"
         )
 
 

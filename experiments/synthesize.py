@@ -1,16 +1,18 @@
 """CoT data from a teacher: `python -m experiments.synthesize --config experiments/configs/nano/synthesize.yaml`.
 
-Every question of the shards goes to the teacher several times; a question is kept when all responses are right, and one
-response's thinking becomes its rationale (`experiments/synthesis/rationale_filter.py` has the rule). <output> gets
+Every question of the shards is sent to the teacher several times. A question is kept if all responses are correct, and
+the thinking of one response becomes its rationale (`experiments/synthesis/rationale_filter.py` has the rule). The
+output folder has
 
     shards/           the kept samples with thinking, for CoT-SFT
-    journal.jsonl     every response, appended and synced as it comes: a killed run goes on after the last one
-    outcomes.jsonl    every answered question: how many responses were right, which one was chosen or why it was dropped
+    journal.jsonl     every response, written when it arrives: a killed run continues after the last one
+    outcomes.jsonl    every answered question: number of correct responses, and the chosen one or why it was dropped
     synthesis.json, report.md   counts, tokens, cost and the histogram of difficulty
-    server/           log of the local server, if there was one
+    server/           the log of the local server, if one was started
 
-Another threshold or limit works on the responses that are there; other prompts, sampling, questions or another teacher
-move the old folder aside. Where the source files of the project have changed since, it asks: --keep, or --redo.
+A run with another threshold or limit uses the existing responses. With other prompts, sampling, questions or another
+teacher, the old folder is renamed first. If source files of the project have changed since, the command asks for --keep
+or --redo.
 """
 
 from __future__ import annotations
@@ -74,31 +76,35 @@ def synthesize(
     """Ask a teacher for rationales and write the kept samples as shards.
 
     Args:
-        questions: shard folders of samples with one true box; thinking that they hold is not shown to the teacher
+        questions: shard folders of samples with one true box; their own thinking is not shown to the teacher
         output: folder for the shards and the journal
-        endpoint: the teacher. Without base_url, model is a folder or Hub name that `transformers serve` serves here,
-            one request at a time
-        model_family: how the teacher writes boxes (datamodules/encoding/model_families.py); auto: by the model's name
-        before_image: text before image k instead of the model family's, such as "Picture {}: "
-        min_pixels: smaller images are enlarged
-        max_pixels: larger images are shrunk; for a teacher that speaks in pixels, no more than its server's own limit
-        max_image_pixels: a larger stored image is refused (decompression bombs)
-        max_sample_pixels: a question with more pixels in all its stored images together is refused
-        sampling: responses to each question
-        threshold: a response is right when its IoU is above it
-        limit: first look on so many questions
-        samples_per_shard: of the shards that are written
-        prices: of tokens, for the cost
-        device: of the local server: auto, cpu, cuda:0, ...
-        verify_shards: compare the sha256 of each shard with its manifest when it is first read
-        redo: move responses that other source files of the project have got aside, and ask again
-        keep: go on with responses that other source files of the project have got
+        endpoint: the teacher. Without base_url, model is a folder or Hub name, and a local server is started for it,
+            which answers one request at a time
+        model_family: the box format and prompt of the teacher (datamodules/encoding/model_families.py); auto: by its
+            name
+        before_image: label before each image in place of the model family's, such as "Picture {}: "
+        min_pixels: images with fewer pixels are enlarged
+        max_pixels: images with more pixels are shrunk; for a teacher that writes boxes in pixels, at most its server's
+            own limit
+        max_image_pixels: a stored image with more pixels is refused (decompression bomb)
+        max_sample_pixels: a question whose stored images together have more pixels is refused
+        sampling: number of responses to each question, temperature, length and seed
+        threshold: a response is correct if its IoU is above this
+        limit: use only this number of questions, for a first look
+        samples_per_shard: samples in one written shard
+        prices: prices of tokens, for the cost
+        device: device of the local server: auto, cpu, cuda:0, ...
+        verify_shards: compare the sha256 of each shard with its manifest when the shard is first read
+        redo: rename the folder of responses that another version of the code has collected, and ask again
+        keep: continue with the responses that another version of the code has collected
     """
+    # 1. Settings: all problems at once, before anything is started.
     sampling, prices = sampling or Sampling(), prices or Prices()
     folders = folder_list(questions)
     faults = _faults(folders, endpoint, threshold, limit)
     pixels = (min_pixels, max_pixels, max_image_pixels, max_sample_pixels)
     form = _form(model_family, endpoint.model, faults, before_image, *pixels)
+    # 2. The key: everything that the responses depend on.
     stated = server_fields(endpoint) | endpoint.extra_body
     teacher = [endpoint.model, stated, path_fingerprint(endpoint.model)]
     contents = [path_fingerprint(folder) for folder in folders]
@@ -116,12 +122,15 @@ def synthesize(
         if _is_finished(home, result_key):
             print(f"{home} is already finished with these settings", flush=True)
             return
+        # 3. Ask for all responses that the journal lacks.
         journal = Journal(home / "journal.jsonl", key)
         session = _ask(journal, count, reader, endpoint, form, sampling, prices, home / "server", device)
+        # 4. Choose the rationales and write the shards. Without synthesis.json the result counts as unfinished.
         records = read_journal(journal.path, key)
         (home / "synthesis.json").unlink(missing_ok=True)
         verdicts = _judge_all(records, count, reader, form, threshold, sampling)
         tasks = write_rationales(home, reader, verdicts, endpoint.model, samples_per_shard)
+        # 5. Write the summary, last.
         summary = summarise(verdicts, tasks, records, count, sampling.num_responses)
         summary["failed"] = session.failed
         summary["cost"] = round(prices.cost(summary["prompt_tokens"], summary["completion_tokens"]), 4)
@@ -131,16 +140,16 @@ def synthesize(
 
 
 def _is_finished(home: Path, key: str) -> bool:
-    """Whether all is there, and no question is to be asked again."""
+    """Whether the result is complete, with an answer to every question."""
     found = read_json(home / "synthesis.json")
     return found.get("key") == key and not found.get("failed") and (home / "shards" / MANIFEST).is_file()
 
 
 def _write_summary(home: Path, summary: dict[str, Any]) -> str:
-    """Write report.md and, last, as the sign that all is there, synthesis.json; the report's text."""
+    """Write report.md and synthesis.json; returns the text of the report."""
     report = format_report(summary, f"CoT synthesis by {summary['teacher']}")
     write_atomic(home / "report.md", report)
-    write_json(home / "synthesis.json", summary)
+    write_json(home / "synthesis.json", summary)  # last, because it marks the result as complete
     return report
 
 
@@ -155,7 +164,7 @@ def _ask(
     work: Path,
     device: str,
 ) -> Session:
-    """Ask for whatever the journal lacks; a server is started only if there is something to ask."""
+    """Ask for all responses that the journal lacks. Without any, no server is started."""
     if not missing_responses(journal.records, count, sampling.num_responses):
         return Session()
     with _reachable(endpoint, work, device) as settings:
@@ -164,13 +173,13 @@ def _ask(
 
 @contextmanager
 def _reachable(endpoint: EndpointSettings, work: Path, device: str) -> Iterator[EndpointSettings]:
-    """The endpoint itself, or one of a local server."""
+    """The endpoint with the address of a server; a local server is started if it has none."""
     if endpoint.base_url is not None:
         yield endpoint
         return
     print(f"starting a local server of {endpoint.model}", flush=True)
     with local_server(endpoint.model, work, device) as server:
-        # It generates one answer at a time anyway, and a seed holds there only while no other request comes in between.
+        # One request at a time: the server works so anyway, and its seeds have an effect only without other requests.
         yield replace(endpoint, base_url=server.base_url, model=server.model, concurrency=1, sampling_fields="openai")
 
 
@@ -182,7 +191,7 @@ def _judge_all(
     threshold: float,
     sampling: Sampling,
 ) -> dict[int, Verdict]:
-    """Of the questions that have all their responses."""
+    """The decisions about all questions that have all their responses: {number: decision}."""
     verdicts = {}
     for number, responses in group_responses(records, count).items():
         if len(responses) < sampling.num_responses:
@@ -194,6 +203,7 @@ def _judge_all(
 
 
 def _faults(folders: list[str], endpoint: EndpointSettings, threshold: float, limit: int | None) -> list[str]:
+    """The problems of the settings and of the shards, in words."""
     faults = [fault for folder in folders for fault in preflight.shard_faults(str(folder))]
     if not 0 <= threshold < 1:
         faults.append(f"threshold={threshold} must be in [0, 1)")
@@ -206,14 +216,14 @@ def _faults(folders: list[str], endpoint: EndpointSettings, threshold: float, li
         faults.append("endpoint.model='' must name the teacher")
     elif endpoint.base_url is None and not model.is_dir() and (model.is_absolute() or len(model.parts) != 2):
         faults.append(
-            f"endpoint.model={endpoint.model!r} is no folder here and no Hub name; `make sft` makes the nano teacher,"
-            " and a teacher behind a server needs endpoint.base_url"
+            f"endpoint.model={endpoint.model!r} is neither a folder here nor a Hub name; `make sft` makes the nano"
+            " teacher, and a teacher behind a server needs endpoint.base_url"
         )
     return faults
 
 
 def _form(model_family: str, model: str, faults: list[str], *more: Any) -> RequestForm:
-    """The form of the requests. Raises SettingsError for its own faults and those that were found before."""
+    """The form of the requests. Raises SettingsError with its own problems and those in `faults`."""
     try:
         form = RequestForm(find_model_family(model_family, model), "think", *more)
     except ValueError as error:
@@ -223,8 +233,9 @@ def _form(model_family: str, model: str, faults: list[str], *more: Any) -> Reque
 
 
 def _session_text(session: Session) -> str:
+    """The counts of this process, for the user."""
     counts = ", ".join(f"{kind} {number}" for kind, number in sorted(session.faults.items()))
-    text = f"in this run: {session.requests} responses, faults that were retried: {counts or 'none'}"
+    text = f"in this run: {session.requests} responses, failed attempts that were repeated: {counts or 'none'}"
     if session.failed:
         first = ": ".join(next(iter(session.failed.items())))
         text += f"\n{len(session.failed)} questions got no answer; the same command asks them again. First: {first}"
@@ -238,8 +249,8 @@ def main(args: list[str] | None = None) -> None:
         auto_cli(synthesize, as_positional=False, args=spell_out(args))
     except (preflight.SettingsError, CodeChanged, EndpointMisused, EndpointUnavailable, ModelError) as error:
         sys.exit(str(error))
-    except SampleError as error:  # it could be read when it was asked about
-        sys.exit(f"{error}. The responses are kept: mend the shards, and the same command goes on with them")
+    except SampleError as error:  # a question that could be read when it was sent can no longer be read
+        sys.exit(f"{error}. The responses are kept: repair the shards, and the same command continues with them")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ RENAMED = {
     "convention": "box_format",
     "dialect": "model_family",
     "sides": "contenders",
+    "window": "average_over",  # of CollapseGuard
 }
 _SETTING = re.compile(r"\s*(?:- )?([A-Za-z_]\w*)\s*:(?=\s|$)")  # a YAML key at the beginning of a line
 _FLAG = re.compile(r"--(?:[\w.]*\.)?(\w+)(?:=|$)")  # --model.beta=0.01, or --model.beta before its value

@@ -1,1 +1,1 @@
-"""Chain-of-thought data from a teacher."""
+"""Chain-of-thought data from a teacher model."""

@@ -1,9 +1,9 @@
-"""From a teacher's responses to training samples: which questions are kept, and which response becomes the rationale.
+"""Turn a teacher's responses into training samples: choose the questions, and one response as the rationale of each.
 
-A question is kept when every response's first box has an IoU above the threshold with the true box (the paper, §3.2.1:
-accuracy 1 of four responses). Its rationale is the thinking of one of its well-formed responses that hold thinking,
-drawn by a generator seeded with (seed, sample id): the order in which answers came has no say in it. The true box stays
-the answer.
+A question is kept if all its responses are correct: the IoU of each first box with the true box is above the threshold
+(paper §3.2.1: all of four responses). Its rationale is the thinking of one well-formed response. That response is drawn
+with a seed made of (seed, sample id), so the order in which responses arrived does not matter. The answer of the sample
+stays the true box.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from datamodules.streaming.shards import ShardReader, ShardWriter
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one question. `dropped` says why it is not kept: "not_all_correct", "no_rationale" (no response is
-    well formed with thinking), or the rule that the sample breaks with this rationale."""
+    """The decision about one question."""
 
-    ious: tuple[float, ...]  # of each response, 0-1
+    ious: tuple[float, ...]  # IoU of each response with the true box, 0-1
     num_correct: int
-    chosen: int | None  # the response whose thinking is the rationale
+    chosen: int | None  # index of the response whose thinking is the rationale
     thinking: str | None
+    # Why the question is not kept: "not_all_correct", "no_rationale" (no response is well-formed and has thinking), or
+    # the rule that the sample breaks with this rationale. None if it is kept.
     dropped: str | None
 
 
@@ -45,17 +46,29 @@ def judge(
     threshold: float,
     seed: int,
 ) -> Verdict:
-    """`texts` are the responses in the order of their numbers; `image_sizes` one for each image of the sample."""
+    """Decide whether a question is kept, and with which rationale.
+
+    Args:
+        sample: the question, with the true box.
+        texts: the responses in the order of their numbers.
+        image_sizes: the sizes of the sample's images, one entry an image.
+        box_format: the format of the teacher's boxes.
+        threshold: a response is correct if its IoU is above this.
+        seed: seed of the choice among responses.
+    """
+    # 1. All responses must be correct.
     scores = [score_text(text, sample.answer, image_sizes, box_format) for text in texts]
     ious = tuple(score.iou for score in scores)
     num_correct = sum(iou > threshold for iou in ious)
     if num_correct < len(texts):
         return Verdict(ious, num_correct, None, None, "not_all_correct")
+    # 2. Choose one of the well-formed responses that have thinking.
     thoughts = {k: _thinking(texts[k]) for k, score in enumerate(scores) if score.well_formed}
     candidates = [k for k, thinking in thoughts.items() if thinking]
     if not candidates:
         return Verdict(ious, num_correct, None, None, "no_rationale")
     chosen = random.Random(f"{seed}/{sample.id}").choice(candidates)
+    # 3. The sample must be valid with this thinking, which may hold special tokens, for example.
     try:
         Sample.from_json(replace(sample, thinking=thoughts[chosen]).to_json())
     except SampleError as error:
@@ -64,27 +77,35 @@ def judge(
 
 
 def _thinking(text: str) -> str:
+    """The thinking of a response, or ""."""
     parsed = parse_answer(text)
     return (parsed.thinking or "").strip() if isinstance(parsed, ParsedAnswer) else ""
 
 
 def group_responses(records: Sequence[Mapping[str, Any]], count: int) -> dict[int, list[Mapping[str, Any]]]:
-    """{number: its responses in the order of their numbers} of the first `count` questions, without the rejected."""
-    rejected = {record["number"] for record in records if "rule" in record}
+    """{number of the question: its responses in order} for the first `count` questions, without rejected ones."""
+    rejected = {record["number"] for record in records if "rule" in record}  # records of rejections have a rule
     groups: defaultdict[int, dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for record in records:
         if "rule" not in record and record["number"] < count and record["number"] not in rejected:
-            groups[record["number"]].setdefault(record["response"], record)
+            groups[record["number"]].setdefault(record["response"], record)  # the first record of a response counts
     return {number: [groups[number][k] for k in sorted(groups[number])] for number in sorted(groups)}
 
 
 def write_rationales(
     folder: Path, reader: ShardReader, verdicts: Mapping[int, Verdict], teacher: str, max_samples: int = 1000
 ) -> dict[int, str]:
-    """Write <folder>/shards, the kept samples with thinking, and <folder>/outcomes.jsonl, in the order of the source.
+    """Write the kept samples with thinking to <folder>/shards, and all decisions to <folder>/outcomes.jsonl.
 
-    Each kept sample says in `extra.synthesis` which teacher and response its thinking is from. Returns each question's
-    task.
+    Both are in the order of the questions. Each kept sample names its teacher and response in `extra.synthesis`.
+    Returns {number: task} for all questions.
+
+    Args:
+        folder: the output folder.
+        reader: the questions.
+        verdicts: {number of the question: its decision}.
+        teacher: name of the teacher.
+        max_samples: samples in one shard.
     """
     shutil.rmtree(folder / "shards", ignore_errors=True)
     lines, tasks = [], {}
@@ -111,10 +132,18 @@ def summarise(
     count: int,
     num_responses: int,
 ) -> dict[str, Any]:
-    """Counts of one synthesis: questions, kept, dropped and rejected by rule, tokens, and the histogram of difficulty:
-    how many questions had 0, 1, … `num_responses` correct responses, in all and by task."""
+    """The counts of one synthesis: questions, kept, dropped and rejected by rule, tokens, and difficulty.
+
+    Args:
+        verdicts: {number of the question: its decision}.
+        tasks: {number of the question: its task}.
+        records: the records of the journal.
+        count: number of questions.
+        num_responses: responses to each question.
+    """
 
     def histogram(numbers: Sequence[int]) -> list[int]:
+        # Entry k is the number of questions with k correct responses.
         counts = Counter(verdicts[number].num_correct for number in numbers)
         return [counts[correct] for correct in range(num_responses + 1)]
 
@@ -139,7 +168,7 @@ def summarise(
 
 
 def format_report(summary: Mapping[str, Any], title: str) -> str:
-    """The summary, with `failed` and `cost`, as Markdown: totals, and the histogram of difficulty."""
+    """The summary, which also has `failed` and `cost`, as Markdown: counts, and the histogram of difficulty."""
     lines = [f"# {title}", ""]
     for name in ("questions", "judged", "kept", "responses", "cut_short", "prompt_tokens", "completion_tokens", "cost"):
         lines.append(f"- {name.replace('_', ' ')}: {summary[name]}")
@@ -148,7 +177,8 @@ def format_report(summary: Mapping[str, Any], title: str) -> str:
         lines.append(f"- {name}: {counts or 'none'}")
     lines.append(f"- without an answer: {len(summary['failed'])}")
     header = ["correct responses", *(str(number) for number in range(len(summary["difficulty"])))]
-    lines += ["", "## Difficulty", "", "How many questions had so many correct responses.", ""]
+    # The histogram as a table by task, and as bars for all tasks together.
+    lines += ["", "## Difficulty", "", "Number of questions by number of correct responses.", ""]
     lines += ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for name, counts in {"all": summary["difficulty"], **summary["tasks"]}.items():
         lines.append("| " + " | ".join([name, *(str(count) for count in counts)]) + " |")

@@ -1,4 +1,4 @@
-"""Asking a teacher: several responses to every question, asynchronously, each journalled the moment it is there."""
+"""Ask a teacher for several responses to every question, asynchronously; each is journalled when it arrives."""
 
 from __future__ import annotations
 
@@ -27,16 +27,23 @@ from lightning_modules.serving.openai_client import (
     RequestRefused,
 )
 
-REFUSALS = 8  # or losses, so many before the first answer, and it is the settings that are wrong
-TRIES = 2  # of a question that gets no answer while the server answers others, the second one behind all of those
-PROBE = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+MAX_FAILURES_AT_START = 8  # refused or unanswered questions before the first answer; then the settings are wrong
+MAX_TRIES = 2  # for a question that gets no answer while the server answers others; the second comes after all of those
+PROBE_MESSAGES = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]  # the smallest question
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """`num_responses` to each question. The seed of each follows from `seed`, the sample's id and the number it has.
+    """How the teacher samples.
 
-    So a server that heeds seeds gives the same ones in whatever order and after whichever interruption.
+    Each response has its own seed, made of `seed`, the sample's id and the number of the response. So a server that
+    uses seeds gives the same responses in any order and after any interruption.
+
+    Args:
+        num_responses: responses to each question.
+        temperature: of the sampling.
+        max_tokens: length of the longest response, in tokens.
+        seed: seed of the whole run.
     """
 
     num_responses: int = 4
@@ -57,32 +64,36 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Prices:
-    """Of a million tokens, in whatever currency; 0 for a server of one's own."""
+    """Prices of a million tokens, in any currency; 0 for your own server."""
 
     prompt: float = 0.0
     completion: float = 0.0
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """The price of these tokens."""
         return (self.prompt * prompt_tokens + self.completion * completion_tokens) / 1e6
 
 
 @dataclass
 class Session:
-    """What one process did; what all did together is in the journal."""
+    """The counts of one process. The journal holds the results of all processes."""
 
-    requests: int = 0  # answered
-    faults: Counter[str] = field(default_factory=Counter)  # retried, by kind
-    failed: dict[str, str] = field(default_factory=dict)  # {sample id: last fault}; asked by the next process
+    requests: int = 0  # requests with an answer
+    faults: Counter[str] = field(default_factory=Counter)  # failed attempts by kind
+    failed: dict[str, str] = field(default_factory=dict)  # sample id -> last error; the next run asks these again
 
 
 def request_seed(seed: int, sample_id: str, response: int) -> int:
-    """A seed in 0..2^31-1, the range that every server takes."""
+    """The seed of one response, from 0 to 2^31 - 1: every server accepts this range."""
     digest = hashlib.sha256(f"{seed}/{response}/{sample_id}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 
 
 def missing_responses(records: list[dict[str, Any]], count: int, num_responses: int) -> dict[int, list[int]]:
-    """{number: responses to ask for} of questions 0..count-1, in order; those that were rejected need none."""
+    """{number of the question: responses to ask for} for the first `count` questions, in order.
+
+    A rejected question needs no responses.
+    """
     missing = {number: set(range(num_responses)) for number in range(count)}
     for record in records:
         if "rule" in record:
@@ -94,17 +105,27 @@ def missing_responses(records: list[dict[str, Any]], count: int, num_responses: 
 
 @dataclass
 class _Question:
+    """A question in the queue."""
+
     number: int
-    responses: list[int]  # still to be asked for
+    responses: list[int]  # numbers of the responses that are missing
     tries: int = 0
 
 
 class Teacher:
-    """One run over the questions that the journal does not answer yet.
+    """Asks all questions whose responses are not in the journal yet.
 
-    Sampling is by temperature alone: every other sampler is stated as neutral, unless extra_body says otherwise.
-    `concurrency` workers take a question each and ask for its responses one after the other (so a server that caches
-    prefixes reads the images once). Memory holds no more than one question for each worker.
+    Sampling is by temperature alone: every request sets all other samplers to neutral values, unless `extra_body` says
+    otherwise. Each of `concurrency` workers takes a question and asks for its responses one after the other, so a
+    server with a prefix cache reads the images only once. Memory holds at most one question for each worker.
+
+    Args:
+        reader: the questions.
+        endpoint: the teacher's server.
+        form: the form of the prompts.
+        sampling: number of responses, temperature, length and seed.
+        journal: the responses of all runs.
+        prices: for the cost in the progress bar.
     """
 
     def __init__(
@@ -120,26 +141,32 @@ class Teacher:
         self.settings = replace(endpoint, extra_body=server_fields(endpoint) | endpoint.extra_body)
         self.journal, self.prices = journal, prices
         self.session = Session()
-        self._bar: tqdm | None = None  # the live line
-        self._refused: list[dict[str, Any]] | None = []  # held back until the server answers anything; then None
-        self._lost = 0  # questions that got no answer, each time counted
+        self._bar: tqdm | None = None  # the progress bar
+        # Refusals before the first answer, not yet journalled: if all questions are refused, the settings are wrong and
+        # no question may be marked as refused. None after the first answer.
+        self._refused: list[dict[str, Any]] | None = []
+        self._lost = 0  # number of failed tries to get answers
         known = [record for record in journal.records if "text" in record]
         if known:
             self._refused = None
         self._tokens = [sum(record[name] for record in known) for name in ("prompt_tokens", "completion_tokens")]
 
     def run(self, count: int) -> Session:
-        """Ask for what is missing of the first `count` questions; `Session.failed` are those that got no answer.
+        """Ask for all missing responses to the first `count` questions.
 
-        Raises EndpointUnavailable when the server does not answer at all any more, or has answered no question and
-        lost `REFUSALS`, or all; and EndpointMisused when it does not know the key or the model, or
-        refuses as many before it has answered any: then the settings are wrong, and no question is marked as refused.
+        Questions without an answer are in `Session.failed`.
+
+        Raises:
+            EndpointUnavailable: the server no longer answers anything; or it has never answered, and
+                MAX_FAILURES_AT_START questions, or all, got no answer.
+            EndpointMisused: the server does not know the key or the model; or it has never answered and has refused
+                MAX_FAILURES_AT_START questions.
         """
         missing = missing_responses(self.journal.records, count, self.sampling.num_responses)
         if missing:
             try:
                 asyncio.run(self._ask_all(missing, count))
-            except ExceptionGroup as group:  # of the workers; each would say the same
+            except ExceptionGroup as group:  # all workers fail for the same reason, so one error is enough
                 raise group.exceptions[0] from None
         if self._refused:
             raise self._misused()
@@ -149,13 +176,15 @@ class Teacher:
 
     @property
     def _answered(self) -> bool:
+        """Whether the server has answered any question."""
         return self._refused is None
 
     async def _ask_all(self, missing: dict[int, list[int]], count: int) -> None:
+        """Start the workers and wait for them."""
         total = count * self.sampling.num_responses
         asked = sum(len(responses) for responses in missing.values())
         questions = deque(_Question(*each) for each in missing.items())
-        # One thread reads and encodes images: the reader is not for several, and the server is what takes the time.
+        # One thread reads and encodes images. The reader is not thread-safe, and one is enough: the server is slower.
         with ThreadPoolExecutor(max_workers=1) as pool:
             self._bar = tqdm(total=total, initial=total - asked, desc="teacher", unit="response", smoothing=0.05)
             with self._bar:
@@ -166,6 +195,7 @@ class Teacher:
                             workers.create_task(self._work(questions, endpoint, pool))
 
     async def _work(self, questions: deque[_Question], endpoint: ChatEndpoint, pool: ThreadPoolExecutor) -> None:
+        """A worker: take questions from the queue until it is empty."""
         while questions:
             question = questions.popleft()
             try:
@@ -173,47 +203,53 @@ class Teacher:
                 sample_id, request = await loop.run_in_executor(pool, self._prepare, question.number)
                 await self._ask(question, sample_id, request, endpoint)
             except SampleError as error:
+                # The question itself is unusable, or the server refuses it.
                 rejected = {"number": question.number, "id": error.sample_id, "rule": error.rule}
                 self._reject(rejected | {"detail": error.detail})
                 self._bar.update(len(question.responses))
             except EndpointUnavailable as error:
+                # No answer to this question. If the server still answers the probe, go on with other questions.
                 await self._require_answer(endpoint)
                 question.tries += 1
-                if question.tries < TRIES:
-                    questions.append(question)
+                if question.tries < MAX_TRIES:
+                    questions.append(question)  # behind all others
                 else:
                     self.session.failed[sample_id] = str(error)
                 self._lost += 1
-                if not self._answered and self._lost >= REFUSALS:
+                if not self._answered and self._lost >= MAX_FAILURES_AT_START:
                     raise
 
     async def _require_answer(self, endpoint: ChatEndpoint) -> None:
-        """Raises EndpointUnavailable where the server does not even answer the smallest question."""
-        with suppress(RequestRefused):
-            await endpoint.complete(PROBE, 1, self.sampling.temperature)
+        """Raise EndpointUnavailable if the server does not answer even the smallest question."""
+        with suppress(RequestRefused):  # a refusal is an answer
+            await endpoint.complete(PROBE_MESSAGES, 1, self.sampling.temperature)
 
     def _reject(self, record: dict[str, Any]) -> None:
+        """Journal a rejected question, or hold it back while the server has answered nothing."""
         if record["rule"] != "refused" or self._refused is None:
             self.journal.append([record])
             return
         self._refused.append(record)
-        if len(self._refused) >= REFUSALS:
+        if len(self._refused) >= MAX_FAILURES_AT_START:
             raise self._misused()
 
     def _misused(self) -> EndpointMisused:
+        """The error for a server that refuses every question."""
         asked = f"base_url={self.settings.base_url!r}, model={self.settings.model!r}"
         return EndpointMisused(
             f"{asked}: {len(self._refused)} questions were refused and none was answered; first: "
-            f"{self._refused[0]['detail']}; a server that refuses {', '.join(server_fields(self.settings))} may take"
+            f"{self._refused[0]['detail']}; a server that refuses {', '.join(server_fields(self.settings))} may accept"
             " requests with endpoint.sampling_fields=openai"
         )
 
     def _prepare(self, number: int) -> tuple[str, ChatRequest]:
+        """(sample id, request) of a question. Raises SampleError."""
         loaded = self.reader.read(number)
         require_box(loaded.sample)
         return loaded.sample.id, build_request(loaded, self.form)
 
     async def _ask(self, question: _Question, sample_id: str, request: ChatRequest, endpoint: ChatEndpoint) -> None:
+        """Ask for the missing responses of one question; each is journalled at once, so that a kill loses none."""
         sampling = self.sampling
         sizes = image_sizes_to_json(request.image_sizes)
         while question.responses:
@@ -226,12 +262,13 @@ class Teacher:
             record = {"number": question.number, "id": sample_id, "response": response, "text": found.text}
             record |= {"finish": found.finish_reason, "sizes": sizes}
             record |= {"prompt_tokens": found.prompt_tokens, "completion_tokens": found.completion_tokens}
-            self.journal.append([*(self._refused or ()), record])
+            self.journal.append([*(self._refused or ()), record])  # the first answer shows that the refusals were real
             self._refused = None
             question.responses.pop(0)
             self._count(found.prompt_tokens, found.completion_tokens)
 
     def _count(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count a response, and show the totals in the progress bar."""
         self.session.requests += 1
         self._tokens[0] += prompt_tokens
         self._tokens[1] += completion_tokens

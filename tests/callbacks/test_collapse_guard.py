@@ -58,7 +58,7 @@ def run(fit, tiny_model_dir, tmp_path: Path):
     def train(action: str, bound: Bound | None = None, max_steps: int = 12, **settings) -> Rewarded:
         factor = settings.pop("learning_rate_factor", 1.0)
         bounds = {settings.pop("metric", "reward/total"): bound or Bound(low=0.5)}
-        guard = CollapseGuard(bounds, action, window=4, learning_rate_factor=factor)
+        guard = CollapseGuard(bounds, action, average_over=4, learning_rate_factor=factor)
         more = settings.pop("callbacks", ())
         checkpoints = WindowCheckpoint(every_n_steps=settings.pop("every_n_steps", 2), keep_last=9)
         module = Rewarded(str(tiny_model_dir), **settings)
@@ -128,7 +128,7 @@ def test_nothing_happens_inside_the_bounds(run, tmp_path: Path) -> None:
     assert events(tmp_path) == []
 
 
-def test_a_rollback_goes_on_from_before_the_window(run, tmp_path: Path) -> None:
+def test_a_rollback_goes_on_from_before_the_average(run, tmp_path: Path) -> None:
     with pytest.raises(RolledBack, match=r"Rolled back to .*step-00000004.ckpt; rollback 1 of 2"):
         run("roll_back")
     module = run("roll_back")
@@ -237,7 +237,7 @@ def test_a_second_metric_is_watched_while_the_first_is_out_of_its_bounds(fit, ti
             super().training_step(batch, batch_idx)
             self.log_step({"grpo/entropy": ([1.0] * 4 + [10.0] * 4 + [4.0] * 4)[self.global_step - 1]})
 
-    guard = CollapseGuard({"reward/total": Bound(low=2.0), "grpo/entropy": Bound(max_drop=0.4)}, "warn", window=4)
+    guard = CollapseGuard({"reward/total": Bound(low=2.0), "grpo/entropy": Bound(max_drop=0.4)}, "warn", average_over=4)
     (tmp_path / "run").mkdir()
     fit(Two(str(tiny_model_dir)), [guard], max_steps=12, max_epochs=5)
     # The entropy's mean was 10 at update 8, and is 5.5 at update 11.
@@ -259,5 +259,5 @@ def test_a_metric_that_is_never_logged_is_warned_of_once(run, caplog) -> None:
 
 
 def test_settings_that_cannot_work_are_named() -> None:
-    with pytest.raises(ValueError, match=r"action='cry'.*window=0.*'grpo/kl'.* has neither.*max_drop=-1"):
-        CollapseGuard({"grpo/kl": Bound(), "reward/total": Bound(max_drop=-1)}, "cry", window=0)
+    with pytest.raises(ValueError, match=r"action='cry'.*average_over=0.*'grpo/kl'.* has neither.*max_drop=-1"):
+        CollapseGuard({"grpo/kl": Bound(), "reward/total": Bound(max_drop=-1)}, "cry", average_over=0)

@@ -155,7 +155,7 @@ def run_apart(config: str, *more: str, log: Path, timeout: float | None = None, 
 def rolling_back(workbench: Workbench) -> str:
     """A GRPO run whose entropy is out of bounds, as any policy's is, in every window of two batches."""
     bounds = {"grpo/entropy": {"low": 99.0}}
-    settings = {"bounds": bounds, "action": "roll_back", "window": 2, "max_rollbacks": 1}
+    settings = {"bounds": bounds, "action": "roll_back", "average_over": 2, "max_rollbacks": 1}
     guard = {"class_path": "callbacks.collapse_guard.CollapseGuard", "init_args": settings}
     return workbench.training("grpo", [guard])
 

@@ -25,7 +25,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
     write_json(tmp_path / "model/config.json", {})
     model = {"model": str(tmp_path / "model"), "learning_rate": 1e-4, "max_tokens_per_row": 4096, "beta": 0.1}
     callbacks = [
-        {"class_path": "callbacks.collapse_guard.CollapseGuard", "init_args": {"action": "warn", "window": 5}},
+        {"class_path": "callbacks.collapse_guard.CollapseGuard", "init_args": {"action": "warn", "average_over": 5}},
         {"class_path": "callbacks.mig_bench.MIGBench", "init_args": {"annotations": "a.json", "every_n_steps": 5}},
         {"class_path": "callbacks.rejection_sampling.RejectionSampling", "init_args": {"num_samples": 4}},
     ]
