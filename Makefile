@@ -1,8 +1,8 @@
-# One command for each job. The first one that needs Python makes .venv and installs setup.cfg's dependencies into it.
-# CONFIG picks another YAML, ARGS overrides any of its fields, SEED picks the seed of pipeline, sft, grpo and sweep:
+# One command for each job. The first command that needs Python makes .venv and installs the dependencies of setup.cfg.
+# CONFIG is another YAML, ARGS overrides any of its fields, SEED is the seed of pipeline, sft, grpo and sweep:
 #   make grpo CONFIG=experiments/configs/paper/grpo_7b.yaml ARGS="--model.beta=0.01"
 #   make pipeline SEED=1
-# KEEP=1 or REDO=1 answers a command that asks because source files have changed since the existing results were made.
+# A command may ask whether to keep results from before source files changed. KEEP=1 or REDO=1 answers this question.
 
 PYTHON ?= python3
 VENV := .venv
@@ -22,21 +22,21 @@ SWEEP ?=
 KEEP ?=
 REDO ?=
 NANO := experiments/configs/nano
-# $(call config,name): the YAML asked for, or the nano one of that name.
+# $(call config,name): CONFIG, or the nano YAML of this name.
 config = --config $(or $(CONFIG),$(NANO)/$(1).yaml)
 comma := ,
 space := $(subst ,, )
-# $(call list,a b): as a flag's value, [a,b].
+# $(call list,a b): the value [a,b] for a flag.
 list = '[$(subst $(space),$(comma),$(strip $(1)))]'
 seed = $(if $(SEED),--seed_everything $(SEED))
 answer = $(if $(filter-out 0,$(REDO)),--redo) $(if $(filter-out 0,$(KEEP)),--keep)
-# The nano configurations need the nano world, which is made once; a finished one is kept, also if `make shards` was given
-# ARGS. Another CONFIG brings its own data.
-world = $(if $(CONFIG),,$(PY) -m experiments.generate_synthetic --config $(NANO)/shards.yaml --keep=true)
-# A source by its name, or a mixture by its YAML.
+# The nano configurations need the synthetic dataset. It is generated once; a finished one is kept, also if `make shards`
+# has made it with other ARGS. Another CONFIG has its own data.
+dataset = $(if $(CONFIG),,$(PY) -m experiments.generate_synthetic --config $(NANO)/shards.yaml --keep=true)
+# SOURCE is the name of a source, or the YAML of a mixture.
 import = import_shards $(if $(filter %.yaml,$(SOURCE)),--config,--source) $(SOURCE) $(if $(ROOT),--root $(ROOT))
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
-# The tests' tensors are tiny: on two cores a second OpenMP thread made them many times slower.
+# The tensors in the tests are tiny. On two cores, a second OpenMP thread made the tests many times slower.
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
@@ -46,7 +46,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf '\n  CONFIG=file.yaml  another configuration      ARGS="--model.beta=0.01"  override any field\n'
-	@printf '  KEEP=1, REDO=1    keep, or make again, results from before source files changed\n'
+	@printf '  KEEP=1, REDO=1    keep results from before source files changed, or make them again\n'
 	@printf '  SEED=1            of pipeline, sft, grpo, sweep\n  PYTHON=python3.12 the Python that makes .venv\n'
 
 $(STAMP): setup.cfg
@@ -56,11 +56,11 @@ $(STAMP): setup.cfg
 	$(PY) -m pip install --editable '.[dev]'
 	touch $@
 
-pipeline: $(STAMP)  ## Base, CoT-SFT, rejection sampling, GRPO, MIG-Bench between them, and the report (the main job)
+pipeline: $(STAMP)  ## Base model, CoT-SFT, rejection sampling, GRPO, MIG-Bench after each stage, and the report (the main job)
 	$(if $(CONFIG),,$(PY) -m experiments.nano.pretrain --processes 2)
 	$(PY) -m experiments.pipeline $(call config,pipeline) --seed $(or $(SEED),0) $(answer) $(ARGS)
 
-ablations: $(STAMP)  ## The paper's Tables 2, 3 and 9: every row at SEEDS="0 1 2", ROWS="sft grpo" for some; resumes, reuses `make pipeline`
+ablations: $(STAMP)  ## The paper's Tables 2, 3 and 9: all rows or ROWS="sft grpo", with SEEDS="0 1 2"; resumes, reuses `make pipeline`
 	$(if $(CONFIG),,$(PY) -m experiments.nano.pretrain --processes 2)
 	$(PY) -m experiments.ablations $(call config,ablations) $(if $(SEEDS),--seeds $(call list,$(SEEDS))) \
 		$(if $(ROWS),--only $(call list,$(ROWS))) $(answer) $(ARGS)
@@ -68,32 +68,32 @@ ablations: $(STAMP)  ## The paper's Tables 2, 3 and 9: every row at SEEDS="0 1 2
 base: $(STAMP)  ## Pretrain the nano base model on single-image tasks (half an hour or more on two CPU cores; resumes)
 	$(PY) -m experiments.nano.pretrain --processes 2 $(ARGS)
 
-shards: $(STAMP)  ## Generate the nano world, or import: SOURCE=mgrounding|refcoco|odinw|v3det|mixture.yaml ROOT=folder
-	$(PY) -m experiments.$(if $(SOURCE),$(import),shards $(call config,shards)) $(ARGS)
+shards: $(STAMP)  ## Generate the synthetic dataset, or import data: SOURCE=mgrounding|refcoco|odinw|v3det|mixture.yaml ROOT=folder
+	$(PY) -m experiments.$(if $(SOURCE),$(import),generate_synthetic $(call config,shards)) $(ARGS)
 
 sft: $(STAMP)  ## Train CoT-SFT (LoRA) and merge
-	$(world)
+	$(dataset)
 	$(PY) -m experiments.train $(call config,cot_sft) $(seed) $(answer) $(ARGS)
 
 grpo: $(STAMP)  ## Rejection-sample with the stage-1 model, train GRPO and merge
-	$(world)
+	$(dataset)
 	$(PY) -m experiments.train $(call config,grpo) $(seed) $(answer) $(ARGS)
 
-sweep: $(STAMP)  ## Sweep λ, β and what else GRPO hangs on: on W&B where there is a key, else here; resumes. ARGS="--trials 8"
+sweep: $(STAMP)  ## Sweep λ, β and other settings of GRPO, on W&B or without a key on this machine; resumes: ARGS="--trials 8"
 	$(if $(CONFIG),,test -d outputs/nano/cot_sft/merged || $(MAKE) sft SEED= ARGS=)
-	$(world)
+	$(dataset)
 	$(PY) -m experiments.sweep $(call config,sweep) $(if $(SEED),--seed $(SEED)) $(answer) $(ARGS)
 
 agent: $(STAMP)  ## Join a W&B sweep from another machine: SWEEP=entity/project/id
 	$(PY) -m experiments.sweep --join $(or $(SWEEP),$(error SWEEP=entity/project/id is missing)) $(ARGS)
 
-# Needs no .venv: the server has an environment of its own.
+# This command needs no .venv: the server has its own environment.
 VLLM_VENV ?= .venv-vllm
 vllm-server:  ## Serve rollouts for GRPO with model.engine=vllm: MODEL=folder, ARGS="--port 8001"; on a GPU if there is one
 	$(PYTHON) lightning_modules/serving/vllm_server.py --venv $(VLLM_VENV) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 eval: $(STAMP)  ## Evaluate any model: MODEL=nano BENCH=all (or ref_l4,blink,...), or MIG-Bench alone: ARGS="--model outputs/nano/grpo/merged"
-	$(world)
+	$(dataset)
 	$(if $(MODEL)$(BENCH),$(PY) -m experiments.evaluate_benchmarks $(call config,benchmarks) \
 		$(if $(MODEL),--model $(MODEL)) $(if $(BENCH),--bench $(BENCH)) $(answer) $(ARGS),\
 		$(PY) -m experiments.evaluate $(call config,eval) $(answer) $(ARGS))
@@ -104,9 +104,9 @@ rescore: $(STAMP)  ## Score stored answers again: ARGS="--predictions outputs/ev
 tables: $(STAMP)  ## The paper's Tables 2-9 with the measured numbers beside them: Markdown, CSV, report.html
 	$(PY) -m experiments.print_tables $(ARGS)
 
-synthesize: $(STAMP)  ## CoT data from a teacher: nano's own CoT-SFT model, served here, or any OpenAI-compatible server
+synthesize: $(STAMP)  ## CoT data from a teacher: the nano CoT-SFT model, served here, or any OpenAI-compatible server
 	$(if $(CONFIG),,test -d outputs/nano/cot_sft/merged || $(MAKE) sft SEED= ARGS=)
-	$(world)
+	$(dataset)
 	$(PY) -m experiments.synthesize $(call config,synthesize) $(answer) $(ARGS)
 
 report: $(STAMP)  ## Rewrite report.html from a finished or running experiment: ARGS="--folder outputs/nano-seed1"
@@ -118,15 +118,16 @@ compare: $(STAMP)  ## One page that compares runs, with their rollouts: RUNS="ou
 dashboard: $(STAMP)  ## The same as a W&B report (needs a key): ARGS="--experiments nano nano-seed1"
 	$(PY) -m experiments.wandb_report $(ARGS)
 
-bench: $(STAMP)  ## Time GRPO and SFT steps beside TRL's on the nano base, and how ours grow: ARGS="--threads 1"
+bench: $(STAMP)  ## Time GRPO and SFT steps beside TRL's on the nano base model, and how ours grow: ARGS="--threads 1"
 	$(OFFLINE) $(PY) -m experiments.bench.run --shapes nano $(ARGS)
 
-# Needs no .venv: BENCH_PYTHON is any Python with torch and transformers, ARGS="--trl-python ..." another one with TRL.
+# This command needs no .venv: BENCH_PYTHON is any Python with torch and transformers, and ARGS="--trl-python ..." another
+# one with TRL.
 BENCH_PYTHON ?= $(PY)
-bench-gpu:  ## Time them on a GPU at the 7B and 3B shapes, random weights; 9 minutes at most, run it again to go on
+bench-gpu:  ## The same on a GPU with 7B and 3B shapes and random weights; ends within 9 minutes, run it again to continue
 	$(OFFLINE) $(BENCH_PYTHON) -m experiments.bench.run --shapes 7b 3b --minutes 8.5 $(ARGS)
 
-chaos: $(STAMP)  ## Kill a short pipeline 20 times and compare its results with an undisturbed run's: ARGS="--kills 40 --seed 1"
+chaos: $(STAMP)  ## Kill a short pipeline 20 times and compare the results with an undisturbed run: ARGS="--kills 40 --seed 1"
 	$(OFFLINE) $(ONE_THREAD) $(PY) -m tests.chaos.run_chaos $(ARGS)
 
 lint: $(STAMP)  ## Check style with ruff

@@ -1,9 +1,13 @@
 """Import published data sets as shards: `make shards SOURCE=mgrounding ROOT=/data/MGrounding-630k`.
 
-SOURCE is one of datamodules/importers/registry.py's, or a YAML that names several with their shares, such as the
-paper's mixture. <out>/<part>/ holds a part's shards, <out>/manifest.json all parts as one folder of shards,
-<out>/import.json the schema reports and what was rejected, and why. A killed import goes on; a finished one
-is left as it is.
+SOURCE is a name in datamodules/importers/registry.py, or a YAML file with several sources and their shares, such as the
+paper's mixture. The output is
+
+    <out>/<part>/         the shards of one part
+    <out>/manifest.json   all parts as one folder of shards
+    <out>/import.json     the schema reports, and the rejected samples by rule
+
+An import that was killed continues. A finished import is left as it is.
 """
 
 from __future__ import annotations
@@ -32,20 +36,19 @@ from experiments.runs.changes import MadeOf
 from experiments.runs.commands import command
 
 REPORT = "import.json"
-MADE_BY = "import_shards"
+MADE_BY = "import_shards"  # in the marker of a folder: this command has written it and may replace it
 
 
 @dataclass(frozen=True)
 class Part:
-    """One share of a mixture.
+    """One part of a mixture.
 
     Args:
-        name: its folder below `out`
-        source: what it comes from: mgrounding, refcoco, odinw or v3det
-        root: the source's folder, below the mixture's root
-        subsets: patterns of the source's subsets, "!pattern" for those to leave out; those meant for training where
-            none are given
-        count: samples to draw at random; all where none is given
+        name: name of its folder in `out`
+        source: mgrounding, refcoco, odinw or v3det
+        root: folder of the source, below the root of the mixture
+        subsets: patterns of the source's subsets, or "!pattern" to leave some out; by default those for training
+        count: number of samples, drawn at random; by default all
     """
 
     name: str
@@ -74,22 +77,23 @@ def run(
     """Import one source, or the parts of a mixture.
 
     Args:
-        root: folder with the source's files as published, or that holds the folders of a mixture's sources
+        root: folder with the published files of the source; for a mixture, the folder with the folders of its sources
         source: mgrounding, refcoco, odinw or v3det; each of its subsets becomes a part
-        out: folder to write; data/<source> if it is not given
-        subsets: patterns of the source's subsets, such as "*/val", or "!vector/*" to leave some out; those meant for
-            training if none are given
-        count: samples to draw at random from each subset; all if it is not given
+        out: folder to write; by default data/<source>
+        subsets: patterns of the source's subsets, such as "*/val", or "!vector/*" to leave some out; by default those
+            for training
+        count: number of samples from each subset, drawn at random; by default all
         parts: a mixture, in place of `source`, `subsets` and `count`
-        surplus: multiplies the counts, for what a later step will filter out
-        seed: seed of the draw
-        records_per_shard: records of the source that go into one shard
-        max_rejected: stop when a larger share of samples breaks a rule
-        one_box: reject answers of several boxes, as in tracks, which training cannot score
-        allow: unknown fields of the source's records to put up with
-        processes: how many to use; 0 is one for each core
+        surplus: all counts are multiplied by this, because a later step will remove some samples
+        seed: seed of the random choice of samples
+        records_per_shard: records of the source in one shard
+        max_rejected: stop if a larger share of the samples breaks a rule
+        one_box: reject answers with several boxes, which training cannot score
+        allow: unknown fields of the source's records that are accepted
+        processes: number of processes; 0 means one for each core
         scan_only: print the schema reports and write nothing
     """
+    # 1. Settings, and the key: a hash of the settings and of the annotation files.
     _check(root, source, out, parts, [count, *(part.count for part in parts or ())], surplus, records_per_shard)
     folder = Path(out or f"data/{source}")
     settings = Settings(None, seed, records_per_shard, max_rejected, one_box)
@@ -102,11 +106,14 @@ def run(
         if run_identity.read_marker(folder).get("key") == key and not scan_only:
             print(f"{folder} is already imported with these settings", flush=True)
             return
+        # 2. Read the annotations of all sources.
         scans = {place: _scan(*place, root, allow or ()) for place in digests}
         if scan_only:
             return
+        # 3. Write the parts, one after the other. The old manifest goes first, because it may name parts that will be
+        # renamed now.
         run_identity.write_marker(folder, run_identity.STARTED, key=key, made_by=MADE_BY)
-        (folder / MANIFEST).unlink(missing_ok=True)  # of other settings: parts may be moved aside now
+        (folder / MANIFEST).unlink(missing_ok=True)
         if parts is None:
             wanted = _part_for_each_subset(wanted[0], scans[source, ""])
         tallies = {}
@@ -114,6 +121,7 @@ def run(
             for part in wanted:
                 place = part.source, part.root
                 tallies[part.name] = _import(folder, part, scans[place], digests[place], settings, surplus, workers)
+        # 4. The common manifest and report; the marker comes last.
         _finish(folder, scans, tallies)
         run_identity.write_marker(folder, key=key)
 
@@ -127,7 +135,7 @@ def _check(
     surplus: float,
     records_per_shard: int,
 ) -> None:
-    """All wrong settings at once, as SettingsError."""
+    """Raise SettingsError with all wrong settings at once."""
     faults = []
     if not Path(root).is_dir() or not root:
         faults.append(f"root={root!r} is no folder")
@@ -148,12 +156,13 @@ def _check(
 
 
 def _digests(part: Part, root: str) -> dict[str, str]:
+    """{path: sha256} of the annotation files of a part's source."""
     files = SOURCES[part.source].annotation_files(Path(root, part.root))
     return {str(file.relative_to(Path(root, part.root))): file_sha256(file) for file in files}
 
 
 def _scan(source: str, below: str, root: str, allow: Sequence[str]) -> Scan:
-    """Scan a source and print what it holds."""
+    """Scan a source, and print its schema report and its subsets."""
     print(f"{source} in {Path(root, below)}:", flush=True)
     scan = SOURCES[source].scan(Path(root, below), allow)
     print(format_report(scan.report))
@@ -163,7 +172,11 @@ def _scan(source: str, below: str, root: str, allow: Sequence[str]) -> Scan:
 
 
 def _chosen(part: Part, scan: Scan) -> list[str]:
-    """The subsets that the part's patterns name, less those of its "!patterns"; a pattern without any is an error."""
+    """The subsets that match the part's patterns and none of its "!patterns".
+
+    Raises:
+        ValueError: a pattern matches no subset, or no subset is left.
+    """
     without = [pattern[1:] for pattern in part.subsets if pattern.startswith("!")]
     asked = [pattern for pattern in part.subsets if not pattern.startswith("!")]
     patterns = asked or SOURCES[part.source].DEFAULT_SUBSETS
@@ -179,6 +192,7 @@ def _chosen(part: Part, scan: Scan) -> list[str]:
 
 
 def _part_for_each_subset(part: Part, scan: Scan) -> list[Part]:
+    """One part for each chosen subset of a single source."""
     return [Part(name, part.source, part.root, [name], part.count) for name in _chosen(part, scan)]
 
 
@@ -191,9 +205,10 @@ def _import(
     surplus: float,
     workers: Workers,
 ) -> dict[str, Any]:
-    """Import one part unless it is there; its tally."""
+    """Import one part, unless it is finished; returns its counts."""
     folder, names = out / part.name, _chosen(part, scan)
     count = None if part.count is None else math.ceil(part.count * surplus)
+    # Each part has its own key, so a change in one part of a mixture leaves the others as they are.
     made_of = settings.seed, settings.records_per_shard, settings.one_box
     key = fingerprint(VERSION, part.source, digests, names, count, made_of)
     recorded = {"version": VERSION, "source": part.source, "subsets": names, "count": count, "annotations": digests}
@@ -201,6 +216,7 @@ def _import(
     if run_identity.claim(folder, MadeOf(key, recorded)):
         print(f"{folder} is already imported with these settings", flush=True)
     else:
+        # The entries of a single subset are not copied into a list.
         several = list(itertools.chain.from_iterable(scan.subsets[name] for name in names)) if names[1:] else None
         entries = scan.subsets[names[0]] if several is None else several
         settings = replace(settings, count=count)
@@ -214,7 +230,7 @@ def _import(
 
 
 def _finish(out: Path, scans: dict[tuple[str, str], Scan], tallies: dict[str, Any]) -> None:
-    """The report of the whole, and the manifest that makes one folder of shards of all parts."""
+    """Write the report of all parts, and the manifest by which the parts are one folder of shards."""
     sources = {
         f"{source} {below}".strip(): scan.report
         | {"subsets": {name: len(entries) for name, entries in scan.subsets.items()}, "skipped": scan.skipped}
@@ -229,10 +245,10 @@ def _finish(out: Path, scans: dict[tuple[str, str], Scan], tallies: dict[str, An
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """End the program where `folder` holds anything that no import has made."""
+    """End the program if `folder` holds files that no import has written."""
     made_here = run_identity.read_marker(folder, run_identity.STARTED).get("made_by") == MADE_BY
     if folder.exists() and any(folder.iterdir()) and not made_here:
-        sys.exit(f"out={str(folder)!r} holds what was not made here; choose another folder")
+        sys.exit(f"out={str(folder)!r} holds files that no import has written; choose another folder")
 
 
 @command

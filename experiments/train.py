@@ -1,9 +1,9 @@
 """Train one phase from one YAML: `python -m experiments.train --config X.yaml [--model.learning_rate=1e-4 ...]`.
 
-Everything the phase writes lies in outputs/<experiment>/<phase>/. Started again, it goes on from its last checkpoint;
-finished with the same settings and inputs, it says so and ends; with other settings it starts afresh and the old
-folder is moved aside. Where only the source files of the project have changed, it asks: --keep takes the run that is
-there as it is, or goes on with it, --redo moves it aside and makes it again.
+All files of the phase are in outputs/<experiment>/<phase>/. If the command is started again, it resumes from the last
+checkpoint. If the phase is finished with the same settings and inputs, the command says so and ends. With other
+settings, the old folder is renamed and training starts from the beginning. If only source files of the project have
+changed, the command asks for --keep (take the existing run, or resume it) or --redo (rename it and train again).
 """
 
 from __future__ import annotations
@@ -45,16 +45,21 @@ log = logging.getLogger(__name__)
 
 
 class AlreadyDone(Exception):
-    """The phase folder holds this very run, finished."""
+    """The phase folder holds this run, and it is finished."""
 
 
 class TrainCLI(LightningCLI):
-    """LightningCLI that knows phase folders. One complete YAML holds every setting of a run."""
+    """A LightningCLI with phase folders. One complete YAML holds every setting of a run.
+
+    Args:
+        args: the command line; None means sys.argv.
+        choice: --keep or --redo, if the user gave one.
+    """
 
     def __init__(self, args: list[str] | None = None, choice: Choice | None = None) -> None:
-        self.stack, self.choice = ExitStack(), choice
+        self.stack, self.choice = ExitStack(), choice  # the stack holds the lock on the phase folder
         self.commit = current_commit(Path(__file__).parent)
-        # Lightning's own calls, not ours, use what newer versions of jsonargparse have renamed.
+        # Lightning, not this project, calls functions that newer versions of jsonargparse have renamed.
         os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
         super().__init__(
             LightningModule,
@@ -70,34 +75,37 @@ class TrainCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the settings of a run, and those that follow from others."""
         parser.add_argument("--experiment", type=str, required=True, help="name of the folder in outputs/, W&B group")
         parser.add_argument("--phase", type=str, required=True, help="name of the phase's folder, W&B job type")
         parser.add_argument("--outputs", type=str, default="outputs", help="folder that holds all experiments")
+        # One seed, one model and one box format for module and data.
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("model.init_args.model", "data.processor")
         parser.link_arguments("data.box_format", "model.init_args.box_format", compute_fn=BoxFormat)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
+        """Parse; explain it if the config.yaml of another version of the project is the reason of a failure."""
         try:
             super().parse_arguments(parser, args)
-        except SystemExit as end:  # the parser has told what is wrong, but not in which file
+        except SystemExit as end:  # the parser has printed what is wrong, but not in which file
             files = saved_configs(sys.argv[1:] if args is None else args) if end.code else []
             for file in files:
                 if not can_parse(parser, file):
                     raise run_identity.OtherVersion(file.parent, "see the field named above") from end
             raise
-        preflight.raise_all(
-            preflight.seed_faults(self.config.seed_everything)
-        )  # Lightning seeds before it asks for more
+        # Lightning seeds right after this, before the other checks, and would fail with a traceback.
+        preflight.raise_all(preflight.seed_faults(self.config.seed_everything))
 
     @property
     def folder(self) -> Path:
+        """The phase folder."""
         return Path(self.config.outputs) / self.config.experiment / self.config.phase
 
     @property
     def is_leader(self) -> bool:
-        """True in the one process that owns the phase folder."""
+        """Whether this process owns the phase folder; true in one process of a run."""
         return preemption.is_first_process()
 
     def settings(self) -> dict:
@@ -105,13 +113,17 @@ class TrainCLI(LightningCLI):
         return yaml.safe_load(self.parser.dump(self.config, skip_unset=False, skip_link_targets=False))
 
     def before_instantiate_classes(self) -> None:
-        # W&B's agent names its runs in the environment, and a folder has to be named after that.
+        """Check the settings, and claim the phase folder. Raises AlreadyDone if there is nothing to do."""
+        # A W&B agent passes the id of a sweep's run in the environment; the folder's name may contain it.
         self.config.phase = os.path.expandvars(self.config.phase)
         settings = self.settings()
+        # 1. All problems at once, before weights are loaded.
         preflight.raise_all(preflight.training_faults(settings) + self.constructor_faults())
+        # 2. The key tells whether the folder holds this run, another run, or another version of this run.
         run = made_of(settings)
         self.key = run.key
-        with ExitStack() as stack:  # whoever does not get to train frees the folder at once
+        # 3. Only one run at a time may use the folder. The lock is released at once if this process does not train.
+        with ExitStack() as stack:
             if self.is_leader:
                 stack.enter_context(run_identity.locked(self.folder))
                 done = run_identity.claim(self.folder, run, choice=self.choice, commit=self.commit)
@@ -125,7 +137,7 @@ class TrainCLI(LightningCLI):
         self.config.trainer.default_root_dir = str(self.folder)
 
     def constructor_faults(self) -> list[str]:
-        """What the module and the data, whose constructors are cheap, say of their own settings."""
+        """The problems that the constructors of the module and of the data find. Both constructors are cheap."""
         faults = []
         for name, kind in (("model", self.model_class), ("data", self.datamodule_class)):
             parser = LightningArgumentParser()
@@ -133,10 +145,11 @@ class TrainCLI(LightningCLI):
             try:
                 parser.instantiate(Namespace({name: self.config[name].clone()}))
             except ValueError as error:
-                faults.append(f"{name}: {error.__cause__ or error}")  # the cause, without the parser's own words
+                faults.append(f"{name}: {error.__cause__ or error}")  # the cause is our message; the parser adds words
         return faults
 
     def instantiate_trainer(self, **kwargs: object) -> Trainer:
+        """The Trainer, with this project's loggers, checkpoints and RankWatch unless the YAML has others."""
         if self.config_init.trainer.logger is None:
             kwargs["logger"] = self.loggers()
         callbacks = list(self.config_init.trainer.callbacks or [])
@@ -144,7 +157,7 @@ class TrainCLI(LightningCLI):
             callbacks.insert(0, RankWatch())
         checkpoints = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
         if not checkpoints and self.config_init.trainer.enable_checkpointing is not False:
-            checkpoints = [WindowCheckpoint(every_n_minutes=10)]  # Lightning's own would not know of windows
+            checkpoints = [WindowCheckpoint(every_n_minutes=10)]  # Lightning's own may save inside a window
             callbacks += checkpoints
         for callback in checkpoints:
             if callback.dirpath is None:
@@ -155,6 +168,7 @@ class TrainCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def loggers(self) -> list[Logger]:
+        """W&B, and metrics.jsonl of this attempt."""
         choose_wandb_mode()
         identity = wandb_identity(self.folder, wandb_run_id(self.folder, self.key))
         wandb_logger = OnceWandbLogger(save_dir=str(self.folder), **identity)
@@ -162,7 +176,7 @@ class TrainCLI(LightningCLI):
 
 
 def saved_configs(args: list[str]) -> list[Path]:
-    """The files among the arguments that a run has written as its config.yaml."""
+    """The arguments that are the config.yaml of an existing run."""
     files = [Path(word.removeprefix("--config=")) for word in args]
     return [
         file for file in files if file.name == run_identity.CONFIG and (file.parent / run_identity.STARTED).is_file()
@@ -170,7 +184,7 @@ def saved_configs(args: list[str]) -> list[Path]:
 
 
 def can_parse(parser: LightningArgumentParser, config: Path) -> bool:
-    """Whether the file alone is a configuration of this version; says nothing."""
+    """Whether this version can parse the file alone; nothing is printed."""
     try:
         with redirect_stderr(StringIO()):
             parser.parse_args(["--config", str(config)])
@@ -180,63 +194,66 @@ def can_parse(parser: LightningArgumentParser, config: Path) -> bool:
 
 
 def fit(cli: TrainCLI) -> None:
-    """Train to the end, from the last checkpoint where there is one, and mark the phase as done."""
+    """Train to the end, from the last checkpoint if there is one, and mark the phase as done."""
     for logger in cli.trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_hyperparams(cli.settings() | {"commit": cli.commit})
+    # 1. Find the checkpoint to resume from: the newest intact one.
     if cli.is_leader:
         collapse_guard.finish_rollback(cli.folder)
     checkpoint = collapse_guard.last_whole(cli.folder, cli.is_leader)
     if checkpoint and cli.is_leader:
         print(f"going on from {checkpoint}", flush=True)
+    # 2. Train.
     start = time.monotonic()
     try:
-        # weights_only: a checkpoint is data; nothing in it may run.
+        # weights_only: a checkpoint is data; it must not run code.
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit:  # how Lightning ends a run that Ctrl-C or SIGTERM has stopped
+    except SystemExit:  # Lightning ends a run so after Ctrl-C or SIGTERM
         if cli.is_leader:
-            saved = collapse_guard.last_good(cli.folder) or "what is saved"  # as in rejection sampling
+            saved = collapse_guard.last_good(cli.folder) or "what is saved"  # rejection sampling has no checkpoint
             print(f"stopped; the same command goes on from {saved}", flush=True)
         raise
-    except RuntimeError as error:  # the end of a worker may be told anywhere in training
+    except RuntimeError as error:  # PyTorch may report the end of a worker process at any place
         if failure := cli.datamodule.workers_failure(error):
             raise failure from error
         raise
     finally:
         if cli.is_leader:
             merge_metrics(cli.folder)
-    if cli.trainer.global_step == 0:  # a run without MergeAdapter, which looks at the weights themselves
+    # 3. Mark the phase as done, unless nothing was learnt. (MergeAdapter checks the weights, but not every run has it.)
+    if cli.trainer.global_step == 0:
         cli.model.require_learnt()
     if cli.is_leader:
         run_identity.finish(cli.folder, cli.key, seconds=round(time.monotonic() - start, 1))
 
 
 def merge_metrics(folder: Path) -> None:
-    """Write metrics.csv; where it cannot be written, that must not hide how the run has ended."""
+    """Write metrics.csv from the files of all attempts."""
     try:
         metrics_csv.merge_attempts(folder)
-    except StorageError as error:
+    except StorageError as error:  # only a warning, so that it does not hide the error that has ended the run
         log.warning("metrics.csv is not up to date: %s", error)
 
 
 def quieten() -> None:
-    """Leave out what Lightning says of choices that are meant."""
+    """Silence Lightning's hints about settings that are intended here."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 
 @command
 def main(args: list[str] | None = None) -> None:
-    """Entry point. Setting errors are printed all at once, without a traceback, before weights are loaded."""
+    """Entry point. Errors in settings are printed all at once, without a traceback, before weights are loaded."""
     quieten()
     end_with_launcher()
-    preemption.requeue_at_once()  # until training starts, and can be stopped between two batches
+    preemption.requeue_at_once()  # until training starts; SaveOnInterrupt then replaces this handler
     choice, rest = take_choice(sys.argv[1:] if args is None else args)
     if args is None:
-        sys.argv[1:] = rest  # which Lightning gives to the ranks that it starts
+        sys.argv[1:] = rest  # Lightning passes sys.argv to the ranks that it starts
     else:
         args = rest
-    while True:
+    while True:  # once, and once more after each rollback
         try:
             cli = TrainCLI(args, choice)
             with cli.stack:
@@ -244,7 +261,7 @@ def main(args: list[str] | None = None) -> None:
         except AlreadyDone as done:
             return print(f"{done} is already done with these settings and inputs", flush=True)
         except collapse_guard.RolledBack as rolled_back:
-            cli = None  # its weights are not needed beside those that are now loaded
+            cli = None  # frees the old weights before the new ones are loaded
             wandb_runs.finish_run()
             print(rolled_back, flush=True)
         except (preflight.SettingsError, run_identity.OtherVersion, CodeChanged, RunStopped) as reason:

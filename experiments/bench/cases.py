@@ -1,4 +1,4 @@
-"""What is measured for each shape: a GRPO step and an SFT step beside TRL, and how our GRPO step grows."""
+"""The cases for each shape: a GRPO step and an SFT step beside TRL's, and how our GRPO step grows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from experiments.bench.workload import Workload
 
+# Growth: one number of the workload takes these values, the others stay.
 GROWTH = {
     "group_size": (4, 8, 16, 32),
     "images": (1, 2, 4, 8),
@@ -17,16 +18,15 @@ TINY_GROWTH = {"group_size": (2, 4), "images": (1, 2), "completion_tokens": (4, 
 
 @dataclass(frozen=True)
 class Case:
-    """`turns` of each contender, alternating; each is `warmup` untimed steps (at least one in the first turn) and then
-    `steps` timed ones. `expected_seconds`: no case is begun with less than this left."""
+    """One measurement. The contenders take turns; a turn has untimed steps and then timed ones."""
 
     name: str
     workload: Workload
     contenders: tuple[str, ...] = ("ours", "trl")
-    turns: int = 4
-    warmup: int = 0
-    steps: int = 2
-    expected_seconds: int = 60
+    turns: int = 4  # of each contender
+    warmup: int = 0  # untimed steps of a turn; the first turn has at least one
+    steps: int = 2  # timed steps of a turn
+    expected_seconds: int = 60  # the case is not begun if less time than this is left
 
 
 def workloads(shape: str) -> dict[str, Workload]:
@@ -37,7 +37,7 @@ def workloads(shape: str) -> dict[str, Workload]:
     if shape == "nano":
         grpo = Workload()
         return {"grpo": grpo, "sft": replace(grpo, task="sft", prompts=16, group_size=1)}
-    # DESIGN.md: 2 prompts x 8 completions of 256 tokens, 3 images of 640x480.
+    # The GPU workload: 2 prompts x 8 completions of 256 tokens, 3 images of 640x480.
     grpo = Workload(
         completion_tokens=256,
         image_size=(640, 480),
@@ -45,15 +45,16 @@ def workloads(shape: str) -> dict[str, Workload]:
         gradient_checkpointing=True,
         dtype="bfloat16",
         max_tokens_per_row=16_384,
-        activation_gib=6,  # the step then needs no more memory than TRL's
+        activation_gib=6,  # with this, our step needs no more memory than TRL's
     )
     return {"grpo": grpo, "sft": replace(grpo, task="sft", prompts=8, group_size=1)}
 
 
 def cases(shape: str, growth_contenders: tuple[str, ...] = ("ours",)) -> Iterator[Case]:
+    """All cases of a shape; `growth_contenders` are measured in the cases of growth."""
     base = workloads(shape)
     on_gpu = shape not in ("tiny", "nano")
-    # On the GPU each turn starts with memory that was just given to the other contender: its first step is not timed.
+    # On a GPU, a turn must first allocate the memory that the other contender has freed. That step is not timed.
     pace = {"turns": 2, "warmup": 1, "steps": 1} if on_gpu else {"turns": 1 if shape == "tiny" else 4}
     yield Case("grpo", base["grpo"], expected_seconds=380 if on_gpu else 60, **pace)
     yield Case("sft", base["sft"], expected_seconds=120 if on_gpu else 60, **pace)

@@ -1,4 +1,4 @@
-"""One contender as a process: starts it, sends commands, waits for answers no longer than until a deadline."""
+"""One contender as a process: start it, send commands, and wait for answers, at most until a deadline."""
 
 from __future__ import annotations
 
@@ -23,13 +23,20 @@ class OutOfTime(RuntimeError):
 
 
 class Contender:
-    """Starts at once; `await_greeting` waits until it is ready for commands."""
+    """A process that trains step by step. It starts at once; `await_greeting` waits until it is ready for commands.
+
+    Args:
+        name: "ours" or "trl".
+        python: the interpreter of the environment to use.
+        threads: number of threads on the CPU.
+        log: file for what the process prints.
+        deadline: in seconds of time.monotonic().
+    """
 
     def __init__(self, name: str, python: str, threads: int, log: Path, deadline: float) -> None:
-        """`python` is the interpreter of the environment to use; `deadline` in seconds of time.monotonic()."""
         self.name, self.log, self.deadline = name, log, deadline
         log.parent.mkdir(parents=True, exist_ok=True)
-        # Nothing is looked up on a network, and both contenders get the same number of threads.
+        # No network, and the same number of threads for both contenders.
         own = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         with log.open("w") as errors:
             self.process = subprocess.Popen(
@@ -39,19 +46,20 @@ class Contender:
                 stderr=errors,
                 env=os.environ | own,
             )
-        self._received = b""
-        self.versions: dict[str, str] = {}
+        self._received = b""  # the beginning of the next answer
+        self.versions: dict[str, str] = {}  # library -> version
 
     def await_greeting(self) -> None:
-        """The contender's first answer: its versions."""
+        """Wait for the first answer of the contender, its versions."""
         self.versions = self.versions or self.read()["versions"]
 
     def ask(self, **command: Any) -> dict[str, Any]:
+        """Send a command and wait for its answer."""
         self.tell(**command)
         return self.read()
 
     def tell(self, **command: Any) -> None:
-        """Send a command whose answer is read later."""
+        """Send a command; `read` gets its answer later."""
         try:
             self.process.stdin.write(json.dumps(command).encode() + b"\n")
             self.process.stdin.flush()
@@ -59,11 +67,14 @@ class Contender:
             raise ContenderFailed(self._last_words()) from None
 
     def read(self) -> dict[str, Any]:
+        """The next answer. Raises OutOfTime or ContenderFailed."""
         while not (line := self._next_line()).startswith(b"{"):
-            pass  # what a library prints is no answer
+            pass  # a line that a library has printed
         return json.loads(line)
 
     def _next_line(self) -> bytes:
+        """The next line of the process's output."""
+        # A pipe has no timeout. So `select` waits for data until the deadline, and lines are assembled here.
         while b"\n" not in self._received:
             left = self.deadline - time.monotonic()
             if left <= 0 or not select.select([self.process.stdout], [], [], left)[0]:
@@ -76,12 +87,14 @@ class Contender:
         return line
 
     def _last_words(self) -> str:
+        """The message for a process that has ended."""
         lines = self.log.read_text(errors="replace").splitlines()
         return f"{self.name} ended; the end of {self.log}:\n" + "\n".join(lines[-20:])
 
     def close(self) -> None:
+        """Kill the process."""
         self.process.kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(BrokenPipeError):  # a command that it did not live to read
+            with contextlib.suppress(BrokenPipeError):  # closing flushes a command that the process has not read
                 pipe.close()

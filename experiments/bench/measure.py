@@ -1,4 +1,4 @@
-"""Running one case: the contenders take turns; medians, ratio, floor and its share come out."""
+"""Measure one case: the contenders take turns; the result has medians, their ratio, and the lower bound of the time."""
 
 from __future__ import annotations
 
@@ -11,22 +11,35 @@ from experiments.bench.cases import Case
 from experiments.bench.contender_process import Contender
 from experiments.bench.roofline import Peaks, Sizes, step_work
 
-LONG_STEP_SECONDS = 20.0  # asking for its memory again, or waiting at borders, is nothing to a step as long as this
+# In a step longer than this, the time for allocating memory again and for exact phases does not matter.
+LONG_STEP_SECONDS = 20.0
 
 
 def measure(case: Case, model: str, contenders: Mapping[str, Contender], peaks: Peaks) -> dict[str, Any]:
-    """The case's result, as JSON. Raises ValueError if the contenders were not given the same tokens."""
+    """The result of a case, as JSON.
+
+    Args:
+        case: the workload, the contenders, and the number of turns and steps.
+        model: the model folder.
+        contenders: the running processes by name.
+        peaks: the machine's peak rates, for the lower bound.
+
+    Raises:
+        ValueError: the contenders did not read the same tokens.
+    """
+    # 1. Both load the model at the same time.
     chosen = {name: contenders[name] for name in case.contenders}
-    for contender in chosen.values():  # both load at the same time
+    for contender in chosen.values():
         contender.tell(do="train", model=model, workload=case.workload.to_json())
     for contender in chosen.values():
         contender.read()
-    # By contender and turn: every step, untimed steps too.
-    turns: dict[str, list[list[dict]]] = {name: [] for name in chosen}
+    # 2. Alternate, so that slow phases of the machine meet both. Each turn begins with the other contender.
+    turns: dict[str, list[list[dict]]] = {name: [] for name in chosen}  # every step by turn, untimed steps too
     for turn in range(case.turns):
         order = list(chosen) if turn % 2 == 0 else list(chosen)[::-1]
         for name in order:
             turns[name].append(_run_turn(chosen[name], case, turns[name]))
+    # 3. For our GRPO, also the time of decoding one token.
     decoding = {}
     if "ours" in chosen and case.name == "grpo":
         decoding = chosen["ours"].ask(do="decode")
@@ -39,13 +52,15 @@ def measure(case: Case, model: str, contenders: Mapping[str, Contender], peaks: 
         "contenders": {name: _summary(turns[name], case) for name in chosen},
         "decoding": decoding,
     }
-    return result | _ratio(result["contenders"]) | _floor(result, case, model, peaks)
+    return result | _ratio(result["contenders"]) | _lower_bound(result, case, model, peaks)
 
 
 def _run_turn(contender: Contender, case: Case, earlier: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Make the steps of one turn: untimed ones, then timed ones. `earlier` are the contender's turns before."""
     is_long = bool(earlier) and earlier[-1][-1]["seconds"] > LONG_STEP_SECONDS
     untimed = 0 if is_long else case.warmup if earlier else max(case.warmup, 1)
-    # Untimed steps wait for the GPU between phases, which gives the phases; timed ones only where that costs nothing.
+    # Exact phases need a wait for the GPU at each border, which costs time. So they are measured in untimed steps, and
+    # in timed ones only if these are long.
     exact = [is_long or index < untimed for index in range(untimed + case.steps)]
     steps = [contender.ask(do="step", exact=is_exact) | {"exact": is_exact} for is_exact in exact]
     contender.ask(do="release")
@@ -53,16 +68,18 @@ def _run_turn(contender: Contender, case: Case, earlier: list[list[dict[str, Any
 
 
 def _check_inputs(turns: Mapping[str, list[list[dict]]]) -> None:
+    """Raise ValueError if the contenders have read different tokens in any step."""
     seen = [[step["inputs"] for steps in of_contender for step in steps] for of_contender in turns.values()]
-    for number, inputs in enumerate(zip(*seen, strict=False)):  # one contender may have made more steps than another
+    for number, inputs in enumerate(zip(*seen, strict=False)):  # a contender may have made more untimed steps
         if len(set(inputs)) > 1:
             raise ValueError(f"the contenders read different tokens at step {number}: {' and '.join(turns)}")
 
 
 def _summary(turns: list[list[dict[str, Any]]], case: Case) -> dict[str, Any]:
+    """Medians over the timed steps of one contender."""
     timed = [steps[-case.steps :] for steps in turns]
     flat = [step for steps in timed for step in steps]
-    # Where turns have untimed steps, phases are the last one's: on a GPU only these are exact.
+    # With warm-up steps (on a GPU), the phases are those of the last exact step; otherwise medians over timed steps.
     phased = [step for steps in turns for step in steps if step["exact"]][-1:] if case.warmup else flat
     seconds = median(step["seconds"] for step in flat)
     names = dict.fromkeys(name for step in phased for name in step["phases"])
@@ -81,8 +98,13 @@ def _summary(turns: list[list[dict[str, Any]]], case: Case) -> dict[str, Any]:
 
 
 def _ratio(contenders: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """TRL's seconds over ours: of the medians; of each turn, which shows the spread; and of processor time, which other
-    work on the machine disturbs less (with one thread and an idle machine it equals the first)."""
+    """TRL's seconds divided by ours; empty if only one of them was measured.
+
+    - ratio: of the medians.
+    - ratio_by_turn: of the medians of each turn; it shows the spread.
+    - cpu_ratio: of processor time, which other work on the machine disturbs less. With one thread and an idle machine
+      it equals `ratio`.
+    """
     if set(contenders) != {"ours", "trl"}:
         return {}
     ours, trl = contenders["ours"], contenders["trl"]
@@ -94,7 +116,8 @@ def _ratio(contenders: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _floor(result: dict[str, Any], case: Case, model: str, peaks: Peaks) -> dict[str, Any]:
+def _lower_bound(result: dict[str, Any], case: Case, model: str, peaks: Peaks) -> dict[str, Any]:
+    """The least time of a step by the roofline model, in all and by phase, and its share of our time."""
     ours = result["contenders"].get("ours")
     if ours is None:
         return {}
@@ -102,9 +125,9 @@ def _floor(result: dict[str, Any], case: Case, model: str, peaks: Peaks) -> dict
     work = step_work(Sizes.read(model), case.workload, *counts)
     phases = {name: asdict(part) | {"seconds": part.seconds(peaks)} for name, part in work.items()}
     seconds = sum(part["seconds"] for part in phases.values())
-    values = {"floor": {"seconds": seconds, "phases": phases}, "floor_share": seconds / ours["seconds"]}
+    values = {"lower_bound": {"seconds": seconds, "phases": phases}, "lower_bound_share": seconds / ours["seconds"]}
     a_token = result["decoding"].get("seconds_a_token")
-    if a_token:
+    if a_token:  # the first token of a completion comes from the prefill
         bound = phases["decode"]["seconds"] / (case.workload.completion_tokens - 1)
         values["decode_share"] = bound / a_token
     return values

@@ -1,6 +1,6 @@
 """This project as a contender of the benchmark: GRPO and CoTSFT as they are, in the smallest Lightning loop.
 
-Only public names are used: `GRPO`, `CoTSFT`, their policy and engine. Run by the driver (`experiments.bench.run`).
+It uses only public names: `GRPO`, `CoTSFT`, their policy and engine. The driver (`experiments.bench.run`) runs it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from lightning_modules.rollouts.base import Rollout, RolloutEngine, RolloutSetti
 
 
 def build_module(model: str, workload: Workload) -> PolicyModule:
+    """The LightningModule of a workload."""
     common = {
         "lora": LoraSettings(workload.lora_rank, workload.alpha),
         "dtype": workload.dtype,
@@ -47,17 +48,20 @@ def build_module(model: str, workload: Workload) -> PolicyModule:
         temperature=workload.temperature,
         max_new_tokens=workload.completion_tokens,
         beta=workload.beta,
-        skip_equal_groups=False,  # a random model's rewards are all 0; TRL trains on such groups too
+        skip_equal_groups=False,  # all rewards of a random model are 0, and TRL trains on such groups too
         **common,
     )
 
 
 class EndlessBatches:
-    """Encodes the prompts of each step: on a GPU's machine while the step before runs, as the datamodule does; on a CPU
-    inside the step, as TRL does: there is no core to spare."""
+    """An endless loader that encodes the prompts of each step.
+
+    With a GPU, it encodes while the step before runs, like the datamodule in training. On a CPU, it encodes inside the
+    step, like TRL, because there is no core to spare.
+    """
 
     def __init__(self, model: str, workload: Workload, gate: Gate) -> None:
-        # The length of a written answer is ragged; none is cut.
+        # Written answers have different lengths, and none may be too long.
         limit = 4 * workload.completion_tokens + 512
         with_target = workload.task == "sft"
         self.encoder = Encoder(model, "absolute_pixels", "think", 1 << 17, limit, with_target)
@@ -72,13 +76,14 @@ class EndlessBatches:
             yield batch
 
     def _encoded(self) -> Iterator[Batch]:
+        """The batches; after the last sample, the first comes again."""
         stream = itertools.cycle(self.samples)
         while True:
             yield Batch([self.encoder.encode(sample) for sample in itertools.islice(stream, self.prompts)])
 
 
 class TimedEngine:
-    """Counts rollouts as their phase and insists on the lengths that the workload states."""
+    """A rollout engine that counts as a phase, and checks that completions have the stated length."""
 
     def __init__(self, engine: RolloutEngine, gate: Gate) -> None:
         self.engine, self.gate = engine, gate
@@ -101,13 +106,14 @@ class TimedEngine:
 
 
 class Turnstile(Callback):
-    """Stops at the gate after every batch, each of which is one optimizer step."""
+    """Waits at the gate after every batch. Each batch is one optimizer step."""
 
     def __init__(self, model: str, workload: Workload, gate: Gate) -> None:
         self.model, self.workload, self.gate = model, workload, gate
-        self.items: list[EncodedSample] = []
+        self.items: list[EncodedSample] = []  # the last batch, for `_time_decoding`
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Forbid the tokens that would end a completion, and measure the phases."""
         policy = module.policy
         forced = tokens_never_sampled(self.model)
         missing = set(policy.banned_token_ids) - set(forced)
@@ -127,6 +133,7 @@ class Turnstile(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
+        """Report the step. The hash of its tokens shows that TRL reads the same."""
         self.items = batch.items
         gate, metrics = self.gate, trainer.callback_metrics
         gate.facts["prompt_tokens"] = sum(len(item.input_ids) for item in batch.items)
@@ -142,7 +149,7 @@ class Turnstile(Callback):
         trainer.should_stop = not gate.step_done()
 
     def _time_decoding(self, module: GRPO) -> dict[str, Any]:
-        """Seconds of a rollout of a quarter and of full length: their difference is decoding alone."""
+        """The seconds of decoding one token: from rollouts of full and of quarter length, whose prefill is the same."""
         longest = self.workload.completion_tokens
         shortest = max(1, longest // 4)
         best: dict[int, float] = {}
@@ -161,14 +168,17 @@ class Turnstile(Callback):
 
 
 def _scoring_phase(*args: Any, reference: bool = False, **kwargs: Any) -> str:
+    """The phase of a call of `token_log_probs`, by its arguments."""
     return "reference" if reference else "forward"
 
 
 def _digest(sequences: Sequence[Tensor]) -> str:
+    """A hash of token sequences, in any order."""
     return fingerprint(sorted(sequence.tolist() for sequence in sequences))
 
 
 def train(command: dict[str, Any], gate: Gate) -> None:
+    """Run the training loop of a workload; the gate stops it after every step."""
     model, workload = command["model"], Workload.from_json(command["workload"])
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,9 +1,10 @@
-"""The least time that a step can take: operations and bytes of each phase over the machine's peaks.
+"""A lower bound of the time of a step, by the roofline model: operations and bytes of each phase over peak rates.
 
-Counted is what the step needs and nothing more: each image encoded once, each prompt prefilled once for its group, one
-forward pass of the policy and one of the reference over [prompt, G completions], a backward pass without the gradients
-of frozen weights and without recomputation. Bytes are those of weights, of keys and values while decoding, and of the
-optimizer's state; activations are left out. A phase takes at least the longer of its two times.
+It counts only the work that a step cannot avoid. Each image is encoded once, and each prompt is prefilled once for its
+group. There is one forward pass of the policy and one of the reference over [prompt, G completions], and a backward
+pass without gradients of frozen weights and without recomputation. Bytes are those of the weights, of keys and values
+while decoding, and of the optimizer's state; activations are left out. A phase takes at least the longer of its two
+times, operations / peak rate and bytes / bandwidth.
 
 Symbols: P prompts, B = P·G completions, L prompt tokens of all prompts, T tokens of a completion, S patches of all
 images, D width, b bytes of a number.
@@ -24,28 +25,33 @@ from experiments.bench.workload import Workload
 from lightning_modules.models.layers.onednn_linear import multiply
 
 BYTES = {"float32": 4, "bfloat16": 2}
-# Dense bfloat16 operations a second that long products reach, and bytes a second.
+# Dense bfloat16 operations per second that large matrix products reach, and bytes per second.
 KNOWN_DEVICES = {"H100": (600e12, 3.35e12), "H200": (600e12, 4.8e12)}
 
 
 @dataclass(frozen=True)
 class Peaks:
-    operations: float  # a second
-    bandwidth: float  # bytes a second
-    source: str  # "stated" or "measured"
+    """The peak rates of a machine."""
+
+    operations: float  # per second
+    bandwidth: float  # bytes per second
+    source: str  # "stated" by the maker, or "measured" here
 
 
 @dataclass(frozen=True)
 class Work:
-    operations: float
-    bytes: float
+    """The work of one phase."""
+
+    operations: float  # a multiplication with its addition counts as two
+    bytes: float  # read from and written to memory
 
     def seconds(self, peaks: Peaks) -> float:
+        """The least time for this work."""
         return max(self.operations / peaks.operations, self.bytes / peaks.bandwidth)
 
 
 def machine_peaks() -> Peaks:
-    """Stated for the GPUs listed here; of any other device a matrix product's and a copy's best rate."""
+    """The stated rates of the GPUs in KNOWN_DEVICES; for other devices the best rate of a matrix product and a copy."""
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         for known, (operations, bandwidth) in KNOWN_DEVICES.items():
@@ -57,13 +63,14 @@ def machine_peaks() -> Peaks:
     a, b = (torch.rand(side, side, device=device).to(dtype) for _ in range(2))
     source = torch.rand(1 << 25, device=device)  # 128 MiB, more than caches hold
     target = torch.empty_like(source)
-    product = min(_best_seconds(lambda: a @ b), _best_seconds(lambda: multiply(a, b)))  # MKL's, and oneDNN's
+    product = min(_best_seconds(lambda: a @ b), _best_seconds(lambda: multiply(a, b)))  # MKL's and oneDNN's product
     operations = 2 * side**3 / product
     bandwidth = 2 * source.nbytes / _best_seconds(lambda: target.copy_(source))
     return Peaks(operations, bandwidth, "measured")
 
 
 def _best_seconds(work: Callable[[], Any], tries: int = 10) -> float:
+    """The shortest of several measurements: other work on the machine only makes them longer."""
     best = float("inf")
     for _ in range(tries):
         began = time.perf_counter()
@@ -76,18 +83,19 @@ def _best_seconds(work: Callable[[], Any], tries: int = 10) -> float:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a config.json says about work: weights of the linear layers, and widths of the attention."""
+    """The sizes of a model that decide its work, from config.json."""
 
     layers: int
     width: int
-    query_width: int  # of all query heads
-    kv_width: int  # of all key-value heads
-    inner: int
+    query_width: int  # of all query heads together
+    kv_width: int  # of all key-value heads together
+    inner: int  # width inside the MLP
     vocab: int
-    vision: dict[str, Any]
+    vision: dict[str, Any]  # vision_config
 
     @classmethod
     def read(cls, folder: str | Path) -> Sizes:
+        """The sizes of the model in this folder."""
         config = json.loads((Path(folder) / "config.json").read_text())
         text = config["text_config"]
         head = text["hidden_size"] // text["num_attention_heads"]
@@ -103,71 +111,99 @@ class Sizes:
 
     @property
     def layer_weights(self) -> int:
-        """Of all layers, without embeddings and head."""
-        attention = 2 * self.width * self.query_width + 2 * self.width * self.kv_width
-        return self.layers * (attention + 3 * self.width * self.inner)
+        """Number of weights in all layers, without embeddings and head."""
+        attention = 2 * self.width * self.query_width + 2 * self.width * self.kv_width  # q and o, k and v
+        return self.layers * (attention + 3 * self.width * self.inner)  # gate, up and down
 
     @property
     def head_weights(self) -> int:
+        """Number of weights in the output head."""
         return self.vocab * self.width
 
     def lora_weights(self, rank: int) -> int:
+        """Number of weights of a LoRA adapter on all linear layers."""
         width, inner, query, kv = self.width, self.inner, self.query_width, self.kv_width
-        sums = 2 * (width + query) + 2 * (width + kv) + 3 * (width + inner)
+        sums = 2 * (width + query) + 2 * (width + kv) + 3 * (width + inner)  # of input and output width
         return self.layers * rank * sums
 
 
 def step_work(
     sizes: Sizes, workload: Workload, prompt_tokens: int, completion_tokens: int, patches: int
 ) -> dict[str, Work]:
-    """Work by phase; the three counts are those of the whole step."""
+    """The work of one step by phase.
+
+    Args:
+        sizes: of the model.
+        workload: the step.
+        prompt_tokens: tokens of all prompts, each prompt once.
+        completion_tokens: tokens of all completions.
+        patches: patches of all images.
+    """
     number = BYTES[workload.dtype]
     prompts = workload.prompts
-    branches = prompts * workload.group_size
-    prefix, length = prompt_tokens / prompts, completion_tokens / branches
+    num_completions = prompts * workload.group_size
+    prefix, length = prompt_tokens / prompts, completion_tokens / num_completions
     weights, head = sizes.layer_weights, sizes.head_weights
-    # Of one token that sees one other, in all layers: two products.
+    # Attention: operations of one pair of tokens in all layers, for the scores and for the weighted sum; and the number
+    # of pairs inside the prompts (causal, so half) and of the completions.
     pair = 4 * sizes.query_width * sizes.layers
     prefix_pairs = prompts * prefix**2 / 2
-    branch_pairs = branches * (length * prefix + length**2 / 2)
+    completion_pairs = num_completions * (length * prefix + length**2 / 2)
 
     lora = sizes.lora_weights(workload.lora_rank)
     row = prompt_tokens + completion_tokens
-    linear = 2 * weights * row + 2 * head * completion_tokens
-    attention = pair * (prefix_pairs + branch_pairs)
-    read = number * (weights + head)
+    linear = 2 * weights * row + 2 * head * completion_tokens  # the head works on completion tokens only
+    attention = pair * (prefix_pairs + completion_pairs)
+    read = number * (weights + head)  # every pass reads all weights once
     work = {"encode": _encode_work(sizes, number, patches, prompts * workload.images)}
     if workload.task == "grpo":
         work["prefill"] = Work(2 * weights * prompt_tokens + pair * prefix_pairs + 2 * head * prompts, read)
-        work["decode"] = _decode_work(sizes, number, prompt_tokens, branches, length, pair * branch_pairs)
+        work["decode"] = _decode_work(sizes, number, prompt_tokens, num_completions, length, pair * completion_pairs)
         if workload.beta > 0:
             work["reference"] = Work(linear + attention, read)
     work["forward"] = Work(linear + attention + 2 * lora * row, read)
+    # Backward: through frozen layers only the gradient of their inputs; through LoRA also that of its weights.
     work["backward"] = Work(linear + 2 * attention + 4 * lora * row, read)
-    # AdamW in float32: reads weight, gradient and two moments, writes all but the gradient.
+    # AdamW in float32 reads the weight, the gradient and two moments, and writes all of them but the gradient.
     work["optimizer"] = Work(12 * lora, 7 * 4 * lora)
     return work
 
 
-def _decode_work(sizes: Sizes, number: int, prompt_tokens: int, branches: int, length: float, attention: float) -> Work:
-    """The first token comes from the prefill. Every step reads all weights, each prompt's keys and values once, and
-    each branch's own."""
+def _decode_work(
+    sizes: Sizes, number: int, prompt_tokens: int, num_completions: int, length: float, attention: float
+) -> Work:
+    """The work of decoding.
+
+    The first token of a completion comes from the prefill. Every step reads all weights, the keys and values of each
+    prompt once for its whole group, and those of each completion.
+
+    Args:
+        sizes: of the model.
+        number: bytes of a number.
+        prompt_tokens: tokens of all prompts.
+        num_completions: number of completions.
+        length: tokens of one completion.
+        attention: operations of the completions' attention.
+    """
     steps = length - 1
-    cache = 2 * sizes.kv_width * sizes.layers * number  # of one token
+    cache = 2 * sizes.kv_width * sizes.layers * number  # bytes of the keys and values of one token
     weights = sizes.layer_weights + sizes.head_weights
-    read = steps * (number * weights + cache * (prompt_tokens + branches * length / 2))
-    return Work(2 * weights * branches * steps + attention, read)
+    read = steps * (number * weights + cache * (prompt_tokens + num_completions * length / 2))
+    return Work(2 * weights * num_completions * steps + attention, read)
 
 
 def _encode_work(sizes: Sizes, number: int, patches: int, images: int) -> Work:
+    """The work of the vision tower; arguments as in `_decode_work`, with the numbers of all patches and images."""
     vision = sizes.vision
     width, inner, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
+    # Weights of one layer, of the patch embedding, and of the merger.
     layer = 4 * width**2 + 3 * width * inner
     stem = 3 * vision["temporal_patch_size"] * patch**2 * width
     merge = vision["spatial_merge_size"] ** 2
     merger = (merge * width) ** 2 + merge * width * vision["out_hidden_size"]
+    # A patch attends to its image in the layers with full attention, and to its window in the others.
     window = (vision["window_size"] // patch) ** 2
     full = len(vision["fullatt_block_indexes"])
-    seen = full * patches / images + (vision["depth"] - full) * window  # other patches, summed over layers
+    seen = full * patches / images + (vision["depth"] - full) * window  # summed over layers
     operations = 2 * patches * (vision["depth"] * layer + stem + merger / merge) + 4 * width * patches * seen
     return Work(operations, number * (vision["depth"] * layer + stem + merger))

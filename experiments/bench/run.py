@@ -3,9 +3,10 @@
     python -m experiments.bench.run --shapes nano
     python -m experiments.bench.run --shapes 7b 3b --minutes 8.5
 
-Every finished case is written to <output>/<shape>.json at once. The same command goes on with the cases that are left;
-a case is measured again when its settings, the code or the machine differ. With `--minutes` it ends in time and says
-what is left. Each contender is a process of its own, so `--trl-python` may be the interpreter of another environment.
+Every finished case is written to <output>/<shape>.json at once. The same command continues with the missing cases. A
+case is measured again if its settings, the code or the machine have changed. With `--minutes`, the command ends in time
+and prints the missing cases. Each contender is a process of its own, so `--trl-python` may be the interpreter of
+another environment.
 """
 
 from __future__ import annotations
@@ -34,38 +35,46 @@ from experiments.bench.table import case_table, growth_table
 from experiments.runs.commands import command
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("datamodules", "lightning_modules", "experiments/bench")
+SOURCES = ("datamodules", "lightning_modules", "experiments/bench")  # a change in these files changes every key
 
 
 def num_cores() -> int:
-    """Those that this process may use; macOS does not say, so there all."""
+    """Number of cores that this process may use; macOS cannot tell, so there the number of all cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def machine() -> dict[str, Any]:
+    """The device and the versions of libraries, which are part of a result's key."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "lightning")}
     return {"device": device, "versions": versions}
 
 
 def case_key(case: Case, settings: dict[str, Any]) -> str:
-    """Changes with the case, the machine and the code that is measured."""
+    """A hash of the case, the machine and the measured code. A result with another key is measured again."""
     files = sorted(file for folder in SOURCES for file in (ROOT / folder).rglob("*.py"))
     return fingerprint(asdict(case), settings, [file_sha256(file) for file in files])
 
 
 class Runner:
-    """Runs the cases of one shape that its results file does not hold yet."""
+    """Measures all cases of one shape that are not in its results file.
+
+    Args:
+        shape: a name in `shapes.SHAPES`, or "nano".
+        arguments: the command line.
+        deadline: in seconds of time.monotonic().
+    """
 
     def __init__(self, shape: str, arguments: argparse.Namespace, deadline: float) -> None:
         self.shape, self.arguments, self.deadline = shape, arguments, deadline
         self.path = arguments.output / f"{shape}.json"
         self.settings = machine() | {"threads": arguments.threads}
-        self.contenders: dict[str, Contender] = {}
-        self.left: list[str] = []
+        self.contenders: dict[str, Contender] = {}  # running processes
+        self.left: list[str] = []  # names of cases for which there was no time
         self.failed: list[str] = []
 
     def chosen(self) -> list[Case]:
+        """The cases that the command line selects."""
         growth = ("ours", "trl") if self.arguments.growth == "both" else ("ours",)
         found = [case for case in cases(self.shape, growth) if case.name.startswith(tuple(self.arguments.cases))]
         if self.arguments.growth == "none":
@@ -73,12 +82,14 @@ class Runner:
         return [_only(case, self.arguments.contenders) for case in found]
 
     def results(self) -> dict[str, Any]:
+        """The stored results by name of the case."""
         stored = read_json(self.path).get("cases", {})
         # Results of earlier versions have other field names. They are measured again.
         return {name: result for name, result in stored.items() if "contenders" in result}
 
     def run(self) -> None:
-        model: Path | None = None
+        """Measure what is missing, and print all chosen cases."""
+        model: Path | None = None  # written and measured only if a case needs it
         peaks: Peaks | None = None
         with self._closing():
             for case in self.chosen():
@@ -89,12 +100,12 @@ class Runner:
                         self.left.append(case.name)
                         continue
                     model = model or model_folder(self.shape, self.arguments.models)
-                    if self._no_time(case):  # writing the model took it
+                    if self._no_time(case):  # writing the model has used it up
                         self.left.append(case.name)
                         continue
                     peaks = peaks or machine_peaks()
                     known = self._measure(case, key, str(model), peaks)
-                if known is not None and "=" not in case.name:  # the others have a line each in the last table
+                if known is not None and "=" not in case.name:  # cases of growth have one line each in a common table
                     print(case_table(known), end="\n\n", flush=True)
         grown = [result for name, result in self.results().items() if "=" in name]
         if grown:
@@ -104,10 +115,11 @@ class Runner:
         return self.deadline - time.monotonic() < case.expected_seconds
 
     def _measure(self, case: Case, key: str, model: str, peaks: Peaks) -> dict[str, Any] | None:
-        """The case's result, stored; None if it failed or did not end in time."""
+        """Measure a case and store the result; None if it failed or did not end in time."""
         try:
+            # Start the contenders that do not run yet, and stop those that this case does not need.
             if len(case.contenders) > 1:
-                self._close_contenders()  # fresh processes hold no memory of another case
+                self._close_contenders()  # in a comparison, both begin with fresh processes
             for name in set(self.contenders) - set(case.contenders):
                 self.contenders.pop(name).close()
             for name in case.contenders:
@@ -117,7 +129,7 @@ class Runner:
                 self.contenders[name].await_greeting()
             result = measure(case, model, self.contenders, peaks)
         except (OutOfTime, ContenderFailed) as error:
-            self._close_contenders()  # the contenders' state is unknown: the next case starts them anew
+            self._close_contenders()  # their state is unknown, so the next case starts them again
             print(f"{self.shape} {case.name}: {error}", file=sys.stderr, flush=True)
             (self.left if isinstance(error, OutOfTime) else self.failed).append(case.name)
             return None
@@ -138,6 +150,7 @@ class Runner:
 
     @contextmanager
     def _closing(self) -> Iterator[None]:
+        """Stop all contenders at the end, also after an error."""
         try:
             yield
         finally:
@@ -145,6 +158,7 @@ class Runner:
 
 
 def _only(case: Case, contenders: Sequence[str]) -> Case:
+    """The case with those of its contenders that the user has chosen; if there are none, with the chosen ones."""
     kept = tuple(name for name in case.contenders if name in contenders)
     return replace(case, contenders=kept or tuple(contenders))
 
@@ -152,20 +166,24 @@ def _only(case: Case, contenders: Sequence[str]) -> Case:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=sorted([*SHAPES, "nano"]), default=["nano"])
-    parser.add_argument("--cases", nargs="+", default=[""], help="only names that begin so: 'grpo images'")
+    parser.add_argument(
+        "--cases", nargs="+", default=[""], help="only cases whose name begins with this: 'grpo images'"
+    )
     parser.add_argument("--contenders", nargs="+", choices=("ours", "trl"), default=["ours", "trl"])
-    parser.add_argument("--growth", choices=("ours", "both", "none"), default="ours", help="whose growth is measured")
+    parser.add_argument(
+        "--growth", choices=("ours", "both", "none"), default="ours", help="contenders whose growth to measure"
+    )
     parser.add_argument("--trl-python", default=sys.executable, help="interpreter of an environment that has TRL")
     parser.add_argument("--threads", type=int, default=num_cores())
-    parser.add_argument("--minutes", type=float, default=24 * 60, help="end within this time; run again to go on")
+    parser.add_argument("--minutes", type=float, default=24 * 60, help="end within this time; run again to continue")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
-    parser.add_argument("--models", type=Path, default=Path("outputs/bench/models"), help="for random weights")
+    parser.add_argument("--models", type=Path, default=Path("outputs/bench/models"), help="folder for random models")
     return parser.parse_args(arguments)
 
 
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 if nothing failed, also where time ran out; else 1."""
+    """The exit status: 1 if a case failed, else 0, also if time ran out."""
     parsed = parse_arguments(arguments)
     deadline = time.monotonic() + 60 * parsed.minutes
     left, failed = [], []

@@ -1,7 +1,7 @@
-"""Model folders to measure: the nano base as it is, and real Qwen2.5-VL shapes with random weights.
+"""Model folders for the benchmark: the nano base model, and the real sizes of Qwen2.5-VL with random weights.
 
-A random folder holds the nano tokenizer with its vocabulary filled up to the real size, Qwen's image budget, and
-weights that are drawn once, so that both contenders read the same.
+A folder with random weights has the nano tokenizer, with its vocabulary filled up to the real size, and Qwen's limits
+of image sizes. The weights are drawn once, so that both contenders read the same.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ RECIPE = "recipe.json"  # written last: a folder without it is unfinished
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Qwen2.5-VL; `text` and `vision` are fields of its two configurations. `max_pixels` of an image."""
+    """The sizes of a Qwen2.5-VL."""
 
-    text: dict[str, Any]
-    vision: dict[str, Any]
-    tied: bool
+    text: dict[str, Any]  # fields of text_config
+    vision: dict[str, Any]  # fields of vision_config
+    tied: bool  # whether the output head shares the weights of the embeddings
     dtype: str
-    max_pixels: int
+    max_pixels: int  # largest area of an image
 
 
 _VISION = {
@@ -59,7 +59,7 @@ def _text(width: int, inner: int, depth: int, heads: int, kv_heads: int, vocab: 
     }
 
 
-# Sizes of Qwen/Qwen2.5-VL-{3B,7B}-Instruct's config.json.
+# "3b" and "7b": the sizes in config.json of Qwen/Qwen2.5-VL-{3B,7B}-Instruct.
 SHAPES = {
     "tiny": Shape(
         _text(64, 128, 2, 4, 2, 1024, _QWEN_ROPE | {"mrope_section": [2, 3, 3]}),
@@ -70,16 +70,16 @@ SHAPES = {
         max_pixels=10_000,
     ),
     "3b": Shape(_text(2048, 11_008, 36, 16, 2, 151_936, _QWEN_ROPE), _VISION, True, "bfloat16", _QWEN_PIXELS),
-    # The first layers of the 7B and of its vision tower, to try a machine or a change in two minutes.
+    # The widths of the 7B with few layers, to try a machine or a change in two minutes.
     "7b-thin": Shape(_text(3584, 18_944, 4, 28, 4, 152_064, _QWEN_ROPE), _THIN_VISION, False, "bfloat16", _QWEN_PIXELS),
     "7b": Shape(_text(3584, 18_944, 28, 28, 4, 152_064, _QWEN_ROPE), _VISION, False, "bfloat16", _QWEN_PIXELS),
 }
 
 
 def model_folder(shape: str, folder: Path) -> Path:
-    """The folder of this shape's model; makes it below `folder` unless it is there, whole."""
+    """The model folder of a shape. It is written below `folder` unless it is complete there already."""
     if shape == "nano":
-        return NANO_BASE
+        return NANO_BASE  # trained, and part of the repository
     if shape not in SHAPES:
         raise ValueError(f"shape={shape!r} is none of {sorted([*SHAPES, 'nano'])}")
     recipe = {"recipe": fingerprint(vars(SHAPES[shape]))}
@@ -92,9 +92,10 @@ def model_folder(shape: str, folder: Path) -> Path:
 
 
 def _write_model(shape: Shape, target: Path) -> None:
+    """Write the processor and random weights."""
     target.mkdir(parents=True)
     _write_processor(target, shape.text["vocab_size"], shape.max_pixels)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # a GPU draws billions of numbers much faster
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
         model = new_model(_config(shape, target)).to(getattr(torch, shape.dtype))
@@ -105,9 +106,10 @@ def _write_model(shape: Shape, target: Path) -> None:
 
 
 def _write_processor(target: Path, vocab_size: int, max_pixels: int) -> None:
-    """The nano processor; unused tokens fill its vocabulary, so that sampling meets no id without a token."""
+    """Write the nano processor with a vocabulary of the real size and the real limit of image sizes."""
     for name in ("chat_template.jinja", "tokenizer_config.json"):
         shutil.copy(NANO_BASE / name, target / name)
+    # Unused tokens fill the vocabulary, so that every id that is sampled has a token.
     tokenizer = read_json(NANO_BASE / "tokenizer.json")
     vocab = tokenizer["model"]["vocab"]
     used = max(*vocab.values(), *(token["id"] for token in tokenizer["added_tokens"]))
@@ -119,6 +121,7 @@ def _write_processor(target: Path, vocab_size: int, max_pixels: int) -> None:
 
 
 def _config(shape: Shape, target: Path) -> Qwen2_5_VLConfig:
+    """The configuration of a shape, with the token ids of the tokenizer in `target`."""
     special = load_tokenizer(target).convert_tokens_to_ids
     ends = {"bos_token_id": special("<|endoftext|>"), "pad_token_id": special("<|endoftext|>")}
     ends["eos_token_id"] = special("<|im_end|>")
@@ -137,7 +140,10 @@ def _config(shape: Shape, target: Path) -> Qwen2_5_VLConfig:
 
 
 def tokens_never_sampled(folder: str | Path) -> list[int]:
-    """Special tokens, ends included, and ids that no token has: without an end every completion has full length."""
+    """The ids that no contender may sample: all special tokens, and ids without a token.
+
+    The end tokens are among them, so every completion has its full length.
+    """
     config, tokenizer = load_config(folder), load_tokenizer(folder)
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= {*tokenizer.all_special_ids, config.image_token_id, config.video_token_id}

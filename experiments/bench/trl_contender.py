@@ -1,6 +1,6 @@
 """TRL as a contender of the benchmark: its GRPOTrainer and SFTTrainer with transformers' generate.
 
-Run by the driver (`experiments.bench.run`), with the Python of an environment that has TRL. Settings are TRL's own
+The driver (`experiments.bench.run`) runs it with the Python of an environment that has TRL. Settings are TRL's own
 defaults, except those that make it faster or that make both contenders do the same work: one forward pass takes the
 whole step, nothing is logged or saved, and gradient checkpointing is on only where this project has it on too.
 """
@@ -33,7 +33,7 @@ STYLE, BOX_FORMAT = PromptStyle.THINK, BoxFormat.ABSOLUTE_PIXELS
 
 
 def make_dataset(model: str, workload: Workload) -> tuple[Dataset, list[EncodedSample]]:
-    """Rows for TRL, and the same samples as this project encodes them."""
+    """The rows for TRL, and the same samples encoded by this project."""
     encoder = Encoder(model, BOX_FORMAT, STYLE, 1 << 17, 1, with_target=False)
     processor = load_processor(model)
     items, rows = [], []
@@ -41,7 +41,7 @@ def make_dataset(model: str, workload: Workload) -> tuple[Dataset, list[EncodedS
         item = encoder.encode(loaded)
         messages = build_messages(item.sample, item.image_sizes, BOX_FORMAT, STYLE)
         row: dict[str, Any] = {"images": [{"bytes": data, "path": None} for data in loaded.images]}
-        if workload.task == "sft":  # rendered ahead, which saves TRL the template at every step
+        if workload.task == "sft":  # rendered here, so that TRL need not apply the chat template in every step
             row["prompt"] = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             row["completion"] = target_text(item.sample, item.image_sizes, BOX_FORMAT, STYLE) + END_OF_TURN
         else:
@@ -52,6 +52,7 @@ def make_dataset(model: str, workload: Workload) -> tuple[Dataset, list[EncodedS
 
 
 def common_settings(workload: Workload, folder: str) -> dict[str, Any]:
+    """The settings that GRPOConfig and SFTConfig share."""
     on_gpu = torch.cuda.is_available()
     return {
         "output_dir": folder,
@@ -73,6 +74,14 @@ def common_settings(workload: Workload, folder: str) -> dict[str, Any]:
 
 
 def build_trainer(model: str, workload: Workload, folder: str, gate: Gate) -> GRPOTrainer | SFTTrainer:
+    """TRL's trainer for a workload, with phases and facts reported to the gate.
+
+    Args:
+        model: the model folder.
+        workload: the step.
+        folder: a temporary folder for TRL.
+        gate: stops the trainer after every step.
+    """
     dataset, items = make_dataset(model, workload)
     shared = {
         "model": model,
@@ -88,6 +97,7 @@ def build_trainer(model: str, workload: Workload, folder: str, gate: Gate) -> GR
         return trainer
 
     def score(completions: list[Any], number: list[int], **_: Any) -> list[float]:
+        # The same reward as in this project; TRL passes the column "number" of the rows.
         texts = [completion[0]["content"] for completion in completions]
         chosen = [items[index] for index in number]
         pairs = zip(texts, chosen, strict=True)
@@ -110,7 +120,7 @@ def build_trainer(model: str, workload: Workload, folder: str, gate: Gate) -> GR
 
 
 class Turnstile(TrainerCallback):
-    """Stops at the gate after every optimizer step."""
+    """Waits at the gate after every optimizer step."""
 
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
@@ -126,7 +136,8 @@ class Turnstile(TrainerCallback):
 
 
 def _report_grpo(trainer: GRPOTrainer, gate: Gate, workload: Workload) -> None:
-    """Phases and facts of a step. These are TRL's private methods: another TRL may name them differently."""
+    """Measure the phases of a GRPO step and report its facts."""
+    # Private methods of TRL: another version of TRL may use other names.
     clock = gate.clock
     _time_trainer(trainer, gate)
     clock.wrap(trainer, "_tokenize_prompts", "data")
@@ -140,7 +151,7 @@ def _report_grpo(trainer: GRPOTrainer, gate: Gate, workload: Workload) -> None:
         lengths = {len(ids) for ids in completion_ids}
         if lengths != {workload.completion_tokens}:
             raise ValueError(f"TRL's completions have lengths {sorted(lengths)}, not {workload.completion_tokens}")
-        unique = {tuple(ids) for ids in prompt_ids}
+        unique = {tuple(ids) for ids in prompt_ids}  # TRL repeats each prompt for its group
         gate.facts["completion_tokens"] = sum(map(len, completion_ids))
         gate.facts["prompt_tokens"] = sum(map(len, unique))
         gate.facts["inputs"] = fingerprint(sorted(list(ids) for ids in unique))
@@ -150,13 +161,14 @@ def _report_grpo(trainer: GRPOTrainer, gate: Gate, workload: Workload) -> None:
 
 
 def _report_sft(trainer: SFTTrainer, gate: Gate) -> None:
+    """Measure the phases of an SFT step and report its facts."""
     _time_trainer(trainer, gate)
     gate.clock.wrap(trainer, "compute_loss", "forward")
     step = trainer.training_step
 
     def reported(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = step(model, inputs, *args, **kwargs)
-        real, targets = inputs["attention_mask"].bool(), inputs["labels"] != -100
+        real, targets = inputs["attention_mask"].bool(), inputs["labels"] != -100  # without padding; in the loss
         gate.facts["completion_tokens"] = int(targets.sum())
         gate.facts["prompt_tokens"] = int(real.sum() - targets.sum())
         gate.facts["loss"] = float(loss)
@@ -168,15 +180,18 @@ def _report_sft(trainer: SFTTrainer, gate: Gate) -> None:
 
 
 def _time_trainer(trainer: GRPOTrainer | SFTTrainer, gate: Gate) -> None:
+    """Measure the phases that both trainers have."""
     gate.clock.wrap(trainer, "get_batch_samples", "data")
     gate.clock.wrap(trainer.accelerator, "backward", "backward")
 
 
 def _scoring_phase(*_: Any, **__: Any) -> str:
+    """The phase of a forward pass: TRL computes the reference without gradient."""
     return "forward" if torch.is_grad_enabled() else "reference"
 
 
 def train(command: dict[str, Any], gate: Gate) -> None:
+    """Run TRL's training loop for a workload; the gate stops it after every step."""
     workload = Workload.from_json(command["workload"])
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""What both contenders are given: the same prompts, images and lengths, made from a seed."""
+"""The workload of both contenders: the same prompts, images and lengths, made from a seed."""
 
 from __future__ import annotations
 
@@ -12,27 +12,24 @@ from PIL import Image
 
 from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
 
-POOL = 16  # steps until the prompts come again
+POOL = 16  # number of steps after which the prompts repeat
 QUESTION = "Which object is in all of these images? Locate it in the last one."
 WORDS = ("the", "red", "ring", "is", "left", "of", "a", "blue", "square", "in", "image", "and", "small", "green")
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One optimizer step. Every completion of a rollout has exactly `completion_tokens` tokens; written answers (SFT)
-    are ragged, of `completion_tokens` words on average.
-
-    prompts P of a step; group_size G (GRPO; 1 for SFT); images of (width, height) pixels to a prompt.
-    """
+    """One optimizer step."""
 
     task: Literal["grpo", "sft"] = "grpo"
-    prompts: int = 2
-    group_size: int = 8
+    prompts: int = 2  # prompts of a step
+    group_size: int = 8  # completions of a prompt (1 for SFT)
+    # GRPO: exact length of every completion. SFT: mean number of words of the written answers, which differ in length.
     completion_tokens: int = 64
-    images: int = 3
-    image_size: tuple[int, int] = (112, 84)
+    images: int = 3  # images of a prompt
+    image_size: tuple[int, int] = (112, 84)  # (width, height) in pixels
     lora_rank: int = 32
-    beta: float = 0.001
+    beta: float = 0.001  # weight of the KL term; 0 would skip the reference
     temperature: float = 1.0
     gradient_checkpointing: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -49,25 +46,29 @@ class Workload:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Workload:
-        return cls(**values | {"image_size": tuple(values["image_size"])})
+        """The inverse of `to_json`."""
+        return cls(**values | {"image_size": tuple(values["image_size"])})  # JSON has no tuples
 
     def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
         return asdict(self)
 
     @property
     def alpha(self) -> int:
+        """LoRA's alpha."""
         return 2 * self.lora_rank
 
 
 def make_samples(workload: Workload) -> list[LoadedSample]:
-    """Those of POOL steps, in order. Their answers are written, as CoT-SFT needs them."""
+    """The samples of POOL steps, in order, with written answers for CoT-SFT."""
     return [_make_sample(workload, index) for index in range(POOL * workload.prompts)]
 
 
 def _make_sample(workload: Workload, index: int) -> LoadedSample:
+    """Sample `index`, a pure function of the workload."""
     rng = random.Random(f"{workload.seed}:{index}")
     files = tuple(f"{index}_{image}.jpg" for image in range(workload.images))
-    # Half to one and a half times the stated length.
+    # 0.5 to 1.5 times the stated length.
     num_words = max(1, round(workload.completion_tokens * rng.uniform(0.5, 1.5)))
     sample = Sample(
         id=f"bench/{index}",
@@ -82,7 +83,7 @@ def _make_sample(workload: Workload, index: int) -> LoadedSample:
 
 
 def _random_jpeg(rng: random.Random, size: Sequence[int]) -> bytes:
-    """A smooth random picture: its file is about as large, and as long to decode, as a photograph's."""
+    """A smooth random picture of `size` (width, height). File size and decoding time are similar to a photograph's."""
     coarse = Image.frombytes("RGB", (16, 16), rng.randbytes(16 * 16 * 3))
     file = io.BytesIO()
     coarse.resize(tuple(size), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)

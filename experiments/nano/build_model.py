@@ -1,6 +1,6 @@
 """Build an untrained nano Qwen2.5-VL: tokenizer, chat template, image processor and configuration, in the real format.
 
-The folder loads with plain `AutoProcessor` and `AutoModelForImageTextToText`, like `Qwen/Qwen2.5-VL-7B-Instruct`.
+The folder can be loaded with `AutoProcessor` and `AutoModelForImageTextToText`, like `Qwen/Qwen2.5-VL-7B-Instruct`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-# Fixed pieces of prompts and answers that a vocabulary learned from a web-sized corpus would spell in few tokens.
+# Fixed parts of prompts and answers. A real vocabulary, from a corpus of web size, needs few tokens for them; here each
+# is one token.
 PHRASES = (
     "<think>",
     "</think>",
@@ -56,10 +57,11 @@ PHRASES = (
     messages.THINK_SUFFIX.strip(),
     messages.ANSWER_SUFFIX.strip(),
 )
-# Words, single digits, runs of punctuation, new lines, blanks: Qwen2's split, single digits included.
+# Qwen2's rule for splitting text before BPE: words, single digits, punctuation, line breaks, spaces.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Qwen2.5-VL's chat template, without tools and videos.
 CHAT_TEMPLATE = (
     "{%- set images = namespace(value=0) -%}"
     "{%- if messages[0]['role'] != 'system' -%}"
@@ -81,12 +83,12 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
-# The nano image budget: 112x84, 84x112, 84x84, 112x56 and small crops of 56x56.
+# Limits of an image's area in pixels. Resized images have 112x84, 84x112, 84x84 or 112x56 pixels, small crops 56x56.
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 10_000
 
 
 def corpus(seed: int, size: int) -> Iterator[str]:
-    """Text of the nano world: single-image turns, and questions, rationales and labels of all ten tasks."""
+    """Texts of the synthetic dataset, for the tokenizer: `size` single images and `size` puzzles of all ten tasks."""
     rng = random.Random(seed)
     for _ in range(size):
         scene = single_image.single_scene(rng)
@@ -100,7 +102,11 @@ def corpus(seed: int, size: int) -> Iterator[str]:
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with Qwen's special tokens; text that is not in `texts` still encodes, by bytes."""
+    """A byte-level BPE tokenizer with Qwen's special tokens, trained on `texts`.
+
+    Any other text can be encoded too, in single bytes if necessary.
+    """
+    # 1. Split and bytes, as in Qwen2.
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -109,6 +115,7 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedT
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    # 2. Learn merges; leave room in the vocabulary for special tokens and phrases.
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_TOKENS) - len(PHRASES),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -128,6 +135,7 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedT
 
 
 def build_processor(seed: int = 0, corpus_size: int = 3000) -> Qwen2_5_VLProcessor:
+    """The processor: tokenizer, image processor and chat template."""
     tokenizer = build_tokenizer(corpus(seed, corpus_size))
     size = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
     return Qwen2_5_VLProcessor(
@@ -141,18 +149,24 @@ def build_processor(seed: int = 0, corpus_size: int = 3000) -> Qwen2_5_VLProcess
 def build_config(
     tokenizer: PreTrainedTokenizerFast, text: tuple[int, int], vision: tuple[int, int]
 ) -> Qwen2_5_VLConfig:
-    """`text` and `vision` are (width, depth). Heads are 32 wide; two KV heads; SwiGLU 8/3 as wide."""
+    """The configuration of the nano model.
+
+    Args:
+        tokenizer: for the ids of special tokens and the size of the vocabulary.
+        text: (width, number of layers) of the language model.
+        vision: (width, number of layers) of the vision tower.
+    """
 
     def inner(width: int) -> int:
-        return round(width * 8 / 3 / 64) * 64
+        return round(width * 8 / 3 / 64) * 64  # the usual width of a SwiGLU MLP
 
     def token(name: str) -> int:
         return tokenizer.convert_tokens_to_ids(name)
 
     width, depth = text
-    vocab_size = -(-len(tokenizer) // 64) * 64
-    # Qwen's 0.02 is for widths of thousands; at 192 it starved the first steps (loss 1.06 after 140 steps, 0.93 with
-    # this).
+    vocab_size = -(-len(tokenizer) // 64) * 64  # rounded up to a multiple of 64
+    # Qwen's 0.02 is meant for widths of thousands. At a width of 192, training began too slowly with it: the loss after
+    # 140 steps was 1.06, and 0.93 with 0.04.
     initializer_range = 0.04
     return Qwen2_5_VLConfig(
         text_config={
@@ -161,13 +175,14 @@ def build_config(
             "hidden_size": width,
             "intermediate_size": inner(width),
             "num_hidden_layers": depth,
-            "num_attention_heads": width // 32,
+            "num_attention_heads": width // 32,  # heads of width 32
             "num_key_value_heads": 2,
             "max_position_embeddings": 4096,
             "rms_norm_eps": 1e-6,
-            # Columns turn the lowest frequencies of M-RoPE and hardly differ, as in Qwen itself: places come from the
-            # vision tower. A small theta, at which columns differ, learns them later (docs/lab_book.md): it leaves no
-            # slow frequency by which a word could find its thing at any distance.
+            # As in Qwen, columns use the lowest frequencies of M-RoPE, so neighbouring columns hardly differ there, and
+            # the model learns places from the vision tower. With a small theta, columns would differ; but the model
+            # learned places later (docs/lab_book.md), because no slow frequency was left by which a word can find its
+            # object at any distance.
             "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
             "bos_token_id": token("<|endoftext|>"),
             "eos_token_id": token("<|im_end|>"),

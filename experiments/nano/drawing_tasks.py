@@ -1,4 +1,4 @@
-"""Pictures of the nano world with their questions, as the base model is trained and measured on them."""
+"""Pictures of the synthetic dataset with their questions, for training and evaluating the base model."""
 
 from __future__ import annotations
 
@@ -18,27 +18,35 @@ from datamodules.synthetic.world import Scene, draw_scene
 from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.rollouts.base import NativeEngine, RolloutSettings
 
-HELD_OUT = "held-out"  # names the evaluation stream; training's is "train:<seed>"
+HELD_OUT = "held-out"  # name of the stream of pictures for evaluation; that of training is "train:<seed>"
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture as a prefix, with its turns as completions and, for each token of those, whether it is an answer."""
+    """One picture, encoded as a common prefix for all its questions."""
 
-    item: EncodedSample
-    completions: tuple[Tensor, ...]  # long, one for each turn: rest of the prompt, answer, <|im_end|>
-    is_answer: Tensor  # bool [tokens of all completions]
+    item: EncodedSample  # the conversation up to and including the picture
+    completions: tuple[Tensor, ...]  # long, one for each turn: question, answer, <|im_end|>
+    is_answer: Tensor  # bool [tokens of all completions]: whether the token belongs to an answer
     turns: tuple[Turn, ...]
 
 
 class PictureEncoder:
-    """Renders and tokenizes picture i of a stream. The text is what the chat template gives (a test compares)."""
+    """Draws and tokenizes picture i of a stream.
+
+    For speed, it joins pieces that are tokenized separately. A test shows that the result equals the chat template's.
+
+    Args:
+        processor: of the nano model.
+        grounding_turns: grounding questions about one picture.
+    """
 
     def __init__(self, processor: Qwen2_5_VLProcessor, grounding_turns: int) -> None:
         self.tokenizer = processor.tokenizer
         self.image_processor = processor.image_processor
         self.image_token_id = processor.image_token_id
         self.grounding_turns = grounding_turns
+        # The template's text before and behind the question, which is marked by a character that no question has.
         messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\0"}]}]
         text = processor.apply_chat_template(messages, add_generation_prompt=True, add_vision_id=True, tokenize=False)
         before, after = text.split("\0")
@@ -47,10 +55,11 @@ class PictureEncoder:
         self.pieces = _pieces(processor.tokenizer)
 
     def encode(self, text: str) -> Tensor:
+        """The token ids of a text, long [tokens]."""
         return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
 
     def picture(self, stream: str, index: int) -> Picture:
-        """Picture `index` of a stream, a pure function of the arguments."""
+        """Picture `index` of a stream: a pure function of the two arguments."""
         rng = random.Random(f"{stream}:{index}")
         scene = single_scene(rng)
         item = self._prefix(scene)
@@ -65,21 +74,25 @@ class PictureEncoder:
         return Picture(item, tuple(completions), torch.cat(marks), tuple(turns))
 
     def _repeating(self, rng: random.Random) -> Turn:
-        """Any text, to be said again. It makes every token of the vocabulary an answer now and then, as web text does
-        for a real base model: one that never was an answer has an output embedding like any other such token's, and
-        LoRA, which leaves embeddings alone, cannot make a policy sure of it (<think>, say)."""
+        """A turn that asks to repeat a random text, so that every token of the vocabulary is sometimes an answer.
+
+        A real base model learns this from web text. A token that was never an answer has an output embedding like that
+        of all other such tokens. LoRA does not change embeddings, so a policy could never become sure of such a token,
+        for example <think>.
+        """
         pieces = rng.choices(self.pieces, k=rng.randint(4, 12))
         if rng.random() < 0.5:
-            pieces.append(chr(rng.randrange(0xA1, 0xD800)))  # spelled in single bytes
+            pieces.append(chr(rng.randrange(0xA1, 0xD800)))  # a character that the tokenizer spells in single bytes
         text = "".join(pieces).strip()
         return Turn("repeating", f"Output: {text}", text)
 
     def _prefix(self, scene: Scene) -> EncodedSample:
-        """The conversation up to and with the picture."""
+        """The conversation up to and including the picture, encoded."""
         features = self.image_processor(images=[draw_scene(scene)], return_tensors="pt")
         grid = features["image_grid_thw"]
         rows, columns = grid[0, 1:].tolist()
         merge = self.image_processor.merge_size
+        # One placeholder for each merged patch.
         repeats = torch.where(self.before == self.image_token_id, rows * columns // merge**2, 1)
         prefix = self.before.repeat_interleave(repeats)
         positions, next_position = mrope_positions(prefix, grid, self.image_token_id, merge)
@@ -98,10 +111,10 @@ class PictureEncoder:
         )
 
     def prompt(self, picture: Picture, turn: int) -> EncodedSample:
-        """The picture with one of its questions, ready for an answer."""
+        """The picture with question number `turn`, as a prompt for an answer."""
         item = picture.item
         extra = torch.cat([self.encode(picture.turns[turn].question), self.after])
-        places = item.next_position + torch.arange(len(extra))
+        places = item.next_position + torch.arange(len(extra))  # text: the same position on all three axes
         return replace(
             item,
             input_ids=torch.cat([item.input_ids, extra]),
@@ -111,14 +124,15 @@ class PictureEncoder:
 
 
 def _pieces(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The text of each token that is text by itself, in the order of the vocabulary; no special tokens."""
+    """The texts of all tokens that are valid text alone, in the order of the vocabulary, without special tokens."""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     texts = [tokenizer.decode([i]) for i in range(len(tokenizer)) if i not in special]
     return [text for text in texts if text and "\ufffd" not in text]
 
 
 def accuracy(policy: QwenVL, encoder: PictureEncoder, num_eval: int) -> dict[str, float]:
-    """Greedy single-image grounding on held-out scenes: Acc@0.5 (IoU > 0.5), mean IoU, parse failures; per cent."""
+    """Greedy single-image grounding on `num_eval` held-out scenes, in per cent: Acc@0.5 (IoU > 0.5), mean IoU, and the
+    share of answers that could not be parsed."""
     pictures = [encoder.picture(HELD_OUT, index) for index in range(num_eval)]
     items = [encoder.prompt(picture, 0) for picture in pictures]
     rollouts = NativeEngine(policy).generate(items, RolloutSettings.of_evaluation(max_new_tokens=48, batch_prompts=64))

@@ -1,7 +1,7 @@
-"""Stage 2 of the nano base: the language model learns to ground, list and describe what the frozen tower sees.
+"""Stage 2 of the nano base model: the language model learns to ground, list and describe what the frozen tower sees.
 
-Each picture is followed by several questions, side by side (`packed_rows`): they see the picture and not each other,
-so the picture is computed once for all of them. Only answers count in the loss.
+Several questions follow each picture side by side in one packed row (`packed_rows`). They attend to the picture and not
+to each other, so the picture is computed once for all of them. Only answers count in the loss.
 """
 
 from __future__ import annotations
@@ -16,22 +16,25 @@ from torch import nn
 from datamodules.checkpoints.pretrained import load_processor
 from experiments.nano.drawing_tasks import Picture, PictureEncoder, accuracy
 from experiments.nano.loop import share_of
-from experiments.nano.settings import BaseSettings
+from experiments.nano.settings import PretrainSettings
 from lightning_modules.models.attention.packed_rows import pack_rows
 from lightning_modules.models.qwen_vl import QwenVL
 
 
 class LanguageStage:
+    """Stage 2 (see `loop.Stage` for the interface)."""
+
     name: ClassVar[str] = "language"
 
-    def __init__(self, settings: BaseSettings, folder: Path) -> None:
+    def __init__(self, settings: PretrainSettings, folder: Path) -> None:
         self.settings = settings
-        self.policy = QwenVL(str(folder))
-        self.heads = nn.ModuleList()
+        self.policy = QwenVL(str(folder))  # with the vision tower frozen
+        self.heads = nn.ModuleList()  # nothing is trained besides the policy
         self.encoder = PictureEncoder(load_processor(folder), settings.grounding_turns)
         self.num_steps, self.learning_rate = settings.language_steps, settings.language_learning_rate
 
     def batches(self, start: int, rank: int = 0, world_size: int = 1) -> Iterator[list[Picture]]:
+        """This process's share of the pictures of each batch."""
         for batch in range(start, self.num_steps):
             yield [
                 self.encoder.picture(f"train:{self.settings.seed}", index)
@@ -39,13 +42,14 @@ class LanguageStage:
             ]
 
     def loss(self, batch: list[Picture]) -> tuple[float, int]:
-        """Negative log-likelihood of all answer tokens of a batch, and how many they are."""
+        """Add the gradient of a batch; returns the sum of -log p over its answer tokens, and their number."""
         items = [picture.item for picture in batch]
         features = self.policy.encode_images(items)
-        marks = torch.cat([picture.is_answer for picture in batch])
+        marks = torch.cat([picture.is_answer for picture in batch])  # bool, one for each completion token of the batch
         total, seen = 0.0, 0
+        # One backward pass for each packed row, so that only one row's activations are in memory.
         for rows in pack_rows(items, [picture.completions for picture in batch], self.settings.max_tokens_per_row):
-            scores = self.policy.token_log_probs(rows, features, ban_tokens=False)
+            scores = self.policy.token_log_probs(rows, features, ban_tokens=False)  # [completion tokens of the row]
             chosen = marks[seen : seen + len(scores)]
             seen += len(scores)
             loss = -(scores * chosen).sum()
@@ -54,4 +58,5 @@ class LanguageStage:
         return total, int(marks.sum())
 
     def evaluate(self, num_eval: int) -> dict[str, float]:
+        """Grounding accuracy on held-out pictures, in per cent."""
         return accuracy(self.policy, self.encoder, num_eval)

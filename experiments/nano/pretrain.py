@@ -1,10 +1,10 @@
-"""Pretrain the nano base: a tiny Qwen2.5-VL that grounds, lists and describes in one image, and has never seen two.
+"""Pretrain the nano base model: a tiny Qwen2.5-VL that grounds, lists and describes one image and never saw two.
 
     python -m experiments.nano.pretrain --output models/nano-base
 
-Two stages: the vision tower learns to see from dense targets (`vision_tower`), then the language model learns to answer
-with the tower frozen (`language`). Picture i of a stage is a pure function of (seed, stage, i), so a run that is
-killed goes on from its last checkpoint exactly as if nothing had happened.
+There are two stages. First the vision tower learns to see from dense targets (`vision_tower`). Then the language model
+learns to answer, with the tower frozen (`language`). Picture i of a stage is a pure function of (seed, stage, i), so a
+run that was killed resumes from its last checkpoint exactly as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from datamodules.persistence.processes import ChildWatch
 from experiments.nano.build_model import build_config, build_processor
 from experiments.nano.language import LanguageStage
 from experiments.nano.loop import CHECKPOINT, LOG, StageRun
-from experiments.nano.settings import BaseSettings
+from experiments.nano.settings import PretrainSettings
 from experiments.nano.vision_tower import TowerStage
 from experiments.runs.commands import command
 from lightning_modules.models.qwen_vl import QwenVL
@@ -33,8 +33,12 @@ from lightning_modules.models.qwen_vl import QwenVL
 STAGES = (TowerStage, LanguageStage)
 
 
-def is_finished(settings: BaseSettings, folder: Path) -> bool:
-    """Whether the base of these settings is there. Raises ValueError if `folder` holds a model of another origin."""
+def is_finished(settings: PretrainSettings, folder: Path) -> bool:
+    """Whether `folder` holds the finished base model of these settings.
+
+    Raises:
+        ValueError: the folder holds another model, or a base model of other settings.
+    """
     if not (folder / "config.json").exists():
         return False
     if not (folder / LOG).exists():
@@ -43,22 +47,27 @@ def is_finished(settings: BaseSettings, folder: Path) -> bool:
     old, new = header["settings"], asdict(settings)
     if changed := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
         values = ", ".join(f"{name}={old.get(name)} there and {new.get(name)} here" for name in changed)
-        raise ValueError(f"{folder} holds a base of other settings ({values}): remove it or choose another --output")
+        raise ValueError(
+            f"{folder} holds a base model of other settings ({values}): remove it or choose another --output"
+        )
+    # Finished: the log has the last step of the last stage, and the checkpoint is gone.
     last = records[-1] if records else {"stage": None}
     ended = (last["stage"], last.get("step")) == (LanguageStage.name, settings.language_steps)
     return ended and not (folder / CHECKPOINT).exists()
 
 
-def prepare_folder(settings: BaseSettings, folder: Path) -> None:
-    """The untrained model, tokenizer and log in `folder`, or of an interrupted run its log up to the checkpoint."""
+def prepare_folder(settings: PretrainSettings, folder: Path) -> None:
+    """Write the untrained model, the tokenizer and the header of the log; or prepare to resume an interrupted run."""
     if is_finished(settings, folder):
         return
+    # An interrupted run: drop records of the log from after the checkpoint, because those steps are repeated.
     if (folder / CHECKPOINT).exists():
         state = torch.load(folder / CHECKPOINT, weights_only=True, mmap=True)
         header, *records = (folder / LOG).read_text().splitlines(keepends=True)
         kept = [line for line in records if _is_before(json.loads(line), state["stage"], state["step"])]
         (folder / LOG).write_text(header + "".join(kept))
         return
+    # A new run.
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
     processor = build_processor(settings.seed)
@@ -69,12 +78,13 @@ def prepare_folder(settings: BaseSettings, folder: Path) -> None:
 
 
 def _is_before(record: dict[str, object], stage: str, step: int) -> bool:
+    """Whether a record of the log is from this stage and step, or from before."""
     order = [kind.name for kind in STAGES]
     return (order.index(record["stage"]), record["step"]) <= (order.index(stage), step)
 
 
 def stages_left(folder: Path) -> tuple[type[TowerStage] | type[LanguageStage], ...]:
-    """The stage of the folder's checkpoint, which may be at its end, and those after it."""
+    """The stage of the checkpoint and all later ones. The checkpoint may be at the end of its stage."""
     if not (folder / CHECKPOINT).exists():
         return STAGES
     stage = torch.load(folder / CHECKPOINT, weights_only=True, mmap=True)["stage"]
@@ -82,24 +92,34 @@ def stages_left(folder: Path) -> tuple[type[TowerStage] | type[LanguageStage], .
 
 
 def train(
-    settings: BaseSettings, folder: Path, save_every: int = 200, eval_every: int = 1000, log_every: int = 50
+    settings: PretrainSettings, folder: Path, save_every: int = 200, eval_every: int = 1000, log_every: int = 50
 ) -> QwenVL:
-    """Train, or go on training, in `folder`: the model's files, the log and, until the end, a checkpoint.
+    """Train the base model, or resume; a finished folder is left as it is.
 
-    A finished folder is left as it is. `save_every` must be a multiple of `log_every`, so that no loss is left out of
-    the log of a resumed run.
+    Args:
+        settings: of the training.
+        folder: for the model's files, the log and, until the end, a checkpoint.
+        save_every: steps between two checkpoints; a multiple of `log_every`, so that the log of a resumed run lacks no
+            loss.
+        eval_every: steps between two evaluations.
+        log_every: steps between two records of the log.
+
+    Raises:
+        ValueError: `save_every` is not a multiple of `log_every`, or the folder holds another model.
     """
     if save_every % log_every:
         raise ValueError(f"save_every={save_every} must be a multiple of log_every={log_every}")
     torch.set_flush_denormal(True)  # optimizer moments of rare tokens decay into denormals, which are slow on a CPU
+    # 1. The first process prepares the folder; the others wait.
     parallel = distributed.is_initialized()
     if not parallel or distributed.get_rank() == 0:
         prepare_folder(settings, folder)
     if parallel:
         distributed.barrier()
     if is_finished(settings, folder):
-        print(f"{folder} is finished: remove it or choose another --output to train anew")
+        print(f"{folder} is finished: remove it or choose another --output to train again")
         return QwenVL(str(folder), freeze_vision=False)
+    # 2. The stages, each from the checkpoint that the one before has left.
     for kind in stages_left(folder):
         run = StageRun(kind(settings, folder), folder)
         run.train(save_every, eval_every, log_every)
@@ -107,9 +127,17 @@ def train(
     return run.policy
 
 
-def train_process(rank: int, world_size: int, rendezvous: str, settings: BaseSettings, folder: Path) -> None:
-    """One of `world_size` processes, each with one thread: on a CPU they are faster than one process with threads."""
-    torch.set_num_threads(1)
+def train_process(rank: int, world_size: int, rendezvous: str, settings: PretrainSettings, folder: Path) -> None:
+    """Train as one of `world_size` processes.
+
+    Args:
+        rank: number of this process.
+        world_size: number of processes.
+        rendezvous: address at which the processes find each other.
+        settings: of the training.
+        folder: of the model.
+    """
+    torch.set_num_threads(1)  # on a CPU, processes with one thread each are faster than one process with threads
     distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
     train(settings, folder)
     distributed.destroy_process_group()
@@ -117,20 +145,23 @@ def train_process(rank: int, world_size: int, rendezvous: str, settings: BaseSet
 
 @command
 def main() -> None:
+    """Entry point of `make base`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("models/nano-base"))
     parser.add_argument("--processes", type=int, default=1, help="data-parallel processes; changes rounding only")
-    for name, default in asdict(BaseSettings()).items():
+    for name, default in asdict(PretrainSettings()).items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     arguments = vars(parser.parse_args())
     output, processes = arguments.pop("output"), arguments.pop("processes")
-    settings = BaseSettings(**arguments)
+    settings = PretrainSettings(**arguments)
+    # A damaged checkpoint is reported here, without a traceback from several processes.
     checkpoint = output / CHECKPOINT
     if checkpoint.exists() and (fault := damage(checkpoint)):
-        sys.exit(f"{checkpoint} is damaged: {fault}. Put a whole copy there, or remove {output} to train anew")
+        sys.exit(f"{checkpoint} is damaged: {fault}. Put an intact copy there, or remove {output} to train again")
     if processes == 1:
         train(settings, output)
         return
+    # Several processes. ChildWatch kills a stopped one, and its end is reported in one line.
     with tempfile.TemporaryDirectory() as folder:
         arguments = (processes, f"file://{folder}/rendezvous", settings, output)
         context = multiprocessing.spawn(train_process, arguments, processes, join=False)

@@ -1,9 +1,9 @@
-"""Stage 1 of the nano base: the vision tower learns to see, from a dense target in each cell of a picture.
+"""Stage 1 of the nano base model: the vision tower learns to see, from a dense target in each cell of a picture.
 
-A cell is the square of pixels that becomes one token of the language model. Small heads read from the token what the
-cell shows: shape, colour and fill of its thing, whether a red frame marks it, and its box. So every token learns in
-every picture, where the language model's loss would reach the tower only through attention that itself has yet to be
-learned (docs/lab_book.md has both, measured). The heads are thrown away.
+A cell is the square of pixels that becomes one token of the language model. From each token, small heads predict what
+the cell shows: shape, colour and fill of its thing, whether a red frame marks it, and its box. So every token of every
+picture has a target. The loss of the language model would reach the tower only through attention that is itself still
+untrained (docs/lab_book.md has measurements of both ways). The heads are discarded at the end.
 """
 
 from __future__ import annotations
@@ -26,38 +26,41 @@ from datamodules.synthetic.single_image import crowd, single_scene
 from datamodules.synthetic.world import COLOURS, FILLS, SHAPES, Thing, crop_scene, draw_scene, random_scene
 from experiments.nano.drawing_tasks import HELD_OUT
 from experiments.nano.loop import share_of
-from experiments.nano.settings import BaseSettings
+from experiments.nano.settings import PretrainSettings
 from lightning_modules.models.qwen_vl import QwenVL
 
-LONGEST = 120  # no nano picture has a longer side after resizing
-MIN_SHARE = 0.1  # of a cell's area that a thing must cover to be what the cell shows
-NOTHING = len(SHAPES)
-KIND_SIZES = (len(SHAPES) + 1, len(COLOURS), len(FILLS), 2)
+LONGEST = 120  # pixels; sides are shorter than this after resizing
+MIN_SHARE = 0.1  # a thing must cover at least this share of a cell's area to be the thing that the cell shows
+NOTHING = len(SHAPES)  # the class of cells that show no thing
+KIND_SIZES = (len(SHAPES) + 1, len(COLOURS), len(FILLS), 2)  # classes of shape, colour, fill, framed
 _COLOURS = tuple(COLOURS)
 
 
 @dataclass(frozen=True)
 class Cells:
-    """Pictures as the tower takes them, and what their N cells show; all cells of all pictures end to end."""
+    """Pictures for the tower, and the targets of their N cells: those of the first picture, of the second, …"""
 
-    pixel_values: Tensor  # [patches, values of a patch]
-    grid_thw: Tensor  # [pictures, 3]
+    pixel_values: Tensor  # float [patches, values of a patch]
+    grid_thw: Tensor  # long [pictures, 3]: frames, rows and columns of patches
     kinds: Tensor  # long [N, 4]: shape (or NOTHING), colour, fill, framed
     boxes: Tensor  # long [N, 4], xyxy in pixels of the resized picture
 
 
 @dataclass(frozen=True)
 class View:
-    """A picture and the things in it, in 0-1 boxes of this picture, with the one that is framed in red, if any."""
+    """A picture and the things in it."""
 
     image: Image.Image
-    things: tuple[Thing, ...]
-    framed: Thing | None = None
+    things: tuple[Thing, ...]  # their boxes are unit xyxy of this picture
+    framed: Thing | None = None  # the thing with a red frame, if any
 
 
 def view(stream: str, index: int) -> View:
-    """Picture `index` of a stream: mostly scenes as the language model will see them, some of one large thing, and some
-    close-ups, in which a thing fills the picture."""
+    """Picture `index` of a stream: a pure function of the two arguments.
+
+    Most are scenes as the language model will see them. Some have one large thing, and some are close-ups in which a
+    thing fills the picture.
+    """
     rng = random.Random(f"{stream}:{index}")
     kind = rng.choices(("scene", "alone", "close-up"), (0.75, 0.1, 0.15))[0]
     scene = random_scene(rng, crowd(rng, 1), scale=(0.4, 0.6)) if kind == "alone" else single_scene(rng)
@@ -70,14 +73,17 @@ def view(stream: str, index: int) -> View:
 
 
 def inside(box: Box, crop: Box) -> Box:
-    """A box in 0-1 of a crop that holds it."""
+    """The unit xyxy box `box` of a picture, relative to a crop that holds it."""
     width, height = crop[2] - crop[0], crop[3] - crop[1]
     x0, y0, x1, y1 = box
     return ((x0 - crop[0]) / width, (y0 - crop[1]) / height, (x1 - crop[0]) / width, (y1 - crop[1]) / height)
 
 
 def owner(things: Sequence[Thing], cell: Box) -> Thing | None:
-    """What a cell shows: the thing whose centre is in it, else the one that covers most of it, else nothing."""
+    """The thing that a cell shows, or None: the thing with its centre in the cell, else the one that covers most of it.
+
+    Boxes and the cell are unit xyxy.
+    """
     best, most = None, MIN_SHARE
     area = (cell[2] - cell[0]) * (cell[3] - cell[1])
     for thing in things:
@@ -85,70 +91,89 @@ def owner(things: Sequence[Thing], cell: Box) -> Thing | None:
         width = max(0.0, min(x1, cell[2]) - max(x0, cell[0]))
         height = max(0.0, min(y1, cell[3]) - max(y0, cell[1]))
         centred = cell[0] <= (x0 + x1) / 2 < cell[2] and cell[1] <= (y0 + y1) / 2 < cell[3]
-        share = width * height / area + centred
+        share = width * height / area + centred  # a centre in the cell counts more than any area
         if share > most:
             best, most = thing, share
     return best
 
 
 class Heads(nn.Module):
-    """Linear readings of a token [N, D]: a kind, and a box as the digits that the language model will have to write."""
+    """Linear heads on tokens [N, D]: a kind, and a box, both as digits and as numbers.
+
+    The digits are those that the language model will have to write later.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.kind = nn.Linear(width, sum(KIND_SIZES))
         self.tens = nn.Linear(width, 4 * (LONGEST // 10))
         self.ones = nn.Linear(width, 4 * 10)
-        self.box = nn.Linear(width, 4)  # in half pictures from the middle, one number an edge
+        self.box = nn.Linear(width, 4)  # distance of each edge from the middle, in quarters of LONGEST
 
     def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Likeliest kinds [N, 4] and boxes [N, 4] in pixels."""
+        """The most likely kinds, long [N, 4], and the boxes, float [N, 4] in pixels, of tokens [N, D]."""
         kinds = [logits.argmax(-1) for logits in self.kind(tokens).split(KIND_SIZES, dim=-1)]
         return torch.stack(kinds, dim=-1), self._edges(tokens)
 
     def loss(self, tokens: Tensor, kinds: Tensor, boxes: Tensor) -> Tensor:
-        """Sum over cells. The weights bring the parts to one size; ones digits matter least to an IoU."""
+        """The loss, summed over the cells.
+
+        Args:
+            tokens: float [N, D].
+            kinds: long [N, 4], targets as in `Cells`.
+            boxes: long [N, 4], xyxy in pixels.
+        """
+        # Kinds: all cells have a shape (or NOTHING); colour, fill and frame only those that show a thing.
         shown = kinds[:, 0] != NOTHING
         shape, *others = self.kind(tokens).split(KIND_SIZES, dim=-1)
         total = F.cross_entropy(shape, kinds[:, 0], reduction="sum")
         for number, logits in enumerate(others, start=1):
             total = total + F.cross_entropy(logits[shown], kinds[shown, number], reduction="sum")
+        # Boxes: tens and ones digits of each edge as classes, and the edges as numbers.
         tokens, boxes = tokens[shown], boxes[shown]
         tens = F.cross_entropy(self.tens(tokens).view(-1, LONGEST // 10), boxes.flatten() // 10, reduction="sum")
         ones = F.cross_entropy(self.ones(tokens).view(-1, 10), boxes.flatten() % 10, reduction="sum")
         edges = F.smooth_l1_loss(self._edges(tokens), boxes.float(), beta=4.0, reduction="sum")
+        # The weights give the parts a similar size. Ones digits get the least weight: they hardly change the IoU.
         return total + tens / 2 + ones / 8 + edges / 32
 
     def _edges(self, tokens: Tensor) -> Tensor:
+        """The boxes [N, 4] in pixels."""
         return self.box(tokens) * (LONGEST / 4) + LONGEST / 2
 
 
 class TowerStage:
+    """Stage 1 (see `loop.Stage` for the interface)."""
+
     name: ClassVar[str] = "tower"
 
-    def __init__(self, settings: BaseSettings, folder: Path) -> None:
+    def __init__(self, settings: PretrainSettings, folder: Path) -> None:
         self.settings = settings
         self.policy = QwenVL(str(folder), freeze_vision=False)
-        self.policy.base.requires_grad_(False)
+        self.policy.base.requires_grad_(False)  # only the vision tower is trained
         self.policy.base.model.visual.requires_grad_(True)
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(settings.seed)  # for the initial weights of the heads
         self.heads = Heads(settings.text_width)
         self.image_processor = load_processor(folder).image_processor
         self.num_steps, self.learning_rate = settings.tower_steps, settings.tower_learning_rate
 
     def batches(self, start: int, rank: int = 0, world_size: int = 1) -> Iterator[Cells]:
+        """This process's share of the pictures of each batch."""
         for batch in range(start, self.num_steps):
             numbers = share_of(batch, self.settings.tower_batch, rank, world_size)
             yield self.cells([view(f"tower:{self.settings.seed}", number) for number in numbers])
 
     def cells(self, views: Sequence[View]) -> Cells:
+        """Encode pictures, and make the target of each cell."""
         pixels, grids, kinds, boxes = [], [], [], []
         for picture in views:
+            # The picture as patches.
             features = self.image_processor(images=[picture.image], return_tensors="pt")
             pixels.append(features["pixel_values"])
             grids.append(features["image_grid_thw"])
             rows, columns = features["image_grid_thw"][0, 1:].tolist()
             sizes = ImageSizes.from_grid(picture.image.size, (rows, columns), self.image_processor.patch_size)
+            # The targets.
             for thing in self._owners(picture, rows, columns):
                 if thing is None:
                     kinds.append((NOTHING, 0, 0, 0))
@@ -162,7 +187,7 @@ class TowerStage:
         return cells
 
     def _owners(self, picture: View, rows: int, columns: int) -> Iterator[Thing | None]:
-        """Of each cell of a picture of rows × columns patches, in the order of the tower's tokens."""
+        """The thing of each cell, in the order of the tower's tokens, for a picture of rows × columns patches."""
         merge = self.image_processor.merge_size
         for row in range(0, rows, merge):
             for column in range(0, columns, merge):
@@ -170,18 +195,19 @@ class TowerStage:
                 yield owner(picture.things, cell)
 
     def tokens(self, cells: Cells) -> Tensor:
-        """[N, D]"""
+        """The tower's tokens for these pictures, float [N, D]: one token a cell."""
         features = self.policy.base.model.get_image_features(cells.pixel_values, cells.grid_thw)
         return torch.cat(list(features.pooler_output))
 
     def loss(self, batch: Cells) -> tuple[float, int]:
+        """Add the gradient of a batch; returns the sum of the losses over cells, and the number of cells."""
         loss = self.heads.loss(self.tokens(batch), batch.kinds, batch.boxes)
         loss.backward()
         return loss.item(), len(batch.kinds)
 
     @torch.no_grad()
     def evaluate(self, num_eval: int) -> dict[str, float]:
-        """Of cells that show a thing: share whose kind is read rightly, mean IoU and Acc@0.5 of the box; per cent."""
+        """Scores over the cells that show a thing, in per cent: correct kinds, Acc@0.5 and mean IoU of the boxes."""
         cells = self.cells([view(HELD_OUT, index) for index in range(num_eval)])
         shown = cells.kinds[:, 0] != NOTHING
         kinds, boxes = self.heads.read(self.tokens(cells)[shown])

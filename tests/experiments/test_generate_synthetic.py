@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def test_a_world_of_the_same_settings_is_built_once_and_another_moves_it_aside(tmp_path: Path, built: list) -> None:
+def test_a_dataset_of_the_same_settings_is_built_once_and_another_moves_it_aside(tmp_path: Path, built: list) -> None:
     root = tmp_path / "nano"
     generate_synthetic.build(str(root), **SETTINGS)
     generate_synthetic.build(str(root), **SETTINGS)
@@ -34,7 +36,7 @@ def test_a_world_of_the_same_settings_is_built_once_and_another_moves_it_aside(t
     assert read_json(tmp_path / f"nano.{key[:8]}" / "done.json")["key"] == key
 
 
-def test_training_keeps_a_finished_world_of_other_settings(tmp_path: Path, built: list, capsys) -> None:
+def test_training_keeps_a_finished_dataset_of_other_settings(tmp_path: Path, built: list, capsys) -> None:
     root = tmp_path / "nano"
     generate_synthetic.build(str(root), **SETTINGS | {"train_samples": 9})
     generate_synthetic.build(str(root), **SETTINGS, keep=True)
@@ -53,3 +55,12 @@ def test_folders_that_were_not_made_here_are_never_removed(tmp_path: Path, name:
         generate_synthetic.build(str(tmp_path), **SETTINGS)
     assert (tmp_path / name / "images.zip").is_file()
     assert not (tmp_path / "started.json").exists()
+
+
+def test_make_shards_runs_this_command() -> None:
+    # The tests themselves may run under make, which hands its own flags on.
+    own = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    command = ["make", "-n", "shards", "STAMP=Makefile"]
+    root = Path(generate_synthetic.__file__).parents[1]
+    printed = subprocess.run(command, cwd=root, env=own, capture_output=True, text=True, check=True).stdout
+    assert f"-m {generate_synthetic.__name__} --config experiments/configs/nano/shards.yaml" in printed

@@ -179,7 +179,7 @@ def test_wrong_settings_are_all_named_at_once(tmp_path: Path) -> None:
 def test_a_folder_that_was_not_made_here_is_not_touched(data: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/notes.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="was not made here"):
+    with pytest.raises(SystemExit, match="files that no import has written"):
         run(source="odinw", root=data / "od", out=tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
 

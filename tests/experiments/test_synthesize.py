@@ -174,7 +174,7 @@ def test_faults_change_nothing(
     assert kept(out) == kept(undisturbed)
     # Nobody is asked again who has answered, but where the answer was lost on the way: cut by the proxy, or too late,
     # as on a machine with other things to do.
-    counts = dict(re.findall(r"(\w+) (\d+)", capsys.readouterr().out.partition("retried: ")[2]))
+    counts = dict(re.findall(r"(\w+) (\d+)", capsys.readouterr().out.partition("repeated: ")[2]))
     late = int(counts["timeout"]) - proxy.faults["hang"]
     repeated = server.asked.total() - 4 * (NUM_QUESTIONS - 1) - proxy.faults["truncated"]
     assert 0 <= repeated <= late

@@ -1,4 +1,4 @@
-"""The floor's numbers against counts made another way: torch's own counter of operations, and sums written out."""
+"""The lower bound against counts made another way: torch's own counter of operations, and sums written out."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_forward_pass_counts_as_torch_counts_it(tiny: Path, monkeypatch) -> No
     counts = [sum(len(item.input_ids) for item in items), sum(len(item.completion_ids) for item in items)]
     work = step_work(Sizes.read(tiny), workload, *counts, sum(len(item.pixel_values) for item in items))
     # The counter does not know that half of a causal product is masked, nor that the last token goes in for nothing,
-    # and the floor counts LoRA, which this policy has not.
+    # and the lower bound counts LoRA, which this policy does not have.
     lora = 2 * Sizes.read(tiny).lora_weights(workload.lora_rank) * sum(counts)
     assert work["forward"].operations - lora == pytest.approx(forward.get_total_flops(), rel=0.15)
     assert work["encode"].operations == pytest.approx(encoding.get_total_flops(), rel=0.15)

@@ -68,7 +68,7 @@ def test_it_runs_without_the_optional_packages_and_goes_on_where_it_stopped(
     for result in stored.values():
         ours = result["contenders"]["ours"]
         assert ours["seconds"] > 0 and ours["peak_bytes"] > 0
-        assert 0 < result["floor_share"] < 1
+        assert 0 < result["lower_bound_share"] < 1
         assert sum(ours["phases"].values()) == pytest.approx(ours["seconds"], rel=0.5)
 
     (tmp_path / "out" / "logs" / "tiny-ours.log").unlink()

@@ -26,11 +26,11 @@ from experiments.nano.language import LanguageStage
 from experiments.nano.loop import CHECKPOINT, LOG, average_gradients, build_optimizers, learning_rate_factor
 from experiments.nano.muon import Muon
 from experiments.nano.pretrain import train
-from experiments.nano.settings import BaseSettings
+from experiments.nano.settings import PretrainSettings
 from experiments.nano.vision_tower import TowerStage
 from lightning_modules.models.qwen_vl import QwenVL
 
-TINY = BaseSettings(
+TINY = PretrainSettings(
     text_width=64,
     text_depth=1,
     vision_width=32,
@@ -228,7 +228,7 @@ class Killed(Exception):
     """Stands for a process that ends in the middle of a step."""
 
 
-def train_tiny(folder: Path, settings: BaseSettings = TINY) -> dict[str, Tensor]:
+def train_tiny(folder: Path, settings: PretrainSettings = TINY) -> dict[str, Tensor]:
     return train(settings, folder, save_every=2, eval_every=100, log_every=1).base.state_dict()
 
 

@@ -11,7 +11,7 @@ import torch
 from datamodules.checkpoints.pretrained import new_model
 from datamodules.synthetic.world import COLOURS, FILLS, SHAPES, Kind, Thing
 from experiments.nano import build_model
-from experiments.nano.settings import BaseSettings
+from experiments.nano.settings import PretrainSettings
 from experiments.nano.vision_tower import NOTHING, TowerStage, inside, owner, view
 
 LEFT = Thing(Kind("star", "blue"), (0.0, 0.0, 0.4, 0.4))
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stage(folder: Path) -> TowerStage:
-    return TowerStage(BaseSettings(text_width=128, tower_pictures=8, tower_batch=4), folder)
+    return TowerStage(PretrainSettings(text_width=128, tower_pictures=8, tower_batch=4), folder)
 
 
 @pytest.mark.parametrize(
