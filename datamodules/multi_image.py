@@ -43,7 +43,7 @@ class MultiImageData(LightningDataModule):
         shards: folder of shards, or a list of folders.
         processor: folder or Hub name of the model's processor.
         box_format: the meaning of the numbers that the model reads and writes.
-        style: the text behind the question (`PromptStyle`).
+        style: the text after the question (`PromptStyle`).
         batch_size: samples of one batch on one rank.
         num_workers: processes that encode samples; 0 encodes in this process. If a worker dies, is stopped, or cannot
             hand over its samples, the run ends with WorkersFailed.

@@ -27,7 +27,7 @@ class RequestForm:
 
     Args:
         model_family: its box format, and its own prompt suffix and image labels.
-        style: the text behind the question. "think" and "answer" are this project's suffixes, "plain" adds none, and
+        style: the text after the question. "think" and "answer" are this project's suffixes, "plain" adds none, and
             "native" is the model family's own suffix. With "native", a question with options asks for a letter as with
             "answer": families differ only in their boxes.
         before_image: the label before each image, such as "Picture {}: "; None takes that of the model family.

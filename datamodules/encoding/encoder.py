@@ -140,7 +140,7 @@ class Encoder:
     Args:
         processor_path: folder or Hub name of the processor.
         box_format: the meaning of the numbers that the model reads and writes.
-        style: the text behind the question.
+        style: the text after the question.
         max_prompt_tokens: a sample with a longer prompt, images included, is rejected.
         max_completion_tokens: a sample with a longer target is rejected.
         with_target: encode the target of supervised training too.

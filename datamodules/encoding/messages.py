@@ -29,7 +29,7 @@ OFFICIAL_PREFIX = "official_prefix"
 
 
 class PromptStyle(StrEnum):
-    """The text behind the question."""
+    """The text after the question."""
 
     THINK = "think"  # asks for reasoning, then the answer
     ANSWER = "answer"  # asks for the answer alone, in JSON
@@ -67,7 +67,7 @@ def build_messages(
         sample: the question and its images.
         image_sizes: the sizes of the sample's images, one entry an image.
         box_format: the format in which boxes inside the question are written.
-        style: the text behind the question. OFFICIAL also puts the sample's OFFICIAL_PREFIX before the question.
+        style: the text after the question. OFFICIAL also puts the sample's OFFICIAL_PREFIX before the question.
         suffix: replaces the text of the style.
         question_box: notation of a box inside the question, with four "{}" for its numbers.
 

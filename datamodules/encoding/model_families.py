@@ -25,10 +25,10 @@ class ModelFamily:
     name: str
     models: str  # regex that is searched in a model's name, without regard to case
     box_format: BoxFormat
-    suffix: str  # text behind a grounding question
+    suffix: str  # text after a grounding question
     question_box: str = QUESTION_BOX  # notation of a box inside a question, with four "{}" for its numbers
     before_image: str = ""  # label before each image; "{}" becomes the number of the image, from 1
-    after_image: str = ""  # text behind each image
+    after_image: str = ""  # text after each image
     factor: int | None = None  # the processor resizes sides to multiples of this; needed if boxes are in pixels
     source: str = ""  # where the format and the prompt come from
 

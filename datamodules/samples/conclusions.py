@@ -29,7 +29,7 @@ _END = re.compile(r"(?<!^.[.])(?<=[.!?])[\"'”’)\]*]{0,4}[ \t]{1,8}(?=[A-Z0-9
 _LISTED = re.compile(r"[ \t*_-]{0,8}\(?[A-Z][).:]")  # a line of a list of options: "(A) …", "- B. …"
 _ENUMERATOR = re.compile(r"[ \t]*+[0-9]{1,3}[.)][ \t]++(?=\S)")  # "2. " at the start of a line
 
-# Statements of the answer, in words that stand before it and in words that stand behind it.
+# Statements of the answer, in words that stand before it and in words that stand after it.
 _SAYS = r"(?:is|was|(?:would|should|could|might|may|must|will|can) be|(?:seems|appears) to be|remains|[:=])"
 _ANSWER = r"(?:answer|choice|option|solution|selection|response|result|prediction|conclusion)"
 _CHOOSE = r"(?:select|choose|pick|go with|opt for|settle on|lean towards?|say|answer)"
@@ -41,7 +41,7 @@ _SAID_AFTER = re.compile(
 _SAID_BEFORE = re.compile(
     rf"\b{_SAYS} (?:the|a|an|my) (?:[\w-]{{1,20}} ){{0,2}}(?:answer|choice|option)\b", re.IGNORECASE
 )
-# Conclusions: only at the start of a statement, or behind punctuation or "and".
+# Conclusions: only at the start of a statement, or after punctuation or "and".
 _CONCLUDING = re.compile(
     r"(?:^|[,;:.]|\band)[\s*_#>-]{0,6}(?:therefore|thus|hence|consequently|accordingly|ultimately|finally|so|overall,"
     r"|in (?:conclusion|summary)|to (?:conclude|summarize|sum up)|considering|given|based on|from th(?:is|ese)"

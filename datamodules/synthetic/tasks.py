@@ -78,6 +78,7 @@ def diff(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
     """Two pictures that are equal except for one thing in the second."""
     size, background = rng.choice(SIZES), random_background(rng)
     before, after, changed = change_one(rng, size, scale)
+    # The same size and background: everything else is equal, pixel by pixel.
     scenes = [Scene(size, background, tuple(things)) for things in (before, after)]
     question = "Compare these two images carefully and give me the coordinates of their difference. "
     reasons = ("The object that only image 2 has", "What is different")
@@ -95,6 +96,7 @@ def region(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
         f"Please locate the {index + 1}th region picture in the source image. "
     )
     reasons = (f"What region {index + 1} shows",)
+    # The answer is the place of the crop, which is slightly larger than the thing in it.
     return build_puzzle(
         "region",
         [source] * (len(things) + 1),
@@ -151,7 +153,7 @@ def _views(rng: random.Random, scale: tuple[float, float], count: int) -> tuple[
 def multi_view(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
     """Several views of the same things. The question asks for the framed thing in one of the later views."""
     scenes, query = _views(rng, scale, rng.choice((2, 2, 3, 3, 4)))
-    target = rng.randrange(1, len(scenes))
+    target = rng.randrange(1, len(scenes))  # never the first image, where the frame shows the answer
     question = (
         "These images share one object in common(the object marked with red bounding box in the first image"
         f"{box_text(query.box)}. Recognize and locate this object in the {target + 1}th image. "
@@ -211,7 +213,7 @@ def reasoning(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
     kind = rng.choice(KINDS)
     alone = random_scene(rng, [kind], scale=(0.36, 0.55))
     attribute, free_text = rng.choice(REASONING)
-    right, wrong = sharing(rng, kind, attribute)
+    right, wrong = sharing(rng, kind, attribute)  # a wrong one shares the other attribute
     raw = random_scene(rng, shuffled(rng, [right, *wrong]), scale=scale)
     question = f"{free_text} Find it and locate it in the second image. "
     reasons = (f"What has the same {attribute}",)
@@ -222,6 +224,7 @@ def correspondence(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
     """The counterpart of the framed thing is the thing in image 2 with the same shape, in any colour."""
     query_kind = rng.choice(KINDS)
     right, wrong = sharing(rng, query_kind, "shape")
+    # A second thing in the first image, so that the frame is necessary.
     first = random_scene(rng, shuffled(rng, [query_kind, *wrong[:1]]), scale=scale)
     query = thing_of(first, query_kind)
     second = random_scene(rng, shuffled(rng, [right, *wrong]), scale=scale)

@@ -40,7 +40,7 @@ POOL_DIFFICULTY = {"normal": 0.7, "easy": 0.12, "hard": 0.18}
 # Share of the training samples with short thinking, whatever the question; the others have thorough thinking. The
 # rationales of a teacher are not equally good either, and GRPO has to find out which kind leads to the right box.
 SHORT_THINKING_SHARE = 0.6
-# Text before and behind the box in a single-image question. With MARKING, the picture also has a red frame there.
+# Text before and after the box in a single-image question. With MARKING, the picture also has a red frame there.
 POINTING = (("Which object is at ", "? Name it and locate it."), ("Name the object at ", " and give its bounding box."))
 MARKING = (("What is in the red bounding box ", "? Locate it."), ("Name and locate the object marked in red ", "."))
 BENCHMARK, VALIDATION = "MIG-Bench", "validation"

@@ -120,6 +120,7 @@ class Turnstile(Callback):
         if missing:
             raise ValueError(f"tokens that the policy bans but the benchmark does not: {sorted(missing)[:5]}")
         policy.banned = torch.tensor(forced, device=policy.device)
+        # The phases of a step, by the methods that they consist of.
         clock = self.gate.clock
         clock.wrap(policy, "encode_images", "encode")
         clock.wrap(policy, "token_log_probs", _scoring_phase)
@@ -163,6 +164,7 @@ class Turnstile(Callback):
             module.engine.generate(self.items, settings, features, generator)
             synchronize()
             best[length] = min(best.get(length, float("inf")), time.perf_counter() - began)
+        # The prefill cancels out in the difference. A completion of n tokens has n - 1 decoding steps.
         a_token = (best[longest] - best[shortest]) / (longest - shortest) if longest > shortest else float("nan")
         return {"seconds_a_token": a_token, "prefill_seconds": best[longest] - (longest - 1) * a_token}
 

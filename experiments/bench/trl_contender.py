@@ -103,6 +103,7 @@ def build_trainer(model: str, workload: Workload, folder: str, gate: Gate) -> GR
         pairs = zip(texts, chosen, strict=True)
         return [reward(text, item.sample.answer, item.image_sizes, BOX_FORMAT).total for text, item in pairs]
 
+    # The loss of the paper: per-sample mean, and the plain KL estimator, as in this project.
     arguments = GRPOConfig(
         num_generations=workload.group_size,
         max_completion_length=workload.completion_tokens,

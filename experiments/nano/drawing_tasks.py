@@ -46,7 +46,7 @@ class PictureEncoder:
         self.image_processor = processor.image_processor
         self.image_token_id = processor.image_token_id
         self.grounding_turns = grounding_turns
-        # The template's text before and behind the question, which is marked by a character that no question has.
+        # The template's text before and after the question, which is marked by a character that no question has.
         messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\0"}]}]
         text = processor.apply_chat_template(messages, add_generation_prompt=True, add_vision_id=True, tokenize=False)
         before, after = text.split("\0")

@@ -32,7 +32,7 @@ def cosine_factor(step: int, num_warmup: int, num_steps: int) -> float:
     if step < num_warmup:
         return (step + 1) / num_warmup
     progress = (step - num_warmup) / max(num_steps - num_warmup, 1)
-    return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+    return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))  # 0 also beyond the last planned update
 
 
 def count_updates(trainer: Trainer, batches_per_window: int, updates_per_window: int) -> int:
@@ -63,6 +63,7 @@ def count_updates(trainer: Trainer, batches_per_window: int, updates_per_window:
 
 def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's parameter groups: one group in the given order, or two if decay must leave out norms and biases."""
+    # Without weight decay, all parameters share one group in their given order.
     narrow = [parameter for parameter in parameters if parameter.dim() < 2] if weight_decay > 0 else []
     if not narrow:
         return [{"params": list(parameters), "weight_decay": weight_decay}]
