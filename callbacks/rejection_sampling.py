@@ -1,4 +1,4 @@
-"""Rejection sampling: GRPO trains on the prompts that the stage-1 model solves sometimes (`prompt_choice`)."""
+"""Rejection sampling: GRPO trains on the prompts that the stage-1 model solves sometimes (`prompt_selection`)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.encoding import prompt_encoder, rollout_engine
-from callbacks.prompt_choice import RejectionSettings, is_finished, rejection_key, rejection_sample
 from datamodules.persistence.files import fingerprint, read_json
 from datamodules.persistence.source_code import source_code
+from lightning_modules.predictors.encode_ahead import prompt_encoder, rollout_engine
+from lightning_modules.rl.prompt_selection import RejectionSettings, is_finished, rejection_key, rejection_sample
 
-SOURCE = ("callbacks.prompt_choice",)  # with all that it imports: what samples and chooses
+SOURCE = ("lightning_modules.rl.prompt_selection",)  # with all that it imports: what samples and chooses
 
 
 class RejectionSampling(Callback):

@@ -20,10 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from datamodules.benchmarks.upright import turn_questions
-from datamodules.images.image_files import file_size, read_image_file
+from datamodules.benchmarks.base import PAPER, Benchmark, Rule, file_benchmark
+from datamodules.benchmarks.upright import TURNED, turn_questions
+from datamodules.images.image_files import file_size
 from datamodules.samples.boxes import Box, box_fault
-from datamodules.samples.sample import BoxAnswer, LoadedSample, Sample, SampleError
+from datamodules.samples.sample import BoxAnswer, Sample, SampleError
 
 # In the order of the paper's table, whose columns are Static, Robust, Common, OT, MV, Region, Refer, GG, Reason, Co-Re.
 TASKS = (
@@ -40,6 +41,11 @@ TASKS = (
 )
 IN_DOMAIN = ("diff", "common_object", "region", "refer_grounding")
 OUT_OF_DOMAIN = tuple(task for task in TASKS if task not in IN_DOMAIN)
+
+NAME, FOLDER, ANNOTATIONS = "mig_bench", "MIG-Bench", "MIG_data.json"
+AVERAGES = {"avg": TASKS, "in_domain": IN_DOMAIN, "out_of_domain": OUT_OF_DOMAIN}
+RULE = Rule(source=PAPER + ", mean over tasks")
+OFFICIAL = Rule(source="Migician eval/utils.py: its own box reader, IoU >= 0.5", inclusive=True, reader="mig_bench")
 
 _FIELDS = {"task": str, "images": list, "question": str, "answer": list, "additional_info": str, "need_format": bool}
 _SECOND_IMAGE = ("correspondence", "diff", "view_diff", "refer_grounding", "reasoning")
@@ -75,6 +81,20 @@ class DirtyReport:
         return "\n".join(lines)
 
 
+def load(root: Path) -> Benchmark:
+    """`root` holds MIG_data.json and images/, and is itself named MIG-Bench, as the image names say."""
+    return load_files(root / ANNOTATIONS, root.parent)
+
+
+def load_files(annotations: str | Path, image_root: str | Path) -> Benchmark:
+    """The benchmark of any file in this format; `image_root` is the folder that holds "MIG-Bench/"."""
+    samples, dirty = load_mig_bench(annotations, image_root)
+    notes = {"kept: dirty answer box": len(dirty.boxes), TURNED: dirty.turned}
+    notes = {reason: count for reason, count in notes.items() if count}
+    # The file's boxes are in the stored frame; `load_mig_bench` has turned them already.
+    return file_benchmark(NAME, samples, Path(image_root), RULE, OFFICIAL, AVERAGES, notes, frame="shown")
+
+
 def load_mig_bench(path: str | Path, image_root: str | Path | None = None) -> tuple[list[Sample], DirtyReport]:
     """Samples "mig_bench/<position>" in file order, all images first and then the question, as in the official prompt.
 
@@ -95,11 +115,6 @@ def load_mig_bench(path: str | Path, image_root: str | Path | None = None) -> tu
         _check_images(samples, Path(image_root))
         samples, turned = turn_questions(samples, Path(image_root))
     return samples, replace(dirty, turned=turned)
-
-
-def load_images(sample: Sample, image_root: str | Path) -> LoadedSample:
-    """The sample with its image files' bytes. Raises SampleError "missing_image"."""
-    return LoadedSample(sample, tuple(read_image_file(Path(image_root, name), sample.id) for name in sample.images))
 
 
 def target_image(record: Mapping[str, Any]) -> int:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from callbacks.evaluation import answers_key, ask_share
 from datamodules.benchmarks.base import limit_columns
 from datamodules.benchmarks.registry import load_benchmark
 from datamodules.checkpoints.model_folder import ModelError
 from datamodules.persistence.processes import ChildWatch, ProcessLost, end_with_parent
 from datamodules.samples.boxes import BoxFormat
 from experiments.evaluation.choose_predictor import PredictorSettings, make_predictor
+from lightning_modules.predictors.ask import answers_folder, answers_key, ask_share
 
 POLL_SECONDS = 1.0
 
@@ -33,7 +33,7 @@ class Job:
     settings: PredictorSettings
     names: tuple[str, ...]
     data_root: str
-    answers: str  # folder
+    home: str  # folder of the evaluation
     limit: int | None
 
 
@@ -88,7 +88,7 @@ def ask_rank(job: Job, rank: int, world_size: int, send: Callable[[Any], None]) 
     for name in job.names:
         benchmark = load_benchmark(name, job.data_root)
         key = answers_key(benchmark, predictor)
-        folder = Path(job.answers) / f"{name}-{key}"
+        folder = answers_folder(Path(job.home), benchmark, key)
         samples = limit_columns(benchmark.samples, job.limit)
         for count in ask_share(predictor, samples, benchmark, folder, key, rank, world_size):
             send(Asked(name, count))

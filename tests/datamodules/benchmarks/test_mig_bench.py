@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from datamodules.benchmarks.mig_bench import IN_DOMAIN, OUT_OF_DOMAIN, TASKS, load_images, load_mig_bench, target_image
+from datamodules.benchmarks.mig_bench import IN_DOMAIN, OUT_OF_DOMAIN, TASKS, load_mig_bench, target_image
+from datamodules.images.image_files import load_images
 from datamodules.samples.sample import BoxPart, ImagePart, SampleError, TextPart
 from tests.beside import SHARED
 

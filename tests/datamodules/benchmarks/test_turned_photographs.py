@@ -17,17 +17,17 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
-from datamodules.benchmarks import lisa, mig_bench_suite, mmiu, odinw, ref_l4, revos
+from datamodules.benchmarks import lisa, mig_bench, mmiu, odinw, ref_l4, revos
 from datamodules.benchmarks.base import Benchmark
 from datamodules.benchmarks.masks import encode_counts
 from datamodules.benchmarks.mig_bench import load_mig_bench
 from datamodules.encoding.messages import PromptStyle, build_messages
 from datamodules.images.image_loading import load_image
-from datamodules.metrics.summary import predict
-from datamodules.predictors import Reply
+from datamodules.metrics.predictions import Reply
+from datamodules.metrics.scoring import score_reply
 from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import Sample, SampleError
-from datamodules.synthetic.benchmark_replicas.write import write_twin
+from datamodules.synthetic.benchmark_replicas.write import write_replica
 from tests.beside import SHARED
 from tests.datamodules.photographs import QUERY, SIZE, STORED, drawn_box, photograph, place_of, unit
 
@@ -104,7 +104,7 @@ def write_revos(root: Path, data: bytes, size: tuple[int, int], box: tuple[int, 
     (root / "mask_dict.json").write_text(json.dumps({"7": [rle] * 6}))
 
 
-AS_STORED = {"mig_bench": (mig_bench_suite, write_mig_bench), "ref_l4": (ref_l4, write_ref_l4)}
+AS_STORED = {"mig_bench": (mig_bench, write_mig_bench), "ref_l4": (ref_l4, write_ref_l4)}
 AS_STORED |= {"odinw": (odinw, write_odinw)}
 AS_SHOWN = {"lisa": (lisa, write_lisa), "revos": (revos, write_revos)}
 
@@ -115,7 +115,7 @@ def scored(benchmark: Benchmark, sample: Sample, box: tuple[float, ...]) -> tupl
     image_sizes = tuple(ImageSizes(size, (1000, 1000)) for size in sizes)
     x1, y1, x2, y2 = (round(1000 * value) for value in box)
     text = f"({x1},{y1}),({x2},{y2})"
-    found = predict(sample, Reply(text, image_sizes), BoxFormat.RELATIVE_1000, benchmark.rule, benchmark.official)
+    found = score_reply(sample, Reply(text, image_sizes), BoxFormat.RELATIVE_1000, benchmark.rule, benchmark.official)
     return found.value, found.official_value, found.failure
 
 
@@ -206,7 +206,7 @@ def test_an_annotation_of_the_other_frames_size_is_counted_by_name(name: str, tm
 
 
 def test_mmiu_counts_a_question_on_a_turned_photograph_by_name(tmp_path: Path) -> None:
-    write_twin("mmiu", tmp_path, count=2)
+    write_replica("mmiu", tmp_path, count=2)
     benchmark = mmiu.load(tmp_path / "MMIU")
     sample = benchmark.samples[0]
     assert benchmark.load(sample).sample is sample

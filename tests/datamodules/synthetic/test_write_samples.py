@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from datamodules.benchmarks.mig_bench import TASKS, load_images, load_mig_bench
+from datamodules.benchmarks.mig_bench import TASKS, load_mig_bench
 from datamodules.encoding.messages import PromptStyle, build_messages, target_text
+from datamodules.images.image_files import load_images
 from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import BoxPart, ImagePart, LoadedSample, TextPart
 from datamodules.streaming.shards import read_manifest
