@@ -17,10 +17,11 @@ from datamodules.benchmarks.registry import BENCHMARKS, load_benchmark
 from datamodules.metrics.result_files import format_result, result_metrics, write_evaluation
 from datamodules.metrics.scoring import score_replies
 from datamodules.persistence.files import StorageError, make_folder
+from datamodules.persistence.problems import Problems
 from datamodules.samples.sample import Sample
 from lightning_modules.metrics.summary import summarise
 from lightning_modules.predictors.ask import answers_folder, answers_key, ask_share, read_answers, share_of
-from lightning_modules.predictors.base import Decoding, require_positive
+from lightning_modules.predictors.base import Decoding
 from lightning_modules.predictors.encode_ahead import prompt_encoder, rollout_engine
 from lightning_modules.predictors.policy import PolicyPredictor
 
@@ -66,14 +67,15 @@ class BenchmarkEvaluation(Callback):
         max_prompt_tokens: int | None = None,
         folder: str | None = None,
     ) -> None:
-        if benchmark not in BENCHMARKS:
-            raise ValueError(f"benchmark={benchmark!r} must be one of {', '.join(BENCHMARKS)}")
+        problems = Problems()
+        problems.one_of(BENCHMARKS, benchmark=benchmark)
+        problems.positive(limit=limit)
+        problems.positive_or_null(every_n_steps=every_n_steps, max_prompt_tokens=max_prompt_tokens)
+        problems.raise_all(type(self).__name__)
         self.name, self.data_root, self.folder = benchmark, data_root, folder
         self.before, self.after, self.every_n_steps, self.limit = before, after, every_n_steps, limit
         self.decoding = Decoding(max_new_tokens, batch_prompts)
         self.max_prompt_tokens = max_prompt_tokens
-        every = {"every_n_steps": every_n_steps, "max_prompt_tokens": max_prompt_tokens}
-        require_positive(type(self).__name__, limit=limit, **every)
         self.benchmark: Benchmark | None = None
         self._resumed_step = 0
         self._last_step = 0
@@ -159,7 +161,7 @@ class BenchmarkEvaluation(Callback):
         self, predictor: PolicyPredictor, samples: Sequence[Sample], home: Path, key: str, trainer: Trainer
     ) -> None:
         """This rank's share of the questions, into its journal. Raises StorageError."""
-        folder = answers_folder(home, self.benchmark, key)
+        folder = answers_folder(home, self.name, key)
         for path in (home, folder.parent, folder):
             make_folder(path)  # one by one: nothing is made where a lost filesystem was
         rank, world_size = trainer.global_rank, trainer.world_size
@@ -173,7 +175,7 @@ class BenchmarkEvaluation(Callback):
     ) -> None:
         """Score the answers of all ranks; write, log and print the result. Raises StorageError."""
         benchmark = self.benchmark
-        replies = read_answers(answers_folder(home, benchmark, key), key)
+        replies = read_answers(answers_folder(home, self.name, key), key)
         predictions = score_replies(benchmark, samples, replies, predictor.box_format)
         facts = {"benchmark": self.name, "key": key, "step": trainer.global_step, "generation": "greedy"}
         result = facts | summarise(predictions, benchmark.rule, benchmark.official, benchmark.averages)

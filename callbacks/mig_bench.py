@@ -7,7 +7,7 @@ from typing import Any
 from callbacks.benchmark_evaluation import BenchmarkEvaluation
 from datamodules.benchmarks import mig_bench
 from datamodules.benchmarks.base import Benchmark
-from lightning_modules.predictors.base import require_positive
+from datamodules.persistence.problems import Problems
 
 
 class MIGBench(BenchmarkEvaluation):
@@ -21,7 +21,9 @@ class MIGBench(BenchmarkEvaluation):
     """
 
     def __init__(self, annotations: str, image_root: str, validation_limit_per_task: int = 20, **settings: Any) -> None:
-        require_positive("MIGBench", validation_limit_per_task=validation_limit_per_task)
+        problems = Problems()
+        problems.positive(validation_limit_per_task=validation_limit_per_task)
+        problems.raise_all("MIGBench")
         super().__init__(mig_bench.NAME, image_root, limit=validation_limit_per_task, **settings)
         self.annotations, self.image_root = annotations, image_root
 

@@ -15,8 +15,9 @@ from datamodules.benchmarks.base import Benchmark, limit_columns
 from datamodules.metrics.drawing import Drawn, draw_previews, preview_table
 from datamodules.metrics.scoring import score_replies
 from datamodules.persistence.files import make_folder, remove_draft
+from datamodules.persistence.problems import Problems
 from datamodules.samples.sample import Sample
-from lightning_modules.predictors.base import Decoding, require_positive
+from lightning_modules.predictors.base import Decoding
 from lightning_modules.predictors.encode_ahead import prompt_encoder, rollout_engine
 from lightning_modules.predictors.policy import PolicyPredictor
 
@@ -44,8 +45,10 @@ class Previews(Callback):
         self.annotations, self.image_root, self.folder = annotations, image_root, folder
         self.num_per_task, self.every_n_steps = num_per_task, every_n_steps
         self.decoding, self.max_prompt_tokens = Decoding(max_new_tokens), max_prompt_tokens
-        every = {"every_n_steps": every_n_steps, "max_prompt_tokens": max_prompt_tokens}
-        require_positive("Previews", num_per_task=num_per_task, **every)
+        problems = Problems()
+        problems.positive(num_per_task=num_per_task)
+        problems.positive_or_null(every_n_steps=every_n_steps, max_prompt_tokens=max_prompt_tokens)
+        problems.raise_all("Previews")
         self.benchmark: Benchmark | None = None
         self.samples: tuple[Sample, ...] = ()
         self._last_step = 0

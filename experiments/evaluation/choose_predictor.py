@@ -105,15 +105,13 @@ def make_predictor(settings: PredictorSettings, rank: int = 0) -> Predictor:
 def _make_policy(settings: PolicySettings, device: str) -> Predictor:
     from datamodules.encoding.encoder import Encoder
     from lightning_modules.models.qwen_vl import QwenVL
-    from lightning_modules.predictors.own_generation import OwnGeneration
     from lightning_modules.predictors.policy import PolicyPredictor
     from lightning_modules.rollouts.base import NativeEngine
 
     length = settings.decoding.max_new_tokens
     encoder = Encoder(settings.model, with_target=False, max_completion_tokens=length, **settings.prompts)
     policy = QwenVL(settings.model, dtype=settings.dtype).to(device).eval()
-    engine = NativeEngine(policy) if settings.decoding.generation == "greedy" else OwnGeneration(policy)
-    return PolicyPredictor(policy, engine, encoder, settings.decoding)
+    return PolicyPredictor(policy, NativeEngine(policy), encoder, settings.decoding)
 
 
 def _served_settings(asked: Evaluation, endpoint: EndpointSettings) -> ServedSettings:

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import yaml
-
 # Class paths that users' YAML files name: old prefix -> new prefix.
 MOVED = {"callbacks.guards.": "callbacks.save_on_interrupt.", "callbacks.collapse.": "callbacks.collapse_guard."}
 # Settings: last part of the old name -> the new name, as a YAML key or as a command-line flag.
@@ -35,28 +33,17 @@ def find_old_name(line: str) -> str | None:
 
 
 def refuse_moved(arguments: Sequence[str] | None, moved: Mapping[str, str]) -> None:
-    """End the program if the command line, or a YAML file that it names, has a setting of the top level that one
-    command now has elsewhere; all of them are named.
+    """End the program if the command line, or a YAML file that it names, has settings at its top level that the command
+    now has elsewhere; all of them are named.
 
     Args:
         arguments: the command line; None: this process's.
         moved: old name -> the new one, such as {"style": "form.style"}.
     """
-    faults = []
-    for argument in sys.argv[1:] if arguments is None else arguments:
-        flag, _, value = argument.partition("=")
-        if flag.startswith("--") and (new := moved.get(flag[2:])):
-            faults.append(f"{flag}: write --{new}")
-        for file in (Path(text) for text in {argument, value} if text.endswith((".yaml", ".yml"))):
-            faults += [f"{file}: {name}: write {moved[name]}" for name in find_top_level(file) if name in moved]
-    if faults:
-        sys.exit("settings that have moved:\n" + "\n".join(f"  - {fault}" for fault in dict.fromkeys(faults)))
-
-
-def find_top_level(file: Path) -> list[str]:
-    """The names at the top level of a YAML file; [] for one that is missing or no mapping (its parser says so)."""
-    try:
-        content = yaml.safe_load(file.read_text(errors="replace")) if file.is_file() else None
-    except yaml.YAMLError:
-        return []
-    return [str(name) for name in content] if isinstance(content, dict) else []
+    arguments = sys.argv[1:] if arguments is None else arguments
+    words = {text for argument in arguments for text in (argument, argument.partition("=")[2])}
+    found = [("--", argument[2:].partition("=")[0]) for argument in arguments if argument.startswith("--")]
+    for file in sorted(Path(word) for word in words if word.endswith((".yaml", ".yml")) and Path(word).is_file()):
+        found += [(f"{file}: ", line.partition(":")[0]) for line in file.read_text(errors="replace").splitlines()]
+    if faults := [f"  - {where}{name}: write {moved[name]}" for where, name in found if name in moved]:
+        sys.exit("\n".join(["settings that have moved:", *faults]))

@@ -31,9 +31,9 @@ def answers_key(benchmark: Benchmark, predictor: Predictor) -> str:
     return fingerprint([sample.to_json() for sample in benchmark.samples], benchmark.data, predictor.identity())
 
 
-def answers_folder(home: Path, benchmark: Benchmark, key: str) -> Path:
-    """Where the journals of this key lie."""
-    return home / "answers" / f"{benchmark.name}-{key}"
+def answers_folder(home: Path, name: str, key: str) -> Path:
+    """Where the journals of a benchmark's answers of this key lie."""
+    return home / "answers" / f"{name}-{key}"
 
 
 def read_answers(folder: Path, key: str) -> dict[str, Reply]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from datamodules.metrics.predictions import Reply
+from datamodules.persistence.problems import Problems
 from datamodules.samples.boxes import BoxFormat
 from datamodules.samples.sample import LoadedSample, Sample
 from lightning_modules.serving.generation_rules import Generation
@@ -18,12 +19,6 @@ from lightning_modules.serving.generation_rules import Generation
 T = TypeVar("T")
 Load = Callable[[Sample], LoadedSample]  # reads the images of a sample; raises SampleError where it cannot
 UNANSWERED = "unanswered"  # the rule of a question that a server gave no answer to, this time: it is asked again
-
-
-def require_positive(owner: str, **settings: int | None) -> None:
-    """Raises ValueError that names every setting that is neither null nor greater than 0."""
-    if wrong := [f"{name}={value}" for name, value in settings.items() if value is not None and not value > 0]:
-        raise ValueError(f"{owner}: {', '.join(wrong)} must be greater than 0")
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,9 @@ class Decoding:
     generation: Generation = "greedy"
 
     def __post_init__(self) -> None:
-        require_positive("decoding", max_new_tokens=self.max_new_tokens, batch_prompts=self.batch_prompts)
+        problems = Problems()
+        problems.positive(max_new_tokens=self.max_new_tokens, batch_prompts=self.batch_prompts)
+        problems.raise_all("decoding")
 
 
 class Predictor(Protocol):
@@ -62,9 +59,9 @@ class Predictor(Protocol):
     def answers(self, samples: Sequence[Sample], load: Load) -> Iterator[tuple[Sample, Reply]]:
         """One reply for each sample, in any order, as they come.
 
-        The text of a question is `sample.messages` (images and texts interleaved), put by
-        `prompts.build_messages`; `sample.answer` is the truth and must not reach the model. A sample that `load`, or
-        the model's limits, refuse with SampleError gets a reply with its rule. Any other error surfaces.
+        The text of a question is `sample.messages` (images and texts interleaved), put by `messages.build_messages`;
+        `sample.answer` is the truth and must not reach the model. A sample that `load`, or the model's limits, refuse
+        with SampleError gets a reply with its rule. Any other error surfaces.
         """
         ...
 

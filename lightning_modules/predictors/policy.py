@@ -18,6 +18,7 @@ from datamodules.streaming.path_fingerprint import path_fingerprint
 from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.predictors.base import Decoding, Load, split_chunks
 from lightning_modules.predictors.encode_ahead import encode_ahead
+from lightning_modules.predictors.own_generation import answer_by_own_settings
 from lightning_modules.rollouts.base import Rollout, RolloutEngine, RolloutSettings
 from lightning_modules.serving.generation_rules import rules
 
@@ -28,13 +29,12 @@ BATCHES_PER_CHUNK = 4
 
 
 class PolicyPredictor:
-    """Asks a Qwen2.5-VL through a rollout engine.
+    """Asks a Qwen2.5-VL through a rollout engine, or under `decoding.generation` "model" by its own settings.
 
     Args:
         policy: its weights are hashed as they are in memory when `identity` is first called. All ranks of a sharded
             policy make that call together.
-        engine: generates by the rules of `decoding.generation`: the native engine under "greedy", `own_generation`
-            under "model".
+        engine: decodes the greedy answers.
         encoder: says how questions are put, and which are refused.
         decoding: length of an answer, questions at a time.
         batches_per_chunk: a chunk has this many batches of `decoding.batch_prompts` questions.
@@ -77,8 +77,10 @@ class PolicyPredictor:
 
     def _generate(self, items: Sequence[EncodedSample]) -> list[Rollout]:
         """One completion for each prompt."""
-        settings = RolloutSettings.of_evaluation(self.decoding.max_new_tokens, self.decoding.batch_prompts)
-        return [rollout for (rollout,) in self.engine.generate(items, settings)]
+        length, batch = self.decoding.max_new_tokens, self.decoding.batch_prompts
+        if self.decoding.generation == "model":
+            return [answer_by_own_settings(self.policy, item, length) for item in items]
+        return [rollout for (rollout,) in self.engine.generate(items, RolloutSettings.of_evaluation(length, batch))]
 
 
 def policy_fingerprint(policy: QwenVL) -> str:

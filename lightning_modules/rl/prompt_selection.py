@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from datamodules.encoding.encoder import EncodedSample, Encoder
 from datamodules.persistence.files import Journal, fingerprint, read_journal, read_json, write_atomic, write_json
+from datamodules.persistence.problems import Problems
 from datamodules.samples.sample import LoadedSample, SampleError
 from datamodules.samples.scores import require_box, score_text
 from datamodules.streaming.path_fingerprint import path_fingerprint
@@ -55,22 +56,15 @@ class RejectionSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        faults = []
-        if self.num_samples < 2:
-            faults.append(f"num_samples={self.num_samples}: to be solved sometimes takes at least 2")
-        for name in ("temperature", "max_new_tokens", "batch_prompts"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                faults.append(f"{name}={value} must be greater than 0")
-        if not 0 <= self.threshold < 1:
-            faults.append(f"threshold={self.threshold} must be in [0, 1)")
-        if not 0 <= self.min_correct <= self.most_correct <= self.num_samples:
-            faults.append(
-                f"min_correct={self.min_correct}, max_correct={self.max_correct} is no range within "
-                f"num_samples={self.num_samples}"
-            )
-        if faults:
-            raise ValueError(f"rejection sampling: {'; '.join(faults)}")
+        problems, most = Problems(), self.num_samples
+        problems.require(most >= 2, ": to be solved sometimes takes at least 2", num_samples=most)
+        problems.positive_or_null(temperature=self.temperature, max_new_tokens=self.max_new_tokens)
+        problems.positive(batch_prompts=self.batch_prompts)
+        problems.require(0 <= self.threshold < 1, "must be in [0, 1)", threshold=self.threshold)
+        in_range = 0 <= self.min_correct <= self.most_correct <= most
+        correct = {"min_correct": self.min_correct, "max_correct": self.max_correct}
+        problems.require(in_range, f"is no range within num_samples={most}", **correct)
+        problems.raise_all("rejection sampling")
 
     @property
     def most_correct(self) -> int:

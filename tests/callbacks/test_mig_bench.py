@@ -67,7 +67,7 @@ def test_a_damaged_image_counts_as_wrong_under_its_name(bench, encoder, caplog) 
 
 
 def test_a_limit_takes_questions_from_all_over_each_task(bench) -> None:
-    samples, _ = mig_bench.load_mig_bench(*bench)
+    samples = mig_bench.load_files(*bench).samples
     assert [s.id for s in limit_columns(samples, 2)] == [f"mig_bench/{n}" for n in (0, 2, 4, 6, 8, 10)]
     assert limit_columns(samples, None) == limit_columns(samples, 99) == tuple(samples)
 
@@ -233,7 +233,7 @@ def test_any_benchmark_can_be_measured_inside_training(fit, tiny_model_dir, tmp_
     result = json.loads((home / "after/result.json").read_text())
     logged = [row["blink_val/avg"] for row in read_rows(logger) if row["blink_val/avg"]]
     assert float(logged[-1]) == result["averages"]["avg"]["score"] > 0 and len(logged) == 2
-    with pytest.raises(ValueError, match=r"benchmark='blnk' must be one of mig_bench, ref_l4, .*mmiu"):
+    with pytest.raises(ValueError, match=r"benchmark='blnk' must be one of 'mig_bench', 'ref_l4', .*'mmiu'"):
         BenchmarkEvaluation("blnk", str(tmp_path))
 
 

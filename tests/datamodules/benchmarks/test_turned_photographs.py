@@ -20,7 +20,6 @@ import pytest
 from datamodules.benchmarks import lisa, mig_bench, mmiu, odinw, ref_l4, revos
 from datamodules.benchmarks.base import Benchmark
 from datamodules.benchmarks.masks import encode_counts
-from datamodules.benchmarks.mig_bench import load_mig_bench
 from datamodules.encoding.messages import PromptStyle, build_messages
 from datamodules.images.image_loading import load_image
 from datamodules.metrics.predictions import Reply
@@ -175,7 +174,7 @@ def test_the_shared_photographs(name: str, orientation: int, tmp_path: Path) -> 
 def test_the_box_inside_a_question_turns_too_in_every_style(tmp_path: Path) -> None:
     data = photograph(6)
     write_mig_bench(tmp_path / "MIG-Bench", data, SIZE, STORED)
-    (sample,), _ = load_mig_bench(tmp_path / "MIG-Bench/MIG_data.json", tmp_path)
+    (sample,) = mig_bench.load(tmp_path / "MIG-Bench").samples
     numbers = tuple(round(1000 * value) for value in place_of(data, "blue"))
     image_sizes = [ImageSizes((SIZE[1], SIZE[0]), (100, 100))] * 2
 
@@ -189,10 +188,9 @@ def test_the_box_inside_a_question_turns_too_in_every_style(tmp_path: Path) -> N
 
 def test_mig_bench_says_how_many_photographs_are_turned(tmp_path: Path) -> None:
     write_mig_bench(tmp_path / "MIG-Bench", photograph(6), SIZE, STORED)
-    _, report = load_mig_bench(tmp_path / "MIG-Bench/MIG_data.json", tmp_path)
-    assert report and str(report).startswith("1 questions on photographs that EXIF turns")
-    _, report = load_mig_bench(tmp_path / "MIG-Bench/MIG_data.json")
-    assert not report
+    assert mig_bench.load(tmp_path / "MIG-Bench").dropped == {"kept: boxes of a turned photograph": 1}
+    write_mig_bench(tmp_path / "other/MIG-Bench", photograph(1), SIZE, STORED)
+    assert mig_bench.load(tmp_path / "other/MIG-Bench").dropped == {}
 
 
 @pytest.mark.parametrize("name", ["ref_l4", "odinw", "revos"])

@@ -162,7 +162,7 @@ UNIT_FORMS = (
 def real() -> list[Sample]:
     if not REAL.is_file():
         pytest.skip(f"real MIG-Bench annotations not found: {REAL} (set MIG_BENCH_JSON)")
-    samples = load_mig_bench(REAL)[0]
+    samples = load_mig_bench(REAL)
     assert len(samples) == 4295
     return samples
 

@@ -14,7 +14,7 @@ from datamodules.metrics.predictions import Prediction, Reply
 from datamodules.metrics.result_files import format_result, result_metrics
 from datamodules.metrics.scoring import score_reply
 from datamodules.samples.answer_text import render_answer
-from datamodules.samples.boxes import BoxFormat, ImageSizes
+from datamodules.samples.boxes import BoxFormat, ImageSizes, box_fault
 from datamodules.samples.sample import BoxAnswer, ChoiceAnswer, ImagePart, Sample, TextPart
 from lightning_modules.metrics.accuracy import GroundingAccuracy
 from lightning_modules.metrics.summary import summarise
@@ -136,8 +136,8 @@ def test_a_well_formed_answer_is_counted_and_a_refused_question_is_not() -> None
 def test_true_answers_to_the_real_questions_score_full_marks_but_for_the_dirty_ones() -> None:
     if not REAL.is_file():
         pytest.skip(f"real MIG-Bench annotations not found: {REAL} (set MIG_BENCH_JSON)")
-    samples, report = load_mig_bench(REAL)
-    degenerate = {f"mig_bench/{dirty.position}" for dirty in report.boxes if dirty.rule == "degenerate"}
+    samples = load_mig_bench(REAL)
+    degenerate = {sample.id for sample in samples if box_fault(sample.answer.box) == "degenerate"}
     predictions = []
     for real in samples:
         x1, y1, x2, y2 = (round(value * 1000) for value in real.answer.box)

@@ -21,7 +21,6 @@ from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.predictors.base import Decoding
 from lightning_modules.predictors.huggingface import HuggingFacePredictor
 from lightning_modules.predictors.openai_endpoint import OpenAIPredictor
-from lightning_modules.predictors.own_generation import OwnGeneration
 from lightning_modules.predictors.policy import PolicyPredictor
 from lightning_modules.rollouts.base import NativeEngine, RolloutSettings
 from lightning_modules.serving.generation_rules import NEUTRAL, configure
@@ -83,8 +82,7 @@ def image_text(model: Path, generation: str = "greedy") -> HuggingFacePredictor:
 def native(model: Path, generation: str = "greedy") -> PolicyPredictor:
     encoder = Encoder(str(model), "absolute_pixels", "plain", 4096, LENGTH, with_target=False)
     policy = QwenVL(str(model)).eval()
-    engine = NativeEngine(policy) if generation == "greedy" else OwnGeneration(policy)
-    return PolicyPredictor(policy, engine, encoder, Decoding(LENGTH, 4, generation))
+    return PolicyPredictor(policy, NativeEngine(policy), encoder, Decoding(LENGTH, 4, generation))
 
 
 def test_two_predictors_give_the_same_answers_of_the_same_weights(tiny_model_dir: Path, tmp_path: Path) -> None:
