@@ -181,7 +181,7 @@ class BenchmarkEvaluation(Callback):
         result = facts | summarise(predictions, benchmark.rule, benchmark.official, benchmark.averages)
         write_evaluation(home, predictions, result)
 
-        values = result_metrics(result, f"{self.name}_val")
+        values = result_metrics(result, "_val")
         for logger in trainer.loggers:  # at the step that Lightning logs its own metrics at
             logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
         # Where WindowCheckpoint's `monitor` finds it; the first rank alone keeps and removes checkpoints.

@@ -54,7 +54,7 @@ from experiments.runs.changes import RECORD, Choice, CodeChanged, choice_of, set
 from experiments.runs.commands import command
 from experiments.runs.renamed_settings import refuse_moved
 from lightning_modules.metrics.summary import summarise
-from lightning_modules.predictors.ask import QuestionsLost, read_answers
+from lightning_modules.predictors.ask import QuestionsLost, answers_folder, read_answers
 from lightning_modules.predictors.extractor import Extractor
 from lightning_modules.serving.openai_client import EndpointMisused, EndpointUnavailable
 
@@ -79,7 +79,7 @@ def evaluate(asked: Evaluation) -> dict[str, dict[str, Any]]:
     # 3. Log the results of whole benchmarks to the W&B run of the phase, or one of the model's own.
     if scored.logged:
         folder = home.parent if home.name == PHASE_FOLDER else home
-        values = {name: value for result in scored.logged for name, value in _metrics(result).items()}
+        values = {name: value for result in scored.logged for name, value in result_metrics(result).items()}
         facts = {"predictor": asdict(settings)}
         facts |= {result["benchmark"]: {name: result[name] for name in FACTS} for result in scored.logged}
         key = fingerprint([result["key"] for result in scored.logged])
@@ -163,17 +163,20 @@ class _ScoredBenchmarks:
         self.drawn: list[Drawn] = []
 
     def add(self, benchmark: Benchmark, ended: Ended) -> None:
-        """Score a benchmark whose answers are all there."""
+        """Score, summarise and write a benchmark whose answers are all there."""
         asked, rules = self.asked, (benchmark.rule, benchmark.official)
-        samples = limit_columns(benchmark.samples, asked.limit)
-        replies = read_answers(Path(ended.folder), ended.key)
-        predictions = score_replies(benchmark, samples, replies, ended.box_format)
         result = {"benchmark": benchmark.name, "model": self.model, "data_root": asked.data_root, "key": ended.key}
         result |= {"limit": asked.limit, "generation": asked.decoding.generation, "extractor": None}
+        # Score each answer by both rules; a language model may take the last step of the official reading.
+        samples = limit_columns(benchmark.samples, asked.limit)
+        replies = read_answers(answers_folder(self.home, benchmark.name, ended.key), ended.key)
+        predictions = score_replies(benchmark, samples, replies, ended.box_format)
         if self.extractor is not None and benchmark.official.reader in EXTRACTED_READERS:
             predictions, result["extractor"] = extract_letters(self.extractor, benchmark, samples, predictions)
             rules = (benchmark.rule, with_extractor(benchmark.official, self.extractor.settings.model))
+        # Summarise: columns, averages, intervals.
         result |= {"dropped": dict(benchmark.dropped)} | summarise(predictions, *rules, benchmark.averages)
+        # Write.
         plain = self.home / result_folder(benchmark.name, asked.limit, asked.decoding.generation)
         folder = self._spare(plain, ended.key)
         write_evaluation(folder, predictions, result)
@@ -202,10 +205,6 @@ class _ScoredBenchmarks:
         known, chosen = {found.id: found for found in predictions}, limit_columns(samples, 1)
         found = [known[sample.id] for sample in chosen]
         return draw_previews(chosen, found, benchmark.load, self.asked.limits.max_image_pixels)
-
-
-def _metrics(result: dict[str, Any]) -> dict[str, float]:
-    return result_metrics(result, result["benchmark"])
 
 
 def default_output(model: str, served: bool = False) -> str:

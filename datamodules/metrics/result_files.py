@@ -77,14 +77,15 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
-def result_metrics(result: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """What is logged of a result: every column and average, the rates, the mean length, and the official average."""
+def result_metrics(result: Mapping[str, Any], suffix: str = "") -> dict[str, float]:
+    """The logged values of a result, "<benchmark><suffix>/avg" and so on: every column and average, accuracy at other
+    thresholds, the rates, the mean length, and the official average."""
     cells = result["columns"] | result["averages"]
     values = {name: cell["score"] for name, cell in cells.items()}
     values |= {name: result["details"].get(name) for name in LOGGED_DETAILS}
     values |= {name: result[name] for name in ("format_rate", "truncated_rate", "mean_tokens")}
     values["official_avg"] = result["official"]["averages"]["avg"]["score"]
-    return {f"{prefix}/{name}": value for name, value in values.items() if value is not None}
+    return {f"{result['benchmark']}{suffix}/{name}": value for name, value in values.items() if value is not None}
 
 
 def format_result(result: Mapping[str, Any]) -> str:

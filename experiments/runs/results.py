@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,6 @@ class Results:
     seed: int
     commit: str
     stages: tuple[Stage, ...] = ()
-
-    def with_stage(self, stage: Stage) -> Results:
-        """The same results with one more stage at the end."""
-        return replace(self, stages=(*self.stages, stage))
 
 
 def make_stage(name: str, result: Mapping[str, Any], seconds: float) -> Stage:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def add_stage(folder: Path, name: str, num_right: int, num_questions: int = 20) 
         write_json(folder / name / "started.json", {"key": "k", "commit": f"{name}{num_right}"})
     path = folder / "results.json"
     results = read_results(path) if path.is_file() else Results(folder.name, 0, "abc123")
-    write_results(path, results.with_stage(make_stage(name, result, 90)))
+    write_results(path, replace(results, stages=(*results.stages, make_stage(name, result, 90))))
 
 
 @pytest.fixture

@@ -29,14 +29,6 @@ def test_a_stage_keeps_exactly_the_agreed_keys(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_stages_stand_in_the_order_in_which_they_ran() -> None:
-    ladder = Results("nano", 0, "abc")
-    for name in ("base", "grpo", "cot_sft"):
-        ladder = ladder.with_stage(make_stage(name, summary(), 1))
-    assert [stage.name for stage in ladder.stages] == ["base", "grpo", "cot_sft"]
-    assert (ladder.experiment, ladder.seed, ladder.commit) == ("nano", 0, "abc")
-
-
 def test_a_stage_is_made_of_the_result_of_its_evaluation() -> None:
     result = summary(12.0)
     del result["averages"]["out_of_domain"]  # no task of it was asked

@@ -86,7 +86,7 @@ def test_a_subset_without_out_of_domain_tasks_has_no_such_average() -> None:
     result = mig_bench([prediction("diff", 0.9, finished=False, well_formed=False)])
     assert scores(result) == {"avg": 100.0, "in_domain": 100.0}
     assert result["format_rate"] == 0.0 and result["truncated_rate"] == 100.0
-    logged = result_metrics(result, "mig_bench_val")
+    logged = result_metrics({"benchmark": "mig_bench"} | result, "_val")
     assert logged["mig_bench_val/diff"] == logged["mig_bench_val/avg"] == 100.0
     assert "mig_bench_val/out_of_domain" not in logged and logged["mig_bench_val/official_avg"] == 0.0
     assert "in_domain" in format_result({"benchmark": "mig_bench"} | result)
