@@ -23,7 +23,7 @@ from lightning_modules.metrics.summary import summarise
 from lightning_modules.predictors.ask import answers_folder, answers_key, ask_share, read_answers, share_of
 from lightning_modules.predictors.base import Decoding
 from lightning_modules.predictors.encode_ahead import prompt_encoder, rollout_engine
-from lightning_modules.predictors.policy import PolicyPredictor
+from lightning_modules.predictors.policy import BATCHES_PER_CHUNK, PolicyPredictor
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class BenchmarkEvaluation(Callback):
         data_root: the folder that holds the benchmark's own folder.
         before: evaluate on all questions before the first update.
         after: evaluate on all questions when fitting ends. A sweep's trial needs it: its value is the last one logged.
-        every_n_steps: evaluate after each so many updates; null: never.
+        every_n_steps: number of updates between two evaluations; null: none inside training.
         limit: questions of each column (a task of MIG-Bench) inside training.
         max_new_tokens: the longest answer, in tokens.
         batch_prompts: questions answered at the same time.
@@ -92,7 +92,7 @@ class BenchmarkEvaluation(Callback):
         self._home(trainer).mkdir(parents=True, exist_ok=True)
 
     def longest_sequence(self, max_prompt_tokens: int, max_new_tokens: int) -> int:
-        """Of a prompt with its completion, in tokens (`AsksEngine`)."""
+        """The longest prompt with its completion, in tokens; 0 if nothing is asked (`AsksEngine`)."""
         asks = self.before or self.after or self.every_n_steps is not None
         return (self.max_prompt_tokens or max_prompt_tokens) + self.decoding.max_new_tokens if asks else 0
 
@@ -127,9 +127,10 @@ class BenchmarkEvaluation(Callback):
         """Ask, score, summarise and write one evaluation; every rank calls this."""
         home, policy = self._home(trainer) / name, pl_module.policy
         encoder = prompt_encoder(trainer.datamodule.encoder, self.max_prompt_tokens)
-        # Chunks of one batch: each rank gets some, also of the few questions that are asked inside training.
-        predictor = PolicyPredictor(policy, rollout_engine(pl_module), encoder, self.decoding, batches_per_chunk=1)
-        key = answers_key(self.benchmark, predictor)  # gathers what is trained: all ranks do it together
+        # Inside training few questions are asked: chunks of one batch, so that every rank gets some.
+        batches = BATCHES_PER_CHUNK if required else 1
+        predictor = PolicyPredictor(policy, rollout_engine(pl_module), encoder, self.decoding, batches)
+        key = answers_key(self.benchmark, predictor)  # gathers trained weights: all ranks call it
         fault: StorageError | None = None
 
         # 1. Ask. Each rank answers its share and journals it.

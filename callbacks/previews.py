@@ -1,4 +1,4 @@
-"""Pictures of what the policy answers, drawn while it trains and when fitting ends."""
+"""Pictures of the policy's answers, drawn while it trains and when fitting ends."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Previews(Callback):
         self._home(trainer).mkdir(parents=True, exist_ok=True)
 
     def longest_sequence(self, max_prompt_tokens: int, max_new_tokens: int) -> int:
-        """Of a prompt with its completion, in tokens (`AsksEngine`)."""
+        """The longest prompt with its completion, in tokens (`AsksEngine`)."""
         return (self.max_prompt_tokens or max_prompt_tokens) + self.decoding.max_new_tokens
 
     def _home(self, trainer: Trainer) -> Path:

@@ -30,7 +30,7 @@ def score_reply(sample: Sample, reply: Reply, box_format: BoxFormat, rule: Rule,
 
     Args:
         sample: the question; its answer is the truth.
-        reply: what the model wrote, with the sizes of the images as it saw them.
+        reply: the model's text, with the sizes of the images as it saw them.
         box_format: what the numbers in the reply mean.
         rule, official: how the answer is read and scored, after the paper and officially.
     """

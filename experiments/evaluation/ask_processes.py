@@ -28,7 +28,7 @@ POLL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Job:
-    """What every process is told."""
+    """The task of every process."""
 
     settings: PredictorSettings
     names: tuple[str, ...]
@@ -58,9 +58,9 @@ def ask_all(job: Job, totals: Mapping[str, int], processes: int) -> Iterator[End
     """Yields a benchmark's last `Ended`, when all processes are through with it.
 
     Args:
-        job: what to ask.
+        job: the questions, and the model that answers them.
         totals: number of questions of each benchmark, for the progress bar.
-        processes: so many share the questions; 1 asks in this process.
+        processes: number of processes that share the questions; 1: this process alone asks.
 
     Raises RuntimeError with the traceback of a process that failed, ModelError where its model cannot be used, and
     ProcessLost for a process that was killed, or was stopped and is given up; the others are ended then.
@@ -129,7 +129,7 @@ def _work(job: Job, rank: int, world_size: int, messages: Any) -> None:
     """A spawned process: sends what `ask_rank` reports, or the error that ends it."""
     # More threads than cores make all processes slow.
     torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // world_size)))
-    end_with_parent()  # whoever starts again asks the rest
+    end_with_parent()  # the next run asks the rest
     try:
         for event in ask_rank(job, rank, world_size):
             messages.put(event)

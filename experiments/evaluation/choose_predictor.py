@@ -22,7 +22,7 @@ from lightning_modules.serving.openai_client import EndpointSettings
 ALIASES = {"nano": "models/nano-base"}
 
 
-# All that makes a predictor. Settings cross to other processes, which make their own.
+# Everything that a predictor is made of. Settings are sent to other processes, which make a predictor each.
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def choose_predictor(asked: Evaluation) -> PredictorSettings:
 def make_predictor(settings: PredictorSettings, rank: int = 0) -> Predictor:
     """The predictor of this process; `rank` takes its own GPU where there are several.
 
-    Each kind imports what it needs: who asks a server waits for no model classes.
+    Each kind imports its own classes: asking a server does not wait for transformers.
     """
     if isinstance(settings, ServedSettings):
         from lightning_modules.predictors.openai_endpoint import OpenAIPredictor

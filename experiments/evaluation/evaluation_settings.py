@@ -16,7 +16,7 @@ from lightning_modules.serving.openai_client import EndpointSettings
 
 PHASE_FOLDER = "benchmarks"  # of a phase: the results of its merged model
 Style = Literal["auto", "think", "answer", "plain", "official", "native"]
-# Settings that stood at the top level, or had another name, and what they are now.
+# Settings that an earlier version had at the top level -> their new place.
 MOVED = {
     **dict.fromkeys(("annotations", "image_root"), "data_root, the folder that holds MIG-Bench/"),
     **{name: f"form.{name}" for name in ("style", "box_format", "label_images", "max_resized_pixels")},
@@ -34,8 +34,8 @@ class QuestionForm:
         style: auto: think, for other models than Qwen2.5-VL native, which is their model family's own prompt
         box_format: how a Qwen2.5-VL writes boxes
         label_images: write "Picture k: " before image k, for a Qwen2.5-VL
-        max_resized_pixels: images are shrunk to so many pixels, where that is less than the processor's own limit
-            (for a served Qwen2.5-VL it must be no more than that limit)
+        max_resized_pixels: larger images are shrunk to this number of pixels, if it is less than the processor's own
+            limit (for a served Qwen2.5-VL it must not be above that limit)
         model_family: how another model than Qwen2.5-VL is asked for boxes and writes them
             (datamodules/encoding/model_families.py); auto: by model_type and name
         before_image: text before image k for other models instead of the model family's, such as "Picture {}: "
@@ -78,21 +78,21 @@ class Evaluation:
         bench: all, or some of mig_bench, ref_l4, lisa, revos, odinw, blink, mmiu with commas between
         output: null: <phase>/benchmarks for the merged model of a phase, where no finished result of other settings is
             replaced; for another model outputs/eval/<model>
-        limit: ask at most so many questions of each column: task, split, set or subset
+        limit: the most questions that are asked of each column (task, split, set or subset); null: all
         replicas: write the benchmarks' nano replicas into data_root where they are missing
         form: how questions are put
         limits: which questions count as wrong without being put
         decoding: how answers are decoded
         dtype: of the weights
         device: auto, cpu, cuda (each process takes its own GPU), cuda:1, ...
-        processes: so many share the questions; answers do not depend on it. One asks an endpoint, with the
-            endpoint's concurrency
+        processes: number of processes that share the questions; answers do not depend on it. An endpoint is asked by
+            one process, with the endpoint's concurrency
         trust_remote_code: run code that comes with a model's weights
         endpoint: an OpenAI-compatible server, by base_url; its model is the one above
         extractor: an OpenAI-compatible server, by base_url and model, that says which option an answer of BLINK or MMIU
             picks where the official reader finds no letter; official columns only, replies are kept
-        redo: ask again what has been answered by other source files of the project
-        keep: take answers that were given by other source files of the project
+        redo: ask the questions again that other source files of the project have asked
+        keep: take the answers that other source files of the project have got
     """
 
     model: str

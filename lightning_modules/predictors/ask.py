@@ -3,8 +3,8 @@
     <home>/answers/<benchmark>-<key>/rank0.jsonl, rank1.jsonl, …
         {"id", "text", "image_sizes": [[w, h, resized w, resized h], …], "num_tokens", "finished", "refused"}
 
-The folder is named by the key of what answers depend on, so it is also the cache: any later evaluation of the same
-model, data and settings finds its answers there, whatever it was limited to and however many processes it has.
+The folder is named by a hash of everything that answers depend on, so it is also the cache: any later evaluation of the
+same model, data and settings finds its answers there, whatever its limit and its number of processes.
 """
 
 from __future__ import annotations
@@ -106,5 +106,5 @@ def _require_answers(benchmark: Benchmark, answered: int, lost: int) -> None:
     if lost > answered:
         raise QuestionsLost(
             f"{benchmark.name}: {lost} questions got no answer in all attempts, and {answered} got one. The server "
-            "answers others: endpoint.timeout may be too short. The same command asks again what is missing"
+            "answers others: endpoint.timeout may be too short. The same command asks the missing ones again"
         )

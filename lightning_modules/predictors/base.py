@@ -1,4 +1,4 @@
-"""Whoever answers questions over images: one small interface for models in this process, behind a server, or fake.
+"""The interface of a model that answers questions over images: in this process, behind a server, or scripted.
 
 Evaluation knows nothing else of a model. An implementation puts each question in its own prompt form and says in which
 box format its numbers are to be read.

@@ -31,7 +31,7 @@ from lightning_modules.serving.openai_client import (
 
 log = logging.getLogger(__name__)
 
-CHECK_ATTEMPTS = 3  # who mistyped an address should not wait for every attempt
+CHECK_ATTEMPTS = 3  # a mistyped address should be known before every attempt has failed
 
 
 class OpenAIPredictor:

@@ -240,12 +240,18 @@ def test_any_benchmark_can_be_measured_inside_training(fit, tiny_model_dir, tmp_
 def test_two_ranks_share_the_questions_and_write_what_one_writes(bench, fit, tiny_model_dir, tmp_path: Path) -> None:
     def run(folder: Path, **how) -> FakeEngine:
         engine = FakeEngine(half_right)
-        callback = MIGBench(str(bench[0]), str(bench[1]), before=True, batch_prompts=1, folder=str(folder))
+        # Chunks of four of the twelve questions before training, of one question inside it.
+        often = {"before": True, "every_n_steps": 1, "validation_limit_per_task": 2, "batch_prompts": 1}
+        callback = MIGBench(str(bench[0]), str(bench[1]), **often, folder=str(folder))
         fit(FakeModule(str(tiny_model_dir), engine), [callback], max_steps=1, **how)
         return engine
 
     asked = run_ranks(2, lambda: run(tmp_path / "two", strategy="ddp", devices=2).asked)
-    assert [len(names) for names in asked] == [6, 6] and set(asked[0]).isdisjoint(asked[1])
+    assert [len(names) for names in asked] == [8 + 3, 4 + 3]
+    for start, end in ((0, 4), (-3, None)):
+        assert set(asked[0][start:end]).isdisjoint(asked[1][start:end])
     run(tmp_path / "one")
     for name in ("result.json", "predictions.jsonl"):
         assert (tmp_path / "two/before" / name).read_text() == (tmp_path / "one/before" / name).read_text()
+    (inside,) = (tmp_path / "two").glob("step_*/result.json")
+    assert json.loads(inside.read_text())["n"] == 6
