@@ -92,11 +92,10 @@ VLLM_VENV ?= .venv-vllm
 vllm-server:  ## Serve rollouts for GRPO with model.engine=vllm: MODEL=folder, ARGS="--port 8001"; on a GPU if there is one
 	$(PYTHON) lightning_modules/serving/vllm_server.py --venv $(VLLM_VENV) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
-eval: $(STAMP)  ## Evaluate any model: MODEL=nano BENCH=all (or ref_l4,blink,...), or MIG-Bench alone: ARGS="--model outputs/nano/grpo/merged"
+eval: $(STAMP)  ## Evaluate any model on MIG-Bench, or on BENCH=all (or ref_l4,blink,...): MODEL=outputs/nano/grpo/merged
 	$(dataset)
-	$(if $(MODEL)$(BENCH),$(PY) -m experiments.evaluate_benchmarks $(call config,benchmarks) \
-		$(if $(MODEL),--model $(MODEL)) $(if $(BENCH),--bench $(BENCH)) $(answer) $(ARGS),\
-		$(PY) -m experiments.evaluate $(call config,eval) $(answer) $(ARGS))
+	$(PY) -m experiments.evaluate $(call config,eval) $(if $(MODEL),--model $(MODEL)) $(if $(BENCH),--bench $(BENCH)) \
+		$(answer) $(ARGS)
 
 rescore: $(STAMP)  ## Score stored answers again: ARGS="--predictions outputs/eval/models--nano-base/lisa --threshold 0.3"
 	$(PY) -m experiments.rescore $(ARGS)

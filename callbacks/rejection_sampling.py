@@ -1,4 +1,4 @@
-"""Rejection sampling: GRPO trains only on prompts that the stage-1 model solves sometimes (see `prompt_choice`)."""
+"""Rejection sampling: GRPO trains only on prompts that the stage-1 model solves sometimes (`rl/prompt_selection.py`)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.encoding import prompt_encoder, rollout_engine
-from callbacks.prompt_choice import RejectionSettings, is_finished, rejection_key, rejection_sample
 from datamodules.persistence.files import fingerprint, read_json
 from datamodules.persistence.source_code import source_code
+from lightning_modules.predictors.encode_ahead import prompt_encoder, rollout_engine
+from lightning_modules.rl.prompt_selection import RejectionSettings, is_finished, rejection_key, rejection_sample
 
-SOURCE = ("callbacks.prompt_choice",)  # this module and all that it imports decide which prompts are kept
+SOURCE = ("lightning_modules.rl.prompt_selection",)  # this module and all that it imports decide which prompts are kept
 
 
 class RejectionSampling(Callback):

@@ -1,161 +1,235 @@
-"""Evaluate a model on MIG-Bench.
+"""Evaluate a model on the paper's benchmarks: MIG-Bench, or any of the seven.
 
-    python -m experiments.evaluate --config experiments/configs/nano/eval.yaml --model M --output outputs/nano/base
+    python -m experiments.evaluate --config experiments/configs/nano/eval.yaml --model M --bench all
+    … --model gpt-4o --endpoint.base_url https://…/v1
 
-It writes predictions.jsonl, every answer with its score, and mig_bench.json, the summary, into the output folder, and
-logs the summary to the W&B run of that phase.
-Killed and started again, it goes on after the last batch of answers. Where the source files of the project have changed
+    <output>/answers/<benchmark>-<key>/rank0.jsonl   every answer as it came; resuming and the cache
+    <output>/<benchmark>/predictions.jsonl           every answer with its score and all that scoring needs
+    <output>/<benchmark>/result.json                 columns, averages, intervals (datamodules/metrics/result_files.py)
+
+With a limit the last two lie in <output>/<benchmark>-limit<k>/, with decoding.generation=model in
+<output>/<benchmark>-model-generation/. `experiments.rescore` scores them again.
+
+Killed and started again, it goes on after the last chunk of answers. Where the source files of the project have changed
 since these answers were given, it asks: --keep takes them, --redo sets them aside and asks the model anew.
 """
 
 from __future__ import annotations
 
+import secrets
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from jsonargparse import auto_cli
 
-from callbacks.evaluation import EvaluationSettings
-from callbacks.mig_bench import evaluation_key, limit_tasks, summary_metrics
-from callbacks.previews import draw_previews
-from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
+from datamodules.benchmarks.base import Benchmark, limit_columns
+from datamodules.benchmarks.registry import benchmark_names, load_benchmark
 from datamodules.checkpoints.model_folder import ModelError
-from datamodules.encoding.messages import PromptStyle
-from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
-from datamodules.metrics.mig_scoring import format_table, summarise
-from datamodules.persistence.files import read_journal, read_json, write_json
+from datamodules.metrics.drawing import Drawn, draw_previews
+from datamodules.metrics.extraction import EXTRACTED_READERS, with_extractor
+from datamodules.metrics.predictions import Prediction
+from datamodules.metrics.result_files import (
+    RESULT,
+    VERSION,
+    format_result,
+    result_folder,
+    result_metrics,
+    write_evaluation,
+)
+from datamodules.metrics.scoring import score_replies
+from datamodules.persistence.files import fingerprint, read_json
 from datamodules.persistence.processes import ProcessLost
 from datamodules.persistence.source_code import source_code
-from datamodules.samples.boxes import BoxFormat, BoxFormatName
-from experiments.evaluation.ask_processes import share_cores
-from experiments.evaluation.shares import Asking, OtherProcesses, answer_all, set_answers_aside
+from datamodules.samples.sample import BoxAnswer, Sample
+from datamodules.synthetic.benchmark_replicas.write import REPLICAS, write_replica
+from experiments.evaluation.ask_processes import Ended, Job, ask_all
+from experiments.evaluation.choose_predictor import PredictorSettings, choose_predictor
+from experiments.evaluation.evaluation_settings import MOVED, PHASE_FOLDER, Evaluation
+from experiments.evaluation.extracting import extract_letters, extractor_faults, ready_extractor
 from experiments.runs import preflight, run_identity, wandb_runs
-from experiments.runs.changes import RECORD, CodeChanged, choice_of, settle_answers, spell_out
+from experiments.runs.changes import RECORD, Choice, CodeChanged, choice_of, settle_answers, spell_out
 from experiments.runs.commands import command
-from lightning_modules.serving.generation_rules import Generation, note
+from experiments.runs.renamed_settings import refuse_moved
+from lightning_modules.metrics.summary import summarise
+from lightning_modules.predictors.ask import QuestionsLost, answers_folder, read_answers
+from lightning_modules.predictors.extractor import Extractor
+from lightning_modules.serving.openai_client import EndpointMisused, EndpointUnavailable
+
+FACTS = ("data_root", "key", "extractor")  # of a result, for W&B
 
 
-def evaluate(
-    model: str,
-    annotations: str,
-    image_root: str,
-    output: str | None = None,
-    box_format: BoxFormatName = "absolute_pixels",
-    style: Literal["think", "answer", "plain", "official"] = "think",
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    device: str = "auto",
-    decoding: EvaluationSettings | None = None,
-    limit_per_task: int | None = None,
-    max_prompt_tokens: int = 16_384,
-    max_image_pixels: int = MAX_IMAGE_PIXELS,
-    max_sample_pixels: int = MAX_SAMPLE_PIXELS,
-    max_resized_pixels: int | None = None,
-    label_images: bool = False,
-    as_trained: bool = True,
-    processes: int = 1,
-    generation: Generation = "greedy",
-    redo: bool = False,
-    keep: bool = False,
-) -> None:
-    """Evaluate a model on MIG-Bench.
-
-    Args:
-        model: folder or Hub name of a Qwen2.5-VL, without an adapter (merge first)
-        annotations: MIG_data.json
-        image_root: folder that holds MIG-Bench/
-        output: folder for predictions.jsonl and mig_bench.json, which are replaced there; null: that of the phase which
-            the merged model lies in, for another model outputs/mig_bench/<model>, and nothing finished is replaced
-        box_format: how the model writes boxes
-        style: how questions are put; plain and official for models that were not trained here
-        dtype: of the weights
-        device: auto, cpu, cuda, cuda:1, ...
-        decoding: length of an answer, questions at a time
-        limit_per_task: first look on so many questions of each task
-        max_prompt_tokens: a longer prompt counts as wrong
-        max_image_pixels: a larger image counts as wrong (decompression bombs)
-        max_sample_pixels: a question with more pixels in all its images together counts as wrong
-        max_resized_pixels: images are shrunk to so many pixels, where that is less than the processor's own limit
-        label_images: write "Picture k: " before image k
-        as_trained: put questions to a phase's merged model as that phase did, whatever box format, style,
-            max_resized_pixels and label_images say; false: as these say
-        processes: so many share the questions, each with a GPU of its own, or with its part of the CPU's cores
-        generation: greedy: the likeliest token, without penalties; model: as the model's generation_config.json says,
-            one question at a time (lightning_modules/serving/generation_rules.py)
-        redo: ask again the questions that other source files of the project have asked
-        keep: take answers that other source files of the project have got
-    """
-    home, choice = Path(output or default_output(model)), choice_of(redo, keep)
-    faults = [f"processes={processes} must be at least 1"] if processes < 1 else []
-    preflight.raise_all(faults + preflight.model_faults(model) + preflight.benchmark_faults(annotations, image_root))
-    decoding = decoding or EvaluationSettings()
-    form = {"box_format": box_format, "style": style}
-    form |= {"max_resized_pixels": max_resized_pixels, "label_images": label_images}
-    form |= run_identity.trained_form(model, form) if as_trained else {}
-    form |= {"box_format": BoxFormat(form["box_format"]), "style": PromptStyle(form["style"])}
-    limits = {"max_prompt_tokens": max_prompt_tokens, "max_image_pixels": max_image_pixels}
-    limits |= {"max_sample_pixels": max_sample_pixels}
-    asking = Asking(model, dtype, device, form | limits, image_root, decoding, generation)
-    every_sample, dirty = load_mig_bench(annotations, image_root)
-    if dirty:
-        print(dirty, flush=True)
-    samples = limit_tasks(every_sample, limit_per_task)
-    with OtherProcesses(processes - 1) as others, run_identity.locked(home / "predictions.jsonl"):
-        share_cores(processes)
-        policy, encoder = asking.policy(rank=0), asking.encoder()
-        key = evaluation_key(policy, encoder, annotations, image_root, samples, decoding, generation)
-        folder = home if output else spare_folder(home, key)
-        settle_answers(
-            folder / RECORD,
-            key,
-            source_code(("experiments.evaluate",)),
-            choice,
-            is_there=lambda: bool(read_journal(folder / "predictions.jsonl", key)),
-            is_done=lambda: read_json(folder / "mig_bench.json").get("key") == key,
-            set_aside=lambda: set_answers_aside(folder),
-        )
-        found = answer_all(asking, policy, encoder, samples, folder, key, others)
-        summary = summarise(found)
-        facts = {"key": key, "model": model, "limit_per_task": limit_per_task, "generation": generation}
-        write_json(folder / "mig_bench.json", facts | summary)
-    print(f"{format_table(summary)}{note(generation)}", flush=True)
-    if folder == home:
-        settings = {"model": model, "annotations": annotations, "dtype": dtype, "generation": generation}
-        settings |= form | limits | asdict(decoding)
-        by_id = {prediction.id: prediction for prediction in found}
-        drawn = limit_tasks(samples, 1)
-        load = partial(load_images, image_root=image_root)
-        rows = draw_previews(drawn, [by_id[sample.id] for sample in drawn], load, max_image_pixels)
-        wandb_runs.log_evaluation(folder, key, summary_metrics(summary, "mig_bench"), settings, rows)
+def evaluate(asked: Evaluation) -> dict[str, dict[str, Any]]:
+    """Evaluate a model on the paper's benchmarks; the results by name."""
+    # 1. Check every setting and file, before any weights are read.
+    choice = choice_of(asked.redo, asked.keep)
+    settings, benchmarks = _check(asked)
+    home = Path(asked.output or default_output(settings.model, served=asked.endpoint is not None))
+    with run_identity.locked(home):
+        _settle_answers(home, choice)
+        extractor = None if asked.extractor is None else ready_extractor(asked.extractor, home / "answers")
+        # 2. Ask, and score each benchmark as soon as all its answers are there.
+        scored = _ScoredBenchmarks(asked, settings.model, home, extractor)
+        job = Job(settings, tuple(benchmarks), asked.data_root, str(home), asked.limit)
+        totals = {name: len(limit_columns(found.samples, asked.limit)) for name, found in benchmarks.items()}
+        for ended in ask_all(job, totals, 1 if asked.endpoint else asked.processes):
+            scored.add(benchmarks[ended.name], ended)
+    # 3. Log the results of whole benchmarks to the W&B run of the phase, or one of the model's own.
+    if scored.logged:
+        folder = home.parent if home.name == PHASE_FOLDER else home
+        values = {name: value for result in scored.logged for name, value in result_metrics(result).items()}
+        facts = {"predictor": asdict(settings)}
+        facts |= {result["benchmark"]: {name: result[name] for name in FACTS} for result in scored.logged}
+        key = fingerprint([result["key"] for result in scored.logged])
+        wandb_runs.log_evaluation(folder, key, values, facts, scored.drawn)
+    print(f"wrote {home}")
+    return scored.results
 
 
-def default_output(model: str) -> str:
-    """A folder of the model's own: evaluating one model never overwrites another's answers."""
-    if Path(model).name == "merged":
-        return str(Path(model).parent)
-    return str(Path("outputs") / "mig_bench" / model.strip("./").replace("/", "--"))
+def _check(asked: Evaluation) -> tuple[PredictorSettings, dict[str, Benchmark]]:
+    """The predictor's settings and the benchmarks. Raises SettingsError with every fault at once: of the settings, of
+    the model's files, and of the benchmarks' files."""
+    faults = [f"processes={asked.processes} must be at least 1"] if asked.processes < 1 else []
+    faults += [f"limit={asked.limit} must be at least 1"] if asked.limit is not None and asked.limit < 1 else []
+    names: list[str] = []
+    settings: PredictorSettings | None = None
+    try:
+        names = benchmark_names(asked.bench)
+        faults += extractor_faults(asked.extractor, names)
+    except ValueError as error:
+        faults.append(str(error))
+    try:
+        settings = choose_predictor(asked)
+    except (OSError, ValueError) as error:
+        faults.append(str(error))
+
+    if asked.replicas and faults:  # none is written then, so that none is missed
+        names = [name for name in names if name not in REPLICAS]
+    benchmarks, missing = load_benchmarks(names, asked.data_root, asked.replicas)
+    preflight.raise_all(faults + missing)
+    for name, benchmark in benchmarks.items():
+        notes = "".join(f"; {count} {reason}" for reason, count in benchmark.dropped.items() if count)
+        print(f"{name}: {len(benchmark.samples)} questions{notes}", flush=True)
+    assert settings is not None
+    return settings, benchmarks
 
 
-def spare_folder(home: Path, key: str) -> Path:
-    """`home`, or a folder in it for this key where `home` holds the finished evaluation of another.
+def load_benchmarks(names: Sequence[str], data_root: str, replicas: bool) -> tuple[dict[str, Benchmark], list[str]]:
+    """The benchmarks by name, with the faults of those that cannot be read. With `replicas`, missing ones are written
+    first."""
+    found: dict[str, Benchmark] = {}
+    faults = []
+    for name in names:
+        try:
+            if replicas and name in REPLICAS:
+                write_replica(name, data_root)
+            found[name] = load_benchmark(name, data_root)
+        except (OSError, ValueError) as error:
+            faults.append(f"{name}: {error}")
+    return found, faults
 
-    So a quick look on a few questions leaves the numbers that a pipeline or a report reads as they are.
-    """
-    if read_json(home / "mig_bench.json").get("key") in (None, key):
-        return home
-    folder = home / f"mig_bench-{key}"
-    print(f"{home} holds an evaluation with other settings or inputs: this one goes to {folder}", flush=True)
-    return folder
+
+def _settle_answers(home: Path, choice: Choice | None) -> None:
+    """Ask, keep or set aside where answers in `home` were given by other source files. Each benchmark's folder in
+    answers/ is named by the key of its own answers, so all of `home` has one record of code."""
+    answers, code = home / "answers", source_code(("experiments.evaluate",))
+
+    def set_aside() -> None:
+        old = answers.with_name(f"answers.{secrets.token_hex(4)}")
+        answers.replace(old)
+        print(f"{answers} is moved to {old}", flush=True)
+
+    settle_answers(
+        home / RECORD,
+        "benchmarks",
+        code,
+        choice,
+        is_there=lambda: any(answers.glob("*/*.jsonl")),
+        is_done=lambda: any(home.glob(f"*/{RESULT}")),
+        set_aside=set_aside,
+    )
+
+
+class _ScoredBenchmarks:
+    """Scores, writes and prints one benchmark after the other. `logged` are the results of whole benchmarks, `drawn`
+    pictures of some of their answers."""
+
+    def __init__(self, asked: Evaluation, model: str, home: Path, extractor: Extractor | None) -> None:
+        self.asked, self.model, self.home, self.extractor = asked, model, home, extractor
+        self.results: dict[str, dict[str, Any]] = {}
+        self.logged: list[dict[str, Any]] = []
+        self.drawn: list[Drawn] = []
+
+    def add(self, benchmark: Benchmark, ended: Ended) -> None:
+        """Score, summarise and write a benchmark whose answers are all there."""
+        asked, rules = self.asked, (benchmark.rule, benchmark.official)
+        result = {"benchmark": benchmark.name, "model": self.model, "data_root": asked.data_root, "key": ended.key}
+        result |= {"limit": asked.limit, "generation": asked.decoding.generation, "extractor": None}
+        # Score each answer by both rules; a language model may take the last step of the official reading.
+        samples = limit_columns(benchmark.samples, asked.limit)
+        replies = read_answers(answers_folder(self.home, benchmark.name, ended.key), ended.key)
+        predictions = score_replies(benchmark, samples, replies, ended.box_format)
+        if self.extractor is not None and benchmark.official.reader in EXTRACTED_READERS:
+            predictions, result["extractor"] = extract_letters(self.extractor, benchmark, samples, predictions)
+            rules = (benchmark.rule, with_extractor(benchmark.official, self.extractor.settings.model))
+        # Summarise: columns, averages, intervals.
+        result |= {"dropped": dict(benchmark.dropped)} | summarise(predictions, *rules, benchmark.averages)
+        # Write.
+        plain = self.home / result_folder(benchmark.name, asked.limit, asked.decoding.generation)
+        folder = self._spare(plain, ended.key)
+        write_evaluation(folder, predictions, result)
+        print("\n" + format_result(result), flush=True)
+        self.results[benchmark.name] = result
+        if asked.limit is None and folder == plain:
+            self.logged.append(result)
+            self.drawn += self._draw(benchmark, samples, predictions)
+
+    def _spare(self, folder: Path, key: str) -> Path:
+        """`folder`, or one beside it where a phase's holds the finished result of other settings: the numbers that a
+        pipeline or a report reads stay as they are, unless --output asks for the folder by name."""
+        found = read_json(folder / RESULT)
+        if self.asked.output or self.home.name != PHASE_FOLDER or found.get("version") != VERSION:
+            return folder
+        if found["key"] == key:
+            return folder
+        spare = folder.with_name(f"{folder.name}-{key}")
+        print(f"{folder} holds a result with other settings or inputs: this one goes to {spare}", flush=True)
+        return spare
+
+    def _draw(self, benchmark: Benchmark, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Drawn]:
+        """One answer of each column, drawn, where the answers are boxes."""
+        if not isinstance(samples[0].answer, BoxAnswer):
+            return []
+        known, chosen = {found.id: found for found in predictions}, limit_columns(samples, 1)
+        found = [known[sample.id] for sample in chosen]
+        return draw_previews(chosen, found, benchmark.load, self.asked.limits.max_image_pixels)
+
+
+def default_output(model: str, served: bool = False) -> str:
+    """A folder of the model's own: inside the phase that a merged model lies in. A served one never shares it."""
+    if Path(model).name == "merged" and not served:
+        return str(Path(model).parent / PHASE_FOLDER)
+    name = model.strip("./").replace("/", "--")
+    return str(Path("outputs") / "eval" / (f"{name}--served" if served else name))
 
 
 @command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make eval`."""
     try:
-        auto_cli(evaluate, as_positional=False, args=spell_out(args))
-    except (preflight.SettingsError, run_identity.OtherVersion, ModelError, CodeChanged, ProcessLost) as error:
+        refuse_moved(args, MOVED)
+        evaluate(auto_cli(Evaluation, as_positional=False, args=spell_out(args)))
+    except (
+        preflight.SettingsError,
+        CodeChanged,
+        EndpointMisused,
+        EndpointUnavailable,
+        ModelError,
+        ProcessLost,
+        QuestionsLost,
+    ) as error:
         sys.exit(str(error))
 
 

@@ -20,9 +20,11 @@ import yaml
 from jsonargparse import auto_cli
 
 from callbacks import preemption
-from datamodules.persistence.files import read_json
+from datamodules.benchmarks import mig_bench
+from datamodules.metrics.result_files import RESULT, read_result, result_folder
 from datamodules.persistence.source_code import class_modules
 from datamodules.streaming.shards import folder_list
+from experiments.evaluation.evaluation_settings import PHASE_FOLDER, read_settings
 from experiments.reports import pipeline_report
 from experiments.runs import preflight, run_identity
 from experiments.runs.changes import Choice, CodeChanged, choice_of, spell_out
@@ -92,6 +94,7 @@ class Ladder:
         self.folder, self.seed, self.model, self.evaluation, self.rungs = folder, seed, model, evaluation, rungs
         self.overrides, self.environment, self.choice = overrides, environment, choice
         self.commit, self.stages = current_commit(ROOT), {}
+        self.asked = read_settings(evaluation, shlex.split(overrides.get("evaluation", "")))
 
     @property
     def results(self) -> Results:
@@ -125,21 +128,21 @@ class Ladder:
     def evaluation_of(self, stage: str) -> Step:
         """MIG-Bench of the model that the stage leaves."""
         folder, model = self.folder / stage, self.model_of(stage)
-        command = ["experiments.evaluate", "--config", self.evaluation, "--model", model, "--output", str(folder)]
-        # Named, so that an evaluation from before it was a setting is not taken for one by these rules.
-        command += ["--generation", "greedy", *shlex.split(self.overrides.get("evaluation", ""))]
-        benchmark = yaml.safe_load(Path(self.evaluation).read_text())["annotations"]
-        inputs, summary = (self.evaluation, model, benchmark), folder / "mig_bench.json"
+        home, asked = folder / PHASE_FOLDER, self.asked
+        command = ["experiments.evaluate", "--config", self.evaluation, "--model", model, "--output", str(home)]
+        command += ["--bench", mig_bench.NAME, *shlex.split(self.overrides.get("evaluation", ""))]
+        questions = Path(asked.data_root, mig_bench.FOLDER, mig_bench.ANNOTATIONS)
+        result = home / result_folder(mig_bench.NAME, asked.limit, asked.decoding.generation) / RESULT
         return Step(
             title=f"{stage}: MIG-Bench",
             marker=folder / "evaluated.json",
             command=tuple(command),
-            inputs=inputs,
-            result=summary,
+            inputs=(self.evaluation, model, str(questions)),
+            result=result,
             environment=self.environment(stage),
             modules=("experiments.evaluate",),
             choice=self.choice,
-            proof=summary,
+            proof=result,
         )
 
     def training_seconds(self, stage: str) -> float | None:
@@ -182,7 +185,7 @@ class Ladder:
         )
 
     def _found(self, stage: str, seconds: float) -> Stage:
-        return make_stage(stage, read_json(self.evaluation_of(stage).result), seconds)
+        return make_stage(stage, read_result(self.evaluation_of(stage).result), seconds)
 
     def _write(self) -> None:
         write_results(self.folder / "results.json", self.results)

@@ -17,10 +17,11 @@ from jsonargparse import auto_cli
 
 from datamodules.benchmarks.registry import BENCHMARKS
 from datamodules.metrics.extraction import with_extractor
-from datamodules.metrics.predictions import PREDICTIONS, RESULT, format_result, read_predictions, read_result
-from datamodules.metrics.summary import rescore, summarise
+from datamodules.metrics.result_files import PREDICTIONS, RESULT, format_result, read_predictions, read_result
+from datamodules.metrics.scoring import rescore
 from datamodules.persistence.files import write_json
 from experiments.runs.commands import command
+from lightning_modules.metrics.summary import summarise
 
 
 def rescore_predictions(

@@ -20,19 +20,20 @@ ROOMS = {
         ("importers", "synthetic"),
         ("metrics",),
         ("streaming", "benchmarks"),
-        ("predictors.py", "encoding"),
+        ("encoding",),
         ("images", "checkpoints"),
         ("samples",),
         ("persistence",),
     ),
     "lightning_modules": (
-        ("predictors", "rl", "rollouts/vllm"),
+        ("rl",),
+        ("predictors", "rollouts/vllm"),
         ("rollouts", "training"),
         ("rollouts/native", "models"),
         ("models/inference",),
         ("models/attention",),
         ("models/layers",),
-        ("serving",),
+        ("serving", "metrics"),
     ),
     "callbacks": (),
     "experiments": (("reports",), ("evaluation", "sweeps", "nano", "bench"), ("runs", "synthesis")),
@@ -45,13 +46,14 @@ SHARED_NAMES = {"__init__", "base", "registry", "engine", "mig_bench", "odinw"}
 LEAVES = (
     "datamodules/samples/boxes.py",
     "datamodules/samples/sample.py",
-    "datamodules/predictors.py",
     "datamodules/samples/answer_text.py",
     "datamodules/encoding/messages.py",
     "datamodules/encoding/model_families.py",
     "datamodules/samples/scores.py",
     "datamodules/samples/choice_text.py",
-    "datamodules/metrics/summary.py",
+    "datamodules/metrics/scoring.py",
+    "datamodules/metrics/result_files.py",
+    "lightning_modules/predictors/ask.py",
     "datamodules/benchmarks/registry.py",
     "lightning_modules/models/attention/packed_rows.py",
     "lightning_modules/rl/rewards.py",
@@ -300,7 +302,7 @@ def test_bare_entry_points_need_no_optional_package(file: str) -> None:
 
 
 def test_evaluating_a_served_model_loads_no_model_classes() -> None:
-    closure = import_closure(ROOT, "experiments/evaluate_benchmarks.py")
+    closure = import_closure(ROOT, "experiments/evaluate.py")
     heavy = {"lightning", "transformers", "peft", "wandb", "openai"}
     assert {name: closure[name] for name in heavy & set(closure)} == {}
 
@@ -395,7 +397,7 @@ def test_only_the_endpoint_imports_the_http_client() -> None:
 def test_only_the_masks_of_polygons_need_opencv() -> None:
     users = {str(file.relative_to(ROOT)) for file in python_files() if "cv2" in set(imported_names(file.read_text()))}
     assert users == {"datamodules/benchmarks/polygons.py"}
-    assert "cv2" not in import_closure(ROOT, "experiments/evaluate_benchmarks.py")
+    assert "cv2" not in import_closure(ROOT, "experiments/evaluate.py")
     extras = configparser.ConfigParser()
     extras.read(ROOT / "setup.cfg")
     assert "opencv-python-headless" in extras["options.extras_require"]["benchmarks"]

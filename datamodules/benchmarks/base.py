@@ -1,4 +1,4 @@
-"""What every benchmark is, and the record of one answer. One form for all seven, so that one evaluation serves them.
+"""What every benchmark is. One form for all seven, so that one evaluation serves them.
 
 A benchmark's samples lie in columns, those of the paper's table, and a column in units. A sample's unit is its `task`;
 its column is `extra["column"]`, or the unit itself where none is given. `extra["size"]` is the (width, height) that the
@@ -11,19 +11,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from datamodules.benchmarks.mig_bench import load_images
 from datamodules.benchmarks.upright import TURNED, turn_questions
-from datamodules.images.image_files import Frame, file_size
+from datamodules.images.image_files import Frame, file_size, load_images
 from datamodules.persistence.files import fingerprint
-from datamodules.samples.boxes import BoxFormat, ImageSizes, image_sizes_from_json, image_sizes_to_json
-from datamodules.samples.sample import Answer, BoxAnswer, ChoiceAnswer, LoadedSample, Sample
+from datamodules.samples.sample import LoadedSample, Sample
 from datamodules.samples.scores import BoxChoice
 
+T = TypeVar("T")
 Average = Literal["micro", "macro"]
 Reader = Literal["project", "mig_bench", "blink", "mmiu"]
 
@@ -46,6 +45,15 @@ class Rule:
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"rule: threshold={self.threshold} is an IoU and must lie in 0-1")
+
+    def counts(self, iou: T, threshold: float) -> T:
+        """Whether an IoU is a hit at `threshold`: the one comparison behind every Acc@t.
+
+        Args:
+            iou: a float, or a tensor of any shape.
+            threshold: the rule's own, or another one.
+        """
+        return iou >= threshold if self.inclusive else iou > threshold
 
 
 PAPER = "paper §4.1: Acc@0.5, IoU exceeds 0.5"
@@ -94,68 +102,6 @@ def limit_columns(samples: Sequence[Sample], limit: int | None) -> tuple[Sample,
         for members in columns.values()
         for index in range(min(limit, len(members)))
     )
-
-
-_LATER_FIELDS = ("official_read", "extracted")  # of `Prediction`; files of earlier versions lack them
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One scored answer: a line of predictions.jsonl. It holds all that scoring needs, so it is scored again without
-    model and data."""
-
-    id: str
-    column: str
-    unit: str
-    answer: Answer  # the truth
-    text: str
-    box_format: BoxFormat
-    image_sizes: tuple[ImageSizes, ...]
-    num_tokens: int
-    finished: bool
-    refused: str | None
-    value: float = 0.0  # IoU of the box that counts, or 1.0 for the right option
-    correct: bool = False
-    read: str | tuple[float, ...] | None = None  # the box (unit xyxy of the answer's image) or letter that was read
-    failure: str | None = None  # why nothing could be read
-    official_value: float = 0.0
-    official_correct: bool = False
-    official_read: str | tuple[float, ...] | None = None
-    extracted: str | None = None  # the letter that a language model found for the official rule (`extraction.py`)
-
-    def to_json(self) -> dict[str, Any]:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values["answer"] = answer_to_json(self.answer)
-        values["image_sizes"] = image_sizes_to_json(self.image_sizes)
-        return values
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Prediction:
-        """Raises ValueError that names missing fields."""
-        missing = [f.name for f in fields(cls) if f.name not in record and f.name not in _LATER_FIELDS]
-        if missing:
-            raise ValueError(f"no prediction: a record of predictions.jsonl lacks {', '.join(missing)}")
-        values = {f.name: record.get(f.name) for f in fields(cls)}
-        values["answer"] = answer_from_json(record["answer"])
-        values["box_format"] = BoxFormat(record["box_format"])
-        values["image_sizes"] = image_sizes_from_json(record["image_sizes"])
-        for name in ("read", "official_read"):
-            values[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
-        return cls(**values)
-
-
-def answer_to_json(answer: Answer) -> dict[str, Any]:
-    if isinstance(answer, ChoiceAnswer):
-        return {"letter": answer.letter, "choices": list(answer.choices)}
-    if isinstance(answer, BoxAnswer):
-        return {"image": answer.image, "box": list(answer.box), "label": answer.label}
-    raise ValueError(f"a benchmark's answer is one box or one option, got {type(answer).__name__}")
-
-
-def answer_from_json(record: Mapping[str, Any]) -> Answer:
-    if "letter" in record:
-        return ChoiceAnswer(record["letter"], tuple(record["choices"]))
-    return BoxAnswer(record["image"], tuple(record["box"]), record["label"])
 
 
 def make_sample(record: Mapping[str, Any], **extra: Any) -> Sample:

@@ -16,14 +16,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from datamodules.benchmarks.upright import turn_questions
-from datamodules.images.image_files import file_size, read_image_file
-from datamodules.samples.boxes import Box, box_fault
-from datamodules.samples.sample import BoxAnswer, LoadedSample, Sample, SampleError
+from datamodules.benchmarks.base import PAPER, Benchmark, Rule, file_benchmark
+from datamodules.images.image_files import file_size
+from datamodules.samples.boxes import box_fault
+from datamodules.samples.sample import Sample, SampleError
 
 # In the order of the paper's table, whose columns are Static, Robust, Common, OT, MV, Region, Refer, GG, Reason, Co-Re.
 TASKS = (
@@ -41,6 +40,11 @@ TASKS = (
 IN_DOMAIN = ("diff", "common_object", "region", "refer_grounding")
 OUT_OF_DOMAIN = tuple(task for task in TASKS if task not in IN_DOMAIN)
 
+NAME, FOLDER, ANNOTATIONS = "mig_bench", "MIG-Bench", "MIG_data.json"
+AVERAGES = {"avg": TASKS, "in_domain": IN_DOMAIN, "out_of_domain": OUT_OF_DOMAIN}
+RULE = Rule(source=PAPER + ", mean over tasks")
+OFFICIAL = Rule(source="Migician eval/utils.py: its own box reader, IoU >= 0.5", inclusive=True, reader="mig_bench")
+
 _FIELDS = {"task": str, "images": list, "question": str, "answer": list, "additional_info": str, "need_format": bool}
 _SECOND_IMAGE = ("correspondence", "diff", "view_diff", "refer_grounding", "reasoning")
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
@@ -49,39 +53,29 @@ _NAMED = re.compile(r"\bIt is in the (\w+) image\b")
 _QUERY_BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")  # per mille, of image 0
 
 
-@dataclass(frozen=True)
-class DirtyBox:
-    """An answer that nothing can match, or that leaves the image. Kept as it is: the official code scores it so."""
-
-    position: int
-    task: str
-    rule: str  # "degenerate" or "out_of_range"
-    box: Box
+def load(root: Path) -> Benchmark:
+    """`root` holds MIG_data.json and images/, and is itself named MIG-Bench, as the image names say."""
+    return load_files(root / ANNOTATIONS, root.parent)
 
 
-@dataclass(frozen=True)
-class DirtyReport:
-    boxes: tuple[DirtyBox, ...]
-    turned: int = 0  # questions whose boxes were turned with their photograph
+def load_files(annotations: str | Path, image_root: str | Path) -> Benchmark:
+    """The benchmark of any file in this format; `image_root` is the folder that holds "MIG-Bench/".
 
-    def __bool__(self) -> bool:
-        return bool(self.boxes or self.turned)
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.boxes)} dirty answer boxes, kept and scored as they are"] if self.boxes else []
-        lines += [f"  position {dirty.position} ({dirty.task}): {dirty.rule} {list(dirty.box)}" for dirty in self.boxes]
-        if self.turned:
-            lines.append(f"{self.turned} questions on photographs that EXIF turns: their boxes are turned too")
-        return "\n".join(lines)
+    Raises FileNotFoundError for missing images, and the errors of `load_mig_bench`.
+    """
+    samples = load_mig_bench(annotations)
+    _check_images(samples, Path(image_root))
+    dirty = sum(box_fault(sample.answer.box) is not None for sample in samples)
+    # Nothing can match such a box, or it leaves the image. It is kept: the official code scores it so.
+    notes = {"kept: dirty answer box": dirty} if dirty else {}
+    return file_benchmark(NAME, samples, Path(image_root), RULE, OFFICIAL, AVERAGES, notes, frame="stored")
 
 
-def load_mig_bench(path: str | Path, image_root: str | Path | None = None) -> tuple[list[Sample], DirtyReport]:
+def load_mig_bench(path: str | Path) -> list[Sample]:
     """Samples "mig_bench/<position>" in file order, all images first and then the question, as in the official prompt.
 
-    Image names are relative to `image_root`, the folder that holds "MIG-Bench/"; given it, every image must be there,
-    and boxes are those of the images as they are shown. Without it they are as the file has them.
-    `additional_info` reaches no sample: for group_grounding it holds the answer. Raises ValueError for a file that is
-    no JSON list, SampleError for a record of another form, and FileNotFoundError for missing images.
+    Boxes are as the file has them, of the stored pixels. `additional_info` reaches no sample: for group_grounding it
+    holds the answer. Raises ValueError for a file that is no JSON list, and SampleError for a record of another form.
     """
     try:
         records = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -89,17 +83,7 @@ def load_mig_bench(path: str | Path, image_root: str | Path | None = None) -> tu
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(records, list) or not records:
         raise ValueError(f"{path}: expected a list of records, found {type(records).__name__} without any")
-    samples = [_sample(record, position) for position, record in enumerate(records)]
-    dirty, turned = _find_dirty(samples), 0
-    if image_root is not None:
-        _check_images(samples, Path(image_root))
-        samples, turned = turn_questions(samples, Path(image_root))
-    return samples, replace(dirty, turned=turned)
-
-
-def load_images(sample: Sample, image_root: str | Path) -> LoadedSample:
-    """The sample with its image files' bytes. Raises SampleError "missing_image"."""
-    return LoadedSample(sample, tuple(read_image_file(Path(image_root, name), sample.id) for name in sample.images))
+    return [_sample(record, position) for position, record in enumerate(records)]
 
 
 def target_image(record: Mapping[str, Any]) -> int:
@@ -197,12 +181,3 @@ def _check_images(samples: list[Sample], image_root: Path) -> None:
             f"{len(missing)} of {len(names)} benchmark images are not below {image_root}, the first is {missing[0]}"
             f" of {names[missing[0]]}: the folder must be the one that holds MIG-Bench/images"
         )
-
-
-def _find_dirty(samples: list[Sample]) -> DirtyReport:
-    dirty = []
-    for position, sample in enumerate(samples):
-        assert isinstance(sample.answer, BoxAnswer)
-        if (rule := box_fault(sample.answer.box)) is not None:
-            dirty.append(DirtyBox(position, sample.task, rule, sample.answer.box))
-    return DirtyReport(tuple(dirty))

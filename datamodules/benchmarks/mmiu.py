@@ -29,9 +29,8 @@ from datamodules.benchmarks.base import (
     image_parts,
     make_sample,
 )
-from datamodules.benchmarks.mig_bench import load_images
 from datamodules.benchmarks.parquet import read_rows
-from datamodules.images.image_files import file_size, refuse_turned
+from datamodules.images.image_files import file_size, load_images, refuse_turned
 from datamodules.samples.sample import LoadedSample, Sample, SampleError
 
 NAME, FOLDER = "mmiu", "MMIU"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
-from datamodules.benchmarks import blink, lisa, mig_bench_suite, mmiu, odinw, ref_l4, revos
+from datamodules.benchmarks import blink, lisa, mig_bench, mmiu, odinw, ref_l4, revos
 from datamodules.benchmarks.base import Benchmark
 
 # In the order of the paper's tables. Each module has NAME, FOLDER, RULE, OFFICIAL and load(root) -> Benchmark.
 BENCHMARKS: dict[str, ModuleType] = {
-    module.NAME: module for module in (mig_bench_suite, ref_l4, lisa, revos, odinw, blink, mmiu)
+    module.NAME: module for module in (mig_bench, ref_l4, lisa, revos, odinw, blink, mmiu)
 }
 
 

@@ -12,7 +12,7 @@ from typing import BinaryIO, Literal
 
 from datamodules.images.image_loading import open_image
 from datamodules.samples.boxes import turn_size
-from datamodules.samples.sample import SampleError
+from datamodules.samples.sample import LoadedSample, Sample, SampleError
 
 # The image in which a data set measured its boxes. "stored": the pixels in the order of the file. "shown": the image
 # turned by EXIF's orientation, as this project shows every image to a model.
@@ -76,6 +76,11 @@ def read_image_file(path: str | Path, sample_id: str) -> bytes:
         # A name that no file can have may be very long or unprintable, so its repr is printed and cut.
         detail = str(path) if isinstance(error, _ABSENT) else f"{str(path)!r:.200}: {_reason(error)}"
         raise SampleError(sample_id, "missing_image", detail) from error
+
+
+def load_images(sample: Sample, image_root: str | Path) -> LoadedSample:
+    """The sample with the bytes of its image files below `image_root`. Raises SampleError "missing_image"."""
+    return LoadedSample(sample, tuple(read_image_file(Path(image_root, name), sample.id) for name in sample.images))
 
 
 def file_size(path: str | Path) -> int | None:

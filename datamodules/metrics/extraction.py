@@ -10,7 +10,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from datamodules.benchmarks.base import WITHOUT_MODEL, Prediction, Rule
+from datamodules.benchmarks.base import WITHOUT_MODEL, Rule
+from datamodules.metrics.predictions import Prediction
 from datamodules.persistence.files import fingerprint
 from datamodules.samples.answer_text import answer_text
 from datamodules.samples.sample import ImagePart, Sample

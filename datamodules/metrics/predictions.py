@@ -1,72 +1,89 @@
-"""The files of one benchmark's evaluation: predictions.jsonl, and result.json, the one result schema.
-
-    {"benchmark": "ref_l4", "model": "models/nano-base", "data_root": "data/nano", "key": "…",
-     "limit": null, "generation": "greedy", "extractor": null, "dropped": {}, "n": 80,
-     "columns": {"val": {"score", "low", "high", "n"}, …}, "averages": {"avg": {…}}, "rule": {…},
-     "official": {"rule", "columns", "averages"}, "details": {…}, "failures": {…}, "truncated_rate", "mean_tokens"}
-
-`generation` says by which rules answers were decoded; files of earlier versions, whose rules differed from model to
-model, lack it. `extractor` is {"model", "asked", "found", "none", "failed"} where a language model took the last step
-of the official reading (`extraction.py`).
-
-Scores and rates are percentages; low and high bound the 95 % interval (`scoring.interval_cells`).
-"""
+"""What a model answered to one question (`Reply`), and the same with its scores (`Prediction`)."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from datamodules.benchmarks.base import Prediction, require_fields
-from datamodules.persistence.files import read_json, write_atomic, write_json
-
-PREDICTIONS, RESULT = "predictions.jsonl", "result.json"
-_FIELDS = ("benchmark", "model", "data_root", "limit", "n", "columns", "averages", "rule", "official", "failures")
+from datamodules.samples.boxes import BoxFormat, ImageSizes, image_sizes_from_json, image_sizes_to_json
+from datamodules.samples.sample import Answer, BoxAnswer, ChoiceAnswer, answer_to_json
 
 
-def write_evaluation(folder: Path, predictions: Sequence[Prediction], result: Mapping[str, Any]) -> None:
-    """The result last: a folder that has one is whole."""
-    (folder / RESULT).unlink(missing_ok=True)
-    lines = (json.dumps(prediction.to_json(), ensure_ascii=False) + "\n" for prediction in predictions)
-    write_atomic(folder / PREDICTIONS, "".join(lines))
-    write_json(folder / RESULT, dict(result))
+@dataclass(frozen=True)
+class Reply:
+    """What came back for one question.
+
+    Reply(text="<think>…", image_sizes=(ImageSizes((640, 480), (644, 476)),), num_tokens=93)
+    """
+
+    text: str
+    image_sizes: tuple[ImageSizes, ...]  # one for each image of the question; () if it was refused
+    num_tokens: int = 0  # of the completion; 0 where it is not known
+    finished: bool = True  # False: cut at the token limit
+    refused: str | None = None  # the rule by which the question was not put to the model, or lost: it counts as wrong
+
+    def to_json(self) -> dict[str, Any]:
+        """The reply's part of a line of the journal of answers."""
+        return asdict(self) | {"image_sizes": image_sizes_to_json(self.image_sizes)}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Reply:
+        """The reply that `record`, which may hold more fields, was written from."""
+        values = {field.name: record[field.name] for field in fields(cls)}
+        return cls(**values | {"image_sizes": image_sizes_from_json(record["image_sizes"])})
 
 
-def read_predictions(path: Path) -> list[Prediction]:
-    """Raises ValueError that names the line of a broken record, FileNotFoundError without the file."""
-    predictions = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            predictions.append(Prediction.from_json(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-    return predictions
+@dataclass(frozen=True)
+class Prediction:
+    """One scored answer: a line of predictions.jsonl. It holds everything that scoring needs, so stored answers are
+    scored again without the model and the data."""
+
+    id: str
+    column: str
+    unit: str
+    answer: Answer  # the truth
+    text: str
+    box_format: BoxFormat
+    image_sizes: tuple[ImageSizes, ...]
+    num_tokens: int
+    finished: bool
+    refused: str | None
+    value: float = 0.0  # IoU of the box that counts, or 1.0 for the right option
+    correct: bool = False
+    read: str | tuple[float, ...] | None = None  # the box (unit xyxy of the answer's image) or letter that was read
+    well_formed: bool = False  # earns the format reward of training
+    failure: str | None = None  # why nothing could be read
+    official_value: float = 0.0
+    official_correct: bool = False
+    official_read: str | tuple[float, ...] | None = None
+    extracted: str | None = None  # the letter that a language model found for the official rule (`extraction.py`)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-like record."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return values | {
+            "answer": answer_to_json(self.answer),
+            "image_sizes": image_sizes_to_json(self.image_sizes),
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Prediction:
+        """Raises ValueError that names missing fields."""
+        missing = [field.name for field in fields(cls) if field.name not in record]
+        if missing:
+            raise ValueError(f"no prediction: a record of predictions.jsonl lacks {', '.join(missing)}")
+        values = {field.name: record[field.name] for field in fields(cls)}
+        values["answer"] = answer_from_json(record["answer"])
+        values["box_format"] = BoxFormat(record["box_format"])
+        values["image_sizes"] = image_sizes_from_json(record["image_sizes"])
+        for name in ("read", "official_read"):
+            values[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
+        return cls(**values)
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """Raises ValueError that names a missing field."""
-    result = read_json(path)
-    require_fields(result, _FIELDS, str(path))
-    return result
-
-
-def format_result(result: Mapping[str, Any]) -> str:
-    """A table for the terminal: one line a column, then the averages, beside the official rule."""
-    lines = [f"{result['benchmark']:<24} {'score':>7} {'95 % interval':>17} {'official':>9} {'n':>6}"]
-    for kind in ("columns", "averages"):
-        for name, cell in result[kind].items():
-            official = result["official"][kind].get(name)
-            interval = f"[{cell['low']:.2f}, {cell['high']:.2f}]"
-            right = "-" if official is None else f"{official['score']:.2f}"
-            lines.append(f"{name:<24} {cell['score']:>7.2f} {interval:>17} {right:>9} {cell['n']:>6}")
-    failures = ", ".join(f"{kind} {count}" for kind, count in result["failures"].items()) or "none"
-    lines.append(f"{result['rule']['source']}; answers that could not be read: {failures}")
-    if extractor := result.get("extractor"):
-        failed = ", ".join(f"{kind} {count}" for kind, count in extractor["failed"].items()) or "none"
-        counts = f"{extractor['asked']} answers, a letter in {extractor['found']}, none in {extractor['none']}"
-        lines.append(f"official: {extractor['model']} read {counts}; failed: {failed}")
-    if result.get("generation") == "model":
-        lines.append("decoded by the model's own generation settings")
-    return "\n".join(lines)
+def answer_from_json(record: Mapping[str, Any]) -> Answer:
+    """The true answer of a benchmark's question from its record: one option or one box."""
+    if "letter" in record:
+        return ChoiceAnswer(record["letter"], tuple(record["choices"]))
+    return BoxAnswer(record["image"], tuple(record["box"]), record["label"])

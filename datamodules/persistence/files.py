@@ -184,12 +184,6 @@ def read_journal(path: Path, key: str) -> list[Any]:
     return _sound_records(path)[0] if read_json(_key_file(path)) == {"key": key} else []
 
 
-def remove_journal(path: Path) -> None:
-    """Remove a journal and the file of its key, where they are."""
-    path.unlink(missing_ok=True)
-    _key_file(path).unlink(missing_ok=True)
-
-
 def read_sound_lines(path: Path) -> list[Any]:
     """The records of a JSONL file up to the first line that is cut short or damaged; [] where there is no file."""
     return _sound_records(path)[0]

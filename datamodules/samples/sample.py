@@ -125,7 +125,7 @@ class Sample:
             "task": self.task,
             "images": list(self.images),
             "messages": [_part_to_json(part) for part in self.messages],
-            "answer": _answer_to_json(self.answer),
+            "answer": answer_to_json(self.answer),
             "thinking": self.thinking,
             "extra": dict(self.extra),
         }
@@ -159,9 +159,10 @@ def _part_to_json(part: Part) -> dict[str, Any]:
     return {"type": "text", "text": part.text}
 
 
-def _answer_to_json(answer: Answer) -> dict[str, Any]:
+def answer_to_json(answer: Answer) -> dict[str, Any]:
+    """The record of an answer, as samples and predictions hold it."""
     if isinstance(answer, BoxesAnswer):
-        return {"boxes": [_answer_to_json(box) for box in answer.boxes]}
+        return {"boxes": [answer_to_json(box) for box in answer.boxes]}
     if isinstance(answer, ChoiceAnswer):
         return {"letter": answer.letter, "choices": list(answer.choices)}
     return {"image": answer.image, "box": list(answer.box), "label": answer.label}

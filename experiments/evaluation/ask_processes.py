@@ -7,7 +7,7 @@ import os
 import queue
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,25 +15,25 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from callbacks.evaluation import answers_key, ask_share
 from datamodules.benchmarks.base import limit_columns
 from datamodules.benchmarks.registry import load_benchmark
 from datamodules.checkpoints.model_folder import ModelError
 from datamodules.persistence.processes import ChildWatch, ProcessLost, end_with_parent
 from datamodules.samples.boxes import BoxFormat
 from experiments.evaluation.choose_predictor import PredictorSettings, make_predictor
+from lightning_modules.predictors.ask import answers_folder, answers_key, ask_share
 
 POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every process is told."""
+    """The task of every process."""
 
     settings: PredictorSettings
     names: tuple[str, ...]
     data_root: str
-    answers: str  # folder
+    home: str  # folder of the evaluation
     limit: int | None
 
 
@@ -51,65 +51,48 @@ class Ended:
 
     name: str
     key: str  # of its answers
-    folder: str  # where they are
     box_format: BoxFormat
-
-
-@dataclass(frozen=True)
-class Failed:
-    rank: int
-    trace: str
-    model_error: str | None = None  # where it is the model that cannot be used
 
 
 def ask_all(job: Job, totals: Mapping[str, int], processes: int) -> Iterator[Ended]:
     """Yields a benchmark's last `Ended`, when all processes are through with it.
 
+    Args:
+        job: the questions, and the model that answers them.
+        totals: number of questions of each benchmark, for the progress bar.
+        processes: number of processes that share the questions; 1: this process alone asks.
+
     Raises RuntimeError with the traceback of a process that failed, ModelError where its model cannot be used, and
     ProcessLost for a process that was killed, or was stopped and is given up; the others are ended then.
     """
-    events = _events(job, processes) if processes > 1 else _events_here(job)
+    events = _events(job, processes) if processes > 1 else ask_rank(job, 0, 1)
     ended: Counter[str] = Counter()
     with tqdm(total=sum(totals.values()), unit="question", smoothing=0.1) as bar:
         for event in events:
             if isinstance(event, Asked):
                 bar.set_description(event.name)
                 bar.update(event.count)
-            elif isinstance(event, Ended):
+            else:
                 ended[event.name] += 1
                 if ended[event.name] == processes:
                     bar.clear()
                     yield event
 
 
-def ask_rank(job: Job, rank: int, world_size: int, send: Callable[[Any], None]) -> Iterator[None]:
-    """One process's part. A generator that yields after every message, so that one process alone can hand over."""
+def ask_rank(job: Job, rank: int, world_size: int) -> Iterator[Asked | Ended]:
+    """One process's part: every answer is in its journal when it is reported here."""
     predictor = make_predictor(job.settings, rank)
     for name in job.names:
         benchmark = load_benchmark(name, job.data_root)
         key = answers_key(benchmark, predictor)
-        folder = Path(job.answers) / f"{name}-{key}"
+        folder = answers_folder(Path(job.home), name, key)
         samples = limit_columns(benchmark.samples, job.limit)
         for count in ask_share(predictor, samples, benchmark, folder, key, rank, world_size):
-            send(Asked(name, count))
-            yield
-        send(Ended(name, key, str(folder), predictor.box_format))
-        yield
+            yield Asked(name, count)
+        yield Ended(name, key, predictor.box_format)
 
 
-def share_cores(processes: int) -> None:
-    """Give this process its part of the cores: more threads than cores make all of them slow."""
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // processes)))
-
-
-def _events_here(job: Job) -> Iterator[Any]:
-    waiting: list[Any] = []
-    for _ in ask_rank(job, 0, 1, waiting.append):
-        yield from waiting
-        waiting.clear()
-
-
-def _events(job: Job, processes: int) -> Iterator[Any]:
+def _events(job: Job, processes: int) -> Iterator[Asked | Ended]:
     """Messages of spawned processes, until all have ended."""
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()
@@ -124,10 +107,8 @@ def _events(job: Job, processes: int) -> Iterator[Any]:
                 except queue.Empty:
                     _check_alive(workers, watch)
                     continue
-                if isinstance(event, Failed) and event.model_error:
-                    raise ModelError(event.model_error)
-                if isinstance(event, Failed):
-                    raise RuntimeError(f"process {event.rank} of {processes} failed:\n{event.trace}")
+                if isinstance(event, Exception):
+                    raise event
                 yield event
             _check_alive(workers, watch)
     finally:
@@ -145,11 +126,14 @@ def _check_alive(workers: list[Any], watch: ChildWatch) -> None:
 
 
 def _work(job: Job, rank: int, world_size: int, messages: Any) -> None:
-    share_cores(world_size)
-    end_with_parent()  # whoever starts again asks the rest
+    """A spawned process: sends what `ask_rank` reports, or the error that ends it."""
+    # More threads than cores make all processes slow.
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // world_size)))
+    end_with_parent()  # the next run asks the rest
     try:
-        for _ in ask_rank(job, rank, world_size, messages.put):
-            pass
-    except Exception as error:
-        reason = str(error) if isinstance(error, ModelError) else None
-        messages.put(Failed(rank, traceback.format_exc(), reason))
+        for event in ask_rank(job, rank, world_size):
+            messages.put(event)
+    except ModelError as error:
+        messages.put(error)
+    except Exception:
+        messages.put(RuntimeError(f"process {rank} of {world_size} failed:\n{traceback.format_exc()}"))

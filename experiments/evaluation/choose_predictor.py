@@ -2,67 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
-from callbacks.evaluation import EvaluationSettings
 from datamodules.checkpoints.model_folder import MODEL_TYPE, check_image_text_model, read_model_type
 from datamodules.checkpoints.pretrained import ANY_ATTENTION, check_policy, check_tensors
 from datamodules.encoding.chat_request import RequestForm
 from datamodules.encoding.messages import PromptStyle
 from datamodules.encoding.model_families import find_model_family
-from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
-from datamodules.predictors import Predictor
 from datamodules.samples.boxes import BoxFormat
+from experiments.evaluation.evaluation_settings import Evaluation, QuestionForm
 from experiments.runs import run_identity
-from lightning_modules.serving.generation_rules import Generation, stating
+from lightning_modules.predictors.base import Decoding, Predictor
+from lightning_modules.serving.generation_rules import stating
 from lightning_modules.serving.openai_client import EndpointSettings
-
-if TYPE_CHECKING:
-    from lightning_modules.models.qwen_vl import QwenVL
-    from lightning_modules.rollouts.base import RolloutEngine
 
 ALIASES = {"nano": "models/nano-base"}
 
 
-@dataclass(frozen=True)
-class ModelOptions:
-    """How a model is to be asked, as the user says it; `evaluate_benchmarks` explains each field."""
-
-    box_format: str = "absolute_pixels"
-    style: str = "auto"
-    model_family: str = "auto"
-    before_image: str | None = None
-    label_images: bool = False
-    max_prompt_tokens: int = 16_384
-    max_image_pixels: int = MAX_IMAGE_PIXELS
-    max_sample_pixels: int = MAX_SAMPLE_PIXELS
-    max_resized_pixels: int | None = None
-    as_trained: bool = True
-    dtype: str = "float32"
-    device: str = "auto"
-    decoding: EvaluationSettings = field(default_factory=EvaluationSettings)
-    trust_remote_code: bool = False
-    generation: Generation = "greedy"
-
-
-# All that makes a predictor. Settings cross to other processes, which make their own.
+# Everything that a predictor is made of. Settings are sent to other processes, which make a predictor each.
 
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """A Qwen2.5-VL in this process, asked by the engine that it is trained with."""
+    """A Qwen2.5-VL in this process, asked by the engine that it is trained with. `prompts` are arguments of `Encoder`:
+    box_format, style, max_prompt_tokens, …"""
 
     model: str
-    box_format: str
-    style: str
+    prompts: dict[str, Any]
+    decoding: Decoding
     dtype: str
     device: str
-    decoding: EvaluationSettings
-    limits: dict[str, Any]  # of `Encoder`: max_prompt_tokens, label_images, …
-    generation: Generation = "greedy"
 
 
 @dataclass(frozen=True)
@@ -71,11 +43,10 @@ class ImageTextSettings:
 
     model: str
     form: RequestForm
-    max_tokens: int
+    decoding: Decoding
     dtype: str
     device: str
     trust_remote_code: bool
-    generation: Generation = "greedy"
 
 
 @dataclass(frozen=True)
@@ -84,124 +55,107 @@ class ServedSettings:
 
     endpoint: EndpointSettings
     form: RequestForm
-    max_tokens: int
-    generation: Generation = "greedy"
+    decoding: Decoding
 
     @property
     def model(self) -> str:
+        """The server's name of it."""
         return self.endpoint.model
 
 
 PredictorSettings = PolicySettings | ImageTextSettings | ServedSettings
 
 
-def choose_predictor(model: str, endpoint: EndpointSettings | None, options: ModelOptions) -> PredictorSettings:
-    """What `model` and the options mean, checked as far as it goes without weights and without asking the server.
+def choose_predictor(asked: Evaluation) -> PredictorSettings:
+    """What the model and the settings mean, checked as far as it goes without weights and without asking the server.
 
     Raises ValueError that names each wrong field.
     """
-    max_tokens = options.decoding.max_new_tokens
-    if endpoint is not None:
-        if endpoint.base_url is None:
-            raise ValueError("endpoint.base_url=None: a model behind a server needs its address")
-        if endpoint.model not in ("", model):
-            raise ValueError(f"endpoint.model={endpoint.model!r} and model={model!r} must be one: leave out the former")
-        stating(endpoint, options.generation)  # raises where extra_body contradicts it
-        return ServedSettings(replace(endpoint, model=model), _form(options, model), max_tokens, options.generation)
+    if asked.endpoint is not None:
+        return _served_settings(asked, asked.endpoint)
+    model = ALIASES.get(asked.model, asked.model)
     found = read_model_type(model)
     if found == MODEL_TYPE:
-        return _policy_settings(model, options)
-    check_image_text_model(model, options.trust_remote_code)
-    if not options.trust_remote_code:  # a model's own code may not know the meta device
+        return _policy_settings(model, asked)
+    check_image_text_model(model, asked.trust_remote_code)
+    if not asked.trust_remote_code:  # a model's own code may not know the meta device
         check_tensors(model, ANY_ATTENTION)
-    form = _form(options, found, model)
-    how = (options.dtype, options.device, options.trust_remote_code, options.generation)
-    return ImageTextSettings(model, form, max_tokens, *how)
+    form = _request_form(asked, found, model)
+    return ImageTextSettings(model, form, asked.decoding, asked.dtype, asked.device, asked.trust_remote_code)
 
 
 def make_predictor(settings: PredictorSettings, rank: int = 0) -> Predictor:
     """The predictor of this process; `rank` takes its own GPU where there are several.
 
-    Each kind imports what it needs: who asks a server waits for no model classes.
+    Each kind imports its own classes: asking a server does not wait for transformers.
     """
     if isinstance(settings, ServedSettings):
         from lightning_modules.predictors.openai_endpoint import OpenAIPredictor
 
-        return OpenAIPredictor(settings.endpoint, settings.form, settings.max_tokens, settings.generation)
+        return OpenAIPredictor(settings.endpoint, settings.form, settings.decoding)
     device = choose_device(settings.device, rank)
     if isinstance(settings, ImageTextSettings):
         from lightning_modules.predictors.huggingface import HuggingFacePredictor
 
-        how = (settings.max_tokens, device, settings.dtype, settings.trust_remote_code, settings.generation)
+        how = (settings.decoding, device, settings.dtype, settings.trust_remote_code)
         return HuggingFacePredictor(settings.model, settings.form, *how)
     return _make_policy(settings, device)
 
 
 def _make_policy(settings: PolicySettings, device: str) -> Predictor:
-    from callbacks.policy_predictor import PolicyPredictor
     from datamodules.encoding.encoder import Encoder
     from lightning_modules.models.qwen_vl import QwenVL
-
-    encoder = Encoder(
-        settings.model,
-        box_format=BoxFormat(settings.box_format),
-        style=PromptStyle(settings.style),
-        with_target=False,
-        max_completion_tokens=settings.decoding.max_new_tokens,
-        **settings.limits,
-    )
-    policy = QwenVL(settings.model, dtype=settings.dtype).to(device).eval()
-    engine = make_engine(policy, settings.generation)
-    return PolicyPredictor(policy, engine, encoder, settings.decoding, settings.generation)
-
-
-def make_engine(policy: QwenVL, generation: Generation) -> RolloutEngine:
-    """Who answers for a Qwen2.5-VL in this process."""
-    if generation == "model":
-        from lightning_modules.predictors.own_generation import OwnGeneration
-
-        return OwnGeneration(policy)
+    from lightning_modules.predictors.policy import PolicyPredictor
     from lightning_modules.rollouts.base import NativeEngine
 
-    return NativeEngine(policy)
+    length = settings.decoding.max_new_tokens
+    encoder = Encoder(settings.model, with_target=False, max_completion_tokens=length, **settings.prompts)
+    policy = QwenVL(settings.model, dtype=settings.dtype).to(device).eval()
+    return PolicyPredictor(policy, NativeEngine(policy), encoder, settings.decoding)
 
 
-def _policy_settings(model: str, options: ModelOptions) -> PolicySettings:
+def _served_settings(asked: Evaluation, endpoint: EndpointSettings) -> ServedSettings:
+    if endpoint.base_url is None:
+        raise ValueError("endpoint.base_url=None: a model behind a server needs its address")
+    if endpoint.model not in ("", asked.model):
+        raise ValueError(f"endpoint.model={endpoint.model!r} and model={asked.model!r} differ: leave out the first")
+    stating(endpoint, asked.decoding.generation)  # raises where extra_body contradicts it
+    return ServedSettings(replace(endpoint, model=asked.model), _request_form(asked, asked.model), asked.decoding)
+
+
+def _policy_settings(model: str, asked: Evaluation) -> PolicySettings:
     check_policy(model)
+    form, default = asked.form, QuestionForm()
     faults = [
-        f"{name}={value!r} is for other models; {model!r} is a Qwen2.5-VL: box format, style and label_images"
-        for name, value, default in (
-            ("model_family", options.model_family, "auto"),
-            ("before_image", options.before_image, None),
-        )
-        if value != default
+        f"form.{name}={getattr(form, name)!r} is for other models; {model!r} is a Qwen2.5-VL: box format, style and "
+        "label_images"
+        for name in ("model_family", "before_image")
+        if getattr(form, name) != getattr(default, name)
     ]
-    if options.style == "native":
-        faults.append("style='native' is a model family's own prompt, for other models than Qwen2.5-VL")
+    if form.style == "native":
+        faults.append("form.style='native' is a model family's own prompt, for other models than Qwen2.5-VL")
     if faults:
         raise ValueError("; ".join(faults))
-    form = {"box_format": options.box_format, "style": "think" if options.style == "auto" else options.style}
-    form |= {"max_resized_pixels": options.max_resized_pixels, "label_images": options.label_images}
-    form |= run_identity.trained_form(model, form) if options.as_trained else {}
-    bounds = {"max_prompt_tokens": options.max_prompt_tokens, "max_image_pixels": options.max_image_pixels}
-    bounds |= {"max_sample_pixels": options.max_sample_pixels}
-    box_format, style = form.pop("box_format"), form.pop("style")
-    how = (options.dtype, options.device, options.decoding, form | bounds, options.generation)
-    return PolicySettings(model, box_format, style, *how)
+    prompts = {"box_format": form.box_format, "style": "think" if form.style == "auto" else form.style}
+    prompts |= {"max_resized_pixels": form.max_resized_pixels, "label_images": form.label_images}
+    prompts |= run_identity.trained_form(model, prompts) if form.as_trained else {}
+    prompts |= {"box_format": BoxFormat(prompts["box_format"]), "style": PromptStyle(prompts["style"])}
+    return PolicySettings(model, prompts | asdict(asked.limits), asked.decoding, asked.dtype, asked.device)
 
 
-def _form(options: ModelOptions, *names: str) -> RequestForm:
+def _request_form(asked: Evaluation, *names: str) -> RequestForm:
     """The prompt form of another model; `names` say which family it is of."""
-    if options.box_format != "absolute_pixels":
+    form = asked.form
+    if form.box_format != "absolute_pixels":
         raise ValueError(
-            f"box_format={options.box_format!r} is for Qwen2.5-VL; other models have theirs from model_family"
+            f"form.box_format={form.box_format!r} is for Qwen2.5-VL; other models have theirs from form.model_family"
         )
-    model_family = find_model_family(options.model_family, *names)
-    style = "native" if options.style == "auto" else options.style
-    sizes = {"max_image_pixels": options.max_image_pixels, "max_sample_pixels": options.max_sample_pixels}
-    if options.max_resized_pixels is not None:
-        sizes["max_pixels"] = options.max_resized_pixels
-    return RequestForm(model_family, style, options.before_image, **sizes)
+    model_family = find_model_family(form.model_family, *names)
+    style = "native" if form.style == "auto" else form.style
+    sizes = {name: getattr(asked.limits, name) for name in ("max_image_pixels", "max_sample_pixels")}
+    if form.max_resized_pixels is not None:
+        sizes["max_pixels"] = form.max_resized_pixels
+    return RequestForm(model_family, style, form.before_image, **sizes)
 
 
 def choose_device(device: str, rank: int) -> str:

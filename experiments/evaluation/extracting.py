@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datamodules.benchmarks.base import Benchmark, Prediction
+from datamodules.benchmarks.base import Benchmark
 from datamodules.benchmarks.registry import BENCHMARKS
 from datamodules.metrics.extraction import EXTRACTED_READERS, NO_OPTION, needs_extraction, unread
-from datamodules.metrics.summary import rescore
+from datamodules.metrics.predictions import Prediction
+from datamodules.metrics.scoring import rescore
 from datamodules.samples.sample import Sample
 from lightning_modules.predictors.extractor import Extractor
 from lightning_modules.serving.generation_rules import stating

@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.benchmarks.mig_bench_suite import RULE
-from experiments.reports.paper_tables import phase_predictions
+from datamodules.metrics.result_files import PREDICTIONS, read_predictions
 from experiments.reports.significance import paired_differences
-from experiments.runs.results import Stage, read_results
+from experiments.runs.results import Stage, find_mig_bench, read_results
 from experiments.runs.run_identity import trained_commit
 
 FIGURES = ("avg", "in_domain", "out_of_domain", "format_rate")
@@ -81,8 +80,10 @@ def read_rows(folders: Mapping[int, Path], names: Iterable[str]) -> Found:
 def row_hits(phase: Path, stage: Stage) -> Mapping[str, Mapping[str, bool]] | None:
     """task -> question -> right?, from the phase's predictions, where they are those of the stage's figures."""
     hits: dict[str, dict[str, bool]] = {}
-    for prediction in phase_predictions(phase).values():
-        hits.setdefault(prediction.task, {})[prediction.id] = prediction.iou > RULE.threshold
+    folder = find_mig_bench(phase)
+    there = folder is not None and (folder / PREDICTIONS).is_file()
+    for prediction in read_predictions(folder / PREDICTIONS) if there else ():
+        hits.setdefault(prediction.column, {})[prediction.id] = prediction.correct
     shares = {task: 100 * statistics.mean(right.values()) for task, right in hits.items()}
     same = shares.keys() == stage.mig_bench["tasks"].keys() and all(
         abs(share - stage.mig_bench["tasks"][task]) < 1e-6 for task, share in shares.items()

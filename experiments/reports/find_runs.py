@@ -10,9 +10,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from datamodules.persistence.files import read_json
 from experiments.runs import metrics_csv
-from experiments.runs.results import BASE, Results, make_stage, read_results, started_from
+from experiments.runs.results import (
+    BASE,
+    Results,
+    find_mig_bench,
+    make_stage,
+    read_mig_bench,
+    read_results,
+    started_from,
+)
 from experiments.runs.run_identity import CONFIG, read_settings, trained_commit
 from lightning_modules.rl.rollout_log import LoggedGroup, read_index
 
@@ -74,7 +81,7 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
         folders |= dict.fromkeys(folder.resolve() for folder in found)
         empty += [str(path)] if not found else []
     if empty or not folders:
-        raise ValueError(f"runs={empty}: no folder of a phase (config.yaml, mig_bench.json), nor one that holds such")
+        raise ValueError(f"runs={empty}: no folder of a phase (config.yaml, benchmarks/mig_bench), nor one with such")
     runs: list[Run] = []
     for folder in folders:
         runs.append(_read_run(folder, [run.label for run in runs]))
@@ -127,7 +134,7 @@ def _named(member: Any, place: int) -> tuple[str, Any]:
 
 
 def _is_phase(path: Path) -> bool:
-    return any((path / name).exists() for name in (CONFIG, "mig_bench.json", "attempts"))
+    return any((path / name).exists() for name in (CONFIG, "attempts")) or find_mig_bench(path) is not None
 
 
 def _phases(path: Path) -> list[Path]:
@@ -147,7 +154,7 @@ def _results(experiment: Path) -> Results:
 def _read_run(folder: Path, taken: Sequence[str]) -> Run:
     config = flatten(read_settings(folder))
     results = _results(folder.parent)
-    summary = read_json(folder / "mig_bench.json")  # results.json may still hold a stage that was set aside
+    result = read_mig_bench(folder)  # results.json may still hold a stage that was set aside
     label = f"{folder.parent.name}/{folder.name}"
     if label in taken:  # the same names under another outputs folder
         label = f"{folder.parents[1].name}/{label} ({len(taken)})"
@@ -157,5 +164,5 @@ def _read_run(folder: Path, taken: Sequence[str]) -> Run:
         seed=config.get("seed_everything", results.seed if results.stages else None),
         commit=trained_commit(folder) or results.commit or "unknown",
         config=config,
-        mig_bench=make_stage(label, summary, 0.0).mig_bench if summary else None,
+        mig_bench=make_stage(label, result, 0.0).mig_bench if result else None,
     )

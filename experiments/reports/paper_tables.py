@@ -1,14 +1,14 @@
 """The paper's Tables 2 to 9 with measured rows beside the printed ones.
 
-Measured rows come from two kinds of files below an outputs folder: the result.json of `make eval BENCH=…`, and the
-MIG-Bench predictions that a pipeline leaves in its phases. What was limited to some questions is left out.
+Measured rows come from the result.json files below an outputs folder, those of `make eval` and those that a pipeline
+leaves in its phases. What was limited to some questions is left out.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,14 @@ from typing import Any
 import yaml
 
 from datamodules.benchmarks.base import Rule
-from datamodules.benchmarks.mig_bench_suite import AVERAGES, RULE
-from datamodules.metrics.mig_scoring import Prediction
-from datamodules.metrics.predictions import RESULT, read_result
-from datamodules.metrics.summary import interval_cells
-from datamodules.persistence.files import read_json, read_sound_lines
+from datamodules.metrics.result_files import RESULT, OtherVersion, read_result, result_folder
+from lightning_modules.metrics.bootstrap import bootstrap_intervals
 from lightning_modules.serving.generation_rules import note
 
 DATA = Path(__file__).with_name("paper_tables.yaml")
 NOTE = (
     "Measured cells have 95 % bootstrap intervals (of no width at 0 and 100 %); n is the number of questions. Rows"
-    " measured on nano twins (data/nano) are not comparable with the paper's."
+    " measured on nano replicas (data/nano) are not comparable with the paper's."
 )
 Cells = dict[str, dict[str, Any]]  # "<benchmark>/<column or average>" -> {"score", "low", "high", "n"}
 
@@ -81,22 +78,18 @@ def _measured_rows(table: Table, measured: Mapping[str, Cells]) -> list[Row]:
 
 def mean_cell(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The mean of columns that lie in different benchmarks, with its interval. They must be averaged over questions."""
-    hits = {}
-    for index, cell in enumerate(cells):
-        right = round(cell["score"] * cell["n"] / 100)
-        hits[str(index)] = {"": [True] * right + [False] * (cell["n"] - right)}
-    rule = Rule(source="mean over columns")
-    return interval_cells(hits, rule, {"avg": tuple(hits)})[1]["avg"]
+    counts = {str(k): {"": (round(cell["score"] * cell["n"] / 100), cell["n"])} for k, cell in enumerate(cells)}
+    low, high = bootstrap_intervals(counts, Rule(source="mean over columns"), {"avg": tuple(counts)})["avg"]
+    score = sum(cell["score"] for cell in cells) / len(cells)
+    return {"score": score, "low": low, "high": high, "n": sum(cell["n"] for cell in cells)}
 
 
 def find_measured(outputs: Path) -> dict[str, Cells]:
     """Label -> cells, of everything below `outputs`: evaluated models, and the phases of experiments."""
     measured: dict[str, Cells] = {}
-    for file in sorted(outputs.glob(f"eval/*/*/{RESULT}")):
-        result = read_result(file)
-        if result["limit"] is None:
-            label = f"{result['model']} ({result['data_root']}){note(result.get('generation'))}"
-            measured.setdefault(label, {}).update(result_cells(result))
+    for result in _whole_results(outputs.glob(f"eval/*/*/{RESULT}")):
+        label = f"{result['model']} ({result['data_root']}){note(result['generation'])}"
+        measured.setdefault(label, {}).update(result_cells(result))
     for experiment in sorted(path for path in outputs.iterdir() if path.is_dir()):
         measured |= phase_measured(experiment)
     return measured
@@ -107,37 +100,28 @@ def phase_measured(experiment: Path) -> dict[str, Cells]:
     measured: dict[str, Cells] = {}
     phases = [path for path in sorted(experiment.iterdir()) if "." not in path.name]  # with one: a run set aside
     for phase in phases:
-        found: dict[str, Cells] = {}
-        if cells := pipeline_cells(phase):
-            found[note(read_json(phase / "mig_bench.json").get("generation"))] = cells
-        for file in sorted(phase.glob(f"benchmarks/*/{RESULT}")):
-            result = read_result(file)
-            if result["limit"] is None:
-                found.setdefault(note(result.get("generation")), {}).update(result_cells(result))
-        measured |= {f"{experiment.name}/{phase.name}{how}": cells for how, cells in found.items()}
+        for result in _whole_results(phase.glob(f"benchmarks/*/{RESULT}")):
+            label = f"{experiment.name}/{phase.name}{note(result['generation'])}"
+            measured.setdefault(label, {}).update(result_cells(result))
     return measured
 
 
+def _whole_results(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    """The results of whole benchmarks, in the order of their paths. Those of earlier versions are named and left out,
+    and so is a phase's evaluation with other settings that has a folder of its own."""
+    for file in sorted(files):
+        try:
+            result = read_result(file)
+        except OtherVersion as error:
+            print(f"left out: {error}", flush=True)
+            continue
+        if file.parent.name == result_folder(result["benchmark"], None, result["generation"]):
+            yield result
+
+
 def result_cells(result: Mapping[str, Any]) -> Cells:
+    """The result's cells by "<benchmark>/<column or average>"."""
     return {f"{result['benchmark']}/{name}": cell for name, cell in (result["columns"] | result["averages"]).items()}
-
-
-def phase_predictions(folder: Path) -> dict[str, Prediction]:
-    """A phase's MIG-Bench answers by question; {} where they, or their summary, are missing or unfinished."""
-    predictions = map(Prediction.from_json, read_sound_lines(folder / "predictions.jsonl"))
-    found = {prediction.id: prediction for prediction in predictions}
-    return found if len(found) == read_json(folder / "mig_bench.json").get("n") else {}
-
-
-def pipeline_cells(folder: Path) -> Cells:
-    """MIG-Bench's cells from a phase's predictions; none where only some questions were asked."""
-    if read_json(folder / "mig_bench.json").get("limit_per_task") is not None:
-        return {}
-    hits: dict[str, dict[str, list[bool]]] = {}
-    for prediction in phase_predictions(folder).values():
-        hits.setdefault(prediction.task, {}).setdefault(prediction.task, []).append(prediction.iou > RULE.threshold)
-    columns, means = interval_cells(hits, RULE, AVERAGES)
-    return {f"mig_bench/{name}": cell for name, cell in (columns | means).items()}
 
 
 def text_rows(table: Table) -> list[list[str]]:

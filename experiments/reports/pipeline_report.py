@@ -14,11 +14,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from datamodules.persistence.files import read_json, write_atomic
+from datamodules.persistence.files import write_atomic
 from experiments.reports import paper_tables, svg_charts
 from experiments.runs import metrics_csv
 from experiments.runs.commands import command
-from experiments.runs.results import Results, read_results, started_from
+from experiments.runs.results import Results, read_mig_bench, read_results, started_from
 from experiments.runs.run_identity import CONFIG, read_field, trained_commit
 from lightning_modules.serving.generation_rules import note
 
@@ -107,8 +107,8 @@ def render_report(folder: Path) -> str:
 
 def _decoding(folder: Path, results: Results) -> list[str]:
     """Which stages were not decoded by the common rules."""
-    summaries = {stage.name: read_json(folder / stage.name / "mig_bench.json") for stage in results.stages}
-    notes = {name: note(summary.get("generation")) for name, summary in summaries.items() if summary}
+    found = {stage.name: read_mig_bench(folder / stage.name) for stage in results.stages}
+    notes = {name: note(result["generation"]) for name, result in found.items() if result}
     return [f"<p>MIG-Bench of {escape(name + how)}.</p>" for name, how in notes.items() if how]
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from datamodules.metrics.mig_scoring import average_tasks
-from datamodules.metrics.summary import NUM_RESAMPLES
+from datamodules.benchmarks.mig_bench import AVERAGES
+from lightning_modules.metrics.bootstrap import NUM_RESAMPLES
 
 Hits = Mapping[str, np.ndarray]  # task -> bool [seeds, questions]: which answers are right
 # How much more is gained out-of-domain than in-domain.
@@ -49,7 +49,8 @@ def paired_differences(row: Hits, over: Hits, seed: int = 0) -> dict[str, Differ
         questions = rng.integers(difference.shape[1], size=(NUM_RESAMPLES, difference.shape[1]))
         resampled = np.take_along_axis(shares @ difference, questions, axis=1).mean(axis=1)
         drawn[task] = 100 * np.concatenate([[difference.mean()], resampled])  # the first: as measured
-    averages = {name: values for name, values in average_tasks(drawn).items() if values is not None}
+    members = {name: [drawn[task] for task in tasks if task in drawn] for name, tasks in AVERAGES.items()}
+    averages = {name: sum(found) / len(found) for name, found in members.items() if found}
     if {"in_domain", "out_of_domain"} <= set(averages):
         averages[TRANSFER] = averages["out_of_domain"] - averages["in_domain"]
     return {name: _difference(values) for name, values in averages.items()}

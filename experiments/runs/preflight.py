@@ -90,13 +90,3 @@ def shard_faults(folder: str) -> list[str]:
     except (ValueError, OSError) as error:
         return [f"data.shards={folder!r}: {error}"]
     return [] if manifest["count"] else [f"data.shards={folder!r}: the manifest counts no sample"]
-
-
-def benchmark_faults(annotations: str, image_root: str) -> list[str]:
-    """Faults of the paths of MIG-Bench."""
-    faults = []
-    if not Path(annotations).is_file():
-        faults.append(f"annotations={annotations!r} is no file; `make shards` makes the nano benchmark")
-    if not (Path(image_root) / "MIG-Bench").is_dir():
-        faults.append(f"image_root={image_root!r} holds no folder MIG-Bench")
-    return faults

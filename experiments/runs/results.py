@@ -1,6 +1,6 @@
-"""results.json: the one small file that says what an experiment reached.
+"""results.json: the one small file that says what an experiment reached; and a phase's own result of MIG-Bench.
 
-    {"experiment": "nano", "seed": 0, "commit": "1a2b3c4", "stages": [
+    {"version": 2, "experiment": "nano", "seed": 0, "commit": "1a2b3c4", "stages": [
         {"name": "base", "mig_bench": {"avg": 11.1, "in_domain": …, "out_of_domain": …, "tasks": {"diff": …},
                                        "format_rate": …, "parse_failures": {"no_box": 3}, "n": 1200}, "seconds": 61.0}]}
 
@@ -11,21 +11,23 @@ that belongs to it (rejection sampling, merging) and its evaluation; a stage res
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from datamodules.metrics.result_files import RESULT, OtherVersion, read_result
 from datamodules.persistence.files import write_atomic
 
 BASE = "base"  # the first stage: the model as it is given
-MIG_BENCH_KEYS = ("avg", "in_domain", "out_of_domain", "tasks", "format_rate", "parse_failures", "n")
+VERSION = 2  # files of version 1 do not name theirs
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One rung of the ladder. `mig_bench` holds exactly `MIG_BENCH_KEYS`."""
+    """One stage of a pipeline. `mig_bench` holds "avg", "in_domain", "out_of_domain", "tasks", "format_rate",
+    "parse_failures" and "n"; an average is None where no task of it was asked."""
 
     name: str
     mig_bench: Mapping
@@ -41,20 +43,30 @@ class Results:
     commit: str
     stages: tuple[Stage, ...] = ()
 
-    def with_stage(self, stage: Stage) -> Results:
-        """The same results with one more stage at the end."""
-        return replace(self, stages=(*self.stages, stage))
+
+def make_stage(name: str, result: Mapping[str, Any], seconds: float) -> Stage:
+    """A stage from its result of MIG-Bench (datamodules/metrics/result_files.py)."""
+    averages = {key: result["averages"].get(key, {}).get("score") for key in ("avg", "in_domain", "out_of_domain")}
+    tasks = {task: cell["score"] for task, cell in result["columns"].items()}
+    rest = {"format_rate": result["format_rate"], "parse_failures": result["failures"], "n": result["n"]}
+    return Stage(name, averages | {"tasks": tasks} | rest, round(float(seconds), 1))
 
 
-def make_stage(name: str, summary: Mapping, seconds: float) -> Stage:
-    """A stage from an evaluation's summary, which may hold more than results.json keeps.
+def find_mig_bench(phase: Path) -> Path | None:
+    """The folder with a phase's result of MIG-Bench: of all questions, else of some; None where there is none.
 
-    Raises ValueError that names every missing key.
+    Raises OtherVersion where an earlier version of the project has evaluated the phase.
     """
-    missing = [key for key in MIG_BENCH_KEYS if key not in summary]
-    if missing:
-        raise ValueError(f"stage {name!r}: the MIG-Bench summary lacks {missing}, it has {sorted(summary)}")
-    return Stage(name, {key: summary[key] for key in MIG_BENCH_KEYS}, round(float(seconds), 1))
+    found = sorted((phase / "benchmarks").glob(f"mig_bench*/{RESULT}"), key=lambda file: len(file.parent.name))
+    if not found and (phase / "mig_bench.json").is_file():
+        raise OtherVersion(phase / "mig_bench.json")
+    return found[0].parent if found else None
+
+
+def read_mig_bench(phase: Path) -> dict[str, Any]:
+    """A phase's result of MIG-Bench; {} where there is none. Raises OtherVersion."""
+    folder = find_mig_bench(phase)
+    return read_result(folder / RESULT) if folder else {}
 
 
 def started_from(model: str) -> str:
@@ -63,24 +75,23 @@ def started_from(model: str) -> str:
 
 
 def read_results(path: Path) -> Results:
-    """Read and check results.json; raises ValueError that names the file and what is wrong in it."""
+    """Read results.json. Raises ValueError that names the file where it is damaged, or of another version."""
     try:
         record = json.loads(Path(path).read_text())
+        if not isinstance(record, dict) or record["version"] != VERSION:
+            raise KeyError("version")
+        stages = tuple(Stage(**stage) for stage in record["stages"])
+        return Results(record["experiment"], record["seed"], record["commit"], stages)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
-    faults = _faults(record)
-    if faults:
-        raise ValueError(f"{path}: " + "; ".join(faults))
-    stages = tuple(Stage(s["name"], s["mig_bench"], s["seconds"]) for s in record["stages"])
-    return Results(record["experiment"], record["seed"], record["commit"], stages)
+    except (KeyError, TypeError) as error:
+        cure = "the command that made it (make pipeline, make ablations) writes it again"
+        raise ValueError(f"{path} is damaged, or was written by an earlier version of the project: {cure}") from error
 
 
 def write_results(path: Path, results: Results) -> None:
-    """Write results.json as a whole or not at all."""
-    record = asdict(results)
-    faults = _faults(record)
-    if faults:
-        raise ValueError(f"refusing to write {path}: " + "; ".join(faults))
+    """Write results.json as a whole or not at all. Raises ValueError for a number that is not finite."""
+    record = {"version": VERSION} | asdict(results)
     write_atomic(path, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
@@ -92,45 +103,3 @@ def current_commit(folder: Path) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return run.stdout.strip() if run.returncode == 0 and run.stdout.strip() else "unknown"
-
-
-def _faults(record: object) -> list[str]:
-    if not isinstance(record, Mapping):
-        return [f"expected an object, found {type(record).__name__}"]
-    types = {"experiment": str, "seed": int, "commit": str, "stages": (list, tuple)}
-    wrong = [key for key, kind in types.items() if not isinstance(record.get(key), kind)]
-    faults = [f"{key} is missing or of the wrong type: {record.get(key)!r:.40}" for key in wrong]
-    faults += [f"unknown field {key!r}" for key in record if key not in types]
-    if not faults:
-        for stage in record["stages"]:
-            faults += _stage_faults(stage)
-        names = [stage.get("name") for stage in record["stages"] if isinstance(stage, Mapping)]
-        faults += [f"stage {name!r} stands twice" for name in sorted({n for n in names if n and names.count(n) > 1})]
-    return faults
-
-
-def _stage_faults(stage: object) -> list[str]:
-    if not isinstance(stage, Mapping) or set(stage) != {"name", "mig_bench", "seconds"}:
-        return [f"a stage needs exactly name, mig_bench and seconds, found {stage!r:.80}"]
-    name, bench = stage["name"], stage["mig_bench"]
-    if not isinstance(bench, Mapping) or set(bench) != set(MIG_BENCH_KEYS):
-        return [f"stage {name!r}: mig_bench needs exactly {list(MIG_BENCH_KEYS)}"]
-    faults = []
-    for key in ("avg", "in_domain", "out_of_domain", "format_rate"):
-        none_asked = key.endswith("_domain") and bench[key] is None  # no task of that kind was evaluated
-        if not none_asked and not _is_percentage(bench[key]):
-            faults.append(f"stage {name!r}: mig_bench.{key} is {bench[key]!r}, not a percentage")
-    if not isinstance(bench["tasks"], Mapping) or not bench["tasks"]:
-        faults.append(f"stage {name!r}: mig_bench.tasks is empty or no object")
-    else:
-        wrong = {task: value for task, value in bench["tasks"].items() if not _is_percentage(value)}
-        faults += [f"stage {name!r}: task {task!r} is {value!r}, not a percentage" for task, value in wrong.items()]
-    if not isinstance(bench["parse_failures"], Mapping):
-        faults.append(f"stage {name!r}: mig_bench.parse_failures is {bench['parse_failures']!r}, not kind -> count")
-    if not isinstance(bench["n"], int) or bench["n"] < 1:
-        faults.append(f"stage {name!r}: mig_bench.n is {bench['n']!r}, not a count of questions")
-    return faults
-
-
-def _is_percentage(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and 0 <= value <= 100

@@ -214,7 +214,9 @@ def trained_form(model: str, given: dict[str, Any]) -> dict[str, Any]:
             raise OtherVersion(phase, f"data.{name}={trained[name]!r} is none of {[str(k.value) for k in kind]}")
     for name, value in trained.items():
         if value != given[name]:
-            print(f"{name}={value} as {config} has it, not {given[name]}; --as_trained=false puts questions as given")
+            print(
+                f"{name}={value} as {config} has it, not {given[name]}; --form.as_trained=false puts questions as given"
+            )
     return trained
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datamodules.metrics.drawing import preview_table
 from datamodules.persistence.files import fingerprint, read_json, write_atomic, write_json
 from experiments.runs import metrics_csv, run_identity
 from experiments.runs.results import current_commit
@@ -78,9 +79,9 @@ def log_evaluation(
 ) -> None:
     """Log an evaluation behind the last training step of the W&B run of the phase in `folder`.
 
-    `settings` go into the run's config as "evaluation", with the commit; `previews` are rows of
-    `callbacks.previews.preview_table`. A folder that nothing was trained in, such as the base model's, gets a run of
-    its own, by the evaluation's key. A phase that was trained without W&B stays without.
+    `settings` go into the run's config as "evaluation", with the commit; `previews` are rows of `preview_table`. A
+    folder that nothing was trained in, such as the base model's, gets a run of its own, by the evaluation's key. A
+    phase that was trained without W&B stays without.
     """
     import wandb
 
@@ -96,10 +97,6 @@ def log_evaluation(
         facts = {"commit": current_commit(Path(__file__).parent)}
         run.config.update({"evaluation": dict(settings) | facts}, allow_val_change=True)
         if previews:
-            from callbacks.previews import (
-                preview_table,  # loads Lightning, which evaluating a served model does without
-            )
-
             values = {**values, "previews": preview_table(previews)}
         run.log({**values, "trainer/global_step": step})
 

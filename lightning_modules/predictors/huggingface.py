@@ -16,39 +16,47 @@ import torch
 
 from datamodules.checkpoints.pretrained import ANY_ATTENTION, load_model, load_processor
 from datamodules.encoding.chat_request import ChatRequest, RequestForm, build_turn
-from datamodules.predictors import Load, Reply
+from datamodules.metrics.predictions import Reply
 from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import Sample, SampleError
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from lightning_modules.models.token_bans import end_ids
-from lightning_modules.serving.generation_rules import Generation, configure, own_seed, rules
+from lightning_modules.predictors.base import Decoding, Load
+from lightning_modules.serving.generation_rules import configure, own_seed, rules
 
 
 class HuggingFacePredictor:
-    """Answers by the rules of `generation`, one question at a time. `trust_remote_code` runs code that comes with the
-    weights."""
+    """Answers one question at a time.
 
-    window = 1
+    Args:
+        model: folder or Hub name.
+        form: how questions are put.
+        decoding: length of an answer, and by which rules it is decoded.
+        device, dtype: of the weights.
+        trust_remote_code: run code that comes with the weights.
+    """
+
+    chunk_size = 1
 
     def __init__(
         self,
         model: str,
         form: RequestForm,
-        max_tokens: int = 1024,
+        decoding: Decoding | None = None,
         device: str = "cpu",
         dtype: str = "float32",
         trust_remote_code: bool = False,
-        generation: Generation = "greedy",
     ) -> None:
-        self.form, self.max_tokens, self.generation = form, max_tokens, generation
+        self.form, self.decoding = form, decoding or Decoding()
         self.name, self.dtype = model, dtype
         self.processor = load_processor(model, trust_remote_code)
         self.model = load_model(model, getattr(torch, dtype), ANY_ATTENTION, trust_remote_code)
         self.model.to(device).eval()
         own = self.model.generation_config
         self.ends = end_ids(own, self.processor.tokenizer)
-        self.config = configure(own, generation, max_tokens, self.ends, self._placeholders())
-        if generation == "greedy":
+        rule, length = self.decoding.generation, self.decoding.max_new_tokens
+        self.config = configure(own, rule, length, self.ends, self._placeholders())
+        if rule == "greedy":
             self.model.generation_config = self.config
 
     @property
@@ -58,7 +66,8 @@ class HuggingFacePredictor:
 
     def identity(self) -> dict[str, Any]:
         """All that answers depend on beside the question, JSON-like."""
-        decoding = {"max_tokens": self.max_tokens, "dtype": self.dtype} | rules(self.generation)
+        decoding = {"max_tokens": self.decoding.max_new_tokens, "dtype": self.dtype}
+        decoding |= rules(self.decoding.generation)
         return {"model": self._weights_key, "form": asdict(self.form), "decoding": decoding}
 
     @cached_property

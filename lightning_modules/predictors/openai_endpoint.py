@@ -16,10 +16,11 @@ from typing import Any
 from PIL import Image
 
 from datamodules.encoding.chat_request import RequestForm, build_request
-from datamodules.predictors import UNANSWERED, Load, Reply
+from datamodules.metrics.predictions import Reply
 from datamodules.samples.boxes import BoxFormat
 from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, SampleError, TextPart
-from lightning_modules.serving.generation_rules import Generation, require_taken, server_rules, stating
+from lightning_modules.predictors.base import UNANSWERED, Decoding, Load
+from lightning_modules.serving.generation_rules import require_taken, server_rules, stating
 from lightning_modules.serving.openai_client import (
     ChatEndpoint,
     EndpointMisused,
@@ -30,25 +31,26 @@ from lightning_modules.serving.openai_client import (
 
 log = logging.getLogger(__name__)
 
-CHECK_ATTEMPTS = 3  # who mistyped an address should not wait for every attempt
+CHECK_ATTEMPTS = 3  # a mistyped address should be known before every attempt has failed
 
 
 class OpenAIPredictor:
-    """Asks in the form's model family, by the rules of `generation`; questions are independent of each other."""
+    """Asks in the form's model family; questions are independent of each other.
 
-    window = 1
+    Args:
+        settings: address, model and patience.
+        form: how questions are put.
+        decoding: length of an answer, and by which rules it is decoded.
+    """
 
-    def __init__(
-        self,
-        settings: EndpointSettings,
-        form: RequestForm,
-        max_tokens: int = 1024,
-        generation: Generation = "greedy",
-    ) -> None:
+    chunk_size = 1
+
+    def __init__(self, settings: EndpointSettings, form: RequestForm, decoding: Decoding | None = None) -> None:
+        decoding = decoding or Decoding()
         self.settings, self.form = settings, form
-        self.max_tokens, self.generation = max_tokens, generation
-        self.temperature = 0.0 if generation == "greedy" else None
-        self._stating = stating(settings, generation)
+        self.max_tokens, self.generation = decoding.max_new_tokens, decoding.generation
+        self.temperature = 0.0 if self.generation == "greedy" else None
+        self._stating = stating(settings, self.generation)
         self._checked = False
 
     @property

@@ -54,14 +54,9 @@ def rules(generation: Generation) -> dict[str, Any]:
     return dict(GREEDY_RULES if generation == "greedy" else MODEL_RULES)
 
 
-def note(generation: str | None) -> str:
-    """The words that a table adds to the name of a row; "" for greedy decoding, the default.
-
-    `generation` is None for a result of an earlier version, which did not record its decoding.
-    """
-    if generation == "greedy":
-        return ""
-    return ", the model's own generation settings" if generation == "model" else ", decoding unknown: evaluate again"
+def note(generation: str) -> str:
+    """The words that a table adds to a row: none for greedy decoding, which is the default."""
+    return "" if generation == "greedy" else ", the model's own generation settings"
 
 
 def configure(

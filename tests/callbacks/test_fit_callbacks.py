@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from PIL import Image
 
 from callbacks.checkpoints import WholeCheckpoints
 from callbacks.merge_adapter import MergeAdapter
-from callbacks.previews import Previews, draw_preview
+from callbacks.previews import Previews
 from callbacks.save_on_interrupt import SaveOnInterrupt
 from callbacks.throughput import Throughput
 from datamodules.benchmarks.mig_bench import load_mig_bench
-from datamodules.metrics.mig_scoring import Prediction
+from datamodules.metrics.drawing import draw_preview
+from datamodules.metrics.predictions import Prediction
+from datamodules.samples.boxes import BoxFormat
+from datamodules.samples.sample import BoxAnswer, Sample
 from lightning_modules.rollouts.vllm.server_pool import ServersLost
 from tests.callbacks.conftest import TWO_EPOCHS, FakeEngine, FakeModule, Windows, read_rows, resuming, true_answer
 
@@ -88,13 +92,14 @@ def test_a_preview_whose_image_has_gone_meanwhile_is_left_out(fit, module, bench
     assert names == ["common_object_8.png", "region_4.png"]
 
 
-def prediction(text: str, truth, box, failure: str | None) -> Prediction:
-    return Prediction("a/0", "diff", text, truth, box, 0.2, None, 0.0, False, failure, num_tokens=1, finished=True)
+def prediction(sample: Sample, text: str, box, failure: str | None) -> Prediction:
+    given = (sample.id, "diff", "diff", sample.answer, text, BoxFormat.NORMALIZED, (), 1, True, None)
+    return Prediction(*given, value=0.2, read=box, failure=failure)
 
 
 def test_a_preview_shows_both_boxes_in_their_colours(bench) -> None:
-    sample = load_mig_bench(*bench)[0][0]
-    answer = prediction("because é 猫 " * 40, (0.1, 0.2, 0.5, 0.6), (0.9, 0.4, 0.2, 3.0), None)
+    sample = replace(load_mig_bench(bench[0])[0], answer=BoxAnswer(1, (0.1, 0.2, 0.5, 0.6), ""))
+    answer = prediction(sample, "because é 猫 " * 40, (0.9, 0.4, 0.2, 3.0), None)
     picture = draw_preview(Image.new("RGB", (100, 50), "white"), sample, answer)
     assert picture.width == 640 and picture.height > 320
     assert picture.getpixel((64, 128)) == (0x00, 0xA0, 0x00)  # the true box's left side
@@ -102,8 +107,8 @@ def test_a_preview_shows_both_boxes_in_their_colours(bench) -> None:
 
 
 def test_a_preview_of_an_answer_without_a_box_is_drawn(bench) -> None:
-    sample = load_mig_bench(*bench)[0][0]
-    picture = draw_preview(Image.new("L", (90, 900)), sample, prediction("", (0, 0, 1, 1), None, "empty"))
+    sample = load_mig_bench(bench[0])[0]
+    picture = draw_preview(Image.new("L", (90, 900)), sample, prediction(sample, "", None, "empty"))
     assert picture.size > (640, 6400)
 
 

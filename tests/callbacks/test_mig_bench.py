@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import json
-from functools import partial
+import os
 from pathlib import Path
 
 import pytest
-import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
+from callbacks.benchmark_evaluation import BenchmarkEvaluation
 from callbacks.checkpoints import RunStopped
-from callbacks.evaluation import EvaluationSettings
-from callbacks.mig_bench import MIGBench, evaluate_mig_bench, limit_tasks, policy_fingerprint
+from callbacks.mig_bench import MIGBench
 from callbacks.previews import Previews
-from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
-from datamodules.metrics.mig_scoring import summarise
-from datamodules.persistence.files import Journal
+from datamodules.benchmarks import mig_bench
+from datamodules.benchmarks.base import limit_columns
+from datamodules.metrics.scoring import score_replies
+from datamodules.persistence.files import StorageError
+from datamodules.synthetic.benchmark_replicas.write import write_replica
+from lightning_modules.metrics.summary import summarise
 from lightning_modules.models.qwen_vl import QwenVL
+from lightning_modules.predictors import ask
+from lightning_modules.predictors.ask import ask_share, read_answers
+from lightning_modules.predictors.base import Decoding
+from lightning_modules.predictors.policy import PolicyPredictor
 from lightning_modules.rollouts.base import NativeEngine
 from tests.callbacks.conftest import FakeEngine, FakeModule, FakePolicy, read_rows, resuming, true_answer
 from tests.lightning_modules.ranks import run_ranks
-
-SETTINGS = EvaluationSettings(max_new_tokens=8, batch_prompts=1)  # windows of four questions
 
 
 def half_right(item, k: int) -> str:
@@ -31,61 +35,41 @@ def half_right(item, k: int) -> str:
     return true_answer(item) if int(item.sample.id.split("/")[1]) % 2 == 0 else "I do not know."
 
 
-def test_every_question_gets_one_prediction_in_the_files_order(bench, encoder) -> None:
-    samples, _ = load_mig_bench(*bench)
+def policy_predictor(engine: FakeEngine, encoder) -> PolicyPredictor:
+    return PolicyPredictor(FakePolicy("p"), engine, encoder, Decoding(max_new_tokens=8, batch_prompts=1))
+
+
+def test_every_question_gets_one_prediction_in_the_files_order(bench, encoder, tmp_path: Path) -> None:
+    questions = mig_bench.load_files(*bench)
     engine = FakeEngine(half_right)
-    load = partial(load_images, image_root=bench[1])
-    predictions = evaluate_mig_bench(FakePolicy("p"), engine, encoder, samples, load, SETTINGS, show_progress=False)
-    assert [p.id for p in predictions] == [s.id for s in samples]
-    assert sorted(engine.asked) == sorted(s.id for s in samples)
-    summary = summarise(predictions)
-    assert summary["tasks"] == {"diff": 50.0, "common_object": 50.0, "region": 50.0}
-    assert summary["format_rate"] == 50.0 and summary["parse_failures"] == {"no_json": 6}
-
-
-def test_an_interrupted_evaluation_goes_on_and_gives_the_same_predictions(bench, encoder, tmp_path: Path) -> None:
-    samples, _ = load_mig_bench(*bench)
-    load = partial(load_images, image_root=bench[1])
-    given = {"encoder": encoder, "samples": samples, "load": load, "settings": SETTINGS, "show_progress": False}
-    run = partial(evaluate_mig_bench, **given)
-    whole = run(FakePolicy("p"), FakeEngine(half_right))
-    path = tmp_path / "predictions.jsonl"
-
-    class Dying(FakeEngine):
-        def generate(self, items, *args, **kwargs):
-            if len(self.asked) >= 8:
-                raise KeyboardInterrupt
-            return super().generate(items, *args, **kwargs)
-
-    with pytest.raises(KeyboardInterrupt):
-        run(FakePolicy("p"), Dying(half_right), journal=Journal(path, "key"))
-    assert len(path.read_text().splitlines()) == 8
-    second = FakeEngine(half_right)
-    assert run(FakePolicy("p"), second, journal=Journal(path, "key")) == whole
-    assert len(second.asked) == 4
-    assert run(FakePolicy("p"), FakeEngine(half_right), journal=Journal(path, "key")) == whole
-    third = FakeEngine(half_right)
-    run(FakePolicy("p"), third, journal=Journal(path, "another key"))
-    assert len(third.asked) == 12
+    predictor = policy_predictor(engine, encoder)
+    assert list(ask_share(predictor, questions.samples, questions, tmp_path, "key")) == [0, 4, 4, 4, 0]
+    assert sorted(engine.asked) == sorted(s.id for s in questions.samples)
+    replies = read_answers(tmp_path, "key")
+    predictions = score_replies(questions, questions.samples, replies, predictor.box_format)
+    assert [p.id for p in predictions] == [s.id for s in questions.samples]
+    result = summarise(predictions, questions.rule, questions.official, questions.averages)
+    tasks = {task: cell["score"] for task, cell in result["columns"].items()}
+    assert tasks == {"diff": 50.0, "common_object": 50.0, "region": 50.0}
+    assert result["format_rate"] == 50.0 and result["failures"] == {"no_json": 6}
 
 
 def test_a_damaged_image_counts_as_wrong_under_its_name(bench, encoder, caplog) -> None:
-    samples, _ = load_mig_bench(*bench)
-    damaged = bench[1] / samples[0].images[1]
+    questions = mig_bench.load_files(*bench)
+    damaged = bench[1] / questions.samples[0].images[1]
     damaged.write_bytes(damaged.read_bytes()[:60])
-    load = partial(load_images, image_root=bench[1])
-    engine = FakeEngine(true_answer)
-    predictions = evaluate_mig_bench(FakePolicy("p"), engine, encoder, samples, load, SETTINGS, show_progress=False)
-    summary = summarise(predictions)
-    assert summary["n"] == 12 and summary["tasks"]["diff"] == 75.0
-    assert summary["parse_failures"] == {"truncated_image": 1}
+    predictor = policy_predictor(FakeEngine(true_answer), encoder)
+    replies = {s.id: reply for s, reply in predictor.answers(questions.samples, questions.load)}
+    predictions = score_replies(questions, questions.samples, replies, encoder.box_format)
+    assert [p.failure for p in predictions] == ["truncated_image"] + [None] * 11
+    assert not predictions[0].correct and all(p.correct for p in predictions[1:])
     assert "mig_bench/0" in caplog.text
 
 
 def test_a_limit_takes_questions_from_all_over_each_task(bench) -> None:
-    samples, _ = load_mig_bench(*bench)
-    assert [s.id for s in limit_tasks(samples, 2)] == [f"mig_bench/{n}" for n in (0, 2, 4, 6, 8, 10)]
-    assert limit_tasks(samples, None) == limit_tasks(samples, 99) == samples
+    samples = mig_bench.load_files(*bench).samples
+    assert [s.id for s in limit_columns(samples, 2)] == [f"mig_bench/{n}" for n in (0, 2, 4, 6, 8, 10)]
+    assert limit_columns(samples, None) == limit_columns(samples, 99) == tuple(samples)
 
 
 def test_the_callback_evaluates_before_inside_and_after_and_logs(bench, fit, tiny_model_dir, tmp_path: Path) -> None:
@@ -97,12 +81,12 @@ def test_the_callback_evaluates_before_inside_and_after_and_logs(bench, fit, tin
     fit(module, [callback], max_steps=3, logger=logger, log_every_n_steps=1)
     folder = tmp_path / "run/mig_bench"
     assert sorted(path.name for path in folder.iterdir()) == ["after", "before", "step_000002"]
-    after = json.loads((folder / "after/mig_bench.json").read_text())
+    after = json.loads((folder / "after/result.json").read_text())
     assert after["n"] == 12 and after["step"] == 3
     assert len((folder / "after/predictions.jsonl").read_text().splitlines()) == 12
-    assert json.loads((folder / "step_000002/mig_bench.json").read_text())["n"] == 3
+    assert json.loads((folder / "step_000002/result.json").read_text())["n"] == 3
     # The policy has moved in between, so nothing was taken over from "before".
-    assert json.loads((folder / "before/mig_bench.json").read_text())["key"] != after["key"]
+    assert json.loads((folder / "before/result.json").read_text())["key"] != after["key"]
     rows = read_rows(logger)
     logged = [row["step"] for row in rows if row["mig_bench_val/avg"]]
     assert logged[0] == "0" and logged[-1] == "3" and len(logged) == 3
@@ -143,7 +127,7 @@ def test_on_a_full_disk_an_evaluation_in_training_is_left_out(
     logger = CSVLogger(tmp_path / "log")
     fit(module, [disk, callback], max_steps=3, logger=logger, log_every_n_steps=1)
     assert len(module.seen) == 2 * 3
-    whole = sorted(path.parent.name for path in (small_disk.root / "mig_bench").glob("*/mig_bench.json"))
+    whole = sorted(path.parent.name for path in (small_disk.root / "mig_bench").glob("*/result.json"))
     assert whole == ["step_000001", "step_000003"]
     assert "step_000002 is left out: " in caplog.text and "MiB free" in caplog.text
     assert len([row for row in read_rows(logger) if row["mig_bench_val/avg"]]) == 2
@@ -152,33 +136,38 @@ def test_on_a_full_disk_an_evaluation_in_training_is_left_out(
 def test_an_evaluation_that_the_run_is_asked_for_must_be_written(bench, fit, tiny_model_dir, small_disk) -> None:
     module = FakeModule(str(tiny_model_dir), FakeEngine(half_right))
     callback = MIGBench(str(bench[0]), str(bench[1]), after=True, folder=str(small_disk.root / "mig_bench"))
-    with pytest.raises(RunStopped, match=r"MIG-Bench, after: .*cannot be written.*MiB free"):
+    with pytest.raises(RunStopped, match=r"mig_bench, after: .*cannot be written.*MiB free"):
         fit(module, [AtBatchStart({1: small_disk.fill}), callback], max_steps=2)
 
 
 def test_where_one_rank_cannot_write_all_leave_the_evaluation_out(bench, fit, tiny_model_dir, tmp_path: Path) -> None:
-    (tmp_path / "mig_bench/step_000001/predictions-rank1.jsonl").mkdir(parents=True)  # no file to append to
+    class FullDisk(ask.Journal):
+        def append(self, records) -> None:
+            raise StorageError(28, "cannot be written", str(self.path))
 
     def work() -> int:
+        if os.environ["RANK"] == "1":
+            calls = iter([FullDisk])  # at the first evaluation
+            ask.Journal = lambda *how, journal=ask.Journal: next(calls, journal)(*how)
         module = FakeModule(str(tiny_model_dir), FakeEngine(half_right))
         callback = MIGBench(str(bench[0]), str(bench[1]), every_n_steps=1, folder=str(tmp_path / "mig_bench"))
         fit(module, [callback], max_steps=2, strategy="ddp", devices=2)
         return len(module.seen)
 
     assert run_ranks(2, work) == [4, 4]
-    assert [path.parent.name for path in (tmp_path / "mig_bench").glob("*/mig_bench.json")] == ["step_000002"]
+    assert [path.parent.name for path in (tmp_path / "mig_bench").glob("*/result.json")] == ["step_000002"]
 
 
 def test_a_summary_that_cannot_be_written_ends_no_training(bench, fit, tiny_model_dir, tmp_path: Path, caplog) -> None:
     home = tmp_path / "mig_bench"
     for name in ("step_000001", "after"):
-        (home / name / "mig_bench.json").mkdir(parents=True)  # no file to replace
+        (home / name / "result.json").mkdir(parents=True)  # no file to replace
     module = FakeModule(str(tiny_model_dir), FakeEngine(half_right))
     callback = MIGBench(str(bench[0]), str(bench[1]), every_n_steps=1, after=True, folder=str(home))
-    with pytest.raises(RunStopped, match=r"MIG-Bench, after: .*mig_bench\.json"):
+    with pytest.raises(RunStopped, match=r"mig_bench, after: .*result\.json"):
         fit(module, [callback], max_steps=3)
     assert len(module.seen) == 2 * 3 and "step_000001 is left out: " in caplog.text
-    assert (home / "step_000002/mig_bench.json").is_file()
+    assert (home / "step_000002/result.json").is_file()
 
 
 def test_into_the_place_that_a_lost_filesystem_left_nothing_is_written(bench, fit, tiny_model_dir, small_disk) -> None:
@@ -216,19 +205,53 @@ def test_a_wrong_image_root_fails_before_the_model_is_built(bench, fit, tiny_mod
 
 
 def test_a_real_model_is_evaluated_greedily_and_the_same_twice(bench, encoder, tiny_model_dir) -> None:
-    samples, _ = load_mig_bench(*bench)
-    policy = QwenVL(str(tiny_model_dir))
-    load = partial(load_images, image_root=bench[1])
-    run = partial(evaluate_mig_bench, policy, NativeEngine(policy), encoder, samples[::4], load, show_progress=False)
-    first = run(EvaluationSettings(max_new_tokens=6, batch_prompts=2))
-    assert len(first) == 3 and all(0 < p.num_tokens <= 6 for p in first)
-    assert [p.text for p in run(EvaluationSettings(max_new_tokens=6, batch_prompts=1))] == [p.text for p in first]
+    questions = mig_bench.load_files(*bench)
+    policy, samples = QwenVL(str(tiny_model_dir)), questions.samples[::4]
+
+    def answers(batch_prompts: int) -> dict[str, tuple[str, int]]:
+        predictor = PolicyPredictor(policy, NativeEngine(policy), encoder, Decoding(6, batch_prompts))
+        return {s.id: (reply.text, reply.num_tokens) for s, reply in predictor.answers(samples, questions.load)}
+
+    first = answers(2)
+    assert len(first) == 3 and all(0 < num_tokens <= 6 for _, num_tokens in first.values())
+    assert answers(1) == first
 
 
-def test_the_policys_hash_follows_what_is_trained() -> None:
-    policy = FakePolicy("owner/name").to(torch.bfloat16)
-    before = policy_fingerprint(policy)
-    assert policy_fingerprint(policy) == before
-    with torch.no_grad():
-        policy.model.weight[0, 0] += 1
-    assert policy_fingerprint(policy) != before
+def letter_b(item, k: int) -> str:
+    return "<think>I see.</think><answer>The answer is B</answer>"
+
+
+def test_any_benchmark_can_be_measured_inside_training(fit, tiny_model_dir, tmp_path: Path) -> None:
+    write_replica("blink", tmp_path, count=2)  # 14 questions
+    module = FakeModule(str(tiny_model_dir), FakeEngine(letter_b))
+    callback = BenchmarkEvaluation("blink", str(tmp_path), after=True, every_n_steps=1, limit=1)
+    logger = CSVLogger(tmp_path / "log")
+    fit(module, [callback], max_steps=2, logger=logger, log_every_n_steps=1)
+    home = tmp_path / "run/blink"
+    counts = {path.parent.name: json.loads(path.read_text())["n"] for path in home.glob("*/result.json")}
+    assert counts == {"step_000001": 7, "after": 14}
+    result = json.loads((home / "after/result.json").read_text())
+    logged = [row["blink_val/avg"] for row in read_rows(logger) if row["blink_val/avg"]]
+    assert float(logged[-1]) == result["averages"]["avg"]["score"] > 0 and len(logged) == 2
+    with pytest.raises(ValueError, match=r"benchmark='blnk' must be one of 'mig_bench', 'ref_l4', .*'mmiu'"):
+        BenchmarkEvaluation("blnk", str(tmp_path))
+
+
+def test_two_ranks_share_the_questions_and_write_what_one_writes(bench, fit, tiny_model_dir, tmp_path: Path) -> None:
+    def run(folder: Path, **how) -> FakeEngine:
+        engine = FakeEngine(half_right)
+        # Chunks of four of the twelve questions before training, of one question inside it.
+        often = {"before": True, "every_n_steps": 1, "validation_limit_per_task": 2, "batch_prompts": 1}
+        callback = MIGBench(str(bench[0]), str(bench[1]), **often, folder=str(folder))
+        fit(FakeModule(str(tiny_model_dir), engine), [callback], max_steps=1, **how)
+        return engine
+
+    asked = run_ranks(2, lambda: run(tmp_path / "two", strategy="ddp", devices=2).asked)
+    assert [len(names) for names in asked] == [8 + 3, 4 + 3]
+    for start, end in ((0, 4), (-3, None)):
+        assert set(asked[0][start:end]).isdisjoint(asked[1][start:end])
+    run(tmp_path / "one")
+    for name in ("result.json", "predictions.jsonl"):
+        assert (tmp_path / "two/before" / name).read_text() == (tmp_path / "one/before" / name).read_text()
+    (inside,) = (tmp_path / "two").glob("step_*/result.json")
+    assert json.loads(inside.read_text())["n"] == 6

@@ -16,14 +16,15 @@ import pytest
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from callbacks import prompt_choice, rejection_sampling
+from callbacks import rejection_sampling
 from callbacks.checkpoints import RunStopped
-from callbacks.prompt_choice import RejectionSettings, rejection_sample
 from callbacks.rejection_sampling import RejectionSampling
 from datamodules.samples.sample import BoxAnswer, BoxesAnswer, ChoiceAnswer
 from datamodules.streaming.shards import ShardReader, ShardWriter
 from lightning_modules.grpo import GRPO
 from lightning_modules.models.layers.lora import LoraSettings
+from lightning_modules.rl import prompt_selection
+from lightning_modules.rl.prompt_selection import RejectionSettings, rejection_sample
 from tests.callbacks.conftest import FakeEngine, FakeModule, FakePolicy, read_rows, resuming, true_answer
 
 SETTINGS = RejectionSettings(num_samples=4, temperature=0.7, max_new_tokens=8, batch_prompts=3)
@@ -41,7 +42,7 @@ def kept_ids(folder: Path) -> list[str]:
 
 @pytest.fixture
 def run(pool, encoder, tiny_model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(prompt_choice, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(prompt_selection, "POLL_SECONDS", 0.01)
     policy = FakePolicy(str(tiny_model_dir))
     given = {"encoder": encoder, "source": str(pool), "settings": SETTINGS, "folder": tmp_path / "rs"}
     return partial(rejection_sample, policy, **given)

@@ -45,7 +45,8 @@ def _results(folder: Path) -> Any:
 
 
 def _answers(stage: str) -> Callable[[Path], Any]:
-    return lambda folder: {record["id"]: record for record in read_sound_lines(folder / stage / "predictions.jsonl")}
+    file = Path(stage, "benchmarks/mig_bench/predictions.jsonl")
+    return lambda folder: {record["id"]: record for record in read_sound_lines(folder / file)}
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -39,7 +39,7 @@ def write_configs(folder: Path, model: str) -> Path:
     benchmark = {"annotations": str(world / "MIG-Bench/MIG_data.json"), "image_root": str(world)}
     small = {"train_samples": 300, "eval_per_task": 3, "pool_samples": 40}
     shards = load("shards") | {"root": str(world)} | small
-    evaluation = load("eval") | benchmark | {"decoding": {"max_new_tokens": 96, "batch_prompts": 3}}
+    evaluation = load("eval") | {"data_root": str(world), "decoding": {"max_new_tokens": 96, "batch_prompts": 3}}
     changes = {
         "cot_sft": ({}, {"shards": str(world / "shards/sft"), "batch_size": 4}, 24),
         "grpo": (
@@ -108,7 +108,7 @@ class Pipeline:
             if "experiments.generate_synthetic" in command:
                 return "world"
             if "experiments.evaluate" in command:
-                return f"{Path(words[words.index('--output') + 1]).name}: evaluation"
+                return f"{Path(words[words.index('--output') + 1]).parent.name}: evaluation"
             if "experiments.train" in command:
                 return self._training(words[words.index("--phase") + 1])
         done = [stage for stage in STAGES if read_json(self.folder / stage / "evaluated.json").get("done")]

@@ -18,7 +18,9 @@ def finished(folder: Path) -> Path:
     stage = folder / "grpo"
     (stage / "merged").mkdir(parents=True)
     (stage / "merged/model.safetensors").write_bytes(b"weights")
-    (stage / "predictions.jsonl").write_text('{"id": "a", "text": "x"}\n{"id": "b", "text": "y"}\n')
+    answers = stage / "benchmarks/mig_bench/predictions.jsonl"
+    answers.parent.mkdir(parents=True)
+    answers.write_text('{"id": "a", "text": "x"}\n{"id": "b", "text": "y"}\n')
     (stage / "attempts/0").mkdir(parents=True)
     (stage / "attempts/0/metrics.jsonl").write_text('{"step": 0, "grpo/kl": 0.5, "speed/data_wait": 1.0}\n')
     (stage / "wandb/offline-run-1-abc").mkdir(parents=True)
@@ -29,7 +31,9 @@ def finished(folder: Path) -> Path:
 def test_times_and_the_order_of_answers_are_no_difference(tmp_path: Path) -> None:
     first, second = finished(tmp_path / "a"), finished(tmp_path / "b")
     (second / "results.json").write_text(json.dumps({"stages": [{"name": "grpo", "avg": 5, "seconds": 9.0}]}))
-    (second / "grpo/predictions.jsonl").write_text('{"id": "b", "text": "y"}\n{"id": "a", "text": "x"}\n')
+    (second / "grpo/benchmarks/mig_bench/predictions.jsonl").write_text(
+        '{"id": "b", "text": "y"}\n{"id": "a", "text": "x"}\n'
+    )
     (second / "grpo/attempts/0/metrics.jsonl").write_text('{"step": 0, "grpo/kl": 0.5, "speed/data_wait": 2.0}\n')
     assert differences(first, second, ("grpo",)) == []
 
@@ -39,7 +43,7 @@ def test_times_and_the_order_of_answers_are_no_difference(tmp_path: Path) -> Non
     [
         ("results.json", '{"stages": [{"name": "grpo", "avg": 6, "seconds": 1.0}]}', "results.json: stages"),
         ("grpo/merged/model.safetensors", "other", "merged model: model.safetensors"),
-        ("grpo/predictions.jsonl", '{"id": "a", "text": "x"}\n', "answers: b"),
+        ("grpo/benchmarks/mig_bench/predictions.jsonl", '{"id": "a", "text": "x"}\n', "answers: b"),
         ("grpo/attempts/1/metrics.jsonl", '{"step": 0, "grpo/kl": 0.6}\n', "metrics: 0: grpo/kl: 0.5 is 0.6"),
         ("grpo/rejection_sampling/kept.jsonl", '{"id": "a"}\n', "kept list"),
         ("grpo/wandb/offline-run-2-xyz/x", "", "W&B has the runs ['abc', 'xyz']"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from datamodules.checkpoints.model_folder import ModelError
-from experiments import evaluate, evaluate_benchmarks, train
+from experiments import evaluate, train
 from lightning_modules.serving.transformers_server import local_server, sampling_folder
 from tests.broken_models import change_tensors
 from tests.experiments.conftest import Workbench
@@ -66,9 +66,10 @@ def test_training(workbench: Workbench, policy: Path, phase: str, broken: Callab
 @pytest.mark.parametrize("broken", [lose, spoil])
 def test_mig_bench(workbench: Workbench, policy: Path, broken: Callable[[Path], str]) -> None:
     name = broken(policy)
-    paths = [f"--{field}={value}" for field, value in workbench.benchmark.items()]
-    refused(evaluate.main, [f"--model={policy}", *paths, f"--output={workbench.outputs}"], name)
-    assert not list(workbench.outputs.rglob("mig_bench.json"))
+    refused(
+        evaluate.main, [f"--model={policy}", f"--data_root={workbench.root}", f"--output={workbench.outputs}"], name
+    )
+    assert not list(workbench.outputs.rglob("result.json"))
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
@@ -79,15 +80,15 @@ def test_all_benchmarks(
     monkeypatch.chdir(tmp_path)
     model = policy if family == "qwen2_5_vl" else save_model(qwen2_vl, tmp_path / "other")
     name = broken(model)
-    where = [f"--data_root={tmp_path}", "--twins=true", f"--output={tmp_path / 'out'}", "--limit=1"]
-    refused(evaluate_benchmarks.main, [f"--model={model}", "--bench=blink", *where], name)
+    where = [f"--data_root={tmp_path}", "--replicas=true", f"--output={tmp_path / 'out'}", "--limit=1"]
+    refused(evaluate.main, [f"--model={model}", "--bench=blink", *where], name)
     assert not list(tmp_path.glob("out/*/result*.json"))
 
 
 def test_all_benchmarks_asked_by_two_processes(policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    where = [f"--data_root={tmp_path}", "--twins=true", f"--output={tmp_path / 'out'}", "--limit=1", "--processes=2"]
-    refused(evaluate_benchmarks.main, [f"--model={policy}", "--bench=blink", *where], spoil(policy))
+    where = [f"--data_root={tmp_path}", "--replicas=true", f"--output={tmp_path / 'out'}", "--limit=1", "--processes=2"]
+    refused(evaluate.main, [f"--model={policy}", "--bench=blink", *where], spoil(policy))
 
 
 @pytest.mark.parametrize("broken", [lose, spoil])

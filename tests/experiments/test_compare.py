@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from datamodules.persistence.files import write_json
 from datamodules.streaming.shards import ShardWriter
 from experiments import compare
 from experiments.reports.compare_page import ladder_rows
@@ -19,8 +18,8 @@ from experiments.reports.rollout_pages import GROUPS_PER_CHUNK, thin
 from experiments.runs.results import Results, make_stage, write_results
 from lightning_modules.rl.rollout_log import RolloutLog
 from tests.datamodules.encoding.tiny_processor import make_sample
+from tests.experiments.phase_results import summary, write_mig_bench
 from tests.experiments.runs.test_metrics_csv import attempt
-from tests.experiments.runs.test_results import summary
 
 NUM_GROUPS, NUM_SAMPLES = 3000, 8
 TASKS = ("diff", "region", "reasoning")
@@ -58,7 +57,7 @@ def write_experiment(root: Path, name: str, averages: tuple[float, ...], seed: i
     stages = [make_stage(phase, summary(avg), 1) for phase, avg in zip(("base", "grpo"), averages, strict=True)]
     write_results(folder / "results.json", Results(name, seed, "abc123", tuple(stages)))
     for stage in stages:
-        write_json(folder / stage.name / "mig_bench.json", {"key": "k", "limit_per_task": None, **stage.mig_bench})
+        write_mig_bench(folder / stage.name, summary(stage.mig_bench["avg"]))
     attempt(folder / "grpo", 0, "reward/total,grpo/kl,step\n0.5,0.1,0\n0.75,0.2,1\n")
     arguments = {"model": "models/tiny", "beta": beta, "rollout_log": "rollouts.jsonl"}
     settings = {
@@ -95,9 +94,9 @@ def test_the_ladder_has_mean_and_spread_over_seeds(experiments: list[Path]) -> N
 def test_a_gain_is_over_the_stage_that_a_row_was_trained_from(experiments: list[Path]) -> None:
     folder = experiments[0]
     for name, start, average in (("sft", "models/tiny", 40.0), ("full", str(folder / "grpo" / "merged"), 42.0)):
-        write_json(folder / name / "mig_bench.json", summary(average))
+        write_mig_bench(folder / name, summary(average))
         (folder / name / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"model": start}}}))
-    write_json(folder / "foreign" / "mig_bench.json", summary(50.0))
+    write_mig_bench(folder / "foreign", summary(50.0))
     other = {"model": {"init_args": {"model": "outputs/other/grpo/merged"}}}
     (folder / "foreign" / "config.yaml").write_text(yaml.safe_dump(other))
     gains = {row[1]: tuple(row[4:6]) for row in ladder_rows(find_runs([folder]))[1:]}
@@ -117,12 +116,14 @@ def test_experiments_of_one_name_in_two_places_are_not_seeds_of_one(experiments:
 
 def test_a_phase_that_was_begun_anew_has_not_the_numbers_of_the_one_before(experiments: list[Path]) -> None:
     grpo = experiments[0] / "grpo"
-    (grpo / "mig_bench.json").unlink()  # it went with the folder that was set aside; results.json still has the stage
+    (
+        grpo / "benchmarks/mig_bench/result.json"
+    ).unlink()  # it went with the folder that was set aside; results.json still has the stage
     assert find_runs([grpo])[0].mig_bench is None
-    write_json(grpo / "mig_bench.json", summary(33.0))
+    write_mig_bench(grpo, summary(33.0))
     assert find_runs([grpo])[0].mig_bench["avg"] == 33.0
-    write_json(grpo / "mig_bench.json", {"avg": 33.0})
-    with pytest.raises(ValueError, match=r"tiny/grpo.*lacks .*in_domain"):
+    (grpo / "benchmarks/mig_bench/result.json").rename(grpo / "mig_bench.json")
+    with pytest.raises(ValueError, match=r"grpo/mig_bench\.json was written by an earlier version"):
         find_runs([grpo])
 
 

@@ -17,14 +17,13 @@ from callbacks.rejection_sampling import RejectionSampling
 from datamodules.encoding.messages import PromptStyle
 from experiments import (
     ablations,
-    evaluate,
-    evaluate_benchmarks,
     generate_synthetic,
     import_shards,
     pipeline,
     synthesize,
     train,
 )
+from experiments.evaluation.evaluation_settings import Evaluation
 from experiments.sweep import num_trials
 from experiments.sweeps.plan import read_plan
 from lightning_modules.cot_sft import CoTSFT
@@ -47,17 +46,14 @@ TRAINING = (
 OTHERS = {
     "nano/ablations.yaml": ablations.run,
     "paper/ablations_7b.yaml": ablations.run,
-    "nano/benchmarks.yaml": evaluate_benchmarks.evaluate_benchmarks,
-    "nano/eval.yaml": evaluate.evaluate,
+    "nano/eval.yaml": Evaluation,
     "nano/shards.yaml": generate_synthetic.build,
     "nano/pipeline.yaml": pipeline.run,
     "paper/cot_mixture.yaml": import_shards.run,
     "nano/synthesize.yaml": synthesize.synthesize,
     "paper/synthesize_72b.yaml": synthesize.synthesize,
-    "paper/benchmarks_3b.yaml": evaluate_benchmarks.evaluate_benchmarks,
-    "paper/benchmarks_7b.yaml": evaluate_benchmarks.evaluate_benchmarks,
-    "paper/eval_3b.yaml": evaluate.evaluate,
-    "paper/eval_7b.yaml": evaluate.evaluate,
+    "paper/eval_3b.yaml": Evaluation,
+    "paper/eval_7b.yaml": Evaluation,
     "paper/pipeline_3b.yaml": pipeline.run,
     "paper/pipeline_7b.yaml": pipeline.run,
 }
@@ -187,12 +183,14 @@ def test_synthesis_has_the_papers_values() -> None:
     assert settings["sampling"]["num_responses"] == 4 and settings["sampling"]["max_tokens"] == 1024
 
 
-@pytest.mark.parametrize("wrong", [{"decoding": {"max_tokens": 3}}, {"style": "thinking"}, {"limit": 3}])
+@pytest.mark.parametrize(
+    "wrong", [{"decoding": {"max_tokens": 3}}, {"form": {"style": "thinking"}}, {"limits": {"pixels": 3}}]
+)
 def test_a_wrong_field_does_not_fit(wrong: dict, tmp_path: Path, capsys) -> None:
     settings = yaml.safe_load((CONFIGS / "nano/eval.yaml").read_text())
     (tmp_path / "eval.yaml").write_text(yaml.safe_dump(settings | wrong))
     with pytest.raises(SystemExit):
-        parse_settings(evaluate.evaluate, tmp_path / "eval.yaml")
+        parse_settings(Evaluation, tmp_path / "eval.yaml")
     assert next(iter(wrong)) in capsys.readouterr().err
 
 
@@ -204,7 +202,8 @@ def test_a_pipelines_parts_agree(name: str) -> None:
     for phase in phases:
         assert phase["experiment"] == settings["experiment"]
         for field in ("box_format", "style", "label_images", "max_resized_pixels"):
-            assert phase["data"].get(field) == evaluation.get(field), field
+            asked = {"style": "think"} if evaluation["form"]["style"] == "auto" else {}  # what auto means for a policy
+            assert phase["data"].get(field) == (evaluation["form"] | asked).get(field), field
     assert phases[0]["model"]["init_args"]["model"] == settings["model"] == evaluation["model"]
     merged = f"outputs/{settings['experiment']}/cot_sft/merged"
     assert phases[1]["model"]["init_args"]["model"] == merged, "make grpo goes on from what make sft leaves"

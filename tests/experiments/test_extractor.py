@@ -9,7 +9,7 @@ import pytest
 
 from datamodules.metrics.extraction import NO_OPTION, extraction_request, read_extraction
 from datamodules.synthetic.benchmark_replicas import write
-from experiments import evaluate_benchmarks, rescore
+from experiments import evaluate, rescore
 from tests.chat_server import ChatServer, http_response, question_text
 
 WHOLE = ("--extractor.base_url=http://a/v1", "--extractor.model=m")
@@ -17,9 +17,9 @@ SOON = ("--extractor.attempts=2", "--extractor.backoff=0.01")
 
 
 @pytest.fixture(autouse=True)
-def small_twins(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {name: (folder, writer, 2) for name, (folder, writer, _) in write.TWINS.items()}
-    monkeypatch.setattr(write, "TWINS", small)
+def small_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {name: (folder, writer, 2) for name, (folder, writer, _) in write.REPLICAS.items()}
+    monkeypatch.setattr(write, "REPLICAS", small)
 
 
 def verbose(request: dict) -> str:
@@ -32,21 +32,19 @@ def extract(request: dict) -> str | bytes | None:
     return "<think>(A) is not meant</think>\n(B)"
 
 
-def evaluate(
-    root: Path, model: ChatServer, extractor: ChatServer | None, *args: str, bench: str = "blink,mmiu"
-) -> Path:
+def run(root: Path, model: ChatServer, extractor: ChatServer | None, *args: str, bench: str = "blink,mmiu") -> Path:
     fixed = [
         "--model=some",
-        "--model_family=internvl",
+        "--form.model_family=internvl",
         "--data_root",
         str(root / "data"),
         "--output",
         str(root / "out"),
     ]
-    fixed += [f"--bench={bench}", "--twins=true", f"--endpoint.base_url={model.base_url}"]
+    fixed += [f"--bench={bench}", "--replicas=true", f"--endpoint.base_url={model.base_url}"]
     if extractor is not None:
         fixed += [f"--extractor.base_url={extractor.base_url}", "--extractor.model=reader-7b", *SOON]
-    evaluate_benchmarks.main([*fixed, *args])
+    evaluate.main([*fixed, *args])
     return root / "out"
 
 
@@ -57,9 +55,9 @@ def read(folder: Path) -> tuple[list[dict], dict]:
 
 def test_the_last_step_of_the_official_scoring_is_a_language_models(tmp_path: Path, capsys) -> None:
     with ChatServer(verbose) as model, ChatServer(extract) as extractor:
-        before, without = read(evaluate(tmp_path, model, None) / "blink")
+        before, without = read(run(tmp_path, model, None) / "blink")
         assert without["extractor"] is None and not any(found["official_correct"] for found in before)
-        out = evaluate(tmp_path, model, extractor)
+        out = run(tmp_path, model, extractor)
         asked = len(extractor.requests)
         for name in ("blink", "mmiu"):
             predictions, result = read(out / name)
@@ -78,9 +76,9 @@ def test_the_last_step_of_the_official_scoring_is_a_language_models(tmp_path: Pa
         assert "reader-7b read 14 answers, a letter in 14" in capsys.readouterr().out
         assert {request["temperature"] for request in extractor.requests} == {0}
         assert {request["repetition_penalty"] for request in extractor.requests} == {1}
-        evaluate(tmp_path, model, extractor)
+        run(tmp_path, model, extractor)
         assert len(extractor.requests) == asked, "every reply is kept"
-    evaluate(tmp_path, model, extractor)  # both servers are gone
+    run(tmp_path, model, extractor)  # both servers are gone
     _, result = read(out / "blink")
     rescore.main(["--predictions", str(out / "blink")])
     assert json.loads((out / "blink/rescored.json").read_text()) == result
@@ -88,7 +86,7 @@ def test_the_last_step_of_the_official_scoring_is_a_language_models(tmp_path: Pa
 
 def test_what_is_asked_holds_question_options_and_answer(tmp_path: Path) -> None:
     with ChatServer(verbose) as model, ChatServer(extract) as extractor:
-        predictions, _ = read(evaluate(tmp_path, model, extractor, bench="blink") / "blink")
+        predictions, _ = read(run(tmp_path, model, extractor, bench="blink") / "blink")
         texts = [question_text(request) for request in extractor.requests][1:]
     assert len(set(texts)) == len(texts), "equal requests are made once"
     for prediction in predictions:
@@ -112,7 +110,7 @@ def test_failures_are_counted_and_what_got_no_reply_is_asked_again(tmp_path: Pat
 
     seen: dict[str, int] = {}
     with ChatServer(verbose) as model, ChatServer(reply) as extractor:
-        out = evaluate(tmp_path, model, extractor, "--extractor.concurrency=1", bench="blink")
+        out = run(tmp_path, model, extractor, "--extractor.concurrency=1", bench="blink")
         predictions, result = read(out / "blink")
         counts = result["extractor"]
         assert set(counts["failed"]) == {"refused", "unanswered", "unreadable"} and counts["none"] and counts["found"]
@@ -121,7 +119,7 @@ def test_failures_are_counted_and_what_got_no_reply_is_asked_again(tmp_path: Pat
         assert len(failed) == sum(counts["failed"].values()) and not any(found["official_correct"] for found in failed)
         bad["on"] = False
         unreadable = counts["failed"]["unreadable"]
-        assert read(evaluate(tmp_path, model, extractor, bench="blink") / "blink")[1]["extractor"]["failed"] == {
+        assert read(run(tmp_path, model, extractor, bench="blink") / "blink")[1]["extractor"]["failed"] == {
             "unreadable": unreadable
         }
     assert "no letter was extracted: 400" in caplog.text
@@ -129,7 +127,7 @@ def test_failures_are_counted_and_what_got_no_reply_is_asked_again(tmp_path: Pat
 
 def test_letters_that_the_official_reader_finds_are_asked_of_nobody(tmp_path: Path) -> None:
     with ChatServer(lambda request: "B") as model, ChatServer(extract) as extractor:
-        _, result = read(evaluate(tmp_path, model, extractor, bench="blink") / "blink")
+        _, result = read(run(tmp_path, model, extractor, bench="blink") / "blink")
         assert len(extractor.requests) == 1, "the look at the server"
     assert result["extractor"]["asked"] == 0
 
@@ -147,7 +145,7 @@ def test_letters_that_the_official_reader_finds_are_asked_of_nobody(tmp_path: Pa
 def test_an_extractor_that_cannot_read_ends_the_evaluation_before_a_question(tmp_path: Path, reply, words) -> None:
     with ChatServer(verbose) as model, ChatServer(lambda request: reply) as extractor:
         with pytest.raises(SystemExit, match=words):
-            evaluate(tmp_path, model, extractor)
+            run(tmp_path, model, extractor)
         assert not model.requests
 
 
@@ -161,9 +159,15 @@ def test_an_extractor_that_cannot_read_ends_the_evaluation_before_a_question(tmp
     ],
 )
 def test_wrong_settings_are_named_before_anything_is_read(tmp_path: Path, args: list[str], words: str) -> None:
-    fixed = ["--model=some", "--model_family=internvl", "--data_root", str(tmp_path), "--endpoint.base_url=http://a/v1"]
+    fixed = [
+        "--model=some",
+        "--form.model_family=internvl",
+        "--data_root",
+        str(tmp_path),
+        "--endpoint.base_url=http://a/v1",
+    ]
     with pytest.raises(SystemExit, match=words):
-        evaluate_benchmarks.main([*fixed, "--bench=blink", *args])
+        evaluate.main([*fixed, "--bench=blink", *args])
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from experiments import ablations, pipeline
 from experiments.runs import run_identity, subprocess_steps, wandb_runs
 from experiments.runs.changes import CodeChanged
 from experiments.runs.results import read_results
-from tests.experiments.runs.test_results import summary
+from tests.experiments.phase_results import summary, write_mig_bench
 
 ROWS = {"sft": "base", "cot_sft": "base", "grpo": "cot_sft", "full": "grpo"}
 ALL = ["base", *ROWS]
@@ -34,6 +34,7 @@ class Processes:
         flags = dict(zip(command[3::2], command[4::2], strict=True))
         train = command[2] == "experiments.train"
         folder = Path(flags["--outputs"], flags["--experiment"], flags["--phase"]) if train else Path(flags["--output"])
+        folder = folder if train else folder.parent
         if folder.name == self.broken:
             return 1
         self.ran.append(f"{folder.parent.name}/{folder.name}")
@@ -42,7 +43,7 @@ class Processes:
             content = fingerprint(folder.name, Path(flags["--config"]).read_text(), path_fingerprint(model))
             write_json(folder / "merged/config.json", content)
         else:
-            write_json(folder / "mig_bench.json", {"key": path_fingerprint(flags["--model"]), **summary()})
+            write_mig_bench(folder, summary(key=path_fingerprint(flags["--model"])))
         return 0
 
 
@@ -60,7 +61,9 @@ def settings(tmp_path: Path) -> dict:
     write_json(tmp_path / "shards/manifest.json", {})
     for name in ROWS:
         write_config(tmp_path, name, 0)
-    (tmp_path / "eval.yaml").write_text(yaml.safe_dump({"annotations": str(tmp_path / "shards")}))
+    (tmp_path / "MIG-Bench").mkdir()
+    (tmp_path / "MIG-Bench/MIG_data.json").write_text("[]")
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump({"model": "any", "data_root": str(tmp_path)}))
     write_json(tmp_path / "model/config.json", {})
     paths = {"model": tmp_path / "model", "evaluation": tmp_path / "eval.yaml", "outputs": tmp_path / "outputs"}
     return {"experiment": "tiny"} | {name: str(path) for name, path in paths.items()}
@@ -124,7 +127,7 @@ def test_a_row_that_only_its_starts_evaluation_lacks_is_listed(
     processes: Processes, settings: dict, tmp_path: Path
 ) -> None:
     run_rows(settings)
-    write_json(tmp_path / "outputs/tiny/cot_sft/mig_bench.json", {"key": "another's", **summary()})
+    write_mig_bench(tmp_path / "outputs/tiny/cot_sft", summary(key="another's"))
     processes.broken = "cot_sft"
     with pytest.raises(SystemExit, match="cot_sft: MIG-Bench"):
         run_rows(settings)
@@ -149,12 +152,14 @@ def test_a_pipeline_that_is_stopped_lists_what_is_done_behind(
     stages = {name: str(tmp_path / f"{name}.yaml") for name in ("cot_sft", "grpo")}
     pipeline.run(**settings, stages=stages)
     assert listed(tmp_path / "outputs", 0) == ["base", *stages]
-    write_json(tmp_path / "outputs/tiny/cot_sft/mig_bench.json", {"key": "another's", **summary()})
+    write_mig_bench(tmp_path / "outputs/tiny/cot_sft", summary(key="another's"))
     processes.broken = "cot_sft"
     with pytest.raises(SystemExit, match="cot_sft: MIG-Bench"):
         pipeline.run(**settings, stages=stages)
     assert listed(tmp_path / "outputs", 0) == ["base", "grpo"]
-    (tmp_path / "eval.yaml").write_text(yaml.safe_dump({"annotations": "others"}))
+    (tmp_path / "eval.yaml").write_text(
+        yaml.safe_dump({"model": "any", "data_root": str(tmp_path), "dtype": "float16"})
+    )
     processes.broken = "base"
     with pytest.raises(SystemExit, match="base: MIG-Bench"):
         pipeline.run(**settings, stages=stages)

@@ -1,4 +1,4 @@
-"""`make eval MODEL=… BENCH=…` with models of other families: behind a server, and in this process."""
+"""`make eval` with models of other families: behind a server, and in this process."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from datamodules.encoding.messages import CHOICE_SUFFIX
 from datamodules.encoding.model_families import find_model_family
 from datamodules.samples.answer_text import FAILURE_KINDS
 from datamodules.synthetic.benchmark_replicas import write
-from experiments import evaluate_benchmarks, rescore
-from experiments.evaluation.choose_predictor import ImageTextSettings, ModelOptions, choose_predictor
+from experiments import evaluate, rescore
+from experiments.evaluation.choose_predictor import ImageTextSettings, choose_predictor
+from experiments.evaluation.evaluation_settings import Evaluation, QuestionForm
 from experiments.runs import preflight
 from lightning_modules.serving.openai_client import EndpointSettings
 from tests.chat_server import ChatServer, http_response, question_text
@@ -24,15 +25,15 @@ SOON = ("--endpoint.attempts=2", "--endpoint.backoff=0.01")
 
 
 @pytest.fixture(autouse=True)
-def small_twins(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {name: (folder, writer, 2) for name, (folder, writer, _) in write.TWINS.items()}
-    monkeypatch.setattr(write, "TWINS", small)
+def small_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {name: (folder, writer, 2) for name, (folder, writer, _) in write.REPLICAS.items()}
+    monkeypatch.setattr(write, "REPLICAS", small)
 
 
-def evaluate(model: str, root: Path, *args: str) -> Path:
+def run(model: str, root: Path, *args: str) -> Path:
     """Run the entry point on lisa (four boxes) and blink (14 letters); its output folder."""
-    fixed = ["--model", model, "--data_root", str(root / "data"), "--output", str(root / "out"), "--twins=true"]
-    evaluate_benchmarks.main([*fixed, "--bench=lisa,blink", "--decoding.max_new_tokens=6", *args])
+    fixed = ["--model", model, "--data_root", str(root / "data"), "--output", str(root / "out"), "--replicas=true"]
+    evaluate.main([*fixed, "--bench=lisa,blink", "--decoding.max_new_tokens=6", *args])
     return root / "out"
 
 
@@ -48,7 +49,7 @@ def reply(request: dict) -> str:
 def test_a_served_model_is_asked_once_in_its_dialect_and_its_answers_are_kept(tmp_path: Path) -> None:
     with ChatServer(reply) as server:
         address = f"--endpoint.base_url={server.base_url}"
-        out = evaluate(SERVED, tmp_path, address, "--processes=2", "--endpoint.concurrency=3")
+        out = run(SERVED, tmp_path, address, "--processes=2", "--endpoint.concurrency=3")
         boxes, letters = predictions(out / "lisa"), predictions(out / "blink")
         asked = len(server.requests)
     assert asked == 1 + len(boxes) + len(letters), "one look at the server, and each question once"
@@ -62,7 +63,7 @@ def test_a_served_model_is_asked_once_in_its_dialect_and_its_answers_are_kept(tm
     assert all(prediction["correct"] == (prediction["answer"]["letter"] == "B") for prediction in letters)
 
     first = (out / "blink/result.json").read_text()
-    evaluate(SERVED, tmp_path, address)  # the server is gone: nothing is left to ask
+    run(SERVED, tmp_path, address)  # the server is gone: nothing is left to ask
     assert (out / "blink/result.json").read_text() == first
     rescore.main(["--predictions", str(out / "lisa"), "--threshold=0"])
     found = json.loads((out / "lisa/rescored.json").read_text())["averages"]["avg"]
@@ -74,9 +75,9 @@ def test_what_a_dying_server_answered_is_not_asked_again(tmp_path: Path) -> None
         return reply(request) if len(server.requests) <= 10 else http_response(503, b"{}")
 
     with ChatServer(until_the_tenth) as server, pytest.raises(SystemExit, match="no answer in 2 attempts"):
-        evaluate(SERVED, tmp_path, f"--endpoint.base_url={server.base_url}", "--endpoint.concurrency=1", *SOON)
+        run(SERVED, tmp_path, f"--endpoint.base_url={server.base_url}", "--endpoint.concurrency=1", *SOON)
     with ChatServer(reply) as server:
-        out = evaluate(SERVED, tmp_path, f"--endpoint.base_url={server.base_url}")
+        out = run(SERVED, tmp_path, f"--endpoint.base_url={server.base_url}")
     total = len(predictions(out / "lisa")) + len(predictions(out / "blink"))
     assert len(server.requests) == 1 + total - 9
 
@@ -85,19 +86,19 @@ def test_servers_that_cannot_be_used_end_the_evaluation_soon(tmp_path: Path) -> 
     with ChatServer(reply) as server:
         closed = server.base_url
     with pytest.raises(SystemExit, match=f"{closed} gave no answer in 2 attempts"):
-        evaluate(SERVED, tmp_path, f"--endpoint.base_url={closed}", *SOON)
+        run(SERVED, tmp_path, f"--endpoint.base_url={closed}", *SOON)
     unknown = http_response(404, b'{"error": {"message": "no such model"}}')
     with ChatServer(lambda request: unknown) as server, pytest.raises(SystemExit, match="no such model"):
-        evaluate(SERVED, tmp_path, f"--endpoint.base_url={server.base_url}")
+        run(SERVED, tmp_path, f"--endpoint.base_url={server.base_url}")
     assert not (tmp_path / "out/lisa").exists(), "no answer is scored"
 
 
 def test_another_family_in_this_process(tmp_path: Path) -> None:
     model = str(save_model(qwen2_vl, tmp_path / "model"))
-    settings = choose_predictor(model, None, ModelOptions())
+    settings = choose_predictor(Evaluation(model, "data"))
     assert isinstance(settings, ImageTextSettings) and settings.form.model_family.name == "qwen2_vl"
     assert settings.form.style == "native" and not settings.trust_remote_code
-    out = evaluate(model, tmp_path, "--limit=1")
+    out = run(model, tmp_path, "--limit=1")
     boxes, letters = predictions(out / "lisa-limit1"), predictions(out / "blink-limit1")
     assert len(boxes) == 2 and len(letters) == 7
     for prediction in boxes + letters:
@@ -112,14 +113,17 @@ def test_another_family_in_this_process(tmp_path: Path) -> None:
         (["--model=gpt-4o", "--endpoint.concurrency=2"], "endpoint.base_url=None"),
         (["--model=gpt-4o", "--endpoint.base_url=http://a/v1", "--endpoint.model=other"], "endpoint.model='other'"),
         (["--model=mystery-7b", "--endpoint.base_url=http://a/v1"], "set model family to one of"),
-        (["--model=gpt-4o", "--endpoint.base_url=http://a/v1", "--model_family=klingon"], "model_family='klingon'"),
-        (["--model=gpt-4o", "--endpoint.base_url=http://a/v1", "--style=official"], "style='official'"),
-        (["--model=gpt-4o", "--endpoint.base_url=http://a/v1", "--box_format=unit"], "box_format='unit'"),
+        (
+            ["--model=gpt-4o", "--endpoint.base_url=http://a/v1", "--form.model_family=klingon"],
+            "model_family='klingon'",
+        ),
+        (["--model=gpt-4o", "--endpoint.base_url=http://a/v1", "--form.style=official"], "style='official'"),
+        (["--model=gpt-4o", "--endpoint.base_url=http://a/v1", "--form.box_format=unit"], "box_format='unit'"),
         (["--model=gpt-4o"], "no folder 'gpt-4o'"),
         (["--model={text}"], "'llama', which transformers knows no image-text model of"),
         (["--model={bare}"], "model.safetensors is missing"),
-        (["--model={ours}", "--model_family=internvl"], "model_family='internvl' is for other models"),
-        (["--model={ours}", "--style=native"], "style='native'"),
+        (["--model={ours}", "--form.model_family=internvl"], "model_family='internvl' is for other models"),
+        (["--model={ours}", "--form.style=native"], "style='native'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -132,22 +136,24 @@ def test_wrong_models_and_settings_are_named_before_anything_is_read(
     folders = {"text": tmp_path / "text", "bare": tmp_path / "bare", "ours": tiny_model_dir}
     args = [arg.format(**folders) for arg in args]
     with pytest.raises(SystemExit, match=words):
-        evaluate_benchmarks.main([*args, "--data_root", str(tmp_path / "none")])
+        evaluate.main([*args, "--data_root", str(tmp_path / "none")])
     assert capsys.readouterr().out == ""
 
 
 def test_a_served_model_never_writes_where_one_in_this_process_does() -> None:
     merged = "outputs/nano/grpo/merged"
-    assert evaluate_benchmarks.default_output(merged) == "outputs/nano/grpo/benchmarks"
-    assert evaluate_benchmarks.default_output(merged, served=True) == "outputs/eval/outputs--nano--grpo--merged--served"
+    assert evaluate.default_output(merged) == "outputs/nano/grpo/benchmarks"
+    assert evaluate.default_output(merged, served=True) == "outputs/eval/outputs--nano--grpo--merged--served"
 
 
 def test_every_fault_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(preflight.SettingsError, match=r"(?s)processes=0.*model_family='klingon'"):
-        evaluate_benchmarks.evaluate_benchmarks(
-            "gpt-4o",
-            str(tmp_path),
-            endpoint=EndpointSettings(base_url="http://a/v1"),
-            model_family="klingon",
-            processes=0,
+        evaluate.evaluate(
+            Evaluation(
+                "gpt-4o",
+                str(tmp_path),
+                endpoint=EndpointSettings(base_url="http://a/v1"),
+                form=QuestionForm(model_family="klingon"),
+                processes=0,
+            )
         )

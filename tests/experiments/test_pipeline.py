@@ -14,6 +14,7 @@ import yaml
 from datamodules.encoding.messages import PromptStyle
 from datamodules.persistence.files import read_json
 from experiments import evaluate, pipeline, train
+from experiments.evaluation.choose_predictor import make_predictor
 from experiments.runs import subprocess_steps
 from experiments.runs.results import read_results
 from experiments.runs.subprocess_steps import Step, run_step
@@ -118,31 +119,36 @@ def test_files_that_are_not_there_and_a_seed_out_of_range_are_named_before_anyth
 
 def evaluation(workbench: Workbench) -> dict:
     """Settings of experiments.evaluate."""
-    paths = {"model": str(workbench.model), "output": "unused"} | workbench.benchmark
+    paths = {"model": str(workbench.model), "output": "unused", "data_root": str(workbench.root)}
     return paths | {"decoding": {"max_new_tokens": 4, "batch_prompts": 2}, "device": "cpu"}
+
+
+def journal(folder: Path) -> Path:
+    (file,) = folder.glob("answers/mig_bench-*/rank0.jsonl")
+    return file
 
 
 def test_evaluation_writes_answers_and_summary_and_goes_on_from_them(workbench: Workbench, capsys) -> None:
     config = workbench.write_yaml("eval", evaluation(workbench))
-    folder = workbench.outputs / "base"
+    folder = workbench.outputs / "base" / "benchmarks"
     evaluate.main(["--config", config, "--output", str(folder)])
-    summary = read_json(folder / "mig_bench.json")
-    assert summary["n"] == 4 and set(summary["tasks"]) == {"diff", "reasoning"}
-    answers = (folder / "predictions.jsonl").read_text()
+    result = read_json(folder / "mig_bench/result.json")
+    assert result["n"] == 4 and set(result["columns"]) == {"diff", "reasoning"} and result["version"] == 2
+    answers = journal(folder).read_text()
     assert len(answers.splitlines()) == 4
-    (folder / "predictions.jsonl").write_text("".join(answers.splitlines(keepends=True)[:2]))
+    journal(folder).write_text("".join(answers.splitlines(keepends=True)[:2]) + '{"id": "mig_be')  # killed
     evaluate.main(["--config", config, "--output", str(folder)])
-    assert (folder / "predictions.jsonl").read_text() == answers
-    assert read_json(folder / "mig_bench.json") == summary
+    assert sorted(set(journal(folder).read_text().splitlines())) == sorted(answers.splitlines())
+    assert read_json(folder / "mig_bench/result.json") == result
 
 
 def test_answers_that_other_code_has_asked_for_are_asked_about(workbench: Workbench, capsys, monkeypatch) -> None:
     code = {"lightning_modules/rollouts/native/decoder.py": "1"}
     monkeypatch.setattr(evaluate, "source_code", lambda modules: dict(code))
-    folder = workbench.outputs / "base"
+    folder = workbench.outputs / "base" / "benchmarks"
     arguments = ["--config", workbench.write_yaml("eval", evaluation(workbench)), "--output", str(folder)]
     evaluate.main(arguments)
-    answers = folder / "predictions.jsonl"
+    answers = journal(folder)
     answers.write_text(answers.read_text().replace('"id"', '"id" '))  # a mark on what is there
     marked = answers.read_text()
     code["lightning_modules/rollouts/native/decoder.py"] = "2"
@@ -153,55 +159,80 @@ def test_answers_that_other_code_has_asked_for_are_asked_about(workbench: Workbe
         assert answers.read_text() == marked
     evaluate.main([*arguments, "--redo"])
     assert len(answers.read_text().splitlines()) == 4 and answers.read_text() != marked
-    assert (folder / "predictions.before.jsonl").read_text() == marked
+    (old,) = folder.glob("answers.*/mig_bench-*/rank0.jsonl")
+    assert old.read_text() == marked
     (folder / "evaluation.json").unlink()  # as an earlier version left it
     with pytest.raises(SystemExit, match="an earlier version of the project"):
         evaluate.main(arguments)
 
 
-def test_a_quick_look_leaves_a_finished_evaluation_alone(workbench: Workbench, capsys) -> None:
+def test_other_settings_and_a_quick_look_leave_a_finished_evaluation_alone(workbench: Workbench, capsys) -> None:
     phase = workbench.outputs / "tiny" / "grpo"
     phase.mkdir(parents=True)
     (phase / "merged").symlink_to(workbench.model)
     settings = evaluation(workbench) | {"model": str(phase / "merged"), "output": None}
     config = workbench.write_yaml("eval", settings)
     evaluate.main(["--config", config])
-    files = [phase / "mig_bench.json", phase / "predictions.jsonl"]
+    home = phase / "benchmarks"
+    files = [home / "mig_bench" / name for name in ("result.json", "predictions.jsonl")]
     finished = [file.read_text() for file in files]
-    evaluate.main(["--config", config, "--limit_per_task=1"])
+    evaluate.main(["--config", config, "--limit=1"])
+    assert read_json(home / "mig_bench-limit1/result.json")["n"] == 2
+    capsys.readouterr()
+    evaluate.main(["--config", config, "--decoding.max_new_tokens=3"])
     assert [file.read_text() for file in files] == finished
-    (other,) = phase.glob("mig_bench-*")
-    assert read_json(other / "mig_bench.json")["n"] == 2 and str(other) in capsys.readouterr().out
-    evaluate.main(["--config", config, "--limit_per_task=1", "--output", str(phase)])
-    assert read_json(phase / "mig_bench.json")["n"] == 2, "a folder that is asked for by name is replaced"
+    key = read_json(next(home.glob("mig_bench-????????????????/result.json")))["key"]
+    assert f"this one goes to {home / f'mig_bench-{key}'}" in capsys.readouterr().out
+    evaluate.main(["--config", config, "--decoding.max_new_tokens=3", "--output", str(home)])
+    assert read_json(files[0])["key"] == key, "a folder that is asked for by name is replaced"
 
 
 def test_an_evaluation_by_the_models_own_settings_is_another_and_named(workbench: Workbench, capsys) -> None:
     config = workbench.write_yaml("eval", evaluation(workbench))
     folder = workbench.outputs / "base"
     evaluate.main(["--config", config, "--output", str(folder)])
-    greedy = read_json(folder / "mig_bench.json")
-    evaluate.main(["--config", config, "--output", str(folder), "--generation=model"])
-    own = read_json(folder / "mig_bench.json")
+    greedy = read_json(folder / "mig_bench/result.json")
+    evaluate.main(["--config", config, "--output", str(folder), "--decoding.generation=model"])
+    own = read_json(folder / "mig_bench-model-generation/result.json")
     assert (greedy["generation"], own["generation"]) == ("greedy", "model") and greedy["key"] != own["key"]
     assert "the model's own generation settings" in capsys.readouterr().out
 
 
-def test_an_evaluation_from_before_decoding_was_stated_is_made_again(workbench: Workbench) -> None:
+def make_ladder(workbench: Workbench, config: str, more: str = "") -> pipeline.Ladder:
+    overrides = {"evaluation": more} if more else {}
+    return pipeline.Ladder(workbench.outputs, 0, str(workbench.model), config, {}, overrides)
+
+
+@pytest.mark.parametrize(
+    ("more", "folder"),
+    [
+        ("", "mig_bench"),
+        ("--decoding.generation model", "mig_bench-model-generation"),
+        ("--limit 1 --device cpu", "mig_bench-limit1"),
+    ],
+)
+def test_a_pipeline_finds_the_result_wherever_its_overrides_put_it(
+    workbench: Workbench, more: str, folder: str
+) -> None:
     config = workbench.write_yaml("eval", evaluation(workbench))
-    ladder = pipeline.Ladder(workbench.outputs, 0, str(workbench.model), config, {}, {})
-    step = ladder.evaluation_of("base")
+    step = make_ladder(workbench, config, more).evaluation_of("base")
     step.marker.parent.mkdir(parents=True)
-    step.result.write_text(json.dumps({"key": "k"}))
-    how = step.command.index("--generation")
-    assert step.command[how + 1] == "greedy"
-    before = replace(step, command=step.command[:how] + step.command[how + 2 :])
-    done = {"done": True, "result_key": "k", "seconds": 1.0, "code": before.code()}
-    step.marker.write_text(json.dumps(done | {"key": before.key()}))
-    assert before.seconds_if_done() == 1.0 and step.seconds_if_done() is None
-    overrides = {"evaluation": "--generation model"}
-    other = pipeline.Ladder(workbench.outputs, 0, str(workbench.model), config, {}, overrides)
-    assert other.evaluation_of("base").key() != step.key()
+    evaluate.main(list(step.command[1:]))
+    assert step.result == workbench.outputs / "base/benchmarks" / folder / "result.json" and step.result.is_file()
+    stage = make_ladder(workbench, config, more)._found("base", 1.0)
+    assert stage.mig_bench["n"] == (2 if "limit" in folder else 4) and stage.mig_bench["tasks"].keys() == {
+        "diff", "reasoning",
+    }  # fmt: skip
+
+
+def test_wrong_settings_of_the_evaluation_end_a_pipeline_before_anything_runs(workbench: Workbench, capsys) -> None:
+    old = evaluation(workbench) | {"annotations": "a.json", "limit_per_task": 3}
+    with pytest.raises(SystemExit, match=r"(?s)annotations: write data_root.*limit_per_task: write limit"):
+        make_ladder(workbench, workbench.write_yaml("eval", old))
+    config = workbench.write_yaml("eval", evaluation(workbench))
+    with pytest.raises(SystemExit):
+        make_ladder(workbench, config, "--decoding.length=3")
+    assert "decoding.length" in capsys.readouterr().err
 
 
 def test_an_evaluation_is_logged_to_the_phases_own_run(workbench: Workbench, logged: list[dict]) -> None:
@@ -211,20 +242,23 @@ def test_an_evaluation_is_logged_to_the_phases_own_run(workbench: Workbench, log
     config = workbench.write_yaml("eval", settings)
     evaluate.main(["--config", config])
     *training, evaluated = logged
-    summary = read_json(phase / "mig_bench.json")
-    assert evaluated["mig_bench/avg"] == summary["avg"] and evaluated["mig_bench/diff"] == summary["tasks"]["diff"]
+    result = read_json(phase / "benchmarks/mig_bench/result.json")
+    assert evaluated["mig_bench/avg"] == result["averages"]["avg"]["score"]
+    assert evaluated["mig_bench/diff"] == result["columns"]["diff"]["score"]
+    assert evaluated["mig_bench/format_rate"] == result["format_rate"] and len(evaluated["previews"].data) == 2
     assert evaluated["trainer/global_step"] == training[-1]["trainer/global_step"] + 1 == 2
     for name in ("id", "group", "job_type"):
         assert evaluated[name] == training[-1][name]
     assert len(list((phase / "wandb").glob(f"offline-run-*-{evaluated['id']}*"))) == 2
-    evaluate.main(["--config", config, "--limit_per_task=1"])
-    assert logged[-1] is evaluated, "a quick look is not the phase's result"
+    evaluate.main(["--config", config, "--limit=1"])
+    evaluate.main(["--config", config, "--decoding.max_new_tokens=3"])
+    assert logged[-1] is evaluated, "a quick look is not the phase's result, nor is one with other settings"
 
 
 def test_a_model_without_a_phase_gets_a_run_of_its_own(workbench: Workbench, logged: list[dict]) -> None:
-    folder = workbench.outputs / "tiny" / "base"
+    folder = workbench.outputs / "tiny" / "base" / "benchmarks"
     config = workbench.write_yaml("eval", evaluation(workbench) | {"output": str(folder)})
-    for more in ([], [], ["--style=answer"]):
+    for more in ([], [], ["--form.style=answer"]):
         evaluate.main(["--config", config, *more])
     first, again, other = logged
     assert (first["group"], first["job_type"]) == ("tiny", "base")
@@ -236,14 +270,14 @@ def test_a_phase_trained_without_wandb_stays_without(workbench: Workbench, logge
     phase = workbench.outputs / "tiny" / "cot_sft"
     settings = evaluation(workbench) | {"model": str(phase / "merged"), "output": None}
     evaluate.main(["--config", workbench.write_yaml("eval", settings)])
-    assert read_json(phase / "mig_bench.json")["n"] == 4 and not logged
+    assert read_json(phase / "benchmarks/mig_bench/result.json")["n"] == 4 and not logged
 
 
 @pytest.mark.parametrize(
     ("name", "more", "style", "labels"),
     [
         ("merged", [], PromptStyle.ANSWER, True),
-        ("merged", ["--as_trained=false"], PromptStyle.THINK, False),
+        ("merged", ["--form.as_trained=false"], PromptStyle.THINK, False),
         ("other", [], PromptStyle.THINK, False),
     ],
 )
@@ -256,15 +290,10 @@ def test_a_phases_model_is_asked_as_it_was_trained(
     data = {"box_format": "absolute_pixels", "style": "answer", "max_resized_pixels": 20_000, "label_images": True}
     (phase / "config.yaml").write_text(yaml.safe_dump({"data": data}))
     asked = []
-
-    def keep_encoder(policy, encoder, *_: object) -> str:
-        asked.append(encoder)
-        return "key"
-
-    monkeypatch.setattr(evaluate, "evaluation_key", keep_encoder)
+    monkeypatch.setattr(evaluate, "ask_all", lambda job, *_: asked.append(job.settings) or ())
     settings = evaluation(workbench) | {"model": str(phase / name), "output": str(workbench.outputs / "apart")}
     evaluate.main(["--config", workbench.write_yaml("eval", settings), *more])
-    (encoder,) = asked
+    encoder = make_predictor(*asked).encoder
     assert (encoder.style, encoder.label_images) == (style, labels)
     assert encoder.max_resized_pixels == (20_000 if labels else None)
     assert ("style=answer" in capsys.readouterr().out) == labels
@@ -273,13 +302,14 @@ def test_a_phases_model_is_asked_as_it_was_trained(
 def test_evaluation_names_every_wrong_path_before_weights_are_read(workbench: Workbench) -> None:
     config = workbench.write_yaml("eval", evaluation(workbench))
     with pytest.raises(SystemExit) as caught:
-        evaluate.main(["--config", config, "--model=./no/model", "--annotations=no.json", "--image_root=/no"])
-    assert all(name in str(caught.value) for name in ("./no/model", "no.json", "/no"))
+        evaluate.main(["--config", config, "--model=./no/model", "--data_root=/no", "--bench=mig_bench,lisa"])
+    assert all(name in str(caught.value) for name in ("./no/model", "/no/MIG-Bench/MIG_data.json", "lisa: "))
+    assert str(caught.value).count("\n") <= 4
 
 
 def test_each_model_has_an_output_folder_of_its_own() -> None:
-    assert evaluate.default_output("outputs/nano/grpo/merged") == "outputs/nano/grpo"
-    assert evaluate.default_output("models/nano-base") == "outputs/mig_bench/models--nano-base"
+    assert evaluate.default_output("outputs/nano/grpo/merged") == "outputs/nano/grpo/benchmarks"
+    assert evaluate.default_output("models/nano-base") == "outputs/eval/models--nano-base"
     assert evaluate.default_output("Qwen/A") != evaluate.default_output("Qwen/B")
 
 

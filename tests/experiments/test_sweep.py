@@ -266,7 +266,7 @@ def test_two_real_trials_end_and_log_to_wandb(workbench: Workbench) -> None:
     assert [trial["state"] for trial in summary["trials"]] == ["complete"] * 2, summary
     # After the updates 1 and 2 on some questions, after the third on all.
     assert all(len(trial["points"]) == 3 and trial["value"] == trial["points"][-1][1] for trial in summary["trials"])
-    after = read_json(folder / "trial-1/mig_bench/after/mig_bench.json")
+    after = read_json(folder / "trial-1/mig_bench/after/result.json")
     assert summary["trials"][1]["value"] == after["mean_tokens"] and after["n"] == 4
     assert list((folder / "wandb").glob("offline-run-*")) and list((folder / "trial-0/wandb").glob("offline-run-*"))
     assert not (folder / "trial-0/rejection_sampling").exists()

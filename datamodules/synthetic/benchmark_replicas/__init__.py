@@ -1,1 +1,1 @@
-"""Nano twins of the benchmarks: scenes of the nano world in each benchmark's own files."""
+"""Nano replicas of the benchmarks: scenes of the nano world in each benchmark's own files."""

@@ -1,4 +1,4 @@
-"""Nano twins of Ref-L4, ReasonSeg (LISA-Grounding), ReVOS and ODinW, in their own files and field names."""
+"""Nano replicas of Ref-L4, ReasonSeg (LISA-Grounding), ReVOS and ODinW, in their own files and field names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write the twins that are missing: each benchmark's nano twin in its real files, by a pure function of a fixed seed.
+"""Write the nano replicas that are missing: in each benchmark's own files, by a pure function of a fixed seed.
 
 data/nano/{Ref-L4,ReasonSeg,ReVOS,odinw,BLINK,MMIU}    (data/nano/MIG-Bench comes with the nano world)
 """
@@ -12,9 +12,9 @@ from datamodules.persistence.files import fingerprint, read_json, whole_folder, 
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from datamodules.synthetic.benchmark_replicas import grounding, multiple_choice
 
-MARKER = ".twin.json"
+MARKER, OLD_MARKER = ".replica.json", ".twin.json"  # earlier versions wrote the second
 # Benchmark -> (its folder, writer, questions or pictures of each split, set, subset or task key).
-TWINS: dict[str, tuple[str, Callable[[Path, int], None], int]] = {
+REPLICAS: dict[str, tuple[str, Callable[[Path, int], None], int]] = {
     "ref_l4": ("Ref-L4", grounding.write_ref_l4, 40),
     "lisa": ("ReasonSeg", grounding.write_reason_seg, 40),
     "revos": ("ReVOS", grounding.write_revos, 30),
@@ -24,22 +24,22 @@ TWINS: dict[str, tuple[str, Callable[[Path, int], None], int]] = {
 }
 
 
-def write_twin(name: str, data_root: str | Path, count: int | None = None) -> None:
-    """Write the twin of benchmark `name` unless it is there as this code makes it.
+def write_replica(name: str, data_root: str | Path, count: int | None = None) -> None:
+    """Write the replica of benchmark `name` unless it is there as this code makes it.
 
     Raises:
         ValueError: the folder holds files that this function did not write, such as a download.
     """
-    folder_name, writer, default = TWINS[name]
+    folder_name, writer, default = REPLICAS[name]
     folder = Path(data_root) / folder_name
     # The key changes with the code of this room and with the number of questions.
     sources = [path_fingerprint(file) for file in sorted(Path(__file__).parent.glob("*.py"))]
     key = fingerprint(sources, count or default)
-    marker = read_json(folder / MARKER)
+    marker = read_json(folder / MARKER) or read_json(folder / OLD_MARKER)
     if marker.get("key") == key:
         return
     if folder.exists() and not marker:
-        raise ValueError(f"data_root={str(data_root)!r}: {folder} was not made here; twins=true would replace it")
+        raise ValueError(f"data_root={str(data_root)!r}: {folder} was not made here; replicas=true would replace it")
     # An interruption leaves no partial benchmark: the folder is renamed when it is complete.
     with whole_folder(folder) as draft:
         writer(draft, count or default)

@@ -1,4 +1,4 @@
-"""Every benchmark's files, as its nano twin has them: true answers score 100, and other files are named."""
+"""Every benchmark's files, as its nano replica has them: true answers score 100, and other files are named."""
 
 from __future__ import annotations
 
@@ -17,31 +17,32 @@ from datamodules.benchmarks.parquet import _group, row_bytes
 from datamodules.benchmarks.registry import BENCHMARKS, benchmark_names, load_benchmark
 from datamodules.benchmarks.revos import sample_frames
 from datamodules.images.image_loading import load_image
-from datamodules.metrics.summary import predict, summarise
-from datamodules.predictors import Reply
+from datamodules.metrics.predictions import Reply
+from datamodules.metrics.scoring import score_reply
 from datamodules.samples.boxes import BoxFormat, ImageSizes, box_fault
 from datamodules.samples.sample import BoxAnswer, Sample
-from datamodules.synthetic.benchmark_replicas.write import TWINS, write_twin
+from datamodules.synthetic.benchmark_replicas.write import REPLICAS, write_replica
 from datamodules.synthetic.write_samples import write_benchmark
+from lightning_modules.metrics.summary import summarise
 
 
 @pytest.fixture(scope="module")
-def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("twins")
+def replicas(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("replicas")
     write_benchmark(root, per_task=1)
-    for name in TWINS:
-        write_twin(name, root, count=4)
+    for name in REPLICAS:
+        write_replica(name, root, count=4)
     return root
 
 
 @pytest.fixture
-def copy(twins: Path, tmp_path: Path) -> Callable[[str], Path]:
+def copy(replicas: Path, tmp_path: Path) -> Callable[[str], Path]:
     """A benchmark's folder that a test may damage."""
 
     def make(folder: str) -> Path:
-        for path in (twins / folder).rglob("*"):
+        for path in (replicas / folder).rglob("*"):
             if path.is_file():
-                target = tmp_path / path.relative_to(twins)
+                target = tmp_path / path.relative_to(replicas)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(path.read_bytes())
         return tmp_path / folder
@@ -60,11 +61,11 @@ def true_reply(benchmark: Benchmark, sample: Sample) -> Reply:
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_true_answers_score_full_marks_in_every_column(name: str, twins: Path) -> None:
-    benchmark = load_benchmark(name, twins)
+def test_true_answers_score_full_marks_in_every_column(name: str, replicas: Path) -> None:
+    benchmark = load_benchmark(name, replicas)
     rules = (benchmark.rule, benchmark.official)
     box_format = BoxFormat.RELATIVE_1000
-    predictions = [predict(s, true_reply(benchmark, s), box_format, *rules) for s in benchmark.samples]
+    predictions = [score_reply(s, true_reply(benchmark, s), box_format, *rules) for s in benchmark.samples]
     result = summarise(predictions, *rules, benchmark.averages)
     assert list(result["columns"]) == list(benchmark.averages["avg"])
     assert {cell["score"] for cell in (result["columns"] | result["averages"]).values()} == {100.0}
@@ -73,16 +74,16 @@ def test_true_answers_score_full_marks_in_every_column(name: str, twins: Path) -
 
 
 @pytest.mark.parametrize("name", ["ref_l4", "lisa", "revos", "odinw"])
-def test_boxes_lie_inside_their_images(name: str, twins: Path) -> None:
-    for sample in load_benchmark(name, twins).samples:
+def test_boxes_lie_inside_their_images(name: str, replicas: Path) -> None:
+    for sample in load_benchmark(name, replicas).samples:
         assert box_fault(sample.answer.box) is None
 
 
-def test_boxes_from_masks_are_the_drawn_things(twins: Path) -> None:
-    """The twins draw things in boxes of whole pixels, so the ReVOS masks, which are those boxes, come back exactly."""
-    meta = json.loads((twins / "ReVOS/meta_expressions_valid_.json").read_text())
+def test_boxes_from_masks_are_the_drawn_things(replicas: Path) -> None:
+    """Replicas draw things in boxes of whole pixels, so the ReVOS masks, which are those boxes, come back exactly."""
+    meta = json.loads((replicas / "ReVOS/meta_expressions_valid_.json").read_text())
     assert {e["type_id"] for video in meta["videos"].values() for e in video["expressions"].values()} == {0, 1, 2}
-    benchmark = load_benchmark("revos", twins)
+    benchmark = load_benchmark("revos", replicas)
     assert benchmark.dropped == {"type_id 2": 1}
     assert len(benchmark.samples) == 8 and {len(s.images) for s in benchmark.samples} == {6}
     assert {s.answer.image for s in benchmark.samples} == {2}
@@ -153,8 +154,8 @@ def test_ids_that_are_not_unique_are_refused(copy) -> None:
         ref_l4.load(root)
 
 
-def test_threads_read_a_group_of_rows_once(twins: Path) -> None:
-    path = twins / "BLINK/Jigsaw/val-00000-of-00001.parquet"
+def test_threads_read_a_group_of_rows_once(replicas: Path) -> None:
+    path = replicas / "BLINK/Jigsaw/val-00000-of-00001.parquet"
     _group.cache_clear()
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: row_bytes(path, 0, ["image_1"]), range(32)))
@@ -216,8 +217,8 @@ def test_a_missing_set_says_which_splits_are_there(copy) -> None:
         odinw.load(root)
 
 
-def test_a_limit_takes_as_many_of_every_column(twins: Path) -> None:
-    samples = load_benchmark("mmiu", twins).samples
+def test_a_limit_takes_as_many_of_every_column(replicas: Path) -> None:
+    samples = load_benchmark("mmiu", replicas).samples
     limited = limit_columns(samples, 2)
     columns = [column_of(sample) for sample in limited]
     assert {columns.count(column) for column in columns} == {2}
@@ -226,16 +227,16 @@ def test_a_limit_takes_as_many_of_every_column(twins: Path) -> None:
         limit_columns(samples, 0)
 
 
-def test_a_twin_never_replaces_a_download(tmp_path: Path) -> None:
+def test_a_replica_never_replaces_a_download(tmp_path: Path) -> None:
     (tmp_path / "BLINK").mkdir()
     with pytest.raises(ValueError, match="BLINK was not made here"):
-        write_twin("blink", tmp_path)
+        write_replica("blink", tmp_path)
 
 
-def test_a_twin_is_written_once(tmp_path: Path) -> None:
-    write_twin("lisa", tmp_path, count=1)
+def test_a_replica_is_written_once(tmp_path: Path) -> None:
+    write_replica("lisa", tmp_path, count=1)
     first = (tmp_path / "ReasonSeg/val/00000.jpg").stat().st_mtime_ns
-    write_twin("lisa", tmp_path, count=1)
+    write_replica("lisa", tmp_path, count=1)
     assert (tmp_path / "ReasonSeg/val/00000.jpg").stat().st_mtime_ns == first
 
 

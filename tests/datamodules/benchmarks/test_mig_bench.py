@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from datamodules.benchmarks.mig_bench import IN_DOMAIN, OUT_OF_DOMAIN, TASKS, load_images, load_mig_bench, target_image
+from datamodules.benchmarks.mig_bench import IN_DOMAIN, OUT_OF_DOMAIN, TASKS, load_files, load_mig_bench, target_image
+from datamodules.images.image_files import load_images
+from datamodules.samples.boxes import box_fault
 from datamodules.samples.sample import BoxPart, ImagePart, SampleError, TextPart
 from tests.beside import SHARED
 
@@ -40,22 +42,20 @@ def load(tmp_path: Path, *records: Any):
 def real():
     if not REAL.is_file():
         pytest.skip(f"real MIG-Bench annotations not found: {REAL} (set MIG_BENCH_JSON)")
-    return json.loads(REAL.read_text()), *load_mig_bench(REAL)
+    return json.loads(REAL.read_text()), load_mig_bench(REAL)
 
 
 def test_a_record_becomes_images_then_question(tmp_path: Path) -> None:
-    samples, report = load(tmp_path, record())
-    (sample,) = samples
+    (sample,) = load(tmp_path, record())
     assert (sample.id, sample.source, sample.task) == ("mig_bench/0", "mig_bench", "diff")
     assert sample.images[1] == "MIG-Bench/images/static_diff/1_target.png"
     assert sample.messages == (ImagePart(0), ImagePart(1), TextPart(record()["question"]))
     assert (sample.answer.image, sample.answer.box, sample.answer.label) == (1, (0.1, 0.2, 0.5, 0.75), "")
-    assert report.boxes == ()
 
 
 def test_a_box_in_the_question_is_a_box_of_the_first_image_between_its_parentheses(tmp_path: Path) -> None:
     question = "the object marked (<|box_start|>(451,265),(519,388)<|box_end|>). Locate it in the 2th image. "
-    (sample,) = load(tmp_path, record(task="multi_view", question=question))[0]
+    (sample,) = load(tmp_path, record(task="multi_view", question=question))
     before, box, after = sample.messages[2:]
     assert before == TextPart("the object marked (")
     assert box == BoxPart(0, (0.451, 0.265, 0.519, 0.388), "<|box_start|>(451,265),(519,388)<|box_end|>")
@@ -64,7 +64,7 @@ def test_a_box_in_the_question_is_a_box_of_the_first_image_between_its_parenthes
 
 def test_additional_info_reaches_no_part_of_a_sample(tmp_path: Path) -> None:
     info = "It is in the second image. <|box_start|>(100,200),(500,750)<|box_end|>"
-    samples = load(tmp_path, record(task="group_grounding", additional_info=info))[0]
+    samples = load(tmp_path, record(task="group_grounding", additional_info=info))
     assert samples[0].answer.image == 1
     text = json.dumps(samples[0].to_json())
     assert "It is in" not in text and "(100,200)" not in text
@@ -146,19 +146,24 @@ def test_missing_images_are_named_before_anything_runs(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "1_source.png").write_bytes(b"png")
     with pytest.raises(FileNotFoundError, match=r"1 of 2 .*1_target\.png of mig_bench/0"):
-        load_mig_bench(path, tmp_path)
+        load_files(path, tmp_path)
     (folder / "1_target.png").write_bytes(b"more")
-    samples, _ = load_mig_bench(path, tmp_path)
+    samples = load_files(path, tmp_path).samples
     assert load_images(samples[0], tmp_path).images == (b"png", b"more")
     with pytest.raises(SampleError, match="missing_image"):
         load_images(samples[0], tmp_path / "elsewhere")
 
 
-def test_dirty_boxes_are_reported_and_kept(tmp_path: Path) -> None:
-    samples, report = load(tmp_path, record(), record(answer=[0.5, 0.2, 0.1, 0.4]), record(answer=[0, 0, 1.048, 1]))
-    assert [(dirty.position, dirty.rule) for dirty in report.boxes] == [(1, "degenerate"), (2, "out_of_range")]
-    assert len(samples) == 3 and samples[1].answer.box == (0.5, 0.2, 0.1, 0.4)
-    assert "position 1 (diff): degenerate" in str(report)
+def test_dirty_boxes_are_counted_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "MIG-Bench/images/static_diff").mkdir(parents=True)
+    for name in record()["images"]:
+        (tmp_path / name).write_bytes(b"png")
+    records = [record(), record(answer=[0.5, 0.2, 0.1, 0.4]), record(answer=[0, 0, 1.048, 1])]
+    path = tmp_path / "MIG_data.json"
+    path.write_text(json.dumps(records))
+    benchmark = load_files(path, tmp_path)
+    assert benchmark.dropped == {"kept: dirty answer box": 2}
+    assert [list(sample.answer.box) for sample in benchmark.samples] == [record["answer"] for record in records]
 
 
 def test_the_tasks_are_the_ten_of_the_paper() -> None:
@@ -168,9 +173,10 @@ def test_the_tasks_are_the_ten_of_the_paper() -> None:
 
 
 def test_the_real_file_loads_whole(real) -> None:
-    records, samples, report = real
+    records, samples = real
     assert len(samples) == len(records) == 4295
-    assert {(dirty.position, dirty.rule) for dirty in report.boxes} == {
+    faults = enumerate(box_fault(sample.answer.box) for sample in samples)
+    assert {(position, fault) for position, fault in faults if fault} == {
         *((position, "degenerate") for position in (7, 105, 126, 163, 512)),
         *((position, "out_of_range") for position in (34, 703)),
     }
@@ -184,7 +190,7 @@ def test_the_real_file_loads_whole(real) -> None:
 
 
 def test_the_real_file_has_its_known_target_images(real) -> None:
-    _, samples, _ = real
+    _, samples = real
     counts: dict[str, Counter] = {task: Counter() for task in TASKS}
     for sample in samples:
         counts[sample.task][sample.answer.image] += 1
@@ -198,7 +204,7 @@ def test_the_real_file_has_its_known_target_images(real) -> None:
 
 
 def test_the_hidden_answers_of_the_real_file_agree_and_stay_hidden(real) -> None:
-    records, samples, _ = real
+    records, samples = real
     checked = 0
     for sample, source in zip(samples, records, strict=True):
         if sample.task == "group_grounding":

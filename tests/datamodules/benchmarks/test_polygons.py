@@ -14,9 +14,8 @@ from PIL import Image
 
 from datamodules.benchmarks import lisa
 from datamodules.benchmarks.polygons import draw_mask, points_fault, polygons_box
-from datamodules.synthetic.benchmark_replicas.write import write_twin
-from experiments import evaluate_benchmarks
-from experiments.runs import preflight
+from datamodules.synthetic.benchmark_replicas.write import write_replica
+from experiments import evaluate
 
 cv2 = pytest.importorskip("cv2", reason="no OpenCV: pip install -e '.[benchmarks]'")
 LABELS = ("target", "target", "Ignore", "flag", "ignored area", "a flagship")
@@ -128,7 +127,7 @@ def test_the_loader_reads_files_as_the_official_code_does(tmp_path: Path) -> Non
 
 
 def test_points_in_0_1_are_counted_by_name(tmp_path: Path) -> None:
-    write_twin("lisa", tmp_path, count=2)
+    write_replica("lisa", tmp_path, count=2)
     path = tmp_path / "ReasonSeg/val/00001.json"
     record = json.loads(path.read_text())
     record["shapes"] = [{"label": "target", "points": [[0.1, 0.2], [0.6, 0.2], [0.6, 1.0]]}]
@@ -150,7 +149,7 @@ def test_points_in_0_1_are_counted_by_name(tmp_path: Path) -> None:
     ],
 )
 def test_points_that_cannot_be_drawn_name_their_file(points: Any, fault: str, tmp_path: Path) -> None:
-    write_twin("lisa", tmp_path, count=2)
+    write_replica("lisa", tmp_path, count=2)
     path = tmp_path / "ReasonSeg/val/00001.json"
     record = json.loads(path.read_text())
     record["shapes"].append({"label": "target", "points": points})
@@ -162,9 +161,8 @@ def test_points_that_cannot_be_drawn_name_their_file(points: Any, fault: str, tm
 
 def test_without_opencv_only_lisa_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)  # as if it were not installed
-    with pytest.raises(preflight.SettingsError) as caught:
-        evaluate_benchmarks._load(["lisa", "ref_l4"], str(tmp_path), twins=True)
-    _, line = str(caught.value).splitlines()  # below a heading
-    assert line.startswith("  - lisa: OpenCV is missing") and line.endswith("pip install -e '.[benchmarks]'")
-    assert list(evaluate_benchmarks._load(["ref_l4", "revos", "odinw", "blink"], str(tmp_path), True))
+    others = ["ref_l4", "revos", "odinw", "blink"]
+    found, (fault,) = evaluate.load_benchmarks(["lisa", *others], str(tmp_path), replicas=True)
+    assert fault.startswith("lisa: OpenCV is missing") and fault.endswith("pip install -e '.[benchmarks]'")
+    assert list(found) == others
     assert lisa.load(tmp_path / "ReasonSeg", boxes="first_shape").samples  # draws nothing

@@ -14,12 +14,12 @@ from datamodules.benchmarks import blink, odinw, ref_l4
 from datamodules.encoding.messages import PromptStyle, build_messages
 from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import Sample, SampleError
-from datamodules.synthetic.benchmark_replicas.write import write_twin
+from datamodules.synthetic.benchmark_replicas.write import write_replica
 
 
-def odinw_twin(folder: Path) -> tuple[Path, Path, dict[str, Any]]:
-    """The twin's root, and one of its annotation files with what that holds."""
-    write_twin("odinw", folder, count=4)
+def odinw_replica(folder: Path) -> tuple[Path, Path, dict[str, Any]]:
+    """The replica's root, and one of its annotation files with what that holds."""
+    write_replica("odinw", folder, count=4)
     path = folder / "odinw/PascalVOC/valid" / odinw.FILE
     return folder / "odinw", path, json.loads(path.read_text())
 
@@ -31,7 +31,7 @@ def test_blink_puts_its_disclaimer_before_two_subsets_in_the_official_style_alon
         "on the information I gave you.\n\n"
     )
     image_sizes = [ImageSizes((100, 100), (100, 100))] * 4
-    write_twin("blink", tmp_path, count=4)
+    write_replica("blink", tmp_path, count=4)
     for sample in blink.load(tmp_path / "BLINK").samples:
         plain = sample.messages[-1].text
 
@@ -47,7 +47,7 @@ def test_blink_puts_its_disclaimer_before_two_subsets_in_the_official_style_alon
 
 
 def test_an_odinw_image_or_category_that_is_given_twice_is_refused(tmp_path: Path) -> None:
-    root, path, coco = odinw_twin(tmp_path)
+    root, path, coco = odinw_replica(tmp_path)
     for what in ("images", "categories", "annotations"):
         repeated = coco | {what: [*coco[what], coco[what][0]]}
         path.write_text(json.dumps(repeated))
@@ -59,7 +59,7 @@ def test_an_odinw_image_or_category_that_is_given_twice_is_refused(tmp_path: Pat
 
 
 def test_boxes_in_0_1_where_pixels_are_meant_are_counted_by_name(tmp_path: Path) -> None:
-    root, path, coco = odinw_twin(tmp_path)
+    root, path, coco = odinw_replica(tmp_path)
     for annotation in coco["annotations"]:
         annotation["bbox"] = [0.1, 0.2, 0.5, 0.5]
     path.write_text(json.dumps(coco))
@@ -69,7 +69,7 @@ def test_boxes_in_0_1_where_pixels_are_meant_are_counted_by_name(tmp_path: Path)
 
 
 def test_ref_l4_counts_boxes_in_0_1_by_name(tmp_path: Path) -> None:
-    write_twin("ref_l4", tmp_path, count=4)
+    write_replica("ref_l4", tmp_path, count=4)
     path = tmp_path / "Ref-L4/ref-l4-val.parquet"
     rows = [row | {"bbox": [0.25, 0.5, 0.75, 0.5]} for row in parquet.read_table(path).to_pylist()]
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
@@ -80,7 +80,7 @@ def test_ref_l4_counts_boxes_in_0_1_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["x" * 300 + ".jpg", "a\0b.jpg"])
 def test_a_name_that_no_file_can_have_is_that_questions_fault_alone(name: str, tmp_path: Path) -> None:
-    root, path, coco = odinw_twin(tmp_path)
+    root, path, coco = odinw_replica(tmp_path)
     coco["images"][0]["file_name"] = name
     path.write_text(json.dumps(coco))
     refused = 0

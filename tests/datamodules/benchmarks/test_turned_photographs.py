@@ -17,17 +17,16 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
-from datamodules.benchmarks import lisa, mig_bench_suite, mmiu, odinw, ref_l4, revos
+from datamodules.benchmarks import lisa, mig_bench, mmiu, odinw, ref_l4, revos
 from datamodules.benchmarks.base import Benchmark
 from datamodules.benchmarks.masks import encode_counts
-from datamodules.benchmarks.mig_bench import load_mig_bench
 from datamodules.encoding.messages import PromptStyle, build_messages
 from datamodules.images.image_loading import load_image
-from datamodules.metrics.summary import predict
-from datamodules.predictors import Reply
+from datamodules.metrics.predictions import Reply
+from datamodules.metrics.scoring import score_reply
 from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import Sample, SampleError
-from datamodules.synthetic.benchmark_replicas.write import write_twin
+from datamodules.synthetic.benchmark_replicas.write import write_replica
 from tests.beside import SHARED
 from tests.datamodules.photographs import QUERY, SIZE, STORED, drawn_box, photograph, place_of, unit
 
@@ -104,7 +103,7 @@ def write_revos(root: Path, data: bytes, size: tuple[int, int], box: tuple[int, 
     (root / "mask_dict.json").write_text(json.dumps({"7": [rle] * 6}))
 
 
-AS_STORED = {"mig_bench": (mig_bench_suite, write_mig_bench), "ref_l4": (ref_l4, write_ref_l4)}
+AS_STORED = {"mig_bench": (mig_bench, write_mig_bench), "ref_l4": (ref_l4, write_ref_l4)}
 AS_STORED |= {"odinw": (odinw, write_odinw)}
 AS_SHOWN = {"lisa": (lisa, write_lisa), "revos": (revos, write_revos)}
 
@@ -115,7 +114,7 @@ def scored(benchmark: Benchmark, sample: Sample, box: tuple[float, ...]) -> tupl
     image_sizes = tuple(ImageSizes(size, (1000, 1000)) for size in sizes)
     x1, y1, x2, y2 = (round(1000 * value) for value in box)
     text = f"({x1},{y1}),({x2},{y2})"
-    found = predict(sample, Reply(text, image_sizes), BoxFormat.RELATIVE_1000, benchmark.rule, benchmark.official)
+    found = score_reply(sample, Reply(text, image_sizes), BoxFormat.RELATIVE_1000, benchmark.rule, benchmark.official)
     return found.value, found.official_value, found.failure
 
 
@@ -175,7 +174,7 @@ def test_the_shared_photographs(name: str, orientation: int, tmp_path: Path) -> 
 def test_the_box_inside_a_question_turns_too_in_every_style(tmp_path: Path) -> None:
     data = photograph(6)
     write_mig_bench(tmp_path / "MIG-Bench", data, SIZE, STORED)
-    (sample,), _ = load_mig_bench(tmp_path / "MIG-Bench/MIG_data.json", tmp_path)
+    (sample,) = mig_bench.load(tmp_path / "MIG-Bench").samples
     numbers = tuple(round(1000 * value) for value in place_of(data, "blue"))
     image_sizes = [ImageSizes((SIZE[1], SIZE[0]), (100, 100))] * 2
 
@@ -189,10 +188,9 @@ def test_the_box_inside_a_question_turns_too_in_every_style(tmp_path: Path) -> N
 
 def test_mig_bench_says_how_many_photographs_are_turned(tmp_path: Path) -> None:
     write_mig_bench(tmp_path / "MIG-Bench", photograph(6), SIZE, STORED)
-    _, report = load_mig_bench(tmp_path / "MIG-Bench/MIG_data.json", tmp_path)
-    assert report and str(report).startswith("1 questions on photographs that EXIF turns")
-    _, report = load_mig_bench(tmp_path / "MIG-Bench/MIG_data.json")
-    assert not report
+    assert mig_bench.load(tmp_path / "MIG-Bench").dropped == {"kept: boxes of a turned photograph": 1}
+    write_mig_bench(tmp_path / "other/MIG-Bench", photograph(1), SIZE, STORED)
+    assert mig_bench.load(tmp_path / "other/MIG-Bench").dropped == {}
 
 
 @pytest.mark.parametrize("name", ["ref_l4", "odinw", "revos"])
@@ -206,7 +204,7 @@ def test_an_annotation_of_the_other_frames_size_is_counted_by_name(name: str, tm
 
 
 def test_mmiu_counts_a_question_on_a_turned_photograph_by_name(tmp_path: Path) -> None:
-    write_twin("mmiu", tmp_path, count=2)
+    write_replica("mmiu", tmp_path, count=2)
     benchmark = mmiu.load(tmp_path / "MMIU")
     sample = benchmark.samples[0]
     assert benchmark.load(sample).sample is sample

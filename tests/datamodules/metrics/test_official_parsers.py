@@ -9,8 +9,8 @@ import pytest
 
 from datamodules.benchmarks.base import Rule
 from datamodules.metrics.official_parsers import extract_box_officially, read_choice_as_blink, read_choice_as_mmiu
-from datamodules.metrics.summary import predict
-from datamodules.predictors import Reply
+from datamodules.metrics.predictions import Reply
+from datamodules.metrics.scoring import score_reply
 from datamodules.samples.boxes import BoxFormat
 from datamodules.samples.sample import ChoiceAnswer, ImagePart, Sample, TextPart
 from tests.beside import SHARED
@@ -39,6 +39,47 @@ def test_all_120_answers_of_blinks_table_are_read_as_its_code_reads_them() -> No
     assert len(table) == 120
     for case in table:
         assert read_choice_as_blink(case["answer"], ["x"] * case["options"]) == case["official_letter"], case["answer"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<|box_start|>(100,200),(500,600)<|box_end|>", (0.1, 0.2, 0.5, 0.6)),
+        ("It's in the second image. (100,200),(500,600)", (0.1, 0.2, 0.5, 0.6)),
+        ("[0.1,0.2,0.5,0.6]", (0.1, 0.2, 0.5, 0.6)),
+        ("[0.1, 0.2, 0.5, 0.6]", (0.1, 0.2, 0.5, 0.6)),
+        ("(0.1,0.2),(0.5,0.6)", (0.1, 0.2, 0.5, 0.6)),
+        ("(0.1, 0.2, 0.5, 0.6)", (0.1, 0.2, 0.5, 0.6)),
+        ("[100, 200, 500, 600]", (0.1, 0.2, 0.5, 0.6)),
+        ("<ref>x</ref><box>[[100, 200, 500, 600]]</box>", (0.1, 0.2, 0.5, 0.6)),
+        ("<box>100 200 500 600</box>", (0.1, 0.2, 0.5, 0.6)),
+        ('```json\n{"bbox_2d": [100, 200, 500, 600], "label": "x"}\n```', (0.1, 0.2, 0.5, 0.6)),
+    ],
+)
+def test_official_extraction_reads_every_form(text: str, expected) -> None:
+    assert extract_box_officially(text) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[0.0,0.15,1.0,0.5]", (0.0, 0.15, 0.001, 0.5)),  # a lone 1.0 is taken for one thousandth
+        ("[0.0,0.15,1.0,0.5] [0.1,0.1,0.2,0.2]", (0.0, 0.15, 1.0, 0.5)),  # not so among several
+        ("[0, 0.1, 1, 0.5]", None),  # integers and decimals mixed
+        ("(0.1,0.2), (0.5,0.6)", None),  # a space between the points
+        ("(1,0),(1000,1)", (0.001, 0.0, 1.0, 0.001)),
+        ("(1,0),(1000,1) (2,2),(3,3)", (1.0, 0.0, 1.0, 1.0)),
+        ("(300,400),(500,600) then (1,2),(3,4)", (0.3, 0.4, 0.5, 0.6)),  # the first of several
+        ("[0.1,0.2,0.3,0.4] (300,400),(500,600)", (0.3, 0.4, 0.5, 0.6)),  # the first form, not the first place
+        ("[1280, 720, 1400, 900]", (1.28, 0.72, 1.4, 0.9)),  # pixels are divided too
+        ("[-0.1, 0.2, 0.3, 0.4]", None),
+        ("no box", None),
+        ("", None),
+    ],
+)
+def test_official_extraction_keeps_its_quirks(text: str, expected) -> None:
+    box = extract_box_officially(text)
+    assert box is None if expected is None else box == pytest.approx(expected)
 
 
 # ---- MIG-Bench: made answers, read once more without regular expressions ----
@@ -238,7 +279,7 @@ def test_scoring_gives_blinks_reader_the_options_of_the_question() -> None:
     official = Rule(source="test", reader="blink")
     for choices, correct in ((("x", "y"), True), (("x", "y", "z"), False)):
         sample = Sample("c/0", "c", "t", ("a",), (ImagePart(0), TextPart("?")), ChoiceAnswer("B", choices))
-        prediction = predict(sample, Reply("(B) and not (C) here", ()), BoxFormat.ABSOLUTE_PIXELS, rule, official)
+        prediction = score_reply(sample, Reply("(B) and not (C) here", ()), BoxFormat.ABSOLUTE_PIXELS, rule, official)
         assert prediction.official_correct == correct  # (C) is an option of the second question only
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from datamodules.benchmarks.mig_bench import TASKS, load_images, load_mig_bench
+from datamodules.benchmarks.mig_bench import TASKS, load_files, load_mig_bench
 from datamodules.encoding.messages import PromptStyle, build_messages, target_text
+from datamodules.images.image_files import load_images
 from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import BoxPart, ImagePart, LoadedSample, TextPart
 from datamodules.streaming.shards import read_manifest
@@ -60,8 +61,9 @@ def test_records_have_the_real_benchmark_s_six_fields(records: list[dict]) -> No
 
 def test_the_real_loader_reads_it_and_finds_each_target(benchmark: tuple[Path, frozenset[str]]) -> None:
     root, _ = benchmark
-    samples, report = load_mig_bench(root / "MIG-Bench/MIG_data.json", root)
-    assert report.boxes == ()
+    benchmark_files = load_files(root / "MIG-Bench/MIG_data.json", root)
+    samples = benchmark_files.samples
+    assert not benchmark_files.dropped
     for position, sample in enumerate(samples):
         puzzle = benchmark_puzzle(TASKS[position // PER_TASK], position % PER_TASK)
         assert sample.task == puzzle.task
@@ -77,7 +79,7 @@ def test_the_real_loader_reads_it_and_finds_each_target(benchmark: tuple[Path, f
 def test_the_answer_in_additional_info_reaches_no_prompt(
     benchmark: tuple[Path, frozenset[str]], records: list[dict]
 ) -> None:
-    samples, _ = load_mig_bench(benchmark[0] / "MIG-Bench/MIG_data.json")
+    samples = load_mig_bench(benchmark[0] / "MIG-Bench/MIG_data.json")
     checked = 0
     for sample, record in zip(samples, records, strict=True):
         if sample.task != "group_grounding":
@@ -115,10 +117,11 @@ def test_the_validation_questions_are_others_than_the_benchmark_s(
 ) -> None:
     root, hashes = benchmark
     assert not write_benchmark(tmp_path / "validation", PER_TASK, VALIDATION) & hashes
-    samples, report = load_mig_bench(tmp_path / "validation/MIG-Bench/MIG_data.json", tmp_path / "validation")
-    assert report.boxes == () and len(samples) == PER_TASK * len(TASKS)
+    validation = load_files(tmp_path / "validation/MIG-Bench/MIG_data.json", tmp_path / "validation")
+    samples = validation.samples
+    assert not validation.dropped and len(samples) == PER_TASK * len(TASKS)
     assert [load_images(sample, tmp_path / "validation").images for sample in samples] != [
-        load_images(sample, root).images for sample in load_mig_bench(root / "MIG-Bench/MIG_data.json", root)[0]
+        load_images(sample, root).images for sample in load_mig_bench(root / "MIG-Bench/MIG_data.json")
     ]
 
 

@@ -2,15 +2,21 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from datamodules.metrics.mig_scoring import Prediction, summarise
+from datamodules.benchmarks.mig_bench import AVERAGES, OFFICIAL, RULE
+from datamodules.metrics.predictions import Prediction
 from datamodules.persistence.files import read_json, write_json
+from datamodules.samples.boxes import BoxFormat
+from datamodules.samples.sample import BoxAnswer
 from experiments.reports import ablation_report
 from experiments.reports.ablation_summary import Comparison
 from experiments.runs.results import Results, make_stage, read_results, write_results
+from lightning_modules.metrics.summary import summarise
+from tests.experiments.phase_results import write_mig_bench
 
 TASKS = ("diff", "region", "reasoning", "multi_view")
 STARTS = {"base": "base", "sft": "base", "cot_sft": "base", "grpo": "cot_sft"}
@@ -18,20 +24,33 @@ STARTS = {"base": "base", "sft": "base", "cot_sft": "base", "grpo": "cot_sft"}
 
 def add_stage(folder: Path, name: str, num_right: int, num_questions: int = 20) -> None:
     """A finished stage whose answers to the first `num_right` questions of every task are right."""
+    truth = BoxAnswer(0, (0, 0, 1, 1), "")
     predictions = [
-        Prediction(f"{task}/{k}", task, "\u2028", (0, 0, 1, 1), None, k < num_right, None, 0, True, None, 3, True)
+        Prediction(
+            f"{task}/{k}",
+            task,
+            task,
+            truth,
+            "\u2028",
+            BoxFormat.NORMALIZED,
+            (),
+            3,
+            True,
+            None,
+            value=float(k < num_right),
+            correct=k < num_right,
+            well_formed=True,
+        )
         for task in TASKS
         for k in range(num_questions)
     ]
-    summary = summarise(predictions)
-    write_json(folder / name / "mig_bench.json", {"limit_per_task": None} | summary)
+    result = summarise(predictions, RULE, OFFICIAL, AVERAGES)
+    write_mig_bench(folder / name, result, predictions)
     if name != "base":
         write_json(folder / name / "started.json", {"key": "k", "commit": f"{name}{num_right}"})
-    lines = [json.dumps(prediction.to_json(), ensure_ascii=False) + "\n" for prediction in predictions]
-    (folder / name / "predictions.jsonl").write_text("".join(lines))
     path = folder / "results.json"
     results = read_results(path) if path.is_file() else Results(folder.name, 0, "abc123")
-    write_results(path, results.with_stage(make_stage(name, summary, 90)))
+    write_results(path, replace(results, stages=(*results.stages, make_stage(name, result, 90))))
 
 
 @pytest.fixture
@@ -88,7 +107,7 @@ def test_aims_are_told_with_their_figure_whether_reached_or_not(tmp_path: Path, 
 
 def test_a_comparison_without_a_seed_or_without_answers_says_so(tmp_path: Path, folders) -> None:
     comparisons = [Comparison("grpo", "sft", at_least=9.04), Comparison("grpo", "extra", more_than=0)]
-    (folders[0] / "grpo" / "predictions.jsonl").unlink()
+    (folders[0] / "grpo/benchmarks/mig_bench/predictions.jsonl").unlink()
     add_stage(folders[1], "extra", 3, num_questions=19)
     starts = STARTS | {"extra": "base"}
     text = ablation_report.write(tmp_path / "home", folders, starts, comparisons)

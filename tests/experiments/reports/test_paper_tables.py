@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 
 import pytest
 
 from datamodules.benchmarks.mig_bench import TASKS
 from datamodules.benchmarks.registry import BENCHMARKS
-from datamodules.metrics.mig_scoring import Prediction
-from datamodules.metrics.predictions import write_evaluation
+from datamodules.metrics.result_files import write_evaluation
 from experiments import print_tables
 from experiments.reports import paper_tables
 from experiments.reports.pipeline_report import render_report
 from experiments.runs.results import Results, write_results
+from tests.experiments import phase_results
 
 # Rows whose printed AVG is not the mean of their cells (docs/paper_contradictions.md).
 CONTRADICTIONS = {(2, "LLaVA-OV-72B"), (8, "Qwen2.5-VL-7B"), (8, "+ SFT"), (9, "Qwen2.5-VL-7B")}
 
 
-def cell(score: float, n: int = 10) -> dict:
-    return {"score": score, "low": score - 1, "high": score + 1, "n": n}
-
-
 def write_result(folder: Path, name: str, columns: dict[str, float], averages: dict[str, float], **changes) -> None:
     result = {"benchmark": name, "model": "m", "data_root": "d", "limit": None, "generation": "greedy", "n": 10}
     result |= {"rule": {}, "official": {}, "failures": {}}
-    result["columns"] = {name: cell(score) for name, score in columns.items()}
-    result["averages"] = {name: cell(score) for name, score in averages.items()}
+    result["columns"] = {name: phase_results.cell(score, 10) for name, score in columns.items()}
+    result["averages"] = {name: phase_results.cell(score, 10) for name, score in averages.items()}
     write_evaluation(folder, [], result | changes)
 
 
@@ -88,24 +83,17 @@ def test_table_4_averages_three_benchmarks_and_only_whole_rows(tmp_path: Path) -
     assert average["score"] == pytest.approx(50.0) and average["low"] < 50 < average["high"] and average["n"] == 50
 
 
-def write_phase(folder: Path, finished: bool = True, limit: int | None = None) -> None:
-    """What a pipeline leaves: two questions of each task, one right."""
-    folder.mkdir(parents=True)
-    box = (0.0, 0.0, 1.0, 1.0)
-    predictions = [
-        Prediction(f"mig_bench/{t}{k}", t, "one\u2028line", box, box, float(k), box, float(k), True, None, 1, True)
-        for t in TASKS
-        for k in range(2)
-    ]
-    lines = (json.dumps(p.to_json(), ensure_ascii=False) + "\n" for p in predictions)
-    (folder / "predictions.jsonl").write_text("".join(lines))
-    summary = {"n": 20 if finished else 40, "limit_per_task": limit, "generation": "greedy"}
-    (folder / "mig_bench.json").write_text(json.dumps(summary))
+def write_phase(folder: Path, limit: int | None = None, aside: bool = False) -> None:
+    """MIG-Bench of a phase: one right of two questions of each task."""
+    columns = dict.fromkeys(TASKS, 50.0)
+    name = "mig_bench" + ("" if limit is None else f"-limit{limit}") + ("-0123456789abcdef" if aside else "")
+    averages = {"avg": 50.0, "in_domain": 50.0, "out_of_domain": 50.0}
+    write_result(folder / "benchmarks" / name, "mig_bench", columns, averages, limit=limit)
 
 
 def test_a_pipelines_phases_stand_in_the_mig_bench_tables_and_in_the_report(tmp_path: Path) -> None:
     write_phase(tmp_path / "nano/grpo")
-    write_phase(tmp_path / "nano/sft", finished=False)
+    write_phase(tmp_path / "nano/sft", aside=True)
     write_phase(tmp_path / "nano/cot_sft", limit=2)
     write_phase(tmp_path / "nano/grpo.0123abcd")
     write_results(tmp_path / "nano/results.json", Results("nano", 0, "abc"))
@@ -123,26 +111,30 @@ def test_a_pipelines_phases_stand_in_the_mig_bench_tables_and_in_the_report(tmp_
 def test_a_row_that_was_decoded_otherwise_says_so_and_is_mixed_with_no_other(tmp_path: Path) -> None:
     write_result(tmp_path / "eval/m/blink", "blink", {"Jigsaw": 50.0}, {})
     write_result(tmp_path / "eval/m/blink-model-generation", "blink", {"Jigsaw": 60.0}, {}, generation="model")
-    write_result(tmp_path / "eval/old/blink", "blink", {"Jigsaw": 70.0}, {}, model="old")
-    old = tmp_path / "eval/old/blink/result.json"
-    record = json.loads(old.read_text())
-    del record["generation"]  # as of earlier versions
-    old.write_text(json.dumps(record))
     write_phase(tmp_path / "nano/grpo")
     write_results(tmp_path / "nano/results.json", Results("nano", 0, "abc"))
-    write_result(tmp_path / "nano/grpo/benchmarks/blink", "blink", {"Jigsaw": 80.0}, {}, generation="model")
+    write_result(
+        tmp_path / "nano/grpo/benchmarks/blink-model-generation", "blink", {"Jigsaw": 80.0}, {}, generation="model"
+    )
     measured = paper_tables.find_measured(tmp_path)
     assert {label: cells["blink/Jigsaw"]["score"] for label, cells in measured.items() if "blink/Jigsaw" in cells} == {
         "m (d)": 50.0,
         "m (d), the model's own generation settings": 60.0,
-        "old (d), decoding unknown: evaluate again": 70.0,
         "nano/grpo, the model's own generation settings": 80.0,
     }
     assert "mig_bench/avg" in measured["nano/grpo"]
 
 
+def test_results_of_an_earlier_version_are_left_out_and_named(tmp_path: Path, capsys) -> None:
+    write_result(tmp_path / "eval/m/blink", "blink", {"Jigsaw": 50.0}, {})
+    (tmp_path / "eval/old/blink").mkdir(parents=True)
+    (tmp_path / "eval/old/blink/result.json").write_text('{"benchmark": "blink"}')
+    assert list(paper_tables.find_measured(tmp_path)) == ["m (d)"]
+    assert "left out: " in (said := capsys.readouterr().out) and "eval/old/blink/result.json" in said
+
+
 def test_a_broken_result_is_a_short_error(tmp_path: Path) -> None:
     (tmp_path / "eval/m/blink").mkdir(parents=True)
-    (tmp_path / "eval/m/blink/result.json").write_text('{"benchmark": "blink"}')
-    with pytest.raises(SystemExit, match=r"no tables: .*result\.json lacks model"):
+    (tmp_path / "eval/m/blink/result.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"no tables: .*result\.json is damaged"):
         print_tables.main(["--outputs", str(tmp_path)])

@@ -11,8 +11,8 @@ from PIL import Image
 from experiments.reports import pipeline_report, svg_charts
 from experiments.runs import run_identity
 from experiments.runs.results import Results, make_stage, write_results
+from tests.experiments.phase_results import summary
 from tests.experiments.runs.test_metrics_csv import attempt
-from tests.experiments.runs.test_results import summary
 
 
 @pytest.fixture

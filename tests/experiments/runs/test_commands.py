@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from datamodules.synthetic.benchmark_replicas import write
-from experiments import ablations, evaluate, evaluate_benchmarks, pipeline, synthesize, train
+from experiments import ablations, evaluate, pipeline, synthesize, train
 from experiments.runs.commands import refuse_credentials
 from experiments.runs.renamed_settings import MOVED, RENAMED
 from tests.chat_server import ChatServer, http_response
@@ -17,10 +17,10 @@ ROOT = Path(__file__).resolve().parents[3]
 SECRET = "PASSW0RD"
 NANO = "experiments/configs/nano"
 PLANTED = {
-    "an endpoint's URL": (evaluate_benchmarks, ["--endpoint.base_url", f"http://user:{SECRET}@127.0.0.1:1/v1"]),
-    "a token in a URL": (evaluate_benchmarks, [f"--endpoint.base_url=http://{SECRET}@127.0.0.1:1/v1"]),
-    "an extractor's URL": (evaluate_benchmarks, [f"--extractor.base_url=http://user:{SECRET}@127.0.0.1:1/v1"]),
-    "a key as a field": (evaluate_benchmarks, [f'--endpoint.extra_body={{"api_key": "{SECRET}"}}']),
+    "an endpoint's URL": (evaluate, ["--endpoint.base_url", f"http://user:{SECRET}@127.0.0.1:1/v1"]),
+    "a token in a URL": (evaluate, [f"--endpoint.base_url=http://{SECRET}@127.0.0.1:1/v1"]),
+    "an extractor's URL": (evaluate, [f"--extractor.base_url=http://user:{SECRET}@127.0.0.1:1/v1"]),
+    "a key as a field": (evaluate, [f'--endpoint.extra_body={{"api_key": "{SECRET}"}}']),
     "a key in place of its variable": (synthesize, [f"--endpoint.api_key_env=sk-{SECRET}0123456789"]),
     "a key in a query": (synthesize, [f"--endpoint.base_url=http://127.0.0.1:1/v1?api_key={SECRET}"]),
     "a model's URL": (evaluate, [f"--model=https://user:{SECRET}@huggingface.co/a/b"]),
@@ -62,7 +62,7 @@ def test_a_secret_in_a_configuration_is_named_by_its_line(tmp_path: Path, capfd:
     config.write_text(f"model: gpt-4o\nendpoint:\n  base_url: http://user:{SECRET}@127.0.0.1:1/v1\n")
     for args in (["--config", str(config)], [f"--config={config}"]):
         with pytest.raises(SystemExit, match=r"mine\.yaml, line 3, holds a URL with") as caught:
-            evaluate_benchmarks.main(args)
+            evaluate.main(args)
         assert SECRET not in str(caught.value) + "".join(capfd.readouterr())
 
 
@@ -92,22 +92,22 @@ def test_secrets_of_the_environment_are_in_no_output(
     status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     """The server answers well, or refuses and repeats the key and the login that it was sent."""
-    monkeypatch.setattr(write, "TWINS", {key: (*value[:2], 2) for key, value in write.TWINS.items()})
+    monkeypatch.setattr(write, "REPLICAS", {key: (*value[:2], 2) for key, value in write.REPLICAS.items()})
     secrets = {"MY_KEY": "plain-key-of-mine", "MY_LOGIN": f"user:{SECRET}"}
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
     echo = f'{{"error": {{"message": "who is plain-key-of-mine, {SECRET}?"}}}}'.encode()
     answer = "The answer is B." if status == 200 else http_response(status, echo)
     with ChatServer(lambda request: answer) as server:
-        args = ["--model=gpt-4o", "--bench=blink", "--twins=true", "--decoding.max_new_tokens=6"]
+        args = ["--model=gpt-4o", "--bench=blink", "--replicas=true", "--decoding.max_new_tokens=6"]
         args += ["--endpoint.attempts=1", f"--endpoint.base_url={server.base_url}", f"--data_root={tmp_path / 'data'}"]
         args += ["--endpoint.api_key_env=MY_KEY", "--endpoint.basic_auth_env=MY_LOGIN", f"--output={tmp_path / 'out'}"]
         if status == 200:
-            evaluate_benchmarks.main(args)
+            evaluate.main(args)
             shown = ""
         else:
             with pytest.raises(SystemExit, match=r"who is \*\*\*, \*\*\*\?") as caught:
-                evaluate_benchmarks.main(args)
+                evaluate.main(args)
             shown = str(caught.value)
         assert server.requests
     shown += "".join(capfd.readouterr())

@@ -6,23 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from datamodules.metrics.result_files import OtherVersion
 from experiments.runs import results
-from experiments.runs.results import Results, make_stage, read_results, write_results
-
-
-def summary(avg: float = 50.0, **changes: object) -> dict:
-    bench = {
-        "avg": avg,
-        "in_domain": 60.0,
-        "out_of_domain": 43.3,
-        "tasks": {"diff": 60.0, "reasoning": 43.3},
-        "format_rate": 99.0,
-        "parse_failures": {"no_box": 2},
-        "n": 200,
-        "mean_iou": 0.4,
-        "official": {},
-    }
-    return bench | changes
+from experiments.runs.results import Results, find_mig_bench, make_stage, read_mig_bench, read_results, write_results
+from tests.experiments.phase_results import summary, write_mig_bench
 
 
 def test_written_results_are_read_back_equal(tmp_path: Path) -> None:
@@ -35,55 +22,53 @@ def test_written_results_are_read_back_equal(tmp_path: Path) -> None:
 def test_a_stage_keeps_exactly_the_agreed_keys(tmp_path: Path) -> None:
     write_results(tmp_path / "results.json", Results("nano", 0, "abc", (make_stage("base", summary(), 1),)))
     record = json.loads((tmp_path / "results.json").read_text())
-    assert list(record) == ["experiment", "seed", "commit", "stages"]
+    assert list(record) == ["version", "experiment", "seed", "commit", "stages"]
     assert list(record["stages"][0]) == ["name", "mig_bench", "seconds"]
     assert set(record["stages"][0]["mig_bench"]) == {
         "avg", "in_domain", "out_of_domain", "tasks", "format_rate", "parse_failures", "n",
     }  # fmt: skip
 
 
-def test_stages_stand_in_the_order_in_which_they_ran() -> None:
-    ladder = Results("nano", 0, "abc")
-    for name in ("base", "grpo", "cot_sft"):
-        ladder = ladder.with_stage(make_stage(name, summary(), 1))
-    assert [stage.name for stage in ladder.stages] == ["base", "grpo", "cot_sft"]
-    assert (ladder.experiment, ladder.seed, ladder.commit) == ("nano", 0, "abc")
+def test_a_stage_is_made_of_the_result_of_its_evaluation() -> None:
+    result = summary(12.0)
+    del result["averages"]["out_of_domain"]  # no task of it was asked
+    assert make_stage("base", result, 1.26).mig_bench == {
+        "avg": 12.0, "in_domain": 60.0, "out_of_domain": None, "tasks": {"diff": 60.0, "reasoning": 43.3},
+        "format_rate": 99.0, "parse_failures": {"no_box": 2}, "n": 200,
+    }  # fmt: skip
 
 
-def test_a_summary_without_a_key_is_refused_by_name() -> None:
-    incomplete = summary()
-    del incomplete["format_rate"], incomplete["n"]
-    with pytest.raises(ValueError, match=r"'base'.*format_rate.*n"):
-        make_stage("base", incomplete, 1)
+def test_a_number_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_results(tmp_path / "results.json", Results("a", 0, "c", (make_stage("base", summary(float("nan")), 1),)))
+    assert not (tmp_path / "results.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("changes", "fault"),
-    [
-        ({"avg": float("nan")}, "avg is nan"),
-        ({"avg": 100.2}, "avg is 100.2"),
-        ({"avg": None}, "avg is None"),
-        ({"tasks": {"diff": -1}}, "task 'diff' is -1"),
-        ({"tasks": {}}, "tasks is empty"),
-        ({"n": 0}, "n is 0"),
-        ({"parse_failures": 3}, "parse_failures is 3"),
-    ],
-)
-def test_impossible_numbers_are_never_written(tmp_path: Path, changes: dict, fault: str) -> None:
-    path = tmp_path / "results.json"
-    with pytest.raises(ValueError, match=fault):
-        write_results(path, Results("nano", 0, "abc", (make_stage("base", summary(**changes), 1),)))
-    assert not path.exists()
+def test_a_phases_result_is_that_of_all_questions_if_there_is_one(tmp_path: Path) -> None:
+    phase = tmp_path / "grpo"
+    assert find_mig_bench(phase) is None and read_mig_bench(phase) == {}
+    some = write_mig_bench(phase, summary(10.0, limit=20)).rename(phase / "benchmarks/mig_bench-limit20")
+    assert find_mig_bench(phase) == some
+    write_mig_bench(phase, summary(30.0))
+    assert read_mig_bench(phase)["averages"]["avg"]["score"] == 30.0
+
+
+def test_an_evaluation_of_an_earlier_version_is_refused_with_the_cure(tmp_path: Path) -> None:
+    (tmp_path / "mig_bench.json").write_text("{}")
+    with pytest.raises(OtherVersion, match=r"mig_bench\.json was written by an earlier version.*make pipeline"):
+        find_mig_bench(tmp_path)
+    write_mig_bench(tmp_path, summary())
+    assert find_mig_bench(tmp_path) == tmp_path / "benchmarks/mig_bench", "evaluated again"
 
 
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
         ("{", "not valid JSON"),
-        ("[]", "expected an object"),
-        ('{"experiment": "a", "seed": "0", "commit": "c", "stages": []}', "seed is missing or of the wrong type"),
-        ('{"experiment": "a", "seed": 0, "commit": "c", "stages": [{"name": "base"}]}', "exactly name, mig_bench"),
-        ('{"experiment": "a", "seed": 0, "commit": "c", "stages": [], "more": 1}', "unknown field 'more'"),
+        ("[]", "was written by an earlier version of the project: the command that made it"),
+        ('{"experiment": "a", "seed": 0, "commit": "c", "stages": []}', "an earlier version"),
+        ('{"version": 2, "experiment": "a", "seed": 0, "commit": "c", "stages": [{"name": "base"}]}', "is damaged"),
+        ('{"version": 2, "experiment": "a", "seed": 0, "commit": "c"}', "is damaged"),
     ],
 )
 def test_a_damaged_file_is_named_with_its_fault(tmp_path: Path, text: str, fault: str) -> None:
@@ -91,12 +76,6 @@ def test_a_damaged_file_is_named_with_its_fault(tmp_path: Path, text: str, fault
     with pytest.raises(ValueError, match=fault) as caught:
         read_results(tmp_path / "results.json")
     assert "results.json" in str(caught.value)
-
-
-def test_the_same_stage_twice_is_a_fault(tmp_path: Path) -> None:
-    stage = make_stage("base", summary(), 1)
-    with pytest.raises(ValueError, match="'base' stands twice"):
-        write_results(tmp_path / "results.json", Results("nano", 0, "abc", (stage, stage)))
 
 
 def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

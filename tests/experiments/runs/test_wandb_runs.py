@@ -57,12 +57,13 @@ def test_every_name_that_a_run_logs_is_documented(workbench: Workbench, seen: di
 
 
 def test_an_evaluation_brings_its_settings_and_drawn_boxes(workbench: Workbench, seen: dict[str, Any]) -> None:
-    settings = workbench.benchmark | {"model": str(workbench.model), "decoding": {"max_new_tokens": 4}}
-    config = workbench.write_yaml("eval", settings | {"output": str(workbench.outputs / "tiny-seed3" / "base")})
-    evaluate.main(["--config", config])
+    settings = {"data_root": str(workbench.root), "model": str(workbench.model), "decoding": {"max_new_tokens": 4}}
+    home = workbench.outputs / "tiny-seed3" / "base" / "benchmarks"
+    evaluate.main(["--config", workbench.write_yaml("eval", settings | {"output": str(home)})])
     assert seen["names"] >= {"mig_bench/avg", "mig_bench/official_avg"}
     assert seen["names"] - documented_names() == set()
-    assert seen["config"]["evaluation"]["max_new_tokens"] == 4 and seen["config"]["evaluation"]["commit"]
+    assert seen["config"]["evaluation"]["predictor"]["decoding"]["max_new_tokens"] == 4
+    assert seen["config"]["evaluation"]["commit"]
     assert set(seen["tags"]) == {"tiny", "seed3", "base"}
     pictures = seen["tables"]["previews"].get_column("preview")
     assert len(pictures) == 2 and all(isinstance(picture, wandb.Image) for picture in pictures)

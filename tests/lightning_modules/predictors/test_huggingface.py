@@ -11,6 +11,7 @@ from datamodules.encoding.chat_request import RequestForm
 from datamodules.encoding.model_families import find_model_family
 from datamodules.samples.boxes import BoxFormat
 from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, SampleError, TextPart
+from lightning_modules.predictors.base import Decoding
 from lightning_modules.predictors.huggingface import HuggingFacePredictor
 from tests.conftest import QUESTIONS, random_png
 from tests.image_text_models import internvl, llava_onevision, qwen2_vl, save_model
@@ -36,7 +37,7 @@ def load(sample: Sample) -> LoadedSample:
 )
 def test_a_family_that_transformers_knows_answers(build, box_format: BoxFormat, tmp_path: Path) -> None:
     folder = save_model(build, tmp_path / "model")
-    predictor = HuggingFacePredictor(str(folder), RequestForm(find_model_family(build.__name__, "")), max_tokens=6)
+    predictor = HuggingFacePredictor(str(folder), RequestForm(find_model_family(build.__name__, "")), Decoding(6))
     gone = Sample("gone", "test", "refer", SAMPLE.images, SAMPLE.messages, SAMPLE.answer)
     (first, answer), (_, refused), (_, again) = predictor.answers([SAMPLE, gone, SAMPLE], load)
     assert predictor.box_format == box_format and first is SAMPLE
@@ -47,7 +48,7 @@ def test_a_family_that_transformers_knows_answers(build, box_format: BoxFormat, 
 
 def test_pixels_that_the_processor_would_change_are_an_error(tiny_model_dir: Path) -> None:
     model_family = find_model_family("qwen2_5_vl", "")
-    predictor = HuggingFacePredictor(str(tiny_model_dir), RequestForm(model_family, max_pixels=28_900), max_tokens=2)
+    predictor = HuggingFacePredictor(str(tiny_model_dir), RequestForm(model_family, max_pixels=28_900), Decoding(2))
     ((_, answer),) = predictor.answers([SAMPLE], load)
     assert [sizes.resized for sizes in answer.image_sizes] == [(84, 56), (56, 84)]
     predictor.form = RequestForm(model_family, min_pixels=200_000)

@@ -9,10 +9,10 @@ import pytest
 
 from datamodules.encoding.chat_request import RequestForm
 from datamodules.encoding.model_families import find_model_family
-from datamodules.predictors import UNANSWERED
 from datamodules.samples.boxes import BoxFormat
 from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, SampleError, TextPart
 from datamodules.samples.scores import score_text
+from lightning_modules.predictors.base import UNANSWERED, Decoding
 from lightning_modules.predictors.openai_endpoint import OpenAIPredictor
 from lightning_modules.serving.openai_client import EndpointMisused, EndpointSettings, EndpointUnavailable
 from tests.chat_server import ChatServer, http_response, question_text
@@ -39,7 +39,7 @@ def reply(request: dict) -> str | bytes:
 
 def predictor(base_url: str, **patience) -> OpenAIPredictor:
     settings = EndpointSettings("OpenGVLab/InternVL2-8B", base_url, concurrency=2, **patience)
-    return OpenAIPredictor(settings, RequestForm(find_model_family("auto", settings.model)), max_tokens=128)
+    return OpenAIPredictor(settings, RequestForm(find_model_family("auto", settings.model)), Decoding(128))
 
 
 def test_every_sample_gets_one_reply_that_is_read_in_the_dialect() -> None:

@@ -13,17 +13,15 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from callbacks.evaluation import EvaluationSettings
-from callbacks.mig_bench import evaluate_mig_bench
-from callbacks.policy_predictor import PolicyPredictor
 from datamodules.encoding.chat_request import RequestForm
 from datamodules.encoding.encoder import EncodedSample, Encoder
 from datamodules.encoding.model_families import find_model_family
 from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
-from experiments.evaluation.choose_predictor import make_engine
 from lightning_modules.models.qwen_vl import QwenVL
+from lightning_modules.predictors.base import Decoding
 from lightning_modules.predictors.huggingface import HuggingFacePredictor
 from lightning_modules.predictors.openai_endpoint import OpenAIPredictor
+from lightning_modules.predictors.policy import PolicyPredictor
 from lightning_modules.rollouts.base import NativeEngine, RolloutSettings
 from lightning_modules.serving.generation_rules import NEUTRAL, configure
 from lightning_modules.serving.openai_client import EndpointMisused, EndpointSettings
@@ -78,14 +76,13 @@ def texts(predictor) -> list[tuple[str, int]]:
 
 def image_text(model: Path, generation: str = "greedy") -> HuggingFacePredictor:
     form = RequestForm(find_model_family("qwen2_5_vl"), "plain", max_pixels=28_900)
-    return HuggingFacePredictor(str(model), form, LENGTH, generation=generation)
+    return HuggingFacePredictor(str(model), form, Decoding(LENGTH, generation=generation))
 
 
 def native(model: Path, generation: str = "greedy") -> PolicyPredictor:
     encoder = Encoder(str(model), "absolute_pixels", "plain", 4096, LENGTH, with_target=False)
     policy = QwenVL(str(model)).eval()
-    settings = EvaluationSettings(LENGTH, 4)
-    return PolicyPredictor(policy, make_engine(policy, generation), encoder, settings, generation)
+    return PolicyPredictor(policy, NativeEngine(policy), encoder, Decoding(LENGTH, 4, generation))
 
 
 def test_two_predictors_give_the_same_answers_of_the_same_weights(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -179,13 +176,7 @@ def test_a_greedy_answer_may_hold_any_special_token_but_a_placeholder(
 
 
 def test_every_predictor_in_this_process_bans_placeholders_alone(box_writer: Path) -> None:
-    found = texts(native(box_writer))
-    assert found == texts(image_text(box_writer))
-    predictor, settings = native(box_writer), EvaluationSettings(LENGTH, 4)
-    predictions = evaluate_mig_bench(
-        predictor.policy, predictor.engine, predictor.encoder, SAMPLES, load, settings, show_progress=False
-    )
-    assert found == [(prediction.text, prediction.num_tokens) for prediction in predictions]
+    assert texts(native(box_writer)) == texts(image_text(box_writer))
 
 
 def test_training_still_samples_no_special_token(
@@ -203,7 +194,8 @@ def test_training_still_samples_no_special_token(
 
 def endpoint(base_url: str, generation: str = "greedy", **more) -> OpenAIPredictor:
     settings = EndpointSettings("InternVL", base_url, **more)
-    return OpenAIPredictor(settings, RequestForm(find_model_family("internvl")), LENGTH, generation)
+    form = RequestForm(find_model_family("internvl"))
+    return OpenAIPredictor(settings, form, Decoding(LENGTH, generation=generation))
 
 
 def test_a_server_is_told_every_rule_and_under_model_none() -> None:

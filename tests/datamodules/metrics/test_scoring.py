@@ -1,4 +1,4 @@
-"""Rules, averages and intervals of benchmark results; MIG-Bench's official reading on all real annotations."""
+"""The score of one answer by a rule; MIG-Bench's official reading on all real annotations."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from datamodules.benchmarks import mig_bench_suite
-from datamodules.benchmarks.base import Prediction, Rule
+from datamodules.benchmarks import mig_bench
+from datamodules.benchmarks.base import Rule
 from datamodules.benchmarks.mig_bench import load_mig_bench
-from datamodules.metrics.predictions import PREDICTIONS, read_predictions, write_evaluation
-from datamodules.metrics.summary import interval_cells, predict, rescore, summarise
-from datamodules.predictors import Reply
+from datamodules.metrics.predictions import Prediction, Reply
+from datamodules.metrics.result_files import PREDICTIONS, OtherVersion, read_predictions, read_result, write_evaluation
+from datamodules.metrics.scoring import rescore, score_reply
 from datamodules.samples.boxes import Box, BoxFormat, ImageSizes, iou
 from datamodules.samples.sample import BoxAnswer, ChoiceAnswer, ImagePart, Sample, TextPart
 from tests.beside import SHARED
@@ -36,7 +35,7 @@ def box_sample(task: str = "t", **extra) -> Sample:
 
 def boxed(text: str, rule: Rule = RULE, **changes) -> Prediction:
     sample = box_sample(changes.pop("task", "t"), **changes)
-    return predict(sample, Reply(text, (SIZES,)), BoxFormat.RELATIVE_1000, rule, RULE)
+    return score_reply(sample, Reply(text, (SIZES,)), BoxFormat.RELATIVE_1000, rule, RULE)
 
 
 def test_a_tie_counts_only_where_the_rule_is_inclusive() -> None:
@@ -52,7 +51,7 @@ def test_the_rule_says_which_box_counts(box, value: float) -> None:
 
 def test_numbers_are_read_in_the_convention_and_never_guessed() -> None:
     text = json.dumps({"bbox_2d": [0, 0, 322, 238]})
-    pixels = predict(box_sample(), Reply(text, (SIZES,)), BoxFormat.ABSOLUTE_PIXELS, RULE, RULE)
+    pixels = score_reply(box_sample(), Reply(text, (SIZES,)), BoxFormat.ABSOLUTE_PIXELS, RULE, RULE)
     assert pixels.value == 1.0 and pixels.read == TRUTH
     assert boxed(text).value < 0.4
 
@@ -63,10 +62,11 @@ def test_forms_of_other_models_are_read(text: str) -> None:
 
 
 def test_an_unreadable_and_a_refused_answer_are_wrong_and_counted() -> None:
-    refused = predict(box_sample(), Reply("", (), refused="truncated_image"), BoxFormat.RELATIVE_1000, RULE, RULE)
-    result = summarise([boxed("no"), boxed(""), boxed(WHOLE), refused], RULE, RULE, {"avg": ("t",)})
-    assert result["failures"] == {"empty": 1, "no_json": 1, "truncated_image": 1}
-    assert result["columns"]["t"]["score"] == 25.0 and result["n"] == 4
+    refused = score_reply(box_sample(), Reply("", (), refused="truncated_image"), BoxFormat.RELATIVE_1000, RULE, RULE)
+    found = [boxed("no"), boxed(""), boxed(WHOLE), refused]
+    assert [(p.failure, p.correct) for p in found] == [
+        ("no_json", False), ("empty", False), (None, True), ("truncated_image", False),
+    ]  # fmt: skip
 
 
 def test_an_image_of_another_size_than_the_annotations_is_wrong_and_counted() -> None:
@@ -77,7 +77,7 @@ def test_an_image_of_another_size_than_the_annotations_is_wrong_and_counted() ->
 def choice(text: str, letter: str = "B") -> Prediction:
     answer = ChoiceAnswer(letter, ("one", "two"))
     sample = Sample("c/0", "c", "t", ("a",), (ImagePart(0), TextPart("?")), answer)
-    return predict(sample, Reply(text, (SIZES,)), BoxFormat.ABSOLUTE_PIXELS, RULE, replace(RULE, reader="mmiu"))
+    return score_reply(sample, Reply(text, (SIZES,)), BoxFormat.ABSOLUTE_PIXELS, RULE, replace(RULE, reader="mmiu"))
 
 
 def test_an_option_is_right_or_wrong_and_an_empty_answer_is_wrong() -> None:
@@ -85,39 +85,6 @@ def test_an_option_is_right_or_wrong_and_an_empty_answer_is_wrong() -> None:
     assert choice("b.").correct and choice("b.").official_correct
     assert not choice("").correct and not choice("").official_correct and choice("").failure == "empty"
     assert not choice("A").correct and choice("A").failure is None
-    assert summarise([choice("B")], RULE, RULE, {"avg": ("t",)})["details"] == {}
-
-
-def test_columns_average_units_or_questions_and_averages_columns_or_questions() -> None:
-    predictions = [boxed(WHOLE, task="u1", column="x")]
-    predictions += [boxed(text, task="u2", column="x") for text in ("no", "no", "no")]
-    predictions += [boxed(WHOLE, task="u3", column="y") for _ in range(4)]
-    averages = {"avg": ("x", "y"), "first": ("x",), "absent": ("x", "z")}
-
-    def scores(rule: Rule) -> list[float]:
-        result = summarise(predictions, rule, rule, averages)
-        assert set(result["averages"]) == {"avg", "first"}
-        assert result["details"]["acc_0.5"] == result["averages"]["avg"]["score"]
-        return [result["columns"]["x"]["score"], result["averages"]["avg"]["score"]]
-
-    assert scores(RULE) == [25.0, 62.5]
-    assert scores(replace(RULE, within="macro")) == [50.0, 75.0]
-    assert scores(replace(RULE, across="micro")) == [25.0, 62.5]  # columns of one size
-    predictions.pop()
-    assert scores(replace(RULE, across="micro"))[1] == pytest.approx(100 * 4 / 7)
-
-
-def test_intervals_are_seeded_and_those_of_resampled_questions() -> None:
-    hits = {"x": {"u": [True] * 30 + [False] * 70}, "y": {"u": [True] * 5 + [False] * 5}}
-    averages = {"avg": ("x", "y")}
-    first = interval_cells(hits, RULE, averages, seed=3)
-    assert first == interval_cells(hits, RULE, averages, seed=3) != interval_cells(hits, RULE, averages, seed=4)
-    rng = np.random.default_rng(0)  # questions drawn one by one
-    draws = {c: rng.choice(values["u"], (4000, len(values["u"]))).mean(1) * 100 for c, values in hits.items()}
-    for cell, drawn in ((first[0]["x"], draws["x"]), (first[1]["avg"], (draws["x"] + draws["y"]) / 2)):
-        low, high = np.percentile(drawn, [2.5, 97.5])
-        assert cell["low"] == pytest.approx(low, abs=1.5) and cell["high"] == pytest.approx(high, abs=1.5)
-        assert cell["low"] < cell["score"] < cell["high"]
 
 
 def test_predictions_survive_json_and_are_scored_again_from_it() -> None:
@@ -129,6 +96,15 @@ def test_predictions_survive_json_and_are_scored_again_from_it() -> None:
         assert rescore(blank, RULE, official) == before
     with pytest.raises(ValueError, match="box_format"):
         Prediction.from_json({k: v for k, v in boxed(HALF).to_json().items() if k != "box_format"})
+
+
+@pytest.mark.parametrize("text", ["{}", '{"version": 1}', "[]"])
+def test_a_result_of_another_version_is_refused_with_the_cure(tmp_path: Path, text: str) -> None:
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(OtherVersion, match=r"result\.json was written by an earlier version.*Evaluate the model again"):
+        read_result(tmp_path / "result.json")
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        read_result(tmp_path / "none.json")
 
 
 def test_a_text_with_a_line_separator_is_read_again(tmp_path: Path) -> None:
@@ -186,7 +162,7 @@ UNIT_FORMS = (
 def real() -> list[Sample]:
     if not REAL.is_file():
         pytest.skip(f"real MIG-Bench annotations not found: {REAL} (set MIG_BENCH_JSON)")
-    samples = load_mig_bench(REAL)[0]
+    samples = load_mig_bench(REAL)
     assert len(samples) == 4295
     return samples
 
@@ -204,7 +180,7 @@ def guesses(samples: list[Sample]) -> list[tuple[Sample, list[float]]]:
 
 def scored(sample: Sample, text: str, box_format: BoxFormat) -> Prediction:
     reply = Reply(text, (SIZES,) * len(sample.images))
-    return predict(sample, reply, box_format, mig_bench_suite.RULE, mig_bench_suite.OFFICIAL)
+    return score_reply(sample, reply, box_format, mig_bench.RULE, mig_bench.OFFICIAL)
 
 
 @pytest.mark.parametrize("form", PER_MILLE_FORMS)
@@ -249,8 +225,8 @@ def test_pixels_are_right_here_and_misread_officially(real) -> None:
         values = sizes.to_model(sample.answer.box, BoxFormat.ABSOLUTE_PIXELS)
         text = json.dumps({"bbox_2d": list(values), "label": ""})
         reply = Reply(text, (sizes,) * len(sample.images))
-        rules = (mig_bench_suite.RULE, mig_bench_suite.OFFICIAL)
-        prediction = predict(sample, reply, BoxFormat.ABSOLUTE_PIXELS, *rules)
+        rules = (mig_bench.RULE, mig_bench.OFFICIAL)
+        prediction = score_reply(sample, reply, BoxFormat.ABSOLUTE_PIXELS, *rules)
         misread = tuple(v / 1000 if v >= 1 else v for v in values)
         assert prediction.official_value == iou(misread, sample.answer.box)
         right += prediction.correct

@@ -18,17 +18,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from callbacks.checkpoints import RunStopped
-from callbacks.encoding import encode_ahead
 from datamodules.encoding.encoder import EncodedSample, Encoder
 from datamodules.persistence.files import Journal, fingerprint, read_journal, read_json, write_atomic, write_json
-from datamodules.predictors import split_windows
+from datamodules.persistence.problems import Problems
 from datamodules.samples.sample import LoadedSample, SampleError
 from datamodules.samples.scores import require_box, score_text
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from datamodules.streaming.shards import ShardReader, ShardWriter, folder_list
 from lightning_modules.models.qwen_vl import QwenVL
+from lightning_modules.predictors.base import split_chunks
+from lightning_modules.predictors.encode_ahead import encode_ahead
 from lightning_modules.rollouts.base import RolloutEngine, RolloutSettings
+from lightning_modules.training.endings import RunStopped
 from lightning_modules.training.seeds import derive_seed
 
 log = logging.getLogger(__name__)
@@ -55,22 +56,15 @@ class RejectionSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        faults = []
-        if self.num_samples < 2:
-            faults.append(f"num_samples={self.num_samples}: to be solved sometimes takes at least 2")
-        for name in ("temperature", "max_new_tokens", "batch_prompts"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                faults.append(f"{name}={value} must be greater than 0")
-        if not 0 <= self.threshold < 1:
-            faults.append(f"threshold={self.threshold} must be in [0, 1)")
-        if not 0 <= self.min_correct <= self.most_correct <= self.num_samples:
-            faults.append(
-                f"min_correct={self.min_correct}, max_correct={self.max_correct} is no range within "
-                f"num_samples={self.num_samples}"
-            )
-        if faults:
-            raise ValueError(f"rejection sampling: {'; '.join(faults)}")
+        problems, most = Problems(), self.num_samples
+        problems.require(most >= 2, ": to be solved sometimes takes at least 2", num_samples=most)
+        problems.positive_or_null(temperature=self.temperature, max_new_tokens=self.max_new_tokens)
+        problems.positive(batch_prompts=self.batch_prompts)
+        problems.require(0 <= self.threshold < 1, "must be in [0, 1)", threshold=self.threshold)
+        in_range = 0 <= self.min_correct <= self.most_correct <= most
+        correct = {"min_correct": self.min_correct, "max_correct": self.max_correct}
+        problems.require(in_range, f"is no range within num_samples={most}", **correct)
+        problems.raise_all("rejection sampling")
 
     @property
     def most_correct(self) -> int:
@@ -113,16 +107,16 @@ def rejection_sample(
     key = rejection_key(policy.processor_path, encoder, source, settings)
     if not is_finished(folder, key):
         reader = ShardReader(source, verify_shards)
-        # The window's number seeds it: which rank samples it, and after which interruption, changes nothing.
-        windows = list(enumerate(split_windows(range(reader.count), settings.batch_prompts)))
+        # A chunk is seeded by its number: which rank samples it, and after which interruption, changes nothing.
+        chunks = list(enumerate(split_chunks(range(reader.count), settings.batch_prompts)))
         journal = Journal(folder / f"journal-{rank}.jsonl", key)
-        done = _read_windows(folder, key)  # those of all ranks there ever were
+        done = _read_chunks(folder, key)  # those of all ranks there ever were
         barrier()  # none has sampled until all have read: the ranks divide one and the same list
-        mine = [window for window in windows if window[0] not in done][rank::world_size]
-        _sample_windows(policy, engine, encoder, reader, mine, settings, journal, show_progress=rank == 0)
+        mine = [chunk for chunk in chunks if chunk[0] not in done][rank::world_size]
+        _sample_chunks(policy, engine, encoder, reader, mine, settings, journal, show_progress=rank == 0)
         if rank == 0:
-            _wait_until(lambda: len(_read_windows(folder, key)) == len(windows))
-            _write_kept(folder, reader, _read_windows(folder, key), settings, key)
+            _wait_until(lambda: len(_read_chunks(folder, key)) == len(chunks))
+            _write_kept(folder, reader, _read_chunks(folder, key), settings, key)
         else:
             _wait_until(lambda: is_finished(folder, key))
     histogram = read_json(folder / "histogram.json")
@@ -158,9 +152,9 @@ def is_finished(folder: str | Path, key: str) -> bool:
     return read_json(Path(folder) / "histogram.json").get("key") == key
 
 
-def _read_windows(folder: Path, key: str) -> dict[int, dict[str, Any]]:
+def _read_chunks(folder: Path, key: str) -> dict[int, dict[str, Any]]:
     records = [record for path in sorted(folder.glob("journal-*.jsonl")) for record in read_journal(path, key)]
-    return {record["window"]: record for record in records}
+    return {record["window"]: record for record in records}  # the field's name in journals that are on disk already
 
 
 def _wait_until(is_so: Callable[[], bool]) -> None:
@@ -170,17 +164,17 @@ def _wait_until(is_so: Callable[[], bool]) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _sample_windows(
+def _sample_chunks(
     policy: QwenVL,
     engine: RolloutEngine,
     encoder: Encoder,
     reader: ShardReader,
-    windows: list[tuple[int, range]],
+    chunks: list[tuple[int, range]],
     settings: RejectionSettings,
     journal: Journal,
     show_progress: bool,
 ) -> None:
-    """Append to `journal` one record for each window: {"window", "outcomes": [...], "rejected": {id: rule}}."""
+    """Append to `journal` one record a chunk: {"window": its number, "outcomes": [...], "rejected": {id: rule}}."""
     rollout_settings = RolloutSettings(
         settings.num_samples, settings.temperature, settings.max_new_tokens, batch_prompts=settings.batch_prompts
     )
@@ -190,25 +184,25 @@ def _sample_windows(
         require_box(loaded.sample)
         return loaded
 
-    encoded = encode_ahead(encoder, [numbers for _, numbers in windows], read)
+    encoded = encode_ahead(encoder, [numbers for _, numbers in chunks], read)
     with tqdm(
-        total=sum(len(numbers) for _, numbers in windows),
+        total=sum(len(numbers) for _, numbers in chunks),
         desc="rejection sampling",
         unit="prompt",
         disable=not show_progress,
     ) as bar:
-        for (window, _), members in zip(windows, encoded, strict=True):
+        for (number, _), members in zip(chunks, encoded, strict=True):
             errors = [error for _, error in members if isinstance(error, SampleError)]
-            known = [(number, item) for number, item in members if isinstance(item, EncodedSample)]
-            generator = torch.Generator(policy.device).manual_seed(derive_seed(settings.seed, window))
+            known = [(place, item) for place, item in members if isinstance(item, EncodedSample)]
+            generator = torch.Generator(policy.device).manual_seed(derive_seed(settings.seed, number))
             items = [item.to(policy.device) for _, item in known]
             groups = engine.generate(items, rollout_settings, generator=generator)
             outcomes = [
-                _outcome(number, item, [rollout.text for rollout in group], encoder, settings.threshold)
-                for (number, item), group in zip(known, groups, strict=True)
+                _outcome(place, item, [rollout.text for rollout in group], encoder, settings.threshold)
+                for (place, item), group in zip(known, groups, strict=True)
             ]
             rejected = {error.sample_id: error.rule for error in errors}
-            journal.append([{"window": window, "outcomes": outcomes, "rejected": rejected}])
+            journal.append([{"window": number, "outcomes": outcomes, "rejected": rejected}])
             bar.update(len(members))
 
 
@@ -220,11 +214,11 @@ def _outcome(number: int, item: EncodedSample, texts: list[str], encoder: Encode
 
 
 def _write_kept(
-    folder: Path, reader: ShardReader, windows: dict[int, dict[str, Any]], settings: RejectionSettings, key: str
+    folder: Path, reader: ShardReader, chunks: dict[int, dict[str, Any]], settings: RejectionSettings, key: str
 ) -> None:
     """Write shards/ and kept.jsonl in the order of the source; last, as the sign that all is there, histogram.json."""
-    outcomes = [outcome for window in sorted(windows) for outcome in windows[window]["outcomes"]]
-    rejected = Counter(rule for window in windows.values() for rule in window["rejected"].values())
+    outcomes = [outcome for number in sorted(chunks) for outcome in chunks[number]["outcomes"]]
+    rejected = Counter(rule for chunk in chunks.values() for rule in chunk["rejected"].values())
     kept = [outcome for outcome in outcomes if settings.min_correct <= outcome["correct"] <= settings.most_correct]
     (folder / "histogram.json").unlink(missing_ok=True)
     shutil.rmtree(folder / "shards", ignore_errors=True)

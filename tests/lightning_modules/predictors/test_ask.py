@@ -7,42 +7,45 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
-from callbacks.evaluation import LOSSES, EvaluationSettings, QuestionsLost, answers_key, ask_share, read_answers
-from callbacks.policy_predictor import PolicyPredictor
 from datamodules.benchmarks.base import Benchmark, limit_columns
 from datamodules.benchmarks.registry import load_benchmark
 from datamodules.encoding.encoder import Encoder
-from datamodules.predictors import UNANSWERED, Predictor, Reply
+from datamodules.metrics.predictions import Reply
 from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import Sample
-from datamodules.synthetic.benchmark_replicas.write import write_twin
+from datamodules.synthetic.benchmark_replicas.write import write_replica
 from lightning_modules.models.qwen_vl import QwenVL
+from lightning_modules.predictors.ask import MANY_LOST, QuestionsLost, answers_key, ask_share, read_answers
+from lightning_modules.predictors.base import UNANSWERED, Decoding, Predictor
+from lightning_modules.predictors.policy import PolicyPredictor, policy_fingerprint
 from lightning_modules.rollouts.base import NativeEngine
+from tests.callbacks.conftest import FakePolicy
 
 SIZES = ImageSizes((64, 48), (56, 56))
 
 
 class Scripted:
-    """Answers with what depends on the batch: its text names all questions of its window. Dies after `dies_after`;
+    """Answers with what depends on the batch: its text names all questions of its chunk. Dies after `dies_after`;
     gives no answer to those in `lost`."""
 
     box_format = BoxFormat.NORMALIZED
 
     def __init__(
-        self, window: int = 3, dies_after: int | None = None, name: str = "scripted", lost: Sequence[str] = ()
+        self, chunk_size: int = 3, dies_after: int | None = None, name: str = "scripted", lost: Sequence[str] = ()
     ) -> None:
-        self.window, self.dies_after, self.name, self.lost = window, dies_after, name, lost
+        self.chunk_size, self.dies_after, self.name, self.lost = chunk_size, dies_after, name, lost
         self.asked: list[str] = []
 
     def identity(self) -> dict[str, str]:
         return {"name": self.name}
 
     def answers(self, samples, load) -> Iterator[tuple[Sample, Reply]]:
-        for start in range(0, len(samples), self.window):
-            window = samples[start : start + self.window]
-            text = ",".join(sample.id for sample in window)
-            for sample in reversed(window):  # any order will do
+        for start in range(0, len(samples), self.chunk_size):
+            chunk = samples[start : start + self.chunk_size]
+            text = ",".join(sample.id for sample in chunk)
+            for sample in reversed(chunk):  # any order will do
                 if self.dies_after is not None and len(self.asked) >= self.dies_after:
                     raise KeyboardInterrupt
                 self.asked.append(sample.id)
@@ -55,7 +58,7 @@ class Scripted:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Benchmark:
-    write_twin("blink", tmp_path, count=2)  # 14 questions: four windows of three and one of two
+    write_replica("blink", tmp_path, count=2)  # 14 questions: four chunks of three and one of two
     return load_benchmark("blink", tmp_path)
 
 
@@ -79,14 +82,14 @@ def test_two_processes_ask_each_question_once_and_get_the_answers_of_one(bench, 
     assert texts(one, bench, tmp_path / "one") == texts(one, bench, tmp_path / "two")
 
 
-def test_a_killed_evaluation_asks_the_broken_window_again_and_no_other(bench, tmp_path: Path) -> None:
+def test_a_killed_evaluation_asks_the_broken_chunk_again_and_no_other(bench, tmp_path: Path) -> None:
     whole = Scripted()
     ask(whole, bench, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         ask(Scripted(dies_after=7), bench, tmp_path / "killed")
     again = Scripted()
     assert ask(again, bench, tmp_path / "killed", 0, 2) + ask(again, bench, tmp_path / "killed", 1, 2) == 14
-    assert len(again.asked) == 8  # the third window had come in part
+    assert len(again.asked) == 8  # the third chunk had come in part
     assert texts(whole, bench, tmp_path / "killed") == texts(whole, bench, tmp_path / "whole")
 
 
@@ -95,12 +98,12 @@ def test_answers_are_found_again_by_model_data_and_settings(bench, tmp_path: Pat
     cached = Scripted()
     assert ask(cached, bench, tmp_path / "a") == 14 and cached.asked == []
     assert answers_key(bench, Scripted(name="other")) != answers_key(bench, Scripted())
-    write_twin("blink", tmp_path, count=3)
+    write_replica("blink", tmp_path, count=3)
     assert answers_key(load_benchmark("blink", tmp_path), Scripted()) != answers_key(bench, Scripted())
 
 
 def test_the_key_sees_a_changed_image(tmp_path: Path) -> None:
-    write_twin("lisa", tmp_path, count=1)
+    write_replica("lisa", tmp_path, count=1)
     before = answers_key(load_benchmark("lisa", tmp_path), Scripted())
     image = tmp_path / "ReasonSeg/val/00000.jpg"
     image.write_bytes(image.read_bytes() + b"\0")
@@ -108,9 +111,9 @@ def test_the_key_sees_a_changed_image(tmp_path: Path) -> None:
 
 
 def test_a_limited_look_leaves_answers_that_the_whole_evaluation_keeps_apart(bench, tmp_path: Path) -> None:
-    single = Scripted(window=1)
+    single = Scripted(chunk_size=1)
     assert ask(single, bench, tmp_path / "a", limit=1) == 7
-    rest = Scripted(window=1)
+    rest = Scripted(chunk_size=1)
     ask(rest, bench, tmp_path / "a")
     assert len(rest.asked) == 7 and set(rest.asked).isdisjoint(single.asked)
 
@@ -118,31 +121,31 @@ def test_a_limited_look_leaves_answers_that_the_whole_evaluation_keeps_apart(ben
 def test_a_lost_question_is_asked_again_by_the_next_evaluation_and_by_no_other(bench, tmp_path: Path) -> None:
     lost = bench.samples[3].id
     for _ in range(2):  # the second time it is the only one, and the others' answers say that the server is well
-        assert ask(Scripted(window=1, lost=[lost]), bench, tmp_path / "a") == 14
+        assert ask(Scripted(chunk_size=1, lost=[lost]), bench, tmp_path / "a") == 14
         assert {i: r.refused for i, r in texts(Scripted(), bench, tmp_path / "a").items() if r.refused} == {
             lost: UNANSWERED
         }
-    again = Scripted(window=1)
+    again = Scripted(chunk_size=1)
     assert ask(again, bench, tmp_path / "a") == 14 and again.asked == [lost]
-    whole = Scripted(window=1)
+    whole = Scripted(chunk_size=1)
     ask(whole, bench, tmp_path / "b")
     assert texts(again, bench, tmp_path / "a") == texts(whole, bench, tmp_path / "b")
 
 
-@pytest.mark.parametrize(("limit", "num_asked"), [(None, LOSSES), (1, 7)])
+@pytest.mark.parametrize(("limit", "num_asked"), [(None, MANY_LOST), (1, 7)])
 def test_an_evaluation_that_loses_most_questions_ends_with_an_error(bench, tmp_path, limit, num_asked) -> None:
-    lost = Scripted(window=1, lost=[sample.id for sample in bench.samples])
+    lost = Scripted(chunk_size=1, lost=[sample.id for sample in bench.samples])
     with pytest.raises(QuestionsLost, match=f"blink: {num_asked} questions got no answer.*and 0 got one"):
         ask(lost, bench, tmp_path / "a", limit=limit)
     assert len(lost.asked) == num_asked
-    assert ask(Scripted(window=1), bench, tmp_path / "a") == 14
+    assert ask(Scripted(chunk_size=1), bench, tmp_path / "a") == 14
 
 
-def native(model_dir: Path, **limits) -> PolicyPredictor:
-    settings = EvaluationSettings(max_new_tokens=4, batch_prompts=4)
+def native(model_dir: Path, generation: str = "greedy", **limits) -> PolicyPredictor:
+    decoding = Decoding(max_new_tokens=4, batch_prompts=2, generation=generation)
     encoder = Encoder(str(model_dir), "absolute_pixels", "think", 4096, 4, with_target=False, **limits)
     policy = QwenVL(str(model_dir)).eval()
-    return PolicyPredictor(policy, NativeEngine(policy), encoder, settings)
+    return PolicyPredictor(policy, NativeEngine(policy), encoder, decoding, batches_per_chunk=2)
 
 
 def test_the_policy_predictor_gives_the_same_answers_in_two_shares(tiny_model_dir: Path, bench, tmp_path: Path) -> None:
@@ -171,3 +174,16 @@ def test_identity_tells_settings_and_weights_apart(tiny_model_dir: Path) -> None
     first, other = native(tiny_model_dir), native(tiny_model_dir, label_images=True)
     assert first.identity() == native(tiny_model_dir).identity() != other.identity()
     assert "processor" not in first.identity()["form"]
+    assert first.chunk_size == 4 and native(tiny_model_dir, "model").chunk_size == 1
+    assert first.identity() != native(tiny_model_dir, "model").identity()
+    wider = PolicyPredictor(first.policy, first.engine, first.encoder, first.decoding)
+    assert wider.identity() != first.identity(), "answers depend a little on the questions that are asked with them"
+
+
+def test_the_policys_hash_follows_what_is_trained() -> None:
+    policy = FakePolicy("owner/name").to(torch.bfloat16)
+    before = policy_fingerprint(policy)
+    assert policy_fingerprint(policy) == before
+    with torch.no_grad():
+        policy.model.weight[0, 0] += 1
+    assert policy_fingerprint(policy) != before

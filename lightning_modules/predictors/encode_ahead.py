@@ -1,4 +1,4 @@
-"""Encoding samples for evaluation and sampling: as training does it, one window ahead of the model."""
+"""Encoding samples for evaluation and sampling: as training does it, one chunk ahead of the model."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def rollout_engine(pl_module: LightningModule) -> RolloutEngine:
 
 
 def encode_ahead(
-    encoder: Encoder, windows: Sequence[Sequence[T]], load: Callable[[T], LoadedSample]
+    encoder: Encoder, chunks: Sequence[Sequence[T]], load: Callable[[T], LoadedSample]
 ) -> Iterator[list[tuple[T, EncodedSample | SampleError]]]:
-    """Each window with its members encoded, or the error by which one was refused.
+    """Each chunk with its members encoded, or the error by which one was refused.
 
-    A thread encodes the next window while the caller works on this one; it holds no more than that one.
+    A thread encodes the next chunk while the caller works on this one; it holds no more than that one.
     """
 
     def encode(member: T) -> EncodedSample | SampleError:
@@ -43,7 +43,7 @@ def encode_ahead(
         except SampleError as error:
             return error
 
-    def encode_window(window: Sequence[T]) -> list[tuple[T, EncodedSample | SampleError]]:
-        return [(member, encode(member)) for member in window]
+    def encode_chunk(chunk: Sequence[T]) -> list[tuple[T, EncodedSample | SampleError]]:
+        return [(member, encode(member)) for member in chunk]
 
-    return prefetch(map(encode_window, windows), num_ahead=1)
+    return prefetch(map(encode_chunk, chunks), num_ahead=1)

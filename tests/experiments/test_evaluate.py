@@ -1,4 +1,4 @@
-"""`make eval BENCH=…` from the command line with a tiny model: processes, limits, rescoring, tables."""
+"""`make eval` from the command line with a tiny model: processes, limits, rescoring, tables."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from pathlib import Path
 
 import pytest
 
-from callbacks.evaluation import EvaluationSettings
 from datamodules.persistence import processes as process_module
 from datamodules.persistence.processes import ProcessLost
 from datamodules.persistence.source_code import source_code
 from datamodules.synthetic.benchmark_replicas import write
-from experiments import evaluate_benchmarks, print_tables, rescore
+from experiments import evaluate, print_tables, rescore
 from experiments.evaluation.ask_processes import Job, ask_all
 from experiments.evaluation.choose_predictor import PolicySettings
+from experiments.evaluation.evaluation_settings import MOVED, Evaluation
 from experiments.runs import preflight
+from lightning_modules.predictors.base import Decoding
 from tests.chat_server import ChatServer, http_response, question_text
 
 
 @pytest.fixture
-def small_twins(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {name: (folder, writer, 2) for name, (folder, writer, _) in write.TWINS.items()}
-    monkeypatch.setattr(write, "TWINS", small)
+def small_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {name: (folder, writer, 2) for name, (folder, writer, _) in write.REPLICAS.items()}
+    monkeypatch.setattr(write, "REPLICAS", small)
 
 
-def evaluate(model: Path, root: Path, *args: str) -> Path:
+def run(model: Path, root: Path, *args: str) -> Path:
     """Run the entry point; its output folder."""
     output = root / "outputs" / "eval" / "tiny"
-    fixed = ["--model", str(model), "--data_root", str(root / "data"), "--output", str(output), "--twins=true"]
-    evaluate_benchmarks.main([*fixed, "--decoding.max_new_tokens=4", "--decoding.batch_prompts=3", *args])
+    fixed = ["--model", str(model), "--data_root", str(root / "data"), "--output", str(output), "--replicas=true"]
+    evaluate.main([*fixed, "--decoding.max_new_tokens=4", "--decoding.batch_prompts=3", *args])
     return output
 
 
@@ -45,12 +46,12 @@ def files(folder: Path) -> tuple[str, dict]:
     return (folder / "predictions.jsonl").read_text(), result
 
 
-def test_the_whole_way_to_the_tables(tiny_model_dir: Path, tmp_path: Path, small_twins, capsys) -> None:
-    output = evaluate(tiny_model_dir, tmp_path, "--bench=lisa,revos,ref_l4,blink")
+def test_the_whole_way_to_the_tables(tiny_model_dir: Path, tmp_path: Path, small_replicas, capsys) -> None:
+    output = run(tiny_model_dir, tmp_path, "--bench=lisa,revos,ref_l4,blink")
     result = json.loads((output / "blink/result.json").read_text())
     assert result["n"] == 14 and result["limit"] is None and result["official"]["rule"]["reader"] == "blink"
     assert "Jigsaw" in capsys.readouterr().out
-    evaluate(tiny_model_dir, tmp_path, "--bench=blink", "--limit=1")
+    run(tiny_model_dir, tmp_path, "--bench=blink", "--limit=1")
     assert json.loads((output / "blink-limit1/result.json").read_text())["n"] == 7
     assert json.loads((output / "blink/result.json").read_text()) == result
 
@@ -67,14 +68,16 @@ def test_the_whole_way_to_the_tables(tiny_model_dir: Path, tmp_path: Path, small
     assert again == first
 
 
-def test_the_models_own_settings_have_results_of_their_own(tiny_model_dir: Path, tmp_path: Path, small_twins) -> None:
+def test_the_models_own_settings_have_results_of_their_own(
+    tiny_model_dir: Path, tmp_path: Path, small_replicas
+) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_model_dir, model)
     file = model / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1}))
-    output = evaluate(model, tmp_path, "--bench=blink")
+    output = run(model, tmp_path, "--bench=blink")
     before = files(output / "blink")
-    evaluate(model, tmp_path, "--bench=blink", "--generation=model")
+    run(model, tmp_path, "--bench=blink", "--decoding.generation=model")
     assert files(output / "blink") == before
     texts, result = files(output / "blink-model-generation")
     assert (before[1]["generation"], result["generation"]) == ("greedy", "model") and result["key"] != before[1]["key"]
@@ -86,41 +89,41 @@ def test_the_models_own_settings_have_results_of_their_own(tiny_model_dir: Path,
 
 
 def test_answers_of_other_source_files_are_asked_about(
-    tiny_model_dir: Path, tmp_path: Path, small_twins, monkeypatch: pytest.MonkeyPatch, capsys
+    tiny_model_dir: Path, tmp_path: Path, small_replicas, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    output = evaluate(tiny_model_dir, tmp_path, "--bench=blink")
+    output = run(tiny_model_dir, tmp_path, "--bench=blink")
     first = files(output / "blink")
     capsys.readouterr()
-    evaluate(tiny_model_dir, tmp_path, "--bench=blink")
+    run(tiny_model_dir, tmp_path, "--bench=blink")
     assert files(output / "blink") == first, "the same code finds its answers again"
 
-    edited = source_code(("experiments.evaluate_benchmarks",)) | {"datamodules/samples/choice_text.py": "edited"}
-    monkeypatch.setattr(evaluate_benchmarks, "source_code", lambda entries: edited)
+    edited = source_code(("experiments.evaluate",)) | {"datamodules/samples/choice_text.py": "edited"}
+    monkeypatch.setattr(evaluate, "source_code", lambda entries: edited)
     asked = r"(?s)finished.*changed since: datamodules/samples/choice_text\.py[^/]*KEEP=1.*REDO=1"
     with pytest.raises(SystemExit, match=asked) as caught:
-        evaluate(tiny_model_dir, tmp_path, "--bench=blink")
+        run(tiny_model_dir, tmp_path, "--bench=blink")
     assert str(caught.value).count("\n") <= 4
     assert files(output / "blink") == first, "nothing is moved before that is said"
-    evaluate(tiny_model_dir, tmp_path, "--bench=blink", "--keep")
-    evaluate(tiny_model_dir, tmp_path, "--bench=blink")  # is not asked again
+    run(tiny_model_dir, tmp_path, "--bench=blink", "--keep")
+    run(tiny_model_dir, tmp_path, "--bench=blink")  # is not asked again
     assert [path.name for path in output.glob("answers.*")] == []
-    evaluate(tiny_model_dir, tmp_path, "--bench=blink", "--redo")
+    run(tiny_model_dir, tmp_path, "--bench=blink", "--redo")
     assert len(list(output.glob("answers.*"))) == 1 and files(output / "blink") == first
 
 
 def test_every_missing_file_is_named_before_weights_are_read(tiny_model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(preflight.SettingsError, match=r"(?s)ref_l4: .*ref-l4-val.*lisa: .*val"):
-        evaluate_benchmarks.evaluate_benchmarks(str(tiny_model_dir), str(tmp_path), bench="ref_l4,lisa")
+        evaluate.evaluate(Evaluation(str(tiny_model_dir), str(tmp_path), bench="ref_l4,lisa"))
     (tmp_path / "data/BLINK").mkdir(parents=True)
     with pytest.raises(SystemExit, match="BLINK was not made here"):
-        evaluate(tiny_model_dir, tmp_path, "--bench=blink")
+        run(tiny_model_dir, tmp_path, "--bench=blink")
     with pytest.raises(SystemExit, match=r"bench='blnk' must be all or some of .*blink"):
-        evaluate(tiny_model_dir, tmp_path, "--bench=blnk")
+        run(tiny_model_dir, tmp_path, "--bench=blnk")
     with pytest.raises(SystemExit, match="processes=0"):
-        evaluate(tiny_model_dir, tmp_path, "--processes=0")
+        run(tiny_model_dir, tmp_path, "--processes=0")
 
 
-def test_a_served_models_lost_question_is_counted_and_asked_again(tmp_path: Path, small_twins, capsys) -> None:
+def test_a_served_models_lost_question_is_counted_and_asked_again(tmp_path: Path, small_replicas, capsys) -> None:
     silent = {"blink": 1}  # questions of a benchmark that get no answer
 
     def reply(request: dict) -> str | bytes:
@@ -133,25 +136,25 @@ def test_a_served_models_lost_question_is_counted_and_asked_again(tmp_path: Path
     lost: set[str] = set()
     with ChatServer(reply) as server:
         patience = ("--endpoint.attempts=1", "--endpoint.concurrency=1")
-        served = ("--bench=blink", f"--endpoint.base_url={server.base_url}", "--model_family=internvl", *patience)
-        output = evaluate(Path("some-model"), tmp_path, *served)
+        served = ("--bench=blink", f"--endpoint.base_url={server.base_url}", "--form.model_family=internvl", *patience)
+        output = run(Path("some-model"), tmp_path, *served)
         result = json.loads((output / "blink/result.json").read_text())
         assert result["n"] == 14 and result["failures"] == {"unanswered": 1}
         assert "unanswered 1" in capsys.readouterr().out
         lost.clear()
         silent["blink"] = 0
-        evaluate(Path("some-model"), tmp_path, *served)
+        run(Path("some-model"), tmp_path, *served)
         assert json.loads((output / "blink/result.json").read_text())["failures"] == {}
         silent["blink"] = 99
         with pytest.raises(SystemExit, match="blink: 8 questions got no answer"):
-            evaluate(Path("another"), tmp_path, *served)
+            run(Path("another"), tmp_path, *served)
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_writes(tiny_model_dir: Path, tmp_path: Path, small_twins) -> None:
-    bench = "--bench=revos,mmiu"
-    one = evaluate(tiny_model_dir, tmp_path / "one", bench)
-    two = evaluate(tiny_model_dir, tmp_path / "two", bench, "--processes=2")
+def test_two_processes_write_what_one_writes(tiny_model_dir: Path, tmp_path: Path, small_replicas) -> None:
+    how = ("--bench=revos,mmiu", "--decoding.batch_prompts=1")  # chunks of four questions
+    one = run(tiny_model_dir, tmp_path / "one", *how)
+    two = run(tiny_model_dir, tmp_path / "two", *how, "--processes=2")
     for name in ("revos", "mmiu"):
         assert files(one / name) == files(two / name)
         (folder,) = (two / "answers").glob(f"{name}-*")
@@ -172,7 +175,7 @@ def test_a_process_that_is_stopped_or_killed_ends_the_evaluation(tmp_path: Path,
         os.kill(workers[0].pid, signum)
 
     threading.Thread(target=disturb).start()
-    settings = PolicySettings("none", "absolute_pixels", "think", "float32", "cpu", EvaluationSettings(), {})
+    settings = PolicySettings("none", {}, Decoding(), "float32", "cpu")
     job = Job(settings, (), str(tmp_path), str(tmp_path), None)  # no question: whoever lives ends at once
     with pytest.raises(ProcessLost, match=rf"process \d of 2 {why}"):
         list(ask_all(job, {}, 2))
@@ -180,8 +183,20 @@ def test_a_process_that_is_stopped_or_killed_ends_the_evaluation(tmp_path: Path,
 
 @pytest.mark.slow
 def test_a_failing_process_ends_the_evaluation_with_its_error(tmp_path: Path) -> None:
-    limits = {"max_prompt_tokens": 10}
-    missing = str(tmp_path / "none")
-    settings = PolicySettings(missing, "absolute_pixels", "think", "float32", "cpu", EvaluationSettings(), limits)
+    settings = PolicySettings(str(tmp_path / "none"), {}, Decoding(), "float32", "cpu")
     with pytest.raises(RuntimeError, match=r"(?s)process \d of 2 failed.*none"):
         list(ask_all(Job(settings, ("lisa",), str(tmp_path), str(tmp_path), None), {"lisa": 1}, 2))
+
+
+def test_every_old_name_is_answered_with_the_new_one(tmp_path: Path) -> None:
+    config = tmp_path / "old.yaml"
+    config.write_text("model: m\nannotations: a.json\nimage_root: data\nstyle: think\nform: {box_format: unit}\n")
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main(["--config", str(config), "--generation=model", "--max_prompt_tokens", "10", "--limits.x=1"])
+    text = str(caught.value)
+    for name in ("annotations", "image_root", "style", "generation", "max_prompt_tokens"):
+        assert f"{name}: write " in text and MOVED[name] in text
+    assert "box_format" not in text and "x:" not in text, "these stand where they belong"
+    for old, new in (("--twins=true", "replicas"), ("--limit_per_task=3", "limit")):
+        with pytest.raises(SystemExit, match=f"has been renamed. Write {new} instead"):
+            evaluate.main(["--model=m", f"--data_root={tmp_path}", old])

@@ -1,0 +1,190 @@
+"""Any of the paper's benchmarks, measured before, inside and after a phase of training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from tqdm import tqdm
+
+from callbacks.checkpoints import RunStopped
+from datamodules.benchmarks.base import Benchmark, limit_columns
+from datamodules.benchmarks.registry import BENCHMARKS, load_benchmark
+from datamodules.metrics.result_files import format_result, result_metrics, write_evaluation
+from datamodules.metrics.scoring import score_replies
+from datamodules.persistence.files import StorageError, make_folder
+from datamodules.persistence.problems import Problems
+from datamodules.samples.sample import Sample
+from lightning_modules.metrics.summary import summarise
+from lightning_modules.predictors.ask import answers_folder, answers_key, ask_share, read_answers, share_of
+from lightning_modules.predictors.base import Decoding
+from lightning_modules.predictors.encode_ahead import prompt_encoder, rollout_engine
+from lightning_modules.predictors.policy import BATCHES_PER_CHUNK, PolicyPredictor
+
+log = logging.getLogger(__name__)
+
+
+class BenchmarkEvaluation(Callback):
+    """Evaluates the policy on one benchmark while it trains, and, where wished, before and after fitting.
+
+    Everything is logged as <benchmark>_val/…: these are the questions on which settings are chosen. <benchmark>/… is
+    the benchmark itself, which experiments.evaluate asks between the phases and logs to the same W&B run.
+
+    Each evaluation has a folder in <folder>/ ("before", "step_000100", "after") with predictions.jsonl, result.json
+    and answers/, the journals that an interrupted run goes on from. With several ranks they must share the folder.
+    Questions are put as the datamodule puts its own.
+
+    If an answer or the summary cannot be written, an evaluation inside training is left out with a warning: nothing
+    waits for it, and the run has checkpoints to write. `before` and `after` end the run with `RunStopped`.
+
+    Args:
+        benchmark: its name, such as ref_l4 (datamodules/benchmarks/registry.py).
+        data_root: the folder that holds the benchmark's own folder.
+        before: evaluate on all questions before the first update.
+        after: evaluate on all questions when fitting ends. A sweep's trial needs it: its value is the last one logged.
+        every_n_steps: number of updates between two evaluations; null: none inside training.
+        limit: questions of each column (a task of MIG-Bench) inside training.
+        max_new_tokens: the longest answer, in tokens.
+        batch_prompts: questions answered at the same time.
+        max_prompt_tokens: a longer prompt counts as wrong; null: the datamodule's limit.
+        folder: of the evaluations; null: <default_root_dir>/<benchmark>.
+    """
+
+    def __init__(
+        self,
+        benchmark: str,
+        data_root: str,
+        before: bool = False,
+        after: bool = False,
+        every_n_steps: int | None = None,
+        limit: int = 20,
+        max_new_tokens: int = 1024,
+        batch_prompts: int = 32,
+        max_prompt_tokens: int | None = None,
+        folder: str | None = None,
+    ) -> None:
+        problems = Problems()
+        problems.one_of(BENCHMARKS, benchmark=benchmark)
+        problems.positive(limit=limit)
+        problems.positive_or_null(every_n_steps=every_n_steps, max_prompt_tokens=max_prompt_tokens)
+        problems.raise_all(type(self).__name__)
+        self.name, self.data_root, self.folder = benchmark, data_root, folder
+        self.before, self.after, self.every_n_steps, self.limit = before, after, every_n_steps, limit
+        self.decoding = Decoding(max_new_tokens, batch_prompts)
+        self.max_prompt_tokens = max_prompt_tokens
+        self.benchmark: Benchmark | None = None
+        self._resumed_step = 0
+        self._last_step = 0
+
+    def load(self) -> Benchmark:
+        """The questions. Raises for files that are missing or of another form."""
+        return load_benchmark(self.name, self.data_root)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Read before any weights are: a wrong path should fail in the first second.
+        self.benchmark = self.load()
+        if self.benchmark.dropped and trainer.is_global_zero:
+            log.warning("%s: %s", self.name, dict(self.benchmark.dropped))
+        self._home(trainer).mkdir(parents=True, exist_ok=True)
+
+    def longest_sequence(self, max_prompt_tokens: int, max_new_tokens: int) -> int:
+        """The longest prompt with its completion, in tokens; 0 if nothing is asked (`AsksEngine`)."""
+        asks = self.before or self.after or self.every_n_steps is not None
+        return (self.max_prompt_tokens or max_prompt_tokens) + self.decoding.max_new_tokens if asks else 0
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._resumed_step = self._last_step = checkpoint["global_step"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.before and self._resumed_step == 0:  # else the weights are no longer those from before
+            self._evaluate("before", trainer, pl_module, self.benchmark.samples, required=True)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        last, self._last_step = self._last_step, trainer.global_step
+        if self.after and trainer.global_step == trainer.max_steps:
+            return  # all questions are about to be asked
+        # A rollout may be worth several updates: the count need not stop at a multiple.
+        if self.every_n_steps and last // self.every_n_steps < trainer.global_step // self.every_n_steps:
+            samples = limit_columns(self.benchmark.samples, self.limit)
+            self._evaluate(f"step_{trainer.global_step:06d}", trainer, pl_module, samples)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not on_train_end: that does not come when a finished run is started again to get its missing evaluation.
+        if self.after:
+            pl_module.to(trainer.strategy.root_device)  # the strategy has taken it down to the CPU
+            self._evaluate("after", trainer, pl_module, self.benchmark.samples, required=True)
+
+    def _home(self, trainer: Trainer) -> Path:
+        return Path(self.folder or Path(trainer.default_root_dir) / self.name)
+
+    def _evaluate(
+        self, name: str, trainer: Trainer, pl_module: LightningModule, samples: Sequence[Sample], required: bool = False
+    ) -> None:
+        """Ask, score, summarise and write one evaluation; every rank calls this."""
+        home, policy = self._home(trainer) / name, pl_module.policy
+        encoder = prompt_encoder(trainer.datamodule.encoder, self.max_prompt_tokens)
+        # Inside training few questions are asked: chunks of one batch, so that every rank gets some.
+        batches = BATCHES_PER_CHUNK if required else 1
+        predictor = PolicyPredictor(policy, rollout_engine(pl_module), encoder, self.decoding, batches)
+        key = answers_key(self.benchmark, predictor)  # gathers trained weights: all ranks call it
+        fault: StorageError | None = None
+
+        # 1. Ask. Each rank answers its share and journals it.
+        trainer.strategy.barrier("evaluation")
+        with policy.gathered():
+            try:
+                self._ask(predictor, samples, home, key, trainer)
+            except StorageError as error:
+                fault = error
+
+        # 2. Score, summarise and write, on the first rank, once every rank has written its answers.
+        all_written = trainer.strategy.reduce_boolean_decision(fault is None, all=True)  # all ranks meet here
+        if all_written and trainer.is_global_zero:
+            try:
+                self._finish(predictor, samples, home, key, trainer)
+            except StorageError as error:
+                fault = error
+
+        # 3. All ranks go on, or end, together.
+        if trainer.strategy.reduce_boolean_decision(fault is None, all=True):
+            return
+        if required:
+            reason = fault or "another rank could not write"
+            raise RunStopped(f"{self.name}, {name}: {reason}. The same command goes on there")
+        if fault is not None:
+            log.warning("%s of %s is left out: %s", self.name, name, fault)
+
+    def _ask(
+        self, predictor: PolicyPredictor, samples: Sequence[Sample], home: Path, key: str, trainer: Trainer
+    ) -> None:
+        """This rank's share of the questions, into its journal. Raises StorageError."""
+        folder = answers_folder(home, self.name, key)
+        for path in (home, folder.parent, folder):
+            make_folder(path)  # one by one: nothing is made where a lost filesystem was
+        rank, world_size = trainer.global_rank, trainer.world_size
+        total = sum(map(len, share_of(samples, predictor, rank, world_size)))
+        with tqdm(total=total, desc=self.name, unit="question", disable=not trainer.is_global_zero) as bar:
+            for count in ask_share(predictor, samples, self.benchmark, folder, key, rank, world_size):
+                bar.update(count)
+
+    def _finish(
+        self, predictor: PolicyPredictor, samples: Sequence[Sample], home: Path, key: str, trainer: Trainer
+    ) -> None:
+        """Score the answers of all ranks; write, log and print the result. Raises StorageError."""
+        benchmark = self.benchmark
+        replies = read_answers(answers_folder(home, self.name, key), key)
+        predictions = score_replies(benchmark, samples, replies, predictor.box_format)
+        facts = {"benchmark": self.name, "key": key, "step": trainer.global_step, "generation": "greedy"}
+        result = facts | summarise(predictions, benchmark.rule, benchmark.official, benchmark.averages)
+        write_evaluation(home, predictions, result)
+
+        values = result_metrics(result, "_val")
+        for logger in trainer.loggers:  # at the step that Lightning logs its own metrics at
+            logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        # Where WindowCheckpoint's `monitor` finds it; the first rank alone keeps and removes checkpoints.
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        print(f"\n{home.name}, step {trainer.global_step}\n{format_result(result)}", flush=True)

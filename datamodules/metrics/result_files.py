@@ -1,0 +1,108 @@
+"""The files of one benchmark's evaluation: predictions.jsonl, every answer with its score, and result.json.
+
+    {"version": 2, "benchmark": "mig_bench", "model": "models/nano-base", "data_root": "data/nano", "key": "…",
+     "limit": null, "generation": "greedy", "extractor": null, "dropped": {}, "n": 3000,
+     "columns": {"diff": {"score", "low", "high", "n"}, …}, "averages": {"avg": {…}, "in_domain": {…}, …},
+     "details": {"mean_iou", "acc_0.3", "acc_0.5", …, "macc"}, "rule": {…},
+     "official": {"columns", "averages", "details", "rule"},
+     "format_rate": 99.9, "failures": {"no_box": 3}, "truncated_rate": 0.1, "mean_tokens": 71.5}
+
+Scores and rates are percentages (0-100, unrounded), a mean IoU is 0-1; `low` and `high` bound the 95 % interval. Under
+multiple choice `details` is empty and `format_rate` null. `generation` says by which rules answers were decoded.
+`extractor` is {"model", "asked", "found", "none", "failed"} where a language model took the last step of the official
+reading (`extraction.py`). An evaluation inside training adds "step".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datamodules.metrics.predictions import Prediction
+from datamodules.persistence.files import read_json, storage_error, write_atomic, write_json
+
+PREDICTIONS, RESULT = "predictions.jsonl", "result.json"
+VERSION = 2  # of both files; files of version 1 do not name theirs
+# W&B and the tables in training get these of `details`.
+LOGGED_DETAILS = ("acc_0.3", "acc_0.7", "mean_iou")
+
+
+class OtherVersion(ValueError):
+    """Files of an evaluation by another version of the project; the message names the cure."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"{path} was written by an earlier version of the project, in another form. Evaluate the model again "
+            "(make eval, or make pipeline), or move this file away"
+        )
+
+
+def result_folder(name: str, limit: int | None, generation: str) -> str:
+    """The folder of a benchmark's results: each way of asking has its own, so none replaces the results of another."""
+    how = "" if generation == "greedy" else "-model-generation"
+    return name + how + ("" if limit is None else f"-limit{limit}")
+
+
+def write_evaluation(folder: Path, predictions: Sequence[Prediction], result: Mapping[str, Any]) -> None:
+    """Write both files, result.json last: a folder that has one is whole. Raises StorageError."""
+    try:
+        (folder / RESULT).unlink(missing_ok=True)
+    except OSError as error:
+        raise storage_error(error, folder / RESULT) from error
+    lines = (json.dumps(prediction.to_json(), ensure_ascii=False) + "\n" for prediction in predictions)
+    write_atomic(folder / PREDICTIONS, "".join(lines))
+    write_json(folder / RESULT, {"version": VERSION, **result})
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """Raises ValueError that names the line of a broken record, FileNotFoundError without the file."""
+    predictions = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            predictions.append(Prediction.from_json(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    return predictions
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Raises OtherVersion for a file of another version, FileNotFoundError without the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    result = read_json(path)
+    if not isinstance(result, dict) or result.get("version") != VERSION:
+        raise OtherVersion(path)
+    return result
+
+
+def result_metrics(result: Mapping[str, Any], suffix: str = "") -> dict[str, float]:
+    """The logged values of a result, "<benchmark><suffix>/avg" and so on: every column and average, accuracy at other
+    thresholds, the rates, the mean length, and the official average."""
+    cells = result["columns"] | result["averages"]
+    values = {name: cell["score"] for name, cell in cells.items()}
+    values |= {name: result["details"].get(name) for name in LOGGED_DETAILS}
+    values |= {name: result[name] for name in ("format_rate", "truncated_rate", "mean_tokens")}
+    values["official_avg"] = result["official"]["averages"]["avg"]["score"]
+    return {f"{result['benchmark']}{suffix}/{name}": value for name, value in values.items() if value is not None}
+
+
+def format_result(result: Mapping[str, Any]) -> str:
+    """A table for the terminal: one line a column, then the averages, beside the official rule."""
+    lines = [f"{result['benchmark']:<24} {'score':>7} {'95 % interval':>17} {'official':>9} {'n':>6}"]
+    for kind in ("columns", "averages"):
+        for name, cell in result[kind].items():
+            official = result["official"][kind][name]["score"]
+            interval = f"[{cell['low']:.2f}, {cell['high']:.2f}]"
+            lines.append(f"{name:<24} {cell['score']:>7.2f} {interval:>17} {official:>9.2f} {cell['n']:>6}")
+    failures = ", ".join(f"{kind} {count}" for kind, count in result["failures"].items()) or "none"
+    form = "" if result["format_rate"] is None else f"format {result['format_rate']:.2f} %, "
+    lines.append(f"{result['rule']['source']}; {form}answers that could not be read: {failures}")
+    if extractor := result.get("extractor"):
+        failed = ", ".join(f"{kind} {count}" for kind, count in extractor["failed"].items()) or "none"
+        counts = f"{extractor['asked']} answers, a letter in {extractor['found']}, none in {extractor['none']}"
+        lines.append(f"official: {extractor['model']} read {counts}; failed: {failed}")
+    if result.get("generation") == "model":
+        lines.append("decoded by the model's own generation settings")
+    return "\n".join(lines)

@@ -1,0 +1,123 @@
+"""The score of one answer by two rules, the paper's and the benchmark's official one. `Prediction` holds both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from datamodules.benchmarks.base import Benchmark, Rule, column_of
+from datamodules.metrics.extraction import EXTRACTED_READERS
+from datamodules.metrics.official_parsers import extract_box_officially, read_choice_as_blink, read_choice_as_mmiu
+from datamodules.metrics.predictions import Prediction, Reply
+from datamodules.samples.answer_text import is_well_formed
+from datamodules.samples.boxes import BoxFormat, iou
+from datamodules.samples.choice_text import ChoiceFailure, parse_choice
+from datamodules.samples.sample import BoxAnswer, ChoiceAnswer, Sample
+from datamodules.samples.scores import score_text
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What a rule reads from an answer."""
+
+    value: float = 0.0  # IoU, or 1.0 for the right option
+    read: str | tuple[float, ...] | None = None  # box or letter
+    failure: str | None = None  # why nothing was read
+
+
+def score_reply(sample: Sample, reply: Reply, box_format: BoxFormat, rule: Rule, official: Rule) -> Prediction:
+    """The scored record of one reply.
+
+    Args:
+        sample: the question; its answer is the truth.
+        reply: the model's text, with the sizes of the images as it saw them.
+        box_format: what the numbers in the reply mean.
+        rule, official: how the answer is read and scored, after the paper and officially.
+    """
+    unscored = Prediction(
+        id=sample.id,
+        column=column_of(sample),
+        unit=sample.task,
+        answer=sample.answer,
+        text=reply.text,
+        box_format=box_format,
+        image_sizes=reply.image_sizes,
+        num_tokens=reply.num_tokens,
+        finished=reply.finished,
+        refused=reply.refused or _find_size_fault(sample, reply),
+    )
+    return rescore(unscored, rule, official)
+
+
+def score_replies(
+    benchmark: Benchmark, samples: Sequence[Sample], replies: Mapping[str, Reply], box_format: BoxFormat
+) -> list[Prediction]:
+    """One scored record for each of the benchmark's `samples`, in their order; `replies` by the samples' ids."""
+    rules = (benchmark.rule, benchmark.official)
+    return [score_reply(sample, replies[sample.id], box_format, *rules) for sample in samples]
+
+
+def rescore(prediction: Prediction, rule: Rule, official: Rule) -> Prediction:
+    """The same answer scored anew; everything that this needs is in the record."""
+    found, officially = _read(prediction, rule), _read(prediction, official)
+    is_box = isinstance(prediction.answer, BoxAnswer)
+    return replace(
+        prediction,
+        value=found.value,
+        correct=_is_correct(found.value, prediction, rule),
+        read=found.read,
+        well_formed=is_box and prediction.refused is None and is_well_formed(prediction.text),
+        failure=found.failure,
+        official_value=officially.value,
+        official_correct=_is_correct(officially.value, prediction, official),
+        official_read=officially.read,
+    )
+
+
+def _find_size_fault(sample: Sample, reply: Reply) -> str | None:
+    """ "size_mismatch" where the image is not of the size in which the annotation was made."""
+    if "size" not in sample.extra or not reply.image_sizes:
+        return None
+    real = reply.image_sizes[sample.answer.image].original
+    return None if real == tuple(sample.extra["size"]) else "size_mismatch"
+
+
+def _is_correct(value: float, prediction: Prediction, rule: Rule) -> bool:
+    if isinstance(prediction.answer, ChoiceAnswer):
+        return value == 1.0
+    return rule.counts(value, rule.threshold)
+
+
+def _read(prediction: Prediction, rule: Rule) -> _Reading:
+    if prediction.refused is not None:
+        return _Reading(failure=prediction.refused)
+    if isinstance(prediction.answer, ChoiceAnswer):
+        return _read_choice(prediction, prediction.answer, rule)
+    assert isinstance(prediction.answer, BoxAnswer)
+    return _read_box(prediction, prediction.answer, rule)
+
+
+def _read_box(prediction: Prediction, answer: BoxAnswer, rule: Rule) -> _Reading:
+    if rule.reader == "mig_bench":
+        box = extract_box_officially(prediction.text)
+        return _Reading(failure="no_box") if box is None else _Reading(iou(box, answer.box), box)
+    how = (prediction.image_sizes, prediction.box_format, rule.box)
+    score = score_text(prediction.text, answer, *how, lenient=True)
+    return _Reading(score.iou, score.box, score.failure)
+
+
+def _read_choice(prediction: Prediction, answer: ChoiceAnswer, rule: Rule) -> _Reading:
+    if rule.reader == "project":
+        found = parse_choice(prediction.text, answer.choices)
+        if isinstance(found, ChoiceFailure):
+            return _Reading(failure=found.kind)
+    else:
+        assert rule.reader in EXTRACTED_READERS
+        by_blink = rule.reader == "blink"
+        text = prediction.text
+        found = read_choice_as_blink(text, answer.choices) if by_blink else read_choice_as_mmiu(text)
+        if found is None:
+            found = prediction.extracted  # the official code's last step, where an extractor has taken it
+        if found is None:
+            return _Reading(failure="no_choice")
+    return _Reading(float(found == answer.letter), found)

@@ -1,0 +1,52 @@
+"""95 % intervals of accuracies, by a bootstrap over questions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from datamodules.benchmarks.base import Average, Rule
+
+NUM_RESAMPLES = 2000
+Counts = Mapping[str, Mapping[str, tuple[int, int]]]  # column -> unit -> (right answers, questions)
+Draws = tuple[np.ndarray, int]  # accuracies in the resamples [NUM_RESAMPLES]; the number of questions
+
+
+def bootstrap_intervals(
+    counts: Counts, rule: Rule, averages: Mapping[str, Sequence[str]], seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """(low, high) of each column and average, in percent: the 2.5 and 97.5 percentiles of the resamples.
+
+    Questions are drawn anew inside each unit, so the draw of a unit's accuracy is Binomial(n, accuracy) / n. Columns
+    and averages are computed from the draws as from the answers. The same counts and seed give the same intervals.
+
+    Args:
+        counts: the right answers of each unit of each column.
+        rule: how units and columns are averaged.
+        averages: name -> its columns; those without questions are left out. "avg" has all, in the table's order.
+        seed: of the random numbers.
+    """
+    rng = np.random.default_rng(seed)
+    columns: dict[str, Draws] = {}
+    for column in [name for name in averages["avg"] if name in counts]:
+        units = [
+            (rng.binomial(total, right / total, NUM_RESAMPLES) / total, total)
+            for _, (right, total) in sorted(counts[column].items())
+        ]
+        columns[column] = _mean(units, rule.within)
+    members = {name: [columns[member] for member in found if member in columns] for name, found in averages.items()}
+    means = {name: _mean(found, rule.across) for name, found in members.items() if found}
+    return {name: _percentiles(draws) for name, (draws, _) in (columns | means).items()}
+
+
+def _mean(parts: Sequence[Draws], how: Average) -> Draws:
+    """The parts' mean (macro), or that of their questions (micro)."""
+    sizes = [size for _, size in parts]
+    weights = np.array(sizes, float) if how == "micro" else np.ones(len(sizes))
+    return np.average([draws for draws, _ in parts], axis=0, weights=weights), sum(sizes)
+
+
+def _percentiles(draws: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(100 * draws, [2.5, 97.5])
+    return float(low), float(high)

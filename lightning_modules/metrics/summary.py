@@ -1,0 +1,66 @@
+"""From scored answers to a benchmark's numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from datamodules.benchmarks.base import Rule
+from datamodules.metrics.predictions import Prediction
+from datamodules.samples.sample import ChoiceAnswer
+
+
+def summarise(
+    predictions: Sequence[Prediction],
+    rule: Rule,
+    official: Rule,
+    averages: Mapping[str, Sequence[str]],
+    seed: int = 0,
+) -> dict[str, Any]:
+    """A benchmark's numbers, as result.json holds them (datamodules/metrics/result_files.py).
+
+    Args:
+        predictions: all scored answers; at least one.
+        rule, official: the rules that they were scored by, after the paper and officially.
+        averages: name -> its columns; "avg" has all of them, in the table's order.
+        seed: of the intervals' bootstrap.
+
+    Columns without a question are left out, and an average is that of the columns which have some.
+    """
+    if not predictions:
+        raise ValueError("no predictions to summarise")
+    n = len(predictions)
+    choices = isinstance(predictions[0].answer, ChoiceAnswer)
+    values, officials = [p.value for p in predictions], [p.official_value for p in predictions]
+    return {
+        "n": n,
+        **_accuracies(predictions, values, rule, averages, seed),
+        "rule": asdict(rule),
+        "official": _accuracies(predictions, officials, official, averages, seed) | {"rule": asdict(official)},
+        "format_rate": None if choices else 100 * sum(p.well_formed for p in predictions) / n,
+        "failures": dict(sorted(Counter(p.failure for p in predictions if p.failure is not None).items())),
+        "truncated_rate": 100 * sum(not p.finished for p in predictions) / n,
+        "mean_tokens": sum(p.num_tokens for p in predictions) / n,
+    }
+
+
+def _accuracies(
+    predictions: Sequence[Prediction],
+    values: Sequence[float],
+    rule: Rule,
+    averages: Mapping[str, Sequence[str]],
+    seed: int,
+) -> dict[str, Any]:
+    """{"columns", "averages", "details"} of one value for each prediction."""
+    # Importing torchmetrics takes seconds and loads transformers: only a process that scores answers does so.
+    from lightning_modules.metrics.accuracy import GroundingAccuracy
+
+    if choices := isinstance(predictions[0].answer, ChoiceAnswer):
+        rule = replace(rule, threshold=0.5)  # an option is right (1.0) or wrong (0.0), whatever the threshold of boxes
+    units = [(p.column, p.unit) for p in predictions]
+    # All answers are in this process: the ranks' shares are joined in the journal, which a resumed run needs anyway.
+    metric = GroundingAccuracy(list(dict.fromkeys(units)), rule, averages, seed, sync_on_compute=False)
+    metric.update(values, units)
+    return metric.compute() | ({"details": {}} if choices else {})

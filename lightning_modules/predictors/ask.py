@@ -1,0 +1,110 @@
+"""Asking one benchmark's questions: a fixed share for each process, a journal for each, and nothing asked twice.
+
+    <home>/answers/<benchmark>-<key>/rank0.jsonl, rank1.jsonl, …
+        {"id", "text", "image_sizes": [[w, h, resized w, resized h], …], "num_tokens", "finished", "refused"}
+
+The folder is named by a hash of everything that answers depend on, so it is also the cache: any later evaluation of the
+same model, data and settings finds its answers there, whatever its limit and its number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from datamodules.benchmarks.base import Benchmark, column_of
+from datamodules.metrics.predictions import Reply
+from datamodules.persistence.files import Journal, fingerprint, read_journal
+from datamodules.samples.sample import Sample
+from lightning_modules.predictors.base import UNANSWERED, Predictor, split_chunks
+
+MANY_LOST = 8  # questions without an answer; if fewer have one, there is no use in asking the rest
+
+
+class QuestionsLost(RuntimeError):
+    """More questions of a benchmark got no answer than got one: a score of that would say nothing of the model."""
+
+
+def answers_key(benchmark: Benchmark, predictor: Predictor) -> str:
+    """Hash of the questions, their images (by name and size) and the predictor. Not of how many are asked."""
+    return fingerprint([sample.to_json() for sample in benchmark.samples], benchmark.data, predictor.identity())
+
+
+def answers_folder(home: Path, name: str, key: str) -> Path:
+    """Where the journals of a benchmark's answers of this key lie."""
+    return home / "answers" / f"{name}-{key}"
+
+
+def read_answers(folder: Path, key: str) -> dict[str, Reply]:
+    """Sample id -> reply, from the journals of all processes, also of earlier evaluations."""
+    replies: dict[str, Reply] = {}
+    for file in sorted(folder.glob("rank*.jsonl")):
+        replies |= {record["id"]: Reply.from_json(record) for record in read_journal(file, key)}
+    return replies
+
+
+def share_of(samples: Sequence[Sample], predictor: Predictor, rank: int, world_size: int) -> list[Sequence[Sample]]:
+    """The chunks that this process asks: every `world_size`-th, from `rank` on.
+
+    Chunks are cut from all samples in a fixed order. Many images come first: neighbours in length share a batch, a lack
+    of memory shows at once, and the displayed time left is not too short.
+    """
+    ordered = sorted(samples, key=lambda sample: (-len(sample.images), column_of(sample), sample.task))
+    return split_chunks(ordered, predictor.chunk_size)[rank::world_size]
+
+
+def ask_share(
+    predictor: Predictor,
+    samples: Sequence[Sample],
+    benchmark: Benchmark,
+    folder: Path,
+    key: str,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[int]:
+    """Ask this process's share of `samples` and journal the replies, chunk by chunk.
+
+    Yields how many more replies are there, those found first. A chunk whose replies are all there is done; any other is
+    asked whole, so that the questions which share a batch are always the same. A question that was lost on the way
+    (`UNANSWERED`) counts as wrong, and is asked again by the next call.
+
+    Args:
+        predictor: answers.
+        samples: all questions that are asked, by all processes together; some or all of the benchmark's.
+        benchmark: loads their images.
+        folder, key: of the journals (`answers_folder`, `answers_key`).
+        rank, world_size: this process, and the number of processes.
+
+    Raises QuestionsLost as soon as most questions were lost.
+    """
+    # 1. Which chunks are this process's, and not answered yet.
+    done = {name for name, reply in read_answers(folder, key).items() if reply.refused != UNANSWERED}
+    mine = share_of(samples, predictor, rank, world_size)
+    waiting = [chunk for chunk in mine if not all(sample.id in done for sample in chunk)]
+    yield sum(map(len, mine)) - sum(map(len, waiting))
+    # 2. Ask them; a chunk is written as one piece.
+    journal = Journal(folder / f"rank{rank}.jsonl", key)
+    records: list[dict[str, Any]] = []
+    answered, lost = len(done), 0
+    for sample, reply in predictor.answers([sample for chunk in waiting for sample in chunk], benchmark.load):
+        records.append({"id": sample.id} | reply.to_json())
+        lost += reply.refused == UNANSWERED
+        answered += reply.refused != UNANSWERED
+        if len(records) >= predictor.chunk_size:
+            journal.append(records)
+            yield len(records)
+            records = []
+        if lost >= MANY_LOST:
+            _require_answers(benchmark, answered, lost)
+    journal.append(records)
+    yield len(records)
+    _require_answers(benchmark, answered, lost)
+
+
+def _require_answers(benchmark: Benchmark, answered: int, lost: int) -> None:
+    if lost > answered:
+        raise QuestionsLost(
+            f"{benchmark.name}: {lost} questions got no answer in all attempts, and {answered} got one. The server "
+            "answers others: endpoint.timeout may be too short. The same command asks the missing ones again"
+        )

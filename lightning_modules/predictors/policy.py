@@ -1,0 +1,92 @@
+"""The policy in this process as a `Predictor`, in training and afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from datamodules.encoding.encoder import EncodedSample, Encoder
+from datamodules.metrics.predictions import Reply
+from datamodules.samples.sample import Sample, SampleError
+from datamodules.streaming.path_fingerprint import path_fingerprint
+from lightning_modules.models.qwen_vl import QwenVL
+from lightning_modules.predictors.base import Decoding, Load, split_chunks
+from lightning_modules.predictors.encode_ahead import encode_ahead
+from lightning_modules.predictors.own_generation import answer_by_own_settings
+from lightning_modules.rollouts.base import Rollout, RolloutEngine, RolloutSettings
+from lightning_modules.serving.generation_rules import rules
+
+log = logging.getLogger(__name__)
+# Prompts given to the engine at once, in batches: the engine prepares its weights once for them, and an answer that
+# ends early leaves its place in the batch to the next question. They are in memory together.
+BATCHES_PER_CHUNK = 4
+
+
+class PolicyPredictor:
+    """Asks a Qwen2.5-VL through a rollout engine, or under `decoding.generation` "model" by its own settings.
+
+    Args:
+        policy: its weights are hashed as they are in memory when `identity` is first called. All ranks of a sharded
+            policy make that call together.
+        engine: decodes the greedy answers.
+        encoder: says how questions are put, and which are refused.
+        decoding: length of an answer, questions at a time.
+        batches_per_chunk: a chunk has this many batches of `decoding.batch_prompts` questions.
+    """
+
+    def __init__(
+        self,
+        policy: QwenVL,
+        engine: RolloutEngine,
+        encoder: Encoder,
+        decoding: Decoding,
+        batches_per_chunk: int = BATCHES_PER_CHUNK,
+    ) -> None:
+        self.policy, self.engine, self.encoder, self.decoding = policy, engine, encoder, decoding
+        self.box_format = encoder.box_format
+        # A model's own settings answer one question at a time: no answer depends on another question.
+        self.chunk_size = 1 if decoding.generation == "model" else batches_per_chunk * decoding.batch_prompts
+
+    def identity(self) -> dict[str, Any]:
+        """All that answers depend on beside the question, JSON-like."""
+        decoding = asdict(self.decoding) | rules(self.decoding.generation) | {"chunk_size": self.chunk_size}
+        return {"policy": self._policy_key, "form": self.encoder.form(), "decoding": decoding}
+
+    @cached_property
+    def _policy_key(self) -> str:
+        return policy_fingerprint(self.policy)  # reads all weights, so once for all benchmarks
+
+    def answers(self, samples: Sequence[Sample], load: Load) -> Iterator[tuple[Sample, Reply]]:
+        """One reply for each sample, chunk by chunk; a question that cannot be put gets a reply with its rule."""
+        for chunk in encode_ahead(self.encoder, split_chunks(samples, self.chunk_size), load):
+            items = []
+            for sample, item in chunk:
+                if isinstance(item, SampleError):
+                    log.warning("counted as wrong: %s", item)
+                    yield sample, Reply("", (), refused=item.rule)
+                else:
+                    items.append(item.to(self.policy.device))
+            for item, rollout in zip(items, self._generate(items), strict=True):
+                yield item.sample, Reply(rollout.text, item.image_sizes, len(rollout.token_ids), rollout.finished)
+
+    def _generate(self, items: Sequence[EncodedSample]) -> list[Rollout]:
+        """One completion for each prompt."""
+        length, batch = self.decoding.max_new_tokens, self.decoding.batch_prompts
+        if self.decoding.generation == "model":
+            return [answer_by_own_settings(self.policy, item, length) for item in items]
+        return [rollout for (rollout,) in self.engine.generate(items, RolloutSettings.of_evaluation(length, batch))]
+
+
+def policy_fingerprint(policy: QwenVL) -> str:
+    """Hash of the weights that the policy started from, and of all that training has changed in it."""
+    digest = hashlib.sha256(path_fingerprint(policy.processor_path).encode())
+    for name, tensor in policy.trained_tensors():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
