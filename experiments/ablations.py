@@ -22,7 +22,7 @@ from jsonargparse import auto_cli
 
 from callbacks import preemption
 from datamodules.persistence.files import write_atomic
-from experiments.pipeline import Ladder, Rung, build_world, check_stages, experiment_folder
+from experiments.pipeline import Phase, Pipeline, build_world, check_stages, experiment_folder
 from experiments.reports import ablation_report
 from experiments.reports.ablation_summary import Comparison
 from experiments.runs import run_identity, wandb_runs
@@ -93,13 +93,13 @@ def run(
         start = time.monotonic()
         if world:
             build_world(world)
-        ladders = make_ladders(folders, home, model, evaluation, rows, overrides, choice_of(redo, keep))
-        settle([step for ladder in ladders.values() for step in ladder.steps()])
-        list_all_done(ladders)
+        pipelines = make_pipelines(folders, home, model, evaluation, rows, overrides, choice_of(redo, keep))
+        settle([step for pipeline in pipelines.values() for step in pipeline.steps()])
+        list_all_done(pipelines)
         report()
-        for seed, ladder in ladders.items():
-            with run_identity.locked(ladder.folder):
-                for name in run_rows(ladder, wanted_rows(rows, only)):
+        for seed, pipeline in pipelines.items():
+            with run_identity.locked(pipeline.folder):
+                for name in run_rows(pipeline, wanted_rows(rows, only)):
                     say(f"seed {seed}: {name} is there")
                     report()
         say(f"{(time.monotonic() - start) / 60:.1f} minutes")
@@ -109,7 +109,7 @@ def run(
     say(f"{home / 'ablations.html'}, {home / 'ablations.md'}, {home / 'ablations.json'}")
 
 
-def make_ladders(
+def make_pipelines(
     folders: Mapping[int, Path],
     home: Path,
     model: str,
@@ -117,40 +117,40 @@ def make_ladders(
     rows: Mapping[str, Row],
     overrides: Mapping[str, str],
     choice: Choice | None = None,
-) -> dict[int, Ladder]:
-    """Each seed's ladder in its folder, with the rows as rungs; configurations that differ from theirs go to `home`."""
-    rungs = {name: Rung(row.start, row_config(name, row, home)) for name, row in rows.items()}
+) -> dict[int, Pipeline]:
+    """Each seed's pipeline in its folder, with the rows as phases; a row's own configuration file goes to `home`."""
+    phases = {name: Phase(row.start, row_config(name, row, home)) for name, row in rows.items()}
     arguments = {name: f"{row.overrides} {overrides.get(name, '')}".strip() for name, row in rows.items()}
     arguments["evaluation"] = overrides.get("evaluation", "")
-    ladders = {}
+    pipelines = {}
     for seed, folder in folders.items():
         names = partial(wandb_runs.wandb_environment, home.name, f"seed{seed}")  # of a row, which is a tag too
-        ladders[seed] = Ladder(folder, seed, model, evaluation, rungs, arguments, names, choice)
-    return ladders
+        pipelines[seed] = Pipeline(folder, seed, model, evaluation, phases, arguments, names, choice)
+    return pipelines
 
 
-def list_all_done(ladders: Mapping[int, Ladder]) -> None:
+def list_all_done(pipelines: Mapping[int, Pipeline]) -> None:
     """List what is done at every seed, before hours are spent at the first: whenever this ends, the tables show it all.
 
     A seed at which another process is working is left to that one, which lists what it has found done.
     """
-    for seed, ladder in ladders.items():
-        with run_identity.locked(ladder.folder, wait=False) as held:
+    for seed, pipeline in pipelines.items():
+        with run_identity.locked(pipeline.folder, wait=False) as held:
             if held:
-                ladder.list_done()
+                pipeline.list_done()
             else:
-                say(f"seed {seed}: another process is working in {ladder.folder}: its rows are listed as it has them")
+                say(f"seed {seed}: another process is working in {pipeline.folder}: its rows are listed as it has them")
 
 
-def run_rows(ladder: Ladder, wanted: set[str]) -> Iterator[str]:
+def run_rows(pipeline: Pipeline, wanted: set[str]) -> Iterator[str]:
     """Run the wanted rows of one seed in their order; yields each row's name when it is evaluated.
 
     A row that is not wanted is not run, but stays among the results where it is done as it would be now.
     """
-    ladder.list_done()
-    for name in (BASE, *ladder.rungs):
-        if name == BASE or name in wanted or ladder.seconds_if_done(name) is not None:
-            ladder.run(name)
+    pipeline.list_done()
+    for name in (BASE, *pipeline.phases):
+        if name == BASE or name in wanted or pipeline.seconds_if_done(name) is not None:
+            pipeline.run(name)
             yield name
 
 

@@ -1,4 +1,4 @@
-"""One page that compares runs, offline: ladder, tasks, curves, settings, and every completion of logged prompts.
+"""One page that compares runs, offline: stages, tasks, curves, settings, and every completion of logged prompts.
 
     python -m experiments.compare --runs outputs/nano outputs/nano-seed1/grpo
 

@@ -1,4 +1,4 @@
-"""The whole ladder: the world, base, CoT-SFT, rejection sampling and GRPO, with MIG-Bench before, between and after.
+"""The whole pipeline: the world, base, CoT-SFT, rejection sampling and GRPO, with MIG-Bench before, between and after.
 
     python -m experiments.pipeline --config experiments/configs/nano/pipeline.yaml --seed 1
 
@@ -41,7 +41,7 @@ def check_stages(stages: Iterable[str], overrides: Iterable[str]) -> None:
     if unknown := sorted(set(overrides) - set(stages) - {"evaluation"}):
         sys.exit(f"overrides for {unknown}, but the stages are {sorted(stages)} and 'evaluation'")
     if BASE in stages:
-        sys.exit(f"stages={sorted(stages)}: {BASE!r} is the name of the first rung, which nothing is trained on")
+        sys.exit(f"stages={sorted(stages)}: {BASE!r} is the name of the first stage, the model as it is given")
     if wrong := [stage for stage in stages if Path(stage).name != stage or "." in stage or not stage]:
         sys.exit(f"stages={wrong}: a name must be one of a folder, without a dot: that marks runs that were set aside")
 
@@ -64,18 +64,25 @@ def build_world(config: str) -> None:
 
 
 @dataclass(frozen=True)
-class Rung:
-    """A training stage of a ladder: `config` trained from the model that stage `start` leaves."""
+class Phase:
+    """A training phase: the YAML `config`, and the stage `start` whose model it is trained from."""
 
     start: str
     config: str
 
 
-class Ladder:
-    """The stages of one experiment, tied together by its folders: BASE, which is `model`, and `rungs` in their order.
+class Pipeline:
+    """The stages of one experiment, tied together by its folders: BASE, and then the training phases in their order.
 
-    A rung starts from BASE or from one before it. `overrides` has more arguments by stage, or by "evaluation";
-    `environment` gives a stage's processes more variables. `choice` is what becomes of steps that other code has made.
+    Args:
+        folder: the experiment's folder; each stage has a folder in it.
+        seed: seed of all training.
+        model: the model of BASE, folder or Hub name.
+        evaluation: YAML of experiments.evaluate.
+        phases: stage -> its training phase. A phase starts from BASE or from a phase before it.
+        overrides: more arguments, by stage or by "evaluation".
+        environment: stage -> more variables for its processes.
+        choice: whether steps that other source files have made are kept or made again.
     """
 
     def __init__(
@@ -84,19 +91,19 @@ class Ladder:
         seed: int,
         model: str,
         evaluation: str,
-        rungs: Mapping[str, Rung],
+        phases: Mapping[str, Phase],
         overrides: Mapping[str, str],
         environment: Callable[[str], Mapping[str, str]] = lambda stage: {},
         choice: Choice | None = None,
     ) -> None:
-        self.folder, self.seed, self.model, self.evaluation, self.rungs = folder, seed, model, evaluation, rungs
+        self.folder, self.seed, self.model, self.evaluation, self.phases = folder, seed, model, evaluation, phases
         self.overrides, self.environment, self.choice = overrides, environment, choice
         self.commit, self.stages = current_commit(ROOT), {}
 
     @property
     def results(self) -> Results:
-        """What is known to be done, in the ladder's order."""
-        stages = tuple(self.stages[name] for name in (BASE, *self.rungs) if name in self.stages)
+        """The stages that are known to be done, in the pipeline's order."""
+        stages = tuple(self.stages[name] for name in (BASE, *self.phases) if name in self.stages)
         return Results(self.folder.name, self.seed, self.commit, stages)
 
     def model_of(self, stage: str) -> str:
@@ -105,7 +112,7 @@ class Ladder:
 
     def training(self, stage: str) -> Step:
         """The training phase to <folder>/<stage>/merged."""
-        config, model = self.rungs[stage].config, self.model_of(self.rungs[stage].start)
+        config, model = self.phases[stage].config, self.model_of(self.phases[stage].start)
         command = ["experiments.train", "--config", config, "--model.init_args.model", model]
         command += ["--experiment", self.folder.name, "--phase", stage, "--outputs", str(self.folder.parent)]
         command += ["--seed_everything", str(self.seed), *shlex.split(self.overrides.get(stage, ""))]
@@ -146,7 +153,7 @@ class Ladder:
         """The seconds of its training, where that need not run: it, and all that it starts from, are done."""
         if stage == BASE:
             return 0.0
-        if self.training_seconds(self.rungs[stage].start) is None:
+        if self.training_seconds(self.phases[stage].start) is None:
             return None
         return self.training(stage).seconds_if_done()
 
@@ -158,12 +165,12 @@ class Ladder:
 
     def steps(self) -> list[Step]:
         """All of them, in their order."""
-        rungs = [step for name in self.rungs for step in (self.training(name), self.evaluation_of(name))]
-        return [self.evaluation_of(BASE), *rungs]
+        trained = [step for name in self.phases for step in (self.training(name), self.evaluation_of(name))]
+        return [self.evaluation_of(BASE), *trained]
 
     def list_done(self) -> None:
         """Write results.json and report.html with the stages that need not run, and no others."""
-        seconds = {stage: self.seconds_if_done(stage) for stage in (BASE, *self.rungs)}
+        seconds = {stage: self.seconds_if_done(stage) for stage in (BASE, *self.phases)}
         self.stages = {stage: self._found(stage, spent) for stage, spent in seconds.items() if spent is not None}
         if self.stages or (self.folder / "results.json").is_file():
             self._write()
@@ -176,10 +183,8 @@ class Ladder:
         seconds += run_step(step)
         self.stages[stage] = self._found(stage, seconds)
         self._write()
-        print(
-            pipeline_report.ladder_text(self.results, pipeline_report.stage_starts(self.folder, self.results)),
-            flush=True,
-        )
+        starts = pipeline_report.stage_starts(self.folder, self.results)
+        print(pipeline_report.stage_text(self.results, starts), flush=True)
 
     def _found(self, stage: str, seconds: float) -> Stage:
         return make_stage(stage, read_json(self.evaluation_of(stage).result), seconds)
@@ -201,7 +206,7 @@ def run(
     redo: bool = False,
     keep: bool = False,
 ) -> None:
-    """Run the whole ladder.
+    """Run the whole pipeline.
 
     Args:
         experiment: name of the folder in `outputs`; "-seed1" and so on is added at other seeds than 0
@@ -221,15 +226,15 @@ def run(
     start = time.monotonic()
     folder = experiment_folder(outputs, experiment, seed)
     starts = [BASE, *stages]
-    rungs = {stage: Rung(start, config) for start, (stage, config) in zip(starts, stages.items(), strict=False)}
-    ladder = Ladder(folder, seed, model, evaluation, rungs, overrides or {}, choice=choice_of(redo, keep))
+    phases = {stage: Phase(start, config) for start, (stage, config) in zip(starts, stages.items(), strict=False)}
+    pipeline = Pipeline(folder, seed, model, evaluation, phases, overrides or {}, choice=choice_of(redo, keep))
     with run_identity.locked(folder):
         if world:
             build_world(world)
-        settle(ladder.steps())
-        ladder.list_done()
+        settle(pipeline.steps())
+        pipeline.list_done()
         for stage in starts:
-            ladder.run(stage)
+            pipeline.run(stage)
     say(f"{(time.monotonic() - start) / 60:.1f} minutes; {folder / 'results.json'}, {folder / 'report.html'}")
 
 

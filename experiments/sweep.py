@@ -2,8 +2,8 @@
 
 With a W&B key it creates the sweep there, or finds the one it created before, and starts an agent. Without one, or
 with --local, the trials run here, one after another, chosen by Optuna: outputs/<sweep>/ then holds trials.jsonl, the
-phase folders trial-<n>/, logs/, and after each trial sweep.json and sweep.html. Killed at any moment, the same command
-goes on with the trial that was running, from its last checkpoint. docs/sweeps.md
+phase folders trial-<n>/, logs/, after each trial sweep.json and sweep.md, and at the end sweep.html with plots. Killed
+at any moment, the same command goes on with the trial that was running, from its last checkpoint. docs/sweeps.md
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ import yaml
 from datamodules.persistence.files import fingerprint
 from datamodules.persistence.source_code import class_modules, source_code
 from datamodules.streaming.path_fingerprint import path_fingerprint
-from experiments.reports import sweep_page
-from experiments.reports.sweep_charts import short
-from experiments.reports.sweep_page import in_words
+from experiments.reports import sweep_plots, sweep_summary
 from experiments.runs import run_identity
 from experiments.runs.changes import Choice, CodeChanged, MadeOf, choice_of
 from experiments.runs.commands import command
@@ -85,7 +83,7 @@ class LocalSweep:
         while len(self.log.trials) < self.num_trials:
             latent = self.study.begin()
             self._carry_out(self.log.begin(latent, self.plan.values(latent)))
-        self.write_page()
+        self.write_summary()
 
     def command(self, trial: Trial) -> list[str]:
         """The trial's command line, with this sweep's folders in the place of those for W&B's agent."""
@@ -98,9 +96,9 @@ class LocalSweep:
         """The same, with the answer for a trial that other code has begun."""
         return self.command(trial) + ([f"--{self.choice}"] if self.choice else [])
 
-    def write_page(self) -> None:
+    def write_summary(self) -> None:
         commands = [describe_command(self.command(trial)) for trial in self.log.trials]
-        sweep_page.write(self.folder, self.plan, self.log.trials, commands, self.study.importance(), self.facts)
+        sweep_summary.write(self.folder, self.plan, self.log.trials, commands, self.facts)
 
     def _recall(self, trial: Trial) -> None:
         """Bring a trial of an earlier process before the optimiser; carry it out where it has not ended."""
@@ -174,7 +172,7 @@ class LocalSweep:
         trial = self.log.end(trial.number, state, seconds, value, message)
         self.study.end(state, value)
         say(f"trial {trial.number}: {state}{'' if value is None else f', {value:.4g}'} {message}".rstrip())
-        self.write_page()
+        self.write_summary()
         self.failures = self.failures + 1 if state == "failed" else 0
         if self.failures >= GIVE_UP and not any(t.state in ("complete", "pruned") for t in self.log.trials):
             sys.exit(f"the first {self.failures} trials failed; {log}: {message}\n--retry_failed takes them up again")
@@ -194,7 +192,8 @@ def say(text: str) -> None:
 
 
 def _short(parameters: dict) -> str:
-    return ", ".join(f"{short(name)} {in_words(value)}" for name, value in parameters.items())
+    words = {sweep_summary.short(name): sweep_summary.in_words(value) for name, value in parameters.items()}
+    return ", ".join(f"{name} {value}" for name, value in words.items())
 
 
 def num_trials(plan: SweepPlan, asked: int | None) -> int:
@@ -251,8 +250,10 @@ def main(args: list[str] | None = None) -> None:
             sweep.run()
         except Interrupted as signal_name:
             sys.exit(f"stopped by {signal_name}; the same command goes on with the trial that was running")
+        plots = folder / "sweep.html"
+        missing = sweep_plots.write_plots(plots, plan, sweep.log.trials)
         wandb_sweep.log_sweep(folder, plan)
-    say(f"{folder / 'sweep.html'}, {folder / 'sweep.json'}")
+    say(f"{folder / 'sweep.md'}, {folder / 'sweep.json'}, {missing or plots}")
 
 
 if __name__ == "__main__":

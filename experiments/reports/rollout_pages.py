@@ -23,7 +23,7 @@ from datamodules.samples.sample import BoxAnswer, BoxPart, Sample, SampleError, 
 from datamodules.samples.scores import score_text
 from datamodules.streaming.shards import MANIFEST, ShardReader, folder_list
 from experiments.reports.find_runs import Run
-from experiments.reports.pipeline_report import script_json
+from experiments.reports.templates import script_json
 from experiments.runs import run_identity
 from lightning_modules.rl.rollout_log import LoggedGroup
 

@@ -1,27 +1,23 @@
-"""The optimiser of a local sweep: W&B's methods and early stopping by Optuna. The only file that imports it.
+"""The optimizer of a local sweep: W&B's methods and early stopping by Optuna.
 
     grid -> GridSampler   random -> RandomSampler   bayes -> TPESampler   hyperband -> SuccessiveHalvingPruner
 
 W&B's hyperband stops trials at bands first, first · eta, first · eta² …, as successive halving does in one bracket;
-Optuna's HyperbandPruner would spread the trials over several brackets with other bands. W&B lets one trial more pass a
-band: of n values there Optuna keeps the best n // eta, and always one. Optuna keeps nothing on disk
-here: a study is made anew from the sweep's journal by the same calls, so a sweep that was killed goes on as one left
-alone. That is why each trial has a sampler of its own, seeded with its number: what it draws does not depend on what
-the same process drew before.
+Optuna's HyperbandPruner would spread the trials over several brackets with other bands. From n values at a band Optuna
+keeps the best n // eta, and at least one; W&B keeps one more. Optuna stores nothing on disk here. After a restart the
+same calls, read from the sweep's journal, build the same study, so a killed sweep ends like an uninterrupted sweep.
+Therefore each trial has its own sampler, seeded with its number: a draw does not depend on earlier draws.
 """
 
 from __future__ import annotations
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.samplers import BaseSampler, GridSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 
 from experiments.sweeps.plan import Parameter, SweepPlan
 
-IMPORTANCE = "PED-ANOVA"
-FEWEST_FOR_IMPORTANCE = 6
 STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -61,15 +57,6 @@ class Study:
         self.study.tell(self.trial, value if state == "complete" else None, STATES[state])
         self.trial = None
 
-    def importance(self) -> dict[str, float]:
-        """Each varied parameter's share of 1, the largest first; {} with too few finished trials or all equal."""
-        finished = [trial for trial in self.study.trials if trial.state == TrialState.COMPLETE]
-        names = [parameter.name for parameter in self.plan.varied]
-        if len(finished) < FEWEST_FOR_IMPORTANCE or not names or len({trial.value for trial in finished}) < 2:
-            return {}
-        evaluator = PedAnovaImportanceEvaluator(target_quantile=num_best(len(finished)) / len(finished))
-        return get_param_importances(self.study, evaluator=evaluator, params=names)
-
     def _sampler(self, number: int) -> BaseSampler:
         if self.plan.method == "grid":
             return GridSampler({p.name: p.grid() for p in self.plan.parameters}, seed=self.seed)
@@ -79,14 +66,9 @@ class Study:
         return TPESampler(seed=seed, n_startup_trials=min(10, 2 + len(self.plan.varied)))
 
 
-def num_best(num_finished: int) -> int:
-    """How many trials count as the best ones for importance: a tenth, at least three. One alone decides nothing."""
-    return max(3, num_finished // 10)
-
-
 def distribution(parameter: Parameter) -> BaseDistribution:
     """What the latent value is drawn from."""
-    if parameter.is_choice:
+    if parameter.choices:
         return CategoricalDistribution(range(len(parameter.choices)))
     if parameter.whole:
         return IntDistribution(int(parameter.low), int(parameter.high))

@@ -41,7 +41,7 @@ def run_agent(sweep: str, count: int | None) -> NoReturn:
 
 
 def log_sweep(folder: Path, plan: SweepPlan) -> None:
-    """One W&B run for a whole local sweep: table of trials, best trial, page. Offline without a key."""
+    """One W&B run for a whole local sweep: the table of trials and the best trial. Offline without a key."""
     import wandb
 
     choose_wandb_mode()
@@ -55,7 +55,7 @@ def log_sweep(folder: Path, plan: SweepPlan) -> None:
     ]
     with wandb.init(dir=str(folder), config={"sweep": summary["sweep"]}, **identity) as run:
         table = wandb.Table(columns=["trial", "state", plan.metric, "seconds", *names], data=rows)
-        run.log({"sweep/trials": table, "sweep/page": wandb.Html(str(folder / "sweep.html"))})
+        run.log({"sweep/trials": table})
         best = summary["best"] or {}
         run.summary.update({"sweep/best": best.get("value"), "sweep/best_parameters": best.get("parameters")})
         run.summary["sweep/num_trials"] = len(rows)

@@ -189,8 +189,8 @@ def test_an_evaluation_by_the_models_own_settings_is_another_and_named(workbench
 
 def test_an_evaluation_from_before_decoding_was_stated_is_made_again(workbench: Workbench) -> None:
     config = workbench.write_yaml("eval", evaluation(workbench))
-    ladder = pipeline.Ladder(workbench.outputs, 0, str(workbench.model), config, {}, {})
-    step = ladder.evaluation_of("base")
+    whole = pipeline.Pipeline(workbench.outputs, 0, str(workbench.model), config, {}, {})
+    step = whole.evaluation_of("base")
     step.marker.parent.mkdir(parents=True)
     step.result.write_text(json.dumps({"key": "k"}))
     how = step.command.index("--generation")
@@ -200,7 +200,7 @@ def test_an_evaluation_from_before_decoding_was_stated_is_made_again(workbench: 
     step.marker.write_text(json.dumps(done | {"key": before.key()}))
     assert before.seconds_if_done() == 1.0 and step.seconds_if_done() is None
     overrides = {"evaluation": "--generation model"}
-    other = pipeline.Ladder(workbench.outputs, 0, str(workbench.model), config, {}, overrides)
+    other = pipeline.Pipeline(workbench.outputs, 0, str(workbench.model), config, {}, overrides)
     assert other.evaluation_of("base").key() != step.key()
 
 
@@ -284,7 +284,7 @@ def test_each_model_has_an_output_folder_of_its_own() -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_ladder_runs_and_runs_only_once(workbench: Workbench, capfd) -> None:
+def test_the_whole_pipeline_runs_and_runs_only_once(workbench: Workbench, capfd) -> None:
     stages = {"cot_sft": workbench.training("cot_sft"), "grpo": workbench.training("grpo")}
     settings = {"experiment": "tiny", "model": str(workbench.model), "outputs": str(workbench.outputs)}
     settings["evaluation"] = workbench.write_yaml("eval", evaluation(workbench))

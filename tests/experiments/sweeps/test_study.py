@@ -86,18 +86,3 @@ def test_without_early_terminate_nothing_is_stopped(tmp_path: Path) -> None:
         study.begin()
         assert not any(study.report(index, level) for index in range(9))
         study.end("complete", level)
-
-
-def test_importance_finds_the_parameter_that_matters(tmp_path: Path) -> None:
-    plan = read_plan(write(tmp_path, parameters=NUMBERS | {"d": {"value": 3}}))
-    study = Study(plan, 1)
-    for _ in range(5):
-        run_trial(study, plan)
-    assert study.importance() == {}, "five trials say nothing"
-    for _ in range(60):
-        run_trial(study, plan)
-    study.begin()
-    study.end("failed")
-    shares = study.importance()
-    assert max(shares, key=shares.get) == "c" and shares["c"] > 0.5
-    assert set(shares) == {"a", "b", "c"} and sum(shares.values()) == pytest.approx(1)
