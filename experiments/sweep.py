@@ -22,6 +22,7 @@ from datamodules.persistence.files import fingerprint
 from datamodules.persistence.source_code import class_modules, source_code
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from experiments.reports import sweep_plots, sweep_summary
+from experiments.reports.sweep_summary import in_words
 from experiments.runs import run_identity
 from experiments.runs.changes import Choice, CodeChanged, MadeOf, choice_of
 from experiments.runs.commands import command
@@ -81,8 +82,7 @@ class LocalSweep:
         for known in list(self.log.trials):
             self._recall(known)
         while len(self.log.trials) < self.num_trials:
-            latent = self.study.begin()
-            self._carry_out(self.log.begin(latent, self.plan.values(latent)))
+            self._carry_out(self.log.begin(self.study.begin()))
         self.write_summary()
 
     def command(self, trial: Trial) -> list[str]:
@@ -102,7 +102,7 @@ class LocalSweep:
 
     def _recall(self, trial: Trial) -> None:
         """Bring a trial of an earlier process before the optimiser; carry it out where it has not ended."""
-        self.study.begin(trial.latent)
+        self.study.begin(trial.parameters)
         if trial.state != "running":
             for index, (_, value) in enumerate(trial.points):
                 self.study.report(index, value)
@@ -115,7 +115,8 @@ class LocalSweep:
 
     def _carry_out(self, trial: Trial) -> None:
         number, folder, spent = trial.number, self.folder / phase_name(trial), trial.seconds
-        log, settings = self.folder / "logs" / f"{folder.name}.log", _short(trial.parameters)
+        log = self.folder / "logs" / f"{folder.name}.log"
+        settings = ", ".join(f"{p.label} {in_words(trial.parameters[p.name])}" for p in self.plan.parameters)
         say(f"trial {number} ({number + 1} of {self.num_trials}): {settings}")
 
         def see(points: Points, seconds: float) -> bool:
@@ -191,11 +192,6 @@ def say(text: str) -> None:
     print(f"== {text}", flush=True)
 
 
-def _short(parameters: dict) -> str:
-    words = {sweep_summary.short(name): sweep_summary.in_words(value) for name, value in parameters.items()}
-    return ", ".join(f"{name} {value}" for name, value in words.items())
-
-
 def num_trials(plan: SweepPlan, asked: int | None) -> int:
     """How many trials there are to be. Raises ValueError where nothing says so."""
     counts = [count for count in (asked or plan.run_cap, plan.grid_size()) if count is not None]
@@ -251,7 +247,7 @@ def main(args: list[str] | None = None) -> None:
         except Interrupted as signal_name:
             sys.exit(f"stopped by {signal_name}; the same command goes on with the trial that was running")
         plots = folder / "sweep.html"
-        missing = sweep_plots.write_plots(plots, plan, sweep.log.trials)
+        missing = sweep_plots.write_plots(plots, plan, sweep.study.study)
         wandb_sweep.log_sweep(folder, plan)
     say(f"{folder / 'sweep.md'}, {folder / 'sweep.json'}, {missing or plots}")
 

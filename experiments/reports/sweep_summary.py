@@ -63,11 +63,6 @@ def write(
     write_atomic(folder / "sweep.md", _markdown(plan, summary, ranked))
 
 
-def short(name: str) -> str:
-    """A flag without the words that most flags begin with."""
-    return name.removeprefix("model.init_args.")
-
-
 def in_words(value: Any) -> str:
     """A parameter's or a trial's value to be read; "" for none."""
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -93,10 +88,9 @@ def _markdown(plan: SweepPlan, summary: Mapping[str, Any], ranked: Sequence[Mapp
         lines += [f"Best: trial {best['trial']}, {in_words(best['value'])}. Its command:", ""]
         lines += [f"    {best['command']}", "", "The same settings in a longer run:", ""]
         lines += [f'    make grpo {config}ARGS="{flags}"', ""]
-    names = [parameter.name for parameter in plan.varied]
-    table = [["trial", "state", "value", *map(short, names), "minutes", "note"]]
+    table = [["trial", "state", "value", *(parameter.label for parameter in plan.varied), "minutes", "note"]]
     for row in ranked:
-        settings = [in_words(row["parameters"][name]) for name in names]
+        settings = [in_words(row["parameters"][parameter.name]) for parameter in plan.varied]
         last = [f"{row['seconds'] / 60:.1f}", " ".join(row["message"].split())]
         table.append([str(row["trial"]), row["state"], in_words(row["value"]), *settings, *last])
     return "\n".join([*lines, markdown_table(table)]) + "\n"

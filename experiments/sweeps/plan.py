@@ -1,8 +1,4 @@
-"""A sweep's YAML, in W&B's own format, checked before anything runs. Pure: no optimizer and no W&B.
-
-The optimizer draws a latent value for each parameter, from which the value on the trial's command line is computed. The
-two differ for a choice, which is drawn by its index, and for q_uniform, which W&B rounds to multiples of q afterwards.
-"""
+"""A sweep's YAML, in W&B's own format, checked before anything runs. Pure: no optimizer and no W&B."""
 
 from __future__ import annotations
 
@@ -31,44 +27,33 @@ FIELDS = {
     "log_uniform_values": ("min", "max"),
     "q_uniform": ("min", "max", "q"),
 }
-ROUNDING = 1e-9  # by which a bound of q_uniform may miss a multiple of q
+SCALARS = (type(None), bool, int, float, str)  # choices that an optimizer can compare
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One flag of the trials and how it is drawn: one of `choices`, or a number from `low` to `high`, both included."""
+    """One flag of the trials: one of `choices`, or a number from `low` to `high`, both included, in steps of `q`."""
 
     name: str
     distribution: str
     choices: tuple[Any, ...] = ()
     low: float = 0.0
     high: float = 1.0
-    q: float | None = None
+    q: float | None = None  # None: every number, or for int_uniform every whole number
 
     @property
-    def log(self) -> bool:
-        return self.distribution == "log_uniform_values"
+    def label(self) -> str:
+        """The flag without the words that most flags begin with."""
+        return self.name.removeprefix("model.init_args.")
 
-    @property
-    def whole(self) -> bool:
-        return self.distribution == "int_uniform"
-
-    def value(self, latent: float) -> Any:
-        """The trial's value for this latent value."""
+    def grid(self) -> list[Any]:
+        """All values; [] where they cannot be counted."""
         if self.choices:
-            return self.choices[int(latent)]
-        return latent if self.q is None else _multiple(latent, self.q)
-
-    def grid(self) -> list[float] | None:
-        """All latent values; None where they cannot be counted."""
-        if self.choices:
-            return list(range(len(self.choices)))
-        if self.whole:
-            return list(range(int(self.low), int(self.high) + 1))
-        if self.q is not None:
-            first, last = math.ceil(self.low / self.q - ROUNDING), math.floor(self.high / self.q + ROUNDING)
-            return [_multiple(k * self.q, self.q) for k in range(first, last + 1)]
-        return None
+            return list(self.choices)
+        if self.q is None:
+            return []
+        count = round((self.high - self.low) / self.q) + 1
+        return [type(self.q)(f"{self.low + k * self.q:.12g}") for k in range(count)]
 
 
 @dataclass(frozen=True)
@@ -109,11 +94,7 @@ class SweepPlan:
 
     def grid_size(self) -> int | None:
         """How many trials a grid search has; None for other methods."""
-        grids = [parameter.grid() or [] for parameter in self.parameters]
-        return math.prod(map(len, grids)) if self.method == "grid" else None
-
-    def values(self, latent: Mapping[str, float]) -> dict[str, Any]:
-        return {parameter.name: parameter.value(latent[parameter.name]) for parameter in self.parameters}
+        return math.prod(len(parameter.grid()) for parameter in self.parameters) if self.method == "grid" else None
 
     def arguments(self, values: Mapping[str, Any], python: str) -> list[str]:
         """The command line of a trial with these values, as W&B's agent fills in the macros."""
@@ -206,6 +187,8 @@ def read_parameter(name: str, fields: Any) -> Parameter:
     if kind == "categorical":
         if not isinstance(given["values"], list) or not given["values"]:
             raise ValueError(f"{where}.values={given['values']!r} must be a list that is not empty")
+        if wrong := [value for value in given["values"] if not isinstance(value, SCALARS)]:
+            raise ValueError(f"{where}.values: {wrong} are not numbers, texts, true, false or null")
         return Parameter(name, kind, tuple(given["values"]))
     return _read_number(where, name, kind, given)
 
@@ -226,11 +209,12 @@ def _read_number(where: str, name: str, kind: str, given: Mapping) -> Parameter:
         raise ValueError(f"{where}: min={low} is not below max={high}")
     if kind == "int_uniform" and not (isinstance(low, int) and isinstance(high, int)):
         raise ValueError(f"{where}: int_uniform from min={low} to max={high} needs whole numbers")
-    if q is not None and q <= 0:
-        raise ValueError(f"{where}.q={q} must be greater than 0")
+    if q is not None and (q <= 0 or any(abs(end / q - round(end / q)) > 1e-9 for end in (low, high))):
+        raise ValueError(f"{where}: q={q} must be greater than 0, and min={low} and max={high} multiples of it")
     if kind == "log_uniform_values" and low <= 0:
         raise ValueError(f"{where}.min={low} must be greater than 0 on a logarithmic scale")
-    return Parameter(name, kind, low=low, high=high, q=q)
+    # An int q gives ints, as in W&B: a flag that takes whole numbers needs q: 1.
+    return Parameter(name, kind, low=low, high=high, q=1 if kind == "int_uniform" else q)
 
 
 def read_early_stop(fields: Any) -> EarlyStop | None:
@@ -250,9 +234,3 @@ def read_early_stop(fields: Any) -> EarlyStop | None:
 
 def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and value >= least
-
-
-def _multiple(value: float, q: float) -> float:
-    """The multiple of q next to `value`; an int where q is one, as W&B has it: an int flag needs q: 1."""
-    nearest = round(value / q) * q
-    return int(nearest) if isinstance(q, int) else float(f"{nearest:.12g}")

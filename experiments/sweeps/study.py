@@ -11,6 +11,8 @@ Therefore each trial has its own sampler, seeded with its number: a draw does no
 
 from __future__ import annotations
 
+from typing import Any
+
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GridSampler, RandomSampler, TPESampler
@@ -24,11 +26,14 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 class Study:
-    """Proposes latent values, and decides whether a trial is worth going on. One trial at a time."""
+    """Proposes parameters, and decides whether a trial is worth going on. One trial at a time.
+
+    In Optuna's study a parameter is known by its label, which its plots show. Constants are not in it.
+    """
 
     def __init__(self, plan: SweepPlan, seed: int = 0) -> None:
         self.plan, self.seed = plan, seed
-        self.distributions = {parameter.name: distribution(parameter) for parameter in plan.parameters}
+        self.distributions = {parameter.label: distribution(parameter) for parameter in plan.varied}
         pruner = optuna.pruners.NopPruner()
         if plan.early:
             pruner = optuna.pruners.SuccessiveHalvingPruner(plan.early.first, plan.early.eta, 0)
@@ -36,16 +41,16 @@ class Study:
         self.study = optuna.create_study(sampler=RandomSampler(), pruner=pruner, direction=direction)
         self.trial: optuna.trial.Trial | None = None
 
-    def begin(self, latent: dict[str, float] | None = None) -> dict[str, float]:
-        """The latent values of the next trial: newly drawn, or those given, which an earlier process drew."""
+    def begin(self, known: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The parameters of the next trial by name: newly drawn, or `known`, which an earlier process drew."""
         assert self.trial is None, "one trial at a time"
-        if latent is not None:
-            self.study.enqueue_trial(latent)
+        if known is not None:
+            self.study.enqueue_trial({p.label: known[p.name] for p in self.plan.varied})
         else:
             self.study.sampler = self._sampler(len(self.study.trials))
         self.trial = self.study.ask(self.distributions)
         self.study.sampler = RandomSampler()  # GridSampler ends a study that it did not start
-        return dict(self.trial.params)
+        return {p.name: self.trial.params.get(p.label, *p.choices[:1]) for p in self.plan.parameters}
 
     def report(self, index: int, value: float) -> bool:
         """Note the trial's value number `index`, from 0; True where the trial should be stopped."""
@@ -59,7 +64,7 @@ class Study:
 
     def _sampler(self, number: int) -> BaseSampler:
         if self.plan.method == "grid":
-            return GridSampler({p.name: p.grid() for p in self.plan.parameters}, seed=self.seed)
+            return GridSampler({p.label: p.grid() for p in self.plan.varied}, seed=self.seed)
         seed = (self.seed * 1_000_003 + number) % 2**32
         if self.plan.method == "random":
             return RandomSampler(seed)
@@ -67,9 +72,10 @@ class Study:
 
 
 def distribution(parameter: Parameter) -> BaseDistribution:
-    """What the latent value is drawn from."""
+    """Optuna's distribution of a parameter."""
     if parameter.choices:
-        return CategoricalDistribution(range(len(parameter.choices)))
-    if parameter.whole:
-        return IntDistribution(int(parameter.low), int(parameter.high))
-    return FloatDistribution(parameter.low, parameter.high, log=parameter.log)
+        return CategoricalDistribution(parameter.choices)
+    if isinstance(parameter.q, int):
+        return IntDistribution(int(parameter.low), int(parameter.high), step=parameter.q)
+    log = parameter.distribution == "log_uniform_values"
+    return FloatDistribution(parameter.low, parameter.high, log=log, step=parameter.q)

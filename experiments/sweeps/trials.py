@@ -1,6 +1,6 @@
 """The trials of a local sweep: what is known of each, in a journal that survives any kill, and the process of one.
 
-<sweep>/trials.jsonl   {"trial": 0, "latent": {…}, "parameters": {…}}       before the trial starts
+<sweep>/trials.jsonl   {"trial": 0, "parameters": {…}}                      before the trial starts
                        {"trial": 0, "values": [[20, 31.5]], "seconds": 41}  as (step, value) are logged
                        {"trial": 0, "state": "complete", "value": 33.1, "seconds": 71, "message": ""}
 """
@@ -31,7 +31,6 @@ class Trial:
     """What is known of a trial. `state` is "running", "complete", "pruned" or "failed"; `seconds` over all attempts."""
 
     number: int
-    latent: dict[str, float]
     parameters: dict[str, Any]
     points: tuple[tuple[int, float], ...] = ()
     state: str = "running"
@@ -49,8 +48,8 @@ class TrialLog:
         for record in self._journal.records:
             self._apply(record)
 
-    def begin(self, latent: dict[str, float], parameters: dict[str, Any]) -> Trial:
-        return self._write({"trial": len(self.trials), "latent": latent, "parameters": parameters})
+    def begin(self, parameters: dict[str, Any]) -> Trial:
+        return self._write({"trial": len(self.trials), "parameters": parameters})
 
     def reopen(self, number: int) -> Trial:
         return self._write({"trial": number, "state": "running", "value": None, "message": ""})
@@ -68,8 +67,8 @@ class TrialLog:
 
     def _apply(self, record: dict[str, Any]) -> Trial:
         number = record["trial"]
-        if "latent" in record:
-            self.trials.append(Trial(number, record["latent"], record["parameters"]))
+        if "parameters" in record:
+            self.trials.append(Trial(number, record["parameters"]))
         changes = {key: record[key] for key in ("state", "value", "seconds", "message") if key in record}
         points = (*self.trials[number].points, *map(tuple, record.get("values", ())))
         self.trials[number] = replace(self.trials[number], points=points, **changes)

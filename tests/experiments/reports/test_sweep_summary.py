@@ -9,11 +9,13 @@ import shlex
 import sys
 from pathlib import Path
 
+import optuna
 import pytest
 
 from datamodules.persistence.files import read_json
 from experiments.reports import sweep_plots, sweep_summary
 from experiments.sweeps.plan import SweepPlan, read_plan
+from experiments.sweeps.study import Study
 from experiments.sweeps.trials import Trial
 from tests.experiments.sweeps.test_plan import write
 
@@ -22,7 +24,7 @@ PARAMETERS = {
     PREFIX + "accuracy_weight": {"distribution": "q_uniform", "min": 0.5, "max": 2.0, "q": 0.25},
     PREFIX + "beta": {"distribution": "log_uniform_values", "min": 1e-4, "max": 0.1},
     PREFIX + "group_size": {"values": [4, 8, "</script><script>alert(1)</script>"]},
-    PREFIX + "layers": {"values": [[1, 2], None]},
+    PREFIX + "layers": {"values": ["all", None]},
     PREFIX + "max_new_tokens": {"value": 160},
 }
 
@@ -36,17 +38,27 @@ def made_up_trials(plan: SweepPlan, count: int = 24) -> list[Trial]:
     """Trials that are the better, the nearer β is to 0.003 and the larger the weight; some pruned or failed."""
     rng, trials = random.Random(0), []
     for number in range(count):
-        latent = {p.name: rng.choice(p.grid() or [0.0]) for p in plan.parameters}
-        latent[PREFIX + "beta"] = 10 ** rng.uniform(-4, -1)
-        values = plan.values(latent)
+        values = {p.name: rng.choice(p.grid() or [0.0]) for p in plan.parameters}
+        values[PREFIX + "beta"] = 10 ** rng.uniform(-4, -1)
         height = 40 - 4 * abs(math.log10(values[PREFIX + "beta"] / 0.003)) + 2 * values[PREFIX + "accuracy_weight"]
         points = tuple((step, height - 12 + 0.2 * step + rng.uniform(-1, 1)) for step in (20, 40, 60))
         state = ("complete", "complete", "pruned", "complete", "failed")[number % 5]
         kept = {"complete": points, "pruned": points[:2], "failed": ()}[state]
         value = points[-1][1] if state == "complete" else None
         message = "exit code 1: the loss | is\nnan" if state == "failed" else ""
-        trials.append(Trial(number, latent, values, kept, state, value, 60.0 + number, message))
+        trials.append(Trial(number, values, kept, state, value, 60.0 + number, message))
     return trials
+
+
+def told(plan: SweepPlan, trials: list[Trial]) -> optuna.Study:
+    """The optimizer's study after these trials."""
+    study = Study(plan)
+    for trial in trials:
+        study.begin(trial.parameters)
+        for index, (_, value) in enumerate(trial.points):
+            study.report(index, value)
+        study.end(trial.state, trial.value)
+    return study.study
 
 
 def summarise(plan: SweepPlan, folder: Path, trials: list[Trial]) -> tuple[dict, str]:
@@ -85,16 +97,16 @@ def test_a_metric_to_minimise_has_the_lowest_value_first(tmp_path: Path) -> None
 
 
 def test_the_command_of_a_longer_run_can_be_pasted(tmp_path: Path) -> None:
-    plan = read_plan(write(tmp_path, parameters={"a": {"values": [[1, 2]]}, "b": {"value": 3}}))
-    _, text = summarise(plan, tmp_path, [Trial(0, {}, {"a": [1, 2], "b": 3}, ((1, 2.0),), "complete", 2.0)])
+    plan = read_plan(write(tmp_path, parameters={"a": {"value": [1, 2]}, "b": {"value": 3}}))
+    _, text = summarise(plan, tmp_path, [Trial(0, {"a": [1, 2], "b": 3}, ((1, 2.0),), "complete", 2.0)])
     (command,) = re.findall(r"^ +make grpo (.*)$", text, re.MULTILINE)
     assert shlex.split(shlex.split(command)[-1].removeprefix("ARGS=")) == ["--a=[1, 2]", "--b=3"]
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_sweep_that_has_just_begun_has_a_table(plan: SweepPlan, tmp_path: Path, count: int) -> None:
-    latent = {p.name: (p.grid() or [p.low])[0] for p in plan.parameters}
-    trials = [*made_up_trials(plan)[:count], Trial(count, latent, plan.values(latent))]
+    values = {p.name: (p.grid() or [p.low])[0] for p in plan.parameters}
+    trials = [*made_up_trials(plan)[:count], Trial(count, values)]
     summary, text = summarise(plan, tmp_path, trials)
     assert len(cells(text)) == count + 1
     assert ("No trial has finished yet." in text) == (summary["best"] is None) == (count == 0)
@@ -102,7 +114,7 @@ def test_a_sweep_that_has_just_begun_has_a_table(plan: SweepPlan, tmp_path: Path
 
 def test_optuna_s_plots_open_offline_in_a_browser(plan: SweepPlan, tmp_path: Path, browser_page) -> None:
     pytest.importorskip("plotly")
-    assert sweep_plots.write_plots(tmp_path / "sweep.html", plan, made_up_trials(plan)) is None
+    assert sweep_plots.write_plots(tmp_path / "sweep.html", plan, told(plan, made_up_trials(plan))) is None
     browser_page.goto((tmp_path / "sweep.html").as_uri())
     headings = browser_page.locator("h2").all_inner_texts()
     assert headings == ["History", "Intermediate values", "Parallel coordinates", "Slices", "Importance"]
@@ -116,7 +128,7 @@ def test_optuna_s_plots_open_offline_in_a_browser(plan: SweepPlan, tmp_path: Pat
 def test_few_trials_have_the_plots_that_they_suffice_for(plan: SweepPlan, tmp_path: Path, count: int) -> None:
     pytest.importorskip("plotly")
     path = tmp_path / "sweep.html"
-    assert sweep_plots.write_plots(path, plan, made_up_trials(plan)[:count]) is None
+    assert sweep_plots.write_plots(path, plan, told(plan, made_up_trials(plan)[:count])) is None
     headings = re.findall("<h2>(.*?)</h2>", path.read_text())
     assert ("Parallel coordinates" in headings) == (count > 1) and "Importance" not in headings
 
@@ -124,34 +136,32 @@ def test_few_trials_have_the_plots_that_they_suffice_for(plan: SweepPlan, tmp_pa
 def test_a_sweep_of_constants_has_a_history(tmp_path: Path) -> None:
     pytest.importorskip("plotly")
     plan = read_plan(write(tmp_path, parameters={"a": {"value": 1}}))
-    trials = [Trial(k, {"a": 0}, {"a": 1}, ((1, 2.0),), "complete", 2.0 + k) for k in range(8)]
-    assert sweep_plots.write_plots(tmp_path / "sweep.html", plan, trials) is None
+    trials = [Trial(k, {"a": 1}, ((1, 2.0),), "complete", 2.0 + k) for k in range(8)]
+    assert sweep_plots.write_plots(tmp_path / "sweep.html", plan, told(plan, trials)) is None
     assert "<h2>History</h2>" in (tmp_path / "sweep.html").read_text()
 
 
 def test_importance_finds_the_parameter_that_matters(plan: SweepPlan) -> None:
     pytest.importorskip("plotly")
-    plots = {title: figure for title, _, figure in sweep_plots._plots(plan, made_up_trials(plan, 120))}
+    plots = {title: figure for title, _, figure in sweep_plots.plots(plan, told(plan, made_up_trials(plan, 120)))}
     bars = plots["Importance"].data[0]
     shares = dict(zip(bars.y, bars.x, strict=True))
     assert max(shares, key=shares.get) == "beta" and sum(shares.values()) == pytest.approx(1)
 
 
-def test_plots_show_values_and_not_what_the_optimizer_draws(plan: SweepPlan) -> None:
-    study = sweep_plots.shown_study(plan, made_up_trials(plan))
-    assert len(study.trials) == 24
-    assert {trial.params["layers"] for trial in study.trials} == {"[1, 2]", None}
-    assert {trial.params["accuracy_weight"] for trial in study.trials} <= {0.5 + 0.25 * k for k in range(7)}
-
-
-def test_without_plotly_or_a_finished_trial_a_sentence_says_why(
+def test_without_plotly_one_line_says_how_to_get_it(
     plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "plotly" in sys.modules or pytest.importorskip("plotly"):
-        pruned = [trial for trial in made_up_trials(plan) if trial.state == "pruned"]
-        assert "no trial has finished" in sweep_plots.write_plots(tmp_path / "sweep.html", plan, pruned)
+    study = told(plan, made_up_trials(plan))
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    assert "pip install -e '.[plots]'" in sweep_plots.write_plots(tmp_path / "sweep.html", plan, made_up_trials(plan))
+    assert "pip install -e '.[plots]'" in sweep_plots.write_plots(tmp_path / "sweep.html", plan, study)
+    assert not (tmp_path / "sweep.html").exists()
+
+
+def test_without_a_finished_trial_there_is_no_page(plan: SweepPlan, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    study = told(plan, [trial for trial in made_up_trials(plan) if trial.state == "pruned"])
+    assert "no trial has finished" in sweep_plots.write_plots(tmp_path / "sweep.html", plan, study)
     assert not (tmp_path / "sweep.html").exists()
 
 
