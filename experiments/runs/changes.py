@@ -83,6 +83,16 @@ def is_stale(record: Mapping[str, Any], code: Code, choice: Choice | None = None
     return choice == "redo" or record.get("kept") != fingerprint(code)
 
 
+def decide(is_other_code: bool, choice: Choice | None, message: Callable[[], str]) -> Choice | None:
+    """The choice about an existing result of other code; None where there is nothing to choose.
+
+    Raises CodeChanged with the `message`, which asks for a choice, where there is none.
+    """
+    if is_other_code and choice is None:
+        raise CodeChanged(message())
+    return choice if is_other_code else None
+
+
 def kept(record: Mapping[str, Any], code: Code) -> dict[str, Any]:
     """Fields of the record of a result that is kept for `code`: the command does not ask again."""
     return {"code": record.get("code", {}), "kept": fingerprint(code)}
@@ -167,16 +177,15 @@ def settle_answers(
     record = read_json(file)
     there = record.get("key") == key or is_there()
     record = record if record.get("key") == key else {}
-    if not there or not is_stale(record, code, choice):
-        write_json(file, {"key": key, "code": code} | record)
-    elif choice is None:
-        raise CodeChanged(question(f"the evaluation in {file.parent}", is_done(), record, code))
-    elif choice == "keep":
-        write_json(file, {"key": key} | kept(record, code))
+    what, stale = f"the evaluation in {file.parent}", there and is_stale(record, code, choice)
+    decision = decide(stale, choice, lambda: question(what, is_done(), record, code))
+    if decision == "keep":
+        record = kept(record, code)
         print(f"the answers in {file.parent} are kept, although other source files have asked for them", flush=True)
-    else:
+    elif decision == "redo":
+        record = {}
         set_aside()
-        write_json(file, {"key": key, "code": code})
+    write_json(file, {"key": key, "code": code} | record)
 
 
 def set_aside_text(folder: object, aside: object, differences: Differences) -> str:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from datamodules.persistence.files import fingerprint, read_json
 from datamodules.persistence.source_code import source_code
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from experiments.runs import run_identity
-from experiments.runs.changes import Choice, CodeChanged, changed_text, is_stale, kept, origin
+from experiments.runs.changes import Choice, changed_text, decide, is_stale, kept, origin
 from experiments.runs.wandb_runs import child_environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,9 +75,8 @@ def settle(steps: Sequence[Step]) -> None:
     Raises CodeChanged, which names those steps and files, where nothing is chosen.
     """
     stale = [step for step in steps if step.is_stale()]
-    if waiting := [step for step in stale if step.choice is None]:
-        records = [(step.title, read_json(step.marker), step.code()) for step in waiting]
-        raise CodeChanged(changed_text(records))
+    waiting = [(step.title, read_json(step.marker), step.code()) for step in stale if step.choice is None]
+    decide(bool(waiting), None, partial(changed_text, waiting))
     for step in stale:
         if step.choice == "keep":
             marker = read_json(step.marker)
