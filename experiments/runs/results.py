@@ -25,7 +25,7 @@ MIG_BENCH_KEYS = ("avg", "in_domain", "out_of_domain", "tasks", "format_rate", "
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the pipeline. `mig_bench` holds exactly `MIG_BENCH_KEYS`."""
+    """One rung of the ladder. `mig_bench` holds exactly `MIG_BENCH_KEYS`."""
 
     name: str
     mig_bench: Mapping

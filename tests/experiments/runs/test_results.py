@@ -43,11 +43,11 @@ def test_a_stage_keeps_exactly_the_agreed_keys(tmp_path: Path) -> None:
 
 
 def test_stages_stand_in_the_order_in_which_they_ran() -> None:
-    results = Results("nano", 0, "abc")
+    ladder = Results("nano", 0, "abc")
     for name in ("base", "grpo", "cot_sft"):
-        results = results.with_stage(make_stage(name, summary(), 1))
-    assert [stage.name for stage in results.stages] == ["base", "grpo", "cot_sft"]
-    assert (results.experiment, results.seed, results.commit) == ("nano", 0, "abc")
+        ladder = ladder.with_stage(make_stage(name, summary(), 1))
+    assert [stage.name for stage in ladder.stages] == ["base", "grpo", "cot_sft"]
+    assert (ladder.experiment, ladder.seed, ladder.commit) == ("nano", 0, "abc")
 
 
 def test_a_summary_without_a_key_is_refused_by_name() -> None:
