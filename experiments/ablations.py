@@ -22,7 +22,7 @@ from jsonargparse import auto_cli
 
 from callbacks import preemption
 from datamodules.persistence.files import write_atomic
-from experiments.pipeline import Phase, Pipeline, build_world, check_stages, experiment_folder
+from experiments.pipeline import Phase, Pipeline, build_world, check_files, check_stages, experiment_folder
 from experiments.reports import ablation_report
 from experiments.reports.ablation_summary import Comparison
 from experiments.runs import run_identity, wandb_runs
@@ -89,7 +89,8 @@ def run(
         return ablation_report.write(home, folders, starts, comparisons)
 
     if not report_only:
-        check_files(rows, evaluation, world)
+        configs = {f"rows.{name}.config": row.config for name, row in rows.items()}
+        check_files({"evaluation": evaluation, "world": world} | configs)
         start = time.monotonic()
         if world:
             build_world(world)
@@ -189,24 +190,17 @@ def class_name(callback: Mapping) -> str:
 
 
 def check_rows(rows: Mapping[str, Row], comparisons: list[Comparison], only: list[str] | None) -> None:
-    """Raises ValueError that names every row which starts from, or is compared with, one that is not there."""
-    known, faults = [BASE], []
+    """Raises ValueError that lists every name of a row that does not exist."""
+    known, problems = [BASE], []
     for name, row in rows.items():
         if row.start not in known:
-            faults.append(f"rows.{name}: start={row.start!r} must be one of the rows before it, {known}")
+            problems.append(f"rows.{name}: start={row.start!r} must be one of the rows before it, {known}")
         known.append(name)
-    for comparison in comparisons:
-        faults += [f"comparisons: no row {n!r} in {known}" for n in (comparison.row, comparison.over) if n not in known]
-    faults += [f"only: no row {name!r} in {known}" for name in only or () if name not in known]
-    if faults:
-        raise ValueError("; ".join(faults))
-
-
-def check_files(rows: Mapping[str, Row], evaluation: str, world: str | None) -> None:
-    """Raises ValueError that names every YAML that is not there, before anything runs."""
-    files = {"evaluation": evaluation, "world": world} | {f"rows.{n}.config": row.config for n, row in rows.items()}
-    if missing := [f"{field}={path!r}" for field, path in files.items() if path and not Path(path).is_file()]:
-        raise ValueError(f"no such file: {', '.join(missing)}")
+    wanted = [("comparisons", name) for each in comparisons for name in (each.row, each.over)]
+    wanted += [("only", name) for name in only or ()]
+    problems += [f"{where}: no row {name!r} in {known}" for where, name in wanted if name not in known]
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 @command

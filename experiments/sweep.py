@@ -27,12 +27,12 @@ from experiments.runs import run_identity
 from experiments.runs.changes import Choice, CodeChanged, MadeOf, choice_of
 from experiments.runs.commands import command
 from experiments.runs.results import current_commit
+from experiments.runs.subprocess_steps import ROOT, say
 from experiments.runs.wandb_runs import choose_wandb_mode
 from experiments.sweeps import wandb_sweep
 from experiments.sweeps.plan import SweepPlan, read_plan
 from experiments.sweeps.study import Study
 from experiments.sweeps.trials import (
-    ROOT,
     Interrupted,
     Points,
     Trial,
@@ -186,10 +186,6 @@ def phase_name(trial: Trial) -> str:
 def describe_command(arguments: Sequence[str]) -> str:
     """A command line to be read and pasted."""
     return shlex.join(["python", *[word for word in arguments if word != "/usr/bin/env"][1:]])
-
-
-def say(text: str) -> None:
-    print(f"== {text}", flush=True)
 
 
 def num_trials(plan: SweepPlan, asked: int | None) -> int:

@@ -18,9 +18,9 @@ from typing import Any
 
 from datamodules.persistence.files import Journal
 from experiments.runs import metrics_csv
+from experiments.runs.subprocess_steps import ROOT
 from experiments.runs.wandb_runs import child_environment, with_given_tags
 
-ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 1.0
 STOP_SECONDS = 300.0  # a trial that is asked to stop finishes its batch and writes a checkpoint
 Points = list[tuple[int, float]]
