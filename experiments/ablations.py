@@ -1,11 +1,11 @@
-"""The paper's ablation: rows that each train from another row's model, at several seeds, and what they differ by.
+"""The paper's ablation: rows, each trained from another row's model, at several seeds, and their differences.
 
     python -m experiments.ablations --config experiments/configs/nano/ablations.yaml --seeds '[0, 1]'
 
-A seed's rows lie in the experiment folder that `make pipeline SEED=…` uses, and are made by the same steps: what either
-has finished is not made again. Kill it whenever you like; the same command goes on from what is saved. Where the source
-files of the project have changed since, it asks before anything runs: --keep takes the existing results, --redo makes
-them anew.
+The rows of a seed lie in the experiment folder that `make pipeline SEED=…` uses, and the same steps make them: a step
+that either command has finished is not run again. After a kill at any moment the same command goes on from the saved
+state. If the project's source files have changed since, the command asks before anything runs: --keep takes the
+existing results, --redo makes them again.
 """
 
 from __future__ import annotations
@@ -63,16 +63,16 @@ def run(
     """Run the rows at all seeds, and compare them.
 
     Args:
-        experiment: name of the pipeline's folder in `outputs`; "-seed1" and so on is added at other seeds than 0. What
-            the rows differ by goes to <experiment>-ablations
+        experiment: name of the pipeline's folder in `outputs`; "-seed1" and so on  is added at other seeds than 0. The
+            comparison goes to <experiment>-ablations
         model: the base model, folder or Hub name
         evaluation: YAML of experiments.evaluate
-        rows: name of each row's phase, behind the row that it starts from; the first row, "base", is always there
+        rows: name of each row's phase, after the row that it starts from; the first row, "base", always exists
         world: YAML of experiments.generate_synthetic; null where the data are there already
         seeds: seeds of all training; null: [0]
-        comparisons: differences between rows, with the aims for them
-        only: rows to run, with those that they start from; others are kept where they are done. null: all
-        report_only: run nothing; write the comparison of what is there
+        comparisons: differences between rows, with their aims
+        only: rows to run, with the rows that they start from; other rows are kept if they are done. null: all
+        report_only: run nothing; compare the rows that are done
         outputs: folder of all experiments
         overrides: more arguments for one row, or for "evaluation": --overrides.grpo="--model.beta=0.01"
         redo: make results of other source files of the project again
@@ -131,9 +131,9 @@ def make_pipelines(
 
 
 def list_all_done(pipelines: Mapping[int, Pipeline]) -> None:
-    """List what is done at every seed, before hours are spent at the first: whenever this ends, the tables show it all.
+    """List the finished rows of every seed before hours are spent on the first seed, so that the tables are complete.
 
-    A seed at which another process is working is left to that one, which lists what it has found done.
+    A seed at which another process is working is left to that process, which lists its own rows.
     """
     for seed, pipeline in pipelines.items():
         with run_identity.locked(pipeline.folder, wait=False) as held:
@@ -146,7 +146,7 @@ def list_all_done(pipelines: Mapping[int, Pipeline]) -> None:
 def run_rows(pipeline: Pipeline, wanted: set[str]) -> Iterator[str]:
     """Run the wanted rows of one seed in their order; yields each row's name when it is evaluated.
 
-    A row that is not wanted is not run, but stays among the results where it is done as it would be now.
+    A row that is not wanted is not run, but it stays in the results if it is done with the present settings.
     """
     pipeline.list_done()
     for name in (BASE, *pipeline.phases):
@@ -156,7 +156,7 @@ def run_rows(pipeline: Pipeline, wanted: set[str]) -> Iterator[str]:
 
 
 def wanted_rows(rows: Mapping[str, Row], only: list[str] | None) -> set[str]:
-    """The rows to run: those of `only`, or all, and all that they start from."""
+    """The rows to run: those of `only`, or else all rows, with all rows that they start from."""
     wanted, waiting = set(), list(rows if only is None else only)
     while waiting:
         name = waiting.pop()
@@ -167,9 +167,9 @@ def wanted_rows(rows: Mapping[str, Row], only: list[str] | None) -> set[str]:
 
 
 def row_config(name: str, row: Row, home: Path) -> str:
-    """The path of the row's configuration: its own, or a copy in `home` without the callbacks that it leaves out.
+    """The path of the row's configuration: its YAML, or a copy in `home` without the callbacks in `row.without`.
 
-    Raises ValueError where a callback to leave out is not there.
+    Raises ValueError if the YAML does not have such a callback.
     """
     if not row.without:
         return row.config

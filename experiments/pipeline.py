@@ -2,9 +2,9 @@
 
     python -m experiments.pipeline --config experiments/configs/nano/pipeline.yaml --seed 1
 
-Every step is a process of its own and is skipped when it was finished with the same command, configuration and inputs,
-so a kill at any moment costs nothing but the step's work since its last checkpoint. Where the project's source files
-have changed since, it asks before anything runs: --keep takes the existing results, --redo makes them anew.
+Every step is a process of its own. A step that was finished with the same command, configuration and inputs is skipped,
+so a kill at any moment costs only the work of one step since its last checkpoint. If the project's source files have
+changed since, the command asks before anything runs: --keep takes the existing results, --redo makes them again.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ from experiments.runs.subprocess_steps import ROOT, Step, run_process, run_step,
 
 
 def experiment_folder(outputs: str, experiment: str, seed: int) -> Path:
-    """Where an experiment of this seed lies."""
+    """The folder of an experiment at this seed."""
     return Path(outputs) / (experiment if seed == 0 else f"{experiment}-seed{seed}")
 
 
 def check_stages(stages: Iterable[str], overrides: Iterable[str]) -> None:
-    """Ends the program where a stage cannot be a folder's name, or overrides are for no stage."""
+    """Ends the program if a stage's name cannot be a folder's name, or overrides name an unknown stage."""
     if unknown := sorted(set(overrides) - set(stages) - {"evaluation"}):
         sys.exit(f"overrides for {unknown}, but the stages are {sorted(stages)} and 'evaluation'")
     if BASE in stages:
         sys.exit(f"stages={sorted(stages)}: {BASE!r} is the name of the first stage, the model as it is given")
     if wrong := [stage for stage in stages if Path(stage).name != stage or "." in stage or not stage]:
-        sys.exit(f"stages={wrong}: a name must be one of a folder, without a dot: that marks runs that were set aside")
+        sys.exit(f"stages={wrong}: a name must be a folder name without a dot; a dot marks runs that were set aside")
 
 
 def check_files(files: Mapping[str, str | None]) -> None:
-    """Ends the program, naming each field whose file is not there, before anything runs."""
+    """Ends the program, before anything runs, with the fields whose files do not exist."""
     missing = [f"{field}={path!r}" for field, path in files.items() if path is not None and not Path(path).is_file()]
     if missing:
         sys.exit(f"no such file: {', '.join(missing)}")
 
 
 def build_world(config: str) -> None:
-    """Generate shards and benchmark, unless a finished world is there, of whatever settings it is.
+    """Generate shards and benchmark, unless there is a finished world, whatever its settings are.
 
-    Its process is always run: it knows by itself whether there is anything to do.
+    The process is always run: it finds out by itself whether there is anything to do.
     """
     command = ["experiments.generate_synthetic", "--config", config, "--keep=true"]
     if run_process([sys.executable, "-m", *command], lambda: None) != 0:
@@ -107,11 +107,11 @@ class Pipeline:
         return Results(self.folder.name, self.seed, self.commit, stages)
 
     def model_of(self, stage: str) -> str:
-        """The model that the stage leaves."""
+        """The model that the stage produces."""
         return self.model if stage == BASE else str(self.folder / stage / "merged")
 
     def training(self, stage: str) -> Step:
-        """The training phase to <folder>/<stage>/merged."""
+        """The training phase, which writes <folder>/<stage>/merged."""
         config, model = self.phases[stage].config, self.model_of(self.phases[stage].start)
         command = ["experiments.train", "--config", config, "--model.init_args.model", model]
         command += ["--experiment", self.folder.name, "--phase", stage, "--outputs", str(self.folder.parent)]
@@ -150,7 +150,7 @@ class Pipeline:
         )
 
     def training_seconds(self, stage: str) -> float | None:
-        """The seconds of its training, where that need not run: it, and all that it starts from, are done."""
+        """The seconds of its training, if that and the training of all stages before it are done; else None."""
         if stage == BASE:
             return 0.0
         if self.training_seconds(self.phases[stage].start) is None:
@@ -158,25 +158,25 @@ class Pipeline:
         return self.training(stage).seconds_if_done()
 
     def seconds_if_done(self, stage: str) -> float | None:
-        """The seconds that the stage took, where nothing of it need run; else None."""
+        """The seconds that the stage took if nothing of it needs to run; else None."""
         evaluating = self.evaluation_of(stage).seconds_if_done()
         training = None if evaluating is None else self.training_seconds(stage)
         return None if training is None else training + evaluating
 
     def steps(self) -> list[Step]:
-        """All of them, in their order."""
+        """All steps of all stages, in their order."""
         trained = [step for name in self.phases for step in (self.training(name), self.evaluation_of(name))]
         return [self.evaluation_of(BASE), *trained]
 
     def list_done(self) -> None:
-        """Write results.json and report.html with the stages that need not run, and no others."""
+        """Write results.json and report.html with exactly the stages that are done."""
         seconds = {stage: self.seconds_if_done(stage) for stage in (BASE, *self.phases)}
         self.stages = {stage: self._found(stage, spent) for stage, spent in seconds.items() if spent is not None}
         if self.stages or (self.folder / "results.json").is_file():
             self._write()
 
     def run(self, stage: str) -> None:
-        """Train, where it is no BASE, and evaluate, as far as that is not done; the stage is listed, and printed."""
+        """Train (except BASE) and evaluate, as far as that is not done; then write and print the results."""
         seconds = 0.0 if stage == BASE else run_step(self.training(stage))
         step = self.evaluation_of(stage)
         step.marker.parent.mkdir(parents=True, exist_ok=True)

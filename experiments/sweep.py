@@ -1,9 +1,10 @@
 """A sweep from W&B's own YAML: `python -m experiments.sweep --config experiments/configs/nano/sweep.yaml`.
 
-With a W&B key it creates the sweep there, or finds the one it created before, and starts an agent. Without one, or
-with --local, the trials run here, one after another, chosen by Optuna: outputs/<sweep>/ then holds trials.jsonl, the
-phase folders trial-<n>/, logs/, after each trial sweep.json and sweep.md, and at the end sweep.html with plots. Killed
-at any moment, the same command goes on with the trial that was running, from its last checkpoint. docs/sweeps.md
+With a W&B key the command creates the sweep on W&B, or finds the sweep that it created before, and starts an agent.
+Without a key, or with --local, Optuna chooses the trials, and they run here, one after another. outputs/<sweep>/ then
+holds trials.jsonl, the phase folders trial-<n>/, logs/, sweep.json and sweep.md (written after each trial), and at the
+end sweep.html with plots. After a kill at any moment the same command resumes the trial that was running from its last
+checkpoint. docs/sweeps.md
 """
 
 from __future__ import annotations
@@ -44,12 +45,21 @@ from experiments.sweeps.trials import (
     trial_environment,
 )
 
-GIVE_UP = 3  # so many failures before anything has succeeded end the sweep: all trials would fail
-ATTEMPTS = 2  # a trial whose process is killed, as for want of memory, is taken up once more
+GIVE_UP = 3  # failures in a row, without any success before them, that end the sweep: all trials would fail
+ATTEMPTS = 2  # a trial whose process is killed, for example because memory ran out, is tried once more
 
 
 class LocalSweep:
-    """Trials on this machine, one at a time, until there are `num_trials`."""
+    """Trials on this machine, one at a time, until there are `num_trials`.
+
+    Args:
+        plan: the sweep.
+        folder: outputs/<sweep>.
+        seed: seed of the optimizer.
+        num_trials: the number of trials, with those of earlier processes.
+        retry_failed: run failed trials again.
+        choice: keep or redo a sweep that other source files have made.
+    """
 
     def __init__(
         self,
@@ -61,7 +71,7 @@ class LocalSweep:
         choice: Choice | None = None,
     ) -> None:
         self.plan, self.folder, self.num_trials, self.choice = plan, folder, num_trials, choice
-        # What the trials depend on besides their parameters. Not their number: a sweep may be made longer.
+        # All that the trials depend on besides their parameters. Their number is not in the key, so a sweep can grow.
         inputs = [path_fingerprint(ROOT / config) for config in plan.configs]
         key = fingerprint(seed, plan.method, plan.metric, plan.maximize, plan.parameters, plan.command, inputs)
         settings = {"seed": seed, "method": plan.method, "metric": plan.metric, "maximize": plan.maximize}
@@ -79,6 +89,7 @@ class LocalSweep:
                 self.log.reopen(trial.number)
 
     def run(self) -> None:
+        """Finish the trials that earlier processes have begun, then run new ones."""
         for known in list(self.log.trials):
             self._recall(known)
         while len(self.log.trials) < self.num_trials:
@@ -86,14 +97,14 @@ class LocalSweep:
         self.write_summary()
 
     def command(self, trial: Trial) -> list[str]:
-        """The trial's command line, with this sweep's folders in the place of those for W&B's agent."""
+        """The trial's command line, with the folders of this sweep in place of the folders for W&B's agent."""
         words = self.plan.arguments(trial.parameters, sys.executable)
         words = [word for word in words if not word.startswith(("--experiment=", "--phase=", "--outputs="))]
         where = ["--experiment", self.folder.name, "--phase", phase_name(trial), "--outputs", str(self.folder.parent)]
         return words + where
 
     def started_command(self, trial: Trial) -> list[str]:
-        """The same, with the answer for a trial that other code has begun."""
+        """`command`, with the flag --keep or --redo for a trial that other code has begun."""
         return self.command(trial) + ([f"--{self.choice}"] if self.choice else [])
 
     def write_summary(self) -> None:
@@ -101,16 +112,16 @@ class LocalSweep:
         sweep_summary.write(self.folder, self.plan, self.log.trials, commands, self.facts)
 
     def _recall(self, trial: Trial) -> None:
-        """Bring a trial of an earlier process before the optimiser; carry it out where it has not ended."""
+        """Tell the optimizer about a trial of an earlier process, and run the trial on if it has not ended."""
         self.study.begin(trial.parameters)
         if trial.state != "running":
             for index, (_, value) in enumerate(trial.points):
                 self.study.report(index, value)
             self.study.end(trial.state, trial.value)
-        elif self._report(0, trial.points) is not None:  # and the sweep was killed before it could say so
+        elif self._report(0, trial.points) is not None:  # stopped early, but the sweep was killed before it noted that
             self._close(trial, True, 0, trial.seconds, self.folder / "logs")
         else:
-            say(f"trial {trial.number} was interrupted: it goes on")
+            say(f"trial {trial.number} was interrupted and goes on")
             self._carry_out(trial)
 
     def _carry_out(self, trial: Trial) -> None:
@@ -122,8 +133,9 @@ class LocalSweep:
         def see(points: Points, seconds: float) -> bool:
             known = len(self.log.trials[number].points)
             if len(points) <= known:
-                return False  # a resumed trial repeats what was logged behind its checkpoint
-            # What came behind the value that stops the trial depends on when this process looked: it is left out.
+                return False  # a resumed trial repeats the values that it logged after its checkpoint
+            # Values after the one that stops the trial are left out: how many there are depends on the time of this
+            # look.
             stopped = self._report(known, points[known:])
             kept = points[known:] if stopped is None else points[known : stopped + 1]
             self.log.add_points(number, kept, spent + seconds)
@@ -141,9 +153,10 @@ class LocalSweep:
         self._close(trial, ended.pruned, ended.code, spent, log)
 
     def _report(self, first: int, points: Sequence[tuple[int, float]]) -> int | None:
-        """Tell the optimiser of values from number `first` on; the number of the one at which to stop the trial.
+        """Tell the optimizer the values from number `first` on; the number of the value at which to stop the trial.
 
-        Never at the value that finished trials ended with: nothing would be saved, and the trial may be over already.
+        A trial is not stopped at the last value that finished trials have: that would save no time, and the trial may
+        have ended already.
         """
         last = max((len(trial.points) for trial in self.log.trials if trial.state == "complete"), default=0) - 1
         for number, (_, value) in enumerate(points, start=first):
@@ -152,6 +165,10 @@ class LocalSweep:
         return None
 
     def _close(self, trial: Trial, pruned: bool, code: int, seconds: float, log: Path) -> None:
+        """Note how the trial ended: `pruned`, or with this exit code after these seconds over all attempts.
+
+        Ends the program after `GIVE_UP` failures if no trial has succeeded.
+        """
         folder = self.folder / phase_name(trial)
         points, last = logged_points(folder, self.plan.metric), last_value(folder, self.plan.metric)
         known = len(self.log.trials[trial.number].points)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.persistence.files import read_json, write_atomic, write_json
+from datamodules.persistence.message_text import markdown_table
 from experiments.reports import svg_charts
 from experiments.reports.ablation_summary import FIGURES, Comparison, read_rows, summarise
-from experiments.reports.paper_tables import markdown_table
 from experiments.reports.pipeline_report import number
 from experiments.reports.significance import TRANSFER
 from experiments.reports.templates import render

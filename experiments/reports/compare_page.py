@@ -11,8 +11,8 @@ from experiments.reports.find_runs import Points, Run, config_differences
 from experiments.reports.rollout_pages import WrittenLog
 from experiments.reports.templates import render, script_json
 
-MAX_POINTS = 400  # of one curve
-# Charts that are shown at first, of those that the runs logged.
+MAX_POINTS = 400  # in one curve
+# The charts that are shown at first, if the runs logged their metrics.
 FIRST_CHARTS = ("reward/total", "reward/accuracy", "grpo/kl", "grpo/completion_length", "train/loss")
 FIRST_CHARTS += ("speed/seconds_per_batch",)
 
@@ -37,9 +37,9 @@ def render_page(runs: Sequence[Run], logs: Mapping[int, WrittenLog]) -> str:
 
 
 def stage_rows(runs: Sequence[Run]) -> list[list[str]]:
-    """Header and one row for each stage of each experiment: means over its seeds, ± the standard deviation of them.
+    """Header and one row for each stage of each experiment: the mean over its seeds ± their standard deviation.
 
-    The gain is the mean over the seeds of what each won over the stage, of its own seed, that it was trained from.
+    The gain is computed for each seed, over the stage of that seed that the model was trained from, and then averaged.
     """
     rows = [["experiment", "stage", "seeds", "AVG", "gain", "over", "in-domain", "out-of-domain", "format %", "n"]]
     known = {run.folder: run for run in runs}

@@ -21,6 +21,7 @@ from datamodules.metrics.mig_scoring import Prediction
 from datamodules.metrics.predictions import RESULT, read_result
 from datamodules.metrics.summary import interval_cells
 from datamodules.persistence.files import read_json, read_sound_lines
+from datamodules.persistence.message_text import markdown_table
 from lightning_modules.serving.generation_rules import note
 
 DATA = Path(__file__).with_name("paper_tables.yaml")
@@ -157,12 +158,6 @@ def markdown(source: str, tables: Sequence[Table]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Text cells, header first, as a table."""
-    header, *body = rows
-    return "\n".join(map(_line, [header, ["---"] * len(header), *body]))
-
-
 def comma_separated(tables: Sequence[Table]) -> str:
     """One line a cell: table, row, measured or paper, column, score, low, high, n."""
     file = io.StringIO()
@@ -185,7 +180,3 @@ def _text(cell: float | Mapping[str, Any] | None) -> str:
     if isinstance(cell, Mapping):
         return f"{cell['score']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]"
     return f"{cell:.2f}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"

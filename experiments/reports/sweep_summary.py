@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.persistence.files import write_atomic, write_json
-from experiments.reports.paper_tables import markdown_table
+from datamodules.persistence.message_text import markdown_table
 from experiments.sweeps.plan import SweepPlan
 from experiments.sweeps.trials import Trial
 

@@ -53,12 +53,12 @@ class Study:
         return {p.name: self.trial.params.get(p.label, *p.choices[:1]) for p in self.plan.parameters}
 
     def report(self, index: int, value: float) -> bool:
-        """Note the trial's value number `index`, from 0; True where the trial should be stopped."""
-        self.trial.report(value, index + 1)  # W&B counts the values of a trial from 1, and so bands mean the same
+        """Tell Optuna the trial's value number `index`, counted from 0; True if the trial should be stopped."""
+        self.trial.report(value, index + 1)  # counted from 1, as W&B counts, so that bands are equal
         return self.trial.should_prune()
 
     def end(self, state: str, value: float | None = None) -> None:
-        """Close the trial as "complete" with its value, "pruned" or "failed"."""
+        """Close the trial: "complete", with its value, "pruned" or "failed"."""
         self.study.tell(self.trial, value if state == "complete" else None, STATES[state])
         self.trial = None
 
