@@ -78,6 +78,7 @@ def run(
         redo: make results of other source files of the project again
         keep: take results of other source files of the project as they are
     """
+    # 1. Check all settings before anything runs.
     seeds, comparisons, overrides = seeds or [0], comparisons or [], overrides or {}
     check_stages(rows, overrides)
     check_rows(rows, comparisons, only)
@@ -92,10 +93,12 @@ def run(
         configs = {f"rows.{name}.config": row.config for name, row in rows.items()}
         check_files({"evaluation": evaluation, "world": world} | configs)
         start = time.monotonic()
+        # 2. The world, and the choice for steps that other source files have made.
         if world:
             build_world(world)
         pipelines = make_pipelines(folders, home, model, evaluation, rows, overrides, choice_of(redo, keep))
         settle([step for pipeline in pipelines.values() for step in pipeline.steps()])
+        # 3. Run the rows, seed after seed, and write the comparison after each row.
         list_all_done(pipelines)
         report()
         for seed, pipeline in pipelines.items():

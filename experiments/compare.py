@@ -39,6 +39,7 @@ def compare(paths: Sequence[str | Path], output: Path, max_groups: int = 5000, m
     output = Path(output)
     if output.exists() and any(output.iterdir()) and not (output / MARKER).is_file():
         raise ValueError(f"output={output} holds files that are not of a comparison: choose another folder")
+    # The marker comes first: after a kill the unfinished folder may be overwritten.
     write_atomic(output / MARKER, "".join(f"{run.folder}\n" for run in runs))
     if (output / "rollouts").exists():
         shutil.rmtree(output / "rollouts")

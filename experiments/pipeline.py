@@ -220,6 +220,7 @@ def run(
         redo: make results of other source files of the project again
         keep: take results of other source files of the project as they are
     """
+    # 1. Check all settings before anything runs.
     check_stages(stages, overrides or {})
     check_files({"evaluation": evaluation, "world": world} | {f"stages.{n}": config for n, config in stages.items()})
     preflight.raise_all(preflight.seed_faults(seed))
@@ -229,9 +230,11 @@ def run(
     phases = {stage: Phase(start, config) for start, (stage, config) in zip(starts, stages.items(), strict=False)}
     pipeline = Pipeline(folder, seed, model, evaluation, phases, overrides or {}, choice=choice_of(redo, keep))
     with run_identity.locked(folder):
+        # 2. The world, and the choice for steps that other source files have made.
         if world:
             build_world(world)
         settle(pipeline.steps())
+        # 3. Run the stages. The results on disk list exactly the finished stages at any moment.
         pipeline.list_done()
         for stage in starts:
             pipeline.run(stage)

@@ -172,6 +172,8 @@ class LocalSweep:
         folder = self.folder / phase_name(trial)
         points, last = logged_points(folder, self.plan.metric), last_value(folder, self.plan.metric)
         known = len(self.log.trials[trial.number].points)
+
+        # 1. How it ended. A trial without a finite last value has failed: it cannot be compared with others.
         state, value, message = "failed", None, ""
         if pruned:
             state, message = "pruned", "not among the best at this step"
@@ -183,6 +185,8 @@ class LocalSweep:
             message = f"its last {self.plan.metric} is {last}"
         else:
             state, value = "complete", points[-1][1]
+
+        # 2. Values that it logged after the last look, and its end, for the journal and the optimizer.
         if points[known:] and not pruned:
             self.log.add_points(trial.number, points[known:], seconds)
             for index, (_, late) in enumerate(points[known:], start=known):
@@ -191,6 +195,8 @@ class LocalSweep:
         self.study.end(state, value)
         say(f"trial {trial.number}: {state}{'' if value is None else f', {value:.4g}'} {message}".rstrip())
         self.write_summary()
+
+        # 3. Give up if nothing works.
         self.failures = self.failures + 1 if state == "failed" else 0
         if self.failures >= GIVE_UP and not any(t.state in ("complete", "pruned") for t in self.log.trials):
             sys.exit(f"the first {self.failures} trials failed; {log}: {message}\n--retry_failed takes them up again")

@@ -1,4 +1,4 @@
-"""Loggers of metrics: a file of the attempt, and W&B. Both write the row of a batch once, even if it is logged twice."""
+"""Loggers of metrics: a file of the attempt, and W&B. Both write a batch's row once, even if it is logged twice."""
 
 from __future__ import annotations
 

@@ -77,6 +77,7 @@ def claim(
     run = MadeOf(run) if isinstance(run, str) else run
     found = _look(folder, run, choice)
     started, done = found.started, found.done
+    # 1. Another run, or a run of other code that is made again, is moved aside.
     if found.decision == "redo":
         say(f"{folder} is made again: what it holds moved to {set_aside(folder)}")
         started = done = {}
@@ -84,11 +85,13 @@ def claim(
         aside = set_aside(folder)
         say(f"{set_aside_text(folder, aside, found.differences)}\nmoved to {aside}")
         started = done = {}
+    # 2. A run of other code that is kept is marked as kept for this code.
     elif found.decision == "keep":
         started = started | kept(started, run.code)
         if done:
             write_marker(folder, **(done | {"key": run.key} | kept(started, run.code)))
         say(f"{folder} is kept, although other source files have made it")
+    # 3. Record the settings, inputs and code of the run.
     if not done or found.decision == "keep":
         write_marker(folder, STARTED, **(run.record() | origin(started) | (facts if not done else _facts_of(started))))
     return bool(done)

@@ -97,6 +97,8 @@ def run_step(step: Step) -> float:
     if seconds is not None:
         say(f"{step.title}: done before, in {seconds:.0f} s")
         return seconds
+
+    # The time of earlier attempts counts, if they were of the same step and are not made again.
     key, old, redone = step.key(), read_json(step.marker), step.is_stale()
     command = [*step.command, *([f"--{step.choice}"] if step.choice else [])]
     say(f"{step.title}: python -m {shlex.join(command)}")
