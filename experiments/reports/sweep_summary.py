@@ -11,6 +11,7 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +35,10 @@ def write(
         commands: the command line of each trial.
         facts: more fields of sweep.json: the seed and the commit.
     """
-    rows = [
-        {
-            "trial": trial.number,
-            "state": trial.state,
-            "value": trial.value,
-            "parameters": trial.parameters,
-            "points": [list(point) for point in trial.points],
-            "seconds": trial.seconds,
-            "message": trial.message,
-            "command": command,
-        }
-        for trial, command in zip(trials, commands, strict=True)
-    ]
+    rows = []
+    for trial, command in zip(trials, commands, strict=True):
+        fields = asdict(trial)
+        rows.append({"trial": fields.pop("number"), **fields, "command": command})
     ranked = sorted(rows, key=lambda row: _rank(row, plan.maximize))
     best = ranked[0] if ranked and ranked[0]["value"] is not None else None
     kept = ("trial", "value", "parameters", "command")
