@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from callbacks.checkpoints import RunStopped, log_batch, newest, num_updates
 from callbacks.sound_checkpoints import newest_whole
 from datamodules.persistence.files import StorageError, read_json, write_json
+from datamodules.persistence.problems import Problems
 from lightning_modules.training.seeds import derive_seed
 
 log = logging.getLogger(__name__)
@@ -80,8 +81,7 @@ class CollapseGuard(Callback):
     ) -> None:
         self.bounds, self.action, self.average_over = bounds, action, average_over
         self.max_rollbacks, self.learning_rate_factor = max_rollbacks, learning_rate_factor
-        if faults := self._faults():
-            raise ValueError(f"CollapseGuard: {'; '.join(faults)}")
+        self._check_settings()
         self._values: list[dict[str, float]] = []  # metrics and step of the last batches, up to the last update
         self._open: list[dict[str, float]] = []  # the same of the batches since then, in a window that is still open
         self._best: dict[str, float] = {}  # highest moving average of each metric
@@ -89,19 +89,21 @@ class CollapseGuard(Callback):
         self._outside: set[str] = set()  # metrics that are out of bounds now
         self._missed: set[str] = set()  # metrics that are not logged and for which a warning was given
 
-    def _faults(self) -> list[str]:
-        faults = [] if self.bounds else ["bounds={} watches nothing"]
-        if self.action not in ("warn", "stop", "roll_back"):
-            faults.append(f"action={self.action!r} must be 'warn', 'stop' or 'roll_back'")
-        for name in ("average_over", "max_rollbacks", "learning_rate_factor"):
-            if not getattr(self, name) > 0:
-                faults.append(f"{name}={getattr(self, name)} must be greater than 0")
+    def _check_settings(self) -> None:
+        """Raises ValueError that lists all problems."""
+        problems = Problems()
+        problems.require(bool(self.bounds), "watches nothing", bounds=self.bounds)
+        problems.one_of(("warn", "stop", "roll_back"), action=self.action)
+        problems.positive(
+            average_over=self.average_over,
+            max_rollbacks=self.max_rollbacks,
+            learning_rate_factor=self.learning_rate_factor,
+        )
         for name, bound in self.bounds.items():
             if bound == Bound():
-                faults.append(f"bounds[{name!r}] has neither low nor high nor max_drop")
-            if bound.max_drop is not None and not bound.max_drop > 0:
-                faults.append(f"bounds[{name!r}].max_drop={bound.max_drop} must be greater than 0, or null")
-        return faults
+                problems.append(f"bounds[{name!r}] has neither low nor high nor max_drop")
+            problems.positive_or_null(**{f"bounds[{name!r}].max_drop": bound.max_drop})
+        problems.raise_all("CollapseGuard")
 
     def state_dict(self) -> dict[str, Any]:
         return {"values": self._values, "best": self._best, "rollbacks": self._rollbacks}

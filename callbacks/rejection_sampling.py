@@ -1,4 +1,4 @@
-"""Rejection sampling: GRPO trains only on prompts that the stage-1 model solves sometimes (`rl/prompt_selection.py`)."""
+"""Rejection sampling: GRPO trains only on prompts that the stage-1 model solves sometimes (`prompt_selection`)."""
 
 from __future__ import annotations
 

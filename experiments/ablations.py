@@ -1,11 +1,11 @@
-"""The paper's ablation: rows that each train from another row's model, at several seeds, and what they differ by.
+"""The paper's ablation: rows, each trained from another row's model, at several seeds, and their differences.
 
     python -m experiments.ablations --config experiments/configs/nano/ablations.yaml --seeds '[0, 1]'
 
-A seed's rows lie in the experiment folder that `make pipeline SEED=…` uses, and are made by the same steps: what either
-has finished is not made again. Kill it whenever you like; the same command goes on from what is saved. Where the source
-files of the project have changed since, it asks before anything runs: --keep takes the existing results, --redo makes
-them anew.
+The rows of a seed lie in the experiment folder that `make pipeline SEED=…` uses, and the same steps make them: a step
+that either command has finished is not run again. After a kill at any moment the same command goes on from the saved
+state. If the project's source files have changed since, the command asks before anything runs: --keep takes the
+existing results, --redo makes them again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jsonargparse import auto_cli
 
 from callbacks import preemption
 from datamodules.persistence.files import write_atomic
-from experiments.pipeline import Ladder, Rung, build_world, check_stages, experiment_folder
+from experiments.pipeline import Phase, Pipeline, build_world, check_files, check_stages, experiment_folder
 from experiments.reports import ablation_report
 from experiments.reports.ablation_summary import Comparison
 from experiments.runs import run_identity, wandb_runs
@@ -63,21 +63,22 @@ def run(
     """Run the rows at all seeds, and compare them.
 
     Args:
-        experiment: name of the pipeline's folder in `outputs`; "-seed1" and so on is added at other seeds than 0. What
-            the rows differ by goes to <experiment>-ablations
+        experiment: name of the pipeline's folder in `outputs`; "-seed1" and so on  is added at other seeds than 0. The
+            comparison goes to <experiment>-ablations
         model: the base model, folder or Hub name
         evaluation: YAML of experiments.evaluate
-        rows: name of each row's phase, behind the row that it starts from; the first row, "base", is always there
+        rows: name of each row's phase, after the row that it starts from; the first row, "base", always exists
         world: YAML of experiments.generate_synthetic; null where the data are there already
         seeds: seeds of all training; null: [0]
-        comparisons: differences between rows, with the aims for them
-        only: rows to run, with those that they start from; others are kept where they are done. null: all
-        report_only: run nothing; write the comparison of what is there
+        comparisons: differences between rows, with their aims
+        only: rows to run, with the rows that they start from; other rows are kept if they are done. null: all
+        report_only: run nothing; compare the rows that are done
         outputs: folder of all experiments
         overrides: more arguments for one row, or for "evaluation": --overrides.grpo="--model.beta=0.01"
         redo: make results of other source files of the project again
         keep: take results of other source files of the project as they are
     """
+    # 1. Check all settings before anything runs.
     seeds, comparisons, overrides = seeds or [0], comparisons or [], overrides or {}
     check_stages(rows, overrides)
     check_rows(rows, comparisons, only)
@@ -89,17 +90,20 @@ def run(
         return ablation_report.write(home, folders, starts, comparisons)
 
     if not report_only:
-        check_files(rows, evaluation, world)
+        configs = {f"rows.{name}.config": row.config for name, row in rows.items()}
+        check_files({"evaluation": evaluation, "world": world} | configs)
         start = time.monotonic()
+        # 2. The world, and the choice for steps that other source files have made.
         if world:
             build_world(world)
-        ladders = make_ladders(folders, home, model, evaluation, rows, overrides, choice_of(redo, keep))
-        settle([step for ladder in ladders.values() for step in ladder.steps()])
-        list_all_done(ladders)
+        pipelines = make_pipelines(folders, home, model, evaluation, rows, overrides, choice_of(redo, keep))
+        settle([step for pipeline in pipelines.values() for step in pipeline.steps()])
+        # 3. Run the rows, seed after seed, and write the comparison after each row.
+        list_all_done(pipelines)
         report()
-        for seed, ladder in ladders.items():
-            with run_identity.locked(ladder.folder):
-                for name in run_rows(ladder, wanted_rows(rows, only)):
+        for seed, pipeline in pipelines.items():
+            with run_identity.locked(pipeline.folder):
+                for name in run_rows(pipeline, wanted_rows(rows, only)):
                     say(f"seed {seed}: {name} is there")
                     report()
         say(f"{(time.monotonic() - start) / 60:.1f} minutes")
@@ -109,7 +113,7 @@ def run(
     say(f"{home / 'ablations.html'}, {home / 'ablations.md'}, {home / 'ablations.json'}")
 
 
-def make_ladders(
+def make_pipelines(
     folders: Mapping[int, Path],
     home: Path,
     model: str,
@@ -117,45 +121,45 @@ def make_ladders(
     rows: Mapping[str, Row],
     overrides: Mapping[str, str],
     choice: Choice | None = None,
-) -> dict[int, Ladder]:
-    """Each seed's ladder in its folder, with the rows as rungs; configurations that differ from theirs go to `home`."""
-    rungs = {name: Rung(row.start, row_config(name, row, home)) for name, row in rows.items()}
+) -> dict[int, Pipeline]:
+    """Each seed's pipeline in its folder, with the rows as phases; a row's own configuration file goes to `home`."""
+    phases = {name: Phase(row.start, row_config(name, row, home)) for name, row in rows.items()}
     arguments = {name: f"{row.overrides} {overrides.get(name, '')}".strip() for name, row in rows.items()}
     arguments["evaluation"] = overrides.get("evaluation", "")
-    ladders = {}
+    pipelines = {}
     for seed, folder in folders.items():
         names = partial(wandb_runs.wandb_environment, home.name, f"seed{seed}")  # of a row, which is a tag too
-        ladders[seed] = Ladder(folder, seed, model, evaluation, rungs, arguments, names, choice)
-    return ladders
+        pipelines[seed] = Pipeline(folder, seed, model, evaluation, phases, arguments, names, choice)
+    return pipelines
 
 
-def list_all_done(ladders: Mapping[int, Ladder]) -> None:
-    """List what is done at every seed, before hours are spent at the first: whenever this ends, the tables show it all.
+def list_all_done(pipelines: Mapping[int, Pipeline]) -> None:
+    """List the finished rows of every seed before hours are spent on the first seed, so that the tables are complete.
 
-    A seed at which another process is working is left to that one, which lists what it has found done.
+    A seed at which another process is working is left to that process, which lists its own rows.
     """
-    for seed, ladder in ladders.items():
-        with run_identity.locked(ladder.folder, wait=False) as held:
+    for seed, pipeline in pipelines.items():
+        with run_identity.locked(pipeline.folder, wait=False) as held:
             if held:
-                ladder.list_done()
+                pipeline.list_done()
             else:
-                say(f"seed {seed}: another process is working in {ladder.folder}: its rows are listed as it has them")
+                say(f"seed {seed}: another process is working in {pipeline.folder}: its rows are listed as it has them")
 
 
-def run_rows(ladder: Ladder, wanted: set[str]) -> Iterator[str]:
+def run_rows(pipeline: Pipeline, wanted: set[str]) -> Iterator[str]:
     """Run the wanted rows of one seed in their order; yields each row's name when it is evaluated.
 
-    A row that is not wanted is not run, but stays among the results where it is done as it would be now.
+    A row that is not wanted is not run, but it stays in the results if it is done with the present settings.
     """
-    ladder.list_done()
-    for name in (BASE, *ladder.rungs):
-        if name == BASE or name in wanted or ladder.seconds_if_done(name) is not None:
-            ladder.run(name)
+    pipeline.list_done()
+    for name in (BASE, *pipeline.phases):
+        if name == BASE or name in wanted or pipeline.seconds_if_done(name) is not None:
+            pipeline.run(name)
             yield name
 
 
 def wanted_rows(rows: Mapping[str, Row], only: list[str] | None) -> set[str]:
-    """The rows to run: those of `only`, or all, and all that they start from."""
+    """The rows to run: those of `only`, or else all rows, with all rows that they start from."""
     wanted, waiting = set(), list(rows if only is None else only)
     while waiting:
         name = waiting.pop()
@@ -166,9 +170,9 @@ def wanted_rows(rows: Mapping[str, Row], only: list[str] | None) -> set[str]:
 
 
 def row_config(name: str, row: Row, home: Path) -> str:
-    """The path of the row's configuration: its own, or a copy in `home` without the callbacks that it leaves out.
+    """The path of the row's configuration: its YAML, or a copy in `home` without the callbacks in `row.without`.
 
-    Raises ValueError where a callback to leave out is not there.
+    Raises ValueError if the YAML does not have such a callback.
     """
     if not row.without:
         return row.config
@@ -189,24 +193,17 @@ def class_name(callback: Mapping) -> str:
 
 
 def check_rows(rows: Mapping[str, Row], comparisons: list[Comparison], only: list[str] | None) -> None:
-    """Raises ValueError that names every row which starts from, or is compared with, one that is not there."""
-    known, faults = [BASE], []
+    """Raises ValueError that lists every name of a row that does not exist."""
+    known, problems = [BASE], []
     for name, row in rows.items():
         if row.start not in known:
-            faults.append(f"rows.{name}: start={row.start!r} must be one of the rows before it, {known}")
+            problems.append(f"rows.{name}: start={row.start!r} must be one of the rows before it, {known}")
         known.append(name)
-    for comparison in comparisons:
-        faults += [f"comparisons: no row {n!r} in {known}" for n in (comparison.row, comparison.over) if n not in known]
-    faults += [f"only: no row {name!r} in {known}" for name in only or () if name not in known]
-    if faults:
-        raise ValueError("; ".join(faults))
-
-
-def check_files(rows: Mapping[str, Row], evaluation: str, world: str | None) -> None:
-    """Raises ValueError that names every YAML that is not there, before anything runs."""
-    files = {"evaluation": evaluation, "world": world} | {f"rows.{n}.config": row.config for n, row in rows.items()}
-    if missing := [f"{field}={path!r}" for field, path in files.items() if path and not Path(path).is_file()]:
-        raise ValueError(f"no such file: {', '.join(missing)}")
+    wanted = [("comparisons", name) for each in comparisons for name in (each.row, each.over)]
+    wanted += [("only", name) for name in only or ()]
+    problems += [f"{where}: no row {name!r} in {known}" for where, name in wanted if name not in known]
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 @command

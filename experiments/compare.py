@@ -1,8 +1,8 @@
-"""One page that compares runs, offline: ladder, tasks, curves, settings, and every completion of logged prompts.
+"""One page that compares runs, offline: stages, tasks, curves, settings, and every completion of logged prompts.
 
     python -m experiments.compare --runs outputs/nano outputs/nano-seed1/grpo
 
-Open outputs/compare/index.html in a browser; the files beside it belong to it.
+Open outputs/compare/index.html in a browser. It reads the files beside it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,19 @@ from experiments.reports.find_runs import find_runs
 from experiments.reports.rollout_pages import write_rollouts
 from experiments.runs.commands import command
 
-MARKER = "comparison.txt"  # a folder with it is ours to write over
+MARKER = "comparison.txt"  # only a folder with this file may be overwritten
 
 
 def compare(paths: Sequence[str | Path], output: Path, max_groups: int = 5000, max_pictures: int = 4000) -> Path:
-    """Write the comparison of the runs in `paths`, phase or experiment folders, to the folder `output`; index.html.
+    """Write the comparison of runs; the path of its index.html.
 
-    `max_groups` and `max_pictures` bound what is written of one run's rollouts. Raises ValueError for a path that holds
-    no run, and for an `output` that holds something else.
+    Args:
+        paths: folders of phases or of whole experiments.
+        output: the folder of the page.
+        max_groups: most groups of rollouts that are written for one run, evenly over the run.
+        max_pictures: most picture files of one run.
+
+    Raises ValueError for a path without a run, and for an `output` that holds other files.
     """
     if min(max_groups, max_pictures) < 0:
         raise ValueError(f"max_groups={max_groups}, max_pictures={max_pictures} must not be negative")
@@ -34,6 +39,7 @@ def compare(paths: Sequence[str | Path], output: Path, max_groups: int = 5000, m
     output = Path(output)
     if output.exists() and any(output.iterdir()) and not (output / MARKER).is_file():
         raise ValueError(f"output={output} holds files that are not of a comparison: choose another folder")
+    # The marker comes first: after a kill the unfinished folder may be overwritten.
     write_atomic(output / MARKER, "".join(f"{run.folder}\n" for run in runs))
     if (output / "rollouts").exists():
         shutil.rmtree(output / "rollouts")

@@ -1,10 +1,10 @@
-"""The whole ladder: the world, base, CoT-SFT, rejection sampling and GRPO, with MIG-Bench before, between and after.
+"""The whole pipeline: the world, base, CoT-SFT, rejection sampling and GRPO, with MIG-Bench before, between and after.
 
     python -m experiments.pipeline --config experiments/configs/nano/pipeline.yaml --seed 1
 
-Every step is a process of its own and is skipped when it was finished with the same command, configuration and inputs,
-so a kill at any moment costs nothing but the step's work since its last checkpoint. Where the project's source files
-have changed since, it asks before anything runs: --keep takes the existing results, --redo makes them anew.
+Every step is a process of its own. A step that was finished with the same command, configuration and inputs is skipped,
+so a kill at any moment costs only the work of one step since its last checkpoint. If the project's source files have
+changed since, the command asks before anything runs: --keep takes the existing results, --redo makes them again.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ from experiments.runs.subprocess_steps import ROOT, Step, run_process, run_step,
 
 
 def experiment_folder(outputs: str, experiment: str, seed: int) -> Path:
-    """Where an experiment of this seed lies."""
+    """The folder of an experiment at this seed."""
     return Path(outputs) / (experiment if seed == 0 else f"{experiment}-seed{seed}")
 
 
 def check_stages(stages: Iterable[str], overrides: Iterable[str]) -> None:
-    """Ends the program where a stage cannot be a folder's name, or overrides are for no stage."""
+    """Ends the program if a stage's name cannot be a folder's name, or overrides name an unknown stage."""
     if unknown := sorted(set(overrides) - set(stages) - {"evaluation"}):
         sys.exit(f"overrides for {unknown}, but the stages are {sorted(stages)} and 'evaluation'")
     if BASE in stages:
-        sys.exit(f"stages={sorted(stages)}: {BASE!r} is the name of the first rung, which nothing is trained on")
+        sys.exit(f"stages={sorted(stages)}: {BASE!r} is the name of the first stage, the model as it is given")
     if wrong := [stage for stage in stages if Path(stage).name != stage or "." in stage or not stage]:
-        sys.exit(f"stages={wrong}: a name must be one of a folder, without a dot: that marks runs that were set aside")
+        sys.exit(f"stages={wrong}: a name must be a folder name without a dot; a dot marks runs that were set aside")
 
 
 def check_files(files: Mapping[str, str | None]) -> None:
-    """Ends the program, naming each field whose file is not there, before anything runs."""
+    """Ends the program, before anything runs, with the fields whose files do not exist."""
     missing = [f"{field}={path!r}" for field, path in files.items() if path is not None and not Path(path).is_file()]
     if missing:
         sys.exit(f"no such file: {', '.join(missing)}")
 
 
 def build_world(config: str) -> None:
-    """Generate shards and benchmark, unless a finished world is there, of whatever settings it is.
+    """Generate shards and benchmark, unless there is a finished world, whatever its settings are.
 
-    Its process is always run: it knows by itself whether there is anything to do.
+    The process is always run: it finds out by itself whether there is anything to do.
     """
     command = ["experiments.generate_synthetic", "--config", config, "--keep=true"]
     if run_process([sys.executable, "-m", *command], lambda: None) != 0:
@@ -66,18 +66,25 @@ def build_world(config: str) -> None:
 
 
 @dataclass(frozen=True)
-class Rung:
-    """A training stage of a ladder: `config` trained from the model that stage `start` leaves."""
+class Phase:
+    """A training phase: the YAML `config`, and the stage `start` whose model it is trained from."""
 
     start: str
     config: str
 
 
-class Ladder:
-    """The stages of one experiment, tied together by its folders: BASE, which is `model`, and `rungs` in their order.
+class Pipeline:
+    """The stages of one experiment, tied together by its folders: BASE, and then the training phases in their order.
 
-    A rung starts from BASE or from one before it. `overrides` has more arguments by stage, or by "evaluation";
-    `environment` gives a stage's processes more variables. `choice` is what becomes of steps that other code has made.
+    Args:
+        folder: the experiment's folder; each stage has a folder in it.
+        seed: seed of all training.
+        model: the model of BASE, folder or Hub name.
+        evaluation: YAML of experiments.evaluate.
+        phases: stage -> its training phase. A phase starts from BASE or from a phase before it.
+        overrides: more arguments, by stage or by "evaluation".
+        environment: stage -> more variables for its processes.
+        choice: whether steps that other source files have made are kept or made again.
     """
 
     def __init__(
@@ -86,29 +93,29 @@ class Ladder:
         seed: int,
         model: str,
         evaluation: str,
-        rungs: Mapping[str, Rung],
+        phases: Mapping[str, Phase],
         overrides: Mapping[str, str],
         environment: Callable[[str], Mapping[str, str]] = lambda stage: {},
         choice: Choice | None = None,
     ) -> None:
-        self.folder, self.seed, self.model, self.evaluation, self.rungs = folder, seed, model, evaluation, rungs
+        self.folder, self.seed, self.model, self.evaluation, self.phases = folder, seed, model, evaluation, phases
         self.overrides, self.environment, self.choice = overrides, environment, choice
         self.commit, self.stages = current_commit(ROOT), {}
         self.asked = read_settings(evaluation, shlex.split(overrides.get("evaluation", "")))
 
     @property
     def results(self) -> Results:
-        """What is known to be done, in the ladder's order."""
-        stages = tuple(self.stages[name] for name in (BASE, *self.rungs) if name in self.stages)
+        """The stages that are known to be done, in the pipeline's order."""
+        stages = tuple(self.stages[name] for name in (BASE, *self.phases) if name in self.stages)
         return Results(self.folder.name, self.seed, self.commit, stages)
 
     def model_of(self, stage: str) -> str:
-        """The model that the stage leaves."""
+        """The model that the stage produces."""
         return self.model if stage == BASE else str(self.folder / stage / "merged")
 
     def training(self, stage: str) -> Step:
-        """The training phase to <folder>/<stage>/merged."""
-        config, model = self.rungs[stage].config, self.model_of(self.rungs[stage].start)
+        """The training phase, which writes <folder>/<stage>/merged."""
+        config, model = self.phases[stage].config, self.model_of(self.phases[stage].start)
         command = ["experiments.train", "--config", config, "--model.init_args.model", model]
         command += ["--experiment", self.folder.name, "--phase", stage, "--outputs", str(self.folder.parent)]
         command += ["--seed_everything", str(self.seed), *shlex.split(self.overrides.get(stage, ""))]
@@ -146,43 +153,41 @@ class Ladder:
         )
 
     def training_seconds(self, stage: str) -> float | None:
-        """The seconds of its training, where that need not run: it, and all that it starts from, are done."""
+        """The seconds of its training, if that and the training of all stages before it are done; else None."""
         if stage == BASE:
             return 0.0
-        if self.training_seconds(self.rungs[stage].start) is None:
+        if self.training_seconds(self.phases[stage].start) is None:
             return None
         return self.training(stage).seconds_if_done()
 
     def seconds_if_done(self, stage: str) -> float | None:
-        """The seconds that the stage took, where nothing of it need run; else None."""
+        """The seconds that the stage took if nothing of it needs to run; else None."""
         evaluating = self.evaluation_of(stage).seconds_if_done()
         training = None if evaluating is None else self.training_seconds(stage)
         return None if training is None else training + evaluating
 
     def steps(self) -> list[Step]:
-        """All of them, in their order."""
-        rungs = [step for name in self.rungs for step in (self.training(name), self.evaluation_of(name))]
-        return [self.evaluation_of(BASE), *rungs]
+        """All steps of all stages, in their order."""
+        trained = [step for name in self.phases for step in (self.training(name), self.evaluation_of(name))]
+        return [self.evaluation_of(BASE), *trained]
 
     def list_done(self) -> None:
-        """Write results.json and report.html with the stages that need not run, and no others."""
-        seconds = {stage: self.seconds_if_done(stage) for stage in (BASE, *self.rungs)}
+        """Write results.json and report.html with exactly the stages that are done."""
+        seconds = {stage: self.seconds_if_done(stage) for stage in (BASE, *self.phases)}
         self.stages = {stage: self._found(stage, spent) for stage, spent in seconds.items() if spent is not None}
         if self.stages or (self.folder / "results.json").is_file():
             self._write()
 
     def run(self, stage: str) -> None:
-        """Train, where it is no BASE, and evaluate, as far as that is not done; the stage is listed, and printed."""
+        """Train (except BASE) and evaluate, as far as that is not done; then write and print the results."""
         seconds = 0.0 if stage == BASE else run_step(self.training(stage))
         step = self.evaluation_of(stage)
         step.marker.parent.mkdir(parents=True, exist_ok=True)
         seconds += run_step(step)
         self.stages[stage] = self._found(stage, seconds)
         self._write()
-        print(
-            pipeline_report.ladder_text(self.results, pipeline_report.stage_starts(self.folder, self.results)),
-            flush=True,
-        )
+        starts = pipeline_report.stage_starts(self.folder, self.results)
+        print(pipeline_report.stage_text(self.results, starts), flush=True)
 
     def _found(self, stage: str, seconds: float) -> Stage:
         return make_stage(stage, read_result(self.evaluation_of(stage).result), seconds)
@@ -204,7 +209,7 @@ def run(
     redo: bool = False,
     keep: bool = False,
 ) -> None:
-    """Run the whole ladder.
+    """Run the whole pipeline.
 
     Args:
         experiment: name of the folder in `outputs`; "-seed1" and so on is added at other seeds than 0
@@ -218,21 +223,24 @@ def run(
         redo: make results of other source files of the project again
         keep: take results of other source files of the project as they are
     """
+    # 1. Check all settings before anything runs.
     check_stages(stages, overrides or {})
     check_files({"evaluation": evaluation, "world": world} | {f"stages.{n}": config for n, config in stages.items()})
     preflight.raise_all(preflight.seed_faults(seed))
     start = time.monotonic()
     folder = experiment_folder(outputs, experiment, seed)
     starts = [BASE, *stages]
-    rungs = {stage: Rung(start, config) for start, (stage, config) in zip(starts, stages.items(), strict=False)}
-    ladder = Ladder(folder, seed, model, evaluation, rungs, overrides or {}, choice=choice_of(redo, keep))
+    phases = {stage: Phase(start, config) for start, (stage, config) in zip(starts, stages.items(), strict=False)}
+    pipeline = Pipeline(folder, seed, model, evaluation, phases, overrides or {}, choice=choice_of(redo, keep))
     with run_identity.locked(folder):
+        # 2. The world, and the choice for steps that other source files have made.
         if world:
             build_world(world)
-        settle(ladder.steps())
-        ladder.list_done()
+        settle(pipeline.steps())
+        # 3. Run the stages. The results on disk list exactly the finished stages at any moment.
+        pipeline.list_done()
         for stage in starts:
-            ladder.run(stage)
+            pipeline.run(stage)
     say(f"{(time.monotonic() - start) / 60:.1f} minutes; {folder / 'results.json'}, {folder / 'report.html'}")
 
 

@@ -1,9 +1,10 @@
 """A sweep from W&B's own YAML: `python -m experiments.sweep --config experiments/configs/nano/sweep.yaml`.
 
-With a W&B key it creates the sweep there, or finds the one it created before, and starts an agent. Without one, or
-with --local, the trials run here, one after another, chosen by Optuna: outputs/<sweep>/ then holds trials.jsonl, the
-phase folders trial-<n>/, logs/, and after each trial sweep.json and sweep.html. Killed at any moment, the same command
-goes on with the trial that was running, from its last checkpoint. docs/sweeps.md
+With a W&B key the command creates the sweep on W&B, or finds the sweep that it created before, and starts an agent.
+Without a key, or with --local, Optuna chooses the trials, and they run here, one after another. outputs/<sweep>/ then
+holds trials.jsonl, the phase folders trial-<n>/, logs/, sweep.json and sweep.md (written after each trial), and at the
+end sweep.html with plots. After a kill at any moment the same command resumes the trial that was running from its last
+checkpoint. docs/sweeps.md
 """
 
 from __future__ import annotations
@@ -21,19 +22,18 @@ import yaml
 from datamodules.persistence.files import fingerprint
 from datamodules.persistence.source_code import class_modules, source_code
 from datamodules.streaming.path_fingerprint import path_fingerprint
-from experiments.reports import sweep_page
-from experiments.reports.sweep_charts import short
-from experiments.reports.sweep_page import in_words
+from experiments.reports import sweep_plots, sweep_summary
+from experiments.reports.sweep_summary import in_words
 from experiments.runs import run_identity
 from experiments.runs.changes import Choice, CodeChanged, MadeOf, choice_of
 from experiments.runs.commands import command
 from experiments.runs.results import current_commit
+from experiments.runs.subprocess_steps import ROOT, say
 from experiments.runs.wandb_runs import choose_wandb_mode
 from experiments.sweeps import wandb_sweep
 from experiments.sweeps.plan import SweepPlan, read_plan
 from experiments.sweeps.study import Study
 from experiments.sweeps.trials import (
-    ROOT,
     Interrupted,
     Points,
     Trial,
@@ -45,12 +45,21 @@ from experiments.sweeps.trials import (
     trial_environment,
 )
 
-GIVE_UP = 3  # so many failures before anything has succeeded end the sweep: all trials would fail
-ATTEMPTS = 2  # a trial whose process is killed, as for want of memory, is taken up once more
+GIVE_UP = 3  # failures in a row, without any success before them, that end the sweep: all trials would fail
+ATTEMPTS = 2  # a trial whose process is killed, for example because memory ran out, is tried once more
 
 
 class LocalSweep:
-    """Trials on this machine, one at a time, until there are `num_trials`."""
+    """Trials on this machine, one at a time, until there are `num_trials`.
+
+    Args:
+        plan: the sweep.
+        folder: outputs/<sweep>.
+        seed: seed of the optimizer.
+        num_trials: the number of trials, with those of earlier processes.
+        retry_failed: run failed trials again.
+        choice: keep or redo a sweep that other source files have made.
+    """
 
     def __init__(
         self,
@@ -62,7 +71,7 @@ class LocalSweep:
         choice: Choice | None = None,
     ) -> None:
         self.plan, self.folder, self.num_trials, self.choice = plan, folder, num_trials, choice
-        # What the trials depend on besides their parameters. Not their number: a sweep may be made longer.
+        # All that the trials depend on besides their parameters. Their number is not in the key, so a sweep can grow.
         inputs = [path_fingerprint(ROOT / config) for config in plan.configs]
         key = fingerprint(seed, plan.method, plan.metric, plan.maximize, plan.parameters, plan.command, inputs)
         settings = {"seed": seed, "method": plan.method, "metric": plan.metric, "maximize": plan.maximize}
@@ -80,51 +89,53 @@ class LocalSweep:
                 self.log.reopen(trial.number)
 
     def run(self) -> None:
+        """Finish the trials that earlier processes have begun, then run new ones."""
         for known in list(self.log.trials):
             self._recall(known)
         while len(self.log.trials) < self.num_trials:
-            latent = self.study.begin()
-            self._carry_out(self.log.begin(latent, self.plan.values(latent)))
-        self.write_page()
+            self._carry_out(self.log.begin(self.study.begin()))
+        self.write_summary()
 
     def command(self, trial: Trial) -> list[str]:
-        """The trial's command line, with this sweep's folders in the place of those for W&B's agent."""
+        """The trial's command line, with the folders of this sweep in place of the folders for W&B's agent."""
         words = self.plan.arguments(trial.parameters, sys.executable)
         words = [word for word in words if not word.startswith(("--experiment=", "--phase=", "--outputs="))]
         where = ["--experiment", self.folder.name, "--phase", phase_name(trial), "--outputs", str(self.folder.parent)]
         return words + where
 
     def started_command(self, trial: Trial) -> list[str]:
-        """The same, with the answer for a trial that other code has begun."""
+        """`command`, with the flag --keep or --redo for a trial that other code has begun."""
         return self.command(trial) + ([f"--{self.choice}"] if self.choice else [])
 
-    def write_page(self) -> None:
+    def write_summary(self) -> None:
         commands = [describe_command(self.command(trial)) for trial in self.log.trials]
-        sweep_page.write(self.folder, self.plan, self.log.trials, commands, self.study.importance(), self.facts)
+        sweep_summary.write(self.folder, self.plan, self.log.trials, commands, self.facts)
 
     def _recall(self, trial: Trial) -> None:
-        """Bring a trial of an earlier process before the optimiser; carry it out where it has not ended."""
-        self.study.begin(trial.latent)
+        """Tell the optimizer about a trial of an earlier process, and run the trial on if it has not ended."""
+        self.study.begin(trial.parameters)
         if trial.state != "running":
             for index, (_, value) in enumerate(trial.points):
                 self.study.report(index, value)
             self.study.end(trial.state, trial.value)
-        elif self._report(0, trial.points) is not None:  # and the sweep was killed before it could say so
+        elif self._report(0, trial.points) is not None:  # stopped early, but the sweep was killed before it noted that
             self._close(trial, True, 0, trial.seconds, self.folder / "logs")
         else:
-            say(f"trial {trial.number} was interrupted: it goes on")
+            say(f"trial {trial.number} was interrupted and goes on")
             self._carry_out(trial)
 
     def _carry_out(self, trial: Trial) -> None:
         number, folder, spent = trial.number, self.folder / phase_name(trial), trial.seconds
-        log, settings = self.folder / "logs" / f"{folder.name}.log", _short(trial.parameters)
+        log = self.folder / "logs" / f"{folder.name}.log"
+        settings = ", ".join(f"{p.label} {in_words(trial.parameters[p.name])}" for p in self.plan.parameters)
         say(f"trial {number} ({number + 1} of {self.num_trials}): {settings}")
 
         def see(points: Points, seconds: float) -> bool:
             known = len(self.log.trials[number].points)
             if len(points) <= known:
-                return False  # a resumed trial repeats what was logged behind its checkpoint
-            # What came behind the value that stops the trial depends on when this process looked: it is left out.
+                return False  # a resumed trial repeats the values that it logged after its checkpoint
+            # Values after the one that stops the trial are left out: how many there are depends on the time of this
+            # look.
             stopped = self._report(known, points[known:])
             kept = points[known:] if stopped is None else points[known : stopped + 1]
             self.log.add_points(number, kept, spent + seconds)
@@ -142,9 +153,10 @@ class LocalSweep:
         self._close(trial, ended.pruned, ended.code, spent, log)
 
     def _report(self, first: int, points: Sequence[tuple[int, float]]) -> int | None:
-        """Tell the optimiser of values from number `first` on; the number of the one at which to stop the trial.
+        """Tell the optimizer the values from number `first` on; the number of the value at which to stop the trial.
 
-        Never at the value that finished trials ended with: nothing would be saved, and the trial may be over already.
+        A trial is not stopped at the last value that finished trials have: that would save no time, and the trial may
+        have ended already.
         """
         last = max((len(trial.points) for trial in self.log.trials if trial.state == "complete"), default=0) - 1
         for number, (_, value) in enumerate(points, start=first):
@@ -153,9 +165,15 @@ class LocalSweep:
         return None
 
     def _close(self, trial: Trial, pruned: bool, code: int, seconds: float, log: Path) -> None:
+        """Note how the trial ended: `pruned`, or with this exit code after these seconds over all attempts.
+
+        Ends the program after `GIVE_UP` failures if no trial has succeeded.
+        """
         folder = self.folder / phase_name(trial)
         points, last = logged_points(folder, self.plan.metric), last_value(folder, self.plan.metric)
         known = len(self.log.trials[trial.number].points)
+
+        # 1. How it ended. A trial without a finite last value has failed: it cannot be compared with others.
         state, value, message = "failed", None, ""
         if pruned:
             state, message = "pruned", "not among the best at this step"
@@ -167,6 +185,8 @@ class LocalSweep:
             message = f"its last {self.plan.metric} is {last}"
         else:
             state, value = "complete", points[-1][1]
+
+        # 2. Values that it logged after the last look, and its end, for the journal and the optimizer.
         if points[known:] and not pruned:
             self.log.add_points(trial.number, points[known:], seconds)
             for index, (_, late) in enumerate(points[known:], start=known):
@@ -174,7 +194,9 @@ class LocalSweep:
         trial = self.log.end(trial.number, state, seconds, value, message)
         self.study.end(state, value)
         say(f"trial {trial.number}: {state}{'' if value is None else f', {value:.4g}'} {message}".rstrip())
-        self.write_page()
+        self.write_summary()
+
+        # 3. Give up if nothing works.
         self.failures = self.failures + 1 if state == "failed" else 0
         if self.failures >= GIVE_UP and not any(t.state in ("complete", "pruned") for t in self.log.trials):
             sys.exit(f"the first {self.failures} trials failed; {log}: {message}\n--retry_failed takes them up again")
@@ -187,14 +209,6 @@ def phase_name(trial: Trial) -> str:
 def describe_command(arguments: Sequence[str]) -> str:
     """A command line to be read and pasted."""
     return shlex.join(["python", *[word for word in arguments if word != "/usr/bin/env"][1:]])
-
-
-def say(text: str) -> None:
-    print(f"== {text}", flush=True)
-
-
-def _short(parameters: dict) -> str:
-    return ", ".join(f"{short(name)} {in_words(value)}" for name, value in parameters.items())
 
 
 def num_trials(plan: SweepPlan, asked: int | None) -> int:
@@ -251,8 +265,10 @@ def main(args: list[str] | None = None) -> None:
             sweep.run()
         except Interrupted as signal_name:
             sys.exit(f"stopped by {signal_name}; the same command goes on with the trial that was running")
+        plots = folder / "sweep.html"
+        missing = sweep_plots.write_plots(plots, plan, sweep.study.study)
         wandb_sweep.log_sweep(folder, plan)
-    say(f"{folder / 'sweep.html'}, {folder / 'sweep.json'}")
+    say(f"{folder / 'sweep.md'}, {folder / 'sweep.json'}, {missing or plots}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from datamodules.encoding.chat_request import RequestForm
 from datamodules.encoding.model_families import find_model_family
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
 from datamodules.persistence.files import Journal, fingerprint, read_journal, read_json, write_atomic, write_json
+from datamodules.persistence.problems import Problems
 from datamodules.persistence.source_code import source_code
 from datamodules.samples.boxes import image_sizes_from_json
 from datamodules.samples.sample import SampleError
@@ -101,9 +102,9 @@ def synthesize(
     # 1. Settings: all problems at once, before anything is started.
     sampling, prices = sampling or Sampling(), prices or Prices()
     folders = folder_list(questions)
-    faults = _faults(folders, endpoint, threshold, limit)
+    problems = _problems(folders, endpoint, threshold, limit)
     pixels = (min_pixels, max_pixels, max_image_pixels, max_sample_pixels)
-    form = _form(model_family, endpoint.model, faults, before_image, *pixels)
+    form = _form(model_family, endpoint.model, problems, before_image, *pixels)
     # 2. The key: everything that the responses depend on.
     stated = server_fields(endpoint) | endpoint.extra_body
     teacher = [endpoint.model, stated, path_fingerprint(endpoint.model)]
@@ -202,33 +203,32 @@ def _judge_all(
     return verdicts
 
 
-def _faults(folders: list[str], endpoint: EndpointSettings, threshold: float, limit: int | None) -> list[str]:
-    """The problems of the settings and of the shards, in words."""
-    faults = [fault for folder in folders for fault in preflight.shard_faults(str(folder))]
-    if not 0 <= threshold < 1:
-        faults.append(f"threshold={threshold} must be in [0, 1)")
-    if limit is not None and limit < 1:
-        faults.append(f"limit={limit} must be at least 1")
+def _problems(folders: list[str], endpoint: EndpointSettings, threshold: float, limit: int | None) -> Problems:
+    """The problems of the settings and of the shards."""
+    problems = Problems()
+    problems += [problem for folder in folders for problem in preflight.shard_faults(str(folder))]
+    problems.require(0 <= threshold < 1, "must be in [0, 1)", threshold=threshold)
+    problems.require(limit is None or limit >= 1, "must be at least 1", limit=limit)
     if own := sorted({"temperature", "seed"} & endpoint.extra_body.keys()):
-        faults.append(f"endpoint.extra_body: {', '.join(own)} belong to sampling, such as sampling.temperature")
+        problems.append(f"endpoint.extra_body: {', '.join(own)} belong to sampling, such as sampling.temperature")
     model = Path(endpoint.model)
     if not endpoint.model:
-        faults.append("endpoint.model='' must name the teacher")
+        problems.append("endpoint.model='' must name the teacher")
     elif endpoint.base_url is None and not model.is_dir() and (model.is_absolute() or len(model.parts) != 2):
-        faults.append(
+        problems.append(
             f"endpoint.model={endpoint.model!r} is neither a folder here nor a Hub name; `make sft` makes the nano"
             " teacher, and a teacher behind a server needs endpoint.base_url"
         )
-    return faults
+    return problems
 
 
-def _form(model_family: str, model: str, faults: list[str], *more: Any) -> RequestForm:
-    """The form of the requests. Raises SettingsError with its own problems and those in `faults`."""
+def _form(model_family: str, model: str, problems: list[str], *more: Any) -> RequestForm:
+    """The form of the requests. Raises SettingsError for its own problem and for the `problems` found before."""
     try:
         form = RequestForm(find_model_family(model_family, model), "think", *more)
     except ValueError as error:
-        preflight.raise_all([*faults, str(error)])
-    preflight.raise_all(faults)
+        preflight.raise_all([*problems, str(error)])
+    preflight.raise_all(problems)
     return form
 
 

@@ -1,4 +1,4 @@
-"""A W&B report that compares experiments, made from code: ladder, tasks, curves by phase, settings, drawn answers.
+"""A W&B report that compares experiments, made from code: stages, tasks, curves by phase, settings, drawn answers.
 
     python -m experiments.wandb_report --experiments nano nano-seed1 --entity my-team
 
@@ -19,7 +19,7 @@ from experiments.runs.commands import command
 from experiments.runs.wandb_runs import PROJECT, has_key
 
 STEP = "trainer/global_step"
-LADDER = ("mig_bench/avg", "mig_bench/in_domain", "mig_bench/out_of_domain", "mig_bench/format_rate")
+STAGE_METRICS = ("mig_bench/avg", "mig_bench/in_domain", "mig_bench/out_of_domain", "mig_bench/format_rate")
 # Phase -> the metrics whose curves are drawn. All are in docs/metrics.md, which a test holds.
 CURVES = {
     "grpo": (
@@ -70,7 +70,7 @@ def build_report(title: str, project: str, entity: str, experiments: Sequence[st
 
     blocks = [
         wr.P(text="Acc@0.5 on MIG-Bench in percent, by phase; bars are means over runs with their standard deviation."),
-        *section("Ladder", runs("all phases"), [bars(metric) for metric in LADDER]),
+        *section("Pipeline", runs("all phases"), [bars(metric) for metric in STAGE_METRICS]),
         *section("Tasks", runs("all phases"), [bars(f"mig_bench/{task}") for task in TASKS]),
     ]
     for phase, names in CURVES.items():

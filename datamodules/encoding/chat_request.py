@@ -17,6 +17,7 @@ from PIL import Image
 from datamodules.encoding.messages import PromptStyle, build_messages
 from datamodules.encoding.model_families import ModelFamily
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS, decode_images, open_images
+from datamodules.persistence.problems import Problems
 from datamodules.samples.boxes import BoxFormat, ImageSizes, fit_size
 from datamodules.samples.sample import ChoiceAnswer, LoadedSample
 
@@ -48,16 +49,17 @@ class RequestForm:
     max_sample_pixels: int = MAX_SAMPLE_PIXELS
 
     def __post_init__(self) -> None:
-        if self.style not in ("think", "answer", "plain", "native"):
-            raise ValueError(f"style={self.style!r} is not think, answer, plain or native")
+        problems, family = Problems(), self.model_family
+        problems.one_of(("think", "answer", "plain", "native"), style=self.style)
         try:
             (self.before_image or "").format(1)
-        except (LookupError, ValueError) as error:
-            raise ValueError(f'before_image={self.before_image!r} must be such as "Picture {{}}: "') from error
+        except (LookupError, ValueError):
+            problems.require(False, 'must be such as "Picture {}: "', before_image=self.before_image)
         if not 0 < self.min_pixels < self.max_pixels:
-            raise ValueError(f"min_pixels={self.min_pixels} must be in 1..max_pixels, max_pixels={self.max_pixels}")
-        if self.model_family.box_format == BoxFormat.ABSOLUTE_PIXELS and self.model_family.factor is None:
-            raise ValueError(f"model_family {self.model_family.name!r} speaks in pixels: it needs a factor")
+            problems.append(f"min_pixels={self.min_pixels} must be in 1..max_pixels, max_pixels={self.max_pixels}")
+        if family.box_format == BoxFormat.ABSOLUTE_PIXELS and family.factor is None:
+            problems.append(f"model_family {family.name!r} writes boxes in pixels: it needs a factor")
+        problems.raise_all("request form")
 
 
 @dataclass(frozen=True)

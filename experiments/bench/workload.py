@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from datamodules.persistence.problems import Problems
 from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
 
 POOL = 16  # number of steps after which the prompts repeat
@@ -38,11 +39,11 @@ class Workload:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        problems = Problems()
         for name in ("prompts", "group_size", "completion_tokens", "images", "lora_rank", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"workload: {name}={getattr(self, name)} must be greater than 0")
-        if self.task not in ("grpo", "sft"):
-            raise ValueError(f"workload: task={self.task!r} is neither 'grpo' nor 'sft'")
+            problems.positive(**{name: getattr(self, name)})
+        problems.one_of(("grpo", "sft"), task=self.task)
+        problems.raise_all("workload")
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Workload:

@@ -1,19 +1,19 @@
-"""ablations.json, ablations.md and ablations.html: the ladder over seeds, and what the rows differ by."""
+"""ablations.json, ablations.md and ablations.html: each row over the seeds, and the differences between rows."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from datamodules.persistence.files import read_json, write_atomic, write_json
+from datamodules.persistence.message_text import markdown_table
 from experiments.reports import svg_charts
 from experiments.reports.ablation_summary import FIGURES, Comparison, read_rows, summarise
-from experiments.reports.paper_tables import markdown_table
-from experiments.reports.pipeline_report import STYLE, html_table, number
+from experiments.reports.pipeline_report import number
 from experiments.reports.significance import TRANSFER
+from experiments.reports.templates import render
 
 NAMES = {"avg": "AVG", "in_domain": "in-domain", "out_of_domain": "out-of-domain", "format_rate": "format %"}
 NOTE = (
@@ -35,7 +35,12 @@ def write(home: Path, folders: Mapping[int, Path], starts: Mapping[str, str], co
     sections = [(title, rows) for title, rows in tables(summary).items() if len(rows) > 1]
     text = "\n".join([f"# {home.name}", "", NOTE, *_missing(summary), *map(_markdown_section, sections)])
     write_atomic(home / "ablations.md", text)
-    write_atomic(home / "ablations.html", _page(home.name, summary, sections))
+    means = {row["name"]: task_means(row) for row in summary["rows"] if row["seeds"]}
+    names = list(dict.fromkeys(task for tasks in means.values() for task in tasks))
+    chart = svg_charts.bar_chart("Acc@0.5 by task, mean over seeds", names, means)
+    notes = [NOTE, *filter(None, _missing(summary))]
+    page = render("ablations.html.j2", title=home.name, notes=notes, tables=sections, task_chart=chart)
+    write_atomic(home / "ablations.html", page)
     return text
 
 
@@ -57,11 +62,11 @@ def figures(home: Path) -> tuple[dict[str, float], dict[str, list[list[str]]]]:
 def tables(summary: Mapping[str, Any]) -> dict[str, list[list[str]]]:
     """Title -> rows of text cells, header first."""
     rows = [row for row in summary["rows"] if row["seeds"]]
-    ladder = [["row", "from", "seeds", *NAMES.values(), "minutes"]]
+    means = [["row", "from", "seeds", *NAMES.values(), "minutes"]]
     every = [["row", "seed", *NAMES.values(), "questions", "minutes", "trained at"]]
     for row in rows:
-        ladder.append([row["name"], row["start"] if row["start"] != row["name"] else "", str(len(row["seeds"]))])
-        ladder[-1] += [_spread(row, key) for key in FIGURES] + [f"{row['mean']['minutes']:.1f}"]
+        means.append([row["name"], row["start"] if row["start"] != row["name"] else "", str(len(row["seeds"]))])
+        means[-1] += [_spread(row, key) for key in FIGURES] + [f"{row['mean']['minutes']:.1f}"]
         for seed, values in row["seeds"].items():
             figures = [number(values[key]) for key in FIGURES]
             last = [str(values["n"]), f"{values['minutes']:.1f}", values["commit"] or "–"]
@@ -70,7 +75,7 @@ def tables(summary: Mapping[str, Any]) -> dict[str, list[list[str]]]:
     tasks = [["task", *(row["name"] for row in rows)]]
     tasks += [[task, *(number(task_means(row).get(task)) for row in rows)] for task in names]
     return {
-        "Ladder": ladder,
+        "Rows": means,
         "Aims": _aim_rows(summary),
         "Differences": _difference_rows(summary),
         "Tasks, mean over seeds": tasks,
@@ -141,18 +146,3 @@ def _missing(summary: Mapping[str, Any]) -> list[str]:
 def _markdown_section(section: tuple[str, list[list[str]]]) -> str:
     title, rows = section
     return f"\n## {title}\n\n{markdown_table(rows)}\n"
-
-
-def _page(title: str, summary: Mapping[str, Any], sections: Sequence[tuple[str, list[list[str]]]]) -> str:
-    bars = {row["name"]: task_means(row) for row in summary["rows"] if row["seeds"]}
-    names = list(dict.fromkeys(task for tasks in bars.values() for task in tasks))
-    body = [f"<h1>{escape(title)}</h1><p>{escape(NOTE)}</p>"]
-    body += [f"<p>{escape(line)}</p>" for line in _missing(summary) if line]
-    for heading, rows in sections:
-        body.append(f'<h2>{escape(heading)}</h2><div class="scroll">{html_table(rows)}</div>')
-    if names:
-        body.append(
-            f'<div class="scroll">{svg_charts.bar_chart("Acc@0.5 by task, mean over seeds", names, bars)}</div>'
-        )
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>\n"

@@ -17,6 +17,7 @@ import yaml
 
 from datamodules.benchmarks.base import Rule
 from datamodules.metrics.result_files import RESULT, OtherVersion, read_result, result_folder
+from datamodules.persistence.message_text import markdown_table
 from lightning_modules.metrics.bootstrap import bootstrap_intervals
 from lightning_modules.serving.generation_rules import note
 
@@ -141,12 +142,6 @@ def markdown(source: str, tables: Sequence[Table]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Text cells, header first, as a table."""
-    header, *body = rows
-    return "\n".join(map(_line, [header, ["---"] * len(header), *body]))
-
-
 def comma_separated(tables: Sequence[Table]) -> str:
     """One line a cell: table, row, measured or paper, column, score, low, high, n."""
     file = io.StringIO()
@@ -169,7 +164,3 @@ def _text(cell: float | Mapping[str, Any] | None) -> str:
     if isinstance(cell, Mapping):
         return f"{cell['score']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]"
     return f"{cell:.2f}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"

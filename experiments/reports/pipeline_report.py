@@ -1,4 +1,4 @@
-"""report.html of an experiment: the ladder, curves, bars per task and drawn examples in one file that opens offline.
+"""report.html of an experiment: stages, curves, bars per task and drawn examples in one file that opens offline.
 
 python -m experiments.reports.pipeline_report --folder outputs/nano
 """
@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import argparse
 import base64
-import json
 import sys
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from datamodules.persistence.files import write_atomic
 from experiments.reports import paper_tables, svg_charts
+from experiments.reports.templates import render
 from experiments.runs import metrics_csv
 from experiments.runs.commands import command
 from experiments.runs.results import Results, read_mig_bench, read_results, started_from
@@ -35,19 +34,13 @@ CHARTS = {
     "Learning rate": ("train/learning_rate",),
 }
 MAX_EXAMPLES = 12  # drawn examples of one phase
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
-table { border-collapse: collapse; margin: 1em 0; } th, td { padding: .3em .8em; text-align: right; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #888; }
-tbody tr:nth-child(odd) { background: #f4f5f7; } figure { display: inline-block; margin: .4em; vertical-align: top; }
-figure img { max-width: 100%; } svg text { font: 11px system-ui, sans-serif; } svg { max-width: 100%; }
-.grid { stroke: #ddd; } .paper { fill: #fff; stroke: #e4e4e4; } .scroll { overflow-x: auto; }
-"""
 
 
-def ladder_rows(results: Results, starts: Mapping[str, str] | None = None) -> list[list[str]]:
-    """The ladder as text cells, header first: each stage's averages, and its gain over the stage that it starts from,
-    by `starts`, or else the stage before."""
+def stage_rows(results: Results, starts: Mapping[str, str] | None = None) -> list[list[str]]:
+    """A row of text cells for each stage, header first: its averages, and its gain over the stage that it starts from.
+
+    `starts`: stage -> the stage that it was trained from; by default the stage before it.
+    """
     rows = [["stage", "AVG", "gain", "over", "in-domain", "out-of-domain", "format %", "questions", "seconds"]]
     names = [stage.name for stage in results.stages]
     known = {stage.name: stage for stage in results.stages}
@@ -72,44 +65,39 @@ def stage_starts(folder: Path, results: Results) -> dict[str, str]:
     return starts
 
 
-def ladder_text(results: Results, starts: Mapping[str, str] | None = None) -> str:
-    """The ladder as a table for the terminal."""
-    rows = ladder_rows(results, starts)
+def stage_text(results: Results, starts: Mapping[str, str] | None = None) -> str:
+    """The stages as a table for the terminal."""
+    rows = stage_rows(results, starts)
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def render_report(folder: Path) -> str:
-    """The whole page for an experiment folder that holds a results.json, of whichever stages are there."""
+    """The whole page of an experiment folder that holds a results.json, with the stages that are finished."""
     folder = Path(folder)
     results = read_results(folder / "results.json")
     tasks = list(dict.fromkeys(task for stage in results.stages for task in stage.mig_bench["tasks"]))
     bars = {stage.name: stage.mig_bench["tasks"] for stage in results.stages}
-    title = f"{results.experiment}, seed {results.seed}"
-    body = [
-        f"<h1>{escape(title)}</h1>",
-        f"<p>{escape(_commits(folder, results))}</p>",
-        "<p>Accuracies are Acc@0.5 in percent; AVG is the mean over the tasks.</p>",
-        *_decoding(folder, results),
-        "<h2>Ladder</h2>",
-        html_table(ladder_rows(results, stage_starts(folder, results))),
-        "<h2>Tasks</h2>",
-        f'<div class="scroll">{svg_charts.bar_chart("Acc@0.5 by task", tasks, bars)}</div>' if tasks else "",
-        html_table([["task", *bars], *([task, *(number(b.get(task)) for b in bars.values())] for task in tasks)]),
-        *_failures(results),
-        *_paper_tables(folder),
-        *(_phase_section(phase) for phase in _phases(folder, results)),
-    ]
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>\n"
+    return render(
+        "pipeline.html.j2",
+        title=f"{results.experiment}, seed {results.seed}",
+        commits=_commits(folder, results),
+        decoding=_decoding(folder, results),
+        stages=stage_rows(results, stage_starts(folder, results)),
+        task_chart=svg_charts.bar_chart("Acc@0.5 by task", tasks, bars),
+        tasks=[["task", *bars], *([task, *(number(b.get(task)) for b in bars.values())] for task in tasks)],
+        failures=_failures(results),
+        phases=[phase for folder in _phases(folder, results) if (phase := _phase(folder))],
+        **_paper_tables(folder),
+    )
 
 
 def _decoding(folder: Path, results: Results) -> list[str]:
     """Which stages were not decoded by the common rules."""
     found = {stage.name: read_mig_bench(folder / stage.name) for stage in results.stages}
     notes = {name: note(result["generation"]) for name, result in found.items() if result}
-    return [f"<p>MIG-Bench of {escape(name + how)}.</p>" for name, how in notes.items() if how]
+    return [f"MIG-Bench of {name}{how}." for name, how in notes.items() if how]
 
 
 def _commits(folder: Path, results: Results) -> str:
@@ -133,57 +121,35 @@ def _phases(folder: Path, results: Results) -> list[Path]:
     return [path for path in staged + others if path.is_dir() and "." not in path.name]
 
 
-def _phase_section(phase: Path) -> str:
-    rows = metrics_csv.read_rows(phase)
-    drawn = []
-    for title, names in CHARTS.items():
-        drawn.append(svg_charts.line_chart(title, {name: metrics_csv.read_curve(rows, name) for name in names}))
-    drawings = sorted((phase / "previews").glob("step_*"))[-1:]  # those of the last step
-    figures = [_figure(image) for folder in drawings for image in sorted(folder.glob("*.png"))[:MAX_EXAMPLES]]
-    if not any(drawn) and not figures:
-        return ""
-    return f"<h2>{escape(phase.name)}</h2>" + "".join(drawn) + "".join(figures)
+def _phase(folder: Path) -> dict[str, Any] | None:
+    """Name, charts and drawn examples (name, PNG in base64) of a phase; None where it logged and drew nothing."""
+    rows = metrics_csv.read_rows(folder)
+    curves = {title: {name: metrics_csv.read_curve(rows, name) for name in names} for title, names in CHARTS.items()}
+    charts = [chart for title in curves if (chart := svg_charts.line_chart(title, curves[title]))]
+    last_step = sorted((folder / "previews").glob("step_*"))[-1:]
+    images = [image for step in last_step for image in sorted(step.glob("*.png"))[:MAX_EXAMPLES]]
+    drawings = [(image.stem, base64.b64encode(image.read_bytes()).decode()) for image in images]
+    return {"name": folder.name, "charts": charts, "drawings": drawings} if charts or drawings else None
 
 
-def _figure(image: Path) -> str:
-    data = base64.b64encode(image.read_bytes()).decode()
-    return f'<figure><img src="data:image/png;base64,{data}" alt="{escape(image.stem)}"></figure>'
-
-
-def _failures(results: Results) -> list[str]:
+def _failures(results: Results) -> list[list[str]]:
+    """How many answers had no box, by kind and stage, as rows, header first; [] where all answers had one."""
     failures = {stage.name: stage.mig_bench["parse_failures"] for stage in results.stages}
     kinds = list(dict.fromkeys(kind for counts in failures.values() for kind in counts))
     rows = [[kind, *(str(counts.get(kind, 0)) for counts in failures.values())] for kind in kinds]
-    return [html_table([["answers without a box", *failures], *rows])] if kinds else []
+    return [["answers without a box", *failures], *rows] if kinds else []
 
 
-def _paper_tables(folder: Path) -> list[str]:
-    """The paper's tables that this experiment has measured cells for."""
-    measured = paper_tables.phase_measured(folder)
+def _paper_tables(folder: Path) -> dict[str, Any]:
+    """The paper's tables that this experiment has measured cells for, as (heading, rows), and the note about them."""
     source, tables = paper_tables.load_paper_tables()
-    shown = [t for t in paper_tables.with_measured(tables, measured) if any(row.measured for row in t.rows)]
-    if not shown:
-        return []
-    sections = [f"<h2>The paper's tables</h2><p>Paper: {escape(source.strip())}. {escape(paper_tables.NOTE)}</p>"]
-    for table in shown:
-        sections.append(f"<h3>Table {table.number}: {escape(table.title)}</h3>")
-        sections.append(f'<div class="scroll">{html_table(paper_tables.text_rows(table))}</div>')
-    return sections
-
-
-def html_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text cells, header first, as a table."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    body = "".join(line(row, "td") for row in rows[1:])
-    return f"<table><thead>{line(rows[0], 'th')}</thead><tbody>{body}</tbody></table>"
-
-
-def script_json(value: Any) -> str:
-    """JSON that can stand inside a script element, whatever its strings hold."""
-    return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
+    measured = paper_tables.with_measured(tables, paper_tables.phase_measured(folder))
+    shown = [
+        (f"Table {table.number}: {table.title}", paper_tables.text_rows(table))
+        for table in measured
+        if any(row.measured for row in table.rows)
+    ]
+    return {"paper_tables": shown, "paper_note": f"Paper: {source.strip()}. {paper_tables.NOTE}"}
 
 
 def number(value: float | None) -> str:
@@ -202,7 +168,7 @@ def main(args: list[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"no report: {error}")
     results = read_results(folder / "results.json")
-    print(ladder_text(results, stage_starts(folder, results)))
+    print(stage_text(results, stage_starts(folder, results)))
     print(f"wrote {path}")
 
 

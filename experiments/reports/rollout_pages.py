@@ -1,11 +1,11 @@
-"""The rollouts of a run as files beside a page, small enough for the page to load those alone that it shows.
+"""The rollouts of a run as small files beside a page; the page loads only the files that it shows.
 
-    <folder>/index.js          what groups are chosen by
+    <folder>/index.js          the fields by which a reader filters and sorts groups
     <folder>/chunk-00012.js    GROUPS_PER_CHUNK whole groups
     <folder>/pictures/7-1.png  image 1 of sample 7
 
-They are scripts, since a page opened as a file:// may load nothing else. Each calls one function of pages/compare.js.
-Model output is data in them: strings of JSON in ASCII, with no < that could end a script.
+The files are scripts, because a page that is opened as file:// may load nothing else. Each calls one function of
+pages/compare.js. Model output in them is data: JSON strings in ASCII, without "<", which could end a script.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from datamodules.samples.sample import BoxAnswer, BoxPart, Sample, SampleError, 
 from datamodules.samples.scores import score_text
 from datamodules.streaming.shards import MANIFEST, ShardReader, folder_list
 from experiments.reports.find_runs import Run
-from experiments.reports.pipeline_report import script_json
+from experiments.reports.templates import script_json
 from experiments.runs import run_identity
 from lightning_modules.rl.rollout_log import LoggedGroup
 
@@ -33,7 +33,7 @@ LONGEST_SIDE = 640  # pixels of a picture
 
 @dataclass(frozen=True)
 class WrittenLog:
-    """What there is of one run's rollouts, and what was left out."""
+    """How many of one run's rollouts were written."""
 
     num_groups: int
     num_written: int
@@ -42,10 +42,16 @@ class WrittenLog:
 
 
 def write_rollouts(run: Run, folder: Path, name: str, max_groups: int, max_pictures: int) -> WrittenLog:
-    """Write the files of a run that has a rollout log; `name` is what the page knows it by.
+    """Write the files of a run that has a rollout log.
 
-    At most `max_groups` groups, evenly over the run, and `max_pictures` pictures, evenly over those. Raises ValueError
-    when the run's configuration does not say how its boxes are written.
+    Args:
+        run: the run.
+        folder: the folder for its files.
+        name: the run's name in the page's script.
+        max_groups: most groups, evenly over the run.
+        max_pictures: most pictures, evenly over the written groups.
+
+    Raises ValueError when the run's configuration does not name the format of its boxes.
     """
     if not run.config:
         raise ValueError(
@@ -84,7 +90,7 @@ def write_script(path: Path, function: str, name: str, value: Any) -> None:
 
 
 class Pictures:
-    """The images of logged samples as small files, and their questions; `notes` says what is missing."""
+    """The images of logged samples as small files, and their questions; `notes` tells which are missing."""
 
     def __init__(self, folder: Path, shards: list[str], limit: int) -> None:
         self.folder, self.shards, self.limit = folder, shards, limit
@@ -94,12 +100,12 @@ class Pictures:
         self.notes: list[str] = []
 
     def write(self, ids: Iterable[str]) -> None:
-        """Write the images of as many of the samples as the limit allows, evenly over them."""
+        """Write the images of the samples, evenly over them, up to the limit."""
         wanted = list(dict.fromkeys(ids))
         if not all((Path(folder) / MANIFEST).is_file() for folder in self.shards):
             self.notes.append(f"No pictures and questions: no shards in {', '.join(self.shards)}.")
             return
-        reader = ShardReader(self.shards, since=0)  # to look at: a run that trained on them has compared them
+        reader = ShardReader(self.shards, since=0)  # the run that trained on these shards has already verified them
         numbers = reader.find(set(wanted))
         if len(numbers) < len(wanted):
             self.notes.append(f"{len(wanted) - len(numbers):,} of {len(wanted):,} samples are not in the shards.")
@@ -131,12 +137,12 @@ class Pictures:
 
 
 def _spread(items: list[Any]) -> list[Any]:
-    """The items in an order whose every beginning is spread over the whole: each 16th, then each 16th after that, …"""
+    """The items in an order whose first part is always spread over the whole: items 0, 16, 32, …, then 1, 17, 33, …"""
     return [item for start in range(16) for item in items[start::16]]
 
 
 def _shard_folder(run: Run) -> list[str]:
-    """Where the samples of the run's prompts are: what rejection sampling kept, else the pool."""
+    """The shards with the samples of the run's prompts: the kept prompts of rejection sampling, or else the pool."""
     kept = run.folder / "rejection_sampling" / "shards"
     if (kept / MANIFEST).is_file():
         return [str(kept)]
@@ -153,7 +159,7 @@ def _index_row(group: LoggedGroup, tasks: list[str]) -> list[Any]:
 
 
 def _whole_group(group: LoggedGroup, run: Run, pictures: Pictures) -> dict[str, Any]:
-    """What the page shows of a group; boxes are unit xyxy of the answer's image."""
+    """A group as the page shows it. Boxes are xyxy in 0-1 of the answer's image."""
     record = group.read()
     answer = BoxAnswer(record["answer"]["image"], tuple(record["answer"]["box"]), record["answer"]["label"])
     image_sizes = image_sizes_from_json(record["sizes"])

@@ -1,7 +1,7 @@
-"""The differences of two runs in words, and the choice between them where only the code differs.
+"""The differences of two runs in words, and the choice between them if only the code differs.
 
 A finished run of other code is never silently taken for the requested run, and never thrown away. The command names the
-changed files and ends, until KEEP=1 (--keep) or REDO=1 (--redo) makes the choice.
+changed files and ends, until the user chooses with KEEP=1 (--keep) or REDO=1 (--redo).
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from datamodules.persistence.source_code import Code, changed_files
 Choice = Literal["redo", "keep"]
 Inputs = dict[str, list[tuple[str, str | None]]]  # {"data.shards": [(path, hash of its content), …]}
 
-RECORD = "evaluation.json"  # beside answers: their key, and the source files that asked for them
-MOST_LINES, MOST_FILES = 8, 6  # of a message: the rest is counted
+RECORD = "evaluation.json"  # beside answers: their key, and the source files of the evaluation
+MOST_LINES, MOST_FILES = 8, 6  # in a message; the rest is only counted
 
 
 class CodeChanged(Exception):
-    """Other source files have made the existing results, and there is no choice yet; the message asks for it."""
+    """Other source files have made the existing results. The message asks the user to choose."""
 
 
 @dataclass(frozen=True)
 class MadeOf:
-    """Settings, inputs and code of a run. `saved` reads settings and inputs out of the config.yaml of a run that did
-    not record them."""
+    """Settings, inputs and code of a run.
+
+    `saved` reads settings and inputs from the config.yaml of a run of an earlier version, which did not record them.
+    """
 
     key: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -40,14 +42,16 @@ class MadeOf:
     saved: Callable[[Mapping[str, Any]], tuple[dict[str, Any], Inputs]] | None = None
 
     def record(self) -> dict[str, Any]:
-        """As it stands in started.json."""
+        """The content of started.json."""
         return {"key": self.key, "settings": self.settings, "inputs": self.inputs, "code": self.code}
 
 
 @dataclass(frozen=True)
 class Differences:
-    """`values`: settings and inputs that differ, "name: old -> new". `fields`: names of settings that only one of the
-    runs has, such as a new setting of the project: nobody can say whether the old run had the same value."""
+    """`values`: settings and inputs that differ, as "name: old -> new". `fields`: settings that only one run has.
+
+    A field is a setting that a version of the project has added or removed: its value in the other run is not known.
+    """
 
     values: list[str]
     fields: list[str]
@@ -67,34 +71,43 @@ def choice_of(redo: bool, keep: bool) -> Choice | None:
 
 
 def spell_out(words: Sequence[str] | None) -> list[str]:
-    """A command line, by default this process's, with --redo=true for --redo, as jsonargparse needs it; so --keep."""
+    """The command line, by default of this process, with --redo=true for --redo and so on, as jsonargparse needs it."""
     words = sys.argv[1:] if words is None else words
     return [f"{word}=true" if word in ("--redo", "--keep") else word for word in words]
 
 
 def is_stale(record: Mapping[str, Any], code: Code, choice: Choice | None = None) -> bool:
-    """Whether the recorded result was made by other code than `code`, and was not kept for `code`.
+    """Whether other code than `code` made the recorded result, and the result was not kept for `code`.
 
-    A record without code is of an earlier version of the project, which recorded none. The choice "redo" covers results
-    that were kept, too.
+    A record without code comes from an earlier version of the project. The choice "redo" includes kept results.
     """
     if not code or record.get("code") == code:
         return False
     return choice == "redo" or record.get("kept") != fingerprint(code)
 
 
+def decide(is_other_code: bool, choice: Choice | None, message: Callable[[], str]) -> Choice | None:
+    """The choice about an existing result of other code; None where there is nothing to choose.
+
+    Raises CodeChanged with the `message`, which asks for a choice, where there is none.
+    """
+    if is_other_code and choice is None:
+        raise CodeChanged(message())
+    return choice if is_other_code else None
+
+
 def kept(record: Mapping[str, Any], code: Code) -> dict[str, Any]:
-    """Fields of the record of a result that is kept for `code`: the command does not ask again."""
+    """Fields for the record of a result that is kept for `code`, so that the command does not ask again."""
     return {"code": record.get("code", {}), "kept": fingerprint(code)}
 
 
 def origin(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a record that says which code has made it, and which code that was kept for."""
+    """The part of a record that says which code made the result, and for which code it was kept."""
     return {name: record[name] for name in ("code", "kept") if name in record}
 
 
 def find_differences(old: Mapping[str, Any], new: MadeOf) -> Differences:
-    """The differences, apart from code, of a recorded run (its settings and inputs) and a new run."""
+    """The differences of settings and inputs between a recorded run and a new run."""
     found = Differences([], [])
     before, now = (json.loads(json.dumps(each, default=str)) for each in (old.get("settings", {}), new.settings))
     _walk("", before, now, found)
@@ -107,7 +120,7 @@ def find_differences(old: Mapping[str, Any], new: MadeOf) -> Differences:
 
 
 def question(what: str, is_done: bool, record: Mapping[str, Any], code: Code, fields: Sequence[str] = ()) -> str:
-    """The message that asks for KEEP=1 or REDO=1 where other code has made an existing result.
+    """The message that asks for KEEP=1 or REDO=1 when other code has made an existing result.
 
     Args:
         what: the result, in words.
@@ -132,7 +145,7 @@ def question(what: str, is_done: bool, record: Mapping[str, Any], code: Code, fi
 
 
 def changed_text(records: Sequence[tuple[str, Mapping[str, Any], Code]]) -> str:
-    """Asks for KEEP=1 or REDO=1 of several steps at once: (title, its record, the code as it is now) of each."""
+    """The message that asks for KEEP=1 or REDO=1 for several steps: (title, record, present code) of each."""
     files = [name for _, record, code in records for name in changed_files(record.get("code", {}), code)]
     unknown = [title for title, record, _ in records if not record.get("code")]
     titles = listed([title for title, _, _ in records], MOST_FILES)
@@ -155,32 +168,35 @@ def settle_answers(
     is_done: Callable[[], bool],
     set_aside: Callable[[], None],
 ) -> None:
-    """Note in `file` which code answers an evaluation. Answers that other code has given are kept or set aside, as is
-    chosen; where nothing is chosen, raises CodeChanged.
+    """Note in `file` which code runs an evaluation. The answers of other code are kept or set aside, as is chosen.
 
     Args:
         file: JSON in the evaluation's folder, with the key of its answers and the code that asked for them.
-        key: of all that the answers depend on beside the code.
-        is_there, is_done: whether there are answers, and whether none is missing.
+        key: hash of all that the answers depend on beside the code.
+        code: the source files as they are now.
+        choice: keep or redo the answers of other code.
+        is_there: whether there are answers.
+        is_done: whether no answer is missing.
         set_aside: renames the answers.
+
+    Raises CodeChanged if other code has given the answers, and there is no choice.
     """
     record = read_json(file)
     there = record.get("key") == key or is_there()
     record = record if record.get("key") == key else {}
-    if not there or not is_stale(record, code, choice):
-        write_json(file, {"key": key, "code": code} | record)
-    elif choice is None:
-        raise CodeChanged(question(f"the evaluation in {file.parent}", is_done(), record, code))
-    elif choice == "keep":
-        write_json(file, {"key": key} | kept(record, code))
+    what, stale = f"the evaluation in {file.parent}", there and is_stale(record, code, choice)
+    decision = decide(stale, choice, lambda: question(what, is_done(), record, code))
+    if decision == "keep":
+        record = kept(record, code)
         print(f"the answers in {file.parent} are kept, although other source files have asked for them", flush=True)
-    else:
+    elif decision == "redo":
+        record = {}
         set_aside()
-        write_json(file, {"key": key, "code": code})
+    write_json(file, {"key": key, "code": code} | record)
 
 
 def set_aside_text(folder: object, aside: object, differences: Differences) -> str:
-    """The message about another run's folder: the differences, its new place, and the way back."""
+    """The message that a folder with another run was moved: the differences, the new place, and the way back."""
     names = [*differences.values, *(f"{name}: only one of the two has it" for name in differences.fields)]
     shown = [f"  {line}" for line in names[:MOST_LINES]] or ["  which ones it did not write down"]
     if len(names) > MOST_LINES:
@@ -201,7 +217,7 @@ def _walk(name: str, old: Any, new: Any, found: Differences) -> None:
         dotted = (name + dotted).lstrip(".").replace(".init_args", "")
         if key in old and key in new:
             _walk(dotted, old[key], new[key], found)
-        elif key.startswith("["):  # a callback is there or not, which no version of the project decides
+        elif key.startswith("["):  # the user, and no version of the project, decides whether a callback is there
             found.values.append(f"{dotted}: {_presence(key in old)} -> {_presence(key in new)}")
         else:
             found.fields.append(dotted)
@@ -216,7 +232,7 @@ def _by_class(value: Any) -> Any:
 
 
 def _same_inputs(old: Sequence[tuple[str, str | None]], new: Sequence[tuple[str, str | None]]) -> bool:
-    """By content; by path where the old content is not known."""
+    """Equal by content, or by path where the old content is not known."""
     if len(old) != len(new):
         return False
     return all(a[1] == b[1] if a[1] is not None else a[0] == b[0] for a, b in zip(old, new, strict=True))

@@ -12,7 +12,7 @@ from datamodules.persistence.credentials import find_credential
 from experiments.runs.renamed_settings import find_old_name
 
 T = TypeVar("T")
-LARGEST = 2**20  # bytes; no configuration is longer
+LARGEST = 2**20  # bytes; a longer file is no configuration
 CURE = (
     "it would be written to config.yaml, logs and W&B. Put the secret into an environment variable and name that "
     "variable: api_key_env for a key, basic_auth_env for user:password"
@@ -20,9 +20,11 @@ CURE = (
 
 
 def command(main: Callable[..., T]) -> Callable[..., T]:
-    """Decorates the `main(args=None)` of an entry point: refuses passwords and keys in its arguments and configuration
-    files, in one message that does not repeat them, before anything parses, prints or writes them. Old names of
-    settings are refused here too."""
+    """Decorates the `main(args=None)` of an entry point: checks its arguments and configuration files first.
+
+    Passwords, keys and old names of settings are refused before anything parses, prints or writes them. The message
+    does not repeat a secret.
+    """
 
     @functools.wraps(main)
     def run(args: Sequence[str] | None = None) -> T:
@@ -57,7 +59,7 @@ def refuse_in_file(file: Path) -> None:
     if not file.is_file() or file.stat().st_size > LARGEST:
         return
     for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
-        text = line.split(" #")[0]  # a comment is read by nobody but people
+        text = line.split(" #")[0]  # comments are not parsed
         if kind := find_credential(text):
             sys.exit(f"{file}, line {number}, holds {kind}: {CURE}")
         if cure := find_old_name(text):

@@ -1,4 +1,4 @@
-"""Where metrics go: a file of the attempt, and W&B. Both take the row of a batch once, however often it is logged."""
+"""Loggers of metrics: a file of the attempt, and W&B. Both write a batch's row once, even if it is logged twice."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 class MetricsLogger(Logger):
     """Appends {"step": 7, "grpo/kl": 0.01, …} to <folder>/attempts/<attempt>/metrics.jsonl, on the disk at once.
 
-    A row that cannot be written (the disk is full, the filesystem is gone) waits in memory, in its order, and training
-    goes on; if it still cannot be written when the run ends, that is an OSError. A kill or a full disk leaves no cut
-    row before others.
+    Rows that cannot be written (the disk is full, the filesystem is gone) wait in memory, in their order, and training
+    goes on. If they still cannot be written when the run ends, OSError is raised. A kill or a full disk leaves no
+    partial row in the middle of the file.
     """
 
     def __init__(self, folder: str | Path, attempt: int) -> None:
@@ -40,7 +40,7 @@ class MetricsLogger(Logger):
         return self._attempt
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """They stand in the phase's config.yaml."""
+        """Nothing to do: the phase's config.yaml has them."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -58,7 +58,7 @@ class MetricsLogger(Logger):
         if not self._waiting:
             return
         try:
-            if self.file.parents[2].is_dir():  # else the filesystem is gone: not into the place that it left
+            if self.file.parents[2].is_dir():  # else the filesystem is gone; do not write to its empty mount point
                 self.file.parent.mkdir(parents=True, exist_ok=True)
             append_text(self.file, "".join(self._waiting))
         except OSError as error:
@@ -71,7 +71,7 @@ class MetricsLogger(Logger):
 
 
 class OnceWandbLogger(WandbLogger):
-    """A batch that is logged before its checkpoint, and then by Lightning again, is one point of the curves."""
+    """Logs a batch once that is logged before its checkpoint and then again by Lightning."""
 
     _last: Any = None
 

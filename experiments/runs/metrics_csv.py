@@ -1,8 +1,8 @@
 """metrics.csv of a phase that may have been stopped and resumed several times.
 
-Each attempt of a phase logs to a file of its own, attempts/<k>/metrics.jsonl. A resumed attempt repeats the steps after
-the checkpoint it started from, so a later attempt's rows replace the earlier rows from its first step on. What several
-callbacks log at one step is one row.
+Each attempt of a phase logs to its own file, attempts/<k>/metrics.jsonl. A resumed attempt repeats the steps after its
+checkpoint, so its rows replace the earlier attempts' rows from its first step on. The metrics that several callbacks
+log at one step become one row.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ ATTEMPTS, ROWS = "attempts", "metrics.jsonl"
 
 
 def next_attempt(folder: Path) -> int:
-    """The number of the attempt that is about to start in the phase folder."""
+    """The number of the next attempt in the phase folder."""
     return len(_attempts(folder))
 
 
 def read_rows(folder: Path) -> Rows:
-    """The rows of all attempts of a phase, in the order of their steps; [] when nothing is logged yet."""
+    """The rows of all attempts of a phase, sorted by step; [] when nothing is logged yet."""
     rows: dict[int, dict[str, str]] = {}
     for attempt in _attempts(folder):
         later = _attempt_rows(attempt)
@@ -52,9 +52,9 @@ def read_curve(rows: Rows, name: str) -> list[tuple[int, float]]:
 
 def _attempt_rows(attempt: Path) -> Rows:
     rows = [{name: str(value) for name, value in row.items()} for row in read_sound_lines(attempt / ROWS)]
-    old = attempt / "metrics.csv"  # of runs before there was metrics.jsonl
+    old = attempt / "metrics.csv"  # runs of earlier versions have no metrics.jsonl
     text = old.read_text() if old.is_file() else ""
-    whole = text[: text.rfind("\n") + 1]  # that run may have been killed in its last line
+    whole = text[: text.rfind("\n") + 1]  # the run may have been killed while it wrote its last line
     return rows + [row for row in csv.DictReader(whole.splitlines()) if row.get("step")]
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from datamodules.persistence.files import read_json, write_json
 from datamodules.samples.boxes import BoxFormat
 from experiments.runs.changes import (
     Choice,
-    CodeChanged,
     Differences,
     MadeOf,
+    decide,
     find_differences,
     is_stale,
     kept,
@@ -74,23 +75,24 @@ def claim(
     """
     folder = Path(folder)
     run = MadeOf(run) if isinstance(run, str) else run
-    started, done = read_marker(folder, STARTED), read_marker(folder)
-    found = _look(folder, run, started, done, choice)
-    if found.asks and choice is None:
-        raise CodeChanged(question(str(folder), bool(done), started, run.code, found.fields))
-    if found.asks and choice == "redo":
+    found = _look(folder, run, choice)
+    started, done = found.started, found.done
+    # 1. Another run, or a run of other code that is made again, is moved aside.
+    if found.decision == "redo":
         say(f"{folder} is made again: what it holds moved to {set_aside(folder)}")
         started = done = {}
     elif found.is_other:
         aside = set_aside(folder)
-        say(f"{set_aside_text(folder, aside, Differences(found.values, found.fields))}\nmoved to {aside}")
+        say(f"{set_aside_text(folder, aside, found.differences)}\nmoved to {aside}")
         started = done = {}
-    elif found.asks:
+    # 2. A run of other code that is kept is marked as kept for this code.
+    elif found.decision == "keep":
         started = started | kept(started, run.code)
         if done:
             write_marker(folder, **(done | {"key": run.key} | kept(started, run.code)))
         say(f"{folder} is kept, although other source files have made it")
-    if not done or found.asks:
+    # 3. Record the settings, inputs and code of the run.
+    if not done or found.decision == "keep":
         write_marker(folder, STARTED, **(run.record() | origin(started) | (facts if not done else _facts_of(started))))
     return bool(done)
 
@@ -102,27 +104,30 @@ def finish(folder: Path, key: str, **facts: object) -> None:
 
 @dataclass(frozen=True)
 class _Found:
-    """What a phase folder holds, as a run that wants it sees it."""
+    """A phase folder as a run sees it that wants to use it."""
 
-    is_other: bool = False  # another run
-    asks: bool = False  # maybe this one: only the code differs, and settings that one of two versions has
-    values: list[str] = field(default_factory=list)
-    fields: list[str] = field(default_factory=list)
+    started: dict[str, Any]  # started.json
+    done: dict[str, Any]  # done.json
+    is_other: bool = False  # it holds a run with other settings or inputs
+    decision: Choice | None = None  # it may hold this run, but other code has made it
+    differences: Differences = field(default_factory=lambda: Differences([], []))
 
 
-def _look(folder: Path, run: MadeOf, started: dict, done: dict, choice: Choice | None) -> _Found:
-    known = started.get("key", done.get("key"))
-    if known is None:
-        return _Found()
-    if known == run.key:
-        return _Found(asks=is_stale(started, run.code, choice))
-    record = _recorded(folder, run, started)
-    if record is None:
-        return _Found(is_other=True)
-    found = find_differences(record, run)
-    # Settings that only one of them has: a version of the project has got one, or lost one. Nothing else is known.
-    asks = bool(run.code) and not found.values and ("settings" not in started or bool(found.fields))
-    return _Found(not asks, asks, found.values, found.fields)
+def _look(folder: Path, run: MadeOf, choice: Choice | None) -> _Found:
+    """Raises CodeChanged where only the code may differ, and there is no choice."""
+    started, done = read_marker(folder, STARTED), read_marker(folder)
+    known, differences, is_other = started.get("key", done.get("key")), Differences([], []), False
+    is_other_code = known == run.key and is_stale(started, run.code, choice)
+    if known not in (None, run.key):
+        record = _recorded(folder, run, started)
+        differences = find_differences(record, run) if record else differences
+        # A setting that only one of the two runs has is new, or gone, in this version of the project: its value in the
+        # other run is not known. Then, too, only the code may differ.
+        may_be_same = record is not None and not differences.values and bool(run.code)
+        is_other_code = may_be_same and ("settings" not in started or bool(differences.fields))
+        is_other = not is_other_code
+    message = partial(question, str(folder), bool(done), started, run.code, differences.fields)
+    return _Found(started, done, is_other, decide(is_other_code, choice, message), differences)
 
 
 def _recorded(folder: Path, run: MadeOf, started: dict) -> dict | None:
@@ -170,12 +175,9 @@ def wait_for_claim(folder: Path, run: MadeOf | str, seconds: float = 600.0, choi
     run = MadeOf(run) if isinstance(run, str) else run
     end = time.monotonic() + seconds
     while True:
-        started, done = read_marker(folder, STARTED), read_marker(folder)
-        found = _look(Path(folder), run, started, done, choice)
-        if found.asks and choice is None:
-            raise CodeChanged(question(str(folder), bool(done), started, run.code, found.fields))
-        if started.get("key") == run.key and not found.asks:
-            return done.get("key") == run.key
+        found = _look(Path(folder), run, choice)
+        if found.started.get("key") == run.key and found.decision is None:
+            return found.done.get("key") == run.key
         if time.monotonic() > end:
             raise TimeoutError(f"{folder}: the first rank did not claim it for run {run.key} within {seconds:.0f} s")
         time.sleep(0.2)

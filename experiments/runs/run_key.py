@@ -1,6 +1,6 @@
 """The key of a training run: a hash of the settings and inputs that its results depend on.
 
-A setting is in the key unless it is named here. So a new setting makes another run, and never a wrong result.
+A setting is in the key unless it is listed here. So a new setting starts another run, and never gives a wrong result.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from datamodules.streaming.shard_content import deviations
 from experiments.runs import preflight
 from experiments.runs.changes import Inputs, MadeOf
 
-# The place and name of a run; and the configuration files, whose values are settings themselves.
+# The place and name of a run, and its configuration files, whose values are settings themselves.
 RUN_NOT_IN_KEY = ("config", "outputs", "experiment", "phase")
-# Display, logs, saving and profiling; and validation loops, which no module here has.
+# Display, logs, saving, profiling, and validation loops, which no module here has.
 TRAINER_NOT_IN_KEY = (
     *("logger", "default_root_dir", "enable_progress_bar", "enable_model_summary", "log_every_n_steps", "profiler"),
     *("enable_checkpointing", "detect_anomaly", "barebones", "enable_autolog_hparams", "model_registry"),
     *("limit_val_batches", "limit_test_batches", "limit_predict_batches", "num_sanity_val_steps"),
     *("val_check_interval", "check_val_every_n_epoch", "inference_mode", "use_distributed_sampler"),
 )
-# The place of sampling, its log, the limit at which a run gives up, and settings that trade memory for time: the same
-# numbers come out.
+# The place of sampling, its log, the limit at which a run gives up, and settings that trade memory for time. The
+# results are the same for all their values.
 MODEL_NOT_IN_KEY = (
     *("vllm", "rollout_log", "rollout_log_every", "max_idle_windows", "feature_cache", "feature_cache_gib"),
     *("gradient_checkpointing", "activation_gib"),
 )
-DATA_NOT_IN_KEY = ("num_workers", "worker_timeout")  # the order of samples is that of no worker (`stream`)
+DATA_NOT_IN_KEY = ("num_workers", "worker_timeout")  # the order of samples does not depend on the workers (`stream`)
 CALLBACKS_NOT_IN_KEY = (
     "callbacks.checkpoints.WindowCheckpoint",
     "callbacks.save_on_interrupt.SaveOnInterrupt",
@@ -38,7 +38,7 @@ CALLBACKS_NOT_IN_KEY = (
     "callbacks.rank_watch.RankWatch",
     "callbacks.throughput.Throughput",
 )
-# The place of a choice that the same settings would make again.
+# The folder of a selection that the same settings would make again.
 CALLBACK_FIELDS_NOT_IN_KEY = {"callbacks.rejection_sampling.RejectionSampling": ("folder", "shared")}
 COLLAPSE = "callbacks.collapse_guard.CollapseGuard"
 
@@ -69,7 +69,7 @@ def key_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _saved(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Inputs]:
-    """Settings and inputs by path of a config.yaml whose run wrote down neither, as earlier versions did not."""
+    """Settings and inputs (by path) from the config.yaml of a run of an earlier version, which recorded neither."""
     shards = [(str(path), None) for path in preflight.shard_folders(settings)]
     model = [(str(settings["model"]["init_args"]["model"]), None)]
     return key_settings(settings), {"model.init_args.model": model, "data.shards": shards}
@@ -82,14 +82,14 @@ def _inputs(settings: Mapping[str, Any]) -> Inputs:
 
 
 def _trusting(settings: Mapping[str, Any]) -> dict[str, bool]:
-    """Whether shards are compared is a setting of the results where some are not what their manifest says."""
+    """`verify_shards` changes results only if some shards differ from their manifest; only then is it in the key."""
     if settings["data"].get("verify_shards", True):
         return {}
     return {"verify_shards": False} if any(deviations(folder) for folder in preflight.shard_folders(settings)) else {}
 
 
 def _matters(callback: Mapping[str, Any]) -> bool:
-    if callback["class_path"] == COLLAPSE:  # a warning changes nothing, and a run that was stopped is not finished
+    if callback["class_path"] == COLLAPSE:  # a warning changes nothing, and a stopped run is not finished
         return callback.get("init_args", {}).get("action") == "roll_back"
     return callback["class_path"] not in CALLBACKS_NOT_IN_KEY
 

@@ -1,4 +1,4 @@
-"""Steps of an experiment: processes that are each run once for the same command and inputs, and outlive any kill."""
+"""Steps of an experiment: each is a process that runs once for the same command and inputs, also across kills."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,28 @@ from datamodules.persistence.files import fingerprint, read_json
 from datamodules.persistence.source_code import source_code
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from experiments.runs import run_identity
-from experiments.runs.changes import Choice, CodeChanged, changed_text, is_stale, kept, origin
+from experiments.runs.changes import Choice, changed_text, decide, is_stale, kept, origin
 from experiments.runs.wandb_runs import child_environment
 
 ROOT = Path(__file__).resolve().parents[2]
-CLOCK_SECONDS = 5.0  # how often the time spent is written down: a kill loses no more of it
+CLOCK_SECONDS = 5.0  # the time spent is written down so often; a kill loses at most this
 
 
 @dataclass(frozen=True)
 class Step:
-    """One process. `marker` is the file that says it is done; `inputs` are the files and folders that it reads.
+    """One process.
 
-    `result` is a JSON file that it writes and others may write too, with a key: only with that key is the step done.
-    `environment` adds variables for its process, such as W&B names: none that change what it computes. `modules` are
-    those whose code makes the result: where that has changed, `choice` says whether the step is kept or made again, and
-    its process is told so. `proof` is a file that is another one whenever the process has computed anything.
+    Args:
+        title: for messages.
+        marker: the file that says that the step is done.
+        command: module and arguments of `python -m`.
+        inputs: files and folders that the process reads.
+        result: a JSON file with a key that the process writes, and other commands may write too. The step is done only
+            while the file has the same key.
+        environment: more variables for the process, such as W&B names; none may change the result.
+        modules: the modules whose code makes the result.
+        choice: keep or redo a step that other code has made; the process gets the same flag.
+        proof: a file that changes whenever the process has computed anything.
     """
 
     title: str
@@ -51,7 +59,7 @@ class Step:
         return fingerprint(self.command, [path_fingerprint(path) for path in self.inputs])
 
     def seconds_if_done(self) -> float | None:
-        """The seconds that it took, where it is done with its command, inputs and code as they are now; else None."""
+        """The seconds that it took, if it is done with the present command, inputs and code; else None."""
         marker = read_json(self.marker)
         done = marker.get("done") and marker.get("result_key") == self.result_key() and marker["key"] == self.key()
         return marker["seconds"] if done and not is_stale(marker, self.code(), self.choice) else None
@@ -63,20 +71,19 @@ class Step:
         return self.proof.read_bytes() if self.proof and self.proof.is_file() else None
 
     def is_stale(self) -> bool:
-        """Whether it was begun or done with its command and inputs as they are now, by other code."""
+        """Whether other code began or finished it with the present command and inputs."""
         marker = read_json(self.marker)
         return marker.get("key") == self.key() and is_stale(marker, self.code(), self.choice)
 
 
 def settle(steps: Sequence[Step]) -> None:
-    """Before any of the steps runs: where other code has made some, keep them, or have them made again, as is chosen.
+    """Before any step runs: keep the steps that other code has made, or leave them to be made again, as is chosen.
 
-    Raises CodeChanged, which names those steps and files, where nothing is chosen.
+    Raises CodeChanged, which names the steps and the changed files, if there is no choice.
     """
     stale = [step for step in steps if step.is_stale()]
-    if waiting := [step for step in stale if step.choice is None]:
-        records = [(step.title, read_json(step.marker), step.code()) for step in waiting]
-        raise CodeChanged(changed_text(records))
+    waiting = [(step.title, read_json(step.marker), step.code()) for step in stale if step.choice is None]
+    decide(bool(waiting), None, partial(changed_text, waiting))
     for step in stale:
         if step.choice == "keep":
             marker = read_json(step.marker)
@@ -85,11 +92,13 @@ def settle(steps: Sequence[Step]) -> None:
 
 
 def run_step(step: Step) -> float:
-    """Run the step unless it is done; the seconds it took, over all attempts. Ends the program if the step fails."""
+    """Run the step unless it is done. Returns its seconds over all attempts. Ends the program if the step fails."""
     seconds = step.seconds_if_done()
     if seconds is not None:
         say(f"{step.title}: done before, in {seconds:.0f} s")
         return seconds
+
+    # The time of earlier attempts counts, if they were of the same step and are not made again.
     key, old, redone = step.key(), read_json(step.marker), step.is_stale()
     command = [*step.command, *([f"--{step.choice}"] if step.choice else [])]
     say(f"{step.title}: python -m {shlex.join(command)}")
@@ -100,9 +109,10 @@ def run_step(step: Step) -> float:
 
     def note(done: bool) -> float:
         seconds = round(before + time.monotonic() - start, 1)
-        marker = read_json(step.marker)  # another's that is finished stays until the step moves it aside, or is done
+        # The marker of another, finished run stays until the step has moved that run aside, or is done.
+        marker = read_json(step.marker)
         free = done or marker.get("key") == key or not marker.get("done")
-        if step.marker.parent.is_dir() and free:  # the step itself makes its folder
+        if step.marker.parent.is_dir() and free:  # the step creates its folder itself
             content = {"key": key, "result_key": step.result_key(), "done": done, "seconds": seconds}
             run_identity.write_marker(step.marker.parent, step.marker.name, **content, **code)
         return seconds
@@ -110,7 +120,7 @@ def run_step(step: Step) -> float:
     def tick() -> None:
         try:
             note(False)
-        except OSError as error:  # only the clock: whether the step can go on, it finds out itself
+        except OSError as error:  # only the clock failed; the step finds out by itself whether it can go on
             say(f"{step.title}: the time spent is not noted: {error}")
 
     status = run_process([sys.executable, "-m", *command], tick, step.environment)
@@ -118,7 +128,7 @@ def run_step(step: Step) -> float:
         sys.exit(f"{step.title} ended with exit code {status}. The same command goes on from what is saved.")
     seconds = note(True)
     if proof is not None and step.read_proof() == proof:
-        seconds = old["seconds"]  # it had nothing to do: another command, or YAML, asks for the same
+        seconds = old["seconds"]  # it had nothing to do: another command or YAML asked for the same result
         run_identity.write_marker(
             step.marker.parent, step.marker.name, **(read_json(step.marker) | {"seconds": seconds})
         )
@@ -127,10 +137,15 @@ def run_step(step: Step) -> float:
 
 
 def run_process(command: list[str], tick: Callable[[], Any], environment: Mapping[str, str] | None = None) -> int:
-    """Run a command to its end, calling `tick` now and then; its exit code. `environment` adds to this process's own.
+    """Run a command to its end; its exit code.
 
-    SIGTERM is passed on to it. SLURM's warning stops it too, and the job is requeued when it has ended. Ctrl-C reaches
-    it by itself; it is waited for, since it saves a checkpoint then.
+    SIGTERM is passed on to the command. SLURM's warning signal stops it too, and then requeues the job. Ctrl-C reaches
+    the command directly, and this process waits, because the command saves a checkpoint then.
+
+    Args:
+        command: the command line.
+        tick: called every `CLOCK_SECONDS`.
+        environment: more variables, beside the variables of this process.
     """
     variables = child_environment() | {preemption.LEFT_TO_PARENT: "1"} | dict(environment or {})
     child = subprocess.Popen(command, cwd=ROOT, env=variables)

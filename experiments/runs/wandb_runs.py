@@ -1,4 +1,4 @@
-"""Weights & Biases without a prompt that waits: online with a key, else offline. One run for each phase folder."""
+"""Weights & Biases: online with a key, else offline, and never a prompt that waits. One run per phase folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROJECT = "multi-image-grounding"
 
 
 def choose_wandb_mode() -> str:
-    """Set WANDB_MODE to offline where no key is found, unless the user set it; the mode."""
+    """Set WANDB_MODE to offline if there is no key, unless the user has set it; the mode."""
     if not os.environ.get("WANDB_MODE"):
         os.environ["WANDB_MODE"] = "online" if has_key() else "offline"
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -28,7 +28,7 @@ def choose_wandb_mode() -> str:
 
 
 def wandb_run_id(folder: Path, key: str) -> str:
-    """The W&B id of the run in this phase folder: the same after a resume, another for another run."""
+    """The W&B id of the run in this phase folder. It stays the same after a resume."""
     file = Path(folder) / "wandb_id"
     if os.environ.get("WANDB_SWEEP_ID"):  # W&B's agent has named the run, and takes no other name
         write_atomic(file, os.environ["WANDB_RUN_ID"])
@@ -38,10 +38,10 @@ def wandb_run_id(folder: Path, key: str) -> str:
 
 
 def wandb_identity(folder: Path, run_id: str) -> dict[str, Any]:
-    """How the run of outputs/<experiment>/<phase> is found on W&B, again after a resume.
+    """Arguments of `wandb.init` for the run of outputs/<experiment>/<phase>, the same after a resume.
 
-    Its group is WANDB_RUN_GROUP where that is set, else the experiment. Tags: those of WANDB_TAGS, the experiment
-    without its seed, the seed, if the name has one, and the phase.
+    Its group is WANDB_RUN_GROUP, or else the experiment. Its tags are those of WANDB_TAGS, the experiment without its
+    seed, the seed, if the name has one, and the phase.
     """
     phase = Path(folder).resolve()
     experiment = phase.parent.name
@@ -54,18 +54,20 @@ def wandb_identity(folder: Path, run_id: str) -> dict[str, Any]:
 
 
 def wandb_environment(group: str, *tags: str) -> dict[str, str]:
-    """The variables that put the W&B run of a process into a group, with tags beside those that the user has set."""
+    """The variables that give the W&B run of a process a group, and tags beside the tags that the user has set."""
     return {"WANDB_RUN_GROUP": group, "WANDB_TAGS": ",".join(with_given_tags(*tags))}
 
 
 def child_environment() -> dict[str, str]:
-    """This process's variables, for one that it starts; without its W&B service, which would hold the run of a child
-    that has ended or was killed, and refuse it to the next."""
+    """This process's variables for a child process, without its W&B service.
+
+    The service would hold the run of a child that has ended or was killed, and refuse that run to the next child.
+    """
     return {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
 
 
 def with_given_tags(*tags: str) -> list[str]:
-    """The tags that the user has set in WANDB_TAGS, and behind them `tags`; each once."""
+    """The tags that the user has set in WANDB_TAGS, then `tags`, each once."""
     given = os.environ.get("WANDB_TAGS", "").split(",")
     return [tag for tag in dict.fromkeys([*given, *tags]) if tag]
 
@@ -102,14 +104,19 @@ def log_evaluation(
 
 
 def finish_run() -> None:
-    """End this process's W&B run, if there is one, so that the next has files of its own."""
+    """End this process's W&B run, if there is one, so that the next run has its own files."""
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()
 
 
 def log_summary(folder: Path, values: Mapping[str, float], tables: Mapping[str, Sequence[Sequence[str]]]) -> None:
-    """Log figures and tables (text cells, header first) of a whole experiment to one W&B run of their own, named as
-    outputs/<experiment>/<folder>. What was logged last is not logged again."""
+    """Log figures and tables of a whole experiment to one W&B run. Nothing is logged twice in a row.
+
+    Args:
+        folder: outputs/<experiment>/<name>, which names the run.
+        values: figures by name.
+        tables: rows of text cells, header first, by title.
+    """
     import wandb
 
     key, marker = fingerprint(values, tables), folder / "logged.json"

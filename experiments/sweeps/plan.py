@@ -1,85 +1,59 @@
-"""What a sweep's YAML says, in W&B's own format, checked before anything runs. Pure: no optimiser, no W&B.
-
-A parameter has a latent value, which the optimiser draws, and the value that a trial gets on its command line. They
-differ where W&B's distribution is none of an optimiser's own: a choice is drawn by its index, a normal distribution as
-a probability, and a q_ distribution is rounded to multiples of q afterwards, as W&B does.
-"""
+"""A sweep's YAML, in W&B's own format, checked before anything runs. Pure: no optimizer and no W&B."""
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from numbers import Real
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import yaml
+
+from datamodules.persistence.problems import Problems
 
 KEYS = ("name", "description", "project", "entity", "program", "command", "method", "metric", "parameters", "run_cap")
 KEYS += ("early_terminate",)
 METHODS = ("grid", "random", "bayes")
 MACROS = ("${env}", "${interpreter}", "${program}", "${args}")
-# Fields of each distribution besides its name; those with a default are in DEFAULTS.
-RANGE = ("min", "max")
+# The supported distributions of W&B, and their fields besides the name.
 FIELDS = {
     "constant": ("value",),
     "categorical": ("values",),
-    "categorical_w_probabilities": ("values", "probabilities"),
-    "int_uniform": RANGE,
-    **dict.fromkeys(("uniform", "log_uniform", "log_uniform_values"), RANGE),
-    **dict.fromkeys(("inv_log_uniform", "inv_log_uniform_values"), RANGE),
-    **dict.fromkeys(("q_uniform", "q_log_uniform", "q_log_uniform_values"), (*RANGE, "q")),
-    **dict.fromkeys(("normal", "log_normal"), ("mu", "sigma")),
-    **dict.fromkeys(("q_normal", "q_log_normal"), ("mu", "sigma", "q")),
+    "int_uniform": ("min", "max"),
+    "uniform": ("min", "max"),
+    "log_uniform_values": ("min", "max"),
+    "q_uniform": ("min", "max", "q"),
 }
-DEFAULTS = {"q": 1.0, "mu": 0.0, "sigma": 1.0}
-EDGE = 1e-9  # probabilities of a normal distribution stay this far from 0 and 1
+SCALARS = (type(None), bool, int, float, str)  # choices that an optimizer can compare
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One flag and how it is drawn. `choices` of a choice or constant; `low`, `high`, both included, of a number."""
+    """One flag of the trials: one of `choices`, or a number from `low` to `high`, both included, in steps of `q`."""
 
     name: str
     distribution: str
     choices: tuple[Any, ...] = ()
-    probabilities: tuple[float, ...] = ()
     low: float = 0.0
     high: float = 1.0
-    log: bool = False  # drawn, and shown, on a logarithmic scale
-    whole: bool = False
-    q: float | None = None
-    normal: tuple[float, float] | None = None  # mu, sigma
+    q: float | None = None  # None: every number, or for int_uniform every whole number
 
     @property
-    def is_choice(self) -> bool:
-        return bool(self.choices) and not self.probabilities
+    def label(self) -> str:
+        """The flag without the words that most flags begin with."""
+        return self.name.removeprefix("model.init_args.")
 
-    def value(self, latent: float) -> Any:
-        """What the trial gets for the latent value."""
-        if self.probabilities:
-            return self.choices[min(bisect_right(list(accumulate(self.probabilities)), latent), len(self.choices) - 1)]
+    def grid(self) -> list[Any]:
+        """All values; [] where they cannot be counted."""
         if self.choices:
-            return self.choices[int(latent)]
-        if self.normal:
-            latent = NormalDist(*self.normal).inv_cdf(latent)
-            latent = math.exp(latent) if self.distribution.endswith("log_normal") else latent
-        return latent if self.q is None else _multiple(latent, self.q)
-
-    def grid(self) -> list[float] | None:
-        """All latent values, where they can be counted; None otherwise."""
-        if self.choices:
-            return None if self.probabilities else list(range(len(self.choices)))
-        if self.whole:
-            return list(range(int(self.low), int(self.high) + 1))
-        if self.distribution == "q_uniform":
-            first, last = math.ceil(self.low / self.q - EDGE), math.floor(self.high / self.q + EDGE)
-            return [_multiple(k * self.q, self.q) for k in range(first, last + 1)]
-        return None
+            return list(self.choices)
+        if self.q is None:
+            return []
+        count = round((self.high - self.low) / self.q) + 1
+        return [type(self.q)(f"{self.low + k * self.q:.12g}") for k in range(count)]
 
 
 @dataclass(frozen=True)
@@ -120,11 +94,7 @@ class SweepPlan:
 
     def grid_size(self) -> int | None:
         """How many trials a grid search has; None for other methods."""
-        grids = [parameter.grid() or [] for parameter in self.parameters]
-        return math.prod(map(len, grids)) if self.method == "grid" else None
-
-    def values(self, latent: Mapping[str, float]) -> dict[str, Any]:
-        return {parameter.name: parameter.value(latent[parameter.name]) for parameter in self.parameters}
+        return math.prod(len(parameter.grid()) for parameter in self.parameters) if self.method == "grid" else None
 
     def arguments(self, values: Mapping[str, Any], python: str) -> list[str]:
         """The command line of a trial with these values, as W&B's agent fills in the macros."""
@@ -136,34 +106,32 @@ class SweepPlan:
         }
         return [word for part in self.command for word in filled.get(part, [part])]
 
-    def better(self, one: float, other: float) -> bool:
-        return one > other if self.maximize else one < other
-
 
 def read_plan(path: str | Path) -> SweepPlan:
-    """The plan in a YAML file. Raises ValueError that lists every fault by its key and value."""
+    """The plan in a YAML file. Raises ValueError that lists every problem by its key and value."""
     try:
         settings = yaml.safe_load(Path(path).read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(settings, Mapping):
         raise ValueError(f"{path}: expected keys and values, found {settings!r:.60}")
-    faults, parameters, given = _top_faults(settings), [], settings.get("parameters")
+    problems, parameters, given = _check_top(settings), [], settings.get("parameters")
     for name, fields in given.items() if isinstance(given, Mapping) else ():
         try:
             parameters.append(read_parameter(str(name), fields))
         except ValueError as error:
-            faults.append(str(error))
+            problems.append(str(error))
     if settings.get("method") == "grid":
         uncountable = [p.name for p in parameters if not p.grid()]
-        faults += [f"parameters.{name}: method grid needs values, int_uniform or q_uniform" for name in uncountable]
+        problems += [f"parameters.{name}: method grid needs values, int_uniform or q_uniform" for name in uncountable]
     early = None
     try:
         early = read_early_stop(settings.get("early_terminate"))
     except ValueError as error:
-        faults.append(str(error))
-    if faults:
-        raise ValueError(f"{path} is no sweep that can be run:\n" + "\n".join(f"  - {fault}" for fault in faults))
+        problems.append(str(error))
+    if problems:
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        raise ValueError(f"{path} is no sweep that can be run:\n{lines}")
     return SweepPlan(
         name=settings["name"],
         method=settings["method"],
@@ -177,6 +145,29 @@ def read_plan(path: str | Path) -> SweepPlan:
     )
 
 
+def _check_top(settings: Mapping) -> Problems:
+    """Problems of the sweep's own keys."""
+    problems = Problems()
+    problems += [f"{key} is no key of a sweep here; the keys are {list(KEYS)}" for key in settings if key not in KEYS]
+    name, metric, command = (settings.get(key) for key in ("name", "metric", "command"))
+    plain = isinstance(name, str) and Path(name).name == name and name not in ("", "..")
+    problems.require(plain, "must be a plain folder name", name=name)
+    problems.one_of(METHODS, method=settings.get("method"))
+    if not isinstance(metric, Mapping) or not metric.get("name") or not set(metric) <= {"name", "goal"}:
+        problems.require(False, "needs a name, and a goal", metric=metric)
+    elif metric.get("goal", "minimize") not in ("minimize", "maximize"):
+        problems.append(f"metric.goal={metric['goal']!r} is neither minimize nor maximize")
+    parameters, run_cap = settings.get("parameters"), settings.get("run_cap")
+    problems.require(isinstance(parameters, Mapping) and bool(parameters), "names none", parameters=parameters)
+    if not isinstance(command, list) or "${args}" not in command:
+        problems.require(False, "must be a list that runs experiments.train with ${args}", command=command)
+    else:
+        unknown = [word for word in command if "${" in str(word) and word not in MACROS]
+        problems += [f"command: {word} is none of {list(MACROS)}" for word in unknown]
+    problems.require(run_cap is None or _is_count(run_cap, 1), "must be a whole number from 1 on", run_cap=run_cap)
+    return problems
+
+
 def read_parameter(name: str, fields: Any) -> Parameter:
     """One entry of `parameters`. Raises ValueError that names it, the field and its value."""
     where = f"parameters.{name}"
@@ -184,116 +175,62 @@ def read_parameter(name: str, fields: Any) -> Parameter:
         raise ValueError(f"{where}={fields!r}: give value, values, or min and max")
     if "parameters" in fields:
         raise ValueError(f"{where}: nested parameters; write the flag's name with dots instead")
-    kind = fields.get("distribution") or _default_distribution(fields)
-    if kind not in FIELDS:
-        raise ValueError(f"{where}.distribution={kind!r} is none of {sorted(FIELDS)}")
     given = {key: value for key, value in fields.items() if key != "distribution"}
-    unknown = sorted(set(given) - set(FIELDS[kind]))
-    missing = sorted(set(FIELDS[kind]) - set(given) - set(DEFAULTS))
+    kind = fields.get("distribution") or _default_distribution(given)
+    if kind not in FIELDS:
+        raise ValueError(f"{where}.distribution={kind!r} is not supported; these are: {', '.join(FIELDS)}")
+    unknown, missing = sorted(set(given) - set(FIELDS[kind])), sorted(set(FIELDS[kind]) - set(given))
     if unknown or missing:
         raise ValueError(f"{where}: {kind} has {list(FIELDS[kind])}; unknown {unknown}, missing {missing}")
-    read = _read_choice if kind.startswith(("constant", "categorical")) else _read_number
-    return read(where, name, kind, DEFAULTS | given)
+    if kind == "constant":
+        return Parameter(name, kind, (given["value"],))
+    if kind == "categorical":
+        if not isinstance(given["values"], list) or not given["values"]:
+            raise ValueError(f"{where}.values={given['values']!r} must be a list that is not empty")
+        if wrong := [value for value in given["values"] if not isinstance(value, SCALARS)]:
+            raise ValueError(f"{where}.values: {wrong} are not numbers, texts, true, false or null")
+        return Parameter(name, kind, tuple(given["values"]))
+    return _read_number(where, name, kind, given)
 
 
-def read_early_stop(fields: Any) -> EarlyStop | None:
-    """`early_terminate`; None without one. Raises ValueError for what successive halving cannot do."""
-    if fields is None:
-        return None
-    if not isinstance(fields, Mapping) or fields.get("type") != "hyperband":
-        raise ValueError(f"early_terminate={fields!r}: type must be hyperband, the one that W&B has")
-    unknown = sorted(set(fields) - {"type", "min_iter", "max_iter", "s", "eta", "strict"})
-    eta, first = fields.get("eta", 3), fields.get("min_iter")
-    faults = [f"{key} is unknown" for key in unknown]
-    if fields.get("strict", True) is not True:
-        faults.append(f"strict={fields['strict']!r} is W&B's alone: leave it out")
-    if not isinstance(eta, int) or eta < 2:
-        faults.append(f"eta={eta!r} must be a whole number from 2 on")
-    elif first is None:
-        last, bands = fields.get("max_iter"), fields.get("s")
-        if not isinstance(last, int) or not isinstance(bands, int) or last < 1 or bands < 1 or last % eta**bands:
-            faults.append(f"give min_iter, or a max_iter={last!r} that eta={eta} divides s={bands!r} times")
-        else:
-            first = last // eta**bands
-    if first is not None and (not isinstance(first, int) or first < 1):
-        faults.append(f"min_iter={first!r} must be a whole number from 1 on")
-    if faults:
-        raise ValueError(f"early_terminate: {'; '.join(faults)}")
-    return EarlyStop(first, eta)
-
-
-def _top_faults(settings: Mapping) -> list[str]:
-    faults = [f"{key} is no key of a sweep here; there are {list(KEYS)}" for key in settings if key not in KEYS]
-    name, metric, command = (settings.get(key) for key in ("name", "metric", "command"))
-    if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
-        faults.append(f"name={name!r} must be a plain folder name")
-    if settings.get("method") not in METHODS:
-        faults.append(f"method={settings.get('method')!r} is none of {list(METHODS)}")
-    if not isinstance(metric, Mapping) or not metric.get("name") or not set(metric) <= {"name", "goal"}:
-        faults.append(f"metric={metric!r} needs a name, and a goal")
-    elif metric.get("goal", "minimize") not in ("minimize", "maximize"):
-        faults.append(f"metric.goal={metric['goal']!r} is neither minimize nor maximize")
-    if not isinstance(settings.get("parameters"), Mapping) or not settings["parameters"]:
-        faults.append(f"parameters={settings.get('parameters')!r} names none")
-    if not isinstance(command, list) or "${args}" not in command:
-        faults.append(f"command={command!r} must be a list that runs experiments.train with ${{args}}")
-    else:
-        unknown = [word for word in command if "${" in str(word) and word not in MACROS]
-        faults += [f"command: {word} is none of {list(MACROS)}" for word in unknown]
-    run_cap = settings.get("run_cap")
-    if run_cap is not None and (not isinstance(run_cap, int) or run_cap < 1):
-        faults.append(f"run_cap={run_cap!r} must be a whole number from 1 on")
-    return faults
-
-
-def _default_distribution(fields: Mapping) -> str:
+def _default_distribution(given: Mapping) -> str:
     """W&B's choice where none is named."""
-    if "value" in fields:
-        return "constant"
-    if "values" in fields:
-        return "categorical_w_probabilities" if "probabilities" in fields else "categorical"
-    return "int_uniform" if all(isinstance(fields.get(key), int) for key in RANGE) else "uniform"
-
-
-def _read_choice(where: str, name: str, kind: str, given: Mapping) -> Parameter:
-    choices = [given["value"]] if kind == "constant" else given["values"]
-    if not isinstance(choices, list) or not choices:
-        raise ValueError(f"{where}.values={choices!r} must be a list that is not empty")
-    shares = given.get("probabilities", ())
-    if "probabilities" in given:
-        positive = isinstance(shares, list) and all(isinstance(share, Real) and share >= 0 for share in shares)
-        if not positive or len(shares) != len(choices) or not math.isclose(sum(shares), 1, abs_tol=1e-6):
-            raise ValueError(f"{where}.probabilities={shares!r} must be one for each of {choices!r} and sum to 1")
-    return Parameter(name, kind, tuple(choices), tuple(shares))
+    if "value" in given or "values" in given:
+        return "constant" if "value" in given else "categorical"
+    return "int_uniform" if all(isinstance(given.get(key), int) for key in ("min", "max")) else "uniform"
 
 
 def _read_number(where: str, name: str, kind: str, given: Mapping) -> Parameter:
-    for key in FIELDS[kind]:
-        if isinstance(given[key], bool) or not isinstance(given[key], Real):
-            raise ValueError(f"{where}.{key}={given[key]!r} is no number (YAML reads 1e-4 as text: write 1.0e-4)")
-    q = given["q"] if "q" in FIELDS[kind] else None
-    if q is not None and q <= 0:
-        raise ValueError(f"{where}.q={q} must be greater than 0")
-    if "sigma" in FIELDS[kind]:
-        if given["sigma"] <= 0:
-            raise ValueError(f"{where}.sigma={given['sigma']} must be greater than 0")
-        normal = (float(given["mu"]), float(given["sigma"]))
-        return Parameter(name, kind, low=EDGE, high=1 - EDGE, q=q, normal=normal)
-    low, high, whole = given["min"], given["max"], kind == "int_uniform"
+    for key, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise ValueError(f"{where}.{key}={value!r} is no number (YAML reads 1e-4 as text: write 1.0e-4)")
+    low, high, q = given["min"], given["max"], given.get("q")
     if not low < high:
         raise ValueError(f"{where}: min={low} is not below max={high}")
-    if whole and not (isinstance(low, int) and isinstance(high, int)):
+    if kind == "int_uniform" and not (isinstance(low, int) and isinstance(high, int)):
         raise ValueError(f"{where}: int_uniform from min={low} to max={high} needs whole numbers")
-    log = "log" in kind
-    if log and kind.endswith("_values") and low <= 0:
+    if q is not None and (q <= 0 or any(abs(end / q - round(end / q)) > 1e-9 for end in (low, high))):
+        raise ValueError(f"{where}: q={q} must be greater than 0, and min={low} and max={high} multiples of it")
+    if kind == "log_uniform_values" and low <= 0:
         raise ValueError(f"{where}.min={low} must be greater than 0 on a logarithmic scale")
-    if log and not kind.endswith("_values"):  # the bounds are exponents, those of 1/x with inv_
-        low, high = (-high, -low) if kind.startswith("inv_") else (low, high)
-        low, high = math.exp(low), math.exp(high)
-    return Parameter(name, kind, low=low, high=high, log=log, whole=whole, q=q)
+    # An int q gives ints, as in W&B: a flag that takes whole numbers needs q: 1.
+    return Parameter(name, kind, low=low, high=high, q=1 if kind == "int_uniform" else q)
 
 
-def _multiple(value: float, q: float) -> float:
-    """The multiple of q next to `value`; an int where q is one, as W&B has it: an int flag needs q: 1."""
-    nearest = round(value / q) * q
-    return int(nearest) if isinstance(q, int) else float(f"{nearest:.12g}")
+def read_early_stop(fields: Any) -> EarlyStop | None:
+    """`early_terminate`; None without one. Raises ValueError for everything but hyperband with min_iter and eta."""
+    if fields is None:
+        return None
+    known = {"type", "min_iter", "eta"}
+    if not isinstance(fields, Mapping) or fields.get("type") != "hyperband" or not set(fields) <= known:
+        raise ValueError(f"early_terminate={fields!r}: supported are type: hyperband, min_iter and eta")
+    first, eta, problems = fields.get("min_iter"), fields.get("eta", 3), Problems("early_terminate.")
+    problems.require(_is_count(first, 1), "must be a whole number from 1 on", min_iter=first)
+    problems.require(_is_count(eta, 2), "must be a whole number from 2 on", eta=eta)
+    if problems:
+        raise ValueError("; ".join(problems))
+    return EarlyStop(first, eta)
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and value >= least

@@ -1,38 +1,39 @@
-"""The optimiser of a local sweep: W&B's methods and early stopping by Optuna. The only file that imports it.
+"""The optimizer of a local sweep: W&B's methods and early stopping by Optuna.
 
     grid -> GridSampler   random -> RandomSampler   bayes -> TPESampler   hyperband -> SuccessiveHalvingPruner
 
 W&B's hyperband stops trials at bands first, first · eta, first · eta² …, as successive halving does in one bracket;
-Optuna's HyperbandPruner would spread the trials over several brackets with other bands. W&B lets one trial more pass a
-band: of n values there Optuna keeps the best n // eta, and always one. Optuna keeps nothing on disk
-here: a study is made anew from the sweep's journal by the same calls, so a sweep that was killed goes on as one left
-alone. That is why each trial has a sampler of its own, seeded with its number: what it draws does not depend on what
-the same process drew before.
+Optuna's HyperbandPruner would spread the trials over several brackets with other bands. From n values at a band Optuna
+keeps the best n // eta, and at least one; W&B keeps one more. Optuna stores nothing on disk here. After a restart the
+same calls, read from the sweep's journal, build the same study, so a killed sweep ends like an uninterrupted sweep.
+Therefore each trial has its own sampler, seeded with its number: a draw does not depend on earlier draws.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.samplers import BaseSampler, GridSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 
 from experiments.sweeps.plan import Parameter, SweepPlan
 
-IMPORTANCE = "PED-ANOVA"
-FEWEST_FOR_IMPORTANCE = 6
 STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 class Study:
-    """Proposes latent values, and decides whether a trial is worth going on. One trial at a time."""
+    """Proposes parameters, and decides whether a trial is worth going on. One trial at a time.
+
+    In Optuna's study a parameter is known by its label, which its plots show. Constants are not in it.
+    """
 
     def __init__(self, plan: SweepPlan, seed: int = 0) -> None:
         self.plan, self.seed = plan, seed
-        self.distributions = {parameter.name: distribution(parameter) for parameter in plan.parameters}
+        self.distributions = {parameter.label: distribution(parameter) for parameter in plan.varied}
         pruner = optuna.pruners.NopPruner()
         if plan.early:
             pruner = optuna.pruners.SuccessiveHalvingPruner(plan.early.first, plan.early.eta, 0)
@@ -40,54 +41,41 @@ class Study:
         self.study = optuna.create_study(sampler=RandomSampler(), pruner=pruner, direction=direction)
         self.trial: optuna.trial.Trial | None = None
 
-    def begin(self, latent: dict[str, float] | None = None) -> dict[str, float]:
-        """The latent values of the next trial: newly drawn, or those given, which an earlier process drew."""
+    def begin(self, known: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The parameters of the next trial by name: newly drawn, or `known`, which an earlier process drew."""
         assert self.trial is None, "one trial at a time"
-        if latent is not None:
-            self.study.enqueue_trial(latent)
+        if known is not None:
+            self.study.enqueue_trial({p.label: known[p.name] for p in self.plan.varied})
         else:
             self.study.sampler = self._sampler(len(self.study.trials))
         self.trial = self.study.ask(self.distributions)
         self.study.sampler = RandomSampler()  # GridSampler ends a study that it did not start
-        return dict(self.trial.params)
+        return {p.name: self.trial.params.get(p.label, *p.choices[:1]) for p in self.plan.parameters}
 
     def report(self, index: int, value: float) -> bool:
-        """Note the trial's value number `index`, from 0; True where the trial should be stopped."""
-        self.trial.report(value, index + 1)  # W&B counts the values of a trial from 1, and so bands mean the same
+        """Tell Optuna the trial's value number `index`, counted from 0; True if the trial should be stopped."""
+        self.trial.report(value, index + 1)  # counted from 1, as W&B counts, so that bands are equal
         return self.trial.should_prune()
 
     def end(self, state: str, value: float | None = None) -> None:
-        """Close the trial as "complete" with its value, "pruned" or "failed"."""
+        """Close the trial: "complete", with its value, "pruned" or "failed"."""
         self.study.tell(self.trial, value if state == "complete" else None, STATES[state])
         self.trial = None
 
-    def importance(self) -> dict[str, float]:
-        """Each varied parameter's share of 1, the largest first; {} with too few finished trials or all equal."""
-        finished = [trial for trial in self.study.trials if trial.state == TrialState.COMPLETE]
-        names = [parameter.name for parameter in self.plan.varied]
-        if len(finished) < FEWEST_FOR_IMPORTANCE or not names or len({trial.value for trial in finished}) < 2:
-            return {}
-        evaluator = PedAnovaImportanceEvaluator(target_quantile=num_best(len(finished)) / len(finished))
-        return get_param_importances(self.study, evaluator=evaluator, params=names)
-
     def _sampler(self, number: int) -> BaseSampler:
         if self.plan.method == "grid":
-            return GridSampler({p.name: p.grid() for p in self.plan.parameters}, seed=self.seed)
+            return GridSampler({p.label: p.grid() for p in self.plan.varied}, seed=self.seed)
         seed = (self.seed * 1_000_003 + number) % 2**32
         if self.plan.method == "random":
             return RandomSampler(seed)
         return TPESampler(seed=seed, n_startup_trials=min(10, 2 + len(self.plan.varied)))
 
 
-def num_best(num_finished: int) -> int:
-    """How many trials count as the best ones for importance: a tenth, at least three. One alone decides nothing."""
-    return max(3, num_finished // 10)
-
-
 def distribution(parameter: Parameter) -> BaseDistribution:
-    """What the latent value is drawn from."""
-    if parameter.is_choice:
-        return CategoricalDistribution(range(len(parameter.choices)))
-    if parameter.whole:
-        return IntDistribution(int(parameter.low), int(parameter.high))
-    return FloatDistribution(parameter.low, parameter.high, log=parameter.log)
+    """Optuna's distribution of a parameter."""
+    if parameter.choices:
+        return CategoricalDistribution(parameter.choices)
+    if isinstance(parameter.q, int):
+        return IntDistribution(int(parameter.low), int(parameter.high), step=parameter.q)
+    log = parameter.distribution == "log_uniform_values"
+    return FloatDistribution(parameter.low, parameter.high, log=log, step=parameter.q)

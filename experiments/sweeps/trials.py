@@ -1,6 +1,6 @@
-"""The trials of a local sweep: what is known of each, in a journal that survives any kill, and the process of one.
+"""The trials of a local sweep: their journal, which survives any kill, and the process of a trial.
 
-<sweep>/trials.jsonl   {"trial": 0, "latent": {…}, "parameters": {…}}       before the trial starts
+<sweep>/trials.jsonl   {"trial": 0, "parameters": {…}}                      before the trial starts
                        {"trial": 0, "values": [[20, 31.5]], "seconds": 41}  as (step, value) are logged
                        {"trial": 0, "state": "complete", "value": 33.1, "seconds": 71, "message": ""}
 """
@@ -18,9 +18,9 @@ from typing import Any
 
 from datamodules.persistence.files import Journal
 from experiments.runs import metrics_csv
+from experiments.runs.subprocess_steps import ROOT
 from experiments.runs.wandb_runs import child_environment, with_given_tags
 
-ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 1.0
 STOP_SECONDS = 300.0  # a trial that is asked to stop finishes its batch and writes a checkpoint
 Points = list[tuple[int, float]]
@@ -28,10 +28,9 @@ Points = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Trial:
-    """What is known of a trial. `state` is "running", "complete", "pruned" or "failed"; `seconds` over all attempts."""
+    """One trial. `state` is "running", "complete", "pruned" or "failed"; `seconds` count all attempts."""
 
     number: int
-    latent: dict[str, float]
     parameters: dict[str, Any]
     points: tuple[tuple[int, float], ...] = ()
     state: str = "running"
@@ -41,7 +40,7 @@ class Trial:
 
 
 class TrialLog:
-    """The trials of one sweep, in the order of their numbers, kept in `path`. `key` says which sweep they are of."""
+    """The trials of one sweep, in the order of their numbers, kept in `path`. `key` is the hash of the sweep."""
 
     def __init__(self, path: Path, key: str) -> None:
         self._journal = Journal(path, key)
@@ -49,8 +48,8 @@ class TrialLog:
         for record in self._journal.records:
             self._apply(record)
 
-    def begin(self, latent: dict[str, float], parameters: dict[str, Any]) -> Trial:
-        return self._write({"trial": len(self.trials), "latent": latent, "parameters": parameters})
+    def begin(self, parameters: dict[str, Any]) -> Trial:
+        return self._write({"trial": len(self.trials), "parameters": parameters})
 
     def reopen(self, number: int) -> Trial:
         return self._write({"trial": number, "state": "running", "value": None, "message": ""})
@@ -68,8 +67,8 @@ class TrialLog:
 
     def _apply(self, record: dict[str, Any]) -> Trial:
         number = record["trial"]
-        if "latent" in record:
-            self.trials.append(Trial(number, record["latent"], record["parameters"]))
+        if "parameters" in record:
+            self.trials.append(Trial(number, record["parameters"]))
         changes = {key: record[key] for key in ("state", "value", "seconds", "message") if key in record}
         points = (*self.trials[number].points, *map(tuple, record.get("values", ())))
         self.trials[number] = replace(self.trials[number], points=points, **changes)
@@ -82,7 +81,7 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Ended:
-    """How a trial's process ended: `code` as of subprocess, and whether it was stopped as not worth going on."""
+    """How a trial's process ended: its exit code (negative: a signal), and whether it was stopped early."""
 
     code: int
     pruned: bool
@@ -96,16 +95,25 @@ def run_process(
     read_points: Callable[[], Points],
     see: Callable[[Points, float], bool],
 ) -> Ended:
-    """Run a trial. `see` gets the metric's points each time there are more, and the seconds; True stops the trial.
+    """Run a trial to its end.
 
-    It is stopped by SIGTERM, on which it saves a checkpoint. So it is where this process gets SIGTERM or Ctrl-C, and
-    Interrupted is raised then. A trial of a killed sweep goes on by itself; a new one waits for the lock of its folder.
+    A trial is stopped by SIGTERM and saves a checkpoint then. SIGTERM and Ctrl-C of this process stop it too. If this
+    process is killed, the trial's process goes on; a process that is started later waits for the lock of its folder.
+
+    Args:
+        command: the trial's command line.
+        environment: all variables of its process.
+        log: the file for its output.
+        read_points: reads the (step, value) points that the trial has logged.
+        see: called with the points and the seconds so far whenever there are new points; True stops the trial.
+
+    Raises Interrupted if this process was asked to stop.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    start, seen, asked = time.monotonic(), 0, []
+    start, seen, asked = time.monotonic(), 0, []  # `asked`: the signals that this process has got
     with log.open("a") as out:
         streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
-        # A group of its own: Ctrl-C must reach it once, through here.
+        # The trial has its own process group: Ctrl-C must reach it once, through the handler below.
         child = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
     old = {number: signal.signal(number, lambda n, _: asked.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
     pruned, before = False, read_points()
@@ -128,24 +136,24 @@ def run_process(
 
 
 def points_agreed(one: Points, other: Points) -> Points:
-    """What two looks at a file have in common from the start: the second may fall into its rewriting."""
+    """The points at the start that two readings of a file agree on: the file may be rewritten during the second one."""
     same = next((k for k, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), None)
     return other[: min(len(one), len(other)) if same is None else same]
 
 
 def logged_points(folder: Path, metric: str) -> Points:
-    """(step, value) of the metric in a phase folder, as far as it is logged; an empty list before it exists."""
+    """(step, value) points of the metric that the phase in this folder has logged; [] before anything is logged."""
     return metrics_csv.read_curve(metrics_csv.read_rows(folder), metric)
 
 
 def last_value(folder: Path, metric: str) -> float | None:
-    """What the metric was logged as last, finite or not; None where it never was."""
+    """The last logged value of the metric, finite or not; None where it was never logged."""
     values = [row[metric] for row in metrics_csv.read_rows(folder) if row.get(metric)]
     return float(values[-1]) if values else None
 
 
 def last_words(log: Path, limit: int = 300) -> str:
-    """The last line of a log that says something: the error, where a trial has failed."""
+    """The last informative line of a log: the error, if a trial has failed."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()] if log.is_file() else []
     telling = [line for line in lines if line and not line.startswith(("wandb:", "warn"))]
     errors = [line for line in telling if "Error" in line.split(":")[0] or line.startswith("- ")]
@@ -153,7 +161,7 @@ def last_words(log: Path, limit: int = 300) -> str:
 
 
 def trial_environment(tags: Iterable[str]) -> dict[str, str]:
-    """The environment of a trial's process; W&B finds it there that the phase is a trial."""
+    """The environment of a trial's process. It tells W&B that the phase is a trial."""
     return child_environment() | {"WANDB_JOB_TYPE": "trial", "WANDB_TAGS": ",".join(with_given_tags(*tags))}
 
 

@@ -1,4 +1,4 @@
-"""A sweep on W&B: created once from its YAML, worked on by any number of agents; and what a local one leaves there."""
+"""A sweep on W&B, created once from its YAML and run by any number of agents; and the W&B run of a local sweep."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from experiments.sweeps.plan import SweepPlan
 
 
 def find_or_create(config: Path, folder: Path) -> str:
-    """entity/project/id of the W&B sweep of this YAML: the one in <folder>/wandb_sweep.json, else a new one."""
+    """entity/project/id of the W&B sweep of this YAML: from <folder>/wandb_sweep.json, or else newly created."""
     import wandb
 
     file, key = folder / "wandb_sweep.json", path_fingerprint(config)
@@ -32,8 +32,8 @@ def find_or_create(config: Path, folder: Path) -> str:
 
 
 def run_agent(sweep: str, count: int | None) -> NoReturn:
-    """Become W&B's agent for the sweep: it runs the YAML's command for each run that W&B proposes, `count` at most."""
-    # The agent calls `python`, which must be this one, and stops runs by SIGTERM, on which they save a checkpoint.
+    """Become W&B's agent: run the YAML's command for each run that W&B proposes, at most `count` times."""
+    # The agent calls `python`, which must be this Python. It stops runs by SIGTERM; they save a checkpoint then.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     os.environ |= {"WANDB_JOB_TYPE": "trial", "WANDB_TAGS": ",".join(with_given_tags("sweep"))}
     limit = ["--count", str(count)] if count else []
@@ -41,7 +41,7 @@ def run_agent(sweep: str, count: int | None) -> NoReturn:
 
 
 def log_sweep(folder: Path, plan: SweepPlan) -> None:
-    """One W&B run for a whole local sweep: table of trials, best trial, page. Offline without a key."""
+    """One W&B run for a whole local sweep: the table of trials and the best trial. Offline without a key."""
     import wandb
 
     choose_wandb_mode()
@@ -55,7 +55,7 @@ def log_sweep(folder: Path, plan: SweepPlan) -> None:
     ]
     with wandb.init(dir=str(folder), config={"sweep": summary["sweep"]}, **identity) as run:
         table = wandb.Table(columns=["trial", "state", plan.metric, "seconds", *names], data=rows)
-        run.log({"sweep/trials": table, "sweep/page": wandb.Html(str(folder / "sweep.html"))})
+        run.log({"sweep/trials": table})
         best = summary["best"] or {}
         run.summary.update({"sweep/best": best.get("value"), "sweep/best_parameters": best.get("parameters")})
         run.summary["sweep/num_trials"] = len(rows)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.persistence.files import write_atomic
+from datamodules.persistence.message_text import markdown_table
 from datamodules.samples.answer_text import ParsedAnswer, parse_answer
 from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import Sample, SampleError
@@ -179,9 +180,8 @@ def format_report(summary: Mapping[str, Any], title: str) -> str:
     header = ["correct responses", *(str(number) for number in range(len(summary["difficulty"])))]
     # The histogram as a table by task, and as bars for all tasks together.
     lines += ["", "## Difficulty", "", "Number of questions by number of correct responses.", ""]
-    lines += ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    for name, counts in {"all": summary["difficulty"], **summary["tasks"]}.items():
-        lines.append("| " + " | ".join([name, *(str(count) for count in counts)]) + " |")
+    tasks = {"all": summary["difficulty"], **summary["tasks"]}
+    lines.append(markdown_table([header, *([name, *map(str, counts)] for name, counts in tasks.items())]))
     widest = max(summary["difficulty"], default=0) or 1
     bars = [f"{k} {'#' * round(40 * count / widest)} {count}" for k, count in enumerate(summary["difficulty"])]
     return "\n".join([*lines, "", "```", *bars, "```", ""])

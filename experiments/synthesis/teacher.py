@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from datamodules.encoding.chat_request import ChatRequest, RequestForm, build_request
 from datamodules.persistence.files import Journal
+from datamodules.persistence.problems import Problems
 from datamodules.samples.boxes import image_sizes_to_json
 from datamodules.samples.sample import SampleError
 from datamodules.samples.scores import require_box
@@ -52,14 +53,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        counts = {"num_responses": self.num_responses, "max_tokens": self.max_tokens}
-        faults = [f"{name}={count} must be at least 1" for name, count in counts.items() if count < 1]
-        if not 0 <= self.temperature <= 2:
-            faults.append(f"temperature={self.temperature} must be in 0..2")
+        problems = Problems()
+        problems.at_least(1, num_responses=self.num_responses, max_tokens=self.max_tokens)
+        problems.require(0 <= self.temperature <= 2, "must be in 0..2", temperature=self.temperature)
         if self.num_responses > 1 and self.temperature == 0:
-            faults.append(f"temperature=0 makes the num_responses={self.num_responses} responses one and the same")
-        if faults:
-            raise ValueError(f"sampling: {'; '.join(faults)}")
+            problems.append(f"temperature=0 makes all num_responses={self.num_responses} responses equal")
+        problems.raise_all("sampling")
 
 
 @dataclass(frozen=True)

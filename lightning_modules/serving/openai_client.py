@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from datamodules.persistence.credentials import find_credential, hide_credentials
+from datamodules.persistence.problems import Problems
 from lightning_modules.serving.responses import Completion, Malformed, bound_body, read_completion
 
 T = TypeVar("T")
@@ -80,33 +81,29 @@ class EndpointSettings:
     sampling_fields: Literal["vllm", "openai"] = "vllm"
 
     def __post_init__(self) -> None:
-        faults = []
-        for name, least in (("attempts", 1), ("concurrency", 1), ("backoff", 0), ("max_backoff", 0)):
-            if not getattr(self, name) >= least:
-                faults.append(f"{name}={getattr(self, name)} must be at least {least}")
-        if self.sampling_fields not in ("vllm", "openai"):
-            faults.append(f"sampling_fields={self.sampling_fields!r} must be vllm or openai")
-        if not self.timeout > 0:
-            faults.append(f"timeout={self.timeout} must be greater than 0")
-        if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
-            faults.append(f"base_url={hide_credentials(self.base_url)!r} must begin with http:// or https://")
-        faults += _credential_faults(self)
-        if faults:
-            raise ValueError(f"endpoint: {'; '.join(faults)}")
+        problems, url = Problems(), self.base_url
+        problems.at_least(1, attempts=self.attempts, concurrency=self.concurrency)
+        problems.at_least(0, backoff=self.backoff, max_backoff=self.max_backoff)
+        problems.one_of(("vllm", "openai"), sampling_fields=self.sampling_fields)
+        problems.positive(timeout=self.timeout)
+        if url is not None and not url.startswith(("http://", "https://")):
+            problems.require(False, "must begin with http:// or https://", base_url=hide_credentials(url))
+        problems += _credential_problems(self)
+        problems.raise_all("endpoint")
 
 
-def _credential_faults(settings: EndpointSettings) -> list[str]:
+def _credential_problems(settings: EndpointSettings) -> list[str]:
     """The problems of settings that hold a secret, in words that do not repeat the secret."""
-    faults = []
+    problems = []
     if settings.base_url is not None and (kind := find_credential(settings.base_url)):
-        faults.append(f"base_url holds {kind}: put it into the variable of basic_auth_env or api_key_env")
+        problems.append(f"base_url holds {kind}: put it into the variable of basic_auth_env or api_key_env")
     if kind := find_credential(json.dumps(settings.extra_body, default=str)):
-        faults.append(f"extra_body holds {kind}: put the key into the variable of api_key_env")
+        problems.append(f"extra_body holds {kind}: put the key into the variable of api_key_env")
     for name in ("api_key_env", "basic_auth_env"):
         value = getattr(settings, name)
         if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
-            faults.append(f"{name} must be the name of an environment variable (letters, digits, _), not the secret")
-    return faults
+            problems.append(f"{name} must be the name of an environment variable (letters, digits, _), not the secret")
+    return problems
 
 
 class ChatEndpoint:

@@ -113,7 +113,7 @@ class Pipeline:
                 return self._training(words[words.index("--phase") + 1])
         done = [stage for stage in STAGES if read_json(self.folder / stage / "evaluated.json").get("done")]
         results = read_json(self.folder / "results.json").get("stages", [])
-        waiting = [stage for stage in done if stage not in [rung["name"] for rung in results]]
+        waiting = [name for name in done if name not in [stage["name"] for stage in results]]
         return f"{waiting[0]}: report" if waiting else None
 
     def _steps(self) -> list[str]:

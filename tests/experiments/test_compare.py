@@ -11,10 +11,10 @@ import yaml
 
 from datamodules.streaming.shards import ShardWriter
 from experiments import compare
-from experiments.reports.compare_page import ladder_rows
+from experiments.reports.compare_page import stage_rows
 from experiments.reports.find_runs import config_differences, find_runs, flatten
-from experiments.reports.pipeline_report import script_json
 from experiments.reports.rollout_pages import GROUPS_PER_CHUNK, thin
+from experiments.reports.templates import script_json
 from experiments.runs.results import Results, make_stage, write_results
 from lightning_modules.rl.rollout_log import RolloutLog
 from tests.datamodules.encoding.tiny_processor import make_sample
@@ -83,8 +83,8 @@ def experiments(tmp_path: Path) -> list[Path]:
     return [first, second]
 
 
-def test_the_ladder_has_mean_and_spread_over_seeds(experiments: list[Path]) -> None:
-    rows = ladder_rows(find_runs(experiments))
+def test_the_stages_have_mean_and_spread_over_seeds(experiments: list[Path]) -> None:
+    rows = stage_rows(find_runs(experiments))
     assert [row[:6] for row in rows[1:]] == [
         ["tiny", "base", "2", "11.00 ± 1.41", "", ""],
         ["tiny", "grpo", "2", "33.00 ± 4.24", "+22.00 ± 2.83", "base"],
@@ -99,13 +99,13 @@ def test_a_gain_is_over_the_stage_that_a_row_was_trained_from(experiments: list[
     write_mig_bench(folder / "foreign", summary(50.0))
     other = {"model": {"init_args": {"model": "outputs/other/grpo/merged"}}}
     (folder / "foreign" / "config.yaml").write_text(yaml.safe_dump(other))
-    gains = {row[1]: tuple(row[4:6]) for row in ladder_rows(find_runs([folder]))[1:]}
+    gains = {row[1]: tuple(row[4:6]) for row in stage_rows(find_runs([folder]))[1:]}
     assert gains["sft"] == ("+30.00", "base") and gains["full"] == ("+12.00", "grpo") and gains["foreign"] == ("", "")
 
 
 def test_experiments_of_one_name_in_two_places_are_not_seeds_of_one(experiments: list[Path], tmp_path: Path) -> None:
     again = write_experiment(tmp_path / "later", "tiny", (10.0, 50.0), 0, 0.001)
-    rows = ladder_rows(find_runs([experiments[0], again]))
+    rows = stage_rows(find_runs([experiments[0], again]))
     assert [row[:4] for row in rows[1:]] == [
         [f"{tmp_path.name}/tiny", "base", "1", "10.00"],
         [f"{tmp_path.name}/tiny", "grpo", "1", "30.00"],
@@ -201,8 +201,8 @@ def test_a_browser_pages_through_thousands_and_loads_what_it_shows(
         page.wait_for_timeout(100)
         return page.locator(".group h3").all_inner_texts()
 
-    # Ladder, tasks, curves
-    assert "33.00 ± 4.24" in page.locator("#ladder").inner_text()
+    # Stages, tasks, curves
+    assert "33.00 ± 4.24" in page.locator("#pipeline").inner_text()
     page.select_option("#delta-to", label="tiny-seed1/grpo")
     assert page.locator("#deltas .total td").all_inner_texts()[:4] == ["AVG", "10.00", "36.00", "+26.00"]
     visible = page.locator("figure[data-metric]:visible")

@@ -136,7 +136,7 @@ def test_sweeps_try_settings_that_exist_on_questions_that_are_not_the_benchmark(
     assert plan.metric == "mig_bench_val/avg" and plan.maximize
     assert plan.early and num_trials(plan, None) == plan.run_cap
     edges = ({p.name: (p.grid() or [p.low, p.high])[end] for p in plan.parameters} for end in (0, -1))
-    for values in map(plan.values, edges):
+    for values in edges:
         flags = [f"--{key}={value}" for key, value in values.items()]
         cli = parse(config, "--config", str(CONFIGS / changes), *flags)
         settings = cli.settings()["model"]["init_args"]

@@ -198,9 +198,9 @@ def test_an_evaluation_by_the_models_own_settings_is_another_and_named(workbench
     assert "the model's own generation settings" in capsys.readouterr().out
 
 
-def make_ladder(workbench: Workbench, config: str, more: str = "") -> pipeline.Ladder:
+def make_pipeline(workbench: Workbench, config: str, more: str = "") -> pipeline.Pipeline:
     overrides = {"evaluation": more} if more else {}
-    return pipeline.Ladder(workbench.outputs, 0, str(workbench.model), config, {}, overrides)
+    return pipeline.Pipeline(workbench.outputs, 0, str(workbench.model), config, {}, overrides)
 
 
 @pytest.mark.parametrize(
@@ -215,11 +215,11 @@ def test_a_pipeline_finds_the_result_wherever_its_overrides_put_it(
     workbench: Workbench, more: str, folder: str
 ) -> None:
     config = workbench.write_yaml("eval", evaluation(workbench))
-    step = make_ladder(workbench, config, more).evaluation_of("base")
+    step = make_pipeline(workbench, config, more).evaluation_of("base")
     step.marker.parent.mkdir(parents=True)
     evaluate.main(list(step.command[1:]))
     assert step.result == workbench.outputs / "base/benchmarks" / folder / "result.json" and step.result.is_file()
-    stage = make_ladder(workbench, config, more)._found("base", 1.0)
+    stage = make_pipeline(workbench, config, more)._found("base", 1.0)
     assert stage.mig_bench["n"] == (2 if "limit" in folder else 4) and stage.mig_bench["tasks"].keys() == {
         "diff", "reasoning",
     }  # fmt: skip
@@ -228,10 +228,10 @@ def test_a_pipeline_finds_the_result_wherever_its_overrides_put_it(
 def test_wrong_settings_of_the_evaluation_end_a_pipeline_before_anything_runs(workbench: Workbench, capsys) -> None:
     old = evaluation(workbench) | {"annotations": "a.json", "limit_per_task": 3}
     with pytest.raises(SystemExit, match=r"(?s)annotations: write data_root.*limit_per_task: write limit"):
-        make_ladder(workbench, workbench.write_yaml("eval", old))
+        make_pipeline(workbench, workbench.write_yaml("eval", old))
     config = workbench.write_yaml("eval", evaluation(workbench))
     with pytest.raises(SystemExit):
-        make_ladder(workbench, config, "--decoding.length=3")
+        make_pipeline(workbench, config, "--decoding.length=3")
     assert "decoding.length" in capsys.readouterr().err
 
 
@@ -314,7 +314,7 @@ def test_each_model_has_an_output_folder_of_its_own() -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_ladder_runs_and_runs_only_once(workbench: Workbench, capfd) -> None:
+def test_the_whole_pipeline_runs_and_runs_only_once(workbench: Workbench, capfd) -> None:
     stages = {"cot_sft": workbench.training("cot_sft"), "grpo": workbench.training("grpo")}
     settings = {"experiment": "tiny", "model": str(workbench.model), "outputs": str(workbench.outputs)}
     settings["evaluation"] = workbench.write_yaml("eval", evaluation(workbench))

@@ -62,7 +62,7 @@ def test_a_sweep_ends_with_the_best_trial_and_is_done_once(run, tmp_path: Path) 
         assert trial["value"] == pytest.approx(height + 4 * slope)
     assert summary["best"]["value"] == max(trial["value"] for trial in summary["trials"])
     assert f"--phase trial-{summary['best']['trial']}" in summary["best"]["command"]
-    assert (folder / "sweep.html").is_file()
+    assert (folder / "sweep.md").is_file() and (folder / "sweep.html").is_file()
     assert run() == summary and len(starts(folder)) == 3, "nothing is run again"
     longer = run("--trials=4")
     assert longer["trials"][:3] == summary["trials"] and len(longer["trials"]) == 4
@@ -289,4 +289,4 @@ def test_eight_real_trials_over_lambda_and_beta_survive_a_kill(workbench: Workbe
     assert all(len(trial["points"]) == 3 for trial in summary["trials"])
     assert len(starts(folder)) == 9, "the interrupted trial went on, nothing else was run twice"
     browser_page.goto((folder / "sweep.html").as_uri())
-    assert browser_page.locator("#table tbody tr").count() == 8
+    assert browser_page.locator(".js-plotly-plot").count() >= 4

@@ -64,7 +64,7 @@ def folders(tmp_path: Path) -> dict[int, Path]:
     return folders
 
 
-def test_the_ladder_has_mean_spread_and_range_of_the_seeds_that_are_there(tmp_path: Path, folders) -> None:
+def test_the_rows_have_mean_spread_and_range_of_the_seeds_that_are_there(tmp_path: Path, folders) -> None:
     text = ablation_report.write(tmp_path / "home", folders, STARTS, [])
     summary = read_json(tmp_path / "home" / "ablations.json")
     rows = {row["name"]: row for row in summary["rows"]}
@@ -132,7 +132,16 @@ def test_answers_that_are_not_those_of_the_figures_are_not_believed(tmp_path: Pa
 def test_the_page_holds_all_tables_and_needs_nothing_from_outside(tmp_path: Path, folders) -> None:
     ablation_report.write(tmp_path / "home", folders, STARTS, [Comparison("grpo", "sft", at_least=9.04)])
     page = (tmp_path / "home" / "ablations.html").read_text()
-    for text in ("Ladder", "Aims", "Differences", "Every seed", "80.00 ± 7.07", "grpo15", "<svg", "&gt;= 9.04"):
+    for text in (
+        "Rows",
+        "Aims",
+        "Differences",
+        "Every seed",
+        "80.00 ± 7.07",
+        "grpo15",
+        "<svg",
+        "&gt;= 9.04",
+    ):
         assert text in page
     assert re.findall(r"(?:src|href)=\"(?!data:)[^\"]*|url\(|@import|<script|<link", page) == []
 
@@ -151,4 +160,4 @@ def test_wandb_gets_every_rows_figures_and_differences(tmp_path: Path, folders) 
     ablation_report.write(tmp_path / "home", folders, STARTS, [Comparison("grpo", "sft", at_least=9.04)])
     values, tables = ablation_report.figures(tmp_path / "home")
     assert values["grpo/avg"] == 80 and values["grpo-sft/avg"] == pytest.approx(27.5) and values["grpo/avg_std"] > 7
-    assert len(tables["Ladder"]) == 5 and all(len(row) == len(rows[0]) for rows in tables.values() for row in rows)
+    assert len(tables["Rows"]) == 5 and all(len(row) == len(rows[0]) for rows in tables.values() for row in rows)

@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_page_holds_the_ladder_curves_and_pictures(folder: Path) -> None:
+def test_the_page_holds_the_stages_curves_and_pictures(folder: Path) -> None:
     page = pipeline_report.write_report(folder).read_text()
     for text in ("26.50", "+15.50", "32.25", "+5.75", "abc123", "nano &lt;x&gt;", "data:image/png;base64,", "Reward"):
         assert text in page
@@ -47,15 +47,15 @@ def test_the_page_needs_nothing_from_outside(folder: Path) -> None:
     assert links == []
 
 
-def test_the_terminal_ladder_is_aligned(folder: Path) -> None:
-    lines = pipeline_report.ladder_text(pipeline_report.read_results(folder / "results.json")).splitlines()
+def test_the_terminal_table_is_aligned(folder: Path) -> None:
+    lines = pipeline_report.stage_text(pipeline_report.read_results(folder / "results.json")).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[-1].split()[:3] == ["grpo", "32.25", "+5.75"]
 
 
 def test_a_half_finished_experiment_is_reported_as_far_as_it_went(tmp_path: Path) -> None:
     write_results(tmp_path / "results.json", Results("nano", 0, "abc"))
-    assert "Ladder" in pipeline_report.render_report(tmp_path)
+    assert "Pipeline" in pipeline_report.render_report(tmp_path)
 
 
 def test_a_missing_experiment_is_a_short_error(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_bar_that_was_not_measured_is_a_gap_and_not_a_zero() -> None:
 
 def test_a_phase_whose_last_answer_was_cut_short_is_no_obstacle(folder: Path) -> None:
     (folder / "grpo" / "predictions.jsonl").write_text('{"id": "diff/1", "task": "di')
-    assert "Ladder" in pipeline_report.render_report(folder)
+    assert "Pipeline" in pipeline_report.render_report(folder)
 
 
 def test_no_points_make_no_chart() -> None:

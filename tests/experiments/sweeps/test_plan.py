@@ -1,11 +1,8 @@
-"""W&B's sweep format: every distribution, every fault by name, and the same command line as W&B's own agent."""
+"""W&B's sweep format: supported distributions, every problem by name, and the same command line as W&B's own agent."""
 
 from __future__ import annotations
 
 import copy
-import math
-import random
-import statistics
 import sys
 from pathlib import Path
 
@@ -33,73 +30,36 @@ def write(folder: Path, **changes: object) -> Path:
     return path
 
 
-def drawn(fields: dict, count: int = 2000) -> list:
-    """Values of a parameter for latent values that a random search would draw."""
-    parameter, rng = read_parameter("p", fields), random.Random(0)
-    if parameter.is_choice:
-        return [parameter.value(rng.randrange(len(parameter.choices))) for _ in range(count)]
-    if parameter.whole:
-        return [parameter.value(rng.randint(parameter.low, parameter.high)) for _ in range(count)]
-    if parameter.log:
-        low, high = math.log(parameter.low), math.log(parameter.high)
-        return [parameter.value(math.exp(rng.uniform(low, high))) for _ in range(count)]
-    return [parameter.value(rng.uniform(parameter.low, parameter.high)) for _ in range(count)]
-
-
 @pytest.mark.parametrize(
-    ("fields", "allowed"),
+    ("fields", "values"),
     [
-        ({"value": 3}, {3}),
-        ({"value": None}, {None}),
-        ({"distribution": "constant", "value": "x"}, {"x"}),
-        ({"values": [0.0, 0.5, "a", True]}, {0.0, 0.5, "a", True}),
-        ({"min": 2, "max": 5}, {2, 3, 4, 5}),
-        ({"distribution": "q_uniform", "min": 0.2, "max": 0.7, "q": 0.25}, {0.25, 0.5, 0.75}),
-        ({"distribution": "q_uniform", "min": 1, "max": 3}, {1, 2, 3}),
-        ({"distribution": "q_log_uniform_values", "min": 1, "max": 4, "q": 2}, {2, 4}),
-        ({"distribution": "q_log_uniform", "min": 0, "max": math.log(4), "q": 2}, {2, 4}),
+        ({"value": 3}, [3]),
+        ({"value": None}, [None]),
+        ({"value": [1, 2]}, [[1, 2]]),
+        ({"distribution": "constant", "value": "x"}, ["x"]),
+        ({"values": [0.0, 0.5, "a", True, None]}, [0.0, 0.5, "a", True, None]),
+        ({"min": 2, "max": 5}, [2, 3, 4, 5]),
+        ({"distribution": "q_uniform", "min": 0.25, "max": 0.75, "q": 0.25}, [0.25, 0.5, 0.75]),
+        ({"distribution": "q_uniform", "min": 0.6, "max": 0.9, "q": 0.1}, [0.6, 0.7, 0.8, 0.9]),
+        ({"distribution": "q_uniform", "min": 2, "max": 6, "q": 2}, [2, 4, 6]),
+        ({"min": 0.0, "max": 2.0}, []),
+        ({"distribution": "log_uniform_values", "min": 0.001, "max": 0.1}, []),
     ],
 )
-def test_discrete_distributions_give_all_their_values_and_no_others(fields: dict, allowed: set) -> None:
-    assert set(drawn(fields)) == allowed
-
-
-@pytest.mark.parametrize(
-    ("fields", "low", "high", "median"),
-    [
-        ({"min": 0.0, "max": 2.0}, 0, 2, 1.0),
-        ({"distribution": "log_uniform_values", "min": 0.001, "max": 0.1}, 0.001, 0.1, 0.01),
-        ({"distribution": "log_uniform", "min": -4, "max": 0}, math.exp(-4), 1, math.exp(-2)),
-        ({"distribution": "inv_log_uniform", "min": 0, "max": 4}, math.exp(-4), 1, math.exp(-2)),
-        ({"distribution": "inv_log_uniform_values", "min": 0.001, "max": 0.1}, 0.001, 0.1, 0.01),
-    ],
-)
-def test_continuous_distributions_have_their_bounds_and_median(fields: dict, low: float, high: float, median) -> None:
-    values = drawn(fields)
-    assert low * 0.999 <= min(values) and max(values) <= high * 1.001
-    assert statistics.median(values) == pytest.approx(median, rel=0.12)
-
-
-def test_normal_distributions_have_their_mean_and_spread() -> None:
-    values = drawn({"distribution": "normal", "mu": 3, "sigma": 2}, 20000)
-    assert statistics.mean(values) == pytest.approx(3, abs=0.06)
-    assert statistics.stdev(values) == pytest.approx(2, abs=0.06)
-    logs = [math.log(value) for value in drawn({"distribution": "log_normal", "mu": -1}, 20000)]
-    assert statistics.mean(logs) == pytest.approx(-1, abs=0.03) and statistics.stdev(logs) == pytest.approx(1, abs=0.03)
-    rounded = drawn({"distribution": "q_normal", "mu": 0, "sigma": 3, "q": 0.5}, 500)
-    assert all((value * 2).is_integer() for value in rounded) and len(set(rounded)) > 10
-    assert min(drawn({"distribution": "q_log_normal", "q": 1}, 500)) >= 0
-
-
-def test_probabilities_are_kept() -> None:
-    values = drawn({"values": ["a", "b", "c"], "probabilities": [0.7, 0.3, 0.0]}, 10000)
-    assert values.count("a") / len(values) == pytest.approx(0.7, abs=0.02) and "c" not in values
+def test_values_are_counted_where_they_can_be(fields: dict, values: list) -> None:
+    found = read_parameter("p", fields).grid()
+    assert found == values and list(map(type, found)) == list(map(type, values))
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"distribution": "beta", "a": 1}, "distribution='beta' is none of"),
+        ({"distribution": "beta", "a": 1}, "distribution='beta' is not supported; these are: constant, .*q_uniform"),
+        ({"distribution": "normal", "mu": 0.0, "sigma": 1.0}, "distribution='normal' is not supported"),
+        ({"distribution": "log_uniform", "min": -4, "max": 0}, "distribution='log_uniform' is not supported"),
+        ({"distribution": "q_log_uniform_values", "min": 1, "max": 4, "q": 2}, "'q_log_uniform_values' is not"),
+        ({"distribution": "q_uniform", "min": 1, "max": 3}, r"missing \['q'\]"),
+        ({"values": [1, 2], "probabilities": [0.5, 0.5]}, r"unknown \['probabilities'\]"),
         ({"min": "1e-4", "max": 1.0}, r"min='1e-4' is no number .*1\.0e-4"),
         ({"distribution": "uniform", "min": 1.0}, r"missing \['max'\]"),
         ({"min": 0.0, "max": 1.0, "step": 2}, r"unknown \['step'\]"),
@@ -107,12 +67,9 @@ def test_probabilities_are_kept() -> None:
         ({"distribution": "log_uniform_values", "min": 0, "max": 1}, "min=0 must be greater than 0"),
         ({"distribution": "int_uniform", "min": 0.5, "max": 2}, "whole numbers"),
         ({"distribution": "q_uniform", "min": 0, "max": 2, "q": 0}, "q=0 must be greater than 0"),
-        ({"distribution": "normal", "sigma": 0}, "sigma=0"),
+        ({"distribution": "q_uniform", "min": 0.3, "max": 0.5, "q": 0.25}, r"min=0\.3 and max=0\.5 multiples of it"),
+        ({"values": [1, [2, 3]]}, r"\[\[2, 3\]\] are not numbers"),
         ({"values": []}, r"values=\[\]"),
-        ({"values": [1, 2], "probabilities": [0.5, 0.6]}, "sum to 1"),
-        ({"values": [1], "probabilities": 1.0}, "probabilities=1.0 must be one for each"),
-        ({"values": [1, 2], "probabilities": ["0.5", "0.5"]}, "sum to 1"),
-        ({"values": [1, 2], "probabilities": []}, r"probabilities=\[\] must be one for each"),
         ({"parameters": {"x": {"value": 1}}}, "nested"),
         (0.5, "0.5: give value, values, or min and max"),
     ],
@@ -122,7 +79,7 @@ def test_a_wrong_parameter_is_named_with_its_field(fields: object, words: str) -
         read_parameter("some.flag", fields)
 
 
-def test_all_faults_of_a_sweep_are_told_at_once(tmp_path: Path) -> None:
+def test_all_problems_of_a_sweep_are_told_at_once(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         name="../up",
@@ -167,20 +124,12 @@ def test_what_is_no_mapping_is_a_short_error(tmp_path: Path) -> None:
         read_plan(tmp_path / "sweep.yaml")
 
 
-def test_rounded_numbers_are_ints_where_wandb_gives_ints() -> None:
-    for q, kind in ((2, int), (2.0, float), (None, float)):
-        fields = {"distribution": "q_uniform", "min": 1, "max": 9} | ({} if q is None else {"q": q})
-        assert type(read_parameter("p", fields).value(3.7)) is kind
-
-
 def test_a_grid_is_of_values_that_can_be_counted(tmp_path: Path) -> None:
     parameters = {"a": {"values": [1, 2, 3]}, "b": {"distribution": "q_uniform", "min": 0, "max": 1, "q": 0.5}}
     plan = read_plan(write(tmp_path, method="grid", parameters=parameters | {"c": {"min": 4, "max": 5}}))
     assert plan.grid_size() == 3 * 3 * 2
-    assert [plan.parameters[1].value(latent) for latent in plan.parameters[1].grid()] == [0, 0.5, 1]
-    for empty in ({"min": 0.0, "max": 1.0}, {"distribution": "q_uniform", "min": 0.3, "max": 0.4, "q": 0.25}):
-        with pytest.raises(ValueError, match=r"parameters\.d: method grid needs"):
-            read_plan(write(tmp_path, method="grid", parameters={"d": empty}))
+    with pytest.raises(ValueError, match=r"parameters\.d: method grid needs"):
+        read_plan(write(tmp_path, method="grid", parameters={"d": {"min": 0.0, "max": 1.0}}))
 
 
 @pytest.mark.parametrize(
@@ -188,8 +137,6 @@ def test_a_grid_is_of_values_that_can_be_counted(tmp_path: Path) -> None:
     [
         ({"min_iter": 2}, EarlyStop(2, 3)),
         ({"min_iter": 1, "eta": 2}, EarlyStop(1, 2)),
-        ({"max_iter": 27, "s": 2}, EarlyStop(3, 3)),
-        ({"max_iter": 8, "s": 3, "eta": 2, "strict": True}, EarlyStop(1, 2)),
     ],
 )
 def test_hyperband_has_the_bands_that_wandb_gives_it(fields: dict, expected: EarlyStop) -> None:
@@ -199,13 +146,12 @@ def test_hyperband_has_the_bands_that_wandb_gives_it(fields: dict, expected: Ear
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"type": "envelope"}, "hyperband, the one"),
-        ({"type": "hyperband"}, "give min_iter, or a max_iter=None"),
-        ({"type": "hyperband", "max_iter": 10, "s": 2}, "max_iter=10 that eta=3 divides s=2 times"),
+        ({"type": "envelope"}, "'envelope'.*type: hyperband, min_iter and eta"),
+        ({"type": "hyperband"}, "min_iter=None"),
+        ({"type": "hyperband", "max_iter": 27, "s": 2}, "max_iter.*supported are"),
         ({"type": "hyperband", "min_iter": 1, "eta": 2.5}, "eta=2.5"),
         ({"type": "hyperband", "min_iter": 0}, "min_iter=0"),
-        ({"type": "hyperband", "min_iter": 1, "strict": False}, "strict=False"),
-        ({"type": "hyperband", "min_iter": 1, "rungs": 2}, "rungs is unknown"),
+        ({"type": "hyperband", "min_iter": 1, "strict": False}, "strict.*supported are"),
     ],
 )
 def test_an_early_stop_that_cannot_be_kept_is_refused(fields: dict, words: str) -> None:
@@ -218,7 +164,7 @@ def test_a_trial_gets_the_command_line_that_wandb_s_agent_makes(name: str) -> No
     from wandb.sdk.launch.sweeps import utils
 
     plan = read_plan(CONFIGS / name)
-    values = plan.values({p.name: (p.grid() or [p.low])[0] for p in plan.parameters})
+    values = {p.name: (p.grid() or [p.low])[0] for p in plan.parameters}
     settings = yaml.safe_load((CONFIGS / name).read_text())
     macros = utils.create_sweep_command_args({"args": {key: {"value": value} for key, value in values.items()}})
     macros |= {"env": ["/usr/bin/env"], "interpreter": [sys.executable], "program": [settings["program"]]}

@@ -1,0 +1,88 @@
+"""sweep.json and sweep.md of a local sweep: every trial with its settings and its value, the best first in the table.
+
+{"sweep": "nano-sweep", "method": "bayes", "metric": …, "goal": "maximize", "seed": 0, "commit": …,
+ "best": {"trial": 3, "value": 44.1, "parameters": {…}, "command": "python -m …"},
+ "trials": [{"trial": 0, "state": "complete", "value": …, "parameters": {…}, "points": [[20, 31.5]], "seconds": …,
+             "message": "", "command": …}]}
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from datamodules.persistence.files import write_atomic, write_json
+from datamodules.persistence.message_text import markdown_table
+from experiments.sweeps.plan import SweepPlan
+from experiments.sweeps.trials import Trial
+
+STATES = ("complete", "pruned", "failed", "running")
+
+
+def write(
+    folder: Path, plan: SweepPlan, trials: Sequence[Trial], commands: Sequence[str], facts: Mapping[str, Any]
+) -> None:
+    """Write sweep.json and sweep.md.
+
+    Args:
+        folder: the sweep's folder.
+        plan: the sweep.
+        trials: all trials, in the order of their numbers.
+        commands: the command line of each trial.
+        facts: more fields of sweep.json: the seed and the commit.
+    """
+    rows = []
+    for trial, command in zip(trials, commands, strict=True):
+        fields = asdict(trial)
+        rows.append({"trial": fields.pop("number"), **fields, "command": command})
+    ranked = sorted(rows, key=lambda row: _rank(row, plan.maximize))
+    best = ranked[0] if ranked and ranked[0]["value"] is not None else None
+    kept = ("trial", "value", "parameters", "command")
+    summary = {
+        "sweep": plan.name,
+        "method": plan.method,
+        "metric": plan.metric,
+        "goal": "maximize" if plan.maximize else "minimize",
+        **facts,
+        "best": best and {key: best[key] for key in kept},
+        "trials": rows,
+    }
+    write_json(folder / "sweep.json", summary)
+    write_atomic(folder / "sweep.md", _markdown(plan, summary, ranked))
+
+
+def in_words(value: Any) -> str:
+    """A parameter's or a trial's value to be read; "" for none."""
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _rank(row: Mapping[str, Any], maximize: bool) -> tuple:
+    """Sort key: finished trials from the best to the worst, then the others by their state; equal ones by number."""
+    value = row["value"] or 0.0
+    return row["value"] is None, -value if maximize else value, STATES.index(row["state"]), row["trial"]
+
+
+def _markdown(plan: SweepPlan, summary: Mapping[str, Any], ranked: Sequence[Mapping[str, Any]]) -> str:
+    states, best = Counter(row["state"] for row in ranked), summary["best"]
+    counts = ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
+    minutes = sum(row["seconds"] for row in ranked) / 60
+    lines = [f"# {plan.name}", "", f"{len(ranked)} trials ({counts}), method {plan.method}, seed {summary['seed']},"]
+    lines += [f"commit {summary['commit']}, {minutes:.1f} minutes in all. The value is {plan.metric}.", ""]
+    if best is None:
+        lines += ["No trial has finished yet.", ""]
+    else:
+        config = f"CONFIG={plan.configs[0]} " if plan.configs else ""
+        flags = " ".join(shlex.quote(f"--{name}={value}") for name, value in best["parameters"].items())
+        lines += [f"Best: trial {best['trial']}, {in_words(best['value'])}. Its command:", ""]
+        lines += [f"    {best['command']}", "", "The same settings in a longer run:", ""]
+        lines += [f'    make grpo {config}ARGS="{flags}"', ""]
+    table = [["trial", "state", "value", *(parameter.label for parameter in plan.varied), "minutes", "note"]]
+    for row in ranked:
+        settings = [in_words(row["parameters"][parameter.name]) for parameter in plan.varied]
+        last = [f"{row['seconds'] / 60:.1f}", " ".join(row["message"].split())]
+        table.append([str(row["trial"]), row["state"], in_words(row["value"]), *settings, *last])
+    return "\n".join([*lines, markdown_table(table)]) + "\n"

@@ -1,0 +1,40 @@
+"""HTML pages from the Jinja templates in pages/.
+
+Autoescape is on: whatever Python puts in is text, and so is whatever a model has written. Only a template, or JSON that
+`script_json` has made safe, is markup.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
+
+PAGES = Path(__file__).parent / "pages"
+
+
+def render(template: str, **values: Any) -> Markup:
+    """The template of this name in pages/, filled in. A value that the template uses and that is absent is an error."""
+    return Markup(_environment().get_template(template).render(values))
+
+
+def script_json(value: Any) -> Markup:
+    """JSON that can stand inside a script element, whatever its strings hold."""
+    return htmlsafe_json_dumps(value, allow_nan=False)
+
+
+@functools.cache
+def _environment() -> Environment:
+    # `trim_blocks` and `lstrip_blocks` remove the line of a template tag, so that pages have no blank lines for them.
+    return Environment(
+        loader=FileSystemLoader(PAGES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
