@@ -24,10 +24,10 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
-from datamodules.importers.field_checks import format_report
+from datamodules.importers.reading.field_checks import format_report
+from datamodules.importers.reading.source import Scan
 from datamodules.importers.registry import SOURCES, VERSION
 from datamodules.importers.run_import import Settings, Workers, forget_parts, import_part
-from datamodules.importers.source import Scan
 from datamodules.persistence.files import file_sha256, fingerprint, read_json, write_json
 from datamodules.persistence.processes import ProcessLost
 from datamodules.streaming.shards import MANIFEST, read_manifest, write_manifest

@@ -18,6 +18,8 @@ ROOMS = {
     "datamodules": (
         ("synthetic/benchmark_replicas",),
         ("importers", "synthetic"),
+        ("importers/own_data",),
+        ("importers/reading",),
         ("metrics",),
         ("streaming", "benchmarks"),
         ("predictors.py", "encoding"),

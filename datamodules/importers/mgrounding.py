@@ -19,10 +19,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from datamodules.benchmarks.mig_bench import relative_name
-from datamodules.importers.field_checks import Schema
-from datamodules.importers.image_references import BOX, Marked, bind, label_before, question_parts
-from datamodules.importers.json_stream import stream_json
-from datamodules.importers.source import Scan, Spans
+from datamodules.importers.reading.field_checks import Schema
+from datamodules.importers.reading.image_references import BOX, Marked, bind, label_before, question_parts
+from datamodules.importers.reading.json_stream import stream_json
+from datamodules.importers.reading.source import Scan, Spans
 from datamodules.samples.sample import Sample, SampleError
 
 NAME = "MGrounding-630k"

@@ -20,8 +20,8 @@ from typing import Any
 from tqdm import tqdm
 
 from datamodules.images.image_files import Frame
-from datamodules.importers.image_bytes import load_images
-from datamodules.importers.source import Convert
+from datamodules.importers.reading.image_bytes import load_images
+from datamodules.importers.reading.source import Convert
 from datamodules.persistence.files import read_json, write_json
 from datamodules.persistence.processes import end_with_parent, process_pool
 from datamodules.samples.sample import BoxAnswer, SampleError

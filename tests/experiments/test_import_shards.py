@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from datamodules.benchmarks.odinw import SETS
+from datamodules.importers.reading.source import Scan
 from datamodules.importers.registry import SOURCES
-from datamodules.importers.source import Scan
 from datamodules.persistence.files import read_json
 from datamodules.streaming.shards import ShardReader, read_manifest
 from experiments import import_shards
