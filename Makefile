@@ -14,6 +14,7 @@ BENCH ?=
 ARGS ?=
 SOURCE ?=
 ROOT ?=
+BOXES ?=
 SEED ?=
 RUNS ?=
 SEEDS ?=
@@ -33,8 +34,9 @@ answer = $(if $(filter-out 0,$(REDO)),--redo) $(if $(filter-out 0,$(KEEP)),--kee
 # The nano configurations need the synthetic dataset. It is generated once; a finished one is kept, also if `make shards`
 # has made it with other ARGS. Another CONFIG has its own data.
 dataset = $(if $(CONFIG),,$(PY) -m experiments.generate_synthetic --config $(NANO)/shards.yaml --keep=true)
-# SOURCE is the name of a source, or the YAML of a mixture.
-import = import_shards $(if $(filter %.yaml,$(SOURCE)),--config,--source) $(SOURCE) $(if $(ROOT),--root $(ROOT))
+# SOURCE is the name of a source, or the YAML of a mixture. BOXES is what the four numbers of your own boxes mean.
+import = import_shards $(if $(filter %.yaml,$(SOURCE)),--config,--source) $(SOURCE) $(if $(ROOT),--root $(ROOT)) \
+	$(if $(BOXES),--own.box_format $(BOXES))
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 # The tensors in the tests are tiny. On two cores, a second OpenMP thread made the tests many times slower.
 ONE_THREAD := OMP_NUM_THREADS=1
@@ -68,7 +70,7 @@ ablations: $(STAMP)  ## The paper's Tables 2, 3 and 9: all rows or ROWS="sft grp
 base: $(STAMP)  ## Pretrain the nano base model on single-image tasks (half an hour or more on two CPU cores; resumes)
 	$(PY) -m experiments.nano.pretrain --processes 2 $(ARGS)
 
-shards: $(STAMP)  ## Generate the synthetic dataset, or import data: SOURCE=mgrounding|refcoco|odinw|v3det|mixture.yaml ROOT=folder
+shards: $(STAMP)  ## Generate the synthetic dataset, or import data: SOURCE=mgrounding|refcoco|odinw|v3det|jsonl|hf|coco|mixture.yaml ROOT=folder
 	$(PY) -m experiments.$(if $(SOURCE),$(import),generate_synthetic $(call config,shards)) $(ARGS)
 
 sft: $(STAMP)  ## Train CoT-SFT (LoRA) and merge

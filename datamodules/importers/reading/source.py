@@ -9,10 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.images.image_files import Frame
-from datamodules.samples.sample import Sample, SampleError
+from datamodules.samples.sample import LoadedSample, Sample, SampleError
 
-# Entries -> what became of each of their samples, in order. It runs in other processes, so it must be picklable.
-Convert = Callable[[Sequence[Any]], Iterator[Sample | SampleError]]
+# Entries -> what became of each of their samples, in order. It runs in other processes, so it must be picklable. A
+# LoadedSample brings its images along, already checked and turned upright.
+Convert = Callable[[Sequence[Any]], Iterator[Sample | LoadedSample | SampleError]]
+
+
+class DataError(ValueError):
+    """A source's files, or what the user says of them, cannot be imported: a command prints the message alone."""
+
+
+def name_record(error: SampleError, record: Any) -> SampleError:
+    """The error with the record's own id, by which its authors know it; as it is where `record` is no id."""
+    if not isinstance(record, str | int) or isinstance(record, bool):
+        return error
+    return SampleError(error.sample_id, error.rule, f"record {str(record)[:80]!r}: {error.detail}")
 
 
 @dataclass(frozen=True)
@@ -34,18 +46,22 @@ class Scan:
 
 
 class Spans(Sequence):
-    """(start, end) pairs in 16 bytes each: the places of records in a file too large to keep."""
+    """Rows of `width` integers in 8 bytes each: the places (start, end) of records in a file too large to keep."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 2) -> None:
+        self.width = width
         self.numbers = array("q")
 
-    def append(self, start: int, end: int) -> None:
-        self.numbers.extend((start, end))
+    def append(self, *row: int) -> None:
+        """Add one row. Raises ValueError for one of another width."""
+        if len(row) != self.width:
+            raise ValueError(f"a row has {self.width} integers, got {row}")
+        self.numbers.extend(row)
 
     def __len__(self) -> int:
-        return len(self.numbers) // 2
+        return len(self.numbers) // self.width
 
-    def __getitem__(self, index: int) -> tuple[int, int]:
+    def __getitem__(self, index: int) -> tuple[int, ...]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self.numbers[2 * index], self.numbers[2 * index + 1]
+        return tuple(self.numbers[self.width * index : self.width * (index + 1)])
