@@ -155,16 +155,23 @@ def _scan(part: Part, root: str, allow: Sequence[str]) -> Scan:
 def _part_for_each_subset(part: Part, scan: Scan) -> list[Part]:
     names = part.chosen(scan)
     if left := [name for name in scan.subsets if name not in names and not part.subsets]:
-        print(
-            f"  left out, as other subsets are for training: {', '.join(left[:20])}; --subsets takes them", flush=True
-        )
+        print(f"  not taken, as others are for training: {', '.join(left[:20])}; --subsets takes them", flush=True)
     return [replace(part, name=name, subsets=[name]) for name in names]
 
 
 def _try(part: Part, scan: Scan, settings: Settings, workers: Workers) -> Tally:
     """What an import of the part would take and reject."""
-    entries = [entry for name in part.chosen(scan) for entry in scan.subsets[name]]
-    return check_part(entries, scan.convert, scan.image_root, settings, workers, part.name, scan.frame)
+    return check_part(_entries(part, scan), scan.convert, scan.image_root, settings, workers, part.name, scan.frame)
+
+
+def _entries(part: Part, scan: Scan) -> Sequence[Any]:
+    """The entries of all of the part's subsets; of one alone without a copy, as there may be millions."""
+    first, *more = part.chosen(scan)
+    return (
+        list(itertools.chain.from_iterable(scan.subsets[name] for name in (first, *more)))
+        if more
+        else scan.subsets[first]
+    )
 
 
 def _import(
@@ -187,8 +194,7 @@ def _import(
     if run_identity.claim(folder, MadeOf(key, recorded)):
         print(f"{folder} is already imported with these settings", flush=True)
     else:
-        several = list(itertools.chain.from_iterable(scan.subsets[name] for name in names)) if names[1:] else None
-        entries = scan.subsets[names[0]] if several is None else several
+        entries = _entries(part, scan)
         settings = replace(settings, count=count)
         where = scan.image_root, settings, workers, part.name, scan.frame
         tally = import_part(folder, entries, scan.convert, *where)

@@ -409,7 +409,7 @@ def test_only_the_importer_of_hugging_face_data_sets_needs_their_library() -> No
     users = {
         str(file.relative_to(ROOT)) for file in python_files() if "datasets" in set(imported_names(file.read_text()))
     }
-    assert users == {"datamodules/importers/own_data/hf.py", "experiments/bench/trl_side.py"}  # TRL asks for it
+    assert users == {"datamodules/importers/own_data/hf.py", "experiments/bench/trl_contender.py"}  # TRL asks for it
     assert "datasets" not in import_closure(ROOT, "experiments/import_shards.py")
     extras = configparser.ConfigParser()
     extras.read(ROOT / "setup.cfg")

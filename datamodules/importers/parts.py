@@ -63,7 +63,7 @@ class Part:
         if self.count is not None and self.count < 1:
             faults.append(f"count={self.count} is below 1")
         if self.is_own:
-            return faults + self.own.faults() + SOURCES[self.source].root_faults(str(self.place(root)), self.own)
+            return faults + self.own.problems() + SOURCES[self.source].root_faults(str(self.place(root)), self.own)
         if self.own != OwnData():
             faults.append(f"own.* is for {', '.join(OWN_DATA)}: source={self.source!r} says all of it itself")
         return faults + ([] if root and Path(root).is_dir() else [f"root={root!r} is no folder"])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from datamodules.images.image_files import Frame
+from datamodules.persistence.problems import Problems
 
 # What the four numbers of a box mean; x1, y1, x2, y2 but for the names that end in xywh (x, y, width, height).
 #   pixels          pixels of the image file
@@ -62,29 +63,26 @@ class OwnData:
     max_misfits: float = 0.05
     config: str | None = None
 
-    def faults(self) -> list[str]:
-        """All statements that cannot be, each with its field and value."""
-        faults = []
-        if (self.box_format == "resized_pixels") != (self.resized_limits is not None):
-            faults.append(
-                f"own.box_format={self.box_format} with own.resized_limits={self.resized_limits}: pixels after resizing"
-                " need the processor's [min_pixels, max_pixels], such as [3136, 1003520], and nothing else does"
-            )
-        limits = self.resized_limits
-        if limits is not None and (len(limits) != 2 or not 0 < limits[0] <= limits[1]):
-            faults.append(f"own.resized_limits={limits} should be two numbers of pixels, the smaller one first")
-        faults += [
-            f"own.questions: {text!r} should hold {{}} once, where the category stands"
-            for text in self.questions
-            if text.count("{}") != 1 or text.count("{") != 1 or text.count("}") != 1
-        ]
-        if self.images and not Path(self.images).is_dir():
-            faults.append(f"own.images={self.images!r} is no folder")
-        if not 0 <= self.max_misfits <= 1:
-            faults.append(f"own.max_misfits={self.max_misfits} is a share and must lie in 0-1")
-        if "/" in self.name or self.name in (".", ".."):
-            faults.append(f"own.name={self.name!r} must be a plain name")
-        return faults
+    def problems(self) -> Problems:
+        """Every statement that cannot be."""
+        problems, limits = Problems("own."), self.resized_limits
+        needed = self.box_format == "resized_pixels"
+        problems.require(
+            needed == (limits is not None),
+            ": the processor's [min_pixels, max_pixels], such as [3136, 1003520], belong to resized_pixels",
+            box_format=self.box_format,
+            resized_limits=limits,
+        )
+        sound = limits is None or (len(limits) == 2 and 0 < limits[0] <= limits[1])
+        problems.require(sound, "must be two numbers of pixels, the smaller one first", resized_limits=limits)
+        for text in self.questions:
+            once = text.count("{}") == text.count("{") == text.count("}") == 1
+            problems.require(once, "must hold {} once, where the category stands", questions=text)
+        problems.require(not self.images or Path(self.images).is_dir(), "is no folder", images=self.images)
+        problems.require(0 <= self.max_misfits <= 1, "is a share and must lie in 0-1", max_misfits=self.max_misfits)
+        plain = "/" not in self.name and self.name not in (".", "..")
+        problems.require(plain, "must be a plain name", name=self.name)
+        return problems
 
     def dataset_name(self, root: str | Path) -> str:
         """`name`, or the last part of the data set's place: "kites" of /data/kites and of /data/kites.jsonl."""
