@@ -15,6 +15,7 @@ ARGS ?=
 SOURCE ?=
 ROOT ?=
 BOXES ?=
+DATA ?=
 SEED ?=
 RUNS ?=
 SEEDS ?=
@@ -42,7 +43,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help pipeline ablations base shards sft grpo vllm-server sweep agent eval rescore synthesize tables report compare
+.PHONY: help pipeline ablations base shards inspect sft grpo vllm-server sweep agent eval rescore synthesize tables report compare
 .PHONY: dashboard bench bench-gpu chaos lint test test-slow clean
 
 help:  ## Print this help
@@ -72,6 +73,10 @@ base: $(STAMP)  ## Pretrain the nano base model on single-image tasks (half an h
 
 shards: $(STAMP)  ## Generate the synthetic dataset, or import data: SOURCE=mgrounding|refcoco|odinw|v3det|jsonl|hf|coco|mixture.yaml ROOT=folder
 	$(PY) -m experiments.$(if $(SOURCE),$(import),generate_synthetic $(call config,shards)) $(ARGS)
+
+inspect: $(STAMP)  ## A page of samples with their boxes, before training on them: DATA=folder of shards, MODEL=folder counts tokens
+	$(PY) -m experiments.inspect_shards --data $(or $(DATA),$(error DATA=folder is missing)) \
+		$(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 sft: $(STAMP)  ## Train CoT-SFT (LoRA) and merge
 	$(dataset)

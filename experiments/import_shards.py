@@ -1,9 +1,14 @@
 """Import data sets as shards: `make shards SOURCE=mgrounding ROOT=/data/MGrounding-630k`.
 
-SOURCE is one of datamodules/importers/registry.py's, a published data set or the form of your own (jsonl, hf, coco:
-docs/own_data.md), or a YAML that names several with their shares, such as the paper's mixture. <out>/<part>/ holds a
-part's shards, <out>/manifest.json all parts as one folder of shards, <out>/import.json the schema reports and what was
-rejected, and why. A killed import goes on; a finished one is left as it is.
+SOURCE is a name in datamodules/importers/registry.py: a published data set, or the form of your own data (jsonl, hf,
+coco; docs/own_data.md). It may also be a YAML file with several sources and their shares, such as the paper's mixture.
+The output is
+
+    <out>/<part>/         the shards of one part
+    <out>/manifest.json   all parts as one folder of shards
+    <out>/import.json     the schema reports, and the rejected samples by rule
+
+An import that was killed continues. A finished import is left as it is.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import random
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -24,9 +30,9 @@ from datamodules.importers.parts import Part
 from datamodules.importers.reading.field_checks import format_report
 from datamodules.importers.reading.source import DataError, Scan
 from datamodules.importers.registry import OWN_DATA, VERSION
-from datamodules.importers.run_import import Settings, Workers, check_part, forget_parts, import_part
+from datamodules.importers.run_import import Settings, Workers, check_part, forget_parts, import_part, outcomes
 from datamodules.importers.tally import Tally
-from datamodules.persistence.files import fingerprint, read_json, write_json
+from datamodules.persistence.files import fingerprint, read_json, write_atomic, write_json
 from datamodules.persistence.processes import ProcessLost
 from datamodules.streaming.shards import MANIFEST, read_manifest, write_manifest
 from experiments.runs import preflight, run_identity
@@ -34,8 +40,9 @@ from experiments.runs.changes import MadeOf
 from experiments.runs.commands import command
 
 REPORT = "import.json"
-MADE_BY = "import_shards"
+MADE_BY = "import_shards"  # in the marker of a folder: this command has written it and may replace it
 NOTHING_SAID = OwnData()
+PREVIEWED = 10  # records of a part, the first ones and as many at random
 
 
 def run(
@@ -54,30 +61,33 @@ def run(
     processes: int = 0,
     scan_only: bool = False,
     dry_run: bool = False,
+    preview: str = "",
     own: OwnData = NOTHING_SAID,
 ) -> None:
     """Import one source, or the parts of a mixture.
 
     Args:
-        root: folder with the source's files as published, or that holds the folders of a mixture's sources; for your
-            own data a folder or a file, for hf also a name on the Hub
+        root: folder with the files of the source; for a mixture, the folder with the folders of its sources; for your
+            own data a folder or a file, and for hf also a name on the Hub
         source: mgrounding, refcoco, odinw, v3det, jsonl, hf or coco; each of its subsets becomes a part
-        out: folder to write; data/<source>, or data/<name of your data>, if it is not given
-        subsets: patterns of the source's subsets, such as "*/val", or "!vector/*" to leave some out; those meant for
-            training if none are given
-        count: samples to draw at random from each subset; all if it is not given
+        out: folder to write; by default data/<source>, and for your own data data/<its name>
+        subsets: patterns of the source's subsets, such as "*/val", or "!vector/*" to leave some out; by default those
+            for training
+        count: number of samples from each subset, drawn at random; by default all
         parts: a mixture, in place of `source`, `subsets` and `count`
-        surplus: multiplies the counts, for what a later step will filter out
-        seed: seed of the draw
-        records_per_shard: records of the source that go into one shard
-        max_rejected: stop when a larger share of samples breaks a rule
-        one_box: reject answers of several boxes, as in tracks, which training cannot score
-        allow: unknown fields of the source's records to put up with
-        processes: how many to use; 0 is one for each core
+        surplus: all counts are multiplied by this, because a later step will remove some samples
+        seed: seed of the random choice of samples
+        records_per_shard: records of the source in one shard
+        max_rejected: stop if a larger share of the samples breaks a rule
+        one_box: reject answers with several boxes, which training cannot score
+        allow: unknown fields of the source's records that are accepted
+        processes: number of processes; 0 means one for each core
         scan_only: print the schema reports and write nothing
         dry_run: check every record and every image too, print the counts, and write nothing
-        own: what is to be said of your own data (jsonl, hf, coco)
+        preview: file for a page with the first and with random samples, written before any shard
+        own: what you say of your own data (jsonl, hf, coco)
     """
+    # 1. Settings, and the key: a hash of the settings and of the annotation files.
     wanted = [Part(source, source, "", subsets or [], count, own)] if parts is None else parts
     _check(root, source, out, parts, wanted, surplus, records_per_shard)
     folder = Path(out or f"data/{own.dataset_name(root) if source in OWN_DATA else source}")
@@ -92,9 +102,12 @@ def run(
         if run_identity.read_marker(folder).get("key") == key and not is_trial:
             print(f"{folder} is already imported with these settings", flush=True)
             return
+        # 2. Read the annotations of all sources.
         scans = {origin: _scan(part, root, allow or ()) for origin, part in sources.items()}
         if parts is None:
             wanted = _part_for_each_subset(wanted[0], scans[wanted[0].origin])
+        if preview:
+            _write_preview(Path(preview), [(part, scans[part.origin]) for part in wanted], one_box, seed)
         if scan_only:
             return
         with Workers(processes or os.cpu_count() or 1) as workers:
@@ -102,12 +115,15 @@ def run(
                 for part in wanted:
                     print(f"{part.name}:\n{_try(part, scans[part.origin], settings, workers)}", flush=True)
                 return
+            # 3. Write the parts, one after the other. The old manifest goes first, because it may name parts that
+            # will be renamed now.
             run_identity.write_marker(folder, run_identity.STARTED, key=key, made_by=MADE_BY)
-            (folder / MANIFEST).unlink(missing_ok=True)  # of other settings: parts may be moved aside now
+            (folder / MANIFEST).unlink(missing_ok=True)
             tallies = {}
             for part in wanted:
                 scan, found = scans[part.origin], digests[part.origin]
                 tallies[part.name] = _import(folder, part, scan, found, settings, surplus, workers)
+        # 4. The common manifest and report; the marker comes last.
         _finish(folder, {origin: (part, scans[origin]) for origin, part in sources.items()}, tallies)
         run_identity.write_marker(folder, key=key)
 
@@ -121,7 +137,7 @@ def _check(
     surplus: float,
     records_per_shard: int,
 ) -> None:
-    """All wrong settings at once, as SettingsError."""
+    """Raise SettingsError with all wrong settings at once."""
     faults = []
     if (parts is None) == (not source):
         faults.append(f"source={source!r} with {len(parts or ())} parts: exactly one of the two is needed")
@@ -143,7 +159,7 @@ def _check(
 
 
 def _scan(part: Part, root: str, allow: Sequence[str]) -> Scan:
-    """Scan a source and print what it holds."""
+    """Scan a source, and print its schema report and its subsets."""
     print(f"{part.source} in {part.place(root)}:", flush=True)
     scan = part.scan(root, allow)
     print(format_report(scan.report))
@@ -153,10 +169,27 @@ def _scan(part: Part, root: str, allow: Sequence[str]) -> Scan:
 
 
 def _part_for_each_subset(part: Part, scan: Scan) -> list[Part]:
+    """One part for each chosen subset of a single source."""
     names = part.chosen(scan)
     if left := [name for name in scan.subsets if name not in names and not part.subsets]:
         print(f"  not taken, as others are for training: {', '.join(left[:20])}; --subsets takes them", flush=True)
     return [replace(part, name=name, subsets=[name]) for name in names]
+
+
+def _write_preview(page: Path, parts: Sequence[tuple[Part, Scan]], one_box: bool, seed: int) -> None:
+    """The first and some random records of each part as a page."""
+    from experiments.reports.samples_page import Shown, count_tables, render_samples  # loads torch
+
+    groups: dict[str, list[Shown]] = {}
+    for part, scan in parts:
+        entries = _entries(part, scan)
+        drawn = random.Random(seed).sample(range(len(entries)), min(PREVIEWED, len(entries)))
+        for kind, numbers in (("first", range(min(PREVIEWED, len(entries)))), ("at random", sorted(drawn))):
+            made = outcomes([entries[n] for n in numbers], scan.convert, scan.image_root, scan.frame, one_box)
+            groups[f"{part.name}: {len(numbers)} {kind}"] = [Shown(part.name, one) for one in made]
+    tables = count_tables([shown for group in groups.values() for shown in group])
+    write_atomic(page, render_samples("Before the import", groups, tables, "The tables count these samples alone."))
+    print(f"wrote {page}", flush=True)
 
 
 def _try(part: Part, scan: Scan, settings: Settings, workers: Workers) -> Tally:
@@ -183,9 +216,10 @@ def _import(
     surplus: float,
     workers: Workers,
 ) -> dict[str, Any]:
-    """Import one part unless it is there; its tally."""
+    """Import one part, unless it is finished; returns its counts."""
     folder, names = out / part.name, part.chosen(scan)
     count = None if part.count is None else math.ceil(part.count * surplus)
+    # Each part has its own key, so a change in one part of a mixture leaves the others as they are.
     made_of = settings.seed, settings.records_per_shard, settings.one_box
     own = (asdict(part.own),) if part.is_own else ()
     key = fingerprint(VERSION, part.source, digests, names, count, made_of, *own)
@@ -206,7 +240,7 @@ def _import(
 
 
 def _finish(out: Path, scans: dict[tuple[str, str, str], tuple[Part, Scan]], tallies: dict[str, Any]) -> None:
-    """The report of the whole, and the manifest that makes one folder of shards of all parts."""
+    """Write the report of all parts, and the manifest by which the parts are one folder of shards."""
     sources: dict[str, Any] = {}
     for part, scan in scans.values():
         found = {"subsets": {name: len(entries) for name, entries in scan.subsets.items()}, "skipped": scan.skipped}

@@ -16,16 +16,15 @@ from datamodules.persistence.files import file_sha256, fingerprint
 
 @dataclass(frozen=True)
 class Part:
-    """One share of a mixture.
+    """One part of a mixture.
 
     Args:
-        name: its folder below `out`
-        source: what it comes from: mgrounding, refcoco, odinw, v3det, jsonl, hf or coco
-        root: the source's folder, below the mixture's root
-        subsets: patterns of the source's subsets, "!pattern" for those to leave out; those meant for training where
-            none are given
-        count: samples to draw at random; all where none is given
-        own: what is to be said of your own data (jsonl, hf, coco)
+        name: name of its folder in `out`
+        source: mgrounding, refcoco, odinw, v3det, or your own data: jsonl, hf, coco
+        root: folder of the source, below the root of the mixture
+        subsets: patterns of the source's subsets, or "!pattern" to leave some out; by default those for training
+        count: number of samples, drawn at random; by default all
+        own: what you say of your own data (jsonl, hf, coco)
     """
 
     name: str
@@ -69,7 +68,11 @@ class Part:
         return faults + ([] if root and Path(root).is_dir() else [f"root={root!r} is no folder"])
 
     def digests(self, root: str) -> dict[str, str]:
-        """The sha256 of each annotation file, by its name below the source's folder. Raises DataError."""
+        """{path below the source's folder: sha256} of the annotation files.
+
+        Raises:
+            DataError: there is none.
+        """
         place = self.place(root)
         more = (self.own,) if self.is_own else ()
         try:
@@ -79,7 +82,11 @@ class Part:
         return {_name(file, place): file_sha256(file) for file in files}
 
     def scan(self, root: str, allow: Sequence[str]) -> Scan:
-        """Read and check its annotation files. Raises DataError for what cannot be imported."""
+        """Read and check its annotation files.
+
+        Raises:
+            DataError: they hold something that cannot be imported.
+        """
         more = (self.own,) if self.is_own else ()
         try:
             return SOURCES[self.source].scan(self.place(root), allow, *more)
@@ -87,7 +94,11 @@ class Part:
             raise DataError(str(error)) from error
 
     def chosen(self, scan: Scan) -> list[str]:
-        """The subsets that the patterns name, less those of "!patterns". Raises DataError for a pattern without any."""
+        """The subsets that match the part's patterns and none of its "!patterns".
+
+        Raises:
+            DataError: a pattern matches no subset, or no subset is left.
+        """
         without = [pattern[1:] for pattern in self.subsets if pattern.startswith("!")]
         asked = [pattern for pattern in self.subsets if not pattern.startswith("!")]
         patterns = asked or SOURCES[self.source].DEFAULT_SUBSETS

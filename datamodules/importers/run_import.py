@@ -129,8 +129,9 @@ def import_part(
         title: of the progress bar.
         frame: that of the boxes (`Scan.frame`).
 
-    Raises DataError when more than `max_rejected` of the samples break a rule, or when there are fewer than `count`.
-    Finished shards stay for the next run.
+    Raises:
+        DataError: more than `max_rejected` of the samples break a rule, or there are fewer than `count`. Finished
+            shards stay for the next run.
     """
     folder = Path(folder)
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
@@ -206,7 +207,7 @@ def _make_shard(task: _Task) -> dict[str, Any]:
     """Make one shard, or find it made; its note. Without a folder, the samples are counted and nothing is made."""
     if task.folder is None:
         tally = Tally()
-        for outcome in _outcomes(task):
+        for outcome in outcomes(task.entries, task.convert, task.image_root, task.frame, task.one_box):
             tally.count(outcome)
         return tally.to_json()
     note_file = task.folder / PARTS / f"{task.number:05d}.json"
@@ -216,7 +217,7 @@ def _make_shard(task: _Task) -> dict[str, Any]:
     note_file.unlink(missing_ok=True)  # first: a note must never speak of a shard that is being replaced
     tally, shard = Tally(), ShardFile(task.folder, task.number)
     with shard:
-        for outcome in _outcomes(task):
+        for outcome in outcomes(task.entries, task.convert, task.image_root, task.frame, task.one_box):
             if tally.count(outcome):
                 shard.add(outcome)
             if tally.samples == task.limit:
@@ -226,17 +227,24 @@ def _make_shard(task: _Task) -> dict[str, Any]:
     return note
 
 
-def _outcomes(task: _Task) -> Iterator[LoadedSample | SampleError]:
-    """What becomes of each sample of a task's entries, images read and checked."""
-    for made in task.convert(task.entries):
+def outcomes(
+    entries: Sequence[Any], convert: Convert, image_root: Path, frame: Frame | None = None, one_box: bool = False
+) -> Iterator[LoadedSample | SampleError]:
+    """What becomes of each sample of some entries, with its images read and checked.
+
+    Args:
+        entries, convert, image_root, frame: of a `Scan`.
+        one_box: whether answers of several boxes are rejected.
+    """
+    for made in convert(entries):
         if isinstance(made, SampleError):
             yield made
             continue
         sample = made.sample if isinstance(made, LoadedSample) else made
         try:
-            if task.one_box and not isinstance(sample.answer, BoxAnswer):
+            if one_box and not isinstance(sample.answer, BoxAnswer):
                 raise SampleError(sample.id, "several_answers", f"{type(sample.answer).__name__}")
-            yield made if isinstance(made, LoadedSample) else load_images(made, task.image_root, task.frame)
+            yield made if isinstance(made, LoadedSample) else load_images(made, image_root, frame)
         except SampleError as error:
             yield name_record(error, sample.extra.get("record"))
 

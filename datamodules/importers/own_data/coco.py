@@ -83,19 +83,27 @@ def annotation_files(root: Path, own: OwnData) -> list[Path]:
 
 
 def scan(root: Path, allow: Sequence[str], own: OwnData) -> Scan:
-    """Read every annotation file. Raises DataError for a file whose boxes cannot be what COCO, or the user, says they
-    are, for ids that two images or categories have, and where no file holds a question."""
+    """Read every annotation file.
+
+    Raises:
+        DataError: the boxes of a file cannot be what COCO or the user says, two images or two categories have one id,
+            or no file has a question.
+    """
+    # One folder of images for each annotation file: exports of several splits lie side by side.
     schema, skipped, subsets = Schema(allow), Counter({"no_box": 0}), {}
     name, folders, passed_over = own.dataset_name(root), [], []
     for path in annotation_files(root, own):
+        # 1. The file as it is.
         content = _read(path, schema)
         if missing := [key for key in KNOWN if not content.found[key]]:
             passed_over.append(f"{path.name} (no {', '.join(missing)})")
             continue
+        # 2. Its images, and a question for each category of each.
         names = [file_name for file_name, _ in content.images.values()]
         folder = ImageFolder(find_image_root(root, path, names, own.images), own.follow_links, own.frame)
         entries = list(_entries(len(folders), content, skipped, schema))
         folders.append(folder)
+        # 3. Whether its boxes can be what COCO means.
         _check_boxes(path, entries, folder, own, schema)
         subset = _subset(root, path)
         schema.counts["images with a question"][subset] = len(entries)
@@ -148,8 +156,12 @@ def _drafts(entry: ImageEntry, own: OwnData, sample_id: str) -> Iterator[Draft |
 
 
 def _read(path: Path, schema: Schema) -> DetectionFile:
-    """The file's three arrays, and every field counted. Raises DataError for JSON that is not whole, and for an id that
-    two images or two categories have: nothing says which of the two an annotation means."""
+    """Read the three arrays of a file, and count every field.
+
+    Raises:
+        DataError: the JSON is not whole, or two images or two categories have one id: nothing says which of the two an
+            annotation means.
+    """
     content = DetectionFile()
     try:
         for item in stream_json(path):
@@ -190,6 +202,7 @@ def _keep(content: DetectionFile, kind: str, value: Mapping[str, Any], where: st
 
 def _annotation(value: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
     """(image id, category id, four numbers or the fault)."""
+    # CVAT's: the box of a rotated rectangle is the one before its rotation.
     attributes = value.get("attributes")
     rotation = attributes.get("rotation") if isinstance(attributes, Mapping) else None
     box: Any
@@ -221,6 +234,7 @@ def _entries(file: int, content: DetectionFile, skipped: Counter[str], schema: S
             faults.append((rule, detail))
             # What it shows is not known: no question of this image can be sure of its answer.
             continue
+        # Exports of several annotators, joined, hold the same box twice.
         entry = content.categories[category], box
         if entry in boxes[image]:
             schema.count("annotations given twice", "counted once")

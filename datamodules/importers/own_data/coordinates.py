@@ -28,7 +28,11 @@ class Written(NamedTuple):
 
 
 def read_numbers(values: Any, sample_id: str) -> tuple[float, float, float, float]:
-    """Four numbers as floats; one beyond a float's range is infinite. Raises SampleError "box_length", "field_type"."""
+    """The four numbers of a box as floats. A number beyond the range of floats becomes infinite.
+
+    Raises:
+        SampleError: "box_length" or "field_type"; these are not four numbers.
+    """
     if not isinstance(values, list | tuple):
         raise SampleError(sample_id, "field_type", f"a box is a list of four numbers, got {values!r:.100}")
     if len(values) != 4:
@@ -41,7 +45,9 @@ def read_numbers(values: Any, sample_id: str) -> tuple[float, float, float, floa
 def to_unit(
     values: Sequence[float], coordinates: Coordinates, size: Size, limits: Limits, sample_id: str
 ) -> tuple[Box, bool]:
-    """Four numbers -> unit xyxy, and whether an edge that lay outside by no more than rounding was moved to the border.
+    """Convert four numbers to a unit xyxy box; also returns whether an edge was moved onto the border of the image.
+
+    Only an edge that lies outside by no more than rounding is moved.
 
     Args:
         values: the four numbers.
@@ -50,8 +56,9 @@ def to_unit(
         limits: of the resizing, for resized pixels.
         sample_id: for the error.
 
-    Raises SampleError "box_in_unit" for numbers in 0-1 that are said to be none, and "not_finite_box",
-    "degenerate_box" or "out_of_range_box".
+    Raises:
+        SampleError: "box_in_unit" for numbers in 0-1 that are said to be others; "not_finite_box", "degenerate_box" or
+            "out_of_range_box".
     """
     if fault := misfit(values, coordinates, size, limits):
         canvas = "x".join(map(str, _canvas(coordinates, size, limits)[0]))
@@ -92,7 +99,7 @@ def refuse_misfits(
     limits: Limits,
     most: float,
 ) -> dict[str, int]:
-    """Raise DataError, with three examples, where the boxes of a file contradict what their numbers are said to mean.
+    """Refuse a file whose boxes contradict what their numbers are said to mean.
 
     Args:
         where: the file, for the message.
@@ -101,7 +108,12 @@ def refuse_misfits(
         limits: of the resizing, for resized pixels.
         most: the share of boxes that may contradict it; those are rejected one by one.
 
-    Returns how many of the boxes each format could mean.
+    Returns:
+        {box format: how many of the boxes it could mean}.
+
+    Raises:
+        DataError: too many boxes contradict `coordinates`, or nothing says what the numbers mean. The message has three
+            examples and the formats that fit.
     """
     fits = count_fits(boxes, limits)
     best = max(fits.values())

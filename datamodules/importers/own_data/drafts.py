@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from datamodules.importers.own_data.conversation import IMAGE_TAG, Conversation, Exchange
 from datamodules.importers.own_data.coordinates import read_numbers
-from datamodules.importers.own_data.forms import IMAGE_TAG, Conversation, Exchange, form_of, read_conversation
+from datamodules.importers.own_data.forms import form_of, read_conversation
 from datamodules.importers.own_data.statement import Coordinates, OwnData
 from datamodules.importers.reading.coco_annotations import QUESTIONS
 from datamodules.importers.reading.image_references import BOX, label_before, named_images
@@ -56,6 +57,7 @@ class DraftRecord:
     images: tuple[Any, ...]
     drafts: tuple[Draft | SampleError, ...]
     coordinates: Coordinates | None
+    has_system: bool = False
 
 
 def draft_record(record: Mapping[str, Any], own: OwnData, sample_id: str) -> DraftRecord:
@@ -66,7 +68,8 @@ def draft_record(record: Mapping[str, Any], own: OwnData, sample_id: str) -> Dra
         own: the user's statements.
         sample_id: of the record, for the errors.
 
-    Raises SampleError for a record that has no form, and for rules of `read_conversation` and `detection_drafts`.
+    Raises:
+        SampleError: the record has no form, or breaks a rule of `read_conversation`.
     """
     record = _renamed(record, own.fields)
     form = form_of(record, sample_id)
@@ -75,6 +78,7 @@ def draft_record(record: Mapping[str, Any], own: OwnData, sample_id: str) -> Dra
         drafts = _detections(record["objects"], own, sample_id)
         return DraftRecord(form, (image,), tuple(drafts), own.box_format)
     talk = read_conversation(record, form, sample_id)
+    # What the record itself says stands above the user's word, and that above a default of the form.
     coordinates = talk.coordinates if talk.is_stated else own.box_format or talk.coordinates
     if talk.is_stated and own.box_format not in (None, talk.coordinates):
         detail = f"the record's bbox_type says {talk.coordinates}, own.box_format={own.box_format}"
@@ -86,7 +90,7 @@ def draft_record(record: Mapping[str, Any], own: OwnData, sample_id: str) -> Dra
             drafts.append(_draft(talk, exchange, number == 0, own, name))
         except SampleError as error:
             drafts.append(error)
-    return DraftRecord(form, talk.images, tuple(drafts), coordinates)
+    return DraftRecord(form, talk.images, tuple(drafts), coordinates, talk.has_system)
 
 
 def detection_drafts(
@@ -143,8 +147,10 @@ def _detections(objects: Mapping[str, Any], own: OwnData, sample_id: str) -> Ite
 def _draft(talk: Conversation, exchange: Exchange, shows_images: bool, own: OwnData, name: str) -> Draft:
     """One exchange as a question; `shows_images` for the first one of a record."""
     num_images = len(talk.images)
+    # 1. The answer's boxes, and the image of each.
     boxes, text, thinking = _answer_boxes(exchange.answer, name)
     images, source = _images_of(boxes, text, exchange, talk.by_default, own, num_images, name)
+    # 2. The question's texts, images and boxes. A later question of a talk is asked over the same images.
     question = exchange.question
     if not (shows_images and IMAGE_TAG in question):
         question = IMAGE_TAG * num_images + question
@@ -153,6 +159,7 @@ def _draft(talk: Conversation, exchange: Exchange, shows_images: bool, own: OwnD
     if exchange.num_boxes not in (None, num_boxes):
         detail = f"{num_boxes} boxes in question and answer, {exchange.num_boxes} of them from objects"
         raise SampleError(name, "bbox_count", detail)
+    # 3. The label that stands nearest to each box.
     marked = exchange.label or label_before(exchange.question)
     found = [
         DraftBox(placed.box.values, image, placed.box.label or label_before(text, placed.start) or marked)
@@ -168,12 +175,14 @@ def _answer_boxes(answer: Any, name: str) -> tuple[list[PlacedBox], str, str | N
         # The reader of models' answers looks only at parts of very long ones: of a true answer nothing may be lost.
         if len(answer) > MAX_MARKS and sum(not character.isalnum() for character in answer) > MAX_MARKS:
             raise SampleError(name, "answer_too_long", f"{len(answer):,} characters")
+        # What a model would be read to answer: without its thinking, inside its answer tags where it has any.
         text = answer_text(answer) or ""
         parsed = parse_answer(answer, lenient=True)
         thinking = parsed.thinking if isinstance(parsed, ParsedAnswer) else None
     found = BoxesInText(text, lenient=True)
     if not isinstance(answer, str):
         found.read(answer)
+    # A model may write a box and say it again in other words; in a true answer that would be one box or two.
     kinds = [kind for kind in (found.keyed, found.bare, found.written) if kind]
     if found.num_bad or len(kinds) > 1:
         rule = "unreadable_box" if found.num_bad else "mixed_boxes"
@@ -193,11 +202,13 @@ def _images_of(
     name: str,
 ) -> tuple[list[int], str]:
     """The image of each box of an answer, and what said it: "single", "record", "form", "answer" or "question"."""
+    # 1. One image: there is nothing to say.
     if num_images == 1 and (exchange.answer_images is None or by_default):
         return [0] * len(boxes), "single"
     named = named_images(text, num_images, name) if num_images > 1 else []
     asked = {image for _, image in named_images(exchange.question, num_images, name)} if num_images > 1 else set()
     in_answer = {image for _, image in named}
+    # 2. The record, or the form's default.
     if exchange.answer_images is not None:
         given = exchange.answer_images
         images = list(given) * (len(boxes) if len(given) == 1 else 1)
@@ -210,11 +221,13 @@ def _images_of(
             detail = f"image_id says {images}, the text names image {said.pop()}, counted from 0"
             raise SampleError(name, "image_conflict", detail)
         return images, "form" if by_default else "record"
+    # 3. The answer's own words.
     if len(in_answer) == 1:
         return [*in_answer] * len(boxes), "answer"
     if len(boxes) > 1 and named and all(named[0][0] < placed.start for placed in boxes):
         # "In the first image … [box]; in the second … [box]": the nearest one before each box.
         return [[image for place, image in named if place < placed.start][-1] for placed in boxes], "answer"
+    # 4. The question's words, where the user says that they count.
     if in_answer or len(asked) != 1 or not own.image_in_question:
         detail = f"nothing says which of {num_images} images the box is in; give the record a field image_id"
         raise SampleError(name, "image_unknown", f"{detail}: {exchange.question[-100:]!r} -> {text!r:.100}")

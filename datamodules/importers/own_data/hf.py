@@ -51,7 +51,11 @@ def annotation_files(root: Path, own: OwnData) -> list[Path]:
 
 
 def scan(root: Path, allow: Sequence[str], own: OwnData) -> Scan:
-    """Look at every row once, without its images. Raises DataError where boxes cannot be what is said of them."""
+    """Look at every row once, without its images.
+
+    Raises:
+        DataError: the library cannot read the data set, its boxes cannot be what is said of them, or it has no box.
+    """
     splits = _open(str(root), own.config)
     folder = ImageFolder(_image_root(root, own), own.follow_links, own.frame)
     schema, skipped, subsets, names = Schema(allow), Counter({"no_box": 0}), {}, None
@@ -107,6 +111,7 @@ def _without_images(rows: Any, own: OwnData) -> Iterator[tuple[int, dict[str, An
     """(number, row) of all rows, each image replaced by a name: the bytes of images stay on the disk."""
     import pyarrow
 
+    # Images are structs of bytes and path: a stand-in takes their place before rows become Python objects.
     columns = [own.fields.get(name, name) for name in IMAGE_COLUMNS]
     for start in range(0, len(rows), BATCH):
         table = rows[start : min(start + BATCH, len(rows))]

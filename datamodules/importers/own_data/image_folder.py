@@ -49,8 +49,9 @@ class ImageFolder:
     def read(self, images: Sequence[Any], sample_id: str) -> ReadImages:
         """The images of one record: file names, or {"bytes", "path"} as the library `datasets` has them.
 
-        Raises SampleError: "image_path" (it leads out of the folder), "remote_image" (a URL), "missing_image", and the
-        rules of `read_headers`.
+        Raises:
+            SampleError: "image_path" (it leads out of the folder), "remote_image" (a URL), "missing_image", or a rule
+                of `read_headers`.
         """
         names, files = [], []
         for number, image in enumerate(images):
@@ -62,7 +63,11 @@ class ImageFolder:
         return ReadImages(tuple(names), tuple(files), tuple(headers), tuple(sizes))
 
     def sizes(self, images: Sequence[Any], sample_id: str) -> list[Size]:
-        """(width, height) of each image in the frame of the boxes, by its header alone. Raises as `read`."""
+        """(width, height) of each image in the frame of the boxes, by its header alone.
+
+        Raises:
+            SampleError: as `read`.
+        """
         sizes = []
         for number, image in enumerate(images):
             name, data = self._embedded(image, number)
@@ -107,9 +112,11 @@ class ImageFolder:
         """The name below the root, of a relative or an absolute one."""
         if not isinstance(image, str) or not image:
             raise SampleError(sample_id, "field_type", f"an image is a file's name, got {image!r:.100}")
+        # Qwen's chat format writes file:///data/a.jpg.
         name = image.removeprefix("file://")
         if _URL.match(name):
             raise SampleError(sample_id, "remote_image", f"{name[:80]!r} is no file here: download it first")
+        # Other tools advise absolute names: one below the root is as good as a relative one.
         if os.path.isabs(name):
             roots = (os.path.abspath(self.root), os.path.realpath(self.root))
             below = [os.path.relpath(name, root) for root in roots if os.path.normpath(name).startswith(root + os.sep)]
@@ -156,7 +163,8 @@ def find_image_root(root: Path, path: Path, names: Sequence[str], stated: str) -
         names: of its images; the first PROBED are looked for.
         stated: `OwnData.images`.
 
-    Raises DataError where the images are in none of the places that tools use, or in several.
+    Raises:
+        DataError: the images are in none of the places that tools use, or in several.
     """
     if stated:
         return Path(stated)

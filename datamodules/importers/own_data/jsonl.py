@@ -52,7 +52,11 @@ def annotation_files(root: Path, own: OwnData) -> list[Path]:
 
 
 def scan(root: Path, allow: Sequence[str], own: OwnData) -> Scan:
-    """Look at every record once. Raises DataError where boxes cannot be what is said of them."""
+    """Look at every record once.
+
+    Raises:
+        DataError: a file cannot be read as records, its boxes cannot be what is said of them, or no record has a box.
+    """
     base = root.parent if root.is_file() else root
     folder = ImageFolder(Path(own.images) if own.images else base, own.follow_links, own.frame)
     reader = RecordReader("jsonl", own.dataset_name(root), own, folder)
@@ -93,7 +97,10 @@ def convert(
 def _records(path: Path) -> Iterator[tuple[int, int, int, dict[str, Any] | SampleError]]:
     """(start, end, position, record) of each record of a file: its bytes, and its line or its place in the list from 1.
 
-    What is no record is the error that says why. Raises DataError for a file that cannot be read as records at all.
+    What is no record is the error that says why.
+
+    Raises:
+        DataError: the file cannot be read as records at all.
     """
     if (first := _first(path)) is None:
         raise DataError(f"{path} is UTF-16: save it as UTF-8")
@@ -104,6 +111,7 @@ def _records(path: Path) -> Iterator[tuple[int, int, int, dict[str, Any] | Sampl
         except ValueError as error:
             raise DataError(f"{error}: the list is not whole, or is no list of records") from error
         return
+    # Byte by byte and not as text: places in the file are needed, and one line that is no UTF-8 costs itself alone.
     with path.open("rb") as file:
         start = len(BOM) if file.read(len(BOM)) == BOM else 0
         file.seek(start)

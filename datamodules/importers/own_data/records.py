@@ -78,6 +78,7 @@ class RecordReader:
         coordinates = made.coordinates
         if coordinates is None:  # so rare in its file that the check of the whole did not see it
             raise SampleError(name, "box_format_unknown", "nothing says what its numbers mean: state own.box_format")
+        # 1. Boxes to 0-1, each by the size of its own image.
         boxes = [self._box(box, coordinates, images, name) for box in draft.boxes]
         parts, asked = [], []
         for part in draft.parts:
@@ -89,6 +90,7 @@ class RecordReader:
                 parts.append({"type": "image", "image": part})
             elif part:
                 parts.append({"type": "text", "text": part})
+        # 2. What is noted beside the sample, and the sample itself, checked like every other.
         answers = [answer for answer, _ in boxes]
         extra: dict[str, Any] = {"image_from": draft.image_from, "form": made.form}
         if (number := self._own_id(record)) is not None:
@@ -107,6 +109,7 @@ class RecordReader:
                 "extra": extra,
             }
         )
+        # 3. Boxes of stored pixels become boxes of the image as it is shown.
         return turn_upright(LoadedSample(sample, images.files), images.headers, self.folder.frame)
 
     def _box(
@@ -181,10 +184,14 @@ class RecordScan:
             return not self._skip(error.rule)
         except RecursionError:
             return True
+        # 1. What the file holds.
         self.schema.count("forms", made.form)
         self.schema.count("images a record", str(len(made.images)))
+        if made.has_system:
+            self.schema.count("system prompts", "not used: the project's own stands in the chat template")
         known = [own.fields.get(name, name) for name in FIELDS[made.form]]
         self.schema.tally(f"{made.form} record", record, known)
+        # 2. Whether it is a question, and its boxes for the check of the whole file.
         sound = [draft for draft in made.drafts if isinstance(draft, Draft)]
         if not sound:
             rules = {draft.rule for draft in made.drafts if isinstance(draft, SampleError)}
@@ -195,6 +202,7 @@ class RecordScan:
 
     def finish(self, where: str) -> None:
         """Raise DataError where the boxes contradict the box format, or none is known. Forget the kept records."""
+        # Records of several forms may say different things: each kind is compared with its own.
         by_coordinates: dict[Coordinates | None, list[Written]] = {}
         for kept in self.drawn.kept:
             written = by_coordinates.setdefault(kept.coordinates, [])

@@ -52,7 +52,8 @@ def read_headers(
         files: their bytes, or the open files.
         frame: that in which boxes were measured, None where it is not known.
 
-    Raises SampleError: "turned_image" (EXIF turns it when shown, and `frame` is None), and the rules of `open_image`.
+    Raises:
+        SampleError: "turned_image" (EXIF turns it when shown, and `frame` is None), or a rule of `open_image`.
     """
     headers = []
     for path, file in zip(paths, files, strict=True):

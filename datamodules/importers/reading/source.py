@@ -53,7 +53,11 @@ class Spans(Sequence):
         self.numbers = array("q")
 
     def append(self, *row: int) -> None:
-        """Add one row. Raises ValueError for one of another width."""
+        """Add one row.
+
+        Raises:
+            ValueError: the row has another width.
+        """
         if len(row) != self.width:
             raise ValueError(f"a row has {self.width} integers, got {row}")
         self.numbers.extend(row)
