@@ -31,9 +31,11 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A record's images and exchanges. `coordinates` are what the form says of its boxes, None where it says nothing;
-    `is_stated` is whether the record itself says it. `by_default` is whether the form, and not the record, says which
-    images boxes are in."""
+    """A record's images and exchanges.
+
+    `coordinates` are what the form says of its boxes, None where it says nothing; `is_stated` is whether the record
+    itself says it. `by_default` is whether the form, and not the record, says which images boxes are in.
+    """
 
     form: str
     images: tuple[Any, ...]
@@ -45,6 +47,11 @@ class Conversation:
 
 
 def read_image_ids(value: Any, sample_id: str) -> tuple[int, ...] | None:
+    """The images of boxes, counted from 0: of one number or of a list; None where none are given.
+
+    Raises:
+        SampleError: "image_id"; these are not whole numbers.
+    """
     if value is None:
         return None
     values = list(value) if isinstance(value, list | tuple) else [value]
@@ -61,6 +68,11 @@ def as_list(value: Any) -> Any:
 
 
 def read_list(value: Any, name: str, sample_id: str) -> list[Any]:
+    """A field that must be a list.
+
+    Raises:
+        SampleError: "field_type".
+    """
     value = as_list(value)
     if not isinstance(value, list | tuple):
         raise SampleError(sample_id, "field_type", f"{name} is no list but {value!r:.100}")
@@ -68,6 +80,11 @@ def read_list(value: Any, name: str, sample_id: str) -> list[Any]:
 
 
 def read_text(value: Any, name: str, sample_id: str) -> str:
+    """A field that must be a text.
+
+    Raises:
+        SampleError: "field_type".
+    """
     if not isinstance(value, str):
         raise SampleError(sample_id, "field_type", f"{name} is no text but {value!r:.100}")
     return value

@@ -95,7 +95,8 @@ def read_conversation(record: Mapping[str, Any], form: str, sample_id: str) -> C
     if form == "objects":
         return replace(fill_objects(record["objects"], images, pairs, sample_id), has_system=has_system)
     ids = read_image_ids(record.get("image_id"), sample_id)
-    label = read_text(record.get("label") or "", "label", sample_id)
+    # Of another type it is another field: the class of a classifier, or whether an answer is a good one (KTO).
+    label = record["label"] if isinstance(record.get("label"), str) else ""
     exchanges = tuple(Exchange(question, answer, None, ids, label) for (_, question), (_, answer) in pairs)
     return Conversation(form, images, exchanges, has_system=has_system)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from datamodules.benchmarks.mig_bench import load_mig_bench
 from datamodules.importers import mgrounding, odinw, refcoco
 from datamodules.importers.own_data import coco, jsonl
 from datamodules.importers.own_data.statement import COORDINATES, OwnData
@@ -59,4 +60,7 @@ def test_the_published_records_import_as_they_stand(tmp_path: Path) -> None:
     (tmp_path / "rc/refcoco/instances.json").write_text(json.dumps(found["ODinW"]))
     (entry,) = refcoco.scan(tmp_path / "rc").subsets["refcoco_unc/train"]
     assert entry.phrase == "the lady in blue" and entry.box == [10.0, 20.0, 30.5, 40.0]
+    (tmp_path / "MIG_data.json").write_text(json.dumps([found["MIG_data"]]))
+    ((question,), dirty) = load_mig_bench(tmp_path / "MIG_data.json")
+    assert question.answer == BoxAnswer(1, (0.418, 0.391, 0.595, 0.546), "") and not dirty
     assert set(found) == {"MGrounding-630k", "RefCOCO", "ODinW", "MIG_data"}

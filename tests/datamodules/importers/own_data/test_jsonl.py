@@ -324,6 +324,14 @@ def test_text_answers_are_counted_apart_and_not_rejected(tmp_path: Path) -> None
     assert [one.rule for one in outcomes(scan) if isinstance(one, SampleError)] == ["no_box"], "a turn of a talk"
 
 
+def test_a_label_that_is_no_text_is_another_field_and_system_prompts_are_counted(tmp_path: Path) -> None:
+    record = answered("In image 1: [0, 0, 8, 8]", label=True, system="Be kind.")
+    scan = jsonl.scan(write_jsonl(tmp_path, [record]), (), PIXELS)
+    (loaded,) = outcomes(scan)
+    assert loaded.sample.answer.label == ""
+    assert sum(scan.report["counts"]["system prompts"].values()) == 1
+
+
 def test_unknown_fields_are_counted_and_shown(tmp_path: Path) -> None:
     scan = jsonl.scan(write_jsonl(tmp_path, [QWEN | {"score": 0.5}, QWEN | {"score": 1, "meta": {}}]), (), PIXELS)
     assert scan.report["counts"]["unknown fields of messages record, not used"] == {"score": 2, "meta": 1}
