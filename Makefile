@@ -14,6 +14,8 @@ BENCH ?=
 ARGS ?=
 SOURCE ?=
 ROOT ?=
+BOXES ?=
+DATA ?=
 SEED ?=
 RUNS ?=
 SEEDS ?=
@@ -33,14 +35,15 @@ answer = $(if $(filter-out 0,$(REDO)),--redo) $(if $(filter-out 0,$(KEEP)),--kee
 # The nano configurations need the synthetic dataset. It is generated once; a finished one is kept, also if `make shards`
 # has made it with other ARGS. Another CONFIG has its own data.
 dataset = $(if $(CONFIG),,$(PY) -m experiments.generate_synthetic --config $(NANO)/shards.yaml --keep=true)
-# SOURCE is the name of a source, or the YAML of a mixture.
-import = import_shards $(if $(filter %.yaml,$(SOURCE)),--config,--source) $(SOURCE) $(if $(ROOT),--root $(ROOT))
+# SOURCE is the name of a source, or the YAML of a mixture. BOXES is what the four numbers of your own boxes mean.
+import = import_shards $(if $(filter %.yaml,$(SOURCE)),--config,--source) $(SOURCE) $(if $(ROOT),--root $(ROOT)) \
+	$(if $(BOXES),--own.box_format $(BOXES))
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 # The tensors in the tests are tiny. On two cores, a second OpenMP thread made the tests many times slower.
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help pipeline ablations base shards sft grpo vllm-server sweep agent eval rescore synthesize tables report compare
+.PHONY: help pipeline ablations base shards inspect sft grpo vllm-server sweep agent eval rescore synthesize tables report compare
 .PHONY: dashboard bench bench-gpu chaos lint test test-slow clean
 
 help:  ## Print this help
@@ -68,8 +71,12 @@ ablations: $(STAMP)  ## The paper's Tables 2, 3 and 9: all rows or ROWS="sft grp
 base: $(STAMP)  ## Pretrain the nano base model on single-image tasks (half an hour or more on two CPU cores; resumes)
 	$(PY) -m experiments.nano.pretrain --processes 2 $(ARGS)
 
-shards: $(STAMP)  ## Generate the synthetic dataset, or import data: SOURCE=mgrounding|refcoco|odinw|v3det|mixture.yaml ROOT=folder
+shards: $(STAMP)  ## Generate the synthetic dataset, or import data: SOURCE=mgrounding|refcoco|odinw|v3det|jsonl|hf|coco|mixture.yaml ROOT=folder
 	$(PY) -m experiments.$(if $(SOURCE),$(import),generate_synthetic $(call config,shards)) $(ARGS)
+
+inspect: $(STAMP)  ## A page of samples with their boxes, before training on them: DATA=folder of shards, MODEL=folder counts tokens
+	$(PY) -m experiments.inspect_shards --data $(or $(DATA),$(error DATA=folder is missing)) \
+		$(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 sft: $(STAMP)  ## Train CoT-SFT (LoRA) and merge
 	$(dataset)

@@ -1,7 +1,8 @@
-"""Import published data sets as shards: `make shards SOURCE=mgrounding ROOT=/data/MGrounding-630k`.
+"""Import data sets as shards: `make shards SOURCE=mgrounding ROOT=/data/MGrounding-630k`.
 
-SOURCE is a name in datamodules/importers/registry.py, or a YAML file with several sources and their shares, such as the
-paper's mixture. The output is
+SOURCE is a name in datamodules/importers/registry.py: a published data set, or the form of your own data (jsonl, hf,
+coco; docs/own_data.md). It may also be a YAML file with several sources and their shares, such as the paper's mixture.
+The output is
 
     <out>/<part>/         the shards of one part
     <out>/manifest.json   all parts as one folder of shards
@@ -12,23 +13,26 @@ An import that was killed continues. A finished import is left as it is.
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
 import math
 import os
+import random
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import auto_cli
 
-from datamodules.importers.field_checks import format_report
-from datamodules.importers.registry import SOURCES, VERSION
-from datamodules.importers.run_import import Settings, Workers, forget_parts, import_part
-from datamodules.importers.source import Scan
-from datamodules.persistence.files import file_sha256, fingerprint, read_json, write_json
+from datamodules.importers.own_data.statement import OwnData
+from datamodules.importers.parts import Part
+from datamodules.importers.reading.field_checks import format_report
+from datamodules.importers.reading.source import DataError, Scan
+from datamodules.importers.registry import OWN_DATA, VERSION
+from datamodules.importers.run_import import Settings, Workers, check_part, forget_parts, import_part, outcomes
+from datamodules.importers.tally import Tally
+from datamodules.persistence.files import fingerprint, read_json, write_atomic, write_json
 from datamodules.persistence.processes import ProcessLost
 from datamodules.streaming.shards import MANIFEST, read_manifest, write_manifest
 from experiments.runs import preflight, run_identity
@@ -37,25 +41,8 @@ from experiments.runs.commands import command
 
 REPORT = "import.json"
 MADE_BY = "import_shards"  # in the marker of a folder: this command has written it and may replace it
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part of a mixture.
-
-    Args:
-        name: name of its folder in `out`
-        source: mgrounding, refcoco, odinw or v3det
-        root: folder of the source, below the root of the mixture
-        subsets: patterns of the source's subsets, or "!pattern" to leave some out; by default those for training
-        count: number of samples, drawn at random; by default all
-    """
-
-    name: str
-    source: str
-    root: str = ""
-    subsets: list[str] = field(default_factory=list)
-    count: int | None = None
+NOTHING_SAID = OwnData()
+PREVIEWED = 10  # records of a part, the first ones and as many at random
 
 
 def run(
@@ -73,13 +60,17 @@ def run(
     allow: list[str] | None = None,
     processes: int = 0,
     scan_only: bool = False,
+    dry_run: bool = False,
+    preview: str = "",
+    own: OwnData = NOTHING_SAID,
 ) -> None:
     """Import one source, or the parts of a mixture.
 
     Args:
-        root: folder with the published files of the source; for a mixture, the folder with the folders of its sources
-        source: mgrounding, refcoco, odinw or v3det; each of its subsets becomes a part
-        out: folder to write; by default data/<source>
+        root: folder with the files of the source; for a mixture, the folder with the folders of its sources; for your
+            own data a folder or a file, and for hf also a name on the Hub
+        source: mgrounding, refcoco, odinw, v3det, jsonl, hf or coco; each of its subsets becomes a part
+        out: folder to write; by default data/<source>, and for your own data data/<its name>
         subsets: patterns of the source's subsets, such as "*/val", or "!vector/*" to leave some out; by default those
             for training
         count: number of samples from each subset, drawn at random; by default all
@@ -92,37 +83,48 @@ def run(
         allow: unknown fields of the source's records that are accepted
         processes: number of processes; 0 means one for each core
         scan_only: print the schema reports and write nothing
+        dry_run: check every record and every image too, print the counts, and write nothing
+        preview: file for a page with the first and with random samples, written before any shard
+        own: what you say of your own data (jsonl, hf, coco)
     """
     # 1. Settings, and the key: a hash of the settings and of the annotation files.
-    _check(root, source, out, parts, [count, *(part.count for part in parts or ())], surplus, records_per_shard)
-    folder = Path(out or f"data/{source}")
+    wanted = [Part(source, source, "", subsets or [], count, own)] if parts is None else parts
+    _check(root, source, out, parts, wanted, surplus, records_per_shard)
+    folder = Path(out or f"data/{own.dataset_name(root) if source in OWN_DATA else source}")
     settings = Settings(None, seed, records_per_shard, max_rejected, one_box)
-    wanted = [Part(source, source, "", subsets or [], count)] if parts is None else parts
-    digests = {(part.source, part.root): _digests(part, root) for part in wanted}
-    plan = [asdict(part) | {"digests": digests[part.source, part.root]} for part in wanted]
+    sources = {part.origin: part for part in wanted}
+    digests = {origin: part.digests(root) for origin, part in sources.items()}
+    plan = [part.describe() | {"digests": digests[part.origin]} for part in wanted]
     key = fingerprint(VERSION, plan, parts is None, surplus, seed, records_per_shard, one_box)
+    is_trial = scan_only or dry_run
     with run_identity.locked(folder):
         _refuse_foreign(folder)
-        if run_identity.read_marker(folder).get("key") == key and not scan_only:
+        if run_identity.read_marker(folder).get("key") == key and not is_trial:
             print(f"{folder} is already imported with these settings", flush=True)
             return
         # 2. Read the annotations of all sources.
-        scans = {place: _scan(*place, root, allow or ()) for place in digests}
+        scans = {origin: _scan(part, root, allow or ()) for origin, part in sources.items()}
+        if parts is None:
+            wanted = _part_for_each_subset(wanted[0], scans[wanted[0].origin])
+        if preview:
+            _write_preview(Path(preview), [(part, scans[part.origin]) for part in wanted], one_box, seed)
         if scan_only:
             return
-        # 3. Write the parts, one after the other. The old manifest goes first, because it may name parts that will be
-        # renamed now.
-        run_identity.write_marker(folder, run_identity.STARTED, key=key, made_by=MADE_BY)
-        (folder / MANIFEST).unlink(missing_ok=True)
-        if parts is None:
-            wanted = _part_for_each_subset(wanted[0], scans[source, ""])
-        tallies = {}
         with Workers(processes or os.cpu_count() or 1) as workers:
+            if dry_run:
+                for part in wanted:
+                    print(f"{part.name}:\n{_try(part, scans[part.origin], settings, workers)}", flush=True)
+                return
+            # 3. Write the parts, one after the other. The old manifest goes first, because it may name parts that
+            # will be renamed now.
+            run_identity.write_marker(folder, run_identity.STARTED, key=key, made_by=MADE_BY)
+            (folder / MANIFEST).unlink(missing_ok=True)
+            tallies = {}
             for part in wanted:
-                place = part.source, part.root
-                tallies[part.name] = _import(folder, part, scans[place], digests[place], settings, surplus, workers)
+                scan, found = scans[part.origin], digests[part.origin]
+                tallies[part.name] = _import(folder, part, scan, found, settings, surplus, workers)
         # 4. The common manifest and report; the marker comes last.
-        _finish(folder, scans, tallies)
+        _finish(folder, {origin: (part, scans[origin]) for origin, part in sources.items()}, tallies)
         run_identity.write_marker(folder, key=key)
 
 
@@ -131,23 +133,24 @@ def _check(
     source: str,
     out: str,
     parts: Sequence[Part] | None,
-    counts: Sequence[int | None],
+    wanted: Sequence[Part],
     surplus: float,
     records_per_shard: int,
 ) -> None:
     """Raise SettingsError with all wrong settings at once."""
     faults = []
-    if not Path(root).is_dir() or not root:
-        faults.append(f"root={root!r} is no folder")
     if (parts is None) == (not source):
         faults.append(f"source={source!r} with {len(parts or ())} parts: exactly one of the two is needed")
+    else:
+        faults += dict.fromkeys(fault for part in wanted for fault in part.faults(root))
     if parts is not None and not out:
         faults.append("out='': a mixture needs a folder to write")
-    names = [source] * bool(source) + [part.source for part in parts or ()]
-    faults += [f"source={name!r} is none of {', '.join(SOURCES)}" for name in names if name not in SOURCES]
     folders = [part.name for part in parts or ()]
     faults += [f"two parts are named {name!r}" for name in sorted(set(folders)) if folders.count(name) > 1]
-    faults += [f"count={count} is below 1" for count in counts if count is not None and count < 1]
+    # Ids of samples begin with the data set's name: two of one name would share ids.
+    origins = {part.origin: part for part in wanted if part.is_own}
+    names = [part.own.dataset_name(part.place(root)) for part in origins.values()]
+    faults += [f"two data sets are named {name!r}: say own.name" for name in set(names) if names.count(name) > 1]
     if surplus < 1:
         faults.append(f"surplus={surplus} is below 1")
     if records_per_shard < 1:
@@ -155,45 +158,53 @@ def _check(
     preflight.raise_all(faults)
 
 
-def _digests(part: Part, root: str) -> dict[str, str]:
-    """{path: sha256} of the annotation files of a part's source."""
-    files = SOURCES[part.source].annotation_files(Path(root, part.root))
-    return {str(file.relative_to(Path(root, part.root))): file_sha256(file) for file in files}
-
-
-def _scan(source: str, below: str, root: str, allow: Sequence[str]) -> Scan:
+def _scan(part: Part, root: str, allow: Sequence[str]) -> Scan:
     """Scan a source, and print its schema report and its subsets."""
-    print(f"{source} in {Path(root, below)}:", flush=True)
-    scan = SOURCES[source].scan(Path(root, below), allow)
+    print(f"{part.source} in {part.place(root)}:", flush=True)
+    scan = part.scan(root, allow)
     print(format_report(scan.report))
     print("  subsets: " + ", ".join(f"{name} {len(entries):,}" for name, entries in scan.subsets.items()))
     print("  no questions: " + (", ".join(f"{why} {n:,}" for why, n in scan.skipped.items()) or "none"), flush=True)
     return scan
 
 
-def _chosen(part: Part, scan: Scan) -> list[str]:
-    """The subsets that match the part's patterns and none of its "!patterns".
-
-    Raises:
-        ValueError: a pattern matches no subset, or no subset is left.
-    """
-    without = [pattern[1:] for pattern in part.subsets if pattern.startswith("!")]
-    asked = [pattern for pattern in part.subsets if not pattern.startswith("!")]
-    patterns = asked or SOURCES[part.source].DEFAULT_SUBSETS
-
-    def matches(name: str, some: Sequence[str]) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in some)
-
-    names = [name for name in scan.subsets if matches(name, patterns) and not matches(name, without)]
-    idle = [pattern for pattern in asked if not fnmatch.filter(scan.subsets, pattern)]
-    if idle or not names:
-        raise ValueError(f"{part.name}: subsets={idle or list(patterns)} match none of {', '.join(scan.subsets)}")
-    return names
-
-
 def _part_for_each_subset(part: Part, scan: Scan) -> list[Part]:
     """One part for each chosen subset of a single source."""
-    return [Part(name, part.source, part.root, [name], part.count) for name in _chosen(part, scan)]
+    names = part.chosen(scan)
+    if left := [name for name in scan.subsets if name not in names and not part.subsets]:
+        print(f"  not taken, as others are for training: {', '.join(left[:20])}; --subsets takes them", flush=True)
+    return [replace(part, name=name, subsets=[name]) for name in names]
+
+
+def _write_preview(page: Path, parts: Sequence[tuple[Part, Scan]], one_box: bool, seed: int) -> None:
+    """The first and some random records of each part as a page."""
+    from experiments.reports.samples_page import Shown, count_tables, render_samples  # loads torch
+
+    groups: dict[str, list[Shown]] = {}
+    for part, scan in parts:
+        entries = _entries(part, scan)
+        drawn = random.Random(seed).sample(range(len(entries)), min(PREVIEWED, len(entries)))
+        for kind, numbers in (("first", range(min(PREVIEWED, len(entries)))), ("at random", sorted(drawn))):
+            made = outcomes([entries[n] for n in numbers], scan.convert, scan.image_root, scan.frame, one_box)
+            groups[f"{part.name}: {len(numbers)} {kind}"] = [Shown(part.name, one) for one in made]
+    tables = count_tables([shown for group in groups.values() for shown in group])
+    write_atomic(page, render_samples("Before the import", groups, tables, "The tables count these samples alone."))
+    print(f"wrote {page}", flush=True)
+
+
+def _try(part: Part, scan: Scan, settings: Settings, workers: Workers) -> Tally:
+    """What an import of the part would take and reject."""
+    return check_part(_entries(part, scan), scan.convert, scan.image_root, settings, workers, part.name, scan.frame)
+
+
+def _entries(part: Part, scan: Scan) -> Sequence[Any]:
+    """The entries of all of the part's subsets; of one alone without a copy, as there may be millions."""
+    first, *more = part.chosen(scan)
+    return (
+        list(itertools.chain.from_iterable(scan.subsets[name] for name in (first, *more)))
+        if more
+        else scan.subsets[first]
+    )
 
 
 def _import(
@@ -206,19 +217,18 @@ def _import(
     workers: Workers,
 ) -> dict[str, Any]:
     """Import one part, unless it is finished; returns its counts."""
-    folder, names = out / part.name, _chosen(part, scan)
+    folder, names = out / part.name, part.chosen(scan)
     count = None if part.count is None else math.ceil(part.count * surplus)
     # Each part has its own key, so a change in one part of a mixture leaves the others as they are.
     made_of = settings.seed, settings.records_per_shard, settings.one_box
-    key = fingerprint(VERSION, part.source, digests, names, count, made_of)
+    own = (asdict(part.own),) if part.is_own else ()
+    key = fingerprint(VERSION, part.source, digests, names, count, made_of, *own)
     recorded = {"version": VERSION, "source": part.source, "subsets": names, "count": count, "annotations": digests}
     recorded |= dict(zip(("seed", "records_per_shard", "one_box"), made_of, strict=True))
     if run_identity.claim(folder, MadeOf(key, recorded)):
         print(f"{folder} is already imported with these settings", flush=True)
     else:
-        # The entries of a single subset are not copied into a list.
-        several = list(itertools.chain.from_iterable(scan.subsets[name] for name in names)) if names[1:] else None
-        entries = scan.subsets[names[0]] if several is None else several
+        entries = _entries(part, scan)
         settings = replace(settings, count=count)
         where = scan.image_root, settings, workers, part.name, scan.frame
         tally = import_part(folder, entries, scan.convert, *where)
@@ -229,13 +239,13 @@ def _import(
     return read_json(folder / REPORT)
 
 
-def _finish(out: Path, scans: dict[tuple[str, str], Scan], tallies: dict[str, Any]) -> None:
+def _finish(out: Path, scans: dict[tuple[str, str, str], tuple[Part, Scan]], tallies: dict[str, Any]) -> None:
     """Write the report of all parts, and the manifest by which the parts are one folder of shards."""
-    sources = {
-        f"{source} {below}".strip(): scan.report
-        | {"subsets": {name: len(entries) for name, entries in scan.subsets.items()}, "skipped": scan.skipped}
-        for (source, below), scan in scans.items()
-    }
+    sources: dict[str, Any] = {}
+    for part, scan in scans.values():
+        found = {"subsets": {name: len(entries) for name, entries in scan.subsets.items()}, "skipped": scan.skipped}
+        said = {"own": asdict(part.own)} if part.is_own else {}
+        sources[f"{part.source} {part.root}".strip()] = scan.report | found | said
     write_json(out / REPORT, {"sources": sources, "parts": tallies})
     shards = [
         shard | {"name": f"{name}/{shard['name']}"} for name in tallies for shard in read_manifest(out / name)["shards"]
@@ -245,10 +255,10 @@ def _finish(out: Path, scans: dict[tuple[str, str], Scan], tallies: dict[str, An
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """End the program if `folder` holds files that no import has written."""
+    """End the program where `folder` holds anything that no import has made."""
     made_here = run_identity.read_marker(folder, run_identity.STARTED).get("made_by") == MADE_BY
     if folder.exists() and any(folder.iterdir()) and not made_here:
-        sys.exit(f"out={str(folder)!r} holds files that no import has written; choose another folder")
+        sys.exit(f"out={str(folder)!r} holds what was not made here; choose another folder")
 
 
 @command
@@ -256,7 +266,7 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of `make shards SOURCE=...`."""
     try:
         auto_cli(run, as_positional=False, args=args)
-    except (preflight.SettingsError, ProcessLost) as error:
+    except (preflight.SettingsError, DataError, ProcessLost) as error:
         sys.exit(str(error))
 
 

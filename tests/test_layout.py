@@ -18,6 +18,8 @@ ROOMS = {
     "datamodules": (
         ("synthetic/benchmark_replicas",),
         ("importers", "synthetic"),
+        ("importers/own_data",),
+        ("importers/reading",),
         ("metrics",),
         ("streaming", "benchmarks"),
         ("encoding",),
@@ -402,7 +404,19 @@ def test_only_the_masks_of_polygons_need_opencv() -> None:
     extras.read(ROOT / "setup.cfg")
     assert "opencv-python-headless" in extras["options.extras_require"]["benchmarks"]
     assert "opencv" not in extras["options"]["install_requires"]
-    assert "benchmarks]" in extras["options.extras_require"]["dev"]
+    assert "benchmarks," in extras["options.extras_require"]["dev"]
+
+
+def test_only_the_importer_of_hugging_face_data_sets_needs_their_library() -> None:
+    users = {
+        str(file.relative_to(ROOT)) for file in python_files() if "datasets" in set(imported_names(file.read_text()))
+    }
+    assert users == {"datamodules/importers/own_data/hf.py", "experiments/bench/trl_contender.py"}  # TRL asks for it
+    assert "datasets" not in import_closure(ROOT, "experiments/import_shards.py")
+    extras = configparser.ConfigParser()
+    extras.read(ROOT / "setup.cfg")
+    assert "datasets" in extras["options.extras_require"]["hf"] and "hf]" in extras["options.extras_require"]["dev"]
+    assert "datasets" not in extras["options"]["install_requires"]
 
 
 def test_nothing_is_unpickled_from_disk() -> None:

@@ -19,10 +19,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from datamodules.benchmarks.mig_bench import relative_name
-from datamodules.importers.field_checks import Schema
-from datamodules.importers.image_references import BOX, Marked, bind, label_before, question_parts
-from datamodules.importers.json_stream import stream_json
-from datamodules.importers.source import Scan, Spans
+from datamodules.importers.reading.field_checks import Schema
+from datamodules.importers.reading.image_references import BOX, Marked, bind, label_before, question_parts
+from datamodules.importers.reading.json_stream import stream_json
+from datamodules.importers.reading.source import Scan, Spans, name_record
 from datamodules.samples.sample import Sample, SampleError
 
 NAME = "MGrounding-630k"
@@ -126,7 +126,13 @@ def convert(path: Path, spans: Sequence[tuple[int, int]]) -> Iterator[Sample | S
 
 
 def record_samples(record: Mapping[str, Any], place: int) -> Iterator[Sample | SampleError]:
-    """`place` makes ids unique: the record's own are not said to be."""
+    """`place` makes ids unique: the record's own are not said to be. An error names those too."""
+    for sample in _questions(record, place):
+        yield name_record(sample, record["id"]) if isinstance(sample, SampleError) else sample
+
+
+def _questions(record: Mapping[str, Any], place: int) -> Iterator[Sample | SampleError]:
+    """A sample for each question of a record, or what is wrong with it."""
     task = SUBSETS[PurePosixPath(record["images"][0]).parts[1]]
     name = f"mgrounding/{task}/{place}"
     turns = record["conversations"]

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from datamodules.importers.coco import Entry, convert, read_coco, single_box_entries
-from datamodules.importers.field_checks import Schema
-from datamodules.importers.source import Scan
+from datamodules.importers.reading.coco_annotations import Entry, convert, read_coco, single_box_entries
+from datamodules.importers.reading.field_checks import Schema
+from datamodules.importers.reading.source import Scan
 
 FILE = "annotations_without_background.json"
 SPLITS = ("train", "valid", "test", "mini_val")

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.benchmarks.base import refuse_repeated
-from datamodules.importers.coco import Annotation, CocoFile, Entry, convert, read_coco
-from datamodules.importers.field_checks import Schema
 from datamodules.importers.plain_pickle import load_plain_pickle
-from datamodules.importers.source import Scan
+from datamodules.importers.reading.coco_annotations import Annotation, CocoFile, Entry, convert, read_coco
+from datamodules.importers.reading.field_checks import Schema
+from datamodules.importers.reading.source import Scan
 
 DATASETS = ("refcoco", "refcoco+", "refcocog")
 SPLITS = ("train", "val", "test", "testA", "testB")

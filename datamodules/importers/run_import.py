@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import random
 import shutil
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack, closing
@@ -20,17 +20,16 @@ from typing import Any
 from tqdm import tqdm
 
 from datamodules.images.image_files import Frame
-from datamodules.importers.image_bytes import load_images
-from datamodules.importers.source import Convert
+from datamodules.importers.reading.image_bytes import load_images
+from datamodules.importers.reading.source import Convert, DataError, name_record
+from datamodules.importers.tally import Tally
 from datamodules.persistence.files import read_json, write_json
 from datamodules.persistence.processes import end_with_parent, process_pool
-from datamodules.samples.sample import BoxAnswer, SampleError
+from datamodules.samples.sample import BoxAnswer, LoadedSample, SampleError
 from datamodules.streaming.shards import ShardFile, write_manifest
 
 PARTS = ".parts"
-NUM_EXAMPLES = 3  # of each rule, kept with their detail
 MIN_JUDGED = 500  # samples seen before the share of rejected ones is judged
-COUNTED = ("image_from", "repaired", "turned")  # fields of a sample's `extra` whose values the report counts
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class _Task:
-    folder: Path
+    folder: Path | None  # None: check the samples and write nothing
     number: int
     entries: Sequence[Any]
     convert: Convert
@@ -54,40 +53,6 @@ class _Task:
     one_box: bool
     frame: Frame | None = None  # that of the boxes
     limit: int | None = None  # samples at most
-
-
-class Tally:
-    """Samples taken and rejected, with the rules that the rejected ones break; adds up over shards."""
-
-    def __init__(self) -> None:
-        self.samples = 0
-        self.rejected: Counter[str] = Counter()
-        self.examples: dict[str, list[str]] = {}
-        self.counts: dict[str, Counter[str]] = {}
-
-    def reject(self, error: SampleError) -> None:
-        self.add({"rejected": {error.rule: 1}, "examples": {error.rule: [f"{error.sample_id}: {error.detail:.200}"]}})
-
-    def add(self, note: dict[str, Any]) -> None:
-        self.samples += note.get("samples", 0)
-        self.rejected.update(note["rejected"])
-        for rule, examples in note["examples"].items():
-            known = self.examples.setdefault(rule, [])
-            known += examples[: NUM_EXAMPLES - len(known)]
-        for what, counts in note.get("counts", {}).items():
-            self.counts.setdefault(what, Counter()).update(counts)
-
-    def to_json(self) -> dict[str, Any]:
-        counts = {what: dict(counter) for what, counter in self.counts.items()}
-        rejected = dict(self.rejected.most_common())
-        return {"samples": self.samples, "rejected": rejected, "examples": self.examples, "counts": counts}
-
-    def __str__(self) -> str:
-        lines = [f"  {self.samples:,} samples, {self.rejected.total():,} rejected"]
-        for rule, count in self.rejected.most_common():
-            lines.append(f"    {rule} {count:,}: {'; '.join(self.examples[rule])}")
-        lines += [f"    {what}: {dict(counter)}" for what, counter in self.counts.items()]
-        return "\n".join(lines)
 
 
 class Workers:
@@ -164,8 +129,9 @@ def import_part(
         title: of the progress bar.
         frame: that of the boxes (`Scan.frame`).
 
-    Raises ValueError when more than `max_rejected` of the samples break a rule, or when there are fewer than `count`.
-    Finished shards stay for the next run.
+    Raises:
+        DataError: more than `max_rejected` of the samples break a rule, or there are fewer than `count`. Finished
+            shards stay for the next run.
     """
     folder = Path(folder)
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
@@ -186,9 +152,31 @@ def import_part(
                 break
     _judge(title, tally, settings.max_rejected, at_least=1)
     if settings.count is not None and tally.samples < settings.count:
-        raise ValueError(f"{title}: count={settings.count}, but only {tally.samples} usable samples are there\n{tally}")
+        raise DataError(f"{title}: count={settings.count}, but only {tally.samples} usable samples are there\n{tally}")
     _remove_strays(folder, {shard["name"] for shard in shards})
     write_manifest(folder, shards)
+    return tally
+
+
+def check_part(
+    entries: Sequence[Any],
+    convert: Convert,
+    image_root: Path,
+    settings: Settings,
+    workers: Workers,
+    title: str,
+    frame: Frame | None = None,
+) -> Tally:
+    """The counts that `import_part` would return for all entries, with every image read; nothing is written.
+
+    Args: those of `import_part`.
+    """
+    tally = Tally()
+    finished = workers.in_order(_tasks(None, entries, convert, image_root, replace(settings, count=None), frame))
+    with tqdm(total=len(entries), desc=title, unit="record") as bar, closing(finished):
+        for task, note in finished:
+            tally.add(note)
+            bar.update(len(task.entries))
     return tally
 
 
@@ -198,7 +186,7 @@ def forget_parts(folder: str | Path) -> None:
 
 
 def _tasks(
-    folder: Path,
+    folder: Path | None,
     entries: Sequence[Any],
     convert: Convert,
     image_root: Path,
@@ -216,7 +204,12 @@ def _tasks(
 
 
 def _make_shard(task: _Task) -> dict[str, Any]:
-    """Make one shard, or find it made; its note."""
+    """Make one shard, or find it made; its note. Without a folder, the samples are counted and nothing is made."""
+    if task.folder is None:
+        tally = Tally()
+        for outcome in outcomes(task.entries, task.convert, task.image_root, task.frame, task.one_box):
+            tally.count(outcome)
+        return tally.to_json()
     note_file = task.folder / PARTS / f"{task.number:05d}.json"
     note = read_json(note_file)
     if note and task.limit in (None, note["limit"]) and _is_there(task.folder, note["shard"]):
@@ -224,26 +217,36 @@ def _make_shard(task: _Task) -> dict[str, Any]:
     note_file.unlink(missing_ok=True)  # first: a note must never speak of a shard that is being replaced
     tally, shard = Tally(), ShardFile(task.folder, task.number)
     with shard:
-        for sample in task.convert(task.entries):
-            try:
-                if isinstance(sample, SampleError):
-                    raise sample
-                if task.one_box and not isinstance(sample.answer, BoxAnswer):
-                    raise SampleError(sample.id, "several_answers", f"{type(sample.answer).__name__}")
-                loaded = load_images(sample, task.image_root, task.frame)
-                shard.add(loaded)
-            except SampleError as error:
-                tally.reject(error)
-                continue
-            tally.samples += 1
-            for what in COUNTED:
-                if what in loaded.sample.extra:
-                    tally.counts.setdefault(what, Counter())[loaded.sample.extra[what]] += 1
+        for outcome in outcomes(task.entries, task.convert, task.image_root, task.frame, task.one_box):
+            if tally.count(outcome):
+                shard.add(outcome)
             if tally.samples == task.limit:
                 break
     note = {"limit": task.limit, "shard": shard.entry, **tally.to_json()}
     write_json(note_file, note)
     return note
+
+
+def outcomes(
+    entries: Sequence[Any], convert: Convert, image_root: Path, frame: Frame | None = None, one_box: bool = False
+) -> Iterator[LoadedSample | SampleError]:
+    """What becomes of each sample of some entries, with its images read and checked.
+
+    Args:
+        entries, convert, image_root, frame: of a `Scan`.
+        one_box: whether answers of several boxes are rejected.
+    """
+    for made in convert(entries):
+        if isinstance(made, SampleError):
+            yield made
+            continue
+        sample = made.sample if isinstance(made, LoadedSample) else made
+        try:
+            if one_box and not isinstance(sample.answer, BoxAnswer):
+                raise SampleError(sample.id, "several_answers", f"{type(sample.answer).__name__}")
+            yield made if isinstance(made, LoadedSample) else load_images(made, image_root, frame)
+        except SampleError as error:
+            yield name_record(error, sample.extra.get("record"))
 
 
 def _is_there(folder: Path, shard: dict[str, Any] | None) -> bool:
@@ -254,7 +257,7 @@ def _is_there(folder: Path, shard: dict[str, Any] | None) -> bool:
 def _judge(title: str, tally: Tally, max_rejected: float, at_least: int) -> None:
     seen = tally.samples + tally.rejected.total()
     if seen >= at_least and tally.rejected.total() > max_rejected * seen:
-        raise ValueError(
+        raise DataError(
             f"{title}: {tally.rejected.total()} of {seen} samples rejected, more than max_rejected={max_rejected}: the"
             f" files are not as expected, or some are not here\n{tally}"
         )

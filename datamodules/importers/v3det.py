@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datamodules.importers.coco import convert, read_coco, single_box_entries
-from datamodules.importers.field_checks import Schema
-from datamodules.importers.json_stream import stream_json
-from datamodules.importers.source import Scan
+from datamodules.importers.reading.coco_annotations import convert, read_coco, single_box_entries
+from datamodules.importers.reading.field_checks import Schema
+from datamodules.importers.reading.json_stream import stream_json
+from datamodules.importers.reading.source import Scan
 
 PREFIX = "v3det_2023_v1"
 SPLITS = ("train", "val")

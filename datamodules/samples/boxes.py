@@ -48,16 +48,21 @@ def box_fault(box: Box) -> str | None:
 
 
 def from_pixels_xywh(values: Sequence[float], size: tuple[int, int], tolerance: float = 1.0) -> tuple[Box, bool]:
-    """Convert COCO's box to a unit xyxy box; also returns whether an edge was moved onto the border of the image.
+    """Convert COCO's x, y, width, height in pixels to a unit xyxy box; the rest is as in `from_pixels_xyxy`."""
+    x, y, width, height = values
+    return from_pixels_xyxy((x, y, x + width, y + height), size, tolerance)
+
+
+def from_pixels_xyxy(edges: Sequence[float], size: tuple[int, int], tolerance: float = 1.0) -> tuple[Box, bool]:
+    """Convert xyxy in pixels to a unit xyxy box; also returns whether an edge was moved onto the border of the image.
 
     Args:
-        values: x, y, width, height in pixels.
+        edges: x1, y1, x2, y2 in pixels.
         size: (width, height) of the image in pixels.
         tolerance: in pixels. An edge that lies outside by at most this is moved onto the border. An edge farther
             outside stays where it is, and `box_fault` reports it.
     """
-    x, y, width, height = values
-    edges, limits = (x, y, x + width, y + height), (*size, *size)
+    edges, limits = tuple(edges), (*size, *size)
     clamped = []
     for edge, limit in zip(edges, limits, strict=True):
         # The tools of annotators round, so an edge may lie slightly outside.

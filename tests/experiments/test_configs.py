@@ -15,6 +15,7 @@ from jsonargparse import auto_parser
 from callbacks.checkpoints import WholeCheckpoints, WindowCheckpoint
 from callbacks.rejection_sampling import RejectionSampling
 from datamodules.encoding.messages import PromptStyle
+from datamodules.importers.registry import SOURCES
 from experiments import (
     ablations,
     generate_synthetic,
@@ -169,7 +170,7 @@ def test_the_paper_mixture_has_the_counts_of_its_table_1() -> None:
     counts: Counter[str] = Counter()
     for part in settings["parts"]:
         counts[part["name"] if part["source"] == "mgrounding" else part["source"]] += part["count"]
-        default = import_shards.SOURCES[part["source"]].DEFAULT_SUBSETS
+        default = SOURCES[part["source"]].DEFAULT_SUBSETS
         drawn = {pattern for pattern in part["subsets"] if not pattern.startswith("!")}
         assert part["source"] == "mgrounding" or drawn <= set(default), "training splits alone"
     counts["odinw and v3det"] = counts.pop("odinw") + counts.pop("v3det")

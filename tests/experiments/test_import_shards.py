@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from datamodules.benchmarks.odinw import SETS
-from datamodules.importers.registry import SOURCES
-from datamodules.importers.source import Scan
+from datamodules.importers.parts import Part
+from datamodules.importers.reading.source import Scan
+from datamodules.importers.registry import PUBLISHED
 from datamodules.persistence.files import read_json
 from datamodules.streaming.shards import ShardReader, read_manifest
 from experiments import import_shards
@@ -95,7 +96,7 @@ def test_each_source_becomes_a_folder_of_shards(data: Path, tmp_path: Path, caps
 
 
 def test_every_source_is_tested_here() -> None:
-    assert set(SOURCES) == {"mgrounding", "refcoco", "odinw", "v3det"}
+    assert set(PUBLISHED) == {"mgrounding", "refcoco", "odinw", "v3det"}
 
 
 def test_a_mixture_draws_its_shares_and_multiplies_them_by_the_surplus(data: Path, tmp_path: Path) -> None:
@@ -139,14 +140,14 @@ def test_changed_annotations_are_imported_anew(data: Path, tmp_path: Path) -> No
 def test_subsets_are_chosen_by_patterns_and_training_splits_are_the_default(data: Path, tmp_path: Path) -> None:
     run(source="refcoco", root=data / "rc", out=tmp_path / "val", subsets='["*/val"]')
     assert [sample.id for sample in samples(tmp_path / "val")] == ["refcoco_unc/1/2", "refcoco_unc/1/3"]
-    with pytest.raises(ValueError, match=r"subsets=\['\*/test'\] match none of refcoco_unc/train, refcoco_unc/val"):
+    with pytest.raises(SystemExit, match=r"subsets=\['\*/test'\] match none of refcoco_unc/train, refcoco_unc/val"):
         run(source="refcoco", root=data / "rc", out=tmp_path / "test", subsets='["*/val", "*/test"]')
 
 
 def test_a_surprise_stops_before_anything_is_written_unless_it_is_allowed(data: Path, tmp_path: Path) -> None:
     record = published.mgrounding_record(0) | {"hint": "x"}
     published.write_mgrounding(data / "mg", [record])
-    with pytest.raises(ValueError, match="unknown field 'hint'"):
+    with pytest.raises(SystemExit, match="unknown field 'hint'"):
         run(source="mgrounding", root=data / "mg", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     run(source="mgrounding", root=data / "mg", out=tmp_path / "out", allow='["hint"]')
@@ -169,9 +170,11 @@ def test_a_scan_writes_nothing(data: Path, tmp_path: Path, capsys) -> None:
 
 def test_wrong_settings_are_all_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as caught:
-        run(source="coco", root=tmp_path / "gone", count=0, surplus=0.5, records_per_shard=0)
-    for fault in ("root=", "source='coco'", "count=0", "surplus=0.5", "records_per_shard=0"):
+        run(source="odinw", root=tmp_path / "gone", count=0, surplus=0.5, records_per_shard=0)
+    for fault in ("root=", "count=0", "surplus=0.5", "records_per_shard=0"):
         assert fault in str(caught.value)
+    with pytest.raises(SystemExit, match="source='imagenet' is none of mgrounding"):
+        run(source="imagenet", root=tmp_path)
     with pytest.raises(SystemExit, match="exactly one of the two"):
         run(root=tmp_path)
 
@@ -229,13 +232,13 @@ def test_a_pattern_with_a_mark_leaves_subsets_out(data: Path, tmp_path: Path) ->
     published.write_odinw(data / "od", place="vector/train")
     run(source="odinw", root=data / "od", out=tmp_path / "out", subsets='["!vector/*"]')
     assert {sample.images[0].split("/")[0] for sample in samples(tmp_path / "out")} == {"WildfireSmoke"}
-    with pytest.raises(ValueError, match="match none of"):
+    with pytest.raises(SystemExit, match="match none of"):
         run(source="odinw", root=data / "od", out=tmp_path / "no", subsets='["*/train", "!*"]')
 
 
 def test_the_papers_mixture_draws_from_no_set_that_is_evaluated(tmp_path: Path) -> None:
     settings = yaml.safe_load((ROOT / "experiments/configs/paper/cot_mixture.yaml").read_text())
-    (part,) = [import_shards.Part(**part) for part in settings["parts"] if part["source"] == "odinw"]
+    (part,) = [Part(**part) for part in settings["parts"] if part["source"] == "odinw"]
     evaluated = [f"{folder}/train" for folder in SETS.values()]
     scan = Scan(dict.fromkeys([*evaluated, "Aquarium/train", "Aquarium/valid"], ()), None, tmp_path, {})
-    assert import_shards._chosen(part, scan) == ["Aquarium/train"]
+    assert part.chosen(scan) == ["Aquarium/train"]

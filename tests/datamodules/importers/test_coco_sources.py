@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from datamodules.importers import odinw, refcoco, v3det
-from datamodules.importers.coco import QUESTIONS, Entry, convert
-from datamodules.importers.image_bytes import load_images
-from datamodules.importers.source import Scan
+from datamodules.importers.reading.coco_annotations import QUESTIONS, Entry, convert
+from datamodules.importers.reading.image_bytes import load_images
+from datamodules.importers.reading.source import Scan
 from datamodules.samples.sample import BoxAnswer, Sample, SampleError, TextPart
 from tests.datamodules.importers.published import (
     coco_file,

@@ -53,7 +53,7 @@ def cases(tmp_path: Path) -> Path:
 
 
 def test_the_shared_file_of_a_repeated_image_id_is_refused(cases: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"images\[1\]: field 'id' is 0, as of an earlier record"):
+    with pytest.raises(SystemExit, match=r"images\[1\]: field 'id' is 0, as of an earlier record"):
         run("odinw", cases / "repeated_image_id", tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.tar"))
 
@@ -62,7 +62,7 @@ def test_the_shared_boxes_in_0_1_are_counted_under_their_rule(cases: Path, tmp_p
     part = run("odinw", cases / "boxes_in_unit", tmp_path / "out", max_rejected=1.0)
     assert part["samples"] == 0 and part["rejected"] == {"box_in_unit": 2}
     assert "where COCO means pixels" in part["examples"]["box_in_unit"][0]
-    with pytest.raises(ValueError, match=r"2 of 2 samples rejected.*\n.*\n.*box_in_unit 2"):
+    with pytest.raises(SystemExit, match=r"2 of 2 samples rejected.*\n.*\n.*box_in_unit 2"):
         run("odinw", cases / "boxes_in_unit", tmp_path / "strict", max_rejected=0.2)
 
 

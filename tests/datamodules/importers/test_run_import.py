@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from datamodules.importers import run_import
-from datamodules.importers.coco import Entry, convert
+from datamodules.importers.reading.coco_annotations import Entry, convert
 from datamodules.importers.run_import import PARTS, Settings, Workers, forget_parts, import_part
 from datamodules.samples.sample import Sample, SampleError
 from datamodules.streaming.shards import ShardReader, read_manifest

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+BOM = b"\xef\xbb\xbf"  # that some editors write before UTF-8
 CHUNK = 1 << 20  # bytes read at a time
 MAX_ITEM = 1 << 27  # bytes of one item; a broken file would else be read whole before it is called broken
 LONGEST_CUT = 2  # characters after a number that may yet belong to it: "e-". More is something else, a fault
@@ -33,7 +34,9 @@ def stream_json(path: str | Path) -> Iterator[Item]:
     Memory holds one item and a few chunks. Raises ValueError, naming the byte, for a file that is not such JSON.
     """
     with Path(path).open("rb") as file:
-        yield from _Stream(file, path).items()
+        skipped = len(BOM) if file.read(len(BOM)) == BOM else 0
+        file.seek(skipped)
+        yield from _Stream(file, path, skipped).items()
 
 
 class _Stream:
@@ -42,9 +45,9 @@ class _Stream:
     JSON's own characters are ASCII, so the structure reads the same; a value with others is decoded again from bytes.
     """
 
-    def __init__(self, file: Any, path: str | Path) -> None:
+    def __init__(self, file: Any, path: str | Path, base: int = 0) -> None:
         self.file, self.path = file, path
-        self.text, self.place, self.base, self.ended = "", 0, 0, False
+        self.text, self.place, self.base, self.ended = "", 0, base, False
 
     def items(self) -> Iterator[Item]:
         opening = self.peek()

@@ -8,7 +8,7 @@ from PIL import Image
 
 from datamodules.images.image_files import Frame
 from datamodules.images.image_loading import load_image
-from datamodules.importers.image_bytes import load_images
+from datamodules.importers.reading.image_bytes import load_images
 from datamodules.samples.sample import BoxAnswer, BoxPart, ImagePart, Sample, SampleError, TextPart
 from tests.datamodules.image_mutations import PNG_MAGIC, encoded, grey16, pixels, png_chunk
 from tests.datamodules.importers.published import jpeg

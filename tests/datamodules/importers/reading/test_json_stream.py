@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from datamodules.importers import json_stream
-from datamodules.importers.json_stream import stream_json
+from datamodules.importers.reading import json_stream
+from datamodules.importers.reading.json_stream import stream_json
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.floats(allow_nan=False) | st.text(max_size=12),

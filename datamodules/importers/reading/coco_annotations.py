@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from datamodules.benchmarks.base import refuse_repeated
 from datamodules.benchmarks.mig_bench import relative_name
-from datamodules.importers.field_checks import NUMBER, Kinds, Schema
-from datamodules.importers.json_stream import stream_json
+from datamodules.importers.reading.field_checks import NUMBER, Kinds, Schema
+from datamodules.importers.reading.json_stream import stream_json
 from datamodules.samples.boxes import from_pixels_xywh, is_unit_xywh
 from datamodules.samples.sample import Sample, SampleError
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 Kinds = type | tuple[type, ...]
 NUMBER = (int, float)
 _NO_BOOL = (int, NUMBER, (int, str))  # Python's True is an int, JSON's is not a number
 REPORTED = 600  # characters of a first record in the printed report
+MOST_NAMES = 200  # different field names that are counted one by one: a file may use ids as names
 
 
 class Schema:
@@ -52,8 +53,20 @@ class Schema:
         self.keys[kind].update(record.keys())
         self.first.setdefault(kind, record)
 
+    def tally(self, kind: str, record: Mapping[str, Any], known: Collection[str]) -> None:
+        """Count the fields of a record that any tool may have written: nothing is refused, unknown fields are shown."""
+        for name in map(str, record):
+            self._count_name(self.keys[kind], name)
+            if name not in known:
+                self._count_name(self.counts[f"unknown fields of {kind}, not used"], name)
+        self.first.setdefault(kind, record)
+
     def count(self, what: str, value: str) -> None:
         self.counts[what][value] += 1
+
+    @staticmethod
+    def _count_name(counter: Counter[str], name: str) -> None:
+        counter[name if name in counter or len(counter) < MOST_NAMES else "(further names)"] += 1
 
     def report(self) -> dict[str, Any]:
         """{"keys": {kind: {key: n}}, "counts": {what: {value: n}}, "first": {kind: record}}."""

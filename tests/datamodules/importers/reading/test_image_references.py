@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from datamodules.importers.image_references import bind, label_before, named_images, question_parts
+from datamodules.importers.reading.image_references import bind, label_before, named_images, question_parts
 from datamodules.samples.sample import SampleError
 
 A, B = "<|box_start|>(100,200),(300,400)<|box_end|>", "<|box_start|>(1,2),(3,4)<|box_end|>"

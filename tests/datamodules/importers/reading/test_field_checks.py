@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from datamodules.importers.field_checks import NUMBER, Schema, format_report
+from datamodules.importers.reading.field_checks import NUMBER, Schema, format_report
 
 REQUIRED = {"id": int, "name": str}
 OPTIONAL = {"area": NUMBER, "novel": object}

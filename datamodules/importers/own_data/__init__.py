@@ -1,0 +1,1 @@
+"""Data of your own: JSON lines, Hugging Face data sets, COCO detection files."""

@@ -1,0 +1,286 @@
+"""COCO detection files as annotation tools export them: what a tool adds is counted and shown, and not refused.
+
+{"images": [{"id", "file_name", "width", "height"}], "categories": [{"id", "name"}],
+ "annotations": [{"image_id", "category_id", "bbox": [x, y, width, height]}]}
+
+`bbox` is in pixels of the image, from its upper left corner (cocodataset.org, "Data format"). Beside that
+    Roboflow   writes <split>/_annotations.coco.json next to the images, `images[].extra`, and a category 0 that groups
+               the others and has no boxes (roboflow/rf-detr, pull request 1303);
+    CVAT       writes annotations/instances_<subset>.json beside images/, `annotations[].attributes` with "occluded",
+               "rotation" and the user's own (docs.cvat.ai, "COCO"). The box of a rotated rectangle is that before its
+               rotation, so it is rejected;
+    Label Studio  writes result.json beside images/, `annotations[].ignore`, and null for a size that it could not read
+               (HumanSignal/label-studio-converter, converter.py, `convert_to_coco`).
+
+An image is asked for each category that it shows, with all boxes of the category as the answer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datamodules.importers.own_data.coordinates import Size, Written, read_numbers, refuse_misfits
+from datamodules.importers.own_data.drafts import Draft, DraftRecord, detection_drafts
+from datamodules.importers.own_data.image_folder import ImageFolder, find_image_root
+from datamodules.importers.own_data.records import RecordReader, Reservoir
+from datamodules.importers.own_data.statement import TRAIN, OwnData
+from datamodules.importers.reading.field_checks import Schema
+from datamodules.importers.reading.json_stream import stream_json
+from datamodules.importers.reading.source import DataError, Scan
+from datamodules.samples.sample import LoadedSample, SampleError
+
+MAX_DEPTH = 3  # folders below ROOT in which annotation files are looked for
+DEFAULT_SUBSETS = TRAIN
+KNOWN = {
+    "images": ("id", "file_name", "width", "height"),
+    "categories": ("id", "name", "supercategory"),
+    "annotations": ("id", "image_id", "category_id", "bbox", "iscrowd", "area", "segmentation"),
+}
+Fault = tuple[str, str]  # rule, detail
+
+
+class ImageEntry(NamedTuple):
+    """One image: its file, its id, its size (None: the file's own), and (category, four numbers or a fault) each."""
+
+    file: int
+    id: int | str
+    name: str
+    size: Size | None
+    boxes: tuple[tuple[str, Any], ...]
+    faults: tuple[Fault, ...] = ()
+
+
+@dataclass
+class DetectionFile:
+    """What one annotation file holds. `images` maps ids to (file name, size), `categories` ids to names."""
+
+    images: dict[Any, tuple[str, Size | None]] = field(default_factory=dict)
+    categories: dict[Any, str] = field(default_factory=dict)
+    annotations: list[tuple[Any, Any, Any]] = field(default_factory=list)  # image, category, numbers or Fault
+    faults: list[Fault] = field(default_factory=list)  # of what belongs to no image
+    found: Counter[str] = field(default_factory=Counter)  # items by array
+
+
+def root_faults(root: str, own: OwnData) -> list[str]:
+    """What is wrong with ROOT."""
+    return [] if root and Path(root).exists() else [f"root={root!r} is neither a folder nor a COCO file"]
+
+
+def annotation_files(root: Path, own: OwnData) -> list[Path]:
+    """Every .json file in `root`, or `root` itself; DataError where there is none."""
+    if root.is_file():
+        return [root]
+    found = [path for depth in range(MAX_DEPTH) for path in root.glob("*/" * depth + "*.json")]
+    files = sorted(path for path in found if path.is_file() and not path.name.startswith("."))
+    if not files:
+        raise DataError(f"root={str(root)!r}: no .json file, at most {MAX_DEPTH - 1} folders down")
+    return files
+
+
+def scan(root: Path, allow: Sequence[str], own: OwnData) -> Scan:
+    """Read every annotation file.
+
+    Raises:
+        DataError: the boxes of a file cannot be what COCO or the user says, two images or two categories have one id,
+            or no file has a question.
+    """
+    # One folder of images for each annotation file: exports of several splits lie side by side.
+    schema, skipped, subsets = Schema(allow), Counter({"no_box": 0}), {}
+    name, folders, passed_over = own.dataset_name(root), [], []
+    for path in annotation_files(root, own):
+        # 1. The file as it is.
+        content = _read(path, schema)
+        if missing := [key for key in KNOWN if not content.found[key]]:
+            passed_over.append(f"{path.name} (no {', '.join(missing)})")
+            continue
+        # 2. Its images, and a question for each category of each.
+        names = [file_name for file_name, _ in content.images.values()]
+        folder = ImageFolder(find_image_root(root, path, names, own.images), own.follow_links, own.frame)
+        entries = list(_entries(len(folders), content, skipped, schema))
+        folders.append(folder)
+        # 3. Whether its boxes can be what COCO means.
+        _check_boxes(path, entries, folder, own, schema)
+        subset = _subset(root, path)
+        schema.counts["images with a question"][subset] = len(entries)
+        subsets[subset] = entries
+    for note in passed_over:
+        schema.count("files that are no detection files", note)
+    if not any(subsets.values()):
+        raise DataError(f"root={str(root)!r}: no image with a box; {'; '.join(passed_over[:3]) or dict(skipped)}")
+    readers = tuple(RecordReader("coco", name, own, folder) for folder in folders)
+    convert_entries = partial(convert, readers, tuple(subsets))
+    return Scan(subsets, convert_entries, root, schema.report(), dict(skipped), own.frame)
+
+
+def convert(
+    readers: Sequence[RecordReader], subsets: Sequence[str], entries: Sequence[ImageEntry]
+) -> Iterator[LoadedSample | SampleError]:
+    """A question for each category of each image, or what is wrong with it."""
+    for entry in map(ImageEntry._make, entries):
+        reader = readers[entry.file]
+        sample_id = f"{reader.name}/{subsets[entry.file]}:{entry.id}"
+        for rule, detail in entry.faults:
+            yield SampleError(sample_id, rule, detail)
+        if not entry.boxes:
+            continue
+        drafts = tuple(_drafts(entry, reader.own, sample_id))
+        made = DraftRecord("coco", (entry.name,), drafts, reader.own.box_format or "pixels_xywh")
+        try:
+            images = None
+            if any(isinstance(draft, Draft) for draft in drafts):
+                images = reader.folder.read(made.images, sample_id)
+                if entry.size not in (None, images.sizes[0]):
+                    detail = f"{entry.name} is {list(images.sizes[0])}, the annotation says {list(entry.size)}"
+                    raise SampleError(sample_id, "image_size", detail)
+        except SampleError as error:
+            yield error
+            continue
+        yield from reader.finish(made, images, {"id": entry.id}, sample_id)
+
+
+def _drafts(entry: ImageEntry, own: OwnData, sample_id: str) -> Iterator[Draft | SampleError]:
+    """A category of which one annotation cannot be used is no question: its answer would leave that one out."""
+    faults: dict[str, Fault] = {}
+    for category, value in entry.boxes:
+        if isinstance(value, tuple) and isinstance(value[0], str):
+            faults.setdefault(category, value)
+    for category, (rule, detail) in faults.items():
+        yield SampleError(sample_id, rule, f"{category!r:.80}: {detail}")
+    sound = [(category, values) for category, values in entry.boxes if category not in faults]
+    yield from detection_drafts(sound, own, sample_id)
+
+
+def _read(path: Path, schema: Schema) -> DetectionFile:
+    """Read the three arrays of a file, and count every field.
+
+    Raises:
+        DataError: the JSON is not whole, or two images or two categories have one id: nothing says which of the two an
+            annotation means.
+    """
+    content = DetectionFile()
+    try:
+        for item in stream_json(path):
+            if item.key not in KNOWN:
+                schema.count("top-level fields, not used", item.key or "(a list)")
+                continue
+            position = content.found[item.key]
+            content.found[item.key] += 1
+            where = f"{path.name}: {item.key}[{position}]"
+            if not isinstance(item.value, dict):
+                content.faults.append(("field_type", f"{where} is no object but {item.value!r:.80}"))
+                continue
+            schema.tally(item.key, item.value, KNOWN[item.key])
+            if item.key == "annotations":
+                content.annotations.append(_annotation(item.value, where))
+            else:
+                _keep(content, item.key, item.value, where)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    return content
+
+
+def _keep(content: DetectionFile, kind: str, value: Mapping[str, Any], where: str) -> None:
+    """Add an image or a category."""
+    kept = content.images if kind == "images" else content.categories
+    number, name = value.get("id"), value.get("file_name" if kind == "images" else "name")
+    if isinstance(number, bool) or not isinstance(number, int | str) or not isinstance(name, str):
+        content.faults.append(("field_type", f"{where}: an id and a name are needed, found {dict(value)!r:.120}"))
+        return
+    if number in kept:
+        raise ValueError(f"{where}: field 'id' is {number!r:.80}, as of an earlier record: which one is meant?")
+    if kind == "categories":
+        kept[number] = name
+        return
+    size = value.get("width"), value.get("height")
+    kept[number] = name, size if all(type(side) is int and side >= 1 for side in size) else None
+
+
+def _annotation(value: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
+    """(image id, category id, four numbers or the fault)."""
+    # CVAT's: the box of a rotated rectangle is the one before its rotation.
+    attributes = value.get("attributes")
+    rotation = attributes.get("rotation") if isinstance(attributes, Mapping) else None
+    box: Any
+    if value.get("iscrowd") or value.get("ignore"):
+        box = "crowd", f"{where} is a crowd, or to be ignored"
+    elif not value.get("bbox"):
+        box = "no_bbox", f"{where} has no bbox"
+    elif isinstance(rotation, int | float) and rotation % 360:
+        box = "rotated_box", f"{where} is rotated by {rotation} degrees, its bbox is not"
+    else:
+        try:
+            box = read_numbers(value["bbox"], where)
+        except SampleError as error:
+            box = error.rule, f"{where}: {error.detail}"
+    return value.get("image_id"), value.get("category_id"), box
+
+
+def _entries(file: int, content: DetectionFile, skipped: Counter[str], schema: Schema) -> Iterator[ImageEntry]:
+    """The images that have annotations, in the order of the file, and last what belongs to no image."""
+    boxes: defaultdict[Any, list[tuple[str, Any]]] = defaultdict(list)
+    faults = list(content.faults)
+    for number, (image, category, box) in enumerate(content.annotations):
+        lost = image if not _is_key(image, content.images) else None
+        if lost is not None or not _is_key(category, content.categories):
+            rule = "unknown_image" if lost is not None else "unknown_category"
+            detail = (
+                f"annotations[{number}] has image_id={image!r:.60}, category_id={category!r:.60}, which is not listed"
+            )
+            faults.append((rule, detail))
+            # What it shows is not known: no question of this image can be sure of its answer.
+            continue
+        # Exports of several annotators, joined, hold the same box twice.
+        entry = content.categories[category], box
+        if entry in boxes[image]:
+            schema.count("annotations given twice", "counted once")
+        else:
+            boxes[image].append(entry)
+    for image, (name, size) in content.images.items():
+        if size is None:
+            schema.count("images without width and height", "the file's own are taken")
+        if not boxes[image]:
+            skipped["no_box"] += 1
+        else:
+            yield ImageEntry(file, image, name, size, tuple(boxes[image]))
+    if faults:
+        yield ImageEntry(file, "", "", None, (), tuple(faults))
+
+
+def _is_key(value: Any, known: Mapping[Any, Any]) -> bool:
+    return isinstance(value, int | str) and not isinstance(value, bool) and value in known
+
+
+def _check_boxes(path: Path, entries: Sequence[ImageEntry], folder: ImageFolder, own: OwnData, schema: Schema) -> None:
+    """Raise DataError where the file's boxes cannot be pixels of their images, or what the user says instead."""
+    drawn: Reservoir[tuple[ImageEntry, tuple[float, ...]]] = Reservoir()
+    for entry in entries:
+        for _, values in entry.boxes:
+            if not isinstance(values[0], str):
+                drawn.add((entry, values))
+    written = []
+    for entry, values in drawn.kept:
+        try:
+            size = entry.size or folder.sizes((entry.name,), path.name)[0]
+        except SampleError:
+            continue
+        written.append(Written(values, size, f"image {entry.id}"))
+    coordinates = own.box_format or "pixels_xywh"
+    fits = refuse_misfits(path.name, written, coordinates, own.resized_limits, own.max_misfits)
+    schema.counts[f"{path.name}: of {len(written):,} boxes said to be {coordinates}, each format could mean"].update(
+        fits
+    )
+
+
+def _subset(root: Path, path: Path) -> str:
+    """ "train" of train/_annotations.coco.json, else the file's own name."""
+    if root.is_file():
+        return path.stem
+    relative = path.relative_to(root)
+    if path.stem.startswith("_annotations") and len(relative.parts) > 1:
+        return relative.parent.as_posix()
+    return relative.with_suffix("").as_posix()

@@ -1,0 +1,179 @@
+"""The numbers of a box, by what the user or the form says that they mean. A contradiction is found, never repaired."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from datamodules.importers.own_data.statement import COORDINATES, Coordinates
+from datamodules.importers.reading.source import DataError
+from datamodules.samples.boxes import Box, box_fault, fit_size, from_pixels_xyxy
+from datamodules.samples.sample import SampleError
+
+PATCH = 28  # pixels that Qwen2.5-VL's resizing makes each side a multiple of
+ROUNDING = 1e-6  # of sums such as x + width, as a share of the image
+NUM_EXAMPLES = 3
+Size = tuple[int, int]  # (width, height) in pixels, in the frame that boxes were measured in
+Limits = Sequence[int] | None  # [min_pixels, max_pixels] of the resizing
+
+
+class Written(NamedTuple):
+    """A box as it stands in a record, for the check of a whole file."""
+
+    values: tuple[float, ...]
+    size: Size
+    place: str  # the record, for people
+
+
+def read_numbers(values: Any, sample_id: str) -> tuple[float, float, float, float]:
+    """The four numbers of a box as floats. A number beyond the range of floats becomes infinite.
+
+    Raises:
+        SampleError: "box_length" or "field_type"; these are not four numbers.
+    """
+    if not isinstance(values, list | tuple):
+        raise SampleError(sample_id, "field_type", f"a box is a list of four numbers, got {values!r:.100}")
+    if len(values) != 4:
+        raise SampleError(sample_id, "box_length", f"a box has four numbers, got {len(values)}: {values!r:.100}")
+    if any(isinstance(number, bool) or not isinstance(number, int | float) for number in values):
+        raise SampleError(sample_id, "field_type", f"a box is a list of four numbers, got {values!r:.100}")
+    return tuple(map(_to_float, values))
+
+
+def to_unit(
+    values: Sequence[float], coordinates: Coordinates, size: Size, limits: Limits, sample_id: str
+) -> tuple[Box, bool]:
+    """Convert four numbers to a unit xyxy box; also returns whether an edge was moved onto the border of the image.
+
+    Only an edge that lies outside by no more than rounding is moved.
+
+    Args:
+        values: the four numbers.
+        coordinates: what they mean.
+        size: (width, height) of the image in pixels.
+        limits: of the resizing, for resized pixels.
+        sample_id: for the error.
+
+    Raises:
+        SampleError: "box_in_unit" for numbers in 0-1 that are said to be others; "not_finite_box", "degenerate_box" or
+            "out_of_range_box".
+    """
+    if fault := misfit(values, coordinates, size, limits):
+        canvas = "x".join(map(str, _canvas(coordinates, size, limits)[0]))
+        detail = f"{list(values)} as {coordinates} of an image of {size[0]}x{size[1]} (0 to {canvas})"
+        raise SampleError(sample_id, fault, detail)
+    return _convert(values, coordinates, size, limits)
+
+
+def misfit(values: Sequence[float], coordinates: Coordinates, size: Size, limits: Limits) -> str | None:
+    """The rule that the box breaks if its numbers mean this; None where it can mean it."""
+    if not all(map(math.isfinite, values)):
+        return "not_finite_box"
+    canvas, _ = _canvas(coordinates, size, limits)
+    box, _ = _convert(values, coordinates, size, limits)
+    # In a canvas of many units such a box would lie in the first two rows and columns.
+    if min(canvas) > 2 and max(values) <= 1 and box_fault(box) is None:
+        return "box_in_unit"
+    return f"{fault}_box" if (fault := box_fault(box)) else None
+
+
+def count_fits(boxes: Iterable[Written], limits: Limits) -> dict[str, int]:
+    """How many of the boxes each box format admits; resized pixels only where their limits are known."""
+    counts: Counter[str] = Counter({name: 0 for name in COORDINATES if name != "resized_pixels" or limits})
+    for box in boxes:
+        counts.update(name for name in counts if misfit(box.values, name, box.size, limits) is None)
+    return dict(counts)
+
+
+def fits_title(where: str, boxes: Sequence[Written], coordinates: Coordinates | None) -> str:
+    """What the counts of `count_fits` are called in a report."""
+    return f"{where}: of {len(boxes):,} boxes said to be {coordinates}, each format could mean"
+
+
+def refuse_misfits(
+    where: str,
+    boxes: Sequence[Written],
+    coordinates: Coordinates | None,
+    limits: Limits,
+    most: float,
+) -> dict[str, int]:
+    """Refuse a file whose boxes contradict what their numbers are said to mean.
+
+    Args:
+        where: the file, for the message.
+        boxes: of the file, or a random part of them.
+        coordinates: what is said; None where nothing says it, which is an error if there are boxes.
+        limits: of the resizing, for resized pixels.
+        most: the share of boxes that may contradict it; those are rejected one by one.
+
+    Returns:
+        {box format: how many of the boxes it could mean}.
+
+    Raises:
+        DataError: too many boxes contradict `coordinates`, or nothing says what the numbers mean. The message has three
+            examples and the formats that fit.
+    """
+    fits = count_fits(boxes, limits)
+    best = max(fits.values())
+    likely = [name for name, count in fits.items() if count == best > 0]
+    if coordinates is None:
+        examples = "; ".join(map(_example, boxes[:NUM_EXAMPLES])) or "no image could be read"
+        shares = ", ".join(f"{name} {count / max(len(boxes), 1):.0%}" for name, count in fits.items())
+        raise DataError(
+            f"{where}: nothing says what the numbers of a box mean. State it: --own.box_format=...\n"
+            f"  boxes: {examples}\n"
+            f"  each format fits this share of {len(boxes):,} boxes (several may fit): {shares}"
+        )
+    wrong = [(box, rule) for box in boxes if (rule := misfit(box.values, coordinates, box.size, limits))]
+    # In a small file one or two boxes are dirt, and no contradiction, unless there are no others.
+    if len(wrong) <= most * len(boxes) or len(wrong) < min(NUM_EXAMPLES, len(boxes)):
+        return fits
+    lines = [f"{where}: {len(wrong) / len(boxes):.0%} of {len(boxes):,} boxes cannot be {coordinates}:"]
+    lines += [f"  {_example(box)}: {rule}" for box, rule in wrong[:NUM_EXAMPLES]]
+    better = [name for name in likely if best > fits.get(coordinates, 0)]
+    if better:
+        # Of formats that fit equally well, those that differ from the statement in one thing: scale or order.
+        nearest = max(_likeness(name, coordinates) for name in better)
+        better = [name for name in better if _likeness(name, coordinates) == nearest]
+        cure = f"{' or '.join(better)} fits {best / len(boxes):.0%}: state --own.box_format={better[0]} if it is that"
+    else:
+        cure = "no format fits more of them: correct the file"
+    raise DataError("\n".join([*lines, f"  {cure}, or admit more by --own.max_misfits"]))
+
+
+def _likeness(one: str, other: str) -> int:
+    """In how many of scale and order two box formats agree."""
+    same_order = one.endswith("_xywh") == other.endswith("_xywh")
+    return (one.removesuffix("_xywh") == other.removesuffix("_xywh")) + same_order
+
+
+def _example(box: Written) -> str:
+    numbers = ", ".join(f"{value:g}" for value in box.values)
+    return f"{box.place} [{numbers}] in {box.size[0]}x{box.size[1]}"
+
+
+def _canvas(coordinates: Coordinates, size: Size, limits: Limits) -> tuple[Size, float]:
+    """(width, height) that the numbers run to, and how far outside an edge may lie by rounding."""
+    if coordinates == "resized_pixels":
+        least, most = limits
+        return fit_size(size, PATCH, least, most), 1.0
+    if coordinates.startswith("pixels"):
+        return size, 1.0
+    canvas = 1000 if coordinates.startswith("relative_1000") else 1
+    return (canvas, canvas), canvas * ROUNDING
+
+
+def _convert(values: Sequence[float], coordinates: Coordinates, size: Size, limits: Limits) -> tuple[Box, bool]:
+    x1, y1, x2, y2 = values
+    if coordinates.endswith("_xywh"):
+        x2, y2 = x1 + x2, y1 + y2
+    return from_pixels_xyxy((x1, y1, x2, y2), *_canvas(coordinates, size, limits))
+
+
+def _to_float(number: float) -> float:
+    try:
+        return float(number)
+    except OverflowError:  # an integer beyond a float's range
+        return math.inf

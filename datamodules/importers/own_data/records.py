@@ -1,0 +1,223 @@
+"""A user's records as samples: JSON lines and rows of Hugging Face data sets alike."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from datamodules.importers.own_data.coordinates import Written, fits_title, refuse_misfits, to_unit
+from datamodules.importers.own_data.drafts import NO_BOX, Draft, DraftBox, DraftRecord, draft_record
+from datamodules.importers.own_data.forms import FIELDS
+from datamodules.importers.own_data.image_folder import ImageFolder, ReadImages
+from datamodules.importers.own_data.statement import Coordinates, OwnData
+from datamodules.importers.reading.field_checks import Schema
+from datamodules.importers.reading.image_bytes import turn_upright
+from datamodules.importers.reading.source import name_record
+from datamodules.samples.sample import LoadedSample, Sample, SampleError
+
+T = TypeVar("T")
+CHECKED = 2000  # records of a file whose boxes are compared with the box format before anything is written
+_MARKED = "<|box_start|>({},{}),({},{})<|box_end|>"  # how Qwen2-VL and MIG-Bench write a box of a question
+
+
+@dataclass(frozen=True)
+class RecordReader:
+    """Makes samples of records. `name` is the data set's, `source` the registry's, `own` what the user says."""
+
+    source: str
+    name: str
+    own: OwnData
+    folder: ImageFolder
+
+    def samples(self, record: Mapping[str, Any], place: str) -> Iterator[LoadedSample | SampleError]:
+        """The samples of one record, one for each question, or what is wrong with them.
+
+        Args:
+            record: as it stands in the file.
+            place: where, such as "train:17": with the data set's name it makes the samples' ids.
+        """
+        sample_id = f"{self.name}/{place}"
+        try:
+            made = draft_record(record, self.own, sample_id)
+            any_sound = any(isinstance(draft, Draft) for draft in made.drafts)
+            images = self.folder.read(made.images, sample_id) if any_sound else None
+        except SampleError as error:
+            yield name_record(error, self._own_id(record))
+            return
+        except RecursionError:
+            yield SampleError(sample_id, "field_type", "its lists and objects are nested too deep")
+            return
+        yield from self.finish(made, images, record, sample_id)
+
+    def finish(
+        self, made: DraftRecord, images: ReadImages | None, record: Mapping[str, Any], sample_id: str
+    ) -> Iterator[LoadedSample | SampleError]:
+        """The samples of a record whose images are read; `images` may be None where none of its drafts is a question.
+
+        Args:
+            made: the record's drafts.
+            images: its images.
+            record: for the fields `id` and `task`.
+            sample_id: of the record; a sample of several adds its number.
+        """
+        for number, draft in enumerate(made.drafts):
+            name = f"{sample_id}/{number}" if len(made.drafts) > 1 else sample_id
+            try:
+                if isinstance(draft, SampleError):
+                    raise draft
+                yield self._sample(record, made, draft, images, name)
+            except SampleError as error:
+                yield name_record(error, self._own_id(record))
+
+    def _sample(
+        self, record: Mapping[str, Any], made: DraftRecord, draft: Draft, images: ReadImages, name: str
+    ) -> LoadedSample:
+        coordinates = made.coordinates
+        if coordinates is None:  # so rare in its file that the check of the whole did not see it
+            raise SampleError(name, "box_format_unknown", "nothing says what its numbers mean: state own.box_format")
+        # 1. Boxes to 0-1, each by the size of its own image.
+        boxes = [self._box(box, coordinates, images, name) for box in draft.boxes]
+        parts, asked = [], []
+        for part in draft.parts:
+            if isinstance(part, DraftBox):
+                asked.append(self._box(part, coordinates, images, name))
+                text = _MARKED.format(*(round(1000 * value) for value in asked[-1][0]["box"]))
+                parts.append({"type": "box", "image": part.image, "box": asked[-1][0]["box"], "text": text})
+            elif isinstance(part, int):
+                parts.append({"type": "image", "image": part})
+            elif part:
+                parts.append({"type": "text", "text": part})
+        # 2. What is noted beside the sample, and the sample itself, checked like every other.
+        answers = [answer for answer, _ in boxes]
+        extra: dict[str, Any] = {"image_from": draft.image_from, "form": made.form}
+        if (number := self._own_id(record)) is not None:
+            extra["record"] = number
+        if any(clamped for _, clamped in boxes + asked):
+            extra["repaired"] = "clamped_box"
+        sample = Sample.from_json(
+            {
+                "id": name,
+                "source": self.source,
+                "task": self._task(record),
+                "images": list(images.names),
+                "messages": parts,
+                "answer": answers[0] if len(answers) == 1 else {"boxes": answers},
+                "thinking": draft.thinking,
+                "extra": extra,
+            }
+        )
+        # 3. Boxes of stored pixels become boxes of the image as it is shown.
+        return turn_upright(LoadedSample(sample, images.files), images.headers, self.folder.frame)
+
+    def _box(
+        self, box: DraftBox, coordinates: Coordinates, images: ReadImages, name: str
+    ) -> tuple[dict[str, Any], bool]:
+        size = images.sizes[box.image]
+        unit, clamped = to_unit(box.values, coordinates, size, self.own.resized_limits, name)
+        return {"image": box.image, "box": list(unit), "label": box.label}, clamped
+
+    def _task(self, record: Mapping[str, Any]) -> str:
+        task = record.get(self.own.fields.get("task", "task"))
+        return task if isinstance(task, str) and task else self.own.task or self.name
+
+    def _own_id(self, record: Mapping[str, Any]) -> str | int | None:
+        number = record.get(self.own.fields.get("id", "id"))
+        return number if isinstance(number, str | int) and not isinstance(number, bool) else None
+
+
+class Reservoir(Generic[T]):
+    """CHECKED items of any number, each with the same probability (Vitter 1985, algorithm R), by a fixed seed."""
+
+    def __init__(self) -> None:
+        self.kept: list[T] = []
+        self.seen = 0
+        self.rng = random.Random(0)
+
+    def add(self, item: T) -> None:
+        """Look at one item."""
+        self.seen += 1
+        if len(self.kept) < CHECKED:
+            self.kept.append(item)
+        elif (index := self.rng.randrange(self.seen)) < CHECKED:
+            self.kept[index] = item
+
+
+class Kept(NamedTuple):
+    """What the check of a file's boxes needs of one record. `key` is what its images are found by."""
+
+    coordinates: Coordinates | None
+    boxes: tuple[DraftBox, ...]
+    key: Any
+    place: str
+
+
+@dataclass
+class RecordScan:
+    """The first look at the records of one file: what it holds, and whether its boxes can be what is said of them.
+
+    Memory does not grow with the file: CHECKED records, drawn at random by a fixed seed, stand for all of them.
+    `images_of` gives the images that a kept record's key stands for.
+    """
+
+    reader: RecordReader
+    schema: Schema
+    skipped: Counter[str]
+    images_of: Callable[[Any], Sequence[Any]]
+    drawn: Reservoir[Kept] = field(default_factory=Reservoir)
+
+    def look(self, record: Mapping[str, Any], place: str, key: Any = None) -> bool:
+        """Count one record; whether it goes on to be imported. Records whose answers are texts do not, and are counted;
+        those with a fault do, to be rejected there with their rule.
+
+        Args:
+            record: as it stands in the file; of its images only the number is looked at.
+            place: where it stands, for messages.
+            key: for `images_of`; the record's own images if it is not given.
+        """
+        own = self.reader.own
+        try:
+            made = draft_record(record, own, place)
+        except SampleError as error:
+            return not self._skip(error.rule)
+        except RecursionError:
+            return True
+        # 1. What the file holds.
+        self.schema.count("forms", made.form)
+        self.schema.count("images a record", str(len(made.images)))
+        if made.has_system:
+            self.schema.count("system prompts", "not used: the project's own stands in the chat template")
+        known = [own.fields.get(name, name) for name in FIELDS[made.form]]
+        self.schema.tally(f"{made.form} record", record, known)
+        # 2. Whether it is a question, and its boxes for the check of the whole file.
+        sound = [draft for draft in made.drafts if isinstance(draft, Draft)]
+        if not sound:
+            rules = {draft.rule for draft in made.drafts if isinstance(draft, SampleError)}
+            return not (rules == {NO_BOX} and self._skip(NO_BOX))
+        boxes = tuple(box for draft in sound for box in (*draft.parts, *draft.boxes) if isinstance(box, DraftBox))
+        self.drawn.add(Kept(made.coordinates, boxes, made.images if key is None else key, place))
+        return True
+
+    def finish(self, where: str) -> None:
+        """Raise DataError where the boxes contradict the box format, or none is known. Forget the kept records."""
+        # Records of several forms may say different things: each kind is compared with its own.
+        by_coordinates: dict[Coordinates | None, list[Written]] = {}
+        for kept in self.drawn.kept:
+            written = by_coordinates.setdefault(kept.coordinates, [])
+            try:
+                sizes = self.reader.folder.sizes(self.images_of(kept.key), kept.place)
+            except SampleError:
+                continue  # rejected, and counted, when it is imported
+            written += [Written(box.values, sizes[box.image], kept.place) for box in kept.boxes]
+        own = self.reader.own
+        for coordinates, written in by_coordinates.items():
+            fits = refuse_misfits(where, written, coordinates, own.resized_limits, own.max_misfits)
+            self.schema.counts[fits_title(where, written, coordinates)].update(fits)
+        self.drawn = Reservoir()
+
+    def _skip(self, rule: str) -> bool:
+        """Count a record that is no question; whether `rule` says that it is none."""
+        self.skipped[NO_BOX] += rule == NO_BOX
+        return rule == NO_BOX

@@ -1,0 +1,90 @@
+"""What a user says of their own data where the form does not say it. Nothing of it is ever read out of the numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from datamodules.images.image_files import Frame
+from datamodules.persistence.problems import Problems
+
+# What the four numbers of a box mean; x1, y1, x2, y2 but for the names that end in xywh (x, y, width, height).
+#   pixels          pixels of the image file
+#   resized_pixels  pixels of the image as Qwen2.5-VL's processor resizes it (with `resized_limits`)
+#   relative_1000   0 to 1000 over the image
+#   normalized      0 to 1 over the image
+Coordinates = Literal[
+    "pixels",
+    "pixels_xywh",
+    "resized_pixels",
+    "relative_1000",
+    "relative_1000_xywh",
+    "normalized",
+    "normalized_xywh",
+]
+COORDINATES: tuple[Coordinates, ...] = get_args(Coordinates)
+# Subsets that are imported where none are asked for, if any has such a name; else all.
+TRAIN = ("train*", "*/train*", "*_train*", "*-train*")
+
+
+@dataclass(frozen=True)
+class OwnData:
+    """A user's statements on their own data.
+
+    Args:
+        name: of the data set, in the ids of its samples; the name of ROOT's folder or file if it is not given
+        box_format: what the four numbers of a box mean, where the form itself does not say it
+        frame: which pixels boxes of a photograph that EXIF turns were measured in: "stored", as they lie in the file,
+            or "shown", upright. Such photographs are rejected if it is not given
+        images: folder in which the image names begin; ROOT if it is not given
+        task: name of the task of records that have no field `task`; `name` if it is not given
+        fields: the records' own names of fields, by the form's: {prompt: problem, solution: bbox}
+        questions: wordings of questions for categories, with {} for the category; the project's if none are given
+        categories: names of categories that records number from 0
+        image_in_question: whether the one image that a question names is the image of its answer
+        resized_limits: the least and the most pixels that images were resized to, for box_format=resized_pixels
+        follow_links: whether links in the image folder may lead out of it
+        max_misfits: stop when a larger share of the boxes contradicts the box format
+        config: of a Hugging Face data set that has several
+    """
+
+    name: str = ""
+    box_format: Coordinates | None = None
+    frame: Frame | None = None
+    images: str = ""
+    task: str = ""
+    fields: dict[str, str] = field(default_factory=dict)
+    questions: list[str] = field(default_factory=list)
+    categories: list[str] = field(default_factory=list)
+    image_in_question: bool = False
+    resized_limits: list[int] | None = None
+    follow_links: bool = False
+    max_misfits: float = 0.05
+    config: str | None = None
+
+    def problems(self) -> Problems:
+        """Every statement that cannot be."""
+        problems, limits = Problems("own."), self.resized_limits
+        needed = self.box_format == "resized_pixels"
+        problems.require(
+            needed == (limits is not None),
+            ": the processor's [min_pixels, max_pixels], such as [3136, 1003520], belong to resized_pixels",
+            box_format=self.box_format,
+            resized_limits=limits,
+        )
+        sound = limits is None or (len(limits) == 2 and 0 < limits[0] <= limits[1])
+        problems.require(sound, "must be two numbers of pixels, the smaller one first", resized_limits=limits)
+        for text in self.questions:
+            once = text.count("{}") == text.count("{") == text.count("}") == 1
+            problems.require(once, "must hold {} once, where the category stands", questions=text)
+        problems.require(not self.images or Path(self.images).is_dir(), "is no folder", images=self.images)
+        problems.require(0 <= self.max_misfits <= 1, "is a share and must lie in 0-1", max_misfits=self.max_misfits)
+        plain = "/" not in self.name and self.name not in (".", "..")
+        problems.require(plain, "must be a plain name", name=self.name)
+        return problems
+
+    def dataset_name(self, root: str | Path) -> str:
+        """`name`, or the last part of the data set's place: "kites" of /data/kites and of /data/kites.jsonl."""
+        path = Path(root)
+        return self.name or (path.stem if path.is_file() else path.absolute().name)

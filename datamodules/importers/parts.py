@@ -1,0 +1,121 @@
+"""A part of an import: a share of one source, where its files are, and which of its subsets are meant."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datamodules.importers.own_data.statement import OwnData
+from datamodules.importers.reading.source import DataError, Scan
+from datamodules.importers.registry import OWN_DATA, SOURCES
+from datamodules.persistence.files import file_sha256, fingerprint
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a mixture.
+
+    Args:
+        name: name of its folder in `out`
+        source: mgrounding, refcoco, odinw, v3det, or your own data: jsonl, hf, coco
+        root: folder of the source, below the root of the mixture
+        subsets: patterns of the source's subsets, or "!pattern" to leave some out; by default those for training
+        count: number of samples, drawn at random; by default all
+        own: what you say of your own data (jsonl, hf, coco)
+    """
+
+    name: str
+    source: str
+    root: str = ""
+    subsets: list[str] = field(default_factory=list)
+    count: int | None = None
+    own: OwnData = field(default_factory=OwnData)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether its source is a form of a user's own data."""
+        return self.source in OWN_DATA
+
+    @property
+    def origin(self) -> tuple[str, str, str]:
+        """What parts share that need one scan: source, root, and a hash of the statements."""
+        return self.source, self.root, fingerprint(asdict(self.own))
+
+    def place(self, root: str) -> Path:
+        """Where its files are, or its name on the Hub, which is no folder of a mixture's root."""
+        below = Path(root, self.root)
+        return Path(self.root) if self.source == "hf" and self.root and not below.exists() else below
+
+    def describe(self) -> dict[str, Any]:
+        """The part for the key of a finished import. Statements belong to your own data alone, so that the keys of
+        published sources are what they were before there were any."""
+        return {name: value for name, value in asdict(self).items() if name != "own" or self.is_own}
+
+    def faults(self, root: str) -> list[str]:
+        """All settings that cannot be, each with its field and value."""
+        faults = []
+        if self.source not in SOURCES:
+            return [f"source={self.source!r} is none of {', '.join(SOURCES)}"]
+        if self.count is not None and self.count < 1:
+            faults.append(f"count={self.count} is below 1")
+        if self.is_own:
+            return faults + self.own.problems() + SOURCES[self.source].root_faults(str(self.place(root)), self.own)
+        if self.own != OwnData():
+            faults.append(f"own.* is for {', '.join(OWN_DATA)}: source={self.source!r} says all of it itself")
+        return faults + ([] if root and Path(root).is_dir() else [f"root={root!r} is no folder"])
+
+    def digests(self, root: str) -> dict[str, str]:
+        """{path below the source's folder: sha256} of the annotation files.
+
+        Raises:
+            DataError: there is none.
+        """
+        place = self.place(root)
+        more = (self.own,) if self.is_own else ()
+        try:
+            files = SOURCES[self.source].annotation_files(place, *more)
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        return {_name(file, place): file_sha256(file) for file in files}
+
+    def scan(self, root: str, allow: Sequence[str]) -> Scan:
+        """Read and check its annotation files.
+
+        Raises:
+            DataError: they hold something that cannot be imported.
+        """
+        more = (self.own,) if self.is_own else ()
+        try:
+            return SOURCES[self.source].scan(self.place(root), allow, *more)
+        except ValueError as error:  # published sources raise it for every surprise in a file
+            raise DataError(str(error)) from error
+
+    def chosen(self, scan: Scan) -> list[str]:
+        """The subsets that match the part's patterns and none of its "!patterns".
+
+        Raises:
+            DataError: a pattern matches no subset, or no subset is left.
+        """
+        without = [pattern[1:] for pattern in self.subsets if pattern.startswith("!")]
+        asked = [pattern for pattern in self.subsets if not pattern.startswith("!")]
+        patterns = asked or SOURCES[self.source].DEFAULT_SUBSETS
+
+        def matching(some: Sequence[str]) -> list[str]:
+            return [name for name in scan.subsets if any(fnmatch.fnmatchcase(name, pattern) for pattern in some)]
+
+        named = matching(patterns)
+        if not asked and self.is_own:
+            named = named or list(scan.subsets)  # nothing is called a training split: all of it is meant
+        names = [name for name in named if name not in matching(without)]
+        idle = [pattern for pattern in asked if not fnmatch.filter(scan.subsets, pattern)]
+        if idle or not names:
+            raise DataError(f"{self.name}: subsets={idle or list(patterns)} match none of {', '.join(scan.subsets)}")
+        return names
+
+
+def _name(file: Path, place: Path) -> str:
+    """A file's name below `place`; the whole path of one that lies elsewhere, such as in a cache."""
+    return str(file.relative_to(place)) if file.is_relative_to(place) and file != place else str(file)

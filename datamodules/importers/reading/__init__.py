@@ -1,0 +1,1 @@
+"""How annotation files are read and checked, for every source."""

@@ -1,0 +1,56 @@
+"""Counts of an import: samples taken, and those rejected with the rules that they break."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from datamodules.samples.sample import LoadedSample, SampleError
+
+NUM_EXAMPLES = 3  # of each rule, kept with their detail
+COUNTED = ("image_from", "repaired", "turned")  # fields of a sample's `extra` whose values the report counts
+
+
+class Tally:
+    """Samples taken and rejected, with the rules that the rejected ones break; adds up over shards."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.rejected: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+        self.counts: dict[str, Counter[str]] = {}
+
+    def reject(self, error: SampleError) -> None:
+        self.add({"rejected": {error.rule: 1}, "examples": {error.rule: [f"{error.sample_id}: {error.detail:.200}"]}})
+
+    def count(self, outcome: LoadedSample | SampleError) -> bool:
+        """Count one outcome; whether it is a sample that can be used."""
+        if isinstance(outcome, SampleError):
+            self.reject(outcome)
+            return False
+        self.samples += 1
+        for what in COUNTED:
+            if what in outcome.sample.extra:
+                self.counts.setdefault(what, Counter())[outcome.sample.extra[what]] += 1
+        return True
+
+    def add(self, note: dict[str, Any]) -> None:
+        self.samples += note.get("samples", 0)
+        self.rejected.update(note["rejected"])
+        for rule, examples in note["examples"].items():
+            known = self.examples.setdefault(rule, [])
+            known += examples[: NUM_EXAMPLES - len(known)]
+        for what, counts in note.get("counts", {}).items():
+            self.counts.setdefault(what, Counter()).update(counts)
+
+    def to_json(self) -> dict[str, Any]:
+        counts = {what: dict(counter) for what, counter in self.counts.items()}
+        rejected = dict(self.rejected.most_common())
+        return {"samples": self.samples, "rejected": rejected, "examples": self.examples, "counts": counts}
+
+    def __str__(self) -> str:
+        lines = [f"  {self.samples:,} samples, {self.rejected.total():,} rejected"]
+        for rule, count in self.rejected.most_common():
+            lines.append(f"    {rule} {count:,}: {'; '.join(self.examples[rule])}")
+        lines += [f"    {what}: {dict(counter)}" for what, counter in self.counts.items()]
+        return "\n".join(lines)

@@ -1,0 +1,206 @@
+"""A user's own data from the file to a trained model: `make shards SOURCE=jsonl|hf|coco`, training, evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from datamodules.persistence.files import read_json
+from datamodules.streaming.shards import ShardReader
+from experiments import evaluate, import_shards, train
+from tests.datamodules.importers.own_data import own_files, test_coco
+from tests.datamodules.importers.own_data.own_files import SIZES, numbers, true_boxes
+from tests.datamodules.importers.published import jpeg
+from tests.datamodules.importers.test_speed import resident_mb
+from tests.experiments.conftest import Workbench
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_LINES = 100_000
+SLACK_MB = 32
+
+
+def run(**settings: object) -> None:
+    import_shards.main([f"--{name}={value}" for name, value in {"processes": 1, **settings}.items()])
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and not file.name.startswith(".")
+    }
+
+
+def ten_lines(form: str) -> list[dict]:
+    if form != "swift":
+        return own_files.records(form)
+    boxes = enumerate(true_boxes())
+    return [own_files.swift(number, image, numbers(box, SIZES[image], "pixels")) for number, (image, box) in boxes]
+
+
+@pytest.mark.parametrize("form", ["qwen", "sharegpt", "swift", "trl"])
+def test_ten_lines_of_each_form_are_imported_trained_on_and_evaluated(workbench: Workbench, form: str) -> None:
+    own_files.write_jsonl(workbench.root / "mine", ten_lines(form))
+    statement = {} if form == "swift" else {"own.box_format": "pixels"}
+    run(source="jsonl", root=workbench.root / "mine", out=workbench.root / "own", **statement)
+    assert ShardReader(workbench.root / "own").count == (20 if form == "sharegpt" else 10)
+
+    path = Path(workbench.training("cot_sft"))
+    settings = yaml.safe_load(path.read_text())
+    settings["data"] |= {"shards": str(workbench.root / "own"), "style": "answer", "strict": True}
+    settings["trainer"] |= {"max_steps": 5}
+    path.write_text(yaml.safe_dump(settings))
+    train.main(["--config", str(path), "--trainer.logger=false"])
+    merged = workbench.outputs / "tiny" / "cot_sft" / "merged"
+
+    paths = [f"--{name}={value}" for name, value in workbench.benchmark.items()]
+    evaluate.main(
+        [f"--model={merged}", *paths, f"--output={workbench.outputs / 'eval'}", "--decoding.max_new_tokens=4"]
+    )
+    assert list((workbench.outputs / "eval").rglob("predictions.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "nothing says what the numbers of a box mean"),
+        ({"own.box_format": "normalized"}, "cannot be normalized"),
+        ({"own.box_format": "resized_pixels"}, "own.resized_limits=None"),
+        ({"own.box_format": "pixels", "own.images": "/gone"}, "own.images='/gone' is no folder"),
+        ({"own.box_format": "pixels", "root": "/gone"}, "root='/gone' is neither a folder nor a file of records"),
+        ({"own.box_format": "pixels", "own.questions": '["Where?"]'}, "must hold {} once"),
+        ({"source": "odinw", "own.box_format": "pixels"}, "own.* is for jsonl, hf, coco"),
+    ],
+)
+def test_a_wrong_statement_is_five_lines_at_most_and_writes_nothing(
+    tmp_path: Path, settings: dict, message: str
+) -> None:
+    root = own_files.write_jsonl(tmp_path / "mine", own_files.records("qwen"))
+    with pytest.raises(SystemExit) as caught:
+        run(**{"source": "jsonl", "root": root, "out": tmp_path / "out"} | settings)
+    text = str(caught.value)
+    assert message in text and len(text.splitlines()) <= 5
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_counts_what_an_import_would_and_writes_nothing(tmp_path: Path, capsys) -> None:
+    lines = own_files.records("qwen", count=20)
+    lines[3]["images"][1] = "images/gone.jpg"
+    root = own_files.write_jsonl(tmp_path / "mine", lines)
+    chosen = {"source": "jsonl", "root": root, "out": tmp_path / "out", "own.box_format": "pixels"}
+    run(**chosen, dry_run="true")
+    tried = capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    assert "19 samples, 1 rejected" in tried and "missing_image 1: mine/train:4: record 'q3': " in tried
+    run(**chosen)
+    assert tried.splitlines()[-3:] == capsys.readouterr().out.splitlines()[-4:-1]
+    run(**chosen)
+    assert "already imported" in capsys.readouterr().out
+
+
+def test_other_statements_are_another_import(tmp_path: Path) -> None:
+    root = own_files.write_jsonl(tmp_path / "mine", own_files.records("qwen"))
+    chosen = {"source": "jsonl", "root": root, "out": tmp_path / "out"}
+    for box_format in ("pixels", "relative_1000"):
+        run(**chosen, **{"own.box_format": box_format})
+        assert read_json(tmp_path / "out/import.json")["sources"]["jsonl"]["own"]["box_format"] == box_format
+    assert len(list((tmp_path / "out").glob("train*"))) == 2, "the first import is moved aside"
+
+
+def test_training_splits_are_the_default_and_what_is_left_out_is_said(tmp_path: Path, capsys) -> None:
+    root = test_coco.roboflow(test_coco.roboflow(tmp_path / "pets"), "valid")
+    run(source="coco", root=root, out=tmp_path / "out")
+    assert "not taken, as others are for training: valid" in capsys.readouterr().out
+    assert [path.parent.name for path in (tmp_path / "out").rglob("*.tar")] == ["train"]
+    run(source="coco", root=root, out=tmp_path / "one", one_box="true", max_rejected=1, subsets='["*"]')
+    assert ShardReader(tmp_path / "one").count == 4
+    parts = read_json(tmp_path / "one/import.json")["parts"]
+    assert parts["train"]["rejected"] == {"several_answers": 1}
+
+
+def test_a_mixture_draws_from_data_of_ones_own_too(tmp_path: Path) -> None:
+    own_files.write_jsonl(tmp_path / "data" / "kites", own_files.records("trl"))
+    test_coco.cvat(tmp_path / "data" / "pets")
+    parts = [
+        {"name": "kites", "source": "jsonl", "root": "kites", "count": 4, "own": {"box_format": "pixels"}},
+        {"name": "pets", "source": "coco", "root": "pets", "own": {"task": "find", "name": "my_pets"}},
+    ]
+    config = tmp_path / "mixture.yaml"
+    config.write_text(yaml.safe_dump({"parts": parts}))
+    run(config=config, root=tmp_path / "data", out=tmp_path / "out", max_rejected=1)
+    reader = ShardReader(tmp_path / "out")
+    samples = [reader.read(number).sample for number in range(reader.count)]
+    assert [sample.task for sample in samples] == ["kites"] * 4 + ["find"] * 2
+    assert samples[-1].id.startswith("my_pets/") and read_json(tmp_path / "out/import.json")["sources"]["coco pets"]
+    parts[1]["own"]["name"] = "kites"
+    config.write_text(yaml.safe_dump({"parts": parts}))
+    with pytest.raises(SystemExit, match=r"two data sets are named 'kites': say own\.name"):
+        run(config=config, root=tmp_path / "data", out=tmp_path / "out")
+
+
+def many_lines(root: Path, count: int) -> Path:
+    """`count` records of one image; every tenth is half a line."""
+    root.mkdir()
+    (root / "a.jpg").write_bytes(jpeg(0, (64, 48)))
+    with (root / "train.jsonl").open("w") as file:
+        for number in range(count):
+            record = {"id": f"r{number}", "prompt": "Where is the kite?", "solution": [8, 12, 24, 36], "image": "a.jpg"}
+            line = json.dumps(record)
+            file.write((line if number % 10 else line[:-7]) + "\n")
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
+def test_a_hundred_thousand_lines_are_imported_in_flat_memory(tmp_path: Path, capsys) -> None:
+    root, out = many_lines(tmp_path / "mine", NUM_LINES), tmp_path / "out"
+    command = [sys.executable, "-m", "experiments.import_shards", "--source=jsonl", f"--root={root}", f"--out={out}"]
+    begin = time.monotonic()
+    process = subprocess.Popen(
+        [*command, "--own.box_format=pixels", "--processes=2"], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    seen: list[tuple[int, float]] = []  # shards done, megabytes
+    while process.poll() is None:
+        seen.append((len(list(out.glob("train/shard-*.tar"))), resident_mb(process.pid)))
+        time.sleep(0.1)
+    assert process.returncode == 0
+    assert ShardReader(out).count == NUM_LINES * 9 // 10
+    quarter = max(mb for done, mb in seen if done <= NUM_LINES / 4000)
+    end = max(mb for done, mb in seen if done > NUM_LINES / 4000)
+    with capsys.disabled():
+        rate = NUM_LINES / (time.monotonic() - begin)
+        print(
+            f"\n{NUM_LINES:,} lines: {rate:,.0f} a second by the clock, scan included; {quarter:.0f} MB, then {end:.0f}"
+        )
+    assert end < quarter + SLACK_MB
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="kills processes")
+def test_an_import_of_own_data_that_is_killed_ends_with_the_same_files(tmp_path: Path) -> None:
+    root = many_lines(tmp_path / "mine", 4000)
+    command = [sys.executable, "-m", "experiments.import_shards", "--source=jsonl", f"--root={root}"]
+    command += ["--own.box_format=pixels", "--processes=2", "--records_per_shard=100"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([*command, f"--out={tmp_path / 'whole'}"], cwd=ROOT, check=True, **quiet)
+    out, kills = tmp_path / "killed", 0
+    while not (out / "done.json").exists():
+        process = subprocess.Popen([*command, f"--out={out}"], cwd=ROOT, start_new_session=True, **quiet)
+        done = len(list(out.glob("train/*.tar")))
+        while process.poll() is None and (kills == 3 or len(list(out.glob("train/*.tar"))) < done + 3):
+            time.sleep(0.01)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        assert process.wait() in (0, -signal.SIGKILL)
+    assert kills >= 2
+    assert contents(out) == contents(tmp_path / "whole")
