@@ -11,8 +11,8 @@ from jinja2 import UndefinedError
 from experiments.reports import pipeline_report
 from experiments.reports.templates import PAGES, render
 from experiments.runs.results import Results, make_stage, write_results
+from tests.experiments.phase_results import cell, summary
 from tests.experiments.runs.test_metrics_csv import attempt
-from tests.experiments.runs.test_results import summary
 
 ROOT = Path(__file__).resolve().parents[3]
 HOSTILE = "</h1></title><script>alert('text')</script><img src=x onerror=alert(1)>"
@@ -29,7 +29,7 @@ def test_a_chart_escapes_its_texts(name: str) -> None:
 
 
 def test_hostile_names_do_nothing_in_a_browser(tmp_path: Path, browser_page) -> None:
-    stage = make_stage(HOSTILE.replace("/", ""), summary(11.0) | {"tasks": {HOSTILE: 11.0}}, 60)
+    stage = make_stage(HOSTILE.replace("/", ""), summary(11.0, columns={HOSTILE: cell(11.0)}), 60)
     write_results(tmp_path / "results.json", Results(HOSTILE, 1, HOSTILE, (stage,)))
     attempt(tmp_path / "grpo", 0, "reward/total,step\n0.5,0\n0.75,1\n")
     browser_page.goto(pipeline_report.write_report(tmp_path).as_uri())
