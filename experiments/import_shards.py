@@ -255,10 +255,10 @@ def _finish(out: Path, scans: dict[tuple[str, str, str], tuple[Part, Scan]], tal
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """End the program where `folder` holds anything that no import has made."""
+    """End the program if `folder` holds files that no import has written."""
     made_here = run_identity.read_marker(folder, run_identity.STARTED).get("made_by") == MADE_BY
     if folder.exists() and any(folder.iterdir()) and not made_here:
-        sys.exit(f"out={str(folder)!r} holds what was not made here; choose another folder")
+        sys.exit(f"out={str(folder)!r} holds files that no import has written; choose another folder")
 
 
 @command

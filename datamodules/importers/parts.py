@@ -79,6 +79,11 @@ class Part:
             files = SOURCES[self.source].annotation_files(place, *more)
         except ValueError as error:
             raise DataError(str(error)) from error
+        for file in files:
+            try:
+                str(file).encode("utf-8")
+            except UnicodeEncodeError as error:  # its subset's folder and its samples' ids would have the name too
+                raise DataError(f"{str(file)!a}: the name of this file is not UTF-8; rename it") from error
         return {_name(file, place): file_sha256(file) for file in files}
 
     def scan(self, root: str, allow: Sequence[str]) -> Scan:

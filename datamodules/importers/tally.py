@@ -21,7 +21,8 @@ class Tally:
         self.counts: dict[str, Counter[str]] = {}
 
     def reject(self, error: SampleError) -> None:
-        self.add({"rejected": {error.rule: 1}, "examples": {error.rule: [f"{error.sample_id}: {error.detail:.200}"]}})
+        example = f"{error.sample_id}: {error.detail:.200}".encode("utf-8", "backslashreplace").decode()
+        self.add({"rejected": {error.rule: 1}, "examples": {error.rule: [example]}})
 
     def count(self, outcome: LoadedSample | SampleError) -> bool:
         """Count one outcome; whether it is a sample that can be used."""

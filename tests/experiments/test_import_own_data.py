@@ -107,6 +107,21 @@ def test_a_dry_run_counts_what_an_import_would_and_writes_nothing(tmp_path: Path
     assert "already imported" in capsys.readouterr().out
 
 
+def test_odd_characters_and_names_end_no_import(tmp_path: Path) -> None:
+    odd = {"note\ud800": "half \udfff", "id": "\udc80", "when": [1]}
+    lines = [record | odd for record in own_files.records("qwen")]
+    root = own_files.write_jsonl(tmp_path / "mine", [])
+    with (root / "train.jsonl").open("w") as file:  # as escapes, which are sound JSON
+        file.writelines(json.dumps(record) + "\n" for record in [*lines, lines[0] | {"images": ["a", "b"]}])
+    run(source="jsonl", root=root, out=tmp_path / "out", max_rejected=1, **{"own.box_format": "pixels"})
+    report = read_json(tmp_path / "out/import.json")
+    assert report["parts"]["train"]["rejected"]["missing_image"] == 1
+    assert "note?" in report["sources"]["jsonl"]["counts"]["unknown fields of messages record, not used"]
+    os.rename(os.fsencode(root / "train.jsonl"), os.fsencode(root) + b"/tr\xffin.jsonl")
+    with pytest.raises(SystemExit, match="the name of this file is not UTF-8; rename it"):
+        run(source="jsonl", root=root, out=tmp_path / "no", **{"own.box_format": "pixels"})
+
+
 def test_other_statements_are_another_import(tmp_path: Path) -> None:
     root = own_files.write_jsonl(tmp_path / "mine", own_files.records("qwen"))
     chosen = {"source": "jsonl", "root": root, "out": tmp_path / "out"}

@@ -181,7 +181,10 @@ def _answer_boxes(answer: Any, name: str) -> tuple[list[PlacedBox], str, str | N
         thinking = parsed.thinking if isinstance(parsed, ParsedAnswer) else None
     found = BoxesInText(text, lenient=True)
     if not isinstance(answer, str):
-        found.read(answer)
+        try:
+            found.read(answer)
+        except OverflowError as error:  # an integer beyond the range of floats
+            raise SampleError(name, "unreadable_box", f"{error}") from error
     # A model may write a box and say it again in other words; in a true answer that would be one box or two.
     kinds = [kind for kind in (found.keyed, found.bare, found.written) if kind]
     if found.num_bad or len(kinds) > 1:

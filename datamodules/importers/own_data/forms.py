@@ -31,7 +31,6 @@ from datamodules.importers.own_data.conversation import (
     IMAGE_TAG,
     Conversation,
     Exchange,
-    as_list,
     read_image_ids,
     read_list,
     read_text,
@@ -106,7 +105,7 @@ def _turns(record: Mapping[str, Any], form: str, sample_id: str) -> list[tuple[s
     body = record["messages" if form == "objects" else form]
     if form == "prompt":
         # TRL's standard format has texts, its conversational format messages.
-        body = [{"role": "user", "content": body}] if isinstance(body, str) else as_list(body)
+        body = [{"role": "user", "content": body}] if isinstance(body, str) else read_list(body, form, sample_id)
         completion = record.get("completion")
         if isinstance(completion, str):
             body = [*body, {"role": "assistant", "content": completion}]

@@ -125,7 +125,9 @@ class RecordReader:
 
     def _own_id(self, record: Mapping[str, Any]) -> str | int | None:
         number = record.get(self.own.fields.get("id", "id"))
-        return number if isinstance(number, str | int) and not isinstance(number, bool) else None
+        if isinstance(number, str):
+            return number.encode("utf-8", "replace").decode()  # half a surrogate pair can stand in no shard
+        return number if isinstance(number, int) and not isinstance(number, bool) else None
 
 
 class Reservoir(Generic[T]):

@@ -59,13 +59,15 @@ class Schema:
             self._count_name(self.keys[kind], name)
             if name not in known:
                 self._count_name(self.counts[f"unknown fields of {kind}, not used"], name)
-        self.first.setdefault(kind, record)
+        if kind not in self.first:
+            self.first[kind] = _plain(record)
 
     def count(self, what: str, value: str) -> None:
         self.counts[what][value] += 1
 
     @staticmethod
     def _count_name(counter: Counter[str], name: str) -> None:
+        name = name.encode("utf-8", "replace").decode()  # half a surrogate pair can be neither printed nor written
         counter[name if name in counter or len(counter) < MOST_NAMES else "(further names)"] += 1
 
     def report(self) -> dict[str, Any]:
@@ -90,6 +92,15 @@ def format_report(report: Mapping[str, Any]) -> str:
         text = json.dumps(record, ensure_ascii=False, default=str)
         lines.append(f"  first of {kind}: {text[:REPORTED]}{' …' if len(text) > REPORTED else ''}")
     return "\n".join(lines)
+
+
+def _plain(record: Any) -> Any:
+    """A record as JSON can hold it: dates and bytes of other libraries as texts, half characters as question marks."""
+    try:
+        text = json.dumps(record, ensure_ascii=False, default=str)
+    except (TypeError, ValueError, RecursionError):
+        return "no JSON, or nested too deep"
+    return json.loads(text.encode("utf-8", "replace"))
 
 
 def _check_type(value: Any, kinds: Kinds, where: str, name: str) -> None:

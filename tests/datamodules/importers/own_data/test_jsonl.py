@@ -210,6 +210,8 @@ def test_several_boxes_are_each_in_the_image_named_before_them(tmp_path: Path) -
         (answered("In image 1: [60, 0, 99, 8]"), "out_of_range_box"),
         (answered("In image 1: [8, 0, 2, 8]"), "degenerate_box"),
         (answered("In image 1: [1e999, 0, 2, 8]"), "unreadable_box"),
+        (answered("x", messages=QWEN["messages"][:2], solution=[0, 0, 10**400, 8]), "unreadable_box"),
+        (answered("x", messages=None, prompt=False, completion=[]), "field_type"),
         (answered(None), "turn_order"),
         (answered("x", messages=[]), "turn_order"),
         (answered("x", messages="hello"), "field_type"),

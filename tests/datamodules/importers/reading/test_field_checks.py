@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import json
+from datetime import datetime
+
 import pytest
 
-from datamodules.importers.reading.field_checks import NUMBER, Schema, format_report
+from datamodules.importers.reading.field_checks import MOST_NAMES, NUMBER, Schema, format_report
 
 REQUIRED = {"id": int, "name": str}
 OPTIONAL = {"area": NUMBER, "novel": object}
@@ -43,3 +46,23 @@ def test_a_long_report_is_cut() -> None:
         schema.count("type", f"t{number}")
     text = format_report(schema.report())
     assert len(text) < 1500 and "and 20 more" in text and text.endswith("…")
+
+
+def test_fields_of_other_tools_are_counted_and_refused_by_none() -> None:
+    schema = Schema()
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    odd = {"id": 1, "when": datetime(2026, 5, 1), "data": b"x", "\ud800": "\udfff", "deep": deep}
+    schema.tally("row", odd, ("id",))
+    schema.tally("other", {"id": 1, "when": datetime(2026, 5, 1), "half": "\udfff"}, ("id",))
+    for number in range(MOST_NAMES + 50):
+        schema.tally("row", {f"f{number}": 1}, ("id",))
+    report = schema.report()
+    assert report["keys"]["row"]["(further names)"] > 40 and len(report["keys"]["row"]) == MOST_NAMES + 1
+    assert report["counts"]["unknown fields of other, not used"] == {"when": 1, "half": 1}
+    assert report["first"] == {
+        "row": "no JSON, or nested too deep",
+        "other": {"id": 1, "when": "2026-05-01 00:00:00", "half": "?"},
+    }
+    json.dumps(report, ensure_ascii=False).encode()
