@@ -122,5 +122,5 @@ class Part:
 
 
 def _name(file: Path, place: Path) -> str:
-    """A file's name below `place`; the whole path of one that lies elsewhere, such as in a cache."""
+    """The path of a file below `place`, or its whole path if it lies elsewhere, such as in a cache."""
     return str(file.relative_to(place)) if file.is_relative_to(place) and file != place else str(file)

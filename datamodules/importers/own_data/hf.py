@@ -88,7 +88,7 @@ def convert(
 
 @lru_cache(maxsize=4)
 def _open(root: str, config: str | None) -> dict[str, Any]:
-    """The data set's splits by name; one that has none is "all". Rows come as the file holds them, images as bytes."""
+    """{split: rows} of the data set, {"all": rows} without splits. Rows are as in the file, with images as bytes."""
     import datasets
 
     try:

@@ -93,7 +93,7 @@ class ImageFolder:
 
     @staticmethod
     def _embedded(image: Any, number: int) -> tuple[str, bytes | None]:
-        """A name and the bytes of an image that its record brings along; no bytes for one that is a file."""
+        """A name and the bytes of an image inside its record; for an image file no bytes."""
         if not isinstance(image, dict) or image.get("bytes") is None:
             return "", None
         # The name of the file that it was made from only gives the member of the shard its extension.
