@@ -11,11 +11,8 @@ import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from datamodules.encoding.encoder import EncodedSample
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS, ImageError, load_image
@@ -30,8 +27,8 @@ from datamodules.samples.sample import (
     SampleError,
     TextPart,
 )
+from experiments.reports.templates import render
 
-PAGES = Path(__file__).parent / "pages"
 LONGEST_SIDE = 560  # pixels of a copy
 # Shares of its image that a box fills, by name.
 AREAS = {"below 1 %": 0.01, "1 to 5 %": 0.05, "5 to 20 %": 0.2, "20 to 50 %": 0.5, "above 50 %": 1.01}
@@ -60,9 +57,8 @@ def render_samples(
         tables: rows of text cells, header first, by a heading.
         note: a sentence below the title.
     """
-    environment = Environment(loader=FileSystemLoader(PAGES), autoescape=True, undefined=StrictUndefined)
     cards = {heading: [_card(shown) for shown in group] for heading, group in groups.items()}
-    return environment.get_template("samples.html.j2").render(title=title, note=note, tables=tables, groups=cards)
+    return render("samples.html.j2", title=title, text=note, tables=tables, groups=cards)
 
 
 def count_tables(samples: Sequence[Shown]) -> dict[str, list[list[str]]]:

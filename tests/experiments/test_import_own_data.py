@@ -62,10 +62,8 @@ def test_ten_lines_of_each_form_are_imported_trained_on_and_evaluated(workbench:
     train.main(["--config", str(path), "--trainer.logger=false"])
     merged = workbench.outputs / "tiny" / "cot_sft" / "merged"
 
-    paths = [f"--{name}={value}" for name, value in workbench.benchmark.items()]
-    evaluate.main(
-        [f"--model={merged}", *paths, f"--output={workbench.outputs / 'eval'}", "--decoding.max_new_tokens=4"]
-    )
+    where = [f"--data_root={workbench.root}", "--bench=mig_bench", f"--output={workbench.outputs / 'eval'}"]
+    evaluate.main([f"--model={merged}", *where, "--decoding.max_new_tokens=4"])
     assert list((workbench.outputs / "eval").rglob("predictions.jsonl"))
 
 

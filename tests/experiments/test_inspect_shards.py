@@ -71,7 +71,7 @@ def test_a_right_box_lies_round_its_thing_and_a_wrong_one_visibly_does_not(tmp_p
     write_shards(tmp_path / "shards", wrong, right, wrong)
     page = inspect([str(tmp_path / "shards")], tmp_path / "page.html", drawn=0)
     browser_page.goto(page.as_uri())
-    frames = browser_page.locator("article .frame")
+    frames = browser_page.locator(".sample .frame")
     assert frames.count() == 3
     outline, thing = drawn_and_red(frames.nth(1))
     assert outline == pytest.approx(thing, abs=0.03)
@@ -84,8 +84,8 @@ def test_every_kind_of_answer_and_every_image_is_shown(tmp_path: Path, browser_p
     several = BoxesAnswer((BoxAnswer(0, RED, "one"), BoxAnswer(1, (0.1, 0.1, 0.2, 0.2), "two")))
     write_shards(tmp_path / "shards", several, ChoiceAnswer("B", ("red", "blue")), images=2)
     browser_page.goto(inspect([str(tmp_path / "shards")], tmp_path / "page.html", drawn=2).as_uri())
-    cards = browser_page.locator("article")
-    assert cards.count() == 4 and browser_page.locator("article .frame img").count() == 8
+    cards = browser_page.locator(".sample")
+    assert cards.count() == 4 and browser_page.locator(".sample .frame img").count() == 8
     assert "image 1: one [0.25, 0.5, 0.5, 0.75]; image 2: two" in cards.nth(0).inner_text()
     assert "B of red, blue" in cards.nth(1).inner_text()
     assert "[image 1] [image 2] Where is it?[box 1]" in cards.nth(0).locator(".question").inner_text()
@@ -98,7 +98,7 @@ def test_tables_count_and_say_what_would_be_rejected(workbench: Workbench, brows
     browser_page.goto(page.as_uri())
     text = browser_page.locator("section.counts").inner_text()
     assert "diff\t12" in text and "prompt_too_long\t12" in text and "max_prompt_tokens=20" in text
-    assert browser_page.locator("article .fault").first.inner_text().startswith("sample 'tiny/0': prompt_too_long")
+    assert browser_page.locator(".sample .fault").first.inner_text().startswith("sample 'tiny/0': prompt_too_long")
     browser_page.goto(inspect([str(workbench.root / "shards")], page, str(workbench.model)).as_uri())
     assert "prompt tokens" in browser_page.locator("section.counts").inner_text()
     assert "resized to" in browser_page.locator("figcaption").first.inner_text()
@@ -109,7 +109,7 @@ def test_hostile_text_does_nothing(tmp_path: Path, browser_page) -> None:
     browser_page.goto(inspect([str(tmp_path / "shards")], tmp_path / "page.html").as_uri())
     assert browser_page.locator("script").count() == 0
     assert browser_page.locator("img:not([src^='data:'])").count() == 0
-    assert HOSTILE in browser_page.locator("article .question").first.inner_text()
+    assert HOSTILE in browser_page.locator(".sample .question").first.inner_text()
 
 
 def test_a_damaged_shard_is_shown_as_such(tmp_path: Path, browser_page) -> None:
@@ -117,7 +117,7 @@ def test_a_damaged_shard_is_shown_as_such(tmp_path: Path, browser_page) -> None:
     tar = folder / "shard-00000.tar"
     tar.write_bytes(tar.read_bytes()[:-1024])
     browser_page.goto(inspect([str(folder)], tmp_path / "page.html").as_uri())
-    assert "manifest_mismatch" in browser_page.locator("article .fault").first.inner_text()
+    assert "manifest_mismatch" in browser_page.locator(".sample .fault").first.inner_text()
 
 
 def test_an_import_is_previewed_before_it_and_inspected_after_it(tmp_path: Path, browser_page) -> None:
@@ -135,7 +135,7 @@ def test_an_import_is_previewed_before_it_and_inspected_after_it(tmp_path: Path,
     assert not (tmp_path / "out").exists()
     browser_page.goto((tmp_path / "before.html").as_uri())
     assert browser_page.locator("rect.true").count() == 18
-    assert "missing_image" in browser_page.locator("article .fault").first.inner_text()
+    assert "missing_image" in browser_page.locator(".sample .fault").first.inner_text()
     import_shards.main(chosen)
     inspect_shards.main(["--data", str(tmp_path / "out"), "--output", str(tmp_path / "after.html"), "--random=0"])
     browser_page.goto((tmp_path / "after.html").as_uri())
