@@ -11,6 +11,9 @@ STAMP := $(VENV)/.installed
 CONFIG ?=
 MODEL ?=
 BENCH ?=
+IMAGES ?=
+QUESTION ?=
+export QUESTION
 ARGS ?=
 SOURCE ?=
 ROOT ?=
@@ -43,7 +46,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help pipeline ablations base shards inspect sft grpo vllm-server sweep agent eval rescore synthesize tables report compare
+.PHONY: help pipeline ablations base shards inspect sft grpo vllm-server sweep agent eval ask rescore synthesize tables report compare
 .PHONY: dashboard bench bench-gpu chaos lint test test-slow clean
 
 help:  ## Print this help
@@ -103,6 +106,9 @@ eval: $(STAMP)  ## Evaluate any model on MIG-Bench, or on BENCH=all (or ref_l4,b
 	$(dataset)
 	$(PY) -m experiments.evaluate $(call config,eval) $(if $(MODEL),--model $(MODEL)) $(if $(BENCH),--bench $(BENCH)) \
 		$(answer) $(ARGS)
+
+ask: $(STAMP)  ## Ask a model about your own images: MODEL=folder IMAGES="a.jpg b.jpg" QUESTION="..."; boxes in pixels and a drawing
+	@$(PY) -m experiments.ask --model $(or $(MODEL),nano) --images $(call list,$(IMAGES)) --question "$$QUESTION" $(ARGS)
 
 rescore: $(STAMP)  ## Score stored answers again: ARGS="--predictions outputs/eval/models--nano-base/lisa --threshold 0.3"
 	$(PY) -m experiments.rescore $(ARGS)

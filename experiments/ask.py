@@ -1,0 +1,127 @@
+"""Ask a model one question over your own images: its thinking, its answer, the boxes, and a picture of them.
+
+    make ask MODEL=outputs/nano/grpo/merged IMAGES="a.jpg b.jpg" QUESTION="Which object of image 1 is in image 2 too?"
+    python -m experiments.ask --model gpt-4o --endpoint.base_url https://…/v1 --images '[a.jpg]' --question "…"
+
+Boxes are x1, y1, x2, y2 in pixels of the original image. The prompt form of a model trained here is found in its
+folder. A question may say where each image stands: "In <image> there is a dog. Find it in <image>."
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import auto_cli
+
+from datamodules.checkpoints.model_folder import ModelError
+from datamodules.samples.sample import LoadedSample
+from experiments.evaluation.evaluation_settings import Evaluation, QuestionForm, QuestionLimits
+from experiments.evaluation.one_question import Answer, QuestionError, build_question, draw_answer, read_answer
+from experiments.runs.commands import command
+from lightning_modules.predictors.base import Decoding
+from lightning_modules.serving.openai_client import EndpointMisused, EndpointSettings, EndpointUnavailable
+
+
+@dataclass(frozen=True)
+class Question:
+    """Ask a model one question over your own images.
+
+    Args:
+        model: folder or Hub name of a Qwen2.5-VL or of another image-text model; nano: models/nano-base. With an
+            endpoint, the server's name of the model
+        images: image files, in the order in which the model sees them
+        question: the text; <image> marks may say where each image stands
+        target: number of the image that the answer's box is in, from 1; null: as the thinking or the question names it
+        output: the picture with the boxes (PNG)
+        json: print one JSON object instead of text
+        form: how the question is put, for a model that was not trained here
+        limits: which images are too large
+        decoding: length of the answer
+        dtype: of the weights
+        device: auto, cpu, cuda, cuda:1, ...
+        trust_remote_code: run code that comes with a model's weights
+        endpoint: an OpenAI-compatible server, by base_url
+    """
+
+    model: str
+    images: list[str]
+    question: str
+    target: int | None = None
+    output: str = "outputs/answer.png"
+    json: bool = False
+    form: QuestionForm = field(default_factory=QuestionForm)
+    limits: QuestionLimits = field(default_factory=QuestionLimits)
+    decoding: Decoding = field(default_factory=Decoding)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    endpoint: EndpointSettings | None = None
+
+
+def ask(asked: Question) -> Answer:
+    """Put the question, and draw the answer's boxes into the file `asked.output`. Raises QuestionError."""
+    # 1. The images and the text, before anything slow is loaded.
+    if asked.target is not None and not 1 <= asked.target <= len(asked.images):
+        raise QuestionError(f"target={asked.target} is none of {len(asked.images)} images; they count from 1")
+    loaded = build_question(asked.images, asked.question, asked.limits.max_image_pixels)
+
+    # 2. The model, in the prompt form that it was trained in.
+    from experiments.evaluation.choose_predictor import choose_predictor, make_predictor  # loads torch
+
+    names = ("model", "form", "limits", "decoding", "dtype", "device", "trust_remote_code", "endpoint")
+    try:
+        settings = choose_predictor(Evaluation(data_root="", **{name: getattr(asked, name) for name in names}))
+    except (OSError, ValueError) as error:
+        raise QuestionError(str(error)) from error
+    predictor = make_predictor(settings)
+
+    # 3. The answer, its boxes in pixels, and the drawing.
+    ((_, reply),) = predictor.answers([loaded.sample], lambda _: loaded)
+    answer = read_answer(reply, asked.question, predictor.box_format, asked.target)
+    _save_drawing(loaded, answer, asked)
+    return answer
+
+
+def _save_drawing(loaded: LoadedSample, answer: Answer, asked: Question) -> None:
+    path = Path(asked.output)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_answer(loaded.images, answer, asked.limits.max_image_pixels).save(path, "PNG")
+    except OSError as error:
+        raise QuestionError(f"output={asked.output!r} cannot be written: {error.strerror or error}") from error
+
+
+def format_answer(answer: Answer, output: str) -> str:
+    """The answer as text for a terminal."""
+    lines = [f"Thinking: {answer.thinking.strip()}"] if answer.thinking else []
+    lines.append(f"Answer: {(answer.answer or answer.text).strip()}")
+    for found in answer.boxes:
+        numbers = ", ".join(f"{edge:.1f}" for edge in found.box)
+        lines.append(f"Box in image {found.image}, pixels: [{numbers}]" + (f" {found.label}" if found.label else ""))
+    if answer.image_from in ("thinking", "question", "last"):
+        why = {"thinking": "the thinking names it", "question": "the question names it", "last": "nothing names one"}
+        lines.append(f"(the answer names no image; image {answer.boxes[0].image}: {why[answer.image_from]})")
+    if answer.failure:
+        lines.append(f"No box: {answer.failure}")
+    if not answer.finished:
+        lines.append("The answer was cut at decoding.max_new_tokens")
+    return "\n".join([*lines, f"Drawn in {output}"])
+
+
+@command
+def main(args: list[str] | None = None) -> None:
+    """Entry point of `make ask`."""
+    asked = auto_cli(Question, as_positional=False, args=args)
+    try:
+        answer = ask(asked)
+    except (QuestionError, ModelError, EndpointMisused, EndpointUnavailable) as error:
+        sys.exit(str(error))
+    print(json.dumps(answer.to_json(), ensure_ascii=False) if asked.json else format_answer(answer, asked.output))
+
+
+if __name__ == "__main__":
+    main()

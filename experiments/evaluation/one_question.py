@@ -1,0 +1,178 @@
+"""One question over a user's own images: as a sample, and its answer with boxes in pixels of the original images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from datamodules.images.image_loading import ImageError, load_image
+from datamodules.importers.reading.image_references import named_images
+from datamodules.metrics.predictions import Reply
+from datamodules.samples.answer_text import ParsedAnswer, answer_text, parse_answer
+from datamodules.samples.boxes import BoxFormat
+from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, SampleError, TextPart
+
+MARK = "<image>"  # stands in a question where an image belongs
+HEIGHT = 420  # pixels of every image in the drawing
+COLOUR, LINE, FONT_SIZE = "#e02020", 3, 15
+
+
+class QuestionError(ValueError):
+    """A question that cannot be asked; the text names each problem."""
+
+
+@dataclass(frozen=True)
+class FoundBox:
+    """One box of an answer.
+
+    Args:
+        image: number of the image, from 1
+        box: x1, y1, x2, y2 in pixels of the original image
+        label: the name that the model gave
+    """
+
+    image: int
+    box: tuple[float, float, float, float]
+    label: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said, and how it was read.
+
+    Args:
+        text: the whole text of the model
+        thinking: the part between the think tags; None without them
+        answer: the part that answers
+        boxes: in the order written; () where the answer has none
+        image_from: why the boxes are in their image: "target", "thinking", "question", "only" or "last"
+        failure: why no box could be read, or why the question was not put to the model
+        finished: False where the answer was cut at the token limit
+    """
+
+    text: str
+    thinking: str | None
+    answer: str | None
+    boxes: tuple[FoundBox, ...]
+    image_from: str | None
+    failure: str | None
+    finished: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+
+def build_question(images: Sequence[str], question: str, max_image_pixels: int) -> LoadedSample:
+    """The sample of a question over image files.
+
+    Args:
+        images: paths of the files, in the order in which the model sees them.
+        question: the text. Where it holds <image> marks, the images stand there; else they stand before the text.
+        max_image_pixels: a larger image is refused.
+
+    Raises:
+        QuestionError: it names every file that cannot be read as an image, an empty question, and a wrong number of
+            <image> marks.
+    """
+    problems, data = [], []
+    for path in images:
+        try:
+            data.append(Path(path).read_bytes())
+            load_image(data[-1], max_image_pixels)
+        except (OSError, ImageError) as error:
+            reason = error.strerror or error if isinstance(error, OSError) else error
+            problems.append(f"images: {path}: {reason}")
+    marks = question.count(MARK)
+    if not images:
+        problems.append("images: none is given")
+    if not question.replace(MARK, "").strip():
+        problems.append("question: it is empty")
+    if marks not in (0, len(images)):
+        problems.append(f"question: {marks} {MARK} marks for {len(images)} images; write one for each image, or none")
+    if problems:
+        raise QuestionError("\n".join(problems))
+    # The answer is not known. The placeholder is never shown to the model.
+    truth = BoxAnswer(0, (0.0, 0.0, 1.0, 1.0), "")
+    sample = Sample("question", "user", "question", tuple(images), _parts(question, len(images)), truth)
+    return LoadedSample(sample, tuple(data))
+
+
+def _parts(question: str, num_images: int) -> tuple[ImagePart | TextPart, ...]:
+    """Images and texts interleaved as the marks say; without marks the images first."""
+    if MARK not in question:
+        question = MARK * num_images + question
+    before, *texts = question.split(MARK)
+    parts: list[ImagePart | TextPart] = [TextPart(before)] if before else []
+    for image, text in enumerate(texts):
+        parts += [ImagePart(image), *([TextPart(text)] if text else [])]
+    return tuple(parts)
+
+
+def read_answer(reply: Reply, question: str, box_format: BoxFormat, target: int | None = None) -> Answer:
+    """The answer with its boxes in pixels.
+
+    The one-box answer of the paper does not name its image: `target` (from 1) does, else the image named last in the
+    thinking, else the one named last in the question, else the only or the last image.
+    """
+    if reply.refused is not None:
+        return Answer("", None, None, (), None, f"the question was not put to the model: {reply.refused}", True)
+    parsed = parse_answer(reply.text, lenient=True)
+    if not isinstance(parsed, ParsedAnswer):
+        return Answer(reply.text, None, answer_text(reply.text), (), None, parsed.kind, reply.finished)
+    index, source = _find_image(parsed.thinking, question, len(reply.image_sizes), target)
+    sizes = reply.image_sizes[index]
+    boxes = tuple(
+        FoundBox(index + 1, sizes.to_pixels(sizes.to_unit(box.values, box_format)), box.label or "")
+        for box in parsed.boxes
+    )
+    return Answer(reply.text, parsed.thinking, answer_text(reply.text), boxes, source, None, reply.finished)
+
+
+def _find_image(thinking: str | None, question: str, num_images: int, target: int | None) -> tuple[int, str]:
+    """0-based index of the image that the boxes are in, and what named it."""
+    if target is not None:
+        return target - 1, "target"
+    if num_images == 1:
+        return 0, "only"
+    for source, text in (("thinking", thinking), ("question", question)):
+        try:
+            named = named_images(text or "", num_images, source)
+        except SampleError:  # it names an image that is not there
+            continue
+        if named:
+            return named[-1][1], source
+    return num_images - 1, "last"
+
+
+def draw_answer(images: Sequence[bytes], answer: Answer, max_image_pixels: int) -> Image.Image:
+    """All images side by side, each scaled to one height, with the boxes of the answer and their labels."""
+    pictures = [load_image(data, max_image_pixels).convert("RGB") for data in images]
+    scales = [HEIGHT / picture.height for picture in pictures]
+    small = [p.resize((max(1, round(p.width * s)), HEIGHT)) for p, s in zip(pictures, scales, strict=True)]
+    canvas = Image.new("RGB", (sum(p.width for p in small) + 8 * (len(small) - 1), HEIGHT), "white")
+    font = ImageFont.load_default(FONT_SIZE)
+    left = 0
+    for number, (picture, scale) in enumerate(zip(small, scales, strict=True), 1):
+        draw = ImageDraw.Draw(picture)
+        for found in answer.boxes:
+            if found.image == number:
+                _draw_box(draw, [edge * scale for edge in found.box], found.label, picture.size, font)
+        canvas.paste(picture, (left, 0))
+        left += picture.width + 8
+    return canvas
+
+
+def _draw_box(draw: ImageDraw.ImageDraw, box: Sequence[float], label: str, size: tuple[int, int], font: Any) -> None:
+    """Outline a box that may be inverted or far outside: cut to the picture, sides put in order."""
+    xs = sorted(min(max(edge, 0.0), size[0] - 1.0) for edge in box[::2])
+    ys = sorted(min(max(edge, 0.0), size[1] - 1.0) for edge in box[1::2])
+    draw.rectangle((xs[0], ys[0], xs[1], ys[1]), outline=COLOUR, width=LINE)
+    if label:
+        place = (xs[0] + LINE, max(0.0, ys[0] - FONT_SIZE - LINE))
+        draw.rectangle(draw.textbbox(place, label, font), fill="white")
+        draw.text(place, label, COLOUR, font)
