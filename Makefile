@@ -108,10 +108,10 @@ eval: $(STAMP)  ## Evaluate any model on MIG-Bench, or on BENCH=all (or ref_l4,b
 		$(answer) $(ARGS)
 
 ask: $(STAMP)  ## Ask a model about your own images: MODEL=folder IMAGES="a.jpg b.jpg" QUESTION="..."; boxes in pixels and a drawing
-	@$(PY) -m experiments.ask --model $(or $(MODEL),nano) --images $(call list,$(IMAGES)) --question "$$QUESTION" $(ARGS)
+	@$(PY) -m experiments.ask_model --model $(or $(MODEL),nano) --images $(call list,$(IMAGES)) --question "$$QUESTION" $(ARGS)
 
 rescore: $(STAMP)  ## Score stored answers again: ARGS="--predictions outputs/eval/models--nano-base/lisa --threshold 0.3"
-	$(PY) -m experiments.rescore $(ARGS)
+	$(PY) -m experiments.evaluation.rescore $(ARGS)
 
 tables: $(STAMP)  ## The paper's Tables 2-9 with the measured numbers beside them: Markdown, CSV, report.html
 	$(PY) -m experiments.print_tables $(ARGS)
@@ -128,7 +128,7 @@ compare: $(STAMP)  ## One page that compares runs, with their rollouts: RUNS="ou
 	$(PY) -m experiments.compare --runs $(or $(RUNS),outputs/nano) $(ARGS)
 
 dashboard: $(STAMP)  ## The same as a W&B report (needs a key): ARGS="--experiments nano nano-seed1"
-	$(PY) -m experiments.wandb_report $(ARGS)
+	$(PY) -m experiments.reports.wandb_report $(ARGS)
 
 bench: $(STAMP)  ## Time GRPO and SFT steps beside TRL's on the nano base model, and how ours grow: ARGS="--threads 1"
 	$(OFFLINE) $(PY) -m experiments.bench.run --shapes nano $(ARGS)

@@ -8,7 +8,7 @@
     <output>/<benchmark>/result.json                 columns, averages, intervals (datamodules/metrics/result_files.py)
 
 With a limit the last two lie in <output>/<benchmark>-limit<k>/, with decoding.generation=model in
-<output>/<benchmark>-model-generation/. `experiments.rescore` scores them again.
+<output>/<benchmark>-model-generation/. `experiments.evaluation.rescore` scores them again.
 
 Killed and started again, it goes on after the last chunk of answers. Where the source files of the project have changed
 since these answers were given, it asks: --keep takes them, --redo sets them aside and asks the model anew.

@@ -1,4 +1,4 @@
-"""Print the paper's Tables 2 to 9 with what was measured: `python -m experiments.print_tables --outputs outputs`.
+"""Print the paper's Tables 2 to 9 with the measured numbers beside them.
 
 Writes <outputs>/tables/tables.md and tables.csv, and rewrites report.html of every experiment, with its own rows.
 """

@@ -40,7 +40,12 @@ ROOMS = {
     "callbacks": (),
     "experiments": (("reports",), ("evaluation", "sweeps", "nano", "bench"), ("runs", "synthesis")),
 }
-MOST_ENTRIES = {"datamodules": 14, "lightning_modules": 14, "callbacks": 20, "experiments": 24}  # at a floor's top
+MOST_ENTRIES = {
+    "datamodules": 14,
+    "lightning_modules": 14,
+    "callbacks": 14,
+    "experiments": 20,
+}  # at its top, without __init__.py
 # Names that stand in several rooms: a benchmark and what measures it in training, a data set as benchmark and importer.
 SHARED_NAMES = {"__init__", "base", "registry", "engine", "mig_bench", "odinw"}
 
@@ -278,7 +283,7 @@ def test_an_added_circle_is_found(tmp_path: Path) -> None:
 
 def test_the_top_of_a_floor_stays_short_and_a_name_means_one_file() -> None:
     for floor, most in MOST_ENTRIES.items():
-        entries = [path for path in (ROOT / floor).iterdir() if path.name != "__pycache__"]
+        entries = [path for path in (ROOT / floor).iterdir() if path.name not in ("__pycache__", "__init__.py")]
         assert len(entries) <= most, (floor, sorted(path.name for path in entries))
     names = [file.stem for file in python_files()]
     assert {name for name in names if names.count(name) > 1} <= SHARED_NAMES

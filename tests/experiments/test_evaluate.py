@@ -17,7 +17,8 @@ from datamodules.persistence import processes as process_module
 from datamodules.persistence.processes import ProcessLost
 from datamodules.persistence.source_code import source_code
 from datamodules.synthetic.benchmark_replicas import write
-from experiments import evaluate, print_tables, rescore
+from experiments import evaluate, print_tables
+from experiments.evaluation import rescore
 from experiments.evaluation.ask_processes import Job, ask_all
 from experiments.evaluation.choose_predictor import PolicySettings
 from experiments.evaluation.evaluation_settings import MOVED, Evaluation

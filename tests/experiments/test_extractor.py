@@ -9,7 +9,8 @@ import pytest
 
 from datamodules.metrics.extraction import NO_OPTION, extraction_request, read_extraction
 from datamodules.synthetic.benchmark_replicas import write
-from experiments import evaluate, rescore
+from experiments import evaluate
+from experiments.evaluation import rescore
 from tests.chat_server import ChatServer, http_response, question_text
 
 WHOLE = ("--extractor.base_url=http://a/v1", "--extractor.model=m")

@@ -11,7 +11,8 @@ from datamodules.encoding.messages import CHOICE_SUFFIX
 from datamodules.encoding.model_families import find_model_family
 from datamodules.samples.answer_text import FAILURE_KINDS
 from datamodules.synthetic.benchmark_replicas import write
-from experiments import evaluate, rescore
+from experiments import evaluate
+from experiments.evaluation import rescore
 from experiments.evaluation.choose_predictor import ImageTextSettings, choose_predictor
 from experiments.evaluation.evaluation_settings import Evaluation, QuestionForm
 from experiments.runs import preflight

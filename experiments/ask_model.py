@@ -1,7 +1,7 @@
 """Ask a model one question over your own images: its thinking, its answer, the boxes, and a picture of them.
 
     make ask MODEL=outputs/nano/grpo/merged IMAGES="a.jpg b.jpg" QUESTION="Which object of image 1 is in image 2 too?"
-    python -m experiments.ask --model gpt-4o --endpoint.base_url https://…/v1 --images '[a.jpg]' --question "…"
+    python -m experiments.ask_model --model gpt-4o --endpoint.base_url https://…/v1 --images '[a.jpg]' --question "…"
 
 Boxes are x1, y1, x2, y2 in pixels of the original image. The prompt form of a model trained here is found in its
 folder. A question may say where each image stands: "In <image> there is a dog. Find it in <image>."

@@ -11,7 +11,7 @@ from PIL import Image
 from datamodules.metrics.predictions import Reply
 from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import ImagePart, TextPart
-from experiments import ask
+from experiments import ask_model
 from experiments.evaluation.one_question import (
     COLOUR,
     HEIGHT,
@@ -72,7 +72,7 @@ def test_the_image_of_a_box_and_its_pixels(thinking, question, target, image, so
 def test_an_answer_without_a_box_says_why() -> None:
     answer = read_answer(reply("I see nothing.", finished=False), "Find it.", BoxFormat.ABSOLUTE_PIXELS)
     assert answer.boxes == () and answer.failure == "no_json" and not answer.finished
-    text = ask.format_answer(answer, "a.png")
+    text = ask_model.format_answer(answer, "a.png")
     assert "No box: no_json" in text and "max_new_tokens" in text and "I see nothing." in text
     refused = read_answer(Reply("", (), refused="prompt_too_long"), "Find it.", BoxFormat.ABSOLUTE_PIXELS)
     assert "prompt_too_long" in refused.failure
@@ -93,7 +93,7 @@ def test_the_box_is_drawn_in_its_image_alone(images: list[str], box: str) -> Non
 def test_the_command_answers_in_json_with_the_committed_base(images: list[str], tmp_path: Path, capsys) -> None:
     output = tmp_path / "made" / "answer.png"
     args = [f"--model={NANO}", f"--images=[{','.join(images)}]", "--question=Find the red square in image-2."]
-    ask.main([*args, f"--output={output}", "--json=true", "--decoding.max_new_tokens=48", "--device=cpu"])
+    ask_model.main([*args, f"--output={output}", "--json=true", "--decoding.max_new_tokens=48", "--device=cpu"])
     answer = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert (
         set(answer) == {"text", "thinking", "answer", "boxes", "image_from", "failure", "finished"} and answer["text"]
@@ -119,6 +119,6 @@ def test_mistakes_are_told_in_short(images, change, messages, monkeypatch) -> No
     settings = {"model": str(NANO), "images": f"[{','.join(images)}]", "question": "Find it.", "device": "cpu"}
     settings |= {"decoding.max_new_tokens": "4"} | change
     with pytest.raises(SystemExit) as caught:
-        ask.main([f"--{name}={value}" for name, value in settings.items()])
+        ask_model.main([f"--{name}={value}" for name, value in settings.items()])
     text = str(caught.value)
     assert all(message in text for message in messages) and len(text.splitlines()) <= 5, text

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from experiments import wandb_report
+from experiments.reports import wandb_report
 from tests.documented_metrics import documented_names
 
 

@@ -1,6 +1,6 @@
 """A W&B report that compares experiments, made from code: stages, tasks, curves by phase, settings, drawn answers.
 
-    python -m experiments.wandb_report --experiments nano nano-seed1 --entity my-team
+    python -m experiments.reports.wandb_report --experiments nano nano-seed1 --entity my-team
 
 It needs the extra `dashboards` and a W&B key. Runs are found by their group (experiment) and job type (phase).
 """
