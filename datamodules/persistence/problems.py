@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
+
+_collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
 
 
 class Problems(list[str]):
@@ -45,6 +49,28 @@ class Problems(list[str]):
             self.require(value in known, f"must be one of {', '.join(map(repr, known))}", **{name: value})
 
     def raise_all(self, owner: str) -> None:
-        """Raise ValueError with every sentence, if there are any. `owner` names whose settings they are."""
-        if self:
+        """Raise ValueError with every sentence, if there are any. `owner` names whose settings they are.
+
+        Inside `collect_problems` they are noted there instead, and nothing is raised.
+        """
+        collected = _collected.get()
+        if collected is not None:
+            collected += self
+        elif self:
             raise ValueError(f"{owner}: {'; '.join(self)}")
+
+
+@contextmanager
+def collect_problems() -> Iterator[list[str]]:
+    """Inside, `Problems.raise_all` adds its sentences to the list that this gives.
+
+    A configuration is several settings objects. Python would stop at the first that raises, and the user would find the
+    problems one run after the other. Objects that are built inside may hold values that cannot work: they must not be
+    used if the list is not empty.
+    """
+    problems: list[str] = []
+    token = _collected.set(problems)
+    try:
+        yield problems
+    finally:
+        _collected.reset(token)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from datamodules.persistence.problems import Problems
+from datamodules.persistence.problems import Problems, collect_problems
 
 
 def test_all_problems_are_raised_together_with_names_values_and_rules() -> None:
@@ -40,3 +40,23 @@ def test_a_nan_is_refused_and_a_prefix_stands_before_each_name() -> None:
     problems.at_least(0, dropout=math.nan)
     problems.positive_or_null(rank=math.nan)
     assert [sentence.split("=")[0] for sentence in problems] == ["lora.alpha", "lora.dropout", "lora.rank"]
+
+
+def test_problems_of_several_settings_objects_are_collected() -> None:
+    with collect_problems() as collected:
+        for prefix in ("rollout.", "loss."):
+            problems = Problems(prefix)
+            problems.positive(size=0)
+            problems.raise_all("GRPO")
+    assert collected == ["rollout.size=0 must be greater than 0", "loss.size=0 must be greater than 0"]
+    with pytest.raises(ValueError, match=r"GRPO: loss\.size=0"):
+        problems.raise_all("GRPO")
+
+
+def test_an_error_inside_ends_the_collecting() -> None:
+    with pytest.raises(KeyError), collect_problems():
+        raise KeyError
+    problems = Problems()
+    problems.positive(size=0)
+    with pytest.raises(ValueError, match="size=0"):
+        problems.raise_all("GRPO")
