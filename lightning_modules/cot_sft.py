@@ -89,9 +89,9 @@ class CoTSFT(PolicyModule):
         # Several samples share one packed row; attention does not cross from one sample to another.
         completions = [[_target(item)] for item in items]
         total, correct, num_tokens = 0.0, 0.0, 0
-        for rows in self.in_step(pack_rows(items, completions, self.max_tokens_per_row)):
+        for rows in self.equal_passes(pack_rows(items, completions, self.max_tokens_per_row)):
             if rows is None:  # another rank has more rows; FSDP needs the same number of passes on every rank
-                self.idle_pass()
+                self.dummy_forward()
                 continue
             features = known or self.row_features(rows, items)
             log_probs, best = self.policy.token_log_probs(rows, features, ban_tokens=False, with_best=True)  # [N], [N]

@@ -215,9 +215,9 @@ class GRPO(PolicyModule):
         items = [group.item for group in groups]
         known = [group.features for group in groups] if self.freeze_vision else None
         packed = pack_rows(items, [group.completions for group in groups], self.max_tokens_per_row)
-        for rows in self.in_step(packed):
+        for rows in self.equal_passes(packed):
             if rows is None:
-                self.idle_pass()
+                self.dummy_forward()
             else:
                 yield rows, known or self.row_features(rows, items)
 

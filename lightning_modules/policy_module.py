@@ -240,22 +240,26 @@ class PolicyModule(LightningModule):
         limit, divided = self.max_grad_norm or math.inf, self.policy.sharded  # it is not 0 (`faults`)
         return clip_divided(parameters, limit, self._add_up) if divided else clip_grad_norm_(parameters, limit)
 
-    def in_step(self, rows: Iterable[T]) -> Iterator[T | None]:
-        """`rows`, and None for each that another rank has more of: where layers are divided, every rank takes part in
-        every pass, with an idle one (`idle_pass`) where it has no row."""
-        rows, num_idle = list(rows), 0
-        if self.policy.sharded is not None:  # before the first row, whose pass waits for the other ranks'
-            most = self.trainer.strategy.reduce(torch.tensor(len(rows), device=self.device), reduce_op="max")
-            num_idle = int(most) - len(rows)
-        yield from rows
-        yield from [None] * num_idle
+    def equal_passes(self, rows: Iterable[T]) -> Iterator[T | None]:
+        """Yield this rank's rows, then None until every rank has made the same number of passes.
 
-    def idle_pass(self) -> None:
-        """All that a row goes through, with one token and without any effect on the gradient."""
-        total = self.policy.idle_log_prob()
+        With sharded layers (FSDP2) each forward pass is a collective operation. A rank that has run out of rows must
+        still call `dummy_forward`; otherwise the others wait for ever.
+        """
+        rows, num_dummies = list(rows), 0
+        if self.policy.sharded is not None:
+            # Ranks agree before the first row: its pass waits for the other ranks already.
+            most = self.trainer.strategy.reduce(torch.tensor(len(rows), device=self.device), reduce_op="max")
+            num_dummies = int(most) - len(rows)
+        yield from rows
+        yield from [None] * num_dummies
+
+    def dummy_forward(self) -> None:
+        """Go through every pass that a row goes through, with one token and without any effect on the gradient."""
+        total = self.policy.dummy_log_prob()
         if torch.is_grad_enabled():
             if self.with_reference:
-                self.policy.idle_log_prob(reference=True)
+                self.policy.dummy_log_prob(reference=True)
             self.backward_sum(0.0 * total, 0)
 
     def _no_gradient_sync(self) -> AbstractContextManager:

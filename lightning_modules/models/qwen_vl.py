@@ -190,7 +190,7 @@ class QwenVL(nn.Module):
         )
         return outputs.last_hidden_state.flatten(0, 1)
 
-    def idle_log_prob(self, reference: bool = False) -> Tensor:
+    def dummy_log_prob(self, reference: bool = False) -> Tensor:
         """log p of one token in a row without images: the passes through the layers that any row makes."""
         token = torch.tensor([self.eos_ids[0]], device=self.device)
         return self.token_log_probs(one_token_row(token), [], reference=reference).sum()

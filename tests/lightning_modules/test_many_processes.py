@@ -151,8 +151,8 @@ def test_a_rank_without_anything_to_learn_from_takes_part(build, make_items, fit
     def work():
         torch.set_num_threads(1)
         module = build("grpo", epochs_per_rollout=2, minibatches=2, accumulate=2)
-        passes, idle_pass = [], module.idle_pass
-        module.idle_pass = lambda: passes.append(1) or idle_pass()
+        passes, dummy_forward = [], module.dummy_forward
+        module.dummy_forward = lambda: passes.append(1) or dummy_forward()
         trainer = fit(module, items, 1, max_steps=8, strategy=STRATEGIES[strategy](), devices=2)
         weights = {name: tensor.numpy() for name, tensor in module.policy.trained_tensors()}
         return trainer.global_step, len(passes), weights
