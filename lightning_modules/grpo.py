@@ -233,14 +233,14 @@ class GRPO(PolicyModule):
             if self.with_reference:
                 fixed = features if self.freeze_vision else self.row_features(rows, items, reference=True)
                 reference = self.policy.token_log_probs(rows, fixed, self.temperature, reference=True)
-            present = rows.completion.unique_consecutive().tolist()
+            present = rows.completion_index.unique_consecutive().tolist()
             row_old = torch.cat([old[c] for c in present]) if old else None
             importance = self._importance(log_probs if row_old is None else row_old, [engine[c] for c in present])
             terms = grpo_loss(
                 log_probs,
                 row_old,
                 reference,
-                rows.completion,
+                rows.completion_index,
                 advantages,
                 self.beta,
                 self.clip_range,

@@ -39,7 +39,7 @@ class PackedRows:
     is_prompt: Tensor  # bool [1, L], False for the completions
     predict: Tensor  # [N] index in the row of the token whose hidden state predicts target n
     targets: Tensor  # [N] token ids
-    completion: Tensor  # [N] which completion target n is of, counted through all items given to `pack_rows`
+    completion_index: Tensor  # [N] which completion target n is of, counted through all items given to `pack_rows`
 
     def image_slots(self, image_token_id: int) -> Tensor:
         """Indices in the row where the image features of `items`, concatenated in order, go.
@@ -89,7 +89,7 @@ def one_token_row(token: Tensor) -> PackedRows:
         is_prompt=torch.ones_like(token, dtype=torch.bool)[None],
         predict=nothing,
         targets=token,
-        completion=nothing,
+        completion_index=nothing,
     )
 
 
@@ -136,5 +136,5 @@ def _one_row(
         is_prompt=torch.cat(prompts).to(device)[None],
         predict=torch.cat(predict or none).to(device),
         targets=torch.cat(targets or none).to(device),
-        completion=torch.cat(completion_numbers or none).to(device),
+        completion_index=torch.cat(completion_numbers or none).to(device),
     )

@@ -156,14 +156,14 @@ def test_rows_keep_to_the_budget_and_never_split_a_group(make_items: MakeItems) 
     rows = pack_rows(items, completions, budget)
     assert [row.items for row in rows] == [(0, 1), (2,), (3,)]
     assert [row.input_ids.shape[1] for row in rows] == [budget, lengths[2], lengths[3]]
-    assert torch.cat([row.completion for row in rows]).tolist() == [
+    assert torch.cat([row.completion_index for row in rows]).tolist() == [
         number for number, length in enumerate([3, 2, 4, 4, 5, 5, 2, 2]) for _ in range(length)
     ]
 
 
 def test_an_empty_completion_takes_no_place(make_items: MakeItems) -> None:
     (row,) = pack_rows(make_items([1]), ragged([[0, 2]]), 10_000)
-    assert row.completion.tolist() == [1, 1]
+    assert row.completion_index.tolist() == [1, 1]
 
 
 def test_a_placeholder_in_a_completion_is_an_ordinary_token(policy: QwenVL, make_items: MakeItems) -> None:
