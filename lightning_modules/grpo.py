@@ -22,7 +22,8 @@ from lightning_modules.rl.metrics import StepSums, rollout_records
 from lightning_modules.rl.rewards import Reward, reward
 from lightning_modules.rl.rollout_batch import Group, keep_old, learnt_groups
 from lightning_modules.rl.rollout_log import RolloutLog
-from lightning_modules.rollouts.base import NativeEngine, Rollout, RolloutEngine, RolloutSettings
+from lightning_modules.rollouts.base import Rollout, RolloutEngine, RolloutRequest, SamplingSettings
+from lightning_modules.rollouts.native.engine import NativeEngine
 from lightning_modules.rollouts.vllm.lifecycle import CloseOnError, connect
 from lightning_modules.rollouts.vllm.server_checks import VLLMSettings
 from lightning_modules.training.seeds import derive_seed
@@ -154,10 +155,8 @@ class GRPO(PolicyModule):
         """Sample and reward every group of the batch; returns those that are learnt from."""
         with torch.no_grad():
             features = self.policy.encode_images(batch.items)
-        settings = RolloutSettings(
-            self.group_size, self.temperature, self.max_new_tokens, batch_prompts=self.rollout_prompts
-        )
-        rollouts = self.engine.generate(batch.items, settings, features, seeds=self.sample_seeds(batch))
+        sampling = SamplingSettings(self.group_size, self.temperature, self.max_new_tokens, self.rollout_prompts)
+        rollouts = self.engine.generate(RolloutRequest(batch.items, sampling, features, self.sample_seeds(batch)))
         rewards = [
             [self._reward(item, rollout) for rollout in group]
             for item, group in zip(batch.items, rollouts, strict=True)

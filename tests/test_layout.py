@@ -29,9 +29,10 @@ ROOMS = {
     ),
     "lightning_modules": (
         ("rl",),
-        ("predictors", "rollouts/vllm"),
+        ("predictors",),
+        ("rollouts/native", "rollouts/vllm"),
         ("rollouts", "training"),
-        ("rollouts/native", "models"),
+        ("models",),
         ("models/inference",),
         ("models/attention",),
         ("models/layers",),

@@ -18,7 +18,8 @@ from datamodules.encoding.encoder import EncodedSample, Encoder
 from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
 from lightning_modules.models.layers.lora import LoraSettings
 from lightning_modules.models.qwen_vl import QwenVL
-from lightning_modules.rollouts.base import NativeEngine, RolloutSettings
+from lightning_modules.rollouts.base import RolloutRequest, SamplingSettings
+from lightning_modules.rollouts.native.engine import NativeEngine
 from lightning_modules.serving.generation_rules import SERVER_FIELDS
 
 
@@ -127,9 +128,10 @@ class VLLMStub:
         self._use(self.adapters.get(body["model"], {}))
         item = self._read(body["messages"])
         length = body["max_completion_tokens"]
-        sampling = RolloutSettings(body["n"], body["temperature"] or 1.0, length, greedy=greedy, ban=ban)
+        sampling = SamplingSettings(body["n"], body["temperature"] or 1.0, length)
         generator = torch.Generator().manual_seed(body["seed"])
-        (group,) = NativeEngine(self.policy).generate([item], sampling, generator=generator)
+        request = RolloutRequest([item], sampling, generator=generator, greedy=greedy, ban=ban)
+        (group,) = NativeEngine(self.policy).generate(request)
         choices = [
             {
                 "index": index,

@@ -26,7 +26,7 @@ from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.grpo import GRPO
 from lightning_modules.models.layers.lora import LoraSettings
 from lightning_modules.policy_module import PolicyModule
-from lightning_modules.rollouts.base import Rollout, RolloutEngine, RolloutSettings
+from lightning_modules.rollouts.base import Rollout, RolloutEngine, RolloutRequest, SamplingSettings
 
 
 def build_module(model: str, workload: Workload) -> PolicyModule:
@@ -88,14 +88,12 @@ class TimedEngine:
     def __init__(self, engine: RolloutEngine, gate: Gate) -> None:
         self.engine, self.gate = engine, gate
 
-    def generate(
-        self, items: Sequence[EncodedSample], settings: RolloutSettings, *args: Any, **kwargs: Any
-    ) -> list[list[Rollout]]:
+    def generate(self, request: RolloutRequest) -> list[list[Rollout]]:
         with self.gate.clock.phase("rollout"):
-            rollouts = self.engine.generate(items, settings, *args, **kwargs)
+            rollouts = self.engine.generate(request)
         lengths = {len(rollout.token_ids) for group in rollouts for rollout in group}
-        if lengths != {settings.max_new_tokens}:
-            raise ValueError(f"completions have lengths {sorted(lengths)}, not {settings.max_new_tokens}")
+        if lengths != {request.sampling.max_new_tokens}:
+            raise ValueError(f"completions have lengths {sorted(lengths)}, not {request.sampling.max_new_tokens}")
         return rollouts
 
     def sync(self) -> None:
@@ -157,11 +155,12 @@ class Turnstile(Callback):
         with torch.no_grad():
             features = module.policy.encode_images(self.items)
         for length in (longest, shortest) * 2:  # the first pass warms up
-            settings = RolloutSettings(self.workload.group_size, self.workload.temperature, length)
+            sampling = SamplingSettings(self.workload.group_size, self.workload.temperature, length)
             generator = torch.Generator(module.device).manual_seed(0)
+            request = RolloutRequest(self.items, sampling, features, generator=generator)
             synchronize()
             began = time.perf_counter()
-            module.engine.generate(self.items, settings, features, generator)
+            module.engine.generate(request)
             synchronize()
             best[length] = min(best.get(length, float("inf")), time.perf_counter() - began)
         # The prefill cancels out in the difference. A completion of n tokens has n - 1 decoding steps.

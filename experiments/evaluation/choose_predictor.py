@@ -106,7 +106,7 @@ def _make_policy(settings: PolicySettings, device: str) -> Predictor:
     from datamodules.encoding.encoder import Encoder
     from lightning_modules.models.qwen_vl import QwenVL
     from lightning_modules.predictors.policy import PolicyPredictor
-    from lightning_modules.rollouts.base import NativeEngine
+    from lightning_modules.rollouts.native.engine import NativeEngine
 
     length = settings.decoding.max_new_tokens
     encoder = Encoder(settings.model, with_target=False, max_completion_tokens=length, **settings.prompts)

@@ -16,7 +16,8 @@ from datamodules.samples.scores import score_text
 from datamodules.synthetic.single_image import Turn, single_scene, single_turns
 from datamodules.synthetic.world import Scene, draw_scene
 from lightning_modules.models.qwen_vl import QwenVL
-from lightning_modules.rollouts.base import NativeEngine, RolloutSettings
+from lightning_modules.rollouts.base import RolloutRequest
+from lightning_modules.rollouts.native.engine import NativeEngine
 
 HELD_OUT = "held-out"  # name of the stream of pictures for evaluation; that of training is "train:<seed>"
 
@@ -135,7 +136,9 @@ def accuracy(policy: QwenVL, encoder: PictureEncoder, num_eval: int) -> dict[str
     share of answers that could not be parsed."""
     pictures = [encoder.picture(HELD_OUT, index) for index in range(num_eval)]
     items = [encoder.prompt(picture, 0) for picture in pictures]
-    rollouts = NativeEngine(policy).generate(items, RolloutSettings.of_evaluation(max_new_tokens=48, batch_prompts=64))
+    rollouts = NativeEngine(policy).generate(
+        RolloutRequest.for_evaluation(items, max_new_tokens=48, prompts_per_batch=64)
+    )
     scores = [
         score_text(rollout.text, BoxAnswer(0, picture.turns[0].box, ""), item.image_sizes, BoxFormat.ABSOLUTE_PIXELS)
         for picture, item, (rollout,) in zip(pictures, items, rollouts, strict=True)

@@ -11,7 +11,8 @@ from lightning.pytorch import LightningModule
 from datamodules.encoding.encoder import EncodedSample, Encoder
 from datamodules.samples.sample import LoadedSample, SampleError
 from datamodules.streaming.prefetch import prefetch
-from lightning_modules.rollouts.base import NativeEngine, RolloutEngine
+from lightning_modules.rollouts.base import RolloutEngine
+from lightning_modules.rollouts.native.engine import NativeEngine
 
 T = TypeVar("T")
 

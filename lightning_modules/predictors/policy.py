@@ -19,7 +19,7 @@ from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.predictors.base import Decoding, Load, split_chunks
 from lightning_modules.predictors.encode_ahead import encode_ahead
 from lightning_modules.predictors.own_generation import answer_by_own_settings
-from lightning_modules.rollouts.base import Rollout, RolloutEngine, RolloutSettings
+from lightning_modules.rollouts.base import Rollout, RolloutEngine, RolloutRequest
 from lightning_modules.serving.generation_rules import rules
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class PolicyPredictor:
         length, batch = self.decoding.max_new_tokens, self.decoding.batch_prompts
         if self.decoding.generation == "model":
             return [answer_by_own_settings(self.policy, item, length) for item in items]
-        return [rollout for (rollout,) in self.engine.generate(items, RolloutSettings.of_evaluation(length, batch))]
+        return [rollout for (rollout,) in self.engine.generate(RolloutRequest.for_evaluation(items, length, batch))]
 
 
 def policy_fingerprint(policy: QwenVL) -> str:

@@ -28,7 +28,7 @@ from datamodules.streaming.shards import ShardReader, ShardWriter, folder_list
 from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.predictors.base import split_chunks
 from lightning_modules.predictors.encode_ahead import encode_ahead
-from lightning_modules.rollouts.base import RolloutEngine, RolloutSettings
+from lightning_modules.rollouts.base import RolloutEngine, RolloutRequest, SamplingSettings
 from lightning_modules.training.endings import RunStopped
 from lightning_modules.training.seeds import derive_seed
 
@@ -175,8 +175,8 @@ def _sample_chunks(
     show_progress: bool,
 ) -> None:
     """Append to `journal` one record a chunk: {"window": its number, "outcomes": [...], "rejected": {id: rule}}."""
-    rollout_settings = RolloutSettings(
-        settings.num_samples, settings.temperature, settings.max_new_tokens, batch_prompts=settings.batch_prompts
+    sampling = SamplingSettings(
+        settings.num_samples, settings.temperature, settings.max_new_tokens, settings.batch_prompts
     )
 
     def read(number: int) -> LoadedSample:
@@ -196,7 +196,7 @@ def _sample_chunks(
             known = [(place, item) for place, item in members if isinstance(item, EncodedSample)]
             generator = torch.Generator(policy.device).manual_seed(derive_seed(settings.seed, number))
             items = [item.to(policy.device) for _, item in known]
-            groups = engine.generate(items, rollout_settings, generator=generator)
+            groups = engine.generate(RolloutRequest(items, sampling, generator=generator))
             outcomes = [
                 _outcome(place, item, [rollout.text for rollout in group], encoder, settings.threshold)
                 for (place, item), group in zip(known, groups, strict=True)

@@ -1,241 +1,125 @@
-"""Sampling G completions for each prompt. One small interface, and the engine that runs in this process.
+"""What every rollout engine is given and gives: prompts in, G completions of each prompt out.
 
-Shapes: G branches (completions of a prompt), A branches that go on, V vocabulary, T tokens.
+`native/engine.py` samples in this process, `vllm/engine.py` on servers. Both are a `RolloutEngine`.
+
+Shapes: P prompts, G completions of a prompt, T tokens of a completion.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from datamodules.persistence.problems import Problems
 
-from datamodules.encoding.encoder import EncodedSample
-from lightning_modules.models.attention.kv_cache import PrefixRecorder
-from lightning_modules.models.inference.cpu_model import LeanModel
-from lightning_modules.models.inference.gpu_model import FusedModel
-from lightning_modules.models.qwen_vl import QwenVL
-from lightning_modules.models.token_bans import Ban
-from lightning_modules.rollouts.native.cuda_graphs import GraphedSteps
-from lightning_modules.rollouts.native.decoder import BranchDecoder, Decoded, Model, Prefilled, hidden_states
-from lightning_modules.rollouts.native.sampling import sample
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-PREFIX_STEP = 512  # tokens by which a GPU's memory for a prompt grows
-log = logging.getLogger(__name__)
+    from datamodules.encoding.encoder import EncodedSample
+    from lightning_modules.models.token_bans import Ban
 
 
 @dataclass(frozen=True)
-class RolloutSettings:
-    """`greedy` takes the likeliest token; log-probabilities are at `temperature` all the same. `batch_prompts` are
-    decoded at a time; of more, the next take the places of those that are complete. `ban`: which tokens are never
-    written (`QwenVL.banned_ids`): in training all special ones, in evaluation the placeholders alone."""
+class SamplingSettings:
+    """How many completions are sampled of each prompt, and from which distribution.
 
-    group_size: int
-    temperature: float
-    max_new_tokens: int
-    greedy: bool = False
-    batch_prompts: int = 32
-    ban: Ban = "special"
+    Args:
+        group_size: completions of each prompt, G.
+        temperature: logits are divided by it before the softmax.
+        max_new_tokens: length limit of a completion, its end token included.
+        prompts_per_batch: how many prompts are decoded at the same time. When all completions of a prompt have ended,
+            the next waiting prompt takes its slot (continuous batching).
+    """
+
+    group_size: int = 8
+    temperature: float = 0.7
+    max_new_tokens: int = 1024
+    prompts_per_batch: int = 32
+
+    part: ClassVar[str] = "sampling"  # stands before a field's name in errors
+
+    def problems(self) -> Problems:
+        """All settings that cannot work, in words."""
+        problems = Problems(f"{self.part}.")
+        problems.positive(group_size=self.group_size, temperature=self.temperature)
+        problems.positive(max_new_tokens=self.max_new_tokens, prompts_per_batch=self.prompts_per_batch)
+        return problems
 
     def __post_init__(self) -> None:
-        for name in ("group_size", "temperature", "max_new_tokens", "batch_prompts"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"rollouts: {name}={getattr(self, name)} must be greater than 0")
-        if self.greedy and self.group_size > 1:
-            raise ValueError(
-                f"rollouts: greedy={self.greedy} gives {self.group_size} equal completions; set group_size=1"
-            )
+        self.problems().raise_all(self.part)
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """One call of an engine.
+
+    Args:
+        items: the P encoded prompts, on the policy's device.
+        sampling: group size, temperature and limits.
+        features: image features of each item, [image tokens, D], where they are encoded already. An engine that
+            encodes images itself does not read them.
+        seeds: one for each item. An item samples with random numbers that follow from its own seed alone, so its
+            completions depend neither on the other items of the request nor on the process that samples them.
+        generator: draws the seeds where `seeds` is None.
+        greedy: take the likeliest token. Log-probabilities are still those at `sampling.temperature`.
+        ban: tokens that are never written (`QwenVL.banned_ids`). Training bans all special tokens but the ends: a
+            policy that writes an image placeholder changes its own prompt. Evaluation bans the placeholders alone.
+        on_progress: called with the number of prompts whose completions have all ended.
+
+    Raises:
+        ValueError: `greedy` with a group of several completions, which would all be equal.
+    """
+
+    items: Sequence[EncodedSample]
+    sampling: SamplingSettings
+    features: Sequence[Tensor] | None = None
+    seeds: Sequence[int] | None = None
+    generator: torch.Generator | None = None
+    greedy: bool = False
+    ban: Ban = "special"
+    on_progress: Callable[[int], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.greedy and self.sampling.group_size > 1:
+            size = self.sampling.group_size
+            raise ValueError(f"rollouts: greedy={self.greedy} gives {size} equal completions; set group_size=1")
 
     @classmethod
-    def of_evaluation(cls, max_new_tokens: int, batch_prompts: int) -> RolloutSettings:
-        """One greedy answer each, in which every special token but a placeholder may stand, as in any other model's."""
-        return cls(1, 1.0, max_new_tokens, greedy=True, batch_prompts=batch_prompts, ban="placeholders")
+    def for_evaluation(
+        cls,
+        items: Sequence[EncodedSample],
+        max_new_tokens: int,
+        prompts_per_batch: int,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> RolloutRequest:
+        """One greedy answer to each item. It may hold every special token but a placeholder, as any model's may."""
+        sampling = SamplingSettings(1, 1.0, max_new_tokens, prompts_per_batch)
+        return cls(items, sampling, greedy=True, ban="placeholders", on_progress=on_progress)
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One completion. `finished` is False if it was cut at the length limit; only then does no end token close it."""
+    """One completion."""
 
     token_ids: Tensor  # [T] on the CPU, with the end token
-    log_probs: Tensor  # [T] on the CPU, float32, under the tempered distribution without the banned tokens
-    finished: bool
+    log_probs: Tensor  # [T] on the CPU, float32: of the distribution that was sampled from (tempered, without bans)
+    finished: bool  # False if it was cut at the length limit: then no end token closes it
     text: str  # without special tokens
 
 
 class RolloutEngine(Protocol):
-    """`sync`: the policy's adapter has changed; called on every rank behind the same update. `close`: no more to do."""
+    """Samples completions from the policy."""
 
-    def generate(
-        self,
-        items: Sequence[EncodedSample],
-        settings: RolloutSettings,
-        features: Sequence[Tensor] | None = None,
-        generator: torch.Generator | None = None,
-        on_progress: Callable[[int], None] | None = None,
-        seeds: Sequence[int] | None = None,
-    ) -> list[list[Rollout]]: ...
-
-    def sync(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class NativeEngine:
-    """Prefills each prompt once and decodes its branches over a shared prefix (`decoder`, `kv_cache`).
-
-    `fold_adapter` decodes with LoRA folded into a copy of the linear weights: fewer operations, and exact in float32;
-    in bfloat16 the sum is rounded, as it is in any server that is given merged weights. The model itself is then
-    another one, of fewer operations: on a CPU in float32 `cpu_model`, on a GPU in half precision `gpu_model`.
-    `static` (by default on a GPU) takes all rows at each step, at fixed shapes; on a GPU as a CUDA graph. Its memory
-    and weights are kept for the next call, as what is captured refers to them.
-    """
-
-    def __init__(self, policy: QwenVL, fold_adapter: bool = True, static: bool | None = None) -> None:
-        self.policy = policy
-        self.fold_adapter = fold_adapter
-        self.static = static
-        self._kept: tuple[tuple[object, ...], BranchDecoder] | None = None
+    def generate(self, request: RolloutRequest) -> list[list[Rollout]]:
+        """G rollouts of each item, in the order of `request.items`: P lists of G."""
+        ...
 
     def sync(self) -> None:
-        """Nothing: each call of `generate` reads the policy's weights."""
+        """The policy's weights have changed. Called on every rank, after the same update."""
+        ...
 
     def close(self) -> None:
-        """Nothing: memory goes with the engine."""
-
-    @torch.no_grad()
-    def generate(
-        self,
-        items: Sequence[EncodedSample],
-        settings: RolloutSettings,
-        features: Sequence[Tensor] | None = None,
-        generator: torch.Generator | None = None,
-        on_progress: Callable[[int], None] | None = None,
-        seeds: Sequence[int] | None = None,
-    ) -> list[list[Rollout]]:
-        """G rollouts for each item, in the order of `items`. `features` are the items' own, if already encoded.
-
-        Each item samples with random numbers of its own, from its seed: what else is asked for with it, and in which
-        process, changes nothing. Without `seeds` they are drawn from `generator`. `on_progress` hears how many prompts
-        are complete.
-        """
-        # Without records of views and versions small operations take a tenth less. Not where memory is kept for later.
-        with self.policy.gathered(self.fold_adapter), torch.inference_mode() if self._is_lean() else nullcontext():
-            rollouts = self._generate(items, settings, features, generator, on_progress, seeds) if items else []
-        if self.policy.sharded is not None:
-            self._kept = None  # a whole copy of divided weights has no place beside a training step
-        return rollouts
-
-    def _generate(
-        self,
-        items: Sequence[EncodedSample],
-        settings: RolloutSettings,
-        features: Sequence[Tensor] | None,
-        generator: torch.Generator | None,
-        on_progress: Callable[[int], None] | None,
-        seeds: Sequence[int] | None,
-    ) -> list[list[Rollout]]:
-        # Neighbours in length are read together, so that little is padded.
-        order = sorted(range(len(items)), key=lambda i: len(items[i].input_ids))
-        if seeds is None and not settings.greedy:
-            device = generator.device if generator is not None else "cpu"
-            seeds = torch.randint(1 << 62, (len(items),), generator=generator, device=device).tolist()
-
-        def draw(number: int) -> Tensor:
-            own = torch.Generator().manual_seed(seeds[order[number]])
-            return torch.rand(settings.group_size, settings.max_new_tokens, dtype=torch.float64, generator=own)
-
-        def prefill(start: int, stop: int) -> Prefilled:
-            batch = [items[i] for i in order[start:stop]]
-            images = self.policy.encode_images(batch) if features is None else [features[i] for i in order[start:stop]]
-            return self._prefill(decoder.model, batch, images)
-
-        rollouts: list[list[Rollout]] = [[] for _ in items]
-        num_done = 0
-        decoder = self._decoder(settings, len(items), max(len(item.input_ids) for item in items))
-        for decoded in decoder.decode(len(items), prefill, settings.max_new_tokens, None if settings.greedy else draw):
-            for group in decoded:
-                rollouts[order[group.number]] = self._rollouts(group)
-            num_done += len(decoded)
-            if on_progress is not None:
-                on_progress(num_done)
-        return rollouts
-
-    def _decoder(self, settings: RolloutSettings, num_items: int, longest_prompt: int) -> BranchDecoder:
-        """A new one; on a GPU the last one if it has the room, with its weights brought up to date."""
-        policy, static = self.policy, self._is_static()
-        places, room = min(settings.batch_prompts, num_items), settings.max_new_tokens
-        weights = policy.base.get_input_embeddings().weight.data_ptr()  # another address: the policy was moved
-        banned = policy.banned_tokens(settings.ban)
-        of_policy = (weights, banned.data_ptr(), policy.sharded is None)  # undivided in rejection sampling
-        needs = (*of_policy, places, settings.group_size, settings.temperature, settings.greedy)
-        if self._kept is not None and self._kept[0] == needs:
-            decoder = self._kept[1]
-            if decoder.prefix_room >= longest_prompt and decoder.branch_room >= room:
-                self._refresh(decoder.model)
-                return decoder
-        self._kept = None  # its memory is free before new memory is asked for
-        if static:  # so that prompts a little longer need no new memory
-            longest_prompt = -(-longest_prompt // PREFIX_STEP) * PREFIX_STEP
-
-        def choose(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-            return sample(logits, banned, settings.temperature, None if settings.greedy else draws)
-
-        model, ends = self._model(), policy.eos_ids
-        decoder = BranchDecoder(model, choose, ends, places, settings.group_size, longest_prompt, room, static=static)
-        if static:
-            self._kept = needs, decoder
-        if policy.device.type == "cuda" and static:
-            decoder.run_static = GraphedSteps(decoder)
-        elif static:
-            log.info("no CUDA device: decoding at fixed shapes without CUDA graphs")
-        return decoder
-
-    def _is_static(self) -> bool:
-        return self.policy.device.type == "cuda" if self.static is None else self.static
-
-    def _is_lean(self) -> bool:
-        is_static, is_whole = self._is_static(), self.policy.sharded is None
-        return self.fold_adapter and is_whole and not is_static and LeanModel.can_read(self.policy.base)
-
-    def _model(self) -> Model:
-        policy = self.policy
-        if self._is_lean():
-            return LeanModel(policy.base)
-        module = policy.decoder(self.fold_adapter)
-        if self.fold_adapter and self._is_static() and FusedModel.can_read(module):
-            shared = policy.base.parameters() if policy.sharded is None else ()
-            return FusedModel(module, {parameter.data_ptr() for parameter in shared})
-        return module
-
-    def _refresh(self, model: Model) -> None:
-        if isinstance(model, FusedModel):
-            self.policy.refresh_decoder(model.module)
-            model.refresh()
-        else:
-            self.policy.refresh_decoder(model)
-
-    def _prefill(self, model: Model, items: Sequence[EncodedSample], features: Sequence[Tensor]) -> Prefilled:
-        """Prompts are padded on the right, where causal attention never looks."""
-        ids = pad_sequence([item.input_ids for item in items], batch_first=True)
-        positions = pad_sequence([item.positions.T for item in items], batch_first=True).permute(2, 0, 1)
-        slots = (ids == self.policy.image_token_id).flatten().nonzero()[:, 0]
-        recorder = PrefixRecorder()
-        embeddings = self.policy.embed(model, ids, features, slots)
-        hidden = hidden_states(model, recorder, inputs_embeds=embeddings, position_ids=positions)
-        lengths = torch.tensor([len(item.input_ids) for item in items], device=hidden.device)
-        last = hidden[torch.arange(len(items), device=hidden.device), lengths - 1]
-        next_positions = torch.tensor([item.next_position for item in items], device=hidden.device)
-        return Prefilled(last, lengths, next_positions, recorder)
-
-    def _rollouts(self, group: Decoded) -> list[Rollout]:
-        texts = self.policy.tokenizer.batch_decode(
-            group.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        with torch.inference_mode(False):  # copies that can be trained on
-            tokens, log_probs = ([t.clone() for t in of_group] for of_group in (group.tokens, group.log_probs))
-        return [Rollout(*fields) for fields in zip(tokens, log_probs, group.finished, texts, strict=True)]
+        """Nothing more will be sampled."""
+        ...

@@ -22,7 +22,7 @@ from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sampl
 from datamodules.streaming.shards import ShardWriter
 from lightning_modules.models.layers.lora import LoraSettings
 from lightning_modules.policy_module import PolicyModule
-from lightning_modules.rollouts.base import Rollout
+from lightning_modules.rollouts.base import Rollout, RolloutRequest
 
 QUESTIONS = {
     "diff": "Give me the coordinates of their difference. ",
@@ -64,16 +64,15 @@ class FakeEngine:
         self.asked: list[str] = []
         self.seeds: list[int] = []
 
-    def generate(
-        self, items, settings, features=None, generator=None, on_progress=None, seeds=None
-    ) -> list[list[Rollout]]:
+    def generate(self, request: RolloutRequest) -> list[list[Rollout]]:
+        items, generator = request.items, request.generator
         self.asked += [item.sample.id for item in items]
         self.seeds += [generator.initial_seed()] if generator is not None else []
-        if on_progress is not None:
-            on_progress(len(items))
+        if request.on_progress is not None:
+            request.on_progress(len(items))
         ids = torch.zeros(3, dtype=torch.long)
         return [
-            [Rollout(ids, torch.zeros(3), True, self.write(item, k)) for k in range(settings.group_size)]
+            [Rollout(ids, torch.zeros(3), True, self.write(item, k)) for k in range(request.sampling.group_size)]
             for item in items
         ]
 

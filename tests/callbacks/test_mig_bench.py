@@ -25,7 +25,7 @@ from lightning_modules.predictors import ask
 from lightning_modules.predictors.ask import ask_share, read_answers
 from lightning_modules.predictors.base import Decoding
 from lightning_modules.predictors.policy import PolicyPredictor
-from lightning_modules.rollouts.base import NativeEngine
+from lightning_modules.rollouts.native.engine import NativeEngine
 from tests.callbacks.conftest import FakeEngine, FakeModule, FakePolicy, read_rows, resuming, true_answer
 from tests.lightning_modules.ranks import run_ranks
 

@@ -93,10 +93,10 @@ def test_an_interrupted_choice_goes_on_with_the_same_seeds(run, tmp_path: Path) 
     expected = kept_ids(run(whole, folder=tmp_path / "other"))
 
     class Dying(FakeEngine):
-        def generate(self, items, *args, **kwargs):
+        def generate(self, request):
             if len(self.asked) >= 9:
                 raise KeyboardInterrupt
-            return super().generate(items, *args, **kwargs)
+            return super().generate(request)
 
     first, second = Dying(right_number_mod_5), FakeEngine(right_number_mod_5)
     with pytest.raises(KeyboardInterrupt):
@@ -140,9 +140,9 @@ def test_a_rank_waits_for_a_slower_one_longer_than_a_collective_would(run, tmp_p
     barrier = Barrier(2, timeout=60)
 
     class Slow(FakeEngine):
-        def generate(self, *args, **kwargs):
+        def generate(self, request):
             time.sleep(0.1)
-            return super().generate(*args, **kwargs)
+            return super().generate(request)
 
     def wait_briefly_when_sampling_has_begun() -> None:
         barrier.wait(0.05 if any(engine.asked for engine in engines) else 60)
@@ -213,15 +213,15 @@ def test_all_bad_settings_are_named_before_weights_are_read() -> None:
 
 def test_candidates_are_sampled_as_in_training_unless_told_otherwise(fit, tiny_model_dir) -> None:
     class Asked(FakeEngine):
-        def generate(self, items, settings, *args, **kwargs):
-            self.settings = settings
-            return super().generate(items, settings, *args, **kwargs)
+        def generate(self, request):
+            self.sampling = request.sampling
+            return super().generate(request)
 
     for given, expected in (({}, (0.9, 6)), ({"temperature": 0.5, "max_new_tokens": 8}, (0.5, 8))):
         module = FakeModule(str(tiny_model_dir), Asked(right_number_mod_5))
         module.temperature, module.max_new_tokens = 0.9, 6
         fit(module, [RejectionSampling(num_samples=4, **given)], max_steps=1)
-        assert (module.engine.settings.temperature, module.engine.settings.max_new_tokens) == expected
+        assert (module.engine.sampling.temperature, module.engine.sampling.max_new_tokens) == expected
 
 
 @resuming
@@ -248,11 +248,11 @@ class RealTokens(FakeEngine):
         super().__init__(right_number_mod_5)
         self.module, self.had_moved = module, []
 
-    def generate(self, items, settings, features=None, generator=None, on_progress=None, seeds=None):
-        if features is None:  # in training they are known
+    def generate(self, request):
+        if request.features is None:  # in training they are known
             self.had_moved += [bool(p.any()) for name, p in self.module.named_parameters() if "lora_B" in name]
         ids = self.module.policy.tokenizer.encode("ring", return_tensors="pt")[0]
-        groups = super().generate(items, settings, features, generator, on_progress)
+        groups = super().generate(request)
         return [[replace(rollout, token_ids=ids) for rollout in group] for group in groups]
 
 

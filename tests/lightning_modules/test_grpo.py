@@ -59,9 +59,9 @@ class RecordingEngine:
     def __init__(self, engine):
         self.engine, self.seen = engine, []
 
-    def generate(self, items, *arguments, **named):
-        rollouts = self.engine.generate(items, *arguments, **named)
-        self.seen += zip(items, rollouts, strict=True)
+    def generate(self, request):
+        rollouts = self.engine.generate(request)
+        self.seen += zip(request.items, rollouts, strict=True)
         return rollouts
 
     def sync(self):

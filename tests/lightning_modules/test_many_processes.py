@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.grpo import GRPO
 from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.rl.rewards import Reward
-from lightning_modules.rollouts.base import NativeEngine, RolloutSettings
+from lightning_modules.rollouts.base import RolloutRequest, SamplingSettings
+from lightning_modules.rollouts.native.engine import NativeEngine
 from lightning_modules.training.fsdp_strategy import ShardedStrategy
 from tests.lightning_modules.conftest import LORA
 from tests.lightning_modules.ranks import run_ranks
@@ -63,11 +65,12 @@ class Replay:
     def __init__(self):
         self.known, self.engine = {}, None
 
-    def generate(self, items, settings, features, seeds):
+    def generate(self, request):
+        seeds = request.seeds
         if missing := [index for index, seed in enumerate(seeds) if seed not in self.known]:
             assert self.engine is not None, "a seed that one process does not have"
-            chosen = [items[index] for index in missing], settings, [features[index] for index in missing]
-            rollouts = self.engine.generate(*chosen, seeds=[seeds[index] for index in missing])
+            chosen = {name: [getattr(request, name)[i] for i in missing] for name in ("items", "features", "seeds")}
+            rollouts = self.engine.generate(replace(request, **chosen))
             self.known |= {seeds[index]: group for index, group in zip(missing, rollouts, strict=True)}
         return [self.known[seed] for seed in seeds]
 
@@ -226,7 +229,7 @@ def test_checkpoint_and_merged_model_are_those_of_an_undivided_run(build, make_i
 
 
 def test_memory_kept_from_before_the_policy_was_divided_is_not_decoded_with(tiny_model_dir, make_items):
-    items, settings = make_items([1, 2]), RolloutSettings(2, 1.0, 6)
+    request = RolloutRequest(make_items([1, 2]), SamplingSettings(2, 1.0, 6), seeds=[1, 2])
 
     def work():
         torch.set_num_threads(1)
@@ -234,7 +237,7 @@ def test_memory_kept_from_before_the_policy_was_divided_is_not_decoded_with(tiny
         engine = NativeEngine(policy, static=True)  # as on a GPU, where rejection sampling comes first
 
         def texts():
-            groups = engine.generate(items, settings, seeds=[1, 2])
+            groups = engine.generate(request)
             return [[rollout.token_ids.tolist() for rollout in group] for group in groups]
 
         before = texts()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 from datamodules.encoding.encoder import EncodedSample
 from lightning_modules.models.layers.lora import adapter_tensors, write_adapter
 from lightning_modules.models.qwen_vl import QwenVL
-from lightning_modules.rollouts.base import Rollout, RolloutSettings
+from lightning_modules.rollouts.base import Rollout, RolloutRequest
 from lightning_modules.rollouts.vllm.prompts import PromptWriter
 from lightning_modules.rollouts.vllm.server_checks import (
     VLLMSettings,
@@ -197,43 +197,39 @@ class VLLMEngine:
 
     # Completions
 
-    def generate(
-        self,
-        items: Sequence[EncodedSample],
-        settings: RolloutSettings,
-        features: Sequence[Tensor] | None = None,
-        generator: torch.Generator | None = None,
-        on_progress: Callable[[int], None] | None = None,
-        seeds: Sequence[int] | None = None,
-    ) -> list[list[Rollout]]:
-        """G rollouts for each item. `features` are not used: the servers encode the images themselves.
+    def generate(self, request: RolloutRequest) -> list[list[Rollout]]:
+        """G rollouts of each item. `request.features` are not read: the servers encode the images themselves.
 
-        Without `seeds`, one for each prompt, they come from `generator`. Greedy completions have log-probabilities at
-        temperature 1. Raises PromptMismatch that names the sample, and the errors of `ServerPool.run`.
+        Greedy completions have log-probabilities at temperature 1.
+
+        Raises:
+            PromptMismatch: a server read other prompt tokens than the trainer; names the sample.
+            Exception: the errors of `ServerPool.run`.
         """
+        seeds = request.seeds
         if seeds is None:
-            device = None if generator is None else generator.device
-            seeds = torch.randint(2**31, (len(items),), generator=generator, device=device).tolist()
-        jobs = [(item.to("cpu"), seed % 2**31) for item, seed in zip(items, seeds, strict=True)]
-        ask = partial(self._ask, writer=self._writer, settings=settings)
-        return self._call(lambda pool: pool.run(jobs, ask, on_progress))
+            device = None if request.generator is None else request.generator.device
+            seeds = torch.randint(2**31, (len(request.items),), generator=request.generator, device=device).tolist()
+        jobs = [(item.to("cpu"), seed % 2**31) for item, seed in zip(request.items, seeds, strict=True)]
+        ask = partial(self._ask, writer=self._writer, request=request)
+        return self._call(lambda pool: pool.run(jobs, ask, request.on_progress))
 
     @cached_property
     def _writer(self) -> PromptWriter:
         return PromptWriter(self.policy.processor_path)
 
     async def _ask(
-        self, endpoint: ChatEndpoint, job: tuple[EncodedSample, int], writer: PromptWriter, settings: RolloutSettings
+        self, endpoint: ChatEndpoint, job: tuple[EncodedSample, int], writer: PromptWriter, request: RolloutRequest
     ) -> list[Rollout]:
         item, seed = job
-        banned = self.policy.banned_ids(settings.ban)
+        sampling, banned = request.sampling, self.policy.banned_ids(request.ban)
         messages = await asyncio.to_thread(writer.messages, item)
         body = {
             "model": self.adapter.name if self.adapter else self._models[endpoint.settings.base_url],
             "messages": messages,
-            "n": settings.group_size,
-            "temperature": 0.0 if settings.greedy else settings.temperature,
-            "max_completion_tokens": settings.max_new_tokens,
+            "n": sampling.group_size,
+            "temperature": 0.0 if request.greedy else sampling.temperature,
+            "max_completion_tokens": sampling.max_new_tokens,
             "seed": seed,
             "logprobs": True,
             "top_logprobs": 0,
@@ -243,7 +239,7 @@ class VLLMEngine:
         }
         try:
             vocabulary = range(self.policy.base.config.text_config.vocab_size)
-            read = partial(read_choices, item=item, settings=settings, ends=self.policy.eos_ids, vocabulary=vocabulary)
+            read = partial(read_choices, item=item, sampling=sampling, ends=self.policy.eos_ids, vocabulary=vocabulary)
             choices = await endpoint.post("/chat/completions", body | SERVER_FIELDS, read)
         except RequestRefused as error:
             raise RequestRefused(f"sample {item.sample.id!r}: {endpoint.settings.base_url}: {error}") from error

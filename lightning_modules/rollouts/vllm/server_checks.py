@@ -9,7 +9,8 @@ from typing import Any
 
 from datamodules.encoding.encoder import EncodedSample
 from datamodules.persistence.credentials import hide_credentials
-from lightning_modules.rollouts.base import RolloutSettings
+from datamodules.persistence.problems import Problems
+from lightning_modules.rollouts.base import SamplingSettings
 from lightning_modules.serving.openai_client import (
     ChatEndpoint,
     EndpointMisused,
@@ -55,13 +56,16 @@ class VLLMSettings:
     basic_auth_env: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.servers or len(set(self.servers)) < len(self.servers):
-            shown = [hide_credentials(url) for url in self.servers]
-            raise ValueError(f"vllm: servers={shown} must name at least one server, and none twice")
-        for name in ("patience", "pause", "look"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"vllm: {name}={getattr(self, name)} must be greater than 0")
-        self.endpoints()
+        problems = Problems("rollout.vllm.")
+        problems.positive(patience=self.patience, pause=self.pause, look=self.look)
+        shown = [hide_credentials(url) for url in self.servers]
+        one_of_each = bool(self.servers) and len(set(self.servers)) == len(self.servers)
+        problems.require(one_of_each, "must name at least one server, and none twice", servers=shown)
+        try:
+            self.endpoints()
+        except ValueError as error:
+            problems.append(f"rollout.vllm: {error}")
+        problems.raise_all("rollout.vllm")
 
     def endpoints(self) -> list[EndpointSettings]:
         patience = {name: getattr(self, name) for name in ("timeout", "attempts", "backoff", "max_backoff")}
@@ -92,7 +96,7 @@ def find_model(url: str, served: dict[str, dict[str, Any]], wanted: str | None, 
 
 
 def read_choices(
-    text: str, item: EncodedSample, settings: RolloutSettings, ends: Collection[int], vocabulary: Collection[int]
+    text: str, item: EncodedSample, sampling: SamplingSettings, ends: Collection[int], vocabulary: Collection[int]
 ) -> list[tuple[list[int], list[float]]]:
     """Token ids and their log-probabilities of each of `group_size` completions, in order.
 
@@ -110,13 +114,13 @@ def read_choices(
         if type(prompt) is not list or not all(type(token) is int for token in prompt):
             raise TypeError(f"prompt_token_ids={prompt!r:.60} is no list of integers")
         indices = [choice["index"] for choice in choices]
-        if not all(type(index) is int for index in indices) or sorted(indices) != list(range(settings.group_size)):
-            raise ValueError(f"{settings.group_size} completions were asked for, and these came: {indices!r:.100}")
+        if not all(type(index) is int for index in indices) or sorted(indices) != list(range(sampling.group_size)):
+            raise ValueError(f"{sampling.group_size} completions were asked for, and these came: {indices!r:.100}")
         found = [
             (choice["token_ids"], [token["logprob"] for token in choice["logprobs"]["content"]])
             for choice in sorted(choices, key=lambda choice: choice["index"])
         ]
-        faults = [fault for completion in found if (fault := _fault(*completion, settings, ends, vocabulary))]
+        faults = [fault for completion in found if (fault := _fault(*completion, sampling, ends, vocabulary))]
         if faults:
             raise ValueError("; ".join(faults))
     except (ValueError, LookupError, TypeError) as error:
@@ -129,7 +133,7 @@ def read_choices(
 def _fault(
     ids: list[int],
     log_probs: list[float],
-    settings: RolloutSettings,
+    sampling: SamplingSettings,
     ends: Collection[int],
     vocabulary: Collection[int],
 ) -> str | None:
@@ -140,7 +144,7 @@ def _fault(
         return f"token ids that the model does not have: {wrong[:5]!r:.100}"
     if wrong := [value for value in log_probs if not _is_log_prob(value)]:
         return f"log-probabilities {wrong[:5]!r:.100}"
-    longest = settings.max_new_tokens
+    longest = sampling.max_new_tokens
     if len(ids) > longest or (ids[-1] not in ends and len(ids) < longest):
         return f"a completion of {len(ids)} tokens, at most {longest} of them, with the end {ids[-1]}"
     return None

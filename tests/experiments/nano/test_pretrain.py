@@ -211,11 +211,11 @@ def test_accuracy_counts_boxes_and_failures(
 
         def __init__(self, policy: QwenVL) -> None: ...
 
-        def generate(self, items, settings):
-            assert settings.greedy
+        def generate(self, request):
+            assert request.greedy
             answers = [encoder.picture(HELD_OUT, index).turns[0].answer for index in range(2)]
             texts = [*answers, '{"bbox_2d": [0, 0, 1, 1]}', "nothing"]
-            return [[SimpleNamespace(text=text)] for text in texts[: len(items)]]
+            return [[SimpleNamespace(text=text)] for text in texts[: len(request.items)]]
 
     monkeypatch.setattr(drawing_tasks, "NativeEngine", Engine)
     scores = accuracy(None, encoder, 4)

@@ -20,7 +20,7 @@ from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.predictors.ask import MANY_LOST, QuestionsLost, answers_key, ask_share, read_answers
 from lightning_modules.predictors.base import UNANSWERED, Decoding, Predictor
 from lightning_modules.predictors.policy import PolicyPredictor, policy_fingerprint
-from lightning_modules.rollouts.base import NativeEngine
+from lightning_modules.rollouts.native.engine import NativeEngine
 from tests.callbacks.conftest import FakePolicy
 
 SIZES = ImageSizes((64, 48), (56, 56))

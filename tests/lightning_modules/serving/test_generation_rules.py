@@ -22,7 +22,8 @@ from lightning_modules.predictors.base import Decoding
 from lightning_modules.predictors.huggingface import HuggingFacePredictor
 from lightning_modules.predictors.openai_endpoint import OpenAIPredictor
 from lightning_modules.predictors.policy import PolicyPredictor
-from lightning_modules.rollouts.base import NativeEngine, RolloutSettings
+from lightning_modules.rollouts.base import RolloutRequest, SamplingSettings
+from lightning_modules.rollouts.native.engine import NativeEngine
 from lightning_modules.serving.generation_rules import NEUTRAL, configure
 from lightning_modules.serving.openai_client import EndpointMisused, EndpointSettings
 from lightning_modules.serving.transformers_server import sampling_folder
@@ -155,7 +156,7 @@ def test_a_greedy_answer_may_hold_any_special_token_but_a_placeholder(
 ) -> None:
     policy, items = QwenVL(str(box_writer)).eval(), make_items([1, 2, 3, 1] * 4)
     placeholders = policy.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-    rollouts = NativeEngine(policy, static=static).generate(items, RolloutSettings.of_evaluation(12, 4))
+    rollouts = NativeEngine(policy, static=static).generate(RolloutRequest.for_evaluation(items, 12, 4))
     written, wanted = set(), []
     for item, (rollout,) in zip(items, rollouts, strict=True):
         ids = item.input_ids[None]
@@ -183,7 +184,9 @@ def test_training_still_samples_no_special_token(
     box_writer: Path, make_items: Callable[..., list[EncodedSample]]
 ) -> None:
     policy = QwenVL(str(box_writer)).eval()
-    groups = NativeEngine(policy).generate(make_items([1, 2]), RolloutSettings(8, 1.0, 12), seeds=[1, 2])
+    groups = NativeEngine(policy).generate(
+        RolloutRequest(make_items([1, 2]), SamplingSettings(8, 1.0, 12), seeds=[1, 2])
+    )
     written = {token for group in groups for rollout in group for token in rollout.token_ids.tolist()}
     assert not written & set(policy.banned_token_ids)
     assert policy.tokenizer.convert_tokens_to_ids("<|box_start|>") in policy.banned_token_ids

@@ -15,7 +15,8 @@ from lightning_modules.models.attention.packed_rows import pack_rows
 from lightning_modules.models.inference.gpu_model import FusedModel
 from lightning_modules.models.layers.lora import LoraSettings
 from lightning_modules.models.qwen_vl import QwenVL
-from lightning_modules.rollouts.base import NativeEngine, Rollout, RolloutSettings
+from lightning_modules.rollouts.base import Rollout, RolloutRequest, SamplingSettings
+from lightning_modules.rollouts.native.engine import NativeEngine
 
 kernels = pytest.importorskip("lightning_modules.models.inference.triton_attention", reason="needs Triton")
 layer_kernels = pytest.importorskip("lightning_modules.models.layers.triton_norm_mlp", reason="needs Triton")
@@ -126,8 +127,9 @@ def new_policy(folder: Path, lora: LoraSettings | None, dtype: str = "float32") 
 
 
 def rollouts(engine: NativeEngine, items: list[EncodedSample]) -> list[Rollout]:
-    settings = RolloutSettings(group_size=2, temperature=1.0, max_new_tokens=6, batch_prompts=2)
-    groups = engine.generate(items, settings, generator=torch.Generator(engine.policy.device).manual_seed(3))
+    sampling = SamplingSettings(group_size=2, temperature=1.0, max_new_tokens=6, prompts_per_batch=2)
+    generator = torch.Generator(engine.policy.device).manual_seed(3)
+    groups = engine.generate(RolloutRequest(items, sampling, generator=generator))
     return [rollout for group in groups for rollout in group]
 
 

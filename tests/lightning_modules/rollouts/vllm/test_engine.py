@@ -20,7 +20,8 @@ from lightning_modules import grpo
 from lightning_modules.grpo import GRPO
 from lightning_modules.models.attention.packed_rows import pack_rows
 from lightning_modules.models.qwen_vl import QwenVL
-from lightning_modules.rollouts.base import NativeEngine, RolloutSettings
+from lightning_modules.rollouts.base import RolloutRequest, SamplingSettings
+from lightning_modules.rollouts.native.engine import NativeEngine
 from lightning_modules.rollouts.vllm.prompts import PromptWriter
 from lightning_modules.rollouts.vllm.server_checks import VLLMSettings
 from lightning_modules.rollouts.vllm.server_pool import ServersLost
@@ -28,7 +29,7 @@ from tests.conftest import random_png
 from tests.lightning_modules.conftest import letters, served, trained_weights
 from tests.vllm_stub import wait_for
 
-SAMPLING = RolloutSettings(group_size=3, temperature=0.8, max_new_tokens=6)
+SAMPLING = SamplingSettings(group_size=3, temperature=0.8, max_new_tokens=6)
 
 
 def stir(policy: QwenVL, seed: int = 3) -> None:
@@ -53,19 +54,21 @@ def test_rollouts_are_the_policys_own(stub, connect, make_items) -> None:
     """Prompts of several images of mixed sizes; the trainer finds the log-probabilities that the server gave."""
     engine, items = connect(stub.url), make_items([1, 3, 2])
     engine.check({"training": 500})
-    plain = engine.generate(items, SAMPLING, generator=torch.Generator().manual_seed(0))
+    plain = engine.generate(RolloutRequest(items, SAMPLING, generator=torch.Generator().manual_seed(0)))
     assert largest_difference(engine.policy, items, plain) < 1e-4, "before any sync the model as it is"
     stir(engine.policy)
     assert largest_difference(engine.policy, items, plain) > 1e-3
     engine.sync()
     progress = []
-    groups = engine.generate(items, SAMPLING, None, torch.Generator().manual_seed(0), progress.append)
+    groups = engine.generate(
+        RolloutRequest(items, SAMPLING, generator=torch.Generator().manual_seed(0), on_progress=progress.append)
+    )
     assert largest_difference(engine.policy, items, groups) < 1e-4
     assert progress == [1, 2, 3] and [len(group) for group in groups] == [3, 3, 3]
     ends = set(engine.policy.eos_ids)
     assert all(r.finished == (r.token_ids[-1].item() in ends) for group in groups for r in group)
     assert all(r.finished or len(r.token_ids) == SAMPLING.max_new_tokens for group in groups for r in group)
-    again = engine.generate(items, SAMPLING, None, torch.Generator().manual_seed(0))
+    again = engine.generate(RolloutRequest(items, SAMPLING, generator=torch.Generator().manual_seed(0)))
     assert [[r.text for r in group] for group in again] == [[r.text for r in group] for group in groups]
     assert len({r.text for group in groups for r in group}) > 3
 
@@ -74,9 +77,9 @@ def test_greedy_answers_of_a_server_are_the_native_engines(stub, connect, make_i
     """With the same tokens banned: placeholders alone."""
     engine, items = connect(stub.url), make_items([1, 3, 2])
     engine.check({"training": 500})
-    settings = RolloutSettings.of_evaluation(8, 3)
-    ours = NativeEngine(engine.policy).generate(items, settings)
-    theirs = engine.generate(items, settings)
+    request = RolloutRequest.for_evaluation(items, 8, 3)
+    ours = NativeEngine(engine.policy).generate(request)
+    theirs = engine.generate(request)
     assert [group[0].token_ids.tolist() for group in ours] == [group[0].token_ids.tolist() for group in theirs]
 
 
@@ -114,12 +117,12 @@ def test_a_restarted_server_is_given_the_adapter_again(stub, connect, make_items
     engine.sync()
     stub.stop()
     threading.Timer(0.3, stub.start).start()
-    groups = engine.generate(items, SAMPLING)
+    groups = engine.generate(RolloutRequest(items, SAMPLING))
     assert stub.loads == [engine.adapter.name] * 2
     assert largest_difference(engine.policy, items, groups) < 1e-4
 
     stub.before_answer = lambda: stub.adapters.clear() if len(stub.loads) == 2 else None  # in the middle of a batch
-    groups = engine.generate(items, SAMPLING)
+    groups = engine.generate(RolloutRequest(items, SAMPLING))
     assert stub.loads == [engine.adapter.name] * 3
     assert largest_difference(engine.policy, items, groups) < 1e-4
 
@@ -129,12 +132,12 @@ def test_a_dead_servers_prompts_go_to_the_others_and_it_comes_back(stub, other, 
     stir(engine.policy)
     engine.sync()
     assert stub.loads == other.loads == [engine.adapter.name]
-    engine.generate(items, SAMPLING)
+    engine.generate(RolloutRequest(items, SAMPLING))
     assert stub.asked + other.asked == 6 and min(stub.asked, other.asked) > 0
 
     other.stop()
     asked = stub.asked
-    groups = engine.generate(items, SAMPLING)
+    groups = engine.generate(RolloutRequest(items, SAMPLING))
     assert stub.asked == asked + 6 and largest_difference(engine.policy, items, groups) < 1e-4
     stir(engine.policy, seed=4)
     engine.sync()  # one of two is enough
@@ -147,7 +150,7 @@ def test_a_dead_servers_prompts_go_to_the_others_and_it_comes_back(stub, other, 
         wait_for(lambda: other.asked > asked)
 
     stub.before_answer = come_back
-    groups = engine.generate(items, SAMPLING)
+    groups = engine.generate(RolloutRequest(items, SAMPLING))
     assert other.loads[-1] == engine.adapter.name and other.asked > asked
     assert largest_difference(engine.policy, items, groups) < 1e-4
 

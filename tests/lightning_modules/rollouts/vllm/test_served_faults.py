@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from lightning_modules.rollouts.base import RolloutSettings
+from lightning_modules.rollouts.base import RolloutRequest, SamplingSettings
 from lightning_modules.rollouts.vllm.server_checks import PromptMismatch
 from lightning_modules.rollouts.vllm.server_pool import ServerPool, ServersLost
 from lightning_modules.serving.openai_client import EndpointMisused, EndpointSettings, EndpointUnavailable
 from tests.vllm_stub import error, wait_for
 
-SAMPLING = RolloutSettings(group_size=3, temperature=0.8, max_new_tokens=6)
+SAMPLING = SamplingSettings(group_size=3, temperature=0.8, max_new_tokens=6)
 
 
 class Spoiled:
@@ -103,10 +103,10 @@ NO_ANSWERS = {
 def test_an_answer_that_is_none_is_asked_again(stub, connect, make_items) -> None:
     engine, items = connect(stub.url), make_items([1])
     engine.check({"training": 500})
-    good = engine.generate(items, SAMPLING, seeds=[5])
+    good = engine.generate(RolloutRequest(items, SAMPLING, seeds=[5]))
     for name, spoil in NO_ANSWERS.items():
         stub.wrap = Spoiled("completions", spoil)
-        again = engine.generate(items, SAMPLING, seeds=[5])
+        again = engine.generate(RolloutRequest(items, SAMPLING, seeds=[5]))
         assert stub.wrap.seen == 2, name
         assert [r.token_ids.tolist() for r in again[0]] == [r.token_ids.tolist() for r in good[0]], name
 
@@ -118,7 +118,7 @@ def test_a_prompt_that_is_never_answered_ends_the_run_and_is_named(stub, connect
     stub.wrap = Spoiled("completions", lambda answer: (500, error("an image too wide")), times=10**6)
     began = time.monotonic()
     with pytest.raises(EndpointUnavailable, match=r"sample 'sample/\d'.*an image too wide"):
-        engine.generate(items, SAMPLING)
+        engine.generate(RolloutRequest(items, SAMPLING))
     assert time.monotonic() - began > 0.3 and stub.wrap.seen >= 3
 
 
@@ -131,7 +131,7 @@ def test_a_server_that_hangs_holds_up_nobody(stub, other, connect, make_items) -
         began = time.monotonic()
         engine.check({"training": 500})
         engine.sync()
-        engine.generate(items, SAMPLING)
+        engine.generate(RolloutRequest(items, SAMPLING))
         assert time.monotonic() - began < 50 and other.asked == 0
         looks: list[str] = []
         other.wrap = lambda path, answer: (looks.append(path), release.wait(60), answer())[2]
@@ -141,7 +141,7 @@ def test_a_server_that_hangs_holds_up_nobody(stub, other, connect, make_items) -
         release.set()
     other.wrap = lambda path, answer: answer()
     stub.before_answer = lambda: wait_for(lambda: other.asked > 0)
-    engine.generate(items, SAMPLING)
+    engine.generate(RolloutRequest(items, SAMPLING))
     assert other.loads[-1] == engine.adapter.name
 
 
@@ -218,7 +218,7 @@ def test_a_server_whose_engine_dies_under_the_adapter_is_dead_and_not_misused(st
     other.wrap = wrap
     engine.sync()
     assert list(stub.adapters) == [engine.adapter.name] and engine.adapter.name not in other.adapters
-    engine.generate(make_items([1]), SAMPLING)
+    engine.generate(RolloutRequest(make_items([1]), SAMPLING))
     other.wrap = lambda path, answer: (500, error("no room")) if path == "load_lora_adapter" else answer()
     with pytest.raises(EndpointMisused, match=r"does not load the adapter.*no room"):
         engine._call(lambda pool: pool.look_once())
@@ -231,7 +231,7 @@ def test_a_server_that_comes_back_with_another_model_ends_the_run(stub, connect,
     stub.models = lambda: (200, {"data": [{"id": "of-the-base", "parent": None, "max_model_len": 4096}]})
     stub.start()
     with pytest.raises(EndpointMisused, match=r"serves 'of-the-base' now, and 'tiny' before"):
-        engine.generate(make_items([1]), SAMPLING)
+        engine.generate(RolloutRequest(make_items([1]), SAMPLING))
 
 
 def test_servers_that_stay_dead_end_the_run(stub, connect, make_items) -> None:
@@ -239,7 +239,7 @@ def test_servers_that_stay_dead_end_the_run(stub, connect, make_items) -> None:
     engine.sync()
     stub.stop()
     with pytest.raises(ServersLost, match=r"patience=0.3 s.*same command goes on from the last checkpoint"):
-        engine.generate(make_items([1]), SAMPLING)
+        engine.generate(RolloutRequest(make_items([1]), SAMPLING))
     with pytest.raises(ServersLost):
         engine.sync()
     stub.start()
@@ -250,7 +250,7 @@ def test_other_prompt_tokens_are_an_error_that_names_the_sample(stub, connect, m
     image = engine.policy.image_token_id
     stub.read_prompt = lambda ids: [*ids[: ids.index(image)], *ids[ids.index(image) + 1 :]]  # an image token less
     with pytest.raises(PromptMismatch, match=r"sample 'sample/0': the server read (\d+) prompt tokens, the trainer"):
-        engine.generate(make_items([2]), SAMPLING)
+        engine.generate(RolloutRequest(make_items([2]), SAMPLING))
 
 
 @pytest.mark.parametrize(

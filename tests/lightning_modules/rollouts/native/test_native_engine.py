@@ -9,8 +9,9 @@ import torch
 from datamodules.encoding.encoder import EncodedSample
 from lightning_modules.models.attention.packed_rows import pack_rows
 from lightning_modules.models.qwen_vl import LoraSettings, QwenVL
-from lightning_modules.rollouts.base import NativeEngine, Rollout, RolloutSettings
+from lightning_modules.rollouts.base import Rollout, RolloutRequest, SamplingSettings
 from lightning_modules.rollouts.native.decoder import BranchDecoder
+from lightning_modules.rollouts.native.engine import NativeEngine
 
 MakeItems = Callable[..., list[EncodedSample]]
 
@@ -27,12 +28,12 @@ def policy(tiny_model_dir: Path) -> QwenVL:
 
 
 def generate(
-    policy: QwenVL, items: list[EncodedSample], engine: NativeEngine | None = None, **settings: object
+    policy: QwenVL, items: list[EncodedSample], engine: NativeEngine | None = None, greedy=False, **settings: object
 ) -> list[list[Rollout]]:
-    chosen = {"group_size": 4, "temperature": 1.0, "max_new_tokens": 12, "batch_prompts": 3} | settings
+    chosen = {"group_size": 4, "temperature": 1.0, "max_new_tokens": 12, "prompts_per_batch": 3} | settings
     generator = torch.Generator(policy.device).manual_seed(3)
     engine = engine or NativeEngine(policy)
-    return engine.generate(items, RolloutSettings(**chosen), generator=generator)
+    return engine.generate(RolloutRequest(items, SamplingSettings(**chosen), generator=generator, greedy=greedy))
 
 
 def end_often(policy: QwenVL) -> None:
@@ -104,12 +105,13 @@ def test_completions_end_with_their_end_token_or_at_the_limit(policy: QwenVL, ma
 
 def test_results_do_not_depend_on_batching_and_features(policy: QwenVL, make_items: MakeItems) -> None:
     items = make_items([2, 1, 4, 1])
-    options = {"group_size": 1, "greedy": True, "max_new_tokens": 8}
-    alone = generate(policy, items, batch_prompts=1, **options)
+    options = {"group_size": 1, "max_new_tokens": 8}
+    alone = generate(policy, items, prompts_per_batch=1, greedy=True, **options)
     heard: list[int] = []
-    settings = RolloutSettings(temperature=1.0, batch_prompts=3, **options)
+    sampling = SamplingSettings(temperature=1.0, prompts_per_batch=3, **options)
     features = policy.encode_images(items)
-    together = NativeEngine(policy).generate(items, settings, features=features, on_progress=heard.append)
+    request = RolloutRequest(items, sampling, features, greedy=True, on_progress=heard.append)
+    together = NativeEngine(policy).generate(request)
     assert heard[-1] == 4 and heard == sorted(set(heard))
     for (a,), (b,) in zip(alone, together, strict=True):
         assert a.token_ids.tolist() == b.token_ids.tolist()
@@ -189,7 +191,7 @@ def test_one_long_completion_does_not_hold_the_others(
     items, steps = make_items([1, 2, 1, 3, 1, 2, 2, 1]), []
     advance = BranchDecoder._advance
     monkeypatch.setattr(BranchDecoder, "_advance", lambda *args: steps.append(1) or advance(*args))
-    rollouts = generate(policy, items, group_size=1, batch_prompts=2, max_new_tokens=40)
+    rollouts = generate(policy, items, group_size=1, prompts_per_batch=2, max_new_tokens=40)
     order = sorted(range(len(items)), key=lambda i: len(items[i].input_ids))
     lengths = [len(rollouts[i][0].token_ids) for i in order]
     batches = [max(lengths[k : k + 2]) - 1 for k in range(0, len(lengths), 2)]  # the first token needs no step
@@ -235,9 +237,14 @@ def test_cuda_graphs_give_what_a_cpu_gives(policy: QwenVL, make_items: MakeItems
     [
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"group_size": 0}, "group_size=0"),
-        ({"greedy": True, "group_size": 8}, "greedy=True"),
+        ({"prompts_per_batch": 0}, "prompts_per_batch=0"),
     ],
 )
 def test_senseless_settings_are_refused(settings: dict[str, object], quoted: str) -> None:
-    with pytest.raises(ValueError, match=quoted):
-        RolloutSettings(**({"group_size": 1, "temperature": 1.0, "max_new_tokens": 4} | settings))
+    with pytest.raises(ValueError, match=rf"sampling\.{quoted} must be greater than 0"):
+        SamplingSettings(**({"group_size": 1, "temperature": 1.0, "max_new_tokens": 4} | settings))
+
+
+def test_a_greedy_group_of_several_is_refused() -> None:
+    with pytest.raises(ValueError, match="greedy=True gives 8 equal completions"):
+        RolloutRequest([], SamplingSettings(group_size=8), greedy=True)

@@ -1,0 +1,166 @@
+"""The rollout engine that samples in this process: prompts are read once, completions are decoded in place.
+
+Shapes: P prompts, G branches (completions of a prompt), A branches that go on, V vocabulary, T tokens, D hidden width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from datamodules.encoding.encoder import EncodedSample
+from lightning_modules.models.attention.kv_cache import PrefixRecorder
+from lightning_modules.models.inference.cpu_model import LeanModel
+from lightning_modules.models.inference.gpu_model import FusedModel
+from lightning_modules.models.qwen_vl import QwenVL
+from lightning_modules.rollouts.base import Rollout, RolloutRequest
+from lightning_modules.rollouts.native.cuda_graphs import GraphedSteps
+from lightning_modules.rollouts.native.decoder import BranchDecoder, Decoded, Model, Prefilled, hidden_states
+from lightning_modules.rollouts.native.sampling import sample
+
+PREFIX_STEP = 512  # tokens by which a GPU's memory for a prompt grows
+log = logging.getLogger(__name__)
+
+
+class NativeEngine:
+    """Prefills each prompt once and decodes its branches over a shared prefix (`decoder`, `kv_cache`).
+
+    `fold_adapter` decodes with LoRA folded into a copy of the linear weights: fewer operations, and exact in float32;
+    in bfloat16 the sum is rounded, as it is in any server that is given merged weights. The model itself is then
+    another one, of fewer operations: on a CPU in float32 `cpu_model`, on a GPU in half precision `gpu_model`.
+    `static` (by default on a GPU) takes all rows at each step, at fixed shapes; on a GPU as a CUDA graph. Its memory
+    and weights are kept for the next call, as what is captured refers to them.
+    """
+
+    def __init__(self, policy: QwenVL, fold_adapter: bool = True, static: bool | None = None) -> None:
+        self.policy = policy
+        self.fold_adapter = fold_adapter
+        self.static = static
+        self._kept: tuple[tuple[object, ...], BranchDecoder] | None = None
+
+    def sync(self) -> None:
+        """Does nothing: each call of `generate` reads the policy's weights."""
+
+    def close(self) -> None:
+        """Does nothing: the memory goes with the engine."""
+
+    @torch.no_grad()
+    def generate(self, request: RolloutRequest) -> list[list[Rollout]]:
+        """G rollouts of each item, in the order of `request.items`."""
+        # Inference mode keeps no records of views and versions, which makes small operations a tenth faster. It is not
+        # used where memory is kept for the next call.
+        with self.policy.gathered(self.fold_adapter), torch.inference_mode() if self._is_lean() else nullcontext():
+            rollouts = self._generate(request) if request.items else []
+        if self.policy.sharded is not None:
+            self._kept = None  # a full copy of sharded weights has no place beside a training step
+        return rollouts
+
+    def _generate(self, request: RolloutRequest) -> list[list[Rollout]]:
+        items, sampling, seeds = request.items, request.sampling, request.seeds
+        # Prompts of similar length are read together, so that little is padded.
+        order = sorted(range(len(items)), key=lambda i: len(items[i].input_ids))
+        if seeds is None and not request.greedy:
+            device = request.generator.device if request.generator is not None else "cpu"
+            seeds = torch.randint(1 << 62, (len(items),), generator=request.generator, device=device).tolist()
+
+        def draw(number: int) -> Tensor:
+            """All random numbers of the prompt at this place of `order`, [G, max_new_tokens]."""
+            own = torch.Generator().manual_seed(seeds[order[number]])
+            return torch.rand(sampling.group_size, sampling.max_new_tokens, dtype=torch.float64, generator=own)
+
+        def prefill(start: int, stop: int) -> Prefilled:
+            """Read the prompts at these places of `order`."""
+            batch, known = [items[i] for i in order[start:stop]], request.features
+            images = self.policy.encode_images(batch) if known is None else [known[i] for i in order[start:stop]]
+            return self._prefill(decoder.model, batch, images)
+
+        rollouts: list[list[Rollout]] = [[] for _ in items]
+        num_done = 0
+        decoder = self._decoder(request, max(len(item.input_ids) for item in items))
+        for decoded in decoder.decode(len(items), prefill, sampling.max_new_tokens, None if request.greedy else draw):
+            for group in decoded:
+                rollouts[order[group.number]] = self._rollouts(group)
+            num_done += len(decoded)
+            if request.on_progress is not None:
+                request.on_progress(num_done)
+        return rollouts
+
+    def _decoder(self, request: RolloutRequest, longest_prompt: int) -> BranchDecoder:
+        """A new decoder; on a GPU the last one if it has the room, with its weights brought up to date."""
+        policy, static, sampling, greedy = self.policy, self._is_static(), request.sampling, request.greedy
+        places, room = min(sampling.prompts_per_batch, len(request.items)), sampling.max_new_tokens
+        weights = policy.base.get_input_embeddings().weight.data_ptr()  # another address: the policy was moved
+        banned = policy.banned_tokens(request.ban)
+        of_policy = (weights, banned.data_ptr(), policy.sharded is None)  # undivided in rejection sampling
+        needs = (*of_policy, places, sampling.group_size, sampling.temperature, greedy)
+        if self._kept is not None and self._kept[0] == needs:
+            decoder = self._kept[1]
+            if decoder.prefix_room >= longest_prompt and decoder.branch_room >= room:
+                self._refresh(decoder.model)
+                return decoder
+        self._kept = None  # its memory is freed before new memory is requested
+        if static:  # so that prompts a little longer need no new memory
+            longest_prompt = -(-longest_prompt // PREFIX_STEP) * PREFIX_STEP
+
+        def choose(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+            return sample(logits, banned, sampling.temperature, None if greedy else draws)
+
+        model, ends = self._model(), policy.eos_ids
+        decoder = BranchDecoder(model, choose, ends, places, sampling.group_size, longest_prompt, room, static=static)
+        if static:
+            self._kept = needs, decoder
+        if policy.device.type == "cuda" and static:
+            decoder.run_static = GraphedSteps(decoder)
+        elif static:
+            log.info("no CUDA device: decoding at fixed shapes without CUDA graphs")
+        return decoder
+
+    def _is_static(self) -> bool:
+        return self.policy.device.type == "cuda" if self.static is None else self.static
+
+    def _is_lean(self) -> bool:
+        is_static, is_whole = self._is_static(), self.policy.sharded is None
+        return self.fold_adapter and is_whole and not is_static and LeanModel.can_read(self.policy.base)
+
+    def _model(self) -> Model:
+        policy = self.policy
+        if self._is_lean():
+            return LeanModel(policy.base)
+        module = policy.decoder(self.fold_adapter)
+        if self.fold_adapter and self._is_static() and FusedModel.can_read(module):
+            shared = policy.base.parameters() if policy.sharded is None else ()
+            return FusedModel(module, {parameter.data_ptr() for parameter in shared})
+        return module
+
+    def _refresh(self, model: Model) -> None:
+        if isinstance(model, FusedModel):
+            self.policy.refresh_decoder(model.module)
+            model.refresh()
+        else:
+            self.policy.refresh_decoder(model)
+
+    def _prefill(self, model: Model, items: Sequence[EncodedSample], features: Sequence[Tensor]) -> Prefilled:
+        """Prompts are padded on the right, where causal attention never looks."""
+        ids = pad_sequence([item.input_ids for item in items], batch_first=True)
+        positions = pad_sequence([item.positions.T for item in items], batch_first=True).permute(2, 0, 1)
+        slots = (ids == self.policy.image_token_id).flatten().nonzero()[:, 0]
+        recorder = PrefixRecorder()
+        embeddings = self.policy.embed(model, ids, features, slots)
+        hidden = hidden_states(model, recorder, inputs_embeds=embeddings, position_ids=positions)
+        lengths = torch.tensor([len(item.input_ids) for item in items], device=hidden.device)
+        last = hidden[torch.arange(len(items), device=hidden.device), lengths - 1]
+        next_positions = torch.tensor([item.next_position for item in items], device=hidden.device)
+        return Prefilled(last, lengths, next_positions, recorder)
+
+    def _rollouts(self, group: Decoded) -> list[Rollout]:
+        texts = self.policy.tokenizer.batch_decode(
+            group.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        with torch.inference_mode(False):  # copies that can be trained on
+            tokens, log_probs = ([t.clone() for t in of_group] for of_group in (group.tokens, group.log_probs))
+        return [Rollout(*fields) for fields in zip(tokens, log_probs, group.finished, texts, strict=True)]
