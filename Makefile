@@ -1,6 +1,6 @@
 # One command for each job. The first command that needs Python makes .venv and installs the dependencies of setup.cfg.
 # CONFIG is another YAML, ARGS overrides any of its fields, SEED is the seed of pipeline, sft, grpo and sweep:
-#   make grpo CONFIG=experiments/configs/paper/grpo_7b.yaml ARGS="--model.beta=0.01"
+#   make grpo CONFIG=experiments/configs/paper/grpo_7b.yaml ARGS="--model.loss.kl_beta=0.01"
 #   make pipeline SEED=1
 # A command may ask whether to keep results from before source files changed. KEEP=1 or REDO=1 answers this question.
 
@@ -51,7 +51,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@printf '\n  CONFIG=file.yaml  another configuration      ARGS="--model.beta=0.01"  override any field\n'
+	@printf '\n  CONFIG=file.yaml  another configuration      ARGS="--model.loss.kl_beta=0.01"  override any field\n'
 	@printf '  KEEP=1, REDO=1    keep results from before source files changed, or make them again\n'
 	@printf '  SEED=1            of pipeline, sft, grpo, sweep\n  PYTHON=python3.12 the Python that makes .venv\n'
 
@@ -99,7 +99,7 @@ agent: $(STAMP)  ## Join a W&B sweep from another machine: SWEEP=entity/project/
 
 # This command needs no .venv: the server has its own environment.
 VLLM_VENV ?= .venv-vllm
-vllm-server:  ## Serve rollouts for GRPO with model.engine=vllm: MODEL=folder, ARGS="--port 8001"; on a GPU if there is one
+vllm-server:  ## Serve rollouts for GRPO with model.rollout.engine=vllm: MODEL=folder, ARGS="--port 8001"; on a GPU if there is one
 	$(PYTHON) lightning_modules/serving/vllm_server.py --venv $(VLLM_VENV) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 eval: $(STAMP)  ## Evaluate any model on MIG-Bench, or on BENCH=all (or ref_l4,blink,...): MODEL=outputs/nano/grpo/merged

@@ -52,8 +52,8 @@ class RejectionSampling(Callback):
         folder = Path(self.folder or Path(trainer.default_root_dir) / "rejection_sampling")
         settings = replace(
             self.settings,
-            temperature=self.settings.temperature or pl_module.temperature,
-            max_new_tokens=self.settings.max_new_tokens or pl_module.max_new_tokens,
+            temperature=self.settings.temperature or pl_module.rollout_settings.temperature,
+            max_new_tokens=self.settings.max_new_tokens or pl_module.rollout_settings.max_new_tokens,
         )
         # 3. Use a shared choice if there is one. Rank 0 decides for all, because another run may be moving its choice
         # there at this moment.

@@ -74,7 +74,7 @@ def run(
         only: rows to run, with the rows that they start from; other rows are kept if they are done. null: all
         report_only: run nothing; compare the rows that are done
         outputs: folder of all experiments
-        overrides: more arguments for one row, or for "evaluation": --overrides.grpo="--model.beta=0.01"
+        overrides: more arguments for one row, or for "evaluation": --overrides.grpo="--model.loss.kl_beta=0.01"
         redo: make results of other source files of the project again
         keep: take results of other source files of the project as they are
     """

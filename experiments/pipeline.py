@@ -219,7 +219,7 @@ def run(
         world: YAML of experiments.generate_synthetic; null where the data are there already
         seed: seed of all training
         outputs: folder of all experiments
-        overrides: arguments for one stage, or for "evaluation": --overrides.grpo="--model.beta=0.01"
+        overrides: arguments for one stage, or for "evaluation": --overrides.grpo="--model.loss.kl_beta=0.01"
         redo: make results of other source files of the project again
         keep: take results of other source files of the project as they are
     """

@@ -30,6 +30,7 @@ from callbacks.rank_watch import RankWatch, end_with_launcher
 from datamodules.checkpoints.model_folder import ModelError
 from datamodules.multi_image import MultiImageData
 from datamodules.persistence.files import StorageError, write_atomic
+from datamodules.persistence.problems import collect_problems
 from datamodules.samples.boxes import BoxFormat
 from datamodules.streaming.stream import UnusableData
 from datamodules.streaming.workers import WorkersFailed
@@ -142,10 +143,13 @@ class TrainCLI(LightningCLI):
         for name, kind in (("model", self.model_class), ("data", self.datamodule_class)):
             parser = LightningArgumentParser()
             parser.add_lightning_class_args(kind, name, subclass_mode=name == "model")
-            try:
-                parser.instantiate(Namespace({name: self.config[name].clone()}))
-            except ValueError as error:
-                faults.append(f"{name}: {error.__cause__ or error}")  # the cause is our message; the parser adds words
+            # Each settings object checks itself. Collected, their problems are told together with those of the module.
+            with collect_problems() as found:
+                try:
+                    parser.instantiate(Namespace({name: self.config[name].clone()}))
+                except ValueError as error:  # the cause is our message; the parser adds words
+                    faults.append(f"{name}: {error.__cause__ or error}")
+            faults += [f"{name}.{problem}" for problem in found]
         return faults
 
     def instantiate_trainer(self, **kwargs: object) -> Trainer:

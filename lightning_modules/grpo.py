@@ -1,114 +1,104 @@
-"""GRPO (paper section 3.3): roll out, reward, compare inside the group, update."""
+"""GRPO (paper section 3.3): sample completions, score them, compare them inside their group, train on the difference.
+
+`GRPO.training_step` is the whole algorithm on one page. Shapes: P prompts of a batch, G completions of each (a group),
+C completions of several groups, N tokens of the completions in one packed row, T tokens of one completion.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import astuple
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from datamodules.encoding.encoder import Batch, EncodedSample
+from datamodules.encoding.encoder import Batch
 from datamodules.samples.boxes import BoxFormat
 from lightning_modules.models.attention.packed_rows import PackedRows, pack_rows
 from lightning_modules.policy_module import STATE_KEY, PolicyModule
-from lightning_modules.rl.grpo_faults import grpo_faults
+from lightning_modules.rl.advantages import group_advantages, zero_advantage
+from lightning_modules.rl.grpo_settings import LossSettings, RolloutSettings, UpdateSettings
 from lightning_modules.rl.idle_windows import IdleWindows
-from lightning_modules.rl.losses import Reduction, equal_groups, group_advantages, grpo_loss, truncated_importance
-from lightning_modules.rl.metrics import StepSums, rollout_records
-from lightning_modules.rl.rewards import Reward, reward
-from lightning_modules.rl.rollout_batch import Group, keep_old, learnt_groups
-from lightning_modules.rl.rollout_log import RolloutLog
-from lightning_modules.rollouts.base import Rollout, RolloutEngine, RolloutRequest, SamplingSettings
+from lightning_modules.rl.losses import LossInputs, policy_loss, truncated_importance
+from lightning_modules.rl.metrics import GRPOMetrics
+from lightning_modules.rl.rewards import Reward, score_rollouts, term_weights, weight_problems
+from lightning_modules.rl.rollout_batch import PromptGroup, attach_old_log_probs, trainable_groups
+from lightning_modules.rl.rollout_log import RolloutLog, rollout_records
+from lightning_modules.rollouts.base import Rollout, RolloutEngine, RolloutRequest
 from lightning_modules.rollouts.native.engine import NativeEngine
 from lightning_modules.rollouts.vllm.lifecycle import CloseOnError, connect
-from lightning_modules.rollouts.vllm.server_checks import VLLMSettings
 from lightning_modules.training.seeds import derive_seed
 
 
 class GRPO(PolicyModule):
-    """Group-relative policy optimization with eq. 3's reward and eq. 2's objective.
+    """Group-relative policy optimization (arXiv:2402.03300) with the paper's reward (eq. 3) and objective (eq. 2).
 
-    A window of `accumulate` batches is rolled out with one policy and trained on `epochs_per_rollout` times, each time
-    in `minibatches` updates. With one update the policy has not moved when it is trained: the ratio is 1, and nothing
-    is kept or computed again. With more, the ratio is against the log-probabilities of the rollout, as computed once
-    more before the first update (`old_log_probs: trainer`), or as the engine gave them.
+    An accumulation window is `accumulate` batches. All of them are sampled with one policy; then the window is trained
+    on, in `update.updates_per_window` optimizer updates, and the engine gets the new weights.
 
-    group_size G; temperature and max_new_tokens of the rollouts; beta 0 needs no reference model; clip_range null is
-    eq. 2 literally; loss_reduction as in `grpo_loss`. skip_equal_groups: groups whose rewards are all equal are not
-    trained on at all (else they get the KL gradient). mask_truncated: completions without an end are not trained on;
-    they count in their group's mean all the same. Neither is in the loss's normaliser, where eq. 2 and TRL have both:
-    their tokens are left out of the packed rows. rollout_log: JSONL of the groups of every `rollout_log_every`-th
-    batch; a relative path lies in the phase's folder (`rollout_log.py` reads it). rollout_prompts: prompts decoded
-    together. engine: "native" samples in this process, "vllm" on the servers that `vllm` names
-    (docs/rollout_engines.md). importance_cap: of `truncated_importance`; null trusts the engine's log-probabilities.
-    max_idle_windows: after this number of windows in a row without an informative group (`idle_windows`) the run ends
-    with IdleTooLong; null goes on. A resumed run goes on counting. The other fields: `PolicyModule`.
+    Args:
+        model: model folder or Hub name; the merged model of stage 1.
+        box_format: how the model writes coordinates; `experiments.train` sets it to `data.box_format`.
+        rollout: how completions are sampled.
+        loss: the objective.
+        update: how a window of rollouts is trained on.
+        reward_weights: λ by the name of a term of the reward (`rewards.REWARD_TERMS`). A term that is not named keeps
+            its own weight: accuracy 1.0, format 0.5.
+        learning_rate: peak of the schedule.
+        policy: the other arguments of `PolicyModule`.
+
+    Raises:
+        ValueError: settings that cannot work.
     """
 
     def __init__(
         self,
         model: str,
         box_format: BoxFormat = BoxFormat.ABSOLUTE_PIXELS,
-        group_size: int = 8,
-        temperature: float = 0.7,
-        max_new_tokens: int = 1024,
-        beta: float = 0.001,
-        clip_range: float | None = 0.2,
-        accuracy_weight: float = 1.0,
-        format_weight: float = 0.5,
-        epochs_per_rollout: int = 1,
-        minibatches: int = 1,
-        old_log_probs: Literal["trainer", "engine"] = "trainer",
-        loss_reduction: Reduction = "completion",
-        skip_equal_groups: bool = True,
-        mask_truncated: bool = False,
-        rollout_prompts: int = 32,
-        rollout_log: str | None = None,
-        rollout_log_every: int = 1,
-        engine: Literal["native", "vllm"] = "native",
-        vllm: VLLMSettings | None = None,
-        importance_cap: float | None = None,
-        max_idle_windows: int | None = 100,
+        rollout: RolloutSettings = RolloutSettings(),
+        loss: LossSettings = LossSettings(),
+        update: UpdateSettings = UpdateSettings(),
+        reward_weights: dict[str, float] | None = None,
         learning_rate: float = 5e-5,
         **policy: Any,
     ) -> None:
         super().__init__(model, learning_rate=learning_rate, **policy)
         self.box_format = BoxFormat(box_format)
-        self.group_size, self.temperature, self.max_new_tokens = group_size, temperature, max_new_tokens
-        self.beta, self.clip_range, self.loss_reduction = beta, clip_range, loss_reduction
-        self.accuracy_weight, self.format_weight = accuracy_weight, format_weight
-        self.epochs_per_rollout, self.minibatches, self.old_log_probs = epochs_per_rollout, minibatches, old_log_probs
-        self.skip_equal_groups, self.mask_truncated = skip_equal_groups, mask_truncated
-        self.rollout_prompts = rollout_prompts
-        self.rollout_log, self.rollout_log_every = rollout_log, rollout_log_every
-        self.engine_name, self.vllm, self.importance_cap = engine, vllm or VLLMSettings(), importance_cap
+        self.rollout_settings, self.loss_settings, self.update_settings = rollout, loss, update
+        self.reward_weights = term_weights(reward_weights)
         self.engine: RolloutEngine | None = None
+        self.metrics = GRPOMetrics()
         self.last_rollouts: list[dict[str, Any]] = []  # of the last batch, for callbacks
         self._log: RolloutLog | None = None
-        self._window: list[Group] = []
-        self._sums = StepSums()
-        self.max_idle_windows, self._idle = max_idle_windows, IdleWindows()
+        self._window: list[PromptGroup] = []  # of the open accumulation window, where it has several updates
+        self._idle = IdleWindows()
         self.check_settings()
 
     def faults(self) -> list[str]:
-        return super().faults() + grpo_faults(self)
+        """All settings that cannot work, in words; those of the groups are told by the groups."""
+        faults = [*super().faults(), *weight_problems(self.reward_weights)]
+        if self.rollout_settings.engine == "vllm" and (self.lora is None or not self.freeze_vision):
+            faults.append(
+                f"rollout.engine='vllm' with lora={self.lora}, freeze_vision={self.freeze_vision}: servers are sent an "
+                "adapter of the language model, and nothing else"
+            )
+        return faults
 
     @property
     def with_reference(self) -> bool:
-        return self.beta > 0
+        return self.loss_settings.kl_beta > 0
 
     @property
     def updates_per_window(self) -> int:
-        return self.epochs_per_rollout * self.minibatches
+        return self.update_settings.updates_per_window
 
     def configure_model(self) -> None:
         super().configure_model()
-        if self.engine is None and self.engine_name == "vllm":
-            self.engine = connect(self.policy, self.vllm, self.trainer, self.max_new_tokens)
+        if self.engine is None and self.rollout_settings.engine == "vllm":
+            limit = self.rollout_settings.max_new_tokens
+            self.engine = connect(self.policy, self.rollout_settings.vllm, self.trainer, limit)
         self.engine = self.engine or NativeEngine(self.policy)
 
     def configure_callbacks(self) -> list[CloseOnError]:
@@ -125,92 +115,163 @@ class GRPO(PolicyModule):
         self.engine.close()
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One batch of P prompts: sample G completions each, score them, compare inside each group, add the gradient.
+
+        The last batch of an accumulation window also updates the weights and gives them to the rollout engine.
+        """
         self.begin_batch(batch)
-        self._sums = StepSums()
+        self.metrics.reset()
         started = time.perf_counter()
-        groups = self._roll_out(batch)
-        rolled_out = time.perf_counter()
+
+        # 1. Sample. The engine may be this process or a vLLM server; both return token ids with log-probabilities.
+        with torch.no_grad():
+            features = self.policy.encode_images(batch.items)  # P of [image tokens, D]
+        request = RolloutRequest(batch.items, self.rollout_settings, features, self.sample_seeds(batch))
+        rollouts = self.engine.generate(request)  # P lists of G
+        sampled = time.perf_counter()
+
+        # 2. Score every completion by rules (eq. 3). There is no learned reward model.
+        rewards = score_rollouts(batch.items, rollouts, self.box_format, self.reward_weights)  # P lists of G
+        totals = torch.tensor([[reward.total for reward in group] for group in rewards], dtype=torch.float64)  # [P, G]
+
+        # 3. Compare inside the group (eq. 1). Where all rewards are equal, no completion is better than another: such a
+        # group has zero advantage and teaches no preference.
+        advantages, is_zero = group_advantages(totals), zero_advantage(totals)  # [P, G], bool [P]
+        self.metrics.add_rollouts(rollouts, rewards, is_zero)
+        self._save_rollouts(batch, rollouts, rewards, advantages, is_zero)
+        groups = trainable_groups(
+            batch.items,
+            rollouts,
+            advantages,
+            features=features if self.freeze_vision else None,  # of a trained tower they change with each update
+            skip=(is_zero & self.update_settings.skip_zero_advantage).tolist(),
+            mask_truncated=self.update_settings.mask_truncated,
+        )
+        self.metrics.update(informative=sum(group.is_informative for group in groups))
+
+        # 4. Train (eq. 2). With one update a window, the policy is still the one that sampled: the batch is
+        # backpropagated at once, and nothing is kept of it. Otherwise its groups wait for the end of the window.
         if self.updates_per_window == 1:
-            self._backward(groups)
+            self.add_gradient(groups)
         else:
             self._window += groups
         if self.end_batch():
-            before = self.global_step
             self._update_window()
             self.commit_window(batch)
-            if self.global_step != before:
-                self.engine.sync()
-        self._log_step(rolled_out - started, time.perf_counter() - rolled_out)
+        self._log_step(sampled - started, time.perf_counter() - sampled)
 
-    # Rolling out
+    # Sampling: what is kept of it
 
-    def _reward(self, item: EncodedSample, rollout: Rollout) -> Reward:
-        weights = (self.accuracy_weight, self.format_weight)
-        try:
-            return reward(rollout.text, item.sample.answer, item.image_sizes, self.box_format, *weights)
-        except ValueError as error:
-            raise ValueError(f"sample {item.sample.id!r} cannot be rewarded: {error}") from error
-
-    def _roll_out(self, batch: Batch) -> list[Group]:
-        """Sample and reward every group of the batch; returns those that are learnt from."""
-        with torch.no_grad():
-            features = self.policy.encode_images(batch.items)
-        sampling = SamplingSettings(self.group_size, self.temperature, self.max_new_tokens, self.rollout_prompts)
-        rollouts = self.engine.generate(RolloutRequest(batch.items, sampling, features, self.sample_seeds(batch)))
-        rewards = [
-            [self._reward(item, rollout) for rollout in group]
-            for item, group in zip(batch.items, rollouts, strict=True)
-        ]
-        totals = torch.tensor([[parts.total for parts in group] for group in rewards], dtype=torch.float64)
-        advantages, equal = group_advantages(totals), equal_groups(totals)
-        self._record(batch, rollouts, rewards, advantages, equal)
-        skip = (equal & self.skip_equal_groups).tolist()
-        known = features if self.freeze_vision else None
-        groups = learnt_groups(batch.items, rollouts, advantages, known, skip, self.mask_truncated)
-        self._sums.informative_groups += sum(bool(group.advantages.any()) for group in groups)
-        return groups
-
-    def _record(
+    def _save_rollouts(
         self,
         batch: Batch,
         rollouts: list[list[Rollout]],
         rewards: list[list[Reward]],
         advantages: Tensor,
-        equal: Tensor,
+        is_zero: Tensor,
     ) -> None:
-        """Keep the batch's rollouts for callbacks and the log, and add them to the step's sums."""
+        """Keep the batch's groups for callbacks, and write them to the rollout log.
+
+        Args:
+            batch: P prompts.
+            rollouts: P lists of G.
+            rewards: P lists of G.
+            advantages: [P, G].
+            is_zero: bool [P], the groups of equal rewards.
+        """
         counts = {"update": self.global_step, "batch": self.num_batches}
-        records = rollout_records(batch.items, rollouts, rewards, advantages, equal)
+        records = rollout_records(batch.items, rollouts, rewards, advantages, is_zero)
         self.last_rollouts = [counts | record for record in records]
-        self._sums.add_groups(rollouts, rewards, equal)
-        if self.rollout_log is not None and self.num_batches % self.rollout_log_every == 0:
+        file, every = self.rollout_settings.log, self.rollout_settings.log_every
+        if file is not None and self.num_batches % every == 0:
             if self._log is None:
-                path = Path(self.trainer.default_root_dir) / self.rollout_log
+                path = Path(self.trainer.default_root_dir) / file
                 self._log = RolloutLog(path, self.global_rank, self.trainer.world_size)
             self._log.append(self.last_rollouts)
 
-    # Updating
+    # Training on a window
 
     def _update_window(self) -> None:
-        """All updates of a window. Every rank makes the same number, whatever groups it has."""
+        """All optimizer updates of an accumulation window; then the engine gets the weights.
+
+        Every rank makes the same number of updates, whatever groups it has.
+        """
+        before = self.global_step
         if self.updates_per_window == 1:
             self.update()
-            return
-        if self.old_log_probs == "trainer":
-            self._store_old_log_probs(self._window)
         else:
-            for group in self._window:
-                group.old = group.engine
-        for epoch in range(self.epochs_per_rollout):
-            generator = torch.Generator().manual_seed(derive_seed(self.batch_seed(), epoch))
-            order = torch.randperm(len(self._window), generator=generator)
-            for chosen in order.tensor_split(self.minibatches):
-                self._backward([self._window[index] for index in chosen.tolist()])
-                self.update()
-        self._window = []
+            self._attach_old_log_probs()
+            for epoch in range(self.update_settings.epochs_per_rollout):
+                # The order is drawn from the window's seed, so a resumed run divides the window as before.
+                generator = torch.Generator().manual_seed(derive_seed(self.batch_seed(), epoch))
+                order = torch.randperm(len(self._window), generator=generator)
+                for chosen in order.tensor_split(self.update_settings.minibatches):
+                    self.add_gradient([self._window[index] for index in chosen.tolist()])
+                    self.update()
+            self._window = []
+        if self.global_step != before:  # not if there was nothing to train on, on any rank
+            self.engine.sync()
 
-    def _rows(self, groups: list[Group]) -> Iterator[tuple[PackedRows, list[Tensor]]]:
-        """Packed rows of all groups, and the image features for each. Makes the idle passes that are due itself."""
+    @torch.no_grad()
+    def _attach_old_log_probs(self) -> None:
+        """Give each group of the window the log-probabilities of the policy before its first update."""
+        if self.update_settings.old_log_probs == "sampler":
+            for group in self._window:
+                group.old_log_probs = group.sampler_log_probs
+            return
+        temperature = self.rollout_settings.temperature
+        rows = self._packed_rows(self._window)
+        attach_old_log_probs(self._window, [self.policy.token_log_probs(row, f, temperature) for row, f in rows])
+
+    def add_gradient(self, groups: list[PromptGroup]) -> None:
+        """Add the gradient of minus eq. 2 over these groups, one packed row after the other."""
+        items = [group.item for group in groups]
+        temperature = self.rollout_settings.temperature
+        advantages = torch.cat([group.advantages for group in groups] or [torch.zeros(0)])  # [C]
+        old = [log_probs for group in groups for log_probs in group.old_log_probs or ()]  # C of [T], or none
+        sampler = [log_probs for group in groups for log_probs in group.sampler_log_probs]  # C of [T]
+        for rows, features in self._packed_rows(groups):
+            # Log-probabilities [N] of the row's tokens, by the policy with gradient, and by the reference model.
+            log_probs = self.policy.token_log_probs(rows, features, temperature)
+            ref_log_probs = None
+            if self.with_reference:
+                fixed = features if self.freeze_vision else self.row_features(rows, items, reference=True)
+                ref_log_probs = self.policy.token_log_probs(rows, fixed, temperature, reference=True)
+
+            # Log-probabilities [N] when the tokens were sampled, by the trainer and by the engine.
+            present = rows.completion_index.unique_consecutive().tolist()
+            old_log_probs = torch.cat([old[c] for c in present]) if old else None
+            sampler_log_probs = torch.cat([sampler[c] for c in present])
+            weights = self._sampler_weights(log_probs if old_log_probs is None else old_log_probs, sampler_log_probs)
+
+            inputs = LossInputs(
+                log_probs,
+                rows.completion_index,
+                advantages,
+                self.rollout_settings.max_new_tokens,
+                old_log_probs,
+                ref_log_probs,
+                weights,
+            )
+            terms = policy_loss(inputs, self.loss_settings)
+            self.backward_sum(terms.total, terms.count)
+            self.metrics.add_loss(terms)
+
+    def _sampler_weights(self, old_log_probs: Tensor, sampler_log_probs: Tensor) -> Tensor | None:
+        """Weights [N] that correct for an engine that computes otherwise than the trainer; None for none.
+
+        Args:
+            old_log_probs: [N], by the trainer.
+            sampler_log_probs: [N], by the engine.
+        """
+        if self.updates_per_window > 1 and self.update_settings.old_log_probs == "sampler":
+            return None  # the trainer's were never computed
+        cap = self.update_settings.importance_cap
+        self.metrics.add_sampler(old_log_probs, sampler_log_probs, cap)
+        return None if cap is None else truncated_importance(old_log_probs, sampler_log_probs, cap)
+
+    def _packed_rows(self, groups: list[PromptGroup]) -> Iterator[tuple[PackedRows, list[Tensor]]]:
+        """The groups in packed rows, each with the image features of all items. Makes the dummy passes that are due."""
         items = [group.item for group in groups]
         known = [group.features for group in groups] if self.freeze_vision else None
         packed = pack_rows(items, [group.completions for group in groups], self.max_tokens_per_row)
@@ -220,68 +281,24 @@ class GRPO(PolicyModule):
             else:
                 yield rows, known or self.row_features(rows, items)
 
-    def _backward(self, groups: list[Group]) -> None:
-        """Add the gradient of minus eq. 2 over these groups."""
-        items = [group.item for group in groups]
-        advantages = torch.cat([group.advantages for group in groups] or [torch.zeros(0)])
-        old = [log_probs for group in groups for log_probs in group.old or ()]
-        engine = [log_probs for group in groups for log_probs in group.engine]
-        for rows, features in self._rows(groups):
-            log_probs = self.policy.token_log_probs(rows, features, self.temperature)
-            reference = None
-            if self.with_reference:
-                fixed = features if self.freeze_vision else self.row_features(rows, items, reference=True)
-                reference = self.policy.token_log_probs(rows, fixed, self.temperature, reference=True)
-            present = rows.completion_index.unique_consecutive().tolist()
-            row_old = torch.cat([old[c] for c in present]) if old else None
-            importance = self._importance(log_probs if row_old is None else row_old, [engine[c] for c in present])
-            terms = grpo_loss(
-                log_probs,
-                row_old,
-                reference,
-                rows.completion_index,
-                advantages,
-                self.beta,
-                self.clip_range,
-                self.loss_reduction,
-                self.max_new_tokens,
-                importance,
-            )
-            self.backward_sum(terms.total, terms.count)
-            self._sums.add_terms(terms)
-
-    def _importance(self, log_probs: Tensor, engine: list[Tensor]) -> Tensor | None:
-        """Weights [N] for what the engine sampled, from the trainer's own log-probabilities then."""
-        if self.updates_per_window > 1 and self.old_log_probs == "engine":
-            return None  # the trainer's were never computed
-        sampled = torch.cat(engine)
-        self._sums.add_engine(log_probs, sampled, self.importance_cap)
-        return None if self.importance_cap is None else truncated_importance(log_probs, sampled, self.importance_cap)
-
-    @torch.no_grad()
-    def _store_old_log_probs(self, groups: list[Group]) -> None:
-        """Log-probabilities of the policy before the window's first update."""
-        keep_old(groups, [self.policy.token_log_probs(rows, f, self.temperature) for rows, f in self._rows(groups)])
+    # Logging, and ending where nothing is learnt
 
     def _log_step(self, rollout_seconds: float, update_seconds: float) -> None:
-        sums = StepSums(*self.sum_over_ranks(astuple(self._sums)))
+        sums = self.metrics.compute()  # of all ranks, which wait for one another here
         self._idle.add(sums, ends_window=not self.window_is_open)
         speeds = {
             "speed/rollout_seconds": rollout_seconds,
             "speed/update_seconds": update_seconds,
-            "speed/completion_tokens_per_second": sums.completion_tokens / (rollout_seconds + update_seconds),
+            "speed/completion_tokens_per_second": sums["completion_tokens"] / (rollout_seconds + update_seconds),
         }
-        self.log_step(sums.means() | speeds)
+        self.log_step(self.metrics.means(sums) | speeds)
 
-    # Ending where nothing is learnt
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # behind the callbacks' own
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # after the callbacks' own
         if not self.window_is_open:
-            self._idle.require_fewer_than(self.max_idle_windows, self.max_new_tokens, self.temperature)
+            self._idle.require_fewer_than(self.update_settings.max_idle_windows, self.rollout_settings)
 
     def explain_no_learning(self) -> str:
-        is_idle = self._idle.number > 0
-        return self._idle.explain(self.max_new_tokens, self.temperature) if is_idle else super().explain_no_learning()
+        return self._idle.explain(self.rollout_settings) if self._idle.number > 0 else super().explain_no_learning()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -1,11 +1,13 @@
 """What CoTSFT and GRPO share: the policy, the optimizer, and exact accumulation, failure and resume.
 
-One optimizer update takes a *window* of `accumulate` batches on every rank. Losses are sums over tokens or completions,
-divided once, at the update, by how many of them the whole window held on all ranks. So packing, accumulation and the
-number of ranks never change the weight of a token, and a rank without anything to learn from takes part with zeros.
-A window may reach over the end of an epoch; a run's last window may hold fewer batches, and is stepped like any other.
-(Hugging Face's Trainer steps the remaining batches at the end of every epoch.)
-A checkpoint written inside a window resumes at the window's start: a half-accumulated gradient is never saved.
+One optimizer update takes an *accumulation window* of `accumulate` batches on every rank. Losses are sums over tokens
+or completions. They are divided once, at the update, by the number of them in the whole window on all ranks. So
+packing, accumulation and the number of ranks never change the weight of a token, and a rank that has nothing to learn
+from takes part with zeros.
+
+A window may reach over the end of an epoch. The last window of a run may hold fewer batches, and is stepped like any
+other. (Hugging Face's Trainer steps the remaining batches at the end of every epoch.) A checkpoint written inside a
+window resumes at the window's start: a half-accumulated gradient is never saved.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from datamodules.encoding.encoder import Batch, EncodedSample
+from datamodules.persistence.problems import Problems
 from lightning_modules.models.attention.packed_rows import PackedRows
 from lightning_modules.models.fsdp import clip_divided, sum_gradients
 from lightning_modules.models.layers.lora import LoraSettings
@@ -40,14 +43,24 @@ STATE_KEY = "policy_module"
 
 
 class PolicyModule(LightningModule):
-    """A trained Qwen2.5-VL. The constructor is cheap: weights are read in `configure_model`.
+    """A Qwen2.5-VL that is trained. The constructor is cheap: weights are read in `configure_model`.
 
-    model: folder or Hub name. lora: `LoraSettings`; null trains all weights of the language model. dtype: of the
-    weights. activation_gib: with gradient_checkpointing on a GPU, checkpoint only as many layers as keep their
-    activations within it (null: all). betas, weight_decay: AdamW; norms and biases are not decayed (`optimizers`).
-    warmup_fraction: share of all updates, from which the learning rate rises to its peak. max_grad_norm: null does
-    not clip. accumulate: batches to an update (trainer.accumulate_grad_batches stays 1). max_tokens_per_row: packed
-    length of one forward pass. seed: of everything random.
+    Args:
+        model: folder or Hub name.
+        lora: LoRA on the language model; null trains all its weights.
+        dtype: of the frozen weights; adapters are float32.
+        freeze_vision: leave the vision tower as it is.
+        gradient_checkpointing: keep no activations of a layer, and compute them again in the backward pass.
+        activation_gib: with gradient_checkpointing on a GPU, checkpoint only as many layers as are needed to keep the
+            activations of the others within this size; null checkpoints all layers.
+        learning_rate: peak of the schedule.
+        warmup_fraction: share of all updates in which the learning rate rises to its peak.
+        weight_decay: of AdamW; norms and biases are not decayed (`optim`).
+        betas: of AdamW.
+        max_grad_norm: gradients are clipped to this norm; null does not clip.
+        accumulate: batches in an accumulation window (trainer.accumulate_grad_batches stays 1).
+        max_tokens_per_row: length of one packed row, which is one forward pass.
+        seed: of everything random.
     """
 
     def __init__(
@@ -77,36 +90,39 @@ class PolicyModule(LightningModule):
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints hold only what is trained; on_load_checkpoint is the strict check
         self.policy: QwenVL | None = None
-        self.num_batches = 0  # trained on by this rank; seeds derive from it
-        self._num_batches_committed = 0  # as of the last finished window: what a checkpoint says
+        self.num_batches = 0  # that this rank has trained on; seeds derive from it
+        self._num_batches_committed = 0  # at the end of the last finished window, as a checkpoint has it
         self._count = 0.0  # what the accumulated gradient must be divided by
-        self._window_ids: list[str] = []
+        self._window_ids: list[str] = []  # sample ids of the open window
         self._start: dict[str, int] = {}  # marks of the weights as loaded, where they are trained themselves
-        self._latest: dict[str, float] = {}  # metrics, as logged last
-        self._latest_committed: dict[str, float] = {}
+        self._latest: dict[str, float] = {}  # every metric, as logged last
+        self._latest_committed: dict[str, float] = {}  # the same at the end of the last finished window
 
     def faults(self) -> list[str]:
-        """Every setting that cannot work, as one sentence each; subclasses add theirs."""
+        """All settings that cannot work, one sentence each; subclasses add theirs."""
         return policy_faults(self)
 
     def check_settings(self) -> None:
-        """Called at the end of a subclass's constructor. Raises ValueError that lists all faults at once."""
-        if faults := self.faults():
-            raise ValueError(f"{type(self).__name__}: {'; '.join(faults)}")
+        """Call at the end of a subclass's constructor. Raises ValueError that lists all problems at once."""
+        problems = Problems()
+        problems.extend(self.faults())
+        problems.raise_all(type(self).__name__)
 
     @property
     def with_reference(self) -> bool:
+        """Whether the loss needs log-probabilities of the frozen reference model."""
         return False
 
     @property
     def updates_per_window(self) -> int:
+        """Optimizer updates at the end of an accumulation window."""
         return 1
 
     def configure_model(self) -> None:
         if self.policy is not None:
             return
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(self.seed))  # of the adapter's initial weights
+            torch.manual_seed(derive_seed(self.seed))  # for the initial weights of the adapter
             policy = QwenVL(
                 self.model,
                 lora=self.lora,
@@ -134,37 +150,39 @@ class PolicyModule(LightningModule):
             self.weight_decay,
             self.warmup_fraction,
             count_updates(self.trainer, self.accumulate, self.updates_per_window),
-            foreach=False if self.policy.sharded is not None else None,  # no list may mix divided and whole tensors
+            foreach=False if self.policy.sharded is not None else None,  # no list may mix sharded and full tensors
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    # One window of batches
+    # One accumulation window
 
     def begin_batch(self, batch: Batch) -> None:
+        """Call first in a training step."""
         self._window_ids += batch.sample_ids
         if self.lora is not None and self.lora.dropout > 0:
             torch.manual_seed(self.batch_seed())  # dropout is all that draws from the global generator
 
     def batch_seed(self) -> int:
+        """A seed for this batch on this rank."""
         return derive_seed(self.seed, self.num_batches, self.global_rank)
 
     def sample_seeds(self, batch: Batch) -> list[int]:
-        """A seed for each item of a batch that has begun, the same on whichever rank it is."""
+        """A seed for each item of a batch that has begun. It does not depend on the rank that holds the item."""
         earlier = self._window_ids[: -len(batch)]
         return sample_seeds(self.seed, self.num_batches // self.accumulate, earlier, batch.sample_ids)
 
     def end_batch(self) -> bool:
-        """Count the batch; True if it was its window's last, and the caller should update."""
+        """Count the batch. True if it was the last of its window: the caller should update the weights."""
         self.num_batches += 1
         return self.num_batches - self._num_batches_committed >= self.accumulate or is_last_batch(self.trainer)
 
     @property
     def window_is_open(self) -> bool:
-        """True when batches were trained on since the last update: a checkpoint would go back behind them."""
+        """Whether batches were trained on since the last update. A checkpoint would go back to before them."""
         return self.num_batches != self._num_batches_committed
 
     def commit_window(self, batch: Batch) -> None:
-        """Call when a window's updates are done: a checkpoint written from now on resumes after `batch`."""
+        """Call after the updates of a window: a checkpoint written from now on resumes after `batch`."""
         self._num_batches_committed = self.num_batches
         self._window_ids = []
         mark_trained = getattr(getattr(self.trainer, "datamodule", None), "mark_trained", None)
@@ -172,26 +190,44 @@ class PolicyModule(LightningModule):
             mark_trained(batch)
 
     def backward_sum(self, total: Tensor, count: float) -> None:
-        """Add the gradient of `total`, a sum of `count` terms of the mean that is the loss."""
+        """Add a gradient; `update` divides it.
+
+        Args:
+            total: scalar, a sum of the loss over `count` tokens or completions.
+            count: what `total` adds to the number by which the gradient of the window is divided.
+
+        Raises:
+            NonFiniteLoss: `total` is NaN or infinite.
+        """
         self._require_finite(total, "the loss")
         with self._no_gradient_sync():
             self.manual_backward(total)
         self._count += count
 
     def update(self) -> bool:
-        """Divide the accumulated gradient by what was counted on all ranks, clip it, and step.
+        """Divide the accumulated gradient by the count of all ranks, clip it, and make one optimizer step.
 
-        False if nothing was counted anywhere: weights, optimizer state and schedule stay as they are. All ranks make
-        the same collective calls.
+        All ranks make the same collective calls.
+
+        Returns False if nothing was counted on any rank: weights, optimizer state and schedule stay as they are.
+
+        Raises:
+            NonFiniteLoss: the norm of the gradient is NaN or infinite.
         """
         optimizer, parameters = self.optimizers(), self.policy.trainable_parameters()
+
+        # 1. Nothing to learn from, on any rank: no step, which weight decay and momentum would move.
         count = self.sum_over_ranks([self._count])[0]
         self._count = 0.0
         if count == 0:
             optimizer.zero_grad(set_to_none=True)
             return False
+
+        # 2. The gradient of the mean over the window, clipped.
         norm = self._finish_gradients(parameters, count)
         self._require_finite(norm, "the gradient")
+
+        # 3. One step of the optimizer and of the schedule.
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule = self.lr_schedulers()
@@ -218,8 +254,11 @@ class PolicyModule(LightningModule):
         )
 
     def log_step(self, metrics: dict[str, float]) -> None:
-        """Log a batch's metrics, and again the latest value of those that only some batches have (an update ends a
-        window; a batch may hold nothing to train on), so that a logger that samples batches misses none."""
+        """Log a batch's metrics, and the latest value of every other metric.
+
+        Some metrics exist for some batches only: the learning rate is logged at updates, and a batch may hold nothing
+        to train on. A logger that samples every n-th batch would miss them.
+        """
         self._latest |= metrics
         if not self.window_is_open:
             self._latest_committed = dict(self._latest)
@@ -233,12 +272,12 @@ class PolicyModule(LightningModule):
         return self.trainer.strategy.reduce(tensor, reduce_op="sum")
 
     def _finish_gradients(self, parameters: list[torch.nn.Parameter], count: float) -> Tensor:
-        """Sum gradients over ranks, divide them by `count` and clip them; their norm before that."""
+        """Sum gradients over ranks, divide them by `count` and clip them. Returns their norm before clipping."""
         sum_gradients(parameters, self._add_up if self.trainer.world_size > 1 else None)
         for parameter in parameters:
             parameter.grad.div_(count)
-        limit, divided = self.max_grad_norm or math.inf, self.policy.sharded  # it is not 0 (`faults`)
-        return clip_divided(parameters, limit, self._add_up) if divided else clip_grad_norm_(parameters, limit)
+        limit, sharded = self.max_grad_norm or math.inf, self.policy.sharded  # the limit is not 0 (`faults`)
+        return clip_divided(parameters, limit, self._add_up) if sharded else clip_grad_norm_(parameters, limit)
 
     def equal_passes(self, rows: Iterable[T]) -> Iterator[T | None]:
         """Yield this rank's rows, then None until every rank has made the same number of passes.
@@ -263,7 +302,7 @@ class PolicyModule(LightningModule):
             self.backward_sum(0.0 * total, 0)
 
     def _no_gradient_sync(self) -> AbstractContextManager:
-        """DDP must not reduce in backward: ranks differ in how many backward passes they make."""
+        """Keeps DDP from reducing gradients in a backward pass: ranks make different numbers of them."""
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
         return nullcontext() if block is None else block()
 
@@ -272,8 +311,16 @@ class PolicyModule(LightningModule):
         require_finite(value, what, folder, self.global_step, self.global_rank, self._window_ids)
 
     def row_features(self, rows: PackedRows, items: Sequence[EncodedSample], reference: bool = False) -> list[Tensor]:
-        """Image features by item for one forward pass with a trained tower. Only the items in `rows` have any: each
-        backward pass frees its graph, so nothing can be shared between passes."""
+        """Image features for one forward pass with a trained vision tower: one [image tokens, D] for each item.
+
+        Only the items in `rows` have any; the others have an empty tensor. Nothing is shared between passes, because
+        each backward pass frees its graph.
+
+        Args:
+            rows: the packed row of the pass.
+            items: all items given to `pack_rows`.
+            reference: encode with the tower of the reference model.
+        """
         features: list[Tensor] = [torch.empty(0)] * len(items)
         encoded = self.policy.encode_images([items[index] for index in rows.items], reference=reference)
         for index, tokens in zip(rows.items, encoded, strict=True):
@@ -289,7 +336,7 @@ class PolicyModule(LightningModule):
         trained = self._trained_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint[STATE_KEY] = {"num_batches": self._num_batches_committed, "latest": self._latest_committed}
-        # Lightning has counted the open window's batches too; its epoch would end too soon by as many.
+        # Lightning has counted the batches of the open window too. They will be trained on again.
         rewind(checkpoint["loops"]["fit_loop"], self.num_batches - self._num_batches_committed)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.grpo import GRPO
 from lightning_modules.models.layers.lora import LoraSettings
 from lightning_modules.policy_module import PolicyModule
+from lightning_modules.rl.grpo_settings import LossSettings, RolloutSettings, UpdateSettings
 from lightning_modules.rollouts.base import Rollout, RolloutEngine, RolloutRequest, SamplingSettings
 
 
@@ -44,11 +45,10 @@ def build_module(model: str, workload: Workload) -> PolicyModule:
         return CoTSFT(model, **common)
     return GRPO(
         model,
-        group_size=workload.group_size,
-        temperature=workload.temperature,
-        max_new_tokens=workload.completion_tokens,
-        beta=workload.beta,
-        skip_equal_groups=False,  # all rewards of a random model are 0, and TRL trains on such groups too
+        rollout=RolloutSettings(workload.group_size, workload.temperature, workload.completion_tokens),
+        loss=LossSettings(kl_beta=workload.beta),
+        # All rewards of a random model are 0, and TRL trains on such groups too.
+        update=UpdateSettings(skip_zero_advantage=False),
         **common,
     )
 

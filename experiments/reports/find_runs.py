@@ -66,7 +66,9 @@ class Run:
     @cached_property
     def groups(self) -> list[LoggedGroup]:
         """The groups of its rollout log; [] where it has none."""
-        return read_index(self.folder / (self.config.get("model.init_args.rollout_log") or "rollouts.jsonl"))
+        names = ("model.init_args.rollout.log", "model.init_args.rollout_log")  # the second in runs of earlier versions
+        named = [self.config[name] for name in names if self.config.get(name)]
+        return read_index(self.folder / (named[0] if named else "rollouts.jsonl"))
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Run]:

@@ -155,7 +155,7 @@ def _question(sample: Sample) -> str:
 
 def _index_row(group: LoggedGroup, tasks: list[str]) -> list[Any]:
     scores = round(group.mean_reward, 4), round(group.mean_accuracy, 4)
-    return [group.batch, group.update, group.id, tasks.index(group.task), int(group.equal), *scores]
+    return [group.batch, group.update, group.id, tasks.index(group.task), int(group.zero_advantage), *scores]
 
 
 def _whole_group(group: LoggedGroup, run: Run, pictures: Pictures) -> dict[str, Any]:

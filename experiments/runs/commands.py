@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from datamodules.persistence.credentials import find_credential
-from experiments.runs.renamed_settings import find_old_name
+from experiments.runs.renamed_settings import find_old_flags, find_old_names
 
 T = TypeVar("T")
 LARGEST = 2**20  # bytes; a longer file is no configuration
@@ -35,7 +35,11 @@ def command(main: Callable[..., T]) -> Callable[..., T]:
 
 
 def refuse_credentials(arguments: Sequence[str]) -> None:
-    """End the program if an argument, or a YAML or JSON file that an argument names, holds a credential."""
+    """End the program if an argument, or a YAML or JSON file that an argument names, holds a credential.
+
+    If none does, end it if there are old names of settings or class paths; all of them are told at once.
+    """
+    old: list[str] = []
     for index, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
         where = name if argument.startswith("--") else f"argument {index + 1}"
@@ -43,10 +47,11 @@ def refuse_credentials(arguments: Sequence[str]) -> None:
             where, value = arguments[index - 1].partition("=")[0], argument
         if kind := find_credential(argument):
             sys.exit(f"{find_place(where)} holds {kind}: {CURE}")
-        if argument.startswith("--") and (cure := find_old_name(argument)):
-            sys.exit(f"{where}: {cure}")
+        old += [f"{where}: {cure}" for cure in find_old_flags(argument)]
         for file in (Path(text) for text in {argument, value} if text.endswith((".yaml", ".yml", ".json"))):
-            refuse_in_file(file)
+            old += check_file(file)
+    if old:
+        sys.exit("\n".join(old))
 
 
 def find_place(where: str) -> str:
@@ -54,13 +59,16 @@ def find_place(where: str) -> str:
     return "an argument" if find_credential(where) else where
 
 
-def refuse_in_file(file: Path) -> None:
-    """End the program if a line of a YAML or JSON file holds a credential or an old name; a missing file passes."""
+def check_file(file: Path) -> list[str]:
+    """End the program if a YAML or JSON file holds a credential. Returns its old names, with their places.
+
+    A missing file passes.
+    """
     if not file.is_file() or file.stat().st_size > LARGEST:
-        return
-    for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
+        return []
+    content = file.read_text(errors="replace")
+    for number, line in enumerate(content.splitlines(), 1):
         text = line.split(" #")[0]  # comments are not parsed
         if kind := find_credential(text):
             sys.exit(f"{file}, line {number}, holds {kind}: {CURE}")
-        if cure := find_old_name(text):
-            sys.exit(f"{file}, line {number}: {cure}")
+    return [f"{file}, line {number}: {cure}" for number, cure in find_old_names(content)]

@@ -27,8 +27,8 @@ TRAINER_NOT_IN_KEY = (
 # The place of sampling, its log, the limit at which a run gives up, and settings that trade memory for time. The
 # results are the same for all their values.
 MODEL_NOT_IN_KEY = (
-    *("vllm", "rollout_log", "rollout_log_every", "max_idle_windows", "feature_cache", "feature_cache_gib"),
-    *("gradient_checkpointing", "activation_gib"),
+    *("rollout.vllm", "rollout.log", "rollout.log_every", "update.max_idle_windows"),
+    *("feature_cache", "feature_cache_gib", "gradient_checkpointing", "activation_gib"),
 )
 DATA_NOT_IN_KEY = ("num_workers", "worker_timeout")  # the order of samples does not depend on the workers (`stream`)
 CALLBACKS_NOT_IN_KEY = (
@@ -100,4 +100,9 @@ def _callback(callback: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without(settings: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name not in names}
+    """The settings but for those of these names; "group.name" leaves out one setting of a group."""
+    kept = {name: value for name, value in settings.items() if name not in names}
+    for group, _, name in (full.partition(".") for full in names):
+        if name and isinstance(kept.get(group), Mapping):
+            kept[group] = _without(kept[group], (name,))
+    return kept

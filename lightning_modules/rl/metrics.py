@@ -1,118 +1,156 @@
-"""What one GRPO step logs. Every metric is defined here once, as a ratio of sums that add up over ranks."""
+"""What one GRPO step logs: every metric is a ratio of two sums that add up over completions, packed rows and ranks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torchmetrics import Metric
 
-from datamodules.encoding.encoder import EncodedSample
-from datamodules.samples.boxes import image_sizes_to_json
-from lightning_modules.rl.losses import GRPOTerms
-from lightning_modules.rl.rewards import Reward
+from lightning_modules.rl.losses import LossTerms
+from lightning_modules.rl.rewards import REWARD_TERMS, Reward
 from lightning_modules.rollouts.base import Rollout
 
-RIGHT_IOU = 0.5  # a completion is right above it, as in the metric
+RIGHT_IOU = 0.5  # a completion is right if its IoU is above it, as in the benchmark
+
+SUMS = (
+    "groups",
+    "zero_advantage",  # groups whose rewards are all equal
+    "informative",  # groups in which a completion that is trained on has an advantage other than 0
+    "completions",
+    "completion_tokens",
+    "truncated",  # completions without an end token
+    "zero_iou",  # completions
+    "right",  # completions
+    "neg_log_prob_sum",  # Σ over sampled tokens of -log p
+    "reward/total",
+    "loss",
+    "loss_count",
+    "kl",
+    "clipped",  # tokens whose surrogate is held by the clip
+    "trained_tokens",
+    "sampler_abs_log_ratio",  # Σ |log p of the trainer - log p of the sampler|, before any update
+    "capped",  # tokens whose importance weight is held by its cap
+    "compared_tokens",
+)
+# Metric -> (sum, what it is divided by). The terms of the reward are added by their names.
+MEANS = {
+    "reward/total": ("reward/total", "completions"),
+    "grpo/completion_length": ("completion_tokens", "completions"),
+    "grpo/frac_truncated": ("truncated", "completions"),
+    # -log p of what was sampled is an unbiased estimate of the entropy of the sampling distribution
+    "grpo/entropy": ("neg_log_prob_sum", "completion_tokens"),
+    "grpo/frac_zero_advantage": ("zero_advantage", "groups"),
+    "grpo/loss": ("loss", "loss_count"),
+    "grpo/kl": ("kl", "trained_tokens"),
+    "grpo/clip_fraction": ("clipped", "trained_tokens"),
+    "grpo/sampler_abs_log_ratio": ("sampler_abs_log_ratio", "compared_tokens"),
+    "grpo/frac_capped": ("capped", "compared_tokens"),
+}
 
 
-@dataclass
-class StepSums:
-    """Sums over the rollouts of a step and over what it trained on."""
+class GRPOMetrics(Metric):
+    """The sums of one step, over its completions and over what it trained on, of all ranks.
 
-    completions: float = 0.0
-    reward: float = 0.0
-    accuracy: float = 0.0
-    format: float = 0.0
-    completion_tokens: float = 0.0
-    truncated: float = 0.0  # completions without an end token
-    surprise: float = 0.0  # Σ -log p of the sampled tokens
-    groups: float = 0.0
-    equal_groups: float = 0.0
-    loss: float = 0.0
-    loss_count: float = 0.0
-    kl: float = 0.0
-    clipped: float = 0.0
-    trained_tokens: float = 0.0
-    mismatch: float = 0.0  # Σ |log p of the trainer - log p of the engine| before any update
-    capped: float = 0.0  # tokens whose importance weight is held by its cap
-    compared_tokens: float = 0.0
-    informative_groups: float = 0.0  # in which a completion that is trained on has an advantage other than 0
-    zero_iou: float = 0.0  # completions
-    right: float = 0.0  # completions
+    All of them are one vector, so ranks exchange them in one all-reduce, and each rank may have counted another number
+    of completions. The state is not persistent: it is in no checkpoint, and a resumed run starts its step anew.
+    """
 
-    def add_groups(
-        self, rollouts: Sequence[Sequence[Rollout]], rewards: Sequence[Sequence[Reward]], equal: Tensor
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__(dist_sync_fn=_all_reduce)
+        self.terms = tuple(f"reward/{name}" for name in REWARD_TERMS)
+        self.names = (*SUMS, *self.terms)
+        # float64: counts stay exact, and a sum depends on the order of its parts in the last digits only.
+        self.add_state("sums", torch.zeros(len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, **parts: float) -> None:
+        """Add to the sums of these names.
+
+        Raises:
+            ValueError: a name that is no sum.
+        """
+        if unknown := sorted(parts.keys() - set(self.names)):
+            raise ValueError(f"no sums of GRPO's metrics: {unknown}")
+        values = [parts.get(name, 0.0) for name in self.names]
+        self.sums = self.sums + torch.tensor(values, dtype=torch.float64, device=self.sums.device)
+
+    def compute(self) -> dict[str, float]:
+        """Every sum by its name, over all ranks, which call this together."""
+        return dict(zip(self.names, self.sums.tolist(), strict=True))
+
+    def add_rollouts(
+        self,
+        rollouts: Sequence[Sequence[Rollout]],
+        rewards: Sequence[Sequence[Reward]],
+        zero_advantage: Tensor,
     ) -> None:
-        """`equal` [P]: the group's rewards are all equal."""
-        for group, group_rewards, is_equal in zip(rollouts, rewards, equal.tolist(), strict=True):
-            self.groups += 1
-            self.equal_groups += is_equal
-            for rollout, parts in zip(group, group_rewards, strict=True):
-                self.completions += 1
-                self.reward += parts.total
-                self.accuracy += parts.accuracy
-                self.format += parts.format
-                self.zero_iou += parts.accuracy == 0
-                self.right += parts.accuracy > RIGHT_IOU
-                self.completion_tokens += len(rollout.token_ids)
-                self.truncated += not rollout.finished
-                self.surprise -= rollout.log_probs.sum().item()
+        """Count what was sampled and how it was rewarded.
 
-    def add_terms(self, terms: GRPOTerms) -> None:
-        self.loss += terms.total.item()
-        self.loss_count += terms.count
-        self.kl += terms.kl_sum
-        self.clipped += terms.clipped
-        self.trained_tokens += terms.num_tokens
+        Args:
+            rollouts: P lists of G.
+            rewards: P lists of G.
+            zero_advantage: bool [P], the groups of equal rewards.
+        """
+        sums = dict.fromkeys(self.names, 0.0)
+        sums["groups"] += len(rollouts)
+        sums["zero_advantage"] += sum(zero_advantage.tolist())
+        for group, group_rewards in zip(rollouts, rewards, strict=True):
+            for rollout, reward in zip(group, group_rewards, strict=True):
+                sums["completions"] += 1
+                sums["completion_tokens"] += len(rollout.token_ids)
+                sums["truncated"] += not rollout.finished
+                sums["neg_log_prob_sum"] -= rollout.log_probs.sum().item()
+                sums["reward/total"] += reward.total
+                for name, value in reward.terms.items():
+                    sums[f"reward/{name}"] += value
+                sums["zero_iou"] += reward.terms["accuracy"] == 0
+                sums["right"] += reward.terms["accuracy"] > RIGHT_IOU
+        self.update(**sums)
 
-    def add_engine(self, log_probs: Tensor, engine: Tensor, cap: float | None) -> None:
-        """Log-probabilities [N] of sampled tokens, by the trainer as the policy was then, and by the engine."""
-        difference = log_probs.detach().float() - engine
-        self.mismatch += difference.abs().sum().item()
-        self.capped += 0 if cap is None else (difference > math.log(cap)).sum().item()
-        self.compared_tokens += len(difference)
+    def add_loss(self, terms: LossTerms) -> None:
+        """Count the loss of one packed row."""
+        self.update(
+            loss=terms.total.item(),
+            loss_count=terms.count,
+            kl=terms.kl_sum,
+            clipped=terms.num_clipped,
+            trained_tokens=terms.num_tokens,
+        )
 
-    def means(self) -> dict[str, float]:
-        """By metric name; a mean of nothing (no token was trained on) is left out."""
-        ratios = {
-            "reward/total": (self.reward, self.completions),
-            "reward/accuracy": (self.accuracy, self.completions),
-            "reward/format": (self.format, self.completions),
-            "grpo/completion_length": (self.completion_tokens, self.completions),
-            "grpo/frac_truncated": (self.truncated, self.completions),
-            # -log p of what was sampled is an unbiased estimate of the entropy of the sampling distribution
-            "grpo/entropy": (self.surprise, self.completion_tokens),
-            "grpo/frac_zero_advantage": (self.equal_groups, self.groups),
-            "grpo/loss": (self.loss, self.loss_count),
-            "grpo/kl": (self.kl, self.trained_tokens),
-            "grpo/clip_fraction": (self.clipped, self.trained_tokens),
-            "grpo/engine_mismatch": (self.mismatch, self.compared_tokens),
-            "grpo/importance_capped": (self.capped, self.compared_tokens),
-        }
-        return {name: total / count for name, (total, count) in ratios.items() if count}
+    def add_sampler(self, old_log_probs: Tensor, sampler_log_probs: Tensor, cap: float | None) -> None:
+        """Compare the trainer's log-probabilities with those of the engine that sampled.
+
+        Args:
+            old_log_probs: [N], by the trainer, of the policy that sampled.
+            sampler_log_probs: [N], by the engine.
+            cap: of the importance weights; None where there are none.
+        """
+        difference = old_log_probs.detach().float() - sampler_log_probs
+        self.update(
+            sampler_abs_log_ratio=difference.abs().sum().item(),
+            capped=0 if cap is None else (difference > math.log(cap)).sum().item(),
+            compared_tokens=len(difference),
+        )
+
+    def means(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """The metrics of a step, by the names in docs/metrics.md. A mean of nothing (no token was trained on) is left
+        out.
+
+        Args:
+            sums: as `compute` gives them.
+        """
+        ratios = MEANS | {name: (name, "completions") for name in self.terms}
+        return {name: sums[total] / sums[count] for name, (total, count) in ratios.items() if sums[count]}
 
 
-def rollout_records(
-    items: Sequence[EncodedSample],
-    rollouts: Sequence[Sequence[Rollout]],
-    rewards: Sequence[Sequence[Reward]],
-    advantages: Tensor,
-    equal: Tensor,
-) -> list[dict[str, Any]]:
-    """One JSON-like record for each group; advantages [P, G], equal [P]."""
-    return [
-        {
-            "id": item.sample.id,
-            "task": item.sample.task,
-            "answer": item.sample.to_json()["answer"],
-            "sizes": image_sizes_to_json(item.image_sizes),
-            "texts": [rollout.text for rollout in rollouts[index]],
-            "rewards": [asdict(parts) for parts in rewards[index]],
-            "advantages": advantages[index].tolist(),
-            "equal": bool(equal[index]),
-        }
-        for index, item in enumerate(items)
-    ]
+def _all_reduce(state: Tensor, group: Any = None) -> list[Tensor]:
+    """The sum of `state` over ranks, as the one entry of the list that `Metric` adds up. Its own way is to gather the
+    states of all ranks: a barrier, their shapes, then the states."""
+    total = state.clone()
+    torch.distributed.all_reduce(total, group=group)
+    return [total]

@@ -1,13 +1,13 @@
-"""The rollouts of a GRPO run on disk: a JSONL line for each group, written by every rank and read as one.
+"""The rollouts of a GRPO run on disk: a JSONL line for each group. Every rank writes a file; all are read as one log.
 
     {"update": 3, "batch": 12, "id": "pool/17", "task": "diff", "answer": {"image": 1, "box": [...], "label": "ring"},
      "sizes": [[width, height, resized width, resized height], ...], "texts": [G texts], "rewards": [G records],
-     "advantages": [G numbers], "equal": false}
+     "advantages": [G numbers], "zero_advantage": false}
 
     {"resumed_at": 12}
 
-The second kind is written where a run goes on from a checkpoint, maybe with other ranks: of the lines above it those of
-batch 12 and later do not count any more. A kill may cut the last line short: a reader drops it.
+The second kind is written where a run goes on from a checkpoint, perhaps with another number of ranks. Lines above it
+that belong to batch 12 or a later one do not count any more. A kill may cut the last line short: a reader drops it.
 """
 
 from __future__ import annotations
@@ -15,33 +15,79 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datamodules.persistence.files import append_text
+from datamodules.samples.boxes import image_sizes_to_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from datamodules.encoding.encoder import EncodedSample
+    from lightning_modules.rl.rewards import Reward
+    from lightning_modules.rollouts.base import Rollout
 
 log = logging.getLogger(__name__)
 
 
-class RolloutLog:
-    """Appends the groups of one rank's batches; the file is made with the first.
+def rollout_records(
+    items: Sequence[EncodedSample],
+    rollouts: Sequence[Sequence[Rollout]],
+    rewards: Sequence[Sequence[Reward]],
+    advantages: Tensor,
+    zero_advantage: Tensor,
+) -> list[dict[str, Any]]:
+    """One JSON-like record for each of P groups.
 
-    It is to be looked at, and nothing is computed from it: what cannot be written (the disk is full, the filesystem is
-    gone) is left out and counted in a warning, and training goes on.
+    Args:
+        items: P prompts.
+        rollouts: P lists of G.
+        rewards: P lists of G.
+        advantages: [P, G].
+        zero_advantage: bool [P], the groups of equal rewards.
+    """
+    return [
+        {
+            "id": item.sample.id,
+            "task": item.sample.task,
+            "answer": item.sample.to_json()["answer"],
+            "sizes": image_sizes_to_json(item.image_sizes),
+            "texts": [rollout.text for rollout in rollouts[index]],
+            "rewards": [reward.to_json() for reward in rewards[index]],
+            "advantages": advantages[index].tolist(),
+            "zero_advantage": bool(zero_advantage[index]),
+        }
+        for index, item in enumerate(items)
+    ]
+
+
+class RolloutLog:
+    """Appends the groups of one rank's batches; the file is made with the first group.
+
+    The log is for people, and nothing is computed from it. So a group that cannot be written (the disk is full, the
+    filesystem is gone) is left out and counted in a warning, and training goes on.
+
+    Args:
+        path: of the log; with several ranks each writes `<stem>-rank<k>` beside it.
+        rank: of this process.
+        world_size: number of ranks.
     """
 
     def __init__(self, path: str | Path, rank: int = 0, world_size: int = 1) -> None:
         path = Path(path)
         files = [path.with_stem(f"{path.stem}-rank{k}") for k in range(world_size)] if world_size > 1 else [path]
         self.path = files[rank]
-        self._left_over = set(_all_files(path)) - set(files) if rank == 0 else set()  # of ranks that are no more
+        self._left_over = (
+            set(_all_files(path)) - set(files) if rank == 0 else set()
+        )  # files of ranks that do not exist any more
         self._begun = False
         self._num_missing = 0
 
     def append(self, groups: Iterable[dict[str, Any]]) -> None:
-        """Write the groups, at least one, in one piece."""
+        """Write the groups, at least one, in one write."""
         groups = list(groups)
         try:
             if not self._begun:
@@ -57,18 +103,18 @@ class RolloutLog:
             self._num_missing = 0
 
     def _begin(self, batch: int) -> None:
-        """Say in the files that are there that their lines count up to `batch` only."""
+        """Note in existing files that their lines count only up to `batch`."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for file in (self.path, *self._left_over):
             if file.is_file() and file.stat().st_size > 0:
-                # A line that was cut short becomes one of its own.
+                # A line that was cut short gets its own end, so that the next one is whole.
                 append_text(file, "\n" * _is_cut_short(file) + json.dumps({"resumed_at": batch}) + "\n")
         self._begun = True
 
 
 @dataclass(frozen=True)
 class LoggedGroup:
-    """Where the line of one group lies, and what groups are chosen by."""
+    """The place of a group's line in a file, and the fields that groups are filtered by."""
 
     file: Path
     offset: int  # in bytes
@@ -76,7 +122,7 @@ class LoggedGroup:
     batch: int
     id: str
     task: str
-    equal: bool
+    zero_advantage: bool  # all rewards are equal
     mean_reward: float
     mean_accuracy: float
 
@@ -88,7 +134,7 @@ class LoggedGroup:
 
 
 def read_index(path: str | Path) -> list[LoggedGroup]:
-    """Every group of a log, of all its ranks, once, by batch, rank and line. [] where there is no log."""
+    """Every group of a log once, over all ranks, in the order of batch, rank and line. [] without a log."""
     groups: list[tuple[int, int, LoggedGroup]] = []
     for rank, file in enumerate(_all_files(Path(path))):
         groups += [(group.batch, rank, group) for group in _read_file(file)]
@@ -103,7 +149,8 @@ def _read_file(file: Path) -> list[LoggedGroup]:
             found = {key: earlier for key, earlier in found.items() if key[0] < group["resumed_at"]}
         else:
             key = (group["batch"], group["id"])
-            found.pop(key, None)  # of logs from before there was "resumed_at"; the last line also has the last place
+            # Logs of earlier versions have no "resumed_at": the last of two lines counts, in the last one's place.
+            found.pop(key, None)
             totals = [reward["total"] for reward in group["rewards"]]
             accuracies = [reward["accuracy"] for reward in group["rewards"]]
             found[key] = LoggedGroup(
@@ -113,7 +160,7 @@ def _read_file(file: Path) -> list[LoggedGroup]:
                 batch=group["batch"],
                 id=group["id"],
                 task=group.get("task", ""),
-                equal=group["equal"],
+                zero_advantage=group.get("zero_advantage", group.get("equal")),  # its name in logs of earlier versions
                 mean_reward=sum(totals) / len(totals),
                 mean_accuracy=sum(accuracies) / len(accuracies),
             )
@@ -121,7 +168,7 @@ def _read_file(file: Path) -> list[LoggedGroup]:
 
 
 def _all_files(path: Path) -> list[Path]:
-    """Of a run with one rank, then of all ranks there ever were."""
+    """The file of a run with one rank, then those of all ranks that ever wrote."""
     files = path.parent.glob(f"{path.stem}-rank*{path.suffix}")
     return [path, *sorted(files, key=lambda file: int(file.stem.rpartition("-rank")[2]))]
 

@@ -25,7 +25,9 @@ from lightning_modules.grpo import GRPO
 from lightning_modules.models.layers.lora import LoraSettings
 from lightning_modules.rl import prompt_selection
 from lightning_modules.rl.prompt_selection import RejectionSettings, rejection_sample
+from lightning_modules.rollouts.base import SamplingSettings
 from tests.callbacks.conftest import FakeEngine, FakeModule, FakePolicy, read_rows, resuming, true_answer
+from tests.lightning_modules.grpo_modules import build_grpo
 
 SETTINGS = RejectionSettings(num_samples=4, temperature=0.7, max_new_tokens=8, batch_prompts=3)
 
@@ -219,7 +221,7 @@ def test_candidates_are_sampled_as_in_training_unless_told_otherwise(fit, tiny_m
 
     for given, expected in (({}, (0.9, 6)), ({"temperature": 0.5, "max_new_tokens": 8}, (0.5, 8))):
         module = FakeModule(str(tiny_model_dir), Asked(right_number_mod_5))
-        module.temperature, module.max_new_tokens = 0.9, 6
+        module.rollout_settings = SamplingSettings(temperature=0.9, max_new_tokens=6)
         fit(module, [RejectionSampling(num_samples=4, **given)], max_steps=1)
         assert (module.engine.sampling.temperature, module.engine.sampling.max_new_tokens) == expected
 
@@ -280,7 +282,9 @@ class Records(Callback):
 def grpo(tiny_model_dir):
     def build() -> GRPO:
         lora = LoraSettings(rank=4, alpha=8)
-        module = GRPO(str(tiny_model_dir), lora=lora, group_size=4, max_new_tokens=8, beta=0.0, learning_rate=1e-2)
+        module = build_grpo(
+            str(tiny_model_dir), lora=lora, group_size=4, max_new_tokens=8, kl_beta=0.0, learning_rate=1e-2
+        )
         module.engine = RealTokens(module)
         return module
 

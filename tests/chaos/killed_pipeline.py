@@ -43,7 +43,7 @@ def write_configs(folder: Path, model: str) -> Path:
     changes = {
         "cot_sft": ({}, {"shards": str(world / "shards/sft"), "batch_size": 4}, 24),
         "grpo": (
-            {"group_size": 4, "max_new_tokens": 96, "accumulate": 2, "minibatches": 2},
+            {"rollout": {"group_size": 4, "max_new_tokens": 96}, "update": {"minibatches": 2}, "accumulate": 2},
             {"shards": str(world / "shards/rl_pool"), "batch_size": 2},
             8,
         ),
@@ -57,7 +57,8 @@ def write_configs(folder: Path, model: str) -> Path:
     }
     for stage, (module, data, steps) in changes.items():
         settings = load(stage)
-        settings["model"]["init_args"] |= module
+        given = settings["model"]["init_args"]
+        given |= {name: given.get(name, {}) | v if isinstance(v, dict) else v for name, v in module.items()}
         settings["data"] |= data
         settings["trainer"] |= {"max_steps": steps, "log_every_n_steps": 1, "enable_progress_bar": False}
         for callback in settings["trainer"]["callbacks"]:

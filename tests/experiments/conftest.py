@@ -19,6 +19,7 @@ import yaml
 from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
 from datamodules.streaming.shards import ShardWriter
 from tests.conftest import QUESTIONS, SIZES, random_png
+from tests.lightning_modules.grpo_modules import grouped
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,14 +54,17 @@ class Workbench:
             {"class_path": "callbacks.checkpoints.WindowCheckpoint", "init_args": checkpoints},
             {"class_path": "callbacks.save_on_interrupt.SaveOnInterrupt"},
         ]
-        common = {"model": str(self.model), "lora": {"rank": 4, "alpha": 8}, "learning_rate": 1e-3}
-        sampling = {"group_size": 2, "max_new_tokens": 6, "temperature": 1.0}
-        own = sampling | {"skip_equal_groups": False} if is_grpo else {}  # untrained, all rewards are 0
+        init_args = {"model": str(self.model), "lora": {"rank": 4, "alpha": 8}, "learning_rate": 1e-3}
+        if is_grpo:  # of an untrained model all rewards are 0
+            sampling = {"group_size": 2, "max_new_tokens": 6, "temperature": 1.0}
+            init_args |= grouped(**sampling | {"skip_zero_advantage": False} | model)
+        else:
+            init_args |= model
         settings = {
             "experiment": "tiny",
             "phase": phase,
             "outputs": str(self.outputs),
-            "model": {"class_path": class_path, "init_args": common | own | model},
+            "model": {"class_path": class_path, "init_args": init_args},
             "data": {"shards": str(self.root / "shards"), "batch_size": 2, "with_target": not is_grpo},
             "trainer": {
                 "accelerator": "cpu",

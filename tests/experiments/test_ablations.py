@@ -26,7 +26,7 @@ THROUGHPUT = {"class_path": "callbacks.throughput.Throughput"}
 def write_config(workbench: Workbench) -> str:
     """An ablation of the tiny model: the pipeline's stages, SFT, and GRPO from the base, which never counts a step."""
     grpo = workbench.training("grpo", [THROUGHPUT])
-    few = "--model.skip_equal_groups=true --trainer.max_epochs=1 --trainer.limit_train_batches=2"
+    few = "--model.update.skip_zero_advantage=true --trainer.max_epochs=1 --trainer.limit_train_batches=2"
     rows = {
         "sft": {"start": "base", "config": workbench.training("sft")},
         "cot_sft": {"start": "base", "config": workbench.training("cot_sft")},

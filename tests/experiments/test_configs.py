@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
@@ -140,8 +143,7 @@ def test_sweeps_try_settings_that_exist_on_questions_that_are_not_the_benchmark(
     for values in edges:
         flags = [f"--{key}={value}" for key, value in values.items()]
         cli = parse(config, "--config", str(CONFIGS / changes), *flags)
-        settings = cli.settings()["model"]["init_args"]
-        assert {key: settings[key.split(".")[-1]] for key in values} == values
+        assert {key: reduce(getitem, key.split("."), cli.settings()) for key in values} == values
         callbacks = {type(callback).__name__: callback for callback in cli.trainer.callbacks}
         bench = callbacks["MIGBench"]
         assert "/validation/" in bench.annotations and bench.after
@@ -253,13 +255,27 @@ def test_sft_has_the_papers_values(parse, size: str, phase: str, learning_rate, 
 def test_grpo_has_the_papers_values(parse, size: str) -> None:
     cli = parse(f"paper/grpo_{size}.yaml")
     model = cli.model
-    assert (model.learning_rate, model.group_size, model.temperature) == (5e-5, 8, 0.7)
-    assert (cli.datamodule.batch_size, model.accumulate, model.max_new_tokens) == (2, 4, 1024)
-    assert (model.beta, model.accuracy_weight, model.format_weight, model.clip_range) == (0.001, 1.0, 0.5, 0.2)
+    rollout, loss = model.rollout_settings, model.loss_settings
+    assert (model.learning_rate, rollout.group_size, rollout.temperature) == (5e-5, 8, 0.7)
+    assert (cli.datamodule.batch_size, model.accumulate, rollout.max_new_tokens) == (2, 4, 1024)
+    assert (loss.kl_beta, loss.clip_low, loss.clip_high, loss.reduction) == (0.001, 0.2, 0.2, "completion")
+    assert model.reward_weights == {"accuracy": 1.0, "format": 0.5}
     assert model.freeze_vision and model.updates_per_window == 1
     rejection = next(callback for callback in cli.trainer.callbacks if isinstance(callback, RejectionSampling))
-    assert rejection.settings.temperature == model.temperature
-    assert rejection.settings.max_new_tokens == model.max_new_tokens
+    assert rejection.settings.temperature == rollout.temperature
+    assert rejection.settings.max_new_tokens == rollout.max_new_tokens
+
+
+def test_one_setting_of_a_group_is_changed_and_the_others_stay(parse) -> None:
+    plain = parse("nano/grpo.yaml").model
+    flags = ["--model.loss.kl_beta=0.5", "--model.reward_weights.format=0.0", "--model.update.minibatches=2"]
+    flags += ["--model.rollout.temperature=0.3", "--model.init_args.rollout.vllm.patience=7"]
+    model = parse("nano/grpo.yaml", *flags).model
+    vllm = replace(plain.rollout_settings.vllm, patience=7)
+    assert model.rollout_settings == replace(plain.rollout_settings, temperature=0.3, vllm=vllm)
+    assert model.loss_settings == replace(plain.loss_settings, kl_beta=0.5)
+    assert model.update_settings == replace(plain.update_settings, minibatches=2)
+    assert model.reward_weights == {"accuracy": 1.0, "format": 0.0}
 
 
 @pytest.mark.parametrize("name", [name for name in TRAINING if name.startswith("paper/")])

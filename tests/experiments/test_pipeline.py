@@ -320,7 +320,7 @@ def test_the_whole_pipeline_runs_and_runs_only_once(workbench: Workbench, capfd)
     settings["evaluation"] = workbench.write_yaml("eval", evaluation(workbench))
     config = workbench.write_yaml("pipeline", settings | {"stages": stages})
 
-    pipeline.main(["--config", config, "--seed=3", "--overrides.grpo=--model.beta=0.01"])
+    pipeline.main(["--config", config, "--seed=3", "--overrides.grpo=--model.loss.kl_beta=0.01"])
     folder = workbench.outputs / "tiny-seed3"
     found = read_results(folder / "results.json")
     assert (found.experiment, found.seed) == ("tiny-seed3", 3)
@@ -328,10 +328,10 @@ def test_the_whole_pipeline_runs_and_runs_only_once(workbench: Workbench, capfd)
     assert all(stage.seconds > 0 and stage.mig_bench["n"] == 4 for stage in found.stages)
     assert "grpo" in (folder / "report.html").read_text()
     resolved = (folder / "grpo" / "config.yaml").read_text()
-    for line in ("beta: 0.01", f"model: {folder}/cot_sft/merged", "seed_everything: 3"):
+    for line in ("kl_beta: 0.01", f"model: {folder}/cot_sft/merged", "seed_everything: 3"):
         assert line in resolved
 
     capfd.readouterr()
-    pipeline.main(["--config", config, "--seed=3", "--overrides.grpo=--model.beta=0.01"])
+    pipeline.main(["--config", config, "--seed=3", "--overrides.grpo=--model.loss.kl_beta=0.01"])
     assert capfd.readouterr().out.count("done before") == 5
     assert read_results(folder / "results.json") == found

@@ -248,9 +248,9 @@ def real_sweep(workbench: Workbench, count: int, **model: Any) -> Path:
     command += ["--trainer.max_steps=3", "--phase=trial-$WANDB_RUN_ID", "${args}"]
     prefix = "model.init_args."
     parameters = {
-        prefix + "accuracy_weight": {"values": [0.5, 1.0, 2.0]},
-        prefix + "format_weight": {"values": [0.0, 0.5]},
-        prefix + "beta": {"distribution": "log_uniform_values", "min": 1e-3, "max": 0.5},
+        prefix + "reward_weights.accuracy": {"values": [0.5, 1.0, 2.0]},
+        prefix + "reward_weights.format": {"values": [0.0, 0.5]},
+        prefix + "loss.kl_beta": {"distribution": "log_uniform_values", "min": 1e-3, "max": 0.5},
     }
     metric = {"name": "mig_bench_val/mean_tokens", "goal": "minimize"}  # of an untrained model no box can be read
     return write(

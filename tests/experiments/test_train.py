@@ -102,14 +102,17 @@ def test_a_damaged_shard_is_counted_and_its_repair_is_another_run(workbench: Wor
 
 
 def test_every_fault_is_told_at_once_and_before_weights_are_read(workbench: Workbench) -> None:
-    config = workbench.training("grpo", group_size=1, beta=-1.0, model=str(workbench.root / "nowhere"))
+    config = workbench.training(
+        "grpo", group_size=1, kl_beta=-1.0, minibatches=0, model=str(workbench.root / "nowhere")
+    )
     more = ["--data.shards", str(workbench.root / "no_shards"), "--data.batch_size=0", "--phase=../up"]
     with pytest.raises(SystemExit) as caught:
         train.main(["--config", config, "--trainer.accumulate_grad_batches=2", *more])
     message = str(caught.value)
-    for fault in ("nowhere", "no_shards", "group_size=1", "beta=-1.0", "batch_size=0", "'../up'", "model.accumulate"):
+    groups = ("model.rollout.group_size=1", "model.loss.kl_beta=-1.0", "model.update.minibatches=0")
+    for fault in ("nowhere", "no_shards", *groups, "batch_size=0", "'../up'", "model.accumulate"):
         assert fault in message, fault
-    assert "Union" not in message and len(message.splitlines()) <= 9
+    assert "Union" not in message and len(message.splitlines()) <= 10
     assert not workbench.outputs.exists()
 
 
@@ -169,13 +172,16 @@ def test_the_key_follows_what_is_computed(workbench: Workbench) -> None:
 
     assert key() == key("--trainer.log_every_n_steps=7", "--trainer.logger=false", "--outputs=elsewhere")
     grpo = workbench.training("grpo")
-    assert key("--config", grpo) == key("--config", grpo, "--model.rollout_log=a.jsonl", "--model.rollout_log_every=3")
+    assert key("--config", grpo) == key("--config", grpo, "--model.rollout.log=a.jsonl", "--model.rollout.log_every=3")
     different = [key(), key("--seed_everything=1"), key("--model.learning_rate=1e-5"), key("--trainer.max_steps=3")]
     assert len(set(different)) == 4
 
     served = workbench.training("grpo", engine="vllm")
-    keys = [Parsed(["--config", served, *more]).key for more in ((), ("--model.vllm.servers=[http://node1:8000/v1]",))]
-    assert keys[0] == keys[1] != Parsed(["--config", served, "--model.engine=native"]).key, "where it samples"
+    keys = [
+        Parsed(["--config", served, *more]).key
+        for more in ((), ("--model.rollout.vllm.servers=[http://node1:8000/v1]",))
+    ]
+    assert keys[0] == keys[1] != Parsed(["--config", served, "--model.rollout.engine=native"]).key, "where it samples"
 
 
 def test_a_phase_is_named_after_the_run_of_a_wandb_agent(workbench: Workbench) -> None:
@@ -212,13 +218,13 @@ def test_a_run_of_a_wandb_sweep_keeps_the_agent_s_id(tmp_path: Path, monkeypatch
 def test_a_stopped_grpo_run_ends_as_one_left_alone(workbench: Workbench, kill: signal.Signals) -> None:
     config = workbench.training("grpo")
     log = workbench.root / "log.txt"
-    more = ("--trainer.max_steps=6", "--model.beta=0.1")
+    more = ("--trainer.max_steps=6", "--model.loss.kl_beta=0.1")
 
     def rollouts(phase: str) -> list[dict]:
         return [group.read() for group in read_index(workbench.outputs / "tiny" / phase / "rollouts.jsonl")]
 
     for phase in ("whole", "stopped"):
-        arguments = (*more, f"--phase={phase}", "--model.rollout_log=rollouts.jsonl")
+        arguments = (*more, f"--phase={phase}", "--model.rollout.log=rollouts.jsonl")
         if phase == "stopped":
             # Four rewards a batch: in the middle of the third.
             assert run_apart(config, *arguments, log=log, STOP_SIGNAL=int(kill), STOP_AT=10) != 0, log.read_text()
@@ -237,7 +243,7 @@ def test_a_stopped_grpo_run_ends_as_one_left_alone(workbench: Workbench, kill: s
 def test_a_kill_inside_a_window_of_several_updates_repeats_the_whole_window(workbench: Workbench) -> None:
     """Windows of two batches, trained on twice in two minibatches; the kill comes in the fourth batch."""
     log = workbench.root / "log.txt"
-    window = {"accumulate": 2, "epochs_per_rollout": 2, "minibatches": 2, "beta": 0.1}
+    window = {"accumulate": 2, "epochs_per_rollout": 2, "minibatches": 2, "kl_beta": 0.1}
     config = workbench.training("grpo", **window)
     curves, weights = {}, {}
     for phase in ("whole", "stopped"):
@@ -275,7 +281,7 @@ def test_attempts_of_one_phase_are_one_wandb_run(workbench: Workbench) -> None:
 def test_a_run_that_is_rolled_back_goes_on_in_the_same_process(workbench: Workbench, capsys) -> None:
     wandb_runs.finish_run()  # one that an earlier test has left in this process
     with pytest.raises(SystemExit, match="stopped after 1 rollbacks"):
-        train.main(["--config", rolling_back(workbench), "--trainer.max_steps=6", "--model.beta=0.1"])
+        train.main(["--config", rolling_back(workbench), "--trainer.max_steps=6", "--model.loss.kl_beta=0.1"])
     folder = workbench.outputs / "tiny" / "grpo"
     assert [event["action"] for event in read_json(folder / "collapse.json")["events"]] == ["roll_back", "stop"]
     assert capsys.readouterr().out.count("going on from") == 1

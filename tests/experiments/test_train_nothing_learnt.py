@@ -13,23 +13,19 @@ from datamodules.persistence.files import read_json
 from datamodules.samples.sample import BoxAnswer, BoxesAnswer, ChoiceAnswer
 from datamodules.streaming.shards import ShardReader, ShardWriter
 from experiments import train
-from lightning_modules import grpo
-from lightning_modules.rl.rewards import Reward
+from lightning_modules.rl import rewards
 from tests.experiments.conftest import REJECTION, Workbench, run_apart
+from tests.lightning_modules.grpo_modules import flat_reward, letters
 
 
 @pytest.fixture
 def hopeless(monkeypatch) -> None:
-    monkeypatch.setattr(grpo, "reward", lambda *_: Reward(0.0, 0.0, 0.0, "empty"))
+    monkeypatch.setattr(rewards, "reward", lambda *_: flat_reward(0.0, "empty"))
 
 
 @pytest.fixture
 def easy(monkeypatch):
-    def share_of_letters(text: str, *_: object) -> Reward:
-        share = sum(letter.isalpha() for letter in text) / max(len(text), 1)
-        return Reward(share, share, 0.0, None)
-
-    return lambda: monkeypatch.setattr(grpo, "reward", share_of_letters)
+    return lambda: monkeypatch.setattr(rewards, "reward", letters)
 
 
 def run(config: str, *more: str) -> str | None:
@@ -48,7 +44,7 @@ def idle_counts(folder: Path) -> dict:
 
 
 def test_a_grpo_run_without_a_signal_ends_and_can_go_on(workbench: Workbench, hopeless, easy) -> None:
-    config = workbench.training("grpo", skip_equal_groups=True, max_idle_windows=4, accumulate=2)
+    config = workbench.training("grpo", skip_zero_advantage=True, max_idle_windows=4, accumulate=2)
     folder = workbench.outputs / "tiny/grpo"
     reason = run(config, "--trainer.max_steps=2")
     assert "no group of the last 4 windows was informative: in each of 16 groups" in reason
@@ -58,22 +54,22 @@ def test_a_grpo_run_without_a_signal_ends_and_can_go_on(workbench: Workbench, ho
 
     assert "no group of the last 5 windows" in run(config, "--trainer.max_steps=2"), "one more, and it ends again"
     easy()
-    assert run(config, "--trainer.max_steps=2", "--model.max_idle_windows=9") is None
+    assert run(config, "--trainer.max_steps=2", "--model.update.max_idle_windows=9") is None
     assert (folder / "done.json").is_file() and (folder / "merged/model.safetensors").is_file()
     assert not list(folder.parent.glob("grpo.*")), "it is the same run"
 
 
 def test_it_ends_as_a_process_without_a_traceback(workbench: Workbench) -> None:
     """Without a temperature to speak of, all completions of a prompt are one and the same token."""
-    config, log = workbench.training("grpo", skip_equal_groups=True, max_new_tokens=1), workbench.root / "log.txt"
-    more = ("--model.max_idle_windows=3", "--model.temperature=1e-6", "--trainer.logger=false")
+    config, log = workbench.training("grpo", skip_zero_advantage=True, max_new_tokens=1), workbench.root / "log.txt"
+    more = ("--model.update.max_idle_windows=3", "--model.rollout.temperature=1e-6", "--trainer.logger=false")
     assert run_apart(config, *more, log=log) == 1
     said = log.read_text()
-    assert "every completion was cut at max_new_tokens=1" in said and "Traceback" not in said
+    assert "every completion was cut at rollout.max_new_tokens=1" in said and "Traceback" not in said
 
 
 def test_epochs_that_make_no_update_are_not_done(workbench: Workbench, hopeless) -> None:
-    config = workbench.training("grpo", skip_equal_groups=True)
+    config = workbench.training("grpo", skip_zero_advantage=True)
     folder = workbench.outputs / "tiny/grpo"
     for _ in range(2):  # and no more when it is started again behind its end
         reason = run(config, "--trainer.max_epochs=1")
@@ -82,7 +78,7 @@ def test_epochs_that_make_no_update_are_not_done(workbench: Workbench, hopeless)
 
 
 def test_a_run_that_merges_nothing_is_not_done_without_an_update_either(workbench: Workbench, hopeless) -> None:
-    config = Path(workbench.training("grpo", skip_equal_groups=True))
+    config = Path(workbench.training("grpo", skip_zero_advantage=True))
     settings = yaml.safe_load(config.read_text())
     settings["trainer"]["callbacks"] = settings["trainer"]["callbacks"][1:]
     config.write_text(yaml.safe_dump(settings))

@@ -44,9 +44,9 @@ def test_two_ranks_roll_back_together(workbench: Workbench) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "sharded"])
 def test_both_ranks_end_where_nothing_is_learnt(workbench: Workbench, strategy: str) -> None:
-    config, log = workbench.training("grpo", skip_equal_groups=True, max_new_tokens=1), workbench.root / "log.txt"
+    config, log = workbench.training("grpo", skip_zero_advantage=True, max_new_tokens=1), workbench.root / "log.txt"
     more = ("--trainer.devices=2", f"--trainer.strategy={strategy}", "--trainer.logger=false")
-    more = (*more, "--model.temperature=1e-6", "--model.max_idle_windows=3")
+    more = (*more, "--model.rollout.temperature=1e-6", "--model.update.max_idle_windows=3")
     folder = workbench.outputs / "tiny" / "grpo"
     for number in (3, 4):  # started again, it goes on counting
         assert run_apart(config, *more, log=log, timeout=300) == 1, log.read_text()
@@ -153,7 +153,12 @@ def test_a_killed_or_stopped_rank_ends_the_run_which_then_goes_on_as_one_left_al
     workbench: Workbench, strategy: str, killed: int, signum: signal.Signals
 ) -> None:
     config = workbench.training("grpo")
-    more = ("--trainer.devices=2", f"--trainer.strategy={strategy}", "--trainer.max_steps=4", "--model.beta=0.1")
+    more = (
+        "--trainer.devices=2",
+        f"--trainer.strategy={strategy}",
+        "--trainer.max_steps=4",
+        "--model.loss.kl_beta=0.1",
+    )
 
     def outcome(phase: str) -> tuple[list, list]:
         groups = [group.read() for group in read_index(workbench.root / f"{phase}.jsonl")]
@@ -163,7 +168,7 @@ def test_a_killed_or_stopped_rank_ends_the_run_which_then_goes_on_as_one_left_al
 
     for phase in ("whole", "stopped"):
         log = workbench.root / f"{phase}.txt"
-        arguments = (*more, f"--phase={phase}", f"--model.rollout_log={workbench.root / phase}.jsonl")
+        arguments = (*more, f"--phase={phase}", f"--model.rollout.log={workbench.root / phase}.jsonl")
         if phase == "stopped":
             # Four rewards a batch and rank: in the middle of the second.
             stop = {"STOP_SIGNAL": int(signum), "STOP_AT": 6, "STOP_RANK": killed}

@@ -15,9 +15,9 @@ from lightning_modules.grpo import GRPO
 from lightning_modules.models.layers.lora import LoraSettings
 from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.policy_module import PolicyModule
-from lightning_modules.rl.rewards import Reward
 from lightning_modules.rollouts.vllm.engine import VLLMEngine
 from lightning_modules.rollouts.vllm.server_checks import VLLMSettings
+from tests.lightning_modules.grpo_modules import build_grpo
 from tests.vllm_stub import VLLMStub
 
 LORA = LoraSettings(rank=8, alpha=16)
@@ -29,15 +29,10 @@ def trained_weights(policy: QwenVL) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
 
 
-def letters(text, *_) -> Reward:
-    share = sum(character.isalpha() for character in text) / max(len(text), 1)
-    return Reward(share, share, 0.0, None)
-
-
 def served(tiny_model_dir, lora, url: str, **more) -> GRPO:
     small = {"lora": lora, "group_size": 4, "temperature": 1.0, "max_new_tokens": 8, "learning_rate": 1e-2}
     vllm = VLLMSettings((url,), **QUICK)
-    return GRPO(str(tiny_model_dir), engine="vllm", vllm=vllm, importance_cap=2.0, **small | more)
+    return build_grpo(str(tiny_model_dir), engine="vllm", vllm=vllm, importance_cap=2.0, **small | more)
 
 
 class Batches(LightningDataModule):

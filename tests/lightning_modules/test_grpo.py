@@ -7,36 +7,32 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from datamodules.persistence.problems import collect_problems
 from datamodules.samples.sample import ChoiceAnswer
 from lightning_modules import grpo
-from lightning_modules.grpo import GRPO
 from lightning_modules.models.attention.packed_rows import pack_rows
-from lightning_modules.rl.losses import REDUCTIONS, GRPOTerms
-from lightning_modules.rl.rewards import Reward
+from lightning_modules.rl import rewards
+from lightning_modules.rl.grpo_settings import REDUCTIONS, RolloutSettings
+from lightning_modules.rl.losses import LossTerms
 from lightning_modules.rl.rollout_log import read_index
 from lightning_modules.training.non_finite import NonFiniteLoss
 from lightning_modules.training.seeds import derive_seed
 from tests.lightning_modules.conftest import trained_weights
+from tests.lightning_modules.grpo_modules import build_grpo, flat_reward, letters
 
 MAX_NEW = 8
 
 
-def letters(text, answer, image_sizes, box_format, *weights):
-    """An easy reward that a random model meets by chance: the share of characters that are letters."""
-    share = sum(character.isalpha() for character in text) / max(len(text), 1)
-    return Reward(share, share, 0.0, None)
-
-
 @pytest.fixture
 def easy(monkeypatch):
-    monkeypatch.setattr(grpo, "reward", letters)
+    monkeypatch.setattr(rewards, "reward", letters)
 
 
 @pytest.fixture
 def build(tiny_model_dir, lora):
     def make(**settings):
         small = {"lora": lora, "group_size": 4, "temperature": 1.0, "max_new_tokens": MAX_NEW, "learning_rate": 1e-3}
-        return GRPO(str(tiny_model_dir), **small | settings)
+        return build_grpo(str(tiny_model_dir), **small | settings)
 
     return make
 
@@ -89,37 +85,41 @@ def written_out_loss(module, seen, advantages):
     for (item, rollouts), group_advantages in zip(seen, advantages, strict=True):
         features = policy.encode_images([item])
         for rollout, advantage in zip(rollouts, group_advantages, strict=True):
-            if not any(group_advantages) or (module.mask_truncated and not rollout.finished):
+            if not any(group_advantages) or (module.update_settings.mask_truncated and not rollout.finished):
                 continue
             (rows,) = pack_rows([item], [[rollout.token_ids]], 100_000)
-            log_probs = policy.token_log_probs(rows, features, module.temperature)
-            reference = policy.token_log_probs(rows, features, module.temperature, reference=True)
+            log_probs = policy.token_log_probs(rows, features, module.rollout_settings.temperature)
+            reference = policy.token_log_probs(rows, features, module.rollout_settings.temperature, reference=True)
             difference = reference - log_probs
             kl = torch.exp(difference) - difference - 1
             ratio = torch.exp(log_probs - log_probs.detach())
-            sums.append((module.beta * kl - ratio * advantage).sum())
+            sums.append((module.loss_settings.kl_beta * kl - ratio * advantage).sum())
             lengths.append(len(log_probs))
-    if module.loss_reduction == "completion":
+    if module.loss_settings.reduction == "completion":
         return sum(s / n for s, n in zip(sums, lengths, strict=True)) / len(sums)
-    return sum(sums) / (sum(lengths) if module.loss_reduction == "token" else len(sums) * module.max_new_tokens)
+    return sum(sums) / (
+        sum(lengths)
+        if module.loss_settings.reduction == "token"
+        else len(sums) * module.rollout_settings.max_new_tokens
+    )
 
 
-@pytest.mark.parametrize("loss_reduction", REDUCTIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("max_tokens_per_row", [10, 4096])
 def test_gradient_of_a_window_is_that_of_the_written_out_equation(
-    build, make_items, fit, monkeypatch, loss_reduction, max_tokens_per_row
+    build, make_items, fit, monkeypatch, reduction, max_tokens_per_row
 ):
     """Over two batches, one group of equal rewards among them, however the rows are packed."""
     items = make_items([1, 2, 1, 3])
 
     def constant_for_one(text, answer, image_sizes, *rest):
         if image_sizes is items[2].image_sizes:
-            return Reward(0.6, 0.6, 0.0, None)  # FIELD 8: not a mean of 0 or 1
+            return flat_reward(0.6)  # FIELD 8: not a mean of 0 or 1
         return letters(text, answer, image_sizes, *rest)
 
-    monkeypatch.setattr(grpo, "reward", constant_for_one)
-    settings = {"beta": 0.05, "accumulate": 2, "max_grad_norm": None, "max_tokens_per_row": max_tokens_per_row}
-    module, recorder = build(loss_reduction=loss_reduction, **settings), Recorder()
+    monkeypatch.setattr(rewards, "reward", constant_for_one)
+    settings = {"kl_beta": 0.05, "accumulate": 2, "max_grad_norm": None, "max_tokens_per_row": max_tokens_per_row}
+    module, recorder = build(reduction=reduction, **settings), Recorder()
     module.configure_model()
     stir(module)
     start, module.engine = trained_weights(module.policy), RecordingEngine(module.engine)
@@ -175,8 +175,8 @@ def test_resume_equals_a_run_left_alone(build, make_items, fit, easy, tmp_path, 
 
 def test_a_batch_of_equal_groups_changes_nothing(build, make_items, fit, monkeypatch):
     """FIELD 12: it neither raises nor steps, and it is logged; the next batch trains as if it had not been."""
-    monkeypatch.setattr(grpo, "reward", lambda *_: Reward(0.6, 0.6, 0.0, None))
-    module, recorder = build(beta=0.1, weight_decay=0.5), Recorder()
+    monkeypatch.setattr(rewards, "reward", lambda *_: flat_reward(0.6))
+    module, recorder = build(kl_beta=0.1, weight_decay=0.5), Recorder()
     module.configure_model()
     stir(module)
     before = values(module)
@@ -194,8 +194,8 @@ def test_a_batch_of_equal_groups_changes_nothing(build, make_items, fit, monkeyp
 
 
 def test_equal_groups_can_be_kept_for_their_kl_term(build, make_items, fit, monkeypatch):
-    monkeypatch.setattr(grpo, "reward", lambda *_: Reward(0.6, 0.6, 0.0, None))
-    module = build(beta=0.1, skip_equal_groups=False)
+    monkeypatch.setattr(rewards, "reward", lambda *_: flat_reward(0.6))
+    module = build(kl_beta=0.1, skip_zero_advantage=False)
     module.configure_model()
     stir(module)
     before = values(module)
@@ -215,7 +215,7 @@ def test_truncated_completions_are_counted_and_can_be_masked(build, make_items, 
     module.configure_model()
     module.engine = RecordingEngine(module.engine)
     trained = []
-    module._backward = lambda groups: trained.extend(c for group in groups for c in group.completions)
+    module.add_gradient = lambda groups: trained.extend(c for group in groups for c in group.completions)
     fit(module, make_items([1, 2]), max_steps=5, callbacks=[recorder, Stop()])
     rollouts = [rollout for _, group in module.engine.seen for rollout in group]
     finished = [rollout.finished for rollout in rollouts]
@@ -224,11 +224,11 @@ def test_truncated_completions_are_counted_and_can_be_masked(build, make_items, 
     assert len(trained) == sum(finished) and all(c[-1].item() in module.policy.eos_ids for c in trained)
 
 
-@pytest.mark.parametrize("old_log_probs", ["trainer", "engine"])
+@pytest.mark.parametrize("old_log_probs", ["trainer", "sampler"])
 def test_several_updates_to_a_rollout(build, make_items, fit, easy, old_log_probs):
     """The first update has ratio 1; later ones measure how far the policy has moved since the rollout."""
     settings = {"epochs_per_rollout": 2, "minibatches": 2, "accumulate": 2, "old_log_probs": old_log_probs}
-    module, recorder = build(beta=0.0, learning_rate=3e-2, **settings), Recorder()
+    module, recorder = build(kl_beta=0.0, learning_rate=3e-2, **settings), Recorder()
     trainer = fit(module, make_items([1, 2, 1, 1]), max_steps=4, callbacks=[recorder])
     assert trainer.global_step == 4 and module.num_batches == 2
     assert len(recorder.gradients) == 4
@@ -238,9 +238,14 @@ def test_several_updates_to_a_rollout(build, make_items, fit, easy, old_log_prob
 
 def test_trainer_and_engine_agree_on_the_old_log_probs(build, make_items, easy, fit, monkeypatch):
     seen = []
-    original = grpo.grpo_loss
-    monkeypatch.setattr(grpo, "grpo_loss", lambda *a: (seen.append((a[0].detach(), a[1])), original(*a))[1])
-    for old_log_probs in ("trainer", "engine"):
+    original = grpo.policy_loss
+
+    def noting(inputs, settings):
+        seen.append((inputs.log_probs.detach(), inputs.old_log_probs))
+        return original(inputs, settings)
+
+    monkeypatch.setattr(grpo, "policy_loss", noting)
+    for old_log_probs in ("trainer", "sampler"):
         fit(build(epochs_per_rollout=2, old_log_probs=old_log_probs), make_items([1, 2]), max_steps=1)
     (now, trainer_old), (_, engine_old) = seen[0], seen[len(seen) // 2]
     torch.testing.assert_close(trainer_old, now)
@@ -250,10 +255,10 @@ def test_trainer_and_engine_agree_on_the_old_log_probs(build, make_items, easy, 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(
     build, make_items, fit, easy, monkeypatch, tmp_path
 ):
-    def broken(log_probs, *_):
-        return GRPOTerms(log_probs.sum() * float("nan"), 1.0, 1, 0.0, 0.0)
+    def broken(inputs, settings):
+        return LossTerms(inputs.log_probs.sum() * float("nan"), 1.0, 1, 0.0, 0.0)
 
-    monkeypatch.setattr(grpo, "grpo_loss", broken)
+    monkeypatch.setattr(grpo, "policy_loss", broken)
     with pytest.raises(NonFiniteLoss, match="sample/0") as error:
         fit(build(), make_items([1, 2]), max_steps=2)
     assert error.value.step == 0 and error.value.sample_ids == ["sample/0", "sample/1"]
@@ -261,7 +266,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(
 
 
 def test_rollouts_are_logged(build, make_items, fit, easy, tmp_path):
-    module = build(rollout_log=str(tmp_path / "log" / "rollouts.jsonl"))
+    module = build(log=str(tmp_path / "log" / "rollouts.jsonl"))
     fit(module, make_items([1, 2, 1]), max_steps=2)
     lines = [json.loads(line) for line in (tmp_path / "log" / "rollouts.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == ["sample/0", "sample/1", "sample/2", "sample/0"]
@@ -271,7 +276,7 @@ def test_rollouts_are_logged(build, make_items, fit, easy, tmp_path):
 
 
 def test_every_other_batch_is_logged_in_the_runs_folder(build, make_items, fit, easy, tmp_path):
-    fit(build(rollout_log="rollouts.jsonl", rollout_log_every=2), make_items([1, 2, 1]), max_steps=3)
+    fit(build(log="rollouts.jsonl", log_every=2), make_items([1, 2, 1]), max_steps=3)
     assert [group.batch for group in read_index(tmp_path / "rollouts.jsonl")] == [0, 0, 2, 2]
 
 
@@ -296,7 +301,7 @@ def test_answer_that_cannot_be_rewarded_is_an_error_that_names_the_sample(build,
 
 @pytest.mark.parametrize("settings", [{"lora": None}, {"freeze_vision": False, "max_tokens_per_row": 10}])
 def test_other_trained_parts_use_a_copy_as_reference(build, make_items, fit, easy, settings):
-    module, recorder = build(beta=0.1, learning_rate=1e-4, **settings), Recorder()
+    module, recorder = build(kl_beta=0.1, learning_rate=1e-4, **settings), Recorder()
     fit(module, make_items([1, 2]), max_steps=3, callbacks=[recorder])
     assert module.policy.reference_model is not None
     assert recorder.metrics[0]["grpo/kl"] == pytest.approx(0, abs=1e-6)
@@ -309,15 +314,15 @@ def test_ranks_of_which_one_has_nothing_to_learn_do_not_hang(build, make_items, 
 
     def equal_on_rank_1(text, answer, image_sizes, *rest):
         constant = image_sizes == items[1].image_sizes
-        return Reward(0.6, 0.6, 0.0, None) if constant else letters(text, answer, image_sizes, *rest)
+        return flat_reward(0.6) if constant else letters(text, answer, image_sizes, *rest)
 
-    monkeypatch.setattr(grpo, "reward", equal_on_rank_1)
+    monkeypatch.setattr(rewards, "reward", equal_on_rank_1)
 
     class Save(Callback):
         def on_train_end(self, trainer, module):
             torch.save(trained_weights(module.policy), tmp_path / f"rank{trainer.global_rank}.pt")
 
-    module = build(beta=0.01)
+    module = build(kl_beta=0.01)
     fit(module, items, num_items=1, max_steps=2, strategy="ddp_fork", devices=2, callbacks=[Save()])
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -330,7 +335,7 @@ def test_reward_rises(build, make_items, fit, easy):
     At twice the learning rate all completions soon get one reward: then no batch updates, and max_steps never comes.
     """
     recorder = Recorder()
-    module = build(group_size=8, learning_rate=5e-3, beta=0.001)
+    module = build(group_size=8, learning_rate=5e-3, kl_beta=0.001)
     fit(module, make_items([1, 1]), max_steps=60, callbacks=[recorder])
     rewards = [metrics["reward/total"] for metrics in recorder.metrics]
     first, last = sum(rewards[:5]) / 5, sum(rewards[-5:]) / 5
@@ -338,17 +343,29 @@ def test_reward_rises(build, make_items, fit, easy):
 
 
 def test_all_bad_settings_are_named_before_weights_are_read():
+    """Those of one group by its class, and where a whole module is built in `collect_problems` those of all."""
     with pytest.raises(ValueError) as error:
-        GRPO("no/such/model", group_size=1, temperature=0, beta=-1, clip_range=2.0, minibatches=0, accumulate=0)
-    for text in ("group_size=1", "temperature=0", "beta=-1", "clip_range=2.0", "minibatches=0", "accumulate=0"):
+        RolloutSettings(group_size=1, temperature=0, engine="vLLM")
+    for text in ("rollout.group_size=1", "rollout.temperature=0", "rollout.engine='vLLM'"):
         assert text in str(error.value)
+    bad = {"group_size": 1, "temperature": 0, "kl_beta": -1, "clip_low": 2.0, "clip_high": 0, "minibatches": 0}
+    with collect_problems() as faults:
+        build_grpo("no/such/model", accumulate=0, reward_weights={"length": 1.0}, **bad)
+    places = ["rollout", "rollout", "loss", "loss", "loss", "update"]
+    named = [f"{place}.{name}={value}" for place, (name, value) in zip(places, bad.items(), strict=True)]
+    for text in (*named, "accumulate=0", "reward_weights.length=1.0: there is no such term"):
+        assert sum(fault.startswith(text) for fault in faults) == 1, text
+    assert len(faults) == 8
 
 
 def test_a_name_that_is_none_of_those_known_falls_back_on_nothing():
-    with pytest.raises(ValueError) as error:
-        GRPO("no/such/model", loss_reduction="mean", old_log_probs="rollout", engine="vLLM")
-    for text in ("loss_reduction='mean'", "old_log_probs='rollout'", "engine='vLLM'"):
-        assert text in str(error.value)
+    with collect_problems() as faults:
+        build_grpo("no/such/model", reduction="mean", old_log_probs="rollout", engine="vLLM")
+    assert [fault.split(" must")[0] for fault in sorted(faults)] == [
+        "loss.reduction='mean'",
+        "rollout.engine='vLLM'",
+        "update.old_log_probs='rollout'",
+    ]
 
 
 def test_seeds_differ_by_every_part_and_never_change():

@@ -12,15 +12,14 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 
 from callbacks.checkpoints import WholeCheckpoints
-from lightning_modules import grpo
 from lightning_modules.cot_sft import CoTSFT
-from lightning_modules.grpo import GRPO
 from lightning_modules.models.qwen_vl import QwenVL
-from lightning_modules.rl.rewards import Reward
+from lightning_modules.rl import rewards
 from lightning_modules.rollouts.base import RolloutRequest, SamplingSettings
 from lightning_modules.rollouts.native.engine import NativeEngine
 from lightning_modules.training.fsdp_strategy import ShardedStrategy
 from tests.lightning_modules.conftest import LORA
+from tests.lightning_modules.grpo_modules import build_grpo, flat_reward, letters
 from tests.lightning_modules.ranks import run_ranks
 
 STRATEGIES = {"ddp": lambda: "ddp", "sharded": ShardedStrategy}
@@ -39,21 +38,16 @@ class Curve(Callback):
         self.records += [(record["id"], record["texts"]) for record in getattr(module, "last_rollouts", [])]
 
 
-def letters(text, *_):
-    share = sum(character.isalpha() for character in text) / max(len(text), 1)
-    return Reward(share, share, 0.0, None)
-
-
 @pytest.fixture
 def build(tiny_model_dir, monkeypatch):
-    monkeypatch.setattr(grpo, "reward", letters)
+    monkeypatch.setattr(rewards, "reward", letters)
 
     def make(phase, **settings):
         shared = {"lora": LORA, "learning_rate": 1e-3, "weight_decay": 0.1, "max_tokens_per_row": 60} | settings
         if phase == "sft":
             return CoTSFT(str(tiny_model_dir), **shared)
-        rollouts = {"group_size": 4, "temperature": 1.0, "max_new_tokens": 6, "beta": 0.05}
-        return GRPO(str(tiny_model_dir), **rollouts | shared)
+        rollouts = {"group_size": 4, "temperature": 1.0, "max_new_tokens": 6, "kl_beta": 0.05}
+        return build_grpo(str(tiny_model_dir), **rollouts | shared)
 
     return make
 
@@ -147,9 +141,9 @@ def test_a_rank_without_anything_to_learn_from_takes_part(build, make_items, fit
     items = make_items([1, 3])
 
     def equal_on_rank_1(text, answer, image_sizes, *rest):
-        return Reward(0.6, 0.6, 0.0, None) if image_sizes == items[1].image_sizes else letters(text)
+        return flat_reward(0.6) if image_sizes == items[1].image_sizes else letters(text)
 
-    monkeypatch.setattr(grpo, "reward", equal_on_rank_1)
+    monkeypatch.setattr(rewards, "reward", equal_on_rank_1)
 
     def work():
         torch.set_num_threads(1)

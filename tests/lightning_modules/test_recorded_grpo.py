@@ -25,6 +25,7 @@ from lightning.pytorch.callbacks import Callback
 
 from datamodules.samples.answer_text import render_answer
 from lightning_modules.grpo import GRPO
+from tests.lightning_modules.grpo_modules import build_grpo
 
 RECORD = Path(__file__).with_name("recorded_grpo.json")
 TOLERANCE = 1e-3  # relative
@@ -66,8 +67,8 @@ METRICS = {
     "grpo/loss": "loss",
     "grpo/kl": "kl",
     "grpo/clip_fraction": "clipped",
-    "grpo/engine_mismatch": "abs_log_ratio",
-    "grpo/importance_capped": "capped",
+    "grpo/sampler_abs_log_ratio": "abs_log_ratio",
+    "grpo/frac_capped": "capped",
     "train/grad_norm": "grad_norm",
     "train/learning_rate": "learning_rate",
 }
@@ -75,18 +76,13 @@ METRICS = {
 
 def build(model: str, lora, **case) -> GRPO:
     """The module of one case; the only lines that know how settings are given."""
-    return GRPO(
-        model,
-        lora=lora,
-        group_size=4,
-        temperature=case.pop("temperature", 1.0),
-        max_new_tokens=12,
-        beta=case.pop("kl_beta"),
-        clip_range=case.pop("clip", 0.2),
-        loss_reduction=case.pop("reduction", "completion"),
-        skip_equal_groups=case.pop("skip_zero_advantage", True),
-        **{"learning_rate": 1e-2, "max_grad_norm": 1.0, "weight_decay": 0.1} | case,
-    )
+    clip = case.pop("clip", 0.2)
+    weights = {term: case.pop(f"{term}_weight") for term in ("accuracy", "format") if f"{term}_weight" in case}
+    if case.get("old_log_probs") == "engine":
+        case["old_log_probs"] = "sampler"
+    fixed = {"lora": lora, "group_size": 4, "max_new_tokens": 12, "clip_low": clip, "clip_high": clip}
+    usual = {"temperature": 1.0, "learning_rate": 1e-2, "max_grad_norm": 1.0, "weight_decay": 0.1}
+    return build_grpo(model, reward_weights=weights, **fixed, **usual | case)
 
 
 class Altered:

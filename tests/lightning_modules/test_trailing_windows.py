@@ -7,11 +7,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from transformers import get_cosine_schedule_with_warmup
 
-from lightning_modules import grpo
 from lightning_modules.cot_sft import CoTSFT
-from lightning_modules.grpo import GRPO
 from lightning_modules.models.attention.packed_rows import pack_rows
-from tests.lightning_modules.conftest import letters, trained_weights
+from lightning_modules.rl import rewards
+from tests.lightning_modules.conftest import trained_weights
+from tests.lightning_modules.grpo_modules import build_grpo, letters
 from tests.lightning_modules.ranks import run_ranks
 
 EPOCH = {"max_epochs": 1, "limit_train_batches": 5}
@@ -19,13 +19,13 @@ EPOCH = {"max_epochs": 1, "limit_train_batches": 5}
 
 @pytest.fixture
 def build(tiny_model_dir, lora, monkeypatch):
-    monkeypatch.setattr(grpo, "reward", letters)
+    monkeypatch.setattr(rewards, "reward", letters)
 
     def make(phase="sft", **settings):
         shared = {"lora": lora, "accumulate": 2, "learning_rate": 1e-3, "max_grad_norm": None} | settings
         if phase == "sft":
             return CoTSFT(str(tiny_model_dir), **shared)
-        return GRPO(str(tiny_model_dir), group_size=4, temperature=1.0, max_new_tokens=6, **shared)
+        return build_grpo(str(tiny_model_dir), group_size=4, temperature=1.0, max_new_tokens=6, **shared)
 
     return make
 

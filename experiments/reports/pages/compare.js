@@ -115,18 +115,18 @@ async function readGroups(name, index, places) {
 }
 
 // Columns of a row of the index
-const [BATCH, UPDATE, ID, TASK, EQUAL, REWARD, ACCURACY] = [0, 1, 2, 3, 4, 5, 6];
+const [BATCH, UPDATE, ID, TASK, ZERO_ADVANTAGE, REWARD, ACCURACY] = [0, 1, 2, 3, 4, 5, 6];
 
 /** Places of the groups that the filters let through, in the order asked for. */
 function choose(index) {
-  const [task, name, equal] = [byId("task").value, byId("name").value.trim(), byId("equal").value];
+  const [task, name, zero] = [byId("task").value, byId("name").value.trim(), byId("zero_advantage").value];
   const first = byId("first").value === "" ? -Infinity : Number(byId("first").value);
   const last = byId("last").value === "" ? Infinity : Number(byId("last").value);
   const rows = index.groups;
   const places = [...rows.keys()].filter((place) => {
     const row = rows[place];
     return (task === "" || row[TASK] === Number(task)) && row[ID].includes(name) && row[UPDATE] >= first
-      && row[UPDATE] <= last && (equal === "" || row[EQUAL] === Number(equal));
+      && row[UPDATE] <= last && (zero === "" || row[ZERO_ADVANTAGE] === Number(zero));
   });
   const way = { low: 1, high: -1 }[byId("order").value];
   return way ? places.sort((a, b) => way * (rows[a][REWARD] - rows[b][REWARD]) || a - b) : places;
@@ -162,7 +162,7 @@ function groupCard(name, index, row, group) {
   const card = make("article", { class: "group" });
   const facts = `update ${row[UPDATE]}, batch ${row[BATCH]} · mean reward ${fixed(row[REWARD])} · mean IoU ${fixed(row[ACCURACY])}`;
   const head = make("h3", {}, make("b", {}, index.tasks[row[TASK]]), ` ${row[ID]} `, make("span", { class: "note" }, facts));
-  if (row[EQUAL]) head.append(make("span", { class: "badge" }, "all rewards equal"));
+  if (row[ZERO_ADVANTAGE]) head.append(make("span", { class: "badge" }, "all rewards equal"));
   const question = make("p", { class: "question" }, group.question ?? "The question is not in the shards.");
   const pictures = make("div", { class: "pictures" });
   group.sizes.forEach((size, place) => pictures.append(picture(name, group, place, size)));
@@ -235,7 +235,7 @@ function turn(by) { byId("page").value = Number(byId("page").value) + by; return
 function setUpRollouts() {
   byId("log").append(...data.logs.map((log) => make("option", { value: log.name }, log.label)));
   byId("log").addEventListener("change", chooseLog);
-  for (const id of ["task", "equal", "order"]) byId(id).addEventListener("change", firstPage);
+  for (const id of ["task", "zero_advantage", "order"]) byId(id).addEventListener("change", firstPage);
   for (const id of ["name", "first", "last"]) byId(id).addEventListener("input", firstPage);
   byId("page").addEventListener("change", showGroups);
   byId("previous").addEventListener("click", () => turn(-1));

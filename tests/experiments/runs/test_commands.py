@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from datamodules.synthetic.benchmark_replicas import write
 from experiments import ablations, evaluate, pipeline, synthesize, train
 from experiments.runs.commands import refuse_credentials
-from experiments.runs.renamed_settings import MOVED, RENAMED
+from experiments.runs.renamed_settings import MOVED, RENAMED, find_old_names
 from tests.chat_server import ChatServer, http_response
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -26,7 +27,7 @@ PLANTED = {
     "a model's URL": (evaluate, [f"--model=https://user:{SECRET}@huggingface.co/a/b"]),
     "a rollout server": (
         train,
-        [f"--config={NANO}/grpo.yaml", f"--model.vllm.servers=['http://user:{SECRET}@127.0.0.1:1/v1']"],
+        [f"--config={NANO}/grpo.yaml", f"--model.rollout.vllm.servers=['http://user:{SECRET}@127.0.0.1:1/v1']"],
     ),
     "an override of a phase": (
         pipeline,
@@ -68,14 +69,42 @@ def test_a_secret_in_a_configuration_is_named_by_its_line(tmp_path: Path, capfd:
 
 @pytest.mark.parametrize("old", RENAMED)
 def test_a_renamed_setting_is_answered_with_the_new_one(old: str, tmp_path: Path) -> None:
-    file = tmp_path / "mine.yaml"
-    file.write_text(f"data:\n  # {old}: what it was\n  {old}: absolute\n")
-    with pytest.raises(SystemExit, match=rf"line 3: the setting {old} has been renamed. Write {RENAMED[old]} instead"):
+    file, (*_, name) = tmp_path / "mine.yaml", old.split(".")
+    file.write_text(f"model:\n  class_path: a.B\n  init_args:\n    # {name}: what it was\n    {name}: absolute\n")
+    cure = re.escape(f"line 5: the setting {old} has been renamed. Write {RENAMED[old]} instead")
+    with pytest.raises(SystemExit, match=cure):
         refuse_credentials(["--config", str(file)])
-    with pytest.raises(SystemExit, match=rf"--model.{old}: the setting {old} has been renamed"):
-        refuse_credentials([f"--model.{old}=0.5"])
-    with pytest.raises(SystemExit, match=rf"--data.{old}: the setting {old} has been renamed"):
-        refuse_credentials([f"--data.{old}", "0.5"])
+    for flag in (f"--model.{name}", f"--model.init_args.{name}"):
+        with pytest.raises(SystemExit, match=rf"^{flag}: the setting {old} has been renamed"):
+            refuse_credentials([f"{flag}=0.5"])
+        with pytest.raises(SystemExit, match=rf"^--overrides.grpo: the setting {old} has been renamed"):
+            refuse_credentials([f"--overrides.grpo=--trainer.devices=2 {flag}=0.5"])
+    file.write_text(
+        f"parameters:\n  model.init_args.{name}: {{values: [1]}}\nrows:\n  a: {{overrides: --model.{name}=1}}\n"
+    )
+    with pytest.raises(SystemExit) as caught:
+        refuse_credentials([f"--config={file}", f"--model.{name}", "0.5"])
+    assert [line.partition(": the setting")[0][-8:] for line in str(caught.value).splitlines()] == [
+        *(", line 2", ", line 4"),
+        f"--model.{name}"[-8:],
+    ]
+
+
+@pytest.mark.parametrize("name", [old.rpartition(".")[2] for old in RENAMED if "." in old])
+def test_a_setting_of_the_same_name_elsewhere_is_no_old_one(name: str, tmp_path: Path) -> None:
+    """`temperature` and `max_new_tokens` of a callback, of `decoding` and of a teacher; and the new places."""
+    file = tmp_path / "mine.yaml"
+    groups = ("decoding", "model.rollout", "model.loss", "model.update", "teacher")
+    lines = [f"{group}:\n  {name}: 1\n" for group in groups if "." not in group]
+    lines += [f"model:\n  init_args:\n    rollout: {{{name}: 1}}\n    loss: {{{name}: 1}}\n    update: {{{name}: 1}}\n"]
+    lines += [f"trainer:\n  callbacks:\n    - class_path: a.B\n      init_args: {{{name}: 1}}\n", f"{name}: 1\n"]
+    file.write_text("".join(lines))
+    refuse_credentials(["--config", str(file), *(f"--{group}.{name}=1" for group in groups), f"--{name}", "1"])
+
+
+def test_no_configuration_of_the_project_has_an_old_name() -> None:
+    for file in sorted((ROOT / "experiments/configs").rglob("*.yaml")):
+        assert find_old_names(file.read_text()) == [], file
 
 
 @pytest.mark.parametrize("old", MOVED)

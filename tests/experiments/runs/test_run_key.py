@@ -23,7 +23,8 @@ def settings(tmp_path: Path) -> dict[str, Any]:
         for index in range(4):
             writer.add(make_sample(f"s{index}", ((14, 14), (28, 14))))
     write_json(tmp_path / "model/config.json", {})
-    model = {"model": str(tmp_path / "model"), "learning_rate": 1e-4, "max_tokens_per_row": 4096, "beta": 0.1}
+    model = {"model": str(tmp_path / "model"), "learning_rate": 1e-4, "max_tokens_per_row": 4096}
+    model |= {"rollout": {"group_size": 4}, "loss": {"kl_beta": 0.1}, "update": {"minibatches": 1}}
     callbacks = [
         {"class_path": "callbacks.collapse_guard.CollapseGuard", "init_args": {"action": "warn", "average_over": 5}},
         {"class_path": "callbacks.mig_bench.MIGBench", "init_args": {"annotations": "a.json", "every_n_steps": 5}},
@@ -61,7 +62,8 @@ CALLBACK = "trainer/callbacks/{}/init_args"
         ("trainer/logger", False), ("trainer/log_every_n_steps", 7), ("trainer/enable_progress_bar", False),
         ("trainer/profiler", "simple"), ("trainer/enable_checkpointing", False), ("trainer/num_sanity_val_steps", 0),
         ("trainer/val_check_interval", 0.5), ("trainer/inference_mode", False), ("trainer/detect_anomaly", True),
-        ("model/init_args/rollout_log", "r.jsonl"), ("model/init_args/vllm", {"servers": ["http://a"]}),
+        ("model/init_args/rollout/log", "r.jsonl"), ("model/init_args/rollout/vllm", {"servers": ["http://a"]}),
+        ("model/init_args/update/max_idle_windows", 3),
         ("model/init_args/feature_cache", "cache"), ("model/init_args/feature_cache_gib", 3.0),
         ("model/init_args/gradient_checkpointing", True), ("model/init_args/activation_gib", 3.0),
         (f"{CALLBACK.format(0)}/window", 9), (f"{CALLBACK.format(0)}/action", "stop"),
@@ -78,6 +80,7 @@ def test_a_setting_without_effect_on_results_is_not_in_the_key(settings: dict, p
         ("seed_everything", 1), ("data/batch_size", 3), ("data/strict", True), ("data/new_setting", 1),
         ("trainer/max_steps", 6), ("trainer/devices", 2), ("trainer/deterministic", True), ("trainer/new_setting", 1),
         ("model/init_args/learning_rate", 1.0), ("model/init_args/max_tokens_per_row", 1),
+        ("model/init_args/rollout/group_size", 5), ("model/init_args/update/minibatches", 2),
         ("model/init_args/new_setting", 1), ("model/class_path", "lightning_modules.cot_sft.CoTSFT"),
         (f"{CALLBACK.format(0)}/action", "roll_back"), (f"{CALLBACK.format(1)}/every_n_steps", 6),
         (f"{CALLBACK.format(2)}/num_samples", 6),

@@ -18,7 +18,7 @@ PLAN = {
     "method": "random",
     "metric": {"name": "mig_bench_val/avg", "goal": "maximize"},
     "run_cap": 3,
-    "parameters": {"model.init_args.beta": {"values": [0.0, 0.1]}},
+    "parameters": {"model.init_args.loss.kl_beta": {"values": [0.0, 0.1]}},
     "command": ["${interpreter}", "-m", "experiments.train", "--config=a.yaml", "--config", "b.yaml", "${args}"],
 }
 

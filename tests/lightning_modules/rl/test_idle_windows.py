@@ -6,29 +6,33 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lightning_modules import grpo
-from lightning_modules.grpo import GRPO
+from lightning_modules.rl import rewards
+from lightning_modules.rl.grpo_settings import UpdateSettings
 from lightning_modules.rl.idle_windows import IdleWindows
-from lightning_modules.rl.metrics import StepSums
-from lightning_modules.rl.rewards import Reward
+from lightning_modules.rl.metrics import GRPOMetrics
+from lightning_modules.rollouts.base import SamplingSettings
 from lightning_modules.training.endings import IdleTooLong
-from tests.lightning_modules.conftest import letters
+from tests.lightning_modules.grpo_modules import build_grpo, flat_reward, letters
 from tests.lightning_modules.ranks import run_ranks
 
-NOTHING = Reward(0.0, 0.0, 0.0, "empty")
+NOTHING = flat_reward(0.0, "empty")
+SAMPLING = SamplingSettings(group_size=4, temperature=0.7, max_new_tokens=16)
 
 
 @pytest.fixture
 def build(tiny_model_dir, lora):
     def make(**settings):
         small = {"lora": lora, "group_size": 4, "temperature": 1.0, "max_new_tokens": 6, "learning_rate": 1e-3}
-        return GRPO(str(tiny_model_dir), **small | settings)
+        return build_grpo(str(tiny_model_dir), **small | settings)
 
     return make
 
 
-def step(informative: int = 0, **sums: float) -> StepSums:
-    return StepSums(groups=2, completions=8, informative_groups=informative, **sums)
+def step(informative: int = 0, format: int = 0, **sums: float) -> dict[str, float]:
+    """The sums of a batch of two groups of four."""
+    metrics = GRPOMetrics()
+    metrics.update(groups=2, completions=8, informative=informative, **{"reward/format": format}, **sums)
+    return metrics.compute()
 
 
 def test_windows_in_a_row_are_counted_and_an_informative_group_starts_anew():
@@ -60,32 +64,35 @@ def test_a_checkpoint_keeps_the_finished_windows_and_not_the_open_one():
 @pytest.mark.parametrize(
     ("sums", "words"),
     [
-        ({"truncated": 8, "zero_iou": 8}, "every completion was cut at max_new_tokens=16"),
+        ({"truncated": 8, "zero_iou": 8}, "every completion was cut at rollout.max_new_tokens=16"),
         ({"zero_iou": 8}, "every completion has IoU 0 and none has the format"),
         ({"zero_iou": 8, "format": 8, "truncated": 1}, "every completion has IoU 0: the prompts are too hard"),
         ({"right": 8, "format": 8}, "every completion is right"),
         ({"right": 4, "zero_iou": 4}, "no completion has the format"),
-        ({"right": 4, "zero_iou": 4, "format": 7}, "the completions of a group are alike: raise temperature=0.7"),
+        (
+            {"right": 4, "zero_iou": 4, "format": 7},
+            "the completions of a group are alike: raise rollout.temperature=0.7",
+        ),
     ],
 )
 def test_the_reason_is_read_from_what_was_counted(sums, words):
     idle = IdleWindows()
     idle.add(step(**sums), ends_window=True)
-    idle.require_fewer_than(2, 16, 0.7)
-    idle.require_fewer_than(None, 16, 0.7)
+    idle.require_fewer_than(2, SAMPLING)
+    idle.require_fewer_than(None, SAMPLING)
     with pytest.raises(IdleTooLong) as caught:
-        idle.require_fewer_than(1, 16, 0.7)
+        idle.require_fewer_than(1, SAMPLING)
     message = str(caught.value)
     assert words in message and "8 completions" in message and "max_idle_windows=1 " in message
     assert len(message.splitlines()) <= 5
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("skip_equal_groups", [True, False])
-def test_a_run_without_any_informative_group_ends(build, make_items, fit, monkeypatch, accumulate, skip_equal_groups):
+@pytest.mark.parametrize("skip_zero_advantage", [True, False])
+def test_a_run_without_any_informative_group_ends(build, make_items, fit, monkeypatch, accumulate, skip_zero_advantage):
     """Also where equal groups are kept for their KL term: there is no preference in them."""
-    monkeypatch.setattr(grpo, "reward", lambda *_: NOTHING)
-    module = build(max_idle_windows=3, accumulate=accumulate, skip_equal_groups=skip_equal_groups, beta=0.1)
+    monkeypatch.setattr(rewards, "reward", lambda *_: NOTHING)
+    module = build(max_idle_windows=3, accumulate=accumulate, skip_zero_advantage=skip_zero_advantage, kl_beta=0.1)
     with pytest.raises(IdleTooLong, match="no group of the last 3 windows"):
         fit(module, make_items([1, 2]), max_steps=50)
     assert module.num_batches == 3 * accumulate
@@ -93,7 +100,7 @@ def test_a_run_without_any_informative_group_ends(build, make_items, fit, monkey
 
 def test_a_group_whose_better_completions_are_masked_is_not_informative(build, make_items, fit, monkeypatch):
     """Two tokens end hardly any completion of a random model; those that are not masked are alike."""
-    monkeypatch.setattr(grpo, "reward", letters)
+    monkeypatch.setattr(rewards, "reward", letters)
     settings = {"max_new_tokens": 2, "max_idle_windows": 2, "mask_truncated": True}
     module = build(**settings)
     module.configure_model()
@@ -106,12 +113,12 @@ def test_a_group_whose_better_completions_are_masked_is_not_informative(build, m
         return groups
 
     module.engine.generate = cut
-    with pytest.raises(IdleTooLong, match="every completion was cut at max_new_tokens=2"):
+    with pytest.raises(IdleTooLong, match=r"every completion was cut at rollout\.max_new_tokens=2"):
         fit(module, make_items([1, 2]), max_steps=50)
 
 
 def test_a_resumed_run_goes_on_counting(build, make_items, fit, monkeypatch, tmp_path):
-    monkeypatch.setattr(grpo, "reward", lambda *_: NOTHING)
+    monkeypatch.setattr(rewards, "reward", lambda *_: NOTHING)
     items = make_items([1, 2])
 
     class Stop(Callback):
@@ -129,7 +136,7 @@ def test_a_resumed_run_goes_on_counting(build, make_items, fit, monkeypatch, tmp
 
 
 def test_a_checkpoint_of_an_earlier_version_counts_from_zero(build, make_items, fit, monkeypatch, tmp_path):
-    monkeypatch.setattr(grpo, "reward", letters)
+    monkeypatch.setattr(rewards, "reward", letters)
     items = make_items([1, 2])
     fit(build(), items, max_steps=1).save_checkpoint(tmp_path / "new.ckpt")
     checkpoint = torch.load(tmp_path / "new.ckpt", weights_only=True)
@@ -148,7 +155,7 @@ def test_windows_are_counted_over_all_ranks(build, make_items, fit, monkeypatch)
         is_first_rank = image_sizes == items[0].image_sizes
         return letters(text) if is_first_rank and calls["number"] <= 4 * 3 else NOTHING
 
-    monkeypatch.setattr(grpo, "reward", by_rank)
+    monkeypatch.setattr(rewards, "reward", by_rank)
 
     def work():
         torch.set_num_threads(1)
@@ -165,5 +172,5 @@ def test_windows_are_counted_over_all_ranks(build, make_items, fit, monkeypatch)
 
 
 def test_a_limit_that_is_no_number_of_windows_is_named():
-    with pytest.raises(ValueError, match="max_idle_windows=0 must be greater than 0, or null"):
-        GRPO("no/such/model", max_idle_windows=0)
+    with pytest.raises(ValueError, match=r"update\.max_idle_windows=0 must be greater than 0, or null"):
+        UpdateSettings(max_idle_windows=0)

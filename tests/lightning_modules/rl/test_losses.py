@@ -1,4 +1,4 @@
-"""Eq. 1 and eq. 2 against plain-Python loops, autograd on the written-out equation, and TRL's own loss."""
+"""Eq. 2 against plain-Python loops, autograd on the written-out equation, and TRL's own loss."""
 
 import math
 from collections import defaultdict
@@ -7,14 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_modules.rl.losses import (
-    REDUCTIONS,
-    equal_groups,
-    group_advantages,
-    grpo_loss,
-    kl_k3,
-    truncated_importance,
-)
+from lightning_modules.rl.grpo_settings import REDUCTIONS, LossSettings
+from lightning_modules.rl.losses import LossInputs, kl_k3, policy_loss, truncated_importance
 
 LENGTHS = [3, 1, 5, 2]
 MAX_TOKENS = 6
@@ -35,13 +29,23 @@ def tensors():
     )
 
 
-def reference_advantages(rewards):
-    mean = sum(rewards) / len(rewards)
-    std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1))
-    return [(r - mean) / (std + 1e-4) for r in rewards]
+def loss_of(t, mask=slice(None), clip=(0.2, 0.2), **changes):
+    """`policy_loss` of the tokens that `mask` chooses; `changes` are fields of LossSettings and LossInputs."""
+    inputs = {
+        "log_probs": t.log_probs[mask],
+        "completion_index": t.completion[mask],
+        "advantages": t.advantages,
+        "max_new_tokens": MAX_TOKENS,
+        "old_log_probs": t.old[mask],
+        "ref_log_probs": t.reference[mask],
+    }
+    settings = {"kl_beta": 0.0, "clip_low": clip[0], "clip_high": clip[1]}
+    inputs |= {name: value for name, value in changes.items() if name in LossInputs.__dataclass_fields__}
+    settings |= {name: value for name, value in changes.items() if name in LossSettings.__dataclass_fields__}
+    return policy_loss(LossInputs(**inputs), LossSettings(**settings))
 
 
-def reference_loss(t, beta, clip_range, reduction, log_probs=None, old=None):
+def reference_loss(t, beta, clip, reduction, log_probs=None, old=None):
     """Minus eq. 2, one token at a time. `log_probs` may hold scalars with gradient."""
     log_probs = list(t.log_probs) if log_probs is None else log_probs
     old = list(t.old) if old is None else old
@@ -49,8 +53,9 @@ def reference_loss(t, beta, clip_range, reduction, log_probs=None, old=None):
     for n, c in enumerate(t.completion.tolist()):
         ratio = torch.exp(log_probs[n] - old[n])
         value = ratio * t.advantages[c]
-        if clip_range is not None:
-            held = min(max(ratio.item(), 1 - clip_range), 1 + clip_range)
+        if clip != (None, None):
+            low, high = (0 if clip[0] is None else 1 - clip[0]), (math.inf if clip[1] is None else 1 + clip[1])
+            held = min(max(ratio.item(), low), high)
             if held * t.advantages[c] < value:
                 value = torch.as_tensor(held) * t.advantages[c]
         difference = t.reference[n] - log_probs[n]
@@ -61,50 +66,18 @@ def reference_loss(t, beta, clip_range, reduction, log_probs=None, old=None):
     return sum(sums) / (len(t.completion) if reduction == "token" else len(sums) * MAX_TOKENS)
 
 
-def test_advantages_match_a_slow_reference():
-    rewards = torch.rand(5, 8, generator=torch.Generator().manual_seed(0))
-    expected = torch.tensor([reference_advantages(row) for row in rewards.tolist()])
-    torch.testing.assert_close(group_advantages(rewards), expected, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("value", [0.0, 0.6, 1.5, 1 / 3])
-def test_constant_group_is_equal_whatever_its_reward(value):
-    """FIELD 8: a filter on the group's mean keeps a constant 0.6 group; rounding must not leave an advantage either."""
-    rewards = torch.tensor([[value] * 8, [0.0, 1.0] * 4])
-    assert equal_groups(rewards).tolist() == [True, False]
-    advantages = group_advantages(rewards)
-    assert (advantages[0] == 0).all()
-    assert (advantages[1] != 0).all()
-
-
-@pytest.mark.parametrize("rewards", [[[0.5], [1.0]], [0.5, 1.0], [[0.5, float("nan")]]])
-def test_groups_without_a_standard_deviation_are_an_error(rewards):
-    with pytest.raises(ValueError, match="rewards must be"):
-        group_advantages(torch.tensor(rewards))
-
-
 def test_k3_is_zero_at_equality_and_never_negative(tensors):
     assert kl_k3(tensors.old, tensors.old).abs().max() == 0
     assert (kl_k3(tensors.log_probs, tensors.reference) >= 0).all()
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("clip_range", [None, 0.2])
+@pytest.mark.parametrize("clip", [(None, None), (0.2, 0.2), (0.1, 0.3), (None, 0.2), (0.2, None)])
 @pytest.mark.parametrize("beta", [0.0, 0.04])
-def test_loss_and_gradient_match_the_written_out_equation(tensors, beta, clip_range, reduction):
-    terms = grpo_loss(
-        tensors.log_probs,
-        tensors.old,
-        tensors.reference,
-        tensors.completion,
-        tensors.advantages,
-        beta,
-        clip_range,
-        reduction,
-        MAX_TOKENS,
-    )
+def test_loss_and_gradient_match_the_written_out_equation(tensors, beta, clip, reduction):
+    terms = loss_of(tensors, clip=clip, kl_beta=beta, reduction=reduction)
     leaves = [p.detach().clone().requires_grad_() for p in tensors.log_probs]
-    expected = reference_loss(tensors, beta, clip_range, reduction, leaves)
+    expected = reference_loss(tensors, beta, clip, reduction, leaves)
     torch.testing.assert_close(terms.loss, expected, atol=1e-6, rtol=1e-5)
     (gradient,) = torch.autograd.grad(terms.loss, tensors.log_probs)
     expected_gradient = torch.autograd.grad(expected, leaves, allow_unused=True)
@@ -117,12 +90,11 @@ def test_clip_is_active_in_the_data_above_and_is_counted(tensors):
     advantage = tensors.advantages[tensors.completion].tolist()
     held = sum((r > 1.2 and a > 0) or (r < 0.8 and a < 0) for r, a in zip(ratio, advantage, strict=True))
     assert held >= 2
-    terms = grpo_loss(tensors.log_probs, tensors.old, None, tensors.completion, tensors.advantages, 0.0, 0.2)
-    assert terms.clipped == held
+    assert loss_of(tensors).num_clipped == held
 
 
 def test_without_old_the_ratio_is_one_and_the_gradient_is_the_policy_gradient(tensors):
-    terms = grpo_loss(tensors.log_probs, None, None, tensors.completion, tensors.advantages, 0.0, 0.2)
+    terms = loss_of(tensors, old_log_probs=None)
     lengths = torch.tensor(LENGTHS, dtype=torch.float)[tensors.completion]
     expected = -tensors.advantages[tensors.completion] / lengths / len(LENGTHS)
     (gradient,) = torch.autograd.grad(terms.loss, tensors.log_probs)
@@ -133,8 +105,7 @@ def test_without_old_the_ratio_is_one_and_the_gradient_is_the_policy_gradient(te
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_terms_of_parts_add_up_to_the_whole(tensors, reduction):
     def part(mask):
-        arguments = (tensors.log_probs[mask], tensors.old[mask], tensors.reference[mask], tensors.completion[mask])
-        return grpo_loss(*arguments, tensors.advantages, 0.01, 0.2, reduction, MAX_TOKENS)
+        return loss_of(tensors, mask, kl_beta=0.01, reduction=reduction)
 
     first = tensors.completion < 1
     parts, whole = [part(first), part(~first)], part(torch.ones_like(first))
@@ -145,22 +116,21 @@ def test_terms_of_parts_add_up_to_the_whole(tensors, reduction):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_absent_completions_are_not_in_the_normaliser(tensors, reduction):
-    """An equal group's tokens are left out; its advantages may stay in the list."""
-    arguments = (tensors.log_probs, tensors.old, None, tensors.completion)
-    without = grpo_loss(*arguments, tensors.advantages, 0.0, 0.2, reduction, MAX_TOKENS)
-    padded = grpo_loss(*arguments, torch.cat([tensors.advantages, torch.zeros(4)]), 0.0, 0.2, reduction, MAX_TOKENS)
+    """Tokens of a group without advantage are left out; its advantages may stay in the list."""
+    without = loss_of(tensors, reduction=reduction)
+    padded = loss_of(tensors, advantages=torch.cat([tensors.advantages, torch.zeros(4)]), reduction=reduction)
     assert padded.count == without.count
     torch.testing.assert_close(padded.loss, without.loss)
 
 
 def test_settings_that_cannot_work_are_errors(tensors):
-    arguments = (tensors.log_probs, None, None, tensors.completion, tensors.advantages)
-    with pytest.raises(ValueError, match=r"beta=0\.1 needs reference"):
-        grpo_loss(*arguments, 0.1, 0.2)
-    with pytest.raises(ValueError, match="reduction must be one of"):
-        grpo_loss(*arguments, 0.0, 0.2, "mean")
-    with pytest.raises(ValueError, match="needs max_tokens"):
-        grpo_loss(*arguments, 0.0, 0.2, "dr_grpo")
+    with pytest.raises(ValueError, match=r"kl_beta=0\.1 needs log-probabilities of the reference"):
+        loss_of(tensors, kl_beta=0.1, ref_log_probs=None)
+    bad = {"kl_beta": -0.1, "clip_low": 1.0, "clip_high": 0, "reduction": "mean"}
+    with pytest.raises(ValueError) as caught:
+        LossSettings(**bad)
+    for name, value in bad.items():
+        assert f"loss.{name}={value!r}" in str(caught.value)
 
 
 def pad(values, fill=0.0):
@@ -217,12 +187,11 @@ def test_loss_and_gradient_match_trl(tensors, loss_type, reduction, beta, with_o
     trl = pytest.importorskip("trl", exc_type=ImportError)
     expected, metrics = trl_loss(trl, tensors, beta, loss_type, with_old)
     old = tensors.old if with_old else None
-    arguments = (tensors.log_probs, old, tensors.reference, tensors.completion, tensors.advantages)
-    terms = grpo_loss(*arguments, beta, 0.2, reduction, MAX_TOKENS)
+    terms = loss_of(tensors, old_log_probs=old, kl_beta=beta, reduction=reduction)
     torch.testing.assert_close(terms.loss, expected)
     gradients = [torch.autograd.grad(loss, tensors.log_probs)[0] for loss in (terms.loss, expected)]
     torch.testing.assert_close(*gradients)
-    assert terms.clipped / terms.num_tokens == pytest.approx(metrics["clip_ratio/region_mean"][0])
+    assert terms.num_clipped / terms.num_tokens == pytest.approx(metrics["clip_ratio/region_mean"][0])
     if beta:
         assert terms.kl_sum / terms.num_tokens == pytest.approx(metrics["kl"][0], rel=1e-5)
 
@@ -255,9 +224,7 @@ def test_importance_weighs_the_surrogate_of_each_token_and_not_its_kl(tensors, r
     else:
         expected = sum(sums) / (len(t.completion) if reduction == "token" else len(sums) * MAX_TOKENS)
     importance = truncated_importance(t.old, engine, 1.1)
-    got = grpo_loss(
-        t.log_probs, t.old, t.reference, t.completion, t.advantages, beta, clip_range, reduction, MAX_TOKENS, importance
-    ).loss
+    got = loss_of(t, kl_beta=beta, reduction=reduction, sampler_weights=importance).loss
     torch.testing.assert_close(got, expected)
     gradients = [torch.autograd.grad(loss, t.log_probs, retain_graph=True)[0] for loss in (got, expected)]
     torch.testing.assert_close(*gradients)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import threading
 from dataclasses import replace
 
@@ -15,18 +16,19 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from callbacks.save_on_interrupt import SaveOnInterrupt
+from datamodules.persistence.problems import collect_problems
 from datamodules.samples.sample import ImagePart, LoadedSample, TextPart
-from lightning_modules import grpo
-from lightning_modules.grpo import GRPO
 from lightning_modules.models.attention.packed_rows import pack_rows
 from lightning_modules.models.qwen_vl import QwenVL
+from lightning_modules.rl import rewards
 from lightning_modules.rollouts.base import RolloutRequest, SamplingSettings
 from lightning_modules.rollouts.native.engine import NativeEngine
 from lightning_modules.rollouts.vllm.prompts import PromptWriter
 from lightning_modules.rollouts.vllm.server_checks import VLLMSettings
 from lightning_modules.rollouts.vllm.server_pool import ServersLost
 from tests.conftest import random_png
-from tests.lightning_modules.conftest import letters, served, trained_weights
+from tests.lightning_modules.conftest import served, trained_weights
+from tests.lightning_modules.grpo_modules import build_grpo, letters
 from tests.vllm_stub import wait_for
 
 SAMPLING = SamplingSettings(group_size=3, temperature=0.8, max_new_tokens=6)
@@ -190,8 +192,9 @@ def test_settings_that_cannot_work_are_named() -> None:
     for wrong in ({"servers": ()}, {"servers": ("http://a", "http://a")}, {"patience": 0}, {"attempts": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             VLLMSettings(**wrong)
-    with pytest.raises(ValueError, match=r"importance_cap=0 must.*engine='vllm' with lora=None"):
-        GRPO("no/such", engine="vllm", importance_cap=0)
+    with collect_problems() as faults:
+        build_grpo("no/such", engine="vllm", importance_cap=0)
+    assert re.match(r"update\.importance_cap=0 must.*rollout\.engine='vllm' with lora=None", "; ".join(faults))
 
 
 # Training
@@ -211,7 +214,7 @@ def test_grpo_trains_on_what_the_server_samples(
     stub, tiny_model_dir, lora, make_items, fit, monkeypatch, updates
 ) -> None:
     """Behind each update the server has the new weights, so the trainer finds its log-probabilities again."""
-    monkeypatch.setattr(grpo, "reward", letters)
+    monkeypatch.setattr(rewards, "reward", letters)
     recorder = Recorder()
     module = served(tiny_model_dir, lora, stub.url, accumulate=2, **updates)
     trainer = fit(module, make_items([1, 2, 1]), max_steps=4, callbacks=[recorder])
@@ -220,15 +223,17 @@ def test_grpo_trains_on_what_the_server_samples(
     assert len(stub.loads) == len(set(stub.loads)) == windows + 1, "at the start, and behind each window"
     of_batches = [name for name in stub.loads for _ in range(2)][1:]  # as seen behind each batch
     assert recorder.names == of_batches[: len(recorder.names)]
-    seen = [metrics["grpo/engine_mismatch"] for metrics in recorder.metrics if "grpo/engine_mismatch" in metrics]
+    seen = [
+        metrics["grpo/sampler_abs_log_ratio"] for metrics in recorder.metrics if "grpo/sampler_abs_log_ratio" in metrics
+    ]
     assert seen and all(0 <= value < 1e-4 for value in seen)
-    assert all(metrics.get("grpo/importance_capped", 0) == 0 for metrics in recorder.metrics)
+    assert all(metrics.get("grpo/frac_capped", 0) == 0 for metrics in recorder.metrics)
     assert not stub.adapters, "they are gone at the end"
 
 
 def test_ranks_share_one_adapter(stub, tiny_model_dir, lora, make_items, fit, monkeypatch, tmp_path) -> None:
     """Rank 0 loads it; both ask for it by its name."""
-    monkeypatch.setattr(grpo, "reward", letters)
+    monkeypatch.setattr(rewards, "reward", letters)
 
     class Write(Callback):
         def __init__(self):
@@ -251,13 +256,14 @@ def test_ranks_share_one_adapter(stub, tiny_model_dir, lora, make_items, fit, mo
 def test_a_run_that_lost_its_servers_goes_on_as_if_it_had_not(
     stub, tiny_model_dir, lora, make_items, fit, monkeypatch, tmp_path, accumulate
 ) -> None:
-    monkeypatch.setattr(grpo, "reward", letters)
+    monkeypatch.setattr(rewards, "reward", letters)
     items = make_items([1, 2, 1])
     whole = served(tiny_model_dir, lora, stub.url, accumulate=accumulate)
     fit(whole, items, max_steps=3)
 
     lost = served(tiny_model_dir, lora, stub.url, accumulate=accumulate)
-    lost.vllm = replace(lost.vllm, patience=0.2)
+    impatient = replace(lost.rollout_settings.vllm, patience=0.2)
+    lost.rollout_settings = replace(lost.rollout_settings, vllm=impatient)
 
     class Stop(Callback):
         def on_train_batch_end(self, trainer, module, *_):

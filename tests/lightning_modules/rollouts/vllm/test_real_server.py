@@ -26,6 +26,7 @@ from lightning_modules import grpo
 from lightning_modules.grpo import GRPO
 from lightning_modules.rollouts.vllm.server_checks import VLLMSettings
 from lightning_modules.serving.vllm_server import serve_command, serve_environment
+from tests.lightning_modules.grpo_modules import build_grpo
 
 ROOT = Path(__file__).resolve().parents[4]
 MODEL = ROOT / "models" / "nano-base"
@@ -117,7 +118,7 @@ class Recorder(Callback):
 
 def module(lora, **more) -> GRPO:
     settings = {"group_size": GROUP, "temperature": 1.0, "max_new_tokens": MAX_NEW, "learning_rate": 1e-3}
-    return GRPO(str(MODEL), lora=lora, skip_equal_groups=False, importance_cap=2.0, **settings | more)
+    return build_grpo(str(MODEL), lora=lora, skip_zero_advantage=False, importance_cap=2.0, **settings | more)
 
 
 def test_ten_updates_through_a_server_that_is_restarted(server, lora, fit, monkeypatch, capsys) -> None:
@@ -154,7 +155,7 @@ def test_ten_updates_through_a_server_that_is_restarted(server, lora, fit, monke
     assert abs(z) < QUANTILE
     assert 0.1 < mean(native.rewards) < 1.0, "rewards that could differ"
     assert of_server.max() < 1e-3 and of_server.mean() < 1e-5
-    assert all(metrics["grpo/importance_capped"] == 0 for metrics in served.metrics)
+    assert all(metrics["grpo/frac_capped"] == 0 for metrics in served.metrics)
 
     assert len(set(served.names)) == UPDATES, "a new name behind every update"
     before = served.names[UPDATES // 2 - 1]

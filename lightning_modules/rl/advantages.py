@@ -1,0 +1,42 @@
+"""Advantages of GRPO (eq. 1): how much better a completion is than the others of its prompt.
+
+Shapes: P prompts, G completions of a prompt (its group).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-4  # added to the standard deviation; keeps eq. 1 finite
+EQUAL_TOLERANCE = 1e-6  # rewards closer than this are equal: smaller differences are rounding, not preference
+
+
+def zero_advantage(rewards: Tensor) -> Tensor:
+    """Bool [P]: the groups of `rewards` [P, G] whose rewards are all equal, and which teach nothing therefore."""
+    return rewards.amax(dim=1) - rewards.amin(dim=1) <= EQUAL_TOLERANCE
+
+
+def group_advantages(rewards: Tensor) -> Tensor:
+    """Eq. 1: (r - mean) / (std + 1e-4) inside each group, with the unbiased standard deviation.
+
+    Two things are added to eq. 1: the 1e-4, and exact zeros for a group of equal rewards, in which the rounding of
+    floats would leave noise.
+
+    Args:
+        rewards: [P, G], float.
+
+    Returns:
+        [P, G], float32.
+
+    Raises:
+        ValueError: a group of one completion, whose standard deviation is undefined, or rewards that are not finite.
+    """
+    if rewards.dim() != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards must be [prompts, group] with a group of at least 2, got {tuple(rewards.shape)}")
+    if not torch.isfinite(rewards).all():
+        raise ValueError(f"rewards must be finite, got {rewards.tolist()}")
+    exact = rewards.double()
+    centred = exact - exact.mean(dim=1, keepdim=True)
+    advantages = centred / (exact.std(dim=1, keepdim=True, unbiased=True) + EPSILON)
+    return advantages.masked_fill(zero_advantage(rewards)[:, None], 0.0).float()

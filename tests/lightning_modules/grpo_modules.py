@@ -1,0 +1,38 @@
+"""GRPO modules for tests: settings by their fields' names alone, and rewards that a random model earns."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from lightning_modules.grpo import GRPO
+from lightning_modules.rl.grpo_settings import LossSettings, RolloutSettings, UpdateSettings
+from lightning_modules.rl.rewards import Reward
+
+GROUPS = {"rollout": RolloutSettings, "loss": LossSettings, "update": UpdateSettings}
+
+
+def grouped(**settings: Any) -> dict[str, Any]:
+    """{"kl_beta": 0.1, "seed": 3} -> {"loss": {"kl_beta": 0.1}, "seed": 3}: each into the group with such a field."""
+    given = dict(settings)
+    for group, kind in GROUPS.items():
+        names = [field.name for field in fields(kind) if field.name in settings]
+        if names:
+            given[group] = {name: given.pop(name) for name in names}
+    return given
+
+
+def build_grpo(model: str, **settings: Any) -> GRPO:
+    """`build_grpo("folder", kl_beta=0.1, group_size=4)`."""
+    given = grouped(**settings)
+    return GRPO(model, **given | {name: kind(**given[name]) for name, kind in GROUPS.items() if name in given})
+
+
+def flat_reward(accuracy: float, failure: str | None = None) -> Reward:
+    """A reward that is its accuracy."""
+    return Reward(accuracy, {"accuracy": accuracy, "format": 0.0}, failure)
+
+
+def letters(text: str, *_: object) -> Reward:
+    """An easy reward that a random model meets by chance: the share of characters that are letters."""
+    return flat_reward(sum(character.isalpha() for character in text) / max(len(text), 1))
