@@ -1,7 +1,7 @@
-"""Decoding many prompts in a fixed number of places: a prompt whose branches have all ended makes room for the next.
+"""Continuous batching: a fixed number of places, in which the next prompt follows when all branches of one have ended.
 
-Rows of places that are done cost nothing on a CPU, where each step takes the rows that go on. On a GPU every step takes
-all rows at the same shapes, so that it can be captured once and replayed (`cuda_graphs`): there a row is nearly free.
+On a CPU a step computes only the rows that go on. On a GPU every step computes all rows at the same shapes, so that it
+can be captured once and replayed (`cuda_graphs`); there a row costs almost nothing.
 
 Shapes: S places for prompts, G branches of each, R = S * G rows, A rows of a step, T tokens that a row can grow to.
 """
@@ -21,8 +21,8 @@ from lightning_modules.models.attention.kv_cache import BranchCache, CacheShape,
 from lightning_modules.models.inference.cpu_model import LeanModel
 from lightning_modules.models.inference.gpu_model import FusedModel
 
-NO_MASK = {"full_attention": None}  # tells transformers to build none: prefill is causal, decoding masks for itself
-CHECK_EVERY = 8  # steps of all rows between two looks at which have ended: a look waits for the device
+NO_MASK = {"full_attention": None}  # transformers builds no mask: prefill is causal, decoding has masks of its own
+CHECK_EVERY = 8  # steps of all rows between two checks for ended rows: a check waits for the device
 
 Model = nn.Module | LeanModel | FusedModel
 Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # logits [A, V], draws [A, 1] in 0-1 -> tokens, log p [A]
@@ -73,7 +73,7 @@ class _Place:
 
 
 class BranchDecoder:
-    """Rows in fixed places. `static` computes all of them at each step, with the shapes that it starts with."""
+    """Decodes G branches of each prompt in fixed places."""
 
     def __init__(
         self,
@@ -86,7 +86,18 @@ class BranchDecoder:
         branch_room: int,
         static: bool,
     ) -> None:
-        """`choose` samples; `ends` are the tokens that end a completion; rooms are in tokens."""
+        """Allocates the memory of all places.
+
+        Args:
+            model: the language model.
+            choose: logits [A, V] and draws [A, 1] -> sampled tokens [A] and their log-probabilities [A].
+            ends: token ids that end a completion.
+            num_places: prompts that are decoded at the same time, S.
+            group: branches of each prompt, G.
+            prefix_room: longest prompt in tokens.
+            branch_room: longest completion in tokens.
+            static: compute all rows at each step, at fixed shapes.
+        """
         self.model, self.choose, self.static = model, choose, static
         self.num_places, self.group, self.prefix_room, self.branch_room = num_places, group, prefix_room, branch_room
         config, device, rows = model.config.text_config, model.device, num_places * group
@@ -110,10 +121,14 @@ class BranchDecoder:
     def decode(
         self, count: int, prefill: Callable[[int, int], Prefilled], limit: int, draw: Callable[[int], Tensor] | None
     ) -> Iterator[list[Decoded]]:
-        """Every prompt from 0 to `count`, as they are complete. `prefill(i, j)` reads prompts i to j; `draw(i)` gives
-        all random numbers of prompt i, [G, limit] in 0-1 and float64, so that no other prompt bears on them.
+        """Yield the prompts 0 to `count` - 1 in the order in which they are complete.
 
-        Free places are filled again once they are a quarter of all, so that prompts are read several at a time.
+        Args:
+            count: number of prompts.
+            prefill: (i, j) -> the prompts i to j - 1, read by the model.
+            limit: most tokens of a completion.
+            draw: i -> all random numbers of prompt i, float64 [G, limit] in 0-1, so that they depend on no other
+                prompt; None for greedy decoding.
         """
         self.limit.fill_(limit)
         self.alive.zero_()
@@ -121,6 +136,7 @@ class BranchDecoder:
         taken = num_steps = 0
         while True:
             free = [index for index, place in enumerate(places) if place is None]
+            # Fill free places once they are a quarter of all, so that several prompts are read together.
             if taken < count and 4 * len(free) >= self.num_places:
                 chosen = free[: count - taken]
                 self._admit(places, chosen, taken, prefill(taken, taken + len(chosen)), draw)

@@ -28,13 +28,16 @@ log = logging.getLogger(__name__)
 
 
 class NativeEngine:
-    """Prefills each prompt once and decodes its branches over a shared prefix (`decoder`, `kv_cache`).
+    """Reads each prompt once and decodes its branches over the shared prefix (`decoder`, `kv_cache`).
 
-    `fold_adapter` decodes with LoRA folded into a copy of the linear weights: fewer operations, and exact in float32;
-    in bfloat16 the sum is rounded, as it is in any server that is given merged weights. The model itself is then
-    another one, of fewer operations: on a CPU in float32 `cpu_model`, on a GPU in half precision `gpu_model`.
-    `static` (by default on a GPU) takes all rows at each step, at fixed shapes; on a GPU as a CUDA graph. Its memory
-    and weights are kept for the next call, as what is captured refers to them.
+    Args:
+        policy: the model that samples.
+        fold_adapter: decode with LoRA merged into a copy of the linear weights. This takes fewer operations and is
+            exact in float32; in bfloat16 the sum is rounded, as it is in any server that is given merged weights. The
+            model is then run by another implementation: on a CPU in float32 `cpu_model`, on a GPU in half precision
+            `gpu_model`.
+        static: compute all rows at each step, at fixed shapes; on a GPU as a CUDA graph. None: on a GPU only. Memory
+            and weights are kept for the next call then, because the captured graph refers to them.
     """
 
     def __init__(self, policy: QwenVL, fold_adapter: bool = True, static: bool | None = None) -> None:
@@ -96,7 +99,7 @@ class NativeEngine:
         places, room = min(sampling.prompts_per_batch, len(request.items)), sampling.max_new_tokens
         weights = policy.base.get_input_embeddings().weight.data_ptr()  # another address: the policy was moved
         banned = policy.banned_tokens(request.ban)
-        of_policy = (weights, banned.data_ptr(), policy.sharded is None)  # undivided in rejection sampling
+        of_policy = (weights, banned.data_ptr(), policy.sharded is None)  # not sharded yet in rejection sampling
         needs = (*of_policy, places, sampling.group_size, sampling.temperature, greedy)
         if self._kept is not None and self._kept[0] == needs:
             decoder = self._kept[1]

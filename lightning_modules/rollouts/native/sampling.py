@@ -1,7 +1,7 @@
-"""Choosing the next token of each row.
+"""Choosing the next token of each row, by inversion of the cumulative distribution.
 
-By inversion: one random number a row, where torch.multinomial draws one for every entry of the vocabulary. Summed in
-float64, so that no sum over a large vocabulary rounds a likely token away; a banned token has no width.
+This takes one random number for each row, where torch.multinomial draws one for every entry of the vocabulary. Sums are
+float64, so that a sum over a large vocabulary rounds no likely token away. A banned token has probability 0.
 
 Shapes: A rows, V vocabulary.
 """
@@ -13,13 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WHOLE = 8192  # a vocabulary up to this size is summed at once
-BLOCK = 512  # tokens of a block of a larger one
+BLOCK = 512  # tokens of one block of a larger vocabulary
 
 
 def sample(logits: Tensor, banned: Tensor, temperature: float, draws: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Tokens [A] drawn from softmax(logits [A, V] / temperature) without banned tokens, and their log-probabilities.
+    """Tokens [A] drawn from softmax(logits / temperature) without banned tokens, and their log-probabilities [A].
 
-    `draws` [A, 1], uniform in [0, 1) and float64, decide; without them the likeliest token is taken.
+    Args:
+        logits: [A, V].
+        banned: token ids that are never drawn.
+        temperature: logits are divided by it.
+        draws: [A, 1], float64, uniform in [0, 1), which decide; None takes the likeliest token.
     """
     logits = (logits.float() / temperature).index_fill_(-1, banned, float("-inf"))
     if draws is not None and logits.shape[-1] > WHOLE:
@@ -35,8 +39,11 @@ def sample(logits: Tensor, banned: Tensor, temperature: float, draws: Tensor | N
 
 
 def _sample_large(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """The same by sums of blocks, then those inside one block. On a GPU a softmax or a cumulative sum along so long a
-    row keeps one multiprocessor busy for longer than a layer takes all of them."""
+    """The same in two steps: choose a block of tokens, then a token inside it.
+
+    On a GPU a softmax or cumulative sum along a row of 150,000 entries runs on one multiprocessor, and takes longer
+    than a whole layer takes on all of them.
+    """
     most = logits.amax(-1, keepdim=True)
     weights = (logits - most).exp_()
     blocks = F.pad(weights, (0, -logits.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
@@ -48,6 +55,8 @@ def _sample_large(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
     # Two sums of one block may differ by a rounding: a draw stays below the end of the last token that has width.
     wanted = torch.minimum(wanted, inside[:, -1:] * (1 - 1e-15))
     tokens = block * BLOCK + torch.searchsorted(inside, wanted, right=True)
-    tokens.clamp_(max=logits.shape[-1] - 1)  # of NaN there is none: let it be seen, not end the process
+    # NaN logits make searchsorted return V. Clamp, so that the NaN reaches the finite check and does not become an
+    # out-of-range index: an assert on the GPU would end the process.
+    tokens.clamp_(max=logits.shape[-1] - 1)
     log_probs = logits.gather(-1, tokens) - most - sums[:, -1:].log().float()
     return tokens[:, 0], log_probs[:, 0]

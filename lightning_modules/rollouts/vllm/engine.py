@@ -55,11 +55,19 @@ class Adapter:
 
 
 class VLLMEngine:
-    """A `RolloutEngine`. Until the first `sync` the servers' model answers as it is: a fresh adapter changes nothing.
+    """A `RolloutEngine` on vLLM servers.
 
-    `sync` is called on every rank, behind the same update: rank 0 writes the adapter and loads it everywhere, and
-    `broadcast` (from rank 0) tells the others its name. `generate` is a rank's own matter. A server that does not know
-    the current adapter, since it was dead or was started again, is given it before it gets a prompt.
+    Until the first `sync` the servers' model answers as it is: a new adapter changes nothing. `sync` is called on every
+    rank, after the same update: rank 0 writes the adapter and loads it on all servers, then the other ranks are told
+    its name. `generate` is called by each rank alone. A server that does not know the current adapter, because it was
+    dead or was started again, is given it before it gets a prompt.
+
+    Args:
+        policy: the trained model, whose adapter is sent.
+        settings: the servers.
+        folder: for the adapters, unless the settings name another.
+        rank: of this process.
+        broadcast: gives every rank the value of rank 0.
     """
 
     def __init__(

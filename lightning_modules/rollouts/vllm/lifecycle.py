@@ -27,8 +27,17 @@ class AsksEngine(Protocol):
 
 
 def connect(policy: QwenVL, settings: VLLMSettings, trainer: Trainer, max_new_tokens: int) -> VLLMEngine:
-    """The engine of this rank, its servers checked for the longest sequences of training and of every callback: what
-    does not fit should end the run now, and not at an evaluation hours later."""
+    """The engine of this rank.
+
+    Its servers are checked for the longest sequences of training and of every callback: a sequence that does not fit
+    should end the run now, and not at an evaluation hours later.
+
+    Args:
+        policy: the trained model.
+        settings: the servers.
+        trainer: its callbacks are asked for their longest sequences.
+        max_new_tokens: length limit of a completion in training.
+    """
     folder = Path(trainer.default_root_dir) / "adapters"
     engine = VLLMEngine(policy, settings, folder, trainer.global_rank, trainer.strategy.broadcast)
     encoder = getattr(trainer.datamodule, "encoder", None)

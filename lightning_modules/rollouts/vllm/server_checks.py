@@ -1,5 +1,4 @@
-"""What a vLLM server must be and what it answers: its settings here, the checks of a server, and the reading of its
-answers."""
+"""vLLM servers: their settings, the checks of a server before it is used, and the reading of its answers."""
 
 from __future__ import annotations
 
@@ -31,14 +30,22 @@ class PromptMismatch(ValueError):
 
 @dataclass(frozen=True)
 class VLLMSettings:
-    """The servers that serve the model that is trained, each started as docs/rollout_engines.md says.
+    """The servers that serve the trained model, each started as docs/rollout_engines.md says.
 
-    servers: base URLs, such as http://localhost:8000/v1; prompts are spread over them. model: their name of it; null:
-    the one they serve. adapters: folder that the trainer writes and every server reads; null: `adapters` in the phase's
-    folder. timeout: seconds for all completions of one prompt. attempts, backoff, max_backoff: of one request at one
-    server, as in `EndpointSettings`, before its prompt goes to another. concurrency: prompts under way at each server,
-    from each rank. patience: seconds without any server until the run ends. pause: seconds between two looks at a dead
-    server. look: seconds for one look. api_key_env, basic_auth_env: as in `EndpointSettings`.
+    Args:
+        servers: base URLs, such as http://localhost:8000/v1. Prompts are spread over them.
+        model: the servers' name of the model; null: the one that they serve.
+        adapters: folder that the trainer writes and every server reads; null: `adapters` in the phase's folder.
+        timeout: seconds for all completions of one prompt.
+        attempts: requests at one server before its prompt goes to another, as in `EndpointSettings`.
+        backoff: as in `EndpointSettings`.
+        max_backoff: as in `EndpointSettings`.
+        concurrency: prompts under way at each server, from each rank.
+        patience: seconds without any server after which the run ends.
+        pause: seconds between two health checks of a dead server.
+        look: seconds for one health check, in which the server is also given the adapter.
+        api_key_env: as in `EndpointSettings`.
+        basic_auth_env: as in `EndpointSettings`.
     """
 
     servers: tuple[str, ...] = ("http://127.0.0.1:8000/v1",)
