@@ -173,7 +173,7 @@ def test_resume_equals_a_run_left_alone(build, make_items, fit, easy, tmp_path, 
     assert all(torch.equal(a, b) for a, b in zip(values(module), values(again), strict=True))
 
 
-def test_a_batch_of_equal_groups_changes_nothing(build, make_items, fit, monkeypatch):
+def test_a_batch_without_advantage_changes_nothing(build, make_items, fit, monkeypatch):
     """FIELD 12: it neither raises nor steps, and it is logged; the next batch trains as if it had not been."""
     monkeypatch.setattr(rewards, "reward", lambda *_: flat_reward(0.6))
     module, recorder = build(kl_beta=0.1, weight_decay=0.5), Recorder()
@@ -193,7 +193,7 @@ def test_a_batch_of_equal_groups_changes_nothing(build, make_items, fit, monkeyp
     assert trainer.datamodule.position == 3
 
 
-def test_equal_groups_can_be_kept_for_their_kl_term(build, make_items, fit, monkeypatch):
+def test_groups_without_advantage_can_be_kept_for_their_kl_term(build, make_items, fit, monkeypatch):
     monkeypatch.setattr(rewards, "reward", lambda *_: flat_reward(0.6))
     module = build(kl_beta=0.1, skip_zero_advantage=False)
     module.configure_model()

@@ -28,7 +28,7 @@ HARMLESS = [
     "model.api_key_env=OPENAI_API_KEY",
     "api_key_env: OPENAI_API_KEY",
     "api_key: null",
-    "--model.max_new_tokens=1024",
+    "--model.rollout.max_new_tokens=1024",
     "token_accuracy: 0.9",
     "the letter is sk- and hf_small",
     "someone@example.org",
