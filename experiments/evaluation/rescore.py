@@ -1,6 +1,6 @@
 """Score stored answers again, without model and data: another threshold, box or average.
 
-python -m experiments.evaluation.rescore --predictions outputs/eval/models--nano-base/ref_l4 --threshold 0.3 --inclusive true
+python -m experiments.evaluation.rescore --predictions outputs/eval/models--nano-base/ref_l4 --threshold 0.3
 
 The benchmark's own rule holds where nothing else is said. The result is printed and written to rescored.json beside the
 predictions (`--output` names another file); result.json stays as it is.
