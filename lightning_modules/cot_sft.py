@@ -48,7 +48,7 @@ class CoTSFT(PolicyModule):
         super().configure_model()
         # Lightning may call this twice. The cache's key holds a hash of the tower's weights.
         if self.feature_cache is not None and self.policy.feature_cache is None:
-            tower = tower_fingerprint(self.policy.base.model.visual, self.model)
+            tower = tower_fingerprint(self.policy.vision_tower, self.model)
             self.policy.feature_cache = FeatureCache(self.feature_cache, tower, self.feature_cache_gib)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:

@@ -36,6 +36,7 @@ ROOMS = {
         ("models/inference",),
         ("models/attention",),
         ("models/layers",),
+        ("models/architectures",),
         ("serving", "metrics"),
     ),
     "callbacks": (),

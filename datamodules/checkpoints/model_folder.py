@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from datamodules.checkpoints.weight_files import BrokenFile, json_object, pointer_fault, weight_faults
 from datamodules.persistence.message_text import first_line
 
-MODEL_TYPE = "qwen2_5_vl"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 CONFIG = "config.json"
@@ -61,17 +61,23 @@ def local_folder(path: str | Path, weights: bool = True, code: bool = False) -> 
         ) from error
 
 
-def check_model(path: str | Path, need_weights: bool = True) -> None:
-    """Raise ModelError that names `path` and all its faults, unless it is a whole Qwen2.5-VL.
+def check_model(path: str | Path, known_types: Mapping[str, str], need_weights: bool = True) -> None:
+    """Check the files of a model that is to be trained, without reading a weight.
 
-    Without `need_weights` a folder with only `config.json` will do (the meta device).
+    Args:
+        path: a folder or Hub repository.
+        known_types: the families that can be trained, model_type in config.json -> name of the family.
+        need_weights: if not, a folder with only `config.json` will do (the meta device).
+
+    Raises:
+        ModelError: names `path` and all its faults, unless it is a whole model of one of these families.
     """
     folder = local_folder(path, need_weights)
     config = _config(folder, path)
-    if config.get("model_type") != MODEL_TYPE:
+    if config.get("model_type") not in known_types:
         raise ModelError(
-            f"model: {str(path)!r} has model_type {config.get('model_type')!r} in its config.json, not {MODEL_TYPE!r}:"
-            " give a Qwen2.5-VL"
+            f"model: {str(path)!r} has model_type {config.get('model_type')!r} in its config.json, not"
+            f" {' or '.join(map(repr, known_types))}: give a {' or a '.join(known_types.values())}"
         )
     if need_weights:
         codes = [f"{CONFIG} has a quantization_config: give the plain weights"] if _is_quantised(config) else []

@@ -14,7 +14,7 @@ models that it is compared with, a teacher and the benchmarks of speed:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,12 +63,11 @@ def load_model(
     return model
 
 
-def check_policy(path: str | Path) -> None:
-    """Raise ModelError for a Qwen2.5-VL whose files, tensor names, shapes or processor are wrong.
-
-    This takes seconds, since no value of a weight is read.
+def check_policy(path: str | Path, known_types: Mapping[str, str]) -> None:
+    """Raise ModelError unless a model of one of the families in `known_types` has whole files, the right tensors and
+    a processor (`check_model`). This takes seconds, since no value of a weight is read.
     """
-    check_model(path)
+    check_model(path, known_types)
     check_tensors(path)
     load_processor(path)
 

@@ -12,7 +12,6 @@ images, D width, b bytes of a number.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,10 @@ from typing import Any
 
 import torch
 
+from datamodules.checkpoints.pretrained import skeleton
 from experiments.bench.workload import Workload
+from lightning_modules.models.architectures.base import VisionSizes
+from lightning_modules.models.architectures.registry import architecture_of
 from lightning_modules.models.layers.onednn_linear import multiply
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -83,48 +85,40 @@ def _best_seconds(work: Callable[[], Any], tries: int = 10) -> float:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a model that decide its work, from config.json."""
+    """The sizes of a model that decide its work."""
 
     layers: int
-    width: int
     query_width: int  # of all query heads together
     kv_width: int  # of all key-value heads together
-    inner: int  # width inside the MLP
-    vocab: int
-    vision: dict[str, Any]  # vision_config
+    linear_shapes: tuple[tuple[int, int], ...]  # outputs and inputs of each linear layer in all decoder layers
+    head_weights: int
+    vision: VisionSizes
 
     @classmethod
     def read(cls, folder: str | Path) -> Sizes:
-        """The sizes of the model in this folder."""
-        config = json.loads((Path(folder) / "config.json").read_text())
-        text = config["text_config"]
-        head = text["hidden_size"] // text["num_attention_heads"]
+        """The sizes of the model that this folder's config.json describes. No weight is read or allocated."""
+        with torch.device("meta"):
+            model = skeleton(folder, torch.bfloat16)
+        architecture = architecture_of(model)
+        modules = [module for layer in architecture.decoder_layers(model) for module in layer.modules()]
+        cache = architecture.cache_sizes(model)
         return cls(
-            layers=text["num_hidden_layers"],
-            width=text["hidden_size"],
-            query_width=text["hidden_size"],
-            kv_width=head * text["num_key_value_heads"],
-            inner=text["intermediate_size"],
-            vocab=text["vocab_size"],
-            vision=config["vision_config"],
+            layers=cache.layers,
+            query_width=model.config.text_config.num_attention_heads * cache.width,
+            kv_width=cache.heads * cache.width,
+            linear_shapes=tuple(tuple(m.weight.shape) for m in modules if isinstance(m, torch.nn.Linear)),
+            head_weights=model.get_output_embeddings().weight.numel(),
+            vision=architecture.vision_sizes(model),
         )
 
     @property
     def layer_weights(self) -> int:
-        """Number of weights in all layers, without embeddings and head."""
-        attention = 2 * self.width * self.query_width + 2 * self.width * self.kv_width  # q and o, k and v
-        return self.layers * (attention + 3 * self.width * self.inner)  # gate, up and down
-
-    @property
-    def head_weights(self) -> int:
-        """Number of weights in the output head."""
-        return self.vocab * self.width
+        """Number of weights in all decoder layers, without embeddings, head and biases."""
+        return sum(outputs * inputs for outputs, inputs in self.linear_shapes)
 
     def lora_weights(self, rank: int) -> int:
         """Number of weights of a LoRA adapter on all linear layers."""
-        width, inner, query, kv = self.width, self.inner, self.query_width, self.kv_width
-        sums = 2 * (width + query) + 2 * (width + kv) + 3 * (width + inner)  # of input and output width
-        return self.layers * rank * sums
+        return rank * sum(outputs + inputs for outputs, inputs in self.linear_shapes)
 
 
 def step_work(
@@ -195,15 +189,8 @@ def _decode_work(
 def _encode_work(sizes: Sizes, number: int, patches: int, images: int) -> Work:
     """The work of the vision tower; arguments as in `_decode_work`, with the numbers of all patches and images."""
     vision = sizes.vision
-    width, inner, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
-    # Weights of one layer, of the patch embedding, and of the merger.
-    layer = 4 * width**2 + 3 * width * inner
-    stem = 3 * vision["temporal_patch_size"] * patch**2 * width
-    merge = vision["spatial_merge_size"] ** 2
-    merger = (merge * width) ** 2 + merge * width * vision["out_hidden_size"]
     # A patch attends to its image in the layers with full attention, and to its window in the others.
-    window = (vision["window_size"] // patch) ** 2
-    full = len(vision["fullatt_block_indexes"])
-    seen = full * patches / images + (vision["depth"] - full) * window  # summed over layers
-    operations = 2 * patches * (vision["depth"] * layer + stem + merger / merge) + 4 * width * patches * seen
-    return Work(operations, number * (vision["depth"] * layer + stem + merger))
+    seen = sum(patches / images if window is None else window for window in vision.windows)  # summed over layers
+    linear = 2 * patches * (vision.patch_weights + vision.token_weights / vision.merged_patches)
+    attention = 4 * vision.width * patches * seen
+    return Work(linear + attention, number * (vision.patch_weights + vision.token_weights))

@@ -26,6 +26,7 @@ from datamodules.samples.boxes import BoxFormat
 from experiments.bench.shapes import tokens_never_sampled
 from experiments.bench.turns import MAX_STEPS, Gate, serve
 from experiments.bench.workload import Workload, make_samples
+from lightning_modules.models.architectures.qwen2_5_vl import Qwen25VL
 from lightning_modules.models.layers.lora import LoraSettings, lora_config
 from lightning_modules.rl.rewards import reward
 
@@ -86,7 +87,7 @@ def build_trainer(model: str, workload: Workload, folder: str, gate: Gate) -> GR
     shared = {
         "model": model,
         "train_dataset": dataset,
-        "peft_config": lora_config(LoraSettings(workload.lora_rank, workload.alpha)),
+        "peft_config": lora_config(LoraSettings(workload.lora_rank, workload.alpha), Qwen25VL()),
         "callbacks": [Turnstile(gate)],
     }
     settings = common_settings(workload, folder)

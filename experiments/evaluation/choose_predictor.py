@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from datamodules.checkpoints.model_folder import MODEL_TYPE, check_image_text_model, read_model_type
+from datamodules.checkpoints.model_folder import check_image_text_model, read_model_type
 from datamodules.checkpoints.pretrained import ANY_ATTENTION, check_policy, check_tensors
 from datamodules.encoding.chat_request import RequestForm
 from datamodules.encoding.messages import PromptStyle
@@ -15,6 +15,7 @@ from datamodules.encoding.model_families import find_model_family
 from datamodules.samples.boxes import BoxFormat
 from experiments.evaluation.evaluation_settings import Evaluation, QuestionForm
 from experiments.runs import run_identity
+from lightning_modules.models.architectures.registry import known_types
 from lightning_modules.predictors.base import Decoding, Predictor
 from lightning_modules.serving.generation_rules import stating
 from lightning_modules.serving.openai_client import EndpointSettings
@@ -75,7 +76,7 @@ def choose_predictor(asked: Evaluation) -> PredictorSettings:
         return _served_settings(asked, asked.endpoint)
     model = ALIASES.get(asked.model, asked.model)
     found = read_model_type(model)
-    if found == MODEL_TYPE:
+    if found in known_types():
         return _policy_settings(model, asked)
     check_image_text_model(model, asked.trust_remote_code)
     if not asked.trust_remote_code:  # a model's own code may not know the meta device
@@ -124,7 +125,7 @@ def _served_settings(asked: Evaluation, endpoint: EndpointSettings) -> ServedSet
 
 
 def _policy_settings(model: str, asked: Evaluation) -> PolicySettings:
-    check_policy(model)
+    check_policy(model, known_types())
     form, default = asked.form, QuestionForm()
     faults = [
         f"form.{name}={getattr(form, name)!r} is for other models; {model!r} is a Qwen2.5-VL: box format, style and "

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor
 
-from datamodules.encoding.encoder import EncodedSample, mrope_positions
+from datamodules.encoding.encoder import EncodedSample
+from datamodules.encoding.mrope import mrope_positions
 from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import BoxAnswer, ImagePart, Sample, TextPart
 from datamodules.samples.scores import score_text

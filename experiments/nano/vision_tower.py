@@ -151,7 +151,7 @@ class TowerStage:
         self.settings = settings
         self.policy = QwenVL(str(folder), freeze_vision=False)
         self.policy.base.requires_grad_(False)  # only the vision tower is trained
-        self.policy.base.model.visual.requires_grad_(True)
+        self.policy.vision_tower.requires_grad_(True)
         torch.manual_seed(settings.seed)  # for the initial weights of the heads
         self.heads = Heads(settings.text_width)
         self.image_processor = load_processor(folder).image_processor
@@ -196,8 +196,8 @@ class TowerStage:
 
     def tokens(self, cells: Cells) -> Tensor:
         """The tower's tokens for these pictures, float [N, D]: one token a cell."""
-        features = self.policy.base.model.get_image_features(cells.pixel_values, cells.grid_thw)
-        return torch.cat(list(features.pooler_output))
+        policy = self.policy
+        return torch.cat([*policy.architecture.image_features(policy.base, cells.pixel_values, cells.grid_thw)])
 
     def loss(self, batch: Cells) -> tuple[float, int]:
         """Add the gradient of a batch; returns the sum of the losses over cells, and the number of cells."""

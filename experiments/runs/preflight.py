@@ -74,10 +74,12 @@ def training_faults(settings: Mapping) -> list[str]:
 
 def model_faults(path: str) -> list[str]:
     """Faults of a model folder or Hub name, its tensors among them, before any value is read."""
-    from datamodules.checkpoints.pretrained import check_policy  # loads torch, which an import of data does without
+    # Both load torch, which an import of data does without.
+    from datamodules.checkpoints.pretrained import check_policy
+    from lightning_modules.models.architectures.registry import known_types
 
     try:
-        check_policy(path)
+        check_policy(path, known_types())
     except (ValueError, OSError) as error:
         return [str(error)]
     return []

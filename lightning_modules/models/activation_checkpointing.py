@@ -25,6 +25,11 @@ class ActivationBudget:
         self.allocated = allocated or torch.cuda.memory_allocated
         self.bytes_per_token: float | None = None  # of one layer
 
+    @staticmethod
+    def can_count(device: torch.device) -> bool:
+        """Whether the memory in use is known there: a CPU's allocator does not tell."""
+        return device.type == "cuda"
+
     def num_kept(self, num_tokens: int) -> int:
         """Layers that keep their activations for a row. One that computes again needs the room of one, too."""
         if self.bytes_per_token is None:

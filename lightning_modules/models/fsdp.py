@@ -19,21 +19,23 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lightning_modules.models.architectures.base import Architecture
 from lightning_modules.models.layers.lora import folded_layer
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def shard_layers(language_model: nn.Module, mesh: DeviceMesh) -> None:
-    """Divide the decoder layers of `language_model` over the ranks of the one-dimensional `mesh`, in place."""
+def shard_layers(model: nn.Module, architecture: Architecture, mesh: DeviceMesh) -> None:
+    """Divide the decoder layers of `model` over the ranks of the one-dimensional `mesh`, in place."""
     from torch.distributed.fsdp import fully_shard
 
-    inside = {id(p) for layer in language_model.layers for p in layer.parameters()}
-    others = {p for p in language_model.parameters() if id(p) not in inside}
-    # The model is the layers' common root, through which one prefetches the next; it divides nothing of its own.
-    units = [fully_shard(layer, mesh=mesh) for layer in language_model.layers]
-    units.append(fully_shard(language_model, mesh=mesh, ignored_params=others))
+    decoder, layers = architecture.text_model(model), architecture.decoder_layers(model)
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    others = {p for p in decoder.parameters() if id(p) not in inside}
+    # The decoder is the layers' common root, through which one prefetches the next; it divides nothing of its own.
+    units = [fully_shard(layer, mesh=mesh) for layer in layers]
+    units.append(fully_shard(decoder, mesh=mesh, ignored_params=others))
     for unit in units:
         unit.set_gradient_divide_factor(1.0)  # sums: PolicyModule divides, by tokens or completions
         unit.set_force_sum_reduction_for_comms(True)
@@ -55,15 +57,15 @@ def own_part(tensor: Tensor, like: Tensor) -> Tensor:
 class ShardedModel:
     """A model with divided layers, and plain copies of it: its structure is kept from before they were divided."""
 
-    def __init__(self, model: nn.Module, language_model: nn.Module, mesh: DeviceMesh) -> None:
-        """Divides the layers of `language_model`, a part of `model`."""
+    def __init__(self, model: nn.Module, architecture: Architecture, mesh: DeviceMesh) -> None:
+        """Divides the decoder layers of `model`."""
         self.model = model
         self._gathered: dict[bool, nn.Module] | None = None  # by whether the adapter is folded in
         memo: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
         for parameter in model.parameters():
             memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
         self._structure = copy.deepcopy(model, memo)
-        shard_layers(language_model, mesh)
+        shard_layers(model, architecture, mesh)
 
     @contextmanager
     def gathered(self, fold: bool = True) -> Iterator[None]:

@@ -19,49 +19,48 @@ from torch import Tensor
 from datamodules.checkpoints.model_folder import COMPANIONS, ModelError, local_folder
 from datamodules.checkpoints.weight_files import INDEX, WEIGHTS, json_object, stored_tensors, weight_files
 from datamodules.persistence.files import whole_folder
-
-LANGUAGE, VISION = "model.language_model.", "model.visual."
-# A tensor's names in published files, as (prefix there, prefix in the model); the first pair that gives a name wins.
-PREFIXES = (
-    ("", ""),
-    ("visual.", VISION),
-    ("model.", LANGUAGE),
-    ("language_model.model.", LANGUAGE),
-    ("language_model.", ""),
-)
+from lightning_modules.models.architectures.base import Architecture
 
 
-def name_in_model(stored: str, names: Iterable[str]) -> str | None:
-    """The name, among `names` of a Qwen2.5-VL in transformers 5, of the tensor that a file calls `stored`; else None.
-
-    Published files have `model.layers.0…`, `visual.blocks.0…` and `lm_head.weight`.
-    """
-    candidates = (own + stored.removeprefix(published) for published, own in PREFIXES if stored.startswith(published))
+def name_in_model(stored: str, names: Iterable[str], architecture: Architecture) -> str | None:
+    """The name, among `names` in transformers 5, of the tensor that a published file calls `stored`; None if none."""
+    prefixes = architecture.published_prefixes
+    candidates = (own + stored.removeprefix(published) for published, own in prefixes if stored.startswith(published))
     return next((name for name in candidates if name in names), None)
 
 
-def check_names(source: str | Path, names: Iterable[str]) -> None:
+def check_names(source: str | Path, names: Iterable[str], architecture: Architecture) -> None:
     """Raise ModelError for a tensor in the source's files that merging could not name; call it before training."""
     for file in weight_files(local_folder(source)):
         for tensor in stored_tensors(file):
-            if name_in_model(tensor.name, names) is None:
+            if name_in_model(tensor.name, names, architecture) is None:
                 raise ModelError(
                     f"model: {str(source)!r}: {tensor.name} in {file.name} is no published name of a tensor of"
-                    " Qwen2.5-VL: load and save the model with transformers first"
+                    f" {architecture.name}: load and save the model with transformers first"
                 )
 
 
-def write_merged(state: Mapping[str, Tensor], source: str | Path, folder: str | Path) -> None:
-    """Write `folder`, whole or not at all: the source's files with the tensors of `state`, {name in the model: value}.
+def write_merged(
+    state: Mapping[str, Tensor], source: str | Path, folder: str | Path, architecture: Architecture
+) -> None:
+    """Write a merged model; `folder` appears whole or not at all.
 
-    A tied head is written only where the source's files have it. Values keep the type that they are trained in.
+    Args:
+        state: {name in the model: value}. Values keep the type that they are trained in.
+        source: the folder or Hub repository that the model was loaded from. A tied head is written only where its
+            files have it.
+        folder: is replaced if it is there.
+        architecture: the model's.
+
+    Raises:
+        ModelError: a tensor of the source's files is not in `state`.
     """
     origin = local_folder(source)
     with whole_folder(folder) as unfinished:
         copy_companions(origin, unfinished)
         size = 0
         for file in weight_files(origin):
-            tensors = _tensors_of(file, state, source)
+            tensors = _tensors_of(file, state, source, architecture)
             size += sum(tensor.nbytes for tensor in tensors.values())
             with safe_open(file, framework="pt") as stored:
                 save_file(tensors, unfinished / file.name, metadata=stored.metadata() or {"format": "pt"})
@@ -76,12 +75,14 @@ def copy_companions(origin: Path, folder: Path) -> None:
             shutil.copyfile(origin / name, folder / name)
 
 
-def _tensors_of(file: Path, state: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+def _tensors_of(
+    file: Path, state: Mapping[str, Tensor], source: str | Path, architecture: Architecture
+) -> dict[str, Tensor]:
     """The tensors of one file under its names. Two names of one tensor (a tied head) become two tensors."""
     tensors: dict[str, Tensor] = {}
     written: set[int] = set()
     for tensor in stored_tensors(file):
-        name = name_in_model(tensor.name, state)
+        name = name_in_model(tensor.name, state, architecture)
         if name is None:
             raise ModelError(f"model: {str(source)!r}: {tensor.name} in {file.name} was not there when it was loaded")
         value = state[name].detach().contiguous()

@@ -1,8 +1,9 @@
-"""The policy: a Qwen2.5-VL with its tokenizer, adapter and reference.
+"""The policy: a vision-language model with its tokenizer, adapter and reference.
 
-This is the only file that knows the modules inside a Qwen2.5-VL; `datamodules/checkpoints/pretrained.py` loads it.
+What the model is made of is asked of its `Architecture`; how it runs fast, of `layers/accelerate.py` and `inference`.
+`datamodules/checkpoints/pretrained.py` loads it.
 
-Shapes: P prompts, N target tokens, D hidden width, V vocabulary.
+Shapes: N target tokens, D hidden width, L tokens of a packed row.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -22,14 +24,15 @@ from datamodules.checkpoints.model_folder import check_model
 from datamodules.checkpoints.pretrained import load_model, load_tokenizer, skeleton
 from datamodules.encoding.encoder import EncodedSample
 from lightning_modules.models.activation_checkpointing import ActivationBudget
+from lightning_modules.models.architectures.registry import architecture_of, known_types
 from lightning_modules.models.attention.hf_attention import TEXT_ATTENTION, VISION_ATTENTION, register_attention
 from lightning_modules.models.attention.packed_rows import PackedRows, one_token_row
 from lightning_modules.models.fsdp import ShardedModel, shard_layers, whole
-from lightning_modules.models.inference.cpu_model import KeptLean, LeanModel
-from lightning_modules.models.layers.cpu_allocator import keep_freed_memory
-from lightning_modules.models.layers.fused_layers import with_fused_layers
-from lightning_modules.models.layers.lora import LoraSettings, fold_again, folded_copy, frozen_copy, with_adapter
-from lightning_modules.models.layers.onednn_linear import with_fast_linears
+from lightning_modules.models.inference.base import SamplingModel
+from lightning_modules.models.inference.fastest import CachedReference
+from lightning_modules.models.inference.plain_model import PlainSamplingModel
+from lightning_modules.models.layers.accelerate import accelerate_layers
+from lightning_modules.models.layers.lora import LoraSettings, folded_copy, frozen_copy, with_adapter
 from lightning_modules.models.merged_folder import check_names, write_merged
 from lightning_modules.models.token_bans import Ban, end_ids, placeholder_ids, special_ids
 from lightning_modules.models.token_log_probs import score_tokens
@@ -67,37 +70,42 @@ class QwenVL(nn.Module):
         super().__init__()
         check_settings(lora, dtype)
         on_meta = torch.get_default_device().type == "meta"
-        check_model(path, need_weights=not on_meta)
+        check_model(path, known_types(), need_weights=not on_meta)
         self.processor_path = path
         self.freeze_vision = freeze_vision
         self.with_reference = with_reference
         model = _load(path, DTYPES[dtype], on_meta)
+        self.architecture = architecture_of(model)
         model.requires_grad_(lora is None)
-        model.model.visual.requires_grad_(not freeze_vision)
+        self.architecture.vision_tower(model).requires_grad_(not freeze_vision)
         # Where only an adapter is trained, the reference is the policy without it. Else it is a copy, taken before the
         # adapter goes in: frozen vision weights are shared, the rest is truly copied.
         needs_copy = with_reference and (lora is None or not freeze_vision)
         self.reference_model = frozen_copy(model, share_vision=freeze_vision) if needs_copy else None
         self.model = model if lora is None else with_adapter(model, lora)
         if not freeze_vision:
-            self.base.model.visual.requires_grad_(True)  # PEFT freezes all but its own
+            self.vision_tower.requires_grad_(True)  # PEFT freezes all but its own
         if gradient_checkpointing:
             old_name = self.base.gradient_checkpointing_enable  # transformers renamed it after 5.17
             getattr(self.base, "activation_checkpointing_enable", old_name)()
         self.feature_cache: FeatureCache | None = None  # set by who wants a frozen tower's features kept on disk
         self.sharded: ShardedModel | None = None  # `base`, once its layers are divided over ranks
-        self._lean_reference = KeptLean()
+        self._cached_reference = CachedReference()
         self.activations: ActivationBudget | None = None
         if gradient_checkpointing and activation_gib is not None:
-            self.activations = ActivationBudget(self.base.model.language_model.layers, activation_gib)
+            self.activations = ActivationBudget(self.architecture.decoder_layers(self.base), activation_gib)
         if not on_meta:
             self.register_buffer("banned", torch.tensor(self.banned_token_ids), persistent=False)
             self.register_buffer("placeholders", torch.tensor(self.banned_ids("placeholders")), persistent=False)
 
     @property
     def base(self) -> nn.Module:
-        """The Qwen2_5_VLForConditionalGeneration, with LoRA layers in it if there is an adapter."""
+        """transformers' module for conditional generation, with LoRA layers in it if there is an adapter."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        return self.architecture.vision_tower(self.base)
 
     @property
     def device(self) -> torch.device:
@@ -149,7 +157,7 @@ class QwenVL(nn.Module):
             for keys in chunk_images(missing):
                 patches = torch.cat([unique[key][0] for key in keys])
                 grids = torch.stack([unique[key][1] for key in keys])
-                features.update(zip(keys, model.model.get_image_features(patches, grids).pooler_output, strict=True))
+                features.update(zip(keys, self.architecture.image_features(model, patches, grids), strict=True))
         for key, (_, grid) in missing.items() if cache is not None else ():
             cache.put(key, grid.tolist(), features[key])
         return [torch.cat([features[key] for key in item.image_keys]) for item in items]
@@ -175,54 +183,60 @@ class QwenVL(nn.Module):
             log_probs, best = score_tokens(hidden, rows.targets, model.lm_head, banned, temperature, with_best)
         return (log_probs, best) if with_best else log_probs
 
-    def _hidden_states(self, model: nn.Module | LeanModel, rows: PackedRows, features: Sequence[Tensor]) -> Tensor:
+    def _hidden_states(self, model: SamplingModel, rows: PackedRows, features: Sequence[Tensor]) -> Tensor:
         """[L, D], after the last norm."""
         images, slots = [features[index] for index in rows.items], rows.image_slots(self.image_token_id)
         embeddings = self.embed(model, rows.input_ids, images, slots)
-        if isinstance(model, LeanModel):
-            return model.hidden_states(rows.attention, rows.position_ids, inputs_embeds=embeddings)[0]
-        outputs = model.model.language_model(
-            inputs_embeds=embeddings,
-            position_ids=rows.position_ids,
-            # What stands in a mapping is handed on as it is: transformers builds no mask of its own.
-            attention_mask={"full_attention": rows.attention},
-            use_cache=False,
-        )
-        return outputs.last_hidden_state.flatten(0, 1)
+        return model.hidden_states(rows.attention, rows.position_ids, inputs_embeds=embeddings)[0]
 
     def dummy_log_prob(self, reference: bool = False) -> Tensor:
         """log p of one token in a row without images: the passes through the layers that any row makes."""
         token = torch.tensor([self.eos_ids[0]], device=self.device)
         return self.token_log_probs(one_token_row(token), [], reference=reference).sum()
 
-    def embed(self, model: nn.Module, input_ids: Tensor, features: Sequence[Tensor], slots: Tensor) -> Tensor:
-        """Token embeddings [..., D] with image features at the flat indices `slots`."""
+    def embed(self, model: SamplingModel, input_ids: Tensor, features: Sequence[Tensor], slots: Tensor) -> Tensor:
+        """Token embeddings [..., D] with image features in their places.
+
+        Args:
+            model: whose embeddings are taken.
+            input_ids: long [...].
+            features: of the images in order, each [tokens, F].
+            slots: indices of the image placeholders in `input_ids`, flattened; long, one for each image token.
+
+        Raises:
+            ValueError: there are more or fewer placeholders than features.
+        """
         embeddings = model.get_input_embeddings()(input_ids)
         images = torch.cat(list(features)) if features else embeddings.new_zeros(0, embeddings.shape[-1])
         if len(images) != len(slots):
             raise ValueError(f"{len(slots)} image placeholders but {len(images)} image features")
+        if more := images.shape[-1] - embeddings.shape[-1]:  # also for later layers (`Architecture.image_features`)
+            embeddings = F.pad(embeddings, (0, more))
         flat = embeddings.flatten(0, -2).index_copy(0, slots, images.to(embeddings.dtype))
         return flat.view_as(embeddings)
 
     @contextmanager
-    def _acting(self, reference: bool) -> Iterator[nn.Module | LeanModel]:
+    def _acting(self, reference: bool) -> Iterator[SamplingModel]:
         """The model that answers: the policy, or the reference without gradient."""
         if not reference:
-            yield self.base
+            yield PlainSamplingModel(self.base)
             return
         if not self.with_reference:
             raise ValueError("reference=True asked of a policy built with_reference=False")
         model = self.base if self.reference_model is None else self.reference_model
-        lean = self.sharded is None and LeanModel.can_read(model)
-        without_adapter = nullcontext() if lean or model is not self.base else self.model.disable_adapter()
-        with torch.no_grad(), without_adapter:
-            yield self._lean_reference.read(model) if lean else model
+        cached = self._cached_reference.read(model)
+        # transformers' layers of a policy with an adapter are the reference while the adapter is switched off.
+        switch_off = cached is None and model is self.base
+        with torch.no_grad(), self.model.disable_adapter() if switch_off else nullcontext():
+            yield cached or PlainSamplingModel(model)
 
     def _checkpointing(self, rows: PackedRows) -> AbstractContextManager:
-        """Checkpoint as many layers as this row needs; without a budget, or off the GPU, all or none, as was set."""
-        if self.activations is None or self.device.type != "cuda" or not (self.training and torch.is_grad_enabled()):
+        """Checkpoint only as many layers as this row's activations need. Without a budget, or where memory cannot be
+        counted, gradient checkpointing stays as it was set, for all layers or none."""
+        budget, with_gradient = self.activations, self.training and torch.is_grad_enabled()
+        if budget is None or not with_gradient or not budget.can_count(self.device):
             return nullcontext()
-        return self.activations.row(rows.input_ids.shape[1])
+        return budget.row(rows.input_ids.shape[1])
 
     def _autocast(self) -> torch.autocast:
         """Adapters are kept in float32 beside half-precision weights; their products run in the weights' precision."""
@@ -238,9 +252,9 @@ class QwenVL(nn.Module):
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Divide the decoder layers, of policy and reference, over the ranks of `mesh` (`sharding`)."""
-        self.sharded = ShardedModel(self.base, self.base.model.language_model, mesh)
+        self.sharded = ShardedModel(self.base, self.architecture, mesh)
         if self.reference_model is not None:
-            shard_layers(self.reference_model.model.language_model, mesh)
+            shard_layers(self.reference_model, self.architecture, mesh)
 
     def gathered(self, fold_adapter: bool = True) -> AbstractContextManager:
         """Inside, the policy can decode; its weights may not change. All ranks enter a divided one together."""
@@ -249,10 +263,6 @@ class QwenVL(nn.Module):
     def trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name in `model` and whole value of all that is trained; ranks go through a divided policy together."""
         return ((name, whole(p.detach())) for name, p in self.model.named_parameters() if p.requires_grad)
-
-    def refresh_decoder(self, model: nn.Module) -> None:
-        """Bring a `decoder` up to date with an adapter that has been trained since; its tensors stay where they are."""
-        fold_again(model, self.base)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -263,14 +273,14 @@ class QwenVL(nn.Module):
         merged = self.sharded.copy(place="cpu" if write else "meta") if self.sharded is not None else None
         if not write:
             return
-        write_merged((merged or folded_copy(self.base)).state_dict(), self.processor_path, folder)
+        state = (merged or folded_copy(self.base)).state_dict()
+        write_merged(state, self.processor_path, folder, self.architecture)
 
 
 def _load(path: str, dtype: torch.dtype, on_meta: bool) -> nn.Module:
     register_attention()
-    keep_freed_memory()
     model = skeleton(path, dtype) if on_meta else load_model(path, dtype)
     if not on_meta:
-        check_names(path, model.state_dict())
+        check_names(path, model.state_dict(), architecture_of(model))
     model.set_attn_implementation({"text_config": TEXT_ATTENTION, "vision_config": VISION_ATTENTION})
-    return with_fast_linears(with_fused_layers(model))
+    return accelerate_layers(model)

@@ -17,34 +17,36 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from lightning_modules.models.attention.kv_cache import BranchCache, BranchLayer, PrefixRecorder
+from lightning_modules.models.architectures.base import LayerParts
+from lightning_modules.models.architectures.registry import architecture_of
+from lightning_modules.models.attention.kv_cache import BranchLayer
 from lightning_modules.models.attention.prefix_attention import SharedPrefixAttention
+from lightning_modules.models.inference.base import Context
 from lightning_modules.models.layers.lora import folded_weight, plain_weight
 from lightning_modules.models.layers.onednn_linear import PackedProduct
 
 ROWS = 16  # products have a multiple of it: oneDNN makes code for each number of rows, for the time of ten products
 
-Context = BranchCache | PrefixRecorder | SharedPrefixAttention  # what a token's attention sees
-
 
 class LeanModel:
-    """Reads the weights of a Qwen2.5-VL as they are now, with LoRA folded in or left out."""
+    """Reads the weights of a model as they are now, with LoRA folded in or left out."""
 
     @staticmethod
     def can_read(model: nn.Module) -> bool:
         return (
             model.device.type == "cpu"
             and model.dtype == torch.float32
-            and model.config.text_config.hidden_act == "silu"
+            and architecture_of(model).decoder_parts(model) is not None
+            and not any(isinstance(parameter, DTensor) for parameter in model.parameters())  # sharded
         )
 
     def __init__(self, model: nn.Module, with_adapter: bool = True) -> None:
-        text, weight = model.model.language_model, folded_weight if with_adapter else plain_weight
-        self.config, self.dtype, self.device = model.config, model.dtype, model.device
-        self.embeddings, self.rotary, self.norm = model.get_input_embeddings(), text.rotary_emb, text.norm
-        self.layers = [_Layer(layer, weight) for layer in text.layers]
-        self.lm_head = PackedProduct(model.lm_head.weight.detach())
+        self.dtype, self.device = model.dtype, model.device
+        self.cache_sizes = architecture_of(model).cache_sizes(model)
+        self._weight = folded_weight if with_adapter else plain_weight
+        self.refresh(model)
         self._turns = torch.empty(0)  # by position [n, W / 2], of text
 
     def get_input_embeddings(self) -> nn.Module:
@@ -69,6 +71,12 @@ class LeanModel:
             x = layer(x, turns[:, :, None], context)
         return self.norm(x[: rows * tokens]).view(rows, tokens, -1)
 
+    def refresh(self, source: nn.Module) -> None:
+        parts = architecture_of(source).decoder_parts(source)
+        self.embeddings, self.rotary, self.norm = source.get_input_embeddings(), parts.rotary, parts.norm
+        self.layers = [_Layer(layer, self._weight) for layer in parts.layers]
+        self.lm_head = PackedProduct(source.get_output_embeddings().weight.detach())
+
     def _text_turns(self, positions: Tensor) -> Tensor:
         needed = int(positions.max()) + 1
         if needed > len(self._turns):
@@ -80,24 +88,6 @@ class LeanModel:
         """Complex [B, T, W / 2]. The model's own angles, which it gives once for each half of a head."""
         cos, sin = (t.chunk(2, dim=-1)[0] for t in self.rotary(x, position_ids))
         return torch.complex(cos, sin)
-
-
-class KeptLean:
-    """A `LeanModel` of frozen weights, without adapter, kept from call to call."""
-
-    def __init__(self) -> None:
-        self._state: list[tuple[int, int]] = []
-        self._lean: LeanModel | None = None
-
-    def __reduce__(self) -> tuple[type[KeptLean], tuple[()]]:
-        return KeptLean, ()  # a copy of the policy reads its own weights; what oneDNN has laid out cannot be copied
-
-    def read(self, model: nn.Module) -> LeanModel:
-        """Another one where the weights have been written, or moved, since the last call."""
-        state = [(w.data_ptr(), w._version) for w in model.parameters() if not w.requires_grad]
-        if self._lean is None or self._state != state:
-            self._state, self._lean = state, LeanModel(model, with_adapter=False)
-        return self._lean
 
 
 class _Norm:
@@ -114,20 +104,17 @@ class _Norm:
 class _Layer:
     """One decoder layer; `x` [N, D] has padded rows at its end. `weight` gives that of a linear layer."""
 
-    def __init__(self, layer: nn.Module, weight: Callable[[nn.Module], Tensor]) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self.index, self.width = attention.layer_idx, attention.head_dim
-        self.num_keys = attention.num_key_value_heads
-        self.before_attention, self.before_mlp = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
-        q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
-        scale = attention.scaling
+    def __init__(self, layer: LayerParts, weight: Callable[[nn.Module], Tensor]) -> None:
+        self.index, self.width, self.num_keys = layer.index, layer.head_width, layer.num_key_heads
+        self.before_attention, self.before_mlp = _Norm(layer.attention_norm), _Norm(layer.mlp_norm)
+        q, k, v, scale = layer.query, layer.key, layer.value, layer.scaling
         weights = [self._interleaved(weight(q) * scale), self._interleaved(weight(k)), weight(v)]
         biases = [self._interleaved(q.bias.detach() * scale), self._interleaved(k.bias.detach()), v.bias.detach()]
-        self.qkv = PackedProduct(torch.cat(weights) * layer.input_layernorm.weight.detach(), torch.cat(biases))
-        self.out = PackedProduct(weight(attention.o_proj))
-        of_norm = layer.post_attention_layernorm.weight.detach()
-        self.gate, self.up = (PackedProduct(weight(m) * of_norm) for m in (mlp.gate_proj, mlp.up_proj))
-        self.down = PackedProduct(weight(mlp.down_proj))
+        self.qkv = PackedProduct(torch.cat(weights) * layer.attention_norm.weight.detach(), torch.cat(biases))
+        self.out = PackedProduct(weight(layer.output))
+        of_norm = layer.mlp_norm.weight.detach()
+        self.gate, self.up = (PackedProduct(weight(linear) * of_norm) for linear in (layer.gate, layer.up))
+        self.down = PackedProduct(weight(layer.down))
 
     def _interleaved(self, by_output: Tensor) -> Tensor:
         """The halves of each head, [a1, a2, ..., b1, b2, ...], as pairs: [a1, b1, a2, b2, ...]."""

@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_modules.models.architectures.base import LayerParts
+from lightning_modules.models.architectures.registry import architecture_of
 from lightning_modules.models.attention.kv_cache import BranchCache, PrefixRecorder
-from lightning_modules.models.layers.fused_layers import HALF, has_kernels
+from lightning_modules.models.layers.fused_layers import HALF, has_kernels, silu_gated
+from lightning_modules.models.layers.lora import fold_again
 
 
 class FusedModel:
@@ -28,21 +31,23 @@ class FusedModel:
 
     @staticmethod
     def can_read(model: nn.Module) -> bool:
-        fits = model.dtype in HALF and model.config.text_config.hidden_act == "silu"
-        return fits and has_kernels(model.device)
+        fits = model.dtype in HALF and has_kernels(model.device)
+        return fits and architecture_of(model).decoder_parts(model) is not None
 
     def __init__(self, module: nn.Module, shared: Collection[int] = ()) -> None:
-        text = module.model.language_model
-        self.module, self.config, self.dtype, self.device = module, module.config, module.dtype, module.device
-        self.embeddings, self.rotary, self.norm = module.get_input_embeddings(), text.rotary_emb, text.norm
-        self.lm_head = module.lm_head
-        self.layers = [_Layer(layer, shared) for layer in text.layers]
+        architecture = architecture_of(module)
+        parts = architecture.decoder_parts(module)
+        self.module, self.dtype, self.device = module, module.dtype, module.device
+        self.cache_sizes = architecture.cache_sizes(module)
+        self.embeddings, self.rotary, self.norm = module.get_input_embeddings(), parts.rotary, parts.norm
+        self.lm_head = module.get_output_embeddings()
+        self.layers = [_Layer(layer, shared) for layer in parts.layers]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
 
-    def refresh(self) -> None:
-        """After the weights of the decoder have changed. No tensor moves: what is captured stays valid."""
+    def refresh(self, source: nn.Module) -> None:
+        fold_again(self.module, source)
         for layer in self.layers:
             layer.refresh()
 
@@ -66,17 +71,15 @@ class FusedModel:
 
 
 class _Layer:
-    def __init__(self, layer: nn.Module, shared: Collection[int]) -> None:
-        self.attention, self.mlp = layer.self_attn, layer.mlp
-        self.before_attention, self.before_mlp = layer.input_layernorm, layer.post_attention_layernorm
-        self.index, self.width = self.attention.layer_idx, self.attention.head_dim
-        self.num_keys = self.attention.num_key_value_heads
-        self.qkv = [self.attention.q_proj, self.attention.k_proj, self.attention.v_proj]
+    def __init__(self, layer: LayerParts, shared: Collection[int]) -> None:
+        self.parts = layer
+        self.num_keys, self.width = layer.num_key_heads, layer.head_width
+        self.qkv = [layer.query, layer.key, layer.value]
         self.weight, self.bias = _joined_weight(self.qkv, shared), torch.cat([m.bias.detach() for m in self.qkv])
         self.is_copy = self.weight is None
         if self.is_copy:
             self.weight = torch.cat([m.weight.detach() for m in self.qkv])
-        self.gate_up = _joined_weight([self.mlp.gate_proj, self.mlp.up_proj], shared)
+        self.gate_up = _joined_weight([layer.gate, layer.up], shared)
 
     def refresh(self) -> None:
         if self.is_copy:
@@ -85,22 +88,23 @@ class _Layer:
 
     def __call__(self, x: Tensor, turns: tuple[Tensor, Tensor], context: BranchCache | PrefixRecorder) -> None:
         """Add the layer's two parts to `x` [N, D]. `turns`: cosines and sines [B, T, W]."""
-        qkv = F.linear(self.before_attention(x), self.weight, self.bias)
+        parts = self.parts
+        qkv = F.linear(parts.attention_norm(x), self.weight, self.bias)
         attend = self._attend_branches if isinstance(context, BranchCache) else self._attend_prompts
-        x.addmm_(attend(qkv, turns, context).flatten(1), self.attention.o_proj.weight.t())
-        normed = self.before_mlp(x)
+        x.addmm_(attend(qkv, turns, context).flatten(1), parts.output.weight.t())
+        normed = parts.mlp_norm(x)
         if self.gate_up is None:
-            gate, up = self.mlp.gate_proj(normed), self.mlp.up_proj(normed)
+            gate, up = parts.gate(normed), parts.up(normed)
         else:
             gate, up = F.linear(normed, self.gate_up).chunk(2, dim=1)
-        x.addmm_(self.mlp.activate(gate, up), self.mlp.down_proj.weight.t())
+        x.addmm_(silu_gated(gate, up), parts.down.weight.t())
 
     def _attend_branches(self, qkv: Tensor, turns: tuple[Tensor, Tensor], cache: BranchCache) -> Tensor:
         # Needs Triton, which a CPU's PyTorch does not bring.
         from lightning_modules.models.inference.triton_attention import attend, rotate_and_write
 
         cos, sin = (turn.flatten(0, 1) for turn in turns)
-        layer = cache.layers[self.index]
+        layer = cache.layers[self.parts.index]
         query = rotate_and_write(qkv, cos, sin, cache.places, layer.keys, layer.values)
         return attend(
             query,
@@ -108,7 +112,7 @@ class _Layer:
             (layer.keys, layer.values),
             (cache.prefix_lengths, cache.seen),
             (cache.prefix_width, cache.branch_width),
-            self.attention.scaling,
+            self.parts.scaling,
         )
 
     def _attend_prompts(self, qkv: Tensor, turns: tuple[Tensor, Tensor], recorder: PrefixRecorder) -> Tensor:
@@ -119,8 +123,8 @@ class _Layer:
         turned = turned * cos + torch.cat([-high, low], dim=-1) * sin
         query, key = turned[:, :, : -self.num_keys], turned[:, :, -self.num_keys :]
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-        key, value = recorder.update(key, value, self.index)
-        scale = self.attention.scaling
+        key, value = recorder.update(key, value, self.parts.index)
+        scale = self.parts.scaling
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1)
 

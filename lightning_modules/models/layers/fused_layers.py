@@ -1,4 +1,4 @@
-"""Faster layers of Qwen2.5-VL: other forward passes of transformers' modules, with the same state.
+"""Faster layers: other forward passes of transformers' modules, with the same state.
 
 A module's class becomes a subclass of what it was. Kernels are for a GPU: in float32 on a CPU, and wherever else
 nothing is gained, it is transformers' own norms and MLPs that run.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_modules.models.architectures.registry import architecture_of
 from lightning_modules.models.layers.onednn_linear import fast_linear
 
 HALF = (torch.bfloat16, torch.float16)
@@ -50,24 +52,28 @@ class FusedMLP(nn.Module):
     where the tower is trained).
     """
 
+    linear_names: tuple[str, str, str]  # of gate, up and down
+
     def forward(self, x: Tensor) -> Tensor:
-        down, linears = self.down_proj, (self.gate_proj, self.up_proj, self.down_proj)
+        linears = [getattr(self, name) for name in self.linear_names]
+        gate, up, down = linears
         is_plain = all(isinstance(linear, nn.Linear) for linear in linears)  # without an adapter
         missing = -down.in_features % 8 if is_plain and x.dtype in HALF else 0
         if missing:
-            gate, up = (_wider(linear, x, missing) for linear in (self.gate_proj, self.up_proj))
-            return F.linear(self.activate(gate, up), F.pad(down.weight, (0, missing)), down.bias)
+            gated = silu_gated(*(_wider(linear, x, missing) for linear in (gate, up)))
+            return F.linear(gated, F.pad(down.weight, (0, missing)), down.bias)
         if has_kernels(x.device):
-            return down(self.activate(self.gate_proj(x), self.up_proj(x)))
+            return down(silu_gated(gate(x), up(x)))
         return super().forward(x)
 
-    def activate(self, gate: Tensor, up: Tensor) -> Tensor:
-        """What `down_proj` is given."""
-        if not has_kernels(gate.device):
-            return self.act_fn(gate) * up
-        from lightning_modules.models.layers.triton_norm_mlp import silu_gate
 
-        return silu_gate(gate.flatten(0, -2), up.flatten(0, -2)).view(gate.shape)
+def silu_gated(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU(gate) * up, both [..., width]: the gate of SwiGLU (Shazeer 2020)."""
+    if not has_kernels(gate.device):
+        return F.silu(gate) * up
+    from lightning_modules.models.layers.triton_norm_mlp import silu_gate
+
+    return silu_gate(gate.flatten(0, -2), up.flatten(0, -2)).view(gate.shape)
 
 
 def _wider(linear: nn.Linear, x: Tensor, missing: int) -> Tensor:
@@ -85,18 +91,17 @@ class PatchProduct(nn.Module):
 
 
 def with_fused_layers(model: nn.Module) -> nn.Module:
-    """The same Qwen2.5-VL: its RMS norms become `FusedNorm`, its MLPs with SiLU `FusedMLP`; they keep their state."""
-    text, visual = model.model.language_model, model.model.visual
-    norms = [text.norm, *(n for layer in text.layers for n in (layer.input_layernorm, layer.post_attention_layernorm))]
-    norms += [visual.merger.ln_q, *(n for block in visual.blocks for n in (block.norm1, block.norm2))]
-    mlps = [layer.mlp for layer in text.layers] if model.config.text_config.hidden_act == "silu" else []
-    mlps += [block.mlp for block in visual.blocks] if model.config.vision_config.hidden_act == "silu" else []
-    for modules, kind in ((norms, FusedNorm), (mlps, FusedMLP), ([visual.patch_embed], PatchProduct)):
-        for module in modules:
-            module.__class__ = _subclass(kind, type(module))
+    """The same model: its RMS norms become `FusedNorm`, its MLPs with SiLU `FusedMLP`; they keep their state."""
+    found = architecture_of(model).speed_ups(model)
+    for module in found.norms:
+        module.__class__ = _subclass(FusedNorm, type(module))
+    for module in found.gated_mlps:
+        module.__class__ = _subclass(FusedMLP, type(module), linear_names=found.gated_mlp_names)
+    for module in found.patch_embeddings:
+        module.__class__ = _subclass(PatchProduct, type(module))
     return model
 
 
 @functools.cache
-def _subclass(kind: type[nn.Module], of: type[nn.Module]) -> type[nn.Module]:
-    return type(f"{kind.__name__}{of.__name__}", (kind, of), {})
+def _subclass(kind: type[nn.Module], of: type[nn.Module], **attributes: Any) -> type[nn.Module]:
+    return type(f"{kind.__name__}{of.__name__}", (kind, of), attributes)

@@ -17,30 +17,35 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from datamodules.persistence.files import whole_folder
+from lightning_modules.models.architectures.base import Architecture
+from lightning_modules.models.architectures.qwen2_5_vl import Qwen25VL
+from lightning_modules.models.architectures.registry import all_linear_layers, architecture_of
 from lightning_modules.models.layers.fused_layers import HALF
 from lightning_modules.models.layers.fused_lora import FusedLoraLinear
 
 ALL_LINEAR = "all-linear"  # as PEFT calls it
-LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """LoRA on linear layers of the language model; the vision tower never gets any.
+    """LoRA (arXiv:2106.09685) on linear layers of the language model; the vision tower never gets any.
 
-    rank, alpha: as in the LoRA paper (arXiv:2106.09685); the delta is scaled by alpha / rank. dropout: of the adapter's
-    input. targets: names of linear layers, `LINEAR_LAYERS`, also with parents in front (`mlp.up_proj`,
-    `layers.3.self_attn.q_proj`), or "all-linear" for all of them.
+    Args:
+        rank: columns of A and of B transposed.
+        alpha: the update B A is scaled by alpha / rank.
+        dropout: of the adapter's input.
+        targets: names of linear layers (`Architecture.linear_layers`), also with parents in front (`mlp.up_proj`,
+            `layers.3.self_attn.q_proj`), or "all-linear" for all of them.
     """
 
     rank: int = 64
     alpha: int = 128
     dropout: float = 0.0
-    targets: tuple[str, ...] | Literal["all-linear"] = LINEAR_LAYERS
+    targets: tuple[str, ...] | Literal["all-linear"] = Qwen25VL.linear_layers
 
-    def layers(self) -> tuple[str, ...]:
-        """The names that `targets` means."""
-        return LINEAR_LAYERS if self.targets in (ALL_LINEAR, (ALL_LINEAR,)) else tuple(self.targets)
+    def layers(self, all_linear: tuple[str, ...]) -> tuple[str, ...]:
+        """The names that `targets` means in a model that has the linear layers `all_linear`."""
+        return all_linear if self.targets in (ALL_LINEAR, (ALL_LINEAR,)) else tuple(self.targets)
 
     def faults(self) -> list[str]:
         """Every setting that cannot work, as one sentence each."""
@@ -51,45 +56,49 @@ class LoraSettings:
         ]
         if not 0 <= self.dropout < 1:
             faults.append(f"lora.dropout={self.dropout} must be in [0, 1)")
-        if not self.layers():
+        known = all_linear_layers()
+        if not self.layers(known):
             faults.append(f"lora.targets={self.targets!r} names no layer, but lora.rank={self.rank}; use lora=null")
-        if unknown := [name for name in self.layers() if name.rpartition(".")[2] not in LINEAR_LAYERS]:
-            faults.append(_unknown_targets(unknown))
+        if unknown := [name for name in self.layers(known) if name.rpartition(".")[2] not in known]:
+            faults.append(_unknown_targets(unknown, known))
         return faults
 
 
-def _unknown_targets(names: Sequence[str]) -> str:
+def _unknown_targets(names: Sequence[str], known: Sequence[str]) -> str:
     return (
         f"lora.targets: {', '.join(map(repr, names))} match{'es' if len(names) == 1 else ''} no linear layer of the"
-        f" language model, which has {', '.join(LINEAR_LAYERS)}; or {ALL_LINEAR!r} for all of them"
+        f" language model, which has {', '.join(known)}; or {ALL_LINEAR!r} for all of them"
     )
 
 
-def lora_config(lora: LoraSettings) -> LoraConfig:
+def lora_config(lora: LoraSettings, architecture: Architecture) -> LoraConfig:
     """PEFT's settings for an adapter on the language model alone."""
-    pattern = _pattern(lora.layers())
+    pattern = _pattern(lora.layers(architecture.linear_layers), architecture)
     return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=pattern)
 
 
-def _pattern(layers: Sequence[str]) -> str:
-    # The vision tower has gate, up and down projections too, so the pattern names the language model.
-    return rf".*\blanguage_model\.(?:.*\.)?({'|'.join(map(re.escape, layers))})"
+def _pattern(layers: Sequence[str], architecture: Architecture) -> str:
+    # The vision tower may have layers of the same names, so the pattern names the language model.
+    text_model = architecture.text_path.rpartition(".")[2]
+    return rf".*\b{text_model}\.(?:.*\.)?({'|'.join(map(re.escape, layers))})"
 
 
-def _unmatched(model: nn.Module, layers: Sequence[str]) -> list[str]:
+def _unmatched(model: nn.Module, layers: Sequence[str], architecture: Architecture) -> list[str]:
     """Those names that no linear layer of the language model has. PEFT is content if any of them matches."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return [layer for layer in layers if not any(re.fullmatch(_pattern([layer]), name) for name in linear)]
+    patterns = {layer: _pattern([layer], architecture) for layer in layers}
+    return [layer for layer, pattern in patterns.items() if not any(re.fullmatch(pattern, name) for name in linear)]
 
 
 def with_adapter(model: nn.Module, lora: LoraSettings) -> PeftModel:
     """The model with a new adapter. Raises ValueError for a target that matches no linear layer."""
-    if unmatched := _unmatched(model, lora.layers()):
-        raise ValueError(_unknown_targets(unmatched))
+    architecture = architecture_of(model)
+    if unmatched := _unmatched(model, lora.layers(architecture.linear_layers), architecture):
+        raise ValueError(_unknown_targets(unmatched, architecture.linear_layers))
     with warnings.catch_warnings():
         # PEFT reads an attribute that transformers has renamed.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        adapted = get_peft_model(model, lora_config(lora))
+        adapted = get_peft_model(model, lora_config(lora, architecture))
     for module in adapted.modules():
         if type(module) is LoraLinear:
             module.__class__ = FusedLoraLinear  # same state, other forward
@@ -133,9 +142,9 @@ def folded_copy(module: nn.Module, fold: bool = True) -> nn.Module:
 
 
 def frozen_copy(model: nn.Module, share_vision: bool) -> nn.Module:
-    """A Qwen2.5-VL as it is now, which nothing trains; with `share_vision` its tower's tensors are the model's own."""
-    visual = model.model.visual
-    memo = {id(t): t for t in (*visual.parameters(), *visual.buffers())} if share_vision else {}
+    """The model as it is now, which nothing trains; with `share_vision` its tower's tensors are the model's own."""
+    tower = architecture_of(model).vision_tower(model)
+    memo = {id(t): t for t in (*tower.parameters(), *tower.buffers())} if share_vision else {}
     return copy.deepcopy(model, memo).requires_grad_(False).eval()
 
 

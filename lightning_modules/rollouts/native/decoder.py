@@ -8,39 +8,18 @@ Shapes: S places for prompts, G branches of each, R = S * G rows, A rows of a st
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_modules.models.attention.kv_cache import BranchCache, CacheShape, PrefixRecorder
-from lightning_modules.models.inference.cpu_model import LeanModel
-from lightning_modules.models.inference.gpu_model import FusedModel
+from lightning_modules.models.inference.base import SamplingModel
 
-NO_MASK = {"full_attention": None}  # transformers builds no mask: prefill is causal, decoding has masks of its own
 CHECK_EVERY = 8  # steps of all rows between two checks for ended rows: a check waits for the device
 
-Model = nn.Module | LeanModel | FusedModel
 Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # logits [A, V], draws [A, 1] in 0-1 -> tokens, log p [A]
-
-
-def hidden_states(model: Model, cache: Any, **inputs: Tensor) -> Tensor:
-    """Last hidden states [rows, tokens, D] of the language model, run with this cache and without masks of its own."""
-    if isinstance(model, LeanModel | FusedModel):
-        return model.hidden_states(cache, **inputs)
-    language_model = model.model.language_model
-    inputs[_cache_argument(type(language_model))] = cache
-    return language_model(attention_mask=NO_MASK, **inputs).last_hidden_state
-
-
-@functools.cache
-def _cache_argument(kind: type[nn.Module]) -> str:
-    """transformers 5.24 calls it `cache`; versions before, `past_key_values`."""
-    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 @dataclass
@@ -77,7 +56,7 @@ class BranchDecoder:
 
     def __init__(
         self,
-        model: Model,
+        model: SamplingModel,
         choose: Choose,
         ends: Sequence[int],
         num_places: int,
@@ -100,9 +79,8 @@ class BranchDecoder:
         """
         self.model, self.choose, self.static = model, choose, static
         self.num_places, self.group, self.prefix_room, self.branch_room = num_places, group, prefix_room, branch_room
-        config, device, rows = model.config.text_config, model.device, num_places * group
-        heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-        shape = CacheShape(num_places, group, prefix_room, branch_room, config.num_hidden_layers, heads, width)
+        sizes, device, rows = model.cache_sizes, model.device, num_places * group
+        shape = CacheShape(num_places, group, prefix_room, branch_room, sizes.layers, sizes.heads, sizes.width)
         self.cache = BranchCache(shape, model.dtype, device)
         self.ends = torch.tensor(ends, device=device)
         self.rows = torch.arange(rows, device=device)
@@ -206,8 +184,7 @@ class BranchDecoder:
 
     def _step(self, rows: Tensor) -> None:
         """Run the last token of each of `rows` and sample the next. The cache has been told of it (`begin`)."""
-        hidden = hidden_states(
-            self.model,
+        hidden = self.model.hidden_states(
             self.cache,
             input_ids=self.token[rows, None],
             position_ids=(self.first[rows] + self.length[rows] - 1)[None, :, None].expand(3, -1, -1),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -15,12 +14,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from datamodules.encoding.encoder import EncodedSample
 from lightning_modules.models.attention.kv_cache import PrefixRecorder
-from lightning_modules.models.inference.cpu_model import LeanModel
-from lightning_modules.models.inference.gpu_model import FusedModel
+from lightning_modules.models.inference.base import SamplingModel
+from lightning_modules.models.inference.fastest import fastest_sampling_model
 from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.rollouts.base import Rollout, RolloutRequest
 from lightning_modules.rollouts.native.cuda_graphs import GraphedSteps
-from lightning_modules.rollouts.native.decoder import BranchDecoder, Decoded, Model, Prefilled, hidden_states
+from lightning_modules.rollouts.native.decoder import BranchDecoder, Decoded, Prefilled
 from lightning_modules.rollouts.native.sampling import sample
 
 PREFIX_STEP = 512  # tokens by which a GPU's memory for a prompt grows
@@ -56,8 +55,9 @@ class NativeEngine:
     def generate(self, request: RolloutRequest) -> list[list[Rollout]]:
         """G rollouts of each item, in the order of `request.items`."""
         # Inference mode keeps no records of views and versions, which makes small operations a tenth faster. It is not
-        # used where memory is kept for the next call.
-        with self.policy.gathered(self.fold_adapter), torch.inference_mode() if self._is_lean() else nullcontext():
+        # used where memory is kept for the next call, nor around the collective operations of a sharded policy.
+        without_records = not self._is_static() and self.policy.sharded is None
+        with self.policy.gathered(self.fold_adapter), torch.inference_mode(without_records):
             rollouts = self._generate(request) if request.items else []
         if self.policy.sharded is not None:
             self._kept = None  # a full copy of sharded weights has no place beside a training step
@@ -104,7 +104,7 @@ class NativeEngine:
         if self._kept is not None and self._kept[0] == needs:
             decoder = self._kept[1]
             if decoder.prefix_room >= longest_prompt and decoder.branch_room >= room:
-                self._refresh(decoder.model)
+                decoder.model.refresh(policy.base)
                 return decoder
         self._kept = None  # its memory is freed before new memory is requested
         if static:  # so that prompts a little longer need no new memory
@@ -113,7 +113,7 @@ class NativeEngine:
         def choose(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
             return sample(logits, banned, sampling.temperature, None if greedy else draws)
 
-        model, ends = self._model(), policy.eos_ids
+        model, ends = fastest_sampling_model(policy, self.fold_adapter, static), policy.eos_ids
         decoder = BranchDecoder(model, choose, ends, places, sampling.group_size, longest_prompt, room, static=static)
         if static:
             self._kept = needs, decoder
@@ -126,35 +126,14 @@ class NativeEngine:
     def _is_static(self) -> bool:
         return self.policy.device.type == "cuda" if self.static is None else self.static
 
-    def _is_lean(self) -> bool:
-        is_static, is_whole = self._is_static(), self.policy.sharded is None
-        return self.fold_adapter and is_whole and not is_static and LeanModel.can_read(self.policy.base)
-
-    def _model(self) -> Model:
-        policy = self.policy
-        if self._is_lean():
-            return LeanModel(policy.base)
-        module = policy.decoder(self.fold_adapter)
-        if self.fold_adapter and self._is_static() and FusedModel.can_read(module):
-            shared = policy.base.parameters() if policy.sharded is None else ()
-            return FusedModel(module, {parameter.data_ptr() for parameter in shared})
-        return module
-
-    def _refresh(self, model: Model) -> None:
-        if isinstance(model, FusedModel):
-            self.policy.refresh_decoder(model.module)
-            model.refresh()
-        else:
-            self.policy.refresh_decoder(model)
-
-    def _prefill(self, model: Model, items: Sequence[EncodedSample], features: Sequence[Tensor]) -> Prefilled:
+    def _prefill(self, model: SamplingModel, items: Sequence[EncodedSample], features: Sequence[Tensor]) -> Prefilled:
         """Prompts are padded on the right, where causal attention never looks."""
         ids = pad_sequence([item.input_ids for item in items], batch_first=True)
         positions = pad_sequence([item.positions.T for item in items], batch_first=True).permute(2, 0, 1)
         slots = (ids == self.policy.image_token_id).flatten().nonzero()[:, 0]
         recorder = PrefixRecorder()
         embeddings = self.policy.embed(model, ids, features, slots)
-        hidden = hidden_states(model, recorder, inputs_embeds=embeddings, position_ids=positions)
+        hidden = model.hidden_states(recorder, positions, inputs_embeds=embeddings)
         lengths = torch.tensor([len(item.input_ids) for item in items], device=hidden.device)
         last = hidden[torch.arange(len(items), device=hidden.device), lengths - 1]
         next_positions = torch.tensor([item.next_position for item in items], device=hidden.device)

@@ -18,6 +18,7 @@ from datamodules.checkpoints.model_folder import (
     read_model_type,
 )
 from datamodules.checkpoints.weight_files import INDEX, WEIGHTS, BrokenFile, stored_tensors, weight_files
+from lightning_modules.models.architectures.registry import known_types
 from tests.broken_models import POINTER, change_tensors
 from tests.published_model import published_folder
 
@@ -47,7 +48,7 @@ def two(originals: Path, tmp_path: Path) -> Path:
 def fault(folder: Path) -> str:
     """What the check says, which is one line and names the folder; the same for a model of any family."""
     with pytest.raises(ModelError) as error:
-        check_model(folder)
+        check_model(folder, known_types())
     with pytest.raises(ModelError):
         check_image_text_model(folder)
     message = str(error.value)
@@ -61,7 +62,7 @@ def edit_json(file: Path, **changes: object) -> None:
 
 def test_whole_folders_have_no_fault(one: Path, two: Path) -> None:
     for folder, files in ((one, 1), (two, 2)):
-        check_model(folder)
+        check_model(folder, known_types())
         check_image_text_model(folder)
         assert check_processor(folder) == folder and read_model_type(folder) == "qwen2_5_vl"
         assert len(weight_files(folder)) == files
@@ -143,7 +144,7 @@ def test_codes_in_place_of_weights(one: Path, dtype: torch.dtype) -> None:
 def test_quantised_weights_are_for_other_models_alone(one: Path) -> None:
     edit_json(one / "config.json", quantization_config={"quant_method": "awq"})
     with pytest.raises(ModelError, match="quantization_config"):
-        check_model(one)
+        check_model(one, known_types())
     check_image_text_model(one)
 
 
@@ -170,7 +171,7 @@ def test_another_type_of_model(one: Path) -> None:
     assert "'llama'" in fault(one) and "'qwen2_5_vl'" in fault(one)
     edit_json(one / "config.json", model_type="qwen2_vl")
     with pytest.raises(ModelError, match="'qwen2_vl'"):
-        check_model(one)
+        check_model(one, known_types())
     check_image_text_model(one)  # a family that the policy is compared with
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from datamodules.checkpoints import pretrained
 from datamodules.checkpoints.model_folder import ModelError, local_folder
 from datamodules.checkpoints.pretrained import check_policy, check_values, load_model, load_processor, not_finite
+from lightning_modules.models.architectures.registry import known_types
 from lightning_modules.models.qwen_vl import QwenVL
 from tests.beside import SHARED
 from tests.broken_models import break_at_random, change_tensors
@@ -52,7 +53,7 @@ def refusal(folder: Path) -> str:
 @pytest.mark.parametrize("files", [1, 2])
 def test_whole_folders_are_loaded_with_all_their_weights(tied: bool, files: int, tmp_path: Path) -> None:
     folder = published_folder(tmp_path / "model", tied, files)
-    check_policy(folder)
+    check_policy(folder, known_types())
     state = load_model(folder, torch.float32).state_dict()
     stored = {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
     assert torch.equal(state["model.language_model.norm.weight"], stored["model.norm.weight"])
@@ -66,7 +67,7 @@ def test_missing_and_misnamed_tensors_are_named(copy: Path) -> None:
     message = refusal(copy)
     assert "1 tensor missing" in message and UP in message and "random" in message
     with pytest.raises(ModelError, match="1 tensor missing"):
-        check_policy(copy)  # before anything is read
+        check_policy(copy, known_types())  # before anything is read
     with pytest.raises(ModelError, match="1 tensor missing"):
         load_model(copy, torch.float32, pretrained.ANY_ATTENTION)
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from datamodules.encoding.encoder import Batch, Encoder, mrope_positions
+from datamodules.encoding.encoder import Batch, Encoder
+from datamodules.encoding.mrope import mrope_positions
 from datamodules.images.image_loading import load_image
 from datamodules.samples.sample import BoxPart, LoadedSample, SampleError, TextPart
 from tests.datamodules.encoding.tiny_processor import image_bytes, make_sample, save_tiny_processor

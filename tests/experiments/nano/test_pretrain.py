@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from datamodules.encoding.encoder import mrope_positions
+from datamodules.encoding.mrope import mrope_positions
 from datamodules.samples.answer_text import ParsedAnswer, parse_answer
 from datamodules.synthetic.single_image import single_scene
 from datamodules.synthetic.world import draw_scene

@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from datamodules.checkpoints.model_folder import ModelError
+from lightning_modules.models.architectures.qwen2_5_vl import Qwen25VL
 from lightning_modules.models.layers.lora import LoraSettings
 from lightning_modules.models.merged_folder import check_names, name_in_model, write_merged
 from lightning_modules.models.qwen_vl import QwenVL
 from tests.published_model import published_folder
 
+QWEN = Qwen25VL()
 READER = Path(__file__).parents[2] / "transformers4_reader.py"
 PYTHON4 = os.environ.get("TRANSFORMERS4_PYTHON")
 
@@ -108,20 +110,20 @@ def test_names_of_published_files_and_of_transformers_own() -> None:
         "norm.weight": None,
         "other.norm.weight": None,
     }
-    assert {name: name_in_model(name, own) for name in found} == found
+    assert {name: name_in_model(name, own, QWEN) for name in found} == found
 
 
 def test_a_name_that_merging_could_not_write_is_refused_before_training(tmp_path: Path) -> None:
     source = published_folder(tmp_path / "source", files=1)
     state = QwenVL(str(source)).base.state_dict()
-    check_names(source, state)
+    check_names(source, state, QWEN)
     tensors = load_file(source / "model.safetensors")
     tensors["other.norm.weight"] = tensors.pop("model.norm.weight")
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"other\.norm\.weight in model\.safetensors"):
-        check_names(source, state)
+        check_names(source, state, QWEN)
     with pytest.raises(ModelError, match=r"other\.norm\.weight"):
-        write_merged(state, source, tmp_path / "merged")
+        write_merged(state, source, tmp_path / "merged", QWEN)
     assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.unfinished").exists()
 
 

@@ -9,7 +9,8 @@ import pytest
 from datamodules.checkpoints.pretrained import load_config, new_model
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.grpo import GRPO
-from lightning_modules.models.layers.lora import LINEAR_LAYERS, LoraSettings, with_adapter
+from lightning_modules.models.architectures.qwen2_5_vl import Qwen25VL
+from lightning_modules.models.layers.lora import LoraSettings, with_adapter
 from lightning_modules.models.qwen_vl import QwenVL
 
 
@@ -34,13 +35,13 @@ def test_targets_are_names_of_layers_of_the_language_model(tiny_model_dir: Path)
 
 @pytest.mark.parametrize("targets", ["all-linear", ("all-linear",)])
 def test_all_linear_is_every_linear_layer_of_the_language_model(tiny_model_dir: Path, targets: object) -> None:
-    assert adapted(tiny_model_dir, targets) == every(*LINEAR_LAYERS)
+    assert adapted(tiny_model_dir, targets) == every(*Qwen25VL.linear_layers)
 
 
 def test_the_list_of_linear_layers_is_what_transformers_model_has(tiny_model_dir: Path) -> None:
     language_model = new_model(load_config(tiny_model_dir)).model.language_model
     linear = {name.rpartition(".")[2] for name, m in language_model.named_modules() if type(m).__name__ == "Linear"}
-    assert linear == set(LINEAR_LAYERS)
+    assert linear == set(Qwen25VL.linear_layers)
 
 
 BROKEN = [

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from datamodules.encoding.encoder import EncodedSample
 from lightning_modules.models.attention.kv_cache import PrefixRecorder
 from lightning_modules.models.inference.cpu_model import LeanModel
+from lightning_modules.models.inference.plain_model import PlainSamplingModel
 from lightning_modules.models.layers import onednn_linear
 from lightning_modules.models.layers.onednn_linear import (
     FastLinear,
@@ -21,7 +22,6 @@ from lightning_modules.models.layers.onednn_linear import (
     with_fast_linears,
 )
 from lightning_modules.models.qwen_vl import LoraSettings, QwenVL
-from lightning_modules.rollouts.native.decoder import hidden_states
 
 needs_onednn = pytest.mark.skipif(not uses_onednn(torch.zeros(1)), reason="this build of PyTorch has no oneDNN")
 
@@ -115,10 +115,10 @@ def test_the_lean_model_reads_prompts_as_the_folded_one_does(
     inputs = policy.embed(policy.base, item.input_ids[None], policy.encode_images([item]), slots)
     results, recorders = [], []
     with torch.no_grad():
-        for model in (policy.decoder(), LeanModel(policy.base)):
+        for model in (PlainSamplingModel(policy.decoder()), LeanModel(policy.base)):
             recorders.append(PrefixRecorder())
             positions = item.positions[:, None]
-            results.append(hidden_states(model, recorders[-1], inputs_embeds=inputs, position_ids=positions))
+            results.append(model.hidden_states(recorders[-1], positions, inputs_embeds=inputs))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
     (keys, values), (lean_keys, lean_values) = (recorder.layers[-1] for recorder in recorders)
     torch.testing.assert_close(lean_values, values, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,41 @@
+"""A transformers module as a `SamplingModel`: right for every family and device, and with gradient where it has one."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lightning_modules.models.architectures.base import CacheSizes
+from lightning_modules.models.architectures.registry import architecture_of
+from lightning_modules.models.attention.prefix_attention import SharedPrefixAttention
+from lightning_modules.models.inference.base import Context
+from lightning_modules.models.layers.lora import fold_again
+
+
+class PlainSamplingModel:
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.architecture = module, architecture_of(module)
+        self.dtype, self.device = module.dtype, module.device
+        self.lm_head = module.get_output_embeddings()
+
+    @property
+    def cache_sizes(self) -> CacheSizes:
+        return self.architecture.cache_sizes(self.module)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.module.get_input_embeddings()
+
+    def hidden_states(
+        self,
+        context: Context,
+        position_ids: Tensor,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        # The registered attention function (`hf_attention`) meets a packed row's attention in the place of the mask,
+        # and a decoding step's cache in the place of the keys.
+        is_packed = isinstance(context, SharedPrefixAttention)
+        mask, cache = (context, None) if is_packed else (None, context)
+        return self.architecture.hidden_states(self.module, position_ids, input_ids, inputs_embeds, mask, cache)
+
+    def refresh(self, source: nn.Module) -> None:
+        fold_again(self.module, source)
