@@ -157,7 +157,7 @@ class BranchLayer:
         cache = self.cache
         prompts, heads, branches, _, width = self.keys.shape
         length = cache.prefix_width
-        # One operation less in each layer of a step: the lean model has the scale in its weights.
+        # One operation less in each layer of a step: `CpuSamplingModel` has the scale in its weights.
         query = (query if scaling == 1 else query * scaling)[:, :, 0]
         if not cache.is_full:
             rows = query.new_zeros(prompts * branches, *query.shape[1:])

@@ -30,7 +30,7 @@ from lightning_modules.models.layers.onednn_linear import PackedProduct
 ROWS = 16  # products have a multiple of it: oneDNN makes code for each number of rows, for the time of ten products
 
 
-class LeanModel:
+class CpuSamplingModel:
     """Reads the weights of a model as they are now, with LoRA folded in or left out."""
 
     @staticmethod

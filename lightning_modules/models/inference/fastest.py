@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lightning_modules.models.inference.base import SamplingModel
-from lightning_modules.models.inference.cpu_model import LeanModel
-from lightning_modules.models.inference.gpu_model import FusedModel
+from lightning_modules.models.inference.cpu_model import CpuSamplingModel
+from lightning_modules.models.inference.gpu_model import GpuSamplingModel
 from lightning_modules.models.inference.plain_model import PlainSamplingModel
 
 if TYPE_CHECKING:
@@ -24,13 +24,13 @@ def fastest_sampling_model(policy: QwenVL, merge_lora: bool = True, static: bool
         static: a step takes all rows at fixed shapes, and the model is kept for later calls (`refresh`).
     """
     sharded = policy.sharded is not None
-    if merge_lora and not static and not sharded and LeanModel.can_read(policy.base):
-        return LeanModel(policy.base)
+    if merge_lora and not static and not sharded and CpuSamplingModel.can_read(policy.base):
+        return CpuSamplingModel(policy.base)
     module = policy.decoder(merge_lora)
-    if merge_lora and static and FusedModel.can_read(module):
+    if merge_lora and static and GpuSamplingModel.can_read(module):
         # A gathered copy belongs to nobody else. An unsharded one shares the weights without LoRA with the policy.
         shared = () if sharded else policy.base.parameters()
-        return FusedModel(module, {parameter.data_ptr() for parameter in shared})
+        return GpuSamplingModel(module, {parameter.data_ptr() for parameter in shared})
     return PlainSamplingModel(module)
 
 
@@ -39,17 +39,17 @@ class CachedReference:
 
     def __init__(self) -> None:
         self._state: list[tuple[int, int]] = []
-        self._model: LeanModel | None = None
+        self._model: CpuSamplingModel | None = None
 
     def __reduce__(self) -> tuple[type[CachedReference], tuple[()]]:
         return CachedReference, ()  # a copied policy reads its own weights; what oneDNN has packed cannot be copied
 
-    def read(self, model: nn.Module) -> LeanModel | None:
+    def read(self, model: nn.Module) -> CpuSamplingModel | None:
         """`model` without its adapter; None if only transformers' layers can compute it."""
-        if not LeanModel.can_read(model):
+        if not CpuSamplingModel.can_read(model):
             return None
         # A tensor's address and its count of writes: another pair where weights were moved or written since.
         state = [(w.data_ptr(), w._version) for w in model.parameters() if not w.requires_grad]
         if self._model is None or self._state != state:
-            self._state, self._model = state, LeanModel(model, with_adapter=False)
+            self._state, self._model = state, CpuSamplingModel(model, with_adapter=False)
         return self._model

@@ -22,7 +22,7 @@ from lightning_modules.models.layers.fused_layers import HALF, has_kernels, silu
 from lightning_modules.models.layers.lora import fold_again
 
 
-class FusedModel:
+class GpuSamplingModel:
     """Reads a decoder (`QwenVL.decoder`) whose adapter is folded in.
 
     Weights that are the decoder's own are joined in place: it then reads parts of the joined ones. Those `shared` with

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from datamodules.encoding.encoder import EncodedSample
 from lightning_modules.models.attention.packed_rows import pack_rows
-from lightning_modules.models.inference.gpu_model import FusedModel
+from lightning_modules.models.inference.gpu_model import GpuSamplingModel
 from lightning_modules.models.layers.lora import LoraSettings
 from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.rollouts.base import Rollout, RolloutRequest, SamplingSettings
@@ -152,9 +152,9 @@ def test_rollouts_are_those_of_transformers_layers(
     seen: dict[bool, list[list[Rollout]]] = {False: [], True: []}
     for _ in range(2):
         for fused, engine in engines.items():
-            monkeypatch.setattr(FusedModel, "can_read", staticmethod(lambda _, fused=fused: fused))
+            monkeypatch.setattr(GpuSamplingModel, "can_read", staticmethod(lambda _, fused=fused: fused))
             seen[fused].append(rollouts(engine, items))
-            assert isinstance(engine._kept[1].model, FusedModel) == fused
+            assert isinstance(engine._kept[1].model, GpuSamplingModel) == fused
         with torch.no_grad():
             for parameter in policy.trainable_parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
@@ -166,7 +166,7 @@ def test_rollouts_are_those_of_transformers_layers(
 
 @pytest.mark.skipif(ON_GPU, reason="needs a machine without a GPU")
 def test_a_cpu_does_not_use_it(tiny_model_dir: Path) -> None:
-    assert not FusedModel.can_read(new_policy(tiny_model_dir, None, "bfloat16").decoder())
+    assert not GpuSamplingModel.can_read(new_policy(tiny_model_dir, None, "bfloat16").decoder())
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
@@ -175,7 +175,7 @@ def test_a_gpu_uses_it_in_half_precision(tiny_model_dir: Path, make_items: MakeI
     policy = new_policy(tiny_model_dir, ADAPTERS["every layer"], "bfloat16")
     items, engine = [item.to(DEVICE) for item in make_items([1, 2, 1])], NativeEngine(policy)
     first, second = rollouts(engine, items), rollouts(engine, items)
-    assert isinstance(engine._kept[1].model, FusedModel)
+    assert isinstance(engine._kept[1].model, GpuSamplingModel)
     assert [r.token_ids.tolist() for r in first] == [r.token_ids.tolist() for r in second]
     completions = [[rollout.token_ids.to(DEVICE) for rollout in first[2 * i : 2 * i + 2]] for i in range(3)]
     (rows,) = pack_rows(items, completions, 100_000)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from datamodules.encoding.encoder import EncodedSample
 from lightning_modules.models.attention.kv_cache import PrefixRecorder
-from lightning_modules.models.inference.cpu_model import LeanModel
+from lightning_modules.models.inference.cpu_model import CpuSamplingModel
 from lightning_modules.models.inference.plain_model import PlainSamplingModel
 from lightning_modules.models.layers import onednn_linear
 from lightning_modules.models.layers.onednn_linear import (
@@ -103,7 +103,7 @@ def test_other_precisions_and_builds_are_pytorchs_own(monkeypatch: pytest.Monkey
     assert PackedProduct(layer.weight).weight is layer.weight
 
 
-def test_the_lean_model_reads_prompts_as_the_folded_one_does(
+def test_the_cpu_model_reads_prompts_as_the_merged_one_does(
     tiny_model_dir: Path, make_items: Callable[..., list[EncodedSample]]
 ) -> None:
     policy = QwenVL(str(tiny_model_dir), lora=LoraSettings(rank=4, alpha=8))
@@ -115,12 +115,12 @@ def test_the_lean_model_reads_prompts_as_the_folded_one_does(
     inputs = policy.embed(policy.base, item.input_ids[None], policy.encode_images([item]), slots)
     results, recorders = [], []
     with torch.no_grad():
-        for model in (PlainSamplingModel(policy.decoder()), LeanModel(policy.base)):
+        for model in (PlainSamplingModel(policy.decoder()), CpuSamplingModel(policy.base)):
             recorders.append(PrefixRecorder())
             positions = item.positions[:, None]
             results.append(model.hidden_states(recorders[-1], positions, inputs_embeds=inputs))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
-    (keys, values), (lean_keys, lean_values) = (recorder.layers[-1] for recorder in recorders)
-    torch.testing.assert_close(lean_values, values, rtol=1e-4, atol=1e-4)
-    halves = lean_keys.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)  # pairs, taken apart again
+    (keys, values), (cpu_keys, cpu_values) = (recorder.layers[-1] for recorder in recorders)
+    torch.testing.assert_close(cpu_values, values, rtol=1e-4, atol=1e-4)
+    halves = cpu_keys.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)  # pairs, taken apart again
     torch.testing.assert_close(halves, keys, rtol=1e-4, atol=1e-4)
