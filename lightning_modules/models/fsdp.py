@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_modules.models.architectures.base import Architecture
-from lightning_modules.models.layers.lora import folded_layer
+from lightning_modules.models.layers.lora import merged_layer
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -60,7 +60,7 @@ class ShardedModel:
     def __init__(self, model: nn.Module, architecture: Architecture, mesh: DeviceMesh) -> None:
         """Divides the decoder layers of `model`."""
         self.model = model
-        self._gathered: dict[bool, nn.Module] | None = None  # by whether the adapter is folded in
+        self._gathered: dict[bool, nn.Module] | None = None  # by whether LoRA is merged
         memo: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
         for parameter in model.parameters():
             memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
@@ -68,39 +68,39 @@ class ShardedModel:
         shard_layers(model, architecture, mesh)
 
     @contextmanager
-    def gathered(self, fold: bool = True) -> Iterator[None]:
+    def gathered(self, merge_lora: bool = True) -> Iterator[None]:
         """Keeps a whole copy while inside, for `decoder`. All ranks enter together; each then decodes as often as it
         likes. Entered again inside, it does nothing."""
         if self._gathered is not None:
             yield
             return
-        self._gathered = {fold: self.copy(fold).eval()}
+        self._gathered = {merge_lora: self.copy(merge_lora).eval()}
         try:
             yield
         finally:
             self._gathered = None
 
-    def decoder(self, fold: bool) -> nn.Module:
+    def decoder(self, merge_lora: bool) -> nn.Module:
         if self._gathered is None:
             raise RuntimeError("the policy is divided over ranks: decode inside `gathered`, which all ranks enter")
-        return self._gathered[fold]
+        return self._gathered[merge_lora]
 
-    def copy(self, fold: bool = True, place: torch.device | str | None = None) -> nn.Module:
-        """The model as it is now, undivided, on the device `place` (null: where it is); all ranks call it.
+    def copy(self, merge_lora: bool = True, device: torch.device | str | None = None) -> nn.Module:
+        """The model as it is now, undivided, on `device` (None: where it is); all ranks call it.
 
-        With `fold` each LoRA layer is one linear layer with its delta added, which is all that is kept of it: at no
-        time are more than the copy and one layer there. What is not divided is shared unless it changes place.
+        With `merge_lora` each LoRA layer is one linear layer with its delta added, which is all that is kept of it: at
+        no time are more than the copy and one layer there. What is not divided is shared unless it changes its device.
         """
         parameters = dict(self.model.named_parameters())
 
         def gather(name: str) -> nn.Parameter:
             tensor = whole(parameters[name].detach())
-            return nn.Parameter(tensor if place is None else tensor.to(place), requires_grad=False)
+            return nn.Parameter(tensor if device is None else tensor.to(device), requires_grad=False)
 
         memo: dict[int, object] = {id(buffer): buffer for buffer in self._structure.buffers()}
         for path, module in self._structure.named_modules():
-            if fold and isinstance(module, LoraLinear):
-                memo[id(module)] = folded_layer(_filled(module, functools.partial(_inside, gather, path)))
+            if merge_lora and isinstance(module, LoraLinear):
+                memo[id(module)] = merged_layer(_filled(module, functools.partial(_inside, gather, path)))
                 memo |= {id(parameter): parameter for parameter in module.parameters()}  # done with
         for name, parameter in self._structure.named_parameters():
             if id(parameter) not in memo:

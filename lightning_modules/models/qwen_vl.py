@@ -32,7 +32,7 @@ from lightning_modules.models.inference.base import SamplingModel
 from lightning_modules.models.inference.fastest import CachedReference
 from lightning_modules.models.inference.plain_model import PlainSamplingModel
 from lightning_modules.models.layers.accelerate import accelerate_layers
-from lightning_modules.models.layers.lora import LoraSettings, folded_copy, frozen_copy, with_adapter
+from lightning_modules.models.layers.lora import LoraSettings, frozen_copy, merged_copy, with_adapter
 from lightning_modules.models.merged_folder import check_names, write_merged
 from lightning_modules.models.token_bans import Ban, end_ids, placeholder_ids, special_ids
 from lightning_modules.models.token_log_probs import score_tokens
@@ -243,12 +243,12 @@ class QwenVL(nn.Module):
         half = None if self.base.dtype == torch.float32 else self.base.dtype
         return torch.autocast(self.device.type, dtype=half, enabled=half is not None)
 
-    def decoder(self, fold_adapter: bool = True) -> nn.Module:
-        """The model for decoding: shares the policy's tensors, in evaluation mode, by default with LoRA folded in.
+    def decoder(self, merge_lora: bool = True) -> nn.Module:
+        """The model for decoding: shares the policy's tensors, in evaluation mode, by default with LoRA merged.
 
         Of a policy that is divided over ranks it can be had inside `gathered` only.
         """
-        return self.sharded.decoder(fold_adapter) if self.sharded else folded_copy(self.base, fold_adapter).eval()
+        return self.sharded.decoder(merge_lora) if self.sharded else merged_copy(self.base, merge_lora).eval()
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Divide the decoder layers, of policy and reference, over the ranks of `mesh` (`sharding`)."""
@@ -256,9 +256,9 @@ class QwenVL(nn.Module):
         if self.reference_model is not None:
             shard_layers(self.reference_model, self.architecture, mesh)
 
-    def gathered(self, fold_adapter: bool = True) -> AbstractContextManager:
+    def gathered(self, merge_lora: bool = True) -> AbstractContextManager:
         """Inside, the policy can decode; its weights may not change. All ranks enter a divided one together."""
-        return nullcontext() if self.sharded is None else self.sharded.gathered(fold_adapter)
+        return nullcontext() if self.sharded is None else self.sharded.gathered(merge_lora)
 
     def trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name in `model` and whole value of all that is trained; ranks go through a divided policy together."""
@@ -270,10 +270,10 @@ class QwenVL(nn.Module):
     def save_merged(self, folder: str | Path, write: bool = True) -> None:
         """Write the model's folder again with the adapter merged into its weights (`write_merged`), whole or not at
         all, in place of an older folder. All ranks call it, and exactly one rank with `write`."""
-        merged = self.sharded.copy(place="cpu" if write else "meta") if self.sharded is not None else None
+        merged = self.sharded.copy(device="cpu" if write else "meta") if self.sharded is not None else None
         if not write:
             return
-        state = (merged or folded_copy(self.base)).state_dict()
+        state = (merged or merged_copy(self.base)).state_dict()
         write_merged(state, self.processor_path, folder, self.architecture)
 
 

@@ -12,7 +12,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from lightning_modules.models.fsdp import whole
-from lightning_modules.models.layers.lora import folded_weight
+from lightning_modules.models.layers.lora import merged_weight
 from lightning_modules.models.qwen_vl import QwenVL
 
 CHUNK = 1 << 24  # numbers that are summed at a time
@@ -29,7 +29,7 @@ def is_unmoved(policy: QwenVL, start: dict[str, int]) -> bool:
 
     Ranks of a divided policy call it together. The first layer whose adapter shows in its weight ends the search.
     """
-    if any(not _is_folded_away(layer) for layer in policy.model.modules() if isinstance(layer, LoraLinear)):
+    if any(not _leaves_weight_unchanged(layer) for layer in policy.model.modules() if isinstance(layer, LoraLinear)):
         return False
     return weight_marks(policy) == start
 
@@ -40,9 +40,9 @@ def _mark(tensor: Tensor) -> int:
     return sum(int(part.sum(dtype=torch.int64)) for part in bits.split(CHUNK))
 
 
-def _is_folded_away(layer: LoraLinear) -> bool:
+def _leaves_weight_unchanged(layer: LoraLinear) -> bool:
     gathered = {
         id(parameter): nn.Parameter(whole(parameter.detach()), requires_grad=False) for parameter in layer.parameters()
     }
     undivided = copy.deepcopy(layer, gathered)  # no tensor of an undivided layer is copied
-    return torch.equal(folded_weight(undivided), undivided.get_base_layer().weight)
+    return torch.equal(merged_weight(undivided), undivided.get_base_layer().weight)

@@ -1,6 +1,6 @@
 """The language model of the policy without gradients on a CPU: the same sums with far fewer operations.
 
-On narrow models a token step is bound by the number of operations and not by their size. So LoRA is folded into the
+On narrow models a token step is bound by the number of operations and not by their size. So LoRA is merged into the
 weights, the weights of norms and the scale of attention too; query, key and value are one product, and what follows a
 product (activation, gate, residual) is done by it while its output is at hand; weights are laid out once for oneDNN.
 Rotation is one product of complex numbers, for which the two halves of a head are interleaved. Queries and keys are
@@ -24,14 +24,14 @@ from lightning_modules.models.architectures.registry import architecture_of
 from lightning_modules.models.attention.kv_cache import BranchLayer
 from lightning_modules.models.attention.prefix_attention import SharedPrefixAttention
 from lightning_modules.models.inference.base import Context
-from lightning_modules.models.layers.lora import folded_weight, plain_weight
+from lightning_modules.models.layers.lora import merged_weight, plain_weight
 from lightning_modules.models.layers.onednn_linear import PackedProduct
 
 ROWS = 16  # products have a multiple of it: oneDNN makes code for each number of rows, for the time of ten products
 
 
 class CpuSamplingModel:
-    """Reads the weights of a model as they are now, with LoRA folded in or left out."""
+    """Reads the weights of a model as they are now, with LoRA merged or left out."""
 
     @staticmethod
     def can_read(model: nn.Module) -> bool:
@@ -45,7 +45,7 @@ class CpuSamplingModel:
     def __init__(self, model: nn.Module, with_adapter: bool = True) -> None:
         self.dtype, self.device = model.dtype, model.device
         self.cache_sizes = architecture_of(model).cache_sizes(model)
-        self._weight = folded_weight if with_adapter else plain_weight
+        self._weight = merged_weight if with_adapter else plain_weight
         self.refresh(model)
         self._turns = torch.empty(0)  # by position [n, W / 2], of text
 

@@ -19,11 +19,11 @@ from lightning_modules.models.architectures.base import LayerParts
 from lightning_modules.models.architectures.registry import architecture_of
 from lightning_modules.models.attention.kv_cache import BranchCache, PrefixRecorder
 from lightning_modules.models.layers.fused_layers import HALF, has_kernels, silu_gated
-from lightning_modules.models.layers.lora import fold_again
+from lightning_modules.models.layers.lora import refresh_merged
 
 
 class GpuSamplingModel:
-    """Reads a decoder (`QwenVL.decoder`) whose adapter is folded in.
+    """Reads a decoder (`QwenVL.decoder`) whose LoRA layers are merged.
 
     Weights that are the decoder's own are joined in place: it then reads parts of the joined ones. Those `shared` with
     the policy (addresses) stay where they are; only query, key and value are copied, and `refresh` copies them again.
@@ -47,7 +47,7 @@ class GpuSamplingModel:
         return self.embeddings
 
     def refresh(self, source: nn.Module) -> None:
-        fold_again(self.module, source)
+        refresh_merged(self.module, source)
         for layer in self.layers:
             layer.refresh()
 

@@ -8,7 +8,7 @@ from lightning_modules.models.architectures.base import CacheSizes
 from lightning_modules.models.architectures.registry import architecture_of
 from lightning_modules.models.attention.prefix_attention import SharedPrefixAttention
 from lightning_modules.models.inference.base import Context
-from lightning_modules.models.layers.lora import fold_again
+from lightning_modules.models.layers.lora import refresh_merged
 
 
 class PlainSamplingModel:
@@ -38,4 +38,4 @@ class PlainSamplingModel:
         return self.architecture.hidden_states(self.module, position_ids, input_ids, inputs_embeds, mask, cache)
 
     def refresh(self, source: nn.Module) -> None:
-        fold_again(self.module, source)
+        refresh_merged(self.module, source)

@@ -1,4 +1,4 @@
-"""LoRA on the language model, and copies with it folded in."""
+"""LoRA on the language model, and copies of the model with LoRA merged into the linear weights."""
 
 from __future__ import annotations
 
@@ -108,10 +108,10 @@ def with_adapter(model: nn.Module, lora: LoraSettings) -> PeftModel:
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
     """The adapter's tensors as they are now, on the CPU, under the names that PEFT gives them in a file.
 
-    Where parameters are sharded every rank must call it: each gathers them whole.
+    If parameters are sharded, all ranks must call it together: gathering is a collective operation.
     """
-    whole = {name: getattr(value, "full_tensor", lambda value=value: value)() for name, value in _lora_items(model)}
-    named = get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=False)
+    full = {name: getattr(value, "full_tensor", lambda value=value: value)() for name, value in _lora_items(model)}
+    named = get_peft_model_state_dict(model, state_dict=full, save_embedding_layers=False)
     return {name: value.detach().cpu().contiguous() for name, value in named.items()}
 
 
@@ -129,15 +129,17 @@ def write_adapter(tensors: dict[str, Tensor], model: PeftModel, folder: Path) ->
         config.save_pretrained(unfinished)
 
 
-def folded_copy(module: nn.Module, fold: bool = True) -> nn.Module:
-    """A second `module` that shares every tensor, except that each LoRA layer is one linear layer with its delta added.
+def merged_copy(module: nn.Module, merge_lora: bool = True) -> nn.Module:
+    """A copy of `module` that shares every tensor with it, except the weights of LoRA layers.
 
-    The original is not touched, so nothing drifts however often this is done. With `fold=False` the LoRA layers stay
-    (and share their tensors): a copy with its own training mode, no more.
+    Each LoRA layer becomes one linear layer with the LoRA update added to its weight. `module` itself does not change,
+    so repeated merging adds no rounding errors. With `merge_lora=False` the LoRA layers stay and share their tensors
+    too; the copy then differs only in its own training mode.
     """
+    # deepcopy takes the value of `memo` in place of each object whose id is a key.
     memo: dict[int, object] = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    if fold:
-        memo |= {id(m): folded_layer(m) for m in module.modules() if isinstance(m, LoraLinear)}
+    if merge_lora:
+        memo |= {id(m): merged_layer(m) for m in module.modules() if isinstance(m, LoraLinear)}
     return copy.deepcopy(module, memo)
 
 
@@ -149,38 +151,42 @@ def frozen_copy(model: nn.Module, share_vision: bool) -> nn.Module:
 
 
 @torch.no_grad()
-def fold_again(folded: nn.Module, module: nn.Module) -> None:
-    """Write the LoRA layers of `module`, as they are now, into `folded`, an earlier `folded_copy` of it, in place."""
+def refresh_merged(merged: nn.Module, module: nn.Module) -> None:
+    """Merge the LoRA layers of `module`, as they are now, into `merged`, an earlier `merged_copy` of it.
+
+    The tensors of `merged` are written in place, so their addresses stay valid.
+    """
     for name, layer in module.named_modules():
-        if isinstance(layer, LoraLinear) and not isinstance(copied := folded.get_submodule(name), LoraLinear):
-            folded_weight(layer, out=copied.weight)
+        if isinstance(layer, LoraLinear) and not isinstance(copied := merged.get_submodule(name), LoraLinear):
+            merged_weight(layer, out=copied.weight)
 
 
-def folded_layer(layer: LoraLinear) -> nn.Linear:
-    """One linear layer with the LoRA delta added to its weight; the bias is shared."""
+def merged_layer(layer: LoraLinear) -> nn.Linear:
+    """One linear layer with the LoRA update added to its weight; the bias is shared."""
     base = layer.get_base_layer()
-    folded = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-    folded.weight = nn.Parameter(folded_weight(layer), requires_grad=False)
-    folded.bias = base.bias
-    return folded
+    merged = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+    merged.weight = nn.Parameter(merged_weight(layer), requires_grad=False)
+    merged.bias = base.bias
+    return merged
 
 
 def plain_weight(layer: nn.Module) -> Tensor:
-    """The weight of a linear layer, without LoRA where it has one."""
+    """The weight [O, I] of a linear layer, without its LoRA update if it has one."""
     return (layer.get_base_layer() if isinstance(layer, LoraLinear) else layer).weight.detach()
 
 
 @torch.no_grad()
-def folded_weight(layer: nn.Module, out: Tensor | None = None) -> Tensor:
-    """The weight of a linear layer, with the LoRA delta added where it has one; written to `out`, if that is given."""
+def merged_weight(layer: nn.Module, out: Tensor | None = None) -> Tensor:
+    """The weight [O, I] of a linear layer, plus its LoRA update s · B A if it has one; written to `out` if given."""
     if not isinstance(layer, LoraLinear):
         return layer.weight.detach()
     base, names = layer.get_base_layer(), layer.active_adapters
     weight = base.weight.detach()
     if weight.is_cuda and weight.dtype in HALF and len(names) == 1:
-        # One pass over the weights: A and B rounded as in training, the sum in float32. Else ten passes of that size.
+        # One kernel: A and B are rounded as in training, the sum is made in float32. The general path below makes ten
+        # passes over tensors of this size.
         down, up = (part[names[0]].weight.to(weight.dtype) for part in (layer.lora_A, layer.lora_B))
         return torch.addmm(weight, up, down, alpha=layer.scaling[names[0]], out=out)
     delta = sum(layer.get_delta_weight(name).float() for name in names)
-    folded = (weight.float() + delta).to(weight.dtype)
-    return folded if out is None else out.copy_(folded)
+    merged = (weight.float() + delta).to(weight.dtype)
+    return merged if out is None else out.copy_(merged)

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from datamodules.encoding.encoder import EncodedSample
 from lightning_modules.models.attention.packed_rows import pack_rows
-from lightning_modules.models.layers.lora import folded_copy
+from lightning_modules.models.layers.lora import merged_copy
 from lightning_modules.models.qwen_vl import LoraSettings, QwenVL
 
 MakeItems = Callable[..., list[EncodedSample]]
@@ -131,9 +131,9 @@ def test_merging_twice_replaces_the_folder(tiny_model_dir: Path, tmp_path: Path)
     assert [p.name for p in tmp_path.iterdir()] == ["merged"]
 
 
-def test_folded_copy_shares_all_but_the_adapted_weights(tiny_model_dir: Path) -> None:
+def test_merged_copy_shares_all_but_the_adapted_weights(tiny_model_dir: Path) -> None:
     policy = trained(QwenVL(str(tiny_model_dir), lora=LORA))
-    copy = folded_copy(policy.base)
+    copy = merged_copy(policy.base)
     own = {p.data_ptr() for p in policy.parameters()}
     fresh = [name for name, p in copy.named_parameters() if p.data_ptr() not in own]
     assert len(fresh) == 2 * 7
