@@ -26,7 +26,7 @@ from torch.nn.utils import clip_grad_norm_
 from datamodules.encoding.encoder import Batch, EncodedSample
 from datamodules.persistence.problems import Problems
 from lightning_modules.models.attention.packed_rows import PackedRows
-from lightning_modules.models.fsdp import clip_divided, sum_gradients
+from lightning_modules.models.fsdp import clip_sharded, sum_gradients
 from lightning_modules.models.layers.lora import LoraSettings
 from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.models.unmoved import is_unmoved, weight_marks
@@ -277,7 +277,7 @@ class PolicyModule(LightningModule):
         for parameter in parameters:
             parameter.grad.div_(count)
         limit, sharded = self.max_grad_norm or math.inf, self.policy.sharded  # the limit is not 0 (`faults`)
-        return clip_divided(parameters, limit, self._add_up) if sharded else clip_grad_norm_(parameters, limit)
+        return clip_sharded(parameters, limit, self._add_up) if sharded else clip_grad_norm_(parameters, limit)
 
     def equal_passes(self, rows: Iterable[T]) -> Iterator[T | None]:
         """Yield this rank's rows, then None until every rank has made the same number of passes.

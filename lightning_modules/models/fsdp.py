@@ -1,9 +1,10 @@
-"""FSDP2: each decoder layer's weights, gradients and optimizer state divided over all ranks.
+"""FSDP2: the weights, gradients and optimizer state of each decoder layer are sharded over all ranks.
 
-A layer is gathered for its forward and its backward pass and let go after each; its gradients come back as sums over
-ranks, of which every rank keeps its part. Embeddings, head, last norm and vision tower every rank has whole: head and
-tower run a different number of times on each rank, which a gathering must not. Decoding runs on a whole copy, gathered
-once for a rollout (`ShardedModel`): to gather all layers for each token would take longer than the token.
+A layer's weights are gathered for its forward and its backward pass and freed after each. Its gradients are summed over
+ranks, and each rank keeps its own shard of the sum. Embeddings, head, last norm and vision tower are replicated: head
+and tower run a different number of times on each rank, and gathering is a collective operation. Sampling runs on a
+full copy that is gathered once a rollout (`ShardedModel`), because gathering all layers for each token would take
+longer than the token.
 """
 
 from __future__ import annotations
@@ -27,27 +28,28 @@ if TYPE_CHECKING:
 
 
 def shard_layers(model: nn.Module, architecture: Architecture, mesh: DeviceMesh) -> None:
-    """Divide the decoder layers of `model` over the ranks of the one-dimensional `mesh`, in place."""
+    """Shard the decoder layers of `model` over the ranks of the one-dimensional `mesh`, in place."""
     from torch.distributed.fsdp import fully_shard
 
     decoder, layers = architecture.text_model(model), architecture.decoder_layers(model)
     inside = {id(p) for layer in layers for p in layer.parameters()}
     others = {p for p in decoder.parameters() if id(p) not in inside}
-    # The decoder is the layers' common root, through which one prefetches the next; it divides nothing of its own.
+    # The decoder is the common root of the layers: through it one layer prefetches the next. It shards no own weights.
     units = [fully_shard(layer, mesh=mesh) for layer in layers]
     units.append(fully_shard(decoder, mesh=mesh, ignored_params=others))
     for unit in units:
-        unit.set_gradient_divide_factor(1.0)  # sums: PolicyModule divides, by tokens or completions
+        # FSDP would average. Sums are wanted: PolicyModule divides once, by the tokens or completions of all ranks.
+        unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor, gathered if it is divided: all ranks call it, in the same order."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The full value of a tensor. If it is sharded, all ranks must call this together, in the same order."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own_part(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor as this rank holds it: divided if `like` is. No rank waits for another."""
+def local_shard(tensor: Tensor, like: Tensor) -> Tensor:
+    """A full `tensor` in the form in which this rank holds `like`: sharded if `like` is. No communication."""
     if not isinstance(like, DTensor):
         return tensor
     tensor = tensor.to(device=like.device, dtype=tensor.dtype)
@@ -55,12 +57,13 @@ def own_part(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 class ShardedModel:
-    """A model with divided layers, and plain copies of it: its structure is kept from before they were divided."""
+    """A model with sharded decoder layers, which can make full copies of itself."""
 
     def __init__(self, model: nn.Module, architecture: Architecture, mesh: DeviceMesh) -> None:
-        """Divides the decoder layers of `model`."""
+        """Shards the decoder layers of `model`, in place."""
         self.model = model
-        self._gathered: dict[bool, nn.Module] | None = None  # by whether LoRA is merged
+        self._gathered: dict[bool, nn.Module] | None = None  # key: whether LoRA is merged
+        # Sharding changes the modules. Full copies are made from a structure without weights, kept from before.
         memo: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
         for parameter in model.parameters():
             memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
@@ -69,8 +72,11 @@ class ShardedModel:
 
     @contextmanager
     def gathered(self, merge_lora: bool = True) -> Iterator[None]:
-        """Keeps a whole copy while inside, for `decoder`. All ranks enter together; each then decodes as often as it
-        likes. Entered again inside, it does nothing."""
+        """Keep a full copy for `decoder` inside the context.
+
+        All ranks must enter together. Each may then decode as often as it likes, without the others. A nested call
+        does nothing.
+        """
         if self._gathered is not None:
             yield
             return
@@ -81,27 +87,31 @@ class ShardedModel:
             self._gathered = None
 
     def decoder(self, merge_lora: bool) -> nn.Module:
+        """The gathered copy. Raises RuntimeError outside `gathered`."""
         if self._gathered is None:
-            raise RuntimeError("the policy is divided over ranks: decode inside `gathered`, which all ranks enter")
+            raise RuntimeError("the policy is sharded over ranks: decode inside `gathered`, which all ranks enter")
         return self._gathered[merge_lora]
 
     def copy(self, merge_lora: bool = True, device: torch.device | str | None = None) -> nn.Module:
-        """The model as it is now, undivided, on `device` (None: where it is); all ranks call it.
+        """A full copy of the model as it is now. All ranks must call this together.
 
-        With `merge_lora` each LoRA layer is one linear layer with its delta added, which is all that is kept of it: at
-        no time are more than the copy and one layer there. What is not divided is shared unless it changes its device.
+        Args:
+            merge_lora: replace each LoRA layer by one linear layer with the LoRA update added. Layers are gathered one
+                by one, so that never more than the copy and one layer are in memory.
+            device: of the copy; None: the model's. Replicated tensors are shared unless the device differs.
         """
         parameters = dict(self.model.named_parameters())
 
         def gather(name: str) -> nn.Parameter:
-            tensor = whole(parameters[name].detach())
+            tensor = full_tensor(parameters[name].detach())
             return nn.Parameter(tensor if device is None else tensor.to(device), requires_grad=False)
 
         memo: dict[int, object] = {id(buffer): buffer for buffer in self._structure.buffers()}
         for path, module in self._structure.named_modules():
             if merge_lora and isinstance(module, LoraLinear):
                 memo[id(module)] = merged_layer(_filled(module, functools.partial(_inside, gather, path)))
-                memo |= {id(parameter): parameter for parameter in module.parameters()}  # done with
+                # The loop below must not gather the parameters of this layer again.
+                memo |= {id(parameter): parameter for parameter in module.parameters()}
         for name, parameter in self._structure.named_parameters():
             if id(parameter) not in memo:
                 memo[id(parameter)] = gather(name)
@@ -113,31 +123,48 @@ def _inside(gather: Callable[[str], nn.Parameter], path: str, name: str) -> nn.P
 
 
 def _filled(module: nn.Module, gather: Callable[[str], nn.Parameter]) -> nn.Module:
+    """A copy of a module without weights, with the parameters that `gather` gives for their names."""
     return copy.deepcopy(module, {id(parameter): gather(name) for name, parameter in module.named_parameters()})
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter], add_up: Callable[[Tensor], Tensor] | None) -> None:
-    """Make every gradient the sum over ranks, zeros where a rank has none. `add_up` is that of a plain tensor (null: of
-    one rank); gradients of divided parameters are summed already, in the backward pass."""
+    """Replace every gradient by its sum over ranks; a rank without a gradient adds zeros.
+
+    Args:
+        parameters: all that are trained, in the same order on each rank. Gradients of sharded parameters are left as
+            they are: FSDP has summed them in the backward pass.
+        add_up: the sum of a tensor over ranks; None: there is one rank.
+    """
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    kept_whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
-    if add_up is None or not kept_whole:
+    replicated = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    if add_up is None or not replicated:
         return
-    flat = add_up(torch.cat([parameter.grad.flatten() for parameter in kept_whole]))
-    pieces = flat.split([parameter.numel() for parameter in kept_whole])
-    for parameter, piece in zip(kept_whole, pieces, strict=True):
+    # One collective operation for all gradients together.
+    flat = add_up(torch.cat([parameter.grad.flatten() for parameter in replicated]))
+    pieces = flat.split([parameter.numel() for parameter in replicated])
+    for parameter, piece in zip(replicated, pieces, strict=True):
         parameter.grad.copy_(piece.view_as(parameter))
 
 
-def clip_divided(parameters: Sequence[nn.Parameter], limit: float, add_up: Callable[[Tensor], Tensor]) -> Tensor:
-    """`clip_grad_norm_` for gradients of which some are divided: torch's takes no mixture. Returns the norm before."""
-    divided = [p.grad.to_local() for p in parameters if isinstance(p, DTensor)]
-    kept_whole = [p.grad for p in parameters if not isinstance(p, DTensor)]
-    own = torch.nn.utils.get_total_norm([part for part in divided if part.numel()]) ** 2
-    norm = (add_up(own.double()) + torch.nn.utils.get_total_norm(kept_whole).double() ** 2).sqrt()
-    scale = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch's
-    for gradient in divided + kept_whole:
+def clip_sharded(parameters: Sequence[nn.Parameter], limit: float, add_up: Callable[[Tensor], Tensor]) -> Tensor:
+    """`clip_grad_norm_` for sharded and replicated gradients together, a mixture that torch's function refuses.
+
+    Args:
+        parameters: with gradients that are summed over ranks (`sum_gradients`).
+        limit: largest norm of all gradients together.
+        add_up: the sum of a tensor over ranks.
+
+    Returns:
+        The norm before clipping.
+    """
+    sharded = [p.grad.to_local() for p in parameters if isinstance(p, DTensor)]
+    replicated = [p.grad for p in parameters if not isinstance(p, DTensor)]
+    # Squared norms add up: those of the shards over ranks, that of the replicated gradients once.
+    of_shards = torch.nn.utils.get_total_norm([shard for shard in sharded if shard.numel()]) ** 2
+    norm = (add_up(of_shards.double()) + torch.nn.utils.get_total_norm(replicated).double() ** 2).sqrt()
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)  # as in torch's clip_grad_norm_
+    for gradient in sharded + replicated:
         gradient.mul_(scale.to(gradient.dtype))
     return norm

@@ -27,7 +27,7 @@ from lightning_modules.models.activation_checkpointing import ActivationBudget
 from lightning_modules.models.architectures.registry import architecture_of, known_types
 from lightning_modules.models.attention.hf_attention import TEXT_ATTENTION, VISION_ATTENTION, register_attention
 from lightning_modules.models.attention.packed_rows import PackedRows, one_token_row
-from lightning_modules.models.fsdp import ShardedModel, shard_layers, whole
+from lightning_modules.models.fsdp import ShardedModel, full_tensor, shard_layers
 from lightning_modules.models.inference.base import SamplingModel
 from lightning_modules.models.inference.fastest import CachedReference
 from lightning_modules.models.inference.plain_model import PlainSamplingModel
@@ -89,7 +89,7 @@ class QwenVL(nn.Module):
             old_name = self.base.gradient_checkpointing_enable  # transformers renamed it after 5.17
             getattr(self.base, "activation_checkpointing_enable", old_name)()
         self.feature_cache: FeatureCache | None = None  # set by who wants a frozen tower's features kept on disk
-        self.sharded: ShardedModel | None = None  # `base`, once its layers are divided over ranks
+        self.sharded: ShardedModel | None = None  # `base`, once its layers are sharded over ranks
         self._cached_reference = CachedReference()
         self.activations: ActivationBudget | None = None
         if gradient_checkpointing and activation_gib is not None:
@@ -244,32 +244,39 @@ class QwenVL(nn.Module):
         return torch.autocast(self.device.type, dtype=half, enabled=half is not None)
 
     def decoder(self, merge_lora: bool = True) -> nn.Module:
-        """The model for decoding: shares the policy's tensors, in evaluation mode, by default with LoRA merged.
+        """The model for sampling, in evaluation mode, by default with LoRA merged. It shares the other tensors.
 
-        Of a policy that is divided over ranks it can be had inside `gathered` only.
+        Raises:
+            RuntimeError: the policy is sharded over ranks, and this is outside `gathered`.
         """
         return self.sharded.decoder(merge_lora) if self.sharded else merged_copy(self.base, merge_lora).eval()
 
     def shard(self, mesh: DeviceMesh) -> None:
-        """Divide the decoder layers, of policy and reference, over the ranks of `mesh` (`sharding`)."""
+        """Shard the decoder layers of policy and reference over the ranks of `mesh` (`fsdp`)."""
         self.sharded = ShardedModel(self.base, self.architecture, mesh)
         if self.reference_model is not None:
             shard_layers(self.reference_model, self.architecture, mesh)
 
     def gathered(self, merge_lora: bool = True) -> AbstractContextManager:
-        """Inside, the policy can decode; its weights may not change. All ranks enter a divided one together."""
+        """Inside this context the policy can decode. Its weights may not change meanwhile.
+
+        If the policy is sharded, all ranks must enter together: gathering is a collective operation.
+        """
         return nullcontext() if self.sharded is None else self.sharded.gathered(merge_lora)
 
     def trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Name in `model` and whole value of all that is trained; ranks go through a divided policy together."""
-        return ((name, whole(p.detach())) for name, p in self.model.named_parameters() if p.requires_grad)
+        """(name in `model`, full value) of each trained parameter; ranks of a sharded policy iterate together."""
+        return ((name, full_tensor(p.detach())) for name, p in self.model.named_parameters() if p.requires_grad)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def save_merged(self, folder: str | Path, write: bool = True) -> None:
-        """Write the model's folder again with the adapter merged into its weights (`write_merged`), whole or not at
-        all, in place of an older folder. All ranks call it, and exactly one rank with `write`."""
+        """Write the model's folder again with the adapter merged into its weights (`write_merged`).
+
+        All ranks must call it together, exactly one of them with `write`. `folder` appears complete or not at all; an
+        older folder is replaced.
+        """
         merged = self.sharded.copy(device="cpu" if write else "meta") if self.sharded is not None else None
         if not write:
             return

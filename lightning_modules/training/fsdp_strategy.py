@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_modules.models.fsdp import own_part, whole
+from lightning_modules.models.fsdp import full_tensor, local_shard
 
 PREFIX = "policy.model."  # prefix of the names of trained parameters in a PolicyModule
 
@@ -71,7 +71,7 @@ class ShardedStrategy(ModelParallelStrategy):
         parameters = dict(self.lightning_module.named_parameters())
         with torch.no_grad():
             for name, tensor in checkpoint["state_dict"].items():
-                parameters[name].copy_(own_part(tensor, parameters[name]))
+                parameters[name].copy_(local_shard(tensor, parameters[name]))
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state with full tensors."""
@@ -83,11 +83,11 @@ class ShardedStrategy(ModelParallelStrategy):
         """Give the optimizer this rank's shard of each full tensor."""
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            divided = {
+            sharded = {
                 number: {name: _scatter(value, parameters[number]) for name, value in values.items()}
                 for number, values in saved["state"].items()
             }
-            optimizer.load_state_dict({"state": divided, "param_groups": _with_foreach(saved, False)})
+            optimizer.load_state_dict({"state": sharded, "param_groups": _with_foreach(saved, False)})
 
     # ModelParallelStrategy's own versions of these two methods would use another file format.
     save_checkpoint = ParallelStrategy.save_checkpoint
@@ -106,7 +106,7 @@ def _gather(values: Mapping[str, Any], keep: bool) -> dict[str, Any]:
     gathered = {}
     for name, value in values.items():
         if isinstance(value, Tensor):
-            tensor = whole(value)  # a collective operation, so every rank calls it
+            tensor = full_tensor(value)  # a collective operation, so every rank calls it
             value = tensor.cpu() if keep else None
         gathered[name] = value
     return gathered
@@ -115,7 +115,7 @@ def _gather(values: Mapping[str, Any], keep: bool) -> dict[str, Any]:
 def _scatter(value: Any, parameter: Tensor) -> Any:
     """This rank's shard of a full tensor of the optimizer's state; other values, such as AdamW's step, as they are."""
     is_like = isinstance(value, Tensor) and value.shape == parameter.shape
-    return own_part(value, parameter) if is_like else value
+    return local_shard(value, parameter) if is_like else value
 
 
 StrategyRegistry.register("sharded", ShardedStrategy, description="decoder layers sharded over ranks (FSDP2)")

@@ -1,4 +1,4 @@
-"""2 and 4 processes learn what one learns from the same samples, with whole (DDP) and with divided weights (FSDP2)."""
+"""2 and 4 processes learn what one learns from the same samples, with DDP and with sharded weights (FSDP2)."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_each_rank_holds_its_part_of_the_layers_and_their_optimizer_state(build,
         own = sum(p.to_local().numel() for p in layers.parameters())
         state = trainer.optimizers[0].state
         moments = sum(state[p]["exp_avg"].to_local().numel() for p in layers.parameters())
-        with pytest.raises(RuntimeError, match="divided over ranks"):
+        with pytest.raises(RuntimeError, match="sharded over ranks"):
             module.policy.decoder()
         return own, moments, sum(p.numel() for p in layers.parameters())
 
@@ -180,8 +180,8 @@ def test_each_rank_holds_its_part_of_the_layers_and_their_optimizer_state(build,
 
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
-def test_checkpoint_and_merged_model_are_those_of_an_undivided_run(build, make_items, fit, tmp_path, lora):
-    """Written by two ranks with divided layers; one process goes on from it, and two go on from one process's."""
+def test_checkpoint_and_merged_model_are_those_of_an_unsharded_run(build, make_items, fit, tmp_path, lora):
+    """Written by two ranks with sharded layers; one process goes on from it, and two go on from one process's."""
     items = make_items([1, 2, 1, 3, 2, 1], with_target=True)
 
     class Leave(Callback):
@@ -222,7 +222,7 @@ def test_checkpoint_and_merged_model_are_those_of_an_undivided_run(build, make_i
         torch.testing.assert_close(merged, expected, atol=2e-5, rtol=1e-3)
 
 
-def test_memory_kept_from_before_the_policy_was_divided_is_not_decoded_with(tiny_model_dir, make_items):
+def test_memory_kept_from_before_the_policy_was_sharded_is_not_decoded_with(tiny_model_dir, make_items):
     request = RolloutRequest(make_items([1, 2]), SamplingSettings(2, 1.0, 6), seeds=[1, 2])
 
     def work():

@@ -52,7 +52,7 @@ def test_weights_that_are_trained_themselves_are_compared_to_the_last_bit(tiny_m
 
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
-def test_a_divided_policy_is_compared_whole(tiny_model_dir, lora):
+def test_a_sharded_policy_is_compared_in_full(tiny_model_dir, lora):
     def work():
         torch.set_num_threads(1)
         policy = QwenVL(str(tiny_model_dir), lora=lora)
