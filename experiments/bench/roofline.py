@@ -24,7 +24,7 @@ from datamodules.checkpoints.pretrained import skeleton
 from experiments.bench.workload import Workload
 from lightning_modules.models.architectures.base import VisionSizes
 from lightning_modules.models.architectures.registry import architecture_of
-from lightning_modules.models.layers.onednn_linear import multiply
+from lightning_modules.models.layers import onednn_linear
 
 BYTES = {"float32": 4, "bfloat16": 2}
 # Dense bfloat16 operations per second that large matrix products reach, and bytes per second.
@@ -65,7 +65,9 @@ def machine_peaks() -> Peaks:
     a, b = (torch.rand(side, side, device=device).to(dtype) for _ in range(2))
     source = torch.rand(1 << 25, device=device)  # 128 MiB, more than caches hold
     target = torch.empty_like(source)
-    product = min(_best_seconds(lambda: a @ b), _best_seconds(lambda: multiply(a, b)))  # MKL's and oneDNN's product
+    product = min(
+        _best_seconds(lambda: a @ b), _best_seconds(lambda: onednn_linear.linear(a, b))
+    )  # MKL's and oneDNN's product
     operations = 2 * side**3 / product
     bandwidth = 2 * source.nbytes / _best_seconds(lambda: target.copy_(source))
     return Peaks(operations, bandwidth, "measured")

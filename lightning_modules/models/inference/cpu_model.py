@@ -25,7 +25,7 @@ from lightning_modules.models.attention.kv_cache import BranchLayer
 from lightning_modules.models.attention.prefix_attention import SharedPrefixAttention
 from lightning_modules.models.inference.base import Context
 from lightning_modules.models.layers.lora import merged_weight, plain_weight
-from lightning_modules.models.layers.onednn_linear import PackedProduct
+from lightning_modules.models.layers.onednn_linear import PrepackedLinear
 
 ROWS = 16  # products have a multiple of it: oneDNN makes code for each number of rows, for the time of ten products
 
@@ -75,7 +75,7 @@ class CpuSamplingModel:
         parts = architecture_of(source).decoder_parts(source)
         self.embeddings, self.rotary, self.norm = source.get_input_embeddings(), parts.rotary, parts.norm
         self.layers = [_Layer(layer, self._weight) for layer in parts.layers]
-        self.lm_head = PackedProduct(source.get_output_embeddings().weight.detach())
+        self.lm_head = PrepackedLinear(source.get_output_embeddings().weight.detach())
 
     def _text_turns(self, positions: Tensor) -> Tensor:
         needed = int(positions.max()) + 1
@@ -110,11 +110,11 @@ class _Layer:
         q, k, v, scale = layer.query, layer.key, layer.value, layer.scaling
         weights = [self._interleaved(weight(q) * scale), self._interleaved(weight(k)), weight(v)]
         biases = [self._interleaved(q.bias.detach() * scale), self._interleaved(k.bias.detach()), v.bias.detach()]
-        self.qkv = PackedProduct(torch.cat(weights) * layer.attention_norm.weight.detach(), torch.cat(biases))
-        self.out = PackedProduct(weight(layer.output))
+        self.qkv = PrepackedLinear(torch.cat(weights) * layer.attention_norm.weight.detach(), torch.cat(biases))
+        self.out = PrepackedLinear(weight(layer.output))
         of_norm = layer.mlp_norm.weight.detach()
-        self.gate, self.up = (PackedProduct(weight(linear) * of_norm) for linear in (layer.gate, layer.up))
-        self.down = PackedProduct(weight(layer.down))
+        self.gate, self.up = (PrepackedLinear(weight(linear) * of_norm) for linear in (layer.gate, layer.up))
+        self.down = PrepackedLinear(weight(layer.down))
 
     def _interleaved(self, by_output: Tensor) -> Tensor:
         """The halves of each head, [a1, a2, ..., b1, b2, ...], as pairs: [a1, b1, a2, b2, ...]."""

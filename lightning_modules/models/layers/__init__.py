@@ -1,1 +1,1 @@
-"""Layers: LoRA, fused kernels, and fast linear products."""
+"""Layers: LoRA, fused kernels, and faster linear layers."""

@@ -1,8 +1,8 @@
-"""Memory of a process on a CPU: freed tensors stay with the allocator.
+"""The memory of a process on a CPU: freed tensors stay with the allocator.
 
-glibc gives large blocks back to the system as soon as they are freed, and every page of the next tensor is then handed
-out, and zeroed, anew. A training step frees and asks for the same sizes again and again, so that this costs a tenth of
-it on a small model.
+By default glibc returns a large block to the system as soon as it is freed. The system then hands out, and zeroes,
+every page of the next tensor again. A training step frees and allocates the same sizes again and again, so on a small
+model this costs a tenth of the step.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import ctypes
 import functools
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's names for mallopt, in malloc.h
-KEPT = 1 << 30  # bytes that may lie free at the top of the heap
-LARGEST = 32 << 20  # the most that glibc accepts; larger blocks go back to the system at once, as before
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from glibc's malloc.h
+KEPT = 1 << 30  # bytes that may stay free at the top of the heap
+LARGEST = 32 << 20  # bytes, the largest value that glibc accepts; larger blocks still go back to the system at once
 
 
 @functools.cache  # once for each process
 def keep_freed_memory() -> bool:
-    """Tell this process's allocator. Whether it could be told: only glibc's can, others do as they did."""
+    """Set up the allocator of this process. Returns False if its C library is not glibc; then nothing changes."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False

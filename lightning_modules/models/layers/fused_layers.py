@@ -1,7 +1,7 @@
 """Faster layers: other forward passes of transformers' modules, with the same state.
 
-A module's class becomes a subclass of what it was. Kernels are for a GPU: in float32 on a CPU, and wherever else
-nothing is gained, it is transformers' own norms and MLPs that run.
+A module's class becomes a subclass of its old class. The kernels are for a GPU. Where they gain nothing, such as in
+float32 on a CPU, transformers' own forward pass runs.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ HALF = (torch.bfloat16, torch.float16)
 
 @functools.cache
 def is_recent_gpu(device: torch.device) -> bool:
-    """Whether flash attention and Triton's matrix products run there: NVIDIA's Ampere, of 2020, or later."""
+    """Whether flash attention and Triton's matrix products run on it: NVIDIA's Ampere (2020) or later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache
 def has_kernels(device: torch.device) -> bool:
-    """Whether the kernels written in Triton run there."""
+    """Whether this project's Triton kernels run on it."""
     return is_recent_gpu(device) and importlib.util.find_spec("triton") is not None
 
 
 class FusedNorm(nn.Module):
-    """An RMS norm as one kernel, but for a weight's gradient."""
+    """An RMS norm as one kernel. The kernel gives no gradient of the weight, so a trained norm runs as it was."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not has_kernels(x.device) or (self.weight.requires_grad and torch.is_grad_enabled()):
@@ -44,12 +44,12 @@ class FusedNorm(nn.Module):
 
 
 class FusedMLP(nn.Module):
-    """A gated MLP with what lies between its products as one kernel.
+    """A SwiGLU MLP with SiLU and gate as one kernel between its matrix products.
 
-    In half precision an inner width that is no multiple of 8 is filled up with zeros: Qwen2.5-VL's vision tower has
-    3,420 inner units, and as rows of so many numbers start anywhere in memory, their products are four times slower on
-    a GPU. The weights stay what they are; filled copies are made on the way (and kept for the gradient, 26 MB a layer,
-    where the tower is trained).
+    In half precision an inner width that is no multiple of 8 is padded with zeros. Qwen2.5-VL's vision tower has 3,420
+    inner units. Rows of 3,420 numbers are not aligned in memory, which makes a GPU's matrix products four times slower.
+    The weights themselves do not change: each forward pass makes padded copies. If the tower is trained, autograd keeps
+    the copies for the backward pass (26 MB a layer).
     """
 
     linear_names: tuple[str, str, str]  # of gate, up and down
@@ -57,7 +57,8 @@ class FusedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         linears = [getattr(self, name) for name in self.linear_names]
         gate, up, down = linears
-        is_plain = all(isinstance(linear, nn.Linear) for linear in linears)  # without an adapter
+        # PEFT's LoRA layers are no nn.Linear; padding would leave their adapter out.
+        is_plain = all(isinstance(linear, nn.Linear) for linear in linears)
         missing = -down.in_features % 8 if is_plain and x.dtype in HALF else 0
         if missing:
             gated = silu_gated(*(_wider(linear, x, missing) for linear in (gate, up)))
@@ -81,9 +82,12 @@ def _wider(linear: nn.Linear, x: Tensor, missing: int) -> Tensor:
     return F.linear(x, F.pad(linear.weight, (0, 0, 0, missing)), bias)
 
 
-class PatchProduct(nn.Module):
-    """The patch embedding as one product: its convolution steps by the length of its kernel, so no two places overlap.
-    On a CPU the product is four times as fast."""
+class LinearPatchEmbedding(nn.Module):
+    """The patch embedding as one matrix product.
+
+    Its convolution steps by the length of its kernel, so each patch meets the weights once. On a CPU the matrix product
+    is four times as fast as the convolution.
+    """
 
     def forward(self, patches: Tensor) -> Tensor:
         weight = self.proj.weight.flatten(1)
@@ -91,14 +95,15 @@ class PatchProduct(nn.Module):
 
 
 def with_fused_layers(model: nn.Module) -> nn.Module:
-    """The same model: its RMS norms become `FusedNorm`, its MLPs with SiLU `FusedMLP`; they keep their state."""
+    """The same model, in place: RMS norms become `FusedNorm`, SwiGLU MLPs `FusedMLP`, patch embeddings
+    `LinearPatchEmbedding`. All keep their state."""
     found = architecture_of(model).speed_ups(model)
     for module in found.norms:
         module.__class__ = _subclass(FusedNorm, type(module))
     for module in found.gated_mlps:
         module.__class__ = _subclass(FusedMLP, type(module), linear_names=found.gated_mlp_names)
     for module in found.patch_embeddings:
-        module.__class__ = _subclass(PatchProduct, type(module))
+        module.__class__ = _subclass(LinearPatchEmbedding, type(module))
     return model
 
 

@@ -1,11 +1,11 @@
-"""A linear layer with LoRA as one differentiable operation: no pass over the full output beside the matrix products.
+"""A linear layer with LoRA as one differentiable operation, without elementwise passes over the full output.
 
-PEFT computes W x + s · B (A x) as two full outputs, a product with s and a sum, and autograd adds two full gradients of
-x. Here s goes to the narrow side (A x has `rank` columns), and both sums are the accumulation of a matrix product. On
-narrow models on a CPU those passes cost as much as the products themselves; on a GPU each is a kernel less.
+PEFT computes W x + s · B (A x) as two outputs [N, O], a multiplication by s and a sum, and autograd adds two gradients
+of x. Here s multiplies the narrow A x [N, r], and both sums are accumulated by a matrix product (addmm). For narrow
+models on a CPU those passes cost as much as the matrix products; on a GPU each is one kernel less.
 
-In float32 on a CPU, where there are more tokens than outputs, W + s · B A is made first: one product in place of three,
-and one backward for the gradient of x. In half precision that sum would be rounded.
+In float32 on a CPU, if there are more tokens than outputs, W + s · B A is computed first: one matrix product instead of
+three, also for the gradient of x. In half precision that sum would be rounded.
 
 Shapes: N tokens, I inputs, O outputs, r rank.
 """
@@ -20,11 +20,11 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lightning_modules.models.layers.onednn_linear import multiply, uses_onednn
+from lightning_modules.models.layers.onednn_linear import linear, uses_onednn
 
 
 class FusedLoraLinear(LoraLinear):
-    """PEFT's layer with a faster forward; everything else, and every case but the plain one, is PEFT's own."""
+    """PEFT's layer with a faster forward pass. Anything but one plain adapter on a frozen layer runs PEFT's own."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plain = not (args or kwargs or self.disable_adapters or self.merged or self.lora_variant)
@@ -35,16 +35,16 @@ class FusedLoraLinear(LoraLinear):
         has_dropout = not isinstance(self.lora_dropout[name], nn.Identity)
         if has_dropout or self.lora_bias[name] or any(p.requires_grad for p in base.parameters()):
             return super().forward(x)
-        # What autocast would make of these operands; inside the operation it must find nothing left to cast.
+        # Cast as autocast would: inside a custom autograd function it does not cast for us.
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.weight.dtype
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
         bias = None if base.bias is None else base.bias.to(dtype)
         operands = (x.to(dtype), base.weight.to(dtype), bias, down.to(dtype), up.to(dtype))
-        return _LoraProduct.apply(*operands, self.scaling[name])
+        return _LoraFunction.apply(*operands, self.scaling[name])
 
 
-class _LoraProduct(torch.autograd.Function):
+class _LoraFunction(torch.autograd.Function):
     """x [..., I] -> W x + bias + s · B (A x) [..., O], with W [O, I] frozen, A [r, I], B [O, r]."""
 
     @staticmethod
@@ -55,7 +55,7 @@ class _LoraProduct(torch.autograd.Function):
         ctx.is_merged = uses_onednn(flat, weight) and len(flat) > len(weight)
         if ctx.is_merged:
             narrow, weight = None, torch.addmm(weight, up, down, alpha=scaling)
-            out = multiply(flat, weight, bias)
+            out = linear(flat, weight, bias)
         else:
             narrow = (flat @ down.t()).mul_(scaling)  # [N, r]
             out = F.linear(flat, weight, bias).addmm_(narrow, up.t())
@@ -68,12 +68,12 @@ class _LoraProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         flat, weight, down, up, narrow = ctx.saved_tensors
         grad = grad.flatten(0, -2)
-        grad_narrow = multiply(grad, up.t()).mul_(ctx.scaling)  # [N, r]
+        grad_narrow = linear(grad, up.t()).mul_(ctx.scaling)  # [N, r]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = multiply(grad, weight.t())
+            grad_x = linear(grad, weight.t())
             grad_x = (grad_x if ctx.is_merged else grad_x.addmm_(grad_narrow, down)).view(ctx.shape)
         if ctx.is_merged:
-            narrow = multiply(flat, down).mul_(ctx.scaling)
-        grad_up = multiply(narrow.t(), grad.t()).t()  # the narrow one in front: a third faster than the other way
-        return grad_x, None, None, multiply(grad_narrow.t(), flat.t()), grad_up, None
+            narrow = linear(flat, down).mul_(ctx.scaling)
+        grad_up = linear(narrow.t(), grad.t()).t()  # narrow operand first: a third faster than the other order
+        return grad_x, None, None, linear(grad_narrow.t(), flat.t()), grad_up, None

@@ -1,5 +1,7 @@
-"""Products of linear layers. In float32 on a CPU oneDNN makes them: PyTorch's own choice there is MKL, which leaves
-half of an AMD core's vector width unused. Both sum in float32, in another order; everything else is PyTorch's own.
+"""Linear layers by oneDNN, in float32 on a CPU; everywhere else PyTorch's own.
+
+PyTorch would take MKL there, which leaves half of an AMD core's vector width unused. Both add up in float32, but in a
+different order, so results differ by rounding.
 
 Shapes: N tokens, I inputs, O outputs.
 """
@@ -14,34 +16,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# How many plans of products oneDNN, and PyTorch in front of it, keep; read when the first is made. With 1,024 of each,
-# their default, and rows of ever new lengths a process grows by 1.2 GB; a plan is made in less than a millisecond.
+# oneDNN generates code for each shape of a matrix product and caches it; PyTorch has a second cache in front of that.
+# Both hold 1,024 entries by default. With rows of ever new lengths a process grew by 1.2 GB, while generating an entry
+# takes less than a millisecond. Both variables are read at the first matrix product.
 for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_name, "128")
 
-# Not in every build of PyTorch, and not among its documented functions.
+# A private function of PyTorch, which is not in every build.
 _ONEDNN = torch.ops.mkldnn._linear_pointwise if hasattr(torch.ops.mkldnn, "_linear_pointwise") else None
 
 
 def uses_onednn(*tensors: Tensor) -> bool:
-    """Whether products of these operands are oneDNN's."""
+    """Whether oneDNN computes with these operands."""
     known = _ONEDNN is not None and torch.backends.mkldnn.enabled
     return known and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [N, I] times weight [O, I] transposed, plus bias [O]: [N, O]. Without gradient; operands may be transposed."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` without gradient: x [N, I], weight [O, I] and bias [O] -> [N, O]. Operands may be transposed views."""
     if uses_onednn(x, weight):
         if not (weight.is_contiguous() or weight.t().is_contiguous()):
-            weight = weight.contiguous()  # with gaps in its memory oneDNN takes a plain loop, a thousand times slower
+            # For a weight with gaps in memory (a slice) oneDNN falls back to a plain loop, a thousand times slower.
+            weight = weight.contiguous()
         return _ONEDNN.default(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
-class PackedProduct:
-    """A linear layer without gradient for many products of few tokens: its weight [O, I] is laid out once for oneDNN.
+class PrepackedLinear:
+    """A linear layer without gradient that is called often with few tokens.
 
-    What follows a product is done by it while its output is at hand. It takes x [N, I] of the weight's type.
+    The weight [O, I] is brought into oneDNN's own layout once. The operation that follows (SiLU, addition,
+    multiplication) is fused into the matrix product (oneDNN's post-operations). x [N, I] must have the weight's dtype.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -50,18 +55,18 @@ class PackedProduct:
         self.bias, self.out_features = bias, len(weight)
 
     def __call__(self, x: Tensor, activation: Literal["none", "swish"] = "none") -> Tensor:
-        """[N, O], with the bias; with "swish" its SiLU."""
+        """x W^T + bias [N, O]; with "swish" (oneDNN's name for SiLU) SiLU of that."""
         if self.by_onednn:
             return _ONEDNN.default(x, self.weight, self.bias, activation, [], "")
         out = F.linear(x, self.weight, self.bias)
         return F.silu(out) if activation == "swish" else out
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        """The product, without bias, plus `other` [N, O]."""
+        """x W^T + other [N, O], without the bias."""
         return self._with(x, other, "add")
 
     def times(self, x: Tensor, other: Tensor) -> Tensor:
-        """The product, without bias, times `other` [N, O]."""
+        """(x W^T) * other [N, O], elementwise, without the bias."""
         return self._with(x, other, "mul")
 
     def _with(self, x: Tensor, other: Tensor, how: Literal["add", "mul"]) -> Tensor:
@@ -72,21 +77,22 @@ class PackedProduct:
 
 
 def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` [..., O] by `multiply`, in both directions."""
+    """`F.linear` [..., O], by oneDNN in the forward and in the backward pass where it can."""
+    # Under autocast the operands would be cast first, which F.linear does.
     if not uses_onednn(x, weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     return _Linear.apply(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
 
 
 class FastLinear(nn.Linear):
-    """A linear layer by `fast_linear`."""
+    """`nn.Linear` that computes with `fast_linear`; the state is the same."""
 
     def forward(self, x: Tensor) -> Tensor:
         return fast_linear(x, self.weight, self.bias)
 
 
 def with_fast_linears(model: nn.Module) -> nn.Module:
-    """The same model: its plain linear layers become `FastLinear` and keep their state."""
+    """The same model, in place: its plain `nn.Linear` modules become `FastLinear` and keep their state."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = FastLinear
@@ -99,7 +105,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return multiply(x, weight, bias)
+        return linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -107,7 +113,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
-            multiply(grad, weight.t()) if needs_x else None,
-            multiply(grad.t(), x.t()) if needs_weight else None,
+            linear(grad, weight.t()) if needs_x else None,
+            linear(grad.t(), x.t()) if needs_weight else None,
             grad.sum(0) if needs_bias else None,
         )

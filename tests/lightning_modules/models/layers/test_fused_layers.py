@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.models.layers import fused_layers
-from lightning_modules.models.layers.fused_layers import FusedMLP, FusedNorm, PatchProduct
+from lightning_modules.models.layers.fused_layers import FusedMLP, FusedNorm, LinearPatchEmbedding
 from lightning_modules.models.layers.lora import LoraSettings
 from lightning_modules.models.qwen_vl import QwenVL
 
@@ -47,7 +47,7 @@ def policy(tiny_model_dir: Path) -> QwenVL:
 def plain(module: nn.Module) -> nn.Module:
     """The same as transformers made it."""
     module = copy.deepcopy(module)
-    assert type(module).__bases__[0] in (FusedMLP, FusedNorm, PatchProduct)
+    assert type(module).__bases__[0] in (FusedMLP, FusedNorm, LinearPatchEmbedding)
     module.__class__ = type(module).__bases__[1]
     return module
 

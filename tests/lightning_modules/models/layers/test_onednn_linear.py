@@ -16,8 +16,8 @@ from lightning_modules.models.inference.plain_model import PlainSamplingModel
 from lightning_modules.models.layers import onednn_linear
 from lightning_modules.models.layers.onednn_linear import (
     FastLinear,
-    PackedProduct,
-    multiply,
+    PrepackedLinear,
+    linear,
     uses_onednn,
     with_fast_linears,
 )
@@ -33,12 +33,12 @@ def test_products_equal_those_in_float64(x_turned: bool, weight_turned: bool) ->
     weight = torch.randn(24, 40).t() if weight_turned else torch.randn(40, 24)
     bias = torch.randn(40)
     expected = (x.double() @ weight.double().t() + bias.double()).float()
-    torch.testing.assert_close(multiply(x, weight, bias), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(linear(x, weight, bias), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_packed_weights_give_the_same_products() -> None:
     x, weight, bias = torch.randn(37, 24), torch.randn(40, 24), torch.randn(40)
-    torch.testing.assert_close(PackedProduct(weight, bias)(x), multiply(x, weight, bias))
+    torch.testing.assert_close(PrepackedLinear(weight, bias)(x), linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("with_onednn", [True, False])
@@ -48,7 +48,7 @@ def test_what_follows_a_product_is_done_with_it(with_onednn: bool, monkeypatch: 
     x, weight, other = torch.randn(37, 24), torch.randn(40, 24), torch.randn(37, 40)
     plain = x @ weight.t()
     close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
-    product = PackedProduct(weight)
+    product = PrepackedLinear(weight)
     close(product(x, "swish"), plain * plain.sigmoid())
     close(product.plus(x, other), plain + other)
     close(product.times(x, other), plain * other)
@@ -60,13 +60,13 @@ def test_a_weight_with_gaps_in_its_memory_takes_no_slow_way(turned: bool) -> Non
     x, wide = torch.randn(1500, 32), torch.randn(100, 2, 32)[:, 1]
     weight = wide[:32].t() if turned else wide
     x = torch.randn(1500, weight.shape[1])
-    torch.testing.assert_close(multiply(x, weight), x @ weight.t(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(linear(x, weight), x @ weight.t(), rtol=1e-4, atol=1e-4)
 
     def least_seconds(weight: Tensor) -> float:
         seconds = []
         for _ in range(5):
             began = time.thread_time()
-            multiply(x, weight)
+            linear(x, weight)
             seconds.append(time.thread_time() - began)
         return min(seconds)
 
@@ -100,7 +100,7 @@ def test_other_precisions_and_builds_are_pytorchs_own(monkeypatch: pytest.Monkey
     monkeypatch.setattr(onednn_linear, "_ONEDNN", None)
     layer.float()
     assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
-    assert PackedProduct(layer.weight).weight is layer.weight
+    assert PrepackedLinear(layer.weight).weight is layer.weight
 
 
 def test_the_cpu_model_reads_prompts_as_the_merged_one_does(
