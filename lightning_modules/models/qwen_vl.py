@@ -185,8 +185,8 @@ class QwenVL(nn.Module):
 
     def _hidden_states(self, model: SamplingModel, rows: PackedRows, features: Sequence[Tensor]) -> Tensor:
         """[L, D], after the last norm."""
-        images, slots = [features[index] for index in rows.items], rows.image_slots(self.image_token_id)
-        embeddings = self.embed(model, rows.input_ids, images, slots)
+        images, placeholders = [features[index] for index in rows.items], rows.image_token_index(self.image_token_id)
+        embeddings = self.embed(model, rows.input_ids, images, placeholders)
         return model.hidden_states(rows.attention, rows.position_ids, inputs_embeds=embeddings)[0]
 
     def dummy_log_prob(self, reference: bool = False) -> Tensor:
@@ -194,25 +194,27 @@ class QwenVL(nn.Module):
         token = torch.tensor([self.eos_ids[0]], device=self.device)
         return self.token_log_probs(one_token_row(token), [], reference=reference).sum()
 
-    def embed(self, model: SamplingModel, input_ids: Tensor, features: Sequence[Tensor], slots: Tensor) -> Tensor:
+    def embed(
+        self, model: SamplingModel, input_ids: Tensor, features: Sequence[Tensor], placeholders: Tensor
+    ) -> Tensor:
         """Token embeddings [..., D] with image features in their places.
 
         Args:
             model: whose embeddings are taken.
             input_ids: long [...].
             features: of the images in order, each [tokens, F].
-            slots: indices of the image placeholders in `input_ids`, flattened; long, one for each image token.
+            placeholders: indices of the image placeholders in `input_ids`, flattened; long, one for each image token.
 
         Raises:
             ValueError: there are more or fewer placeholders than features.
         """
         embeddings = model.get_input_embeddings()(input_ids)
         images = torch.cat(list(features)) if features else embeddings.new_zeros(0, embeddings.shape[-1])
-        if len(images) != len(slots):
-            raise ValueError(f"{len(slots)} image placeholders but {len(images)} image features")
+        if len(images) != len(placeholders):
+            raise ValueError(f"{len(placeholders)} image placeholders but {len(images)} image features")
         if more := images.shape[-1] - embeddings.shape[-1]:  # also for later layers (`Architecture.image_features`)
             embeddings = F.pad(embeddings, (0, more))
-        flat = embeddings.flatten(0, -2).index_copy(0, slots, images.to(embeddings.dtype))
+        flat = embeddings.flatten(0, -2).index_copy(0, placeholders, images.to(embeddings.dtype))
         return flat.view_as(embeddings)
 
     @contextmanager

@@ -1,7 +1,7 @@
 """Attention of packed rows on a GPU: FlexAttention under a block mask, for `prefix_attention.SharedPrefixAttention`.
 
-What no token of a block may see is never computed, so a row costs what its groups cost. The mask itself is never
-written out: a token's group and branch are kept, and for each pair of blocks whether any token may see any.
+Pairs of blocks in which no token sees any are never computed, so a row costs what its groups cost. The mask itself is
+never written out. Kept are each token's group and completion, and for each pair of blocks whether any token sees any.
 
 Shapes: L tokens of a row, M its padded length, K = M / BLOCK blocks; H key-value heads, R query heads for each of
 them, D head width.
@@ -24,60 +24,72 @@ SHORTEST = 1024
 
 
 def padded_length(length: int) -> int:
-    """The next power of two, `SHORTEST` at least: so few lengths need few compiled kernels. Padding costs little.
+    """The next power of two, at least `SHORTEST`.
 
-    Fewer than 128 tokens would get another kernel, which wants R to be a power of two.
+    A kernel is compiled for each padded length, so few lengths mean few compilations; padding costs little. For fewer
+    than 128 tokens torch would choose another kernel, which needs R to be a power of two.
     """
     return max(SHORTEST, 1 << (length - 1).bit_length())
 
 
 @lru_cache(maxsize=4)  # the layers of a forward pass, its recomputation and the reference ask for the same one
 def row_block_mask(spans: tuple[GroupSpan, ...], device: torch.device) -> BlockMask:
-    """Token i sees token j where j <= i, both are of one group, and j is in the prefix (branch 0) or the branch of i.
+    """FlexAttention's mask of a packed row.
 
-    Padding tokens see themselves: a softmax over nothing would be NaN, and its gradient too.
+    Token i sees token j if j <= i, both are of one group, and j is in the prefix or in the completion of i. A prefix
+    counts as completion 0. Padding tokens see themselves: a softmax over nothing would be NaN, and its gradient too.
     """
-    parts = [(group, branch, n) for group, s in enumerate(spans) for branch, n in enumerate((s.prefix, *s.branches))]
-    group, branch, counts = torch.tensor(parts).unbind(1)
+    parts = [(group, part, n) for group, s in enumerate(spans) for part, n in enumerate((s.prefix, *s.completions))]
+    group, completion, counts = torch.tensor(parts).unbind(1)
     length = padded_length(int(counts.sum()))
-    padding = torch.arange(1, length - int(counts.sum()) + 1)  # each a branch of its own, of a group without a prefix
+    # Each padding token is a completion of its own, in one more group that has no prefix.
+    padding = torch.arange(1, length - int(counts.sum()) + 1)
     group = torch.cat([group.repeat_interleave(counts), torch.full_like(padding, len(spans))])
-    branch = torch.cat([branch.repeat_interleave(counts), padding])
-    partial, full = _blocks(group, branch)
-    group, branch = group.to(device), branch.to(device)
+    completion = torch.cat([completion.repeat_interleave(counts), padding])
+    partial, full = _blocks(group, completion)
+    group, completion = group.to(device), completion.to(device)
 
     def may_see(_batch: Tensor, _head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (j <= i) & (group[j] == group[i]) & ((branch[j] == 0) | (branch[j] == branch[i]))
+        return (j <= i) & (group[j] == group[i]) & ((completion[j] == 0) | (completion[j] == completion[i]))
 
     lists = (part for matrix in (partial, full) for part in _listed(matrix.to(device)))
     return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=may_see, seq_lengths=(length, length))
 
 
-def _blocks(group: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-    """Bool [K, K] twice: query block sees some of key block (maybe none: the token rule decides), or surely all of it.
+def _blocks(group: Tensor, completion: Tensor) -> tuple[Tensor, Tensor]:
+    """Which key blocks each query block sees, from the ranges of groups and completions in a block.
 
-    Groups ascend along a row, so ranges that meet share a group; branches ascend inside a group.
+    Groups ascend along a row, so ranges that overlap share a group; completions ascend inside a group.
+
+    Args:
+        group: long [M], of each token.
+        completion: long [M], of each token; 0 in a prefix.
+
+    Returns:
+        Two matrices, bool [K, K]. In the first, pairs of which some tokens may see each other: the token rule decides
+        there. In the second, pairs of which every query sees every key.
     """
     low_group, high_group = group.view(-1, BLOCK).aminmax(dim=1)
-    low, high = branch.view(-1, BLOCK).aminmax(dim=1)
+    low, high = completion.view(-1, BLOCK).aminmax(dim=1)
     one_group = low_group == high_group
     meet = (low_group[:, None] <= high_group) & (low_group <= high_group[:, None])
     overlap = (low[:, None] <= high) & (low <= high[:, None])
-    # Where a block holds several groups, the range of its branches still bounds them.
-    in_prefix = branch.view(-1, BLOCK) == 0
+    # The range of completions is an upper bound where a block holds several groups.
+    in_prefix = completion.view(-1, BLOCK) == 0
     first_prefix = group.view(-1, BLOCK).masked_fill(~in_prefix, len(group)).amin(dim=1)
     last_prefix = group.view(-1, BLOCK).masked_fill(~in_prefix, -1).amax(dim=1)
     sees_prefix = (low_group[:, None] <= last_prefix) & (high_group[:, None] >= first_prefix)
     some = (meet & overlap) | sees_prefix
     some &= torch.ones_like(some).tril()
     alike = (one_group[:, None] & one_group) & (low_group[:, None] == low_group)
-    same_branch = (low[:, None] == high) & (high[:, None] == low)
-    full = some & alike & ((high == 0) | same_branch) & torch.ones_like(some).tril(-1)
+    same_completion = (low[:, None] == high) & (high[:, None] == low)
+    full = some & alike & ((high == 0) | same_completion) & torch.ones_like(some).tril(-1)
     return some & ~full, full
 
 
 def _listed(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Bool [K, K] as FlexAttention wants it: counts of each row, and indices with those first; int32 [1, 1, ...]."""
+    """A matrix, bool [K, K], in FlexAttention's form, int32: the number of True entries in each row [1, 1, K], and the
+    column indices of each row with the True entries first [1, 1, K, K]."""
     counts = matrix.sum(dim=1, dtype=torch.int32)
     indices = matrix.int().argsort(dim=1, descending=True, stable=True).to(torch.int32)
     return counts[None, None], indices[None, None]
@@ -92,7 +104,10 @@ def compiled_flex() -> Callable[..., Tensor]:
 def attend_packed(
     query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float, flex: Callable[..., Tensor]
 ) -> Tensor:
-    """Query [1, H * R, L, D], key and value [1, H, L, D] -> [1, L, H * R, D]."""
+    """Attention of a packed row: query [1, H * R, L, D], key and value [1, H, L, D] -> [1, L, H * R, D].
+
+    `flex` is `compiled_flex()`, or `flex_attention` itself in tests on a CPU.
+    """
     length = query.shape[2]
     padding = (0, 0, 0, mask.seq_lengths[0] - length)
     query, key, value = (F.pad(t, padding) for t in (query, key, value))

@@ -1,22 +1,23 @@
-"""Two attention functions, registered with transformers under names of our own; nothing of transformers is patched."""
+"""Two attention functions, registered with transformers under this project's names; nothing in it is patched."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lightning_modules.models.attention.kv_cache import BranchLayer
+from lightning_modules.models.attention.kv_cache import PrefixKVLayer
 from lightning_modules.models.attention.prefix_attention import SharedPrefixAttention
 from lightning_modules.models.layers.fused_layers import HALF, is_recent_gpu
 
 TEXT_ATTENTION = "shared_prefix_sdpa"
-# The vision tower hands over whole sequences with their boundaries only to what is called flash; to anything else
-# it makes one call for each window of each image in each layer.
+# Only to an attention function with "flash" in its name does a vision tower give a whole sequence with its boundaries.
+# Any other is called once for each window of each image in each layer.
 VISION_ATTENTION = "padded_flash"
 
 
@@ -30,16 +31,18 @@ def register_attention() -> None:
 def text_attention(
     module: nn.Module,
     query: Tensor,
-    key: Tensor | BranchLayer,
-    value: Tensor | BranchLayer,
+    key: Tensor | PrefixKVLayer,
+    value: Tensor | PrefixKVLayer,
     attention_mask: Tensor | SharedPrefixAttention | None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """[B, heads, L, d] -> [B, L, heads, d]: by what stands in the place of the keys or the mask, otherwise SDPA.
+    """Attention of the decoder: [B, heads, L, d] -> [B, L, heads, d].
 
-    Transformers hands on untouched what a cache returns as keys, and what is given as a ready mask.
+    transformers passes on unchanged what a cache returns as keys, and what it is given as a ready mask. A decoding
+    step's cache (in the place of the keys) or a packed row's attention (in the place of the mask) computes; otherwise
+    transformers' own SDPA does.
     """
-    if isinstance(key, BranchLayer):
+    if isinstance(key, PrefixKVLayer):
         return key.attend(query, module.scaling), None
     if isinstance(attention_mask, SharedPrefixAttention):
         return attention_mask(query, key, value, module.scaling), None
@@ -59,27 +62,41 @@ def vision_attention(
     dropout: float = 0.0,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Full attention inside each of n segments of one sequence, [1, heads, S, d] -> [1, S, heads, d].
+    """Attention of a vision tower: full attention inside each of n segments of one sequence.
 
-    `cu_seq_lens_q` [n + 1] holds the boundaries of segments (windows, or whole images), `max_length_q` the longest. On
-    a GPU in half precision one kernel takes them as they are. Elsewhere they are padded to the longest and run as one
-    batch; padding is masked as a key and thrown away as a query.
+    On a GPU in half precision one kernel takes the segments as they are. Elsewhere they are padded to the longest and
+    run as one batch; padding is masked as keys and dropped as queries.
+
+    Args:
+        module: not used.
+        query: [1, heads, S, d], as `key` and `value`.
+        key: see `query`.
+        value: see `query`.
+        attention_mask: not used.
+        cu_seq_lens_q: boundaries of the segments (windows, or whole images), [n + 1].
+        max_length_q: length of the longest segment.
+        scaling: of the scores.
+        dropout: of the weights.
+
+    Returns:
+        [1, S, heads, d], and None in the place of the weights.
     """
     num_segments, longest = len(cu_seq_lens_q) - 1, int(max_length_q)
     fits = query.dtype in HALF and query.shape[-1] % 8 == 0
     if fits and dropout == 0 and is_recent_gpu(query.device):
         ends = cu_seq_lens_q.int()
-        q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+        q, k, v = (rearrange(t, "1 h s d -> s h d") for t in (query, key, value))
         return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling)[None], None
-    if num_segments * longest == query.shape[2]:
-        q, k, v = (t[0].unflatten(1, (num_segments, longest)).transpose(0, 1) for t in (query, key, value))
+    if num_segments * longest == query.shape[2]:  # all segments have one length
+        q, k, v = (rearrange(t, "1 h (n s) d -> n h s d", n=num_segments) for t in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, scale=scaling, dropout_p=dropout)
-        return out.transpose(1, 2).flatten(0, 1)[None], None
+        return rearrange(out, "n h s d -> 1 (n s) h d"), None
 
-    batch = torch.cat([query, key, value]).transpose(1, 2)  # [3, S, heads, d]
+    tokens = rearrange(torch.cat([query, key, value]), "qkv h s d -> qkv s h d")
     starts, ends = cu_seq_lens_q[:-1, None].long(), cu_seq_lens_q[1:, None].long()
-    places = starts + torch.arange(longest, device=batch.device)  # [n, longest]
-    real = places < ends
-    q, k, v = batch[:, places.clamp(max=batch.shape[1] - 1)].transpose(2, 3)  # each [n, heads, longest, d]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None], scale=scaling, dropout_p=dropout)
-    return out.transpose(1, 2)[real][None], None
+    index = starts + torch.arange(longest, device=tokens.device)  # [n, longest], of a token in the sequence
+    is_token = index < ends  # else padding
+    padded = tokens[:, index.clamp(max=tokens.shape[1] - 1)]
+    q, k, v = rearrange(padded, "qkv n s h d -> qkv n h s d")
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=is_token[:, None, None], scale=scaling, dropout_p=dropout)
+    return rearrange(out, "n h s d -> n s h d")[is_token][None], None

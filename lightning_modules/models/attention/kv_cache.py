@@ -1,11 +1,13 @@
-"""Key-value memory for decoding G completions of each prompt: the prompt's part is kept once, unexpanded.
+"""KV cache for sampling G completions of each prompt: the prompt's keys and values are kept once, not G times.
 
-A decoding step of a prompt has G queries that share the prefix and differ in their suffix. Attention over the prefix is
-one matrix product for all G branches and all query heads of a key-value head; attention over the suffixes is a small
-product for each branch; one softmax spans both. Nothing is repeated in memory, neither for branches nor for heads.
+In a decoding step the G completions of a prompt are G queries that share the prefix and differ in what follows.
+Attention over the prefix is one matrix product for all G completions and all query heads of a key-value head. Attention
+over the completions' own tokens is a small matrix product for each completion. One softmax spans both. Nothing is
+repeated in memory, neither for completions nor for heads.
 
-Shapes: P prompts, G branches, A active rows (branches that go on), H key-value heads, R query heads for each of them,
-L prefix tokens (right-padded), T tokens that a branch can grow to, D head width. A slot is a flat index into [P, G].
+Shapes: P prompts, G completions of each, A active rows (completions that have not ended), H key-value heads, R query
+heads for each of them, L prefix tokens (padded on the right), T tokens that a completion can grow to, D head width. A
+batch slot is a flat index into [P, G].
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from torch import Tensor
 
 
 class PrefixRecorder:
-    """Handed to the model as its cache during prefill: keeps each layer's keys and values, rotated, [P, H, L, D].
+    """Given to the model as its cache while prompts are read: keeps each layer's rotated keys and values [P, H, L, D].
 
-    What else `update` is given differs between versions of transformers, and bears on its own caches only.
+    transformers passes further arguments to `update`. They differ between versions and concern only its own caches.
     """
 
     def __init__(self) -> None:
@@ -33,163 +35,188 @@ class PrefixRecorder:
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Room for `prompts` prompts of up to `prefix` tokens, with `branches` branches each of up to `branch` tokens."""
+    """Room of a `PrefixKVCache`."""
 
     prompts: int
-    branches: int
-    prefix: int
-    branch: int
+    completions: int  # of each prompt
+    prefix_tokens: int
+    completion_tokens: int
     layers: int
     heads: int  # key-value heads
     width: int  # of a head
 
 
-class BranchCache:
-    """Handed to the model as its cache while decoding. `admit` fills prompts, `begin` says what the next step is.
+class PrefixKVCache:
+    """Given to the model as its cache while decoding. `admit` puts prompts in, `begin` describes the next step.
 
-    Every tensor has its final shape from the start and is changed in place, so that a step can be captured and
-    replayed; only `keep_rows` makes new ones.
+    Every tensor has its final shape from the start and is changed in place, so that a step can be captured in a CUDA
+    graph and replayed. Only `keep_rows` allocates new tensors.
     """
 
     def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
-        """Prompts that are not admitted yet have one token of zeros."""
-        self.num_prompts, self.num_branches = shape.prompts, shape.branches
-        self.slots = torch.arange(shape.prompts * shape.branches, device=device)  # [A]
-        self.prefix_bias = torch.full((shape.prompts, 1, shape.prefix), float("-inf"), device=device)
+        """A slot without a prompt has a prefix of one token of zeros: a softmax over nothing would be NaN."""
+        self.num_prompts, self.num_completions = shape.prompts, shape.completions
+        self.batch_slots = torch.arange(shape.prompts * shape.completions, device=device)  # [A], of the active rows
+        self.prefix_bias = torch.full((shape.prompts, 1, shape.prefix_tokens), float("-inf"), device=device)
         self.prefix_bias[:, :, 0] = 0
         self.prefix_lengths = torch.ones(shape.prompts, dtype=torch.long, device=device)
-        self.prefix_width, self.branch_width = shape.prefix, shape.branch  # how much of them is read
-        self.places: Tensor | int = 0
-        self.seen: Tensor | int = 1  # tokens of a branch, with this step's
-        self.owners = self.branches = self.slots  # prompt and branch of each slot, as of the step that has begun
-        self.branch_bias: Tensor | None = None
-        self.layers = [BranchLayer(self, shape, dtype, device) for _ in range(shape.layers)]
+        # How many tokens of the prefixes and of the completions the next step reads.
+        self.prefix_width, self.completion_width = shape.prefix_tokens, shape.completion_tokens
+        self.token_index: Tensor | int = 0  # in its completion, of the token that the next step adds
+        self.num_seen: Tensor | int = 1  # tokens of a completion, with that one
+        # Prompt and completion of each active row [A], as of the step that has begun.
+        self.prompt_index = self.completion_index = self.batch_slots
+        self.completion_bias: Tensor | None = None
+        self.layers = [PrefixKVLayer(self, shape, dtype, device) for _ in range(shape.layers)]
 
     @property
     def is_full(self) -> bool:
-        """Every branch of every prompt is active, in order."""
-        return len(self.slots) == self.num_prompts * self.num_branches
+        """Every completion of every prompt is active, in order."""
+        return len(self.batch_slots) == self.num_prompts * self.num_completions
 
     def admit(self, prompts: Tensor, recorder: PrefixRecorder, lengths: Tensor) -> None:
-        """Put prefixes of `lengths` [p] true tokens in the places `prompts` [p]; their branches are empty again."""
+        """Put new prompts into the cache; their completions are empty again.
+
+        Args:
+            prompts: long [p], indices in the cache.
+            recorder: has read these prompts.
+            lengths: long [p], tokens of each without padding.
+        """
         padding = torch.arange(self.prefix_bias.shape[2], device=lengths.device) >= lengths[:, None]
         self.prefix_bias[prompts], self.prefix_lengths[prompts] = _bias(padding)[:, None], lengths
         for layer, (keys, values) in zip(self.layers, recorder.layers, strict=True):
             layer.prefix_keys[prompts, :, : keys.shape[2]] = keys
             layer.prefix_values[prompts, :, : values.shape[2]] = values
 
-    def begin(self, places: Tensor | int, width: int) -> None:
-        """The next step writes each active row's token at `places` [A] of its branch; one number if all are alike.
+    def begin(self, token_index: Tensor | int, width: int) -> None:
+        """Describe the next step.
 
-        `width` is how much of the branches is read: places are below it.
+        Args:
+            token_index: where in its completion each active row's token goes, long [A], or one number for all rows.
+            width: how many tokens of the completions are read, more than the largest `token_index`.
         """
-        self.places, self.seen, self.branch_width = places, places + 1, width
+        self.token_index, self.num_seen, self.completion_width = token_index, token_index + 1, width
 
     def update(
         self, keys: Tensor, values: Tensor, layer: int, *_: object, **__: object
-    ) -> tuple[BranchLayer, BranchLayer]:
-        """Write the keys and values [A, H, 1, D] of this step's tokens; the layer itself answers `attend`."""
+    ) -> tuple[PrefixKVLayer, PrefixKVLayer]:
+        """Write the keys and values [A, H, 1, D] of this step's tokens.
+
+        Returns the layer's memory in the place of all keys and values, so that the attention function meets it there.
+        """
         if layer == 0:
             self._prepare()
         self.layers[layer].write(keys[:, :, 0], values[:, :, 0])
         return self.layers[layer], self.layers[layer]
 
     def _prepare(self) -> None:
-        """What all layers of a step need (but for a GPU's kernels, which see to it themselves)."""
-        self.owners, self.branches = self.slots // self.num_branches, self.slots % self.num_branches
-        self.branch_bias = None
-        if isinstance(self.places, Tensor):
-            last = self.places.new_zeros(self.num_prompts * self.num_branches)
-            last[self.slots] = self.places
-            hidden = torch.arange(self.branch_width, device=last.device) > last[:, None]
-            self.branch_bias = _bias(hidden).view(self.num_prompts, 1, self.num_branches, 1, -1)
+        """What all layers of a step need. A GPU's kernels do without: they read `token_index` and the lengths."""
+        self.prompt_index = self.batch_slots // self.num_completions
+        self.completion_index = self.batch_slots % self.num_completions
+        self.completion_bias = None
+        if isinstance(self.token_index, Tensor):  # else every completion has `completion_width` tokens
+            last = self.token_index.new_zeros(self.num_prompts * self.num_completions)
+            last[self.batch_slots] = self.token_index
+            hidden = torch.arange(self.completion_width, device=last.device) > last[:, None]
+            self.completion_bias = _bias(hidden).view(self.num_prompts, 1, self.num_completions, 1, -1)
 
     def keep_rows(self, rows: Tensor, shrink: bool = True, min_waste: float = 0.25) -> None:
-        """Go on with those active rows only (ascending indices into [A]).
+        """Go on with fewer active rows, in the same order.
 
-        With `shrink` memory is cut to the prompts that go on, and to as many branches as the prompt with most of them
-        has, once that drops `min_waste` of it: it copies what stays. Rows stay in order. Nothing can be admitted then.
+        Args:
+            rows: ascending indices into [A].
+            shrink: cut the memory to the prompts that go on, with as many completions as the prompt with most of them
+                has. Nothing can be admitted afterwards.
+            min_waste: shrink only if that drops at least this share of the memory, because it copies the rest.
         """
-        self.slots = self.slots[rows]
+        self.batch_slots = self.batch_slots[rows]
         if not shrink or len(rows) == 0:
             return
-        owners = self.slots // self.num_branches
-        alive, counts = torch.unique_consecutive(owners, return_counts=True)
-        widest = int(counts.max())
-        if len(alive) * widest > (1 - min_waste) * self.num_prompts * self.num_branches:
+        prompts = self.batch_slots // self.num_completions
+        alive, counts = torch.unique_consecutive(prompts, return_counts=True)
+        most = int(counts.max())
+        if len(alive) * most > (1 - min_waste) * self.num_prompts * self.num_completions:
             return
+        # New prompt and new completion of each row: both are counted anew.
+        prompt = torch.arange(len(alive), device=prompts.device).repeat_interleave(counts)
         first = counts.cumsum(0) - counts
-        inside = torch.arange(len(owners), device=owners.device) - first.repeat_interleave(counts)
-        prompt = torch.arange(len(alive), device=owners.device).repeat_interleave(counts)
-        kept = self.slots.new_zeros(len(alive), widest)  # old branch of each new place; what is not filled is not read
-        kept[prompt, inside] = self.slots % self.num_branches
+        completion = torch.arange(len(prompts), device=prompts.device) - first.repeat_interleave(counts)
+        # Old completion at each new place. Places that no row fills keep completion 0 and are never read.
+        kept = self.batch_slots.new_zeros(len(alive), most)
+        kept[prompt, completion] = self.batch_slots % self.num_completions
         for layer in self.layers:
             layer.keep(alive, kept)
         self.prefix_bias, self.prefix_lengths = self.prefix_bias[alive], self.prefix_lengths[alive]
-        self.num_prompts, self.num_branches = len(alive), widest
-        self.slots = prompt * widest + inside
+        self.num_prompts, self.num_completions = len(alive), most
+        self.batch_slots = prompt * most + completion
 
 
-class BranchLayer:
-    """One layer's memory. The cache returns it where a model expects keys, so the attention meets it there."""
+class PrefixKVLayer:
+    """The memory of one layer. The cache returns it in the place of keys, where the attention function meets it."""
 
-    def __init__(self, cache: BranchCache, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, cache: PrefixKVCache, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
         self.cache = cache
-        # By head, as they are read at every step: a product needs no copy.
-        prefix = (shape.prompts, shape.heads, shape.prefix, shape.width)  # [P, H, L, D]
-        branch = (shape.prompts, shape.heads, shape.branches, shape.branch, shape.width)  # [P, H, G, T, D]
+        # Heads before tokens, as every step reads them: a matrix product then needs no copy.
+        prefix = (shape.prompts, shape.heads, shape.prefix_tokens, shape.width)  # [P, H, L, D]
+        own = (shape.prompts, shape.heads, shape.completions, shape.completion_tokens, shape.width)  # [P, H, G, T, D]
         self.prefix_keys, self.prefix_values = (torch.zeros(prefix, dtype=dtype, device=device) for _ in range(2))
-        self.keys, self.values = (torch.zeros(branch, dtype=dtype, device=device) for _ in range(2))
+        self.keys, self.values = (torch.zeros(own, dtype=dtype, device=device) for _ in range(2))
 
     def write(self, keys: Tensor, values: Tensor) -> None:
-        """Keys and values [A, H, D] of this step's tokens."""
+        """Write the keys and values [A, H, D] of this step's tokens."""
         cache = self.cache
-        if cache.is_full and isinstance(cache.places, int):
-            grid = (cache.num_prompts, cache.num_branches)
-            self.keys.select(3, cache.places).copy_(keys.unflatten(0, grid).transpose(1, 2))
-            self.values.select(3, cache.places).copy_(values.unflatten(0, grid).transpose(1, 2))
-        else:
-            self.keys[cache.owners, :, cache.branches, cache.places] = keys
-            self.values[cache.owners, :, cache.branches, cache.places] = values
+        self.keys[cache.prompt_index, :, cache.completion_index, cache.token_index] = keys
+        self.values[cache.prompt_index, :, cache.completion_index, cache.token_index] = values
 
     def attend(self, query: Tensor, scaling: float) -> Tensor:
-        """Query [A, H * R, 1, D] -> [A, 1, H * R, D]."""
+        """Attention of this step's tokens over their prompt and their own completion.
+
+        Plain reshapes, not einops: this runs in every layer of every decoding step, where a call costs microseconds.
+
+        Args:
+            query: [A, H * R, 1, D].
+            scaling: of the scores. `CpuSamplingModel` passes 1: the scale is in its weights already.
+
+        Returns:
+            [A, 1, H * R, D].
+        """
         cache = self.cache
-        prompts, heads, branches, _, width = self.keys.shape
+        prompts, heads, completions, _, width = self.keys.shape
         length = cache.prefix_width
-        # One operation less in each layer of a step: `CpuSamplingModel` has the scale in its weights.
         query = (query if scaling == 1 else query * scaling)[:, :, 0]
-        if not cache.is_full:
-            rows = query.new_zeros(prompts * branches, *query.shape[1:])
-            rows[cache.slots] = query
+        if not cache.is_full:  # rows that have ended get zeros: every prompt then has G queries
+            rows = query.new_zeros(prompts * completions, *query.shape[1:])
+            rows[cache.batch_slots] = query
             query = rows
-        query = query.view(prompts, branches, heads, -1, width).transpose(1, 2).contiguous()  # [P, H, G, R, D]
-        together = query.view(prompts * heads, -1, width)  # [P * H, G * R, D]
-        apart = query.view(prompts * heads * branches, -1, width)  # [P * H * G, R, D]
+        query = query.view(prompts, completions, heads, -1, width).transpose(1, 2).contiguous()  # [P, H, G, R, D]
+        for_prefix = query.view(prompts * heads, -1, width)  # [P * H, G * R, D]
+        for_own = query.view(prompts * heads * completions, -1, width)  # [P * H * G, R, D]
         prefix_keys, prefix_values = (t.flatten(0, 1)[:, :length] for t in (self.prefix_keys, self.prefix_values))
-        keys, values = (t.flatten(0, 2)[:, : cache.branch_width] for t in (self.keys, self.values))
+        keys, values = (t.flatten(0, 2)[:, : cache.completion_width] for t in (self.keys, self.values))
 
-        over_prefix = torch.bmm(together, prefix_keys.transpose(1, 2))
-        over_prefix = over_prefix.view(prompts, -1, length) + cache.prefix_bias[:, :, :length]
-        over_branch = torch.bmm(apart, keys.transpose(1, 2))
-        if cache.branch_bias is not None:
-            by_branch = over_branch.view(prompts, heads, branches, -1, cache.branch_width)
-            over_branch = (by_branch + cache.branch_bias).view(over_branch.shape)
-        scores = torch.cat([over_prefix.view(*apart.shape[:2], length), over_branch], dim=-1)
+        # Scores over the prefix [P * H, G * R, L] and over the own tokens [P * H * G, R, T], joined for one softmax.
+        prefix_scores = torch.bmm(for_prefix, prefix_keys.transpose(1, 2))
+        prefix_scores = prefix_scores.view(prompts, -1, length) + cache.prefix_bias[:, :, :length]
+        own_scores = torch.bmm(for_own, keys.transpose(1, 2))
+        if cache.completion_bias is not None:
+            by_completion = own_scores.view(prompts, heads, completions, -1, cache.completion_width)
+            own_scores = (by_completion + cache.completion_bias).view(own_scores.shape)
+        scores = torch.cat([prefix_scores.view(*for_own.shape[:2], length), own_scores], dim=-1)
         weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
-        on_prefix = weights[..., :length].reshape(*together.shape[:2], length)
-        out = torch.bmm(on_prefix, prefix_values).view_as(apart)
+        prefix_weights = weights[..., :length].reshape(*for_prefix.shape[:2], length)
+        out = torch.bmm(prefix_weights, prefix_values).view_as(for_own)
         out = (out + torch.bmm(weights[..., length:], values)).view_as(query)
-        out = out.transpose(1, 2).reshape(prompts * branches, 1, -1, width)
-        return out if cache.is_full else out[cache.slots]
+        out = out.transpose(1, 2).reshape(prompts * completions, 1, -1, width)
+        return out if cache.is_full else out[cache.batch_slots]
 
-    def keep(self, prompts: Tensor, branches: Tensor) -> None:
-        """Go on with `prompts` [P'] and, of each, the branches [P', G']."""
+    def keep(self, prompts: Tensor, completions: Tensor) -> None:
+        """Go on with `prompts` [P'] and, of each, the `completions` [P', G']."""
         self.prefix_keys, self.prefix_values = self.prefix_keys[prompts], self.prefix_values[prompts]
-        chosen = (t.transpose(1, 2)[prompts[:, None], branches] for t in (self.keys, self.values))  # [P', G', H, T, D]
+        # Indexing puts the two indexed axes first: [P', G', H, T, D].
+        chosen = (t.transpose(1, 2)[prompts[:, None], completions] for t in (self.keys, self.values))
         self.keys, self.values = (t.transpose(1, 2).contiguous() for t in chosen)
 
 
 def _bias(hidden: Tensor) -> Tensor:
-    """-inf where `hidden`, 0 elsewhere: what attention adds to its scores."""
+    """What attention adds to its scores: -inf where `hidden`, else 0."""
     return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GroupSpan:
-    """Lengths of one group's parts in a row, in tokens; empty branches are left out."""
+    """Tokens of one group's parts in a packed row."""
 
     prefix: int
-    branches: tuple[int, ...]
+    completions: tuple[int, ...]  # without those that take no token in the row
 
 
 def group_length(item: EncodedSample, completions: Sequence[Tensor]) -> int:
-    """Tokens that a group takes in a row. The last token of a completion predicts nothing, so it is left out."""
+    """Tokens that a group takes in a packed row. The last token of a completion predicts nothing and is left out."""
     return len(item.input_ids) + sum(max(len(completion) - 1, 0) for completion in completions)

@@ -1,11 +1,12 @@
-"""Several completions of one prompt as one sequence: the prompt once, then its G completions side by side.
+"""Several completions of one prompt in one sequence: the prompt once, then its G completions one after the other.
 
-A row is [prefix a, branch a1 ... aG, prefix b, branch b1 ... bG, ...]. Every branch sees its own prefix and itself,
-never a sibling or another group, and its positions start where the prefix ends. So each token gets the hidden state
-that it would get in a plain row [prefix, completion], while the prefix is computed once instead of G times.
+A row is [prompt a, completions a1 ... aG, prompt b, completions b1 ... bG, ...]. A completion sees its own prompt and
+itself, but no other completion and no other group, and its positions start where the prompt ends. So each token gets
+the hidden state that it would get in a plain row [prompt, completion], while the prompt is computed once instead of G
+times.
 
-A forward pass takes one row without padding, so the batch dimension is 1 everywhere: more rows give a CPU nothing, and
-a GPU is filled by one long row.
+A forward pass takes one row without padding, so the batch dimension is 1 everywhere: a CPU gains nothing from more
+rows, and one long row fills a GPU.
 
 Shapes: L tokens in the row, N target tokens in all its completions.
 """
@@ -19,6 +20,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
+from einops import repeat
 from torch import Tensor
 
 from lightning_modules.models.attention.layout import GroupSpan, group_length
@@ -32,19 +34,19 @@ if TYPE_CHECKING:
 class PackedRows:
     """One forward pass; `items` says which of the packed items its row holds."""
 
-    items: tuple[int, ...]  # in order of their places
-    spans: tuple[GroupSpan, ...]  # of the items, in order
+    items: tuple[int, ...]  # in the order in which they lie in the row
+    spans: tuple[GroupSpan, ...]  # of these items
     input_ids: Tensor  # [1, L]
     position_ids: Tensor  # [3, 1, L], M-RoPE: temporal, height, width
     is_prompt: Tensor  # bool [1, L], False for the completions
-    predict: Tensor  # [N] index in the row of the token whose hidden state predicts target n
-    targets: Tensor  # [N] token ids
-    completion_index: Tensor  # [N] which completion target n is of, counted through all items given to `pack_rows`
+    predict: Tensor  # long [N]: index in the row of the token whose hidden state predicts target n
+    targets: Tensor  # long [N]: token ids
+    completion_index: Tensor  # long [N]: the completion of target n, counted through all items given to `pack_rows`
 
-    def image_slots(self, image_token_id: int) -> Tensor:
-        """Indices in the row where the image features of `items`, concatenated in order, go.
+    def image_token_index(self, image_token_id: int) -> Tensor:
+        """Indices in the row, long [image tokens], where the image features of `items`, in order, belong.
 
-        Only prompts hold images: a placeholder that a policy wrote itself stays an ordinary token.
+        Only prompts hold images: a placeholder that the policy has written itself stays an ordinary token.
         """
         return ((self.input_ids == image_token_id) & self.is_prompt)[0].nonzero()[:, 0]
 
@@ -58,14 +60,20 @@ def pack_rows(
 ) -> list[PackedRows]:
     """Lay out each item with its completions, in order, in rows of at most `max_tokens` tokens.
 
-    A group is never split: one that is longer than `max_tokens` gets a row of its own.
+    Args:
+        items: the prompts.
+        completions: token ids of each item's completions, long [tokens] each.
+        max_tokens: a group is never split, so a longer group gets a row of its own.
+
+    Raises:
+        ValueError: `items` and `completions` differ in length.
     """
     if len(items) != len(completions):
         raise ValueError(f"{len(items)} items but completions for {len(completions)}")
     packed: list[PackedRows] = []
-    waiting: list[int] = []
+    waiting: list[int] = []  # items of the next row
     room = max_tokens
-    first = list(accumulate(map(len, completions), initial=0))  # each item's first completion, counted through all
+    first = list(accumulate(map(len, completions), initial=0))  # number of each item's first completion
     for index, item in enumerate(items):
         length = group_length(item, completions[index])
         if waiting and length > room:
@@ -79,7 +87,7 @@ def pack_rows(
 
 
 def one_token_row(token: Tensor) -> PackedRows:
-    """A row of `token` [1] alone, as prompt and as target."""
+    """A row of one `token`, long [1], which is the prompt and the target."""
     nothing = torch.zeros_like(token)
     return PackedRows(
         items=(),
@@ -99,15 +107,16 @@ def _one_row(
     chosen: Sequence[int],
     first: Sequence[int],
 ) -> PackedRows:
+    """One row of the items `chosen`. `first`: number of each item's first completion."""
     device = items[chosen[0]].input_ids.device
     ids, positions, prompts, spans = [], [], [], []
-    predict, targets, completion_numbers = [], [], []
-    start = 0
+    predict, targets, completion_index = [], [], []
+    start = 0  # tokens in the row so far
 
-    def add(tokens: Tensor, places: Tensor, is_prompt: bool) -> None:
+    def add(tokens: Tensor, position_ids: Tensor, is_prompt: bool) -> None:
         nonlocal start
         ids.append(tokens)
-        positions.append(places)
+        positions.append(position_ids)
         prompts.append(torch.full((len(tokens),), is_prompt))
         start += len(tokens)
 
@@ -118,12 +127,13 @@ def _one_row(
         for number, completion in enumerate(completions[index], first[index]):
             if len(completion) == 0:
                 continue
+            # The prompt's last token predicts the first target; the last target predicts nothing, so it is no input.
             inputs = completion[:-1]
             predict += [torch.tensor([prefix_end]), torch.arange(start, start + len(inputs))]
             targets.append(completion)
-            completion_numbers.append(torch.full((len(completion),), number))
-            places = item.next_position + torch.arange(len(inputs), device=device)
-            add(inputs, places.expand(3, -1), is_prompt=False)
+            completion_index.append(torch.full((len(completion),), number))
+            text_positions = item.next_position + torch.arange(len(inputs), device=device)
+            add(inputs, repeat(text_positions, "t -> axes t", axes=3), is_prompt=False)
         lengths = (len(completion) - 1 for completion in completions[index])
         spans.append(GroupSpan(len(item.input_ids), tuple(length for length in lengths if length > 0)))
 
@@ -136,5 +146,5 @@ def _one_row(
         is_prompt=torch.cat(prompts).to(device)[None],
         predict=torch.cat(predict or none).to(device),
         targets=torch.cat(targets or none).to(device),
-        completion_index=torch.cat(completion_numbers or none).to(device),
+        completion_index=torch.cat(completion_index or none).to(device),
     )

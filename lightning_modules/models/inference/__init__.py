@@ -1,1 +1,1 @@
-"""The model without gradients, rewritten for fast sampling on a CPU or a GPU."""
+"""The model without gradients, for sampling and for the frozen reference: on a CPU, on a GPU, or as it is."""

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.models.architectures.base import CacheSizes
-from lightning_modules.models.attention.kv_cache import BranchCache, PrefixRecorder
+from lightning_modules.models.attention.kv_cache import PrefixKVCache, PrefixRecorder
 from lightning_modules.models.attention.prefix_attention import SharedPrefixAttention
 
 # What a token attends to: in a decoding step the cache, while prompts are read the tokens before it in its row (the
 # recorder keeps their keys and values), in a packed row its prompt and its completion.
-Context = BranchCache | PrefixRecorder | SharedPrefixAttention
+Context = PrefixKVCache | PrefixRecorder | SharedPrefixAttention
 
 
 class SamplingModel(Protocol):
@@ -40,7 +40,7 @@ class SamplingModel(Protocol):
         """Hidden states [B, T, D] behind the last norm.
 
         Args:
-            context: what the tokens attend to. A `BranchCache` wants T = 1 and one row for each of its active rows, a
+            context: what the tokens attend to. A `PrefixKVCache` wants T = 1 and one row for each of its active rows, a
                 `PrefixRecorder` one prompt a row, a `SharedPrefixAttention` one packed row.
             position_ids: long [3, B, T], M-RoPE: time, row and column.
             input_ids: long [B, T]; or `inputs_embeds` instead.

@@ -1,13 +1,15 @@
-"""The language model of the policy without gradients on a CPU: the same sums with far fewer operations.
+"""The decoder without gradients on a CPU: the same sums with far fewer operations.
 
-On narrow models a token step is bound by the number of operations and not by their size. So LoRA is merged into the
-weights, the weights of norms and the scale of attention too; query, key and value are one product, and what follows a
-product (activation, gate, residual) is done by it while its output is at hand; weights are laid out once for oneDNN.
-Rotation is one product of complex numbers, for which the two halves of a head are interleaved. Queries and keys are
-permuted alike, which their products do not see; keys in the cache are in that order, so prompts must be read by the
-same model.
+For narrow models the time of a decoding step is set by the number of operations, not by their size. Therefore:
 
-Shapes: B rows, T tokens of each, D width of the model, H heads, W width of a head.
+- LoRA, the weights of the norms and the scale of attention are multiplied into the linear weights.
+- Query, key and value are one matrix product. SiLU, gate and residual are fused into the product before them.
+- Weights are in oneDNN's own layout (`PrepackedLinear`).
+- Rotary embedding is one product of complex numbers. For that the two halves of a head are interleaved, in queries and
+  keys alike, which leaves their dot products unchanged. Keys in a cache are in that order, so the model that decodes
+  must also have read the prompts.
+
+Shapes: B rows, T tokens of each, N = B * T, D width of the model, H heads, W width of a head.
 """
 
 from __future__ import annotations
@@ -16,25 +18,29 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_modules.models.architectures.base import LayerParts
 from lightning_modules.models.architectures.registry import architecture_of
-from lightning_modules.models.attention.kv_cache import BranchLayer
+from lightning_modules.models.attention.kv_cache import PrefixKVLayer
 from lightning_modules.models.attention.prefix_attention import SharedPrefixAttention
 from lightning_modules.models.inference.base import Context
 from lightning_modules.models.layers.lora import merged_weight, plain_weight
 from lightning_modules.models.layers.onednn_linear import PrepackedLinear
 
-ROWS = 16  # products have a multiple of it: oneDNN makes code for each number of rows, for the time of ten products
+# The rows of each matrix product are padded to a multiple of this number: oneDNN generates code for each number of
+# rows, which takes the time of ten products.
+ROWS = 16
 
 
 class CpuSamplingModel:
-    """Reads the weights of a model as they are now, with LoRA merged or left out."""
+    """A `SamplingModel` with the weights of a model as they are now, with LoRA merged or left out."""
 
     @staticmethod
     def can_read(model: nn.Module) -> bool:
+        """Whether it computes what `model` computes, on this device and in this precision."""
         return (
             model.device.type == "cpu"
             and model.dtype == torch.float32
@@ -47,7 +53,7 @@ class CpuSamplingModel:
         self.cache_sizes = architecture_of(model).cache_sizes(model)
         self._weight = merged_weight if with_adapter else plain_weight
         self.refresh(model)
-        self._turns = torch.empty(0)  # by position [n, W / 2], of text
+        self._text_factors = torch.empty(0)  # rotary factors of text, by position: complex [n, W / 2]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
@@ -59,16 +65,14 @@ class CpuSamplingModel:
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Last hidden states [B, T, D]. `position_ids` [3, B, T]; with one token a row, a text's: all three are equal.
-
-        Rows of several tokens are prompts, where each token sees those before it, or one packed row.
-        """
+        """See `SamplingModel`. A row of one token must be text, where the three positions of a token are equal."""
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         rows, tokens, _ = x.shape
-        turns = self._text_turns(position_ids[0]) if tokens == 1 else self._rotations(x, position_ids)
+        # One token a row is a decoding step: its factors come from a table.
+        factors = self._text_rotary_factors(position_ids[0]) if tokens == 1 else self._rotary_factors(x, position_ids)
         x = _padded(x.flatten(0, 1))
         for layer in self.layers:
-            x = layer(x, turns[:, :, None], context)
+            x = layer(x, factors[:, :, None], context)
         return self.norm(x[: rows * tokens]).view(rows, tokens, -1)
 
     def refresh(self, source: nn.Module) -> None:
@@ -77,34 +81,37 @@ class CpuSamplingModel:
         self.layers = [_Layer(layer, self._weight) for layer in parts.layers]
         self.lm_head = PrepackedLinear(source.get_output_embeddings().weight.detach())
 
-    def _text_turns(self, positions: Tensor) -> Tensor:
+    def _text_rotary_factors(self, positions: Tensor) -> Tensor:
+        """Complex [B, T, W / 2] for positions [B, T] of text, from a table that grows by doubling."""
         needed = int(positions.max()) + 1
-        if needed > len(self._turns):
+        if needed > len(self._text_factors):
             every = torch.arange(2 * needed, device=positions.device)
-            self._turns = self._rotations(torch.empty(0), every.expand(3, 1, -1))[0]
-        return self._turns[positions]
+            self._text_factors = self._rotary_factors(torch.empty(0), every.expand(3, 1, -1))[0]
+        return self._text_factors[positions]
 
-    def _rotations(self, x: Tensor, position_ids: Tensor) -> Tensor:
-        """Complex [B, T, W / 2]. The model's own angles, which it gives once for each half of a head."""
+    def _rotary_factors(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        """cos + i sin, complex [B, T, W / 2]. The model's rotary module gives both halves of a head the same angles."""
         cos, sin = (t.chunk(2, dim=-1)[0] for t in self.rotary(x, position_ids))
         return torch.complex(cos, sin)
 
 
 class _Norm:
-    """Without its weight, which is in those of the products behind it."""
+    """An RMS norm without its weight, which is multiplied into the linear weights that follow."""
 
     def __init__(self, norm: nn.Module) -> None:
         self.eps = torch.tensor(norm.variance_epsilon)
 
     def __call__(self, x: Tensor) -> Tensor:
+        # x / sqrt(eps + |x|^2 / D), with as few operations as possible.
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return x * torch.addcmul(self.eps, length, length, value=1 / x.shape[-1]).rsqrt_()
 
 
 class _Layer:
-    """One decoder layer; `x` [N, D] has padded rows at its end. `weight` gives that of a linear layer."""
+    """One decoder layer, for x [N', D]: N rows and padding up to a multiple of `ROWS`."""
 
     def __init__(self, layer: LayerParts, weight: Callable[[nn.Module], Tensor]) -> None:
+        """`weight` gives the weight of a linear layer, with LoRA merged or left out."""
         self.index, self.width, self.num_keys = layer.index, layer.head_width, layer.num_key_heads
         self.before_attention, self.before_mlp = _Norm(layer.attention_norm), _Norm(layer.mlp_norm)
         q, k, v, scale = layer.query, layer.key, layer.value, layer.scaling
@@ -117,32 +124,41 @@ class _Layer:
         self.down = PrepackedLinear(weight(layer.down))
 
     def _interleaved(self, by_output: Tensor) -> Tensor:
-        """The halves of each head, [a1, a2, ..., b1, b2, ...], as pairs: [a1, b1, a2, b2, ...]."""
-        return by_output.unflatten(0, (-1, 2, self.width // 2)).transpose(1, 2).flatten(0, 2)
+        """A weight or bias with the outputs [a1, a2, ..., b1, b2, ...] of each head as [a1, b1, a2, b2, ...]."""
+        return rearrange(by_output, "(heads two half) ... -> (heads half two) ...", two=2, half=self.width // 2)
 
-    def __call__(self, x: Tensor, turns: Tensor, context: Context) -> Tensor:
-        x = self.out.plus(_padded(self._attend(self.qkv(self.before_attention(x)), turns, context)), x)
+    def __call__(self, x: Tensor, factors: Tensor, context: Context) -> Tensor:
+        x = self.out.plus(_padded(self._attend(self.qkv(self.before_attention(x)), factors, context)), x)
         normed = self.before_mlp(x)
         return self.down.plus(self.up.times(normed, self.gate(normed, "swish")), x)
 
-    def _attend(self, qkv: Tensor, turns: Tensor, context: Context) -> Tensor:
-        """Of N padded rows the first B * T; `turns` [B, T, 1, W / 2]. Returns [B * T, H * W]."""
-        rows, tokens = turns.shape[:2]
+    def _attend(self, qkv: Tensor, factors: Tensor, context: Context) -> Tensor:
+        """Attention of the first N rows.
+
+        Args:
+            qkv: queries, keys and values, [N', (H + 2 key-value heads) * W].
+            factors: rotary factors, complex [B, T, 1, W / 2].
+            context: see `SamplingModel`.
+
+        Returns:
+            [N, H * W].
+        """
+        rows, tokens = factors.shape[:2]
         heads = qkv[: rows * tokens].view(rows, tokens, -1, self.width)
         pairs = torch.view_as_complex(heads[:, :, : -self.num_keys].unflatten(-1, (-1, 2)))
-        turned = torch.view_as_real(pairs * turns).flatten(-2)
-        query, key = turned[:, :, : -self.num_keys].transpose(1, 2), turned[:, :, -self.num_keys :].transpose(1, 2)
+        rotated = torch.view_as_real(pairs * factors).flatten(-2)
+        query, key = rotated[:, :, : -self.num_keys].transpose(1, 2), rotated[:, :, -self.num_keys :].transpose(1, 2)
         value = heads[:, :, -self.num_keys :].transpose(1, 2)
         if isinstance(context, SharedPrefixAttention):
             return context(query, key, value, 1.0).reshape(rows * tokens, -1)
         key, value = context.update(key, value, self.index)
-        if isinstance(key, BranchLayer):
+        if isinstance(key, PrefixKVLayer):
             return key.attend(query, 1.0).reshape(rows * tokens, -1)
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0, enable_gqa=True)
         return out.transpose(1, 2).reshape(rows * tokens, -1)
 
 
 def _padded(x: Tensor) -> Tensor:
-    """[N, D] with rows of zeros after it, up to a multiple of ROWS."""
+    """x [N, D] with rows of zeros after it, up to a multiple of `ROWS`."""
     missing = -len(x) % ROWS
     return F.pad(x, (0, 0, 0, missing)) if missing else x

@@ -1,8 +1,8 @@
-"""The language model of a decoder on a GPU: the same sums in few launches.
+"""The decoder without gradients on a GPU: the same sums in few kernel launches.
 
-A step of a few rows is bound by reading the weights, and then by the number of its kernels: transformers makes about
-sixty of each layer, here it is a dozen (`triton_attention`, `triton_norm_mlp`). Query, key and value are one
-product, gate and up another; both residual sums are the accumulation of a product.
+The time of a decoding step with few rows is set by reading the weights, and then by the number of kernels. transformers
+launches about sixty for each layer, this model a dozen (`triton_attention`, `triton_norm_mlp`): query, key and value
+are one matrix product, gate and up another, and both residuals are accumulated by a matrix product (addmm).
 
 Shapes: B rows, T tokens of each, N = B * T; H key-value heads, R query heads for each of them, W width of a head.
 """
@@ -13,28 +13,33 @@ from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from lightning_modules.models.architectures.base import LayerParts
 from lightning_modules.models.architectures.registry import architecture_of
-from lightning_modules.models.attention.kv_cache import BranchCache, PrefixRecorder
+from lightning_modules.models.attention.kv_cache import PrefixKVCache, PrefixRecorder
 from lightning_modules.models.layers.fused_layers import HALF, has_kernels, silu_gated
 from lightning_modules.models.layers.lora import refresh_merged
 
 
 class GpuSamplingModel:
-    """Reads a decoder (`QwenVL.decoder`) whose LoRA layers are merged.
-
-    Weights that are the decoder's own are joined in place: it then reads parts of the joined ones. Those `shared` with
-    the policy (addresses) stay where they are; only query, key and value are copied, and `refresh` copies them again.
-    """
+    """A `SamplingModel` from the modules of a decoder whose LoRA layers are merged (`QwenVL.decoder`)."""
 
     @staticmethod
     def can_read(model: nn.Module) -> bool:
+        """Whether it computes what `model` computes, on this device and in this precision."""
         fits = model.dtype in HALF and has_kernels(model.device)
         return fits and architecture_of(model).decoder_parts(model) is not None
 
     def __init__(self, module: nn.Module, shared: Collection[int] = ()) -> None:
+        """Join the weights of `module` that are multiplied with the same input.
+
+        Args:
+            module: a decoder. Its own weights are joined in place: its linear layers become views of the joined ones.
+            shared: addresses of weights that also belong to the policy. They stay where they are. Of these, query, key
+                and value are copied, and `refresh` copies them again; gate and up stay two products.
+        """
         architecture = architecture_of(module)
         parts = architecture.decoder_parts(module)
         self.module, self.dtype, self.device = module, module.dtype, module.device
@@ -53,20 +58,16 @@ class GpuSamplingModel:
 
     def hidden_states(
         self,
-        context: BranchCache | PrefixRecorder,
+        context: PrefixKVCache | PrefixRecorder,
         position_ids: Tensor,
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Last hidden states [B, T, D]. `position_ids` [3, B, T].
-
-        With a `BranchCache` one token of every row; else prompts, where each token sees those before it.
-        """
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        shape, turns = x.shape, self.rotary(x, position_ids)
-        x = x.flatten(0, 1).clone()  # changed in place
+        shape, rotary_factors = x.shape, self.rotary(x, position_ids)
+        x = x.flatten(0, 1).clone()  # the layers change it in place
         for layer in self.layers:
-            layer(x, turns, context)
+            layer(x, rotary_factors, context)
         return self.norm(x).view(shape)
 
 
@@ -86,12 +87,14 @@ class _Layer:
             torch.cat([m.weight.detach() for m in self.qkv], out=self.weight)
             torch.cat([m.bias.detach() for m in self.qkv], out=self.bias)
 
-    def __call__(self, x: Tensor, turns: tuple[Tensor, Tensor], context: BranchCache | PrefixRecorder) -> None:
-        """Add the layer's two parts to `x` [N, D]. `turns`: cosines and sines [B, T, W]."""
+    def __call__(
+        self, x: Tensor, rotary_factors: tuple[Tensor, Tensor], context: PrefixKVCache | PrefixRecorder
+    ) -> None:
+        """Add attention and MLP to `x` [N, D], in place. `rotary_factors`: cosines and sines, each [B, T, W]."""
         parts = self.parts
         qkv = F.linear(parts.attention_norm(x), self.weight, self.bias)
-        attend = self._attend_branches if isinstance(context, BranchCache) else self._attend_prompts
-        x.addmm_(attend(qkv, turns, context).flatten(1), parts.output.weight.t())
+        attend = self._attend_completions if isinstance(context, PrefixKVCache) else self._attend_prompts
+        x.addmm_(attend(qkv, rotary_factors, context).flatten(1), parts.output.weight.t())
         normed = parts.mlp_norm(x)
         if self.gate_up is None:
             gate, up = parts.gate(normed), parts.up(normed)
@@ -99,38 +102,40 @@ class _Layer:
             gate, up = F.linear(normed, self.gate_up).chunk(2, dim=1)
         x.addmm_(silu_gated(gate, up), parts.down.weight.t())
 
-    def _attend_branches(self, qkv: Tensor, turns: tuple[Tensor, Tensor], cache: BranchCache) -> Tensor:
-        # Needs Triton, which a CPU's PyTorch does not bring.
+    def _attend_completions(self, qkv: Tensor, rotary_factors: tuple[Tensor, Tensor], cache: PrefixKVCache) -> Tensor:
+        """A decoding step: one token of every row of the cache -> [N, H * R, W]."""
+        # Imported here because it needs Triton, which a CPU build of PyTorch lacks.
         from lightning_modules.models.inference.triton_attention import attend, rotate_and_write
 
-        cos, sin = (turn.flatten(0, 1) for turn in turns)
+        cos, sin = (factor.flatten(0, 1) for factor in rotary_factors)
         layer = cache.layers[self.parts.index]
-        query = rotate_and_write(qkv, cos, sin, cache.places, layer.keys, layer.values)
+        query = rotate_and_write(qkv, cos, sin, cache.token_index, layer.keys, layer.values)
         return attend(
             query,
             (layer.prefix_keys, layer.prefix_values),
             (layer.keys, layer.values),
-            (cache.prefix_lengths, cache.seen),
-            (cache.prefix_width, cache.branch_width),
+            (cache.prefix_lengths, cache.num_seen),
+            (cache.prefix_width, cache.completion_width),
             self.parts.scaling,
         )
 
-    def _attend_prompts(self, qkv: Tensor, turns: tuple[Tensor, Tensor], recorder: PrefixRecorder) -> Tensor:
-        cos, sin = (turn[:, :, None] for turn in turns)
+    def _attend_prompts(self, qkv: Tensor, rotary_factors: tuple[Tensor, Tensor], recorder: PrefixRecorder) -> Tensor:
+        """One prompt a row, where each token sees those before it -> [N, H * R, W]."""
+        cos, sin = (factor[:, :, None] for factor in rotary_factors)
         heads = qkv.view(*cos.shape[:2], -1, self.width)
-        turned, value = heads[:, :, : -self.num_keys], heads[:, :, -self.num_keys :]
-        low, high = turned.chunk(2, dim=-1)
-        turned = turned * cos + torch.cat([-high, low], dim=-1) * sin
-        query, key = turned[:, :, : -self.num_keys], turned[:, :, -self.num_keys :]
-        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+        rotated, value = heads[:, :, : -self.num_keys], heads[:, :, -self.num_keys :]
+        low, high = rotated.chunk(2, dim=-1)
+        rotated = rotated * cos + torch.cat([-high, low], dim=-1) * sin
+        query, key = rotated[:, :, : -self.num_keys], rotated[:, :, -self.num_keys :]
+        query, key, value = (rearrange(t, "b t h w -> b h t w") for t in (query, key, value))
         key, value = recorder.update(key, value, self.parts.index)
         scale = self.parts.scaling
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
-        return out.transpose(1, 2).flatten(0, 1)
+        return rearrange(out, "b h t w -> (b t) h w")
 
 
 def _joined_weight(linears: Sequence[nn.Module], shared: Collection[int]) -> Tensor | None:
-    """Their weights as one, of which each then reads its part; None, and nothing done, if one of them is shared."""
+    """One tensor with the weights of all `linears`, which become views of it. None, and no change, if one is shared."""
     if any(linear.weight.data_ptr() in shared for linear in linears):
         return None
     joined = torch.cat([linear.weight.detach() for linear in linears])

@@ -1,11 +1,12 @@
-"""Attention of a decoding step on a GPU, in Triton: three launches between two matrix products.
+"""Attention of a decoding step on a GPU, in Triton: three kernel launches between two matrix products.
 
 A step of a few rows reads every weight once and computes little, so each further launch is lost time. A prompt's keys
-are read once for all its branches, in parts that run side by side with those of the branches' own; the parts are joined
-by their log-sums (as FlashDecoding does).
+are read once for all its completions. Long sequences are split into parts, and the parts of prefixes and completions
+run in parallel; their results are joined by their log-sum-exps (as in Flash-Decoding).
 
 Shapes: A = P * G rows in order, H key-value heads, R query heads for each of them, D head width, L and T tokens of room
-in a prefix and in a branch. S parts of a sequence, M queries that share its keys: G * R of a prefix, R of a branch.
+in a prefix and in a completion. S parts of a sequence, M queries that share its keys: G * R of a prefix, R of a
+completion.
 """
 
 from __future__ import annotations
@@ -15,25 +16,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-KEYS = 64  # of a step through a part
-QUERIES = 64  # at most, of one program
-PROGRAMS = 132  # of an H100's multiprocessors: so many are enough to share the work of one launch
+KEYS = 64  # that one iteration of the loop over a part reads
+QUERIES = 64  # most queries of one program
+PROGRAMS = 132  # multiprocessors of an H100: with that many programs in one launch each has work
 
 
 @triton.jit
 def _rotate_and_write(
-    qkv, cos, sin, places, out, keys, values,
-    num_queries, num_keys, branches, key_p, key_h, key_g, key_t,
+    qkv, cos, sin, token_index, out, keys, values,
+    num_queries, num_keys, completions, key_p, key_h, key_g, key_t,
     HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, head = tl.program_id(0), tl.program_id(1)
-    place = tl.arange(0, BLOCK)
-    inside = place < HALF
+    column = tl.arange(0, BLOCK)
+    inside = column < HALF
     start = qkv + (row * (num_queries + 2 * num_keys) + head) * 2 * HALF
-    low = tl.load(start + place, mask=inside, other=0.0)
-    high = tl.load(start + HALF + place, mask=inside, other=0.0)
+    low = tl.load(start + column, mask=inside, other=0.0)
+    high = tl.load(start + HALF + column, mask=inside, other=0.0)
     if head < num_queries + num_keys:
-        turn = row * 2 * HALF + place
+        turn = row * 2 * HALF + column
         a, b = low.to(tl.float32), high.to(tl.float32)
         cosine, sine = cos + turn, sin + turn
         first = a * tl.load(cosine, mask=inside, other=0.0).to(tl.float32)
@@ -43,14 +44,15 @@ def _rotate_and_write(
     if head < num_queries:
         target = out + (row * num_queries + head) * 2 * HALF
     else:
-        token = tl.load(places + row)
-        of_branch = (row // branches).to(tl.int64) * key_p + (row % branches).to(tl.int64) * key_g + token * key_t
+        token = tl.load(token_index + row)
+        prompt, completion = (row // completions).to(tl.int64), (row % completions).to(tl.int64)
+        of_completion = prompt * key_p + completion * key_g + token * key_t
         if head < num_queries + num_keys:
-            target = keys + of_branch + (head - num_queries) * key_h
+            target = keys + of_completion + (head - num_queries) * key_h
         else:
-            target = values + of_branch + (head - num_queries - num_keys) * key_h
-    tl.store(target + place, low, mask=inside)
-    tl.store(target + HALF + place, high, mask=inside)
+            target = values + of_completion + (head - num_queries - num_keys) * key_h
+    tl.store(target + column, low, mask=inside)
+    tl.store(target + HALF + column, high, mask=inside)
 
 
 @triton.jit
@@ -61,8 +63,9 @@ def _attend_part(
 ):  # fmt: skip
     """One part of the keys of one sequence and head, for up to QUERIES of the `rows` * `sharing` queries that share it.
 
-    Sequence b has the rows from b * `rows`; its keys are at (b // inner, b % inner) of the memory. A prefix has G rows
-    and is found by its prompt alone (inner 1); a branch has one row and is found by prompt and branch (inner G).
+    Sequence b has the rows from b * `rows` on; its keys are at (b // inner, b % inner) of the memory. A prefix has G
+    rows and is found by its prompt alone (inner 1); a completion has one row and is found by prompt and completion
+    (inner G).
     """
     sequence, head = sequence_head // heads, sequence_head % heads
     m = block * QUERIES + tl.arange(0, QUERIES)
@@ -90,7 +93,7 @@ def _attend_part(
         total = total * fade + tl.sum(weights, axis=1)
         mean = mean * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         most = now
-    # A part behind the end of its sequence has seen nothing: its sum is 0, and its log-sum -inf.
+    # A part behind the end of its sequence has no keys: its sum is 0 and its log-sum-exp -inf.
     divisor = tl.where(total > 0, total, 1.0)
     mean /= divisor[:, None]
     of_part = (sequence_head * num_parts + part) * rows * sharing + m
@@ -101,18 +104,18 @@ def _attend_part(
 @triton.jit
 def _attend(
     query, prefix_keys, prefix_values, prefix_lengths, prefix_out, prefix_sums,
-    keys, values, lengths, out, log_sums, scaling, heads, sharing, branches,
+    keys, values, lengths, out, log_sums, scaling, heads, sharing, completions,
     prefix_p, prefix_h, prefix_t, key_p, key_h, key_g, key_t,
     prefix_parts, prefix_part_keys, num_parts, part_keys, blocks, num_of_prefix,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, OF_PREFIX: tl.constexpr, OF_BRANCH: tl.constexpr, KEYS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, OF_PREFIX: tl.constexpr, OF_COMPLETION: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """The first `num_of_prefix` programs take parts of prefixes, the others parts of branches."""
+    """The first `num_of_prefix` programs compute parts of prefixes, the others parts of completions."""
     program = tl.program_id(0)
     if program < num_of_prefix:
         part, block = program % prefix_parts, (program // prefix_parts) % blocks
         _attend_part(
             query, prefix_keys, prefix_values, prefix_lengths, prefix_out, prefix_sums,
-            program // (prefix_parts * blocks), part, block, scaling, heads, sharing, branches,
+            program // (prefix_parts * blocks), part, block, scaling, heads, sharing, completions,
             1, prefix_p, 0, prefix_h, prefix_t, prefix_parts, prefix_part_keys, WIDTH, BLOCK, OF_PREFIX, KEYS,
         )  # fmt: skip
     else:
@@ -120,7 +123,7 @@ def _attend(
         _attend_part(
             query, keys, values, lengths, out, log_sums,
             program // num_parts, program % num_parts, 0, scaling, heads, sharing, 1,
-            branches, key_p, key_g, key_h, key_t, num_parts, part_keys, WIDTH, BLOCK, OF_BRANCH, KEYS,
+            completions, key_p, key_g, key_h, key_t, num_parts, part_keys, WIDTH, BLOCK, OF_COMPLETION, KEYS,
         )  # fmt: skip
 
 
@@ -137,18 +140,21 @@ def _read_parts(out, log_sums, first, step, num_parts, d, WIDTH: tl.constexpr, P
 
 @triton.jit
 def _join(
-    prefix_out, prefix_sums, branch_out, branch_sums, out, heads, sharing, branches, prefix_parts, branch_parts,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PREFIX_PARTS: tl.constexpr, BRANCH_PARTS: tl.constexpr,
+    prefix_out, prefix_sums, completion_out, completion_sums, out, heads, sharing, completions,
+    prefix_parts, completion_parts,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PREFIX_PARTS: tl.constexpr, COMPLETION_PARTS: tl.constexpr,
 ):  # fmt: skip
     row, head = tl.program_id(0), tl.program_id(1) // sharing
     shared = tl.program_id(1) % sharing
     d = tl.arange(0, BLOCK)
-    prompt, branch = row // branches, row % branches
-    of_prompt = branches * sharing
-    first = ((prompt * heads + head) * prefix_parts) * of_prompt + branch * sharing + shared
+    prompt, completion = row // completions, row % completions
+    of_prompt = completions * sharing
+    first = ((prompt * heads + head) * prefix_parts) * of_prompt + completion * sharing + shared
     a, a_sums = _read_parts(prefix_out, prefix_sums, first, of_prompt, prefix_parts, d, WIDTH, PREFIX_PARTS)
-    first = ((row * heads + head) * branch_parts) * sharing + shared
-    b, b_sums = _read_parts(branch_out, branch_sums, first, sharing, branch_parts, d, WIDTH, BRANCH_PARTS)
+    first = ((row * heads + head) * completion_parts) * sharing + shared
+    b, b_sums = _read_parts(
+        completion_out, completion_sums, first, sharing, completion_parts, d, WIDTH, COMPLETION_PARTS
+    )
     most = tl.maximum(tl.max(a_sums, axis=0), tl.max(b_sums, axis=0))  # finite: every row sees some key
     a_weights, b_weights = tl.exp(a_sums - most), tl.exp(b_sums - most)
     mean = tl.sum(a * a_weights[:, None], axis=0) + tl.sum(b * b_weights[:, None], axis=0)
@@ -157,33 +163,59 @@ def _join(
     tl.store(target, mean.to(out.dtype.element_ty), mask=d < WIDTH)
 
 
-def rotate_and_write(qkv: Tensor, cos: Tensor, sin: Tensor, places: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Rotate queries and keys of `qkv` [A, (H * R + 2 H) * D] by `cos`, `sin` [A, D] and write keys and values into
-    their memory [P, H, G, T, D], both of one layout, at `places` [A]. Returns the queries [A, H * R, D]."""
-    _, heads, branches, _, width = keys.shape
+def rotate_and_write(
+    qkv: Tensor, cos: Tensor, sin: Tensor, token_index: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """Rotate queries and keys, and write keys and values into the cache.
+
+    Args:
+        qkv: queries, keys and values of one token of each row, [A, (H * R + 2 H) * D].
+        cos: rotary factors, [A, D], as `sin`.
+        sin: see `cos`.
+        token_index: where in its completion each row's token goes, long [A].
+        keys: memory of keys, [P, H, G, T, D]; written in place.
+        values: memory of values, in the same layout as `keys`.
+
+    Returns:
+        The rotated queries, [A, H * R, D].
+    """
+    _, heads, completions, _, width = keys.shape
     rows, num_queries = len(qkv), qkv.shape[1] // width - 2 * heads
     out = qkv.new_empty(rows, num_queries, width)
     block = triton.next_power_of_2(width // 2)
-    with torch.cuda.device_of(qkv):  # Triton runs on the current device, whatever it is given
+    with torch.cuda.device_of(qkv):  # Triton runs on the current device, wherever its tensors are
         _rotate_and_write[(rows, num_queries + 2 * heads)](
-            qkv, cos, sin, places, out, keys, values, num_queries, heads, branches, *keys.stride()[:4],
+            qkv, cos, sin, token_index, out, keys, values, num_queries, heads, completions, *keys.stride()[:4],
             HALF=width // 2, BLOCK=block, num_warps=1,
         )  # fmt: skip
     return out
 
 
 def attend(
-    query: Tensor, prefix: tuple[Tensor, Tensor], branch: tuple[Tensor, Tensor], lengths: tuple[Tensor, Tensor],
+    query: Tensor, prefix: tuple[Tensor, Tensor], completion: tuple[Tensor, Tensor], lengths: tuple[Tensor, Tensor],
     read: tuple[int, int], scaling: float,
 ) -> Tensor:  # fmt: skip
-    """Query [A, H * R, D] over `prefix` (keys and values [P, H, L, D]) and `branch` ([P, H, G, T, D]) -> [A, H * R, D].
+    """Attention of one query token of each row over its prefix and its own completion.
 
-    `lengths`: tokens there are of each prefix [P] and of each branch [A], at least one; `read`: at most, of both.
+    Args:
+        query: [A, H * R, D].
+        prefix: keys and values, each [P, H, L, D].
+        completion: keys and values, each [P, H, G, T, D].
+        lengths: tokens of each prefix [P] and of each completion [A], at least one.
+        read: upper bounds of `lengths` for prefixes and for completions. The launch depends on them alone, so that it
+            can be captured in a CUDA graph.
+        scaling: of the scores.
+
+    Returns:
+        [A, H * R, D].
     """
-    num_prompts, heads, branches, _, width = branch[0].shape
+    num_prompts, heads, completions, _, width = completion[0].shape
     rows, sharing = len(query), query.shape[1] // heads
-    block, of_prompt = max(16, triton.next_power_of_2(width)), branches * sharing  # queries that share a prefix's keys
-    of_prefix, of_branch = (min(QUERIES, max(16, triton.next_power_of_2(n))) for n in (of_prompt, sharing))
+    block, of_prompt = (
+        max(16, triton.next_power_of_2(width)),
+        completions * sharing,
+    )  # queries that share a prefix's keys
+    of_prefix, of_completion = (min(QUERIES, max(16, triton.next_power_of_2(n))) for n in (of_prompt, sharing))
     blocks = triton.cdiv(of_prompt, of_prefix)
     prefix_parts, prefix_part_keys = _split(read[0], num_prompts * heads * blocks)
     parts, part_keys = _split(read[1], rows * heads)
@@ -196,21 +228,24 @@ def attend(
     out = torch.empty_like(query)
     with torch.cuda.device_of(query):
         _attend[(num_of_prefix + rows * heads * parts,)](
-            query, *prefix, lengths[0], means[0], sums[0], *branch, lengths[1], means[1], sums[1],
-            scaling, heads, sharing, branches, *prefix[0].stride()[:3], *branch[0].stride()[:4],
+            query, *prefix, lengths[0], means[0], sums[0], *completion, lengths[1], means[1], sums[1],
+            scaling, heads, sharing, completions, *prefix[0].stride()[:3], *completion[0].stride()[:4],
             prefix_parts, prefix_part_keys, parts, part_keys, blocks, num_of_prefix,
-            WIDTH=width, BLOCK=block, OF_PREFIX=of_prefix, OF_BRANCH=of_branch, KEYS=KEYS, num_warps=4,
+            WIDTH=width, BLOCK=block, OF_PREFIX=of_prefix, OF_COMPLETION=of_completion, KEYS=KEYS, num_warps=4,
         )  # fmt: skip
         _join[(rows, heads * sharing)](
-            means[0], sums[0], means[1], sums[1], out, heads, sharing, branches, prefix_parts, parts, WIDTH=width,
-            BLOCK=block, PREFIX_PARTS=triton.next_power_of_2(prefix_parts), BRANCH_PARTS=triton.next_power_of_2(parts),
-            num_warps=2,
+            means[0], sums[0], means[1], sums[1], out, heads, sharing, completions, prefix_parts, parts,
+            WIDTH=width, BLOCK=block, PREFIX_PARTS=triton.next_power_of_2(prefix_parts),
+            COMPLETION_PARTS=triton.next_power_of_2(parts), num_warps=2,
         )  # fmt: skip
     return out
 
 
 def _split(length: int, sharers: int) -> tuple[int, int]:
-    """Parts of a sequence of this length, and keys of each, so that `sharers` of such sequences fill the GPU."""
+    """How to split a sequence of `length` keys: number of parts, and keys of each part.
+
+    `sharers` such sequences run in one launch; together they should fill the GPU.
+    """
     steps = triton.cdiv(length, KEYS)
     part_steps = triton.cdiv(steps, max(1, PROGRAMS // sharers))
     return triton.cdiv(steps, part_steps), part_steps * KEYS

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_modules.models.attention.kv_cache import BranchCache, CacheShape, PrefixRecorder
+from lightning_modules.models.attention.kv_cache import CacheShape, PrefixKVCache, PrefixRecorder
 from lightning_modules.models.inference.base import SamplingModel
 
 CHECK_EVERY = 8  # steps of all rows between two checks for ended rows: a check waits for the device
@@ -81,7 +81,7 @@ class BranchDecoder:
         self.num_places, self.group, self.prefix_room, self.branch_room = num_places, group, prefix_room, branch_room
         sizes, device, rows = model.cache_sizes, model.device, num_places * group
         shape = CacheShape(num_places, group, prefix_room, branch_room, sizes.layers, sizes.heads, sizes.width)
-        self.cache = BranchCache(shape, model.dtype, device)
+        self.cache = PrefixKVCache(shape, model.dtype, device)
         self.ends = torch.tensor(ends, device=device)
         self.rows = torch.arange(rows, device=device)
         self.active = self.rows  # those of the next step
@@ -154,7 +154,7 @@ class BranchDecoder:
         self.alive[rows], self.length[rows] = True, 0
         self.first[rows] = prefilled.next_positions.repeat_interleave(self.group)
         if not self.static:
-            self.active = self.cache.slots = self.alive.nonzero()[:, 0]
+            self.active = self.cache.batch_slots = self.alive.nonzero()[:, 0]
         self._sample(rows, prefilled.hidden.repeat_interleave(self.group, dim=0))
 
     def _advance(self, places: list[_Place]) -> None:

@@ -57,7 +57,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scal
 
 
 def operands(spans: tuple[GroupSpan, ...]) -> list[Tensor]:
-    length = sum(span.prefix + sum(span.branches) for span in spans)
+    length = sum(span.prefix + sum(span.completions) for span in spans)
     generator = torch.Generator().manual_seed(0)
     shapes = ((6, 16), (2, 16), (2, 16))
     return [torch.randn(1, heads, length, width, generator=generator, requires_grad=True) for heads, width in shapes]

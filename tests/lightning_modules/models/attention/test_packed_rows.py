@@ -114,14 +114,14 @@ def test_gradient_checkpointing_changes_nothing(tiny_model_dir: Path, make_items
 def written_mask(spans: tuple[GroupSpan, ...]) -> Tensor:
     """bool [L, L], True where token i may look at token j: the rule of `SharedPrefixAttention`, word by word."""
     places = [
-        (group, branch)
+        (group, completion)
         for group, span in enumerate(spans)
-        for branch, length in enumerate((span.prefix, *span.branches))
+        for completion, length in enumerate((span.prefix, *span.completions))
         for _ in range(length)
     ]
     return torch.tensor(
         [
-            [j <= i and group == other and branch in (0, own) for j, (other, branch) in enumerate(places)]
+            [j <= i and group == other and completion in (0, own) for j, (other, completion) in enumerate(places)]
             for i, (group, own) in enumerate(places)
         ]
     )
@@ -170,7 +170,7 @@ def test_a_placeholder_in_a_completion_is_an_ordinary_token(policy: QwenVL, make
     items = make_items([1])
     completion = torch.tensor([40, policy.image_token_id, 41])
     (row,) = pack_rows(items, [[completion]], 10_000)
-    assert len(row.image_slots(policy.image_token_id)) == len(policy.encode_images(items)[0])
+    assert len(row.image_token_index(policy.image_token_id)) == len(policy.encode_images(items)[0])
     assert policy.token_log_probs(row, policy.encode_images(items))[[0, 2]].isfinite().all()
 
 

@@ -49,45 +49,45 @@ def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [16, 40])
 def test_queries_are_turned_and_keys_kept(width: int, dtype: torch.dtype) -> None:
-    prompts, heads, branches, sharing, room = 2, 2, 3, 7, 9
-    rows, num_queries = prompts * branches, heads * sharing
+    prompts, heads, completions, sharing, room = 2, 2, 3, 7, 9
+    rows, num_queries = prompts * completions, heads * sharing
     qkv = randn(rows, (num_queries + 2 * heads) * width, dtype=dtype)
     cos, sin = randn(2, rows, width, dtype=dtype)
-    keys, values = randn(2, prompts, heads, branches, room, width, dtype=dtype)
+    keys, values = randn(2, prompts, heads, completions, room, width, dtype=dtype)
     expected_keys, expected_values = keys.clone(), values.clone()
-    places = torch.randint(room, (rows,), device=DEVICE)
-    query = kernels.rotate_and_write(qkv, cos, sin, places, keys, values)
+    token_index = torch.randint(room, (rows,), device=DEVICE)
+    query = kernels.rotate_and_write(qkv, cos, sin, token_index, keys, values)
     by_head = qkv.view(rows, -1, width)
     turned = rotated(by_head[:, : num_queries + heads].float(), cos.float(), sin.float()).to(dtype)
     torch.testing.assert_close(query, turned[:, :num_queries])
-    for row, place in enumerate(places.tolist()):
-        expected_keys[row // branches, :, row % branches, place] = turned[row, num_queries:]
-        expected_values[row // branches, :, row % branches, place] = by_head[row, num_queries + heads :]
+    for row, index in enumerate(token_index.tolist()):
+        expected_keys[row // completions, :, row % completions, index] = turned[row, num_queries:]
+        expected_values[row // completions, :, row % completions, index] = by_head[row, num_queries + heads :]
     torch.testing.assert_close((keys, values), (expected_keys, expected_values))
 
 
 @can_attend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("prompts", "branches", "sharing", "prefix", "branch"),
+    ("prompts", "completions", "sharing", "prefix", "completion"),
     [(2, 3, 7, 200, 90), (1, 8, 7, 64, 1), (3, 1, 1, 300, 130), (1, 20, 4, 300, 65)],
 )
-def test_attention_over_prefix_and_branch_is_one_softmax(
-    prompts: int, branches: int, sharing: int, prefix: int, branch: int, dtype: torch.dtype
+def test_attention_over_prefix_and_completion_is_one_softmax(
+    prompts: int, completions: int, sharing: int, prefix: int, completion: int, dtype: torch.dtype
 ) -> None:
     """Of ragged lengths, and memory that nothing was written to (NaN) is never seen."""
-    heads, width, rows = 2, 16, prompts * branches
+    heads, width, rows = 2, 16, prompts * completions
     query = randn(rows, heads * sharing, width, dtype=dtype)
     shared = randn(2, prompts, heads, prefix, width, dtype=dtype)
-    own = randn(2, prompts, heads, branches, branch, width, dtype=dtype)
-    lengths = [torch.randint(1, n + 1, (m,), device=DEVICE) for n, m in ((prefix, prompts), (branch, rows))]
+    own = randn(2, prompts, heads, completions, completion, width, dtype=dtype)
+    lengths = [torch.randint(1, n + 1, (m,), device=DEVICE) for n, m in ((prefix, prompts), (completion, rows))]
     for p, length in enumerate(lengths[0].tolist()):
         shared[:, p, :, length:] = float("nan")
     for row, length in enumerate(lengths[1].tolist()):
-        own[:, row // branches, :, row % branches, length:] = float("nan")
-    out = kernels.attend(query, tuple(shared), tuple(own), lengths, (prefix, branch), 0.3)
+        own[:, row // completions, :, row % completions, length:] = float("nan")
+    out = kernels.attend(query, tuple(shared), tuple(own), lengths, (prefix, completion), 0.3)
     for row in range(rows):
-        p, b = divmod(row, branches)
+        p, b = divmod(row, completions)
         seen = torch.cat([shared[:, p, :, : lengths[0][p]], own[:, p, :, b, : lengths[1][row]]], dim=2)
         keys, values = (t.repeat_interleave(sharing, dim=0) for t in seen)
         weights = (torch.einsum("hd,htd->ht", query[row].float(), keys.float()) * 0.3).softmax(-1)
