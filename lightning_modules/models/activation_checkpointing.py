@@ -1,4 +1,7 @@
-"""Which layers keep their activations for the backward pass and which compute them again, by a budget of memory."""
+"""Activation checkpointing of as few layers as a memory budget allows.
+
+A checkpointed layer does not keep its activations for the backward pass but computes them again.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,20 @@ GIB = 1 << 30
 
 
 class ActivationBudget:
-    """Checkpoints as few layers as the budget allows, anew for each row: a short row needs none.
+    """Chooses for each packed row which decoder layers are checkpointed: a short row needs none.
 
-    What a layer keeps for a token is not computed from its shapes but measured, at the first row, on its last layer:
-    it depends on precision, adapter and attention kernel. The last layers keep theirs: the backward pass frees them
-    before it comes to the layers that compute again.
+    The activation memory per token is measured on the last layer during the first row, because it depends on precision,
+    LoRA and the attention kernel. Checkpointing is switched off for the *last* layers: the backward pass reaches them
+    first and frees their activations before the earlier layers are recomputed.
     """
 
     def __init__(self, layers: Sequence[nn.Module], gib: float, allocated: Callable[[], int] | None = None) -> None:
-        """`layers` are transformers' checkpointing layers, enabled; `allocated` tells the bytes in use (the GPU's)."""
+        """
+        Args:
+            layers: transformers' checkpointing layers, with checkpointing enabled.
+            gib: budget for the activations of all layers, in GiB.
+            allocated: returns the bytes in use; by default those of the current GPU.
+        """
         self.layers, self.budget = layers, gib * GIB
         self.allocated = allocated or torch.cuda.memory_allocated
         self.bytes_per_token: float | None = None  # of one layer
@@ -31,15 +39,16 @@ class ActivationBudget:
         return device.type == "cuda"
 
     def num_kept(self, num_tokens: int) -> int:
-        """Layers that keep their activations for a row. One that computes again needs the room of one, too."""
+        """How many layers keep their activations for a row of `num_tokens`."""
         if self.bytes_per_token is None:
-            return 1
+            return 1  # the last layer, on which the memory is measured
+        # While one layer is recomputed it needs the memory of one layer, too.
         room = int(self.budget // max(self.bytes_per_token * num_tokens, 1))
         return len(self.layers) if room >= len(self.layers) else max(room - 1, 0)
 
     @contextmanager
     def row(self, num_tokens: int) -> Iterator[None]:
-        """Around the forward pass of a row with gradient."""
+        """Context for the forward pass of a row with gradient."""
         again = len(self.layers) - self.num_kept(num_tokens)
         for index, layer in enumerate(self.layers):
             layer.gradient_checkpointing = index < again
@@ -49,7 +58,7 @@ class ActivationBudget:
         readings: list[int] = []
         hooks = [
             self.layers[-1].register_forward_pre_hook(lambda *_: readings.append(self.allocated())),
-            # Before the hook by which a sharded layer lets its weights go.
+            # Must run before FSDP's hook, which frees the layer's gathered weights.
             self.layers[-1].register_forward_hook(lambda *_: readings.append(self.allocated()), prepend=True),
         ]
         try:

@@ -1,8 +1,9 @@
-"""A merged model as a folder that loads wherever the model loads that it was trained from.
+"""Writes a merged model as a folder that loads wherever its source model loads.
 
-Only the weights are new. Configuration, tokenizer, processor, template and generation settings are the source's own
-files, byte for byte. Tensors and weight files have the source's names. A newer release of transformers writes a layout
-of its own (nested configurations, renamed tensors), which older releases and other programs do not read.
+Only the weights are new. Configuration, tokenizer, processor, template and generation settings are the source's files,
+byte for byte. Tensors and weight files have the source's names. `save_pretrained` of a new release of transformers
+would write another layout (nested configurations, renamed tensors), which older releases and other programs cannot
+read.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def write_merged(
 
 
 def copy_companions(origin: Path, folder: Path) -> None:
-    """Copy all that a model folder holds beside weights, byte for byte."""
+    """Copy every file of a model folder except the weights, byte for byte."""
     for name in COMPANIONS:
         if (origin / name).is_file():
             shutil.copyfile(origin / name, folder / name)
@@ -78,7 +79,7 @@ def copy_companions(origin: Path, folder: Path) -> None:
 def _tensors_of(
     file: Path, state: Mapping[str, Tensor], source: str | Path, architecture: Architecture
 ) -> dict[str, Tensor]:
-    """The tensors of one file under its names. Two names of one tensor (a tied head) become two tensors."""
+    """The new tensors of one weight file, under the names in that file."""
     tensors: dict[str, Tensor] = {}
     written: set[int] = set()
     for tensor in stored_tensors(file):
@@ -86,13 +87,14 @@ def _tensors_of(
         if name is None:
             raise ModelError(f"model: {str(source)!r}: {tensor.name} in {file.name} was not there when it was loaded")
         value = state[name].detach().contiguous()
+        # safetensors refuses two names of one memory (a tied head), so the second becomes a tensor of its own.
         tensors[tensor.name] = value.clone() if value.data_ptr() in written else value
         written.add(value.data_ptr())
     return tensors
 
 
 def _write_index(source: Path, target: Path, size: int) -> None:
-    """The source's index; its total size follows where tensors are kept in another type."""
+    """Copy the source's index, with a new total size if the tensors have another dtype now."""
     index = json_object(source)
     metadata = index.get("metadata")
     if not isinstance(metadata, dict) or metadata.get("total_size") in (None, size):

@@ -45,7 +45,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def check_settings(lora: LoraSettings | None, dtype: str) -> None:
-    """All contradictions at once, before any weight is read."""
+    """Raise ValueError with all settings that cannot work, before any weight is read."""
     faults = []
     if dtype not in DTYPES:
         faults.append(f"dtype={dtype!r} is none of {sorted(DTYPES)}")
@@ -55,7 +55,22 @@ def check_settings(lora: LoraSettings | None, dtype: str) -> None:
 
 
 class QwenVL(nn.Module):
-    """`path` is a folder or a Hub name. On the meta device only `config.json` is read and no weight is allocated."""
+    """The model that is trained, its frozen reference, and what both need for prompts and images.
+
+    On the meta device only `config.json` is read and no weight is allocated.
+
+    Args:
+        path: a folder or a Hub name, of a family in `architectures.registry`.
+        lora: train an adapter on the language model; None: train the language model's own weights.
+        dtype: of the weights; a key of `DTYPES`. The adapter is always float32.
+        freeze_vision: the vision tower is not trained.
+        with_reference: keep what `token_log_probs(..., reference=True)` needs.
+        gradient_checkpointing: compute activations again in the backward pass.
+        activation_gib: checkpoint only as many layers as this memory for activations demands (`ActivationBudget`).
+
+    Raises:
+        ValueError: settings that cannot work, or a model's files that cannot be used (`ModelError`).
+    """
 
     def __init__(
         self,
@@ -78,17 +93,17 @@ class QwenVL(nn.Module):
         self.architecture = architecture_of(model)
         model.requires_grad_(lora is None)
         self.architecture.vision_tower(model).requires_grad_(not freeze_vision)
-        # Where only an adapter is trained, the reference is the policy without it. Else it is a copy, taken before the
-        # adapter goes in: frozen vision weights are shared, the rest is truly copied.
+        # If only an adapter is trained, the reference is the policy without its adapter. Else it is a copy, made before
+        # the adapter is added. The copy shares the tensors of a frozen vision tower.
         needs_copy = with_reference and (lora is None or not freeze_vision)
         self.reference_model = frozen_copy(model, share_vision=freeze_vision) if needs_copy else None
         self.model = model if lora is None else with_adapter(model, lora)
         if not freeze_vision:
-            self.vision_tower.requires_grad_(True)  # PEFT freezes all but its own
+            self.vision_tower.requires_grad_(True)  # PEFT freezes everything outside the adapter
         if gradient_checkpointing:
             old_name = self.base.gradient_checkpointing_enable  # transformers renamed it after 5.17
             getattr(self.base, "activation_checkpointing_enable", old_name)()
-        self.feature_cache: FeatureCache | None = None  # set by who wants a frozen tower's features kept on disk
+        self.feature_cache: FeatureCache | None = None  # set from outside, to keep a frozen tower's features on disk
         self.sharded: ShardedModel | None = None  # `base`, once its layers are sharded over ranks
         self._cached_reference = CachedReference()
         self.activations: ActivationBudget | None = None
@@ -126,9 +141,9 @@ class QwenVL(nn.Module):
 
     @cached_property
     def banned_token_ids(self) -> tuple[int, ...]:
-        """Never sampled in training.
+        """Tokens that are never sampled in training.
 
-        A policy that writes an image placeholder changes the meaning of its own prompt and breaks every later forward.
+        An image placeholder in a completion would be taken for one of the prompt's in every later forward pass.
         """
         return special_ids(self.base.config, self.tokenizer, self.eos_ids)
 
@@ -136,22 +151,32 @@ class QwenVL(nn.Module):
         return self.banned_token_ids if ban == "special" else placeholder_ids(self.base.config)
 
     def banned_tokens(self, ban: Ban) -> Tensor:
-        """The same, on the policy's device."""
+        """`banned_ids`, long, on the policy's device."""
         return self.banned if ban == "special" else self.placeholders
 
     def encode_images(self, items: Sequence[EncodedSample], reference: bool = False) -> list[Tensor]:
-        """Image features [tokens, D] of each item, its images in order. The same image in several items runs once."""
+        """Features of each item's images, in order: [tokens, F] for each item.
+
+        An image that is in several items is encoded once. Gradients reach only a vision tower that is trained.
+
+        Args:
+            items: with patches and grids on the policy's device.
+            reference: encode with the reference's tower, where that is a copy, without gradient.
+        """
         model = self.reference_model if reference and self.reference_model is not None else self.base
+        # 1. Collect each image once: {hash of its bytes: (patches, grid)}.
         unique: dict[str, tuple[Tensor, Tensor]] = {}
         for item in items:
             pixels = item.pixel_values.split(item.grid_thw.prod(-1).tolist())
             for key, patches, grid in zip(item.image_keys, pixels, item.grid_thw, strict=True):
                 unique.setdefault(key, (patches, grid))
+        # 2. Read features from the cache on disk, which holds those of a frozen tower.
         cache = self.feature_cache if self.freeze_vision else None
         features: dict[str, Tensor] = {}
         for key, (_, grid) in unique.items() if cache is not None else ():
             if (known := cache.get(key, grid.tolist(), self.device)) is not None:
                 features[key] = known
+        # 3. Encode the others, in chunks that bound the memory.
         missing = {key: image for key, image in unique.items() if key not in features}
         with torch.no_grad() if self.freeze_vision or reference else nullcontext():
             for keys in chunk_images(missing):
@@ -171,11 +196,22 @@ class QwenVL(nn.Module):
         ban_tokens: bool = True,
         with_best: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """log p of each target [N], in the order of `rows.targets`, under the distribution that rollouts sample from.
+        """Log-probability of each target of a packed row, under the distribution that rollouts sample from.
 
-        `features` are those of all items given to `pack_rows` (`encode_images`). `ban_tokens=False` normalises over the
-        whole vocabulary, as supervised training does. With `reference=True` the reference answers, without gradient.
-        `with_best` also gives the likeliest token [N] in the place of each target.
+        Args:
+            rows: one row of `pack_rows`.
+            features: `encode_images` of all items that were given to `pack_rows`.
+            temperature: divides the logits.
+            reference: compute with the reference, without gradient.
+            ban_tokens: leave out the tokens that are never sampled in training. If not, the softmax is over the whole
+                vocabulary, as in supervised training.
+            with_best: also return the likeliest token in the place of each target.
+
+        Returns:
+            float32 [N], in the order of `rows.targets`; with `with_best` also token ids, long [N].
+
+        Raises:
+            ValueError: `reference` of a policy without one.
         """
         banned = self.banned if ban_tokens else None
         with self._acting(reference) as model, self._autocast(), self._checkpointing(rows):
@@ -190,7 +226,7 @@ class QwenVL(nn.Module):
         return model.hidden_states(rows.attention, rows.position_ids, inputs_embeds=embeddings)[0]
 
     def dummy_log_prob(self, reference: bool = False) -> Tensor:
-        """log p of one token in a row without images: the passes through the layers that any row makes."""
+        """log p of one token in a row without images: it makes the same passes through the layers as any row."""
         token = torch.tensor([self.eos_ids[0]], device=self.device)
         return self.token_log_probs(one_token_row(token), [], reference=reference).sum()
 
@@ -224,7 +260,7 @@ class QwenVL(nn.Module):
             yield PlainSamplingModel(self.base)
             return
         if not self.with_reference:
-            raise ValueError("reference=True asked of a policy built with_reference=False")
+            raise ValueError("reference=True, but the policy was built with_reference=False")
         model = self.base if self.reference_model is None else self.reference_model
         cached = self._cached_reference.read(model)
         # transformers' layers of a policy with an adapter are the reference while the adapter is switched off.
@@ -241,7 +277,7 @@ class QwenVL(nn.Module):
         return budget.row(rows.input_ids.shape[1])
 
     def _autocast(self) -> torch.autocast:
-        """Adapters are kept in float32 beside half-precision weights; their products run in the weights' precision."""
+        """Compute in the precision of the weights: beside half-precision weights the adapter is kept in float32."""
         half = None if self.base.dtype == torch.float32 else self.base.dtype
         return torch.autocast(self.device.type, dtype=half, enabled=half is not None)
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens, with logits only for those and only in chunks.
+"""Log-probabilities of given tokens. Logits are computed only where they are needed, and in chunks.
 
 Shapes: N target tokens, D hidden width, V vocabulary.
 """
@@ -21,11 +21,20 @@ def score_tokens(
     temperature: float,
     with_best: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """log p(target) [N], float32, under softmax(logits / temperature) without banned tokens; likeliest tokens [N], if
-    asked for.
+    """log p(target) under softmax(logits / temperature) without banned tokens.
 
-    `hidden` [N, D] are the states that predict `targets` [N]; `head` makes logits [., V]. Where there is more than one
-    chunk, none keeps its logits for the gradient: they are computed again.
+    If there is more than one chunk, the backward pass computes the logits again, so that only one chunk is in memory.
+
+    Args:
+        hidden: states that predict the targets, [N, D].
+        targets: token ids, long [N].
+        head: makes logits [., V] from hidden states [., D].
+        banned: token ids that get probability 0, long; None: no token.
+        temperature: divides the logits.
+        with_best: also return the likeliest tokens.
+
+    Returns:
+        float32 [N], and the likeliest tokens, long [N], or None.
     """
     size = max(1, MAX_LOGITS // head.out_features)
     if len(targets) <= size:
@@ -41,7 +50,7 @@ def score_tokens(
 def _score_chunk(
     hidden: Tensor, targets: Tensor, head: nn.Module, banned: Tensor | None, temperature: float, with_best: bool
 ) -> tuple[Tensor, Tensor | None]:
-    # Logits are the largest tensor there is: what can be done in place, or not at all, is.
+    # Logits are the largest tensor of a forward pass: avoid copies of them.
     logits = head(hidden).float()
     if temperature != 1:
         logits = logits / temperature

@@ -1,8 +1,8 @@
-"""Features of a frozen vision tower on disk, so that an image of several epochs or runs is encoded once.
+"""A cache on disk for the features of a frozen vision tower: an image is encoded once for several epochs and runs.
 
-One safetensors file for each image and size, in a folder for each combination of vision weights and processor settings.
-Several processes may share the folder: a file appears whole or not at all, whoever writes it writes the same, and one
-that another process has evicted is simply encoded again.
+There is one safetensors file for each image and size, in one folder for each combination of vision weights and
+processor settings. Several processes may share the folder: a file appears complete or not at all, every process would
+write the same content, and an image whose file another process has evicted is encoded again.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ from torch import Tensor, nn
 from datamodules.persistence.files import atomic_path, file_sha256, fingerprint
 
 GIB = 1 << 30
-MAX_PATCHES = 1 << 15  # of one pass through the vision tower; bounds its activations
+MAX_PATCHES = 1 << 15  # in one pass through the vision tower; bounds the memory of its activations
 SUFFIX = ".safetensors"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-STALE = 3600.0  # seconds after which a draft's writer must have been killed
-CHECK_SHARE = 0.02  # of the limit: so much is written between two looks at what the folder holds
+ABANDONED_AFTER = 3600.0  # seconds; the process that wrote an unfinished file of this age must have been killed
+SCAN_EVERY = 0.02  # rescan the folder's size after writing this fraction of the limit (a scan of many files is slow)
 
 
 def tower_fingerprint(tower: nn.Module, processor_path: str) -> str:
-    """Of all that features depend on beside the image and its size: weights, their precision, and the processor.
+    """A hash of everything that features depend on besides the image and its size.
 
-    A processor that is not a folder (a Hub name) counts by its name.
+    Args:
+        tower: its weights and their precision count.
+        processor_path: the files of the processor count, or its name if it is no folder (a Hub name).
     """
     digest = hashlib.sha256()
     for name, parameter in tower.named_parameters():
@@ -43,24 +45,37 @@ def tower_fingerprint(tower: nn.Module, processor_path: str) -> str:
 
 
 class FeatureCache:
-    """`max_gib` bounds all of `folder`, other towers' features too: what was used least lately goes first."""
+    """Features by image and grid.
+
+    Args:
+        folder: may be shared by several towers and processes.
+        tower: `tower_fingerprint`.
+        max_gib: limit for all of `folder`, in GiB, greater than 0. The least recently used features are evicted first.
+    """
 
     def __init__(self, folder: str | Path, tower: str, max_gib: float) -> None:
         if max_gib <= 0:
             raise ValueError(f"feature cache: max_gib={max_gib} must be greater than 0")
         self.root, self.folder, self.limit = Path(folder), Path(folder, tower), int(max_gib * GIB)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._unchecked = self.limit  # bytes that may have come since the last look, by this process
+        # Bytes that this process has written since its last scan. It starts at the limit: the first `put` scans.
+        self._unchecked = self.limit
 
     def get(self, image_key: str, grid: Sequence[int], device: torch.device) -> Tensor | None:
-        """Features [tokens, D] of the image with this hash at `grid` (frames, rows, columns of patches), if there."""
+        """Features [tokens, F] of an image, or None if they are not in the cache.
+
+        Args:
+            image_key: hash of the image's bytes.
+            grid: frames, rows and columns of its patches.
+            device: where the features are wanted.
+        """
         path = self._path(image_key, grid)
         try:
             features = load_file(path, device=str(device))["features"]
-            os.utime(path)  # used now
+            os.utime(path)  # the time of last use, by which files are evicted
         except FileNotFoundError:
             return None
-        except SafetensorError:  # damaged, by a full disk for one: as if it were not there
+        except SafetensorError:  # damaged, for example by a full disk: encode the image again
             path.unlink(missing_ok=True)
             return None
         return features
@@ -70,7 +85,7 @@ class FeatureCache:
         with atomic_path(path, shared=True) as draft:
             save_file({"features": features.detach().contiguous()}, draft)
             self._unchecked += draft.stat().st_size
-        if self._unchecked >= CHECK_SHARE * self.limit:
+        if self._unchecked >= SCAN_EVERY * self.limit:
             self._evict()
 
     def _path(self, image_key: str, grid: Sequence[int]) -> Path:
@@ -82,7 +97,7 @@ class FeatureCache:
         for path in self.root.glob("*/*"):
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
-                if path.suffix == SUFFIX or time.time() - status.st_mtime > STALE:
+                if path.suffix == SUFFIX or time.time() - status.st_mtime > ABANDONED_AFTER:
                     found.append((status.st_mtime, status.st_size, path))
         excess = sum(size for _, size, _ in found) - self.limit
         for _, size, path in sorted(found):
@@ -94,7 +109,7 @@ class FeatureCache:
 
 
 def chunk_images(images: dict[str, tuple[Tensor, Tensor]]) -> Iterator[list[str]]:
-    """Keys of consecutive images that together have at most MAX_PATCHES patches (one image at least)."""
+    """Split images, {key: (patches, grid)}, into consecutive chunks of at most MAX_PATCHES patches or one image."""
     keys: list[str] = []
     total = 0
     for key, (patches, _) in images.items():

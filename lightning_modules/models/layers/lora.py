@@ -48,7 +48,7 @@ class LoraSettings:
         return all_linear if self.targets in (ALL_LINEAR, (ALL_LINEAR,)) else tuple(self.targets)
 
     def faults(self) -> list[str]:
-        """Every setting that cannot work, as one sentence each."""
+        """One sentence for each setting that cannot work."""
         faults = [
             f"lora.{name}={value} must be greater than 0; lora=null trains without an adapter"
             for name, value in (("rank", self.rank), ("alpha", self.alpha))
@@ -84,7 +84,7 @@ def _pattern(layers: Sequence[str], architecture: Architecture) -> str:
 
 
 def _unmatched(model: nn.Module, layers: Sequence[str], architecture: Architecture) -> list[str]:
-    """Those names that no linear layer of the language model has. PEFT is content if any of them matches."""
+    """The names that match no linear layer of the language model. PEFT alone would accept them if any one matches."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     patterns = {layer: _pattern([layer], architecture) for layer in layers}
     return [layer for layer, pattern in patterns.items() if not any(re.fullmatch(pattern, name) for name in linear)]
@@ -101,7 +101,7 @@ def with_adapter(model: nn.Module, lora: LoraSettings) -> PeftModel:
         adapted = get_peft_model(model, lora_config(lora, architecture))
     for module in adapted.modules():
         if type(module) is LoraLinear:
-            module.__class__ = FusedLoraLinear  # same state, other forward
+            module.__class__ = FusedLoraLinear  # the same state with a faster forward pass
     return adapted
 
 
@@ -120,8 +120,10 @@ def _lora_items(model: PeftModel) -> list[tuple[str, Tensor]]:
 
 
 def write_adapter(tensors: dict[str, Tensor], model: PeftModel, folder: Path) -> None:
-    """Write `adapter_tensors` as a PEFT adapter: adapter_model.safetensors and adapter_config.json. `folder` appears
-    whole."""
+    """Write `adapter_tensors` as a PEFT adapter: adapter_model.safetensors and adapter_config.json.
+
+    `folder` appears complete or not at all.
+    """
     with whole_folder(folder) as unfinished:
         save_file(tensors, unfinished / "adapter_model.safetensors")
         config = copy.deepcopy(model.peft_config["default"])
@@ -144,7 +146,7 @@ def merged_copy(module: nn.Module, merge_lora: bool = True) -> nn.Module:
 
 
 def frozen_copy(model: nn.Module, share_vision: bool) -> nn.Module:
-    """The model as it is now, which nothing trains; with `share_vision` its tower's tensors are the model's own."""
+    """A frozen copy of the model as it is now. With `share_vision` the two share the tensors of the vision tower."""
     tower = architecture_of(model).vision_tower(model)
     memo = {id(t): t for t in (*tower.parameters(), *tower.buffers())} if share_vision else {}
     return copy.deepcopy(model, memo).requires_grad_(False).eval()

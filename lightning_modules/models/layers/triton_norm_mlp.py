@@ -1,10 +1,9 @@
-"""RMS norm (Zhang and Sennrich 2019) and SwiGLU's gate (Shazeer 2020) on a GPU, in Triton: one pass over memory each,
-forwards and backwards.
+"""RMS norm (Zhang and Sennrich 2019) and the gate of SwiGLU (Shazeer 2020) on a GPU, in Triton.
 
-Written out in PyTorch they are eight and three passes over the widest tensors of a layer, and keep copies in float32
-for the gradient. Here what goes in is kept, and one number a row.
+Forward and backward pass each read and write memory once. In PyTorch's own operations they are eight and three passes
+over the widest tensors of a layer, and autograd keeps copies in float32. Here it keeps the input and one number a row.
 
-Shapes: N rows; `width` numbers of a row.
+Shapes: N rows, `width` numbers in each.
 """
 
 from __future__ import annotations
@@ -17,58 +16,58 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 1024  # numbers of a gated activation that one program takes
+BLOCK = 1024  # numbers of a row that one program of the gate computes
 
 
 @triton.jit
 def _norm(x, weight, out, scales, width, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, BLOCK)
-    inside = place < width
-    values = tl.load(x + row * width + place, mask=inside, other=0.0).to(tl.float32)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    values = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(values * values, axis=0) / width + eps)
     scaled = (values * scale).to(out.dtype.element_ty).to(tl.float32)  # rounded where the model rounds
-    scaled *= tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * width + place, scaled.to(out.dtype.element_ty), mask=inside)
+    scaled *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + column, scaled.to(out.dtype.element_ty), mask=inside)
     tl.store(scales + row, scale)
 
 
 @triton.jit
 def _norm_backward(grad, x, weight, scales, out, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, BLOCK)
-    inside = place < width
+    column = tl.arange(0, BLOCK)
+    inside = column < width
     scale = tl.load(scales + row)
-    scaled = tl.load(x + row * width + place, mask=inside, other=0.0).to(tl.float32) * scale
-    of_scaled = tl.load(grad + row * width + place, mask=inside, other=0.0).to(tl.float32)
-    of_scaled *= tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+    scaled = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32) * scale
+    of_scaled = tl.load(grad + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    of_scaled *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     along = tl.sum(of_scaled * scaled, axis=0) / width
-    tl.store(out + row * width + place, ((of_scaled - scaled * along) * scale).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * width + column, ((of_scaled - scaled * along) * scale).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _gated(gate, up, out, width, gate_row, up_row, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < width
-    x = tl.load(gate + row * gate_row + place, mask=inside, other=0.0).to(tl.float32)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    x = tl.load(gate + row * gate_row + column, mask=inside, other=0.0).to(tl.float32)
     activated = (x * tl.sigmoid(x)).to(out.dtype.element_ty).to(tl.float32)
-    activated *= tl.load(up + row * up_row + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * width + place, activated.to(out.dtype.element_ty), mask=inside)
+    activated *= tl.load(up + row * up_row + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + column, activated.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _gated_backward(grad, gate, up, of_gate, of_up, width, gate_row, up_row, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < width
-    x = tl.load(gate + row * gate_row + place, mask=inside, other=0.0).to(tl.float32)
-    factor = tl.load(up + row * up_row + place, mask=inside, other=0.0).to(tl.float32)
-    arriving = tl.load(grad + row * width + place, mask=inside, other=0.0).to(tl.float32)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    x = tl.load(gate + row * gate_row + column, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(up + row * up_row + column, mask=inside, other=0.0).to(tl.float32)
+    arriving = tl.load(grad + row * width + column, mask=inside, other=0.0).to(tl.float32)
     share = tl.sigmoid(x)
     slope = share * (1 + x * (1 - share))
-    tl.store(of_gate + row * width + place, (arriving * factor * slope).to(of_gate.dtype.element_ty), mask=inside)
-    tl.store(of_up + row * width + place, (arriving * x * share).to(of_up.dtype.element_ty), mask=inside)
+    tl.store(of_gate + row * width + column, (arriving * factor * slope).to(of_gate.dtype.element_ty), mask=inside)
+    tl.store(of_up + row * width + column, (arriving * x * share).to(of_up.dtype.element_ty), mask=inside)
 
 
 class _Norm(torch.autograd.Function):
@@ -119,12 +118,12 @@ def _warps(block: int) -> int:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMS norm of each row of `x` [..., width], times `weight`, which gets no gradient."""
-    with torch.cuda.device_of(x):  # Triton runs on the current device, whatever it is given
+    """RMS norm of each row of `x` [..., width], times `weight` [width], which gets no gradient."""
+    with torch.cuda.device_of(x):  # Triton runs on the current device, wherever its tensors are
         return _Norm.apply(x, weight.detach(), eps)
 
 
 def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
-    """SiLU(gate) * up, both [N, width]; they may be parts of wider rows."""
+    """SiLU(gate) * up, both [N, width]; their rows may be slices of wider rows."""
     with torch.cuda.device_of(gate):
         return _Gated.apply(gate, up)
