@@ -16,6 +16,7 @@ from transformers import Qwen2_5_VLConfig
 
 from datamodules.checkpoints.pretrained import load_config, load_tokenizer, new_model
 from datamodules.persistence.files import fingerprint, read_json, write_json
+from lightning_modules.models.token_bans import special_ids
 
 NANO_BASE = Path("models/nano-base")
 RECIPE = "recipe.json"  # written last: a folder without it is unfinished
@@ -144,8 +145,4 @@ def tokens_never_sampled(folder: str | Path) -> list[int]:
 
     The end tokens are among them, so every completion has its full length.
     """
-    config, tokenizer = load_config(folder), load_tokenizer(folder)
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= {*tokenizer.all_special_ids, config.image_token_id, config.video_token_id}
-    special |= {config.text_config.eos_token_id, config.vision_start_token_id, config.vision_end_token_id}
-    return sorted(special | set(range(len(tokenizer), config.text_config.vocab_size)))
+    return list(special_ids(load_config(folder), load_tokenizer(folder), ends=()))

@@ -42,7 +42,7 @@ from lightning_modules.serving.openai_client import (
 )
 
 T = TypeVar("T")
-FAREWELL = 30.0  # seconds; unloading is quick, and a server that hangs must not hold up an error
+UNLOAD_TIMEOUT = 30.0  # seconds; unloading is quick, and a server that hangs must not hold up an error
 BAN = -100.0  # OpenAI's lowest bias: added to a logit before the temperature divides it
 
 
@@ -161,7 +161,7 @@ class VLLMEngine:
             self.adapter = None
             self._given.clear()
             try:
-                self._call(lambda pool: pool.visit_all(self._unload_all, FAREWELL))
+                self._call(lambda pool: pool.visit_all(self._unload_all, UNLOAD_TIMEOUT))
             finally:
                 for folder in self.folder.glob(f"{self._prefix}*"):  # two, where an update failed
                     shutil.rmtree(folder)

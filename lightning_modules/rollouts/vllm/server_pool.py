@@ -1,5 +1,7 @@
-"""Several servers behind one list: jobs spread over them, a dead one's given to the others, and it is taken back when
-it has come to life again."""
+"""Spread requests over several servers.
+
+If a server fails, its open requests move to the others. It is used again once its health check passes.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ from lightning_modules.serving.openai_client import ChatEndpoint, EndpointMisuse
 
 J = TypeVar("J")
 R = TypeVar("R")
-MISUSES = 3  # in a row, each after a `prepare` that found nothing wrong: then it is not the server's state
-LOSSES = 3  # of one job, for longer than `patience`: then it is not the servers
+# Consecutive rejections although `prepare` found nothing wrong: the request itself is wrong, so stop retrying.
+MAX_CONSECUTIVE_REJECTIONS = 3
+MAX_JOB_RETRIES = 3  # failures of one job, over longer than `patience`: the job is at fault, not the servers
 log = logging.getLogger(__name__)
 
 
@@ -98,8 +101,9 @@ class ServerPool:
                     results[number] = await ask(server.endpoint, job)
                 except (EndpointUnavailable, EndpointMisused) as error:
                     waiting.put_nowait((number, job))
-                    losses[number].append(time.monotonic())
-                    if len(losses[number]) >= LOSSES and losses[number][-1] - losses[number][0] > self.patience:
+                    lost = losses[number]
+                    lost.append(time.monotonic())
+                    if len(lost) >= MAX_JOB_RETRIES and lost[-1] - lost[0] > self.patience:
                         raise
                     _note(server, error)
                     continue
@@ -202,7 +206,7 @@ def _note(server: _Server, error: Exception) -> None:
     """Put the server under suspicion. Raises the error where preparing has not helped so often that it cannot."""
     if isinstance(error, EndpointMisused) and server.healthy.is_set():  # else it is of the same failure
         server.misuses += 1
-        if server.misuses >= MISUSES:
+        if server.misuses >= MAX_CONSECUTIVE_REJECTIONS:
             raise error
     log.warning("server %s lost a request: %s", server.url, error)
     server.suspect()

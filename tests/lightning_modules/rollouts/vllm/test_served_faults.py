@@ -169,7 +169,7 @@ def test_an_adapter_whose_answer_is_lost_is_no_fault(stub, connect, path) -> Non
 
 @pytest.mark.parametrize("fault", ["keeps it", "hangs", "is another"])
 def test_an_end_asks_every_server_whatever_one_of_them_does(stub, other, connect, tmp_path, monkeypatch, fault) -> None:
-    monkeypatch.setattr("lightning_modules.rollouts.vllm.engine.FAREWELL", 2.0)
+    monkeypatch.setattr("lightning_modules.rollouts.vllm.engine.UNLOAD_TIMEOUT", 2.0)
     engine = connect(stub.url, other.url, timeout=60.0)
     engine.sync()
     other.wrap = lambda path, answer: answer() if path == "models" else (403, error("not you"))
