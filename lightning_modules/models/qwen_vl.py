@@ -8,6 +8,7 @@ Shapes: N target tokens, D hidden width, L tokens of a packed row.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
@@ -36,7 +37,7 @@ from lightning_modules.models.layers.lora import LoraSettings, frozen_copy, merg
 from lightning_modules.models.merged_folder import check_names, write_merged
 from lightning_modules.models.token_bans import Ban, end_ids, placeholder_ids, special_ids
 from lightning_modules.models.token_log_probs import score_tokens
-from lightning_modules.models.vision_feature_cache import FeatureCache, chunk_images
+from lightning_modules.models.vision_feature_cache import FeatureCache, encode_each_once
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -164,28 +165,9 @@ class QwenVL(nn.Module):
             reference: encode with the reference's tower, where that is a copy, without gradient.
         """
         model = self.reference_model if reference and self.reference_model is not None else self.base
-        # 1. Collect each image once: {hash of its bytes: (patches, grid)}.
-        unique: dict[str, tuple[Tensor, Tensor]] = {}
-        for item in items:
-            pixels = item.pixel_values.split(item.grid_thw.prod(-1).tolist())
-            for key, patches, grid in zip(item.image_keys, pixels, item.grid_thw, strict=True):
-                unique.setdefault(key, (patches, grid))
-        # 2. Read features from the cache on disk, which holds those of a frozen tower.
-        cache = self.feature_cache if self.freeze_vision else None
-        features: dict[str, Tensor] = {}
-        for key, (_, grid) in unique.items() if cache is not None else ():
-            if (known := cache.get(key, grid.tolist(), self.device)) is not None:
-                features[key] = known
-        # 3. Encode the others, in chunks that bound the memory.
-        missing = {key: image for key, image in unique.items() if key not in features}
+        cache = self.feature_cache if self.freeze_vision else None  # the cache is of a frozen tower
         with torch.no_grad() if self.freeze_vision or reference else nullcontext():
-            for keys in chunk_images(missing):
-                patches = torch.cat([unique[key][0] for key in keys])
-                grids = torch.stack([unique[key][1] for key in keys])
-                features.update(zip(keys, self.architecture.image_features(model, patches, grids), strict=True))
-        for key, (_, grid) in missing.items() if cache is not None else ():
-            cache.put(key, grid.tolist(), features[key])
-        return [torch.cat([features[key] for key in item.image_keys]) for item in items]
+            return encode_each_once(items, functools.partial(self.architecture.image_features, model), cache)
 
     def token_log_probs(
         self,
@@ -213,17 +195,14 @@ class QwenVL(nn.Module):
         Raises:
             ValueError: `reference` of a policy without one.
         """
-        banned = self.banned if ban_tokens else None
+        banned, images = self.banned if ban_tokens else None, [features[index] for index in rows.items]
         with self._acting(reference) as model, self._autocast(), self._checkpointing(rows):
-            hidden = self._hidden_states(model, rows, features)[rows.predict]
-            log_probs, best = score_tokens(hidden, rows.targets, model.lm_head, banned, temperature, with_best)
+            embeddings = self.embed(model, rows.input_ids, images, rows.image_token_index(self.image_token_id))
+            hidden = model.hidden_states(rows.attention, rows.position_ids, inputs_embeds=embeddings)[0]  # [L, D]
+            # Logits only where a target is predicted: a prompt's tokens need none.
+            predicting = hidden[rows.predict]  # [N, D]
+            log_probs, best = score_tokens(predicting, rows.targets, model.lm_head, banned, temperature, with_best)
         return (log_probs, best) if with_best else log_probs
-
-    def _hidden_states(self, model: SamplingModel, rows: PackedRows, features: Sequence[Tensor]) -> Tensor:
-        """[L, D], after the last norm."""
-        images, placeholders = [features[index] for index in rows.items], rows.image_token_index(self.image_token_id)
-        embeddings = self.embed(model, rows.input_ids, images, placeholders)
-        return model.hidden_states(rows.attention, rows.position_ids, inputs_embeds=embeddings)[0]
 
     def dummy_log_prob(self, reference: bool = False) -> Tensor:
         """log p of one token in a row without images: it makes the same passes through the layers as any row."""

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from datamodules.encoding.encoder import EncodedSample
 from datamodules.persistence.files import atomic_path, file_sha256, fingerprint
 
 GIB = 1 << 30
@@ -106,6 +107,37 @@ class FeatureCache:
             path.unlink(missing_ok=True)
             excess -= size
         self._unchecked = 0
+
+
+def encode_each_once(
+    items: Sequence[EncodedSample], encode: Callable[[Tensor, Tensor], Sequence[Tensor]], cache: FeatureCache | None
+) -> list[Tensor]:
+    """Features of each item's images, in order: [tokens, F] for each item.
+
+    Args:
+        items: an image that is in several items is encoded once.
+        encode: makes the features of images from their patches and grids (`Architecture.image_features`).
+        cache: where features are looked up first and then kept.
+    """
+    # 1. Collect each image once: {hash of its bytes: (patches, grid)}.
+    images: dict[str, tuple[Tensor, Tensor]] = {}
+    for item in items:
+        patches = item.pixel_values.split(item.grid_thw.prod(-1).tolist())
+        for key, *image in zip(item.image_keys, patches, item.grid_thw, strict=True):
+            images.setdefault(key, tuple(image))
+    # 2. Read what the cache has.
+    features: dict[str, Tensor] = {}
+    for key, (patches, grid) in images.items() if cache is not None else ():
+        if (known := cache.get(key, grid.tolist(), patches.device)) is not None:
+            features[key] = known
+    # 3. Encode the others, in chunks that bound the memory.
+    missing = {key: image for key, image in images.items() if key not in features}
+    for keys in chunk_images(missing):
+        patches, grids = zip(*(images[key] for key in keys), strict=True)
+        features.update(zip(keys, encode(torch.cat(patches), torch.stack(grids)), strict=True))
+    for key, (_, grid) in missing.items() if cache is not None else ():
+        cache.put(key, grid.tolist(), features[key])
+    return [torch.cat([features[key] for key in item.image_keys]) for item in items]
 
 
 def chunk_images(images: dict[str, tuple[Tensor, Tensor]]) -> Iterator[list[str]]:
