@@ -6,8 +6,8 @@ over the completions' own tokens is a small matrix product for each completion. 
 repeated in memory, neither for completions nor for heads.
 
 Shapes: P prompts, G completions of each, A active rows (completions that have not ended), H key-value heads, R query
-heads for each of them, L prefix tokens (padded on the right), T tokens that a completion can grow to, D head width. A
-batch slot is a flat index into [P, G].
+heads for each of them, L prefix tokens (padded on the right), T tokens that a completion can grow to, D head width.
+Each prompt is in one batch slot; a row is a flat index into [P, G].
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class PrefixKVCache:
     """
 
     def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
-        """A slot without a prompt has a prefix of one token of zeros: a softmax over nothing would be NaN."""
+        """A batch slot without a prompt has a prefix of one token of zeros: a softmax over nothing would be NaN."""
         self.num_prompts, self.num_completions = shape.prompts, shape.completions
-        self.batch_slots = torch.arange(shape.prompts * shape.completions, device=device)  # [A], of the active rows
+        self.active_rows = torch.arange(shape.prompts * shape.completions, device=device)  # [A]
         self.prefix_bias = torch.full((shape.prompts, 1, shape.prefix_tokens), float("-inf"), device=device)
         self.prefix_bias[:, :, 0] = 0
         self.prefix_lengths = torch.ones(shape.prompts, dtype=torch.long, device=device)
@@ -65,28 +65,28 @@ class PrefixKVCache:
         self.token_index: Tensor | int = 0  # in its completion, of the token that the next step adds
         self.num_seen: Tensor | int = 1  # tokens of a completion, with that one
         # Prompt and completion of each active row [A], as of the step that has begun.
-        self.prompt_index = self.completion_index = self.batch_slots
+        self.prompt_index = self.completion_index = self.active_rows
         self.completion_bias: Tensor | None = None
         self.layers = [PrefixKVLayer(self, shape, dtype, device) for _ in range(shape.layers)]
 
     @property
     def is_full(self) -> bool:
         """Every completion of every prompt is active, in order."""
-        return len(self.batch_slots) == self.num_prompts * self.num_completions
+        return len(self.active_rows) == self.num_prompts * self.num_completions
 
-    def admit(self, prompts: Tensor, recorder: PrefixRecorder, lengths: Tensor) -> None:
+    def admit(self, slots: Tensor, recorder: PrefixRecorder, lengths: Tensor) -> None:
         """Put new prompts into the cache; their completions are empty again.
 
         Args:
-            prompts: long [p], indices in the cache.
+            slots: their batch slots, long [p].
             recorder: has read these prompts.
             lengths: long [p], tokens of each without padding.
         """
         padding = torch.arange(self.prefix_bias.shape[2], device=lengths.device) >= lengths[:, None]
-        self.prefix_bias[prompts], self.prefix_lengths[prompts] = _bias(padding)[:, None], lengths
+        self.prefix_bias[slots], self.prefix_lengths[slots] = _bias(padding)[:, None], lengths
         for layer, (keys, values) in zip(self.layers, recorder.layers, strict=True):
-            layer.prefix_keys[prompts, :, : keys.shape[2]] = keys
-            layer.prefix_values[prompts, :, : values.shape[2]] = values
+            layer.prefix_keys[slots, :, : keys.shape[2]] = keys
+            layer.prefix_values[slots, :, : values.shape[2]] = values
 
     def begin(self, token_index: Tensor | int, width: int) -> None:
         """Describe the next step.
@@ -111,12 +111,12 @@ class PrefixKVCache:
 
     def _prepare(self) -> None:
         """What all layers of a step need. A GPU's kernels do without: they read `token_index` and the lengths."""
-        self.prompt_index = self.batch_slots // self.num_completions
-        self.completion_index = self.batch_slots % self.num_completions
+        self.prompt_index = self.active_rows // self.num_completions
+        self.completion_index = self.active_rows % self.num_completions
         self.completion_bias = None
         if isinstance(self.token_index, Tensor):  # else every completion has `completion_width` tokens
             last = self.token_index.new_zeros(self.num_prompts * self.num_completions)
-            last[self.batch_slots] = self.token_index
+            last[self.active_rows] = self.token_index
             hidden = torch.arange(self.completion_width, device=last.device) > last[:, None]
             self.completion_bias = _bias(hidden).view(self.num_prompts, 1, self.num_completions, 1, -1)
 
@@ -129,10 +129,10 @@ class PrefixKVCache:
                 has. Nothing can be admitted afterwards.
             min_waste: shrink only if that drops at least this share of the memory, because it copies the rest.
         """
-        self.batch_slots = self.batch_slots[rows]
+        self.active_rows = self.active_rows[rows]
         if not shrink or len(rows) == 0:
             return
-        prompts = self.batch_slots // self.num_completions
+        prompts = self.active_rows // self.num_completions
         alive, counts = torch.unique_consecutive(prompts, return_counts=True)
         most = int(counts.max())
         if len(alive) * most > (1 - min_waste) * self.num_prompts * self.num_completions:
@@ -142,13 +142,13 @@ class PrefixKVCache:
         first = counts.cumsum(0) - counts
         completion = torch.arange(len(prompts), device=prompts.device) - first.repeat_interleave(counts)
         # Old completion at each new place. Places that no row fills keep completion 0 and are never read.
-        kept = self.batch_slots.new_zeros(len(alive), most)
-        kept[prompt, completion] = self.batch_slots % self.num_completions
+        kept = self.active_rows.new_zeros(len(alive), most)
+        kept[prompt, completion] = self.active_rows % self.num_completions
         for layer in self.layers:
             layer.keep(alive, kept)
         self.prefix_bias, self.prefix_lengths = self.prefix_bias[alive], self.prefix_lengths[alive]
         self.num_prompts, self.num_completions = len(alive), most
-        self.batch_slots = prompt * most + completion
+        self.active_rows = prompt * most + completion
 
 
 class PrefixKVLayer:
@@ -186,7 +186,7 @@ class PrefixKVLayer:
         query = (query if scaling == 1 else query * scaling)[:, :, 0]
         if not cache.is_full:  # rows that have ended get zeros: every prompt then has G queries
             rows = query.new_zeros(prompts * completions, *query.shape[1:])
-            rows[cache.batch_slots] = query
+            rows[cache.active_rows] = query
             query = rows
         query = query.view(prompts, completions, heads, -1, width).transpose(1, 2).contiguous()  # [P, H, G, R, D]
         for_prefix = query.view(prompts * heads, -1, width)  # [P * H, G * R, D]
@@ -207,7 +207,7 @@ class PrefixKVLayer:
         out = torch.bmm(prefix_weights, prefix_values).view_as(for_own)
         out = (out + torch.bmm(weights[..., length:], values)).view_as(query)
         out = out.transpose(1, 2).reshape(prompts * completions, 1, -1, width)
-        return out if cache.is_full else out[cache.batch_slots]
+        return out if cache.is_full else out[cache.active_rows]
 
     def keep(self, prompts: Tensor, completions: Tensor) -> None:
         """Go on with `prompts` [P'] and, of each, the `completions` [P', G']."""

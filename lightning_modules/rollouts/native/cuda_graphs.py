@@ -1,4 +1,4 @@
-"""Decoding steps on a GPU as CUDA graphs: one launch a step, not one for each of its kernels."""
+"""Decoding steps on a GPU as CUDA graphs: one launch for a step instead of one for each of its kernels."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import logging
 
 import torch
 
-from lightning_modules.rollouts.native.decoder import BranchDecoder
+from lightning_modules.rollouts.native.decoder import CompletionDecoder
 
-WARM_UP = 2  # steps before a capture: libraries choose kernels and allocate workspaces in the first
+WARM_UP = 2  # steps before a capture: in the first, libraries choose kernels and allocate workspaces
 
 log = logging.getLogger(__name__)
 
 
 class GraphedSteps:
-    """Runs `decoder.step_all(width)`: captured at the first call with each width, replayed after that.
+    """Runs `decoder.step_all(width)`: captures it at the first call with each width, and replays it after that.
 
-    A graph holds the addresses of the decoder's memory and of its model's weights, which must stay what they are.
+    A graph holds the addresses of the decoder's memory and of the model's weights, so none of these tensors may move.
     """
 
-    def __init__(self, decoder: BranchDecoder) -> None:
+    def __init__(self, decoder: CompletionDecoder) -> None:
         self.decoder = decoder
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()  # graphs run one at a time, so they can share memory
 
     def __call__(self, width: int) -> None:
         if width not in self._graphs:
-            with torch.cuda.device(self.decoder.rows.device):  # streams are of the current one, whatever runs on them
+            with torch.cuda.device(self.decoder.rows.device):  # a stream belongs to the current device
                 self._graphs[width] = self._capture(width)
         self._graphs[width].replay()
 
@@ -43,6 +43,6 @@ class GraphedSteps:
                     tensor.copy_(old)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # records, changes nothing
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # records, but runs nothing
             self.decoder.step_all(width)
         return graph

@@ -1,9 +1,11 @@
-"""Continuous batching: a fixed number of places, in which the next prompt follows when all branches of one have ended.
+"""Continuous batching: many prompts are decoded in a fixed number of batch slots.
 
-On a CPU a step computes only the rows that go on. On a GPU every step computes all rows at the same shapes, so that it
-can be captured once and replayed (`cuda_graphs`); there a row costs almost nothing.
+When all completions of a prompt have ended, the next waiting prompt takes its slot. On a CPU each step computes only
+the rows that go on, so slots that are done cost nothing. On a GPU a further row is nearly free, and every step computes
+all rows at the same shapes, so that it can be captured once as a CUDA graph and replayed (`cuda_graphs`).
 
-Shapes: S places for prompts, G branches of each, R = S * G rows, A rows of a step, T tokens that a row can grow to.
+Shapes: S batch slots, G completions of each prompt, R = S * G rows, A active rows of a step, T tokens that a completion
+can grow to, D hidden width, V vocabulary; p prompts that are read together.
 """
 
 from __future__ import annotations
@@ -17,161 +19,168 @@ from torch import Tensor
 from lightning_modules.models.attention.kv_cache import CacheShape, PrefixKVCache, PrefixRecorder
 from lightning_modules.models.inference.base import SamplingModel
 
-CHECK_EVERY = 8  # steps of all rows between two checks for ended rows: a check waits for the device
+CHECK_EVERY = 8  # steps of all rows between two checks which have ended: a check waits for the device
 
 Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # logits [A, V], draws [A, 1] in 0-1 -> tokens, log p [A]
 
 
 @dataclass
 class Prefilled:
-    """Prompts read by the model, ready to be decoded."""
+    """Prompts that the model has read, ready to be decoded."""
 
     hidden: Tensor  # [p, D] of each prompt's last token
-    lengths: Tensor  # [p] true tokens
-    next_positions: Tensor  # [p]
+    lengths: Tensor  # long [p], tokens without padding
+    next_positions: Tensor  # long [p], of the first completion token
     recorder: PrefixRecorder
 
 
 @dataclass
 class Decoded:
-    """All branches of one prompt, on the CPU."""
+    """All completions of one prompt, on the CPU."""
 
-    number: int  # of the prompt, in the order of admission
-    tokens: list[Tensor]  # G of [T]
+    number: int  # of the prompt, in the order in which prompts were read
+    tokens: list[Tensor]  # G of long [T]
     log_probs: list[Tensor]  # G of [T]
-    finished: list[bool]
+    finished: list[bool]  # whether an end token closes it
 
 
 @dataclass
-class _Place:
+class _Slot:
     """A prompt that is being decoded."""
 
     number: int
     prefix: int  # tokens of the prompt
-    steps: int  # tokens sampled by each of its branches that go on
+    steps: int  # tokens sampled by each of its completions that go on
 
 
-class BranchDecoder:
-    """Decodes G branches of each prompt in fixed places."""
+class CompletionDecoder:
+    """Decodes prompts in fixed batch slots."""
 
     def __init__(
         self,
         model: SamplingModel,
         choose: Choose,
         ends: Sequence[int],
-        num_places: int,
+        num_slots: int,
         group: int,
         prefix_room: int,
-        branch_room: int,
+        completion_room: int,
         static: bool,
     ) -> None:
-        """Allocates the memory of all places.
-
+        """
         Args:
-            model: the language model.
-            choose: logits [A, V] and draws [A, 1] -> sampled tokens [A] and their log-probabilities [A].
-            ends: token ids that end a completion.
-            num_places: prompts that are decoded at the same time, S.
-            group: branches of each prompt, G.
-            prefix_room: longest prompt in tokens.
-            branch_room: longest completion in tokens.
-            static: compute all rows at each step, at fixed shapes.
+            model: computes the hidden states and logits.
+            choose: samples the next tokens.
+            ends: tokens that end a completion.
+            num_slots: prompts that are decoded at the same time.
+            group: completions of each prompt.
+            prefix_room: tokens of the longest prompt.
+            completion_room: tokens of the longest completion.
+            static: compute all rows at each step, with the shapes of the start.
         """
         self.model, self.choose, self.static = model, choose, static
-        self.num_places, self.group, self.prefix_room, self.branch_room = num_places, group, prefix_room, branch_room
-        sizes, device, rows = model.cache_sizes, model.device, num_places * group
-        shape = CacheShape(num_places, group, prefix_room, branch_room, sizes.layers, sizes.heads, sizes.width)
+        self.num_slots, self.group = num_slots, group
+        self.prefix_room, self.completion_room = prefix_room, completion_room
+        sizes, device, rows = model.cache_sizes, model.device, num_slots * group
+        shape = CacheShape(num_slots, group, prefix_room, completion_room, sizes.layers, sizes.heads, sizes.width)
         self.cache = PrefixKVCache(shape, model.dtype, device)
         self.ends = torch.tensor(ends, device=device)
         self.rows = torch.arange(rows, device=device)
-        self.active = self.rows  # those of the next step
-        self.token = torch.zeros(rows, dtype=torch.long, device=device)  # the last sampled
+        self.active = self.rows  # rows of the next step
+        self.token = torch.zeros(rows, dtype=torch.long, device=device)  # the last one sampled
         self.first = torch.zeros_like(self.token)  # position of the first completion token
         self.length = torch.ones_like(self.token)  # tokens sampled
-        self.alive = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.limit = torch.tensor(branch_room, device=device)
-        # One column more than a row can hold: what a row that has ended would read or write is there.
-        self.draws = torch.zeros(rows, branch_room + 1, dtype=torch.float64, device=device)
-        self.tokens = torch.zeros(rows, branch_room + 1, dtype=torch.long, device=device)
-        self.log_probs = torch.zeros(rows, branch_room + 1, device=device)
+        self.alive = torch.zeros(rows, dtype=torch.bool, device=device)  # the completion has not ended
+        self.limit = torch.tensor(completion_room, device=device)
+        # One column more than a completion can fill: a row that has ended reads and writes there.
+        self.draws = torch.zeros(rows, completion_room + 1, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros(rows, completion_room + 1, dtype=torch.long, device=device)
+        self.log_probs = torch.zeros(rows, completion_room + 1, device=device)
         self.run_static: Callable[[int], None] = self.step_all
 
     def decode(
         self, count: int, prefill: Callable[[int, int], Prefilled], limit: int, draw: Callable[[int], Tensor] | None
     ) -> Iterator[list[Decoded]]:
-        """Yield the prompts 0 to `count` - 1 in the order in which they are complete.
+        """Decode the prompts 0 to `count`; yields prompts as soon as all their completions have ended.
+
+        Free slots are filled again once they are a quarter of all, so that several prompts are read together.
 
         Args:
             count: number of prompts.
-            prefill: (i, j) -> the prompts i to j - 1, read by the model.
+            prefill: `prefill(i, j)` reads the prompts from i to j.
             limit: most tokens of a completion.
-            draw: i -> all random numbers of prompt i, float64 [G, limit] in 0-1, so that they depend on no other
-                prompt; None for greedy decoding.
+            draw: `draw(i)` gives all random numbers of prompt i, float64 [G, limit] in 0-1, so that they do not depend
+                on other prompts. None: greedy.
         """
         self.limit.fill_(limit)
         self.alive.zero_()
-        places: list[_Place | None] = [None] * self.num_places
+        slots: list[_Slot | None] = [None] * self.num_slots
         taken = num_steps = 0
         while True:
-            free = [index for index, place in enumerate(places) if place is None]
-            # Fill free places once they are a quarter of all, so that several prompts are read together.
-            if taken < count and 4 * len(free) >= self.num_places:
+            # 1. Read waiting prompts if enough slots are free, else make one step.
+            free = [index for index, slot in enumerate(slots) if slot is None]
+            if taken < count and 4 * len(free) >= self.num_slots:
                 chosen = free[: count - taken]
-                self._admit(places, chosen, taken, prefill(taken, taken + len(chosen)), draw)
+                self._admit(slots, chosen, taken, prefill(taken, taken + len(chosen)), draw)
                 taken += len(chosen)
-            elif len(free) == self.num_places:
+            elif len(free) == self.num_slots:
                 return
             else:
-                self._advance([place for place in places if place is not None])
+                self._advance([slot for slot in slots if slot is not None])
                 num_steps += 1
-            longest = max(place.steps for place in places if place is not None)
+            # 2. Find prompts whose completions have all ended. On a GPU the check waits for the device, so it is rare.
+            longest = max(slot.steps for slot in slots if slot is not None)
             if self.static and num_steps % CHECK_EVERY and longest < limit:
                 continue
-            alive = self._look(shrink=taken == count)
-            done = [i for i, place in enumerate(places) if place is not None and not alive[i]]
+            alive = self._alive_slots(shrink=taken == count)
+            done = [i for i, slot in enumerate(slots) if slot is not None and not alive[i]]
             if done:
-                yield self._collect(done, [places[i].number for i in done])
+                yield self._collect(done, [slots[i].number for i in done])
             for index in done:
-                places[index] = None
+                slots[index] = None
 
     def _admit(
         self,
-        places: list[_Place | None],
+        slots: list[_Slot | None],
         chosen: list[int],
         number: int,
         prefilled: Prefilled,
         draw: Callable[[int], Tensor] | None,
     ) -> None:
+        """Put the prompts from `number` on into the slots `chosen` and sample the first token of their completions."""
         device = self.rows.device
         self.cache.admit(torch.tensor(chosen, device=device), prefilled.recorder, prefilled.lengths)
         for index, prefix in zip(chosen, prefilled.lengths.tolist(), strict=True):
-            places[index] = _Place(number, prefix, 1)
+            slots[index] = _Slot(number, prefix, 1)
             number += 1
-        rows = self.rows.view(self.num_places, self.group)[chosen].flatten()
+        rows = self.rows.view(self.num_slots, self.group)[chosen].flatten()
         if draw is not None:
-            numbers = torch.cat([draw(places[index].number) for index in chosen])
+            numbers = torch.cat([draw(slots[index].number) for index in chosen])
             self.draws[rows, : numbers.shape[1]] = numbers.to(device)
         self.alive[rows], self.length[rows] = True, 0
         self.first[rows] = prefilled.next_positions.repeat_interleave(self.group)
         if not self.static:
-            self.active = self.cache.batch_slots = self.alive.nonzero()[:, 0]
+            self.active = self.cache.active_rows = self.alive.nonzero()[:, 0]
         self._sample(rows, prefilled.hidden.repeat_interleave(self.group, dim=0))
 
-    def _advance(self, places: list[_Place]) -> None:
-        steps = [place.steps for place in places]
+    def _advance(self, slots: list[_Slot]) -> None:
+        """One step of all prompts that are being decoded."""
+        steps = [slot.steps for slot in slots]
         if self.static:
             self.run_static(self._width(max(steps)))
         else:
             rows = self.active
-            self.cache.prefix_width = max(place.prefix for place in places)
+            self.cache.prefix_width = max(slot.prefix for slot in slots)
+            # One number, not a tensor, if all rows are at the same token: the cache then needs no mask.
             self.cache.begin(steps[0] - 1 if len(set(steps)) == 1 else self.length[rows] - 1, max(steps))
             self._step(rows)
-        for place in places:
-            place.steps += 1
+        for slot in slots:
+            slot.steps += 1
 
     def _width(self, least: int) -> int:
-        """Of the branches, how much to read: few widths, as each is captured, and never twice as much as needed."""
-        return min(max(64, 1 << (least - 1).bit_length()), self.branch_room)
+        """How many tokens of the completions a static step reads: one of few widths, because each is captured, and less
+        than twice `least`."""
+        return min(max(64, 1 << (least - 1).bit_length()), self.completion_room)
 
     def step_all(self, width: int) -> None:
         """One step of every row, at shapes that depend on `width` alone."""
@@ -179,11 +188,12 @@ class BranchDecoder:
         self._step(self.rows)
 
     def changed_by_step(self) -> list[Tensor]:
-        """All that a step changes, but for the cache, where it writes no place that is read before it is rewritten."""
+        """Every tensor that a step changes, except the cache. What a step writes there is written again before it is
+        read."""
         return [self.token, self.length, self.alive, self.tokens, self.log_probs]
 
     def _step(self, rows: Tensor) -> None:
-        """Run the last token of each of `rows` and sample the next. The cache has been told of it (`begin`)."""
+        """Compute the last token of each of `rows` and sample the next one. `cache.begin` has been called."""
         hidden = self.model.hidden_states(
             self.cache,
             input_ids=self.token[rows, None],
@@ -192,27 +202,31 @@ class BranchDecoder:
         self._sample(rows, hidden[:, 0])
 
     def _sample(self, rows: Tensor, hidden: Tensor) -> None:
-        """Add to each row that goes on a token chosen from `hidden` [A, D]."""
+        """Add a token, chosen from `hidden` [A, D], to each row that goes on."""
         alive, length = self.alive[rows], self.length[rows]
         chosen, scores = self.choose(self.model.lm_head(hidden), self.draws[rows, length, None])
-        place = torch.where(alive, length, self.branch_room)
-        self.tokens[rows, place], self.log_probs[rows, place] = chosen, scores
+        column = torch.where(alive, length, self.completion_room)
+        self.tokens[rows, column], self.log_probs[rows, column] = chosen, scores
         self.token[rows] = torch.where(alive, chosen, self.token[rows])
         length = length + alive
         self.length[rows] = length
         self.alive[rows] = alive & (chosen[:, None] != self.ends).all(-1) & (length < self.limit)
 
-    def _look(self, shrink: bool) -> list[bool]:
-        """Whether each place has a branch that goes on. Unless steps take all rows, the next one takes those that do;
-        with `shrink` (no prompt waits for a place) the others leave the cache."""
+    def _alive_slots(self, shrink: bool) -> list[bool]:
+        """Whether each slot has a completion that goes on.
+
+        Unless steps compute all rows, the next step leaves out the rows that have ended. With `shrink`, when no prompt
+        waits for a slot, the cache also frees their memory.
+        """
         kept = self.alive[self.active].nonzero()[:, 0]
         if not self.static and len(kept) < len(self.active):
             self.active = self.active[kept]
             self.cache.keep_rows(kept, shrink)
-        return self.alive.view(self.num_places, self.group).any(1).tolist()
+        return self.alive.view(self.num_slots, self.group).any(1).tolist()
 
-    def _collect(self, places: list[int], numbers: list[int]) -> list[Decoded]:
-        rows = self.rows.view(self.num_places, self.group)[places]
+    def _collect(self, slots: list[int], numbers: list[int]) -> list[Decoded]:
+        """The completions in these slots. `numbers`: their prompts."""
+        rows = self.rows.view(self.num_slots, self.group)[slots]
         longest = int(self.length[rows].max())
         tokens, log_probs = self.tokens[rows, :longest].cpu(), self.log_probs[rows, :longest].cpu()
         ends = set(self.ends.tolist())

@@ -1,6 +1,6 @@
 """The rollout engine that samples in this process: prompts are read once, completions are decoded in place.
 
-Shapes: P prompts, G branches (completions of a prompt), A branches that go on, V vocabulary, T tokens, D hidden width.
+Shapes: P prompts, G completions of a prompt, A completions that go on, V vocabulary, T tokens, D hidden width.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -19,7 +20,7 @@ from lightning_modules.models.inference.fastest import fastest_sampling_model
 from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.rollouts.base import Rollout, RolloutRequest
 from lightning_modules.rollouts.native.cuda_graphs import GraphedSteps
-from lightning_modules.rollouts.native.decoder import BranchDecoder, Decoded, Prefilled
+from lightning_modules.rollouts.native.decoder import CompletionDecoder, Decoded, Prefilled
 from lightning_modules.rollouts.native.sampling import sample
 
 PREFIX_STEP = 512  # tokens by which a GPU's memory for a prompt grows
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class NativeEngine:
-    """Reads each prompt once and decodes its branches over the shared prefix (`decoder`, `kv_cache`).
+    """Reads each prompt once and decodes its completions over the shared prefix (`decoder`, `kv_cache`).
 
     Args:
         policy: the model that samples.
@@ -42,7 +43,7 @@ class NativeEngine:
         self.policy = policy
         self.merge_lora = merge_lora
         self.static = static
-        self._kept: tuple[tuple[object, ...], BranchDecoder] | None = None
+        self._kept: tuple[tuple[object, ...], CompletionDecoder] | None = None
 
     def sync(self) -> None:
         """Does nothing: each call of `generate` reads the policy's weights."""
@@ -92,17 +93,17 @@ class NativeEngine:
                 request.on_progress(num_done)
         return rollouts
 
-    def _decoder(self, request: RolloutRequest, longest_prompt: int) -> BranchDecoder:
+    def _decoder(self, request: RolloutRequest, longest_prompt: int) -> CompletionDecoder:
         """A new decoder; on a GPU the last one if it has the room, with its weights brought up to date."""
         policy, static, sampling, greedy = self.policy, self._is_static(), request.sampling, request.greedy
-        places, room = min(sampling.prompts_per_batch, len(request.items)), sampling.max_new_tokens
+        slots, room = min(sampling.prompts_per_batch, len(request.items)), sampling.max_new_tokens
         weights = policy.base.get_input_embeddings().weight.data_ptr()  # another address: the policy was moved
         banned = policy.banned_tokens(request.ban)
         of_policy = (weights, banned.data_ptr(), policy.sharded is None)  # not sharded yet in rejection sampling
-        needs = (*of_policy, places, sampling.group_size, sampling.temperature, greedy)
+        needs = (*of_policy, slots, sampling.group_size, sampling.temperature, greedy)
         if self._kept is not None and self._kept[0] == needs:
             decoder = self._kept[1]
-            if decoder.prefix_room >= longest_prompt and decoder.branch_room >= room:
+            if decoder.prefix_room >= longest_prompt and decoder.completion_room >= room:
                 decoder.model.refresh(policy.base)
                 return decoder
         self._kept = None  # its memory is freed before new memory is requested
@@ -113,7 +114,9 @@ class NativeEngine:
             return sample(logits, banned, sampling.temperature, None if greedy else draws)
 
         model, ends = fastest_sampling_model(policy, self.merge_lora, static), policy.eos_ids
-        decoder = BranchDecoder(model, choose, ends, places, sampling.group_size, longest_prompt, room, static=static)
+        decoder = CompletionDecoder(
+            model, choose, ends, slots, sampling.group_size, longest_prompt, room, static=static
+        )
         if static:
             self._kept = needs, decoder
         if policy.device.type == "cuda" and static:
@@ -128,10 +131,11 @@ class NativeEngine:
     def _prefill(self, model: SamplingModel, items: Sequence[EncodedSample], features: Sequence[Tensor]) -> Prefilled:
         """Prompts are padded on the right, where causal attention never looks."""
         ids = pad_sequence([item.input_ids for item in items], batch_first=True)
-        positions = pad_sequence([item.positions.T for item in items], batch_first=True).permute(2, 0, 1)
-        slots = (ids == self.policy.image_token_id).flatten().nonzero()[:, 0]
+        positions = pad_sequence([item.positions.T for item in items], batch_first=True)
+        positions = rearrange(positions, "prompts tokens axes -> axes prompts tokens")
+        placeholders = (ids == self.policy.image_token_id).flatten().nonzero()[:, 0]
         recorder = PrefixRecorder()
-        embeddings = self.policy.embed(model, ids, features, slots)
+        embeddings = self.policy.embed(model, ids, features, placeholders)
         hidden = model.hidden_states(recorder, positions, inputs_embeds=embeddings)
         lengths = torch.tensor([len(item.input_ids) for item in items], device=hidden.device)
         last = hidden[torch.arange(len(items), device=hidden.device), lengths - 1]

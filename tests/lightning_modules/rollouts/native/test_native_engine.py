@@ -10,7 +10,7 @@ from datamodules.encoding.encoder import EncodedSample
 from lightning_modules.models.attention.packed_rows import pack_rows
 from lightning_modules.models.qwen_vl import LoraSettings, QwenVL
 from lightning_modules.rollouts.base import Rollout, RolloutRequest, SamplingSettings
-from lightning_modules.rollouts.native.decoder import BranchDecoder
+from lightning_modules.rollouts.native.decoder import CompletionDecoder
 from lightning_modules.rollouts.native.engine import NativeEngine
 
 MakeItems = Callable[..., list[EncodedSample]]
@@ -120,7 +120,7 @@ def test_results_do_not_depend_on_batching_and_features(policy: QwenVL, make_ite
         torch.testing.assert_close(a.log_probs, b.log_probs, rtol=1e-4, atol=1e-4)
 
 
-def test_a_seed_gives_the_same_rollouts_and_branches_differ(policy: QwenVL, make_items: MakeItems) -> None:
+def test_a_seed_gives_the_same_rollouts_and_completions_differ(policy: QwenVL, make_items: MakeItems) -> None:
     items = make_items([1, 2])
     first, second = (generate(policy, items) for _ in range(2))
     assert [[r.token_ids.tolist() for r in g] for g in first] == [[r.token_ids.tolist() for r in g] for g in second]
@@ -147,7 +147,7 @@ def test_rollouts_can_be_trained_on(policy: QwenVL, make_items: MakeItems, stati
 
 
 def test_first_tokens_of_a_group_follow_the_model(policy: QwenVL, make_items: MakeItems) -> None:
-    """Through the whole engine: 4,000 branches of a prompt against its next-token distribution, rare tokens pooled."""
+    """The whole engine: 4,000 completions of a prompt against its next-token distribution, rare tokens pooled."""
     items = make_items([2])
     draws = 4000
     rollouts = generate(policy, items, group_size=draws, max_new_tokens=1)[0]
@@ -191,8 +191,8 @@ def test_one_long_completion_does_not_hold_the_others(
 ) -> None:
     end_often(policy)
     items, steps = make_items([1, 2, 1, 3, 1, 2, 2, 1]), []
-    advance = BranchDecoder._advance
-    monkeypatch.setattr(BranchDecoder, "_advance", lambda *args: steps.append(1) or advance(*args))
+    advance = CompletionDecoder._advance
+    monkeypatch.setattr(CompletionDecoder, "_advance", lambda *args: steps.append(1) or advance(*args))
     rollouts = generate(policy, items, group_size=1, prompts_per_batch=2, max_new_tokens=40)
     order = sorted(range(len(items)), key=lambda i: len(items[i].input_ids))
     lengths = [len(rollouts[i][0].token_ids) for i in order]
