@@ -8,7 +8,10 @@ from pathlib import Path
 
 import yaml
 
-from docs.figures import draw_diagrams
+from datamodules.metrics.predictions import Prediction
+from datamodules.samples.boxes import BoxFormat, ImageSizes
+from datamodules.samples.sample import BoxAnswer
+from docs.figures import draw_diagrams, draw_example
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "docs" / "figures"
@@ -31,6 +34,24 @@ def test_the_readme_quotes_the_drawn_answer() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     quoted = " ".join(readme.split())
     assert " ".join(answer["text"].split()) in quoted and f"{answer['iou']:.2f}" in quoted
+
+
+def test_an_example_is_taken_from_stored_answers(tmp_path: Path) -> None:
+    truth, sizes = BoxAnswer(0, (0.1, 0.1, 0.5, 0.5), "kite"), (ImageSizes((40, 40), (56, 56)),)
+    known = {
+        "column": "diff",
+        "unit": "diff",
+        "answer": truth,
+        "box_format": BoxFormat.ABSOLUTE_PIXELS,
+        "image_sizes": sizes,
+    }
+    known |= {"num_tokens": 3, "finished": True, "refused": None}
+    answers = [
+        Prediction(id=f"mig_bench/{k}", text=f"text {k}", value=k / 3, read=truth.box, **known) for k in range(3)
+    ]
+    (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(answer.to_json()) + "\n" for answer in answers))
+    taken = draw_example.take(tmp_path / "predictions.jsonl", "mig_bench/2", "a model")
+    assert taken == {"id": "mig_bench/2", "model": "a model", "text": "text 2", "box": truth.box, "iou": 0.67}
 
 
 def test_citation_and_license_are_those_of_the_package() -> None:

@@ -1,6 +1,7 @@
 """Draw the README's example: one question of the nano MIG-Bench on its images, with the true box and a model's answer.
 
-    python -m docs.figures.draw_example --predictions outputs/nano/grpo/predictions.jsonl --id mig_bench/2411
+    python -m docs.figures.draw_example --id mig_bench/2411 \
+        --predictions outputs/nano/grpo/benchmarks/mig_bench/predictions.jsonl
     python -m docs.figures.draw_example    # draws example.json again
 
 The first form takes a stored answer into example.json. Both need the nano benchmark in data/nano (`make shards`).
@@ -17,9 +18,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from callbacks.previews import PREDICTED_COLOUR, TRUE_COLOUR
-from datamodules.benchmarks.mig_bench import load_images, load_mig_bench
+from datamodules.benchmarks.registry import load_benchmark
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS, load_image
+from datamodules.metrics.drawing import PREDICTED_COLOUR, TRUE_COLOUR
+from datamodules.metrics.result_files import read_predictions
 from datamodules.samples.boxes import Box, ImageSizes
 from datamodules.samples.sample import BoxPart, Sample, TextPart
 
@@ -31,12 +33,10 @@ CHARACTERS = 100  # in a line of text
 
 def take(predictions: Path, identity: str, model: str) -> dict:
     """The stored answer to one question, as it stands in example.json."""
-    for line in predictions.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if record["id"] == identity:
-            box = record["box"] if "box" in record else record["read"]
-            iou = record["iou"] if "iou" in record else record["value"]
-            return {"id": identity, "model": model, "text": record["text"], "box": box, "iou": round(iou, 2)}
+    for found in read_predictions(predictions):
+        if found.id == identity:
+            answer = {"id": identity, "model": model, "text": found.text, "box": found.read}
+            return answer | {"iou": round(found.value, 2)}
     raise SystemExit(f"{predictions} has no answer to {identity}")
 
 
@@ -88,9 +88,9 @@ def main(args: Sequence[str] | None = None) -> None:
         answer = take(given.predictions, given.id, given.model)
         record.write_text(json.dumps(answer, indent=2) + "\n", encoding="utf-8")
     answer = json.loads(record.read_text(encoding="utf-8"))
-    samples, _ = load_mig_bench(DATA / "MIG-Bench" / "MIG_data.json", DATA)
-    sample = next(sample for sample in samples if sample.id == answer["id"])
-    images = [load_image(data, MAX_IMAGE_PIXELS) for data in load_images(sample, DATA).images]
+    benchmark = load_benchmark("mig_bench", str(DATA))
+    sample = next(sample for sample in benchmark.samples if sample.id == answer["id"])
+    images = [load_image(data, MAX_IMAGE_PIXELS) for data in benchmark.load(sample).images]
     draw(sample, images, answer).save(HERE / "example.png", optimize=True)
 
 
