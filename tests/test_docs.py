@@ -17,13 +17,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments.runs.renamed_settings import find_old_name
+from experiments.runs.renamed_settings import find_old_flags, find_old_names
 from tests.documents import HISTORY, Code, Page, commands, is_placeholder, module_command, read_page
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 # Paths that pages name before they exist. A path is removed from here as soon as its file is there.
-COMING = {"lightning_modules/rl/advantages.py", "lightning_modules/rl/settings.py"}
+COMING: set[str] = set()
 FLOORS = "datamodules|lightning_modules|callbacks|experiments"
 PATH = re.compile(rf"(?<![\w/.<>-])((?:{FLOORS}|tests|docs|models)/[\w./*{{}},-]*)(?![<…\w])")
 NAME = re.compile(rf"(?<![\w/.-])((?:{FLOORS})(?:\.\w+)+)(?![\w/*])(?!\.\*)")
@@ -62,6 +62,13 @@ def is_tree(code: Code) -> bool:
     return code.text.startswith("datamodules/ ")
 
 
+def old_names(text: str) -> Iterator[str]:
+    """The cures of old names in code: flags, class paths, YAML keys, and full names of settings, `model.beta`."""
+    words = [f"{name}: 0" for name in re.findall(r"(?<![\w.-])(?:\w+\.)+\w+|\w+(?=:)", text)]
+    yield from find_old_flags(text)
+    yield from (cure for each in (text, *words) for _, cure in find_old_names(each))
+
+
 def path_faults(page: Page, root: Path = ROOT) -> Iterator[str]:
     """Paths of the repository in code that do not exist; old names of settings."""
     names = {file.name for file in root.rglob("*.py") if ".venv" not in file.parts}
@@ -74,8 +81,7 @@ def path_faults(page: Page, root: Path = ROOT) -> Iterator[str]:
             for name in BASENAME.findall(code.text):
                 if name not in names:
                     yield f"line {code.line}: {name}: no file has this name"
-        words = {word for line in code.text.split("\n") for word in (line, *line.split())}
-        yield from {f"line {code.line}: {cure}" for word in words if (cure := find_old_name(word))}
+        yield from {f"line {code.line}: {cure}" for cure in old_names(code.text)}
 
 
 def dotted_names(page: Page) -> Iterator[tuple[int, str]]:
@@ -177,7 +183,9 @@ BROKEN = {
     "a module that is gone": "    python -m experiments.no_such_module --config experiments/configs/nano/grpo.yaml",
     "an override that is gone": """    make pipeline ARGS='--overrides.grpo="--model.no_such_field=1"'""",
     "a class that is gone": "`callbacks.previews.NoSuchClass` draws.",
-    "an old name of a setting": "Set `--data.convention=relative_1000`.",
+    "an old flag": "Set `--data.convention=relative_1000`.",
+    "an old name of a setting": "Raise `model.max_new_tokens`.",
+    "an old key": "```yaml\nmodel: {init_args: {beta: 0.01}}\n```",
     "an import that is gone": "```python\nfrom datamodules.samples.sample import NoSuchClass\n```",
 }
 SOUND = """# A page
