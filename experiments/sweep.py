@@ -29,6 +29,7 @@ from experiments.runs.changes import Choice, CodeChanged, MadeOf, choice_of
 from experiments.runs.commands import command
 from experiments.runs.results import current_commit
 from experiments.runs.subprocess_steps import ROOT, say
+from experiments.runs.usage_errors import PlainParser
 from experiments.runs.wandb_runs import choose_wandb_mode
 from experiments.sweeps import wandb_sweep
 from experiments.sweeps.plan import SweepPlan, read_plan
@@ -220,7 +221,7 @@ def num_trials(plan: SweepPlan, asked: int | None) -> int:
 
 
 def parse(args: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = PlainParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", type=Path, help="the sweep, as W&B defines it")
     parser.add_argument("--join", metavar="ENTITY/PROJECT/ID", help="start an agent for a W&B sweep that is there")
     parser.add_argument("--local", action="store_true", help="run the trials here also where there is a W&B key")
