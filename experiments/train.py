@@ -287,6 +287,8 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # Lightning calls PyTorch's tree utilities by an old name; nothing here does.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+    # Each rank announces that it begins to wait for the others.
+    logging.getLogger("lightning.fabric.utilities.distributed").setLevel(logging.WARNING)
     # Checkpoints are loaded with weights_only=True (`fit`). Lightning says this of its second look, at a part of them.
     logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector").setLevel(logging.WARNING)
 

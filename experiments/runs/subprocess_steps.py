@@ -86,7 +86,7 @@ class Plan:
     """
 
     def __init__(self, steps: Sequence[Step], minutes: Mapping[str, float]) -> None:
-        self.steps = [step for step in steps]
+        self.steps = list(steps)
         self.expected = {step.marker: 60 * value for step in steps if (value := minutes.get(step.title)) is not None}
         self.spent: dict[Path, float] = {}
 
