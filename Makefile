@@ -27,6 +27,12 @@ SWEEP ?=
 KEEP ?=
 REDO ?=
 NANO := experiments/configs/nano
+# A misspelt variable, such as ARG= for ARGS=, would be ignored and a full run started.
+VARIABLES := PYTHON VENV CONFIG MODEL BENCH IMAGES QUESTION ARGS SOURCE ROOT BOXES DATA SEED RUNS SEEDS ROWS SWEEP KEEP REDO \
+	VLLM_VENV BENCH_PYTHON STAMP
+given := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
+unknown := $(filter-out $(VARIABLES) MAKE% -%,$(given))
+$(if $(unknown),$(error no variable $(unknown) here; nothing was started. The variables are: $(VARIABLES)))
 # $(call config,name): CONFIG, or the nano YAML of this name.
 config = --config $(or $(CONFIG),$(NANO)/$(1).yaml)
 comma := ,
@@ -46,7 +52,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help pipeline ablations base shards inspect sft grpo vllm-server sweep agent eval ask rescore synthesize tables report compare
+.PHONY: help pipeline smoke ablations base shards inspect sft grpo vllm-server sweep agent eval ask rescore synthesize tables report compare
 .PHONY: dashboard bench bench-gpu chaos lint test test-slow clean
 
 help:  ## Print this help
@@ -65,6 +71,9 @@ $(STAMP): setup.cfg
 pipeline: $(STAMP)  ## Base model, CoT-SFT, rejection sampling, GRPO, MIG-Bench after each stage, and the report (the main job)
 	$(if $(CONFIG),,$(PY) -m experiments.nano.pretrain --processes 2)
 	$(PY) -m experiments.pipeline $(call config,pipeline) --seed $(or $(SEED),0) $(answer) $(ARGS)
+
+smoke: $(STAMP)  ## The pipeline with few steps and questions, in about two minutes: does everything work here?
+	$(PY) -m experiments.pipeline $(call config,smoke) $(answer) $(ARGS)
 
 ablations: $(STAMP)  ## The paper's Tables 2, 3 and 9: all rows or ROWS="sft grpo", with SEEDS="0 1 2"; resumes, reuses `make pipeline`
 	$(if $(CONFIG),,$(PY) -m experiments.nano.pretrain --processes 2)

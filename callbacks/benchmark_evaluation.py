@@ -18,6 +18,7 @@ from datamodules.metrics.result_files import format_result, result_metrics, writ
 from datamodules.metrics.scoring import score_replies
 from datamodules.persistence.files import StorageError, make_folder
 from datamodules.persistence.problems import Problems
+from datamodules.persistence.user_error import UserError
 from datamodules.samples.sample import Sample
 from lightning_modules.metrics.summary import summarise
 from lightning_modules.predictors.ask import answers_folder, answers_key, ask_share, read_answers, share_of
@@ -86,7 +87,10 @@ class BenchmarkEvaluation(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Read before any weights are: a wrong path should fail in the first second.
-        self.benchmark = self.load()
+        try:
+            self.benchmark = self.load()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{type(self).__name__}: {error}") from error
         if self.benchmark.dropped and trainer.is_global_zero:
             log.warning("%s: %s", self.name, dict(self.benchmark.dropped))
         self._home(trainer).mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from datamodules.metrics.drawing import Drawn, draw_previews, preview_table
 from datamodules.metrics.scoring import score_replies
 from datamodules.persistence.files import make_folder, remove_draft
 from datamodules.persistence.problems import Problems
+from datamodules.persistence.user_error import UserError
 from datamodules.samples.sample import Sample
 from lightning_modules.predictors.base import Decoding
 from lightning_modules.predictors.encode_ahead import prompt_encoder, rollout_engine
@@ -54,7 +55,10 @@ class Previews(Callback):
         self._last_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.benchmark = mig_bench.load_files(self.annotations, self.image_root)
+        try:
+            self.benchmark = mig_bench.load_files(self.annotations, self.image_root)
+        except (OSError, ValueError) as error:
+            raise UserError(f"Previews: {error}") from error
         self.samples = limit_columns(self.benchmark.samples, self.num_per_task)
         self._home(trainer).mkdir(parents=True, exist_ok=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from datamodules.persistence.files import fingerprint, read_json
 from datamodules.persistence.source_code import source_code
+from datamodules.streaming.stream import UnusableData, smaller_batch
 from lightning_modules.predictors.encode_ahead import prompt_encoder, rollout_engine
 from lightning_modules.rl.prompt_selection import RejectionSettings, is_finished, rejection_key, rejection_sample
 
@@ -87,9 +89,20 @@ class RejectionSampling(Callback):
         data.shards = str(kept)
         histogram = read_json(folder / "histogram.json")
         self.kept_share = histogram["kept"] / histogram["candidates"]
+        self._require_a_batch(histogram, data.batch_size, trainer.world_size)
         if trainer.is_global_zero:
             print(
                 f"rejection sampling kept {histogram['kept']} of {histogram['candidates']} prompts: {kept}", flush=True
+            )
+
+    def _require_a_batch(self, histogram: Mapping[str, Any], batch_size: int, world_size: int) -> None:
+        """Raise UnusableData if fewer prompts are kept than one batch of all ranks."""
+        kept, needed = histogram["kept"], batch_size * world_size
+        if kept < needed:
+            raise UnusableData(
+                f"rejection sampling kept {kept} of {histogram['candidates']} prompts, but data.batch_size="
+                f"{batch_size} on {world_size} ranks needs {needed}. Use {smaller_batch(kept, world_size)}, more "
+                f"prompts, or another threshold than {self.settings.threshold}"
             )
 
     def longest_sequence(self, max_prompt_tokens: int, max_new_tokens: int) -> int:

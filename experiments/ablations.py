@@ -18,18 +18,19 @@ from functools import partial
 from pathlib import Path
 
 import yaml
-from jsonargparse import auto_cli
 
 from callbacks import preemption
 from datamodules.persistence.files import write_atomic
+from datamodules.persistence.user_error import UserError
 from experiments.pipeline import Phase, Pipeline, build_world, check_files, check_stages, experiment_folder
 from experiments.reports import ablation_report
 from experiments.reports.ablation_summary import Comparison
 from experiments.runs import run_identity, wandb_runs
-from experiments.runs.changes import Choice, CodeChanged, choice_of, spell_out
+from experiments.runs.changes import Choice, choice_of, spell_out
 from experiments.runs.commands import command
+from experiments.runs.parsers import run_cli
 from experiments.runs.results import BASE
-from experiments.runs.subprocess_steps import say, settle
+from experiments.runs.subprocess_steps import Plan, say, settle
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def run(
     report_only: bool = False,
     outputs: str = "outputs",
     overrides: dict[str, str] | None = None,
+    minutes: dict[str, float] | None = None,
     redo: bool = False,
     keep: bool = False,
 ) -> None:
@@ -75,6 +77,7 @@ def run(
         report_only: run nothing; compare the rows that are done
         outputs: folder of all experiments
         overrides: more arguments for one row, or for "evaluation": --overrides.grpo="--model.loss.kl_beta=0.01"
+        minutes: expected minutes of each step, by its title such as "cot_sft: training", for the time left
         redo: make results of other source files of the project again
         keep: take results of other source files of the project as they are
     """
@@ -98,6 +101,9 @@ def run(
             build_world(world)
         pipelines = make_pipelines(folders, home, model, evaluation, rows, overrides, choice_of(redo, keep))
         settle([step for pipeline in pipelines.values() for step in pipeline.steps()])
+        plan = Plan([step for pipeline in pipelines.values() for step in pipeline.steps()], minutes or {})
+        for pipeline in pipelines.values():
+            pipeline.plan = plan
         # 3. Run the rows, seed after seed, and write the comparison after each row.
         list_all_done(pipelines)
         report()
@@ -211,9 +217,9 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of `make ablations`."""
     preemption.requeue_at_once()  # between two steps
     try:
-        auto_cli(run, as_positional=False, args=spell_out(args))
-    except CodeChanged as question:
-        sys.exit(str(question))
+        run_cli(run, spell_out(args))
+    except UserError:
+        raise
     except ValueError as error:
         sys.exit(f"no ablation: {error}")
 

@@ -10,20 +10,17 @@ folder. A question may say where each image stands: "In <image> there is a dog. 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import auto_cli
-
-from datamodules.checkpoints.model_folder import ModelError
 from datamodules.samples.sample import LoadedSample
 from experiments.evaluation.evaluation_settings import Evaluation, QuestionForm, QuestionLimits
 from experiments.evaluation.one_question import Answer, QuestionError, build_question, draw_answer, read_answer
 from experiments.runs.commands import command
+from experiments.runs.parsers import run_cli
 from lightning_modules.predictors.base import Decoding
-from lightning_modules.serving.openai_client import EndpointMisused, EndpointSettings, EndpointUnavailable
+from lightning_modules.serving.openai_client import EndpointSettings
 
 
 @dataclass(frozen=True)
@@ -115,11 +112,8 @@ def format_answer(answer: Answer, output: str) -> str:
 @command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make ask`."""
-    asked = auto_cli(Question, as_positional=False, args=args)
-    try:
-        answer = ask(asked)
-    except (QuestionError, ModelError, EndpointMisused, EndpointUnavailable) as error:
-        sys.exit(str(error))
+    asked = run_cli(Question, args)
+    answer = ask(asked)
     print(json.dumps(answer.to_json(), ensure_ascii=False) if asked.json else format_answer(answer, asked.output))
 
 

@@ -7,7 +7,6 @@ Open outputs/compare/index.html in a browser. It reads the files beside it.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from experiments.reports.compare_page import render_page
 from experiments.reports.find_runs import find_runs
 from experiments.reports.rollout_pages import write_rollouts
 from experiments.runs.commands import command
+from experiments.runs.usage_errors import PlainParser
 
 MARKER = "comparison.txt"  # only a folder with this file may be overwritten
 
@@ -59,7 +59,7 @@ def compare(paths: Sequence[str | Path], output: Path, max_groups: int = 5000, m
 @command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make compare`."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = PlainParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", nargs="+", required=True, help="folders of phases or of whole experiments")
     parser.add_argument("--output", type=Path, default=Path("outputs/compare"), help="folder of the page")
     parser.add_argument("--max_groups", type=int, default=5000, help="groups of one run, evenly over it")

@@ -17,17 +17,13 @@ since these answers were given, it asks: --keep takes them, --redo sets them asi
 from __future__ import annotations
 
 import secrets
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import auto_cli
-
 from datamodules.benchmarks.base import Benchmark, limit_columns
 from datamodules.benchmarks.registry import benchmark_names, load_benchmark
-from datamodules.checkpoints.model_folder import ModelError
 from datamodules.metrics.drawing import Drawn, draw_previews
 from datamodules.metrics.extraction import EXTRACTED_READERS, with_extractor
 from datamodules.metrics.predictions import Prediction
@@ -41,7 +37,6 @@ from datamodules.metrics.result_files import (
 )
 from datamodules.metrics.scoring import score_replies
 from datamodules.persistence.files import fingerprint, read_json
-from datamodules.persistence.processes import ProcessLost
 from datamodules.persistence.source_code import source_code
 from datamodules.samples.sample import BoxAnswer, Sample
 from datamodules.synthetic.benchmark_replicas.write import REPLICAS, write_replica
@@ -50,13 +45,13 @@ from experiments.evaluation.choose_predictor import PredictorSettings, choose_pr
 from experiments.evaluation.evaluation_settings import MOVED, PHASE_FOLDER, Evaluation
 from experiments.evaluation.extracting import extract_letters, extractor_faults, ready_extractor
 from experiments.runs import preflight, run_identity, wandb_runs
-from experiments.runs.changes import RECORD, Choice, CodeChanged, choice_of, settle_answers, spell_out
+from experiments.runs.changes import RECORD, Choice, choice_of, settle_answers, spell_out
 from experiments.runs.commands import command
+from experiments.runs.parsers import run_cli
 from experiments.runs.renamed_settings import refuse_moved
 from lightning_modules.metrics.summary import summarise
-from lightning_modules.predictors.ask import QuestionsLost, answers_folder, read_answers
+from lightning_modules.predictors.ask import answers_folder, read_answers
 from lightning_modules.predictors.extractor import Extractor
-from lightning_modules.serving.openai_client import EndpointMisused, EndpointUnavailable
 
 FACTS = ("data_root", "key", "extractor")  # of a result, for W&B
 
@@ -218,19 +213,8 @@ def default_output(model: str, served: bool = False) -> str:
 @command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make eval`."""
-    try:
-        refuse_moved(args, MOVED)
-        evaluate(auto_cli(Evaluation, as_positional=False, args=spell_out(args)))
-    except (
-        preflight.SettingsError,
-        CodeChanged,
-        EndpointMisused,
-        EndpointUnavailable,
-        ModelError,
-        ProcessLost,
-        QuestionsLost,
-    ) as error:
-        sys.exit(str(error))
+    refuse_moved(args, MOVED)
+    evaluate(run_cli(Evaluation, spell_out(args)))
 
 
 if __name__ == "__main__":

@@ -11,14 +11,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from jsonargparse import auto_cli
-
 from datamodules.persistence.files import fingerprint
-from datamodules.persistence.processes import ProcessLost
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from experiments.runs import run_identity
 from experiments.runs.changes import MadeOf
 from experiments.runs.commands import command
+from experiments.runs.parsers import run_cli
 
 GENERATOR = Path(__file__).resolve().parents[1] / "datamodules" / "synthetic"
 
@@ -87,10 +85,7 @@ def refuse_foreign(root: Path) -> None:
 @command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make shards`."""
-    try:
-        auto_cli(build, as_positional=False, args=args)
-    except ProcessLost as error:
-        sys.exit(str(error))
+    run_cli(build, args)
 
 
 if __name__ == "__main__":

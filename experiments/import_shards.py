@@ -23,21 +23,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import auto_cli
-
 from datamodules.importers.own_data.statement import OwnData
 from datamodules.importers.parts import Part
 from datamodules.importers.reading.field_checks import format_report
-from datamodules.importers.reading.source import DataError, Scan
+from datamodules.importers.reading.source import Scan
 from datamodules.importers.registry import OWN_DATA, VERSION
 from datamodules.importers.run_import import Settings, Workers, check_part, forget_parts, import_part, outcomes
 from datamodules.importers.tally import Tally
 from datamodules.persistence.files import fingerprint, read_json, write_atomic, write_json
-from datamodules.persistence.processes import ProcessLost
 from datamodules.streaming.shards import MANIFEST, read_manifest, write_manifest
 from experiments.runs import preflight, run_identity
 from experiments.runs.changes import MadeOf
 from experiments.runs.commands import command
+from experiments.runs.parsers import run_cli
 
 REPORT = "import.json"
 MADE_BY = "import_shards"  # in the marker of a folder: this command has written it and may replace it
@@ -264,10 +262,7 @@ def _refuse_foreign(folder: Path) -> None:
 @command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make shards SOURCE=...`."""
-    try:
-        auto_cli(run, as_positional=False, args=args)
-    except (preflight.SettingsError, DataError, ProcessLost) as error:
-        sys.exit(str(error))
+    run_cli(run, args)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ a model (its processor is enough) it counts tokens, and shows what the encoder w
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from datamodules.samples.sample import LoadedSample, SampleError
 from datamodules.streaming.shards import ShardReader
 from experiments.reports.samples_page import Shown, count_tables, rejection_tables, render_samples
 from experiments.runs.commands import command
+from experiments.runs.usage_errors import PlainParser
 
 IMPORT_REPORT = "import.json"
 
@@ -90,7 +90,7 @@ def _show(reader: ShardReader, encoder: Encoder | None, number: int) -> Shown:
 @command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make inspect`."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = PlainParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", nargs="+", required=True, help="folders of shards")
     parser.add_argument("--output", type=Path, default=Path("outputs/inspect/index.html"), help="file of the page")
     parser.add_argument("--model", default="", help="whose processor counts tokens; without one none are counted")

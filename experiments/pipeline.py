@@ -17,20 +17,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from jsonargparse import auto_cli
 
 from callbacks import preemption
 from datamodules.benchmarks import mig_bench
 from datamodules.metrics.result_files import RESULT, read_result, result_folder
+from datamodules.persistence.durations import in_words
 from datamodules.persistence.source_code import class_modules
 from datamodules.streaming.shards import folder_list
 from experiments.evaluation.evaluation_settings import PHASE_FOLDER, read_settings
 from experiments.reports import pipeline_report
 from experiments.runs import preflight, run_identity
-from experiments.runs.changes import Choice, CodeChanged, choice_of, spell_out
+from experiments.runs.changes import Choice, choice_of, spell_out
 from experiments.runs.commands import command
+from experiments.runs.parsers import run_cli
 from experiments.runs.results import BASE, Results, Stage, current_commit, make_stage, write_results
-from experiments.runs.subprocess_steps import ROOT, Step, run_process, run_step, say, settle
+from experiments.runs.subprocess_steps import ROOT, Plan, Step, run_process, run_step, say, settle
 
 
 def experiment_folder(outputs: str, experiment: str, seed: int) -> Path:
@@ -100,6 +101,7 @@ class Pipeline:
     ) -> None:
         self.folder, self.seed, self.model, self.evaluation, self.phases = folder, seed, model, evaluation, phases
         self.overrides, self.environment, self.choice = overrides, environment, choice
+        self.plan: Plan | None = None  # the place of each step in the whole; several pipelines may share one
         self.commit, self.stages = current_commit(ROOT), {}
         self.asked = read_settings(evaluation, shlex.split(overrides.get("evaluation", "")))
 
@@ -120,7 +122,8 @@ class Pipeline:
         command += ["--experiment", self.folder.name, "--phase", stage, "--outputs", str(self.folder.parent)]
         command += ["--seed_everything", str(self.seed), *shlex.split(self.overrides.get(stage, ""))]
         settings = yaml.safe_load(Path(config).read_text())
-        inputs = (config, model, *folder_list(settings["data"]["shards"]))
+        given = [word.partition("=")[2] for word in command if word.startswith("--data.shards=")]
+        inputs = (config, model, *folder_list(given[-1] if given else settings["data"]["shards"]))
         return Step(
             title=f"{stage}: training",
             marker=self.folder / stage / "trained.json",
@@ -180,10 +183,10 @@ class Pipeline:
 
     def run(self, stage: str) -> None:
         """Train (except BASE) and evaluate, as far as that is not done; then write and print the results."""
-        seconds = 0.0 if stage == BASE else run_step(self.training(stage))
+        seconds = 0.0 if stage == BASE else run_step(self.training(stage), self.plan)
         step = self.evaluation_of(stage)
         step.marker.parent.mkdir(parents=True, exist_ok=True)
-        seconds += run_step(step)
+        seconds += run_step(step, self.plan)
         self.stages[stage] = self._found(stage, seconds)
         self._write()
         starts = pipeline_report.stage_starts(self.folder, self.results)
@@ -206,6 +209,8 @@ def run(
     seed: int = 0,
     outputs: str = "outputs",
     overrides: dict[str, str] | None = None,
+    minutes: dict[str, float] | None = None,
+    note: str = "",
     redo: bool = False,
     keep: bool = False,
 ) -> None:
@@ -220,6 +225,8 @@ def run(
         seed: seed of all training
         outputs: folder of all experiments
         overrides: arguments for one stage, or for "evaluation": --overrides.grpo="--model.loss.kl_beta=0.01"
+        minutes: expected minutes of each step, by its title such as "cot_sft: training", for the time left
+        note: what the results are not good for; printed at the beginning and at the end
         redo: make results of other source files of the project again
         keep: take results of other source files of the project as they are
     """
@@ -237,21 +244,24 @@ def run(
         if world:
             build_world(world)
         settle(pipeline.steps())
+        pipeline.plan = Plan(pipeline.steps(), minutes or {})
+        left = pipeline.plan.seconds_of(pipeline.steps())
+        say(f"{len(pipeline.steps())} stages" + ("" if left is None else f", about {in_words(left)}") + f". {note}")
         # 3. Run the stages. The results on disk list exactly the finished stages at any moment.
         pipeline.list_done()
         for stage in starts:
             pipeline.run(stage)
-    say(f"{(time.monotonic() - start) / 60:.1f} minutes; {folder / 'results.json'}, {folder / 'report.html'}")
+    say(f"{(time.monotonic() - start) / 60:.1f} minutes; {folder / 'results.json'}, {folder / 'report.html'}. {note}")
+    last = pipeline.model_of(starts[-1])
+    say(f'model: {last}\nask it: make ask MODEL={last} IMAGES="a.jpg b.jpg" QUESTION="..."')
+    say(f"compare the stages: make compare RUNS={folder}")
 
 
 @command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make pipeline`."""
     preemption.requeue_at_once()  # between two steps
-    try:
-        auto_cli(run, as_positional=False, args=spell_out(args))
-    except (preflight.SettingsError, run_identity.OtherVersion, CodeChanged) as error:
-        sys.exit(str(error))
+    run_cli(run, spell_out(args))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Writes <outputs>/tables/tables.md and tables.csv, and rewrites report.html of ev
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from datamodules.persistence.files import write_atomic
 from experiments.reports import paper_tables
 from experiments.reports.pipeline_report import write_report
 from experiments.runs.commands import command
+from experiments.runs.usage_errors import PlainParser
 
 
 def make_tables(outputs: Path) -> str:
@@ -30,7 +30,7 @@ def make_tables(outputs: Path) -> str:
 @command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make tables`."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = PlainParser(description=__doc__.split("\n")[0])
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="the folder of all experiments")
     outputs = parser.parse_args(args).outputs
     try:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import yaml
 
+from datamodules.persistence.durations import in_words as in_words_of_time
 from datamodules.persistence.files import fingerprint
 from datamodules.persistence.source_code import class_modules, source_code
 from datamodules.streaming.path_fingerprint import path_fingerprint
@@ -29,6 +30,7 @@ from experiments.runs.changes import Choice, CodeChanged, MadeOf, choice_of
 from experiments.runs.commands import command
 from experiments.runs.results import current_commit
 from experiments.runs.subprocess_steps import ROOT, say
+from experiments.runs.usage_errors import PlainParser
 from experiments.runs.wandb_runs import choose_wandb_mode
 from experiments.sweeps import wandb_sweep
 from experiments.sweeps.plan import SweepPlan, read_plan
@@ -128,7 +130,7 @@ class LocalSweep:
         number, folder, spent = trial.number, self.folder / phase_name(trial), trial.seconds
         log = self.folder / "logs" / f"{folder.name}.log"
         settings = ", ".join(f"{p.label} {in_words(trial.parameters[p.name])}" for p in self.plan.parameters)
-        say(f"trial {number} ({number + 1} of {self.num_trials}): {settings}")
+        say(f"trial {number} ({number + 1} of {self.num_trials}): {settings}{self._left_text()}")
 
         def see(points: Points, seconds: float) -> bool:
             known = len(self.log.trials[number].points)
@@ -151,6 +153,12 @@ class LocalSweep:
             if ended.pruned or ended.code >= 0:
                 break
         self._close(trial, ended.pruned, ended.code, spent, log)
+
+    def _left_text(self) -> str:
+        """ "; about 12 min left", by the mean time of the trials that have ended; "" before any has."""
+        ended = [trial.seconds for trial in self.log.trials if trial.state != "running"]
+        left = self.num_trials - len(ended)
+        return f"; about {in_words_of_time(left * sum(ended) / len(ended))} left of the sweep" if ended else ""
 
     def _report(self, first: int, points: Sequence[tuple[int, float]]) -> int | None:
         """Tell the optimizer the values from number `first` on; the number of the value at which to stop the trial.
@@ -220,7 +228,7 @@ def num_trials(plan: SweepPlan, asked: int | None) -> int:
 
 
 def parse(args: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = PlainParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", type=Path, help="the sweep, as W&B defines it")
     parser.add_argument("--join", metavar="ENTITY/PROJECT/ID", help="start an agent for a W&B sweep that is there")
     parser.add_argument("--local", action="store_true", help="run the trials here also where there is a W&B key")

@@ -24,9 +24,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import auto_cli
-
-from datamodules.checkpoints.model_folder import ModelError
 from datamodules.encoding.chat_request import RequestForm
 from datamodules.encoding.model_families import find_model_family
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
@@ -38,8 +35,9 @@ from datamodules.samples.sample import SampleError
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from datamodules.streaming.shards import MANIFEST, ShardReader, folder_list
 from experiments.runs import preflight, run_identity
-from experiments.runs.changes import CodeChanged, MadeOf, choice_of, spell_out
+from experiments.runs.changes import MadeOf, choice_of, spell_out
 from experiments.runs.commands import command
+from experiments.runs.parsers import run_cli
 from experiments.synthesis.rationale_filter import (
     Verdict,
     format_report,
@@ -50,7 +48,7 @@ from experiments.synthesis.rationale_filter import (
 )
 from experiments.synthesis.teacher import Prices, Sampling, Session, Teacher, missing_responses
 from lightning_modules.serving.generation_rules import server_fields
-from lightning_modules.serving.openai_client import EndpointMisused, EndpointSettings, EndpointUnavailable
+from lightning_modules.serving.openai_client import EndpointSettings
 from lightning_modules.serving.transformers_server import local_server
 
 
@@ -246,9 +244,7 @@ def _session_text(session: Session) -> str:
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make synthesize`."""
     try:
-        auto_cli(synthesize, as_positional=False, args=spell_out(args))
-    except (preflight.SettingsError, CodeChanged, EndpointMisused, EndpointUnavailable, ModelError) as error:
-        sys.exit(str(error))
+        run_cli(synthesize, spell_out(args))
     except SampleError as error:  # a question that could be read when it was sent can no longer be read
         sys.exit(f"{error}. The responses are kept: repair the shards, and the same command continues with them")
 

@@ -15,29 +15,32 @@ import time
 import warnings
 from contextlib import ExitStack, redirect_stderr
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, WandbLogger
+from torch.distributed import DistNetworkError
 
 from callbacks import collapse_guard, preemption
-from callbacks.checkpoints import RunStopped, WholeCheckpoints, WindowCheckpoint
+from callbacks.checkpoints import WholeCheckpoints, WindowCheckpoint
 from callbacks.rank_watch import RankWatch, end_with_launcher
-from datamodules.checkpoints.model_folder import ModelError
+from callbacks.run_progress import Progress, metrics_text
 from datamodules.multi_image import MultiImageData
+from datamodules.persistence.durations import in_words
 from datamodules.persistence.files import StorageError, write_atomic
+from datamodules.persistence.message_text import first_line
 from datamodules.persistence.problems import collect_problems
 from datamodules.samples.boxes import BoxFormat
-from datamodules.streaming.stream import UnusableData
-from datamodules.streaming.workers import WorkersFailed
 from experiments.runs import metrics_csv, preflight, run_identity, wandb_runs
-from experiments.runs.changes import Choice, CodeChanged, take_choice
+from experiments.runs.changes import Choice, take_choice
 from experiments.runs.commands import command
 from experiments.runs.loggers import MetricsLogger, OnceWandbLogger
+from experiments.runs.parsers import ShortErrors
 from experiments.runs.results import current_commit
 from experiments.runs.run_key import made_of
 from experiments.runs.wandb_runs import choose_wandb_mode, wandb_identity, wandb_run_id
@@ -47,6 +50,10 @@ log = logging.getLogger(__name__)
 
 class AlreadyDone(Exception):
     """The phase folder holds this run, and it is finished."""
+
+
+class TrainParser(ShortErrors, LightningArgumentParser):
+    """Lightning's parser, with short errors."""
 
 
 class TrainCLI(LightningCLI):
@@ -70,6 +77,7 @@ class TrainCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            parser_class=TrainParser,
             parser_kwargs={"description": __doc__},
             args=args,
             run=False,
@@ -90,11 +98,11 @@ class TrainCLI(LightningCLI):
         """Parse; explain it if the config.yaml of another version of the project is the reason of a failure."""
         try:
             super().parse_arguments(parser, args)
-        except SystemExit as end:  # the parser has printed what is wrong, but not in which file
+        except SystemExit as end:  # its message says what is wrong
             files = saved_configs(sys.argv[1:] if args is None else args) if end.code else []
             for file in files:
                 if not can_parse(parser, file):
-                    raise run_identity.OtherVersion(file.parent, "see the field named above") from end
+                    raise run_identity.OtherVersion(file.parent, str(end.code)) from end
             raise
         # Lightning seeds right after this, before the other checks, and would fail with a traceback.
         preflight.raise_all(preflight.seed_faults(self.config.seed_everything))
@@ -138,15 +146,18 @@ class TrainCLI(LightningCLI):
         self.config.trainer.default_root_dir = str(self.folder)
 
     def constructor_faults(self) -> list[str]:
-        """The problems that the constructors of the module and of the data find. Both constructors are cheap."""
+        """The problems that the constructors of module, data and callbacks find. All these constructors are cheap."""
+        parts = [("model", self.model_class, self.config.model), ("data", self.datamodule_class, self.config.data)]
+        callbacks = self.config.trainer.callbacks or []
+        parts += [("callback", Callback, each) for each in (callbacks if isinstance(callbacks, list) else [callbacks])]
         faults = []
-        for name, kind in (("model", self.model_class), ("data", self.datamodule_class)):
+        for name, kind, settings in parts:
             parser = LightningArgumentParser()
-            parser.add_lightning_class_args(kind, name, subclass_mode=name == "model")
+            parser.add_lightning_class_args(kind, name, subclass_mode=name != "data")
             # Each settings object checks itself. Collected, their problems are told together with those of the module.
             with collect_problems() as found:
                 try:
-                    parser.instantiate(Namespace({name: self.config[name].clone()}))
+                    parser.instantiate(Namespace({name: settings.clone()}))
                 except ValueError as error:  # the cause is our message; the parser adds words
                     faults.append(f"{name}: {error.__cause__ or error}")
             faults += [f"{name}.{problem}" for problem in found]
@@ -159,6 +170,9 @@ class TrainCLI(LightningCLI):
         callbacks = list(self.config_init.trainer.callbacks or [])
         if not any(isinstance(callback, RankWatch) for callback in callbacks):
             callbacks.insert(0, RankWatch())
+        if self.config_init.trainer.enable_progress_bar is not False:
+            if not any(isinstance(callback, ProgressBar) for callback in callbacks):
+                callbacks.insert(0, Progress())  # Lightning's own shows one bar for each epoch, and nothing in a log
         checkpoints = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
         if not checkpoints and self.config_init.trainer.enable_checkpointing is not False:
             checkpoints = [WindowCheckpoint(every_n_minutes=10)]  # Lightning's own may save inside a window
@@ -177,6 +191,17 @@ class TrainCLI(LightningCLI):
         identity = wandb_identity(self.folder, wandb_run_id(self.folder, self.key))
         wandb_logger = OnceWandbLogger(save_dir=str(self.folder), **identity)
         return [wandb_logger, MetricsLogger(self.folder, metrics_csv.next_attempt(self.folder))]
+
+
+def help_of_config(args: list[str]) -> list[str]:
+    """The arguments, with --model.help completed to the help of the class that the YAML names."""
+    if "--model.help" not in args:
+        return args
+    words = " ".join(args).replace("--config=", "--config ").split()
+    files = [Path(after) for word, after in pairwise(words) if word == "--config" and Path(after).is_file()]
+    paths = [yaml.safe_load(file.read_text()).get("model", {}).get("class_path") for file in files]
+    found = [path for path in paths if path]
+    return [f"--model.help={found[-1]}" if word == "--model.help" and found else word for word in args]
 
 
 def saved_configs(args: list[str]) -> list[Path]:
@@ -229,7 +254,23 @@ def fit(cli: TrainCLI) -> None:
     if cli.trainer.global_step == 0:
         cli.model.require_learnt()
     if cli.is_leader:
-        run_identity.finish(cli.folder, cli.key, seconds=round(time.monotonic() - start, 1))
+        seconds = time.monotonic() - start
+        run_identity.finish(cli.folder, cli.key, seconds=round(seconds, 1))
+        measured = metrics_text(cli.trainer.callback_metrics)
+        print(f"{cli.folder}: {cli.trainer.global_step} steps in {in_words(seconds)}; {measured}", flush=True)
+        print(next_commands(cli.folder), end="", flush=True)
+
+
+def next_commands(folder: Path) -> str:
+    """Where the merged model of a finished phase is, and what to do with it; "" if the phase has merged none."""
+    merged = folder / "merged"
+    if not merged.is_dir():
+        return ""
+    return (
+        f"model: {merged}\n"
+        f"measure it: make eval MODEL={merged}\n"
+        f'ask it:     make ask MODEL={merged} IMAGES="a.jpg b.jpg" QUESTION="..."\n'
+    )
 
 
 def merge_metrics(folder: Path) -> None:
@@ -244,15 +285,25 @@ def quieten() -> None:
     """Silence Lightning's hints about settings that are intended here."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Lightning calls PyTorch's tree utilities by an old name; nothing here does.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+    # Each rank announces that it begins to wait for the others.
+    logging.getLogger("lightning.fabric.utilities.distributed").setLevel(logging.WARNING)
+    # Checkpoints are loaded with weights_only=True (`fit`). Lightning says this of its second look, at a part of them.
+    logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector").setLevel(logging.WARNING)
 
 
 @command
 def main(args: list[str] | None = None) -> None:
-    """Entry point. Errors in settings are printed all at once, without a traceback, before weights are loaded."""
+    """Entry point. Errors in settings are printed all at once, without a traceback, before weights are loaded.
+
+    Raises UserError for everything that the user can cure.
+    """
     quieten()
     end_with_launcher()
     preemption.requeue_at_once()  # until training starts; SaveOnInterrupt then replaces this handler
     choice, rest = take_choice(sys.argv[1:] if args is None else args)
+    rest = help_of_config(rest)
     if args is None:
         sys.argv[1:] = rest  # Lightning passes sys.argv to the ranks that it starts
     else:
@@ -263,15 +314,16 @@ def main(args: list[str] | None = None) -> None:
             with cli.stack:
                 return fit(cli)
         except AlreadyDone as done:
-            return print(f"{done} is already done with these settings and inputs", flush=True)
+            print(f"{done} is already done with these settings and inputs", flush=True)
+            return print(next_commands(Path(str(done))), end="", flush=True)
         except collapse_guard.RolledBack as rolled_back:
             cli = None  # frees the old weights before the new ones are loaded
             wandb_runs.finish_run()
             print(rolled_back, flush=True)
-        except (preflight.SettingsError, run_identity.OtherVersion, CodeChanged, RunStopped) as reason:
-            sys.exit(str(reason))
-        except (UnusableData, WorkersFailed, ModelError) as reason:
-            sys.exit(str(reason))
+        except DistNetworkError as error:  # the other ranks have not found this one
+            port = f"MASTER_PORT={os.environ.get('MASTER_PORT')}"
+            fault = f"{port}: {first_line(error)}. Name a free port, such as MASTER_PORT=29511"
+            raise preflight.SettingsError(fault) from error
 
 
 if __name__ == "__main__":

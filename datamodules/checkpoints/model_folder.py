@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from datamodules.checkpoints.weight_files import BrokenFile, json_object, pointer_fault, weight_faults
 from datamodules.persistence.message_text import first_line
+from datamodules.persistence.user_error import UserError
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -30,7 +32,7 @@ COMPANIONS = (
 )
 
 
-class ModelError(ValueError):
+class ModelError(UserError, ValueError):
     """A model that cannot be used as it is; the message names the model, its faults and the cure."""
 
 
@@ -46,6 +48,10 @@ def local_folder(path: str | Path, weights: bool = True, code: bool = False) -> 
         return folder
     if folder.is_file() or folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
         raise ModelError(f"model: there is no folder {path!r}, and it is no Hub name ('owner/name') either")
+    if folder.parent.is_dir():  # such as outputs/nano: meant as a folder, and no name to ask the Hub for
+        near = difflib.get_close_matches(folder.name, [each.name for each in folder.parent.iterdir()], 1)
+        cure = f"; did you mean {str(folder.parent / near[0])!r}?" if near else ""
+        raise ModelError(f"model: {folder.parent}/ is here, but there is no folder {path!r} in it{cure}")
     from huggingface_hub import snapshot_download  # a slow import, needed only for the Hub
 
     wanted = [*COMPANIONS, ADAPTER]

@@ -77,15 +77,7 @@ def check_tensors(path: str | Path, attention: str | None = ATTENTION) -> None:
 
     It is `load_model` on the meta device. Check the files first (`check_model`, `check_image_text_model`).
     """
-    from transformers.utils import logging as progress
-
-    shown = progress.is_progress_bar_enabled()
-    progress.disable_progress_bar()
-    try:
-        _fill(path, torch.float32, attention, False, device_map={"": "meta"})
-    finally:
-        if shown:
-            progress.enable_progress_bar()
+    _fill(path, torch.float32, attention, False, device_map={"": "meta"})
 
 
 def check_values(path: str | Path) -> None:
@@ -251,14 +243,21 @@ def _loaded(path: str | Path, load: Callable[..., Any], source: Any, **options: 
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Leave out transformers' own table of missing tensors: it stands in the error."""
+    """Leave out transformers' own table of missing tensors, which stands in the error, and its bar over tensors, which
+    every rank would show."""
+    from transformers.utils import logging as progress
+
     logger = logging.getLogger("transformers.modeling_utils")
 
     def keeps(record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()
 
+    shown = progress.is_progress_bar_enabled()
+    progress.disable_progress_bar()
     logger.addFilter(keeps)
     try:
         yield
     finally:
+        if shown:
+            progress.enable_progress_bar()
         logger.removeFilter(keeps)

@@ -22,6 +22,7 @@ from typing import Any
 
 from datamodules.metrics.predictions import Prediction
 from datamodules.persistence.files import read_json, storage_error, write_atomic, write_json
+from datamodules.persistence.user_error import UserError
 
 PREDICTIONS, RESULT = "predictions.jsonl", "result.json"
 VERSION = 2  # of both files; files of version 1 do not name theirs
@@ -29,7 +30,7 @@ VERSION = 2  # of both files; files of version 1 do not name theirs
 LOGGED_DETAILS = ("acc_0.3", "acc_0.7", "mean_iou")
 
 
-class OtherVersion(ValueError):
+class OtherVersion(UserError, ValueError):
     """Files of an evaluation by another version of the project; the message names the cure."""
 
     def __init__(self, path: Path) -> None:

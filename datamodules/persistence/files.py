@@ -13,11 +13,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from datamodules.persistence.user_error import UserError
+
 REMEMBERED = 16 << 20  # bytes; hashes of larger files, weights, are remembered
 UNFINISHED = ".unfinished"  # the ending of a draft's name
 
 
-class StorageError(OSError):
+class StorageError(UserError, OSError):
     """Something could not be written; the message names the path, the reason and the space that is left there."""
 
 

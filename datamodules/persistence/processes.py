@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from datamodules.persistence.user_error import UserError
+
 POLL_SECONDS = 1.0
 STOPPED_SECONDS = 30.0  # a process that is stopped (SIGSTOP) for longer is killed
 # Letters for process states in /proc/<pid>/stat.
@@ -22,7 +24,7 @@ STOPPED = "T"
 ENDED = ("Z", "X")  # a killed child stays a zombie ("Z") until its parent waits for it
 
 
-class ProcessLost(RuntimeError):
+class ProcessLost(UserError, RuntimeError):
     """A process that this process depends on has died or was killed; the message names the process and the reason."""
 
 

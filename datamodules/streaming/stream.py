@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from datamodules.encoding.encoder import Batch, EncodedSample
+from datamodules.persistence.user_error import UserError
 from datamodules.samples.sample import LoadedSample, Rejections, SampleError
 from datamodules.streaming.prefetch import prefetch
 from datamodules.streaming.shards import ShardReader
@@ -29,9 +30,20 @@ logger = logging.getLogger(__name__)
 NUM_BATCHES_AHEAD = 2  # encoded and waiting to be asked for; what bounds memory
 WORKER_SECONDS = 600.0  # that a worker may take for one sample: more than a slow disk needs
 
+# What to do if no sample can be used because of a rule.
+CURES = {
+    "missing_thinking": "--data.style=answer trains on answers alone; `make synthesize` writes the thinking",
+    "no_box_answer": "training needs one box as the answer",
+}
 
-class UnusableData(ValueError):
+
+class UnusableData(UserError, ValueError):
     """Samples that no run can be made of: too few for one batch, or none that can be used."""
+
+
+def smaller_batch(count: int, ranks: int) -> str:
+    """The setting with which `count` samples make a batch on every rank, for messages."""
+    return f"--data.batch_size={count // ranks}" if count >= ranks else f"--trainer.devices={max(1, count)}"
 
 
 class Slot(NamedTuple):
@@ -149,8 +161,11 @@ class BatchLoader:
             "data": stream.reader.fingerprint,
         }
         if len(self) == 0:
-            counts = f"{stream.reader.count} samples, batch_size={batch_size}, world_size={stream.world_size}"
-            raise UnusableData(f"not one batch for every rank: {counts}")
+            count, ranks = stream.reader.count, stream.world_size
+            raise UnusableData(
+                f"not one batch for every rank: {count} samples, batch_size={batch_size}, world_size={ranks}. Use "
+                f"{smaller_batch(count, ranks)}"
+            )
         self._trained = Position(0, 0, 0)
         self._start = Position(0, 0, 0)  # of the next `iter`
         self._rejected: set[str] = set()
@@ -256,7 +271,8 @@ class BatchLoader:
             self._rejected.add(error.sample_id)
             self.rejections.add(error)
         if num_misses >= self.stream.num_samples:
-            raise UnusableData(f"no usable sample in a whole epoch: {self.rejections.summary()}")
+            cures = "".join(f"\n{rule}: {CURES[rule]}" for rule in self.rejections.counts if rule in CURES)
+            raise UnusableData(f"no usable sample in a whole epoch: {self.rejections.summary()}{cures}")
 
 
 def num_samples_held(batch_size: int, num_workers: int) -> int:

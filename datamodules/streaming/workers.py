@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from datamodules.persistence.processes import POLL_SECONDS, ChildWatch
+from datamodules.persistence.user_error import UserError
 
 SHARED_MEMORY = Path("/dev/shm")
 GO_ON = "The same command goes on from the last checkpoint."
@@ -31,7 +32,7 @@ END_SECONDS = 2.0  # that a worker has to end by itself
 _END = object()
 
 
-class WorkersFailed(RuntimeError):
+class WorkersFailed(UserError, RuntimeError):
     """Worker processes cannot make samples, or no longer; the message states the reason and the cure."""
 
 

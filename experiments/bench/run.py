@@ -33,6 +33,7 @@ from experiments.bench.roofline import Peaks, machine_peaks
 from experiments.bench.shapes import SHAPES, model_folder
 from experiments.bench.table import case_table, growth_table
 from experiments.runs.commands import command
+from experiments.runs.usage_errors import PlainParser
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("datamodules", "lightning_modules", "experiments/bench")  # a change in these files changes every key
@@ -164,7 +165,7 @@ def _only(case: Case, contenders: Sequence[str]) -> Case:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = PlainParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=sorted([*SHAPES, "nano"]), default=["nano"])
     parser.add_argument(
         "--cases", nargs="+", default=[""], help="only cases whose name begins with this: 'grpo images'"

@@ -74,6 +74,7 @@ def choose_predictor(asked: Evaluation) -> PredictorSettings:
     """
     if asked.endpoint is not None:
         return _served_settings(asked, asked.endpoint)
+    check_device(asked.device)
     model = ALIASES.get(asked.model, asked.model)
     found = read_model_type(model)
     if found in known_types():
@@ -159,8 +160,18 @@ def _request_form(asked: Evaluation, *names: str) -> RequestForm:
     return RequestForm(model_family, style, form.before_image, **sizes)
 
 
+def check_device(device: str) -> None:
+    """Raise ValueError for a device that PyTorch does not know or that is not here."""
+    try:
+        found = torch.device("cpu" if device == "auto" else device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is none of auto, cpu, cuda, cuda:0, cuda:1, ...") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={device!r}: PyTorch finds {torch.cuda.device_count()} GPUs here. Use --device=cpu")
+
+
 def choose_device(device: str, rank: int) -> str:
-    """ "auto" and "cuda" spread processes over the GPUs."""
+    """The device of one process: "auto" and "cuda" spread processes over the GPUs. Call `check_device` first."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return f"cuda:{rank % torch.cuda.device_count()}" if device == "cuda" else device

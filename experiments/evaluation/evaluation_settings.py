@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jsonargparse import auto_cli
-
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
 from datamodules.samples.boxes import BoxFormatName
+from experiments.runs.parsers import run_cli
 from experiments.runs.renamed_settings import RENAMED, refuse_moved
 from lightning_modules.predictors.base import Decoding
 from lightning_modules.serving.openai_client import EndpointSettings
@@ -119,4 +118,4 @@ def read_settings(config: str, more: Sequence[str] = ()) -> Evaluation:
     or have an old name."""
     arguments = ["--config", config, *more]
     refuse_moved(arguments, RENAMED | MOVED)
-    return auto_cli(Evaluation, as_positional=False, args=arguments)
+    return run_cli(Evaluation, arguments)

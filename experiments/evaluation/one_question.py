@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from datamodules.images.image_loading import ImageError, load_image
 from datamodules.importers.reading.image_references import named_images
 from datamodules.metrics.predictions import Reply
+from datamodules.persistence.user_error import UserError
 from datamodules.samples.answer_text import ParsedAnswer, answer_text, parse_answer
 from datamodules.samples.boxes import BoxFormat
 from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, SampleError, TextPart
@@ -21,7 +22,7 @@ HEIGHT = 420  # pixels of every image in the drawing
 COLOUR, LINE, FONT_SIZE = "#e02020", 3, 15
 
 
-class QuestionError(ValueError):
+class QuestionError(UserError, ValueError):
     """A question that cannot be asked; the text names each problem."""
 
 

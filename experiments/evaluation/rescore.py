@@ -13,14 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import auto_cli
-
 from datamodules.benchmarks.registry import BENCHMARKS
 from datamodules.metrics.extraction import with_extractor
 from datamodules.metrics.result_files import PREDICTIONS, RESULT, format_result, read_predictions, read_result
 from datamodules.metrics.scoring import rescore
 from datamodules.persistence.files import write_json
 from experiments.runs.commands import command
+from experiments.runs.parsers import run_cli
 from lightning_modules.metrics.summary import summarise
 
 
@@ -68,7 +67,7 @@ def rescore_predictions(
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make rescore`."""
     try:
-        auto_cli(rescore_predictions, as_positional=False, args=args)
+        run_cli(rescore_predictions, args)
     except (OSError, ValueError) as error:
         sys.exit(f"not rescored: {error}")
 

@@ -9,7 +9,6 @@ run that was killed resumes from its last checkpoint exactly as if nothing had h
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from experiments.nano.loop import CHECKPOINT, LOG, StageRun
 from experiments.nano.settings import PretrainSettings
 from experiments.nano.vision_tower import TowerStage
 from experiments.runs.commands import command
+from experiments.runs.usage_errors import PlainParser
 from lightning_modules.models.qwen_vl import QwenVL
 
 STAGES = (TowerStage, LanguageStage)
@@ -146,7 +146,7 @@ def train_process(rank: int, world_size: int, rendezvous: str, settings: Pretrai
 @command
 def main() -> None:
     """Entry point of `make base`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = PlainParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("models/nano-base"))
     parser.add_argument("--processes", type=int, default=1, help="data-parallel processes; changes rounding only")
     for name, default in asdict(PretrainSettings()).items():

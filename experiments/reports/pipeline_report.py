@@ -5,7 +5,6 @@ python -m experiments.reports.pipeline_report --folder outputs/nano
 
 from __future__ import annotations
 
-import argparse
 import base64
 import sys
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from experiments.runs import metrics_csv
 from experiments.runs.commands import command
 from experiments.runs.results import Results, read_mig_bench, read_results, started_from
 from experiments.runs.run_identity import CONFIG, read_field, trained_commit
+from experiments.runs.usage_errors import PlainParser
 from lightning_modules.serving.generation_rules import note
 
 # Title of a chart -> the logged metrics in it. A chart whose metrics were not logged is left out.
@@ -160,7 +160,7 @@ def number(value: float | None) -> str:
 @command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make report`."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = PlainParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("outputs/nano"), help="the experiment's folder")
     folder = parser.parse_args(args).folder
     try:

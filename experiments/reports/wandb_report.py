@@ -7,7 +7,6 @@ It needs the extra `dashboards` and a W&B key. Runs are found by their group (ex
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from datamodules.benchmarks.mig_bench import TASKS
 from experiments.runs.commands import command
+from experiments.runs.usage_errors import PlainParser
 from experiments.runs.wandb_runs import PROJECT, has_key
 
 STEP = "trainer/global_step"
@@ -94,7 +94,7 @@ def _library() -> ModuleType:
 @command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make dashboard`."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = PlainParser(description=__doc__.split("\n")[0])
     parser.add_argument("--experiments", nargs="*", default=[], help="W&B groups; none: all of the project")
     parser.add_argument("--project", default=PROJECT)
     parser.add_argument("--entity", default="", help="W&B user or team; none: your default one")

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from datamodules.persistence.files import fingerprint, read_json, write_json
 from datamodules.persistence.message_text import listed
 from datamodules.persistence.source_code import Code, changed_files
+from datamodules.persistence.user_error import UserError
 
 Choice = Literal["redo", "keep"]
 Inputs = dict[str, list[tuple[str, str | None]]]  # {"data.shards": [(path, hash of its content), …]}
@@ -24,7 +25,7 @@ RECORD = "evaluation.json"  # beside answers: their key, and the source files of
 MOST_LINES, MOST_FILES = 8, 6  # in a message; the rest is only counted
 
 
-class CodeChanged(Exception):
+class CodeChanged(UserError):
     """Other source files have made the existing results. The message asks the user to choose."""
 
 

@@ -1,4 +1,4 @@
-"""The check that every command makes before it reads its settings: no passwords and keys among them."""
+"""What every command does: it refuses passwords and keys among its settings, and shows a user error as its message."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from datamodules.persistence.credentials import find_credential
+from datamodules.persistence.user_error import UserError
 from experiments.runs.renamed_settings import find_old_flags, find_old_names
 
 T = TypeVar("T")
@@ -22,6 +23,8 @@ CURE = (
 def command(main: Callable[..., T]) -> Callable[..., T]:
     """Decorates the `main(args=None)` of an entry point: checks its arguments and configuration files first.
 
+    A UserError ends the program with its message, without a traceback. Every other exception is an error of the code.
+
     Passwords, keys and old names of settings are refused before anything parses, prints or writes them. The message
     does not repeat a secret.
     """
@@ -29,7 +32,10 @@ def command(main: Callable[..., T]) -> Callable[..., T]:
     @functools.wraps(main)
     def run(args: Sequence[str] | None = None) -> T:
         refuse_credentials(sys.argv[1:] if args is None else args)
-        return main() if args is None else main(args)
+        try:
+            return main() if args is None else main(args)
+        except UserError as error:
+            sys.exit(str(error))
 
     return run
 

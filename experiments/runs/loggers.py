@@ -75,6 +75,10 @@ class OnceWandbLogger(WandbLogger):
 
     _last: Any = None
 
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._wandb_init.pop("anonymous", None)  # Lightning passes None, and W&B warns that the setting has no effect
+
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if (step, metrics) != self._last:
             self._last = step, dict(metrics)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from datamodules.persistence.user_error import UserError
 from datamodules.streaming.shards import folder_list, read_manifest
 
 SHARDED = "sharded (FSDP2)"
@@ -24,7 +25,7 @@ MODULES_OWN = {
 }
 
 
-class SettingsError(ValueError):
+class SettingsError(UserError, ValueError):
     """Settings that cannot be run; the message lists every fault."""
 
 
@@ -50,6 +51,7 @@ def training_faults(settings: Mapping) -> list[str]:
     faults = model_faults(model["model"])
     for folder in shard_folders(settings):
         faults += shard_faults(folder)
+    faults += device_faults(settings["trainer"]) + size_faults(settings)
     for name in ("experiment", "phase"):
         if not settings[name] or Path(settings[name]).name != settings[name]:
             faults.append(f"{name}={settings[name]!r} must be a plain folder name")
@@ -70,6 +72,41 @@ def training_faults(settings: Mapping) -> list[str]:
         if value not in harmless:
             faults.append(f"trainer.{name}={value}: the modules do this themselves, use model.{instead}")
     return faults
+
+
+def device_faults(trainer: Mapping) -> list[str]:
+    """The fault of a GPU that is asked for where there is none."""
+    import torch  # slow; an import of data does without
+
+    accelerator = trainer.get("accelerator")
+    if accelerator not in ("gpu", "cuda") or torch.cuda.is_available():
+        return []
+    return [f"trainer.accelerator={accelerator!r}: PyTorch finds no GPU here. Use --trainer.accelerator=cpu"]
+
+
+def size_faults(settings: Mapping) -> list[str]:
+    """The fault of data with fewer samples than one batch of all ranks. The manifests hold the counts."""
+    from datamodules.streaming.stream import smaller_batch  # loads torch
+
+    try:
+        count = sum(read_manifest(folder)["count"] for folder in shard_folders(settings))
+    except (ValueError, OSError):
+        return []  # `shard_faults` names the folder
+    batch, ranks = settings["data"]["batch_size"], num_ranks(settings["trainer"])
+    if not count or batch < 1 or count >= batch * ranks:
+        return []
+    return [
+        f"data.batch_size={batch} on {ranks} ranks needs {batch * ranks} samples, but data.shards="
+        f"{settings['data']['shards']!r} holds {count}. Use {smaller_batch(count, ranks)}"
+    ]
+
+
+def num_ranks(trainer: Mapping) -> int:
+    """Processes of a run, as far as the settings say it; 1 where Lightning chooses ("auto")."""
+    devices = trainer.get("devices")
+    devices = int(devices) if isinstance(devices, str) and devices.isdigit() else devices
+    number = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) and devices > 0 else 1
+    return number * (trainer.get("num_nodes") or 1)
 
 
 def model_faults(path: str) -> list[str]:

@@ -16,6 +16,7 @@ import yaml
 
 from datamodules.encoding.messages import PromptStyle
 from datamodules.persistence.files import read_json, write_json
+from datamodules.persistence.user_error import UserError
 from datamodules.samples.boxes import BoxFormat
 from experiments.runs.changes import (
     Choice,
@@ -35,7 +36,7 @@ STARTED = "started.json"
 CONFIG = "config.yaml"
 
 
-class OtherVersion(ValueError):
+class OtherVersion(UserError, ValueError):
     """A phase's saved settings are not those of this version of the project; the message names file and field."""
 
     def __init__(self, folder: Path, what: str) -> None:

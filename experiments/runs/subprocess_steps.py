@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from callbacks import preemption
+from datamodules.persistence.durations import LATER_SECONDS, STAGE, in_words
 from datamodules.persistence.files import fingerprint, read_json
 from datamodules.persistence.source_code import source_code
 from datamodules.streaming.path_fingerprint import path_fingerprint
@@ -76,6 +77,49 @@ class Step:
         return marker.get("key") == self.key() and is_stale(marker, self.code(), self.choice)
 
 
+class Plan:
+    """The steps of an experiment in their order, with the time that each is expected to take.
+
+    Args:
+        steps: all steps.
+        minutes: title of a step, or the name before its colon -> expected minutes, as measured before; {}: not known.
+    """
+
+    def __init__(self, steps: Sequence[Step], minutes: Mapping[str, float]) -> None:
+        self.steps = list(steps)
+        self.expected = {step.marker: 60 * value for step in steps if (value := minutes.get(step.title)) is not None}
+        self.spent: dict[Path, float] = {}
+
+    def begin(self, step: Step) -> dict[str, str]:
+        """The variables that tell the process of the step its place (`datamodules.persistence.durations`)."""
+        number = [each.marker for each in self.steps].index(step.marker) + 1
+        later = self.seconds_of(self.steps[number:])
+        place = {STAGE: f"{number} of {len(self.steps)}, {step.title}"}
+        return place | ({} if later is None else {LATER_SECONDS: str(round(later))})
+
+    def seconds_of(self, steps: Sequence[Step]) -> float | None:
+        """Expected seconds of the steps that are not done; None if a step has no expectation."""
+        waiting = [step for step in steps if step.seconds_if_done() is None]
+        if any(step.marker not in self.expected for step in waiting):
+            return None
+        return self.pace() * sum(self.expected[step.marker] for step in waiting)
+
+    def pace(self) -> float:
+        """How much slower this machine is than expected, by the steps that have run here; 1 before any."""
+        known = [marker for marker in self.spent if marker in self.expected]
+        return sum(self.spent[m] for m in known) / sum(self.expected[m] for m in known) if known else 1.0
+
+    def left_text(self, step: Step) -> str:
+        """ "; about 12 min left of all stages", or "" if that is not known."""
+        number = [each.marker for each in self.steps].index(step.marker)
+        left = self.seconds_of(self.steps[number:])
+        return "" if left is None else f"; about {in_words(left)} left of all stages"
+
+    def end(self, step: Step, seconds: float) -> None:
+        """Note the seconds that a step has taken in this process."""
+        self.spent[step.marker] = seconds
+
+
 def settle(steps: Sequence[Step]) -> None:
     """Before any step runs: keep the steps that other code has made, or leave them to be made again, as is chosen.
 
@@ -91,8 +135,14 @@ def settle(steps: Sequence[Step]) -> None:
             say(f"{step.title}: kept, although other source files have made it")
 
 
-def run_step(step: Step) -> float:
-    """Run the step unless it is done. Returns its seconds over all attempts. Ends the program if the step fails."""
+def run_step(step: Step, plan: Plan | None = None) -> float:
+    """Run the step unless it is done. Returns its seconds over all attempts. Ends the program if the step fails.
+
+    Args:
+        step: the step.
+        plan: the place of the step in the whole, for messages and for the lines of its process.
+    """
+    place = plan.begin(step) if plan else {}
     seconds = step.seconds_if_done()
     if seconds is not None:
         say(f"{step.title}: done before, in {seconds:.0f} s")
@@ -101,6 +151,8 @@ def run_step(step: Step) -> float:
     # The time of earlier attempts counts, if they were of the same step and are not made again.
     key, old, redone = step.key(), read_json(step.marker), step.is_stale()
     command = [*step.command, *([f"--{step.choice}"] if step.choice else [])]
+    if place:
+        say(f"stage {place[STAGE]}{plan.left_text(step)}")
     say(f"{step.title}: python -m {shlex.join(command)}")
     goes_on = old.get("key") == key and not redone
     before, start = old["seconds"] if goes_on else 0.0, time.monotonic()
@@ -123,7 +175,7 @@ def run_step(step: Step) -> float:
         except OSError as error:  # only the clock failed; the step finds out by itself whether it can go on
             say(f"{step.title}: the time spent is not noted: {error}")
 
-    status = run_process([sys.executable, "-m", *command], tick, step.environment)
+    status = run_process([sys.executable, "-m", *command], tick, {**step.environment, **place})
     if status != 0:
         sys.exit(f"{step.title} ended with exit code {status}. The same command goes on from what is saved.")
     seconds = note(True)
@@ -133,6 +185,8 @@ def run_step(step: Step) -> float:
             step.marker.parent, step.marker.name, **(read_json(step.marker) | {"seconds": seconds})
         )
     say(f"{step.title}: {seconds:.0f} s")
+    if plan and not before:
+        plan.end(step, seconds)
     return seconds
 
 

@@ -18,10 +18,11 @@ from typing import Any
 
 from datamodules.persistence.files import Journal
 from experiments.runs import metrics_csv
-from experiments.runs.subprocess_steps import ROOT
+from experiments.runs.subprocess_steps import ROOT, say
 from experiments.runs.wandb_runs import child_environment, with_given_tags
 
 POLL_SECONDS = 1.0
+LINE_SECONDS = 30.0  # time between two lines about a running trial
 STOP_SECONDS = 300.0  # a trial that is asked to stop finishes its batch and writes a checkpoint
 Points = list[tuple[int, float]]
 
@@ -116,7 +117,7 @@ def run_process(
         # The trial has its own process group: Ctrl-C must reach it once, through the handler below.
         child = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
     old = {number: signal.signal(number, lambda n, _: asked.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
-    pruned, before = False, read_points()
+    pruned, before, told = False, read_points(), time.monotonic()
     try:
         while (code := child.poll()) is None and not pruned and not asked:
             now = read_points()
@@ -124,6 +125,10 @@ def run_process(
             if len(points) > seen:
                 seen = len(points)
                 pruned = see(points, time.monotonic() - start)
+            if time.monotonic() - told >= LINE_SECONDS:
+                told = time.monotonic()
+                if line := last_progress(log):
+                    say(line)
             time.sleep(0 if pruned else POLL_SECONDS)
         if code is None:
             code = _stop(child)
@@ -133,6 +138,12 @@ def run_process(
     if asked:
         raise Interrupted(signal.Signals(asked[0]).name)
     return Ended(code, pruned, time.monotonic() - start)
+
+
+def last_progress(log: Path) -> str:
+    """The last line of `callbacks.run_progress` in a trial's log; "" before there is one."""
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    return next((line for line in reversed(lines) if line.startswith("step ")), "")
 
 
 def points_agreed(one: Points, other: Points) -> Points:

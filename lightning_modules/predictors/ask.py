@@ -16,13 +16,14 @@ from typing import Any
 from datamodules.benchmarks.base import Benchmark, column_of
 from datamodules.metrics.predictions import Reply
 from datamodules.persistence.files import Journal, fingerprint, read_journal
+from datamodules.persistence.user_error import UserError
 from datamodules.samples.sample import Sample
 from lightning_modules.predictors.base import UNANSWERED, Predictor, split_chunks
 
 MANY_LOST = 8  # questions without an answer; if fewer have one, there is no use in asking the rest
 
 
-class QuestionsLost(RuntimeError):
+class QuestionsLost(UserError, RuntimeError):
     """More questions of a benchmark got no answer than got one: a score of that would say nothing of the model."""
 
 

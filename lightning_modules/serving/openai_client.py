@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 
 from datamodules.persistence.credentials import find_credential, hide_credentials
 from datamodules.persistence.problems import Problems
+from datamodules.persistence.user_error import UserError
 from lightning_modules.serving.responses import Completion, Malformed, bound_body, read_completion
 
 T = TypeVar("T")
@@ -32,11 +33,11 @@ class RequestRefused(ValueError):
     """The server cannot answer this request; further attempts would not help."""
 
 
-class EndpointMisused(ValueError):
+class EndpointMisused(UserError, ValueError):
     """The key, the model or the path is wrong, so no request can succeed."""
 
 
-class EndpointUnavailable(RuntimeError):
+class EndpointUnavailable(UserError, RuntimeError):
     """All attempts have failed. `status` is the HTTP status of the last one, or None if there was none."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
@@ -120,6 +121,7 @@ class ChatEndpoint:
             raise ValueError(f"an endpoint needs base_url={settings.base_url!r} and model={settings.model!r}")
         self.settings = settings
         self.faults: Counter[str] = Counter()
+        self._was_reached = False  # whether a connection has ever been made
         self._errors = openai
         self._random = random.Random()  # only for the lengths of waits, so it needs no seed
         # Credentials, from environment variables. `_secrets` lists all their forms, so that messages can hide them.
@@ -204,9 +206,12 @@ class ChatEndpoint:
             status = None
             try:
                 async with asyncio.timeout(settings.timeout):
-                    return await ask()
+                    answer = await ask()
+                self._was_reached = True
+                return answer
             # The server has answered with an error: for good, or one that may pass.
             except self._errors.APIStatusError as error:
+                self._was_reached = True
                 status, fault = error.status_code, self._hide(f"{error.status_code} {error.message[:300]}")
                 if status in REFUSED:
                     raise RequestRefused(fault) from error
@@ -219,6 +224,13 @@ class ChatEndpoint:
                 kind, fault, wait = "timeout", f"no answer within {settings.timeout} s", 0.0
             except self._errors.APIConnectionError as error:
                 # `openai` reports every error during the transfer as a connection error, also a body that is too large.
+                if not self._was_reached and _is_refusal(error):
+                    # A server that was up may come back. This one was never there: waiting for it is no use.
+                    self.faults["connection"] += 1
+                    raise EndpointUnavailable(
+                        f"no server listens at {settings.base_url}: the connection was refused. Start the server, or "
+                        "correct base_url"
+                    ) from error
                 kind = "malformed" if isinstance(error.__cause__, Malformed) else "connection"
                 fault, wait = self._hide(repr(error.__cause__ or error)), 0.0
             except Malformed as error:
@@ -251,6 +263,18 @@ class ChatEndpoint:
         """Seconds before the next attempt; `wait` is what the server demands. The random factor spreads the clients."""
         longest = min(self.settings.max_backoff, self.settings.backoff * 2 ** (attempt - 1))
         return max(longest * self._random.uniform(0.5, 1.0), min(wait, self.settings.max_backoff))
+
+
+def _is_refusal(error: BaseException | None) -> bool:
+    """Whether a refused connection is among the causes of `error`."""
+    while error is not None:
+        if isinstance(error, ConnectionRefusedError) or "Connection refused" in str(error):
+            return True
+        causes = getattr(error, "exceptions", ())  # of an ExceptionGroup: one attempt for each address of the host
+        if any(_is_refusal(each) for each in causes):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _retry_after(header: str | None) -> float:

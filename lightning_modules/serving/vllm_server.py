@@ -78,6 +78,17 @@ def fix_torchvision(venv: Path) -> None:
     subprocess.run([*command, f"torch=={torch}", f"torchvision=={torchvision}"], check=True)
 
 
+def check_model(model: str) -> None:
+    """Exit with a message if `model` is neither a folder with a model nor a possible Hub name."""
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            sys.exit(f"--model={model}: the folder has no config.json; give a model folder, such as .../merged")
+        return
+    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1 or folder.parent.is_dir():
+        sys.exit(f"--model={model}: there is no such folder, and it is no Hub name (owner/name)")
+
+
 def serve_command(venv: Path, model: str, on_cpu: bool, more: Sequence[str] = ()) -> list[str]:
     """The command that starts the server.
 
@@ -105,6 +116,8 @@ def main() -> None:
     parser.add_argument("--max-lora-rank", default="64", help="at least lora.rank of the trained model")
     parser.add_argument("--cpu", action="store_true", help="serve on the CPU though there is a GPU")
     arguments, more = parser.parse_known_args()
+    if arguments.model is not None:
+        check_model(arguments.model)  # first: the installation takes minutes
     on_cpu = arguments.cpu or shutil.which("nvidia-smi") is None
     install(arguments.venv, on_cpu)
     if arguments.model is not None:

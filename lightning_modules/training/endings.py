@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from datamodules.persistence.user_error import UserError
 
-class RunStopped(RuntimeError):
+
+class RunStopped(UserError, RuntimeError):
     """The run ends for the reason in the message; its progress is saved."""
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.images.image_files import Frame
+from datamodules.persistence.user_error import UserError
 from datamodules.samples.sample import LoadedSample, Sample, SampleError
 
 # Entries -> what became of each of their samples, in order. It runs in other processes, so it must be picklable. A
@@ -16,7 +17,7 @@ from datamodules.samples.sample import LoadedSample, Sample, SampleError
 Convert = Callable[[Sequence[Any]], Iterator[Sample | LoadedSample | SampleError]]
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """A source's files, or what the user says of them, cannot be imported: a command prints the message alone."""
 
 

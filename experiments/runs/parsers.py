@@ -1,0 +1,71 @@
+"""The parsers of all commands with a YAML: jsonargparse's, with short errors."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import jsonargparse
+
+from experiments.runs.usage_errors import MOST_LINES, explain
+
+
+class ShortErrors:
+    """Mixed into a parser of jsonargparse: an error ends the program with a message of a few lines, without the usage.
+
+    A ValueError of a settings class, such as "timeout=-1.0 must be greater than 0", is such an error too.
+    """
+
+    words: Sequence[str] = ()
+
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **named: Any) -> jsonargparse.Namespace:
+        """As in the base class; remembers the command line for messages."""
+        self.words = list(sys.argv[1:] if args is None else args)
+        return super().parse_args(args, *more, **named)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End the program with a short message. Inner parsers raise, because the outer parser may try another type."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        raise SystemExit(explain(message, self.words, list(self.get_defaults().keys()), class_settings)) from ex
+
+    def instantiate(self, *args: Any, **named: Any) -> Any:
+        """As in the base class, but a ValueError of a settings class ends the program with its message."""
+        try:
+            return super().instantiate(*args, **named)
+        except ValueError as error:
+            if not self.exit_on_error:
+                raise
+            lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
+            telling = [line for line in lines if "=" in line and not line.startswith(("Given value", "Subtypes"))]
+            raise SystemExit("\n".join((telling or lines)[:MOST_LINES])) from error
+
+
+class Parser(ShortErrors, jsonargparse.ArgumentParser):
+    """The parser of `run_cli`."""
+
+
+def run_cli(component: Callable, args: Sequence[str] | None = None) -> Any:
+    """Read the settings of a function or a dataclass from the command line and YAML files; call it with them.
+
+    Args:
+        component: the function or the dataclass; its docstring is the help.
+        args: the command line; None: this process's.
+    """
+    arguments = None if args is None else list(args)
+    return jsonargparse.auto_cli(component, as_positional=False, parser_class=Parser, args=arguments)
+
+
+@functools.cache
+def class_settings(path: str) -> tuple[str, ...]:
+    """The dotted names of the settings of a class; () if they cannot be found."""
+    module, _, name = path.rpartition(".")
+    try:
+        parser = jsonargparse.ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(getattr(importlib.import_module(module), name), fail_untyped=False)
+        return tuple(parser.get_defaults().keys())
+    except Exception:  # a suggestion is a courtesy: the message is complete without it
+        return ()
