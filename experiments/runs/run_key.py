@@ -33,6 +33,7 @@ MODEL_NOT_IN_KEY = (
 DATA_NOT_IN_KEY = ("num_workers", "worker_timeout")  # the order of samples does not depend on the workers (`stream`)
 CALLBACKS_NOT_IN_KEY = (
     "callbacks.checkpoints.WindowCheckpoint",
+    "callbacks.held_out_loss.HeldOutLoss",
     "callbacks.save_on_interrupt.SaveOnInterrupt",
     "callbacks.previews.Previews",
     "callbacks.rank_watch.RankWatch",
