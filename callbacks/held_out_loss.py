@@ -65,7 +65,9 @@ class HeldOutLoss(Callback):
         """Open the shards before any weights are read. Raises ValueError for a folder that holds none."""
         manifests = [read_manifest(folder) for folder in folder_list(self.shards)]
         # The tasks must be equal on all ranks, whichever samples a rank reads.
-        self.tasks = tuple(sorted({task for found in manifests for shard in found["shards"] for task in shard["tasks"]}))
+        self.tasks = tuple(
+            sorted({task for found in manifests for shard in found["shards"] for task in shard["tasks"]})
+        )
         self._reader = ShardReader(self.shards)
         count = min(self.limit or self._reader.count, self._reader.count)
         self._numbers = [place * self._reader.count // count for place in range(count)]
@@ -151,7 +153,9 @@ class HeldOutLoss(Callback):
             try:
                 item = encode_for_training(encoder, self._reader.read(number))
                 if item.sample.task not in self.tasks:
-                    raise SampleError(item.sample.id, "unknown_task", f"the manifest names no task {item.sample.task!r}")
+                    raise SampleError(
+                        item.sample.id, "unknown_task", f"the manifest names no task {item.sample.task!r}"
+                    )
                 items.append(item)
             except SampleError as error:
                 if error.sample_id not in self._rejected:  # each measurement meets it again

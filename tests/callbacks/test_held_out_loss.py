@@ -102,7 +102,9 @@ def plain_values(module: CoTSFT, encoder, folder: Path) -> dict[str, float]:
         loss = F.cross_entropy(logits, item.completion_ids, reduction="sum").item()
         hits = (logits.argmax(-1) == item.completion_ids).sum().item()
         row = sums.setdefault(item.sample.task, [0.0, 0, 0])
-        sums[item.sample.task] = [a + b for a, b in zip(row, (loss, hits, len(ids[0]) - len(item.input_ids)), strict=True)]
+        sums[item.sample.task] = [
+            a + b for a, b in zip(row, (loss, hits, len(ids[0]) - len(item.input_ids)), strict=True)
+        ]
     loss, hits, count = (sum(column) for column in zip(*sums.values(), strict=True))
     values = {"val/loss": loss / count, "val/token_accuracy": hits / count}
     return values | {f"val/loss/{task}": total / n for task, (total, _, n) in sums.items()}
