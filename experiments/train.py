@@ -27,6 +27,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from callbacks import collapse_guard, preemption
 from callbacks.checkpoints import RunStopped, WholeCheckpoints, WindowCheckpoint
 from callbacks.rank_watch import RankWatch, end_with_launcher
+from callbacks.rejected_samples import RejectedSamples
 from datamodules.checkpoints.model_folder import ModelError
 from datamodules.multi_image import MultiImageData
 from datamodules.persistence.files import StorageError, write_atomic
@@ -153,12 +154,14 @@ class TrainCLI(LightningCLI):
         return faults
 
     def instantiate_trainer(self, **kwargs: object) -> Trainer:
-        """The Trainer, with this project's loggers, checkpoints and RankWatch unless the YAML has others."""
+        """The Trainer, with this project's loggers, checkpoints, RankWatch and RejectedSamples unless the YAML has
+        others."""
         if self.config_init.trainer.logger is None:
             kwargs["logger"] = self.loggers()
         callbacks = list(self.config_init.trainer.callbacks or [])
-        if not any(isinstance(callback, RankWatch) for callback in callbacks):
-            callbacks.insert(0, RankWatch())
+        for kind in (RejectedSamples, RankWatch):
+            if not any(isinstance(callback, kind) for callback in callbacks):
+                callbacks.insert(0, kind())
         checkpoints = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
         if not checkpoints and self.config_init.trainer.enable_checkpointing is not False:
             checkpoints = [WindowCheckpoint(every_n_minutes=10)]  # Lightning's own may save inside a window

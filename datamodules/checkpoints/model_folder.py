@@ -13,6 +13,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
+PROMPT_FORM = "prompt_form.json"  # of a model trained here (encoding/prompt_form.py); merging writes a new one
 # Every file beside the weights that says how a model is loaded, asked and decoded, as transformers 4 and 5 lay it out.
 COMPANIONS = (
     CONFIG,
@@ -48,7 +49,7 @@ def local_folder(path: str | Path, weights: bool = True, code: bool = False) -> 
         raise ModelError(f"model: there is no folder {path!r}, and it is no Hub name ('owner/name') either")
     from huggingface_hub import snapshot_download  # a slow import, needed only for the Hub
 
-    wanted = [*COMPANIONS, ADAPTER]
+    wanted = [*COMPANIONS, ADAPTER, PROMPT_FORM]
     wanted += ["*.safetensors", "*.safetensors.index.json"] if weights else []
     wanted += ["*.py"] if code else []
     try:

@@ -37,6 +37,7 @@ CALLBACKS_NOT_IN_KEY = (
     "callbacks.save_on_interrupt.SaveOnInterrupt",
     "callbacks.previews.Previews",
     "callbacks.rank_watch.RankWatch",
+    "callbacks.rejected_samples.RejectedSamples",
     "callbacks.throughput.Throughput",
 )
 # The folder of a selection that the same settings would make again.

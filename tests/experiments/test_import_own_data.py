@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import yaml
 from datamodules.persistence.files import read_json
 from datamodules.streaming.shards import ShardReader, read_manifest
 from experiments import evaluate, import_shards, train
+from experiments.evaluation.choose_predictor import choose_predictor
+from experiments.evaluation.evaluation_settings import Evaluation
 from tests.datamodules.importers.own_data import own_files, test_coco
 from tests.datamodules.importers.own_data.own_files import SIZES, numbers, true_boxes
 from tests.datamodules.importers.published import jpeg
@@ -61,6 +64,11 @@ def test_ten_lines_of_each_form_are_imported_trained_on_and_evaluated(workbench:
     path.write_text(yaml.safe_dump(settings))
     train.main(["--config", str(path), "--trainer.logger=false"])
     merged = workbench.outputs / "tiny" / "cot_sft" / "merged"
+
+    # A copy anywhere is asked as the phase asked: "answer", where the evaluation's own default is "think".
+    copied = shutil.copytree(merged, workbench.root / "published")
+    chosen = choose_predictor(Evaluation(str(copied), ""))
+    assert chosen.prompts["style"] == "answer" and chosen.prompts["box_format"] == "absolute_pixels"
 
     where = [
         f"--data_root={workbench.root}",
