@@ -14,7 +14,7 @@ from tqdm import tqdm
 from callbacks.checkpoints import RunStopped
 from datamodules.benchmarks.base import Benchmark, limit_columns
 from datamodules.benchmarks.registry import BENCHMARKS, is_benchmark, load_benchmark
-from datamodules.benchmarks.shards import is_shards, shards_name
+from datamodules.benchmarks.shard_folders import is_shards, shards_name
 from datamodules.metrics.result_files import format_result, result_metrics, write_evaluation
 from datamodules.metrics.scoring import score_replies
 from datamodules.persistence.files import StorageError, make_folder

@@ -28,7 +28,7 @@ from jsonargparse import auto_cli
 
 from datamodules.benchmarks.base import Benchmark, limit_columns
 from datamodules.benchmarks.registry import benchmark_names, load_benchmark
-from datamodules.benchmarks.shards import is_shards
+from datamodules.benchmarks.shard_folders import is_shards
 from datamodules.checkpoints.model_folder import ModelError
 from datamodules.metrics.drawing import Drawn, draw_previews
 from datamodules.metrics.extraction import EXTRACTED_READERS, with_extractor

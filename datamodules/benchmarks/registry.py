@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 
-from datamodules.benchmarks import blink, lisa, mig_bench, mmiu, odinw, ref_l4, revos, shards
+from datamodules.benchmarks import blink, lisa, mig_bench, mmiu, odinw, ref_l4, revos, shard_folders
 from datamodules.benchmarks.base import Benchmark, Rule
 
 # In the order of the paper's tables. Each module has NAME, FOLDER, RULE, OFFICIAL and load(root) -> Benchmark.
@@ -30,7 +30,7 @@ def benchmark_names(asked: str) -> list[str]:
 
 def is_benchmark(name: str) -> bool:
     """Whether `load_benchmark` takes this name: that of a benchmark, or a path of a folder of shards."""
-    return name in BENCHMARKS or shards.is_shards(name)
+    return name in BENCHMARKS or shard_folders.is_shards(name)
 
 
 def load_benchmark(name: str, data_root: str | Path) -> Benchmark:
@@ -38,8 +38,8 @@ def load_benchmark(name: str, data_root: str | Path) -> Benchmark:
 
     FileNotFoundError says which file is missing, ValueError which folder holds no shards.
     """
-    if shards.is_shards(name):
-        return shards.load(name)
+    if shard_folders.is_shards(name):
+        return shard_folders.load(name)
     module = BENCHMARKS[name]
     return module.load(Path(data_root) / module.FOLDER)
 
@@ -51,8 +51,8 @@ def benchmark_rules(name: str, columns: Iterable[str]) -> tuple[Rule, Rule, Mapp
         name: of a benchmark, or of shards ("shards-kites-val").
         columns: of its questions. Those of shards are known by their answers alone.
     """
-    if name.startswith(shards.PREFIX):
-        return shards.RULE, shards.OFFICIAL, shards.averages(tuple(sorted(set(columns))))
+    if name.startswith(shard_folders.PREFIX):
+        return shard_folders.RULE, shard_folders.OFFICIAL, shard_folders.averages(tuple(sorted(set(columns))))
     if name not in BENCHMARKS:
         raise ValueError(f"benchmark={name!r} is none of {', '.join(BENCHMARKS)}")
     module = BENCHMARKS[name]

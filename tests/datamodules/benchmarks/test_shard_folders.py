@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from datamodules.benchmarks.registry import benchmark_names, benchmark_rules, load_benchmark
-from datamodules.benchmarks.shards import shards_name
+from datamodules.benchmarks.shard_folders import shards_name
 from datamodules.metrics.predictions import Reply
 from datamodules.metrics.result_files import format_result, result_metrics
 from datamodules.metrics.scoring import score_replies
