@@ -111,9 +111,9 @@ VLLM_VENV ?= .venv-vllm
 vllm-server:  ## Serve rollouts for GRPO with model.rollout.engine=vllm: MODEL=folder, ARGS="--port 8001"; on a GPU if there is one
 	$(PYTHON) lightning_modules/serving/vllm_server.py --venv $(VLLM_VENV) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
-eval: $(STAMP)  ## Evaluate any model on MIG-Bench, or on BENCH=all (or ref_l4,blink,...): MODEL=outputs/nano/grpo/merged
-	$(dataset)
-	$(PY) -m experiments.evaluate $(call config,eval) $(if $(MODEL),--model $(MODEL)) $(if $(BENCH),--bench $(BENCH)) \
+eval: $(STAMP)  ## Evaluate any model on MIG-Bench, BENCH=all (or ref_l4,...), or shards DATA=data/kites: MODEL=outputs/nano/grpo/merged
+	$(if $(DATA),,$(dataset))
+	$(PY) -m experiments.evaluate $(call config,eval) $(if $(MODEL),--model $(MODEL)) $(addprefix --bench ,$(or $(DATA),$(BENCH))) \
 		$(answer) $(ARGS)
 
 ask: $(STAMP)  ## Ask a model about your own images: MODEL=folder IMAGES="a.jpg b.jpg" QUESTION="..."; boxes in pixels and a drawing

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from callbacks.checkpoints import RunStopped
 from datamodules.benchmarks.base import Benchmark, limit_columns
-from datamodules.benchmarks.registry import BENCHMARKS, load_benchmark
+from datamodules.benchmarks.registry import BENCHMARKS, is_benchmark, load_benchmark
+from datamodules.benchmarks.shard_folders import is_shards, shards_name
 from datamodules.metrics.result_files import format_result, result_metrics, write_evaluation
 from datamodules.metrics.scoring import score_replies
 from datamodules.persistence.files import StorageError, make_folder
@@ -43,8 +44,8 @@ class BenchmarkEvaluation(Callback):
     waits for it, and the run has checkpoints to write. `before` and `after` end the run with `RunStopped`.
 
     Args:
-        benchmark: its name, such as ref_l4 (datamodules/benchmarks/registry.py).
-        data_root: the folder that holds the benchmark's own folder.
+        benchmark: its name, such as ref_l4 (datamodules/benchmarks/registry.py), or the path of a folder of shards.
+        data_root: the folder that holds the benchmark's own folder; shards do not need it.
         before: evaluate on all questions before the first update.
         after: evaluate on all questions when fitting ends. A sweep's trial needs it: its value is the last one logged.
         every_n_steps: number of updates between two evaluations; null: none inside training.
@@ -58,7 +59,7 @@ class BenchmarkEvaluation(Callback):
     def __init__(
         self,
         benchmark: str,
-        data_root: str,
+        data_root: str = "",
         before: bool = False,
         after: bool = False,
         every_n_steps: int | None = None,
@@ -69,11 +70,13 @@ class BenchmarkEvaluation(Callback):
         folder: str | None = None,
     ) -> None:
         problems = Problems()
-        problems.one_of(BENCHMARKS, benchmark=benchmark)
+        known = ", ".join(map(repr, BENCHMARKS))
+        problems.require(is_benchmark(benchmark), f"must be one of {known}, or a folder of shards", benchmark=benchmark)
         problems.positive(limit=limit)
         problems.positive_or_null(every_n_steps=every_n_steps, max_prompt_tokens=max_prompt_tokens)
         problems.raise_all(type(self).__name__)
-        self.name, self.data_root, self.folder = benchmark, data_root, folder
+        self.name = shards_name(benchmark) if is_shards(benchmark) else benchmark
+        self.source, self.data_root, self.folder = benchmark, data_root, folder
         self.before, self.after, self.every_n_steps, self.limit = before, after, every_n_steps, limit
         self.decoding = Decoding(max_new_tokens, batch_prompts)
         self.max_prompt_tokens = max_prompt_tokens
@@ -83,7 +86,7 @@ class BenchmarkEvaluation(Callback):
 
     def load(self) -> Benchmark:
         """The questions. Raises for files that are missing or of another form."""
-        return load_benchmark(self.name, self.data_root)
+        return load_benchmark(self.source, self.data_root)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Read before any weights are: a wrong path should fail in the first second.

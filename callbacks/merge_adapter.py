@@ -8,11 +8,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors import SafetensorError
 
 from callbacks.checkpoints import RunStopped
+from datamodules.checkpoints.model_folder import PROMPT_FORM
+from datamodules.encoding.prompt_form import prompt_form_text
 from datamodules.persistence.files import storage_error
 
 
 class MergeAdapter(Callback):
     """At the end of training, merges the LoRA adapter into a copy of the model, and saves it completely or not at all.
+
+    The folder also gets `prompt_form.json`: how the phase has put its questions (datamodules/encoding/prompt_form.py).
 
     If the folder cannot be written, every rank ends with RunStopped. The same command then resumes from the last
     checkpoint, usually that of the end of training, and merges again. If training has changed nothing, every rank ends
@@ -32,7 +36,8 @@ class MergeAdapter(Callback):
         folder = Path(self.folder or Path(trainer.default_root_dir) / "merged")
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            pl_module.policy.save_merged(folder, write=trainer.is_global_zero)
+            texts = {PROMPT_FORM: prompt_form_text(trainer.datamodule.encoder)}
+            pl_module.policy.save_merged(folder, write=trainer.is_global_zero, texts=texts)
         except (OSError, SafetensorError) as failure:
             error = str(storage_error(failure, folder))
         error = trainer.strategy.broadcast(error)  # here the other ranks also wait until rank 0 has written

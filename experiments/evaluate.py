@@ -1,6 +1,7 @@
-"""Evaluate a model on the paper's benchmarks: MIG-Bench, or any of the seven.
+"""Evaluate a model on the paper's benchmarks: MIG-Bench, or any of the seven; or on any folder of shards.
 
     python -m experiments.evaluate --config experiments/configs/nano/eval.yaml --model M --bench all
+    … --model M --bench mig_bench,data/kites/val
     … --model gpt-4o --endpoint.base_url https://…/v1
 
     <output>/answers/<benchmark>-<key>/rank0.jsonl   every answer as it came; resuming and the cache
@@ -24,6 +25,7 @@ from typing import Any
 
 from datamodules.benchmarks.base import Benchmark, limit_columns
 from datamodules.benchmarks.registry import benchmark_names, load_benchmark
+from datamodules.benchmarks.shard_folders import is_shards
 from datamodules.metrics.drawing import Drawn, draw_previews
 from datamodules.metrics.extraction import EXTRACTED_READERS, with_extractor
 from datamodules.metrics.predictions import Prediction
@@ -57,7 +59,7 @@ FACTS = ("data_root", "key", "extractor")  # of a result, for W&B
 
 
 def evaluate(asked: Evaluation) -> dict[str, dict[str, Any]]:
-    """Evaluate a model on the paper's benchmarks; the results by name."""
+    """Evaluate a model on the paper's benchmarks and on shards; the results by name."""
     # 1. Check every setting and file, before any weights are read.
     choice = choice_of(asked.redo, asked.keep)
     settings, benchmarks = _check(asked)
@@ -120,7 +122,10 @@ def load_benchmarks(names: Sequence[str], data_root: str, replicas: bool) -> tup
         try:
             if replicas and name in REPLICAS:
                 write_replica(name, data_root)
-            found[name] = load_benchmark(name, data_root)
+            benchmark = load_benchmark(name, data_root)
+            if benchmark.name in {other.name for other in found.values()}:
+                raise ValueError(f"the results of two folders would lie in {benchmark.name}/: evaluate one at a time")
+            found[name] = benchmark
         except (OSError, ValueError) as error:
             faults.append(f"{name}: {error}")
     return found, faults
@@ -160,7 +165,8 @@ class _ScoredBenchmarks:
     def add(self, benchmark: Benchmark, ended: Ended) -> None:
         """Score, summarise and write a benchmark whose answers are all there."""
         asked, rules = self.asked, (benchmark.rule, benchmark.official)
-        result = {"benchmark": benchmark.name, "model": self.model, "data_root": asked.data_root, "key": ended.key}
+        data_root = ended.name if is_shards(ended.name) else asked.data_root
+        result = {"benchmark": benchmark.name, "model": self.model, "data_root": data_root, "key": ended.key}
         result |= {"limit": asked.limit, "generation": asked.decoding.generation, "extractor": None}
         # Score each answer by both rules; a language model may take the last step of the official reading.
         samples = limit_columns(benchmark.samples, asked.limit)
@@ -195,9 +201,8 @@ class _ScoredBenchmarks:
 
     def _draw(self, benchmark: Benchmark, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Drawn]:
         """One answer of each column, drawn, where the answers are boxes."""
-        if not isinstance(samples[0].answer, BoxAnswer):
-            return []
-        known, chosen = {found.id: found for found in predictions}, limit_columns(samples, 1)
+        known = {found.id: found for found in predictions}
+        chosen = limit_columns([sample for sample in samples if isinstance(sample.answer, BoxAnswer)], 1)
         found = [known[sample.id] for sample in chosen]
         return draw_previews(chosen, found, benchmark.load, self.asked.limits.max_image_pixels)
 

@@ -18,19 +18,21 @@ or --redo.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from datamodules.checkpoints.model_folder import PROMPT_FORM
 from datamodules.encoding.chat_request import RequestForm
 from datamodules.encoding.model_families import find_model_family
+from datamodules.encoding.prompt_form import read_prompt_form
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
 from datamodules.persistence.files import Journal, fingerprint, read_journal, read_json, write_atomic, write_json
 from datamodules.persistence.problems import Problems
 from datamodules.persistence.source_code import source_code
-from datamodules.samples.boxes import image_sizes_from_json
+from datamodules.samples.boxes import BoxFormat, image_sizes_from_json
 from datamodules.samples.sample import SampleError
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from datamodules.streaming.shards import MANIFEST, ShardReader, folder_list
@@ -51,6 +53,8 @@ from lightning_modules.serving.generation_rules import server_fields
 from lightning_modules.serving.openai_client import EndpointSettings
 from lightning_modules.serving.transformers_server import local_server
 
+LABEL = "Picture {}: "  # before each image, where a phase had label_images: as Qwen's chat template writes it
+
 
 def synthesize(
     questions: str | list[str],
@@ -58,6 +62,7 @@ def synthesize(
     endpoint: EndpointSettings,
     model_family: str = "auto",
     before_image: str | None = None,
+    as_trained: bool = True,
     min_pixels: int = 56 * 56,
     max_pixels: int = 16384 * 28 * 28,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
@@ -82,6 +87,8 @@ def synthesize(
         model_family: the box format and prompt of the teacher (datamodules/encoding/model_families.py); auto: by its
             name
         before_image: label before each image in place of the model family's, such as "Picture {}: "
+        as_trained: a teacher that was trained here is asked in the form of its folder's prompt_form.json, whatever
+            model_family, before_image and max_pixels say
         min_pixels: images with fewer pixels are enlarged
         max_pixels: images with more pixels are shrunk; for a teacher that writes boxes in pixels, at most its server's
             own limit
@@ -102,7 +109,7 @@ def synthesize(
     folders = folder_list(questions)
     problems = _problems(folders, endpoint, threshold, limit)
     pixels = (min_pixels, max_pixels, max_image_pixels, max_sample_pixels)
-    form = _form(model_family, endpoint.model, problems, before_image, *pixels)
+    form = _form(model_family, endpoint.model, problems, as_trained, before_image, *pixels)
     # 2. The key: everything that the responses depend on.
     stated = server_fields(endpoint) | endpoint.extra_body
     teacher = [endpoint.model, stated, path_fingerprint(endpoint.model)]
@@ -220,14 +227,35 @@ def _problems(folders: list[str], endpoint: EndpointSettings, threshold: float, 
     return problems
 
 
-def _form(model_family: str, model: str, problems: list[str], *more: Any) -> RequestForm:
+def _form(model_family: str, model: str, problems: list[str], as_trained: bool, *more: Any) -> RequestForm:
     """The form of the requests. Raises SettingsError for its own problem and for the `problems` found before."""
     try:
-        form = RequestForm(find_model_family(model_family, model), "think", *more)
+        trained = read_prompt_form(model) if as_trained and Path(model).is_dir() else None
+        family = find_model_family("qwen2_5_vl" if trained else model_family, model)
+        form = RequestForm(family, "think", *more)
+        form = _as_trained(form, trained, model) if trained else form
     except ValueError as error:
         preflight.raise_all([*problems, str(error)])
     preflight.raise_all(problems)
     return form
+
+
+def _as_trained(form: RequestForm, trained: Mapping[str, Any], model: str) -> RequestForm:
+    """The form with what the teacher was trained with, saying what differs. Raises ValueError for one that does not
+    think."""
+    if trained["style"] != form.style:
+        raise ValueError(
+            f"endpoint.model={model!r} was trained with style={trained['style']!r} ({PROMPT_FORM} in its folder): it "
+            "writes no thinking; take a model of CoT-SFT or GRPO, or say --as_trained=false"
+        )
+    family = replace(form.model_family, box_format=BoxFormat(trained["box_format"]))
+    before_image = LABEL if trained["label_images"] else family.before_image
+    max_pixels = trained["max_resized_pixels"] or form.max_pixels
+    for name, value in (("before_image", before_image), ("max_pixels", max_pixels)):
+        given = getattr(form, name)
+        if value != (family.before_image if given is None else given):
+            print(f"{name}={value!r} as {model}/{PROMPT_FORM} has it, not {given!r}; --as_trained=false takes yours")
+    return replace(form, model_family=family, before_image=before_image, max_pixels=max_pixels)
 
 
 def _session_text(session: Session) -> str:

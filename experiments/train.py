@@ -29,6 +29,7 @@ from torch.distributed import DistNetworkError
 from callbacks import collapse_guard, preemption
 from callbacks.checkpoints import WholeCheckpoints, WindowCheckpoint
 from callbacks.rank_watch import RankWatch, end_with_launcher
+from callbacks.rejected_samples import RejectedSamples
 from callbacks.run_progress import Progress, metrics_text
 from datamodules.multi_image import MultiImageData
 from datamodules.persistence.durations import in_words
@@ -164,15 +165,17 @@ class TrainCLI(LightningCLI):
         return faults
 
     def instantiate_trainer(self, **kwargs: object) -> Trainer:
-        """The Trainer, with this project's loggers, checkpoints and RankWatch unless the YAML has others."""
+        """The Trainer, with this project's loggers, checkpoints, RankWatch and RejectedSamples unless the YAML has
+        others."""
         if self.config_init.trainer.logger is None:
             kwargs["logger"] = self.loggers()
         callbacks = list(self.config_init.trainer.callbacks or [])
-        if not any(isinstance(callback, RankWatch) for callback in callbacks):
-            callbacks.insert(0, RankWatch())
-        if self.config_init.trainer.enable_progress_bar is not False:
-            if not any(isinstance(callback, ProgressBar) for callback in callbacks):
-                callbacks.insert(0, Progress())  # Lightning's own shows one bar for each epoch, and nothing in a log
+        for kind in (RejectedSamples, RankWatch):
+            if not any(isinstance(callback, kind) for callback in callbacks):
+                callbacks.insert(0, kind())
+        has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if self.config_init.trainer.enable_progress_bar is not False and not has_bar:
+            callbacks.insert(0, Progress())  # Lightning's own shows one bar for each epoch, and nothing in a log
         checkpoints = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
         if not checkpoints and self.config_init.trainer.enable_checkpointing is not False:
             checkpoints = [WindowCheckpoint(every_n_minutes=10)]  # Lightning's own may save inside a window

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from datamodules.encoding.encoder import Batch, EncodedSample
-from lightning_modules.models.attention.packed_rows import pack_rows
+from lightning_modules.models.attention.packed_rows import PackedRows, pack_rows
 from lightning_modules.models.vision_feature_cache import FeatureCache, tower_fingerprint
 from lightning_modules.policy_module import PolicyModule
 
@@ -82,19 +83,8 @@ class CoTSFT(PolicyModule):
         Returns the sum of -log p over the targets, the number of targets that are the most likely token, and the number
         of targets.
         """
-        items = batch.items
-        # Features of a frozen tower need no gradient, so they are computed once for the whole batch (or read from the
-        # cache). A tower that is trained runs inside each row's forward pass.
-        known = self.policy.encode_images(items) if self.freeze_vision else None
-        # Several samples share one packed row; attention does not cross from one sample to another.
-        completions = [[_target(item)] for item in items]
         total, correct, num_tokens = 0.0, 0.0, 0
-        for rows in self.equal_passes(pack_rows(items, completions, self.max_tokens_per_row)):
-            if rows is None:  # another rank has more rows; FSDP needs the same number of passes on every rank
-                self.dummy_forward()
-                continue
-            features = known or self.row_features(rows, items)
-            log_probs, best = self.policy.token_log_probs(rows, features, ban_tokens=False, with_best=True)  # [N], [N]
+        for rows, log_probs, best in self.target_passes(batch.items):
             # Rows hold different numbers of tokens. So the sum is added here, and `update` divides by the number of
             # tokens of the whole window.
             loss = -log_probs.sum()
@@ -103,6 +93,24 @@ class CoTSFT(PolicyModule):
             correct += (best == rows.targets).sum().item()
             num_tokens += len(log_probs)
         return total, correct, num_tokens
+
+    def target_passes(self, items: Sequence[EncodedSample]) -> Iterator[tuple[PackedRows, Tensor, Tensor]]:
+        """One forward pass for each packed row of `items`, in training and on held-out samples.
+
+        Yields the row, log p of its N targets [N], and the most likely token in the place of each [N]. Target n belongs
+        to the item `rows.completion[n]`. All ranks call this, and each must take all passes; a rank may have no item.
+        """
+        # Features of a frozen tower need no gradient, so they are computed once for the whole batch (or read from the
+        # cache). A tower that is trained runs inside each row's forward pass.
+        known = self.policy.encode_images(items) if self.freeze_vision and items else None
+        # Several samples share one packed row; attention does not cross from one sample to another.
+        completions = [[_target(item)] for item in items]
+        for rows in self.equal_passes(pack_rows(items, completions, self.max_tokens_per_row)):
+            if rows is None:  # another rank has more rows; FSDP needs the same number of passes on every rank
+                self.dummy_forward()
+                continue
+            features = known or self.row_features(rows, items)
+            yield rows, *self.policy.token_log_probs(rows, features, ban_tokens=False, with_best=True)
 
 
 def _target(item: EncodedSample) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 
-from datamodules.benchmarks import blink, lisa, mig_bench, mmiu, odinw, ref_l4, revos
-from datamodules.benchmarks.base import Benchmark
+from datamodules.benchmarks import blink, lisa, mig_bench, mmiu, odinw, ref_l4, revos, shard_folders
+from datamodules.benchmarks.base import Benchmark, Rule
 
 # In the order of the paper's tables. Each module has NAME, FOLDER, RULE, OFFICIAL and load(root) -> Benchmark.
 BENCHMARKS: dict[str, ModuleType] = {
@@ -15,15 +16,44 @@ BENCHMARKS: dict[str, ModuleType] = {
 
 
 def benchmark_names(asked: str) -> list[str]:
-    """The benchmarks named in "all" or "ref_l4,blink". Raises ValueError for an unknown name."""
+    """The benchmarks named in "all" or "ref_l4,blink,data/kites/val", where a path is a folder of shards.
+
+    Raises ValueError for an unknown name.
+    """
     names = list(BENCHMARKS) if asked == "all" else [name.strip() for name in asked.split(",") if name.strip()]
-    unknown = [name for name in names if name not in BENCHMARKS]
+    unknown = [name for name in names if not is_benchmark(name)]
     if unknown or not names:
-        raise ValueError(f"bench={asked!r} must be all or some of {', '.join(BENCHMARKS)} with commas between")
+        known = ", ".join(BENCHMARKS)
+        raise ValueError(f"bench={asked!r} must be all or some of {known}, or folders of shards, with commas between")
     return names
 
 
+def is_benchmark(name: str) -> bool:
+    """Whether `load_benchmark` takes this name: that of a benchmark, or a path of a folder of shards."""
+    return name in BENCHMARKS or shard_folders.is_shards(name)
+
+
 def load_benchmark(name: str, data_root: str | Path) -> Benchmark:
-    """Read <data_root>/<folder of the benchmark>. FileNotFoundError says which file is missing."""
+    """Read <data_root>/<folder of the benchmark>, or the folder of shards that `name` is the path of.
+
+    FileNotFoundError says which file is missing, ValueError which folder holds no shards.
+    """
+    if shard_folders.is_shards(name):
+        return shard_folders.load(name)
     module = BENCHMARKS[name]
     return module.load(Path(data_root) / module.FOLDER)
+
+
+def benchmark_rules(name: str, columns: Iterable[str]) -> tuple[Rule, Rule, Mapping[str, tuple[str, ...]]]:
+    """(rule, official rule, averages) of a benchmark by the name in its result. Raises ValueError for an unknown name.
+
+    Args:
+        name: of a benchmark, or of shards ("shards-kites-val").
+        columns: of its questions. Those of shards are known by their answers alone.
+    """
+    if name.startswith(shard_folders.PREFIX):
+        return shard_folders.RULE, shard_folders.OFFICIAL, shard_folders.averages(tuple(sorted(set(columns))))
+    if name not in BENCHMARKS:
+        raise ValueError(f"benchmark={name!r} is none of {', '.join(BENCHMARKS)}")
+    module = BENCHMARKS[name]
+    return module.RULE, module.OFFICIAL, module.AVERAGES

@@ -15,6 +15,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
+PROMPT_FORM = "prompt_form.json"  # of a model trained here (encoding/prompt_form.py); merging writes a new one
 # Every file beside the weights that says how a model is loaded, asked and decoded, as transformers 4 and 5 lay it out.
 COMPANIONS = (
     CONFIG,
@@ -54,7 +55,7 @@ def local_folder(path: str | Path, weights: bool = True, code: bool = False) -> 
         raise ModelError(f"model: {folder.parent}/ is here, but there is no folder {path!r} in it{cure}")
     from huggingface_hub import snapshot_download  # a slow import, needed only for the Hub
 
-    wanted = [*COMPANIONS, ADAPTER]
+    wanted = [*COMPANIONS, ADAPTER, PROMPT_FORM]
     wanted += ["*.safetensors", "*.safetensors.index.json"] if weights else []
     wanted += ["*.py"] if code else []
     try:

@@ -85,7 +85,7 @@ def ask_rank(job: Job, rank: int, world_size: int) -> Iterator[Asked | Ended]:
     for name in job.names:
         benchmark = load_benchmark(name, job.data_root)
         key = answers_key(benchmark, predictor)
-        folder = answers_folder(Path(job.home), name, key)
+        folder = answers_folder(Path(job.home), benchmark.name, key)
         samples = limit_columns(benchmark.samples, job.limit)
         for count in ask_share(predictor, samples, benchmark, folder, key, rank, world_size):
             yield Asked(name, count)

@@ -74,7 +74,8 @@ class Evaluation:
         model: folder or Hub name of a Qwen2.5-VL without an adapter (merge first), or of any image-text model that
             transformers loads; nano: models/nano-base. With an endpoint, the server's name of it
         data_root: folder that holds MIG-Bench/, Ref-L4/, ReasonSeg/, ReVOS/, odinw/, BLINK/, MMIU/
-        bench: all, or some of mig_bench, ref_l4, lisa, revos, odinw, blink, mmiu with commas between
+        bench: all, or some of mig_bench, ref_l4, lisa, revos, odinw, blink, mmiu with commas between; a path, such as
+            data/kites/val, is a folder of shards, whose tasks are the columns
         output: null: <phase>/benchmarks for the merged model of a phase, where no finished result of other settings is
             replaced; for another model outputs/eval/<model>
         limit: the most questions that are asked of each column (task, split, set or subset); null: all

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from datamodules.benchmarks.registry import BENCHMARKS
+from datamodules.benchmarks.registry import benchmark_rules
 from datamodules.metrics.extraction import with_extractor
 from datamodules.metrics.result_files import PREDICTIONS, RESULT, format_result, read_predictions, read_result
 from datamodules.metrics.scoring import rescore
@@ -47,17 +47,19 @@ def rescore_predictions(
     """
     folder = Path(predictions)
     result = read_result(folder / RESULT)
-    if result["benchmark"] not in BENCHMARKS:
-        raise ValueError(f"{folder / RESULT}: benchmark={result['benchmark']!r} is none of {', '.join(BENCHMARKS)}")
-    module = BENCHMARKS[result["benchmark"]]
+    stored = read_predictions(folder / PREDICTIONS)
+    try:
+        own, official, averages = benchmark_rules(result["benchmark"], (prediction.column for prediction in stored))
+    except ValueError as error:
+        raise ValueError(f"{folder / RESULT}: {error}") from error
     asked = {"threshold": threshold, "inclusive": inclusive, "box": box, "within": within, "across": across}
     changes = {name: value for name, value in asked.items() if value is not None}
     if changes:
-        changes["source"] = f"{module.RULE.source}; changed: {', '.join(f'{n}={v}' for n, v in changes.items())}"
-    rule = replace(module.RULE, **changes)
-    official = with_extractor(module.OFFICIAL, (result.get("extractor") or {}).get("model"))
-    scored = [rescore(prediction, rule, official) for prediction in read_predictions(folder / PREDICTIONS)]
-    rescored = result | summarise(scored, rule, official, module.AVERAGES, seed)
+        changes["source"] = f"{own.source}; changed: {', '.join(f'{n}={v}' for n, v in changes.items())}"
+    rule = replace(own, **changes)
+    official = with_extractor(official, (result.get("extractor") or {}).get("model"))
+    scored = [rescore(prediction, rule, official) for prediction in stored]
+    rescored = result | summarise(scored, rule, official, averages, seed)
     write_json(Path(output) if output else folder / "rescored.json", rescored)
     print(format_result(rescored))
     return rescored

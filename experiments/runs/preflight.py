@@ -67,6 +67,8 @@ def training_faults(settings: Mapping) -> list[str]:
         if elsewhere is not None and callback["class_path"].endswith(".WindowCheckpoint"):
             reason = "a run goes on from checkpoints/ in its phase's folder, and looks nowhere else"
             faults.append(f"WindowCheckpoint: dirpath={elsewhere!r} must be null: {reason}")
+        if callback["class_path"].endswith(".HeldOutLoss"):
+            faults += held_out_faults(callback["init_args"]["shards"], shard_folders(settings))
     for name, (instead, harmless) in MODULES_OWN.items():
         value = settings["trainer"].get(name)
         if value not in harmless:
@@ -122,10 +124,20 @@ def model_faults(path: str) -> list[str]:
     return []
 
 
-def shard_faults(folder: str) -> list[str]:
-    """Faults of one shard folder: absent, without a manifest, or empty."""
+def held_out_faults(held_out: str | Sequence[str], trained: Sequence[str]) -> list[str]:
+    """Faults of the shards on which HeldOutLoss measures: those of any shards, and those that training reads too."""
+    faults = []
+    for folder in folder_list(held_out):
+        faults += shard_faults(folder, "HeldOutLoss: shards")
+        if any(Path(folder).absolute() == Path(other).absolute() for other in trained):
+            faults.append(f"HeldOutLoss: shards={folder!r} are in data.shards: held-out samples must not be trained on")
+    return faults
+
+
+def shard_faults(folder: str, setting: str = "data.shards") -> list[str]:
+    """Faults of one shard folder: absent, without a manifest, or empty. `setting` names it in the message."""
     try:
         manifest = read_manifest(folder)
     except (ValueError, OSError) as error:
-        return [f"data.shards={folder!r}: {error}"]
-    return [] if manifest["count"] else [f"data.shards={folder!r}: the manifest counts no sample"]
+        return [f"{setting}={folder!r}: {error}"]
+    return [] if manifest["count"] else [f"{setting}={folder!r}: the manifest counts no sample"]

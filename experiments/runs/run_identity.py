@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +14,9 @@ from typing import Any
 
 import yaml
 
+from datamodules.checkpoints.model_folder import PROMPT_FORM
 from datamodules.encoding.messages import PromptStyle
+from datamodules.encoding.prompt_form import read_prompt_form
 from datamodules.persistence.files import read_json, write_json
 from datamodules.persistence.user_error import UserError
 from datamodules.samples.boxes import BoxFormat
@@ -204,22 +206,33 @@ def read_field(folder: Path, name: str) -> Any:
 
 
 def trained_form(model: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `given` as the phase that the merged model lies in had them, saying which differ.
+    """The fields of `given` as the model was trained with them, saying which differ.
 
-    {} for a model that no phase left. One YAML so evaluates the base model, answer-only SFT and models that think.
+    They are in the model's own folder (prompt_form.json). A merged model of an earlier version has none: then they are
+    the settings of the phase that it lies in. {} for a model that was not trained here. One YAML so evaluates the base
+    model, answer-only SFT and models that think. Raises ModelError for a damaged prompt_form.json, and OtherVersion.
     """
-    phase, config = Path(model).parent, Path(model).parent / CONFIG
-    if Path(model).name != "merged" or not config.is_file():
+    trained, source = read_prompt_form(model), f"{model}/{PROMPT_FORM}"
+    if trained is None:
+        trained, source = _form_of_phase(model, given), str(Path(model).parent / CONFIG)
+    trained = {name: trained[name] for name in given if name in trained}
+    for name, value in trained.items():
+        if value != given[name]:
+            print(
+                f"{name}={value} as {source} has it, not {given[name]}; --form.as_trained=false puts questions as given"
+            )
+    return trained
+
+
+def _form_of_phase(model: str, given: Iterable[str]) -> dict[str, Any]:
+    """The fields `given` in the config.yaml of the phase that a merged model lies in; {} where it lies in none."""
+    phase = Path(model).parent
+    if Path(model).name != "merged" or not (phase / CONFIG).is_file():
         return {}
     trained = {name: read_field(phase, f"data.{name}") for name in given}
     for name, kind in (("box_format", BoxFormat), ("style", PromptStyle)):
         if name in trained and trained[name] not in list(kind):
             raise OtherVersion(phase, f"data.{name}={trained[name]!r} is none of {[str(k.value) for k in kind]}")
-    for name, value in trained.items():
-        if value != given[name]:
-            print(
-                f"{name}={value} as {config} has it, not {given[name]}; --form.as_trained=false puts questions as given"
-            )
     return trained
 
 

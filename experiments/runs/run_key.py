@@ -33,9 +33,11 @@ MODEL_NOT_IN_KEY = (
 DATA_NOT_IN_KEY = ("num_workers", "worker_timeout")  # the order of samples does not depend on the workers (`stream`)
 CALLBACKS_NOT_IN_KEY = (
     "callbacks.checkpoints.WindowCheckpoint",
+    "callbacks.held_out_loss.HeldOutLoss",
     "callbacks.save_on_interrupt.SaveOnInterrupt",
     "callbacks.previews.Previews",
     "callbacks.rank_watch.RankWatch",
+    "callbacks.rejected_samples.RejectedSamples",
     "callbacks.throughput.Throughput",
 )
 # The folder of a selection that the same settings would make again.

@@ -32,14 +32,14 @@ def summarise(
     if not predictions:
         raise ValueError("no predictions to summarise")
     n = len(predictions)
-    choices = isinstance(predictions[0].answer, ChoiceAnswer)
+    boxes = [p for p in predictions if not isinstance(p.answer, ChoiceAnswer)]  # shards may hold both kinds
     values, officials = [p.value for p in predictions], [p.official_value for p in predictions]
     return {
         "n": n,
         **_accuracies(predictions, values, rule, averages, seed),
         "rule": asdict(rule),
         "official": _accuracies(predictions, officials, official, averages, seed) | {"rule": asdict(official)},
-        "format_rate": None if choices else 100 * sum(p.well_formed for p in predictions) / n,
+        "format_rate": 100 * sum(p.well_formed for p in boxes) / len(boxes) if boxes else None,
         "failures": dict(sorted(Counter(p.failure for p in predictions if p.failure is not None).items())),
         "truncated_rate": 100 * sum(not p.finished for p in predictions) / n,
         "mean_tokens": sum(p.num_tokens for p in predictions) / n,
@@ -57,10 +57,11 @@ def _accuracies(
     # Importing torchmetrics takes seconds and loads transformers: only a process that scores answers does so.
     from lightning_modules.metrics.accuracy import GroundingAccuracy
 
-    if choices := isinstance(predictions[0].answer, ChoiceAnswer):
+    is_choice = [isinstance(p.answer, ChoiceAnswer) for p in predictions]
+    if all(is_choice):
         rule = replace(rule, threshold=0.5)  # an option is right (1.0) or wrong (0.0), whatever the threshold of boxes
     units = [(p.column, p.unit) for p in predictions]
     # All answers are in this process: the ranks' shares are joined in the journal, which a resumed run needs anyway.
     metric = GroundingAccuracy(list(dict.fromkeys(units)), rule, averages, seed, sync_on_compute=False)
     metric.update(values, units)
-    return metric.compute() | ({"details": {}} if choices else {})
+    return metric.compute() | ({"details": {}} if any(is_choice) else {})

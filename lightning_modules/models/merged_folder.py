@@ -42,7 +42,11 @@ def check_names(source: str | Path, names: Iterable[str], architecture: Architec
 
 
 def write_merged(
-    state: Mapping[str, Tensor], source: str | Path, folder: str | Path, architecture: Architecture
+    state: Mapping[str, Tensor],
+    source: str | Path,
+    folder: str | Path,
+    architecture: Architecture,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Write a merged model; `folder` appears whole or not at all.
 
@@ -52,6 +56,7 @@ def write_merged(
             files have it.
         folder: is replaced if it is there.
         architecture: the model's.
+        texts: {file name: content} of further files.
 
     Raises:
         ModelError: a tensor of the source's files is not in `state`.
@@ -59,6 +64,8 @@ def write_merged(
     origin = local_folder(source)
     with whole_folder(folder) as unfinished:
         copy_companions(origin, unfinished)
+        for name, text in (texts or {}).items():
+            (unfinished / name).write_text(text, encoding="utf-8")
         size = 0
         for file in weight_files(origin):
             tensors = _tensors_of(file, state, source, architecture)

@@ -9,7 +9,7 @@ Shapes: N target tokens, D hidden width, L tokens of a packed row.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -288,17 +288,17 @@ class QwenVL(nn.Module):
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def save_merged(self, folder: str | Path, write: bool = True) -> None:
+    def save_merged(self, folder: str | Path, write: bool = True, texts: Mapping[str, str] | None = None) -> None:
         """Write the model's folder again with the adapter merged into its weights (`write_merged`).
 
         All ranks must call it together, exactly one of them with `write`. `folder` appears complete or not at all; an
-        older folder is replaced.
+        older folder is replaced. `texts` are further files, {name: content}.
         """
         merged = self.sharded.copy(device="cpu" if write else "meta") if self.sharded is not None else None
         if not write:
             return
         state = (merged or merged_copy(self.base)).state_dict()
-        write_merged(state, self.processor_path, folder, self.architecture)
+        write_merged(state, self.processor_path, folder, self.architecture, texts)
 
 
 def _load(path: str, dtype: torch.dtype, on_meta: bool) -> nn.Module:

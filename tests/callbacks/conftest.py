@@ -51,9 +51,10 @@ class FakePolicy(torch.nn.Module):
     def trained_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, p.detach()) for name, p in self.model.named_parameters() if p.requires_grad)
 
-    def save_merged(self, folder: Path, write: bool = True) -> None:
+    def save_merged(self, folder: Path, write: bool = True, texts: dict[str, str] | None = None) -> None:
         if write:
             self.merged.append(folder)
+            self.texts = texts
 
 
 class FakeEngine:

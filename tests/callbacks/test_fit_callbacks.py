@@ -50,6 +50,7 @@ class Sends(Callback):
 def test_the_policy_is_merged_once_into_the_runs_folder(fit, module, tmp_path: Path) -> None:
     fit(module, [MergeAdapter()])
     assert module.policy.merged == [tmp_path / "run/merged"]
+    assert list(module.policy.texts) == ["prompt_form.json"]
 
 
 def test_throughput_is_logged_from_the_second_batch_on(fit, module, tmp_path: Path) -> None:

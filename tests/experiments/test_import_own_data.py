@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import pytest
 import yaml
 
 from datamodules.persistence.files import read_json
-from datamodules.streaming.shards import ShardReader
+from datamodules.streaming.shards import ShardReader, read_manifest
 from experiments import evaluate, import_shards, train
+from experiments.evaluation.choose_predictor import choose_predictor
+from experiments.evaluation.evaluation_settings import Evaluation
 from tests.datamodules.importers.own_data import own_files, test_coco
 from tests.datamodules.importers.own_data.own_files import SIZES, numbers, true_boxes
 from tests.datamodules.importers.published import jpeg
@@ -62,9 +65,22 @@ def test_ten_lines_of_each_form_are_imported_trained_on_and_evaluated(workbench:
     train.main(["--config", str(path), "--trainer.logger=false"])
     merged = workbench.outputs / "tiny" / "cot_sft" / "merged"
 
-    where = [f"--data_root={workbench.root}", "--bench=mig_bench", f"--output={workbench.outputs / 'eval'}"]
+    # A copy anywhere is asked as the phase asked: "answer", where the evaluation's own default is "think".
+    copied = shutil.copytree(merged, workbench.root / "published")
+    chosen = choose_predictor(Evaluation(str(copied), ""))
+    assert chosen.prompts["style"] == "answer" and chosen.prompts["box_format"] == "absolute_pixels"
+
+    where = [
+        f"--data_root={workbench.root}",
+        f"--bench=mig_bench,{workbench.root / 'own'}",
+        f"--output={workbench.outputs / 'eval'}",
+    ]
     evaluate.main([f"--model={merged}", *where, "--decoding.max_new_tokens=4"])
-    assert list((workbench.outputs / "eval").rglob("predictions.jsonl"))
+    found = {file.parent.name: read_json(file) for file in (workbench.outputs / "eval").glob("*/result.json")}
+    assert set(found) == {"mig_bench", f"shards-{workbench.root.name}-own"}
+    own = found[f"shards-{workbench.root.name}-own"]
+    tasks = {task for shard in read_manifest(workbench.root / "own")["shards"] for task in shard["tasks"]}
+    assert own["n"] == ShardReader(workbench.root / "own").count and set(own["columns"]) == tasks
 
 
 @pytest.mark.parametrize(

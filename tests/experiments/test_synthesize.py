@@ -17,11 +17,12 @@ import pytest
 import yaml
 
 from datamodules.encoding.messages import THINK_SUFFIX
-from datamodules.persistence.files import read_json
+from datamodules.persistence.files import read_json, write_json
 from datamodules.samples.answer_text import render_answer
 from datamodules.samples.sample import BoxAnswer, BoxesAnswer, ImagePart, LoadedSample, Sample, TextPart
 from datamodules.streaming.shards import ShardReader, ShardWriter
 from experiments import synthesize
+from experiments.runs import preflight
 from lightning_modules.serving.transformers_server import local_server
 from tests.chat_server import ChatServer, FaultProxy, http_response, question_text
 from tests.conftest import random_png
@@ -376,3 +377,29 @@ def test_a_local_server_that_cannot_come_up_says_why(
     monkeypatch.setattr(sys, "executable", "/bin/false")  # the server's Python
     with pytest.raises(RuntimeError, match="ended with 1"), local_server(str(tiny_model_dir), tmp_path / "work"):
         pass
+
+
+def write_form(folder: Path, **changes: object) -> str:
+    form = {"style": "think", "box_format": "relative_1000", "label_images": True, "max_resized_pixels": 5000}
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "prompt_form.json", {"version": 1, **form, **changes})
+    return str(folder)
+
+
+def test_a_teacher_that_was_trained_here_is_asked_in_its_own_form(tmp_path: Path, capsys) -> None:
+    teacher = write_form(tmp_path / "copied")
+    form = synthesize._form("stated", teacher, [], True, None, 3136, 10_000)
+    assert (form.model_family.name, form.model_family.box_format) == ("qwen2_5_vl", "relative_1000")
+    assert (form.before_image, form.min_pixels, form.max_pixels) == ("Picture {}: ", 3136, 5000)
+    assert "max_pixels=5000 as" in capsys.readouterr().out
+    form = synthesize._form("stated", teacher, [], False, None, 3136, 10_000)
+    assert (form.model_family.name, form.before_image, form.max_pixels) == ("stated", None, 10_000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"), [({"style": "answer"}, "it writes no thinking"), ({"version": 3}, "version=3 is not 1")]
+)
+def test_a_teacher_that_cannot_be_one_is_a_fault_among_others(tmp_path: Path, changes: dict, named: str) -> None:
+    teacher = write_form(tmp_path / "copied", **changes)
+    with pytest.raises(preflight.SettingsError, match=f"(?s)limit=0.*{named}"):
+        synthesize._form("auto", teacher, ["limit=0 must be at least 1"], True, None, 3136, 10_000)

@@ -1,0 +1,174 @@
+"""The loss on held-out samples while a supervised phase trains: its curve, and the checkpoint where it is lowest."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from datamodules.encoding.encoder import EncodedSample, Encoder
+from datamodules.multi_image import encode_for_training
+from datamodules.persistence.problems import Problems
+from datamodules.samples.sample import Rejections, SampleError
+from datamodules.streaming.manifest import read_manifest
+from datamodules.streaming.prefetch import prefetch
+from datamodules.streaming.shards import ShardReader, folder_list
+from lightning_modules.metrics.token_loss import TokenLoss
+from lightning_modules.training.progress import is_last_batch
+
+log = logging.getLogger(__name__)
+
+
+class HeldOutLoss(Callback):
+    """Measures loss and token accuracy by task on held-out shards during CoT-SFT or SFT, and at its end.
+
+    It logs `val/loss`, `val/token_accuracy` and `val/loss/<task>`. `WindowCheckpoint` with `monitor: val/loss` and
+    `mode: min` keeps the checkpoint with the lowest loss; let it write at the steps at which this callback measures.
+
+    It measures only between two updates, without gradients or random numbers, so training stays the same to the digit.
+    A sample that cannot be used is left out and counted, as in training.
+
+    Args:
+        shards: folder of held-out shards, or a list of folders. Training must not read them.
+        every_n_steps: updates between two measurements; null measures only at the end.
+        limit: the largest number of samples, spread evenly over the shards; null takes all.
+        batch_size: samples of one rank that are encoded and measured together.
+    """
+
+    def __init__(
+        self,
+        shards: str | list[str],
+        every_n_steps: int | None = None,
+        limit: int | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        problems = Problems()
+        problems.positive_or_null(every_n_steps=every_n_steps, limit=limit)
+        problems.positive(batch_size=batch_size)
+        problems.require(bool(shards), "names no folder", shards=shards)
+        problems.raise_all(type(self).__name__)
+        self.shards, self.every_n_steps, self.limit, self.batch_size = shards, every_n_steps, limit, batch_size
+        self.tasks: tuple[str, ...] = ()
+        self.rejections = Rejections()
+        self._reader: ShardReader | None = None
+        self._numbers: list[int] = []  # of the samples that all ranks measure together
+        self._rejected: set[str] = set()
+        self._last_step = 0  # number of updates after the batch before
+        self._measured_step: int | None = None
+        self._values: dict[str, float] = {}  # as measured last
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Open the shards before any weights are read. Raises ValueError for a folder that holds none."""
+        manifests = [read_manifest(folder) for folder in folder_list(self.shards)]
+        # The tasks must be equal on all ranks, whichever samples a rank reads.
+        self.tasks = tuple(
+            sorted({task for found in manifests for shard in found["shards"] for task in shard["tasks"]})
+        )
+        self._reader = ShardReader(self.shards)
+        count = min(self.limit or self._reader.count, self._reader.count)
+        self._numbers = [place * self._reader.count // count for place in range(count)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self._measured_step, "values": self._values}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._measured_step, self._values = state_dict["step"], dict(state_dict["values"])
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._last_step = checkpoint["global_step"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A resumed run scores its checkpoints as an undisturbed one: by the value that was measured last.
+        self._show(trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        last, self._last_step = self._last_step, trainer.global_step
+        # The number of updates grows only at the end of an accumulation window, so none is open here.
+        due = self.every_n_steps and last // self.every_n_steps < trainer.global_step // self.every_n_steps
+        # The last weights are measured here and not in `on_train_end`: the last checkpoint needs their score.
+        is_last = trainer.global_step == trainer.max_steps or is_last_batch(trainer)
+        if due or is_last:
+            self._measure(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure a run that has ended before its last batch."""
+        self._measure(trainer, pl_module)
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the weights, unless these have been measured. All ranks call this at the same step."""
+        if self._measured_step == trainer.global_step:
+            return
+        # 1. Each rank measures its share.
+        metric = TokenLoss(self.tasks).to(pl_module.device)
+        nothing = torch.zeros(0, dtype=torch.long, device=pl_module.device)
+        metric.update(nothing, nothing, nothing)  # a rank without any sample would be warned of
+        was_training = pl_module.policy.training
+        pl_module.policy.eval()  # no dropout of the adapter
+        with torch.no_grad():
+            for items in self._batches(trainer):
+                self._add(metric, pl_module, items)
+        pl_module.policy.train(was_training)
+
+        # 2. The sums of all ranks.
+        values = metric.compute()
+        self._measured_step, self._values = trainer.global_step, {f"val/{name}": v for name, v in values.items()}
+        if not values and trainer.is_global_zero:
+            log.warning("no held-out sample of shards=%s could be measured", self.shards)
+
+        # 3. Log them, at the step at which Lightning logs its own metrics.
+        for logger in trainer.loggers:
+            logger.log_metrics(self._values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        self._show(trainer)
+        if values and trainer.is_global_zero:
+            words = f"held-out loss {values['loss']:.4f}, token accuracy {values['token_accuracy']:.4f}"
+            print(f"step {trainer.global_step}: {words}", flush=True)
+
+    def _add(self, metric: TokenLoss, pl_module: LightningModule, items: Sequence[EncodedSample]) -> None:
+        """Add the targets of a batch. A batch may be empty: the other ranks may need this one's passes."""
+        items = [item.to(pl_module.device) for item in items]
+        numbers = [self.tasks.index(item.sample.task) for item in items]
+        tasks = torch.tensor(numbers, dtype=torch.long, device=pl_module.device)  # [n], of each item
+        for rows, log_probs, best in pl_module.target_passes(items):
+            metric.update(log_probs, best == rows.targets, tasks[rows.completion])
+
+    def _batches(self, trainer: Trainer) -> Iterator[list[EncodedSample]]:
+        """This rank's samples, encoded in a thread one batch ahead; the same number of batches on every rank."""
+        rank, world_size, size = trainer.global_rank, trainer.world_size, self.batch_size
+        mine = self._numbers[rank::world_size]
+        most = -(-len(self._numbers) // world_size)  # samples of the rank that has the most
+        encoder = copy.copy(trainer.datamodule.encoder)
+        encoder.with_target = True
+        chunks = [mine[start : start + size] for start in range(0, most, size)]
+        batches = prefetch((self._encode(encoder, chunk) for chunk in chunks), num_ahead=1)
+        yield from batches
+        self._report(rank)
+
+    def _encode(self, encoder: Encoder, numbers: Sequence[int]) -> list[EncodedSample]:
+        items = []
+        for number in numbers:
+            try:
+                item = encode_for_training(encoder, self._reader.read(number))
+                if item.sample.task not in self.tasks:
+                    raise SampleError(
+                        item.sample.id, "unknown_task", f"the manifest names no task {item.sample.task!r}"
+                    )
+                items.append(item)
+            except SampleError as error:
+                if error.sample_id not in self._rejected:  # each measurement meets it again
+                    self._rejected.add(error.sample_id)
+                    self.rejections.add(error)
+        return items
+
+    def _report(self, rank: int) -> None:
+        """Name the samples that cannot be measured, after the first measurement that met them."""
+        if self.rejections:
+            log.warning("held-out samples, rank %d: %s", rank, self.rejections.summary())
+            self.rejections = Rejections()
+
+    def _show(self, trainer: Trainer) -> None:
+        """Put the values where `WindowCheckpoint` finds its `monitor`."""
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._values.items()})

@@ -1,0 +1,44 @@
+"""Samples that a phase cannot use: reported while it trains, and as a share of the data."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from datamodules.encoding.encoder import Batch
+
+log = logging.getLogger(__name__)
+
+
+class RejectedSamples(Callback):
+    """Logs `data/rejected_share`, and warns of rejected samples by rule: of the first one, then whenever they double.
+
+    The share is that of the samples that all ranks have read in this epoch: a prompt that is too long, an answer that
+    is not one box, a damaged image, and so on. It follows from the positions of the batches alone, so a resumed run
+    logs what an undisturbed one logs. The last batch of an epoch has no share.
+    """
+
+    def __init__(self) -> None:
+        self._next_report = 1  # number of rejected samples of this rank at which it warns again
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Report, and log the share up to this batch."""
+        rejections = getattr(trainer.datamodule, "rejections", ())
+        if len(rejections) >= self._next_report:
+            self._next_report = 2 * len(rejections)
+            log.warning("rank %d so far: %s", trainer.global_rank, rejections.summary())
+
+        place = batch.position or {}
+        # The cursor counts samples of the rank's walk through the epoch: those of its batches, and rejected ones.
+        read = place.get("cursors", {}).get(str(trainer.global_rank), 0)
+        if not read:  # on all ranks together: their epochs have equally many batches
+            return
+        rejected = read - place["batch"] * len(batch)
+        counts = torch.tensor([rejected, read], dtype=torch.float64, device=pl_module.device)
+        rejected, read = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        pl_module.log("data/rejected_share", rejected / read, batch_size=len(batch))

@@ -1,0 +1,76 @@
+"""How a trained model must be asked: a small file in its folder, which goes with every copy of it.
+
+    <model>/prompt_form.json
+    {"version": 1, "style": "think", "box_format": "absolute_pixels", "label_images": true, "max_resized_pixels": null}
+
+With another form than that of its training, a model answers worse, or its boxes are read wrongly.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datamodules.checkpoints.model_folder import PROMPT_FORM, ModelError, local_folder
+from datamodules.encoding.messages import PromptStyle
+from datamodules.persistence.strict_json import refuse_constant, unique_keys
+from datamodules.samples.boxes import BoxFormat
+
+if TYPE_CHECKING:  # loads torch
+    from datamodules.encoding.encoder import Encoder
+
+VERSION = 1
+CURE = "copy the file again from the folder that training wrote, or remove it and say the form yourself"
+# Each field of the form: which values it may have, and how to say so.
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "style": (lambda v: v in list(PromptStyle), f"one of {', '.join(PromptStyle)}"),
+    "box_format": (lambda v: v in list(BoxFormat), f"one of {', '.join(BoxFormat)}"),
+    "label_images": (lambda v: isinstance(v, bool), "true or false"),
+    "max_resized_pixels": (lambda v: v is None or (type(v) is int and v > 0), "null or a number of pixels above 0"),
+}
+
+
+def prompt_form_text(encoder: Encoder) -> str:
+    """The content of the file, for a model that was trained with this encoder."""
+    form = {name: getattr(encoder, name) for name in _FIELDS}
+    return json.dumps({"version": VERSION, **form}, indent=2) + "\n"
+
+
+def read_prompt_form(model: str) -> dict[str, Any] | None:
+    """{"style", "box_format", "label_images", "max_resized_pixels"} of a model; None where its folder has no such file.
+
+    Args:
+        model: folder or Hub name.
+
+    Raises ModelError, in one line, for a file that is damaged or of another version.
+    """
+    folder = Path(model)
+    if not (folder.is_dir() or folder.is_absolute()):
+        folder = local_folder(model, weights=False)
+    path = folder / PROMPT_FORM
+    if not path.is_file():
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"model: {path} cannot be read: {error}; {CURE}") from error
+    if faults := _faults(found):
+        raise ModelError(f"model: {path}: {'; '.join(faults)}; {CURE}")
+    return {name: found[name] for name in _FIELDS}
+
+
+def _faults(found: Any) -> list[str]:
+    if not isinstance(found, Mapping):
+        return [f"expected an object, found {type(found).__name__}"]
+    if found.get("version") != VERSION or isinstance(found["version"], bool):
+        return [f"version={found.get('version')!r:.40} is not {VERSION}: another version of the project wrote it"]
+    faults = [f"{name[:40]!r} is no field of it" for name in found if name not in {"version", *_FIELDS}]
+    for name, (is_valid, rule) in _FIELDS.items():
+        if name not in found:
+            faults.append(f"the field {name} is missing")
+        elif not is_valid(found[name]):
+            faults.append(f"{name}={found[name]!r:.40} must be {rule}")
+    return faults
