@@ -133,7 +133,7 @@ class HeldOutLoss(Callback):
         numbers = [self.tasks.index(item.sample.task) for item in items]
         tasks = torch.tensor(numbers, dtype=torch.long, device=pl_module.device)  # [n], of each item
         for rows, log_probs, best in pl_module.target_passes(items):
-            metric.update(log_probs, best == rows.targets, tasks[rows.completion])
+            metric.update(log_probs, best == rows.targets, tasks[rows.completion_index])
 
     def _batches(self, trainer: Trainer) -> Iterator[list[EncodedSample]]:
         """This rank's samples, encoded in a thread one batch ahead; the same number of batches on every rank."""

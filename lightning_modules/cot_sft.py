@@ -98,7 +98,8 @@ class CoTSFT(PolicyModule):
         """One forward pass for each packed row of `items`, in training and on held-out samples.
 
         Yields the row, log p of its N targets [N], and the most likely token in the place of each [N]. Target n belongs
-        to the item `rows.completion[n]`. All ranks call this, and each must take all passes; a rank may have no item.
+        to the item `rows.completion_index[n]`. All ranks call this, and each must take all passes; a rank may have no
+        item.
         """
         # Features of a frozen tower need no gradient, so they are computed once for the whole batch (or read from the
         # cache). A tower that is trained runs inside each row's forward pass.

@@ -19,6 +19,7 @@ from datamodules.streaming.shards import ShardWriter
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.grpo import GRPO
 from lightning_modules.models.layers.lora import LoraSettings
+from lightning_modules.rl.grpo_settings import RolloutSettings
 from tests.callbacks.conftest import FakeEngine, FakeModule, true_answer
 from tests.conftest import random_png
 from tests.documented_metrics import documented_names
@@ -121,7 +122,7 @@ def test_every_phase_counts_the_same_samples_by_the_same_rules(fit, shards, tiny
     lora = LoraSettings(rank=2, alpha=4)
     sft = fit(CoTSFT(str(tiny_model_dir), lora=lora), shards, [], with_target=True)
     assert sft.rejections.counts == UNUSABLE
-    settings = {"group_size": 2, "max_new_tokens": 4, "temperature": 1.0}
+    settings = {"rollout": RolloutSettings(group_size=2, max_new_tokens=4, temperature=1.0)}
     grpo = fit(GRPO(str(tiny_model_dir), lora=lora, **settings), shards, [])
     assert grpo.rejections.counts == UNUSABLE
     assert {rule: sorted(ids) for rule, ids in grpo.rejections.examples.items()} == {
