@@ -176,7 +176,7 @@ def _question_parts(question: str) -> list[dict[str, Any]]:
 
 
 def _check_images(samples: list[Sample], image_root: Path) -> None:
-    # Reversed, so that of equal names the first sample's id is the one that stays.
+    # Reversed, so that of equal names the first sample's id stays.
     names = {name: sample.id for sample in reversed(samples) for name in reversed(sample.images)}
     missing = [name for name in reversed(names) if file_size(image_root / name) is None]
     if missing:

@@ -106,7 +106,6 @@ def scan(root: Path, allow: Sequence[str], own: OwnData) -> Scan:
         # 3. Whether its boxes can be what COCO means.
         _check_boxes(path, entries, folder, own, schema)
         subset = _subset(root, path)
-        # 4. The file's questions, as one subset.
         schema.counts["images with a question"][subset] = len(entries)
         subsets[subset] = entries
     for note in passed_over:
@@ -296,7 +295,6 @@ def _subset(root: Path, path: Path) -> str:
     if root.is_file():
         return path.stem
     relative = path.relative_to(root)
-    # Roboflow: every split has a file of the same name, and only the folder tells them apart.
     if path.stem.startswith("_annotations") and len(relative.parts) > 1:
         return relative.parent.as_posix()
     return relative.with_suffix("").as_posix()

@@ -73,12 +73,10 @@ def draft_record(record: Mapping[str, Any], own: OwnData, sample_id: str) -> Dra
     """
     record = _renamed(record, own.fields)
     form = form_of(record, sample_id)
-    # 1. Detection sets have no conversation: their questions are made from the categories.
     if form == "detection":
         image = record.get("image") if record.get("image") is not None else record.get("file_name")
         drafts = _detections(record["objects"], own, sample_id)
         return DraftRecord(form, (image,), tuple(drafts), own.box_format)
-    # 2. Conversations, and the box format that applies to the record.
     talk = read_conversation(record, form, sample_id)
     # What the record itself says stands above the user's word, and that above a default of the form.
     coordinates = talk.coordinates if talk.is_stated else own.box_format or talk.coordinates
@@ -86,7 +84,6 @@ def draft_record(record: Mapping[str, Any], own: OwnData, sample_id: str) -> Dra
         detail = f"the record's bbox_type says {talk.coordinates}, own.box_format={own.box_format}"
         raise SampleError(sample_id, "box_format_conflict", detail)
     drafts: list[Draft | SampleError] = []
-    # 3. One draft for each exchange. A fault in one leaves the others usable.
     for number, exchange in enumerate(talk.exchanges):
         name = f"{sample_id}/{number}" if len(talk.exchanges) > 1 else sample_id
         try:
@@ -106,7 +103,6 @@ def detection_drafts(
         own: the user's wordings.
         sample_id: chooses the wording.
     """
-    # Phrases are grouped by case-folded text; the first spelling is the one that is asked.
     by_phrase: dict[str, tuple[str, list[tuple[float, ...]]]] = {}
     for category, values in boxes:
         phrase = " ".join(category.split()).rstrip(".?! ")
@@ -139,7 +135,6 @@ def _detections(objects: Mapping[str, Any], own: OwnData, sample_id: str) -> Ite
         raise SampleError(sample_id, "field_type", detail)
     found = []
     for name, box in zip(names, boxes, strict=True):
-        # Class numbers are indices into `own.categories`, from 0.
         if isinstance(name, int) and not isinstance(name, bool) and 0 <= name < len(own.categories):
             name = own.categories[name]
         if not isinstance(name, str):
@@ -256,7 +251,6 @@ def _question_parts(
         num_images: of the record.
         name: of the sample, for the errors.
     """
-    # `image_id` lists the question's boxes in their order over all pieces of the text.
     ids = iter(given or ())
     for number, piece in enumerate(question.split(IMAGE_TAG)):
         if number:
@@ -265,8 +259,6 @@ def _question_parts(
         done = 0
         for start, end, values in _boxes_in(piece, name):
             yield piece[done:start]
-            # The record's own image_id comes first, then the words before the box. A default must not contradict the
-            # words.
             image = next(ids, None)
             before = _named_before(piece, start, num_images, name)
             if image is None:
