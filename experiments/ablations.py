@@ -182,6 +182,7 @@ def row_config(name: str, row: Row, home: Path) -> str:
     """
     if not row.without:
         return row.config
+    # The command line can change a callback but not remove one, so the row gets a YAML of its own.
     settings = yaml.safe_load(Path(row.config).read_text())
     callbacks = settings["trainer"].get("callbacks") or []
     kept = [callback for callback in callbacks if class_name(callback) not in row.without]
@@ -202,6 +203,7 @@ def check_rows(rows: Mapping[str, Row], comparisons: list[Comparison], only: lis
     """Raises ValueError that lists every name of a row that does not exist."""
     known, problems = [BASE], []
     for name, row in rows.items():
+        # Only earlier rows may be a start: this also excludes circles.
         if row.start not in known:
             problems.append(f"rows.{name}: start={row.start!r} must be one of the rows before it, {known}")
         known.append(name)

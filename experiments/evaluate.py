@@ -90,6 +90,7 @@ def _check(asked: Evaluation) -> tuple[PredictorSettings, dict[str, Benchmark]]:
     the model's files, and of the benchmarks' files."""
     faults = [f"processes={asked.processes} must be at least 1"] if asked.processes < 1 else []
     faults += [f"limit={asked.limit} must be at least 1"] if asked.limit is not None and asked.limit < 1 else []
+    # Each check adds to the faults and none ends the others, so that the user sees all of them at once.
     names: list[str] = []
     settings: PredictorSettings | None = None
     try:
@@ -137,6 +138,7 @@ def _settle_answers(home: Path, choice: Choice | None) -> None:
     answers, code = home / "answers", source_code(("experiments.evaluate",))
 
     def set_aside() -> None:
+        # A random name never meets an older copy.
         old = answers.with_name(f"answers.{secrets.token_hex(4)}")
         answers.replace(old)
         print(f"{answers} is moved to {old}", flush=True)
@@ -183,6 +185,7 @@ class _ScoredBenchmarks:
         write_evaluation(folder, predictions, result)
         print("\n" + format_result(result), flush=True)
         self.results[benchmark.name] = result
+        # A part of a benchmark, or a result of other settings, must not enter the run's curves.
         if asked.limit is None and folder == plain:
             self.logged.append(result)
             self.drawn += self._draw(benchmark, samples, predictions)

@@ -166,6 +166,7 @@ class LocalSweep:
         A trial is not stopped at the last value that finished trials have: that would save no time, and the trial may
         have ended already.
         """
+        # Index of the last value of the longest finished trial; -1 before any has finished, so nothing is stopped then.
         last = max((len(trial.points) for trial in self.log.trials if trial.state == "complete"), default=0) - 1
         for number, (_, value) in enumerate(points, start=first):
             if self.study.report(number, value) and number < last:
@@ -221,6 +222,7 @@ def describe_command(arguments: Sequence[str]) -> str:
 
 def num_trials(plan: SweepPlan, asked: int | None) -> int:
     """How many trials there are to be. Raises ValueError where nothing says so."""
+    # A grid has an end of its own: more trials would repeat its points.
     counts = [count for count in (asked or plan.run_cap, plan.grid_size()) if count is not None]
     if not counts:
         raise ValueError(f"method {plan.method} has no end: set run_cap in the YAML, or --trials")
@@ -251,11 +253,13 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of `make sweep` and `make agent`."""
     given = parse(args)
     online = choose_wandb_mode() == "online"
+    # 1. An agent of a W&B sweep: the server chooses the parameters.
     if given.join:
         if not online:
             sys.exit("to join a sweep takes a W&B key: `wandb login`, or WANDB_API_KEY")
         wandb_sweep.run_agent(given.join, given.trials)
     try:
+        # 2. The plan, checked before anything runs.
         plan = read_plan(given.config)
         count = num_trials(plan, given.trials)
     except (OSError, ValueError) as error:
@@ -263,6 +267,7 @@ def main(args: list[str] | None = None) -> None:
     folder = given.outputs / plan.name
     if online and not given.local:
         wandb_sweep.run_agent(wandb_sweep.find_or_create(given.config, folder), given.trials)
+    # 3. Trials on this machine, and the pages about them.
     with run_identity.locked(folder):
         try:
             choice = choice_of(given.redo, given.keep)

@@ -98,6 +98,7 @@ def limit_columns(samples: Sequence[Sample], limit: int | None) -> tuple[Sample,
     for sample in samples:
         columns.setdefault(column_of(sample), []).append(sample)
     return tuple(
+        # Evenly spread without a random choice, so a rerun asks the same questions.
         members[index * len(members) // min(limit, len(members))]
         for members in columns.values()
         for index in range(min(limit, len(members)))
@@ -137,9 +138,11 @@ def file_benchmark(
         frame: the frame in which the benchmark's authors read images. In the result, boxes and sizes are those of the
             images as they are shown.
     """
+    # 1. All later code sees boxes of the image as it is shown.
     turned = 0
     if frame == "stored":
         samples, turned = turn_questions(samples, folder)
+    # 2. The fingerprint is part of the key of kept answers: other image files must be asked again.
     data = files_fingerprint(folder, sorted({image for sample in samples for image in sample.images}))
     load = partial(load_images, image_root=folder)
     notes = {**(dropped or {})} | ({TURNED: turned} if turned else {})

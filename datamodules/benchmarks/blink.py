@@ -74,6 +74,7 @@ def _sample(row: dict[str, Any], position: int, subset: str, null: set[str]) -> 
     letter = re.fullmatch(r"\(([A-Z])\)", row["answer"] or "")
     if letter is None:
         raise ValueError(f"BLINK {subset}, {row['idx']}: answer={row['answer']!r} is not of the form (A)")
+    # A row has a column for each possible image; a question with fewer leaves the others null.
     images = [name for name in IMAGES if name not in null]
     return make_sample(
         {

@@ -62,9 +62,11 @@ def _sample(file: Path, split: str, boxes: str) -> Sample | str:
     image = file.with_suffix(".jpg")
     with image.open("rb") as opened:
         try:
+            # (width, height) after EXIF's turn, the frame of LISA's points.
             size = read_header(opened).size_in("shown")
         except ValueError as error:
             raise ValueError(f"{image}: {error}") from error
+    # As pixels, such points would all lie in the image's first corner.
     if max(max(point) for shape in record["shapes"] for point in shape["points"]) <= 1:
         return IN_UNIT
     if boxes == "first_shape":

@@ -14,6 +14,7 @@ def rle_box(rle: Mapping[str, Any]) -> Box | None:
     Counts are lengths of runs of 0 and 1 in turn, down the columns. No mask is unpacked. Raises ValueError when
     the runs do not fill the mask.
     """
+    # Runs go down the columns: place p is column p // height, row p % height.
     height, width = rle["size"]
     counts = rle["counts"]
     runs = counts if isinstance(counts, list) else _decode_counts(counts)
@@ -22,6 +23,7 @@ def rle_box(rle: Mapping[str, Any]) -> Box | None:
     left, top, right, bottom = width, height, 0, 0
     position = 0
     for index, run in enumerate(runs):
+        # Runs of odd index are of the mask; those of even index are background.
         if index % 2 and run:
             first, last = divmod(position, height), divmod(position + run - 1, height)
             left, right = min(left, first[0]), max(right, last[0] + 1)
@@ -53,8 +55,10 @@ def _decode_counts(text: str | bytes) -> list[int]:
         value |= (bits & 31) << shift
         shift += 5
         if not bits & 32:
+            # The last group's highest bit is the sign (two's complement over `shift` bits).
             if bits & 16:
                 value -= 1 << shift
+            # COCO stores differences between runs of the same kind, which are small for smooth outlines.
             counts.append(value + counts[-2] if len(counts) > 2 else value)
             value = shift = 0
     if shift:

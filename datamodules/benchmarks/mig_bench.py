@@ -65,6 +65,7 @@ def load_files(annotations: str | Path, image_root: str | Path) -> Benchmark:
     """
     samples = load_mig_bench(annotations)
     _check_images(samples, Path(image_root))
+    # strict_boxes=False let such boxes pass: here they are counted, so that the report shows them.
     dirty = sum(box_fault(sample.answer.box) is not None for sample in samples)
     # Nothing can match such a box, or it leaves the image. It is kept: the official code scores it so.
     notes = {"kept: dirty answer box": dirty} if dirty else {}
@@ -165,6 +166,7 @@ def _question_parts(question: str) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = []
     done = 0
     for match in _QUERY_BOX.finditer(question):
+        # Per mille to 0-1. The original text stays beside it, because the official prompt has it.
         box = [int(number) / 1000 for number in match.groups()]
         parts.append({"type": "text", "text": question[done : match.start()]})
         parts.append({"type": "box", "image": 0, "box": box, "text": match.group()})
@@ -174,6 +176,7 @@ def _question_parts(question: str) -> list[dict[str, Any]]:
 
 
 def _check_images(samples: list[Sample], image_root: Path) -> None:
+    # Reversed, so that of equal names the first sample's id stays.
     names = {name: sample.id for sample in reversed(samples) for name in reversed(sample.images)}
     missing = [name for name in reversed(names) if file_size(image_root / name) is None]
     if missing:

@@ -84,6 +84,7 @@ def load(root: Path) -> Benchmark:
         raise ValueError(f"{root / 'all.parquet'}: no row has the task {', '.join(absent)}")
 
     benchmark = file_benchmark(NAME, samples, root, RULE, OFFICIAL, AVERAGES, dict(dropped), frame="stored")
+    # Copies of the data set differ in whether a category's folder stands above the image names: both are read.
     names = sorted({image for sample in samples for image in sample.images})
     places = [_without_category(name) if file_size(root / name) is None else name for name in names]
     data = files_fingerprint(root, places)  # of the files that are read: a cached answer is one about these images
@@ -124,6 +125,7 @@ def _sample(row: dict[str, Any], key: str, position: int) -> Sample:
         raise ValueError(f"{where}: input_image_path={row['input_image_path']!r:.80} is not a list of paths")
     options = _OPTION.findall(row["options"])
     letters = [letter for letter, _ in options]
+    # The letter is the index of the choice, so a gap would shift every later option.
     if letters != [chr(ord("A") + index) for index in range(len(letters))] or not letters:
         raise ValueError(f"{where}: options={row['options']!r:.80} are not lettered A, B, …")
     letter = row["output"].strip().strip("().:").upper()

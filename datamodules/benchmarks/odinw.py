@@ -68,6 +68,7 @@ def _samples(coco: dict[str, Any], column: str, folder: str, dropped: Counter[st
     categories = by_id(coco["categories"], "categories", folder)
     images = by_id(coco["images"], "images", folder)
     by_id((annotation for annotation in coco["annotations"] if "id" in annotation), "annotations", folder)
+    # (image id, category id) -> boxes [x, y, w, h] in pixels.
     boxes: dict[tuple[int, int], list[list[float]]] = {}
     for annotation in coco["annotations"]:
         require_fields(annotation, ("image_id", "category_id", "bbox"), f"{folder}: an annotation")

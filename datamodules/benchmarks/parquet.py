@@ -26,6 +26,7 @@ def row_bytes(path: Path, row: int, columns: Sequence[str]) -> list[bytes]:
     """The encoded images of one row, in the order of `columns` (Hugging Face's image struct, {"bytes", "path"})."""
     file = _open(str(path))
     group = 0
+    # Row groups are the unit that Parquet can read alone: find the group, and the row's place in it.
     while row >= (size := file.metadata.row_group(group).num_rows):
         row, group = row - size, group + 1
     with _READING:

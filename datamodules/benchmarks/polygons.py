@@ -62,6 +62,7 @@ def points_fault(points: object) -> str | None:
 
 def _draw(mask: np.ndarray, points: Polygon, value: int) -> None:
     cv2 = _library()
+    # int32 cuts the fraction off towards 0, as LISA's code does. The outline is drawn too: it adds a pixel at the edge.
     corners = np.array([points], dtype=np.int32)
     cv2.polylines(mask, corners, True, value, 1)
     cv2.fillPoly(mask, corners, value)

@@ -49,6 +49,7 @@ def load(root: Path, num_frames: int = 6, grounded: int = 2) -> Benchmark:
         raise ValueError(f"grounded={grounded} must be one of num_frames={num_frames}, at most {len(ORDINALS)}")
     meta = json.loads((root / "meta_expressions_valid_.json").read_text(encoding="utf-8"))
     require_fields(meta, ("videos",), "meta_expressions_valid_.json")
+    # {annotation id: one RLE or null for each frame of its video}.
     masks = json.loads((root / "mask_dict.json").read_text(encoding="utf-8"))
     samples: list[Sample] = []
     dropped: Counter[str] = Counter()
@@ -62,6 +63,7 @@ def load(root: Path, num_frames: int = 6, grounded: int = 2) -> Benchmark:
             if expression["type_id"] not in TYPES:
                 dropped[f"type_id {expression['type_id']}"] += 1
                 continue
+            # The sampled frames of the video, and the frame among them that is asked about.
             places = sample_frames(len(content["frames"]), num_frames)
             found = _find(expression["anno_id"], masks, places, grounded, where)
             if found is None:
@@ -77,6 +79,7 @@ def sample_frames(count: int, num_frames: int) -> list[int]:
     """Places of `num_frames` of `count` frames, the middles of equal spans; all of them where there are no more."""
     if count <= num_frames:
         return list(range(count))
+    # (index + 1/2) * count / num_frames in whole numbers: no rounding differs between machines.
     return [(2 * index + 1) * count // (2 * num_frames) for index in range(num_frames)]
 
 
@@ -84,6 +87,7 @@ def _find(
     annotations: list[Any], masks: dict[str, Any], places: list[int], grounded: int, where: str
 ) -> tuple[int, list[float], list[int]] | None:
     """(index, unit box, [width, height]) of the sampled frame nearest to the wanted one that shows an object."""
+    # The nearest frame first; of two equally near ones the earlier.
     for index in sorted(range(len(places)), key=lambda index: (abs(index - grounded), index)):
         found = []
         for annotation in annotations:
@@ -94,6 +98,7 @@ def _find(
                 found.append(frames[places[index]])
         box = union_box([rle_box(rle) for rle in found])
         if box is not None:
+            # COCO's RLE states height before width; boxes need (width, height).
             height, width = found[0]["size"]
             return index, from_pixels_clipped(box, (width, height)), [width, height]
     return None

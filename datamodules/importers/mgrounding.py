@@ -61,6 +61,7 @@ def annotation_files(root: Path) -> list[Path]:
 def scan(root: Path, allow: Sequence[str] = ()) -> Scan:
     """Check every record's fields and note its place in the file. Raises ValueError for any surprise."""
     (path,) = annotation_files(root)
+    # Records stay on disk: only their byte spans are kept, and workers read them again from there.
     schema, skipped = Schema(allow), {"region_to_text": 0}
     subsets = {task: Spans() for task in SUBSETS.values()}
     for number, item in enumerate(stream_json(path)):
@@ -68,11 +69,13 @@ def scan(root: Path, allow: Sequence[str] = ()) -> Scan:
         if item.key:
             raise ValueError(f"{path}: a list of records is expected, found an object with the key {item.key!r}")
         task = _check(schema, item.value, where)
+        # Which side of the conversation writes boxes decides what kind of question the record is.
         boxed = {turn["from"] for turn in item.value["conversations"] if BOX.search(turn["value"])}
         if boxed == {"human"}:
             skipped["region_to_text"] += 1  # a box to describe: the answer is text
         else:
             subsets[task].append(item.start, item.end)
+    # A partial download may lack whole subsets: an empty one is left out and not offered.
     filled = {task: spans for task, spans in subsets.items() if len(spans)}
     if not filled:
         raise ValueError(f"{path} holds no record")
@@ -108,6 +111,7 @@ def _check(schema: Schema, record: Any, where: str) -> str:
         schema.check("turn", turn, f"{where}.conversations[{position}]", _TURN)
         if turn["from"] not in ("human", "gpt"):
             raise ValueError(f"{where}.conversations[{position}]: field 'from' is {turn['from']!r}, not human or gpt")
+    # The folder below the data set's name is the subset; PurePosixPath drops a leading "./".
     parts = PurePosixPath(record["images"][0]).parts
     subset = parts[1] if len(parts) > 2 and parts[0] == NAME else None
     if subset not in SUBSETS:
@@ -133,6 +137,7 @@ def record_samples(record: Mapping[str, Any], place: int) -> Iterator[Sample | S
 
 def _questions(record: Mapping[str, Any], place: int) -> Iterator[Sample | SampleError]:
     """A sample for each question of a record, or what is wrong with it."""
+    # 1. The record as a whole: faults here cost all of its questions.
     task = SUBSETS[PurePosixPath(record["images"][0]).parts[1]]
     name = f"mgrounding/{task}/{place}"
     turns = record["conversations"]
@@ -140,10 +145,12 @@ def _questions(record: Mapping[str, Any], place: int) -> Iterator[Sample | Sampl
     if roles != ["human", "gpt"] * (len(turns) // 2) or not turns:
         yield SampleError(name, "turn_order", f"conversations are {roles}, not human and gpt in turn")
         return
+    # Every image must be shown in the first turn: a later tag would give images another order.
     tags = [turn["value"].count(IMAGE_TAG) for turn in turns]
     if tags[0] != len(record["images"]) or any(tags[1:]):
         yield SampleError(name, "image_tags", f"{tags} tags in the turns for {len(record['images'])} images")
         return
+    # 2. Each question alone: a fault in one leaves the record's other questions usable.
     for number, (human, gpt) in enumerate(zip(turns[::2], turns[1::2], strict=True)):
         try:
             yield _sample(record, task, f"{name}/{number}", human["value"], gpt["value"])

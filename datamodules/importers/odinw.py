@@ -41,6 +41,7 @@ def scan(root: Path, allow: Sequence[str] = ()) -> Scan:
         coco = read_coco(path, schema)
         schema.count("categories", f"{subset} {len(coco.categories)}")
         coco.check_references(str(path))
+        # Image names in the file are relative to its own folder, those of samples to `root`.
         entries = single_box_entries(coco, "odinw", subset, skipped, f"{path.parent.relative_to(root).as_posix()}/")
         schema.counts["questions"][subset] = len(entries)
         if entries:
@@ -51,8 +52,10 @@ def scan(root: Path, allow: Sequence[str] = ()) -> Scan:
 def _subset(root: Path, path: Path) -> str | None:
     """The file's subset; None for the few-shot and renamed lists that lie beside it."""
     parts = path.relative_to(root).parts
+    # The usual layout: the split is the folder's name.
     if path.name == FILE and len(parts) > 2 and parts[-2] in SPLITS:
         return "/".join(parts[:-1])
+    # The layout of the four exported sets: the split is in the file's name.
     split = EXPORTED.get(path.name.removesuffix(f"_{FILE}"))
     if split and len(parts) > 2 and parts[-2] == "export":
         return "/".join((*parts[:-2], split))

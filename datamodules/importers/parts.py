@@ -61,6 +61,7 @@ class Part:
             return [f"source={self.source!r} is none of {', '.join(SOURCES)}"]
         if self.count is not None and self.count < 1:
             faults.append(f"count={self.count} is below 1")
+        # Own data checks its root itself: the root may be a file, or a name on the Hub.
         if self.is_own:
             return faults + self.own.problems() + SOURCES[self.source].root_faults(str(self.place(root)), self.own)
         if self.own != OwnData():
@@ -104,6 +105,7 @@ class Part:
         Raises:
             DataError: a pattern matches no subset, or no subset is left.
         """
+        # 1. The patterns: wanted ones and excluded ones; the source's defaults if none is wanted.
         without = [pattern[1:] for pattern in self.subsets if pattern.startswith("!")]
         asked = [pattern for pattern in self.subsets if not pattern.startswith("!")]
         patterns = asked or SOURCES[self.source].DEFAULT_SUBSETS
@@ -114,7 +116,9 @@ class Part:
         named = matching(patterns)
         if not asked and self.is_own:
             named = named or list(scan.subsets)  # nothing is called a training split: all of it is meant
+        # 2. What is left after the exclusions.
         names = [name for name in named if name not in matching(without)]
+        # 3. A pattern that matches nothing is most likely a typing error, so it is refused.
         idle = [pattern for pattern in asked if not fnmatch.filter(scan.subsets, pattern)]
         if idle or not names:
             raise DataError(f"{self.name}: subsets={idle or list(patterns)} match none of {', '.join(scan.subsets)}")

@@ -23,6 +23,7 @@ def load_plain_pickle(path: str | Path) -> Any:
     data = Path(path).read_bytes()
     try:
         try:
+            # `encoding` is only for byte strings that Python 2 wrote; texts of Python 3 are always UTF-8.
             return _PlainUnpickler(io.BytesIO(data), encoding="ASCII").load()
         except UnicodeDecodeError:  # Python 2 wrote strings as it had them
             return _PlainUnpickler(io.BytesIO(data), encoding="latin-1").load()

@@ -58,6 +58,7 @@ def scan(root: Path, allow: Sequence[str] = ()) -> Scan:
     """Subsets are "<data set>_<splitBy>/<split>". Raises ValueError for any surprise."""
     schema = Schema(allow)
     subsets: dict[str, list[Entry]] = {}
+    # `annotation_files` puts each instances.json before the references that need it.
     coco, boxes = CocoFile(), {}
     for path in annotation_files(root):
         if path.name == "instances.json":
@@ -65,6 +66,7 @@ def scan(root: Path, allow: Sequence[str] = ()) -> Scan:
             coco.check_references(str(path))
             boxes = {annotation.id: annotation for annotation in coco.annotations}
             continue
+        # "refs(unc).p" in refcoco/ gives the name "refcoco_unc".
         name = f"{path.parent.name}_{_REFS.fullmatch(path.name)[1]}"
         refs = load_plain_pickle(path)
         if not isinstance(refs, list) or not refs:
@@ -84,6 +86,7 @@ def _entries(
     ref: Mapping[str, Any], name: str, coco: CocoFile, boxes: Mapping[Any, Annotation], where: str
 ) -> Iterator[Entry]:
     """A question for each sentence of a reference."""
+    # A reference and its annotation must agree in the image, or the two files are of different versions.
     box = boxes.get(ref["ann_id"])
     if box is None:
         raise ValueError(f"{where}: field 'ann_id' is {ref['ann_id']}, which instances.json does not list")

@@ -82,6 +82,7 @@ class Workers:
     def submit(self, task: _Task) -> Future:
         if self.pool:
             return self.pool.submit(_make_shard, task)
+        # One process: the work is done at once, behind the same interface.
         future: Future = Future()
         future.set_result(_make_shard(task))
         return future
@@ -95,6 +96,7 @@ class Workers:
         try:
             for task in tasks:
                 waiting.append((task, self.submit(task)))
+                # Two tasks for each further worker keep all of them busy while this process waits for the oldest one.
                 if len(waiting) > 2 * (self.processes - 1):
                     task, future = waiting.popleft()
                     yield task, future.result()
@@ -134,14 +136,17 @@ def import_part(
             shards stay for the next run.
     """
     folder = Path(folder)
+    # 1. The length of the work: all records, or the `count` samples that are wanted.
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
     tally, shards = Tally(), []
     total = len(entries) if settings.count is None else settings.count
     unit = "record" if settings.count is None else "sample"
     finished = workers.in_order(_tasks(folder, entries, convert, image_root, settings, frame))
+    # 2. Shards in order, as they are finished.
     with tqdm(total=total, desc=title, unit=unit) as bar, closing(finished):
         for task, note in finished:
             missing = None if settings.count is None else settings.count - tally.samples
+            # The last shard holds more than is wanted: it is made again, shorter.
             if missing is not None and note["samples"] > missing:
                 note = workers.submit(replace(task, limit=missing)).result()
             tally.add(note)
@@ -151,6 +156,7 @@ def import_part(
             if tally.samples == settings.count:
                 break
     _judge(title, tally, settings.max_rejected, at_least=1)
+    # 3. The final judgement, then the manifest: it is written last, when all its shards are there.
     if settings.count is not None and tally.samples < settings.count:
         raise DataError(f"{title}: count={settings.count}, but only {tally.samples} usable samples are there\n{tally}")
     _remove_strays(folder, {shard["name"] for shard in shards})
@@ -195,6 +201,7 @@ def _tasks(
 ) -> Iterator[_Task]:
     order: Sequence[int] = range(len(entries))
     if settings.count is not None:
+        # Records, and not samples, are shuffled: how many samples a record gives is known only after its conversion.
         order = list(order)
         random.Random(settings.seed).shuffle(order)
     size = settings.records_per_shard
@@ -212,6 +219,7 @@ def _make_shard(task: _Task) -> dict[str, Any]:
         return tally.to_json()
     note_file = task.folder / PARTS / f"{task.number:05d}.json"
     note = read_json(note_file)
+    # A note counts only with its shard: the size tells a whole file from a cut one.
     if note and task.limit in (None, note["limit"]) and _is_there(task.folder, note["shard"]):
         return note
     note_file.unlink(missing_ok=True)  # first: a note must never speak of a shard that is being replaced
@@ -222,6 +230,7 @@ def _make_shard(task: _Task) -> dict[str, Any]:
                 shard.add(outcome)
             if tally.samples == task.limit:
                 break
+    # The note is written after the shard is closed: it states that the shard is whole.
     note = {"limit": task.limit, "shard": shard.entry, **tally.to_json()}
     write_json(note_file, note)
     return note
@@ -255,6 +264,7 @@ def _is_there(folder: Path, shard: dict[str, Any] | None) -> bool:
 
 
 def _judge(title: str, tally: Tally, max_rejected: float, at_least: int) -> None:
+    # Judged early too (MIN_JUDGED): a wrong format should not cost hours before it is reported.
     seen = tally.samples + tally.rejected.total()
     if seen >= at_least and tally.rejected.total() > max_rejected * seen:
         raise DataError(

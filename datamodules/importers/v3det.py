@@ -50,10 +50,12 @@ def scan(root: Path, allow: Sequence[str] = ()) -> Scan:
         split = path.stem.removeprefix(f"{PREFIX}_")
         coco = read_coco(path, schema, _MORE)
         coco.check_references(str(path))
+        # A class outside the tree has unknown relatives: its question could have two right answers.
         if missing := [number for number in coco.categories if number not in related]:
             raise ValueError(f"{tree}: field 'categoryid2treeid' lacks the class ids {missing[:5]} of {path.name}")
         subsets[split] = single_box_entries(coco, "v3det", split, skipped, related=related)
         schema.counts["questions"][split] = len(subsets[split])
+    # Copies differ: some hold a folder V3Det above images/.
     image_root = root / "V3Det" if (root / "V3Det" / "images").is_dir() else root
     return Scan(subsets, partial(convert, "v3det"), image_root, schema.report(), dict(skipped))
 
@@ -66,12 +68,14 @@ def read_tree(path: Path) -> Mapping[int, frozenset[int]]:
     """
     names = ("categoryid2treeid", "ancestor2descendant")
     fields = {item.key: item.value for item in stream_json(path) if item.key in names}
+    # 1. The classes of each node.
     nodes, below = (_field(path, fields, name) for name in names)
     classes: defaultdict[str, set[int]] = defaultdict(set)
     for number, node in nodes.items():
         if not number.isdecimal() or not isinstance(node, str | int):
             raise ValueError(f"{path}: field 'categoryid2treeid' has {number!r}: {node!r:.100}, no class id and node")
         classes[str(node)].add(int(number))
+    # 2. Relations in both directions. A class is not related to itself.
     related: defaultdict[int, set[int]] = defaultdict(set)
     for node, descendants in below.items():
         if not isinstance(descendants, list) or not all(isinstance(name, str | int) for name in descendants):
@@ -82,6 +86,7 @@ def read_tree(path: Path) -> Mapping[int, frozenset[int]]:
             for lower in set().union(*(classes.get(str(name), ()) for name in descendants)) - {above}:
                 related[above].add(lower)
                 related[lower].add(above)
+    # 3. Every class has an entry, so that a lookup tells an unknown class from one without relatives.
     return {number: frozenset(related[number]) for group in classes.values() for number in group}
 
 

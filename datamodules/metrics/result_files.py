@@ -49,6 +49,7 @@ def result_folder(name: str, limit: int | None, generation: str) -> str:
 def write_evaluation(folder: Path, predictions: Sequence[Prediction], result: Mapping[str, Any]) -> None:
     """Write both files, result.json last: a folder that has one is whole. Raises StorageError."""
     try:
+        # An old result beside new predictions would be read as theirs if the process stopped in between.
         (folder / RESULT).unlink(missing_ok=True)
     except OSError as error:
         raise storage_error(error, folder / RESULT) from error

@@ -59,6 +59,7 @@ def score_replies(
 
 def rescore(prediction: Prediction, rule: Rule, official: Rule) -> Prediction:
     """The same answer scored anew; everything that this needs is in the record."""
+    # The same text is read twice: by the paper's rule and by the official code's.
     found, officially = _read(prediction, rule), _read(prediction, official)
     is_box = isinstance(prediction.answer, BoxAnswer)
     return replace(
@@ -99,6 +100,7 @@ def _read(prediction: Prediction, rule: Rule) -> _Reading:
 
 def _read_box(prediction: Prediction, answer: BoxAnswer, rule: Rule) -> _Reading:
     if rule.reader == "mig_bench":
+        # The official reader guesses 0-1 or 0-1000 from the numbers; the project's reader knows the box format.
         box = extract_box_officially(prediction.text)
         return _Reading(failure="no_box") if box is None else _Reading(iou(box, answer.box), box)
     how = (prediction.image_sizes, prediction.box_format, rule.box)
@@ -113,6 +115,8 @@ def _read_choice(prediction: Prediction, answer: ChoiceAnswer, rule: Rule) -> _R
             return _Reading(failure=found.kind)
     else:
         assert rule.reader in EXTRACTED_READERS
+        # The official codes read letters by their own patterns, each with its own faults: they are reproduced, not
+        # corrected.
         by_blink = rule.reader == "blink"
         text = prediction.text
         found = read_choice_as_blink(text, answer.choices) if by_blink else read_choice_as_mmiu(text)

@@ -72,13 +72,16 @@ def choose_predictor(asked: Evaluation) -> PredictorSettings:
 
     Raises ValueError that names each wrong field.
     """
+    # 1. A served model: nothing of it is on this machine.
     if asked.endpoint is not None:
         return _served_settings(asked, asked.endpoint)
     check_device(asked.device)
+    # 2. A Qwen2.5-VL, known by the model_type of its config.json.
     model = ALIASES.get(asked.model, asked.model)
     found = read_model_type(model)
     if found in known_types():
         return _policy_settings(model, asked)
+    # 3. Any other image-text model that transformers can load.
     check_image_text_model(model, asked.trust_remote_code)
     if not asked.trust_remote_code:  # a model's own code may not know the meta device
         check_tensors(model, ANY_ATTENTION)
@@ -119,6 +122,7 @@ def _make_policy(settings: PolicySettings, device: str) -> Predictor:
 def _served_settings(asked: Evaluation, endpoint: EndpointSettings) -> ServedSettings:
     if endpoint.base_url is None:
         raise ValueError("endpoint.base_url=None: a model behind a server needs its address")
+    # Two names would leave open which model is asked.
     if endpoint.model not in ("", asked.model):
         raise ValueError(f"endpoint.model={endpoint.model!r} and model={asked.model!r} differ: leave out the first")
     stating(endpoint, asked.decoding.generation)  # raises where extra_body contradicts it

@@ -84,6 +84,7 @@ def row_hits(phase: Path, stage: Stage) -> Mapping[str, Mapping[str, bool]] | No
     there = folder is not None and (folder / PREDICTIONS).is_file()
     for prediction in read_predictions(folder / PREDICTIONS) if there else ():
         hits.setdefault(prediction.column, {})[prediction.id] = prediction.correct
+    # The predictions may be of a later evaluation: they count only if they give the figures of results.json, in %.
     shares = {task: 100 * statistics.mean(right.values()) for task, right in hits.items()}
     same = shares.keys() == stage.mig_bench["tasks"].keys() and all(
         abs(share - stage.mig_bench["tasks"][task]) < 1e-6 for task, share in shares.items()
@@ -118,6 +119,7 @@ def _row(name: str, start: str, by_seed: Mapping[int, SeedRow]) -> dict[str, Any
         bench = row.stage.mig_bench
         seeds[str(seed)] = {key: bench[key] for key in (*FIGURES, "tasks", "n")}
         seeds[str(seed)] |= {"minutes": row.stage.seconds / 60, "commit": row.commit}
+    # A figure may be missing at a seed (no task of that average was asked): its mean is over the others.
     values = {key: [s[key] for s in seeds.values() if s[key] is not None] for key in (*FIGURES, "minutes")}
     values = {key: found for key, found in values.items() if found}
     return {
@@ -133,6 +135,7 @@ def _row(name: str, start: str, by_seed: Mapping[int, SeedRow]) -> dict[str, Any
 
 def _compare(comparison: Comparison, found: Found) -> dict[str, Any]:
     row, over = found[comparison.row], found[comparison.over]
+    # 1. Differences of AVG in points, seed by seed: only seeds that both rows have.
     seeds = sorted(row.keys() & over.keys())
     by_seed = {s: row[s].stage.mig_bench["avg"] - over[s].stage.mig_bench["avg"] for s in seeds}
     record: dict[str, Any] = {"row": comparison.row, "over": comparison.over, "aim": comparison.aim, "seeds": seeds}
@@ -140,6 +143,7 @@ def _compare(comparison: Comparison, found: Found) -> dict[str, Any]:
     record |= {"reached": None, "sure": None}
     if not seeds:
         return record | {"missing": "no seed has both rows"}
+    # 2. Intervals by pairs of answers: this needs the same questions on both sides.
     sides = [[side[s].hits for s in seeds] for side in (row, over)]
     if any(hits is None for side in sides for hits in side):
         record["missing"] = "the single answers are not there, or not those of the figures"
@@ -148,6 +152,7 @@ def _compare(comparison: Comparison, found: Found) -> dict[str, Any]:
     else:
         differences = paired_differences(*(_stack(side) for side in sides))
         record["differences"] = {name: asdict(difference) for name, difference in differences.items()}
+    # 3. The aim: `reached` by the mean difference, `sure` if the interval's lower end reaches it too.
     if comparison.aim:
         low_enough = comparison.or_both_at_most is not None and all(
             statistics.mean(side[s].stage.mig_bench["avg"] for s in seeds) <= comparison.or_both_at_most

@@ -84,6 +84,7 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
         empty += [str(path)] if not found else []
     if empty or not folders:
         raise ValueError(f"runs={empty}: no folder of a phase (config.yaml, benchmarks/mig_bench), nor one with such")
+    # Labels must be unique, since pages and tables find a run by its label.
     runs: list[Run] = []
     for folder in folders:
         runs.append(_read_run(folder, [run.label for run in runs]))
@@ -98,6 +99,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     elif isinstance(value, Sequence) and any(isinstance(member, Mapping) for member in value):
         items, seen = [], Counter()
         for place, member in enumerate(value):
+            # By class name: a callback added in front must not change the names of all others.
             name, settings = _named(member, place)
             seen[name] += 1
             items.append((name if seen[name] == 1 else f"{name}.{seen[name]}", settings))
@@ -116,6 +118,7 @@ def config_differences(runs: Sequence[Run]) -> dict[str, list[list[str]]]:
         same = [run for run in runs if run.phase == phase and run.config]
         if len(same) < 2:
             continue
+        # Only runs of the same phase are compared: fields of SFT and GRPO differ anyway.
         configs = [{"commit": run.commit} | dict(run.config) for run in same]
         names = [name for name in dict.fromkeys(n for config in configs for n in config) if name != "experiment"]
         rows = [[name, *(_cell(config, name) for config in configs)] for name in names]

@@ -70,6 +70,7 @@ def _measured_rows(table: Table, measured: Mapping[str, Cells]) -> list[Row]:
         row = [cells.get(key) for _, key in table.columns]
         if any(cell is not None for cell in row):
             parts = [key for _, key in table.columns if key != "mean"]
+            # A mean over a part of the columns would look like the paper's and be another number.
             whole = all(key in cells for key in parts)
             mean = mean_cell([cells[key] for key in parts]) if whole else None
             filled = [mean if key == "mean" else cell for (_, key), cell in zip(table.columns, row, strict=True)]
@@ -79,6 +80,7 @@ def _measured_rows(table: Table, measured: Mapping[str, Cells]) -> list[Row]:
 
 def mean_cell(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The mean of columns that lie in different benchmarks, with its interval. They must be averaged over questions."""
+    # (hits, questions) of each column, from its score in %: the bootstrap draws questions anew within a column.
     counts = {str(k): {"": (round(cell["score"] * cell["n"] / 100), cell["n"])} for k, cell in enumerate(cells)}
     low, high = bootstrap_intervals(counts, Rule(source="mean over columns"), {"avg": tuple(counts)})["avg"]
     score = sum(cell["score"] for cell in cells) / len(cells)
@@ -88,9 +90,11 @@ def mean_cell(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def find_measured(outputs: Path) -> dict[str, Cells]:
     """Label -> cells, of everything below `outputs`: evaluated models, and the phases of experiments."""
     measured: dict[str, Cells] = {}
+    # 1. Models evaluated by themselves.
     for result in _whole_results(outputs.glob(f"eval/*/*/{RESULT}")):
         label = f"{result['model']} ({result['data_root']}){note(result['generation'])}"
         measured.setdefault(label, {}).update(result_cells(result))
+    # 2. Phases of experiments, which hold their own benchmarks.
     for experiment in sorted(path for path in outputs.iterdir() if path.is_dir()):
         measured |= phase_measured(experiment)
     return measured

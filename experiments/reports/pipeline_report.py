@@ -46,6 +46,7 @@ def stage_rows(results: Results, starts: Mapping[str, str] | None = None) -> lis
     known = {stage.name: stage for stage in results.stages}
     for name, stage in known.items():
         bench = stage.mig_bench
+        # Without a recorded start, a stage is compared with the one before it.
         before = names[names.index(name) - 1] if name != names[0] else ""
         over = (starts or {}).get(name, before)
         gain = f"{bench['avg'] - known[over].mig_bench['avg']:+.2f}" if over in known else ""
@@ -77,6 +78,7 @@ def render_report(folder: Path) -> str:
     """The whole page of an experiment folder that holds a results.json, with the stages that are finished."""
     folder = Path(folder)
     results = read_results(folder / "results.json")
+    # Stages may have been asked different tasks: the page has every one, in the order of their first appearance.
     tasks = list(dict.fromkeys(task for stage in results.stages for task in stage.mig_bench["tasks"]))
     bars = {stage.name: stage.mig_bench["tasks"] for stage in results.stages}
     return render(
@@ -126,6 +128,7 @@ def _phase(folder: Path) -> dict[str, Any] | None:
     rows = metrics_csv.read_rows(folder)
     curves = {title: {name: metrics_csv.read_curve(rows, name) for name in names} for title, names in CHARTS.items()}
     charts = [chart for title in curves if (chart := svg_charts.line_chart(title, curves[title]))]
+    # Only the newest previews: pictures are in the page itself and make it large.
     last_step = sorted((folder / "previews").glob("step_*"))[-1:]
     images = [image for step in last_step for image in sorted(step.glob("*.png"))[:MAX_EXAMPLES]]
     drawings = [(image.stem, base64.b64encode(image.read_bytes()).decode()) for image in images]

@@ -58,13 +58,16 @@ def write_rollouts(run: Run, folder: Path, name: str, max_groups: int, max_pictu
             f"{run.folder}: rollouts, but no {run_identity.CONFIG} with data.box_format to read their boxes by"
         )
     run_identity.read_field(run.folder, "data.box_format")  # raises, with the file, where another version wrote it
+    # 1. Which groups the page shows: a long run has more than a browser can hold.
     groups = thin(run.groups, max_groups)
     notes = []
     if len(groups) < len(run.groups):
         notes.append(f"{len(groups):,} of {len(run.groups):,} groups are here, evenly over the run (--max_groups).")
+    # 2. Their images and questions, from the shards: the log holds neither.
     pictures = Pictures(folder / "pictures", _shard_folder(run), max_pictures)
     pictures.write(group.id for group in groups)
     notes += pictures.notes
+    # 3. A short index that the page loads at once, and chunks of whole groups that it loads on demand.
     tasks = sorted({group.task for group in groups})
     rows = [_index_row(group, tasks) for group in groups]
     head = {"chunk": GROUPS_PER_CHUNK, "tasks": tasks, "groups": rows}
@@ -130,6 +133,7 @@ class Pictures:
     def _save(self, data: bytes, stem: str) -> str:
         image = load_image(data, MAX_IMAGE_PIXELS)
         image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+        # Small images stay sharp as PNG; photographs take far less space as JPEG.
         name = f"{stem}.png" if max(image.size) <= 256 else f"{stem}.jpg"
         image.save(self.folder / name)
         self.num_written += 1
@@ -163,6 +167,7 @@ def _whole_group(group: LoggedGroup, run: Run, pictures: Pictures) -> dict[str, 
     record = group.read()
     answer = BoxAnswer(record["answer"]["image"], tuple(record["answer"]["box"]), record["answer"]["label"])
     image_sizes = image_sizes_from_json(record["sizes"])
+    # The box format of this run: today's default may be another one.
     box_format = BoxFormat(run.config["data.box_format"])
     completions = []
     for text, reward, advantage in zip(record["texts"], record["rewards"], record["advantages"], strict=True):

@@ -63,6 +63,7 @@ def render_samples(
 
 def count_tables(samples: Sequence[Shown]) -> dict[str, list[list[str]]]:
     """What the samples hold: tasks, images, boxes, prompt lengths, and the rules that some of them break."""
+    # 1. What was read: tasks, images, boxes. Areas are shares of the image, as boxes are in 0-1.
     read = [shown.loaded.sample for shown in samples if isinstance(shown.loaded, LoadedSample)]
     boxes = [box for sample in read for box in _boxes(sample.answer)]
     areas = [(box.box[2] - box.box[0]) * (box.box[3] - box.box[1]) for box in boxes]
@@ -73,11 +74,13 @@ def count_tables(samples: Sequence[Shown]) -> dict[str, list[list[str]]]:
         "Boxes of an answer": _counted("boxes", Counter(str(len(_boxes(sample.answer))) for sample in read)),
         "Share of the image that a box fills": _counted("share", {name: kinds[name] for name in AREAS if kinds[name]}),
     }
+    # 2. Prompt lengths in tokens, images included; only where a model was given.
     encoded = [shown.encoded for shown in samples if isinstance(shown.encoded, EncodedSample)]
     if lengths := sorted(len(item.input_ids) for item in encoded):
         row = [lengths[0], median(lengths), lengths[int(0.95 * (len(lengths) - 1))], lengths[-1]]
         head = ["prompt tokens", "least", "median", "95 %", "most"]
         tables["Prompt lengths"] = [head, [f"{len(lengths):,} samples", *(f"{value:,.0f}" for value in row)]]
+    # 3. Samples that break a rule, by the reader's rules and the encoder's.
     errors = [error for shown in samples for error in (shown.loaded, shown.encoded) if isinstance(error, SampleError)]
     rows = [["rule", "samples", "the first one"]]
     for rule, count in Counter(error.rule for error in errors).most_common():
@@ -125,6 +128,7 @@ def _card(shown: Shown) -> dict[str, Any]:
 def _figure(loaded: LoadedSample, index: int, encoded: EncodedSample | None) -> dict[str, Any]:
     """One image: a small copy as a data URI, its boxes in 0-1, and its sizes."""
     sample = loaded.sample
+    # Boxes are numbered over the whole question, as `_question` numbers them in its text.
     asked = [part for part in sample.messages if isinstance(part, BoxPart)]
     boxes = [("asked", f"box {k + 1}", part.box) for k, part in enumerate(asked) if part.image == index]
     boxes += [("true", box.label, box.box) for box in _boxes(sample.answer) if box.image == index]
@@ -137,6 +141,7 @@ def _figure(loaded: LoadedSample, index: int, encoded: EncodedSample | None) -> 
     if encoded:
         width, height = encoded.image_sizes[index].resized
         caption += f", resized to {width}x{height}"
+    # The original size is kept for the page's coordinates: `thumbnail` changes the image in place.
     size = image.size
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     file = io.BytesIO()

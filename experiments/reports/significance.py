@@ -39,16 +39,19 @@ def paired_differences(row: Hits, over: Hits, seed: int = 0) -> dict[str, Differ
     shapes, other = ({task: hits.shape for task, hits in rows.items()} for rows in (row, over))
     if shapes != other or not shapes:
         raise ValueError(f"rows to be paired need the same tasks, seeds and questions: {shapes} and {other}")
+    # 1. Seeds drawn with replacement: the share of each seed in each resample.
     rng = np.random.default_rng(seed)
     num_seeds = next(iter(shapes.values()))[0]
     chosen = rng.integers(num_seeds, size=(NUM_RESAMPLES, num_seeds))
     shares = np.stack([(chosen == k).mean(axis=1) for k in range(num_seeds)], axis=1)  # [resamples, seeds]
+    # 2. Questions drawn with replacement within each task. Both rows are resampled alike, so their pairs stay together.
     drawn = {}
     for task in sorted(shapes):
         difference = row[task].astype(float) - over[task].astype(float)  # [seeds, questions]
         questions = rng.integers(difference.shape[1], size=(NUM_RESAMPLES, difference.shape[1]))
         resampled = np.take_along_axis(shares @ difference, questions, axis=1).mean(axis=1)
         drawn[task] = 100 * np.concatenate([[difference.mean()], resampled])  # the first: as measured
+    # 3. Averages of the same resamples, so that the tasks' variation carries over.
     members = {name: [drawn[task] for task in tasks if task in drawn] for name, tasks in AVERAGES.items()}
     averages = {name: sum(found) / len(found) for name, found in members.items() if found}
     if {"in_domain", "out_of_domain"} <= set(averages):

@@ -48,12 +48,14 @@ def line_chart(title: str, curves: Mapping[str, Points], legend: Sequence[str] |
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
         return Markup()
+    # SVG's y grows downwards: the y axis starts at the bottom, the larger pixel value.
     x = _axis([x for points in curves.values() for x, _ in points], 0.0, LEFT, WIDTH - RIGHT)
     y = _axis([y for points in curves.values() for _, y in points], 0.05, HEIGHT - BOTTOM, TOP)
     drawn = []
     for number, (name, points) in enumerate(curves.items()):
         place = number if legend is None else legend.index(name)
         colour, dash = curve_style(place)
+        # A dense curve is noise to the eye: its running mean is drawn over it.
         lines = [points, smooth(points)] if len(points) > MANY else [points]
         pixels = [[(x.place(step), y.place(value)) for step, value in line] for line in lines]
         drawn.append({"name": name, "place": place, "colour": colour, "dash": dash, "lines": pixels})
@@ -69,6 +71,7 @@ def bar_chart(title: str, groups: Sequence[str], series: Mapping[str, Mapping[st
     """
     if not groups:
         return Markup()
+    # Pixels: a bar takes 16, the gap between groups 14, a character of the legend about 7.
     step, names = 16 * len(series) + 14, [max(90, 7 * len(name) + 20) for name in series]
     width, height, base = max(WIDTH, LEFT + RIGHT + step * len(groups), LEFT + sum(names)), 300, 210
     y = Axis(0.0, 100.0, base, TOP + 16)
@@ -100,6 +103,7 @@ def smooth(points: Points, share: float = 0.05) -> list[tuple[float, float]]:
     reach = max(1, round(len(points) * share / 2))
     means = []
     for k, (x, _) in enumerate(points):
+        # At both ends the window is cut off, so the mean there is over fewer points.
         near = [y for _, y in points[max(0, k - reach) : k + reach + 1]]
         means.append((x, sum(near) / len(near)))
     return means

@@ -39,6 +39,7 @@ def write(
     for trial, command in zip(trials, commands, strict=True):
         fields = asdict(trial)
         rows.append({"trial": fields.pop("number"), **fields, "command": command})
+    # The best trial is the first one in rank, if it has a value: running and failed trials have none.
     ranked = sorted(rows, key=lambda row: _rank(row, plan.maximize))
     best = ranked[0] if ranked and ranked[0]["value"] is not None else None
     kept = ("trial", "value", "parameters", "command")

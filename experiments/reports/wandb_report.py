@@ -65,6 +65,7 @@ def build_report(title: str, project: str, entity: str, experiments: Sequence[st
 
     def section(name: str, runset: Any, panels: list[Any]) -> list[Any]:
         for place, panel in enumerate(panels):
+            # W&B's grid has 24 columns: three panels of width 8 in a row.
             panel.layout = wr.Layout(x=8 * (place % 3), y=6 * (place // 3), w=8, h=6)
         return [wr.H2(text=name), wr.PanelGrid(runsets=[runset], panels=panels)]
 

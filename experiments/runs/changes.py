@@ -110,6 +110,7 @@ def origin(record: Mapping[str, Any]) -> dict[str, Any]:
 def find_differences(old: Mapping[str, Any], new: MadeOf) -> Differences:
     """The differences of settings and inputs between a recorded run and a new run."""
     found = Differences([], [])
+    # Through JSON, so that tuples equal lists and paths equal texts, as they do in the saved record.
     before, now = (json.loads(json.dumps(each, default=str)) for each in (old.get("settings", {}), new.settings))
     _walk("", before, now, found)
     for name, inputs in new.inputs.items():
@@ -182,6 +183,7 @@ def settle_answers(
 
     Raises CodeChanged if other code has given the answers, and there is no choice.
     """
+    # A record under another key is of other settings: their answers are no matter of choice here.
     record = read_json(file)
     there = record.get("key") == key or is_there()
     record = record if record.get("key") == key else {}
@@ -228,6 +230,7 @@ def _by_class(value: Any) -> Any:
     """[{"class_path": "callbacks.a.B", …}] as {"[B]": …}; another value as it is."""
     if not isinstance(value, list) or not all(isinstance(item, Mapping) and "class_path" in item for item in value):
         return value
+    # By class and not by position: a callback that is put first must not make all others differ.
     names = [item["class_path"].rpartition(".")[2] for item in value]
     return {f"[{name}{'+' * names[:k].count(name)}]": value[k] for k, name in enumerate(names)}
 

@@ -119,8 +119,10 @@ class _Found:
 def _look(folder: Path, run: MadeOf, choice: Choice | None) -> _Found:
     """Raises CodeChanged where only the code may differ, and there is no choice."""
     started, done = read_marker(folder, STARTED), read_marker(folder)
+    # 1. The same key: only the code may differ.
     known, differences, is_other = started.get("key", done.get("key")), Differences([], []), False
     is_other_code = known == run.key and is_stale(started, run.code, choice)
+    # 2. Another key: compare the settings, to tell a real change from a field that a version added.
     if known not in (None, run.key):
         record = _recorded(folder, run, started)
         differences = find_differences(record, run) if record else differences
@@ -155,6 +157,7 @@ def trained_commit(folder: Path) -> str | None:
 
 def set_aside(folder: Path) -> Path:
     """Rename the phase folder out of the way; its new place."""
+    # The key in the name tells runs apart; a second copy of the same run gets a "+".
     aside = folder.with_name(f"{folder.name}.{read_marker(folder, STARTED).get('key', 'old')[:8]}")
     while aside.exists():
         aside = aside.with_name(aside.name + "+")
@@ -179,6 +182,7 @@ def wait_for_claim(folder: Path, run: MadeOf | str, seconds: float = 600.0, choi
     end = time.monotonic() + seconds
     while True:
         found = _look(Path(folder), run, choice)
+        # Polling a file needs no process group.
         if found.started.get("key") == run.key and found.decision is None:
             return found.done.get("key") == run.key
         if time.monotonic() > end:
@@ -253,6 +257,7 @@ def locked(folder: Path, say: Callable[[str], None] = print, wait: bool = True) 
         held = waited = False
         while not held:
             try:
+                # flock belongs to the open file, so the kernel frees it even after a kill; the file itself stays.
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 held = True
             except BlockingIOError:

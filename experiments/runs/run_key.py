@@ -52,6 +52,7 @@ def run_key(settings: Mapping[str, Any]) -> str:
 
 def made_of(settings: Mapping[str, Any], with_code: bool = True) -> MadeOf:
     """Settings, inputs and code of the run with this resolved configuration, read now."""
+    # The key is of settings and contents; the code is compared apart, since the user may keep results of older code.
     known, inputs = key_settings(settings), _inputs(settings)
     known["data"] |= _trusting(settings)
     contents = [[content for _, content in inputs[name]] for name in sorted(inputs)]

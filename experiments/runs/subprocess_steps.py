@@ -157,6 +157,7 @@ def run_step(step: Step, plan: Plan | None = None) -> float:
     goes_on = old.get("key") == key and not redone
     before, start = old["seconds"] if goes_on else 0.0, time.monotonic()
     code = origin(old) if goes_on else {"code": step.code()}
+    # If the process leaves the proof as it is, it had nothing to compute, and the old time stays.
     proof = step.read_proof() if old.get("done") and not redone else None
 
     def note(done: bool) -> float:
@@ -211,6 +212,7 @@ def run_process(command: list[str], tick: Callable[[], Any], environment: Mappin
         requeue |= signum == preemption.REQUEUE_SIGNAL
         child.terminate()
 
+    # Handlers are set only while the child runs, and put back in `finally`.
     numbers = [signal.SIGTERM, *([preemption.REQUEUE_SIGNAL] if preemption.in_slurm_job() else [])]
     old = {number: signal.signal(number, stop) for number in numbers}
     try:

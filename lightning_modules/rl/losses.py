@@ -113,6 +113,7 @@ def clipped_surrogate(
     surrogate = ratio * advantages
     if clip_low is None and clip_high is None:  # eq. 2 as it is printed
         return surrogate, torch.zeros_like(ratio, dtype=torch.bool)
+    # The minimum below makes the bound pessimistic: the clip can only lower the surrogate.
     low = None if clip_low is None else 1 - clip_low
     high = None if clip_high is None else 1 + clip_high
     bounded = ratio.clamp(low, high) * advantages
@@ -156,6 +157,7 @@ def reduction_weights(
             over completions (arXiv:2503.20783).
         max_new_tokens: length limit of a completion.
     """
+    # [C] tokens of each completion; 0 for one that does not count.
     lengths = torch.bincount(completion_index, minlength=num_completions)
     present = float((lengths > 0).sum())
     if reduction == "token":

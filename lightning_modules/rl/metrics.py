@@ -130,6 +130,7 @@ class GRPOMetrics(Metric):
             sampler_log_probs: [N], by the engine.
             cap: of the importance weights; None where there are none.
         """
+        # [N], log of p_trainer / p_sampler: 0 if engine and trainer compute alike.
         difference = old_log_probs.detach().float() - sampler_log_probs
         self.update(
             sampler_abs_log_ratio=difference.abs().sum().item(),
@@ -144,6 +145,7 @@ class GRPOMetrics(Metric):
         Args:
             sums: as `compute` gives them.
         """
+        # Sums are divided only after all ranks are added: a mean of means would weight short ranks too much.
         ratios = MEANS | {name: (name, "completions") for name in self.terms}
         return {name: sums[total] / sums[count] for name, (total, count) in ratios.items() if sums[count]}
 

@@ -184,6 +184,7 @@ def _sample_chunks(
         require_box(loaded.sample)
         return loaded
 
+    # A thread encodes the next chunk while the engine samples this one.
     encoded = encode_ahead(encoder, [numbers for _, numbers in chunks], read)
     with tqdm(
         total=sum(len(numbers) for _, numbers in chunks),
@@ -194,6 +195,7 @@ def _sample_chunks(
         for (number, _), members in zip(chunks, encoded, strict=True):
             errors = [error for _, error in members if isinstance(error, SampleError)]
             known = [(place, item) for place, item in members if isinstance(item, EncodedSample)]
+            # Seeded by the chunk's number, so a resumed call draws what the interrupted one would have drawn.
             generator = torch.Generator(policy.device).manual_seed(derive_seed(settings.seed, number))
             items = [item.to(policy.device) for _, item in known]
             groups = engine.generate(RolloutRequest(items, sampling, generator=generator))
@@ -217,11 +219,13 @@ def _write_kept(
     folder: Path, reader: ShardReader, chunks: dict[int, dict[str, Any]], settings: RejectionSettings, key: str
 ) -> None:
     """Write shards/ and kept.jsonl in the order of the source; last, as the sign that all is there, histogram.json."""
+    # 1. Kept candidates: solved sometimes, so that a group's rewards differ and its advantages are not all 0.
     outcomes = [outcome for number in sorted(chunks) for outcome in chunks[number]["outcomes"]]
     rejected = Counter(rule for chunk in chunks.values() for rule in chunk["rejected"].values())
     kept = [outcome for outcome in outcomes if settings.min_correct <= outcome["correct"] <= settings.most_correct]
     (folder / "histogram.json").unlink(missing_ok=True)
     shutil.rmtree(folder / "shards", ignore_errors=True)
+    # 2. Their samples, in the order of the source.
     with ShardWriter(folder / "shards") as writer:
         for outcome in list(kept):
             try:
@@ -232,6 +236,7 @@ def _write_kept(
     if rejected:
         log.warning("%d candidates cannot be used: %s", rejected.total(), dict(rejected))
     write_atomic(folder / "kept.jsonl", "".join(json.dumps(outcome) + "\n" for outcome in kept))
+    # 3. Counts by task and by the number of right completions; the key marks the folder as finished.
     histogram = {
         "key": key,
         "candidates": len(outcomes),

@@ -146,6 +146,7 @@ def _read_file(file: Path) -> list[LoggedGroup]:
     found: dict[tuple[int, str], LoggedGroup] = {}
     for offset, group in _sound_lines(file):
         if "resumed_at" in group:
+            # A resumed run repeats the batches since its checkpoint: their earlier lines do not count.
             found = {key: earlier for key, earlier in found.items() if key[0] < group["resumed_at"]}
         else:
             key = (group["batch"], group["id"])

@@ -110,6 +110,7 @@ def scan(root: Path, allow: Sequence[str], own: OwnData) -> Scan:
         subsets[subset] = entries
     for note in passed_over:
         schema.count("files that are no detection files", note)
+    # A folder may hold other JSON files; only a folder without any question is an error.
     if not any(subsets.values()):
         raise DataError(f"root={str(root)!r}: no image with a box; {'; '.join(passed_over[:3]) or dict(skipped)}")
     readers = tuple(RecordReader("coco", name, own, folder) for folder in folders)
@@ -124,13 +125,17 @@ def convert(
     for entry in map(ImageEntry._make, entries):
         reader = readers[entry.file]
         sample_id = f"{reader.name}/{subsets[entry.file]}:{entry.id}"
+        # 1. Faults that belong to no image (the last entry of each file carries them).
         for rule, detail in entry.faults:
             yield SampleError(sample_id, rule, detail)
         if not entry.boxes:
             continue
+        # 2. One draft for each category of the image.
         drafts = tuple(_drafts(entry, reader.own, sample_id))
         made = DraftRecord("coco", (entry.name,), drafts, reader.own.box_format or "pixels_xywh")
         try:
+            # 3. Read the image only if a draft is sound. The annotated size must be the file's own: boxes of a resized
+            # copy would land elsewhere.
             images = None
             if any(isinstance(draft, Draft) for draft in drafts):
                 images = reader.folder.read(made.images, sample_id)
@@ -147,6 +152,7 @@ def _drafts(entry: ImageEntry, own: OwnData, sample_id: str) -> Iterator[Draft |
     """A category of which one annotation cannot be used is no question: its answer would leave that one out."""
     faults: dict[str, Fault] = {}
     for category, value in entry.boxes:
+        # Four numbers and a Fault share this place; a Fault begins with its rule, a text.
         if isinstance(value, tuple) and isinstance(value[0], str):
             faults.setdefault(category, value)
     for category, (rule, detail) in faults.items():
@@ -188,6 +194,7 @@ def _keep(content: DetectionFile, kind: str, value: Mapping[str, Any], where: st
     """Add an image or a category."""
     kept = content.images if kind == "images" else content.categories
     number, name = value.get("id"), value.get("file_name" if kind == "images" else "name")
+    # bool is a subclass of int in Python, but `true` is no id.
     if isinstance(number, bool) or not isinstance(number, int | str) or not isinstance(name, str):
         content.faults.append(("field_type", f"{where}: an id and a name are needed, found {dict(value)!r:.120}"))
         return
@@ -196,6 +203,7 @@ def _keep(content: DetectionFile, kind: str, value: Mapping[str, Any], where: st
     if kind == "categories":
         kept[number] = name
         return
+    # Label Studio writes null for a size that it could not read: the file's own size is taken later.
     size = value.get("width"), value.get("height")
     kept[number] = name, size if all(type(side) is int and side >= 1 for side in size) else None
 
@@ -224,6 +232,7 @@ def _entries(file: int, content: DetectionFile, skipped: Counter[str], schema: S
     """The images that have annotations, in the order of the file, and last what belongs to no image."""
     boxes: defaultdict[Any, list[tuple[str, Any]]] = defaultdict(list)
     faults = list(content.faults)
+    # 1. Annotations by image. An annotation that refers to nothing becomes a fault of the file.
     for number, (image, category, box) in enumerate(content.annotations):
         lost = image if not _is_key(image, content.images) else None
         if lost is not None or not _is_key(category, content.categories):
@@ -240,6 +249,7 @@ def _entries(file: int, content: DetectionFile, skipped: Counter[str], schema: S
             schema.count("annotations given twice", "counted once")
         else:
             boxes[image].append(entry)
+    # 2. Images in the order of the file, so that a rerun gives the same samples.
     for image, (name, size) in content.images.items():
         if size is None:
             schema.count("images without width and height", "the file's own are taken")
@@ -247,6 +257,7 @@ def _entries(file: int, content: DetectionFile, skipped: Counter[str], schema: S
             skipped["no_box"] += 1
         else:
             yield ImageEntry(file, image, name, size, tuple(boxes[image]))
+    # 3. One entry without an image carries the faults into the counts of rejected samples.
     if faults:
         yield ImageEntry(file, "", "", None, (), tuple(faults))
 
@@ -257,11 +268,13 @@ def _is_key(value: Any, known: Mapping[Any, Any]) -> bool:
 
 def _check_boxes(path: Path, entries: Sequence[ImageEntry], folder: ImageFolder, own: OwnData, schema: Schema) -> None:
     """Raise DataError where the file's boxes cannot be pixels of their images, or what the user says instead."""
+    # 1. A random part of the boxes: a file may hold millions, and sizes may have to be read from the images.
     drawn: Reservoir[tuple[ImageEntry, tuple[float, ...]]] = Reservoir()
     for entry in entries:
         for _, values in entry.boxes:
             if not isinstance(values[0], str):
                 drawn.add((entry, values))
+    # 2. Each box with the size of its image. An unreadable image is rejected later, at its own sample.
     written = []
     for entry, values in drawn.kept:
         try:
@@ -269,6 +282,7 @@ def _check_boxes(path: Path, entries: Sequence[ImageEntry], folder: ImageFolder,
         except SampleError:
             continue
         written.append(Written(values, size, f"image {entry.id}"))
+    # 3. Compare. COCO defines pixels and xywh, so that is the default.
     coordinates = own.box_format or "pixels_xywh"
     fits = refuse_misfits(path.name, written, coordinates, own.resized_limits, own.max_misfits)
     schema.counts[f"{path.name}: of {len(written):,} boxes said to be {coordinates}, each format could mean"].update(

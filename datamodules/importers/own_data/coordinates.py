@@ -37,6 +37,7 @@ def read_numbers(values: Any, sample_id: str) -> tuple[float, float, float, floa
         raise SampleError(sample_id, "field_type", f"a box is a list of four numbers, got {values!r:.100}")
     if len(values) != 4:
         raise SampleError(sample_id, "box_length", f"a box has four numbers, got {len(values)}: {values!r:.100}")
+    # bool is a subclass of int, and JSON's true is no coordinate.
     if any(isinstance(number, bool) or not isinstance(number, int | float) for number in values):
         raise SampleError(sample_id, "field_type", f"a box is a list of four numbers, got {values!r:.100}")
     return tuple(map(_to_float, values))
@@ -71,6 +72,7 @@ def misfit(values: Sequence[float], coordinates: Coordinates, size: Size, limits
     """The rule that the box breaks if its numbers mean this; None where it can mean it."""
     if not all(map(math.isfinite, values)):
         return "not_finite_box"
+    # NaN and infinity are excluded above: the comparisons below would accept or hide them.
     canvas, _ = _canvas(coordinates, size, limits)
     box, _ = _convert(values, coordinates, size, limits)
     # In a canvas of many units such a box would lie in the first two rows and columns.
@@ -115,9 +117,11 @@ def refuse_misfits(
         DataError: too many boxes contradict `coordinates`, or nothing says what the numbers mean. The message has three
             examples and the formats that fit.
     """
+    # 1. Which formats the boxes could mean. A small box fits several formats, so the counts only rank them.
     fits = count_fits(boxes, limits)
     best = max(fits.values())
     likely = [name for name, count in fits.items() if count == best > 0]
+    # 2. Nothing states the format. It is never guessed from the counts: the user decides.
     if coordinates is None:
         examples = "; ".join(map(_example, boxes[:NUM_EXAMPLES])) or "no image could be read"
         shares = ", ".join(f"{name} {count / max(len(boxes), 1):.0%}" for name, count in fits.items())
@@ -126,10 +130,12 @@ def refuse_misfits(
             f"  boxes: {examples}\n"
             f"  each format fits this share of {len(boxes):,} boxes (several may fit): {shares}"
         )
+    # 3. The stated format against the boxes.
     wrong = [(box, rule) for box in boxes if (rule := misfit(box.values, coordinates, box.size, limits))]
     # In a small file one or two boxes are dirt, and no contradiction, unless there are no others.
     if len(wrong) <= most * len(boxes) or len(wrong) < min(NUM_EXAMPLES, len(boxes)):
         return fits
+    # 4. The message: three examples, and the format that fits better, if one does.
     lines = [f"{where}: {len(wrong) / len(boxes):.0%} of {len(boxes):,} boxes cannot be {coordinates}:"]
     lines += [f"  {_example(box)}: {rule}" for box, rule in wrong[:NUM_EXAMPLES]]
     better = [name for name in likely if best > fits.get(coordinates, 0)]
@@ -156,11 +162,13 @@ def _example(box: Written) -> str:
 
 def _canvas(coordinates: Coordinates, size: Size, limits: Limits) -> tuple[Size, float]:
     """(width, height) that the numbers run to, and how far outside an edge may lie by rounding."""
+    # The size that Qwen2.5-VL's processor gives the image, from the same function as in training.
     if coordinates == "resized_pixels":
         least, most = limits
         return fit_size(size, PATCH, least, most), 1.0
     if coordinates.startswith("pixels"):
         return size, 1.0
+    # The tolerance is relative here: 1e-6 of the canvas, where pixels allow one whole pixel.
     canvas = 1000 if coordinates.startswith("relative_1000") else 1
     return (canvas, canvas), canvas * ROUNDING
 

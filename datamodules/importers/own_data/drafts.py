@@ -113,6 +113,7 @@ def detection_drafts(
             yield SampleError(sample_id, "empty_phrase", "a category's name names nothing")
             continue
         wordings = own.questions or (QUESTIONS if len(found) == 1 else SEVERAL)
+        # A hash and no random generator: the wording must not depend on the order of workers.
         digest = hashlib.sha256(f"{sample_id}/{phrase}".encode("utf-8", "replace")).digest()
         text = wordings[digest[0] % len(wordings)].format(phrase)
         yield Draft((0, text), tuple(DraftBox(values, 0, phrase) for values in found), "single")
@@ -120,6 +121,7 @@ def detection_drafts(
 
 def _renamed(record: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
     """The record with the form's names of its fields."""
+    # A field with the form's own name is dropped if the user names another one for it: it has another meaning here.
     names = {own: form for form, own in fields.items()}
     return {names.get(name, name): value for name, value in record.items() if name not in fields or name in names}
 

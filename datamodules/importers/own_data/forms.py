@@ -55,6 +55,7 @@ def form_of(record: Mapping[str, Any], sample_id: str) -> str:
     Raises:
         SampleError: "unknown_form".
     """
+    # `objects` alone is a detection set; beside `messages` it belongs to ms-swift's form.
     objects = record.get("objects")
     bodies = [name for name in ("messages", "conversations", "prompt") if record.get(name) is not None]
     if not bodies and isinstance(objects, Mapping) and "bbox" in objects:
@@ -106,6 +107,7 @@ def _turns(record: Mapping[str, Any], form: str, sample_id: str) -> list[tuple[s
     if form == "prompt":
         # TRL's standard format has texts, its conversational format messages.
         body = [{"role": "user", "content": body}] if isinstance(body, str) else read_list(body, form, sample_id)
+        # The answer is a text or messages, like the prompt; it may also be missing (`solution`).
         completion = record.get("completion")
         if isinstance(completion, str):
             body = [*body, {"role": "assistant", "content": completion}]
@@ -115,6 +117,7 @@ def _turns(record: Mapping[str, Any], form: str, sample_id: str) -> list[tuple[s
     for number, turn in enumerate(read_list(body, form, sample_id)):
         if not isinstance(turn, Mapping):
             raise SampleError(sample_id, "field_type", f"turn {number} is no object but {turn!r:.100}")
+        # OpenAI's names of fields, or ShareGPT's.
         role = ROLES.get(str(turn.get("role", turn.get("from"))))
         content = turn.get("content", turn.get("value"))
         if role is None or content is None:
@@ -138,6 +141,7 @@ def _place_images(
     listed: Sequence[Any], turns: Sequence[tuple[str, Any]], sample_id: str
 ) -> tuple[tuple[Any, ...], list[tuple[str, Any]]]:
     """The images in the order in which they are shown, and the turns as texts with IMAGE_TAGs."""
+    # `waiting` are images of the record that no tag has taken yet. A part may also bring its own file.
     waiting, images, placed = list(listed), [], []
     for number, (role, content) in enumerate(turns):
         text = ""
@@ -169,6 +173,7 @@ class _Image:
 def _parts(content: Any, sample_id: str) -> Iterator[str | _Image]:
     """A turn's content as texts and images, in order."""
     if isinstance(content, str):
+        # Between two pieces of the text stands one tag, so every piece but the first has an image before it.
         for number, piece in enumerate(content.split(IMAGE_TAG)):
             yield from [_Image(None)] * bool(number)
             yield piece

@@ -56,10 +56,13 @@ def scan(root: Path, allow: Sequence[str], own: OwnData) -> Scan:
     Raises:
         DataError: the library cannot read the data set, its boxes cannot be what is said of them, or it has no box.
     """
+    # 1. The rows, not read yet, and one folder of image files for all splits.
     splits = _open(str(root), own.config)
     folder = ImageFolder(_image_root(root, own), own.follow_links, own.frame)
     schema, skipped, subsets, names = Schema(allow), Counter({"no_box": 0}), {}, None
+    # 2. Each split: rows without images, so that a scan of a large set reads only its texts.
     for number, (split, rows) in enumerate(splits.items()):
+        # The splits of one data set number their categories alike, so the first names found hold for all.
         names = names or _category_names(rows.features)
         reader = RecordReader("hf", own.dataset_name(root), _with_names(own, names), folder)
         look = RecordScan(reader, schema, skipped, partial(_images_of, reader.own, rows))
@@ -72,6 +75,7 @@ def scan(root: Path, allow: Sequence[str], own: OwnData) -> Scan:
             subsets[split] = entries
     if not subsets:
         raise DataError(f"root={str(root)!r}: no row has an answer with a box; not imported: {dict(skipped)}")
+    # 3. The reader of the import itself, with the names of categories found above.
     reader = RecordReader("hf", own.dataset_name(root), _with_names(own, names), folder)
     return Scan(subsets, partial(convert, reader, str(root)), folder.root, schema.report(), dict(skipped), own.frame)
 
@@ -99,6 +103,7 @@ def _open(root: str, config: str | None) -> dict[str, Any]:
     except Exception as error:  # the library raises whatever its readers run into: files, network, formats
         raise DataError(f"root={root!r}: the library datasets cannot read it: {error!s:.500}") from error
     splits = dict(found) if isinstance(found, Mapping) else {"all": found}
+    # The arrow format leaves images as bytes; the default one would decode every image.
     return {name: rows.with_format("arrow") for name, rows in splits.items()}
 
 
@@ -131,6 +136,7 @@ def _holds_bytes(kind: Any) -> bool:
     """Whether a column's type is the library's image, {"bytes", "path"}, or a list of such."""
     import pyarrow
 
+    # A column of several images is a list of structs: look at the innermost type.
     while pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
         kind = kind.value_type
     return pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
@@ -148,6 +154,7 @@ def _images_of(own: OwnData, rows: Any, row: int) -> list[Any]:
 def _category_names(features: Mapping[str, Any]) -> list[str] | None:
     """The names of the categories in `objects`, where the data set's features have them."""
     objects = features.get("objects")
+    # A list of objects is a Sequence feature, whose `feature` holds the fields; else the fields stand there themselves.
     fields = getattr(objects, "feature", objects)
     if not isinstance(fields, Mapping):
         return None

@@ -74,6 +74,7 @@ class ImageFolder:
             if data is None:
                 name, path = self._place(image, sample_id)
                 try:
+                    # The header is enough for a size: the file is not read whole.
                     file: BinaryIO = open(path, "rb")  # noqa: SIM115
                 except (OSError, ValueError) as error:
                     raise SampleError(sample_id, "missing_image", f"{name[:200]!r}") from error
@@ -130,11 +131,14 @@ class ImageFolder:
         """Refuse what is no regular file, and links that lead out. Names that no file can have pass: reading them
         says so."""
         try:
+            # lstat does not follow the link: a link must be judged by the place that it leads to.
             found = os.lstat(path)
             if stat.S_ISLNK(found.st_mode):
                 leads_out = not self._is_inside(os.path.realpath(path))
                 found = os.stat(path)
             else:
+                # A regular file may still lie behind a linked folder. Resolved once a folder, as millions of files
+                # share few folders.
                 folder = os.path.dirname(path)
                 if folder not in self._inside:
                     self._inside[folder] = self._is_inside(os.path.realpath(folder))
@@ -169,12 +173,16 @@ def find_image_root(root: Path, path: Path, names: Sequence[str], stated: str) -
     if stated:
         return Path(stated)
     names = names[:PROBED]
+    # Absolute names need no folder to be found; `_name` checks that they lie below it.
     if not names or any(map(os.path.isabs, names)):
         return root.parent if root.is_file() else root
+    # The places that Roboflow, CVAT, Label Studio and COCO itself use, relative to the annotation file.
     here, above, split = path.parent, path.parent.parent, path.stem.removeprefix("instances_")
     places = [here, here / "images", here / split]
     if not root.is_file() and here != root:
         places += [above, above / "images", above / split, above / "images" / split]
+    # The place with the most of the probed images wins; a tie is an error, because the wrong copy could have other
+    # pixels.
     held = {place: sum(file_size(place / name) is not None for name in names) for place in places}
     best = max(held.values())
     found = [place for place, count in held.items() if count == best > 0]

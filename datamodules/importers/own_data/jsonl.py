@@ -57,12 +57,14 @@ def scan(root: Path, allow: Sequence[str], own: OwnData) -> Scan:
     Raises:
         DataError: a file cannot be read as records, its boxes cannot be what is said of them, or no record has a box.
     """
+    # 1. Where image names begin, and the files of records.
     base = root.parent if root.is_file() else root
     folder = ImageFolder(Path(own.images) if own.images else base, own.follow_links, own.frame)
     reader = RecordReader("jsonl", own.dataset_name(root), own, folder)
     schema, skipped, subsets = Schema(allow), Counter({"no_box": 0}), {}
     files = annotation_files(root, own)
     names = [path.relative_to(base).with_suffix("").as_posix() for path in files]
+    # 2. Each file is one subset. Only places are kept, so memory does not grow with the records' texts.
     for number, (path, name) in enumerate(zip(files, names, strict=True)):
         # Each record's file, place in it, and line or position for people.
         entries = Spans(4)
@@ -73,6 +75,7 @@ def scan(root: Path, allow: Sequence[str], own: OwnData) -> Scan:
         look.finish(path.name)
         if len(entries):
             subsets[name] = entries
+    # 3. A file without questions is only left out, all files without any are an error.
     if not subsets:
         raise DataError(f"root={str(root)!r}: no record has an answer with a box; not imported: {dict(skipped)}")
     convert_entries = partial(convert, reader, tuple(files), tuple(names))
@@ -102,6 +105,7 @@ def _records(path: Path) -> Iterator[tuple[int, int, int, dict[str, Any] | Sampl
     Raises:
         DataError: the file cannot be read as records at all.
     """
+    # UTF-16 would look like broken JSON at every line: it is named before.
     if (first := _first(path)) is None:
         raise DataError(f"{path} is UTF-16: save it as UTF-8")
     if first == b"[":

@@ -93,6 +93,7 @@ class RecordReader:
         # 2. What is noted beside the sample, and the sample itself, checked like every other.
         answers = [answer for answer, _ in boxes]
         extra: dict[str, Any] = {"image_from": draft.image_from, "form": made.form}
+        # The record's own id is only noted: nothing guarantees that it is unique.
         if (number := self._own_id(record)) is not None:
             extra["record"] = number
         if any(clamped for _, clamped in boxes + asked):
@@ -205,6 +206,7 @@ class RecordScan:
     def finish(self, where: str) -> None:
         """Raise DataError where the boxes contradict the box format, or none is known. Forget the kept records."""
         # Records of several forms may say different things: each kind is compared with its own.
+        # The scan reads image headers only here, for at most CHECKED records of the file.
         by_coordinates: dict[Coordinates | None, list[Written]] = {}
         for kept in self.drawn.kept:
             written = by_coordinates.setdefault(kept.coordinates, [])
@@ -217,6 +219,7 @@ class RecordScan:
         for coordinates, written in by_coordinates.items():
             fits = refuse_misfits(where, written, coordinates, own.resized_limits, own.max_misfits)
             self.schema.counts[fits_title(where, written, coordinates)].update(fits)
+        # The next file begins with an empty reservoir: each file is judged alone.
         self.drawn = Reservoir()
 
     def _skip(self, rule: str) -> bool:

@@ -66,6 +66,7 @@ class OwnData:
     def problems(self) -> Problems:
         """Every statement that cannot be."""
         problems, limits = Problems("own."), self.resized_limits
+        # The limits and the format need each other: either alone is a mistake.
         needed = self.box_format == "resized_pixels"
         problems.require(
             needed == (limits is not None),
@@ -76,6 +77,7 @@ class OwnData:
         sound = limits is None or (len(limits) == 2 and 0 < limits[0] <= limits[1])
         problems.require(sound, "must be two numbers of pixels, the smaller one first", resized_limits=limits)
         for text in self.questions:
+            # A second brace, such as "{0}" or "{name}", would make str.format fail in the middle of an import.
             once = text.count("{}") == text.count("{") == text.count("}") == 1
             problems.require(once, "must hold {} once, where the category stands", questions=text)
         problems.require(not self.images or Path(self.images).is_dir(), "is no folder", images=self.images)

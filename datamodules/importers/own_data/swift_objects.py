@@ -43,6 +43,7 @@ def fill_objects(
     """
     if not isinstance(objects, Mapping):
         raise SampleError(sample_id, "field_type", f"objects is no object with ref and bbox but {objects!r:.100}")
+    # 1. The entries: phrases, boxes, and the format of the boxes.
     kind = objects.get("bbox_type") or "real"
     if kind not in ("real", "norm1"):
         raise SampleError(sample_id, "bbox_type", f"objects.bbox_type is {kind!r:.50}, neither real nor norm1")
@@ -50,12 +51,15 @@ def fill_objects(
     boxes = [
         json.dumps(read_numbers(box, sample_id)) for box in read_list(objects.get("bbox"), "objects.bbox", sample_id)
     ]
+    # A tag inside a phrase would be filled in its turn, and shift all entries after it.
     if tagged := [ref for ref in refs if any(tag in ref for tag in (REF_TAG, BOX_TAG, IMAGE_TAG))]:
         raise SampleError(sample_id, "ref_count", f"objects.ref holds a tag: {tagged[0]!r:.100}")
+    # 2. Tags and entries must agree in number over the whole record: else a box would land at another phrase.
     texts = [text if isinstance(text, str) else str(text) for pair in pairs for _, text in pair]
     for tag, values, rule in ((REF_TAG, refs, "ref_count"), (BOX_TAG, boxes, "bbox_count")):
         if (found := sum(text.count(tag) for text in texts)) != len(values):
             raise SampleError(sample_id, rule, f"{found} tags {tag} for {len(values)} in objects")
+    # 3. The image of each box. Without `image_id`, ms-swift puts "real" boxes into image 0.
     ids = read_image_ids(objects.get("image_id"), sample_id)
     if ids is not None and len(ids) != len(boxes):
         raise SampleError(sample_id, "image_id", f"objects.image_id has {len(ids)} numbers for {len(boxes)} boxes")
@@ -70,6 +74,7 @@ def _fill_tags(
     texts: Sequence[str], refs: Sequence[str], boxes: Sequence[str], ids: tuple[int, ...] | None
 ) -> Iterator[Exchange]:
     """Exchanges of texts (question, answer, question, …) with phrases and boxes in the places of their tags."""
+    # `done` counts the boxes used so far; `label` is the last phrase asked for, also in an earlier turn.
     done, label = 0, ""
     refs_left, boxes_left = iter(refs), iter(boxes)
     for question, answer in zip(texts[::2], texts[1::2], strict=True):

@@ -94,6 +94,7 @@ def read_coco(path: Path, schema: Schema, more: Mapping[str, Mapping[str, Kinds]
             continue
         where = f"{path.name}: {item.key}[{counts[item.key]}]"
         counts[item.key] += 1
+        # Checked while it is streamed: only the fields that are needed stay in memory.
         optional = _OPTIONAL[item.key] | dict((more or {}).get(item.key, {}))
         schema.check(item.key, item.value, where, _REQUIRED[item.key], optional)
         _keep(coco, item.key, item.value, where)
@@ -105,6 +106,7 @@ def read_coco(path: Path, schema: Schema, more: Mapping[str, Mapping[str, Kinds]
 
 def _keep(coco: CocoFile, key: str, value: dict[str, Any], where: str) -> None:
     if key == "images":
+        # Boxes are divided by these sides later.
         if min(value["width"], value["height"]) < 1:
             raise ValueError(f"{where}: width={value['width']}, height={value['height']}")
         refuse_repeated(value["id"], coco.images, where)
@@ -116,6 +118,7 @@ def _keep(coco: CocoFile, key: str, value: dict[str, Any], where: str) -> None:
         box = value["bbox"]
         if len(box) != 4 or not all(isinstance(number, int | float) for number in box):
             raise ValueError(f"{where}: field 'bbox' should be four numbers, found {box!r:.200}")
+        # The id is optional: without one, the position names the annotation in messages.
         number = value.get("id", len(coco.annotations))
         if "id" in value:
             refuse_repeated(number, coco.ids, where)
@@ -132,9 +135,11 @@ def single_box_entries(
     `related` maps a category to those that an image may not show beside it; `folder` stands before image names. What is
     no question is counted in `skipped`.
     """
+    # 1. Boxes by image, then by category: [image][category] -> annotations.
     boxes: defaultdict[int | str, defaultdict[int, list[Annotation]]] = defaultdict(lambda: defaultdict(list))
     for annotation in coco.annotations:
         boxes[annotation.image][annotation.category].append(annotation)
+    # 2. A question needs one right answer: exactly one box, no crowd, and no related class beside it.
     entries = []
     for image, by_category in boxes.items():
         name, size = coco.images[image]
@@ -162,10 +167,12 @@ def _sample(source: str, entry: Entry) -> Sample:
     phrase = " ".join(entry.phrase.split()).rstrip(".?! ")
     if not phrase:
         raise SampleError(entry.id, "empty_phrase", f"{entry.phrase!r} names nothing")
+    # As pixels such a box would be a dot in the corner, and pass every other check.
     if is_unit_xywh(entry.box, entry.size):
         detail = f"bbox={list(entry.box)} of {entry.size[0]}x{entry.size[1]} pixels is in 0-1, where COCO means pixels"
         raise SampleError(entry.id, "box_in_unit", detail)
     box, clamped = from_pixels_xywh(entry.box, entry.size)
+    # A hash of the id: the same sample has the same wording in every import.
     wording = QUESTIONS[hashlib.sha256(entry.id.encode()).digest()[0] % len(QUESTIONS)]
     return Sample.from_json(
         {

@@ -50,6 +50,7 @@ class Schema:
                     f"{where}: unknown field {name!r} = {record[name]!r:.200}; if it does not matter, admit it by"
                     f" --allow '[{json.dumps(str(name))}]'"
                 )
+        # Counted after the check: a record with a surprise stops the import and is no part of the report.
         self.keys[kind].update(record.keys())
         self.first.setdefault(kind, record)
 

@@ -25,9 +25,11 @@ def load_images(sample: Sample, image_root: Path, frame: Frame | None = None) ->
     "turned_image" (EXIF turns it when shown, and `frame` is None); "image_size" (not the width and height that
     `extra["sizes"]`, the source's own, says its boxes are in).
     """
+    # 1. The files' bytes, and a look at each header.
     paths = [os.path.join(image_root, name) for name in sample.images]
     files = [read_image_file(path, sample.id) for path in paths]
     headers = read_headers(sample.id, paths, files, frame)
+    # 2. The annotation's sizes, compared in the frame of the boxes and then noted in the frame shown.
     sizes = list(sample.extra.get("sizes", [None] * len(sample.images)))
     for index, header in enumerate(headers):
         if sizes[index] is not None:
@@ -66,6 +68,7 @@ def read_headers(
 
 def turn_upright(loaded: LoadedSample, headers: Sequence[Header], frame: Frame | None) -> LoadedSample:
     """The sample with boxes of stored pixels (`frame` "stored") made boxes of the images as they are shown."""
+    # Orientation 1 is upright; 2-8 are the turns and flips of EXIF.
     turned = {index: header.orientation for index, header in enumerate(headers) if header.orientation != 1}
     if not turned or frame != "stored":
         return loaded

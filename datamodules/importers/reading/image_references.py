@@ -37,6 +37,7 @@ def named_images(text: str, num_images: int, sample_id: str) -> list[tuple[int, 
     found = []
     for match in _IMAGE.finditer(text):
         word = (match[1] or match[2]).lower()
+        # Words count from "first"; digits count from 1, with or without "th".
         index = ORDINALS.index(word) if word in ORDINALS else int(re.sub(r"\D", "", word)) - 1
         if not 0 <= index < num_images:
             raise SampleError(sample_id, "image_index", f"{match.group()!r} of {num_images} images")
@@ -64,15 +65,19 @@ def bind(
     matches = list(BOX.finditer(answer))
     if not matches:
         raise SampleError(sample_id, "no_box", f"the answer is {answer!r:.150}")
+    # 1. The surest sources: a single image, a fixed rule of the task, the answer's own words.
     named = named_images(answer, num_images, sample_id)
     images, source = _images(matches, named, num_images, fixed)
+    # 2. Tracking lists one box a frame. A box in the question marks the first frame, whose box is not answered.
     if not images and in_order and len(matches) > 1:
         first = 1 if BOX.search(question) else 0
         if len(matches) == num_images - first:
             images, source = list(range(first, num_images)), "order"
+    # 3. One box without words in the answer: the question's last named image, else the task's silent rule.
     if not images and len(matches) == 1:
         asked = named_images(question, num_images, sample_id)
         images, source = ([asked[-1][1]], "question") if asked else ([silent], "silent")
+    # 4. What is unknown or contradicts itself is rejected, so that no wrong target is trained on.
     if not images or images[0] is None or max(images) >= num_images:
         raise SampleError(sample_id, "image_unknown", f"no image is named: {question[-100:]!r} -> {answer!r:.100}")
     if source != "answer" and not {image for _, image in named} <= set(images):
@@ -92,6 +97,7 @@ def _images(
         return [fixed] * len(matches), "fixed"
     if named and named[0][0] < matches[0].start():
         places = [place for place, _ in named]
+        # `named` is sorted by place: bisect gives the last image named before each box.
         return [named[bisect_left(places, match.start()) - 1][1] for match in matches], "answer"
     return [], ""
 

@@ -57,6 +57,7 @@ class _Stream:
             yield from self.array("")
         else:
             yield from self.members()
+        # Anything behind the top-level value means a broken or joined file.
         if self.peek():
             raise self.fault("the end of the file")
 
@@ -66,6 +67,7 @@ class _Stream:
             self.place += 1
             return
         while True:
+            # A member: key, colon, then an array that is streamed or any other value whole.
             key = self.value("").value
             if not isinstance(key, str) or self.peek() != ":":
                 raise self.fault("a key and a colon")
@@ -116,6 +118,7 @@ class _Stream:
                     raise self.fault("a JSON value") from None
             except RecursionError:
                 raise self.fault("a value of less depth") from None
+        # The window is latin-1: a text with other characters was misread and is decoded again as UTF-8.
         start, piece = self.place, self.text[self.place : end]
         if not piece.isascii():
             value = self.redecode(piece)
@@ -130,6 +133,7 @@ class _Stream:
 
     def more(self) -> bool:
         """Widen the window by what it holds still unread, at least a chunk; False at the end of the file."""
+        # Reading at least as much as is left doubles the window: a long item costs linear time, not quadratic.
         rest = self.text[self.place :]
         read = b"" if self.ended else self.file.read(max(CHUNK, len(rest)))
         self.ended = not read

@@ -51,6 +51,7 @@ class Spans(Sequence):
 
     def __init__(self, width: int = 2) -> None:
         self.width = width
+        # "q" is a signed 64-bit integer: files are larger than 4 GB, and an array has no object for each number.
         self.numbers = array("q")
 
     def append(self, *row: int) -> None:
