@@ -34,7 +34,7 @@ from datamodules.importers.run_import import Settings, Workers, check_part, forg
 from datamodules.importers.tally import Tally
 from datamodules.persistence.files import fingerprint, read_json, write_atomic, write_json
 from datamodules.persistence.processes import ProcessLost
-from datamodules.streaming.shards import MANIFEST, read_manifest, write_manifest
+from datamodules.streaming.manifest import MANIFEST, read_manifest, write_manifest
 from experiments.runs import preflight, run_identity
 from experiments.runs.changes import MadeOf
 from experiments.runs.commands import command

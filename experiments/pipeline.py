@@ -23,7 +23,8 @@ from callbacks import preemption
 from datamodules.benchmarks import mig_bench
 from datamodules.metrics.result_files import RESULT, read_result, result_folder
 from datamodules.persistence.source_code import class_modules
-from datamodules.streaming.shards import folder_list
+from datamodules.streaming.shard_sources import source_list
+from datamodules.streaming.url_openers import FetchError
 from experiments.evaluation.evaluation_settings import PHASE_FOLDER, read_settings
 from experiments.reports import pipeline_report
 from experiments.runs import preflight, run_identity
@@ -120,7 +121,7 @@ class Pipeline:
         command += ["--experiment", self.folder.name, "--phase", stage, "--outputs", str(self.folder.parent)]
         command += ["--seed_everything", str(self.seed), *shlex.split(self.overrides.get(stage, ""))]
         settings = yaml.safe_load(Path(config).read_text())
-        inputs = (config, model, *folder_list(settings["data"]["shards"]))
+        inputs = (config, model, *source_list(settings["data"]["shards"]))
         return Step(
             title=f"{stage}: training",
             marker=self.folder / stage / "trained.json",
@@ -250,7 +251,7 @@ def main(args: list[str] | None = None) -> None:
     preemption.requeue_at_once()  # between two steps
     try:
         auto_cli(run, as_positional=False, args=spell_out(args))
-    except (preflight.SettingsError, run_identity.OtherVersion, CodeChanged) as error:
+    except (preflight.SettingsError, run_identity.OtherVersion, CodeChanged, FetchError) as error:
         sys.exit(str(error))
 
 

@@ -35,8 +35,11 @@ from datamodules.persistence.problems import Problems
 from datamodules.persistence.source_code import source_code
 from datamodules.samples.boxes import image_sizes_from_json
 from datamodules.samples.sample import SampleError
+from datamodules.streaming.manifest import MANIFEST
 from datamodules.streaming.path_fingerprint import path_fingerprint
-from datamodules.streaming.shards import MANIFEST, ShardReader, folder_list
+from datamodules.streaming.shard_reader import ShardReader
+from datamodules.streaming.shard_sources import source_list
+from datamodules.streaming.url_openers import FetchError
 from experiments.runs import preflight, run_identity
 from experiments.runs.changes import CodeChanged, MadeOf, choice_of, spell_out
 from experiments.runs.commands import command
@@ -101,7 +104,7 @@ def synthesize(
     """
     # 1. Settings: all problems at once, before anything is started.
     sampling, prices = sampling or Sampling(), prices or Prices()
-    folders = folder_list(questions)
+    folders = source_list(questions)
     problems = _problems(folders, endpoint, threshold, limit)
     pixels = (min_pixels, max_pixels, max_image_pixels, max_sample_pixels)
     form = _form(model_family, endpoint.model, problems, before_image, *pixels)
@@ -247,7 +250,9 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of `make synthesize`."""
     try:
         auto_cli(synthesize, as_positional=False, args=spell_out(args))
-    except (preflight.SettingsError, CodeChanged, EndpointMisused, EndpointUnavailable, ModelError) as error:
+    except (preflight.SettingsError, CodeChanged, ModelError, FetchError) as error:
+        sys.exit(str(error))
+    except (EndpointMisused, EndpointUnavailable) as error:
         sys.exit(str(error))
     except SampleError as error:  # a question that could be read when it was sent can no longer be read
         sys.exit(f"{error}. The responses are kept: repair the shards, and the same command continues with them")

@@ -33,6 +33,7 @@ from datamodules.persistence.files import StorageError, write_atomic
 from datamodules.persistence.problems import collect_problems
 from datamodules.samples.boxes import BoxFormat
 from datamodules.streaming.stream import UnusableData
+from datamodules.streaming.url_openers import FetchError
 from datamodules.streaming.workers import WorkersFailed
 from experiments.runs import metrics_csv, preflight, run_identity, wandb_runs
 from experiments.runs.changes import Choice, CodeChanged, take_choice
@@ -270,7 +271,7 @@ def main(args: list[str] | None = None) -> None:
             print(rolled_back, flush=True)
         except (preflight.SettingsError, run_identity.OtherVersion, CodeChanged, RunStopped) as reason:
             sys.exit(str(reason))
-        except (UnusableData, WorkersFailed, ModelError) as reason:
+        except (UnusableData, FetchError, WorkersFailed, ModelError) as reason:
             sys.exit(str(reason))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from datamodules.streaming.shards import folder_list, read_manifest
+from datamodules.streaming.shard_sources import read_shards, source_list
+from datamodules.streaming.url_openers import FetchError
 
 SHARDED = "sharded (FSDP2)"
 REFUSED_STRATEGIES = {
@@ -34,9 +35,9 @@ def raise_all(faults: Sequence[str]) -> None:
         raise SettingsError("these settings cannot be run:\n" + "\n".join(f"  - {fault}" for fault in faults))
 
 
-def shard_folders(settings: Mapping) -> list[str]:
-    """data.shards as a list."""
-    return folder_list(settings["data"]["shards"])
+def shard_list(settings: Mapping) -> list[str]:
+    """The sources of data.shards as a list."""
+    return source_list(settings["data"]["shards"])
 
 
 def seed_faults(seed: object) -> list[str]:
@@ -48,8 +49,8 @@ def training_faults(settings: Mapping) -> list[str]:
     """What is wrong with a training run's resolved configuration, each fault naming the field and its value."""
     model = settings["model"]["init_args"]
     faults = model_faults(model["model"])
-    for folder in shard_folders(settings):
-        faults += shard_faults(folder)
+    for source in shard_list(settings):
+        faults += shard_faults(source)
     for name in ("experiment", "phase"):
         if not settings[name] or Path(settings[name]).name != settings[name]:
             faults.append(f"{name}={settings[name]!r} must be a plain folder name")
@@ -61,6 +62,9 @@ def training_faults(settings: Mapping) -> list[str]:
         if name in str(strategy).lower():
             faults.append(f"trainer.strategy={strategy!r}: {reason}; use ddp or {SHARDED}")
     for callback in settings["trainer"].get("callbacks") or []:
+        if callback["class_path"].endswith(".RejectionSampling") and isinstance(settings["data"]["shards"], Mapping):
+            reason = "the prompts that it keeps are one source; give the sources as a list"
+            faults.append(f"RejectionSampling: data.shards has weights, but {reason}")
         elsewhere = callback.get("init_args", {}).get("dirpath")
         if elsewhere is not None and callback["class_path"].endswith(".WindowCheckpoint"):
             reason = "a run goes on from checkpoints/ in its phase's folder, and looks nowhere else"
@@ -85,10 +89,10 @@ def model_faults(path: str) -> list[str]:
     return []
 
 
-def shard_faults(folder: str) -> list[str]:
-    """Faults of one shard folder: absent, without a manifest, or empty."""
+def shard_faults(source: str) -> list[str]:
+    """Faults of one source of shards: absent, without a manifest, not to be reached, or empty."""
     try:
-        manifest = read_manifest(folder)
-    except (ValueError, OSError) as error:
-        return [f"data.shards={folder!r}: {error}"]
-    return [] if manifest["count"] else [f"data.shards={folder!r}: the manifest counts no sample"]
+        shards = read_shards(source)
+    except (ValueError, OSError, FetchError) as error:
+        return [f"data.shards={source!r}: {error}"]
+    return [] if any(shard.count for shard in shards) else [f"data.shards={source!r}: the manifest counts no sample"]

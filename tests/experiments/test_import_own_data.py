@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from datamodules.persistence.files import read_json
-from datamodules.streaming.shards import ShardReader
+from datamodules.streaming.shard_reader import ShardReader
 from experiments import evaluate, import_shards, train
 from tests.datamodules.importers.own_data import own_files, test_coco
 from tests.datamodules.importers.own_data.own_files import SIZES, numbers, true_boxes
