@@ -14,9 +14,8 @@ from datamodules.encoding.encoder import EncodedSample, Encoder
 from datamodules.multi_image import encode_for_training
 from datamodules.persistence.problems import Problems
 from datamodules.samples.sample import Rejections, SampleError
-from datamodules.streaming.manifest import read_manifest
 from datamodules.streaming.prefetch import prefetch
-from datamodules.streaming.shards import ShardReader, folder_list
+from datamodules.streaming.shard_reader import ShardReader
 from lightning_modules.metrics.token_loss import TokenLoss
 from lightning_modules.training.progress import is_last_batch
 
@@ -63,11 +62,9 @@ class HeldOutLoss(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open the shards before any weights are read. Raises ValueError for a folder that holds none."""
-        manifests = [read_manifest(folder) for folder in folder_list(self.shards)]
+        declared = [shard for source in source_list(self.shards) for shard in read_shards(source)]
         # The tasks must be equal on all ranks, whichever samples a rank reads.
-        self.tasks = tuple(
-            sorted({task for found in manifests for shard in found["shards"] for task in shard["tasks"]})
-        )
+        self.tasks = tuple(sorted({task for shard in declared for task in shard.tasks}))
         self._reader = ShardReader(self.shards)
         count = min(self.limit or self._reader.count, self._reader.count)
         self._numbers = [place * self._reader.count // count for place in range(count)]

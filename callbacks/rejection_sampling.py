@@ -75,7 +75,7 @@ class RejectionSampling(Callback):
             trainer.global_rank,
             trainer.world_size,
             trainer.strategy.barrier,
-            data.verify_shards,
+            data.shard_reader,
         )
         # 5. Share a new choice with other runs.
         if self.shared and folder != shared:

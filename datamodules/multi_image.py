@@ -14,8 +14,13 @@ from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
 from datamodules.samples.boxes import BoxFormat, BoxFormatName
 from datamodules.samples.sample import LoadedSample, Rejections, SampleError
 from datamodules.samples.scores import require_box
-from datamodules.streaming.shards import ShardReader
-from datamodules.streaming.stream import WORKER_SECONDS, BatchLoader, ShardStream, num_samples_held
+from datamodules.streaming.epoch_order import Order
+from datamodules.streaming.remote_cache import CacheSettings
+from datamodules.streaming.resumable_loader import WORKER_SECONDS, BatchLoader, num_samples_held
+from datamodules.streaming.shard_reader import ShardReader
+from datamodules.streaming.shard_sources import mixing_weights, source_faults
+from datamodules.streaming.stream import ShardStream
+from datamodules.streaming.url_openers import FetchError
 from datamodules.streaming.workers import WorkersFailed, check_room, largest_pixels
 
 logger = logging.getLogger(__name__)
@@ -34,13 +39,15 @@ def encode_for_training(encoder: Encoder, loaded: LoadedSample) -> EncodedSample
 
 
 class MultiImageData(LightningDataModule):
-    """Training batches from folders of shards.
+    """Training batches from shards, on this machine or remote.
 
     The LightningModule calls `mark_trained(batch)` when it has used a batch. A run that resumes from a checkpoint goes
     on with the batch after the last one that was marked.
 
     Args:
-        shards: folder of shards, or a list of folders.
+        shards: a source of shards (a folder, a brace list, a URL, a command: `streaming/shard_sources.py`), a list of
+            sources, or a mapping {source: weight} that mixes them. A remote shard that cannot be fetched ends the run
+            with FetchError.
         processor: folder or Hub name of the model's processor.
         box_format: the meaning of the numbers that the model reads and writes.
         style: the text after the question (`PromptStyle`).
@@ -48,7 +55,9 @@ class MultiImageData(LightningDataModule):
         num_workers: processes that encode samples; 0 encodes in this process. If a worker dies, is stopped, or cannot
             hand over its samples, the run ends with WorkersFailed.
         seed: seed of the order of samples.
-        shuffle_buffer: number of samples in the buffer in which the order is shuffled.
+        shuffle_buffer: number of samples in the buffer, or in one block, in which the order is shuffled.
+        order: "buffer" draws the next sample at random from the buffer; "block" shuffles one block after the other, so
+            that few shards are needed at a time.
         with_target: encode the target of supervised training too.
         max_prompt_tokens: a sample with a longer prompt, images included, is rejected.
         max_completion_tokens: a sample with a longer target is rejected.
@@ -59,11 +68,13 @@ class MultiImageData(LightningDataModule):
         strict: raise the error of the first rejected sample, instead of counting rejected samples.
         verify_shards: compare the sha256 of each shard with its manifest when the shard is first read.
         worker_timeout: seconds that a worker may take for one sample.
+        cache: folder for remote shards, shared by the runs of a machine; null is ~/.cache/multi-image-grounding/shards.
+        cache_gib: the largest size of that folder, in GiB; the shards that were not used for the longest time go first.
     """
 
     def __init__(
         self,
-        shards: str | list[str],
+        shards: str | list[str] | dict[str, float],
         processor: str,
         box_format: BoxFormatName = "absolute_pixels",
         style: Literal["think", "answer", "plain", "official"] = "think",
@@ -71,6 +82,7 @@ class MultiImageData(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         shuffle_buffer: int = 10_000,
+        order: Order = "buffer",
         with_target: bool = True,
         max_prompt_tokens: int = 4096,
         max_completion_tokens: int = 1024,
@@ -81,19 +93,21 @@ class MultiImageData(LightningDataModule):
         strict: bool = False,
         verify_shards: bool = True,
         worker_timeout: float = WORKER_SECONDS,
+        cache: str | None = None,
+        cache_gib: float = 100.0,
     ) -> None:
         super().__init__()
         # All wrong settings are reported together, before anything is loaded.
         low = {"batch_size": (batch_size, 1), "num_workers": (num_workers, 0), "shuffle_buffer": (shuffle_buffer, 1)}
         faults = [f"{name}={value} is below {least}" for name, (value, least) in low.items() if value < least]
-        if not worker_timeout > 0:
-            faults.append(f"worker_timeout={worker_timeout} must be greater than 0")
-        if not shards:
-            faults.append(f"shards={shards!r} names no folder")
+        above = {"worker_timeout": worker_timeout, "cache_gib": cache_gib}
+        faults += [f"{name}={value} must be greater than 0" for name, value in above.items() if not value > 0]
+        faults += source_faults(shards)
         if faults:
             raise ValueError("; ".join(faults))
         self.shards, self.batch_size, self.num_workers = shards, batch_size, num_workers
-        self.seed, self.shuffle_buffer = seed, shuffle_buffer
+        self.seed, self.shuffle_buffer, self.order = seed, shuffle_buffer, order
+        self.cache, self.cache_gib = cache, cache_gib
         self.verify_shards, self.worker_timeout = verify_shards, worker_timeout
         self.rejections = Rejections(strict)
         self.encoder = Encoder(
@@ -143,6 +157,8 @@ class MultiImageData(LightningDataModule):
         """Record that `batch` has been used: `state_dict` now says that training goes on after it."""
         assert self._loader is not None, "the batch does not come from train_dataloader"
         self._loader.mark_trained(batch)
+        if shares := self._loader.shares():
+            self.trainer.lightning_module.log_dict({f"data/share_{k}": share for k, share in enumerate(shares)})
 
     def reorder(self, number: int) -> None:
         """Continue with order `number` of the samples; the run begins with order 0.
@@ -167,15 +183,38 @@ class MultiImageData(LightningDataModule):
         if self._loader is not None:
             self._loader.report()
 
+    def shard_reader(self) -> ShardReader:
+        """A reader of all sources, by the number of a sample.
+
+        Raises:
+            ValueError: a source or its manifest is not usable.
+            FetchError: a manifest cannot be fetched.
+        """
+        ranks = getattr(self.trainer, "num_devices", 1) if self.trainer else 1  # of this machine: they fill one cache
+        cache = CacheSettings(self.cache, self.cache_gib, sharers=ranks)
+        return ShardReader(self.shards, self.verify_shards, cache=cache)
+
     def _stream(self) -> ShardStream:
         """The endless stream of this rank's samples, encoded."""
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        reader = ShardReader(self.shards, self.verify_shards)
-        encode = partial(encode_for_training, self.encoder)
-        return ShardStream(reader, encode, self.seed, rank, world_size, self.shuffle_buffer)
+        reader = self.shard_reader()
+        return ShardStream(
+            reader,
+            partial(encode_for_training, self.encoder),
+            self.seed,
+            rank,
+            world_size,
+            self.shuffle_buffer,
+            reader.fetching_ahead if reader.has_remote else None,
+            order=self.order,
+            weights=mixing_weights(self.shards),
+            spans=reader.spans,
+        )
 
     def _mean_pixels(self) -> int:
         """Mean number of bytes of a sample's pixel values, over the first samples; 0 if none of them is usable."""
-        values = (slot.value for slot in self._stream().window(0, 0, NUM_MEASURED))
+        values = [slot.value for slot in self._stream().window(0, 0, NUM_MEASURED)]
+        if failed := [value for value in values if isinstance(value, FetchError)]:
+            raise failed[0]
         sizes = [value.pixel_values.nbytes for value in values if not isinstance(value, SampleError)]
         return sum(sizes) // max(1, len(sizes))

@@ -31,7 +31,7 @@ from datamodules.importers.registry import OWN_DATA, VERSION
 from datamodules.importers.run_import import Settings, Workers, check_part, forget_parts, import_part, outcomes
 from datamodules.importers.tally import Tally
 from datamodules.persistence.files import fingerprint, read_json, write_atomic, write_json
-from datamodules.streaming.shards import MANIFEST, read_manifest, write_manifest
+from datamodules.streaming.manifest import MANIFEST, read_manifest, write_manifest
 from experiments.runs import preflight, run_identity
 from experiments.runs.changes import MadeOf
 from experiments.runs.commands import command

@@ -16,7 +16,8 @@ from datamodules.encoding.messages import PromptStyle
 from datamodules.persistence.files import read_json, write_atomic
 from datamodules.samples.boxes import BoxFormat
 from datamodules.samples.sample import LoadedSample, SampleError
-from datamodules.streaming.shards import ShardReader
+from datamodules.streaming.shard_reader import ShardReader
+from datamodules.streaming.url_openers import FetchError
 from experiments.reports.samples_page import Shown, count_tables, rejection_tables, render_samples
 from experiments.runs.commands import command
 from experiments.runs.usage_errors import PlainParser
@@ -102,7 +103,7 @@ def main(args: list[str] | None = None) -> None:
     options = vars(parser.parse_args(args))
     try:
         print(f"wrote {inspect(**options)}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FetchError) as error:
         sys.exit(f"nothing to inspect: {error}")
 
 

@@ -23,7 +23,7 @@ from datamodules.benchmarks import mig_bench
 from datamodules.metrics.result_files import RESULT, read_result, result_folder
 from datamodules.persistence.durations import in_words
 from datamodules.persistence.source_code import class_modules
-from datamodules.streaming.shards import folder_list
+from datamodules.streaming.shard_sources import source_list
 from experiments.evaluation.evaluation_settings import PHASE_FOLDER, read_settings
 from experiments.reports import pipeline_report
 from experiments.runs import preflight, run_identity
@@ -123,7 +123,7 @@ class Pipeline:
         command += ["--seed_everything", str(self.seed), *shlex.split(self.overrides.get(stage, ""))]
         settings = yaml.safe_load(Path(config).read_text())
         given = [word.partition("=")[2] for word in command if word.startswith("--data.shards=")]
-        inputs = (config, model, *folder_list(given[-1] if given else settings["data"]["shards"]))
+        inputs = (config, model, *source_list(given[-1] if given else settings["data"]["shards"]))
         return Step(
             title=f"{stage}: training",
             marker=self.folder / stage / "trained.json",

@@ -34,8 +34,10 @@ from datamodules.persistence.problems import Problems
 from datamodules.persistence.source_code import source_code
 from datamodules.samples.boxes import BoxFormat, image_sizes_from_json
 from datamodules.samples.sample import SampleError
+from datamodules.streaming.manifest import MANIFEST
 from datamodules.streaming.path_fingerprint import path_fingerprint
-from datamodules.streaming.shards import MANIFEST, ShardReader, folder_list
+from datamodules.streaming.shard_reader import ShardReader
+from datamodules.streaming.shard_sources import source_list
 from experiments.runs import preflight, run_identity
 from experiments.runs.changes import MadeOf, choice_of, spell_out
 from experiments.runs.commands import command
@@ -106,7 +108,7 @@ def synthesize(
     """
     # 1. Settings: all problems at once, before anything is started.
     sampling, prices = sampling or Sampling(), prices or Prices()
-    folders = folder_list(questions)
+    folders = source_list(questions)
     problems = _problems(folders, endpoint, threshold, limit)
     pixels = (min_pixels, max_pixels, max_image_pixels, max_sample_pixels)
     form = _form(model_family, endpoint.model, problems, as_trained, before_image, *pixels)

@@ -12,7 +12,7 @@ from pathlib import Path
 from datamodules.benchmarks.base import PAPER, Benchmark, Rule
 from datamodules.samples.sample import BoxesAnswer, LoadedSample, Rejections, Sample, SampleError
 from datamodules.streaming.manifest import MANIFEST
-from datamodules.streaming.shards import ShardReader
+from datamodules.streaming.shard_reader import ShardReader
 
 PREFIX = "shards-"  # of the names of such benchmarks
 RULE = Rule(source=PAPER + ", mean over tasks")

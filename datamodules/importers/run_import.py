@@ -26,7 +26,8 @@ from datamodules.importers.tally import Tally
 from datamodules.persistence.files import read_json, write_json
 from datamodules.persistence.processes import end_with_parent, process_pool
 from datamodules.samples.sample import BoxAnswer, LoadedSample, SampleError
-from datamodules.streaming.shards import ShardFile, write_manifest
+from datamodules.streaming.manifest import write_manifest
+from datamodules.streaming.shard_writer import ShardFile
 
 PARTS = ".parts"
 MIN_JUDGED = 500  # samples seen before the share of rejected ones is judged
@@ -68,8 +69,10 @@ class Workers:
 
     def __enter__(self) -> Workers:
         if self.processes > 1:
-            # spawn: workers inherit no lock and no memory from this process.
-            context = multiprocessing.get_context("spawn")
+            # Workers inherit no lock and no memory from this process. A server forks them that has imported what writes
+            # shards: webdataset loads torch, which takes seconds and hundreds of megabytes, here once for all.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["webdataset", __name__])
             pool = process_pool(self.processes, mp_context=context, initializer=end_with_parent)
             self.pool = self._stack.enter_context(pool)
         return self

@@ -36,13 +36,15 @@ def end_with_parent(parent: int | None = None, delay: float = 0.0) -> None:
             if this process asks the system, a parent that has died already goes unnoticed.
         delay: seconds between the end of the parent and the end of this process.
     """
+    known = multiprocessing.parent_process() if parent is None else None
     if parent is None:
-        known = multiprocessing.parent_process()
         parent = os.getppid() if known is None else known.pid
+    # A fork server stands between a worker and its parent, and lives as long as any worker does.
+    by_server = known is not None and os.getppid() != parent
 
     def watch() -> None:
         # The system gives an orphan another parent, so a changed parent id means that the parent is gone.
-        while os.getppid() == parent:
+        while known.is_alive() if by_server else os.getppid() == parent:
             time.sleep(POLL_SECONDS)
         time.sleep(delay)
         print(f"\nprocess {parent}, which started this one, is gone: it ends too", file=sys.stderr, flush=True)
@@ -134,12 +136,28 @@ class ChildWatch:
         for pid in [pid for pid in self.pids() if pid is not None]:
             state, parent = process_state(pid)
             fault = self.clock.fault(pid, state)
-            if fault and parent == os.getpid():  # the system may have given the id to another process
+            if fault and self.is_child(pid, parent):
                 self.give_up(pid, fault)
+
+    def is_child(self, pid: int, parent: int) -> bool:
+        """Whether `pid`, a process whose parent is `parent`, is still a child: the system may have reused the id."""
+        return parent == os.getpid()
 
     def _watch(self) -> None:
         while not self._stop.wait(POLL_SECONDS):
             self.look()
+
+
+class _PoolWatch(ChildWatch):
+    """Watches a pool's workers. The parent of a worker may be a fork server's process."""
+
+    def __init__(self, pool: ProcessPoolExecutor) -> None:
+        super().__init__(lambda: tuple(pool._processes or ()))  # the pool starts workers as it needs them
+        self.pool = pool
+
+    def is_child(self, pid: int, parent: int) -> bool:
+        worker = (self.pool._processes or {}).get(pid)
+        return super().is_child(pid, parent) or (worker is not None and worker.is_alive())
 
 
 @contextmanager
@@ -150,7 +168,7 @@ def process_pool(processes: int, **settings: Any) -> Iterator[ProcessPoolExecuto
         ProcessLost: a worker has died, or was stopped for too long.
     """
     pool = ProcessPoolExecutor(processes, **settings)
-    with ChildWatch(lambda: tuple(pool._processes or ())) as watch:  # the pool starts workers as it needs them
+    with _PoolWatch(pool) as watch:
         try:
             with pool:
                 yield pool

@@ -3,25 +3,32 @@
     {"version": 1, "count": 2000, "shards": [
         {"name": "shard-00000.tar", "count": 1000, "bytes": 219340800, "sha256": "9f…", "tasks": {"diff": 1000}}, …]}
 
-Anybody may have written or damaged the file: every field is checked before any is used.
+Anybody may have written or damaged the file: every field is checked before any is used. The names are relative names of
+files: none leads out of the manifest's folder, to another host, or to a command.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from datamodules.persistence.files import write_atomic
 from datamodules.persistence.strict_json import refuse_constant, unique_keys
+from datamodules.streaming.url_openers import Refused, open_url, read_some, retry, scheme_of
 
 MANIFEST = "manifest.json"
 VERSION = 1
 MOST = 2**53  # of any count or size: no shard is larger, and every JSON reader holds such a number exactly
+LARGEST = 1 << 28  # bytes of a manifest that is fetched: half a million shards
+TRIES = 3  # attempts to fetch a manifest, before anything is computed: somebody waits for the answer
 CURE = "Write these shards again, or copy the whole folder again from where it is sound"
 
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*")
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -32,21 +39,76 @@ def write_manifest(folder: str | Path, shards: Sequence[Mapping[str, Any]]) -> N
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """{"version", "count", "shards": [{"name", "count", "bytes", "sha256", "tasks": {task: count}}]}.
+    """The checked manifest of a folder or of a URL in the place of one (`in_folder`).
+
+    {"version", "count", "shards": [{"name", "count", "bytes", "sha256", "tasks": {task: count}}]}
 
     Raises ValueError, which names the file, the place in it, the value and the cure, if the folder has no manifest or a
-    manifest that cannot be right.
+    manifest that cannot be right; FetchError if it cannot be fetched.
     """
-    path = Path(folder) / MANIFEST
+    path = in_folder(folder, MANIFEST)
     try:
-        is_there = path.is_file()
-        manifest = _parse(path.read_bytes()) if is_there else None
+        data = manifest_bytes(folder)
+        manifest = None if data is None else _parse(data)
     except (ValueError, RecursionError, OSError) as error:
         raise ValueError(f"{path} is not a manifest: {_reason(error)}. {CURE}") from error
-    if not is_there:
+    if data is None:
         raise ValueError(f"no {MANIFEST} in {folder}: not a folder of shards, or one whose writing was interrupted")
     _Check(path).manifest(manifest)
     return manifest
+
+
+def manifest_bytes(folder: str | Path) -> bytes | None:
+    """The manifest as it is, unchecked; None where there is no such file."""
+    if is_remote(folder):
+        return _fetched(in_folder(folder, MANIFEST))
+    path = Path(in_folder(folder, MANIFEST))
+    return path.read_bytes() if path.is_file() else None
+
+
+@functools.lru_cache(maxsize=64)
+def _fetched(url: str) -> bytes:
+    """All readers of a process get the same manifest, whatever happens at the server meanwhile."""
+
+    def attempt() -> bytes:
+        parts, size = [], 0
+        with open_url(url) as stream:
+            while data := read_some(stream):
+                parts.append(data)
+                size += len(data)
+                if size > LARGEST:
+                    raise Refused(f"it is longer than {LARGEST} bytes")
+        return b"".join(parts)
+
+    return retry(url, attempt, tries=TRIES)
+
+
+def is_remote(location: str | Path) -> bool:
+    """Whether it is a URL or a command, and not a path of this machine."""
+    return isinstance(location, str) and scheme_of(location) not in (None, "file")
+
+
+def in_folder(folder: str | Path, name: str) -> str:
+    """The place of a file of a folder: a path, a URL, or a command in which the name takes the place of {}."""
+    folder = str(folder)
+    scheme = scheme_of(folder)
+    if scheme == "pipe":
+        # The name comes from a manifest, which another may have written, and goes to a shell.
+        if not _SAFE_NAME.fullmatch(name):
+            raise ValueError(f"{_brief(name)} cannot be fetched by a command: a shell may read it as more than a name")
+        return folder.replace("{}", name)
+    if scheme in ("http", "https"):
+        return f"{folder.rstrip('/')}/{urllib.parse.quote(name)}"
+    if scheme is not None and scheme != "file":
+        return f"{folder.rstrip('/')}/{name}"
+    return str(local_path(folder) / name)
+
+
+def local_path(location: str | Path) -> Path:
+    """The path of file:///…, or of a path."""
+    text = str(location)
+    is_url = scheme_of(text) == "file"
+    return Path(urllib.parse.unquote(urllib.parse.urlsplit(text).path) if is_url else text)
 
 
 def name_fault(name: object) -> str | None:
@@ -79,7 +141,7 @@ def _reason(error: Exception) -> str:
 class _Check:
     """Checks one manifest; every failure is a ValueError that names the file and the place."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         self.path = path
 
     def manifest(self, value: Any) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datamodules.persistence.files import fingerprint, hash_file, read_json, write_json
-from datamodules.streaming.manifest import read_manifest
+from datamodules.streaming.shard_sources import Shard, read_shards
 
 log = logging.getLogger(__name__)
 
@@ -65,41 +65,49 @@ def content_sha256(path: Path, since: float = 0.0) -> str:
     return digest
 
 
-def deviations(folder: str | Path) -> list[tuple[str, str]]:
-    """(name, difference) of each shard that differs from the folder's manifest: "absent", its size, or its hash.
+def remember(path: Path, digest: str, since: float) -> None:
+    """Note that the file, which nobody else writes, has had this hash since `since` (a time.time())."""
+    try:
+        state = file_state(path.stat())
+        write_json(_record_file(path), {"sha256": digest, "state": list(state), "read": since})
+    except OSError as error:
+        log.warning("the hash of %s is not remembered: %s", path, error)
 
-    A damaged manifest gives []: the reader of the shards refuses it. Shards of the right size whose hash is not
-    remembered are hashed first, by one process at a time.
+
+def deviations(source: str | Path) -> list[tuple[str, str]]:
+    """(name, difference) of each shard here that differs from its manifest: "absent", its size, or its hash.
+
+    A damaged manifest gives []: the reader of the shards refuses it. So do remote shards: they are compared when they
+    are fetched. Shards of the right size whose hash is not remembered are hashed first, by one process at a time.
     """
-    folder, found, unknown = Path(folder), {}, []
-    for name, size, digest in _entries(folder):
-        path = folder / name
+    found, unknown = {}, []
+    for shard in _local_shards(source):
         try:
-            state = file_state(path.stat())
+            state = file_state(Path(shard.location).stat())
         except OSError as error:
-            found[name] = f"absent ({error.strerror})"
+            found[shard.name] = f"absent ({error.strerror})"
             continue
-        if state.size != size:
-            found[name] = f"{state.size} bytes"
-        elif (known := _remembered(path, state, 0.0)) is None:
-            unknown.append((name, digest, size))
-        elif known != digest:
-            found[name] = known[:16]
+        if state.size != shard.bytes:
+            found[shard.name] = f"{state.size} bytes"
+        elif (known := _remembered(Path(shard.location), state, 0.0)) is None:
+            unknown.append(shard)
+        elif known != shard.sha256:
+            found[shard.name] = known[:16]
     if unknown:
-        found |= _hash_unknown(folder, unknown)
+        found |= _hash_unknown(source, unknown)
     return sorted(found.items())
 
 
-def _hash_unknown(folder: Path, unknown: Sequence[tuple[str, str, int]]) -> dict[str, str]:
-    total = sum(size for _, _, size in unknown)
+def _hash_unknown(source: str | Path, unknown: Sequence[Shard]) -> dict[str, str]:
+    total = sum(shard.bytes for shard in unknown)
     if total > WORTH_SAYING:
-        log.warning("%s: reading %d shards once, %.0f GB, to know what they hold", folder, len(unknown), total / 1e9)
+        log.warning("%s: reading %d shards once, %.0f GB, to know what they hold", source, len(unknown), total / 1e9)
     found = {}
-    with _one_at_a_time(folder), ThreadPoolExecutor(NUM_THREADS) as threads:
-        hashes = threads.map(_hash_or_reason, [folder / name for name, _, _ in unknown])
-        for (name, digest, _), actual in zip(unknown, hashes, strict=True):
-            if actual != digest[:16]:
-                found[name] = actual
+    paths = [Path(shard.location) for shard in unknown]
+    with _one_at_a_time(paths[0].parent), ThreadPoolExecutor(NUM_THREADS) as threads:
+        for shard, actual in zip(unknown, threads.map(_hash_or_reason, paths), strict=True):
+            if actual != shard.sha256[:16]:
+                found[shard.name] = actual
     return found
 
 
@@ -110,14 +118,12 @@ def _hash_or_reason(path: Path) -> str:
         return f"unreadable ({error.strerror})"
 
 
-def _entries(folder: Path) -> Iterator[tuple[str, int, str]]:
-    """(name, bytes, sha256) of the shards that the manifest names; none where it is damaged."""
+def _local_shards(source: str | Path) -> list[Shard]:
+    """The shards of this machine that the source's manifest names; none where it is damaged."""
     try:
-        shards = read_manifest(folder)["shards"]
+        return [shard for shard in read_shards(source) if not shard.is_remote]
     except ValueError:
-        return
-    for shard in shards:
-        yield shard["name"], shard["bytes"], shard["sha256"]
+        return []
 
 
 def _remembered(path: Path, state: State, since: float) -> str | None:

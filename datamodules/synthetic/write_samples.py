@@ -1,6 +1,6 @@
 """Write the synthetic dataset to disk: shards for CoT-SFT and RL, and a MIG-Bench in the real benchmark's file format.
 
-    root/shards/sft, root/shards/rl_pool                 WebDataset shards of Samples (datamodules/streaming/shards.py)
+    root/shards/sft, root/shards/rl_pool                 WebDataset shards of Samples (datamodules/streaming/)
     root/MIG-Bench/MIG_data.json, root/MIG-Bench/images  in the format of the published MIG-Bench
     root/validation/MIG-Bench/...                        other questions of the same kind, for choosing settings
 
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from datamodules.benchmarks.mig_bench import TASKS
 from datamodules.persistence.processes import process_pool
 from datamodules.samples.sample import BoxAnswer, BoxPart, ImagePart, LoadedSample, Sample, TextPart
-from datamodules.streaming.shards import ShardWriter
+from datamodules.streaming.shard_writer import ShardWriter
 from datamodules.synthetic.puzzles import Puzzle, box_text
 from datamodules.synthetic.question_wordings import BOX, reworded
 from datamodules.synthetic.single_image import GROUNDING, single_scene

@@ -21,7 +21,9 @@ from datamodules.samples.answer_text import ParsedAnswer, answer_text, parse_ans
 from datamodules.samples.boxes import BoxFormat, image_sizes_from_json
 from datamodules.samples.sample import BoxAnswer, BoxPart, Sample, SampleError, TextPart
 from datamodules.samples.scores import score_text
-from datamodules.streaming.shards import MANIFEST, ShardReader, folder_list
+from datamodules.streaming.manifest import MANIFEST
+from datamodules.streaming.shard_reader import ShardReader
+from datamodules.streaming.shard_sources import source_list
 from experiments.reports.find_runs import Run
 from experiments.reports.templates import script_json
 from experiments.runs import run_identity
@@ -150,7 +152,7 @@ def _shard_folder(run: Run) -> list[str]:
     kept = run.folder / "rejection_sampling" / "shards"
     if (kept / MANIFEST).is_file():
         return [str(kept)]
-    return [str(folder) for folder in folder_list(run_identity.read_field(run.folder, "data.shards"))]
+    return [str(folder) for folder in source_list(run_identity.read_field(run.folder, "data.shards"))]
 
 
 def _question(sample: Sample) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from datamodules.persistence.user_error import UserError
-from datamodules.streaming.shards import folder_list, read_manifest
+from datamodules.streaming.shard_sources import read_shards, source_list
+from datamodules.streaming.url_openers import FetchError
 
 SHARDED = "sharded (FSDP2)"
 REFUSED_STRATEGIES = {
@@ -35,9 +36,9 @@ def raise_all(faults: Sequence[str]) -> None:
         raise SettingsError("these settings cannot be run:\n" + "\n".join(f"  - {fault}" for fault in faults))
 
 
-def shard_folders(settings: Mapping) -> list[str]:
-    """data.shards as a list."""
-    return folder_list(settings["data"]["shards"])
+def shard_list(settings: Mapping) -> list[str]:
+    """The sources of data.shards as a list."""
+    return source_list(settings["data"]["shards"])
 
 
 def seed_faults(seed: object) -> list[str]:
@@ -49,8 +50,8 @@ def training_faults(settings: Mapping) -> list[str]:
     """What is wrong with a training run's resolved configuration, each fault naming the field and its value."""
     model = settings["model"]["init_args"]
     faults = model_faults(model["model"])
-    for folder in shard_folders(settings):
-        faults += shard_faults(folder)
+    for source in shard_list(settings):
+        faults += shard_faults(source)
     faults += device_faults(settings["trainer"]) + size_faults(settings)
     for name in ("experiment", "phase"):
         if not settings[name] or Path(settings[name]).name != settings[name]:
@@ -63,12 +64,15 @@ def training_faults(settings: Mapping) -> list[str]:
         if name in str(strategy).lower():
             faults.append(f"trainer.strategy={strategy!r}: {reason}; use ddp or {SHARDED}")
     for callback in settings["trainer"].get("callbacks") or []:
+        if callback["class_path"].endswith(".RejectionSampling") and isinstance(settings["data"]["shards"], Mapping):
+            reason = "the prompts that it keeps are one source; give the sources as a list"
+            faults.append(f"RejectionSampling: data.shards has weights, but {reason}")
         elsewhere = callback.get("init_args", {}).get("dirpath")
         if elsewhere is not None and callback["class_path"].endswith(".WindowCheckpoint"):
             reason = "a run goes on from checkpoints/ in its phase's folder, and looks nowhere else"
             faults.append(f"WindowCheckpoint: dirpath={elsewhere!r} must be null: {reason}")
         if callback["class_path"].endswith(".HeldOutLoss"):
-            faults += held_out_faults(callback["init_args"]["shards"], shard_folders(settings))
+            faults += held_out_faults(callback["init_args"]["shards"], shard_list(settings))
     for name, (instead, harmless) in MODULES_OWN.items():
         value = settings["trainer"].get(name)
         if value not in harmless:
@@ -91,9 +95,9 @@ def size_faults(settings: Mapping) -> list[str]:
     from datamodules.streaming.stream import smaller_batch  # loads torch
 
     try:
-        count = sum(read_manifest(folder)["count"] for folder in shard_folders(settings))
-    except (ValueError, OSError):
-        return []  # `shard_faults` names the folder
+        count = sum(shard.count for source in shard_list(settings) for shard in read_shards(source))
+    except (ValueError, OSError, FetchError):
+        return []  # `shard_faults` names the source
     batch, ranks = settings["data"]["batch_size"], num_ranks(settings["trainer"])
     if not count or batch < 1 or count >= batch * ranks:
         return []
@@ -127,17 +131,17 @@ def model_faults(path: str) -> list[str]:
 def held_out_faults(held_out: str | Sequence[str], trained: Sequence[str]) -> list[str]:
     """Faults of the shards on which HeldOutLoss measures: those of any shards, and those that training reads too."""
     faults = []
-    for folder in folder_list(held_out):
-        faults += shard_faults(folder, "HeldOutLoss: shards")
-        if any(Path(folder).absolute() == Path(other).absolute() for other in trained):
-            faults.append(f"HeldOutLoss: shards={folder!r} are in data.shards: held-out samples must not be trained on")
+    for source in source_list(held_out):
+        faults += shard_faults(source, "HeldOutLoss: shards")
+        if any(Path(source).absolute() == Path(other).absolute() for other in trained):
+            faults.append(f"HeldOutLoss: shards={source!r} are in data.shards: held-out samples must not be trained on")
     return faults
 
 
-def shard_faults(folder: str, setting: str = "data.shards") -> list[str]:
-    """Faults of one shard folder: absent, without a manifest, or empty. `setting` names it in the message."""
+def shard_faults(source: str, setting: str = "data.shards") -> list[str]:
+    """Faults of one source of shards: absent, without a manifest, not to be reached, or empty. `setting` names it."""
     try:
-        manifest = read_manifest(folder)
-    except (ValueError, OSError) as error:
-        return [f"{setting}={folder!r}: {error}"]
-    return [] if manifest["count"] else [f"{setting}={folder!r}: the manifest counts no sample"]
+        shards = read_shards(source)
+    except (ValueError, OSError, FetchError) as error:
+        return [f"{setting}={source!r}: {error}"]
+    return [] if any(shard.count for shard in shards) else [f"{setting}={source!r}: the manifest counts no sample"]

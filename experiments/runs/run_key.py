@@ -12,6 +12,7 @@ from datamodules.persistence.files import fingerprint
 from datamodules.persistence.source_code import class_modules, source_code
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from datamodules.streaming.shard_content import deviations
+from datamodules.streaming.shard_sources import mixing_weights
 from experiments.runs import preflight
 from experiments.runs.changes import Inputs, MadeOf
 
@@ -30,7 +31,8 @@ MODEL_NOT_IN_KEY = (
     *("rollout.vllm", "rollout.log", "rollout.log_every", "update.max_idle_windows"),
     *("feature_cache", "feature_cache_gib", "gradient_checkpointing", "activation_gib"),
 )
-DATA_NOT_IN_KEY = ("num_workers", "worker_timeout")  # the order of samples does not depend on the workers (`stream`)
+# The order of samples does not depend on the workers (`stream`), nor on the place where fetched shards are kept.
+DATA_NOT_IN_KEY = ("num_workers", "worker_timeout", "cache", "cache_gib")
 CALLBACKS_NOT_IN_KEY = (
     "callbacks.checkpoints.WindowCheckpoint",
     "callbacks.held_out_loss.HeldOutLoss",
@@ -67,20 +69,24 @@ def key_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     trainer["callbacks"] = [_callback(entry) for entry in trainer.get("callbacks") or [] if _matters(entry)]
     arguments = _without(settings["model"]["init_args"], (*MODEL_NOT_IN_KEY, "model"))
     data = _without(settings["data"], (*DATA_NOT_IN_KEY, "shards", "processor", "verify_shards"))
+    if data.get("order") == "buffer":  # the only order of earlier versions: their runs are the same runs
+        del data["order"]
+    if (weights := mixing_weights(settings["data"]["shards"])) is not None:
+        data["weights"] = weights
     model = {**settings["model"], "init_args": arguments}
     return _without(settings, RUN_NOT_IN_KEY) | {"trainer": trainer, "model": model, "data": data}
 
 
 def _saved(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Inputs]:
     """Settings and inputs (by path) from the config.yaml of a run of an earlier version, which recorded neither."""
-    shards = [(str(path), None) for path in preflight.shard_folders(settings)]
+    shards = [(str(path), None) for path in preflight.shard_list(settings)]
     model = [(str(settings["model"]["init_args"]["model"]), None)]
     return key_settings(settings), {"model.init_args.model": model, "data.shards": shards}
 
 
 def _inputs(settings: Mapping[str, Any]) -> Inputs:
     paths = {"model.init_args.model": [settings["model"]["init_args"]["model"]]}
-    paths["data.shards"] = preflight.shard_folders(settings)
+    paths["data.shards"] = preflight.shard_list(settings)
     return {name: [(str(path), path_fingerprint(path)) for path in group] for name, group in paths.items()}
 
 
@@ -88,7 +94,7 @@ def _trusting(settings: Mapping[str, Any]) -> dict[str, bool]:
     """`verify_shards` changes results only if some shards differ from their manifest; only then is it in the key."""
     if settings["data"].get("verify_shards", True):
         return {}
-    return {"verify_shards": False} if any(deviations(folder) for folder in preflight.shard_folders(settings)) else {}
+    return {"verify_shards": False} if any(deviations(folder) for folder in preflight.shard_list(settings)) else {}
 
 
 def _matters(callback: Mapping[str, Any]) -> bool:

@@ -23,7 +23,8 @@ from datamodules.samples.answer_text import ParsedAnswer, parse_answer
 from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import Sample, SampleError
 from datamodules.samples.scores import score_text
-from datamodules.streaming.shards import ShardReader, ShardWriter
+from datamodules.streaming.shard_reader import ShardReader
+from datamodules.streaming.shard_writer import ShardWriter
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from datamodules.persistence.problems import Problems
 from datamodules.samples.boxes import image_sizes_to_json
 from datamodules.samples.sample import SampleError
 from datamodules.samples.scores import require_box
-from datamodules.streaming.shards import ShardReader
+from datamodules.streaming.shard_reader import ShardReader
 from lightning_modules.serving.generation_rules import server_fields
 from lightning_modules.serving.openai_client import (
     ChatEndpoint,

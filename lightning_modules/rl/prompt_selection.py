@@ -24,7 +24,9 @@ from datamodules.persistence.problems import Problems
 from datamodules.samples.sample import LoadedSample, SampleError
 from datamodules.samples.scores import require_box, score_text
 from datamodules.streaming.path_fingerprint import path_fingerprint
-from datamodules.streaming.shards import ShardReader, ShardWriter, folder_list
+from datamodules.streaming.shard_reader import ShardReader
+from datamodules.streaming.shard_sources import source_list
+from datamodules.streaming.shard_writer import ShardWriter
 from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.predictors.base import split_chunks
 from lightning_modules.predictors.encode_ahead import encode_ahead
@@ -81,7 +83,7 @@ def rejection_sample(
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], Any] = lambda: None,
-    verify_shards: bool = True,
+    reader: Callable[[], ShardReader] | None = None,
 ) -> Path:
     """Sample every candidate, write the kept ones as shards and return their folder.
 
@@ -99,14 +101,14 @@ def rejection_sample(
         folder: gets shards/, kept.jsonl, histogram.json and journal*.jsonl; all ranks see it.
         rank, world_size: this process, and the number of processes.
         barrier: all ranks meet at it before they sample.
-        verify_shards: as in `ShardReader`.
+        reader: opens the candidates; by default `ShardReader` of `source`.
 
     Raises RunStopped when nothing is kept.
     """
     folder = Path(folder)
     key = rejection_key(policy.processor_path, encoder, source, settings)
     if not is_finished(folder, key):
-        reader = ShardReader(source, verify_shards)
+        reader = reader() if reader is not None else ShardReader(source)
         # A chunk is seeded by its number: which rank samples it, and after which interruption, changes nothing.
         chunks = list(enumerate(split_chunks(range(reader.count), settings.batch_prompts)))
         journal = Journal(folder / f"journal-{rank}.jsonl", key)
@@ -144,7 +146,7 @@ def _explain_nothing_kept(histogram: Mapping[str, Any], settings: RejectionSetti
 
 def rejection_key(model: str, encoder: Encoder, source: str | list[str], settings: RejectionSettings) -> str:
     """Hash of all that the choice depends on: weights, candidates, prompts and settings."""
-    candidates = [path_fingerprint(path) for path in folder_list(source)]
+    candidates = [path_fingerprint(path) for path in source_list(source)]
     return fingerprint(path_fingerprint(model), candidates, encoder.form(), asdict(settings))
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from datamodules.encoding.encoder import Batch, EncodedSample, Encoder
 from datamodules.multi_image import MultiImageData
 from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
-from datamodules.streaming.shards import ShardWriter
+from datamodules.streaming.shard_writer import ShardWriter
 from lightning_modules.models.layers.lora import LoraSettings
 from lightning_modules.policy_module import PolicyModule
 from lightning_modules.rollouts.base import Rollout, RolloutRequest

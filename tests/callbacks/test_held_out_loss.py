@@ -16,7 +16,8 @@ from callbacks.checkpoints import WholeCheckpoints, WindowCheckpoint
 from callbacks.held_out_loss import HeldOutLoss
 from datamodules.multi_image import MultiImageData, encode_for_training
 from datamodules.samples.sample import BoxAnswer, ChoiceAnswer, ImagePart, LoadedSample, Sample, TextPart
-from datamodules.streaming.shards import ShardReader, ShardWriter
+from datamodules.streaming.shard_reader import ShardReader
+from datamodules.streaming.shard_writer import ShardWriter
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.models.layers.lora import LoraSettings
 from lightning_modules.training.fsdp_strategy import ShardedStrategy

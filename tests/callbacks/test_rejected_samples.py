@@ -15,7 +15,7 @@ from callbacks.rejected_samples import RejectedSamples
 from callbacks.rejection_sampling import RejectionSampling
 from datamodules.multi_image import MultiImageData
 from datamodules.samples.sample import BoxAnswer, BoxesAnswer, ChoiceAnswer, ImagePart, LoadedSample, Sample, TextPart
-from datamodules.streaming.shards import ShardWriter
+from datamodules.streaming.shard_writer import ShardWriter
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.grpo import GRPO
 from lightning_modules.models.layers.lora import LoraSettings

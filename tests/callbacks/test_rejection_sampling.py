@@ -20,7 +20,8 @@ from callbacks import rejection_sampling
 from callbacks.checkpoints import RunStopped
 from callbacks.rejection_sampling import RejectionSampling
 from datamodules.samples.sample import BoxAnswer, BoxesAnswer, ChoiceAnswer
-from datamodules.streaming.shards import ShardReader, ShardWriter
+from datamodules.streaming.shard_reader import ShardReader
+from datamodules.streaming.shard_writer import ShardWriter
 from lightning_modules.grpo import GRPO
 from lightning_modules.models.layers.lora import LoraSettings
 from lightning_modules.rl import prompt_selection

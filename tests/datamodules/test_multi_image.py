@@ -17,7 +17,8 @@ from datamodules.encoding.encoder import Batch, EncodedSample
 from datamodules.multi_image import MultiImageData
 from datamodules.samples.sample import SampleError
 from datamodules.streaming import workers
-from datamodules.streaming.shards import ShardReader, ShardWriter
+from datamodules.streaming.shard_reader import ShardReader
+from datamodules.streaming.shard_writer import ShardWriter
 from datamodules.streaming.workers import WorkersFailed
 from tests.datamodules import trainer_process
 from tests.datamodules.encoding.tiny_processor import declare, make_sample, save_tiny_processor

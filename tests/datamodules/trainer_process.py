@@ -2,6 +2,8 @@
 
     python trainer_process.py SHARDS STATE_FILE NUM_WORKERS STOP_AT_BATCH [RANK WORLD_SIZE RENDEZVOUS_FILE]
 
+SHARDS is a source, or a mapping {source: weight} as JSON.
+
 It waits to be killed once STOP_AT_BATCH batches are saved (all processes together). "Saved" is an atomic rewrite of
 STATE_FILE with the data state and the ids trained on, as a checkpoint holds both stream and weights.
 """
@@ -31,9 +33,11 @@ class NoEncoder:
 
 
 def make_data(shards: str, num_workers: int, rank: int = 0, world_size: int = 1) -> MultiImageData:
-    data = MultiImageData(shards, processor="unused", batch_size=3, num_workers=num_workers, seed=5, shuffle_buffer=5)
+    sources = json.loads(shards) if shards.startswith("{") else shards
+    data = MultiImageData(sources, processor="unused", batch_size=3, num_workers=num_workers, seed=5, shuffle_buffer=5)
     data.encoder = NoEncoder()
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
+    module = SimpleNamespace(log_dict=lambda metrics: None)
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, lightning_module=module)
     return data
 
 

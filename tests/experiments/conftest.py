@@ -17,7 +17,7 @@ import wandb
 import yaml
 
 from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
-from datamodules.streaming.shards import ShardWriter
+from datamodules.streaming.shard_writer import ShardWriter
 from tests.conftest import QUESTIONS, SIZES, random_png
 from tests.lightning_modules.grpo_modules import grouped
 

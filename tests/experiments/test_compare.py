@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from datamodules.streaming.shards import ShardWriter
+from datamodules.streaming.shard_writer import ShardWriter
 from experiments import compare
 from experiments.reports.compare_page import stage_rows
 from experiments.reports.find_runs import config_differences, find_runs, flatten

@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from datamodules.persistence.files import read_json
-from datamodules.streaming.shards import ShardReader, read_manifest
+from datamodules.streaming.manifest import read_manifest
+from datamodules.streaming.shard_reader import ShardReader
 from experiments import evaluate, import_shards, train
 from experiments.evaluation.choose_predictor import choose_predictor
 from experiments.evaluation.evaluation_settings import Evaluation

@@ -16,7 +16,8 @@ from datamodules.importers.parts import Part
 from datamodules.importers.reading.source import Scan
 from datamodules.importers.registry import PUBLISHED
 from datamodules.persistence.files import read_json
-from datamodules.streaming.shards import ShardReader, read_manifest
+from datamodules.streaming.manifest import read_manifest
+from datamodules.streaming.shard_reader import ShardReader
 from experiments import import_shards
 from tests.datamodules.importers import published
 

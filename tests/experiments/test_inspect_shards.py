@@ -20,7 +20,7 @@ from datamodules.samples.sample import (
     Sample,
     TextPart,
 )
-from datamodules.streaming.shards import ShardWriter
+from datamodules.streaming.shard_writer import ShardWriter
 from experiments import import_shards, inspect_shards
 from experiments.inspect_shards import inspect
 from tests.datamodules.importers.own_data import own_files

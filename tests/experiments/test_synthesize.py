@@ -20,7 +20,8 @@ from datamodules.encoding.messages import THINK_SUFFIX
 from datamodules.persistence.files import read_json, write_json
 from datamodules.samples.answer_text import render_answer
 from datamodules.samples.sample import BoxAnswer, BoxesAnswer, ImagePart, LoadedSample, Sample, TextPart
-from datamodules.streaming.shards import ShardReader, ShardWriter
+from datamodules.streaming.shard_reader import ShardReader
+from datamodules.streaming.shard_writer import ShardWriter
 from experiments import synthesize
 from experiments.runs import preflight
 from lightning_modules.serving.transformers_server import local_server

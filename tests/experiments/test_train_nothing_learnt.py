@@ -11,7 +11,8 @@ import yaml
 
 from datamodules.persistence.files import read_json
 from datamodules.samples.sample import BoxAnswer, BoxesAnswer, ChoiceAnswer
-from datamodules.streaming.shards import ShardReader, ShardWriter
+from datamodules.streaming.shard_reader import ShardReader
+from datamodules.streaming.shard_writer import ShardWriter
 from experiments import train
 from lightning_modules.rl import rewards
 from tests.experiments.conftest import REJECTION, Workbench, run_apart

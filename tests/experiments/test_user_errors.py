@@ -132,7 +132,8 @@ def test_settings_that_cannot_be_run_are_refused_before_a_finished_run_is_moved(
 def test_samples_without_thinking_name_both_cures(workbench: Workbench, capsys) -> None:
     settings = yaml.safe_load(Path(workbench.training("cot_sft")).read_text())
     settings["data"] |= {"shards": str(workbench.root / "plain_shards"), "style": "think"}
-    from datamodules.streaming.shards import ShardReader, ShardWriter
+    from datamodules.streaming.shard_reader import ShardReader
+    from datamodules.streaming.shard_writer import ShardWriter
 
     reader = ShardReader([str(workbench.root / "shards")])
     with ShardWriter(workbench.root / "plain_shards") as writer:

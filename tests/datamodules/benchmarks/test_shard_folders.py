@@ -21,7 +21,7 @@ from datamodules.samples.sample import (
     SampleError,
     TextPart,
 )
-from datamodules.streaming.shards import ShardWriter
+from datamodules.streaming.shard_writer import ShardWriter
 from lightning_modules.metrics.summary import summarise
 
 BOX = BoxAnswer(0, (0.1, 0.2, 0.5, 0.6), "kite")

@@ -13,7 +13,7 @@ from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
 from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
-from datamodules.streaming.shards import read_manifest
+from datamodules.streaming.manifest import read_manifest
 from experiments.nano.build_model import CHAT_TEMPLATE, build_tokenizer
 
 TEXTS = ("Picture 1: find the red circle in the second image.", '<think>It moved.</think><answer>{"label": "dog"}')

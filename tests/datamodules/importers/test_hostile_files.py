@@ -13,7 +13,7 @@ import pytest
 
 from datamodules.importers import odinw
 from datamodules.persistence.files import read_json
-from datamodules.streaming.shards import ShardReader
+from datamodules.streaming.shard_reader import ShardReader
 from experiments import import_shards
 from tests.beside import SHARED
 from tests.datamodules.importers import published

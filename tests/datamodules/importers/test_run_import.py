@@ -14,7 +14,8 @@ from datamodules.importers import run_import
 from datamodules.importers.reading.coco_annotations import Entry, convert
 from datamodules.importers.run_import import PARTS, Settings, Workers, forget_parts, import_part
 from datamodules.samples.sample import Sample, SampleError
-from datamodules.streaming.shards import ShardReader, read_manifest
+from datamodules.streaming.manifest import read_manifest
+from datamodules.streaming.shard_reader import ShardReader
 from tests.datamodules.importers.published import jpeg
 
 

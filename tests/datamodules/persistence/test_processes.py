@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -103,3 +104,13 @@ def test_the_end_of_a_process_is_told_with_its_usual_cause() -> None:
     assert how_it_ended(3) == "ended with exit code 3"
     assert "signal 9" in how_it_ended(-9) and "memory is full" in how_it_ended(-9)
     assert "/dev/shm" in how_it_ended(-7) and how_it_ended(-15) == "was killed by signal 15"
+
+
+def test_a_stopped_worker_of_a_fork_server_is_given_up_too(monkeypatch) -> None:
+    monkeypatch.setattr(processes, "STOPPED_SECONDS", 2.0)
+    context = multiprocessing.get_context("forkserver")
+    with (
+        pytest.raises(ProcessLost, match=r"was stopped \(SIGSTOP\)"),
+        process_pool(2, mp_context=context) as pool,
+    ):
+        list(pool.map(stop_oneself, range(2)))

@@ -13,7 +13,8 @@ import pytest
 
 from datamodules.streaming.manifest import CURE, read_manifest
 from datamodules.streaming.path_fingerprint import path_fingerprint
-from datamodules.streaming.shards import ShardReader, ShardWriter
+from datamodules.streaming.shard_reader import ShardReader
+from datamodules.streaming.shard_writer import ShardWriter
 from experiments.runs import preflight
 from tests.datamodules.encoding.tiny_processor import make_sample
 

@@ -17,7 +17,8 @@ from datamodules.persistence.files import hash_file
 from datamodules.samples.sample import SampleError
 from datamodules.streaming import shard_content
 from datamodules.streaming.path_fingerprint import path_fingerprint
-from datamodules.streaming.shards import ShardReader, ShardWriter
+from datamodules.streaming.shard_reader import ShardReader
+from datamodules.streaming.shard_writer import ShardWriter
 from tests.datamodules.encoding.tiny_processor import declare, make_sample
 
 NUM_SAMPLES = 6
@@ -159,7 +160,7 @@ def test_a_shard_that_ends_while_it_is_read_is_counted(shards: Path, monkeypatch
     first = reader.read(0)
     state = shard_content.file_state((shards / "shard-00000.tar").stat())
     os.truncate(shards / "shard-00000.tar", 700)  # behind the look at its state
-    monkeypatch.setattr("datamodules.streaming.shards.file_state", lambda _: state)
+    monkeypatch.setattr("datamodules.streaming.shard_reader.file_state", lambda _: state)
     with pytest.raises(SampleError, match=r"manifest_mismatch.*cut short"):
         reader.read(0)
     assert first.images
@@ -169,7 +170,7 @@ def test_a_shard_that_cannot_be_read_is_counted(shards: Path, monkeypatch: pytes
     def fail(path: Path, since: float) -> str:
         raise OSError(5, "Input/output error", str(path))
 
-    monkeypatch.setattr("datamodules.streaming.shards.content_sha256", fail)
+    monkeypatch.setattr("datamodules.streaming.shard_reader.content_sha256", fail)
     with pytest.raises(SampleError, match=r"unreadable_shard: shard-00000\.tar: Input/output error"):
         ShardReader(shards).read(0)
 

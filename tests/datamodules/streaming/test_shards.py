@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from datamodules.samples.sample import ImagePart, LoadedSample, SampleError, TextPart
-from datamodules.streaming.shards import ShardReader, ShardWriter, read_manifest
+from datamodules.streaming.manifest import read_manifest
+from datamodules.streaming.shard_reader import ShardReader
+from datamodules.streaming.shard_writer import ShardWriter
 from tests.datamodules.encoding.tiny_processor import declare, make_sample
 
 

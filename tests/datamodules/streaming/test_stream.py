@@ -18,7 +18,8 @@ import torch
 
 from datamodules.encoding.encoder import Batch
 from datamodules.samples.sample import Rejections, SampleError
-from datamodules.streaming.stream import BatchLoader, ShardStream
+from datamodules.streaming.resumable_loader import BatchLoader
+from datamodules.streaming.stream import ShardStream
 
 
 class NumberReader:

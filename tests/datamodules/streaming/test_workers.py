@@ -21,7 +21,8 @@ import torch
 from datamodules.persistence import processes
 from datamodules.samples.sample import Rejections
 from datamodules.streaming import workers
-from datamodules.streaming.stream import BatchLoader, ShardStream, num_samples_held
+from datamodules.streaming.resumable_loader import BatchLoader, num_samples_held
+from datamodules.streaming.stream import ShardStream
 from datamodules.streaming.workers import WorkersFailed, check_room
 from tests.datamodules.streaming.test_stream import NumberReader
 

@@ -16,7 +16,7 @@ from datamodules.encoding.messages import PromptStyle, build_messages, target_te
 from datamodules.images.image_files import load_images
 from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import BoxPart, ImagePart, LoadedSample, TextPart
-from datamodules.streaming.shards import read_manifest
+from datamodules.streaming.manifest import read_manifest
 from datamodules.synthetic.write_samples import (
     MIXTURE,
     POOL_DIFFICULTY,

@@ -12,7 +12,7 @@ import pytest
 from lightning.pytorch import Trainer
 
 from datamodules.persistence.files import write_json
-from datamodules.streaming.shards import ShardWriter
+from datamodules.streaming.shard_writer import ShardWriter
 from experiments.runs import run_key
 from tests.datamodules.encoding.tiny_processor import make_sample
 
