@@ -16,6 +16,7 @@ from datamodules.persistence.problems import Problems
 from datamodules.samples.sample import Rejections, SampleError
 from datamodules.streaming.prefetch import prefetch
 from datamodules.streaming.shard_reader import ShardReader
+from datamodules.streaming.shard_sources import read_shards, source_list
 from lightning_modules.metrics.token_loss import TokenLoss
 from lightning_modules.training.progress import is_last_batch
 
