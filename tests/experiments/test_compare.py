@@ -132,7 +132,7 @@ def test_settings_that_differ_are_listed_and_no_others(experiments: list[Path]) 
     assert rows == [
         ["field", "tiny/grpo", "tiny-seed1/grpo"],
         ["seed_everything", "0", "1"],
-        ["model.init_args.beta", "0.001", "0.01"],
+        ["model.init_args.loss.kl_beta", "0.001", "0.01"],
         ["trainer.callbacks.Throughput.every", "0", "1"],
     ]
 
