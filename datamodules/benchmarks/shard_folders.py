@@ -12,7 +12,6 @@ from pathlib import Path
 from datamodules.benchmarks.base import PAPER, Benchmark, Rule
 from datamodules.samples.sample import BoxesAnswer, LoadedSample, Rejections, Sample, SampleError
 from datamodules.streaming.manifest import MANIFEST
-from datamodules.streaming.shard_reader import ShardReader
 
 PREFIX = "shards-"  # of the names of such benchmarks
 RULE = Rule(source=PAPER + ", mean over tasks")
@@ -38,6 +37,8 @@ def averages(columns: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
 
 def load(folder: str | Path) -> Benchmark:
     """The questions in a folder of shards. Raises ValueError for a folder without any."""
+    from datamodules.streaming.shard_reader import ShardReader  # loads webdataset, which other benchmarks do without
+
     reader = ShardReader(str(folder))
     samples, numbers, rejections = [], {}, Rejections()
     for number in range(reader.count):

@@ -18,6 +18,7 @@ from datamodules.benchmarks import mig_bench
 from datamodules.benchmarks.base import limit_columns
 from datamodules.metrics.scoring import score_replies
 from datamodules.persistence.files import StorageError
+from datamodules.persistence.user_error import UserError
 from datamodules.synthetic.benchmark_replicas.write import write_replica
 from lightning_modules.metrics.summary import summarise
 from lightning_modules.models.qwen_vl import QwenVL
@@ -200,7 +201,7 @@ def test_a_wrong_image_root_fails_before_the_model_is_built(bench, fit, tiny_mod
         def configure_model(self) -> None:
             raise AssertionError("the model was built first")
 
-    with pytest.raises(FileNotFoundError, match="benchmark images"):
+    with pytest.raises(UserError, match="benchmark images"):
         fit(Unbuildable(str(tiny_model_dir), FakeEngine(half_right)), [MIGBench(str(bench[0]), str(tmp_path))])
 
 

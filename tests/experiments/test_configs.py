@@ -53,6 +53,8 @@ OTHERS = {
     "nano/eval.yaml": Evaluation,
     "nano/shards.yaml": generate_synthetic.build,
     "nano/pipeline.yaml": pipeline.run,
+    "nano/smoke.yaml": pipeline.run,
+    "nano/smoke_shards.yaml": generate_synthetic.build,
     "paper/cot_mixture.yaml": import_shards.run,
     "nano/synthesize.yaml": synthesize.synthesize,
     "paper/synthesize_72b.yaml": synthesize.synthesize,
