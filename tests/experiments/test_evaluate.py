@@ -153,10 +153,10 @@ def test_a_served_models_lost_question_is_counted_and_asked_again(tmp_path: Path
 
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(tiny_model_dir: Path, tmp_path: Path, small_replicas) -> None:
-    how = ("--bench=revos,mmiu", "--decoding.batch_prompts=1")  # chunks of four questions
+    how = ("--bench=blink,mmiu", "--decoding.batch_prompts=1")  # chunks of four questions
     one = run(tiny_model_dir, tmp_path / "one", *how)
     two = run(tiny_model_dir, tmp_path / "two", *how, "--processes=2")
-    for name in ("revos", "mmiu"):
+    for name in ("blink", "mmiu"):
         assert files(one / name) == files(two / name)
         (folder,) = (two / "answers").glob(f"{name}-*")
         ids = [json.loads(line)["id"] for file in folder.glob("rank*.jsonl") for line in file.read_text().splitlines()]
@@ -184,7 +184,8 @@ def test_a_process_that_is_stopped_or_killed_ends_the_evaluation(tmp_path: Path,
 
 @pytest.mark.slow
 def test_a_failing_process_ends_the_evaluation_with_its_error(tmp_path: Path) -> None:
-    settings = PolicySettings(str(tmp_path / "none"), {}, Decoding(), "float32", "cpu")
+    prompts = {"box_format": "absolute_pixels", "style": "think", "max_prompt_tokens": 10}
+    settings = PolicySettings(str(tmp_path / "none"), prompts, Decoding(), "float32", "cpu")
     with pytest.raises(RuntimeError, match=r"(?s)process \d of 2 failed.*none"):
         list(ask_all(Job(settings, ("lisa",), str(tmp_path), str(tmp_path), None), {"lisa": 1}, 2))
 
