@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from datamodules.checkpoints.model_folder import ModelError
 from datamodules.persistence import processes as process_module
 from datamodules.persistence.processes import ProcessLost
 from datamodules.persistence.source_code import source_code
@@ -183,10 +184,16 @@ def test_a_process_that_is_stopped_or_killed_ends_the_evaluation(tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_a_failing_process_ends_the_evaluation_with_its_error(tmp_path: Path) -> None:
-    prompts = {"box_format": "absolute_pixels", "style": "think", "max_prompt_tokens": 10}
+@pytest.mark.parametrize(
+    ("prompts", "error", "words"),
+    [
+        ({}, RuntimeError, r"(?s)process \d of 2 failed:.*TypeError"),
+        ({"box_format": "absolute_pixels", "style": "think", "max_prompt_tokens": 10}, ModelError, "no folder .*none"),
+    ],
+)
+def test_a_failing_process_ends_the_evaluation_with_its_error(tmp_path: Path, prompts, error, words: str) -> None:
     settings = PolicySettings(str(tmp_path / "none"), prompts, Decoding(), "float32", "cpu")
-    with pytest.raises(RuntimeError, match=r"(?s)process \d of 2 failed.*none"):
+    with pytest.raises(error, match=words):
         list(ask_all(Job(settings, ("lisa",), str(tmp_path), str(tmp_path), None), {"lisa": 1}, 2))
 
 
