@@ -24,7 +24,7 @@ from experiments.evaluation.evaluation_settings import Evaluation
 from tests.datamodules.importers.own_data import own_files, test_coco
 from tests.datamodules.importers.own_data.own_files import SIZES, numbers, true_boxes
 from tests.datamodules.importers.published import jpeg
-from tests.datamodules.importers.test_speed import resident_mb
+from tests.datamodules.importers.test_speed import look
 from tests.experiments.conftest import Workbench
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,7 +200,7 @@ def test_a_hundred_thousand_lines_are_imported_in_flat_memory(tmp_path: Path, ca
     )
     seen: list[tuple[int, float]] = []  # shards done, megabytes
     while process.poll() is None:
-        seen.append((len(list(out.glob("train/shard-*.tar"))), resident_mb(process.pid)))
+        seen.append((len(list(out.glob("train/shard-*.tar"))), look(process.pid, {})))
         time.sleep(0.1)
     assert process.returncode == 0
     assert ShardReader(out).count == NUM_LINES * 9 // 10
