@@ -27,6 +27,9 @@ _UNKNOWN = re.compile(r"^(?:Group '([^']+)' does not accept option|Option|Key) '
 _TYPE = re.compile(r"^Expected an? (.+?)(?:\. Got value: (.*))?$")
 _GIVEN = re.compile(r"^Given value: (.*)$")
 _NESTED = re.compile(r"NestedArg\(key='([^']*)', val=(.*)\)$")
+_UNKNOWN_OF_CLASS = re.compile(
+    r'Parser key "([^"]+)":.*class_path \'([^\']+)\':\s*unrecognized arguments: ([^\n]*)', re.DOTALL
+)
 _NO_CLASS = re.compile(r"module '([^']+)' has no attribute '([^']+)'")
 _NO_MODULE = re.compile(r"No module named '([^']+)'")
 
@@ -56,6 +59,11 @@ def explain(
         class_settings: dotted names of the settings of a class path.
     """
     flags = [name.replace("--", "", 1) for name in known]
+    # A flag that a class does not have stands inside the tree, without the name of the setting that holds the class.
+    if found := _UNKNOWN_OF_CLASS.search(message):
+        key, path, rest = found.groups()
+        settings = [f"{key}.{name}" for name in class_settings(path)]
+        return _explain_unrecognized([f"--{key}.{word.lstrip('-')}" for word in rest.split()], settings)
     if found := re.search(r"unrecognized arguments: (.*)", message, re.DOTALL):
         return _explain_unrecognized(found[1].split(), flags)
     if found := re.search(r"the following arguments are required: (.*)", message):

@@ -177,3 +177,10 @@ def test_suggestions_know_the_last_part_of_a_nested_name() -> None:
 def test_a_message_of_unknown_form_is_cut_and_not_lost() -> None:
     text = explain("\n".join(["", *(f"line {k} {'x' * 400}" for k in range(30))]))
     assert len(text.splitlines()) == 5 and re.match("line 0 x+", text)
+
+
+def test_a_misspelt_field_of_a_settings_group_is_told_with_its_full_name() -> None:
+    config = str(ROOT / "experiments/configs/nano/grpo.yaml")
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--config", config, "--model.loss.kl_bta=1"])
+    assert str(caught.value) == "--model.loss.kl_bta=1: no such setting; did you mean model.loss.kl_beta?"
