@@ -230,7 +230,7 @@ def test_wrong_settings_of_the_evaluation_end_a_pipeline_before_anything_runs(wo
     with pytest.raises(SystemExit, match=r"(?s)annotations: write data_root.*limit_per_task: write limit"):
         make_pipeline(workbench, workbench.write_yaml("eval", old))
     config = workbench.write_yaml("eval", evaluation(workbench))
-    with pytest.raises(SystemExit, match="decoding.length"):
+    with pytest.raises(SystemExit, match=r"decoding\.length"):
         make_pipeline(workbench, config, "--decoding.length=3")
 
 
