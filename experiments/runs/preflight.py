@@ -102,7 +102,7 @@ def size_faults(settings: Mapping) -> list[str]:
     if not count or batch < 1 or count >= batch * ranks:
         return []
     return [
-        f"data.batch_size={batch} on {ranks} ranks needs {batch * ranks} samples, but data.shards="
+        f"data.batch_size={batch} on {ranks} rank{'s' * (ranks > 1)} needs {batch * ranks} samples, but data.shards="
         f"{settings['data']['shards']!r} holds {count}. Use {smaller_batch(count, ranks)}"
     ]
 

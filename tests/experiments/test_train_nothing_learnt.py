@@ -128,6 +128,4 @@ def test_samples_without_one_box_are_counted_by_name_and_left_out(workbench: Wor
 def test_data_without_any_usable_sample_ends_the_run_in_one_line(workbench: Workbench, phase: str) -> None:
     reason = run(workbench.training(phase), with_answers(workbench, 12))
     assert reason.startswith("no usable sample in a whole epoch: 12 samples rejected: no_box_answer 12 (")
-    assert "not one batch for every rank: 12 samples, batch_size=13" in run(
-        workbench.training(phase), "--data.batch_size=13"
-    )
+    assert "data.batch_size=13 on 1 rank needs 13 samples" in run(workbench.training(phase), "--data.batch_size=13")
