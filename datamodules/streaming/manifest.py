@@ -43,8 +43,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
     {"version", "count", "shards": [{"name", "count", "bytes", "sha256", "tasks": {task: count}}]}
 
-    Raises ValueError, which names the file, the place in it, the value and the cure, if the folder has no manifest or a
-    manifest that cannot be right; FetchError if it cannot be fetched.
+    Raises:
+        ValueError: there is no manifest, or it cannot be right; the message names file, place, value and cure.
+        FetchError: it cannot be fetched.
     """
     path = in_folder(folder, MANIFEST)
     try:

@@ -62,13 +62,18 @@ class CacheSettings:
 
 
 class ShardCache(FileCache):
-    """Opens shards: `for found in cache([{"url": location}]): found["stream"]`; a path of this machine as it is.
+    """webdataset's stage that opens shards: `for opened in cache([{"url": location}]): opened["stream"]`.
+
+    A path of this machine is opened as it is.
 
     Args:
-        shards: those that may be asked for.
+        shards: all shards that are read through this cache.
         settings: folder and bound.
         since: a comparison of a cached shard with its sha256 counts if it was made at this time.time() or later.
-        verify: False trusts a cached shard of the right length; what is fetched is compared all the same.
+        verify: False trusts a cached shard of the right length. A shard that is fetched is compared in any case.
+
+    Raises:
+        FetchError: a shard is larger than the cache may be.
     """
 
     def __init__(
@@ -80,17 +85,21 @@ class ShardCache(FileCache):
         self.shards: Mapping[str, Shard] = {shard.location: shard for shard in shards if shard.is_remote}
         self._known: dict[str, State] = {}  # by sha256: compared, and in this state since
         self._noted: dict[str, float] = {}  # by sha256: when a use was last noted
-        self.needed: Callable[[], set[str]] = set  # locations that this process reads soon: they go last
+        self.needed: Callable[[], set[str]] = set  # locations that this process reads soon: they are removed last
         largest = max(self.shards.values(), key=lambda shard: shard.bytes, default=None)
         if largest is not None and largest.bytes > self.limit:
-            raise ValueError(
-                f"cache_gib={settings.gib:g} is less than {largest.location} has: {largest.bytes / 2**30:.2f} GiB"
-            )
+            size = f"{largest.bytes / 2**30:.2f} GiB"
+            raise FetchError(f"data.cache_gib={settings.gib:g} is too small for {largest.location}, which has {size}")
 
     def get_file(self, url: str, tries: int = TRIES) -> str:
-        """The path of a whole shard of this location, fetched where it is not here yet; `tries` as in `retry`.
+        """The path of the whole shard of this location. It is fetched if it is not here yet.
 
-        Raises FetchError where it cannot be had or is not what its manifest says, or the cache cannot be written.
+        Args:
+            url: location of a shard; a path is returned as it is.
+            tries: attempts in a row without progress (`retry`).
+
+        Raises:
+            FetchError: the shard cannot be fetched, differs from its manifest, or the cache cannot be written.
         """
         shard = self.shards.get(url)
         if shard is None:
@@ -125,7 +134,7 @@ class ShardCache(FileCache):
                 return True
             is_sound = state.size == shard.bytes
             is_sound = is_sound and (not self.verify or content_sha256(path, self.since) == shard.sha256)
-        except OSError:
+        except OSError:  # usually it is not there; for any other reason, fetching it meets the same error
             return False
         if is_sound:
             self._known[shard.sha256] = state
@@ -134,14 +143,17 @@ class ShardCache(FileCache):
         return is_sound
 
     def _fetch(self, shard: Shard, path: Path, tries: int) -> None:
-        """Download the shard behind what is there of it, compare it, and give it its name."""
+        """Download the rest of the shard, compare it, and give it its name."""
+        # 1. Room. The name of the draft says how much it will take, so that other processes count it.
         part = path.with_name(f"{shard.sha256}.{shard.bytes}.part")
         path.unlink(missing_ok=True)  # a damaged one
         with self._lock("lock"):
             self._make_room(shard, part)
+        # 2. Download, after the part that an earlier process may have left.
         was_there = part.stat().st_size > 0
         began = time.time()
         _download(shard, part, tries)
+        # 3. Compare the whole with the manifest.
         if (digest := hash_file(part)) != shard.sha256 and was_there:
             log.warning("%s: what an earlier attempt left is damaged: it is fetched again", shard.location)
             os.truncate(part, 0)
@@ -153,6 +165,7 @@ class ShardCache(FileCache):
                 f"{shard.location} is not what its manifest says: it has the sha256 {digest[:16]}…, the manifest says"
                 f" {shard.sha256[:16]}….\nCopy the folder of shards to the server again, whole"
             )
+        # 4. The shard appears under its name only now.
         os.replace(part, path)
         remember(path, digest, began)
         self._known[shard.sha256] = file_state(path.stat())

@@ -116,8 +116,13 @@ class ShardReader:
         return any(shard.is_remote for shard in self.shards)
 
     def read(self, number: int) -> LoadedSample:
-        """Raises SampleError: "manifest_mismatch", "unreadable_shard", "corrupt_member", "duplicate_member",
-        "bad_json", "missing_image", or a Sample rule; FetchError."""
+        """The sample of this number with the bytes of its images.
+
+        Raises:
+            SampleError: "manifest_mismatch", "unreadable_shard", "corrupt_member", "duplicate_member", "bad_json",
+                "missing_image", or a rule of Sample.
+            FetchError: a remote shard cannot be fetched.
+        """
         with self._opened(number) as (place, file, extents):
             members = _expand(place, file, extents)
         sample = _parse_sample(place, members)

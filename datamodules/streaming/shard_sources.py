@@ -80,8 +80,10 @@ def source_faults(sources: Sources) -> list[str]:
 def read_shards(source: str | Path) -> list[Shard]:
     """The shards of one source in their order, as its manifest declares them.
 
-    Raises ValueError for a source or manifest that cannot be right, or a shard that its manifest does not name: nothing
-    would say what that has to hold. Raises FetchError where the manifest cannot be fetched.
+    Raises:
+        ValueError: the source or its manifest is wrong, or the manifest does not name a shard of the source: nothing
+            would say what that shard has to hold.
+        FetchError: the manifest cannot be fetched.
     """
     if faults := source_faults(source):
         raise ValueError("; ".join(faults))

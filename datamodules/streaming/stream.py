@@ -142,6 +142,8 @@ class ShardStream(IterableDataset):
                 except (SampleError, FetchError) as error:  # an error is handed over in its place, and judged there
                     value = error
                 yield Slot(place + 1, value)
+                if isinstance(value, FetchError):  # it ends the run, which would wait for the next slot's attempts too
+                    return
 
     def _walks(self) -> Iterator[Walk]:
         """The rest of the epoch, and the next one, whose order is made when somebody gets there."""

@@ -62,7 +62,9 @@ def scheme_of(location: str) -> str | None:
 def open_url(url: str, start: int = 0) -> IO[bytes]:
     """The bytes of a remote file from byte `start` on, opened by webdataset's `gopen`.
 
-    Raises Refused where another attempt would fail alike, OSError for anything that may pass.
+    Raises:
+        Refused: another attempt would fail in the same way.
+        OSError: anything that may pass.
     """
     from webdataset.gopen import gopen, gopen_schemes  # loads torch, which a command without remote shards does without
 
@@ -230,7 +232,9 @@ def retry(url: str, attempt: Callable[[], T], progress: Callable[[], int] = int,
         progress: how many bytes there are; more than ever before count as a new start.
         tries: attempts in a row without progress, after which it is given up.
 
-    Raises FetchError, and StorageError as soon as something cannot be written here.
+    Raises:
+        FetchError: it was refused, or given up.
+        StorageError: something cannot be written on this machine.
     """
     failures, most = 0, progress()
     while True:

@@ -192,7 +192,7 @@ def test_the_cache_keeps_within_its_bound_and_drops_the_longest_unused(
 def test_a_bound_below_one_shard_is_told_before_anything_is_fetched(
     server: ShardServer, folder: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"cache_gib=.* is less than http.*shard-0000.* has"):
+    with pytest.raises(FetchError, match=r"data\.cache_gib=.* is too small for http.*shard-0000"):
         ShardReader(server.url, cache=settings(tmp_path, 0.5 * size_of(folder) / 2**30))
     assert not (tmp_path / "cache").exists()
 
