@@ -19,6 +19,7 @@ import pytest
 
 from experiments.runs.renamed_settings import find_old_flags, find_old_names
 from tests.documents import HISTORY, Code, Page, commands, is_placeholder, module_command, read_page
+from tests.outside_make import outside_make
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -118,10 +119,8 @@ def make_faults(words: Sequence[str], named: bool = False) -> tuple[list[str], l
             given.append(word)
     if faults or named or not any("=" not in word for word in given):
         return faults, []
-    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
-    shown = subprocess.run(
-        ["make", "--dry-run", "--no-print-directory", *given], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    command = ["make", "--dry-run", "--no-print-directory", *given]
+    shown = subprocess.run(command, cwd=ROOT, env=outside_make(), capture_output=True, text=True)
     if shown.returncode:
         return [shown.stderr.strip()], []
     lines = Code(shown.stdout, 0, "")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 
 from datamodules.persistence.files import read_json
 from experiments import generate_synthetic
+from tests.outside_make import outside_make
 
 SETTINGS = {"seed": 0, "train_samples": 3, "eval_per_task": 1, "pool_samples": 2}
 
@@ -58,9 +58,7 @@ def test_folders_that_were_not_made_here_are_never_removed(tmp_path: Path, name:
 
 
 def test_make_shards_runs_this_command() -> None:
-    # The tests themselves may run under make, which hands its own flags on.
-    own = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     command = ["make", "-n", "shards", "STAMP=Makefile"]
     root = Path(generate_synthetic.__file__).parents[1]
-    printed = subprocess.run(command, cwd=root, env=own, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(command, cwd=root, env=outside_make(), capture_output=True, text=True, check=True).stdout
     assert f"-m {generate_synthetic.__name__} --config experiments/configs/nano/shards.yaml" in printed

@@ -16,6 +16,7 @@ from datamodules.checkpoints.model_folder import ModelError, local_folder
 from experiments import ablations, ask_model, evaluate, generate_synthetic, pipeline, sweep, synthesize, train
 from experiments.runs.usage_errors import explain, suggest
 from tests.experiments.conftest import Workbench
+from tests.outside_make import outside_make
 
 ROOT = Path(__file__).resolve().parents[2]
 NANO = "experiments/configs/nano"
@@ -156,7 +157,8 @@ def test_a_path_below_a_folder_here_is_not_asked_of_the_hub(tmp_path, monkeypatc
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize("variable", ["ARG=--trainer.max_steps=1", "CONFG=a.yaml"])
 def test_a_misspelt_make_variable_starts_nothing(variable: str) -> None:
-    ended = subprocess.run(["make", "-n", "grpo", variable], cwd=ROOT, capture_output=True, text=True)
+    command = ["make", "-n", "grpo", variable]
+    ended = subprocess.run(command, cwd=ROOT, env=outside_make(), capture_output=True, text=True)
     assert ended.returncode != 0 and not ended.stdout
     assert_short(ended.stderr.strip(), variable.partition("=")[0], "ARGS", "CONFIG")
 

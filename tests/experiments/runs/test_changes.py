@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import subprocess
 
 import pytest
@@ -16,6 +15,7 @@ from experiments.runs.changes import (
     take_choice,
 )
 from tests.experiments.conftest import ROOT
+from tests.outside_make import outside_make
 
 OLD, NEW = {"a.py": "1", "b.py": "2"}, {"a.py": "1", "b.py": "3"}
 
@@ -87,9 +87,7 @@ def test_the_question_is_short_and_has_both_answers() -> None:
 def test_make_passes_the_answer_on(target: str) -> None:
     def last_command(*words: str) -> str:
         command = ["make", "-n", target, "STAMP=Makefile", "CONFIG=x.yaml", *words]
-        # The tests themselves may run under make, which hands its own flags on.
-        own = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
-        done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, cwd=ROOT, env=outside_make(), capture_output=True, text=True, check=True)
         return done.stdout.splitlines()[-1]
 
     assert "--keep" in last_command("KEEP=1") and "--redo" in last_command("REDO=1")
