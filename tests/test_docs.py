@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 # Paths that pages name before they exist. A path is removed from here as soon as its file is there.
 COMING: set[str] = set()
-FLOORS = "datamodules|lightning_modules|callbacks|experiments"
-PATH = re.compile(rf"(?<![\w/.<>-])((?:{FLOORS}|tests|docs|models)/[\w./*{{}},-]*)(?![<…\w])")
-NAME = re.compile(rf"(?<![\w/.-])((?:{FLOORS})(?:\.\w+)+)(?![\w/*])(?!\.\*)")
+PACKAGES = "datamodules|lightning_modules|callbacks|experiments"
+PATH = re.compile(rf"(?<![\w/.<>-])((?:{PACKAGES}|tests|docs|models)/[\w./*{{}},-]*)(?![<…\w])")
+NAME = re.compile(rf"(?<![\w/.-])((?:{PACKAGES})(?:\.\w+)+)(?![\w/*])(?!\.\*)")
 BASENAME = re.compile(r"(?<![\w/.*<-])(\w+\.py)\b")
 
 Command = tuple[str, list[str]]
@@ -98,7 +98,7 @@ def python_imports(page: Page) -> Iterator[tuple[int, str]]:
     for code in page.code:
         if code.language == "python":
             for node in ast.walk(ast.parse(code.text)):
-                if isinstance(node, ast.ImportFrom) and re.match(FLOORS, node.module or ""):
+                if isinstance(node, ast.ImportFrom) and re.match(PACKAGES, node.module or ""):
                     yield from ((code.line, f"{node.module}.{alias.name}") for alias in node.names)
 
 
@@ -131,7 +131,7 @@ def project_commands(code: Code) -> Iterator[tuple[int, Command]]:
     """(line, (module, arguments)) of the commands in `code` that run a module of the project."""
     for line, words in commands(code):
         found = module_command(words)
-        if found and re.match(rf"({FLOORS}|tests)\.", found[0]):
+        if found and re.match(rf"({PACKAGES}|tests)\.", found[0]):
             yield line, found
 
 
@@ -260,7 +260,7 @@ def test_no_file_that_exists_is_called_coming() -> None:
 def source_texts() -> list[str]:
     """Every string in the production code; values inside an f-string are cut out, as U+FFFC."""
     texts = []
-    for file in (path for floor in FLOORS.split("|") for path in (ROOT / floor).rglob("*.py")):
+    for file in (path for package in PACKAGES.split("|") for path in (ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 texts.append(node.value)

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from datamodules.benchmarks.upright import TURNED, turn_questions
+from datamodules.benchmarks.reading.upright import TURNED, turn_questions
 from datamodules.images.image_files import Frame, file_size, load_images
 from datamodules.persistence.files import fingerprint
 from datamodules.samples.sample import LoadedSample, Sample
@@ -40,7 +40,7 @@ class Rule:
     box: BoxChoice = "first"
     within: Average = "micro"  # a column: over its questions, or the mean of its units
     across: Average = "macro"  # an average: the mean of its columns, or over their questions
-    reader: Reader = "project"  # "project": answers.py and choices.py; else the official code's own
+    reader: Reader = "project"  # "project": answer_text.py and choice_text.py; else the official code's own
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.benchmarks.base import WITHOUT_MODEL, Benchmark, Rule, files_fingerprint, image_parts, make_sample
-from datamodules.benchmarks.parquet import null_columns, read_rows, row_bytes
+from datamodules.benchmarks.reading.parquet import null_columns, read_rows, row_bytes
 from datamodules.encoding.messages import OFFICIAL_PREFIX
 from datamodules.samples.sample import LoadedSample, Sample
 

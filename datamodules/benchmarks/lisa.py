@@ -24,7 +24,7 @@ from datamodules.benchmarks.base import (
     make_sample,
     require_fields,
 )
-from datamodules.benchmarks.polygons import points_fault, polygons_box
+from datamodules.benchmarks.reading.polygons import points_fault, polygons_box
 from datamodules.images.image_files import read_header
 from datamodules.samples.boxes import from_pixels_clipped
 from datamodules.samples.sample import Sample

@@ -29,7 +29,7 @@ from datamodules.benchmarks.base import (
     image_parts,
     make_sample,
 )
-from datamodules.benchmarks.parquet import read_rows
+from datamodules.benchmarks.reading.parquet import read_rows
 from datamodules.images.image_files import file_size, load_images, refuse_turned
 from datamodules.samples.sample import LoadedSample, Sample, SampleError
 

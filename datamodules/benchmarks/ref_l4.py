@@ -21,7 +21,7 @@ from datamodules.benchmarks.base import (
     image_parts,
     make_sample,
 )
-from datamodules.benchmarks.parquet import read_rows
+from datamodules.benchmarks.reading.parquet import read_rows
 from datamodules.images.image_files import file_size
 from datamodules.samples.boxes import from_pixels_clipped, is_unit_xywh
 from datamodules.samples.sample import Sample

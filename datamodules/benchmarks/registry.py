@@ -9,7 +9,8 @@ from types import ModuleType
 from datamodules.benchmarks import blink, lisa, mig_bench, mmiu, odinw, ref_l4, revos, shard_folders
 from datamodules.benchmarks.base import Benchmark, Rule
 
-# In the order of the paper's tables. Each module has NAME, FOLDER, RULE, OFFICIAL and load(root) -> Benchmark.
+# In the order of the paper's tables. Each module has NAME, FOLDER, RULE, OFFICIAL, AVERAGES and
+# load(root) -> Benchmark.
 BENCHMARKS: dict[str, ModuleType] = {
     module.NAME: module for module in (mig_bench, ref_l4, lisa, revos, odinw, blink, mmiu)
 }

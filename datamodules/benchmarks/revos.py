@@ -23,8 +23,8 @@ from datamodules.benchmarks.base import (
     make_sample,
     require_fields,
 )
-from datamodules.benchmarks.masks import rle_box, union_box
 from datamodules.benchmarks.mig_bench import ORDINALS
+from datamodules.benchmarks.reading.masks import rle_box, union_box
 from datamodules.samples.boxes import from_pixels_clipped
 from datamodules.samples.sample import Sample
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from datamodules.benchmarks.masks import encode_counts
 from datamodules.benchmarks.odinw import FILE, SETS
+from datamodules.benchmarks.reading.masks import encode_counts
 from datamodules.samples.boxes import Box
 from datamodules.synthetic.single_image import crowd
 from datamodules.synthetic.world import KINDS, Scene, Thing, draw_scene, random_scene

@@ -13,7 +13,7 @@ import pytest
 
 from datamodules.benchmarks import blink, lisa, mmiu, odinw, ref_l4, revos
 from datamodules.benchmarks.base import Benchmark, column_of, limit_columns
-from datamodules.benchmarks.parquet import _group, row_bytes
+from datamodules.benchmarks.reading.parquet import _group, row_bytes
 from datamodules.benchmarks.registry import BENCHMARKS, benchmark_names, load_benchmark
 from datamodules.benchmarks.revos import sample_frames
 from datamodules.images.image_loading import load_image

@@ -19,7 +19,7 @@ import pytest
 
 from datamodules.benchmarks import lisa, mig_bench, mmiu, odinw, ref_l4, revos
 from datamodules.benchmarks.base import Benchmark
-from datamodules.benchmarks.masks import encode_counts
+from datamodules.benchmarks.reading.masks import encode_counts
 from datamodules.encoding.messages import PromptStyle, build_messages
 from datamodules.images.image_loading import load_image
 from datamodules.metrics.predictions import Reply

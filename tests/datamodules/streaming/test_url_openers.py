@@ -16,7 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from datamodules.streaming import url_openers
 from datamodules.streaming.url_openers import FetchError, Refused, open_url, read_some, retry
 from tests.datamodules.streaming.shard_server import ShardServer, cut, hang_up, redirect, stall, status, whole
-from tests.test_layout import FLOORS, ROOT
+from tests.test_layout import PACKAGES, ROOT
 
 SIGNS = {"fsspec": r"^ *(import|from) fsspec", "gopen": r"\bgopen\(", "shell": r"shell=True|os\.system|os\.popen"}
 CONTENT = bytes(range(256)) * 40
@@ -222,8 +222,8 @@ def test_no_opener_but_the_commands_runs_a_shell(server: ShardServer, file: Path
 def test_one_file_opens_urls_and_stores_and_runs_a_shell() -> None:
     signs = {name: re.compile(text, re.M) for name, text in SIGNS.items()}
     users: dict[str, set[str]] = {name: set() for name in signs}
-    for floor in FLOORS:
-        for file in (ROOT / floor).rglob("*.py"):
+    for package in PACKAGES:
+        for file in (ROOT / package).rglob("*.py"):
             code = ast.unparse(ast.parse(file.read_text()))  # without comments
             for name, sign in signs.items():
                 if sign.search(code):

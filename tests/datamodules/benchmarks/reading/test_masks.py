@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from datamodules.benchmarks.masks import encode_counts, rle_box, union_box
+from datamodules.benchmarks.reading.masks import encode_counts, rle_box, union_box
 
 
 def slow_box(runs: list[int], height: int, width: int) -> tuple[int, int, int, int] | None:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from datamodules.benchmarks import lisa
-from datamodules.benchmarks.polygons import draw_mask, points_fault, polygons_box
+from datamodules.benchmarks.reading.polygons import draw_mask, points_fault, polygons_box
 from datamodules.synthetic.benchmark_replicas.write import write_replica
 from experiments import evaluate
 
