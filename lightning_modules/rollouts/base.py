@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from datamodules.persistence.problems import Problems
 
@@ -122,4 +122,18 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Nothing more will be sampled."""
+        ...
+
+
+@runtime_checkable
+class AsksEngine(Protocol):
+    """A callback that has the module's engine answer prompts of its own."""
+
+    def longest_sequence(self, max_prompt_tokens: int, max_new_tokens: int) -> int:
+        """The largest number of tokens that a prompt and its completion have together; 0 if it asks nothing.
+
+        Args:
+            max_prompt_tokens: limit of training; a limit of the callback's own replaces it.
+            max_new_tokens: the same, of a completion.
+        """
         ...

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 
 from lightning_modules.models.qwen_vl import QwenVL
+from lightning_modules.rollouts.base import AsksEngine
 from lightning_modules.rollouts.vllm.engine import VLLMEngine
 from lightning_modules.rollouts.vllm.server_checks import VLLMSettings
 
 log = logging.getLogger(__name__)
-
-
-@runtime_checkable
-class AsksEngine(Protocol):
-    """A callback that has the module's engine answer prompts of its own."""
-
-    def longest_sequence(self, max_prompt_tokens: int, max_new_tokens: int) -> int:
-        """The most tokens of a prompt with its completion; 0 if it asks nothing. Limits of its own come before those of
-        training, which are given."""
-        ...
 
 
 def connect(policy: QwenVL, settings: VLLMSettings, trainer: Trainer, max_new_tokens: int) -> VLLMEngine:
