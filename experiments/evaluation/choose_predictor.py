@@ -28,8 +28,8 @@ ALIASES = {"nano": "models/nano-base"}
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """A Qwen2.5-VL in this process, asked by the engine that it is trained with. `prompts` are arguments of `Encoder`:
-    box_format, style, max_prompt_tokens, …"""
+    """A model of a family that can be trained (Qwen2.5-VL), in this process, asked by the engine that trains it.
+    `prompts` are arguments of `Encoder`: box_format, style, max_prompt_tokens, …"""
 
     model: str
     prompts: dict[str, Any]
@@ -76,11 +76,11 @@ def choose_predictor(asked: Evaluation) -> PredictorSettings:
     if asked.endpoint is not None:
         return _served_settings(asked, asked.endpoint)
     check_device(asked.device)
-    # 2. A Qwen2.5-VL, known by the model_type of its config.json.
+    # 2. A model of a family that can be trained, known by the model_type of its config.json.
     model = ALIASES.get(asked.model, asked.model)
     found = read_model_type(model)
     if found in known_types():
-        return _policy_settings(model, asked)
+        return _policy_settings(model, found, asked)
     # 3. Any other image-text model that transformers can load.
     check_image_text_model(model, asked.trust_remote_code)
     if not asked.trust_remote_code:  # a model's own code may not know the meta device
@@ -129,22 +129,35 @@ def _served_settings(asked: Evaluation, endpoint: EndpointSettings) -> ServedSet
     return ServedSettings(replace(endpoint, model=asked.model), _request_form(asked, asked.model), asked.decoding)
 
 
-def _policy_settings(model: str, asked: Evaluation) -> PolicySettings:
+def _policy_settings(model: str, model_type: str, asked: Evaluation) -> PolicySettings:
+    """The settings of a model of a family that can be trained; `model_type` is that of its config.json."""
     check_policy(model, known_types())
     form, default = asked.form, QuestionForm()
+    # 1. Settings that belong to other models.
+    name = known_types()[model_type]
     faults = [
-        f"form.{name}={getattr(form, name)!r} is for other models; {model!r} is a Qwen2.5-VL: box format, style and "
+        f"form.{field}={getattr(form, field)!r} is for other models; {model!r} is a {name}: box format, style and "
         "label_images"
-        for name in ("model_family", "before_image")
-        if getattr(form, name) != getattr(default, name)
+        for field in ("model_family", "before_image")
+        if getattr(form, field) != getattr(default, field)
     ]
     if form.style == "native":
-        faults.append("form.style='native' is a model family's own prompt, for other models than Qwen2.5-VL")
-    if faults:
-        raise ValueError("; ".join(faults))
+        faults.append(f"form.style='native' is a model family's own prompt, for other models than {name}")
+    # 2. The form of the questions: as the YAML says, or as the model was trained.
     prompts = {"box_format": form.box_format, "style": "think" if form.style == "auto" else form.style}
     prompts |= {"max_resized_pixels": form.max_resized_pixels, "label_images": form.label_images}
-    prompts |= run_identity.trained_form(model, prompts) if form.as_trained else {}
+    trained = run_identity.trained_form(model, prompts) if form.as_trained else {}
+    # 3. A model that was not trained here writes boxes as its family does. In the default format of the settings, every
+    # box of another family would be read wrongly, and counted as a wrong answer.
+    written = find_model_family("auto", model_type).box_format
+    if "box_format" not in trained and form.box_format == default.box_format != written:
+        faults.append(
+            f"form.box_format={form.box_format!r}: {model!r} is a {name}, which writes boxes as {written} "
+            f"(datamodules/encoding/model_families.py); set form.box_format={written}"
+        )
+    if faults:
+        raise ValueError("; ".join(faults))
+    prompts |= trained
     prompts |= {"box_format": BoxFormat(prompts["box_format"]), "style": PromptStyle(prompts["style"])}
     return PolicySettings(model, prompts | asdict(asked.limits), asked.decoding, asked.dtype, asked.device)
 

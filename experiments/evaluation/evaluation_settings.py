@@ -31,7 +31,7 @@ class QuestionForm:
 
     Args:
         style: auto: think, for other models than Qwen2.5-VL native, which is their model family's own prompt
-        box_format: how a Qwen2.5-VL writes boxes
+        box_format: how a Qwen2.5-VL writes boxes, or another model of a family that can be trained
         label_images: write "Picture k: " before image k, for a Qwen2.5-VL
         max_resized_pixels: larger images are shrunk to this number of pixels, if it is less than the processor's own
             limit (for a served Qwen2.5-VL it must not be above that limit)

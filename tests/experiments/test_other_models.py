@@ -7,18 +7,22 @@ from pathlib import Path
 
 import pytest
 
+from datamodules.checkpoints.model_folder import PROMPT_FORM
 from datamodules.encoding.messages import CHOICE_SUFFIX
 from datamodules.encoding.model_families import find_model_family
 from datamodules.samples.answer_text import FAILURE_KINDS
+from datamodules.samples.boxes import BoxFormat
 from datamodules.synthetic.benchmark_replicas import write
 from experiments import evaluate
 from experiments.evaluation import rescore
-from experiments.evaluation.choose_predictor import ImageTextSettings, choose_predictor
+from experiments.evaluation.choose_predictor import ImageTextSettings, PolicySettings, choose_predictor
 from experiments.evaluation.evaluation_settings import Evaluation, QuestionForm
 from experiments.runs import preflight
+from lightning_modules.models.architectures import registry
 from lightning_modules.serving.openai_client import EndpointSettings
 from tests.chat_server import ChatServer, http_response, question_text
 from tests.image_text_models import qwen2_vl, save_model
+from tests.lightning_modules.models.architectures.qwen3_vl import Qwen3VL, write_tiny_model
 
 SERVED = "OpenGVLab/InternVL2-8B"
 INTERNVL = find_model_family("internvl")
@@ -106,6 +110,24 @@ def test_another_family_in_this_process(tmp_path: Path) -> None:
         assert prediction["box_format"] == "relative_1000" and prediction["refused"] is None
         assert 1 <= prediction["num_tokens"] <= 6 and prediction["image_sizes"]
     assert {prediction["failure"] for prediction in boxes} <= {None, *FAILURE_KINDS}
+
+
+def test_the_base_model_of_a_further_family_is_read_in_the_box_format_of_its_family(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Qwen3-VL that can be trained, but was not: absolute pixels, the default, would make every box wrong."""
+    monkeypatch.setitem(registry.ARCHITECTURES, Qwen3VL.model_type, Qwen3VL())
+    model = str(write_tiny_model(tmp_path / "model"))
+    with pytest.raises(ValueError, match=r"is a Qwen3-VL, which writes boxes as relative_1000.*set form.box_format"):
+        choose_predictor(Evaluation(model, "data"))
+    with pytest.raises(ValueError, match="is a Qwen3-VL: box format, style"):
+        choose_predictor(Evaluation(model, "data", form=QuestionForm(model_family="qwen3_vl")))
+    settings = choose_predictor(Evaluation(model, "data", form=QuestionForm(box_format="relative_1000")))
+    assert isinstance(settings, PolicySettings) and settings.prompts["box_format"] == BoxFormat.RELATIVE_1000
+    # One that was trained here, in whatever format, is asked as it was trained.
+    form = {"version": 1, "style": "think", "box_format": "absolute_pixels", "label_images": False}
+    (tmp_path / "model" / PROMPT_FORM).write_text(json.dumps(form | {"max_resized_pixels": None}))
+    assert choose_predictor(Evaluation(model, "data")).prompts["box_format"] == BoxFormat.ABSOLUTE_PIXELS
 
 
 @pytest.mark.parametrize(
