@@ -94,7 +94,7 @@ sft: $(STAMP)  ## Train CoT-SFT (LoRA) and merge
 	$(dataset)
 	$(PY) -m experiments.train $(call config,cot_sft) $(seed) $(answer) $(ARGS)
 
-grpo: $(STAMP)  ## Rejection-sample with the stage-1 model, train GRPO and merge
+grpo: $(STAMP)  ## Rejection-sample with the model of `make sft`, train GRPO and merge
 	$(dataset)
 	$(PY) -m experiments.train $(call config,grpo) $(seed) $(answer) $(ARGS)
 
@@ -111,7 +111,7 @@ VLLM_VENV ?= .venv-vllm
 vllm-server:  ## Serve rollouts for GRPO with model.rollout.engine=vllm: MODEL=folder, ARGS="--port 8001"; on a GPU if there is one
 	$(PYTHON) lightning_modules/serving/vllm_server.py --venv $(VLLM_VENV) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
-eval: $(STAMP)  ## Evaluate any model on MIG-Bench, BENCH=all (or ref_l4,...), or shards DATA=data/kites: MODEL=outputs/nano/grpo/merged
+eval: $(STAMP)  ## Evaluate any model on MIG-Bench, BENCH=all (or ref_l4,...), or shards DATA=data/kites/val: MODEL=outputs/nano/grpo/merged
 	$(if $(DATA),,$(dataset))
 	$(PY) -m experiments.evaluate $(call config,eval) $(if $(MODEL),--model $(MODEL)) $(addprefix --bench ,$(or $(DATA),$(BENCH))) \
 		$(answer) $(ARGS)

@@ -1,4 +1,4 @@
-"""See samples before training on them: `make inspect DATA=data/nano/cot_sft`. One page, opens offline.
+"""See samples before training on them: `make inspect DATA=data/nano/shards/sft`. One page, opens offline.
 
 It shows the first and some random samples of shards, every image with its boxes, and counts what the shards hold. With
 a model (its processor is enough) it counts tokens, and shows what the encoder would reject and why.
