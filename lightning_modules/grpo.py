@@ -7,7 +7,6 @@ C completions of several groups, N tokens of the completions in one packed row, 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,14 @@ from torch import Tensor
 
 from datamodules.encoding.encoder import Batch
 from datamodules.samples.boxes import BoxFormat
-from lightning_modules.models.attention.packed_rows import PackedRows, pack_rows
-from lightning_modules.policy_module import STATE_KEY, PolicyModule
+from lightning_modules.group_objective import GroupObjective
+from lightning_modules.policy_module import STATE_KEY
 from lightning_modules.rl.advantages import group_advantages, zero_advantage
-from lightning_modules.rl.grpo_settings import LossSettings, RolloutSettings, UpdateSettings
+from lightning_modules.rl.grpo_settings import RolloutSettings, UpdateSettings
 from lightning_modules.rl.idle_windows import IdleWindows
-from lightning_modules.rl.losses import LossInputs, policy_loss, truncated_importance
-from lightning_modules.rl.metrics import GRPOMetrics
+from lightning_modules.rl.loss_settings import AdvantageSettings, LossSettings
 from lightning_modules.rl.rewards import Reward, score_rollouts, term_weights, weight_problems
-from lightning_modules.rl.rollout_batch import PromptGroup, attach_old_log_probs, trainable_groups
+from lightning_modules.rl.rollout_batch import PromptGroup, trainable_groups
 from lightning_modules.rl.rollout_log import RolloutLog, rollout_records
 from lightning_modules.rollouts.base import Rollout, RolloutEngine, RolloutRequest
 from lightning_modules.rollouts.native.engine import NativeEngine
@@ -32,7 +30,7 @@ from lightning_modules.rollouts.vllm.lifecycle import CloseOnError, connect
 from lightning_modules.training.seeds import derive_seed
 
 
-class GRPO(PolicyModule):
+class GRPO(GroupObjective):
     """Group-relative policy optimization (arXiv:2402.03300) with the paper's reward (eq. 3) and objective (eq. 2).
 
     An accumulation window is `accumulate` batches. All of them are sampled with one policy; then the window is trained
@@ -42,6 +40,7 @@ class GRPO(PolicyModule):
         model: model folder or Hub name; the merged model of stage 1.
         box_format: how the model writes coordinates; `experiments.train` sets it to `data.box_format`.
         rollout: how completions are sampled.
+        advantage: how completions are compared inside their group.
         loss: the objective.
         update: how a window of rollouts is trained on.
         reward_weights: λ by the name of a term of the reward (`rewards.REWARD_TERMS`). A term that is not named keeps
@@ -58,18 +57,17 @@ class GRPO(PolicyModule):
         model: str,
         box_format: BoxFormat = BoxFormat.ABSOLUTE_PIXELS,
         rollout: RolloutSettings = RolloutSettings(),
+        advantage: AdvantageSettings = AdvantageSettings(),
         loss: LossSettings = LossSettings(),
         update: UpdateSettings = UpdateSettings(),
         reward_weights: dict[str, float] | None = None,
         learning_rate: float = 5e-5,
         **policy: Any,
     ) -> None:
-        super().__init__(model, learning_rate=learning_rate, **policy)
-        self.box_format = BoxFormat(box_format)
-        self.rollout_settings, self.loss_settings, self.update_settings = rollout, loss, update
+        super().__init__(model, rollout, loss, update, learning_rate=learning_rate, **policy)
+        self.box_format, self.advantage_settings = BoxFormat(box_format), advantage
         self.reward_weights = term_weights(reward_weights)
         self.engine: RolloutEngine | None = None
-        self.metrics = GRPOMetrics()
         self.last_rollouts: list[dict[str, Any]] = []  # of the last batch, for callbacks
         self._log: RolloutLog | None = None
         self._window: list[PromptGroup] = []  # of the open accumulation window, where it has several updates
@@ -87,10 +85,6 @@ class GRPO(PolicyModule):
         return faults
 
     @property
-    def with_reference(self) -> bool:
-        return self.loss_settings.kl_beta > 0
-
-    @property
     def updates_per_window(self) -> int:
         return self.update_settings.updates_per_window
 
@@ -105,6 +99,7 @@ class GRPO(PolicyModule):
         return [CloseOnError()]
 
     def on_fit_start(self) -> None:
+        self.check_reference()
         self.engine.sync()
 
     def on_train_start(self) -> None:
@@ -135,8 +130,11 @@ class GRPO(PolicyModule):
         totals = torch.tensor([[reward.total for reward in group] for group in rewards], dtype=torch.float64)  # [P, G]
 
         # 3. Compare inside the group (eq. 1). Where all rewards are equal, no completion is better than another: such a
-        # group has zero advantage and teaches no preference.
-        advantages, is_zero = group_advantages(totals), zero_advantage(totals)  # [P, G], bool [P]
+        # group has zero advantage and teaches no preference, whatever its completions' distances from the reference.
+        is_zero = zero_advantage(totals)  # bool [P]
+        if self.loss_settings.kl_in == "reward":
+            totals = totals - self.kl_penalty(batch.items, rollouts, features)
+        advantages = group_advantages(totals, self.advantage_settings.scale)  # [P, G]
         self.metrics.add_rollouts(rollouts, rewards, is_zero)
         self._save_rollouts(batch, rollouts, rewards, advantages, is_zero)
         groups = trainable_groups(
@@ -146,6 +144,7 @@ class GRPO(PolicyModule):
             features=features if self.freeze_vision else None,  # of a trained tower they change with each update
             skip=(is_zero & self.update_settings.skip_zero_advantage).tolist(),
             mask_truncated=self.update_settings.mask_truncated,
+            with_absent=self.loss_settings.normalise_over == "all",
         )
         self.metrics.update(informative=sum(group.is_informative for group in groups))
 
@@ -200,7 +199,7 @@ class GRPO(PolicyModule):
         if self.updates_per_window == 1:
             self.update()
         else:
-            self._attach_old_log_probs()
+            self.attach_old_log_probs(self._window)
             for epoch in range(self.update_settings.epochs_per_rollout):
                 # The order is drawn from the window's seed, so a resumed run divides the window as before.
                 generator = torch.Generator().manual_seed(derive_seed(self.batch_seed(), epoch))
@@ -211,75 +210,6 @@ class GRPO(PolicyModule):
             self._window = []
         if self.global_step != before:  # not if there was nothing to train on, on any rank
             self.engine.sync()
-
-    @torch.no_grad()
-    def _attach_old_log_probs(self) -> None:
-        """Give each group of the window the log-probabilities of the policy before its first update."""
-        if self.update_settings.old_log_probs == "sampler":
-            for group in self._window:
-                group.old_log_probs = group.sampler_log_probs
-            return
-        temperature = self.rollout_settings.temperature
-        rows = self._packed_rows(self._window)
-        attach_old_log_probs(self._window, [self.policy.token_log_probs(row, f, temperature) for row, f in rows])
-
-    def add_gradient(self, groups: list[PromptGroup]) -> None:
-        """Add the gradient of minus eq. 2 over these groups, one packed row after the other."""
-        items = [group.item for group in groups]
-        temperature = self.rollout_settings.temperature
-        advantages = torch.cat([group.advantages for group in groups] or [torch.zeros(0)])  # [C]
-        old = [log_probs for group in groups for log_probs in group.old_log_probs or ()]  # C of [T], or none
-        sampler = [log_probs for group in groups for log_probs in group.sampler_log_probs]  # C of [T]
-        for rows, features in self._packed_rows(groups):
-            # Log-probabilities [N] of the row's tokens, by the policy with gradient, and by the reference model.
-            log_probs = self.policy.token_log_probs(rows, features, temperature)
-            ref_log_probs = None
-            if self.with_reference:
-                fixed = features if self.freeze_vision else self.row_features(rows, items, reference=True)
-                ref_log_probs = self.policy.token_log_probs(rows, fixed, temperature, reference=True)
-
-            # Log-probabilities [N] when the tokens were sampled, by the trainer and by the engine.
-            present = rows.completion_index.unique_consecutive().tolist()
-            old_log_probs = torch.cat([old[c] for c in present]) if old else None
-            sampler_log_probs = torch.cat([sampler[c] for c in present])
-            weights = self._sampler_weights(log_probs if old_log_probs is None else old_log_probs, sampler_log_probs)
-
-            inputs = LossInputs(
-                log_probs,
-                rows.completion_index,
-                advantages,
-                self.rollout_settings.max_new_tokens,
-                old_log_probs,
-                ref_log_probs,
-                weights,
-            )
-            terms = policy_loss(inputs, self.loss_settings)
-            self.backward_sum(terms.total, terms.count)
-            self.metrics.add_loss(terms)
-
-    def _sampler_weights(self, old_log_probs: Tensor, sampler_log_probs: Tensor) -> Tensor | None:
-        """Weights [N] that correct for an engine that computes otherwise than the trainer; None for none.
-
-        Args:
-            old_log_probs: [N], by the trainer.
-            sampler_log_probs: [N], by the engine.
-        """
-        if self.updates_per_window > 1 and self.update_settings.old_log_probs == "sampler":
-            return None  # the trainer's were never computed
-        cap = self.update_settings.importance_cap
-        self.metrics.add_sampler(old_log_probs, sampler_log_probs, cap)
-        return None if cap is None else truncated_importance(old_log_probs, sampler_log_probs, cap)
-
-    def _packed_rows(self, groups: list[PromptGroup]) -> Iterator[tuple[PackedRows, list[Tensor]]]:
-        """The groups in packed rows, each with the image features of all items. Makes the dummy passes that are due."""
-        items = [group.item for group in groups]
-        known = [group.features for group in groups] if self.freeze_vision else None
-        packed = pack_rows(items, [group.completions for group in groups], self.max_tokens_per_row)
-        for rows in self.equal_passes(packed):
-            if rows is None:
-                self.dummy_forward()
-            else:
-                yield rows, known or self.row_features(rows, items)
 
     # Logging, and ending where nothing is learnt
 

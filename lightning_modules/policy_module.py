@@ -93,6 +93,7 @@ class PolicyModule(LightningModule):
         self.num_batches = 0  # that this rank has trained on; seeds derive from it
         self._num_batches_committed = 0  # at the end of the last finished window, as a checkpoint has it
         self._count = 0.0  # what the accumulated gradient must be divided by
+        self._absent = 0.0  # what is added to it for completions that are in the mean and not in the gradient
         self._window_ids: list[str] = []  # sample ids of the open window
         self._start: dict[str, int] = {}  # marks of the weights as loaded, where they are trained themselves
         self._latest: dict[str, float] = {}  # every metric, as logged last
@@ -110,8 +111,13 @@ class PolicyModule(LightningModule):
 
     @property
     def with_reference(self) -> bool:
-        """Whether the loss needs log-probabilities of the frozen reference model."""
+        """Whether log-probabilities of the frozen reference model are needed in this run."""
         return False
+
+    @property
+    def loss_reads_reference(self) -> bool:
+        """Whether the loss of the next update needs them, in a forward pass beside the policy's."""
+        return self.with_reference
 
     @property
     def updates_per_window(self) -> int:
@@ -217,14 +223,14 @@ class PolicyModule(LightningModule):
         optimizer, parameters = self.optimizers(), self.policy.trainable_parameters()
 
         # 1. Nothing to learn from, on any rank: no step, which weight decay and momentum would move.
-        count = self.sum_over_ranks([self._count])[0]
-        self._count = 0.0
+        count, absent = self.sum_over_ranks([self._count, self._absent])
+        self._count = self._absent = 0.0
         if count == 0:
             optimizer.zero_grad(set_to_none=True)
             return False
 
         # 2. The gradient of the mean over the window, clipped.
-        norm = self._finish_gradients(parameters, count)
+        norm = self._finish_gradients(parameters, count + absent)
         self._require_finite(norm, "the gradient")
 
         # 3. One step of the optimizer and of the schedule.
@@ -297,7 +303,7 @@ class PolicyModule(LightningModule):
         """Go through every pass that a row goes through, with one token and without any effect on the gradient."""
         total = self.policy.dummy_log_prob()
         if torch.is_grad_enabled():
-            if self.with_reference:
+            if self.loss_reads_reference:
                 self.policy.dummy_log_prob(reference=True)
             self.backward_sum(0.0 * total, 0)
 

@@ -26,7 +26,8 @@ from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.grpo import GRPO
 from lightning_modules.models.layers.lora import LoraSettings
 from lightning_modules.policy_module import PolicyModule
-from lightning_modules.rl.grpo_settings import LossSettings, RolloutSettings, UpdateSettings
+from lightning_modules.rl.grpo_settings import RolloutSettings, UpdateSettings
+from lightning_modules.rl.loss_settings import LossSettings
 from lightning_modules.rollouts.base import Rollout, RolloutEngine, RolloutRequest, SamplingSettings
 
 

@@ -30,11 +30,11 @@ from lightning_modules.models.attention.hf_attention import TEXT_ATTENTION, VISI
 from lightning_modules.models.attention.packed_rows import PackedRows, one_token_row
 from lightning_modules.models.fsdp import ShardedModel, full_tensor, shard_layers
 from lightning_modules.models.inference.base import SamplingModel
-from lightning_modules.models.inference.fastest import CachedReference
 from lightning_modules.models.inference.plain_model import PlainSamplingModel
 from lightning_modules.models.layers.accelerate import accelerate_layers
 from lightning_modules.models.layers.lora import LoraSettings, frozen_copy, merged_copy, with_adapter
 from lightning_modules.models.merged_folder import check_names, write_merged
+from lightning_modules.models.reference import Reference
 from lightning_modules.models.token_bans import Ban, end_ids, placeholder_ids, special_ids
 from lightning_modules.models.token_log_probs import score_tokens
 from lightning_modules.models.vision_feature_cache import FeatureCache, encode_each_once
@@ -106,7 +106,7 @@ class QwenVL(nn.Module):
             getattr(self.base, "activation_checkpointing_enable", old_name)()
         self.feature_cache: FeatureCache | None = None  # set from outside, to keep a frozen tower's features on disk
         self.sharded: ShardedModel | None = None  # `base`, once its layers are sharded over ranks
-        self._cached_reference = CachedReference()
+        self.reference = Reference()
         self.activations: ActivationBudget | None = None
         if gradient_checkpointing and activation_gib is not None:
             self.activations = ActivationBudget(self.architecture.decoder_layers(self.base), activation_gib)
@@ -177,6 +177,7 @@ class QwenVL(nn.Module):
         reference: bool = False,
         ban_tokens: bool = True,
         with_best: bool = False,
+        with_entropy: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Log-probability of each target of a packed row, under the distribution that rollouts sample from.
 
@@ -188,9 +189,11 @@ class QwenVL(nn.Module):
             ban_tokens: leave out the tokens that are never sampled in training. If not, the softmax is over the whole
                 vocabulary, as in supervised training.
             with_best: also return the likeliest token in the place of each target.
+            with_entropy: also return the entropy of the distribution in the place of each target, in nats.
 
         Returns:
-            float32 [N], in the order of `rows.targets`; with `with_best` also token ids, long [N].
+            float32 [N], in the order of `rows.targets`; with `with_best` also token ids, long [N], or with
+            `with_entropy` float32 [N].
 
         Raises:
             ValueError: `reference` of a policy without one.
@@ -201,7 +204,11 @@ class QwenVL(nn.Module):
             hidden = model.hidden_states(rows.attention, rows.position_ids, inputs_embeds=embeddings)[0]  # [L, D]
             # Logits only where a target is predicted: a prompt's tokens need none.
             predicting = hidden[rows.predict]  # [N, D]
-            log_probs, best = score_tokens(predicting, rows.targets, model.lm_head, banned, temperature, with_best)
+            log_probs, best, entropies = score_tokens(
+                predicting, rows.targets, model.lm_head, banned, temperature, with_best, with_entropy
+            )
+        if with_entropy:
+            return log_probs, entropies
         return (log_probs, best) if with_best else log_probs
 
     def dummy_log_prob(self, reference: bool = False) -> Tensor:
@@ -240,12 +247,8 @@ class QwenVL(nn.Module):
             return
         if not self.with_reference:
             raise ValueError("reference=True, but the policy was built with_reference=False")
-        model = self.base if self.reference_model is None else self.reference_model
-        cached = self._cached_reference.read(model)
-        # transformers' layers of a policy with an adapter are the reference while the adapter is switched off.
-        switch_off = cached is None and model is self.base
-        with torch.no_grad(), self.model.disable_adapter() if switch_off else nullcontext():
-            yield cached or PlainSamplingModel(model)
+        with self.reference.acting(self) as model:
+            yield model
 
     def _checkpointing(self, rows: PackedRows) -> AbstractContextManager:
         """Checkpoint only as many layers as this row's activations need. Without a budget, or where memory cannot be

@@ -20,7 +20,8 @@ def score_tokens(
     banned: Tensor | None,
     temperature: float,
     with_best: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """log p(target) under softmax(logits / temperature) without banned tokens.
 
     If there is more than one chunk, the backward pass computes the logits again, so that only one chunk is in memory.
@@ -32,24 +33,31 @@ def score_tokens(
         banned: token ids that get probability 0, long; None: no token.
         temperature: divides the logits.
         with_best: also return the likeliest tokens.
+        with_entropy: also return the entropies of the distributions.
 
     Returns:
-        float32 [N], and the likeliest tokens, long [N], or None.
+        float32 [N]; the likeliest tokens, long [N], or None; the entropies in nats, float32 [N], or None.
     """
     size = max(1, MAX_LOGITS // head.out_features)
     if len(targets) <= size:
-        return _score_chunk(hidden, targets, head, banned, temperature, with_best)
+        return _score_chunk(hidden, targets, head, banned, temperature, with_best, with_entropy)
     scores = [
-        checkpoint(_score_chunk, h, t, head, banned, temperature, with_best, use_reentrant=False)
+        checkpoint(_score_chunk, h, t, head, banned, temperature, with_best, with_entropy, use_reentrant=False)
         for h, t in zip(hidden.split(size), targets.split(size), strict=True)
     ]
-    log_probs, best = zip(*scores, strict=True)
-    return torch.cat(log_probs), torch.cat(best) if with_best else None
+    log_probs, best, entropies = zip(*scores, strict=True)
+    return torch.cat(log_probs), torch.cat(best) if with_best else None, torch.cat(entropies) if with_entropy else None
 
 
 def _score_chunk(
-    hidden: Tensor, targets: Tensor, head: nn.Module, banned: Tensor | None, temperature: float, with_best: bool
-) -> tuple[Tensor, Tensor | None]:
+    hidden: Tensor,
+    targets: Tensor,
+    head: nn.Module,
+    banned: Tensor | None,
+    temperature: float,
+    with_best: bool,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     # Logits are the largest tensor of a forward pass: avoid copies of them.
     logits = head(hidden).float()
     if temperature != 1:
@@ -57,4 +65,18 @@ def _score_chunk(
     if banned is not None:
         logits = logits.index_fill_(-1, banned, float("-inf"))
     best = logits.detach().argmax(-1) if with_best else None
-    return -F.cross_entropy(logits, targets, reduction="none"), best
+    entropies = token_entropies(logits, banned) if with_entropy else None
+    return -F.cross_entropy(logits, targets, reduction="none"), best, entropies
+
+
+def token_entropies(logits: Tensor, banned: Tensor | None) -> Tensor:
+    """-Σ p log p of each distribution, in nats: [N].
+
+    Args:
+        logits: [N, V], -inf where a token is banned.
+        banned: token ids, long; None: no token.
+    """
+    log_p = logits.log_softmax(-1)
+    if banned is not None:
+        log_p = log_p.index_fill(-1, banned, 0.0)  # p log p is 0 there, and 0 · -inf would be NaN
+    return -(logits.softmax(-1) * log_p).sum(-1)

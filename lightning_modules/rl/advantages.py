@@ -5,8 +5,13 @@ Shapes: P prompts, G completions of a prompt (its group).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_modules.rl.loss_settings import AdvantageScale
 
 EPSILON = 1e-4  # added to the standard deviation; keeps eq. 1 finite
 EQUAL_TOLERANCE = 1e-6  # rewards closer than this are equal: smaller differences are rounding, not preference
@@ -17,14 +22,17 @@ def zero_advantage(rewards: Tensor) -> Tensor:
     return rewards.amax(dim=1) - rewards.amin(dim=1) <= EQUAL_TOLERANCE
 
 
-def group_advantages(rewards: Tensor) -> Tensor:
-    """Eq. 1: (r - mean) / (std + 1e-4) inside each group, with the unbiased standard deviation.
+def group_advantages(rewards: Tensor, scale: AdvantageScale = "group") -> Tensor:
+    """Eq. 1: (r - mean) / (std + 1e-4) inside each group, with the unbiased standard deviation; or r - mean.
+
+    Without the division, groups of small differences weigh less (Dr. GRPO, arXiv:2503.20783, section 3.2).
 
     Two things are added to eq. 1: the 1e-4, and exact zeros for a group of equal rewards, in which the rounding of
     floats would leave noise.
 
     Args:
         rewards: [P, G], float.
+        scale: "group" divides by the standard deviation, "none" does not.
 
     Returns:
         [P, G], float32.
@@ -38,5 +46,5 @@ def group_advantages(rewards: Tensor) -> Tensor:
         raise ValueError(f"rewards must be finite, got {rewards.tolist()}")
     exact = rewards.double()
     centred = exact - exact.mean(dim=1, keepdim=True)
-    advantages = centred / (exact.std(dim=1, keepdim=True, unbiased=True) + EPSILON)
-    return advantages.masked_fill(zero_advantage(rewards)[:, None], 0.0).float()
+    spread = exact.std(dim=1, keepdim=True, unbiased=True) + EPSILON if scale == "group" else 1.0
+    return (centred / spread).masked_fill(zero_advantage(rewards)[:, None], 0.0).float()

@@ -1,4 +1,5 @@
-"""GRPO's settings by concern, as they stand in a YAML: `model.init_args.loss.kl_beta`, `--model.loss.kl_beta=0.01`.
+"""GRPO's settings of sampling and updates, as they stand in a YAML: `model.init_args.update.minibatches`,
+`--model.update.minibatches=2`. Those of advantage and loss are in `loss_settings`.
 
 Each class checks its own fields. `experiments.train` tells the problems of all of them at once (`collect_problems`).
 """
@@ -12,8 +13,7 @@ from datamodules.persistence.problems import Problems
 from lightning_modules.rollouts.base import SamplingSettings
 from lightning_modules.rollouts.vllm.server_checks import VLLMSettings
 
-Reduction = Literal["completion", "token", "dr_grpo"]
-REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+ImportanceMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 Engine = Literal["native", "vllm"]
 OldLogProbs = Literal["trainer", "sampler"]
 
@@ -48,33 +48,6 @@ class RolloutSettings(SamplingSettings):
 
 
 @dataclass(frozen=True)
-class LossSettings:
-    """The objective, eq. 2 (`losses.policy_loss`).
-
-    Args:
-        kl_beta: β, the weight of the KL term. 0 leaves the term out, and needs no reference model.
-        clip_low: ε of the clip below 1: the ratio is held at 1 - clip_low or more; null leaves this side open.
-        clip_high: ε of the clip above 1: the ratio is held at 1 + clip_high or less; null leaves this side open. With
-            both null the objective is eq. 2 as it is printed.
-        reduction: from tokens to one number: completion, token or dr_grpo (`losses.reduction_weights`).
-    """
-
-    kl_beta: float = 0.001
-    clip_low: float | None = 0.2
-    clip_high: float | None = 0.2
-    reduction: Reduction = "completion"
-
-    def __post_init__(self) -> None:
-        problems = Problems("loss.")
-        problems.require(self.kl_beta >= 0, "must not be negative", kl_beta=self.kl_beta)
-        low = self.clip_low
-        problems.require(low is None or 0 < low < 1, "must be in (0, 1), or null", clip_low=low)
-        problems.positive_or_null(clip_high=self.clip_high)
-        problems.one_of(REDUCTIONS, reduction=self.reduction)
-        problems.raise_all("loss")
-
-
-@dataclass(frozen=True)
 class UpdateSettings:
     """How an accumulation window of rollouts is trained on.
 
@@ -89,9 +62,12 @@ class UpdateSettings:
             before the first update, "sampler" takes what the rollout engine stated.
         skip_zero_advantage: leave out groups whose rewards are all equal; False trains on them for their KL term.
         mask_truncated: leave out completions that were cut at the length limit. They count in their group's mean all
-            the same. Neither these nor skipped groups are in the loss's normaliser.
-        importance_cap: highest weight of a token by how likely the trainer finds what the engine sampled
-            (`losses.truncated_importance`); null trusts the engine's log-probabilities.
+            the same. Whether these and skipped groups are in the loss's normaliser says `loss.normalise_over`.
+        importance_cap: C, the highest weight by how likely the trainer finds what the engine sampled
+            (`sampler_correction.py`); null trusts the engine's log-probabilities.
+        importance_floor: the lowest weight; null: none.
+        importance_mode: weights by "token" or by "sequence"; beyond their bounds they are held there ("truncate") or
+            set to 0 ("mask"). TRL's vllm_importance_sampling_mode has the same four.
         max_idle_windows: after this number of windows in a row without an informative group (`idle_windows`) the run
             ends with IdleTooLong; null goes on. A resumed run goes on counting.
     """
@@ -102,6 +78,8 @@ class UpdateSettings:
     skip_zero_advantage: bool = True
     mask_truncated: bool = False
     importance_cap: float | None = None
+    importance_floor: float | None = None
+    importance_mode: ImportanceMode = "token_truncate"
     max_idle_windows: int | None = 100
 
     @property
@@ -113,6 +91,13 @@ class UpdateSettings:
         problems.positive(epochs_per_rollout=self.epochs_per_rollout, minibatches=self.minibatches)
         problems.positive_or_null(importance_cap=self.importance_cap, max_idle_windows=self.max_idle_windows)
         problems.one_of(get_args(OldLogProbs), old_log_probs=self.old_log_probs)
+        problems.one_of(get_args(ImportanceMode), importance_mode=self.importance_mode)
+        problems.require(
+            self.importance_floor is None or 0 < self.importance_floor < (self.importance_cap or 0),
+            "must be between 0 and importance_cap, or null",
+            importance_floor=self.importance_floor,
+            importance_cap=self.importance_cap,
+        )
         ratio_has_it = self.updates_per_window > 1 and self.old_log_probs == "sampler"
         problems.require(
             self.importance_cap is None or not ratio_has_it,

@@ -1,4 +1,7 @@
-"""The objective of GRPO (eq. 2), token by token. Pure tensor functions.
+"""The objective of GRPO (eq. 2) and its variants, token by token. Pure tensor functions.
+
+A loss is three choices: what is made of ratio and advantage (`surrogate`), the distance from the reference
+(`kl_estimate`), and how tokens become one number (`reduction_weights`). docs/rl.md has a table of published objectives.
 
 Shapes: C completions, N tokens of all completions laid end to end. `completion_index` [N] says whose each token is.
 Log-probabilities are those of the distribution that is sampled from: logits divided by the temperature, without the
@@ -7,22 +10,22 @@ banned tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lightning_modules.rl.grpo_settings import LossSettings, Reduction
+    from lightning_modules.rl.loss_settings import KLEstimator, LossSettings, Reduction
 
 
 @dataclass(frozen=True)
 class LossInputs:
     """What the loss of one packed row is computed from.
 
-    A completion that must not count (zero advantage, masked truncation) has no token here. So it is not in the
-    normaliser either, where eq. 2 and TRL divide by all completions.
+    A completion that is not trained on (zero advantage, masked truncation) has no token here, so `LossTerms.count` does
+    not have it. With `normalise_over: all` the caller adds it (`rollout_batch.absent_count`).
 
     Args:
         log_probs: [N], of the policy that is trained, with gradient.
@@ -31,8 +34,11 @@ class LossInputs:
         max_new_tokens: length limit of a completion, the constant by which the reduction "dr_grpo" divides.
         old_log_probs: [N], of the policy before the window's first update, against which the ratio is taken. None if
             the policy has not moved since the rollout: the ratio is 1, with the gradient of `log_probs`.
-        ref_log_probs: [N], of the frozen reference model. Needed where kl_beta > 0.
-        sampler_weights: [N], weights of the surrogate of each token (`truncated_importance`); None for 1.
+        ref_log_probs: [N], of the frozen reference model. Needed for a KL term in the loss.
+        sampler_weights: [N], weights of the surrogate of each token (`sampler_correction.py`); None for 1.
+        entropies: [N], of the policy's distribution of each token, with gradient; None where it is not computed.
+        kl_beta: β of this update, where it is scheduled; None: the setting.
+        entropy_coefficient: of this update, where it is controlled; None: the setting.
     """
 
     log_probs: Tensor
@@ -42,6 +48,9 @@ class LossInputs:
     old_log_probs: Tensor | None = None
     ref_log_probs: Tensor | None = None
     sampler_weights: Tensor | None = None
+    entropies: Tensor | None = None
+    kl_beta: float | None = None
+    entropy_coefficient: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,10 +59,13 @@ class LossTerms:
     (sum of totals) / (sum of counts), which is how packed rows, accumulation and ranks are combined."""
 
     total: Tensor  # scalar with gradient: Σ over tokens of weight · loss
-    count: float  # what `total` is divided by: completions ("completion", "dr_grpo") or tokens ("token")
+    count: float  # what `total` is divided by: tokens with the reduction "token", else completions
     num_tokens: int
-    kl_sum: float  # Σ over tokens of k3; 0 without a reference
+    kl_sum: float  # Σ over tokens of the KL estimate; 0 without a KL term in the loss
     num_clipped: float  # tokens whose surrogate is held by the clip
+    entropy_sum: float | None = None  # Σ over tokens of the entropy; None where it is not computed
+    num_completions: int = 0  # with a token here; counted for a ratio by sequence only, as is the next
+    num_clipped_completions: int = 0
 
     @property
     def loss(self) -> Tensor:
@@ -61,45 +73,103 @@ class LossTerms:
 
 
 def policy_loss(inputs: LossInputs, settings: LossSettings) -> LossTerms:
-    """Minus eq. 2 with PPO's clip (arXiv:1707.06347, eq. 7) and the k3 estimate of the KL term.
+    """Minus the objective: by default eq. 2 with PPO's clip (arXiv:1707.06347, eq. 7) and the k3 estimate of its KL.
 
     Raises:
-        ValueError: kl_beta > 0 without `ref_log_probs`.
+        ValueError: a KL term without `ref_log_probs`.
     """
-    log_probs = inputs.log_probs.float()
-    advantages = inputs.advantages.to(log_probs)[inputs.completion_index]  # [N], of each token's completion
+    log_probs, index = _at_least_float32(inputs.log_probs), inputs.completion_index
+    advantages = inputs.advantages.to(log_probs)[index]  # [N], of each token's completion
+    num_completions = len(inputs.advantages)
 
-    # 1. Surrogate: ratio times advantage, clipped, and weighted by how likely the trainer finds what was sampled.
-    ratio = probability_ratio(log_probs, inputs.old_log_probs)
-    surrogate, is_clipped = clipped_surrogate(ratio, advantages, settings.clip_low, settings.clip_high)
+    # 1. Surrogate: made of ratio and advantage, and weighted by how likely the trainer finds what was sampled.
+    token_ratio = probability_ratio(log_probs, inputs.old_log_probs)
+    by_sequence = settings.ratio == "sequence"
+    ratio = sequence_ratio(log_probs, inputs.old_log_probs, index, num_completions) if by_sequence else token_ratio
+    value, is_clipped = surrogate(ratio, log_probs, advantages, settings)
     if inputs.sampler_weights is not None:
-        surrogate = inputs.sampler_weights.to(surrogate) * surrogate
-    token_loss, kl_sum = -surrogate, 0.0
+        value = inputs.sampler_weights.to(value) * value
+    token_loss, kl_sum, entropy_sum = -value, 0.0, None
 
     # 2. KL term: keeps the policy near the reference model. It is not weighted.
-    if settings.kl_beta > 0:
+    beta = settings.kl_beta if inputs.kl_beta is None else inputs.kl_beta
+    if beta > 0 and settings.kl_in == "loss":
         if inputs.ref_log_probs is None:
-            raise ValueError(f"kl_beta={settings.kl_beta} needs log-probabilities of the reference model, got None")
-        kl = kl_k3(log_probs, inputs.ref_log_probs.float())
-        token_loss = token_loss + settings.kl_beta * kl
+            raise ValueError(f"kl_beta={beta} needs log-probabilities of the reference model, got None")
+        kl = kl_estimate(log_probs, inputs.ref_log_probs.to(log_probs), settings.kl_estimator)
+        if settings.kl_unbiased:
+            kl = token_ratio * kl
+        token_loss = token_loss + beta * kl
         kl_sum = kl.detach().sum().item()
 
-    # 3. Reduction: a sum over tokens, and the number that it is divided by once the whole window is known.
+    # 3. Entropy bonus: keeps the policy from becoming certain of its answers too early.
+    if inputs.entropies is not None:
+        coefficient = inputs.entropy_coefficient
+        coefficient = settings.entropy.coefficient if coefficient is None else coefficient
+        if coefficient != 0:
+            token_loss = token_loss - coefficient * inputs.entropies.to(log_probs)
+        entropy_sum = inputs.entropies.detach().sum().item()
+
+    # 4. Reduction: a sum over tokens, and the number that it is divided by once the whole window is known.
     weights, count = reduction_weights(
-        inputs.completion_index, len(inputs.advantages), settings.reduction, inputs.max_new_tokens
+        index, num_completions, settings.reduction, inputs.max_new_tokens, log_probs.dtype
     )
-    total = (weights.to(token_loss) * token_loss).sum()
-    return LossTerms(total, count, len(log_probs), kl_sum, is_clipped.sum().item())
+    total = (weights * token_loss).sum()
+    terms = LossTerms(total, count, len(log_probs), kl_sum, is_clipped.sum().item(), entropy_sum)
+    if by_sequence:
+        clipped = len(index[is_clipped].unique())
+        terms = replace(terms, num_completions=len(index.unique()), num_clipped_completions=clipped)
+    return terms
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def probability_ratio(log_probs: Tensor, old_log_probs: Tensor | None) -> Tensor:
     """π(token) / π_old(token) for each token [N]. Without `old_log_probs` 1, with the gradient of `log_probs`."""
-    old = log_probs.detach() if old_log_probs is None else old_log_probs.float()
+    old = log_probs.detach() if old_log_probs is None else old_log_probs.to(log_probs)
     return torch.exp(log_probs - old)
 
 
+def sequence_ratio(log_probs: Tensor, old_log_probs: Tensor | None, index: Tensor, num_completions: int) -> Tensor:
+    """(π(completion) / π_old(completion))^(1/tokens) at each token [N]: GSPO, arXiv:2507.18071, eq. 7.
+
+    Args:
+        log_probs: [N].
+        old_log_probs: [N]; None: the ratio is 1, with the gradient of `log_probs`.
+        index: [N] long, the completion of each token.
+        num_completions: C.
+    """
+    old = log_probs.detach() if old_log_probs is None else old_log_probs.to(log_probs)
+    lengths = torch.bincount(index, minlength=num_completions).clamp(min=1).to(log_probs)  # [C]
+    return torch.exp((_sum_by(log_probs - old, index, num_completions) / lengths)[index])
+
+
+def _sum_by(values: Tensor, index: Tensor, num_completions: int) -> Tensor:
+    """Σ of `values` [N] over the tokens of each completion: [C]."""
+    return values.new_zeros(num_completions).index_add(0, index, values)
+
+
+def surrogate(ratio: Tensor, log_probs: Tensor, advantages: Tensor, settings: LossSettings) -> tuple[Tensor, Tensor]:
+    """What the objective makes of each token [N], and whether a bound holds it (bool [N]).
+
+    Args:
+        ratio: [N], by token or by sequence.
+        log_probs: [N], with gradient.
+        advantages: [N].
+        settings: the objective and its bounds.
+    """
+    if settings.objective == "cispo":
+        return cispo_surrogate(ratio, log_probs, advantages, settings.clip_low, settings.clip_high)
+    if settings.objective == "sapo":
+        gate = sapo_gate(ratio, advantages, settings.sapo_temperature_pos, settings.sapo_temperature_neg)
+        return gate * advantages, torch.zeros_like(ratio, dtype=torch.bool)
+    return clipped_surrogate(ratio, advantages, settings.clip_low, settings.clip_high, settings.dual_clip)
+
+
 def clipped_surrogate(
-    ratio: Tensor, advantages: Tensor, clip_low: float | None, clip_high: float | None
+    ratio: Tensor, advantages: Tensor, clip_low: float | None, clip_high: float | None, dual_clip: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """min(ratio · A, clip(ratio) · A) for each token [N], and whether the clip holds it (bool [N]).
 
@@ -109,8 +179,10 @@ def clipped_surrogate(
         clip_low: the ratio is held at 1 - clip_low or more; None leaves this side open.
         clip_high: the ratio is held at 1 + clip_high or less; None leaves this side open. DAPO's clip-higher
             (arXiv:2503.14476, eq. 10) is clip_high > clip_low.
+        dual_clip: bound of the ratio outside of the clip, which holds negative surrogates at dual_clip · A or more
+            (arXiv:1912.09729, eq. 5); None: no bound.
     """
-    surrogate = ratio * advantages
+    surrogate = ratio * advantages if dual_clip is None else ratio.clamp(max=dual_clip) * advantages
     if clip_low is None and clip_high is None:  # eq. 2 as it is printed
         return surrogate, torch.zeros_like(ratio, dtype=torch.bool)
     # The minimum below makes the bound pessimistic: the clip can only lower the surrogate.
@@ -120,30 +192,69 @@ def clipped_surrogate(
     return torch.minimum(surrogate, bounded), bounded < surrogate
 
 
-def kl_k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL(policy | reference) at each sampled token: e^d - d - 1, d = reference - policy."""
+def cispo_surrogate(
+    ratio: Tensor, log_probs: Tensor, advantages: Tensor, clip_low: float | None, clip_high: float | None
+) -> tuple[Tensor, Tensor]:
+    """sg(clip(ratio)) · A · log π for each token [N], and whether its weight is held (bool [N]).
+
+    CISPO (MiniMax-M1, arXiv:2506.13585, eq. 4 and 5): the weight is clipped and has no gradient, so that every token
+    keeps a gradient. TRL's epsilon_high is the bound itself, 1 + clip_high.
+
+    Args:
+        ratio: [N].
+        log_probs: [N], with gradient.
+        advantages: [N].
+        clip_low: the weight is held at 1 - clip_low or more; None, as in the paper: at 0.
+        clip_high: the weight is held at 1 + clip_high or less.
+    """
+    weight = ratio.detach()
+    held = weight.clamp(None if clip_low is None else 1 - clip_low, None if clip_high is None else 1 + clip_high)
+    return held * advantages * log_probs, held != weight
+
+
+def sapo_gate(ratio: Tensor, advantages: Tensor, temperature_pos: float, temperature_neg: float) -> Tensor:
+    """σ(τ (ratio - 1)) · 4 / τ for each token [N], in the place of the ratio: SAPO, arXiv:2511.20347, eq. 6.
+
+    The gradient is that of the ratio at 1 and falls smoothly away from it, in both directions.
+
+    Args:
+        ratio: [N].
+        advantages: [N].
+        temperature_pos: τ where the advantage is above 0.
+        temperature_neg: τ elsewhere.
+    """
+    positive, negative = (torch.full_like(ratio, value) for value in (temperature_pos, temperature_neg))
+    temperatures = torch.where(advantages > 0, positive, negative)
+    return torch.sigmoid(temperatures * (ratio - 1)) * 4 / temperatures
+
+
+def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, estimator: KLEstimator) -> Tensor:
+    """Schulman's estimates of KL(policy | reference) at each sampled token [N], with d = reference - policy.
+
+    k1 = -d is unbiased and may be negative; k2 = d² / 2; k3 = e^d - d - 1 is unbiased and never negative
+    ("Approximating KL divergence", 2020). That is said of values. In a loss they are differentiated: then k2 has the
+    gradient of this KL in the mean, k3 that of KL(reference | policy), and k1 none. `kl_unbiased` gives k1 and k3 the
+    gradient of this KL.
+
+    Args:
+        log_probs: [N].
+        ref_log_probs: [N].
+        estimator: k1, k2 or k3.
+    """
     difference = ref_log_probs - log_probs
+    if estimator == "k1":
+        return -difference
+    if estimator == "k2":
+        return 0.5 * difference.square()
     return torch.exp(difference) - difference - 1
 
 
-def truncated_importance(old_log_probs: Tensor, sampler_log_probs: Tensor, cap: float) -> Tensor:
-    """Weights min(p_trainer / p_sampler, cap) [N] of sampled tokens, without gradient.
-
-    An engine that computes otherwise than the trainer (another kernel, another precision) samples from another
-    distribution. The quotient corrects that in the mean, and the cap bounds its variance at the price of a bias
-    (Ionides 2008, "Truncated importance sampling"; for rollout engines Yao et al. 2025, "Your efficient RL framework
-    secretly brings you off-policy RL training", with cap 2).
-
-    Args:
-        old_log_probs: [N], by the trainer, of the policy that sampled.
-        sampler_log_probs: [N], as the engine that sampled states them.
-        cap: upper bound of a weight.
-    """
-    return torch.exp(old_log_probs.detach().float() - sampler_log_probs.float()).clamp(max=cap)
-
-
 def reduction_weights(
-    completion_index: Tensor, num_completions: int, reduction: Reduction, max_new_tokens: int
+    completion_index: Tensor,
+    num_completions: int,
+    reduction: Reduction,
+    max_new_tokens: int,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, float]:
     """Weight of each token [N], and the normaliser: a loss is Σ weight · token loss / normaliser.
 
@@ -153,15 +264,19 @@ def reduction_weights(
         completion_index: [N] long.
         num_completions: C.
         reduction: "completion", the mean over a completion's tokens, then over completions (GRPO); "token", the mean
-            over all tokens (DAPO, arXiv:2503.14476); "dr_grpo", the sum over tokens / max_new_tokens, then the mean
-            over completions (arXiv:2503.20783).
+            over all tokens (DAPO, arXiv:2503.14476, eq. 8); "dr_grpo", the sum over tokens / max_new_tokens, then the
+            mean over completions (arXiv:2503.20783); "completion_sum", the sum over tokens, then the mean over
+            completions (with a ratio by sequence LUSPO, arXiv:2602.05261). verl calls these seq-mean-token-mean,
+            token-mean, seq-mean-token-sum-norm and seq-mean-token-sum.
         max_new_tokens: length limit of a completion.
+        dtype: of the weights.
     """
     # [C] tokens of each completion; 0 for one that does not count.
     lengths = torch.bincount(completion_index, minlength=num_completions)
     present = float((lengths > 0).sum())
+    ones = torch.ones_like(completion_index, dtype=dtype)
     if reduction == "token":
-        return torch.ones_like(completion_index, dtype=torch.float), float(len(completion_index))
+        return ones, float(len(completion_index))
     if reduction == "completion":
-        return lengths[completion_index].float().reciprocal(), present
-    return torch.full_like(completion_index, 1.0 / max_new_tokens, dtype=torch.float), present
+        return lengths[completion_index].to(dtype).reciprocal(), present
+    return (ones if reduction == "completion_sum" else ones * (1.0 / max_new_tokens)), present

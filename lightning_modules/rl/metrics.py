@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,8 +32,16 @@ SUMS = (
     "clipped",  # tokens whose surrogate is held by the clip
     "trained_tokens",
     "sampler_abs_log_ratio",  # Σ |log p of the trainer - log p of the sampler|, before any update
-    "capped",  # tokens whose importance weight is held by its cap
+    "capped",  # tokens whose importance weight is held by its bounds
     "compared_tokens",
+    "masked",  # tokens whose importance weight is beyond its bounds and therefore 0
+    "maskable_tokens",
+    "token_entropy",  # Σ over trained tokens of the exact entropy
+    "entropy_tokens",
+    "clipped_completions",  # whose ratio by sequence is held by the clip
+    "trained_completions",  # counted with a ratio by sequence only
+    "kl_penalty",  # Σ over completions of what the KL term takes from the reward
+    "penalised_completions",
 )
 # Metric -> (sum, what it is divided by). The terms of the reward are added by their names.
 MEANS = {
@@ -49,6 +56,11 @@ MEANS = {
     "grpo/clip_fraction": ("clipped", "trained_tokens"),
     "grpo/sampler_abs_log_ratio": ("sampler_abs_log_ratio", "compared_tokens"),
     "grpo/frac_capped": ("capped", "compared_tokens"),
+    # The next ones are of settings that are off by default: they are left out where nothing is counted.
+    "grpo/frac_masked": ("masked", "maskable_tokens"),
+    "grpo/token_entropy": ("token_entropy", "entropy_tokens"),
+    "grpo/sequence_clip_fraction": ("clipped_completions", "trained_completions"),
+    "grpo/kl_penalty": ("kl_penalty", "penalised_completions"),
 }
 
 
@@ -120,22 +132,32 @@ class GRPOMetrics(Metric):
             kl=terms.kl_sum,
             clipped=terms.num_clipped,
             trained_tokens=terms.num_tokens,
+            token_entropy=terms.entropy_sum or 0.0,
+            entropy_tokens=0 if terms.entropy_sum is None else terms.num_tokens,
+            clipped_completions=terms.num_clipped_completions,
+            trained_completions=terms.num_completions,
         )
 
-    def add_sampler(self, old_log_probs: Tensor, sampler_log_probs: Tensor, cap: float | None) -> None:
+    def add_sampler(
+        self, old_log_probs: Tensor, sampler_log_probs: Tensor, is_beyond: Tensor | None = None, masks: bool = False
+    ) -> None:
         """Compare the trainer's log-probabilities with those of the engine that sampled.
 
         Args:
             old_log_probs: [N], by the trainer, of the policy that sampled.
             sampler_log_probs: [N], by the engine.
-            cap: of the importance weights; None where there are none.
+            is_beyond: bool [N], where importance weights are beyond their bounds; None where there are none.
+            masks: weights beyond the bounds are 0, and not held there.
         """
         # [N], log of p_trainer / p_sampler: 0 if engine and trainer compute alike.
         difference = old_log_probs.detach().float() - sampler_log_probs
+        num_beyond = 0 if is_beyond is None else is_beyond.sum().item()
         self.update(
             sampler_abs_log_ratio=difference.abs().sum().item(),
-            capped=0 if cap is None else (difference > math.log(cap)).sum().item(),
+            capped=0 if masks else num_beyond,
             compared_tokens=len(difference),
+            masked=num_beyond if masks else 0,
+            maskable_tokens=len(difference) if masks else 0,
         )
 
     def means(self, sums: Mapping[str, float]) -> dict[str, float]:

@@ -6,10 +6,11 @@ from dataclasses import fields
 from typing import Any
 
 from lightning_modules.grpo import GRPO
-from lightning_modules.rl.grpo_settings import LossSettings, RolloutSettings, UpdateSettings
+from lightning_modules.rl.grpo_settings import RolloutSettings, UpdateSettings
+from lightning_modules.rl.loss_settings import AdvantageSettings, LossSettings
 from lightning_modules.rl.rewards import Reward
 
-GROUPS = {"rollout": RolloutSettings, "loss": LossSettings, "update": UpdateSettings}
+GROUPS = {"rollout": RolloutSettings, "advantage": AdvantageSettings, "loss": LossSettings, "update": UpdateSettings}
 
 
 def grouped(**settings: Any) -> dict[str, Any]:

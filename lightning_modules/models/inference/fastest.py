@@ -44,12 +44,13 @@ class CachedReference:
     def __reduce__(self) -> tuple[type[CachedReference], tuple[()]]:
         return CachedReference, ()  # a copied policy reads its own weights; what oneDNN has packed cannot be copied
 
-    def read(self, model: nn.Module) -> CpuSamplingModel | None:
-        """`model` without its adapter; None if only transformers' layers can compute it."""
+    def read(self, model: nn.Module, with_adapter: bool = False) -> CpuSamplingModel | None:
+        """`model` without its adapter, or with one that stays as it is; None if only transformers' layers can compute
+        it."""
         if not CpuSamplingModel.can_read(model):
             return None
         # A tensor's address and its count of writes: another pair where weights were moved or written since.
         state = [(w.data_ptr(), w._version) for w in model.parameters() if not w.requires_grad]
         if self._model is None or self._state != state:
-            self._state, self._model = state, CpuSamplingModel(model, with_adapter=False)
+            self._state, self._model = state, CpuSamplingModel(model, with_adapter=with_adapter)
         return self._model

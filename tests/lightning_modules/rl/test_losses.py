@@ -1,4 +1,4 @@
-"""Eq. 2 against plain-Python loops, autograd on the written-out equation, and TRL's own loss."""
+"""Eq. 2 and its variants against plain-Python loops and autograd on the written-out equation."""
 
 import math
 from collections import defaultdict
@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_modules.rl.grpo_settings import REDUCTIONS, LossSettings
-from lightning_modules.rl.losses import LossInputs, kl_k3, policy_loss, truncated_importance
+from lightning_modules.rl.loss_settings import REDUCTIONS, LossSettings
+from lightning_modules.rl.losses import LossInputs, kl_estimate, policy_loss
+from lightning_modules.rl.sampler_correction import sampler_correction
 
 LENGTHS = [3, 1, 5, 2]
 MAX_TOKENS = 6
@@ -63,12 +64,18 @@ def reference_loss(t, beta, clip, reduction, log_probs=None, old=None):
     sums = [sum(values) for values in by_completion.values()]
     if reduction == "completion":
         return sum(s / len(v) for s, v in zip(sums, by_completion.values(), strict=True)) / len(sums)
-    return sum(sums) / (len(t.completion) if reduction == "token" else len(sums) * MAX_TOKENS)
+    return sum(sums) / normaliser(t, reduction, len(sums))
+
+
+def normaliser(t, reduction, num_completions):
+    """What a sum over all tokens is divided by."""
+    of = {"token": len(t.completion), "dr_grpo": num_completions * MAX_TOKENS, "completion_sum": num_completions}
+    return of[reduction]
 
 
 def test_k3_is_zero_at_equality_and_never_negative(tensors):
-    assert kl_k3(tensors.old, tensors.old).abs().max() == 0
-    assert (kl_k3(tensors.log_probs, tensors.reference) >= 0).all()
+    assert kl_estimate(tensors.old, tensors.old, "k3").abs().max() == 0
+    assert (kl_estimate(tensors.log_probs, tensors.reference, "k3") >= 0).all()
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -133,76 +140,13 @@ def test_settings_that_cannot_work_are_errors(tensors):
         assert f"loss.{name}={value!r}" in str(caught.value)
 
 
-def pad(values, fill=0.0):
-    """[N] laid end to end -> [C, longest], as TRL holds them."""
-    return torch.nn.utils.rnn.pad_sequence(values.split(LENGTHS), batch_first=True, padding_value=fill)
-
-
-def trl_loss(trl, t, beta, loss_type, with_old):
-    """TRL's own `GRPOTrainer._compute_loss`, its model call replaced by given log-probabilities."""
-    mask = pad(torch.ones(sum(LENGTHS)))
-    log_probs = pad(t.log_probs)
-    trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *_, **__: (log_probs, torch.zeros_like(log_probs), None),
-        aux_loss_enabled=False,
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        importance_sampling_level="token",
-        beta=beta,
-        loss_type=loss_type,
-        epsilon_low=0.2,
-        epsilon_high=0.2,
-        use_vllm=False,
-        vllm_importance_sampling_correction=False,
-        model=torch.nn.Linear(1, 1),
-        current_gradient_accumulation_steps=1,
-        max_completion_length=MAX_TOKENS,
-        accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
-        _entropy_bonus_enabled=False,
-        _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
-    )
-    inputs = {
-        "prompt_ids": torch.zeros(len(LENGTHS), 1, dtype=torch.long),
-        "prompt_mask": torch.ones(len(LENGTHS), 1),
-        "completion_ids": torch.zeros_like(mask, dtype=torch.long),
-        "completion_mask": mask,
-        "advantages": t.advantages,
-        "ref_per_token_logps": pad(t.reference),
-        "num_items_in_batch": mask.sum(),
-    }
-    if with_old:
-        inputs["old_per_token_logps"] = pad(t.old)
-    loss = trl.GRPOTrainer._compute_loss(trainer, None, inputs)
-    return loss, trainer._metrics["train"]
-
-
-@pytest.mark.filterwarnings("default")  # TRL's own warnings are not ours
-@pytest.mark.parametrize("with_old", [True, False])
-@pytest.mark.parametrize("beta", [0.0, 0.04])
-@pytest.mark.parametrize(
-    ("loss_type", "reduction"), [("grpo", "completion"), ("dapo", "token"), ("bnpo", "token"), ("dr_grpo", "dr_grpo")]
-)
-def test_loss_and_gradient_match_trl(tensors, loss_type, reduction, beta, with_old):
-    trl = pytest.importorskip("trl", exc_type=ImportError)
-    expected, metrics = trl_loss(trl, tensors, beta, loss_type, with_old)
-    old = tensors.old if with_old else None
-    terms = loss_of(tensors, old_log_probs=old, kl_beta=beta, reduction=reduction)
-    torch.testing.assert_close(terms.loss, expected)
-    gradients = [torch.autograd.grad(loss, tensors.log_probs)[0] for loss in (terms.loss, expected)]
-    torch.testing.assert_close(*gradients)
-    assert terms.num_clipped / terms.num_tokens == pytest.approx(metrics["clip_ratio/region_mean"][0])
-    if beta:
-        assert terms.kl_sum / terms.num_tokens == pytest.approx(metrics["kl"][0], rel=1e-5)
-
-
 def test_importance_weights_match_a_written_out_reference():
     own = torch.tensor([-0.5, -2.0, -1.0, -3.0], requires_grad=True)
     engine = torch.tensor([-0.5, -1.0, -2.0, -1.0])
-    weights = truncated_importance(own, engine, 2.0)
+    weights, held = sampler_correction(own, engine, torch.tensor([0, 0, 1, 1]), "token_truncate", 2.0)
     expected = [min(math.exp(a - b), 2.0) for a, b in zip(own.tolist(), engine.tolist(), strict=True)]
     assert weights.tolist() == pytest.approx(expected) and expected[2] == 2.0 and expected[1] < 1
-    assert not weights.requires_grad
+    assert not weights.requires_grad and held.tolist() == [False, False, True, False]
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -222,8 +166,8 @@ def test_importance_weighs_the_surrogate_of_each_token_and_not_its_kl(tensors, r
     if reduction == "completion":
         expected = sum(s / len(v) for s, v in zip(sums, by_completion.values(), strict=True)) / len(sums)
     else:
-        expected = sum(sums) / (len(t.completion) if reduction == "token" else len(sums) * MAX_TOKENS)
-    importance = truncated_importance(t.old, engine, 1.1)
+        expected = sum(sums) / normaliser(t, reduction, len(sums))
+    importance, _ = sampler_correction(t.old, engine, t.completion, "token_truncate", 1.1)
     got = loss_of(t, kl_beta=beta, reduction=reduction, sampler_weights=importance).loss
     torch.testing.assert_close(got, expected)
     gradients = [torch.autograd.grad(loss, t.log_probs, retain_graph=True)[0] for loss in (got, expected)]

@@ -22,7 +22,7 @@ from datamodules.encoding.encoder import Encoder
 from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
 from datamodules.synthetic.single_image import GROUNDING, single_scene
 from datamodules.synthetic.world import draw_scene, encode_png
-from lightning_modules import grpo
+from lightning_modules import group_objective
 from lightning_modules.grpo import GRPO
 from lightning_modules.rollouts.vllm.server_checks import VLLMSettings
 from lightning_modules.serving.vllm_server import serve_command, serve_environment
@@ -123,11 +123,11 @@ def module(lora, **more) -> GRPO:
 
 def test_ten_updates_through_a_server_that_is_restarted(server, lora, fit, monkeypatch, capsys) -> None:
     differences = []
-    weigh = grpo.truncated_importance
+    weigh = group_objective.sampler_correction
     monkeypatch.setattr(
-        grpo,
-        "truncated_importance",
-        lambda own, theirs, cap: (differences.append((own.detach() - theirs).abs()), weigh(own, theirs, cap))[1],
+        group_objective,
+        "sampler_correction",
+        lambda own, theirs, *more: (differences.append((own.detach() - theirs).abs()), weigh(own, theirs, *more))[1],
     )
     items = make_items(UPDATES * PROMPTS)
     served = Recorder(server, restart_at=UPDATES // 2)

@@ -1,0 +1,94 @@
+"""The reference: the frozen model that the policy is held near, and the policy as it was at a later moment (`refresh`).
+
+It has one of three forms:
+
+- a copy of the model (`QwenVL.reference_model`), where more than an adapter is trained;
+- the policy without its adapter, where only an adapter is trained. This costs no memory;
+- the policy with a frozen copy of its adapter, once such a reference was refreshed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.models.inference.base import SamplingModel
+from lightning_modules.models.inference.fastest import CachedReference
+from lightning_modules.models.inference.plain_model import PlainSamplingModel
+from lightning_modules.models.layers.lora import merged_copy
+
+if TYPE_CHECKING:
+    from lightning_modules.models.qwen_vl import QwenVL
+
+
+class Reference:
+    """How a policy's reference answers, and what it is made of."""
+
+    def __init__(self) -> None:
+        self._cached = CachedReference()
+        self._adapter: dict[str, Tensor] = {}  # the frozen copy, by names in `policy.model`; empty: no adapter
+
+    @contextmanager
+    def acting(self, policy: QwenVL) -> Iterator[SamplingModel]:
+        """The reference of `policy` as a model, without gradient."""
+        model = policy.base if policy.reference_model is None else policy.reference_model
+        with torch.no_grad(), _exchanged(policy.model, self._adapter):
+            cached = self._cached.read(model, with_adapter=bool(self._adapter))
+            # transformers' layers of a policy with an adapter are the reference while the adapter is switched off.
+            switch_off = cached is None and model is policy.base and not self._adapter
+            with policy.model.disable_adapter() if switch_off else nullcontext():
+                yield cached or PlainSamplingModel(model)
+
+    def refresh(self, policy: QwenVL) -> None:
+        """Make the policy, as it is now, the reference."""
+        if policy.reference_model is None:
+            self._adapter = {name: tensor.clone() for name, tensor in policy.trained_tensors()}
+        else:
+            _write(policy.reference_model, merged_copy(policy.base).state_dict())
+        self._cached = CachedReference()
+
+    def state_dict(self, policy: QwenVL) -> dict[str, Tensor]:
+        """All that the reference does not share with the policy."""
+        if policy.reference_model is None:
+            return dict(self._adapter)
+        shared = {parameter.data_ptr() for parameter in policy.model.parameters()}
+        state = policy.reference_model.state_dict()
+        return {name: tensor for name, tensor in state.items() if tensor.data_ptr() not in shared}
+
+    def load_state_dict(self, policy: QwenVL, state: Mapping[str, Tensor]) -> None:
+        if policy.reference_model is None:
+            self._adapter = dict(state)
+        else:
+            _write(policy.reference_model, state)
+        self._cached = CachedReference()
+
+
+@torch.no_grad()
+def _write(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy the tensors of `state` into those of `model`; a tensor that both share stays untouched."""
+    for name, tensor in model.state_dict().items():
+        if name in state and tensor.data_ptr() != state[name].data_ptr():
+            tensor.copy_(state[name])
+
+
+@contextmanager
+def _exchanged(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, the parameters named in `tensors` have those values.
+
+    Their data are exchanged, not written: a graph of the policy that waits for its backward pass has saved the
+    parameters, and would refuse ones that were written in between.
+    """
+    parameters = dict(model.named_parameters()) if tensors else {}
+    own = {name: parameters[name].data for name in tensors}
+    try:
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.to(parameters[name].device)  # a loaded one comes from the CPU
+            parameters[name].data = tensors[name]
+        yield
+    finally:
+        for name, data in own.items():
+            parameters[name].data = data
