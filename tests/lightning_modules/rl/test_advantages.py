@@ -34,3 +34,12 @@ def test_constant_group_is_equal_whatever_its_reward(value):
 def test_groups_without_a_standard_deviation_are_an_error(rewards):
     with pytest.raises(ValueError, match="rewards must be"):
         group_advantages(torch.tensor(rewards))
+
+
+def test_without_the_deviation_a_group_weighs_by_its_differences():
+    rewards = torch.tensor([[0.0, 0.2, 0.1, 0.1], [0.0, 1.0, 0.5, 0.5], [0.6] * 4])
+    found = group_advantages(rewards, scale="none")
+    torch.testing.assert_close(found[:2], torch.tensor([[-0.1, 0.1, 0.0, 0.0], [-0.5, 0.5, 0.0, 0.0]]))
+    assert (found[2] == 0).all()
+    scaled = group_advantages(rewards)
+    torch.testing.assert_close(scaled[0], scaled[1], atol=2e-3, rtol=1e-3)

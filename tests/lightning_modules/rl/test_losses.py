@@ -172,3 +172,93 @@ def test_importance_weighs_the_surrogate_of_each_token_and_not_its_kl(tensors, r
     torch.testing.assert_close(got, expected)
     gradients = [torch.autograd.grad(loss, t.log_probs, retain_graph=True)[0] for loss in (got, expected)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_every_kl_term_matches_a_written_out_reference(tensors, estimator, unbiased):
+    leaves = [p.detach().clone().requires_grad_() for p in tensors.log_probs]
+    by_completion = defaultdict(list)
+    for n, c in enumerate(tensors.completion.tolist()):
+        ratio = torch.exp(leaves[n] - tensors.old[n])
+        d = tensors.reference[n] - leaves[n]
+        kl = {"k1": -d, "k2": d * d / 2, "k3": torch.exp(d) - d - 1}[estimator] * (ratio if unbiased else 1.0)
+        by_completion[c].append(0.1 * kl - ratio * tensors.advantages[c])
+    expected = sum(sum(values) / len(values) for values in by_completion.values()) / len(LENGTHS)
+    terms = loss_of(tensors, clip=(None, None), kl_beta=0.1, kl_estimator=estimator, kl_unbiased=unbiased)
+    torch.testing.assert_close(terms.loss, expected)
+    (gradient,) = torch.autograd.grad(terms.loss, tensors.log_probs)
+    torch.testing.assert_close(gradient, torch.stack(torch.autograd.grad(expected, leaves)))
+
+
+def test_the_gradients_of_the_kl_terms_in_the_mean():
+    """Over all tokens of a small vocabulary: what docs/rl.md says of each estimator."""
+    generator = torch.Generator().manual_seed(2)
+    logits, others = (torch.randn(6, generator=generator, dtype=torch.float64) for _ in range(2))
+    logits.requires_grad_()
+    reference = others.log_softmax(0)
+
+    def mean_gradient(estimator: str, unbiased: bool) -> torch.Tensor:
+        log_probs = logits.log_softmax(0)
+        ratio = torch.exp(log_probs - log_probs.detach()) if unbiased else 1.0
+        loss = (log_probs.detach().exp() * ratio * kl_estimate(log_probs, reference, estimator)).sum()
+        return torch.autograd.grad(loss, logits)[0]
+
+    def gradient_of(divergence) -> torch.Tensor:
+        return torch.autograd.grad(divergence, logits)[0]
+
+    log_probs = logits.log_softmax(0)
+    of_policy = gradient_of((log_probs.exp() * (log_probs - reference)).sum())  # KL(policy | reference)
+    of_reference = gradient_of((reference.exp() * (reference - logits.log_softmax(0))).sum())
+    assert mean_gradient("k1", False).abs().max() < 1e-12
+    torch.testing.assert_close(mean_gradient("k2", False), of_policy)
+    torch.testing.assert_close(mean_gradient("k3", False), of_reference)
+    for estimator in ("k1", "k3"):
+        torch.testing.assert_close(mean_gradient(estimator, True), of_policy)
+    assert (of_policy - of_reference).abs().max() > 0.01
+
+
+OTHERS = {
+    "GSPO": {"ratio": "sequence"},
+    "CISPO": {"objective": "cispo"},
+    "SAPO": {"objective": "sapo", "clip": (None, None)},
+    "dual clip": {"dual_clip": 3.0},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_with_one_update_to_a_window_every_objective_has_the_gradient_of_grpo(tensors, name):
+    """The ratio is 1 then. They differ once the policy has moved."""
+    (expected,) = torch.autograd.grad(loss_of(tensors, old_log_probs=None).loss, tensors.log_probs)
+    (found,) = torch.autograd.grad(loss_of(tensors, old_log_probs=None, **OTHERS[name]).loss, tensors.log_probs)
+    torch.testing.assert_close(found, expected)
+    moved = [torch.autograd.grad(loss_of(tensors, **more).loss, tensors.log_probs)[0] for more in ({}, OTHERS[name])]
+    if name != "dual clip":
+        assert (moved[0] - moved[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_entropy_bonus_is_reduced_as_the_loss_is(tensors, reduction):
+    entropies = torch.rand(sum(LENGTHS), generator=torch.Generator().manual_seed(1)).requires_grad_()
+    plain = loss_of(tensors, reduction=reduction)
+    terms = loss_of(tensors, reduction=reduction, entropies=entropies, entropy_coefficient=0.3)
+    by_completion = [part.sum() for part in entropies.split(LENGTHS)]
+    if reduction == "completion":
+        mean = sum(total / n for total, n in zip(by_completion, LENGTHS, strict=True)) / len(LENGTHS)
+    else:
+        mean = sum(by_completion) / normaliser(tensors, reduction, len(LENGTHS))
+    torch.testing.assert_close(terms.loss, plain.loss - 0.3 * mean)
+    assert terms.entropy_sum == pytest.approx(entropies.sum().item()) and plain.entropy_sum is None
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_parts_of_a_ratio_by_sequence_add_up_too(tensors, ratio):
+    parts = [
+        loss_of(tensors, mask, ratio=ratio, clip=(0.05, 0.05))
+        for mask in (tensors.completion < 2, tensors.completion >= 2)
+    ]
+    whole = loss_of(tensors, ratio=ratio, clip=(0.05, 0.05))
+    torch.testing.assert_close(sum(p.total for p in parts), whole.total)
+    assert sum(p.num_clipped_completions for p in parts) == whole.num_clipped_completions
+    assert whole.num_completions == (len(LENGTHS) if ratio == "sequence" else 0)
+    assert (0 < whole.num_clipped_completions < len(LENGTHS)) == (ratio == "sequence")
