@@ -132,7 +132,7 @@ class GRPO(GroupObjective):
         # 3. Compare inside the group (eq. 1). Where all rewards are equal, no completion is better than another: such a
         # group has zero advantage and teaches no preference, whatever its completions' distances from the reference.
         is_zero = zero_advantage(totals)  # bool [P]
-        if self.loss_settings.kl_in == "reward":
+        if self.loss_settings.kl_in == "reward" and self.kl_beta > 0:
             totals = totals - self.kl_penalty(batch.items, rollouts, features)
         advantages = group_advantages(totals, self.advantage_settings.scale)  # [P, G]
         self.metrics.add_rollouts(rollouts, rewards, is_zero)

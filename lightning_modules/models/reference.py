@@ -77,18 +77,23 @@ def _write(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def _exchanged(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, the parameters named in `tensors` have those values.
+    """Inside, the parameters named in `tensors` have those values, and the adapter has no dropout.
 
     Their data are exchanged, not written: a graph of the policy that waits for its backward pass has saved the
     parameters, and would refuse ones that were written in between.
     """
     parameters = dict(model.named_parameters()) if tensors else {}
     own = {name: parameters[name].data for name in tensors}
+    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.training and tensors]
     try:
         for name, tensor in tensors.items():
             tensors[name] = tensor.to(parameters[name].device)  # a loaded one comes from the CPU
             parameters[name].data = tensors[name]
+        for module in dropouts:
+            module.training = False
         yield
     finally:
         for name, data in own.items():
             parameters[name].data = data
+        for module in dropouts:
+            module.training = True

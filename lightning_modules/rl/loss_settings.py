@@ -64,8 +64,8 @@ class EntropySettings:
     """The entropy bonus: coefficient · entropy is added to the objective (arXiv:1602.01783, section 4).
 
     The entropy of a token is the exact one of the distribution it was sampled from. It is reduced over tokens as the
-    rest of the loss is. With a `target` the coefficient is held by a controller (Skywork-OR1, arXiv:2505.22312, section
-    4; TRL's use_adaptive_entropy): after each update it rises by `step` where the entropy is at the target or below,
+    rest of the loss is. With a `target` the coefficient is held by a controller (Skywork-OR1, arXiv:2505.22312;
+    TRL's use_adaptive_entropy): after each update it rises by `step` where the entropy is at the target or below,
     and falls by `step` where it is above; the bonus is paid only after an update at the target or below.
 
     Args:
@@ -117,8 +117,8 @@ class LossSettings:
             (arXiv:2506.13585, eq. 4); "sapo" (arXiv:2511.20347, eq. 5).
         ratio: the ratio is by "token" (GRPO), or one for the whole completion, "sequence" (GSPO, arXiv:2507.18071,
             eq. 7). TRL calls it importance_sampling_level.
-        dual_clip: for negative advantages the surrogate is held at dual_clip · advantage or more (arXiv:1912.09729,
-            eq. 5). TRL calls it delta, verl clip_ratio_c; null: no such bound.
+        dual_clip: for negative advantages the surrogate is held at dual_clip · advantage or more (dual-clip
+            PPO, arXiv:1912.09729). TRL calls it delta, verl clip_ratio_c; null: no such bound.
         sapo_temperature_pos: τ of SAPO's gate for advantages above 0.
         sapo_temperature_neg: τ for the others.
         kl_in: "loss" adds β · KL to each token's loss; "reward" takes β · Σ KL of a completion from its reward, before

@@ -180,7 +180,7 @@ def clipped_surrogate(
         clip_high: the ratio is held at 1 + clip_high or less; None leaves this side open. DAPO's clip-higher
             (arXiv:2503.14476, eq. 10) is clip_high > clip_low.
         dual_clip: bound of the ratio outside of the clip, which holds negative surrogates at dual_clip · A or more
-            (arXiv:1912.09729, eq. 5); None: no bound.
+            (dual-clip PPO, arXiv:1912.09729); None: no bound.
     """
     surrogate = ratio * advantages if dual_clip is None else ratio.clamp(max=dual_clip) * advantages
     if clip_low is None and clip_high is None:  # eq. 2 as it is printed

@@ -68,6 +68,31 @@ SWEEPS = {
     "nano/sweep.yaml": ("nano/grpo.yaml", "nano/sweep_trial.yaml"),
     "paper/sweep_7b.yaml": ("paper/grpo_7b.yaml", "paper/sweep_trial_7b.yaml"),
 }
+# A second --config for GRPO, and what it changes.
+OBJECTIVES = {
+    "grpo": {},
+    "dr_grpo": {"advantage.scale": "none", "loss.reduction": "dr_grpo"},
+    "dapo": {"loss.reduction": "token", "loss.clip_high": 0.28},
+    "gspo": {"loss.ratio": "sequence", "loss.clip_low": 3e-4, "loss.clip_high": 4e-4, "update.minibatches": 4},
+    "cispo": {
+        "loss.objective": "cispo",
+        "loss.reduction": "token",
+        "loss.clip_low": None,
+        "loss.clip_high": 4.0,
+        "update.minibatches": 4,
+    },
+    "sapo": {"loss.objective": "sapo", "loss.clip_low": None, "loss.clip_high": None, "update.minibatches": 4},
+    "kl_unbiased": {"loss.kl_unbiased": True},
+    "kl_in_reward": {"loss.kl_in": "reward", "loss.kl_estimator": "k1", "advantage.scale": "none"},
+    "entropy_target": {"loss.entropy.target": 0.2, "loss.entropy.highest": 0.1},
+    "moving_reference": {
+        "loss.kl_beta": 0.02,
+        "loss.kl_schedule.kind": "cosine",
+        "loss.kl_schedule.final": 0.002,
+        "loss.reference_every": 100,
+    },
+    "sampler_sequence_mask": {"update.importance_mode": "sequence_mask", "update.importance_cap": 3.0},
+}
 # Qwen2.5-VL as published, cut to what decides shapes.
 SHAPES = {
     "3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16},
@@ -117,7 +142,13 @@ def qwen_config(size: str) -> dict:
 
 def test_the_lists_here_name_every_configuration() -> None:
     sweeps = {*SWEEPS, *(changes for _, changes in SWEEPS.values())}
-    assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")} == {*TRAINING, *OTHERS, *sweeps}
+    fragments = {f"objectives/{name}.yaml" for name in OBJECTIVES}
+    assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")} == {
+        *TRAINING,
+        *OTHERS,
+        *sweeps,
+        *fragments,
+    }
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -272,12 +303,34 @@ def test_one_setting_of_a_group_is_changed_and_the_others_stay(parse) -> None:
     plain = parse("nano/grpo.yaml").model
     flags = ["--model.loss.kl_beta=0.5", "--model.reward_weights.format=0.0", "--model.update.minibatches=2"]
     flags += ["--model.rollout.temperature=0.3", "--model.init_args.rollout.vllm.patience=7"]
+    flags += ["--model.advantage.scale=none", "--model.loss.entropy.target=0.3", "--model.loss.kl_schedule.kind=linear"]
     model = parse("nano/grpo.yaml", *flags).model
     vllm = replace(plain.rollout_settings.vllm, patience=7)
     assert model.rollout_settings == replace(plain.rollout_settings, temperature=0.3, vllm=vllm)
-    assert model.loss_settings == replace(plain.loss_settings, kl_beta=0.5)
+    loss = plain.loss_settings
+    changes = {"entropy": replace(loss.entropy, target=0.3), "kl_schedule": replace(loss.kl_schedule, kind="linear")}
+    assert model.loss_settings == replace(loss, kl_beta=0.5, **changes)
+    assert model.advantage_settings.scale == "none"
     assert model.update_settings == replace(plain.update_settings, minibatches=2)
     assert model.reward_weights == {"accuracy": 1.0, "format": 0.0}
+
+
+@pytest.mark.parametrize("config", ["nano/grpo.yaml", "paper/grpo_7b.yaml"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_fragment_changes_its_settings_alone(parse, config: str, name: str) -> None:
+    plain = parse(config).settings()["model"]["init_args"]
+    cli = parse(config, "--config", str(CONFIGS / f"objectives/{name}.yaml"))
+    changed = cli.settings()["model"]["init_args"]
+
+    def flat(settings: dict, before: str = "") -> dict:
+        parts = [flat(v, f"{before}{k}.") if isinstance(v, dict) else {f"{before}{k}": v} for k, v in settings.items()]
+        return {k: v for part in parts for k, v in part.items()}
+
+    before, after = flat(plain), flat(changed)
+    differing = {key: after[key] for key in after if after[key] != before[key]}
+    expected = {key: value for key, value in OBJECTIVES[name].items() if before[key] != value}
+    assert before.keys() == after.keys() and differing == expected
+    assert isinstance(cli.model, GRPO) and cli.model.loss_settings.kl_beta == after["loss.kl_beta"]
 
 
 @pytest.mark.parametrize("name", [name for name in TRAINING if name.startswith("paper/")])

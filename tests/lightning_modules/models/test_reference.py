@@ -84,6 +84,18 @@ def test_an_answer_between_forward_and_backward_leaves_the_gradient(tiny_model_d
     assert all(torch.equal(a, b) for a, b in zip(before, policy.trainable_parameters(), strict=True))
 
 
+def test_a_refreshed_reference_has_no_dropout(tiny_model_dir, make_items) -> None:
+    """The adapter's dropout is of training; a reference that drew from it would answer otherwise each time."""
+    lora = LoraSettings(rank=4, alpha=8, dropout=0.5)
+    policy = QwenVL(str(tiny_model_dir), lora=lora, dtype="bfloat16", with_reference=True).train()
+    items = make_items([1])
+    move(policy, 1)
+    policy.reference.refresh(policy)
+    first, second = (answers(policy, items, reference=True) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(answers(policy, items), answers(policy, items))
+
+
 def test_entropies_are_those_of_the_distribution_without_banned_tokens(tiny_model_dir, make_items) -> None:
     policy, items = QwenVL(str(tiny_model_dir), lora=LORA), make_items([1])
     (row,) = pack_rows(items, [[torch.arange(20, 24)]], 100_000)
