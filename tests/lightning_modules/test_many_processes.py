@@ -15,6 +15,7 @@ from callbacks.checkpoints import WholeCheckpoints
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.rl import rewards
+from lightning_modules.rl.loss_settings import EntropySettings, ScheduleSettings
 from lightning_modules.rollouts.base import RolloutRequest, SamplingSettings
 from lightning_modules.rollouts.native.engine import NativeEngine
 from lightning_modules.training.fsdp_strategy import ShardedStrategy
@@ -112,6 +113,25 @@ def assert_same_curves(one, many):
 @pytest.mark.parametrize("phase", ["sft", "grpo"])
 def test_two_processes_log_what_one_logs(curve, phase, strategy):
     assert_same_curves(curve(phase, strategy, 1, 3), curve(phase, strategy, 2, 3))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+def test_two_processes_have_one_objective(curve, kl_in, strategy):
+    """The reference is a copy of its own: where it is sharded, each of its passes waits for the other rank."""
+    settings = {
+        "kl_in": kl_in,
+        "kl_beta": 0.3,
+        "kl_schedule": ScheduleSettings("linear", final=0.0, updates=2),  # in the third update it makes no pass
+        "entropy": EntropySettings(0.1, target=100.0, step=0.1),
+        "normalise_over": "all",
+        "lora": None,
+        "learning_rate": 1e-4,
+    }
+    one, two = (curve("grpo", strategy, size, 3, **settings) for size in (1, 2))
+    assert_same_curves(one, two)
+    assert [m["grpo/kl_beta"] for m in two[0][0]] == pytest.approx([0.3, 0.15, 0.0])
+    assert ("grpo/kl_penalty" in two[0][0][0]) == (kl_in == "reward")
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from lightning_modules.rl.losses import LossTerms
 from lightning_modules.rl.metrics import MEANS, GRPOMetrics
 from lightning_modules.rl.rewards import Reward
 from lightning_modules.rollouts.base import Rollout
+from tests.documented_metrics import documented_names
 from tests.lightning_modules.ranks import run_ranks
 
 
@@ -81,6 +82,10 @@ def test_the_means_are_those_of_the_names_and_of_nothing_there_is_none():
     metrics.reset()
     metrics.update(groups=1)
     assert metrics.means(metrics.compute()) == {"grpo/frac_zero_advantage": 0.0}
+
+
+def test_every_metric_of_a_step_is_defined():
+    assert MEANS.keys() | {"grpo/kl_beta", "grpo/entropy_coefficient"} <= documented_names()
 
 
 def test_a_sum_that_does_not_exist_is_named():
