@@ -37,13 +37,15 @@ from experiments.runs.subprocess_steps import Plan, say, settle
 class Row:
     """One row: a phase trained with `config` from the model of row `start` ("base": the model as it is given).
 
-    without: class names of callbacks of that configuration to leave out. overrides: arguments for experiments.train.
+    changes: YAML files whose settings replace those of that configuration, in order; lists are replaced whole. without:
+    class names of callbacks to leave out. overrides: arguments for experiments.train.
     """
 
     start: str
     config: str
     without: list[str] = field(default_factory=list)
     overrides: str = ""
+    changes: list[str] = field(default_factory=list)
 
 
 def run(
@@ -94,6 +96,7 @@ def run(
 
     if not report_only:
         configs = {f"rows.{name}.config": row.config for name, row in rows.items()}
+        configs |= {f"rows.{name}.changes": path for name, row in rows.items() for path in row.changes}
         check_files({"evaluation": evaluation, "world": world} | configs)
         start = time.monotonic()
         # 2. The world, and the choice for steps that other source files have made.
@@ -176,23 +179,38 @@ def wanted_rows(rows: Mapping[str, Row], only: list[str] | None) -> set[str]:
 
 
 def row_config(name: str, row: Row, home: Path) -> str:
-    """The path of the row's configuration: its YAML, or a copy in `home` without the callbacks in `row.without`.
+    """The path of the row's configuration: its YAML, or a copy in `home` with `row.changes` and without `row.without`.
 
     Raises ValueError if the YAML does not have such a callback.
     """
-    if not row.without:
+    if not row.without and not row.changes:
         return row.config
-    # The command line can change a callback but not remove one, so the row gets a YAML of its own.
+    # The command line can change a callback but not remove one, and the key of a step covers the content of one YAML
+    # alone. So the row gets a YAML of its own.
     settings = yaml.safe_load(Path(row.config).read_text())
+    for path in row.changes:
+        settings = laid_over(settings, yaml.safe_load(Path(path).read_text()))
     callbacks = settings["trainer"].get("callbacks") or []
     kept = [callback for callback in callbacks if class_name(callback) not in row.without]
     if missing := sorted(set(row.without) - {class_name(callback) for callback in callbacks}):
         raise ValueError(f"rows.{name}: without={missing}, but {row.config} has {[class_name(c) for c in callbacks]}")
     settings["trainer"]["callbacks"] = kept
     path = home / "configs" / f"{name}.yaml"
-    head = f"# {row.config} without {', '.join(row.without)}\n"
+    parts = [f"with {', '.join(row.changes)}"] * bool(row.changes) + [f"without {', '.join(row.without)}"] * bool(
+        row.without
+    )
+    head = f"# {row.config} {' '.join(parts)}\n"
     write_atomic(path, head + yaml.safe_dump(settings, sort_keys=False, width=120))
     return str(path)
+
+
+def laid_over(settings: Mapping, changes: Mapping) -> dict:
+    """`settings` with the values of `changes`, key by key."""
+    merged = dict(settings)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = laid_over(merged[key], value) if both else value
+    return merged
 
 
 def class_name(callback: Mapping) -> str:

@@ -97,6 +97,20 @@ def test_a_derived_configuration_lacks_only_what_is_left_out(workbench: Workbenc
         ablations.row_config("cold", Row("base", config, ["Througput"]), home)
 
 
+def test_a_row_lays_yaml_files_over_its_configuration(workbench: Workbench, tmp_path: Path) -> None:
+    config, home = workbench.training("grpo", [THROUGHPUT]), workbench.outputs / "tiny-ablations"
+    (tmp_path / "a.yaml").write_text("model: {init_args: {loss: {ratio: sequence, clip_low: 0.1}}}\n")
+    (tmp_path / "b.yaml").write_text("model: {init_args: {loss: {clip_low: null}}}\ntrainer: {max_steps: 7}\n")
+    row = Row("base", config, ["Throughput"], changes=[str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")])
+    path = Path(ablations.row_config("gspo", row, home))
+    assert path.read_text().splitlines()[0].endswith("a.yaml, " + str(tmp_path / "b.yaml") + " without Throughput")
+    settings, derived = yaml.safe_load(Path(config).read_text()), yaml.safe_load(path.read_text())
+    loss = settings["model"]["init_args"].get("loss", {}) | {"ratio": "sequence", "clip_low": None}
+    assert derived["model"]["init_args"] == settings["model"]["init_args"] | {"loss": loss}
+    assert derived["trainer"]["max_steps"] == 7
+    assert "Throughput" not in str(derived["trainer"]["callbacks"])
+
+
 def test_rows_share_a_wandb_group_and_keep_the_users_tags(
     workbench: Workbench, logged: list[dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:

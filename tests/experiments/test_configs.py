@@ -49,6 +49,7 @@ TRAINING = (
 )
 OTHERS = {
     "nano/ablations.yaml": ablations.run,
+    "nano/objectives.yaml": ablations.run,
     "paper/ablations_7b.yaml": ablations.run,
     "nano/eval.yaml": Evaluation,
     "nano/shards.yaml": generate_synthetic.build,
@@ -142,7 +143,7 @@ def qwen_config(size: str) -> dict:
 
 def test_the_lists_here_name_every_configuration() -> None:
     sweeps = {*SWEEPS, *(changes for _, changes in SWEEPS.values())}
-    fragments = {f"objectives/{name}.yaml" for name in OBJECTIVES}
+    fragments = {"nano/objectives_run.yaml"} | {f"objectives/{name}.yaml" for name in OBJECTIVES}
     assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")} == {
         *TRAINING,
         *OTHERS,
@@ -331,6 +332,20 @@ def test_a_fragment_changes_its_settings_alone(parse, config: str, name: str) ->
     expected = {key: value for key, value in OBJECTIVES[name].items() if before[key] != value}
     assert before.keys() == after.keys() and differing == expected
     assert isinstance(cli.model, GRPO) and cli.model.loss_settings.kl_beta == after["loss.kl_beta"]
+
+
+def test_rows_of_objectives_differ_in_their_objective_alone(parse, tmp_path: Path) -> None:
+    """At least six objectives, from one cold start, on the prompts of one choice."""
+    rows = yaml.safe_load((CONFIGS / "nano/objectives.yaml").read_text())["rows"]
+    models, trainers = {}, set()
+    for name, row in rows.items():
+        if row["start"] == "cot_sft":
+            cli = parse(ablations.row_config(name, ablations.Row(**row), tmp_path), *row.get("overrides", "").split())
+            models[name] = (cli.model.advantage_settings, cli.model.loss_settings, cli.model.update_settings)
+            settings = cli.settings()["trainer"]
+            rollouts = settings["max_steps"] // cli.model.updates_per_window
+            trainers.add((rollouts, json.dumps(settings["callbacks"], sort_keys=True, default=str)))
+    assert len(models) == len(set(models.values())) >= 8 and len(trainers) == 1
 
 
 @pytest.mark.parametrize("name", [name for name in TRAINING if name.startswith("paper/")])
