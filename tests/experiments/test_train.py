@@ -240,14 +240,27 @@ def test_a_stopped_grpo_run_ends_as_one_left_alone(workbench: Workbench, kill: s
     assert any(value > 0 for _, value in curves["whole"][2]), "the policy has moved"
 
 
-def test_a_kill_inside_a_window_of_several_updates_repeats_the_whole_window(workbench: Workbench) -> None:
+# Everything of the objective that changes with the updates: β, the entropy's coefficient, the reference.
+MOVING = tuple(
+    f"--model.loss.{setting}"
+    for setting in (
+        *("kl_schedule.kind=linear", "kl_schedule.final=0.3", "reference_every=3", "normalise_over=all"),
+        *("entropy.coefficient=0.1", "entropy.target=100", "entropy.step=0.1"),
+    )
+)
+
+
+@pytest.mark.parametrize("objective", [(), MOVING], ids=["as it is", "moving"])
+def test_a_kill_inside_a_window_of_several_updates_repeats_the_whole_window(
+    workbench: Workbench, objective: tuple[str, ...]
+) -> None:
     """Windows of two batches, trained on twice in two minibatches; the kill comes in the fourth batch."""
     log = workbench.root / "log.txt"
     window = {"accumulate": 2, "epochs_per_rollout": 2, "minibatches": 2, "kl_beta": 0.1}
     config = workbench.training("grpo", **window)
     curves, weights = {}, {}
     for phase in ("whole", "stopped"):
-        arguments = ("--trainer.max_steps=12", f"--phase={phase}")
+        arguments = ("--trainer.max_steps=12", f"--phase={phase}", *objective)
         if phase == "stopped":
             assert run_apart(config, *arguments, log=log, STOP_SIGNAL=int(signal.SIGKILL), STOP_AT=14) != 0
             assert [step for step, _ in metrics_csv.read_curve(reported(workbench, phase), "grpo/entropy")] == [0, 1, 2]
@@ -256,6 +269,8 @@ def test_a_kill_inside_a_window_of_several_updates_repeats_the_whole_window(work
         weights[phase] = (workbench.outputs / "tiny" / phase / "merged/model.safetensors").read_bytes()
     assert "step-00000004.ckpt" in log.read_text()
     assert len(curves["whole"]) == 6 and curves["whole"] == curves["stopped"]
+    moving = [len({row.get(f"grpo/{name}") for row in curves["whole"]}) for name in ("kl_beta", "entropy_coefficient")]
+    assert all(number > 2 for number in moving) == bool(objective)
     assert weights["whole"] == weights["stopped"]
 
 
