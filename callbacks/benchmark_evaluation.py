@@ -51,7 +51,7 @@ class BenchmarkEvaluation(Callback):
         every_n_steps: number of updates between two evaluations; null: none inside training.
         limit: questions of each column (a task of MIG-Bench) inside training.
         max_new_tokens: the longest answer, in tokens.
-        batch_prompts: questions answered at the same time.
+        prompts_per_batch: questions answered at the same time.
         max_prompt_tokens: a longer prompt counts as wrong; null: the datamodule's limit.
         folder: of the evaluations; null: <default_root_dir>/<benchmark>.
     """
@@ -65,7 +65,7 @@ class BenchmarkEvaluation(Callback):
         every_n_steps: int | None = None,
         limit: int = 20,
         max_new_tokens: int = 1024,
-        batch_prompts: int = 32,
+        prompts_per_batch: int = 32,
         max_prompt_tokens: int | None = None,
         folder: str | None = None,
     ) -> None:
@@ -78,7 +78,7 @@ class BenchmarkEvaluation(Callback):
         self.name = shards_name(benchmark) if is_shards(benchmark) else benchmark
         self.source, self.data_root, self.folder = benchmark, data_root, folder
         self.before, self.after, self.every_n_steps, self.limit = before, after, every_n_steps, limit
-        self.decoding = Decoding(max_new_tokens, batch_prompts)
+        self.decoding = Decoding(max_new_tokens, prompts_per_batch)
         self.max_prompt_tokens = max_prompt_tokens
         self.benchmark: Benchmark | None = None
         self._resumed_step = 0

@@ -21,6 +21,7 @@ RENAMED = {
     "window": "average_over",  # of CollapseGuard
     "twins": "replicas",
     "limit_per_task": "limit",
+    "batch_prompts": "prompts_per_batch",
     "model.group_size": "model.rollout.group_size",
     "model.temperature": "model.rollout.temperature",
     "model.max_new_tokens": "model.rollout.max_new_tokens",

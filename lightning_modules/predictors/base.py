@@ -27,19 +27,19 @@ class Decoding:
 
     Args:
         max_new_tokens: the longest answer, in tokens
-        batch_prompts: questions that a Qwen2.5-VL in this process answers at the same time; other models ignore it
+        prompts_per_batch: questions that a Qwen2.5-VL in this process answers at the same time; other models ignore it
         generation: greedy: the likeliest token, without penalties, the same for every model; model: as the model's
             generation_config.json or its server says (lightning_modules/serving/generation_rules.py), in results of
             their own
     """
 
     max_new_tokens: int = 1024
-    batch_prompts: int = 32
+    prompts_per_batch: int = 32
     generation: Generation = "greedy"
 
     def __post_init__(self) -> None:
         problems = Problems()
-        problems.positive(max_new_tokens=self.max_new_tokens, batch_prompts=self.batch_prompts)
+        problems.positive(max_new_tokens=self.max_new_tokens, prompts_per_batch=self.prompts_per_batch)
         problems.raise_all("decoding")
 
 

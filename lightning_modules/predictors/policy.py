@@ -37,7 +37,7 @@ class PolicyPredictor:
         engine: decodes the greedy answers.
         encoder: says how questions are put, and which are refused.
         decoding: length of an answer, questions at a time.
-        batches_per_chunk: a chunk has this many batches of `decoding.batch_prompts` questions.
+        batches_per_chunk: a chunk has this many batches of `decoding.prompts_per_batch` questions.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class PolicyPredictor:
         self.policy, self.engine, self.encoder, self.decoding = policy, engine, encoder, decoding
         self.box_format = encoder.box_format
         # A model's own settings answer one question at a time: no answer depends on another question.
-        self.chunk_size = 1 if decoding.generation == "model" else batches_per_chunk * decoding.batch_prompts
+        self.chunk_size = 1 if decoding.generation == "model" else batches_per_chunk * decoding.prompts_per_batch
 
     def identity(self) -> dict[str, Any]:
         """All that answers depend on beside the question, JSON-like."""
@@ -77,7 +77,7 @@ class PolicyPredictor:
 
     def _generate(self, items: Sequence[EncodedSample]) -> list[Rollout]:
         """One completion for each prompt."""
-        length, batch = self.decoding.max_new_tokens, self.decoding.batch_prompts
+        length, batch = self.decoding.max_new_tokens, self.decoding.prompts_per_batch
         if self.decoding.generation == "model":
             return [answer_by_own_settings(self.policy, item, length) for item in items]
         return [rollout for (rollout,) in self.engine.generate(RolloutRequest.for_evaluation(items, length, batch))]

@@ -53,7 +53,7 @@ class RejectionSettings:
     max_correct: int | None = None
     temperature: float | None = None
     max_new_tokens: int | None = None
-    batch_prompts: int = 32
+    prompts_per_batch: int = 32
     threshold: float = 0.5
     seed: int = 0
 
@@ -61,7 +61,7 @@ class RejectionSettings:
         problems, most = Problems(), self.num_samples
         problems.require(most >= 2, ": to be solved sometimes takes at least 2", num_samples=most)
         problems.positive_or_null(temperature=self.temperature, max_new_tokens=self.max_new_tokens)
-        problems.positive(batch_prompts=self.batch_prompts)
+        problems.positive(prompts_per_batch=self.prompts_per_batch)
         problems.require(0 <= self.threshold < 1, "must be in [0, 1)", threshold=self.threshold)
         in_range = 0 <= self.min_correct <= self.most_correct <= most
         correct = {"min_correct": self.min_correct, "max_correct": self.max_correct}
@@ -110,7 +110,7 @@ def rejection_sample(
     if not is_finished(folder, key):
         reader = reader() if reader is not None else ShardReader(source)
         # A chunk is seeded by its number: which rank samples it, and after which interruption, changes nothing.
-        chunks = list(enumerate(split_chunks(range(reader.count), settings.batch_prompts)))
+        chunks = list(enumerate(split_chunks(range(reader.count), settings.prompts_per_batch)))
         journal = Journal(folder / f"journal-{rank}.jsonl", key)
         done = _read_chunks(folder, key)  # those of all ranks there ever were
         barrier()  # none has sampled until all have read: the ranks divide one and the same list
@@ -178,7 +178,7 @@ def _sample_chunks(
 ) -> None:
     """Append to `journal` one record a chunk: {"window": its number, "outcomes": [...], "rejected": {id: rule}}."""
     sampling = SamplingSettings(
-        settings.num_samples, settings.temperature, settings.max_new_tokens, settings.batch_prompts
+        settings.num_samples, settings.temperature, settings.max_new_tokens, settings.prompts_per_batch
     )
 
     def read(number: int) -> LoadedSample:

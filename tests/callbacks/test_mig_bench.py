@@ -37,7 +37,7 @@ def half_right(item, k: int) -> str:
 
 
 def policy_predictor(engine: FakeEngine, encoder) -> PolicyPredictor:
-    return PolicyPredictor(FakePolicy("p"), engine, encoder, Decoding(max_new_tokens=8, batch_prompts=1))
+    return PolicyPredictor(FakePolicy("p"), engine, encoder, Decoding(max_new_tokens=8, prompts_per_batch=1))
 
 
 def test_every_question_gets_one_prediction_in_the_files_order(bench, encoder, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_into_the_place_that_a_lost_filesystem_left_nothing_is_written(bench, fi
     [
         (MIGBench, "every_n_steps", -5),
         (MIGBench, "validation_limit_per_task", 0),
-        (MIGBench, "batch_prompts", 0),
+        (MIGBench, "prompts_per_batch", 0),
         (Previews, "every_n_steps", 0),
         (Previews, "num_per_task", 0),
         (Previews, "max_new_tokens", 0),
@@ -209,8 +209,8 @@ def test_a_real_model_is_evaluated_greedily_and_the_same_twice(bench, encoder, t
     questions = mig_bench.load_files(*bench)
     policy, samples = QwenVL(str(tiny_model_dir)), questions.samples[::4]
 
-    def answers(batch_prompts: int) -> dict[str, tuple[str, int]]:
-        predictor = PolicyPredictor(policy, NativeEngine(policy), encoder, Decoding(6, batch_prompts))
+    def answers(prompts_per_batch: int) -> dict[str, tuple[str, int]]:
+        predictor = PolicyPredictor(policy, NativeEngine(policy), encoder, Decoding(6, prompts_per_batch))
         return {s.id: (reply.text, reply.num_tokens) for s, reply in predictor.answers(samples, questions.load)}
 
     first = answers(2)
@@ -242,7 +242,7 @@ def test_two_ranks_share_the_questions_and_write_what_one_writes(bench, fit, tin
     def run(folder: Path, **how) -> FakeEngine:
         engine = FakeEngine(half_right)
         # Chunks of four of the twelve questions before training, of one question inside it.
-        often = {"before": True, "every_n_steps": 1, "validation_limit_per_task": 2, "batch_prompts": 1}
+        often = {"before": True, "every_n_steps": 1, "validation_limit_per_task": 2, "prompts_per_batch": 1}
         callback = MIGBench(str(bench[0]), str(bench[1]), **often, folder=str(folder))
         fit(FakeModule(str(tiny_model_dir), engine), [callback], max_steps=1, **how)
         return engine

@@ -30,7 +30,7 @@ from lightning_modules.rollouts.base import SamplingSettings
 from tests.callbacks.conftest import FakeEngine, FakeModule, FakePolicy, read_rows, resuming, true_answer
 from tests.lightning_modules.grpo_modules import build_grpo
 
-SETTINGS = RejectionSettings(num_samples=4, temperature=0.7, max_new_tokens=8, batch_prompts=3)
+SETTINGS = RejectionSettings(num_samples=4, temperature=0.7, max_new_tokens=8, prompts_per_batch=3)
 
 
 def right_number_mod_5(item, k: int) -> str:
@@ -208,7 +208,7 @@ def test_a_pool_of_which_nothing_can_be_used_is_told_of(run, pool, tmp_path: Pat
 
 
 def test_all_bad_settings_are_named_before_weights_are_read() -> None:
-    bad = {"num_samples": 1, "temperature": 0, "max_new_tokens": 0, "batch_prompts": 0, "threshold": 1.5}
+    bad = {"num_samples": 1, "temperature": 0, "max_new_tokens": 0, "prompts_per_batch": 0, "threshold": 1.5}
     with pytest.raises(ValueError) as caught:
         RejectionSampling(**bad)
     assert all(f"{name}={value}" in str(caught.value) for name, value in bad.items())
@@ -301,7 +301,7 @@ def test_grpo_trains_an_epoch_of_what_was_kept_and_its_schedule_ends_there(fit, 
     records = Records(tmp_path)
     fit(
         grpo(),
-        [RejectionSampling(num_samples=4, temperature=0.7, max_new_tokens=8, batch_prompts=3), records],
+        [RejectionSampling(num_samples=4, temperature=0.7, max_new_tokens=8, prompts_per_batch=3), records],
         **ONE_EPOCH,
         **ranks,
     )
@@ -311,7 +311,10 @@ def test_grpo_trains_an_epoch_of_what_was_kept_and_its_schedule_ends_there(fit, 
 
 @pytest.mark.parametrize("ranks", [{}, {"strategy": "ddp_fork", "devices": 2}], ids=["one", "two"])
 def test_runs_with_the_same_candidates_share_one_choice(fit, grpo, tmp_path: Path, ranks) -> None:
-    records, given = Records(tmp_path), {"num_samples": 4, "temperature": 0.7, "max_new_tokens": 8, "batch_prompts": 3}
+    records, given = (
+        Records(tmp_path),
+        {"num_samples": 4, "temperature": 0.7, "max_new_tokens": 8, "prompts_per_batch": 3},
+    )
     shared = str(tmp_path / "shared")
     fit(grpo(), [RejectionSampling(shared=shared, **given), records], **ONE_EPOCH, **ranks)
     assert records.read() == KEPT

@@ -39,7 +39,7 @@ def write_configs(folder: Path, model: str) -> Path:
     benchmark = {"annotations": str(world / "MIG-Bench/MIG_data.json"), "image_root": str(world)}
     small = {"train_samples": 300, "eval_per_task": 3, "pool_samples": 40}
     shards = load("shards") | {"root": str(world)} | small
-    evaluation = load("eval") | {"data_root": str(world), "decoding": {"max_new_tokens": 96, "batch_prompts": 3}}
+    evaluation = load("eval") | {"data_root": str(world), "decoding": {"max_new_tokens": 96, "prompts_per_batch": 3}}
     changes = {
         "cot_sft": ({}, {"shards": str(world / "shards/sft"), "batch_size": 4}, 24),
         "grpo": (
@@ -53,7 +53,7 @@ def write_configs(folder: Path, model: str) -> Path:
         "MIGBench": benchmark | {"every_n_steps": 4, "validation_limit_per_task": 1, "max_new_tokens": 96},
         "Previews": benchmark | {"max_new_tokens": 32},
         # A model that has hardly been trained seldom meets a box; nearly so is enough here.
-        "RejectionSampling": {"num_samples": 4, "max_new_tokens": 96, "batch_prompts": 5, "threshold": 0.1},
+        "RejectionSampling": {"num_samples": 4, "max_new_tokens": 96, "prompts_per_batch": 5, "threshold": 0.1},
     }
     for stage, (module, data, steps) in changes.items():
         settings = load(stage)

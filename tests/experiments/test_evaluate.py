@@ -38,7 +38,7 @@ def run(model: Path, root: Path, *args: str) -> Path:
     """Run the entry point; its output folder."""
     output = root / "outputs" / "eval" / "tiny"
     fixed = ["--model", str(model), "--data_root", str(root / "data"), "--output", str(output), "--replicas=true"]
-    evaluate.main([*fixed, "--decoding.max_new_tokens=4", "--decoding.batch_prompts=3", *args])
+    evaluate.main([*fixed, "--decoding.max_new_tokens=4", "--decoding.prompts_per_batch=3", *args])
     return output
 
 
@@ -154,7 +154,7 @@ def test_a_served_models_lost_question_is_counted_and_asked_again(tmp_path: Path
 
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(tiny_model_dir: Path, tmp_path: Path, small_replicas) -> None:
-    how = ("--bench=blink,mmiu", "--decoding.batch_prompts=1")  # chunks of four questions
+    how = ("--bench=blink,mmiu", "--decoding.prompts_per_batch=1")  # chunks of four questions
     one = run(tiny_model_dir, tmp_path / "one", *how)
     two = run(tiny_model_dir, tmp_path / "two", *how, "--processes=2")
     for name in ("blink", "mmiu"):

@@ -120,7 +120,7 @@ def test_files_that_are_not_there_and_a_seed_out_of_range_are_named_before_anyth
 def evaluation(workbench: Workbench) -> dict:
     """Settings of experiments.evaluate."""
     paths = {"model": str(workbench.model), "output": "unused", "data_root": str(workbench.root)}
-    return paths | {"decoding": {"max_new_tokens": 4, "batch_prompts": 2}, "device": "cpu"}
+    return paths | {"decoding": {"max_new_tokens": 4, "prompts_per_batch": 2}, "device": "cpu"}
 
 
 def journal(folder: Path) -> Path:

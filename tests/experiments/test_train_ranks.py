@@ -99,7 +99,7 @@ def test_under_slurm_two_ranks_of_lightnings_launcher_requeue_once(workbench: Wo
 @pytest.mark.slow
 def test_a_rank_killed_in_rejection_sampling_ends_the_other(workbench: Workbench) -> None:
     """Two nodes that were started by hand: no launcher looks after them."""
-    sampling = {**REJECTION, "init_args": {"num_samples": 64, "max_new_tokens": 64, "batch_prompts": 1}}
+    sampling = {**REJECTION, "init_args": {"num_samples": 64, "max_new_tokens": 64, "prompts_per_batch": 1}}
     config = workbench.training("grpo", [sampling])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -142,7 +142,7 @@ def test_an_evaluation_that_loses_most_questions_ends_with_an_error(bench, tmp_p
 
 
 def native(model_dir: Path, generation: str = "greedy", **limits) -> PolicyPredictor:
-    decoding = Decoding(max_new_tokens=4, batch_prompts=2, generation=generation)
+    decoding = Decoding(max_new_tokens=4, prompts_per_batch=2, generation=generation)
     encoder = Encoder(str(model_dir), "absolute_pixels", "think", 4096, 4, with_target=False, **limits)
     policy = QwenVL(str(model_dir)).eval()
     return PolicyPredictor(policy, NativeEngine(policy), encoder, decoding, batches_per_chunk=2)
