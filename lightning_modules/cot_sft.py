@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from datamodules.encoding.encoder import Batch, EncodedSample
+from datamodules.persistence.problems import Problems
 from lightning_modules.models.attention.packed_rows import PackedRows, pack_rows
 from lightning_modules.models.vision_feature_cache import FeatureCache, tower_fingerprint
 from lightning_modules.policy_module import PolicyModule
@@ -33,16 +34,15 @@ class CoTSFT(PolicyModule):
     ) -> None:
         super().__init__(model, **policy)
         self.feature_cache, self.feature_cache_gib = feature_cache, feature_cache_gib
-        self.check_settings()
+        self.problems().raise_all(type(self).__name__)
 
-    def faults(self) -> list[str]:
+    def problems(self) -> Problems:
         """All settings that cannot work, in words."""
-        faults = super().faults()
-        if self.feature_cache is not None and not self.freeze_vision:
-            faults.append(f"feature_cache={self.feature_cache!r} needs freeze_vision=True, not {self.freeze_vision}")
-        if self.feature_cache_gib <= 0:
-            faults.append(f"feature_cache_gib={self.feature_cache_gib} must be greater than 0")
-        return faults
+        problems, is_frozen = super().problems(), self.freeze_vision
+        needs = f"needs freeze_vision=True, not {is_frozen}"
+        problems.require(self.feature_cache is None or is_frozen, needs, feature_cache=self.feature_cache)
+        problems.positive(feature_cache_gib=self.feature_cache_gib)
+        return problems
 
     def configure_model(self) -> None:
         """Load the model, and attach the feature cache."""

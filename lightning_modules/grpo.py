@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from datamodules.encoding.encoder import Batch
+from datamodules.persistence.problems import Problems
 from datamodules.samples.boxes import BoxFormat
 from lightning_modules.group_objective import GroupObjective
 from lightning_modules.policy_module import STATE_KEY
@@ -72,17 +73,18 @@ class GRPO(GroupObjective):
         self._log: RolloutLog | None = None
         self._window: list[PromptGroup] = []  # of the open accumulation window, where it has several updates
         self._idle = IdleWindows()
-        self.check_settings()
+        self.problems().raise_all(type(self).__name__)
 
-    def faults(self) -> list[str]:
+    def problems(self) -> Problems:
         """All settings that cannot work, in words; those of the groups are told by the groups."""
-        faults = [*super().faults(), *weight_problems(self.reward_weights)]
+        problems = super().problems()
+        problems.extend(weight_problems(self.reward_weights))
         if self.rollout_settings.engine == "vllm" and (self.lora is None or not self.freeze_vision):
-            faults.append(
+            problems.append(
                 f"rollout.engine='vllm' with lora={self.lora}, freeze_vision={self.freeze_vision}: servers are sent an "
                 "adapter of the language model, and nothing else"
             )
-        return faults
+        return problems
 
     @property
     def updates_per_window(self) -> int:

@@ -36,7 +36,6 @@ from lightning_modules.training.non_finite import require_finite
 from lightning_modules.training.optim import build_optimizer, count_updates, require_same_groups
 from lightning_modules.training.progress import is_last_batch, rewind
 from lightning_modules.training.seeds import derive_seed, sample_seeds
-from lightning_modules.training.training_faults import policy_faults
 
 T = TypeVar("T")
 STATE_KEY = "policy_module"
@@ -99,15 +98,29 @@ class PolicyModule(LightningModule):
         self._latest: dict[str, float] = {}  # every metric, as logged last
         self._latest_committed: dict[str, float] = {}  # the same at the end of the last finished window
 
-    def faults(self) -> list[str]:
-        """All settings that cannot work, one sentence each; subclasses add theirs."""
-        return policy_faults(self)
-
-    def check_settings(self) -> None:
-        """Call at the end of a subclass's constructor. Raises ValueError that lists all problems at once."""
+    def problems(self) -> Problems:
+        """All settings that cannot work, in words; subclasses add theirs."""
         problems = Problems()
-        problems.extend(self.faults())
-        problems.raise_all(type(self).__name__)
+        problems.extend(self.lora.problems() if self.lora is not None else ())
+        problems.positive(
+            learning_rate=self.learning_rate, accumulate=self.accumulate, max_tokens_per_row=self.max_tokens_per_row
+        )
+        problems.require(0 <= self.warmup_fraction < 1, "must be in [0, 1)", warmup_fraction=self.warmup_fraction)
+        problems.positive_or_null(max_grad_norm=self.max_grad_norm)
+        problems.require(
+            self.activation_gib is None or (self.gradient_checkpointing and self.activation_gib > 0),
+            f"must be greater than 0, with gradient_checkpointing=True, not {self.gradient_checkpointing}; or null",
+            activation_gib=self.activation_gib,
+        )
+        problems.one_of(("float32", "bfloat16"), dtype=self.dtype_name)  # float16 would need a loss scaler
+        if self.dtype_name == "bfloat16" and (self.lora is None or not self.freeze_vision):
+            # LoRA adapters are always float32. Weights that are trained without LoRA have the dtype of the model.
+            name = "lora=None" if self.lora is None else f"freeze_vision={self.freeze_vision}"
+            problems.append(
+                f"dtype={self.dtype_name!r} with {name}: updates of a small learning rate are smaller than half the "
+                "last digit of a bfloat16 weight and would be rounded away; use dtype='float32'"
+            )
+        return problems
 
     @property
     def with_reference(self) -> bool:
@@ -282,7 +295,7 @@ class PolicyModule(LightningModule):
         sum_gradients(parameters, self._add_up if self.trainer.world_size > 1 else None)
         for parameter in parameters:
             parameter.grad.div_(count)
-        limit, sharded = self.max_grad_norm or math.inf, self.policy.sharded  # the limit is not 0 (`faults`)
+        limit, sharded = self.max_grad_norm or math.inf, self.policy.sharded  # the limit is not 0 (`problems`)
         return clip_sharded(parameters, limit, self._add_up) if sharded else clip_grad_norm_(parameters, limit)
 
     def equal_passes(self, rows: Iterable[T]) -> Iterator[T | None]:

@@ -33,11 +33,6 @@ class ActivationBudget:
         self.allocated = allocated or torch.cuda.memory_allocated
         self.bytes_per_token: float | None = None  # of one layer
 
-    @staticmethod
-    def can_count(device: torch.device) -> bool:
-        """Whether the memory in use is known there: a CPU's allocator does not tell."""
-        return device.type == "cuda"
-
     def num_kept(self, num_tokens: int) -> int:
         """How many layers keep their activations for a row of `num_tokens`."""
         if self.bytes_per_token is None:

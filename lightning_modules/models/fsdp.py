@@ -10,7 +10,6 @@ longer than the token.
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -62,7 +61,7 @@ class ShardedModel:
     def __init__(self, model: nn.Module, architecture: Architecture, mesh: DeviceMesh) -> None:
         """Shards the decoder layers of `model`, in place."""
         self.model = model
-        self._gathered: dict[bool, nn.Module] | None = None  # key: whether LoRA is merged
+        self._gathered: nn.Module | None = None
         # Sharding changes the modules. Full copies are made from a structure without weights, kept from before.
         memo: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
         for parameter in model.parameters():
@@ -71,7 +70,7 @@ class ShardedModel:
         shard_layers(model, architecture, mesh)
 
     @contextmanager
-    def gathered(self, merge_lora: bool = True) -> Iterator[None]:
+    def gathered(self) -> Iterator[None]:
         """Keep a full copy for `decoder` inside the context.
 
         All ranks must enter together. Each may then decode as often as it likes, without the others. A nested call
@@ -80,24 +79,24 @@ class ShardedModel:
         if self._gathered is not None:
             yield
             return
-        self._gathered = {merge_lora: self.copy(merge_lora).eval()}
+        self._gathered = self.copy().eval()
         try:
             yield
         finally:
             self._gathered = None
 
-    def decoder(self, merge_lora: bool) -> nn.Module:
+    def decoder(self) -> nn.Module:
         """The gathered copy. Raises RuntimeError outside `gathered`."""
         if self._gathered is None:
             raise RuntimeError("the policy is sharded over ranks: decode inside `gathered`, which all ranks enter")
-        return self._gathered[merge_lora]
+        return self._gathered
 
-    def copy(self, merge_lora: bool = True, device: torch.device | str | None = None) -> nn.Module:
-        """A full copy of the model as it is now. All ranks must call this together.
+    def copy(self, device: torch.device | str | None = None) -> nn.Module:
+        """A full copy of the model as it is now, with each LoRA layer merged. All ranks must call this together.
+
+        Layers are gathered one by one, so that never more than the copy and one layer are in memory.
 
         Args:
-            merge_lora: replace each LoRA layer by one linear layer with the LoRA update added. Layers are gathered one
-                by one, so that never more than the copy and one layer are in memory.
             device: of the copy; None: the model's. Replicated tensors are shared unless the device differs.
         """
         parameters = dict(self.model.named_parameters())
@@ -108,23 +107,15 @@ class ShardedModel:
 
         memo: dict[int, object] = {id(buffer): buffer for buffer in self._structure.buffers()}
         for path, module in self._structure.named_modules():
-            if merge_lora and isinstance(module, LoraLinear):
-                memo[id(module)] = merged_layer(_filled(module, functools.partial(_inside, gather, path)))
+            if isinstance(module, LoraLinear):
+                own = {id(parameter): gather(f"{path}.{name}") for name, parameter in module.named_parameters()}
+                memo[id(module)] = merged_layer(copy.deepcopy(module, own))
                 # The loop below must not gather the parameters of this layer again.
                 memo |= {id(parameter): parameter for parameter in module.parameters()}
         for name, parameter in self._structure.named_parameters():
             if id(parameter) not in memo:
                 memo[id(parameter)] = gather(name)
         return copy.deepcopy(self._structure, memo)
-
-
-def _inside(gather: Callable[[str], nn.Parameter], path: str, name: str) -> nn.Parameter:
-    return gather(f"{path}.{name}")
-
-
-def _filled(module: nn.Module, gather: Callable[[str], nn.Parameter]) -> nn.Module:
-    """A copy of a module without weights, with the parameters that `gather` gives for their names."""
-    return copy.deepcopy(module, {id(parameter): gather(name) for name, parameter in module.named_parameters()})
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter], add_up: Callable[[Tensor], Tensor] | None) -> None:

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.checkpoints.model_folder import check_model
 from datamodules.checkpoints.pretrained import load_model, load_tokenizer, skeleton
 from datamodules.encoding.encoder import EncodedSample
+from datamodules.persistence.problems import Problems
 from lightning_modules.models.activation_checkpointing import ActivationBudget
 from lightning_modules.models.architectures.registry import architecture_of, known_types
 from lightning_modules.models.attention.hf_attention import TEXT_ATTENTION, VISION_ATTENTION, register_attention
@@ -43,16 +44,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def check_settings(lora: LoraSettings | None, dtype: str) -> None:
-    """Raise ValueError with all settings that cannot work, before any weight is read."""
-    faults = []
-    if dtype not in DTYPES:
-        faults.append(f"dtype={dtype!r} is none of {sorted(DTYPES)}")
-    faults += lora.faults() if lora is not None else []
-    if faults:
-        raise ValueError("; ".join(faults))
 
 
 class QwenVL(nn.Module):
@@ -84,7 +75,10 @@ class QwenVL(nn.Module):
         activation_gib: float | None = None,
     ) -> None:
         super().__init__()
-        check_settings(lora, dtype)
+        problems = Problems()
+        problems.one_of(DTYPES, dtype=dtype)
+        problems.extend(lora.problems() if lora is not None else ())
+        problems.raise_all("QwenVL")
         on_meta = torch.get_default_device().type == "meta"
         check_model(path, known_types(), need_weights=not on_meta)
         self.processor_path = path
@@ -254,7 +248,7 @@ class QwenVL(nn.Module):
         """Checkpoint only as many layers as this row's activations need. Without a budget, or where memory cannot be
         counted, gradient checkpointing stays as it was set, for all layers or none."""
         budget, with_gradient = self.activations, self.training and torch.is_grad_enabled()
-        if budget is None or not with_gradient or not budget.can_count(self.device):
+        if budget is None or not with_gradient or self.device.type != "cuda":
             return nullcontext()
         return budget.row(rows.input_ids.shape[1])
 
@@ -263,13 +257,13 @@ class QwenVL(nn.Module):
         half = None if self.base.dtype == torch.float32 else self.base.dtype
         return torch.autocast(self.device.type, dtype=half, enabled=half is not None)
 
-    def decoder(self, merge_lora: bool = True) -> nn.Module:
-        """The model for sampling, in evaluation mode, by default with LoRA merged. It shares the other tensors.
+    def decoder(self) -> nn.Module:
+        """The model for sampling, in evaluation mode, with LoRA merged. It shares the other tensors.
 
         Raises:
             RuntimeError: the policy is sharded over ranks, and this is outside `gathered`.
         """
-        return self.sharded.decoder(merge_lora) if self.sharded else merged_copy(self.base, merge_lora).eval()
+        return self.sharded.decoder() if self.sharded else merged_copy(self.base).eval()
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Shard the decoder layers of policy and reference over the ranks of `mesh` (`fsdp`)."""
@@ -277,12 +271,12 @@ class QwenVL(nn.Module):
         if self.reference_model is not None:
             shard_layers(self.reference_model, self.architecture, mesh)
 
-    def gathered(self, merge_lora: bool = True) -> AbstractContextManager:
+    def gathered(self) -> AbstractContextManager:
         """Inside this context the policy can decode. Its weights may not change meanwhile.
 
         If the policy is sharded, all ranks must enter together: gathering is a collective operation.
         """
-        return nullcontext() if self.sharded is None else self.sharded.gathered(merge_lora)
+        return nullcontext() if self.sharded is None else self.sharded.gathered()
 
     def trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name in `model`, full value) of each trained parameter; ranks of a sharded policy iterate together."""

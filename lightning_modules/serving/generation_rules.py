@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 from zlib import crc32
 
-from lightning_modules.serving.openai_client import ChatEndpoint, EndpointMisused, EndpointSettings, RequestRefused
+from lightning_modules.serving.openai_client import EndpointSettings
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -45,13 +45,11 @@ OPENAI_FIELDS = {"top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0
 SERVER_FIELDS = OPENAI_FIELDS | {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 GREEDY_SERVER_FIELDS = {"temperature": 0.0} | SERVER_FIELDS
 
-GREEDY_RULES = {"generation": "greedy", "banned": "image and video placeholders"} | NEUTRAL
-MODEL_RULES = {"generation": "model", "banned": "image and video placeholders"}
-
 
 def rules(generation: Generation) -> dict[str, Any]:
     """The rules that the answers of a model in this process depend on, besides the model's files, as JSON values."""
-    return dict(GREEDY_RULES if generation == "greedy" else MODEL_RULES)
+    stated = {"generation": generation, "banned": "image and video placeholders"}
+    return stated | (NEUTRAL if generation == "greedy" else {})
 
 
 def note(generation: str) -> str:
@@ -132,34 +130,3 @@ def stating(settings: EndpointSettings, generation: Generation) -> EndpointSetti
             " generation=model the server's own rules, and these, hold"
         )
     return replace(settings, extra_body=server_fields(settings) | settings.extra_body)
-
-
-async def require_taken(
-    settings: EndpointSettings, generation: Generation, messages: list[dict[str, Any]], max_tokens: int
-) -> None:
-    """Find out whether a server refuses a request only because of its sampler fields.
-
-    The request is sent again without the fields that OpenAI's API does not have. If the server accepts it now, these
-    fields are the reason.
-
-    Args:
-        settings: a server that has refused `messages`.
-        generation: with "model", requests have no sampler fields, so there is nothing to find out.
-        messages: the request, in OpenAI's form.
-        max_tokens: length of the longest answer, in tokens.
-
-    Raises:
-        EndpointMisused: the fields are the reason; the message says what to set.
-    """
-    if generation == "model" or settings.sampling_fields == "openai":
-        return
-    plain = replace(settings, sampling_fields="openai")
-    with suppress(RequestRefused):
-        async with ChatEndpoint(stating(plain, generation)) as endpoint:
-            await endpoint.complete(messages, max_tokens, 0.0, attempts=1)
-        fields = ", ".join(sorted(SERVER_FIELDS.keys() - OPENAI_FIELDS.keys()))
-        raise EndpointMisused(
-            f"base_url={settings.base_url!r}, model={settings.model!r}: the server refuses requests with the fields"
-            f" {fields}, and accepts them without; set sampling_fields=openai for this endpoint, if the server has no"
-            " such rules of its own"
-        )

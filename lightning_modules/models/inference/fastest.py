@@ -15,19 +15,20 @@ if TYPE_CHECKING:
     from lightning_modules.models.qwen_vl import QwenVL
 
 
-def fastest_sampling_model(policy: QwenVL, merge_lora: bool = True, static: bool = False) -> SamplingModel:
+def fastest_sampling_model(policy: QwenVL, static: bool = False) -> SamplingModel:
     """The policy's weights as they are now, in the fastest form that can read them; else transformers' own layers.
+
+    LoRA is added to a copy of the linear weights.
 
     Args:
         policy: a sharded policy must be inside `gathered`.
-        merge_lora: add LoRA to a copy of the linear weights. Without it the policy's layers are used as they are.
         static: a step takes all rows at fixed shapes, and the model is kept for later calls (`refresh`).
     """
     sharded = policy.sharded is not None
-    if merge_lora and not static and not sharded and CpuSamplingModel.can_read(policy.base):
+    if not static and not sharded and CpuSamplingModel.can_read(policy.base):
         return CpuSamplingModel(policy.base)
-    module = policy.decoder(merge_lora)
-    if merge_lora and static and GpuSamplingModel.can_read(module):
+    module = policy.decoder()
+    if static and GpuSamplingModel.can_read(module):
         # A gathered copy belongs to nobody else. An unsharded one shares the weights without LoRA with the policy.
         shared = () if sharded else policy.base.parameters()
         return GpuSamplingModel(module, {parameter.data_ptr() for parameter in shared})

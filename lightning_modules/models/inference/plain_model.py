@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lightning_modules.models.architectures.base import CacheSizes
 from lightning_modules.models.architectures.registry import architecture_of
 from lightning_modules.models.attention.prefix_attention import SharedPrefixAttention
 from lightning_modules.models.inference.base import Context
@@ -15,14 +14,8 @@ class PlainSamplingModel:
     def __init__(self, module: nn.Module) -> None:
         self.module, self.architecture = module, architecture_of(module)
         self.dtype, self.device = module.dtype, module.device
-        self.lm_head = module.get_output_embeddings()
-
-    @property
-    def cache_sizes(self) -> CacheSizes:
-        return self.architecture.cache_sizes(self.module)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.module.get_input_embeddings()
+        self.cache_sizes = self.architecture.cache_sizes(module)
+        self.get_input_embeddings, self.lm_head = module.get_input_embeddings, module.get_output_embeddings()
 
     def hidden_states(
         self,

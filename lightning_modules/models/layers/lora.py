@@ -15,8 +15,10 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from datamodules.persistence.files import whole_folder
+from datamodules.persistence.problems import Problems
 from lightning_modules.models.architectures.base import Architecture
 from lightning_modules.models.architectures.qwen2_5_vl import Qwen25VL
 from lightning_modules.models.architectures.registry import all_linear_layers, architecture_of
@@ -47,21 +49,18 @@ class LoraSettings:
         """The names that `targets` means in a model that has the linear layers `all_linear`."""
         return all_linear if self.targets in (ALL_LINEAR, (ALL_LINEAR,)) else tuple(self.targets)
 
-    def faults(self) -> list[str]:
-        """One sentence for each setting that cannot work."""
-        faults = [
-            f"lora.{name}={value} must be greater than 0; lora=null trains without an adapter"
-            for name, value in (("rank", self.rank), ("alpha", self.alpha))
-            if value <= 0
-        ]
-        if not 0 <= self.dropout < 1:
-            faults.append(f"lora.dropout={self.dropout} must be in [0, 1)")
-        known = all_linear_layers()
-        if not self.layers(known):
-            faults.append(f"lora.targets={self.targets!r} names no layer, but lora.rank={self.rank}; use lora=null")
-        if unknown := [name for name in self.layers(known) if name.rpartition(".")[2] not in known]:
-            faults.append(_unknown_targets(unknown, known))
-        return faults
+    def problems(self) -> Problems:
+        """All settings that cannot work, in words."""
+        problems, known = Problems("lora."), all_linear_layers()
+        for name in ("rank", "alpha"):
+            value, rule = getattr(self, name), "must be greater than 0; lora=null trains without an adapter"
+            problems.require(value > 0, rule, **{name: value})
+        problems.require(0 <= self.dropout < 1, "must be in [0, 1)", dropout=self.dropout)
+        names, rule = self.layers(known), f"names no layer, but lora.rank={self.rank}; use lora=null"
+        problems.require(bool(names), rule, targets=self.targets)
+        if unknown := [name for name in names if name.rpartition(".")[2] not in known]:
+            problems.append(_unknown_targets(unknown, known))
+        return problems
 
 
 def _unknown_targets(names: Sequence[str], known: Sequence[str]) -> str:
@@ -110,13 +109,10 @@ def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
 
     If parameters are sharded, all ranks must call it together: gathering is a collective operation.
     """
-    full = {name: getattr(value, "full_tensor", lambda value=value: value)() for name, value in _lora_items(model)}
-    named = get_peft_model_state_dict(model, state_dict=full, save_embedding_layers=False)
-    return {name: value.detach().cpu().contiguous() for name, value in named.items()}
-
-
-def _lora_items(model: PeftModel) -> list[tuple[str, Tensor]]:
-    return [(name, value) for name, value in model.named_parameters() if "lora_" in name]
+    adapter = {name: value for name, value in model.named_parameters() if "lora_" in name}
+    named = get_peft_model_state_dict(model, state_dict=adapter, save_embedding_layers=False)
+    full = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in named.items()}
+    return {name: value.detach().cpu().contiguous() for name, value in full.items()}
 
 
 def write_adapter(tensors: dict[str, Tensor], model: PeftModel, folder: Path) -> None:
@@ -131,17 +127,15 @@ def write_adapter(tensors: dict[str, Tensor], model: PeftModel, folder: Path) ->
         config.save_pretrained(unfinished)
 
 
-def merged_copy(module: nn.Module, merge_lora: bool = True) -> nn.Module:
+def merged_copy(module: nn.Module) -> nn.Module:
     """A copy of `module` that shares every tensor with it, except the weights of LoRA layers.
 
     Each LoRA layer becomes one linear layer with the LoRA update added to its weight. `module` itself does not change,
-    so repeated merging adds no rounding errors. With `merge_lora=False` the LoRA layers stay and share their tensors
-    too; the copy then differs only in its own training mode.
+    so repeated merging adds no rounding errors.
     """
     # deepcopy takes the value of `memo` in place of each object whose id is a key.
     memo: dict[int, object] = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    if merge_lora:
-        memo |= {id(m): merged_layer(m) for m in module.modules() if isinstance(m, LoraLinear)}
+    memo |= {id(m): merged_layer(m) for m in module.modules() if isinstance(m, LoraLinear)}
     return copy.deepcopy(module, memo)
 
 
@@ -159,8 +153,8 @@ def refresh_merged(merged: nn.Module, module: nn.Module) -> None:
     The tensors of `merged` are written in place, so their addresses stay valid.
     """
     for name, layer in module.named_modules():
-        if isinstance(layer, LoraLinear) and not isinstance(copied := merged.get_submodule(name), LoraLinear):
-            merged_weight(layer, out=copied.weight)
+        if isinstance(layer, LoraLinear):
+            merged_weight(layer, out=merged.get_submodule(name).weight)
 
 
 def merged_layer(layer: LoraLinear) -> nn.Linear:

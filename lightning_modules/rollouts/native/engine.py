@@ -30,18 +30,17 @@ log = logging.getLogger(__name__)
 class NativeEngine:
     """Reads each prompt once and decodes its completions over the shared prefix (`decoder`, `kv_cache`).
 
+    LoRA is merged into a copy of the linear weights. This takes fewer operations and is exact in float32; in bfloat16
+    the sum is rounded, as it is in any server that is given merged weights.
+
     Args:
         policy: the model that samples.
-        merge_lora: decode with LoRA merged into a copy of the linear weights. This takes fewer operations and is
-            exact in float32; in bfloat16 the sum is rounded, as it is in any server that is given merged weights. Only
-            then can a faster implementation of the model sample (`fastest_sampling_model`).
         static: compute all rows at each step, at fixed shapes; on a GPU as a CUDA graph. None: on a GPU only. Memory
             and weights are kept for the next call then, because the captured graph refers to them.
     """
 
-    def __init__(self, policy: QwenVL, merge_lora: bool = True, static: bool | None = None) -> None:
+    def __init__(self, policy: QwenVL, static: bool | None = None) -> None:
         self.policy = policy
-        self.merge_lora = merge_lora
         self.static = static
         self._kept: tuple[tuple[object, ...], CompletionDecoder] | None = None
 
@@ -57,7 +56,7 @@ class NativeEngine:
         # Inference mode keeps no records of views and versions, which makes small operations a tenth faster. It is not
         # used where memory is kept for the next call, nor around the collective operations of a sharded policy.
         without_records = not self._is_static() and self.policy.sharded is None
-        with self.policy.gathered(self.merge_lora), torch.inference_mode(without_records):
+        with self.policy.gathered(), torch.inference_mode(without_records):
             rollouts = self._generate(request) if request.items else []
         if self.policy.sharded is not None:
             self._kept = None  # a full copy of sharded weights has no place beside a training step
@@ -113,10 +112,8 @@ class NativeEngine:
         def choose(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
             return sample(logits, banned, sampling.temperature, None if greedy else draws)
 
-        model, ends = fastest_sampling_model(policy, self.merge_lora, static), policy.eos_ids
-        decoder = CompletionDecoder(
-            model, choose, ends, slots, sampling.group_size, longest_prompt, room, static=static
-        )
+        model, group = fastest_sampling_model(policy, static), sampling.group_size
+        decoder = CompletionDecoder(model, choose, policy.eos_ids, slots, group, longest_prompt, room, static)
         if static:
             self._kept = needs, decoder
         if policy.device.type == "cuda" and static:

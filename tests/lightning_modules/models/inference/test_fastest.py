@@ -20,19 +20,18 @@ from lightning_modules.models.qwen_vl import QwenVL
 
 
 @pytest.mark.parametrize(
-    ("dtype", "merge_lora", "static", "kind"),
+    ("dtype", "static", "kind"),
     [
-        ("float32", True, False, CpuSamplingModel),
-        ("float32", True, True, PlainSamplingModel),
-        ("float32", False, False, PlainSamplingModel),
-        ("bfloat16", True, False, PlainSamplingModel),
+        ("float32", False, CpuSamplingModel),
+        ("float32", True, PlainSamplingModel),
+        ("bfloat16", False, PlainSamplingModel),
     ],
 )
 def test_a_cpu_samples_with_its_own_model_where_that_is_exact(
-    tiny_model_dir: Path, dtype: str, merge_lora: bool, static: bool, kind: type[SamplingModel]
+    tiny_model_dir: Path, dtype: str, static: bool, kind: type[SamplingModel]
 ) -> None:
     policy = QwenVL(str(tiny_model_dir), LoraSettings(rank=2), dtype)
-    model = fastest_sampling_model(policy, merge_lora, static)
+    model = fastest_sampling_model(policy, static)
     assert type(model) is kind
     assert (model.dtype, model.device) == (policy.base.dtype, policy.device)
     has_adapter = [name for name, _ in policy.base.named_parameters() if "lora_" in name]

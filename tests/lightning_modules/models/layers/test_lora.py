@@ -73,7 +73,7 @@ def test_settings_that_cannot_work_are_told_with_the_other_faults(
 
 def test_a_layer_that_this_model_does_not_have_is_refused(tiny_model_dir: Path) -> None:
     lora = LoraSettings(rank=2, targets=("q_proj", "layers.7.self_attn.v_proj"))
-    assert lora.faults() == []  # only the model knows how many layers it has
+    assert lora.problems() == []  # only the model knows how many layers it has
     with pytest.raises(ValueError, match=r"'layers\.7\.self_attn\.v_proj' matches no linear layer"):
         QwenVL(str(tiny_model_dir), lora=lora)
     with pytest.raises(ValueError, match="matches no linear layer"):

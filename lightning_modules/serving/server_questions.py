@@ -1,0 +1,145 @@
+"""Many independent questions to one server, several at a time. A wrong server is told from questions without an answer.
+
+A server is wrong if its address, key, model or settings are: this ends the work. A question may be refused, or get no
+answer in all attempts, while the server answers others: this is an outcome of that question alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from lightning_modules.serving.generation_rules import OPENAI_FIELDS, SERVER_FIELDS, Generation, stating
+from lightning_modules.serving.openai_client import (
+    ChatEndpoint,
+    EndpointMisused,
+    EndpointSettings,
+    EndpointUnavailable,
+    RequestRefused,
+)
+from lightning_modules.serving.responses import Completion
+
+CHECK_ATTEMPTS = 3  # a mistyped address should be known before every attempt has failed
+Messages = list[dict[str, Any]]
+Q = TypeVar("Q")
+R = TypeVar("R")
+
+
+class Unanswered(RuntimeError):
+    """One question got no answer in all attempts; the server answers others."""
+
+
+class ServerQuestions:
+    """Asks a server.
+
+    Args:
+        name: of the settings, for messages.
+        settings: address, model and patience.
+        generation: the rules by which answers are generated.
+        max_tokens: length of the longest answer, in tokens.
+        check: a question that every such server answers. It is asked before the first question, and after each that
+            got no answer.
+        check_words: what `check` is, for messages.
+        read_check: looks at the reply to `check`, and raises ValueError with the reason if it is of no use.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: EndpointSettings,
+        generation: Generation,
+        max_tokens: int,
+        check: Messages,
+        check_words: str,
+        read_check: Callable[[str], object] = str,
+    ) -> None:
+        self.name, self.settings, self.generation, self.max_tokens = name, settings, generation, max_tokens
+        self.temperature = 0.0 if generation == "greedy" else None
+        self.check, self.check_words, self.read_check = check, check_words, read_check
+        self._stating = stating(settings, generation)
+        self._is_checked = False
+
+    def ask_all(self, questions: Sequence[Q], ask: Callable[[ChatEndpoint, Q], Awaitable[R]]) -> Iterator[R]:
+        """What `ask` returns for each question, as they come, `concurrency` under way at a time.
+
+        The first call of all checks the server, also without any question.
+
+        Args:
+            questions: in the order in which they are asked.
+            ask: asks one of them with `complete`, and returns anything but None.
+
+        Raises:
+            EndpointMisused: the server refuses `check`, or its reply is of no use.
+            Exception: the errors of `ask`.
+        """
+        with asyncio.Runner() as runner:
+            stream = self._stream(questions, ask)
+
+            async def following() -> R | None:
+                return await anext(stream, None)
+
+            while (found := runner.run(following())) is not None:
+                yield found
+
+    async def complete(self, endpoint: ChatEndpoint, messages: Messages) -> Completion:
+        """The server's answer to one question.
+
+        Raises:
+            RequestRefused: the server refuses this question.
+            Unanswered: this question got no answer.
+            EndpointUnavailable: nor does `check` get one: the server is gone.
+        """
+        try:
+            return await endpoint.complete(messages, self.max_tokens, self.temperature)
+        except EndpointUnavailable as error:
+            with suppress(RequestRefused):
+                await endpoint.complete(self.check, 1, self.temperature)
+            raise Unanswered(str(error)) from error
+
+    async def _stream(self, questions: Sequence[Q], ask: Callable[[ChatEndpoint, Q], Awaitable[R]]) -> AsyncIterator[R]:
+        waiting, running = iter(questions), set()
+        async with ChatEndpoint(self._stating) as endpoint:
+            if not self._is_checked:
+                await self._require_fit(endpoint)
+                self._is_checked = True
+            while True:
+                while len(running) < self.settings.concurrency and (question := next(waiting, None)) is not None:
+                    running.add(asyncio.ensure_future(ask(endpoint, question)))
+                if not running:
+                    return
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    yield task.result()
+
+    async def _require_fit(self, endpoint: ChatEndpoint) -> None:
+        """Raises EndpointMisused for a server that does not answer `check`."""
+        where = f"{self.name}: base_url={self.settings.base_url!r}, model={self.settings.model!r}"
+        try:
+            reply = await endpoint.complete(self.check, self.max_tokens, self.temperature, attempts=CHECK_ATTEMPTS)
+            self.read_check(reply.text)
+        except RequestRefused as error:
+            await self._require_taken(where)
+            raise EndpointMisused(f"{where}: refuses {self.check_words}: {error}") from error
+        except ValueError as error:
+            raise EndpointMisused(f"{where}: {error}") from error
+
+    async def _require_taken(self, where: str) -> None:
+        """Raises EndpointMisused, with what to set, if the server refuses `check` only because of its sampler fields.
+
+        It is asked again without the fields that OpenAI's API does not have. If the server accepts it now, these fields
+        are the reason.
+        """
+        if self.generation == "model" or self.settings.sampling_fields == "openai":
+            return
+        plain = stating(replace(self.settings, sampling_fields="openai"), self.generation)
+        with suppress(RequestRefused):
+            async with ChatEndpoint(plain) as endpoint:
+                await endpoint.complete(self.check, self.max_tokens, 0.0, attempts=1)
+            fields = ", ".join(sorted(SERVER_FIELDS.keys() - OPENAI_FIELDS.keys()))
+            raise EndpointMisused(
+                f"{where}: the server refuses requests with the fields {fields}, and accepts them without; set"
+                " sampling_fields=openai for this endpoint, if the server has no such rules of its own"
+            )
