@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from datamodules.persistence.files import UNFINISHED, atomic_path, remove_draft, storage_error
+from datamodules.persistence.problems import Problems
 from lightning_modules.training.endings import IdleTooLong, RunStopped
 
 log = logging.getLogger(__name__)
@@ -127,27 +128,17 @@ class WindowCheckpoint(Checkpoint):
         self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
         self.keep_last, self.keep_every, self.keep_best = keep_last, keep_every, keep_best
         self.monitor, self.mode, self.max_failures = monitor, mode, max_failures
-        if faults := self._faults():
-            raise ValueError(f"WindowCheckpoint: {'; '.join(faults)}")
+        problems = Problems()
+        problems.positive_or_null(every_n_steps=every_n_steps, every_n_minutes=every_n_minutes, keep_every=keep_every)
+        problems.at_least(1, keep_last=keep_last, keep_best=keep_best, max_failures=max_failures)
+        problems.one_of(("min", "max"), mode=mode)
+        problems.raise_all("WindowCheckpoint")
         self.scores: dict[str, float] = {}  # file name -> value of `monitor`; only rank 0 uses it
         self._failures = 0  # in a row
         self._missed = False  # the warning that `monitor` is not logged has been given
         self._last_step = 0  # number of updates after the batch before
         self._saved_batches = 0  # number of batches at the last checkpoint
         self._saved_at = 0.0  # time of the last checkpoint
-
-    def _faults(self) -> list[str]:
-        faults = []
-        for name in ("every_n_steps", "every_n_minutes", "keep_every"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                faults.append(f"{name}={value} must be greater than 0, or null")
-        for name in ("keep_last", "keep_best", "max_failures"):
-            if getattr(self, name) < 1:
-                faults.append(f"{name}={getattr(self, name)} must be at least 1")
-        if self.mode not in ("min", "max"):
-            faults.append(f"mode={self.mode!r} must be 'min' or 'max'")
-        return faults
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the folder, and remove partial files that a kill has left there."""

@@ -79,31 +79,24 @@ class CollapseGuard(Callback):
         max_rollbacks: int = 2,
         learning_rate_factor: float = 1.0,
     ) -> None:
+        problems = Problems()
+        problems.require(bool(bounds), "watches nothing", bounds=bounds)
+        problems.one_of(("warn", "stop", "roll_back"), action=action)
+        problems.positive(average_over=average_over, max_rollbacks=max_rollbacks)
+        problems.positive(learning_rate_factor=learning_rate_factor)
+        for name, bound in bounds.items():
+            if bound == Bound():
+                problems.append(f"bounds[{name!r}] has neither low nor high nor max_drop")
+            problems.positive_or_null(**{f"bounds[{name!r}].max_drop": bound.max_drop})
+        problems.raise_all("CollapseGuard")
         self.bounds, self.action, self.average_over = bounds, action, average_over
         self.max_rollbacks, self.learning_rate_factor = max_rollbacks, learning_rate_factor
-        self._check_settings()
         self._values: list[dict[str, float]] = []  # metrics and step of the last batches, up to the last update
         self._open: list[dict[str, float]] = []  # the same of the batches since then, in a window that is still open
         self._best: dict[str, float] = {}  # highest moving average of each metric
         self._rollbacks = 0  # number of rollbacks for which the learning rate has been reduced
         self._outside: set[str] = set()  # metrics that are out of bounds now
         self._missed: set[str] = set()  # metrics that are not logged and for which a warning was given
-
-    def _check_settings(self) -> None:
-        """Raises ValueError that lists all problems."""
-        problems = Problems()
-        problems.require(bool(self.bounds), "watches nothing", bounds=self.bounds)
-        problems.one_of(("warn", "stop", "roll_back"), action=self.action)
-        problems.positive(
-            average_over=self.average_over,
-            max_rollbacks=self.max_rollbacks,
-            learning_rate_factor=self.learning_rate_factor,
-        )
-        for name, bound in self.bounds.items():
-            if bound == Bound():
-                problems.append(f"bounds[{name!r}] has neither low nor high nor max_drop")
-            problems.positive_or_null(**{f"bounds[{name!r}].max_drop": bound.max_drop})
-        problems.raise_all("CollapseGuard")
 
     def state_dict(self) -> dict[str, Any]:
         return {"values": self._values, "best": self._best, "rollbacks": self._rollbacks}
@@ -114,7 +107,8 @@ class CollapseGuard(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After a rollback: another seed, another order of the samples, and a smaller learning rate."""
-        done = trainer.strategy.broadcast(_num_rollbacks(trainer.default_root_dir))
+        events = read_json(Path(trainer.default_root_dir) / FILE_NAME).get("events", ())
+        done = trainer.strategy.broadcast(sum(event["action"] == "roll_back" for event in events))
         if done:
             pl_module.seed = derive_seed(pl_module.seed, done)
             trainer.datamodule.reorder(done)
@@ -238,11 +232,6 @@ def _record(folder: str | Path, event: dict[str, Any], spoilt: list[str]) -> Non
     file = Path(folder) / FILE_NAME
     events = [old for old in read_json(file).get("events", ()) if old != event]  # a resumed run reports the same again
     write_json(file, {"events": [*events, event], "spoilt": spoilt})
-
-
-def _num_rollbacks(folder: str | Path) -> int:
-    """Number of rollbacks of the run in this phase folder."""
-    return sum(event["action"] == "roll_back" for event in read_json(Path(folder) / FILE_NAME).get("events", ()))
 
 
 def _scale_learning_rate(trainer: Trainer, factor: float) -> None:

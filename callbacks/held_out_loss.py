@@ -143,7 +143,10 @@ class HeldOutLoss(Callback):
         chunks = [mine[start : start + size] for start in range(0, most, size)]
         batches = prefetch((self._encode(encoder, chunk) for chunk in chunks), num_ahead=1)
         yield from batches
-        self._report(rank)
+        # Name the samples that cannot be measured, after the first measurement that met them.
+        if self.rejections:
+            log.warning("held-out samples, rank %d: %s", rank, self.rejections.summary())
+            self.rejections = Rejections()
 
     def _encode(self, encoder: Encoder, numbers: Sequence[int]) -> list[EncodedSample]:
         items = []
@@ -160,12 +163,6 @@ class HeldOutLoss(Callback):
                     self._rejected.add(error.sample_id)
                     self.rejections.add(error)
         return items
-
-    def _report(self, rank: int) -> None:
-        """Name the samples that cannot be measured, after the first measurement that met them."""
-        if self.rejections:
-            log.warning("held-out samples, rank %d: %s", rank, self.rejections.summary())
-            self.rejections = Rejections()
 
     def _show(self, trainer: Trainer) -> None:
         """Put the values where `WindowCheckpoint` finds its `monitor`."""

@@ -22,6 +22,7 @@ from typing import Any
 import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from datamodules.persistence.problems import Problems
 from datamodules.persistence.processes import ENDED, StopClock, end_with_parent, process_state
 
 BEAT_SECONDS = 1.0  # between two heartbeats, and between two checks
@@ -58,8 +59,9 @@ class RankWatch(Callback):
     """
 
     def __init__(self, silence_seconds: float = 30.0) -> None:
-        if silence_seconds < 5 * BEAT_SECONDS:
-            raise ValueError(f"silence_seconds={silence_seconds} must be at least {5 * BEAT_SECONDS}")
+        problems = Problems()
+        problems.at_least(5 * BEAT_SECONDS, silence_seconds=silence_seconds)
+        problems.raise_all("RankWatch")
         self.silence_seconds = silence_seconds
         self._stop = threading.Event()
 

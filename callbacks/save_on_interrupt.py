@@ -38,7 +38,7 @@ class SaveOnInterrupt(Callback):
     """
 
     def __init__(self) -> None:
-        self._asked = self._terminated = self._requeue = False
+        self._came: set[int] = set()  # signals
         self._before: dict[signal.Signals, Any] = {}  # the handlers from before the run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -48,23 +48,21 @@ class SaveOnInterrupt(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace Lightning's signal handlers. Ours only set flags."""
-        self._asked = self._terminated = self._requeue = False
-        handlers = {signal.SIGINT: self._ask, signal.SIGTERM: self._terminate}
-        if preemption.in_slurm_job():
-            handlers[preemption.REQUEUE_SIGNAL] = self._warn
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        self._came = set()
+        for number in self._before:
+            if number != preemption.REQUEUE_SIGNAL or preemption.in_slurm_job():
+                signal.signal(number, self._note)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """If a signal came, save and stop."""
         # A signal reaches the ranks at different times, but all must stop after the same batch.
-        if trainer.strategy.reduce_boolean_decision(self._asked or self._terminated, all=False):
+        if trainer.strategy.reduce_boolean_decision(bool(self._came), all=False):
             log_batch(trainer)
             save(trainer, _path(trainer))
-            if trainer.strategy.reduce_boolean_decision(self._requeue, all=False):
+            if trainer.strategy.reduce_boolean_decision(preemption.REQUEUE_SIGNAL in self._came, all=False):
                 preemption.requeue_job()
                 trainer.strategy.barrier("requeue")  # RankWatch would report a rank that ends earlier as dead
-            raise KeyboardInterrupt if self._asked else SIGTERMException(128 + signal.SIGTERM)
+            raise KeyboardInterrupt if signal.SIGINT in self._came else SIGTERMException(128 + signal.SIGTERM)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the signal handlers."""
@@ -82,19 +80,13 @@ class SaveOnInterrupt(Callback):
         if trainer.is_global_zero:
             _path(trainer).unlink(missing_ok=True)
 
-    # The handlers of SIGINT, SIGTERM and SLURM's warning.
-
-    def _ask(self, signum: int, frame: FrameType | None) -> None:
-        if self._asked:  # the second Ctrl-C
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        """The handler of SIGINT, SIGTERM and SLURM's warning."""
+        if signum == signal.SIGINT and signum in self._came:  # the second Ctrl-C
             raise KeyboardInterrupt
-        self._asked = True
-        print("\nfinishing this batch, then saving a checkpoint; once more stops at once", flush=True)
-
-    def _terminate(self, signum: int, frame: FrameType | None) -> None:
-        self._terminated = True
-
-    def _warn(self, signum: int, frame: FrameType | None) -> None:
-        self._terminated = self._requeue = True
+        self._came.add(signum)
+        if signum == signal.SIGINT:
+            print("\nfinishing this batch, then saving a checkpoint; once more stops at once", flush=True)
 
     def _restore(self) -> None:
         while self._before:
