@@ -15,6 +15,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -22,8 +24,11 @@ from lightning import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 
 from datamodules.encoding.encoder import Batch, EncodedSample
+from datamodules.persistence.files import write_json
 from datamodules.persistence.problems import Problems
 from lightning_modules.models.attention.packed_rows import PackedRows
 from lightning_modules.models.fsdp import clip_sharded, sum_gradients
@@ -32,8 +37,8 @@ from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.models.unmoved import is_unmoved, weight_marks
 from lightning_modules.training.endings import NothingLearnt
 from lightning_modules.training.fsdp_strategy import ShardedStrategy
-from lightning_modules.training.non_finite import require_finite
-from lightning_modules.training.optim import build_optimizer, count_updates, require_same_groups
+from lightning_modules.training.non_finite import NON_FINITE_FILE, NonFiniteLoss
+from lightning_modules.training.optim import cosine_factor, count_updates, decay_groups, require_same_groups
 from lightning_modules.training.progress import is_last_batch, rewind
 from lightning_modules.training.seeds import derive_seed, sample_seeds
 
@@ -162,15 +167,12 @@ class PolicyModule(LightningModule):
                 f"trainer.strategy={type(strategy).__name__} is not supported: gradients are summed and divided here; "
                 "use ddp, sharded (FSDP2) or one device"
             )
-        optimizer, schedule = build_optimizer(
-            self.policy.trainable_parameters(),
-            self.learning_rate,
-            self.betas,
-            self.weight_decay,
-            self.warmup_fraction,
-            count_updates(self.trainer, self.accumulate, self.updates_per_window),
-            foreach=False if self.policy.sharded is not None else None,  # no list may mix sharded and full tensors
-        )
+        groups = decay_groups(self.policy.trainable_parameters(), self.weight_decay)
+        foreach = False if self.policy.sharded is not None else None  # no list may mix sharded and full tensors
+        optimizer = AdamW(groups, self.learning_rate, self.betas, weight_decay=self.weight_decay, foreach=foreach)
+        num_updates = count_updates(self.trainer, self.accumulate, self.updates_per_window)
+        num_warmup = math.ceil(self.warmup_fraction * num_updates)
+        schedule = LambdaLR(optimizer, partial(cosine_factor, num_warmup=num_warmup, num_steps=num_updates))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # One accumulation window
@@ -326,8 +328,14 @@ class PolicyModule(LightningModule):
         return nullcontext() if block is None else block()
 
     def _require_finite(self, value: Tensor, what: str) -> None:
-        folder = self.trainer.default_root_dir
-        require_finite(value, what, folder, self.global_step, self.global_rank, self._window_ids)
+        """Raises NonFiniteLoss if a loss or the norm of a gradient, named `what`, is NaN or infinite."""
+        if torch.isfinite(value):
+            return
+        step, ids = self.global_step, self._window_ids
+        # The file stays when the traceback is lost, and names the samples to look at.
+        record = {"what": what, "update": step, "rank": self.global_rank, "sample_ids": ids}
+        write_json(Path(self.trainer.default_root_dir) / NON_FINITE_FILE, record)
+        raise NonFiniteLoss(what, step, ids)
 
     def row_features(self, rows: PackedRows, items: Sequence[EncodedSample], reference: bool = False) -> list[Tensor]:
         """Image features for one forward pass with a trained vision tower: one [image tokens, D] for each item.

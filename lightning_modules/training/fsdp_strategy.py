@@ -10,7 +10,6 @@ ranks, sharded or not.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -32,17 +31,13 @@ class ShardedStrategy(ModelParallelStrategy):
     in a callback's `setup`, still has the full weights.
 
     Args:
-        process_group_backend: torch.distributed's backend; null lets Lightning choose.
-        timeout: of one collective operation. `RankWatch` notices a dead rank much sooner.
+        settings: the other arguments of Lightning's strategy, such as process_group_backend, and timeout of one
+            collective operation. `RankWatch` notices a dead rank much sooner.
     """
 
-    def __init__(self, process_group_backend: str | None = None, timeout: timedelta = timedelta(minutes=30)) -> None:
-        super().__init__(
-            tensor_parallel_size=1,
-            save_distributed_checkpoint=False,  # one file, not Lightning's folder with one file for each rank
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-        )
+    def __init__(self, **settings: Any) -> None:
+        # A checkpoint is one file, not Lightning's folder with one file for each rank.
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **settings)
 
     @property
     def lightning_restore_optimizer(self) -> bool:

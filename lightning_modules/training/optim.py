@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from lightning import Trainer
 from torch import nn
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_modules.training.endings import RunStopped
 
@@ -86,29 +83,3 @@ def require_same_groups(checkpoint: Mapping[str, Any], parameters: Sequence[nn.P
                 f"it, whose weight_decay={weight_decay} reached norms and biases too.\nMove the phase's folder away to "
                 "start afresh, or go on with that version"
             )
-
-
-def build_optimizer(
-    parameters: Sequence[nn.Parameter],
-    learning_rate: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    warmup_fraction: float,
-    num_updates: int,
-    foreach: bool | None = None,
-) -> tuple[AdamW, LambdaLR]:
-    """AdamW and its cosine schedule.
-
-    Args:
-        parameters: the trained parameters.
-        learning_rate: the peak of the schedule.
-        betas: AdamW's decay rates of the two moments.
-        weight_decay: for tensors with at least two dimensions; others have none.
-        warmup_fraction: share of the updates in which the learning rate rises to its peak.
-        num_updates: updates of the whole run.
-        foreach: AdamW's setting; None lets PyTorch choose.
-    """
-    groups = decay_groups(parameters, weight_decay)
-    optimizer = AdamW(groups, lr=learning_rate, betas=betas, weight_decay=weight_decay, foreach=foreach)
-    num_warmup = math.ceil(warmup_fraction * num_updates)
-    return optimizer, LambdaLR(optimizer, partial(cosine_factor, num_warmup=num_warmup, num_steps=num_updates))
