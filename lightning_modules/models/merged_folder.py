@@ -63,7 +63,10 @@ def write_merged(
     """
     origin = local_folder(source)
     with whole_folder(folder) as unfinished:
-        copy_companions(origin, unfinished)
+        # Every file except the weights, byte for byte.
+        for name in COMPANIONS:
+            if (origin / name).is_file():
+                shutil.copyfile(origin / name, unfinished / name)
         for name, text in (texts or {}).items():
             (unfinished / name).write_text(text, encoding="utf-8")
         size = 0
@@ -74,13 +77,6 @@ def write_merged(
                 save_file(tensors, unfinished / file.name, metadata=stored.metadata() or {"format": "pt"})
         if not (origin / WEIGHTS).is_file():
             _write_index(origin / INDEX, unfinished / INDEX, size)
-
-
-def copy_companions(origin: Path, folder: Path) -> None:
-    """Copy every file of a model folder except the weights, byte for byte."""
-    for name in COMPANIONS:
-        if (origin / name).is_file():
-            shutil.copyfile(origin / name, folder / name)
 
 
 def _tensors_of(

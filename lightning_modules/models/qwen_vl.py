@@ -195,7 +195,7 @@ class QwenVL(nn.Module):
         banned, images = self.banned if ban_tokens else None, [features[index] for index in rows.items]
         with self._acting(reference) as model, self._autocast(), self._checkpointing(rows):
             embeddings = self.embed(model, rows.input_ids, images, rows.image_token_index(self.image_token_id))
-            hidden = model.hidden_states(rows.attention, rows.position_ids, inputs_embeds=embeddings)[0]  # [L, D]
+            hidden = model.hidden_states(rows.attention, rows.position_ids, embeddings)[0]  # [L, D]
             # Logits only where a target is predicted: a prompt's tokens need none.
             predicting = hidden[rows.predict]  # [N, D]
             log_probs, best, entropies = score_tokens(

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -140,15 +140,14 @@ def encode_each_once(
     return [torch.cat([features[key] for key in item.image_keys]) for item in items]
 
 
-def chunk_images(images: dict[str, tuple[Tensor, Tensor]]) -> Iterator[list[str]]:
+def chunk_images(images: dict[str, tuple[Tensor, Tensor]]) -> list[list[str]]:
     """Split images, {key: (patches, grid)}, into consecutive chunks of at most MAX_PATCHES patches or one image."""
-    keys: list[str] = []
-    total = 0
+    chunks: list[list[str]] = []
+    room = 0
     for key, (patches, _) in images.items():
-        if keys and total + len(patches) > MAX_PATCHES:
-            yield keys
-            keys, total = [], 0
-        keys.append(key)
-        total += len(patches)
-    if keys:
-        yield keys
+        if not chunks or len(patches) > room:
+            chunks.append([])
+            room = MAX_PATCHES
+        chunks[-1].append(key)
+        room -= len(patches)
+    return chunks

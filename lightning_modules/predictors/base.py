@@ -54,7 +54,6 @@ class Predictor(Protocol):
 
     def identity(self) -> Mapping[str, Any]:
         """All that answers depend on beside the question, JSON-like: weights, prompt form, decoding. The cache key."""
-        ...
 
     def answers(self, samples: Sequence[Sample], load: Load) -> Iterator[tuple[Sample, Reply]]:
         """One reply for each sample, in any order, as they come.
@@ -63,7 +62,6 @@ class Predictor(Protocol):
         `sample.answer` is the truth and must not reach the model. A sample that `load`, or the model's limits, refuse
         with SampleError gets a reply with its rule. Any other error surfaces.
         """
-        ...
 
 
 def split_chunks(values: Sequence[T], size: int) -> list[Sequence[T]]:

@@ -55,7 +55,9 @@ class HuggingFacePredictor:
         own = self.model.generation_config
         self.ends = end_ids(own, self.processor.tokenizer)
         rule, length = self.decoding.generation, self.decoding.max_new_tokens
-        self.config = configure(own, rule, length, self.ends, self._placeholders())
+        # A placeholder that the model wrote would be taken for an image without pixels.
+        placeholders = {getattr(self.processor, f"{kind}_token_id", None) for kind in ("image", "video")} - {None}
+        self.config = configure(own, rule, length, self.ends, placeholders)
         if rule == "greedy":
             self.model.generation_config = self.config
 
@@ -95,10 +97,6 @@ class HuggingFacePredictor:
         written = self.model.generate(**inputs, generation_config=self.config)[0, inputs["input_ids"].shape[1] :]
         text = self.processor.decode(written, skip_special_tokens=True)
         return Reply(text, request.image_sizes, len(written), int(written[-1]) in self.ends)
-
-    def _placeholders(self) -> set[int]:
-        """A placeholder that the model wrote would be taken for an image without pixels."""
-        return {getattr(self.processor, f"{kind}_token_id", None) for kind in ("image", "video")} - {None}
 
     def _check_sizes(self, image_sizes: Sequence[ImageSizes], inputs: Any) -> None:
         """Pixels mean something only in the size that the model sees."""

@@ -7,7 +7,7 @@ Shapes: P prompts, G completions of a prompt, T tokens of a completion.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
@@ -66,7 +66,6 @@ class RolloutRequest:
         greedy: take the likeliest token. Log-probabilities are still those at `sampling.temperature`.
         ban: tokens that are never written (`QwenVL.banned_ids`). Training bans all special tokens but the ends: a
             policy that writes an image placeholder changes its own prompt. Evaluation bans the placeholders alone.
-        on_progress: called with the number of prompts whose completions have all ended.
 
     Raises:
         ValueError: `greedy` with a group of several completions, which would all be equal.
@@ -79,7 +78,6 @@ class RolloutRequest:
     generator: torch.Generator | None = None
     greedy: bool = False
     ban: Ban = "special"
-    on_progress: Callable[[int], None] | None = None
 
     def __post_init__(self) -> None:
         if self.greedy and self.sampling.group_size > 1:
@@ -88,15 +86,11 @@ class RolloutRequest:
 
     @classmethod
     def for_evaluation(
-        cls,
-        items: Sequence[EncodedSample],
-        max_new_tokens: int,
-        prompts_per_batch: int,
-        on_progress: Callable[[int], None] | None = None,
+        cls, items: Sequence[EncodedSample], max_new_tokens: int, prompts_per_batch: int
     ) -> RolloutRequest:
         """One greedy answer to each item. It may hold every special token but a placeholder, as any model's may."""
         sampling = SamplingSettings(1, 1.0, max_new_tokens, prompts_per_batch)
-        return cls(items, sampling, greedy=True, ban="placeholders", on_progress=on_progress)
+        return cls(items, sampling, greedy=True, ban="placeholders")
 
 
 @dataclass(frozen=True)
@@ -114,15 +108,12 @@ class RolloutEngine(Protocol):
 
     def generate(self, request: RolloutRequest) -> list[list[Rollout]]:
         """G rollouts of each item, in the order of `request.items`: P lists of G."""
-        ...
 
     def sync(self) -> None:
         """The policy's weights have changed. Called on every rank, after the same update."""
-        ...
 
     def close(self) -> None:
         """Nothing more will be sampled."""
-        ...
 
 
 @runtime_checkable
@@ -136,4 +127,3 @@ class AsksEngine(Protocol):
             max_prompt_tokens: limit of training; a limit of the callback's own replaces it.
             max_new_tokens: the same, of a completion.
         """
-        ...

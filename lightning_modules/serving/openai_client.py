@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from datamodules.persistence.credentials import find_credential, hide_credentials
@@ -22,6 +23,7 @@ from datamodules.persistence.problems import Problems
 from datamodules.persistence.user_error import UserError
 from lightning_modules.serving.responses import Completion, Malformed, bound_body, read_completion
 
+A = TypeVar("A")
 T = TypeVar("T")
 
 # HTTP status codes.
@@ -89,22 +91,16 @@ class EndpointSettings:
         problems.positive(timeout=self.timeout)
         if url is not None and not url.startswith(("http://", "https://")):
             problems.require(False, "must begin with http:// or https://", base_url=hide_credentials(url))
-        problems += _credential_problems(self)
+        # Settings that hold a secret, in words that do not repeat it.
+        if url is not None and (kind := find_credential(url)):
+            problems.append(f"base_url holds {kind}: put it into the variable of basic_auth_env or api_key_env")
+        if kind := find_credential(json.dumps(self.extra_body, default=str)):
+            problems.append(f"extra_body holds {kind}: put the key into the variable of api_key_env")
+        for name, value in (("api_key_env", self.api_key_env), ("basic_auth_env", self.basic_auth_env)):
+            if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+                rule = "must be the name of an environment variable (letters, digits, _), not the secret"
+                problems.append(f"{name} {rule}")
         problems.raise_all("endpoint")
-
-
-def _credential_problems(settings: EndpointSettings) -> list[str]:
-    """The problems of settings that hold a secret, in words that do not repeat the secret."""
-    problems = []
-    if settings.base_url is not None and (kind := find_credential(settings.base_url)):
-        problems.append(f"base_url holds {kind}: put it into the variable of basic_auth_env or api_key_env")
-    if kind := find_credential(json.dumps(settings.extra_body, default=str)):
-        problems.append(f"extra_body holds {kind}: put the key into the variable of api_key_env")
-    for name in ("api_key_env", "basic_auth_env"):
-        value = getattr(settings, name)
-        if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
-            problems.append(f"{name} must be the name of an environment variable (letters, digits, _), not the secret")
-    return problems
 
 
 class ChatEndpoint:
@@ -171,42 +167,34 @@ class ChatEndpoint:
             EndpointMisused: the key, the model or the path is wrong.
             EndpointUnavailable: all attempts have failed.
         """
-        return await self._persist(lambda: self._ask(messages, max_tokens, temperature, seed), attempts)
+        ask = partial(self._ask, messages, max_tokens, temperature, seed)
+        return await self._persist(ask, read_completion, attempts)
 
-    async def post(
-        self, path: str, body: dict[str, Any], read: Callable[[str], T] = str, attempts: int | None = None
-    ) -> T:
+    async def post(self, path: str, body: dict[str, Any], read: Callable[[str], T] = str) -> T:
         """Send JSON to the server and read its response.
 
         Args:
             path: below base_url.
             body: the JSON to send.
             read: makes the result from the text of the response; it raises Malformed for a text of a wrong form.
-            attempts: as in `complete`, whose errors this method raises too.
+
+        The errors are those of `complete`.
         """
+        return await self._persist(lambda: self._client.post(path, cast_to=str, body=body), read)
 
-        async def ask() -> T:
-            return read(await self._client.post(path, cast_to=str, body=body))
-
-        return await self._persist(ask, attempts)
-
-    async def get(self, path: str, read: Callable[[str], T] = str, attempts: int | None = None) -> T:
+    async def get(self, path: str, read: Callable[[str], T] = str) -> T:
         """As `post`, but with an HTTP GET request."""
+        return await self._persist(lambda: self._client.get(path, cast_to=str), read)
 
-        async def ask() -> T:
-            return read(await self._client.get(path, cast_to=str))
-
-        return await self._persist(ask, attempts)
-
-    async def _persist(self, ask: Callable[[], Awaitable[T]], attempts: int | None) -> T:
-        """Call `ask` until it succeeds, fails for good, or has failed in every attempt."""
+    async def _persist(self, ask: Callable[[], Awaitable[A]], read: Callable[[A], T], attempts: int | None = None) -> T:
+        """`read` the answer to `ask`; repeat until that succeeds, fails for good, or has failed in every attempt."""
         settings = self.settings
         attempts = min(attempts or settings.attempts, settings.attempts)
         for attempt in range(1, attempts + 1):
             status = None
             try:
                 async with asyncio.timeout(settings.timeout):
-                    answer = await ask()
+                    answer = read(await ask())
                 self._was_reached = True
                 return answer
             # The server has answered with an error: for good, or one that may pass.
@@ -243,8 +231,8 @@ class ChatEndpoint:
 
     async def _ask(
         self, messages: list[dict[str, Any]], max_tokens: int, temperature: float | None, seed: int | None
-    ) -> Completion:
-        """Send one chat request and read the answer."""
+    ) -> bytes:
+        """Send one chat request; returns the body of the response."""
         stated = {"temperature": temperature, "seed": seed}
         # The raw body is read here: `openai` would return a truncated body as a string or an answer without choices.
         response = await self._client.chat.completions.with_raw_response.create(
@@ -253,7 +241,7 @@ class ChatEndpoint:
             max_completion_tokens=max_tokens,
             extra_body=self.settings.extra_body | {name: value for name, value in stated.items() if value is not None},
         )
-        return read_completion(response.http_response.content)
+        return response.http_response.content
 
     def _hide(self, text: str) -> str:
         """`text` without secrets: a server may repeat the key, and messages are written to logs and journals."""

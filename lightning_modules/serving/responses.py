@@ -7,7 +7,8 @@ that is larger than LARGEST_BODY is cut off.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,16 +33,18 @@ class Completion:
     completion_tokens: int
 
 
-def read_json(body: bytes | str, wanted: str) -> Any:
-    """Decode the JSON of a response; `wanted` names the expected content, for the message.
+@contextmanager
+def reading(body: bytes | str, wanted: str) -> Iterator[Any]:
+    """A context with the JSON of a response, to read its fields in. `wanted` names the content, for the message.
 
     Raises:
-        Malformed: the body is not JSON.
+        Malformed: the body is not JSON, or a field that is read is missing or has a wrong type or value.
     """
     try:
-        return json.loads(body, parse_constant=refuse_constant)
-    except (ValueError, RecursionError) as error:  # also bad UTF-8, NaN, and nesting beyond Python's limit
-        raise Malformed(f"not {wanted}: no JSON ({error!r:.100}): {body[:200]!r}") from error
+        yield json.loads(body, parse_constant=refuse_constant)
+    # Of JSON itself: ValueError also for bad UTF-8 and NaN, RecursionError for nesting beyond Python's limit.
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise Malformed(f"not {wanted} ({error!r:.600}): {body[:200]!r}") from error
 
 
 def read_completion(body: bytes) -> Completion:
@@ -53,9 +56,7 @@ def read_completion(body: bytes) -> Completion:
     Raises:
         Malformed: the body is not a chat completion.
     """
-    record = read_json(body, "a chat completion")
-    # Any missing field or wrong type is a malformed response.
-    try:
+    with reading(body, "a chat completion") as record:
         choice = record["choices"][0]
         message = choice["message"]
         content, usage = message.get("content") or "", record.get("usage") or {}
@@ -65,8 +66,6 @@ def read_completion(body: bytes) -> Completion:
             raise ValueError(f"finish_reason={choice['finish_reason']!r}")  # from a vLLM server that is shutting down
         if not isinstance(content, str) or not isinstance(thinking, str | None):
             raise TypeError(f"content is a {type(content).__name__}, thinking a {type(thinking).__name__}")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise Malformed(f"not a chat completion ({error!r:.200}): {body[:200]!r}") from error
     text = content if thinking is None else f"<think>{thinking}</think>{content}"
     text = text.encode(errors="replace").decode()  # JSON may hold a lone surrogate, which cannot be written to a file
     return Completion(text, str(choice.get("finish_reason"))[:40], *counts)

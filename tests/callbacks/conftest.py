@@ -69,8 +69,6 @@ class FakeEngine:
         items, generator = request.items, request.generator
         self.asked += [item.sample.id for item in items]
         self.seeds += [generator.initial_seed()] if generator is not None else []
-        if request.on_progress is not None:
-            request.on_progress(len(items))
         ids = torch.zeros(3, dtype=torch.long)
         return [
             [Rollout(ids, torch.zeros(3), True, self.write(item, k)) for k in range(request.sampling.group_size)]

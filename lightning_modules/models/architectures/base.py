@@ -119,20 +119,13 @@ class Architecture(ABC):
 
     @abstractmethod
     def hidden_states(
-        self,
-        model: nn.Module,
-        position_ids: Tensor,
-        input_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        mask: object = None,
-        cache: object = None,
+        self, model: nn.Module, position_ids: Tensor, inputs_embeds: Tensor, mask: object, cache: object
     ) -> Tensor:
         """Hidden states [B, T, D] behind the last norm, computed by the model's own modules.
 
         Args:
             model: the whole model.
             position_ids: long [3, B, T]: time, row and column.
-            input_ids: long [B, T]; or `inputs_embeds` instead.
             inputs_embeds: [B, T, F]; behind the first D numbers a text token has zeros.
             mask: handed on untouched to the registered attention function, as its mask; None: causal.
             cache: its method `update(keys, values, layer)` gets each layer's keys, rotated, and values.

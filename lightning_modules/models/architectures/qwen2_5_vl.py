@@ -44,17 +44,10 @@ class Qwen25VL(Architecture):
         return model.model.get_image_features(patches, grids).pooler_output
 
     def hidden_states(
-        self,
-        model: nn.Module,
-        position_ids: Tensor,
-        input_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        mask: object = None,
-        cache: object = None,
+        self, model: nn.Module, position_ids: Tensor, inputs_embeds: Tensor, mask: object, cache: object
     ) -> Tensor:
         text = self.text_model(model)
         return text(
-            input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
             # A mapping is handed on as it is: transformers then builds no mask of its own.
@@ -65,7 +58,8 @@ class Qwen25VL(Architecture):
 
     def cache_sizes(self, model: nn.Module) -> CacheSizes:
         text = model.config.text_config
-        return CacheSizes(text.num_hidden_layers, text.num_key_value_heads, _head_width(text))
+        head_width = text.hidden_size // text.num_attention_heads
+        return CacheSizes(text.num_hidden_layers, text.num_key_value_heads, head_width)
 
     def decoder_parts(self, model: nn.Module) -> DecoderParts | None:
         if not _has_silu(model.config.text_config):
@@ -112,10 +106,6 @@ def _layer_parts(layer: nn.Module) -> LayerParts:
         head_width=attention.head_dim,
         scaling=attention.scaling,
     )
-
-
-def _head_width(text_config: object) -> int:
-    return text_config.hidden_size // text_config.num_attention_heads
 
 
 def _has_silu(config: object) -> bool:

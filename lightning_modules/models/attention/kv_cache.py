@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_modules.models.architectures.base import CacheSizes
+
 
 class PrefixRecorder:
     """Given to the model as its cache while prompts are read: keeps each layer's rotated keys and values [P, H, L, D].
@@ -41,9 +43,6 @@ class CacheShape:
     completions: int  # of each prompt
     prefix_tokens: int
     completion_tokens: int
-    layers: int
-    heads: int  # key-value heads
-    width: int  # of a head
 
 
 class PrefixKVCache:
@@ -51,9 +50,13 @@ class PrefixKVCache:
 
     Every tensor has its final shape from the start and is changed in place, so that a step can be captured in a CUDA
     graph and replayed. Only `keep_rows` allocates new tensors.
+
+    `begin` and the first `update` of a step set, for each active row [A]: `token_index`, where in its completion the
+    new token goes, `num_seen`, the tokens of the completion with that one, `prompt_index` and `completion_index`; and
+    `completion_bias` [P, 1, G, 1, tokens read], which hides later tokens.
     """
 
-    def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: CacheShape, sizes: CacheSizes, dtype: torch.dtype, device: torch.device) -> None:
         """A batch slot without a prompt has a prefix of one token of zeros: a softmax over nothing would be NaN."""
         self.num_prompts, self.num_completions = shape.prompts, shape.completions
         self.active_rows = torch.arange(shape.prompts * shape.completions, device=device)  # [A]
@@ -62,17 +65,7 @@ class PrefixKVCache:
         self.prefix_lengths = torch.ones(shape.prompts, dtype=torch.long, device=device)
         # How many tokens of the prefixes and of the completions the next step reads.
         self.prefix_width, self.completion_width = shape.prefix_tokens, shape.completion_tokens
-        self.token_index: Tensor | int = 0  # in its completion, of the token that the next step adds
-        self.num_seen: Tensor | int = 1  # tokens of a completion, with that one
-        # Prompt and completion of each active row [A], as of the step that has begun.
-        self.prompt_index = self.completion_index = self.active_rows
-        self.completion_bias: Tensor | None = None
-        self.layers = [PrefixKVLayer(self, shape, dtype, device) for _ in range(shape.layers)]
-
-    @property
-    def is_full(self) -> bool:
-        """Every completion of every prompt is active, in order."""
-        return len(self.active_rows) == self.num_prompts * self.num_completions
+        self.layers = [PrefixKVLayer(self, shape, sizes, dtype) for _ in range(sizes.layers)]
 
     def admit(self, slots: Tensor, recorder: PrefixRecorder, lengths: Tensor) -> None:
         """Put new prompts into the cache; their completions are empty again.
@@ -88,11 +81,11 @@ class PrefixKVCache:
             layer.prefix_keys[slots, :, : keys.shape[2]] = keys
             layer.prefix_values[slots, :, : values.shape[2]] = values
 
-    def begin(self, token_index: Tensor | int, width: int) -> None:
+    def begin(self, token_index: Tensor, width: int) -> None:
         """Describe the next step.
 
         Args:
-            token_index: where in its completion each active row's token goes, long [A], or one number for all rows.
+            token_index: where in its completion each active row's token goes, long [A].
             width: how many tokens of the completions are read, more than the largest `token_index`.
         """
         self.token_index, self.num_seen, self.completion_width = token_index, token_index + 1, width
@@ -106,19 +99,19 @@ class PrefixKVCache:
         """
         if layer == 0:
             self._prepare()
-        self.layers[layer].write(keys[:, :, 0], values[:, :, 0])
-        return self.layers[layer], self.layers[layer]
+        memory = self.layers[layer]
+        memory.keys[self.prompt_index, :, self.completion_index, self.token_index] = keys[:, :, 0]
+        memory.values[self.prompt_index, :, self.completion_index, self.token_index] = values[:, :, 0]
+        return memory, memory
 
     def _prepare(self) -> None:
         """What all layers of a step need. A GPU's kernels do without: they read `token_index` and the lengths."""
         self.prompt_index = self.active_rows // self.num_completions
         self.completion_index = self.active_rows % self.num_completions
-        self.completion_bias = None
-        if isinstance(self.token_index, Tensor):  # else every completion has `completion_width` tokens
-            last = self.token_index.new_zeros(self.num_prompts * self.num_completions)
-            last[self.active_rows] = self.token_index
-            hidden = torch.arange(self.completion_width, device=last.device) > last[:, None]
-            self.completion_bias = _bias(hidden).view(self.num_prompts, 1, self.num_completions, 1, -1)
+        last = self.token_index.new_zeros(self.num_prompts * self.num_completions)
+        last[self.active_rows] = self.token_index
+        hidden = torch.arange(self.completion_width, device=last.device) > last[:, None]
+        self.completion_bias = _bias(hidden).view(self.num_prompts, 1, self.num_completions, 1, -1)
 
     def keep_rows(self, rows: Tensor, shrink: bool = True, min_waste: float = 0.25) -> None:
         """Go on with fewer active rows, in the same order.
@@ -154,19 +147,13 @@ class PrefixKVCache:
 class PrefixKVLayer:
     """The memory of one layer. The cache returns it in the place of keys, where the attention function meets it."""
 
-    def __init__(self, cache: PrefixKVCache, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
-        self.cache = cache
+    def __init__(self, cache: PrefixKVCache, shape: CacheShape, sizes: CacheSizes, dtype: torch.dtype) -> None:
+        self.cache, device = cache, cache.active_rows.device
         # Heads before tokens, as every step reads them: a matrix product then needs no copy.
-        prefix = (shape.prompts, shape.heads, shape.prefix_tokens, shape.width)  # [P, H, L, D]
-        own = (shape.prompts, shape.heads, shape.completions, shape.completion_tokens, shape.width)  # [P, H, G, T, D]
+        prefix = (shape.prompts, sizes.heads, shape.prefix_tokens, sizes.width)  # [P, H, L, D]
+        own = (shape.prompts, sizes.heads, shape.completions, shape.completion_tokens, sizes.width)  # [P, H, G, T, D]
         self.prefix_keys, self.prefix_values = (torch.zeros(prefix, dtype=dtype, device=device) for _ in range(2))
         self.keys, self.values = (torch.zeros(own, dtype=dtype, device=device) for _ in range(2))
-
-    def write(self, keys: Tensor, values: Tensor) -> None:
-        """Write the keys and values [A, H, D] of this step's tokens."""
-        cache = self.cache
-        self.keys[cache.prompt_index, :, cache.completion_index, cache.token_index] = keys
-        self.values[cache.prompt_index, :, cache.completion_index, cache.token_index] = values
 
     def attend(self, query: Tensor, scaling: float) -> Tensor:
         """Attention of this step's tokens over their prompt and their own completion.
@@ -184,11 +171,10 @@ class PrefixKVLayer:
         prompts, heads, completions, _, width = self.keys.shape
         length = cache.prefix_width
         query = (query if scaling == 1 else query * scaling)[:, :, 0]
-        if not cache.is_full:  # rows that have ended get zeros: every prompt then has G queries
-            rows = query.new_zeros(prompts * completions, *query.shape[1:])
-            rows[cache.active_rows] = query
-            query = rows
-        query = query.view(prompts, completions, heads, -1, width).transpose(1, 2).contiguous()  # [P, H, G, R, D]
+        # Rows that have ended get zeros: every prompt then has G queries.
+        rows = query.new_zeros(prompts * completions, *query.shape[1:])
+        rows[cache.active_rows] = query
+        query = rows.view(prompts, completions, heads, -1, width).transpose(1, 2).contiguous()  # [P, H, G, R, D]
         for_prefix = query.view(prompts * heads, -1, width)  # [P * H, G * R, D]
         for_own = query.view(prompts * heads * completions, -1, width)  # [P * H * G, R, D]
         prefix_keys, prefix_values = (t.flatten(0, 1)[:, :length] for t in (self.prefix_keys, self.prefix_values))
@@ -198,16 +184,14 @@ class PrefixKVLayer:
         prefix_scores = torch.bmm(for_prefix, prefix_keys.transpose(1, 2))
         prefix_scores = prefix_scores.view(prompts, -1, length) + cache.prefix_bias[:, :, :length]
         own_scores = torch.bmm(for_own, keys.transpose(1, 2))
-        if cache.completion_bias is not None:
-            by_completion = own_scores.view(prompts, heads, completions, -1, cache.completion_width)
-            own_scores = (by_completion + cache.completion_bias).view(own_scores.shape)
+        by_completion = own_scores.view(prompts, heads, completions, -1, cache.completion_width)
+        own_scores = (by_completion + cache.completion_bias).view(own_scores.shape)
         scores = torch.cat([prefix_scores.view(*for_own.shape[:2], length), own_scores], dim=-1)
         weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
         prefix_weights = weights[..., :length].reshape(*for_prefix.shape[:2], length)
         out = torch.bmm(prefix_weights, prefix_values).view_as(for_own)
         out = (out + torch.bmm(weights[..., length:], values)).view_as(query)
-        out = out.transpose(1, 2).reshape(prompts * completions, 1, -1, width)
-        return out if cache.is_full else out[cache.active_rows]
+        return out.transpose(1, 2).reshape(prompts * completions, 1, -1, width)[cache.active_rows]
 
     def keep(self, prompts: Tensor, completions: Tensor) -> None:
         """Go on with `prompts` [P'] and, of each, the `completions` [P', G']."""

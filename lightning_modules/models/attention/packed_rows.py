@@ -70,20 +70,17 @@ def pack_rows(
     """
     if len(items) != len(completions):
         raise ValueError(f"{len(items)} items but completions for {len(completions)}")
-    packed: list[PackedRows] = []
-    waiting: list[int] = []  # items of the next row
-    room = max_tokens
+    rows: list[list[int]] = []  # the items of each row
+    room = 0
     first = list(accumulate(map(len, completions), initial=0))  # number of each item's first completion
     for index, item in enumerate(items):
         length = group_length(item, completions[index])
-        if waiting and length > room:
-            packed.append(_one_row(items, completions, waiting, first))
-            waiting, room = [], max_tokens
-        waiting.append(index)
+        if not rows or length > room:
+            rows.append([])
+            room = max_tokens
+        rows[-1].append(index)
         room -= length
-    if waiting:
-        packed.append(_one_row(items, completions, waiting, first))
-    return packed
+    return [_one_row(items, completions, chosen, first) for chosen in rows]
 
 
 def one_token_row(token: Tensor) -> PackedRows:

@@ -6,17 +6,17 @@ T queries, S keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lightning_modules.models.attention.flex_attention import attend_packed, compiled_flex, row_block_mask
 from lightning_modules.models.attention.layout import GroupSpan
 
-KEPT_BIAS = 1 << 22  # numbers; larger biases are not kept: those of all blocks of a long prompt would fill gigabytes
 QUERY_BLOCK = 256  # smaller blocks gain nothing, and the gradients of more slices cost more
 
 
@@ -30,8 +30,6 @@ class SharedPrefixAttention:
     """
 
     spans: tuple[GroupSpan, ...]
-    # (queries, keys) -> what is added to the scores; computed in the first layer, used by all.
-    biases: dict[tuple[int, int], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Attention over the row.
@@ -74,7 +72,7 @@ class SharedPrefixAttention:
         Returns:
             [N, H, R, D].
         """
-        q, *own = (_side_by_side(part, lengths) for part in completions)
+        q, *own = (pad_sequence(part.split(lengths), batch_first=True) for part in completions)
         k, v = (torch.cat([p.expand(len(o), *p.shape), o], dim=1) for p, o in zip(prefix, own, strict=True))
         out = self._attend(q, k, v, scaling)
         return torch.cat([completion[:length] for completion, length in zip(out, lengths, strict=True)])
@@ -92,32 +90,14 @@ class SharedPrefixAttention:
             blocks = zip(query.split(QUERY_BLOCK, dim=1), ends, strict=True)
             parts = [self._attend(q, key[:, : before + end], value[:, : before + end], scaling) for q, end in blocks]
             return torch.cat(parts, dim=1)
+        # What is added to the scores [R * T, S]: the last query sees all keys, the one before it all but one.
+        num_keys = key.shape[1]
+        hidden = query.new_full((num_queries, num_keys), float("-inf")).triu_(num_keys - num_queries + 1)
         out = F.scaled_dot_product_attention(
             rearrange(query, "g t h r d -> g h (r t) d"),
             key.transpose(1, 2),
             value.transpose(1, 2),
-            attn_mask=self._causal_bias(query, key.shape[1]),
+            attn_mask=repeat(hidden, "t s -> (r t) s", r=sharing),
             scale=scaling,
         )
         return rearrange(out, "g h (r t) d -> g t h r d", r=sharing)
-
-    def _causal_bias(self, query: Tensor, num_keys: int) -> Tensor:
-        """What is added to the scores [R * T, S] of the last T of S tokens; small ones are kept for the next layer."""
-        num_queries, sharing = query.shape[1], query.shape[3]
-        if (num_queries, num_keys) in self.biases:
-            return self.biases[num_queries, num_keys]
-        hidden = query.new_full((num_queries, num_keys), float("-inf")).triu_(num_keys - num_queries + 1)
-        bias = repeat(hidden, "t s -> (r t) s", r=sharing)
-        if bias.numel() <= KEPT_BIAS:
-            self.biases[num_queries, num_keys] = bias
-        return bias
-
-
-def _side_by_side(parts: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """Parts of these lengths, one after the other [N, ...], as [G, longest, ...] with zeros behind the shorter ones."""
-    longest = max(lengths)
-    if min(lengths) < longest:  # one concatenation, which autograd undoes with one split
-        zeros = parts.new_zeros(longest, *parts.shape[1:])
-        pieces = zip(parts.split(lengths), lengths, strict=True)
-        parts = torch.cat([piece for part, length in pieces for piece in (part, zeros[length:])])
-    return rearrange(parts, "(g t) ... -> g t ...", g=len(lengths))

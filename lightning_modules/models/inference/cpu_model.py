@@ -26,7 +26,7 @@ from lightning_modules.models.architectures.base import LayerParts
 from lightning_modules.models.architectures.registry import architecture_of
 from lightning_modules.models.attention.kv_cache import PrefixKVLayer
 from lightning_modules.models.attention.prefix_attention import SharedPrefixAttention
-from lightning_modules.models.inference.base import Context
+from lightning_modules.models.inference.base import Context, SamplingModel
 from lightning_modules.models.layers.lora import merged_weight, plain_weight
 from lightning_modules.models.layers.onednn_linear import PrepackedLinear
 
@@ -35,7 +35,7 @@ from lightning_modules.models.layers.onednn_linear import PrepackedLinear
 ROWS = 16
 
 
-class CpuSamplingModel:
+class CpuSamplingModel(SamplingModel):
     """A `SamplingModel` with the weights of a model as they are now, with LoRA merged or left out."""
 
     @staticmethod
@@ -49,50 +49,25 @@ class CpuSamplingModel:
         )
 
     def __init__(self, model: nn.Module, with_adapter: bool = True) -> None:
-        self.dtype, self.device = model.dtype, model.device
-        self.cache_sizes = architecture_of(model).cache_sizes(model)
+        super().__init__(model)
         self._weight = merged_weight if with_adapter else plain_weight
         self.refresh(model)
-        self._text_factors = torch.empty(0)  # rotary factors of text, by position: complex [n, W / 2]
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings
-
-    def hidden_states(
-        self,
-        context: Context,
-        position_ids: Tensor,
-        input_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-    ) -> Tensor:
-        """See `SamplingModel`. A row of one token must be text, where the three positions of a token are equal."""
-        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        rows, tokens, _ = x.shape
-        # One token a row is a decoding step: its factors come from a table.
-        factors = self._text_rotary_factors(position_ids[0]) if tokens == 1 else self._rotary_factors(x, position_ids)
-        x = _padded(x.flatten(0, 1))
+    def hidden_states(self, context: Context, position_ids: Tensor, inputs_embeds: Tensor) -> Tensor:
+        rows, tokens, _ = inputs_embeds.shape
+        # The rotary module gives both halves of a head the same angles; cos + i sin, complex [B, T, W / 2].
+        cos, sin = (t.chunk(2, dim=-1)[0] for t in self.rotary(inputs_embeds, position_ids))
+        factors = torch.complex(cos, sin)
+        x = _padded(inputs_embeds.flatten(0, 1))
         for layer in self.layers:
             x = layer(x, factors[:, :, None], context)
         return self.norm(x[: rows * tokens]).view(rows, tokens, -1)
 
     def refresh(self, source: nn.Module) -> None:
-        parts = architecture_of(source).decoder_parts(source)
-        self.embeddings, self.rotary, self.norm = source.get_input_embeddings(), parts.rotary, parts.norm
+        parts = self.architecture.decoder_parts(source)
+        self.rotary, self.norm = parts.rotary, parts.norm
         self.layers = [_Layer(layer, self._weight) for layer in parts.layers]
         self.lm_head = PrepackedLinear(source.get_output_embeddings().weight.detach())
-
-    def _text_rotary_factors(self, positions: Tensor) -> Tensor:
-        """Complex [B, T, W / 2] for positions [B, T] of text, from a table that grows by doubling."""
-        needed = int(positions.max()) + 1
-        if needed > len(self._text_factors):
-            every = torch.arange(2 * needed, device=positions.device)
-            self._text_factors = self._rotary_factors(torch.empty(0), every.expand(3, 1, -1))[0]
-        return self._text_factors[positions]
-
-    def _rotary_factors(self, x: Tensor, position_ids: Tensor) -> Tensor:
-        """cos + i sin, complex [B, T, W / 2]. The model's rotary module gives both halves of a head the same angles."""
-        cos, sin = (t.chunk(2, dim=-1)[0] for t in self.rotary(x, position_ids))
-        return torch.complex(cos, sin)
 
 
 class _Norm:

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from lightning_modules.models.architectures.base import LayerParts
 from lightning_modules.models.architectures.registry import architecture_of
 from lightning_modules.models.attention.kv_cache import PrefixKVCache, PrefixRecorder
+from lightning_modules.models.inference.base import SamplingModel
 from lightning_modules.models.layers.fused_layers import HALF, has_kernels, silu_gated
 from lightning_modules.models.layers.lora import refresh_merged
 
 
-class GpuSamplingModel:
+class GpuSamplingModel(SamplingModel):
     """A `SamplingModel` from the modules of a decoder whose LoRA layers are merged (`QwenVL.decoder`)."""
 
     @staticmethod
@@ -40,16 +41,11 @@ class GpuSamplingModel:
             shared: addresses of weights that also belong to the policy. They stay where they are. Of these, query, key
                 and value are copied, and `refresh` copies them again; gate and up stay two products.
         """
-        architecture = architecture_of(module)
-        parts = architecture.decoder_parts(module)
-        self.module, self.dtype, self.device = module, module.dtype, module.device
-        self.cache_sizes = architecture.cache_sizes(module)
-        self.embeddings, self.rotary, self.norm = module.get_input_embeddings(), parts.rotary, parts.norm
-        self.lm_head = module.get_output_embeddings()
+        super().__init__(module)
+        parts = self.architecture.decoder_parts(module)
+        self.module, self.lm_head = module, module.get_output_embeddings()
+        self.rotary, self.norm = parts.rotary, parts.norm
         self.layers = [_Layer(layer, shared) for layer in parts.layers]
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings
 
     def refresh(self, source: nn.Module) -> None:
         refresh_merged(self.module, source)
@@ -57,15 +53,10 @@ class GpuSamplingModel:
             layer.refresh()
 
     def hidden_states(
-        self,
-        context: PrefixKVCache | PrefixRecorder,
-        position_ids: Tensor,
-        input_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
+        self, context: PrefixKVCache | PrefixRecorder, position_ids: Tensor, inputs_embeds: Tensor
     ) -> Tensor:
-        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        shape, rotary_factors = x.shape, self.rotary(x, position_ids)
-        x = x.flatten(0, 1).clone()  # the layers change it in place
+        shape, rotary_factors = inputs_embeds.shape, self.rotary(inputs_embeds, position_ids)
+        x = inputs_embeds.flatten(0, 1).clone()  # the layers change it in place
         for layer in self.layers:
             layer(x, rotary_factors, context)
         return self.norm(x).view(shape)

@@ -4,31 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lightning_modules.models.architectures.registry import architecture_of
 from lightning_modules.models.attention.prefix_attention import SharedPrefixAttention
-from lightning_modules.models.inference.base import Context
+from lightning_modules.models.inference.base import Context, SamplingModel
 from lightning_modules.models.layers.lora import refresh_merged
 
 
-class PlainSamplingModel:
+class PlainSamplingModel(SamplingModel):
     def __init__(self, module: nn.Module) -> None:
-        self.module, self.architecture = module, architecture_of(module)
-        self.dtype, self.device = module.dtype, module.device
-        self.cache_sizes = self.architecture.cache_sizes(module)
-        self.get_input_embeddings, self.lm_head = module.get_input_embeddings, module.get_output_embeddings()
+        super().__init__(module)
+        self.module, self.lm_head = module, module.get_output_embeddings()
 
-    def hidden_states(
-        self,
-        context: Context,
-        position_ids: Tensor,
-        input_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-    ) -> Tensor:
+    def hidden_states(self, context: Context, position_ids: Tensor, inputs_embeds: Tensor) -> Tensor:
         # The registered attention function (`hf_attention`) meets a packed row's attention in the place of the mask,
         # and a decoding step's cache in the place of the keys.
         is_packed = isinstance(context, SharedPrefixAttention)
         mask, cache = (context, None) if is_packed else (None, context)
-        return self.architecture.hidden_states(self.module, position_ids, input_ids, inputs_embeds, mask, cache)
+        return self.architecture.hidden_states(self.module, position_ids, inputs_embeds, mask, cache)
 
     def refresh(self, source: nn.Module) -> None:
         refresh_merged(self.module, source)

@@ -57,45 +57,32 @@ class CompletionDecoder:
     """Decodes prompts in fixed batch slots."""
 
     def __init__(
-        self,
-        model: SamplingModel,
-        choose: Choose,
-        ends: Sequence[int],
-        num_slots: int,
-        group: int,
-        prefix_room: int,
-        completion_room: int,
-        static: bool,
+        self, model: SamplingModel, choose: Choose, ends: Sequence[int], room: CacheShape, static: bool
     ) -> None:
         """
         Args:
             model: computes the hidden states and logits.
             choose: samples the next tokens.
             ends: tokens that end a completion.
-            num_slots: prompts that are decoded at the same time.
-            group: completions of each prompt.
-            prefix_room: tokens of the longest prompt.
-            completion_room: tokens of the longest completion.
+            room: prompts that are decoded at the same time, completions of each, and the longest of both.
             static: compute all rows at each step, with the shapes of the start.
         """
-        self.model, self.choose, self.static = model, choose, static
-        self.num_slots, self.group = num_slots, group
-        self.prefix_room, self.completion_room = prefix_room, completion_room
-        sizes, device, rows = model.cache_sizes, model.device, num_slots * group
-        shape = CacheShape(num_slots, group, prefix_room, completion_room, sizes.layers, sizes.heads, sizes.width)
-        self.cache = PrefixKVCache(shape, model.dtype, device)
+        self.model, self.choose, self.room, self.static = model, choose, room, static
+        self.cache = PrefixKVCache(room, model.cache_sizes, model.dtype, model.device)
+        device, rows, longest = model.device, room.prompts * room.completions, room.completion_tokens
         self.ends = torch.tensor(ends, device=device)
         self.rows = torch.arange(rows, device=device)
+        self.slots: list[_Slot | None] = []
         self.active = self.rows  # rows of the next step
         self.token = torch.zeros(rows, dtype=torch.long, device=device)  # the last one sampled
         self.first = torch.zeros_like(self.token)  # position of the first completion token
         self.length = torch.ones_like(self.token)  # tokens sampled
         self.alive = torch.zeros(rows, dtype=torch.bool, device=device)  # the completion has not ended
-        self.limit = torch.tensor(completion_room, device=device)
+        self.limit = torch.tensor(longest, device=device)
         # One column more than a completion can fill: a row that has ended reads and writes there.
-        self.draws = torch.zeros(rows, completion_room + 1, dtype=torch.float64, device=device)
-        self.tokens = torch.zeros(rows, completion_room + 1, dtype=torch.long, device=device)
-        self.log_probs = torch.zeros(rows, completion_room + 1, device=device)
+        self.draws = torch.zeros(rows, longest + 1, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros(rows, longest + 1, dtype=torch.long, device=device)
+        self.log_probs = torch.zeros(rows, longest + 1, device=device)
         self.run_static: Callable[[int], None] = self.step_all
 
     def decode(
@@ -114,16 +101,16 @@ class CompletionDecoder:
         """
         self.limit.fill_(limit)
         self.alive.zero_()
-        slots: list[_Slot | None] = [None] * self.num_slots
+        slots = self.slots = [None] * self.room.prompts
         taken = num_steps = 0
         while True:
             # 1. Read waiting prompts if enough slots are free, else make one step.
             free = [index for index, slot in enumerate(slots) if slot is None]
-            if taken < count and 4 * len(free) >= self.num_slots:
+            if taken < count and 4 * len(free) >= self.room.prompts:
                 chosen = free[: count - taken]
-                self._admit(slots, chosen, taken, prefill(taken, taken + len(chosen)), draw)
+                self._admit(chosen, taken, prefill(taken, taken + len(chosen)), draw)
                 taken += len(chosen)
-            elif len(free) == self.num_slots:
+            elif len(free) == self.room.prompts:
                 return
             else:
                 self._advance([slot for slot in slots if slot is not None])
@@ -140,28 +127,23 @@ class CompletionDecoder:
                 slots[index] = None
 
     def _admit(
-        self,
-        slots: list[_Slot | None],
-        chosen: list[int],
-        number: int,
-        prefilled: Prefilled,
-        draw: Callable[[int], Tensor] | None,
+        self, chosen: list[int], number: int, prefilled: Prefilled, draw: Callable[[int], Tensor] | None
     ) -> None:
         """Put the prompts from `number` on into the slots `chosen` and sample the first token of their completions."""
         device = self.rows.device
         self.cache.admit(torch.tensor(chosen, device=device), prefilled.recorder, prefilled.lengths)
         for index, prefix in zip(chosen, prefilled.lengths.tolist(), strict=True):
-            slots[index] = _Slot(number, prefix, 1)
+            self.slots[index] = _Slot(number, prefix, 1)
             number += 1
-        rows = self.rows.view(self.num_slots, self.group)[chosen].flatten()
+        rows = self.rows.view(self.room.prompts, self.room.completions)[chosen].flatten()
         if draw is not None:
-            numbers = torch.cat([draw(slots[index].number) for index in chosen])
+            numbers = torch.cat([draw(self.slots[index].number) for index in chosen])
             self.draws[rows, : numbers.shape[1]] = numbers.to(device)
         self.alive[rows], self.length[rows] = True, 0
-        self.first[rows] = prefilled.next_positions.repeat_interleave(self.group)
+        self.first[rows] = prefilled.next_positions.repeat_interleave(self.room.completions)
         if not self.static:
             self.active = self.cache.active_rows = self.alive.nonzero()[:, 0]
-        self._sample(rows, prefilled.hidden.repeat_interleave(self.group, dim=0))
+        self._sample(rows, prefilled.hidden.repeat_interleave(self.room.completions, dim=0))
 
     def _advance(self, slots: list[_Slot]) -> None:
         """One step of all prompts that are being decoded."""
@@ -171,8 +153,7 @@ class CompletionDecoder:
         else:
             rows = self.active
             self.cache.prefix_width = max(slot.prefix for slot in slots)
-            # One number, not a tensor, if all rows are at the same token: the cache then needs no mask.
-            self.cache.begin(steps[0] - 1 if len(set(steps)) == 1 else self.length[rows] - 1, max(steps))
+            self.cache.begin(self.length[rows] - 1, max(steps))
             self._step(rows)
         for slot in slots:
             slot.steps += 1
@@ -180,7 +161,7 @@ class CompletionDecoder:
     def _width(self, least: int) -> int:
         """How many tokens of the completions a static step reads: one of few widths, because each is captured, and less
         than twice `least`."""
-        return min(max(64, 1 << (least - 1).bit_length()), self.completion_room)
+        return min(max(64, 1 << (least - 1).bit_length()), self.room.completion_tokens)
 
     def step_all(self, width: int) -> None:
         """One step of every row, at shapes that depend on `width` alone."""
@@ -194,18 +175,15 @@ class CompletionDecoder:
 
     def _step(self, rows: Tensor) -> None:
         """Compute the last token of each of `rows` and sample the next one. `cache.begin` has been called."""
-        hidden = self.model.hidden_states(
-            self.cache,
-            input_ids=self.token[rows, None],
-            position_ids=(self.first[rows] + self.length[rows] - 1)[None, :, None].expand(3, -1, -1),
-        )
-        self._sample(rows, hidden[:, 0])
+        positions = (self.first[rows] + self.length[rows] - 1)[None, :, None].expand(3, -1, -1)
+        embeddings = self.model.get_input_embeddings()(self.token[rows, None])
+        self._sample(rows, self.model.hidden_states(self.cache, positions, embeddings)[:, 0])
 
     def _sample(self, rows: Tensor, hidden: Tensor) -> None:
         """Add a token, chosen from `hidden` [A, D], to each row that goes on."""
         alive, length = self.alive[rows], self.length[rows]
         chosen, scores = self.choose(self.model.lm_head(hidden), self.draws[rows, length, None])
-        column = torch.where(alive, length, self.completion_room)
+        column = torch.where(alive, length, self.room.completion_tokens)
         self.tokens[rows, column], self.log_probs[rows, column] = chosen, scores
         self.token[rows] = torch.where(alive, chosen, self.token[rows])
         length = length + alive
@@ -222,11 +200,11 @@ class CompletionDecoder:
         if not self.static and len(kept) < len(self.active):
             self.active = self.active[kept]
             self.cache.keep_rows(kept, shrink)
-        return self.alive.view(self.num_slots, self.group).any(1).tolist()
+        return self.alive.view(self.room.prompts, self.room.completions).any(1).tolist()
 
     def _collect(self, slots: list[int], numbers: list[int]) -> list[Decoded]:
         """The completions in these slots. `numbers`: their prompts."""
-        rows = self.rows.view(self.num_slots, self.group)[slots]
+        rows = self.rows.view(self.room.prompts, self.room.completions)[slots]
         longest = int(self.length[rows].max())
         tokens, log_probs = self.tokens[rows, :longest].cpu(), self.log_probs[rows, :longest].cpu()
         ends = set(self.ends.tolist())

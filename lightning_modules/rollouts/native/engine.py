@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from datamodules.encoding.encoder import EncodedSample
-from lightning_modules.models.attention.kv_cache import PrefixRecorder
+from lightning_modules.models.attention.kv_cache import CacheShape, PrefixRecorder
 from lightning_modules.models.inference.base import SamplingModel
 from lightning_modules.models.inference.fastest import fastest_sampling_model
 from lightning_modules.models.qwen_vl import QwenVL
@@ -82,27 +82,23 @@ class NativeEngine:
             return self._prefill(decoder.model, batch, images)
 
         rollouts: list[list[Rollout]] = [[] for _ in items]
-        num_done = 0
         decoder = self._decoder(request, max(len(item.input_ids) for item in items))
         for decoded in decoder.decode(len(items), prefill, sampling.max_new_tokens, None if request.greedy else draw):
             for group in decoded:
                 rollouts[order[group.number]] = self._rollouts(group)
-            num_done += len(decoded)
-            if request.on_progress is not None:
-                request.on_progress(num_done)
         return rollouts
 
     def _decoder(self, request: RolloutRequest, longest_prompt: int) -> CompletionDecoder:
         """A new decoder; on a GPU the last one if it has the room, with its weights brought up to date."""
         policy, static, sampling, greedy = self.policy, self._is_static(), request.sampling, request.greedy
-        slots, room = min(sampling.prompts_per_batch, len(request.items)), sampling.max_new_tokens
+        slots, longest = min(sampling.prompts_per_batch, len(request.items)), sampling.max_new_tokens
         weights = policy.base.get_input_embeddings().weight.data_ptr()  # another address: the policy was moved
         banned = policy.banned_tokens(request.ban)
         of_policy = (weights, banned.data_ptr(), policy.sharded is None)  # not sharded yet in rejection sampling
         needs = (*of_policy, slots, sampling.group_size, sampling.temperature, greedy)
         if self._kept is not None and self._kept[0] == needs:
             decoder = self._kept[1]
-            if decoder.prefix_room >= longest_prompt and decoder.completion_room >= room:
+            if decoder.room.prefix_tokens >= longest_prompt and decoder.room.completion_tokens >= longest:
                 decoder.model.refresh(policy.base)
                 return decoder
         self._kept = None  # its memory is freed before new memory is requested
@@ -112,8 +108,8 @@ class NativeEngine:
         def choose(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
             return sample(logits, banned, sampling.temperature, None if greedy else draws)
 
-        model, group = fastest_sampling_model(policy, static), sampling.group_size
-        decoder = CompletionDecoder(model, choose, policy.eos_ids, slots, group, longest_prompt, room, static)
+        room = CacheShape(slots, sampling.group_size, longest_prompt, longest)
+        decoder = CompletionDecoder(fastest_sampling_model(policy, static), choose, policy.eos_ids, room, static)
         if static:
             self._kept = needs, decoder
         if policy.device.type == "cuda" and static:
@@ -133,7 +129,7 @@ class NativeEngine:
         placeholders = (ids == self.policy.image_token_id).flatten().nonzero()[:, 0]
         recorder = PrefixRecorder()
         embeddings = self.policy.embed(model, ids, features, placeholders)
-        hidden = model.hidden_states(recorder, positions, inputs_embeds=embeddings)
+        hidden = model.hidden_states(recorder, positions, embeddings)
         lengths = torch.tensor([len(item.input_ids) for item in items], device=hidden.device)
         last = hidden[torch.arange(len(items), device=hidden.device), lengths - 1]
         next_positions = torch.tensor([item.next_position for item in items], device=hidden.device)

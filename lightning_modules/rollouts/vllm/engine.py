@@ -10,7 +10,6 @@ import asyncio
 import shutil
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,14 +45,6 @@ UNLOAD_TIMEOUT = 30.0  # seconds; unloading is quick, and a server that hangs mu
 BAN = -100.0  # OpenAI's lowest bias: added to a logit before the temperature divides it
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """One state of the policy's adapter, as servers know it."""
-
-    name: str
-    folder: str
-
-
 class VLLMEngine:
     """A `RolloutEngine` on vLLM servers.
 
@@ -81,7 +72,7 @@ class VLLMEngine:
         self.policy, self.settings = policy, settings
         self.folder = Path(settings.adapters or folder).absolute()
         self.rank, self.broadcast = rank, broadcast
-        self.adapter: Adapter | None = None
+        self.adapter: Path | None = None  # the folder of its current state; servers know it by the folder's name
         self._prefix = f"policy-{uuid.uuid4().hex[:8]}-"  # of adapters' names: no other process ever uses them
         self._count = 0
         self._needs: Mapping[str, int] = {}
@@ -131,7 +122,7 @@ class VLLMEngine:
         """Give the servers the adapter as it is now. A collective call; on every rank it ends the same way."""
         tensors = adapter_tensors(self.policy.model)
         self._count += 1
-        adapter = Adapter(name := f"{self._prefix}{self._count}", str(self.folder / name))
+        adapter = self.folder / f"{self._prefix}{self._count}"
         fault = None
         if self.rank == 0:
             try:
@@ -145,14 +136,14 @@ class VLLMEngine:
             raise RuntimeError(f"rank 0 could not give the servers the adapter: {message}")
         self.adapter = adapter
 
-    def _publish(self, adapter: Adapter, tensors: dict[str, Tensor]) -> None:
+    def _publish(self, adapter: Path, tensors: dict[str, Tensor]) -> None:
         if self.adapter is None and self.settings.adapters is None:  # left by this phase when it was killed
             shutil.rmtree(self.folder, ignore_errors=True)
         old, self.adapter = self.adapter, adapter
-        write_adapter(tensors, self.policy.model, Path(adapter.folder))
+        write_adapter(tensors, self.policy.model, adapter)
         self._call(lambda pool: pool.prepare_all())
         if old is not None:
-            shutil.rmtree(old.folder)
+            shutil.rmtree(old)
 
     def close(self) -> None:
         """Take the run's adapters from the servers that are there, and their files away. Raises the error of a server
@@ -174,16 +165,16 @@ class VLLMEngine:
             self._runner.close()
             self._runner = self._pool = None
 
-    async def _load(self, endpoint: ChatEndpoint, adapter: Adapter) -> None:
+    async def _load(self, endpoint: ChatEndpoint, adapter: Path) -> None:
         try:
-            await endpoint.post("/load_lora_adapter", {"lora_name": adapter.name, "lora_path": adapter.folder})
+            await endpoint.post("/load_lora_adapter", {"lora_name": adapter.name, "lora_path": str(adapter)})
         except (RequestRefused, EndpointMisused, EndpointUnavailable) as error:
             if isinstance(error, EndpointUnavailable):
                 await raise_if_down(endpoint, error)
             if adapter.name in await endpoint.get("/models", read_models):  # another rank was faster
                 return
             raise EndpointMisused(
-                f"{endpoint.settings.base_url} does not load the adapter {adapter.folder}: {error}. Does it see that "
+                f"{endpoint.settings.base_url} does not load the adapter {adapter}: {error}. Does it see that "
                 "folder, and is its --max-lora-rank large enough?"
             ) from error
 
@@ -220,7 +211,7 @@ class VLLMEngine:
             seeds = torch.randint(2**31, (len(request.items),), generator=request.generator, device=device).tolist()
         jobs = [(item.to("cpu"), seed % 2**31) for item, seed in zip(request.items, seeds, strict=True)]
         ask = partial(self._ask, writer=self._writer, request=request)
-        return self._call(lambda pool: pool.run(jobs, ask, request.on_progress))
+        return self._call(lambda pool: pool.run(jobs, ask))
 
     @cached_property
     def _writer(self) -> PromptWriter:

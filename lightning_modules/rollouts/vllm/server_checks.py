@@ -17,7 +17,7 @@ from lightning_modules.serving.openai_client import (
     EndpointUnavailable,
     RequestRefused,
 )
-from lightning_modules.serving.responses import Malformed, read_json
+from lightning_modules.serving.responses import reading
 
 # A log-probability in a server's answer. Rounding may lift that of a certain token a little above 0. vLLM sends -9999
 # for minus infinity; a sampled token never has it, but nothing depends on refusing it.
@@ -115,8 +115,21 @@ def read_choices(
     no such answer, and for a completion that stops before its limit without one of the tokens `ends`, as those of a
     server that is shut down do.
     """
-    answer = read_json(text, "a completion")
-    try:
+
+    def fault(ids: list[int], log_probs: list[float]) -> str | None:
+        """What is wrong with a completion; None for a sound one."""
+        if type(ids) is not list or not ids or len(ids) != len(log_probs):
+            return f"token ids {ids!r:.60} with {len(log_probs)} log-probabilities"
+        if wrong := [token for token in ids if type(token) is not int or token not in vocabulary]:
+            return f"token ids that the model does not have: {wrong[:5]!r:.100}"
+        if wrong := [value for value in log_probs if not _is_log_prob(value)]:
+            return f"log-probabilities {wrong[:5]!r:.100}"
+        longest = sampling.max_new_tokens
+        if len(ids) > longest or (ids[-1] not in ends and len(ids) < longest):
+            return f"a completion of {len(ids)} tokens, at most {longest} of them, with the end {ids[-1]}"
+        return None
+
+    with reading(text, "a completion with token ids and log-probabilities") as answer:
         prompt, choices = answer["prompt_token_ids"], answer["choices"]
         if type(prompt) is not list or not all(type(token) is int for token in prompt):
             raise TypeError(f"prompt_token_ids={prompt!r:.60} is no list of integers")
@@ -127,34 +140,10 @@ def read_choices(
             (choice["token_ids"], [token["logprob"] for token in choice["logprobs"]["content"]])
             for choice in sorted(choices, key=lambda choice: choice["index"])
         ]
-        faults = [fault for completion in found if (fault := _fault(*completion, sampling, ends, vocabulary))]
-        if faults:
+        if faults := [wrong for completion in found if (wrong := fault(*completion))]:
             raise ValueError("; ".join(faults))
-    except (ValueError, LookupError, TypeError) as error:
-        reason = f"no completion with token ids and log-probabilities ({error!r:.600}): {text[:200]!r}"
-        raise Malformed(reason) from error
     _require_same_prompt(item, prompt)
     return found
-
-
-def _fault(
-    ids: list[int],
-    log_probs: list[float],
-    sampling: SamplingSettings,
-    ends: Collection[int],
-    vocabulary: Collection[int],
-) -> str | None:
-    """The fault of a completion; None for a sound one."""
-    if type(ids) is not list or not ids or len(ids) != len(log_probs):
-        return f"token ids {ids!r:.60} with {len(log_probs)} log-probabilities"
-    if wrong := [token for token in ids if type(token) is not int or token not in vocabulary]:
-        return f"token ids that the model does not have: {wrong[:5]!r:.100}"
-    if wrong := [value for value in log_probs if not _is_log_prob(value)]:
-        return f"log-probabilities {wrong[:5]!r:.100}"
-    longest = sampling.max_new_tokens
-    if len(ids) > longest or (ids[-1] not in ends and len(ids) < longest):
-        return f"a completion of {len(ids)} tokens, at most {longest} of them, with the end {ids[-1]}"
-    return None
 
 
 def _is_log_prob(value: Any) -> bool:
@@ -175,15 +164,12 @@ def _require_same_prompt(item: EncodedSample, read: list[int]) -> None:
 
 def read_models(text: str) -> dict[str, dict[str, Any]]:
     """{name: entry} of a server's list of models. Raises Malformed for anything else."""
-    record = read_json(text, "a list of models")
-    try:
+    with reading(text, "a list of models") as record:
         entries = {entry["id"]: entry for entry in record["data"]}
         for name, entry in entries.items():
             longest = entry.get("max_model_len")
             if type(name) is not str or not (longest is None or (type(longest) is int and longest > 0)):
                 raise TypeError(f"id={name!r:.60}, max_model_len={longest!r:.60}")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise Malformed(f"no list of models ({error!r:.200}): {text[:200]!r}") from error
     return entries
 
 
@@ -230,11 +216,8 @@ async def require_processed_log_probs(endpoint: ChatEndpoint, model: str, token:
 
 
 def _read_first_log_prob(text: str) -> float:
-    record = read_json(text, "a completion")
-    try:
+    with reading(text, "a token with its log-probability") as record:
         found = record["choices"][0]["logprobs"]["content"][0]["logprob"]
-    except (LookupError, TypeError) as error:
-        raise Malformed(f"no token with its log-probability ({error!r:.200}): {text[:200]!r}") from error
-    if not _is_log_prob(found):
-        raise Malformed(f"a log-probability of {found!r:.60}")
+        if not _is_log_prob(found):
+            raise ValueError(f"a log-probability of {found!r:.60}")
     return found

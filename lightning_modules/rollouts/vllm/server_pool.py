@@ -69,12 +69,7 @@ class ServerPool:
         for server in self._servers:
             await server.endpoint.__aexit__()
 
-    async def run(
-        self,
-        jobs: Sequence[J],
-        ask: Callable[[ChatEndpoint, J], Awaitable[R]],
-        on_progress: Callable[[int], None] | None = None,
-    ) -> list[R]:
+    async def run(self, jobs: Sequence[J], ask: Callable[[ChatEndpoint, J], Awaitable[R]]) -> list[R]:
         """The answers to all jobs, in their order. Each job goes to the server that is free first.
 
         `ask` raising EndpointUnavailable or EndpointMisused puts the server under suspicion and the job back; any other
@@ -108,8 +103,6 @@ class ServerPool:
                     _note(server, error)
                     continue
                 server.misuses = 0
-                if on_progress is not None:
-                    on_progress(len(results))
                 if len(results) == len(jobs):
                     finished.set()
 

@@ -39,18 +39,11 @@ class Qwen3VL(Architecture):
         return [torch.cat(image, dim=-1) for image in zip(found.pooler_output, *found.deepstack_features, strict=True)]
 
     def hidden_states(
-        self,
-        model: nn.Module,
-        position_ids: Tensor,
-        input_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        mask: object = None,
-        cache: object = None,
+        self, model: nn.Module, position_ids: Tensor, inputs_embeds: Tensor, mask: object, cache: object
     ) -> Tensor:
         # The decoder's own forward would build a mask from the cache and the mask that it is given.
         text = self.text_model(model)
-        embeddings = text.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        x, *later = embeddings.split(text.config.hidden_size, dim=-1)
+        x, *later = inputs_embeds.split(text.config.hidden_size, dim=-1)
         rotation = text.rotary_emb(x, position_ids)
         for index, layer in enumerate(text.layers):
             x = layer(x, position_embeddings=rotation, attention_mask=mask, cache=cache)

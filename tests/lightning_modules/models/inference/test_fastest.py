@@ -46,7 +46,8 @@ def test_a_refreshed_model_has_the_weights_of_now(
 
     def states(model: SamplingModel) -> Tensor:
         with torch.no_grad():
-            return model.hidden_states(PrefixRecorder(), item.positions[:, None], input_ids=item.input_ids[None])
+            embeddings = model.get_input_embeddings()(item.input_ids[None])
+            return model.hidden_states(PrefixRecorder(), item.positions[:, None], embeddings)
 
     model = fastest_sampling_model(policy, static=static)
     before = states(model)
