@@ -101,9 +101,9 @@ class QwenVL(nn.Module):
         self.feature_cache: FeatureCache | None = None  # set from outside, to keep a frozen tower's features on disk
         self.sharded: ShardedModel | None = None  # `base`, once its layers are sharded over ranks
         self.reference = Reference()
-        self.activations: ActivationBudget | None = None
-        if gradient_checkpointing and activation_gib is not None:
-            self.activations = ActivationBudget(self.architecture.decoder_layers(self.base), activation_gib)
+        has_budget = gradient_checkpointing and activation_gib is not None
+        layers = self.architecture.decoder_layers(self.base)
+        self.activations = ActivationBudget(layers, activation_gib) if has_budget else None
         if not on_meta:
             self.register_buffer("banned", torch.tensor(self.banned_token_ids), persistent=False)
             self.register_buffer("placeholders", torch.tensor(self.banned_ids("placeholders")), persistent=False)
@@ -193,7 +193,10 @@ class QwenVL(nn.Module):
             ValueError: `reference` of a policy without one.
         """
         banned, images = self.banned if ban_tokens else None, [features[index] for index in rows.items]
-        with self._acting(reference) as model, self._autocast(), self._checkpointing(rows):
+        # Compute in the precision of the weights: beside half-precision weights the adapter is kept in float32.
+        half = None if self.base.dtype == torch.float32 else self.base.dtype
+        autocast = torch.autocast(self.device.type, dtype=half, enabled=half is not None)
+        with self._acting(reference) as model, autocast, self._checkpointing(rows):
             embeddings = self.embed(model, rows.input_ids, images, rows.image_token_index(self.image_token_id))
             hidden = model.hidden_states(rows.attention, rows.position_ids, embeddings)[0]  # [L, D]
             # Logits only where a target is predicted: a prompt's tokens need none.
@@ -251,11 +254,6 @@ class QwenVL(nn.Module):
         if budget is None or not with_gradient or self.device.type != "cuda":
             return nullcontext()
         return budget.row(rows.input_ids.shape[1])
-
-    def _autocast(self) -> torch.autocast:
-        """Compute in the precision of the weights: beside half-precision weights the adapter is kept in float32."""
-        half = None if self.base.dtype == torch.float32 else self.base.dtype
-        return torch.autocast(self.device.type, dtype=half, enabled=half is not None)
 
     def decoder(self) -> nn.Module:
         """The model for sampling, in evaluation mode, with LoRA merged. It shares the other tensors.
