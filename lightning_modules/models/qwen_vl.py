@@ -84,8 +84,13 @@ class QwenVL(nn.Module):
         self.processor_path = path
         self.freeze_vision = freeze_vision
         self.with_reference = with_reference
-        model = _load(path, DTYPES[dtype], on_meta)
+        register_attention()
+        model = skeleton(path, DTYPES[dtype]) if on_meta else load_model(path, DTYPES[dtype])
         self.architecture = architecture_of(model)
+        if not on_meta:
+            check_names(path, model.state_dict(), self.architecture)
+        model.set_attn_implementation({"text_config": TEXT_ATTENTION, "vision_config": VISION_ATTENTION})
+        model = accelerate_layers(model)
         model.requires_grad_(lora is None)
         self.architecture.vision_tower(model).requires_grad_(not freeze_vision)
         # If only an adapter is trained, the reference is the policy without its adapter. Else it is a copy, made before
@@ -294,12 +299,3 @@ class QwenVL(nn.Module):
             return
         state = (merged or merged_copy(self.base)).state_dict()
         write_merged(state, self.processor_path, folder, self.architecture, texts)
-
-
-def _load(path: str, dtype: torch.dtype, on_meta: bool) -> nn.Module:
-    register_attention()
-    model = skeleton(path, dtype) if on_meta else load_model(path, dtype)
-    if not on_meta:
-        check_names(path, model.state_dict(), architecture_of(model))
-    model.set_attn_implementation({"text_config": TEXT_ATTENTION, "vision_config": VISION_ATTENTION})
-    return accelerate_layers(model)
