@@ -12,6 +12,7 @@ CONFIG ?=
 MODEL ?=
 BENCH ?=
 IMAGES ?=
+REPO ?=
 QUESTION ?=
 export QUESTION
 ARGS ?=
@@ -28,7 +29,7 @@ KEEP ?=
 REDO ?=
 NANO := experiments/configs/nano
 # A misspelt variable, such as ARG= for ARGS=, would be ignored and a full run started.
-VARIABLES := PYTHON VENV CONFIG MODEL BENCH IMAGES QUESTION ARGS SOURCE ROOT BOXES DATA SEED RUNS SEEDS ROWS SWEEP KEEP REDO \
+VARIABLES := PYTHON VENV CONFIG MODEL BENCH IMAGES REPO QUESTION ARGS SOURCE ROOT BOXES DATA SEED RUNS SEEDS ROWS SWEEP KEEP REDO \
 	VLLM_VENV BENCH_PYTHON STAMP
 given := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 unknown := $(filter-out $(VARIABLES) MAKE% -%,$(given))
@@ -52,7 +53,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help pipeline smoke ablations base shards inspect sft grpo vllm-server sweep agent eval ask rescore synthesize tables report compare
+.PHONY: help pipeline smoke ablations base shards inspect sft grpo vllm-server sweep agent eval ask publish rescore synthesize tables report compare
 .PHONY: dashboard bench bench-gpu chaos lint test test-slow clean
 
 help:  ## Print this help
@@ -118,6 +119,10 @@ eval: $(STAMP)  ## Evaluate any model on MIG-Bench, BENCH=all (or ref_l4,...), o
 
 ask: $(STAMP)  ## Ask a model about your own images: MODEL=folder IMAGES="a.jpg b.jpg" QUESTION="..."; boxes in pixels and a drawing
 	@$(PY) -m experiments.ask_model --model $(or $(MODEL),nano) --images $(call list,$(IMAGES)) --question "$$QUESTION" $(ARGS)
+
+publish: $(STAMP)  ## Push a trained model, its card and its adapter to the Hugging Face Hub: MODEL=outputs/nano/grpo/merged REPO=owner/name
+	$(PY) -m experiments.runs.sharing.publish --model $(or $(MODEL),$(error MODEL=folder is missing)) \
+		--repo $(or $(REPO),$(error REPO=owner/name is missing)) $(ARGS)
 
 rescore: $(STAMP)  ## Score stored answers again: ARGS="--predictions outputs/eval/models--nano-base/lisa --threshold 0.3"
 	$(PY) -m experiments.evaluation.rescore $(ARGS)

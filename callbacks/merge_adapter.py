@@ -1,4 +1,4 @@
-"""Save the trained policy as a plain model folder, for the next phase and for any server."""
+"""Save the trained policy as a plain model folder, for the next phase and for any server, and its adapter beside it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ class MergeAdapter(Callback):
     """At the end of training, merges the LoRA adapter into a copy of the model, and saves it completely or not at all.
 
     The folder also gets `prompt_form.json`: how the phase has put its questions (datamodules/encoding/prompt_form.py).
+    The adapter alone, as PEFT saves it, is written beside it: `adapter/` for `merged/`.
 
     If the folder cannot be written, every rank ends with RunStopped. The same command then resumes from the last
     checkpoint, usually that of the end of training, and merges again. If training has changed nothing, every rank ends
@@ -37,6 +38,7 @@ class MergeAdapter(Callback):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             texts = {PROMPT_FORM: prompt_form_text(trainer.datamodule.encoder)}
+            pl_module.policy.save_adapter(folder.parent / "adapter", write=trainer.is_global_zero)
             pl_module.policy.save_merged(folder, write=trainer.is_global_zero, texts=texts)
         except (OSError, SafetensorError) as failure:
             error = str(storage_error(failure, folder))

@@ -31,6 +31,7 @@ from experiments.runs.changes import Choice, choice_of, spell_out
 from experiments.runs.commands import command
 from experiments.runs.parsers import run_cli
 from experiments.runs.results import BASE, Results, Stage, current_commit, make_stage, write_results
+from experiments.runs.sharing.model_card import write_model_card
 from experiments.runs.subprocess_steps import ROOT, Plan, Step, run_process, run_step, say, settle
 
 
@@ -189,6 +190,8 @@ class Pipeline:
         seconds += run_step(step, self.plan)
         self.stages[stage] = self._found(stage, seconds)
         self._write()
+        if stage != BASE:
+            write_model_card(self.folder / stage)
         starts = pipeline_report.stage_starts(self.folder, self.results)
         print(pipeline_report.stage_text(self.results, starts), flush=True)
 

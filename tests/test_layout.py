@@ -43,7 +43,7 @@ ROOMS = {
         ("serving", "metrics"),
     ),
     "callbacks": (),
-    "experiments": (("reports",), ("evaluation", "sweeps", "nano", "bench"), ("runs", "synthesis")),
+    "experiments": (("reports", "runs/sharing"), ("evaluation", "sweeps", "nano", "bench"), ("runs", "synthesis")),
 }
 # Without __init__.py. A room that is full is divided: some of its files, and their tests, go to a room inside it.
 MOST_FILES = 14

@@ -33,7 +33,14 @@ from lightning_modules.models.fsdp import ShardedModel, full_tensor, shard_layer
 from lightning_modules.models.inference.base import SamplingModel
 from lightning_modules.models.inference.plain_model import PlainSamplingModel
 from lightning_modules.models.layers.accelerate import accelerate_layers
-from lightning_modules.models.layers.lora import LoraSettings, frozen_copy, merged_copy, with_adapter
+from lightning_modules.models.layers.lora import (
+    LoraSettings,
+    adapter_tensors,
+    frozen_copy,
+    merged_copy,
+    with_adapter,
+    write_adapter,
+)
 from lightning_modules.models.merged_folder import check_names, write_merged
 from lightning_modules.models.reference import Reference
 from lightning_modules.models.token_bans import Ban, end_ids, placeholder_ids, special_ids
@@ -287,6 +294,13 @@ class QwenVL(nn.Module):
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def save_adapter(self, folder: str | Path, write: bool = True) -> None:
+        """Write the adapter as PEFT saves it; nothing if there is none. All ranks must call it, one with `write`."""
+        if isinstance(self.model, PeftModel):
+            tensors = adapter_tensors(self.model)
+            if write:
+                write_adapter(tensors, self.model, Path(folder))
 
     def save_merged(self, folder: str | Path, write: bool = True, texts: Mapping[str, str] | None = None) -> None:
         """Write the model's folder again with the adapter merged into its weights (`write_merged`).

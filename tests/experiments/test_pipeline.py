@@ -329,6 +329,9 @@ def test_the_whole_pipeline_runs_and_runs_only_once(workbench: Workbench, capfd)
     resolved = (folder / "grpo" / "config.yaml").read_text()
     for line in ("kl_beta: 0.01", f"model: {folder}/cot_sft/merged", "seed_everything: 3"):
         assert line in resolved
+    for stage in found.stages[1:]:
+        card = (folder / stage.name / "merged" / "README.md").read_text()
+        assert f"| avg | {stage.mig_bench['avg']:.2f} |" in card
 
     capfd.readouterr()
     pipeline.main(["--config", config, "--seed=3", "--overrides.grpo=--model.loss.kl_beta=0.01"])

@@ -1,0 +1,102 @@
+"""Publish a trained model on the Hugging Face Hub: the merged folder with its card, and the adapter beside it.
+
+    make publish MODEL=outputs/nano/grpo/merged REPO=owner/name
+    python -m experiments.runs.sharing.publish --model outputs/nano/grpo/merged --repo owner/name --private true
+
+The key is the Hub's own: `hf auth login`, or the environment variable HF_TOKEN. The same command again uploads only
+the files that differ.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from datamodules.checkpoints.model_folder import CONFIG, local_folder
+from datamodules.persistence.user_error import UserError
+from experiments.runs import run_identity
+from experiments.runs.commands import command
+from experiments.runs.parsers import run_cli
+from experiments.runs.sharing.model_card import CARD, write_model_card
+
+ADAPTER_FOLDER = "adapter"  # of a phase, and of the repository
+
+
+class PublishError(UserError):
+    """Something that cannot be published; the message names it and the fix."""
+
+
+@dataclass(frozen=True)
+class Publication:
+    """Publish a trained model on the Hugging Face Hub.
+
+    Args:
+        model: the merged model of a phase, such as outputs/nano/grpo/merged
+        repo: owner/name on the Hub; it is created if it does not exist
+        private: create it as a private repository
+        license_name: the Hub's name of the licence of the base model, such as apache-2.0, for the card
+        message: of the commit
+    """
+
+    model: str
+    repo: str
+    private: bool = False
+    license_name: str | None = None
+    message: str = "Upload the model, its adapter and its card"
+
+
+def publish(asked: Publication) -> str:
+    """Write the card and upload everything; returns the address of the commit.
+
+    Raises:
+        PublishError: the folder is no merged model of a phase, there is no key, or the Hub refuses.
+    """
+    # 1. The names, the folder and its phase, before anything is sent.
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", asked.repo):
+        raise PublishError(f"repo={asked.repo!r} must be owner/name")
+    folder = local_folder(asked.model)
+    phase = folder.resolve().parent
+    if folder.name != "merged" or not (folder / CONFIG).is_file() or not (phase / run_identity.CONFIG).is_file():
+        raise PublishError(
+            f"model={asked.model!r} is not the merged folder of a phase, such as outputs/nano/grpo/merged: its card "
+            "needs the config.yaml beside it"
+        )
+    card = write_model_card(phase, asked.license_name)
+
+    # 2. The repository.
+    from huggingface_hub import HfApi, get_token  # a slow import, needed only for the Hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if get_token() is None:
+        raise PublishError("no key for the Hub: run `hf auth login`, or set the environment variable HF_TOKEN")
+    hub = HfApi()
+    try:
+        hub.create_repo(asked.repo, private=asked.private, exist_ok=True)
+        # 3. The merged model with its card, then the adapter.
+        commit = hub.upload_folder(repo_id=asked.repo, folder_path=folder, commit_message=asked.message)
+        if (phase / ADAPTER_FOLDER).is_dir():
+            commit = hub.upload_folder(
+                repo_id=asked.repo,
+                folder_path=phase / ADAPTER_FOLDER,
+                path_in_repo=ADAPTER_FOLDER,
+                commit_message=f"{asked.message}: adapter",
+            )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise PublishError(
+            f"repo={asked.repo!r} at {hub.endpoint}: {first}. Nothing local has changed but {card}"
+        ) from error
+    return str(commit.commit_url)
+
+
+@command
+def main(args: list[str] | None = None) -> None:
+    """Entry point of `make publish`."""
+    asked = run_cli(Publication, args)
+    print(f"card: {Path(asked.model) / CARD}")
+    print(f"published: {publish(asked)}")
+
+
+if __name__ == "__main__":
+    main()
