@@ -99,12 +99,12 @@ class MultiImageData(LightningDataModule):
         super().__init__()
         # All wrong settings are reported together, before anything is loaded.
         low = {"batch_size": (batch_size, 1), "num_workers": (num_workers, 0), "shuffle_buffer": (shuffle_buffer, 1)}
-        faults = [f"{name}={value} is below {least}" for name, (value, least) in low.items() if value < least]
+        problems = [f"{name}={value} is below {least}" for name, (value, least) in low.items() if value < least]
         above = {"worker_timeout": worker_timeout, "cache_gib": cache_gib}
-        faults += [f"{name}={value} must be greater than 0" for name, value in above.items() if not value > 0]
-        faults += source_faults(shards)
-        if faults:
-            raise ValueError("; ".join(faults))
+        problems += [f"{name}={value} must be greater than 0" for name, value in above.items() if not value > 0]
+        problems += source_faults(shards)
+        if problems:
+            raise ValueError("; ".join(problems))
         self.shards, self.batch_size, self.num_workers = shards, batch_size, num_workers
         self.seed, self.shuffle_buffer, self.order = seed, shuffle_buffer, order
         self.cache, self.cache_gib = cache, cache_gib

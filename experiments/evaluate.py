@@ -45,7 +45,7 @@ from datamodules.synthetic.benchmark_replicas.write import REPLICAS, write_repli
 from experiments.evaluation.ask_processes import Ended, Job, ask_all
 from experiments.evaluation.choose_predictor import PredictorSettings, choose_predictor
 from experiments.evaluation.evaluation_settings import MOVED, PHASE_FOLDER, Evaluation
-from experiments.evaluation.extracting import extract_letters, extractor_faults, ready_extractor
+from experiments.evaluation.extracting import extract_letters, extractor_problems, ready_extractor
 from experiments.runs import preflight, run_identity, wandb_runs
 from experiments.runs.changes import RECORD, Choice, choice_of, settle_answers, spell_out
 from experiments.runs.commands import command
@@ -86,27 +86,27 @@ def evaluate(asked: Evaluation) -> dict[str, dict[str, Any]]:
 
 
 def _check(asked: Evaluation) -> tuple[PredictorSettings, dict[str, Benchmark]]:
-    """The predictor's settings and the benchmarks. Raises SettingsError with every fault at once: of the settings, of
+    """The predictor's settings and the benchmarks. Raises SettingsError with every problem at once: of the settings, of
     the model's files, and of the benchmarks' files."""
-    faults = [f"processes={asked.processes} must be at least 1"] if asked.processes < 1 else []
-    faults += [f"limit={asked.limit} must be at least 1"] if asked.limit is not None and asked.limit < 1 else []
-    # Each check adds to the faults and none ends the others, so that the user sees all of them at once.
+    problems = [f"processes={asked.processes} must be at least 1"] if asked.processes < 1 else []
+    problems += [f"limit={asked.limit} must be at least 1"] if asked.limit is not None and asked.limit < 1 else []
+    # Each check adds to the problems and none ends the others, so that the user sees all of them at once.
     names: list[str] = []
     settings: PredictorSettings | None = None
     try:
         names = benchmark_names(asked.bench)
-        faults += extractor_faults(asked.extractor, names)
+        problems += extractor_problems(asked.extractor, names)
     except ValueError as error:
-        faults.append(str(error))
+        problems.append(str(error))
     try:
         settings = choose_predictor(asked)
     except (OSError, ValueError) as error:
-        faults.append(str(error))
+        problems.append(str(error))
 
-    if asked.replicas and faults:  # none is written then, so that none is missed
+    if asked.replicas and problems:  # none is written then, so that none is missed
         names = [name for name in names if name not in REPLICAS]
     benchmarks, missing = load_benchmarks(names, asked.data_root, asked.replicas)
-    preflight.raise_all(faults + missing)
+    preflight.raise_all(problems + missing)
     for name, benchmark in benchmarks.items():
         notes = "".join(f"; {count} {reason}" for reason, count in benchmark.dropped.items() if count)
         print(f"{name}: {len(benchmark.samples)} questions{notes}", flush=True)
@@ -115,10 +115,10 @@ def _check(asked: Evaluation) -> tuple[PredictorSettings, dict[str, Benchmark]]:
 
 
 def load_benchmarks(names: Sequence[str], data_root: str, replicas: bool) -> tuple[dict[str, Benchmark], list[str]]:
-    """The benchmarks by name, with the faults of those that cannot be read. With `replicas`, missing ones are written
+    """The benchmarks by name, with the problems of those that cannot be read. With `replicas`, missing ones are written
     first."""
     found: dict[str, Benchmark] = {}
-    faults = []
+    problems = []
     for name in names:
         try:
             if replicas and name in REPLICAS:
@@ -128,8 +128,8 @@ def load_benchmarks(names: Sequence[str], data_root: str, replicas: bool) -> tup
                 raise ValueError(f"the results of two folders would lie in {benchmark.name}/: evaluate one at a time")
             found[name] = benchmark
         except (OSError, ValueError) as error:
-            faults.append(f"{name}: {error}")
-    return found, faults
+            problems.append(f"{name}: {error}")
+    return found, problems
 
 
 def _settle_answers(home: Path, choice: Choice | None) -> None:

@@ -136,24 +136,24 @@ def _check(
     records_per_shard: int,
 ) -> None:
     """Raise SettingsError with all wrong settings at once."""
-    faults = []
+    problems = []
     if (parts is None) == (not source):
-        faults.append(f"source={source!r} with {len(parts or ())} parts: exactly one of the two is needed")
+        problems.append(f"source={source!r} with {len(parts or ())} parts: exactly one of the two is needed")
     else:
-        faults += dict.fromkeys(fault for part in wanted for fault in part.faults(root))
+        problems += dict.fromkeys(problem for part in wanted for problem in part.problems(root))
     if parts is not None and not out:
-        faults.append("out='': a mixture needs a folder to write")
+        problems.append("out='': a mixture needs a folder to write")
     folders = [part.name for part in parts or ()]
-    faults += [f"two parts are named {name!r}" for name in sorted(set(folders)) if folders.count(name) > 1]
+    problems += [f"two parts are named {name!r}" for name in sorted(set(folders)) if folders.count(name) > 1]
     # Ids of samples begin with the data set's name: two of one name would share ids.
     origins = {part.origin: part for part in wanted if part.is_own}
     names = [part.own.dataset_name(part.place(root)) for part in origins.values()]
-    faults += [f"two data sets are named {name!r}: say own.name" for name in set(names) if names.count(name) > 1]
+    problems += [f"two data sets are named {name!r}: say own.name" for name in set(names) if names.count(name) > 1]
     if surplus < 1:
-        faults.append(f"surplus={surplus} is below 1")
+        problems.append(f"surplus={surplus} is below 1")
     if records_per_shard < 1:
-        faults.append(f"records_per_shard={records_per_shard} is below 1")
-    preflight.raise_all(faults)
+        problems.append(f"records_per_shard={records_per_shard} is below 1")
+    preflight.raise_all(problems)
 
 
 def _scan(part: Part, root: str, allow: Sequence[str]) -> Scan:

@@ -213,7 +213,7 @@ def _judge_all(
 def _problems(folders: list[str], endpoint: EndpointSettings, threshold: float, limit: int | None) -> Problems:
     """The problems of the settings and of the shards."""
     problems = Problems()
-    problems += [problem for folder in folders for problem in preflight.shard_faults(str(folder))]
+    problems += [problem for folder in folders for problem in preflight.shard_problems(str(folder))]
     problems.require(0 <= threshold < 1, "must be in [0, 1)", threshold=threshold)
     problems.require(limit is None or limit >= 1, "must be at least 1", limit=limit)
     if own := sorted({"temperature", "seed"} & endpoint.extra_body.keys()):

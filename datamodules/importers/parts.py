@@ -54,19 +54,19 @@ class Part:
         published sources are what they were before there were any."""
         return {name: value for name, value in asdict(self).items() if name != "own" or self.is_own}
 
-    def faults(self, root: str) -> list[str]:
+    def problems(self, root: str) -> list[str]:
         """All settings that cannot be, each with its field and value."""
-        faults = []
+        problems = []
         if self.source not in SOURCES:
             return [f"source={self.source!r} is none of {', '.join(SOURCES)}"]
         if self.count is not None and self.count < 1:
-            faults.append(f"count={self.count} is below 1")
+            problems.append(f"count={self.count} is below 1")
         # Own data checks its root itself: the root may be a file, or a name on the Hub.
         if self.is_own:
-            return faults + self.own.problems() + SOURCES[self.source].root_faults(str(self.place(root)), self.own)
+            return problems + self.own.problems() + SOURCES[self.source].root_problems(str(self.place(root)), self.own)
         if self.own != OwnData():
-            faults.append(f"own.* is for {', '.join(OWN_DATA)}: source={self.source!r} says all of it itself")
-        return faults + ([] if root and Path(root).is_dir() else [f"root={root!r} is no folder"])
+            problems.append(f"own.* is for {', '.join(OWN_DATA)}: source={self.source!r} says all of it itself")
+        return problems + ([] if root and Path(root).is_dir() else [f"root={root!r} is no folder"])
 
     def digests(self, root: str) -> dict[str, str]:
         """{path below the source's folder: sha256} of the annotation files.

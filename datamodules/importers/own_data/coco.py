@@ -66,7 +66,7 @@ class DetectionFile:
     found: Counter[str] = field(default_factory=Counter)  # items by array
 
 
-def root_faults(root: str, own: OwnData) -> list[str]:
+def root_problems(root: str, own: OwnData) -> list[str]:
     """What is wrong with ROOT."""
     return [] if root and Path(root).exists() else [f"root={root!r} is neither a folder nor a COCO file"]
 

@@ -29,7 +29,7 @@ UTF16 = (b"\xff\xfe", b"\xfe\xff")
 DEFAULT_SUBSETS = TRAIN
 
 
-def root_faults(root: str, own: OwnData) -> list[str]:
+def root_problems(root: str, own: OwnData) -> list[str]:
     """What is wrong with ROOT."""
     return [] if root and Path(root).exists() else [f"root={root!r} is neither a folder nor a file of records"]
 

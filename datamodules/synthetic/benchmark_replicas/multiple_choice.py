@@ -1,4 +1,4 @@
-"""Nano replicas of BLINK and MMIU: questions with options over scenes of the nano world, in their own files."""
+"""Nano replicas of BLINK and MMIU: questions with options over scenes of the synthetic dataset, in their own files."""
 
 from __future__ import annotations
 
