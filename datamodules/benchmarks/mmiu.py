@@ -26,7 +26,6 @@ from datamodules.benchmarks.base import (
     Rule,
     file_benchmark,
     files_fingerprint,
-    image_parts,
     make_sample,
 )
 from datamodules.benchmarks.reading.parquet import read_rows
@@ -132,17 +131,8 @@ def _sample(row: dict[str, Any], key: str, position: int) -> Sample:
     if letter not in letters:
         raise ValueError(f"{where}: output={row['output']!r} is none of {letters}")
     images = [str(PurePosixPath(name)) for name in row["input_image_path"]]
-    return make_sample(
-        {
-            "id": f"{NAME}/{position}",
-            "source": NAME,
-            "task": key,
-            "images": images,
-            "messages": image_parts(len(images), _text(row)),
-            "answer": {"letter": letter, "choices": [text for _, text in options]},
-        },
-        column=_KEYS[key],
-    )
+    answer = {"letter": letter, "choices": [text for _, text in options]}
+    return make_sample(NAME, position, key, images, _text(row), answer, column=_KEYS[key])
 
 
 def _text(row: dict[str, Any]) -> str:
