@@ -26,7 +26,7 @@ from datamodules.streaming.path_fingerprint import path_fingerprint
 from experiments.reports import sweep_plots, sweep_summary
 from experiments.reports.sweep_summary import in_words
 from experiments.runs import run_identity
-from experiments.runs.changes import Choice, CodeChanged, MadeOf, choice_of
+from experiments.runs.changes import Choice, MadeOf, choice_of
 from experiments.runs.commands import command
 from experiments.runs.results import current_commit
 from experiments.runs.subprocess_steps import ROOT, say
@@ -269,11 +269,8 @@ def main(args: list[str] | None = None) -> None:
         wandb_sweep.run_agent(wandb_sweep.find_or_create(given.config, folder), given.trials)
     # 3. Trials on this machine, and the pages about them.
     with run_identity.locked(folder):
-        try:
-            choice = choice_of(given.redo, given.keep)
-            sweep = LocalSweep(plan, folder, given.seed, count, given.retry_failed, choice)
-        except CodeChanged as question:
-            sys.exit(str(question))
+        choice = choice_of(given.redo, given.keep)
+        sweep = LocalSweep(plan, folder, given.seed, count, given.retry_failed, choice)
         try:
             sweep.run()
         except Interrupted as signal_name:
