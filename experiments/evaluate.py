@@ -20,6 +20,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from datamodules.metrics.result_files import (
     write_evaluation,
 )
 from datamodules.metrics.scoring import score_replies
-from datamodules.persistence.files import fingerprint, read_json
+from datamodules.persistence.files import fingerprint, read_json, write_json
 from datamodules.persistence.source_code import source_code
 from datamodules.samples.sample import BoxAnswer, Sample
 from datamodules.synthetic.benchmark_replicas.write import REPLICAS, write_replica
@@ -47,7 +48,7 @@ from experiments.evaluation.choose_predictor import PredictorSettings, choose_pr
 from experiments.evaluation.evaluation_settings import MOVED, PHASE_FOLDER, Evaluation
 from experiments.evaluation.extracting import extract_letters, extractor_problems, ready_extractor
 from experiments.runs import preflight, run_identity, wandb_runs
-from experiments.runs.changes import RECORD, Choice, choice_of, settle_answers, spell_out
+from experiments.runs.changes import Choice, choice_of, decide, is_stale, kept, question, spell_out
 from experiments.runs.commands import command
 from experiments.runs.parsers import run_cli
 from experiments.runs.renamed_settings import refuse_moved
@@ -55,6 +56,7 @@ from lightning_modules.metrics.summary import summarise
 from lightning_modules.predictors.ask import answers_folder, read_answers
 from lightning_modules.predictors.extractor import Extractor
 
+RECORD = "evaluation.json"  # beside the answers: the source files of the evaluation
 FACTS = ("data_root", "key", "extractor")  # of a result, for W&B
 
 
@@ -133,25 +135,25 @@ def load_benchmarks(names: Sequence[str], data_root: str, replicas: bool) -> tup
 
 
 def _settle_answers(home: Path, choice: Choice | None) -> None:
-    """Ask, keep or set aside where answers in `home` were given by other source files. Each benchmark's folder in
-    answers/ is named by the key of its own answers, so all of `home` has one record of code."""
-    answers, code = home / "answers", source_code(("experiments.evaluate",))
+    """Note which code runs the evaluation in `home`. The answers of other code are kept or set aside, as is chosen.
 
-    def set_aside() -> None:
+    Each benchmark's folder in answers/ is named by the key of its own answers, so all of `home` has one record of code.
+    Raises CodeChanged if other code has given answers, and there is no choice.
+    """
+    answers, code = home / "answers", source_code(("experiments.evaluate",))
+    record = read_json(home / RECORD)
+    stale = (record or any(answers.glob("*/*.jsonl"))) and is_stale(record, code, choice)
+    is_done = any(home.glob(f"*/{RESULT}"))
+    decision = decide(stale, choice, partial(question, f"the evaluation in {home}", is_done, record, code))
+    if decision == "keep":
+        record = kept(record, code)
+        print(f"the answers in {home} are kept, although other source files have asked for them", flush=True)
+    elif decision == "redo":
         # A random name never meets an older copy.
-        old = answers.with_name(f"answers.{secrets.token_hex(4)}")
+        record, old = {}, answers.with_name(f"answers.{secrets.token_hex(4)}")
         answers.replace(old)
         print(f"{answers} is moved to {old}", flush=True)
-
-    settle_answers(
-        home / RECORD,
-        "benchmarks",
-        code,
-        choice,
-        is_there=lambda: any(answers.glob("*/*.jsonl")),
-        is_done=lambda: any(home.glob(f"*/{RESULT}")),
-        set_aside=set_aside,
-    )
+    write_json(home / RECORD, {"key": "benchmarks", "code": code} | record)
 
 
 class _ScoredBenchmarks:

@@ -28,9 +28,10 @@ from datamodules.importers.parts import Part
 from datamodules.importers.reading.field_checks import format_report
 from datamodules.importers.reading.source import Scan
 from datamodules.importers.registry import OWN_DATA, VERSION
-from datamodules.importers.run_import import Settings, Workers, check_part, forget_parts, import_part, outcomes
+from datamodules.importers.run_import import Settings, Workers, forget_parts, import_part, outcomes
 from datamodules.importers.tally import Tally
 from datamodules.persistence.files import fingerprint, read_json, write_atomic, write_json
+from datamodules.persistence.problems import Problems
 from datamodules.streaming.manifest import MANIFEST, read_manifest, write_manifest
 from experiments.runs import preflight, run_identity
 from experiments.runs.changes import MadeOf
@@ -136,7 +137,7 @@ def _check(
     records_per_shard: int,
 ) -> None:
     """Raise SettingsError with all wrong settings at once."""
-    problems = []
+    problems = Problems()
     if (parts is None) == (not source):
         problems.append(f"source={source!r} with {len(parts or ())} parts: exactly one of the two is needed")
     else:
@@ -149,10 +150,7 @@ def _check(
     origins = {part.origin: part for part in wanted if part.is_own}
     names = [part.own.dataset_name(part.place(root)) for part in origins.values()]
     problems += [f"two data sets are named {name!r}: say own.name" for name in set(names) if names.count(name) > 1]
-    if surplus < 1:
-        problems.append(f"surplus={surplus} is below 1")
-    if records_per_shard < 1:
-        problems.append(f"records_per_shard={records_per_shard} is below 1")
+    problems.at_least(1, surplus=surplus, records_per_shard=records_per_shard)
     preflight.raise_all(problems)
 
 
@@ -192,7 +190,8 @@ def _write_preview(page: Path, parts: Sequence[tuple[Part, Scan]], one_box: bool
 
 def _try(part: Part, scan: Scan, settings: Settings, workers: Workers) -> Tally:
     """What an import of the part would take and reject."""
-    return check_part(_entries(part, scan), scan.convert, scan.image_root, settings, workers, part.name, scan.frame)
+    where = scan.image_root, settings, workers, part.name, scan.frame
+    return import_part(None, _entries(part, scan), scan.convert, *where)
 
 
 def _entries(part: Part, scan: Scan) -> Sequence[Any]:

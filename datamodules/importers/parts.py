@@ -12,6 +12,7 @@ from datamodules.importers.own_data.statement import OwnData
 from datamodules.importers.reading.source import DataError, Scan
 from datamodules.importers.registry import OWN_DATA, SOURCES
 from datamodules.persistence.files import file_sha256, fingerprint
+from datamodules.persistence.problems import Problems
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,10 @@ class Part:
 
     def problems(self, root: str) -> list[str]:
         """All settings that cannot be, each with its field and value."""
-        problems = []
+        problems = Problems()
         if self.source not in SOURCES:
             return [f"source={self.source!r} is none of {', '.join(SOURCES)}"]
-        if self.count is not None and self.count < 1:
-            problems.append(f"count={self.count} is below 1")
+        problems.require(self.count is None or self.count >= 1, "must be at least 1", count=self.count)
         # Own data checks its root itself: the root may be a file, or a name on the Hub.
         if self.is_own:
             return problems + self.own.problems() + SOURCES[self.source].root_problems(str(self.place(root)), self.own)
