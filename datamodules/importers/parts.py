@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from datamodules.importers.own_data.statement import OwnData
 from datamodules.importers.reading.source import DataError, Scan
 from datamodules.importers.registry import OWN_DATA, SOURCES
 from datamodules.persistence.files import file_sha256, fingerprint
 from datamodules.persistence.problems import Problems
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,7 @@ class Part:
             DataError: there is none.
         """
         place = self.place(root)
-        more = (self.own,) if self.is_own else ()
-        try:
-            files = SOURCES[self.source].annotation_files(place, *more)
-        except ValueError as error:
-            raise DataError(str(error)) from error
+        files = self._ask(SOURCES[self.source].annotation_files, place)
         for file in files:
             try:
                 str(file).encode("utf-8")
@@ -93,9 +91,12 @@ class Part:
         Raises:
             DataError: they hold something that cannot be imported.
         """
-        more = (self.own,) if self.is_own else ()
+        return self._ask(SOURCES[self.source].scan, self.place(root), allow)
+
+    def _ask(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function of the source's module, with the statements if the data are the user's own."""
         try:
-            return SOURCES[self.source].scan(self.place(root), allow, *more)
+            return function(*arguments, *((self.own,) if self.is_own else ()))
         except ValueError as error:  # published sources raise it for every surprise in a file
             raise DataError(str(error)) from error
 
