@@ -146,7 +146,16 @@ def import_part(
     tally, shards = Tally(), []
     total = len(entries) if settings.count is None else settings.count
     unit = "record" if settings.count is None else "sample"
-    finished = workers.in_order(_tasks(folder, entries, convert, image_root, settings, frame))
+    order: Sequence[int] = range(len(entries))
+    if settings.count is not None:
+        # Records, and not samples, are shuffled: how many samples a record gives is known only after its conversion.
+        order = list(order)
+        random.Random(settings.seed).shuffle(order)
+    size = settings.records_per_shard
+    runs = (order[start : start + size] for start in range(0, len(order), size))
+    how = convert, image_root, settings.one_box, frame
+    tasks = (_Task(folder, number, [entries[index] for index in run], *how) for number, run in enumerate(runs))
+    finished = workers.in_order(tasks)
     # 2. Shards in order, as they are finished.
     with tqdm(total=total, desc=title, unit=unit) as bar, closing(finished):
         for task, note in finished:
@@ -173,25 +182,6 @@ def import_part(
 def forget_parts(folder: str | Path) -> None:
     """Remove the notes of a finished part."""
     shutil.rmtree(Path(folder) / PARTS, ignore_errors=True)
-
-
-def _tasks(
-    folder: Path | None,
-    entries: Sequence[Any],
-    convert: Convert,
-    image_root: Path,
-    settings: Settings,
-    frame: Frame | None,
-) -> Iterator[_Task]:
-    order: Sequence[int] = range(len(entries))
-    if settings.count is not None:
-        # Records, and not samples, are shuffled: how many samples a record gives is known only after its conversion.
-        order = list(order)
-        random.Random(settings.seed).shuffle(order)
-    size = settings.records_per_shard
-    for number, start in enumerate(range(0, len(order), size)):
-        chosen = [entries[index] for index in order[start : start + size]]
-        yield _Task(folder, number, chosen, convert, image_root, settings.one_box, frame)
 
 
 def _make_shard(task: _Task) -> dict[str, Any]:
