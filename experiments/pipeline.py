@@ -74,6 +74,7 @@ class Phase:
     config: str
 
 
+@dataclass
 class Pipeline:
     """The stages of one experiment, tied together by its folders: BASE, and then the training phases in their order.
 
@@ -86,24 +87,22 @@ class Pipeline:
         overrides: more arguments, by stage or by "evaluation".
         environment: stage -> more variables for its processes.
         choice: whether steps that other source files have made are kept or made again.
+        plan: the place of each step in the whole; several pipelines may share one.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        seed: int,
-        model: str,
-        evaluation: str,
-        phases: Mapping[str, Phase],
-        overrides: Mapping[str, str],
-        environment: Callable[[str], Mapping[str, str]] = lambda stage: {},
-        choice: Choice | None = None,
-    ) -> None:
-        self.folder, self.seed, self.model, self.evaluation, self.phases = folder, seed, model, evaluation, phases
-        self.overrides, self.environment, self.choice = overrides, environment, choice
-        self.plan: Plan | None = None  # the place of each step in the whole; several pipelines may share one
+    folder: Path
+    seed: int
+    model: str
+    evaluation: str
+    phases: Mapping[str, Phase]
+    overrides: Mapping[str, str]
+    environment: Callable[[str], Mapping[str, str]] = lambda stage: {}
+    choice: Choice | None = None
+    plan: Plan | None = None
+
+    def __post_init__(self) -> None:
         self.commit, self.stages = current_commit(ROOT), {}
-        self.asked = read_settings(evaluation, shlex.split(overrides.get("evaluation", "")))
+        self.asked = read_settings(self.evaluation, shlex.split(self.overrides.get("evaluation", "")))
 
     @property
     def results(self) -> Results:

@@ -105,10 +105,6 @@ class LocalSweep:
         where = ["--experiment", self.folder.name, "--phase", phase_name(trial), "--outputs", str(self.folder.parent)]
         return words + where
 
-    def started_command(self, trial: Trial) -> list[str]:
-        """`command`, with the flag --keep or --redo for a trial that other code has begun."""
-        return self.command(trial) + ([f"--{self.choice}"] if self.choice else [])
-
     def write_summary(self) -> None:
         commands = [describe_command(self.command(trial)) for trial in self.log.trials]
         sweep_summary.write(self.folder, self.plan, self.log.trials, commands, self.facts)
@@ -145,10 +141,10 @@ class LocalSweep:
             return stopped is not None
 
         environment = trial_environment(("sweep", self.plan.method))
+        # The flag --keep or --redo is for a trial that other code has begun.
+        words = self.command(trial) + ([f"--{self.choice}"] if self.choice else [])
         for _ in range(ATTEMPTS):
-            ended = run_process(
-                self.started_command(trial), environment, log, lambda: logged_points(folder, self.plan.metric), see
-            )
+            ended = run_process(words, environment, log, lambda: logged_points(folder, self.plan.metric), see)
             spent += ended.seconds
             if ended.pruned or ended.code >= 0:
                 break
