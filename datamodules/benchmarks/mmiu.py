@@ -30,6 +30,7 @@ from datamodules.benchmarks.base import (
 )
 from datamodules.benchmarks.reading.parquet import read_rows
 from datamodules.images.image_files import file_size, load_images, refuse_turned
+from datamodules.samples.option_mentions import option_letters
 from datamodules.samples.sample import LoadedSample, Sample, SampleError
 
 NAME, FOLDER = "mmiu", "MMIU"
@@ -125,7 +126,7 @@ def _sample(row: dict[str, Any], key: str, position: int) -> Sample:
     options = _OPTION.findall(row["options"])
     letters = [letter for letter, _ in options]
     # The letter is the index of the choice, so a gap would shift every later option.
-    if letters != [chr(ord("A") + index) for index in range(len(letters))] or not letters:
+    if letters != option_letters(len(letters)) or not letters:
         raise ValueError(f"{where}: options={row['options']!r:.80} are not lettered A, B, …")
     letter = row["output"].strip().strip("().:").upper()
     if letter not in letters:
