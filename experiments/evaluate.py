@@ -46,7 +46,7 @@ from datamodules.synthetic.benchmark_replicas.write import REPLICAS, write_repli
 from experiments.evaluation.ask_processes import Ended, Job, ask_all
 from experiments.evaluation.choose_predictor import PredictorSettings, choose_predictor
 from experiments.evaluation.evaluation_settings import MOVED, PHASE_FOLDER, Evaluation
-from experiments.evaluation.extracting import extract_letters, extractor_problems, ready_extractor
+from experiments.evaluation.extracting import extract_letters, extractor_problems
 from experiments.runs import preflight, run_identity, wandb_runs
 from experiments.runs.changes import Choice, choice_of, decide, is_stale, kept, question, spell_out
 from experiments.runs.commands import command
@@ -68,7 +68,9 @@ def evaluate(asked: Evaluation) -> dict[str, dict[str, Any]]:
     home = Path(asked.output or default_output(settings.model, served=asked.endpoint is not None))
     with run_identity.locked(home):
         _settle_answers(home, choice)
-        extractor = None if asked.extractor is None else ready_extractor(asked.extractor, home / "answers")
+        extractor = None if asked.extractor is None else Extractor(asked.extractor, home / "answers")
+        if extractor is not None:
+            extractor.check_first()
         # 2. Ask, and score each benchmark as soon as all its answers are there.
         scored = _ScoredBenchmarks(asked, settings.model, home, extractor)
         job = Job(settings, tuple(benchmarks), asked.data_root, str(home), asked.limit)

@@ -29,7 +29,6 @@ from datamodules.importers.reading.field_checks import format_report
 from datamodules.importers.reading.source import Scan
 from datamodules.importers.registry import OWN_DATA, VERSION
 from datamodules.importers.run_import import Settings, Workers, forget_parts, import_part, outcomes
-from datamodules.importers.tally import Tally
 from datamodules.persistence.files import fingerprint, read_json, write_atomic, write_json
 from datamodules.persistence.problems import Problems
 from datamodules.streaming.manifest import MANIFEST, read_manifest, write_manifest
@@ -112,7 +111,10 @@ def run(
         with Workers(processes or os.cpu_count() or 1) as workers:
             if dry_run:
                 for part in wanted:
-                    print(f"{part.name}:\n{_try(part, scans[part.origin], settings, workers)}", flush=True)
+                    scan = scans[part.origin]
+                    where = scan.image_root, settings, workers, part.name, scan.frame
+                    tally = import_part(None, _entries(part, scan), scan.convert, *where)
+                    print(f"{part.name}:\n{tally}", flush=True)
                 return
             # 3. Write the parts, one after the other. The old manifest goes first, because it may name parts that
             # will be renamed now.
@@ -186,12 +188,6 @@ def _write_preview(page: Path, parts: Sequence[tuple[Part, Scan]], one_box: bool
     tables = count_tables([shown for group in groups.values() for shown in group])
     write_atomic(page, render_samples("Before the import", groups, tables, "The tables count these samples alone."))
     print(f"wrote {page}", flush=True)
-
-
-def _try(part: Part, scan: Scan, settings: Settings, workers: Workers) -> Tally:
-    """What an import of the part would take and reject."""
-    where = scan.image_root, settings, workers, part.name, scan.frame
-    return import_part(None, _entries(part, scan), scan.convert, *where)
 
 
 def _entries(part: Part, scan: Scan) -> Sequence[Any]:

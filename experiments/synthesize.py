@@ -144,7 +144,10 @@ def synthesize(
         summary["failed"] = session.failed
         summary["cost"] = round(prices.cost(summary["prompt_tokens"], summary["completion_tokens"]), 4)
         said = {"teacher": endpoint.model, "threshold": threshold, "sampling": asdict(sampling)}
-        print(_write_summary(home, {"key": result_key} | summary | said), flush=True)
+        report = format_report(summary | said, f"CoT synthesis by {endpoint.model}")
+        write_atomic(home / "report.md", report)
+        write_json(home / "synthesis.json", {"key": result_key} | summary | said)  # it marks the result as complete
+        print(report, flush=True)
     print(_session_text(session), flush=True)
 
 
@@ -152,14 +155,6 @@ def _is_finished(home: Path, key: str) -> bool:
     """Whether the result is complete, with an answer to every question."""
     found = read_json(home / "synthesis.json")
     return found.get("key") == key and not found.get("failed") and (home / "shards" / MANIFEST).is_file()
-
-
-def _write_summary(home: Path, summary: dict[str, Any]) -> str:
-    """Write report.md and synthesis.json; returns the text of the report."""
-    report = format_report(summary, f"CoT synthesis by {summary['teacher']}")
-    write_atomic(home / "report.md", report)
-    write_json(home / "synthesis.json", summary)  # last, because it marks the result as complete
-    return report
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from datamodules.benchmarks.base import Benchmark
@@ -33,13 +32,6 @@ def extractor_problems(extractor: EndpointSettings | None, names: Sequence[str])
     if not set(known) & set(names):
         problems.append(f"extractor.model={extractor.model!r} is for {', '.join(known)}, not for {', '.join(names)}")
     return problems
-
-
-def ready_extractor(settings: EndpointSettings, folder: Path) -> Extractor:
-    """An extractor that keeps its replies in `folder`, once its server has answered. Raises as `check_first` does."""
-    extractor = Extractor(settings, folder)
-    extractor.check_first()
-    return extractor
 
 
 def extract_letters(
