@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 from datamodules.encoding.encoder import Batch, EncodedSample, Encoder
 from datamodules.encoding.messages import PromptStyle
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
+from datamodules.persistence.problems import Problems
 from datamodules.samples.boxes import BoxFormat, BoxFormatName
 from datamodules.samples.sample import LoadedSample, Rejections, SampleError
 from datamodules.samples.scores import require_box
@@ -98,13 +99,12 @@ class MultiImageData(LightningDataModule):
     ) -> None:
         super().__init__()
         # All wrong settings are reported together, before anything is loaded.
-        low = {"batch_size": (batch_size, 1), "num_workers": (num_workers, 0), "shuffle_buffer": (shuffle_buffer, 1)}
-        faults = [f"{name}={value} is below {least}" for name, (value, least) in low.items() if value < least]
-        above = {"worker_timeout": worker_timeout, "cache_gib": cache_gib}
-        faults += [f"{name}={value} must be greater than 0" for name, value in above.items() if not value > 0]
-        faults += source_faults(shards)
-        if faults:
-            raise ValueError("; ".join(faults))
+        problems = Problems()
+        problems.at_least(1, batch_size=batch_size, shuffle_buffer=shuffle_buffer)
+        problems.at_least(0, num_workers=num_workers)
+        problems.positive(worker_timeout=worker_timeout, cache_gib=cache_gib)
+        problems += source_faults(shards)
+        problems.raise_all("data")
         self.shards, self.batch_size, self.num_workers = shards, batch_size, num_workers
         self.seed, self.shuffle_buffer, self.order = seed, shuffle_buffer, order
         self.cache, self.cache_gib = cache, cache_gib

@@ -22,11 +22,11 @@ import yaml
 from callbacks import preemption
 from datamodules.persistence.files import write_atomic
 from datamodules.persistence.user_error import UserError
-from experiments.pipeline import Phase, Pipeline, build_world, check_files, check_stages, experiment_folder
+from experiments.pipeline import Phase, Pipeline, build_synthetic, check_files, check_stages, experiment_folder
 from experiments.reports import ablation_report
 from experiments.reports.ablation_summary import Comparison
 from experiments.runs import run_identity, wandb_runs
-from experiments.runs.changes import Choice, choice_of, spell_out
+from experiments.runs.changes import choice_of, spell_out
 from experiments.runs.commands import command
 from experiments.runs.parsers import run_cli
 from experiments.runs.results import BASE
@@ -53,7 +53,7 @@ def run(
     model: str,
     evaluation: str,
     rows: dict[str, Row],
-    world: str | None = None,
+    synthetic_dataset: str | None = None,
     seeds: list[int] | None = None,
     comparisons: list[Comparison] | None = None,
     only: list[str] | None = None,
@@ -72,7 +72,7 @@ def run(
         model: the base model, folder or Hub name
         evaluation: YAML of experiments.evaluate
         rows: name of each row's phase, after the row that it starts from; the first row, "base", always exists
-        world: YAML of experiments.generate_synthetic; null where the data are there already
+        synthetic_dataset: YAML of experiments.generate_synthetic; null where the data are there already
         seeds: seeds of all training; null: [0]
         comparisons: differences between rows, with their aims
         only: rows to run, with the rows that they start from; other rows are kept if they are done. null: all
@@ -97,14 +97,21 @@ def run(
     if not report_only:
         configs = {f"rows.{name}.config": row.config for name, row in rows.items()}
         configs |= {f"rows.{name}.changes": path for name, row in rows.items() for path in row.changes}
-        check_files({"evaluation": evaluation, "world": world} | configs)
+        check_files({"evaluation": evaluation, "synthetic_dataset": synthetic_dataset} | configs)
         start = time.monotonic()
-        # 2. The world, and the choice for steps that other source files have made.
-        if world:
-            build_world(world)
-        pipelines = make_pipelines(folders, home, model, evaluation, rows, overrides, choice_of(redo, keep))
-        settle([step for pipeline in pipelines.values() for step in pipeline.steps()])
-        plan = Plan([step for pipeline in pipelines.values() for step in pipeline.steps()], minutes or {})
+        # 2. The synthetic dataset, and the choice for steps that other source files have made.
+        if synthetic_dataset:
+            build_synthetic(synthetic_dataset)
+        phases = {name: Phase(row.start, row_config(name, row, home)) for name, row in rows.items()}
+        arguments = {name: f"{row.overrides} {overrides.get(name, '')}".strip() for name, row in rows.items()}
+        arguments["evaluation"] = overrides.get("evaluation", "")
+        choice, pipelines = choice_of(redo, keep), {}
+        for seed, folder in folders.items():
+            names = partial(wandb_runs.wandb_environment, home.name, f"seed{seed}")  # of a row, which is a tag too
+            pipelines[seed] = Pipeline(folder, seed, model, evaluation, phases, arguments, names, choice)
+        steps = [step for pipeline in pipelines.values() for step in pipeline.steps()]
+        settle(steps)
+        plan = Plan(steps, minutes or {})
         for pipeline in pipelines.values():
             pipeline.plan = plan
         # 3. Run the rows, seed after seed, and write the comparison after each row.
@@ -120,26 +127,6 @@ def run(
     if not report_only:
         wandb_runs.log_summary(home / "summary", *ablation_report.figures(home))
     say(f"{home / 'ablations.html'}, {home / 'ablations.md'}, {home / 'ablations.json'}")
-
-
-def make_pipelines(
-    folders: Mapping[int, Path],
-    home: Path,
-    model: str,
-    evaluation: str,
-    rows: Mapping[str, Row],
-    overrides: Mapping[str, str],
-    choice: Choice | None = None,
-) -> dict[int, Pipeline]:
-    """Each seed's pipeline in its folder, with the rows as phases; a row's own configuration file goes to `home`."""
-    phases = {name: Phase(row.start, row_config(name, row, home)) for name, row in rows.items()}
-    arguments = {name: f"{row.overrides} {overrides.get(name, '')}".strip() for name, row in rows.items()}
-    arguments["evaluation"] = overrides.get("evaluation", "")
-    pipelines = {}
-    for seed, folder in folders.items():
-        names = partial(wandb_runs.wandb_environment, home.name, f"seed{seed}")  # of a row, which is a tag too
-        pipelines[seed] = Pipeline(folder, seed, model, evaluation, phases, arguments, names, choice)
-    return pipelines
 
 
 def list_all_done(pipelines: Mapping[int, Pipeline]) -> None:

@@ -10,7 +10,7 @@ folder. A question may say where each image stands: "In <image> there is a dog. 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -114,7 +114,7 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of `make ask`."""
     asked = run_cli(Question, args)
     answer = ask(asked)
-    print(json.dumps(answer.to_json(), ensure_ascii=False) if asked.json else format_answer(answer, asked.output))
+    print(json.dumps(asdict(answer), ensure_ascii=False) if asked.json else format_answer(answer, asked.output))
 
 
 if __name__ == "__main__":

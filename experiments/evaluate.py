@@ -20,6 +20,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,16 @@ from datamodules.metrics.result_files import (
     write_evaluation,
 )
 from datamodules.metrics.scoring import score_replies
-from datamodules.persistence.files import fingerprint, read_json
+from datamodules.persistence.files import fingerprint, read_json, write_json
 from datamodules.persistence.source_code import source_code
 from datamodules.samples.sample import BoxAnswer, Sample
 from datamodules.synthetic.benchmark_replicas.write import REPLICAS, write_replica
 from experiments.evaluation.ask_processes import Ended, Job, ask_all
 from experiments.evaluation.choose_predictor import PredictorSettings, choose_predictor
 from experiments.evaluation.evaluation_settings import MOVED, PHASE_FOLDER, Evaluation
-from experiments.evaluation.extracting import extract_letters, extractor_faults, ready_extractor
+from experiments.evaluation.extracting import extract_letters, extractor_problems
 from experiments.runs import preflight, run_identity, wandb_runs
-from experiments.runs.changes import RECORD, Choice, choice_of, settle_answers, spell_out
+from experiments.runs.changes import Choice, choice_of, decide, is_stale, kept, question, spell_out
 from experiments.runs.commands import command
 from experiments.runs.parsers import run_cli
 from experiments.runs.renamed_settings import refuse_moved
@@ -55,6 +56,7 @@ from lightning_modules.metrics.summary import summarise
 from lightning_modules.predictors.ask import answers_folder, read_answers
 from lightning_modules.predictors.extractor import Extractor
 
+RECORD = "evaluation.json"  # beside the answers: the source files of the evaluation
 FACTS = ("data_root", "key", "extractor")  # of a result, for W&B
 
 
@@ -66,7 +68,9 @@ def evaluate(asked: Evaluation) -> dict[str, dict[str, Any]]:
     home = Path(asked.output or default_output(settings.model, served=asked.endpoint is not None))
     with run_identity.locked(home):
         _settle_answers(home, choice)
-        extractor = None if asked.extractor is None else ready_extractor(asked.extractor, home / "answers")
+        extractor = None if asked.extractor is None else Extractor(asked.extractor, home / "answers")
+        if extractor is not None:
+            extractor.check_first()
         # 2. Ask, and score each benchmark as soon as all its answers are there.
         scored = _ScoredBenchmarks(asked, settings.model, home, extractor)
         job = Job(settings, tuple(benchmarks), asked.data_root, str(home), asked.limit)
@@ -86,27 +90,27 @@ def evaluate(asked: Evaluation) -> dict[str, dict[str, Any]]:
 
 
 def _check(asked: Evaluation) -> tuple[PredictorSettings, dict[str, Benchmark]]:
-    """The predictor's settings and the benchmarks. Raises SettingsError with every fault at once: of the settings, of
+    """The predictor's settings and the benchmarks. Raises SettingsError with every problem at once: of the settings, of
     the model's files, and of the benchmarks' files."""
-    faults = [f"processes={asked.processes} must be at least 1"] if asked.processes < 1 else []
-    faults += [f"limit={asked.limit} must be at least 1"] if asked.limit is not None and asked.limit < 1 else []
-    # Each check adds to the faults and none ends the others, so that the user sees all of them at once.
+    problems = [f"processes={asked.processes} must be at least 1"] if asked.processes < 1 else []
+    problems += [f"limit={asked.limit} must be at least 1"] if asked.limit is not None and asked.limit < 1 else []
+    # Each check adds to the problems and none ends the others, so that the user sees all of them at once.
     names: list[str] = []
     settings: PredictorSettings | None = None
     try:
         names = benchmark_names(asked.bench)
-        faults += extractor_faults(asked.extractor, names)
+        problems += extractor_problems(asked.extractor, names)
     except ValueError as error:
-        faults.append(str(error))
+        problems.append(str(error))
     try:
         settings = choose_predictor(asked)
     except (OSError, ValueError) as error:
-        faults.append(str(error))
+        problems.append(str(error))
 
-    if asked.replicas and faults:  # none is written then, so that none is missed
+    if asked.replicas and problems:  # none is written then, so that none is missed
         names = [name for name in names if name not in REPLICAS]
     benchmarks, missing = load_benchmarks(names, asked.data_root, asked.replicas)
-    preflight.raise_all(faults + missing)
+    preflight.raise_all(problems + missing)
     for name, benchmark in benchmarks.items():
         notes = "".join(f"; {count} {reason}" for reason, count in benchmark.dropped.items() if count)
         print(f"{name}: {len(benchmark.samples)} questions{notes}", flush=True)
@@ -115,10 +119,10 @@ def _check(asked: Evaluation) -> tuple[PredictorSettings, dict[str, Benchmark]]:
 
 
 def load_benchmarks(names: Sequence[str], data_root: str, replicas: bool) -> tuple[dict[str, Benchmark], list[str]]:
-    """The benchmarks by name, with the faults of those that cannot be read. With `replicas`, missing ones are written
+    """The benchmarks by name, with the problems of those that cannot be read. With `replicas`, missing ones are written
     first."""
     found: dict[str, Benchmark] = {}
-    faults = []
+    problems = []
     for name in names:
         try:
             if replicas and name in REPLICAS:
@@ -128,30 +132,30 @@ def load_benchmarks(names: Sequence[str], data_root: str, replicas: bool) -> tup
                 raise ValueError(f"the results of two folders would lie in {benchmark.name}/: evaluate one at a time")
             found[name] = benchmark
         except (OSError, ValueError) as error:
-            faults.append(f"{name}: {error}")
-    return found, faults
+            problems.append(f"{name}: {error}")
+    return found, problems
 
 
 def _settle_answers(home: Path, choice: Choice | None) -> None:
-    """Ask, keep or set aside where answers in `home` were given by other source files. Each benchmark's folder in
-    answers/ is named by the key of its own answers, so all of `home` has one record of code."""
-    answers, code = home / "answers", source_code(("experiments.evaluate",))
+    """Note which code runs the evaluation in `home`. The answers of other code are kept or set aside, as is chosen.
 
-    def set_aside() -> None:
+    Each benchmark's folder in answers/ is named by the key of its own answers, so all of `home` has one record of code.
+    Raises CodeChanged if other code has given answers, and there is no choice.
+    """
+    answers, code = home / "answers", source_code(("experiments.evaluate",))
+    record = read_json(home / RECORD)
+    stale = (record or any(answers.glob("*/*.jsonl"))) and is_stale(record, code, choice)
+    is_done = any(home.glob(f"*/{RESULT}"))
+    decision = decide(stale, choice, partial(question, f"the evaluation in {home}", is_done, record, code))
+    if decision == "keep":
+        record = kept(record, code)
+        print(f"the answers in {home} are kept, although other source files have asked for them", flush=True)
+    elif decision == "redo":
         # A random name never meets an older copy.
-        old = answers.with_name(f"answers.{secrets.token_hex(4)}")
+        record, old = {}, answers.with_name(f"answers.{secrets.token_hex(4)}")
         answers.replace(old)
         print(f"{answers} is moved to {old}", flush=True)
-
-    settle_answers(
-        home / RECORD,
-        "benchmarks",
-        code,
-        choice,
-        is_there=lambda: any(answers.glob("*/*.jsonl")),
-        is_done=lambda: any(home.glob(f"*/{RESULT}")),
-        set_aside=set_aside,
-    )
+    write_json(home / RECORD, {"key": "benchmarks", "code": code} | record)
 
 
 class _ScoredBenchmarks:

@@ -28,9 +28,9 @@ from datamodules.importers.parts import Part
 from datamodules.importers.reading.field_checks import format_report
 from datamodules.importers.reading.source import Scan
 from datamodules.importers.registry import OWN_DATA, VERSION
-from datamodules.importers.run_import import Settings, Workers, check_part, forget_parts, import_part, outcomes
-from datamodules.importers.tally import Tally
+from datamodules.importers.run_import import Settings, Workers, forget_parts, import_part, outcomes
 from datamodules.persistence.files import fingerprint, read_json, write_atomic, write_json
+from datamodules.persistence.problems import Problems
 from datamodules.streaming.manifest import MANIFEST, read_manifest, write_manifest
 from experiments.runs import preflight, run_identity
 from experiments.runs.changes import MadeOf
@@ -111,7 +111,10 @@ def run(
         with Workers(processes or os.cpu_count() or 1) as workers:
             if dry_run:
                 for part in wanted:
-                    print(f"{part.name}:\n{_try(part, scans[part.origin], settings, workers)}", flush=True)
+                    scan = scans[part.origin]
+                    where = scan.image_root, settings, workers, part.name, scan.frame
+                    tally = import_part(None, _entries(part, scan), scan.convert, *where)
+                    print(f"{part.name}:\n{tally}", flush=True)
                 return
             # 3. Write the parts, one after the other. The old manifest goes first, because it may name parts that
             # will be renamed now.
@@ -136,24 +139,21 @@ def _check(
     records_per_shard: int,
 ) -> None:
     """Raise SettingsError with all wrong settings at once."""
-    faults = []
+    problems = Problems()
     if (parts is None) == (not source):
-        faults.append(f"source={source!r} with {len(parts or ())} parts: exactly one of the two is needed")
+        problems.append(f"source={source!r} with {len(parts or ())} parts: exactly one of the two is needed")
     else:
-        faults += dict.fromkeys(fault for part in wanted for fault in part.faults(root))
+        problems += dict.fromkeys(problem for part in wanted for problem in part.problems(root))
     if parts is not None and not out:
-        faults.append("out='': a mixture needs a folder to write")
+        problems.append("out='': a mixture needs a folder to write")
     folders = [part.name for part in parts or ()]
-    faults += [f"two parts are named {name!r}" for name in sorted(set(folders)) if folders.count(name) > 1]
+    problems += [f"two parts are named {name!r}" for name in sorted(set(folders)) if folders.count(name) > 1]
     # Ids of samples begin with the data set's name: two of one name would share ids.
     origins = {part.origin: part for part in wanted if part.is_own}
     names = [part.own.dataset_name(part.place(root)) for part in origins.values()]
-    faults += [f"two data sets are named {name!r}: say own.name" for name in set(names) if names.count(name) > 1]
-    if surplus < 1:
-        faults.append(f"surplus={surplus} is below 1")
-    if records_per_shard < 1:
-        faults.append(f"records_per_shard={records_per_shard} is below 1")
-    preflight.raise_all(faults)
+    problems += [f"two data sets are named {name!r}: say own.name" for name in set(names) if names.count(name) > 1]
+    problems.at_least(1, surplus=surplus, records_per_shard=records_per_shard)
+    preflight.raise_all(problems)
 
 
 def _scan(part: Part, root: str, allow: Sequence[str]) -> Scan:
@@ -188,11 +188,6 @@ def _write_preview(page: Path, parts: Sequence[tuple[Part, Scan]], one_box: bool
     tables = count_tables([shown for group in groups.values() for shown in group])
     write_atomic(page, render_samples("Before the import", groups, tables, "The tables count these samples alone."))
     print(f"wrote {page}", flush=True)
-
-
-def _try(part: Part, scan: Scan, settings: Settings, workers: Workers) -> Tally:
-    """What an import of the part would take and reject."""
-    return check_part(_entries(part, scan), scan.convert, scan.image_root, settings, workers, part.name, scan.frame)
 
 
 def _entries(part: Part, scan: Scan) -> Sequence[Any]:

@@ -7,7 +7,6 @@ a model (its processor is enough) it counts tokens, and shows what the encoder w
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from datamodules.persistence.files import read_json, write_atomic
 from datamodules.samples.boxes import BoxFormat
 from datamodules.samples.sample import LoadedSample, SampleError
 from datamodules.streaming.shard_reader import ShardReader
-from datamodules.streaming.url_openers import FetchError
 from experiments.reports.samples_page import Shown, count_tables, rejection_tables, render_samples
 from experiments.runs.commands import command
 from experiments.runs.usage_errors import PlainParser
@@ -88,7 +86,7 @@ def _show(reader: ShardReader, encoder: Encoder | None, number: int) -> Shown:
     return Shown(f"sample {number}", loaded, encoded)
 
 
-@command
+@command(failed="nothing to inspect")
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make inspect`."""
     parser = PlainParser(description=__doc__.split("\n")[0])
@@ -100,11 +98,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--measured", type=int, default=300, help="samples that the tables count")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--max_prompt_tokens", type=int, default=4096, help="longer prompts are rejected")
-    options = vars(parser.parse_args(args))
-    try:
-        print(f"wrote {inspect(**options)}")
-    except (OSError, ValueError, FetchError) as error:
-        sys.exit(f"nothing to inspect: {error}")
+    print(f"wrote {inspect(**vars(parser.parse_args(args)))}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The whole pipeline: the world, base, CoT-SFT, rejection sampling and GRPO, with MIG-Bench before, between and after.
+"""The whole pipeline: synthetic dataset, base, CoT-SFT, rejection sampling and GRPO, with MIG-Bench after each stage.
 
     python -m experiments.pipeline --config experiments/configs/nano/pipeline.yaml --seed 1
 
@@ -57,14 +57,14 @@ def check_files(files: Mapping[str, str | None]) -> None:
         sys.exit(f"no such file: {', '.join(missing)}")
 
 
-def build_world(config: str) -> None:
-    """Generate shards and benchmark, unless there is a finished world, whatever its settings are.
+def build_synthetic(config: str) -> None:
+    """Generate shards and benchmark, unless there is a finished dataset, whatever its settings are.
 
     The process is always run: it finds out by itself whether there is anything to do.
     """
     command = ["experiments.generate_synthetic", "--config", config, "--keep=true"]
     if run_process([sys.executable, "-m", *command], lambda: None) != 0:
-        sys.exit("the world could not be built")
+        sys.exit("the synthetic dataset could not be built")
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class Phase:
     config: str
 
 
+@dataclass
 class Pipeline:
     """The stages of one experiment, tied together by its folders: BASE, and then the training phases in their order.
 
@@ -87,24 +88,22 @@ class Pipeline:
         overrides: more arguments, by stage or by "evaluation".
         environment: stage -> more variables for its processes.
         choice: whether steps that other source files have made are kept or made again.
+        plan: the place of each step in the whole; several pipelines may share one.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        seed: int,
-        model: str,
-        evaluation: str,
-        phases: Mapping[str, Phase],
-        overrides: Mapping[str, str],
-        environment: Callable[[str], Mapping[str, str]] = lambda stage: {},
-        choice: Choice | None = None,
-    ) -> None:
-        self.folder, self.seed, self.model, self.evaluation, self.phases = folder, seed, model, evaluation, phases
-        self.overrides, self.environment, self.choice = overrides, environment, choice
-        self.plan: Plan | None = None  # the place of each step in the whole; several pipelines may share one
+    folder: Path
+    seed: int
+    model: str
+    evaluation: str
+    phases: Mapping[str, Phase]
+    overrides: Mapping[str, str]
+    environment: Callable[[str], Mapping[str, str]] = lambda stage: {}
+    choice: Choice | None = None
+    plan: Plan | None = None
+
+    def __post_init__(self) -> None:
         self.commit, self.stages = current_commit(ROOT), {}
-        self.asked = read_settings(evaluation, shlex.split(overrides.get("evaluation", "")))
+        self.asked = read_settings(self.evaluation, shlex.split(self.overrides.get("evaluation", "")))
 
     @property
     def results(self) -> Results:
@@ -208,7 +207,7 @@ def run(
     model: str,
     evaluation: str,
     stages: dict[str, str],
-    world: str | None = None,
+    synthetic_dataset: str | None = None,
     seed: int = 0,
     outputs: str = "outputs",
     overrides: dict[str, str] | None = None,
@@ -224,7 +223,7 @@ def run(
         model: the base model, folder or Hub name
         evaluation: YAML of experiments.evaluate
         stages: name of each training phase, in order, and its YAML for experiments.train
-        world: YAML of experiments.generate_synthetic; null where the data are there already
+        synthetic_dataset: YAML of experiments.generate_synthetic; null where the data are there already
         seed: seed of all training
         outputs: folder of all experiments
         overrides: arguments for one stage, or for "evaluation": --overrides.grpo="--model.loss.kl_beta=0.01"
@@ -235,17 +234,20 @@ def run(
     """
     # 1. Check all settings before anything runs.
     check_stages(stages, overrides or {})
-    check_files({"evaluation": evaluation, "world": world} | {f"stages.{n}": config for n, config in stages.items()})
-    preflight.raise_all(preflight.seed_faults(seed))
+    check_files(
+        {"evaluation": evaluation, "synthetic_dataset": synthetic_dataset}
+        | {f"stages.{n}": config for n, config in stages.items()}
+    )
+    preflight.raise_all(preflight.seed_problems(seed))
     start = time.monotonic()
     folder = experiment_folder(outputs, experiment, seed)
     starts = [BASE, *stages]
     phases = {stage: Phase(start, config) for start, (stage, config) in zip(starts, stages.items(), strict=False)}
     pipeline = Pipeline(folder, seed, model, evaluation, phases, overrides or {}, choice=choice_of(redo, keep))
     with run_identity.locked(folder):
-        # 2. The world, and the choice for steps that other source files have made.
-        if world:
-            build_world(world)
+        # 2. The synthetic dataset, and the choice for steps that other source files have made.
+        if synthetic_dataset:
+            build_synthetic(synthetic_dataset)
         settle(pipeline.steps())
         pipeline.plan = Plan(pipeline.steps(), minutes or {})
         left = pipeline.plan.seconds_of(pipeline.steps())

@@ -26,7 +26,7 @@ from datamodules.streaming.path_fingerprint import path_fingerprint
 from experiments.reports import sweep_plots, sweep_summary
 from experiments.reports.sweep_summary import in_words
 from experiments.runs import run_identity
-from experiments.runs.changes import Choice, CodeChanged, MadeOf, choice_of
+from experiments.runs.changes import Choice, MadeOf, choice_of
 from experiments.runs.commands import command
 from experiments.runs.results import current_commit
 from experiments.runs.subprocess_steps import ROOT, say
@@ -105,10 +105,6 @@ class LocalSweep:
         where = ["--experiment", self.folder.name, "--phase", phase_name(trial), "--outputs", str(self.folder.parent)]
         return words + where
 
-    def started_command(self, trial: Trial) -> list[str]:
-        """`command`, with the flag --keep or --redo for a trial that other code has begun."""
-        return self.command(trial) + ([f"--{self.choice}"] if self.choice else [])
-
     def write_summary(self) -> None:
         commands = [describe_command(self.command(trial)) for trial in self.log.trials]
         sweep_summary.write(self.folder, self.plan, self.log.trials, commands, self.facts)
@@ -145,10 +141,10 @@ class LocalSweep:
             return stopped is not None
 
         environment = trial_environment(("sweep", self.plan.method))
+        # The flag --keep or --redo is for a trial that other code has begun.
+        words = self.command(trial) + ([f"--{self.choice}"] if self.choice else [])
         for _ in range(ATTEMPTS):
-            ended = run_process(
-                self.started_command(trial), environment, log, lambda: logged_points(folder, self.plan.metric), see
-            )
+            ended = run_process(words, environment, log, lambda: logged_points(folder, self.plan.metric), see)
             spent += ended.seconds
             if ended.pruned or ended.code >= 0:
                 break
@@ -269,11 +265,8 @@ def main(args: list[str] | None = None) -> None:
         wandb_sweep.run_agent(wandb_sweep.find_or_create(given.config, folder), given.trials)
     # 3. Trials on this machine, and the pages about them.
     with run_identity.locked(folder):
-        try:
-            choice = choice_of(given.redo, given.keep)
-            sweep = LocalSweep(plan, folder, given.seed, count, given.retry_failed, choice)
-        except CodeChanged as question:
-            sys.exit(str(question))
+        choice = choice_of(given.redo, given.keep)
+        sweep = LocalSweep(plan, folder, given.seed, count, given.retry_failed, choice)
         try:
             sweep.run()
         except Interrupted as signal_name:

@@ -72,7 +72,6 @@ def synthesize(
     sampling: Sampling | None = None,
     threshold: float = 0.5,
     limit: int | None = None,
-    samples_per_shard: int = 1000,
     prices: Prices | None = None,
     device: str = "auto",
     verify_shards: bool = True,
@@ -99,7 +98,6 @@ def synthesize(
         sampling: number of responses to each question, temperature, length and seed
         threshold: a response is correct if its IoU is above this
         limit: use only this number of questions, for a first look
-        samples_per_shard: samples in one written shard
         prices: prices of tokens, for the cost
         device: device of the local server: auto, cpu, cuda:0, ...
         verify_shards: compare the sha256 of each shard with its manifest when the shard is first read
@@ -119,31 +117,37 @@ def synthesize(
     key = fingerprint(contents, teacher, asdict(form), asdict(sampling))
     home = Path(output)
     with run_identity.locked(home):
-        settings = {"endpoint": {"model": endpoint.model, "extra_body": stated}}
-        settings |= {"form": asdict(form), "sampling": asdict(sampling)}
+        known = {"endpoint": {"model": endpoint.model, "extra_body": stated}}
+        known |= {"form": asdict(form), "sampling": asdict(sampling)}
         inputs = {"questions": [(str(folder), content) for folder, content in zip(folders, contents, strict=True)]}
         code = source_code(("experiments.synthesize",))
-        run_identity.claim(home, MadeOf(key, settings, inputs, code), choice=choice_of(redo, keep))
+        run_identity.claim(home, MadeOf(key, known, inputs, code), choice=choice_of(redo, keep))
         reader = ShardReader(folders, verify_shards)
         count = min(reader.count, limit or reader.count)
-        result_key = fingerprint(key, threshold, count, samples_per_shard, asdict(prices))
+        result_key = fingerprint(key, threshold, count, asdict(prices))
         if _is_finished(home, result_key):
             print(f"{home} is already finished with these settings", flush=True)
             return
         # 3. Ask for all responses that the journal lacks.
         journal = Journal(home / "journal.jsonl", key)
-        session = _ask(journal, count, reader, endpoint, form, sampling, prices, home / "server", device)
+        session = Session()
+        if missing_responses(journal.records, count, sampling.num_responses):  # else no server is started
+            with _reachable(endpoint, home / "server", device) as settings:
+                session = Teacher(reader, settings, form, sampling, journal, prices).run(count)
         # 4. Choose the rationales and write the shards. Without synthesis.json the result counts as unfinished.
         records = read_journal(journal.path, key)
         (home / "synthesis.json").unlink(missing_ok=True)
         verdicts = _judge_all(records, count, reader, form, threshold, sampling)
-        tasks = write_rationales(home, reader, verdicts, endpoint.model, samples_per_shard)
+        tasks = write_rationales(home, reader, verdicts, endpoint.model)
         # 5. Write the summary, last.
         summary = summarise(verdicts, tasks, records, count, sampling.num_responses)
         summary["failed"] = session.failed
         summary["cost"] = round(prices.cost(summary["prompt_tokens"], summary["completion_tokens"]), 4)
-        settings = {"teacher": endpoint.model, "threshold": threshold, "sampling": asdict(sampling)}
-        print(_write_summary(home, {"key": result_key} | summary | settings), flush=True)
+        said = {"teacher": endpoint.model, "threshold": threshold, "sampling": asdict(sampling)}
+        report = format_report(summary | said, f"CoT synthesis by {endpoint.model}")
+        write_atomic(home / "report.md", report)
+        write_json(home / "synthesis.json", {"key": result_key} | summary | said)  # it marks the result as complete
+        print(report, flush=True)
     print(_session_text(session), flush=True)
 
 
@@ -151,32 +155,6 @@ def _is_finished(home: Path, key: str) -> bool:
     """Whether the result is complete, with an answer to every question."""
     found = read_json(home / "synthesis.json")
     return found.get("key") == key and not found.get("failed") and (home / "shards" / MANIFEST).is_file()
-
-
-def _write_summary(home: Path, summary: dict[str, Any]) -> str:
-    """Write report.md and synthesis.json; returns the text of the report."""
-    report = format_report(summary, f"CoT synthesis by {summary['teacher']}")
-    write_atomic(home / "report.md", report)
-    write_json(home / "synthesis.json", summary)  # last, because it marks the result as complete
-    return report
-
-
-def _ask(
-    journal: Journal,
-    count: int,
-    reader: ShardReader,
-    endpoint: EndpointSettings,
-    form: RequestForm,
-    sampling: Sampling,
-    prices: Prices,
-    work: Path,
-    device: str,
-) -> Session:
-    """Ask for all responses that the journal lacks. Without any, no server is started."""
-    if not missing_responses(journal.records, count, sampling.num_responses):
-        return Session()
-    with _reachable(endpoint, work, device) as settings:
-        return Teacher(reader, settings, form, sampling, journal, prices).run(count)
 
 
 @contextmanager
@@ -213,7 +191,7 @@ def _judge_all(
 def _problems(folders: list[str], endpoint: EndpointSettings, threshold: float, limit: int | None) -> Problems:
     """The problems of the settings and of the shards."""
     problems = Problems()
-    problems += [problem for folder in folders for problem in preflight.shard_faults(str(folder))]
+    problems += [problem for folder in folders for problem in preflight.shard_problems(str(folder))]
     problems.require(0 <= threshold < 1, "must be in [0, 1)", threshold=threshold)
     problems.require(limit is None or limit >= 1, "must be at least 1", limit=limit)
     if own := sorted({"temperature", "seed"} & endpoint.extra_body.keys()):

@@ -106,7 +106,7 @@ class TrainCLI(LightningCLI):
                     raise run_identity.OtherVersion(file.parent, str(end.code)) from end
             raise
         # Lightning seeds right after this, before the other checks, and would fail with a traceback.
-        preflight.raise_all(preflight.seed_faults(self.config.seed_everything))
+        preflight.raise_all(preflight.seed_problems(self.config.seed_everything))
 
     @property
     def folder(self) -> Path:
@@ -128,7 +128,7 @@ class TrainCLI(LightningCLI):
         self.config.phase = os.path.expandvars(self.config.phase)
         settings = self.settings()
         # 1. All problems at once, before weights are loaded.
-        preflight.raise_all(preflight.training_faults(settings) + self.constructor_faults())
+        preflight.raise_all(preflight.training_problems(settings) + self.constructor_problems())
         # 2. The key tells whether the folder holds this run, another run, or another version of this run.
         run = made_of(settings)
         self.key = run.key
@@ -146,12 +146,12 @@ class TrainCLI(LightningCLI):
             write_atomic(self.folder / run_identity.CONFIG, self.parser.dump(self.config, skip_unset=False))
         self.config.trainer.default_root_dir = str(self.folder)
 
-    def constructor_faults(self) -> list[str]:
+    def constructor_problems(self) -> list[str]:
         """The problems that the constructors of module, data and callbacks find. All these constructors are cheap."""
         parts = [("model", self.model_class, self.config.model), ("data", self.datamodule_class, self.config.data)]
         callbacks = self.config.trainer.callbacks or []
         parts += [("callback", Callback, each) for each in (callbacks if isinstance(callbacks, list) else [callbacks])]
-        faults = []
+        problems = []
         for name, kind, settings in parts:
             parser = LightningArgumentParser()
             parser.add_lightning_class_args(kind, name, subclass_mode=name != "data")
@@ -160,9 +160,9 @@ class TrainCLI(LightningCLI):
                 try:
                     parser.instantiate(Namespace({name: settings.clone()}))
                 except ValueError as error:  # the cause is our message; the parser adds words
-                    faults.append(f"{name}: {error.__cause__ or error}")
-            faults += [f"{name}.{problem}" for problem in found]
-        return faults
+                    problems.append(f"{name}: {error.__cause__ or error}")
+            problems += [f"{name}.{problem}" for problem in found]
+        return problems
 
     def instantiate_trainer(self, **kwargs: object) -> Trainer:
         """The Trainer, with this project's loggers, checkpoints, RankWatch and RejectedSamples unless the YAML has
@@ -325,8 +325,8 @@ def main(args: list[str] | None = None) -> None:
             print(rolled_back, flush=True)
         except DistNetworkError as error:  # the other ranks have not found this one
             port = f"MASTER_PORT={os.environ.get('MASTER_PORT')}"
-            fault = f"{port}: {first_line(error)}. Name a free port, such as MASTER_PORT=29511"
-            raise preflight.SettingsError(fault) from error
+            problem = f"{port}: {first_line(error)}. Name a free port, such as MASTER_PORT=29511"
+            raise preflight.SettingsError(problem) from error
 
 
 if __name__ == "__main__":

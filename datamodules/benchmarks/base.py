@@ -105,14 +105,25 @@ def limit_columns(samples: Sequence[Sample], limit: int | None) -> tuple[Sample,
     )
 
 
-def make_sample(record: Mapping[str, Any], **extra: Any) -> Sample:
-    """A benchmark's sample: validated, but for the answer's box, which is scored as it is, dirty or not."""
-    return Sample.from_json({**record, "extra": extra}, strict_boxes=False)
+def make_sample(
+    source: str, name: object, task: str, images: Sequence[str], question: str, answer: Mapping[str, Any], **extra: Any
+) -> Sample:
+    """A benchmark's sample, with all images before the question.
 
+    It is validated, but for the answer's box, which is scored as it is, dirty or not.
 
-def image_parts(count: int, text: str) -> list[dict[str, Any]]:
-    """All images, then the question."""
-    return [*({"type": "image", "image": k} for k in range(count)), {"type": "text", "text": text}]
+    Args:
+        source: name of the benchmark; with `name` it makes the sample's id.
+        name: of the question in the benchmark.
+        task: the sample's unit.
+        images: names of the image files.
+        question: the text after the images.
+        answer: {"image", "box", "label"} or {"letter", "choices"}.
+        extra: the column, the size of the annotation and others.
+    """
+    messages = [*({"type": "image", "image": k} for k in range(len(images))), {"type": "text", "text": question}]
+    record = {"id": f"{source}/{name}", "source": source, "task": task, "images": images, "messages": messages}
+    return Sample.from_json({**record, "answer": answer, "extra": extra}, strict_boxes=False)
 
 
 def file_benchmark(

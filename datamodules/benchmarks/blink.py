@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datamodules.benchmarks.base import WITHOUT_MODEL, Benchmark, Rule, files_fingerprint, image_parts, make_sample
+from datamodules.benchmarks.base import WITHOUT_MODEL, Benchmark, Rule, files_fingerprint, make_sample
 from datamodules.benchmarks.reading.parquet import null_columns, read_rows, row_bytes
 from datamodules.encoding.messages import OFFICIAL_PREFIX
 from datamodules.samples.sample import LoadedSample, Sample
@@ -76,15 +76,6 @@ def _sample(row: dict[str, Any], position: int, subset: str, null: set[str]) -> 
         raise ValueError(f"BLINK {subset}, {row['idx']}: answer={row['answer']!r} is not of the form (A)")
     # A row has a column for each possible image; a question with fewer leaves the others null.
     images = [name for name in IMAGES if name not in null]
-    return make_sample(
-        {
-            "id": f"{NAME}/{row['idx']}",
-            "source": NAME,
-            "task": subset,
-            "images": [f"{row['idx']}#{name}" for name in images],
-            "messages": image_parts(len(images), row["prompt"]),
-            "answer": {"letter": letter[1], "choices": row["choices"]},
-        },
-        row=position,
-        **({OFFICIAL_PREFIX: DISCLAIMER} if subset in DISCLAIMED else {}),
-    )
+    names, answer = [f"{row['idx']}#{name}" for name in images], {"letter": letter[1], "choices": row["choices"]}
+    prefix = {OFFICIAL_PREFIX: DISCLAIMER} if subset in DISCLAIMED else {}
+    return make_sample(NAME, row["idx"], subset, names, row["prompt"], answer, row=position, **prefix)

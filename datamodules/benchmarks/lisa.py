@@ -20,7 +20,6 @@ from datamodules.benchmarks.base import (
     Benchmark,
     Rule,
     file_benchmark,
-    image_parts,
     make_sample,
     require_fields,
 )
@@ -76,18 +75,11 @@ def _sample(file: Path, split: str, boxes: str) -> Sample | str:
         box = polygons_box([(shape["points"], _value(shape["label"])) for shape in _drawn(record["shapes"])], size)
     if box is None:
         return "no target in the mask"
-    return make_sample(
-        {
-            "id": f"{NAME}/{split}/{file.stem}",
-            "source": NAME,
-            "task": "sentence" if record["is_sentence"] else "phrase",
-            "images": [f"{split}/{image.name}"],
-            "messages": image_parts(1, QUESTION.format(record["text"][0].strip().rstrip("."))),
-            "answer": {"image": 0, "box": from_pixels_clipped(box, size), "label": ""},
-        },
-        column=split,
-        size=list(size),
-    )
+    task = "sentence" if record["is_sentence"] else "phrase"
+    question = QUESTION.format(record["text"][0].strip().rstrip("."))
+    answer = {"image": 0, "box": from_pixels_clipped(box, size), "label": ""}
+    images = [f"{split}/{image.name}"]
+    return make_sample(NAME, f"{split}/{file.stem}", task, images, question, answer, column=split, size=list(size))
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -26,11 +26,11 @@ from datamodules.benchmarks.base import (
     Rule,
     file_benchmark,
     files_fingerprint,
-    image_parts,
     make_sample,
 )
 from datamodules.benchmarks.reading.parquet import read_rows
 from datamodules.images.image_files import file_size, load_images, refuse_turned
+from datamodules.samples.option_mentions import option_letters
 from datamodules.samples.sample import LoadedSample, Sample, SampleError
 
 NAME, FOLDER = "mmiu", "MMIU"
@@ -126,23 +126,14 @@ def _sample(row: dict[str, Any], key: str, position: int) -> Sample:
     options = _OPTION.findall(row["options"])
     letters = [letter for letter, _ in options]
     # The letter is the index of the choice, so a gap would shift every later option.
-    if letters != [chr(ord("A") + index) for index in range(len(letters))] or not letters:
+    if letters != option_letters(len(letters)) or not letters:
         raise ValueError(f"{where}: options={row['options']!r:.80} are not lettered A, B, …")
     letter = row["output"].strip().strip("().:").upper()
     if letter not in letters:
         raise ValueError(f"{where}: output={row['output']!r} is none of {letters}")
     images = [str(PurePosixPath(name)) for name in row["input_image_path"]]
-    return make_sample(
-        {
-            "id": f"{NAME}/{position}",
-            "source": NAME,
-            "task": key,
-            "images": images,
-            "messages": image_parts(len(images), _text(row)),
-            "answer": {"letter": letter, "choices": [text for _, text in options]},
-        },
-        column=_KEYS[key],
-    )
+    answer = {"letter": letter, "choices": [text for _, text in options]}
+    return make_sample(NAME, position, key, images, _text(row), answer, column=_KEYS[key])
 
 
 def _text(row: dict[str, Any]) -> str:

@@ -23,7 +23,6 @@ from datamodules.benchmarks.base import (
     Rule,
     by_id,
     file_benchmark,
-    image_parts,
     make_sample,
     require_fields,
 )
@@ -89,23 +88,10 @@ def _samples(coco: dict[str, Any], column: str, folder: str, dropped: Counter[st
         if is_unit_xywh(found[0], size):
             dropped[IN_UNIT] += 1
             continue
-        samples.append(
-            make_sample(
-                {
-                    "id": f"{NAME}/{column}/{image_id}/{category_id}",
-                    "source": NAME,
-                    "task": column,
-                    "images": [f"{folder}/{image['file_name']}"],
-                    "messages": image_parts(1, QUESTION.format(spoken(label))),
-                    "answer": {
-                        "image": 0,
-                        "box": from_pixels_clipped((x, y, x + w, y + h), size),
-                        "label": label,
-                    },
-                },
-                size=list(size),
-            )
-        )
+        name, files = f"{column}/{image_id}/{category_id}", [f"{folder}/{image['file_name']}"]
+        answer = {"image": 0, "box": from_pixels_clipped((x, y, x + w, y + h), size), "label": label}
+        question = QUESTION.format(spoken(label))
+        samples.append(make_sample(NAME, name, column, files, question, answer, size=list(size)))
     return samples
 
 

@@ -12,15 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datamodules.benchmarks.base import (
-    IN_UNIT,
-    PAPER,
-    Benchmark,
-    Rule,
-    file_benchmark,
-    image_parts,
-    make_sample,
-)
+from datamodules.benchmarks.base import IN_UNIT, PAPER, Benchmark, Rule, file_benchmark, make_sample
 from datamodules.benchmarks.reading.parquet import read_rows
 from datamodules.images.image_files import file_size
 from datamodules.samples.boxes import from_pixels_clipped, is_unit_xywh
@@ -54,19 +46,10 @@ def _sample(row: dict, split: str, position: int) -> Sample | None:
     """The question; None where its box is in 0-1."""
     if not isinstance(row["bbox"], list) or len(row["bbox"]) != 4:
         raise ValueError(f"ref-l4-{split}.parquet, row {position}: bbox={row['bbox']} is not [x, y, w, h]")
-    if is_unit_xywh(row["bbox"], (row["width"], row["height"])):
+    size = (row["width"], row["height"])
+    if is_unit_xywh(row["bbox"], size):
         return None
     x, y, w, h = row["bbox"]
-    box = from_pixels_clipped((x, y, x + w, y + h), (row["width"], row["height"]))
-    return make_sample(
-        {
-            "id": f"{NAME}/{split}/{row['id']}",
-            "source": NAME,
-            "task": str(row["ori_category_id"]),
-            "images": [row["file_name"]],
-            "messages": image_parts(1, QUESTION.format(row["caption"])),
-            "answer": {"image": 0, "box": box, "label": ""},
-        },
-        column=split,
-        size=[row["width"], row["height"]],
-    )
+    answer = {"image": 0, "box": from_pixels_clipped((x, y, x + w, y + h), size), "label": ""}
+    name, task, question = f"{split}/{row['id']}", str(row["ori_category_id"]), QUESTION.format(row["caption"])
+    return make_sample(NAME, name, task, [row["file_name"]], question, answer, column=split, size=list(size))

@@ -19,7 +19,6 @@ from datamodules.benchmarks.base import (
     Benchmark,
     Rule,
     file_benchmark,
-    image_parts,
     make_sample,
     require_fields,
 )
@@ -70,7 +69,12 @@ def load(root: Path, num_frames: int = 6, grounded: int = 2) -> Benchmark:
                 dropped["object in no sampled frame"] += 1
                 continue
             names = [f"JPEGImages/{video}/{content['frames'][place]}.jpg" for place in places]
-            samples.append(_sample(f"{NAME}/{video}/{number}", expression, names, *found))
+            target, box, size = found
+            question = QUESTION.format(ORDINALS[target], expression["exp"])
+            answer = {"image": target, "box": box, "label": ""}
+            task = TYPES[expression["type_id"]]
+            told = {"column": COLUMNS[0], "size": size}
+            samples.append(make_sample(NAME, f"{video}/{number}", task, names, question, answer, **told))
 
     return file_benchmark(NAME, samples, root, RULE, OFFICIAL, AVERAGES, dict(dropped), frame="shown")
 
@@ -102,21 +106,3 @@ def _find(
             height, width = found[0]["size"]
             return index, from_pixels_clipped(box, (width, height)), [width, height]
     return None
-
-
-def _sample(
-    name: str, expression: dict[str, Any], images: list[str], target: int, box: list[float], size: list[int]
-) -> Sample:
-    question = QUESTION.format(ORDINALS[target], expression["exp"])
-    return make_sample(
-        {
-            "id": name,
-            "source": NAME,
-            "task": TYPES[expression["type_id"]],
-            "images": images,
-            "messages": image_parts(len(images), question),
-            "answer": {"image": target, "box": box, "label": ""},
-        },
-        column=COLUMNS[0],
-        size=size,
-    )

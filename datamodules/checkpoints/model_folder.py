@@ -129,7 +129,7 @@ def _config(folder: Path, path: str | Path) -> dict[str, Any]:
     try:
         return json_object(folder / CONFIG)
     except BrokenFile as error:
-        raise ModelError(_unusable(path, [str(error)])) from error
+        _raise(path, [str(error)])
 
 
 def _is_quantised(config: dict[str, Any]) -> bool:
@@ -164,8 +164,4 @@ def _companion_faults(folder: Path) -> list[str]:
 
 def _raise(path: str | Path, faults: list[str]) -> None:
     if faults:
-        raise ModelError(_unusable(path, faults))
-
-
-def _unusable(path: str | Path, faults: list[str]) -> str:
-    return f"model: {str(path)!r} is not a usable model folder: {'; '.join(faults)}"
+        raise ModelError(f"model: {str(path)!r} is not a usable model folder: {'; '.join(faults)}")

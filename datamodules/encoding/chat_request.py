@@ -132,7 +132,8 @@ def _with_images(
 def _sent(form: RequestForm, image: Image.Image) -> tuple[ImageSizes, Image.Image]:
     """The sizes of an image, and the image in the size in which it is sent."""
     sizes = ImageSizes(image.size, _sent_size(image.size, form))
-    return sizes, _resized(image, sizes.resized)
+    size = sizes.resized
+    return sizes, image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
 def _sent_size(size: tuple[int, int], form: RequestForm) -> tuple[int, int]:
@@ -145,10 +146,6 @@ def _sent_size(size: tuple[int, int], form: RequestForm) -> tuple[int, int]:
     # Without pixels in the answer, only the upper limit matters.
     shrink = min(1.0, (form.max_pixels / (size[0] * size[1])) ** 0.5)
     return max(1, int(size[0] * shrink)), max(1, int(size[1] * shrink))
-
-
-def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
 def png_data_url(image: Image.Image) -> str:

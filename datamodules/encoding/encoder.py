@@ -91,6 +91,7 @@ class _Layout:
         return same and torch.equal(self.grid_thw, grid_thw)
 
 
+@dataclass(eq=False)
 class Encoder:
     """Encodes samples with the processor of the model. The processor is loaded at first use.
 
@@ -110,31 +111,21 @@ class Encoder:
         ValueError: a target is asked for, but the style has none.
     """
 
-    def __init__(
-        self,
-        processor_path: str,
-        box_format: BoxFormat,
-        style: PromptStyle,
-        max_prompt_tokens: int,
-        max_completion_tokens: int,
-        with_target: bool,
-        max_image_pixels: int = MAX_IMAGE_PIXELS,
-        max_sample_pixels: int = MAX_SAMPLE_PIXELS,
-        max_resized_pixels: int | None = None,
-        label_images: bool = False,
-    ) -> None:
-        if with_target and PromptStyle(style) not in (PromptStyle.THINK, PromptStyle.ANSWER):
-            raise ValueError(f"with_target=True needs style think or answer, got style={str(style)!r}")
-        self.processor_path = processor_path
-        self.box_format = BoxFormat(box_format)
-        self.style = PromptStyle(style)
-        self.max_prompt_tokens = max_prompt_tokens
-        self.max_completion_tokens = max_completion_tokens
-        self.with_target = with_target
-        self.max_image_pixels = max_image_pixels
-        self.max_sample_pixels = max_sample_pixels
-        self.max_resized_pixels = max_resized_pixels
-        self.label_images = label_images
+    processor_path: str
+    box_format: BoxFormat
+    style: PromptStyle
+    max_prompt_tokens: int
+    max_completion_tokens: int
+    with_target: bool
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    max_sample_pixels: int = MAX_SAMPLE_PIXELS
+    max_resized_pixels: int | None = None
+    label_images: bool = False
+
+    def __post_init__(self) -> None:
+        self.box_format, self.style = BoxFormat(self.box_format), PromptStyle(self.style)
+        if self.with_target and self.style not in (PromptStyle.THINK, PromptStyle.ANSWER):
+            raise ValueError(f"with_target=True needs style think or answer, got style={str(self.style)!r}")
 
     def __getstate__(self) -> dict[str, Any]:
         # The processor is not sent to other processes: each loads its own.

@@ -8,7 +8,7 @@ from typing import Any
 
 from datamodules.samples.answer_text import render_answer
 from datamodules.samples.boxes import BoxFormat, ImageSizes, box_fault
-from datamodules.samples.sample import RESERVED, BoxPart, ChoiceAnswer, ImagePart, Sample, SampleError, TextPart
+from datamodules.samples.sample import RESERVED, BoxPart, ChoiceAnswer, ImagePart, Sample, SampleError
 from datamodules.samples.scores import require_box
 
 ANSWER_SUFFIX = " Output the bounding box coordinates in JSON format."
@@ -81,9 +81,13 @@ def build_messages(
     for part in sample.messages:
         if isinstance(part, ImagePart):
             content.append({"type": "image"})
-        else:
-            _append_text(content, prefix + _part_text(part, image_sizes, box_format, style, question_box))
-            prefix = ""
+            continue
+        text = part.text
+        # A box as four numbers in the model's format; OFFICIAL keeps the benchmark's notation.
+        if isinstance(part, BoxPart) and style != PromptStyle.OFFICIAL:
+            text = question_box.format(*image_sizes[part.image].to_model(part.box, box_format))
+        _append_text(content, prefix + text)
+        prefix = ""
     # 2. The suffix that asks for the form of the answer.
     if suffix is None:
         suffix = (_CHOICE_SUFFIXES if isinstance(sample.answer, ChoiceAnswer) else _SUFFIXES)[style]
@@ -124,19 +128,6 @@ def target_text(sample: Sample, image_sizes: Sequence[ImageSizes], box_format: B
     if box_fault(sizes.to_unit(values, box_format)) == "degenerate":
         raise SampleError(sample.id, "box_too_small", f"{answer.box} becomes {values} in {box_format}")
     return render_answer(values, answer.label, sample.thinking if style == PromptStyle.THINK else None)
-
-
-def _part_text(
-    part: TextPart | BoxPart,
-    image_sizes: Sequence[ImageSizes],
-    box_format: BoxFormat,
-    style: PromptStyle,
-    question_box: str,
-) -> str:
-    """A text as it is; a box as four numbers in the model's format, or under OFFICIAL in the benchmark's notation."""
-    if isinstance(part, TextPart) or style == PromptStyle.OFFICIAL:
-        return part.text
-    return question_box.format(*image_sizes[part.image].to_model(part.box, box_format))
 
 
 def _append_text(content: list[dict[str, Any]], text: str) -> None:

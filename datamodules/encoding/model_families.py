@@ -7,7 +7,7 @@ model writes. If the authors document no format, the prompt asks for one.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from datamodules.encoding.messages import ANSWER_SUFFIX, OFFICIAL_ENDING, OFFICIAL_QWEN_SUFFIX, QUESTION_BOX
 from datamodules.samples.boxes import BoxFormat
@@ -33,6 +33,16 @@ class ModelFamily:
     source: str = ""  # where the format and the prompt come from
 
 
+_QWEN2_VL = ModelFamily(
+    name="qwen2_vl",
+    models=r"qwen2[-_]?vl",
+    box_format=BoxFormat.RELATIVE_1000,
+    suffix=OFFICIAL_QWEN_SUFFIX,
+    question_box="<|box_start|>({},{}),({},{})<|box_end|>",
+    source="Qwen2-VL: 0-1000; MIG-Bench's prompt",
+)
+_STATED = ModelFamily("stated", r"(?!)", BoxFormat.NORMALIZED, _STATED_SCALE, source="scale named in the prompt")
+
 # The first family whose regex matches is taken, so more special names stand before more general ones.
 MODEL_FAMILIES = (
     ModelFamily(
@@ -50,22 +60,8 @@ MODEL_FAMILIES = (
         suffix=ANSWER_SUFFIX,
         source="Qwen3-VL: JSON, 0-1000",
     ),
-    ModelFamily(
-        name="migician",
-        models=r"migician",
-        box_format=BoxFormat.RELATIVE_1000,
-        suffix=OFFICIAL_QWEN_SUFFIX,
-        question_box="<|box_start|>({},{}),({},{})<|box_end|>",
-        source="Migician: as Qwen2-VL; MIG-Bench's prompt",
-    ),
-    ModelFamily(
-        name="qwen2_vl",
-        models=r"qwen2[-_]?vl",
-        box_format=BoxFormat.RELATIVE_1000,
-        suffix=OFFICIAL_QWEN_SUFFIX,
-        question_box="<|box_start|>({},{}),({},{})<|box_end|>",
-        source="Qwen2-VL: 0-1000; MIG-Bench's prompt",
-    ),
+    replace(_QWEN2_VL, name="migician", models=r"migician", source="Migician: as Qwen2-VL; MIG-Bench's prompt"),
+    _QWEN2_VL,
     ModelFamily(
         name="internvl",
         models=r"internvl",
@@ -92,14 +88,10 @@ MODEL_FAMILIES = (
         source="LLaVA-OneVision: 0-1; MIG-Bench's prompt",
     ),
     # The authors document no format: the prompt asks for numbers from 0 to 1.
-    ModelFamily(
-        "mplug_owl3", r"mplug-?owl-?3", BoxFormat.NORMALIZED, _STATED_SCALE, source="scale named in the prompt"
-    ),
-    ModelFamily("mantis", r"mantis", BoxFormat.NORMALIZED, _STATED_SCALE, source="scale named in the prompt"),
-    ModelFamily("gpt_4o", r"gpt-4", BoxFormat.NORMALIZED, _STATED_SCALE, source="scale named in the prompt"),
-    ModelFamily(
-        "stated", r"(?!)", BoxFormat.NORMALIZED, _STATED_SCALE, source="for any other model: scale named in the prompt"
-    ),
+    replace(_STATED, name="mplug_owl3", models=r"mplug-?owl-?3"),
+    replace(_STATED, name="mantis", models=r"mantis"),
+    replace(_STATED, name="gpt_4o", models=r"gpt-4"),
+    replace(_STATED, source="for any other model: scale named in the prompt"),
 )
 
 
@@ -114,11 +106,11 @@ def find_model_family(name: str, *models: str) -> ModelFamily:
     Raises:
         ValueError: no family has this name, or "auto" finds no family. A box format is never guessed.
     """
-    names = ", ".join(model_family.name for model_family in MODEL_FAMILIES)
+    known = {model_family.name: model_family for model_family in MODEL_FAMILIES}
+    names = ", ".join(known)
+    if name in known:
+        return known[name]
     if name != "auto":
-        for model_family in MODEL_FAMILIES:
-            if model_family.name == name:
-                return model_family
         raise ValueError(f"model_family={name!r} is not auto or one of {names}")
     for model in models:
         for model_family in MODEL_FAMILIES:

@@ -57,20 +57,20 @@ def read_prompt_form(model: str) -> dict[str, Any] | None:
         found = json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"model: {path} cannot be read: {error}; {CURE}") from error
-    if faults := _faults(found):
-        raise ModelError(f"model: {path}: {'; '.join(faults)}; {CURE}")
+    if problems := _problems(found):
+        raise ModelError(f"model: {path}: {'; '.join(problems)}; {CURE}")
     return {name: found[name] for name in _FIELDS}
 
 
-def _faults(found: Any) -> list[str]:
+def _problems(found: Any) -> list[str]:
     if not isinstance(found, Mapping):
         return [f"expected an object, found {type(found).__name__}"]
     if found.get("version") != VERSION or isinstance(found["version"], bool):
         return [f"version={found.get('version')!r:.40} is not {VERSION}: another version of the project wrote it"]
-    faults = [f"{name[:40]!r} is no field of it" for name in found if name not in {"version", *_FIELDS}]
+    problems = [f"{name[:40]!r} is no field of it" for name in found if name not in {"version", *_FIELDS}]
     for name, (is_valid, rule) in _FIELDS.items():
         if name not in found:
-            faults.append(f"the field {name} is missing")
+            problems.append(f"the field {name} is missing")
         elif not is_valid(found[name]):
-            faults.append(f"{name}={found[name]!r:.40} must be {rule}")
-    return faults
+            problems.append(f"{name}={found[name]!r:.40} must be {rule}")
+    return problems

@@ -20,7 +20,7 @@ from typing import Any
 
 from datamodules.benchmarks.mig_bench import relative_name
 from datamodules.importers.reading.field_checks import Schema
-from datamodules.importers.reading.image_references import BOX, Marked, bind, label_before, question_parts
+from datamodules.importers.reading.image_references import BOX, bind, label_before, question_parts
 from datamodules.importers.reading.json_stream import stream_json
 from datamodules.importers.reading.source import Scan, Spans, name_record
 from datamodules.samples.sample import Sample, SampleError
@@ -163,7 +163,10 @@ def _sample(record: Mapping[str, Any], task: str, name: str, question: str, answ
     parts = question_parts(question, num_images, name, IMAGE_TAG)
     rules = {"fixed": FIXED.get(task), "silent": SILENT.get(task), "in_order": task == "object_tracking"}
     marked, source = bind(answer, question, num_images, name, **rules)
-    boxes = [_box_answer(box, label_before(answer, box.start) or label_before(question)) for box in marked]
+    labels = [label_before(answer, box.start) or label_before(question) for box in marked]
+    boxes = [
+        {"image": box.image, "box": list(box.box), "label": label} for box, label in zip(marked, labels, strict=True)
+    ]
     return Sample.from_json(
         {
             "id": name,
@@ -175,7 +178,3 @@ def _sample(record: Mapping[str, Any], task: str, name: str, question: str, answ
             "extra": {"image_from": source, "record": record["id"], "type": record["type"]},
         }
     )
-
-
-def _box_answer(marked: Marked, label: str) -> dict[str, Any]:
-    return {"image": marked.image, "box": list(marked.box), "label": label}

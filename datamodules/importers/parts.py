@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from datamodules.importers.own_data.statement import OwnData
 from datamodules.importers.reading.source import DataError, Scan
 from datamodules.importers.registry import OWN_DATA, SOURCES
 from datamodules.persistence.files import file_sha256, fingerprint
+from datamodules.persistence.problems import Problems
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,19 +57,18 @@ class Part:
         published sources are what they were before there were any."""
         return {name: value for name, value in asdict(self).items() if name != "own" or self.is_own}
 
-    def faults(self, root: str) -> list[str]:
+    def problems(self, root: str) -> list[str]:
         """All settings that cannot be, each with its field and value."""
-        faults = []
+        problems = Problems()
         if self.source not in SOURCES:
             return [f"source={self.source!r} is none of {', '.join(SOURCES)}"]
-        if self.count is not None and self.count < 1:
-            faults.append(f"count={self.count} is below 1")
+        problems.require(self.count is None or self.count >= 1, "must be at least 1", count=self.count)
         # Own data checks its root itself: the root may be a file, or a name on the Hub.
         if self.is_own:
-            return faults + self.own.problems() + SOURCES[self.source].root_faults(str(self.place(root)), self.own)
+            return problems + self.own.problems() + SOURCES[self.source].root_problems(str(self.place(root)), self.own)
         if self.own != OwnData():
-            faults.append(f"own.* is for {', '.join(OWN_DATA)}: source={self.source!r} says all of it itself")
-        return faults + ([] if root and Path(root).is_dir() else [f"root={root!r} is no folder"])
+            problems.append(f"own.* is for {', '.join(OWN_DATA)}: source={self.source!r} says all of it itself")
+        return problems + ([] if root and Path(root).is_dir() else [f"root={root!r} is no folder"])
 
     def digests(self, root: str) -> dict[str, str]:
         """{path below the source's folder: sha256} of the annotation files.
@@ -75,11 +77,7 @@ class Part:
             DataError: there is none.
         """
         place = self.place(root)
-        more = (self.own,) if self.is_own else ()
-        try:
-            files = SOURCES[self.source].annotation_files(place, *more)
-        except ValueError as error:
-            raise DataError(str(error)) from error
+        files = self._ask(SOURCES[self.source].annotation_files, place)
         for file in files:
             try:
                 str(file).encode("utf-8")
@@ -93,9 +91,12 @@ class Part:
         Raises:
             DataError: they hold something that cannot be imported.
         """
-        more = (self.own,) if self.is_own else ()
+        return self._ask(SOURCES[self.source].scan, self.place(root), allow)
+
+    def _ask(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function of the source's module, with the statements if the data are the user's own."""
         try:
-            return SOURCES[self.source].scan(self.place(root), allow, *more)
+            return function(*arguments, *((self.own,) if self.is_own else ()))
         except ValueError as error:  # published sources raise it for every surprise in a file
             raise DataError(str(error)) from error
 

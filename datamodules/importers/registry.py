@@ -14,7 +14,7 @@ VERSION = 2  # raise it when the same files give other samples: finished imports
 # scan(root, allow) -> Scan reads, and DEFAULT_SUBSETS, patterns of the subsets meant for training.
 PUBLISHED: dict[str, ModuleType] = {"mgrounding": mgrounding, "refcoco": refcoco, "odinw": odinw, "v3det": v3det}
 # Forms of a user's own data. The same functions take what the user says of it, an OwnData, as a further argument, and
-# root_faults(root, own) -> list[str] says what is wrong with ROOT. Where no subset has a name of DEFAULT_SUBSETS, all
+# root_problems(root, own) -> list[str] says what is wrong with ROOT. Where no subset has a name of DEFAULT_SUBSETS, all
 # are taken.
 OWN_DATA: dict[str, ModuleType] = {"jsonl": jsonl, "hf": hf, "coco": coco}
 SOURCES = PUBLISHED | OWN_DATA

@@ -113,7 +113,7 @@ class Workers:
 
 
 def import_part(
-    folder: str | Path,
+    folder: Path | None,
     entries: Sequence[Any],
     convert: Convert,
     image_root: Path,
@@ -125,7 +125,7 @@ def import_part(
     """Write one folder of shards and its manifest, and return the counts of taken and of rejected samples, by rule.
 
     Args:
-        folder: of the shards.
+        folder: of the shards. None: every record and every image is checked, and nothing is written or judged.
         entries: one for each record (`Scan.subsets`).
         convert: makes samples of entries; it runs in the workers.
         image_root: the folder in which the samples' image names begin.
@@ -138,13 +138,24 @@ def import_part(
         DataError: more than `max_rejected` of the samples break a rule, or there are fewer than `count`. Finished
             shards stay for the next run.
     """
-    folder = Path(folder)
     # 1. The length of the work: all records, or the `count` samples that are wanted.
-    (folder / PARTS).mkdir(parents=True, exist_ok=True)
+    if folder is None:
+        settings = replace(settings, count=None, max_rejected=1.0)
+    else:
+        (folder / PARTS).mkdir(parents=True, exist_ok=True)
     tally, shards = Tally(), []
     total = len(entries) if settings.count is None else settings.count
     unit = "record" if settings.count is None else "sample"
-    finished = workers.in_order(_tasks(folder, entries, convert, image_root, settings, frame))
+    order: Sequence[int] = range(len(entries))
+    if settings.count is not None:
+        # Records, and not samples, are shuffled: how many samples a record gives is known only after its conversion.
+        order = list(order)
+        random.Random(settings.seed).shuffle(order)
+    size = settings.records_per_shard
+    runs = (order[start : start + size] for start in range(0, len(order), size))
+    how = convert, image_root, settings.one_box, frame
+    tasks = (_Task(folder, number, [entries[index] for index in run], *how) for number, run in enumerate(runs))
+    finished = workers.in_order(tasks)
     # 2. Shards in order, as they are finished.
     with tqdm(total=total, desc=title, unit=unit) as bar, closing(finished):
         for task, note in finished:
@@ -153,7 +164,7 @@ def import_part(
             if missing is not None and note["samples"] > missing:
                 note = workers.submit(replace(task, limit=missing)).result()
             tally.add(note)
-            shards += [note["shard"]] if note["shard"] else []
+            shards += [note["shard"]] if note.get("shard") else []
             bar.update(len(task.entries) if missing is None else note["samples"])
             _judge(title, tally, settings.max_rejected, at_least=MIN_JUDGED)
             if tally.samples == settings.count:
@@ -162,55 +173,15 @@ def import_part(
     # 3. The final judgement, then the manifest: it is written last, when all its shards are there.
     if settings.count is not None and tally.samples < settings.count:
         raise DataError(f"{title}: count={settings.count}, but only {tally.samples} usable samples are there\n{tally}")
-    _remove_strays(folder, {shard["name"] for shard in shards})
-    write_manifest(folder, shards)
-    return tally
-
-
-def check_part(
-    entries: Sequence[Any],
-    convert: Convert,
-    image_root: Path,
-    settings: Settings,
-    workers: Workers,
-    title: str,
-    frame: Frame | None = None,
-) -> Tally:
-    """The counts that `import_part` would return for all entries, with every image read; nothing is written.
-
-    Args: those of `import_part`.
-    """
-    tally = Tally()
-    finished = workers.in_order(_tasks(None, entries, convert, image_root, replace(settings, count=None), frame))
-    with tqdm(total=len(entries), desc=title, unit="record") as bar, closing(finished):
-        for task, note in finished:
-            tally.add(note)
-            bar.update(len(task.entries))
+    if folder is not None:
+        _remove_strays(folder, {shard["name"] for shard in shards})
+        write_manifest(folder, shards)
     return tally
 
 
 def forget_parts(folder: str | Path) -> None:
     """Remove the notes of a finished part."""
     shutil.rmtree(Path(folder) / PARTS, ignore_errors=True)
-
-
-def _tasks(
-    folder: Path | None,
-    entries: Sequence[Any],
-    convert: Convert,
-    image_root: Path,
-    settings: Settings,
-    frame: Frame | None,
-) -> Iterator[_Task]:
-    order: Sequence[int] = range(len(entries))
-    if settings.count is not None:
-        # Records, and not samples, are shuffled: how many samples a record gives is known only after its conversion.
-        order = list(order)
-        random.Random(settings.seed).shuffle(order)
-    size = settings.records_per_shard
-    for number, start in enumerate(range(0, len(order), size)):
-        chosen = [entries[index] for index in order[start : start + size]]
-        yield _Task(folder, number, chosen, convert, image_root, settings.one_box, frame)
 
 
 def _make_shard(task: _Task) -> dict[str, Any]:

@@ -20,14 +20,11 @@ class Tally:
         self.examples: dict[str, list[str]] = {}
         self.counts: dict[str, Counter[str]] = {}
 
-    def reject(self, error: SampleError) -> None:
-        example = f"{error.sample_id}: {error.detail:.200}".encode("utf-8", "backslashreplace").decode()
-        self.add({"rejected": {error.rule: 1}, "examples": {error.rule: [example]}})
-
     def count(self, outcome: LoadedSample | SampleError) -> bool:
         """Count one outcome; whether it is a sample that can be used."""
         if isinstance(outcome, SampleError):
-            self.reject(outcome)
+            example = f"{outcome.sample_id}: {outcome.detail:.200}".encode("utf-8", "backslashreplace").decode()
+            self.add({"rejected": {outcome.rule: 1}, "examples": {outcome.rule: [example]}})
             return False
         self.samples += 1
         for what in COUNTED:

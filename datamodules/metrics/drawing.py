@@ -10,11 +10,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from datamodules.images.image_loading import ImageError, load_image
 from datamodules.metrics.predictions import Prediction
-from datamodules.samples.boxes import Box, ImageSizes
+from datamodules.samples.boxes import ImageSizes
 from datamodules.samples.sample import BoxPart, LoadedSample, Sample, SampleError, TextPart
 
 WIDTH = 640  # pixels; every preview is as wide
 FONT_SIZE = 14
+LINE = 3  # width of the outline of a box
 LINE_HEIGHT = 18
 TRUE_COLOUR, PREDICTED_COLOUR = "#00a000", "#e02020"
 Drawn = tuple[Sample, Prediction, Image.Image]
@@ -26,7 +27,7 @@ def draw_preview(image: Image.Image, sample: Sample, prediction: Prediction) -> 
     draw = ImageDraw.Draw(picture)
     for box, colour in ((sample.answer.box, TRUE_COLOUR), (prediction.read, PREDICTED_COLOUR)):
         if box is not None:
-            _draw_box(draw, box, colour, picture.size)
+            outline_box(draw, ImageSizes(picture.size, picture.size).to_pixels(box), colour, picture.size)
     question = "".join(part.text for part in sample.messages if isinstance(part, TextPart | BoxPart))
     result = f"no box: {prediction.failure}" if prediction.read is None else f"IoU {prediction.value:.2f}"
     heading = f"{sample.task} {sample.id}, image {sample.answer.image + 1} of {len(sample.images)}, {result}"
@@ -40,12 +41,24 @@ def draw_preview(image: Image.Image, sample: Sample, prediction: Prediction) -> 
     return canvas
 
 
-def _draw_box(draw: ImageDraw.ImageDraw, box: Box, colour: str, size: tuple[int, int]) -> None:
-    """Outline a unit box that may be inverted or far outside: cut to the picture, sides put in order."""
-    x1, y1, x2, y2 = ImageSizes(original=size, resized=size).to_pixels(box)
-    xs = sorted(min(max(x, 0.0), size[0] - 1.0) for x in (x1, x2))
-    ys = sorted(min(max(y, 0.0), size[1] - 1.0) for y in (y1, y2))
-    draw.rectangle((xs[0], ys[0], xs[1], ys[1]), outline=colour, width=3)
+def outline_box(
+    draw: ImageDraw.ImageDraw, box: Sequence[float], colour: str, size: tuple[int, int]
+) -> tuple[float, float]:
+    """Outline a box in pixels that may be inverted or far outside: cut to the picture, sides put in order.
+
+    Args:
+        draw: of the picture.
+        box: two corners, x1, y1, x2, y2.
+        colour: of the line, which is LINE pixels wide.
+        size: (width, height) of the picture.
+
+    Returns:
+        The upper left corner of what was drawn.
+    """
+    xs = sorted(min(max(edge, 0.0), size[0] - 1.0) for edge in box[::2])
+    ys = sorted(min(max(edge, 0.0), size[1] - 1.0) for edge in box[1::2])
+    draw.rectangle((xs[0], ys[0], xs[1], ys[1]), outline=colour, width=LINE)
+    return xs[0], ys[0]
 
 
 def draw_previews(

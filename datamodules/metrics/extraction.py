@@ -14,6 +14,7 @@ from datamodules.benchmarks.base import WITHOUT_MODEL, Rule
 from datamodules.metrics.predictions import Prediction
 from datamodules.persistence.files import fingerprint
 from datamodules.samples.answer_text import answer_text
+from datamodules.samples.option_mentions import option_letters
 from datamodules.samples.sample import ImagePart, Sample
 
 EXTRACTED_READERS = ("blink", "mmiu")  # of `Rule`: the official code behind these asks a language model last
@@ -62,15 +63,16 @@ def unread(sample: Sample, prediction: Prediction) -> Unread:
 
 def extraction_request(question: str, choices: Sequence[str], answer: str) -> str:
     """The text that asks which of the `choices` the `answer` picks."""
-    options = "\n".join(f"({chr(ord('A') + index)}) {choice}" for index, choice in enumerate(choices))
+    options = "\n".join(
+        f"({letter}) {choice}" for letter, choice in zip(option_letters(len(choices)), choices, strict=True)
+    )
     return _REQUEST.format(question=question.strip(), options=options, answer=answer.strip(), none=NO_OPTION)
 
 
 def read_extraction(reply: str, num_choices: int) -> str | None:
     """The letter of an option, or NO_OPTION; None where the reply, after its thinking, is neither."""
     match = _LETTER.fullmatch((answer_text(reply) or "").strip())
-    offered = [chr(ord("A") + index) for index in range(num_choices)]
-    return match[1] if match and match[1] in (*offered, NO_OPTION) else None
+    return match[1] if match and match[1] in (*option_letters(num_choices), NO_OPTION) else None
 
 
 def with_extractor(official: Rule, model: str | None) -> Rule:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 
 from datamodules.samples.boxes import Box
+from datamodules.samples.option_mentions import option_letters
 
 _INT, _DEC = r"(\d+)", r"(\d+\.\d+)"
 # Tried in this order; the first with any match decides. Integers and decimals are never mixed within one box. White
@@ -58,7 +59,7 @@ def read_choice_as_blink(text: str, choices: Sequence[str]) -> str | None:
     bare = text.removeprefix("(").removesuffix(")") if len(text) == 3 else text
     if len(bare) == 1 and bare in _BLINK_LETTERS and text in (bare, f"({bare})"):
         return bare
-    offered = {f"({chr(ord('A') + index)})" for index in range(len(choices))}
+    offered = {f"({letter})" for letter in option_letters(len(choices))}
     for part in (text.split("\n\n")[-1], text):
         found = offered.intersection(part.split())
         if len(found) == 1:

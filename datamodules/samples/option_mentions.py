@@ -63,11 +63,16 @@ class Mention:
     text_of: str | None = None  # the option whose own text stands here
 
 
+def option_letters(count: int) -> list[str]:
+    """The letters of `count` options: A, B, C, …"""
+    return [chr(ord("A") + index) for index in range(count)]
+
+
 class Options:
     """The options of one question, A, B, … in order."""
 
     def __init__(self, choices: Sequence[str]) -> None:
-        self.letters = [chr(ord("A") + index) for index in range(len(choices))]
+        self.letters = option_letters(len(choices))
         words = [_words(choice) for choice in choices]
         self._texts = [" ".join(parts) for parts in words]
         # One regex finds the texts of all options; group k belongs to the option self._owners[k - 1].

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
 from datamodules.samples.answer_text import has_answer_tags
 from datamodules.samples.boxes import Box, box_fault
+from datamodules.samples.option_mentions import option_letters
 
 # Special tokens of Qwen. In a text they would become a placeholder without an image, or end the user's turn.
 RESERVED = re.compile(r"<\|(?:image_pad|video_pad|vision_(?:start|end|pad)|im_start|im_end|endoftext)\|>")
@@ -119,16 +120,10 @@ class Sample:
 
     def to_json(self) -> dict[str, Any]:
         """The JSON record of the sample; `from_json` reads it back as an equal sample."""
-        return {
-            "id": self.id,
-            "source": self.source,
-            "task": self.task,
-            "images": list(self.images),
-            "messages": [_part_to_json(part) for part in self.messages],
-            "answer": answer_to_json(self.answer),
-            "thinking": self.thinking,
-            "extra": dict(self.extra),
-        }
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        messages, answer = [_part_to_json(part) for part in self.messages], answer_to_json(self.answer)
+        values |= {"images": list(self.images), "messages": messages, "answer": answer, "extra": dict(self.extra)}
+        return values
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any], strict_boxes: bool = True) -> Sample:
@@ -239,7 +234,7 @@ class _Reader:
     def choice(self, value: Mapping[str, Any]) -> ChoiceAnswer:
         self.fields(value, "answer", ("letter", "choices"))
         choices = tuple(self.text(item, "choices") for item in self.items(value["choices"], "choices"))
-        letters = [chr(ord("A") + index) for index in range(min(len(choices), 26))]
+        letters = option_letters(min(len(choices), 26))
         if self.text(value["letter"], "letter") not in letters:
             self.fail("choice_letter", f"letter {_brief(value['letter'])} is not one of {letters}")
         return ChoiceAnswer(value["letter"], choices)

@@ -31,18 +31,28 @@ class Puzzle:
 
     task: str
     scenes: tuple[Scene, ...]  # one a picture
-    crops: tuple[Box | None, ...]  # picture k shows this part of scenes[k] (unit xyxy); None shows all of it
     question: str
     target: int  # index of the picture that holds the answer, from 0
-    box: Box  # the answer, unit xyxy of this picture
-    label: str
+    thing: Thing  # the answer
     reasons: tuple[str, ...]  # beginnings of the thinking text
+    crops: tuple[Box | None, ...] = ()  # picture k shows this part of scenes[k] (unit xyxy); None or (): all of it
+    region: Box | None = None  # the answer is this box (unit xyxy), and not that of `thing`
     info: str = ""  # MIG-Bench's field additional_info
     query: Thing | None = None  # the object in picture 0 that the question asks about, if any
 
+    @property
+    def box(self) -> Box:
+        """The answer, unit xyxy of picture `target`."""
+        return self.region or self.thing.box
+
+    @property
+    def label(self) -> str:
+        """The name of the answer."""
+        return self.thing.kind.name
+
     def picture(self, k: int) -> Image.Image:
         """Draw picture `k`."""
-        crop = self.crops[k]
+        crop = self.crops[k] if self.crops else None
         return draw_scene(self.scenes[k]) if crop is None else crop_scene(self.scenes[k], crop)
 
     def thinking(self, wording: int = 0) -> str:
@@ -52,37 +62,6 @@ class Puzzle:
     def content_hashes(self) -> frozenset[str]:
         """The hashes of all scenes, by which training and evaluation are kept apart."""
         return frozenset(scene.content_hash() for scene in self.scenes)
-
-
-def build_puzzle(
-    task: str,
-    scenes: list[Scene],
-    question: str,
-    target: int,
-    thing: Thing,
-    reasons: tuple[str, ...],
-    *,
-    crops: tuple[Box | None, ...] | None = None,
-    box: Box | None = None,
-    info: str = "",
-    query: Thing | None = None,
-) -> Puzzle:
-    """The puzzle whose answer is `thing` in picture `target`; the other arguments are fields of `Puzzle`.
-
-    Without `crops` the pictures are whole scenes. Without `box` the answer is the box of `thing`.
-    """
-    return Puzzle(
-        task=task,
-        scenes=tuple(scenes),
-        crops=crops or (None,) * len(scenes),
-        question=question,
-        target=target,
-        box=box or thing.box,
-        label=thing.kind.name,
-        reasons=reasons,
-        info=info,
-        query=query,
-    )
 
 
 def thing_of(scene: Scene, kind: Kind) -> Thing:

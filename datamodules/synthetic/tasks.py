@@ -16,7 +16,6 @@ from collections.abc import Callable
 from datamodules.synthetic.puzzles import (
     Puzzle,
     box_text,
-    build_puzzle,
     change_one,
     close_up,
     crowd_around,
@@ -71,7 +70,7 @@ def common_object(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
         f"These images share one object in common. Recognize and locate this object in the {target + 1}th image. "
     )
     reasons = ("The only object in every image", "The object that all images share")
-    return build_puzzle("common_object", scenes, question, target, thing_of(scenes[target], shared), reasons)
+    return Puzzle("common_object", tuple(scenes), question, target, thing_of(scenes[target], shared), reasons)
 
 
 def diff(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
@@ -82,7 +81,7 @@ def diff(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
     scenes = [Scene(size, background, tuple(things)) for things in (before, after)]
     question = "Compare these two images carefully and give me the coordinates of their difference. "
     reasons = ("The object that only image 2 has", "What is different")
-    return build_puzzle("diff", scenes, question, 1, changed, reasons)
+    return Puzzle("diff", tuple(scenes), question, 1, changed, reasons)
 
 
 def region(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
@@ -97,15 +96,15 @@ def region(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
     )
     reasons = (f"What region {index + 1} shows",)
     # The answer is the place of the crop, which is slightly larger than the thing in it.
-    return build_puzzle(
+    return Puzzle(
         "region",
-        [source] * (len(things) + 1),
+        (source,) * (len(things) + 1),
         question,
         0,
         things[index],
         reasons,
         crops=(None, *crops),
-        box=crops[index],
+        region=crops[index],
         query=things[index],
     )
 
@@ -118,7 +117,7 @@ def refer_grounding(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
     raw = random_scene(rng, shuffled(rng, [kind, *others]), scale=scale)
     question = "Find and locate where does the object in image-1 locate in the image-2."
     reasons = ("The object of image 1", "The same object in both images")
-    return build_puzzle("refer_grounding", [alone, raw], question, 1, thing_of(raw, kind), reasons)
+    return Puzzle("refer_grounding", (alone, raw), question, 1, thing_of(raw, kind), reasons)
 
 
 def view_diff(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
@@ -138,7 +137,7 @@ def view_diff(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
         " Find it and locate it in the second image. "
     )
     reasons = ("The real difference",)
-    return build_puzzle("view_diff", scenes, question, 1, thing_of(scenes[1], changed.kind), reasons)
+    return Puzzle("view_diff", tuple(scenes), question, 1, thing_of(scenes[1], changed.kind), reasons)
 
 
 def _views(rng: random.Random, scale: tuple[float, float], count: int) -> tuple[list[Scene], Thing]:
@@ -159,8 +158,8 @@ def multi_view(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
         f"{box_text(query.box)}. Recognize and locate this object in the {target + 1}th image. "
     )
     reasons = ("The marked object",)
-    return build_puzzle(
-        "multi_view", scenes, question, target, thing_of(scenes[target], query.kind), reasons, query=query
+    return Puzzle(
+        "multi_view", tuple(scenes), question, target, thing_of(scenes[target], query.kind), reasons, query=query
     )
 
 
@@ -183,8 +182,8 @@ def object_tracking(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
         f"bounding box{box_text(query.box)}, please locate it in the {target + 1}th image. "
     )
     reasons = ("The marked object",)
-    return build_puzzle(
-        "object_tracking", scenes, question, target, thing_of(scenes[target], query.kind), reasons, query=query
+    return Puzzle(
+        "object_tracking", tuple(scenes), question, target, thing_of(scenes[target], query.kind), reasons, query=query
     )
 
 
@@ -205,7 +204,7 @@ def group_grounding(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
     info = f"It is in the {ORDINALS[target]} image. {box_text(thing.box)[1:-1]}. "
     reasons = ("What the sentence describes",)
     question = rng.choice(GROUP_GROUNDING).format(phrase)
-    return build_puzzle("group_grounding", scenes, question, target, thing, reasons, info=info)
+    return Puzzle("group_grounding", tuple(scenes), question, target, thing, reasons, info=info)
 
 
 def reasoning(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
@@ -217,7 +216,7 @@ def reasoning(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
     raw = random_scene(rng, shuffled(rng, [right, *wrong]), scale=scale)
     question = f"{free_text} Find it and locate it in the second image. "
     reasons = (f"What has the same {attribute}",)
-    return build_puzzle("reasoning", [alone, raw], question, 1, thing_of(raw, right), reasons, info=free_text)
+    return Puzzle("reasoning", (alone, raw), question, 1, thing_of(raw, right), reasons, info=free_text)
 
 
 def correspondence(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
@@ -228,14 +227,14 @@ def correspondence(rng: random.Random, scale: tuple[float, float]) -> Puzzle:
     first = random_scene(rng, shuffled(rng, [query_kind, *wrong[:1]]), scale=scale)
     query = thing_of(first, query_kind)
     second = random_scene(rng, shuffled(rng, [right, *wrong]), scale=scale)
-    scenes = [first.with_frame(query.box), second]
+    scenes = (first.with_frame(query.box), second)
     question = (
         "You are now presented with two objects. For the area marked by the red bounding box in the first image, "
         "identify and locate the corresponding area in the second image that serves a similar function or shares a "
         "similar meaning. "
     )
     reasons = ("The counterpart of the marked object",)
-    return build_puzzle("correspondence", scenes, question, 1, thing_of(second, right), reasons, query=query)
+    return Puzzle("correspondence", scenes, question, 1, thing_of(second, right), reasons, query=query)
 
 
 MAKERS: dict[str, Callable[[random.Random, tuple[float, float]], Puzzle]] = {

@@ -12,9 +12,10 @@ next one.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from datamodules.benchmarks.mig_bench import TASKS
-from datamodules.persistence.processes import process_pool
-from datamodules.samples.sample import BoxAnswer, BoxPart, ImagePart, LoadedSample, Sample, TextPart
+from datamodules.persistence.processes import end_with_parent, process_pool
+from datamodules.samples.sample import BoxAnswer, BoxPart, ImagePart, LoadedSample, Part, Sample, TextPart
 from datamodules.streaming.shard_writer import ShardWriter
 from datamodules.synthetic.puzzles import Puzzle, box_text
 from datamodules.synthetic.question_wordings import BOX, reworded
@@ -64,7 +65,9 @@ def training_puzzle(part: str, seed: int, index: int) -> tuple[Sample, tuple[byt
         puzzle = make_puzzle(rng, task, difficulty)
         images = tuple(encode_png(puzzle.picture(k)) for k in range(len(puzzle.scenes)))
         question, wording = reworded(rng, puzzle)
-        sample = to_sample(replace(puzzle, question=question), name, difficulty, wording)
+        parts = _question(replace(puzzle, question=question))
+        answer = BoxAnswer(puzzle.target, puzzle.box, puzzle.label)
+        sample = _sample(name, task, len(puzzle.scenes), parts, answer, puzzle.thinking(wording), difficulty)
         hashes = puzzle.content_hashes()
     # 3. Short thinking for a share of the samples.
     if rng.random() < SHORT_THINKING_SHARE:
@@ -72,26 +75,22 @@ def training_puzzle(part: str, seed: int, index: int) -> tuple[Sample, tuple[byt
     return sample, images, hashes
 
 
-def to_sample(puzzle: Puzzle, name: str, difficulty: str, wording: int = 0) -> Sample:
-    """The sample of a puzzle.
+def _sample(
+    name: str, task: str, count: int, question: Iterable[Part], answer: BoxAnswer, thinking: str, difficulty: str
+) -> Sample:
+    """A sample of the synthetic dataset.
 
     Args:
-        puzzle: scenes, question and answer.
         name: id of the sample; its images are called name/0.png, name/1.png, …
+        task: its task.
+        count: number of its images, which stand before the question.
+        question: texts and boxes.
+        answer: the true box.
+        thinking: its thinking text.
         difficulty: a key of `tasks.SCALES`, kept in the sample's `extra`.
-        wording: number of the question's wording, which also chooses that of the thinking.
     """
-    count = len(puzzle.scenes)
-    return Sample(
-        id=name,
-        source="nano",
-        task=puzzle.task,
-        images=tuple(f"{name}/{k}.png" for k in range(count)),
-        messages=(*(ImagePart(k) for k in range(count)), *_question(puzzle)),
-        answer=BoxAnswer(puzzle.target, puzzle.box, puzzle.label),
-        thinking=puzzle.thinking(wording),
-        extra={"difficulty": difficulty},
-    )
+    images, shown = tuple(f"{name}/{k}.png" for k in range(count)), map(ImagePart, range(count))
+    return Sample(name, "nano", task, images, (*shown, *question), answer, thinking, {"difficulty": difficulty})
 
 
 def _question(puzzle: Puzzle) -> tuple[TextPart | BoxPart, ...]:
@@ -122,16 +121,7 @@ def _single(rng: random.Random, name: str) -> tuple[Sample, tuple[bytes, ...], f
         thinking = thorough_thinking(("The marked object",), kind, 0, wording)
         if (before, after) in MARKING:
             scene = scene.with_frame(thing.box)
-    sample = Sample(
-        id=name,
-        source="nano",
-        task="single",
-        images=(f"{name}/0.png",),
-        messages=(ImagePart(0), *question),
-        answer=BoxAnswer(0, thing.box, kind),
-        thinking=thinking,
-        extra={"difficulty": "normal"},
-    )
+    sample = _sample(name, "single", 1, question, BoxAnswer(0, thing.box, kind), thinking, "normal")
     return sample, (encode_png(draw_scene(scene)),), frozenset({scene.content_hash()})
 
 
@@ -182,7 +172,9 @@ def training_samples(part: str, seed: int, count: int, excluded: frozenset[str])
         excluded: hashes of scenes that no sample may have.
     """
     taken = 0
-    with process_pool(2) as pool:
+    # A fork would inherit the locks of this process's threads, and could wait for one for ever.
+    context = multiprocessing.get_context("forkserver")
+    with process_pool(2, mp_context=context, initializer=end_with_parent) as pool:
         start = 0
         # A round makes the samples that are still missing. Excluded ones are made up for in the next round.
         while taken < count:

@@ -30,7 +30,7 @@ def measure(case: Case, model: str, contenders: Mapping[str, Contender], peaks: 
     # 1. Both load the model at the same time.
     chosen = {name: contenders[name] for name in case.contenders}
     for contender in chosen.values():
-        contender.tell(do="train", model=model, workload=case.workload.to_json())
+        contender.tell(do="train", model=model, workload=asdict(case.workload))
     for contender in chosen.values():
         contender.read()
     # 2. Alternate, so that slow phases of the machine meet both. Each turn begins with the other contender.
@@ -48,7 +48,7 @@ def measure(case: Case, model: str, contenders: Mapping[str, Contender], peaks: 
     _check_inputs(turns)
     result = {
         "case": case.name,
-        "workload": case.workload.to_json(),
+        "workload": asdict(case.workload),
         "contenders": {name: _summary(turns[name], case) for name in chosen},
         "decoding": decoding,
     }

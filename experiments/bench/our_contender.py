@@ -83,27 +83,6 @@ class EndlessBatches:
             yield Batch([self.encoder.encode(sample) for sample in itertools.islice(stream, self.prompts)])
 
 
-class TimedEngine:
-    """A rollout engine that counts as a phase, and checks that completions have the stated length."""
-
-    def __init__(self, engine: RolloutEngine, gate: Gate) -> None:
-        self.engine, self.gate = engine, gate
-
-    def generate(self, request: RolloutRequest) -> list[list[Rollout]]:
-        with self.gate.clock.phase("rollout"):
-            rollouts = self.engine.generate(request)
-        lengths = {len(rollout.token_ids) for group in rollouts for rollout in group}
-        if lengths != {request.sampling.max_new_tokens}:
-            raise ValueError(f"completions have lengths {sorted(lengths)}, not {request.sampling.max_new_tokens}")
-        return rollouts
-
-    def sync(self) -> None:
-        self.engine.sync()
-
-    def close(self) -> None:
-        self.engine.close()
-
-
 class Turnstile(Callback):
     """Waits at the gate after every batch. Each batch is one optimizer step."""
 
@@ -126,7 +105,8 @@ class Turnstile(Callback):
         clock.wrap(module, "manual_backward", "backward")
         clock.wrap(module, "update", "optimizer")
         if self.workload.task == "grpo":
-            module.engine = TimedEngine(module.engine, self.gate)
+            clock.wrap(module.engine, "generate", "rollout")
+            _check_lengths(module.engine)
             self.gate.answers["decode"] = lambda: self._time_decoding(module)
         trainer.should_stop = not self.gate.open()
 
@@ -167,6 +147,20 @@ class Turnstile(Callback):
         # The prefill cancels out in the difference. A completion of n tokens has n - 1 decoding steps.
         a_token = (best[longest] - best[shortest]) / (longest - shortest) if longest > shortest else float("nan")
         return {"seconds_a_token": a_token, "prefill_seconds": best[longest] - (longest - 1) * a_token}
+
+
+def _check_lengths(engine: RolloutEngine) -> None:
+    """Let the engine raise ValueError for completions that do not have the stated length."""
+    generate = engine.generate
+
+    def checked(request: RolloutRequest) -> list[list[Rollout]]:
+        rollouts = generate(request)
+        lengths = {len(rollout.token_ids) for group in rollouts for rollout in group}
+        if lengths != {request.sampling.max_new_tokens}:
+            raise ValueError(f"completions have lengths {sorted(lengths)}, not {request.sampling.max_new_tokens}")
+        return rollouts
+
+    engine.generate = checked
 
 
 def _scoring_phase(*args: Any, reference: bool = False, **kwargs: Any) -> str:

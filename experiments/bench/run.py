@@ -16,8 +16,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -92,7 +92,7 @@ class Runner:
         """Measure what is missing, and print all chosen cases."""
         model: Path | None = None  # written and measured only if a case needs it
         peaks: Peaks | None = None
-        with self._closing():
+        with closing(self):
             for case in self.chosen():
                 key = case_key(case, self.settings)
                 known = self.results().get(case.name, {})
@@ -120,7 +120,7 @@ class Runner:
         try:
             # Start the contenders that do not run yet, and stop those that this case does not need.
             if len(case.contenders) > 1:
-                self._close_contenders()  # in a comparison, both begin with fresh processes
+                self.close()  # in a comparison, both begin with fresh processes
             for name in set(self.contenders) - set(case.contenders):
                 self.contenders.pop(name).close()
             for name in case.contenders:
@@ -130,7 +130,7 @@ class Runner:
                 self.contenders[name].await_greeting()
             result = measure(case, model, self.contenders, peaks)
         except (OutOfTime, ContenderFailed) as error:
-            self._close_contenders()  # their state is unknown, so the next case starts them again
+            self.close()  # their state is unknown, so the next case starts them again
             print(f"{self.shape} {case.name}: {error}", file=sys.stderr, flush=True)
             (self.left if isinstance(error, OutOfTime) else self.failed).append(case.name)
             return None
@@ -144,18 +144,11 @@ class Runner:
         log = self.arguments.output / "logs" / f"{self.shape}-{name}.log"
         return Contender(name, python, self.arguments.threads, log, self.deadline)
 
-    def _close_contenders(self) -> None:
+    def close(self) -> None:
+        """Stop all contenders."""
         for contender in self.contenders.values():
             contender.close()
         self.contenders = {}
-
-    @contextmanager
-    def _closing(self) -> Iterator[None]:
-        """Stop all contenders at the end, also after an error."""
-        try:
-            yield
-        finally:
-            self._close_contenders()
 
 
 def _only(case: Case, contenders: Sequence[str]) -> Case:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from PIL import Image
@@ -47,12 +47,8 @@ class Workload:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Workload:
-        """The inverse of `to_json`."""
+        """The workload with these fields, as JSON has them."""
         return cls(**values | {"image_size": tuple(values["image_size"])})  # JSON has no tuples
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return asdict(self)
 
     @property
     def alpha(self) -> int:

@@ -135,14 +135,14 @@ def _policy_settings(model: str, model_type: str, asked: Evaluation) -> PolicySe
     form, default = asked.form, QuestionForm()
     # 1. Settings that belong to other models.
     name = known_types()[model_type]
-    faults = [
+    problems = [
         f"form.{field}={getattr(form, field)!r} is for other models; {model!r} is a {name}: box format, style and "
         "label_images"
         for field in ("model_family", "before_image")
         if getattr(form, field) != getattr(default, field)
     ]
     if form.style == "native":
-        faults.append(f"form.style='native' is a model family's own prompt, for other models than {name}")
+        problems.append(f"form.style='native' is a model family's own prompt, for other models than {name}")
     # 2. The form of the questions: as the YAML says, or as the model was trained.
     prompts = {"box_format": form.box_format, "style": "think" if form.style == "auto" else form.style}
     prompts |= {"max_resized_pixels": form.max_resized_pixels, "label_images": form.label_images}
@@ -151,12 +151,12 @@ def _policy_settings(model: str, model_type: str, asked: Evaluation) -> PolicySe
     # box of another family would be read wrongly, and counted as a wrong answer.
     written = find_model_family("auto", model_type).box_format
     if "box_format" not in trained and form.box_format == default.box_format != written:
-        faults.append(
+        problems.append(
             f"form.box_format={form.box_format!r}: {model!r} is a {name}, which writes boxes as {written} "
             f"(datamodules/encoding/model_families.py); set form.box_format={written}"
         )
-    if faults:
-        raise ValueError("; ".join(faults))
+    if problems:
+        raise ValueError("; ".join(problems))
     prompts |= trained
     prompts |= {"box_format": BoxFormat(prompts["box_format"]), "style": PromptStyle(prompts["style"])}
     return PolicySettings(model, prompts | asdict(asked.limits), asked.decoding, asked.dtype, asked.device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from datamodules.benchmarks.base import Benchmark
@@ -19,7 +18,7 @@ from lightning_modules.serving.generation_rules import stating
 from lightning_modules.serving.openai_client import EndpointSettings
 
 
-def extractor_faults(extractor: EndpointSettings | None, names: Sequence[str]) -> list[str]:
+def extractor_problems(extractor: EndpointSettings | None, names: Sequence[str]) -> list[str]:
     """Settings of an extractor that cannot work for these benchmarks; the server is not asked."""
     if extractor is None:
         return []
@@ -28,18 +27,11 @@ def extractor_faults(extractor: EndpointSettings | None, names: Sequence[str]) -
     except ValueError as error:
         return [f"extractor: {error}"]
     lacking = [name for name in ("base_url", "model") if not getattr(extractor, name)]
-    faults = [f"extractor.{name}={getattr(extractor, name)!r}: it needs one" for name in lacking]
+    problems = [f"extractor.{name}={getattr(extractor, name)!r}: it needs one" for name in lacking]
     known = [name for name, module in BENCHMARKS.items() if module.OFFICIAL.reader in EXTRACTED_READERS]
     if not set(known) & set(names):
-        faults.append(f"extractor.model={extractor.model!r} is for {', '.join(known)}, not for {', '.join(names)}")
-    return faults
-
-
-def ready_extractor(settings: EndpointSettings, folder: Path) -> Extractor:
-    """An extractor that keeps its replies in `folder`, once its server has answered. Raises as `check_first` does."""
-    extractor = Extractor(settings, folder)
-    extractor.check_first()
-    return extractor
+        problems.append(f"extractor.model={extractor.model!r} is for {', '.join(known)}, not for {', '.join(names)}")
+    return problems
 
 
 def extract_letters(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from datamodules.images.image_loading import ImageError, load_image
 from datamodules.importers.reading.image_references import named_images
+from datamodules.metrics.drawing import LINE, outline_box
+from datamodules.metrics.drawing import PREDICTED_COLOUR as COLOUR
 from datamodules.metrics.predictions import Reply
 from datamodules.persistence.user_error import UserError
 from datamodules.samples.answer_text import ParsedAnswer, answer_text, parse_answer
@@ -19,7 +21,7 @@ from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sampl
 
 MARK = "<image>"  # stands in a question where an image belongs
 HEIGHT = 420  # pixels of every image in the drawing
-COLOUR, LINE, FONT_SIZE = "#e02020", 3, 15
+FONT_SIZE = 15
 
 
 class QuestionError(UserError, ValueError):
@@ -62,10 +64,6 @@ class Answer:
     image_from: str | None
     failure: str | None
     finished: bool
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return asdict(self)
 
 
 def build_question(images: Sequence[str], question: str, max_image_pixels: int) -> LoadedSample:
@@ -169,11 +167,9 @@ def draw_answer(images: Sequence[bytes], answer: Answer, max_image_pixels: int) 
 
 
 def _draw_box(draw: ImageDraw.ImageDraw, box: Sequence[float], label: str, size: tuple[int, int], font: Any) -> None:
-    """Outline a box that may be inverted or far outside: cut to the picture, sides put in order."""
-    xs = sorted(min(max(edge, 0.0), size[0] - 1.0) for edge in box[::2])
-    ys = sorted(min(max(edge, 0.0), size[1] - 1.0) for edge in box[1::2])
-    draw.rectangle((xs[0], ys[0], xs[1], ys[1]), outline=COLOUR, width=LINE)
+    """Outline a box, with its label above it."""
+    left, top = outline_box(draw, box, COLOUR, size)
     if label:
-        place = (xs[0] + LINE, max(0.0, ys[0] - FONT_SIZE - LINE))
+        place = (left + LINE, max(0.0, top - FONT_SIZE - LINE))
         draw.rectangle(draw.textbbox(place, label, font), fill="white")
         draw.text(place, label, COLOUR, font)

@@ -8,7 +8,6 @@ predictions (`--output` names another file); result.json stays as it is.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -65,13 +64,10 @@ def rescore_predictions(
     return rescored
 
 
-@command
+@command(failed="not rescored")
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make rescore`."""
-    try:
-        run_cli(rescore_predictions, args)
-    except (OSError, ValueError) as error:
-        sys.exit(f"not rescored: {error}")
+    run_cli(rescore_predictions, args)
 
 
 if __name__ == "__main__":

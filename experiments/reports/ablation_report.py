@@ -33,7 +33,15 @@ def write(home: Path, folders: Mapping[int, Path], starts: Mapping[str, str], co
     summary = summarise(read_rows(folders, starts), starts, comparisons, list(folders))
     write_json(home / "ablations.json", summary)
     sections = [(title, rows) for title, rows in tables(summary).items() if len(rows) > 1]
-    text = "\n".join([f"# {home.name}", "", NOTE, *_missing(summary), *map(_markdown_section, sections)])
+    text = "\n".join(
+        [
+            f"# {home.name}",
+            "",
+            NOTE,
+            *_missing(summary),
+            *(f"\n## {title}\n\n{markdown_table(rows)}\n" for title, rows in sections),
+        ]
+    )
     write_atomic(home / "ablations.md", text)
     means = {row["name"]: task_means(row) for row in summary["rows"] if row["seeds"]}
     names = list(dict.fromkeys(task for tasks in means.values() for task in tasks))
@@ -141,8 +149,3 @@ def _missing(summary: Mapping[str, Any]) -> list[str]:
         absent = [str(seed) for seed in summary["seeds"] if str(seed) not in row["seeds"]]
         lines += ["", f"Not there yet: {row['name']} at seed {', '.join(absent)}."] if absent else []
     return lines
-
-
-def _markdown_section(section: tuple[str, list[list[str]]]) -> str:
-    title, rows = section
-    return f"\n## {title}\n\n{markdown_table(rows)}\n"

@@ -8,7 +8,6 @@ It needs the extra `dashboards` and a W&B key. Runs are found by their group (ex
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -92,7 +91,7 @@ def _library() -> ModuleType:
     return library
 
 
-@command
+@command(failed="no report")
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make dashboard`."""
     parser = PlainParser(description=__doc__.split("\n")[0])
@@ -101,15 +100,11 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--entity", default="", help="W&B user or team; none: your default one")
     parser.add_argument("--title", default="Multi-image grounding: ablations")
     options = parser.parse_args(args)
-    try:
-        _library()
-        if not has_key():
-            raise ValueError("no W&B key: `wandb login`, or set WANDB_API_KEY. `make compare` needs none")
-        entity = options.entity or _default_entity()
-        report = build_report(options.title, options.project, entity, options.experiments)
-    except ValueError as error:
-        sys.exit(f"no report: {error}")
-    print(report.save().url)
+    _library()
+    if not has_key():
+        raise ValueError("no W&B key: `wandb login`, or set WANDB_API_KEY. `make compare` needs none")
+    entity = options.entity or _default_entity()
+    print(build_report(options.title, options.project, entity, options.experiments).save().url)
 
 
 def _default_entity() -> str:

@@ -10,10 +10,9 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from datamodules.persistence.files import fingerprint, read_json, write_json
+from datamodules.persistence.files import fingerprint
 from datamodules.persistence.message_text import listed
 from datamodules.persistence.source_code import Code, changed_files
 from datamodules.persistence.user_error import UserError
@@ -21,7 +20,6 @@ from datamodules.persistence.user_error import UserError
 Choice = Literal["redo", "keep"]
 Inputs = dict[str, list[tuple[str, str | None]]]  # {"data.shards": [(path, hash of its content), …]}
 
-RECORD = "evaluation.json"  # beside answers: their key, and the source files of the evaluation
 MOST_LINES, MOST_FILES = 8, 6  # in a message; the rest is only counted
 
 
@@ -159,43 +157,6 @@ def changed_text(records: Sequence[tuple[str, Mapping[str, Any], Code]]) -> str:
     lines.append("KEEP=1 (flag --keep) keeps it, and goes on with what is unfinished by the code as it is now;")
     lines.append("REDO=1 (flag --redo) moves it aside and makes it again, and what is made from it.")
     return "\n".join(lines)
-
-
-def settle_answers(
-    file: Path,
-    key: str,
-    code: Code,
-    choice: Choice | None,
-    is_there: Callable[[], bool],
-    is_done: Callable[[], bool],
-    set_aside: Callable[[], None],
-) -> None:
-    """Note in `file` which code runs an evaluation. The answers of other code are kept or set aside, as is chosen.
-
-    Args:
-        file: JSON in the evaluation's folder, with the key of its answers and the code that asked for them.
-        key: hash of all that the answers depend on beside the code.
-        code: the source files as they are now.
-        choice: keep or redo the answers of other code.
-        is_there: whether there are answers.
-        is_done: whether no answer is missing.
-        set_aside: renames the answers.
-
-    Raises CodeChanged if other code has given the answers, and there is no choice.
-    """
-    # A record under another key is of other settings: their answers are no matter of choice here.
-    record = read_json(file)
-    there = record.get("key") == key or is_there()
-    record = record if record.get("key") == key else {}
-    what, stale = f"the evaluation in {file.parent}", there and is_stale(record, code, choice)
-    decision = decide(stale, choice, lambda: question(what, is_done(), record, code))
-    if decision == "keep":
-        record = kept(record, code)
-        print(f"the answers in {file.parent} are kept, although other source files have asked for them", flush=True)
-    elif decision == "redo":
-        record = {}
-        set_aside()
-    write_json(file, {"key": key, "code": code} | record)
 
 
 def set_aside_text(folder: object, aside: object, differences: Differences) -> str:

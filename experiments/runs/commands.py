@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from datamodules.persistence.credentials import find_credential
 from datamodules.persistence.user_error import UserError
@@ -20,22 +20,31 @@ CURE = (
 )
 
 
-def command(main: Callable[..., T]) -> Callable[..., T]:
+def command(main: Callable[..., T] | None = None, *, failed: str = "") -> Callable[..., Any]:
     """Decorates the `main(args=None)` of an entry point: checks its arguments and configuration files first.
 
     A UserError ends the program with its message, without a traceback. Every other exception is an error of the code.
 
     Passwords, keys and old names of settings are refused before anything parses, prints or writes them. The message
     does not repeat a secret.
+
+    Args:
+        main: the function.
+        failed: what there is not after an error, such as "no comparison". It begins the message then, and an OSError or
+            a ValueError is told as a message too: such a command only reads files that users may have changed.
     """
+    if main is None:
+        return functools.partial(command, failed=failed)
+
+    told = (UserError, OSError, ValueError) if failed else (UserError,)
 
     @functools.wraps(main)
     def run(args: Sequence[str] | None = None) -> T:
         refuse_credentials(sys.argv[1:] if args is None else args)
         try:
             return main() if args is None else main(args)
-        except UserError as error:
-            sys.exit(str(error))
+        except told as error:
+            sys.exit(f"{failed}: {error}" if failed else str(error))
 
     return run
 

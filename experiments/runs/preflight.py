@@ -1,4 +1,4 @@
-"""Settings are checked before weights are loaded, and every fault is told at once."""
+"""Settings are checked before weights are loaded, and every problem is told at once."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ MODULES_OWN = {
 
 
 class SettingsError(UserError, ValueError):
-    """Settings that cannot be run; the message lists every fault."""
+    """Settings that cannot be run; the message lists every problem."""
 
 
-def raise_all(faults: Sequence[str]) -> None:
-    """Raise SettingsError with all faults, if there are any."""
-    if faults:
-        raise SettingsError("these settings cannot be run:\n" + "\n".join(f"  - {fault}" for fault in faults))
+def raise_all(problems: Sequence[str]) -> None:
+    """Raise SettingsError with all problems, if there are any."""
+    if problems:
+        raise SettingsError("these settings cannot be run:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
 def shard_list(settings: Mapping) -> list[str]:
@@ -41,47 +41,47 @@ def shard_list(settings: Mapping) -> list[str]:
     return source_list(settings["data"]["shards"])
 
 
-def seed_faults(seed: object) -> list[str]:
+def seed_problems(seed: object) -> list[str]:
     """Faults of a seed, which NumPy takes in 32 bits."""
     return [] if not isinstance(seed, int) or 0 <= seed < 2**32 else [f"seed={seed} must be in 0 to {2**32 - 1}"]
 
 
-def training_faults(settings: Mapping) -> list[str]:
-    """What is wrong with a training run's resolved configuration, each fault naming the field and its value."""
+def training_problems(settings: Mapping) -> list[str]:
+    """What is wrong with a training run's resolved configuration, each problem naming the field and its value."""
     model = settings["model"]["init_args"]
-    faults = model_faults(model["model"])
+    problems = model_problems(model["model"])
     for source in shard_list(settings):
-        faults += shard_faults(source)
-    faults += device_faults(settings["trainer"]) + size_faults(settings)
+        problems += shard_problems(source)
+    problems += device_problems(settings["trainer"]) + size_problems(settings)
     for name in ("experiment", "phase"):
         if not settings[name] or Path(settings[name]).name != settings[name]:
-            faults.append(f"{name}={settings[name]!r} must be a plain folder name")
+            problems.append(f"{name}={settings[name]!r} must be a plain folder name")
         elif "$" in settings[name]:
-            faults.append(f"{name}={settings[name]!r} names an environment variable that is not set")
+            problems.append(f"{name}={settings[name]!r} names an environment variable that is not set")
     strategy = settings["trainer"].get("strategy")
     strategy = strategy["class_path"] if isinstance(strategy, Mapping) else strategy
     for name, reason in REFUSED_STRATEGIES.items():
         if name in str(strategy).lower():
-            faults.append(f"trainer.strategy={strategy!r}: {reason}; use ddp or {SHARDED}")
+            problems.append(f"trainer.strategy={strategy!r}: {reason}; use ddp or {SHARDED}")
     for callback in settings["trainer"].get("callbacks") or []:
         if callback["class_path"].endswith(".RejectionSampling") and isinstance(settings["data"]["shards"], Mapping):
             reason = "the prompts that it keeps are one source; give the sources as a list"
-            faults.append(f"RejectionSampling: data.shards has weights, but {reason}")
+            problems.append(f"RejectionSampling: data.shards has weights, but {reason}")
         elsewhere = callback.get("init_args", {}).get("dirpath")
         if elsewhere is not None and callback["class_path"].endswith(".WindowCheckpoint"):
             reason = "a run goes on from checkpoints/ in its phase's folder, and looks nowhere else"
-            faults.append(f"WindowCheckpoint: dirpath={elsewhere!r} must be null: {reason}")
+            problems.append(f"WindowCheckpoint: dirpath={elsewhere!r} must be null: {reason}")
         if callback["class_path"].endswith(".HeldOutLoss"):
-            faults += held_out_faults(callback["init_args"]["shards"], shard_list(settings))
+            problems += held_out_problems(callback["init_args"]["shards"], shard_list(settings))
     for name, (instead, harmless) in MODULES_OWN.items():
         value = settings["trainer"].get(name)
         if value not in harmless:
-            faults.append(f"trainer.{name}={value}: the modules do this themselves, use model.{instead}")
-    return faults
+            problems.append(f"trainer.{name}={value}: the modules do this themselves, use model.{instead}")
+    return problems
 
 
-def device_faults(trainer: Mapping) -> list[str]:
-    """The fault of a GPU that is asked for where there is none."""
+def device_problems(trainer: Mapping) -> list[str]:
+    """The problem of a GPU that is asked for where there is none."""
     import torch  # slow; an import of data does without
 
     accelerator = trainer.get("accelerator")
@@ -90,14 +90,14 @@ def device_faults(trainer: Mapping) -> list[str]:
     return [f"trainer.accelerator={accelerator!r}: PyTorch finds no GPU here. Use --trainer.accelerator=cpu"]
 
 
-def size_faults(settings: Mapping) -> list[str]:
-    """The fault of data with fewer samples than one batch of all ranks. The manifests hold the counts."""
+def size_problems(settings: Mapping) -> list[str]:
+    """The problem of data with fewer samples than one batch of all ranks. The manifests hold the counts."""
     from datamodules.streaming.stream import smaller_batch  # loads torch
 
     try:
         count = sum(shard.count for source in shard_list(settings) for shard in read_shards(source))
     except (ValueError, OSError, FetchError):
-        return []  # `shard_faults` names the source
+        return []  # `shard_problems` names the source
     batch, ranks = settings["data"]["batch_size"], num_ranks(settings["trainer"])
     if not count or batch < 1 or count >= batch * ranks:
         return []
@@ -115,7 +115,7 @@ def num_ranks(trainer: Mapping) -> int:
     return number * (trainer.get("num_nodes") or 1)
 
 
-def model_faults(path: str) -> list[str]:
+def model_problems(path: str) -> list[str]:
     """Faults of a model folder or Hub name, its tensors among them, before any value is read."""
     # Both load torch, which an import of data does without.
     from datamodules.checkpoints.pretrained import check_policy
@@ -128,17 +128,19 @@ def model_faults(path: str) -> list[str]:
     return []
 
 
-def held_out_faults(held_out: str | Sequence[str], trained: Sequence[str]) -> list[str]:
+def held_out_problems(held_out: str | Sequence[str], trained: Sequence[str]) -> list[str]:
     """Faults of the shards on which HeldOutLoss measures: those of any shards, and those that training reads too."""
-    faults = []
+    problems = []
     for source in source_list(held_out):
-        faults += shard_faults(source, "HeldOutLoss: shards")
+        problems += shard_problems(source, "HeldOutLoss: shards")
         if any(Path(source).absolute() == Path(other).absolute() for other in trained):
-            faults.append(f"HeldOutLoss: shards={source!r} are in data.shards: held-out samples must not be trained on")
-    return faults
+            problems.append(
+                f"HeldOutLoss: shards={source!r} are in data.shards: held-out samples must not be trained on"
+            )
+    return problems
 
 
-def shard_faults(source: str, setting: str = "data.shards") -> list[str]:
+def shard_problems(source: str, setting: str = "data.shards") -> list[str]:
     """Faults of one source of shards: absent, without a manifest, not to be reached, or empty. `setting` names it."""
     try:
         shards = read_shards(source)

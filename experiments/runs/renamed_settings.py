@@ -20,6 +20,7 @@ RENAMED = {
     "sides": "contenders",
     "window": "average_over",  # of CollapseGuard
     "twins": "replicas",
+    "world": "synthetic_dataset",
     "limit_per_task": "limit",
     "batch_prompts": "prompts_per_batch",
     "model.group_size": "model.rollout.group_size",
@@ -108,5 +109,5 @@ def refuse_moved(arguments: Sequence[str] | None, moved: Mapping[str, str]) -> N
     found = [("--", argument[2:].partition("=")[0]) for argument in arguments if argument.startswith("--")]
     for file in sorted(Path(word) for word in words if word.endswith((".yaml", ".yml")) and Path(word).is_file()):
         found += [(f"{file}: ", line.partition(":")[0]) for line in file.read_text(errors="replace").splitlines()]
-    if faults := [f"  - {where}{name}: write {moved[name]}" for where, name in found if name in moved]:
-        sys.exit("\n".join(["settings that have moved:", *faults]))
+    if problems := [f"  - {where}{name}: write {moved[name]}" for where, name in found if name in moved]:
+        sys.exit("\n".join(["settings that have moved:", *problems]))

@@ -96,7 +96,9 @@ def claim(
         say(f"{folder} is kept, although other source files have made it")
     # 3. Record the settings, inputs and code of the run.
     if not done or found.decision == "keep":
-        write_marker(folder, STARTED, **(run.record() | origin(started) | (facts if not done else _facts_of(started))))
+        recorded = {*run.record(), "kept"}
+        kept_facts = {name: value for name, value in started.items() if name not in recorded}
+        write_marker(folder, STARTED, **(run.record() | origin(started) | (kept_facts if done else facts)))
     return bool(done)
 
 
@@ -144,10 +146,6 @@ def _recorded(folder: Path, run: MadeOf, started: dict) -> dict | None:
     except (OtherVersion, yaml.YAMLError, KeyError, TypeError, AttributeError):  # of a version that wrote it otherwise
         return None
     return {"settings": settings, "inputs": inputs} if settings else None
-
-
-def _facts_of(started: dict) -> dict:
-    return {name: value for name, value in started.items() if name not in ("key", "settings", "inputs", "code", "kept")}
 
 
 def trained_commit(folder: Path) -> str | None:

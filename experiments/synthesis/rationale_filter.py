@@ -95,7 +95,7 @@ def group_responses(records: Sequence[Mapping[str, Any]], count: int) -> dict[in
 
 
 def write_rationales(
-    folder: Path, reader: ShardReader, verdicts: Mapping[int, Verdict], teacher: str, max_samples: int = 1000
+    folder: Path, reader: ShardReader, verdicts: Mapping[int, Verdict], teacher: str
 ) -> dict[int, str]:
     """Write the kept samples with thinking to <folder>/shards, and all decisions to <folder>/outcomes.jsonl.
 
@@ -107,11 +107,10 @@ def write_rationales(
         reader: the questions.
         verdicts: {number of the question: its decision}.
         teacher: name of the teacher.
-        max_samples: samples in one shard.
     """
     shutil.rmtree(folder / "shards", ignore_errors=True)
     lines, tasks = [], {}
-    with ShardWriter(folder / "shards", max_samples) as writer:
+    with ShardWriter(folder / "shards") as writer:
         for number in sorted(verdicts):
             verdict, loaded = verdicts[number], reader.read(number)
             tasks[number], ious = loaded.sample.task, [round(iou, 4) for iou in verdict.ious]

@@ -111,6 +111,7 @@ class _Question:
     tries: int = 0
 
 
+@dataclass
 class Teacher:
     """Asks all questions whose responses are not in the journal yet.
 
@@ -127,27 +128,22 @@ class Teacher:
         prices: for the cost in the progress bar.
     """
 
-    def __init__(
-        self,
-        reader: ShardReader,
-        endpoint: EndpointSettings,
-        form: RequestForm,
-        sampling: Sampling,
-        journal: Journal,
-        prices: Prices,
-    ) -> None:
-        self.reader, self.form, self.sampling = reader, form, sampling
-        self.settings = replace(endpoint, extra_body=server_fields(endpoint) | endpoint.extra_body)
-        self.journal, self.prices = journal, prices
+    reader: ShardReader
+    endpoint: EndpointSettings
+    form: RequestForm
+    sampling: Sampling
+    journal: Journal
+    prices: Prices
+
+    def __post_init__(self) -> None:
+        self.settings = replace(self.endpoint, extra_body=server_fields(self.endpoint) | self.endpoint.extra_body)
         self.session = Session()
         self._bar: tqdm | None = None  # the progress bar
+        self._lost = 0  # number of failed tries to get answers
+        known = [record for record in self.journal.records if "text" in record]
         # Refusals before the first answer, not yet journalled: if all questions are refused, the settings are wrong and
         # no question may be marked as refused. None after the first answer.
-        self._refused: list[dict[str, Any]] | None = []
-        self._lost = 0  # number of failed tries to get answers
-        known = [record for record in journal.records if "text" in record]
-        if known:
-            self._refused = None
+        self._refused: list[dict[str, Any]] | None = None if known else []
         self._tokens = [sum(record[name] for record in known) for name in ("prompt_tokens", "completion_tokens")]
 
     def run(self, count: int) -> Session:
@@ -207,8 +203,10 @@ class Teacher:
                 self._reject(rejected | {"detail": error.detail})
                 self._bar.update(len(question.responses))
             except EndpointUnavailable as error:
-                # No answer to this question. If the server still answers the probe, go on with other questions.
-                await self._require_answer(endpoint)
+                # No answer to this question. If the server still answers the smallest question, go on with others; a
+                # refusal is an answer too.
+                with suppress(RequestRefused):
+                    await endpoint.complete(PROBE_MESSAGES, 1, self.sampling.temperature)
                 question.tries += 1
                 if question.tries < MAX_TRIES:
                     questions.append(question)  # behind all others
@@ -217,11 +215,6 @@ class Teacher:
                 self._lost += 1
                 if not self._answered and self._lost >= MAX_FAILURES_AT_START:
                     raise
-
-    async def _require_answer(self, endpoint: ChatEndpoint) -> None:
-        """Raise EndpointUnavailable if the server does not answer even the smallest question."""
-        with suppress(RequestRefused):  # a refusal is an answer
-            await endpoint.complete(PROBE_MESSAGES, 1, self.sampling.temperature)
 
     def _reject(self, record: dict[str, Any]) -> None:
         """Journal a rejected question, or hold it back while the server has answered nothing."""
@@ -264,14 +257,11 @@ class Teacher:
             self.journal.append([*(self._refused or ()), record])  # the first answer shows that the refusals were real
             self._refused = None
             question.responses.pop(0)
-            self._count(found.prompt_tokens, found.completion_tokens)
-
-    def _count(self, prompt_tokens: int, completion_tokens: int) -> None:
-        """Count a response, and show the totals in the progress bar."""
-        self.session.requests += 1
-        self._tokens[0] += prompt_tokens
-        self._tokens[1] += completion_tokens
-        shown = {"tokens": f"{self._tokens[0]}+{self._tokens[1]}", "cost": f"{self.prices.cost(*self._tokens):.2f}"}
-        shown |= {"retries": self.session.faults.total(), "failed": len(self.session.failed)}
-        self._bar.set_postfix(shown, refresh=False)
-        self._bar.update()
+            # Count the response, and show the totals in the progress bar.
+            self.session.requests += 1
+            self._tokens[0] += found.prompt_tokens
+            self._tokens[1] += found.completion_tokens
+            shown = {"tokens": f"{self._tokens[0]}+{self._tokens[1]}", "cost": f"{self.prices.cost(*self._tokens):.2f}"}
+            shown |= {"retries": self.session.faults.total(), "failed": len(self.session.failed)}
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update()

@@ -26,7 +26,7 @@ HANG_SECONDS = 300.0  # a pipeline that has lost one process must end by itself 
 
 
 def write_configs(folder: Path, model: str) -> Path:
-    """The nano configurations with a small world and few steps; the pipeline's."""
+    """The nano configurations with a small synthetic dataset and few steps; the pipeline's."""
 
     def load(name: str) -> dict[str, Any]:
         return yaml.safe_load((NANO / f"{name}.yaml").read_text())
@@ -35,16 +35,16 @@ def write_configs(folder: Path, model: str) -> Path:
         write_atomic(folder / f"{name}.yaml", yaml.safe_dump(settings, sort_keys=False))
         return str(folder / f"{name}.yaml")
 
-    world = folder.parent / "world"
-    benchmark = {"annotations": str(world / "MIG-Bench/MIG_data.json"), "image_root": str(world)}
+    dataset = folder.parent / "dataset"
+    benchmark = {"annotations": str(dataset / "MIG-Bench/MIG_data.json"), "image_root": str(dataset)}
     small = {"train_samples": 300, "eval_per_task": 3, "pool_samples": 40}
-    shards = load("shards") | {"root": str(world)} | small
-    evaluation = load("eval") | {"data_root": str(world), "decoding": {"max_new_tokens": 96, "prompts_per_batch": 3}}
+    shards = load("shards") | {"root": str(dataset)} | small
+    evaluation = load("eval") | {"data_root": str(dataset), "decoding": {"max_new_tokens": 96, "prompts_per_batch": 3}}
     changes = {
-        "cot_sft": ({}, {"shards": str(world / "shards/sft"), "batch_size": 4}, 24),
+        "cot_sft": ({}, {"shards": str(dataset / "shards/sft"), "batch_size": 4}, 24),
         "grpo": (
             {"rollout": {"group_size": 4, "max_new_tokens": 96}, "update": {"minibatches": 2}, "accumulate": 2},
-            {"shards": str(world / "shards/rl_pool"), "batch_size": 2},
+            {"shards": str(dataset / "shards/rl_pool"), "batch_size": 2},
             8,
         ),
     }
@@ -67,7 +67,7 @@ def write_configs(folder: Path, model: str) -> Path:
         save(stage, settings)
     stages = {stage: str(folder / f"{stage}.yaml") for stage in STAGES}
     pipeline = {"experiment": EXPERIMENT, "model": model, "stages": stages}
-    pipeline |= {"world": save("shards", shards), "evaluation": save("eval", evaluation)}
+    pipeline |= {"synthetic_dataset": save("shards", shards), "evaluation": save("eval", evaluation)}
     return Path(save("pipeline", pipeline))
 
 
@@ -107,7 +107,7 @@ class Pipeline:
         for command in self._steps():
             words = command.split()
             if "experiments.generate_synthetic" in command:
-                return "world"
+                return "dataset"
             if "experiments.evaluate" in command:
                 return f"{Path(words[words.index('--output') + 1]).parent.name}: evaluation"
             if "experiments.train" in command:

@@ -26,7 +26,7 @@ from tests.chaos.killed_pipeline import POLL_SECONDS, ROOT, STAGES, Pipeline, wr
 
 # In the order in which a pipeline comes to them, and the share of the kills that falls into each.
 PHASES = {
-    "world": 1,
+    "dataset": 1,
     "base: evaluation": 2,
     "cot_sft: training": 4,
     "cot_sft: merge": 1,
@@ -122,7 +122,7 @@ def main(args: list[str] | None = None) -> None:
     config = write_configs(folder / "configs", given.model)
     alone, disturbed = (Pipeline(config, folder / name) for name in ("alone", "disturbed"))
     spent = alone.run_watched()
-    shutil.rmtree(folder / "world")  # so that its making can be killed too
+    shutil.rmtree(folder / "dataset")  # so that its making can be killed too
     kills = disturb(disturbed, plan_kills(given.kills), spent, random.Random(given.seed))
     found = differences(alone.folder, disturbed.folder, STAGES)
     if len(kills) < given.kills:

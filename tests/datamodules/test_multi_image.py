@@ -242,7 +242,9 @@ def test_strict_data_raises(shards: Path, processor: Path) -> None:
 
 
 def test_bad_settings_are_named_at_once() -> None:
-    with pytest.raises(ValueError, match=r"batch_size=0 is below 1; num_workers=-1 .*worker_timeout=0 .*; shards=\[\]"):
+    with pytest.raises(
+        ValueError, match=r"batch_size=0 must be at least 1; num_workers=-1 .*worker_timeout=0 .*; shards=\[\]"
+    ):
         MultiImageData([], "unused", batch_size=0, num_workers=-1, worker_timeout=0)
 
 

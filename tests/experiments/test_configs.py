@@ -197,7 +197,7 @@ def parse_settings(function: Callable[..., None], path: Path) -> None:
 def test_other_configurations_fit_their_function(name: str) -> None:
     parse_settings(OTHERS[name], CONFIGS / name)
     settings = yaml.safe_load((CONFIGS / name).read_text())
-    for path in (settings.get("evaluation"), settings.get("world"), *settings.get("stages", {}).values()):
+    for path in (settings.get("evaluation"), settings.get("synthetic_dataset"), *settings.get("stages", {}).values()):
         assert path is None or (ROOT / path).is_file(), path
 
 
@@ -252,7 +252,7 @@ def test_a_pipelines_parts_agree(name: str) -> None:
 )
 def test_an_ablation_has_the_pipelines_stages_as_rows(name: str, whole: str) -> None:
     rows, stages = (yaml.safe_load((CONFIGS / file).read_text()) for file in (name, whole))
-    for field in ("experiment", "model", "world", "evaluation"):
+    for field in ("experiment", "model", "synthetic_dataset", "evaluation"):
         assert rows[field] == stages[field], field
     before = "base"
     for stage, config in stages["stages"].items():

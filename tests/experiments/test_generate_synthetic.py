@@ -14,7 +14,7 @@ SETTINGS = {"seed": 0, "train_samples": 3, "eval_per_task": 1, "pool_samples": 2
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """train_samples of every world that is built; the build itself only marks its folder."""
+    """train_samples of every dataset that is built; the build itself only marks its folder."""
     counts: list[int] = []
 
     def build_nano(root: str, train_samples: int, **_: int) -> None:

@@ -104,7 +104,7 @@ def test_rejection_sampling_that_keeps_nothing_ends_the_run(workbench: Workbench
 
 
 def with_answers(workbench: Workbench, num_unusable: int) -> str:
-    """The tiny world's samples, of which the first ones ask for two boxes, or for a letter."""
+    """The tiny dataset's samples, of which the first ones ask for two boxes, or for a letter."""
     reader, folder = ShardReader(workbench.root / "shards"), workbench.root / "mixed"
     box = BoxAnswer(1, (0.1, 0.2, 0.6, 0.9), "ring")
     answers = (BoxesAnswer((box, box)), ChoiceAnswer("A", ("left", "right")))

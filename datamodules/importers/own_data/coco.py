@@ -24,17 +24,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datamodules.importers.own_data.coordinates import Size, Written, read_numbers, refuse_misfits
-from datamodules.importers.own_data.drafts import Draft, DraftRecord, detection_drafts
+from datamodules.importers.own_data.coordinates import Size, read_numbers
+from datamodules.importers.own_data.drafts import Draft, DraftBox, DraftRecord, detection_drafts
 from datamodules.importers.own_data.image_folder import ImageFolder, find_image_root
-from datamodules.importers.own_data.records import RecordReader, Reservoir
+from datamodules.importers.own_data.records import Kept, RecordReader, Reservoir, compare_boxes
 from datamodules.importers.own_data.statement import TRAIN, OwnData
 from datamodules.importers.reading.field_checks import Schema
 from datamodules.importers.reading.json_stream import stream_json
-from datamodules.importers.reading.source import DataError, Scan
+from datamodules.importers.reading.source import MAX_DEPTH, DataError, Scan, find_files
 from datamodules.samples.sample import LoadedSample, SampleError
 
-MAX_DEPTH = 3  # folders below ROOT in which annotation files are looked for
 DEFAULT_SUBSETS = TRAIN
 KNOWN = {
     "images": ("id", "file_name", "width", "height"),
@@ -66,17 +65,14 @@ class DetectionFile:
     found: Counter[str] = field(default_factory=Counter)  # items by array
 
 
-def root_faults(root: str, own: OwnData) -> list[str]:
+def root_problems(root: str, own: OwnData) -> list[str]:
     """What is wrong with ROOT."""
     return [] if root and Path(root).exists() else [f"root={root!r} is neither a folder nor a COCO file"]
 
 
 def annotation_files(root: Path, own: OwnData) -> list[Path]:
     """Every .json file in `root`, or `root` itself; DataError where there is none."""
-    if root.is_file():
-        return [root]
-    found = [path for depth in range(MAX_DEPTH) for path in root.glob("*/" * depth + "*.json")]
-    files = sorted(path for path in found if path.is_file() and not path.name.startswith("."))
+    files = find_files(root, "*.json")
     if not files:
         raise DataError(f"root={str(root)!r}: no .json file, at most {MAX_DEPTH - 1} folders down")
     return files
@@ -234,9 +230,9 @@ def _entries(file: int, content: DetectionFile, skipped: Counter[str], schema: S
     faults = list(content.faults)
     # 1. Annotations by image. An annotation that refers to nothing becomes a fault of the file.
     for number, (image, category, box) in enumerate(content.annotations):
-        lost = image if not _is_key(image, content.images) else None
-        if lost is not None or not _is_key(category, content.categories):
-            rule = "unknown_image" if lost is not None else "unknown_category"
+        has_image = _is_key(image, content.images)
+        if not has_image or not _is_key(category, content.categories):
+            rule = "unknown_category" if has_image else "unknown_image"
             detail = (
                 f"annotations[{number}] has image_id={image!r:.60}, category_id={category!r:.60}, which is not listed"
             )
@@ -268,26 +264,19 @@ def _is_key(value: Any, known: Mapping[Any, Any]) -> bool:
 
 def _check_boxes(path: Path, entries: Sequence[ImageEntry], folder: ImageFolder, own: OwnData, schema: Schema) -> None:
     """Raise DataError where the file's boxes cannot be pixels of their images, or what the user says instead."""
-    # 1. A random part of the boxes: a file may hold millions, and sizes may have to be read from the images.
-    drawn: Reservoir[tuple[ImageEntry, tuple[float, ...]]] = Reservoir()
+    # COCO defines pixels and xywh, so that is the default.
+    coordinates = own.box_format or "pixels_xywh"
+    # A random part of the boxes: a file may hold millions, and sizes may have to be read from the images.
+    drawn: Reservoir[Kept] = Reservoir()
     for entry in entries:
         for _, values in entry.boxes:
             if not isinstance(values[0], str):
-                drawn.add((entry, values))
-    # 2. Each box with the size of its image. An unreadable image is rejected later, at its own sample.
-    written = []
-    for entry, values in drawn.kept:
-        try:
-            size = entry.size or folder.sizes((entry.name,), path.name)[0]
-        except SampleError:
-            continue
-        written.append(Written(values, size, f"image {entry.id}"))
-    # 3. Compare. COCO defines pixels and xywh, so that is the default.
-    coordinates = own.box_format or "pixels_xywh"
-    fits = refuse_misfits(path.name, written, coordinates, own.resized_limits, own.max_misfits)
-    schema.counts[f"{path.name}: of {len(written):,} boxes said to be {coordinates}, each format could mean"].update(
-        fits
-    )
+                drawn.add(Kept(coordinates, (DraftBox(values, 0),), entry, f"image {entry.id}"))
+
+    def sizes_of(kept: Kept) -> list[Size]:
+        return [kept.key.size] if kept.key.size else folder.sizes((kept.key.name,), path.name)
+
+    compare_boxes(path.name, drawn.kept, sizes_of, own, schema)
 
 
 def _subset(root: Path, path: Path) -> str:

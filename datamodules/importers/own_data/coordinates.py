@@ -89,11 +89,6 @@ def count_fits(boxes: Iterable[Written], limits: Limits) -> dict[str, int]:
     return dict(counts)
 
 
-def fits_title(where: str, boxes: Sequence[Written], coordinates: Coordinates | None) -> str:
-    """What the counts of `count_fits` are called in a report."""
-    return f"{where}: of {len(boxes):,} boxes said to be {coordinates}, each format could mean"
-
-
 def refuse_misfits(
     where: str,
     boxes: Sequence[Written],

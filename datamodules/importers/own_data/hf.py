@@ -33,14 +33,14 @@ IMAGE_COLUMNS = ("image", "images")
 NAMED = ("category", "categories", "label", "labels")  # of `objects`: numbers that the features name
 
 
-def root_faults(root: str, own: OwnData) -> list[str]:
+def root_problems(root: str, own: OwnData) -> list[str]:
     """What is wrong with ROOT, or with this machine."""
-    faults = [] if root else ["root='': a folder, or a name on the Hub such as org/name, is needed"]
+    problems = [] if root else ["root='': a folder, or a name on the Hub such as org/name, is needed"]
     try:
         import datasets  # noqa: F401
     except ImportError:
-        faults.append("source='hf' needs the package datasets: pip install 'multi-image-grounding[hf]'")
-    return faults
+        problems.append("source='hf' needs the package datasets: pip install 'multi-image-grounding[hf]'")
+    return problems
 
 
 def annotation_files(root: Path, own: OwnData) -> list[Path]:

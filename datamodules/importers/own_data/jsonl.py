@@ -20,35 +20,29 @@ from datamodules.importers.own_data.records import RecordReader, RecordScan
 from datamodules.importers.own_data.statement import TRAIN, OwnData
 from datamodules.importers.reading.field_checks import Schema
 from datamodules.importers.reading.json_stream import BOM, MAX_ITEM, stream_json
-from datamodules.importers.reading.source import DataError, Scan, Spans
+from datamodules.importers.reading.source import DataError, Scan, Spans, find_files
 from datamodules.persistence.strict_json import refuse_constant, unique_keys
 from datamodules.samples.sample import LoadedSample, SampleError
 
-MAX_DEPTH = 3  # folders below ROOT in which files of records are looked for
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 DEFAULT_SUBSETS = TRAIN
 
 
-def root_faults(root: str, own: OwnData) -> list[str]:
+def root_problems(root: str, own: OwnData) -> list[str]:
     """What is wrong with ROOT."""
     return [] if root and Path(root).exists() else [f"root={root!r} is neither a folder nor a file of records"]
 
 
 def annotation_files(root: Path, own: OwnData) -> list[Path]:
     """The files of records in `root`, or `root` itself; DataError where there is none."""
-    if root.is_file():
-        return [root]
-    found = [path for depth in range(MAX_DEPTH) for path in root.glob("*/" * depth + "*.json*")]
-    files = sorted(
-        path
-        for path in found
-        if path.is_file()
-        and not path.name.startswith(".")
-        and (path.suffix == ".jsonl" or (path.suffix == ".json" and _first(path) == b"["))
-    )
+    files = [path for path in find_files(root, "*.json*") if path == root or _holds_records(path)]
     if not files:
         raise DataError(f"root={str(root)!r}: no .jsonl file, and no .json file that holds a list of records")
     return files
+
+
+def _holds_records(path: Path) -> bool:
+    return path.suffix == ".jsonl" or (path.suffix == ".json" and _first(path) == b"[")
 
 
 def scan(root: Path, allow: Sequence[str], own: OwnData) -> Scan:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from datamodules.importers.own_data.coordinates import Written, fits_title, refuse_misfits, to_unit
+from datamodules.importers.own_data.coordinates import Size, Written, refuse_misfits, to_unit
 from datamodules.importers.own_data.drafts import NO_BOX, Draft, DraftBox, DraftRecord, draft_record
 from datamodules.importers.own_data.forms import FIELDS
 from datamodules.importers.own_data.image_folder import ImageFolder, ReadImages
@@ -157,6 +157,37 @@ class Kept(NamedTuple):
     place: str
 
 
+def compare_boxes(
+    where: str, drawn: Sequence[Kept], sizes_of: Callable[[Kept], Sequence[Size]], own: OwnData, schema: Schema
+) -> None:
+    """Count which box formats the boxes of a file could be of.
+
+    Args:
+        where: the file, for messages and the report.
+        drawn: its records, or a random part of them.
+        sizes_of: the sizes of a record's images in the frame of the boxes; it may raise SampleError.
+        own: the user's statements.
+        schema: takes the counts.
+
+    Raises:
+        DataError: the boxes contradict the box format, or none is known.
+    """
+    # Records of several forms may say different things: each kind is compared with its own.
+    # The scan reads image headers only here, for at most CHECKED records of the file.
+    by_coordinates: dict[Coordinates | None, list[Written]] = {}
+    for kept in drawn:
+        written = by_coordinates.setdefault(kept.coordinates, [])
+        try:
+            sizes = sizes_of(kept)
+        except SampleError:
+            continue  # rejected, and counted, when it is imported
+        written += [Written(box.values, sizes[box.image], kept.place) for box in kept.boxes]
+    for coordinates, written in by_coordinates.items():
+        fits = refuse_misfits(where, written, coordinates, own.resized_limits, own.max_misfits)
+        title = f"{where}: of {len(written):,} boxes said to be {coordinates}, each format could mean"
+        schema.counts[title].update(fits)
+
+
 @dataclass
 class RecordScan:
     """The first look at the records of one file: what it holds, and whether its boxes can be what is said of them.
@@ -205,20 +236,11 @@ class RecordScan:
 
     def finish(self, where: str) -> None:
         """Raise DataError where the boxes contradict the box format, or none is known. Forget the kept records."""
-        # Records of several forms may say different things: each kind is compared with its own.
-        # The scan reads image headers only here, for at most CHECKED records of the file.
-        by_coordinates: dict[Coordinates | None, list[Written]] = {}
-        for kept in self.drawn.kept:
-            written = by_coordinates.setdefault(kept.coordinates, [])
-            try:
-                sizes = self.reader.folder.sizes(self.images_of(kept.key), kept.place)
-            except SampleError:
-                continue  # rejected, and counted, when it is imported
-            written += [Written(box.values, sizes[box.image], kept.place) for box in kept.boxes]
-        own = self.reader.own
-        for coordinates, written in by_coordinates.items():
-            fits = refuse_misfits(where, written, coordinates, own.resized_limits, own.max_misfits)
-            self.schema.counts[fits_title(where, written, coordinates)].update(fits)
+
+        def sizes_of(kept: Kept) -> list[Size]:
+            return self.reader.folder.sizes(self.images_of(kept.key), kept.place)
+
+        compare_boxes(where, self.drawn.kept, sizes_of, self.reader.own, self.schema)
         # The next file begins with an empty reservoir: each file is judged alone.
         self.drawn = Reservoir()
 

@@ -70,21 +70,13 @@ class CocoFile:
     annotations: list[Annotation] = field(default_factory=list)
     ids: set[int | str] = field(default_factory=set)  # of annotations, where the file has them
 
-    def check_references(self, where: str) -> None:
-        """Raises ValueError for an annotation of an image or category that is not listed."""
-        for annotation in self.annotations:
-            if annotation.image not in self.images or annotation.category not in self.categories:
-                raise ValueError(
-                    f"{where}: annotation {annotation.id} has image_id={annotation.image!r},"
-                    f" category_id={annotation.category}, and one of them is not listed"
-                )
-
 
 def read_coco(path: Path, schema: Schema, more: Mapping[str, Mapping[str, Kinds]] | None = None) -> CocoFile:
     """Read and check a file.
 
-    Raises ValueError for a field that is missing, unknown or of another type, and for an id that two images, categories
-    or annotations have: which of the two is meant is not said.
+    Raises ValueError for a field that is missing, unknown or of another type, for an id that two images, categories or
+    annotations have (which of the two is meant is not said), and for an annotation of an image or category that is not
+    listed.
     """
     coco, counts = CocoFile(), Counter()
     for item in stream_json(path):
@@ -101,6 +93,12 @@ def read_coco(path: Path, schema: Schema, more: Mapping[str, Mapping[str, Kinds]
     for key in _REQUIRED:
         if not counts[key]:
             raise ValueError(f"{path}: field {key!r} is missing or empty")
+    for annotation in coco.annotations:
+        if annotation.image not in coco.images or annotation.category not in coco.categories:
+            raise ValueError(
+                f"{path}: annotation {annotation.id} has image_id={annotation.image!r},"
+                f" category_id={annotation.category}, and one of them is not listed"
+            )
     return coco
 
 

@@ -59,7 +59,10 @@ def read_headers(
     """
     headers = []
     for path, file in zip(paths, files, strict=True):
-        header = _header(sample_id, path, io.BytesIO(file) if isinstance(file, bytes) else file)
+        try:
+            header = read_header(io.BytesIO(file) if isinstance(file, bytes) else file)
+        except ImageError as error:
+            raise SampleError(sample_id, error.rule, f"{path}: {error.detail}") from error
         if header.orientation != 1 and frame is None:
             raise SampleError(sample_id, "turned_image", f"{path} has EXIF orientation {header.orientation}")
         headers.append(header)
@@ -75,10 +78,3 @@ def turn_upright(loaded: LoadedSample, headers: Sequence[Header], frame: Frame |
     sample = turn_sample(loaded.sample, turned)
     extra = {**sample.extra, "turned": f"{len(turned)} of {len(headers)}"}
     return LoadedSample(replace(sample, extra=extra), loaded.images)
-
-
-def _header(sample_id: str, path: str, file: BinaryIO) -> Header:
-    try:
-        return read_header(file)
-    except ImageError as error:
-        raise SampleError(sample_id, error.rule, f"{path}: {error.detail}") from error

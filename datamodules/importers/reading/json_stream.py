@@ -62,11 +62,7 @@ class _Stream:
             raise self.fault("the end of the file")
 
     def members(self) -> Iterator[Item]:
-        self.place += 1
-        if self.peek() == "}":
-            self.place += 1
-            return
-        while True:
+        for _ in self.entries("}"):
             # A member: key, colon, then an array that is streamed or any other value whole.
             key = self.value("").value
             if not isinstance(key, str) or self.peek() != ":":
@@ -76,18 +72,20 @@ class _Stream:
                 yield from self.array(key)
             else:
                 yield self.value(key)
-            if self.separator("}"):
-                return
 
     def array(self, key: str) -> Iterator[Item]:
+        for _ in self.entries("]"):
+            yield self.value(key)
+
+    def entries(self, closing: str) -> Iterator[None]:
+        """Step over an opening bracket, stop at the beginning of each entry, and step over `closing`."""
         self.place += 1
-        if self.peek() == "]":
+        if self.peek() == closing:
             self.place += 1
             return
-        while True:
-            yield self.value(key)
-            if self.separator("]"):
-                return
+        yield
+        while not self.separator(closing):
+            yield
 
     def separator(self, closing: str) -> bool:
         """Step over a comma, or over `closing`, which ends the container: then True."""

@@ -17,8 +17,19 @@ from datamodules.samples.sample import LoadedSample, Sample, SampleError
 Convert = Callable[[Sequence[Any]], Iterator[Sample | LoadedSample | SampleError]]
 
 
+MAX_DEPTH = 3  # folders below ROOT in which files of your own data are looked for
+
+
 class DataError(UserError, ValueError):
     """A source's files, or what the user says of them, cannot be imported: a command prints the message alone."""
+
+
+def find_files(root: Path, pattern: str) -> list[Path]:
+    """`root` itself if it is a file, else the files below it that match and are not hidden, sorted."""
+    if root.is_file():
+        return [root]
+    found = (path for depth in range(MAX_DEPTH) for path in root.glob("*/" * depth + pattern))
+    return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
 
 
 def name_record(error: SampleError, record: Any) -> SampleError:

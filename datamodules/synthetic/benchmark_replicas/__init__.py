@@ -1,1 +1,1 @@
-"""Nano replicas of the benchmarks: scenes of the nano world in each benchmark's own files."""
+"""Nano replicas of the benchmarks: scenes of the synthetic dataset in each benchmark's own files."""

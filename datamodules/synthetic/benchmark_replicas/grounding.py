@@ -28,9 +28,7 @@ def write_ref_l4(root: Path, count: int) -> None:
     for split in ("val", "test"):
         rows = []
         for index in range(count):
-            rng = random.Random(f"Ref-L4:{split}:{index}")
-            scene = _scene(rng)
-            thing = rng.choice(scene.things)
+            _, scene, thing = _draw(f"Ref-L4:{split}:{index}")
             name = f"{split}_{index:05d}.jpg"
             save_jpeg(draw_scene(scene), root / "images" / name)
             x1, y1, x2, y2 = pixels(thing.box, scene.size)
@@ -59,9 +57,7 @@ def write_reason_seg(root: Path, count: int) -> None:
     """
     for split in ("val", "test"):
         for index in range(count):
-            rng = random.Random(f"ReasonSeg:{split}:{index}")
-            scene = _scene(rng)
-            thing = rng.choice(scene.things)
+            _, scene, thing = _draw(f"ReasonSeg:{split}:{index}")
             shapes = [_shape("target", thing.box, scene.size)]
             if index % 4 == 0:
                 shapes.append(_shape("ignore", (0.02, 0.02, 0.06, 0.06), scene.size))
@@ -79,9 +75,7 @@ def write_revos(root: Path, count: int) -> None:
     videos: dict[str, Any] = {}
     masks: dict[str, list[Any]] = {}
     for index in range(count):
-        rng = random.Random(f"ReVOS:{index}")
-        scene = _scene(rng)
-        thing = rng.choice(scene.things)
+        rng, scene, thing = _draw(f"ReVOS:{index}")
         steps = _drift(rng, scene, thing)
         video = f"video_{index:04d}"
         names = [f"{5 * step:05d}" for step in range(NUM_FRAMES)]
@@ -138,9 +132,11 @@ def write_odinw(root: Path, count: int) -> None:
         (root / folder / "valid" / FILE).write_text(json.dumps(coco))
 
 
-def _scene(rng: random.Random) -> Scene:
-    """A scene with two to four things."""
-    return random_scene(rng, crowd(rng, rng.randint(2, 4)))
+def _draw(name: str) -> tuple[random.Random, Scene, Thing]:
+    """The random numbers of this name, a scene with two to four things, and the thing that is asked for."""
+    rng = random.Random(name)
+    scene = random_scene(rng, crowd(rng, rng.randint(2, 4)))
+    return rng, scene, rng.choice(scene.things)
 
 
 def _place(box: Box) -> str:

@@ -1,4 +1,4 @@
-"""Nano replicas of BLINK and MMIU: questions with options over scenes of the nano world, in their own files."""
+"""Nano replicas of BLINK and MMIU: questions with options over scenes of the synthetic dataset, in their own files."""
 
 from __future__ import annotations
 
@@ -161,13 +161,17 @@ def _similarity(rng: random.Random) -> Puzzle:
 
 def _correspondence(rng: random.Random) -> Puzzle:
     """Which point of the second picture lies on the thing that is framed in the first picture?"""
-    kinds = crowd(rng, 4)
+    return _framed(rng, 4, "Which point of the second image corresponds to the framed object?", _point)
+
+
+def _framed(rng: random.Random, count: int, question: str, place: Callable[[Thing, Scene], str]) -> Puzzle:
+    """A question about the place, in the second picture, of one of `count` things that is framed in the first one."""
+    kinds = crowd(rng, count)
     first, second = random_scene(rng, kinds), random_scene(rng, kinds)
-    index = rng.randrange(4)
-    points = [_point(thing, second) for thing in second.things]
-    options, right = _options(rng, points[index], points[:index] + points[index + 1 :])
-    pictures = [draw_scene(first.with_frame(first.things[index].box)), draw_scene(second)]
-    return pictures, "Which point of the second image corresponds to the framed object?", options, right
+    index = rng.randrange(count)
+    places = [place(thing, second) for thing in second.things]
+    options, right = _options(rng, places[index], places[:index] + places[index + 1 :])
+    return [draw_scene(first.with_frame(first.things[index].box)), draw_scene(second)], question, options, right
 
 
 def _which_image(rng: random.Random) -> Puzzle:
@@ -180,13 +184,8 @@ def _which_image(rng: random.Random) -> Puzzle:
 
 def _same_place(rng: random.Random) -> Puzzle:
     """Which unit xyxy box in the second picture has the thing that is framed in the first picture?"""
-    kinds = crowd(rng, 3)
-    first, second = random_scene(rng, kinds), random_scene(rng, kinds)
-    index = rng.randrange(3)
-    boxes = [str([round(value, 2) for value in thing.box]) for thing in second.things]
-    options, right = _options(rng, boxes[index], boxes[:index] + boxes[index + 1 :])
-    pictures = [draw_scene(first.with_frame(first.things[index].box)), draw_scene(second)]
-    return pictures, "What is the position of the framed object of image 1 in image 2?", options, right
+    question = "What is the position of the framed object of image 1 in image 2?"
+    return _framed(rng, 3, question, lambda thing, _: str([round(value, 2) for value in thing.box]))
 
 
 def _point(thing: Thing, scene: Scene) -> str:

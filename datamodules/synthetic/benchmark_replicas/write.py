@@ -1,6 +1,6 @@
 """Write the nano replicas that are missing: in each benchmark's own files, by a pure function of a fixed seed.
 
-data/nano/{Ref-L4,ReasonSeg,ReVOS,odinw,BLINK,MMIU}    (data/nano/MIG-Bench comes with the nano world)
+data/nano/{Ref-L4,ReasonSeg,ReVOS,odinw,BLINK,MMIU}    (data/nano/MIG-Bench comes with the synthetic dataset)
 """
 
 from __future__ import annotations

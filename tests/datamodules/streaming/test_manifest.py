@@ -102,7 +102,7 @@ def test_every_damaged_manifest_is_one_clear_error(sound: Path, tmp_path: Path) 
             assert type(caught.value) is ValueError, kind
             assert str(file) in message and message.endswith(CURE), (kind, message)
             assert "\n" not in message and len(message) < 600, kind
-        assert len(preflight.shard_faults(str(tmp_path))) == 1, kind
+        assert len(preflight.shard_problems(str(tmp_path))) == 1, kind
         path_fingerprint(tmp_path)  # of a run's inputs: whoever reads the shards refuses them
         kinds += 1
     assert kinds >= 150

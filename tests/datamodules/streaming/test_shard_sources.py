@@ -109,7 +109,7 @@ def test_a_remote_folder_without_a_manifest_is_named(server: ShardServer, folder
     for source in (server.url, f"{server.url}/shard-00000.tar"):
         with pytest.raises(FetchError, match=r"manifest\.json cannot be fetched: HTTP 404"):
             read_shards(source)
-        (fault,) = preflight.shard_faults(source)
+        (fault,) = preflight.shard_problems(source)
         assert fault.startswith(f"data.shards={source!r}") and len(fault.splitlines()) <= 5
 
 

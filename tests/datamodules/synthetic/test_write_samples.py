@@ -1,4 +1,4 @@
-"""The nano world on disk: MIG-Bench's own fields, apart from training, and the same bytes for the same seed."""
+"""The synthetic dataset on disk: MIG-Bench's own fields, apart from training, and the same bytes for the same seed."""
 
 from __future__ import annotations
 

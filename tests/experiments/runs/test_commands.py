@@ -152,5 +152,6 @@ def test_every_entry_point_refuses_secrets_first() -> None:
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.name == "main" and file.name != "vllm_server.py":
                 found += 1
-                assert "command" in [ast.unparse(decorator) for decorator in node.decorator_list], file
+                decorators = [ast.unparse(decorator).partition("(")[0] for decorator in node.decorator_list]
+                assert "command" in decorators, file
     assert found >= 15

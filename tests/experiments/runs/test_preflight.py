@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from datamodules.streaming.manifest import write_manifest
-from experiments.runs.preflight import held_out_faults
+from experiments.runs.preflight import held_out_problems
 
 
 def shard(digit: str) -> dict:
@@ -15,10 +15,10 @@ def test_held_out_shards_must_be_there_and_not_be_trained_on(tmp_path: Path) -> 
         (tmp_path / name).mkdir()
         write_manifest(tmp_path / name, entries)
     train, held, empty = (str(tmp_path / name) for name in ("train", "held", "empty"))
-    assert held_out_faults(held, [train]) == []
-    (missing,) = held_out_faults([held, str(tmp_path / "none")], [train])
+    assert held_out_problems(held, [train]) == []
+    (missing,) = held_out_problems([held, str(tmp_path / "none")], [train])
     assert "HeldOutLoss: shards=" in missing and "none" in missing
-    (counted,) = held_out_faults(empty, [train])
+    (counted,) = held_out_problems(empty, [train])
     assert "no sample" in counted
-    (both,) = held_out_faults([held, train + "/."], [train])
+    (both,) = held_out_problems([held, train + "/."], [train])
     assert "must not be trained on" in both

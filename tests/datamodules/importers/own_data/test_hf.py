@@ -186,7 +186,7 @@ def test_what_the_library_cannot_read_is_one_error(tmp_path: Path, monkeypatch: 
     with pytest.raises(DataError, match="the library datasets cannot read it"):
         hf.scan(Path("nobody/no-such-data-set"), (), OwnData())
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert hf.root_faults("x", OwnData()) == [
+    assert hf.root_problems("x", OwnData()) == [
         "source='hf' needs the package datasets: pip install 'multi-image-grounding[hf]'"
     ]
-    assert "root=''" in hf.root_faults("", OwnData())[0]
+    assert "root=''" in hf.root_problems("", OwnData())[0]
