@@ -22,7 +22,8 @@ from lightning_modules.rl.advantages import group_advantages, zero_advantage
 from lightning_modules.rl.grpo_settings import RolloutSettings, UpdateSettings
 from lightning_modules.rl.idle_windows import IdleWindows
 from lightning_modules.rl.loss_settings import AdvantageSettings, LossSettings
-from lightning_modules.rl.rewards import Reward, score_rollouts, term_weights, weight_problems
+from lightning_modules.rl.metrics import GRPOMetrics
+from lightning_modules.rl.rewards.reward_list import Reward, RewardEntry, RewardList
 from lightning_modules.rl.rollout_batch import PromptGroup, trainable_groups
 from lightning_modules.rl.rollout_log import RolloutLog, rollout_records
 from lightning_modules.rollouts.base import Rollout, RolloutEngine, RolloutRequest
@@ -44,8 +45,9 @@ class GRPO(GroupObjective):
         advantage: how completions are compared inside their group.
         loss: the objective.
         update: how a window of rollouts is trained on.
-        reward_weights: λ by the name of a term of the reward (`rewards.REWARD_TERMS`). A term that is not named keeps
-            its own weight: accuracy 1.0, format 0.5.
+        rewards: what a completion earns: a list of entries (`rewards.reward_list.RewardEntry`), whose weighted sum is
+            the reward. null is eq. 3: IoU as `accuracy` with weight 1.0, and `format` with 0.5.
+        reward_weights: λ by the name of a reward, over the weight in the list; for flags and sweeps.
         learning_rate: peak of the schedule.
         policy: the other arguments of `PolicyModule`.
 
@@ -61,13 +63,15 @@ class GRPO(GroupObjective):
         advantage: AdvantageSettings = AdvantageSettings(),
         loss: LossSettings = LossSettings(),
         update: UpdateSettings = UpdateSettings(),
+        rewards: list[RewardEntry] | None = None,
         reward_weights: dict[str, float] | None = None,
         learning_rate: float = 5e-5,
         **policy: Any,
     ) -> None:
         super().__init__(model, rollout, loss, update, learning_rate=learning_rate, **policy)
         self.box_format, self.advantage_settings = BoxFormat(box_format), advantage
-        self.reward_weights = term_weights(reward_weights)
+        self.rewards = RewardList(rewards, reward_weights)
+        self.metrics = GRPOMetrics(self.rewards.names)
         self.engine: RolloutEngine | None = None
         self.last_rollouts: list[dict[str, Any]] = []  # of the last batch, for callbacks
         self._log: RolloutLog | None = None
@@ -78,7 +82,7 @@ class GRPO(GroupObjective):
     def problems(self) -> Problems:
         """All settings that cannot work, in words; those of the groups are told by the groups."""
         problems = super().problems()
-        problems.extend(weight_problems(self.reward_weights))
+        problems.extend(self.rewards.problems)
         if self.rollout_settings.engine == "vllm" and (self.lora is None or not self.freeze_vision):
             problems.append(
                 f"rollout.engine='vllm' with lora={self.lora}, freeze_vision={self.freeze_vision}: servers are sent an "
@@ -127,8 +131,9 @@ class GRPO(GroupObjective):
         rollouts = self.engine.generate(request)  # P lists of G
         sampled = time.perf_counter()
 
-        # 2. Score every completion by rules (eq. 3). There is no learned reward model.
-        rewards = score_rollouts(batch.items, rollouts, self.box_format, self.reward_weights)  # P lists of G
+        # 2. Score every completion: a weighted sum of rewards, by default by the rules of eq. 3.
+        max_tokens = self.rollout_settings.max_new_tokens
+        rewards = self.rewards.score(batch.items, rollouts, self.box_format, max_tokens)  # P lists of G
         totals = torch.tensor([[reward.total for reward in group] for group in rewards], dtype=torch.float64)  # [P, G]
 
         # 3. Compare inside the group (eq. 1). Where all rewards are equal, no completion is better than another: such a
@@ -223,7 +228,9 @@ class GRPO(GroupObjective):
             "speed/update_seconds": update_seconds,
             "speed/completion_tokens_per_second": sums["completion_tokens"] / (rollout_seconds + update_seconds),
         }
-        self.log_step(self.metrics.means(sums) | speeds)
+        # Without a logger nobody draws the spread of each reward.
+        spreads = self.metrics.spreads(sums) if self.trainer.loggers else {}
+        self.log_step(self.metrics.means(sums) | spreads | speeds)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # after the callbacks' own
         if not self.window_is_open:

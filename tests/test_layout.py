@@ -32,6 +32,7 @@ ROOMS = {
     ),
     "lightning_modules": (
         ("rl",),
+        ("rl/rewards",),
         ("predictors",),
         ("rollouts/native", "rollouts/vllm"),
         ("rollouts", "training"),
@@ -67,7 +68,7 @@ LEAVES = (
     "lightning_modules/predictors/ask.py",
     "datamodules/benchmarks/registry.py",
     "lightning_modules/models/attention/packed_rows.py",
-    "lightning_modules/rl/rewards.py",
+    "lightning_modules/rl/rewards/reward_list.py",
     "lightning_modules/rl/losses.py",
     "experiments/runs/results.py",
 )

@@ -28,7 +28,8 @@ from experiments.bench.turns import MAX_STEPS, Gate, serve
 from experiments.bench.workload import Workload, make_samples
 from lightning_modules.models.architectures.qwen2_5_vl import Qwen25VL
 from lightning_modules.models.layers.lora import LoraSettings, lora_config
-from lightning_modules.rl.rewards import reward
+from lightning_modules.rl.rewards.completion import Completion
+from lightning_modules.rl.rewards.reward_list import RewardList
 
 STYLE, BOX_FORMAT = PromptStyle.THINK, BoxFormat.ABSOLUTE_PIXELS
 
@@ -97,12 +98,14 @@ def build_trainer(model: str, workload: Workload, folder: str, gate: Gate) -> GR
         _report_sft(trainer, gate)
         return trainer
 
+    rewards = RewardList()
+
     def score(completions: list[Any], number: list[int], **_: Any) -> list[float]:
         # The same reward as in this project; TRL passes the column "number" of the rows.
         texts = [completion[0]["content"] for completion in completions]
-        chosen = [items[index] for index in number]
-        pairs = zip(texts, chosen, strict=True)
-        return [reward(text, item.sample.answer, item.image_sizes, BOX_FORMAT).total for text, item in pairs]
+        pairs = zip(texts, [items[index] for index in number], strict=True)
+        group = [Completion(item.sample, item.image_sizes, BOX_FORMAT, text) for text, item in pairs]
+        return [reward.total for reward in rewards.score_completions([group])[0]]
 
     # The loss of the paper: per-sample mean, and the plain KL estimator, as in this project.
     arguments = GRPOConfig(

@@ -160,7 +160,7 @@ def _question(sample: Sample) -> str:
 
 
 def _index_row(group: LoggedGroup, tasks: list[str]) -> list[Any]:
-    scores = round(group.mean_reward, 4), round(group.mean_accuracy, 4)
+    scores = round(group.mean_reward, 4), round(group.mean_iou, 4)
     return [group.batch, group.update, group.id, tasks.index(group.task), int(group.zero_advantage), *scores]
 
 

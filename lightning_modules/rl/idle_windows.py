@@ -14,8 +14,8 @@ from lightning_modules.rollouts.base import SamplingSettings
 from lightning_modules.training.endings import IdleTooLong
 
 # Name in messages and checkpoints -> sum of `GRPOMetrics`.
-COUNTED = {name: name for name in ("groups", "completions", "zero_iou", "right", "truncated")} | {
-    "format": "reward/format"  # each is 0 or 1, so their sum is a count
+COUNTED = {name: name for name in ("groups", "completions", "zero_iou", "right", "truncated", "failed")} | {
+    "format": "well_formed"
 }
 
 
@@ -79,6 +79,10 @@ class IdleWindows:
 def _cause(counts: Mapping[str, int], sampling: SamplingSettings) -> str:
     """Why the groups are equal, and the cure."""
     total = counts["completions"]
+    if counts.get("failed", 0) == total:
+        return (
+            "no completion could be judged: see the warnings of the reward that fails, such as a judge without a server"
+        )
     if counts["truncated"] == total:
         limit = sampling.max_new_tokens
         return f"every completion was cut at rollout.max_new_tokens={limit}: raise it, or take a briefer model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_modules.rl.losses import LossTerms
-from lightning_modules.rl.rewards import REWARD_TERMS, Reward
+from lightning_modules.rl.rewards.reward_list import Reward
 from lightning_modules.rollouts.base import Rollout
 
 RIGHT_IOU = 0.5  # a completion is right if its IoU is above it, as in the benchmark
@@ -24,6 +25,9 @@ SUMS = (
     "truncated",  # completions without an end token
     "zero_iou",  # completions
     "right",  # completions
+    "well_formed",  # completions
+    "rewarded",  # completions of groups that no failed reward leaves out
+    "failed",  # completions that a reward could not judge
     "neg_log_prob_sum",  # Σ over sampled tokens of -log p
     "reward/total",
     "loss",
@@ -43,9 +47,9 @@ SUMS = (
     "kl_penalty",  # Σ over completions of what the KL term takes from the reward
     "penalised_completions",
 )
-# Metric -> (sum, what it is divided by). The terms of the reward are added by their names.
+# Metric -> (sum, what it is divided by). Each reward is added by its name.
 MEANS = {
-    "reward/total": ("reward/total", "completions"),
+    "reward/total": ("reward/total", "rewarded"),
     "grpo/completion_length": ("completion_tokens", "completions"),
     "grpo/frac_truncated": ("truncated", "completions"),
     # -log p of what was sampled is an unbiased estimate of the entropy of the sampling distribution
@@ -73,10 +77,12 @@ class GRPOMetrics(Metric):
 
     full_state_update = False
 
-    def __init__(self) -> None:
+    def __init__(self, rewards: Sequence[str] = ("accuracy", "format")) -> None:
         super().__init__(dist_sync_fn=_all_reduce)
-        self.terms = tuple(f"reward/{name}" for name in REWARD_TERMS)
-        self.names = (*SUMS, *self.terms)
+        self.rewards = tuple(f"reward/{name}" for name in rewards)
+        # Of each reward: its sum, the sum of its squares, and how many completions have a value, 0, or a failure.
+        parts = ("", "/square", "/count", "/zero", "/failed")
+        self.names = (*SUMS, *(f"{name}{part}" for name in self.rewards for part in parts))
         # float64: counts stay exact, and a sum depends on the order of its parts in the last digits only.
         self.add_state("sums", torch.zeros(len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -117,11 +123,19 @@ class GRPOMetrics(Metric):
                 sums["completion_tokens"] += len(rollout.token_ids)
                 sums["truncated"] += not rollout.finished
                 sums["neg_log_prob_sum"] -= rollout.log_probs.sum().item()
+                sums["rewarded"] += not reward.left_out
                 sums["reward/total"] += reward.total
+                sums["zero_iou"] += reward.iou == 0
+                sums["right"] += reward.iou > RIGHT_IOU
+                sums["well_formed"] += reward.well_formed
+                sums["failed"] += bool(reward.failed)
                 for name, value in reward.terms.items():
-                    sums[f"reward/{name}"] += value
-                sums["zero_iou"] += reward.terms["accuracy"] == 0
-                sums["right"] += reward.terms["accuracy"] > RIGHT_IOU
+                    sums[f"reward/{name}/failed"] += name in reward.failed
+                    if value is not None:
+                        sums[f"reward/{name}"] += value
+                        sums[f"reward/{name}/square"] += value * value
+                        sums[f"reward/{name}/count"] += 1
+                        sums[f"reward/{name}/zero"] += value == 0
         self.update(**sums)
 
     def add_loss(self, terms: LossTerms) -> None:
@@ -168,8 +182,27 @@ class GRPOMetrics(Metric):
             sums: as `compute` gives them.
         """
         # Sums are divided only after all ranks are added: a mean of means would weight short ranks too much.
-        ratios = MEANS | {name: (name, "completions") for name in self.terms}
+        ratios = MEANS | {name: (name, f"{name}/count") for name in self.rewards}
         return {name: sums[total] / sums[count] for name, (total, count) in ratios.items() if sums[count]}
+
+    def spreads(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Of each reward: its standard deviation over the completions, its share of zeros, and, where it failed, the
+        share of completions that it could not judge.
+
+        Args:
+            sums: as `compute` gives them.
+        """
+        found = {}
+        for name in self.rewards:
+            count = sums[f"{name}/count"]
+            if count:
+                mean = sums[name] / count
+                # Rounding can make the difference slightly negative.
+                found[f"{name}/std"] = math.sqrt(max(0.0, sums[f"{name}/square"] / count - mean * mean))
+                found[f"{name}/zero"] = sums[f"{name}/zero"] / count
+            if sums["failed"]:
+                found[f"{name}/failed"] = sums[f"{name}/failed"] / sums["completions"]
+        return found
 
 
 def _all_reduce(state: Tensor, group: Any = None) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
     {"update": 3, "batch": 12, "id": "pool/17", "task": "diff", "answer": {"image": 1, "box": [...], "label": "ring"},
      "sizes": [[width, height, resized width, resized height], ...], "texts": [G texts], "rewards": [G records],
-     "advantages": [G numbers], "zero_advantage": false}
+     "ious": [G numbers], "advantages": [G numbers], "zero_advantage": false}
 
     {"resumed_at": 12}
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from datamodules.encoding.encoder import EncodedSample
-    from lightning_modules.rl.rewards import Reward
+    from lightning_modules.rl.rewards.reward_list import Reward
     from lightning_modules.rollouts.base import Rollout
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ def rollout_records(
             "sizes": image_sizes_to_json(item.image_sizes),
             "texts": [rollout.text for rollout in rollouts[index]],
             "rewards": [reward.to_json() for reward in rewards[index]],
+            "ious": [reward.iou for reward in rewards[index]],
             "advantages": advantages[index].tolist(),
             "zero_advantage": bool(zero_advantage[index]),
         }
@@ -124,7 +125,7 @@ class LoggedGroup:
     task: str
     zero_advantage: bool  # all rewards are equal
     mean_reward: float
-    mean_accuracy: float
+    mean_iou: float
 
     def read(self) -> dict[str, Any]:
         """The whole line."""
@@ -153,7 +154,8 @@ def _read_file(file: Path) -> list[LoggedGroup]:
             # Logs of earlier versions have no "resumed_at": the last of two lines counts, in the last one's place.
             found.pop(key, None)
             totals = [reward["total"] for reward in group["rewards"]]
-            accuracies = [reward["accuracy"] for reward in group["rewards"]]
+            # Logs of earlier versions have the IoU as the reward "accuracy" alone.
+            ious = group["ious"] if "ious" in group else [reward["accuracy"] for reward in group["rewards"]]
             found[key] = LoggedGroup(
                 file=file,
                 offset=offset,
@@ -163,7 +165,7 @@ def _read_file(file: Path) -> list[LoggedGroup]:
                 task=group.get("task", ""),
                 zero_advantage=group.get("zero_advantage", group.get("equal")),  # its name in logs of earlier versions
                 mean_reward=sum(totals) / len(totals),
-                mean_accuracy=sum(accuracies) / len(accuracies),
+                mean_iou=sum(ious) / len(ious),
             )
     return list(found.values())
 

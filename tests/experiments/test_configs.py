@@ -293,7 +293,7 @@ def test_grpo_has_the_papers_values(parse, size: str) -> None:
     assert (model.learning_rate, rollout.group_size, rollout.temperature) == (5e-5, 8, 0.7)
     assert (cli.datamodule.batch_size, model.accumulate, rollout.max_new_tokens) == (2, 4, 1024)
     assert (loss.kl_beta, loss.clip_low, loss.clip_high, loss.reduction) == (0.001, 0.2, 0.2, "completion")
-    assert model.reward_weights == {"accuracy": 1.0, "format": 0.5}
+    assert model.rewards.weights == {"accuracy": 1.0, "format": 0.5}
     assert model.freeze_vision and model.updates_per_window == 1
     rejection = next(callback for callback in cli.trainer.callbacks if isinstance(callback, RejectionSampling))
     assert rejection.settings.temperature == rollout.temperature
@@ -313,7 +313,7 @@ def test_one_setting_of_a_group_is_changed_and_the_others_stay(parse) -> None:
     assert model.loss_settings == replace(loss, kl_beta=0.5, **changes)
     assert model.advantage_settings.scale == "none"
     assert model.update_settings == replace(plain.update_settings, minibatches=2)
-    assert model.reward_weights == {"accuracy": 1.0, "format": 0.0}
+    assert model.rewards.weights == {"accuracy": 1.0, "format": 0.0}
 
 
 @pytest.mark.parametrize("config", ["nano/grpo.yaml", "paper/grpo_7b.yaml"])

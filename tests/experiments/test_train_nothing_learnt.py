@@ -14,19 +14,18 @@ from datamodules.samples.sample import BoxAnswer, BoxesAnswer, ChoiceAnswer
 from datamodules.streaming.shard_reader import ShardReader
 from datamodules.streaming.shard_writer import ShardWriter
 from experiments import train
-from lightning_modules.rl import rewards
 from tests.experiments.conftest import REJECTION, Workbench, run_apart
-from tests.lightning_modules.grpo_modules import flat_reward, letters
+from tests.lightning_modules.grpo_modules import flat_reward, letters, use_reward
 
 
 @pytest.fixture
 def hopeless(monkeypatch) -> None:
-    monkeypatch.setattr(rewards, "reward", lambda *_: flat_reward(0.0, "empty"))
+    use_reward(monkeypatch, lambda *_: flat_reward(0.0, "empty"))
 
 
 @pytest.fixture
 def easy(monkeypatch):
-    return lambda: monkeypatch.setattr(rewards, "reward", letters)
+    return lambda: use_reward(monkeypatch, letters)
 
 
 def run(config: str, *more: str) -> str | None:

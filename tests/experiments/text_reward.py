@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from lightning_modules.rl import rewards
-from lightning_modules.rl.rewards import Reward
+from lightning_modules.rl.rewards.reward_list import Reward, RewardList
+from tests.lightning_modules.grpo_modules import by_text, flat_reward
 
 calls = 0
 
@@ -24,11 +24,11 @@ def count_vowels(text: str, *_: object) -> Reward:
             Path(sys.argv[sys.argv.index("--config") + 1]).with_name("killed_at").write_text(str(time.time()))
         os.kill(os.getpid(), int(os.environ["STOP_SIGNAL"]))
     share = sum(letter in "aeiou" for letter in text) / (1 + len(text))
-    return Reward(share, {"accuracy": share, "format": 0.0}, None)
+    return flat_reward(share)
 
 
 if __name__ == "__main__":
-    rewards.reward = count_vowels
+    RewardList.score = by_text(count_vowels)
     from experiments import train
 
     train.main()

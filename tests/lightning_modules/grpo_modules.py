@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 from lightning_modules.grpo import GRPO
 from lightning_modules.rl.grpo_settings import RolloutSettings, UpdateSettings
 from lightning_modules.rl.loss_settings import AdvantageSettings, LossSettings
-from lightning_modules.rl.rewards import Reward
+from lightning_modules.rl.rewards.reward_list import Reward, RewardList
 
 GROUPS = {"rollout": RolloutSettings, "advantage": AdvantageSettings, "loss": LossSettings, "update": UpdateSettings}
 
@@ -31,7 +32,22 @@ def build_grpo(model: str, **settings: Any) -> GRPO:
 
 def flat_reward(accuracy: float, failure: str | None = None) -> Reward:
     """A reward that is its accuracy."""
-    return Reward(accuracy, {"accuracy": accuracy, "format": 0.0}, failure)
+    return Reward(accuracy, {"accuracy": accuracy, "format": 0.0}, failure, iou=accuracy)
+
+
+def use_reward(monkeypatch: Any, function: Callable[..., Reward]) -> None:
+    """Every GRPO module then scores with `function(text, answer, image sizes)`."""
+    monkeypatch.setattr(RewardList, "score", by_text(function))
+
+
+def by_text(function: Callable[..., Reward]) -> Callable[..., list[list[Reward]]]:
+    """A `RewardList.score` that reads the texts alone."""
+
+    def score(self: RewardList, items: Any, rollouts: Any, *_: Any) -> list[list[Reward]]:
+        pairs = zip(items, rollouts, strict=True)
+        return [[function(each.text, item.sample.answer, item.image_sizes) for each in group] for item, group in pairs]
+
+    return score
 
 
 def letters(text: str, *_: object) -> Reward:

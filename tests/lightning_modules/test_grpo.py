@@ -11,7 +11,6 @@ from datamodules.persistence.problems import collect_problems
 from datamodules.samples.sample import ChoiceAnswer
 from lightning_modules import group_objective
 from lightning_modules.models.attention.packed_rows import pack_rows
-from lightning_modules.rl import rewards
 from lightning_modules.rl.grpo_settings import RolloutSettings
 from lightning_modules.rl.loss_settings import REDUCTIONS
 from lightning_modules.rl.losses import LossTerms
@@ -19,14 +18,14 @@ from lightning_modules.rl.rollout_log import read_index
 from lightning_modules.training.non_finite import NonFiniteLoss
 from lightning_modules.training.seeds import derive_seed
 from tests.lightning_modules.conftest import trained_weights
-from tests.lightning_modules.grpo_modules import build_grpo, flat_reward, letters
+from tests.lightning_modules.grpo_modules import build_grpo, flat_reward, letters, use_reward
 
 MAX_NEW = 8
 
 
 @pytest.fixture
 def easy(monkeypatch):
-    monkeypatch.setattr(rewards, "reward", letters)
+    use_reward(monkeypatch, letters)
 
 
 @pytest.fixture
@@ -116,7 +115,7 @@ def test_gradient_of_a_window_is_that_of_the_written_out_equation(
             return flat_reward(0.6)  # FIELD 8: not a mean of 0 or 1
         return letters(text, answer, image_sizes, *rest)
 
-    monkeypatch.setattr(rewards, "reward", constant_for_one)
+    use_reward(monkeypatch, constant_for_one)
     settings = {"kl_beta": 0.05, "accumulate": 2, "max_grad_norm": None, "max_tokens_per_row": max_tokens_per_row}
     module, recorder = build(reduction=reduction, **settings), Recorder()
     module.configure_model()
@@ -175,7 +174,7 @@ def test_resume_equals_a_run_left_alone(build, make_items, fit, easy, tmp_path, 
 
 def test_a_batch_without_advantage_changes_nothing(build, make_items, fit, monkeypatch):
     """FIELD 12: it neither raises nor steps, and it is logged; the next batch trains as if it had not been."""
-    monkeypatch.setattr(rewards, "reward", lambda *_: flat_reward(0.6))
+    use_reward(monkeypatch, lambda *_: flat_reward(0.6))
     module, recorder = build(kl_beta=0.1, weight_decay=0.5), Recorder()
     module.configure_model()
     stir(module)
@@ -194,7 +193,7 @@ def test_a_batch_without_advantage_changes_nothing(build, make_items, fit, monke
 
 
 def test_groups_without_advantage_can_be_kept_for_their_kl_term(build, make_items, fit, monkeypatch):
-    monkeypatch.setattr(rewards, "reward", lambda *_: flat_reward(0.6))
+    use_reward(monkeypatch, lambda *_: flat_reward(0.6))
     module = build(kl_beta=0.1, skip_zero_advantage=False)
     module.configure_model()
     stir(module)
@@ -316,7 +315,7 @@ def test_ranks_of_which_one_has_nothing_to_learn_do_not_hang(build, make_items, 
         constant = image_sizes == items[1].image_sizes
         return flat_reward(0.6) if constant else letters(text, answer, image_sizes, *rest)
 
-    monkeypatch.setattr(rewards, "reward", equal_on_rank_1)
+    use_reward(monkeypatch, equal_on_rank_1)
 
     class Save(Callback):
         def on_train_end(self, trainer, module):
@@ -353,7 +352,7 @@ def test_all_bad_settings_are_named_before_weights_are_read():
         build_grpo("no/such/model", accumulate=0, reward_weights={"length": 1.0}, **bad)
     places = ["rollout", "rollout", "loss", "loss", "loss", "update"]
     named = [f"{place}.{name}={value}" for place, (name, value) in zip(places, bad.items(), strict=True)]
-    for text in (*named, "accumulate=0", "reward_weights.length=1.0: there is no such term"):
+    for text in (*named, "accumulate=0", "reward_weights.length=1.0: there is no such reward"):
         assert sum(fault.startswith(text) for fault in faults) == 1, text
     assert len(faults) == 8
 

@@ -14,13 +14,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from callbacks.checkpoints import WholeCheckpoints
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.models.qwen_vl import QwenVL
-from lightning_modules.rl import rewards
 from lightning_modules.rl.loss_settings import EntropySettings, ScheduleSettings
 from lightning_modules.rollouts.base import RolloutRequest, SamplingSettings
 from lightning_modules.rollouts.native.engine import NativeEngine
 from lightning_modules.training.fsdp_strategy import ShardedStrategy
 from tests.lightning_modules.conftest import LORA
-from tests.lightning_modules.grpo_modules import build_grpo, flat_reward, letters
+from tests.lightning_modules.grpo_modules import build_grpo, flat_reward, letters, use_reward
 from tests.lightning_modules.ranks import run_ranks
 
 STRATEGIES = {"ddp": lambda: "ddp", "sharded": ShardedStrategy}
@@ -41,7 +40,7 @@ class Curve(Callback):
 
 @pytest.fixture
 def build(tiny_model_dir, monkeypatch):
-    monkeypatch.setattr(rewards, "reward", letters)
+    use_reward(monkeypatch, letters)
 
     def make(phase, **settings):
         shared = {"lora": LORA, "learning_rate": 1e-3, "weight_decay": 0.1, "max_tokens_per_row": 60} | settings
@@ -163,7 +162,7 @@ def test_a_rank_without_anything_to_learn_from_takes_part(build, make_items, fit
     def equal_on_rank_1(text, answer, image_sizes, *rest):
         return flat_reward(0.6) if image_sizes == items[1].image_sizes else letters(text)
 
-    monkeypatch.setattr(rewards, "reward", equal_on_rank_1)
+    use_reward(monkeypatch, equal_on_rank_1)
 
     def work():
         torch.set_num_threads(1)

@@ -7,11 +7,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_modules.models.attention.packed_rows import pack_rows
-from lightning_modules.rl import rewards
 from lightning_modules.rl.advantages import group_advantages
 from lightning_modules.rl.loss_settings import EntropySettings, ScheduleSettings
 from tests.lightning_modules.conftest import trained_weights
-from tests.lightning_modules.grpo_modules import build_grpo, flat_reward, letters
+from tests.lightning_modules.grpo_modules import build_grpo, flat_reward, letters, use_reward
 
 MAX_NEW = 8
 SEVERAL = {"epochs_per_rollout": 2, "minibatches": 2, "accumulate": 2}
@@ -19,7 +18,7 @@ SEVERAL = {"epochs_per_rollout": 2, "minibatches": 2, "accumulate": 2}
 
 @pytest.fixture
 def easy(monkeypatch):
-    monkeypatch.setattr(rewards, "reward", letters)
+    use_reward(monkeypatch, letters)
 
 
 @pytest.fixture
@@ -92,7 +91,7 @@ def test_a_mean_over_all_divides_by_skipped_groups_too(build, make_items, fit, m
     def constant_for_one(text, answer, image_sizes, *rest):
         return flat_reward(0.6) if image_sizes is items[2].image_sizes else letters(text, answer, image_sizes, *rest)
 
-    monkeypatch.setattr(rewards, "reward", constant_for_one)
+    use_reward(monkeypatch, constant_for_one)
     settings = {"kl_beta": 0.05, "accumulate": 2, "reduction": reduction, "epochs_per_rollout": 1 + several}
     kept, of_kept = first_gradient(build(**settings), items, fit)
     module = build(normalise_over="all", **settings)
@@ -109,7 +108,7 @@ def test_a_mean_over_all_divides_by_skipped_groups_too(build, make_items, fit, m
 
 def test_a_mean_over_all_makes_no_update_of_nothing(build, make_items, fit, monkeypatch):
     """Groups that are only counted move no weight by decay or momentum."""
-    monkeypatch.setattr(rewards, "reward", lambda *_: flat_reward(0.6))
+    use_reward(monkeypatch, lambda *_: flat_reward(0.6))
 
     class Stop(Callback):
         def on_train_batch_end(self, trainer, *_):
@@ -154,7 +153,7 @@ def test_the_kl_term_in_the_reward(build, make_items, fit, easy, estimator, scal
 
 def test_groups_of_equal_rewards_are_not_trained_on_for_their_penalty(build, make_items, fit, monkeypatch):
     """Otherwise the division by a deviation of small penalties would make them as large as a reward."""
-    monkeypatch.setattr(rewards, "reward", lambda *_: flat_reward(0.6))
+    use_reward(monkeypatch, lambda *_: flat_reward(0.6))
 
     class Stop(Callback):
         def on_train_batch_end(self, trainer, *_):
@@ -269,7 +268,7 @@ def test_ranks_hold_one_entropy_coefficient_and_one_count(build, make_items, fit
         constant = image_sizes == items[1].image_sizes
         return flat_reward(0.6) if constant else letters(text, answer, image_sizes, *rest)
 
-    monkeypatch.setattr(rewards, "reward", equal_on_rank_1)
+    use_reward(monkeypatch, equal_on_rank_1)
 
     class Save(Callback):
         def on_train_end(self, trainer, module):

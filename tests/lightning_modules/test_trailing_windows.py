@@ -9,9 +9,8 @@ from transformers import get_cosine_schedule_with_warmup
 
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.models.attention.packed_rows import pack_rows
-from lightning_modules.rl import rewards
 from tests.lightning_modules.conftest import trained_weights
-from tests.lightning_modules.grpo_modules import build_grpo, letters
+from tests.lightning_modules.grpo_modules import build_grpo, letters, use_reward
 from tests.lightning_modules.ranks import run_ranks
 
 EPOCH = {"max_epochs": 1, "limit_train_batches": 5}
@@ -19,7 +18,7 @@ EPOCH = {"max_epochs": 1, "limit_train_batches": 5}
 
 @pytest.fixture
 def build(tiny_model_dir, lora, monkeypatch):
-    monkeypatch.setattr(rewards, "reward", letters)
+    use_reward(monkeypatch, letters)
 
     def make(phase="sft", **settings):
         shared = {"lora": lora, "accumulate": 2, "learning_rate": 1e-3, "max_grad_norm": None} | settings

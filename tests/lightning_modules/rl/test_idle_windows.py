@@ -6,13 +6,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lightning_modules.rl import rewards
 from lightning_modules.rl.grpo_settings import UpdateSettings
 from lightning_modules.rl.idle_windows import IdleWindows
 from lightning_modules.rl.metrics import GRPOMetrics
 from lightning_modules.rollouts.base import SamplingSettings
 from lightning_modules.training.endings import IdleTooLong
-from tests.lightning_modules.grpo_modules import build_grpo, flat_reward, letters
+from tests.lightning_modules.grpo_modules import build_grpo, flat_reward, letters, use_reward
 from tests.lightning_modules.ranks import run_ranks
 
 NOTHING = flat_reward(0.0, "empty")
@@ -31,7 +30,7 @@ def build(tiny_model_dir, lora):
 def step(informative: int = 0, format: int = 0, **sums: float) -> dict[str, float]:
     """The sums of a batch of two groups of four."""
     metrics = GRPOMetrics()
-    metrics.update(groups=2, completions=8, informative=informative, **{"reward/format": format}, **sums)
+    metrics.update(groups=2, completions=8, informative=informative, well_formed=format, **sums)
     return metrics.compute()
 
 
@@ -91,7 +90,7 @@ def test_the_reason_is_read_from_what_was_counted(sums, words):
 @pytest.mark.parametrize("skip_zero_advantage", [True, False])
 def test_a_run_without_any_informative_group_ends(build, make_items, fit, monkeypatch, accumulate, skip_zero_advantage):
     """Also where equal groups are kept for their KL term: there is no preference in them."""
-    monkeypatch.setattr(rewards, "reward", lambda *_: NOTHING)
+    use_reward(monkeypatch, lambda *_: NOTHING)
     module = build(max_idle_windows=3, accumulate=accumulate, skip_zero_advantage=skip_zero_advantage, kl_beta=0.1)
     with pytest.raises(IdleTooLong, match="no group of the last 3 windows"):
         fit(module, make_items([1, 2]), max_steps=50)
@@ -100,7 +99,7 @@ def test_a_run_without_any_informative_group_ends(build, make_items, fit, monkey
 
 def test_a_group_whose_better_completions_are_masked_is_not_informative(build, make_items, fit, monkeypatch):
     """Two tokens end hardly any completion of a random model; those that are not masked are alike."""
-    monkeypatch.setattr(rewards, "reward", letters)
+    use_reward(monkeypatch, letters)
     settings = {"max_new_tokens": 2, "max_idle_windows": 2, "mask_truncated": True}
     module = build(**settings)
     module.configure_model()
@@ -118,7 +117,7 @@ def test_a_group_whose_better_completions_are_masked_is_not_informative(build, m
 
 
 def test_a_resumed_run_goes_on_counting(build, make_items, fit, monkeypatch, tmp_path):
-    monkeypatch.setattr(rewards, "reward", lambda *_: NOTHING)
+    use_reward(monkeypatch, lambda *_: NOTHING)
     items = make_items([1, 2])
 
     class Stop(Callback):
@@ -136,7 +135,7 @@ def test_a_resumed_run_goes_on_counting(build, make_items, fit, monkeypatch, tmp
 
 
 def test_a_checkpoint_of_an_earlier_version_counts_from_zero(build, make_items, fit, monkeypatch, tmp_path):
-    monkeypatch.setattr(rewards, "reward", letters)
+    use_reward(monkeypatch, letters)
     items = make_items([1, 2])
     fit(build(), items, max_steps=1).save_checkpoint(tmp_path / "new.ckpt")
     checkpoint = torch.load(tmp_path / "new.ckpt", weights_only=True)
@@ -155,7 +154,7 @@ def test_windows_are_counted_over_all_ranks(build, make_items, fit, monkeypatch)
         is_first_rank = image_sizes == items[0].image_sizes
         return letters(text) if is_first_rank and calls["number"] <= 4 * 3 else NOTHING
 
-    monkeypatch.setattr(rewards, "reward", by_rank)
+    use_reward(monkeypatch, by_rank)
 
     def work():
         torch.set_num_threads(1)

@@ -8,7 +8,7 @@ from torch import distributed
 
 from lightning_modules.rl.losses import LossTerms
 from lightning_modules.rl.metrics import MEANS, GRPOMetrics
-from lightning_modules.rl.rewards import Reward
+from lightning_modules.rl.rewards.reward_list import Reward
 from lightning_modules.rollouts.base import Rollout
 from tests.documented_metrics import documented_names
 from tests.lightning_modules.ranks import run_ranks
@@ -23,7 +23,7 @@ def add_prompts(metrics: GRPOMetrics, numbers: range) -> None:
     """A group of two for each number, each with the loss of its packed row."""
     for number in numbers:
         accuracy = number / 10
-        rewards = [Reward(accuracy + k, {"accuracy": accuracy, "format": float(k)}, None) for k in range(2)]
+        rewards = [Reward(accuracy + k, {"accuracy": accuracy, "format": float(k)}, None, accuracy) for k in range(2)]
         zero = torch.tensor([number % 3 == 0])
         metrics.add_rollouts([[rollout(number), rollout(number + 1)]], [rewards], zero)
         metrics.update(informative=number % 3 > 0)

@@ -26,7 +26,7 @@ def test_groups_come_back_as_written(tmp_path: Path) -> None:
     RolloutLog(tmp_path / "deep" / "r.jsonl").append([group(0, "x", hostile), group(0, "y")])
     first, second = read_index(tmp_path / "deep" / "r.jsonl")
     assert first.read() == group(0, "x", hostile) and second.read()["id"] == "y"
-    assert (first.update, first.task, first.mean_reward, first.mean_accuracy) == (0, "diff", 1.0, 0.5)
+    assert (first.update, first.task, first.mean_reward, first.mean_iou) == (0, "diff", 1.0, 0.5)
 
 
 def test_a_line_cut_short_is_dropped_and_harms_no_other(tmp_path: Path) -> None:

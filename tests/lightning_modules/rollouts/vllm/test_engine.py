@@ -20,7 +20,6 @@ from datamodules.persistence.problems import collect_problems
 from datamodules.samples.sample import ImagePart, LoadedSample, TextPart
 from lightning_modules.models.attention.packed_rows import pack_rows
 from lightning_modules.models.qwen_vl import QwenVL
-from lightning_modules.rl import rewards
 from lightning_modules.rollouts.base import RolloutRequest, SamplingSettings
 from lightning_modules.rollouts.native.engine import NativeEngine
 from lightning_modules.rollouts.vllm.prompts import PromptWriter
@@ -28,7 +27,7 @@ from lightning_modules.rollouts.vllm.server_checks import VLLMSettings
 from lightning_modules.rollouts.vllm.server_pool import ServersLost
 from tests.conftest import random_png
 from tests.lightning_modules.conftest import served, trained_weights
-from tests.lightning_modules.grpo_modules import build_grpo, letters
+from tests.lightning_modules.grpo_modules import build_grpo, letters, use_reward
 from tests.vllm_stub import wait_for
 
 SAMPLING = SamplingSettings(group_size=3, temperature=0.8, max_new_tokens=6)
@@ -211,7 +210,7 @@ def test_grpo_trains_on_what_the_server_samples(
     stub, tiny_model_dir, lora, make_items, fit, monkeypatch, updates
 ) -> None:
     """Behind each update the server has the new weights, so the trainer finds its log-probabilities again."""
-    monkeypatch.setattr(rewards, "reward", letters)
+    use_reward(monkeypatch, letters)
     recorder = Recorder()
     module = served(tiny_model_dir, lora, stub.url, accumulate=2, **updates)
     trainer = fit(module, make_items([1, 2, 1]), max_steps=4, callbacks=[recorder])
@@ -230,7 +229,7 @@ def test_grpo_trains_on_what_the_server_samples(
 
 def test_ranks_share_one_adapter(stub, tiny_model_dir, lora, make_items, fit, monkeypatch, tmp_path) -> None:
     """Rank 0 loads it; both ask for it by its name."""
-    monkeypatch.setattr(rewards, "reward", letters)
+    use_reward(monkeypatch, letters)
 
     class Write(Callback):
         def __init__(self):
@@ -253,7 +252,7 @@ def test_ranks_share_one_adapter(stub, tiny_model_dir, lora, make_items, fit, mo
 def test_a_run_that_lost_its_servers_goes_on_as_if_it_had_not(
     stub, tiny_model_dir, lora, make_items, fit, monkeypatch, tmp_path, accumulate
 ) -> None:
-    monkeypatch.setattr(rewards, "reward", letters)
+    use_reward(monkeypatch, letters)
     items = make_items([1, 2, 1])
     whole = served(tiny_model_dir, lora, stub.url, accumulate=accumulate)
     fit(whole, items, max_steps=3)

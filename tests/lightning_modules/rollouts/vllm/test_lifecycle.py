@@ -8,10 +8,9 @@ from lightning.pytorch.callbacks import Callback
 from callbacks.mig_bench import MIGBench
 from callbacks.previews import Previews
 from callbacks.rejection_sampling import RejectionSampling
-from lightning_modules.rl import rewards
 from lightning_modules.serving.openai_client import EndpointMisused
 from tests.lightning_modules.conftest import served
-from tests.lightning_modules.grpo_modules import letters
+from tests.lightning_modules.grpo_modules import letters, use_reward
 from tests.vllm_stub import error
 
 FILES = ("annotations.json", "images")
@@ -63,7 +62,7 @@ class Fail(Callback):
 def test_a_run_that_ends_with_an_error_takes_its_adapter_away(
     stub, tiny_model_dir, lora, make_items, fit, monkeypatch, tmp_path, end, raised
 ) -> None:
-    monkeypatch.setattr(rewards, "reward", letters)
+    use_reward(monkeypatch, letters)
     with pytest.raises(raised):
         fit(served(tiny_model_dir, lora, stub.url), make_items([1, 2]), max_steps=3, callbacks=[Fail(end)])
     assert stub.loads and not stub.adapters and not list((tmp_path / "adapters").iterdir())
@@ -72,7 +71,7 @@ def test_a_run_that_ends_with_an_error_takes_its_adapter_away(
 def test_an_adapter_that_cannot_be_unloaded_hides_no_error(
     stub, tiny_model_dir, lora, make_items, fit, monkeypatch, caplog
 ) -> None:
-    monkeypatch.setattr(rewards, "reward", letters)
+    use_reward(monkeypatch, letters)
 
     class FailAfterwards(Fail):
         def on_train_batch_end(self, *arguments):

@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from datamodules.samples.boxes import Box, iou
-from lightning_modules.rl.box_overlaps import LOWEST, OverlapKind, overlap
+from lightning_modules.rl.rewards.box_overlaps import LOWEST, OverlapKind, overlap
 
 KINDS = get_args(OverlapKind)
 VARIANTS = ("giou", "diou", "ciou")

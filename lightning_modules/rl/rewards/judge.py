@@ -1,0 +1,121 @@
+"""A reward from a language model behind an OpenAI-compatible server, which grades the texts of a step together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from datamodules.persistence.problems import Problems
+from lightning_modules.rl.rewards.completion import Completion, Failed
+from lightning_modules.serving.openai_client import ChatEndpoint, EndpointSettings, EndpointUnavailable, RequestRefused
+
+log = logging.getLogger(__name__)
+PROMPT = """A model was asked to find an object in several images. Grade how well its reasoning supports its answer.
+Question: {question}
+The object: {label}
+The model wrote:
+{text}
+Reply with one number from 0 (no support) to {highest} (full support), and nothing else."""
+_NUMBER = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+)?")
+
+
+class Judge:
+    """The grade of a judging model divided by `highest`, 0 to 1. The judge reads text, and sees no image.
+
+    All completions of a step are sent at once, `concurrency` at a time. A completion without a grade (no answer in
+    time, a refused request, a reply without a number from 0 to `highest`) is counted as `reward/<name>/failed`.
+
+    Args:
+        base_url: the server, such as http://localhost:8000/v1.
+        model: the server's name of the model.
+        prompt: the request; {question}, {label}, {text} and {highest} are filled in.
+        highest: the best grade; 0 is the worst.
+        on_failure: "zero" gives 0 to a completion without a grade; "leave_out" leaves its whole group out of the step.
+        max_tokens: length of the longest reply.
+        timeout: seconds for one attempt.
+        attempts: number of attempts for a completion.
+        concurrency: number of requests at the same time.
+        api_key_env: the environment variable that holds the server's key.
+    """
+
+    range = (0.0, 1.0)
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        prompt: str = PROMPT,
+        highest: float = 10,
+        on_failure: Literal["zero", "leave_out"] = "zero",
+        max_tokens: int = 16,
+        timeout: float = 60.0,
+        attempts: int = 2,
+        concurrency: int = 16,
+        api_key_env: str = "OPENAI_API_KEY",
+    ) -> None:
+        problems = Problems()
+        problems.require("{text}" in prompt, "must have the place {text}", prompt=prompt[:40])
+        problems.positive(highest=highest, max_tokens=max_tokens)
+        problems.one_of(("zero", "leave_out"), on_failure=on_failure)
+        problems.require(bool(model), "must be the server's name of the model", model=model)
+        problems.raise_all("Judge")
+        self.endpoint = EndpointSettings(
+            model, base_url, api_key_env, timeout=timeout, attempts=attempts, concurrency=concurrency
+        )
+        self.prompt, self.highest, self.max_tokens = prompt, highest, max_tokens
+        self.failed = Failed(0.0 if on_failure == "zero" else None)
+        self._is_failing = False  # whether the last step had a failure
+
+    def score_batch(self, completions: Sequence[Completion]) -> list[float | Failed]:
+        """The grades of all completions, in their order.
+
+        Raises:
+            EndpointMisused: the key, the model or the path is wrong, so that no request can succeed.
+        """
+        graded = asyncio.run(self._grade_all(completions))
+        faults = [fault for fault in graded if isinstance(fault, str)]
+        if faults and not self._is_failing:  # the metric counts all of them; one line says why
+            log.warning("judge: %d of %d completions got no grade; first: %s", len(faults), len(graded), faults[0])
+        self._is_failing = bool(faults)
+        return [self.failed if isinstance(grade, str) else grade for grade in graded]
+
+    def request(self, completion: Completion) -> str:
+        """The text that is sent for one completion."""
+        true = completion.true_boxes
+        places = {"question": completion.question, "label": true[0].label if true else "", "text": completion.text}
+        places["highest"] = f"{self.highest:g}"
+        # In one pass: a completion that holds "{label}" stays as it is.
+        return re.sub(r"\{(question|label|text|highest)\}", lambda place: places[place[1]], self.prompt)
+
+    async def _grade_all(self, completions: Sequence[Completion]) -> list[float | str]:
+        """The grade of each completion, or the reason why it has none."""
+        free = asyncio.Semaphore(self.endpoint.concurrency)
+        async with ChatEndpoint(
+            self.endpoint
+        ) as server:  # a client belongs to one event loop, so each step has its own
+
+            async def grade(completion: Completion) -> float | str:
+                message = {"role": "user", "content": [{"type": "text", "text": self.request(completion)}]}
+                try:
+                    async with free:
+                        reply = await server.complete([message], self.max_tokens, temperature=0.0)
+                except (EndpointUnavailable, RequestRefused) as error:
+                    return str(error)
+                return self._read(reply.text)
+
+            try:
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(grade(completion)) for completion in completions]
+            except ExceptionGroup as errors:  # a misused server says the same to all
+                raise errors.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    def _read(self, reply: str) -> float | str:
+        """The first number of a reply as 0 to 1, or the fault of the reply."""
+        number = _NUMBER.search(reply[:1000])
+        if number is None or not 0 <= float(number[0]) <= self.highest:
+            return f"the reply {reply[:80]!r} holds no number from 0 to {self.highest:g}"
+        return float(number[0]) / self.highest

@@ -1,0 +1,245 @@
+"""The reward of a run: a weighted sum of rewards, as a YAML lists them. Without a list it is eq. 3 of the paper.
+
+    rewards:
+      - {class_path: lightning_modules.rl.rewards.box_rewards.IoU, weight: 1.0, name: accuracy}
+      - {class_path: lightning_modules.rl.rewards.text_rewards.Format, weight: 0.5, name: format}
+
+A reward is a function of one `Completion` that returns a number, or a class whose objects are called so. A class may
+have `score_batch(completions)` instead, which gets all completions of a step at once. It may state its `range`, a pair
+of numbers; then a value outside is an error. CONTRIBUTING.md has the recipe.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+
+from datamodules.persistence.problems import Problems
+from datamodules.persistence.user_error import UserError
+from datamodules.samples.boxes import BoxFormat
+from lightning_modules.rl.rewards.completion import Completion, Failed
+from lightning_modules.rl.rewards.reward_paths import build, is_name
+
+if TYPE_CHECKING:
+    from datamodules.encoding.encoder import EncodedSample
+    from lightning_modules.rollouts.base import Rollout
+
+Values = Sequence[float | Failed]
+
+
+class RewardEntry(TypedDict):
+    """One entry of `rewards`.
+
+    class_path: module.Class or module.function; the module may be a file beside the YAML, or in the working directory.
+    init_args: arguments of the class, or further arguments of the function.
+    weight: λ, by default 1. With 0 the reward is logged and does not count.
+    name: in logs, pages and sweeps; by default the class's or function's own, in lower case.
+    """
+
+    class_path: str
+    init_args: NotRequired[dict[str, Any]]
+    weight: NotRequired[float]
+    name: NotRequired[str]
+
+
+PAPER: tuple[RewardEntry, ...] = (  # eq. 3
+    {"class_path": "lightning_modules.rl.rewards.box_rewards.IoU", "weight": 1.0, "name": "accuracy"},
+    {"class_path": "lightning_modules.rl.rewards.text_rewards.Format", "weight": 0.5, "name": "format"},
+)
+
+
+class RewardError(UserError, ValueError):
+    """A reward failed, or returned what is no reward. The message names the reward and the sample."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The reward of one completion.
+
+    `Reward(total=1.1, terms={"accuracy": 0.6, "format": 1.0}, failure=None)` is a well-formed answer whose box has IoU
+    0.6.
+    """
+
+    total: float  # Σ weight · term; 0 in a group that a failed reward leaves out
+    terms: Mapping[str, float | None]  # every reward by name, unweighted; None where it failed without a value
+    failure: str | None  # why no box could be read (a kind of `answer_text.ParseFailure`), else None
+    iou: float = 0.0
+    well_formed: bool = False
+    failed: tuple[str, ...] = ()  # names of the rewards that could not judge the completion
+    left_out: bool = False  # its group teaches nothing in this step
+
+    def to_json(self) -> dict[str, Any]:
+        failed = {"failed": list(self.failed)} if self.failed else {}
+        return {"total": self.total, **self.terms, "failure": self.failure, **failed}
+
+
+@dataclass(frozen=True)
+class Term:
+    """One reward of the list."""
+
+    name: str
+    weight: float
+    class_path: str
+    reward: Callable[[Completion], float | Failed]
+
+    def values(self, completions: Sequence[Completion]) -> Values:
+        """The checked value of each completion.
+
+        Raises:
+            RewardError: the reward raised, or returned something else than a number in its range.
+        """
+        together = getattr(self.reward, "score_batch", None)
+        if together is None:
+            return [
+                self._checked(self._call(self.reward, completion, completion), completion) for completion in completions
+            ]
+        found = list(self._call(together, completions, completions[0])) if completions else []
+        if len(found) != len(completions):
+            raise self._error(
+                f"score_batch gave {len(found)} values for {len(completions)} completions", completions[0]
+            )
+        return [self._checked(value, completion) for value, completion in zip(found, completions, strict=True)]
+
+    def _call(self, function: Callable[[Any], Any], argument: Any, completion: Completion) -> Any:
+        try:
+            return function(argument)
+        except UserError:  # says by itself what to do
+            raise
+        except Exception as error:
+            place = error.__traceback__.tb_next  # the frame of the reward, not of what it calls; None for one in C
+            where = f" at {Path(place.tb_frame.f_code.co_filename).name}, line {place.tb_lineno}" if place else ""
+            raise self._error(f"raised {type(error).__name__}: {str(error)[:200]}{where}", completion) from error
+
+    def _checked(self, value: Any, completion: Completion) -> float | Failed:
+        if isinstance(value, Failed):
+            return value if value.value is None else Failed(self._checked(value.value, completion))
+        if not isinstance(value, Real):
+            raise self._error(f"returned {value!r:.80}, a {type(value).__name__}; it must return a number", completion)
+        low, high = getattr(self.reward, "range", None) or (-math.inf, math.inf)
+        if not math.isfinite(value) or not low <= value <= high:
+            wanted = "a finite number" if math.isinf(low) else f"a number in its range, {low:g} to {high:g}"
+            raise self._error(f"returned {float(value)}; it must return {wanted}", completion)
+        return float(value)
+
+    def _error(self, what: str, completion: Completion) -> RewardError:
+        return RewardError(
+            f"reward {self.name!r} ({self.class_path}) {what}\n"
+            f"sample {completion.sample.id!r}, completion {completion.text[:120]!r}"
+        )
+
+
+class RewardList:
+    """The rewards of a run, ready to score; `problems` lists everything in its settings that cannot work.
+
+    Args:
+        entries: the list of the YAML; None: eq. 3, IoU and 0.5 times the format.
+        weights: λ by name, over the weights in the list.
+    """
+
+    def __init__(
+        self, entries: Sequence[RewardEntry] | None = None, weights: Mapping[str, float] | None = None
+    ) -> None:
+        self.problems = Problems()
+        self.terms: list[Term] = []
+        for index, entry in enumerate(PAPER if entries is None else entries):
+            built = build(f"rewards[{index}]", entry["class_path"], entry.get("init_args") or {}, self.problems)
+            name = entry.get("name") or entry["class_path"].rpartition(".")[2].lower()
+            weight = (weights or {}).get(name, entry.get("weight", 1.0))
+            self.terms.append(Term(name, weight, entry["class_path"], built))
+        self._check(weights or {})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(term.name for term in self.terms)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """λ by name."""
+        return {term.name: term.weight for term in self.terms}
+
+    def _check(self, weights: Mapping[str, float]) -> None:
+        problems, known = self.problems, ", ".join(self.names)
+        for name in dict.fromkeys(self.names):
+            problems.require(
+                is_name(name), "is no name: letters, digits and _, but not total, failure, failed", name=name
+            )
+            number = self.names.count(name)
+            problems.require(
+                number == 1, f": {number} rewards have this name; give each its own with name: …", name=name
+            )
+        for name in weights:
+            fault = f": there is no such reward; the rewards are {known}"
+            problems.require(name in self.names, fault, **{f"reward_weights.{name}": weights[name]})
+        for name, weight in self.weights.items():
+            problems.require(math.isfinite(weight), "must be a finite number", **{f"rewards.{name}.weight": weight})
+        if not any(self.weights.values()):
+            shown = f"with weights {self.weights}" if self.terms else "with no reward in the list"
+            problems.append(f"rewards: every reward would be 0 {shown}; give one of them a weight")
+
+    def score(
+        self,
+        items: Sequence[EncodedSample],
+        rollouts: Sequence[Sequence[Rollout]],
+        box_format: BoxFormat,
+        max_tokens: int,
+    ) -> list[list[Reward]]:
+        """The reward of every completion: P lists of G.
+
+        Args:
+            items: the P prompts.
+            rollouts: G completions of each prompt.
+            box_format: how the model writes coordinates.
+            max_tokens: length limit of a completion.
+
+        Raises:
+            ValueError: an answer that cannot be scored; names the sample.
+            RewardError: a reward that fails; names the reward and the sample.
+        """
+        return self.score_completions(
+            [
+                [
+                    Completion(
+                        item.sample,
+                        item.image_sizes,
+                        box_format,
+                        rollout.text,
+                        rollout.token_ids.tolist(),
+                        "stop" if rollout.finished else "length",
+                        max_tokens,
+                    )
+                    for rollout in group
+                ]
+                for item, group in zip(items, rollouts, strict=True)
+            ]
+        )
+
+    def score_completions(self, groups: Sequence[Sequence[Completion]]) -> list[list[Reward]]:
+        """As `score`, of P lists of G completions."""
+        flat = [completion for group in groups for completion in group]
+        for completion in flat:
+            try:
+                completion.score  # noqa: B018 - reads the text, for the reward and for the counts of a step
+            except ValueError as error:
+                raise ValueError(f"sample {completion.sample.id!r} cannot be rewarded: {error}") from error
+        rows = zip(*[term.values(flat) for term in self.terms], strict=True)  # of each completion, a value a reward
+        rewards = iter([self._reward(completion, row) for completion, row in zip(flat, rows, strict=True)])
+        return [_left_out_if_failed([next(rewards) for _ in group]) for group in groups]
+
+    def _reward(self, completion: Completion, row: Sequence[float | Failed]) -> Reward:
+        found = dict(zip(self.names, row, strict=True))
+        failed = tuple(name for name, value in found.items() if isinstance(value, Failed))
+        terms = {name: value.value if isinstance(value, Failed) else value for name, value in found.items()}
+        total = sum(term.weight * (terms[term.name] or 0.0) for term in self.terms)
+        score = completion.score
+        return Reward(total, terms, score.failure, score.iou, score.well_formed, failed)
+
+
+def _left_out_if_failed(group: list[Reward]) -> list[Reward]:
+    """The group; where a reward failed without a value, with equal totals, so that no completion has an advantage."""
+    if all(value is not None for reward in group for value in reward.terms.values()):
+        return group
+    return [replace(reward, total=0.0, left_out=True) for reward in group]

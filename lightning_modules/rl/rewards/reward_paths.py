@@ -1,0 +1,92 @@
+"""From a class path in a YAML to a reward: a class of the project, or a class or function in a user's file."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from datamodules.persistence.problems import Problems
+
+RESERVED = ("total", "failure", "failed")  # fields of a completion's record in the rollout log
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def is_name(name: str) -> bool:
+    """Whether a reward may have this name, which stands in logged metrics, records and flags."""
+    return _NAME.fullmatch(name) is not None and name not in RESERVED
+
+
+def build(where: str, class_path: str, init_args: Mapping[str, Any], problems: Problems) -> Callable[[Any], Any]:
+    """The reward at `class_path`; faults are added to `problems`, and what is returned then must not be called.
+
+    Args:
+        where: the entry's place in the settings, for messages.
+        class_path: module.Class or module.function.
+        init_args: arguments of the class, or further arguments of the function.
+        problems: gets what is wrong.
+    """
+    shown = f"{where}.class_path={class_path!r}"
+    try:
+        found = _find(class_path)
+        return _with_arguments(found, init_args)
+    except _Fault as fault:
+        problems.append(f"{shown}: {fault}")
+    except (ValueError, TypeError) as error:  # of the class's own constructor
+        problems.append(f"{shown}, init_args={dict(init_args)}: {error}")
+    return _unusable
+
+
+class _Fault(Exception):
+    """A class path that names no reward; the message says why, and the cure."""
+
+
+def _unusable(completion: Any) -> float:
+    raise ValueError("a reward whose settings cannot work")
+
+
+def _find(class_path: str) -> Any:
+    """The class or function that the path names."""
+    module_name, _, name = class_path.rpartition(".")
+    if not module_name:
+        raise _Fault("write module.Class or module.function")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = str(error.name)
+        if not f"{module_name}.".startswith(f"{missing}."):  # the module is there, and imports something that is not
+            raise _Fault(f"{module_name} imports {missing}, which is not installed") from error
+        raise _Fault(
+            f"there is no module {missing}; put {missing.partition('.')[0]}.py beside the YAML, or into the "
+            "working directory"
+        ) from error
+    except Exception as error:  # the user's file runs here, and may raise anything
+        raise _Fault(f"{module_name} cannot be imported: {type(error).__name__}: {error}") from error
+    if not hasattr(module, name):
+        near = difflib.get_close_matches(name, [each for each in vars(module) if not each.startswith("_")], 1)
+        raise _Fault(f"{module_name} has no {name}" + (f"; did you mean {near[0]}?" if near else ""))
+    return getattr(module, name)
+
+
+def _with_arguments(found: Any, init_args: Mapping[str, Any]) -> Callable[[Any], Any]:
+    """An object of the class, or the function, with its arguments. Raises _Fault, and what a constructor raises."""
+    is_class = inspect.isclass(found)
+    if not is_class and not callable(found):
+        raise _Fault(f"is of type {type(found).__name__}; a reward is a class or a function")
+    # A function gets the completion first.
+    signature, first = inspect.signature(found), () if is_class else (None,)
+    try:
+        signature.bind(*first, **init_args)
+    except TypeError as error:
+        names = list(signature.parameters)[len(first) :]
+        raise _Fault(f"{error} (init_args; it takes {', '.join(names) or 'none'})") from error
+    if not is_class:
+        return partial(found, **init_args) if init_args else found
+    reward = found(**init_args)
+    if not callable(reward) and not hasattr(reward, "score_batch"):
+        raise _Fault(f"{found.__name__} has neither __call__(completion) nor score_batch(completions)")
+    return reward

@@ -1,0 +1,88 @@
+"""Rewards for the form of a text: format, length, and repetition. Each class states its range."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from datamodules.persistence.problems import Problems
+from lightning_modules.rl.rewards.completion import Completion
+
+
+class Format:
+    """r_format of eq. 3: 1 for `<think>…</think><answer>…</answer>` with a readable box, else 0."""
+
+    range = (0.0, 1.0)
+
+    def __call__(self, completion: Completion) -> float:
+        return float(completion.score.well_formed)
+
+
+@dataclass(frozen=True)
+class SoftOverlong:
+    """Soft overlong punishment (DAPO, arXiv:2503.14476, eq. 13), -1 to 0.
+
+    With L_max = `limit` and L_cache = `margin`: 0 up to L_max - L_cache tokens, then falling in a straight line to -1
+    at L_max, and -1 beyond.
+
+    Args:
+        margin: L_cache, in tokens.
+        limit: L_max, in tokens; null: `rollout.max_new_tokens`.
+    """
+
+    margin: int
+    limit: int | None = None
+
+    range: ClassVar = (-1.0, 0.0)
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        problems.positive(margin=self.margin)
+        problems.require(self.limit is None or self.limit >= self.margin, "must be at least margin", limit=self.limit)
+        problems.raise_all("SoftOverlong")
+
+    def __call__(self, completion: Completion) -> float:
+        limit = completion.max_tokens if self.limit is None else self.limit
+        return max(-1.0, min(0.0, (limit - self.margin - completion.num_tokens) / self.margin))
+
+
+@dataclass(frozen=True)
+class Length:
+    """1 for a completion of `shortest` to `longest` tokens; outside, the quotient of its length and the nearer limit,
+    so that it is 0 to 1: half as long as `shortest`, or twice as long as `longest`, earns 0.5."""
+
+    shortest: int
+    longest: int
+
+    range: ClassVar = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        problems.at_least(0, shortest=self.shortest)
+        problems.require(self.longest >= max(1, self.shortest), "must be at least 1 and shortest", longest=self.longest)
+        problems.raise_all("Length")
+
+    def __call__(self, completion: Completion) -> float:
+        length = completion.num_tokens
+        if length < self.shortest:
+            return length / self.shortest
+        return 1.0 if length <= self.longest else self.longest / length
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """Minus the share of the n-grams of tokens that stood in the completion before, -1 to 0."""
+
+    n: int = 4
+
+    range: ClassVar = (-1.0, 0.0)
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        problems.positive(n=self.n)
+        problems.raise_all("Repetition")
+
+    def __call__(self, completion: Completion) -> float:
+        ids = completion.token_ids
+        grams = [tuple(ids[start : start + self.n]) for start in range(len(ids) - self.n + 1)]
+        return len(set(grams)) / len(grams) - 1.0 if grams else 0.0
