@@ -33,6 +33,7 @@ from experiments.runs.parsers import run_cli
 from experiments.runs.results import BASE, Results, Stage, current_commit, make_stage, write_results
 from experiments.runs.sharing.model_card import write_model_card
 from experiments.runs.subprocess_steps import ROOT, Plan, Step, run_process, run_step, say, settle
+from experiments.runs.user_files import find_user_files
 
 
 def experiment_folder(outputs: str, experiment: str, seed: int) -> Path:
@@ -102,6 +103,7 @@ class Pipeline:
     plan: Plan | None = None
 
     def __post_init__(self) -> None:
+        find_user_files(phase.config for phase in self.phases.values())
         self.commit, self.stages = current_commit(ROOT), {}
         self.asked = read_settings(self.evaluation, shlex.split(self.overrides.get("evaluation", "")))
 

@@ -31,6 +31,7 @@ from experiments.runs.commands import command
 from experiments.runs.results import current_commit
 from experiments.runs.subprocess_steps import ROOT, say
 from experiments.runs.usage_errors import PlainParser
+from experiments.runs.user_files import find_user_files
 from experiments.runs.wandb_runs import choose_wandb_mode
 from experiments.sweeps import wandb_sweep
 from experiments.sweeps.plan import SweepPlan, read_plan
@@ -79,6 +80,7 @@ class LocalSweep:
         settings = {"seed": seed, "method": plan.method, "metric": plan.metric, "maximize": plan.maximize}
         settings |= {"parameters": {p.name: asdict(p) for p in plan.parameters}, "command": list(plan.command)}
         configs = [(str(config), content) for config, content in zip(plan.configs, inputs, strict=True)]
+        find_user_files(str(ROOT / config) for config in plan.configs)
         loaded = [yaml.safe_load((ROOT / config).read_text()) for config in plan.configs]
         code = source_code(("experiments.sweep", "experiments.train", *class_modules(loaded)))
         run_identity.claim(folder, MadeOf(key, settings, {"configurations": configs}, code), choice=choice)

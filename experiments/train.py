@@ -44,6 +44,7 @@ from experiments.runs.loggers import MetricsLogger, OnceWandbLogger
 from experiments.runs.parsers import ShortErrors
 from experiments.runs.results import current_commit
 from experiments.runs.run_key import made_of
+from experiments.runs.user_files import find_user_files
 from experiments.runs.wandb_runs import choose_wandb_mode, wandb_identity, wandb_run_id
 
 log = logging.getLogger(__name__)
@@ -306,6 +307,7 @@ def main(args: list[str] | None = None) -> None:
     end_with_launcher()
     preemption.requeue_at_once()  # until training starts; SaveOnInterrupt then replaces this handler
     choice, rest = take_choice(sys.argv[1:] if args is None else args)
+    find_user_files(rest)
     rest = help_of_config(rest)
     if args is None:
         sys.argv[1:] = rest  # Lightning passes sys.argv to the ranks that it starts

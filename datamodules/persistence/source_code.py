@@ -1,4 +1,7 @@
-"""Hashes of the project's source files that a command uses. With them, a run notices that the code has changed.
+"""Hashes of the source files that a command uses. With them, a run notices that the code has changed.
+
+The files are the project's, and users' own files that a configuration names (a reward, a callback), with what these
+import. Installed packages are not read.
 
 A hash covers the syntax tree of a file without docstrings, so comments, docstrings and layout may change. A file counts
 if the command imports it, directly or through other files, at the start or later. No git checkout is needed.
@@ -9,7 +12,9 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +26,20 @@ Code = dict[str, str]  # {"datamodules/samples/boxes.py": 12 hex digits of its h
 
 
 def source_code(modules: Iterable[str], root: Path = ROOT) -> Code:
-    """The hashes of these modules (dotted names) and of all modules of the project that they import."""
+    """The hashes of these modules (dotted names) and of all modules that they import, but for installed packages.
+
+    The name of a user's file is its path below the folder in which Python finds it.
+    """
     found: Code = {}
     waiting = list(modules)
+    homes: dict[str, Path | None] = dict.fromkeys(PACKAGES, root)
     # Follow the imports from file to file, each file once.
     while waiting:
-        for path in _files_of(waiting.pop(), root):
-            name = path.relative_to(root).as_posix()
+        parts = waiting.pop().split(".")
+        if parts[0] not in homes:
+            homes[parts[0]] = _home_of(parts[0])
+        for path in _files_of(parts, homes[parts[0]]):
+            name = path.relative_to(homes[parts[0]]).as_posix()
             if name not in found:
                 state = path.stat()
                 found[name], imports = _read(path, state.st_mtime_ns, state.st_size)
@@ -53,13 +65,26 @@ def changed_files(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     return changed + added + [f"{name} (no longer used)" for name in sorted(old.keys() - new.keys())]
 
 
-def _files_of(module: str, root: Path) -> Iterator[Path]:
-    """The file of a module and the __init__.py files of its packages; nothing for a module outside the project."""
-    parts = module.split(".")
-    if parts[0] not in PACKAGES:
-        return
-    for depth in range(1, len(parts) + 1):
-        base = root.joinpath(*parts[:depth])
+def users_files(code: Mapping[str, str]) -> Code:
+    """The files of a record that are not the project's."""
+    return {name: content for name, content in code.items() if name.partition("/")[0] not in PACKAGES}
+
+
+def _home_of(package: str) -> Path | None:
+    """The folder that holds a user's module or package; None for an installed one, and where there is none."""
+    spec = PathFinder.find_spec(package) if package else None
+    places = [] if spec is None else [*(spec.submodule_search_locations or []), spec.origin]
+    home = Path(places[0]).resolve().parent if places and places[0] else None
+    standard = Path(sysconfig.get_path("stdlib")).resolve()
+    if home is None or standard in (home, *home.parents) or {"site-packages", "dist-packages"} & set(home.parts):
+        return None
+    return home
+
+
+def _files_of(parts: list[str], home: Path | None) -> Iterator[Path]:
+    """The file of a module and the __init__.py files of its packages below `home`; nothing without a home."""
+    for depth in range(1, len(parts) + 1) if home is not None else ():
+        base = home.joinpath(*parts[:depth])
         yield from (path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file())
 
 

@@ -6,7 +6,8 @@ python -m experiments.reports.pipeline_report --folder outputs/nano
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from experiments.runs.run_identity import CONFIG, read_field, trained_commit
 from experiments.runs.usage_errors import PlainParser
 from lightning_modules.serving.generation_rules import note
 
-# Title of a chart -> the logged metrics in it. A chart whose metrics were not logged is left out.
+# Title of a chart -> the logged metrics in it; `<name>` stands for the name of every reward. A chart whose metrics were
+# not logged is left out.
 CHARTS = {
     "Loss": ("train/loss", "grpo/loss"),
     "Token accuracy": ("train/token_accuracy",),
-    "Reward": ("reward/total", "reward/accuracy", "reward/format"),
+    "Reward": ("reward/total", "reward/<name>"),
     "KL to the stage-1 model": ("grpo/kl",),
     "Groups without advantage": ("grpo/frac_zero_advantage",),
     "Completion length (tokens)": ("grpo/completion_length",),
@@ -125,13 +127,26 @@ def _phases(folder: Path, results: Results) -> list[Path]:
 def _phase(folder: Path) -> dict[str, Any] | None:
     """Name, charts and drawn examples (name, PNG in base64) of a phase; None where it logged and drew nothing."""
     rows = metrics_csv.read_rows(folder)
-    curves = {title: {name: metrics_csv.read_curve(rows, name) for name in names} for title, names in CHARTS.items()}
+    curves = {
+        title: {name: metrics_csv.read_curve(rows, name) for name in _spelt_out(names, rows)}
+        for title, names in CHARTS.items()
+    }
     charts = [chart for title in curves if (chart := svg_charts.line_chart(title, curves[title]))]
     # Only the newest previews: pictures are in the page itself and make it large.
     last_step = sorted((folder / "previews").glob("step_*"))[-1:]
     images = [image for step in last_step for image in sorted(step.glob("*.png"))[:MAX_EXAMPLES]]
     drawings = [(image.stem, base64.b64encode(image.read_bytes()).decode()) for image in images]
     return {"name": folder.name, "charts": charts, "drawings": drawings} if charts or drawings else None
+
+
+def _spelt_out(names: Sequence[str], rows: metrics_csv.Rows) -> list[str]:
+    """The names, with the logged ones in place of a name with `<name>`."""
+    logged = sorted({name for row in rows for name in row})
+    found: dict[str, None] = {}
+    for name in names:
+        pattern = re.compile(re.escape(name).replace("<name>", "[^/]+"))
+        found |= dict.fromkeys(filter(pattern.fullmatch, logged) if "<name>" in name else [name])
+    return list(found)
 
 
 def _failures(results: Results) -> list[list[str]]:

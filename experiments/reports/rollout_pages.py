@@ -173,13 +173,14 @@ def _whole_group(group: LoggedGroup, run: Run, pictures: Pictures) -> dict[str, 
     box_format = BoxFormat(run.config["data.box_format"])
     completions = []
     for text, reward, advantage in zip(record["texts"], record["rewards"], record["advantages"], strict=True):
-        parsed = parse_answer(text)
+        parsed, score = parse_answer(text), score_text(text, answer, image_sizes, box_format)
         completions.append(
             {
                 "thinking": parsed.thinking if isinstance(parsed, ParsedAnswer) else None,
                 "answer": answer_text(text),
                 "text": text,
-                "box": score_text(text, answer, image_sizes, box_format).box,
+                "box": score.box,
+                "iou": score.iou,
                 "reward": reward,
                 "advantage": advantage,
             }

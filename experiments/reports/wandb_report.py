@@ -19,12 +19,12 @@ from experiments.runs.wandb_runs import PROJECT, has_key
 
 STEP = "trainer/global_step"
 STAGE_METRICS = ("mig_bench/avg", "mig_bench/in_domain", "mig_bench/out_of_domain", "mig_bench/format_rate")
-# Phase -> the metrics whose curves are drawn. All are in docs/metrics.md, which a test holds.
+# Phase -> the metrics whose curves are drawn. All are in docs/metrics.md, which a test holds. `<name>` stands for the
+# name of every reward; these share a panel.
 CURVES = {
     "grpo": (
         "reward/total",
-        "reward/accuracy",
-        "reward/format",
+        "reward/<name>",
         "grpo/kl",
         "grpo/loss",
         "grpo/entropy",
@@ -60,7 +60,8 @@ def build_report(title: str, project: str, entity: str, experiments: Sequence[st
         return wr.BarPlot(title=metric, metrics=[metric], **spread)
 
     def curve(metric: str) -> Any:
-        return wr.LinePlot(title=metric, x=STEP, y=[metric], smoothing_type="average", smoothing_factor=0.6)
+        several = {"metric_regex": metric.replace("<name>", "[^/]+")} if "<name>" in metric else {"y": [metric]}
+        return wr.LinePlot(title=metric, x=STEP, smoothing_type="average", smoothing_factor=0.6, **several)
 
     def section(name: str, runset: Any, panels: list[Any]) -> list[Any]:
         for place, panel in enumerate(panels):

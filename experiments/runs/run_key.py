@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from datamodules.persistence.files import fingerprint
-from datamodules.persistence.source_code import class_modules, source_code
+from datamodules.persistence.source_code import class_modules, source_code, users_files
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from datamodules.streaming.shard_content import deviations
 from datamodules.streaming.shard_sources import mixing_weights
@@ -87,7 +87,12 @@ def _saved(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Inputs]:
 def _inputs(settings: Mapping[str, Any]) -> Inputs:
     paths = {"model.init_args.model": [settings["model"]["init_args"]["model"]]}
     paths["data.shards"] = preflight.shard_list(settings)
-    return {name: [(str(path), path_fingerprint(path)) for path in group] for name, group in paths.items()}
+    inputs: Inputs = {name: [(str(path), path_fingerprint(path)) for path in group] for name, group in paths.items()}
+    # A user's reward decides what is learnt, as a setting does: with another one it is another run.
+    rewards = settings["model"]["init_args"].get("rewards") or []
+    if own := users_files(source_code(class_modules(rewards))):
+        inputs["model.init_args.rewards"] = list(own.items())
+    return inputs
 
 
 def _trusting(settings: Mapping[str, Any]) -> dict[str, bool]:

@@ -45,7 +45,7 @@ def logged_group(number: int) -> dict:
         "answer": {"image": 1, "box": [0.25, 0.25, 0.75, 1.0], "label": "dog"},
         "sizes": [[56, 56, 56, 56], [84, 56, 84, 56]],
         "texts": texts,
-        "rewards": [{"total": t, "accuracy": t / 2, "format": 0.0, "failure": "no_json"} for t in totals],
+        "rewards": [{"total": t, "accuracy": t / 2, "short": 0.25, "failure": "no_json"} for t in totals],
         "advantages": [0.0] * 3 if equal else [1.0, 0.0, -1.0],
         ("equal" if number % 2 else "zero_advantage"): equal,  # its name in logs of earlier versions
     }
@@ -227,6 +227,7 @@ def test_a_browser_pages_through_thousands_and_loads_what_it_shows(
     page.wait_for_function("[...document.images].length >= 2 && [...document.images].every((i) => i.naturalWidth > 0)")
     assert second.locator("img").count() == 2 and "Find the dog." in second.inner_text()
     assert second.locator(".score .gain").first.inner_text() == "advantage +1.00"
+    assert "short 0.25" in second.locator(".score").first.inner_text(), "every reward by its name"
     second.locator("li").first.hover()
     assert second.locator("rect.chosen").count() == 1
 

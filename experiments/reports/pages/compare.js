@@ -199,13 +199,17 @@ function rectangle(box, attributes) {
 /** A model's JSON on one line, without its fence; the raw text is behind "as written". */
 const brief = (answer) => answer.replace(/```(json)?/g, "").replace(/\s+/g, " ").trim();
 
+/** Every reward by its name; the other fields of the record are no rewards. */
+const terms = (reward) => Object.entries(reward).filter(([name]) => !["total", "failure", "failed"].includes(name))
+  .map(([name, value]) => `${name} ${fixed(value)}`).join(" · ");
+
 function completionItem(card, completion, k) {
   const { reward, advantage } = completion;
   const raw = make("pre", { hidden: "" }, completion.text);
   const button = make("button", { type: "button", class: "link" }, "as written");
   button.addEventListener("click", () => { raw.hidden = !raw.hidden; });
   const score = make("p", { class: "score" }, make("b", {}, `reward ${fixed(reward.total)}`),
-    ` · IoU ${fixed(reward.accuracy)} · format ${reward.format} · `,
+    ` · IoU ${fixed(completion.iou)} · ${terms(reward)} · `,
     make("span", { class: ["loss", "", "gain"][1 + Math.sign(advantage)] }, `advantage ${signed(advantage)}`));
   if (reward.failure) score.append(make("span", { class: "badge" }, reward.failure));
   score.append(button);

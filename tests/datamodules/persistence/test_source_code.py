@@ -68,7 +68,7 @@ def test_files_that_come_and_go_are_named(project: Path) -> None:
 def test_the_project_s_own_commands_are_read() -> None:
     found = source_code(("experiments.train", "lightning_modules.grpo"))
     assert {
-        "lightning_modules/rl/rewards.py",
+        "lightning_modules/rl/rewards/reward_list.py",
         "datamodules/samples/answer_text.py",
         "experiments/runs/run_key.py",
     } < set(found)

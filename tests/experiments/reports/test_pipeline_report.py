@@ -19,7 +19,7 @@ from tests.experiments.runs.test_metrics_csv import attempt
 def folder(tmp_path: Path) -> Path:
     stages = [make_stage(name, summary(avg), 60) for name, avg in (("base", 11.0), ("cot_sft", 26.5), ("grpo", 32.25))]
     write_results(tmp_path / "results.json", Results("nano <x>", 1, "abc123", tuple(stages)))
-    attempt(tmp_path / "grpo", 0, "reward/total,step\n0.5,0\n0.75,1\n")
+    attempt(tmp_path / "grpo", 0, "reward/total,reward/short,reward/short/std,step\n0.5,0.1,0.3,0\n0.75,0.2,0.3,1\n")
     image = io.BytesIO()
     Image.new("RGB", (4, 4)).save(image, "PNG")
     for step in ("step_000010", "step_000020"):
@@ -33,6 +33,7 @@ def test_the_page_holds_the_stages_curves_and_pictures(folder: Path) -> None:
     for text in ("26.50", "+15.50", "32.25", "+5.75", "abc123", "nano &lt;x&gt;", "data:image/png;base64,", "Reward"):
         assert text in page
     assert "<svg" in page and "no_box" in page
+    assert "reward/short" in page and "reward/short/std" not in page, "every reward by its name"
     assert "step_000020_example" in page and "step_000010_example" not in page
 
 
