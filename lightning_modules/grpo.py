@@ -23,7 +23,7 @@ from lightning_modules.rl.grpo_settings import RolloutSettings, UpdateSettings
 from lightning_modules.rl.idle_windows import IdleWindows
 from lightning_modules.rl.loss_settings import AdvantageSettings, LossSettings
 from lightning_modules.rl.metrics import GRPOMetrics
-from lightning_modules.rl.rewards.reward_list import Reward, RewardEntry, RewardList
+from lightning_modules.rl.rewards.reward_list import Reward, RewardList
 from lightning_modules.rl.rollout_batch import PromptGroup, trainable_groups
 from lightning_modules.rl.rollout_log import RolloutLog, rollout_records
 from lightning_modules.rollouts.base import Rollout, RolloutEngine, RolloutRequest
@@ -45,8 +45,9 @@ class GRPO(GroupObjective):
         advantage: how completions are compared inside their group.
         loss: the objective.
         update: how a window of rollouts is trained on.
-        rewards: what a completion earns: a list of entries (`rewards.reward_list.RewardEntry`), whose weighted sum is
-            the reward. null is eq. 3: IoU as `accuracy` with weight 1.0, and `format` with 0.5.
+        rewards: what a completion earns: a list whose weighted sum is the reward. Its entries have class_path, and
+            maybe init_args, weight and name (`rewards.reward_list`). null is eq. 3: IoU as `accuracy` with weight 1.0,
+            and `format` with 0.5.
         reward_weights: λ by the name of a reward, over the weight in the list; for flags and sweeps.
         learning_rate: peak of the schedule.
         policy: the other arguments of `PolicyModule`.
@@ -63,7 +64,7 @@ class GRPO(GroupObjective):
         advantage: AdvantageSettings = AdvantageSettings(),
         loss: LossSettings = LossSettings(),
         update: UpdateSettings = UpdateSettings(),
-        rewards: list[RewardEntry] | None = None,
+        rewards: list[dict[str, Any]] | None = None,
         reward_weights: dict[str, float] | None = None,
         learning_rate: float = 5e-5,
         **policy: Any,

@@ -73,6 +73,9 @@ class GRPOMetrics(Metric):
 
     All of them are one vector, so ranks exchange them in one all-reduce, and each rank may have counted another number
     of completions. The state is not persistent: it is in no checkpoint, and a resumed run starts its step anew.
+
+    Args:
+        rewards: names of the run's rewards.
     """
 
     full_state_update = False
@@ -83,6 +86,7 @@ class GRPOMetrics(Metric):
         # Of each reward: its sum, the sum of its squares, and how many completions have a value, 0, or a failure.
         parts = ("", "/square", "/count", "/zero", "/failed")
         self.names = (*SUMS, *(f"{name}{part}" for name in self.rewards for part in parts))
+        self._has_failed: set[str] = set()  # rewards whose failures are logged from now on, 0 too
         # float64: counts stay exact, and a sum depends on the order of its parts in the last digits only.
         self.add_state("sums", torch.zeros(len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -186,8 +190,8 @@ class GRPOMetrics(Metric):
         return {name: sums[total] / sums[count] for name, (total, count) in ratios.items() if sums[count]}
 
     def spreads(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Of each reward: its standard deviation over the completions, its share of zeros, and, where it failed, the
-        share of completions that it could not judge.
+        """Of each reward: its standard deviation over the completions, its share of zeros, and, from its first failure
+        on, the share of completions that it could not judge.
 
         Args:
             sums: as `compute` gives them.
@@ -200,7 +204,8 @@ class GRPOMetrics(Metric):
                 # Rounding can make the difference slightly negative.
                 found[f"{name}/std"] = math.sqrt(max(0.0, sums[f"{name}/square"] / count - mean * mean))
                 found[f"{name}/zero"] = sums[f"{name}/zero"] / count
-            if sums["failed"]:
+            if sums[f"{name}/failed"] or name in self._has_failed:
+                self._has_failed.add(name)
                 found[f"{name}/failed"] = sums[f"{name}/failed"] / sums["completions"]
         return found
 

@@ -11,12 +11,13 @@ of numbers; then a value outside is an error. CONTRIBUTING.md has the recipe.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from datamodules.persistence.problems import Problems
 from datamodules.persistence.user_error import UserError
@@ -28,24 +29,13 @@ if TYPE_CHECKING:
     from datamodules.encoding.encoder import EncodedSample
     from lightning_modules.rollouts.base import Rollout
 
+RewardEntry = Mapping[str, Any]  # the fields of `FIELDS`
 Values = Sequence[float | Failed]
 
 
-class RewardEntry(TypedDict):
-    """One entry of `rewards`.
-
-    class_path: module.Class or module.function; the module may be a file beside the YAML, or in the working directory.
-    init_args: arguments of the class, or further arguments of the function.
-    weight: λ, by default 1. With 0 the reward is logged and does not count.
-    name: in logs, pages and sweeps; by default the class's or function's own, in lower case.
-    """
-
-    class_path: str
-    init_args: NotRequired[dict[str, Any]]
-    weight: NotRequired[float]
-    name: NotRequired[str]
-
-
+# Field of an entry -> what it holds. `class_path` alone is required. `name` is by default that of the class or function
+# in lower case, and `weight` (λ) is 1. With weight 0 a reward is logged and does not count.
+FIELDS = {"class_path": str, "init_args": Mapping, "weight": Real, "name": str}
 PAPER: tuple[RewardEntry, ...] = (  # eq. 3
     {"class_path": "lightning_modules.rl.rewards.box_rewards.IoU", "weight": 1.0, "name": "accuracy"},
     {"class_path": "lightning_modules.rl.rewards.text_rewards.Format", "weight": 0.5, "name": "format"},
@@ -146,9 +136,12 @@ class RewardList:
         self.problems = Problems()
         self.terms: list[Term] = []
         for index, entry in enumerate(PAPER if entries is None else entries):
+            if faults := entry_faults(f"rewards[{index}]", entry):
+                self.problems += faults
+                continue
             built = build(f"rewards[{index}]", entry["class_path"], entry.get("init_args") or {}, self.problems)
             name = entry.get("name") or entry["class_path"].rpartition(".")[2].lower()
-            weight = (weights or {}).get(name, entry.get("weight", 1.0))
+            weight = (weights or {}).get(name, 1.0 if entry.get("weight") is None else entry["weight"])
             self.terms.append(Term(name, weight, entry["class_path"], built))
         self._check(weights or {})
 
@@ -176,7 +169,7 @@ class RewardList:
             problems.require(name in self.names, fault, **{f"reward_weights.{name}": weights[name]})
         for name, weight in self.weights.items():
             problems.require(math.isfinite(weight), "must be a finite number", **{f"rewards.{name}.weight": weight})
-        if not any(self.weights.values()):
+        if not any(self.weights.values()) and not problems:
             shown = f"with weights {self.weights}" if self.terms else "with no reward in the list"
             problems.append(f"rewards: every reward would be 0 {shown}; give one of them a weight")
 
@@ -236,6 +229,20 @@ class RewardList:
         total = sum(term.weight * (terms[term.name] or 0.0) for term in self.terms)
         score = completion.score
         return Reward(total, terms, score.failure, score.iou, score.well_formed, failed)
+
+
+def entry_faults(where: str, entry: RewardEntry) -> list[str]:
+    """Fields of an entry that are unknown, missing, or of a wrong type."""
+    faults = [] if entry.get("class_path") else [f"{where} has no class_path: write module.Class or module.function"]
+    for name, value in entry.items():
+        if name not in FIELDS:
+            near = difflib.get_close_matches(name, FIELDS, 1)
+            cure = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(FIELDS)}"
+            faults.append(f"{where}.{name}={value!r:.60}: there is no such field; {cure}")
+        elif value is not None and (not isinstance(value, FIELDS[name]) or isinstance(value, bool)):
+            kind = {Mapping: "arguments by name", Real: "a number", str: "text"}[FIELDS[name]]
+            faults.append(f"{where}.{name}={value!r:.60} must be {kind}")
+    return faults
 
 
 def _left_out_if_failed(group: list[Reward]) -> list[Reward]:

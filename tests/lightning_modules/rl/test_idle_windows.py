@@ -63,6 +63,7 @@ def test_a_checkpoint_keeps_the_finished_windows_and_not_the_open_one():
 @pytest.mark.parametrize(
     ("sums", "words"),
     [
+        ({"failed": 8, "zero_iou": 8}, "no completion could be judged: see the warnings"),
         ({"truncated": 8, "zero_iou": 8}, "every completion was cut at rollout.max_new_tokens=16"),
         ({"zero_iou": 8}, "every completion has IoU 0 and none has the format"),
         ({"zero_iou": 8, "format": 8, "truncated": 1}, "every completion has IoU 0: the prompts are too hard"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
 from torch import distributed
@@ -86,6 +88,44 @@ def test_the_means_are_those_of_the_names_and_of_nothing_there_is_none():
 
 def test_every_metric_of_a_step_is_defined():
     assert MEANS.keys() | {"grpo/kl_beta", "grpo/entropy_coefficient"} <= documented_names()
+
+
+def test_each_reward_has_its_spread_and_failures_are_counted():
+    metrics = GRPOMetrics(("short", "judge"))
+    values = [[0.0, 1.0, 0.5, None], [1.0, 0.0]]
+    groups = []
+    for group in values:
+        left_out = None in group
+        failed = [("judge",) if value is None else () for value in group]
+        groups.append(
+            [
+                Reward(
+                    0.0 if left_out else value, {"short": 0.25, "judge": value}, None, failed=names, left_out=left_out
+                )
+                for value, names in zip(group, failed, strict=True)
+            ]
+        )
+    rollouts = [[rollout(0)] * len(group) for group in values]
+    metrics.add_rollouts(rollouts, groups, torch.tensor([True, False]))
+    sums = metrics.compute()
+    means, spreads = metrics.means(sums), metrics.spreads(sums)
+    assert means["reward/total"] == 0.5, "the mean of the second group: the first is left out"
+    given = [value for group in values for value in group if value is not None]
+    assert means["reward/judge"] == pytest.approx(statistics.mean(given)) and means["reward/short"] == 0.25
+    assert spreads == pytest.approx(
+        {
+            "reward/short/std": 0.0,
+            "reward/short/zero": 0.0,
+            "reward/judge/std": statistics.pstdev(given),
+            "reward/judge/zero": 2 / 5,
+            "reward/judge/failed": 1 / 6,
+        }
+    )
+    assert sums["failed"] == 1
+    metrics.reset()
+    metrics.add_rollouts([[rollout(0)]], [[Reward(0.5, {"short": 0.5, "judge": 0.0}, None)]], torch.tensor([True]))
+    later = metrics.spreads(metrics.compute())
+    assert later["reward/judge/failed"] == 0.0, "logged, so that no old share stays"
 
 
 def test_a_sum_that_does_not_exist_is_named():

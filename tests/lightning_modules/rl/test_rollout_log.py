@@ -29,6 +29,13 @@ def test_groups_come_back_as_written(tmp_path: Path) -> None:
     assert (first.update, first.task, first.mean_reward, first.mean_iou) == (0, "diff", 1.0, 0.5)
 
 
+def test_the_iou_is_read_whatever_the_rewards_are(tmp_path: Path) -> None:
+    rewards = [{"total": 0.1, "short": 0.1, "failure": None}, {"total": 0.2, "short": 0.2, "failure": None}]
+    RolloutLog(tmp_path / "r.jsonl").append([group(0, "x") | {"rewards": rewards, "ious": [0.5, 1.0]}])
+    (found,) = read_index(tmp_path / "r.jsonl")
+    assert (found.mean_reward, found.mean_iou) == (pytest.approx(0.15), 0.75)
+
+
 def test_a_line_cut_short_is_dropped_and_harms_no_other(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     RolloutLog(path).append([group(0, "x"), group(0, "y")])

@@ -6,6 +6,7 @@ import inspect
 import itertools
 import math
 import random
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -18,9 +19,11 @@ from lightning_modules.rl.rewards import box_rewards, text_rewards
 from lightning_modules.rl.rewards.box_overlaps import overlap
 from lightning_modules.rl.rewards.box_rewards import BoxMatch, CIoU, DIoU, GIoU, IoU, IoUAbove, RightImage, count_pairs
 from lightning_modules.rl.rewards.completion import Completion, WrittenBox
+from lightning_modules.rl.rewards.judge import Judge
 from lightning_modules.rl.rewards.reward_list import RewardList
 from lightning_modules.rl.rewards.text_rewards import Format, Length, Repetition, SoftOverlong
 from tests.datamodules.samples.hostile_answers import CASES
+from tests.documented_metrics import METRICS
 from tests.lightning_modules.rl.rewards.completions import make_completion
 
 WIDE = ImageSizes(original=(640, 480), resized=(640, 480))
@@ -56,6 +59,13 @@ def test_the_list_of_these_tests_holds_every_reward():
     }
     assert {type(reward) for reward in ALL} == classes
     assert all(reward.range[0] < reward.range[1] and "." in type(reward).__doc__ for reward in ALL)
+
+
+def test_the_page_of_metrics_has_every_reward_with_its_range():
+    rows = re.findall(r"(?m)^\| `(\w+)\.(\w+)` \| (\S+) to (\S+) \|", METRICS.read_text())
+    stated = {(f"lightning_modules.rl.rewards.{module}", name): (float(a), float(b)) for module, name, a, b in rows}
+    ranges = {(type(each).__module__, type(each).__name__): each.range for each in ALL}
+    assert stated == ranges | {(Judge.__module__, "Judge"): Judge.range}
 
 
 def entries() -> list[dict]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import time
+from collections import Counter
 
 import pytest
 
@@ -13,6 +14,7 @@ from lightning_modules.rl.rewards.judge import Judge
 from lightning_modules.rl.rewards.reward_list import RewardList
 from lightning_modules.serving.openai_client import EndpointMisused
 from tests.chat_server import ChatServer, http_response, question_text
+from tests.lightning_modules.grpo_modules import build_grpo
 from tests.lightning_modules.rl.rewards.completions import make_completion
 
 WIDE = ImageSizes(original=(640, 480), resized=(640, 480))
@@ -104,3 +106,25 @@ def test_settings_that_cannot_work_are_all_named():
 def test_a_judge_can_be_sent_to_another_process():
     with ChatServer(grade_by_text) as server:
         assert pickle.loads(pickle.dumps(judge(server))).score_batch(completions("5")) == [0.5]
+
+
+def test_training_goes_on_where_a_judge_fails_and_its_group_teaches_nothing(tiny_model_dir, lora, make_items, fit):
+    """The judge answers for every other group alone."""
+    asked = Counter()
+
+    def reply(request):
+        asked["all"] += 1
+        return str(asked["all"] % 10) if asked["all"] <= 4 else "no idea"
+
+    with ChatServer(reply) as server:
+        arguments = {"base_url": server.base_url, "model": "judge", "on_failure": "leave_out", "concurrency": 1}
+        entries = [{"class_path": "lightning_modules.rl.rewards.judge.Judge", "init_args": arguments, "name": "judge"}]
+        small = {"lora": lora, "group_size": 4, "temperature": 1.0, "max_new_tokens": 6, "learning_rate": 1e-3}
+        module = build_grpo(str(tiny_model_dir), rewards=entries, **small)
+        trainer = fit(module, make_items([1, 2]), max_steps=1)
+    first, second = module.last_rollouts
+    assert any(first["advantages"]) and not first["zero_advantage"]
+    assert second["advantages"] == [0.0] * 4 and second["zero_advantage"]
+    assert [reward["failed"] for reward in second["rewards"]] == [["judge"]] * 4
+    assert trainer.callback_metrics["reward/judge"] == pytest.approx((1 + 2 + 3 + 4) / 40)
+    assert trainer.callback_metrics["reward/total"] == trainer.callback_metrics["reward/judge"]
