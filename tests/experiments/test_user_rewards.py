@@ -16,7 +16,9 @@ import pytest
 import yaml
 
 from datamodules.persistence.files import read_json
-from experiments import train
+from datamodules.persistence.source_code import changed_files
+from experiments import pipeline, train
+from experiments.pipeline import Phase
 from experiments.runs import metrics_csv
 from experiments.runs.run_key import run_key
 from lightning_modules.rl.rollout_log import read_index
@@ -146,6 +148,17 @@ def test_two_ranks_find_the_file_beside_the_yaml(workbench: Workbench) -> None:
     assert metrics_csv.read_curve(metrics_csv.read_rows(folder), "reward/short")
     logs = sorted(folder.glob("rollouts-rank*.jsonl"))
     assert len(logs) == 2 and all("vowels" in json.loads(log.read_text().splitlines()[0])["rewards"][0] for log in logs)
+
+
+def test_a_pipeline_notices_a_changed_file_too(workbench: Workbench) -> None:
+    config, evaluation = configure(workbench), workbench.write_yaml("eval", {"model": "unused", "output": "unused"})
+    made = pipeline.Pipeline(
+        workbench.outputs, 0, str(workbench.model), evaluation, {"grpo": Phase("base", config)}, {}
+    )
+    before = made.training("grpo").code()
+    file = workbench.root / "my_rewards.py"
+    file.write_text(file.read_text().replace("return 1 - completion", "return 2 - completion"))
+    assert changed_files(before, made.training("grpo").code()) == ["my_rewards.py"]
 
 
 def code_blocks(language: str) -> list[str]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
@@ -87,7 +88,10 @@ class Term:
             return [
                 self._checked(self._call(self.reward, completion, completion), completion) for completion in completions
             ]
-        found = list(self._call(together, completions, completions[0])) if completions else []
+        found = self._call(together, completions, completions[0]) if completions else []
+        if not isinstance(found, Iterable):
+            raise self._error(f"returned {brief(found)} from score_batch; it must return a list", completions[0])
+        found = list(found)
         if len(found) != len(completions):
             raise self._error(
                 f"score_batch gave {len(found)} values for {len(completions)} completions", completions[0]
@@ -102,17 +106,20 @@ class Term:
         except Exception as error:
             place = error.__traceback__.tb_next  # the frame of the reward, not of what it calls; None for one in C
             where = f" at {Path(place.tb_frame.f_code.co_filename).name}, line {place.tb_lineno}" if place else ""
-            raise self._error(f"raised {type(error).__name__}: {str(error)[:200]}{where}", completion) from error
+            raise self._error(f"raised {type(error).__name__}: {brief(error)}{where}", completion) from error
 
     def _checked(self, value: Any, completion: Completion) -> float | Failed:
         if isinstance(value, Failed):
             return value if value.value is None else Failed(self._checked(value.value, completion))
         if not isinstance(value, Real):
-            raise self._error(f"returned {value!r:.80}, a {type(value).__name__}; it must return a number", completion)
-        low, high = getattr(self.reward, "range", None) or (-math.inf, math.inf)
-        if not math.isfinite(value) or not low <= value <= high:
-            wanted = "a finite number" if math.isinf(low) else f"a number in its range, {low:g} to {high:g}"
-            raise self._error(f"returned {float(value)}; it must return {wanted}", completion)
+            shown = f"{brief(repr(value))}, of type {type(value).__name__}"
+            raise self._error(f"returned {shown}; it must return a number", completion)
+        low, high = getattr(self.reward, "range", None) or (-sys.float_info.max, sys.float_info.max)
+        if not low <= value <= high:  # NaN is in no range
+            wanted = (
+                f"a number in its range, {low:g} to {high:g}" if hasattr(self.reward, "range") else "a finite number"
+            )
+            raise self._error(f"returned {brief(value)}; it must return {wanted}", completion)
         return float(value)
 
     def _error(self, what: str, completion: Completion) -> RewardError:
@@ -158,11 +165,15 @@ class RewardList:
         problems, known = self.problems, ", ".join(self.names)
         for name in dict.fromkeys(self.names):
             problems.require(
-                is_name(name), "is no name: letters, digits and _, but not total, failure, failed", name=name
+                is_name(name),
+                "is no name: letters, digits and _, but not total, failure, failed",
+                **{"rewards.name": name},
             )
             number = self.names.count(name)
             problems.require(
-                number == 1, f": {number} rewards have this name; give each its own with name: …", name=name
+                number == 1,
+                f": {number} rewards have this name; give each its own with name: …",
+                **{"rewards.name": name},
             )
         for name in weights:
             fault = f": there is no such reward; the rewards are {known}"
@@ -229,6 +240,11 @@ class RewardList:
         total = sum(term.weight * (terms[term.name] or 0.0) for term in self.terms)
         score = completion.score
         return Reward(total, terms, score.failure, score.iou, score.well_formed, failed)
+
+
+def brief(value: Any) -> str:
+    """The text of a value in one line of at most 200 characters."""
+    return " ".join(str(value)[:1000].split())[:200]
 
 
 def entry_faults(where: str, entry: RewardEntry) -> list[str]:

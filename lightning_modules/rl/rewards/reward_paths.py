@@ -8,6 +8,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from numbers import Real
 from typing import Any
 
 from datamodules.persistence.problems import Problems
@@ -84,9 +85,17 @@ def _with_arguments(found: Any, init_args: Mapping[str, Any]) -> Callable[[Any],
     except TypeError as error:
         names = list(signature.parameters)[len(first) :]
         raise _Fault(f"{error} (init_args; it takes {', '.join(names) or 'none'})") from error
-    if not is_class:
-        return partial(found, **init_args) if init_args else found
-    reward = found(**init_args)
+    reward = found(**init_args) if is_class else partial(found, **init_args) if init_args else found
+    stated = getattr(found, "range", None)
+    if stated is not None and not _is_range(stated):
+        raise _Fault(f"range={stated!r:.60} must be two numbers, the lower one first")
+    if stated is not None and not is_class:
+        reward.range = stated  # a partial does not have what its function has
     if not callable(reward) and not hasattr(reward, "score_batch"):
         raise _Fault(f"{found.__name__} has neither __call__(completion) nor score_batch(completions)")
     return reward
+
+
+def _is_range(stated: Any) -> bool:
+    pair = isinstance(stated, tuple | list) and len(stated) == 2
+    return pair and all(isinstance(end, Real) for end in stated) and stated[0] < stated[1]

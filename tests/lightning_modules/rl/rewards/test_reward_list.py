@@ -134,6 +134,33 @@ def broken(completion: Completion) -> float:
     return {}["box"]
 
 
+def huge(completion: Completion) -> int:
+    return 10**400
+
+
+def chatty(completion: Completion) -> float:
+    raise RuntimeError("\n".join(f"line {number}" for number in range(1000)))
+
+
+def graded(completion: Completion, grade: float) -> float:
+    return grade
+
+
+graded.range = (0, 1)
+
+
+class Backwards:
+    range = (1, 0)
+
+    def __call__(self, completion: Completion) -> float:
+        return 0.0
+
+
+class Single:
+    def score_batch(self, completions: list[Completion]) -> float:
+        return 1.0
+
+
 class Half:
     """States its range, and leaves it."""
 
@@ -185,8 +212,11 @@ def test_the_default_is_equation_3():
     ("name", "words"),
     [
         ("not_a_number", "returned nan; it must return a finite number"),
-        ("nothing", "returned None, a NoneType; it must return a number"),
+        ("nothing", "returned None, of type NoneType; it must return a number"),
         ("broken", "raised KeyError: 'box' at test_reward_list.py, line"),
+        ("huge", "returned 1000"),
+        ("chatty", "raised RuntimeError: line 0 line 1"),
+        ("Single", "returned 1.0 from score_batch; it must return a list"),
         ("Half", "returned 0.75; it must return a number in its range, 0 to 0.5"),
     ],
 )
@@ -229,6 +259,7 @@ def test_every_problem_of_a_list_is_named_with_its_cure():
         entry("words", weight=math.inf),
         entry("words", name="total"),
         {"class_path": "lightning_modules.rl.rewards.text_rewards.SoftOverlong", "init_args": {"margin": 0}},
+        entry("Backwards"),
         entry("BoxAnswer", name="record", init_args={"image": 0, "box": (0, 0, 1, 1), "label": ""}),
     ]
     faults = RewardList(entries, {"lenght": 1.0}).problems
@@ -243,11 +274,20 @@ def test_every_problem_of_a_list_is_named_with_its_cure():
         "rewards.words.weight=inf must be a finite number",
         "name='total' is no name: letters, digits and _, but not total, failure, failed",
         "margin=0 must be greater than 0",
+        f"{HERE}.Backwards': range=(1, 0) must be two numbers, the lower one first",
         "BoxAnswer has neither __call__(completion) nor score_batch(completions)",
         "reward_weights.lenght=1.0: there is no such reward; the rewards are word, ",
     ):
         assert sum(words in fault for fault in faults) == 1, (words, faults)
-    assert len(faults) == 11
+    assert len(faults) == 12
+
+
+def test_a_function_states_its_range_as_an_attribute():
+    assert score([entry("graded", init_args={"grade": 0.5})], ["a"])[0].total == 0.5
+    with pytest.raises(
+        RewardError, match=r"reward 'graded' .* returned 2; it must return a number in its range, 0 to 1"
+    ):
+        score([entry("graded", init_args={"grade": 2})], ["a"])
 
 
 @pytest.mark.parametrize("entries", [[], [{**each, "weight": 0.0} for each in PAPER]])
