@@ -151,7 +151,10 @@ def test_two_ranks_find_the_file_beside_the_yaml(workbench: Workbench) -> None:
 
 
 def test_a_pipeline_notices_a_changed_file_too(workbench: Workbench) -> None:
-    config, evaluation = configure(workbench), workbench.write_yaml("eval", {"model": "unused", "output": "unused"})
+    config, evaluation = (
+        configure(workbench),
+        workbench.write_yaml("eval", dict.fromkeys(("model", "output", "data_root"), "unused")),
+    )
     made = pipeline.Pipeline(
         workbench.outputs, 0, str(workbench.model), evaluation, {"grpo": Phase("base", config)}, {}
     )

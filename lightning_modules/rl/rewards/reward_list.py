@@ -114,11 +114,10 @@ class Term:
         if not isinstance(value, Real):
             shown = f"{brief(repr(value))}, of type {type(value).__name__}"
             raise self._error(f"returned {shown}; it must return a number", completion)
-        low, high = getattr(self.reward, "range", None) or (-sys.float_info.max, sys.float_info.max)
+        stated = getattr(self.reward, "range", None)
+        low, high = stated or (-sys.float_info.max, sys.float_info.max)
         if not low <= value <= high:  # NaN is in no range
-            wanted = (
-                f"a number in its range, {low:g} to {high:g}" if hasattr(self.reward, "range") else "a finite number"
-            )
+            wanted = f"a number in its range, {low:g} to {high:g}" if stated else "a finite number"
             raise self._error(f"returned {brief(value)}; it must return {wanted}", completion)
         return float(value)
 
@@ -163,18 +162,12 @@ class RewardList:
 
     def _check(self, weights: Mapping[str, float]) -> None:
         problems, known = self.problems, ", ".join(self.names)
+        rule = "is no name: letters, digits and _, but not total, failure, failed"
         for name in dict.fromkeys(self.names):
-            problems.require(
-                is_name(name),
-                "is no name: letters, digits and _, but not total, failure, failed",
-                **{"rewards.name": name},
-            )
+            problems.require(is_name(name), rule, **{"rewards.name": name})
             number = self.names.count(name)
-            problems.require(
-                number == 1,
-                f": {number} rewards have this name; give each its own with name: …",
-                **{"rewards.name": name},
-            )
+            fault = f": {number} rewards have this name; give each its own with name: …"
+            problems.require(number == 1, fault, **{"rewards.name": name})
         for name in weights:
             fault = f": there is no such reward; the rewards are {known}"
             problems.require(name in self.names, fault, **{f"reward_weights.{name}": weights[name]})
