@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from lightning_modules.metrics.step_sums import StepSums
 from lightning_modules.rl.losses import LossTerms
 from lightning_modules.rl.rewards import REWARD_TERMS, Reward
 from lightning_modules.rollouts.base import Rollout
@@ -64,36 +62,13 @@ MEANS = {
 }
 
 
-class GRPOMetrics(Metric):
-    """The sums of one step, over its completions and over what it trained on, of all ranks.
-
-    All of them are one vector, so ranks exchange them in one all-reduce, and each rank may have counted another number
-    of completions. The state is not persistent: it is in no checkpoint, and a resumed run starts its step anew.
-    """
-
-    full_state_update = False
+class GRPOMetrics(StepSums):
+    """The sums of one step, over its completions and over what it trained on, of all ranks."""
 
     def __init__(self) -> None:
-        super().__init__(dist_sync_fn=_all_reduce)
-        self.terms = tuple(f"reward/{name}" for name in REWARD_TERMS)
-        self.names = (*SUMS, *self.terms)
-        # float64: counts stay exact, and a sum depends on the order of its parts in the last digits only.
-        self.add_state("sums", torch.zeros(len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, **parts: float) -> None:
-        """Add to the sums of these names.
-
-        Raises:
-            ValueError: a name that is no sum.
-        """
-        if unknown := sorted(parts.keys() - set(self.names)):
-            raise ValueError(f"no sums of GRPO's metrics: {unknown}")
-        values = [parts.get(name, 0.0) for name in self.names]
-        self.sums = self.sums + torch.tensor(values, dtype=torch.float64, device=self.sums.device)
-
-    def compute(self) -> dict[str, float]:
-        """Every sum by its name, over all ranks, which call this together."""
-        return dict(zip(self.names, self.sums.tolist(), strict=True))
+        terms = tuple(f"reward/{name}" for name in REWARD_TERMS)
+        super().__init__((*SUMS, *terms))
+        self.terms = terms
 
     def add_rollouts(
         self,
@@ -170,11 +145,3 @@ class GRPOMetrics(Metric):
         # Sums are divided only after all ranks are added: a mean of means would weight short ranks too much.
         ratios = MEANS | {name: (name, "completions") for name in self.terms}
         return {name: sums[total] / sums[count] for name, (total, count) in ratios.items() if sums[count]}
-
-
-def _all_reduce(state: Tensor, group: Any = None) -> list[Tensor]:
-    """The sum of `state` over ranks, as the one entry of the list that `Metric` adds up. Its own way is to gather the
-    states of all ranks: a barrier, their shapes, then the states."""
-    total = state.clone()
-    torch.distributed.all_reduce(total, group=group)
-    return [total]

@@ -89,7 +89,7 @@ def test_every_metric_of_a_step_is_defined():
 
 
 def test_a_sum_that_does_not_exist_is_named():
-    with pytest.raises(ValueError, match=r"no sums of GRPO's metrics: \['lenght'\]"):
+    with pytest.raises(ValueError, match=r"GRPOMetrics has no sums \['lenght'\]"):
         GRPOMetrics().update(lenght=1.0)
 
 
