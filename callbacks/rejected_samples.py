@@ -21,16 +21,12 @@ class RejectedSamples(Callback):
     logs what an undisturbed one logs. The last batch of an epoch has no share.
     """
 
-    def __init__(self) -> None:
-        self._next_report = 1  # number of rejected samples of this rank at which it warns again
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Report, and log the share up to this batch."""
-        rejections = getattr(trainer.datamodule, "rejections", ())
-        if len(rejections) >= self._next_report:
-            self._next_report = 2 * len(rejections)
+        rejections = getattr(trainer.datamodule, "rejections", None)
+        if rejections is not None and rejections.report_is_due():
             log.warning("rank %d so far: %s", trainer.global_rank, rejections.summary())
 
         place = batch.position or {}
