@@ -17,28 +17,19 @@ class RejectedSamples(Callback):
     """Logs `data/rejected_share`, and warns of rejected samples by rule: of the first one, then whenever they double.
 
     The share is that of the samples that all ranks have read in this epoch: a prompt that is too long, an answer that
-    is not one box, a damaged image, and so on. It follows from the positions of the batches alone, so a resumed run
-    logs what an undisturbed one logs. The last batch of an epoch has no share.
+    is not one box, a damaged image, and so on. It follows from the batch's place in the epoch alone, so a resumed run
+    logs what an undisturbed one logs.
     """
-
-    def __init__(self) -> None:
-        self._next_report = 1  # number of rejected samples of this rank at which it warns again
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Report, and log the share up to this batch."""
-        rejections = getattr(trainer.datamodule, "rejections", ())
-        if len(rejections) >= self._next_report:
-            self._next_report = 2 * len(rejections)
+        rejections = getattr(trainer.datamodule, "rejections", None)
+        if rejections is not None and rejections.report_is_due():
             log.warning("rank %d so far: %s", trainer.global_rank, rejections.summary())
 
-        place = batch.position or {}
-        # The cursor counts samples of the rank's walk through the epoch: those of its batches, and rejected ones.
-        read = place.get("cursors", {}).get(str(trainer.global_rank), 0)
-        if not read:  # on all ranks together: their epochs have equally many batches
-            return
-        rejected = read - place["batch"] * len(batch)
-        counts = torch.tensor([rejected, read], dtype=torch.float64, device=pl_module.device)
+        counts = torch.tensor([batch.num_rejected, batch.num_read], dtype=torch.float64, device=pl_module.device)
         rejected, read = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-        pl_module.log("data/rejected_share", rejected / read, batch_size=len(batch))
+        if read:  # else the batch is not of this project's data
+            pl_module.log("data/rejected_share", rejected / read, batch_size=len(batch))

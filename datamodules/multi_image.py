@@ -153,12 +153,14 @@ class MultiImageData(LightningDataModule):
         workers = self._loader.workers if self._loader is not None else None
         return workers.failure(error) if workers is not None else None
 
-    def mark_trained(self, batch: Batch) -> None:
-        """Record that `batch` has been used: `state_dict` now says that training goes on after it."""
+    def mark_trained(self, batch: Batch) -> dict[str, float]:
+        """Record that `batch` has been used: `state_dict` now says that training goes on after it.
+
+        Returns metrics of the data so far: of weighted sources, the realised share of each.
+        """
         assert self._loader is not None, "the batch does not come from train_dataloader"
         self._loader.mark_trained(batch)
-        if shares := self._loader.shares():
-            self.trainer.lightning_module.log_dict({f"data/share_{k}": share for k, share in enumerate(shares)})
+        return {f"data/share_{k}": share for k, share in enumerate(self._loader.shares())}
 
     def reorder(self, number: int) -> None:
         """Continue with order `number` of the samples; the run begins with order 0.

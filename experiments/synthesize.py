@@ -18,7 +18,7 @@ or --redo.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,12 +27,12 @@ from typing import Any
 from datamodules.checkpoints.model_folder import PROMPT_FORM
 from datamodules.encoding.chat_request import RequestForm
 from datamodules.encoding.model_families import find_model_family
-from datamodules.encoding.prompt_form import read_prompt_form
+from datamodules.encoding.prompt_form import form_as_trained, read_prompt_form
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
 from datamodules.persistence.files import Journal, fingerprint, read_journal, read_json, write_atomic, write_json
 from datamodules.persistence.problems import Problems
 from datamodules.persistence.source_code import source_code
-from datamodules.samples.boxes import BoxFormat, image_sizes_from_json
+from datamodules.samples.boxes import image_sizes_from_json
 from datamodules.samples.sample import SampleError
 from datamodules.streaming.manifest import MANIFEST
 from datamodules.streaming.path_fingerprint import path_fingerprint
@@ -54,8 +54,6 @@ from experiments.synthesis.teacher import Prices, Sampling, Session, Teacher, mi
 from lightning_modules.serving.generation_rules import server_fields
 from lightning_modules.serving.openai_client import EndpointSettings
 from lightning_modules.serving.transformers_server import local_server
-
-LABEL = "Picture {}: "  # before each image, where a phase had label_images: as Qwen's chat template writes it
 
 
 def synthesize(
@@ -213,29 +211,16 @@ def _form(model_family: str, model: str, problems: list[str], as_trained: bool, 
         trained = read_prompt_form(model) if as_trained and Path(model).is_dir() else None
         family = find_model_family("qwen2_5_vl" if trained else model_family, model)
         form = RequestForm(family, "think", *more)
-        form = _as_trained(form, trained, model) if trained else form
+        if trained and trained["style"] != form.style:
+            raise ValueError(
+                f"endpoint.model={model!r} was trained with style={trained['style']!r} ({PROMPT_FORM} in its folder):"
+                " it writes no thinking; take a model of CoT-SFT or GRPO, or say --as_trained=false"
+            )
+        form = form_as_trained(form, trained, model, "--as_trained") if trained else form
     except ValueError as error:
         preflight.raise_all([*problems, str(error)])
     preflight.raise_all(problems)
     return form
-
-
-def _as_trained(form: RequestForm, trained: Mapping[str, Any], model: str) -> RequestForm:
-    """The form with what the teacher was trained with, saying what differs. Raises ValueError for one that does not
-    think."""
-    if trained["style"] != form.style:
-        raise ValueError(
-            f"endpoint.model={model!r} was trained with style={trained['style']!r} ({PROMPT_FORM} in its folder): it "
-            "writes no thinking; take a model of CoT-SFT or GRPO, or say --as_trained=false"
-        )
-    family = replace(form.model_family, box_format=BoxFormat(trained["box_format"]))
-    before_image = LABEL if trained["label_images"] else family.before_image
-    max_pixels = trained["max_resized_pixels"] or form.max_pixels
-    for name, value in (("before_image", before_image), ("max_pixels", max_pixels)):
-        given = getattr(form, name)
-        if value != (family.before_image if given is None else given):
-            print(f"{name}={value!r} as {model}/{PROMPT_FORM} has it, not {given!r}; --as_trained=false takes yours")
-    return replace(form, model_family=family, before_image=before_image, max_pixels=max_pixels)
 
 
 def _session_text(session: Session) -> str:

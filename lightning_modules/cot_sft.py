@@ -10,6 +10,7 @@ from torch import Tensor
 
 from datamodules.encoding.encoder import Batch, EncodedSample
 from datamodules.persistence.problems import Problems
+from lightning_modules.metrics.step_sums import StepSums
 from lightning_modules.models.attention.packed_rows import PackedRows, pack_rows
 from lightning_modules.models.vision_feature_cache import FeatureCache, tower_fingerprint
 from lightning_modules.policy_module import PolicyModule
@@ -34,6 +35,7 @@ class CoTSFT(PolicyModule):
     ) -> None:
         super().__init__(model, **policy)
         self.feature_cache, self.feature_cache_gib = feature_cache, feature_cache_gib
+        self.metrics = StepSums(("loss", "correct", "tokens"))
         self.problems().raise_all(type(self).__name__)
 
     def problems(self) -> Problems:
@@ -58,7 +60,8 @@ class CoTSFT(PolicyModule):
         self.begin_batch(batch)
 
         # 1. Forward and backward passes; gradients add up until the window is complete.
-        total, correct, num_tokens = self._backward(batch)
+        self.metrics.reset()
+        self._backward(batch)
 
         # 2. At the end of the window: one optimizer step. Only then a checkpoint may say that the batches are used.
         if self.end_batch():
@@ -66,33 +69,26 @@ class CoTSFT(PolicyModule):
             self.commit_window(batch)
 
         # 3. Metrics of this batch over all ranks.
-        total, correct, num_tokens = self.sum_over_ranks([total, correct, num_tokens])
+        sums = self.metrics.compute()
         seconds = time.perf_counter() - started
         self.log_step(
             {
-                "train/loss": total / num_tokens,
-                "train/token_accuracy": correct / num_tokens,
-                "train/tokens": num_tokens,
-                "speed/completion_tokens_per_second": num_tokens / seconds,
+                "train/loss": sums["loss"] / sums["tokens"],
+                "train/token_accuracy": sums["correct"] / sums["tokens"],
+                "train/tokens": sums["tokens"],
+                "speed/completion_tokens_per_second": sums["tokens"] / seconds,
             }
         )
 
-    def _backward(self, batch: Batch) -> tuple[float, float, int]:
-        """Add the gradient of the batch.
-
-        Returns the sum of -log p over the targets, the number of targets that are the most likely token, and the number
-        of targets.
-        """
-        total, correct, num_tokens = 0.0, 0.0, 0
+    def _backward(self, batch: Batch) -> None:
+        """Add the gradient of the batch, and its sums to `metrics`."""
         for rows, log_probs, best in self.target_passes(batch.items):
             # Rows hold different numbers of tokens. So the sum is added here, and `update` divides by the number of
             # tokens of the whole window.
             loss = -log_probs.sum()
             self.backward_sum(loss, len(log_probs))
-            total += loss.item()
-            correct += (best == rows.targets).sum().item()
-            num_tokens += len(log_probs)
-        return total, correct, num_tokens
+            hits = (best == rows.targets).sum().item()
+            self.metrics.update(loss=loss.item(), correct=hits, tokens=len(log_probs))
 
     def target_passes(self, items: Sequence[EncodedSample]) -> Iterator[tuple[PackedRows, Tensor, Tensor]]:
         """One forward pass for each packed row of `items`, in training and on held-out samples.

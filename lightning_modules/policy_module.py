@@ -208,7 +208,7 @@ class PolicyModule(LightningModule):
         self._window_ids = []
         mark_trained = getattr(getattr(self.trainer, "datamodule", None), "mark_trained", None)
         if mark_trained is not None:
-            mark_trained(batch)
+            self._latest |= mark_trained(batch)  # logged with the batch, and again until the next window ends
 
     def backward_sum(self, total: Tensor, count: float) -> None:
         """Add a gradient; `update` divides it.

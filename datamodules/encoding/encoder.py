@@ -64,13 +64,15 @@ class Batch:
 
     items: list[EncodedSample]
     position: dict[str, Any] | None = None  # state of the data stream after these samples; None outside a stream
+    num_read: int = 0  # samples of this rank's epoch up to the last one of these, rejected ones too
+    num_rejected: int = 0  # of these
 
     @property
     def sample_ids(self) -> list[str]:
         return [item.sample.id for item in self.items]
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch([item.to(device) for item in self.items], self.position)
+        return replace(self, items=[item.to(device) for item in self.items])
 
     def __len__(self) -> int:
         return len(self.items)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,12 @@ from datamodules.encoding.messages import PromptStyle
 from datamodules.persistence.strict_json import refuse_constant, unique_keys
 from datamodules.samples.boxes import BoxFormat
 
-if TYPE_CHECKING:  # loads torch
+if TYPE_CHECKING:  # both load torch
+    from datamodules.encoding.chat_request import RequestForm
     from datamodules.encoding.encoder import Encoder
 
 VERSION = 1
+LABEL = "Picture {}: "  # before each image, where a phase had label_images: as Qwen's chat template writes it
 CURE = "copy the file again from the folder that training wrote, or remove it and say the form yourself"
 # Each field of the form: which values it may have, and how to say so.
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -60,6 +63,30 @@ def read_prompt_form(model: str) -> dict[str, Any] | None:
     if problems := _problems(found):
         raise ModelError(f"model: {path}: {'; '.join(problems)}; {CURE}")
     return {name: found[name] for name in _FIELDS}
+
+
+def form_as_trained(form: RequestForm, trained: Mapping[str, Any], model: str, flag: str) -> RequestForm:
+    """The form of requests to a server, with the model's own style, box format, labels and largest image.
+
+    It prints each value that differs from the given one.
+
+    Args:
+        form: as the settings have it; its model family is Qwen2.5-VL.
+        trained: what `read_prompt_form` has found.
+        model: folder of the model, for messages.
+        flag: of the command, with which the given values are taken.
+    """
+    family = replace(form.model_family, box_format=BoxFormat(trained["box_format"]))
+    values = {
+        "style": trained["style"],
+        "before_image": LABEL if trained["label_images"] else family.before_image,
+        "max_pixels": trained["max_resized_pixels"] or form.max_pixels,
+    }
+    for name, value in values.items():
+        given = getattr(form, name)
+        if value != (family.before_image if given is None else given):
+            print(f"{name}={value!r} as {model}/{PROMPT_FORM} has it, not {given!r}; {flag}=false takes yours")
+    return replace(form, model_family=family, **values)
 
 
 def _problems(found: Any) -> list[str]:

@@ -39,6 +39,7 @@ class Rejections:
         self.strict = strict
         self.counts: Counter[str] = Counter()
         self.examples: defaultdict[str, list[str]] = defaultdict(list)
+        self._next_report = 1  # number of rejected samples at which the next report is due
 
     def add(self, error: SampleError) -> None:
         """Count `error`, or raise it if strict."""
@@ -50,6 +51,12 @@ class Rejections:
 
     def __len__(self) -> int:
         return self.counts.total()
+
+    def report_is_due(self) -> bool:
+        """True at the first rejected sample, then whenever their number has doubled."""
+        is_due = len(self) >= self._next_report
+        self._next_report = 2 * len(self) if is_due else self._next_report
+        return is_due
 
     def summary(self) -> str:
         """One line for the log: the number of rejected samples, the rules, and a few ids for each rule."""

@@ -102,7 +102,7 @@ class BatchLoader:
             if is_last:  # before the yield: a caller that counts batches does not come back after the last
                 self._start = position
                 self.report()
-            yield Batch(items, self._state(position))
+            yield Batch(items, self._state(position), slot.cursor, slot.cursor - done * self.batch_size)
             if is_last:
                 return
             items = []

@@ -35,7 +35,7 @@ from datamodules.streaming.url_openers import FetchError
 
 BLOCK = tarfile.BLOCKSIZE
 TRIES_AHEAD = 2  # attempts to fetch a shard that nobody waits for yet
-LONG_UNUSED = 1000  # samples between two needs of a shard, after which it may have left the cache
+LONG_UNUSED = 1000  # samples between two needs of a shard, after which it may have left a large cache
 JSON = -1  # in the place of an image's number
 # What tarfile raises for a header that is none, or for a name that begins as a compressed file does.
 DAMAGES = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
@@ -160,11 +160,14 @@ class ShardReader:
         return ahead
 
     def _upcoming(self, walks: Iterable[Iterable[tuple[int, int]]]) -> Iterator[Upcoming]:
+        # A small cache loses a shard sooner: while samples are read that fill half of the part for shards being read.
+        sample_bytes = sum(shard.bytes for shard in self.shards) / self.count
+        unused = min(LONG_UNUSED, max(1, int(self.most_bytes_ahead / 2 / sample_bytes)))
         last: dict[int, int] = {}  # by shard: the place at which it was last needed
         for place, number in itertools.chain.from_iterable(walks):
             index = bisect.bisect_right(self.starts, number) - 1
             shard = self.shards[index]
-            if shard.is_remote and place - last.get(index, -LONG_UNUSED) >= LONG_UNUSED:
+            if shard.is_remote and place - last.get(index, -unused) >= unused:
                 yield Upcoming(place, shard.location, shard.bytes)
             last[index] = place
 

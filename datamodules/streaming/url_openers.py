@@ -146,7 +146,7 @@ def open_store(url: str, mode: str = "rb", bufsize: int = 0, start: int = 0) -> 
         store = fsspec.filesystem(scheme, skip_instance_cache=True)
     except ImportError as error:
         package = EXTRAS[scheme]
-        raise Refused(f"{scheme}:// needs {package}: pip install 'multi-image-grounding[{scheme}]'") from error
+        raise Refused(f"{scheme}:// needs {package}: pip install -e '.[{scheme}]'") from error
     with _errors_of_stores():
         stream: Any = _Stored(store.open(url, "rb"))
         stream.file.seek(start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from datamodules.checkpoints.pretrained import ANY_ATTENTION, check_policy, chec
 from datamodules.encoding.chat_request import RequestForm
 from datamodules.encoding.messages import PromptStyle
 from datamodules.encoding.model_families import find_model_family
+from datamodules.encoding.prompt_form import form_as_trained, read_prompt_form
 from datamodules.samples.boxes import BoxFormat
 from experiments.evaluation.evaluation_settings import Evaluation, QuestionForm
 from experiments.runs import run_identity
@@ -126,7 +128,18 @@ def _served_settings(asked: Evaluation, endpoint: EndpointSettings) -> ServedSet
     if endpoint.model not in ("", asked.model):
         raise ValueError(f"endpoint.model={endpoint.model!r} and model={asked.model!r} differ: leave out the first")
     stating(endpoint, asked.decoding.generation)  # raises where extra_body contradicts it
-    return ServedSettings(replace(endpoint, model=asked.model), _request_form(asked, asked.model), asked.decoding)
+    form = _served_form(asked)
+    return ServedSettings(replace(endpoint, model=asked.model), form, asked.decoding)
+
+
+def _served_form(asked: Evaluation) -> RequestForm:
+    """The prompt form of a served model. A server's name of a model that was trained here may be its folder (vLLM's
+    does): then it is asked in the form of its training, as it is in this process."""
+    trained = read_prompt_form(asked.model) if asked.form.as_trained and Path(asked.model).is_dir() else None
+    if trained is None:
+        return _request_form(asked, asked.model)
+    form = _request_form(asked, "qwen2_5_vl")
+    return form_as_trained(form, trained, asked.model, "--form.as_trained")
 
 
 def _policy_settings(model: str, model_type: str, asked: Evaluation) -> PolicySettings:

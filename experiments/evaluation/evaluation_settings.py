@@ -38,8 +38,8 @@ class QuestionForm:
         model_family: how another model than Qwen2.5-VL is asked for boxes and writes them
             (datamodules/encoding/model_families.py); auto: by model_type and name
         before_image: text before image k for other models instead of the model family's, such as "Picture {}: "
-        as_trained: put questions to a phase's merged model as that phase did, whatever box_format, style,
-            max_resized_pixels and label_images say
+        as_trained: put questions to a phase's merged model as that phase did, here or behind a server that names the
+            model by its folder, whatever box_format, style, max_resized_pixels and label_images say
     """
 
     style: Style = "auto"

@@ -181,14 +181,17 @@ def _explain_leaves(
 
 
 def _explain_class(leaf: Leaf, found: re.Match, words: Sequence[str]) -> str:
-    """A class path that names nothing, with the nearest class of its module."""
+    """A class path that names nothing, with the nearest class of its module, or what its module cannot do without."""
     path = leaf.owner or ".".join(filter(None, found.groups()))
+    place = f"{_where(re.escape(path), words, value=True)}{leaf.path or 'class_path'}"
+    if found.re is _NO_MODULE and not path.startswith(found[1].split(".")[0]):
+        return f"{place}: {path} needs the package {found[1]}, which is not installed"
     cure = ""
     if found.re is _NO_CLASS:
         module = importlib.import_module(found[1])
         near = difflib.get_close_matches(found[2], dir(module), 1)
         cure = f"; did you mean {found[1]}.{near[0]}?" if near else ""
-    return f"{_where(re.escape(path), words, value=True)}{leaf.path or 'class_path'}: there is no class {path}{cure}"
+    return f"{place}: there is no class {path}{cure}"
 
 
 def _type_words(kind: str) -> str:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from lightning_modules.metrics.step_sums import StepSums
 from lightning_modules.rl.losses import LossTerms
 from lightning_modules.rl.rewards.reward_list import Reward
 from lightning_modules.rollouts.base import Rollout
@@ -68,42 +66,20 @@ MEANS = {
 }
 
 
-class GRPOMetrics(Metric):
+class GRPOMetrics(StepSums):
     """The sums of one step, over its completions and over what it trained on, of all ranks.
-
-    All of them are one vector, so ranks exchange them in one all-reduce, and each rank may have counted another number
-    of completions. The state is not persistent: it is in no checkpoint, and a resumed run starts its step anew.
 
     Args:
         rewards: names of the run's rewards.
     """
 
-    full_state_update = False
-
     def __init__(self, rewards: Sequence[str] = ("accuracy", "format")) -> None:
-        super().__init__(dist_sync_fn=_all_reduce)
-        self.rewards = tuple(f"reward/{name}" for name in rewards)
+        named = tuple(f"reward/{name}" for name in rewards)
         # Of each reward: its sum, the sum of its squares, and how many completions have a value, 0, or a failure.
         parts = ("", "/square", "/count", "/zero", "/failed")
-        self.names = (*SUMS, *(f"{name}{part}" for name in self.rewards for part in parts))
+        super().__init__((*SUMS, *(f"{name}{part}" for name in named for part in parts)))
+        self.rewards = named
         self._has_failed: set[str] = set()  # rewards whose failures are logged from now on, 0 too
-        # float64: counts stay exact, and a sum depends on the order of its parts in the last digits only.
-        self.add_state("sums", torch.zeros(len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, **parts: float) -> None:
-        """Add to the sums of these names.
-
-        Raises:
-            ValueError: a name that is no sum.
-        """
-        if unknown := sorted(parts.keys() - set(self.names)):
-            raise ValueError(f"no sums of GRPO's metrics: {unknown}")
-        values = [parts.get(name, 0.0) for name in self.names]
-        self.sums = self.sums + torch.tensor(values, dtype=torch.float64, device=self.sums.device)
-
-    def compute(self) -> dict[str, float]:
-        """Every sum by its name, over all ranks, which call this together."""
-        return dict(zip(self.names, self.sums.tolist(), strict=True))
 
     def add_rollouts(
         self,
@@ -208,11 +184,3 @@ class GRPOMetrics(Metric):
                 self._has_failed.add(name)
                 found[f"{name}/failed"] = sums[f"{name}/failed"] / sums["completions"]
         return found
-
-
-def _all_reduce(state: Tensor, group: Any = None) -> list[Tensor]:
-    """The sum of `state` over ranks, as the one entry of the list that `Metric` adds up. Its own way is to gather the
-    states of all ranks: a barrier, their shapes, then the states."""
-    total = state.clone()
-    torch.distributed.all_reduce(total, group=group)
-    return [total]

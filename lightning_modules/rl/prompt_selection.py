@@ -21,7 +21,7 @@ from tqdm import tqdm
 from datamodules.encoding.encoder import EncodedSample, Encoder
 from datamodules.persistence.files import Journal, fingerprint, read_journal, read_json, write_atomic, write_json
 from datamodules.persistence.problems import Problems
-from datamodules.samples.sample import LoadedSample, SampleError
+from datamodules.samples.sample import LoadedSample, Rejections, SampleError
 from datamodules.samples.scores import require_box, score_text
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from datamodules.streaming.shard_reader import ShardReader
@@ -186,6 +186,7 @@ def _sample_chunks(
         require_box(loaded.sample)
         return loaded
 
+    rejections = Rejections()  # of this call; `_write_kept` counts those of all calls and ranks
     # A thread encodes the next chunk while the engine samples this one.
     encoded = encode_ahead(encoder, [numbers for _, numbers in chunks], read)
     with tqdm(
@@ -196,6 +197,10 @@ def _sample_chunks(
     ) as bar:
         for (number, _), members in zip(chunks, encoded, strict=True):
             errors = [error for _, error in members if isinstance(error, SampleError)]
+            for error in errors:
+                rejections.add(error)
+            if rejections.report_is_due():  # now, and not when hours of sampling have ended
+                log.warning("rejection sampling so far: %s", rejections.summary())
             known = [(place, item) for place, item in members if isinstance(item, EncodedSample)]
             # Seeded by the chunk's number, so a resumed call draws what the interrupted one would have drawn.
             generator = torch.Generator(policy.device).manual_seed(derive_seed(settings.seed, number))

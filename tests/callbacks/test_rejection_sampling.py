@@ -201,6 +201,22 @@ def test_a_candidate_without_one_box_is_rejected_by_name(run, pool, tmp_path: Pa
     assert "'no_box_answer': 2" in caplog.text
 
 
+def test_rejected_candidates_are_told_while_others_are_sampled(run, pool, tmp_path: Path, caplog) -> None:
+    reported_when_asked: list[int] = []  # reports before each request to the engine
+
+    def reports() -> list[str]:
+        return [record.getMessage() for record in caplog.records if "so far" in record.getMessage()]
+
+    class Engine(FakeEngine):
+        def generate(self, request):
+            reported_when_asked.append(len(reports()))
+            return super().generate(request)
+
+    run(Engine(right_number_mod_5), source=with_unusable(pool, tmp_path / "mixed", [1, 4, 10, 11]))
+    assert reported_when_asked[0] == 1 and "1 samples rejected: no_box_answer 1 (c1)" in reports()[0]
+    assert len(reports()) == 3, "at 1, 2 and 4 rejected candidates"
+
+
 def test_a_pool_of_which_nothing_can_be_used_is_told_of(run, pool, tmp_path: Path) -> None:
     source = with_unusable(pool, tmp_path / "none", range(20))
     with pytest.raises(RunStopped, match="no candidate can be used; rejected: no_box_answer 20"):

@@ -36,8 +36,7 @@ def make_data(shards: str, num_workers: int, rank: int = 0, world_size: int = 1)
     sources = json.loads(shards) if shards.startswith("{") else shards
     data = MultiImageData(sources, processor="unused", batch_size=3, num_workers=num_workers, seed=5, shuffle_buffer=5)
     data.encoder = NoEncoder()
-    module = SimpleNamespace(log_dict=lambda metrics: None)
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, lightning_module=module)
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
     return data
 
 

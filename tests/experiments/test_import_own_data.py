@@ -214,6 +214,45 @@ def test_a_hundred_thousand_lines_are_imported_in_flat_memory(tmp_path: Path, ca
     assert end < quarter + SLACK_MB
 
 
+def session_members(session: int) -> dict[int, str]:
+    """The living processes of a session, with their command lines."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, _, own = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(own) == session and state != "Z":
+                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="kills processes")
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_no_process_of_an_import_outlives_it(tmp_path: Path, is_killed: bool) -> None:
+    """The fork server, its workers and the resource tracker end, also where nobody tells them."""
+    root, out = many_lines(tmp_path / "mine", 4000), tmp_path / "out"
+    command = [sys.executable, "-m", "experiments.import_shards", "--source=jsonl", f"--root={root}", f"--out={out}"]
+    command += ["--own.box_format=pixels", "--processes=2", "--records_per_shard=100"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **quiet)
+    most = 0
+    while process.poll() is None:
+        most = max(most, len(session_members(process.pid)))
+        if is_killed and len(list(out.glob("train/*.tar"))) >= 3:
+            os.kill(process.pid, signal.SIGKILL)
+        time.sleep(0.01)
+    assert process.wait() == (-signal.SIGKILL if is_killed else 0)
+    assert most >= 4, "the command, a fork server and two workers"
+    deadline = time.monotonic() + 30
+    while (left := session_members(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="kills processes")
 def test_an_import_of_own_data_that_is_killed_ends_with_the_same_files(tmp_path: Path) -> None:

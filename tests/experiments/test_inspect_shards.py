@@ -20,10 +20,12 @@ from datamodules.samples.sample import (
     Sample,
     TextPart,
 )
+from datamodules.streaming import manifest
 from datamodules.streaming.shard_writer import ShardWriter
 from experiments import import_shards, inspect_shards
 from experiments.inspect_shards import inspect
 from tests.datamodules.importers.own_data import own_files
+from tests.datamodules.streaming.shard_server import ShardServer, status
 from tests.experiments.conftest import Workbench
 
 RED = (0.25, 0.5, 0.5, 0.75)  # of the red thing in every picture, unit xyxy
@@ -89,6 +91,27 @@ def test_every_kind_of_answer_and_every_image_is_shown(tmp_path: Path, browser_p
     assert "image 1: one [0.25, 0.5, 0.5, 0.75]; image 2: two" in cards.nth(0).inner_text()
     assert "B of red, blue" in cards.nth(1).inner_text()
     assert "[image 1] [image 2] Where is it?[box 1]" in cards.nth(0).locator(".question").inner_text()
+
+
+def test_shards_of_a_server_are_shown_as_those_of_a_folder(
+    tmp_path: Path, browser_page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = write_shards(tmp_path / "shards", BoxAnswer(0, RED, ""), BoxAnswer(0, (0.6, 0.1, 0.9, 0.4), ""))
+    with ShardServer(folder) as server:
+        output = tmp_path / "page.html"
+        inspect_shards.main(["--data", server.url, "--output", str(output), "--random=0"])
+        server.stays, server.faults["manifest.json"] = True, [status(404)]
+        manifest._fetched.cache_clear()
+        with pytest.raises(SystemExit, match=r"nothing to inspect: .*manifest\.json cannot be fetched: HTTP 404"):
+            inspect_shards.main(["--data", server.url, "--output", str(output)])
+    browser_page.goto(output.as_uri())
+    frames = browser_page.locator(".sample .frame")
+    outline, thing = drawn_and_red(frames.nth(0))
+    assert frames.count() == 2 and outline == pytest.approx(thing, abs=0.03)
+    outline, thing = drawn_and_red(frames.nth(1))
+    assert outline[0] > thing[2], "the wrong box lies beside its thing"
 
 
 def test_tables_count_and_say_what_would_be_rejected(workbench: Workbench, browser_page) -> None:

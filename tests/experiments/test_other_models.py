@@ -169,6 +169,25 @@ def test_a_served_model_never_writes_where_one_in_this_process_does() -> None:
     assert evaluate.default_output(merged, served=True) == "outputs/eval/outputs--nano--grpo--merged--served"
 
 
+def test_a_served_model_that_was_trained_here_is_asked_as_in_its_training(tmp_path: Path, capsys) -> None:
+    form = {"style": "answer", "box_format": "relative_1000", "label_images": True, "max_resized_pixels": 5000}
+    (tmp_path / "prompt_form.json").write_text(json.dumps({"version": 1, **form}))
+    served = EndpointSettings(base_url="http://a/v1")
+
+    found = choose_predictor(Evaluation(str(tmp_path), "", endpoint=served)).form
+    assert (found.style, found.before_image, found.max_pixels) == ("answer", "Picture {}: ", 5000)
+    assert (found.model_family.name, found.model_family.box_format) == ("qwen2_5_vl", "relative_1000")
+    assert "style='answer' as" in capsys.readouterr().out
+
+    given = QuestionForm(as_trained=False, model_family="qwen2_5_vl")
+    found = choose_predictor(Evaluation(str(tmp_path), "", endpoint=served, form=given)).form
+    assert (found.style, found.before_image, found.model_family.box_format) == ("native", None, "absolute_pixels")
+
+    (tmp_path / "prompt_form.json").write_text(json.dumps({"version": 1}))
+    with pytest.raises(ValueError, match="the field style is missing"):
+        choose_predictor(Evaluation(str(tmp_path), "", endpoint=served))
+
+
 def test_every_fault_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(preflight.SettingsError, match=r"(?s)processes=0.*model_family='klingon'"):
         evaluate.evaluate(

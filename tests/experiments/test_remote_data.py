@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from datamodules.persistence.files import read_json
 from datamodules.streaming.shard_reader import ShardReader
 from datamodules.streaming.shard_writer import ShardWriter
-from experiments import train
+from experiments import evaluate, train
 from experiments.runs import metrics_csv
 from tests.datamodules.streaming.shard_server import ShardServer, cut, hang_up, status
 from tests.experiments.conftest import ROOT, Workbench, run_apart
@@ -109,3 +110,17 @@ def test_a_shard_that_is_gone_ends_a_run_in_few_lines(workbench: Workbench, serv
         with pytest.raises(SystemExit, match=r"shard-0000\d\.tar cannot be fetched: HTTP 404") as caught:
             train.main(["--config", workbench.training("cot_sft"), f"--data.shards={server.url}"])
     assert len(str(caught.value).splitlines()) <= 5
+
+
+def test_a_model_is_evaluated_on_shards_of_a_server(workbench: Workbench, served: Path) -> None:
+    out = workbench.outputs / "eval"
+    with ShardServer(served) as server:
+        where = [f"--data_root={workbench.root}", f"--bench={server.url}", f"--output={out}"]
+        evaluate.main([f"--model={workbench.model}", *where, "--decoding.max_new_tokens=4"])
+    (remote,) = out.glob("shards-*/result.json")
+    where[1:] = [f"--bench={served}", f"--output={workbench.outputs / 'local'}"]
+    evaluate.main([f"--model={workbench.model}", *where, "--decoding.max_new_tokens=4"])
+    (local,) = (workbench.outputs / "local").glob("shards-*/result.json")
+    found, expected = read_json(remote), read_json(local)
+    assert found["n"] == expected["n"] == 12
+    assert found["columns"] == expected["columns"] and found["averages"] == expected["averages"]

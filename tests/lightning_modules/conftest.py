@@ -49,8 +49,9 @@ class Batches(LightningDataModule):
     def train_dataloader(self) -> Iterator[Batch]:
         return _Stream(self)
 
-    def mark_trained(self, batch: Batch) -> None:
+    def mark_trained(self, batch: Batch) -> dict[str, float]:
         self.position = batch.position["number"]
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}

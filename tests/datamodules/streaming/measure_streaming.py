@@ -1,7 +1,9 @@
-"""How well fetching hides behind training, and what a million samples cost: numbers to report, not asserted.
+"""How well fetching hides behind training, what a million samples cost, and how fast samples are read, beside an
+earlier version: numbers to report, not asserted.
 
 python -m tests.datamodules.streaming.measure_streaming wait
 python -m tests.datamodules.streaming.measure_streaming million
+python -m tests.datamodules.streaming.measure_streaming read OTHER_CHECKOUT [TURNS]
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ import json
 import multiprocessing
 import os
 import random
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,10 +31,12 @@ from datamodules.streaming.shard_reader import ShardReader
 from datamodules.streaming.shard_writer import ShardWriter
 from datamodules.streaming.stream import ShardStream
 from tests.datamodules.encoding.tiny_processor import make_sample
+from tests.datamodules.importers.published import jpeg
 from tests.datamodules.streaming.shard_server import ShardServer
 
 RATE = 20e6  # bytes a second that the server gives
 NUM_SAMPLES, PER_SHARD, SAMPLE_BYTES = 4000, 100, 100_000
+NUM_READ = 400  # samples of three images of COCO's usual size
 BATCH, STEP = 8, 0.06  # samples and seconds of a step: 13 MB/s are needed
 
 
@@ -149,10 +155,84 @@ def million(num_shards: int = 2000, per_shard: int = 500) -> None:
         print(f"the order of an epoch: {time.perf_counter() - began:.2f} s")
 
 
+# CPU seconds in the checkout where it is started: all samples of a folder read in a shuffled order, read and decoded,
+# and as batches of training.
+READ = """
+import random, sys, time
+sys.path.insert(0, ".")
+try:
+    from datamodules.streaming.shard_reader import ShardReader
+except ImportError:
+    from datamodules.streaming.shards import ShardReader
+from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS, decode_images, open_images
+reader = ShardReader(sys.argv[1])
+numbers = list(range(reader.count))
+random.Random(0).shuffle(numbers)
+
+def read(is_decoded):
+    began = time.process_time()
+    for number in numbers:
+        loaded = reader.read(number)
+        if is_decoded:
+            for _ in decode_images(loaded.sample.id, open_images(loaded, MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS)):
+                pass
+    return time.process_time() - began
+
+read(True)  # hashes, indices and codecs
+alone, decoded = read(False), read(True)
+
+from datamodules.multi_image import MultiImageData
+data = MultiImageData(sys.argv[1], sys.argv[2], batch_size=16, label_images=True, with_target=False)
+loader = data.train_dataloader()
+
+def train():
+    began = time.process_time()
+    for batch in loader:
+        data.mark_trained(batch)
+    return (time.process_time() - began) * len(numbers) / (16 * len(loader))
+
+train()
+print(alone, decoded, train())
+"""
+
+
+def read_beside(other: str, turns: int = 9) -> None:
+    """Samples a CPU second here and in another checkout, in turns: the clock of a shared machine says little."""
+    here = str(Path(__file__).resolve().parents[3])
+    model = f"{here}/models/nano-base"
+    with tempfile.TemporaryDirectory() as place:
+        with ShardWriter(place, 250) as writer:
+            for index in range(NUM_READ):
+                sample = make_sample(f"s{index}", ((14, 14),) * 3)
+                images = tuple(jpeg((index + k) % 7, (640, 480)) for k in range(3))
+                writer.add(replace(sample, images=images))
+        seconds: dict[str, list[tuple[float, ...]]] = {here: [], other: []}
+        for turn in range(turns):
+            for checkout in (here, other) if turn % 2 else (other, here):  # neither is always the first
+                command = [sys.executable, "-c", READ, place, model]
+                environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+                done = subprocess.run(
+                    command, cwd=checkout, env=environment, capture_output=True, text=True, check=True
+                )
+                seconds[checkout].append(tuple(map(float, done.stdout.split())))
+    for k, what in enumerate(("reading alone", "reading and decoding", "batches of training")):
+        ours, theirs = ([each[k] for each in seconds[checkout]] for checkout in (here, other))
+        rates = [NUM_READ / statistics.median(each) for each in (ours, theirs)]
+        ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+        print(
+            f"{what}: {rates[0]:,.0f} samples a CPU second here, {rates[1]:,.0f} there; median ratio of {turns} turns"
+            f" {ratio:.3f}",
+            flush=True,
+        )
+
+
 def resident_mb() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 if __name__ == "__main__":
     os.environ["no_proxy"] = "*"
-    {"wait": wait_share, "million": million}[sys.argv[1]]()
+    if sys.argv[1] == "read":
+        read_beside(sys.argv[2], *map(int, sys.argv[3:]))
+    else:
+        {"wait": wait_share, "million": million}[sys.argv[1]]()

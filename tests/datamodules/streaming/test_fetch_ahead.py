@@ -107,3 +107,16 @@ def test_a_shard_that_cannot_be_had_ends_an_epoch_in_its_place(
             given += 1
     assert given == shards.index(bad), "every sample before it is given"
     assert len(str(caught.value).splitlines()) <= 5 and not loader.rejections
+
+
+def test_a_shard_that_a_small_cache_has_lost_meanwhile_is_fetched_ahead_again(server: ShardServer, tmp_path) -> None:
+    def upcoming(num_shards: float) -> list[str]:
+        """Of two epochs, each of which reads the four shards one after the other; a cache for so many of them."""
+        largest = max(shard.bytes for shard in ShardReader(server.url).shards)
+        settings = CacheSettings(str(tmp_path), num_shards * largest / 2**30)
+        epochs = [enumerate(range(12)), enumerate(range(12), 12)]
+        return [Path(shard.location).name for shard in ShardReader(server.url, cache=settings)._upcoming(epochs)]
+
+    names = [f"shard-0000{k}.tar" for k in range(4)]
+    assert upcoming(1000) == names, "a large cache still holds them"
+    assert upcoming(8) == names * 2

@@ -129,7 +129,7 @@ def test_each_reward_has_its_spread_and_failures_are_counted():
 
 
 def test_a_sum_that_does_not_exist_is_named():
-    with pytest.raises(ValueError, match=r"no sums of GRPO's metrics: \['lenght'\]"):
+    with pytest.raises(ValueError, match=r"GRPOMetrics has no sums \['lenght'\]"):
         GRPOMetrics().update(lenght=1.0)
 
 
