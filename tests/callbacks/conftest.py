@@ -44,12 +44,16 @@ class FakePolicy(torch.nn.Module):
         self.model = torch.nn.Linear(2, 1)
         self.device = torch.device("cpu")
         self.merged: list[Path] = []
+        self.adapters: list[Path] = []
 
     def gathered(self) -> AbstractContextManager:
         return nullcontext()
 
     def trained_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, p.detach()) for name, p in self.model.named_parameters() if p.requires_grad)
+
+    def save_adapter(self, folder: Path, write: bool = True) -> None:
+        self.adapters.append(folder)
 
     def save_merged(self, folder: Path, write: bool = True, texts: dict[str, str] | None = None) -> None:
         if write:

@@ -49,7 +49,7 @@ class Sends(Callback):
 
 def test_the_policy_is_merged_once_into_the_runs_folder(fit, module, tmp_path: Path) -> None:
     fit(module, [MergeAdapter()])
-    assert module.policy.merged == [tmp_path / "run/merged"]
+    assert module.policy.merged == [tmp_path / "run/merged"] and module.policy.adapters == [tmp_path / "run/adapter"]
     assert list(module.policy.texts) == ["prompt_form.json"]
 
 
