@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from datamodules.importers.own_data import coco, jsonl
+from datamodules.importers.own_data import coco, hf, jsonl
 from datamodules.importers.own_data.statement import OwnData
 from datamodules.importers.reading.source import Scan
 from datamodules.samples.sample import BoxAnswer, LoadedSample, SampleError
@@ -247,3 +247,34 @@ def test_planted_faults_in_coco_files(tmp_path: Path) -> None:
         assert isinstance(answer, BoxAnswer) and answer.box == pytest.approx(truths[number], abs=1e-9)
     counts = Counter(one.rule for one in found if isinstance(one, SampleError))
     assert counts.total() == NUM_RECORDS // 2 and len(counts) == 10, counts
+
+
+def test_planted_faults_in_a_saved_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows have one schema, so faults of a line or of a missing field cannot be in one row alone."""
+    datasets = pytest.importorskip("datasets", reason="the extra hf is not installed")
+    datasets.disable_progress_bars()
+    own_files.write_images(tmp_path / "pictures")
+    rng = random.Random(3)
+    faults = (*NUMBERS, no_such_image, out_of_the_folder, a_url, one_image_too_few)
+    rows, kinds, truths = [], {}, {}
+    for number in range(250):
+        fault = faults[number % len(faults)]
+        for kind in (fault, None):  # a sound row beside each
+            line, image, box = planted(rng, "qwen", kind or (lambda *_: None), number)
+            kinds[len(rows)], truths[len(rows)] = kind, (image, box)
+            rows.append(json.loads(line))
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "kites")
+    hf._open.cache_clear()
+    own = OwnData(box_format="pixels", max_misfits=1.0, images=str(tmp_path / "pictures"))
+    seen = set()
+    for one in outcomes(hf.scan(tmp_path / "kites", (), own)):
+        place = one.sample_id if isinstance(one, SampleError) else one.sample.id
+        row = int(place.split("all:")[1].split("/")[0])
+        seen.add(row)
+        if kinds[row] is not None:
+            assert isinstance(one, SampleError) and one.rule in EXPECTED[kinds[row].__name__], (kinds[row], one)
+        else:
+            assert isinstance(one, LoadedSample), one
+            image, box = truths[row]
+            assert one.sample.answer.image == image and one.sample.answer.box == pytest.approx(box, abs=1e-9)
+    assert seen == set(range(500))
