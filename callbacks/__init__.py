@@ -1,1 +1,3 @@
-"""What happens between and around phases: evaluation, rejection sampling, merging, pictures, throughput, guards."""
+"""Lightning callbacks that work between and around the phases of training: evaluation, rejection sampling, merging,
+pictures, throughput, guards.
+"""

@@ -1,4 +1,4 @@
-"""Any of the paper's benchmarks, measured before, inside and after a phase of training."""
+"""Measure one of the paper's benchmarks before, during and after a phase of training."""
 
 from __future__ import annotations
 
@@ -31,29 +31,31 @@ log = logging.getLogger(__name__)
 
 
 class BenchmarkEvaluation(Callback):
-    """Evaluates the policy on one benchmark while it trains, and, where wished, before and after fitting.
+    """Evaluates the policy on one benchmark during training and, if asked for, before and after it.
 
-    Everything is logged as <benchmark>_val/…: these are the questions on which settings are chosen. <benchmark>/… is
-    the benchmark itself, which experiments.evaluate asks between the phases and logs to the same W&B run.
+    All metrics are logged as <benchmark>_val/…. Settings are chosen on these questions. The metrics <benchmark>/… come
+    from the full benchmark, which experiments.evaluate measures between the phases and logs to the same W&B run.
 
-    Each evaluation has a folder in <folder>/ ("before", "step_000100", "after") with predictions.jsonl, result.json
-    and answers/, the journals that an interrupted run goes on from. With several ranks they must share the folder.
-    Questions are put as the datamodule puts its own.
+    Each evaluation has a folder in <folder>/ ("before", "step_000100", "after") with predictions.jsonl, result.json and
+    answers/. An interrupted run continues from the journals in answers/. All ranks must see the same folder. The
+    prompts have the same form as the datamodule's own prompts.
 
-    If an answer or the summary cannot be written, an evaluation inside training is left out with a warning: nothing
-    waits for it, and the run has checkpoints to write. `before` and `after` end the run with `RunStopped`.
+    If an answer or the summary cannot be written, an evaluation inside training is skipped with a warning, because no
+    later step needs it. An evaluation before or after training ends the run with `RunStopped`.
 
     Args:
-        benchmark: its name, such as ref_l4 (datamodules/benchmarks/registry.py), or the path of a folder of shards.
+        benchmark: the name of a benchmark, such as ref_l4 (datamodules/benchmarks/registry.py), or the path of a folder
+            of shards.
         data_root: the folder that holds the benchmark's own folder; shards do not need it.
         before: evaluate on all questions before the first update.
-        after: evaluate on all questions when fitting ends. A sweep's trial needs it: its value is the last one logged.
-        every_n_steps: number of updates between two evaluations; null: none inside training.
-        limit: questions of each column (a task of MIG-Bench) inside training.
-        max_new_tokens: the longest answer, in tokens.
-        prompts_per_batch: questions answered at the same time.
-        max_prompt_tokens: a longer prompt counts as wrong; null: the datamodule's limit.
-        folder: of the evaluations; null: <default_root_dir>/<benchmark>.
+        after: evaluate on all questions when training ends. A trial of a sweep needs this, because the sweep reads the
+            value that was logged last.
+        every_n_steps: number of updates between two evaluations; null means no evaluation inside training.
+        limit: number of questions from each column (in MIG-Bench: each task) inside training.
+        max_new_tokens: largest number of tokens of an answer.
+        prompts_per_batch: number of questions that are answered at the same time.
+        max_prompt_tokens: a question with a longer prompt counts as wrong; null takes the datamodule's limit.
+        folder: where the evaluations are written; null takes <default_root_dir>/<benchmark>.
     """
 
     def __init__(
@@ -85,11 +87,11 @@ class BenchmarkEvaluation(Callback):
         self._last_step = 0
 
     def load(self) -> Benchmark:
-        """The questions. Raises for files that are missing or of another form."""
+        """Read the questions. Raises an error if a file is missing or has another format."""
         return load_benchmark(self.source, self.data_root)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Read before any weights are: a wrong path should fail in the first second.
+        # The questions are read before any weights, so that a wrong path fails in the first second.
         try:
             self.benchmark = self.load()
         except (OSError, ValueError) as error:
@@ -99,7 +101,7 @@ class BenchmarkEvaluation(Callback):
         self._home(trainer).mkdir(parents=True, exist_ok=True)
 
     def longest_sequence(self, max_prompt_tokens: int, max_new_tokens: int) -> int:
-        """The longest prompt with its completion, in tokens; 0 if nothing is asked (`AsksEngine`)."""
+        """The longest prompt with its completion, in tokens; 0 if there are no questions (`AsksEngine`)."""
         asks = self.before or self.after or self.every_n_steps is not None
         return (self.max_prompt_tokens or max_prompt_tokens) + self.decoding.max_new_tokens if asks else 0
 
@@ -107,22 +109,22 @@ class BenchmarkEvaluation(Callback):
         self._resumed_step = self._last_step = checkpoint["global_step"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.before and self._resumed_step == 0:  # else the weights are no longer those from before
+        if self.before and self._resumed_step == 0:  # a resumed run no longer has the initial weights
             self._evaluate("before", trainer, pl_module, self.benchmark.samples, required=True)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         last, self._last_step = self._last_step, trainer.global_step
         if self.after and trainer.global_step == trainer.max_steps:
-            return  # all questions are about to be asked
-        # A rollout may be worth several updates: the count need not stop at a multiple.
+            return  # `after` asks all questions next
+        # One rollout may lead to several updates, so the count may skip a multiple of `every_n_steps`.
         if self.every_n_steps and last // self.every_n_steps < trainer.global_step // self.every_n_steps:
             samples = limit_columns(self.benchmark.samples, self.limit)
             self._evaluate(f"step_{trainer.global_step:06d}", trainer, pl_module, samples)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not on_train_end: that does not come when a finished run is started again to get its missing evaluation.
+        # Not in on_train_end: Lightning does not call it if a finished run is started again for a missing evaluation.
         if self.after:
-            pl_module.to(trainer.strategy.root_device)  # the strategy has taken it down to the CPU
+            pl_module.to(trainer.strategy.root_device)  # the strategy has moved it to the CPU
             self._evaluate("after", trainer, pl_module, self.benchmark.samples, required=True)
 
     def _home(self, trainer: Trainer) -> Path:
@@ -134,10 +136,10 @@ class BenchmarkEvaluation(Callback):
         """Ask, score, summarise and write one evaluation; every rank calls this."""
         home, policy = self._home(trainer) / name, pl_module.policy
         encoder = prompt_encoder(trainer.datamodule.encoder, self.max_prompt_tokens)
-        # Inside training few questions are asked: chunks of one batch, so that every rank gets some.
+        # Inside training there are few questions. Chunks of one batch make sure that every rank gets some.
         batches = BATCHES_PER_CHUNK if required else 1
         predictor = PolicyPredictor(policy, rollout_engine(pl_module), encoder, self.decoding, batches)
-        key = answers_key(self.benchmark, predictor)  # gathers trained weights: all ranks call it
+        key = answers_key(self.benchmark, predictor)  # it gathers the trained weights, so all ranks call it
         fault: StorageError | None = None
 
         # 1. Ask. Each rank answers its share and journals it.
@@ -148,7 +150,7 @@ class BenchmarkEvaluation(Callback):
             except StorageError as error:
                 fault = error
 
-        # 2. Score, summarise and write, on the first rank, once every rank has written its answers.
+        # 2. Score, summarise and write on rank 0, after every rank has written its answers.
         all_written = trainer.strategy.reduce_boolean_decision(fault is None, all=True)  # all ranks meet here
         if all_written and trainer.is_global_zero:
             try:
@@ -168,10 +170,10 @@ class BenchmarkEvaluation(Callback):
     def _ask(
         self, predictor: PolicyPredictor, samples: Sequence[Sample], home: Path, key: str, trainer: Trainer
     ) -> None:
-        """This rank's share of the questions, into its journal. Raises StorageError."""
+        """Ask this rank's share of the questions and write the answers to its journal. Raises StorageError."""
         folder = answers_folder(home, self.name, key)
         for path in (home, folder.parent, folder):
-            make_folder(path)  # one by one: nothing is made where a lost filesystem was
+            make_folder(path)  # one level at a time, so that nothing is created in the mount point of a lost filesystem
         rank, world_size = trainer.global_rank, trainer.world_size
         total = sum(map(len, share_of(samples, predictor, rank, world_size)))
         with tqdm(total=total, desc=self.name, unit="question", disable=not trainer.is_global_zero) as bar:
@@ -190,8 +192,8 @@ class BenchmarkEvaluation(Callback):
         write_evaluation(home, predictions, result)
 
         values = result_metrics(result, "_val")
-        for logger in trainer.loggers:  # at the step that Lightning logs its own metrics at
+        for logger in trainer.loggers:  # with the step number that Lightning uses for its own metrics
             logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-        # Where WindowCheckpoint's `monitor` finds it; the first rank alone keeps and removes checkpoints.
+        # The `monitor` of WindowCheckpoint reads the value here. Only rank 0 keeps and removes checkpoints.
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         print(f"\n{home.name}, step {trainer.global_step}\n{format_result(result)}", flush=True)

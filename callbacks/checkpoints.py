@@ -20,11 +20,11 @@ from lightning_modules.training.endings import IdleTooLong, RunStopped
 
 log = logging.getLogger(__name__)
 
-STEP = "step-"  # the name of a checkpoint begins so; the number of updates follows
+STEP = "step-"  # first part of a checkpoint's name; the number of updates follows
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes <path>.unfinished in the folder of the checkpoint, and renames it once it is safely on the disk.
+    """Writes <path>.unfinished in the folder of the checkpoint, and renames it after it is safely on the disk.
 
     Lightning's own class writes to the system's folder for temporary files and moves the file from there. If that is
     another filesystem, the move is a copy over the old checkpoint, and a kill or a full disk destroys both.
@@ -136,7 +136,7 @@ class WindowCheckpoint(Checkpoint):
         self.scores: dict[str, float] = {}  # file name -> value of `monitor`; only rank 0 uses it
         self._failures = 0  # in a row
         self._missed = False  # the warning that `monitor` is not logged has been given
-        self._last_step = 0  # number of updates after the batch before
+        self._last_step = 0  # number of updates after the previous batch
         self._saved_batches = 0  # number of batches at the last checkpoint
         self._saved_at = 0.0  # time of the last checkpoint
 

@@ -92,7 +92,7 @@ class CollapseGuard(Callback):
         self.bounds, self.action, self.average_over = bounds, action, average_over
         self.max_rollbacks, self.learning_rate_factor = max_rollbacks, learning_rate_factor
         self._values: list[dict[str, float]] = []  # metrics and step of the last batches, up to the last update
-        self._open: list[dict[str, float]] = []  # the same of the batches since then, in a window that is still open
+        self._open: list[dict[str, float]] = []  # the same for the batches since then, in a window that is still open
         self._best: dict[str, float] = {}  # highest moving average of each metric
         self._rollbacks = 0  # number of rollbacks for which the learning rate has been reduced
         self._outside: set[str] = set()  # metrics that are out of bounds now
@@ -191,7 +191,7 @@ class CollapseGuard(Callback):
 
 
 def finish_rollback(folder: str | Path) -> None:
-    """Finish a rollback in this phase folder, if there is one: remove the checkpoints that it has given up."""
+    """Finish a rollback in this phase folder, if there is one: remove the checkpoints that it has discarded."""
     file = Path(folder) / FILE_NAME
     record = read_json(file)
     if record.get("spoilt"):
@@ -201,12 +201,14 @@ def finish_rollback(folder: str | Path) -> None:
 
 
 def last_good(folder: str | Path) -> Path | None:
-    """The newest checkpoint that no rollback has given up, or None."""
+    """The newest checkpoint that no rollback has discarded, or None."""
     return newest(Path(folder) / "checkpoints", without=read_json(Path(folder) / FILE_NAME).get("spoilt", ()))
 
 
 def last_whole(folder: str | Path, is_leader: bool = True) -> Path | None:
-    """The checkpoint to resume from: the newest intact one that no rollback has given up; None without checkpoints.
+    """The checkpoint to resume from: the newest intact checkpoint that no rollback has discarded.
+
+    None if there is no checkpoint.
 
     The leader renames damaged checkpoints. Raises RunStopped if there are checkpoints, but none is intact.
     """
@@ -215,20 +217,20 @@ def last_whole(folder: str | Path, is_leader: bool = True) -> Path | None:
 
 
 def _split_checkpoints(folder: Path, before: int) -> tuple[Path | None, list[str]]:
-    """(good, spoilt): the newest checkpoint with fewer than `before` updates, and the names of all later ones.
+    """Returns (good, spoilt): the newest checkpoint with fewer than `before` updates, and the names of all later ones.
 
     Without such a checkpoint, `good` is the oldest one.
     """
     files = sorted(folder.glob("step-*.ckpt"))
     early = [file for file in files if num_updates(file) < before]
     good = early[-1] if early else next(iter(files), None)
-    # A checkpoint of an interruption is given up too: it is later, or the run has resumed from it and needs it no more.
+    # A checkpoint of an interruption is discarded too. Either it is later, or the run has resumed from it already.
     kept = files[: files.index(good) + 1] if good else []
     return good, sorted(file.name for file in folder.glob("*.ckpt") if file not in kept)
 
 
 def _record(folder: str | Path, event: dict[str, Any], spoilt: list[str]) -> None:
-    """Write an event, and the checkpoints that a rollback gives up, in one step."""
+    """Write an event, and the checkpoints that a rollback discards, in one step."""
     file = Path(folder) / FILE_NAME
     events = [old for old in read_json(file).get("events", ()) if old != event]  # a resumed run reports the same again
     write_json(file, {"events": [*events, event], "spoilt": spoilt})

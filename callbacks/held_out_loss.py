@@ -1,4 +1,4 @@
-"""The loss on held-out samples while a supervised phase trains: its curve, and the checkpoint where it is lowest."""
+"""Measure the loss on held-out samples during a supervised phase. A checkpoint with the lowest loss can be kept."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class HeldOutLoss(Callback):
     """Measures loss and token accuracy by task on held-out shards during CoT-SFT or SFT, and at its end.
 
     It logs `val/loss`, `val/token_accuracy` and `val/loss/<task>`. `WindowCheckpoint` with `monitor: val/loss` and
-    `mode: min` keeps the checkpoint with the lowest loss; let it write at the steps at which this callback measures.
+    `mode: min` keeps the checkpoint with the lowest loss. Give both the same `every_n_steps`.
 
-    It measures only between two updates, without gradients or random numbers, so training stays the same to the digit.
-    A sample that cannot be used is left out and counted, as in training.
+    It measures only between two updates, without gradients or random numbers, so training is exactly the same with and
+    without it. As in training, an unusable sample is skipped and counted.
 
     Args:
         shards: folder of held-out shards, or a list of folders. Training must not read them.
         every_n_steps: updates between two measurements; null measures only at the end.
         limit: the largest number of samples, spread evenly over the shards; null takes all.
-        batch_size: samples of one rank that are encoded and measured together.
+        batch_size: number of samples that one rank encodes and measures together.
     """
 
     def __init__(
@@ -55,16 +55,16 @@ class HeldOutLoss(Callback):
         self.tasks: tuple[str, ...] = ()
         self.rejections = Rejections()
         self._reader: ShardReader | None = None
-        self._numbers: list[int] = []  # of the samples that all ranks measure together
+        self._numbers: list[int] = []  # numbers of the samples; all ranks together measure these
         self._rejected: set[str] = set()
-        self._last_step = 0  # number of updates after the batch before
+        self._last_step = 0  # number of updates after the previous batch
         self._measured_step: int | None = None
         self._values: dict[str, float] = {}  # as measured last
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Open the shards before any weights are read. Raises ValueError for a folder that holds none."""
+        """Open the shards before any weights are read. Raises ValueError for a folder without shards."""
         declared = [shard for source in source_list(self.shards) for shard in read_shards(source)]
-        # The tasks must be equal on all ranks, whichever samples a rank reads.
+        # The list of tasks must be equal on all ranks, because the metric sums a tensor with one entry for each task.
         self.tasks = tuple(sorted({task for shard in declared for task in shard.tasks}))
         self._reader = ShardReader(self.shards)
         count = min(self.limit or self._reader.count, self._reader.count)
@@ -80,7 +80,7 @@ class HeldOutLoss(Callback):
         self._last_step = checkpoint["global_step"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A resumed run scores its checkpoints as an undisturbed one: by the value that was measured last.
+        # A resumed run uses the last measured value as the score of its checkpoints, as an uninterrupted run does.
         self._show(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -93,17 +93,20 @@ class HeldOutLoss(Callback):
             self._measure(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure a run that has ended before its last batch."""
+        """Measure the final weights of a run that has ended before its last batch."""
         self._measure(trainer, pl_module)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the weights, unless these have been measured. All ranks call this at the same step."""
+        """Measure the weights, unless these same weights have been measured already.
+
+        All ranks call this at the same step.
+        """
         if self._measured_step == trainer.global_step:
             return
         # 1. Each rank measures its share.
         metric = TokenLoss(self.tasks).to(pl_module.device)
         nothing = torch.zeros(0, dtype=torch.long, device=pl_module.device)
-        metric.update(nothing, nothing, nothing)  # a rank without any sample would be warned of
+        metric.update(nothing, nothing, nothing)  # without this, the metric warns on a rank that has no sample
         was_training = pl_module.policy.training
         pl_module.policy.eval()  # no dropout of the adapter
         with torch.no_grad():
@@ -126,10 +129,13 @@ class HeldOutLoss(Callback):
             print(f"step {trainer.global_step}: {words}", flush=True)
 
     def _add(self, metric: TokenLoss, pl_module: LightningModule, items: Sequence[EncodedSample]) -> None:
-        """Add the targets of a batch. A batch may be empty: the other ranks may need this one's passes."""
+        """Add the targets of a batch to the metric.
+
+        An empty batch is passed through too, because sharded ranks need equal passes.
+        """
         items = [item.to(pl_module.device) for item in items]
         numbers = [self.tasks.index(item.sample.task) for item in items]
-        tasks = torch.tensor(numbers, dtype=torch.long, device=pl_module.device)  # [n], of each item
+        tasks = torch.tensor(numbers, dtype=torch.long, device=pl_module.device)  # [n], the task of each item
         for rows, log_probs, best in pl_module.target_passes(items):
             metric.update(log_probs, best == rows.targets, tasks[rows.completion_index])
 
@@ -137,13 +143,13 @@ class HeldOutLoss(Callback):
         """This rank's samples, encoded in a thread one batch ahead; the same number of batches on every rank."""
         rank, world_size, size = trainer.global_rank, trainer.world_size, self.batch_size
         mine = self._numbers[rank::world_size]
-        most = -(-len(self._numbers) // world_size)  # samples of the rank that has the most
+        most = -(-len(self._numbers) // world_size)  # largest number of samples on one rank
         encoder = copy.copy(trainer.datamodule.encoder)
         encoder.with_target = True
         chunks = [mine[start : start + size] for start in range(0, most, size)]
         batches = prefetch((self._encode(encoder, chunk) for chunk in chunks), num_ahead=1)
         yield from batches
-        # Name the samples that cannot be measured, after the first measurement that met them.
+        # Report each sample that cannot be measured once, after the first measurement that reads it.
         if self.rejections:
             log.warning("held-out samples, rank %d: %s", rank, self.rejections.summary())
             self.rejections = Rejections()
@@ -159,11 +165,11 @@ class HeldOutLoss(Callback):
                     )
                 items.append(item)
             except SampleError as error:
-                if error.sample_id not in self._rejected:  # each measurement meets it again
+                if error.sample_id not in self._rejected:  # each measurement reads it again
                     self._rejected.add(error.sample_id)
                     self.rejections.add(error)
         return items
 
     def _show(self, trainer: Trainer) -> None:
-        """Put the values where `WindowCheckpoint` finds its `monitor`."""
+        """Put the values into the dictionary in which `WindowCheckpoint` looks for its `monitor`."""
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._values.items()})

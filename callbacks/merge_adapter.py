@@ -1,4 +1,4 @@
-"""Save the trained policy as a plain model folder, for the next phase and for any server, and its adapter beside it."""
+"""Save the trained policy as a plain model folder, for the next phase and for any server. Save its adapter too."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from datamodules.persistence.files import storage_error
 class MergeAdapter(Callback):
     """At the end of training, merges the LoRA adapter into a copy of the model, and saves it completely or not at all.
 
-    The folder also gets `prompt_form.json`: how the phase has put its questions (datamodules/encoding/prompt_form.py).
-    The adapter alone, as PEFT saves it, is written beside it: `adapter/` for `merged/`.
+    The folder also gets `prompt_form.json`: the form of the prompts in this phase
+    (datamodules/encoding/prompt_form.py). The adapter alone, as PEFT saves it, is written to `adapter/`, beside
+    `merged/`.
 
     If the folder cannot be written, every rank ends with RunStopped. The same command then resumes from the last
-    checkpoint, usually that of the end of training, and merges again. If training has changed nothing, every rank ends
-    with NothingLearnt and nothing is written: the merged model would be the model that the phase started from.
+    checkpoint, which is usually the one at the end of training, and merges again. If training has not changed the
+    weights, nothing is written and every rank ends with NothingLearnt.
 
     Args:
         folder: by default <default_root_dir>/merged.
@@ -42,6 +43,6 @@ class MergeAdapter(Callback):
             pl_module.policy.save_merged(folder, write=trainer.is_global_zero, texts=texts)
         except (OSError, SafetensorError) as failure:
             error = str(storage_error(failure, folder))
-        error = trainer.strategy.broadcast(error)  # here the other ranks also wait until rank 0 has written
+        error = trainer.strategy.broadcast(error)  # the other ranks wait in this call until rank 0 has written
         if error is not None:
             raise RunStopped(f"the merged model: {error}. Make room; the same command goes on from the last checkpoint")

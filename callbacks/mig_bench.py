@@ -1,4 +1,4 @@
-"""MIG-Bench before, inside and after a phase of training."""
+"""Measure MIG-Bench before, during and after a phase of training."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from datamodules.persistence.problems import Problems
 
 
 class MIGBench(BenchmarkEvaluation):
-    """`BenchmarkEvaluation` of a file in MIG-Bench's format, which may hold validation questions of one's own.
+    """`BenchmarkEvaluation` for a file in MIG-Bench's format. The file may hold the user's own validation questions.
 
     Args:
-        annotations: MIG_data.json.
-        image_root: the folder that holds "MIG-Bench/", with which the image names begin.
-        validation_limit_per_task: questions of each task inside training.
+        annotations: path of MIG_data.json.
+        image_root: the folder that contains "MIG-Bench/"; the image names in the file begin with "MIG-Bench/".
+        validation_limit_per_task: number of questions of each task inside training.
         settings: the other arguments of `BenchmarkEvaluation`.
     """
 

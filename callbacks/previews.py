@@ -1,4 +1,4 @@
-"""Pictures of the policy's answers, drawn while it trains and when fitting ends."""
+"""Draw pictures of the policy's answers during training and at its end."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ log = logging.getLogger(__name__)
 
 
 class Previews(MIGBench):
-    """Asks `num_per_task` questions of each MIG-Bench task and draws the answers, when fitting ends and every
-    `every_n_steps` updates before.
+    """Asks `num_per_task` questions of each MIG-Bench task and draws the answers.
+
+    It does so every `every_n_steps` updates, and once when training ends.
 
     PNG files go to <folder>/step_000100/<task>_<position>.png (by default <default_root_dir>/previews); a W&B logger
-    also gets them as the table "previews". Only the first rank works. Files that cannot be written are warned of.
+    also gets them as the table "previews". Only rank 0 works. If a file cannot be written, a warning is logged.
 
     Args:
-        annotations: MIG_data.json.
-        image_root: the folder that holds "MIG-Bench/", with which the image names begin.
-        num_per_task: questions of each task.
-        settings: the other arguments of `BenchmarkEvaluation`, but `after`.
+        annotations: path of MIG_data.json.
+        image_root: the folder that contains "MIG-Bench/"; the image names in the file begin with "MIG-Bench/".
+        num_per_task: number of questions of each task.
+        settings: the other arguments of `BenchmarkEvaluation`, except `after`.
     """
 
     def __init__(self, annotations: str, image_root: str, num_per_task: int = 1, **settings: Any) -> None:
@@ -42,7 +43,7 @@ class Previews(MIGBench):
         problems.positive(num_per_task=num_per_task)
         problems.raise_all("Previews")
         super().__init__(annotations, image_root, num_per_task, after=True, **settings)
-        self.name = "previews"  # also of the folder
+        self.name = "previews"  # name of the folder, too
 
     def _evaluate(
         self, name: str, trainer: Trainer, pl_module: LightningModule, samples: Sequence[Sample], required: bool = False

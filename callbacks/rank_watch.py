@@ -25,7 +25,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from datamodules.persistence.problems import Problems
 from datamodules.persistence.processes import ENDED, StopClock, end_with_parent, process_state
 
-BEAT_SECONDS = 1.0  # between two heartbeats, and between two checks
+BEAT_SECONDS = 1.0  # time between two heartbeats, and between two checks
 KEY = "rank_watch"  # prefix of keys in the store; name of threads and barriers
 
 
@@ -162,7 +162,10 @@ class Peers:
         return f"rank 0 or its launcher gives no answer for {silence:.0f} s" if silence > self.silence_seconds else None
 
     def _gone(self, other: int) -> str | None:
-        """In words, if another rank is gone: by its process on this host, by its silence on another one."""
+        """Describes a rank that is gone, or returns None.
+
+        On this host the process is checked; on other hosts, the silence.
+        """
         sign, silence = self.known[other], (self.number - self.heard[other][1]) * BEAT_SECONDS
         name = _name(other, sign)
         if sign["host"] == self.host:

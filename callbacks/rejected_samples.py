@@ -1,4 +1,4 @@
-"""Samples that a phase cannot use: reported while it trains, and as a share of the data."""
+"""Report the samples that a phase cannot use, and log their share of the data."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ log = logging.getLogger(__name__)
 
 
 class RejectedSamples(Callback):
-    """Logs `data/rejected_share`, and warns of rejected samples by rule: of the first one, then whenever they double.
+    """Logs `data/rejected_share`, and warns about rejected samples.
 
-    The share is that of the samples that all ranks have read in this epoch: a prompt that is too long, an answer that
-    is not one box, a damaged image, and so on. It follows from the batch's place in the epoch alone, so a resumed run
-    logs what an undisturbed one logs.
+    For each rule it warns at the first sample, and each time their number doubles.
+
+    The share is the number of rejected samples divided by the number of samples that all ranks have read in this epoch.
+    A sample is rejected for a prompt that is too long, an answer that is not one box, a damaged image, and so on. The
+    share depends only on the batch's position in the epoch, so a resumed run logs the same values as an uninterrupted
+    run.
     """
 
     def on_train_batch_end(
@@ -31,5 +34,5 @@ class RejectedSamples(Callback):
 
         counts = torch.tensor([batch.num_rejected, batch.num_read], dtype=torch.float64, device=pl_module.device)
         rejected, read = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-        if read:  # else the batch is not of this project's data
+        if read:  # 0 for a batch from other data than this project's
             pl_module.log("data/rejected_share", rejected / read, batch_size=len(batch))

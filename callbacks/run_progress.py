@@ -1,4 +1,4 @@
-"""The progress of a run: one bar in a terminal, and without a terminal a line every few seconds, for logs."""
+"""Show the progress of a run: a bar in a terminal, or a line every few seconds in a log file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from datamodules.persistence.durations import LATER_SECONDS, STAGE, in_words
 from datamodules.persistence.problems import Problems
 from lightning_modules.training.optim import count_updates
 
-# Metric -> its name and format in a line. The first one that is logged of each group is shown.
+# Metric -> its name and format in a line. From each group, the first metric that is logged is shown.
 SHOWN = (
     {"reward/total": ("reward", ".3f"), "train/loss": ("loss", ".3f")},
     {"grpo/kl": ("KL", ".4f"), "train/token_accuracy": ("token accuracy", ".3f")},
@@ -26,12 +26,12 @@ SHOWN = (
 class Progress(ProgressBar):
     """Shows the step of all steps, loss or reward, KL, tokens per second, and the time that is left.
 
-    The time left is the time that this process has trained, times the steps left over the steps done. Validation inside
-    training is part of it. In a pipeline the variables of `datamodules.persistence.durations` add the stage and the
-    time left of the whole.
+    The time left is the training time of this process, multiplied by the remaining steps and divided by the finished
+    steps. It includes validation inside training. In a pipeline, the environment variables of
+    `datamodules.persistence.durations` add the stage and the time left for all stages.
 
     Args:
-        every_n_seconds: time between two lines where the output is no terminal.
+        every_n_seconds: seconds between two lines if the output is not a terminal.
     """
 
     def __init__(self, every_n_seconds: float = 30.0) -> None:
@@ -43,8 +43,8 @@ class Progress(ProgressBar):
         self._enabled = True
         self._bar: tqdm | None = None
         self._total = 0  # updates of the whole run
-        self._began = self._last = 0.0  # time of the first step and of the last line
-        self._first = 0.0  # share of the run that was done before this process
+        self._began = self._last = 0.0  # time of the first step, and time of the last line
+        self._first = 0.0  # share of the run that was finished before this process began
 
     # Lightning's interface of a progress bar
 
@@ -99,7 +99,7 @@ class Progress(ProgressBar):
         return ", ".join(part for part in parts if part)
 
     def share_done(self, trainer: Trainer) -> float:
-        """Share of the run that is done, 0-1: of its updates, or of its batches if these end it sooner."""
+        """Finished share of the run, from 0 to 1. It counts updates, or batches if their limit ends the run sooner."""
         shares = [trainer.global_step / max(1, self._total)]
         if trainer.max_epochs not in (None, -1) and trainer.num_training_batches != float("inf"):
             batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed

@@ -14,12 +14,12 @@ class Throughput(Callback):
     """Logs these metrics for every batch after the first:
 
     - speed/seconds_per_batch: wall-clock seconds from the end of the last batch to the end of this one.
-    - speed/data_wait: the seconds of these before the training step of this batch began.
+    - speed/data_wait: the part of these seconds before the training step of this batch began.
     - speed/data_wait_share: the same as a fraction of speed/seconds_per_batch.
-    - speed/prompt_tokens_per_second: prompt tokens of this rank's batch, divided by speed/seconds_per_batch. The module
-      logs the speed of completions itself.
+    - speed/prompt_tokens_per_second: prompt tokens of this rank's batch, divided by speed/seconds_per_batch. The
+      LightningModule itself logs the speed of completions.
 
-    List this callback last: the work of callbacks behind it, and the writing of checkpoints, count as waiting.
+    List this callback last. The time that later callbacks need, and the time to write checkpoints, count as waiting.
     """
 
     def __init__(self) -> None:
