@@ -1,1 +1,1 @@
-"""Benchmarks: their own files read into samples, and their scoring."""
+"""Benchmarks: read their original files into samples, and score the answers."""

@@ -1,10 +1,10 @@
-"""What every benchmark is. One form for all seven, so that one evaluation serves them.
+"""The common form of all benchmarks, so that one evaluation serves all seven.
 
-A benchmark's samples lie in columns, those of the paper's table, and a column in units. A sample's unit is its `task`;
-its column is `extra["column"]`, or the unit itself where none is given. `extra["size"]` is the (width, height) that the
-annotation was made in, where the files tell it: an image of another size (a resized copy, say) would give boxes another
-meaning, so its question counts as wrong under "size_mismatch". Boxes and size are those of the image as it is shown,
-which for a photograph that EXIF turns is not as it is stored; `file_benchmark` turns boxes of the stored pixels.
+The samples of a benchmark are grouped into the columns of the paper's table, and each column into units. The unit of a
+sample is its `task`. Its column is `extra["column"]`, or the unit if `extra` has no column. `extra["size"]` is the
+(width, height) of the annotated image, if the files contain it. If the image file has another size, the boxes would be
+wrong, so the question counts as wrong with the reason "size_mismatch". Boxes and sizes refer to the image as it is
+shown, after the rotation by EXIF. `file_benchmark` converts boxes that refer to the stored pixels.
 """
 
 from __future__ import annotations
@@ -26,58 +26,61 @@ T = TypeVar("T")
 Average = Literal["micro", "macro"]
 Reader = Literal["project", "mig_bench", "blink", "mmiu"]
 
-# In the source of an official rule whose authors ask a language model where their reader finds no letter.
+# A part of `source`, for official rules whose authors ask a language model if their parser finds no letter.
 WITHOUT_MODEL = "without its last step, which asks a language model"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How answers become accuracies. `threshold`, `inclusive` and `box` apply to benchmarks of boxes only."""
+    """How accuracies are computed from answers. `threshold`, `inclusive` and `box` apply only to benchmarks with boxes."""
 
-    source: str  # where the rule is from
-    threshold: float = 0.5  # of the IoU
+    source: str  # where the rule was published
+    threshold: float = 0.5  # for the IoU
     inclusive: bool = False  # IoU >= threshold counts too
     box: BoxChoice = "first"
-    within: Average = "micro"  # a column: over its questions, or the mean of its units
-    across: Average = "macro"  # an average: the mean of its columns, or over their questions
-    reader: Reader = "project"  # "project": answer_text.py and choice_text.py; else the official code's own
+    within: Average = "micro"  # accuracy of a column: mean over its questions, or mean over its units
+    across: Average = "macro"  # an average: mean over its columns, or mean over their questions
+    # "project": answer_text.py and choice_text.py; other values: the parser of the official code
+    reader: Reader = "project"
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"rule: threshold={self.threshold} is an IoU and must lie in 0-1")
 
     def counts(self, iou: T, threshold: float) -> T:
-        """Whether an IoU is a hit at `threshold`: the one comparison behind every Acc@t.
+        """Whether an IoU is a hit at `threshold`. Every Acc@t uses this comparison.
 
         Args:
             iou: a float, or a tensor of any shape.
-            threshold: the rule's own, or another one.
+            threshold: the threshold of the rule, or another one.
         """
         return iou >= threshold if self.inclusive else iou > threshold
 
 
 PAPER = "paper §4.1: Acc@0.5, IoU exceeds 0.5"
-IN_UNIT = "box in 0-1, not pixels"  # a record that is no question, where the format means pixels
+IN_UNIT = "box in 0-1, not pixels"  # reason for which a record is dropped, if the format requires pixels
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Questions, how their images are read, and how answers are scored: as in the paper, and officially."""
+    """The questions, how their images are read, and how answers are scored by the paper and by the official code."""
 
     name: str
     samples: tuple[Sample, ...]
     load: Callable[[Sample], LoadedSample]
     rule: Rule
     official: Rule
-    averages: Mapping[str, tuple[str, ...]]  # "avg" and others -> their columns; those of "avg" in the table's order
+    # name of an average, such as "avg" -> its columns; the columns of "avg" are in the order of the table
+    averages: Mapping[str, tuple[str, ...]]
     data: str  # fingerprint of the image files
-    dropped: Mapping[str, int] = field(default_factory=dict)  # records that are no question here, by reason
+    # reason -> number of records that are not used as questions
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.samples:
             raise ValueError(f"{self.name}: no question was found; dropped: {dict(self.dropped)}")
         repeated = [name for name, count in Counter(sample.id for sample in self.samples).items() if count > 1]
-        if repeated:  # answers are kept by id: one question would get the other's
+        if repeated:  # answers are stored by id, so one question would get the other's answer
             raise ValueError(f"{self.name}: {len(repeated)} ids name several questions, such as {repeated[0]!r}")
         unknown = {column_of(sample) for sample in self.samples} - set(self.averages["avg"])
         if unknown:
@@ -89,7 +92,7 @@ def column_of(sample: Sample) -> str:
 
 
 def limit_columns(samples: Sequence[Sample], limit: int | None) -> tuple[Sample, ...]:
-    """At most `limit` samples of each column, spread evenly over the file (neighbours there are alike)."""
+    """At most `limit` samples of each column, spread evenly over the file, because neighbouring records are similar."""
     if limit is None:
         return tuple(samples)
     if limit < 1:
@@ -108,18 +111,18 @@ def limit_columns(samples: Sequence[Sample], limit: int | None) -> tuple[Sample,
 def make_sample(
     source: str, name: object, task: str, images: Sequence[str], question: str, answer: Mapping[str, Any], **extra: Any
 ) -> Sample:
-    """A benchmark's sample, with all images before the question.
+    """Build a validated sample of a benchmark, with all images before the question.
 
-    It is validated, but for the answer's box, which is scored as it is, dirty or not.
+    Only the answer's box is not validated: it is scored as the file has it.
 
     Args:
-        source: name of the benchmark; with `name` it makes the sample's id.
-        name: of the question in the benchmark.
-        task: the sample's unit.
+        source: name of the benchmark; the sample's id is made of `source` and `name`.
+        name: name of the question in the benchmark.
+        task: the unit of the sample.
         images: names of the image files.
         question: the text after the images.
         answer: {"image", "box", "label"} or {"letter", "choices"}.
-        extra: the column, the size of the annotation and others.
+        extra: further fields, such as the column and the size of the annotated image.
     """
     messages = [*({"type": "image", "image": k} for k in range(len(images))), {"type": "text", "text": question}]
     record = {"id": f"{source}/{name}", "source": source, "task": task, "images": images, "messages": messages}
@@ -137,23 +140,23 @@ def file_benchmark(
     *,
     frame: Frame,
 ) -> Benchmark:
-    """A benchmark whose samples name image files.
+    """Build a benchmark whose samples name image files.
 
     Args:
-        name: of the benchmark.
+        name: name of the benchmark.
         samples: its questions; boxes and sizes are in `frame`.
-        folder: the image names begin here.
-        rule, official: how answers are scored, after the paper and officially.
-        averages: names of averages, with the columns that each is over.
-        dropped: numbers of records that are no questions, by reason.
-        frame: the frame in which the benchmark's authors read images. In the result, boxes and sizes are those of the
-            images as they are shown.
+        folder: the image names are relative to this folder.
+        rule, official: how the paper and the official code score answers.
+        averages: names of averages, each with its columns.
+        dropped: reason -> number of records that are not used as questions.
+        frame: whether the benchmark's authors read images as stored or as shown. In the result, boxes and sizes always
+            refer to the images as shown.
     """
-    # 1. All later code sees boxes of the image as it is shown.
+    # 1. Convert the boxes: all later code expects boxes of the image as it is shown.
     turned = 0
     if frame == "stored":
         samples, turned = turn_questions(samples, folder)
-    # 2. The fingerprint is part of the key of kept answers: other image files must be asked again.
+    # 2. The fingerprint is part of the key of stored answers, so changed image files are asked again.
     data = files_fingerprint(folder, sorted({image for sample in samples for image in sample.images}))
     load = partial(load_images, image_root=folder)
     notes = {**(dropped or {})} | ({TURNED: turned} if turned else {})
@@ -161,15 +164,15 @@ def file_benchmark(
 
 
 def files_fingerprint(folder: Path, names: Sequence[str]) -> str:
-    """Hash of files by name and size in bytes. A missing file counts as missing, and is refused when it is read."""
+    """Hash of the names and sizes (in bytes) of files. A missing file changes the hash; reading it fails later."""
     return fingerprint([(name, file_size(folder / name)) for name in names])
 
 
 def by_id(records: Any, what: str, where: str) -> dict[int | str, Mapping[str, Any]]:
-    """COCO's records by their ids.
+    """Index COCO records by their ids.
 
-    Raises ValueError for a record without an id, and for an id that two records have: other records refer to it, and
-    nothing says which of the two they mean.
+    Raises ValueError for a record without an id, and for two records with the same id, because a reference to this id
+    would be ambiguous.
     """
     found: dict[int | str, Mapping[str, Any]] = {}
     for position, record in enumerate(records):
@@ -183,7 +186,7 @@ def by_id(records: Any, what: str, where: str) -> dict[int | str, Mapping[str, A
 
 
 def refuse_repeated(number: int | str, known: Container[int | str], where: str, field: str = "id") -> None:
-    """Raise ValueError for an id that an earlier record has.
+    """Raise ValueError if an earlier record has the same id.
 
     Args:
         number: the id.

@@ -2,14 +2,14 @@
 
     BLINK/<Subset>/val-00000-of-00001.parquet   idx, question, image_1 … image_4, choices, answer "(A)", prompt, …
 
-The model is asked `prompt`, which lists the options, after the images. Official accuracy is exact match after a reading
-whose last step asks GPT-3.5; that step is left out of the official column unless an extractor is named
-(`extraction.py`).
+The question is the column `prompt`, which lists the options; it comes after the images. The official accuracy is exact
+match with the letter that the official parser finds. The last step of that parser asks GPT-3.5. This step is skipped
+unless an extractor is named (`extraction.py`).
 
-Style `official` puts BLINK's disclaimer before the prompts of the two of these subsets that have one. Two differences
-to eval/test_benchmark.py remain: it sends the text before the images, while here the images come first in every style;
-and its disclaimer is a tuple, by a stray comma, with which it ends in an error for these subsets: here the text in that
-tuple is taken. Images are shown as EXIF turns them, which is also how the `datasets` library hands them to that script.
+Style `official` adds BLINK's disclaimer before the prompts of the two subsets that have one. Two differences to
+eval/test_benchmark.py remain. That script sends the text before the images; here the images come first in every style.
+In that script a stray comma makes the disclaimer a tuple, so it fails for these subsets; here the text in the tuple is
+used. Images are shown as EXIF turns them; the `datasets` library also gives them to that script in this form.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _sample(row: dict[str, Any], position: int, subset: str, null: set[str]) -> 
     letter = re.fullmatch(r"\(([A-Z])\)", row["answer"] or "")
     if letter is None:
         raise ValueError(f"BLINK {subset}, {row['idx']}: answer={row['answer']!r} is not of the form (A)")
-    # A row has a column for each possible image; a question with fewer leaves the others null.
+    # A row has four image columns. The unused columns of a question with fewer images are null.
     images = [name for name in IMAGES if name not in null]
     names, answer = [f"{row['idx']}#{name}" for name in images], {"letter": letter[1], "choices": row["choices"]}
     prefix = {OFFICIAL_PREFIX: DISCLAIMER} if subset in DISCLAIMED else {}

@@ -2,10 +2,11 @@
 
     ReasonSeg/{val,test}/X.jpg + X.json   {"text": […], "is_sentence": …, "shapes": [{"label", "points", …}, …]}
 
-Boxes from masks: around all target pixels (`boxes="targets"`), drawn as LISA draws them (`polygons.py`). UniVG-R1 and
-Visual-RFT take the points of shapes[0] alone, whatever its label is (`boxes="first_shape"`). The question is text[0]:
-official evaluation asks no other. LISA reads an image as EXIF shows it, so points are pixels of that frame. UniVG-R1
-divides them by the stored size; for a turned photograph that fault is not repeated.
+With `boxes="targets"`, the box is drawn around all pixels of the target mask, which is drawn by LISA's method
+(`polygons.py`). With `boxes="first_shape"`, it is drawn around the points of shapes[0] only, whatever its label is, as
+in UniVG-R1 and Visual-RFT. The question is text[0], as in the official evaluation. LISA reads an image after EXIF's
+rotation, so the points refer to that frame. UniVG-R1 divides them by the stored size; this error for rotated
+photographs is not repeated here.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ IGNORE = 255
 
 
 def load(root: Path, boxes: Literal["targets", "first_shape"] = "targets") -> Benchmark:
-    """Raises ValueError for a file of another form, naming it and the field, FileNotFoundError for a missing folder."""
+    """Raises ValueError that names the file and the field for a file of another format; FileNotFoundError without the
+    folder.
+    """
     samples: list[Sample] = []
     dropped = {"no target in the mask": 0, IN_UNIT: 0}
     for split in COLUMNS:
@@ -56,16 +59,16 @@ def load(root: Path, boxes: Literal["targets", "first_shape"] = "targets") -> Be
 
 
 def _sample(file: Path, split: str, boxes: str) -> Sample | str:
-    """The question, or why the file holds none."""
+    """The question, or the reason why the file has no usable question."""
     record = _read(file)
     image = file.with_suffix(".jpg")
     with image.open("rb") as opened:
         try:
-            # (width, height) after EXIF's turn, the frame of LISA's points.
+            # (width, height) after EXIF's rotation: the frame of LISA's points.
             size = read_header(opened).size_in("shown")
         except ValueError as error:
             raise ValueError(f"{image}: {error}") from error
-    # As pixels, such points would all lie in the image's first corner.
+    # As pixels, such points would all be in the top left corner of the image.
     if max(max(point) for shape in record["shapes"] for point in shape["points"]) <= 1:
         return IN_UNIT
     if boxes == "first_shape":
@@ -87,7 +90,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
-        text = data.decode("cp1252")  # some of the published files are
+        text = data.decode("cp1252")  # some published files have this encoding
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
@@ -105,7 +108,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _drawn(shapes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [shape for shape in shapes if shape["label"].lower() != "flag"]  # deprecated marks, no regions
+    return [shape for shape in shapes if shape["label"].lower() != "flag"]  # deprecated marks that are not regions
 
 
 def _value(label: str) -> int:

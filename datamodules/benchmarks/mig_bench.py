@@ -1,4 +1,4 @@
-"""MIG-Bench (Li et al., "Migician"): its JSON, read into samples. The nano benchmark has the same format and tasks.
+"""MIG-Bench (Li et al., "Migician"): read its JSON into samples. The nano benchmark has the same format and tasks.
 
 One record, with exactly these keys:
 
@@ -6,9 +6,9 @@ One record, with exactly these keys:
      "question": "… Please locate the 1th region picture in the source image. ", "answer": [0.421, 0.104, 0.606, 0.507],
      "additional_info": "", "need_format": true}
 
-`answer` is unit xyxy of one of the images; which one is not said (see `target_image`). A record's id is its position.
-The official code shows images as they are stored, so its boxes are of the stored pixels: those of a photograph that
-EXIF turns are turned with it.
+`answer` is a box (xyxy, 0-1) in one of the images. The file does not say in which image (see `target_image`). The id of
+a record is its position. The official code shows images as they are stored, so the boxes refer to the stored pixels.
+They are rotated together with photographs that EXIF rotates.
 """
 
 from __future__ import annotations
@@ -50,24 +50,27 @@ _SECOND_IMAGE = ("correspondence", "diff", "view_diff", "refer_grounding", "reas
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 _NUMBERED = re.compile(r"\bin the (\d+)th image\b")  # "1th" is literal
 _NAMED = re.compile(r"\bIt is in the (\w+) image\b")
-_QUERY_BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")  # per mille, of image 0
+_QUERY_BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")  # in 0-1000, of image 0
 
 
 def load(root: Path) -> Benchmark:
-    """`root` holds MIG_data.json and images/, and is itself named MIG-Bench, as the image names say."""
+    """Load the benchmark.
+
+    `root` holds MIG_data.json and images/, and its name must be MIG-Bench, as in the image names.
+    """
     return load_files(root / ANNOTATIONS, root.parent)
 
 
 def load_files(annotations: str | Path, image_root: str | Path) -> Benchmark:
-    """The benchmark of any file in this format; `image_root` is the folder that holds "MIG-Bench/".
+    """Load a benchmark from any file in this format; `image_root` is the folder that contains "MIG-Bench/".
 
     Raises FileNotFoundError for missing images, and the errors of `load_mig_bench`.
     """
     samples = load_mig_bench(annotations)
     _check_images(samples, Path(image_root))
-    # strict_boxes=False let such boxes pass: here they are counted, so that the report shows them.
+    # strict_boxes=False accepts invalid boxes. They are counted here, so that the report shows them.
     dirty = sum(box_fault(sample.answer.box) is not None for sample in samples)
-    # Nothing can match such a box, or it leaves the image. It is kept: the official code scores it so.
+    # The box is empty or leaves the image. It is kept, because the official code scores it as it is.
     notes = {"kept: dirty answer box": dirty} if dirty else {}
     return file_benchmark(NAME, samples, Path(image_root), RULE, OFFICIAL, AVERAGES, notes, frame="stored")
 
@@ -75,8 +78,9 @@ def load_files(annotations: str | Path, image_root: str | Path) -> Benchmark:
 def load_mig_bench(path: str | Path) -> list[Sample]:
     """Samples "mig_bench/<position>" in file order, all images first and then the question, as in the official prompt.
 
-    Boxes are as the file has them, of the stored pixels. `additional_info` reaches no sample: for group_grounding it
-    holds the answer. Raises ValueError for a file that is no JSON list, and SampleError for a record of another form.
+    Boxes are those of the file and refer to the stored pixels. `additional_info` is not copied into a sample, because
+    for group_grounding it contains the answer. Raises ValueError if the file is not a JSON list, and SampleError for a
+    record of another format.
     """
     try:
         records = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -88,12 +92,13 @@ def load_mig_bench(path: str | Path) -> list[Sample]:
 
 
 def target_image(record: Mapping[str, Any]) -> int:
-    """0-based index of the image that `answer` is in.
+    """0-based index of the image to which `answer` refers.
 
-    The file does not say it; this rule reproduces what the questions, file names and the official code's prompts imply:
-    the source image for region (the number in its question counts crops), the second image for the two-image tasks, the
-    number in the question for common_object, multi_view and object_tracking, and for group_grounding the ordinal in
-    `additional_info`. Raises ValueError when the wording it needs is not there exactly once or names no image.
+    The file does not contain it. This rule follows from the questions, the file names and the official code's prompts.
+    For region it is the source image, because the number in the question counts crops. For the two-image tasks it is
+    the second image. For common_object, multi_view and object_tracking it is the number in the question. For
+    group_grounding it is the ordinal in `additional_info`. Raises ValueError if the needed wording is not found exactly
+    once, or names no image.
     """
     task = record["task"]
     if task == "region":
@@ -152,7 +157,7 @@ def _check_fields(record: Any, sample_id: str) -> None:
 
 
 def relative_name(name: Any, sample_id: str) -> str:
-    """The image name without its leading "./"; SampleError "image_path" for one that leaves the image root."""
+    """The image name without its leading "./"; SampleError "image_path" if it leads out of the image root."""
     if not isinstance(name, str):
         raise SampleError(sample_id, "field_type", f"images holds {type(name).__name__}, not only str")
     path = PurePosixPath(name)
@@ -162,11 +167,11 @@ def relative_name(name: Any, sample_id: str) -> str:
 
 
 def _question_parts(question: str) -> list[dict[str, Any]]:
-    """The question as text and box parts; joined as written they are the question again."""
+    """Split the question into text parts and box parts. Joined, they give the question again."""
     parts: list[dict[str, Any]] = []
     done = 0
     for match in _QUERY_BOX.finditer(question):
-        # Per mille to 0-1. The original text stays beside it, because the official prompt has it.
+        # From 0-1000 to 0-1. The original text is kept too, because the official prompt contains it.
         box = [int(number) / 1000 for number in match.groups()]
         parts.append({"type": "text", "text": question[done : match.start()]})
         parts.append({"type": "box", "image": 0, "box": box, "text": match.group()})
@@ -176,7 +181,7 @@ def _question_parts(question: str) -> list[dict[str, Any]]:
 
 
 def _check_images(samples: list[Sample], image_root: Path) -> None:
-    # Reversed, so that of equal names the first sample's id stays.
+    # In reverse order, so that the id of the first sample is kept for equal names.
     names = {name: sample.id for sample in reversed(samples) for name in reversed(sample.images)}
     missing = [name for name in reversed(names) if file_size(image_root / name) is None]
     if missing:

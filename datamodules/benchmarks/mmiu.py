@@ -1,14 +1,14 @@
 """MMIU (Meng et al.): the tasks of the paper's Tables 7 and 8 (three semantic groups, and two-dimensional space).
 
     MMIU/all.parquet        task, question, context, options "A: …\\nB: …", input_image_path [str], output (a letter)
-    MMIU/<Category>/<task>/…   the images; some unpackings lack <Category>
+    MMIU/<Category>/<task>/…   the images; some copies lack <Category>
 
-A table's column is a task of the paper, which may join two keys of the file: its accuracy is the mean of the keys'
-accuracies. Official accuracy reads a letter and asks GPT-4o-mini where it finds none; that step is left out
-unless an extractor is named (`extraction.py`).
+A column of the table is a task of the paper. It may join two keys of the file; then its accuracy is the mean of both
+accuracies. The official code parses a letter, and asks GPT-4o-mini if it finds none. This last step is skipped unless
+an extractor is named (`extraction.py`).
 
-Questions and options hold coordinates of the stored pixels, in many wordings. They cannot be turned with a photograph
-that EXIF turns, so a question on such an image counts as wrong under "turned_image".
+Questions and options hold coordinates of the stored pixels, in many wordings. They cannot be converted for a photograph
+that EXIF rotates, so a question on such an image counts as wrong with the reason "turned_image".
 """
 
 from __future__ import annotations
@@ -84,10 +84,11 @@ def load(root: Path) -> Benchmark:
         raise ValueError(f"{root / 'all.parquet'}: no row has the task {', '.join(absent)}")
 
     benchmark = file_benchmark(NAME, samples, root, RULE, OFFICIAL, AVERAGES, dict(dropped), frame="stored")
-    # Copies of the data set differ in whether a category's folder stands above the image names: both are read.
+    # Copies of the data set have the images either in a folder for each category or without it. Both are read.
     names = sorted({image for sample in samples for image in sample.images})
     places = [_without_category(name) if file_size(root / name) is None else name for name in names]
-    data = files_fingerprint(root, places)  # of the files that are read: a cached answer is one about these images
+    # part of the key of cached answers, so that an answer belongs to these images
+    data = files_fingerprint(root, places)
     return replace(benchmark, load=partial(_read, root=root), data=data)
 
 
@@ -105,7 +106,7 @@ def _without_category(name: str) -> str:
 
 
 def _read(sample: Sample, root: Path) -> LoadedSample:
-    """With its category's folder or, where an image is not there, without.
+    """The image paths, with the category's folder, or without it for an image that is not found there.
 
     Raises SampleError "missing_image", and "turned_image" for a photograph that EXIF turns.
     """
@@ -137,7 +138,7 @@ def _sample(row: dict[str, Any], key: str, position: int) -> Sample:
 
 
 def _text(row: dict[str, Any]) -> str:
-    """Question, context and, where the context does not repeat them, the options."""
+    """The question, the context, and the options if the context does not contain them."""
     parts = [row["question"].strip(), (row["context"] or "").strip()]
     if row["options"].strip() not in parts[1]:
         parts.append(row["options"].strip())

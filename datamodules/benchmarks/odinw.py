@@ -1,12 +1,12 @@
-"""ODinW: five sets of "Object Detection in the Wild" (Li et al.), each category of an image asked for by name.
+"""ODinW: five data sets of "Object Detection in the Wild" (Li et al.). A question names one category of an image.
 
     odinw/<set>/<split>/annotations_without_background.json and the images beside it (COCO; bbox [x, y, w, h] in pixels)
 
-How the paper turns detection into questions is published nowhere. Here, a question is an image and a category that
-has exactly one box in it; Acc@0.5 counts. The official score, COCO's mAP, is not of this kind: it is of one prompt that
-names every category of an image, and is not computed. The paper names no split either: `valid` is a choice (its figures
-for Wildfire Smoke are multiples of 1/147, those for Vector of 1/18; not checked against the files). GLIP, by ODinW's
-authors, reads images as they are stored.
+The paper does not say how it turns detection into questions. Here, a question is an image and a category with exactly
+one box in this image, and the score is Acc@0.5. The official score is COCO's mAP for one prompt that names all
+categories; it is not computed here. The paper does not name the split either. `valid` was chosen because the paper's
+values for Wildfire Smoke are multiples of 1/147, and those for Vector of 1/18; this was not checked against the files.
+GLIP, by the authors of ODinW, reads images as they are stored.
 """
 
 from __future__ import annotations
@@ -96,5 +96,5 @@ def _samples(coco: dict[str, Any], column: str, folder: str, dropped: Counter[st
 
 
 def spoken(name: str) -> str:
-    """A category as one says it: "cat-Abyssinian" and "yorkshire_terrier" with spaces."""
+    """A category in words: "cat-Abyssinian" and "yorkshire_terrier" get spaces."""
     return name.replace("_", " ").replace("-", " ").strip() or repr(name)

@@ -1,11 +1,11 @@
-"""Ref-L4 (Chen et al.): long referring expressions for one image each.
+"""Ref-L4 (Chen et al.): long referring expressions, each about one image.
 
     Ref-L4/ref-l4-val.parquet, ref-l4-test.parquet   id, caption, bbox [x, y, w, h] in pixels, file_name, width, …
     Ref-L4/images/…                                  images.tar.gz unpacked; file_name is the name in it
 
-Official rule: IoU > 0.5 too, over annotations. Its class-macro accuracy merges COCO's classes into Objects365's through
-a table in its code; `within=macro` here averages over `ori_category_id` as it stands. Its code reads images as they are
-stored.
+The official rule is IoU > 0.5 too, averaged over annotations. The official class-macro accuracy maps COCO's classes to
+those of Objects365 with a table in its code; here, `within=macro` averages over `ori_category_id` without that table.
+The official code reads images as they are stored.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def load(root: Path) -> Benchmark:
 
 
 def _sample(row: dict, split: str, position: int) -> Sample | None:
-    """The question; None where its box is in 0-1."""
+    """The question, or None if its box is in 0-1."""
     if not isinstance(row["bbox"], list) or len(row["bbox"]) != 4:
         raise ValueError(f"ref-l4-{split}.parquet, row {position}: bbox={row['bbox']} is not [x, y, w, h]")
     size = (row["width"], row["height"])

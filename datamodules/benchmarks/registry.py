@@ -1,4 +1,4 @@
-"""The benchmarks by name."""
+"""Look up benchmarks by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BENCHMARKS: dict[str, ModuleType] = {
 
 
 def benchmark_names(asked: str) -> list[str]:
-    """The benchmarks named in "all" or "ref_l4,blink,data/kites/val", where a path is a folder of shards.
+    """The names in "all" or in a list such as "ref_l4,blink,data/kites/val". A path is a folder of shards.
 
     Raises ValueError for an unknown name.
     """
@@ -30,15 +30,12 @@ def benchmark_names(asked: str) -> list[str]:
 
 
 def is_benchmark(name: str) -> bool:
-    """Whether `load_benchmark` takes this name: that of a benchmark, or a path of a folder of shards."""
+    """Whether `load_benchmark` accepts this name: the name of a benchmark, or the path of a folder of shards."""
     return name in BENCHMARKS or shard_folders.is_shards(name)
 
 
 def load_benchmark(name: str, data_root: str | Path) -> Benchmark:
-    """Read <data_root>/<folder of the benchmark>, or the folder of shards that `name` is the path of.
-
-    FileNotFoundError says which file is missing, ValueError which folder holds no shards.
-    """
+    """Read <data_root>/<folder of the benchmark>, or the folder of shards at the path `name`."""
     if shard_folders.is_shards(name):
         return shard_folders.load(name)
     module = BENCHMARKS[name]
@@ -49,8 +46,8 @@ def benchmark_rules(name: str, columns: Iterable[str]) -> tuple[Rule, Rule, Mapp
     """(rule, official rule, averages) of a benchmark by the name in its result. Raises ValueError for an unknown name.
 
     Args:
-        name: of a benchmark, or of shards ("shards-kites-val").
-        columns: of its questions. Those of shards are known by their answers alone.
+        name: name of a benchmark, or of shards ("shards-kites-val").
+        columns: the columns of its questions. For shards, only the answers tell the columns.
     """
     if name.startswith(shard_folders.PREFIX):
         return shard_folders.RULE, shard_folders.OFFICIAL, shard_folders.averages(tuple(sorted(set(columns))))

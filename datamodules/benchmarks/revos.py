@@ -1,10 +1,13 @@
-"""ReVOS-Grounding: reasoning about a video (Yan et al., VISA), asked over frames and answered with one frame's box.
+"""ReVOS-Grounding: questions about a video (Yan et al., VISA), shown as several frames.
+
+The answer is a box in one frame.
 
     ReVOS/JPEGImages/<video>/<frame>.jpg   mask_dict.json   meta_expressions_valid_.json
 
-As in the paper, six frames are sampled uniformly and one is grounded. Which one it does not say: here the third, as in
-UniVG-R1, or the nearest to it that shows the object. Boxes are those around the masks of all the expression's objects.
-ReVOS' authors read frames with OpenCV, as EXIF shows them, so that is the frame of the masks.
+As in the paper, six frames are sampled uniformly and the answer refers to one of them. The paper does not say which.
+Here it is the third, as in UniVG-R1, or the nearest one that shows the object. The box surrounds the masks of all
+objects of the expression. The authors of ReVOS read frames with OpenCV, which applies EXIF's rotation, so the masks
+refer to the rotated frames.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from datamodules.samples.sample import Sample
 
 NAME, FOLDER = "revos", "ReVOS"
 COLUMNS = ("ReVOS",)
-TYPES = {0: "referring", 1: "reasoning"}  # 2: expressions without a target, which official averages leave out too
+TYPES = {0: "referring", 1: "reasoning"}  # 2: expressions without a target; the official averages skip them too
 AVERAGES = {"avg": COLUMNS}
 RULE = Rule(source=PAPER)
 OFFICIAL = Rule(source="UniVG-R1 eval/zero_shot: first box, IoU >= 0.5 (ReVOS itself scores masks)", inclusive=True)
@@ -40,7 +43,7 @@ QUESTION = (
 
 
 def load(root: Path, num_frames: int = 6, grounded: int = 2) -> Benchmark:
-    """`grounded` is the 0-based place of the wanted frame among the `num_frames` sampled ones.
+    """Load the benchmark. `grounded` is the 0-based position of the wanted frame among the `num_frames` sampled frames.
 
     Raises ValueError that names a missing field, FileNotFoundError for a missing file.
     """
@@ -62,7 +65,7 @@ def load(root: Path, num_frames: int = 6, grounded: int = 2) -> Benchmark:
             if expression["type_id"] not in TYPES:
                 dropped[f"type_id {expression['type_id']}"] += 1
                 continue
-            # The sampled frames of the video, and the frame among them that is asked about.
+            # Sample frames of the video, and choose the frame to which the answer refers.
             places = sample_frames(len(content["frames"]), num_frames)
             found = _find(expression["anno_id"], masks, places, grounded, where)
             if found is None:
@@ -80,10 +83,10 @@ def load(root: Path, num_frames: int = 6, grounded: int = 2) -> Benchmark:
 
 
 def sample_frames(count: int, num_frames: int) -> list[int]:
-    """Places of `num_frames` of `count` frames, the middles of equal spans; all of them where there are no more."""
+    """Indices of `num_frames` frames out of `count`, at the middles of equal spans; all frames if there are not more."""
     if count <= num_frames:
         return list(range(count))
-    # (index + 1/2) * count / num_frames in whole numbers: no rounding differs between machines.
+    # (index + 1/2) * count / num_frames in integers, so that rounding is equal on all machines.
     return [(2 * index + 1) * count // (2 * num_frames) for index in range(num_frames)]
 
 
@@ -91,7 +94,7 @@ def _find(
     annotations: list[Any], masks: dict[str, Any], places: list[int], grounded: int, where: str
 ) -> tuple[int, list[float], list[int]] | None:
     """(index, unit box, [width, height]) of the sampled frame nearest to the wanted one that shows an object."""
-    # The nearest frame first; of two equally near ones the earlier.
+    # Nearest frame first. The earlier one wins if two are equally near.
     for index in sorted(range(len(places)), key=lambda index: (abs(index - grounded), index)):
         found = []
         for annotation in annotations:

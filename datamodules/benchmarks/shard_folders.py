@@ -1,7 +1,7 @@
-"""A folder of shards as a benchmark: any samples of one's own, asked and scored as MIG-Bench's questions are.
+"""A folder of shards as a benchmark: the user's own samples, asked and scored in the same way as MIG-Bench.
 
-Every task is a column, whatever its name is, and "avg" is the mean of the columns. A sample whose answer is one box or
-one choice is a question. Any other sample (several boxes, a damaged record) is left out, counted by rule and named.
+Every task is a column, and "avg" is the mean over the columns. A sample is a question if its answer is one box or one
+choice. Other samples (several boxes, a damaged record) are skipped, counted by rule and reported.
 """
 
 from __future__ import annotations
@@ -13,31 +13,32 @@ from datamodules.benchmarks.base import PAPER, Benchmark, Rule
 from datamodules.samples.sample import BoxesAnswer, LoadedSample, Rejections, Sample, SampleError
 from datamodules.streaming.manifest import MANIFEST
 
-PREFIX = "shards-"  # of the names of such benchmarks
+PREFIX = "shards-"  # first part of the names of such benchmarks
 RULE = Rule(source=PAPER + ", mean over tasks")
 OFFICIAL = Rule(source="shards have no official rule: the same as the other")
-# Names beside the columns in result.json and in the logged metrics. A task of such a name gets another column.
+# result.json and the logged metrics use these names beside the columns. A task with such a name gets another column
+# name.
 TAKEN = ("avg", "acc_0.3", "acc_0.7", "mean_iou", "format_rate", "truncated_rate", "mean_tokens", "official_avg")
 
 
 def is_shards(name: str) -> bool:
-    """Whether the name of a benchmark is a path: it holds a slash, or is a folder with a manifest."""
+    """Whether the name of a benchmark is a path: it contains a slash, or is a folder with a manifest."""
     return "/" in name or Path(name, MANIFEST).is_file()
 
 
 def shards_name(folder: str | Path) -> str:
-    """The name of its results: "shards-kites-val" for data/kites/val."""
+    """The name of the results: "shards-kites-val" for data/kites/val."""
     return PREFIX + "-".join(Path(folder).absolute().parts[-2:])
 
 
 def averages(columns: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """The one average, over all columns."""
+    """The only average: "avg", over all columns."""
     return {"avg": columns}
 
 
 def load(folder: str | Path) -> Benchmark:
-    """The questions in a folder of shards. Raises ValueError for a folder without any."""
-    from datamodules.streaming.shard_reader import ShardReader  # loads webdataset, which other benchmarks do without
+    """The questions in a folder of shards. Raises ValueError if the folder has none."""
+    from datamodules.streaming.shard_reader import ShardReader  # imports webdataset, which other benchmarks do not need
 
     reader = ShardReader(str(folder))
     samples, numbers, rejections = [], {}, Rejections()
@@ -63,6 +64,6 @@ def _question(sample: Sample) -> Sample:
     """The sample with its column. Raises SampleError "several_answers" for several boxes."""
     if isinstance(sample.answer, BoxesAnswer):
         raise SampleError(sample.id, "several_answers", "the answer is neither one box nor a choice")
-    # `extra` holds facts of the sample's source. A benchmark reads "column" and "size" there, which mean other things.
+    # `extra` comes from the sample's source. There, "column" and "size" may have another meaning than in a benchmark.
     column = f"{sample.task} (task)" if sample.task in TAKEN else sample.task
     return replace(sample, extra={"column": column})

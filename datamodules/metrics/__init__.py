@@ -1,1 +1,1 @@
-"""What answers are worth: official readers, scores, averages, and their files."""
+"""Evaluate answers: official parsers, scores, averages, and result files."""

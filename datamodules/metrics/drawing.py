@@ -1,4 +1,4 @@
-"""Pictures of answers: predicted and true box on the target image, with the question and the answer below."""
+"""Draw an answer: the predicted and the true box on the target image, with the question and the answer below."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from datamodules.metrics.predictions import Prediction
 from datamodules.samples.boxes import ImageSizes
 from datamodules.samples.sample import BoxPart, LoadedSample, Sample, SampleError, TextPart
 
-WIDTH = 640  # pixels; every preview is as wide
+WIDTH = 640  # width of every preview in pixels
 FONT_SIZE = 14
 LINE = 3  # width of the outline of a box
 LINE_HEIGHT = 18
@@ -44,16 +44,16 @@ def draw_preview(image: Image.Image, sample: Sample, prediction: Prediction) -> 
 def outline_box(
     draw: ImageDraw.ImageDraw, box: Sequence[float], colour: str, size: tuple[int, int]
 ) -> tuple[float, float]:
-    """Outline a box in pixels that may be inverted or far outside: cut to the picture, sides put in order.
+    """Draw the outline of a box in pixels. The box may be inverted or outside the picture: it is sorted and clipped.
 
     Args:
-        draw: of the picture.
+        draw: Pillow's drawing interface of the picture.
         box: two corners, x1, y1, x2, y2.
-        colour: of the line, which is LINE pixels wide.
+        colour: colour of the line, which is LINE pixels wide.
         size: (width, height) of the picture.
 
     Returns:
-        The upper left corner of what was drawn.
+        The upper left corner of the drawn box.
     """
     xs = sorted(min(max(edge, 0.0), size[0] - 1.0) for edge in box[::2])
     ys = sorted(min(max(edge, 0.0), size[1] - 1.0) for edge in box[1::2])
@@ -67,14 +67,15 @@ def draw_previews(
     load: Callable[[Sample], LoadedSample],
     max_image_pixels: int,
 ) -> list[Drawn]:
-    """Each sample with its prediction and its preview; without those whose image cannot be read, of which the
-    evaluation has warned.
+    """Yields each sample with its prediction and its preview.
+
+    Samples with an unreadable image are skipped; the evaluation has logged a warning about them.
 
     Args:
         samples: questions for one box.
         predictions: one for each sample.
         load: reads the images of a sample.
-        max_image_pixels: a larger image is left out.
+        max_image_pixels: a larger image is skipped.
     """
     rows = []
     for sample, prediction in zip(samples, predictions, strict=True):

@@ -1,7 +1,7 @@
 """The last step of BLINK's and MMIU's official scoring: a language model says which option an answer picks.
 
-The official code takes this step where its reader finds no letter. This file has the request, in words of this project,
-and the reading of the reply. `lightning_modules/predictors/extractor.py` asks.
+The official code uses this step if its parser finds no letter. This file contains the prompt, in this project's words,
+and the parser of the reply. `lightning_modules/predictors/extractor.py` asks the model.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from datamodules.samples.answer_text import answer_text
 from datamodules.samples.option_mentions import option_letters
 from datamodules.samples.sample import ImagePart, Sample
 
-EXTRACTED_READERS = ("blink", "mmiu")  # of `Rule`: the official code behind these asks a language model last
-NO_OPTION = "Z"  # the reply for an answer that picks none; no question has 26 options
+EXTRACTED_READERS = ("blink", "mmiu")  # values of `Rule.reader` whose official code finally asks a language model
+NO_OPTION = "Z"  # the reply if the answer picks no option; no question has 26 options
 
 _REQUEST = """\
 Below are a question about images, its options, and an answer to it. Find out which option the answer picks.
@@ -40,7 +40,7 @@ _LETTER = re.compile(r"[\s\"'`*(\[]*([A-Z])(?:[\s\"'`*)\].:,]*|[\"'`*]*[).:\]].*
 
 @dataclass(frozen=True)
 class Unread:
-    """An answer in which the official reader finds no letter: `key` names it by content, `text` is the request."""
+    """A request about an answer without a letter. `key` is a hash of its content, `text` is the prompt."""
 
     key: str
     text: str
@@ -48,13 +48,15 @@ class Unread:
 
 
 def needs_extraction(prediction: Prediction, official: Rule) -> bool:
-    """Whether the official code would ask a language model about this answer: it was given, and no letter read."""
+    """Whether the official code would ask a language model about this answer: there is an answer, but no letter was
+    found.
+    """
     asks = official.reader in EXTRACTED_READERS and prediction.refused is None
     return asks and prediction.extracted is None and prediction.official_read is None
 
 
 def unread(sample: Sample, prediction: Prediction) -> Unread:
-    """The request about one answer of BLINK or MMIU."""
+    """The request for one answer of BLINK or MMIU."""
     parts = (f"<image {part.image + 1}>\n" if isinstance(part, ImagePart) else part.text for part in sample.messages)
     choices = prediction.answer.choices
     text = extraction_request("".join(parts), choices, prediction.text)
@@ -62,7 +64,7 @@ def unread(sample: Sample, prediction: Prediction) -> Unread:
 
 
 def extraction_request(question: str, choices: Sequence[str], answer: str) -> str:
-    """The text that asks which of the `choices` the `answer` picks."""
+    """The prompt that asks which of the `choices` the `answer` picks."""
     options = "\n".join(
         f"({letter}) {choice}" for letter, choice in zip(option_letters(len(choices)), choices, strict=True)
     )
@@ -70,13 +72,13 @@ def extraction_request(question: str, choices: Sequence[str], answer: str) -> st
 
 
 def read_extraction(reply: str, num_choices: int) -> str | None:
-    """The letter of an option, or NO_OPTION; None where the reply, after its thinking, is neither."""
+    """Parse a reply: the letter of an option, or NO_OPTION; None if the reply without its thinking is neither."""
     match = _LETTER.fullmatch((answer_text(reply) or "").strip())
     return match[1] if match and match[1] in (*option_letters(num_choices), NO_OPTION) else None
 
 
 def with_extractor(official: Rule, model: str | None) -> Rule:
-    """The official rule, with the model that takes its last step named."""
+    """The official rule, with the name of the model for the last step."""
     if model is None:
         return official
     named = f"with its last step by the extractor {model}"

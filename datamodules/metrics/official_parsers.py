@@ -1,6 +1,7 @@
-"""How benchmarks' own code reads an answer, kept with its faults, so that numbers compare with published ones.
+"""Parse answers as the official code of the benchmarks does, including its errors, so that results are comparable with
+published ones.
 
-Written from the behaviour of the official scripts; none of their code is here.
+This file reproduces the behaviour of the official scripts without copying their code.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from datamodules.samples.option_mentions import option_letters
 
 _INT, _DEC = r"(\d+)", r"(\d+\.\d+)"
 # Tried in this order; the first with any match decides. Integers and decimals are never mixed within one box. White
-# space after a comma is allowed in all forms but the pairs of decimals, and before a comma in none.
+# space after a comma is allowed in all formats except pairs of decimals; before a comma it is never allowed.
 _BOX_FORMS = tuple(
     re.compile(form)
     for form in (
@@ -25,15 +26,15 @@ _BOX_FORMS = tuple(
         rf"<box>{_INT} {_INT} {_INT} {_INT}</box>",
     )
 )
-_BLINK_LETTERS = "ABCDE"  # the most options that a BLINK question has
+_BLINK_LETTERS = "ABCDE"  # BLINK questions have at most five options
 
 
 def extract_box_officially(text: str) -> Box | None:
-    """The box that the official MIG-Bench code reads from an answer: four numbers that it takes for unit xyxy, or None.
+    """The box that the official MIG-Bench code finds in an answer: four numbers that it treats as xyxy in 0-1, or None.
 
-    From the behaviour of `extract_bbox` (Migician's eval/utils.py). The first box of the first form that matches
-    counts. Numbers are divided by 1000 from 1 on when the text holds one box, and only above 1 when it holds several: a
-    lone [0.0,0.15,1.0,0.5] gets x2 = 0.001. A box that mixes integers with decimals is not seen.
+    Reproduces `extract_bbox` (Migician's eval/utils.py). The first match of the first matching format counts. If the
+    text has one box, numbers >= 1 are divided by 1000, so a single [0.0,0.15,1.0,0.5] gets x2 = 0.001. If it has
+    several boxes, only numbers > 1 are divided. A box that mixes integers and decimals is not found.
     """
     for form in _BOX_FORMS:
         found = form.finditer(text)
@@ -48,13 +49,13 @@ def extract_box_officially(text: str) -> Box | None:
 
 
 def read_choice_as_blink(text: str, choices: Sequence[str]) -> str | None:
-    """BLINK's official reading (eval/test_benchmark.py) without its last step, which asks GPT-3.5.
+    """BLINK's official parser (eval/test_benchmark.py) without its last step, which asks GPT-3.5.
 
-    1. The whole text, white space included, is a letter from A to E or such a letter in brackets, whatever the question
-       offers: "(E)" is E with four options too.
-    2. Else words between white space are compared with the question's own options in brackets, as a set: the only one
-       in the last paragraph ("\\n\\n" ends one), else the only one of the whole text. "(B)." and "**(B)**" are no such
-       words, and "(B) because (B)" has one.
+    1. The whole text, including white space, is a letter from A to E, with or without brackets. "(E)" means E even if
+       the question has only four options.
+    2. Otherwise, words between white space are compared with the options in brackets, such as "(B)". An option counts
+       if it is the only one in the last paragraph, or else in the whole text. Repetitions count once. "(B)." and
+       "**(B)**" are not such words.
     """
     bare = text.removeprefix("(").removesuffix(")") if len(text) == 3 else text
     if len(bare) == 1 and bare in _BLINK_LETTERS and text in (bare, f"({bare})"):
@@ -68,6 +69,9 @@ def read_choice_as_blink(text: str, choices: Sequence[str]) -> str | None:
 
 
 def read_choice_as_mmiu(text: str) -> str | None:
-    """MMIU's official reading without its last step, which asks GPT-4o-mini: a letter a to n once . , ( ) are gone."""
+    """MMIU's official parser without its last step, which asks GPT-4o-mini.
+
+    It removes . , ( ) and accepts a letter a to n.
+    """
     stripped = text.strip().strip(".,()").strip()
     return stripped.upper() if re.fullmatch(r"[A-Na-n]", stripped) else None

@@ -1,4 +1,4 @@
-"""What a model answered to one question (`Reply`), and the same with its scores (`Prediction`)."""
+"""The answer of a model to one question (`Reply`), and the answer with its scores (`Prediction`)."""
 
 from __future__ import annotations
 
@@ -12,32 +12,34 @@ from datamodules.samples.sample import Answer, BoxAnswer, ChoiceAnswer, answer_t
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back for one question.
+    """The answer of a model to one question.
 
     Reply(text="<think>…", image_sizes=(ImageSizes((640, 480), (644, 476)),), num_tokens=93)
     """
 
     text: str
-    image_sizes: tuple[ImageSizes, ...]  # one for each image of the question; () if it was refused
-    num_tokens: int = 0  # of the completion; 0 where it is not known
+    image_sizes: tuple[ImageSizes, ...]  # sizes of each image of the question; () if it was refused
+    num_tokens: int = 0  # number of tokens of the completion; 0 if it is unknown
     finished: bool = True  # False: cut at the token limit
-    refused: str | None = None  # the rule by which the question was not put to the model, or lost: it counts as wrong
+    refused: str | None = None  # the rule by which the question was not asked or was lost; it counts as wrong
 
     def to_json(self) -> dict[str, Any]:
-        """The reply's part of a line of the journal of answers."""
+        """The fields of the reply in a line of the journal of answers."""
         return asdict(self) | {"image_sizes": image_sizes_to_json(self.image_sizes)}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Reply:
-        """The reply that `record`, which may hold more fields, was written from."""
+        """The reply from a record of the journal; other fields of `record` are ignored."""
         values = {field.name: record[field.name] for field in fields(cls)}
         return cls(**values | {"image_sizes": image_sizes_from_json(record["image_sizes"])})
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One scored answer: a line of predictions.jsonl. It holds everything that scoring needs, so stored answers are
-    scored again without the model and the data."""
+    """One scored answer: a line of predictions.jsonl.
+
+    It contains everything that scoring needs, so stored answers can be scored again without the model and the data.
+    """
 
     id: str
     column: str
@@ -51,13 +53,13 @@ class Prediction:
     refused: str | None
     value: float = 0.0  # IoU of the box that counts, or 1.0 for the right option
     correct: bool = False
-    read: str | tuple[float, ...] | None = None  # the box (unit xyxy of the answer's image) or letter that was read
-    well_formed: bool = False  # earns the format reward of training
-    failure: str | None = None  # why nothing could be read
+    read: str | tuple[float, ...] | None = None  # the parsed box (xyxy, 0-1 of the answer's image) or letter
+    well_formed: bool = False  # whether the answer would get the format reward in training
+    failure: str | None = None  # the reason if nothing could be parsed
     official_value: float = 0.0
     official_correct: bool = False
     official_read: str | tuple[float, ...] | None = None
-    extracted: str | None = None  # the letter that a language model found for the official rule (`extraction.py`)
+    extracted: str | None = None  # the letter that a language model extracted for the official rule (`extraction.py`)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-like record."""
@@ -83,7 +85,7 @@ class Prediction:
 
 
 def answer_from_json(record: Mapping[str, Any]) -> Answer:
-    """The true answer of a benchmark's question from its record: one option or one box."""
+    """The true answer from a record: one option or one box."""
     if "letter" in record:
         return ChoiceAnswer(record["letter"], tuple(record["choices"]))
     return BoxAnswer(record["image"], tuple(record["box"]), record["label"])

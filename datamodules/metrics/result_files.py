@@ -1,4 +1,4 @@
-"""The files of one benchmark's evaluation: predictions.jsonl, every answer with its score, and result.json.
+"""The files of one evaluation: predictions.jsonl with every scored answer, and result.json.
 
     {"version": 2, "benchmark": "mig_bench", "model": "models/nano-base", "data_root": "data/nano", "key": "…",
      "limit": null, "generation": "greedy", "extractor": null, "dropped": {}, "n": 3000,
@@ -7,10 +7,10 @@
      "official": {"columns", "averages", "details", "rule"},
      "format_rate": 99.9, "failures": {"no_box": 3}, "truncated_rate": 0.1, "mean_tokens": 71.5}
 
-Scores and rates are percentages (0-100, unrounded), a mean IoU is 0-1; `low` and `high` bound the 95 % interval. Under
-multiple choice `details` is empty and `format_rate` null. `generation` says by which rules answers were decoded.
-`extractor` is {"model", "asked", "found", "none", "failed"} where a language model took the last step of the official
-reading (`extraction.py`). An evaluation inside training adds "step".
+Scores and rates are percentages (0-100, unrounded), a mean IoU is 0-1; `low` and `high` are the limits of the 95 %
+interval. For multiple choice, `details` is empty and `format_rate` is null. `generation` describes the decoding of
+answers. `extractor` is {"model", "asked", "found", "none", "failed"} if a language model did the last step of the
+official parser (`extraction.py`). An evaluation inside training adds "step".
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from datamodules.persistence.files import read_json, storage_error, write_atomic
 from datamodules.persistence.user_error import UserError
 
 PREDICTIONS, RESULT = "predictions.jsonl", "result.json"
-VERSION = 2  # of both files; files of version 1 do not name theirs
-# W&B and the tables in training get these of `details`.
+VERSION = 2  # version of both files; files of version 1 have no such field
+# The fields of `details` that W&B and the tables in training show.
 LOGGED_DETAILS = ("acc_0.3", "acc_0.7", "mean_iou")
 
 
 class OtherVersion(UserError, ValueError):
-    """Files of an evaluation by another version of the project; the message names the cure."""
+    """The files of an evaluation have another version. The message says how to fix it."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(
@@ -41,15 +41,18 @@ class OtherVersion(UserError, ValueError):
 
 
 def result_folder(name: str, limit: int | None, generation: str) -> str:
-    """The folder of a benchmark's results: each way of asking has its own, so none replaces the results of another."""
+    """The folder of a benchmark's results.
+
+    Each prompt style has its own folder, so results do not overwrite each other.
+    """
     how = "" if generation == "greedy" else "-model-generation"
     return name + how + ("" if limit is None else f"-limit{limit}")
 
 
 def write_evaluation(folder: Path, predictions: Sequence[Prediction], result: Mapping[str, Any]) -> None:
-    """Write both files, result.json last: a folder that has one is whole. Raises StorageError."""
+    """Write both files. result.json is written last, so a folder with this file is complete. Raises StorageError."""
     try:
-        # An old result beside new predictions would be read as theirs if the process stopped in between.
+        # If the process stopped in between, an old result would appear to belong to the new predictions.
         (folder / RESULT).unlink(missing_ok=True)
     except OSError as error:
         raise storage_error(error, folder / RESULT) from error
@@ -59,7 +62,10 @@ def write_evaluation(folder: Path, predictions: Sequence[Prediction], result: Ma
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """Raises ValueError that names the line of a broken record, FileNotFoundError without the file."""
+    """Read the predictions.
+
+    Raises ValueError that names the line of a broken record, FileNotFoundError without the file.
+    """
     predictions = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -70,7 +76,7 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """Raises OtherVersion for a file of another version, FileNotFoundError without the file."""
+    """Read the result. Raises OtherVersion for a file of another version, FileNotFoundError without the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     result = read_json(path)
@@ -80,8 +86,9 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def result_metrics(result: Mapping[str, Any], suffix: str = "") -> dict[str, float]:
-    """The logged values of a result, "<benchmark><suffix>/avg" and so on: every column and average, accuracy at other
-    thresholds, the rates, the mean length, and the official average."""
+    """The values of a result that are logged, as "<benchmark><suffix>/avg" and so on: all columns and averages,
+    accuracy at other thresholds, rates, mean length, and the official average.
+    """
     cells = result["columns"] | result["averages"]
     values = {name: cell["score"] for name, cell in cells.items()}
     values |= {name: result["details"].get(name) for name in LOGGED_DETAILS}
@@ -91,7 +98,7 @@ def result_metrics(result: Mapping[str, Any], suffix: str = "") -> dict[str, flo
 
 
 def format_result(result: Mapping[str, Any]) -> str:
-    """A table for the terminal: one line a column, then the averages, beside the official rule."""
+    """A table for the terminal: one line per column, then the averages. The official score is beside each."""
     lines = [f"{result['benchmark']:<24} {'score':>7} {'95 % interval':>17} {'official':>9} {'n':>6}"]
     for kind in ("columns", "averages"):
         for name, cell in result[kind].items():

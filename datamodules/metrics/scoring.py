@@ -1,4 +1,4 @@
-"""The score of one answer by two rules, the paper's and the benchmark's official one. `Prediction` holds both."""
+"""Score one answer by two rules: the paper's rule and the benchmark's official rule. `Prediction` contains both scores."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from datamodules.samples.scores import score_text
 
 @dataclass(frozen=True)
 class _Reading:
-    """What a rule reads from an answer."""
+    """The result of parsing and scoring an answer by one rule."""
 
     value: float = 0.0  # IoU, or 1.0 for the right option
     read: str | tuple[float, ...] | None = None  # box or letter
-    failure: str | None = None  # why nothing was read
+    failure: str | None = None  # the reason if nothing was parsed
 
 
 def score_reply(sample: Sample, reply: Reply, box_format: BoxFormat, rule: Rule, official: Rule) -> Prediction:
-    """The scored record of one reply.
+    """Score one reply.
 
     Args:
-        sample: the question; its answer is the truth.
-        reply: the model's text, with the sizes of the images as it saw them.
-        box_format: what the numbers in the reply mean.
-        rule, official: how the answer is read and scored, after the paper and officially.
+        sample: the question, with its true answer.
+        reply: the model's text, and the sizes of the images.
+        box_format: the format of the numbers in the reply.
+        rule, official: the rules of the paper and of the official code for parsing and scoring.
     """
     unscored = Prediction(
         id=sample.id,
@@ -52,14 +52,14 @@ def score_reply(sample: Sample, reply: Reply, box_format: BoxFormat, rule: Rule,
 def score_replies(
     benchmark: Benchmark, samples: Sequence[Sample], replies: Mapping[str, Reply], box_format: BoxFormat
 ) -> list[Prediction]:
-    """One scored record for each of the benchmark's `samples`, in their order; `replies` by the samples' ids."""
+    """Score the replies to `samples`, in their order. `replies` maps the ids of samples to replies."""
     rules = (benchmark.rule, benchmark.official)
     return [score_reply(sample, replies[sample.id], box_format, *rules) for sample in samples]
 
 
 def rescore(prediction: Prediction, rule: Rule, official: Rule) -> Prediction:
-    """The same answer scored anew; everything that this needs is in the record."""
-    # The same text is read twice: by the paper's rule and by the official code's.
+    """Score a stored answer again. The record contains everything that is needed."""
+    # The text is parsed twice: by the paper's rule and by the rule of the official code.
     found, officially = _read(prediction, rule), _read(prediction, official)
     is_box = isinstance(prediction.answer, BoxAnswer)
     return replace(
@@ -76,7 +76,7 @@ def rescore(prediction: Prediction, rule: Rule, official: Rule) -> Prediction:
 
 
 def _find_size_fault(sample: Sample, reply: Reply) -> str | None:
-    """ "size_mismatch" where the image is not of the size in which the annotation was made."""
+    """ "size_mismatch" if the size of the image differs from the size of the annotated image."""
     if "size" not in sample.extra or not reply.image_sizes:
         return None
     real = reply.image_sizes[sample.answer.image].original
@@ -100,7 +100,7 @@ def _read(prediction: Prediction, rule: Rule) -> _Reading:
 
 def _read_box(prediction: Prediction, answer: BoxAnswer, rule: Rule) -> _Reading:
     if rule.reader == "mig_bench":
-        # The official reader guesses 0-1 or 0-1000 from the numbers; the project's reader knows the box format.
+        # The official parser guesses 0-1 or 0-1000 from the numbers; the project's parser knows the box format.
         box = extract_box_officially(prediction.text)
         return _Reading(failure="no_box") if box is None else _Reading(iou(box, answer.box), box)
     how = (prediction.image_sizes, prediction.box_format, rule.box)
@@ -115,13 +115,12 @@ def _read_choice(prediction: Prediction, answer: ChoiceAnswer, rule: Rule) -> _R
             return _Reading(failure=found.kind)
     else:
         assert rule.reader in EXTRACTED_READERS
-        # The official codes read letters by their own patterns, each with its own faults: they are reproduced, not
-        # corrected.
+        # The official parsers of letters have errors. They are reproduced, not corrected.
         by_blink = rule.reader == "blink"
         text = prediction.text
         found = read_choice_as_blink(text, answer.choices) if by_blink else read_choice_as_mmiu(text)
         if found is None:
-            found = prediction.extracted  # the official code's last step, where an extractor has taken it
+            found = prediction.extracted  # the last step of the official code, if an extractor has done it
         if found is None:
             return _Reading(failure="no_choice")
     return _Reading(float(found == answer.letter), found)

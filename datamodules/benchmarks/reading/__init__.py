@@ -1,1 +1,1 @@
-"""How the files of several benchmarks are read: masks, polygons, Parquet, photographs that EXIF turns."""
+"""File formats that several benchmarks share: masks, polygons, Parquet, photographs that EXIF rotates."""

@@ -11,10 +11,10 @@ from datamodules.samples.boxes import Box
 def rle_box(rle: Mapping[str, Any]) -> Box | None:
     """The tight box of {"size": [height, width], "counts": str or list}; None for an empty mask.
 
-    Counts are lengths of runs of 0 and 1 in turn, down the columns. No mask is unpacked. Raises ValueError when
-    the runs do not fill the mask.
+    Counts are the lengths of alternating runs of 0 and 1, along the columns. The mask is not decoded. Raises ValueError
+    if the runs do not fill the mask.
     """
-    # Runs go down the columns: place p is column p // height, row p % height.
+    # Runs follow the columns: position p is in column p // height and row p % height.
     height, width = rle["size"]
     counts = rle["counts"]
     runs = counts if isinstance(counts, list) else _decode_counts(counts)
@@ -23,11 +23,11 @@ def rle_box(rle: Mapping[str, Any]) -> Box | None:
     left, top, right, bottom = width, height, 0, 0
     position = 0
     for index, run in enumerate(runs):
-        # Runs of odd index are of the mask; those of even index are background.
+        # Runs with an odd index belong to the mask, the others to the background.
         if index % 2 and run:
             first, last = divmod(position, height), divmod(position + run - 1, height)
             left, right = min(left, first[0]), max(right, last[0] + 1)
-            whole = first[0] != last[0]  # it passes the foot of a column and goes on at the head of the next
+            whole = first[0] != last[0]  # the run continues from the bottom of a column to the top of the next
             top = min(top, 0 if whole else first[1])
             bottom = max(bottom, height if whole else last[1] + 1)
         position += run
@@ -35,7 +35,7 @@ def rle_box(rle: Mapping[str, Any]) -> Box | None:
 
 
 def union_box(boxes: Sequence[Box | None]) -> Box | None:
-    """The box around all boxes that are there."""
+    """The box around all boxes that are not None."""
     there = [box for box in boxes if box is not None]
     if not there:
         return None
@@ -44,8 +44,11 @@ def union_box(boxes: Sequence[Box | None]) -> Box | None:
 
 
 def _decode_counts(text: str | bytes) -> list[int]:
-    """COCO's compressed counts: five bits a character from '0' on, low bits first, a sixth bit says that more follow;
-    signed; from the fourth count on the difference to the count before last."""
+    """Decode COCO's compressed counts. A character holds five bits, offset by '0', low bits first.
+
+    Its sixth bit means that more characters follow. Counts are signed. From the fourth count on, the difference to the
+    second last count is stored.
+    """
     counts: list[int] = []
     value = shift = 0
     for code in text if isinstance(text, bytes) else text.encode("ascii"):
@@ -67,7 +70,7 @@ def _decode_counts(text: str | bytes) -> list[int]:
 
 
 def encode_counts(runs: Sequence[int]) -> str:
-    """The inverse, for writing data in COCO's form."""
+    """The inverse, to write data in COCO's format."""
     text = []
     for index, run in enumerate(runs):
         value = run - runs[index - 2] if index > 2 else run

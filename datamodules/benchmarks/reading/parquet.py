@@ -1,4 +1,4 @@
-"""Rows and images of Parquet files, images by row group, so that memory stays flat."""
+"""Read rows and images of Parquet files. Images are read one row group at a time, so that memory stays constant."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 NUM_CACHED_GROUPS = 4
-# Predictors that wait for a server read in several threads: each would read the same group into memory, from one file.
+# Predictors that wait for a server read in several threads. Without the lock, each thread would load the same row
+# group.
 _READING = threading.Lock()
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """These columns of all rows. Raises ValueError that names missing columns, FileNotFoundError without the file."""
+    """Read these columns of all rows. Raises ValueError that names missing columns, FileNotFoundError without the file."""
     file = _open(str(path))
     missing = [name for name in columns if name not in file.schema_arrow.names]
     if missing:
@@ -26,7 +27,7 @@ def row_bytes(path: Path, row: int, columns: Sequence[str]) -> list[bytes]:
     """The encoded images of one row, in the order of `columns` (Hugging Face's image struct, {"bytes", "path"})."""
     file = _open(str(path))
     group = 0
-    # Row groups are the unit that Parquet can read alone: find the group, and the row's place in it.
+    # Parquet reads whole row groups: find the group and the row's position in it.
     while row >= (size := file.metadata.row_group(group).num_rows):
         row, group = row - size, group + 1
     with _READING:

@@ -1,7 +1,7 @@
-"""Masks from labelme's polygons, drawn by OpenCV's rules as LISA draws ReasonSeg. Only this file imports OpenCV.
+"""Draw masks from labelme's polygons with OpenCV, as LISA does for ReasonSeg. Only this file imports OpenCV.
 
-Which pixels a polygon covers differs between libraries where it leaves the image, crosses itself or has an edge between
-two pixels: the same polygons drawn by Pillow give other boxes.
+Libraries disagree about the covered pixels if a polygon leaves the image, crosses itself or has an edge between two
+pixels. With Pillow, the same polygons give other boxes.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 from datamodules.samples.boxes import Box
 
 Polygon = Sequence[Sequence[float]]
-LARGEST = 2**31 - 1  # OpenCV takes 32-bit coordinates
+LARGEST = 2**31 - 1  # OpenCV uses 32-bit coordinates
 
 
 def draw_mask(polygons: Sequence[tuple[Polygon, int]], size: tuple[int, int]) -> np.ndarray:
-    """uint8 [height, width]: (polygon, value) pairs drawn into an image of `size` (width, height), which starts as 0.
+    """Draw (polygon, value) pairs into an image of zeros with `size` (width, height); returns uint8 [height, width].
 
-    Outline and fill; first the polygon that covers most pixels of the image, so that smaller ones overwrite larger.
-    Coordinates are pixels, cut to whole numbers. Source: `get_mask_from_json` of LISA's utils/data_processing.py.
+    Outline and area are drawn. Larger polygons are drawn first, so that smaller ones overwrite them. Coordinates are
+    pixels; their fractions are cut off. Source: `get_mask_from_json` of LISA's utils/data_processing.py.
     """
     width, height = size
     areas = []
@@ -31,7 +31,7 @@ def draw_mask(polygons: Sequence[tuple[Polygon, int]], size: tuple[int, int]) ->
         _draw(alone, points, 1)
         areas.append(alone.sum())
     mask = np.zeros((height, width), np.uint8)
-    # The same call as in the source, so that polygons of equal area come in the same order too.
+    # The same call as in the source, so that polygons of equal area have the same order too.
     for index in np.argsort(areas)[::-1].astype(int):
         _draw(mask, *polygons[index])
     return mask
@@ -47,7 +47,7 @@ def polygons_box(polygons: Sequence[tuple[Polygon, int]], size: tuple[int, int])
 
 
 def points_fault(points: object) -> str | None:
-    """Why `points` is no polygon that can be drawn, or None."""
+    """The reason why `points` cannot be drawn as a polygon, or None."""
     if not isinstance(points, list) or not points:
         return "is not a list of points"
     for point in points:

@@ -1,4 +1,4 @@
-"""Questions whose boxes were measured in the stored pixels of photographs that EXIF turns."""
+"""Convert boxes that refer to the stored pixels of photographs that EXIF rotates."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ TURNED = "kept: boxes of a turned photograph"
 
 
 def turn_questions(samples: Sequence[Sample], folder: Path) -> tuple[list[Sample], int]:
-    """The samples with their boxes turned as their images (files below `folder`) are shown; and how many have changed.
+    """Rotate the boxes of samples together with their images; returns the samples and the number of changed samples.
 
-    Only images with a box in them are opened, each once. `extra["size"]`, the stored size by the annotation, is the
-    size of the answer's image and turns with it. A missing or damaged image turns nothing: its question is refused when
-    it is asked.
+    The images are files below `folder`. Each image with a box is opened once. `extra["size"]` is the stored size of the
+    answer's image; it is rotated too. A missing or damaged image changes nothing here; its question is rejected when it
+    is asked.
     """
     known: dict[str, int] = {}
     found = []
@@ -33,12 +33,12 @@ def turn_questions(samples: Sequence[Sample], folder: Path) -> tuple[list[Sample
 
 
 def orientation_of(path: Path) -> int:
-    """EXIF's orientation of an image file, 1 to 8; 1 for a file that cannot be read."""
+    """EXIF's orientation of an image file, 1 to 8; 1 if the file cannot be read."""
     try:
         with path.open("rb") as file:
             return read_header(file).orientation
     except (OSError, ValueError):
-        return 1  # the code that reads the file itself reports the fault
+        return 1  # the code that later reads the file reports the error
 
 
 def _turned(sample: Sample, orientations: dict[int, int]) -> Sample:
