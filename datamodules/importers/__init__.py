@@ -1,1 +1,1 @@
-"""Published data sets, read in their own formats and written as shards of samples."""
+"""Read published data sets in their original formats and write them as shards of samples."""

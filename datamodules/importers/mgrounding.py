@@ -5,9 +5,9 @@
         {"from": "human", "value": "<image>\\n<image>\\nGive the box of <|object_ref_start|>a kite<|object_ref_end|>."},
         {"from": "gpt", "value": "It's in the second image. <|box_start|>(316,58),(764,999)<|box_end|>"}]}
 
-Boxes are 0-1000 of the image they are in, which only the wording names. A question is a human turn and the answer after
-it, over all images of the record. The subset is read from the path; `type` is only counted. The authors' training and
-evaluation read images as they are stored.
+Boxes are in 0-1000, relative to their image. Only the wording of the turn says which image that is. A question is a
+human turn with the answer that follows it; it is asked about all images of the record. The subset is read from the
+path; `type` is only counted. The authors read images as they are stored.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ANNOTATIONS = f"{NAME}.json"
 IMAGE_TAG = "<image>"
 DEFAULT_SUBSETS = ("*",)
 
-# Folder -> the task's name, MIG-Bench's where it has the task.
+# Folder -> name of the task; if MIG-Bench has the task, its name.
 SUBSETS = {
     "Common_Object": "common_object",
     "Difference": "diff",
@@ -40,18 +40,19 @@ SUBSETS = {
     "Referring_Grounding": "refer_grounding",
     "Region_Locating": "region",
 }
-# As in MIG-Bench: a region's answer is in the first image, whatever its question counts (crops, not images) ...
+# As in MIG-Bench: the answer of "region" is in the first image, because the number in its question counts crops, not
+# images ...
 FIXED = {"region": 0}
-# ... and these answers are in the second image when no word says it.
+# ... and these answers are in the second image if the text names no image.
 SILENT = {"diff": 1, "refer_grounding": 1}
 _FIELDS = {"id": str, "images": list, "conversations": list, "type": str}
 _TURN = {"from": str, "value": str}
-# What archives hold above the data set's folder when they were packed from the root of a disk.
+# Folders above the data set's folder in archives that were made from the root of a disk.
 MAX_DEPTH = 5
 
 
 def annotation_files(root: Path) -> list[Path]:
-    """The one JSON file; ValueError where there is none."""
+    """The only JSON file; ValueError if there is none."""
     for folder in (root, root / NAME):
         if (folder / ANNOTATIONS).is_file():
             return [folder / ANNOTATIONS]
@@ -59,9 +60,9 @@ def annotation_files(root: Path) -> list[Path]:
 
 
 def scan(root: Path, allow: Sequence[str] = ()) -> Scan:
-    """Check every record's fields and note its place in the file. Raises ValueError for any surprise."""
+    """Check the fields of every record and store its position in the file. Raises ValueError for an unexpected field."""
     (path,) = annotation_files(root)
-    # Records stay on disk: only their byte spans are kept, and workers read them again from there.
+    # Records stay on disk. Only their byte ranges are kept; workers read the records again.
     schema, skipped = Schema(allow), {"region_to_text": 0}
     subsets = {task: Spans() for task in SUBSETS.values()}
     for number, item in enumerate(stream_json(path)):
@@ -69,13 +70,13 @@ def scan(root: Path, allow: Sequence[str] = ()) -> Scan:
         if item.key:
             raise ValueError(f"{path}: a list of records is expected, found an object with the key {item.key!r}")
         task = _check(schema, item.value, where)
-        # Which side of the conversation writes boxes decides what kind of question the record is.
+        # The kind of question depends on which side of the conversation writes boxes.
         boxed = {turn["from"] for turn in item.value["conversations"] if BOX.search(turn["value"])}
         if boxed == {"human"}:
-            skipped["region_to_text"] += 1  # a box to describe: the answer is text
+            skipped["region_to_text"] += 1  # the question asks to describe a box, so the answer is text
         else:
             subsets[task].append(item.start, item.end)
-    # A partial download may lack whole subsets: an empty one is left out and not offered.
+    # A partial download may lack whole subsets, so empty subsets are skipped.
     filled = {task: spans for task, spans in subsets.items() if len(spans)}
     if not filled:
         raise ValueError(f"{path} holds no record")
@@ -83,13 +84,14 @@ def scan(root: Path, allow: Sequence[str] = ()) -> Scan:
 
 
 def image_root(root: Path) -> Path:
-    """The parent of the folder that the JSON's paths begin with, at most a few levels below `root`.
+    """The folder to which the paths in the JSON are relative, at most a few levels below `root`.
 
-    Raises ValueError unless there is exactly one that holds a subset.
+    Raises ValueError unless exactly one such folder contains a subset.
     """
     root = root.absolute()
     holding: list[Path] = []
-    for depth in range(-1, MAX_DEPTH):  # the nearest level decides: deeper ones may hold millions of files
+    # the search stops at the first level that has one, because deeper levels may hold millions of files
+    for depth in range(-1, MAX_DEPTH):
         found = sorted(root.glob("*/" * depth + NAME)) if depth >= 0 else [root]
         holding = [path for path in found if path.name == NAME and any((path / subset).is_dir() for subset in SUBSETS)]
         if holding:
@@ -103,7 +105,7 @@ def image_root(root: Path) -> Path:
 
 
 def _check(schema: Schema, record: Any, where: str) -> str:
-    """Check one record's structure; its task."""
+    """Check the structure of one record and return its task."""
     schema.check("record", record, where, _FIELDS)
     if not record["images"] or not all(isinstance(name, str) for name in record["images"]):
         raise ValueError(f"{where}: field 'images' should be file names, found {record['images']!r:.200}")
@@ -111,7 +113,7 @@ def _check(schema: Schema, record: Any, where: str) -> str:
         schema.check("turn", turn, f"{where}.conversations[{position}]", _TURN)
         if turn["from"] not in ("human", "gpt"):
             raise ValueError(f"{where}.conversations[{position}]: field 'from' is {turn['from']!r}, not human or gpt")
-    # The folder below the data set's name is the subset; PurePosixPath drops a leading "./".
+    # The folder below the data set's name is the subset; PurePosixPath removes a leading "./".
     parts = PurePosixPath(record["images"][0]).parts
     subset = parts[1] if len(parts) > 2 and parts[0] == NAME else None
     if subset not in SUBSETS:
@@ -122,7 +124,7 @@ def _check(schema: Schema, record: Any, where: str) -> str:
 
 
 def convert(path: Path, spans: Sequence[tuple[int, int]]) -> Iterator[Sample | SampleError]:
-    """The samples of the records at `spans`, one for each question, or what is wrong with them."""
+    """Read the records at `spans`; returns a sample or an error for each question."""
     with path.open("rb") as file:
         for start, end in spans:
             file.seek(start)
@@ -130,14 +132,17 @@ def convert(path: Path, spans: Sequence[tuple[int, int]]) -> Iterator[Sample | S
 
 
 def record_samples(record: Mapping[str, Any], place: int) -> Iterator[Sample | SampleError]:
-    """`place` makes ids unique: the record's own are not said to be. An error names those too."""
+    """Convert one record. `place` makes the ids unique, because the record's own id may not be unique.
+
+    Errors name both.
+    """
     for sample in _questions(record, place):
         yield name_record(sample, record["id"]) if isinstance(sample, SampleError) else sample
 
 
 def _questions(record: Mapping[str, Any], place: int) -> Iterator[Sample | SampleError]:
-    """A sample for each question of a record, or what is wrong with it."""
-    # 1. The record as a whole: faults here cost all of its questions.
+    """A sample or an error for each question of a record."""
+    # 1. The record as a whole: an error here rejects all of its questions.
     task = SUBSETS[PurePosixPath(record["images"][0]).parts[1]]
     name = f"mgrounding/{task}/{place}"
     turns = record["conversations"]
@@ -145,12 +150,12 @@ def _questions(record: Mapping[str, Any], place: int) -> Iterator[Sample | Sampl
     if roles != ["human", "gpt"] * (len(turns) // 2) or not turns:
         yield SampleError(name, "turn_order", f"conversations are {roles}, not human and gpt in turn")
         return
-    # Every image must be shown in the first turn: a later tag would give images another order.
+    # Every image must be shown in the first turn, because a later tag would change the order of the images.
     tags = [turn["value"].count(IMAGE_TAG) for turn in turns]
     if tags[0] != len(record["images"]) or any(tags[1:]):
         yield SampleError(name, "image_tags", f"{tags} tags in the turns for {len(record['images'])} images")
         return
-    # 2. Each question alone: a fault in one leaves the record's other questions usable.
+    # 2. Each question alone: an error in one question does not reject the others.
     for number, (human, gpt) in enumerate(zip(turns[::2], turns[1::2], strict=True)):
         try:
             yield _sample(record, task, f"{name}/{number}", human["value"], gpt["value"])

@@ -1,10 +1,10 @@
-"""ODinW: a folder for each data set, COCO annotations beside the images of each split.
+"""ODinW: one folder for each data set, with COCO annotations beside the images of each split.
 
     <root>/<set>[/<variant>]/<split>/annotations_without_background.json
     <root>/<set>/export/<split>_annotations_without_background.json     (pistols, dice, boggleBoards, selfdrivingCar)
 
-No question comes with it. Here an image is asked for each category of which it holds exactly one box. GLIP, by ODinW's
-authors, reads images as they are stored.
+ODinW has no questions. Here, each category with exactly one box in an image becomes a question. GLIP, by the authors of
+ODinW, reads images as they are stored.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from datamodules.importers.reading.source import Scan
 
 FILE = "annotations_without_background.json"
 SPLITS = ("train", "valid", "test", "mini_val")
-EXPORTED = {"train": "train", "val": "valid", "test": "test"}  # as those four sets name their splits
+EXPORTED = {"train": "train", "val": "valid", "test": "test"}  # names of the splits in those four sets
 DEFAULT_SUBSETS = ("*/train",)
 
 
 def annotation_files(root: Path) -> list[Path]:
-    """Every split's file below `root`; ValueError where there is none."""
+    """The annotation file of every split below `root`; ValueError if there is none."""
     files = [path for path in sorted(root.rglob(f"*{FILE}")) if _subset(root, path)]
     if not files:
         raise ValueError(f"root={str(root)!r}: no <set>/<{'|'.join(SPLITS)}>/{FILE} in it")
@@ -33,14 +33,14 @@ def annotation_files(root: Path) -> list[Path]:
 
 
 def scan(root: Path, allow: Sequence[str] = ()) -> Scan:
-    """Subsets are "<set>[/<variant>]/<split>". Raises ValueError for any surprise."""
+    """Read all files. Subsets are "<set>[/<variant>]/<split>". Raises ValueError for an unexpected field."""
     schema, skipped = Schema(allow), Counter({"several_boxes": 0, "crowd": 0})
     subsets: dict[str, list[Entry]] = {}
     for path in annotation_files(root):
         subset = _subset(root, path)
         coco = read_coco(path, schema)
         schema.count("categories", f"{subset} {len(coco.categories)}")
-        # Image names in the file are relative to its own folder, those of samples to `root`.
+        # Image names in the file are relative to the file's folder; in samples they are relative to `root`.
         entries = single_box_entries(coco, "odinw", subset, skipped, f"{path.parent.relative_to(root).as_posix()}/")
         schema.counts["questions"][subset] = len(entries)
         if entries:
@@ -49,9 +49,9 @@ def scan(root: Path, allow: Sequence[str] = ()) -> Scan:
 
 
 def _subset(root: Path, path: Path) -> str | None:
-    """The file's subset; None for the few-shot and renamed lists that lie beside it."""
+    """The subset of a file; None for few-shot files and renamed copies in the same folder."""
     parts = path.relative_to(root).parts
-    # The usual layout: the split is the folder's name.
+    # The usual layout: the folder has the name of the split.
     if path.name == FILE and len(parts) > 2 and parts[-2] in SPLITS:
         return "/".join(parts[:-1])
     # The layout of the four exported sets: the split is in the file's name.

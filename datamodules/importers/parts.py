@@ -1,4 +1,4 @@
-"""A part of an import: a share of one source, where its files are, and which of its subsets are meant."""
+"""A part of an import: the source, the folder of its files, and the chosen subsets."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Part:
 
     Args:
         name: name of its folder in `out`
-        source: mgrounding, refcoco, odinw, v3det, or your own data: jsonl, hf, coco
+        source: mgrounding, refcoco, odinw, v3det, or the user's own data: jsonl, hf, coco
         root: folder of the source, below the root of the mixture
-        subsets: patterns of the source's subsets, or "!pattern" to leave some out; by default those for training
+        subsets: patterns for subsets of the source, or "!pattern" to exclude some; by default the subsets for training
         count: number of samples, drawn at random; by default all
-        own: what you say of your own data (jsonl, hf, coco)
+        own: the user's statements about their own data (jsonl, hf, coco)
     """
 
     name: str
@@ -39,26 +39,28 @@ class Part:
 
     @property
     def is_own(self) -> bool:
-        """Whether its source is a form of a user's own data."""
+        """Whether its source is a format for the user's own data."""
         return self.source in OWN_DATA
 
     @property
     def origin(self) -> tuple[str, str, str]:
-        """What parts share that need one scan: source, root, and a hash of the statements."""
+        """Key of its scan: source, root, and a hash of the user's statements. Parts with equal keys share one scan."""
         return self.source, self.root, fingerprint(asdict(self.own))
 
     def place(self, root: str) -> Path:
-        """Where its files are, or its name on the Hub, which is no folder of a mixture's root."""
+        """The folder of its files. A name on the Hub is kept as it is, without the root of the mixture."""
         below = Path(root, self.root)
         return Path(self.root) if self.source == "hf" and self.root and not below.exists() else below
 
     def describe(self) -> dict[str, Any]:
-        """The part for the key of a finished import. Statements belong to your own data alone, so that the keys of
-        published sources are what they were before there were any."""
+        """The fields for the key of a finished import.
+
+        Published sources have no user's statements, so their keys have no such field, and older keys stay valid.
+        """
         return {name: value for name, value in asdict(self).items() if name != "own" or self.is_own}
 
     def problems(self, root: str) -> list[str]:
-        """All settings that cannot be, each with its field and value."""
+        """Messages for all invalid settings, each with its field and value."""
         problems = Problems()
         if self.source not in SOURCES:
             return [f"source={self.source!r} is none of {', '.join(SOURCES)}"]
@@ -74,14 +76,14 @@ class Part:
         """{path below the source's folder: sha256} of the annotation files.
 
         Raises:
-            DataError: there is none.
+            DataError: there is no annotation file.
         """
         place = self.place(root)
         files = self._ask(SOURCES[self.source].annotation_files, place)
         for file in files:
             try:
                 str(file).encode("utf-8")
-            except UnicodeEncodeError as error:  # its subset's folder and its samples' ids would have the name too
+            except UnicodeEncodeError as error:  # the folder of the subset and the sample ids would contain this name
                 raise DataError(f"{str(file)!a}: the name of this file is not UTF-8; rename it") from error
         return {_name(file, place): file_sha256(file) for file in files}
 
@@ -89,7 +91,7 @@ class Part:
         """Read and check its annotation files.
 
         Raises:
-            DataError: they hold something that cannot be imported.
+            DataError: the files contain something that cannot be imported.
         """
         return self._ask(SOURCES[self.source].scan, self.place(root), allow)
 
@@ -97,11 +99,11 @@ class Part:
         """Call a function of the source's module, with the statements if the data are the user's own."""
         try:
             return function(*arguments, *((self.own,) if self.is_own else ()))
-        except ValueError as error:  # published sources raise it for every surprise in a file
+        except ValueError as error:  # published sources raise it for every unexpected content
             raise DataError(str(error)) from error
 
     def chosen(self, scan: Scan) -> list[str]:
-        """The subsets that match the part's patterns and none of its "!patterns".
+        """The subsets that match a pattern of the part and none of its "!patterns".
 
         Raises:
             DataError: a pattern matches no subset, or no subset is left.
@@ -116,10 +118,10 @@ class Part:
 
         named = matching(patterns)
         if not asked and self.is_own:
-            named = named or list(scan.subsets)  # nothing is called a training split: all of it is meant
-        # 2. What is left after the exclusions.
+            named = named or list(scan.subsets)  # no subset has the name of a training split, so all are taken
+        # 2. Apply the exclusions.
         names = [name for name in named if name not in matching(without)]
-        # 3. A pattern that matches nothing is most likely a typing error, so it is refused.
+        # 3. A pattern without a match is probably a typing error, so it is refused.
         idle = [pattern for pattern in asked if not fnmatch.filter(scan.subsets, pattern)]
         if idle or not names:
             raise DataError(f"{self.name}: subsets={idle or list(patterns)} match none of {', '.join(scan.subsets)}")
@@ -127,5 +129,5 @@ class Part:
 
 
 def _name(file: Path, place: Path) -> str:
-    """The path of a file below `place`, or its whole path if it lies elsewhere, such as in a cache."""
+    """The path of a file below `place`, or its whole path if it is elsewhere, for example in a cache."""
     return str(file.relative_to(place)) if file.is_relative_to(place) and file != place else str(file)

@@ -1,11 +1,11 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg in their original files (lichengunc/refer): one question for each expression.
+"""RefCOCO, RefCOCO+ and RefCOCOg in their original files (lichengunc/refer): one question per expression.
 
     <root>/{refcoco,refcoco+,refcocog}/refs(<splitBy>).p, instances.json
     <root>/images/mscoco/images/train2014/COCO_train2014_000000581857.jpg
 
-A reference: {"ref_id", "ann_id", "category_id", "image_id", "file_name", "split", "sent_ids",
-"sentences": [{"sent_id", "raw", "sent", "tokens"}]}. Its `file_name` is not the image's: that is found by `image_id`.
-COCO's boxes are in stored pixels.
+A reference: {"ref_id", "ann_id", "category_id", "image_id", "file_name", "split", "sent_ids", "sentences": [{"sent_id",
+"raw", "sent", "tokens"}]}. Its `file_name` is not the name of the image; the image is found by `image_id`. COCO's boxes
+are in stored pixels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from datamodules.importers.reading.source import Scan
 
 DATASETS = ("refcoco", "refcoco+", "refcocog")
 SPLITS = ("train", "val", "test", "testA", "testB")
-# One way of splitting each; UMD's RefCOCOg keeps images apart, Google's does not.
+# One split for each data set. UMD's split of RefCOCOg separates the images of training and test; Google's does not.
 DEFAULT_SUBSETS = ("refcoco_unc/train", "refcoco+_unc/train", "refcocog_umd/train")
 IMAGES = "images/mscoco/images/train2014"
 _REFS = re.compile(r"refs\((.*)\)\.p")
@@ -42,7 +42,7 @@ _SENTENCE = {"sent_id": int, "raw": str, "sent": str, "tokens": list}
 
 
 def annotation_files(root: Path) -> list[Path]:
-    """instances.json and every refs(*).p of each data set that is there; ValueError where there is none."""
+    """instances.json and every refs(*).p of each data set that exists; ValueError if there is none."""
     files = []
     for name in DATASETS:
         if refs := sorted((root / name).glob("refs(*).p")):
@@ -55,10 +55,10 @@ def annotation_files(root: Path) -> list[Path]:
 
 
 def scan(root: Path, allow: Sequence[str] = ()) -> Scan:
-    """Subsets are "<data set>_<splitBy>/<split>". Raises ValueError for any surprise."""
+    """Read all files. Subsets are "<data set>_<splitBy>/<split>". Raises ValueError for unexpected content."""
     schema = Schema(allow)
     subsets: dict[str, list[Entry]] = {}
-    # `annotation_files` puts each instances.json before the references that need it.
+    # `annotation_files` lists each instances.json before the references that need it.
     coco, boxes = CocoFile(), {}
     for path in annotation_files(root):
         if path.name == "instances.json":
@@ -84,8 +84,8 @@ def scan(root: Path, allow: Sequence[str] = ()) -> Scan:
 def _entries(
     ref: Mapping[str, Any], name: str, coco: CocoFile, boxes: Mapping[Any, Annotation], where: str
 ) -> Iterator[Entry]:
-    """A question for each sentence of a reference."""
-    # A reference and its annotation must agree in the image, or the two files are of different versions.
+    """Make a question for each sentence of a reference."""
+    # A reference and its annotation must have the same image; otherwise the two files have different versions.
     box = boxes.get(ref["ann_id"])
     if box is None:
         raise ValueError(f"{where}: field 'ann_id' is {ref['ann_id']}, which instances.json does not list")

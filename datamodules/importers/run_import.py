@@ -1,7 +1,7 @@
-"""The import itself: records to shards, in several processes, in a fixed order, resumable at any moment.
+"""Convert records to shards: in several processes, in a fixed order, and resumable at any time.
 
-Shard k is made of the k-th run of records and of nothing else, so the files do not depend on the number of processes or
-on kills. A finished shard leaves a note in `.parts/`; a run that finds it does not make that shard again.
+Shard k contains only the k-th range of records, so the files do not depend on the number of processes or on
+interruptions. Each finished shard has a note in `.parts/`, so that a resumed run does not make it again.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ from datamodules.streaming.manifest import write_manifest
 from datamodules.streaming.shard_writer import ShardFile
 
 PARTS = ".parts"
-MIN_JUDGED = 500  # samples seen before the share of rejected ones is judged
+MIN_JUDGED = 500  # number of samples before the share of rejected samples is checked
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a part is drawn, cut and judged."""
+    """The number of samples, their order, the size of shards, and the allowed share of rejected samples."""
 
     count: int | None = None  # samples wanted, drawn at random by `seed`; None: all, in file order
     seed: int = 0
     records_per_shard: int = 1000
-    max_rejected: float = 0.2  # a larger share of rejected samples is taken for a change of format
-    one_box: bool = False  # reject answers of several boxes ("several_answers"), which no training here scores
+    # a larger share of rejected samples stops the import, because the format has probably changed
+    max_rejected: float = 0.2
+    one_box: bool = False  # reject answers with several boxes ("several_answers"), which no training here can score
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,13 @@ class _Task:
     image_root: Path
     one_box: bool
     frame: Frame | None = None  # that of the boxes
-    limit: int | None = None  # samples at most
+    limit: int | None = None  # largest number of samples
 
 
 class Workers:
-    """`with Workers(n) as workers`: n processes that make shards; with one, this process makes them.
+    """`with Workers(n) as workers`: n processes that make shards. With n = 1, this process makes them.
 
-    Raises ProcessLost where one has died, or was stopped and is given up; finished shards stay for the next run.
+    Raises ProcessLost if a process has died, or was stopped for too long. Finished shards stay for the next run.
     """
 
     def __init__(self, processes: int) -> None:
@@ -69,8 +70,9 @@ class Workers:
 
     def __enter__(self) -> Workers:
         if self.processes > 1:
-            # Workers inherit no lock and no memory from this process. A server forks them that has imported what writes
-            # shards: webdataset loads torch, which takes seconds and hundreds of megabytes, here once for all.
+            # Workers inherit no lock and no memory from this process. They are forked from a server process that has
+            # already imported webdataset. webdataset imports torch, which takes seconds and hundreds of megabytes; this
+            # way it is imported once.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["webdataset", __name__])
             pool = process_pool(self.processes, mp_context=context, initializer=end_with_parent)
@@ -85,15 +87,16 @@ class Workers:
     def submit(self, task: _Task) -> Future:
         if self.pool:
             return self.pool.submit(_make_shard, task)
-        # One process: the work is done at once, behind the same interface.
+        # One process: the same interface, but the work is done immediately.
         future: Future = Future()
         future.set_result(_make_shard(task))
         return future
 
     def in_order(self, tasks: Iterator[_Task]) -> Iterator[tuple[_Task, dict[str, Any]]]:
-        """Tasks with their notes, in order, few of them in flight: memory does not grow with the number of records.
+        """Yields tasks with their notes, in order.
 
-        Closed early, it returns when nothing is in flight any more.
+        Only a few tasks run at a time, so memory does not grow with the number of records. If the generator is closed
+        early, it waits for the running tasks.
         """
         waiting: deque[tuple[_Task, Future]] = deque()
         try:
@@ -125,20 +128,20 @@ def import_part(
     """Write one folder of shards and its manifest, and return the counts of taken and of rejected samples, by rule.
 
     Args:
-        folder: of the shards. None: every record and every image is checked, and nothing is written or judged.
-        entries: one for each record (`Scan.subsets`).
-        convert: makes samples of entries; it runs in the workers.
-        image_root: the folder in which the samples' image names begin.
+        folder: folder of the shards. None: every record and image is checked, but nothing is written.
+        entries: one entry for each record (`Scan.subsets`).
+        convert: converts entries to samples; it runs in the workers.
+        image_root: the folder to which the samples' image names are relative.
         settings: how many samples, their order, and the share that may be rejected.
         workers: the processes that make shards.
-        title: of the progress bar.
-        frame: that of the boxes (`Scan.frame`).
+        title: title of the progress bar.
+        frame: the frame of the boxes (`Scan.frame`).
 
     Raises:
         DataError: more than `max_rejected` of the samples break a rule, or there are fewer than `count`. Finished
             shards stay for the next run.
     """
-    # 1. The length of the work: all records, or the `count` samples that are wanted.
+    # 1. The amount of work: all records, or `count` samples.
     if folder is None:
         settings = replace(settings, count=None, max_rejected=1.0)
     else:
@@ -148,7 +151,8 @@ def import_part(
     unit = "record" if settings.count is None else "sample"
     order: Sequence[int] = range(len(entries))
     if settings.count is not None:
-        # Records, and not samples, are shuffled: how many samples a record gives is known only after its conversion.
+        # Records are shuffled, not samples, because the number of samples of a record is known only after its
+        # conversion.
         order = list(order)
         random.Random(settings.seed).shuffle(order)
     size = settings.records_per_shard
@@ -156,11 +160,11 @@ def import_part(
     how = convert, image_root, settings.one_box, frame
     tasks = (_Task(folder, number, [entries[index] for index in run], *how) for number, run in enumerate(runs))
     finished = workers.in_order(tasks)
-    # 2. Shards in order, as they are finished.
+    # 2. Make the shards, in order.
     with tqdm(total=total, desc=title, unit=unit) as bar, closing(finished):
         for task, note in finished:
             missing = None if settings.count is None else settings.count - tally.samples
-            # The last shard holds more than is wanted: it is made again, shorter.
+            # The last shard has too many samples, so it is made again with fewer.
             if missing is not None and note["samples"] > missing:
                 note = workers.submit(replace(task, limit=missing)).result()
             tally.add(note)
@@ -170,7 +174,7 @@ def import_part(
             if tally.samples == settings.count:
                 break
     _judge(title, tally, settings.max_rejected, at_least=1)
-    # 3. The final judgement, then the manifest: it is written last, when all its shards are there.
+    # 3. The final check, then the manifest. It is written last, when all shards exist.
     if settings.count is not None and tally.samples < settings.count:
         raise DataError(f"{title}: count={settings.count}, but only {tally.samples} usable samples are there\n{tally}")
     if folder is not None:
@@ -185,7 +189,7 @@ def forget_parts(folder: str | Path) -> None:
 
 
 def _make_shard(task: _Task) -> dict[str, Any]:
-    """Make one shard, or find it made; its note. Without a folder, the samples are counted and nothing is made."""
+    """Make one shard unless it exists, and return its note. Without a folder, the samples are only counted."""
     if task.folder is None:
         tally = Tally()
         for outcome in outcomes(task.entries, task.convert, task.image_root, task.frame, task.one_box):
@@ -193,10 +197,11 @@ def _make_shard(task: _Task) -> dict[str, Any]:
         return tally.to_json()
     note_file = task.folder / PARTS / f"{task.number:05d}.json"
     note = read_json(note_file)
-    # A note counts only with its shard: the size tells a whole file from a cut one.
+    # A note is valid only with its shard; the file size shows whether the shard is complete.
     if note and task.limit in (None, note["limit"]) and _is_there(task.folder, note["shard"]):
         return note
-    note_file.unlink(missing_ok=True)  # first: a note must never speak of a shard that is being replaced
+    # removed first, because a note must never describe a shard that is being replaced
+    note_file.unlink(missing_ok=True)
     tally, shard = Tally(), ShardFile(task.folder, task.number)
     with shard:
         for outcome in outcomes(task.entries, task.convert, task.image_root, task.frame, task.one_box):
@@ -204,7 +209,7 @@ def _make_shard(task: _Task) -> dict[str, Any]:
                 shard.add(outcome)
             if tally.samples == task.limit:
                 break
-    # The note is written after the shard is closed: it states that the shard is whole.
+    # The note is written after the shard is closed, because it means that the shard is complete.
     note = {"limit": task.limit, "shard": shard.entry, **tally.to_json()}
     write_json(note_file, note)
     return note
@@ -213,11 +218,11 @@ def _make_shard(task: _Task) -> dict[str, Any]:
 def outcomes(
     entries: Sequence[Any], convert: Convert, image_root: Path, frame: Frame | None = None, one_box: bool = False
 ) -> Iterator[LoadedSample | SampleError]:
-    """What becomes of each sample of some entries, with its images read and checked.
+    """Convert entries to samples with checked images; returns a result for each sample.
 
     Args:
-        entries, convert, image_root, frame: of a `Scan`.
-        one_box: whether answers of several boxes are rejected.
+        entries, convert, image_root, frame: from a `Scan`.
+        one_box: whether answers with several boxes are rejected.
     """
     for made in convert(entries):
         if isinstance(made, SampleError):
@@ -238,7 +243,7 @@ def _is_there(folder: Path, shard: dict[str, Any] | None) -> bool:
 
 
 def _judge(title: str, tally: Tally, max_rejected: float, at_least: int) -> None:
-    # Judged early too (MIN_JUDGED): a wrong format should not cost hours before it is reported.
+    # Also checked early (MIN_JUDGED), so that a wrong format is not reported only after hours.
     seen = tally.samples + tally.rejected.total()
     if seen >= at_least and tally.rejected.total() > max_rejected * seen:
         raise DataError(
@@ -248,7 +253,7 @@ def _judge(title: str, tally: Tally, max_rejected: float, at_least: int) -> None
 
 
 def _remove_strays(folder: Path, names: set[str]) -> None:
-    """Shards begun beyond the last one that was needed, and drafts that kills left."""
+    """Shards after the last one that was needed, and partial files of interrupted runs."""
     for path in [*folder.glob("shard-*.tar"), *folder.glob("shard-*.partial")]:
         if path.name not in names:
             path.unlink()

@@ -1,4 +1,4 @@
-"""Counts of an import: samples taken, and those rejected with the rules that they break."""
+"""Count the samples of an import: accepted samples, and rejected samples by rule."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from datamodules.samples.sample import LoadedSample, SampleError
 
-NUM_EXAMPLES = 3  # of each rule, kept with their detail
+NUM_EXAMPLES = 3  # number of rejected samples whose detail is kept, for each rule
 COUNTED = ("image_from", "repaired", "turned")  # fields of a sample's `extra` whose values the report counts
 
 
 class Tally:
-    """Samples taken and rejected, with the rules that the rejected ones break; adds up over shards."""
+    """Counts of accepted samples, and of rejected samples by rule. Tallies of several shards can be added."""
 
     def __init__(self) -> None:
         self.samples = 0
@@ -21,7 +21,7 @@ class Tally:
         self.counts: dict[str, Counter[str]] = {}
 
     def count(self, outcome: LoadedSample | SampleError) -> bool:
-        """Count one outcome; whether it is a sample that can be used."""
+        """Count one result; returns whether it is a usable sample."""
         if isinstance(outcome, SampleError):
             example = f"{outcome.sample_id}: {outcome.detail:.200}".encode("utf-8", "backslashreplace").decode()
             self.add({"rejected": {outcome.rule: 1}, "examples": {outcome.rule: [example]}})

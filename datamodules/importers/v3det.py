@@ -3,10 +3,10 @@
     <root>/annotations/v3det_2023_v1_{train,val}.json, v3det_2023_v1_category_tree.json
     <root>/images/<node>/<name>.jpg                                  (or <root>/V3Det/images/…)
 
-No question comes with it. Here an image is asked for each class of which it holds exactly one box, unless it also
-holds a box of a class above or below in the tree: "fruit" is no question where an apple lies beside it.
+V3Det has no questions. Here, each class with exactly one box in an image becomes a question, unless the image also has
+a box of a class above or below it in the tree. For example, "fruit" is not asked if the image also has an apple.
 
-Nothing published says in which frame the boxes of a photograph that EXIF turns were measured: those are rejected.
+For photographs that EXIF rotates, the frame of the boxes is not documented, so these photographs are rejected.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ PREFIX = "v3det_2023_v1"
 SPLITS = ("train", "val")
 TREE = f"{PREFIX}_category_tree.json"
 DEFAULT_SUBSETS = ("train",)
-# Texts about a class, which no question uses.
+# Texts about a class; no question uses them.
 _CATEGORY = dict.fromkeys(("name_zh", "cat_info", "cat_info_gpt", "cat_info_gpt4", "cat_info_gpt4v"), object)
 _MORE = {"categories": _CATEGORY | dict.fromkeys(("novel", "exemplar_image"), object)}
 
 
 def annotation_files(root: Path) -> list[Path]:
-    """The tree and the splits that are there; ValueError without the tree or without any split."""
+    """The files of the tree and of the existing splits; ValueError without the tree or without any split."""
     folder = root / "annotations"
     splits = [path for path in (folder / f"{PREFIX}_{split}.json" for split in SPLITS) if path.is_file()]
     if not splits or not (folder / TREE).is_file():
@@ -41,7 +41,7 @@ def annotation_files(root: Path) -> list[Path]:
 
 
 def scan(root: Path, allow: Sequence[str] = ()) -> Scan:
-    """Subsets are "train" and "val". Raises ValueError for any surprise."""
+    """Read all files. Subsets are "train" and "val". Raises ValueError for unexpected content."""
     schema, skipped = Schema(allow), Counter({"several_boxes": 0, "related_class": 0, "crowd": 0})
     tree, *splits = annotation_files(root)
     related = read_tree(tree)
@@ -49,12 +49,12 @@ def scan(root: Path, allow: Sequence[str] = ()) -> Scan:
     for path in splits:
         split = path.stem.removeprefix(f"{PREFIX}_")
         coco = read_coco(path, schema, _MORE)
-        # A class outside the tree has unknown relatives: its question could have two right answers.
+        # For a class outside the tree, related classes are unknown, so its question could have two right answers.
         if missing := [number for number in coco.categories if number not in related]:
             raise ValueError(f"{tree}: field 'categoryid2treeid' lacks the class ids {missing[:5]} of {path.name}")
         subsets[split] = single_box_entries(coco, "v3det", split, skipped, related=related)
         schema.counts["questions"][split] = len(subsets[split])
-    # Copies differ: some hold a folder V3Det above images/.
+    # Some copies have a folder V3Det above images/.
     image_root = root / "V3Det" if (root / "V3Det" / "images").is_dir() else root
     return Scan(subsets, partial(convert, "v3det"), image_root, schema.report(), dict(skipped))
 
@@ -62,8 +62,8 @@ def scan(root: Path, allow: Sequence[str] = ()) -> Scan:
 def read_tree(path: Path) -> Mapping[int, frozenset[int]]:
     """Class id -> the ids of all classes above and below it.
 
-    From `categoryid2treeid` ({class id: node}) and `ancestor2descendant` ({node: [nodes]}). Raises ValueError naming
-    the field when either is missing or of another form.
+    From `categoryid2treeid` ({class id: node}) and `ancestor2descendant` ({node: [nodes]}). Raises ValueError that
+    names the field if one of them is missing or has another format.
     """
     names = ("categoryid2treeid", "ancestor2descendant")
     fields = {item.key: item.value for item in stream_json(path) if item.key in names}
@@ -85,7 +85,7 @@ def read_tree(path: Path) -> Mapping[int, frozenset[int]]:
             for lower in set().union(*(classes.get(str(name), ()) for name in descendants)) - {above}:
                 related[above].add(lower)
                 related[lower].add(above)
-    # 3. Every class has an entry, so that a lookup tells an unknown class from one without relatives.
+    # 3. Every class gets an entry, so that a class without related classes differs from an unknown class.
     return {number: frozenset(related[number]) for group in classes.values() for number in group}
 
 

@@ -1,1 +1,1 @@
-"""Data of your own: JSON lines, Hugging Face data sets, COCO detection files."""
+"""The user's own data: JSON lines, Hugging Face data sets, COCO detection files."""

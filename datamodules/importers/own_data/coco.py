@@ -1,18 +1,18 @@
-"""COCO detection files as annotation tools export them: what a tool adds is counted and shown, and not refused.
+"""Read COCO detection files that annotation tools export. Additional fields are counted and shown, not refused.
 
 {"images": [{"id", "file_name", "width", "height"}], "categories": [{"id", "name"}],
  "annotations": [{"image_id", "category_id", "bbox": [x, y, width, height]}]}
 
-`bbox` is in pixels of the image, from its upper left corner (cocodataset.org, "Data format"). Beside that
+`bbox` is in pixels of the image, from its upper left corner (cocodataset.org, "Data format"). Several tools add fields:
     Roboflow   writes <split>/_annotations.coco.json next to the images, `images[].extra`, and a category 0 that groups
                the others and has no boxes (roboflow/rf-detr, pull request 1303);
     CVAT       writes annotations/instances_<subset>.json beside images/, `annotations[].attributes` with "occluded",
-               "rotation" and the user's own (docs.cvat.ai, "COCO"). The box of a rotated rectangle is that before its
-               rotation, so it is rejected;
+               "rotation" and the user's own (docs.cvat.ai, "COCO"). The box of a rotated rectangle is the one before
+               its rotation, so it is rejected;
     Label Studio  writes result.json beside images/, `annotations[].ignore`, and null for a size that it could not read
                (HumanSignal/label-studio-converter, converter.py, `convert_to_coco`).
 
-An image is asked for each category that it shows, with all boxes of the category as the answer.
+Each category in an image becomes a question. Its answer is the list of all boxes of the category.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Fault = tuple[str, str]  # rule, detail
 
 
 class ImageEntry(NamedTuple):
-    """One image: its file, its id, its size (None: the file's own), and (category, four numbers or a fault) each."""
+    """One image: its file, id, size (None: read from the file), and its boxes as (category, four numbers or a problem)."""
 
     file: int
     id: int | str
@@ -56,22 +56,22 @@ class ImageEntry(NamedTuple):
 
 @dataclass
 class DetectionFile:
-    """What one annotation file holds. `images` maps ids to (file name, size), `categories` ids to names."""
+    """The content of one annotation file. `images` maps ids to (file name, size), `categories` ids to names."""
 
     images: dict[Any, tuple[str, Size | None]] = field(default_factory=dict)
     categories: dict[Any, str] = field(default_factory=dict)
     annotations: list[tuple[Any, Any, Any]] = field(default_factory=list)  # image, category, numbers or Fault
-    faults: list[Fault] = field(default_factory=list)  # of what belongs to no image
-    found: Counter[str] = field(default_factory=Counter)  # items by array
+    faults: list[Fault] = field(default_factory=list)  # problems of items that belong to no image
+    found: Counter[str] = field(default_factory=Counter)  # array -> number of items
 
 
 def root_problems(root: str, own: OwnData) -> list[str]:
-    """What is wrong with ROOT."""
+    """The problems of ROOT, as messages."""
     return [] if root and Path(root).exists() else [f"root={root!r} is neither a folder nor a COCO file"]
 
 
 def annotation_files(root: Path, own: OwnData) -> list[Path]:
-    """Every .json file in `root`, or `root` itself; DataError where there is none."""
+    """Every .json file in `root`, or `root` itself; DataError if there is none."""
     files = find_files(root, "*.json")
     if not files:
         raise DataError(f"root={str(root)!r}: no .json file, at most {MAX_DEPTH - 1} folders down")
@@ -82,31 +82,31 @@ def scan(root: Path, allow: Sequence[str], own: OwnData) -> Scan:
     """Read every annotation file.
 
     Raises:
-        DataError: the boxes of a file cannot be what COCO or the user says, two images or two categories have one id,
-            or no file has a question.
+        DataError: the boxes of a file contradict the box format of COCO or of the user, two images or two categories
+            have the same id, or no file has a question.
     """
-    # One folder of images for each annotation file: exports of several splits lie side by side.
+    # Each annotation file has its own image folder, because exports of several splits are side by side.
     schema, skipped, subsets = Schema(allow), Counter({"no_box": 0}), {}
     name, folders, passed_over = own.dataset_name(root), [], []
     for path in annotation_files(root, own):
-        # 1. The file as it is.
+        # 1. Read the file.
         content = _read(path, schema)
         if missing := [key for key in KNOWN if not content.found[key]]:
             passed_over.append(f"{path.name} (no {', '.join(missing)})")
             continue
-        # 2. Its images, and a question for each category of each.
+        # 2. Its images, and a question for each category of each image.
         names = [file_name for file_name, _ in content.images.values()]
         folder = ImageFolder(find_image_root(root, path, names, own.images), own.follow_links, own.frame)
         entries = list(_entries(len(folders), content, skipped, schema))
         folders.append(folder)
-        # 3. Whether its boxes can be what COCO means.
+        # 3. Check that its boxes can have COCO's format.
         _check_boxes(path, entries, folder, own, schema)
         subset = _subset(root, path)
         schema.counts["images with a question"][subset] = len(entries)
         subsets[subset] = entries
     for note in passed_over:
         schema.count("files that are no detection files", note)
-    # A folder may hold other JSON files; only a folder without any question is an error.
+    # A folder may contain other JSON files. It is an error only if no file has a question.
     if not any(subsets.values()):
         raise DataError(f"root={str(root)!r}: no image with a box; {'; '.join(passed_over[:3]) or dict(skipped)}")
     readers = tuple(RecordReader("coco", name, own, folder) for folder in folders)
@@ -117,11 +117,11 @@ def scan(root: Path, allow: Sequence[str], own: OwnData) -> Scan:
 def convert(
     readers: Sequence[RecordReader], subsets: Sequence[str], entries: Sequence[ImageEntry]
 ) -> Iterator[LoadedSample | SampleError]:
-    """A question for each category of each image, or what is wrong with it."""
+    """A sample or an error for each category of each image."""
     for entry in map(ImageEntry._make, entries):
         reader = readers[entry.file]
         sample_id = f"{reader.name}/{subsets[entry.file]}:{entry.id}"
-        # 1. Faults that belong to no image (the last entry of each file carries them).
+        # 1. Problems that belong to no image; the last entry of each file has them.
         for rule, detail in entry.faults:
             yield SampleError(sample_id, rule, detail)
         if not entry.boxes:
@@ -130,8 +130,8 @@ def convert(
         drafts = tuple(_drafts(entry, reader.own, sample_id))
         made = DraftRecord("coco", (entry.name,), drafts, reader.own.box_format or "pixels_xywh")
         try:
-            # 3. Read the image only if a draft is sound. The annotated size must be the file's own: boxes of a resized
-            # copy would land elsewhere.
+            # 3. Read the image only if a draft is usable. The annotated size must equal the file's size, because the
+            # boxes of a resized copy would be wrong.
             images = None
             if any(isinstance(draft, Draft) for draft in drafts):
                 images = reader.folder.read(made.images, sample_id)
@@ -145,10 +145,13 @@ def convert(
 
 
 def _drafts(entry: ImageEntry, own: OwnData, sample_id: str) -> Iterator[Draft | SampleError]:
-    """A category of which one annotation cannot be used is no question: its answer would leave that one out."""
+    """The draft of a category.
+
+    If one of its annotations is unusable, the category is rejected, because its answer would be incomplete.
+    """
     faults: dict[str, Fault] = {}
     for category, value in entry.boxes:
-        # Four numbers and a Fault share this place; a Fault begins with its rule, a text.
+        # An entry is four numbers or a Fault. A Fault begins with a text, its rule.
         if isinstance(value, tuple) and isinstance(value[0], str):
             faults.setdefault(category, value)
     for category, (rule, detail) in faults.items():
@@ -161,8 +164,8 @@ def _read(path: Path, schema: Schema) -> DetectionFile:
     """Read the three arrays of a file, and count every field.
 
     Raises:
-        DataError: the JSON is not whole, or two images or two categories have one id: nothing says which of the two an
-            annotation means.
+        DataError: the JSON is incomplete, or two images or two categories have the same id, so that annotations are
+            ambiguous.
     """
     content = DetectionFile()
     try:
@@ -190,7 +193,7 @@ def _keep(content: DetectionFile, kind: str, value: Mapping[str, Any], where: st
     """Add an image or a category."""
     kept = content.images if kind == "images" else content.categories
     number, name = value.get("id"), value.get("file_name" if kind == "images" else "name")
-    # bool is a subclass of int in Python, but `true` is no id.
+    # bool is a subclass of int in Python, but `true` is not an id.
     if isinstance(number, bool) or not isinstance(number, int | str) or not isinstance(name, str):
         content.faults.append(("field_type", f"{where}: an id and a name are needed, found {dict(value)!r:.120}"))
         return
@@ -199,14 +202,14 @@ def _keep(content: DetectionFile, kind: str, value: Mapping[str, Any], where: st
     if kind == "categories":
         kept[number] = name
         return
-    # Label Studio writes null for a size that it could not read: the file's own size is taken later.
+    # Label Studio writes null for a size that it could not read: the size is then read from the image file.
     size = value.get("width"), value.get("height")
     kept[number] = name, size if all(type(side) is int and side >= 1 for side in size) else None
 
 
 def _annotation(value: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
-    """(image id, category id, four numbers or the fault)."""
-    # CVAT's: the box of a rotated rectangle is the one before its rotation.
+    """Returns (image id, category id, four numbers or the problem)."""
+    # In CVAT's export, the box of a rotated rectangle is the one before its rotation.
     attributes = value.get("attributes")
     rotation = attributes.get("rotation") if isinstance(attributes, Mapping) else None
     box: Any
@@ -225,10 +228,10 @@ def _annotation(value: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
 
 
 def _entries(file: int, content: DetectionFile, skipped: Counter[str], schema: Schema) -> Iterator[ImageEntry]:
-    """The images that have annotations, in the order of the file, and last what belongs to no image."""
+    """The images with annotations, in the order of the file; then one entry for problems that belong to no image."""
     boxes: defaultdict[Any, list[tuple[str, Any]]] = defaultdict(list)
     faults = list(content.faults)
-    # 1. Annotations by image. An annotation that refers to nothing becomes a fault of the file.
+    # 1. Annotations by image. An annotation of an unlisted image becomes a problem of the file.
     for number, (image, category, box) in enumerate(content.annotations):
         has_image = _is_key(image, content.images)
         if not has_image or not _is_key(category, content.categories):
@@ -237,9 +240,9 @@ def _entries(file: int, content: DetectionFile, skipped: Counter[str], schema: S
                 f"annotations[{number}] has image_id={image!r:.60}, category_id={category!r:.60}, which is not listed"
             )
             faults.append((rule, detail))
-            # What it shows is not known: no question of this image can be sure of its answer.
+            # Its category is unknown, so the answer of any question about this image may be incomplete.
             continue
-        # Exports of several annotators, joined, hold the same box twice.
+        # Joined exports of several annotators contain the same box twice.
         entry = content.categories[category], box
         if entry in boxes[image]:
             schema.count("annotations given twice", "counted once")
@@ -253,7 +256,7 @@ def _entries(file: int, content: DetectionFile, skipped: Counter[str], schema: S
             skipped["no_box"] += 1
         else:
             yield ImageEntry(file, image, name, size, tuple(boxes[image]))
-    # 3. One entry without an image carries the faults into the counts of rejected samples.
+    # 3. One entry without an image passes the problems on, so that they are counted as rejected samples.
     if faults:
         yield ImageEntry(file, "", "", None, (), tuple(faults))
 
@@ -263,10 +266,10 @@ def _is_key(value: Any, known: Mapping[Any, Any]) -> bool:
 
 
 def _check_boxes(path: Path, entries: Sequence[ImageEntry], folder: ImageFolder, own: OwnData, schema: Schema) -> None:
-    """Raise DataError where the file's boxes cannot be pixels of their images, or what the user says instead."""
+    """Raise DataError if the boxes of the file contradict pixels, or the box format that the user gives instead."""
     # COCO defines pixels and xywh, so that is the default.
     coordinates = own.box_format or "pixels_xywh"
-    # A random part of the boxes: a file may hold millions, and sizes may have to be read from the images.
+    # A random part of the boxes, because a file may have millions, and sizes may have to be read from the images.
     drawn: Reservoir[Kept] = Reservoir()
     for entry in entries:
         for _, values in entry.boxes:

@@ -1,4 +1,4 @@
-"""A record's conversation, whatever its form: images, and questions with the answers to them."""
+"""The conversation of a record in any format: images, and questions with their answers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ IMAGE_TAG = "<image>"
 class Exchange:
     """A question and its answer.
 
-    The first question of a record shows its images where the IMAGE_TAGs are; without any they come before it.
-    `question_images` and `answer_images` are those of the boxes there, where the record or the form says them;
-    `num_boxes` is how many there must be, where the form counts them.
+    The first question of a record shows the images at its IMAGE_TAGs, or before its text if it has no tags.
+    `question_images` and `answer_images` are the image indices of the boxes in the question and in the answer, if the
+    record or its format gives them. `num_boxes` is the required number of boxes, if the format counts them.
     """
 
     question: str
@@ -33,8 +33,9 @@ class Exchange:
 class Conversation:
     """A record's images and exchanges.
 
-    `coordinates` are what the form says of its boxes, None where it says nothing; `is_stated` is whether the record
-    itself says it. `by_default` is whether the form, and not the record, says which images boxes are in.
+    `coordinates` is the box format that the record's format prescribes, or None. `is_stated` is True if the record
+    itself names the box format. `by_default` is True if the images of the boxes come from the format and not from the
+    record.
     """
 
     form: str
@@ -47,10 +48,10 @@ class Conversation:
 
 
 def read_image_ids(value: Any, sample_id: str) -> tuple[int, ...] | None:
-    """The images of boxes, counted from 0: of one number or of a list; None where none are given.
+    """The images of boxes, counted from 0, from one number or a list; None if they are not given.
 
     Raises:
-        SampleError: "image_id"; these are not whole numbers.
+        SampleError: "image_id": these are not integers.
     """
     if value is None:
         return None
@@ -61,7 +62,7 @@ def read_image_ids(value: Any, sample_id: str) -> tuple[int, ...] | None:
 
 
 def as_list(value: Any) -> Any:
-    """A list of objects, also where the library `datasets` has made an object of lists of it."""
+    """A list of objects. The library `datasets` may have converted it to an object of lists; this is undone."""
     if not isinstance(value, Mapping) or not value or not all(isinstance(items, list) for items in value.values()):
         return value
     return [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]

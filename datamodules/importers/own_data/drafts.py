@@ -1,8 +1,8 @@
-"""A record's questions before its images are read: texts, boxes as they are written, and the image of each box.
+"""The questions of a record before its images are read: texts, boxes as written, and the image of each box.
 
-Which image a box is in is said by the record (`image_id`), by the form (ms-swift's default), or by the answer's own
-words ("It is in the second image."). The question's words count only where the user says so: "Find the thing of the
-first image in the other one" names the wrong one. Where nothing says it, the question is rejected.
+The image of a box is given by the record (`image_id`), by the format (ms-swift's default), or by the words of the
+answer ("It is in the second image."). The words of the question are used only if the user allows it, because "Find the
+thing of the first image in the other one" names the wrong image. If the image is not given, the question is rejected.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from datamodules.samples.answer_text import ParsedAnswer, answer_text, parse_ans
 from datamodules.samples.box_texts import MAX_MARKS, BoxesInText, PlacedBox
 from datamodules.samples.sample import SampleError
 
-NO_BOX = "no_box"  # the rule of an answer that is a text and no box: such records are counted apart
+NO_BOX = "no_box"  # the rule for an answer without a box; such records are counted separately
 # Wordings of a question whose answer is several boxes.
 SEVERAL = (
     "Locate every {} in the image.",
@@ -32,7 +32,7 @@ SEVERAL = (
 
 
 class DraftBox(NamedTuple):
-    """A box of an answer or a question: its numbers as written, in image `image` of the record."""
+    """A box of an answer or a question, with its numbers as written. It belongs to image `image` of the record."""
 
     values: tuple[float, ...]
     image: int
@@ -41,17 +41,17 @@ class DraftBox(NamedTuple):
 
 @dataclass(frozen=True)
 class Draft:
-    """One question. `parts` are texts, numbers of images, and boxes of the question, in order."""
+    """One question. `parts` are the texts, image numbers and boxes of the question, in order."""
 
     parts: tuple[str | int | DraftBox, ...]
     boxes: tuple[DraftBox, ...]
-    image_from: str  # what said which image a box is in
+    image_from: str  # the source that names the image of a box
     thinking: str | None = None
 
 
 @dataclass(frozen=True)
 class DraftRecord:
-    """A record's questions, those that are none as the error that says why, and what its boxes' numbers mean."""
+    """The questions of a record (a rejected question as its error), and the box format."""
 
     form: str
     images: tuple[Any, ...]
@@ -61,15 +61,15 @@ class DraftRecord:
 
 
 def draft_record(record: Mapping[str, Any], own: OwnData, sample_id: str) -> DraftRecord:
-    """The questions of one record of any form.
+    """Read the questions of one record in any format.
 
     Args:
-        record: as it stands in the file.
+        record: the record as in the file.
         own: the user's statements.
-        sample_id: of the record, for the errors.
+        sample_id: id of the record, for the errors.
 
     Raises:
-        SampleError: the record has no form, or breaks a rule of `read_conversation`.
+        SampleError: the record has an unknown format, or breaks a rule of `read_conversation`.
     """
     record = _renamed(record, own.fields)
     form = form_of(record, sample_id)
@@ -78,7 +78,7 @@ def draft_record(record: Mapping[str, Any], own: OwnData, sample_id: str) -> Dra
         drafts = _detections(record["objects"], own, sample_id)
         return DraftRecord(form, (image,), tuple(drafts), own.box_format)
     talk = read_conversation(record, form, sample_id)
-    # What the record itself says stands above the user's word, and that above a default of the form.
+    # A statement in the record overrides the user's statement, and this overrides a default of the format.
     coordinates = talk.coordinates if talk.is_stated else own.box_format or talk.coordinates
     if talk.is_stated and own.box_format not in (None, talk.coordinates):
         detail = f"the record's bbox_type says {talk.coordinates}, own.box_format={own.box_format}"
@@ -96,32 +96,32 @@ def draft_record(record: Mapping[str, Any], own: OwnData, sample_id: str) -> Dra
 def detection_drafts(
     boxes: Sequence[tuple[str, Sequence[float]]], own: OwnData, sample_id: str
 ) -> Iterator[Draft | SampleError]:
-    """A question for each category of one image, answered by all of its boxes there.
+    """Make one question for each category of an image. Its answer is the list of all boxes of the category.
 
     Args:
         boxes: (category, four numbers) of each box in the image.
-        own: the user's wordings.
+        own: the user's statements, with the wordings of questions.
         sample_id: chooses the wording.
     """
     by_phrase: dict[str, tuple[str, list[tuple[float, ...]]]] = {}
     for category, values in boxes:
         phrase = " ".join(category.split()).rstrip(".?! ")
-        # "Dog" and "dog " are one question: two would each leave out what the other one asks.
+        # "Dog" and "dog " become one question. Two questions would each have an incomplete answer.
         by_phrase.setdefault(phrase.casefold(), (phrase, []))[1].append(tuple(values))
     for phrase, found in by_phrase.values():
         if not phrase:
             yield SampleError(sample_id, "empty_phrase", "a category's name names nothing")
             continue
         wordings = own.questions or (QUESTIONS if len(found) == 1 else SEVERAL)
-        # A hash and no random generator: the wording must not depend on the order of workers.
+        # A hash, not a random generator, because the wording must not depend on the order of workers.
         digest = hashlib.sha256(f"{sample_id}/{phrase}".encode("utf-8", "replace")).digest()
         text = wordings[digest[0] % len(wordings)].format(phrase)
         yield Draft((0, text), tuple(DraftBox(values, 0, phrase) for values in found), "single")
 
 
 def _renamed(record: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
-    """The record with the form's names of its fields."""
-    # A field with the form's own name is dropped if the user names another one for it: it has another meaning here.
+    """The record with its fields renamed to the names of the format."""
+    # If the user maps another field to a name, a field with that name has another meaning and is dropped.
     names = {own: form for form, own in fields.items()}
     return {names.get(name, name): value for name, value in record.items() if name not in fields or name in names}
 
@@ -147,12 +147,12 @@ def _detections(objects: Mapping[str, Any], own: OwnData, sample_id: str) -> Ite
 
 
 def _draft(talk: Conversation, exchange: Exchange, shows_images: bool, own: OwnData, name: str) -> Draft:
-    """One exchange as a question; `shows_images` for the first one of a record."""
+    """Convert one exchange to a question. `shows_images` is True for the first exchange of a record."""
     num_images = len(talk.images)
     # 1. The answer's boxes, and the image of each.
     boxes, text, thinking = _answer_boxes(exchange.answer, name)
     images, source = _images_of(boxes, text, exchange, talk.by_default, own, num_images, name)
-    # 2. The question's texts, images and boxes. A later question of a talk is asked over the same images.
+    # 2. The question's texts, images and boxes. A later question of the conversation has the same images.
     question = exchange.question
     if not (shows_images and IMAGE_TAG in question):
         question = IMAGE_TAG * num_images + question
@@ -161,7 +161,7 @@ def _draft(talk: Conversation, exchange: Exchange, shows_images: bool, own: OwnD
     if exchange.num_boxes not in (None, num_boxes):
         detail = f"{num_boxes} boxes in question and answer, {exchange.num_boxes} of them from objects"
         raise SampleError(name, "bbox_count", detail)
-    # 3. The label that stands nearest to each box.
+    # 3. The label that is nearest to each box in the text.
     marked = exchange.label or label_before(exchange.question)
     found = [
         DraftBox(placed.box.values, image, placed.box.label or label_before(text, placed.start) or marked)
@@ -171,13 +171,13 @@ def _draft(talk: Conversation, exchange: Exchange, shows_images: bool, own: OwnD
 
 
 def _answer_boxes(answer: Any, name: str) -> tuple[list[PlacedBox], str, str | None]:
-    """The boxes of an answer in the order in which they stand, the text round them, and the thinking before them."""
+    """The boxes of an answer in order, the text around them, and the thinking before them."""
     text, thinking = "", None
     if isinstance(answer, str):
-        # The reader of models' answers looks only at parts of very long ones: of a true answer nothing may be lost.
+        # The parser of model answers reads only parts of a very long text. A target must be read completely.
         if len(answer) > MAX_MARKS and sum(not character.isalnum() for character in answer) > MAX_MARKS:
             raise SampleError(name, "answer_too_long", f"{len(answer):,} characters")
-        # What a model would be read to answer: without its thinking, inside its answer tags where it has any.
+        # The part that counts as answer for a model too: after the thinking, inside the answer tags if there are any.
         text = answer_text(answer) or ""
         parsed = parse_answer(answer, lenient=True)
         thinking = parsed.thinking if isinstance(parsed, ParsedAnswer) else None
@@ -185,9 +185,9 @@ def _answer_boxes(answer: Any, name: str) -> tuple[list[PlacedBox], str, str | N
     if not isinstance(answer, str):
         try:
             found.read(answer)
-        except OverflowError as error:  # an integer beyond the range of floats
+        except OverflowError as error:  # an integer outside the range of floats
             raise SampleError(name, "unreadable_box", f"{error}") from error
-    # A model may write a box and say it again in other words; in a true answer that would be one box or two.
+    # A model may repeat a box in other words. In a target, it would be unclear whether this is one box or two.
     kinds = [kind for kind in (found.keyed, found.bare, found.written) if kind]
     if found.num_bad or len(kinds) > 1:
         rule = "unreadable_box" if found.num_bad else "mixed_boxes"
@@ -206,8 +206,8 @@ def _images_of(
     num_images: int,
     name: str,
 ) -> tuple[list[int], str]:
-    """The image of each box of an answer, and what said it: "single", "record", "form", "answer" or "question"."""
-    # 1. One image: there is nothing to say.
+    """The image of each box, and its source: "single", "record", "form", "answer" or "question"."""
+    # 1. A single image needs no information.
     if num_images == 1 and (exchange.answer_images is None or by_default):
         return [0] * len(boxes), "single"
     named = named_images(text, num_images, name) if num_images > 1 else []
@@ -220,7 +220,7 @@ def _images_of(
         if len(images) != len(boxes) or not all(0 <= image < num_images for image in images):
             detail = f"image_id is {list(given)} for {len(boxes)} boxes and {num_images} images"
             raise SampleError(name, "image_id", detail)
-        # What the form says where the record says nothing must not contradict the question either.
+        # A default of the format must not contradict the question either.
         said = in_answer | (asked if by_default and len(asked) == 1 else set())
         if len(said) == 1 and not said & set(images):
             detail = f"image_id says {images}, the text names image {said.pop()}, counted from 0"
@@ -230,9 +230,9 @@ def _images_of(
     if len(in_answer) == 1:
         return [*in_answer] * len(boxes), "answer"
     if len(boxes) > 1 and named and all(named[0][0] < placed.start for placed in boxes):
-        # "In the first image … [box]; in the second … [box]": the nearest one before each box.
+        # "In the first image … [box]; in the second … [box]": take the nearest image named before each box.
         return [[image for place, image in named if place < placed.start][-1] for placed in boxes], "answer"
-    # 4. The question's words, where the user says that they count.
+    # 4. The words of the question, if the user allows it.
     if in_answer or len(asked) != 1 or not own.image_in_question:
         detail = f"nothing says which of {num_images} images the box is in; give the record a field image_id"
         raise SampleError(name, "image_unknown", f"{detail}: {exchange.question[-100:]!r} -> {text!r:.100}")
@@ -242,20 +242,20 @@ def _images_of(
 def _question_parts(
     question: str, given: Sequence[int] | None, by_default: bool, num_images: int, name: str
 ) -> Iterator[str | int | DraftBox]:
-    """A question as texts, images at their tags, and boxes.
+    """Split a question into texts, images at their tags, and boxes.
 
     Args:
-        question: with IMAGE_TAGs.
-        given: the images of its boxes in order, where the record or the form says them.
-        by_default: whether it is the form.
-        num_images: of the record.
-        name: of the sample, for the errors.
+        question: the text, with IMAGE_TAGs.
+        given: the images of its boxes in order, if the record or its format gives them.
+        by_default: whether `given` comes from the format.
+        num_images: number of images of the record.
+        name: id of the sample, for the errors.
     """
     ids = iter(given or ())
     for number, piece in enumerate(question.split(IMAGE_TAG)):
         if number:
             yield number - 1
-            piece = piece.removeprefix("\n")  # belongs to the tag
+            piece = piece.removeprefix("\n")  # the line break belongs to the tag
         done = 0
         for start, end, values in _boxes_in(piece, name):
             yield piece[done:start]
@@ -278,7 +278,7 @@ def _question_parts(
 def _boxes_in(text: str, name: str) -> list[tuple[int, int, tuple[float, ...]]]:
     """(start, end, numbers) of each box in a piece of a question: Qwen's markup, or a plain list of four numbers."""
     marked = [(m.start(), m.end(), tuple(map(float, m.groups()))) for m in BOX.finditer(text)]
-    # Blanked out, so that their brackets are not found again; the length stays.
+    # Replaced by blanks of the same length, so that their brackets are not found again.
     rest = BOX.sub(lambda match: " " * len(match.group()), text)
     if "[" not in rest and "(" not in rest and "<box>" not in rest:
         return marked
@@ -293,7 +293,7 @@ def _boxes_in(text: str, name: str) -> list[tuple[int, int, tuple[float, ...]]]:
 
 
 def _named_before(text: str, start: int, num_images: int, name: str) -> int | None:
-    """The image of a box of the question by the words: the only one, or the one named last before the box."""
+    """The image of a box in the question: the only image, or the image that is named last before the box."""
     if num_images == 1:
         return 0
     before = [image for place, image in named_images(text, num_images, name) if place < start]

@@ -1,24 +1,25 @@
-"""The published forms of a record with a conversation, as one: images, and questions with the answers to them.
+"""Read the published formats of conversation records into one form: images, and questions with their answers.
 
-Which form a record has is told by the names of its fields (renamed by `OwnData.fields`), never by its values:
+The names of the fields (renamed by `OwnData.fields`) decide the format of a record, never the values:
 
 `messages`: [{"role": "user", "content": "<image>Find …"}, {"role": "assistant", "content": …}], `images`: [file, …].
-    Qwen's and OpenAI's (LLaMA-Factory, data/README.md, "OpenAI Format"). `content` may be a list of parts, of which
-    {"type": "image", "image": file} brings its file along.
+    Qwen's and OpenAI's (LLaMA-Factory, data/README.md, "OpenAI Format"). `content` may be a list of parts; the part
+    {"type": "image", "image": file} contains its own file.
 `conversations`: [{"from": "human", "value": "<image>\\n…"}, {"from": "gpt", "value": …}], `image` or `images`.
     ShareGPT's and LLaVA's (LLaMA-Factory, data/README.md, "Sharegpt Format"; 2U1/Qwen-VL-Series-Finetune, README,
     "Dataset Preparation"; QwenLM/Qwen3-VL, qwen-vl-finetune/README.md, "Custom Dataset Configuration").
 `messages` and `objects`: {"ref": [text, …], "bbox": [[x1, y1, x2, y2], …], "bbox_type": "real", "image_id": [0, …]}.
-    ms-swift's (docs/source_en/Customization/Custom-dataset.md, "Grounding"): <ref-object> and <bbox> in the texts stand
-    for them, each in its own order. "real" (the default) is pixels of the image, "norm1" is 0-1. `image_id` says which
-    image a box is in, counted from 0; by that document all are in image 0 where a "real" record has none.
+    ms-swift's (docs/source_en/Customization/Custom-dataset.md, "Grounding"): the tags <ref-object> and <bbox> in the
+    texts are replaced by the entries, in order. "real" (the default) means pixels of the image, "norm1" means 0-1.
+    `image_id` is the image of each box, counted from 0. If a "real" record has no `image_id`, that document puts all
+    boxes into image 0.
 `prompt`: [{"role": "user", "content": …}] or a text, `images`, and `completion` or `solution` for the answer.
-    TRL's (docs/source/dataset_formats.md, "Vision datasets", "Prompt-completion"; where `content` is a text, TRL puts
-    the images before the first one: `prepare_multimodal_messages`). `solution` is the column that TRL's and ms-swift's
-    examples for GRPO pass to a reward: four numbers, a list of such, or a text with them.
+    TRL's (docs/source/dataset_formats.md, "Vision datasets", "Prompt-completion"; if `content` is a text, TRL puts the
+    images before the first one: `prepare_multimodal_messages`). `solution` is the column that TRL's and ms-swift's
+    examples for GRPO pass to a reward: four numbers, a list of four numbers each, or a text that contains them.
 
-Beside them every form may have `id`, `task`, `label` (of a box that names none), `image_id` (an image or one for each
-box of the answer, counted from 0), and `solution` where the conversation ends with the question.
+Every format may also have `id`, `task`, `label` (for boxes without a label of their own), `image_id` (one image, or an
+image for each box of the answer, counted from 0), and `solution` if the conversation ends with the question.
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ FIELDS = {
 
 
 def form_of(record: Mapping[str, Any], sample_id: str) -> str:
-    """The form of a record, a key of FIELDS.
+    """The format of a record, as a key of FIELDS.
 
     Raises:
         SampleError: "unknown_form".
     """
-    # `objects` alone is a detection set; beside `messages` it belongs to ms-swift's form.
+    # `objects` without `messages` is a detection data set; with `messages` it is ms-swift's format.
     objects = record.get("objects")
     bodies = [name for name in ("messages", "conversations", "prompt") if record.get(name) is not None]
     if not bodies and isinstance(objects, Mapping) and "bbox" in objects:
@@ -68,7 +69,7 @@ def form_of(record: Mapping[str, Any], sample_id: str) -> str:
 
 
 def read_conversation(record: Mapping[str, Any], form: str, sample_id: str) -> Conversation:
-    """The record as questions and answers.
+    """Convert the record to questions and answers.
 
     Raises:
         SampleError: "turn_order", "image_tags" (tags and images do not fit together), "no_images", "no_answer",
@@ -79,7 +80,7 @@ def read_conversation(record: Mapping[str, Any], form: str, sample_id: str) -> C
     has_system = "system" in record or any(role == "system" for role, _ in turns)
     turns = [turn for turn in turns if turn[0] != "system"]
     images, turns = _place_images(_images(record, sample_id), turns, sample_id)
-    # 2. Questions and answers in turn; a column may hold the answer instead.
+    # 2. Questions and answers alternate. A column may contain the last answer instead.
     solution = record.get("solution")
     if [role for role, _ in turns] == ["user"] and solution is not None:
         turns.append(("assistant", solution))
@@ -91,11 +92,12 @@ def read_conversation(record: Mapping[str, Any], form: str, sample_id: str) -> C
     if not turns or roles != ["user", "assistant"] * (len(turns) // 2):
         raise SampleError(sample_id, "turn_order", f"the turns are {roles}, not user and assistant in turn")
     pairs = list(zip(turns[::2], turns[1::2], strict=True))
-    # 3. What the form says of boxes and of their images.
+    # 3. Statements of the format about boxes and their images.
     if form == "objects":
         return replace(fill_objects(record["objects"], images, pairs, sample_id), has_system=has_system)
     ids = read_image_ids(record.get("image_id"), sample_id)
-    # Of another type it is another field: the class of a classifier, or whether an answer is a good one (KTO).
+    # Only a text is a box label. With another type, the field `label` means a class number, or the quality of an answer
+    # (KTO).
     label = record["label"] if isinstance(record.get("label"), str) else ""
     exchanges = tuple(Exchange(question, answer, None, ids, label) for (_, question), (_, answer) in pairs)
     return Conversation(form, images, exchanges, has_system=has_system)
@@ -107,7 +109,7 @@ def _turns(record: Mapping[str, Any], form: str, sample_id: str) -> list[tuple[s
     if form == "prompt":
         # TRL's standard format has texts, its conversational format messages.
         body = [{"role": "user", "content": body}] if isinstance(body, str) else read_list(body, form, sample_id)
-        # The answer is a text or messages, like the prompt; it may also be missing (`solution`).
+        # The answer is a text or messages, like the prompt. It may be missing if there is a `solution`.
         completion = record.get("completion")
         if isinstance(completion, str):
             body = [*body, {"role": "assistant", "content": completion}]
@@ -117,7 +119,7 @@ def _turns(record: Mapping[str, Any], form: str, sample_id: str) -> list[tuple[s
     for number, turn in enumerate(read_list(body, form, sample_id)):
         if not isinstance(turn, Mapping):
             raise SampleError(sample_id, "field_type", f"turn {number} is no object but {turn!r:.100}")
-        # OpenAI's names of fields, or ShareGPT's.
+        # The field names of OpenAI or of ShareGPT.
         role = ROLES.get(str(turn.get("role", turn.get("from"))))
         content = turn.get("content", turn.get("value"))
         if role is None or content is None:
@@ -140,8 +142,8 @@ def _images(record: Mapping[str, Any], sample_id: str) -> list[Any]:
 def _place_images(
     listed: Sequence[Any], turns: Sequence[tuple[str, Any]], sample_id: str
 ) -> tuple[tuple[Any, ...], list[tuple[str, Any]]]:
-    """The images in the order in which they are shown, and the turns as texts with IMAGE_TAGs."""
-    # `waiting` are images of the record that no tag has taken yet. A part may also bring its own file.
+    """Returns the images in the order in which they are shown, and the turns as texts with IMAGE_TAGs."""
+    # `waiting` are images of the record that no tag has used yet. A part may also contain its own file.
     waiting, images, placed = list(listed), [], []
     for number, (role, content) in enumerate(turns):
         text = ""
@@ -159,7 +161,7 @@ def _place_images(
         placed.append((role, text))
     if waiting and images:
         raise SampleError(sample_id, "image_tags", f"{len(waiting)} of {len(listed)} images have no {IMAGE_TAG} tag")
-    images = images or waiting  # without any tag: all before the first question
+    images = images or waiting  # without any tag, all images come before the first question
     if not images:
         raise SampleError(sample_id, "no_images", "the record names no image")
     return tuple(images), placed
@@ -167,13 +169,13 @@ def _place_images(
 
 @dataclass(frozen=True)
 class _Image:
-    file: Any  # None: the next of the record's list
+    file: Any  # None: the next image of the record's list
 
 
 def _parts(content: Any, sample_id: str) -> Iterator[str | _Image]:
     """A turn's content as texts and images, in order."""
     if isinstance(content, str):
-        # Between two pieces of the text stands one tag, so every piece but the first has an image before it.
+        # There is one tag between two pieces of text, so an image precedes every piece except the first.
         for number, piece in enumerate(content.split(IMAGE_TAG)):
             yield from [_Image(None)] * bool(number)
             yield piece

@@ -4,11 +4,11 @@
     <root>/**.parquet, or metadata.jsonl beside images   what `load_dataset` reads
     org/name                                     the Hub's
 
-A row is a record of `forms.py`; its images are bytes in it, or names below ROOT. Detection sets have `image` and
-`objects`: {"bbox": [four numbers, …], "category": [a name or a number, …]} (huggingface.co/docs/datasets,
-"Object detection"); what their numbers mean differs from set to set and is stated by the user. A subset is a split.
+A row is a record as in `forms.py`. Its images are bytes in the row, or file names below ROOT. Detection data sets have
+`image` and `objects`: {"bbox": [four numbers, …], "category": [a name or a number, …]} (huggingface.co/docs/datasets,
+"Object detection"); their box format differs between data sets, so the user states it. A subset is a split.
 
-The library is the extra `hf` and is imported here alone. It writes what it has converted to its cache folder.
+Only this file imports the library, which is installed by the extra `hf`. It writes converted data to its cache folder.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from datamodules.importers.reading.source import DataError, Scan, Spans
 from datamodules.samples.sample import LoadedSample, SampleError
 
 DEFAULT_SUBSETS = TRAIN
-BATCH = 1000  # rows that the scan looks at together; it reads no image
+BATCH = 1000  # rows that the scan reads at a time, without images
 IMAGE_COLUMNS = ("image", "images")
-NAMED = ("category", "categories", "label", "labels")  # of `objects`: numbers that the features name
+# fields of `objects` with numbers of categories; the data set's features have the names
+NAMED = ("category", "categories", "label", "labels")
 
 
 def root_problems(root: str, own: OwnData) -> list[str]:
-    """What is wrong with ROOT, or with this machine."""
+    """The problems of ROOT or of this machine, as messages."""
     problems = [] if root else ["root='': a folder, or a name on the Hub such as org/name, is needed"]
     try:
         import datasets  # noqa: F401
@@ -44,25 +45,25 @@ def root_problems(root: str, own: OwnData) -> list[str]:
 
 
 def annotation_files(root: Path, own: OwnData) -> list[Path]:
-    """The arrow files that the library reads the rows from: they hold everything, embedded images too."""
-    _open.cache_clear()  # the folder may be another by now
+    """The arrow files from which the library reads the rows, including embedded images."""
+    _open.cache_clear()  # the content of the folder may have changed
     splits = _open(str(root), own.config)
     return sorted({Path(file["filename"]) for split in splits.values() for file in split.cache_files})
 
 
 def scan(root: Path, allow: Sequence[str], own: OwnData) -> Scan:
-    """Look at every row once, without its images.
+    """Read every row once, without its images.
 
     Raises:
-        DataError: the library cannot read the data set, its boxes cannot be what is said of them, or it has no box.
+        DataError: the library cannot read the data set, its boxes contradict the stated box format, or it has no box.
     """
-    # 1. The rows, not read yet, and one folder of image files for all splits.
+    # 1. The data set (no rows are read yet), and the image folder of all splits.
     splits = _open(str(root), own.config)
     folder = ImageFolder(_image_root(root, own), own.follow_links, own.frame)
     schema, skipped, subsets, names = Schema(allow), Counter({"no_box": 0}), {}, None
-    # 2. Each split: rows without images, so that a scan of a large set reads only its texts.
+    # 2. Each split: rows without images, so that the scan of a large data set reads only texts.
     for number, (split, rows) in enumerate(splits.items()):
-        # The splits of one data set number their categories alike, so the first names found hold for all.
+        # All splits of a data set number their categories in the same way, so the first names found are used for all.
         names = names or _category_names(rows.features)
         reader = RecordReader("hf", own.dataset_name(root), _with_names(own, names), folder)
         look = RecordScan(reader, schema, skipped, partial(_images_of, reader.own, rows))
@@ -75,7 +76,7 @@ def scan(root: Path, allow: Sequence[str], own: OwnData) -> Scan:
             subsets[split] = entries
     if not subsets:
         raise DataError(f"root={str(root)!r}: no row has an answer with a box; not imported: {dict(skipped)}")
-    # 3. The reader of the import itself, with the names of categories found above.
+    # 3. The converter of the import, with the names of categories found above.
     reader = RecordReader("hf", own.dataset_name(root), _with_names(own, names), folder)
     return Scan(subsets, partial(convert, reader, str(root)), folder.root, schema.report(), dict(skipped), own.frame)
 
@@ -100,10 +101,10 @@ def _open(root: str, config: str | None) -> dict[str, Any]:
             found = datasets.load_from_disk(root)
         else:
             found = datasets.load_dataset(root, config)
-    except Exception as error:  # the library raises whatever its readers run into: files, network, formats
+    except Exception as error:  # the library raises many types: errors of files, network and formats
         raise DataError(f"root={root!r}: the library datasets cannot read it: {error!s:.500}") from error
     splits = dict(found) if isinstance(found, Mapping) else {"all": found}
-    # The arrow format leaves images as bytes; the default one would decode every image.
+    # The arrow format keeps images as bytes; the default format would decode every image.
     return {name: rows.with_format("arrow") for name, rows in splits.items()}
 
 
@@ -113,10 +114,10 @@ def _row(rows: Any, row: int) -> dict[str, Any]:
 
 
 def _without_images(rows: Any, own: OwnData) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, row) of all rows, each image replaced by a name: the bytes of images stay on the disk."""
+    """Yields (number, row) for all rows. Each image is replaced by a name, so no image bytes are read."""
     import pyarrow
 
-    # Images are structs of bytes and path: a stand-in takes their place before rows become Python objects.
+    # Images are structs of bytes and path. They are replaced before rows become Python objects.
     columns = [own.fields.get(name, name) for name in IMAGE_COLUMNS]
     for start in range(0, len(rows), BATCH):
         table = rows[start : min(start + BATCH, len(rows))]
@@ -133,10 +134,10 @@ def _without_images(rows: Any, own: OwnData) -> Iterator[tuple[int, dict[str, An
 
 
 def _holds_bytes(kind: Any) -> bool:
-    """Whether a column's type is the library's image, {"bytes", "path"}, or a list of such."""
+    """Whether a column's type is the library's image, {"bytes", "path"}, or a list of it."""
     import pyarrow
 
-    # A column of several images is a list of structs: look at the innermost type.
+    # A column with several images is a list of structs, so the innermost type is checked.
     while pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
         kind = kind.value_type
     return pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
@@ -152,9 +153,9 @@ def _images_of(own: OwnData, rows: Any, row: int) -> list[Any]:
 
 
 def _category_names(features: Mapping[str, Any]) -> list[str] | None:
-    """The names of the categories in `objects`, where the data set's features have them."""
+    """The names of the categories in `objects`, if the features of the data set contain them."""
     objects = features.get("objects")
-    # A list of objects is a Sequence feature, whose `feature` holds the fields; else the fields stand there themselves.
+    # A list of objects is a Sequence feature with the fields in `feature`; otherwise the fields are there directly.
     fields = getattr(objects, "feature", objects)
     if not isinstance(fields, Mapping):
         return None
@@ -167,12 +168,12 @@ def _category_names(features: Mapping[str, Any]) -> list[str] | None:
 
 
 def _with_names(own: OwnData, names: list[str] | None) -> OwnData:
-    """The user's statements, with the data set's own names of categories where the user gives none."""
+    """The user's statements. If the user gives no category names, those of the data set are added."""
     return own if own.categories or not names else replace(own, categories=names)
 
 
 def _image_root(root: Path, own: OwnData) -> Path:
-    """Where the names of image files begin: as stated, ROOT, or the library's cache for a data set of the Hub."""
+    """The folder to which image names are relative: the stated one, ROOT, or the library's cache for a Hub data set."""
     if own.images or root.is_dir():
         return Path(own.images) if own.images else root
     import datasets

@@ -1,4 +1,4 @@
-"""The images of a user's records: files below one folder and nothing else, or bytes that a record brings along."""
+"""Read the images of a user's records. An image is a file below one folder, or bytes inside the record."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from datamodules.importers.reading.image_bytes import read_headers
 from datamodules.importers.reading.source import DataError
 from datamodules.samples.sample import SampleError
 
-MAX_BYTES = 512 << 20  # of one file
-PROBED = 20  # images of an annotation file by which their folder is found
+MAX_BYTES = 512 << 20  # largest size of one image file
+PROBED = 20  # number of images that are used to find the image folder of an annotation file
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
 
 
 @dataclass(frozen=True)
 class ReadImages:
-    """A record's images, read and their headers checked: `sizes` are (width, height) in the frame of the boxes."""
+    """The images of a record, with checked headers. `sizes` are (width, height) in the frame of the boxes."""
 
     names: tuple[str, ...]
     files: tuple[bytes, ...]
@@ -37,17 +37,18 @@ class ReadImages:
 class ImageFolder:
     """Reads images below `root`.
 
-    A name that leads out of it is refused, and so is a link that does, unless `follow_links`: a record may come from
-    anybody, and what it names ends in the shards. `frame` is that of the boxes (`OwnData.frame`).
+    A name that leads out of this folder is refused. A link out of it is refused too, unless `follow_links` is True.
+    Without this check, a record from an untrusted source could copy private files into the shards. `frame` is the frame
+    of the boxes (`OwnData.frame`).
     """
 
     root: Path
     follow_links: bool = False
     frame: Frame | None = None
-    _inside: dict[str, bool] = field(default_factory=dict, compare=False)  # by folder: whether it lies below the root
+    _inside: dict[str, bool] = field(default_factory=dict, compare=False)  # folder -> whether it is below the root
 
     def read(self, images: Sequence[Any], sample_id: str) -> ReadImages:
-        """The images of one record: file names, or {"bytes", "path"} as the library `datasets` has them.
+        """Read the images of one record: file names, or {"bytes", "path"} as in the library `datasets`.
 
         Raises:
             SampleError: "image_path" (it leads out of the folder), "remote_image" (a URL), "missing_image", or a rule
@@ -63,7 +64,7 @@ class ImageFolder:
         return ReadImages(tuple(names), tuple(files), tuple(headers), tuple(sizes))
 
     def sizes(self, images: Sequence[Any], sample_id: str) -> list[Size]:
-        """(width, height) of each image in the frame of the boxes, by its header alone.
+        """(width, height) of each image in the frame of the boxes, read from its header.
 
         Raises:
             SampleError: as `read`.
@@ -74,7 +75,7 @@ class ImageFolder:
             if data is None:
                 name, path = self._place(image, sample_id)
                 try:
-                    # The header is enough for a size: the file is not read whole.
+                    # The header is enough for the size, so the rest of the file is not read.
                     file: BinaryIO = open(path, "rb")  # noqa: SIM115
                 except (OSError, ValueError) as error:
                     raise SampleError(sample_id, "missing_image", f"{name[:200]!r}") from error
@@ -94,10 +95,10 @@ class ImageFolder:
 
     @staticmethod
     def _embedded(image: Any, number: int) -> tuple[str, bytes | None]:
-        """A name and the bytes of an image inside its record; for an image file no bytes."""
+        """The name of an image, and its bytes if they are inside the record."""
         if not isinstance(image, dict) or image.get("bytes") is None:
             return "", None
-        # The name of the file that it was made from only gives the member of the shard its extension.
+        # Only the extension of the original file name is used, for the member of the shard.
         return f"{number}{os.path.splitext(os.path.basename(image.get('path') or ''))[1]}", image["bytes"]
 
     def _place(self, image: Any, sample_id: str) -> tuple[str, str]:
@@ -110,14 +111,14 @@ class ImageFolder:
         return name, path
 
     def _name(self, image: Any, sample_id: str) -> str:
-        """The name below the root, of a relative or an absolute one."""
+        """The name relative to the root, from a relative or an absolute name."""
         if not isinstance(image, str) or not image:
             raise SampleError(sample_id, "field_type", f"an image is a file's name, got {image!r:.100}")
         # Qwen's chat format writes file:///data/a.jpg.
         name = image.removeprefix("file://")
         if _URL.match(name):
             raise SampleError(sample_id, "remote_image", f"{name[:80]!r} is no file here: download it first")
-        # Other tools advise absolute names: one below the root is as good as a relative one.
+        # Other tools recommend absolute names, so an absolute name below the root is accepted.
         if os.path.isabs(name):
             roots = (os.path.abspath(self.root), os.path.realpath(self.root))
             below = [os.path.relpath(name, root) for root in roots if os.path.normpath(name).startswith(root + os.sep)]
@@ -128,17 +129,19 @@ class ImageFolder:
         return relative_name(name, sample_id)
 
     def _check(self, path: str, name: str, sample_id: str) -> None:
-        """Refuse what is no regular file, and links that lead out. Names that no file can have pass: reading them
-        says so."""
+        """Refuse anything but a regular file, and links that lead out of the root.
+
+        Impossible file names pass here, because reading them raises the right error.
+        """
         try:
-            # lstat does not follow the link: a link must be judged by the place that it leads to.
+            # lstat does not follow the link. For a link, the target must be checked.
             found = os.lstat(path)
             if stat.S_ISLNK(found.st_mode):
                 leads_out = not self._is_inside(os.path.realpath(path))
                 found = os.stat(path)
             else:
-                # A regular file may still lie behind a linked folder. Resolved once a folder, as millions of files
-                # share few folders.
+                # A regular file may be in a linked folder. The folder is resolved once, because millions of files share
+                # few folders.
                 folder = os.path.dirname(path)
                 if folder not in self._inside:
                     self._inside[folder] = self._is_inside(os.path.realpath(folder))
@@ -148,7 +151,7 @@ class ImageFolder:
         if leads_out and not self.follow_links:
             detail = f"{name[:200]!r} is a link that leads out of {self.root}: name the real folder by --own.images"
             raise SampleError(sample_id, "image_path", f"{detail}, or give --own.follow_links true")
-        if not stat.S_ISREG(found.st_mode):  # a pipe would wait for ever, a device never end
+        if not stat.S_ISREG(found.st_mode):  # reading a pipe would block forever, and a device may never end
             raise SampleError(sample_id, "missing_image", f"{name[:200]!r} is no regular file")
         if found.st_size > MAX_BYTES:
             raise SampleError(sample_id, "decompression_bomb", f"{name[:200]!r} has {found.st_size:,} bytes")
@@ -159,12 +162,13 @@ class ImageFolder:
 
 
 def find_image_root(root: Path, path: Path, names: Sequence[str], stated: str) -> Path:
-    """The folder in which the image names of an annotation file begin: as stated, or the one place where they are.
+    """The folder to which the image names of an annotation file are relative: the stated one, or the place where the
+    images are found.
 
     Args:
         root: the data set's folder, or the annotation file itself.
         path: the annotation file.
-        names: of its images; the first PROBED are looked for.
+        names: names of its images; the first PROBED of them are searched.
         stated: `OwnData.images`.
 
     Raises:
@@ -173,7 +177,7 @@ def find_image_root(root: Path, path: Path, names: Sequence[str], stated: str) -
     if stated:
         return Path(stated)
     names = names[:PROBED]
-    # Absolute names need no folder to be found; `_name` checks that they lie below it.
+    # Absolute names are found without the folder; `_name` checks that they are below it.
     if not names or any(map(os.path.isabs, names)):
         return root.parent if root.is_file() else root
     # The places that Roboflow, CVAT, Label Studio and COCO itself use, relative to the annotation file.
@@ -181,8 +185,8 @@ def find_image_root(root: Path, path: Path, names: Sequence[str], stated: str) -
     places = [here, here / "images", here / split]
     if not root.is_file() and here != root:
         places += [above, above / "images", above / split, above / "images" / split]
-    # The place with the most of the probed images wins; a tie is an error, because the wrong copy could have other
-    # pixels.
+    # Take the place with the most of the searched images. A tie is an error, because the two copies could have
+    # different pixels.
     held = {place: sum(file_size(place / name) is not None for name in names) for place in places}
     best = max(held.values())
     found = [place for place, count in held.items() if count == best > 0]

@@ -1,9 +1,9 @@
-"""JSON lines, or one JSON list, in the published forms that `forms.py` describes.
+"""Read JSON lines, or one JSON list, in the published formats that `forms.py` describes.
 
-    <root>/train.jsonl, <root>/val.jsonl, …       one record a line; a .json file that is a list counts too
-    <root>/images/a.jpg                           names in the records begin in <root>, or in `own.images`
+    <root>/train.jsonl, <root>/val.jsonl, …       one record per line, or a .json file with a list <root>/images/a.jpg
+    names in the records are relative to <root> or `own.images`
 
-ROOT may be such a file itself: names then begin in its folder. A subset is a file, "train" or "part/train".
+ROOT may also be such a file; names are then relative to its folder. A subset is a file, "train" or "part/train".
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ DEFAULT_SUBSETS = TRAIN
 
 
 def root_problems(root: str, own: OwnData) -> list[str]:
-    """What is wrong with ROOT."""
+    """The problems of ROOT, as messages."""
     return [] if root and Path(root).exists() else [f"root={root!r} is neither a folder nor a file of records"]
 
 
 def annotation_files(root: Path, own: OwnData) -> list[Path]:
-    """The files of records in `root`, or `root` itself; DataError where there is none."""
+    """The files with records in `root`, or `root` itself; DataError if there is none."""
     files = [path for path in find_files(root, "*.json*") if path == root or _holds_records(path)]
     if not files:
         raise DataError(f"root={str(root)!r}: no .jsonl file, and no .json file that holds a list of records")
@@ -46,21 +46,21 @@ def _holds_records(path: Path) -> bool:
 
 
 def scan(root: Path, allow: Sequence[str], own: OwnData) -> Scan:
-    """Look at every record once.
+    """Read every record once.
 
     Raises:
-        DataError: a file cannot be read as records, its boxes cannot be what is said of them, or no record has a box.
+        DataError: a file cannot be read as records, its boxes contradict the stated box format, or no record has a box.
     """
-    # 1. Where image names begin, and the files of records.
+    # 1. The folder of the images, and the files with records.
     base = root.parent if root.is_file() else root
     folder = ImageFolder(Path(own.images) if own.images else base, own.follow_links, own.frame)
     reader = RecordReader("jsonl", own.dataset_name(root), own, folder)
     schema, skipped, subsets = Schema(allow), Counter({"no_box": 0}), {}
     files = annotation_files(root, own)
     names = [path.relative_to(base).with_suffix("").as_posix() for path in files]
-    # 2. Each file is one subset. Only places are kept, so memory does not grow with the records' texts.
+    # 2. Each file is one subset. Only positions in the files are kept, so that the texts need no memory.
     for number, (path, name) in enumerate(zip(files, names, strict=True)):
-        # Each record's file, place in it, and line or position for people.
+        # For each record: its file, its byte range, and its line or position for messages.
         entries = Spans(4)
         look = RecordScan(reader, schema, skipped, images_of=lambda images: images)
         for start, end, position, record in _records(path):
@@ -69,7 +69,7 @@ def scan(root: Path, allow: Sequence[str], own: OwnData) -> Scan:
         look.finish(path.name)
         if len(entries):
             subsets[name] = entries
-    # 3. A file without questions is only left out, all files without any are an error.
+    # 3. A file without questions is skipped. If no file has questions, this is an error.
     if not subsets:
         raise DataError(f"root={str(root)!r}: no record has an answer with a box; not imported: {dict(skipped)}")
     convert_entries = partial(convert, reader, tuple(files), tuple(names))
@@ -92,14 +92,13 @@ def convert(
 
 
 def _records(path: Path) -> Iterator[tuple[int, int, int, dict[str, Any] | SampleError]]:
-    """(start, end, position, record) of each record of a file: its bytes, and its line or its place in the list from 1.
-
-    What is no record is the error that says why.
+    """Yields (start, end, position, record) for each record of a file: its byte range, and its line or its index in the
+    list, counted from 1. For an invalid record, `record` is the error.
 
     Raises:
         DataError: the file cannot be read as records at all.
     """
-    # UTF-16 would look like broken JSON at every line: it is named before.
+    # UTF-16 would look like broken JSON in every line, so it is reported first.
     if (first := _first(path)) is None:
         raise DataError(f"{path} is UTF-16: save it as UTF-8")
     if first == b"[":
@@ -109,7 +108,7 @@ def _records(path: Path) -> Iterator[tuple[int, int, int, dict[str, Any] | Sampl
         except ValueError as error:
             raise DataError(f"{error}: the list is not whole, or is no list of records") from error
         return
-    # Byte by byte and not as text: places in the file are needed, and one line that is no UTF-8 costs itself alone.
+    # Read as bytes, because byte positions are needed, and because a line that is not UTF-8 must not reject the others.
     with path.open("rb") as file:
         start = len(BOM) if file.read(len(BOM)) == BOM else 0
         file.seek(start)
@@ -124,7 +123,7 @@ def _records(path: Path) -> Iterator[tuple[int, int, int, dict[str, Any] | Sampl
 
 
 def _decode(data: bytes, sample_id: str) -> dict[str, Any] | SampleError:
-    """One record, by strict JSON, or the error that it is none: "not_utf8", "bad_json", "field_type"."""
+    """One record from strict JSON, or the error of an invalid record: "not_utf8", "bad_json", "field_type"."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -145,7 +144,7 @@ def _as_record(value: Any, sample_id: str) -> dict[str, Any] | SampleError:
 
 
 def _first(path: Path) -> bytes | None:
-    """The first character of a file that is not blank, b"" where there is none; None for UTF-16."""
+    """The first non-blank character of a file; b"" if there is none; None for UTF-16."""
     with path.open("rb") as file:
         head = file.read(4096)
     return None if head.startswith(UTF16) else head.removeprefix(BOM).lstrip()[:1]

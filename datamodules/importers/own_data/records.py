@@ -1,4 +1,4 @@
-"""A user's records as samples: JSON lines and rows of Hugging Face data sets alike."""
+"""Convert a user's records to samples. Both JSON lines and rows of Hugging Face data sets use this."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from datamodules.importers.reading.source import name_record
 from datamodules.samples.sample import LoadedSample, Sample, SampleError
 
 T = TypeVar("T")
-CHECKED = 2000  # records of a file whose boxes are compared with the box format before anything is written
-_MARKED = "<|box_start|>({},{}),({},{})<|box_end|>"  # how Qwen2-VL and MIG-Bench write a box of a question
+CHECKED = 2000  # number of records of a file whose boxes are compared with the box format before anything is written
+_MARKED = "<|box_start|>({},{}),({},{})<|box_end|>"  # notation of a box in a question of Qwen2-VL and MIG-Bench
 
 
 @dataclass(frozen=True)
 class RecordReader:
-    """Makes samples of records. `name` is the data set's, `source` the registry's, `own` what the user says."""
+    """Makes samples of records.
+
+    `name` is the name of the data set, `source` the name in the registry, `own` the user's statements.
+    """
 
     source: str
     name: str
@@ -33,11 +36,11 @@ class RecordReader:
     folder: ImageFolder
 
     def samples(self, record: Mapping[str, Any], place: str) -> Iterator[LoadedSample | SampleError]:
-        """The samples of one record, one for each question, or what is wrong with them.
+        """Make a sample or an error for each question of a record.
 
         Args:
-            record: as it stands in the file.
-            place: where, such as "train:17": with the data set's name it makes the samples' ids.
+            record: the record as in the file.
+            place: its position, such as "train:17"; the ids of the samples are made of the data set's name and this.
         """
         sample_id = f"{self.name}/{place}"
         try:
@@ -55,13 +58,13 @@ class RecordReader:
     def finish(
         self, made: DraftRecord, images: ReadImages | None, record: Mapping[str, Any], sample_id: str
     ) -> Iterator[LoadedSample | SampleError]:
-        """The samples of a record whose images are read; `images` may be None where none of its drafts is a question.
+        """Make the samples of a record whose images have been read.
 
         Args:
             made: the record's drafts.
-            images: its images.
-            record: for the fields `id` and `task`.
-            sample_id: of the record; a sample of several adds its number.
+            images: its images; None is allowed if no draft is a question.
+            record: the record, for its fields `id` and `task`.
+            sample_id: id of the record; if it has several samples, their numbers are added.
         """
         for number, draft in enumerate(made.drafts):
             name = f"{sample_id}/{number}" if len(made.drafts) > 1 else sample_id
@@ -76,9 +79,9 @@ class RecordReader:
         self, record: Mapping[str, Any], made: DraftRecord, draft: Draft, images: ReadImages, name: str
     ) -> LoadedSample:
         coordinates = made.coordinates
-        if coordinates is None:  # so rare in its file that the check of the whole did not see it
+        if coordinates is None:  # boxes are so rare in the file that the check of the file did not see one
             raise SampleError(name, "box_format_unknown", "nothing says what its numbers mean: state own.box_format")
-        # 1. Boxes to 0-1, each by the size of its own image.
+        # 1. Convert boxes to 0-1, each with the size of its own image.
         boxes = [self._box(box, coordinates, images, name) for box in draft.boxes]
         parts, asked = [], []
         for part in draft.parts:
@@ -90,10 +93,10 @@ class RecordReader:
                 parts.append({"type": "image", "image": part})
             elif part:
                 parts.append({"type": "text", "text": part})
-        # 2. What is noted beside the sample, and the sample itself, checked like every other.
+        # 2. The additional fields, and the sample itself, validated like every sample.
         answers = [answer for answer, _ in boxes]
         extra: dict[str, Any] = {"image_from": draft.image_from, "form": made.form}
-        # The record's own id is only noted: nothing guarantees that it is unique.
+        # The record's own id is only an additional field, because it may not be unique.
         if (number := self._own_id(record)) is not None:
             extra["record"] = number
         if any(clamped for _, clamped in boxes + asked):
@@ -127,12 +130,14 @@ class RecordReader:
     def _own_id(self, record: Mapping[str, Any]) -> str | int | None:
         number = record.get(self.own.fields.get("id", "id"))
         if isinstance(number, str):
-            return number.encode("utf-8", "replace").decode()  # half a surrogate pair can stand in no shard
+            return number.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be written to a shard
         return number if isinstance(number, int) and not isinstance(number, bool) else None
 
 
 class Reservoir(Generic[T]):
-    """CHECKED items of any number, each with the same probability (Vitter 1985, algorithm R), by a fixed seed."""
+    """Draws CHECKED items from a stream of unknown length, with equal probability and a fixed seed (Vitter 1985,
+    algorithm R).
+    """
 
     def __init__(self) -> None:
         self.kept: list[T] = []
@@ -140,7 +145,7 @@ class Reservoir(Generic[T]):
         self.rng = random.Random(0)
 
     def add(self, item: T) -> None:
-        """Look at one item."""
+        """Take one item of the stream into account."""
         self.seen += 1
         if len(self.kept) < CHECKED:
             self.kept.append(item)
@@ -149,7 +154,7 @@ class Reservoir(Generic[T]):
 
 
 class Kept(NamedTuple):
-    """What the check of a file's boxes needs of one record. `key` is what its images are found by."""
+    """The data of one record that the check of a file's boxes needs. `key` identifies its images."""
 
     coordinates: Coordinates | None
     boxes: tuple[DraftBox, ...]
@@ -160,27 +165,27 @@ class Kept(NamedTuple):
 def compare_boxes(
     where: str, drawn: Sequence[Kept], sizes_of: Callable[[Kept], Sequence[Size]], own: OwnData, schema: Schema
 ) -> None:
-    """Count which box formats the boxes of a file could be of.
+    """Check the boxes of a file, and count the box formats that fit them.
 
     Args:
         where: the file, for messages and the report.
-        drawn: its records, or a random part of them.
+        drawn: records of the file, or a random part of them.
         sizes_of: the sizes of a record's images in the frame of the boxes; it may raise SampleError.
         own: the user's statements.
-        schema: takes the counts.
+        schema: the report to which the counts are added.
 
     Raises:
         DataError: the boxes contradict the box format, or none is known.
     """
-    # Records of several forms may say different things: each kind is compared with its own.
-    # The scan reads image headers only here, for at most CHECKED records of the file.
+    # Records of several formats may state different box formats, so each group is checked separately. The scan reads
+    # image headers only here, for at most CHECKED records of the file.
     by_coordinates: dict[Coordinates | None, list[Written]] = {}
     for kept in drawn:
         written = by_coordinates.setdefault(kept.coordinates, [])
         try:
             sizes = sizes_of(kept)
         except SampleError:
-            continue  # rejected, and counted, when it is imported
+            continue  # the import itself rejects and counts it
         written += [Written(box.values, sizes[box.image], kept.place) for box in kept.boxes]
     for coordinates, written in by_coordinates.items():
         fits = refuse_misfits(where, written, coordinates, own.resized_limits, own.max_misfits)
@@ -190,10 +195,10 @@ def compare_boxes(
 
 @dataclass
 class RecordScan:
-    """The first look at the records of one file: what it holds, and whether its boxes can be what is said of them.
+    """The scan of the records of one file. It counts their fields and checks their boxes.
 
-    Memory does not grow with the file: CHECKED records, drawn at random by a fixed seed, stand for all of them.
-    `images_of` gives the images that a kept record's key stands for.
+    Memory does not grow with the file, because only CHECKED random records (with a fixed seed) are checked. `images_of`
+    returns the images for the key of a record.
     """
 
     reader: RecordReader
@@ -203,13 +208,14 @@ class RecordScan:
     drawn: Reservoir[Kept] = field(default_factory=Reservoir)
 
     def look(self, record: Mapping[str, Any], place: str, key: Any = None) -> bool:
-        """Count one record; whether it goes on to be imported. Records whose answers are texts do not, and are counted;
-        those with a fault do, to be rejected there with their rule.
+        """Count one record; returns whether it is imported. A record whose answers are texts is only counted.
+
+        An invalid record is imported too, so that the import rejects it with its rule.
 
         Args:
-            record: as it stands in the file; of its images only the number is looked at.
-            place: where it stands, for messages.
-            key: for `images_of`; the record's own images if it is not given.
+            record: the record as in the file; only the number of its images is used.
+            place: its position, for messages.
+            key: the key for `images_of`; by default the record's own images.
         """
         own = self.reader.own
         try:
@@ -218,14 +224,14 @@ class RecordScan:
             return not self._skip(error.rule)
         except RecursionError:
             return True
-        # 1. What the file holds.
+        # 1. Count the content of the file.
         self.schema.count("forms", made.form)
         self.schema.count("images a record", str(len(made.images)))
         if made.has_system:
             self.schema.count("system prompts", "not used: the project's own stands in the chat template")
         known = [own.fields.get(name, name) for name in FIELDS[made.form]]
         self.schema.tally(f"{made.form} record", record, known)
-        # 2. Whether it is a question, and its boxes for the check of the whole file.
+        # 2. Check whether the record is a question, and keep its boxes for the check of the whole file.
         sound = [draft for draft in made.drafts if isinstance(draft, Draft)]
         if not sound:
             rules = {draft.rule for draft in made.drafts if isinstance(draft, SampleError)}
@@ -235,16 +241,16 @@ class RecordScan:
         return True
 
     def finish(self, where: str) -> None:
-        """Raise DataError where the boxes contradict the box format, or none is known. Forget the kept records."""
+        """Raise DataError if the boxes contradict the box format, or if it is unknown. Then forget the kept records."""
 
         def sizes_of(kept: Kept) -> list[Size]:
             return self.reader.folder.sizes(self.images_of(kept.key), kept.place)
 
         compare_boxes(where, self.drawn.kept, sizes_of, self.reader.own, self.schema)
-        # The next file begins with an empty reservoir: each file is judged alone.
+        # The next file begins with an empty reservoir, because each file is checked alone.
         self.drawn = Reservoir()
 
     def _skip(self, rule: str) -> bool:
-        """Count a record that is no question; whether `rule` says that it is none."""
+        """Count a record that is not a question; returns whether `rule` has this meaning."""
         self.skipped[NO_BOX] += rule == NO_BOX
         return rule == NO_BOX

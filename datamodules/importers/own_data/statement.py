@@ -1,4 +1,7 @@
-"""What a user says of their own data where the form does not say it. Nothing of it is ever read out of the numbers."""
+"""The user's statements about their own data, for facts that the format does not contain.
+
+They are never guessed from the numbers.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,9 @@ from typing import Literal, get_args
 from datamodules.images.image_files import Frame
 from datamodules.persistence.problems import Problems
 
-# What the four numbers of a box mean; x1, y1, x2, y2 but for the names that end in xywh (x, y, width, height).
-#   pixels          pixels of the image file
-#   resized_pixels  pixels of the image as Qwen2.5-VL's processor resizes it (with `resized_limits`)
-#   relative_1000   0 to 1000 over the image
-#   normalized      0 to 1 over the image
+# Box formats. The four numbers are x1, y1, x2, y2; for names that end in xywh they are x, y, width, height. pixels
+# pixels of the image file resized_pixels  pixels of the image as Qwen2.5-VL's processor resizes it (with
+# `resized_limits`) relative_1000   0 to 1000 over the image normalized      0 to 1 over the image
 Coordinates = Literal[
     "pixels",
     "pixels_xywh",
@@ -24,29 +25,29 @@ Coordinates = Literal[
     "normalized_xywh",
 ]
 COORDINATES: tuple[Coordinates, ...] = get_args(Coordinates)
-# Subsets that are imported where none are asked for, if any has such a name; else all.
+# Names of the subsets that are imported by default; if no subset has such a name, all are imported.
 TRAIN = ("train*", "*/train*", "*_train*", "*-train*")
 
 
 @dataclass(frozen=True)
 class OwnData:
-    """A user's statements on their own data.
+    """A user's statements about their own data.
 
     Args:
-        name: of the data set, in the ids of its samples; the name of ROOT's folder or file if it is not given
-        box_format: what the four numbers of a box mean, where the form itself does not say it
-        frame: which pixels boxes of a photograph that EXIF turns were measured in: "stored", as they lie in the file,
-            or "shown", upright. Such photographs are rejected if it is not given
-        images: folder in which the image names begin; ROOT if it is not given
-        task: name of the task of records that have no field `task`; `name` if it is not given
-        fields: the records' own names of fields, by the form's: {prompt: problem, solution: bbox}
-        questions: wordings of questions for categories, with {} for the category; the project's if none are given
-        categories: names of categories that records number from 0
-        image_in_question: whether the one image that a question names is the image of its answer
-        resized_limits: the least and the most pixels that images were resized to, for box_format=resized_pixels
+        name: name of the data set in the ids of its samples; by default the name of ROOT's folder or file
+        box_format: format of the four numbers of a box, if the record's format does not define it
+        frame: frame of the boxes in photographs that EXIF rotates: "stored" (pixels as in the file) or "shown"
+            (upright). By default such photographs are rejected
+        images: folder to which the image names are relative; by default ROOT
+        task: name of the task for records without a field `task`; by default `name`
+        fields: field name of the format -> field name in the records: {prompt: problem, solution: bbox}
+        questions: wordings of questions about categories, with {} for the category; by default the project's wordings
+        categories: names of the categories, if records contain category numbers from 0
+        image_in_question: whether a question that names exactly one image means the image of its answer
+        resized_limits: smallest and largest number of pixels of the resized images, for box_format=resized_pixels
         follow_links: whether links in the image folder may lead out of it
         max_misfits: stop when a larger share of the boxes contradicts the box format
-        config: of a Hugging Face data set that has several
+        config: name of the configuration, for a Hugging Face data set with several
     """
 
     name: str = ""
@@ -64,9 +65,9 @@ class OwnData:
     config: str | None = None
 
     def problems(self) -> Problems:
-        """Every statement that cannot be."""
+        """The invalid statements, as messages."""
         problems, limits = Problems("own."), self.resized_limits
-        # The limits and the format need each other: either alone is a mistake.
+        # The limits and the format must be given together.
         needed = self.box_format == "resized_pixels"
         problems.require(
             needed == (limits is not None),
@@ -87,6 +88,6 @@ class OwnData:
         return problems
 
     def dataset_name(self, root: str | Path) -> str:
-        """`name`, or the last part of the data set's place: "kites" of /data/kites and of /data/kites.jsonl."""
+        """`name`, or the last part of the data set's path: "kites" of /data/kites and of /data/kites.jsonl."""
         path = Path(root)
         return self.name or (path.stem if path.is_file() else path.absolute().name)

@@ -1,7 +1,7 @@
-"""ms-swift's `objects`: phrases and boxes that stand where the tags <ref-object> and <bbox> are in the texts.
+"""ms-swift's `objects`: phrases and boxes that replace the tags <ref-object> and <bbox> in the texts.
 
-Its document is named in `forms.py`. An entry of `ref` fills the next <ref-object>, an entry of `bbox` the next <bbox>,
-over all turns of the record; the two lists are counted apart.
+`forms.py` names its documentation. Over all turns of a record, each entry of `ref` replaces the next <ref-object>, and
+each entry of `bbox` the next <bbox>. The two lists are counted separately.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from datamodules.importers.own_data.statement import Coordinates
 from datamodules.samples.sample import SampleError
 
 REF_TAG, BOX_TAG = "<ref-object>", "<bbox>"
-# The tokens by which Qwen2-VL marks a phrase; in an answer they tell the label of the box behind them.
+# The tokens with which Qwen2-VL marks a phrase. In an answer, the marked phrase is the label of the box after it.
 MARKED = "<|object_ref_start|>{}<|object_ref_end|>"
 
 
@@ -34,9 +34,9 @@ def fill_objects(
 
     Args:
         objects: {"ref": phrases, "bbox": boxes, "bbox_type": "real" or "norm1", "image_id": an image for each box}.
-        images: of the record.
-        pairs: (role, text) of each question and of the answer to it.
-        sample_id: for the errors.
+        images: images of the record.
+        pairs: (role, text) of each question and of its answer.
+        sample_id: id of the record, for the errors.
 
     Raises:
         SampleError: "bbox_type", "bbox_count", "ref_count", "image_id", "box_length" or "field_type".
@@ -51,10 +51,10 @@ def fill_objects(
     boxes = [
         json.dumps(read_numbers(box, sample_id)) for box in read_list(objects.get("bbox"), "objects.bbox", sample_id)
     ]
-    # A tag inside a phrase would be filled in its turn, and shift all entries after it.
+    # A tag inside a phrase would be replaced too, and shift all later entries.
     if tagged := [ref for ref in refs if any(tag in ref for tag in (REF_TAG, BOX_TAG, IMAGE_TAG))]:
         raise SampleError(sample_id, "ref_count", f"objects.ref holds a tag: {tagged[0]!r:.100}")
-    # 2. Tags and entries must agree in number over the whole record: else a box would land at another phrase.
+    # 2. The numbers of tags and entries must be equal over the whole record; otherwise a box would get another phrase.
     texts = [text if isinstance(text, str) else str(text) for pair in pairs for _, text in pair]
     for tag, values, rule in ((REF_TAG, refs, "ref_count"), (BOX_TAG, boxes, "bbox_count")):
         if (found := sum(text.count(tag) for text in texts)) != len(values):
@@ -73,15 +73,15 @@ def fill_objects(
 def _fill_tags(
     texts: Sequence[str], refs: Sequence[str], boxes: Sequence[str], ids: tuple[int, ...] | None
 ) -> Iterator[Exchange]:
-    """Exchanges of texts (question, answer, question, …) with phrases and boxes in the places of their tags."""
-    # `done` counts the boxes used so far; `label` is the last phrase asked for, also in an earlier turn.
+    """Make exchanges of texts (question, answer, question, …), with phrases and boxes in place of their tags."""
+    # `done` counts the boxes used so far; `label` is the last phrase of a question, also from an earlier turn.
     done, label = 0, ""
     refs_left, boxes_left = iter(refs), iter(boxes)
     for question, answer in zip(texts[::2], texts[1::2], strict=True):
         asked, given = question.count(BOX_TAG), answer.count(BOX_TAG)
         named = [next(refs_left) for _ in range(question.count(REF_TAG))]
         label = named[-1] if named else label
-        # Written as lists, the boxes are read like those of any other text, to the last digit.
+        # Boxes are written as lists, so that they are parsed exactly like boxes in any other text.
         question = _fill(_fill(question, REF_TAG, iter(named)), BOX_TAG, boxes_left)
         in_json = '"bbox_2d"' in answer or '"label"' in answer
         answer = _fill(answer, REF_TAG, (_in_answer(ref, in_json) for ref in refs_left))
@@ -93,7 +93,7 @@ def _fill_tags(
 
 
 def _in_answer(ref: str, in_json: bool) -> str:
-    """A phrase as it stands in an answer: as the text of a JSON string, or marked as the label of the next box."""
+    """A phrase in an answer: the text inside a JSON string, or marked as the label of the next box."""
     return json.dumps(ref, ensure_ascii=False)[1:-1] if in_json else MARKED.format(ref)
 
 

@@ -1,1 +1,1 @@
-"""How annotation files are read and checked, for every source."""
+"""Read and check annotation files, for every source."""

@@ -1,4 +1,4 @@
-"""COCO's annotation format, as far as RefCOCO, ODinW and V3Det use it, and single-image questions made from it.
+"""Read COCO's annotation format, as used by RefCOCO, ODinW and V3Det, and make single-image questions from it.
 
 {"images": [{"id", "file_name", "height", "width"}], "categories": [{"id", "name"}],
  "annotations": [{"id", "image_id", "category_id", "bbox": [x, y, width, height]}]}     pixels of the stored image
@@ -20,7 +20,7 @@ from datamodules.importers.reading.json_stream import stream_json
 from datamodules.samples.boxes import from_pixels_xywh, is_unit_xywh
 from datamodules.samples.sample import Sample, SampleError
 
-# Known fields, required and optional, by array. What a source adds it passes as `more`.
+# For each array, its required and optional fields. A source passes its additional fields as `more`.
 _REQUIRED: dict[str, dict[str, Kinds]] = {
     "images": {"id": (int, str), "file_name": str, "height": int, "width": int},
     "categories": {"id": int, "name": str},
@@ -33,7 +33,7 @@ _OPTIONAL: dict[str, dict[str, Kinds]] = {
 }
 _OTHER = ("info", "licenses")  # top-level keys without use here
 
-# The wordings of a question; which one is a function of the sample's id.
+# The wordings of a question. The sample's id decides which one is used.
 QUESTIONS = (
     "Locate this in the image: {}.",
     "Find {} in the image.",
@@ -43,11 +43,11 @@ QUESTIONS = (
 
 
 class Entry(NamedTuple):
-    """One question: everything but the image's bytes."""
+    """One question without the bytes of its image."""
 
     id: str
     task: str
-    image: str  # below the scan's image root
+    image: str  # relative to the scan's image root
     size: tuple[int, int]  # width, height in pixels
     box: Sequence[float]  # x, y, width, height in pixels
     phrase: str
@@ -68,15 +68,14 @@ class CocoFile:
     images: dict[int | str, tuple[str, tuple[int, int]]] = field(default_factory=dict)
     categories: dict[int, str] = field(default_factory=dict)
     annotations: list[Annotation] = field(default_factory=list)
-    ids: set[int | str] = field(default_factory=set)  # of annotations, where the file has them
+    ids: set[int | str] = field(default_factory=set)  # ids of annotations, if the file has them
 
 
 def read_coco(path: Path, schema: Schema, more: Mapping[str, Mapping[str, Kinds]] | None = None) -> CocoFile:
     """Read and check a file.
 
-    Raises ValueError for a field that is missing, unknown or of another type, for an id that two images, categories or
-    annotations have (which of the two is meant is not said), and for an annotation of an image or category that is not
-    listed.
+    Raises ValueError for a field that is missing, unknown or of another type, for two images, categories or annotations
+    with the same id, and for an annotation of an image or category that is not listed.
     """
     coco, counts = CocoFile(), Counter()
     for item in stream_json(path):
@@ -86,7 +85,7 @@ def read_coco(path: Path, schema: Schema, more: Mapping[str, Mapping[str, Kinds]
             continue
         where = f"{path.name}: {item.key}[{counts[item.key]}]"
         counts[item.key] += 1
-        # Checked while it is streamed: only the fields that are needed stay in memory.
+        # The file is checked while it is streamed; only the needed fields stay in memory.
         optional = _OPTIONAL[item.key] | dict((more or {}).get(item.key, {}))
         schema.check(item.key, item.value, where, _REQUIRED[item.key], optional)
         _keep(coco, item.key, item.value, where)
@@ -116,7 +115,7 @@ def _keep(coco: CocoFile, key: str, value: dict[str, Any], where: str) -> None:
         box = value["bbox"]
         if len(box) != 4 or not all(isinstance(number, int | float) for number in box):
             raise ValueError(f"{where}: field 'bbox' should be four numbers, found {box!r:.200}")
-        # The id is optional: without one, the position names the annotation in messages.
+        # The id is optional. Without it, messages name the position of the annotation.
         number = value.get("id", len(coco.annotations))
         if "id" in value:
             refuse_repeated(number, coco.ids, where)
@@ -128,16 +127,16 @@ def _keep(coco: CocoFile, key: str, value: dict[str, Any], where: str) -> None:
 def single_box_entries(
     coco: CocoFile, source: str, subset: str, skipped: Counter[str], folder: str = "", related: Mapping[int, Any] = {}
 ) -> list[Entry]:
-    """A question for each image and category with exactly one box there, in the order of the file's annotations.
+    """Make a question for each image and category with exactly one box, in the order of the file's annotations.
 
-    `related` maps a category to those that an image may not show beside it; `folder` stands before image names. What is
-    no question is counted in `skipped`.
+    `related` maps a category to other categories that must not be in the same image. `folder` is added before image
+    names. Skipped annotations are counted in `skipped`.
     """
     # 1. Boxes by image, then by category: [image][category] -> annotations.
     boxes: defaultdict[int | str, defaultdict[int, list[Annotation]]] = defaultdict(lambda: defaultdict(list))
     for annotation in coco.annotations:
         boxes[annotation.image][annotation.category].append(annotation)
-    # 2. A question needs one right answer: exactly one box, no crowd, and no related class beside it.
+    # 2. A question must have one right answer: exactly one box, no crowd, and no related category in the image.
     entries = []
     for image, by_category in boxes.items():
         name, size = coco.images[image]
@@ -153,7 +152,7 @@ def single_box_entries(
 
 
 def convert(source: str, entries: Sequence[Entry]) -> Iterator[Sample | SampleError]:
-    """One single-image question for each entry, or what is wrong with it."""
+    """Make a single-image sample or an error for each entry."""
     for entry in entries:
         try:
             yield _sample(source, Entry(*entry))
@@ -165,7 +164,7 @@ def _sample(source: str, entry: Entry) -> Sample:
     phrase = " ".join(entry.phrase.split()).rstrip(".?! ")
     if not phrase:
         raise SampleError(entry.id, "empty_phrase", f"{entry.phrase!r} names nothing")
-    # As pixels such a box would be a dot in the corner, and pass every other check.
+    # As pixels, such a box would be a dot in the corner and would pass every other check.
     if is_unit_xywh(entry.box, entry.size):
         detail = f"bbox={list(entry.box)} of {entry.size[0]}x{entry.size[1]} pixels is in 0-1, where COCO means pixels"
         raise SampleError(entry.id, "box_in_unit", detail)

@@ -1,4 +1,4 @@
-"""What a source's files really hold: checked field by field, counted, and reported before anything is written."""
+"""Check the fields of a source's records, count them, and report them before anything is written."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 Kinds = type | tuple[type, ...]
 NUMBER = (int, float)
-_NO_BOOL = (int, NUMBER, (int, str))  # Python's True is an int, JSON's is not a number
-REPORTED = 600  # characters of a first record in the printed report
-MOST_NAMES = 200  # different field names that are counted one by one: a file may use ids as names
+_NO_BOOL = (int, NUMBER, (int, str))  # in Python True is an int, in JSON it is not a number
+REPORTED = 600  # number of characters of a first record in the printed report
+MOST_NAMES = 200  # number of field names that are counted; there is a limit because a file may use ids as names
 
 
 class Schema:
     """Counts keys and values of records and keeps the first record of each kind.
 
-    A field that is missing, of another type, or unknown is a surprise: ValueError with the place, field and value.
-    `allow` names unknown fields that the user has looked at and admits.
+    A field that is missing, unknown or of another type raises ValueError with the position, the field and the value.
+    `allow` names unknown fields that the user accepts.
     """
 
     def __init__(self, allow: Sequence[str] = ()) -> None:
@@ -35,7 +35,7 @@ class Schema:
         required: Mapping[str, Kinds],
         optional: Mapping[str, Kinds] | None = None,
     ) -> None:
-        """Check one record of `kind`; `where` is its place in the file, for the message."""
+        """Check one record of `kind`; `where` is its position in the file, for the message."""
         if not isinstance(record, dict):
             raise ValueError(f"{where}: a record of {kind} is an object, found {record!r:.200}")
         for name, kinds in required.items():
@@ -50,12 +50,12 @@ class Schema:
                     f"{where}: unknown field {name!r} = {record[name]!r:.200}; if it does not matter, admit it by"
                     f" --allow '[{json.dumps(str(name))}]'"
                 )
-        # Counted after the check: a record with a surprise stops the import and is no part of the report.
+        # Counted after the check, because an unexpected field stops the import.
         self.keys[kind].update(record.keys())
         self.first.setdefault(kind, record)
 
     def tally(self, kind: str, record: Mapping[str, Any], known: Collection[str]) -> None:
-        """Count the fields of a record that any tool may have written: nothing is refused, unknown fields are shown."""
+        """Count the fields of a record without refusing any; for data of any tool. Unknown fields are shown."""
         for name in map(str, record):
             self._count_name(self.keys[kind], name)
             if name not in known:
@@ -96,7 +96,7 @@ def format_report(report: Mapping[str, Any]) -> str:
 
 
 def _plain(record: Any) -> Any:
-    """A record as JSON can hold it: dates and bytes of other libraries as texts, half characters as question marks."""
+    """Make a record valid for JSON: dates and bytes become texts, half surrogate pairs become question marks."""
     try:
         text = json.dumps(record, ensure_ascii=False, default=str)
     except (TypeError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Image files for shards: their bytes as they are, after a look at the header."""
+"""Read image files for shards. The bytes are not changed; only the headers are checked."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from datamodules.samples.sample import LoadedSample, Sample, SampleError
 
 
 def load_images(sample: Sample, image_root: Path, frame: Frame | None = None) -> LoadedSample:
-    """The sample with its files' bytes; nothing is decoded and nothing encoded again.
+    """The sample with the bytes of its image files. Nothing is decoded or encoded again.
 
-    `frame` is that in which the source measured its boxes, None where it is not known. Boxes of the stored pixels of a
-    photograph that EXIF turns become boxes of the image as it is shown; `extra["turned"]` then says how often.
+    `frame` is the frame of the source's boxes, or None if it is unknown. For a photograph that EXIF rotates, boxes of
+    stored pixels are converted to the image as shown; `extra["turned"]` counts these photographs.
 
     Raises SampleError: "missing_image"; the rules of `open_image` ("unreadable_image": the header is no image's);
-    "turned_image" (EXIF turns it when shown, and `frame` is None); "image_size" (not the width and height that
-    `extra["sizes"]`, the source's own, says its boxes are in).
+    "turned_image" (EXIF rotates the image, and `frame` is None); "image_size" (its size differs from `extra["sizes"]`,
+    the source's sizes of the annotated images).
     """
-    # 1. The files' bytes, and a look at each header.
+    # 1. The bytes of the files, and a check of each header.
     paths = [os.path.join(image_root, name) for name in sample.images]
     files = [read_image_file(path, sample.id) for path in paths]
     headers = read_headers(sample.id, paths, files, frame)
-    # 2. The annotation's sizes, compared in the frame of the boxes and then noted in the frame shown.
+    # 2. The annotated sizes are compared in the frame of the boxes, and then stored for the image as shown.
     sizes = list(sample.extra.get("sizes", [None] * len(sample.images)))
     for index, header in enumerate(headers):
         if sizes[index] is not None:
@@ -49,13 +49,13 @@ def read_headers(
     """The headers of a sample's image files.
 
     Args:
-        sample_id: of the sample, for the errors.
-        paths: of the files, for the errors.
+        sample_id: id of the sample, for the errors.
+        paths: paths of the files, for the errors.
         files: their bytes, or the open files.
-        frame: that in which boxes were measured, None where it is not known.
+        frame: the frame of the boxes; None if it is unknown.
 
     Raises:
-        SampleError: "turned_image" (EXIF turns it when shown, and `frame` is None), or a rule of `open_image`.
+        SampleError: "turned_image" (EXIF rotates the image, and `frame` is None), or a rule of `open_image`.
     """
     headers = []
     for path, file in zip(paths, files, strict=True):
@@ -70,8 +70,8 @@ def read_headers(
 
 
 def turn_upright(loaded: LoadedSample, headers: Sequence[Header], frame: Frame | None) -> LoadedSample:
-    """The sample with boxes of stored pixels (`frame` "stored") made boxes of the images as they are shown."""
-    # Orientation 1 is upright; 2-8 are the turns and flips of EXIF.
+    """The sample; if `frame` is "stored", its boxes are converted to the images as shown."""
+    # Orientation 1 is upright; 2 to 8 are EXIF's rotations and flips.
     turned = {index: header.orientation for index, header in enumerate(headers) if header.orientation != 1}
     if not turned or frame != "stored":
         return loaded

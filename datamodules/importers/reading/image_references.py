@@ -1,4 +1,4 @@
-"""Which image a text means, and the boxes that it writes, in the wording and markup of Migician's data.
+"""Find the images that a text names and the boxes in it, in the wording and markup of Migician's data.
 
 Boxes are `<|box_start|>(x1,y1),(x2,y2)<|box_end|>`, 0-1000; images are "the second image", "the 2th image", "image-2".
 """
@@ -20,12 +20,12 @@ _KIND = "(?:image|picture|frame|photo)"
 _ORDINAL = rf"{'|'.join(ORDINALS)}|\d+(?:st|nd|rd|th)"
 _IMAGE = re.compile(rf"\b(?:({_ORDINAL})\s+{_KIND}|{_KIND}[- ]?(\d+))\b", re.IGNORECASE)
 _LABEL = re.compile(r"<\|object_ref_start\|>(.*?)<\|object_ref_end\|>", re.DOTALL)
-_RELATIVE_1000 = ImageSizes(original=(1, 1), resized=(1, 1))  # this box format asks for no size
+_RELATIVE_1000 = ImageSizes(original=(1, 1), resized=(1, 1))  # this box format needs no sizes
 
 
 @dataclass(frozen=True)
 class Marked:
-    """A box of a text: unit xyxy of image `image`, written at `start` of the text."""
+    """A box (xyxy, 0-1) in image `image`, written at position `start` of the text."""
 
     image: int
     box: Box
@@ -33,7 +33,7 @@ class Marked:
 
 
 def named_images(text: str, num_images: int, sample_id: str) -> list[tuple[int, int]]:
-    """(place in the text, 0-based image) of each image that the text names. Raises SampleError "image_index"."""
+    """(position in the text, 0-based image) of each image that the text names. Raises SampleError "image_index"."""
     found = []
     for match in _IMAGE.finditer(text):
         word = (match[1] or match[2]).lower()
@@ -54,30 +54,32 @@ def bind(
     silent: int | None = None,
     in_order: bool = False,
 ) -> tuple[list[Marked], str]:
-    """The answer's boxes, each with its image, and what said which image that is.
+    """The boxes of the answer, each with its image, and the source that names the images.
 
-    "single": there is one image. "fixed": the task's answers are always in image `fixed`. "answer": the nearest image
-    named before the box. "order", for `in_order` alone: as many boxes as images, or as images after the first when the
-    question marks that one. "question": the image that it names last. "silent": image `silent`, when no word names one.
-    Raises SampleError "no_box"; "box_in_unit" for numbers of 0-1; "image_unknown" where nothing names an image: none is
-    guessed; "image_conflict" where the answer names another image than the one so found.
+    The sources are tried in this order. "single": there is one image. "fixed": the answers of the task are always in
+    image `fixed`. "answer": the nearest image named before the box. "order", only if `in_order`: there are equally many
+    boxes and images, or equally many boxes and images after the first if the question marks the first. "question": the
+    image that the question names last. "silent": image `silent`, if no image is named. Raises SampleError "no_box";
+    "box_in_unit" for numbers in 0-1; "image_unknown" if no source names an image, because it is never guessed;
+    "image_conflict" if the answer names another image than the one found.
     """
     matches = list(BOX.finditer(answer))
     if not matches:
         raise SampleError(sample_id, "no_box", f"the answer is {answer!r:.150}")
-    # 1. The surest sources: a single image, a fixed rule of the task, the answer's own words.
+    # 1. The most reliable sources: a single image, a fixed rule of the task, the words of the answer.
     named = named_images(answer, num_images, sample_id)
     images, source = _images(matches, named, num_images, fixed)
-    # 2. Tracking lists one box a frame. A box in the question marks the first frame, whose box is not answered.
+    # 2. Tracking lists one box per frame. If the question has a box, it marks the first frame, which is not in the
+    # answer.
     if not images and in_order and len(matches) > 1:
         first = 1 if BOX.search(question) else 0
         if len(matches) == num_images - first:
             images, source = list(range(first, num_images)), "order"
-    # 3. One box without words in the answer: the question's last named image, else the task's silent rule.
+    # 3. One box, and the answer names no image: the last image named in the question, or else the task's default.
     if not images and len(matches) == 1:
         asked = named_images(question, num_images, sample_id)
         images, source = ([asked[-1][1]], "question") if asked else ([silent], "silent")
-    # 4. What is unknown or contradicts itself is rejected, so that no wrong target is trained on.
+    # 4. Unknown and contradictory images are rejected, so that no wrong target is used in training.
     if not images or images[0] is None or max(images) >= num_images:
         raise SampleError(sample_id, "image_unknown", f"no image is named: {question[-100:]!r} -> {answer!r:.100}")
     if source != "answer" and not {image for _, image in named} <= set(images):
@@ -97,21 +99,22 @@ def _images(
         return [fixed] * len(matches), "fixed"
     if named and named[0][0] < matches[0].start():
         places = [place for place, _ in named]
-        # `named` is sorted by place: bisect gives the last image named before each box.
+        # `named` is sorted by position: bisect gives the last image named before each box.
         return [named[bisect_left(places, match.start()) - 1][1] for match in matches], "answer"
     return [], ""
 
 
 def label_before(text: str, end: int | None = None) -> str:
-    """The last phrase marked as an object before `end`; "" where there is none."""
+    """The last phrase marked as an object before `end`; "" if there is none."""
     found = _LABEL.findall(text[:end])
     return found[-1].strip() if found else ""
 
 
 def question_parts(question: str, num_images: int, sample_id: str, image_tag: str) -> list[dict[str, Any]]:
-    """A human turn as message parts: images where their tags are, or all first if it has none; boxes; the text between.
+    """Split a human turn into message parts: images at their tags (or all first if there are no tags), boxes, and
+    texts.
 
-    A box in a question is in the nearest image named before it, else in the first.
+    A box in a question belongs to the nearest image named before it, or else to the first image.
     """
     pieces = question.split(image_tag)
     parts: list[dict[str, Any]] = []
@@ -120,7 +123,7 @@ def question_parts(question: str, num_images: int, sample_id: str, image_tag: st
     for number, piece in enumerate(pieces):
         if number:
             parts.append({"type": "image", "image": number - 1})
-            piece = piece.removeprefix("\n")  # belongs to the tag
+            piece = piece.removeprefix("\n")  # the line break belongs to the tag
         done = 0
         named = named_images(piece, num_images, sample_id) if BOX.search(piece) else []
         for match in BOX.finditer(piece):

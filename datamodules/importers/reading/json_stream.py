@@ -1,4 +1,4 @@
-"""JSON files larger than memory, read one array item at a time."""
+"""Read JSON files larger than memory, one array item at a time."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-BOM = b"\xef\xbb\xbf"  # that some editors write before UTF-8
+BOM = b"\xef\xbb\xbf"  # some editors write it before UTF-8 text
 CHUNK = 1 << 20  # bytes read at a time
-MAX_ITEM = 1 << 27  # bytes of one item; a broken file would else be read whole before it is called broken
-LONGEST_CUT = 2  # characters after a number that may yet belong to it: "e-". More is something else, a fault
+# largest size of one item in bytes; without it, a broken file would be read completely before the error
+MAX_ITEM = 1 << 27
+LONGEST_CUT = 2  # number of characters after a number that may belong to it, such as "e-"; more characters are an error
 _BLANK = re.compile(r"[ \t\n\r]*")
-_ENDS = frozenset(",:]} \t\n\r")  # what may follow a value
+_ENDS = frozenset(",:]} \t\n\r")  # characters that may follow a value
 _DECODER = json.JSONDecoder()
 
 
 @dataclass(frozen=True)
 class Item:
-    """`value`, which lies in bytes start to end of the file, under the top-level `key` ("" in a top-level list)."""
+    """A value in the bytes `start` to `end` of the file. `key` is its top-level key ("" in a top-level list)."""
 
     key: str
     value: Any
@@ -29,9 +30,11 @@ class Item:
 
 
 def stream_json(path: str | Path) -> Iterator[Item]:
-    """The items of a top-level list; of a top-level object, those of each array in it, and each other value whole.
+    """Yields the items of a top-level list.
 
-    Memory holds one item and a few chunks. Raises ValueError, naming the byte, for a file that is not such JSON.
+    For a top-level object: the items of each array in it, and every other value.
+
+    Memory holds one item and a few chunks. Raises ValueError that names the byte if the file is not such JSON.
     """
     with Path(path).open("rb") as file:
         skipped = len(BOM) if file.read(len(BOM)) == BOM else 0
@@ -40,9 +43,10 @@ def stream_json(path: str | Path) -> Iterator[Item]:
 
 
 class _Stream:
-    """A window on the file, as latin-1: one character a byte, so that places in it are places in the file.
+    """A window on the file, decoded as latin-1. One character is one byte, so positions are positions in the file.
 
-    JSON's own characters are ASCII, so the structure reads the same; a value with others is decoded again from bytes.
+    The syntax of JSON is ASCII, so the structure is read correctly. A value with other characters is decoded again from
+    its bytes.
     """
 
     def __init__(self, file: Any, path: str | Path, base: int = 0) -> None:
@@ -57,13 +61,13 @@ class _Stream:
             yield from self.array("")
         else:
             yield from self.members()
-        # Anything behind the top-level value means a broken or joined file.
+        # More content after the top-level value means that the file is broken or joined.
         if self.peek():
             raise self.fault("the end of the file")
 
     def members(self) -> Iterator[Item]:
         for _ in self.entries("}"):
-            # A member: key, colon, then an array that is streamed or any other value whole.
+            # A member: key, colon, and an array (streamed) or another value (read at once).
             key = self.value("").value
             if not isinstance(key, str) or self.peek() != ":":
                 raise self.fault("a key and a colon")
@@ -78,7 +82,7 @@ class _Stream:
             yield self.value(key)
 
     def entries(self, closing: str) -> Iterator[None]:
-        """Step over an opening bracket, stop at the beginning of each entry, and step over `closing`."""
+        """Skip an opening bracket, stop at the beginning of each entry, and skip `closing`."""
         self.place += 1
         if self.peek() == closing:
             self.place += 1
@@ -88,7 +92,7 @@ class _Stream:
             yield
 
     def separator(self, closing: str) -> bool:
-        """Step over a comma, or over `closing`, which ends the container: then True."""
+        """Skip a comma, or skip `closing`; returns True after `closing`."""
         found = self.peek()
         if found not in (",", closing) or not found:
             raise self.fault(f"a comma or {closing}")
@@ -96,7 +100,7 @@ class _Stream:
         return found == closing
 
     def peek(self) -> str:
-        """The next character that is not blank, which `place` then points at; "" at the end of the file."""
+        """Move `place` to the next non-blank character and return it; "" at the end of the file."""
         while True:
             self.place = _BLANK.match(self.text, self.place).end()
             if self.place < len(self.text) or not self.more():
@@ -107,16 +111,16 @@ class _Stream:
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.place)
-                # Else it may be a number that goes on behind the window's edge: "1", "1." of 1.5.
+                # Otherwise it may be a number that continues after the window, such as "1" or "1." of 1.5.
                 whole = self.text[end : end + 1] in _ENDS or len(self.text) - end > LONGEST_CUT
                 if whole or not self.more():
                     break
-            except ValueError:  # broken, or cut by the window's edge
+            except ValueError:  # broken, or cut at the end of the window
                 if len(self.text) - self.place > MAX_ITEM or not self.more():
                     raise self.fault("a JSON value") from None
             except RecursionError:
                 raise self.fault("a value of less depth") from None
-        # The window is latin-1: a text with other characters was misread and is decoded again as UTF-8.
+        # The window is latin-1, so a text with other characters is decoded again as UTF-8.
         start, piece = self.place, self.text[self.place : end]
         if not piece.isascii():
             value = self.redecode(piece)
@@ -130,8 +134,8 @@ class _Stream:
             raise ValueError(f"{self.path}, byte {self.base + self.place}: not UTF-8: {error}") from error
 
     def more(self) -> bool:
-        """Widen the window by what it holds still unread, at least a chunk; False at the end of the file."""
-        # Reading at least as much as is left doubles the window: a long item costs linear time, not quadratic.
+        """Extend the window by its unread length, at least by one chunk; returns False at the end of the file."""
+        # This doubles the window, so a long item needs linear time instead of quadratic time.
         rest = self.text[self.place :]
         read = b"" if self.ended else self.file.read(max(CHUNK, len(rest)))
         self.ended = not read

@@ -1,4 +1,4 @@
-"""What a source hands to the import: its records by subset, and how a record becomes samples."""
+"""The interface between a source and the import: records by subset, and a function that converts records to samples."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from datamodules.images.image_files import Frame
 from datamodules.persistence.user_error import UserError
 from datamodules.samples.sample import LoadedSample, Sample, SampleError
 
-# Entries -> what became of each of their samples, in order. It runs in other processes, so it must be picklable. A
-# LoadedSample brings its images along, already checked and turned upright.
+# Entries -> a result for each sample, in order. It runs in other processes, so it must be picklable. A LoadedSample
+# contains its images, already checked and upright.
 Convert = Callable[[Sequence[Any]], Iterator[Sample | LoadedSample | SampleError]]
 
 
-MAX_DEPTH = 3  # folders below ROOT in which files of your own data are looked for
+MAX_DEPTH = 3  # levels below ROOT in which files of the user's own data are searched
 
 
 class DataError(UserError, ValueError):
-    """A source's files, or what the user says of them, cannot be imported: a command prints the message alone."""
+    """The files of a source, or the user's statements about them, cannot be imported. Commands print only the message."""
 
 
 def find_files(root: Path, pattern: str) -> list[Path]:
-    """`root` itself if it is a file, else the files below it that match and are not hidden, sorted."""
+    """`root` itself if it is a file; otherwise the matching files below it that are not hidden, sorted."""
     if root.is_file():
         return [root]
     found = (path for depth in range(MAX_DEPTH) for path in root.glob("*/" * depth + pattern))
@@ -33,7 +33,7 @@ def find_files(root: Path, pattern: str) -> list[Path]:
 
 
 def name_record(error: SampleError, record: Any) -> SampleError:
-    """The error with the record's own id, by which its authors know it; as it is where `record` is no id."""
+    """Add the record's own id to the error. Without a valid id in `record`, the error is not changed."""
     if not isinstance(record, str | int) or isinstance(record, bool):
         return error
     return SampleError(error.sample_id, error.rule, f"record {str(record)[:80]!r}: {error.detail}")
@@ -41,12 +41,12 @@ def name_record(error: SampleError, record: Any) -> SampleError:
 
 @dataclass(frozen=True)
 class Scan:
-    """A source's annotation files, read and checked before an image is touched.
+    """The content of a source's annotation files, read and checked before any image is read.
 
-    `subsets` has for each subset one small picklable entry a record, in file order; `image_root` is where the samples'
-    image names begin; `report` is `Schema.report()`, `skipped` how many records are no questions of this kind, and why.
-    `frame` says in which pixels boxes of a photograph that EXIF turns were measured: as stored, or as shown. None where
-    nothing says which: questions on such photographs are rejected.
+    `subsets` has for each subset one small picklable entry per record, in file order. `image_root` is the folder to
+    which image names are relative. `report` is `Schema.report()`. `skipped` counts records that are not questions, by
+    reason. `frame` is the frame of the boxes in photographs that EXIF rotates: stored, or shown. If it is None,
+    questions on such photographs are rejected.
     """
 
     subsets: dict[str, Sequence[Any]]
@@ -58,11 +58,12 @@ class Scan:
 
 
 class Spans(Sequence):
-    """Rows of `width` integers in 8 bytes each: the places (start, end) of records in a file too large to keep."""
+    """Rows of `width` integers of 8 bytes, such as the positions (start, end) of records in a large file."""
 
     def __init__(self, width: int = 2) -> None:
         self.width = width
-        # "q" is a signed 64-bit integer: files are larger than 4 GB, and an array has no object for each number.
+        # "q" is a signed 64-bit integer, because files may be larger than 4 GB. An array needs no object for each
+        # number.
         self.numbers = array("q")
 
     def append(self, *row: int) -> None:
