@@ -30,7 +30,7 @@ NUM_MEASURED = 8  # samples that are encoded in advance to measure the usual siz
 
 
 def encode_for_training(encoder: Encoder, loaded: LoadedSample) -> EncodedSample:
-    """Encode a sample that training can use. CoT-SFT writes the answer's box and GRPO rewards it, so there must be one.
+    """Encode a sample that training can use. Both CoT-SFT and GRPO need an answer with a box.
 
     Raises:
         SampleError: with the rule "no_box_answer", or with a rule of `Encoder.encode`.
@@ -40,10 +40,10 @@ def encode_for_training(encoder: Encoder, loaded: LoadedSample) -> EncodedSample
 
 
 class MultiImageData(LightningDataModule):
-    """Training batches from shards, on this machine or remote.
+    """Training batches from local or remote shards.
 
-    The LightningModule calls `mark_trained(batch)` when it has used a batch. A run that resumes from a checkpoint goes
-    on with the batch after the last one that was marked.
+    The LightningModule calls `mark_trained(batch)` when it has used a batch. A run that resumes from a checkpoint
+    continues with the batch after the last marked batch.
 
     Args:
         shards: a source of shards (a folder, a brace list, a URL, a command: `streaming/shard_sources.py`), a list of
@@ -154,9 +154,9 @@ class MultiImageData(LightningDataModule):
         return workers.failure(error) if workers is not None else None
 
     def mark_trained(self, batch: Batch) -> dict[str, float]:
-        """Record that `batch` has been used: `state_dict` now says that training goes on after it.
+        """Record that `batch` has been used: `state_dict` now contains the position after it.
 
-        Returns metrics of the data so far: of weighted sources, the realised share of each.
+        Returns metrics of the data: the actual share of each weighted source so far.
         """
         assert self._loader is not None, "the batch does not come from train_dataloader"
         self._loader.mark_trained(batch)
@@ -165,7 +165,8 @@ class MultiImageData(LightningDataModule):
     def reorder(self, number: int) -> None:
         """Continue with order `number` of the samples; the run begins with order 0.
 
-        After a rollback, other samples come than those that led to the collapse. Samples of this epoch may come twice.
+        It is used after a rollback, so that the samples differ from those that led to the collapse. Samples of this
+        epoch may be repeated.
         """
         assert self._loader is not None, "there is no train_dataloader yet"
         self._loader.stream.reorder(number)
@@ -175,7 +176,7 @@ class MultiImageData(LightningDataModule):
         return self._loader.state_dict() if self._loader is not None else self._state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to the position that a checkpoint holds. Lightning may call this before or after the loader is made."""
+        """Go to the position in a checkpoint. Lightning may call this before or after the loader is made."""
         self._state = state_dict
         if self._loader is not None:
             self._loader.load_state_dict(state_dict)
@@ -186,13 +187,13 @@ class MultiImageData(LightningDataModule):
             self._loader.report()
 
     def shard_reader(self) -> ShardReader:
-        """A reader of all sources, by the number of a sample.
+        """A reader of all sources, indexed by the number of a sample.
 
         Raises:
             ValueError: a source or its manifest is not usable.
             FetchError: a manifest cannot be fetched.
         """
-        ranks = getattr(self.trainer, "num_devices", 1) if self.trainer else 1  # of this machine: they fill one cache
+        ranks = getattr(self.trainer, "num_devices", 1) if self.trainer else 1  # ranks on this machine share one cache
         cache = CacheSettings(self.cache, self.cache_gib, sharers=ranks)
         return ShardReader(self.shards, self.verify_shards, cache=cache)
 

@@ -1,1 +1,1 @@
-"""Samples on disk, the order of training, and a position in it."""
+"""Read and write shards of samples, and define the order and the position of training."""

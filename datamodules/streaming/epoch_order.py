@@ -1,7 +1,7 @@
-"""The order in which one rank reads an epoch's samples: a pure function of seed, epoch, rank and number of ranks.
+"""The order in which a rank reads the samples of an epoch: a pure function of seed, epoch, rank and number of ranks.
 
-It is computed on sample numbers alone, before anything is read. So the position in an epoch is one number, and resuming
-reads nothing of what it skips.
+The order is computed from sample numbers, before any sample is read. So the position in an epoch is one number, and
+resuming does not read the skipped samples.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ Order = Literal["buffer", "block"]
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """The walk of one rank over the samples of each epoch.
+    """The order of samples of one rank in each epoch.
 
-    Shards are shuffled by (seed, epoch) and their samples laid in a row, turned by a random offset; each rank takes an
-    equal stretch of it (`count % world_size` samples are left out, others in each epoch) and shuffles that.
+    The shards are shuffled with (seed, epoch), and their samples are concatenated and rotated by a random offset. Each
+    rank takes a contiguous part of equal length and shuffles it. `count % world_size` samples are skipped, other ones
+    in each epoch.
 
-    With `weights`, each source has an order of its own, epoch after epoch of it, and gives its weight's share of the
-    slots, which they take in a fixed pattern: after any number of slots the shares are exact to within a few samples.
+    With `weights`, each source has its own order, over as many of its own epochs as needed. The sources alternate in a
+    fixed pattern, so that after any number of samples each source has its weight's share, within a few samples.
 
     Args:
-        starts: numbers of each shard's first sample, and of all samples behind the last. [number of shards + 1]
-        seed: of the shuffles, with the epoch and the rank.
+        starts: [number of shards + 1], the number of each shard's first sample, and the total number of samples.
+        seed: seed of the shuffles, together with the epoch and the rank.
         rank, world_size: this process, and the number of processes that divide the samples.
-        shuffle_buffer: "buffer" draws the next sample at random out of so many; "block" shuffles each run of so many
-            samples, which needs the shards of one block at a time.
-        order: which of the two.
-        weights: share of each source, with a sum of 1; None reads the sources as one. [number of sources]
-        spans: number of shards of each source; needed with weights. [number of sources]
-        variant: 0, or the number of another order of everything (`ShardStream.reorder`).
+        shuffle_buffer: size of the buffer from which "buffer" draws the next sample at random, or of the blocks that
+            "block" shuffles. With "block", only the shards of one block are needed at a time.
+        order: "buffer" or "block".
+        weights: [number of sources], the share of each source, with sum 1; None joins all sources.
+        spans: [number of sources], the number of shards of each source; needed with `weights`.
+        variant: number of the order; 0 is the first one (`ShardStream.reorder`).
     """
 
     starts: Sequence[int]
@@ -51,27 +52,27 @@ class EpochOrder:
 
     @property
     def num_samples(self) -> int:
-        """Of this rank in an epoch."""
+        """Number of samples of this rank in an epoch."""
         return self.starts[-1] // self.world_size
 
     def numbers(self, epoch: int) -> list[int]:
-        """The sample numbers of this rank in `epoch`. [num_samples]"""
+        """The sample numbers of this rank in `epoch`: [num_samples]."""
         seed = f"{self.seed}+{self.variant}" if self.variant else f"{self.seed}"
         if self.weights is None:
             return self._plain(self.starts, seed, epoch)
         return self._mixed(seed, epoch)
 
     def source_starts(self) -> list[int]:
-        """Numbers of each source's first sample, and of all samples behind the last. [number of sources + 1]"""
+        """[number of sources + 1]: the number of each source's first sample, and the total number of samples."""
         return [self.starts[shard] for shard in accumulate(self.spans, initial=0)]
 
     def _plain(self, starts: Sequence[int], seed: str, epoch: int) -> list[int]:
-        # The row of all ranks.
+        # The concatenated samples of all ranks.
         rng = random.Random(f"{seed}/{epoch}")
         shards = list(range(len(starts) - 1))
         rng.shuffle(shards)
         row = [number for shard in shards for number in range(starts[shard], starts[shard + 1])]
-        # This rank's stretch of it.
+        # The part of this rank.
         num_samples = len(row) // self.world_size
         first = rng.randrange(len(row)) + self.rank * num_samples
         mine = (row[(first + k) % len(row)] for k in range(num_samples))
@@ -84,7 +85,7 @@ class EpochOrder:
         numbers = np.empty(self.num_samples, np.int64)
         ends = list(accumulate(self.spans))
         for source, end in enumerate(ends):
-            # Every epoch takes as many of a source: its walk goes on where the last epoch's has ended.
+            # Every epoch takes the same number of samples from a source, and continues after the last epoch's samples.
             starts = self.starts[end - self.spans[source] : end + 1]
             places = np.flatnonzero(slots == source)
             walk = self._walk(starts, f"{seed}/{source}", epoch * len(places), len(places))
@@ -92,19 +93,19 @@ class EpochOrder:
         return numbers.tolist()
 
     def _sources(self, length: int) -> np.ndarray:
-        """The source of each slot. [length]
+        """The source of each slot: [length].
 
-        Source s gives its k-th sample at the time (k + 1/2) / weight, on a clock that ticks once a slot. So by the
-        time t it has given weight * t of them, rounded.
+        Source s gives its k-th sample at the time (k + 1/2) / weight, where one slot is one unit of time. So until time
+        t, it gives round(weight * t) samples.
         """
         assert self.weights is not None
-        counts = [int(weight * length) + len(self.weights) + 2 for weight in self.weights]  # more than are taken
+        counts = [int(weight * length) + len(self.weights) + 2 for weight in self.weights]  # more than needed
         times = [(np.arange(count) + 0.5) / weight for count, weight in zip(counts, self.weights, strict=True)]
         sources = np.repeat(np.arange(len(counts)), counts)
         return sources[np.argsort(np.concatenate(times), kind="stable")[:length]]
 
     def _walk(self, starts: Sequence[int], seed: str, first: int, length: int) -> Iterator[int]:
-        """`length` samples of one source from the `first`-th of its own epochs' walks on."""
+        """`length` samples of one source, from position `first` in its endless order."""
         per_epoch = (starts[-1] - starts[0]) // self.world_size
         while length > 0:
             epoch, place = divmod(first, per_epoch)
@@ -113,7 +114,7 @@ class EpochOrder:
             first, length = first + len(taken), length - len(taken)
 
     def reordered(self, variant: int) -> EpochOrder:
-        """Another order of every epoch, the `variant`-th; 0 is the first."""
+        """Change the order of every epoch to number `variant`; 0 is the first one."""
         return replace(self, variant=variant)
 
 

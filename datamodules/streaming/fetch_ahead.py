@@ -1,4 +1,4 @@
-"""Remote shards fetched before they are read, by a thread that follows the order of reading."""
+"""Download remote shards before they are read, in a thread that follows the order of reading."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from datamodules.streaming.url_openers import FetchError
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.05  # between two looks at the place of reading, where all that has room is fetched
-LOOK_SECONDS = 5.0  # between two looks at the shards that wait
-AGAIN_SECONDS = 30.0  # before a shard that cannot be fetched is tried again; whoever needs it fetches it himself
+POLL_SECONDS = 0.05  # time between two checks of the reading position while there is no room for further downloads
+LOOK_SECONDS = 5.0  # time between two checks of the shards that are downloaded but not yet read
+AGAIN_SECONDS = 30.0  # time before a failed download is tried again; a reader that needs the shard downloads it itself
 
 
 class Upcoming(NamedTuple):
-    """A shard, and the place in the order of reading at which it is first needed."""
+    """A shard, and the position in the order of reading at which it is first needed."""
 
     place: int
     location: str
@@ -27,25 +27,27 @@ class Upcoming(NamedTuple):
 
 
 class FetchAhead:
-    """`with FetchAhead(fetch, upcoming, most_bytes) as ahead`: shards are fetched while `ahead.reached(place)` goes on.
+    """`with FetchAhead(fetch, upcoming, most_bytes) as ahead`: downloads shards in advance.
 
-    An error of a fetch is not raised here: the reader meets the same shard, and its own error, in its place.
+    The reader reports its position with `ahead.reached(place)`. An error of a download is not raised here. The reader
+    needs the same shard and raises its own error.
 
     Args:
-        fetch: has a shard, by its location, on this machine when it returns.
-        upcoming: the shards in the order of their first need; asked for one after the other, by the thread.
-        most_bytes: of shards that are fetched and not yet reached. One is fetched in any case.
+        fetch: downloads the shard at a location; the shard is on this machine when it returns.
+        upcoming: yields the shards in the order of their first need; the thread reads it one by one.
+        most_bytes: largest number of bytes of shards that are downloaded but not yet read. At least one shard is
+            downloaded.
     """
 
     def __init__(self, fetch: Callable[[str], object], upcoming: Iterable[Upcoming], most_bytes: int) -> None:
         self._fetch, self._upcoming, self._most_bytes = fetch, iter(upcoming), most_bytes
         self._place = -1
         self._stop = threading.Event()
-        self._waiting: deque[Upcoming] = deque()  # fetched, not yet reached
+        self._waiting: deque[Upcoming] = deque()  # downloaded, not yet read
 
     def __enter__(self) -> FetchAhead:
-        # A daemon, and never waited for: the end of a run, or of an epoch, does not wait for a download. Its lock goes
-        # with the process, and what it has fetched stays.
+        # A daemon thread that is never joined, so that the end of an epoch or of the run does not wait for a download.
+        # Its lock ends with the process, and the partial download stays.
         threading.Thread(target=self._run, name="fetch_ahead", daemon=True).start()
         return self
 
@@ -53,12 +55,12 @@ class FetchAhead:
         self._stop.set()
 
     def reached(self, place: int) -> None:
-        """The reader is at this place: shards first needed here or before count as read."""
+        """Report the position of the reader. Shards that are first needed here or earlier count as read."""
         self._place = place
 
     def waiting(self) -> set[str]:
-        """Locations of the shards that are fetched and not yet reached: the last ones that should make room."""
-        return {shard.location for shard in tuple(self._waiting)}  # copied at once: the thread changes it
+        """Locations of the shards that are downloaded but not yet read. The cache removes them last."""
+        return {shard.location for shard in tuple(self._waiting)}  # copied first, because the thread changes it
 
     def _run(self) -> None:
         waiting, following = self._waiting, next(self._upcoming, None)
@@ -72,7 +74,8 @@ class FetchAhead:
                     waiting.append(following)
                     following = next(self._upcoming, None)
             elif time.monotonic() - looked > LOOK_SECONDS:
-                for shard in waiting:  # a look counts as a use: what is needed soon is not the first to make room
+                # this check counts as a use, so that the cache does not remove shards that are needed soon
+                for shard in waiting:
                     self._has(shard)
                 looked = time.monotonic()
             else:

@@ -1,10 +1,10 @@
-"""The manifest of a folder of shards: its tars, and their content.
+"""The manifest of a folder of shards: the list of its tar files, and their content.
 
     {"version": 1, "count": 2000, "shards": [
         {"name": "shard-00000.tar", "count": 1000, "bytes": 219340800, "sha256": "9f…", "tasks": {"diff": 1000}}, …]}
 
-Anybody may have written or damaged the file: every field is checked before any is used. The names are relative names of
-files: none leads out of the manifest's folder, to another host, or to a command.
+The file may be damaged or come from an untrusted source, so every field is checked before it is used. Names must be
+relative file names; they cannot lead out of the manifest's folder, to another host, or to a command.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from datamodules.streaming.url_openers import Refused, open_url, read_some, retr
 
 MANIFEST = "manifest.json"
 VERSION = 1
-MOST = 2**53  # of any count or size: no shard is larger, and every JSON reader holds such a number exactly
-LARGEST = 1 << 28  # bytes of a manifest that is fetched: half a million shards
-TRIES = 3  # attempts to fetch a manifest, before anything is computed: somebody waits for the answer
+MOST = 2**53  # largest count or size; every JSON parser represents it exactly
+LARGEST = 1 << 28  # largest size of a downloaded manifest in bytes, enough for half a million shards
+TRIES = 3  # attempts to download a manifest; few, because the user is waiting
 CURE = "Write these shards again, or copy the whole folder again from where it is sound"
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*")
@@ -33,19 +33,20 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def write_manifest(folder: str | Path, shards: Sequence[Mapping[str, Any]]) -> None:
-    """Declare the folder's shards finished. An entry is a `ShardFile.entry`; its name may lead into a subfolder."""
+    """Write the manifest of a finished folder. An entry is a `ShardFile.entry`; its name may include a subfolder."""
     manifest = {"version": VERSION, "count": sum(shard["count"] for shard in shards), "shards": list(shards)}
     write_atomic(Path(folder) / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The checked manifest of a folder or of a URL in the place of one (`in_folder`).
+    """The checked manifest of a folder, or of a URL that stands for a folder (`in_folder`).
 
     {"version", "count", "shards": [{"name", "count", "bytes", "sha256", "tasks": {task: count}}]}
 
     Raises:
-        ValueError: there is no manifest, or it cannot be right; the message names file, place, value and cure.
-        FetchError: it cannot be fetched.
+        ValueError: there is no manifest, or it is invalid. The message names the file, the field, the value and the
+            fix.
+        FetchError: the manifest cannot be downloaded.
     """
     path = in_folder(folder, MANIFEST)
     try:
@@ -60,7 +61,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def manifest_bytes(folder: str | Path) -> bytes | None:
-    """The manifest as it is, unchecked; None where there is no such file."""
+    """The unchecked manifest; None if there is no such file."""
     if is_remote(folder):
         return _fetched(in_folder(folder, MANIFEST))
     path = Path(in_folder(folder, MANIFEST))
@@ -69,7 +70,10 @@ def manifest_bytes(folder: str | Path) -> bytes | None:
 
 @functools.lru_cache(maxsize=64)
 def _fetched(url: str) -> bytes:
-    """All readers of a process get the same manifest, whatever happens at the server meanwhile."""
+    """Download a manifest.
+
+    It is cached, so that all readers of a process get the same manifest even if it changes on the server.
+    """
 
     def attempt() -> bytes:
         parts, size = [], 0
@@ -85,16 +89,16 @@ def _fetched(url: str) -> bytes:
 
 
 def is_remote(location: str | Path) -> bool:
-    """Whether it is a URL or a command, and not a path of this machine."""
+    """Whether it is a URL or a command, and not a local path."""
     return isinstance(location, str) and scheme_of(location) not in (None, "file")
 
 
 def in_folder(folder: str | Path, name: str) -> str:
-    """The place of a file of a folder: a path, a URL, or a command in which the name takes the place of {}."""
+    """The location of a file in a folder: a path, a URL, or a command in which {} is replaced by the name."""
     folder = str(folder)
     scheme = scheme_of(folder)
     if scheme == "pipe":
-        # The name comes from a manifest, which another may have written, and goes to a shell.
+        # The name comes from a manifest, which may be untrusted, and is passed to a shell.
         if not _SAFE_NAME.fullmatch(name):
             raise ValueError(f"{_brief(name)} cannot be fetched by a command: a shell may read it as more than a name")
         return folder.replace("{}", name)
@@ -106,14 +110,14 @@ def in_folder(folder: str | Path, name: str) -> str:
 
 
 def local_path(location: str | Path) -> Path:
-    """The path of file:///…, or of a path."""
+    """The path in file:///…, or the path itself."""
     text = str(location)
     is_url = scheme_of(text) == "file"
     return Path(urllib.parse.unquote(urllib.parse.urlsplit(text).path) if is_url else text)
 
 
 def name_fault(name: object) -> str | None:
-    """Why a shard may not have this name; None for the name of a file in the manifest's folder or below it."""
+    """The reason why a shard must not have this name; None for a file in or below the manifest's folder."""
     if not isinstance(name, str):
         return "is no text"
     parts = name.split("/")
@@ -129,7 +133,9 @@ def name_fault(name: object) -> str | None:
 
 
 def _parse(data: bytes) -> Any:
-    """Strict JSON: neither NaN nor Infinity, and no key twice in an object, of which a reader would take the last."""
+    """Decode strict JSON: without NaN and Infinity, and without repeated keys, of which Python would silently take the
+    last.
+    """
     return json.loads(data.decode(), object_pairs_hook=unique_keys, parse_constant=refuse_constant)
 
 
@@ -140,7 +146,7 @@ def _reason(error: Exception) -> str:
 
 
 class _Check:
-    """Checks one manifest; every failure is a ValueError that names the file and the place."""
+    """Checks one manifest; every error is a ValueError that names the file and the field."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -194,7 +200,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _brief(value: Any) -> str:
-    """A short repr on one line; Python refuses to print integers of more than 4,300 digits, or nested without end."""
+    """A short repr on one line; Python refuses to print integers of more than 4,300 digits, or very deep nesting."""
     try:
         text = ascii(value)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""A hash of what lies at a path: files, a shard folder, or a model folder, by content."""
+"""Hash the content of a path: a file, a folder of shards, or a model folder."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from datamodules.streaming.shard_sources import is_brace_list, read_shards
 
 
 def path_fingerprint(path: str | Path) -> str:
-    """Hash of a file, a source of shards or a model folder by content, of anything else (a Hub name) by name.
+    """Hash of the content of a file, a source of shards or a model folder.
 
-    For shards the manifest is hashed, which holds every shard's hash, and those that differ from it. A remote folder
-    has the hash of a copy of it on this machine.
+    For any other name (a Hub name), the name is hashed.
 
-    Raises ValueError and FetchError, as `read_shards`, where a remote manifest cannot be read.
+    For shards, the manifest is hashed, because it contains the hash of every shard; shards that differ from it are
+    added. A remote folder and a local copy of it have the same hash.
+
+    Raises ValueError and FetchError, as `read_shards` does, if a remote manifest cannot be read.
     """
     if is_brace_list(path):
         entries = [(shard.name, shard.sha256[:16]) for shard in read_shards(path)]

@@ -1,4 +1,4 @@
-"""Values made ahead of their use, by a thread."""
+"""Compute values in a thread before they are used."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ _END = object()
 
 
 def prefetch(values: Iterable[T], num_ahead: int) -> Iterator[T]:
-    """The same values in the same order, of which a thread makes up to `num_ahead` before they are asked for.
+    """Yields the same values in the same order. A thread computes up to `num_ahead` of them in advance.
 
-    The thread starts with the first value that is asked for. It ends with the last one, with an error of `values`
-    (raised here, with its traceback), and when this iterator is closed or collected, which waits for a value half made.
+    The thread starts at the first `next`. It ends after the last value, after an error in `values` (which is raised
+    here with its traceback), and when this iterator is closed or garbage-collected. Closing waits until the current
+    value is finished.
     """
     source = iter(values)
-    # The thread never waits for room: it is given a task for each place that is free. So it cannot hold up an exit.
+    # The thread gets one task for each free place in the queue. So it never blocks on a full queue, and cannot delay
+    # the exit.
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch", initializer=_compute_alone)
     thread = pool.submit(threading.current_thread).result()
     try:
@@ -35,14 +37,15 @@ def prefetch(values: Iterable[T], num_ahead: int) -> Iterator[T]:
 
 
 def _compute_alone() -> None:
-    """Let PyTorch's operations in this thread, a new one, take no further thread.
+    """Let PyTorch's operations in this new thread use no further threads.
 
-    With OpenMP each thread has helpers of its own. Once there are more in all than cores, idle ones sleep instead of
-    waiting awake, also those of the training thread, which then has to wake them for every operation.
+    OpenMP creates a pool of worker threads for each thread. If all pools together have more threads than there are
+    cores, idle workers sleep instead of spinning. Then the training thread would have to wake its workers for every
+    operation.
     """
     if torch.backends.openmp.is_available():
-        common = torch.get_num_threads()  # which every new thread takes over
-        torch.set_num_threads(1)  # this thread's number, and the common one
+        common = torch.get_num_threads()  # every new thread inherits this number
+        torch.set_num_threads(1)  # this sets the number of this thread, and also the common number
         other = threading.Thread(target=torch.set_num_threads, args=(common,))
         other.start()
         other.join()

@@ -1,13 +1,13 @@
-"""Remote shards on this machine: fetched once, verified by their manifest's sha256, held within a bound.
+"""A local cache of remote shards: each is downloaded once, verified by the sha256 in its manifest, and the total size
+is limited.
 
-The cache is webdataset's stage `FileCache` with another way to get a file. webdataset's own names a file by the last
-part of its URL and looks at its first bytes. Here a file is `<sha256>.tar`, so two shards of one name never collide,
-and a file of another content is never used. All processes of a machine share the folder:
+The cache replaces webdataset's stage `FileCache`, which names a file by the last part of its URL and checks only its
+first bytes. Here a file is named `<sha256>.tar`, so two shards with the same name never collide, and a file with other
+content is never used. All processes on a machine share the folder:
 
-    <sha256>.tar              a whole shard
-    <sha256>.<bytes>.part     one that is being fetched, or that a kill cut; the next attempt goes on behind its end
-    <sha256>.lock             held while its shard is fetched; its time is that of the shard's last use
-    lock                      held while room is made
+    <sha256>.tar              a whole shard <sha256>.<bytes>.part     a partial download; the next attempt continues at
+    its end <sha256>.lock             locked during the download; its mtime is the time of the shard's last use lock
+    locked while shards are removed
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from datamodules.streaming.url_openers import TRIES, FetchError, open_url, read_
 
 log = logging.getLogger(__name__)
 
-USE_SECONDS = 1.0  # a shard's use is noted no more often than this
-ROOM_SECONDS = 120.0  # the longest wait for room that other processes take at the moment
+USE_SECONDS = 1.0  # smallest time between two updates of a shard's last use
+ROOM_SECONDS = 120.0  # longest time to wait for space that other processes use
 POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Where fetched shards lie, and how much of them.
+    """The folder of downloaded shards, and its largest size.
 
     Args:
         folder: shared by the processes of a machine; by default ~/.cache/multi-image-grounding/shards.
-        gib: the most that it holds, in GiB.
-        sharers: processes on this machine that look ahead for shards at the same time; each may fill its part.
+        gib: largest size of the folder, in GiB.
+        sharers: number of processes on this machine that download ahead; each may use an equal part.
     """
 
     folder: str | None = None
@@ -51,7 +51,7 @@ class CacheSettings:
 
     @property
     def limit(self) -> int:
-        """The most bytes."""
+        """Largest size of the folder, in bytes."""
         return int(self.gib * 2**30)
 
     def path(self) -> Path:
@@ -64,16 +64,17 @@ class CacheSettings:
 class ShardCache(FileCache):
     """webdataset's stage that opens shards: `for opened in cache([{"url": location}]): opened["stream"]`.
 
-    A path of this machine is opened as it is.
+    A local path is opened directly.
 
     Args:
         shards: all shards that are read through this cache.
-        settings: folder and bound.
-        since: a comparison of a cached shard with its sha256 counts if it was made at this time.time() or later.
-        verify: False trusts a cached shard of the right length. A shard that is fetched is compared in any case.
+        settings: folder and largest size.
+        since: a check of a cached shard against its sha256 is valid if it was made at or after this time
+            (`time.time()`).
+        verify: if False, a cached shard of the right length is not checked. A downloaded shard is always checked.
 
     Raises:
-        FetchError: a shard is larger than the cache may be.
+        FetchError: a shard is larger than the whole cache.
     """
 
     def __init__(
@@ -83,23 +84,24 @@ class ShardCache(FileCache):
         super().__init__(str(self.folder), handler=self._is_gone)
         self.since, self.verify = since, verify
         self.shards: Mapping[str, Shard] = {shard.location: shard for shard in shards if shard.is_remote}
-        self._known: dict[str, State] = {}  # by sha256: compared, and in this state since
-        self._noted: dict[str, float] = {}  # by sha256: when a use was last noted
-        self.needed: Callable[[], set[str]] = set  # locations that this process reads soon: they are removed last
+        self._known: dict[str, State] = {}  # sha256 -> state of the file when it was checked
+        self._noted: dict[str, float] = {}  # sha256 -> time at which a use was last recorded
+        # locations that this process reads soon; their shards are removed last
+        self.needed: Callable[[], set[str]] = set
         largest = max(self.shards.values(), key=lambda shard: shard.bytes, default=None)
         if largest is not None and largest.bytes > self.limit:
             size = f"{largest.bytes / 2**30:.2f} GiB"
             raise FetchError(f"data.cache_gib={settings.gib:g} is too small for {largest.location}, which has {size}")
 
     def get_file(self, url: str, tries: int = TRIES) -> str:
-        """The path of the whole shard of this location. It is fetched if it is not here yet.
+        """The path of the complete shard at this location. The shard is downloaded if it is not in the cache.
 
         Args:
-            url: location of a shard; a path is returned as it is.
+            url: location of a shard; a local path is returned unchanged.
             tries: attempts in a row without progress (`retry`).
 
         Raises:
-            FetchError: the shard cannot be fetched, differs from its manifest, or the cache cannot be written.
+            FetchError: the shard cannot be downloaded, it differs from its manifest, or the cache cannot be written.
         """
         shard = self.shards.get(url)
         if shard is None:
@@ -110,7 +112,8 @@ class ShardCache(FileCache):
                 with self._lock(f"{shard.sha256}.lock"):  # other processes wait here, and then find the shard
                     if not self._is_sound(path, shard):
                         self._fetch(shard, path, tries)
-                        self._noted.pop(shard.sha256, None)  # what is new counts as used now, whatever was before
+                        # a new file counts as used now, independent of older records
+                        self._noted.pop(shard.sha256, None)
             except OSError as error:
                 reason = error if isinstance(error, StorageError) else storage_error(error, path)
                 raise FetchError(
@@ -121,20 +124,20 @@ class ShardCache(FileCache):
         return str(path)
 
     def _is_gone(self, error: Exception) -> bool:
-        """For webdataset's loop: try again where another process has made room just before the file was opened."""
+        """Iterate for webdataset. If another process removes the file just before it is opened, try again."""
         if isinstance(error, FileNotFoundError) and Path(error.filename or "").parent == self.folder:
             return True
         raise error
 
     def _is_sound(self, path: Path, shard: Shard) -> bool:
-        """Whether the cached file is whole and, unless it is trusted, of the right hash."""
+        """Whether the cached file has the right length and, unless checks are off, the right hash."""
         try:
             state = file_state(path.stat())
             if self._known.get(shard.sha256) == state:
                 return True
             is_sound = state.size == shard.bytes
             is_sound = is_sound and (not self.verify or content_sha256(path, self.since) == shard.sha256)
-        except OSError:  # usually it is not there; for any other reason, fetching it meets the same error
+        except OSError:  # usually the file does not exist; any other error will occur again in the download
             return False
         if is_sound:
             self._known[shard.sha256] = state
@@ -143,8 +146,8 @@ class ShardCache(FileCache):
         return is_sound
 
     def _fetch(self, shard: Shard, path: Path, tries: int) -> None:
-        """Download the rest of the shard, compare it, and give it its name."""
-        # 1. Room. The name of the draft says how much it will take, so that other processes count it.
+        """Download the rest of the shard, check it, and give it its final name."""
+        # 1. Reserve space. The name of the partial file contains its final size, so that other processes count it.
         part = path.with_name(f"{shard.sha256}.{shard.bytes}.part")
         path.unlink(missing_ok=True)  # a damaged one
         with self._lock("lock"):
@@ -153,7 +156,7 @@ class ShardCache(FileCache):
         was_there = part.stat().st_size > 0
         began = time.time()
         _download(shard, part, tries)
-        # 3. Compare the whole with the manifest.
+        # 3. Compare the complete file with the manifest.
         if (digest := hash_file(part)) != shard.sha256 and was_there:
             log.warning("%s: what an earlier attempt left is damaged: it is fetched again", shard.location)
             os.truncate(part, 0)
@@ -165,14 +168,16 @@ class ShardCache(FileCache):
                 f"{shard.location} is not what its manifest says: it has the sha256 {digest[:16]}…, the manifest says"
                 f" {shard.sha256[:16]}….\nCopy the folder of shards to the server again, whole"
             )
-        # 4. The shard appears under its name only now.
+        # 4. Only now the shard gets its final name.
         os.replace(part, path)
         remember(path, digest, began)
         self._known[shard.sha256] = file_state(path.stat())
         log.info("fetched %s: %.1f MB in %.1f s", shard.location, shard.bytes / 1e6, time.time() - began)
 
     def _make_room(self, shard: Shard, part: Path) -> None:
-        """Remove shards, those longest unused first, until this one has room; then take the room by its draft."""
+        """Remove the least recently used shards until there is space for this one; then reserve the space with its
+        partial file.
+        """
         deadline = time.monotonic() + ROOM_SECONDS
         while True:
             needed = {self.shards[location].sha256 for location in self.needed()}
@@ -204,7 +209,10 @@ class ShardCache(FileCache):
         return found
 
     def _remove(self, file: _CachedFile) -> bool:
-        """Remove a shard, or what a kill left of one; not one that is being fetched. Who has it open reads on."""
+        """Remove a shard or a partial file, unless it is being downloaded.
+
+        A process that has it open can continue to read.
+        """
         if file.path.suffix == ".part":
             try:
                 with self._lock(file.lock.name, wait=False):
@@ -218,31 +226,32 @@ class ShardCache(FileCache):
     def _note_use(self, shard: Shard) -> None:
         if (now := time.monotonic()) - self._noted.get(shard.sha256, -USE_SECONDS) >= USE_SECONDS:
             self._noted[shard.sha256] = now
-            with contextlib.suppress(OSError):  # a cache that is only read
+            with contextlib.suppress(OSError):  # the cache may be read-only
                 os.utime(self.folder / f"{shard.sha256}.lock")
 
     @contextlib.contextmanager
     def _lock(self, name: str, wait: bool = True) -> Iterator[None]:
-        """One process, and one thread of it, at a time. Raises BlockingIOError instead of waiting without `wait`."""
+        """Lock for one thread of one process at a time. Without `wait`, raises BlockingIOError instead of waiting."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / name).open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             try:
                 yield
             finally:
-                fcntl.flock(file, fcntl.LOCK_UN)  # a process that was forked meanwhile has the file open too
+                # unlock explicitly, because a process that was forked meanwhile has the file open too
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 @dataclass(frozen=True)
 class _CachedFile:
     path: Path
-    bytes: int  # when it is whole
+    bytes: int  # size of the complete file
     used: float  # time of the last use
     lock: Path
 
 
 def _download(shard: Shard, part: Path, tries: int) -> None:
-    """Fetch what is missing of the shard, over as many connections as it takes."""
+    """Download the rest of the shard. After each broken connection, a new one continues."""
 
     def have() -> int:
         return part.stat().st_size
@@ -266,5 +275,5 @@ def _append(part: Path, data: bytes) -> None:
             while data:
                 data = data[file.write(data) :]
     except OSError as error:
-        remove_draft(part)  # which would keep a full disk full
+        remove_draft(part)  # it would keep the full disk full
         raise storage_error(error, part) from error

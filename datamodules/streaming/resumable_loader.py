@@ -1,4 +1,4 @@
-"""Full batches of one rank, with the state by which a killed run goes on at the very next sample."""
+"""Full batches of one rank, with a state from which a killed run resumes exactly at the next sample."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ from datamodules.streaming.workers import NoRoom, Workers, no_room, num_ahead_of
 
 logger = logging.getLogger(__name__)
 
-NUM_BATCHES_AHEAD = 2  # encoded and waiting to be asked for; what bounds memory
-BY_RANK = ("cursors", "taken")  # fields of a state with a value for each rank
-WORKER_SECONDS = 600.0  # that a worker may take for one sample: more than a slow disk needs
+NUM_BATCHES_AHEAD = 2  # number of batches that are encoded in advance; it limits the memory
+BY_RANK = ("cursors", "taken")  # fields of a state that have one value per rank
+WORKER_SECONDS = 600.0  # time limit of a worker for one sample; enough for a slow disk
 
 
 class Position(NamedTuple):
-    """Where a rank's stream stands: batches given of this epoch, and slots of its walk used for them."""
+    """The position of a rank: number of batches of this epoch, and number of samples read for them."""
 
     epoch: int
     batch: int
     cursor: int
-    taken: tuple[int, ...] = ()  # with weighted sources: samples in batches since the first epoch, by source
+    # for weighted sources: number of samples of each source in all batches since the first epoch
+    taken: tuple[int, ...] = ()
 
 
 class BatchLoader:
-    """Full batches of one rank, endlessly many epochs long; each `iter` gives what is left of the current epoch.
+    """An endless stream of full batches of one rank; each `iter` yields the rest of the current epoch.
 
-    Every epoch has `len(self)` = samples per rank // batch size batches on every rank, so all ranks step together; what
-    would not fill a batch is dropped, other samples in each epoch. A rejected sample's place is taken by the next one
-    of the walk: first by those that would have been dropped, then, as the walk starts over, by a second look at its
-    first. `iter` starts after the last batch marked as trained, or after the epoch that was iterated to its end.
+    Every epoch has `len(self)` = samples per rank // batch size batches on every rank, so that all ranks make the same
+    number of steps. The remaining samples of an epoch are dropped; they differ between epochs. A rejected sample is
+    replaced by the next one in the order: first by the samples that would be dropped, then by the first samples of the
+    epoch again. `iter` starts after the last batch that was marked as trained, or after the last finished epoch.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class BatchLoader:
     ) -> None:
         self.stream, self.batch_size, self.num_workers, self.rejections = stream, batch_size, num_workers, rejections
         self.worker_seconds = worker_seconds
-        self.workers: Workers | None = None  # of the last epoch that was iterated, where there are any
+        self.workers: Workers | None = None  # workers of the last iterated epoch, if there are any
         self.settings = {
             "seed": stream.plan.seed,
             "world_size": stream.world_size,
@@ -59,7 +60,7 @@ class BatchLoader:
             "shuffle_buffer": stream.plan.shuffle_buffer,
             "data": stream.reader.fingerprint,
         }
-        # Only where they are not what they were before they were settings: states from then are of this stream.
+        # Written only if they differ from the values of older versions, so that older states stay valid.
         if stream.plan.order != "buffer":
             self.settings["order"] = stream.plan.order
         if (weights := stream.plan.weights) is not None:
@@ -71,7 +72,7 @@ class BatchLoader:
                 f"{smaller_batch(count, ranks)}"
             )
         self._trained = Position(0, 0, 0, (0,) * len(weights or ()))
-        self._start = self._trained  # of the next `iter`
+        self._start = self._trained  # start of the next `iter`
         self._rejected: set[str] = set()
         self._num_reported = 0
 
@@ -99,7 +100,8 @@ class BatchLoader:
             done += 1
             is_last = done == len(self)
             position = Position(epoch + 1, 0, 0, taken) if is_last else Position(epoch, done, slot.cursor, taken)
-            if is_last:  # before the yield: a caller that counts batches does not come back after the last
+            # set before the yield, because a caller that counts batches does not call `next` after the last one
+            if is_last:
                 self._start = position
                 self.report()
             yield Batch(items, self._state(position), slot.cursor, slot.cursor - done * self.batch_size)
@@ -111,7 +113,7 @@ class BatchLoader:
         self.load_state_dict(batch.position)
 
     def state_dict(self) -> dict[str, Any]:
-        """State after the last trained batch, with the cursors of all ranks: all must call it, as for a checkpoint."""
+        """The state after the last trained batch, with the positions of all ranks. All ranks must call it together."""
         state = self._state(self._trained)
         if torch.distributed.is_available() and torch.distributed.is_initialized() and self.stream.world_size > 1:
             gathered: list[Any] = [None] * self.stream.world_size
@@ -121,11 +123,11 @@ class BatchLoader:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError if the state is of another stream (data, seed, order, weights, batch size).
+        """Restore a state. Raises ValueError if it belongs to another stream (data, seed, order, weights, batch size).
 
-        With another number of ranks, samples lie on other ranks in another order: what was left of the state's epoch
-        is left out, and the stream goes on with the next epoch, so that none is seen twice in one. A state between two
-        epochs loses nothing. The batch size may then change too, so that a global batch stays as large as it was.
+        With another number of ranks, the order of samples differs. Then the rest of the epoch is skipped and the stream
+        continues with the next epoch, so that no sample occurs twice in an epoch. A state between two epochs loses
+        nothing. The batch size may change too, so that the global batch size can stay the same.
         """
         divided_anew = state["stream"].get("world_size") != self.stream.world_size
         free = {"world_size", "batch_size"} if divided_anew else set()
@@ -152,17 +154,17 @@ class BatchLoader:
         self._start = self._trained
 
     def _taken_by_all(self, state: dict[str, Any]) -> tuple[int, ...]:
-        """For another number of ranks: the first one goes on with the counts of all."""
+        """For another number of ranks: rank 0 continues with the sum of the counts."""
         counts = zip(*state.get("taken", {}).values(), strict=True)
         return tuple(sum(each) if self.stream.rank == 0 else 0 for each in counts)
 
     def shares(self) -> list[float]:
-        """The part of the samples trained on so far by this rank that is from each weighted source; [] without any."""
+        """The share of each weighted source in the trained samples of this rank; [] without weights."""
         total = sum(self._trained.taken)
         return [count / total for count in self._trained.taken] if total else []
 
     def report(self) -> None:
-        """Log the rejections once there are new ones."""
+        """Log rejected samples if there are new ones."""
         if len(self.rejections) > self._num_reported:
             self._num_reported = len(self.rejections)
             logger.warning("rank %d: %s", self.stream.rank, self.rejections.summary())
@@ -174,7 +176,10 @@ class BatchLoader:
         return state | ({"taken": {rank: list(taken)}} if taken else {})
 
     def _slots(self, epoch: int, cursor: int, length: int) -> Iterator[Slot]:
-        """The `length` slots that suffice if none is rejected, from the workers, or a thread without any; then more."""
+        """Yields the encoded samples of the epoch from the workers, or from a thread without workers.
+
+        First the `length` samples that are enough if none is rejected, then more.
+        """
         window, num_ahead = self.stream.window(epoch, cursor, length), NUM_BATCHES_AHEAD * self.batch_size
         if self.num_workers == 0:
             yield from prefetch(window, num_ahead)
@@ -200,5 +205,7 @@ class BatchLoader:
 
 
 def num_samples_held(batch_size: int, num_workers: int) -> int:
-    """Encoded samples that there are at once: made ahead by the workers, of the batch in training and of the next."""
+    """Largest number of encoded samples in memory: those that workers encode in advance, the batch in training, and the
+    next one.
+    """
     return num_workers * num_ahead_of_each(num_workers, NUM_BATCHES_AHEAD * batch_size) + 2 * batch_size

@@ -1,9 +1,9 @@
-"""The content of shards: hashes, remembered beside the shards, and differences from the manifest.
+"""Hashes of shards, which are stored beside the shards, and their differences from the manifest.
 
-A shard is hashed when its hash is first needed. <folder>/.content/<shard>.json then holds the hash, the file's state
-(inode, size, times of the last write and the last change) and the time of reading. The shard is not read again while
-its state is the same: 140 GB are hashed once, not at each start. A copied folder has other states and the same hashes.
-Where the folder cannot be written, the record lies in ~/.cache/multi-image-grounding/content.
+A shard is hashed when its hash is first needed. <folder>/.content/<shard>.json then stores the hash, the state of the
+file (inode, size, mtime and ctime) and the time of reading. While the state is the same, the shard is not read again,
+because hashing hundreds of gigabytes at each start would take too long. If the folder cannot be written, the record is
+in ~/.cache/multi-image-grounding/content.
 """
 
 from __future__ import annotations
@@ -24,16 +24,19 @@ from datamodules.streaming.shard_sources import Shard, read_shards
 log = logging.getLogger(__name__)
 
 RECORDS = ".content"
-PROCESS_BEGAN = time.time()  # forked workers have the main process's: a later hash is one of this run
-# A file that was written this shortly before it was hashed may be written once more within the same tick of its
-# filesystem's clock, and show the same times: its hash is used and not remembered (as git does with its index).
+PROCESS_BEGAN = time.time()  # forked workers inherit it, so a hash that is later than this was computed in this run
+# A file that was written very shortly before it was hashed may be changed again within the resolution of the
+# filesystem's clock, with the same times. Its hash is used but not stored (git's index has the same rule).
 RACY_SECONDS = 2.0
-NUM_THREADS = 4  # sha256 takes about 1.5 GB/s of one core; more threads than that wait for the disk
-WORTH_SAYING = 1 << 30  # bytes; reading more takes seconds, and the log gives the reason
+NUM_THREADS = 4  # one core hashes about 1.5 GB/s with sha256, so with more threads the disk is the limit
+WORTH_SAYING = 1 << 30  # bytes; reading more than this takes seconds, so a log message gives the reason
 
 
 class State(NamedTuple):
-    """Changes whenever the content may have changed. A copy with its times kept has another inode and change time."""
+    """The state of a file, which changes whenever the content may have changed.
+
+    Even a copy with the same mtime has another inode and ctime.
+    """
 
     inode: int
     size: int
@@ -42,14 +45,15 @@ class State(NamedTuple):
 
 
 def file_state(found: os.stat_result) -> State:
-    """The state of a file, of its `os.stat`."""
+    """The state of a file from its `os.stat`."""
     return State(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def content_sha256(path: Path, since: float = 0.0) -> str:
-    """The file's sha256: as remembered, where it was hashed at `since` (a time.time()) or later and has the same state.
+    """The sha256 of a file.
 
-    Raises OSError where it cannot be read.
+    A stored hash is used if it was computed at or after `since` (a `time.time()`) and the state of the file is the
+    same. Raises OSError if the file cannot be read.
     """
     state = file_state(path.stat())
     if (known := _remembered(path, state, since)) is not None:
@@ -66,7 +70,7 @@ def content_sha256(path: Path, since: float = 0.0) -> str:
 
 
 def remember(path: Path, digest: str, since: float) -> None:
-    """Note that the file, which nobody else writes, has had this hash since `since` (a time.time())."""
+    """Store the hash of a file that no other process writes; it is valid since `since` (a `time.time()`)."""
     try:
         state = file_state(path.stat())
         write_json(_record_file(path), {"sha256": digest, "state": list(state), "read": since})
@@ -75,10 +79,12 @@ def remember(path: Path, digest: str, since: float) -> None:
 
 
 def deviations(source: str | Path) -> list[tuple[str, str]]:
-    """(name, difference) of each shard here that differs from its manifest: "absent", its size, or its hash.
+    """(name, difference) for each local shard that differs from its manifest; the difference is "absent", its size or
+    its hash.
 
-    A damaged manifest gives []: the reader of the shards refuses it. So do remote shards: they are compared when they
-    are fetched. Shards of the right size whose hash is not remembered are hashed first, by one process at a time.
+    A damaged manifest gives [], because `ShardReader` refuses it later. Remote shards give [] too, because they are
+    compared after the download. Shards with the right size and without a stored hash are hashed first, by one process
+    at a time.
     """
     found, unknown = {}, []
     for shard in _local_shards(source):
@@ -119,7 +125,7 @@ def _hash_or_reason(path: Path) -> str:
 
 
 def _local_shards(source: str | Path) -> list[Shard]:
-    """The shards of this machine that the source's manifest names; none where it is damaged."""
+    """The local shards in the source's manifest; none if the manifest is damaged."""
     try:
         return [shard for shard in read_shards(source) if not shard.is_remote]
     except ValueError:
@@ -129,7 +135,7 @@ def _local_shards(source: str | Path) -> list[Shard]:
 def _remembered(path: Path, state: State, since: float) -> str | None:
     try:
         record: Any = read_json(_record_file(path))
-    except (ValueError, OSError):  # damaged: the shard is hashed again, and the record replaced
+    except (ValueError, OSError):  # the record is damaged, so the shard is hashed again and the record is replaced
         return None
     if not isinstance(record, dict) or record.get("state") != list(state):
         return None
@@ -138,7 +144,7 @@ def _remembered(path: Path, state: State, since: float) -> str | None:
 
 
 def _record_folder(folder: Path) -> Path:
-    """Beside the shards; where nothing can be written there, in the user's cache."""
+    """The path of the record: beside the shards, or in the user's cache folder if nothing can be written there."""
     if os.access(folder, os.W_OK):
         return folder / RECORDS
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -151,9 +157,10 @@ def _record_file(path: Path) -> Path:
 
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """All ranks of a run ask for the same hashes at its start: one reads the shards, the others then find its records.
+    """A lock for hashing: one rank reads the shards, and the others then find its records.
 
-    Where no lock can be had (a full disk, a filesystem without them), each reads for itself.
+    All ranks of a run need the same hashes at its start. If no lock is possible (a full disk, a filesystem without
+    locks), each rank reads the shards itself.
     """
     records = _record_folder(folder)
     try:

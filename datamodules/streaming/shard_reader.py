@@ -1,8 +1,8 @@
-"""Shards read by sample number, through webdataset's stages.
+"""Read samples from shards by their number, with webdataset's stages.
 
-A shard is opened by webdataset's cache (`remote_cache`). Where its members lie in it is read once, so any sample can be
-read without those before it: its part of the tar goes through webdataset's tar expansion and grouping, as the whole tar
-would.
+A shard is opened by webdataset's cache (`remote_cache`). The positions of its members are read once. Then any sample
+can be read without reading the samples before it: only its part of the tar is passed to webdataset's tar expansion and
+grouping.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from datamodules.streaming.shard_sources import Sources, read_shards, source_lis
 from datamodules.streaming.url_openers import FetchError
 
 BLOCK = tarfile.BLOCKSIZE
-TRIES_AHEAD = 2  # attempts to fetch a shard that nobody waits for yet
-LONG_UNUSED = 1000  # samples between two needs of a shard, after which it may have left a large cache
-JSON = -1  # in the place of an image's number
-# What tarfile raises for a header that is none, or for a name that begins as a compressed file does.
+TRIES_AHEAD = 2  # attempts to download a shard in advance
+LONG_UNUSED = 1000  # if a shard was not needed for this number of samples, it may have been removed from a large cache
+JSON = -1  # number of the JSON member, in place of an image's number
+# Errors of tarfile for a damaged header, or for a name that begins like a compressed file.
 DAMAGES = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 
 
@@ -46,25 +46,26 @@ class Extent(NamedTuple):
 
     name: str  # "json", or the number of an image
     start: int
-    end: int  # of its bytes; the tar fills its last block up with zeros
+    end: int  # end of its bytes; the tar pads the last block with zeros
 
 
 class TarIndex:
-    """Where the members of a tar lie, by the number of their sample in the shard.
+    """The positions of a tar's members, indexed by the number of their sample in the shard.
 
-    32 bytes a member: drawing from a buffer of 10,000 samples reads from a hundred and more shards at a time, and a tar
-    whose index was dropped is read anew, header by header.
+    An index needs 32 bytes per member. It must be small, because a buffer of 10,000 samples reads from more than a
+    hundred shards at a time, and building an index again means reading all headers of the tar.
     """
 
     def __init__(self, members: Iterable[tuple[int, Extent]]) -> None:
-        rows = sorted(members, key=lambda member: member[0])  # stable: those of a sample in the order of the tar
+        # a stable sort keeps the members of a sample in the order of the tar
+        rows = sorted(members, key=lambda member: member[0])
         self._samples = array("q", (sample for sample, _ in rows))
         self._images = array("q", (JSON if extent.name == "json" else int(extent.name) for _, extent in rows))
         self._starts = array("q", (extent.start for _, extent in rows))
         self._ends = array("q", (extent.end for _, extent in rows))
 
     def find(self, sample: int) -> list[Extent]:
-        """The members of a sample, in the order of the tar; [] where there are none."""
+        """The members of a sample, in the order of the tar; [] if there are none."""
         rows = range(bisect.bisect_left(self._samples, sample), bisect.bisect_right(self._samples, sample))
         names = ["json" if self._images[row] == JSON else str(self._images[row]) for row in rows]
         return [Extent(name, self._starts[row], self._ends[row]) for name, row in zip(names, rows, strict=True)]
@@ -73,19 +74,20 @@ class TarIndex:
 class ShardReader:
     """Reads any sample of several sources of shards by its number, 0 to `count` - 1, in the order of writing.
 
-    A shard of this machine that is missing, or not what its manifest says, is not trusted: each of its samples is an
-    error. Its length is compared whenever it is read, its sha256 when it is first read, and again when the file has
-    changed since. A remote shard that cannot be fetched or is not what its manifest says ends the reading (FetchError).
+    If a local shard is missing or differs from its manifest, each of its samples is an error. Its length is checked at
+    each reading. Its sha256 is checked at the first reading, and again after the file has changed. If a remote shard
+    cannot be downloaded or differs from its manifest, FetchError ends the reading.
 
     Args:
-        sources: `data.shards` (`shard_sources`); weights are without meaning here.
-        verify: False leaves the comparison of the sha256 out.
-        since: a comparison by another process counts too, if it was made at this time.time() or later. By default
-            since this process began, so in a run every shard is hashed once; 0 trusts any while the file is the same.
-        cache: where remote shards are kept.
+        sources: `data.shards` (see `shard_sources`); weights are ignored here.
+        verify: if False, the sha256 is not checked.
+        since: a check by another process is valid too, if it was made at or after this time (`time.time()`). The
+            default is the start of this process, so every shard is hashed once per run. 0 accepts any earlier check
+            while the file is unchanged.
+        cache: settings of the cache for remote shards.
     """
 
-    NUM_INDEXED_SHARDS = 512  # indices kept in memory: 40 KB for a shard of 300 samples
+    NUM_INDEXED_SHARDS = 512  # number of indices in memory; the index of a shard with 300 samples has 40 KB
 
     def __init__(
         self,
@@ -105,14 +107,14 @@ class ShardReader:
         self.verify, self.since = verify, since
         cache = cache or CacheSettings()
         self.cache = ShardCache(self.shards, cache, since, verify)
-        self.most_bytes_ahead = cache.limit // (2 * cache.sharers)  # the rest is for those that are being read
+        self.most_bytes_ahead = cache.limit // (2 * cache.sharers)  # the rest is for shards that are being read
         self.fingerprint = hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()[:16]
-        self._faults: dict[int, tuple[State, str | None]] = {}  # by shard: of the file in this state
+        self._faults: dict[int, tuple[State, str | None]] = {}  # shard -> (state of the file, its problem or None)
         self._tables: OrderedDict[int, tuple[State, TarIndex]] = OrderedDict()
 
     @property
     def has_remote(self) -> bool:
-        """Whether any shard has to be fetched."""
+        """Whether any shard is remote."""
         return any(shard.is_remote for shard in self.shards)
 
     def read(self, number: int) -> LoadedSample:
@@ -121,7 +123,7 @@ class ShardReader:
         Raises:
             SampleError: "manifest_mismatch", "unreadable_shard", "corrupt_member", "duplicate_member", "bad_json",
                 "missing_image", or a rule of Sample.
-            FetchError: a remote shard cannot be fetched.
+            FetchError: a remote shard cannot be downloaded.
         """
         with self._opened(number) as (place, file, extents):
             members = _expand(place, file, extents)
@@ -132,7 +134,10 @@ class ShardReader:
         return LoadedSample(sample, tuple(members[name] for name in names))
 
     def find(self, ids: Collection[str]) -> dict[str, int]:
-        """The number of each sample of `ids` that is there: its first, by id. Reads no images; skips bad samples."""
+        """Maps the ids in `ids` that exist to the number of their first sample.
+
+        Reads no images, and skips damaged samples.
+        """
         found: dict[str, int] = {}
         for number in range(self.count if ids else 0):
             try:
@@ -140,7 +145,7 @@ class ShardReader:
                     records = [extent for extent in extents if extent.name == "json"]
                     name = _parse_sample(place, _expand(place, file, records)).id
             except SampleError:
-                continue  # nothing was trained on it
+                continue  # a damaged sample was not used in training
             if name in ids:
                 found.setdefault(name, number)
                 if len(found) == len(ids):
@@ -148,22 +153,22 @@ class ShardReader:
         return found
 
     def fetching_ahead(self, walks: Iterable[Iterable[tuple[int, int]]]) -> FetchAhead:
-        """Fetches remote shards in the order in which they are read, as a context.
+        """A context in which remote shards are downloaded in the order in which they are read.
 
         Args:
-            walks: of each epoch, (place, sample number) in the order of reading; places go on over the epochs.
+            walks: for each epoch, (position, sample number) in the order of reading; positions continue over epochs.
         """
-        # It gives up soon, and tries again later: whoever needs the shard now waits behind it.
+        # Few attempts, because a reader that needs the shard now must wait for them. They are repeated later.
         fetch = partial(self.cache.get_file, tries=TRIES_AHEAD)
         ahead = FetchAhead(fetch, self._upcoming(walks), self.most_bytes_ahead)
         self.cache.needed = ahead.waiting
         return ahead
 
     def _upcoming(self, walks: Iterable[Iterable[tuple[int, int]]]) -> Iterator[Upcoming]:
-        # A small cache loses a shard sooner: while samples are read that fill half of the part for shards being read.
+        # A small cache removes shards earlier: after reading samples that fill half of the space for shards being read.
         sample_bytes = sum(shard.bytes for shard in self.shards) / self.count
         unused = min(LONG_UNUSED, max(1, int(self.most_bytes_ahead / 2 / sample_bytes)))
-        last: dict[int, int] = {}  # by shard: the place at which it was last needed
+        last: dict[int, int] = {}  # shard -> position at which it was last needed
         for place, number in itertools.chain.from_iterable(walks):
             index = bisect.bisect_right(self.starts, number) - 1
             shard = self.shards[index]
@@ -173,9 +178,9 @@ class ShardReader:
 
     @contextmanager
     def _opened(self, number: int) -> Iterator[tuple[str, BinaryIO, Sequence[Extent]]]:
-        """A name for a sample whose own id cannot be read, its shard, and where the sample's members lie in that.
+        """Returns a name for the sample (its own id may be unreadable), its shard, and the positions of its members.
 
-        A shard may go, be cut short or be replaced at any moment of a run: that is an error of each of its samples.
+        A shard may be removed, truncated or replaced during a run. This is an error of each of its samples.
         """
         shard = bisect.bisect_right(self.starts, number) - 1
         index = number - self.starts[shard]
@@ -197,7 +202,7 @@ class ShardReader:
             raise SampleError(place, "unreadable_shard", f"{path.name}: {error.strerror or error}") from error
 
     def _fault(self, shard: int, state: State) -> str | None:
-        """How a shard of this machine is not what its manifest says, or None. The cache compares the others."""
+        """How a local shard differs from its manifest, or None. The cache checks remote shards."""
         if self.shards[shard].is_remote:
             return None
         known = self._faults.get(shard)
@@ -214,20 +219,21 @@ class ShardReader:
         return None
 
     def _table(self, shard: int, state: State, file: BinaryIO) -> TarIndex:
-        # Several threads may read: each line leaves the tables whole, at worst without one that is then read again.
+        # Several threads may read. After each line the tables are valid; in the worst case one is missing and is read
+        # again.
         known = self._tables.pop(shard, None)
         if known is None or known[0] != state:
             known = state, TarIndex(_members(file, state.size))
-        self._tables[shard] = known  # as the newest
+        self._tables[shard] = known  # at the end, as the most recently used
         if len(self._tables) > self.NUM_INDEXED_SHARDS:
             self._tables.popitem(last=False)
         return known[1]
 
 
 def _members(file: BinaryIO, size: int) -> Iterator[tuple[int, Extent]]:
-    """(number of the sample, member) of each undamaged header whose member lies within the file's `size` bytes."""
+    """Yields (number of the sample, member) for each undamaged header whose member is inside the file's `size` bytes."""
     try:
-        # ignore_zeros goes on behind a damaged header, at the cost of that one member.
+        # With ignore_zeros, tarfile continues after a damaged header, so only that member is lost.
         with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
             for member in tar:
                 key, _, extension = member.name.partition(".")
@@ -235,22 +241,22 @@ def _members(file: BinaryIO, size: int) -> Iterator[tuple[int, Extent]]:
                 end = member.offset_data + member.size
                 if not member.isreg() or not _is_number(index) or end > size:
                     continue
-                # "0.jpg" holds image 0: the extension is for people, decoding looks at the bytes.
+                # "0.jpg" contains image 0. The extension is not used; the decoder checks the bytes.
                 if name == "json" or (_is_number(name) and name == str(int(name))):
                     yield int(index), Extent(name, member.offset, end)
     except (tarfile.TarError, OSError):
-        return  # each sample that is not in the index is counted when it is read
+        return  # samples that are not in the index are counted when they are read
 
 
 def _is_number(text: str) -> bool:
-    """Whether it is a sample's number, as it is written here: Python takes other scripts' digits too."""
+    """Whether the text is a sample's number in ASCII digits; Python's own check also accepts digits of other scripts."""
     return text.isascii() and text.isdecimal() and len(text) <= 12
 
 
 def _expand(place: str, file: BinaryIO, extents: Sequence[Extent]) -> dict[str, bytes]:
     """The members of one sample, {"0": …, "1": …, "json": …}, by webdataset's tar expansion and grouping."""
     names = [extent.name for extent in extents]
-    if twice := [name for name in names if names.count(name) > 1]:  # nothing says which one is meant
+    if twice := [name for name in names if names.count(name) > 1]:  # repeated names are ambiguous
         raise SampleError(place, "duplicate_member", f"the tar holds member {twice[0]!r} of this sample twice")
     part = io.BytesIO(b"".join(_read_extent(place, file, extent) for extent in extents))
     try:
@@ -263,7 +269,7 @@ def _expand(place: str, file: BinaryIO, extents: Sequence[Extent]) -> dict[str, 
 
 
 def _read_extent(place: str, file: BinaryIO, extent: Extent) -> bytes:
-    """Headers and bytes of a member, up to the end of its last block."""
+    """The headers and bytes of a member, including the padding of its last block."""
     file.seek(extent.start)
     data = file.read(extent.end - extent.start)
     if len(data) < extent.end - extent.start:

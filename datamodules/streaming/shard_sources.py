@@ -1,13 +1,13 @@
-"""Sources of shards: what stands in `data.shards`, and the shards that it names.
+"""Sources of shards: read the setting `data.shards`, and list the shards that it names.
 
-A source is a folder with a manifest, or the tars of one as a brace list:
+A source is a folder with a manifest, or some tar files of such a folder as a brace list:
 
-    data/mgrounding/all                                     a folder of this machine
-    /data/shards/shard-{00000..00011}.tar                   twelve tars of one
-    https://host/shards    s3://bucket/shards    gs://bucket/shards    hf://datasets/owner/name[@revision]/shards
-    pipe:ssh host cat /data/shards/{}                       a shell command; {} is the name of the file
+    data/mgrounding/all                                     a local folder /data/shards/shard-{00000..00011}.tar twelve
+    tar files of a folder https://host/shards    s3://bucket/shards    gs://bucket/shards
+    hf://datasets/owner/name[@revision]/shards pipe:ssh host cat /data/shards/{}                       a shell command;
+    {} is the name of the file
 
-Several are a list. A mapping {source: weight} mixes them: each gives its weight's share of the samples.
+Several sources are a list. A mapping {source: weight} mixes them; each source gets its weight's share of the samples.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from datamodules.streaming.manifest import in_folder, is_remote, local_path, rea
 from datamodules.streaming.url_openers import PIPE, SCHEMES, scheme_of
 
 Sources = str | Path | Sequence[str | Path] | Mapping[str, float]  # data.shards
-MOST_SHARDS = 1_000_000  # of one source; a slip in a brace list soon names more than memory holds
-NUM_NAMED = 3  # in a message
+# largest number of shards of one source; a typing error in a brace list could name more than fit into memory
+MOST_SHARDS = 1_000_000
+NUM_NAMED = 3  # number of names in a message
 
 _RANGE = re.compile(r"\{(-?[0-9]+)\.\.(-?[0-9]+)")
 _TAR_IN_COMMAND = re.compile(r"[^\s/'\"=]+\.tar(?![^\s'\"])")
 
 
 class Shard(NamedTuple):
-    """One shard of a manifest. Where it is remote, `location` is its URL, otherwise its path."""
+    """One shard of a manifest. `location` is its path, or its URL if it is remote."""
 
     location: str
     name: str
-    count: int  # samples
+    count: int  # number of samples
     bytes: int
     sha256: str
     is_remote: bool
@@ -49,7 +50,7 @@ def source_list(sources: Sources) -> list[str | Path]:
 
 
 def mixing_weights(sources: Sources) -> list[float] | None:
-    """The weight of each source, scaled to a sum of 1; None where the sources are read one behind the other."""
+    """The weight of each source, normalised to sum 1; None if the sources are joined without weights."""
     if not isinstance(sources, Mapping):
         return None
     total = math.fsum(sources.values())
@@ -57,7 +58,7 @@ def mixing_weights(sources: Sources) -> list[float] | None:
 
 
 def source_faults(sources: Sources) -> list[str]:
-    """Faults of `data.shards` that show without a look at any file or server."""
+    """Problems of `data.shards` that can be found without reading a file or asking a server."""
     texts = [str(source) for source in source_list(sources)]
     faults = [] if texts else [f"shards={sources!r} names no folder"]
     if isinstance(sources, Mapping):
@@ -81,9 +82,9 @@ def read_shards(source: str | Path) -> list[Shard]:
     """The shards of one source in their order, as its manifest declares them.
 
     Raises:
-        ValueError: the source or its manifest is wrong, or the manifest does not name a shard of the source: nothing
-            would say what that shard has to hold.
-        FetchError: the manifest cannot be fetched.
+        ValueError: the source or its manifest is wrong, or the manifest does not contain a shard of the source, so that
+            its content cannot be checked.
+        FetchError: the manifest cannot be downloaded.
     """
     if faults := source_faults(source):
         raise ValueError("; ".join(faults))
@@ -104,12 +105,12 @@ def read_shards(source: str | Path) -> list[Shard]:
 
 
 def is_brace_list(source: str | Path) -> bool:
-    """Whether it names several folders, or tars of a folder, rather than one folder or anything else."""
+    """Whether the text names several folders, or tar files of a folder, and not a single folder."""
     return _folders(str(source)) != [(str(source), None)]
 
 
 def _folders(source: str) -> list[tuple[str, list[str] | None]]:
-    """(folder, names of tars in it) of a source; None for all that its manifest names."""
+    """(folder, names of tar files) of a source; the names are None if all shards of the manifest are meant."""
     is_here = not is_remote(source) and local_path(source).exists()  # braces may be part of a name
     places = [source] if is_here else _expand(source)
     found: list[tuple[str, list[str] | None]] = []
@@ -122,8 +123,8 @@ def _folders(source: str) -> list[tuple[str, list[str] | None]]:
 
 
 def _expand(source: str) -> list[str]:
-    """The places that a brace list names: a{0..2} and a{x,y}. {} stays."""
-    # Counted first: braceexpand holds every number of every range in memory.
+    """The locations in a brace list, such as a{0..2} or a{x,y}. {} is not changed."""
+    # They are counted first, because braceexpand keeps all numbers of all ranges in memory.
     if math.prod(abs(int(last) - int(first)) + 1 for first, last in _RANGE.findall(source)) > MOST_SHARDS:
         raise ValueError(f"shards={source!r} names more than {MOST_SHARDS:,} shards")
     try:
@@ -133,9 +134,9 @@ def _expand(source: str) -> list[str]:
 
 
 def _split(place: str) -> tuple[str, str | None]:
-    """(folder, name) of one tar; (folder, None) of a whole folder."""
+    """(folder, name) of one tar file; (folder, None) for a whole folder."""
     if place.startswith(PIPE) and "{}" not in place:
-        # The last tar in the command is the shard; the manifest lies where it lies.
+        # The last tar file in the command is the shard; the manifest is in the same folder.
         found = list(_TAR_IN_COMMAND.finditer(place))[-1]
         return f"{place[: found.start()]}{{}}{place[found.end() :]}", found[0]
     if place.startswith(PIPE) or not place.endswith(".tar"):

@@ -1,8 +1,8 @@
-"""Shards written by webdataset: tars with a manifest, each whole or absent.
+"""Write shards with webdataset: tar files and a manifest. Each file is complete or absent.
 
-A sample is `{key}.0.jpg {key}.1.png … {key}.json` in a tar, with key `{shard number}_{number in the shard}`. An image's
-own name gives its member a plain extension and nothing else: a tar's names are short, and WebDataset takes all behind
-the first dot for the extension.
+A sample is `{key}.0.jpg {key}.1.png … {key}.json` in a tar, with key `{shard number}_{number in the shard}`. Only a
+plain extension is taken from the image's own name, because names in a tar must be short, and WebDataset treats
+everything after the first dot as the extension.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ _EXTENSION = re.compile("[a-z0-9]{1,8}")
 class ShardFile:
     """One shard: `with ShardFile(folder, number) as shard: shard.add(loaded)`.
 
-    It appears under its name, `shard-{number}.tar`, when the context is left without an error and it holds a sample;
-    `entry` is then what the manifest says of it, else None. The same samples give the same bytes.
+    If the context ends without an error and there is at least one sample, the file gets its final name
+    `shard-{number}.tar`, and `entry` is its entry in the manifest. Otherwise `entry` is None. The same samples give the
+    same bytes.
     """
 
     def __init__(self, folder: str | Path, number: int) -> None:
         self.path = Path(folder) / f"shard-{number:05d}.tar"
-        # With the process's number: a draft that another process left, or still writes, is not touched.
+        # The name contains the process id, so that the partial file of another process is not touched.
         self.draft = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
         self.number = number
         self.tasks: Counter[str] = Counter()
@@ -45,10 +46,11 @@ class ShardFile:
         if len(loaded.images) != len(sample.images):
             raise ValueError(f"sample {sample.id!r} names {len(sample.images)} images, got {len(loaded.images)}")
         if self.tar is None:
-            from webdataset import TarWriter  # loads torch, which a command that writes nothing does without
+            from webdataset import TarWriter  # imports torch, which commands that write nothing do not need
 
             self.file = self.draft.open("wb")
-            self.tar = TarWriter(self.file, encoder=False, mtime=0)  # no times: the same samples give the same bytes
+            # no times, so that the same samples give the same bytes
+            self.tar = TarWriter(self.file, encoder=False, mtime=0)
         members = {
             f"{index}.{_extension(name)}": data
             for index, (name, data) in enumerate(zip(sample.images, loaded.images, strict=True))
@@ -82,9 +84,9 @@ def _extension(name: str) -> str:
 
 
 class ShardWriter:
-    """Writes samples to `shard-00000.tar` … in `folder`, and on leaving the context the manifest.
+    """Writes samples to `shard-00000.tar` … in `folder`, and the manifest at the end of the context.
 
-    A shard appears under its name when it is complete, the manifest when all are: a folder without one is unfinished.
+    A shard gets its final name when it is complete. The manifest is written last, so a folder without it is unfinished.
     The same samples give the same bytes.
     """
 

@@ -1,8 +1,8 @@
-"""The training stream: the slots of one rank's walk over the samples, and what is made of each.
+"""The training stream of one rank: an ordered sequence of slots, each with an encoded sample or an error.
 
-The order is a pure function of (seed, epoch, rank, world size), computed on sample numbers alone (`epoch_order`); tars
-are then read at the offsets of their members. So a state is one number in an epoch, resuming decodes nothing of what it
-skips, and the number of workers changes nothing.
+The order is a pure function of (seed, epoch, rank, world size) on sample numbers (`epoch_order`). The tars are then
+read at the offsets of their members. So the state is one number in an epoch, resuming does not decode skipped samples,
+and the order does not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from datamodules.streaming.shard_reader import ShardReader
 from datamodules.streaming.url_openers import FetchError
 from datamodules.streaming.workers import in_shared_memory
 
-Walk = Iterable[tuple[int, int]]  # (slot, number of the sample in it) in the order of reading
+Walk = Iterable[tuple[int, int]]  # (slot, number of its sample) in the order of reading
 
-# What to do if no sample can be used because of a rule.
+# Advice for the user if no sample is usable because of a rule.
 CURES = {
     "missing_thinking": "--data.style=answer trains on answers alone; `make synthesize` writes the thinking",
     "no_box_answer": "training needs one box as the answer",
@@ -34,41 +34,41 @@ CURES = {
 
 
 class UnusableData(UserError, ValueError):
-    """Samples that no run can be made of: too few for one batch, or none that can be used."""
+    """The samples cannot be used for training: too few for one batch, or none is usable."""
 
 
 def smaller_batch(count: int, ranks: int) -> str:
-    """The setting with which `count` samples make a batch on every rank, for messages."""
+    """The settings with which `count` samples are enough for a batch on every rank, for messages."""
     return f"--data.batch_size={count // ranks}" if count >= ranks else f"--trainer.devices={max(1, count)}"
 
 
 class Slot(NamedTuple):
-    """One place in the stream: what it holds, and the cursor after it."""
+    """One position in the stream: its content, and the cursor after it."""
 
     cursor: int
-    value: Any  # what `encode` returned, or the SampleError or FetchError; NoRoom where a worker cannot hand it over
+    value: Any  # the result of `encode`, or a SampleError or FetchError; NoRoom if a worker cannot send it
 
 
 class Window(NamedTuple):
-    """A stretch of an epoch's walk."""
+    """A contiguous part of an epoch's order."""
 
     epoch: int
-    order: list[int]  # of the whole epoch
-    cursor: int  # its first slot
+    order: list[int]  # order of the whole epoch
+    cursor: int  # first slot of the part
     length: int
 
 
 class ShardStream(IterableDataset):
-    """One rank's endless walk over the samples of an epoch, a window of which is iterated (see `window`).
+    """The samples of one rank in the order of an epoch. Iterating yields the slots of a window (see `window`).
 
-    Past the end of an epoch's order (`EpochOrder`), the walk starts over.
+    After the end of the epoch's order (`EpochOrder`), the order repeats from its beginning.
 
     Args:
-        reader: the shards.
-        encode: makes of a sample what a slot holds.
-        seed, rank, world_size, shuffle_buffer: of the order.
+        reader: reads the shards.
+        encode: converts a sample to the value of a slot.
+        seed, rank, world_size, shuffle_buffer: arguments of `EpochOrder`.
         more: further fields of `EpochOrder`.
-        fetching_ahead: fetches remote shards ahead of the reading (`ShardReader.fetching_ahead`); None: all are here.
+        fetching_ahead: downloads remote shards in advance (`ShardReader.fetching_ahead`); None if all shards are local.
     """
 
     def __init__(
@@ -97,40 +97,40 @@ class ShardStream(IterableDataset):
         self._order: tuple[int, list[int]] | None = None
 
     def reorder(self, number: int) -> None:
-        """Walk every epoch in another order, the `number`-th one; 0 is the first. Positions in it stay as they are."""
+        """Use order `number` in every epoch; 0 is the first. Positions in the epoch do not change."""
         self.plan = self.plan.reordered(number)
         self._order = None
 
     def order(self, epoch: int) -> list[int]:
-        """The sample numbers of this rank in `epoch`. [num_samples]"""
+        """The sample numbers of this rank in `epoch`: [num_samples]."""
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, self.plan.numbers(epoch)
         return self._order[1]
 
     def source(self, epoch: int, cursor: int) -> int:
-        """Which of the weighted sources the sample in the slot before `cursor` is from."""
+        """The index of the weighted source of the sample before `cursor`."""
         order = self.order(epoch)
         return bisect.bisect_right(self.plan.source_starts(), order[(cursor - 1) % len(order)]) - 1
 
     def name(self, epoch: int, cursor: int, number: int) -> str:
-        """Shard, and place in it, of what lies in slot `cursor + number` of the epoch's walk; for messages."""
+        """The shard and the position in it of the sample in slot `cursor + number`, for messages."""
         order, starts = self.order(epoch), self.reader.starts
         sample = order[(cursor + number) % len(order)]
         shard = bisect.bisect_right(starts, sample) - 1
         return f"sample {sample - starts[shard]} of {self.reader.paths[shard].name}"
 
     def window(self, epoch: int, cursor: int, length: int) -> ShardStream:
-        """The same stream, set to iterate slots `cursor` to `cursor + length` of the epoch's walk."""
+        """This stream, set to iterate slots `cursor` to `cursor + length` of the epoch."""
         stream = copy.copy(self)
         stream._window = Window(epoch, self.order(epoch), cursor, length)
         return stream
 
     def __iter__(self) -> Iterator[Slot]:
-        # A DataLoader asks its workers in turn, so worker w of W makes every W-th slot and the order is kept.
+        # A DataLoader reads its workers in turn. So worker w of W makes every W-th slot, and the order is kept.
         worker = get_worker_info()
         skip, stride = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         _, order, cursor, length = self._window
-        # Workers keep pace with each other, and share the cache: the first one fetches ahead for all.
+        # Workers advance together and share the cache, so the first worker downloads in advance for all.
         fetches = self.fetching_ahead is not None and skip == 0 and length > 1
         with self.fetching_ahead(self._walks()) if fetches else nullcontext() as ahead:
             for place in range(cursor + skip, cursor + length, stride):
@@ -139,14 +139,16 @@ class ShardStream(IterableDataset):
                 try:
                     value = self.encode(self.reader.read(order[place % len(order)]))
                     value = in_shared_memory(value) if worker is not None else value
-                except (SampleError, FetchError) as error:  # an error is handed over in its place, and judged there
+                # an error is yielded in place of the sample, and the caller decides about it
+                except (SampleError, FetchError) as error:
                     value = error
                 yield Slot(place + 1, value)
-                if isinstance(value, FetchError):  # it ends the run, which would wait for the next slot's attempts too
+                # it ends the run; otherwise the run would also wait for the attempts of the next slot
+                if isinstance(value, FetchError):
                     return
 
     def _walks(self) -> Iterator[Walk]:
-        """The rest of the epoch, and the next one, whose order is made when somebody gets there."""
+        """The rest of this epoch and the next epoch. The next order is computed only when it is reached."""
         epoch, order, cursor, _ = self._window
         rest = order[cursor % len(order) :]
         yield enumerate(rest, cursor)

@@ -1,8 +1,8 @@
-"""Files behind URLs as streams of bytes: https, http, s3, gs, hf://datasets/… and pipe.
+"""Open URLs as byte streams: https, http, s3, gs, hf://datasets/… and pipe.
 
-The openers here take the places of webdataset's own in its table `gopen_schemes`: those run curl and gsutil, know no
-s3, and tell a failure only when they are closed. Only `pipe:` runs a shell. Every stream begins at a given byte, so a
-download that was cut goes on where it ended.
+The openers here replace webdataset's own in its table `gopen_schemes`. Webdataset's openers run curl and gsutil, do not
+support s3, and report an error only when they are closed. Here, only `pipe:` runs a shell. Every stream can begin at a
+given byte, so an interrupted download continues where it ended.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from datamodules.persistence.user_error import UserError
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-TIMEOUT = 30.0  # seconds without one byte, after which an attempt has failed
-TRIES = 8  # attempts in a row that bring no new byte; with their pauses two minutes
+TIMEOUT = 30.0  # an attempt fails after this number of seconds without any byte
+TRIES = 8  # attempts in a row without a new byte; with their pauses they take two minutes
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between attempts: the first, doubled each time up to the last
 PIPE = "pipe:"
 SCHEMES = ("http", "https", "s3", "gs", "hf")
-# What the server says of the request itself; another attempt would get the same answer. 408, 425 and 429 ask to wait.
+# Status codes for a wrong request: another attempt would get the same answer. 408, 425 and 429 ask to wait, so they are
+# excluded.
 REFUSALS = frozenset(range(400, 500)) - {408, 425, 429}
-EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}  # packages that fsspec needs, extras of setup.cfg
+EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}  # packages that fsspec needs; they are extras in setup.cfg
 CHUNK = 1 << 20  # bytes
 CURE = "Look whether the server can be reached and holds the file; the same command goes on where this one ended"
 
@@ -44,11 +45,14 @@ _HF = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))
 
 
 class FetchError(UserError, RuntimeError):
-    """A remote file cannot be had; the message names it, the reason and the cure. No run goes on without its data."""
+    """A remote file cannot be downloaded. The message names the file, the reason and the fix.
+
+    A run never continues without its data.
+    """
 
 
 class Refused(FetchError):
-    """A remote file that another attempt would not get either: it is not there, or access is denied."""
+    """A remote file for which another attempt would fail too: it does not exist, or access is denied."""
 
 
 def scheme_of(location: str) -> str | None:
@@ -64,9 +68,9 @@ def open_url(url: str, start: int = 0) -> IO[bytes]:
 
     Raises:
         Refused: another attempt would fail in the same way.
-        OSError: anything that may pass.
+        OSError: another attempt may succeed.
     """
-    from webdataset.gopen import gopen, gopen_schemes  # loads torch, which a command without remote shards does without
+    from webdataset.gopen import gopen, gopen_schemes  # imports torch, which commands without remote shards do not need
 
     gopen_schemes.update(OPENERS)
     try:
@@ -76,13 +80,14 @@ def open_url(url: str, start: int = 0) -> IO[bytes]:
 
 
 def open_http(url: str, mode: str = "rb", bufsize: int = 0, start: int = 0, token: str | None = None) -> IO[bytes]:
-    """A file of an HTTP server, in webdataset's form of an opener.
+    """Open a file on an HTTP server, with the signature of webdataset's openers.
 
     Args:
         url: http:// or https://.
-        mode, bufsize: of webdataset's form, without use here.
-        start: the first byte that is wanted. A server that sends the whole file all the same is read up to there.
-        token: sent to this host as a bearer's, and not to a host that it redirects to.
+        mode, bufsize: part of that signature; not used.
+        start: the first byte to return. If the server ignores it and sends the whole file, the bytes before are
+            skipped.
+        token: bearer token that is sent to this host, but not to hosts to which it redirects.
     """
     headers = {"User-Agent": "multi-image-grounding", "Accept-Encoding": "identity"}
     request = urllib.request.Request(url, headers=headers | ({"Range": f"bytes={start}-"} if start else {}))
@@ -109,7 +114,7 @@ def open_http(url: str, mode: str = "rb", bufsize: int = 0, start: int = 0, toke
 
 
 class _SafeRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to http and https alone, and never from https to http."""
+    """Follows redirects to http and https only, and never from https to http."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
@@ -121,7 +126,7 @@ class _SafeRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def open_hub(url: str, mode: str = "rb", bufsize: int = 0, start: int = 0) -> IO[bytes]:
-    """A file of a data set on the Hugging Face Hub: hf://datasets/<owner>/<name>[@<revision>]/<path>."""
+    """Open a file of a data set on the Hugging Face Hub: hf://datasets/<owner>/<name>[@<revision>]/<path>."""
     from huggingface_hub import constants, get_token, hf_hub_url
 
     found = _HF.fullmatch(url)
@@ -134,10 +139,10 @@ def open_hub(url: str, mode: str = "rb", bufsize: int = 0, start: int = 0) -> IO
 
 
 def open_store(url: str, mode: str = "rb", bufsize: int = 0, start: int = 0) -> IO[bytes]:
-    """A file of an object store that fsspec knows. Keys come from the environment, as the store's own tools read them.
+    """Open a file in an object store that fsspec supports. Keys come from the environment, as in the store's own tools.
 
-    The store's file system is made anew for each file: one that was made before a fork may wait for a thread that the
-    fork did not copy.
+    The fsspec filesystem is created for each file. One from before a fork could wait forever for a thread that the fork
+    has not copied.
     """
     import fsspec
 
@@ -154,7 +159,7 @@ def open_store(url: str, mode: str = "rb", bufsize: int = 0, start: int = 0) -> 
 
 
 class _Stored:
-    """A file of an object store, whose reading fails as that of other files does."""
+    """A file in an object store. Its errors are those of ordinary files."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
@@ -172,7 +177,7 @@ class _Stored:
 
 @contextlib.contextmanager
 def _errors_of_stores() -> Iterator[None]:
-    """The stores' own libraries raise errors of their own kinds: as Refused, or as OSError where it may pass."""
+    """Convert errors of the stores' libraries to Refused, or to OSError if another attempt may succeed."""
     try:
         yield
     except (FileNotFoundError, PermissionError) as error:
@@ -185,17 +190,23 @@ def _errors_of_stores() -> Iterator[None]:
 
 
 def open_pipe(url: str, mode: str = "rb", bufsize: int = 0, start: int = 0) -> IO[bytes]:
-    """The output of a shell command, "pipe:<command>". Nothing but what a user wrote may come here."""
+    """The output of a shell command, "pipe:<command>".
+
+    Only text that the user wrote may be passed here, because it runs in a shell.
+    """
     stream: Any = _Output(url.removeprefix(PIPE))
     _skip(stream, start)
     return stream
 
 
 class _Output:
-    """Standard output of a shell command; an error where it is silent for too long, or ends with a status not 0."""
+    """The standard output of a shell command.
+
+    It is an error if there is no output for too long, or if the exit status is not 0.
+    """
 
     def __init__(self, command: str) -> None:
-        # A session of its own: the shell's children hold the pipe, and end with it.
+        # A new session, so that the children of the shell, which hold the pipe, are ended together with it.
         self._process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, bufsize=0, start_new_session=True)
 
     def __enter__(self) -> _Output:
@@ -215,7 +226,7 @@ class _Output:
         return data
 
     def close(self) -> None:
-        if self._process.poll() is None:  # else its number may be another process's by now
+        if self._process.poll() is None:  # otherwise the id may already belong to another process
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
         assert self._process.stdout is not None
@@ -224,17 +235,17 @@ class _Output:
 
 
 def retry(url: str, attempt: Callable[[], T], progress: Callable[[], int] = int, tries: int = TRIES) -> T:
-    """What `attempt` returns, called again after a pause where the connection fails.
+    """Call `attempt` and return its result. If the connection fails, call it again after a pause.
 
     Args:
         url: named in messages.
-        attempt: fetches something of `url`.
-        progress: how many bytes there are; more than ever before count as a new start.
-        tries: attempts in a row without progress, after which it is given up.
+        attempt: downloads something from `url`.
+        progress: returns the number of downloaded bytes; if it has grown, attempts are counted from 0 again.
+        tries: number of attempts in a row without progress, after which the function gives up.
 
     Raises:
-        FetchError: it was refused, or given up.
-        StorageError: something cannot be written on this machine.
+        FetchError: the server refused the request, or all attempts failed.
+        StorageError: a local file cannot be written.
     """
     failures, most = 0, progress()
     while True:
@@ -260,7 +271,7 @@ def read_some(stream: IO[bytes], size: int = CHUNK) -> bytes:
 
 
 def _skip(stream: IO[bytes], count: int) -> None:
-    """Read over the first `count` bytes."""
+    """Read and ignore the first `count` bytes."""
     while count:
         data = read_some(stream, min(CHUNK, count))
         if not data:

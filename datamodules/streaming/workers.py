@@ -1,9 +1,9 @@
-"""Samples from a DataLoader's worker processes: room in shared memory is checked, and every wait has an end.
+"""Samples from a DataLoader's worker processes: free shared memory is checked, and every wait has a time limit.
 
-A worker hands a sample's pixel values over in shared memory (/dev/shm; Docker gives 64 MB). By itself PyTorch puts them
-there in a thread whose failure loses the sample, and the training process then waits for it for ever. Here the worker
-puts them there before it gives the sample away, so a failure is handed over like a sample. A worker that is stopped, or
-takes too long, is killed. If a worker ends, WorkersFailed names it, the reason and the cure.
+A worker passes the pixel values of a sample through shared memory (/dev/shm; Docker's default is 64 MB). PyTorch alone
+copies them there in a background thread. If that fails, the sample is lost and the training process waits forever.
+Here, the worker copies them before it sends the sample, so an error is sent like a sample. A worker that is stopped or
+takes too long is killed. If a worker ends, WorkersFailed names the worker, the reason and the fix.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from datamodules.persistence.user_error import UserError
 
 SHARED_MEMORY = Path("/dev/shm")
 GO_ON = "The same command goes on from the last checkpoint."
-LOST_VALUE = 75  # exit code of a worker that could not hand a sample over
-END_SECONDS = 2.0  # that a worker has to end by itself
+LOST_VALUE = 75  # exit code of a worker that could not send a sample
+END_SECONDS = 2.0  # time for a worker to end by itself
 _END = object()
 
 
 class WorkersFailed(UserError, RuntimeError):
-    """Worker processes cannot make samples, or no longer; the message states the reason and the cure."""
+    """Worker processes cannot make samples. The message states the reason and the fix."""
 
 
 class NoRoom(NamedTuple):
-    """In place of a sample: its pixel values could not be put into shared memory."""
+    """Replaces a sample whose pixel values did not fit into shared memory."""
 
     num_bytes: int
     reason: str
 
 
 def in_shared_memory(value: Any) -> Any:
-    """`value` with its `pixel_values`, if it has any, moved to shared memory; NoRoom where they have no place."""
+    """`value` with its `pixel_values`, if it has any, moved to shared memory; NoRoom if they do not fit."""
     pixels = getattr(value, "pixel_values", None)
     if isinstance(pixels, Tensor):
         try:
@@ -55,7 +55,7 @@ def in_shared_memory(value: Any) -> Any:
 
 
 def no_room(number: int, lost: NoRoom) -> WorkersFailed:
-    """The error for a sample that worker `number` could not hand over."""
+    """The error for a sample that worker `number` could not send."""
     return WorkersFailed(
         f"worker {number} could not put a sample of {_megabytes(lost.num_bytes)} into shared memory: {lost.reason}.\n"
         f"{SHARED_MEMORY} has {_megabytes(free_bytes() or 0)} free; more files than `ulimit -n` allows have the same"
@@ -72,10 +72,10 @@ def free_bytes(folder: Path = SHARED_MEMORY) -> int | None:
 
 
 def largest_pixels(encoder: Any) -> int:
-    """Bytes of float32 pixel values of the largest sample that `max_prompt_tokens` of a `encoder.Encoder` admits.
+    """Size in bytes of the float32 pixel values of the largest sample that the encoder's `max_prompt_tokens` allows.
 
-    A prompt token stands for merge_size^2 patches, a patch for patch_size^2 pixels in 3 channels of as many frames as
-    are joined in time.
+    A prompt token stands for merge_size^2 patches. A patch has temporal_patch_size frames of patch_size^2 pixels in 3
+    channels.
     """
     images = encoder.processor.image_processor
     patch_dim = 3 * images.temporal_patch_size * images.patch_size**2
@@ -85,17 +85,17 @@ def largest_pixels(encoder: Any) -> int:
 def check_room(
     num_samples: int, largest: int, measure: Callable[[], int], ranks: int, folder: Path = SHARED_MEMORY
 ) -> str | None:
-    """Whether the samples that workers hold ready fit into shared memory, before any worker is started.
+    """Check, before workers start, that the samples which they prepare fit into shared memory.
 
     Args:
-        num_samples: samples that are held at once, for each rank.
-        largest: bytes of the largest sample that the settings admit.
-        measure: gives the mean bytes of a few samples; called only if `num_samples` of the largest do not fit.
+        num_samples: number of samples in shared memory at the same time, per rank.
+        largest: size in bytes of the largest sample that the settings allow.
+        measure: returns the mean size of a few samples; called only if `num_samples` of the largest samples do not fit.
         ranks: ranks on this machine.
-        folder: where shared memory lies.
+        folder: the folder of shared memory.
 
-    Returns a warning if samples of mean size fit and the largest do not; None if all fit. Raises WorkersFailed if not
-    even samples of mean size fit.
+    Returns a warning if samples of mean size fit but the largest do not; None if all fit. Raises WorkersFailed if
+    samples of mean size do not fit.
     """
     free, most = free_bytes(folder), ranks * num_samples * largest
     if free is None or most <= free:
@@ -116,15 +116,15 @@ def check_room(
 
 
 class Workers:
-    """The values of a dataset in their order, made by worker processes, value k by worker k % num_workers.
+    """The values of a dataset in order, computed by worker processes. Worker k % num_workers computes value k.
 
     Only one iteration runs at a time.
 
     Args:
         values: the dataset.
         num_workers: number of processes.
-        num_ahead: number of values that are made before they are asked for; at least two for each worker.
-        seconds: the longest time that one value may take.
+        num_ahead: number of values that are computed in advance; at least two for each worker.
+        seconds: time limit for one value.
         describe: names value k in messages.
     """
 
@@ -144,18 +144,19 @@ class Workers:
             collate_fn=_unchanged,
             prefetch_factor=num_ahead_of_each(num_workers, num_ahead),
             worker_init_fn=_end_where_a_value_is_lost,
-            # A generator of its own: otherwise each iterator draws a seed from torch's, and a resumed run samples anew.
+            # A separate generator. Otherwise each iterator would take a seed from torch's global generator, and a
+            # resumed run would sample differently.
             generator=torch.Generator(),
         )
         self._processes: list[Any] = []
         self._watch = _Watch([], seconds)
-        self._expected = 0  # the value that is waited for
+        self._expected = 0  # number of the value that is waited for
 
     def __iter__(self) -> Iterator[Any]:
-        """Raises WorkersFailed. What encoding itself raises passes through."""
+        """Iterate over the values. Raises WorkersFailed. Errors of the encoding itself are passed on."""
         try:
             iterator = iter(self._loader)
-        except OSError as error:  # semaphores lie in shared memory too
+        except OSError as error:  # semaphores need shared memory too
             raise WorkersFailed(f"{self.num_workers} workers cannot be started: {error}.\n{_cure(2**33)}") from error
         self._processes, self._expected = list(iterator._workers), 0
         self._watch = _Watch([process.pid for process in self._processes], self.seconds)
@@ -195,14 +196,14 @@ class Workers:
         try:
             return next(iterator, _END)
         except (RuntimeError, OSError, EOFError) as error:
-            if str(error).startswith("Caught "):  # by a worker that lives: encoding's own
+            if str(error).startswith("Caught "):  # an error of the encoding, from a worker that is still running
                 raise
             raise self._broken(error) from error
         finally:
             self._watch.expect(None)
 
     def _broken(self, error: Exception) -> WorkersFailed:
-        """For an error of handing over: a worker killed meanwhile causes one before its end is seen."""
+        """Whether an error while receiving a value comes from a killed worker whose end has not been noticed yet."""
         if failed := self.failure(error, waiting=True):
             return failed
         wait([process.sentinel for process in self._processes], timeout=END_SECONDS)
@@ -215,7 +216,7 @@ class Workers:
         )
 
     def _end(self) -> None:
-        """A worker that is stopped or hangs must not outlive its use: this process would wait for it at its own end."""
+        """Kill a worker that is stopped or hangs; otherwise this process would wait for it at exit."""
         for process in self._processes:
             process.join(END_SECONDS)
             process.kill()
@@ -223,12 +224,13 @@ class Workers:
 
 
 class _Watch(ChildWatch):
-    """Gives up workers that are stopped, and the one from which a value is expected for longer than `longest`."""
+    """Kills workers that are stopped, and a worker whose value takes longer than `longest`."""
 
     def __init__(self, pids: list[int], longest: float) -> None:
         super().__init__(lambda: pids)
         self.longest = longest
-        self._expected: tuple[int, int] | None = None  # process id, and the number of the look since when
+        # process id, and the number of the check since which it is expected
+        self._expected: tuple[int, int] | None = None
         self._looks = 0
 
     def expect(self, pid: int | None) -> None:
@@ -243,12 +245,17 @@ class _Watch(ChildWatch):
 
 
 def num_ahead_of_each(num_workers: int, num_ahead: int) -> int:
-    """Values that each worker makes ahead, at least two: with one it would idle while that value is taken."""
+    """Number of values that each worker computes in advance.
+
+    At least two, because with one it would be idle while that value is received.
+    """
     return max(2, num_ahead // num_workers)
 
 
 def _end_where_a_value_is_lost(number: int) -> None:
-    """In a worker: end it where PyTorch's sending thread would drop a value that it cannot send."""
+    """Runs in a worker: ends it if PyTorch's sending thread cannot send a value, because PyTorch would silently drop
+    the value.
+    """
 
     def end(error: Exception, value: Any) -> None:
         print(f"\nworker {number} cannot hand a sample over: {error!r}", file=sys.stderr, flush=True)
