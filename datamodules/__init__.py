@@ -1,1 +1,1 @@
-"""Samples, boxes, answers, prompts, shards and batches: everything before a model sees a tensor."""
+"""Samples, boxes, answers, prompts, shards and batches: all work before the model gets a tensor."""

@@ -1,1 +1,1 @@
-"""Model folders on disk: what must hold before one is loaded."""
+"""Model folders on disk: checks before loading, and loading."""

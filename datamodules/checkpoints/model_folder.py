@@ -1,4 +1,4 @@
-"""The place of a model's files, and their faults, before anything is loaded from them."""
+"""Find the files of a model, and check them before anything is loaded."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
-PROMPT_FORM = "prompt_form.json"  # of a model trained here (encoding/prompt_form.py); merging writes a new one
-# Every file beside the weights that says how a model is loaded, asked and decoded, as transformers 4 and 5 lay it out.
+PROMPT_FORM = "prompt_form.json"  # written for a model trained here (encoding/prompt_form.py); merging writes a new one
+# The files beside the weights that transformers 4 and 5 need to load, prompt and decode a model.
 COMPANIONS = (
     CONFIG,
     "generation_config.json",
@@ -34,14 +34,14 @@ COMPANIONS = (
 
 
 class ModelError(UserError, ValueError):
-    """A model that cannot be used as it is; the message names the model, its faults and the cure."""
+    """The model cannot be used. The message names the model, its problems and the fix."""
 
 
 def local_folder(path: str | Path, weights: bool = True, code: bool = False) -> Path:
-    """The folder of a model: `path` itself, or where the files of the Hub repository of that name are kept here.
+    """The folder of a model: `path` itself, or the local copy of the Hub repository with that name.
 
-    A repository is downloaded once; `weights` and `code` say whether its safetensors and Python files are wanted, too.
-    Raises ModelError where there is neither.
+    A repository is downloaded once. `weights` and `code` say whether its safetensors and its Python files are needed
+    too. Raises ModelError if neither a folder nor a repository exists.
     """
     path = str(path)
     folder = Path(path)
@@ -49,7 +49,7 @@ def local_folder(path: str | Path, weights: bool = True, code: bool = False) -> 
         return folder
     if folder.is_file() or folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
         raise ModelError(f"model: there is no folder {path!r}, and it is no Hub name ('owner/name') either")
-    if folder.parent.is_dir():  # such as outputs/nano: meant as a folder, and no name to ask the Hub for
+    if folder.parent.is_dir():  # such as outputs/nano: a missing folder, not a name on the Hub
         near = difflib.get_close_matches(folder.name, [each.name for each in folder.parent.iterdir()], 1)
         cure = f"; did you mean {str(folder.parent / near[0])!r}?" if near else ""
         raise ModelError(f"model: {folder.parent}/ is here, but there is no folder {path!r} in it{cure}")
@@ -59,25 +59,25 @@ def local_folder(path: str | Path, weights: bool = True, code: bool = False) -> 
     wanted += ["*.safetensors", "*.safetensors.index.json"] if weights else []
     wanted += ["*.py"] if code else []
     try:
-        # Files in subfolders, or called consolidated, hold the same weights in another form.
+        # Files in subfolders, and files named consolidated, are other copies of the same weights.
         skipped = ["*/*", "consolidated*"]
         return Path(snapshot_download(path, allow_patterns=wanted, ignore_patterns=skipped))
-    except Exception as error:  # of many kinds: the network, the Hub's refusals, the disk
+    except Exception as error:  # many types: network errors, refusals by the Hub, disk errors
         raise ModelError(
             f"model: {path!r} is no folder here, and could not be had from the Hub: {first_line(error)}"
         ) from error
 
 
 def check_model(path: str | Path, known_types: Mapping[str, str], need_weights: bool = True) -> None:
-    """Check the files of a model that is to be trained, without reading a weight.
+    """Check the files of a model before training, without reading weights.
 
     Args:
-        path: a folder or Hub repository.
-        known_types: the families that can be trained, model_type in config.json -> name of the family.
-        need_weights: if not, a folder with only `config.json` will do (the meta device).
+        path: a folder or a Hub repository.
+        known_types: the families that can be trained: model_type in config.json -> name of the family.
+        need_weights: if False, a folder with only `config.json` is accepted (for the meta device).
 
     Raises:
-        ModelError: names `path` and all its faults, unless it is a whole model of one of these families.
+        ModelError: `path` is not a complete model of one of these families. The message names `path` and all problems.
     """
     folder = local_folder(path, need_weights)
     config = _config(folder, path)
@@ -92,7 +92,7 @@ def check_model(path: str | Path, known_types: Mapping[str, str], need_weights: 
 
 
 def check_image_text_model(path: str | Path, trust_remote_code: bool = False) -> None:
-    """Raise ModelError unless `path` is a whole model of any kind that answers on images and text."""
+    """Raise ModelError unless `path` is a complete image-text model of any family."""
     folder = local_folder(path, code=trust_remote_code)
     config = _config(folder, path)
     if not trust_remote_code:
@@ -108,21 +108,21 @@ def check_image_text_model(path: str | Path, trust_remote_code: bool = False) ->
 
 
 def check_processor(path: str | Path, code: bool = False) -> Path:
-    """The folder of a model whose tokenizer and image processor are there and whole. Raises ModelError."""
+    """The folder of the model, after checking its tokenizer and image processor. Raises ModelError."""
     folder = local_folder(path, weights=False, code=code)
     _raise(path, _companion_faults(folder))
     return folder
 
 
 def read_model_type(path: str | Path) -> str:
-    """The model_type in the config of a folder or Hub repository. Raises ModelError that names `path`."""
+    """The model_type in the configuration of a folder or Hub repository. Raises ModelError that names `path`."""
     return str(_config(local_folder(path, weights=False), path).get("model_type"))
 
 
 def _config(folder: Path, path: str | Path) -> dict[str, Any]:
-    """The config.json of a model that is not an adapter."""
+    """The content of config.json. Raises ModelError for a folder with only an adapter."""
     if (folder / ADAPTER).is_file():
-        # transformers would load the model that the adapter names, from wherever that is, and put the adapter into it.
+        # transformers would load the base model that the adapter names, from any location, and add the adapter to it.
         _raise(path, [f"it holds an adapter ({ADAPTER}), not a whole model: merge it into its base, or give the base"])
     if not (folder / CONFIG).is_file():
         _raise(path, [f"{CONFIG} is missing"])
@@ -144,7 +144,10 @@ def _file_faults(folder: Path, config: dict[str, Any]) -> list[str]:
 
 
 def _companion_faults(folder: Path) -> list[str]:
-    """Faults of the files beside the weights. Some loaders take a default for a damaged file without a word."""
+    """Problems in the files beside the weights.
+
+    They are checked here because some loaders silently replace a damaged file by defaults.
+    """
     faults = []
     for what, names in (("the tokenizer", TOKENIZER_FILES), ("the image processor", PROCESSOR_FILES)):
         if not any((folder / name).is_file() for name in names):

@@ -1,14 +1,14 @@
 """The only place that loads published files: models, configurations, processors and tokenizers.
 
 Every call of `from_pretrained` and `from_config` in the project is here, so the same rules hold for the policy, the
-models that it is compared with, a teacher and the benchmarks of speed:
+models it is compared with, a teacher, and speed measurements:
 
-- A model runs on its own weights or not at all: a tensor that is missing, unexpected, of another shape, or not finite
-  is an error that names it. transformers alone would fill a gap with random numbers and go on.
-- Loading runs no code but the installed packages': `trust_remote_code=False` unless the user asked for it (without a
-  value transformers asks on the terminal), safetensors only, and an attention implementation that does not come from
-  the model's own configuration (which may name code on the Hub).
-- Every fault is a `ModelError` of a few lines, whatever kind of exception the libraries raise.
+- All weights of a model must come from its files. A tensor that is missing, unexpected, not finite or of another shape
+  is an error that names it. transformers alone would continue with random numbers.
+- Loading runs only code of installed packages. `trust_remote_code` is False unless the user sets it (without a value,
+  transformers asks in the terminal). Only safetensors files are read. The attention implementation does not come from
+  the model's configuration, which may name code on the Hub.
+- Every exception of the libraries becomes a `ModelError` of a few lines.
 """
 
 from __future__ import annotations
@@ -36,36 +36,36 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ATTENTION = "sdpa"
-# For families of any kind: transformers' choice for each part, scaled_dot_product_attention where a part has it and
-# eager where not. Given as None it still replaces what config.json says.
+# For any family: transformers chooses for each part of the model scaled_dot_product_attention if it is available, or
+# else eager. None still overrides the value in config.json.
 ANY_ATTENTION = None
 
 
 def load_model(
     path: str | Path, dtype: torch.dtype, attention: str | None = ATTENTION, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """An image-text model on the CPU, with all weights of its files and no others.
+    """Load an image-text model on the CPU. All its weights come from its files.
 
     Args:
-        path: a folder or Hub repository.
-        dtype: of the weights.
+        path: a folder or a Hub repository.
+        dtype: data type of the weights.
         attention: transformers' name of an attention implementation, or ANY_ATTENTION.
         trust_remote_code: run the code that comes with the model.
 
-    Raises ModelError that names `path` and its faults.
+    Raises ModelError that names `path` and its problems.
     """
     check_image_text_model(path, trust_remote_code)
     model = _fill(path, dtype, attention, trust_remote_code)
     tensors = (*model.named_parameters(), *model.named_buffers())
     if faults := [*_head_faults(model), *not_finite(tensors)]:
         raise ModelError(f"model: {str(path)!r}: {'; '.join(faults)}")
-    model.name_or_path = model.config.name_or_path = str(path)  # a Hub name, not the folder that keeps its files
+    model.name_or_path = model.config.name_or_path = str(path)  # the Hub name, not the folder of the local copy
     return model
 
 
 def check_policy(path: str | Path, known_types: Mapping[str, str]) -> None:
-    """Raise ModelError unless a model of one of the families in `known_types` has whole files, the right tensors and
-    a processor (`check_model`). This takes seconds, since no value of a weight is read.
+    """Raise ModelError unless `path` is a model of a family in `known_types` with complete files, the right tensors and
+    a processor (see `check_model`). This takes seconds, because no weights are read.
     """
     check_model(path, known_types)
     check_tensors(path)
@@ -75,13 +75,13 @@ def check_policy(path: str | Path, known_types: Mapping[str, str]) -> None:
 def check_tensors(path: str | Path, attention: str | None = ATTENTION) -> None:
     """Raise ModelError unless every tensor of the model is in its files, in the right shape.
 
-    It is `load_model` on the meta device. Check the files first (`check_model`, `check_image_text_model`).
+    This is `load_model` on the meta device. Check the files first (`check_model`, `check_image_text_model`).
     """
     _fill(path, torch.float32, attention, False, device_map={"": "meta"})
 
 
 def check_values(path: str | Path) -> None:
-    """Raise ModelError for a weight that is not finite; reads every value once, file by file."""
+    """Raise ModelError if a weight is not finite. Reads every value once, one file after the other."""
     from safetensors import safe_open
 
     for file in weight_files(local_folder(path)):
@@ -92,7 +92,9 @@ def check_values(path: str | Path) -> None:
 
 
 def skeleton(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model that `config.json` describes, with new weights on the default device: on the meta device, none."""
+    """The model that `config.json` describes, with random weights on the default device (no weights on the meta
+    device).
+    """
     from transformers import AutoModelForImageTextToText
 
     return _loaded(
@@ -106,7 +108,7 @@ def skeleton(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def new_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """An untrained model of this configuration; weights come from torch's global random state."""
+    """A model of this configuration with random weights from torch's global random state."""
     from transformers import AutoModelForImageTextToText
 
     return AutoModelForImageTextToText.from_config(config, attn_implementation=ATTENTION, trust_remote_code=False)
@@ -120,7 +122,8 @@ def load_config(
 
     folder = local_folder(path, weights=False, code=trust_remote_code)
     config = _loaded(path, AutoConfig.from_pretrained, folder, trust_remote_code=trust_remote_code)
-    # An argument would not do: `_attn_implementation` in config.json is read after it, and may name code on the Hub.
+    # An argument is not enough: transformers reads `_attn_implementation` in config.json later, and it may name code on
+    # the Hub.
     config._attn_implementation = attention
     return config
 
@@ -134,7 +137,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def load_processor(path: str | Path, trust_remote_code: bool = False) -> Any:
-    """Tokenizer, image processor and chat template of a folder or Hub repository, in one. Raises ModelError."""
+    """The processor (tokenizer, image processor and chat template) of a folder or Hub repository. Raises ModelError."""
     from transformers import AutoProcessor
 
     folder = check_processor(path, code=trust_remote_code)
@@ -147,11 +150,11 @@ def load_processor(path: str | Path, trust_remote_code: bool = False) -> Any:
 
 
 def not_finite(tensors: Any) -> list[str]:
-    """One fault that names all tensors with a value that is not finite; [] if there is no such tensor.
+    """A list with one message that names all tensors with non-finite values; [] if there is no such tensor.
 
-    `tensors`: pairs of name and tensor. A sum is finite only if every term is, and costs one pass over memory (0.1 s
-    for a billion bfloat16 on two cores); `isfinite` is a hundred times slower there. Finite values may overflow a sum,
-    so each value is looked at where the sum is not finite.
+    `tensors`: pairs of name and tensor. A sum is finite only if every term is finite, and it costs one pass over memory
+    (0.1 s for a billion bfloat16 values on two cores). `isfinite` is a hundred times slower. Finite values may overflow
+    the sum, so each value is checked if the sum is not finite.
     """
     bad = [name for name, tensor in tensors if not _is_finite(tensor)]
     return [f"not all values of {listed(bad)} are finite numbers: fetch the weights again"] if bad else []
@@ -166,7 +169,7 @@ def _is_finite(tensor: Tensor) -> bool:
 def _fill(
     path: str | Path, dtype: torch.dtype, attention: str | None, trust_remote_code: bool, **more: Any
 ) -> PreTrainedModel:
-    """A model whose every tensor comes from the files of `path`. Raises ModelError."""
+    """Load a model and check that every tensor comes from the files of `path`. Raises ModelError."""
     from transformers import AutoModelForImageTextToText
 
     config = load_config(path, attention, trust_remote_code)
@@ -180,7 +183,7 @@ def _fill(
             use_safetensors=True,
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
-            ignore_mismatched_sizes=True,  # they come back as a list, which is refused below
+            ignore_mismatched_sizes=True,  # they are returned as a list, which raises an error below
             output_loading_info=True,
             **more,
         )
@@ -193,9 +196,9 @@ def _fill(
 
 
 def _tensor_faults(found: dict[str, Any]) -> list[str]:
-    """Faults from transformers' list of tensors that did not go from the files into the model.
+    """Messages from transformers' list of tensors that were not loaded.
 
-    That list leaves out tensors that are tied to others, and those that the model's class does without.
+    That list does not contain tied tensors, nor tensors that the model's class ignores.
     """
     shapes = [f"{name} {list(stored)} instead of {list(own)}" for name, stored, own in found["mismatched_keys"]]
     kinds = {
@@ -218,7 +221,9 @@ def _cure(found: dict[str, Any]) -> str:
 
 
 def _head_faults(model: PreTrainedModel) -> list[str]:
-    """Two readings of one folder: transformers 4 ties a head that config.json calls tied, 5 keeps a different head."""
+    """A message if the two versions of transformers differ: 4 ties the head if config.json says so, 5 keeps a separate
+    head.
+    """
     inside, outside = model.get_input_embeddings(), model.get_output_embeddings()
     tied = getattr(model.config, "tie_word_embeddings", False) and isinstance(model._tied_weights_keys, dict)
     if not tied or outside is None or "lm_head.weight" not in model._tied_weights_keys:
@@ -232,19 +237,20 @@ def _head_faults(model: PreTrainedModel) -> list[str]:
 
 
 def _loaded(path: str | Path, load: Callable[..., Any], source: Any, **options: Any) -> Any:
-    """`load(source, **options)`; its errors, of whatever kind, become a ModelError in one line."""
+    """Call `load(source, **options)`. Every exception becomes a ModelError of one line."""
     try:
         return load(str(source) if isinstance(source, Path) else source, **options)
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # damaged files make the libraries raise nearly every kind
+    except Exception as error:  # damaged files lead to nearly every type of exception
         raise ModelError(f"model: {str(path)!r} cannot be loaded: {first_line(error)}") from error
 
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Leave out transformers' own table of missing tensors, which stands in the error, and its bar over tensors, which
-    every rank would show."""
+    """Silence transformers' table of missing tensors, because the error contains it, and its progress bar, because
+    every rank would show it.
+    """
     from transformers.utils import logging as progress
 
     logger = logging.getLogger("transformers.modeling_utils")

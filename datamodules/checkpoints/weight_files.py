@@ -1,7 +1,7 @@
-"""The safetensors files of a model folder: their names, whether they are whole, and the tensors in them.
+"""The safetensors files of a model folder: their names, whether they are complete, and their tensors.
 
-Only headers are read (a few kilobytes a file), with the library that later reads the weights. So a model of any size is
-checked in milliseconds, before anything is loaded.
+Only the headers are read (a few kilobytes per file), with the library that later reads the weights. So a model of any
+size is checked in milliseconds.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = {".bin", ".pt", ".pth"}
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-# Types of stored weights. Integers, booleans and 8-bit floats are codes that need scales to become weights.
+# Types of stored weights. Integers, booleans and 8-bit floats are quantised and need scales.
 STORED = ("F64", "F32", "F16", "BF16")
-# transformers reads files of this name before all others: a checkpoint that several processes have written.
+# transformers prefers a file of this name: a checkpoint that several processes have written.
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor as a file's header describes it; `dtype` in safetensors' own words (F32, BF16, I8, …)."""
+    """One tensor as the header of a file describes it. `dtype` is safetensors' name (F32, BF16, I8, …)."""
 
     name: str
     dtype: str
@@ -34,11 +34,11 @@ class StoredTensor:
 
 
 class BrokenFile(ValueError):
-    """A file of a model folder that cannot be used; the message names the file, the fault and the cure."""
+    """A file of a model folder cannot be used. The message names the file, the problem and the fix."""
 
 
 def pointer_fault(file: Path) -> str | None:
-    """The fault of a file that is a Git LFS pointer or empty; None for any other file."""
+    """The problem of a file that is empty or a Git LFS pointer; None for any other file."""
     with file.open("rb") as stream:
         start = stream.read(len(LFS_POINTER))
     if start == LFS_POINTER:
@@ -60,10 +60,10 @@ def json_object(file: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the model's tensors: one, or those that the index lists, sorted by name.
+    """The files with the model's tensors: a single file, or the files that the index lists, sorted by name.
 
-    Raises BrokenFile where there are none, where the index is damaged, or where it lists a file that is absent, lies
-    outside the folder or is not safetensors.
+    Raises BrokenFile if there are no such files, if the index is damaged, or if a listed file is missing, outside the
+    folder, or not safetensors.
     """
     if divided := sorted(file.name for file in folder.iterdir() if _DISTRIBUTED.fullmatch(file.name)):
         raise BrokenFile(f"{divided[0]} is part of a training checkpoint, which would be read instead: remove it")
@@ -92,7 +92,7 @@ def _indexed_names(index: Path) -> list[str]:
 
 
 def stored_tensors(file: Path) -> list[StoredTensor]:
-    """All tensors of one safetensors file, from its header. Raises BrokenFile for a file that is not whole."""
+    """All tensors of one safetensors file, from its header. Raises BrokenFile if the file is incomplete."""
     from safetensors import SafetensorError, safe_open
 
     if fault := pointer_fault(file):
@@ -114,7 +114,7 @@ def _damage(file: Path, error: Exception) -> str:
 
 
 def _whole_size(file: Path) -> int | None:
-    """How many bytes a safetensors file has by its own header; None where the header cannot be read."""
+    """The number of bytes that the file must have according to its header; None if the header cannot be read."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > file.stat().st_size:
@@ -128,9 +128,9 @@ def _whole_size(file: Path) -> int | None:
 
 
 def weight_faults(folder: Path, quantised: bool = False) -> list[str]:
-    """Faults of a folder's weight files, as far as their headers show them.
+    """Problems of a folder's weight files that their headers show.
 
-    `quantised`: the model's own configuration says that its weights are stored as codes.
+    `quantised`: whether the model's configuration says that its weights are quantised.
     """
     try:
         files = weight_files(folder)

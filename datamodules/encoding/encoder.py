@@ -31,7 +31,7 @@ class EncodedSample:
     """One encoded sample. Images are in the order of `sample.images`, which is also their order in the prompt."""
 
     sample: Sample
-    input_ids: Tensor  # long [P] of the prompt; the placeholder of an image is repeated once for each merged patch
+    input_ids: Tensor  # long [P], the prompt; the placeholder of an image is repeated once for each merged patch
     positions: Tensor  # long [3, P]: time, row, column (M-RoPE)
     next_position: int  # position of the first completion token, on all three axes
     pixel_values: Tensor  # float [N, patch_dim]: the patches of the first image, then those of the second, …
@@ -110,7 +110,7 @@ class Encoder:
         label_images: write "Picture k: " before image k, an option of Qwen's chat template.
 
     Raises:
-        ValueError: a target is asked for, but the style has none.
+        ValueError: `with_target` is set, but the style has no target.
     """
 
     processor_path: str

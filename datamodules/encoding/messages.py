@@ -19,12 +19,12 @@ THINK_SUFFIX = (
 )
 CHOICE_SUFFIX = " Answer with the letter of one option."
 CHOICE_THINK_SUFFIX = THINK_SUFFIX.removesuffix(ANSWER_SUFFIX) + " The final answer is the letter of one option."
-# MIG-Bench's official prompts. The misspelling, and the second box_start in the prompt for Qwen models, belong to them.
+# MIG-Bench's official prompts. They contain the misspelling, and the second box_start in the prompt for Qwen models.
 OFFICIAL_ENDING = "Don't generate addtional words."
 OFFICIAL_QWEN_SUFFIX = f"Format:<|box_start|>(x1,y1),(x2,y2)<|box_start|>. {OFFICIAL_ENDING}"
 
 QUESTION_BOX = "[{}, {}, {}, {}]"  # the notation of a box inside a question
-# Key in a sample's `extra`: a text that the benchmark's own prompt puts before the question.
+# Key in a sample's `extra`: a text that the benchmark's official prompt has before the question.
 OFFICIAL_PREFIX = "official_prefix"
 
 
@@ -32,7 +32,7 @@ class PromptStyle(StrEnum):
     """The text after the question."""
 
     THINK = "think"  # asks for reasoning, then the answer
-    ANSWER = "answer"  # asks for the answer alone, in JSON
+    ANSWER = "answer"  # asks only for the answer, in JSON
     PLAIN = "plain"  # nothing
     OFFICIAL = "official"  # the benchmark's own prompt: its notation of boxes in the question, its prefix and suffix
 
@@ -65,17 +65,17 @@ def build_messages(
 
     Args:
         sample: the question and its images.
-        image_sizes: the sizes of the sample's images, one entry an image.
+        image_sizes: the sizes of the sample's images, one entry per image.
         box_format: the format in which boxes inside the question are written.
         style: the text after the question. OFFICIAL also puts the sample's OFFICIAL_PREFIX before the question.
         suffix: replaces the text of the style.
         question_box: notation of a box inside the question, with four "{}" for its numbers.
 
     Raises:
-        SampleError: with the rule "reserved_token": texts side by side spell a special token.
+        SampleError: with the rule "reserved_token": joined texts contain a special token.
     """
     _check_image_sizes(sample, image_sizes)
-    # 1. The question: placeholders for images, and texts. Texts side by side become one part.
+    # 1. The question: placeholders for images, and texts. Neighbouring texts are joined.
     content: list[dict[str, Any]] = []
     prefix = sample.extra.get(OFFICIAL_PREFIX, "") if style == PromptStyle.OFFICIAL else ""
     for part in sample.messages:
@@ -107,10 +107,10 @@ def target_text(sample: Sample, image_sizes: Sequence[ImageSizes], box_format: B
     """The target of supervised training: the completion that the model should write.
 
     Args:
-        sample: it needs an answer of one box, and thinking for the style THINK.
+        sample: its answer must be one box; for the style THINK it must have thinking.
         image_sizes: the sizes of the sample's images, one entry an image.
         box_format: the format in which the box is written.
-        style: THINK writes the thinking and the answer, ANSWER the answer alone.
+        style: THINK writes the thinking and the answer, ANSWER only the answer.
 
     Raises:
         ValueError: the style has no target.
@@ -138,8 +138,8 @@ def _append_text(content: list[dict[str, Any]], text: str) -> None:
 
 
 def _refuse_reserved(sample_id: str, content: Sequence[Mapping[str, Any]]) -> None:
-    """Raise SampleError if a joined text holds a special token."""
-    # `Sample.from_json` has checked each part alone. Two parts together can spell a token that neither of them holds.
+    """Raise SampleError if a joined text contains a special token."""
+    # `Sample.from_json` has checked each part alone. Two joined parts can form a token that neither part contains.
     for part in content:
         if token := RESERVED.search(part.get("text", "")):
             raise SampleError(sample_id, "reserved_token", f"the parts of the question join to {token.group()}")

@@ -23,7 +23,7 @@ class ModelFamily:
     """The prompt and the box format of one family."""
 
     name: str
-    models: str  # regex that is searched in a model's name, without regard to case
+    models: str  # regex that is searched in a model's name; upper and lower case are equal
     box_format: BoxFormat
     suffix: str  # text after a grounding question
     question_box: str = QUESTION_BOX  # notation of a box inside a question, with four "{}" for its numbers
@@ -43,7 +43,7 @@ _QWEN2_VL = ModelFamily(
 )
 _STATED = ModelFamily("stated", r"(?!)", BoxFormat.NORMALIZED, _STATED_SCALE, source="scale named in the prompt")
 
-# The first family whose regex matches is taken, so more special names stand before more general ones.
+# The first family whose regex matches is taken, so specific names must be before general names.
 MODEL_FAMILIES = (
     ModelFamily(
         name="qwen2_5_vl",

@@ -30,7 +30,8 @@ def mrope_positions(input_ids: Tensor, grid_thw: Tensor, image_token_id: int, me
     expected = sum(frames * rows * columns for frames, rows, columns in sizes)
     if len(placeholders) != expected:
         raise ValueError(f"prompt has {len(placeholders)} image placeholders, its grids {grid_thw.tolist()} {expected}")
-    # `done`: tokens that have positions; `position`: of the next token; `used`: placeholders that have positions.
+    # `done`: number of tokens that have positions; `position`: that of the next token; `used`: placeholders that have
+    # positions.
     pieces, done, position, used = [], 0, 0, 0
     for frames, rows, columns in sizes:
         start, length = int(placeholders[used]), frames * rows * columns

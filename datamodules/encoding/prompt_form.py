@@ -1,9 +1,9 @@
-"""How a trained model must be asked: a small file in its folder, which goes with every copy of it.
+"""The prompt format of a trained model: a small file in its folder, which is copied with the model.
 
     <model>/prompt_form.json
     {"version": 1, "style": "think", "box_format": "absolute_pixels", "label_images": true, "max_resized_pixels": null}
 
-With another form than that of its training, a model answers worse, or its boxes are read wrongly.
+If the prompts differ from those in training, the model answers worse, or its boxes are read wrongly.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from datamodules.encoding.messages import PromptStyle
 from datamodules.persistence.strict_json import refuse_constant, unique_keys
 from datamodules.samples.boxes import BoxFormat
 
-if TYPE_CHECKING:  # both load torch
+if TYPE_CHECKING:  # both modules import torch
     from datamodules.encoding.chat_request import RequestForm
     from datamodules.encoding.encoder import Encoder
 
 VERSION = 1
-LABEL = "Picture {}: "  # before each image, where a phase had label_images: as Qwen's chat template writes it
+LABEL = "Picture {}: "  # before each image, if the phase had label_images; Qwen's chat template writes the same
 CURE = "copy the file again from the folder that training wrote, or remove it and say the form yourself"
-# Each field of the form: which values it may have, and how to say so.
+# For each field: a check of its value, and a description of the allowed values.
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "style": (lambda v: v in list(PromptStyle), f"one of {', '.join(PromptStyle)}"),
     "box_format": (lambda v: v in list(BoxFormat), f"one of {', '.join(BoxFormat)}"),
@@ -42,7 +42,7 @@ def prompt_form_text(encoder: Encoder) -> str:
 
 
 def read_prompt_form(model: str) -> dict[str, Any] | None:
-    """{"style", "box_format", "label_images", "max_resized_pixels"} of a model; None where its folder has no such file.
+    """{"style", "box_format", "label_images", "max_resized_pixels"} of a model; None if its folder has no such file.
 
     Args:
         model: folder or Hub name.
@@ -66,15 +66,15 @@ def read_prompt_form(model: str) -> dict[str, Any] | None:
 
 
 def form_as_trained(form: RequestForm, trained: Mapping[str, Any], model: str, flag: str) -> RequestForm:
-    """The form of requests to a server, with the model's own style, box format, labels and largest image.
+    """The form of requests to a server, with the style, box format, labels and largest image of the model's training.
 
-    It prints each value that differs from the given one.
+    Prints each value that differs from the given one.
 
     Args:
-        form: as the settings have it; its model family is Qwen2.5-VL.
-        trained: what `read_prompt_form` has found.
+        form: the form from the settings; its model family is Qwen2.5-VL.
+        trained: the result of `read_prompt_form`.
         model: folder of the model, for messages.
-        flag: of the command, with which the given values are taken.
+        flag: flag of the command that keeps the given values; it is named in the message.
     """
     family = replace(form.model_family, box_format=BoxFormat(trained["box_format"]))
     values = {

@@ -1,1 +1,1 @@
-"""Images: files, headers, pixels, and photographs that EXIF turns."""
+"""Images: files, headers, pixels, and photographs that EXIF rotates."""

@@ -84,7 +84,7 @@ def load_images(sample: Sample, image_root: str | Path) -> LoadedSample:
 
 
 def file_size(path: str | Path) -> int | None:
-    """Number of bytes of the file; None where `read_image_file` would find no file."""
+    """Number of bytes of the file; None if `read_image_file` would not find it."""
     try:
         found = os.stat(path)
     except (OSError, ValueError) as error:

@@ -50,7 +50,7 @@ _ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 5 to 8 are turned by 90 degrees
 _PNG_MARKS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # chunks that can hold an orientation
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
 _LEAST_SHADES = 16  # of 256; an image that spans fewer after scaling would look like nearly one colour
-_DETAIL = 200  # characters that are kept of a decoder's message
+_DETAIL = 200  # number of characters that are kept from a decoder's message
 
 
 class ImageError(ValueError):
@@ -204,8 +204,8 @@ def decode_images(sample_id: str, images: Sequence[StoredImage]) -> Iterator[Ima
 def _decoding(rule: str) -> Iterator[None]:
     """Convert any exception of a decoder into an ImageError of this rule.
 
-    This is the only place that catches every exception, and here it is right. Decoders are fifty pieces of Python and C
-    code. For a damaged file they raise anything: OSError, SyntaxError, RuntimeError (AVIF), struct.error, KeyError,
+    This is the only place that catches every exception, and here it is right. Pillow has about fifty decoders in Python
+    and C. For a damaged file they raise many types: OSError, SyntaxError, RuntimeError (AVIF), struct.error, KeyError,
     OverflowError, … No list of types was ever complete, and each missing type ended a training run. Only calls of
     decoders stand inside this context, and each failure is counted by its rule. MemoryError is not converted: the size
     of an image is checked before, so this error says that the machine has no memory left.

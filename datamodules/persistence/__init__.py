@@ -1,1 +1,1 @@
-"""Files that survive a kill, and child processes that end with their parent."""
+"""Files that stay valid if the process is killed, and child processes that end with their parent."""

@@ -1,7 +1,7 @@
 """Find passwords and keys in text before anything is written, and hide them in messages.
 
 A password in a URL or a key in a setting would be written to config.yaml, W&B, logs and journals. So commands refuse
-such a setting at once. The secret belongs into an environment variable, and the setting holds the name of the variable.
+such a setting at once. The secret must be in an environment variable; the setting is the name of this variable.
 """
 
 from __future__ import annotations

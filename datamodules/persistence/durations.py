@@ -1,4 +1,4 @@
-"""Durations in words, and the variables that tell the process of a stage its place in the whole."""
+"""Durations in words, and the environment variables that tell a process its stage in the pipeline."""
 
 from __future__ import annotations
 

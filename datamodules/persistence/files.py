@@ -1,4 +1,4 @@
-"""Files that survive a kill: hashes of what a result was made from, journals, and writes that are whole or nothing."""
+"""Hashes of inputs, journals, and atomic writes, so that files stay valid if the process is killed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any
 
 from datamodules.persistence.user_error import UserError
 
-REMEMBERED = 16 << 20  # bytes; hashes of larger files, weights, are remembered
-UNFINISHED = ".unfinished"  # the ending of a draft's name
+REMEMBERED = 16 << 20  # bytes; hashes of larger files (weights) are cached
+UNFINISHED = ".unfinished"  # suffix of the name of a partial file
 
 
 class StorageError(UserError, OSError):
-    """Something could not be written; the message names the path, the reason and the space that is left there."""
+    """A write has failed. The message names the path, the reason and the free space."""
 
 
 def fingerprint(*parts: Any) -> str:
@@ -29,18 +29,20 @@ def fingerprint(*parts: Any) -> str:
 
 
 def file_sha256(file: Path) -> str:
-    """Hash of a file's content. Weights are read for it once in a process, and again when the file is another or has
-    been written: lists of what is done ask for them as often as there are steps."""
+    """Hash of a file's content.
+
+    The hash of a large file is cached in the process until the file changes, because each step of a pipeline needs it.
+    """
     state = file.stat()
     if state.st_size < REMEMBERED:
         return hash_file(file)
-    # Who copies with timestamps sets the time of the last write, but not that of the last change.
+    # A copy with timestamps sets the modification time (mtime), but not the change time (ctime).
     return _remembered_sha256(file.resolve(), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
 
 @functools.lru_cache(maxsize=1024)
 def _remembered_sha256(file: Path, *state: int) -> str:
-    """`state` changes whenever the content may have changed."""
+    """`state` is part of the cache key; it changes if the content may have changed."""
     return hash_file(file)
 
 
@@ -54,7 +56,7 @@ def hash_file(file: Path) -> str:
 def atomic_path(path: str | Path, shared: bool = False) -> Iterator[Path]:
     """Yield a path beside `path`, where the caller writes a draft (a file or a folder), and rename the draft to `path`.
 
-    So a reader, or a kill at any moment, finds the old content or the new content, and never a part of it. After an
+    So `path` always has the complete old or the complete new content, even if the process is killed. After an
     error the draft is removed, and `path` stays as it was. The folder above `path` must exist.
 
     Args:
@@ -77,7 +79,7 @@ def atomic_path(path: str | Path, shared: bool = False) -> Iterator[Path]:
 
 
 def write_atomic(path: str | Path, text: str) -> None:
-    """Replace `path` by a file that holds `text`: a reader, or a kill at any moment, sees the old or the new one."""
+    """Replace `path` by a file with `text`. The file is always completely old or completely new."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     try:
         with atomic_path(path, shared=True) as draft:
@@ -91,7 +93,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """The file's value; {} where there is no such file. Raises ValueError that names a damaged one."""
+    """The value in a JSON file; {} if the file does not exist. Raises ValueError that names a damaged file."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {}
     except ValueError as error:
@@ -99,14 +101,15 @@ def read_json(path: str | Path) -> Any:
 
 
 def append_text(path: str | Path, text: str) -> None:
-    """Append `text` in one piece, on the disk when this returns.
+    """Append `text` completely or not at all; it is on the disk when this returns.
 
-    Where that fails (the disk is full, the filesystem is gone) nothing of it stays in the file, so that no cut line
-    stands before later ones, and StorageError is raised.
+    If writing fails (a full disk, a lost filesystem), the partial text is removed, so that no incomplete line is before
+    later lines, and StorageError is raised.
     """
     path = Path(path)
     try:
-        with path.open("ab", buffering=0) as file:  # a buffer would be written again when the file is closed
+        # after an error, a buffer would be written again when the file is closed
+        with path.open("ab", buffering=0) as file:
             size, rest = file.seek(0, os.SEEK_END), text.encode()
             try:
                 while rest:
@@ -120,7 +123,10 @@ def append_text(path: str | Path, text: str) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make one folder in one that is there: not in the place that a lost filesystem left. Raises StorageError."""
+    """Make a folder; its parent must exist, so that nothing is written to the mount point of a lost filesystem.
+
+    Raises StorageError.
+    """
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
@@ -129,20 +135,20 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """`atomic_path` for a folder: yields an empty folder to write into, which then replaces `folder`."""
+    """`atomic_path` for a folder: yields an empty folder, which replaces `folder` at the end."""
     with atomic_path(folder) as draft:
         draft.mkdir(parents=True)
         yield draft
 
 
 def storage_error(error: Exception, path: str | Path) -> StorageError:
-    """For a failed write."""
+    """The error for a failed write."""
     number, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
     return StorageError(number or 0, f"cannot be written: {reason or error}; {free_space(path)}", str(path))
 
 
 def free_space(path: str | Path) -> str:
-    """How much is free where `path` lies or would lie, in words."""
+    """The free space on the filesystem of `path`, in words."""
     try:
         folder = next(parent for parent in (Path(path), *Path(path).absolute().parents) if parent.is_dir())
         return f"{shutil.disk_usage(folder).free / 2**20:,.1f} MiB free in {folder}"
@@ -151,22 +157,24 @@ def free_space(path: str | Path) -> str:
 
 
 def remove_draft(path: Path) -> None:
-    """Remove a file or folder to make room again; where the filesystem itself is gone there is nothing to remove."""
+    """Remove a file or folder to free its space. Does nothing if the filesystem is gone."""
     with contextlib.suppress(OSError):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 class Journal:
-    """A JSONL file that is appended to as results come, and read again by a run that makes the same results.
+    """A JSONL file to which results are appended, so that a repeated run reads them instead of computing them again.
 
-    `key` says what they are made from and stands in `<path>.key`: a journal of another key is dropped. `records` are
-    those found. A line that a kill cut short is dropped too.
+    `key` identifies the inputs of the results and is stored in `<path>.key`. A journal with another key is deleted.
+    `records` are the records found in the file. An incomplete last line is removed.
     """
 
     def __init__(self, path: str | Path, key: str) -> None:
         self.path = Path(path)
         if read_json(_key_file(self.path)) != {"key": key}:
-            try:  # before the new key is written, or a kill in between would adopt it
+            # removed before the new key is written; otherwise a kill in between would keep old records under the new
+            # key
+            try:
                 self.path.unlink(missing_ok=True)
             except OSError as error:
                 raise storage_error(error, self.path) from error
@@ -182,12 +190,12 @@ class Journal:
 
 
 def read_journal(path: Path, key: str) -> list[Any]:
-    """The sound records of a journal that another process may be writing; [] if it is of another key."""
+    """The complete records of a journal that another process may be writing; [] if its key differs."""
     return _sound_records(path)[0] if read_json(_key_file(path)) == {"key": key} else []
 
 
 def read_sound_lines(path: Path) -> list[Any]:
-    """The records of a JSONL file up to the first line that is cut short or damaged; [] where there is no file."""
+    """The records of a JSONL file before the first incomplete or damaged line; [] without the file."""
     return _sound_records(path)[0]
 
 
@@ -196,7 +204,7 @@ def _key_file(path: Path) -> Path:
 
 
 def _sound_records(path: Path) -> tuple[list[Any], int]:
-    """Records up to the first line that is cut short or damaged, and their length in bytes."""
+    """The records before the first incomplete or damaged line, and their length in bytes."""
     records: list[Any] = []
     sound = 0
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():

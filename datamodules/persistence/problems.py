@@ -11,7 +11,7 @@ _collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
 
 
 class Problems(list[str]):
-    """Sentences on settings that cannot work; each names the setting, its value and the rule.
+    """Collects one sentence for each invalid setting; a sentence names the setting, its value and the rule.
 
     `prefix` is put before each name: "lora." for the settings of one part of a module.
 
@@ -51,7 +51,7 @@ class Problems(list[str]):
     def raise_all(self, owner: str) -> None:
         """Raise ValueError with every sentence, if there are any. `owner` names whose settings they are.
 
-        Inside `collect_problems` they are noted there instead, and nothing is raised.
+        Inside `collect_problems` they are added to its list instead, and nothing is raised.
         """
         collected = _collected.get()
         if collected is not None:
@@ -62,11 +62,11 @@ class Problems(list[str]):
 
 @contextmanager
 def collect_problems() -> Iterator[list[str]]:
-    """Inside, `Problems.raise_all` adds its sentences to the list that this gives.
+    """Inside this context, `Problems.raise_all` adds its sentences to the yielded list.
 
-    A configuration is several settings objects. Python would stop at the first that raises, and the user would find the
-    problems one run after the other. Objects that are built inside may hold values that cannot work: they must not be
-    used if the list is not empty.
+    A configuration has several settings objects. Without this, the first object with a problem would stop the program,
+    and the user would find only one problem in each run. Objects that are built inside may be invalid, so they must not
+    be used if the list is not empty.
     """
     problems: list[str] = []
     token = _collected.set(problems)

@@ -33,7 +33,7 @@ def end_with_parent(parent: int | None = None, delay: float = 0.0) -> None:
 
     Args:
         parent: process id of the parent. Workers of multiprocessing know it. Otherwise the parent should pass its id:
-            if this process asks the system, a parent that has died already goes unnoticed.
+            if this process asks the system, it does not notice a parent that has died already.
         delay: seconds between the end of the parent and the end of this process.
     """
     known = multiprocessing.parent_process() if parent is None else None

@@ -1,7 +1,7 @@
 """Hashes of the source files that a command uses. With them, a run notices that the code has changed.
 
-The files are the project's, and users' own files that a configuration names (a reward, a callback), with what these
-import. Installed packages are not read.
+The files are the project's, and the user's own files that a configuration names (a reward, a callback), with the
+modules that they import. Installed packages are not read.
 
 A hash covers the syntax tree of a file without docstrings, so comments, docstrings and layout may change. A file counts
 if the command imports it, directly or through other files, at the start or later. No git checkout is needed.
@@ -26,7 +26,7 @@ Code = dict[str, str]  # {"datamodules/samples/boxes.py": 12 hex digits of its h
 
 
 def source_code(modules: Iterable[str], root: Path = ROOT) -> Code:
-    """The hashes of these modules (dotted names) and of all modules that they import, but for installed packages.
+    """The hashes of these modules (dotted names) and of all modules that they import, except installed packages.
 
     The name of a user's file is its path below the folder in which Python finds it.
     """
@@ -66,12 +66,12 @@ def changed_files(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
 
 
 def users_files(code: Mapping[str, str]) -> Code:
-    """The files of a record that are not the project's."""
+    """The files of a record that do not belong to the project."""
     return {name: content for name, content in code.items() if name.partition("/")[0] not in PACKAGES}
 
 
 def _home_of(package: str) -> Path | None:
-    """The folder that holds a user's module or package; None for an installed one, and where there is none."""
+    """The folder that holds a user's module or package; None for an installed module, and if the module does not exist."""
     spec = PathFinder.find_spec(package) if package else None
     places = [] if spec is None else [*(spec.submodule_search_locations or []), spec.origin]
     home = Path(places[0]).resolve().parent if places and places[0] else None
@@ -135,6 +135,6 @@ def _shape(node: Any) -> Iterator[str]:
 
 
 def _is_text(body: list[ast.stmt]) -> bool:
-    """Whether the first statement of a body is a string alone, which is a docstring."""
+    """Whether the first statement of a body is a docstring."""
     expression = body[0].value if body and isinstance(body[0], ast.Expr) else None
     return isinstance(expression, ast.Constant) and isinstance(expression.value, str)

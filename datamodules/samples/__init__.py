@@ -1,1 +1,1 @@
-"""What an example is: the sample, its boxes, and the text of its answer."""
+"""Samples, boxes, and parsers for the texts of answers."""

@@ -1,8 +1,8 @@
-"""Find the boxes in the text of an answer tolerantly: in JSON, in slightly broken JSON, and in other models' notations.
+"""Find the boxes in the text of an answer: in JSON, in slightly broken JSON, and in other models' notations.
 
-This reader accepts some notations that a person can read although JSON forbids them: numbers such as 10., .5, +10 and
-010, numbers in quotes, a comma before the closing bracket, and full-width digits, signs and brackets. A list of four
-with anything else (units, words, other separators, a missing or a fifth number) is not a box. The strict format check
+This parser accepts some notations that a person can read although JSON forbids them: numbers such as 10., .5, +10 and
+010, numbers in quotes, a comma before the closing bracket, and full-width digits, signs and brackets. A list with
+anything else (units, words, other separators, a missing or a fifth number) is not a box. The strict format check
 (`answer_text.is_well_formed`) accepts none of these notations.
 
 The work on one text is bounded, so that 1 MB of any text takes a few milliseconds. A value that is nested deeper than
@@ -60,7 +60,7 @@ class ParsedBox:
 
 @dataclass(frozen=True)
 class PlacedBox:
-    """A box and the part [start, end) of the text that holds it: a whole JSON value, or one box without JSON."""
+    """A box and its span [start, end) in the text: a whole JSON value, or one box without JSON."""
 
     box: ParsedBox
     start: int
@@ -74,13 +74,13 @@ class BoxesInText:
         self.keyed: list[PlacedBox] = []  # under "bbox_2d" in JSON
         self.bare: list[PlacedBox] = []  # lists of four numbers without this key
         self.written: list[PlacedBox] = []  # notations without JSON
-        self.num_bad = 0  # number of lists that should be a box and are not
+        self.num_bad = 0  # number of lists that should be a box but are not valid
         self.num_values = 0  # number of JSON values
         for start, end in _read_parts(text):
             self._read_part(text[start:end], start, lenient)
 
     def places(self) -> list[tuple[int, int]]:
-        """[start, end) of every part of the text that holds a box, in order. No two parts overlap."""
+        """[start, end) of every part of the text that contains a box, in order. No two parts overlap."""
         return sorted({(placed.start, placed.end) for placed in self.keyed + self.bare + self.written})
 
     def counting(self, start: int = 0) -> tuple[ParsedBox, ...]:
@@ -160,7 +160,7 @@ def decode(text: str, unique_keys: bool = True) -> Any:
 
 
 def is_one_value(text: str) -> bool:
-    """Whether `text` is one bracket pair, at most MAX_DEPTH deep and with at most MAX_MARKS marks, JSON or not."""
+    """Whether `text` is a single bracket pair, at most MAX_DEPTH deep and with at most MAX_MARKS marks, JSON or not."""
     return _num_marks(text) <= MAX_MARKS and _outer_spans(text)[:1] == [(0, len(text))]
 
 
@@ -169,7 +169,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _from_quotes(value: Any) -> Any:
-    """The number that a JSON string holds; any other value as it is."""
+    """The number in a JSON string; any other value is returned unchanged."""
     if not isinstance(value, str) or len(value) > 100:
         return value
     number = _QUOTED_NUMBER.fullmatch(value.translate(_FULL_WIDTH))
@@ -180,7 +180,7 @@ def _read_parts(text: str) -> list[tuple[int, int]]:
     """[start, end) of the parts of `text` that are read: all of it, or the beginning and around the last brackets."""
     if _num_marks(text) <= MAX_MARKS:
         return [(0, len(text))]
-    # A quarter of the excerpt lies in front of the last opening bracket, the rest behind it.
+    # A quarter of the excerpt is before the last opening bracket, the rest is after it.
     start = max(text.rfind("["), text.rfind("{"), text.rfind("(")) - EXCERPT // 4
     if start <= EXCERPT // 2:
         return [(0, EXCERPT)]
@@ -206,7 +206,7 @@ def _written(text: str, lenient: bool) -> Iterator[re.Match[str]]:
 def _json_values(text: str) -> Iterator[tuple[int, int, Any]]:
     """(start, end, value) of the outermost bracket pairs that decode as JSON, in order.
 
-    Where a pair does not decode, the pairs inside it are tried. At most MAX_VALUES pairs are tried in all.
+    If a pair cannot be decoded, the pairs inside it are tried. In total, at most MAX_VALUES pairs are tried.
     """
     done = 0  # end of the last value
     broken = -1  # where the last decoding failed: a pair around this place fails there too, unless it is repaired

@@ -111,8 +111,8 @@ def turn_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
 def is_unit_xywh(values: Sequence[float], size: tuple[int, int]) -> bool:
     """Whether x, y, width and height are numbers from 0 to 1 although the data set says pixels.
 
-    In pixels, such a box would lie in the first two rows and columns of the image, which no annotator marks. Images of
-    at most two pixels a side are excepted. A box without an area returns False: `box_fault` reports it.
+    In pixels, such a box would be within the first two rows and columns of the image, which is not plausible. Images
+    with sides of at most two pixels are an exception. A box without an area returns False: `box_fault` reports it.
     """
     return max(values) <= 1 and min(values[2:]) > 0 and min(size) > 2
 
@@ -206,8 +206,8 @@ def image_sizes_from_json(sizes: Sequence[Sequence[int]]) -> tuple[ImageSizes, .
 def fit_size(size: tuple[int, int], factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """The (width, height) to which Qwen's processors resize an image, with nearly the same aspect ratio.
 
-    Source: `smart_resize` of Qwen2-VL, with at least one `factor` a side as in qwen_vl_utils. The result equals that of
-    transformers for sides of at least 28 pixels and aspect ratios up to 4:1. A size that fits already is returned
+    Source: `smart_resize` of Qwen2-VL, with at least one `factor` per side as in qwen_vl_utils. The result equals that
+    of transformers for sides of at least 28 pixels and aspect ratios up to 4:1. A size that fits already is returned
     unchanged. A very long and narrow image can come out larger than `max_pixels`; a second call shrinks it further.
 
     Args:

@@ -41,7 +41,7 @@ from datamodules.samples.option_mentions import Mention, Options, options_of
 CHOICE_FAILURES = ("empty", "no_answer", "no_choice", "several_choices", "no_such_choice")
 MAX_LENGTH = 6_144  # characters
 
-# Brackets, quotes and markdown that may stand in front of a letter and behind it.
+# Brackets, quotes and markdown that may be before or after a letter.
 _OPEN, _CLOSE = r"[\s\"'`*(（\[{<$]*+", r"[\s\"'`*)）\]}>.,:;!$]*+"
 _ALONE = re.compile(rf"{_OPEN}(?:\\boxed\{{\(?)?([A-Za-z]){_CLOSE}")
 _TAGS = re.compile(r"<[/|]?[a-z_]{1,20}[|]?>")  # "</s>", "<|im_end|>"

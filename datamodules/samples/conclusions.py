@@ -1,6 +1,6 @@
 """Split a free text into statements, and tell for each whether it states the answer, concludes, refuses or denies.
 
-The readers of letters (`choice_text.py`) and of boxes (`answer_text.py`) use this file. It looks for words of general
+The parsers of letters (`choice_text.py`) and of boxes (`answer_text.py`) use this file. It looks for words of general
 English, not for phrases of one model or one benchmark. All work is linear in the length of the text.
 
 - A statement is a sentence, or a line without a full stop. A line that ends with a colon continues in the next line
@@ -29,7 +29,7 @@ _END = re.compile(r"(?<!^.[.])(?<=[.!?])[\"'”’)\]*]{0,4}[ \t]{1,8}(?=[A-Z0-9
 _LISTED = re.compile(r"[ \t*_-]{0,8}\(?[A-Z][).:]")  # a line of a list of options: "(A) …", "- B. …"
 _ENUMERATOR = re.compile(r"[ \t]*+[0-9]{1,3}[.)][ \t]++(?=\S)")  # "2. " at the start of a line
 
-# Statements of the answer, in words that stand before it and in words that stand after it.
+# Statements of the answer: the words before it, and the words after it.
 _SAYS = r"(?:is|was|(?:would|should|could|might|may|must|will|can) be|(?:seems|appears) to be|remains|[:=])"
 _ANSWER = r"(?:answer|choice|option|solution|selection|response|result|prediction|conclusion)"
 _CHOOSE = r"(?:select|choose|pick|go with|opt for|settle on|lean towards?|say|answer)"

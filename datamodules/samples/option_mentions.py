@@ -9,7 +9,7 @@ Rules of one mention:
 - A letter beside an option's text is one mention together with it: "(B) the third image", "the third image (B)". If the
   two name different options, the text counts. Exception: the letter counts if an option has it and it stands free,
   which means that "(B)" has white space on both sides.
-- All options may end in the same word. A letter behind this word then names something else: in "the first image (A)",
+- All options may end in the same word. A letter after this word then names something else: in "the first image (A)",
   where only the second and the third image can be chosen, "(A)" labels the image and is no answer.
 - A capital alone counts only if nothing else in the claim names an option. "A" and "I" before a small letter are words
   ("A dog"), but not before words that cannot follow an article ("A is", "A and", "A in").
@@ -142,7 +142,7 @@ def options_of(choices: tuple[str, ...]) -> Options:
 
 
 def _are_beside(text: str, mark: re.Match[str], named: re.Match[str]) -> bool:
-    """Whether only white space and punctuation lie between a letter and an option's text."""
+    """Whether there are only white space and punctuation between a letter and an option's text."""
     if mark.end() <= named.start():
         return _BESIDE.fullmatch(text, mark.end(), named.start()) is not None
     if named.end() <= mark.start():

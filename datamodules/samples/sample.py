@@ -162,7 +162,7 @@ def _part_to_json(part: Part) -> dict[str, Any]:
 
 
 def answer_to_json(answer: Answer) -> dict[str, Any]:
-    """The record of an answer, as samples and predictions hold it."""
+    """The record of an answer, as in samples and predictions."""
     if isinstance(answer, BoxesAnswer):
         return {"boxes": [answer_to_json(box) for box in answer.boxes]}
     if isinstance(answer, ChoiceAnswer):

@@ -31,7 +31,7 @@ class TextScore:
 
 
 def require_box(sample: Sample) -> BoxAnswer:
-    """The sample's answer, which must be one box. Training and sampling can use no other kind of answer.
+    """The sample's answer, which must be one box. Training and sampling cannot use another kind of answer.
 
     Raises:
         SampleError: with the rule "no_box_answer".
@@ -53,10 +53,10 @@ def score_text(
 
     Args:
         text: the completion of a model.
-        answer: the true box and the image that it lies in.
-        image_sizes: the sizes of the sample's images, one entry an image.
-        box_format: what the numbers in `text` mean. They are converted with the sizes of the image `answer.image`; the
-            format is never guessed from the numbers or from the true box.
+        answer: the true box, and the index of its image.
+        image_sizes: the sizes of the sample's images, one entry per image.
+        box_format: the format of the numbers in `text`. They are converted with the sizes of the image `answer.image`;
+            the format is never guessed from the numbers or from the true box.
         which: which of several boxes counts. With "first", further boxes cannot raise the score.
         lenient: read the box notations of other models too, as in `parse_answer`.
 
