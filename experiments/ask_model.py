@@ -1,10 +1,10 @@
-"""Ask a model one question over your own images: its thinking, its answer, the boxes, and a picture of them.
+"""Ask a model one question about your own images, and draw the boxes of its answer.
 
     make ask MODEL=outputs/nano/grpo/merged IMAGES="a.jpg b.jpg" QUESTION="Which object of image 1 is in image 2 too?"
     python -m experiments.ask_model --model gpt-4o --endpoint.base_url https://…/v1 --images '[a.jpg]' --question "…"
 
-Boxes are x1, y1, x2, y2 in pixels of the original image. The prompt form of a model trained here is found in its
-folder. A question may say where each image stands: "In <image> there is a dog. Find it in <image>."
+Boxes are x1, y1, x2, y2 in pixels of the original image. A model that was trained here has its prompt form in its
+folder. A question may define the position of each image: "In <image> there is a dog. Find it in <image>."
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ from lightning_modules.serving.openai_client import EndpointSettings
 
 @dataclass(frozen=True)
 class Question:
-    """Ask a model one question over your own images.
+    """Ask a model one question about your own images.
 
     Args:
-        model: folder or Hub name of a Qwen2.5-VL or of another image-text model; nano: models/nano-base. With an
-            endpoint, the server's name of the model
+        model: folder or Hub name of a Qwen2.5-VL or of another image-text model; the nano model is models/nano-base.
+            With an endpoint, the name of the model on the server
         images: image files, in the order in which the model sees them
-        question: the text; <image> marks may say where each image stands
-        target: number of the image that the answer's box is in, from 1; null: as the thinking or the question names it
+        question: the text; <image> marks may define the position of each image
+        target: number of the image for the answer's box, from 1; null takes the image that the thinking or the question
+            names
         output: the picture with the boxes (PNG)
         json: print one JSON object instead of text
-        form: how the question is put, for a model that was not trained here
-        limits: which images are too large
-        decoding: length of the answer
-        dtype: of the weights
+        form: form of the prompt, for a model that was not trained here
+        limits: limits of image sizes
+        decoding: decoding of the answer
+        dtype: data type of the weights
         device: auto, cpu, cuda, cuda:1, ...
         trust_remote_code: run code that comes with a model's weights
         endpoint: an OpenAI-compatible server, by base_url
@@ -60,14 +61,14 @@ class Question:
 
 
 def ask(asked: Question) -> Answer:
-    """Put the question, and draw the answer's boxes into the file `asked.output`. Raises QuestionError."""
-    # 1. The images and the text, before anything slow is loaded.
+    """Ask the question, and draw the boxes of the answer into the file `asked.output`. Raises QuestionError."""
+    # 1. Check the images and the text before anything slow is loaded.
     if asked.target is not None and not 1 <= asked.target <= len(asked.images):
         raise QuestionError(f"target={asked.target} is none of {len(asked.images)} images; they count from 1")
     loaded = build_question(asked.images, asked.question, asked.limits.max_image_pixels)
 
-    # 2. The model, in the prompt form that it was trained in.
-    from experiments.evaluation.choose_predictor import choose_predictor, make_predictor  # loads torch
+    # 2. Load the model, with the prompt form of its training.
+    from experiments.evaluation.choose_predictor import choose_predictor, make_predictor  # imports torch
 
     names = ("model", "form", "limits", "decoding", "dtype", "device", "trust_remote_code", "endpoint")
     try:
@@ -76,7 +77,7 @@ def ask(asked: Question) -> Answer:
         raise QuestionError(str(error)) from error
     predictor = make_predictor(settings)
 
-    # 3. The answer, its boxes in pixels, and the drawing.
+    # 3. Ask, convert the boxes to pixels, and draw them.
     ((_, reply),) = predictor.answers([loaded.sample], lambda _: loaded)
     answer = read_answer(reply, asked.question, predictor.box_format, asked.target)
     _save_drawing(loaded, answer, asked)

@@ -1,18 +1,18 @@
-"""Evaluate a model on the paper's benchmarks: MIG-Bench, or any of the seven; or on any folder of shards.
+"""Evaluate a model on the paper's seven benchmarks, such as MIG-Bench, or on any folder of shards.
 
     python -m experiments.evaluate --config experiments/configs/nano/eval.yaml --model M --bench all
     … --model M --bench mig_bench,data/kites/val
     … --model gpt-4o --endpoint.base_url https://…/v1
 
-    <output>/answers/<benchmark>-<key>/rank0.jsonl   every answer as it came; resuming and the cache
-    <output>/<benchmark>/predictions.jsonl           every answer with its score and all that scoring needs
+    <output>/answers/<benchmark>-<key>/rank0.jsonl   every raw answer; used to resume and as a cache
+    <output>/<benchmark>/predictions.jsonl           every answer with its score, and all data for scoring
     <output>/<benchmark>/result.json                 columns, averages, intervals (datamodules/metrics/result_files.py)
 
-With a limit the last two lie in <output>/<benchmark>-limit<k>/, with decoding.generation=model in
+With a limit, the last two are in <output>/<benchmark>-limit<k>/. With decoding.generation=model, they are in
 <output>/<benchmark>-model-generation/. `experiments.evaluation.rescore` scores them again.
 
-Killed and started again, it goes on after the last chunk of answers. Where the source files of the project have changed
-since these answers were given, it asks: --keep takes them, --redo sets them aside and asks the model anew.
+If the command is killed and started again, it continues after the last chunk of answers. If the project's source files
+have changed since then, it asks the user: --keep uses the old answers, --redo moves them away and asks the model again.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ from lightning_modules.metrics.summary import summarise
 from lightning_modules.predictors.ask import answers_folder, read_answers
 from lightning_modules.predictors.extractor import Extractor
 
-RECORD = "evaluation.json"  # beside the answers: the source files of the evaluation
-FACTS = ("data_root", "key", "extractor")  # of a result, for W&B
+RECORD = "evaluation.json"  # file beside the answers with the hashes of the evaluation's source files
+FACTS = ("data_root", "key", "extractor")  # fields of a result that are logged to W&B
 
 
 def evaluate(asked: Evaluation) -> dict[str, dict[str, Any]]:
-    """Evaluate a model on the paper's benchmarks and on shards; the results by name."""
+    """Evaluate a model on the paper's benchmarks and on shards; returns the results by name."""
     # 1. Check every setting and file, before any weights are read.
     choice = choice_of(asked.redo, asked.keep)
     settings, benchmarks = _check(asked)
@@ -71,13 +71,13 @@ def evaluate(asked: Evaluation) -> dict[str, dict[str, Any]]:
         extractor = None if asked.extractor is None else Extractor(asked.extractor, home / "answers")
         if extractor is not None:
             extractor.check_first()
-        # 2. Ask, and score each benchmark as soon as all its answers are there.
+        # 2. Ask, and score each benchmark as soon as it has all answers.
         scored = _ScoredBenchmarks(asked, settings.model, home, extractor)
         job = Job(settings, tuple(benchmarks), asked.data_root, str(home), asked.limit)
         totals = {name: len(limit_columns(found.samples, asked.limit)) for name, found in benchmarks.items()}
         for ended in ask_all(job, totals, 1 if asked.endpoint else asked.processes):
             scored.add(benchmarks[ended.name], ended)
-    # 3. Log the results of whole benchmarks to the W&B run of the phase, or one of the model's own.
+    # 3. Log the results of complete benchmarks to the W&B run of the phase, or to a new run for the model.
     if scored.logged:
         folder = home.parent if home.name == PHASE_FOLDER else home
         values = {name: value for result in scored.logged for name, value in result_metrics(result).items()}
@@ -90,11 +90,13 @@ def evaluate(asked: Evaluation) -> dict[str, dict[str, Any]]:
 
 
 def _check(asked: Evaluation) -> tuple[PredictorSettings, dict[str, Benchmark]]:
-    """The predictor's settings and the benchmarks. Raises SettingsError with every problem at once: of the settings, of
-    the model's files, and of the benchmarks' files."""
+    """Check and return the predictor's settings and the benchmarks.
+
+    Raises SettingsError with all problems of the settings, of the model's files and of the benchmarks' files.
+    """
     problems = [f"processes={asked.processes} must be at least 1"] if asked.processes < 1 else []
     problems += [f"limit={asked.limit} must be at least 1"] if asked.limit is not None and asked.limit < 1 else []
-    # Each check adds to the problems and none ends the others, so that the user sees all of them at once.
+    # Each check adds its problems and the next check follows, so that the user sees all problems at once.
     names: list[str] = []
     settings: PredictorSettings | None = None
     try:
@@ -107,7 +109,7 @@ def _check(asked: Evaluation) -> tuple[PredictorSettings, dict[str, Benchmark]]:
     except (OSError, ValueError) as error:
         problems.append(str(error))
 
-    if asked.replicas and problems:  # none is written then, so that none is missed
+    if asked.replicas and problems:  # then no replica is written, so missing benchmarks are not reported
         names = [name for name in names if name not in REPLICAS]
     benchmarks, missing = load_benchmarks(names, asked.data_root, asked.replicas)
     preflight.raise_all(problems + missing)
@@ -119,8 +121,10 @@ def _check(asked: Evaluation) -> tuple[PredictorSettings, dict[str, Benchmark]]:
 
 
 def load_benchmarks(names: Sequence[str], data_root: str, replicas: bool) -> tuple[dict[str, Benchmark], list[str]]:
-    """The benchmarks by name, with the problems of those that cannot be read. With `replicas`, missing ones are written
-    first."""
+    """Read the benchmarks; returns them by name, and the problems of unreadable ones.
+
+    With `replicas`, missing benchmarks are written first.
+    """
     found: dict[str, Benchmark] = {}
     problems = []
     for name in names:
@@ -137,10 +141,12 @@ def load_benchmarks(names: Sequence[str], data_root: str, replicas: bool) -> tup
 
 
 def _settle_answers(home: Path, choice: Choice | None) -> None:
-    """Note which code runs the evaluation in `home`. The answers of other code are kept or set aside, as is chosen.
+    """Record the code of this evaluation in `home`.
 
-    Each benchmark's folder in answers/ is named by the key of its own answers, so all of `home` has one record of code.
-    Raises CodeChanged if other code has given answers, and there is no choice.
+    Answers from other code are kept or moved away, as the user has chosen.
+
+    The folders in answers/ have the keys of their answers in their names, so one record of code is enough for `home`.
+    Raises CodeChanged if there are answers from other code and the user has made no choice.
     """
     answers, code = home / "answers", source_code(("experiments.evaluate",))
     record = read_json(home / RECORD)
@@ -151,7 +157,7 @@ def _settle_answers(home: Path, choice: Choice | None) -> None:
         record = kept(record, code)
         print(f"the answers in {home} are kept, although other source files have asked for them", flush=True)
     elif decision == "redo":
-        # A random name never meets an older copy.
+        # A random name, so that it never equals the name of an older copy.
         record, old = {}, answers.with_name(f"answers.{secrets.token_hex(4)}")
         answers.replace(old)
         print(f"{answers} is moved to {old}", flush=True)
@@ -159,8 +165,10 @@ def _settle_answers(home: Path, choice: Choice | None) -> None:
 
 
 class _ScoredBenchmarks:
-    """Scores, writes and prints one benchmark after the other. `logged` are the results of whole benchmarks, `drawn`
-    pictures of some of their answers."""
+    """Scores, writes and prints the benchmarks one by one.
+
+    `logged` has the results of complete benchmarks, `drawn` pictures of some answers.
+    """
 
     def __init__(self, asked: Evaluation, model: str, home: Path, extractor: Extractor | None) -> None:
         self.asked, self.model, self.home, self.extractor = asked, model, home, extractor
@@ -169,12 +177,12 @@ class _ScoredBenchmarks:
         self.drawn: list[Drawn] = []
 
     def add(self, benchmark: Benchmark, ended: Ended) -> None:
-        """Score, summarise and write a benchmark whose answers are all there."""
+        """Score, summarise and write a benchmark that has all answers."""
         asked, rules = self.asked, (benchmark.rule, benchmark.official)
         data_root = ended.name if is_shards(ended.name) else asked.data_root
         result = {"benchmark": benchmark.name, "model": self.model, "data_root": data_root, "key": ended.key}
         result |= {"limit": asked.limit, "generation": asked.decoding.generation, "extractor": None}
-        # Score each answer by both rules; a language model may take the last step of the official reading.
+        # Score each answer by both rules. A language model may do the last step of the official parser.
         samples = limit_columns(benchmark.samples, asked.limit)
         replies = read_answers(answers_folder(self.home, benchmark.name, ended.key), ended.key)
         predictions = score_replies(benchmark, samples, replies, ended.box_format)
@@ -189,14 +197,16 @@ class _ScoredBenchmarks:
         write_evaluation(folder, predictions, result)
         print("\n" + format_result(result), flush=True)
         self.results[benchmark.name] = result
-        # A part of a benchmark, or a result of other settings, must not enter the run's curves.
+        # A part of a benchmark, or a result with other settings, must not be logged to the curves of the run.
         if asked.limit is None and folder == plain:
             self.logged.append(result)
             self.drawn += self._draw(benchmark, samples, predictions)
 
     def _spare(self, folder: Path, key: str) -> Path:
-        """`folder`, or one beside it where a phase's holds the finished result of other settings: the numbers that a
-        pipeline or a report reads stay as they are, unless --output asks for the folder by name."""
+        """`folder`, or another one beside it if `folder` is in a phase and has a finished result with other settings.
+
+        So results that a pipeline or a report reads are not overwritten, unless --output names the folder.
+        """
         found = read_json(folder / RESULT)
         if self.asked.output or self.home.name != PHASE_FOLDER or found.get("version") != VERSION:
             return folder
@@ -207,7 +217,7 @@ class _ScoredBenchmarks:
         return spare
 
     def _draw(self, benchmark: Benchmark, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Drawn]:
-        """One answer of each column, drawn, where the answers are boxes."""
+        """Draw one answer of each column, if the answers are boxes."""
         known = {found.id: found for found in predictions}
         chosen = limit_columns([sample for sample in samples if isinstance(sample.answer, BoxAnswer)], 1)
         found = [known[sample.id] for sample in chosen]
@@ -215,7 +225,7 @@ class _ScoredBenchmarks:
 
 
 def default_output(model: str, served: bool = False) -> str:
-    """A folder of the model's own: inside the phase that a merged model lies in. A served one never shares it."""
+    """The default output folder of a model. For a merged model, it is inside the phase. A served model never shares it."""
     if Path(model).name == "merged" and not served:
         return str(Path(model).parent / PHASE_FOLDER)
     name = model.strip("./").replace("/", "--")

@@ -1,1 +1,1 @@
-"""Which predictor a model gets, and how questions are divided over processes."""
+"""Choose the predictor of a model, and divide questions among processes."""

@@ -1,4 +1,4 @@
-"""Asking the questions of several benchmarks in one process or in several, with one progress bar over all."""
+"""Ask the questions of several benchmarks in one or several processes, with one progress bar."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Job:
     settings: PredictorSettings
     names: tuple[str, ...]
     data_root: str
-    home: str  # folder of the evaluation
+    home: str  # output folder of the evaluation
     limit: int | None
 
 
 @dataclass(frozen=True)
 class Asked:
-    """`count` more replies of a benchmark are there."""
+    """A process has `count` more replies of a benchmark."""
 
     name: str
     count: int
@@ -47,23 +47,23 @@ class Asked:
 
 @dataclass(frozen=True)
 class Ended:
-    """One process has no more questions of this benchmark."""
+    """A process has finished its questions of this benchmark."""
 
     name: str
-    key: str  # of its answers
+    key: str  # key of its answers
     box_format: BoxFormat
 
 
 def ask_all(job: Job, totals: Mapping[str, int], processes: int) -> Iterator[Ended]:
-    """Yields a benchmark's last `Ended`, when all processes are through with it.
+    """Ask all questions. Yields the last `Ended` of a benchmark when all processes have finished it.
 
     Args:
         job: the questions, and the model that answers them.
         totals: number of questions of each benchmark, for the progress bar.
-        processes: number of processes that share the questions; 1: this process alone asks.
+        processes: number of processes that share the questions; with 1, this process asks.
 
-    Raises RuntimeError with the traceback of a process that failed, ModelError where its model cannot be used, and
-    ProcessLost for a process that was killed, or was stopped and is given up; the others are ended then.
+    Raises RuntimeError with the traceback of a process that failed, ModelError if its model cannot be used, and
+    ProcessLost if a process was killed or was stopped for too long. The other processes are then ended.
     """
     events = _events(job, processes) if processes > 1 else ask_rank(job, 0, 1)
     ended: Counter[str] = Counter()
@@ -80,7 +80,7 @@ def ask_all(job: Job, totals: Mapping[str, int], processes: int) -> Iterator[End
 
 
 def ask_rank(job: Job, rank: int, world_size: int) -> Iterator[Asked | Ended]:
-    """One process's part: every answer is in its journal when it is reported here."""
+    """Ask the part of one process. An answer is in the journal before it is reported here."""
     predictor = make_predictor(job.settings, rank)
     for name in job.names:
         benchmark = load_benchmark(name, job.data_root)
@@ -93,7 +93,7 @@ def ask_rank(job: Job, rank: int, world_size: int) -> Iterator[Asked | Ended]:
 
 
 def _events(job: Job, processes: int) -> Iterator[Asked | Ended]:
-    """Messages of spawned processes, until all have ended."""
+    """Yields the messages of spawned processes until all have ended."""
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()
     workers = [context.Process(target=_work, args=(job, rank, processes, messages)) for rank in range(processes)]
@@ -118,7 +118,7 @@ def _events(job: Job, processes: int) -> Iterator[Asked | Ended]:
 
 
 def _check_alive(workers: list[Any], watch: ChildWatch) -> None:
-    """Raise ProcessLost for a process that has failed: a killed process sends no message."""
+    """Raise ProcessLost if a process has failed, because a killed process sends no message."""
     for rank, worker in enumerate(workers):
         if worker.exitcode not in (None, 0):
             how = watch.fate(worker.pid, worker.exitcode)
@@ -126,10 +126,10 @@ def _check_alive(workers: list[Any], watch: ChildWatch) -> None:
 
 
 def _work(job: Job, rank: int, world_size: int, messages: Any) -> None:
-    """A spawned process: sends what `ask_rank` reports, or the error that ends it."""
-    # More threads than cores make all processes slow.
+    """The main function of a spawned process. It sends the reports of `ask_rank`, or the error that ends it."""
+    # With more threads than cores, all processes would be slow.
     torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // world_size)))
-    end_with_parent()  # the next run asks the rest
+    end_with_parent()  # the next run asks the remaining questions
     try:
         for event in ask_rank(job, rank, world_size):
             messages.put(event)

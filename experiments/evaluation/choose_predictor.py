@@ -1,4 +1,4 @@
-"""Which `Predictor` a model means: the policy's family, any other image-text model here, or one behind a server."""
+"""Choose the `Predictor` of a model: a model of the policy's family, another local image-text model, or a served model."""
 
 from __future__ import annotations
 
@@ -25,13 +25,16 @@ from lightning_modules.serving.openai_client import EndpointSettings
 ALIASES = {"nano": "models/nano-base"}
 
 
-# Everything that a predictor is made of. Settings are sent to other processes, which make a predictor each.
+# The settings of a predictor. They are sent to other processes, and each process makes its own predictor.
 
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """A model of a family that can be trained (Qwen2.5-VL), in this process, asked by the engine that trains it.
-    `prompts` are arguments of `Encoder`: box_format, style, max_prompt_tokens, …"""
+    """A model of a family that can be trained (Qwen2.5-VL).
+
+    It runs in this process with the rollout engine of training. `prompts` are arguments of `Encoder`: box_format,
+    style, max_prompt_tokens, …
+    """
 
     model: str
     prompts: dict[str, Any]
@@ -54,7 +57,7 @@ class ImageTextSettings:
 
 @dataclass(frozen=True)
 class ServedSettings:
-    """A model behind an OpenAI-compatible server. One process asks, with the endpoint's own concurrency."""
+    """A model on an OpenAI-compatible server. A single process asks it, with the concurrency of the endpoint."""
 
     endpoint: EndpointSettings
     form: RequestForm
@@ -62,7 +65,7 @@ class ServedSettings:
 
     @property
     def model(self) -> str:
-        """The server's name of it."""
+        """The name of the model on the server."""
         return self.endpoint.model
 
 
@@ -70,31 +73,31 @@ PredictorSettings = PolicySettings | ImageTextSettings | ServedSettings
 
 
 def choose_predictor(asked: Evaluation) -> PredictorSettings:
-    """What the model and the settings mean, checked as far as it goes without weights and without asking the server.
+    """Choose the predictor's settings, and check them as far as possible without weights and without the server.
 
     Raises ValueError that names each wrong field.
     """
-    # 1. A served model: nothing of it is on this machine.
+    # 1. A served model: it has no files here.
     if asked.endpoint is not None:
         return _served_settings(asked, asked.endpoint)
     check_device(asked.device)
-    # 2. A model of a family that can be trained, known by the model_type of its config.json.
+    # 2. A model of a family that can be trained, known by the model_type in its config.json.
     model = ALIASES.get(asked.model, asked.model)
     found = read_model_type(model)
     if found in known_types():
         return _policy_settings(model, found, asked)
     # 3. Any other image-text model that transformers can load.
     check_image_text_model(model, asked.trust_remote_code)
-    if not asked.trust_remote_code:  # a model's own code may not know the meta device
+    if not asked.trust_remote_code:  # custom code of a model may not support the meta device
         check_tensors(model, ANY_ATTENTION)
     form = _request_form(asked, found, model)
     return ImageTextSettings(model, form, asked.decoding, asked.dtype, asked.device, asked.trust_remote_code)
 
 
 def make_predictor(settings: PredictorSettings, rank: int = 0) -> Predictor:
-    """The predictor of this process; `rank` takes its own GPU where there are several.
+    """Make the predictor of this process. If there are several GPUs, each `rank` takes its own.
 
-    Each kind imports its own classes: asking a server does not wait for transformers.
+    Imports are local, so that asking a server does not wait for the import of transformers.
     """
     if isinstance(settings, ServedSettings):
         from lightning_modules.predictors.openai_endpoint import OpenAIPredictor
@@ -124,17 +127,20 @@ def _make_policy(settings: PolicySettings, device: str) -> Predictor:
 def _served_settings(asked: Evaluation, endpoint: EndpointSettings) -> ServedSettings:
     if endpoint.base_url is None:
         raise ValueError("endpoint.base_url=None: a model behind a server needs its address")
-    # Two names would leave open which model is asked.
+    # With two names, it would be unclear which model is asked.
     if endpoint.model not in ("", asked.model):
         raise ValueError(f"endpoint.model={endpoint.model!r} and model={asked.model!r} differ: leave out the first")
-    stating(endpoint, asked.decoding.generation)  # raises where extra_body contradicts it
+    stating(endpoint, asked.decoding.generation)  # raises an error if extra_body contradicts it
     form = _served_form(asked)
     return ServedSettings(replace(endpoint, model=asked.model), form, asked.decoding)
 
 
 def _served_form(asked: Evaluation) -> RequestForm:
-    """The prompt form of a served model. A server's name of a model that was trained here may be its folder (vLLM's
-    does): then it is asked in the form of its training, as it is in this process."""
+    """The prompt form of a served model.
+
+    The name on the server may be the folder of a model that was trained here (as with vLLM). Then the prompt form of
+    its training is used.
+    """
     trained = read_prompt_form(asked.model) if asked.form.as_trained and Path(asked.model).is_dir() else None
     if trained is None:
         return _request_form(asked, asked.model)
@@ -143,10 +149,10 @@ def _served_form(asked: Evaluation) -> RequestForm:
 
 
 def _policy_settings(model: str, model_type: str, asked: Evaluation) -> PolicySettings:
-    """The settings of a model of a family that can be trained; `model_type` is that of its config.json."""
+    """The settings for a model of a family that can be trained; `model_type` comes from its config.json."""
     check_policy(model, known_types())
     form, default = asked.form, QuestionForm()
-    # 1. Settings that belong to other models.
+    # 1. Refuse settings that belong to other models.
     name = known_types()[model_type]
     problems = [
         f"form.{field}={getattr(form, field)!r} is for other models; {model!r} is a {name}: box format, style and "
@@ -156,12 +162,12 @@ def _policy_settings(model: str, model_type: str, asked: Evaluation) -> PolicySe
     ]
     if form.style == "native":
         problems.append(f"form.style='native' is a model family's own prompt, for other models than {name}")
-    # 2. The form of the questions: as the YAML says, or as the model was trained.
+    # 2. The prompt form: from the YAML, or from the training of the model.
     prompts = {"box_format": form.box_format, "style": "think" if form.style == "auto" else form.style}
     prompts |= {"max_resized_pixels": form.max_resized_pixels, "label_images": form.label_images}
     trained = run_identity.trained_form(model, prompts) if form.as_trained else {}
-    # 3. A model that was not trained here writes boxes as its family does. In the default format of the settings, every
-    # box of another family would be read wrongly, and counted as a wrong answer.
+    # 3. A model that was not trained here writes boxes in the format of its family. With the default format of the
+    # settings, its boxes could be read wrongly and count as wrong answers.
     written = find_model_family("auto", model_type).box_format
     if "box_format" not in trained and form.box_format == default.box_format != written:
         problems.append(
@@ -176,7 +182,7 @@ def _policy_settings(model: str, model_type: str, asked: Evaluation) -> PolicySe
 
 
 def _request_form(asked: Evaluation, *names: str) -> RequestForm:
-    """The prompt form of another model; `names` say which family it is of."""
+    """The prompt form of another model; its family is found from `names`."""
     form = asked.form
     if form.box_format != "absolute_pixels":
         raise ValueError(
@@ -191,7 +197,7 @@ def _request_form(asked: Evaluation, *names: str) -> RequestForm:
 
 
 def check_device(device: str) -> None:
-    """Raise ValueError for a device that PyTorch does not know or that is not here."""
+    """Raise ValueError for a device that PyTorch does not know or that does not exist here."""
     try:
         found = torch.device("cpu" if device == "auto" else device)
     except RuntimeError as error:
@@ -201,7 +207,7 @@ def check_device(device: str) -> None:
 
 
 def choose_device(device: str, rank: int) -> str:
-    """The device of one process: "auto" and "cuda" spread processes over the GPUs. Call `check_device` first."""
+    """The device of one process: "auto" and "cuda" distribute the processes over the GPUs. Call `check_device` first."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return f"cuda:{rank % torch.cuda.device_count()}" if device == "cuda" else device

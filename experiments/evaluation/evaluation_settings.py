@@ -1,4 +1,4 @@
-"""The settings of an evaluation, grouped by concern. Reading them loads no model classes."""
+"""The settings of an evaluation, grouped by concern. This module imports no model classes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from experiments.runs.renamed_settings import RENAMED, refuse_moved
 from lightning_modules.predictors.base import Decoding
 from lightning_modules.serving.openai_client import EndpointSettings
 
-PHASE_FOLDER = "benchmarks"  # of a phase: the results of its merged model
+PHASE_FOLDER = "benchmarks"  # folder of a phase for the results of its merged model
 Style = Literal["auto", "think", "answer", "plain", "official", "native"]
 # Settings that an earlier version had at the top level -> their new place.
 MOVED = {
@@ -27,19 +27,20 @@ MOVED = {
 
 @dataclass(frozen=True)
 class QuestionForm:
-    """How questions are put to the model, and how the boxes in its answers are read.
+    """The form of the prompts, and the format of the boxes in the answers.
 
     Args:
-        style: auto: think, for other models than Qwen2.5-VL native, which is their model family's own prompt
-        box_format: how a Qwen2.5-VL writes boxes, or another model of a family that can be trained
+        style: auto means think for a Qwen2.5-VL, and native (the prompt of the model family) for other models
+        box_format: box format of a Qwen2.5-VL, or of another model of a family that can be trained
         label_images: write "Picture k: " before image k, for a Qwen2.5-VL
         max_resized_pixels: larger images are shrunk to this number of pixels, if it is less than the processor's own
             limit (for a served Qwen2.5-VL it must not be above that limit)
-        model_family: how another model than Qwen2.5-VL is asked for boxes and writes them
-            (datamodules/encoding/model_families.py); auto: by model_type and name
-        before_image: text before image k for other models instead of the model family's, such as "Picture {}: "
-        as_trained: put questions to a phase's merged model as that phase did, here or behind a server that names the
-            model by its folder, whatever box_format, style, max_resized_pixels and label_images say
+        model_family: prompt and box format of a model other than Qwen2.5-VL (datamodules/encoding/model_families.py);
+            auto finds it by model_type and name
+        before_image: text before image k for other models, instead of the text of the model family, such as "Picture
+            {}: "
+        as_trained: use the prompt form of the phase for its merged model, local or on a server that names the model by
+            its folder; this overrides box_format, style, max_resized_pixels and label_images
     """
 
     style: Style = "auto"
@@ -56,9 +57,9 @@ class QuestionLimits:
     """A question beyond one of these limits counts as wrong.
 
     Args:
-        max_prompt_tokens: tokens of a prompt, for a Qwen2.5-VL
-        max_image_pixels: pixels of an image (decompression bombs)
-        max_sample_pixels: pixels of all images of a question together
+        max_prompt_tokens: largest number of tokens of a prompt, for a Qwen2.5-VL
+        max_image_pixels: largest number of pixels of an image (decompression bombs)
+        max_sample_pixels: largest number of pixels of all images of a question together
     """
 
     max_prompt_tokens: int = 16_384
@@ -72,27 +73,29 @@ class Evaluation:
 
     Args:
         model: folder or Hub name of a Qwen2.5-VL without an adapter (merge first), or of any image-text model that
-            transformers loads; nano: models/nano-base. With an endpoint, the server's name of it
+            transformers can load; the nano model is models/nano-base. With an endpoint, the name of the model on the
+            server
         data_root: folder that holds MIG-Bench/, Ref-L4/, ReasonSeg/, ReVOS/, odinw/, BLINK/, MMIU/
-        bench: all, or some of mig_bench, ref_l4, lisa, revos, odinw, blink, mmiu with commas between; a path, such as
-            data/kites/val, is a folder of shards, whose tasks are the columns
-        output: null: <phase>/benchmarks for the merged model of a phase, where no finished result of other settings is
-            replaced; for another model outputs/eval/<model>
-        limit: the most questions that are asked of each column (task, split, set or subset); null: all
-        replicas: write the benchmarks' nano replicas into data_root where they are missing
-        form: how questions are put
-        limits: which questions count as wrong without being put
-        decoding: how answers are decoded
-        dtype: of the weights
+        bench: all, or a comma-separated list of mig_bench, ref_l4, lisa, revos, odinw, blink, mmiu; a path, such as
+            data/kites/val, is a folder of shards, and its tasks are the columns
+        output: output folder; null means <phase>/benchmarks for the merged model of a phase (finished results with
+            other settings are not replaced), and outputs/eval/<model> for another model
+        limit: largest number of questions of each column (task, split, set or subset); null means all
+        replicas: write nano replicas of missing benchmarks into data_root
+        form: form of the prompts
+        limits: a question beyond these limits is not asked and counts as wrong
+        decoding: decoding of the answers
+        dtype: data type of the weights
         device: auto, cpu, cuda (each process takes its own GPU), cuda:1, ...
-        processes: number of processes that share the questions; answers do not depend on it. An endpoint is asked by
-            one process, with the endpoint's concurrency
+        processes: number of processes that share the questions; answers do not depend on it. A single process asks an
+            endpoint, with the concurrency of the endpoint
         trust_remote_code: run code that comes with a model's weights
         endpoint: an OpenAI-compatible server, by base_url; its model is the one above
-        extractor: an OpenAI-compatible server, by base_url and model, that says which option an answer of BLINK or MMIU
-            picks where the official reader finds no letter; official columns only, replies are kept
-        redo: ask the questions again that other source files of the project have asked
-        keep: take the answers that other source files of the project have got
+        extractor: an OpenAI-compatible server, by base_url and model, that finds the chosen option in an answer of
+            BLINK or MMIU if the official parser finds no letter; it affects only official columns, and its replies are
+            stored
+        redo: ask again, and do not use answers from other source files of the project
+        keep: use answers from other source files of the project
     """
 
     model: str
@@ -115,8 +118,10 @@ class Evaluation:
 
 
 def read_settings(config: str, more: Sequence[str] = ()) -> Evaluation:
-    """The settings of a YAML with further arguments, as the command reads them. Ends the program where some are wrong,
-    or have an old name."""
+    """The settings from a YAML and further arguments, as on the command line.
+
+    Ends the program if a setting is wrong or has an old name.
+    """
     arguments = ["--config", config, *more]
     refuse_moved(arguments, RENAMED | MOVED)
     return run_cli(Evaluation, arguments)

@@ -1,4 +1,4 @@
-"""The letters of a benchmark's answers that its official reader cannot read, from a language model."""
+"""Let a language model find the letters of answers that the official parser of a benchmark cannot read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_modules.serving.openai_client import EndpointSettings
 
 
 def extractor_problems(extractor: EndpointSettings | None, names: Sequence[str]) -> list[str]:
-    """Settings of an extractor that cannot work for these benchmarks; the server is not asked."""
+    """The settings of the extractor do not fit these benchmarks; the server is not asked."""
     if extractor is None:
         return []
     try:
@@ -37,15 +37,15 @@ def extractor_problems(extractor: EndpointSettings | None, names: Sequence[str])
 def extract_letters(
     extractor: Extractor, benchmark: Benchmark, samples: Sequence[Sample], predictions: Sequence[Prediction]
 ) -> tuple[list[Prediction], dict[str, Any]]:
-    """The predictions, officially scored with the letters that were found; and the counts for `result.json`.
+    """Find letters; returns the predictions with official scores, and the counts for `result.json`.
 
-    An answer that got no letter counts as wrong.
+    An answer without a letter counts as wrong.
 
     Args:
         extractor: finds the letters.
-        benchmark: its official rule decides which answers are asked about.
+        benchmark: its official rule decides which answers need the extractor.
         samples: the questions.
-        predictions: one for each of the samples, in their order.
+        predictions: one prediction for each sample, in order.
 
     Raises the errors of `Extractor.letters`.
     """

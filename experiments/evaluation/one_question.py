@@ -1,4 +1,6 @@
-"""One question over a user's own images: as a sample, and its answer with boxes in pixels of the original images."""
+"""One question about a user's own images: make its sample, and convert the boxes of the answer to pixels of the
+original images.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,13 @@ from datamodules.samples.answer_text import ParsedAnswer, answer_text, parse_ans
 from datamodules.samples.boxes import BoxFormat
 from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, SampleError, TextPart
 
-MARK = "<image>"  # stands in a question where an image belongs
-HEIGHT = 420  # pixels of every image in the drawing
+MARK = "<image>"  # marks the position of an image in a question
+HEIGHT = 420  # height of every image in the drawing, in pixels
 FONT_SIZE = 15
 
 
 class QuestionError(UserError, ValueError):
-    """A question that cannot be asked; the text names each problem."""
+    """The question cannot be asked. The message names each problem."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +47,16 @@ class FoundBox:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, and how it was read.
+    """The text of the model, and its parts.
 
     Args:
         text: the whole text of the model
         thinking: the part between the think tags; None without them
-        answer: the part that answers
-        boxes: in the order written; () where the answer has none
-        image_from: why the boxes are in their image: "target", "thinking", "question", "only" or "last"
-        failure: why no box could be read, or why the question was not put to the model
-        finished: False where the answer was cut at the token limit
+        answer: the part with the answer
+        boxes: the boxes in the order of the text; () if there are none
+        image_from: the source that names the image of the boxes: "target", "thinking", "question", "only" or "last"
+        failure: the reason if no box was found, or if the question was not asked
+        finished: False if the answer was cut at the token limit
     """
 
     text: str
@@ -67,16 +69,16 @@ class Answer:
 
 
 def build_question(images: Sequence[str], question: str, max_image_pixels: int) -> LoadedSample:
-    """The sample of a question over image files.
+    """Make the sample of a question about image files.
 
     Args:
         images: paths of the files, in the order in which the model sees them.
-        question: the text. Where it holds <image> marks, the images stand there; else they stand before the text.
+        question: the text. The images are at its <image> marks; without marks, they come before the text.
         max_image_pixels: a larger image is refused.
 
     Raises:
-        QuestionError: it names every file that cannot be read as an image, an empty question, and a wrong number of
-            <image> marks.
+        QuestionError: a file cannot be read as an image, the question is empty, or the number of <image> marks is
+            wrong. The message names all problems.
     """
     problems, data = [], []
     for path in images:
@@ -95,14 +97,14 @@ def build_question(images: Sequence[str], question: str, max_image_pixels: int) 
         problems.append(f"question: {marks} {MARK} marks for {len(images)} images; write one for each image, or none")
     if problems:
         raise QuestionError("\n".join(problems))
-    # The answer is not known. The placeholder is never shown to the model.
+    # The true answer is unknown. This placeholder is never shown to the model.
     truth = BoxAnswer(0, (0.0, 0.0, 1.0, 1.0), "")
     sample = Sample("question", "user", "question", tuple(images), _parts(question, len(images)), truth)
     return LoadedSample(sample, tuple(data))
 
 
 def _parts(question: str, num_images: int) -> tuple[ImagePart | TextPart, ...]:
-    """Images and texts interleaved as the marks say; without marks the images first."""
+    """Put the images at the marks of the text; without marks, the images come first."""
     if MARK not in question:
         question = MARK * num_images + question
     before, *texts = question.split(MARK)
@@ -115,8 +117,8 @@ def _parts(question: str, num_images: int) -> tuple[ImagePart | TextPart, ...]:
 def read_answer(reply: Reply, question: str, box_format: BoxFormat, target: int | None = None) -> Answer:
     """The answer with its boxes in pixels.
 
-    The one-box answer of the paper does not name its image: `target` (from 1) does, else the image named last in the
-    thinking, else the one named last in the question, else the only or the last image.
+    The paper's answer with one box does not name its image. It is the first of these that exists: `target` (from 1),
+    the image that the thinking names last, the image that the question names last, the only or last image.
     """
     if reply.refused is not None:
         return Answer("", None, None, (), None, f"the question was not put to the model: {reply.refused}", True)
@@ -133,7 +135,7 @@ def read_answer(reply: Reply, question: str, box_format: BoxFormat, target: int 
 
 
 def _find_image(thinking: str | None, question: str, num_images: int, target: int | None) -> tuple[int, str]:
-    """0-based index of the image that the boxes are in, and what named it."""
+    """0-based index of the image of the boxes, and the source that names it."""
     if target is not None:
         return target - 1, "target"
     if num_images == 1:
@@ -141,7 +143,7 @@ def _find_image(thinking: str | None, question: str, num_images: int, target: in
     for source, text in (("thinking", thinking), ("question", question)):
         try:
             named = named_images(text or "", num_images, source)
-        except SampleError:  # it names an image that is not there
+        except SampleError:  # it names an image that does not exist
             continue
         if named:
             return named[-1][1], source
@@ -167,7 +169,7 @@ def draw_answer(images: Sequence[bytes], answer: Answer, max_image_pixels: int) 
 
 
 def _draw_box(draw: ImageDraw.ImageDraw, box: Sequence[float], label: str, size: tuple[int, int], font: Any) -> None:
-    """Outline a box, with its label above it."""
+    """Draw the outline of a box, with its label above it."""
     left, top = outline_box(draw, box, COLOUR, size)
     if label:
         place = (left + LINE, max(0.0, top - FONT_SIZE - LINE))

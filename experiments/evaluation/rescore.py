@@ -1,9 +1,9 @@
-"""Score stored answers again, without model and data: another threshold, box or average.
+"""Score stored answers again without model and data, with another threshold, choice of box or average.
 
 python -m experiments.evaluation.rescore --predictions outputs/eval/models--nano-base/ref_l4 --threshold 0.3
 
-The benchmark's own rule holds where nothing else is said. The result is printed and written to rescored.json beside the
-predictions (`--output` names another file); result.json stays as it is.
+By default, the benchmark's own rule is used. The result is printed and written to rescored.json beside the predictions
+(`--output` names another file); result.json is not changed.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ def rescore_predictions(
     seed: int = 0,
     output: str | None = None,
 ) -> dict[str, Any]:
-    """Score stored answers again; the result, in the form of result.json.
+    """Score stored answers again; returns the result in the format of result.json.
 
     Args:
-        predictions: folder that an evaluation wrote: predictions.jsonl and result.json
+        predictions: output folder of an evaluation, with predictions.jsonl and result.json
         threshold: IoU above which a box counts
         inclusive: an IoU equal to the threshold counts too
-        box: which of several boxes counts; best looks at the truth
+        box: which of several boxes counts; best uses the true box
         within: a column's accuracy over its questions (micro) or the mean of its units (macro)
         across: averages over columns (macro) or over their questions (micro)
-        seed: of the bootstrap
-        output: file; null: rescored.json in the folder
+        seed: seed of the bootstrap
+        output: output file; null means rescored.json in the folder
     """
     folder = Path(predictions)
     result = read_result(folder / RESULT)
