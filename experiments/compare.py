@@ -1,8 +1,8 @@
-"""One page that compares runs, offline: stages, tasks, curves, settings, and every completion of logged prompts.
+"""Write a page that compares runs: stages, tasks, curves, settings, and all completions of logged prompts.
 
     python -m experiments.compare --runs outputs/nano outputs/nano-seed1/grpo
 
-Open outputs/compare/index.html in a browser. It reads the files beside it.
+Open outputs/compare/index.html in a browser. It needs the files in the same folder, but no network.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def compare(paths: Sequence[str | Path], output: Path, max_groups: int = 5000, m
     Args:
         paths: folders of phases or of whole experiments.
         output: the folder of the page.
-        max_groups: most groups of rollouts that are written for one run, evenly over the run.
-        max_pictures: most picture files of one run.
+        max_groups: largest number of rollout groups that are written for one run, spread evenly over the run.
+        max_pictures: largest number of picture files for one run.
 
-    Raises ValueError for a path without a run, and for an `output` that holds other files.
+    Raises ValueError for a path without a run, and for an `output` folder with other files.
     """
     if min(max_groups, max_pictures) < 0:
         raise ValueError(f"max_groups={max_groups}, max_pictures={max_pictures} must not be negative")

@@ -1,7 +1,8 @@
-"""See samples before training on them: `make inspect DATA=data/nano/shards/sft`. One page, opens offline.
+"""Show samples on a page before training: `make inspect DATA=data/nano/shards/sft`.
 
-It shows the first and some random samples of shards, every image with its boxes, and counts what the shards hold. With
-a model (its processor is enough) it counts tokens, and shows what the encoder would reject and why.
+The page needs no network. It shows the first and some random samples of shards, every image with its boxes, and
+statistics of the shards. With a model (its processor is enough), it counts tokens, and shows which samples the
+encoder would reject and why.
 """
 
 from __future__ import annotations
@@ -33,20 +34,20 @@ def inspect(
     seed: int = 0,
     max_prompt_tokens: int = 4096,
 ) -> Path:
-    """Write the page of some shards; its path.
+    """Write the page of some shards; returns its path.
 
     Args:
-        data: folders of shards, or whatever else `ShardReader` reads.
+        data: folders of shards, or other sources of `ShardReader`.
         output: file of the page.
-        model: folder or Hub name whose processor counts tokens; none are counted without it.
-        first: samples to show from the beginning.
-        drawn: samples to show at random.
-        measured: samples, evenly over the shards, that the tables count.
-        seed: of the draw.
+        model: folder or Hub name of a model; its processor counts tokens. Without it, no tokens are counted.
+        first: number of samples from the beginning.
+        drawn: number of random samples.
+        measured: number of samples for the statistics, spread evenly over the shards.
+        seed: seed of the random choice.
         max_prompt_tokens: longer prompts are rejected, as in training.
 
     Raises:
-        ValueError: a number is negative, or `data` holds no sample.
+        ValueError: a number is negative, or `data` has no sample.
     """
     if min(first, drawn, measured) < 0:
         raise ValueError(f"first={first}, drawn={drawn}, measured={measured} must not be negative")
@@ -71,7 +72,7 @@ def inspect(
 
 
 def _show(reader: ShardReader, encoder: Encoder | None, number: int) -> Shown:
-    """One sample of the shards, read and, with an encoder, encoded."""
+    """Read one sample of the shards; encode it if there is an encoder."""
     loaded: LoadedSample | SampleError
     encoded: EncodedSample | SampleError | None = None
     try:

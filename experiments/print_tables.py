@@ -1,6 +1,7 @@
-"""Print the paper's Tables 2 to 9 with the measured numbers beside them.
+"""Print the paper's Tables 2 to 9 together with the measured numbers.
 
-Writes <outputs>/tables/tables.md and tables.csv, and rewrites report.html of every experiment, with its own rows.
+Writes <outputs>/tables/tables.md and tables.csv, and rewrites report.html of every experiment with the rows of the
+experiment.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from experiments.runs.usage_errors import PlainParser
 
 
 def make_tables(outputs: Path) -> str:
-    """The Markdown text; all files are written."""
+    """Write all files; returns the Markdown text."""
     source, tables = paper_tables.load_paper_tables()
     tables = paper_tables.with_measured(tables, paper_tables.find_measured(outputs))
     text = paper_tables.markdown(source, tables)

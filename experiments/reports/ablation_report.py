@@ -1,4 +1,6 @@
-"""ablations.json, ablations.md and ablations.html: each row over the seeds, and the differences between rows."""
+"""Write ablations.json, ablations.md and ablations.html: the mean of each row over its seeds, and the differences
+between rows.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ NOTE = (
 def write(home: Path, folders: Mapping[int, Path], starts: Mapping[str, str], comparisons: Sequence[Comparison]) -> str:
     """Write all three files into `home`; returns the tables as Markdown text.
 
-    `folders` has each seed's experiment folder, `starts` every row, in the order of the tables, with that which it
-    starts from.
+    `folders` maps each seed to its experiment folder. `starts` maps each row to the row it starts from, in the order of
+    the tables.
     """
     summary = summarise(read_rows(folders, starts), starts, comparisons, list(folders))
     write_json(home / "ablations.json", summary)
@@ -53,7 +55,9 @@ def write(home: Path, folders: Mapping[int, Path], starts: Mapping[str, str], co
 
 
 def figures(home: Path) -> tuple[dict[str, float], dict[str, list[list[str]]]]:
-    """Of the ablations.json in `home`, for W&B: "<row>/<figure>", "<row>/avg_std" and differences; and the tables."""
+    """Values and tables of the ablations.json in `home` for W&B: "<row>/<figure>", "<row>/avg_std", differences; and
+    the tables.
+    """
     summary = read_json(home / "ablations.json")
     values = {}
     for row in summary["rows"]:
@@ -68,7 +72,7 @@ def figures(home: Path) -> tuple[dict[str, float], dict[str, list[list[str]]]]:
 
 
 def tables(summary: Mapping[str, Any]) -> dict[str, list[list[str]]]:
-    """Title -> rows of text cells, header first."""
+    """The tables: title -> rows of text cells, header first."""
     rows = [row for row in summary["rows"] if row["seeds"]]
     means = [["row", "from", "seeds", *NAMES.values(), "minutes"]]
     every = [["row", "seed", *NAMES.values(), "questions", "minutes", "trained at"]]
@@ -92,7 +96,7 @@ def tables(summary: Mapping[str, Any]) -> dict[str, list[list[str]]]:
 
 
 def task_means(row: Mapping[str, Any]) -> dict[str, float]:
-    """A row's accuracy by task, the mean over those of its seeds that were asked it."""
+    """The accuracy of a row by task: the mean over the seeds at which the task was measured."""
     by_task: dict[str, list[float]] = {}
     for seed in row["seeds"].values():
         for task, accuracy in seed["tasks"].items():
@@ -143,7 +147,7 @@ def _spread(row: Mapping[str, Any], key: str) -> str:
 
 
 def _missing(summary: Mapping[str, Any]) -> list[str]:
-    """A line for every row that some seed has not finished yet."""
+    """A line for every row that is not finished at all seeds."""
     lines = []
     for row in summary["rows"]:
         absent = [str(seed) for seed in summary["seeds"] if str(seed) not in row["seeds"]]

@@ -1,7 +1,7 @@
-"""What an ablation's rows reached at each seed, and what they differ by: the content of ablations.json.
+"""The results of an ablation's rows at each seed, and their differences: the content of ablations.json.
 
-Figures come from the results.json of each seed, so from rows that the last command there has found finished; the single
-answers, for the paired bootstrap, from the rows' predictions.jsonl.
+The numbers come from the results.json of each seed, which lists only finished rows. The answers for the paired
+bootstrap come from the predictions.jsonl of the rows.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ FIGURES = ("avg", "in_domain", "out_of_domain", "format_rate")
 
 @dataclass(frozen=True)
 class Comparison:
-    """`row` minus `over`, and the aim for their AVG, if any: a difference `at_least` or `more_than` so many points.
+    """A comparison: `row` minus `over`.
 
-    or_both_at_most: the aim is reached too where neither row's AVG is above this.
+    Its aim, if any, is a difference of AVG of `at_least` or `more_than` this number of points.
+
+    or_both_at_most: the aim is also reached if the AVG of both rows is at most this.
     """
 
     row: str
@@ -46,8 +48,8 @@ class Comparison:
         return text
 
     def holds(self, difference: float) -> bool:
-        """Whether a difference of so many points reaches the aim, apart from `or_both_at_most`."""
-        difference = round(difference, 6)  # a mean of accuracies is off by its last bits
+        """Whether a difference in points reaches the aim, without `or_both_at_most`."""
+        difference = round(difference, 6)  # a mean of accuracies has rounding errors in its last bits
         limits = [difference >= self.at_least] if self.at_least is not None else []
         limits += [difference > self.more_than] if self.more_than is not None else []
         return bool(limits) and all(limits)
@@ -55,19 +57,20 @@ class Comparison:
 
 @dataclass(frozen=True)
 class SeedRow:
-    """One row at one seed: its stage, per task which questions were answered rightly (None where unknown), and the
-    commit that it was trained at (None of a model that no phase trained)."""
+    """One row at one seed: its stage, the correctness of each answer by task (None if unknown), and the commit of its
+    training (None for a model that was not trained here).
+    """
 
     stage: Stage
     hits: Mapping[str, Mapping[str, bool]] | None
     commit: str | None
 
 
-Found = dict[str, dict[int, SeedRow]]  # row -> seed -> what is there
+Found = dict[str, dict[int, SeedRow]]  # row -> seed -> its results
 
 
 def read_rows(folders: Mapping[int, Path], names: Iterable[str]) -> Found:
-    """What is there of the rows `names`, in that order. `folders` has each seed's experiment folder."""
+    """Read the results of the rows `names`, in this order. `folders` maps each seed to its experiment folder."""
     found: Found = {name: {} for name in names}
     for seed, folder in folders.items():
         for stage in read_results(folder / "results.json").stages if (folder / "results.json").is_file() else ():
@@ -78,13 +81,16 @@ def read_rows(folders: Mapping[int, Path], names: Iterable[str]) -> Found:
 
 
 def row_hits(phase: Path, stage: Stage) -> Mapping[str, Mapping[str, bool]] | None:
-    """task -> question -> right?, from the phase's predictions, where they are those of the stage's figures."""
+    """task -> question -> whether the answer is right, from the phase's predictions.
+
+    None if they do not match the stage's results.
+    """
     hits: dict[str, dict[str, bool]] = {}
     folder = find_mig_bench(phase)
     there = folder is not None and (folder / PREDICTIONS).is_file()
     for prediction in read_predictions(folder / PREDICTIONS) if there else ():
         hits.setdefault(prediction.column, {})[prediction.id] = prediction.correct
-    # The predictions may be of a later evaluation: they count only if they give the figures of results.json, in %.
+    # The predictions may come from a later evaluation. They are used only if they give the percentages in results.json.
     shares = {task: 100 * statistics.mean(right.values()) for task, right in hits.items()}
     same = shares.keys() == stage.mig_bench["tasks"].keys() and all(
         abs(share - stage.mig_bench["tasks"][task]) < 1e-6 for task, share in shares.items()
@@ -98,13 +104,13 @@ def summarise(
     comparisons: Sequence[Comparison],
     seeds: Sequence[int],
 ) -> dict[str, Any]:
-    """What ablations.json holds: {"seeds", "rows": [row], "comparisons": [comparison]}.
+    """The content of ablations.json: {"seeds", "rows": [row], "comparisons": [comparison]}.
 
     A row is {"name", "start", "seeds": {seed: {figure: value, "tasks", "n", "minutes", "commit"}}, "mean", "std",
-    "low", "high"}, the last four by figure; std is null of one seed, commit that of the training, null of a model that
-    no phase trained. A comparison is {"row", "over", "aim", "seeds", "differences": {average: {"value", "low", "high",
-    "p"}}, "by_seed": {seed: AVG's}, "reached", "sure", "missing"}; reached is null without an aim or a figure, and
-    `missing` says why differences have no interval.
+    "low", "high"}, the last four for each figure. std is null with one seed. commit is that of the training; it is null
+    for a model that was not trained here. A comparison is {"row", "over", "aim", "seeds", "differences": {average:
+    {"value", "low", "high", "p"}}, "by_seed": {seed: AVG's}, "reached", "sure", "missing"}; reached is null without an
+    aim or a number, and `missing` is the reason why differences have no interval.
     """
     return {
         "seeds": list(seeds),
@@ -119,7 +125,7 @@ def _row(name: str, start: str, by_seed: Mapping[int, SeedRow]) -> dict[str, Any
         bench = row.stage.mig_bench
         seeds[str(seed)] = {key: bench[key] for key in (*FIGURES, "tasks", "n")}
         seeds[str(seed)] |= {"minutes": row.stage.seconds / 60, "commit": row.commit}
-    # A figure may be missing at a seed (no task of that average was asked): its mean is over the others.
+    # A number may be missing at a seed if no task of that average was measured. Then the mean is over the other seeds.
     values = {key: [s[key] for s in seeds.values() if s[key] is not None] for key in (*FIGURES, "minutes")}
     values = {key: found for key, found in values.items() if found}
     return {
@@ -135,7 +141,7 @@ def _row(name: str, start: str, by_seed: Mapping[int, SeedRow]) -> dict[str, Any
 
 def _compare(comparison: Comparison, found: Found) -> dict[str, Any]:
     row, over = found[comparison.row], found[comparison.over]
-    # 1. Differences of AVG in points, seed by seed: only seeds that both rows have.
+    # 1. Differences of AVG in points for each seed that both rows have.
     seeds = sorted(row.keys() & over.keys())
     by_seed = {s: row[s].stage.mig_bench["avg"] - over[s].stage.mig_bench["avg"] for s in seeds}
     record: dict[str, Any] = {"row": comparison.row, "over": comparison.over, "aim": comparison.aim, "seeds": seeds}
@@ -143,7 +149,7 @@ def _compare(comparison: Comparison, found: Found) -> dict[str, Any]:
     record |= {"reached": None, "sure": None}
     if not seeds:
         return record | {"missing": "no seed has both rows"}
-    # 2. Intervals by pairs of answers: this needs the same questions on both sides.
+    # 2. Intervals from pairs of answers. Both rows must have the same questions.
     sides = [[side[s].hits for s in seeds] for side in (row, over)]
     if any(hits is None for side in sides for hits in side):
         record["missing"] = "the single answers are not there, or not those of the figures"
@@ -152,7 +158,7 @@ def _compare(comparison: Comparison, found: Found) -> dict[str, Any]:
     else:
         differences = paired_differences(*(_stack(side) for side in sides))
         record["differences"] = {name: asdict(difference) for name, difference in differences.items()}
-    # 3. The aim: `reached` by the mean difference, `sure` if the interval's lower end reaches it too.
+    # 3. The aim: `reached` if the mean difference reaches it, `sure` if the lower end of the interval reaches it too.
     if comparison.aim:
         low_enough = comparison.or_both_at_most is not None and all(
             statistics.mean(side[s].stage.mig_bench["avg"] for s in seeds) <= comparison.or_both_at_most

@@ -1,4 +1,4 @@
-"""The page that compares runs: index.html; its rollouts are files beside it (`rollout_pages.py`)."""
+"""The page that compares runs: index.html. Its rollouts are separate files in the same folder (`rollout_pages.py`)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from experiments.reports.find_runs import Points, Run, config_differences
 from experiments.reports.rollout_pages import WrittenLog
 from experiments.reports.templates import render, script_json
 
-MAX_POINTS = 400  # in one curve
-# The charts that are shown at first, if the runs logged their metrics.
+MAX_POINTS = 400  # largest number of points of a curve
+# The charts that are visible at the beginning, if the runs have logged their metrics.
 FIRST_CHARTS = ("reward/total", "reward/accuracy", "grpo/kl", "grpo/completion_length", "train/loss")
 FIRST_CHARTS += ("speed/seconds_per_batch",)
 
 
 def render_page(runs: Sequence[Run], logs: Mapping[int, WrittenLog]) -> str:
-    """The whole page. `logs`: by a run's place in `runs`, what `write_rollouts` wrote to rollouts/<place>/."""
+    """The whole page. `logs` maps the index of a run in `runs` to the result of `write_rollouts` for rollouts/<index>/."""
     measured = [run for run in runs if run.mig_bench]
     charts, legend, thinned = _curves(runs)
     return render(
@@ -39,7 +39,7 @@ def render_page(runs: Sequence[Run], logs: Mapping[int, WrittenLog]) -> str:
 def stage_rows(runs: Sequence[Run]) -> list[list[str]]:
     """Header and one row for each stage of each experiment: the mean over its seeds ± their standard deviation.
 
-    The gain is computed for each seed, over the stage of that seed that the model was trained from, and then averaged.
+    For each seed, the gain is the difference to the stage that the model was trained from; then it is averaged.
     """
     rows = [["experiment", "stage", "seeds", "AVG", "gain", "over", "in-domain", "out-of-domain", "format %", "n"]]
     known = {run.folder: run for run in runs}
@@ -80,7 +80,7 @@ def _run_rows(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def _curves(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], bool]:
-    """A chart for each logged metric, the first ones shown at once; the legend; whether a curve was thinned."""
+    """Returns a chart for each logged metric (the first ones are visible), the legend, and whether a curve was thinned."""
     logged = [run for run in runs if run.curves]
     names = sorted({name for run in logged for name in run.curves})
     shown = [name for name in FIRST_CHARTS if name in names] or names[:4]
@@ -98,14 +98,14 @@ def _curves(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str, A
 
 
 def _thin_curve(points: Points) -> Points:
-    """At most MAX_POINTS points: means of equally many neighbours."""
+    """Reduce a curve to at most MAX_POINTS points, each the mean of equally many neighbours."""
     size = -(-len(points) // MAX_POINTS) or 1
     pieces = [points[start : start + size] for start in range(0, len(points), size)]
     return [(mean(x for x, _ in piece), mean(y for _, y in piece)) for piece in pieces]
 
 
 def _data(runs: Sequence[Run], measured: Sequence[Run], logs: Mapping[int, WrittenLog]) -> dict[str, Any]:
-    """The values that the page's script works on."""
+    """The values that the script of the page uses."""
     keys = ("avg", "in_domain", "out_of_domain", "tasks")
     stages = [{"label": run.label} | {key: run.mig_bench[key] for key in keys} for run in measured]
     return {"stages": stages, "logs": [{"name": str(place), "label": runs[place].label} for place in logs]}

@@ -1,4 +1,4 @@
-"""What trained or evaluated phases left in their folders, read for comparing them."""
+"""Read the folders of trained or evaluated phases, to compare them."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Run:
     label: str  # "<experiment>/<phase>"
     seed: int | None
     commit: str
-    config: Mapping[str, Any]  # flat: {"model.init_args.beta": 0.001, …}; {} of a model that was only evaluated
-    mig_bench: Mapping[str, Any] | None  # its numbers, as in results.json
+    config: Mapping[str, Any]  # flat: {"model.init_args.beta": 0.001, …}; {} for a model that was only evaluated
+    mig_bench: Mapping[str, Any] | None  # the numbers of MIG-Bench, as in results.json
 
     @property
     def phase(self) -> str:
@@ -43,13 +43,13 @@ class Run:
 
     @property
     def family(self) -> Path:
-        """The experiment without its seed: outputs/nano and outputs/nano-seed1 are one."""
+        """The experiment without its seed: outputs/nano and outputs/nano-seed1 are the same experiment."""
         experiment = self.folder.parent
         return experiment.with_name(re.sub(r"(?<=.)-seed\d+$", "", experiment.name))
 
     @property
     def start(self) -> Path | None:
-        """The folder of the phase of this experiment that it was trained from; None of another model."""
+        """The folder of the phase in this experiment that it was trained from; None if it started from another model."""
         model = self.config.get("model.init_args.model")
         if model is None or (started_from(model) != BASE and Path(model).parents[1].name != self.folder.parent.name):
             return None
@@ -57,7 +57,7 @@ class Run:
 
     @cached_property
     def curves(self) -> dict[str, Points]:
-        """Every logged metric over the steps."""
+        """All logged metrics, as curves over the steps."""
         rows = metrics_csv.read_rows(self.folder)
         names = dict.fromkeys(name for row in rows for name in row if name not in ("step", "epoch"))
         curves = {name: metrics_csv.read_curve(rows, name) for name in sorted(names)}
@@ -65,14 +65,14 @@ class Run:
 
     @cached_property
     def groups(self) -> list[LoggedGroup]:
-        """The groups of its rollout log; [] where it has none."""
+        """The groups of its rollout log; [] without a log."""
         names = ("model.init_args.rollout.log", "model.init_args.rollout_log")  # the second in runs of earlier versions
         named = [self.config[name] for name in names if self.config.get(name)]
         return read_index(self.folder / (named[0] if named else "rollouts.jsonl"))
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Run]:
-    """The runs of phase folders, and of all phases of experiment folders, in the order given, each once.
+    """The runs in phase folders, and in all phases of experiment folders, in the given order, each once.
 
     Raises ValueError that names every path without a run.
     """
@@ -92,14 +92,17 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as {"a.b": value}. A member of a list that has a class_path is named by it, not by its place;
-    a second one of that class by ".2" behind it."""
+    """Nested settings as {"a.b": value}.
+
+    An item of a list that has a class_path is named by its class, not by its index. A second item of this class gets
+    the suffix ".2".
+    """
     if isinstance(value, Mapping):
         items = [(str(name), member) for name, member in value.items()]
     elif isinstance(value, Sequence) and any(isinstance(member, Mapping) for member in value):
         items, seen = [], Counter()
         for place, member in enumerate(value):
-            # By class name: a callback added in front must not change the names of all others.
+            # By class name, so that a callback that is added at the front does not change the names of the others.
             name, settings = _named(member, place)
             seen[name] += 1
             items.append((name if seen[name] == 1 else f"{name}.{seen[name]}", settings))
@@ -112,13 +115,13 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def config_differences(runs: Sequence[Run]) -> dict[str, list[list[str]]]:
-    """By phase, where several runs of it were trained: rows of cells, header first, of the fields that differ."""
+    """For each phase with several runs: the settings that differ, as rows of cells, header first."""
     tables = {}
     for phase in dict.fromkeys(run.phase for run in runs):
         same = [run for run in runs if run.phase == phase and run.config]
         if len(same) < 2:
             continue
-        # Only runs of the same phase are compared: fields of SFT and GRPO differ anyway.
+        # Only runs of the same phase are compared, because SFT and GRPO have different settings.
         configs = [{"commit": run.commit} | dict(run.config) for run in same]
         names = [name for name in dict.fromkeys(n for config in configs for n in config) if name != "experiment"]
         rows = [[name, *(_cell(config, name) for config in configs)] for name in names]
@@ -131,7 +134,7 @@ def _cell(config: Mapping[str, Any], name: str) -> str:
 
 
 def _named(member: Any, place: int) -> tuple[str, Any]:
-    """The name and the arguments of a list's member."""
+    """The name and the arguments of an item of a list."""
     path = member.get("class_path") if isinstance(member, Mapping) else None
     if not isinstance(path, str):
         return str(place), member
@@ -143,7 +146,10 @@ def _is_phase(path: Path) -> bool:
 
 
 def _phases(path: Path) -> list[Path]:
-    """Phase folders of an experiment: those of results.json in its order, then others. Not those set aside (a dot)."""
+    """Phase folders of an experiment: first those in results.json, in its order, then others.
+
+    Renamed old folders (with a dot) are skipped.
+    """
     if not path.is_dir():
         return []
     staged = [path / stage.name for stage in _results(path).stages]
@@ -159,9 +165,9 @@ def _results(experiment: Path) -> Results:
 def _read_run(folder: Path, taken: Sequence[str]) -> Run:
     config = flatten(read_settings(folder))
     results = _results(folder.parent)
-    result = read_mig_bench(folder)  # results.json may still hold a stage that was set aside
+    result = read_mig_bench(folder)  # results.json may still contain a stage whose folder was renamed
     label = f"{folder.parent.name}/{folder.name}"
-    if label in taken:  # the same names under another outputs folder
+    if label in taken:  # the same names in another outputs folder
         label = f"{folder.parents[1].name}/{label} ({len(taken)})"
     return Run(
         folder=folder,

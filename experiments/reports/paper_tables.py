@@ -1,7 +1,7 @@
-"""The paper's Tables 2 to 9 with measured rows beside the printed ones.
+"""The paper's Tables 2 to 9, with the paper's rows and the measured rows.
 
-Measured rows come from the result.json files below an outputs folder, those of `make eval` and those that a pipeline
-leaves in its phases. What was limited to some questions is left out.
+Measured rows come from the result.json files of `make eval` and of pipelines below an outputs folder. Results with a
+limit on the number of questions are skipped.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Table:
 
 
 def load_paper_tables() -> tuple[str, list[Table]]:
-    """The paper's name and its tables. Raises ValueError where a row does not fit its table's columns."""
+    """The name of the paper and its tables. Raises ValueError if a row does not fit the columns of its table."""
     data = yaml.safe_load(DATA.read_text(encoding="utf-8"))
     tables = []
     for table in data["tables"]:
@@ -60,7 +60,7 @@ def load_paper_tables() -> tuple[str, list[Table]]:
 
 
 def with_measured(tables: Sequence[Table], measured: Mapping[str, Cells]) -> list[Table]:
-    """The tables with a row for each label that has any of their cells."""
+    """Add a row for each label that has at least one cell of a table."""
     return [replace(table, rows=table.rows + tuple(_measured_rows(table, measured))) for table in tables]
 
 
@@ -70,7 +70,7 @@ def _measured_rows(table: Table, measured: Mapping[str, Cells]) -> list[Row]:
         row = [cells.get(key) for _, key in table.columns]
         if any(cell is not None for cell in row):
             parts = [key for _, key in table.columns if key != "mean"]
-            # A mean over a part of the columns would look like the paper's and be another number.
+            # A mean over only some columns would look like the paper's number but have another meaning.
             whole = all(key in cells for key in parts)
             mean = mean_cell([cells[key] for key in parts]) if whole else None
             filled = [mean if key == "mean" else cell for (_, key), cell in zip(table.columns, row, strict=True)]
@@ -79,8 +79,8 @@ def _measured_rows(table: Table, measured: Mapping[str, Cells]) -> list[Row]:
 
 
 def mean_cell(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The mean of columns that lie in different benchmarks, with its interval. They must be averaged over questions."""
-    # (hits, questions) of each column, from its score in %: the bootstrap draws questions anew within a column.
+    """The mean of columns from different benchmarks, with its interval. The columns must be averages over questions."""
+    # (hits, questions) of each column, from its score in %. The bootstrap resamples the questions within each column.
     counts = {str(k): {"": (round(cell["score"] * cell["n"] / 100), cell["n"])} for k, cell in enumerate(cells)}
     low, high = bootstrap_intervals(counts, Rule(source="mean over columns"), {"avg": tuple(counts)})["avg"]
     score = sum(cell["score"] for cell in cells) / len(cells)
@@ -88,22 +88,25 @@ def mean_cell(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def find_measured(outputs: Path) -> dict[str, Cells]:
-    """Label -> cells, of everything below `outputs`: evaluated models, and the phases of experiments."""
+    """Label -> cells, for all results below `outputs`: evaluated models, and phases of experiments."""
     measured: dict[str, Cells] = {}
-    # 1. Models evaluated by themselves.
+    # 1. Models that were evaluated without a pipeline.
     for result in _whole_results(outputs.glob(f"eval/*/*/{RESULT}")):
         label = f"{result['model']} ({result['data_root']}){note(result['generation'])}"
         measured.setdefault(label, {}).update(result_cells(result))
-    # 2. Phases of experiments, which hold their own benchmarks.
+    # 2. Phases of experiments, with benchmarks in their folders.
     for experiment in sorted(path for path in outputs.iterdir() if path.is_dir()):
         measured |= phase_measured(experiment)
     return measured
 
 
 def phase_measured(experiment: Path) -> dict[str, Cells]:
-    """The same of one experiment's phases, with "<experiment>/<phase>" as labels: a row for each way of decoding."""
+    """The same for the phases of one experiment, with labels "<experiment>/<phase>".
+
+    Each decoding method gets its own row.
+    """
     measured: dict[str, Cells] = {}
-    phases = [path for path in sorted(experiment.iterdir()) if "." not in path.name]  # with one: a run set aside
+    phases = [path for path in sorted(experiment.iterdir()) if "." not in path.name]  # a dot means a renamed old run
     for phase in phases:
         for result in _whole_results(phase.glob(f"benchmarks/*/{RESULT}")):
             label = f"{experiment.name}/{phase.name}{note(result['generation'])}"
@@ -112,8 +115,11 @@ def phase_measured(experiment: Path) -> dict[str, Cells]:
 
 
 def _whole_results(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """The results of whole benchmarks, in the order of their paths. Those of earlier versions are named and left out,
-    and so is a phase's evaluation with other settings that has a folder of its own."""
+    """The results of complete benchmarks, in the order of their paths.
+
+    Results of earlier versions are reported and skipped. Evaluations of a phase with other settings, which have their
+    own folders, are skipped too.
+    """
     for file in sorted(files):
         try:
             result = read_result(file)
@@ -125,12 +131,15 @@ def _whole_results(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
 
 
 def result_cells(result: Mapping[str, Any]) -> Cells:
-    """The result's cells by "<benchmark>/<column or average>"."""
+    """The cells of a result: "<benchmark>/<column or average>" -> cell."""
     return {f"{result['benchmark']}/{name}": cell for name, cell in (result["columns"] | result["averages"]).items()}
 
 
 def text_rows(table: Table) -> list[list[str]]:
-    """Header and rows as text; measured rows say so and carry intervals and, last, the number of questions."""
+    """Header and rows as text.
+
+    Measured rows are marked; they have intervals and, in the last column, the number of questions.
+    """
     rows = [["", *(heading for heading, _ in table.columns), "n"]]
     for row in table.rows:
         asked = [cell["n"] for cell in row.cells if isinstance(cell, Mapping)]
@@ -147,7 +156,7 @@ def markdown(source: str, tables: Sequence[Table]) -> str:
 
 
 def comma_separated(tables: Sequence[Table]) -> str:
-    """One line a cell: table, row, measured or paper, column, score, low, high, n."""
+    """One line per cell: table, row, measured or paper, column, score, low, high, n."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["table", "row", "kind", "column", "score", "low", "high", "n"])

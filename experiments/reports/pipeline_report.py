@@ -1,4 +1,4 @@
-"""report.html of an experiment: stages, curves, bars per task and drawn examples in one file that opens offline.
+"""report.html of an experiment: stages, curves, bars per task and drawn examples in one file that needs no network.
 
 python -m experiments.reports.pipeline_report --folder outputs/nano
 """
@@ -21,8 +21,8 @@ from experiments.runs.run_identity import CONFIG, read_field, trained_commit
 from experiments.runs.usage_errors import PlainParser
 from lightning_modules.serving.generation_rules import note
 
-# Title of a chart -> the logged metrics in it; `<name>` stands for the name of every reward. A chart whose metrics were
-# not logged is left out.
+# Title of a chart -> the logged metrics in it; `<name>` stands for the name of every reward. A chart without logged
+# metrics is skipped.
 CHARTS = {
     "Loss": ("train/loss", "grpo/loss"),
     "Token accuracy": ("train/token_accuracy",),
@@ -34,20 +34,20 @@ CHARTS = {
     "MIG-Bench subset in training": ("mig_bench_val/avg", "mig_bench_val/in_domain", "mig_bench_val/out_of_domain"),
     "Learning rate": ("train/learning_rate",),
 }
-MAX_EXAMPLES = 12  # drawn examples of one phase
+MAX_EXAMPLES = 12  # largest number of drawn examples of one phase
 
 
 def stage_rows(results: Results, starts: Mapping[str, str] | None = None) -> list[list[str]]:
-    """A row of text cells for each stage, header first: its averages, and its gain over the stage that it starts from.
+    """A row of text cells for each stage, header first: its averages, and its gain over its start stage.
 
-    `starts`: stage -> the stage that it was trained from; by default the stage before it.
+    `starts`: stage -> the stage that it was trained from; by default the previous stage.
     """
     rows = [["stage", "AVG", "gain", "over", "in-domain", "out-of-domain", "format %", "questions", "seconds"]]
     names = [stage.name for stage in results.stages]
     known = {stage.name: stage for stage in results.stages}
     for name, stage in known.items():
         bench = stage.mig_bench
-        # Without a recorded start, a stage is compared with the one before it.
+        # Without a recorded start, a stage is compared with the previous stage.
         before = names[names.index(name) - 1] if name != names[0] else ""
         over = (starts or {}).get(name, before)
         gain = f"{bench['avg'] - known[over].mig_bench['avg']:+.2f}" if over in known else ""
@@ -58,7 +58,7 @@ def stage_rows(results: Results, starts: Mapping[str, str] | None = None) -> lis
 
 
 def stage_starts(folder: Path, results: Results) -> dict[str, str]:
-    """Each trained stage -> the stage whose model it was trained from, as the phases' config.yaml say."""
+    """Each trained stage -> the stage whose model it was trained from, from the config.yaml of the phases."""
     starts = {}
     for stage in results.stages:
         phase = Path(folder) / stage.name
@@ -76,10 +76,10 @@ def stage_text(results: Results, starts: Mapping[str, str] | None = None) -> str
 
 
 def render_report(folder: Path) -> str:
-    """The whole page of an experiment folder that holds a results.json, with the stages that are finished."""
+    """The whole page of an experiment folder with a results.json. It shows the finished stages."""
     folder = Path(folder)
     results = read_results(folder / "results.json")
-    # Stages may have been asked different tasks: the page has every one, in the order of their first appearance.
+    # The stages may have different tasks. The page shows all of them, in the order of their first appearance.
     tasks = list(dict.fromkeys(task for stage in results.stages for task in stage.mig_bench["tasks"]))
     bars = {stage.name: stage.mig_bench["tasks"] for stage in results.stages}
     return render(
@@ -97,42 +97,42 @@ def render_report(folder: Path) -> str:
 
 
 def _decoding(folder: Path, results: Results) -> list[str]:
-    """Which stages were not decoded by the common rules."""
+    """A note about stages that were decoded by other rules than greedy decoding."""
     found = {stage.name: read_mig_bench(folder / stage.name) for stage in results.stages}
     notes = {name: note(result["generation"]) for name, result in found.items() if result}
     return [f"MIG-Bench of {name}{how}." for name, how in notes.items() if how]
 
 
 def _commits(folder: Path, results: Results) -> str:
-    """Which code trained each stage; results.json says only which the last command ran."""
+    """A note about the commits that trained the stages; results.json only has the commit of the last command."""
     trained = {stage.name: trained_commit(folder / stage.name) for stage in results.stages}
     words = ", ".join(f"{name} at {commit}" for name, commit in trained.items() if commit)
     return f"Last command at commit {results.commit}" + (f"; trained: {words}." if words else ".")
 
 
 def write_report(folder: Path) -> Path:
-    """Write <folder>/report.html; its path."""
+    """Write <folder>/report.html; returns its path."""
     path = Path(folder) / "report.html"
     write_atomic(path, render_report(folder))
     return path
 
 
 def _phases(folder: Path, results: Results) -> list[Path]:
-    """Phase folders: those of the stages in their order, then others that logged something."""
+    """Phase folders: first those of the stages, in order, then others with logged metrics."""
     staged = [folder / stage.name for stage in results.stages]
     others = [path for path in sorted(folder.iterdir()) if (path / "attempts").is_dir() and path not in staged]
     return [path for path in staged + others if path.is_dir() and "." not in path.name]
 
 
 def _phase(folder: Path) -> dict[str, Any] | None:
-    """Name, charts and drawn examples (name, PNG in base64) of a phase; None where it logged and drew nothing."""
+    """Name, charts and drawn examples (name, PNG in base64) of a phase; None if it has neither."""
     rows = metrics_csv.read_rows(folder)
     curves = {
         title: {name: metrics_csv.read_curve(rows, name) for name in _spelt_out(names, rows)}
         for title, names in CHARTS.items()
     }
     charts = [chart for title in curves if (chart := svg_charts.line_chart(title, curves[title]))]
-    # Only the newest previews: pictures are in the page itself and make it large.
+    # Only the newest previews, because the pictures are inside the page and make it large.
     last_step = sorted((folder / "previews").glob("step_*"))[-1:]
     images = [image for step in last_step for image in sorted(step.glob("*.png"))[:MAX_EXAMPLES]]
     drawings = [(image.stem, base64.b64encode(image.read_bytes()).decode()) for image in images]
@@ -140,7 +140,7 @@ def _phase(folder: Path) -> dict[str, Any] | None:
 
 
 def _spelt_out(names: Sequence[str], rows: metrics_csv.Rows) -> list[str]:
-    """The names, with the logged ones in place of a name with `<name>`."""
+    """The names, where a name with `<name>` is replaced by the matching logged names."""
     logged = sorted({name for row in rows for name in row})
     found: dict[str, None] = {}
     for name in names:
@@ -150,7 +150,7 @@ def _spelt_out(names: Sequence[str], rows: metrics_csv.Rows) -> list[str]:
 
 
 def _failures(results: Results) -> list[list[str]]:
-    """How many answers had no box, by kind and stage, as rows, header first; [] where all answers had one."""
+    """Numbers of answers without a box, by reason and stage, as rows, header first; [] if all answers have a box."""
     failures = {stage.name: stage.mig_bench["parse_failures"] for stage in results.stages}
     kinds = list(dict.fromkeys(kind for counts in failures.values() for kind in counts))
     rows = [[kind, *(str(counts.get(kind, 0)) for counts in failures.values())] for kind in kinds]
@@ -158,7 +158,7 @@ def _failures(results: Results) -> list[list[str]]:
 
 
 def _paper_tables(folder: Path) -> dict[str, Any]:
-    """The paper's tables that this experiment has measured cells for, as (heading, rows), and the note about them."""
+    """The paper's tables with measured cells of this experiment, as (heading, rows), and a note about them."""
     source, tables = paper_tables.load_paper_tables()
     measured = paper_tables.with_measured(tables, paper_tables.phase_measured(folder))
     shown = [
@@ -170,7 +170,7 @@ def _paper_tables(folder: Path) -> dict[str, Any]:
 
 
 def number(value: float | None) -> str:
-    """A cell of a table: two decimals, or a dash for what was not measured."""
+    """A cell of a table: two decimals, or a dash if it was not measured."""
     return "–" if value is None else f"{value:.2f}"
 
 

@@ -1,11 +1,11 @@
-"""The rollouts of a run as small files beside a page; the page loads only the files that it shows.
+"""Write the rollouts of a run as small files beside a page. The page loads only the files that it shows.
 
-    <folder>/index.js          the fields by which a reader filters and sorts groups
-    <folder>/chunk-00012.js    GROUPS_PER_CHUNK whole groups
-    <folder>/pictures/7-1.png  image 1 of sample 7
+    <folder>/index.js          the fields by which a reader filters and sorts groups <folder>/chunk-00012.js
+    GROUPS_PER_CHUNK groups <folder>/pictures/7-1.png  image 1 of sample 7
 
-The files are scripts, because a page that is opened as file:// may load nothing else. Each calls one function of
-pages/compare.js. Model output in them is data: JSON strings in ASCII, without "<", which could end a script.
+The files are scripts, because a page that is opened as file:// can load only scripts and images. Each calls one
+function of pages/compare.js. Model output in them is data: JSON strings in ASCII, without "<", which could end a
+script.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LONGEST_SIDE = 640  # pixels of a picture
 
 @dataclass(frozen=True)
 class WrittenLog:
-    """How many of one run's rollouts were written."""
+    """Counts and notes about the written rollouts of one run."""
 
     num_groups: int
     num_written: int
@@ -50,26 +50,27 @@ def write_rollouts(run: Run, folder: Path, name: str, max_groups: int, max_pictu
         run: the run.
         folder: the folder for its files.
         name: the run's name in the page's script.
-        max_groups: most groups, evenly over the run.
-        max_pictures: most pictures, evenly over the written groups.
+        max_groups: largest number of groups, spread evenly over the run.
+        max_pictures: largest number of pictures, spread evenly over the written groups.
 
-    Raises ValueError when the run's configuration does not name the format of its boxes.
+    Raises ValueError if the run's configuration does not contain the box format.
     """
     if not run.config:
         raise ValueError(
             f"{run.folder}: rollouts, but no {run_identity.CONFIG} with data.box_format to read their boxes by"
         )
-    run_identity.read_field(run.folder, "data.box_format")  # raises, with the file, where another version wrote it
-    # 1. Which groups the page shows: a long run has more than a browser can hold.
+    # raises an error with the file name if another version has written it
+    run_identity.read_field(run.folder, "data.box_format")
+    # 1. Choose the groups, because a long run has more than a browser can show.
     groups = thin(run.groups, max_groups)
     notes = []
     if len(groups) < len(run.groups):
         notes.append(f"{len(groups):,} of {len(run.groups):,} groups are here, evenly over the run (--max_groups).")
-    # 2. Their images and questions, from the shards: the log holds neither.
+    # 2. Read their images and questions from the shards, because the log has neither.
     pictures = Pictures(folder / "pictures", _shard_folder(run), max_pictures)
     pictures.write(group.id for group in groups)
     notes += pictures.notes
-    # 3. A short index that the page loads at once, and chunks of whole groups that it loads on demand.
+    # 3. Write a short index that the page loads first, and chunks of groups that it loads on demand.
     tasks = sorted({group.task for group in groups})
     rows = [_index_row(group, tasks) for group in groups]
     head = {"chunk": GROUPS_PER_CHUNK, "tasks": tasks, "groups": rows}
@@ -81,7 +82,7 @@ def write_rollouts(run: Run, folder: Path, name: str, max_groups: int, max_pictu
 
 
 def thin(items: Sequence[Any], limit: int) -> list[Any]:
-    """At most `limit` of the items, evenly spaced, the first and, where there is room for two, the last among them."""
+    """At most `limit` items, evenly spaced, including the first and (if `limit` > 1) the last."""
     if len(items) <= limit:
         return list(items)
     if limit < 2:
@@ -90,12 +91,12 @@ def thin(items: Sequence[Any], limit: int) -> list[Any]:
 
 
 def write_script(path: Path, function: str, name: str, value: Any) -> None:
-    """A script that hands a value to a function of the page."""
+    """A script that passes a value to a function of the page."""
     write_atomic(path, f"{function}({script_json(name)}, {script_json(value)});\n")
 
 
 class Pictures:
-    """The images of logged samples as small files, and their questions; `notes` tells which are missing."""
+    """The images of logged samples as small files, and their questions; `notes` names the missing ones."""
 
     def __init__(self, folder: Path, shards: list[str], limit: int) -> None:
         self.folder, self.shards, self.limit = folder, shards, limit
@@ -105,12 +106,12 @@ class Pictures:
         self.notes: list[str] = []
 
     def write(self, ids: Iterable[str]) -> None:
-        """Write the images of the samples, evenly over them, up to the limit."""
+        """Write the images of the samples up to the limit, spread evenly over the samples."""
         wanted = list(dict.fromkeys(ids))
         if not all((Path(folder) / MANIFEST).is_file() for folder in self.shards):
             self.notes.append(f"No pictures and questions: no shards in {', '.join(self.shards)}.")
             return
-        reader = ShardReader(self.shards, since=0)  # the run that trained on these shards has already verified them
+        reader = ShardReader(self.shards, since=0)  # the training run has already verified these shards
         numbers = reader.find(set(wanted))
         if len(numbers) < len(wanted):
             self.notes.append(f"{len(wanted) - len(numbers):,} of {len(wanted):,} samples are not in the shards.")
@@ -143,12 +144,12 @@ class Pictures:
 
 
 def _spread(items: list[Any]) -> list[Any]:
-    """The items in an order whose first part is always spread over the whole: items 0, 16, 32, …, then 1, 17, 33, …"""
+    """The items in an order of which any first part is spread evenly: items 0, 16, 32, …, then 1, 17, 33, …"""
     return [item for start in range(16) for item in items[start::16]]
 
 
 def _shard_folder(run: Run) -> list[str]:
-    """The shards with the samples of the run's prompts: the kept prompts of rejection sampling, or else the pool."""
+    """The shards with the prompts of the run: those that rejection sampling has kept, or else the pool."""
     kept = run.folder / "rejection_sampling" / "shards"
     if (kept / MANIFEST).is_file():
         return [str(kept)]
@@ -165,11 +166,11 @@ def _index_row(group: LoggedGroup, tasks: list[str]) -> list[Any]:
 
 
 def _whole_group(group: LoggedGroup, run: Run, pictures: Pictures) -> dict[str, Any]:
-    """A group as the page shows it. Boxes are xyxy in 0-1 of the answer's image."""
+    """The data of a group for the page. Boxes are xyxy in 0-1 of the answer's image."""
     record = group.read()
     answer = BoxAnswer(record["answer"]["image"], tuple(record["answer"]["box"]), record["answer"]["label"])
     image_sizes = image_sizes_from_json(record["sizes"])
-    # The box format of this run: today's default may be another one.
+    # Use the box format of this run, because today's default may differ.
     box_format = BoxFormat(run.config["data.box_format"])
     completions = []
     for text, reward, advantage in zip(record["texts"], record["rewards"], record["advantages"], strict=True):

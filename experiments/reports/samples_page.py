@@ -1,7 +1,7 @@
-"""A page of samples as a model would be shown them: every image with its boxes, question, thinking and answer.
+"""A page of samples as a model sees them: every image with its boxes, question, thinking and answer.
 
-The page is one file and opens offline: images are small copies inside it. Boxes are drawn in 0-1 over each image, as
-the shards hold them, so a box in a wrong place is seen to be there.
+The page is one file that needs no network; it contains small copies of the images. Boxes are drawn from the values in
+the shards, so that wrong boxes are visible.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from datamodules.samples.sample import (
 )
 from experiments.reports.templates import render
 
-LONGEST_SIDE = 560  # pixels of a copy
-# Shares of its image that a box fills, by name.
+LONGEST_SIDE = 560  # longest side of a copy in pixels
+# Name -> range of the share of the image that a box covers.
 AREAS = {"below 1 %": 0.01, "1 to 5 %": 0.05, "5 to 20 %": 0.2, "20 to 50 %": 0.5, "above 50 %": 1.01}
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One sample of the page: as it was read, and as the encoder makes it, or the errors that came instead.
+    """One sample of the page: the sample and its encoding, or the errors of reading and encoding.
 
-    `place` says where it comes from. `encoded` is None where no model is given.
+    `place` is its position in the shards. `encoded` is None without a model.
     """
 
     place: str
@@ -52,9 +52,9 @@ def render_samples(
     """The whole page.
 
     Args:
-        title: of the page.
-        groups: the samples to show, by a heading such as "First 10".
-        tables: rows of text cells, header first, by a heading.
+        title: title of the page.
+        groups: heading, such as "First 10" -> samples to show.
+        tables: heading -> rows of text cells, header first.
         note: a sentence below the title.
     """
     cards = {heading: [_card(shown) for shown in group] for heading, group in groups.items()}
@@ -62,8 +62,8 @@ def render_samples(
 
 
 def count_tables(samples: Sequence[Shown]) -> dict[str, list[list[str]]]:
-    """What the samples hold: tasks, images, boxes, prompt lengths, and the rules that some of them break."""
-    # 1. What was read: tasks, images, boxes. Areas are shares of the image, as boxes are in 0-1.
+    """Statistics of the samples: tasks, images, boxes, prompt lengths, and broken rules."""
+    # 1. Tasks, images and boxes. Areas are shares of the image, because boxes are in 0-1.
     read = [shown.loaded.sample for shown in samples if isinstance(shown.loaded, LoadedSample)]
     boxes = [box for sample in read for box in _boxes(sample.answer)]
     areas = [(box.box[2] - box.box[0]) * (box.box[3] - box.box[1]) for box in boxes]
@@ -74,13 +74,13 @@ def count_tables(samples: Sequence[Shown]) -> dict[str, list[list[str]]]:
         "Boxes of an answer": _counted("boxes", Counter(str(len(_boxes(sample.answer))) for sample in read)),
         "Share of the image that a box fills": _counted("share", {name: kinds[name] for name in AREAS if kinds[name]}),
     }
-    # 2. Prompt lengths in tokens, images included; only where a model was given.
+    # 2. Prompt lengths in tokens, including images; only with a model.
     encoded = [shown.encoded for shown in samples if isinstance(shown.encoded, EncodedSample)]
     if lengths := sorted(len(item.input_ids) for item in encoded):
         row = [lengths[0], median(lengths), lengths[int(0.95 * (len(lengths) - 1))], lengths[-1]]
         head = ["prompt tokens", "least", "median", "95 %", "most"]
         tables["Prompt lengths"] = [head, [f"{len(lengths):,} samples", *(f"{value:,.0f}" for value in row)]]
-    # 3. Samples that break a rule, by the reader's rules and the encoder's.
+    # 3. Samples that break a rule of the reader or of the encoder.
     errors = [error for shown in samples for error in (shown.loaded, shown.encoded) if isinstance(error, SampleError)]
     rows = [["rule", "samples", "the first one"]]
     for rule, count in Counter(error.rule for error in errors).most_common():
@@ -91,7 +91,7 @@ def count_tables(samples: Sequence[Shown]) -> dict[str, list[list[str]]]:
 
 
 def rejection_tables(report: Mapping[str, Any]) -> dict[str, list[list[str]]]:
-    """What an import (its import.json) took and rejected in each part, and why."""
+    """Accepted and rejected samples of an import in each part, by rule, from its import.json."""
     rows = [["part", "samples", "rejected", "rule", "the first ones"]]
     for name, part in report.get("parts", {}).items():
         rows.append([name, f"{part['samples']:,}", f"{sum(part['rejected'].values()):,}", "", ""])
@@ -106,7 +106,7 @@ def _counted(name: str, counts: Mapping[str, int]) -> list[list[str]]:
 
 
 def _card(shown: Shown) -> dict[str, Any]:
-    """One sample for the template."""
+    """The data of one sample for the template."""
     if isinstance(shown.loaded, SampleError):
         return {"place": shown.place, "fault": str(shown.loaded), "sample": None}
     sample = shown.loaded.sample
@@ -126,9 +126,9 @@ def _card(shown: Shown) -> dict[str, Any]:
 
 
 def _figure(loaded: LoadedSample, index: int, encoded: EncodedSample | None) -> dict[str, Any]:
-    """One image: a small copy as a data URI, its boxes in 0-1, and its sizes."""
+    """The data of one image: a small copy as a data URI, its boxes in 0-1, and its sizes."""
     sample = loaded.sample
-    # Boxes are numbered over the whole question, as `_question` numbers them in its text.
+    # Boxes are numbered over the whole question, with the same numbers as in the text of `_question`.
     asked = [part for part in sample.messages if isinstance(part, BoxPart)]
     boxes = [("asked", f"box {k + 1}", part.box) for k, part in enumerate(asked) if part.image == index]
     boxes += [("true", box.label, box.box) for box in _boxes(sample.answer) if box.image == index]
@@ -141,7 +141,7 @@ def _figure(loaded: LoadedSample, index: int, encoded: EncodedSample | None) -> 
     if encoded:
         width, height = encoded.image_sizes[index].resized
         caption += f", resized to {width}x{height}"
-    # The original size is kept for the page's coordinates: `thumbnail` changes the image in place.
+    # Keep the original size for coordinates, because `thumbnail` changes the image in place.
     size = image.size
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     file = io.BytesIO()
@@ -161,7 +161,7 @@ def _boxes(answer: Answer) -> tuple[BoxAnswer, ...]:
 
 
 def _question(sample: Sample) -> str:
-    """The question's text, its images and boxes as the names that the figures have."""
+    """The text of the question; images and boxes are replaced by the names of their figures."""
     texts, boxes, images = [], 0, 0
     for part in sample.messages:
         if isinstance(part, TextPart):

@@ -1,4 +1,6 @@
-"""Small SVG charts for the pages, without scripts: numbers become pixels here, and markup in pages/*.svg.j2."""
+"""Small SVG charts for the pages, without scripts: this file converts numbers to pixels, and pages/*.svg.j2 has the
+markup.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,11 @@ Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 420, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 26, 30  # margins for the axis labels and the title
-MANY = 20  # points, above which a curve is drawn as its running mean, with the logged values behind it
+MANY = 20  # with more points, a curve is drawn as its running mean, with the logged values behind it
 
 
 class Axis(NamedTuple):
-    """Values from `low` to `high` lie between the pixels `start` and `end`."""
+    """An axis: values from `low` to `high` are mapped to the pixels `start` to `end`."""
 
     low: float
     high: float
@@ -30,20 +32,20 @@ class Axis(NamedTuple):
         return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 1)
 
     def ticks(self) -> list[tuple[float, float]]:
-        """Five (pixel, value), evenly over the axis."""
+        """Five pairs (pixel, value), evenly spaced."""
         values = [self.low + k / 4 * (self.high - self.low) for k in range(5)]
         return [(self.place(value), value) for value in values]
 
 
 def line_chart(title: str, curves: Mapping[str, Points], legend: Sequence[str] | None = None) -> Markup:
-    """Curves over training steps; an empty text where there is none.
+    """A chart of curves over training steps; an empty text if there are no curves.
 
     Args:
-        title: stands above the chart.
-        curves: name -> (step, value) points. Empty curves are left out.
-        legend: names in the order of a legend that the page itself shows, for many charts of the same curves. A curve
-            has the colour of its place there (`curve_style`), and lies in <g data-curve="place">. None: the chart
-            names its curves.
+        title: text above the chart.
+        curves: name -> (step, value) points. Empty curves are skipped.
+        legend: names in the order of a common legend that the page shows for many charts. The index in this order gives
+            the colour of a curve (`curve_style`), and its element is <g data-curve="index">. None: the chart has its
+            own legend.
     """
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
@@ -55,7 +57,7 @@ def line_chart(title: str, curves: Mapping[str, Points], legend: Sequence[str] |
     for number, (name, points) in enumerate(curves.items()):
         place = number if legend is None else legend.index(name)
         colour, dash = curve_style(place)
-        # A dense curve is noise to the eye: its running mean is drawn over it.
+        # A dense curve is hard to read, so its running mean is drawn over it.
         lines = [points, smooth(points)] if len(points) > MANY else [points]
         pixels = [[(x.place(step), y.place(value)) for step, value in line] for line in lines]
         drawn.append({"name": name, "place": place, "colour": colour, "dash": dash, "lines": pixels})
@@ -67,7 +69,7 @@ def line_chart(title: str, curves: Mapping[str, Points], legend: Sequence[str] |
 def bar_chart(title: str, groups: Sequence[str], series: Mapping[str, Mapping[str, float]]) -> Markup:
     """Grouped bars of percentages (0-100): one group for each of `groups`, in it one bar for each of `series`.
 
-    A series without a value for a group has a gap there. An empty text where there is no group.
+    If a series has no value for a group, there is a gap. Returns an empty text if there is no group.
     """
     if not groups:
         return Markup()
@@ -94,7 +96,7 @@ def bar_chart(title: str, groups: Sequence[str], series: Mapping[str, Mapping[st
 
 
 def curve_style(place: int) -> tuple[str, str]:
-    """Colour and SVG dash pattern of the curve at a place in the legend."""
+    """Colour and SVG dash pattern of a curve, from its index in the legend."""
     return COLOURS[place % len(COLOURS)], DASHES[place // len(COLOURS) % len(DASHES)]
 
 
@@ -103,7 +105,7 @@ def smooth(points: Points, share: float = 0.05) -> list[tuple[float, float]]:
     reach = max(1, round(len(points) * share / 2))
     means = []
     for k, (x, _) in enumerate(points):
-        # At both ends the window is cut off, so the mean there is over fewer points.
+        # At both ends the window is smaller, so the mean is over fewer points.
         near = [y for _, y in points[max(0, k - reach) : k + reach + 1]]
         means.append((x, sum(near) / len(near)))
     return means
@@ -112,5 +114,5 @@ def smooth(points: Points, share: float = 0.05) -> list[tuple[float, float]]:
 def _axis(values: Sequence[float], margin: float, start: float, end: float) -> Axis:
     """The axis of these values, with `margin` times their range free at both ends."""
     low, high = min(values), max(values)
-    span = (high - low) or max(abs(high), 1.0)  # equal values must not make a range of zero
+    span = (high - low) or max(abs(high), 1.0)  # the range must not be zero if all values are equal
     return Axis(low - margin * span, (high if high > low else low + span) + margin * span, start, end)

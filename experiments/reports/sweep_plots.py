@@ -1,4 +1,4 @@
-"""sweep.html: Optuna's own plots of a sweep in one file that opens offline. The only file that needs plotly."""
+"""sweep.html: Optuna's plots of a sweep in one file that needs no network. The only file that needs plotly."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from experiments.reports.templates import render
 from experiments.sweeps.plan import SweepPlan
 
 MISSING = "no sweep.html: pip install -e '.[plots]' gives plotly, which draws it"
-FEWEST_FOR_IMPORTANCE = 6  # finished trials
+FEWEST_FOR_IMPORTANCE = 6  # smallest number of finished trials for the plot of importance
 
 
 def write_plots(path: Path, plan: SweepPlan, study: Study) -> str | None:
-    """Write the page of plots to `path`; a sentence where there is none, for want of plotly or of a finished trial."""
+    """Write the page of plots to `path`.
+
+    Returns a sentence if there is no page because plotly or a finished trial is missing.
+    """
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
@@ -37,7 +40,7 @@ def write_plots(path: Path, plan: SweepPlan, study: Study) -> str | None:
 
 
 def plots(plan: SweepPlan, study: Study) -> Iterator[tuple[str, str, Any]]:
-    """Heading, note and plotly figure of each plot that the trials suffice for."""
+    """Heading, note and plotly figure of each plot for which there are enough trials."""
     from optuna import visualization
 
     name, varied = {"target_name": plan.metric}, [parameter.label for parameter in plan.varied]
@@ -57,7 +60,9 @@ def plots(plan: SweepPlan, study: Study) -> Iterator[tuple[str, str, Any]]:
 
 
 def num_best(num_finished: int) -> int:
-    """How many trials count as the best ones for importance: a tenth, at least three. One alone decides nothing."""
+    """Number of trials that count as the best ones for importance: a tenth, but at least three, because one is not
+    enough.
+    """
     return max(3, num_finished // 10)
 
 

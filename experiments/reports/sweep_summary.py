@@ -1,4 +1,6 @@
-"""sweep.json and sweep.md of a local sweep: every trial with its settings and its value, the best first in the table.
+"""Write sweep.json and sweep.md of a local sweep: every trial with its settings and its value.
+
+The table is sorted by value.
 
 {"sweep": "nano-sweep", "method": "bayes", "metric": …, "goal": "maximize", "seed": 0, "commit": …,
  "best": {"trial": 3, "value": 44.1, "parameters": {…}, "command": "python -m …"},
@@ -39,7 +41,7 @@ def write(
     for trial, command in zip(trials, commands, strict=True):
         fields = asdict(trial)
         rows.append({"trial": fields.pop("number"), **fields, "command": command})
-    # The best trial is the first one in rank, if it has a value: running and failed trials have none.
+    # The best trial is the first in the ranking, if it has a value. Running and failed trials have none.
     ranked = sorted(rows, key=lambda row: _rank(row, plan.maximize))
     best = ranked[0] if ranked and ranked[0]["value"] is not None else None
     kept = ("trial", "value", "parameters", "command")
@@ -57,12 +59,12 @@ def write(
 
 
 def in_words(value: Any) -> str:
-    """A parameter's or a trial's value to be read; "" for none."""
+    """A value of a parameter or a trial as text; "" for None."""
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _rank(row: Mapping[str, Any], maximize: bool) -> tuple:
-    """Sort key: finished trials from the best to the worst, then the others by their state; equal ones by number."""
+    """Sort key: finished trials from the best to the worst, then the others by state; ties are sorted by number."""
     value = row["value"] or 0.0
     return row["value"] is None, -value if maximize else value, STATES.index(row["state"]), row["trial"]
 

@@ -1,7 +1,7 @@
 """HTML pages from the Jinja templates in pages/.
 
-Autoescape is on: whatever Python puts in is text, and so is whatever a model has written. Only a template, or JSON that
-`script_json` has made safe, is markup.
+Autoescape is on: all values from Python, including text of models, are escaped. Only templates, and JSON from
+`script_json`, are markup.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ PAGES = Path(__file__).parent / "pages"
 
 
 def render(template: str, **values: Any) -> Markup:
-    """The template of this name in pages/, filled in. A value that the template uses and that is absent is an error."""
+    """Render the template of this name in pages/. A missing value is an error."""
     return Markup(_environment().get_template(template).render(values))
 
 
 def script_json(value: Any) -> Markup:
-    """JSON that can stand inside a script element, whatever its strings hold."""
+    """JSON that is safe inside a script element, for any strings."""
     return htmlsafe_json_dumps(value, allow_nan=False)
 
 

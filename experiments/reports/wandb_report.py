@@ -1,4 +1,4 @@
-"""A W&B report that compares experiments, made from code: stages, tasks, curves by phase, settings, drawn answers.
+"""Make a W&B report that compares experiments: stages, tasks, curves by phase, settings, drawn answers.
 
     python -m experiments.reports.wandb_report --experiments nano nano-seed1 --entity my-team
 
@@ -19,7 +19,7 @@ from experiments.runs.wandb_runs import PROJECT, has_key
 
 STEP = "trainer/global_step"
 STAGE_METRICS = ("mig_bench/avg", "mig_bench/in_domain", "mig_bench/out_of_domain", "mig_bench/format_rate")
-# Phase -> the metrics whose curves are drawn. All are in docs/metrics.md, which a test holds. `<name>` stands for the
+# Phase -> the metrics whose curves are drawn. A test checks that all are in docs/metrics.md. `<name>` stands for the
 # name of every reward; these share a panel.
 CURVES = {
     "grpo": (
@@ -44,7 +44,7 @@ CURVES = {
 
 
 def build_report(title: str, project: str, entity: str, experiments: Sequence[str] = ()) -> Any:
-    """The report, not saved yet: `wandb_workspaces.reports.v2.Report`. Without `experiments` it shows all there are.
+    """The report, not saved yet: `wandb_workspaces.reports.v2.Report`. Without `experiments`, it shows all experiments.
 
     Raises ValueError without the package.
     """
