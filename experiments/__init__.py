@@ -1,1 +1,1 @@
-"""Entry points, configurations, reports and benchmarks of speed."""
+"""Entry points, configurations, reports and speed benchmarks."""

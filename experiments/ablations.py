@@ -1,11 +1,11 @@
-"""The paper's ablation: rows, each trained from another row's model, at several seeds, and their differences.
+"""Run the paper's ablation at several seeds. Each row is trained from the model of another row; then rows are compared.
 
     python -m experiments.ablations --config experiments/configs/nano/ablations.yaml --seeds '[0, 1]'
 
-The rows of a seed lie in the experiment folder that `make pipeline SEED=…` uses, and the same steps make them: a step
-that either command has finished is not run again. After a kill at any moment the same command goes on from the saved
-state. If the project's source files have changed since, the command asks before anything runs: --keep takes the
-existing results, --redo makes them again.
+The rows of a seed are in the experiment folder of `make pipeline SEED=…` and use the same steps. A step that one of the
+two commands has finished is not run again. After a kill at any time, the same command continues from the saved state.
+If the project's source files have changed since, the command asks before anything runs: --keep takes the existing
+results, --redo makes them again.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from experiments.runs.subprocess_steps import Plan, say, settle
 
 @dataclass(frozen=True)
 class Row:
-    """One row: a phase trained with `config` from the model of row `start` ("base": the model as it is given).
+    """One row: a phase that is trained with `config` from the model of row `start` ("base" is the given model).
 
-    changes: YAML files whose settings replace those of that configuration, in order; lists are replaced whole. without:
-    class names of callbacks to leave out. overrides: arguments for experiments.train.
+    changes: YAML files whose settings replace those of that configuration, in order; lists are replaced completely.
+    without: class names of callbacks to remove. overrides: arguments for experiments.train.
     """
 
     start: str
@@ -72,7 +72,7 @@ def run(
         model: the base model, folder or Hub name
         evaluation: YAML of experiments.evaluate
         rows: name of each row's phase, after the row that it starts from; the first row, "base", always exists
-        synthetic_dataset: YAML of experiments.generate_synthetic; null where the data are there already
+        synthetic_dataset: YAML of experiments.generate_synthetic; null if the data exist already
         seeds: seeds of all training; null: [0]
         comparisons: differences between rows, with their aims
         only: rows to run, with the rows that they start from; other rows are kept if they are done. null: all
@@ -80,8 +80,8 @@ def run(
         outputs: folder of all experiments
         overrides: more arguments for one row, or for "evaluation": --overrides.grpo="--model.loss.kl_beta=0.01"
         minutes: expected minutes of each step, by its title such as "cot_sft: training", for the time left
-        redo: make results of other source files of the project again
-        keep: take results of other source files of the project as they are
+        redo: repeat results that were made with other source files of the project
+        keep: keep results that were made with other source files of the project
     """
     # 1. Check all settings before anything runs.
     seeds, comparisons, overrides = seeds or [0], comparisons or [], overrides or {}
@@ -107,7 +107,7 @@ def run(
         arguments["evaluation"] = overrides.get("evaluation", "")
         choice, pipelines = choice_of(redo, keep), {}
         for seed, folder in folders.items():
-            names = partial(wandb_runs.wandb_environment, home.name, f"seed{seed}")  # of a row, which is a tag too
+            names = partial(wandb_runs.wandb_environment, home.name, f"seed{seed}")  # of a row; the row is also a tag
             pipelines[seed] = Pipeline(folder, seed, model, evaluation, phases, arguments, names, choice)
         steps = [step for pipeline in pipelines.values() for step in pipeline.steps()]
         settle(steps)
@@ -130,9 +130,9 @@ def run(
 
 
 def list_all_done(pipelines: Mapping[int, Pipeline]) -> None:
-    """List the finished rows of every seed before hours are spent on the first seed, so that the tables are complete.
+    """List the finished rows of every seed before the first seed runs, so that the first tables are complete.
 
-    A seed at which another process is working is left to that process, which lists its own rows.
+    A seed at which another process is working is skipped, because that process lists its own rows.
     """
     for seed, pipeline in pipelines.items():
         with run_identity.locked(pipeline.folder, wait=False) as held:
@@ -172,8 +172,8 @@ def row_config(name: str, row: Row, home: Path) -> str:
     """
     if not row.without and not row.changes:
         return row.config
-    # The command line can change a callback but not remove one, and the key of a step covers the content of one YAML
-    # alone. So the row gets a YAML of its own.
+    # The command line can change a callback but cannot remove it, and the key of a step depends on the content of only
+    # one YAML. So the row gets its own YAML.
     settings = yaml.safe_load(Path(row.config).read_text())
     for path in row.changes:
         settings = laid_over(settings, yaml.safe_load(Path(path).read_text()))
@@ -208,7 +208,7 @@ def check_rows(rows: Mapping[str, Row], comparisons: list[Comparison], only: lis
     """Raises ValueError that lists every name of a row that does not exist."""
     known, problems = [BASE], []
     for name, row in rows.items():
-        # Only earlier rows may be a start: this also excludes circles.
+        # Only an earlier row may be the start of a row. This also excludes cycles.
         if row.start not in known:
             problems.append(f"rows.{name}: start={row.start!r} must be one of the rows before it, {known}")
         known.append(name)

@@ -2,8 +2,8 @@
 `python -m experiments.generate_synthetic --config experiments/configs/nano/shards.yaml`.
 
 It writes <root>/shards/sft, <root>/shards/rl_pool, <root>/MIG-Bench and <root>/validation/MIG-Bench. If the same code
-has written them before with the same settings, it does nothing. A dataset with other settings is renamed first. The
-command refuses to touch folders of these names that it did not write, such as a download of the real benchmark.
+has written them before with the same settings, it does nothing. A dataset with other settings is renamed first. If a
+folder with one of these names was not written by this command, such as the real benchmark, it is not touched.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def build(
         seed: seed of the training data; for every seed, its scenes differ from those of the benchmark
         train_samples: samples for CoT-SFT, with a rationale
         eval_per_task: MIG-Bench questions of each of the ten tasks
-        pool_samples: in-domain prompts from which rejection sampling chooses
+        pool_samples: number of in-domain prompts from which rejection sampling chooses
         validation_per_task: questions like those of MIG-Bench, with other scenes, for choosing settings
         keep: keep a finished dataset even if it has other settings, so that training uses a dataset that was made on
             purpose with `make shards ARGS=...`
@@ -71,7 +71,7 @@ def build(
 
 
 def refuse_foreign(root: Path) -> None:
-    """End the program if `root` holds folders that would be replaced and that this command did not write."""
+    """End the program if `root` has folders that would be replaced but were not written by this command."""
     if run_identity.read_marker(root, run_identity.STARTED):  # written by this command
         return
     foreign = [str(root / name) for name in ("shards", "MIG-Bench", "validation") if (root / name).exists()]

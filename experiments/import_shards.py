@@ -1,6 +1,6 @@
 """Import data sets as shards: `make shards SOURCE=mgrounding ROOT=/data/MGrounding-630k`.
 
-SOURCE is a name in datamodules/importers/registry.py: a published data set, or the form of your own data (jsonl, hf,
+SOURCE is a name in datamodules/importers/registry.py: a published data set, or the format of your own data (jsonl, hf,
 coco; docs/own_data.md). It may also be a YAML file with several sources and their shares, such as the paper's mixture.
 The output is
 
@@ -8,7 +8,7 @@ The output is
     <out>/manifest.json   all parts as one folder of shards
     <out>/import.json     the schema reports, and the rejected samples by rule
 
-An import that was killed continues. A finished import is left as it is.
+An import that was killed continues. A finished import is not changed.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from experiments.runs.commands import command
 from experiments.runs.parsers import run_cli
 
 REPORT = "import.json"
-MADE_BY = "import_shards"  # in the marker of a folder: this command has written it and may replace it
+MADE_BY = "import_shards"  # name in the marker of a folder that this command has written and may replace
 NOTHING_SAID = OwnData()
-PREVIEWED = 10  # records of a part, the first ones and as many at random
+PREVIEWED = 10  # number of first records and number of random records that the page shows for each part
 
 
 def run(
@@ -83,9 +83,9 @@ def run(
         scan_only: print the schema reports and write nothing
         dry_run: check every record and every image too, print the counts, and write nothing
         preview: file for a page with the first and with random samples, written before any shard
-        own: what you say of your own data (jsonl, hf, coco)
+        own: statements about your own data (jsonl, hf, coco)
     """
-    # 1. Settings, and the key: a hash of the settings and of the annotation files.
+    # 1. Check the settings, and compute the key: a hash of the settings and of the annotation files.
     wanted = [Part(source, source, "", subsets or [], count, own)] if parts is None else parts
     _check(root, source, out, parts, wanted, surplus, records_per_shard)
     folder = Path(out or f"data/{own.dataset_name(root) if source in OWN_DATA else source}")
@@ -116,8 +116,8 @@ def run(
                     tally = import_part(None, _entries(part, scan), scan.convert, *where)
                     print(f"{part.name}:\n{tally}", flush=True)
                 return
-            # 3. Write the parts, one after the other. The old manifest goes first, because it may name parts that
-            # will be renamed now.
+            # 3. Write the parts one by one. The old manifest is removed first, because it may name parts that are
+            # renamed now.
             run_identity.write_marker(folder, run_identity.STARTED, key=key, made_by=MADE_BY)
             (folder / MANIFEST).unlink(missing_ok=True)
             tallies = {}
@@ -148,7 +148,7 @@ def _check(
         problems.append("out='': a mixture needs a folder to write")
     folders = [part.name for part in parts or ()]
     problems += [f"two parts are named {name!r}" for name in sorted(set(folders)) if folders.count(name) > 1]
-    # Ids of samples begin with the data set's name: two of one name would share ids.
+    # Sample ids begin with the name of the data set, so two data sets with the same name would share ids.
     origins = {part.origin: part for part in wanted if part.is_own}
     names = [part.own.dataset_name(part.place(root)) for part in origins.values()]
     problems += [f"two data sets are named {name!r}: say own.name" for name in set(names) if names.count(name) > 1]
@@ -175,8 +175,8 @@ def _part_for_each_subset(part: Part, scan: Scan) -> list[Part]:
 
 
 def _write_preview(page: Path, parts: Sequence[tuple[Part, Scan]], one_box: bool, seed: int) -> None:
-    """The first and some random records of each part as a page."""
-    from experiments.reports.samples_page import Shown, count_tables, render_samples  # loads torch
+    """Write a page with the first and some random records of each part."""
+    from experiments.reports.samples_page import Shown, count_tables, render_samples  # imports torch
 
     groups: dict[str, list[Shown]] = {}
     for part, scan in parts:
@@ -191,7 +191,7 @@ def _write_preview(page: Path, parts: Sequence[tuple[Part, Scan]], one_box: bool
 
 
 def _entries(part: Part, scan: Scan) -> Sequence[Any]:
-    """The entries of all of the part's subsets; of one alone without a copy, as there may be millions."""
+    """The entries of all subsets of the part. With a single subset they are not copied, because there may be millions."""
     first, *more = part.chosen(scan)
     return (
         list(itertools.chain.from_iterable(scan.subsets[name] for name in (first, *more)))
@@ -212,7 +212,7 @@ def _import(
     """Import one part, unless it is finished; returns its counts."""
     folder, names = out / part.name, part.chosen(scan)
     count = None if part.count is None else math.ceil(part.count * surplus)
-    # Each part has its own key, so a change in one part of a mixture leaves the others as they are.
+    # Each part has its own key, so a change in one part of a mixture does not affect the others.
     made_of = settings.seed, settings.records_per_shard, settings.one_box
     own = (asdict(part.own),) if part.is_own else ()
     key = fingerprint(VERSION, part.source, digests, names, count, made_of, *own)
@@ -233,7 +233,7 @@ def _import(
 
 
 def _finish(out: Path, scans: dict[tuple[str, str, str], tuple[Part, Scan]], tallies: dict[str, Any]) -> None:
-    """Write the report of all parts, and the manifest by which the parts are one folder of shards."""
+    """Write the report of all parts, and the common manifest that joins the parts to one folder of shards."""
     sources: dict[str, Any] = {}
     for part, scan in scans.values():
         found = {"subsets": {name: len(entries) for name, entries in scan.subsets.items()}, "skipped": scan.skipped}
@@ -248,7 +248,7 @@ def _finish(out: Path, scans: dict[tuple[str, str, str], tuple[Part, Scan]], tal
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """End the program if `folder` holds files that no import has written."""
+    """End the program if `folder` has files that were not written by an import."""
     made_here = run_identity.read_marker(folder, run_identity.STARTED).get("made_by") == MADE_BY
     if folder.exists() and any(folder.iterdir()) and not made_here:
         sys.exit(f"out={str(folder)!r} holds files that no import has written; choose another folder")

@@ -2,9 +2,9 @@
 
     python -m experiments.pipeline --config experiments/configs/nano/pipeline.yaml --seed 1
 
-Every step is a process of its own. A step that was finished with the same command, configuration and inputs is skipped,
-so a kill at any moment costs only the work of one step since its last checkpoint. If the project's source files have
-changed since, the command asks before anything runs: --keep takes the existing results, --redo makes them again.
+Every step is a separate process. A step that was finished with the same command, configuration and inputs is skipped.
+So after a kill, only the work of one step since its last checkpoint is lost. If the project's source files have changed
+since, the command asks before anything runs: --keep takes the existing results, --redo makes them again.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ def check_stages(stages: Iterable[str], overrides: Iterable[str]) -> None:
 
 
 def check_files(files: Mapping[str, str | None]) -> None:
-    """Ends the program, before anything runs, with the fields whose files do not exist."""
+    """Ends the program before anything runs if files of settings do not exist; the message names these fields."""
     missing = [f"{field}={path!r}" for field, path in files.items() if path is not None and not Path(path).is_file()]
     if missing:
         sys.exit(f"no such file: {', '.join(missing)}")
 
 
 def build_synthetic(config: str) -> None:
-    """Generate shards and benchmark, unless there is a finished dataset, whatever its settings are.
+    """Generate shards and benchmark, unless there is a finished dataset with any settings.
 
-    The process is always run: it finds out by itself whether there is anything to do.
+    The process is always run: it checks by itself whether there is work to do.
     """
     command = ["experiments.generate_synthetic", "--config", config, "--keep=true"]
     if run_process([sys.executable, "-m", *command], lambda: None) != 0:
@@ -78,7 +78,7 @@ class Phase:
 
 @dataclass
 class Pipeline:
-    """The stages of one experiment, tied together by its folders: BASE, and then the training phases in their order.
+    """The stages of one experiment and their folders: BASE, and then the training phases in order.
 
     Args:
         folder: the experiment's folder; each stage has a folder in it.
@@ -88,8 +88,8 @@ class Pipeline:
         phases: stage -> its training phase. A phase starts from BASE or from a phase before it.
         overrides: more arguments, by stage or by "evaluation".
         environment: stage -> more variables for its processes.
-        choice: whether steps that other source files have made are kept or made again.
-        plan: the place of each step in the whole; several pipelines may share one.
+        choice: whether steps that were made with other source files are kept or repeated.
+        plan: the list of all steps, for messages and for the time left; several pipelines may share it.
     """
 
     folder: Path
@@ -109,7 +109,7 @@ class Pipeline:
 
     @property
     def results(self) -> Results:
-        """The stages that are known to be done, in the pipeline's order."""
+        """The finished stages, in the pipeline's order."""
         stages = tuple(self.stages[name] for name in (BASE, *self.phases) if name in self.stages)
         return Results(self.folder.name, self.seed, self.commit, stages)
 
@@ -138,7 +138,7 @@ class Pipeline:
         )
 
     def evaluation_of(self, stage: str) -> Step:
-        """MIG-Bench of the model that the stage leaves."""
+        """The step that measures MIG-Bench for the model of the stage."""
         folder, model = self.folder / stage, self.model_of(stage)
         home, asked = folder / PHASE_FOLDER, self.asked
         command = ["experiments.evaluate", "--config", self.evaluation, "--model", model, "--output", str(home)]
@@ -158,7 +158,7 @@ class Pipeline:
         )
 
     def training_seconds(self, stage: str) -> float | None:
-        """The seconds of its training, if that and the training of all stages before it are done; else None."""
+        """The seconds of its training if this stage and all earlier stages are trained; otherwise None."""
         if stage == BASE:
             return 0.0
         if self.training_seconds(self.phases[stage].start) is None:
@@ -166,13 +166,13 @@ class Pipeline:
         return self.training(stage).seconds_if_done()
 
     def seconds_if_done(self, stage: str) -> float | None:
-        """The seconds that the stage took if nothing of it needs to run; else None."""
+        """The seconds of the stage if all its steps are finished; otherwise None."""
         evaluating = self.evaluation_of(stage).seconds_if_done()
         training = None if evaluating is None else self.training_seconds(stage)
         return None if training is None else training + evaluating
 
     def steps(self) -> list[Step]:
-        """All steps of all stages, in their order."""
+        """All steps of all stages, in order."""
         trained = [step for name in self.phases for step in (self.training(name), self.evaluation_of(name))]
         return [self.evaluation_of(BASE), *trained]
 
@@ -184,7 +184,7 @@ class Pipeline:
             self._write()
 
     def run(self, stage: str) -> None:
-        """Train (except BASE) and evaluate, as far as that is not done; then write and print the results."""
+        """Train (except BASE) and evaluate, unless this is done already; then write and print the results."""
         seconds = 0.0 if stage == BASE else run_step(self.training(stage), self.plan)
         step = self.evaluation_of(stage)
         step.marker.parent.mkdir(parents=True, exist_ok=True)
@@ -225,14 +225,14 @@ def run(
         model: the base model, folder or Hub name
         evaluation: YAML of experiments.evaluate
         stages: name of each training phase, in order, and its YAML for experiments.train
-        synthetic_dataset: YAML of experiments.generate_synthetic; null where the data are there already
+        synthetic_dataset: YAML of experiments.generate_synthetic; null if the data exist already
         seed: seed of all training
         outputs: folder of all experiments
         overrides: arguments for one stage, or for "evaluation": --overrides.grpo="--model.loss.kl_beta=0.01"
         minutes: expected minutes of each step, by its title such as "cot_sft: training", for the time left
-        note: what the results are not good for; printed at the beginning and at the end
-        redo: make results of other source files of the project again
-        keep: take results of other source files of the project as they are
+        note: a limitation of the results; printed at the beginning and at the end
+        redo: repeat results that were made with other source files of the project
+        keep: keep results that were made with other source files of the project
     """
     # 1. Check all settings before anything runs.
     check_stages(stages, overrides or {})
@@ -254,7 +254,7 @@ def run(
         pipeline.plan = Plan(pipeline.steps(), minutes or {})
         left = pipeline.plan.seconds_of(pipeline.steps())
         say(f"{len(pipeline.steps())} stages" + ("" if left is None else f", about {in_words(left)}") + f". {note}")
-        # 3. Run the stages. The results on disk list exactly the finished stages at any moment.
+        # 3. Run the stages. The results on disk always list exactly the finished stages.
         pipeline.list_done()
         for stage in starts:
             pipeline.run(stage)

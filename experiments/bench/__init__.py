@@ -1,1 +1,1 @@
-"""A GRPO or SFT step of this project beside TRL's on the same weights, prompts, images and lengths."""
+"""Compare a GRPO or SFT step of this project with TRL, on the same weights, prompts, images and lengths."""

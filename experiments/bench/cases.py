@@ -1,4 +1,4 @@
-"""The cases for each shape: a GRPO step and an SFT step beside TRL's, and how our GRPO step grows."""
+"""The cases for each shape: a GRPO step and an SFT step compared with TRL, and the growth of our GRPO step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from experiments.bench.workload import Workload
 
-# Growth: one number of the workload takes these values, the others stay.
+# Growth: one number of the workload takes these values; the others are constant.
 GROWTH = {
     "group_size": (4, 8, 16, 32),
     "images": (1, 2, 4, 8),
@@ -26,7 +26,7 @@ class Case:
     turns: int = 4  # of each contender
     warmup: int = 0  # untimed steps of a turn; the first turn has at least one
     steps: int = 2  # timed steps of a turn
-    expected_seconds: int = 60  # the case is not begun if less time than this is left
+    expected_seconds: int = 60  # the case is not started if less time than this is left
 
 
 def workloads(shape: str) -> dict[str, Workload]:

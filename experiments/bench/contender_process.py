@@ -15,7 +15,7 @@ MODULES = {"ours": "experiments.bench.our_contender", "trl": "experiments.bench.
 
 
 class ContenderFailed(RuntimeError):
-    """The contender's process ended; the message holds the end of its log."""
+    """The contender's process ended; the message has the end of its log."""
 
 
 class OutOfTime(RuntimeError):

@@ -1,4 +1,4 @@
-"""Measure one case: the contenders take turns; the result has medians, their ratio, and the lower bound of the time."""
+"""Measure one case. The contenders take turns. The result has median times, their ratio, and a lower bound of the time."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from experiments.bench.cases import Case
 from experiments.bench.contender_process import Contender
 from experiments.bench.roofline import Peaks, Sizes, step_work
 
-# In a step longer than this, the time for allocating memory again and for exact phases does not matter.
+# In a step longer than this, the time to allocate memory again and the time to measure exact phases are negligible.
 LONG_STEP_SECONDS = 20.0
 
 
 def measure(case: Case, model: str, contenders: Mapping[str, Contender], peaks: Peaks) -> dict[str, Any]:
-    """The result of a case, as JSON.
+    """Measure a case; returns the result as JSON-like data.
 
     Args:
         case: the workload, the contenders, and the number of turns and steps.
@@ -33,13 +33,15 @@ def measure(case: Case, model: str, contenders: Mapping[str, Contender], peaks: 
         contender.tell(do="train", model=model, workload=asdict(case.workload))
     for contender in chosen.values():
         contender.read()
-    # 2. Alternate, so that slow phases of the machine meet both. Each turn begins with the other contender.
-    turns: dict[str, list[list[dict]]] = {name: [] for name in chosen}  # every step by turn, untimed steps too
+    # 2. The contenders alternate, so that a slow period of the machine affects both. The first contender changes in
+    # each turn.
+    # contender -> turns -> steps, with untimed steps
+    turns: dict[str, list[list[dict]]] = {name: [] for name in chosen}
     for turn in range(case.turns):
         order = list(chosen) if turn % 2 == 0 else list(chosen)[::-1]
         for name in order:
             turns[name].append(_run_turn(chosen[name], case, turns[name]))
-    # 3. For our GRPO, also the time of decoding one token.
+    # 3. For our GRPO step, measure the time to decode one token too.
     decoding = {}
     if "ours" in chosen and case.name == "grpo":
         decoding = chosen["ours"].ask(do="decode")
@@ -56,11 +58,11 @@ def measure(case: Case, model: str, contenders: Mapping[str, Contender], peaks: 
 
 
 def _run_turn(contender: Contender, case: Case, earlier: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Make the steps of one turn: untimed ones, then timed ones. `earlier` are the contender's turns before."""
+    """Run the steps of one turn: untimed steps, then timed steps. `earlier` are the contender's earlier turns."""
     is_long = bool(earlier) and earlier[-1][-1]["seconds"] > LONG_STEP_SECONDS
     untimed = 0 if is_long else case.warmup if earlier else max(case.warmup, 1)
-    # Exact phases need a wait for the GPU at each border, which costs time. So they are measured in untimed steps, and
-    # in timed ones only if these are long.
+    # To measure phases exactly, the process must wait for the GPU at each phase border, which costs time. So this is
+    # done in untimed steps, and in timed steps only if these are long.
     exact = [is_long or index < untimed for index in range(untimed + case.steps)]
     steps = [contender.ask(do="step", exact=is_exact) | {"exact": is_exact} for is_exact in exact]
     contender.ask(do="release")
@@ -70,7 +72,7 @@ def _run_turn(contender: Contender, case: Case, earlier: list[list[dict[str, Any
 def _check_inputs(turns: Mapping[str, list[list[dict]]]) -> None:
     """Raise ValueError if the contenders have read different tokens in any step."""
     seen = [[step["inputs"] for steps in of_contender for step in steps] for of_contender in turns.values()]
-    for number, inputs in enumerate(zip(*seen, strict=False)):  # a contender may have made more untimed steps
+    for number, inputs in enumerate(zip(*seen, strict=False)):  # a contender may have run more untimed steps
         if len(set(inputs)) > 1:
             raise ValueError(f"the contenders read different tokens at step {number}: {' and '.join(turns)}")
 
@@ -102,7 +104,7 @@ def _ratio(contenders: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
     - ratio: of the medians.
     - ratio_by_turn: of the medians of each turn; it shows the spread.
-    - cpu_ratio: of processor time, which other work on the machine disturbs less. With one thread and an idle machine
+    - cpu_ratio: of CPU time, which is less sensitive to other work on the machine. With one thread and an idle machine
       it equals `ratio`.
     """
     if set(contenders) != {"ours", "trl"}:
@@ -117,7 +119,7 @@ def _ratio(contenders: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _lower_bound(result: dict[str, Any], case: Case, model: str, peaks: Peaks) -> dict[str, Any]:
-    """The least time of a step by the roofline model, in all and by phase, and its share of our time."""
+    """The lower bound of a step's time by the roofline model, in total and by phase, and its share of our time."""
     ours = result["contenders"].get("ours")
     if ours is None:
         return {}

@@ -1,4 +1,4 @@
-"""This project as a contender of the benchmark: GRPO and CoTSFT as they are, in the smallest Lightning loop.
+"""This project as a contender of the benchmark: unchanged GRPO and CoTSFT in a minimal Lightning loop.
 
 It uses only public names: `GRPO`, `CoTSFT`, their policy and engine. The driver (`experiments.bench.run`) runs it.
 """
@@ -57,8 +57,8 @@ def build_module(model: str, workload: Workload) -> PolicyModule:
 class EndlessBatches:
     """An endless loader that encodes the prompts of each step.
 
-    With a GPU, it encodes while the step before runs, like the datamodule in training. On a CPU, it encodes inside the
-    step, like TRL, because there is no core to spare.
+    With a GPU, it encodes while the previous step runs, like the datamodule in training. On a CPU, it encodes inside
+    the step, like TRL, because there is no core to spare.
     """
 
     def __init__(self, model: str, workload: Workload, gate: Gate) -> None:
@@ -77,7 +77,7 @@ class EndlessBatches:
             yield batch
 
     def _encoded(self) -> Iterator[Batch]:
-        """The batches; after the last sample, the first comes again."""
+        """Yields batches; after the last sample it starts again with the first."""
         stream = itertools.cycle(self.samples)
         while True:
             yield Batch([self.encoder.encode(sample) for sample in itertools.islice(stream, self.prompts)])
@@ -98,7 +98,7 @@ class Turnstile(Callback):
         if missing:
             raise ValueError(f"tokens that the policy bans but the benchmark does not: {sorted(missing)[:5]}")
         policy.banned = torch.tensor(forced, device=policy.device)
-        # The phases of a step, by the methods that they consist of.
+        # The phases of a step and their methods.
         clock = self.gate.clock
         clock.wrap(policy, "encode_images", "encode")
         clock.wrap(policy, "token_log_probs", _scoring_phase)
@@ -129,7 +129,7 @@ class Turnstile(Callback):
         trainer.should_stop = not gate.step_done()
 
     def _time_decoding(self, module: GRPO) -> dict[str, Any]:
-        """The seconds of decoding one token: from rollouts of full and of quarter length, whose prefill is the same."""
+        """Measure the seconds to decode one token, from rollouts of full and of quarter length with the same prefill."""
         longest = self.workload.completion_tokens
         shortest = max(1, longest // 4)
         best: dict[int, float] = {}

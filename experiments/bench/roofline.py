@@ -2,12 +2,12 @@
 
 It counts only the work that a step cannot avoid. Each image is encoded once, and each prompt is prefilled once for its
 group. There is one forward pass of the policy and one of the reference over [prompt, G completions], and a backward
-pass without gradients of frozen weights and without recomputation. Bytes are those of the weights, of keys and values
-while decoding, and of the optimizer's state; activations are left out. A phase takes at least the longer of its two
-times, operations / peak rate and bytes / bandwidth.
+pass without gradients of frozen weights and without recomputation. Bytes are counted for the weights, for keys and
+values while decoding, and for the optimizer's state; activations are ignored. The lower bound of a phase is the larger
+of operations / peak rate and bytes / bandwidth.
 
 Symbols: P prompts, B = P·G completions, L prompt tokens of all prompts, T tokens of a completion, S patches of all
-images, D width, b bytes of a number.
+images, D width, b bytes per number.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Work:
     bytes: float  # read from and written to memory
 
     def seconds(self, peaks: Peaks) -> float:
-        """The least time for this work."""
+        """Lower bound of the time for this work."""
         return max(self.operations / peaks.operations, self.bytes / peaks.bandwidth)
 
 
@@ -158,9 +158,9 @@ def step_work(
         if workload.beta > 0:
             work["reference"] = Work(linear + attention, read)
     work["forward"] = Work(linear + attention + 2 * lora * row, read)
-    # Backward: through frozen layers only the gradient of their inputs; through LoRA also that of its weights.
+    # Backward: for frozen layers only the gradient of their inputs; for LoRA also the gradient of its weights.
     work["backward"] = Work(linear + 2 * attention + 4 * lora * row, read)
-    # AdamW in float32 reads the weight, the gradient and two moments, and writes all of them but the gradient.
+    # AdamW in float32 reads the weight, the gradient and two moments, and writes all of them except the gradient.
     work["optimizer"] = Work(12 * lora, 7 * 4 * lora)
     return work
 
@@ -175,7 +175,7 @@ def _decode_work(
 
     Args:
         sizes: of the model.
-        number: bytes of a number.
+        number: bytes per number.
         prompt_tokens: tokens of all prompts.
         num_completions: number of completions.
         length: tokens of one completion.

@@ -1,12 +1,12 @@
-"""Measure this project's GRPO and SFT steps beside TRL's, alternating on one machine, and how ours grow.
+"""Measure GRPO and SFT steps of this project and of TRL, alternating on one machine, and the growth of our steps.
 
     python -m experiments.bench.run --shapes nano
     python -m experiments.bench.run --shapes 7b 3b --minutes 8.5
 
 Every finished case is written to <output>/<shape>.json at once. The same command continues with the missing cases. A
-case is measured again if its settings, the code or the machine have changed. With `--minutes`, the command ends in time
-and prints the missing cases. Each contender is a process of its own, so `--trl-python` may be the interpreter of
-another environment.
+case is measured again if its settings, the code or the machine have changed. With `--minutes`, the command ends within
+this time and prints the missing cases. Each contender is a separate process, so `--trl-python` may be the interpreter
+of another environment.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SOURCES = ("datamodules", "lightning_modules", "experiments/bench")  # a change 
 
 
 def num_cores() -> int:
-    """Number of cores that this process may use; macOS cannot tell, so there the number of all cores."""
+    """Number of cores that this process may use; on macOS, the number of all cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -89,7 +89,7 @@ class Runner:
         return {name: result for name, result in stored.items() if "contenders" in result}
 
     def run(self) -> None:
-        """Measure what is missing, and print all chosen cases."""
+        """Measure the missing cases, and print all chosen cases."""
         model: Path | None = None  # written and measured only if a case needs it
         peaks: Peaks | None = None
         with closing(self):
@@ -101,7 +101,7 @@ class Runner:
                         self.left.append(case.name)
                         continue
                     model = model or model_folder(self.shape, self.arguments.models)
-                    if self._no_time(case):  # writing the model has used it up
+                    if self._no_time(case):  # writing the model has used the time
                         self.left.append(case.name)
                         continue
                     peaks = peaks or machine_peaks()
@@ -152,7 +152,7 @@ class Runner:
 
 
 def _only(case: Case, contenders: Sequence[str]) -> Case:
-    """The case with those of its contenders that the user has chosen; if there are none, with the chosen ones."""
+    """The case with the contenders that the user has chosen."""
     kept = tuple(name for name in case.contenders if name in contenders)
     return replace(case, contenders=kept or tuple(contenders))
 

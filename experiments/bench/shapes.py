@@ -1,7 +1,7 @@
 """Model folders for the benchmark: the nano base model, and the real sizes of Qwen2.5-VL with random weights.
 
 A folder with random weights has the nano tokenizer, with its vocabulary filled up to the real size, and Qwen's limits
-of image sizes. The weights are drawn once, so that both contenders read the same.
+of image sizes. The weights are drawn once, so that both contenders read the same weights.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ PARTS = {"rollout": ("prefill", "decode")}
 
 
 def case_table(result: Mapping[str, Any]) -> str:
-    """One case as a table: the seconds of each contender and the lower bound, by phase and in all."""
+    """One case as a table: the seconds of each contender and the lower bound, by phase and in total."""
     contenders, bound = result["contenders"], result.get("lower_bound", {"phases": {}})
     names = list(contenders)
     # Phases that any contender has.

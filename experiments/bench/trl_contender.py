@@ -43,7 +43,7 @@ def make_dataset(model: str, workload: Workload) -> tuple[Dataset, list[EncodedS
         item = encoder.encode(loaded)
         messages = build_messages(item.sample, item.image_sizes, BOX_FORMAT, STYLE)
         row: dict[str, Any] = {"images": [{"bytes": data, "path": None} for data in loaded.images]}
-        if workload.task == "sft":  # rendered here, so that TRL need not apply the chat template in every step
+        if workload.task == "sft":  # rendered here, so that TRL does not apply the chat template in every step
             row["prompt"] = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             row["completion"] = target_text(item.sample, item.image_sizes, BOX_FORMAT, STYLE) + END_OF_TURN
         else:

@@ -34,8 +34,8 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-# Fixed parts of prompts and answers. A real vocabulary, from a corpus of web size, needs few tokens for them; here each
-# is one token.
+# Fixed parts of prompts and answers. A real vocabulary needs few tokens for them. In this small vocabulary, each is one
+# token.
 PHRASES = (
     "<think>",
     "</think>",

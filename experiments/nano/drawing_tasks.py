@@ -20,7 +20,7 @@ from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.rollouts.base import RolloutRequest
 from lightning_modules.rollouts.native.engine import NativeEngine
 
-HELD_OUT = "held-out"  # name of the stream of pictures for evaluation; that of training is "train:<seed>"
+HELD_OUT = "held-out"  # name of the stream of pictures for evaluation; the training stream is "train:<seed>"
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class PictureEncoder:
     For speed, it joins pieces that are tokenized separately. A test shows that the result equals the chat template's.
 
     Args:
-        processor: of the nano model.
-        grounding_turns: grounding questions about one picture.
+        processor: processor of the nano model.
+        grounding_turns: number of grounding questions about one picture.
     """
 
     def __init__(self, processor: Qwen2_5_VLProcessor, grounding_turns: int) -> None:
@@ -78,13 +78,13 @@ class PictureEncoder:
     def _repeating(self, rng: random.Random) -> Turn:
         """A turn that asks to repeat a random text, so that every token of the vocabulary is sometimes an answer.
 
-        A real base model learns this from web text. A token that was never an answer has an output embedding like that
-        of all other such tokens. LoRA does not change embeddings, so a policy could never become sure of such a token,
+        A real base model learns this from web text. All tokens that were never an answer have similar output
+        embeddings. LoRA does not change embeddings, so a policy could never predict such a token with high probability,
         for example <think>.
         """
         pieces = rng.choices(self.pieces, k=rng.randint(4, 12))
         if rng.random() < 0.5:
-            pieces.append(chr(rng.randrange(0xA1, 0xD800)))  # a character that the tokenizer spells in single bytes
+            pieces.append(chr(rng.randrange(0xA1, 0xD800)))  # a character that the tokenizer encodes as single bytes
         text = "".join(pieces).strip()
         return Turn("repeating", f"Output: {text}", text)
 
@@ -126,7 +126,9 @@ class PictureEncoder:
 
 
 def _pieces(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The texts of all tokens that are valid text alone, in the order of the vocabulary, without special tokens."""
+    """The texts of all tokens that are valid text by themselves, in the order of the vocabulary, without special
+    tokens.
+    """
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     texts = [tokenizer.decode([i]) for i in range(len(tokenizer)) if i not in special]
     return [text for text in texts if text and "\ufffd" not in text]

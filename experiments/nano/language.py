@@ -1,4 +1,5 @@
-"""Stage 2 of the nano base model: the language model learns to ground, list and describe what the frozen tower sees.
+"""Stage 2 of the nano base model: the language model learns to ground, list and describe objects, with a frozen vision
+tower.
 
 Several questions follow each picture side by side in one packed row (`packed_rows`). They attend to the picture and not
 to each other, so the picture is computed once for all of them. Only answers count in the loss.

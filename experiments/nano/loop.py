@@ -44,8 +44,8 @@ def share_of(batch: int, size: int, rank: int, world_size: int) -> range:
 
     Args:
         batch: number of the batch.
-        size: pictures in a batch.
-        rank: the process.
+        size: number of pictures in a batch.
+        rank: number of the process.
         world_size: number of processes.
     """
     return range(batch * size + rank, (batch + 1) * size, world_size)
@@ -56,7 +56,7 @@ def learning_rate_factor(step: int, num_steps: int, warmup: float, decay: float)
 
     Args:
         step: number of the step, from 0.
-        num_steps: steps of the stage.
+        num_steps: number of steps of the stage.
         warmup: share of the steps in which it rises.
         decay: share of the steps in which it falls.
     """
@@ -67,14 +67,14 @@ def average_gradients(parameters: Sequence[Tensor], total: float, count: int) ->
     """Replace the gradients of this process's sum by the gradients of the mean over all processes.
 
     Args:
-        parameters: with the gradient of this process's sum of losses.
+        parameters: parameters with the gradient of this process's sum of losses.
         total: this sum.
         count: the number of its terms.
 
     Returns:
         The mean loss over all processes.
     """
-    # One all-reduce for everything: many small ones would be slower.
+    # One all-reduce for all tensors, because many small ones would be slower.
     flat = torch.cat([*(p.grad.flatten() for p in parameters), torch.tensor([total, count], dtype=torch.float32)])
     if distributed.is_initialized():
         distributed.all_reduce(flat)
@@ -102,7 +102,7 @@ class StageRun:
 
     def __init__(self, stage: Stage, folder: Path) -> None:
         self.stage, self.folder, self.policy = stage, folder, stage.policy
-        # 1. This process among all.
+        # 1. The rank of this process and the number of processes.
         self.rank, self.world_size = 0, 1
         if distributed.is_initialized():
             self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
@@ -111,7 +111,8 @@ class StageRun:
         named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
         self.parameters = [parameter for _, parameter in named]
         self.optimizers = build_optimizers(named, stage.learning_rate)
-        # 3. The checkpoint: of this stage, or of the end of the stage before, from which only the weights are used.
+        # 3. The checkpoint of this stage, or of the end of the previous stage; from the latter, only the weights are
+        # used.
         self.step, seconds = 0, 0.0
         if (folder / CHECKPOINT).exists():
             state = torch.load(folder / CHECKPOINT, weights_only=True)
@@ -137,10 +138,10 @@ class StageRun:
             eval_every: steps between two evaluations.
             log_every: steps between two records of the log.
         """
-        losses: list[float] = []  # since the last record
+        losses: list[float] = []  # losses since the last record
         for batch in self.stage.batches(self.step, self.rank, self.world_size):
             losses.append(self.update(batch))
-            # The first process logs first and saves then, so that the log is never behind the checkpoint.
+            # The first process logs before it saves, so that the log is never behind the checkpoint.
             if self.rank == 0:
                 last = self.step == self.stage.num_steps
                 if last or self.step % log_every == 0:

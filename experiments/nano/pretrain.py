@@ -1,4 +1,5 @@
-"""Pretrain the nano base model: a tiny Qwen2.5-VL that grounds, lists and describes one image and never saw two.
+"""Pretrain the nano base model: a tiny Qwen2.5-VL that grounds, lists and describes objects in one image and has never
+seen two images.
 
     python -m experiments.nano.pretrain --output models/nano-base
 
@@ -34,10 +35,10 @@ STAGES = (TowerStage, LanguageStage)
 
 
 def is_finished(settings: PretrainSettings, folder: Path) -> bool:
-    """Whether `folder` holds the finished base model of these settings.
+    """Whether `folder` has the finished base model with these settings.
 
     Raises:
-        ValueError: the folder holds another model, or a base model of other settings.
+        ValueError: the folder has another model, or a base model with other settings.
     """
     if not (folder / "config.json").exists():
         return False
@@ -78,7 +79,7 @@ def prepare_folder(settings: PretrainSettings, folder: Path) -> None:
 
 
 def _is_before(record: dict[str, object], stage: str, step: int) -> bool:
-    """Whether a record of the log is from this stage and step, or from before."""
+    """Whether a record of the log belongs to this stage and step, or to an earlier one."""
     order = [kind.name for kind in STAGES]
     return (order.index(record["stage"]), record["step"]) <= (order.index(stage), step)
 
@@ -94,18 +95,18 @@ def stages_left(folder: Path) -> tuple[type[TowerStage] | type[LanguageStage], .
 def train(
     settings: PretrainSettings, folder: Path, save_every: int = 200, eval_every: int = 1000, log_every: int = 50
 ) -> QwenVL:
-    """Train the base model, or resume; a finished folder is left as it is.
+    """Train the base model, or resume; a finished folder is not changed.
 
     Args:
-        settings: of the training.
+        settings: settings of the training.
         folder: for the model's files, the log and, until the end, a checkpoint.
-        save_every: steps between two checkpoints; a multiple of `log_every`, so that the log of a resumed run lacks no
-            loss.
+        save_every: steps between two checkpoints; a multiple of `log_every`, so that the log of a resumed run is
+            complete.
         eval_every: steps between two evaluations.
         log_every: steps between two records of the log.
 
     Raises:
-        ValueError: `save_every` is not a multiple of `log_every`, or the folder holds another model.
+        ValueError: `save_every` is not a multiple of `log_every`, or the folder has another model.
     """
     if save_every % log_every:
         raise ValueError(f"save_every={save_every} must be a multiple of log_every={log_every}")
@@ -119,7 +120,7 @@ def train(
     if is_finished(settings, folder):
         print(f"{folder} is finished: remove it or choose another --output to train again")
         return QwenVL(str(folder), freeze_vision=False)
-    # 2. The stages, each from the checkpoint that the one before has left.
+    # 2. The stages; each starts from the checkpoint of the previous stage.
     for kind in stages_left(folder):
         run = StageRun(kind(settings, folder), folder)
         run.train(save_every, eval_every, log_every)
@@ -134,8 +135,8 @@ def train_process(rank: int, world_size: int, rendezvous: str, settings: Pretrai
         rank: number of this process.
         world_size: number of processes.
         rendezvous: address at which the processes find each other.
-        settings: of the training.
-        folder: of the model.
+        settings: settings of the training.
+        folder: folder of the model.
     """
     torch.set_num_threads(1)  # on a CPU, processes with one thread each are faster than one process with threads
     distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)

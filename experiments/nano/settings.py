@@ -17,18 +17,18 @@ class PretrainSettings:
     vision_depth: int = 4
     # Stage 1: the vision tower.
     tower_pictures: int = 96_000
-    tower_batch: int = 32  # pictures of a step
+    tower_batch: int = 32  # number of pictures in a step
     tower_learning_rate: float = 3e-3
     # Stage 2: the language model.
     language_pictures: int = 32_000
     language_batch: int = 16
     language_learning_rate: float = 2e-3
-    grounding_turns: int = 5  # grounding questions about one picture
+    grounding_turns: int = 5  # number of grounding questions about one picture
     max_tokens_per_row: int = 4096  # length of a packed row
     # Both stages: the share of the steps in which the learning rate rises, and the share in which it falls to zero.
     warmup: float = 0.03
     decay: float = 0.4
-    num_eval: int = 400  # pictures of the evaluation at the end of a stage
+    num_eval: int = 400  # number of pictures in the evaluation at the end of a stage
 
     @property
     def tower_steps(self) -> int:

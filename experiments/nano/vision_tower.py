@@ -1,7 +1,7 @@
 """Stage 1 of the nano base model: the vision tower learns to see, from a dense target in each cell of a picture.
 
-A cell is the square of pixels that becomes one token of the language model. From each token, small heads predict what
-the cell shows: shape, colour and fill of its thing, whether a red frame marks it, and its box. So every token of every
+A cell is the square of pixels that becomes one token of the language model. From each token, small heads predict the
+object in the cell: its shape, colour and fill, whether a red frame marks it, and its box. So every token of every
 picture has a target. The loss of the language model would reach the tower only through attention that is itself still
 untrained (docs/lab_book.md has measurements of both ways). The heads are discarded at the end.
 """
@@ -38,7 +38,7 @@ _COLOURS = tuple(COLOURS)
 
 @dataclass(frozen=True)
 class Cells:
-    """Pictures for the tower, and the targets of their N cells: those of the first picture, of the second, …"""
+    """Pictures for the tower, and the targets of their N cells, one picture after the other."""
 
     pixel_values: Tensor  # float [patches, values of a patch]
     grid_thw: Tensor  # long [pictures, 3]: frames, rows and columns of patches
@@ -73,7 +73,7 @@ def view(stream: str, index: int) -> View:
 
 
 def inside(box: Box, crop: Box) -> Box:
-    """The unit xyxy box `box` of a picture, relative to a crop that holds it."""
+    """The unit xyxy box `box` of a picture, relative to a crop that contains it."""
     width, height = crop[2] - crop[0], crop[3] - crop[1]
     x0, y0, x1, y1 = box
     return ((x0 - crop[0]) / width, (y0 - crop[1]) / height, (x1 - crop[0]) / width, (y1 - crop[1]) / height)
@@ -100,7 +100,7 @@ def owner(things: Sequence[Thing], cell: Box) -> Thing | None:
 class Heads(nn.Module):
     """Linear heads on tokens [N, D]: a kind, and a box, both as digits and as numbers.
 
-    The digits are those that the language model will have to write later.
+    The language model will write the same digits later.
     """
 
     def __init__(self, width: int) -> None:

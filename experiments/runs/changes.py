@@ -1,6 +1,6 @@
-"""The differences of two runs in words, and the choice between them if only the code differs.
+"""Describe the differences between two runs, and let the user choose if only the code differs.
 
-A finished run of other code is never silently taken for the requested run, and never thrown away. The command names the
+A finished run with other code is never silently used as the requested run, and never deleted. The command names the
 changed files and ends, until the user chooses with KEEP=1 (--keep) or REDO=1 (--redo).
 """
 
@@ -20,11 +20,11 @@ from datamodules.persistence.user_error import UserError
 Choice = Literal["redo", "keep"]
 Inputs = dict[str, list[tuple[str, str | None]]]  # {"data.shards": [(path, hash of its content), …]}
 
-MOST_LINES, MOST_FILES = 8, 6  # in a message; the rest is only counted
+MOST_LINES, MOST_FILES = 8, 6  # largest numbers in a message; the rest is only counted
 
 
 class CodeChanged(UserError):
-    """Other source files have made the existing results. The message asks the user to choose."""
+    """The existing results were made with other source files. The message asks the user to choose."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class MadeOf:
 class Differences:
     """`values`: settings and inputs that differ, as "name: old -> new". `fields`: settings that only one run has.
 
-    A field is a setting that a version of the project has added or removed: its value in the other run is not known.
+    A field is a setting that a version of the project has added or removed, so its value in the other run is unknown.
     """
 
     values: list[str]
@@ -65,7 +65,7 @@ def take_choice(words: Sequence[str]) -> tuple[Choice | None, list[str]]:
 
 
 def choice_of(redo: bool, keep: bool) -> Choice | None:
-    """The choice that two settings of a command make. Giving both ends the program."""
+    """The choice from two settings of a command. Giving both ends the program."""
     return take_choice(["--redo"] * redo + ["--keep"] * keep)[0]
 
 
@@ -86,9 +86,9 @@ def is_stale(record: Mapping[str, Any], code: Code, choice: Choice | None = None
 
 
 def decide(is_other_code: bool, choice: Choice | None, message: Callable[[], str]) -> Choice | None:
-    """The choice about an existing result of other code; None where there is nothing to choose.
+    """The user's choice about an existing result from other code; None if no choice is needed.
 
-    Raises CodeChanged with the `message`, which asks for a choice, where there is none.
+    Raises CodeChanged with `message`, which asks for a choice, if the user has made none.
     """
     if is_other_code and choice is None:
         raise CodeChanged(message())
@@ -101,7 +101,7 @@ def kept(record: Mapping[str, Any], code: Code) -> dict[str, Any]:
 
 
 def origin(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a record that says which code made the result, and for which code it was kept."""
+    """The fields of a record with the code that made the result, and the code for which it was kept."""
     return {name: record[name] for name in ("code", "kept") if name in record}
 
 
@@ -160,7 +160,7 @@ def changed_text(records: Sequence[tuple[str, Mapping[str, Any], Code]]) -> str:
 
 
 def set_aside_text(folder: object, aside: object, differences: Differences) -> str:
-    """The message that a folder with another run was moved: the differences, the new place, and the way back."""
+    """The message that a folder with another run was moved: the differences, the new path, and how to undo it."""
     names = [*differences.values, *(f"{name}: only one of the two has it" for name in differences.fields)]
     shown = [f"  {line}" for line in names[:MOST_LINES]] or ["  which ones it did not write down"]
     if len(names) > MOST_LINES:
@@ -181,23 +181,24 @@ def _walk(name: str, old: Any, new: Any, found: Differences) -> None:
         dotted = (name + dotted).lstrip(".").replace(".init_args", "")
         if key in old and key in new:
             _walk(dotted, old[key], new[key], found)
-        elif key.startswith("["):  # the user, and no version of the project, decides whether a callback is there
+        # the list of callbacks is the user's choice, not a difference between versions of the project
+        elif key.startswith("["):
             found.values.append(f"{dotted}: {_presence(key in old)} -> {_presence(key in new)}")
         else:
             found.fields.append(dotted)
 
 
 def _by_class(value: Any) -> Any:
-    """[{"class_path": "callbacks.a.B", …}] as {"[B]": …}; another value as it is."""
+    """[{"class_path": "callbacks.a.B", …}] as {"[B]": …}; other values are returned unchanged."""
     if not isinstance(value, list) or not all(isinstance(item, Mapping) and "class_path" in item for item in value):
         return value
-    # By class and not by position: a callback that is put first must not make all others differ.
+    # By class and not by position: otherwise a callback that is added at the front would make all others differ.
     names = [item["class_path"].rpartition(".")[2] for item in value]
     return {f"[{name}{'+' * names[:k].count(name)}]": value[k] for k, name in enumerate(names)}
 
 
 def _same_inputs(old: Sequence[tuple[str, str | None]], new: Sequence[tuple[str, str | None]]) -> bool:
-    """Equal by content, or by path where the old content is not known."""
+    """Whether inputs are equal: by content, or by path if the old content is unknown."""
     if len(old) != len(new):
         return False
     return all(a[1] == b[1] if a[1] is not None else a[0] == b[0] for a, b in zip(old, new, strict=True))

@@ -1,4 +1,4 @@
-"""What every command does: it refuses passwords and keys among its settings, and shows a user error as its message."""
+"""Common behaviour of all commands: refuse passwords and keys in settings, and print only the message of a user error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from datamodules.persistence.user_error import UserError
 from experiments.runs.renamed_settings import find_old_flags, find_old_names
 
 T = TypeVar("T")
-LARGEST = 2**20  # bytes; a longer file is no configuration
+LARGEST = 2**20  # bytes; a longer file is not a configuration
 CURE = (
     "it would be written to config.yaml, logs and W&B. Put the secret into an environment variable and name that "
     "variable: api_key_env for a key, basic_auth_env for user:password"
@@ -30,8 +30,9 @@ def command(main: Callable[..., T] | None = None, *, failed: str = "") -> Callab
 
     Args:
         main: the function.
-        failed: what there is not after an error, such as "no comparison". It begins the message then, and an OSError or
-            a ValueError is told as a message too: such a command only reads files that users may have changed.
+        failed: the missing result after an error, such as "no comparison"; the message begins with it. Then OSError and
+            ValueError are printed as a message too, because such a command only reads files that users may have
+            changed.
     """
     if main is None:
         return functools.partial(command, failed=failed)
@@ -50,9 +51,9 @@ def command(main: Callable[..., T] | None = None, *, failed: str = "") -> Callab
 
 
 def refuse_credentials(arguments: Sequence[str]) -> None:
-    """End the program if an argument, or a YAML or JSON file that an argument names, holds a credential.
+    """End the program if an argument, or a YAML or JSON file that an argument names, contains a credential.
 
-    If none does, end it if there are old names of settings or class paths; all of them are told at once.
+    Otherwise, end it if there are old names of settings or class paths; the message lists all of them.
     """
     old: list[str] = []
     for index, argument in enumerate(arguments):
@@ -70,14 +71,14 @@ def refuse_credentials(arguments: Sequence[str]) -> None:
 
 
 def find_place(where: str) -> str:
-    """The name of an argument for a message; without the name where the name is itself the secret."""
+    """The name of an argument for a message; the name is omitted if it is itself the secret."""
     return "an argument" if find_credential(where) else where
 
 
 def check_file(file: Path) -> list[str]:
-    """End the program if a YAML or JSON file holds a credential. Returns its old names, with their places.
+    """End the program if a YAML or JSON file contains a credential. Returns its old names, with their positions.
 
-    A missing file passes.
+    A missing file is ignored.
     """
     if not file.is_file() or file.stat().st_size > LARGEST:
         return []

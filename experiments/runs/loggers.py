@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 class MetricsLogger(Logger):
     """Appends {"step": 7, "grpo/kl": 0.01, …} to <folder>/attempts/<attempt>/metrics.jsonl, on the disk at once.
 
-    Rows that cannot be written (the disk is full, the filesystem is gone) wait in memory, in their order, and training
-    goes on. If they still cannot be written when the run ends, OSError is raised. A kill or a full disk leaves no
+    Rows that cannot be written (the disk is full, the filesystem is gone) are kept in memory, in order, and training
+    continues. If they still cannot be written when the run ends, OSError is raised. A kill or a full disk leaves no
     partial row in the middle of the file.
     """
 
@@ -58,7 +58,7 @@ class MetricsLogger(Logger):
         if not self._waiting:
             return
         try:
-            if self.file.parents[2].is_dir():  # else the filesystem is gone; do not write to its empty mount point
+            if self.file.parents[2].is_dir():  # otherwise the filesystem is gone; do not write to its empty mount point
                 self.file.parent.mkdir(parents=True, exist_ok=True)
             append_text(self.file, "".join(self._waiting))
         except OSError as error:
@@ -71,7 +71,7 @@ class MetricsLogger(Logger):
 
 
 class OnceWandbLogger(WandbLogger):
-    """Logs a batch once that is logged before its checkpoint and then again by Lightning."""
+    """A batch may be logged before its checkpoint and again by Lightning; this logs it only once."""
 
     _last: Any = None
 

@@ -45,7 +45,7 @@ def merge_attempts(folder: Path) -> None:
 
 
 def read_curve(rows: Rows, name: str) -> list[tuple[int, float]]:
-    """(step, value) of one metric, where it was logged. Not-a-number values are left out."""
+    """(step, value) of one metric, for steps at which it was logged. NaN values are skipped."""
     points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
     return [(step, value) for step, value in points if value == value and abs(value) != float("inf")]
 

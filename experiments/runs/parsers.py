@@ -52,8 +52,8 @@ def run_cli(component: Callable, args: Sequence[str] | None = None) -> Any:
     """Read the settings of a function or a dataclass from the command line and YAML files; call it with them.
 
     Args:
-        component: the function or the dataclass; its docstring is the help.
-        args: the command line; None: this process's.
+        component: the function or the dataclass; its docstring is the help text.
+        args: the command line; None means the command line of this process.
     """
     arguments = None if args is None else list(args)
     return jsonargparse.auto_cli(component, as_positional=False, parser_class=Parser, args=arguments)
@@ -67,5 +67,5 @@ def class_settings(path: str) -> tuple[str, ...]:
         parser = jsonargparse.ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(getattr(importlib.import_module(module), name), fail_untyped=False)
         return tuple(parser.get_defaults().keys())
-    except Exception:  # a suggestion is a courtesy: the message is complete without it
+    except Exception:  # the suggestion is optional; the message is complete without it
         return ()

@@ -1,4 +1,4 @@
-"""Settings are checked before weights are loaded, and every problem is told at once."""
+"""Check settings before weights are loaded, and report all problems together."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ REFUSED_STRATEGIES = {
     "modelparallel": "Lightning's own leaves the division of the layers to the module",
 }
 
-# Settings of the Trainer that the modules have their own for, and the values that change nothing. A precision would
-# round adapters to 16 bits, scale losses whose gradients are clipped here, or be switched off again by the policy.
+# Settings of the Trainer that the modules replace by their own settings, and their neutral values. For example, another
+# `precision` would round adapters to 16 bits, or scale losses whose gradients are clipped here.
 MODULES_OWN = {
     "accumulate_grad_batches": ("accumulate", (None, 1)),
     "gradient_clip_val": ("max_grad_norm", (None,)),
@@ -27,7 +27,7 @@ MODULES_OWN = {
 
 
 class SettingsError(UserError, ValueError):
-    """Settings that cannot be run; the message lists every problem."""
+    """The settings cannot be run. The message lists every problem."""
 
 
 def raise_all(problems: Sequence[str]) -> None:
@@ -42,12 +42,12 @@ def shard_list(settings: Mapping) -> list[str]:
 
 
 def seed_problems(seed: object) -> list[str]:
-    """Faults of a seed, which NumPy takes in 32 bits."""
+    """Problems of a seed; NumPy needs 32 bits."""
     return [] if not isinstance(seed, int) or 0 <= seed < 2**32 else [f"seed={seed} must be in 0 to {2**32 - 1}"]
 
 
 def training_problems(settings: Mapping) -> list[str]:
-    """What is wrong with a training run's resolved configuration, each problem naming the field and its value."""
+    """Problems of a training run's resolved configuration. Each names the field and its value."""
     model = settings["model"]["init_args"]
     problems = model_problems(model["model"])
     for source in shard_list(settings):
@@ -81,8 +81,8 @@ def training_problems(settings: Mapping) -> list[str]:
 
 
 def device_problems(trainer: Mapping) -> list[str]:
-    """The problem of a GPU that is asked for where there is none."""
-    import torch  # slow; an import of data does without
+    """The problem that a GPU is requested but does not exist."""
+    import torch  # a slow import, which an import of data does not need
 
     accelerator = trainer.get("accelerator")
     if accelerator not in ("gpu", "cuda") or torch.cuda.is_available():
@@ -91,13 +91,13 @@ def device_problems(trainer: Mapping) -> list[str]:
 
 
 def size_problems(settings: Mapping) -> list[str]:
-    """The problem of data with fewer samples than one batch of all ranks. The manifests hold the counts."""
-    from datamodules.streaming.stream import smaller_batch  # loads torch
+    """The problem that the data have fewer samples than one batch of all ranks. The counts are in the manifests."""
+    from datamodules.streaming.stream import smaller_batch  # imports torch
 
     try:
         count = sum(shard.count for source in shard_list(settings) for shard in read_shards(source))
     except (ValueError, OSError, FetchError):
-        return []  # `shard_problems` names the source
+        return []  # `shard_problems` reports the source
     batch, ranks = settings["data"]["batch_size"], num_ranks(settings["trainer"])
     if not count or batch < 1 or count >= batch * ranks:
         return []
@@ -108,7 +108,7 @@ def size_problems(settings: Mapping) -> list[str]:
 
 
 def num_ranks(trainer: Mapping) -> int:
-    """Processes of a run, as far as the settings say it; 1 where Lightning chooses ("auto")."""
+    """Number of processes of a run from the settings; 1 if Lightning chooses ("auto")."""
     devices = trainer.get("devices")
     devices = int(devices) if isinstance(devices, str) and devices.isdigit() else devices
     number = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) and devices > 0 else 1
@@ -116,8 +116,8 @@ def num_ranks(trainer: Mapping) -> int:
 
 
 def model_problems(path: str) -> list[str]:
-    """Faults of a model folder or Hub name, its tensors among them, before any value is read."""
-    # Both load torch, which an import of data does without.
+    """Problems of a model folder or Hub name, including its tensors, before any weight is read."""
+    # Both import torch, which an import of data does not need.
     from datamodules.checkpoints.pretrained import check_policy
     from lightning_modules.models.architectures.registry import known_types
 
@@ -129,7 +129,7 @@ def model_problems(path: str) -> list[str]:
 
 
 def held_out_problems(held_out: str | Sequence[str], trained: Sequence[str]) -> list[str]:
-    """Faults of the shards on which HeldOutLoss measures: those of any shards, and those that training reads too."""
+    """Problems of HeldOutLoss's shards: invalid shards, and shards that training also reads."""
     problems = []
     for source in source_list(held_out):
         problems += shard_problems(source, "HeldOutLoss: shards")
@@ -141,7 +141,10 @@ def held_out_problems(held_out: str | Sequence[str], trained: Sequence[str]) -> 
 
 
 def shard_problems(source: str, setting: str = "data.shards") -> list[str]:
-    """Faults of one source of shards: absent, without a manifest, not to be reached, or empty. `setting` names it."""
+    """Problems of one source of shards: it is missing, has no manifest, is unreachable, or is empty.
+
+    `setting` is used in the message.
+    """
     try:
         shards = read_shards(source)
     except (ValueError, OSError, FetchError) as error:

@@ -1,4 +1,4 @@
-"""Settings and class paths that have been renamed: an old name ends the command with the new one in the message."""
+"""Settings and class paths that have been renamed: an old name ends the command; the message has the new name."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import yaml
 
-# Class paths that users' YAML files name: old prefix -> new prefix.
+# Class paths in users' YAML files: old prefix -> new prefix.
 MOVED = {"callbacks.guards.": "callbacks.save_on_interrupt.", "callbacks.collapse.": "callbacks.collapse_guard."}
-# Settings: old name -> new name. A name of one part is refused wherever it stands. A name with dots is refused only as
-# the end of a full name, so `temperature` of a model is refused and `temperature` of a callback is not. `init_args` is
-# in no name: YAML has model.init_args.beta, a flag may be --model.beta.
+# Settings: old name -> new name. A name without dots is refused at any position. A name with dots is refused only at
+# the end of a full name, so `temperature` of a model is refused and `temperature` of a callback is not. Names here omit
+# `init_args`, because YAML has model.init_args.beta but a flag may be --model.beta.
 RENAMED = {
     "convention": "box_format",
     "dialect": "model_family",
@@ -44,7 +44,7 @@ RENAMED = {
     "model.importance_cap": "model.update.importance_cap",
     "model.max_idle_windows": "model.update.max_idle_windows",
 }
-LARGEST = 2**16  # characters; a longer file is data and no configuration, and would take seconds to parse
+LARGEST = 2**16  # characters; a longer file is data, not a configuration, and would take seconds to parse
 _FLAG = re.compile(r"(?<![\w-])--([A-Za-z_][\w.]*)")  # --model.beta=0.01, also inside --overrides.grpo="--model.beta=1"
 
 
@@ -56,7 +56,8 @@ def find_old_flags(text: str) -> list[str]:
 def find_old_names(text: str) -> list[tuple[int, str]]:
     """(line, what to write instead) for each old setting and class path in `text`, a YAML or JSON file.
 
-    Settings are found by their place in the document. A file that is no YAML has none: who reads it tells that.
+    Settings are found by their position in the document. For a file that is not YAML, nothing is returned; its reader
+    reports the error.
     """
     found = [
         (number, f"{old}* has moved. Write {moved}* instead")
@@ -88,7 +89,7 @@ def _walk(node: yaml.Node, place: str) -> Iterator[tuple[int, str]]:
 
 
 def _cure(full: str) -> str | None:
-    """What to write instead of the setting with this full name; None where it is no old one."""
+    """What to write instead of the setting with this full name; None if it is not an old name."""
     parts = [part for part in full.split(".") if part != "init_args"]
     for old, new in RENAMED.items():
         if parts[-old.count(".") - 1 :] == old.split("."):
@@ -97,11 +98,11 @@ def _cure(full: str) -> str | None:
 
 
 def refuse_moved(arguments: Sequence[str] | None, moved: Mapping[str, str]) -> None:
-    """End the program if the command line, or a YAML file that it names, has settings at its top level that the command
-    now has elsewhere; all of them are named.
+    """End the program if the command line, or a YAML file that it names, has settings at its top level that are now in
+    a group; the message lists all of them.
 
     Args:
-        arguments: the command line; None: this process's.
+        arguments: the command line; None means the command line of this process.
         moved: old name -> the new one, such as {"style": "form.style"}.
     """
     arguments = sys.argv[1:] if arguments is None else arguments

@@ -1,11 +1,11 @@
-"""results.json: the one small file that says what an experiment reached; and a phase's own result of MIG-Bench.
+"""Read and write results.json, the summary of an experiment, and read a phase's result of MIG-Bench.
 
     {"version": 2, "experiment": "nano", "seed": 0, "commit": "1a2b3c4", "stages": [
         {"name": "base", "mig_bench": {"avg": 11.1, "in_domain": …, "out_of_domain": …, "tasks": {"diff": …},
                                        "format_rate": …, "parse_failures": {"no_box": 3}, "n": 1200}, "seconds": 61.0}]}
 
-Accuracies and rates are percentages (0-100). `seconds` is the wall clock of the stage: its training with everything
-that belongs to it (rejection sampling, merging) and its evaluation; a stage resumed after a kill counts every attempt.
+Accuracies and rates are percentages (0-100). `seconds` is the wall clock of the stage: training (including rejection
+sampling and merging) and evaluation. If a stage was resumed, all attempts count.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from typing import Any
 from datamodules.metrics.result_files import RESULT, OtherVersion, read_result
 from datamodules.persistence.files import write_atomic
 
-BASE = "base"  # the first stage: the model as it is given
+BASE = "base"  # the first stage: the given model
 VERSION = 2  # files of version 1 do not name theirs
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a pipeline. `mig_bench` holds "avg", "in_domain", "out_of_domain", "tasks", "format_rate",
-    "parse_failures" and "n"; an average is None where no task of it was asked."""
+    """One stage of a pipeline.
+
+    `mig_bench` holds "avg", "in_domain", "out_of_domain", "tasks", "format_rate", "parse_failures" and "n"; an average
+    is None if none of its tasks was measured.
+    """
 
     name: str
     mig_bench: Mapping
@@ -36,7 +39,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Results:
-    """What results.json holds. `stages` stand in the order in which they ran."""
+    """The content of results.json. `stages` are in the order in which they ran."""
 
     experiment: str
     seed: int
@@ -53,9 +56,9 @@ def make_stage(name: str, result: Mapping[str, Any], seconds: float) -> Stage:
 
 
 def find_mig_bench(phase: Path) -> Path | None:
-    """The folder with a phase's result of MIG-Bench: of all questions, else of some; None where there is none.
+    """The folder with a phase's result of MIG-Bench, preferably for all questions; None if there is none.
 
-    Raises OtherVersion where an earlier version of the project has evaluated the phase.
+    Raises OtherVersion if an earlier version of the project has evaluated the phase.
     """
     found = sorted((phase / "benchmarks").glob(f"mig_bench*/{RESULT}"), key=lambda file: len(file.parent.name))
     if not found and (phase / "mig_bench.json").is_file():
@@ -64,18 +67,18 @@ def find_mig_bench(phase: Path) -> Path | None:
 
 
 def read_mig_bench(phase: Path) -> dict[str, Any]:
-    """A phase's result of MIG-Bench; {} where there is none. Raises OtherVersion."""
+    """A phase's result of MIG-Bench; {} if there is none. Raises OtherVersion."""
     folder = find_mig_bench(phase)
     return read_result(folder / RESULT) if folder else {}
 
 
 def started_from(model: str) -> str:
-    """The stage that left `model`: the one whose folder a merged model lies in; the first for any other."""
+    """The stage that produced `model`: the stage whose folder contains the merged model, or else the first stage."""
     return Path(model).parent.name if Path(model).name == "merged" else BASE
 
 
 def read_results(path: Path) -> Results:
-    """Read results.json. Raises ValueError that names the file where it is damaged, or of another version."""
+    """Read results.json. Raises ValueError that names the file if it is damaged or of another version."""
     try:
         record = json.loads(Path(path).read_text())
         if not isinstance(record, dict) or record["version"] != VERSION:
@@ -90,13 +93,13 @@ def read_results(path: Path) -> Results:
 
 
 def write_results(path: Path, results: Results) -> None:
-    """Write results.json as a whole or not at all. Raises ValueError for a number that is not finite."""
+    """Write results.json atomically. Raises ValueError for a number that is not finite."""
     record = {"version": VERSION} | asdict(results)
     write_atomic(path, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
 def current_commit(folder: Path) -> str:
-    """The commit of the checkout that holds `folder`, `-dirty` when tracked files differ, `unknown` outside git."""
+    """The commit of the checkout with `folder`; with suffix `-dirty` if tracked files differ; `unknown` outside git."""
     try:
         git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         run = subprocess.run(git, capture_output=True, text=True, timeout=30, check=False)

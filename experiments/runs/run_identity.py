@@ -1,4 +1,4 @@
-"""What makes a phase restartable: markers with the hash of what it depends on, and a lock on its folder."""
+"""Make phases restartable: markers with a hash of all dependencies, and a lock on the folder."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ CONFIG = "config.yaml"
 
 
 class OtherVersion(UserError, ValueError):
-    """A phase's saved settings are not those of this version of the project; the message names file and field."""
+    """The saved settings of a phase come from another version of the project. The message names file and field."""
 
     def __init__(self, folder: Path, what: str) -> None:
         super().__init__(f"{Path(folder) / CONFIG} was written by another version of the project: {what}")
 
 
 def read_marker(folder: Path, name: str = DONE) -> dict:
-    """The marker's content; {} without one."""
+    """The content of a marker; {} without a marker."""
     return read_json(Path(folder) / name)
 
 
@@ -61,26 +61,26 @@ def claim(
     choice: Choice | None = None,
     **facts: object,
 ) -> bool:
-    """Prepare a phase folder for a run; True when that run is already done.
+    """Prepare a phase folder for a run. Returns True if this run is already done.
 
-    A folder that holds a run with other settings or inputs is moved aside whole, and the differences are printed.
-    Nothing computed is lost, and nothing old is reused.
+    A folder with a run of other settings or inputs is renamed, and the differences are printed. No result is lost, and
+    no old result is reused.
 
     Args:
         folder: the phase folder.
-        run: settings, inputs and code of the run, or its hash alone. They are written to started.json.
+        run: settings, inputs and code of the run, or only its hash. They are written to started.json.
         say: prints a message.
-        choice: the answer where only the code may differ. "keep" takes the existing run, or goes on with it; "redo"
-            moves it aside.
+        choice: the user's choice if only the code may differ. "keep" uses or continues the existing run; "redo" renames
+            its folder.
         facts: more fields of started.json, such as the commit.
 
-    Raises CodeChanged where only the code may differ and there is no `choice`.
+    Raises CodeChanged if only the code may differ and there is no `choice`.
     """
     folder = Path(folder)
     run = MadeOf(run) if isinstance(run, str) else run
     found = _look(folder, run, choice)
     started, done = found.started, found.done
-    # 1. Another run, or a run of other code that is made again, is moved aside.
+    # 1. Rename the folder of another run, or of a run with other code that is repeated.
     if found.decision == "redo":
         say(f"{folder} is made again: what it holds moved to {set_aside(folder)}")
         started = done = {}
@@ -88,7 +88,7 @@ def claim(
         aside = set_aside(folder)
         say(f"{set_aside_text(folder, aside, found.differences)}\nmoved to {aside}")
         started = done = {}
-    # 2. A run of other code that is kept is marked as kept for this code.
+    # 2. Mark a run with other code that is kept.
     elif found.decision == "keep":
         started = started | kept(started, run.code)
         if done:
@@ -103,33 +103,33 @@ def claim(
 
 
 def finish(folder: Path, key: str, **facts: object) -> None:
-    """Mark the run that has been claimed with this hash as done: by the code that it began with."""
+    """Mark the claimed run with this hash as done, with the code with which it began."""
     write_marker(folder, key=key, **facts, **origin(read_marker(folder, STARTED)))
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A phase folder as a run sees it that wants to use it."""
+    """The state of a phase folder from the view of a run that wants to use it."""
 
     started: dict[str, Any]  # started.json
     done: dict[str, Any]  # done.json
-    is_other: bool = False  # it holds a run with other settings or inputs
-    decision: Choice | None = None  # it may hold this run, but other code has made it
+    is_other: bool = False  # the folder has a run with other settings or inputs
+    decision: Choice | None = None  # the folder may have this run, but made with other code
     differences: Differences = field(default_factory=lambda: Differences([], []))
 
 
 def _look(folder: Path, run: MadeOf, choice: Choice | None) -> _Found:
-    """Raises CodeChanged where only the code may differ, and there is no choice."""
+    """Read the state of a folder. Raises CodeChanged if only the code may differ and there is no choice."""
     started, done = read_marker(folder, STARTED), read_marker(folder)
-    # 1. The same key: only the code may differ.
+    # 1. Equal keys: only the code may differ.
     known, differences, is_other = started.get("key", done.get("key")), Differences([], []), False
     is_other_code = known == run.key and is_stale(started, run.code, choice)
-    # 2. Another key: compare the settings, to tell a real change from a field that a version added.
+    # 2. Different keys: compare the settings, to distinguish a real change from a field that a version has added.
     if known not in (None, run.key):
         record = _recorded(folder, run, started)
         differences = find_differences(record, run) if record else differences
-        # A setting that only one of the two runs has is new, or gone, in this version of the project: its value in the
-        # other run is not known. Then, too, only the code may differ.
+        # A setting that only one of the two runs has was added or removed by a version of the project, so its value in
+        # the other run is unknown. In this case, too, only the code may differ.
         may_be_same = record is not None and not differences.values and bool(run.code)
         is_other_code = may_be_same and ("settings" not in started or bool(differences.fields))
         is_other = not is_other_code
@@ -138,24 +138,24 @@ def _look(folder: Path, run: MadeOf, choice: Choice | None) -> _Found:
 
 
 def _recorded(folder: Path, run: MadeOf, started: dict) -> dict | None:
-    """Settings and inputs of the run that is there: as it wrote them down, or by its config.yaml; None: unknown."""
+    """Settings and inputs of the existing run, from its own record or from its config.yaml; None if unknown."""
     if "settings" in started:
         return started
     try:
         settings, inputs = run.saved(read_settings(folder)) if run.saved else ({}, {})
-    except (OtherVersion, yaml.YAMLError, KeyError, TypeError, AttributeError):  # of a version that wrote it otherwise
+    except (OtherVersion, yaml.YAMLError, KeyError, TypeError, AttributeError):  # another version with another format
         return None
     return {"settings": settings, "inputs": inputs} if settings else None
 
 
 def trained_commit(folder: Path) -> str | None:
-    """The commit of the last attempt at the run in this phase folder; None where there was none."""
+    """The commit of the last attempt in this phase folder; None if there was no attempt."""
     return read_marker(folder, STARTED).get("commit")
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename the phase folder out of the way; its new place."""
-    # The key in the name tells runs apart; a second copy of the same run gets a "+".
+    """Rename the phase folder; returns its new path."""
+    # The key in the name distinguishes runs; a second copy of the same run gets a "+".
     aside = folder.with_name(f"{folder.name}.{read_marker(folder, STARTED).get('key', 'old')[:8]}")
     while aside.exists():
         aside = aside.with_name(aside.name + "+")
@@ -164,15 +164,17 @@ def set_aside(folder: Path) -> Path:
 
 
 def wait_for_claim(folder: Path, run: MadeOf | str, seconds: float = 600.0, choice: Choice | None = None) -> bool:
-    """On the other ranks: wait until the leader has claimed the folder for this run; True when it is already done.
+    """On the other ranks: wait until the leader has claimed the folder for this run.
+
+    Returns True if it is already done.
 
     The leader ends if the run is done, or if it must ask about changed code. Every other rank must then end too.
 
     Args:
         folder: the phase folder.
-        run: as the leader gives it to `claim`.
+        run: the same as in the leader's call of `claim`.
         seconds: the longest wait.
-        choice: as the leader gives it to `claim`.
+        choice: the same as in the leader's call of `claim`.
 
     Raises CodeChanged as `claim` does, and TimeoutError after `seconds`.
     """
@@ -189,7 +191,7 @@ def wait_for_claim(folder: Path, run: MadeOf | str, seconds: float = 600.0, choi
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings that the phase in this folder was trained with; {} where there are none. May raise OtherVersion."""
+    """The settings with which the phase in this folder was trained; {} if there are none. May raise OtherVersion."""
     file = Path(folder) / CONFIG
     settings = yaml.safe_load(file.read_text()) if file.is_file() else {}
     if not isinstance(settings, dict):
@@ -198,7 +200,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_field(folder: Path, name: str) -> Any:
-    """The saved setting of this dotted name. Raises OtherVersion where it is not there."""
+    """The saved setting with this dotted name. Raises OtherVersion if it does not exist."""
     value: Any = read_settings(folder)
     for part in name.split("."):
         if not isinstance(value, dict) or part not in value:
@@ -208,11 +210,12 @@ def read_field(folder: Path, name: str) -> Any:
 
 
 def trained_form(model: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `given` as the model was trained with them, saying which differ.
+    """The fields of `given` with their values from the model's training. Prints which values differ.
 
-    They are in the model's own folder (prompt_form.json). A merged model of an earlier version has none: then they are
-    the settings of the phase that it lies in. {} for a model that was not trained here. One YAML so evaluates the base
-    model, answer-only SFT and models that think. Raises ModelError for a damaged prompt_form.json, and OtherVersion.
+    They are read from prompt_form.json in the model's folder. A merged model of an earlier version has no such file;
+    then they are read from the settings of its phase. {} for a model that was not trained here. So one YAML can
+    evaluate the base model, answer-only SFT and models that think. Raises OtherVersion, and ModelError for a damaged
+    prompt_form.json.
     """
     trained, source = read_prompt_form(model), f"{model}/{PROMPT_FORM}"
     if trained is None:
@@ -227,7 +230,7 @@ def trained_form(model: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _form_of_phase(model: str, given: Iterable[str]) -> dict[str, Any]:
-    """The fields `given` in the config.yaml of the phase that a merged model lies in; {} where it lies in none."""
+    """The fields `given` in the config.yaml of the phase that contains a merged model; {} if there is no such phase."""
     phase = Path(model).parent
     if Path(model).name != "merged" or not (phase / CONFIG).is_file():
         return {}
@@ -240,10 +243,12 @@ def _form_of_phase(model: str, given: Iterable[str]) -> dict[str, Any]:
 
 @contextmanager
 def locked(folder: Path, say: Callable[[str], None] = print, wait: bool = True) -> Iterator[bool]:
-    """Hold the folder's lock; while another process holds it, wait, saying so. The system frees it on any exit.
+    """Hold the lock of a folder. If another process holds it, print a message and wait.
 
-    Without `wait` it is not waited for. Yields whether the lock is held. Ends the program where nothing can be written
-    beside the folder.
+    The system releases it at any exit.
+
+    With `wait=False`, do not wait. Yields whether the lock is held. Ends the program if the lock file cannot be
+    written.
     """
     folder = Path(folder)
     try:
@@ -255,7 +260,7 @@ def locked(folder: Path, say: Callable[[str], None] = print, wait: bool = True) 
         held = waited = False
         while not held:
             try:
-                # flock belongs to the open file, so the kernel frees it even after a kill; the file itself stays.
+                # flock belongs to the open file, so the kernel releases it even after a kill; the file itself stays.
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 held = True
             except BlockingIOError:

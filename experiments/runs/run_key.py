@@ -1,6 +1,6 @@
 """The key of a training run: a hash of the settings and inputs that its results depend on.
 
-A setting is in the key unless it is listed here. So a new setting starts another run, and never gives a wrong result.
+A setting is in the key unless it is listed here. So a new setting leads to a new run, and never to a wrong result.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from datamodules.streaming.shard_sources import mixing_weights
 from experiments.runs import preflight
 from experiments.runs.changes import Inputs, MadeOf
 
-# The place and name of a run, and its configuration files, whose values are settings themselves.
+# The folder and name of a run, and its configuration files, because their values are in the key as settings.
 RUN_NOT_IN_KEY = ("config", "outputs", "experiment", "phase")
-# Display, logs, saving, profiling, and validation loops, which no module here has.
+# Display, logs, saving, profiling, and validation loops (no module here has one).
 TRAINER_NOT_IN_KEY = (
     *("logger", "default_root_dir", "enable_progress_bar", "enable_model_summary", "log_every_n_steps", "profiler"),
     *("enable_checkpointing", "detect_anomaly", "barebones", "enable_autolog_hparams", "model_registry"),
     *("limit_val_batches", "limit_test_batches", "limit_predict_batches", "num_sanity_val_steps"),
     *("val_check_interval", "check_val_every_n_epoch", "inference_mode", "use_distributed_sampler"),
 )
-# The place of sampling, its log, the limit at which a run gives up, and settings that trade memory for time. The
-# results are the same for all their values.
+# The device of sampling, its log, the limit at which a run gives up, and settings that trade memory for time. They do
+# not change the results.
 MODEL_NOT_IN_KEY = (
     *("rollout.vllm", "rollout.log", "rollout.log_every", "update.max_idle_windows"),
     *("feature_cache", "feature_cache_gib", "gradient_checkpointing", "activation_gib"),
 )
-# The order of samples does not depend on the workers (`stream`), nor on the place where fetched shards are kept.
+# The order of samples does not depend on the workers (`stream`), nor on the cache folder.
 DATA_NOT_IN_KEY = ("num_workers", "worker_timeout", "cache", "cache_gib")
 CALLBACKS_NOT_IN_KEY = (
     "callbacks.checkpoints.WindowCheckpoint",
@@ -42,7 +42,7 @@ CALLBACKS_NOT_IN_KEY = (
     "callbacks.rejected_samples.RejectedSamples",
     "callbacks.throughput.Throughput",
 )
-# The folder of a selection that the same settings would make again.
+# The folder of a selection; the same settings would give the same selection.
 CALLBACK_FIELDS_NOT_IN_KEY = {"callbacks.rejection_sampling.RejectionSampling": ("folder", "shared")}
 COLLAPSE = "callbacks.collapse_guard.CollapseGuard"
 
@@ -54,7 +54,8 @@ def run_key(settings: Mapping[str, Any]) -> str:
 
 def made_of(settings: Mapping[str, Any], with_code: bool = True) -> MadeOf:
     """Settings, inputs and code of the run with this resolved configuration, read now."""
-    # The key is of settings and contents; the code is compared apart, since the user may keep results of older code.
+    # The key depends on settings and contents. The code is compared separately, because the user may keep results of
+    # older code.
     known, inputs = key_settings(settings), _inputs(settings)
     known["data"] |= _trusting(settings)
     contents = [[content for _, content in inputs[name]] for name in sorted(inputs)]
@@ -69,7 +70,7 @@ def key_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     trainer["callbacks"] = [_callback(entry) for entry in trainer.get("callbacks") or [] if _matters(entry)]
     arguments = _without(settings["model"]["init_args"], (*MODEL_NOT_IN_KEY, "model"))
     data = _without(settings["data"], (*DATA_NOT_IN_KEY, "shards", "processor", "verify_shards"))
-    if data.get("order") == "buffer":  # the only order of earlier versions: their runs are the same runs
+    if data.get("order") == "buffer":  # the only order of earlier versions, so their runs keep their keys
         del data["order"]
     if (weights := mixing_weights(settings["data"]["shards"])) is not None:
         data["weights"] = weights
@@ -88,7 +89,7 @@ def _inputs(settings: Mapping[str, Any]) -> Inputs:
     paths = {"model.init_args.model": [settings["model"]["init_args"]["model"]]}
     paths["data.shards"] = preflight.shard_list(settings)
     inputs: Inputs = {name: [(str(path), path_fingerprint(path)) for path in group] for name, group in paths.items()}
-    # A user's reward decides what is learnt, as a setting does: with another one it is another run.
+    # A user's reward changes the results as a setting does, so another reward is another run.
     rewards = settings["model"]["init_args"].get("rewards") or []
     if own := users_files(source_code(class_modules(rewards))):
         inputs["model.init_args.rewards"] = list(own.items())
@@ -103,7 +104,7 @@ def _trusting(settings: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def _matters(callback: Mapping[str, Any]) -> bool:
-    if callback["class_path"] == COLLAPSE:  # a warning changes nothing, and a stopped run is not finished
+    if callback["class_path"] == COLLAPSE:  # a warning does not change results, and a stopped run is not finished
         return callback.get("init_args", {}).get("action") == "roll_back"
     return callback["class_path"] not in CALLBACKS_NOT_IN_KEY
 
@@ -114,7 +115,7 @@ def _callback(callback: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without(settings: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """The settings but for those of these names; "group.name" leaves out one setting of a group."""
+    """The settings without those of these names; "group.name" removes one setting of a group."""
     kept = {name: value for name, value in settings.items() if name not in names}
     for group, _, name in (full.partition(".") for full in names):
         if name and isinstance(kept.get(group), Mapping):

@@ -1,4 +1,6 @@
-"""Steps of an experiment: each is a process that runs once for the same command and inputs, also across kills."""
+"""Steps of an experiment: each is a process that runs once for the same command and inputs, even if the pipeline is
+killed and restarted.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from experiments.runs.changes import Choice, changed_text, decide, is_stale, kep
 from experiments.runs.wandb_runs import child_environment
 
 ROOT = Path(__file__).resolve().parents[2]
-CLOCK_SECONDS = 5.0  # the time spent is written down so often; a kill loses at most this
+CLOCK_SECONDS = 5.0  # interval at which the elapsed time is saved; a kill loses at most this time
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,16 @@ class Step:
     """One process.
 
     Args:
-        title: for messages.
+        title: name of the step, for messages.
         marker: the file that says that the step is done.
         command: module and arguments of `python -m`.
         inputs: files and folders that the process reads.
         result: a JSON file with a key that the process writes, and other commands may write too. The step is done only
             while the file has the same key.
-        environment: more variables for the process, such as W&B names; none may change the result.
+        environment: more variables for the process, such as W&B names; they must not change the result.
         modules: the modules whose code makes the result.
-        choice: keep or redo a step that other code has made; the process gets the same flag.
-        proof: a file that changes whenever the process has computed anything.
+        choice: keep or repeat a step that was made with other code; the process gets the same flag.
+        proof: a file that changes if the process has computed anything.
     """
 
     title: str
@@ -60,7 +62,7 @@ class Step:
         return fingerprint(self.command, [path_fingerprint(path) for path in self.inputs])
 
     def seconds_if_done(self) -> float | None:
-        """The seconds that it took, if it is done with the present command, inputs and code; else None."""
+        """Its duration in seconds if it is done with the present command, inputs and code; otherwise None."""
         marker = read_json(self.marker)
         done = marker.get("done") and marker.get("result_key") == self.result_key() and marker["key"] == self.key()
         return marker["seconds"] if done and not is_stale(marker, self.code(), self.choice) else None
@@ -72,17 +74,18 @@ class Step:
         return self.proof.read_bytes() if self.proof and self.proof.is_file() else None
 
     def is_stale(self) -> bool:
-        """Whether other code began or finished it with the present command and inputs."""
+        """Whether it was started or finished with the present command and inputs, but with other code."""
         marker = read_json(self.marker)
         return marker.get("key") == self.key() and is_stale(marker, self.code(), self.choice)
 
 
 class Plan:
-    """The steps of an experiment in their order, with the time that each is expected to take.
+    """The steps of an experiment in order, with the expected time of each.
 
     Args:
         steps: all steps.
-        minutes: title of a step, or the name before its colon -> expected minutes, as measured before; {}: not known.
+        minutes: title of a step, or the name before its colon -> expected minutes from earlier measurements; {} if
+            unknown.
     """
 
     def __init__(self, steps: Sequence[Step], minutes: Mapping[str, float]) -> None:
@@ -91,21 +94,21 @@ class Plan:
         self.spent: dict[Path, float] = {}
 
     def begin(self, step: Step) -> dict[str, str]:
-        """The variables that tell the process of the step its place (`datamodules.persistence.durations`)."""
+        """The environment variables with the position of the step (`datamodules.persistence.durations`)."""
         number = [each.marker for each in self.steps].index(step.marker) + 1
         later = self.seconds_of(self.steps[number:])
         place = {STAGE: f"{number} of {len(self.steps)}, {step.title}"}
         return place | ({} if later is None else {LATER_SECONDS: str(round(later))})
 
     def seconds_of(self, steps: Sequence[Step]) -> float | None:
-        """Expected seconds of the steps that are not done; None if a step has no expectation."""
+        """Expected seconds of the steps that are not done; None if the time of a step is unknown."""
         waiting = [step for step in steps if step.seconds_if_done() is None]
         if any(step.marker not in self.expected for step in waiting):
             return None
         return self.pace() * sum(self.expected[step.marker] for step in waiting)
 
     def pace(self) -> float:
-        """How much slower this machine is than expected, by the steps that have run here; 1 before any."""
+        """The factor between measured and expected time of the steps that have run here; 1 before any step."""
         known = [marker for marker in self.spent if marker in self.expected]
         return sum(self.spent[m] for m in known) / sum(self.expected[m] for m in known) if known else 1.0
 
@@ -116,12 +119,13 @@ class Plan:
         return "" if left is None else f"; about {in_words(left)} left of all stages"
 
     def end(self, step: Step, seconds: float) -> None:
-        """Note the seconds that a step has taken in this process."""
+        """Record the seconds of a step in this process."""
         self.spent[step.marker] = seconds
 
 
 def settle(steps: Sequence[Step]) -> None:
-    """Before any step runs: keep the steps that other code has made, or leave them to be made again, as is chosen.
+    """Before any step runs: mark steps that were made with other code as kept, or let them be repeated, as the user has
+    chosen.
 
     Raises CodeChanged, which names the steps and the changed files, if there is no choice.
     """
@@ -140,7 +144,7 @@ def run_step(step: Step, plan: Plan | None = None) -> float:
 
     Args:
         step: the step.
-        plan: the place of the step in the whole, for messages and for the lines of its process.
+        plan: all steps, for messages and for the progress lines of the process.
     """
     place = plan.begin(step) if plan else {}
     seconds = step.seconds_if_done()
@@ -148,7 +152,7 @@ def run_step(step: Step, plan: Plan | None = None) -> float:
         say(f"{step.title}: done before, in {seconds:.0f} s")
         return seconds
 
-    # The time of earlier attempts counts, if they were of the same step and are not made again.
+    # The time of earlier attempts is added, if they belong to the same step and are not repeated.
     key, old, redone = step.key(), read_json(step.marker), step.is_stale()
     command = [*step.command, *([f"--{step.choice}"] if step.choice else [])]
     if place:
@@ -157,12 +161,12 @@ def run_step(step: Step, plan: Plan | None = None) -> float:
     goes_on = old.get("key") == key and not redone
     before, start = old["seconds"] if goes_on else 0.0, time.monotonic()
     code = origin(old) if goes_on else {"code": step.code()}
-    # If the process leaves the proof as it is, it had nothing to compute, and the old time stays.
+    # If the process does not change the proof, it had nothing to compute, and the old time is kept.
     proof = step.read_proof() if old.get("done") and not redone else None
 
     def note(done: bool) -> float:
         seconds = round(before + time.monotonic() - start, 1)
-        # The marker of another, finished run stays until the step has moved that run aside, or is done.
+        # The marker of another, finished run stays until the step has renamed the folder of that run, or is done.
         marker = read_json(step.marker)
         free = done or marker.get("key") == key or not marker.get("done")
         if step.marker.parent.is_dir() and free:  # the step creates its folder itself
@@ -173,7 +177,7 @@ def run_step(step: Step, plan: Plan | None = None) -> float:
     def tick() -> None:
         try:
             note(False)
-        except OSError as error:  # only the clock failed; the step finds out by itself whether it can go on
+        except OSError as error:  # only the clock failed; the step itself notices if it cannot continue
             say(f"{step.title}: the time spent is not noted: {error}")
 
     status = run_process([sys.executable, "-m", *command], tick, {**step.environment, **place})
@@ -192,7 +196,7 @@ def run_step(step: Step, plan: Plan | None = None) -> float:
 
 
 def run_process(command: list[str], tick: Callable[[], Any], environment: Mapping[str, str] | None = None) -> int:
-    """Run a command to its end; its exit code.
+    """Run a command to its end; returns its exit code.
 
     SIGTERM is passed on to the command. SLURM's warning signal stops it too, and then requeues the job. Ctrl-C reaches
     the command directly, and this process waits, because the command saves a checkpoint then.

@@ -1,7 +1,7 @@
-"""Errors of a command line or a YAML as short messages: the setting, its value, where it stands, and a suggestion.
+"""Errors of a command line or a YAML as short messages: the setting, its value, its position, and a suggestion.
 
 jsonargparse describes an error as a tree of everything that it has tried, below all options of the command. `explain`
-finds the branch that the user meant. This file needs the standard library alone.
+finds the branch that the user meant. This file needs only the standard library.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-MOST_CHARACTERS = 80  # of a value that is repeated in a message
+MOST_CHARACTERS = 80  # largest length of a value in a message
 MOST_LINES = 5
 WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
 # Fields of a phase. A pipeline takes them only for one of its stages.
@@ -53,13 +53,13 @@ def explain(
     """A parser's error in at most `MOST_LINES` lines.
 
     Args:
-        message: what argparse or jsonargparse says.
+        message: the message of argparse or jsonargparse.
         words: the command line.
         known: dotted names of the command's settings.
         class_settings: dotted names of the settings of a class path.
     """
     flags = [name.replace("--", "", 1) for name in known]
-    # A flag that a class does not have stands inside the tree, without the name of the setting that holds the class.
+    # An unknown flag of a class is inside the tree, without the name of the setting that holds the class.
     if found := _UNKNOWN_OF_CLASS.search(message):
         key, path, rest = found.groups()
         settings = [f"{key}.{name}" for name in class_settings(path)]
@@ -81,14 +81,14 @@ def suggest(word: str, known: Collection[str]) -> str:
     """ "; did you mean X?" for the known dotted name that is nearest to `word`; "" if none is near."""
     if near := difflib.get_close_matches(word, known, 1, 0.75):
         return f"; did you mean {near[0]}?"
-    # The last part alone: model.beta for loss.kl_beta.
+    # Compare only the last part: model.beta for loss.kl_beta.
     ends = {name.rpartition(".")[2]: name for name in known}
     near = difflib.get_close_matches(word.rpartition(".")[2], ends, 1, 0.6)
     return f"; did you mean {ends[near[0]]}?" if near else ""
 
 
 def _explain_unrecognized(words: Sequence[str], known: Collection[str]) -> str:
-    """Each unknown flag with what it may have meant."""
+    """Each unknown flag with a suggestion."""
     lines = []
     for word in words[: MOST_LINES - 1]:
         name = word.partition("=")[0].lstrip("-")
@@ -181,7 +181,7 @@ def _explain_leaves(
 
 
 def _explain_class(leaf: Leaf, found: re.Match, words: Sequence[str]) -> str:
-    """A class path that names nothing, with the nearest class of its module, or what its module cannot do without."""
+    """A class path that does not exist, with the nearest class of its module, or the missing package of its module."""
     path = leaf.owner or ".".join(filter(None, found.groups()))
     place = f"{_where(re.escape(path), words, value=True)}{leaf.path or 'class_path'}"
     if found.re is _NO_MODULE and not path.startswith(found[1].split(".")[0]):

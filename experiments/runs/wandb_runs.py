@@ -1,4 +1,7 @@
-"""Weights & Biases: online with a key, else offline, and never a prompt that waits. One run per phase folder."""
+"""Weights & Biases: online with a key, otherwise offline, and never an interactive prompt.
+
+There is one run per phase folder.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ PROJECT = "multi-image-grounding"
 
 
 def choose_wandb_mode() -> str:
-    """Set WANDB_MODE to offline if there is no key, unless the user has set it; the mode."""
+    """Set WANDB_MODE to offline if there is no key, unless the user has set it. Returns the mode."""
     if not os.environ.get("WANDB_MODE"):
         os.environ["WANDB_MODE"] = "online" if has_key() else "offline"
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -30,7 +33,7 @@ def choose_wandb_mode() -> str:
 def wandb_run_id(folder: Path, key: str) -> str:
     """The W&B id of the run in this phase folder. It stays the same after a resume."""
     file = Path(folder) / "wandb_id"
-    if os.environ.get("WANDB_SWEEP_ID"):  # W&B's agent has named the run, and takes no other name
+    if os.environ.get("WANDB_SWEEP_ID"):  # W&B's agent has named the run and accepts no other name
         write_atomic(file, os.environ["WANDB_RUN_ID"])
     elif not file.is_file() or not file.read_text().startswith(key[:8]):
         write_atomic(file, f"{key[:8]}{secrets.token_hex(4)}")
@@ -46,10 +49,10 @@ def wandb_identity(folder: Path, run_id: str) -> dict[str, Any]:
     phase = Path(folder).resolve()
     experiment = phase.parent.name
     group = os.environ.get("WANDB_RUN_GROUP") or experiment
-    kind = os.environ.get("WANDB_JOB_TYPE") or phase.name  # a sweep says that its phases are trials
+    kind = os.environ.get("WANDB_JOB_TYPE") or phase.name  # a sweep marks its phases as trials
     names = {"group": group, "job_type": kind, "name": f"{experiment}/{phase.name}"}
     tags = with_given_tags(*re.split(r"-(?=seed\d+$)", experiment), phase.name)
-    names["tags"] = [tag[:64] for tag in tags]  # W&B refuses longer ones
+    names["tags"] = [tag[:64] for tag in tags]  # W&B refuses longer tags
     return {"project": PROJECT, "id": run_id, "resume": "allow"} | names
 
 
@@ -79,11 +82,11 @@ def log_evaluation(
     settings: Mapping[str, Any],
     previews: Sequence[Sequence[Any]] = (),
 ) -> None:
-    """Log an evaluation behind the last training step of the W&B run of the phase in `folder`.
+    """Log an evaluation to the W&B run of the phase in `folder`, after its last training step.
 
     `settings` go into the run's config as "evaluation", with the commit; `previews` are rows of `preview_table`. A
-    folder that nothing was trained in, such as the base model's, gets a run of its own, by the evaluation's key. A
-    phase that was trained without W&B stays without.
+    folder without training, such as that of the base model, gets its own run, identified by the key of the evaluation.
+    A phase that was trained without W&B gets no run.
     """
     import wandb
 
@@ -113,9 +116,9 @@ def log_summary(folder: Path, values: Mapping[str, float], tables: Mapping[str, 
     """Log figures and tables of a whole experiment to one W&B run. Nothing is logged twice in a row.
 
     Args:
-        folder: outputs/<experiment>/<name>, which names the run.
-        values: figures by name.
-        tables: rows of text cells, header first, by title.
+        folder: outputs/<experiment>/<name>; it gives the name of the run.
+        values: name -> number.
+        tables: title -> rows of text cells, header first.
     """
     import wandb
 

@@ -1,1 +1,1 @@
-"""Sharing a trained model: its card, its adapter, and a repository on the Hub."""
+"""Share a trained model: its card, its adapter, and a repository on the Hub."""

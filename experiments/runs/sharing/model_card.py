@@ -1,7 +1,7 @@
 """The model card: README.md in a merged model's folder, for readers on the Hub and for the Hub's own filters.
 
 Everything in it is read from the phase's files: settings from config.yaml, scores from the evaluations' result.json,
-the commit from started.json, the prompt from prompt_form.json. Nothing is typed in by hand.
+the commit from started.json, the prompt from prompt_form.json. Nothing is written by hand.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ METHODS = {
     "lightning_modules.cot_sft.CoTSFT": "supervised fine-tuning on answers, with thinking where the data have it",
     "lightning_modules.grpo.GRPO": "GRPO, reinforcement learning with rewards by rules",
 }
-# Settings of config.yaml that a reader asks for first: dotted place, in the order of the table.
+# The most important settings of config.yaml: dotted names, in the order of the table.
 SETTINGS = (
     "model.init_args.lora",
     "model.init_args.learning_rate",
@@ -70,8 +70,8 @@ def write_model_card(phase: str | Path, license_name: str | None = None) -> Path
 
     Args:
         phase: the phase's folder, with config.yaml and merged/.
-        license_name: the Hub's name of a licence, such as "apache-2.0"; None writes none, because the licence is the
-            base model's, which no file here names.
+        license_name: the Hub's name of a licence, such as "apache-2.0"; None writes none, because the licence is that
+            of the base model, and no file here names it.
 
     Raises:
         OtherVersion: a result was written by an earlier version of the project.
@@ -107,11 +107,11 @@ def card_text(
     """The text of a card.
 
     Args:
-        name: of the model.
+        name: name of the model.
         config: the phase's config.yaml.
-        results: contents of result.json, one a benchmark.
+        results: contents of result.json, one per benchmark.
         form: `read_prompt_form` of the merged model; {} if it has none.
-        commit: of the project, when the phase started.
+        commit: commit of the project at the start of the phase.
         license_name: as in `write_model_card`.
     """
     model = config["model"]["init_args"]
@@ -138,7 +138,7 @@ def card_text(
 
 
 def _front_matter(base: str, license_name: str | None) -> str:
-    """The YAML by which the Hub files a model. Only a Hub name is a base model there."""
+    """The YAML with which the Hub classifies a model. The Hub accepts only a Hub name as base model."""
     fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
     if license_name:
         fields["license"] = license_name
@@ -199,7 +199,7 @@ def _prompt(form: Mapping[str, Any]) -> str:
         "Images first, then the question, then the text below. Each image is "
         + ('labelled "Picture 1: ", "Picture 2: " and so on.' if labels else "not labelled."),
         "",
-        "```text",  # a fence, because a page would take <think> for a tag of HTML
+        "```text",  # a fence, because otherwise <think> would be parsed as an HTML tag
         suffix.strip() or "(nothing)",
         "```",
         "",

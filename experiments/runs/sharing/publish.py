@@ -20,11 +20,11 @@ from experiments.runs.commands import command
 from experiments.runs.parsers import run_cli
 from experiments.runs.sharing.model_card import CARD, write_model_card
 
-ADAPTER_FOLDER = "adapter"  # of a phase, and of the repository
+ADAPTER_FOLDER = "adapter"  # folder of the adapter in a phase and in the repository
 
 
 class PublishError(UserError):
-    """Something that cannot be published; the message names it and the fix."""
+    """The model cannot be published. The message has the reason and the fix."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Publication:
         repo: owner/name on the Hub; it is created if it does not exist
         private: create it as a private repository
         license_name: the Hub's name of the licence of the base model, such as apache-2.0, for the card
-        message: of the commit
+        message: message of the commit
     """
 
     model: str
@@ -50,9 +50,9 @@ def publish(asked: Publication) -> str:
     """Write the card and upload everything; returns the address of the commit.
 
     Raises:
-        PublishError: the folder is no merged model of a phase, there is no key, or the Hub refuses.
+        PublishError: the folder is not a merged model of a phase, there is no key, or the Hub refuses.
     """
-    # 1. The names, the folder and its phase, before anything is sent.
+    # 1. Check the names, the folder and its phase before anything is uploaded.
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", asked.repo):
         raise PublishError(f"repo={asked.repo!r} must be owner/name")
     folder = local_folder(asked.model)
