@@ -1,1 +1,1 @@
-"""The policy and everything that knows the inside of Qwen2.5-VL."""
+"""The policy, and all code that depends on the structure of Qwen2.5-VL."""

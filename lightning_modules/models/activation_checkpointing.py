@@ -1,6 +1,6 @@
-"""Activation checkpointing of as few layers as a memory budget allows.
+"""Activation checkpointing for the smallest number of layers that fits a memory budget.
 
-A checkpointed layer does not keep its activations for the backward pass but computes them again.
+A checkpointed layer does not keep its activations; the backward pass computes them again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ GIB = 1 << 30
 
 
 class ActivationBudget:
-    """Chooses for each packed row which decoder layers are checkpointed: a short row needs none.
+    """Chooses the checkpointed decoder layers for each packed row. A short row needs none.
 
     The activation memory per token is measured on the last layer during the first row, because it depends on precision,
     LoRA and the attention kernel. Checkpointing is switched off for the *last* layers: the backward pass reaches them
@@ -31,13 +31,13 @@ class ActivationBudget:
         """
         self.layers, self.budget = layers, gib * GIB
         self.allocated = allocated or torch.cuda.memory_allocated
-        self.bytes_per_token: float | None = None  # of one layer
+        self.bytes_per_token: float | None = None  # activations of one layer
 
     def num_kept(self, num_tokens: int) -> int:
-        """How many layers keep their activations for a row of `num_tokens`."""
+        """Number of layers that keep their activations for a row of `num_tokens`."""
         if self.bytes_per_token is None:
             return 1  # the last layer, on which the memory is measured
-        # While one layer is recomputed it needs the memory of one layer, too.
+        # While a layer is recomputed, the memory of one more layer is needed.
         room = int(self.budget // max(self.bytes_per_token * num_tokens, 1))
         return len(self.layers) if room >= len(self.layers) else max(room - 1, 0)
 

@@ -1,10 +1,10 @@
 """FSDP2: the weights, gradients and optimizer state of each decoder layer are sharded over all ranks.
 
-A layer's weights are gathered for its forward and its backward pass and freed after each. Its gradients are summed over
-ranks, and each rank keeps its own shard of the sum. Embeddings, head, last norm and vision tower are replicated: head
-and tower run a different number of times on each rank, and gathering is a collective operation. Sampling runs on a
-full copy that is gathered once a rollout (`ShardedModel`), because gathering all layers for each token would take
-longer than the token.
+The weights of a layer are gathered for its forward pass and for its backward pass, and freed after each. Its gradients
+are summed over ranks, and each rank keeps its own shard of the sum. Embeddings, head, last norm and vision tower are
+replicated: head and tower run a different number of times on each rank, but gathering is a collective operation.
+Sampling runs on a full copy that is gathered once per rollout (`ShardedModel`), because gathering all layers for each
+token would take longer than computing the token.
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ def shard_layers(model: nn.Module, architecture: Architecture, mesh: DeviceMesh)
     decoder, layers = architecture.text_model(model), architecture.decoder_layers(model)
     inside = {id(p) for layer in layers for p in layer.parameters()}
     others = {p for p in decoder.parameters() if id(p) not in inside}
-    # The decoder is the common root of the layers: through it one layer prefetches the next. It shards no own weights.
+    # The decoder is the common root of the layers, so that each layer prefetches the next one. Its own weights are not
+    # sharded.
     units = [fully_shard(layer, mesh=mesh) for layer in layers]
     units.append(fully_shard(decoder, mesh=mesh, ignored_params=others))
     for unit in units:
-        # FSDP would average. Sums are wanted: PolicyModule divides once, by the tokens or completions of all ranks.
+        # FSDP would average gradients. Sums are needed, because PolicyModule divides once, by the tokens or completions
+        # of all ranks.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
 
@@ -48,7 +50,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def local_shard(tensor: Tensor, like: Tensor) -> Tensor:
-    """A full `tensor` in the form in which this rank holds `like`: sharded if `like` is. No communication."""
+    """Convert a full `tensor` to the placement of `like`: sharded if `like` is sharded. No communication."""
     if not isinstance(like, DTensor):
         return tensor
     tensor = tensor.to(device=like.device, dtype=tensor.dtype)
@@ -56,13 +58,14 @@ def local_shard(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 class ShardedModel:
-    """A model with sharded decoder layers, which can make full copies of itself."""
+    """A model with sharded decoder layers; it can make full copies of itself."""
 
     def __init__(self, model: nn.Module, architecture: Architecture, mesh: DeviceMesh) -> None:
         """Shards the decoder layers of `model`, in place."""
         self.model = model
         self._gathered: nn.Module | None = None
-        # Sharding changes the modules. Full copies are made from a structure without weights, kept from before.
+        # Sharding changes the modules. Full copies are made from a structure without weights that is saved before
+        # sharding.
         memo: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
         for parameter in model.parameters():
             memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
@@ -73,8 +76,8 @@ class ShardedModel:
     def gathered(self) -> Iterator[None]:
         """Keep a full copy for `decoder` inside the context.
 
-        All ranks must enter together. Each may then decode as often as it likes, without the others. A nested call
-        does nothing.
+        All ranks must enter together. Inside, each rank may decode independently of the others. A nested call does
+        nothing.
         """
         if self._gathered is not None:
             yield
@@ -94,10 +97,11 @@ class ShardedModel:
     def copy(self, device: torch.device | str | None = None) -> nn.Module:
         """A full copy of the model as it is now, with each LoRA layer merged. All ranks must call this together.
 
-        Layers are gathered one by one, so that never more than the copy and one layer are in memory.
+        Layers are gathered one by one, so that at most the copy and one layer are in memory.
 
         Args:
-            device: of the copy; None: the model's. Replicated tensors are shared unless the device differs.
+            device: device of the copy; None takes the device of the model. Replicated tensors are shared unless the
+                device differs.
         """
         parameters = dict(self.model.named_parameters())
 
@@ -122,9 +126,9 @@ def sum_gradients(parameters: Sequence[nn.Parameter], add_up: Callable[[Tensor],
     """Replace every gradient by its sum over ranks; a rank without a gradient adds zeros.
 
     Args:
-        parameters: all that are trained, in the same order on each rank. Gradients of sharded parameters are left as
-            they are: FSDP has summed them in the backward pass.
-        add_up: the sum of a tensor over ranks; None: there is one rank.
+        parameters: all trained parameters, in the same order on each rank. Gradients of sharded parameters are not
+            changed, because FSDP has summed them in the backward pass.
+        add_up: returns the sum of a tensor over ranks; None if there is one rank.
     """
     for parameter in parameters:
         if parameter.grad is None:
@@ -140,19 +144,17 @@ def sum_gradients(parameters: Sequence[nn.Parameter], add_up: Callable[[Tensor],
 
 
 def clip_sharded(parameters: Sequence[nn.Parameter], limit: float, add_up: Callable[[Tensor], Tensor]) -> Tensor:
-    """`clip_grad_norm_` for sharded and replicated gradients together, a mixture that torch's function refuses.
+    """`clip_grad_norm_` for sharded and replicated gradients together; torch's function does not support this mixture.
 
     Args:
-        parameters: with gradients that are summed over ranks (`sum_gradients`).
+        parameters: parameters whose gradients are summed over ranks (`sum_gradients`).
         limit: largest norm of all gradients together.
-        add_up: the sum of a tensor over ranks.
-
-    Returns:
+        add_up: returns the sum of a tensor over ranks. Returns:
         The norm before clipping.
     """
     sharded = [p.grad.to_local() for p in parameters if isinstance(p, DTensor)]
     replicated = [p.grad for p in parameters if not isinstance(p, DTensor)]
-    # Squared norms add up: those of the shards over ranks, that of the replicated gradients once.
+    # The squared norm is the sum over the shards of all ranks, plus the replicated gradients once.
     of_shards = torch.nn.utils.get_total_norm([shard for shard in sharded if shard.numel()]) ** 2
     norm = (add_up(of_shards.double()) + torch.nn.utils.get_total_norm(replicated).double() ** 2).sqrt()
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)  # as in torch's clip_grad_norm_

@@ -1,9 +1,9 @@
-"""Writes a merged model as a folder that loads wherever its source model loads.
+"""Write a merged model as a folder that every program can load that can load its source model.
 
-Only the weights are new. Configuration, tokenizer, processor, template and generation settings are the source's files,
-byte for byte. Tensors and weight files have the source's names. `save_pretrained` of a new release of transformers
-would write another layout (nested configurations, renamed tensors), which older releases and other programs cannot
-read.
+Only the weights are new. Configuration, tokenizer, processor, template and generation settings are exact copies of the
+source's files. Tensors and weight files have the same names as in the source. `save_pretrained` of a new release of
+transformers would write another layout (nested configurations, renamed tensors), which older releases and other
+programs cannot read.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from lightning_modules.models.architectures.base import Architecture
 
 
 def name_in_model(stored: str, names: Iterable[str], architecture: Architecture) -> str | None:
-    """The name, among `names` in transformers 5, of the tensor that a published file calls `stored`; None if none."""
+    """The name in transformers 5 (one of `names`) of the tensor with the name `stored` in a published file; None if
+    there is none.
+    """
     prefixes = architecture.published_prefixes
     candidates = (own + stored.removeprefix(published) for published, own in prefixes if stored.startswith(published))
     return next((name for name in candidates if name in names), None)
 
 
 def check_names(source: str | Path, names: Iterable[str], architecture: Architecture) -> None:
-    """Raise ModelError for a tensor in the source's files that merging could not name; call it before training."""
+    """Raise ModelError if a tensor in the source's files has no counterpart in the model. Call this before training."""
     for file in weight_files(local_folder(source)):
         for tensor in stored_tensors(file):
             if name_in_model(tensor.name, names, architecture) is None:
@@ -48,14 +50,14 @@ def write_merged(
     architecture: Architecture,
     texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a merged model; `folder` appears whole or not at all.
+    """Write a merged model; `folder` appears complete or not at all.
 
     Args:
         state: {name in the model: value}. Values keep the type that they are trained in.
-        source: the folder or Hub repository that the model was loaded from. A tied head is written only where its
-            files have it.
-        folder: is replaced if it is there.
-        architecture: the model's.
+        source: the folder or Hub repository that the model was loaded from. A tied head is written only if these files
+            contain it.
+        folder: the folder to write; an existing one is replaced.
+        architecture: architecture of the model.
         texts: {file name: content} of further files.
 
     Raises:
@@ -90,7 +92,8 @@ def _tensors_of(
         if name is None:
             raise ModelError(f"model: {str(source)!r}: {tensor.name} in {file.name} was not there when it was loaded")
         value = state[name].detach().contiguous()
-        # safetensors refuses two names of one memory (a tied head), so the second becomes a tensor of its own.
+        # safetensors does not allow two names for one memory block (a tied head), so the second becomes a separate
+        # tensor.
         tensors[tensor.name] = value.clone() if value.data_ptr() in written else value
         written.add(value.data_ptr())
     return tensors

@@ -1,6 +1,6 @@
 """The policy: a vision-language model with its tokenizer, adapter and reference.
 
-What the model is made of is asked of its `Architecture`; how it runs fast, of `layers/accelerate.py` and `inference`.
+The model's structure is in its `Architecture`, faster layers in `layers/accelerate.py` and `inference`.
 `datamodules/checkpoints/pretrained.py` loads it.
 
 Shapes: N target tokens, D hidden width, L tokens of a packed row.
@@ -54,21 +54,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class QwenVL(nn.Module):
-    """The model that is trained, its frozen reference, and what both need for prompts and images.
+    """The trained model, its frozen reference, and the common code for prompts and images.
 
-    On the meta device only `config.json` is read and no weight is allocated.
+    On the meta device, only `config.json` is read, and no weights are allocated.
 
     Args:
         path: a folder or a Hub name, of a family in `architectures.registry`.
         lora: train an adapter on the language model; None: train the language model's own weights.
-        dtype: of the weights; a key of `DTYPES`. The adapter is always float32.
+        dtype: data type of the weights, a key of `DTYPES`. The adapter is always float32.
         freeze_vision: the vision tower is not trained.
-        with_reference: keep what `token_log_probs(..., reference=True)` needs.
+        with_reference: keep a reference, for `token_log_probs(..., reference=True)`.
         gradient_checkpointing: compute activations again in the backward pass.
-        activation_gib: checkpoint only as many layers as this memory for activations demands (`ActivationBudget`).
+        activation_gib: GiB for activations; only as many layers as needed are checkpointed (`ActivationBudget`).
 
     Raises:
-        ValueError: settings that cannot work, or a model's files that cannot be used (`ModelError`).
+        ValueError: a setting is invalid, or the files of the model cannot be used (`ModelError`).
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class QwenVL(nn.Module):
     def banned_token_ids(self) -> tuple[int, ...]:
         """Tokens that are never sampled in training.
 
-        An image placeholder in a completion would be taken for one of the prompt's in every later forward pass.
+        In every later forward pass, an image placeholder in a completion would count as a placeholder of the prompt.
         """
         return special_ids(self.base.config, self.tokenizer, self.eos_ids)
 
@@ -164,11 +164,11 @@ class QwenVL(nn.Module):
     def encode_images(self, items: Sequence[EncodedSample], reference: bool = False) -> list[Tensor]:
         """Features of each item's images, in order: [tokens, F] for each item.
 
-        An image that is in several items is encoded once. Gradients reach only a vision tower that is trained.
+        An image that is in several items is encoded once. Only a trained vision tower gets gradients.
 
         Args:
-            items: with patches and grids on the policy's device.
-            reference: encode with the reference's tower, where that is a copy, without gradient.
+            items: samples with patches and grids on the policy's device.
+            reference: encode with the vision tower of the reference (if it is a copy), without gradient.
         """
         model = self.reference_model if reference and self.reference_model is not None else self.base
         cache = self.feature_cache if self.freeze_vision else None  # the cache is of a frozen tower
@@ -185,24 +185,24 @@ class QwenVL(nn.Module):
         with_best: bool = False,
         with_entropy: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Log-probability of each target of a packed row, under the distribution that rollouts sample from.
+        """Log-probability of each target of a packed row, under the sampling distribution of rollouts.
 
         Args:
             rows: one row of `pack_rows`.
-            features: `encode_images` of all items that were given to `pack_rows`.
+            features: the result of `encode_images` for all items of `pack_rows`.
             temperature: divides the logits.
             reference: compute with the reference, without gradient.
-            ban_tokens: leave out the tokens that are never sampled in training. If not, the softmax is over the whole
+            ban_tokens: exclude the tokens that are never sampled in training. If False, the softmax is over the whole
                 vocabulary, as in supervised training.
-            with_best: also return the likeliest token in the place of each target.
-            with_entropy: also return the entropy of the distribution in the place of each target, in nats.
+            with_best: also return the most likely token at the position of each target.
+            with_entropy: also return the entropy of the distribution at the position of each target, in nats.
 
         Returns:
             float32 [N], in the order of `rows.targets`; with `with_best` also token ids, long [N], or with
             `with_entropy` float32 [N].
 
         Raises:
-            ValueError: `reference` of a policy without one.
+            ValueError: `reference` is set, but the policy has no reference.
         """
         banned, images = self.banned if ban_tokens else None, [features[index] for index in rows.items]
         # Compute in the precision of the weights: beside half-precision weights the adapter is kept in float32.
@@ -211,7 +211,7 @@ class QwenVL(nn.Module):
         with self._acting(reference) as model, autocast, self._checkpointing(rows):
             embeddings = self.embed(model, rows.input_ids, images, rows.image_token_index(self.image_token_id))
             hidden = model.hidden_states(rows.attention, rows.position_ids, embeddings)[0]  # [L, D]
-            # Logits only where a target is predicted: a prompt's tokens need none.
+            # Compute logits only at positions that predict a target. Prompt tokens need none.
             predicting = hidden[rows.predict]  # [N, D]
             log_probs, best, entropies = score_tokens(
                 predicting, rows.targets, model.lm_head, banned, temperature, with_best, with_entropy
@@ -221,19 +221,19 @@ class QwenVL(nn.Module):
         return (log_probs, best) if with_best else log_probs
 
     def dummy_log_prob(self, reference: bool = False) -> Tensor:
-        """log p of one token in a row without images: it makes the same passes through the layers as any row."""
+        """log p of one token in a row without images. It makes the same passes through the layers as any other row."""
         token = torch.tensor([self.eos_ids[0]], device=self.device)
         return self.token_log_probs(one_token_row(token), [], reference=reference).sum()
 
     def embed(
         self, model: SamplingModel, input_ids: Tensor, features: Sequence[Tensor], placeholders: Tensor
     ) -> Tensor:
-        """Token embeddings [..., D] with image features in their places.
+        """Token embeddings [..., D] in which image features replace the placeholders.
 
         Args:
-            model: whose embeddings are taken.
+            model: the model with the embeddings.
             input_ids: long [...].
-            features: of the images in order, each [tokens, F].
+            features: features of the images in order, each [tokens, F].
             placeholders: indices of the image placeholders in `input_ids`, flattened; long, one for each image token.
 
         Raises:
@@ -260,8 +260,8 @@ class QwenVL(nn.Module):
             yield model
 
     def _checkpointing(self, rows: PackedRows) -> AbstractContextManager:
-        """Checkpoint only as many layers as this row's activations need. Without a budget, or where memory cannot be
-        counted, gradient checkpointing stays as it was set, for all layers or none."""
+        """Checkpoint as few layers as this row allows. Without a budget, or if memory cannot be measured, gradient
+        checkpointing is not changed (all layers or none)."""
         budget, with_gradient = self.activations, self.training and torch.is_grad_enabled()
         if budget is None or not with_gradient or self.device.type != "cuda":
             return nullcontext()
@@ -282,7 +282,7 @@ class QwenVL(nn.Module):
             shard_layers(self.reference_model, self.architecture, mesh)
 
     def gathered(self) -> AbstractContextManager:
-        """Inside this context the policy can decode. Its weights may not change meanwhile.
+        """Inside this context, the policy can decode. Its weights must not change inside.
 
         If the policy is sharded, all ranks must enter together: gathering is a collective operation.
         """
@@ -296,14 +296,14 @@ class QwenVL(nn.Module):
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def save_adapter(self, folder: str | Path, write: bool = True) -> None:
-        """Write the adapter as PEFT saves it; nothing if there is none. All ranks must call it, one with `write`."""
+        """Write the adapter in PEFT's format, if there is one. All ranks must call it, one of them with `write`."""
         if isinstance(self.model, PeftModel):
             tensors = adapter_tensors(self.model)
             if write:
                 write_adapter(tensors, self.model, Path(folder))
 
     def save_merged(self, folder: str | Path, write: bool = True, texts: Mapping[str, str] | None = None) -> None:
-        """Write the model's folder again with the adapter merged into its weights (`write_merged`).
+        """Write a copy of the model's folder with the adapter merged into the weights (`write_merged`).
 
         All ranks must call it together, exactly one of them with `write`. `folder` appears complete or not at all; an
         older folder is replaced. `texts` are further files, {name: content}.

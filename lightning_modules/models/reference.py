@@ -1,10 +1,10 @@
-"""The reference: the frozen model that the policy is held near, and the policy as it was at a later moment (`refresh`).
+"""The reference: the frozen model in the KL term. It is the initial policy, or a later policy after `refresh`.
 
 It has one of three forms:
 
-- a copy of the model (`QwenVL.reference_model`), where more than an adapter is trained;
-- the policy without its adapter, where only an adapter is trained. This costs no memory;
-- the policy with a frozen copy of its adapter, once such a reference was refreshed.
+- a copy of the model (`QwenVL.reference_model`), if more than an adapter is trained;
+- the policy without its adapter, if only an adapter is trained. This needs no memory;
+- the policy with a frozen copy of its adapter, after such a reference was refreshed.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 
 
 class Reference:
-    """How a policy's reference answers, and what it is made of."""
+    """The reference of a policy, in one of the three forms."""
 
     def __init__(self) -> None:
         self._cached = CachedReference()
-        self._adapter: dict[str, Tensor] = {}  # the frozen copy, by names in `policy.model`; empty: no adapter
+        # the frozen copy of the adapter: name in `policy.model` -> tensor; empty means no adapter
+        self._adapter: dict[str, Tensor] = {}
 
     @contextmanager
     def acting(self, policy: QwenVL) -> Iterator[SamplingModel]:
@@ -38,13 +39,13 @@ class Reference:
         model = policy.base if policy.reference_model is None else policy.reference_model
         with torch.no_grad(), _exchanged(policy.model, self._adapter):
             cached = self._cached.read(model, with_adapter=bool(self._adapter))
-            # transformers' layers of a policy with an adapter are the reference while the adapter is switched off.
+            # With its adapter switched off, the policy's own model is the reference.
             switch_off = cached is None and model is policy.base and not self._adapter
             with policy.model.disable_adapter() if switch_off else nullcontext():
                 yield cached or PlainSamplingModel(model)
 
     def refresh(self, policy: QwenVL) -> None:
-        """Make the policy, as it is now, the reference."""
+        """Make the present policy the reference."""
         if policy.reference_model is None:
             self._adapter = {name: tensor.clone() for name, tensor in policy.trained_tensors()}
         else:
@@ -52,7 +53,7 @@ class Reference:
         self._cached = CachedReference()
 
     def state_dict(self, policy: QwenVL) -> dict[str, Tensor]:
-        """All that the reference does not share with the policy."""
+        """The tensors that the reference does not share with the policy, for the checkpoint."""
         if policy.reference_model is None:
             return dict(self._adapter)
         shared = {parameter.data_ptr() for parameter in policy.model.parameters()}
@@ -69,7 +70,7 @@ class Reference:
 
 @torch.no_grad()
 def _write(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy the tensors of `state` into those of `model`; a tensor that both share stays untouched."""
+    """Copy the tensors of `state` into those of `model`; shared tensors are not changed."""
     for name, tensor in model.state_dict().items():
         if name in state and tensor.data_ptr() != state[name].data_ptr():
             tensor.copy_(state[name])
@@ -77,17 +78,17 @@ def _write(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def _exchanged(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, the parameters named in `tensors` have those values, and the adapter has no dropout.
+    """Inside this context, the parameters named in `tensors` have these values, and the adapter has no dropout.
 
-    Their data are exchanged, not written: a graph of the policy that waits for its backward pass has saved the
-    parameters, and would refuse ones that were written in between.
+    The data of the parameters are exchanged, not overwritten. An autograd graph of the policy may have saved the
+    parameters for its backward pass, and in-place writes would make that pass fail.
     """
     parameters = dict(model.named_parameters()) if tensors else {}
     own = {name: parameters[name].data for name in tensors}
     dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.training and tensors]
     try:
         for name, tensor in tensors.items():
-            tensors[name] = tensor.to(parameters[name].device)  # a loaded one comes from the CPU
+            tensors[name] = tensor.to(parameters[name].device)  # a loaded tensor is on the CPU
             parameters[name].data = tensors[name]
         for module in dropouts:
             module.training = False

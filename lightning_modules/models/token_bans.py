@@ -1,6 +1,7 @@
-"""Special tokens of a model: those that end an answer, and those that it never writes.
+"""Special tokens of a model: tokens that end an answer, and tokens that are never sampled.
 
-In training a policy writes no special token but an end, in evaluation no placeholder of an image or video.
+In training, a policy samples no special tokens except end tokens. In evaluation, it samples no image or video
+placeholders.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ Ban = Literal["special", "placeholders"]
 
 
 def end_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Tokens that end an answer: those of the model's generation config and the tokenizer's own."""
+    """Tokens that end an answer, from the model's generation config and from the tokenizer."""
     listed = generation.eos_token_id
     ids = {*(listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id}
     return tuple(sorted(ids - {None}))
 
 
 def placeholder_ids(config: PreTrainedConfig) -> tuple[int, ...]:
-    """Image and video placeholders: a model that wrote one would change which images the prompt has."""
+    """Image and video placeholders. In an answer, they would be counted as further images of the prompt."""
     return tuple(sorted({config.image_token_id, config.video_token_id}))
 
 
 def special_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> tuple[int, ...]:
-    """All special tokens but `ends`, and ids that no token has.
+    """All special tokens except `ends`, and ids without a token.
 
-    In evaluation they may be written, as with transformers and vLLM: official prompts ask for `<|box_start|>`.
+    In evaluation they are allowed, as in transformers and vLLM, because official prompts ask for `<|box_start|>`.
     """
     special = set(tokenizer.all_special_ids)
     special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}

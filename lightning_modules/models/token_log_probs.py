@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens. Logits are computed only where they are needed, and in chunks.
+"""Log-probabilities of given tokens. Logits are computed in chunks, and only at the needed positions.
 
 Shapes: N target tokens, D hidden width, V vocabulary.
 """
@@ -29,14 +29,14 @@ def score_tokens(
     Args:
         hidden: states that predict the targets, [N, D].
         targets: token ids, long [N].
-        head: makes logits [., V] from hidden states [., D].
-        banned: token ids that get probability 0, long; None: no token.
+        head: maps hidden states [., D] to logits [., V].
+        banned: token ids that get probability 0, long; None bans no token.
         temperature: divides the logits.
-        with_best: also return the likeliest tokens.
+        with_best: also return the most likely tokens.
         with_entropy: also return the entropies of the distributions.
 
     Returns:
-        float32 [N]; the likeliest tokens, long [N], or None; the entropies in nats, float32 [N], or None.
+        float32 [N]; the most likely tokens, long [N], or None; the entropies in nats, float32 [N], or None.
     """
     size = max(1, MAX_LOGITS // head.out_features)
     if len(targets) <= size:
@@ -58,7 +58,7 @@ def _score_chunk(
     with_best: bool,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    # Logits are the largest tensor of a forward pass: avoid copies of them.
+    # Logits are the largest tensor of a forward pass, so copies are avoided.
     logits = head(hidden).float()
     if temperature != 1:
         logits = logits / temperature
@@ -74,7 +74,7 @@ def token_entropies(logits: Tensor, banned: Tensor | None) -> Tensor:
 
     Args:
         logits: [N, V], -inf where a token is banned.
-        banned: token ids, long; None: no token.
+        banned: token ids, long; None bans no token.
     """
     log_p = logits.log_softmax(-1)
     if banned is not None:

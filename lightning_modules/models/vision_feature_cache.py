@@ -1,8 +1,8 @@
-"""A cache on disk for the features of a frozen vision tower: an image is encoded once for several epochs and runs.
+"""A disk cache for the features of a frozen vision tower. An image is encoded once for several epochs and runs.
 
 There is one safetensors file for each image and size, in one folder for each combination of vision weights and
-processor settings. Several processes may share the folder: a file appears complete or not at all, every process would
-write the same content, and an image whose file another process has evicted is encoded again.
+processor settings. Several processes may share the folder: a file appears complete or not at all, and every process
+would write the same content. If another process has evicted the file of an image, the image is encoded again.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from datamodules.encoding.encoder import EncodedSample
 from datamodules.persistence.files import atomic_path, file_sha256, fingerprint
 
 GIB = 1 << 30
-MAX_PATCHES = 1 << 15  # in one pass through the vision tower; bounds the memory of its activations
+# largest number of patches in one pass through the vision tower; it limits the memory of activations
+MAX_PATCHES = 1 << 15
 SUFFIX = ".safetensors"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-ABANDONED_AFTER = 3600.0  # seconds; the process that wrote an unfinished file of this age must have been killed
+ABANDONED_AFTER = 3600.0  # seconds; if an unfinished file is older than this, its process must have been killed
 SCAN_EVERY = 0.02  # rescan the folder's size after writing this fraction of the limit (a scan of many files is slow)
 
 
@@ -34,8 +35,8 @@ def tower_fingerprint(tower: nn.Module, processor_path: str) -> str:
     """A hash of everything that features depend on besides the image and its size.
 
     Args:
-        tower: its weights and their precision count.
-        processor_path: the files of the processor count, or its name if it is no folder (a Hub name).
+        tower: the vision tower; its weights and their precision are hashed.
+        processor_path: folder of the processor, whose files are hashed; for a Hub name, the name is hashed.
     """
     digest = hashlib.sha256()
     for name, parameter in tower.named_parameters():
@@ -59,7 +60,8 @@ class FeatureCache:
             raise ValueError(f"feature cache: max_gib={max_gib} must be greater than 0")
         self.root, self.folder, self.limit = Path(folder), Path(folder, tower), int(max_gib * GIB)
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Bytes that this process has written since its last scan. It starts at the limit: the first `put` scans.
+        # Number of bytes that this process has written since its last scan. It starts at the limit, so that the first
+        # `put` scans.
         self._unchecked = self.limit
 
     def get(self, image_key: str, grid: Sequence[int], device: torch.device) -> Tensor | None:
@@ -68,7 +70,7 @@ class FeatureCache:
         Args:
             image_key: hash of the image's bytes.
             grid: frames, rows and columns of its patches.
-            device: where the features are wanted.
+            device: device of the returned features.
         """
         path = self._path(image_key, grid)
         try:
@@ -93,7 +95,7 @@ class FeatureCache:
         return self.folder / f"{image_key}-{'x'.join(map(str, grid))}{SUFFIX}"
 
     def _evict(self) -> None:
-        """Bring the folder under its limit. Files that another process removes meanwhile count as gone."""
+        """Remove files until the folder is below its limit. Files that another process removes are ignored."""
         found: list[tuple[float, int, Path]] = []
         for path in self.root.glob("*/*"):
             with contextlib.suppress(FileNotFoundError):
@@ -116,8 +118,8 @@ def encode_each_once(
 
     Args:
         items: an image that is in several items is encoded once.
-        encode: makes the features of images from their patches and grids (`Architecture.image_features`).
-        cache: where features are looked up first and then kept.
+        encode: computes the features of images from their patches and grids (`Architecture.image_features`).
+        cache: features are looked up here first, and new features are stored here.
     """
     # 1. Collect each image once: {hash of its bytes: (patches, grid)}.
     images: dict[str, tuple[Tensor, Tensor]] = {}
@@ -125,12 +127,12 @@ def encode_each_once(
         patches = item.pixel_values.split(item.grid_thw.prod(-1).tolist())
         for key, *image in zip(item.image_keys, patches, item.grid_thw, strict=True):
             images.setdefault(key, tuple(image))
-    # 2. Read what the cache has.
+    # 2. Read the features that are in the cache.
     features: dict[str, Tensor] = {}
     for key, (patches, grid) in images.items() if cache is not None else ():
         if (known := cache.get(key, grid.tolist(), patches.device)) is not None:
             features[key] = known
-    # 3. Encode the others, in chunks that bound the memory.
+    # 3. Encode the others, in chunks of limited memory.
     missing = {key: image for key, image in images.items() if key not in features}
     for keys in chunk_images(missing):
         patches, grids = zip(*(images[key] for key in keys), strict=True)

@@ -1,1 +1,1 @@
-"""The inside of each family of models that can be trained: one file for a family, and one line in `registry`."""
+"""The structure of each model family that can be trained: one file per family, and one line in `registry`."""

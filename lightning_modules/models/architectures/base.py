@@ -1,7 +1,8 @@
-"""The seam for a model family: all that this project knows of the inside of a vision-language model.
+"""The interface of a model family: everything that this project needs to know about the structure of a vision-language
+model.
 
-A family is one file beside this one with a subclass of `Architecture`, and one line in `registry`. No other file names
-a projection, a norm or the vision tower of a model. `qwen2_5_vl.py` is the example to copy.
+A family is one file in this folder with a subclass of `Architecture`, and one line in `registry`. No other file names
+the projections, norms or vision tower of a model. To add a family, copy `qwen2_5_vl.py`.
 
 Shapes: B rows, T tokens of each row, D width of the decoder, F width of an image feature, W width of a head.
 """
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class CacheSizes:
-    """Keys and values of one token, in all layers."""
+    """The size of the keys and values of one token, in all layers."""
 
     layers: int
     heads: int  # key-value heads
-    width: int  # of a head
+    width: int  # width of a head
 
 
 @dataclass(frozen=True)
@@ -30,75 +31,76 @@ class LayerParts:
     """The modules of one decoder layer, for `DecoderParts`."""
 
     attention_norm: nn.Module
-    query: nn.Module  # linear with bias, as key and value
+    query: nn.Module  # linear with bias, like key and value
     key: nn.Module
     value: nn.Module
-    output: nn.Module  # linear without bias, as the three of the MLP
+    output: nn.Module  # linear without bias, like the three linear layers of the MLP
     mlp_norm: nn.Module
     gate: nn.Module
     up: nn.Module
     down: nn.Module
-    index: int  # by which a cache knows the layer
+    index: int  # index of the layer in a cache
     num_key_heads: int
     head_width: int
-    scaling: float  # of the attention scores
+    scaling: float  # factor of the attention scores
 
 
 @dataclass(frozen=True)
 class DecoderParts:
-    """A decoder that the fast sampling models can compute from its modules alone.
+    """The modules of a decoder, from which the fast sampling models compute its forward pass.
 
-    Its layers are x += output(attention(attention_norm(x))), then x += down(silu(gate(y)) * up(y)) with
-    y = mlp_norm(x). Norms are RMS norms with `weight` and `variance_epsilon`. Queries and keys have no norm of their
-    own; the two halves of a head are rotated against each other.
+    Its layers are x += output(attention(attention_norm(x))), then x += down(silu(gate(y)) * up(y)) with y =
+    mlp_norm(x). Norms are RMS norms with `weight` and `variance_epsilon`. Queries and keys have no norm. The rotary
+    embedding rotates pairs made of the first and the second half of a head.
     """
 
     layers: Sequence[LayerParts]
     rotary: nn.Module  # (x, positions [3, B, T]) -> cosines and sines [B, T, W], the same for both halves of a head
-    norm: nn.Module  # behind the last layer
+    norm: nn.Module  # after the last layer
 
 
 @dataclass(frozen=True)
 class SpeedUps:
-    """Modules that have a faster forward pass with the same state (`layers/accelerate.py`)."""
+    """Modules for which a faster forward pass with the same state exists (`layers/accelerate.py`)."""
 
     norms: Sequence[nn.Module]  # RMS norms with `weight` and `variance_epsilon`
     gated_mlps: Sequence[nn.Module]  # down(silu(gate(x)) * up(x))
-    gated_mlp_names: tuple[str, str, str]  # of gate, up and down in a gated MLP
-    patch_embeddings: Sequence[nn.Module]  # a convolution `proj` without bias that steps by the length of its kernel
+    gated_mlp_names: tuple[str, str, str]  # names of gate, up and down in a gated MLP
+    patch_embeddings: Sequence[nn.Module]  # a convolution `proj` without bias whose stride equals its kernel size
 
 
 @dataclass(frozen=True)
 class VisionSizes:
-    """What the operations of a vision tower are counted from (`experiments/bench/roofline.py`)."""
+    """The numbers from which the operations of a vision tower are counted (`experiments/bench/roofline.py`)."""
 
     width: int
-    patch_weights: int  # that each patch meets
-    token_weights: int  # that each token of the decoder meets: the merger's
-    merged_patches: int  # patches of a token
-    windows: tuple[int | None, ...]  # patches that a patch sees in each layer; None: all of its image
+    patch_weights: int  # number of weights that are applied to each patch
+    token_weights: int  # number of weights that are applied to each image token: those of the merger
+    merged_patches: int  # patches per image token
+    # for each layer, the number of patches that a patch attends to; None: all patches of its image
+    windows: tuple[int | None, ...]
 
 
 class Architecture(ABC):
-    """What one family of models is made of. It has no state of its own: each method is given the model.
+    """The structure of one model family. It has no state; each method gets the model as argument.
 
-    `model` is the whole transformers module without PEFT's wrapper; its linear layers may be PEFT's.
+    `model` is the whole transformers module without PEFT's wrapper; its linear layers may be PEFT layers.
     """
 
-    model_type: ClassVar[str]  # in config.json
-    name: ClassVar[str]  # in messages
+    model_type: ClassVar[str]  # `model_type` in config.json
+    name: ClassVar[str]  # name of the family in messages
     text_path: ClassVar[str]  # dotted name of the decoder in the model
     vision_path: ClassVar[str]  # dotted name of the vision tower, with its merger
     linear_layers: ClassVar[tuple[str, ...]]  # names of the linear layers in a decoder layer, which LoRA may adapt
-    # Tensors in published files: (prefix in a file, prefix in the model); the first pair that gives a name wins.
+    # Names of tensors in published files: (prefix in a file, prefix in the model). The first matching pair is used.
     published_prefixes: ClassVar[tuple[tuple[str, str], ...]]
 
     def text_model(self, model: nn.Module) -> nn.Module:
-        """The decoder: embeddings, layers and last norm."""
+        """The decoder: embeddings, layers and final norm."""
         return model.get_submodule(self.text_path)
 
     def decoder_layers(self, model: nn.Module) -> Sequence[nn.Module]:
-        """The decoder's layers. Each is a unit of FSDP and of activation checkpointing."""
+        """The decoder's layers. Each layer is a unit of FSDP and of activation checkpointing."""
         return self.text_model(model).layers
 
     def vision_tower(self, model: nn.Module) -> nn.Module:
@@ -108,12 +110,13 @@ class Architecture(ABC):
     def image_features(self, model: nn.Module, patches: Tensor, grids: Tensor) -> Sequence[Tensor]:
         """Features [tokens, F] of each image.
 
-        The first D numbers of a feature replace a token's embedding. A family that also adds features to the states of
-        later layers (DeepStack) has F > D; `hidden_states` gets the other numbers in `inputs_embeds`.
+        The first D numbers of a feature replace the embedding of a token. A family that also adds features to the
+        hidden states of later layers (DeepStack) has F > D; `hidden_states` gets the other F - D numbers in
+        `inputs_embeds`.
 
         Args:
             model: the whole model.
-            patches: of all images, one a row, as the family's image processor makes them.
+            patches: patches of all images, one per row, from the image processor of the family.
             grids: frames, rows and columns of patches of each image, long [images, 3].
         """
 
@@ -121,14 +124,14 @@ class Architecture(ABC):
     def hidden_states(
         self, model: nn.Module, position_ids: Tensor, inputs_embeds: Tensor, mask: object, cache: object
     ) -> Tensor:
-        """Hidden states [B, T, D] behind the last norm, computed by the model's own modules.
+        """Hidden states [B, T, D] after the final norm, computed by the model's own modules.
 
         Args:
             model: the whole model.
             position_ids: long [3, B, T]: time, row and column.
-            inputs_embeds: [B, T, F]; behind the first D numbers a text token has zeros.
-            mask: handed on untouched to the registered attention function, as its mask; None: causal.
-            cache: its method `update(keys, values, layer)` gets each layer's keys, rotated, and values.
+            inputs_embeds: [B, T, F]; text tokens have zeros after the first D numbers.
+            mask: passed unchanged to the registered attention function as its mask; None: causal.
+            cache: its method `update(keys, values, layer)` gets the rotated keys and the values of each layer.
         """
 
     @abstractmethod
@@ -136,11 +139,11 @@ class Architecture(ABC):
 
     @abstractmethod
     def decoder_parts(self, model: nn.Module) -> DecoderParts | None:
-        """The modules that the fast sampling models read; None if the decoder computes anything else."""
+        """The modules for the fast sampling models; None if the decoder has another structure than `DecoderParts`."""
 
     @abstractmethod
     def speed_ups(self, model: nn.Module) -> SpeedUps: ...
 
     @abstractmethod
     def vision_sizes(self, model: nn.Module) -> VisionSizes:
-        """May be asked of a model on the meta device."""
+        """Also works for a model on the meta device."""

@@ -1,7 +1,7 @@
-"""Qwen2.5-VL (arXiv:2502.13923) as transformers lays it out.
+"""Qwen2.5-VL (arXiv:2502.13923) in the layout of transformers.
 
-The decoder has biases on query, key and value alone, M-RoPE, and SwiGLU. The vision tower has RMS norms, SwiGLU and
-attention inside windows, and a merger that makes one token of 2 x 2 patches.
+The decoder has biases only on query, key and value; it uses M-RoPE and SwiGLU. The vision tower has RMS norms, SwiGLU
+and window attention. Its merger makes one token from 2 x 2 patches.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Qwen25VL(Architecture):
         return text(
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
-            # A mapping is handed on as it is: transformers then builds no mask of its own.
+            # A mapping is passed on unchanged; then transformers does not build its own mask.
             attention_mask={"full_attention": mask},
             use_cache=False,
             **{_cache_argument(type(text)): cache},
@@ -113,11 +113,11 @@ def _has_silu(config: object) -> bool:
 
 
 def _num_weights(module: nn.Module) -> int:
-    """Weights of linear layers and convolutions; biases and norms are left out."""
+    """Number of weights in linear layers and convolutions, without biases and norms."""
     return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() > 1)
 
 
 @functools.cache
 def _cache_argument(kind: type[nn.Module]) -> str:
-    """transformers 5.24 calls it `cache`; versions before, `past_key_values`."""
+    """The name of the argument for the cache: `cache` since transformers 5.24, `past_key_values` before."""
     return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"

@@ -11,15 +11,15 @@ ARCHITECTURES: dict[str, Architecture] = {architecture.model_type: architecture 
 
 
 def architecture_of(model: nn.Module) -> Architecture:
-    """What is known of a transformers module's family. Raises KeyError for a family that is not in the table."""
+    """The architecture of a transformers module. Raises KeyError for a family that is not in the table."""
     return ARCHITECTURES[model.config.model_type]
 
 
 def known_types() -> dict[str, str]:
-    """model_type in config.json -> name of the family, of all models that can be trained."""
+    """model_type in config.json -> name of the family, for all families that can be trained."""
     return {model_type: architecture.name for model_type, architecture in ARCHITECTURES.items()}
 
 
 def all_linear_layers() -> tuple[str, ...]:
-    """The linear layers of all families, each name once: settings are checked against them before a model is read."""
+    """The linear layers of all families, each name once, to check settings before a model is read."""
     return tuple(dict.fromkeys(name for architecture in ARCHITECTURES.values() for name in architecture.linear_layers))

@@ -1,10 +1,11 @@
 """Attention of packed rows on a GPU: FlexAttention under a block mask, for `prefix_attention.SharedPrefixAttention`.
 
-Pairs of blocks in which no token sees any are never computed, so a row costs what its groups cost. The mask itself is
-never written out. Kept are each token's group and completion, and for each pair of blocks whether any token sees any.
+A pair of blocks is not computed if no query in it may attend to any key, so the cost is the sum of the costs of the
+groups. The full mask is never stored. Only the group and completion of each token are stored, and for each pair of
+blocks whether it is needed.
 
-Shapes: L tokens of a row, M its padded length, K = M / BLOCK blocks; H key-value heads, R query heads for each of
-them, D head width.
+Shapes: L tokens of a row, M its padded length, K = M / BLOCK blocks; H key-value heads, R query heads per key-value
+head, D head width.
 """
 
 from __future__ import annotations
@@ -26,23 +27,24 @@ SHORTEST = 1024
 def padded_length(length: int) -> int:
     """The next power of two, at least `SHORTEST`.
 
-    A kernel is compiled for each padded length, so few lengths mean few compilations; padding costs little. For fewer
-    than 128 tokens torch would choose another kernel, which needs R to be a power of two.
+    A kernel is compiled for each padded length, so few different lengths need few compilations. The cost of padding is
+    small. For fewer than 128 tokens, torch would choose another kernel, for which R must be a power of two.
     """
     return max(SHORTEST, 1 << (length - 1).bit_length())
 
 
-@lru_cache(maxsize=4)  # the layers of a forward pass, its recomputation and the reference ask for the same one
+@lru_cache(maxsize=4)  # all layers of a forward pass, its recomputation and the reference use the same mask
 def row_block_mask(spans: tuple[GroupSpan, ...], device: torch.device) -> BlockMask:
     """FlexAttention's mask of a packed row.
 
-    Token i sees token j if j <= i, both are of one group, and j is in the prefix or in the completion of i. A prefix
-    counts as completion 0. Padding tokens see themselves: a softmax over nothing would be NaN, and its gradient too.
+    Token i attends to token j if j <= i, both are in the same group, and j is in the prefix or in the completion of i.
+    A prefix counts as completion 0. Padding tokens attend to themselves, because a softmax over no keys would be NaN,
+    and its gradient too.
     """
     parts = [(group, part, n) for group, s in enumerate(spans) for part, n in enumerate((s.prefix, *s.completions))]
     group, completion, counts = torch.tensor(parts).unbind(1)
     length = padded_length(int(counts.sum()))
-    # Each padding token is a completion of its own, in one more group that has no prefix.
+    # Each padding token is a separate completion, in an additional group without a prefix.
     padding = torch.arange(1, length - int(counts.sum()) + 1)
     group = torch.cat([group.repeat_interleave(counts), torch.full_like(padding, len(spans))])
     completion = torch.cat([completion.repeat_interleave(counts), padding])
@@ -57,24 +59,24 @@ def row_block_mask(spans: tuple[GroupSpan, ...], device: torch.device) -> BlockM
 
 
 def _blocks(group: Tensor, completion: Tensor) -> tuple[Tensor, Tensor]:
-    """Which key blocks each query block sees, from the ranges of groups and completions in a block.
+    """Compute which pairs of blocks are needed, from the ranges of groups and completions in each block.
 
-    Groups ascend along a row, so ranges that overlap share a group; completions ascend inside a group.
+    Group numbers ascend along a row, so overlapping ranges share a group. Completion numbers ascend inside a group.
 
     Args:
-        group: long [M], of each token.
-        completion: long [M], of each token; 0 in a prefix.
+        group: long [M], the group of each token.
+        completion: long [M], the completion of each token; 0 in a prefix.
 
     Returns:
-        Two matrices, bool [K, K]. In the first, pairs of which some tokens may see each other: the token rule decides
-        there. In the second, pairs of which every query sees every key.
+        Two matrices, bool [K, K]. The first marks pairs in which some queries may attend to some keys; there, the rule
+        for tokens decides. The second marks pairs in which every query attends to every key.
     """
     low_group, high_group = group.view(-1, BLOCK).aminmax(dim=1)
     low, high = completion.view(-1, BLOCK).aminmax(dim=1)
     one_group = low_group == high_group
     meet = (low_group[:, None] <= high_group) & (low_group <= high_group[:, None])
     overlap = (low[:, None] <= high) & (low <= high[:, None])
-    # The range of completions is an upper bound where a block holds several groups.
+    # If a block has several groups, the range of completions is an upper bound.
     in_prefix = completion.view(-1, BLOCK) == 0
     first_prefix = group.view(-1, BLOCK).masked_fill(~in_prefix, len(group)).amin(dim=1)
     last_prefix = group.view(-1, BLOCK).masked_fill(~in_prefix, -1).amax(dim=1)

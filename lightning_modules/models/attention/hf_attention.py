@@ -1,4 +1,7 @@
-"""Two attention functions, registered with transformers under this project's names; nothing in it is patched."""
+"""Two attention functions that are registered with transformers under this project's names.
+
+Nothing in transformers is patched.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ from lightning_modules.models.attention.prefix_attention import SharedPrefixAtte
 from lightning_modules.models.layers.fused_layers import HALF, is_recent_gpu
 
 TEXT_ATTENTION = "shared_prefix_sdpa"
-# Only to an attention function with "flash" in its name does a vision tower give a whole sequence with its boundaries.
-# Any other is called once for each window of each image in each layer.
+# The vision tower passes a whole sequence with its boundaries only to attention functions with "flash" in their name.
+# It calls other functions once for each window of each image in each layer.
 VISION_ATTENTION = "padded_flash"
 
 
 def register_attention() -> None:
-    """Make both names known to transformers. Calling it again changes nothing."""
+    """Register both names with transformers. Calling it again changes nothing."""
     AttentionInterface.register(TEXT_ATTENTION, text_attention)
     AttentionMaskInterface.register(TEXT_ATTENTION, sdpa_mask)
     AttentionInterface.register(VISION_ATTENTION, vision_attention)
@@ -38,9 +41,9 @@ def text_attention(
 ) -> tuple[Tensor, None]:
     """Attention of the decoder: [B, heads, L, d] -> [B, L, heads, d].
 
-    transformers passes on unchanged what a cache returns as keys, and what it is given as a ready mask. A decoding
-    step's cache (in the place of the keys) or a packed row's attention (in the place of the mask) computes; otherwise
-    transformers' own SDPA does.
+    transformers passes the keys from a cache and a prepared mask unchanged to this function. If `key` is the cache of a
+    decoding step, it computes the attention. If the mask is the attention of a packed row, that computes it. Otherwise
+    transformers' SDPA computes it.
     """
     if isinstance(key, PrefixKVLayer):
         return key.attend(query, module.scaling), None
@@ -63,21 +66,21 @@ def vision_attention(
 ) -> tuple[Tensor, None]:
     """Attention of a vision tower: full attention inside each of n segments of one sequence.
 
-    On a GPU in half precision one kernel takes the segments as they are. Elsewhere they are padded to the longest and
-    run as one batch; padding is masked as keys and dropped as queries.
+    On a GPU in half precision, one kernel processes the segments without padding. Otherwise they are padded to the
+    longest segment and computed as one batch. Padding is masked in the keys and removed from the queries.
 
     Args:
         module: not used.
-        query: [1, heads, S, d], as `key` and `value`.
-        key: see `query`.
-        value: see `query`.
+        query: [1, heads, S, d].
+        key: [1, heads, S, d].
+        value: [1, heads, S, d].
         cu_seq_lens_q: boundaries of the segments (windows, or whole images), [n + 1].
         max_length_q: length of the longest segment.
-        scaling: of the scores.
-        dropout: of the weights.
+        scaling: factor of the scores.
+        dropout: dropout of the attention weights.
 
     Returns:
-        [1, S, heads, d], and None in the place of the weights.
+        [1, S, heads, d], and None instead of the attention weights.
     """
     longest = int(max_length_q)
     fits = query.dtype in HALF and query.shape[-1] % 8 == 0
@@ -87,8 +90,8 @@ def vision_attention(
         return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling)[None], None
     tokens = rearrange(torch.cat([query, key, value]), "qkv h s d -> qkv s h d")
     starts, ends = cu_seq_lens_q[:-1, None].long(), cu_seq_lens_q[1:, None].long()
-    index = starts + torch.arange(longest, device=tokens.device)  # [n, longest], of a token in the sequence
-    is_token = index < ends  # else padding
+    index = starts + torch.arange(longest, device=tokens.device)  # [n, longest], index of a token in the sequence
+    is_token = index < ends  # False for padding
     padded = tokens[:, index.clamp(max=tokens.shape[1] - 1)]
     q, k, v = rearrange(padded, "qkv n s h d -> qkv n h s d")
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=is_token[:, None, None], scale=scaling, dropout_p=dropout)

@@ -1,12 +1,12 @@
 """KV cache for sampling G completions of each prompt: the prompt's keys and values are kept once, not G times.
 
-In a decoding step the G completions of a prompt are G queries that share the prefix and differ in what follows.
-Attention over the prefix is one matrix product for all G completions and all query heads of a key-value head. Attention
-over the completions' own tokens is a small matrix product for each completion. One softmax spans both. Nothing is
-repeated in memory, neither for completions nor for heads.
+In a decoding step, the G completions of a prompt are G queries. They share the keys of the prompt (the prefix), and
+each has its own further keys. Attention over the prefix is one matrix product for all G completions and all query heads
+of a key-value head. Attention over the completion's own tokens is a small matrix product per completion. One softmax
+covers both. Keys and values are not repeated in memory, neither for completions nor for heads.
 
-Shapes: P prompts, G completions of each, A active rows (completions that have not ended), H key-value heads, R query
-heads for each of them, L prefix tokens (padded on the right), T tokens that a completion can grow to, D head width.
+Shapes: P prompts, G completions per prompt, A active rows (completions that have not ended), H key-value heads, R query
+heads per key-value head, L prefix tokens (padded on the right), T largest number of completion tokens, D head width.
 Each prompt is in one batch slot; a row is a flat index into [P, G].
 """
 
@@ -21,9 +21,9 @@ from lightning_modules.models.architectures.base import CacheSizes
 
 
 class PrefixRecorder:
-    """Given to the model as its cache while prompts are read: keeps each layer's rotated keys and values [P, H, L, D].
+    """The model's cache during the prefill: stores the rotated keys and the values of each layer, [P, H, L, D].
 
-    transformers passes further arguments to `update`. They differ between versions and concern only its own caches.
+    transformers passes further arguments to `update`. They differ between versions and matter only for its own caches.
     """
 
     def __init__(self) -> None:
@@ -37,33 +37,36 @@ class PrefixRecorder:
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Room of a `PrefixKVCache`."""
+    """The sizes of a `PrefixKVCache`."""
 
     prompts: int
-    completions: int  # of each prompt
+    completions: int  # completions per prompt
     prefix_tokens: int
     completion_tokens: int
 
 
 class PrefixKVCache:
-    """Given to the model as its cache while decoding. `admit` puts prompts in, `begin` describes the next step.
+    """The model's cache during decoding. `admit` adds prompts, and `begin` describes the next step.
 
-    Every tensor has its final shape from the start and is changed in place, so that a step can be captured in a CUDA
+    Every tensor is allocated once with its final shape and changed in place, so that a step can be captured in a CUDA
     graph and replayed. Only `keep_rows` allocates new tensors.
 
-    `begin` and the first `update` of a step set, for each active row [A]: `token_index`, where in its completion the
-    new token goes, `num_seen`, the tokens of the completion with that one, `prompt_index` and `completion_index`; and
-    `completion_bias` [P, 1, G, 1, tokens read], which hides later tokens.
+    `begin` and the first `update` of a step set these tensors:
+
+    - `token_index` [A]: position of the new token in its completion
+    - `num_seen` [A]: number of tokens of the completion, with the new one
+    - `prompt_index` [A] and `completion_index` [A]
+    - `completion_bias` [P, 1, G, 1, tokens read]: masks later tokens
     """
 
     def __init__(self, shape: CacheShape, sizes: CacheSizes, dtype: torch.dtype, device: torch.device) -> None:
-        """A batch slot without a prompt has a prefix of one token of zeros: a softmax over nothing would be NaN."""
+        """A batch slot without a prompt gets a prefix of one zero token, because a softmax over no keys is NaN."""
         self.num_prompts, self.num_completions = shape.prompts, shape.completions
         self.active_rows = torch.arange(shape.prompts * shape.completions, device=device)  # [A]
         self.prefix_bias = torch.full((shape.prompts, 1, shape.prefix_tokens), float("-inf"), device=device)
         self.prefix_bias[:, :, 0] = 0
         self.prefix_lengths = torch.ones(shape.prompts, dtype=torch.long, device=device)
-        # How many tokens of the prefixes and of the completions the next step reads.
+        # Number of prefix tokens and of completion tokens that the next step reads.
         self.prefix_width, self.completion_width = shape.prefix_tokens, shape.completion_tokens
         self.layers = [PrefixKVLayer(self, shape, sizes, dtype) for _ in range(sizes.layers)]
 
@@ -72,8 +75,8 @@ class PrefixKVCache:
 
         Args:
             slots: their batch slots, long [p].
-            recorder: has read these prompts.
-            lengths: long [p], tokens of each without padding.
+            recorder: has the keys and values of these prompts.
+            lengths: long [p], number of tokens of each prompt without padding.
         """
         padding = torch.arange(self.prefix_bias.shape[2], device=lengths.device) >= lengths[:, None]
         self.prefix_bias[slots], self.prefix_lengths[slots] = _bias(padding)[:, None], lengths
@@ -85,8 +88,8 @@ class PrefixKVCache:
         """Describe the next step.
 
         Args:
-            token_index: where in its completion each active row's token goes, long [A].
-            width: how many tokens of the completions are read, more than the largest `token_index`.
+            token_index: position of each active row's new token in its completion, long [A].
+            width: number of completion tokens that are read; greater than the largest `token_index`.
         """
         self.token_index, self.num_seen, self.completion_width = token_index, token_index + 1, width
 
@@ -95,7 +98,7 @@ class PrefixKVCache:
     ) -> tuple[PrefixKVLayer, PrefixKVLayer]:
         """Write the keys and values [A, H, 1, D] of this step's tokens.
 
-        Returns the layer's memory in the place of all keys and values, so that the attention function meets it there.
+        Returns the layer's memory in place of keys and values, so that the attention function gets it.
         """
         if layer == 0:
             self._prepare()
@@ -105,7 +108,10 @@ class PrefixKVCache:
         return memory, memory
 
     def _prepare(self) -> None:
-        """What all layers of a step need. A GPU's kernels do without: they read `token_index` and the lengths."""
+        """Compute the tensors that all layers of a step share.
+
+        The GPU kernels do not need them; they read `token_index` and the lengths.
+        """
         self.prompt_index = self.active_rows // self.num_completions
         self.completion_index = self.active_rows % self.num_completions
         last = self.token_index.new_zeros(self.num_prompts * self.num_completions)
@@ -114,13 +120,13 @@ class PrefixKVCache:
         self.completion_bias = _bias(hidden).view(self.num_prompts, 1, self.num_completions, 1, -1)
 
     def keep_rows(self, rows: Tensor, shrink: bool = True, min_waste: float = 0.25) -> None:
-        """Go on with fewer active rows, in the same order.
+        """Continue with fewer active rows, in the same order.
 
         Args:
             rows: ascending indices into [A].
-            shrink: cut the memory to the prompts that go on, with as many completions as the prompt with most of them
-                has. Nothing can be admitted afterwards.
-            min_waste: shrink only if that drops at least this share of the memory, because it copies the rest.
+            shrink: reduce the memory to the remaining prompts and to the largest number of remaining completions per
+                prompt. Afterwards, no prompt can be admitted.
+            min_waste: shrink only if this frees at least this share of the memory, because the rest is copied.
         """
         self.active_rows = self.active_rows[rows]
         if not shrink or len(rows) == 0:
@@ -130,11 +136,11 @@ class PrefixKVCache:
         most = int(counts.max())
         if len(alive) * most > (1 - min_waste) * self.num_prompts * self.num_completions:
             return
-        # New prompt and new completion of each row: both are counted anew.
+        # New prompt index and new completion index of each row, both numbered from 0.
         prompt = torch.arange(len(alive), device=prompts.device).repeat_interleave(counts)
         first = counts.cumsum(0) - counts
         completion = torch.arange(len(prompts), device=prompts.device) - first.repeat_interleave(counts)
-        # Old completion at each new place. Places that no row fills keep completion 0 and are never read.
+        # The old completion for each new index. Unused entries are 0 and are never read.
         kept = self.active_rows.new_zeros(len(alive), most)
         kept[prompt, completion] = self.active_rows % self.num_completions
         for layer in self.layers:
@@ -145,11 +151,11 @@ class PrefixKVCache:
 
 
 class PrefixKVLayer:
-    """The memory of one layer. The cache returns it in the place of keys, where the attention function meets it."""
+    """The memory of one layer. The cache returns it in place of the keys, so that the attention function gets it."""
 
     def __init__(self, cache: PrefixKVCache, shape: CacheShape, sizes: CacheSizes, dtype: torch.dtype) -> None:
         self.cache, device = cache, cache.active_rows.device
-        # Heads before tokens, as every step reads them: a matrix product then needs no copy.
+        # Heads before tokens, so that the matrix products of a step need no copy.
         prefix = (shape.prompts, sizes.heads, shape.prefix_tokens, sizes.width)  # [P, H, L, D]
         own = (shape.prompts, sizes.heads, shape.completions, shape.completion_tokens, sizes.width)  # [P, H, G, T, D]
         self.prefix_keys, self.prefix_values = (torch.zeros(prefix, dtype=dtype, device=device) for _ in range(2))
@@ -158,11 +164,12 @@ class PrefixKVLayer:
     def attend(self, query: Tensor, scaling: float) -> Tensor:
         """Attention of this step's tokens over their prompt and their own completion.
 
-        Plain reshapes, not einops: this runs in every layer of every decoding step, where a call costs microseconds.
+        It uses plain reshapes instead of einops, because it runs in every layer of every decoding step, where each call
+        counts.
 
         Args:
             query: [A, H * R, 1, D].
-            scaling: of the scores. `CpuSamplingModel` passes 1: the scale is in its weights already.
+            scaling: factor of the scores. `CpuSamplingModel` passes 1, because its weights contain the factor.
 
         Returns:
             [A, 1, H * R, D].
@@ -171,7 +178,7 @@ class PrefixKVLayer:
         prompts, heads, completions, _, width = self.keys.shape
         length = cache.prefix_width
         query = (query if scaling == 1 else query * scaling)[:, :, 0]
-        # Rows that have ended get zeros: every prompt then has G queries.
+        # Rows that have ended get zeros, so that every prompt has G queries.
         rows = query.new_zeros(prompts * completions, *query.shape[1:])
         rows[cache.active_rows] = query
         query = rows.view(prompts, completions, heads, -1, width).transpose(1, 2).contiguous()  # [P, H, G, R, D]
@@ -194,7 +201,7 @@ class PrefixKVLayer:
         return out.transpose(1, 2).reshape(prompts * completions, 1, -1, width)[cache.active_rows]
 
     def keep(self, prompts: Tensor, completions: Tensor) -> None:
-        """Go on with `prompts` [P'] and, of each, the `completions` [P', G']."""
+        """Continue with `prompts` [P'] and their `completions` [P', G']."""
         self.prefix_keys, self.prefix_values = self.prefix_keys[prompts], self.prefix_values[prompts]
         # Indexing puts the two indexed axes first: [P', G', H, T, D].
         chosen = (t.transpose(1, 2)[prompts[:, None], completions] for t in (self.keys, self.values))
@@ -202,5 +209,5 @@ class PrefixKVLayer:
 
 
 def _bias(hidden: Tensor) -> Tensor:
-    """What attention adds to its scores: -inf where `hidden`, else 0."""
+    """The bias of attention scores: -inf where `hidden` is True, otherwise 0."""
     return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))

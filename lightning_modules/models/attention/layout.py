@@ -1,4 +1,4 @@
-"""How one prompt and its completions lie in a packed row."""
+"""The layout of one prompt and its completions in a packed row."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GroupSpan:
-    """Tokens of one group's parts in a packed row."""
+    """Numbers of tokens of one group's parts in a packed row."""
 
     prefix: int
-    completions: tuple[int, ...]  # without those that take no token in the row
+    completions: tuple[int, ...]  # only completions with at least one token in the row
 
 
 def group_length(item: EncodedSample, completions: Sequence[Tensor]) -> int:
-    """Tokens that a group takes in a packed row. The last token of a completion predicts nothing and is left out."""
+    """Number of tokens of a group in a packed row.
+
+    The last token of a completion predicts nothing, so it is not in the row.
+    """
     return len(item.input_ids) + sum(max(len(completion) - 1, 0) for completion in completions)

@@ -1,12 +1,12 @@
-"""Several completions of one prompt in one sequence: the prompt once, then its G completions one after the other.
+"""Packed rows: a sequence with each prompt once, followed by its G completions one after the other.
 
-A row is [prompt a, completions a1 ... aG, prompt b, completions b1 ... bG, ...]. A completion sees its own prompt and
-itself, but no other completion and no other group, and its positions start where the prompt ends. So each token gets
-the hidden state that it would get in a plain row [prompt, completion], while the prompt is computed once instead of G
+A row is [prompt a, completions a1 ... aG, prompt b, completions b1 ... bG, ...]. A completion attends to its own prompt
+and to itself, but not to other completions or groups. Its positions start where the prompt ends. So each token gets the
+hidden state that it would get in a plain row [prompt, completion], while the prompt is computed once instead of G
 times.
 
-A forward pass takes one row without padding, so the batch dimension is 1 everywhere: a CPU gains nothing from more
-rows, and one long row fills a GPU.
+A forward pass takes one row without padding, so the batch dimension is always 1. More rows would not be faster on a
+CPU, and one long row is enough work for a GPU.
 
 Shapes: L tokens in the row, N target tokens in all its completions.
 """
@@ -32,21 +32,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """One forward pass; `items` says which of the packed items its row holds."""
+    """The input of one forward pass. `items` are the indices of the packed items in this row."""
 
-    items: tuple[int, ...]  # in the order in which they lie in the row
+    items: tuple[int, ...]  # in the order of the row
     spans: tuple[GroupSpan, ...]  # of these items
     input_ids: Tensor  # [1, L]
     position_ids: Tensor  # [3, 1, L], M-RoPE: temporal, height, width
     is_prompt: Tensor  # bool [1, L], False for the completions
     predict: Tensor  # long [N]: index in the row of the token whose hidden state predicts target n
     targets: Tensor  # long [N]: token ids
-    completion_index: Tensor  # long [N]: the completion of target n, counted through all items given to `pack_rows`
+    completion_index: Tensor  # long [N]: the completion of target n, numbered over all items of `pack_rows`
 
     def image_token_index(self, image_token_id: int) -> Tensor:
-        """Indices in the row, long [image tokens], where the image features of `items`, in order, belong.
+        """Indices in the row, long [image tokens], for the image features of `items`, in order.
 
-        Only prompts hold images: a placeholder that the policy has written itself stays an ordinary token.
+        Only prompts have images. A placeholder that the policy has generated is treated as an ordinary token.
         """
         return ((self.input_ids == image_token_id) & self.is_prompt)[0].nonzero()[:, 0]
 
@@ -58,12 +58,12 @@ class PackedRows:
 def pack_rows(
     items: Sequence[EncodedSample], completions: Sequence[Sequence[Tensor]], max_tokens: int
 ) -> list[PackedRows]:
-    """Lay out each item with its completions, in order, in rows of at most `max_tokens` tokens.
+    """Pack the items with their completions, in order, into rows of at most `max_tokens` tokens.
 
     Args:
         items: the prompts.
         completions: token ids of each item's completions, long [tokens] each.
-        max_tokens: a group is never split, so a longer group gets a row of its own.
+        max_tokens: length of a row. A group is never split, so a longer group gets its own row.
 
     Raises:
         ValueError: `items` and `completions` differ in length.
@@ -84,7 +84,7 @@ def pack_rows(
 
 
 def one_token_row(token: Tensor) -> PackedRows:
-    """A row of one `token`, long [1], which is the prompt and the target."""
+    """A row with one `token`, long [1], which is both prompt and target."""
     nothing = torch.zeros_like(token)
     return PackedRows(
         items=(),
@@ -104,7 +104,7 @@ def _one_row(
     chosen: Sequence[int],
     first: Sequence[int],
 ) -> PackedRows:
-    """One row of the items `chosen`. `first`: number of each item's first completion."""
+    """One row with the items `chosen`. `first` has the number of each item's first completion."""
     device = items[chosen[0]].input_ids.device
     ids, positions, prompts, spans = [], [], [], []
     predict, targets, completion_index = [], [], []
@@ -124,7 +124,8 @@ def _one_row(
         for number, completion in enumerate(completions[index], first[index]):
             if len(completion) == 0:
                 continue
-            # The prompt's last token predicts the first target; the last target predicts nothing, so it is no input.
+            # The prompt's last token predicts the first target; the last target predicts nothing, so it is not an
+            # input.
             inputs = completion[:-1]
             predict += [torch.tensor([prefix_end]), torch.arange(start, start + len(inputs))]
             targets.append(completion)

@@ -1,4 +1,4 @@
-"""Attention of packed rows, in which several completions share the prefix that is their prompt.
+"""Attention of packed rows, in which several completions share a prefix (their prompt).
 
 Shapes: L tokens in the row; H key-value heads, R query heads for each of them, D head width. In a batch of G sequences:
 T queries, S keys.
@@ -17,16 +17,16 @@ from torch.nn.utils.rnn import pad_sequence
 from lightning_modules.models.attention.flex_attention import attend_packed, compiled_flex, row_block_mask
 from lightning_modules.models.attention.layout import GroupSpan
 
-QUERY_BLOCK = 256  # smaller blocks gain nothing, and the gradients of more slices cost more
+QUERY_BLOCK = 256  # smaller blocks are not faster, and more slices make the backward pass slower
 
 
 @dataclass(frozen=True)
 class SharedPrefixAttention:
-    """The attention of one packed row, computed part by part: hidden pairs of tokens are not computed at all.
+    """The attention of one packed row, computed part by part. Masked pairs of tokens are not computed.
 
-    Token i sees token j if j <= i, both are of one group, and j is in the prefix or in the completion of i. A mask over
-    the row would cost the square of the row's length; here only the length of each group counts. On a GPU one kernel
-    does it (`flex_attention`), on a CPU slices of the row.
+    Token i attends to token j if j <= i, both are in the same group, and j is in the prefix or in the completion of i.
+    With a mask over the row, the cost would be quadratic in the row's length; here it is quadratic only in the length
+    of each group. A GPU uses one kernel (`flex_attention`), a CPU uses slices of the row.
     """
 
     spans: tuple[GroupSpan, ...]
@@ -36,8 +36,8 @@ class SharedPrefixAttention:
 
         Args:
             query: [1, H * R, L, D].
-            key: [1, H, L, D], as `value`.
-            value: see `key`.
+            key: [1, H, L, D].
+            value: [1, H, L, D].
             scaling: of the scores.
 
         Returns:
@@ -45,13 +45,14 @@ class SharedPrefixAttention:
         """
         if query.is_cuda:
             return attend_packed(query, key, value, row_block_mask(self.spans, query.device), scaling, compiled_flex())
-        # Tokens first, so that each part below is one slice of memory. One split, so that autograd joins once.
+        # Tokens first, so that each part below is one contiguous slice. One split, so that autograd concatenates the
+        # gradients once.
         query = rearrange(query[0], "(h r) l d -> l h r d", h=key.shape[1])
         key, value = (t[0].transpose(0, 1) for t in (key, value))
         sizes = [size for span in self.spans for size in (span.prefix, sum(span.completions))]
         parts = zip(*(t.split(sizes) for t in (query, key, value)), strict=True)
         out = []
-        # The same iterator twice: each span takes two parts, its prefix and its completions.
+        # The loop reads the same iterator twice: each span takes two parts, its prefix and its completions.
         for span, (q, k, v), completions in zip(self.spans, parts, parts, strict=True):
             out.append(self._attend(q[None], k[None], v[None], scaling)[0])
             if span.completions:
@@ -61,12 +62,13 @@ class SharedPrefixAttention:
     def _attend_completions(
         self, completions: tuple[Tensor, ...], prefix: tuple[Tensor, Tensor], lengths: tuple[int, ...], scaling: float
     ) -> Tensor:
-        """All completions of a group as one batch, padded to the longest; each sees the prefix before its own keys.
+        """All completions of a group as one batch, padded to the longest; each attends to the prefix and to its own
+        keys.
 
         Args:
             completions: queries [N, H, R, D], keys and values [N, H, D] of all completions, one after the other.
             prefix: keys and values of the prompt, each [tokens, H, D].
-            lengths: tokens of each completion; they add up to N.
+            lengths: number of tokens of each completion; the sum is N.
             scaling: of the scores.
 
         Returns:
@@ -80,8 +82,9 @@ class SharedPrefixAttention:
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Causal attention of the last T of S tokens: query [G, T, H, R, D], key and value [G, S, H, D] -> as query.
 
-        Many queries are computed in blocks, each with the keys that it may see: half of the full square is hidden.
-        The R query heads of a key-value head are further queries of one matrix product, so keys are not repeated.
+        Many queries are computed in blocks, each only with the keys that it may attend to, because causal masking hides
+        half of all pairs. The R query heads of a key-value head are treated as further queries of one matrix product,
+        so keys are not repeated.
         """
         num_queries, sharing = query.shape[1], query.shape[3]
         if num_queries > QUERY_BLOCK:
@@ -90,7 +93,8 @@ class SharedPrefixAttention:
             blocks = zip(query.split(QUERY_BLOCK, dim=1), ends, strict=True)
             parts = [self._attend(q, key[:, : before + end], value[:, : before + end], scaling) for q, end in blocks]
             return torch.cat(parts, dim=1)
-        # What is added to the scores [R * T, S]: the last query sees all keys, the one before it all but one.
+        # The bias of the scores [R * T, S]: the last query attends to all keys, the query before it to all except the
+        # last one.
         num_keys = key.shape[1]
         hidden = query.new_full((num_queries, num_keys), float("-inf")).triu_(num_keys - num_queries + 1)
         out = F.scaled_dot_product_attention(

@@ -1,1 +1,3 @@
-"""The model without gradients, for sampling and for the frozen reference: on a CPU, on a GPU, or as it is."""
+"""The model without gradients, for sampling and for the frozen reference: a CPU version, a GPU version, and the plain
+model.
+"""

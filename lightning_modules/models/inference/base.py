@@ -1,6 +1,6 @@
-"""The model as sampling and scoring without gradient see it, whatever computes it.
+"""The interface of a model for sampling and for scoring without gradient, for all implementations.
 
-Shapes: B rows, T tokens of each, D width of the model, V vocabulary.
+Shapes: B rows, T tokens per row, D width of the model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from lightning_modules.models.architectures.registry import architecture_of
 from lightning_modules.models.attention.kv_cache import PrefixKVCache, PrefixRecorder
 from lightning_modules.models.attention.prefix_attention import SharedPrefixAttention
 
-# What a token attends to: in a decoding step the cache, while prompts are read the tokens before it in its row (the
-# recorder keeps their keys and values), in a packed row its prompt and its completion.
+# The tokens to which a token attends. In a decoding step: the cache. In the prefill: the earlier tokens of its row (the
+# recorder stores their keys and values). In a packed row: its prompt and its completion.
 Context = PrefixKVCache | PrefixRecorder | SharedPrefixAttention
 
 
@@ -25,7 +25,7 @@ class SamplingModel(ABC):
     lm_head: Callable[[Tensor], Tensor]  # hidden states [N, D] -> logits [N, V]
 
     def __init__(self, model: nn.Module) -> None:
-        """`model`: the whole transformers module that is computed."""
+        """`model` is the whole transformers module."""
         self.dtype, self.device = model.dtype, model.device
         self.architecture = architecture_of(model)
         self.cache_sizes = self.architecture.cache_sizes(model)
@@ -33,18 +33,18 @@ class SamplingModel(ABC):
 
     @abstractmethod
     def hidden_states(self, context: Context, position_ids: Tensor, inputs_embeds: Tensor) -> Tensor:
-        """Hidden states [B, T, D] behind the last norm.
+        """Hidden states [B, T, D] after the final norm.
 
         Args:
-            context: what the tokens attend to. A `PrefixKVCache` wants T = 1 and one row for each of its active rows, a
-                `PrefixRecorder` one prompt a row, a `SharedPrefixAttention` one packed row.
+            context: the tokens to which tokens attend. A `PrefixKVCache` needs T = 1 and one row for each of its active
+                rows, a `PrefixRecorder` one prompt per row, a `SharedPrefixAttention` one packed row.
             position_ids: long [3, B, T], M-RoPE: time, row and column.
-            inputs_embeds: [B, T, D], or wider where the family says so (`Architecture.image_features`).
+            inputs_embeds: [B, T, D], or wider for some families (`Architecture.image_features`).
         """
 
     @abstractmethod
     def refresh(self, source: nn.Module) -> None:
-        """Take the weights of `source`, the model that this one was made from, as they are now.
+        """Copy the present weights of `source`, the model from which this one was made.
 
-        No tensor moves: a captured CUDA graph stays valid.
+        The addresses of tensors do not change, so that a captured CUDA graph stays valid.
         """

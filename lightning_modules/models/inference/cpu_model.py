@@ -1,15 +1,15 @@
-"""The decoder without gradients on a CPU: the same sums with far fewer operations.
+"""The decoder without gradients on a CPU: the same result with far fewer operations.
 
-For narrow models the time of a decoding step is set by the number of operations, not by their size. Therefore:
+For narrow models, the time of a decoding step depends on the number of operations, not on their size. Therefore:
 
 - LoRA, the weights of the norms and the scale of attention are multiplied into the linear weights.
 - Query, key and value are one matrix product. SiLU, gate and residual are fused into the product before them.
 - Weights are in oneDNN's own layout (`PrepackedLinear`).
-- Rotary embedding is one product of complex numbers. For that the two halves of a head are interleaved, in queries and
-  keys alike, which leaves their dot products unchanged. Keys in a cache are in that order, so the model that decodes
-  must also have read the prompts.
+- The rotary embedding is one product of complex numbers. For this, the two halves of a head are interleaved in queries
+  and keys, which does not change their dot products. Keys in a cache have this order, so prefill and decoding must use
+  the same model.
 
-Shapes: B rows, T tokens of each, N = B * T, D width of the model, H heads, W width of a head.
+Shapes: B rows, T tokens per row, N = B * T, D width of the model, H heads, W width of a head.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from lightning_modules.models.layers.lora import merged_weight, plain_weight
 from lightning_modules.models.layers.onednn_linear import PrepackedLinear
 
 # The rows of each matrix product are padded to a multiple of this number: oneDNN generates code for each number of
-# rows, which takes the time of ten products.
+# rows, which takes as long as ten products.
 ROWS = 16
 
 
 class CpuSamplingModel(SamplingModel):
-    """A `SamplingModel` with the weights of a model as they are now, with LoRA merged or left out."""
+    """A `SamplingModel` with the present weights of a model; LoRA is merged or ignored."""
 
     @staticmethod
     def can_read(model: nn.Module) -> bool:
-        """Whether it computes what `model` computes, on this device and in this precision."""
+        """Whether this class supports `model` with its device and precision."""
         return (
             model.device.type == "cpu"
             and model.dtype == torch.float32
@@ -86,7 +86,7 @@ class _Layer:
     """One decoder layer, for x [N', D]: N rows and padding up to a multiple of `ROWS`."""
 
     def __init__(self, layer: LayerParts, weight: Callable[[nn.Module], Tensor]) -> None:
-        """`weight` gives the weight of a linear layer, with LoRA merged or left out."""
+        """`weight` returns the weight of a linear layer, with LoRA merged or ignored."""
         self.index, self.width, self.num_keys = layer.index, layer.head_width, layer.num_key_heads
         self.before_attention, self.before_mlp = _Norm(layer.attention_norm), _Norm(layer.mlp_norm)
         q, k, v, scale = layer.query, layer.key, layer.value, layer.scaling
@@ -134,6 +134,6 @@ class _Layer:
 
 
 def _padded(x: Tensor) -> Tensor:
-    """x [N, D] with rows of zeros after it, up to a multiple of `ROWS`."""
+    """x [N, D], padded with rows of zeros to a multiple of `ROWS`."""
     missing = -len(x) % ROWS
     return F.pad(x, (0, 0, 0, missing)) if missing else x

@@ -1,4 +1,4 @@
-"""The choice of the model that samples, and of the frozen reference's, by device, precision and family."""
+"""Choose the fastest implementation of sampling model and frozen reference, by device, precision and family."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ if TYPE_CHECKING:
 
 
 def fastest_sampling_model(policy: QwenVL, static: bool = False) -> SamplingModel:
-    """The policy's weights as they are now, in the fastest form that can read them; else transformers' own layers.
+    """The policy with its present weights, in the fastest supported implementation; otherwise transformers' own layers.
 
     LoRA is added to a copy of the linear weights.
 
     Args:
         policy: a sharded policy must be inside `gathered`.
-        static: a step takes all rows at fixed shapes, and the model is kept for later calls (`refresh`).
+        static: each step has all rows at fixed shapes, and the model is kept for later calls (`refresh`).
     """
     sharded = policy.sharded is not None
     if not static and not sharded and CpuSamplingModel.can_read(policy.base):
         return CpuSamplingModel(policy.base)
     module = policy.decoder()
     if static and GpuSamplingModel.can_read(module):
-        # A gathered copy belongs to nobody else. An unsharded one shares the weights without LoRA with the policy.
+        # A gathered copy is used only here. An unsharded decoder shares its weights without LoRA with the policy.
         shared = () if sharded else policy.base.parameters()
         return GpuSamplingModel(module, {parameter.data_ptr() for parameter in shared})
     return PlainSamplingModel(module)
 
 
 class CachedReference:
-    """The frozen reference in its fastest form, kept from call to call while its weights are the same."""
+    """Caches the frozen reference in its fastest implementation, while its weights do not change."""
 
     def __init__(self) -> None:
         self._state: list[tuple[int, int]] = []
         self._model: CpuSamplingModel | None = None
 
     def __reduce__(self) -> tuple[type[CachedReference], tuple[()]]:
-        return CachedReference, ()  # a copied policy reads its own weights; what oneDNN has packed cannot be copied
+        # a copied policy must read its own weights, and packed weights of oneDNN cannot be copied
+        return CachedReference, ()
 
     def read(self, model: nn.Module, with_adapter: bool = False) -> CpuSamplingModel | None:
-        """`model` without its adapter, or with one that stays as it is; None if only transformers' layers can compute
-        it."""
+        """`model` without its adapter, or with a frozen adapter; None if only transformers' layers support it."""
         if not CpuSamplingModel.can_read(model):
             return None
-        # A tensor's address and its count of writes: another pair where weights were moved or written since.
+        # The address and the version counter of each tensor: they differ if weights were moved or written since.
         state = [(w.data_ptr(), w._version) for w in model.parameters() if not w.requires_grad]
         if self._model is None or self._state != state:
             self._state, self._model = state, CpuSamplingModel(model, with_adapter=with_adapter)

@@ -1,10 +1,11 @@
-"""The decoder without gradients on a GPU: the same sums in few kernel launches.
+"""The decoder without gradients on a GPU: the same result with few kernel launches.
 
-The time of a decoding step with few rows is set by reading the weights, and then by the number of kernels. transformers
-launches about sixty for each layer, this model a dozen (`triton_attention`, `triton_norm_mlp`): query, key and value
-are one matrix product, gate and up another, and both residuals are accumulated by a matrix product (addmm).
+The time of a decoding step with few rows depends mainly on reading the weights, and then on the number of kernels.
+transformers launches about sixty kernels per layer; this model launches about twelve (`triton_attention`,
+`triton_norm_mlp`). Query, key and value are one matrix product, gate and up another one, and both residuals are added
+by a matrix product (addmm).
 
-Shapes: B rows, T tokens of each, N = B * T; H key-value heads, R query heads for each of them, W width of a head.
+Shapes: B rows, T tokens of each, N = B * T; H key-value heads, R query heads per key-value head, W width of a head.
 """
 
 from __future__ import annotations
@@ -29,17 +30,19 @@ class GpuSamplingModel(SamplingModel):
 
     @staticmethod
     def can_read(model: nn.Module) -> bool:
-        """Whether it computes what `model` computes, on this device and in this precision."""
+        """Whether this class supports `model` with its device and precision."""
         fits = model.dtype in HALF and has_kernels(model.device)
         return fits and architecture_of(model).decoder_parts(model) is not None
 
     def __init__(self, module: nn.Module, shared: Collection[int] = ()) -> None:
-        """Join the weights of `module` that are multiplied with the same input.
+        """Concatenate the weights of `module` that have the same input.
 
         Args:
-            module: a decoder. Its own weights are joined in place: its linear layers become views of the joined ones.
-            shared: addresses of weights that also belong to the policy. They stay where they are. Of these, query, key
-                and value are copied, and `refresh` copies them again; gate and up stay two products.
+            module: a decoder. Its own weights are concatenated in place: its linear layers become views of the joined
+                tensors.
+            shared: addresses of weights that also belong to the policy; they are not moved. Shared query, key and value
+                weights are copied, and `refresh` copies them again. Shared gate and up weights stay two separate
+                products.
         """
         super().__init__(module)
         parts = self.architecture.decoder_parts(module)
@@ -111,7 +114,7 @@ class _Layer:
         )
 
     def _attend_prompts(self, qkv: Tensor, rotary_factors: tuple[Tensor, Tensor], recorder: PrefixRecorder) -> Tensor:
-        """One prompt a row, where each token sees those before it -> [N, H * R, W]."""
+        """The prefill with one prompt per row and causal attention -> [N, H * R, W]."""
         cos, sin = (factor[:, :, None] for factor in rotary_factors)
         heads = qkv.view(*cos.shape[:2], -1, self.width)
         rotated, value = heads[:, :, : -self.num_keys], heads[:, :, -self.num_keys :]
@@ -126,7 +129,10 @@ class _Layer:
 
 
 def _joined_weight(linears: Sequence[nn.Module], shared: Collection[int]) -> Tensor | None:
-    """One tensor with the weights of all `linears`, which become views of it. None, and no change, if one is shared."""
+    """One tensor with the weights of all `linears`, which become views of it.
+
+    Returns None without changes if one is shared.
+    """
     if any(linear.weight.data_ptr() in shared for linear in linears):
         return None
     joined = torch.cat([linear.weight.detach() for linear in linears])

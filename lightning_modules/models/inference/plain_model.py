@@ -1,4 +1,4 @@
-"""A transformers module as a `SamplingModel`: right for every family and device, and with gradient where it has one."""
+"""A transformers module as a `SamplingModel`. It works for every family and device, and it supports gradients."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class PlainSamplingModel(SamplingModel):
         self.module, self.lm_head = module, module.get_output_embeddings()
 
     def hidden_states(self, context: Context, position_ids: Tensor, inputs_embeds: Tensor) -> Tensor:
-        # The registered attention function (`hf_attention`) meets a packed row's attention in the place of the mask,
-        # and a decoding step's cache in the place of the keys.
+        # The registered attention function (`hf_attention`) gets the attention of a packed row in place of the mask,
+        # and the cache of a decoding step in place of the keys.
         is_packed = isinstance(context, SharedPrefixAttention)
         mask, cache = (context, None) if is_packed else (None, context)
         return self.architecture.hidden_states(self.module, position_ids, inputs_embeds, mask, cache)

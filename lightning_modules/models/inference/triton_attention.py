@@ -1,12 +1,12 @@
 """Attention of a decoding step on a GPU, in Triton: three kernel launches between two matrix products.
 
-A step of a few rows reads every weight once and computes little, so each further launch is lost time. A prompt's keys
-are read once for all its completions. Long sequences are split into parts, and the parts of prefixes and completions
-run in parallel; their results are joined by their log-sum-exps (as in Flash-Decoding).
+A step with few rows reads every weight once and computes little, so each further launch costs time. The keys of a
+prompt are read once for all its completions. Long sequences are split into parts, and the parts of prefixes and
+completions run in parallel; their results are combined with their log-sum-exps (as in Flash-Decoding).
 
-Shapes: A = P * G rows in order, H key-value heads, R query heads for each of them, D head width, L and T tokens of room
-in a prefix and in a completion. S parts of a sequence, M queries that share its keys: G * R of a prefix, R of a
-completion.
+Shapes: A = P * G rows in order, H key-value heads, R query heads per key-value head, D head width, L and T largest
+numbers of tokens in a prefix and in a completion. S parts of a sequence, M queries that share its keys: G * R for a
+prefix, R for a completion.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-KEYS = 64  # that one iteration of the loop over a part reads
-QUERIES = 64  # most queries of one program
-PROGRAMS = 132  # multiprocessors of an H100: with that many programs in one launch each has work
+KEYS = 64  # number of keys that one iteration of the loop over a part reads
+QUERIES = 64  # largest number of queries in one program
+PROGRAMS = 132  # number of multiprocessors of an H100; a launch with this number of programs uses all of them
 
 
 @triton.jit
@@ -63,9 +63,9 @@ def _attend_part(
 ):  # fmt: skip
     """One part of the keys of one sequence and head, for up to QUERIES of the `rows` * `sharing` queries that share it.
 
-    Sequence b has the rows from b * `rows` on; its keys are at (b // inner, b % inner) of the memory. A prefix has G
-    rows and is found by its prompt alone (inner 1); a completion has one row and is found by prompt and completion
-    (inner G).
+    Sequence b has `rows` rows, starting at row b * `rows`. Its keys are at index (b // inner, b % inner) of the memory.
+    A prefix has G rows, and its index is the prompt (inner = 1). A completion has one row, and its index is (prompt,
+    completion) (inner = G).
     """
     sequence, head = sequence_head // heads, sequence_head % heads
     m = block * QUERIES + tl.arange(0, QUERIES)
@@ -93,7 +93,7 @@ def _attend_part(
         total = total * fade + tl.sum(weights, axis=1)
         mean = mean * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         most = now
-    # A part behind the end of its sequence has no keys: its sum is 0 and its log-sum-exp -inf.
+    # A part after the end of its sequence has no keys, so its sum is 0 and its log-sum-exp is -inf.
     divisor = tl.where(total > 0, total, 1.0)
     mean /= divisor[:, None]
     of_part = (sequence_head * num_parts + part) * rows * sharing + m
@@ -129,7 +129,7 @@ def _attend(
 
 @triton.jit
 def _read_parts(out, log_sums, first, step, num_parts, d, WIDTH: tl.constexpr, PARTS: tl.constexpr):
-    """Means [PARTS, BLOCK] and log-sums [PARTS] of one query, at `first` and every `step` further."""
+    """Load the means [PARTS, BLOCK] and log-sums [PARTS] of one query, from index `first` on, every `step`-th entry."""
     s = tl.arange(0, PARTS)
     is_part = s < num_parts
     of_part = first + s * step
@@ -155,7 +155,8 @@ def _join(
     b, b_sums = _read_parts(
         completion_out, completion_sums, first, sharing, completion_parts, d, WIDTH, COMPLETION_PARTS
     )
-    most = tl.maximum(tl.max(a_sums, axis=0), tl.max(b_sums, axis=0))  # finite: every row sees some key
+    # finite, because every row attends to at least one key
+    most = tl.maximum(tl.max(a_sums, axis=0), tl.max(b_sums, axis=0))
     a_weights, b_weights = tl.exp(a_sums - most), tl.exp(b_sums - most)
     mean = tl.sum(a * a_weights[:, None], axis=0) + tl.sum(b * b_weights[:, None], axis=0)
     mean /= tl.sum(a_weights, axis=0) + tl.sum(b_weights, axis=0)
@@ -170,9 +171,9 @@ def rotate_and_write(
 
     Args:
         qkv: queries, keys and values of one token of each row, [A, (H * R + 2 H) * D].
-        cos: rotary factors, [A, D], as `sin`.
-        sin: see `cos`.
-        token_index: where in its completion each row's token goes, long [A].
+        cos: rotary factors, [A, D].
+        sin: rotary factors, [A, D].
+        token_index: position of each row's token in its completion, long [A].
         keys: memory of keys, [P, H, G, T, D]; written in place.
         values: memory of values, in the same layout as `keys`.
 
@@ -183,7 +184,7 @@ def rotate_and_write(
     rows, num_queries = len(qkv), qkv.shape[1] // width - 2 * heads
     out = qkv.new_empty(rows, num_queries, width)
     block = triton.next_power_of_2(width // 2)
-    with torch.cuda.device_of(qkv):  # Triton runs on the current device, wherever its tensors are
+    with torch.cuda.device_of(qkv):  # Triton uses the current device, not the device of the tensors
         _rotate_and_write[(rows, num_queries + 2 * heads)](
             qkv, cos, sin, token_index, out, keys, values, num_queries, heads, completions, *keys.stride()[:4],
             HALF=width // 2, BLOCK=block, num_warps=1,
@@ -201,10 +202,10 @@ def attend(
         query: [A, H * R, D].
         prefix: keys and values, each [P, H, L, D].
         completion: keys and values, each [P, H, G, T, D].
-        lengths: tokens of each prefix [P] and of each completion [A], at least one.
-        read: upper bounds of `lengths` for prefixes and for completions. The launch depends on them alone, so that it
+        lengths: number of tokens of each prefix [P] and of each completion [A], at least 1.
+        read: upper bounds of `lengths` for prefixes and for completions. The launch depends only on them, so that it
             can be captured in a CUDA graph.
-        scaling: of the scores.
+        scaling: factor of the scores.
 
     Returns:
         [A, H * R, D].
@@ -242,9 +243,9 @@ def attend(
 
 
 def _split(length: int, sharers: int) -> tuple[int, int]:
-    """How to split a sequence of `length` keys: number of parts, and keys of each part.
+    """How to split a sequence of `length` keys: the number of parts, and the number of keys in each part.
 
-    `sharers` such sequences run in one launch; together they should fill the GPU.
+    `sharers` sequences of this length run in one launch; together they should use the whole GPU.
     """
     steps = triton.cdiv(length, KEYS)
     part_steps = triton.cdiv(steps, max(1, PROGRAMS // sharers))

@@ -1,4 +1,4 @@
-"""The one entry to faster layers: `accelerate_layers`. Whoever builds a model needs to know no device."""
+"""The entry point to faster layers: `accelerate_layers`. Code that builds a model is independent of the device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from lightning_modules.models.layers.onednn_linear import with_fast_linears
 
 
 def accelerate_layers(model: nn.Module) -> nn.Module:
-    """The same model with the same state, in place. Each layer takes its fast path where tensor and device allow it:
-    Triton kernels on a recent GPU, oneDNN in float32 on a CPU."""
+    """Make the layers of a model faster, in place, with the same state.
+
+    Each layer uses its fast path if tensor and device support it: Triton kernels on a recent GPU, oneDNN in float32 on
+    a CPU.
+    """
     keep_freed_memory()
     return with_fast_linears(with_fused_layers(model))

@@ -1,7 +1,7 @@
-"""The memory of a process on a CPU: freed tensors stay with the allocator.
+"""Memory allocation on a CPU: keep freed memory in the allocator.
 
-By default glibc returns a large block to the system as soon as it is freed. The system then hands out, and zeroes,
-every page of the next tensor again. A training step frees and allocates the same sizes again and again, so on a small
+By default glibc returns a large block to the system as soon as it is freed. For the next tensor, the system must
+provide and zero every page again. A training step frees and allocates the same sizes again and again, so on a small
 model this costs a tenth of the step.
 """
 
@@ -11,7 +11,7 @@ import ctypes
 import functools
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from glibc's malloc.h
-KEPT = 1 << 30  # bytes that may stay free at the top of the heap
+KEPT = 1 << 30  # number of free bytes that may stay at the top of the heap
 LARGEST = 32 << 20  # bytes, the largest value that glibc accepts; larger blocks still go back to the system at once
 
 

@@ -1,7 +1,7 @@
-"""Faster layers: other forward passes of transformers' modules, with the same state.
+"""Faster layers: transformers' modules with another forward pass and the same state.
 
-A module's class becomes a subclass of its old class. The kernels are for a GPU. Where they gain nothing, such as in
-float32 on a CPU, transformers' own forward pass runs.
+A module's class becomes a subclass of its old class. The kernels are for a GPU. If they are not faster, such as in
+float32 on a CPU, transformers' forward pass is used.
 """
 
 from __future__ import annotations
@@ -22,18 +22,21 @@ HALF = (torch.bfloat16, torch.float16)
 
 @functools.cache
 def is_recent_gpu(device: torch.device) -> bool:
-    """Whether flash attention and Triton's matrix products run on it: NVIDIA's Ampere (2020) or later."""
+    """Whether the device supports flash attention and Triton's matrix products: NVIDIA's Ampere (2020) or later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache
 def has_kernels(device: torch.device) -> bool:
-    """Whether this project's Triton kernels run on it."""
+    """Whether the device supports this project's Triton kernels."""
     return is_recent_gpu(device) and importlib.util.find_spec("triton") is not None
 
 
 class FusedNorm(nn.Module):
-    """An RMS norm as one kernel. The kernel gives no gradient of the weight, so a trained norm runs as it was."""
+    """An RMS norm as one kernel.
+
+    The kernel computes no gradient of the weight, so a trained norm uses transformers' forward pass.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if not has_kernels(x.device) or (self.weight.requires_grad and torch.is_grad_enabled()):
@@ -46,18 +49,18 @@ class FusedNorm(nn.Module):
 class FusedMLP(nn.Module):
     """A SwiGLU MLP with SiLU and gate as one kernel between its matrix products.
 
-    In half precision an inner width that is no multiple of 8 is padded with zeros. Qwen2.5-VL's vision tower has 3,420
-    inner units. Rows of 3,420 numbers are not aligned in memory, which makes a GPU's matrix products four times slower.
-    The weights themselves do not change: each forward pass makes padded copies. If the tower is trained, autograd keeps
-    the copies for the backward pass (26 MB a layer).
+    In half precision, an inner width that is not a multiple of 8 is padded with zeros. Qwen2.5-VL's vision tower has
+    3,420 inner units. Rows of 3,420 numbers are not aligned in memory, which makes a GPU's matrix products four times
+    slower. The weights themselves do not change: each forward pass makes padded copies. If the tower is trained,
+    autograd keeps the copies for the backward pass (26 MB a layer).
     """
 
-    linear_names: tuple[str, str, str]  # of gate, up and down
+    linear_names: tuple[str, str, str]  # names of gate, up and down
 
     def forward(self, x: Tensor) -> Tensor:
         linears = [getattr(self, name) for name in self.linear_names]
         gate, up, down = linears
-        # PEFT's LoRA layers are no nn.Linear; padding would leave their adapter out.
+        # PEFT's LoRA layers are not nn.Linear; padding would ignore their adapter.
         is_plain = all(isinstance(linear, nn.Linear) for linear in linears)
         missing = -down.in_features % 8 if is_plain and x.dtype in HALF else 0
         if missing:
@@ -85,8 +88,8 @@ def _wider(linear: nn.Linear, x: Tensor, missing: int) -> Tensor:
 class LinearPatchEmbedding(nn.Module):
     """The patch embedding as one matrix product.
 
-    Its convolution steps by the length of its kernel, so each patch meets the weights once. On a CPU the matrix product
-    is four times as fast as the convolution.
+    The stride of its convolution equals the kernel size, so each patch is multiplied by the weights once. On a CPU, the
+    matrix product is four times as fast as the convolution.
     """
 
     def forward(self, patches: Tensor) -> Tensor:
@@ -95,8 +98,9 @@ class LinearPatchEmbedding(nn.Module):
 
 
 def with_fused_layers(model: nn.Module) -> nn.Module:
-    """The same model, in place: RMS norms become `FusedNorm`, SwiGLU MLPs `FusedMLP`, patch embeddings
-    `LinearPatchEmbedding`. All keep their state."""
+    """Change the model in place: RMS norms become `FusedNorm`, SwiGLU MLPs `FusedMLP`, patch embeddings
+    `LinearPatchEmbedding`. All keep their state.
+    """
     found = architecture_of(model).speed_ups(model)
     for module in found.norms:
         module.__class__ = _subclass(FusedNorm, type(module))

@@ -2,10 +2,11 @@
 
 PEFT computes W x + s · B (A x) as two outputs [N, O], a multiplication by s and a sum, and autograd adds two gradients
 of x. Here s multiplies the narrow A x [N, r], and both sums are accumulated by a matrix product (addmm). For narrow
-models on a CPU those passes cost as much as the matrix products; on a GPU each is one kernel less.
+models on a CPU, PEFT's elementwise passes cost as much as the matrix products. On a GPU, each of them is one more
+kernel.
 
 In float32 on a CPU, if there are more tokens than outputs, W + s · B A is computed first: one matrix product instead of
-three, also for the gradient of x. In half precision that sum would be rounded.
+three, also for the gradient of x. In half precision, this sum would be rounded.
 
 Shapes: N tokens, I inputs, O outputs, r rank.
 """
@@ -24,7 +25,10 @@ from lightning_modules.models.layers.onednn_linear import linear, uses_onednn
 
 
 class FusedLoraLinear(LoraLinear):
-    """PEFT's layer with a faster forward pass. Anything but one plain adapter on a frozen layer runs PEFT's own."""
+    """PEFT's layer with a faster forward pass for one plain adapter on a frozen layer.
+
+    Other cases use PEFT's forward pass.
+    """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plain = not (args or kwargs or self.disable_adapters or self.merged or self.lora_variant)
@@ -35,7 +39,7 @@ class FusedLoraLinear(LoraLinear):
         has_dropout = not isinstance(self.lora_dropout[name], nn.Identity)
         if has_dropout or self.lora_bias[name] or any(p.requires_grad for p in base.parameters()):
             return super().forward(x)
-        # Cast as autocast would: inside a custom autograd function it does not cast for us.
+        # Cast as autocast would, because autocast has no effect inside a custom autograd function.
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.weight.dtype
         down, up = self.lora_A[name].weight, self.lora_B[name].weight

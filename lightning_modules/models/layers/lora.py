@@ -25,18 +25,18 @@ from lightning_modules.models.architectures.registry import all_linear_layers, a
 from lightning_modules.models.layers.fused_layers import HALF
 from lightning_modules.models.layers.fused_lora import FusedLoraLinear
 
-ALL_LINEAR = "all-linear"  # as PEFT calls it
+ALL_LINEAR = "all-linear"  # PEFT's name for it
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """LoRA (arXiv:2106.09685) on linear layers of the language model; the vision tower never gets any.
+    """LoRA (arXiv:2106.09685) on linear layers of the language model, never on the vision tower.
 
     Args:
         rank: columns of A and of B transposed.
         alpha: the update B A is scaled by alpha / rank.
-        dropout: of the adapter's input.
-        targets: names of linear layers (`Architecture.linear_layers`), also with parents in front (`mlp.up_proj`,
+        dropout: dropout of the adapter's input.
+        targets: names of linear layers (`Architecture.linear_layers`), optionally with parent names (`mlp.up_proj`,
             `layers.3.self_attn.q_proj`), or "all-linear" for all of them.
     """
 
@@ -50,7 +50,7 @@ class LoraSettings:
         return all_linear if self.targets in (ALL_LINEAR, (ALL_LINEAR,)) else tuple(self.targets)
 
     def problems(self) -> Problems:
-        """All settings that cannot work, in words."""
+        """Messages for all invalid settings."""
         problems, known = Problems("lora."), all_linear_layers()
         for name in ("rank", "alpha"):
             value, rule = getattr(self, name), "must be greater than 0; lora=null trains without an adapter"
@@ -71,19 +71,19 @@ def _unknown_targets(names: Sequence[str], known: Sequence[str]) -> str:
 
 
 def lora_config(lora: LoraSettings, architecture: Architecture) -> LoraConfig:
-    """PEFT's settings for an adapter on the language model alone."""
+    """PEFT's settings for an adapter on the language model only."""
     pattern = _pattern(lora.layers(architecture.linear_layers), architecture)
     return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=pattern)
 
 
 def _pattern(layers: Sequence[str], architecture: Architecture) -> str:
-    # The vision tower may have layers of the same names, so the pattern names the language model.
+    # The vision tower may have layers with the same names, so the pattern includes the path of the language model.
     text_model = architecture.text_path.rpartition(".")[2]
     return rf".*\b{text_model}\.(?:.*\.)?({'|'.join(map(re.escape, layers))})"
 
 
 def _unmatched(model: nn.Module, layers: Sequence[str], architecture: Architecture) -> list[str]:
-    """The names that match no linear layer of the language model. PEFT alone would accept them if any one matches."""
+    """The names that match no linear layer of the language model. PEFT accepts them if at least one matches."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     patterns = {layer: _pattern([layer], architecture) for layer in layers}
     return [layer for layer, pattern in patterns.items() if not any(re.fullmatch(pattern, name) for name in linear)]
@@ -105,7 +105,7 @@ def with_adapter(model: nn.Module, lora: LoraSettings) -> PeftModel:
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
-    """The adapter's tensors as they are now, on the CPU, under the names that PEFT gives them in a file.
+    """The present tensors of the adapter, on the CPU, with PEFT's names in files.
 
     If parameters are sharded, all ranks must call it together: gathering is a collective operation.
     """
@@ -140,7 +140,7 @@ def merged_copy(module: nn.Module) -> nn.Module:
 
 
 def frozen_copy(model: nn.Module, share_vision: bool) -> nn.Module:
-    """A frozen copy of the model as it is now. With `share_vision` the two share the tensors of the vision tower."""
+    """A frozen copy of the present model. With `share_vision`, both models share the tensors of the vision tower."""
     tower = architecture_of(model).vision_tower(model)
     memo = {id(t): t for t in (*tower.parameters(), *tower.buffers())} if share_vision else {}
     return copy.deepcopy(model, memo).requires_grad_(False).eval()
@@ -148,7 +148,7 @@ def frozen_copy(model: nn.Module, share_vision: bool) -> nn.Module:
 
 @torch.no_grad()
 def refresh_merged(merged: nn.Module, module: nn.Module) -> None:
-    """Merge the LoRA layers of `module`, as they are now, into `merged`, an earlier `merged_copy` of it.
+    """Merge the present LoRA layers of `module` into `merged`, an earlier `merged_copy` of it.
 
     The tensors of `merged` are written in place, so their addresses stay valid.
     """
@@ -179,8 +179,8 @@ def merged_weight(layer: nn.Module, out: Tensor | None = None) -> Tensor:
     base, names = layer.get_base_layer(), layer.active_adapters
     weight = base.weight.detach()
     if weight.is_cuda and weight.dtype in HALF and len(names) == 1:
-        # One kernel: A and B are rounded as in training, the sum is made in float32. The general path below makes ten
-        # passes over tensors of this size.
+        # One kernel: A and B are rounded as in training, and the sum is computed in float32. The general path below
+        # needs ten passes over tensors of this size.
         down, up = (part[names[0]].weight.to(weight.dtype) for part in (layer.lora_A, layer.lora_B))
         return torch.addmm(weight, up, down, alpha=layer.scaling[names[0]], out=out)
     delta = sum(layer.get_delta_weight(name).float() for name in names)

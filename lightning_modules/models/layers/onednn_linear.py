@@ -1,6 +1,6 @@
-"""Linear layers by oneDNN, in float32 on a CPU; everywhere else PyTorch's own.
+"""Linear layers with oneDNN for float32 on a CPU; otherwise PyTorch's own.
 
-PyTorch would take MKL there, which leaves half of an AMD core's vector width unused. Both add up in float32, but in a
+PyTorch would use MKL, which uses only half of the vector width of an AMD core. Both accumulate in float32, but in a
 different order, so results differ by rounding.
 
 Shapes: N tokens, I inputs, O outputs.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 # oneDNN generates code for each shape of a matrix product and caches it; PyTorch has a second cache in front of that.
-# Both hold 1,024 entries by default. With rows of ever new lengths a process grew by 1.2 GB, while generating an entry
+# Both hold 1,024 entries by default. With many different row lengths, a process grew by 1.2 GB, and generating an entry
 # takes less than a millisecond. Both variables are read at the first matrix product.
 for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_name, "128")
@@ -27,7 +27,7 @@ _ONEDNN = torch.ops.mkldnn._linear_pointwise if hasattr(torch.ops.mkldnn, "_line
 
 
 def uses_onednn(*tensors: Tensor) -> bool:
-    """Whether oneDNN computes with these operands."""
+    """Whether oneDNN supports these operands."""
     known = _ONEDNN is not None and torch.backends.mkldnn.enabled
     return known and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
 
@@ -36,7 +36,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` without gradient: x [N, I], weight [O, I] and bias [O] -> [N, O]. Operands may be transposed views."""
     if uses_onednn(x, weight):
         if not (weight.is_contiguous() or weight.t().is_contiguous()):
-            # For a weight with gaps in memory (a slice) oneDNN falls back to a plain loop, a thousand times slower.
+            # For a weight with gaps in memory (a slice), oneDNN would use a plain loop, which is a thousand times
+            # slower.
             weight = weight.contiguous()
         return _ONEDNN.default(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
@@ -45,8 +46,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class PrepackedLinear:
     """A linear layer without gradient that is called often with few tokens.
 
-    The weight [O, I] is brought into oneDNN's own layout once. The operation that follows (SiLU, addition,
-    multiplication) is fused into the matrix product (oneDNN's post-operations). x [N, I] must have the weight's dtype.
+    The weight [O, I] is converted to oneDNN's layout once. The following operation (SiLU, addition, multiplication) is
+    fused into the matrix product (oneDNN's post-operations). x [N, I] must have the weight's dtype.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -77,7 +78,7 @@ class PrepackedLinear:
 
 
 def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` [..., O], by oneDNN in the forward and in the backward pass where it can."""
+    """`F.linear` [..., O], with oneDNN in the forward and the backward pass if it supports the operands."""
     # Under autocast the operands would be cast first, which F.linear does.
     if not uses_onednn(x, weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
@@ -92,7 +93,7 @@ class FastLinear(nn.Linear):
 
 
 def with_fast_linears(model: nn.Module) -> nn.Module:
-    """The same model, in place: its plain `nn.Linear` modules become `FastLinear` and keep their state."""
+    """Change the model in place: its plain `nn.Linear` modules become `FastLinear` and keep their state."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = FastLinear

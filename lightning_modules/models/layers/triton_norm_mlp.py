@@ -1,9 +1,10 @@
 """RMS norm (Zhang and Sennrich 2019) and the gate of SwiGLU (Shazeer 2020) on a GPU, in Triton.
 
-Forward and backward pass each read and write memory once. In PyTorch's own operations they are eight and three passes
-over the widest tensors of a layer, and autograd keeps copies in float32. Here it keeps the input and one number a row.
+Forward and backward pass each read and write memory once. With PyTorch's operations they need eight and three passes
+over the widest tensors of a layer, and autograd keeps copies in float32. Here, autograd keeps only the input and one
+number per row.
 
-Shapes: N rows, `width` numbers in each.
+Shapes: N rows with `width` numbers each.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 1024  # numbers of a row that one program of the gate computes
+BLOCK = 1024  # number of elements of a row that one program of the gate computes
 
 
 @triton.jit
@@ -26,7 +27,7 @@ def _norm(x, weight, out, scales, width, eps, BLOCK: tl.constexpr):
     inside = column < width
     values = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(values * values, axis=0) / width + eps)
-    scaled = (values * scale).to(out.dtype.element_ty).to(tl.float32)  # rounded where the model rounds
+    scaled = (values * scale).to(out.dtype.element_ty).to(tl.float32)  # rounded at the same point as in the model
     scaled *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * width + column, scaled.to(out.dtype.element_ty), mask=inside)
     tl.store(scales + row, scale)
@@ -118,12 +119,12 @@ def _warps(block: int) -> int:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMS norm of each row of `x` [..., width], times `weight` [width], which gets no gradient."""
-    with torch.cuda.device_of(x):  # Triton runs on the current device, wherever its tensors are
+    """RMS norm of each row of `x` [..., width], multiplied by `weight` [width]; `weight` gets no gradient."""
+    with torch.cuda.device_of(x):  # Triton uses the current device, not the device of the tensors
         return _Norm.apply(x, weight.detach(), eps)
 
 
 def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
-    """SiLU(gate) * up, both [N, width]; their rows may be slices of wider rows."""
+    """SiLU(gate) * up, both [N, width]; the rows may be slices of wider rows."""
     with torch.cuda.device_of(gate):
         return _Gated.apply(gate, up)
