@@ -1,10 +1,10 @@
 """The objective of GRPO over groups of completions: log-probabilities of policy and reference, loss and gradient.
 
-The mathematics is in `rl/losses.py`. This class computes what it needs in packed rows, on all ranks alike, and keeps
-what changes with the number of updates: β, the coefficient of the entropy bonus, the reference.
+The formulas are in `rl/losses.py`. This class computes their inputs in packed rows, on all ranks. It also keeps the
+values that change with the number of updates: β, the coefficient of the entropy bonus, and the reference.
 
-Shapes: P prompts of a batch, G completions of each, C completions of several groups, N tokens of the completions in one
-packed row, T tokens of one completion.
+Shapes: P prompts of a batch, G completions of each prompt, C completions of several groups, N tokens of the completions
+in one packed row, T tokens of one completion.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class GroupObjective(PolicyModule):
         return self.kl_beta > 0 and self.loss_settings.kl_in == "loss"
 
     def check_reference(self) -> None:
-        """Raises ValueError for a reference that is to be refreshed, of a sharded policy."""
+        """Raises ValueError if the reference of a sharded policy should be refreshed."""
         every = self.loss_settings.reference_every
         if every is not None and self.policy.sharded is not None:
             raise ValueError(
@@ -65,7 +65,7 @@ class GroupObjective(PolicyModule):
                 "cannot be refreshed; use ddp or one device"
             )
 
-    # What changes with the number of updates
+    # Values that change with the number of updates
 
     @property
     def kl_beta(self) -> float:
@@ -77,7 +77,7 @@ class GroupObjective(PolicyModule):
         return scheduled(start, schedule, self.global_step, planned)
 
     def update(self) -> bool:
-        """`PolicyModule.update`; then what changes with the number of updates."""
+        """`PolicyModule.update`, and then the values that change with the number of updates."""
         made = super().update()
         if self.loss_settings.entropy.target is not None:
             self._entropy.end_update(*self.sum_over_ranks(self._entropy.take_sums()))
@@ -87,7 +87,7 @@ class GroupObjective(PolicyModule):
         return made
 
     def _coefficients(self) -> tuple[float, float]:
-        """β and the entropy's coefficient of the next update; those that change are logged."""
+        """β and the entropy coefficient of the next update; values that change during training are logged."""
         beta, entropy = self.kl_beta, self._entropy.coefficient
         if self.loss_settings.kl_schedule.kind != "constant":
             self._latest["grpo/kl_beta"] = beta
@@ -103,7 +103,7 @@ class GroupObjective(PolicyModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        state = checkpoint[STATE_KEY]  # an older version's has fewer entries
+        state = checkpoint[STATE_KEY]  # a checkpoint of an older version has fewer entries
         self._entropy.load_state_dict(state.get("entropy", EntropyController(self.loss_settings.entropy).state_dict()))
         if self.loss_settings.reference_every is not None:
             self.policy.reference.load_state_dict(self.policy, state.get("reference", {}))
@@ -112,7 +112,7 @@ class GroupObjective(PolicyModule):
 
     @torch.no_grad()
     def attach_old_log_probs(self, groups: list[PromptGroup]) -> None:
-        """Give each group the log-probabilities of the policy before its first update."""
+        """Store in each group the log-probabilities of the policy before the first update."""
         if self.update_settings.old_log_probs == "sampler":
             for group in groups:
                 group.old_log_probs = group.sampler_log_probs
@@ -125,12 +125,14 @@ class GroupObjective(PolicyModule):
 
     @torch.no_grad()
     def kl_penalty(self, items: list[EncodedSample], rollouts: list[list[Rollout]], features: list[Tensor]) -> Tensor:
-        """β · Σ over a completion's tokens of its KL estimate, float64 [P, G]; the policy's part is the engine's.
+        """β · Σ over the tokens of a completion of the KL estimate, float64 [P, G].
+
+        The policy's log-probabilities are those of the engine.
 
         Args:
             items: P prompts.
-            rollouts: P lists of G.
-            features: P of [image tokens, D].
+            rollouts: P lists of G rollouts.
+            features: P tensors [image tokens, D].
         """
         none = torch.zeros(len(items), len(rollouts[0]))
         skip = [False] * len(items)
@@ -149,18 +151,22 @@ class GroupObjective(PolicyModule):
         return torch.tensor(penalties, dtype=torch.float64)
 
     def _reference_log_probs(self, rows: PackedRows, features: list[Tensor], items: list[EncodedSample]) -> Tensor:
-        """Log-probabilities [N] of a row's tokens by the reference; `features` and `items` as in `_packed_rows`."""
+        """Log-probabilities [N] of a row's tokens under the reference; `features` and `items` are those of
+        `_packed_rows`.
+        """
         fixed = features if self.freeze_vision else self.row_features(rows, items, reference=True)
         return self.policy.token_log_probs(rows, fixed, self.rollout_settings.temperature, reference=True)
 
     def _packed_rows(
         self, groups: list[PromptGroup], reference: bool = False
     ) -> Iterator[tuple[PackedRows, list[Tensor]]]:
-        """The groups in packed rows, each with the image features of all items. Makes the dummy passes that are due.
+        """Yields packed rows of the groups, each with the image features of all items.
+
+        Runs the dummy passes if other ranks have more rows.
 
         Args:
-            groups: each with a completion.
-            reference: the caller's passes are the reference's alone.
+            groups: the groups; each has at least one completion.
+            reference: whether the caller runs only the reference on the rows.
         """
         items = [group.item for group in groups]
         known = [group.features for group in groups] if self.freeze_vision else None
@@ -177,7 +183,8 @@ class GroupObjective(PolicyModule):
 
     def add_gradient(self, groups: list[PromptGroup]) -> None:
         """Add the gradient of minus the objective over these groups, one packed row after the other."""
-        # Completions that are not trained on: nothing here, or their number where the mean is over all.
+        # The number of completions without gradient that still count in the mean; 0 if the mean is only over trained
+        # ones.
         absent = absent_count(groups, self.loss_settings.reduction)
         self._absent += absent
         self.metrics.update(loss_count=absent)
@@ -187,15 +194,15 @@ class GroupObjective(PolicyModule):
         beta, entropy = self._coefficients()
         with_entropy, temperature = self.loss_settings.entropy.is_on, self.rollout_settings.temperature
         advantages = torch.cat([group.advantages for group in groups] or [torch.zeros(0)])  # [C]
-        old = [log_probs for group in groups for log_probs in group.old_log_probs or ()]  # C of [T], or none
-        sampler = [log_probs for group in groups for log_probs in group.sampler_log_probs]  # C of [T]
+        old = [log_probs for group in groups for log_probs in group.old_log_probs or ()]  # C tensors [T], or []
+        sampler = [log_probs for group in groups for log_probs in group.sampler_log_probs]  # C tensors [T]
         for rows, features in self._packed_rows(groups):
-            # Log-probabilities [N] of the row's tokens, by the policy with gradient, and by the reference model.
+            # Log-probabilities [N] of the row's tokens: under the policy, with gradient, and under the reference model.
             log_probs = self.policy.token_log_probs(rows, features, temperature, with_entropy=with_entropy)
             log_probs, entropies = log_probs if with_entropy else (log_probs, None)
             ref_log_probs = self._reference_log_probs(rows, features, items) if self.loss_reads_reference else None
 
-            # Log-probabilities [N] when the tokens were sampled, by the trainer and by the engine.
+            # Log-probabilities [N] at the time of sampling: computed by the trainer, and by the engine.
             present = rows.completion_index.unique_consecutive().tolist()
             old_log_probs = torch.cat([old[c] for c in present]) if old else None
             sampler_log_probs = torch.cat([sampler[c] for c in present])
@@ -218,16 +225,16 @@ class GroupObjective(PolicyModule):
             self._entropy.add(terms)
 
     def _sampler_weights(self, old_log_probs: Tensor, sampler_log_probs: Tensor, index: Tensor) -> Tensor | None:
-        """Weights [N] that correct for an engine that computes otherwise than the trainer; None for none.
+        """Weights [N] that correct for differences between engine and trainer; None means no weights.
 
         Args:
-            old_log_probs: [N], by the trainer.
-            sampler_log_probs: [N], by the engine.
-            index: [N] long, the completion of each token.
+            old_log_probs: [N], computed by the trainer.
+            sampler_log_probs: [N], computed by the engine.
+            index: [N] long, the index of each token's completion.
         """
         settings = self.update_settings
         if self.updates_per_window > 1 and settings.old_log_probs == "sampler":
-            return None  # the trainer's were never computed
+            return None  # the trainer has not computed its log-probabilities
         weights, is_beyond, mode = None, None, settings.importance_mode
         if settings.importance_cap is not None:
             bounds = (settings.importance_cap, settings.importance_floor)

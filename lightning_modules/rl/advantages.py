@@ -18,17 +18,17 @@ EQUAL_TOLERANCE = 1e-6  # rewards closer than this are equal: smaller difference
 
 
 def zero_advantage(rewards: Tensor) -> Tensor:
-    """Bool [P]: the groups of `rewards` [P, G] whose rewards are all equal, and which teach nothing therefore."""
+    """Bool [P]: the groups of `rewards` [P, G] whose rewards are all equal, so that no completion is preferred."""
     return rewards.amax(dim=1) - rewards.amin(dim=1) <= EQUAL_TOLERANCE
 
 
 def group_advantages(rewards: Tensor, scale: AdvantageScale = "group") -> Tensor:
     """Eq. 1: (r - mean) / (std + 1e-4) inside each group, with the unbiased standard deviation; or r - mean.
 
-    Without the division, groups of small differences weigh less (Dr. GRPO, arXiv:2503.20783, section 3.2).
+    Without the division, groups with small differences have less weight (Dr. GRPO, arXiv:2503.20783, section 3.2).
 
-    Two things are added to eq. 1: the 1e-4, and exact zeros for a group of equal rewards, in which the rounding of
-    floats would leave noise.
+    Two things are added to eq. 1: the 1e-4, and exact zeros for a group of equal rewards, where rounding would
+    otherwise leave noise.
 
     Args:
         rewards: [P, G], float.
@@ -38,7 +38,7 @@ def group_advantages(rewards: Tensor, scale: AdvantageScale = "group") -> Tensor
         [P, G], float32.
 
     Raises:
-        ValueError: a group of one completion, whose standard deviation is undefined, or rewards that are not finite.
+        ValueError: a group has only one completion, so its standard deviation is undefined; or rewards are not finite.
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be [prompts, group] with a group of at least 2, got {tuple(rewards.shape)}")

@@ -1,7 +1,7 @@
-"""GRPO's settings of sampling and updates, as they stand in a YAML: `model.init_args.update.minibatches`,
-`--model.update.minibatches=2`. Those of advantage and loss are in `loss_settings`.
+"""GRPO's settings of sampling and updates: `model.init_args.update.minibatches` in a YAML, or
+`--model.update.minibatches=2`. The settings of advantage and loss are in `loss_settings`.
 
-Each class checks its own fields. `experiments.train` tells the problems of all of them at once (`collect_problems`).
+Each class checks its own fields. `experiments.train` reports the problems of all classes together (`collect_problems`).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ OldLogProbs = Literal["trainer", "sampler"]
 
 @dataclass(frozen=True)
 class RolloutSettings(SamplingSettings):
-    """How completions are sampled, and where they are kept; group_size, temperature, max_new_tokens and
-    prompts_per_batch are those of `SamplingSettings`.
+    """Sampling of completions, and their log. group_size, temperature, max_new_tokens and prompts_per_batch are
+    described in `SamplingSettings`.
 
     Args:
         engine: "native" samples in this process, "vllm" on the servers that `vllm` names (docs/rollout_engines.md).
-        vllm: the servers; read with engine "vllm" only.
-        log: JSONL file for the sampled groups, read by `make compare`; a relative path lies in the phase's folder. null
-            writes none.
+        vllm: the servers; used only with engine "vllm".
+        log: JSONL file for the sampled groups, read by `make compare`; a relative path is relative to the phase's
+            folder. null writes no log.
         log_every: write the groups of every `log_every`-th batch.
     """
 
@@ -39,7 +39,7 @@ class RolloutSettings(SamplingSettings):
     part: ClassVar[str] = "rollout"
 
     def problems(self) -> Problems:
-        """All settings that cannot work, in words."""
+        """Messages for all invalid settings."""
         problems = super().problems()
         problems.require(self.group_size != 1, ": an advantage needs a group of at least 2", group_size=self.group_size)
         problems.positive(log_every=self.log_every)
@@ -49,27 +49,28 @@ class RolloutSettings(SamplingSettings):
 
 @dataclass(frozen=True)
 class UpdateSettings:
-    """How an accumulation window of rollouts is trained on.
+    """Training on an accumulation window of rollouts.
 
-    A window is trained on `epochs_per_rollout` times, each time in `minibatches` updates. With one update in all the
-    policy has not moved when it is trained: the ratio is 1, and no rollout is kept. With more, the ratio is taken
-    against the log-probabilities of the policy that sampled.
+    A window is used `epochs_per_rollout` times, each time with `minibatches` updates. If there is one update in total,
+    the policy does not change between sampling and training: the ratio is 1, and rollouts are not kept. With more
+    updates, the denominator of the ratio is the probability under the policy that sampled.
 
     Args:
-        epochs_per_rollout: how often each completion is trained on.
-        minibatches: updates that an epoch is divided into.
-        old_log_probs: the denominator of the ratio where there are several updates: "trainer" computes it once more
-            before the first update, "sampler" takes what the rollout engine stated.
-        skip_zero_advantage: leave out groups whose rewards are all equal; False trains on them for their KL term.
-        mask_truncated: leave out completions that were cut at the length limit. They count in their group's mean all
-            the same. Whether these and skipped groups are in the loss's normaliser says `loss.normalise_over`.
-        importance_cap: C, the highest weight by how likely the trainer finds what the engine sampled
-            (`sampler_correction.py`); null trusts the engine's log-probabilities.
-        importance_floor: the lowest weight; null: none.
-        importance_mode: weights by "token" or by "sequence"; beyond their bounds they are held there ("truncate") or
-            set to 0 ("mask"). TRL's vllm_importance_sampling_mode has the same four.
-        max_idle_windows: after this number of windows in a row without an informative group (`idle_windows`) the run
-            ends with IdleTooLong; null goes on. A resumed run goes on counting.
+        epochs_per_rollout: number of times that each completion is used.
+        minibatches: number of updates in one epoch over the window.
+        old_log_probs: source of the denominator of the ratio if there are several updates: "trainer" computes it again
+            before the first update, "sampler" uses the values from the rollout engine.
+        skip_zero_advantage: skip groups whose rewards are all equal; False trains on them for their KL term.
+        mask_truncated: skip completions that were cut at the length limit. They still count in the mean reward of their
+            group. `loss.normalise_over` decides whether these completions and skipped groups count in the normaliser of
+            the loss.
+        importance_cap: C, the upper bound of importance weights that correct the difference between engine and trainer
+            (`sampler_correction.py`); null uses no weights.
+        importance_floor: the lower bound of these weights; null means no lower bound.
+        importance_mode: weights per "token" or per "sequence". Weights beyond the bounds are clipped ("truncate") or
+            set to 0 ("mask"). TRL's vllm_importance_sampling_mode has the same four values.
+        max_idle_windows: after this number of windows in a row without an informative group (`idle_windows`), the run
+            ends with IdleTooLong; null means no limit. A resumed run continues counting.
     """
 
     epochs_per_rollout: int = 1

@@ -1,7 +1,8 @@
-"""GRPO that learns nothing: how many accumulation windows in a row had no informative group, and why.
+"""Detect that GRPO learns nothing: count accumulation windows in a row without an informative group, and find the
+reason.
 
-A group is informative if it teaches a preference: its rewards differ, and a completion that is trained on has an
-advantage that is not 0. All counts are over all ranks.
+A group is informative if its rewards differ and at least one trained completion has an advantage other than 0. All
+counts are over all ranks.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from lightning_modules.rollouts.base import SamplingSettings
 from lightning_modules.training.endings import IdleTooLong
 
-# Name in messages and checkpoints -> sum of `GRPOMetrics`.
+# Name in messages and checkpoints -> name of the sum in `GRPOMetrics`.
 COUNTED = {name: name for name in ("groups", "completions", "zero_iou", "right", "truncated", "failed")} | {
     "format": "well_formed"
 }
@@ -56,7 +57,7 @@ class IdleWindows:
         self.number, self._counts = state["number"], Counter(state["counts"])
 
     def require_fewer_than(self, limit: int | None, sampling: SamplingSettings) -> None:
-        """Raises IdleTooLong after `limit` windows or more; None: no limit."""
+        """Raises IdleTooLong after `limit` windows or more; None means no limit."""
         if limit is not None and self.number >= limit:
             raise IdleTooLong(
                 f"stopped: GRPO learns nothing; {self.explain(sampling)}\n"
@@ -65,7 +66,7 @@ class IdleWindows:
             )
 
     def explain(self, sampling: SamplingSettings) -> str:
-        """Why no group of these windows was informative, the cure, and the counts, in three lines."""
+        """Three lines: why no group of these windows was informative, the fix, and the counts."""
         counts = self._counts
         return (
             f"no group of the last {self.number} windows was informative: in each of {counts['groups']} groups all "
@@ -77,7 +78,7 @@ class IdleWindows:
 
 
 def _cause(counts: Mapping[str, int], sampling: SamplingSettings) -> str:
-    """Why the groups are equal, and the cure."""
+    """Why the rewards in groups are equal, and the fix."""
     total = counts["completions"]
     if counts.get("failed", 0) == total:
         return (

@@ -1,5 +1,6 @@
-"""The settings of GRPO's advantage and loss, as they stand in a YAML: `model.init_args.loss.kl_beta`,
-`--model.loss.kl_beta=0.01`. Each class checks its own fields (`grpo_settings`).
+"""GRPO's settings of advantage and loss: `model.init_args.loss.kl_beta` in a YAML, or `--model.loss.kl_beta=0.01`.
+
+Each class checks its own fields (see `grpo_settings`).
 """
 
 from __future__ import annotations
@@ -39,12 +40,13 @@ class AdvantageSettings:
 
 @dataclass(frozen=True)
 class ScheduleSettings:
-    """How a coefficient goes from its own value to `final` (`coefficients.scheduled`).
+    """The schedule of a coefficient from its initial value to `final` (`coefficients.scheduled`).
 
     Args:
-        kind: "constant" stays; "linear" goes in a straight line, "cosine" as half a cosine.
-        final: value after the last update of the schedule; read with another kind than "constant" only.
-        updates: optimizer updates that it takes; later ones keep `final`. null: all updates of the run.
+        kind: "constant" does not change; "linear" is a straight line; "cosine" is half a cosine.
+        final: value after the last update of the schedule; not used with kind "constant".
+        updates: length of the schedule in optimizer updates; later updates have `final`. null means all updates of the
+            run.
     """
 
     kind: ScheduleKind = "constant"
@@ -63,17 +65,17 @@ class ScheduleSettings:
 class EntropySettings:
     """The entropy bonus: coefficient · entropy is added to the objective (arXiv:1602.01783, section 4).
 
-    The entropy of a token is the exact one of the distribution it was sampled from. It is reduced over tokens as the
-    rest of the loss is. With a `target` the coefficient is held by a controller (Skywork-OR1, arXiv:2505.22312;
-    TRL's use_adaptive_entropy): after each update it rises by `step` where the entropy is at the target or below,
-    and falls by `step` where it is above; the bonus is paid only after an update at the target or below.
+    The entropy of a token is the exact entropy of its sampling distribution. It is reduced over tokens in the same way
+    as the rest of the loss. With a `target`, a controller changes the coefficient (Skywork-OR1, arXiv:2505.22312; TRL's
+    use_adaptive_entropy): after each update, the coefficient increases by `step` if the entropy is at or below the
+    target, and decreases by `step` if it is above. The bonus is added only after an update at or below the target.
 
     Args:
-        coefficient: weight of the bonus; with a target its first value. TRL: entropy_coef, verl: entropy_coeff.
-        target: mean entropy of a trained token, in nats; null keeps the coefficient.
+        coefficient: weight of the bonus; with a target, its initial value. TRL: entropy_coef, verl: entropy_coeff.
+        target: desired mean entropy of trained tokens, in nats; null keeps the coefficient constant.
         step: change of the coefficient in an update.
-        lowest: the controller's least coefficient.
-        highest: the controller's greatest coefficient.
+        lowest: smallest coefficient of the controller.
+        highest: largest coefficient of the controller.
     """
 
     coefficient: float = 0.0
@@ -104,35 +106,36 @@ class EntropySettings:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """The objective, eq. 2 and its variants (`losses.policy_loss`). docs/rl.md says which knob is for what.
+    """The objective, eq. 2 and its variants (`losses.policy_loss`). docs/rl.md explains when to use each setting.
 
     Args:
-        kl_beta: β, the weight of the KL term. 0 leaves the term out, and needs no reference model.
-        clip_low: ε of the clip below 1: the ratio is held at 1 - clip_low or more; null leaves this side open.
-        clip_high: ε of the clip above 1: the ratio is held at 1 + clip_high or less; null leaves this side open. With
-            both null the objective is eq. 2 as it is printed. DAPO's clip-higher is clip_high > clip_low.
-        reduction: from tokens to one number: completion, token, dr_grpo or completion_sum
+        kl_beta: β, the weight of the KL term. With 0 there is no KL term, and no reference model is needed.
+        clip_low: ε of the lower clip: the ratio is clipped to at least 1 - clip_low; null means no lower clip.
+        clip_high: ε of the upper clip: the ratio is clipped to at most 1 + clip_high; null means no upper clip. If both
+            are null, the objective is eq. 2 as it is printed. DAPO's clip-higher is clip_high > clip_low.
+        reduction: the reduction from tokens to one number: completion, token, dr_grpo or completion_sum
             (`losses.reduction_weights`).
-        objective: what is made of ratio and advantage: "clip", PPO's minimum (arXiv:1707.06347, eq. 7); "cispo"
-            (arXiv:2506.13585, eq. 4); "sapo" (arXiv:2511.20347, eq. 5).
-        ratio: the ratio is by "token" (GRPO), or one for the whole completion, "sequence" (GSPO, arXiv:2507.18071,
-            eq. 7). TRL calls it importance_sampling_level.
-        dual_clip: for negative advantages the surrogate is held at dual_clip · advantage or more (dual-clip
-            PPO, arXiv:1912.09729). TRL calls it delta, verl clip_ratio_c; null: no such bound.
+        objective: the surrogate as a function of ratio and advantage: "clip", PPO's minimum (arXiv:1707.06347, eq. 7);
+            "cispo" (arXiv:2506.13585, eq. 4); "sapo" (arXiv:2511.20347, eq. 5).
+        ratio: the ratio is computed per "token" (GRPO) or once per completion, "sequence" (GSPO, arXiv:2507.18071, eq.
+            7). TRL calls it importance_sampling_level.
+        dual_clip: for negative advantages, the surrogate is clipped to at least dual_clip · advantage (dual-clip PPO,
+            arXiv:1912.09729). TRL calls it delta, verl clip_ratio_c; null means no such bound.
         sapo_temperature_pos: τ of SAPO's gate for advantages above 0.
         sapo_temperature_neg: τ for the others.
-        kl_in: "loss" adds β · KL to each token's loss; "reward" takes β · Σ KL of a completion from its reward, before
-            eq. 1 (verl's use_kl_in_reward).
+        kl_in: "loss" adds β · KL to each token's loss; "reward" subtracts β · Σ KL of a completion from its reward,
+            before eq. 1 (verl's use_kl_in_reward).
         kl_estimator: k1, k2 or k3 (`losses.kl_estimate`).
-        kl_unbiased: multiply a token's KL by its ratio, which makes the gradient that of the true KL
+        kl_unbiased: multiply a token's KL estimate by its ratio, so that the gradient is that of the true KL
             (arXiv:2512.02556, eq. 7). TRL calls it use_bias_correction_kl.
-        kl_schedule: the course of β, from `kl_beta` to its `final`.
+        kl_schedule: the schedule of β, from `kl_beta` to its `final`.
         entropy: the entropy bonus.
-        normalise_over: the completions or tokens in the mean: "kept", those that are trained on; "all", every sampled
-            one, as in eq. 2 and TRL (docs/paper_contradictions.md). Of completions that `update.mask_truncated` leaves
-            out, "all" counts the completion and not its tokens, as TRL does.
-        reference_every: after each such number of updates the reference becomes the policy as it is then
-            (`models/reference.py`; TRL's sync_ref_model with ref_model_mixup_alpha 1). null keeps the first one.
+        normalise_over: the completions or tokens that count in the mean: "kept" counts those that are trained on; "all"
+            counts every sampled one, as in eq. 2 and TRL (docs/paper_contradictions.md). For completions that
+            `update.mask_truncated` skips, "all" counts the completion but not its tokens, as in TRL.
+        reference_every: after each such number of updates, the reference is replaced by the present policy
+            (`models/reference.py`; TRL's sync_ref_model with ref_model_mixup_alpha 1). null keeps the initial
+            reference.
     """
 
     kl_beta: float = 0.001

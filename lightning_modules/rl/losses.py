@@ -1,11 +1,12 @@
 """The objective of GRPO (eq. 2) and its variants, token by token. Pure tensor functions.
 
-A loss is three choices: what is made of ratio and advantage (`surrogate`), the distance from the reference
-(`kl_estimate`), and how tokens become one number (`reduction_weights`). docs/rl.md has a table of published objectives.
+A loss consists of three parts: the surrogate as a function of ratio and advantage (`surrogate`), the distance from the
+reference (`kl_estimate`), and the reduction of tokens to one number (`reduction_weights`). docs/rl.md has a table of
+published objectives.
 
-Shapes: C completions, N tokens of all completions laid end to end. `completion_index` [N] says whose each token is.
-Log-probabilities are those of the distribution that is sampled from: logits divided by the temperature, without the
-banned tokens.
+Shapes: C completions, N tokens of all completions, concatenated. `completion_index` [N] is the index of each token's
+completion. Log-probabilities refer to the sampling distribution: logits divided by the temperature, without the banned
+tokens.
 """
 
 from __future__ import annotations
@@ -22,23 +23,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What the loss of one packed row is computed from.
+    """The inputs of the loss of one packed row.
 
-    A completion that is not trained on (zero advantage, masked truncation) has no token here, so `LossTerms.count` does
-    not have it. With `normalise_over: all` the caller adds it (`rollout_batch.absent_count`).
+    A completion that is not trained on (zero advantage, masked truncation) has no tokens here, so it is not in
+    `LossTerms.count`. With `normalise_over: all`, the caller adds it (`rollout_batch.absent_count`).
 
     Args:
-        log_probs: [N], of the policy that is trained, with gradient.
+        log_probs: [N], under the trained policy, with gradient.
         completion_index: [N] long, the index of each token's completion in `advantages`.
         advantages: [C].
-        max_new_tokens: length limit of a completion, the constant by which the reduction "dr_grpo" divides.
-        old_log_probs: [N], of the policy before the window's first update, against which the ratio is taken. None if
-            the policy has not moved since the rollout: the ratio is 1, with the gradient of `log_probs`.
-        ref_log_probs: [N], of the frozen reference model. Needed for a KL term in the loss.
-        sampler_weights: [N], weights of the surrogate of each token (`sampler_correction.py`); None for 1.
-        entropies: [N], of the policy's distribution of each token, with gradient; None where it is not computed.
-        kl_beta: β of this update, where it is scheduled; None: the setting.
-        entropy_coefficient: of this update, where it is controlled; None: the setting.
+        max_new_tokens: length limit of a completion; the reduction "dr_grpo" divides by this constant.
+        old_log_probs: [N], under the policy before the first update of the window; the denominator of the ratio. None
+            if the policy has not changed since the rollout: then the ratio is 1, with the gradient of `log_probs`.
+        ref_log_probs: [N], under the frozen reference model; needed for a KL term in the loss.
+        sampler_weights: [N], weights of the surrogate of each token (`sampler_correction.py`); None means 1.
+        entropies: [N], entropy of the policy's distribution at each token, with gradient; None if it is not computed.
+        kl_beta: β of this update if it is scheduled; None takes the setting.
+        entropy_coefficient: entropy coefficient of this update if it is controlled; None takes the setting.
     """
 
     log_probs: Tensor
@@ -55,16 +56,20 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Sums over some completions. Terms of disjoint sets of completions add up: the loss of the union is
-    (sum of totals) / (sum of counts), which is how packed rows, accumulation and ranks are combined."""
+    """Sums over a set of completions.
+
+    Terms of disjoint sets can be added: the loss of the union is (sum of totals) / (sum of counts). Packed rows,
+    accumulated batches and ranks are combined in this way.
+    """
 
     total: Tensor  # scalar with gradient: Σ over tokens of weight · loss
-    count: float  # what `total` is divided by: tokens with the reduction "token", else completions
+    count: float  # the divisor of `total`: number of tokens with the reduction "token", otherwise of completions
     num_tokens: int
     kl_sum: float  # Σ over tokens of the KL estimate; 0 without a KL term in the loss
-    num_clipped: float  # tokens whose surrogate is held by the clip
-    entropy_sum: float | None = None  # Σ over tokens of the entropy; None where it is not computed
-    num_completions: int = 0  # with a token here; counted for a ratio by sequence only, as is the next
+    num_clipped: float  # number of tokens whose surrogate is clipped
+    entropy_sum: float | None = None  # Σ over tokens of the entropy; None if it is not computed
+    # number of completions with a token here; like the next field, counted only for a ratio per sequence
+    num_completions: int = 0
     num_clipped_completions: int = 0
 
     @property
@@ -73,16 +78,16 @@ class LossTerms:
 
 
 def policy_loss(inputs: LossInputs, settings: LossSettings) -> LossTerms:
-    """Minus the objective: by default eq. 2 with PPO's clip (arXiv:1707.06347, eq. 7) and the k3 estimate of its KL.
+    """The negative objective; by default eq. 2 with PPO's clip (arXiv:1707.06347, eq. 7) and the k3 estimate of the KL.
 
     Raises:
-        ValueError: a KL term without `ref_log_probs`.
+        ValueError: there is a KL term, but `ref_log_probs` is None.
     """
     log_probs, index = _at_least_float32(inputs.log_probs), inputs.completion_index
-    advantages = inputs.advantages.to(log_probs)[index]  # [N], of each token's completion
+    advantages = inputs.advantages.to(log_probs)[index]  # [N], the advantage of each token's completion
     num_completions = len(inputs.advantages)
 
-    # 1. Surrogate: made of ratio and advantage, and weighted by how likely the trainer finds what was sampled.
+    # 1. Surrogate: a function of ratio and advantage, multiplied by the importance weights of the sampler correction.
     token_ratio = probability_ratio(log_probs, inputs.old_log_probs)
     by_sequence = settings.ratio == "sequence"
     ratio = sequence_ratio(log_probs, inputs.old_log_probs, index, num_completions) if by_sequence else token_ratio
@@ -91,7 +96,7 @@ def policy_loss(inputs: LossInputs, settings: LossSettings) -> LossTerms:
         value = inputs.sampler_weights.to(value) * value
     token_loss, kl_sum, entropy_sum = -value, 0.0, None
 
-    # 2. KL term: keeps the policy near the reference model. It is not weighted.
+    # 2. KL term: keeps the policy near the reference model. It has no importance weights.
     beta = settings.kl_beta if inputs.kl_beta is None else inputs.kl_beta
     if beta > 0 and settings.kl_in == "loss":
         if inputs.ref_log_probs is None:
@@ -102,7 +107,7 @@ def policy_loss(inputs: LossInputs, settings: LossSettings) -> LossTerms:
         token_loss = token_loss + beta * kl
         kl_sum = kl.detach().sum().item()
 
-    # 3. Entropy bonus: keeps the policy from becoming certain of its answers too early.
+    # 3. Entropy bonus: prevents the policy from becoming deterministic too early.
     if inputs.entropies is not None:
         coefficient = inputs.entropy_coefficient
         coefficient = settings.entropy.coefficient if coefficient is None else coefficient
@@ -110,7 +115,7 @@ def policy_loss(inputs: LossInputs, settings: LossSettings) -> LossTerms:
             token_loss = token_loss - coefficient * inputs.entropies.to(log_probs)
         entropy_sum = inputs.entropies.detach().sum().item()
 
-    # 4. Reduction: a sum over tokens, and the number that it is divided by once the whole window is known.
+    # 4. Reduction: a weighted sum over tokens, and the number by which it is divided at the end of the window.
     weights, count = reduction_weights(
         index, num_completions, settings.reduction, inputs.max_new_tokens, log_probs.dtype
     )
@@ -127,7 +132,7 @@ def _at_least_float32(values: Tensor) -> Tensor:
 
 
 def probability_ratio(log_probs: Tensor, old_log_probs: Tensor | None) -> Tensor:
-    """π(token) / π_old(token) for each token [N]. Without `old_log_probs` 1, with the gradient of `log_probs`."""
+    """π(token) / π_old(token) for each token [N]. Without `old_log_probs`, it is 1 with the gradient of `log_probs`."""
     old = log_probs.detach() if old_log_probs is None else old_log_probs.to(log_probs)
     return torch.exp(log_probs - old)
 
@@ -137,7 +142,7 @@ def sequence_ratio(log_probs: Tensor, old_log_probs: Tensor | None, index: Tenso
 
     Args:
         log_probs: [N].
-        old_log_probs: [N]; None: the ratio is 1, with the gradient of `log_probs`.
+        old_log_probs: [N]; with None, the ratio is 1, with the gradient of `log_probs`.
         index: [N] long, the completion of each token.
         num_completions: C.
     """
@@ -152,10 +157,10 @@ def _sum_by(values: Tensor, index: Tensor, num_completions: int) -> Tensor:
 
 
 def surrogate(ratio: Tensor, log_probs: Tensor, advantages: Tensor, settings: LossSettings) -> tuple[Tensor, Tensor]:
-    """What the objective makes of each token [N], and whether a bound holds it (bool [N]).
+    """The surrogate of each token [N], and whether it is clipped (bool [N]).
 
     Args:
-        ratio: [N], by token or by sequence.
+        ratio: [N], per token or per sequence.
         log_probs: [N], with gradient.
         advantages: [N].
         settings: the objective and its bounds.
@@ -171,21 +176,21 @@ def surrogate(ratio: Tensor, log_probs: Tensor, advantages: Tensor, settings: Lo
 def clipped_surrogate(
     ratio: Tensor, advantages: Tensor, clip_low: float | None, clip_high: float | None, dual_clip: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """min(ratio · A, clip(ratio) · A) for each token [N], and whether the clip holds it (bool [N]).
+    """min(ratio · A, clip(ratio) · A) for each token [N], and whether it is clipped (bool [N]).
 
     Args:
         ratio: [N].
         advantages: [N].
-        clip_low: the ratio is held at 1 - clip_low or more; None leaves this side open.
-        clip_high: the ratio is held at 1 + clip_high or less; None leaves this side open. DAPO's clip-higher
+        clip_low: the ratio is clipped to at least 1 - clip_low; None means no lower clip.
+        clip_high: the ratio is clipped to at most 1 + clip_high; None means no upper clip. DAPO's clip-higher
             (arXiv:2503.14476, eq. 10) is clip_high > clip_low.
-        dual_clip: bound of the ratio outside of the clip, which holds negative surrogates at dual_clip · A or more
-            (dual-clip PPO, arXiv:1912.09729); None: no bound.
+        dual_clip: upper bound of the ratio for negative advantages; the surrogate is then at least dual_clip · A
+            (dual-clip PPO, arXiv:1912.09729); None means no bound.
     """
     surrogate = ratio * advantages if dual_clip is None else ratio.clamp(max=dual_clip) * advantages
     if clip_low is None and clip_high is None:  # eq. 2 as it is printed
         return surrogate, torch.zeros_like(ratio, dtype=torch.bool)
-    # The minimum below makes the bound pessimistic: the clip can only lower the surrogate.
+    # The minimum below makes the bound pessimistic: clipping can only decrease the surrogate.
     low = None if clip_low is None else 1 - clip_low
     high = None if clip_high is None else 1 + clip_high
     bounded = ratio.clamp(low, high) * advantages
@@ -195,17 +200,17 @@ def clipped_surrogate(
 def cispo_surrogate(
     ratio: Tensor, log_probs: Tensor, advantages: Tensor, clip_low: float | None, clip_high: float | None
 ) -> tuple[Tensor, Tensor]:
-    """sg(clip(ratio)) · A · log π for each token [N], and whether its weight is held (bool [N]).
+    """sg(clip(ratio)) · A · log π for each token [N], and whether its weight is clipped (bool [N]).
 
-    CISPO (MiniMax-M1, arXiv:2506.13585, eq. 4 and 5): the weight is clipped and has no gradient, so that every token
-    keeps a gradient. TRL's epsilon_high is the bound itself, 1 + clip_high.
+    CISPO (MiniMax-M1, arXiv:2506.13585, eq. 4 and 5): the weight is clipped and has no gradient, so every token keeps
+    its gradient of log π. TRL's epsilon_high is the bound itself, 1 + clip_high.
 
     Args:
         ratio: [N].
         log_probs: [N], with gradient.
         advantages: [N].
-        clip_low: the weight is held at 1 - clip_low or more; None, as in the paper: at 0.
-        clip_high: the weight is held at 1 + clip_high or less.
+        clip_low: the weight is clipped to at least 1 - clip_low; with None, as in the paper, to at least 0.
+        clip_high: the weight is clipped to at most 1 + clip_high.
     """
     weight = ratio.detach()
     held = weight.clamp(None if clip_low is None else 1 - clip_low, None if clip_high is None else 1 + clip_high)
@@ -213,15 +218,15 @@ def cispo_surrogate(
 
 
 def sapo_gate(ratio: Tensor, advantages: Tensor, temperature_pos: float, temperature_neg: float) -> Tensor:
-    """σ(τ (ratio - 1)) · 4 / τ for each token [N], in the place of the ratio: SAPO, arXiv:2511.20347, eq. 6.
+    """σ(τ (ratio - 1)) · 4 / τ for each token [N], instead of the ratio: SAPO, arXiv:2511.20347, eq. 6.
 
-    The gradient is that of the ratio at 1 and falls smoothly away from it, in both directions.
+    At ratio 1, its gradient equals that of the ratio. It decreases smoothly in both directions.
 
     Args:
         ratio: [N].
         advantages: [N].
-        temperature_pos: τ where the advantage is above 0.
-        temperature_neg: τ elsewhere.
+        temperature_pos: τ for advantages above 0.
+        temperature_neg: τ for other advantages.
     """
     positive, negative = (torch.full_like(ratio, value) for value in (temperature_pos, temperature_neg))
     temperatures = torch.where(advantages > 0, positive, negative)
@@ -232,9 +237,9 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, estimator: KLEstimator
     """Schulman's estimates of KL(policy | reference) at each sampled token [N], with d = reference - policy.
 
     k1 = -d is unbiased and may be negative; k2 = d² / 2; k3 = e^d - d - 1 is unbiased and never negative
-    ("Approximating KL divergence", 2020). That is said of values. In a loss they are differentiated: then k2 has the
-    gradient of this KL in the mean, k3 that of KL(reference | policy), and k1 none. `kl_unbiased` gives k1 and k3 the
-    gradient of this KL.
+    ("Approximating KL divergence", 2020). This holds for the values. Their gradients in a loss have other expected
+    values: k2 has the gradient of this KL, k3 the gradient of KL(reference | policy), and k1 has gradient 0.
+    `kl_unbiased` gives k1 and k3 the gradient of this KL.
 
     Args:
         log_probs: [N].
@@ -258,7 +263,7 @@ def reduction_weights(
 ) -> tuple[Tensor, float]:
     """Weight of each token [N], and the normaliser: a loss is Σ weight · token loss / normaliser.
 
-    Only completions that have a token in `completion_index` count.
+    Only completions with a token in `completion_index` count.
 
     Args:
         completion_index: [N] long.
@@ -269,9 +274,9 @@ def reduction_weights(
             completions (with a ratio by sequence LUSPO, arXiv:2602.05261). verl calls these seq-mean-token-mean,
             token-mean, seq-mean-token-sum-norm and seq-mean-token-sum.
         max_new_tokens: length limit of a completion.
-        dtype: of the weights.
+        dtype: data type of the weights.
     """
-    # [C] tokens of each completion; 0 for one that does not count.
+    # [C], number of tokens of each completion; 0 for completions that do not count.
     lengths = torch.bincount(completion_index, minlength=num_completions)
     present = float((lengths > 0).sum())
     ones = torch.ones_like(completion_index, dtype=dtype)

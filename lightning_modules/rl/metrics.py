@@ -1,4 +1,4 @@
-"""What one GRPO step logs: every metric is a ratio of two sums that add up over completions, packed rows and ranks."""
+"""The metrics of a GRPO step. Each is a ratio of two sums, which are added over completions, packed rows and ranks."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ from lightning_modules.rl.losses import LossTerms
 from lightning_modules.rl.rewards.reward_list import Reward
 from lightning_modules.rollouts.base import Rollout
 
-RIGHT_IOU = 0.5  # a completion is right if its IoU is above it, as in the benchmark
+RIGHT_IOU = 0.5  # a completion is right if its IoU is above this value, as in the benchmark
 
 SUMS = (
     "groups",
     "zero_advantage",  # groups whose rewards are all equal
-    "informative",  # groups in which a completion that is trained on has an advantage other than 0
+    "informative",  # groups with a trained completion whose advantage is not 0
     "completions",
     "completion_tokens",
     "truncated",  # completions without an end token
-    "zero_iou",  # completions
-    "right",  # completions
-    "well_formed",  # completions
-    "rewarded",  # completions of groups that no failed reward leaves out
+    "zero_iou",  # completions with IoU 0
+    "right",  # completions with an IoU above RIGHT_IOU
+    "well_formed",  # completions in the right format
+    "rewarded",  # completions of groups without a failed reward
     "failed",  # completions that a reward could not judge
     "neg_log_prob_sum",  # Σ over sampled tokens of -log p
     "reward/total",
     "loss",
     "loss_count",
     "kl",
-    "clipped",  # tokens whose surrogate is held by the clip
+    "clipped",  # tokens whose surrogate is clipped
     "trained_tokens",
     "sampler_abs_log_ratio",  # Σ |log p of the trainer - log p of the sampler|, before any update
-    "capped",  # tokens whose importance weight is held by its bounds
+    "capped",  # tokens whose importance weight is clipped
     "compared_tokens",
-    "masked",  # tokens whose importance weight is beyond its bounds and therefore 0
+    "masked",  # tokens whose importance weight is beyond the bounds and set to 0
     "maskable_tokens",
     "token_entropy",  # Σ over trained tokens of the exact entropy
     "entropy_tokens",
-    "clipped_completions",  # whose ratio by sequence is held by the clip
-    "trained_completions",  # counted with a ratio by sequence only
-    "kl_penalty",  # Σ over completions of what the KL term takes from the reward
+    "clipped_completions",  # completions whose ratio per sequence is clipped
+    "trained_completions",  # trained completions; counted only with a ratio per sequence
+    "kl_penalty",  # Σ over completions of the KL penalty in the reward
     "penalised_completions",
 )
-# Metric -> (sum, what it is divided by). Each reward is added by its name.
+# Metric -> (numerator, denominator), names of sums. Metrics of rewards are added by name.
 MEANS = {
     "reward/total": ("reward/total", "rewarded"),
     "grpo/completion_length": ("completion_tokens", "completions"),
     "grpo/frac_truncated": ("truncated", "completions"),
-    # -log p of what was sampled is an unbiased estimate of the entropy of the sampling distribution
+    # -log p of sampled tokens is an unbiased estimate of the entropy of the sampling distribution
     "grpo/entropy": ("neg_log_prob_sum", "completion_tokens"),
     "grpo/frac_zero_advantage": ("zero_advantage", "groups"),
     "grpo/loss": ("loss", "loss_count"),
@@ -58,7 +58,7 @@ MEANS = {
     "grpo/clip_fraction": ("clipped", "trained_tokens"),
     "grpo/sampler_abs_log_ratio": ("sampler_abs_log_ratio", "compared_tokens"),
     "grpo/frac_capped": ("capped", "compared_tokens"),
-    # The next ones are of settings that are off by default: they are left out where nothing is counted.
+    # The next metrics belong to settings that are off by default. They are omitted if nothing is counted.
     "grpo/frac_masked": ("masked", "maskable_tokens"),
     "grpo/token_entropy": ("token_entropy", "entropy_tokens"),
     "grpo/sequence_clip_fraction": ("clipped_completions", "trained_completions"),
@@ -67,7 +67,7 @@ MEANS = {
 
 
 class GRPOMetrics(StepSums):
-    """The sums of one step, over its completions and over what it trained on, of all ranks.
+    """The sums of one step over all ranks, for sampled completions and for trained tokens.
 
     Args:
         rewards: names of the run's rewards.
@@ -75,11 +75,12 @@ class GRPOMetrics(StepSums):
 
     def __init__(self, rewards: Sequence[str] = ("accuracy", "format")) -> None:
         named = tuple(f"reward/{name}" for name in rewards)
-        # Of each reward: its sum, the sum of its squares, and how many completions have a value, 0, or a failure.
+        # For each reward: its sum, the sum of its squares, and the numbers of completions with a value, with 0, and
+        # with a failure.
         parts = ("", "/square", "/count", "/zero", "/failed")
         super().__init__((*SUMS, *(f"{name}{part}" for name in named for part in parts)))
         self.rewards = named
-        self._has_failed: set[str] = set()  # rewards whose failures are logged from now on, 0 too
+        self._has_failed: set[str] = set()  # rewards whose failure rate is logged from now on, even if it is 0
 
     def add_rollouts(
         self,
@@ -87,11 +88,11 @@ class GRPOMetrics(StepSums):
         rewards: Sequence[Sequence[Reward]],
         zero_advantage: Tensor,
     ) -> None:
-        """Count what was sampled and how it was rewarded.
+        """Count the sampled completions and their rewards.
 
         Args:
-            rollouts: P lists of G.
-            rewards: P lists of G.
+            rollouts: P lists of G rollouts.
+            rewards: P lists of G rewards.
             zero_advantage: bool [P], the groups of equal rewards.
         """
         sums = dict.fromkeys(self.names, 0.0)
@@ -138,12 +139,12 @@ class GRPOMetrics(StepSums):
         """Compare the trainer's log-probabilities with those of the engine that sampled.
 
         Args:
-            old_log_probs: [N], by the trainer, of the policy that sampled.
-            sampler_log_probs: [N], by the engine.
-            is_beyond: bool [N], where importance weights are beyond their bounds; None where there are none.
-            masks: weights beyond the bounds are 0, and not held there.
+            old_log_probs: [N], computed by the trainer with the policy that sampled.
+            sampler_log_probs: [N], computed by the engine.
+            is_beyond: bool [N], whether importance weights are beyond their bounds; None without weights.
+            masks: whether weights beyond the bounds are set to 0 instead of clipped.
         """
-        # [N], log of p_trainer / p_sampler: 0 if engine and trainer compute alike.
+        # [N], log of p_trainer / p_sampler: 0 if engine and trainer agree.
         difference = old_log_probs.detach().float() - sampler_log_probs
         num_beyond = 0 if is_beyond is None else is_beyond.sum().item()
         self.update(
@@ -155,19 +156,19 @@ class GRPOMetrics(StepSums):
         )
 
     def means(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """The metrics of a step, by the names in docs/metrics.md. A mean of nothing (no token was trained on) is left
-        out.
+        """The metrics of a step, with the names in docs/metrics.md. A mean over nothing (no trained token) is omitted.
 
         Args:
             sums: as `compute` gives them.
         """
-        # Sums are divided only after all ranks are added: a mean of means would weight short ranks too much.
+        # Sums are divided only after adding all ranks, because a mean of means would give too much weight to ranks with
+        # few tokens.
         ratios = MEANS | {name: (name, f"{name}/count") for name in self.rewards}
         return {name: sums[total] / sums[count] for name, (total, count) in ratios.items() if sums[count]}
 
     def spreads(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Of each reward: its standard deviation over the completions, its share of zeros, and, from its first failure
-        on, the share of completions that it could not judge.
+        """For each reward: the standard deviation over completions, the share of zeros, and, after its first failure,
+        the share of completions that it could not judge.
 
         Args:
             sums: as `compute` gives them.

@@ -1,6 +1,7 @@
-"""Which of many prompts a policy solves sometimes, not always and not never: sampled, counted, written as shards.
+"""Select prompts that a policy solves sometimes, but neither always nor never: sample completions, count the correct
+ones, and write the selected prompts as shards.
 
-The rest cannot teach GRPO anything: all completions of a group would earn about the same.
+GRPO learns nothing from other prompts, because all completions of a group would get about the same reward.
 """
 
 from __future__ import annotations
@@ -41,11 +42,12 @@ POLL_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class RejectionSettings:
-    """`num_samples` completions of each candidate; one is correct when its IoU is above `threshold`.
+    """Settings of rejection sampling: `num_samples` completions per candidate; a completion is correct if its IoU is
+    above `threshold`.
 
-    A candidate is kept with `min_correct` to `max_correct` correct ones; by default, as in the paper, with at least one
-    and one less than all. Where luck finds the box now and then, one correct completion may say nothing of the policy.
-    temperature, max_new_tokens: null is that of the rollouts in training.
+    A candidate is kept if it has `min_correct` to `max_correct` correct completions. The default, as in the paper, is
+    from one to all but one. If a box can be found by chance, a larger `min_correct` is useful. If temperature or
+    max_new_tokens is null, the value of the rollouts in training is used.
     """
 
     num_samples: int = 8
@@ -87,33 +89,33 @@ def rejection_sample(
 ) -> Path:
     """Sample every candidate, write the kept ones as shards and return their folder.
 
-    An interrupted call goes on from its journals with the very same samples. A choice in `folder` that is finished for
-    the same weights, candidates and settings is used again. A candidate that cannot be used (its answer is not one box,
-    an image is damaged) is left out and counted by rule. Every rank calls this function. The ranks wait for each
-    other's files after sampling.
+    An interrupted call continues from its journals with exactly the same samples. A finished choice in `folder` for the
+    same weights, candidates and settings is used again. An unusable candidate (its answer is not one box, an image is
+    damaged) is skipped and counted by rule. Every rank calls this function. The ranks wait for each other's files after
+    sampling.
 
     Args:
-        policy: as loaded from its path; its files are hashed, not its weights in memory.
+        policy: the policy as loaded from its path; its files are hashed, not its weights in memory.
         engine: samples the completions.
         encoder: turns candidates into prompts.
-        source: shard folders that hold the candidates.
-        settings: how many completions, and which candidates are kept.
-        folder: gets shards/, kept.jsonl, histogram.json and journal*.jsonl; all ranks see it.
+        source: shard folders with the candidates.
+        settings: number of completions, and the rule for kept candidates.
+        folder: output folder for shards/, kept.jsonl, histogram.json and journal*.jsonl; all ranks must see it.
         rank, world_size: this process, and the number of processes.
-        barrier: all ranks meet at it before they sample.
-        reader: opens the candidates; by default `ShardReader` of `source`.
+        barrier: called before sampling; all ranks wait in it for each other.
+        reader: reads the candidates; by default `ShardReader` of `source`.
 
-    Raises RunStopped when nothing is kept.
+    Raises RunStopped if no candidate is kept.
     """
     folder = Path(folder)
     key = rejection_key(policy.processor_path, encoder, source, settings)
     if not is_finished(folder, key):
         reader = reader() if reader is not None else ShardReader(source)
-        # A chunk is seeded by its number: which rank samples it, and after which interruption, changes nothing.
+        # The seed of a chunk is its number, so the samples do not depend on ranks or interruptions.
         chunks = list(enumerate(split_chunks(range(reader.count), settings.prompts_per_batch)))
         journal = Journal(folder / f"journal-{rank}.jsonl", key)
-        done = _read_chunks(folder, key)  # those of all ranks there ever were
-        barrier()  # none has sampled until all have read: the ranks divide one and the same list
+        done = _read_chunks(folder, key)  # finished chunks of all ranks, including earlier runs
+        barrier()  # no rank samples before all ranks have read, so that all ranks divide the same list
         mine = [chunk for chunk in chunks if chunk[0] not in done][rank::world_size]
         _sample_chunks(policy, engine, encoder, reader, mine, settings, journal, show_progress=rank == 0)
         if rank == 0:
@@ -145,7 +147,7 @@ def _explain_nothing_kept(histogram: Mapping[str, Any], settings: RejectionSetti
 
 
 def rejection_key(model: str, encoder: Encoder, source: str | list[str], settings: RejectionSettings) -> str:
-    """Hash of all that the choice depends on: weights, candidates, prompts and settings."""
+    """Hash of everything that the choice depends on: weights, candidates, prompts and settings."""
     candidates = [path_fingerprint(path) for path in source_list(source)]
     return fingerprint(path_fingerprint(model), candidates, encoder.form(), asdict(settings))
 
@@ -156,12 +158,13 @@ def is_finished(folder: str | Path, key: str) -> bool:
 
 def _read_chunks(folder: Path, key: str) -> dict[int, dict[str, Any]]:
     records = [record for path in sorted(folder.glob("journal-*.jsonl")) for record in read_journal(path, key)]
-    return {record["window"]: record for record in records}  # the field's name in journals that are on disk already
+    return {record["window"]: record for record in records}  # the name of the field in existing journals
 
 
 def _wait_until(is_so: Callable[[], bool]) -> None:
-    """Polls, since a collective gives up after half an hour, and another rank may sample or write for longer. That it
-    lives, `RankWatch` sees to."""
+    """Wait by polling, because a collective operation has a timeout of half an hour, and another rank may sample or
+    write for longer. `RankWatch` checks that the other ranks are alive.
+    """
     while not is_so():
         time.sleep(POLL_SECONDS)
 
@@ -176,7 +179,7 @@ def _sample_chunks(
     journal: Journal,
     show_progress: bool,
 ) -> None:
-    """Append to `journal` one record a chunk: {"window": its number, "outcomes": [...], "rejected": {id: rule}}."""
+    """Append one record per chunk to `journal`: {"window": its number, "outcomes": [...], "rejected": {id: rule}}."""
     sampling = SamplingSettings(
         settings.num_samples, settings.temperature, settings.max_new_tokens, settings.prompts_per_batch
     )
@@ -186,7 +189,7 @@ def _sample_chunks(
         require_box(loaded.sample)
         return loaded
 
-    rejections = Rejections()  # of this call; `_write_kept` counts those of all calls and ranks
+    rejections = Rejections()  # rejections of this call; `_write_kept` counts those of all calls and ranks
     # A thread encodes the next chunk while the engine samples this one.
     encoded = encode_ahead(encoder, [numbers for _, numbers in chunks], read)
     with tqdm(
@@ -199,10 +202,10 @@ def _sample_chunks(
             errors = [error for _, error in members if isinstance(error, SampleError)]
             for error in errors:
                 rejections.add(error)
-            if rejections.report_is_due():  # now, and not when hours of sampling have ended
+            if rejections.report_is_due():  # reported now, not after hours of sampling
                 log.warning("rejection sampling so far: %s", rejections.summary())
             known = [(place, item) for place, item in members if isinstance(item, EncodedSample)]
-            # Seeded by the chunk's number, so a resumed call draws what the interrupted one would have drawn.
+            # Seeded with the chunk's number, so a resumed call draws the same samples as an uninterrupted call.
             generator = torch.Generator(policy.device).manual_seed(derive_seed(settings.seed, number))
             items = [item.to(policy.device) for _, item in known]
             groups = engine.generate(RolloutRequest(items, sampling, generator=generator))
@@ -225,8 +228,10 @@ def _outcome(number: int, item: EncodedSample, texts: list[str], encoder: Encode
 def _write_kept(
     folder: Path, reader: ShardReader, chunks: dict[int, dict[str, Any]], settings: RejectionSettings, key: str
 ) -> None:
-    """Write shards/ and kept.jsonl in the order of the source; last, as the sign that all is there, histogram.json."""
-    # 1. Kept candidates: solved sometimes, so that a group's rewards differ and its advantages are not all 0.
+    """Write shards/ and kept.jsonl in the order of the source, and last histogram.json, which marks the folder as
+    complete.
+    """
+    # 1. Kept candidates: those that are solved sometimes, so that rewards differ and advantages are not all 0.
     outcomes = [outcome for number in sorted(chunks) for outcome in chunks[number]["outcomes"]]
     rejected = Counter(rule for chunk in chunks.values() for rule in chunk["rejected"].values())
     kept = [outcome for outcome in outcomes if settings.min_correct <= outcome["correct"] <= settings.most_correct]
@@ -237,13 +242,13 @@ def _write_kept(
         for outcome in list(kept):
             try:
                 writer.add(reader.read(outcome["number"]))
-            except SampleError as error:  # its shard was there when it was sampled
+            except SampleError as error:  # its shard was readable when it was sampled
                 rejected[error.rule] += 1
                 kept.remove(outcome)
     if rejected:
         log.warning("%d candidates cannot be used: %s", rejected.total(), dict(rejected))
     write_atomic(folder / "kept.jsonl", "".join(json.dumps(outcome) + "\n" for outcome in kept))
-    # 3. Counts by task and by the number of right completions; the key marks the folder as finished.
+    # 3. Counts by task and by number of correct completions; the key marks the folder as finished.
     histogram = {
         "key": key,
         "candidates": len(outcomes),
@@ -260,6 +265,6 @@ def _write_kept(
 
 
 def _count_correct(outcomes: list[dict[str, Any]], num_samples: int) -> list[int]:
-    """How many candidates had 0, 1, …, `num_samples` correct completions."""
+    """Numbers of candidates with 0, 1, …, `num_samples` correct completions."""
     counts = Counter(outcome["correct"] for outcome in outcomes)
     return [counts[number] for number in range(num_samples + 1)]

@@ -1,4 +1,4 @@
-"""What GRPO keeps of a prompt's completions until its accumulation window is trained on, and of which prompts."""
+"""The data of sampled completions that GRPO keeps until it trains on the accumulation window."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ if TYPE_CHECKING:
 
 @dataclass
 class PromptGroup:
-    """The completions of one prompt that are trained on: C of its G. Tensors are on the item's device.
+    """The trained completions of one prompt: C of its G completions. Tensors are on the item's device.
 
     T is the number of tokens of a completion.
     """
 
     item: EncodedSample
-    features: Tensor | None  # [image tokens, D] of a frozen tower; None when images are encoded at each forward pass
-    completions: list[Tensor]  # C of token ids [T]
+    features: Tensor | None  # [image tokens, D] from a frozen tower; None if images are encoded in each forward pass
+    completions: list[Tensor]  # C tensors of token ids [T]
     advantages: Tensor  # [C]
-    sampler_log_probs: list[Tensor]  # C of [T], by the engine that sampled
-    old_log_probs: list[Tensor] | None = None  # C of [T], by the trainer before the window's first update, if kept
-    absent_completions: int = 0  # that are not trained on, where the loss's mean is over all
-    absent_tokens: int = 0  # of them, without those of masked completions
+    sampler_log_probs: list[Tensor]  # C tensors [T], from the engine that sampled
+    # C tensors [T], from the trainer before the first update of the window, if needed
+    old_log_probs: list[Tensor] | None = None
+    absent_completions: int = 0  # number of completions without training that still count in the mean of the loss
+    absent_tokens: int = 0  # their number of tokens, without masked completions
 
     @property
     def is_informative(self) -> bool:
-        """Whether the group teaches a preference: a completion in it has an advantage other than 0."""
+        """Whether the group is informative: one of its completions has an advantage other than 0."""
         return bool(self.advantages.any())
 
 
@@ -47,16 +48,17 @@ def trainable_groups(
     mask_truncated: bool,
     with_absent: bool = False,
 ) -> list[PromptGroup]:
-    """A group for each prompt of which anything is trained on.
+    """A group for each prompt with at least one trained completion.
 
     Args:
         items: the P prompts.
-        rollouts: P lists of G.
+        rollouts: P lists of G rollouts.
         advantages: [P, G].
-        features: image features of a frozen tower, P of [image tokens, D]; None where the tower is trained.
-        skip: P; True leaves the prompt out.
-        mask_truncated: leave completions out that have no end token.
-        with_absent: count completions that are left out, in groups of which nothing may be trained on (`absent_count`).
+        features: image features of a frozen tower, P tensors [image tokens, D]; None if the tower is trained.
+        skip: bool for each prompt; True skips it.
+        mask_truncated: skip completions without an end token.
+        with_absent: count the skipped completions (`absent_count`); then groups without trained completions are
+            returned too.
     """
     groups = []
     for index, item in enumerate(items):
@@ -80,12 +82,12 @@ def trainable_groups(
 
 
 def absent_count(groups: Sequence[PromptGroup], reduction: Reduction) -> int:
-    """What completions that are not trained on add to the number by which the loss is divided."""
+    """The number that skipped completions add to the divisor of the loss."""
     return sum(group.absent_tokens if reduction == "token" else group.absent_completions for group in groups)
 
 
 def by_completion(groups: Sequence[PromptGroup], values: Sequence[Tensor]) -> list[list[Tensor]]:
-    """For each group C of [T]: its part of `values`, which laid end to end are of all tokens, in the groups' order."""
+    """Split `values` [tokens of all groups, concatenated in order] into C tensors [T] for each group."""
     lengths = [len(completion) for group in groups for completion in group.completions]
     split = iter(torch.cat(list(values)).split(lengths)) if lengths else iter(())
     return [[next(split) for _ in group.completions] for group in groups]

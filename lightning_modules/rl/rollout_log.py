@@ -1,4 +1,6 @@
-"""The rollouts of a GRPO run on disk: a JSONL line for each group. Every rank writes a file; all are read as one log.
+"""The rollout log of a GRPO run: one JSON line per group.
+
+Every rank writes its own file; all files are read as one log.
 
     {"update": 3, "batch": 12, "id": "pool/17", "task": "diff", "answer": {"image": 1, "box": [...], "label": "ring"},
      "sizes": [[width, height, resized width, resized height], ...], "texts": [G texts], "rewards": [G records],
@@ -6,8 +8,8 @@
 
     {"resumed_at": 12}
 
-The second kind is written where a run goes on from a checkpoint, perhaps with another number of ranks. Lines above it
-that belong to batch 12 or a later one do not count any more. A kill may cut the last line short: a reader drops it.
+The second kind is written when a run resumes from a checkpoint, maybe with another number of ranks. Earlier lines of
+batch 12 or later batches are then invalid. A kill may leave an incomplete last line; readers ignore it.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ def rollout_records(
 
     Args:
         items: P prompts.
-        rollouts: P lists of G.
-        rewards: P lists of G.
+        rollouts: P lists of G rollouts.
+        rewards: P lists of G rewards.
         advantages: [P, G].
         zero_advantage: bool [P], the groups of equal rewards.
     """
@@ -66,14 +68,14 @@ def rollout_records(
 
 
 class RolloutLog:
-    """Appends the groups of one rank's batches; the file is made with the first group.
+    """Appends the groups of one rank's batches; the file is created with the first group.
 
-    The log is for people, and nothing is computed from it. So a group that cannot be written (the disk is full, the
-    filesystem is gone) is left out and counted in a warning, and training goes on.
+    The log is only for people; nothing is computed from it. So if a group cannot be written (the disk is full, the
+    filesystem is gone), a warning counts it, and training continues.
 
     Args:
-        path: of the log; with several ranks each writes `<stem>-rank<k>` beside it.
-        rank: of this process.
+        path: path of the log; with several ranks, each rank writes `<stem>-rank<k>` in the same folder.
+        rank: rank of this process.
         world_size: number of ranks.
     """
 
@@ -83,12 +85,12 @@ class RolloutLog:
         self.path = files[rank]
         self._left_over = (
             set(_all_files(path)) - set(files) if rank == 0 else set()
-        )  # files of ranks that do not exist any more
+        )  # files of ranks that no longer exist
         self._begun = False
         self._num_missing = 0
 
     def append(self, groups: Iterable[dict[str, Any]]) -> None:
-        """Write the groups, at least one, in one write."""
+        """Write the groups (at least one) in one write."""
         groups = list(groups)
         try:
             if not self._begun:
@@ -104,18 +106,18 @@ class RolloutLog:
             self._num_missing = 0
 
     def _begin(self, batch: int) -> None:
-        """Note in existing files that their lines count only up to `batch`."""
+        """Record in existing files that only their lines before `batch` are valid."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for file in (self.path, *self._left_over):
             if file.is_file() and file.stat().st_size > 0:
-                # A line that was cut short gets its own end, so that the next one is whole.
+                # An incomplete last line gets a line end, so that the next line is complete.
                 append_text(file, "\n" * _is_cut_short(file) + json.dumps({"resumed_at": batch}) + "\n")
         self._begun = True
 
 
 @dataclass(frozen=True)
 class LoggedGroup:
-    """The place of a group's line in a file, and the fields that groups are filtered by."""
+    """The position of a group's line in a file, and the fields for filtering groups."""
 
     file: Path
     offset: int  # in bytes
@@ -147,14 +149,15 @@ def _read_file(file: Path) -> list[LoggedGroup]:
     found: dict[tuple[int, str], LoggedGroup] = {}
     for offset, group in _sound_lines(file):
         if "resumed_at" in group:
-            # A resumed run repeats the batches since its checkpoint: their earlier lines do not count.
+            # A resumed run repeats the batches since its checkpoint, so their earlier lines are invalid.
             found = {key: earlier for key, earlier in found.items() if key[0] < group["resumed_at"]}
         else:
             key = (group["batch"], group["id"])
-            # Logs of earlier versions have no "resumed_at": the last of two lines counts, in the last one's place.
+            # Logs of earlier versions have no "resumed_at": the last of two lines counts, at the position of the last
+            # one.
             found.pop(key, None)
             totals = [reward["total"] for reward in group["rewards"]]
-            # Logs of earlier versions have the IoU as the reward "accuracy" alone.
+            # Logs of earlier versions have the IoU only as the reward "accuracy".
             ious = group["ious"] if "ious" in group else [reward["accuracy"] for reward in group["rewards"]]
             found[key] = LoggedGroup(
                 file=file,
@@ -171,7 +174,7 @@ def _read_file(file: Path) -> list[LoggedGroup]:
 
 
 def _all_files(path: Path) -> list[Path]:
-    """The file of a run with one rank, then those of all ranks that ever wrote."""
+    """The file of a run with one rank, then the files of all ranks."""
     files = path.parent.glob(f"{path.stem}-rank*{path.suffix}")
     return [path, *sorted(files, key=lambda file: int(file.stem.rpartition("-rank")[2]))]
 
@@ -184,7 +187,7 @@ def _sound_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for line in lines:
             try:
                 group = json.loads(line)
-            except ValueError:  # cut short by a kill; its batch was rolled out again
+            except ValueError:  # cut by a kill; its batch was sampled again
                 group = None
             if group is not None:
                 yield offset, group

@@ -1,6 +1,6 @@
-"""Weights that correct for an engine that samples from another distribution than the trainer computes.
+"""Importance weights for an engine whose sampling distribution differs from that of the trainer.
 
-Shapes: C completions, N tokens of all completions laid end to end.
+Shapes: C completions, N tokens of all completions, concatenated.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ def sampler_correction(
     cap: float,
     floor: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weights p_trainer / p_sampler [N] of sampled tokens within bounds, without gradient, and where they were beyond.
+    """Importance weights p_trainer / p_sampler [N] within bounds, without gradient, and whether they were beyond the
+    bounds.
 
-    An engine that computes otherwise than the trainer (another kernel, another precision) samples from another
-    distribution. The quotient corrects that in the mean, and the cap bounds its variance at the price of a bias
-    (Ionides 2008, "Truncated importance sampling"; for rollout engines Yao et al. 2025, "Your efficient RL framework
-    secretly brings you off-policy RL training", with cap 2). By sequence, the quotient is that of the whole completion
-    (Liu et al. 2025, "When speed kills stability", who mask it).
+    An engine with other kernels or another precision than the trainer samples from a slightly different distribution.
+    The ratio corrects this in expectation, and the cap limits its variance at the cost of a bias (Ionides 2008,
+    "Truncated importance sampling"; for rollout engines Yao et al. 2025, "Your efficient RL framework secretly brings
+    you off-policy RL training", with cap 2). Per sequence, the ratio is that of the whole completion (Liu et al. 2025,
+    "When speed kills stability", who mask it).
 
     Args:
-        old_log_probs: [N], by the trainer, of the policy that sampled.
-        sampler_log_probs: [N], as the engine that sampled states them.
+        old_log_probs: [N], computed by the trainer with the policy that sampled.
+        sampler_log_probs: [N], computed by the engine.
         completion_index: [N] long, the completion of each token.
-        mode: the quotient is by token or by sequence; beyond the bounds it is held there (truncate) or 0 (mask).
+        mode: ratio per token or per sequence; beyond the bounds it is clipped (truncate) or set to 0 (mask).
         cap: upper bound of a weight.
-        floor: lower bound; None: none.
+        floor: lower bound; None means no bound.
 
     Returns:
-        Weights [N], and bool [N], which of them the bounds have changed.
+        Weights [N], and bool [N], whether the bounds have changed them.
     """
     difference = old_log_probs.detach().float() - sampler_log_probs.float()
     if mode.startswith("sequence"):

@@ -1,4 +1,4 @@
-"""What every rollout engine is given and gives: prompts in, G completions of each prompt out.
+"""The interface of rollout engines: prompts in, G completions of each prompt out.
 
 `native/engine.py` samples in this process, `vllm/engine.py` on servers. Both are a `RolloutEngine`.
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How many completions are sampled of each prompt, and from which distribution.
+    """Number of completions per prompt, and their sampling distribution.
 
     Args:
-        group_size: completions of each prompt, G.
+        group_size: G, number of completions of each prompt.
         temperature: logits are divided by it before the softmax.
-        max_new_tokens: length limit of a completion, its end token included.
-        prompts_per_batch: how many prompts are decoded at the same time. When all completions of a prompt have ended,
-            the next waiting prompt takes its slot (continuous batching).
+        max_new_tokens: length limit of a completion, including its end token.
+        prompts_per_batch: number of prompts that are decoded at the same time. When all completions of a prompt have
+            ended, the next waiting prompt takes its slot (continuous batching).
     """
 
     group_size: int = 8
@@ -38,10 +38,10 @@ class SamplingSettings:
     max_new_tokens: int = 1024
     prompts_per_batch: int = 32
 
-    part: ClassVar[str] = "sampling"  # stands before a field's name in errors
+    part: ClassVar[str] = "sampling"  # prefix of field names in errors
 
     def problems(self) -> Problems:
-        """All settings that cannot work, in words."""
+        """Messages for all invalid settings."""
         problems = Problems(f"{self.part}.")
         problems.positive(group_size=self.group_size, temperature=self.temperature)
         problems.positive(max_new_tokens=self.max_new_tokens, prompts_per_batch=self.prompts_per_batch)
@@ -53,22 +53,23 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """One call of an engine.
+    """The arguments of one call of an engine.
 
     Args:
         items: the P encoded prompts, on the policy's device.
         sampling: group size, temperature and limits.
-        features: image features of each item, [image tokens, D], where they are encoded already. An engine that
-            encodes images itself does not read them.
-        seeds: one for each item. An item samples with random numbers that follow from its own seed alone, so its
-            completions depend neither on the other items of the request nor on the process that samples them.
-        generator: draws the seeds where `seeds` is None.
-        greedy: take the likeliest token. Log-probabilities are still those at `sampling.temperature`.
-        ban: tokens that are never written (`QwenVL.banned_ids`). Training bans all special tokens but the ends: a
-            policy that writes an image placeholder changes its own prompt. Evaluation bans the placeholders alone.
+        features: image features of each item, [image tokens, D], if they are encoded already. An engine that encodes
+            images itself ignores them.
+        seeds: one seed for each item. The random numbers of an item depend only on its seed, so its completions depend
+            neither on other items nor on the process.
+        generator: draws the seeds if `seeds` is None.
+        greedy: take the most likely token. Log-probabilities still refer to `sampling.temperature`.
+        ban: tokens that are never sampled (`QwenVL.banned_ids`). Training bans all special tokens except end tokens,
+            because an image placeholder in a completion would count as an image of the prompt. Evaluation bans only the
+            placeholders.
 
     Raises:
-        ValueError: `greedy` with a group of several completions, which would all be equal.
+        ValueError: `greedy` is set for a group of several completions, which would all be equal.
     """
 
     items: Sequence[EncodedSample]
@@ -88,7 +89,10 @@ class RolloutRequest:
     def for_evaluation(
         cls, items: Sequence[EncodedSample], max_new_tokens: int, prompts_per_batch: int
     ) -> RolloutRequest:
-        """One greedy answer to each item. It may hold every special token but a placeholder, as any model's may."""
+        """The request for one greedy answer per item.
+
+        All special tokens except placeholders are allowed, as for any model.
+        """
         sampling = SamplingSettings(1, 1.0, max_new_tokens, prompts_per_batch)
         return cls(items, sampling, greedy=True, ban="placeholders")
 
@@ -98,8 +102,9 @@ class Rollout:
     """One completion."""
 
     token_ids: Tensor  # [T] on the CPU, with the end token
-    log_probs: Tensor  # [T] on the CPU, float32: of the distribution that was sampled from (tempered, without bans)
-    finished: bool  # False if it was cut at the length limit: then no end token closes it
+    # [T] on the CPU, float32, under the sampling distribution (with temperature, without banned tokens)
+    log_probs: Tensor
+    finished: bool  # False if it was cut at the length limit; then it has no end token
     text: str  # without special tokens
 
 
@@ -107,23 +112,23 @@ class RolloutEngine(Protocol):
     """Samples completions from the policy."""
 
     def generate(self, request: RolloutRequest) -> list[list[Rollout]]:
-        """G rollouts of each item, in the order of `request.items`: P lists of G."""
+        """G rollouts of each item, in the order of `request.items`: P lists of G rollouts."""
 
     def sync(self) -> None:
-        """The policy's weights have changed. Called on every rank, after the same update."""
+        """Tell the engine that the policy's weights have changed. Called on every rank, after the same update."""
 
     def close(self) -> None:
-        """Nothing more will be sampled."""
+        """Tell the engine that nothing more will be sampled."""
 
 
 @runtime_checkable
 class AsksEngine(Protocol):
-    """A callback that has the module's engine answer prompts of its own."""
+    """A callback that uses the module's engine for its own prompts."""
 
     def longest_sequence(self, max_prompt_tokens: int, max_new_tokens: int) -> int:
-        """The largest number of tokens that a prompt and its completion have together; 0 if it asks nothing.
+        """The largest number of tokens of a prompt with its completion; 0 if the callback asks nothing.
 
         Args:
-            max_prompt_tokens: limit of training; a limit of the callback's own replaces it.
-            max_new_tokens: the same, of a completion.
+            max_prompt_tokens: limit in training; a limit of the callback itself replaces it.
+            max_new_tokens: the same for a completion.
         """

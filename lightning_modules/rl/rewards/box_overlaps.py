@@ -1,7 +1,8 @@
-"""How well one box fits another: IoU, and its variants that also tell near misses from far ones.
+"""The overlap of two boxes: IoU, and variants that also distinguish near misses from far misses.
 
-IoU is 0 for every box beside the true one. The variants subtract a penalty, so a near miss has a higher value than a
-far one, and a reward can rank completions that all miss. They are torchvision's; IoU is the project's own.
+IoU is 0 for every box that does not touch the true box. The variants subtract a penalty, so a near miss has a higher
+value than a far miss, and a reward can rank completions that all miss. The variants come from torchvision; IoU is the
+project's own.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from datamodules.samples.boxes import Box, iou
 
 OverlapKind = Literal["iou", "giou", "diou", "ciou"]
 
-# The infimum of each kind. It is also the value of a box without an area, and a reward should give it where no box can
-# be read: with 0 there, a model would gain by writing no box instead of one that misses.
+# The infimum of each kind. It is also the value of a box without an area. A reward should give this value if there is
+# no readable box; with 0 instead, a model would get more by writing no box than by missing.
 LOWEST: dict[OverlapKind, float] = {"iou": 0.0, "giou": -1.0, "diou": -1.0, "ciou": -1.5}
-# Added to denominators, in squared units of a unit box: far below the area of one pixel, and above rounding of float64.
+# Added to denominators, as an area in 0-1 coordinates: far below the area of one pixel, and above the rounding of
+# float64.
 _EPS = 1e-12
 
 
@@ -47,9 +49,9 @@ def overlap(kind: OverlapKind, predicted: Box, truth: Box) -> float:
         return iou(predicted, truth)
     if iou(predicted, predicted) == 0.0 or iou(truth, truth) == 0.0:  # a box without an area
         return LOWEST[kind]
-    import torchvision.ops  # takes half a second, which commands without a reward do without
+    import torchvision.ops  # takes half a second, which commands without a reward do not need
 
-    # [1, 4] each, in float64 as the project's IoU.
+    # [1, 4] each, in float64 like the project's IoU.
     boxes = [torch.tensor([box], dtype=torch.float64) for box in (predicted, truth)]
     if kind == "giou":
         value = torchvision.ops.generalized_box_iou(*boxes)
@@ -57,6 +59,6 @@ def overlap(kind: OverlapKind, predicted: Box, truth: Box) -> float:
         value = torchvision.ops.distance_box_iou(*boxes, eps=_EPS)
     else:
         value = torchvision.ops.complete_box_iou(*boxes, eps=_EPS)
-    # Numbers near the limits of float64 overflow: such a box is far from any true one.
+    # Numbers near the limits of float64 overflow; such a box is far from any true box.
     value = value.nan_to_num(nan=LOWEST[kind], posinf=LOWEST[kind], neginf=LOWEST[kind])
     return min(max(value.item(), LOWEST[kind]), 1.0)

@@ -1,4 +1,4 @@
-"""Rewards for the box of an answer. Each class states its range; a text without a box earns the lowest value."""
+"""Rewards for the box of an answer. Each class documents its range; a text without a box gets the lowest value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Measure = Literal["f1", "precision", "recall"]
 
 
 class IoU:
-    """r_acc of eq. 3: the IoU of the answer's box with the true one, 0 to 1; 0 where no box can be read."""
+    """r_acc of eq. 3: the IoU of the answer's box with the true box, 0 to 1; 0 if no box can be read."""
 
     range = (0.0, 1.0)
 
@@ -26,7 +26,7 @@ class IoU:
 
 @dataclass(frozen=True)
 class IoUAbove:
-    """1 where the IoU is above `threshold`, else 0. Above 0.5 a benchmark counts an answer as right."""
+    """1 if the IoU is above `threshold`, otherwise 0. Benchmarks count an answer with an IoU above 0.5 as right."""
 
     threshold: float = 0.5
 
@@ -40,7 +40,7 @@ class IoUAbove:
 
 
 class _Overlap:
-    """An overlap that also tells near misses from far ones (`box_overlaps`)."""
+    """An overlap that also distinguishes near misses from far misses (`box_overlaps`)."""
 
     kind: ClassVar[OverlapKind]
     range: ClassVar[tuple[float, float]]
@@ -51,25 +51,25 @@ class _Overlap:
 
 
 class GIoU(_Overlap):
-    """Generalized IoU, -1 to 1; -1 where no box can be read."""
+    """Generalized IoU, -1 to 1; -1 if no box can be read."""
 
     kind, range = "giou", (LOWEST["giou"], 1.0)
 
 
 class DIoU(_Overlap):
-    """Distance IoU, -1 to 1; -1 where no box can be read."""
+    """Distance IoU, -1 to 1; -1 if no box can be read."""
 
     kind, range = "diou", (LOWEST["diou"], 1.0)
 
 
 class CIoU(_Overlap):
-    """Complete IoU, -1.5 to 1; -1.5 where no box can be read."""
+    """Complete IoU, -1.5 to 1; -1.5 if no box can be read."""
 
     kind, range = "ciou", (LOWEST["ciou"], 1.0)
 
 
 class RightImage:
-    """1 where the answer names by `"image": k` the images of the true boxes and no others, else 0."""
+    """1 if the answer names (by `"image": k`) exactly the images of the true boxes, otherwise 0."""
 
     range = (0.0, 1.0)
 
@@ -80,9 +80,9 @@ class RightImage:
 
 @dataclass(frozen=True)
 class BoxMatch:
-    """How well the number and the places of the boxes agree with the truth, 0 to 1; 0 without a box.
+    """The agreement of all boxes with the true boxes, in number and position, 0 to 1; 0 without a box.
 
-    The written and the true boxes are paired so that the number of pairs with an IoU above `threshold` is largest.
+    The written and the true boxes are matched so that the number of pairs with an IoU above `threshold` is largest.
     precision = pairs / written boxes, recall = pairs / true boxes, f1 = 2 · pairs / (written + true boxes).
     """
 
@@ -109,7 +109,7 @@ class BoxMatch:
 def count_pairs(written: Sequence[WrittenBox], true: Sequence[BoxAnswer], threshold: float) -> int:
     """The largest number of pairs of a written and a true box in the same image whose IoU is above `threshold`.
 
-    Each box is in one pair at most. (Maximum matching in a bipartite graph by augmenting paths, Kuhn 1955.)
+    Each box is in at most one pair. (Maximum matching in a bipartite graph by augmenting paths, Kuhn 1955.)
     """
     fits = [
         [k for k, box in enumerate(written) if box.image == answer.image and iou(box.box, answer.box) > threshold]
@@ -118,7 +118,10 @@ def count_pairs(written: Sequence[WrittenBox], true: Sequence[BoxAnswer], thresh
     partner: dict[int, int] = {}  # written box -> true box
 
     def augment(number: int, seen: set[int]) -> bool:
-        """Find a partner for this true box; others may change theirs. At most as deep as there are true boxes."""
+        """Find a partner for this true box; other true boxes may change their partners.
+
+        The recursion depth is at most the number of true boxes.
+        """
         for k in fits[number]:
             if k not in seen:
                 seen.add(k)

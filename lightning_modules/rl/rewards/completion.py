@@ -1,4 +1,4 @@
-"""One completion as a reward sees it: the sample, the text, the tokens, and the boxes that were read in the text."""
+"""The input of a reward: one completion with its sample, text, tokens, and the boxes that were parsed from the text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ _NAMED_IMAGE = re.compile(r'"image"\s*+:\s*+"?([0-9]{1,4})\b')
 class WrittenBox:
     """A box that the model wrote.
 
-    `image` is an index into `Sample.images`. The one-box form names no image: its boxes are in the true box's image.
+    `image` is an index into `Sample.images`. The answer format with one box names no image, so its box is in the image
+    of the true box.
     """
 
     image: int
@@ -31,15 +32,15 @@ class WrittenBox:
 
 @dataclass(frozen=True)
 class Completion:
-    """One completion of a prompt. What is read from the text is read once, when a reward first asks for it.
+    """One completion of a prompt. The text is parsed once, when a reward first needs the result.
 
     Args:
         sample: question, file names of the images, true answer, task, and further facts (`extra`).
-        image_sizes: the sizes of the sample's images, one entry an image.
+        image_sizes: the sizes of the sample's images, one entry per image.
         box_format: how the model writes coordinates.
         text: without special tokens.
         token_ids: [T], with the end token.
-        finish_reason: "stop" after an end token, "length" where the completion was cut at `max_tokens`.
+        finish_reason: "stop" after an end token, "length" if the completion was cut at `max_tokens`.
         max_tokens: the limit of T, `rollout.max_new_tokens`.
     """
 
@@ -63,7 +64,7 @@ class Completion:
 
     @cached_property
     def true_boxes(self) -> tuple[BoxAnswer, ...]:
-        """The true boxes of all images; each names its image. () where the answer is a choice."""
+        """The true boxes of all images; each names its image. () if the answer is a choice."""
         answer = self.sample.answer
         if isinstance(answer, BoxesAnswer):
             return answer.boxes
@@ -80,7 +81,7 @@ class Completion:
 
     @cached_property
     def parsed(self) -> ParsedAnswer | ParseFailure:
-        """The answer as it was read: its boxes in the model's own numbers, or the reason why there is none."""
+        """The parsed answer: its boxes in the model's own numbers, or the reason why there is no box."""
         return parse_answer(self.text)
 
     @property
@@ -109,10 +110,10 @@ class Completion:
 
 @dataclass(frozen=True)
 class Failed:
-    """What a reward returns where it could not judge a completion, such as a judge whose server did not answer.
+    """The return value of a reward that could not judge a completion, for example because a server did not answer.
 
-    The failure is counted as `reward/<name>/failed`. With `value=None` the group of the completion teaches nothing in
-    this step; with a number the completion earns it.
+    The failure is counted as `reward/<name>/failed`. With `value=None`, the group of the completion is skipped in this
+    step. With a number, the completion gets this reward.
     """
 
     value: float | None = None

@@ -1,4 +1,4 @@
-"""A reward from a language model behind an OpenAI-compatible server, which grades the texts of a step together."""
+"""A reward from a language model on an OpenAI-compatible server. All texts of a step are graded in parallel."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _NUMBER = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+)?")
 
 
 class Judge:
-    """The grade of a judging model divided by `highest`, 0 to 1. The judge reads text, and sees no image.
+    """The grade of a judging model divided by `highest`, 0 to 1. The judge reads only text, no images.
 
     All completions of a step are sent at once, `concurrency` at a time. A completion without a grade (no answer in
     time, a refused request, a reply without a number from 0 to `highest`) is counted as `reward/<name>/failed`.
 
     Args:
-        base_url: the server, such as http://localhost:8000/v1.
-        model: the server's name of the model.
+        base_url: address of the server, such as http://localhost:8000/v1.
+        model: name of the model on the server.
         prompt: the request; {question}, {label}, {text} and {highest} are filled in.
         highest: the best grade; 0 is the worst.
-        on_failure: "zero" gives 0 to a completion without a grade; "leave_out" leaves its whole group out of the step.
-        max_tokens: length of the longest reply.
+        on_failure: "zero" gives 0 to a completion without a grade; "leave_out" skips its whole group in this step.
+        max_tokens: largest number of tokens of a reply.
         timeout: seconds for one attempt.
         attempts: number of attempts for a completion.
         concurrency: number of requests at the same time.
@@ -77,17 +77,17 @@ class Judge:
         """
         graded = asyncio.run(self._grade_all(completions))
         faults = [fault for fault in graded if isinstance(fault, str)]
-        if faults and not self._is_failing:  # the metric counts all of them; one line says why
+        if faults and not self._is_failing:  # the metric counts all failures; one line in the log has the reason
             log.warning("judge: %d of %d completions got no grade; first: %s", len(faults), len(graded), faults[0])
         self._is_failing = bool(faults)
         return [self.failed if isinstance(grade, str) else grade for grade in graded]
 
     def request(self, completion: Completion) -> str:
-        """The text that is sent for one completion."""
+        """The prompt for one completion."""
         true = completion.true_boxes
         places = {"question": completion.question, "label": true[0].label if true else "", "text": completion.text}
         places["highest"] = f"{self.highest:g}"
-        # In one pass: a completion that holds "{label}" stays as it is.
+        # Replaced in one pass, so that a "{label}" inside a completion is not replaced.
         return re.sub(r"\{(question|label|text|highest)\}", lambda place: places[place[1]], self.prompt)
 
     async def _grade_all(self, completions: Sequence[Completion]) -> list[float | str]:
@@ -95,7 +95,7 @@ class Judge:
         free = asyncio.Semaphore(self.endpoint.concurrency)
         async with ChatEndpoint(
             self.endpoint
-        ) as server:  # a client belongs to one event loop, so each step has its own
+        ) as server:  # a client belongs to one event loop, so each step makes its own
 
             async def grade(completion: Completion) -> float | str:
                 message = {"role": "user", "content": [{"type": "text", "text": self.request(completion)}]}
@@ -109,12 +109,12 @@ class Judge:
             try:
                 async with asyncio.TaskGroup() as group:
                     tasks = [group.create_task(grade(completion)) for completion in completions]
-            except ExceptionGroup as errors:  # a misused server says the same to all
+            except ExceptionGroup as errors:  # a misused server gives the same error to all requests
                 raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
     def _read(self, reply: str) -> float | str:
-        """The first number of a reply as 0 to 1, or the fault of the reply."""
+        """The first number of a reply, scaled to 0-1, or the problem of the reply."""
         number = _NUMBER.search(reply[:1000])
         if number is None or not 0 <= float(number[0]) <= self.highest:
             return f"the reply {reply[:80]!r} holds no number from 0 to {self.highest:g}"

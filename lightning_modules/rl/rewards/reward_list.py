@@ -1,12 +1,12 @@
-"""The reward of a run: a weighted sum of rewards, as a YAML lists them. Without a list it is eq. 3 of the paper.
+"""The reward of a run: a weighted sum of the rewards in a YAML list. Without a list, it is eq. 3 of the paper.
 
     rewards:
       - {class_path: lightning_modules.rl.rewards.box_rewards.IoU, weight: 1.0, name: accuracy}
       - {class_path: lightning_modules.rl.rewards.text_rewards.Format, weight: 0.5, name: format}
 
-A reward is a function of one `Completion` that returns a number, or a class whose objects are called so. A class may
-have `score_batch(completions)` instead, which gets all completions of a step at once. It may state its `range`, a pair
-of numbers; then a value outside is an error. CONTRIBUTING.md has the recipe.
+A reward is a function of one `Completion` that returns a number, or a class whose objects are called in the same way. A
+class may define `score_batch(completions)` instead, which gets all completions of a step at once. A reward may have a
+`range`, a pair of numbers; then a value outside is an error. CONTRIBUTING.md explains how to add a reward.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ RewardEntry = Mapping[str, Any]  # the fields of `FIELDS`
 Values = Sequence[float | Failed]
 
 
-# Field of an entry -> what it holds. `class_path` alone is required. `name` is by default that of the class or function
-# in lower case, and `weight` (λ) is 1. With weight 0 a reward is logged and does not count.
+# Field of an entry -> its content. Only `class_path` is required. The default of `name` is the lower-case name of the
+# class or function, and the default of `weight` (λ) is 1. With weight 0, a reward is only logged.
 FIELDS = {"class_path": str, "init_args": Mapping, "weight": Real, "name": str}
 PAPER: tuple[RewardEntry, ...] = (  # eq. 3
     {"class_path": "lightning_modules.rl.rewards.box_rewards.IoU", "weight": 1.0, "name": "accuracy"},
@@ -44,7 +44,7 @@ PAPER: tuple[RewardEntry, ...] = (  # eq. 3
 
 
 class RewardError(UserError, ValueError):
-    """A reward failed, or returned what is no reward. The message names the reward and the sample."""
+    """A reward raised an error or returned an invalid value. The message names the reward and the sample."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class Reward:
     0.6.
     """
 
-    total: float  # Σ weight · term; 0 in a group that a failed reward leaves out
-    terms: Mapping[str, float | None]  # every reward by name, unweighted; None where it failed without a value
-    failure: str | None  # why no box could be read (a kind of `answer_text.ParseFailure`), else None
+    total: float  # Σ weight · term; 0 in a group that is skipped because of a failed reward
+    terms: Mapping[str, float | None]  # every reward by name, unweighted; None if it failed without a value
+    failure: str | None  # the reason if no box could be read (a kind of `answer_text.ParseFailure`), otherwise None
     iou: float = 0.0
     well_formed: bool = False
     failed: tuple[str, ...] = ()  # names of the rewards that could not judge the completion
-    left_out: bool = False  # its group teaches nothing in this step
+    left_out: bool = False  # whether its group is skipped in this step
 
     def to_json(self) -> dict[str, Any]:
         failed = {"failed": list(self.failed)} if self.failed else {}
@@ -81,7 +81,7 @@ class Term:
         """The checked value of each completion.
 
         Raises:
-            RewardError: the reward raised, or returned something else than a number in its range.
+            RewardError: the reward raised an error, or returned something other than a number in its range.
         """
         together = getattr(self.reward, "score_batch", None)
         if together is None:
@@ -101,10 +101,11 @@ class Term:
     def _call(self, function: Callable[[Any], Any], argument: Any, completion: Completion) -> Any:
         try:
             return function(argument)
-        except UserError:  # says by itself what to do
+        except UserError:  # its message has the fix
             raise
         except Exception as error:
-            place = error.__traceback__.tb_next  # the frame of the reward, not of what it calls; None for one in C
+            # the frame of the reward, not of functions that it calls; None for a function in C
+            place = error.__traceback__.tb_next
             where = f" at {Path(place.tb_frame.f_code.co_filename).name}, line {place.tb_lineno}" if place else ""
             raise self._error(f"raised {type(error).__name__}: {brief(error)}{where}", completion) from error
 
@@ -116,7 +117,7 @@ class Term:
             raise self._error(f"returned {shown}; it must return a number", completion)
         stated = getattr(self.reward, "range", None)
         low, high = stated or (-sys.float_info.max, sys.float_info.max)
-        if not low <= value <= high:  # NaN is in no range
+        if not low <= value <= high:  # false for NaN, so NaN is outside every range
             wanted = f"a number in its range, {low:g} to {high:g}" if stated else "a finite number"
             raise self._error(f"returned {brief(value)}; it must return {wanted}", completion)
         return float(value)
@@ -129,11 +130,11 @@ class Term:
 
 
 class RewardList:
-    """The rewards of a run, ready to score; `problems` lists everything in its settings that cannot work.
+    """The rewards of a run; `problems` lists all problems of its settings.
 
     Args:
-        entries: the list of the YAML; None: eq. 3, IoU and 0.5 times the format.
-        weights: λ by name, over the weights in the list.
+        entries: the list in the YAML; None means eq. 3: IoU plus 0.5 times the format.
+        weights: λ by name; they override the weights in the list.
     """
 
     def __init__(
@@ -184,7 +185,7 @@ class RewardList:
         box_format: BoxFormat,
         max_tokens: int,
     ) -> list[list[Reward]]:
-        """The reward of every completion: P lists of G.
+        """The reward of every completion: P lists of G rewards.
 
         Args:
             items: the P prompts.
@@ -193,8 +194,8 @@ class RewardList:
             max_tokens: length limit of a completion.
 
         Raises:
-            ValueError: an answer that cannot be scored; names the sample.
-            RewardError: a reward that fails; names the reward and the sample.
+            ValueError: an answer cannot be scored; the message names the sample.
+            RewardError: a reward fails; the message names the reward and the sample.
         """
         return self.score_completions(
             [
@@ -215,14 +216,15 @@ class RewardList:
         )
 
     def score_completions(self, groups: Sequence[Sequence[Completion]]) -> list[list[Reward]]:
-        """As `score`, of P lists of G completions."""
+        """Like `score`, for P lists of G completions."""
         flat = [completion for group in groups for completion in group]
         for completion in flat:
             try:
-                completion.score  # noqa: B018 - reads the text, for the reward and for the counts of a step
+                completion.score  # noqa: B018 - parses the text, for the reward and for the counts of a step
             except ValueError as error:
                 raise ValueError(f"sample {completion.sample.id!r} cannot be rewarded: {error}") from error
-        rows = zip(*[term.values(flat) for term in self.terms], strict=True)  # of each completion, a value a reward
+        # for each completion, one value per reward
+        rows = zip(*[term.values(flat) for term in self.terms], strict=True)
         rewards = iter([self._reward(completion, row) for completion, row in zip(flat, rows, strict=True)])
         return [_left_out_if_failed([next(rewards) for _ in group]) for group in groups]
 
@@ -241,7 +243,7 @@ def brief(value: Any) -> str:
 
 
 def entry_faults(where: str, entry: RewardEntry) -> list[str]:
-    """Fields of an entry that are unknown, missing, or of a wrong type."""
+    """Problems of an entry's fields: unknown, missing, or of a wrong type."""
     faults = [] if entry.get("class_path") else [f"{where} has no class_path: write module.Class or module.function"]
     for name, value in entry.items():
         if name not in FIELDS:
@@ -255,7 +257,7 @@ def entry_faults(where: str, entry: RewardEntry) -> list[str]:
 
 
 def _left_out_if_failed(group: list[Reward]) -> list[Reward]:
-    """The group; where a reward failed without a value, with equal totals, so that no completion has an advantage."""
+    """The group. If a reward failed without a value, all totals are equal, so that no completion has an advantage."""
     if all(value is not None for reward in group for value in reward.terms.values()):
         return group
     return [replace(reward, total=0.0, left_out=True) for reward in group]

@@ -1,4 +1,4 @@
-"""From a class path in a YAML to a reward: a class of the project, or a class or function in a user's file."""
+"""Load a reward from its class path in a YAML: a class of the project, or a class or function in a user's file."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def is_name(name: str) -> bool:
-    """Whether a reward may have this name, which stands in logged metrics, records and flags."""
+    """Whether a reward may have this name, which is used in logged metrics, records and flags."""
     return _NAME.fullmatch(name) is not None and name not in RESERVED
 
 
 def build(where: str, class_path: str, init_args: Mapping[str, Any], problems: Problems) -> Callable[[Any], Any]:
-    """The reward at `class_path`; faults are added to `problems`, and what is returned then must not be called.
+    """Load the reward at `class_path`. Problems are added to `problems`; then the returned object must not be called.
 
     Args:
-        where: the entry's place in the settings, for messages.
+        where: position of the entry in the settings, for messages.
         class_path: module.Class or module.function.
         init_args: arguments of the class, or further arguments of the function.
-        problems: gets what is wrong.
+        problems: list to which problems are added.
     """
     shown = f"{where}.class_path={class_path!r}"
     try:
@@ -37,13 +37,13 @@ def build(where: str, class_path: str, init_args: Mapping[str, Any], problems: P
         return _with_arguments(found, init_args)
     except _Fault as fault:
         problems.append(f"{shown}: {fault}")
-    except (ValueError, TypeError) as error:  # of the class's own constructor
+    except (ValueError, TypeError) as error:  # raised by the constructor of the class
         problems.append(f"{shown}, init_args={dict(init_args)}: {error}")
     return _unusable
 
 
 class _Fault(Exception):
-    """A class path that names no reward; the message says why, and the cure."""
+    """The class path does not name a reward. The message has the reason and the fix."""
 
 
 def _unusable(completion: Any) -> float:
@@ -59,7 +59,7 @@ def _find(class_path: str) -> Any:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = str(error.name)
-        if not f"{module_name}.".startswith(f"{missing}."):  # the module is there, and imports something that is not
+        if not f"{module_name}.".startswith(f"{missing}."):  # the module exists but imports something that does not
             raise _Fault(f"{module_name} imports {missing}, which is not installed") from error
         raise _Fault(
             f"there is no module {missing}; put {missing.partition('.')[0]}.py beside the YAML, or into the "
@@ -74,11 +74,11 @@ def _find(class_path: str) -> Any:
 
 
 def _with_arguments(found: Any, init_args: Mapping[str, Any]) -> Callable[[Any], Any]:
-    """An object of the class, or the function, with its arguments. Raises _Fault, and what a constructor raises."""
+    """An object of the class, or the function with its arguments. Raises _Fault, and any error of the constructor."""
     is_class = inspect.isclass(found)
     if not is_class and not callable(found):
         raise _Fault(f"is of type {type(found).__name__}; a reward is a class or a function")
-    # A function gets the completion first.
+    # The first argument of a function is the completion.
     signature, first = inspect.signature(found), () if is_class else (None,)
     try:
         signature.bind(*first, **init_args)
@@ -90,7 +90,7 @@ def _with_arguments(found: Any, init_args: Mapping[str, Any]) -> Callable[[Any],
     if stated is not None and not _is_range(stated):
         raise _Fault(f"range={stated!r:.60} must be two numbers, the lower one first")
     if stated is not None and not is_class:
-        reward.range = stated  # a partial does not have what its function has
+        reward.range = stated  # a partial does not have the attributes of its function
     if not callable(reward) and not hasattr(reward, "score_batch"):
         raise _Fault(f"{found.__name__} has neither __call__(completion) nor score_batch(completions)")
     return reward

@@ -1,4 +1,4 @@
-"""Rewards for the form of a text: format, length, and repetition. Each class states its range."""
+"""Rewards for the form of a text: format, length, and repetition. Each class documents its range."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_modules.rl.rewards.completion import Completion
 
 
 class Format:
-    """r_format of eq. 3: 1 for `<think>…</think><answer>…</answer>` with a readable box, else 0."""
+    """r_format of eq. 3: 1 for `<think>…</think><answer>…</answer>` with a readable box, otherwise 0."""
 
     range = (0.0, 1.0)
 
@@ -22,8 +22,8 @@ class Format:
 class SoftOverlong:
     """Soft overlong punishment (DAPO, arXiv:2503.14476, eq. 13), -1 to 0.
 
-    With L_max = `limit` and L_cache = `margin`: 0 up to L_max - L_cache tokens, then falling in a straight line to -1
-    at L_max, and -1 beyond.
+    With L_max = `limit` and L_cache = `margin`: it is 0 up to L_max - L_cache tokens, then decreases linearly to -1 at
+    L_max, and stays -1.
 
     Args:
         margin: L_cache, in tokens.
@@ -48,8 +48,10 @@ class SoftOverlong:
 
 @dataclass(frozen=True)
 class Length:
-    """1 for a completion of `shortest` to `longest` tokens; outside, the quotient of its length and the nearer limit,
-    so that it is 0 to 1: half as long as `shortest`, or twice as long as `longest`, earns 0.5."""
+    """1 for a completion of `shortest` to `longest` tokens.
+
+    Outside, it is the ratio of length and nearer limit, from 0 to 1: half of `shortest`, or twice `longest`, gets 0.5.
+    """
 
     shortest: int
     longest: int
@@ -71,7 +73,7 @@ class Length:
 
 @dataclass(frozen=True)
 class Repetition:
-    """Minus the share of the n-grams of tokens that stood in the completion before, -1 to 0."""
+    """Minus the share of token n-grams that repeat an earlier n-gram of the completion, -1 to 0."""
 
     n: int = 4
 

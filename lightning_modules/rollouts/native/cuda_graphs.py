@@ -1,4 +1,4 @@
-"""Decoding steps on a GPU as CUDA graphs: one launch for a step instead of one for each of its kernels."""
+"""Decoding steps on a GPU as CUDA graphs: one launch per step instead of one launch per kernel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 
 from lightning_modules.rollouts.native.decoder import CompletionDecoder
 
-WARM_UP = 2  # steps before a capture: in the first, libraries choose kernels and allocate workspaces
+# number of steps before a capture, because libraries choose kernels and allocate workspaces in the first steps
+WARM_UP = 2
 
 log = logging.getLogger(__name__)
 
@@ -16,7 +17,7 @@ log = logging.getLogger(__name__)
 class GraphedSteps:
     """Runs `decoder.step_all(width)`: captures it at the first call with each width, and replays it after that.
 
-    A graph holds the addresses of the decoder's memory and of the model's weights, so none of these tensors may move.
+    A graph contains the addresses of the decoder's memory and of the model's weights, so these tensors must not move.
     """
 
     def __init__(self, decoder: CompletionDecoder) -> None:

@@ -1,11 +1,11 @@
 """Continuous batching: many prompts are decoded in a fixed number of batch slots.
 
-When all completions of a prompt have ended, the next waiting prompt takes its slot. On a CPU each step computes only
-the rows that go on, so slots that are done cost nothing. On a GPU a further row is nearly free, and every step computes
-all rows at the same shapes, so that it can be captured once as a CUDA graph and replayed (`cuda_graphs`).
+When all completions of a prompt have ended, the next waiting prompt takes its slot. On a CPU, each step computes only
+active rows, so finished slots cost nothing. On a GPU, an additional row is nearly free, and every step computes all
+rows with the same shapes, so that it can be captured once as a CUDA graph and replayed (`cuda_graphs`).
 
-Shapes: S batch slots, G completions of each prompt, R = S * G rows, A active rows of a step, T tokens that a completion
-can grow to, D hidden width, V vocabulary; p prompts that are read together.
+Shapes: S batch slots, G completions per prompt, R = S * G rows, A active rows of a step, T largest number of tokens of
+a completion, D hidden width, V vocabulary, p prompts in one prefill.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch import Tensor
 from lightning_modules.models.attention.kv_cache import CacheShape, PrefixKVCache, PrefixRecorder
 from lightning_modules.models.inference.base import SamplingModel
 
-CHECK_EVERY = 8  # steps of all rows between two checks which have ended: a check waits for the device
+CHECK_EVERY = 8  # number of steps of all rows between two checks for ended rows, because a check waits for the device
 
 Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # logits [A, V], draws [A, 1] in 0-1 -> tokens, log p [A]
 
 
 @dataclass
 class Prefilled:
-    """Prompts that the model has read, ready to be decoded."""
+    """The result of the prefill of some prompts."""
 
-    hidden: Tensor  # [p, D] of each prompt's last token
+    hidden: Tensor  # [p, D], hidden state of each prompt's last token
     lengths: Tensor  # long [p], tokens without padding
-    next_positions: Tensor  # long [p], of the first completion token
+    next_positions: Tensor  # long [p], position of the first completion token
     recorder: PrefixRecorder
 
 
@@ -38,10 +38,10 @@ class Prefilled:
 class Decoded:
     """All completions of one prompt, on the CPU."""
 
-    number: int  # of the prompt, in the order in which prompts were read
-    tokens: list[Tensor]  # G of long [T]
-    log_probs: list[Tensor]  # G of [T]
-    finished: list[bool]  # whether an end token closes it
+    number: int  # number of the prompt, in the order of reading
+    tokens: list[Tensor]  # G tensors, long [T]
+    log_probs: list[Tensor]  # G tensors [T]
+    finished: list[bool]  # whether it ends with an end token
 
 
 @dataclass
@@ -49,8 +49,8 @@ class _Slot:
     """A prompt that is being decoded."""
 
     number: int
-    prefix: int  # tokens of the prompt
-    steps: int  # tokens sampled by each of its completions that go on
+    prefix: int  # number of tokens of the prompt
+    steps: int  # number of tokens of each of its active completions
 
 
 class CompletionDecoder:
@@ -64,8 +64,8 @@ class CompletionDecoder:
             model: computes the hidden states and logits.
             choose: samples the next tokens.
             ends: tokens that end a completion.
-            room: prompts that are decoded at the same time, completions of each, and the longest of both.
-            static: compute all rows at each step, with the shapes of the start.
+            room: number of prompts at the same time, completions per prompt, and largest lengths of both.
+            static: compute all rows in each step, with constant shapes.
         """
         self.model, self.choose, self.room, self.static = model, choose, room, static
         self.cache = PrefixKVCache(room, model.cache_sizes, model.dtype, model.device)
@@ -73,13 +73,13 @@ class CompletionDecoder:
         self.ends = torch.tensor(ends, device=device)
         self.rows = torch.arange(rows, device=device)
         self.slots: list[_Slot | None] = []
-        self.active = self.rows  # rows of the next step
-        self.token = torch.zeros(rows, dtype=torch.long, device=device)  # the last one sampled
+        self.active = self.rows  # rows that the next step computes
+        self.token = torch.zeros(rows, dtype=torch.long, device=device)  # the last sampled token
         self.first = torch.zeros_like(self.token)  # position of the first completion token
-        self.length = torch.ones_like(self.token)  # tokens sampled
-        self.alive = torch.zeros(rows, dtype=torch.bool, device=device)  # the completion has not ended
+        self.length = torch.ones_like(self.token)  # number of sampled tokens
+        self.alive = torch.zeros(rows, dtype=torch.bool, device=device)  # whether the completion has not ended
         self.limit = torch.tensor(longest, device=device)
-        # One column more than a completion can fill: a row that has ended reads and writes there.
+        # One column more than a completion needs, because a row that has ended reads and writes there.
         self.draws = torch.zeros(rows, longest + 1, dtype=torch.float64, device=device)
         self.tokens = torch.zeros(rows, longest + 1, dtype=torch.long, device=device)
         self.log_probs = torch.zeros(rows, longest + 1, device=device)
@@ -88,23 +88,23 @@ class CompletionDecoder:
     def decode(
         self, count: int, prefill: Callable[[int, int], Prefilled], limit: int, draw: Callable[[int], Tensor] | None
     ) -> Iterator[list[Decoded]]:
-        """Decode the prompts 0 to `count`; yields prompts as soon as all their completions have ended.
+        """Decode the prompts 0 to `count`; yields each prompt as soon as all its completions have ended.
 
-        Free slots are filled again once they are a quarter of all, so that several prompts are read together.
+        Free slots are filled again when a quarter of all slots is free, so that several prompts are read together.
 
         Args:
             count: number of prompts.
             prefill: `prefill(i, j)` reads the prompts from i to j.
-            limit: most tokens of a completion.
-            draw: `draw(i)` gives all random numbers of prompt i, float64 [G, limit] in 0-1, so that they do not depend
-                on other prompts. None: greedy.
+            limit: largest number of tokens of a completion.
+            draw: `draw(i)` returns all random numbers of prompt i, float64 [G, limit] in 0-1, so that they do not
+                depend on other prompts. None means greedy.
         """
         self.limit.fill_(limit)
         self.alive.zero_()
         slots = self.slots = [None] * self.room.prompts
         taken = num_steps = 0
         while True:
-            # 1. Read waiting prompts if enough slots are free, else make one step.
+            # 1. Read waiting prompts if enough slots are free; otherwise make one step.
             free = [index for index, slot in enumerate(slots) if slot is None]
             if taken < count and 4 * len(free) >= self.room.prompts:
                 chosen = free[: count - taken]
@@ -159,28 +159,31 @@ class CompletionDecoder:
             slot.steps += 1
 
     def _width(self, least: int) -> int:
-        """How many tokens of the completions a static step reads: one of few widths, because each is captured, and less
-        than twice `least`."""
+        """Number of completion tokens that a static step reads.
+
+        There are only few widths, because each is captured; the width is less than twice `least`.
+        """
         return min(max(64, 1 << (least - 1).bit_length()), self.room.completion_tokens)
 
     def step_all(self, width: int) -> None:
-        """One step of every row, at shapes that depend on `width` alone."""
+        """One step of every row, with shapes that depend only on `width`."""
         self.cache.begin(self.length - 1, width)
         self._step(self.rows)
 
     def changed_by_step(self) -> list[Tensor]:
-        """Every tensor that a step changes, except the cache. What a step writes there is written again before it is
-        read."""
+        """Every tensor that a step changes, except the cache, because entries of the cache are written again before
+        they are read.
+        """
         return [self.token, self.length, self.alive, self.tokens, self.log_probs]
 
     def _step(self, rows: Tensor) -> None:
-        """Compute the last token of each of `rows` and sample the next one. `cache.begin` has been called."""
+        """Compute the last token of each row in `rows` and sample the next token. `cache.begin` has been called."""
         positions = (self.first[rows] + self.length[rows] - 1)[None, :, None].expand(3, -1, -1)
         embeddings = self.model.get_input_embeddings()(self.token[rows, None])
         self._sample(rows, self.model.hidden_states(self.cache, positions, embeddings)[:, 0])
 
     def _sample(self, rows: Tensor, hidden: Tensor) -> None:
-        """Add a token, chosen from `hidden` [A, D], to each row that goes on."""
+        """Add a token, sampled from `hidden` [A, D], to each active row."""
         alive, length = self.alive[rows], self.length[rows]
         chosen, scores = self.choose(self.model.lm_head(hidden), self.draws[rows, length, None])
         column = torch.where(alive, length, self.room.completion_tokens)
@@ -191,9 +194,9 @@ class CompletionDecoder:
         self.alive[rows] = alive & (chosen[:, None] != self.ends).all(-1) & (length < self.limit)
 
     def _alive_slots(self, shrink: bool) -> list[bool]:
-        """Whether each slot has a completion that goes on.
+        """Whether each slot has an active completion.
 
-        Unless steps compute all rows, the next step leaves out the rows that have ended. With `shrink`, when no prompt
+        Unless steps compute all rows, the next step skips the rows that have ended. With `shrink`, used when no prompt
         waits for a slot, the cache also frees their memory.
         """
         kept = self.alive[self.active].nonzero()[:, 0]

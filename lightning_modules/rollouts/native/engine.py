@@ -1,6 +1,6 @@
 """The rollout engine that samples in this process: prompts are read once, completions are decoded in place.
 
-Shapes: P prompts, G completions of a prompt, A completions that go on, V vocabulary, T tokens, D hidden width.
+Shapes: P prompts, G completions of a prompt, A active completions, V vocabulary, T tokens, D hidden width.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from lightning_modules.rollouts.native.cuda_graphs import GraphedSteps
 from lightning_modules.rollouts.native.decoder import CompletionDecoder, Decoded, Prefilled
 from lightning_modules.rollouts.native.sampling import sample
 
-PREFIX_STEP = 512  # tokens by which a GPU's memory for a prompt grows
+PREFIX_STEP = 512  # number of tokens by which the GPU memory for prompts grows
 log = logging.getLogger(__name__)
 
 
 class NativeEngine:
     """Reads each prompt once and decodes its completions over the shared prefix (`decoder`, `kv_cache`).
 
-    LoRA is merged into a copy of the linear weights. This takes fewer operations and is exact in float32; in bfloat16
-    the sum is rounded, as it is in any server that is given merged weights.
+    LoRA is merged into a copy of the linear weights. This needs fewer operations. In float32 it is exact; in bfloat16
+    the sum is rounded, as in any server with merged weights.
 
     Args:
         policy: the model that samples.
-        static: compute all rows at each step, at fixed shapes; on a GPU as a CUDA graph. None: on a GPU only. Memory
-            and weights are kept for the next call then, because the captured graph refers to them.
+        static: compute all rows in each step, with fixed shapes; on a GPU, as a CUDA graph. None means only on a GPU.
+            With static steps, memory and weights are kept for the next call, because the captured graph refers to them.
     """
 
     def __init__(self, policy: QwenVL, static: bool | None = None) -> None:
@@ -48,35 +48,35 @@ class NativeEngine:
         """Does nothing: each call of `generate` reads the policy's weights."""
 
     def close(self) -> None:
-        """Does nothing: the memory goes with the engine."""
+        """Does nothing: the memory is freed with the engine."""
 
     @torch.no_grad()
     def generate(self, request: RolloutRequest) -> list[list[Rollout]]:
         """G rollouts of each item, in the order of `request.items`."""
-        # Inference mode keeps no records of views and versions, which makes small operations a tenth faster. It is not
-        # used where memory is kept for the next call, nor around the collective operations of a sharded policy.
+        # Inference mode does not track views and versions, which makes small operations 10 % faster. It is not used if
+        # memory is kept for the next call, nor around the collective operations of a sharded policy.
         without_records = not self._is_static() and self.policy.sharded is None
         with self.policy.gathered(), torch.inference_mode(without_records):
             rollouts = self._generate(request) if request.items else []
         if self.policy.sharded is not None:
-            self._kept = None  # a full copy of sharded weights has no place beside a training step
+            self._kept = None  # a full copy of sharded weights would need too much memory in a training step
         return rollouts
 
     def _generate(self, request: RolloutRequest) -> list[list[Rollout]]:
         items, sampling, seeds = request.items, request.sampling, request.seeds
-        # Prompts of similar length are read together, so that little is padded.
+        # Prompts of similar length are read together, so that there is little padding.
         order = sorted(range(len(items)), key=lambda i: len(items[i].input_ids))
         if seeds is None and not request.greedy:
             device = request.generator.device if request.generator is not None else "cpu"
             seeds = torch.randint(1 << 62, (len(items),), generator=request.generator, device=device).tolist()
 
         def draw(number: int) -> Tensor:
-            """All random numbers of the prompt at this place of `order`, [G, max_new_tokens]."""
+            """All random numbers of the prompt at this index of `order`, [G, max_new_tokens]."""
             own = torch.Generator().manual_seed(seeds[order[number]])
             return torch.rand(sampling.group_size, sampling.max_new_tokens, dtype=torch.float64, generator=own)
 
         def prefill(start: int, stop: int) -> Prefilled:
-            """Read the prompts at these places of `order`."""
+            """Read the prompts at these indices of `order`."""
             batch, known = [items[i] for i in order[start:stop]], request.features
             images = self.policy.encode_images(batch) if known is None else [known[i] for i in order[start:stop]]
             return self._prefill(decoder.model, batch, images)
@@ -89,12 +89,14 @@ class NativeEngine:
         return rollouts
 
     def _decoder(self, request: RolloutRequest, longest_prompt: int) -> CompletionDecoder:
-        """A new decoder; on a GPU the last one if it has the room, with its weights brought up to date."""
+        """A new decoder. On a GPU, the last decoder if it is large enough, with updated weights."""
         policy, static, sampling, greedy = self.policy, self._is_static(), request.sampling, request.greedy
         slots, longest = min(sampling.prompts_per_batch, len(request.items)), sampling.max_new_tokens
-        weights = policy.base.get_input_embeddings().weight.data_ptr()  # another address: the policy was moved
+        # another address means that the policy was moved
+        weights = policy.base.get_input_embeddings().weight.data_ptr()
         banned = policy.banned_tokens(request.ban)
-        of_policy = (weights, banned.data_ptr(), policy.sharded is None)  # not sharded yet in rejection sampling
+        # the policy is not sharded yet in rejection sampling
+        of_policy = (weights, banned.data_ptr(), policy.sharded is None)
         needs = (*of_policy, slots, sampling.group_size, sampling.temperature, greedy)
         if self._kept is not None and self._kept[0] == needs:
             decoder = self._kept[1]
@@ -102,7 +104,7 @@ class NativeEngine:
                 decoder.model.refresh(policy.base)
                 return decoder
         self._kept = None  # its memory is freed before new memory is requested
-        if static:  # so that prompts a little longer need no new memory
+        if static:  # so that slightly longer prompts need no new memory
             longest_prompt = -(-longest_prompt // PREFIX_STEP) * PREFIX_STEP
 
         def choose(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +124,7 @@ class NativeEngine:
         return self.policy.device.type == "cuda" if self.static is None else self.static
 
     def _prefill(self, model: SamplingModel, items: Sequence[EncodedSample], features: Sequence[Tensor]) -> Prefilled:
-        """Prompts are padded on the right, where causal attention never looks."""
+        """Run the prefill. Prompts are padded on the right, where causal attention ignores the padding."""
         ids = pad_sequence([item.input_ids for item in items], batch_first=True)
         positions = pad_sequence([item.positions.T for item in items], batch_first=True)
         positions = rearrange(positions, "prompts tokens axes -> axes prompts tokens")
@@ -139,6 +141,6 @@ class NativeEngine:
         texts = self.policy.tokenizer.batch_decode(
             group.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        with torch.inference_mode(False):  # copies that can be trained on
+        with torch.inference_mode(False):  # copies outside inference mode, because training needs them
             tokens, log_probs = ([t.clone() for t in of_group] for of_group in (group.tokens, group.log_probs))
         return [Rollout(*fields) for fields in zip(tokens, log_probs, group.finished, texts, strict=True)]

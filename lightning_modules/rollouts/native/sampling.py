@@ -1,7 +1,7 @@
-"""Choosing the next token of each row, by inversion of the cumulative distribution.
+"""Sample the next token of each row by inversion of the cumulative distribution.
 
-This takes one random number for each row, where torch.multinomial draws one for every entry of the vocabulary. Sums are
-float64, so that a sum over a large vocabulary rounds no likely token away. A banned token has probability 0.
+This needs one random number per row; torch.multinomial draws one for every entry of the vocabulary. Sums are in
+float64, so that in a large vocabulary no likely token is lost by rounding. A banned token has probability 0.
 
 Shapes: A rows, V vocabulary.
 """
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WHOLE = 8192  # a vocabulary up to this size is summed at once
-BLOCK = 512  # tokens of one block of a larger vocabulary
+WHOLE = 8192  # a vocabulary up to this size is summed in one pass
+BLOCK = 512  # number of tokens in one block of a larger vocabulary
 
 
 def sample(logits: Tensor, banned: Tensor, temperature: float, draws: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -23,7 +23,7 @@ def sample(logits: Tensor, banned: Tensor, temperature: float, draws: Tensor | N
         logits: [A, V].
         banned: token ids that are never drawn.
         temperature: logits are divided by it.
-        draws: [A, 1], float64, uniform in [0, 1), which decide; None takes the likeliest token.
+        draws: [A, 1], float64, uniform random numbers in [0, 1); None takes the most likely token.
     """
     logits = (logits.float() / temperature).index_fill_(-1, banned, float("-inf"))
     if draws is not None and logits.shape[-1] > WHOLE:
@@ -32,7 +32,7 @@ def sample(logits: Tensor, banned: Tensor, temperature: float, draws: Tensor | N
     if draws is None:
         tokens = probabilities.argmax(-1)
     else:
-        # On a CPU exponentials in float64 would cost more than all else here.
+        # On a CPU, exponentials in float64 would cost more than everything else here.
         sums = probabilities.double().cumsum(-1)
         tokens = torch.searchsorted(sums, draws * sums[:, -1:], right=True)[:, 0]
     return tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log()
@@ -41,8 +41,8 @@ def sample(logits: Tensor, banned: Tensor, temperature: float, draws: Tensor | N
 def _sample_large(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
     """The same in two steps: choose a block of tokens, then a token inside it.
 
-    On a GPU a softmax or cumulative sum along a row of 150,000 entries runs on one multiprocessor, and takes longer
-    than a whole layer takes on all of them.
+    On a GPU, a softmax or cumulative sum along a row of 150,000 entries runs on one multiprocessor and takes longer
+    than a whole layer on all multiprocessors.
     """
     most = logits.amax(-1, keepdim=True)
     weights = (logits - most).exp_()
@@ -52,11 +52,12 @@ def _sample_large(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
     block = torch.searchsorted(sums, wanted, right=True).clamp_(max=sums.shape[-1] - 1)
     wanted = wanted - F.pad(sums, (1, 0)).gather(-1, block)
     inside = blocks.take_along_dim(block[:, :, None], dim=1)[:, 0].double().cumsum(-1)
-    # Two sums of one block may differ by a rounding: a draw stays below the end of the last token that has width.
+    # Two sums of one block may differ by rounding, so a draw is limited to the end of the last token with nonzero
+    # probability.
     wanted = torch.minimum(wanted, inside[:, -1:] * (1 - 1e-15))
     tokens = block * BLOCK + torch.searchsorted(inside, wanted, right=True)
-    # NaN logits make searchsorted return V. Clamp, so that the NaN reaches the finite check and does not become an
-    # out-of-range index: an assert on the GPU would end the process.
+    # NaN logits make searchsorted return V. Clamp, so that the NaN reaches the finite check. Otherwise the out-of-range
+    # index would cause an assert on the GPU that ends the process.
     tokens.clamp_(max=logits.shape[-1] - 1)
     log_probs = logits.gather(-1, tokens) - most - sums[:, -1:].log().float()
     return tokens[:, 0], log_probs[:, 0]

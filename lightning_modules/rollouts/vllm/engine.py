@@ -1,7 +1,7 @@
 """Rollouts from running vLLM servers: completions with token ids and log-probabilities over the OpenAI API.
 
-The servers hold the frozen model; the adapter is sent to them as a PEFT folder after each optimizer step. An adapter
-loaded again under its old name would meet prefix-cache blocks of its old weights, so every one gets a name of its own.
+The servers have the frozen model. After each optimizer step, they load the adapter from a PEFT folder. Each version of
+the adapter gets a new name, because under the old name a server would reuse prefix-cache blocks of the old weights.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ from lightning_modules.serving.openai_client import (
 )
 
 T = TypeVar("T")
-UNLOAD_TIMEOUT = 30.0  # seconds; unloading is quick, and a server that hangs must not hold up an error
-BAN = -100.0  # OpenAI's lowest bias: added to a logit before the temperature divides it
+UNLOAD_TIMEOUT = 30.0  # seconds; unloading is fast, and a hanging server must not delay an error
+BAN = -100.0  # OpenAI's lowest bias; it is added to a logit before the division by the temperature
 
 
 class VLLMEngine:
     """A `RolloutEngine` on vLLM servers.
 
-    Until the first `sync` the servers' model answers as it is: a new adapter changes nothing. `sync` is called on every
-    rank, after the same update: rank 0 writes the adapter and loads it on all servers, then the other ranks are told
-    its name. `generate` is called by each rank alone. A server that does not know the current adapter, because it was
-    dead or was started again, is given it before it gets a prompt.
+    Until the first `sync`, the servers use the model without an adapter, because a new adapter has no effect. `sync` is
+    called on every rank, after the same update. Rank 0 writes the adapter, loads it on all servers, and sends its name
+    to the other ranks. `generate` is called by each rank independently. If a server does not know the current adapter,
+    because it was dead or was restarted, it loads the adapter before it gets a prompt.
 
     Args:
         policy: the trained model, whose adapter is sent.
         settings: the servers.
-        folder: for the adapters, unless the settings name another.
-        rank: of this process.
-        broadcast: gives every rank the value of rank 0.
+        folder: folder for the adapters, unless the settings name another one.
+        rank: rank of this process.
+        broadcast: returns the value of rank 0 on every rank.
     """
 
     def __init__(
@@ -73,26 +73,28 @@ class VLLMEngine:
         self.folder = Path(settings.adapters or folder).absolute()
         self.rank, self.broadcast = rank, broadcast
         self.adapter: Path | None = None  # the folder of its current state; servers know it by the folder's name
-        self._prefix = f"policy-{uuid.uuid4().hex[:8]}-"  # of adapters' names: no other process ever uses them
+        self._prefix = f"policy-{uuid.uuid4().hex[:8]}-"  # prefix of adapter names; it is unique to this process
         self._count = 0
         self._needs: Mapping[str, int] = {}
         self._runner: asyncio.Runner | None = None
         self._pool: ServerPool | None = None
-        self._models: dict[str, str] = {}  # the name of the model at each server
-        self._fit: set[str] = set()  # servers that were found to be what they must
-        self._given: set[str] = set()  # servers that had an adapter of this run
+        self._models: dict[str, str] = {}  # server -> name of the model
+        self._fit: set[str] = set()  # servers that have passed all checks
+        self._given: set[str] = set()  # servers that have loaded an adapter of this run
 
-    # What a server must be
+    # Checks of a server
 
     def check(self, needs: Mapping[str, int]) -> None:
-        """Wait for a server. Raises EndpointMisused for one that cannot serve this run: other models, sequences shorter
-        than one of `needs` (of `find_model`), no LoRA, or raw log-probabilities. A server that comes later is looked at
-        then."""
+        """Wait until at least one server answers, and check the servers.
+
+        Raises EndpointMisused for a server that cannot serve this run: another model, sequences shorter than one of
+        `needs` (see `find_model`), no LoRA, or raw log-probabilities. A server that starts later is checked then.
+        """
         self._needs = needs
         self._call(lambda pool: pool.prepare_all())
 
     async def _prepare(self, endpoint: ChatEndpoint) -> None:
-        """The server is fit, and has the current adapter and none of this run's older ones."""
+        """Make sure that a server passes the checks, has the current adapter, and has no older adapter of this run."""
         url = endpoint.settings.base_url
         served = await endpoint.get("/models", read_models)
         known = self._own(served)
@@ -119,7 +121,7 @@ class VLLMEngine:
     # The adapter
 
     def sync(self) -> None:
-        """Give the servers the adapter as it is now. A collective call; on every rank it ends the same way."""
+        """Load the present adapter on the servers. All ranks call this, and it ends in the same way on every rank."""
         tensors = adapter_tensors(self.policy.model)
         self._count += 1
         adapter = self.folder / f"{self._prefix}{self._count}"
@@ -127,7 +129,7 @@ class VLLMEngine:
         if self.rank == 0:
             try:
                 self._publish(adapter, tensors)
-            except Exception as error:  # told to the other ranks, which else would wait for ever, and raised again
+            except Exception as error:  # sent to the other ranks, which would otherwise wait forever, and raised again
                 fault = error
         adapter, message = self.broadcast((adapter, fault and f"{type(fault).__name__}: {fault}"))
         if fault is not None:
@@ -137,7 +139,8 @@ class VLLMEngine:
         self.adapter = adapter
 
     def _publish(self, adapter: Path, tensors: dict[str, Tensor]) -> None:
-        if self.adapter is None and self.settings.adapters is None:  # left by this phase when it was killed
+        # left over from an earlier process of this phase that was killed
+        if self.adapter is None and self.settings.adapters is None:
             shutil.rmtree(self.folder, ignore_errors=True)
         old, self.adapter = self.adapter, adapter
         write_adapter(tensors, self.policy.model, adapter)
@@ -146,15 +149,17 @@ class VLLMEngine:
             shutil.rmtree(old)
 
     def close(self) -> None:
-        """Take the run's adapters from the servers that are there, and their files away. Raises the error of a server
-        that keeps one, when all the others have been asked."""
+        """Unload the run's adapters from all reachable servers, and remove their files.
+
+        If a server fails to unload one, its error is raised after all other servers were asked.
+        """
         if self.adapter is not None and self.rank == 0:
             self.adapter = None
             self._given.clear()
             try:
                 self._call(lambda pool: pool.visit_all(self._unload_all, UNLOAD_TIMEOUT))
             finally:
-                for folder in self.folder.glob(f"{self._prefix}*"):  # two, where an update failed
+                for folder in self.folder.glob(f"{self._prefix}*"):  # two folders if an update has failed
                     shutil.rmtree(folder)
         self._disconnect()
 
@@ -179,7 +184,7 @@ class VLLMEngine:
             ) from error
 
     def _own(self, served: Iterable[str]) -> list[str]:
-        """Of the names that a server knows, those of this run's adapters."""
+        """The names of this run's adapters among the names that a server knows."""
         return [name for name in served if name.startswith(self._prefix)]
 
     async def _unload_all(self, endpoint: ChatEndpoint) -> None:
@@ -192,17 +197,17 @@ class VLLMEngine:
         except (RequestRefused, EndpointMisused):
             if name in await endpoint.get("/models", read_models):
                 raise
-            # It is gone: the answer to an earlier attempt was lost, or the server was started again.
+            # The adapter is already unloaded: the answer to an earlier attempt was lost, or the server was restarted.
 
     # Completions
 
     def generate(self, request: RolloutRequest) -> list[list[Rollout]]:
-        """G rollouts of each item. `request.features` are not read: the servers encode the images themselves.
+        """G rollouts of each item. `request.features` is ignored, because the servers encode the images themselves.
 
         Greedy completions have log-probabilities at temperature 1.
 
         Raises:
-            PromptMismatch: a server read other prompt tokens than the trainer; names the sample.
+            PromptMismatch: a server has read other prompt tokens than the trainer; the message names the sample.
             Exception: the errors of `ServerPool.run`.
         """
         seeds = request.seeds
@@ -255,7 +260,7 @@ class VLLMEngine:
         return Rollout(torch.tensor(token_ids), torch.tensor(log_probs), token_ids[-1] in self.policy.eos_ids, text)
 
     def _call(self, what: Callable[[ServerPool], Awaitable[T]]) -> T:
-        """Run `what` on the pool, in the event loop that its connections belong to; an error ends both."""
+        """Run `what` on the pool, in the event loop of its connections. An error closes both."""
         if self._runner is None:
             self._runner = asyncio.Runner()
 

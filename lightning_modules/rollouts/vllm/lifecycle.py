@@ -1,4 +1,6 @@
-"""The served engine in one run of a Trainer: connected at its start, closed however it ends."""
+"""The lifecycle of the vLLM engine in a run of the Trainer: connect at the start, and close at the end, also after an
+error.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,13 @@ log = logging.getLogger(__name__)
 def connect(policy: QwenVL, settings: VLLMSettings, trainer: Trainer, max_new_tokens: int) -> VLLMEngine:
     """The engine of this rank.
 
-    Its servers are checked for the longest sequences of training and of every callback: a sequence that does not fit
-    should end the run now, and not at an evaluation hours later.
+    The servers are checked for the longest sequences of training and of all callbacks, so that a sequence that does not
+    fit ends the run now, not at an evaluation hours later.
 
     Args:
         policy: the trained model.
         settings: the servers.
-        trainer: its callbacks are asked for their longest sequences.
+        trainer: its callbacks report their longest sequences.
         max_new_tokens: length limit of a completion in training.
     """
     folder = Path(trainer.default_root_dir) / "adapters"
@@ -35,19 +37,22 @@ def connect(policy: QwenVL, settings: VLLMSettings, trainer: Trainer, max_new_to
     needs = {"training": sum(limits)}
     for callback in trainer.callbacks:
         if isinstance(callback, AsksEngine):
-            name = type(callback).__name__  # there may be two of a kind
+            name = type(callback).__name__  # there may be two callbacks of a class
             needs[name] = max(needs.get(name, 0), callback.longest_sequence(*limits))
     engine.check(needs)
     return engine
 
 
 class CloseOnError(Callback):
-    """Closes the module's engine when a run ends with an error or is stopped: servers outlive runs, and each adapter
-    that stays takes one of their places. A callback, since Lightning tells modules nothing of errors."""
+    """Closes the module's engine if a run ends with an error or is stopped.
+
+    Servers continue after a run, and each loaded adapter takes one of their adapter slots. This is a callback, because
+    Lightning does not report errors to modules.
+    """
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         try:
             if pl_module.engine is not None:
                 pl_module.engine.close()
-        except Exception as error:  # the one that ended the run is the one to be raised
+        except Exception as error:  # the error that has ended the run is raised, not this one
             log.warning("the servers may still have this run's adapter: %s", error)

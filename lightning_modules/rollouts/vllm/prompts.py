@@ -1,4 +1,4 @@
-"""A prompt as chat messages for a server, derived from its tokens: the server must read what the trainer has."""
+"""Convert the tokens of a prompt to chat messages for a server, so that the server reads exactly the same tokens."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from datamodules.encoding.chat_request import png_data_url
 from datamodules.encoding.encoder import EncodedSample
 from datamodules.encoding.images_from_patches import images_from_patches
 
-MARK = "\N{SNOWMAN}"  # stands for the user's turn while the template around it is looked at
+MARK = "\N{SNOWMAN}"  # a placeholder for the user's turn, to find the text of the template around it
 
 
 class PromptWriter:
-    """Messages in OpenAI's form whose rendering by the model's chat template gives a `EncodedSample`'s own tokens.
+    """Messages in OpenAI's format. The model's chat template renders them to exactly the tokens of an `EncodedSample`.
 
-    They come from the tokens, not from the sample: so whatever prompt style, labels or boxes made them, the server gets
-    the same. Images are sent in the size and with the pixels that the policy is given, and survive the server's own
-    resizing as they are.
+    They are made from the tokens, not from the sample, so they are right for any prompt style, labels and boxes. Images
+    are sent with the resized pixels that the policy gets, and the server's own resizing does not change them.
     """
 
     def __init__(self, processor_path: str) -> None:
@@ -29,7 +28,7 @@ class PromptWriter:
         self.placeholders = re.compile(f"(?:{re.escape(self.processor.image_token)})+")
 
     def messages(self, item: EncodedSample) -> list[dict[str, Any]]:
-        """One user turn. Raises ValueError that names the sample if its tokens are not such a turn."""
+        """One user turn. Raises ValueError that names the sample if its tokens are not one user turn."""
         text = self.processor.tokenizer.decode(
             item.input_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )

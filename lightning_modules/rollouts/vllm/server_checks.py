@@ -19,31 +19,31 @@ from lightning_modules.serving.openai_client import (
 )
 from lightning_modules.serving.responses import reading
 
-# A log-probability in a server's answer. Rounding may lift that of a certain token a little above 0. vLLM sends -9999
-# for minus infinity; a sampled token never has it, but nothing depends on refusing it.
+# A log-probability in a server's answer. For a token with probability near 1, rounding may give a value slightly above
+# 0. vLLM sends -9999 for minus infinity; a sampled token never has it, so it need not be refused.
 HIGHEST_LOG_PROB, LOWEST_LOG_PROB = 1e-3, -1e4
 
 
 class PromptMismatch(ValueError):
-    """The server read other prompt tokens than the trainer."""
+    """The server has read other prompt tokens than the trainer."""
 
 
 @dataclass(frozen=True)
 class VLLMSettings:
-    """The servers that serve the trained model, each started as docs/rollout_engines.md says.
+    """The servers of the trained model; docs/rollout_engines.md describes how to start them.
 
     Args:
-        servers: base URLs, such as http://localhost:8000/v1. Prompts are spread over them.
-        model: the servers' name of the model; null: the one that they serve.
-        adapters: folder that the trainer writes and every server reads; null: `adapters` in the phase's folder.
+        servers: base URLs, such as http://localhost:8000/v1. Prompts are distributed over them.
+        model: name of the model on the servers; null takes the only model that they serve.
+        adapters: folder that the trainer writes and every server reads; null takes `adapters` in the phase's folder.
         timeout: seconds for all completions of one prompt.
-        attempts: requests at one server before its prompt goes to another, as in `EndpointSettings`.
+        attempts: number of requests to one server before the prompt goes to another server, as in `EndpointSettings`.
         backoff: as in `EndpointSettings`.
         max_backoff: as in `EndpointSettings`.
-        concurrency: prompts under way at each server, from each rank.
-        patience: seconds without any server after which the run ends.
+        concurrency: number of prompts at the same time for each server, from each rank.
+        patience: the run ends after this number of seconds without any server.
         pause: seconds between two health checks of a dead server.
-        look: seconds for one health check, in which the server is also given the adapter.
+        look: time limit in seconds of one health check, in which the server also loads the adapter.
         api_key_env: as in `EndpointSettings`.
         basic_auth_env: as in `EndpointSettings`.
     """
@@ -81,10 +81,10 @@ class VLLMSettings:
 
 
 def find_model(url: str, served: dict[str, dict[str, Any]], wanted: str | None, needs: Mapping[str, int]) -> str:
-    """The server's name of its model: `wanted`, or the only one.
+    """The name of the model on the server: `wanted`, or the only model.
 
-    `needs`: {who asks: the most tokens of a prompt with its completion}. Raises EndpointMisused if the model is not
-    served, or not in such sequences.
+    `needs`: {user of the engine: largest number of tokens of a prompt with its completion}. Raises EndpointMisused if
+    the model is not served, or if its sequences are too short.
     """
     names = [name for name, entry in served.items() if not entry.get("parent")]
     name = wanted or (names[0] if len(names) == 1 else None)
@@ -105,19 +105,19 @@ def find_model(url: str, served: dict[str, dict[str, Any]], wanted: str | None, 
 def read_choices(
     text: str, item: EncodedSample, sampling: SamplingSettings, ends: Collection[int], vocabulary: Collection[int]
 ) -> list[tuple[list[int], list[float]]]:
-    """Token ids and their log-probabilities of each of `group_size` completions, in order.
+    """The token ids and log-probabilities of each of `group_size` completions, in order.
 
     Args:
         ends: token ids that end a completion.
         vocabulary: token ids that a policy can sample, as a `range`.
 
-    Raises PromptMismatch if the server read another prompt than `item`'s. Raises Malformed for everything else that is
-    no such answer, and for a completion that stops before its limit without one of the tokens `ends`, as those of a
-    server that is shut down do.
+    Raises PromptMismatch if the server has read another prompt than that of `item`. Raises Malformed for any other
+    invalid answer. This includes a completion that stops before its limit without one of the tokens `ends`, which
+    happens if a server is shut down.
     """
 
     def fault(ids: list[int], log_probs: list[float]) -> str | None:
-        """What is wrong with a completion; None for a sound one."""
+        """The problem of a completion; None if it is valid."""
         if type(ids) is not list or not ids or len(ids) != len(log_probs):
             return f"token ids {ids!r:.60} with {len(log_probs)} log-probabilities"
         if wrong := [token for token in ids if type(token) is not int or token not in vocabulary]:
@@ -174,7 +174,7 @@ def read_models(text: str) -> dict[str, dict[str, Any]]:
 
 
 async def require_lora(endpoint: ChatEndpoint) -> None:
-    """Ask for an adapter that does not exist: a server that could load one says that there is none."""
+    """Request an adapter that does not exist. A server with LoRA support reports that the adapter is missing."""
     try:
         await endpoint.post("/load_lora_adapter", {"lora_name": "a-check", "lora_path": "/no/such/adapter"})
         fault = "loads an adapter that does not exist"
@@ -191,14 +191,16 @@ async def require_lora(endpoint: ChatEndpoint) -> None:
 
 
 async def raise_if_down(endpoint: ChatEndpoint, error: EndpointUnavailable) -> None:
-    """Raise `error` unless the server is well: 500 is also how it says that it cannot read or place an adapter."""
+    """Raise `error` if the server is dead. A healthy server also sends 500 if it cannot load an adapter."""
     if error.status != 500:
         raise error
-    await endpoint.get(endpoint.settings.base_url.removesuffix("/v1") + "/health")  # 503 once its engine is dead
+    await endpoint.get(endpoint.settings.base_url.removesuffix("/v1") + "/health")  # status 503 if its engine is dead
 
 
 async def require_processed_log_probs(endpoint: ChatEndpoint, model: str, token: int) -> None:
-    """Of a token that is the only one allowed the log-probability is 0, unless the server takes it before all that."""
+    """Check that log-probabilities refer to the sampling distribution: if only one token is allowed, its
+    log-probability must be 0. A server with raw log-probabilities gives another value.
+    """
     body = {
         "model": model,
         "messages": [{"role": "user", "content": "?"}],

@@ -17,14 +17,16 @@ from lightning_modules.serving.openai_client import ChatEndpoint, EndpointMisuse
 
 J = TypeVar("J")
 R = TypeVar("R")
-# Consecutive rejections although `prepare` found nothing wrong: the request itself is wrong, so stop retrying.
+# Number of consecutive rejections although `prepare` found no problem. Then the request itself is wrong, and retrying
+# stops.
 MAX_CONSECUTIVE_REJECTIONS = 3
-MAX_JOB_RETRIES = 3  # failures of one job, over longer than `patience`: the job is at fault, not the servers
+# number of failures of one job over a longer time than `patience`; then the job is the problem, not the servers
+MAX_JOB_RETRIES = 3
 log = logging.getLogger(__name__)
 
 
 class ServersLost(RuntimeError):
-    """No server has answered for as long as was to be waited."""
+    """No server has answered for `patience` seconds."""
 
 
 @dataclass
@@ -45,12 +47,14 @@ class _Server:
 
 
 class ServerPool:
-    """`prepare(endpoint)` brings a server into the state that jobs need, and raises EndpointUnavailable as long as it
-    cannot. It is called before a server gets its first job of a `run`, and after every failure.
+    """A pool of servers.
 
-    patience: seconds without any server until ServersLost; pause: seconds between two looks at a dead one; look:
-    seconds that one `prepare` may take, which is longer than any server that works needs. A pool belongs to one event
-    loop.
+    `prepare(endpoint)` brings a server into the state that jobs need, or raises EndpointUnavailable. It is called
+    before a server gets its first job of a `run`, and after every failure.
+
+    patience: seconds without any server until ServersLost is raised. pause: seconds between two checks of a dead
+    server. look: time limit in seconds of one `prepare`; it must be longer than a working server needs. A pool belongs
+    to one event loop.
     """
 
     def __init__(
@@ -63,7 +67,7 @@ class ServerPool:
     ) -> None:
         self.prepare, self.patience, self.pause, self.look = prepare, patience, pause, look
         self._servers = [_Server(ChatEndpoint(each)) for each in settings]
-        self._began = time.monotonic()  # before that nobody has looked at the servers
+        self._began = time.monotonic()  # before this time, no server was checked
 
     async def close(self) -> None:
         for server in self._servers:
@@ -72,9 +76,9 @@ class ServerPool:
     async def run(self, jobs: Sequence[J], ask: Callable[[ChatEndpoint, J], Awaitable[R]]) -> list[R]:
         """The answers to all jobs, in their order. Each job goes to the server that is free first.
 
-        `ask` raising EndpointUnavailable or EndpointMisused puts the server under suspicion and the job back; any other
-        error ends the run. Raises ServersLost, EndpointMisused where `prepare` does or cannot mend it, and
-        EndpointUnavailable for a job that is lost over and over, though there are servers.
+        If `ask` raises EndpointUnavailable or EndpointMisused, the server is marked as suspect and the job returns to
+        the queue. Any other error ends the run. Raises ServersLost; EndpointMisused if `prepare` raises it or cannot
+        fix it; and EndpointUnavailable if a job fails again and again although there are servers.
         """
         if not jobs:
             return []
@@ -82,14 +86,14 @@ class ServerPool:
         for numbered in enumerate(jobs):
             waiting.put_nowait(numbered)
         results: dict[int, R] = {}
-        losses: defaultdict[int, list[float]] = defaultdict(list)  # when each job was lost
+        losses: defaultdict[int, list[float]] = defaultdict(list)  # job -> times at which it was lost
         finished = asyncio.Event()
 
         async def work(server: _Server) -> None:
             while True:
                 await server.healthy.wait()
                 number, job = await waiting.get()
-                if not server.healthy.is_set():  # while it waited for a job
+                if not server.healthy.is_set():  # the server failed while it waited for a job
                     waiting.put_nowait((number, job))
                     continue
                 try:
@@ -110,9 +114,11 @@ class ServerPool:
         return [results[number] for number in range(len(jobs))]
 
     async def prepare_all(self) -> None:
-        """Prepare every server that answers now: one at least, or ServersLost. The others follow when they get work.
+        """Prepare every server that answers now. Raises ServersLost if there is none.
 
-        So do those that were dead before: nobody waits for a machine that is gone for good.
+        The others are prepared when they get work.
+
+        Servers that were dead before are also prepared later, so that nothing waits for a machine that is gone.
         """
         self._began = time.monotonic()
         if any(await self._look(server for server in self._servers if server.dead_since is None)):
@@ -121,12 +127,15 @@ class ServerPool:
             await asyncio.sleep(self.pause)
 
     async def look_once(self) -> list[bool]:
-        """Prepare every server that answers now; whether each did."""
+        """Prepare every server that answers now; returns for each whether it was prepared."""
         return await self._look(self._servers)
 
     async def visit_all(self, visit: Callable[[ChatEndpoint], Awaitable[None]], seconds: float) -> None:
-        """Visit every server that answers within `seconds`. Raises the first other error when all are through: a fault
-        of one keeps none from its visit."""
+        """Visit every server that answers within `seconds`.
+
+        The first other error is raised after all visits, so that an error of one server does not prevent the visits of
+        others.
+        """
 
         async def visit_one(endpoint: ChatEndpoint) -> None:
             async with asyncio.timeout(seconds):
@@ -141,7 +150,7 @@ class ServerPool:
         return await asyncio.gather(*(self._prepared(server) for server in servers))
 
     async def _until(self, finished: asyncio.Event, work: Callable[[_Server], Awaitable[None]], num_jobs: int) -> None:
-        """Run the workers of every server, and who heals it, until `finished`."""
+        """Run the workers of every server, and the task that prepares it again, until `finished`."""
         for server in self._servers:
             server.suspect()
         self._began = time.monotonic()
@@ -154,11 +163,11 @@ class ServerPool:
                 await finished.wait()
                 for task in tasks:
                     task.cancel()
-        except ExceptionGroup as failed:  # each would say the same
+        except ExceptionGroup as failed:  # all have the same message
             raise failed.exceptions[0] from None
 
     async def _heal(self, server: _Server) -> None:
-        """Prepare the server whenever it is under suspicion, until that works."""
+        """Prepare the server whenever it is suspect, until this succeeds."""
         while True:
             await server.suspected.wait()
             if await self._prepared(server):
@@ -168,7 +177,10 @@ class ServerPool:
                 await asyncio.sleep(self.pause)
 
     async def _prepared(self, server: _Server) -> bool:
-        """Whether the server could be prepared. Raises ServersLost when none could for as long as was to be waited."""
+        """Whether the server could be prepared.
+
+        Raises ServersLost if no server could be prepared for `patience` seconds.
+        """
         try:
             async with asyncio.timeout(self.look):
                 await self.prepare(server.endpoint)
@@ -196,8 +208,9 @@ class ServerPool:
 
 
 def _note(server: _Server, error: Exception) -> None:
-    """Put the server under suspicion. Raises the error where preparing has not helped so often that it cannot."""
-    if isinstance(error, EndpointMisused) and server.healthy.is_set():  # else it is of the same failure
+    """Mark the server as suspect. Raises the error if preparing has failed to fix it too often."""
+    # otherwise the error belongs to the same failure
+    if isinstance(error, EndpointMisused) and server.healthy.is_set():
         server.misuses += 1
         if server.misuses >= MAX_CONSECUTIVE_REJECTIONS:
             raise error
