@@ -1,1 +1,1 @@
-"""The policy, rollouts, rewards, objectives, and the systems CoTSFT and GRPO."""
+"""The policy, rollouts, rewards, objectives, and the LightningModules CoTSFT and GRPO."""

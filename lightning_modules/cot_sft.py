@@ -39,7 +39,7 @@ class CoTSFT(PolicyModule):
         self.problems().raise_all(type(self).__name__)
 
     def problems(self) -> Problems:
-        """All settings that cannot work, in words."""
+        """Messages for all invalid settings."""
         problems, is_frozen = super().problems(), self.freeze_vision
         needs = f"needs freeze_vision=True, not {is_frozen}"
         problems.require(self.feature_cache is None or is_frozen, needs, feature_cache=self.feature_cache)
@@ -49,7 +49,7 @@ class CoTSFT(PolicyModule):
     def configure_model(self) -> None:
         """Load the model, and attach the feature cache."""
         super().configure_model()
-        # Lightning may call this twice. The cache's key holds a hash of the tower's weights.
+        # Lightning may call this twice. The key of the cache contains a hash of the tower's weights.
         if self.feature_cache is not None and self.policy.feature_cache is None:
             tower = tower_fingerprint(self.policy.vision_tower, self.model)
             self.policy.feature_cache = FeatureCache(self.feature_cache, tower, self.feature_cache_gib)
@@ -63,7 +63,7 @@ class CoTSFT(PolicyModule):
         self.metrics.reset()
         self._backward(batch)
 
-        # 2. At the end of the window: one optimizer step. Only then a checkpoint may say that the batches are used.
+        # 2. At the end of the window: one optimizer step. Only then a checkpoint may mark the batches as used.
         if self.end_batch():
             self.update()
             self.commit_window(batch)
@@ -83,7 +83,7 @@ class CoTSFT(PolicyModule):
     def _backward(self, batch: Batch) -> None:
         """Add the gradient of the batch, and its sums to `metrics`."""
         for rows, log_probs, best in self.target_passes(batch.items):
-            # Rows hold different numbers of tokens. So the sum is added here, and `update` divides by the number of
+            # Rows have different numbers of tokens, so the sum is added here, and `update` divides by the number of
             # tokens of the whole window.
             loss = -log_probs.sum()
             self.backward_sum(loss, len(log_probs))
@@ -93,12 +93,12 @@ class CoTSFT(PolicyModule):
     def target_passes(self, items: Sequence[EncodedSample]) -> Iterator[tuple[PackedRows, Tensor, Tensor]]:
         """One forward pass for each packed row of `items`, in training and on held-out samples.
 
-        Yields the row, log p of its N targets [N], and the most likely token in the place of each [N]. Target n belongs
-        to the item `rows.completion_index[n]`. All ranks call this, and each must take all passes; a rank may have no
-        item.
+        Yields the row, log p of its N targets [N], and the most likely token at the position of each target [N]. Target
+        n belongs to the item `rows.completion_index[n]`. All ranks must call this and exhaust the iterator, even a rank
+        without items.
         """
         # Features of a frozen tower need no gradient, so they are computed once for the whole batch (or read from the
-        # cache). A tower that is trained runs inside each row's forward pass.
+        # cache). A trained tower runs inside the forward pass of each row.
         known = self.policy.encode_images(items) if self.freeze_vision and items else None
         # Several samples share one packed row; attention does not cross from one sample to another.
         completions = [[_target(item)] for item in items]

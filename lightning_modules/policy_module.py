@@ -1,13 +1,13 @@
-"""What CoTSFT and GRPO share: the policy, the optimizer, and exact accumulation, failure and resume.
+"""The common base of CoTSFT and GRPO: the policy, the optimizer, gradient accumulation, error handling, and resuming.
 
 One optimizer update takes an *accumulation window* of `accumulate` batches on every rank. Losses are sums over tokens
-or completions. They are divided once, at the update, by the number of them in the whole window on all ranks. So
-packing, accumulation and the number of ranks never change the weight of a token, and a rank that has nothing to learn
-from takes part with zeros.
+or completions. They are divided once, at the update, by the number of tokens or completions in the whole window on all
+ranks. So packing, accumulation and the number of ranks never change the weight of a token. A rank without anything to
+train on contributes zeros.
 
-A window may reach over the end of an epoch. The last window of a run may hold fewer batches, and is stepped like any
-other. (Hugging Face's Trainer steps the remaining batches at the end of every epoch.) A checkpoint written inside a
-window resumes at the window's start: a half-accumulated gradient is never saved.
+A window may continue over the end of an epoch. The last window of a run may have fewer batches; it makes an update like
+any other window. (Hugging Face's Trainer makes an update with the remaining batches at the end of every epoch.) A
+checkpoint written inside a window resumes at the window's start: a half-accumulated gradient is never saved.
 """
 
 from __future__ import annotations
@@ -47,24 +47,24 @@ STATE_KEY = "policy_module"
 
 
 class PolicyModule(LightningModule):
-    """A Qwen2.5-VL that is trained. The constructor is cheap: weights are read in `configure_model`.
+    """A Qwen2.5-VL in training. The constructor is cheap: weights are read in `configure_model`.
 
     Args:
         model: folder or Hub name.
         lora: LoRA on the language model; null trains all its weights.
-        dtype: of the frozen weights; adapters are float32.
-        freeze_vision: leave the vision tower as it is.
+        dtype: data type of the frozen weights; adapters are float32.
+        freeze_vision: do not train the vision tower.
         gradient_checkpointing: keep no activations of a layer, and compute them again in the backward pass.
-        activation_gib: with gradient_checkpointing on a GPU, checkpoint only as many layers as are needed to keep the
-            activations of the others within this size; null checkpoints all layers.
+        activation_gib: with gradient_checkpointing on a GPU, memory in GiB for activations. Only the smallest
+            sufficient number of layers is checkpointed; null checkpoints all layers.
         learning_rate: peak of the schedule.
         warmup_fraction: share of all updates in which the learning rate rises to its peak.
-        weight_decay: of AdamW; norms and biases are not decayed (`optim`).
-        betas: of AdamW.
+        weight_decay: weight decay of AdamW; norms and biases are not decayed (`optim`).
+        betas: betas of AdamW.
         max_grad_norm: gradients are clipped to this norm; null does not clip.
-        accumulate: batches in an accumulation window (trainer.accumulate_grad_batches stays 1).
+        accumulate: number of batches in an accumulation window (trainer.accumulate_grad_batches stays 1).
         max_tokens_per_row: length of one packed row, which is one forward pass.
-        seed: of everything random.
+        seed: seed of all random numbers.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class PolicyModule(LightningModule):
         """
         optimizer, parameters = self.optimizers(), self.policy.trainable_parameters()
 
-        # 1. Nothing to learn from, on any rank: no step, which weight decay and momentum would move.
+        # 1. If no rank has anything to train on, skip the step: weight decay and momentum would change the weights.
         count, absent = self.sum_over_ranks([self._count, self._absent])
         self._count = self._absent = 0.0
         if count == 0:

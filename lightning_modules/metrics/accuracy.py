@@ -1,4 +1,4 @@
-"""Acc@t and mean IoU over a benchmark's questions: the one definition, in training, evaluation and re-scoring."""
+"""Acc@t and mean IoU over a benchmark's questions. Training, evaluation and rescoring all use this definition."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torchmetrics import Metric
 from datamodules.benchmarks.base import Average, Rule
 from lightning_modules.metrics.bootstrap import bootstrap_intervals
 
-THRESHOLDS = (0.3, 0.5, 0.7, 0.75, 0.9)  # reported beside the rule's own
-COCO_THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))  # mAcc: the mean over these
+THRESHOLDS = (0.3, 0.5, 0.7, 0.75, 0.9)  # reported in addition to the threshold of the rule
+COCO_THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))  # mAcc is the mean over these thresholds
 Unit = tuple[str, str]  # (column, unit): ("diff", "diff") in MIG-Bench, whose columns are tasks
 
 
@@ -20,9 +20,9 @@ class GroundingAccuracy(Metric):
     """Acc@t of one predicted box against one true box, and mean IoU, per column and averaged over columns.
 
     Acc@t is the percentage of questions whose IoU exceeds t (or reaches it, if the rule is inclusive). A question
-    without a readable box has IoU 0. Units that nobody asked are left out, and so are columns without questions.
+    without a readable box has IoU 0. Units and columns without questions are skipped.
 
-    Every state is a sum, so ranks may hold different numbers of questions: U units, T thresholds.
+    Every state is a sum, so ranks may have different numbers of questions. Shapes: U units, T thresholds.
 
         hits [U, T] int64        questions whose IoU counts at the threshold
         iou_sum [U] float64      sum of their IoUs
@@ -41,11 +41,11 @@ class GroundingAccuracy(Metric):
         **kwargs: Any,
     ) -> None:
         """Args:
-        units: every unit that a question may be in; the same on all ranks.
-        rule: its threshold is that of the columns' scores; and how units and columns are averaged.
+        units: all units that questions may have; equal on all ranks.
+        rule: threshold of the columns' scores, and how units and columns are averaged.
         averages: name -> its columns; "avg" has all of them, in the table's order.
-        seed: of the intervals' bootstrap.
-        kwargs: of `Metric`, such as sync_on_compute=False where one process holds all questions.
+        seed: seed of the bootstrap for the intervals.
+        kwargs: arguments of `Metric`, such as sync_on_compute=False if one process has all questions.
         """
         super().__init__(**kwargs)
         self.units, self.rule, self.averages, self.seed = tuple(units), rule, averages, seed
@@ -76,8 +76,9 @@ class GroundingAccuracy(Metric):
     def compute(self) -> dict[str, Any]:
         """{"columns": {name: cell}, "averages": {name: cell}, "details": {"mean_iou", "acc_0.3", …, "macc"}}.
 
-        A cell is {"score", "low", "high", "n"}: accuracy at the rule's threshold, its 95 % interval, questions. The
-        details are averaged as "avg" is; "macc" is the mean accuracy over `COCO_THRESHOLDS`.
+        A cell is {"score", "low", "high", "n"}: accuracy at the threshold of the rule, its 95 % interval, and the
+        number of questions. The details are averaged in the same way as "avg"; "macc" is the mean accuracy over
+        `COCO_THRESHOLDS`.
         """
         hits, iou_sums, counts = self.hits.tolist(), self.iou_sum.tolist(), self.count.tolist()
         asked = [index for index, count in enumerate(counts) if count]
@@ -86,7 +87,7 @@ class GroundingAccuracy(Metric):
         # 1. Scores of columns and averages at the rule's own threshold.
         right = [row[at(self.rule.threshold)] for row in hits]
         scores = self._average([100 * value for value in right], counts)
-        # 2. Intervals, from the same counts.
+        # 2. Intervals from the same counts.
         unit_counts: dict[str, dict[str, tuple[int, int]]] = {}
         for index in asked:
             column, unit = self.units[index]
@@ -121,7 +122,9 @@ class GroundingAccuracy(Metric):
 
 
 def _within(units: Sequence[tuple[float, int]], how: Average) -> tuple[float, int]:
-    """A column's mean from (total, count) of its units: over its questions (micro), or of the units' means (macro)."""
+    """The mean of a column from (total, count) of its units: mean over its questions (micro), or over the means of its
+    units (macro).
+    """
     count = sum(n for _, n in units)
     if how == "micro":
         return sum(total for total, _ in units) / count, count
@@ -129,7 +132,9 @@ def _within(units: Sequence[tuple[float, int]], how: Average) -> tuple[float, in
 
 
 def _across(columns: Sequence[tuple[float, int]], how: Average) -> tuple[float, int]:
-    """The mean of columns, given as (mean, count): over their questions (micro), or each column alike (macro)."""
+    """The mean of columns, each given as (mean, count): over their questions (micro), or over the columns with equal
+    weights (macro).
+    """
     count = sum(n for _, n in columns)
     if how == "micro":
         return sum(mean * n for mean, n in columns) / count, count

@@ -18,14 +18,16 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[float, float]]:
     """(low, high) of each column and average, in percent: the 2.5 and 97.5 percentiles of the resamples.
 
-    Questions are drawn anew inside each unit, so the draw of a unit's accuracy is Binomial(n, accuracy) / n. Columns
-    and averages are computed from the draws as from the answers. The same counts and seed give the same intervals.
+    Questions are resampled inside each unit, so the resampled accuracy of a unit is Binomial(n, accuracy) / n. Columns
+    and averages are computed from the resampled values in the same way as from the answers. The same counts and seed
+    give the same intervals.
 
     Args:
-        counts: the right answers of each unit of each column.
+        counts: numbers of right answers and questions, for each unit of each column.
         rule: how units and columns are averaged.
-        averages: name -> its columns; those without questions are left out. "avg" has all, in the table's order.
-        seed: of the random numbers.
+        averages: name -> its columns; columns without questions are skipped. "avg" has all columns, in the table's
+            order.
+        seed: seed of the random numbers.
     """
     rng = np.random.default_rng(seed)
     columns: dict[str, Draws] = {}
@@ -41,7 +43,7 @@ def bootstrap_intervals(
 
 
 def _mean(parts: Sequence[Draws], how: Average) -> Draws:
-    """The parts' mean (macro), or that of their questions (micro)."""
+    """The mean over parts (macro), or over their questions (micro)."""
     sizes = [size for _, size in parts]
     weights = np.array(sizes, float) if how == "micro" else np.ones(len(sizes))
     return np.average([draws for draws, _ in parts], axis=0, weights=weights), sum(sizes)

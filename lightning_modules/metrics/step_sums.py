@@ -11,10 +11,10 @@ from torchmetrics import Metric
 
 
 class StepSums(Metric):
-    """The sums of one step, of all ranks.
+    """The sums of one step over all ranks.
 
-    All of them are one vector, so ranks exchange them in one all-reduce, and each rank may have counted another number
-    of samples. The state is not persistent: it is in no checkpoint, and a resumed run starts its step anew.
+    All sums are in one vector, so one all-reduce is enough. Ranks may have counted different numbers of samples. The
+    state is not persistent: it is not saved in checkpoints, and a resumed run starts the step again.
 
         sums [S] float64    one for each name
     """
@@ -24,14 +24,14 @@ class StepSums(Metric):
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(dist_sync_fn=_all_reduce)
         self.names = tuple(names)
-        # float64: counts stay exact, and a sum depends on the order of its parts in the last digits only.
+        # float64: counts are exact, and the order of additions changes only the last digits of a sum.
         self.add_state("sums", torch.zeros(len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, **parts: float) -> None:
         """Add to the sums of these names.
 
         Raises:
-            ValueError: a name that is no sum.
+            ValueError: there is no sum with this name.
         """
         if unknown := sorted(parts.keys() - set(self.names)):
             raise ValueError(f"{type(self).__name__} has no sums {unknown}")
@@ -39,13 +39,16 @@ class StepSums(Metric):
         self.sums = self.sums + torch.tensor(values, dtype=torch.float64, device=self.sums.device)
 
     def compute(self) -> dict[str, float]:
-        """Every sum by its name, over all ranks, which call this together."""
+        """All sums by name, over all ranks. All ranks must call this together."""
         return dict(zip(self.names, self.sums.tolist(), strict=True))
 
 
 def _all_reduce(state: Tensor, group: Any = None) -> list[Tensor]:
-    """The sum of `state` over ranks, as the one entry of the list that `Metric` adds up. Its own way is to gather the
-    states of all ranks: a barrier, their shapes, then the states."""
+    """The sum of `state` over ranks, as a list with one entry, because `Metric` adds up a list.
+
+    Metric's default would gather the states of all ranks with three collective operations: a barrier, the shapes, and
+    the states.
+    """
     total = state.clone()
     torch.distributed.all_reduce(total, group=group)
     return [total]

@@ -1,4 +1,4 @@
-"""From scored answers to a benchmark's numbers."""
+"""Compute a benchmark's numbers from scored answers."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def summarise(
     averages: Mapping[str, Sequence[str]],
     seed: int = 0,
 ) -> dict[str, Any]:
-    """A benchmark's numbers, as result.json holds them (datamodules/metrics/result_files.py).
+    """A benchmark's numbers, in the format of result.json (datamodules/metrics/result_files.py).
 
     Args:
         predictions: all scored answers; at least one.
-        rule, official: the rules that they were scored by, after the paper and officially.
+        rule, official: the rules of the paper and of the official code by which they were scored.
         averages: name -> its columns; "avg" has all of them, in the table's order.
-        seed: of the intervals' bootstrap.
+        seed: seed of the bootstrap for the intervals.
 
-    Columns without a question are left out, and an average is that of the columns which have some.
+    Columns without questions are skipped. An average is over the columns that have questions.
     """
     if not predictions:
         raise ValueError("no predictions to summarise")
     n = len(predictions)
-    boxes = [p for p in predictions if not isinstance(p.answer, ChoiceAnswer)]  # shards may hold both kinds
+    boxes = [p for p in predictions if not isinstance(p.answer, ChoiceAnswer)]  # shards may contain both kinds
     values, officials = [p.value for p in predictions], [p.official_value for p in predictions]
     return {
         "n": n,
@@ -53,15 +53,15 @@ def _accuracies(
     averages: Mapping[str, Sequence[str]],
     seed: int,
 ) -> dict[str, Any]:
-    """{"columns", "averages", "details"} of one value for each prediction."""
-    # Importing torchmetrics takes seconds and loads transformers: only a process that scores answers does so.
+    """{"columns", "averages", "details"} from one value for each prediction."""
+    # Importing torchmetrics takes seconds and loads transformers: so only a process that scores answers imports it.
     from lightning_modules.metrics.accuracy import GroundingAccuracy
 
     is_choice = [isinstance(p.answer, ChoiceAnswer) for p in predictions]
     if all(is_choice):
-        rule = replace(rule, threshold=0.5)  # an option is right (1.0) or wrong (0.0), whatever the threshold of boxes
+        rule = replace(rule, threshold=0.5)  # an option is right (1.0) or wrong (0.0), for any threshold of boxes
     units = [(p.column, p.unit) for p in predictions]
-    # All answers are in this process: the ranks' shares are joined in the journal, which a resumed run needs anyway.
+    # All answers are in this process, because the answers of all ranks are read from the journals.
     metric = GroundingAccuracy(list(dict.fromkeys(units)), rule, averages, seed, sync_on_compute=False)
     metric.update(values, units)
     return metric.compute() | ({"details": {}} if any(is_choice) else {})

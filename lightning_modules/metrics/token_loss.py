@@ -1,4 +1,4 @@
-"""Loss and accuracy of target tokens by task: what a supervised phase measures on held-out samples."""
+"""Loss and accuracy of target tokens by task, for held-out samples in a supervised phase."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchmetrics import Metric
 class TokenLoss(Metric):
     """Mean of -log p over target tokens, and the share of targets that are the most likely token; T tasks.
 
-    Every state is a sum, so ranks may hold different numbers of samples, and none at all.
+    Every state is a sum, so ranks may have different numbers of samples, also none.
 
         loss_sum [T] float64    sum of -log p over the targets of each task
         correct [T] int64       targets that are the most likely token
@@ -24,7 +24,7 @@ class TokenLoss(Metric):
 
     def __init__(self, tasks: Sequence[str]) -> None:
         """Args:
-        tasks: every task that a sample may have; the same on all ranks.
+        tasks: all tasks that samples may have; equal on all ranks.
         """
         super().__init__()
         self.tasks = tuple(tasks)
@@ -45,9 +45,10 @@ class TokenLoss(Metric):
         self.count.index_add_(0, tasks, torch.ones_like(tasks))
 
     def compute(self) -> dict[str, float]:
-        """{"loss", "token_accuracy", "loss/<task>"}: over all targets, and over those of each task that has some.
+        """{"loss", "token_accuracy", "loss/<task>"}: over all targets, and over the targets of each task.
 
-        As in training, a long answer has more weight in "loss" than a short one. {} without a target.
+        As in training, a long answer has more weight in "loss" than a short one. Tasks without targets are skipped; {}
+        without any target.
         """
         sums, counts = self.loss_sum.tolist(), self.count.tolist()
         if not (num_tokens := sum(counts)):

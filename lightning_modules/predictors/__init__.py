@@ -1,1 +1,1 @@
-"""Models that answer questions over images."""
+"""Models that answer questions about images."""

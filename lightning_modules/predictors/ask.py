@@ -1,10 +1,10 @@
-"""Asking one benchmark's questions: a fixed share for each process, a journal for each, and nothing asked twice.
+"""Ask the questions of one benchmark. Each process has a fixed share and a journal, and no question is asked twice.
 
     <home>/answers/<benchmark>-<key>/rank0.jsonl, rank1.jsonl, …
         {"id", "text", "image_sizes": [[w, h, resized w, resized h], …], "num_tokens", "finished", "refused"}
 
-The folder is named by a hash of everything that answers depend on, so it is also the cache: any later evaluation of the
-same model, data and settings finds its answers there, whatever its limit and its number of processes.
+The name of the folder contains a hash of everything that answers depend on, so the folder is also a cache. A later
+evaluation with the same model, data and settings finds the answers there, for any limit and any number of processes.
 """
 
 from __future__ import annotations
@@ -20,25 +20,28 @@ from datamodules.persistence.user_error import UserError
 from datamodules.samples.sample import Sample
 from lightning_modules.predictors.base import UNANSWERED, Predictor, split_chunks
 
-MANY_LOST = 8  # questions without an answer; if fewer have one, there is no use in asking the rest
+MANY_LOST = 8  # number of questions without an answer; if fewer questions have an answer, asking the rest is useless
 
 
 class QuestionsLost(UserError, RuntimeError):
-    """More questions of a benchmark got no answer than got one: a score of that would say nothing of the model."""
+    """More questions of a benchmark have no answer than have one, so a score would be meaningless."""
 
 
 def answers_key(benchmark: Benchmark, predictor: Predictor) -> str:
-    """Hash of the questions, their images (by name and size) and the predictor. Not of how many are asked."""
+    """Hash of the questions, their images (by name and size) and the predictor.
+
+    It does not depend on the number of questions that are asked.
+    """
     return fingerprint([sample.to_json() for sample in benchmark.samples], benchmark.data, predictor.identity())
 
 
 def answers_folder(home: Path, name: str, key: str) -> Path:
-    """Where the journals of a benchmark's answers of this key lie."""
+    """The folder of the journals of a benchmark's answers with this key."""
     return home / "answers" / f"{name}-{key}"
 
 
 def read_answers(folder: Path, key: str) -> dict[str, Reply]:
-    """Sample id -> reply, from the journals of all processes, also of earlier evaluations."""
+    """Sample id -> reply, from the journals of all processes, including earlier evaluations."""
     replies: dict[str, Reply] = {}
     for file in sorted(folder.glob("rank*.jsonl")):
         replies |= {record["id"]: Reply.from_json(record) for record in read_journal(file, key)}
@@ -46,10 +49,10 @@ def read_answers(folder: Path, key: str) -> dict[str, Reply]:
 
 
 def share_of(samples: Sequence[Sample], predictor: Predictor, rank: int, world_size: int) -> list[Sequence[Sample]]:
-    """The chunks that this process asks: every `world_size`-th, from `rank` on.
+    """The chunks for this process: every `world_size`-th chunk, starting with number `rank`.
 
-    Chunks are cut from all samples in a fixed order. Many images come first: neighbours in length share a batch, a lack
-    of memory shows at once, and the displayed time left is not too short.
+    The samples are sorted by number of images, most images first, and then cut into chunks. So similar lengths share a
+    batch, a lack of memory appears at once, and the displayed time left is not too short.
     """
     ordered = sorted(samples, key=lambda sample: (-len(sample.images), column_of(sample), sample.task))
     return split_chunks(ordered, predictor.chunk_size)[rank::world_size]
@@ -66,25 +69,25 @@ def ask_share(
 ) -> Iterator[int]:
     """Ask this process's share of `samples` and journal the replies, chunk by chunk.
 
-    Yields how many more replies are there, those found first. A chunk whose replies are all there is done; any other is
-    asked whole, so that the questions which share a batch are always the same. A question that was lost on the way
-    (`UNANSWERED`) counts as wrong, and is asked again by the next call.
+    Yields the number of additional replies, first for the existing replies. A chunk with all replies is done. Any other
+    chunk is asked completely, so that the same questions always share a batch. A lost question (`UNANSWERED`) counts as
+    wrong, and the next call asks it again.
 
     Args:
-        predictor: answers.
-        samples: all questions that are asked, by all processes together; some or all of the benchmark's.
+        predictor: the model that answers.
+        samples: the questions for all processes together, some or all of the benchmark.
         benchmark: loads their images.
-        folder, key: of the journals (`answers_folder`, `answers_key`).
+        folder, key: folder and key of the journals (`answers_folder`, `answers_key`).
         rank, world_size: this process, and the number of processes.
 
     Raises QuestionsLost as soon as most questions were lost.
     """
-    # 1. Which chunks are this process's, and not answered yet.
+    # 1. Find the chunks of this process that are not answered yet.
     done = {name for name, reply in read_answers(folder, key).items() if reply.refused != UNANSWERED}
     mine = share_of(samples, predictor, rank, world_size)
     waiting = [chunk for chunk in mine if not all(sample.id in done for sample in chunk)]
     yield sum(map(len, mine)) - sum(map(len, waiting))
-    # 2. Ask them; a chunk is written as one piece.
+    # 2. Ask them. The replies of a chunk are written together.
     journal = Journal(folder / f"rank{rank}.jsonl", key)
     records: list[dict[str, Any]] = []
     answered, lost = len(done), 0

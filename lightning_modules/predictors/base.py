@@ -1,7 +1,7 @@
-"""The interface of a model that answers questions over images: in this process, behind a server, or scripted.
+"""The interface of a model that answers questions about images: in this process, on a server, or scripted for tests.
 
-Evaluation knows nothing else of a model. An implementation puts each question in its own prompt form and says in which
-box format its numbers are to be read.
+Evaluation uses only this interface. An implementation asks each question in its own prompt form, and states the box
+format of its answers.
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ from datamodules.samples.sample import LoadedSample, Sample
 from lightning_modules.serving.generation_rules import Generation
 
 T = TypeVar("T")
-Load = Callable[[Sample], LoadedSample]  # reads the images of a sample; raises SampleError where it cannot
-UNANSWERED = "unanswered"  # the rule of a question that a server gave no answer to, this time: it is asked again
+Load = Callable[[Sample], LoadedSample]  # reads the images of a sample; may raise SampleError
+# the rule for a question without an answer from the server; it is asked again by the next call
+UNANSWERED = "unanswered"
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are decoded.
+    """The decoding of answers.
 
     Args:
-        max_new_tokens: the longest answer, in tokens
-        prompts_per_batch: questions that a Qwen2.5-VL in this process answers at the same time; other models ignore it
-        generation: greedy: the likeliest token, without penalties, the same for every model; model: as the model's
-            generation_config.json or its server says (lightning_modules/serving/generation_rules.py), in results of
-            their own
+        max_new_tokens: largest number of tokens of an answer
+        prompts_per_batch: number of questions that a Qwen2.5-VL in this process answers at the same time; other models
+            ignore it
+        generation: greedy takes the most likely token without penalties, equal for every model; model uses the model's
+            generation_config.json or the server's settings (lightning_modules/serving/generation_rules.py), with
+            separate results
     """
 
     max_new_tokens: int = 1024
@@ -44,26 +46,31 @@ class Decoding:
 
 
 class Predictor(Protocol):
-    """`chunk_size`: number of questions that are decoded together. Floating-point rounding makes an answer depend
-    slightly on the batch that it is computed in. The evaluation therefore always forms the same chunks, so that neither
-    a restart nor another number of processes changes an answer. 1 where questions are independent, as for a server.
+    """`chunk_size`: number of questions that are decoded together.
+
+    Because of floating-point rounding, an answer depends slightly on the other questions in its batch. So the
+    evaluation always forms the same chunks, and answers do not depend on restarts or on the number of processes. It is
+    1 if questions are independent, such as with a server.
     """
 
     box_format: BoxFormat
     chunk_size: int
 
     def identity(self) -> Mapping[str, Any]:
-        """All that answers depend on beside the question, JSON-like: weights, prompt form, decoding. The cache key."""
+        """Everything that answers depend on except the question, as JSON-like data: weights, prompt form, decoding.
+
+        It is part of the cache key.
+        """
 
     def answers(self, samples: Sequence[Sample], load: Load) -> Iterator[tuple[Sample, Reply]]:
-        """One reply for each sample, in any order, as they come.
+        """Yields one reply for each sample, in the order in which they arrive.
 
-        The text of a question is `sample.messages` (images and texts interleaved), put by `messages.build_messages`;
-        `sample.answer` is the truth and must not reach the model. A sample that `load`, or the model's limits, refuse
-        with SampleError gets a reply with its rule. Any other error surfaces.
+        The text of a question is `sample.messages` (images and texts interleaved), converted by
+        `messages.build_messages`. `sample.answer` is the true answer and must not reach the model. If `load` or the
+        model's limits raise SampleError, the reply has its rule. Any other error is raised.
         """
 
 
 def split_chunks(values: Sequence[T], size: int) -> list[Sequence[T]]:
-    """`values` cut into runs of `size`; the last may be shorter."""
+    """`values` in consecutive chunks of `size`; the last chunk may be shorter."""
     return [values[start : start + size] for start in range(0, len(values), size)]

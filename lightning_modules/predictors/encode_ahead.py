@@ -1,4 +1,4 @@
-"""Encoding samples for evaluation and sampling: as training does it, one chunk ahead of the model."""
+"""Encode samples for evaluation and sampling, in the same way as in training, one chunk ahead of the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def prompt_encoder(encoder: Encoder, max_prompt_tokens: int | None = None) -> Encoder:
-    """The training encoder without targets, so that the policy is asked as it was trained."""
+    """The encoder of training without targets, so that prompts are the same as in training."""
     encoder = copy.copy(encoder)
     encoder.with_target = False
     encoder.max_prompt_tokens = max_prompt_tokens or encoder.max_prompt_tokens
@@ -26,16 +26,16 @@ def prompt_encoder(encoder: Encoder, max_prompt_tokens: int | None = None) -> En
 
 
 def rollout_engine(pl_module: LightningModule) -> RolloutEngine:
-    """The module's own engine, or one in this process."""
+    """The engine of the module, or an engine in this process."""
     return getattr(pl_module, "engine", None) or NativeEngine(pl_module.policy)
 
 
 def encode_ahead(
     encoder: Encoder, chunks: Sequence[Sequence[T]], load: Callable[[T], LoadedSample]
 ) -> Iterator[list[tuple[T, EncodedSample | SampleError]]]:
-    """Each chunk with its members encoded, or the error by which one was refused.
+    """Yields each chunk with its encoded samples; a refused sample is replaced by its error.
 
-    A thread encodes the next chunk while the caller works on this one; it holds no more than that one.
+    A thread encodes the next chunk while the caller works on the current one. At most one chunk is encoded in advance.
     """
 
     def encode(member: T) -> EncodedSample | SampleError:

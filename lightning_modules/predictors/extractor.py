@@ -1,8 +1,10 @@
-"""A language model behind a server that says which option an answer picks, where an official reader finds no letter.
+"""A language model on a server that finds the chosen option in an answer, if the official parser finds no letter.
 
-Replies are kept by the content of their requests, so that an evaluation that is run or scored again asks nothing twice:
+Replies are stored with a hash of their requests, so that no request is sent again if an evaluation is repeated or
+rescored:
 
-    <folder>/extractor-<key>.jsonl   {"key", "reply", "letter"}; the file's key is of the model and its rules
+    <folder>/extractor-<key>.jsonl   {"key", "reply", "letter"}; the key in the file name is a hash of the model and its
+    rules
 """
 
 from __future__ import annotations
@@ -19,15 +21,15 @@ from lightning_modules.serving.openai_client import ChatEndpoint, EndpointSettin
 from lightning_modules.serving.server_questions import ServerQuestions, Unanswered
 
 log = logging.getLogger(__name__)
-MAX_TOKENS = 1024  # a letter, after whatever thinking the model cannot leave out
+MAX_TOKENS = 1024  # enough for a letter after some thinking
 CHECK = extraction_request("Which colour is the ball?", ("red", "green"), "The ball is green, so B.")
 
 
 class Extractor:
-    """Asks greedily, with `settings.concurrency` requests under way at a time.
+    """Asks with greedy decoding, with up to `settings.concurrency` requests at a time.
 
-    `failures` counts answers without a letter: "refused" and "unanswered" by the server, about which the next
-    evaluation asks again, and "unreadable" replies.
+    `failures` counts answers without a letter: "refused" and "unanswered" by the server (the next evaluation asks
+    again), and "unreadable" replies.
     """
 
     def __init__(self, settings: EndpointSettings, folder: Path) -> None:
@@ -42,18 +44,18 @@ class Extractor:
         self.failures: Counter[str] = Counter()
 
     def check_first(self) -> None:
-        """Ask about a plain answer before hours of questions, unless a reply is kept already.
+        """Ask about a simple answer before hours of questions, unless a reply is stored already.
 
         Raises EndpointMisused or EndpointUnavailable if the server, the model or the key is wrong, or if the reply is
-        no letter.
+        not a letter.
         """
         if not self._replies:
             list(self._server.ask_all((), self._ask))
 
     def letters(self, answers: Sequence[Unread]) -> list[str | None]:
-        """A letter for each, NO_OPTION where the answer picks none, None where it failed.
+        """A letter for each answer; NO_OPTION if the answer picks no option; None if the request failed.
 
-        Raises EndpointMisused and EndpointUnavailable; earlier replies are kept.
+        Raises EndpointMisused and EndpointUnavailable; earlier replies stay stored.
         """
         missing = {answer.key: answer for answer in answers if answer.key not in self._replies}
         failed = dict(self._server.ask_all([*missing.values()], self._ask)) if missing else {}
@@ -66,7 +68,7 @@ class Extractor:
         return found
 
     async def _ask(self, endpoint: ChatEndpoint, answer: Unread) -> tuple[str, str]:
-        """Journals the reply to one answer; returns (key, what to call its failure if there is no letter)."""
+        """Write the reply about one answer to the journal. Returns (key, name of the failure if there is no letter)."""
         try:
             found = await self._server.complete(endpoint, _messages(answer.text))
         except (RequestRefused, Unanswered) as error:

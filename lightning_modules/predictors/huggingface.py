@@ -1,8 +1,7 @@
-"""Any image-text model that transformers knows as a predictor in this process: Qwen2-VL, InternVL, LLaVA-OneVision, …
+"""A predictor in this process for any image-text model in transformers: Qwen2-VL, InternVL, LLaVA-OneVision, …
 
-It is asked in its family's own prompt and read in its family's own scale
-(`datamodules/encoding/model_families.py`). The policy has its own engine; this is for the models that it is compared
-with.
+The prompt and the box format are those of the model family (`datamodules/encoding/model_families.py`). The policy has
+its own engine; this predictor is for models that it is compared with.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ class HuggingFacePredictor:
 
     Args:
         model: folder or Hub name.
-        form: how questions are put.
-        decoding: length of an answer, and by which rules it is decoded.
-        device, dtype: of the weights.
+        form: form of the prompts.
+        decoding: length and decoding rules of answers.
+        device, dtype: device and data type of the weights.
         trust_remote_code: run code that comes with the weights.
     """
 
@@ -55,7 +54,7 @@ class HuggingFacePredictor:
         own = self.model.generation_config
         self.ends = end_ids(own, self.processor.tokenizer)
         rule, length = self.decoding.generation, self.decoding.max_new_tokens
-        # A placeholder that the model wrote would be taken for an image without pixels.
+        # A generated placeholder would count as an image without pixels.
         placeholders = {getattr(self.processor, f"{kind}_token_id", None) for kind in ("image", "video")} - {None}
         self.config = configure(own, rule, length, self.ends, placeholders)
         if rule == "greedy":
@@ -63,21 +62,21 @@ class HuggingFacePredictor:
 
     @property
     def box_format(self) -> BoxFormat:
-        """What the numbers in an answer mean."""
+        """The box format of the answers."""
         return self.form.model_family.box_format
 
     def identity(self) -> dict[str, Any]:
-        """All that answers depend on beside the question, JSON-like."""
+        """Everything that answers depend on except the question, as JSON-like data."""
         decoding = {"max_tokens": self.decoding.max_new_tokens, "dtype": self.dtype}
         decoding |= rules(self.decoding.generation)
         return {"model": self._weights_key, "form": asdict(self.form), "decoding": decoding}
 
     @cached_property
     def _weights_key(self) -> str:
-        return path_fingerprint(self.name)  # reads all weights, so once for all benchmarks
+        return path_fingerprint(self.name)  # reads all weights, so it is cached for all benchmarks
 
     def answers(self, samples: Sequence[Sample], load: Load) -> Iterator[tuple[Sample, Reply]]:
-        """One reply for each sample, in order; what `load` refuses gets a reply with its rule."""
+        """Yields one reply for each sample, in order. If `load` refuses a sample, the reply has its rule."""
         for sample in samples:
             try:
                 request = build_turn(load(sample), self.form)
@@ -99,7 +98,7 @@ class HuggingFacePredictor:
         return Reply(text, request.image_sizes, len(written), int(written[-1]) in self.ends)
 
     def _check_sizes(self, image_sizes: Sequence[ImageSizes], inputs: Any) -> None:
-        """Pixels mean something only in the size that the model sees."""
+        """Check that the model sees images in the size to which its pixel boxes refer."""
         if self.box_format != BoxFormat.ABSOLUTE_PIXELS:
             return
         patch = self.processor.image_processor.patch_size

@@ -1,6 +1,6 @@
-"""Models other than the policy as predictors: questions with their images in, text out.
+"""A predictor for a model on an OpenAI-compatible server.
 
-`OpenAIPredictor` asks an OpenAI-compatible server; `huggingface.py` has a predictor for models in this process.
+`huggingface.py` has the predictor for models in this process.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ log = logging.getLogger(__name__)
 
 
 class OpenAIPredictor:
-    """Asks in the form's model family; questions are independent of each other.
+    """Asks with the prompt of the model family in `form`. Questions are independent of each other.
 
     Args:
-        settings: address, model and patience.
-        form: how questions are put.
-        decoding: length of an answer, and by which rules it is decoded.
+        settings: address, model, time limits and attempts.
+        form: form of the prompts.
+        decoding: length and decoding rules of answers.
     """
 
     chunk_size = 1
@@ -47,23 +47,26 @@ class OpenAIPredictor:
 
     @property
     def box_format(self) -> BoxFormat:
-        """What the numbers in an answer mean."""
+        """The box format of the answers."""
         return self.form.model_family.box_format
 
     def identity(self) -> dict[str, Any]:
-        """All that answers depend on beside the question, JSON-like. The server's weights are known by name only."""
+        """Everything that answers depend on except the question, as JSON-like data.
+
+        Only the name of the server's model is known.
+        """
         rules = server_rules(self.settings, self._server.generation)
         server = {"model": self.settings.model, "extra_body": self.settings.extra_body}
         decoding = {"max_tokens": self.max_tokens} | rules
         return {"endpoint": server, "form": asdict(self.form), "decoding": decoding}
 
     def answers(self, samples: Sequence[Sample], load: Load) -> Iterator[tuple[Sample, Reply]]:
-        """One reply for each sample as they come, `concurrency` under way at a time.
+        """Yields one reply for each sample as they arrive, with up to `concurrency` requests at a time.
 
-        Before the first of all, a grey image is asked about: a wrong address, key, model or setting, or a model that
-        takes no images, ends here as an error of `ChatEndpoint` and not in wrong answers. After that, what `load` or
-        the server refuses gets a reply with its rule, and so does what gets no answer in all attempts (`UNANSWERED`),
-        if the server still answers the grey image; other errors are raised.
+        The first request is about a grey image. So a wrong address, key, model or setting, or a model without image
+        input, raises an error of `ChatEndpoint` instead of causing wrong answers. After that, if `load` or the server
+        refuses a question, the reply has the rule. If all attempts get no answer but the server still answers the grey
+        image, the rule is `UNANSWERED`. Other errors are raised.
         """
         return self._server.ask_all(samples, partial(self._answer, load)) if samples else iter(())
 

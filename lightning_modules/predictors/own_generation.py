@@ -1,6 +1,6 @@
-"""Answers of a policy by its own generation settings, whatever they are, with transformers' `generate`.
+"""Answers of a policy with its own generation settings, with transformers' `generate`.
 
-This is slow and for evaluation alone: it measures a model as its authors ship it (`generation` "model").
+This is slow and only for evaluation: it measures a model with its published settings (`generation` "model").
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from lightning_modules.serving.generation_rules import configure, own_seed
 def answer_by_own_settings(policy: QwenVL, item: EncodedSample, max_new_tokens: int) -> Rollout:
     """One answer to one prompt, without log-probabilities (NaN).
 
-    Only the length and the banned tokens are given; all else is the model's own. A model whose own settings sample
-    draws random numbers that follow from the sample's id.
+    Only the length and the banned tokens are set here; everything else comes from the model's settings. If these
+    settings sample, the seed is derived from the sample's id.
     """
     model = policy.base
     banned, ends = policy.banned_ids("placeholders"), policy.eos_ids

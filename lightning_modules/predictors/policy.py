@@ -23,20 +23,20 @@ from lightning_modules.rollouts.base import Rollout, RolloutEngine, RolloutReque
 from lightning_modules.serving.generation_rules import rules
 
 log = logging.getLogger(__name__)
-# Prompts given to the engine at once, in batches: the engine prepares its weights once for them, and an answer that
-# ends early leaves its place in the batch to the next question. They are in memory together.
+# Number of batches of prompts that the engine gets at once. The engine prepares its weights once for all of them, and
+# when an answer ends early, the next question takes its place in the batch. All these prompts are in memory together.
 BATCHES_PER_CHUNK = 4
 
 
 class PolicyPredictor:
-    """Asks a Qwen2.5-VL through a rollout engine, or under `decoding.generation` "model" by its own settings.
+    """Asks a Qwen2.5-VL with a rollout engine, or with its own generation settings (`decoding.generation` "model").
 
     Args:
-        policy: its weights are hashed as they are in memory when `identity` is first called. All ranks of a sharded
-            policy make that call together.
+        policy: the model. The first call of `identity` hashes its weights in memory; all ranks of a sharded policy must
+            make this call together.
         engine: decodes the greedy answers.
-        encoder: says how questions are put, and which are refused.
-        decoding: length of an answer, questions at a time.
+        encoder: makes the prompts, and refuses samples beyond its limits.
+        decoding: length of answers, and number of questions at a time.
         batches_per_chunk: a chunk has this many batches of `decoding.prompts_per_batch` questions.
     """
 
@@ -50,20 +50,20 @@ class PolicyPredictor:
     ) -> None:
         self.policy, self.engine, self.encoder, self.decoding = policy, engine, encoder, decoding
         self.box_format = encoder.box_format
-        # A model's own settings answer one question at a time: no answer depends on another question.
+        # With the model's own settings, one question is answered at a time, so no answer depends on another question.
         self.chunk_size = 1 if decoding.generation == "model" else batches_per_chunk * decoding.prompts_per_batch
 
     def identity(self) -> dict[str, Any]:
-        """All that answers depend on beside the question, JSON-like."""
+        """Everything that answers depend on except the question, as JSON-like data."""
         decoding = asdict(self.decoding) | rules(self.decoding.generation) | {"chunk_size": self.chunk_size}
         return {"policy": self._policy_key, "form": self.encoder.form(), "decoding": decoding}
 
     @cached_property
     def _policy_key(self) -> str:
-        return policy_fingerprint(self.policy)  # reads all weights, so once for all benchmarks
+        return policy_fingerprint(self.policy)  # reads all weights, so it is cached for all benchmarks
 
     def answers(self, samples: Sequence[Sample], load: Load) -> Iterator[tuple[Sample, Reply]]:
-        """One reply for each sample, chunk by chunk; a question that cannot be put gets a reply with its rule."""
+        """Yields one reply for each sample, chunk by chunk. If a question cannot be asked, the reply has the rule."""
         for chunk in encode_ahead(self.encoder, split_chunks(samples, self.chunk_size), load):
             items = []
             for sample, item in chunk:
@@ -84,7 +84,7 @@ class PolicyPredictor:
 
 
 def policy_fingerprint(policy: QwenVL) -> str:
-    """Hash of the weights that the policy started from, and of all that training has changed in it."""
+    """Hash of the policy's initial weights and of all trained tensors."""
     digest = hashlib.sha256(path_fingerprint(policy.processor_path).encode())
     for name, tensor in policy.trained_tensors():
         digest.update(name.encode())

@@ -1,10 +1,11 @@
-"""The rules by which answers are generated: greedily, and in the same way for every model of a table.
+"""The decoding rules of answers: greedy decoding, in the same way for every model of a table.
 
-A checkpoint's generation_config.json and a server's defaults may hold samplers or a repetition penalty. Qwen2.5-VL's
-file has a repetition penalty of 1.05, for example, and vLLM applies it to every request that does not state another.
+A checkpoint's generation_config.json and a server's defaults may contain sampling parameters or a repetition penalty.
+Qwen2.5-VL's file has a repetition penalty of 1.05, for example, and vLLM applies it to every request that does not set
+another value.
 
-- "greedy": every such field is set explicitly to its neutral value, so none is left to the checkpoint or to the server.
-  Only token ids are taken from the checkpoint's settings.
+- "greedy": every such field is set explicitly to its neutral value, so no value comes from the checkpoint or the
+  server. Only token ids are taken from the checkpoint's settings.
 - "model": the model's or the server's own settings, unchanged.
 
 The choice and all its values are part of the identity of a result.
@@ -47,13 +48,15 @@ GREEDY_SERVER_FIELDS = {"temperature": 0.0} | SERVER_FIELDS
 
 
 def rules(generation: Generation) -> dict[str, Any]:
-    """The rules that the answers of a model in this process depend on, besides the model's files, as JSON values."""
+    """The decoding rules of a model in this process that answers depend on, in addition to the model's files, as JSON
+    values.
+    """
     stated = {"generation": generation, "banned": "image and video placeholders"}
     return stated | (NEUTRAL if generation == "greedy" else {})
 
 
 def note(generation: str) -> str:
-    """The words that a table adds to a row: none for greedy decoding, which is the default."""
+    """The text that a table adds to a row; "" for greedy decoding, which is the default."""
     return "" if generation == "greedy" else ", the model's own generation settings"
 
 
@@ -85,7 +88,8 @@ def configure(
     made.max_length, made.max_new_tokens = None, max_new_tokens
     made.eos_token_id, made.suppress_tokens = sorted(ends), sorted(banned) or None
     if made.pad_token_id is None:
-        made.pad_token_id = made.eos_token_id[0]  # any id will do: questions are asked one at a time, without padding
+        # any id is right, because questions are asked one at a time, without padding
+        made.pad_token_id = made.eos_token_id[0]
     return made
 
 
@@ -93,7 +97,7 @@ def configure(
 def own_seed(name: str) -> Iterator[None]:
     """Seed PyTorch's random numbers with `name` inside this context.
 
-    A model whose own settings sample then gives the same answer to the same question every time.
+    So a model whose own settings use sampling gives the same answer to the same question every time.
     """
     import torch
 
@@ -103,8 +107,9 @@ def own_seed(name: str) -> Iterator[None]:
 
 
 def server_rules(settings: EndpointSettings, generation: Generation) -> dict[str, Any]:
-    """The rules that the answers of a model behind a server depend on, besides the server's own settings, as JSON
-    values."""
+    """The decoding rules of a model on a server that answers depend on, in addition to the server's settings, as JSON
+    values.
+    """
     if generation == "model":
         return {"generation": "model"}
     return {"generation": "greedy", "temperature": 0.0} | server_fields(settings)
@@ -116,7 +121,7 @@ def server_fields(settings: EndpointSettings) -> dict[str, Any]:
 
 
 def stating(settings: EndpointSettings, generation: Generation) -> EndpointSettings:
-    """The settings of the same server, where each request states the rules in `extra_body`; unchanged for "model".
+    """The settings of the same server, with the rules in `extra_body` of each request; unchanged for "model".
 
     Raises:
         ValueError: the user's extra_body has a field that would change greedy decoding.

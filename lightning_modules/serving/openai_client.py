@@ -1,7 +1,7 @@
-"""The client of an OpenAI-compatible server: sends a request, and repeats it after a failure that may pass.
+"""The client of an OpenAI-compatible server: sends a request, and repeats it after a temporary failure.
 
 This is the only file that imports `openai`. The retries of that library are switched off: here they are counted, and
-each attempt has one deadline.
+each attempt has one time limit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ A = TypeVar("A")
 T = TypeVar("T")
 
 # HTTP status codes.
-RETRIED = (408, 409, 425, 429)  # may pass, like every 5xx
+RETRIED = (408, 409, 425, 429)  # temporary, like every 5xx
 REFUSED = (400, 413, 422)  # this request cannot be answered: it is too long, or the server does not accept its image
 
 
@@ -51,11 +51,11 @@ class EndpointUnavailable(UserError, RuntimeError):
 class EndpointSettings:
     """An OpenAI-compatible server, with timeouts and retries.
 
-    Settings are written to files. So secrets must be in environment variables, and a URL or a field that holds a secret
-    is refused.
+    Settings are written to files. So secrets must be in environment variables, and a URL or a field with a secret is
+    refused.
 
     Args:
-        model: the server's name of the model; may be "" if the command has this name in another setting.
+        model: name of the model on the server; may be "" if the command has this name in another setting.
         base_url: such as http://localhost:8000/v1; None if the command starts a local server itself.
         api_key_env: the environment variable that holds the key, if the server needs one.
         basic_auth_env: the environment variable that holds user:password, for a server behind HTTP Basic
@@ -63,12 +63,13 @@ class EndpointSettings:
         timeout: seconds for one request.
         attempts: number of attempts for a request.
         backoff: the wait in seconds before the second attempt; it doubles with each further attempt. Every wait is
-            multiplied by a random factor from 0.5 to 1. A longer wait that the server demands (Retry-After) is kept.
+            multiplied by a random factor from 0.5 to 1. A longer wait that the server requests (Retry-After) is
+            respected.
         max_backoff: the longest wait in seconds.
         concurrency: number of requests at the same time.
         extra_body: further fields of every request.
-        sampling_fields: the sampler fields that every request states, so that no default of the server applies. "vllm":
-            all of them (vLLM, SGLang). "openai": those of OpenAI's API, for a server that refuses the others.
+        sampling_fields: the sampling parameters that every request sets, so that no default of the server applies.
+            "vllm": all of them (vLLM, SGLang). "openai": those of OpenAI's API, for a server that refuses the others.
     """
 
     model: str = ""
@@ -156,11 +157,11 @@ class ChatEndpoint:
         """The server's answer to a chat.
 
         Args:
-            messages: in OpenAI's form.
+            messages: messages in OpenAI's format.
             max_tokens: length of the longest answer, in tokens.
-            temperature: None leaves it to the server.
+            temperature: None uses the server's default.
             seed: seed of the sampling; None sends no seed.
-            attempts: number of attempts, at most that of the settings; None means that of the settings.
+            attempts: number of attempts, at most the number in the settings; None takes the number in the settings.
 
         Raises:
             RequestRefused: the server cannot answer this request.
@@ -174,20 +175,20 @@ class ChatEndpoint:
         """Send JSON to the server and read its response.
 
         Args:
-            path: below base_url.
+            path: path below base_url.
             body: the JSON to send.
-            read: makes the result from the text of the response; it raises Malformed for a text of a wrong form.
+            read: converts the text of the response to the result; raises Malformed for an invalid text.
 
         The errors are those of `complete`.
         """
         return await self._persist(lambda: self._client.post(path, cast_to=str, body=body), read)
 
     async def get(self, path: str, read: Callable[[str], T] = str) -> T:
-        """As `post`, but with an HTTP GET request."""
+        """Like `post`, but with an HTTP GET request."""
         return await self._persist(lambda: self._client.get(path, cast_to=str), read)
 
     async def _persist(self, ask: Callable[[], Awaitable[A]], read: Callable[[A], T], attempts: int | None = None) -> T:
-        """`read` the answer to `ask`; repeat until that succeeds, fails for good, or has failed in every attempt."""
+        """`read` the answer to `ask`. Repeat until this succeeds, fails permanently, or all attempts have failed."""
         settings = self.settings
         attempts = min(attempts or settings.attempts, settings.attempts)
         for attempt in range(1, attempts + 1):
@@ -197,7 +198,7 @@ class ChatEndpoint:
                     answer = read(await ask())
                 self._was_reached = True
                 return answer
-            # The server has answered with an error: for good, or one that may pass.
+            # The server has answered with an error, either permanent or temporary.
             except self._errors.APIStatusError as error:
                 self._was_reached = True
                 status, fault = error.status_code, self._hide(f"{error.status_code} {error.message[:300]}")
@@ -207,13 +208,14 @@ class ChatEndpoint:
                     where = f"base_url={settings.base_url!r}, model={settings.model!r}"
                     raise EndpointMisused(f"{where}: {fault}") from error
                 kind, wait = str(status), _retry_after(error.response.headers.get("retry-after"))
-            # No usable answer. These failures may all pass.
+            # No usable answer. All these failures may be temporary.
             except (TimeoutError, self._errors.APITimeoutError):
                 kind, fault, wait = "timeout", f"no answer within {settings.timeout} s", 0.0
             except self._errors.APIConnectionError as error:
-                # `openai` reports every error during the transfer as a connection error, also a body that is too large.
+                # `openai` reports every error during the transfer as a connection error, even for a body that is too
+                # large.
                 if not self._was_reached and _is_refusal(error):
-                    # A server that was up may come back. This one was never there: waiting for it is no use.
+                    # A server that was reachable may return. This server was never reachable, so waiting is useless.
                     self.faults["connection"] += 1
                     raise EndpointUnavailable(
                         f"no server listens at {settings.base_url}: the connection was refused. Start the server, or "
@@ -248,7 +250,10 @@ class ChatEndpoint:
         return hide_credentials(text, self._secrets)
 
     def _delay(self, attempt: int, wait: float) -> float:
-        """Seconds before the next attempt; `wait` is what the server demands. The random factor spreads the clients."""
+        """Seconds before the next attempt; `wait` is the time that the server requests.
+
+        The random factor distributes the clients in time.
+        """
         longest = min(self.settings.max_backoff, self.settings.backoff * 2 ** (attempt - 1))
         return max(longest * self._random.uniform(0.5, 1.0), min(wait, self.settings.max_backoff))
 
@@ -258,7 +263,8 @@ def _is_refusal(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, ConnectionRefusedError) or "Connection refused" in str(error):
             return True
-        causes = getattr(error, "exceptions", ())  # of an ExceptionGroup: one attempt for each address of the host
+        # the members of an ExceptionGroup: one attempt for each address of the host
+        causes = getattr(error, "exceptions", ())
         if any(_is_refusal(each) for each in causes):
             return True
         error = error.__cause__ or error.__context__
@@ -266,7 +272,7 @@ def _is_refusal(error: BaseException | None) -> bool:
 
 
 def _retry_after(header: str | None) -> float:
-    """The seconds in a Retry-After header; 0 without the header, or if it holds a date."""
+    """The seconds in a Retry-After header; 0 without the header, or if it is a date."""
     try:
         return max(0.0, float(header or 0))
     except ValueError:

@@ -1,4 +1,4 @@
-"""Read the responses of a model server strictly: a broken response must neither end a run nor pass as a value.
+"""Read the responses of a model server strictly: a broken response must neither end a run nor be used as a value.
 
 If a body does not have the expected form, `Malformed` is raised; the client counts it and repeats the request. A body
 that is larger than LARGEST_BODY is cut off.
@@ -27,7 +27,7 @@ class Malformed(ValueError):
 class Completion:
     """One answer of a server."""
 
-    text: str  # with the thinking in its tags
+    text: str  # with the thinking inside its tags
     finish_reason: str
     prompt_tokens: int  # counted by the server; 0 if it sends no count
     completion_tokens: int
@@ -35,14 +35,14 @@ class Completion:
 
 @contextmanager
 def reading(body: bytes | str, wanted: str) -> Iterator[Any]:
-    """A context with the JSON of a response, to read its fields in. `wanted` names the content, for the message.
+    """A context in which the fields of a JSON response are read. `wanted` names the content, for the message.
 
     Raises:
         Malformed: the body is not JSON, or a field that is read is missing or has a wrong type or value.
     """
     try:
         yield json.loads(body, parse_constant=refuse_constant)
-    # Of JSON itself: ValueError also for bad UTF-8 and NaN, RecursionError for nesting beyond Python's limit.
+    # Errors of JSON: ValueError (also for bad UTF-8 and NaN), and RecursionError for nesting beyond Python's limit.
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Malformed(f"not {wanted} ({error!r:.600}): {body[:200]!r}") from error
 
@@ -50,7 +50,7 @@ def reading(body: bytes | str, wanted: str) -> Iterator[Any]:
 def read_completion(body: bytes) -> Completion:
     """Read a chat completion.
 
-    Some servers move the thinking into a field of its own (`reasoning_content` or `reasoning`). It is put back in front
+    Some servers move the thinking into a separate field (`reasoning_content` or `reasoning`). It is put back in front
     of the answer, in its tags.
 
     Raises:
@@ -67,7 +67,8 @@ def read_completion(body: bytes) -> Completion:
         if not isinstance(content, str) or not isinstance(thinking, str | None):
             raise TypeError(f"content is a {type(content).__name__}, thinking a {type(thinking).__name__}")
     text = content if thinking is None else f"<think>{thinking}</think>{content}"
-    text = text.encode(errors="replace").decode()  # JSON may hold a lone surrogate, which cannot be written to a file
+    # JSON may contain a lone surrogate, which cannot be written to a file
+    text = text.encode(errors="replace").decode()
     return Completion(text, str(choice.get("finish_reason"))[:40], *counts)
 
 

@@ -1,7 +1,9 @@
-"""Many independent questions to one server, several at a time. A wrong server is told from questions without an answer.
+"""Ask a server many independent questions, several at a time.
 
-A server is wrong if its address, key, model or settings are: this ends the work. A question may be refused, or get no
-answer in all attempts, while the server answers others: this is an outcome of that question alone.
+A wrong server is distinguished from questions without an answer.
+
+A server is wrong if its address, key, model or settings are wrong. This ends the work. If a single question is refused
+or gets no answer in all attempts, while the server answers others, this is only the result of that question.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from lightning_modules.serving.openai_client import (
 )
 from lightning_modules.serving.responses import Completion
 
-CHECK_ATTEMPTS = 3  # a mistyped address should be known before every attempt has failed
+CHECK_ATTEMPTS = 3  # few attempts, so that a mistyped address is reported early
 Messages = list[dict[str, Any]]
 Q = TypeVar("Q")
 R = TypeVar("R")
@@ -36,14 +38,14 @@ class ServerQuestions:
     """Asks a server.
 
     Args:
-        name: of the settings, for messages.
-        settings: address, model and patience.
-        generation: the rules by which answers are generated.
+        name: name of the settings, for messages.
+        settings: address, model, time limits and attempts.
+        generation: the decoding rules.
         max_tokens: length of the longest answer, in tokens.
-        check: a question that every such server answers. It is asked before the first question, and after each that
-            got no answer.
-        check_words: what `check` is, for messages.
-        read_check: looks at the reply to `check`, and raises ValueError with the reason if it is of no use.
+        check: a question that every working server answers. It is asked before the first question, and after each
+            question without an answer.
+        check_words: description of `check`, for messages.
+        read_check: checks the reply to `check`, and raises ValueError with the reason if it is useless.
     """
 
     def __init__(
@@ -63,16 +65,17 @@ class ServerQuestions:
         self._is_checked = False
 
     def ask_all(self, questions: Sequence[Q], ask: Callable[[ChatEndpoint, Q], Awaitable[R]]) -> Iterator[R]:
-        """What `ask` returns for each question, as they come, `concurrency` under way at a time.
+        """Yields the result of `ask` for each question, in the order of arrival, with up to `concurrency` questions at
+        a time.
 
-        The first call of all checks the server, also without any question.
+        The first call checks the server, even without questions.
 
         Args:
-            questions: in the order in which they are asked.
-            ask: asks one of them with `complete`, and returns anything but None.
+            questions: the questions in order.
+            ask: asks one question with `complete`; must not return None.
 
         Raises:
-            EndpointMisused: the server refuses `check`, or its reply is of no use.
+            EndpointMisused: the server refuses `check`, or its reply is useless.
             Exception: the errors of `ask`.
         """
         with asyncio.Runner() as runner:
@@ -90,7 +93,7 @@ class ServerQuestions:
         Raises:
             RequestRefused: the server refuses this question.
             Unanswered: this question got no answer.
-            EndpointUnavailable: nor does `check` get one: the server is gone.
+            EndpointUnavailable: `check` gets no answer either, so the server is gone.
         """
         try:
             return await endpoint.complete(messages, self.max_tokens, self.temperature)
@@ -127,10 +130,10 @@ class ServerQuestions:
             raise EndpointMisused(f"{where}: {error}") from error
 
     async def _require_taken(self, where: str) -> None:
-        """Raises EndpointMisused, with what to set, if the server refuses `check` only because of its sampler fields.
+        """Raises EndpointMisused, with what to set, if the server refuses `check` only because of sampling parameters.
 
-        It is asked again without the fields that OpenAI's API does not have. If the server accepts it now, these fields
-        are the reason.
+        It is asked again without the fields that OpenAI's API does not have. If the server then accepts it, these
+        fields are the reason.
         """
         if self.generation == "model" or self.settings.sampling_fields == "openai":
             return

@@ -40,12 +40,12 @@ class LocalServer:
 
 @contextmanager
 def local_server(model: str, work: Path, device: str = "auto", startup_seconds: float = 600.0) -> Iterator[LocalServer]:
-    """Serve a model until the context is left.
+    """Serve a model inside the context.
 
     Args:
         model: folder or Hub name.
         work: folder for server.log and for the copy of the model folder that is served.
-        device: as `transformers serve` names it.
+        device: name of the device for `transformers serve`.
         startup_seconds: time in which the server must be ready.
 
     Raises:
@@ -56,7 +56,7 @@ def local_server(model: str, work: Path, device: str = "auto", startup_seconds: 
     check_image_text_model(model)
     check_tensors(model, ANY_ATTENTION)
     check_values(model)
-    # 2. Start the server in a process of its own.
+    # 2. Start the server in a separate process.
     work.mkdir(parents=True, exist_ok=True)
     served = str(sampling_folder(local_folder(model), work / "model"))
     port = _free_port()
@@ -65,7 +65,7 @@ def local_server(model: str, work: Path, device: str = "auto", startup_seconds: 
     log = work / "server.log"
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
-    # 3. Wait until it is ready, hand it over, and kill it at the end.
+    # 3. Wait until it is ready, yield it, and kill it at the end.
     try:
         # A stopped server (SIGSTOP) would accept requests and never answer, so ChildWatch kills it.
         with ChildWatch(lambda: [process.pid]):
@@ -81,8 +81,9 @@ def sampling_folder(model: Path, folder: Path) -> Path:
 
     All files are symbolic links, except two:
 
-    - generation_config.json switches sampling on and all samplers off. `transformers serve` takes temperature and top_p
-      from the request, but takes everything else, including whether to sample, only from this file.
+    - generation_config.json enables sampling and sets all sampling parameters to neutral values. `transformers serve`
+      takes temperature and top_p from the request, but takes everything else, including whether to sample, only from
+      this file.
     - config.json names no attention implementation, because such a name may refer to code on the Hub.
     """
     shutil.rmtree(folder, ignore_errors=True)

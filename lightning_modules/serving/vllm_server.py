@@ -1,4 +1,4 @@
-"""Start a vLLM server for rollouts, in a virtual environment of its own: `make vllm-server MODEL=folder`.
+"""Start a vLLM server for rollouts, in a separate virtual environment: `make vllm-server MODEL=folder`.
 
 This file needs only the standard library. Arguments that it does not know are passed on to `vllm serve`, such as
 --max-model-len 8192 or --tensor-parallel-size 4. docs/rollout_engines.md has the requirements for a training server.

@@ -1,4 +1,4 @@
-"""Exceptions that end a run although the program has no error: the message says everything, without a traceback."""
+"""Exceptions that end a run without an error of the program. Commands print the message without a traceback."""
 
 from __future__ import annotations
 
@@ -14,4 +14,4 @@ class NothingLearnt(RunStopped):
 
 
 class IdleTooLong(NothingLearnt):
-    """GRPO has learnt nothing for too long. All ranks raise it together, at the end of an accumulation window."""
+    """GRPO has learnt nothing for too long. All ranks raise this together, at the end of an accumulation window."""

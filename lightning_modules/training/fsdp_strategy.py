@@ -57,7 +57,7 @@ class ShardedStrategy(ModelParallelStrategy):
     # Saving: gathering a full tensor is a collective operation, so every rank takes part. Only rank 0 keeps the result.
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The trained weights as full tensors on the CPU; empty on all ranks but the first."""
+        """The trained weights as full tensors on the CPU; empty on all ranks except rank 0."""
         tensors = self.lightning_module.policy.trained_tensors()
         return {PREFIX + name: tensor.cpu() for name, tensor in tensors if self.is_global_zero}
 
@@ -90,14 +90,14 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def _with_foreach(state: Mapping[str, Any], foreach: bool | None) -> list[dict[str, Any]]:
-    """The parameter groups of an optimizer's state, with another value of `foreach`."""
-    # A checkpoint holds None, so that the run which loads it decides. A sharded run needs False: foreach operations do
-    # not accept sharded and full tensors together.
+    """Set `foreach` in the parameter groups of an optimizer state."""
+    # A checkpoint contains None, so that the run that loads it decides. A sharded run needs False: foreach operations
+    # do not accept sharded and full tensors together.
     return [group | {"foreach": foreach} for group in state["param_groups"]]
 
 
 def _gather(values: Mapping[str, Any], keep: bool) -> dict[str, Any]:
-    """The optimizer's state of one parameter with full tensors, or with None in their place unless `keep`."""
+    """The optimizer state of one parameter with full tensors. Without `keep`, the tensors are replaced by None."""
     gathered = {}
     for name, value in values.items():
         if isinstance(value, Tensor):
@@ -108,7 +108,10 @@ def _gather(values: Mapping[str, Any], keep: bool) -> dict[str, Any]:
 
 
 def _scatter(value: Any, parameter: Tensor) -> Any:
-    """This rank's shard of a full tensor of the optimizer's state; other values, such as AdamW's step, as they are."""
+    """This rank's shard of a full tensor in the optimizer state.
+
+    Other values, such as AdamW's step, are returned unchanged.
+    """
     is_like = isinstance(value, Tensor) and value.shape == parameter.shape
     return local_shard(value, parameter) if is_like else value
 

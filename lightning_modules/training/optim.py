@@ -36,14 +36,15 @@ def count_updates(trainer: Trainer, batches_per_window: int, updates_per_window:
     """The number of optimizer updates that `trainer` will make: the smaller of max_steps and the updates of its epochs.
 
     Args:
-        trainer: with its settings max_steps and max_epochs.
-        batches_per_window: batches in an accumulation window. The last window of a run may have fewer.
-        updates_per_window: updates at the end of each window.
+        trainer: the Trainer, with its settings max_steps and max_epochs.
+        batches_per_window: number of batches in an accumulation window. The last window of a run may have fewer.
+        updates_per_window: number of updates at the end of each window.
 
     Raises:
-        ValueError: neither setting bounds the run; the schedule needs an end.
+        ValueError: neither setting limits the run; the schedule needs an end.
     """
-    # Lightning's `estimated_stepping_batches` is not the answer: with manual optimization it does not know of windows.
+    # Lightning's `estimated_stepping_batches` is not right here, because with manual optimization it does not know the
+    # windows.
     limits = [trainer.max_steps] if trainer.max_steps != -1 else []
     if trainer.max_epochs not in (None, -1):
         _ = trainer.estimated_stepping_batches  # reading it builds the loader, which sets num_training_batches

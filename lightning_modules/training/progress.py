@@ -1,4 +1,4 @@
-"""Lightning's batch counters: is this the last batch of a run, and how a checkpoint's counters are set back."""
+"""Lightning's batch counters: find the last batch of a run, and set back the counters in a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def rewind(fit_loop: dict[str, Any], num_batches: int) -> None:
     """Set the saved state of a fit loop back by `num_batches` batches, in place.
 
     A checkpoint inside an accumulation window needs this: the gradient of the open window is not saved, so its batches
-    come again. They may lie in earlier epochs. All epochs have the same number of batches.
+    are repeated. They may belong to earlier epochs. All epochs have the same number of batches.
     """
     if num_batches == 0:
         return
-    # 1. How many epochs back, and which batch of that epoch.
+    # 1. Number of epochs to go back, and the batch in that epoch.
     batches, epochs = fit_loop["epoch_loop.batch_progress"], fit_loop["epoch_progress"]
     done = batches["current"]["ready"]
     left, epochs_back = done - num_batches, 0

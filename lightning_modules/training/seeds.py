@@ -1,4 +1,4 @@
-"""Seeds that depend on the thing that is computed, and not on the process or the order in which it is computed."""
+"""Seeds that depend only on the computed item, not on the process or the order of computation."""
 
 from __future__ import annotations
 
