@@ -225,7 +225,7 @@ class _ScoredBenchmarks:
 
 
 def default_output(model: str, served: bool = False) -> str:
-    """The default output folder of a model. For a merged model, it is inside the phase. A served model never shares it."""
+    """The default output folder. For a merged model, it is inside the phase. A served model never shares it."""
     if Path(model).name == "merged" and not served:
         return str(Path(model).parent / PHASE_FOLDER)
     name = model.strip("./").replace("/", "--")

@@ -191,7 +191,7 @@ def _write_preview(page: Path, parts: Sequence[tuple[Part, Scan]], one_box: bool
 
 
 def _entries(part: Part, scan: Scan) -> Sequence[Any]:
-    """The entries of all subsets of the part. With a single subset they are not copied, because there may be millions."""
+    """The entries of all subsets. With a single subset they are not copied, because there may be millions."""
     first, *more = part.chosen(scan)
     return (
         list(itertools.chain.from_iterable(scan.subsets[name] for name in (first, *more)))

@@ -1,10 +1,10 @@
 """A sweep from W&B's own YAML: `python -m experiments.sweep --config experiments/configs/nano/sweep.yaml`.
 
 With a W&B key the command creates the sweep on W&B, or finds the sweep that it created before, and starts an agent.
-Without a key, or with --local, Optuna chooses the trials, and they run here, one after another. outputs/<sweep>/ then
-holds trials.jsonl, the phase folders trial-<n>/, logs/, sweep.json and sweep.md (written after each trial), and at the
-end sweep.html with plots. After a kill at any moment the same command resumes the trial that was running from its last
-checkpoint. docs/sweeps.md
+Without a key, or with --local, Optuna chooses the trials, and they run here one after another. Then outputs/<sweep>/
+contains trials.jsonl, the phase folders trial-<n>/, logs/, sweep.json and sweep.md (written after each trial), and at
+the end sweep.html with plots. After a kill at any time, the same command resumes the running trial from its last
+checkpoint. See docs/sweeps.md.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ from experiments.sweeps.trials import (
     trial_environment,
 )
 
-GIVE_UP = 3  # failures in a row, without any success before them, that end the sweep: all trials would fail
+GIVE_UP = 3  # the sweep ends after this number of failures in a row without any success, because all trials would fail
 ATTEMPTS = 2  # a trial whose process is killed, for example because memory ran out, is tried once more
 
 
 class LocalSweep:
-    """Trials on this machine, one at a time, until there are `num_trials`.
+    """Runs trials on this machine, one at a time, until there are `num_trials`.
 
     Args:
         plan: the sweep.
         folder: outputs/<sweep>.
         seed: seed of the optimizer.
-        num_trials: the number of trials, with those of earlier processes.
+        num_trials: the number of trials, including those of earlier processes.
         retry_failed: run failed trials again.
-        choice: keep or redo a sweep that other source files have made.
+        choice: keep or repeat a sweep that was made with other source files.
     """
 
     def __init__(
@@ -74,7 +74,8 @@ class LocalSweep:
         choice: Choice | None = None,
     ) -> None:
         self.plan, self.folder, self.num_trials, self.choice = plan, folder, num_trials, choice
-        # All that the trials depend on besides their parameters. Their number is not in the key, so a sweep can grow.
+        # Everything that the trials depend on, except their parameters. The number of trials is not in the key, so a
+        # sweep can grow.
         inputs = [path_fingerprint(ROOT / config) for config in plan.configs]
         key = fingerprint(seed, plan.method, plan.metric, plan.maximize, plan.parameters, plan.command, inputs)
         settings = {"seed": seed, "method": plan.method, "metric": plan.metric, "maximize": plan.maximize}
@@ -87,13 +88,13 @@ class LocalSweep:
         self.log = TrialLog(folder / "trials.jsonl", key)
         self.study = Study(plan, seed)
         self.facts = {"seed": seed, "commit": current_commit(ROOT)}
-        self.failures = 0  # of this process, in a row
+        self.failures = 0  # failures in a row in this process
         if retry_failed:
             for trial in [trial for trial in self.log.trials if trial.state == "failed"]:
                 self.log.reopen(trial.number)
 
     def run(self) -> None:
-        """Finish the trials that earlier processes have begun, then run new ones."""
+        """Finish the trials that earlier processes have started, then run new trials."""
         for known in list(self.log.trials):
             self._recall(known)
         while len(self.log.trials) < self.num_trials:
@@ -101,7 +102,7 @@ class LocalSweep:
         self.write_summary()
 
     def command(self, trial: Trial) -> list[str]:
-        """The trial's command line, with the folders of this sweep in place of the folders for W&B's agent."""
+        """The trial's command line, with the folders of this sweep instead of the folders for W&B's agent."""
         words = self.plan.arguments(trial.parameters, sys.executable)
         words = [word for word in words if not word.startswith(("--experiment=", "--phase=", "--outputs="))]
         where = ["--experiment", self.folder.name, "--phase", phase_name(trial), "--outputs", str(self.folder.parent)]
@@ -112,13 +113,14 @@ class LocalSweep:
         sweep_summary.write(self.folder, self.plan, self.log.trials, commands, self.facts)
 
     def _recall(self, trial: Trial) -> None:
-        """Tell the optimizer about a trial of an earlier process, and run the trial on if it has not ended."""
+        """Tell the optimizer about a trial of an earlier process, and continue the trial if it has not ended."""
         self.study.begin(trial.parameters)
         if trial.state != "running":
             for index, (_, value) in enumerate(trial.points):
                 self.study.report(index, value)
             self.study.end(trial.state, trial.value)
-        elif self._report(0, trial.points) is not None:  # stopped early, but the sweep was killed before it noted that
+        # stopped early, but the sweep was killed before it recorded this
+        elif self._report(0, trial.points) is not None:
             self._close(trial, True, 0, trial.seconds, self.folder / "logs")
         else:
             say(f"trial {trial.number} was interrupted and goes on")
@@ -133,9 +135,9 @@ class LocalSweep:
         def see(points: Points, seconds: float) -> bool:
             known = len(self.log.trials[number].points)
             if len(points) <= known:
-                return False  # a resumed trial repeats the values that it logged after its checkpoint
-            # Values after the one that stops the trial are left out: how many there are depends on the time of this
-            # look.
+                return False  # a resumed trial logs the values after its checkpoint again
+            # Values after the one that stops the trial are ignored, because their number depends on the time of this
+            # check.
             stopped = self._report(known, points[known:])
             kept = points[known:] if stopped is None else points[known : stopped + 1]
             self.log.add_points(number, kept, spent + seconds)
@@ -143,7 +145,7 @@ class LocalSweep:
             return stopped is not None
 
         environment = trial_environment(("sweep", self.plan.method))
-        # The flag --keep or --redo is for a trial that other code has begun.
+        # The flag --keep or --redo applies to a trial that was started with other code.
         words = self.command(trial) + ([f"--{self.choice}"] if self.choice else [])
         for _ in range(ATTEMPTS):
             ended = run_process(words, environment, log, lambda: logged_points(folder, self.plan.metric), see)
@@ -153,15 +155,17 @@ class LocalSweep:
         self._close(trial, ended.pruned, ended.code, spent, log)
 
     def _left_text(self) -> str:
-        """ "; about 12 min left", by the mean time of the trials that have ended; "" before any has."""
+        """ "; about 12 min left", from the mean time of the finished trials; "" before the first one."""
         ended = [trial.seconds for trial in self.log.trials if trial.state != "running"]
         left = self.num_trials - len(ended)
         return f"; about {in_words_of_time(left * sum(ended) / len(ended))} left of the sweep" if ended else ""
 
     def _report(self, first: int, points: Sequence[tuple[int, float]]) -> int | None:
-        """Tell the optimizer the values from number `first` on; the number of the value at which to stop the trial.
+        """Report the values from number `first` on to the optimizer.
 
-        A trial is not stopped at the last value that finished trials have: that would save no time, and the trial may
+        Returns the number of the value at which to stop the trial.
+
+        A trial is not stopped at the last value of finished trials, because that would save no time, and the trial may
         have ended already.
         """
         # Index of the last value of the longest finished trial; -1 before any has finished, so nothing is stopped then.
@@ -172,7 +176,7 @@ class LocalSweep:
         return None
 
     def _close(self, trial: Trial, pruned: bool, code: int, seconds: float, log: Path) -> None:
-        """Note how the trial ended: `pruned`, or with this exit code after these seconds over all attempts.
+        """Record the end of a trial: `pruned`, or this exit code, and its seconds over all attempts.
 
         Ends the program after `GIVE_UP` failures if no trial has succeeded.
         """
@@ -180,7 +184,7 @@ class LocalSweep:
         points, last = logged_points(folder, self.plan.metric), last_value(folder, self.plan.metric)
         known = len(self.log.trials[trial.number].points)
 
-        # 1. How it ended. A trial without a finite last value has failed: it cannot be compared with others.
+        # 1. How it ended. A trial without a finite last value has failed, because it cannot be compared with others.
         state, value, message = "failed", None, ""
         if pruned:
             state, message = "pruned", "not among the best at this step"
@@ -193,7 +197,7 @@ class LocalSweep:
         else:
             state, value = "complete", points[-1][1]
 
-        # 2. Values that it logged after the last look, and its end, for the journal and the optimizer.
+        # 2. Write the values since the last check, and the end, to the journal and the optimizer.
         if points[known:] and not pruned:
             self.log.add_points(trial.number, points[known:], seconds)
             for index, (_, late) in enumerate(points[known:], start=known):
@@ -214,13 +218,13 @@ def phase_name(trial: Trial) -> str:
 
 
 def describe_command(arguments: Sequence[str]) -> str:
-    """A command line to be read and pasted."""
+    """A command line that can be copied into a shell."""
     return shlex.join(["python", *[word for word in arguments if word != "/usr/bin/env"][1:]])
 
 
 def num_trials(plan: SweepPlan, asked: int | None) -> int:
-    """How many trials there are to be. Raises ValueError where nothing says so."""
-    # A grid has an end of its own: more trials would repeat its points.
+    """The number of trials. Raises ValueError if it is not given."""
+    # A grid has a fixed number of points; more trials would repeat them.
     counts = [count for count in (asked or plan.run_cap, plan.grid_size()) if count is not None]
     if not counts:
         raise ValueError(f"method {plan.method} has no end: set run_cap in the YAML, or --trials")
@@ -251,7 +255,7 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of `make sweep` and `make agent`."""
     given = parse(args)
     online = choose_wandb_mode() == "online"
-    # 1. An agent of a W&B sweep: the server chooses the parameters.
+    # 1. An agent of a W&B sweep: the W&B server chooses the parameters.
     if given.join:
         if not online:
             sys.exit("to join a sweep takes a W&B key: `wandb login`, or WANDB_API_KEY")

@@ -5,7 +5,7 @@ the thinking of one response becomes its rationale (`experiments/synthesis/ratio
 output folder has
 
     shards/           the kept samples with thinking, for CoT-SFT
-    journal.jsonl     every response, written when it arrives: a killed run continues after the last one
+    journal.jsonl     every response, written when it arrives; a resumed run continues after the last one
     outcomes.jsonl    every answered question: number of correct responses, and the chosen one or why it was dropped
     synthesis.json, report.md   counts, tokens, cost and the histogram of difficulty
     server/           the log of the local server, if one was started
@@ -83,26 +83,26 @@ def synthesize(
         output: folder for the shards and the journal
         endpoint: the teacher. Without base_url, model is a folder or Hub name, and a local server is started for it,
             which answers one request at a time
-        model_family: the box format and prompt of the teacher (datamodules/encoding/model_families.py); auto: by its
-            name
+        model_family: the box format and prompt of the teacher (datamodules/encoding/model_families.py); auto finds it
+            by the name
         before_image: label before each image in place of the model family's, such as "Picture {}: "
-        as_trained: a teacher that was trained here is asked in the form of its folder's prompt_form.json, whatever
-            model_family, before_image and max_pixels say
+        as_trained: for a teacher that was trained here, use the prompt_form.json in its folder; this overrides
+            model_family, before_image and max_pixels
         min_pixels: images with fewer pixels are enlarged
-        max_pixels: images with more pixels are shrunk; for a teacher that writes boxes in pixels, at most its server's
-            own limit
+        max_pixels: images with more pixels are shrunk; for a teacher that writes boxes in pixels, it must not be above
+            the limit of its server
         max_image_pixels: a stored image with more pixels is refused (decompression bomb)
         max_sample_pixels: a question whose stored images together have more pixels is refused
         sampling: number of responses to each question, temperature, length and seed
         threshold: a response is correct if its IoU is above this
-        limit: use only this number of questions, for a first look
+        limit: use only this number of questions, for a first test
         prices: prices of tokens, for the cost
         device: device of the local server: auto, cpu, cuda:0, ...
         verify_shards: compare the sha256 of each shard with its manifest when the shard is first read
         redo: rename the folder of responses that another version of the code has collected, and ask again
         keep: continue with the responses that another version of the code has collected
     """
-    # 1. Settings: all problems at once, before anything is started.
+    # 1. Check the settings; report all problems before anything is started.
     sampling, prices = sampling or Sampling(), prices or Prices()
     folders = source_list(questions)
     problems = _problems(folders, endpoint, threshold, limit)
@@ -126,13 +126,13 @@ def synthesize(
         if _is_finished(home, result_key):
             print(f"{home} is already finished with these settings", flush=True)
             return
-        # 3. Ask for all responses that the journal lacks.
+        # 3. Request all responses that are missing in the journal.
         journal = Journal(home / "journal.jsonl", key)
         session = Session()
-        if missing_responses(journal.records, count, sampling.num_responses):  # else no server is started
+        if missing_responses(journal.records, count, sampling.num_responses):  # otherwise no server is started
             with _reachable(endpoint, home / "server", device) as settings:
                 session = Teacher(reader, settings, form, sampling, journal, prices).run(count)
-        # 4. Choose the rationales and write the shards. Without synthesis.json the result counts as unfinished.
+        # 4. Choose the rationales and write the shards. Without synthesis.json, the result counts as unfinished.
         records = read_journal(journal.path, key)
         (home / "synthesis.json").unlink(missing_ok=True)
         verdicts = _judge_all(records, count, reader, form, threshold, sampling)
@@ -163,7 +163,8 @@ def _reachable(endpoint: EndpointSettings, work: Path, device: str) -> Iterator[
         return
     print(f"starting a local server of {endpoint.model}", flush=True)
     with local_server(endpoint.model, work, device) as server:
-        # One request at a time: the server works so anyway, and its seeds have an effect only without other requests.
+        # One request at a time: the server processes only one at a time anyway, and its seeds are effective only
+        # without parallel requests.
         yield replace(endpoint, base_url=server.base_url, model=server.model, concurrency=1, sampling_fields="openai")
 
 
@@ -238,7 +239,7 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of `make synthesize`."""
     try:
         run_cli(synthesize, spell_out(args))
-    except SampleError as error:  # a question that could be read when it was sent can no longer be read
+    except SampleError as error:  # a question was readable when it was sent, but no longer is
         sys.exit(f"{error}. The responses are kept: repair the shards, and the same command continues with them")
 
 

@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 
 class AlreadyDone(Exception):
-    """The phase folder holds this run, and it is finished."""
+    """The phase folder contains this run, and it is finished."""
 
 
 class TrainParser(ShortErrors, LightningArgumentParser):
@@ -90,17 +90,17 @@ class TrainCLI(LightningCLI):
         parser.add_argument("--experiment", type=str, required=True, help="name of the folder in outputs/, W&B group")
         parser.add_argument("--phase", type=str, required=True, help="name of the phase's folder, W&B job type")
         parser.add_argument("--outputs", type=str, default="outputs", help="folder that holds all experiments")
-        # One seed, one model and one box format for module and data.
+        # Module and data share one seed, one model and one box format.
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("model.init_args.model", "data.processor")
         parser.link_arguments("data.box_format", "model.init_args.box_format", compute_fn=BoxFormat)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
-        """Parse; explain it if the config.yaml of another version of the project is the reason of a failure."""
+        """Parse. If it fails because config.yaml comes from another version of the project, explain this."""
         try:
             super().parse_arguments(parser, args)
-        except SystemExit as end:  # its message says what is wrong
+        except SystemExit as end:  # its message has the problem
             files = saved_configs(sys.argv[1:] if args is None else args) if end.code else []
             for file in files:
                 if not can_parse(parser, file):
@@ -128,7 +128,7 @@ class TrainCLI(LightningCLI):
         # A W&B agent passes the id of a sweep's run in the environment; the folder's name may contain it.
         self.config.phase = os.path.expandvars(self.config.phase)
         settings = self.settings()
-        # 1. All problems at once, before weights are loaded.
+        # 1. Report all problems before weights are loaded.
         preflight.raise_all(preflight.training_problems(settings) + self.constructor_problems())
         # 2. The key tells whether the folder holds this run, another run, or another version of this run.
         run = made_of(settings)
@@ -156,11 +156,11 @@ class TrainCLI(LightningCLI):
         for name, kind, settings in parts:
             parser = LightningArgumentParser()
             parser.add_lightning_class_args(kind, name, subclass_mode=name != "data")
-            # Each settings object checks itself. Collected, their problems are told together with those of the module.
+            # Each settings object checks itself. All problems are reported together with the module's.
             with collect_problems() as found:
                 try:
                     parser.instantiate(Namespace({name: settings.clone()}))
-                except ValueError as error:  # the cause is our message; the parser adds words
+                except ValueError as error:  # the cause has our message; the parser adds text
                     problems.append(f"{name}: {error.__cause__ or error}")
             problems += [f"{name}.{problem}" for problem in found]
         return problems
@@ -190,7 +190,7 @@ class TrainCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def loggers(self) -> list[Logger]:
-        """W&B, and metrics.jsonl of this attempt."""
+        """The loggers: W&B, and metrics.jsonl of this attempt."""
         choose_wandb_mode()
         identity = wandb_identity(self.folder, wandb_run_id(self.folder, self.key))
         wandb_logger = OnceWandbLogger(save_dir=str(self.folder), **identity)
@@ -242,12 +242,12 @@ def fit(cli: TrainCLI) -> None:
     try:
         # weights_only: a checkpoint is data; it must not run code.
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit:  # Lightning ends a run so after Ctrl-C or SIGTERM
+    except SystemExit:  # Lightning raises this after Ctrl-C or SIGTERM
         if cli.is_leader:
             saved = collapse_guard.last_good(cli.folder) or "what is saved"  # rejection sampling has no checkpoint
             print(f"stopped; the same command goes on from {saved}", flush=True)
         raise
-    except RuntimeError as error:  # PyTorch may report the end of a worker process at any place
+    except RuntimeError as error:  # PyTorch may report the end of a worker process at any point of the code
         if failure := cli.datamodule.workers_failure(error):
             raise failure from error
         raise
@@ -266,7 +266,7 @@ def fit(cli: TrainCLI) -> None:
 
 
 def next_commands(folder: Path) -> str:
-    """Where the merged model of a finished phase is, and what to do with it; "" if the phase has merged none."""
+    """The path of the merged model of a finished phase, and the next commands; "" without a merged model."""
     merged = folder / "merged"
     if not merged.is_dir():
         return ""
@@ -289,11 +289,11 @@ def quieten() -> None:
     """Silence Lightning's hints about settings that are intended here."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Lightning calls PyTorch's tree utilities by an old name; nothing here does.
+    # Lightning uses an old name of PyTorch's tree utilities; this project does not.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
     # Each rank announces that it begins to wait for the others.
     logging.getLogger("lightning.fabric.utilities.distributed").setLevel(logging.WARNING)
-    # Checkpoints are loaded with weights_only=True (`fit`). Lightning says this of its second look, at a part of them.
+    # Checkpoints are loaded with weights_only=True (`fit`). Lightning warns when it reads a part of them a second time.
     logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector").setLevel(logging.WARNING)
 
 
@@ -301,7 +301,7 @@ def quieten() -> None:
 def main(args: list[str] | None = None) -> None:
     """Entry point. Errors in settings are printed all at once, without a traceback, before weights are loaded.
 
-    Raises UserError for everything that the user can cure.
+    Raises UserError for every problem that the user can fix.
     """
     quieten()
     end_with_launcher()
@@ -313,7 +313,7 @@ def main(args: list[str] | None = None) -> None:
         sys.argv[1:] = rest  # Lightning passes sys.argv to the ranks that it starts
     else:
         args = rest
-    while True:  # once, and once more after each rollback
+    while True:  # one pass, and one more after each rollback
         try:
             cli = TrainCLI(args, choice)
             with cli.stack:

@@ -32,7 +32,7 @@ WITHOUT_MODEL = "without its last step, which asks a language model"
 
 @dataclass(frozen=True)
 class Rule:
-    """How accuracies are computed from answers. `threshold`, `inclusive` and `box` apply only to benchmarks with boxes."""
+    """How answers become accuracies. `threshold`, `inclusive` and `box` are only for benchmarks with boxes."""
 
     source: str  # where the rule was published
     threshold: float = 0.5  # for the IoU

@@ -83,7 +83,7 @@ def load(root: Path, num_frames: int = 6, grounded: int = 2) -> Benchmark:
 
 
 def sample_frames(count: int, num_frames: int) -> list[int]:
-    """Indices of `num_frames` frames out of `count`, at the middles of equal spans; all frames if there are not more."""
+    """Indices of `num_frames` frames out of `count`, at the middles of equal spans; all frames if there are fewer."""
     if count <= num_frames:
         return list(range(count))
     # (index + 1/2) * count / num_frames in integers, so that rounding is equal on all machines.

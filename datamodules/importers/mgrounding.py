@@ -60,7 +60,7 @@ def annotation_files(root: Path) -> list[Path]:
 
 
 def scan(root: Path, allow: Sequence[str] = ()) -> Scan:
-    """Check the fields of every record and store its position in the file. Raises ValueError for an unexpected field."""
+    """Check the fields of every record and store its position. Raises ValueError for an unexpected field."""
     (path,) = annotation_files(root)
     # Records stay on disk. Only their byte ranges are kept; workers read the records again.
     schema, skipped = Schema(allow), {"region_to_text": 0}

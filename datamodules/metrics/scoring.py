@@ -1,4 +1,4 @@
-"""Score one answer by two rules: the paper's rule and the benchmark's official rule. `Prediction` contains both scores."""
+"""Score one answer by two rules: the paper's rule and the benchmark's official rule. `Prediction` has both scores."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def users_files(code: Mapping[str, str]) -> Code:
 
 
 def _home_of(package: str) -> Path | None:
-    """The folder that holds a user's module or package; None for an installed module, and if the module does not exist."""
+    """The folder that holds a user's module or package; None for an installed module, and if there is no module."""
     spec = PathFinder.find_spec(package) if package else None
     places = [] if spec is None else [*(spec.submodule_search_locations or []), spec.origin]
     home = Path(places[0]).resolve().parent if places and places[0] else None

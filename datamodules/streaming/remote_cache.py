@@ -5,9 +5,10 @@ The cache replaces webdataset's stage `FileCache`, which names a file by the las
 first bytes. Here a file is named `<sha256>.tar`, so two shards with the same name never collide, and a file with other
 content is never used. All processes on a machine share the folder:
 
-    <sha256>.tar              a whole shard <sha256>.<bytes>.part     a partial download; the next attempt continues at
-    its end <sha256>.lock             locked during the download; its mtime is the time of the shard's last use lock
-    locked while shards are removed
+    <sha256>.tar              a complete shard
+    <sha256>.<bytes>.part     a partial download; the next attempt continues at its end
+    <sha256>.lock             locked during the download; its mtime is the time of the shard's last use
+    lock                      locked while shards are removed
 """
 
 from __future__ import annotations

@@ -231,7 +231,7 @@ class ShardReader:
 
 
 def _members(file: BinaryIO, size: int) -> Iterator[tuple[int, Extent]]:
-    """Yields (number of the sample, member) for each undamaged header whose member is inside the file's `size` bytes."""
+    """Yields (number of the sample, member) for each intact header whose member is inside the file's `size` bytes."""
     try:
         # With ignore_zeros, tarfile continues after a damaged header, so only that member is lost.
         with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
@@ -249,7 +249,7 @@ def _members(file: BinaryIO, size: int) -> Iterator[tuple[int, Extent]]:
 
 
 def _is_number(text: str) -> bool:
-    """Whether the text is a sample's number in ASCII digits; Python's own check also accepts digits of other scripts."""
+    """Whether the text is a sample's number in ASCII digits; Python's check also accepts digits of other scripts."""
     return text.isascii() and text.isdecimal() and len(text) <= 12
 
 

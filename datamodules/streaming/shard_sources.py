@@ -2,10 +2,10 @@
 
 A source is a folder with a manifest, or some tar files of such a folder as a brace list:
 
-    data/mgrounding/all                                     a local folder /data/shards/shard-{00000..00011}.tar twelve
-    tar files of a folder https://host/shards    s3://bucket/shards    gs://bucket/shards
-    hf://datasets/owner/name[@revision]/shards pipe:ssh host cat /data/shards/{}                       a shell command;
-    {} is the name of the file
+    data/mgrounding/all                                     a local folder
+    /data/shards/shard-{00000..00011}.tar                   twelve tar files of a folder
+    https://host/shards    s3://bucket/shards    gs://bucket/shards    hf://datasets/owner/name[@revision]/shards
+    pipe:ssh host cat /data/shards/{}                       a shell command; {} is the name of the file
 
 Several sources are a list. A mapping {source: weight} mixes them; each source gets its weight's share of the samples.
 """

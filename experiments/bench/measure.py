@@ -1,4 +1,4 @@
-"""Measure one case. The contenders take turns. The result has median times, their ratio, and a lower bound of the time."""
+"""Measure one case. The contenders take turns. The result has median times, their ratio, and a lower bound."""
 
 from __future__ import annotations
 

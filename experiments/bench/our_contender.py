@@ -129,7 +129,7 @@ class Turnstile(Callback):
         trainer.should_stop = not gate.step_done()
 
     def _time_decoding(self, module: GRPO) -> dict[str, Any]:
-        """Measure the seconds to decode one token, from rollouts of full and of quarter length with the same prefill."""
+        """The seconds to decode a token, from rollouts of full and of quarter length with the same prefill."""
         longest = self.workload.completion_tokens
         shortest = max(1, longest // 4)
         best: dict[int, float] = {}

@@ -1,4 +1,4 @@
-"""Choose the `Predictor` of a model: a model of the policy's family, another local image-text model, or a served model."""
+"""Choose the `Predictor`: for a model of the policy's family, another local image-text model, or a served model."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def check_device(device: str) -> None:
 
 
 def choose_device(device: str, rank: int) -> str:
-    """The device of one process: "auto" and "cuda" distribute the processes over the GPUs. Call `check_device` first."""
+    """The device of one process: "auto" and "cuda" distribute processes over the GPUs. Call `check_device` first."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return f"cuda:{rank % torch.cuda.device_count()}" if device == "cuda" else device

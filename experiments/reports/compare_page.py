@@ -18,7 +18,7 @@ FIRST_CHARTS += ("speed/seconds_per_batch",)
 
 
 def render_page(runs: Sequence[Run], logs: Mapping[int, WrittenLog]) -> str:
-    """The whole page. `logs` maps the index of a run in `runs` to the result of `write_rollouts` for rollouts/<index>/."""
+    """The whole page. `logs` maps the index of a run to the result of `write_rollouts` for rollouts/<index>/."""
     measured = [run for run in runs if run.mig_bench]
     charts, legend, thinned = _curves(runs)
     return render(
@@ -80,7 +80,7 @@ def _run_rows(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def _curves(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], bool]:
-    """Returns a chart for each logged metric (the first ones are visible), the legend, and whether a curve was thinned."""
+    """Returns a chart for each logged metric (the first ones are visible), the legend, and if a curve is thinned."""
     logged = [run for run in runs if run.curves]
     names = sorted({name for run in logged for name in run.curves})
     shown = [name for name in FIRST_CHARTS if name in names] or names[:4]

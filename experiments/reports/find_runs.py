@@ -49,7 +49,7 @@ class Run:
 
     @property
     def start(self) -> Path | None:
-        """The folder of the phase in this experiment that it was trained from; None if it started from another model."""
+        """The folder of the phase in this experiment that it was trained from; None for another start."""
         model = self.config.get("model.init_args.model")
         if model is None or (started_from(model) != BASE and Path(model).parents[1].name != self.folder.parent.name):
             return None

@@ -1,7 +1,8 @@
 """Write the rollouts of a run as small files beside a page. The page loads only the files that it shows.
 
-    <folder>/index.js          the fields by which a reader filters and sorts groups <folder>/chunk-00012.js
-    GROUPS_PER_CHUNK groups <folder>/pictures/7-1.png  image 1 of sample 7
+    <folder>/index.js          the fields by which a reader filters and sorts groups
+    <folder>/chunk-00012.js    GROUPS_PER_CHUNK groups
+    <folder>/pictures/7-1.png  image 1 of sample 7
 
 The files are scripts, because a page that is opened as file:// can load only scripts and images. Each calls one
 function of pages/compare.js. Model output in them is data: JSON strings in ASCII, without "<", which could end a

@@ -1,4 +1,4 @@
-"""Common behaviour of all commands: refuse passwords and keys in settings, and print only the message of a user error."""
+"""Common behaviour of all commands: refuse passwords and keys in settings, and print user errors without traceback."""
 
 from __future__ import annotations
 

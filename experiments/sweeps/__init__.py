@@ -1,1 +1,1 @@
-"""Sweeps: the plan, its trials, and where they run."""
+"""Sweeps: the plan, its trials, and their processes."""

@@ -1,4 +1,7 @@
-"""A sweep's YAML, in W&B's own format, checked before anything runs. Pure: no optimizer and no W&B."""
+"""A sweep's YAML, in W&B's own format, read and checked before anything runs.
+
+This file imports neither the optimizer nor W&B.
+"""
 
 from __future__ import annotations
 
@@ -32,22 +35,22 @@ SCALARS = (type(None), bool, int, float, str)  # choices that an optimizer can c
 
 @dataclass(frozen=True)
 class Parameter:
-    """One flag of the trials: one of `choices`, or a number from `low` to `high`, both included, in steps of `q`."""
+    """One flag of the trials: one of `choices`, or a number from `low` to `high` (both inclusive) in steps of `q`."""
 
     name: str
     distribution: str
     choices: tuple[Any, ...] = ()
     low: float = 0.0
     high: float = 1.0
-    q: float | None = None  # None: every number, or for int_uniform every whole number
+    q: float | None = None  # None: any number; for int_uniform, any integer
 
     @property
     def label(self) -> str:
-        """The flag without the words that most flags begin with."""
+        """The flag without its common prefix."""
         return self.name.removeprefix("model.init_args.")
 
     def grid(self) -> list[Any]:
-        """All values; [] where they cannot be counted."""
+        """All values; [] if they cannot be enumerated."""
         if self.choices:
             return list(self.choices)
         if self.q is None:
@@ -69,7 +72,7 @@ class EarlyStop:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A checked sweep. `command` is the trial's, with W&B's macros."""
+    """A checked sweep. `command` is the command of a trial, with W&B's macros."""
 
     name: str
     method: str
@@ -93,11 +96,11 @@ class SweepPlan:
         return [after for word, after in pairwise(words) if word == "--config"]
 
     def grid_size(self) -> int | None:
-        """How many trials a grid search has; None for other methods."""
+        """The number of trials of a grid search; None for other methods."""
         return math.prod(len(parameter.grid()) for parameter in self.parameters) if self.method == "grid" else None
 
     def arguments(self, values: Mapping[str, Any], python: str) -> list[str]:
-        """The command line of a trial with these values, as W&B's agent fills in the macros."""
+        """The command line of a trial with these values; macros are replaced as by W&B's agent."""
         filled = {
             "${env}": ["/usr/bin/env"],
             "${interpreter}": [python],
@@ -194,7 +197,7 @@ def read_parameter(name: str, fields: Any) -> Parameter:
 
 
 def _default_distribution(given: Mapping) -> str:
-    """W&B's choice where none is named."""
+    """W&B's default distribution."""
     if "value" in given or "values" in given:
         return "constant" if "value" in given else "categorical"
     return "int_uniform" if all(isinstance(given.get(key), int) for key in ("min", "max")) else "uniform"
@@ -213,7 +216,7 @@ def _read_number(where: str, name: str, kind: str, given: Mapping) -> Parameter:
         raise ValueError(f"{where}: q={q} must be greater than 0, and min={low} and max={high} multiples of it")
     if kind == "log_uniform_values" and low <= 0:
         raise ValueError(f"{where}.min={low} must be greater than 0 on a logarithmic scale")
-    # An int q gives ints, as in W&B: a flag that takes whole numbers needs q: 1.
+    # An int q gives ints, as in W&B: a flag that takes integers needs q: 1.
     return Parameter(name, kind, low=low, high=high, q=1 if kind == "int_uniform" else q)
 
 

@@ -2,11 +2,12 @@
 
     grid -> GridSampler   random -> RandomSampler   bayes -> TPESampler   hyperband -> SuccessiveHalvingPruner
 
-W&B's hyperband stops trials at bands first, first · eta, first · eta² …, as successive halving does in one bracket;
-Optuna's HyperbandPruner would spread the trials over several brackets with other bands. From n values at a band Optuna
-keeps the best n // eta, and at least one; W&B keeps one more. Optuna stores nothing on disk here. After a restart the
-same calls, read from the sweep's journal, build the same study, so a killed sweep ends like an uninterrupted sweep.
-Therefore each trial has its own sampler, seeded with its number: a draw does not depend on earlier draws.
+W&B's hyperband stops trials at bands first, first · eta, first · eta² …, as successive halving with one bracket does;
+Optuna's HyperbandPruner would spread the trials over several brackets with other bands. Of n values at a band, Optuna
+keeps the best n // eta, but at least one; W&B keeps one more. Optuna stores nothing on disk here. After a restart, the
+same calls are repeated from the sweep's journal and build the same study, so a killed sweep ends like an uninterrupted
+sweep. For this, each trial has its own sampler, seeded with its number, so that a draw does not depend on earlier
+draws.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 class Study:
-    """Proposes parameters, and decides whether a trial is worth going on. One trial at a time.
+    """Proposes parameters, and decides whether a trial should continue. One trial runs at a time.
 
-    In Optuna's study a parameter is known by its label, which its plots show. Constants are not in it.
+    Optuna's study uses the labels of parameters, because its plots show them. Constants are not part of the study.
     """
 
     def __init__(self, plan: SweepPlan, seed: int = 0) -> None:
@@ -49,7 +50,7 @@ class Study:
         else:
             self.study.sampler = self._sampler(len(self.study.trials))
         self.trial = self.study.ask(self.distributions)
-        self.study.sampler = RandomSampler()  # GridSampler ends a study that it did not start
+        self.study.sampler = RandomSampler()  # GridSampler would end a study that it did not start
         return {p.name: self.trial.params.get(p.label, *p.choices[:1]) for p in self.plan.parameters}
 
     def report(self, index: int, value: float) -> bool:

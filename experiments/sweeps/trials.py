@@ -1,4 +1,4 @@
-"""The trials of a local sweep: their journal, which survives any kill, and the process of a trial.
+"""The trials of a local sweep: their journal, which stays valid after a kill, and the process of a trial.
 
 <sweep>/trials.jsonl   {"trial": 0, "parameters": {…}}                      before the trial starts
                        {"trial": 0, "values": [[20, 31.5]], "seconds": 41}  as (step, value) are logged
@@ -41,7 +41,7 @@ class Trial:
 
 
 class TrialLog:
-    """The trials of one sweep, in the order of their numbers, kept in `path`. `key` is the hash of the sweep."""
+    """The trials of one sweep, in the order of their numbers, stored in `path`. `key` is the hash of the sweep."""
 
     def __init__(self, path: Path, key: str) -> None:
         self._journal = Journal(path, key)
@@ -77,7 +77,7 @@ class TrialLog:
 
 
 class Interrupted(Exception):
-    """The sweep was asked to stop while a trial ran; the trial has saved what it has."""
+    """The sweep was asked to stop while a trial ran; the trial has written a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,15 @@ def run_process(
     """Run a trial to its end.
 
     A trial is stopped by SIGTERM and saves a checkpoint then. SIGTERM and Ctrl-C of this process stop it too. If this
-    process is killed, the trial's process goes on; a process that is started later waits for the lock of its folder.
+    process is killed, the trial's process continues; a process that is started later waits for the lock of the trial's
+    folder.
 
     Args:
         command: the trial's command line.
         environment: all variables of its process.
         log: the file for its output.
         read_points: reads the (step, value) points that the trial has logged.
-        see: called with the points and the seconds so far whenever there are new points; True stops the trial.
+        see: called with the points and the elapsed seconds at each new point; returning True stops the trial.
 
     Raises Interrupted if this process was asked to stop.
     """
@@ -114,7 +115,7 @@ def run_process(
     start, seen, asked = time.monotonic(), 0, []  # `asked`: the signals that this process has got
     with log.open("a") as out:
         streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
-        # The trial has its own process group: Ctrl-C must reach it once, through the handler below.
+        # The trial has its own process group, so that Ctrl-C reaches it only once, through the handler below.
         child = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
     old = {number: signal.signal(number, lambda n, _: asked.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
     pruned, before, told = False, read_points(), time.monotonic()
@@ -147,7 +148,7 @@ def last_progress(log: Path) -> str:
 
 
 def points_agreed(one: Points, other: Points) -> Points:
-    """The points at the start that two readings of a file agree on: the file may be rewritten during the second one."""
+    """The common first points of two readings of a file, because the file may be rewritten during the second."""
     same = next((k for k, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), None)
     return other[: min(len(one), len(other)) if same is None else same]
 
@@ -158,7 +159,7 @@ def logged_points(folder: Path, metric: str) -> Points:
 
 
 def last_value(folder: Path, metric: str) -> float | None:
-    """The last logged value of the metric, finite or not; None where it was never logged."""
+    """The last logged value of the metric, finite or not; None if it was never logged."""
     values = [row[metric] for row in metrics_csv.read_rows(folder) if row.get(metric)]
     return float(values[-1]) if values else None
 

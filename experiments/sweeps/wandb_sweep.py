@@ -1,4 +1,4 @@
-"""A sweep on W&B, created once from its YAML and run by any number of agents; and the W&B run of a local sweep."""
+"""Create a sweep on W&B from its YAML, and run it as an agent. Log a local sweep to a W&B run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from experiments.sweeps.plan import SweepPlan
 
 
 def find_or_create(config: Path, folder: Path) -> str:
-    """entity/project/id of the W&B sweep of this YAML: from <folder>/wandb_sweep.json, or else newly created."""
+    """entity/project/id of the W&B sweep of this YAML: read from <folder>/wandb_sweep.json, or newly created."""
     import wandb
 
     file, key = folder / "wandb_sweep.json", path_fingerprint(config)
@@ -32,7 +32,7 @@ def find_or_create(config: Path, folder: Path) -> str:
 
 
 def run_agent(sweep: str, count: int | None) -> NoReturn:
-    """Become W&B's agent: run the YAML's command for each run that W&B proposes, at most `count` times."""
+    """Act as W&B's agent: run the YAML's command for each run that W&B proposes, at most `count` times."""
     # The agent calls `python`, which must be this Python. It stops runs by SIGTERM; they save a checkpoint then.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     os.environ |= {"WANDB_JOB_TYPE": "trial", "WANDB_TAGS": ",".join(with_given_tags("sweep"))}

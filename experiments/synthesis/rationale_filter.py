@@ -53,7 +53,7 @@ def judge(
     Args:
         sample: the question, with the true box.
         texts: the responses in the order of their numbers.
-        image_sizes: the sizes of the sample's images, one entry an image.
+        image_sizes: the sizes of the sample's images, one entry per image.
         box_format: the format of the teacher's boxes.
         threshold: a response is correct if its IoU is above this.
         seed: seed of the choice among responses.
@@ -70,7 +70,7 @@ def judge(
     if not candidates:
         return Verdict(ious, num_correct, None, None, "no_rationale")
     chosen = random.Random(f"{seed}/{sample.id}").choice(candidates)
-    # 3. The sample must be valid with this thinking, which may hold special tokens, for example.
+    # 3. The sample must be valid with this thinking; it may contain special tokens, for example.
     try:
         Sample.from_json(replace(sample, thinking=thoughts[chosen]).to_json())
     except SampleError as error:
@@ -140,7 +140,7 @@ def summarise(
         tasks: {number of the question: its task}.
         records: the records of the journal.
         count: number of questions.
-        num_responses: responses to each question.
+        num_responses: number of responses to each question.
     """
 
     def histogram(numbers: Sequence[int]) -> list[int]:

@@ -1,4 +1,7 @@
-"""Ask a teacher for several responses to every question, asynchronously; each is journalled when it arrives."""
+"""Ask a teacher for several responses to every question, asynchronously.
+
+Each response is written to the journal when it arrives.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,11 @@ from lightning_modules.serving.openai_client import (
     RequestRefused,
 )
 
-MAX_FAILURES_AT_START = 8  # refused or unanswered questions before the first answer; then the settings are wrong
-MAX_TRIES = 2  # for a question that gets no answer while the server answers others; the second comes after all of those
+# after this number of refused or unanswered questions before the first answer, the settings are considered wrong
+MAX_FAILURES_AT_START = 8
+# attempts for a question without an answer while the server answers others; the second attempt comes after all other
+# questions
+MAX_TRIES = 2
 PROBE_MESSAGES = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]  # the smallest question
 
 
@@ -41,8 +47,8 @@ class Sampling:
     uses seeds gives the same responses in any order and after any interruption.
 
     Args:
-        num_responses: responses to each question.
-        temperature: of the sampling.
+        num_responses: number of responses to each question.
+        temperature: temperature of the sampling.
         max_tokens: length of the longest response, in tokens.
         seed: seed of the whole run.
     """
@@ -89,7 +95,7 @@ def request_seed(seed: int, sample_id: str, response: int) -> int:
 
 
 def missing_responses(records: list[dict[str, Any]], count: int, num_responses: int) -> dict[int, list[int]]:
-    """{number of the question: responses to ask for} for the first `count` questions, in order.
+    """{number of the question: numbers of the missing responses} for the first `count` questions, in order.
 
     A rejected question needs no responses.
     """
@@ -115,16 +121,16 @@ class _Question:
 class Teacher:
     """Asks all questions whose responses are not in the journal yet.
 
-    Sampling is by temperature alone: every request sets all other samplers to neutral values, unless `extra_body` says
-    otherwise. Each of `concurrency` workers takes a question and asks for its responses one after the other, so a
-    server with a prefix cache reads the images only once. Memory holds at most one question for each worker.
+    Sampling uses only the temperature. Every request sets all other sampling parameters to neutral values, unless
+    `extra_body` overrides them. Each of `concurrency` workers takes a question and requests its responses one by one,
+    so a server with a prefix cache encodes the images only once. At most one question per worker is in memory.
 
     Args:
         reader: the questions.
         endpoint: the teacher's server.
         form: the form of the prompts.
         sampling: number of responses, temperature, length and seed.
-        journal: the responses of all runs.
+        journal: the journal with the responses of all runs.
         prices: for the cost in the progress bar.
     """
 
@@ -141,8 +147,8 @@ class Teacher:
         self._bar: tqdm | None = None  # the progress bar
         self._lost = 0  # number of failed tries to get answers
         known = [record for record in self.journal.records if "text" in record]
-        # Refusals before the first answer, not yet journalled: if all questions are refused, the settings are wrong and
-        # no question may be marked as refused. None after the first answer.
+        # Refusals before the first answer, which are not in the journal yet. If all questions are refused, the settings
+        # are wrong, and no question must be marked as refused. None after the first answer.
         self._refused: list[dict[str, Any]] | None = None if known else []
         self._tokens = [sum(record[name] for record in known) for name in ("prompt_tokens", "completion_tokens")]
 
@@ -152,8 +158,8 @@ class Teacher:
         Questions without an answer are in `Session.failed`.
 
         Raises:
-            EndpointUnavailable: the server no longer answers anything; or it has never answered, and
-                MAX_FAILURES_AT_START questions, or all, got no answer.
+            EndpointUnavailable: the server no longer answers; or it has never answered, and MAX_FAILURES_AT_START
+                questions (or all) have no answer.
             EndpointMisused: the server does not know the key or the model; or it has never answered and has refused
                 MAX_FAILURES_AT_START questions.
         """
@@ -179,7 +185,8 @@ class Teacher:
         total = count * self.sampling.num_responses
         asked = sum(len(responses) for responses in missing.values())
         questions = deque(_Question(*each) for each in missing.items())
-        # One thread reads and encodes images. The reader is not thread-safe, and one is enough: the server is slower.
+        # One thread reads and encodes images. The reader is not thread-safe, and one thread is enough, because the
+        # server is slower.
         with ThreadPoolExecutor(max_workers=1) as pool:
             self._bar = tqdm(total=total, initial=total - asked, desc="teacher", unit="response", smoothing=0.05)
             with self._bar:
@@ -203,13 +210,13 @@ class Teacher:
                 self._reject(rejected | {"detail": error.detail})
                 self._bar.update(len(question.responses))
             except EndpointUnavailable as error:
-                # No answer to this question. If the server still answers the smallest question, go on with others; a
+                # No answer to this question. If the server still answers the smallest question, continue with others. A
                 # refusal is an answer too.
                 with suppress(RequestRefused):
                     await endpoint.complete(PROBE_MESSAGES, 1, self.sampling.temperature)
                 question.tries += 1
                 if question.tries < MAX_TRIES:
-                    questions.append(question)  # behind all others
+                    questions.append(question)  # after all other questions
                 else:
                     self.session.failed[sample_id] = str(error)
                 self._lost += 1
@@ -217,7 +224,7 @@ class Teacher:
                     raise
 
     def _reject(self, record: dict[str, Any]) -> None:
-        """Journal a rejected question, or hold it back while the server has answered nothing."""
+        """Write a rejected question to the journal, or hold it back until the server has answered once."""
         if record["rule"] != "refused" or self._refused is None:
             self.journal.append([record])
             return
@@ -241,7 +248,9 @@ class Teacher:
         return loaded.sample.id, build_request(loaded, self.form)
 
     async def _ask(self, question: _Question, sample_id: str, request: ChatRequest, endpoint: ChatEndpoint) -> None:
-        """Ask for the missing responses of one question; each is journalled at once, so that a kill loses none."""
+        """Ask for the missing responses of one question; each is written to the journal at once, so that a kill loses
+        none.
+        """
         sampling = self.sampling
         sizes = image_sizes_to_json(request.image_sizes)
         while question.responses:

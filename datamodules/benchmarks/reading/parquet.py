@@ -15,7 +15,7 @@ _READING = threading.Lock()
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Read these columns of all rows. Raises ValueError that names missing columns, FileNotFoundError without the file."""
+    """Read columns of all rows. Raises ValueError that names missing columns, FileNotFoundError without the file."""
     file = _open(str(path))
     missing = [name for name in columns if name not in file.schema_arrow.names]
     if missing:

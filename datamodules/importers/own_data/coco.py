@@ -44,7 +44,7 @@ Fault = tuple[str, str]  # rule, detail
 
 
 class ImageEntry(NamedTuple):
-    """One image: its file, id, size (None: read from the file), and its boxes as (category, four numbers or a problem)."""
+    """One image: its file, id, size (None: read from the file), and boxes as (category, four numbers or a problem)."""
 
     file: int
     id: int | str

@@ -1,7 +1,7 @@
 """Read JSON lines, or one JSON list, in the published formats that `forms.py` describes.
 
-    <root>/train.jsonl, <root>/val.jsonl, …       one record per line, or a .json file with a list <root>/images/a.jpg
-    names in the records are relative to <root> or `own.images`
+    <root>/train.jsonl, <root>/val.jsonl, …       one record per line, or a .json file with a list
+    <root>/images/a.jpg                           names in the records are relative to <root> or `own.images`
 
 ROOT may also be such a file; names are then relative to its folder. A subset is a file, "train" or "part/train".
 """

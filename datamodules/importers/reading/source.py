@@ -21,7 +21,7 @@ MAX_DEPTH = 3  # levels below ROOT in which files of the user's own data are sea
 
 
 class DataError(UserError, ValueError):
-    """The files of a source, or the user's statements about them, cannot be imported. Commands print only the message."""
+    """The files of a source, or the user's statements on them, cannot be imported. Commands print only the message."""
 
 
 def find_files(root: Path, pattern: str) -> list[Path]:
