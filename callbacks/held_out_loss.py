@@ -97,10 +97,7 @@ class HeldOutLoss(Callback):
         self._measure(trainer, pl_module)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the weights, unless these same weights have been measured already.
-
-        All ranks call this at the same step.
-        """
+        """Measure the weights, unless they have been measured already. All ranks call this at the same step."""
         if self._measured_step == trainer.global_step:
             return
         # 1. Each rank measures its share.
@@ -129,10 +126,7 @@ class HeldOutLoss(Callback):
             print(f"step {trainer.global_step}: {words}", flush=True)
 
     def _add(self, metric: TokenLoss, pl_module: LightningModule, items: Sequence[EncodedSample]) -> None:
-        """Add the targets of a batch to the metric.
-
-        An empty batch is passed through too, because sharded ranks need equal passes.
-        """
+        """Add the targets of a batch. An empty batch runs too, because sharded ranks need equal passes."""
         items = [item.to(pl_module.device) for item in items]
         numbers = [self.tasks.index(item.sample.task) for item in items]
         tasks = torch.tensor(numbers, dtype=torch.long, device=pl_module.device)  # [n], the task of each item

@@ -162,10 +162,7 @@ class Peers:
         return f"rank 0 or its launcher gives no answer for {silence:.0f} s" if silence > self.silence_seconds else None
 
     def _gone(self, other: int) -> str | None:
-        """Describes a rank that is gone, or returns None.
-
-        On this host the process is checked; on other hosts, the silence.
-        """
+        """Describes a rank that is gone, or None. This host: by its process; other hosts: by its silence."""
         sign, silence = self.known[other], (self.number - self.heard[other][1]) * BEAT_SECONDS
         name = _name(other, sign)
         if sign["host"] == self.host:

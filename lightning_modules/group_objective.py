@@ -151,9 +151,7 @@ class GroupObjective(PolicyModule):
         return torch.tensor(penalties, dtype=torch.float64)
 
     def _reference_log_probs(self, rows: PackedRows, features: list[Tensor], items: list[EncodedSample]) -> Tensor:
-        """Log-probabilities [N] of a row's tokens under the reference; `features` and `items` are those of
-        `_packed_rows`.
-        """
+        """Log-probabilities [N] of a row's tokens under the reference; other arguments as in `_packed_rows`."""
         fixed = features if self.freeze_vision else self.row_features(rows, items, reference=True)
         return self.policy.token_log_probs(rows, fixed, self.rollout_settings.temperature, reference=True)
 

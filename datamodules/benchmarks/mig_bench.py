@@ -54,10 +54,7 @@ _QUERY_BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_e
 
 
 def load(root: Path) -> Benchmark:
-    """Load the benchmark.
-
-    `root` holds MIG_data.json and images/, and its name must be MIG-Bench, as in the image names.
-    """
+    """Load the benchmark. `root` has MIG_data.json and images/, and must be named MIG-Bench, as in the image names."""
     return load_files(root / ANNOTATIONS, root.parent)
 
 

@@ -92,9 +92,7 @@ def check_values(path: str | Path) -> None:
 
 
 def skeleton(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model that `config.json` describes, with random weights on the default device (no weights on the meta
-    device).
-    """
+    """The model that `config.json` describes, with random weights on the default device (none on the meta device)."""
     from transformers import AutoModelForImageTextToText
 
     return _loaded(

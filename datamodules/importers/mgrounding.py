@@ -132,10 +132,7 @@ def convert(path: Path, spans: Sequence[tuple[int, int]]) -> Iterator[Sample | S
 
 
 def record_samples(record: Mapping[str, Any], place: int) -> Iterator[Sample | SampleError]:
-    """Convert one record. `place` makes the ids unique, because the record's own id may not be unique.
-
-    Errors name both.
-    """
+    """Convert one record. `place` makes ids unique, because the record's own id may not be. Errors name both."""
     for sample in _questions(record, place):
         yield name_record(sample, record["id"]) if isinstance(sample, SampleError) else sample
 

@@ -9,10 +9,7 @@ from typing import Any, NoReturn
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Loads lists, dicts, tuples, sets, strings, bytes, numbers and None.
-
-    It refuses classes and functions, so no code runs.
-    """
+    """Loads lists, dicts, tuples, sets, strings, bytes, numbers, None; refuses classes and functions. No code runs."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"it names {module}.{name}, and only plain values are read")

@@ -48,9 +48,7 @@ class Unread:
 
 
 def needs_extraction(prediction: Prediction, official: Rule) -> bool:
-    """Whether the official code would ask a language model about this answer: there is an answer, but no letter was
-    found.
-    """
+    """Whether the official code would ask a language model: there is an answer, but no letter was found."""
     asks = official.reader in EXTRACTED_READERS and prediction.refused is None
     return asks and prediction.extracted is None and prediction.official_read is None
 

@@ -69,9 +69,6 @@ def read_choice_as_blink(text: str, choices: Sequence[str]) -> str | None:
 
 
 def read_choice_as_mmiu(text: str) -> str | None:
-    """MMIU's official parser without its last step, which asks GPT-4o-mini.
-
-    It removes . , ( ) and accepts a letter a to n.
-    """
+    """MMIU's official parser without its last step, which asks GPT-4o-mini: a letter a to n, without . , ( )."""
     stripped = text.strip().strip(".,()").strip()
     return stripped.upper() if re.fullmatch(r"[A-Na-n]", stripped) else None

@@ -41,10 +41,7 @@ class OtherVersion(UserError, ValueError):
 
 
 def result_folder(name: str, limit: int | None, generation: str) -> str:
-    """The folder of a benchmark's results.
-
-    Each prompt style has its own folder, so results do not overwrite each other.
-    """
+    """The folder of a benchmark's results. Each prompt style has its own folder, so nothing is overwritten."""
     how = "" if generation == "greedy" else "-model-generation"
     return name + how + ("" if limit is None else f"-limit{limit}")
 

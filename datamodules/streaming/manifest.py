@@ -70,10 +70,7 @@ def manifest_bytes(folder: str | Path) -> bytes | None:
 
 @functools.lru_cache(maxsize=64)
 def _fetched(url: str) -> bytes:
-    """Download a manifest.
-
-    It is cached, so that all readers of a process get the same manifest even if it changes on the server.
-    """
+    """Download a manifest. It is cached, so all readers of a process get the same one."""
 
     def attempt() -> bytes:
         parts, size = [], 0
@@ -133,9 +130,7 @@ def name_fault(name: object) -> str | None:
 
 
 def _parse(data: bytes) -> Any:
-    """Decode strict JSON: without NaN and Infinity, and without repeated keys, of which Python would silently take the
-    last.
-    """
+    """Decode strict JSON: without NaN, Infinity and repeated keys (Python would silently take the last value)."""
     return json.loads(data.decode(), object_pairs_hook=unique_keys, parse_constant=refuse_constant)
 
 

@@ -176,9 +176,7 @@ class ShardCache(FileCache):
         log.info("fetched %s: %.1f MB in %.1f s", shard.location, shard.bytes / 1e6, time.time() - began)
 
     def _make_room(self, shard: Shard, part: Path) -> None:
-        """Remove the least recently used shards until there is space for this one; then reserve the space with its
-        partial file.
-        """
+        """Remove the least recently used shards until this one fits; then reserve its space with the partial file."""
         deadline = time.monotonic() + ROOM_SECONDS
         while True:
             needed = {self.shards[location].sha256 for location in self.needed()}
@@ -210,10 +208,7 @@ class ShardCache(FileCache):
         return found
 
     def _remove(self, file: _CachedFile) -> bool:
-        """Remove a shard or a partial file, unless it is being downloaded.
-
-        A process that has it open can continue to read.
-        """
+        """Remove a shard or partial file, unless it is being downloaded. Processes that have it open can still read."""
         if file.path.suffix == ".part":
             try:
                 with self._lock(file.lock.name, wait=False):

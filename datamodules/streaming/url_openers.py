@@ -200,10 +200,7 @@ def open_pipe(url: str, mode: str = "rb", bufsize: int = 0, start: int = 0) -> I
 
 
 class _Output:
-    """The standard output of a shell command.
-
-    It is an error if there is no output for too long, or if the exit status is not 0.
-    """
+    """The output of a shell command. A long silence, or an exit status other than 0, is an error."""
 
     def __init__(self, command: str) -> None:
         # A new session, so that the children of the shell, which hold the pipe, are ended together with it.

@@ -253,9 +253,7 @@ def num_ahead_of_each(num_workers: int, num_ahead: int) -> int:
 
 
 def _end_where_a_value_is_lost(number: int) -> None:
-    """Runs in a worker: ends it if PyTorch's sending thread cannot send a value, because PyTorch would silently drop
-    the value.
-    """
+    """Ends a worker if PyTorch's sending thread cannot send a value, because PyTorch would silently drop it."""
 
     def end(error: Exception, value: Any) -> None:
         print(f"\nworker {number} cannot hand a sample over: {error!r}", file=sys.stderr, flush=True)

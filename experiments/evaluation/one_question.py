@@ -1,6 +1,4 @@
-"""One question about a user's own images: make its sample, and convert the boxes of the answer to pixels of the
-original images.
-"""
+"""One question about a user's own images: make its sample, and convert the answer's boxes to pixels."""
 
 from __future__ import annotations
 

@@ -126,9 +126,7 @@ class PictureEncoder:
 
 
 def _pieces(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The texts of all tokens that are valid text by themselves, in the order of the vocabulary, without special
-    tokens.
-    """
+    """The texts of all tokens that are valid text alone, in the order of the vocabulary, without special tokens."""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     texts = [tokenizer.decode([i]) for i in range(len(tokenizer)) if i not in special]
     return [text for text in texts if text and "\ufffd" not in text]

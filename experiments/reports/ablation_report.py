@@ -1,6 +1,4 @@
-"""Write ablations.json, ablations.md and ablations.html: the mean of each row over its seeds, and the differences
-between rows.
-"""
+"""Write ablations.json, .md and .html: the mean of each row over its seeds, and the differences between rows."""
 
 from __future__ import annotations
 
@@ -55,9 +53,7 @@ def write(home: Path, folders: Mapping[int, Path], starts: Mapping[str, str], co
 
 
 def figures(home: Path) -> tuple[dict[str, float], dict[str, list[list[str]]]]:
-    """Values and tables of the ablations.json in `home` for W&B: "<row>/<figure>", "<row>/avg_std", differences; and
-    the tables.
-    """
+    """Values and tables of `home`/ablations.json for W&B: "<row>/<figure>", "<row>/avg_std" and differences."""
     summary = read_json(home / "ablations.json")
     values = {}
     for row in summary["rows"]:

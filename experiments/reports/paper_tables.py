@@ -101,10 +101,7 @@ def find_measured(outputs: Path) -> dict[str, Cells]:
 
 
 def phase_measured(experiment: Path) -> dict[str, Cells]:
-    """The same for the phases of one experiment, with labels "<experiment>/<phase>".
-
-    Each decoding method gets its own row.
-    """
+    """The same for the phases of an experiment, as "<experiment>/<phase>"; one row per decoding method."""
     measured: dict[str, Cells] = {}
     phases = [path for path in sorted(experiment.iterdir()) if "." not in path.name]  # a dot means a renamed old run
     for phase in phases:
@@ -136,10 +133,7 @@ def result_cells(result: Mapping[str, Any]) -> Cells:
 
 
 def text_rows(table: Table) -> list[list[str]]:
-    """Header and rows as text.
-
-    Measured rows are marked; they have intervals and, in the last column, the number of questions.
-    """
+    """Header and rows as text. Measured rows are marked; they have intervals and the number of questions."""
     rows = [["", *(heading for heading, _ in table.columns), "n"]]
     for row in table.rows:
         asked = [cell["n"] for cell in row.cells if isinstance(cell, Mapping)]

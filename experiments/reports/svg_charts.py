@@ -1,6 +1,4 @@
-"""Small SVG charts for the pages, without scripts: this file converts numbers to pixels, and pages/*.svg.j2 has the
-markup.
-"""
+"""Small SVG charts without scripts: this file converts numbers to pixels; pages/*.svg.j2 has the markup."""
 
 from __future__ import annotations
 

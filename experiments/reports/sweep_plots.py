@@ -20,10 +20,7 @@ FEWEST_FOR_IMPORTANCE = 6  # smallest number of finished trials for the plot of 
 
 
 def write_plots(path: Path, plan: SweepPlan, study: Study) -> str | None:
-    """Write the page of plots to `path`.
-
-    Returns a sentence if there is no page because plotly or a finished trial is missing.
-    """
+    """Write the page of plots to `path`. Returns the reason if plotly or a finished trial is missing."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
@@ -60,9 +57,7 @@ def plots(plan: SweepPlan, study: Study) -> Iterator[tuple[str, str, Any]]:
 
 
 def num_best(num_finished: int) -> int:
-    """Number of trials that count as the best ones for importance: a tenth, but at least three, because one is not
-    enough.
-    """
+    """Number of trials that count as the best ones for importance: a tenth, but at least three."""
     return max(3, num_finished // 10)
 
 

@@ -1,7 +1,4 @@
-"""Weights & Biases: online with a key, otherwise offline, and never an interactive prompt.
-
-There is one run per phase folder.
-"""
+"""Weights & Biases: online with a key, otherwise offline, never an interactive prompt. One run per phase folder."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A sweep's YAML, in W&B's own format, read and checked before anything runs.
-
-This file imports neither the optimizer nor W&B.
-"""
+"""A sweep's YAML in W&B's format, checked before anything runs. Imports neither the optimizer nor W&B."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Ask a teacher for several responses to every question, asynchronously.
-
-Each response is written to the journal when it arrives.
-"""
+"""Ask a teacher asynchronously for several responses to every question, and write each to the journal."""
 
 from __future__ import annotations
 
@@ -248,9 +245,7 @@ class Teacher:
         return loaded.sample.id, build_request(loaded, self.form)
 
     async def _ask(self, question: _Question, sample_id: str, request: ChatRequest, endpoint: ChatEndpoint) -> None:
-        """Ask for the missing responses of one question; each is written to the journal at once, so that a kill loses
-        none.
-        """
+        """Request the missing responses of one question; each is journalled at once, so that a kill loses none."""
         sampling = self.sampling
         sizes = image_sizes_to_json(request.image_sizes)
         while question.responses:

@@ -24,9 +24,7 @@ from lightning_modules.models.architectures.base import Architecture
 
 
 def name_in_model(stored: str, names: Iterable[str], architecture: Architecture) -> str | None:
-    """The name in transformers 5 (one of `names`) of the tensor with the name `stored` in a published file; None if
-    there is none.
-    """
+    """The name in transformers 5 (one of `names`) of the published tensor `stored`; None if there is none."""
     prefixes = architecture.published_prefixes
     candidates = (own + stored.removeprefix(published) for published, own in prefixes if stored.startswith(published))
     return next((name for name in candidates if name in names), None)

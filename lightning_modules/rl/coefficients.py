@@ -28,9 +28,7 @@ def scheduled(start: float, schedule: ScheduleSettings, update: int, num_updates
 
 
 class EntropyController:
-    """The coefficient of the entropy bonus: constant, or controlled by the entropy of the last update
-    (`EntropySettings`).
-    """
+    """The coefficient of the entropy bonus: constant, or controlled by the last entropy (`EntropySettings`)."""
 
     def __init__(self, settings: EntropySettings) -> None:
         self.settings = settings
@@ -67,8 +65,5 @@ class EntropyController:
         return {"value": self._value, "last": self._last}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state at the end of an update.
-
-        The sums of an open window are dropped, because the window is repeated.
-        """
+        """Restore the state at the end of an update. Sums of an open window are dropped, because it is repeated."""
         self._value, self._last, self._sums = state["value"], state["last"], (0.0, 0)

@@ -228,9 +228,7 @@ def _outcome(number: int, item: EncodedSample, texts: list[str], encoder: Encode
 def _write_kept(
     folder: Path, reader: ShardReader, chunks: dict[int, dict[str, Any]], settings: RejectionSettings, key: str
 ) -> None:
-    """Write shards/ and kept.jsonl in the order of the source, and last histogram.json, which marks the folder as
-    complete.
-    """
+    """Write shards/ and kept.jsonl in the order of the source, and then histogram.json, which marks completion."""
     # 1. Kept candidates: those that are solved sometimes, so that rewards differ and advantages are not all 0.
     outcomes = [outcome for number in sorted(chunks) for outcome in chunks[number]["outcomes"]]
     rejected = Counter(rule for chunk in chunks.values() for rule in chunk["rejected"].values())

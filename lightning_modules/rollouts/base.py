@@ -89,10 +89,7 @@ class RolloutRequest:
     def for_evaluation(
         cls, items: Sequence[EncodedSample], max_new_tokens: int, prompts_per_batch: int
     ) -> RolloutRequest:
-        """The request for one greedy answer per item.
-
-        All special tokens except placeholders are allowed, as for any model.
-        """
+        """The request for one greedy answer per item. All special tokens except placeholders are allowed."""
         sampling = SamplingSettings(1, 1.0, max_new_tokens, prompts_per_batch)
         return cls(items, sampling, greedy=True, ban="placeholders")
 

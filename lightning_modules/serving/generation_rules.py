@@ -48,9 +48,7 @@ GREEDY_SERVER_FIELDS = {"temperature": 0.0} | SERVER_FIELDS
 
 
 def rules(generation: Generation) -> dict[str, Any]:
-    """The decoding rules of a model in this process that answers depend on, in addition to the model's files, as JSON
-    values.
-    """
+    """The decoding rules of a model in this process that its answers depend on, as JSON values."""
     stated = {"generation": generation, "banned": "image and video placeholders"}
     return stated | (NEUTRAL if generation == "greedy" else {})
 
@@ -107,9 +105,7 @@ def own_seed(name: str) -> Iterator[None]:
 
 
 def server_rules(settings: EndpointSettings, generation: Generation) -> dict[str, Any]:
-    """The decoding rules of a model on a server that answers depend on, in addition to the server's settings, as JSON
-    values.
-    """
+    """The decoding rules of a model on a server that its answers depend on, as JSON values."""
     if generation == "model":
         return {"generation": "model"}
     return {"generation": "greedy", "temperature": 0.0} | server_fields(settings)

@@ -108,10 +108,7 @@ def _gather(values: Mapping[str, Any], keep: bool) -> dict[str, Any]:
 
 
 def _scatter(value: Any, parameter: Tensor) -> Any:
-    """This rank's shard of a full tensor in the optimizer state.
-
-    Other values, such as AdamW's step, are returned unchanged.
-    """
+    """This rank's shard of a full tensor in the optimizer state; other values, such as AdamW's step, unchanged."""
     is_like = isinstance(value, Tensor) and value.shape == parameter.shape
     return local_shard(value, parameter) if is_like else value
 

@@ -85,10 +85,7 @@ def misfit(values: Sequence[float], coordinates: Coordinates, size: Size, limits
 
 
 def count_fits(boxes: Iterable[Written], limits: Limits) -> dict[str, int]:
-    """The number of boxes that are possible in each box format.
-
-    Resized pixels are counted only if their limits are known.
-    """
+    """The number of boxes that fit each box format. Resized pixels are counted only if their limits are known."""
     counts: Counter[str] = Counter({name: 0 for name in COORDINATES if name != "resized_pixels" or limits})
     for box in boxes:
         counts.update(name for name in counts if misfit(box.values, name, box.size, limits) is None)

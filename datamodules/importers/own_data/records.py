@@ -135,9 +135,7 @@ class RecordReader:
 
 
 class Reservoir(Generic[T]):
-    """Draws CHECKED items from a stream of unknown length, with equal probability and a fixed seed (Vitter 1985,
-    algorithm R).
-    """
+    """Draws CHECKED items from a stream with equal probability and a fixed seed (Vitter 1985, algorithm R)."""
 
     def __init__(self) -> None:
         self.kept: list[T] = []

@@ -1,7 +1,4 @@
-"""The user's statements about their own data, for facts that the format does not contain.
-
-They are never guessed from the numbers.
-"""
+"""The user's statements about their own data, which the format does not contain. They are never guessed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Two attention functions that are registered with transformers under this project's names.
-
-Nothing in transformers is patched.
-"""
+"""Two attention functions, registered with transformers under this project's names, without any patching."""
 
 from __future__ import annotations
 

@@ -21,8 +21,5 @@ class GroupSpan:
 
 
 def group_length(item: EncodedSample, completions: Sequence[Tensor]) -> int:
-    """Number of tokens of a group in a packed row.
-
-    The last token of a completion predicts nothing, so it is not in the row.
-    """
+    """Number of tokens of a group in a packed row, without each completion's last token, which predicts nothing."""
     return len(item.input_ids) + sum(max(len(completion) - 1, 0) for completion in completions)

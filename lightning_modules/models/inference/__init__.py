@@ -1,3 +1,1 @@
-"""The model without gradients, for sampling and for the frozen reference: a CPU version, a GPU version, and the plain
-model.
-"""
+"""The model without gradients, for sampling and for the reference: a CPU version, a GPU version, and a plain one."""

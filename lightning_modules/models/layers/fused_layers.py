@@ -33,10 +33,7 @@ def has_kernels(device: torch.device) -> bool:
 
 
 class FusedNorm(nn.Module):
-    """An RMS norm as one kernel.
-
-    The kernel computes no gradient of the weight, so a trained norm uses transformers' forward pass.
-    """
+    """An RMS norm as one kernel without a gradient for the weight; a trained norm uses the original forward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not has_kernels(x.device) or (self.weight.requires_grad and torch.is_grad_enabled()):

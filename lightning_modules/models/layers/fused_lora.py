@@ -25,10 +25,7 @@ from lightning_modules.models.layers.onednn_linear import linear, uses_onednn
 
 
 class FusedLoraLinear(LoraLinear):
-    """PEFT's layer with a faster forward pass for one plain adapter on a frozen layer.
-
-    Other cases use PEFT's forward pass.
-    """
+    """PEFT's layer with a faster forward pass for one plain adapter on a frozen layer; otherwise PEFT's."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plain = not (args or kwargs or self.disable_adapters or self.merged or self.lora_variant)

@@ -1,6 +1,4 @@
-"""The lifecycle of the vLLM engine in a run of the Trainer: connect at the start, and close at the end, also after an
-error.
-"""
+"""The vLLM engine in a run of the Trainer: connect at the start, and close at the end, also after an error."""
 
 from __future__ import annotations
 

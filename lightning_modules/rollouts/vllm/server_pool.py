@@ -177,10 +177,7 @@ class ServerPool:
                 await asyncio.sleep(self.pause)
 
     async def _prepared(self, server: _Server) -> bool:
-        """Whether the server could be prepared.
-
-        Raises ServersLost if no server could be prepared for `patience` seconds.
-        """
+        """Whether the server could be prepared. Raises ServersLost after `patience` seconds without any server."""
         try:
             async with asyncio.timeout(self.look):
                 await self.prepare(server.endpoint)
