@@ -1,5 +1,6 @@
 # One command for each job. The first command that needs Python makes .venv and installs the dependencies of setup.cfg.
-# CONFIG is another YAML, ARGS overrides any of its fields, SEED is the seed of pipeline, sft, grpo and sweep:
+# CONFIG is another YAML, ARGS overrides any of its fields, SEED is the seed of pipeline, sft, grpo and sweep.
+# GPUS=8 trains on 8 GPUs with the same total batch:
 #   make grpo CONFIG=experiments/configs/paper/grpo_7b.yaml ARGS="--model.loss.kl_beta=0.01"
 #   make pipeline SEED=1
 # A command may ask whether to keep results from before source files changed. KEEP=1 or REDO=1 answers this question.
@@ -21,6 +22,7 @@ ROOT ?=
 BOXES ?=
 DATA ?=
 SEED ?=
+GPUS ?=
 RUNS ?=
 SEEDS ?=
 ROWS ?=
@@ -29,7 +31,7 @@ KEEP ?=
 REDO ?=
 NANO := experiments/configs/nano
 # A misspelt variable, such as ARG= for ARGS=, would be ignored and a full run started.
-VARIABLES := PYTHON VENV CONFIG MODEL BENCH IMAGES REPO QUESTION ARGS SOURCE ROOT BOXES DATA SEED RUNS SEEDS ROWS SWEEP KEEP REDO \
+VARIABLES := PYTHON VENV CONFIG MODEL BENCH IMAGES REPO QUESTION ARGS SOURCE ROOT BOXES DATA SEED GPUS RUNS SEEDS ROWS SWEEP KEEP REDO \
 	VLLM_VENV BENCH_PYTHON STAMP
 given := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 unknown := $(filter-out $(VARIABLES) MAKE% -%,$(given))
@@ -40,7 +42,7 @@ comma := ,
 space := $(subst ,, )
 # $(call list,a b): the value [a,b] for a flag.
 list = '[$(subst $(space),$(comma),$(strip $(1)))]'
-seed = $(if $(SEED),--seed_everything $(SEED))
+seed = $(if $(SEED),--seed $(SEED)) $(if $(GPUS),--gpus $(GPUS))
 answer = $(if $(filter-out 0,$(REDO)),--redo) $(if $(filter-out 0,$(KEEP)),--keep)
 # The nano configurations need the synthetic dataset. It is generated once; a finished one is kept, also if `make shards`
 # has made it with other ARGS. Another CONFIG has its own data.
@@ -53,14 +55,14 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help pipeline smoke ablations base shards inspect sft grpo vllm-server sweep agent eval ask publish rescore synthesize tables report compare
+.PHONY: help pipeline smoke ablations base shards inspect sft grpo vllm-server sweep agent eval ask publish rescore synthesize tables runs report compare
 .PHONY: dashboard bench bench-gpu chaos lint test test-slow clean
 
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf '\n  CONFIG=file.yaml  another configuration      ARGS="--model.loss.kl_beta=0.01"  override any field\n'
 	@printf '  KEEP=1, REDO=1    keep results from before source files changed, or make them again\n'
-	@printf '  SEED=1            of pipeline, sft, grpo, sweep\n  PYTHON=python3.12 the Python that makes .venv\n'
+	@printf '  SEED=1            of pipeline, sft, grpo, sweep      GPUS=8  for pipeline, sft, grpo, eval\n  PYTHON=python3.12 the Python that makes .venv\n'
 
 $(STAMP): setup.cfg
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -71,7 +73,7 @@ $(STAMP): setup.cfg
 
 pipeline: $(STAMP)  ## Base model, CoT-SFT, rejection sampling, GRPO, MIG-Bench after each stage, and the report (the main job)
 	$(if $(CONFIG),,$(PY) -m experiments.nano.pretrain --processes 2)
-	$(PY) -m experiments.pipeline $(call config,pipeline) --seed $(or $(SEED),0) $(answer) $(ARGS)
+	$(PY) -m experiments.pipeline $(call config,pipeline) --seed $(or $(SEED),0) $(if $(GPUS),--gpus $(GPUS)) $(answer) $(ARGS)
 
 smoke: $(STAMP)  ## The pipeline with few steps and questions, in about two minutes: does everything work here?
 	$(PY) -m experiments.pipeline $(call config,smoke) $(answer) $(ARGS)
@@ -115,7 +117,7 @@ vllm-server:  ## Serve rollouts for GRPO with model.rollout.engine=vllm: MODEL=f
 eval: $(STAMP)  ## Evaluate any model on MIG-Bench, BENCH=all (or ref_l4,...), or shards DATA=data/kites/val: MODEL=outputs/nano/grpo/merged
 	$(if $(DATA),,$(dataset))
 	$(PY) -m experiments.evaluate $(call config,eval) $(if $(MODEL),--model $(MODEL)) $(addprefix --bench ,$(or $(DATA),$(BENCH))) \
-		$(answer) $(ARGS)
+		$(if $(GPUS),--processes $(GPUS)) $(answer) $(ARGS)
 
 ask: $(STAMP)  ## Ask a model about your own images: MODEL=folder IMAGES="a.jpg b.jpg" QUESTION="..."; boxes in pixels and a drawing
 	@$(PY) -m experiments.ask_model --model $(or $(MODEL),nano) --images $(call list,$(IMAGES)) --question "$$QUESTION" $(ARGS)
@@ -134,6 +136,9 @@ synthesize: $(STAMP)  ## CoT data from a teacher: the nano CoT-SFT model, served
 	$(if $(CONFIG),,test -d outputs/nano/cot_sft/merged || $(MAKE) sft SEED= ARGS=)
 	$(dataset)
 	$(PY) -m experiments.synthesize $(call config,synthesize) $(answer) $(ARGS)
+
+runs: $(STAMP)  ## All runs in outputs/: state, AVG, commit, size, age; ARGS=--clean offers to delete what was moved aside
+	@$(PY) -m experiments.runs.overview.run_table $(ARGS)
 
 report: $(STAMP)  ## Rewrite report.html from a finished or running experiment: ARGS="--folder outputs/nano-seed1"
 	$(PY) -m experiments.reports.pipeline_report $(ARGS)

@@ -28,6 +28,7 @@ from experiments.evaluation.evaluation_settings import PHASE_FOLDER, read_settin
 from experiments.reports import pipeline_report
 from experiments.runs import preflight, run_identity
 from experiments.runs.changes import Choice, choice_of, spell_out
+from experiments.runs.command_line.run_words import seeded
 from experiments.runs.commands import command
 from experiments.runs.parsers import run_cli
 from experiments.runs.results import BASE, Results, Stage, current_commit, make_stage, write_results
@@ -38,7 +39,7 @@ from experiments.runs.user_files import find_user_files
 
 def experiment_folder(outputs: str, experiment: str, seed: int) -> Path:
     """The folder of an experiment at this seed."""
-    return Path(outputs) / (experiment if seed == 0 else f"{experiment}-seed{seed}")
+    return Path(outputs, seeded(experiment, seed))
 
 
 def check_stages(stages: Iterable[str], overrides: Iterable[str]) -> None:
@@ -90,6 +91,7 @@ class Pipeline:
         environment: stage -> more variables for its processes.
         choice: whether steps that were made with other source files are kept or repeated.
         plan: the list of all steps, for messages and for the time left; several pipelines may share it.
+        gpus: GPUs of each training and evaluation; None: as the configurations say.
     """
 
     folder: Path
@@ -101,6 +103,7 @@ class Pipeline:
     environment: Callable[[str], Mapping[str, str]] = lambda stage: {}
     choice: Choice | None = None
     plan: Plan | None = None
+    gpus: int | None = None
 
     def __post_init__(self) -> None:
         find_user_files(phase.config for phase in self.phases.values())
@@ -123,6 +126,7 @@ class Pipeline:
         command = ["experiments.train", "--config", config, "--model.init_args.model", model]
         command += ["--experiment", self.folder.name, "--phase", stage, "--outputs", str(self.folder.parent)]
         command += ["--seed_everything", str(self.seed), *shlex.split(self.overrides.get(stage, ""))]
+        command += [] if self.gpus is None else ["--gpus", str(self.gpus)]
         settings = yaml.safe_load(Path(config).read_text())
         given = [word.partition("=")[2] for word in command if word.startswith("--data.shards=")]
         inputs = (config, model, *source_list(given[-1] if given else settings["data"]["shards"]))
@@ -135,6 +139,7 @@ class Pipeline:
             modules=("experiments.train", *class_modules(settings)),
             choice=self.choice,
             proof=self.folder / stage / run_identity.DONE,
+            check=("--check",),
         )
 
     def evaluation_of(self, stage: str) -> Step:
@@ -142,6 +147,7 @@ class Pipeline:
         folder, model = self.folder / stage, self.model_of(stage)
         home, asked = folder / PHASE_FOLDER, self.asked
         command = ["experiments.evaluate", "--config", self.evaluation, "--model", model, "--output", str(home)]
+        command += [] if self.gpus is None else ["--processes", str(self.gpus)]
         command += ["--bench", mig_bench.NAME, *shlex.split(self.overrides.get("evaluation", ""))]
         questions = Path(asked.data_root, mig_bench.FOLDER, mig_bench.ANNOTATIONS)
         result = home / result_folder(mig_bench.NAME, asked.limit, asked.decoding.generation) / RESULT
@@ -217,6 +223,7 @@ def run(
     note: str = "",
     redo: bool = False,
     keep: bool = False,
+    gpus: int | None = None,
 ) -> None:
     """Run the whole pipeline.
 
@@ -233,6 +240,7 @@ def run(
         note: a limitation of the results; printed at the beginning and at the end
         redo: repeat results that were made with other source files of the project
         keep: keep results that were made with other source files of the project
+        gpus: number of GPUs for each training, with the same total batch, and for each evaluation
     """
     # 1. Check all settings before anything runs.
     check_stages(stages, overrides or {})
@@ -245,7 +253,8 @@ def run(
     folder = experiment_folder(outputs, experiment, seed)
     starts = [BASE, *stages]
     phases = {stage: Phase(start, config) for start, (stage, config) in zip(starts, stages.items(), strict=False)}
-    pipeline = Pipeline(folder, seed, model, evaluation, phases, overrides or {}, choice=choice_of(redo, keep))
+    choice = choice_of(redo, keep)
+    pipeline = Pipeline(folder, seed, model, evaluation, phases, overrides or {}, choice=choice, gpus=gpus)
     with run_identity.locked(folder):
         # 2. The synthetic dataset, and the choice for steps that other source files have made.
         if synthetic_dataset:

@@ -49,6 +49,7 @@ from experiments.sweeps.trials import (
 )
 
 GIVE_UP = 3  # the sweep ends after this number of failures in a row without any success, because all trials would fail
+KEEPS_BOTH = "To keep both sweeps, give the new one another `name` in its YAML."
 ATTEMPTS = 2  # a trial whose process is killed, for example because memory ran out, is tried once more
 
 
@@ -80,11 +81,12 @@ class LocalSweep:
         key = fingerprint(seed, plan.method, plan.metric, plan.maximize, plan.parameters, plan.command, inputs)
         settings = {"seed": seed, "method": plan.method, "metric": plan.metric, "maximize": plan.maximize}
         settings |= {"parameters": {p.name: asdict(p) for p in plan.parameters}, "command": list(plan.command)}
-        configs = [(str(config), content) for config, content in zip(plan.configs, inputs, strict=True)]
+        # The content of a configuration is settings, so another content is asked about as another setting is.
+        settings |= {"configurations": {str(c): content for c, content in zip(plan.configs, inputs, strict=True)}}
         find_user_files(str(ROOT / config) for config in plan.configs)
         loaded = [yaml.safe_load((ROOT / config).read_text()) for config in plan.configs]
         code = source_code(("experiments.sweep", "experiments.train", *class_modules(loaded)))
-        run_identity.claim(folder, MadeOf(key, settings, {"configurations": configs}, code), choice=choice)
+        run_identity.claim(folder, MadeOf(key, settings, code=code), choice=choice, cure=KEEPS_BOTH)
         self.log = TrialLog(folder / "trials.jsonl", key)
         self.study = Study(plan, seed)
         self.facts = {"seed": seed, "commit": current_commit(ROOT)}

@@ -119,7 +119,8 @@ def synthesize(
         known |= {"form": asdict(form), "sampling": asdict(sampling)}
         inputs = {"questions": [(str(folder), content) for folder, content in zip(folders, contents, strict=True)]}
         code = source_code(("experiments.synthesize",))
-        run_identity.claim(home, MadeOf(key, known, inputs, code), choice=choice_of(redo, keep))
+        cure = "To keep both, give the new responses another folder: --output FOLDER."
+        run_identity.claim(home, MadeOf(key, known, inputs, code), choice=choice_of(redo, keep), cure=cure)
         reader = ShardReader(folders, verify_shards)
         count = min(reader.count, limit or reader.count)
         result_key = fingerprint(key, threshold, count, asdict(prices))

@@ -44,7 +44,11 @@ ROOMS = {
         ("serving", "metrics"),
     ),
     "callbacks": (),
-    "experiments": (("reports", "runs/sharing"), ("evaluation", "sweeps", "nano", "bench"), ("runs", "synthesis")),
+    "experiments": (
+        ("reports", "runs/sharing"),
+        ("evaluation", "sweeps", "nano", "bench", "runs/command_line", "runs/overview"),
+        ("runs", "synthesis"),
+    ),
 }
 # Without __init__.py. A room that is full is divided: some of its files, and their tests, go to a room inside it.
 MOST_FILES = 14
@@ -321,7 +325,9 @@ def test_evaluating_a_served_model_loads_no_model_classes() -> None:
     assert {name: closure[name] for name in heavy & set(closure)} == {}
 
 
-@pytest.mark.parametrize("file", ["experiments/import_shards.py", "experiments/pipeline.py", "experiments/sweep.py"])
+@pytest.mark.parametrize(
+    "file", ["experiments/import_shards.py", "experiments/pipeline.py", "experiments/sweep.py", "experiments/train.py"]
+)
 def test_commands_that_compute_no_tensor_load_no_torch(file: str) -> None:
     """It takes seconds and hundreds of megabytes, in each worker of an import again."""
     closure = import_closure(ROOT, file)

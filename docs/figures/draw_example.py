@@ -78,7 +78,7 @@ def draw(sample: Sample, images: Sequence[Image.Image], answer: dict) -> Image.I
 
 def main(args: Sequence[str] | None = None) -> None:
     """Write example.json, where an answer is given, and example.png beside it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--predictions", type=Path, help="predictions.jsonl of a MIG-Bench evaluation")
     parser.add_argument("--id", help="id of the question")
     parser.add_argument("--model", default="the nano model after GRPO", help="name of the model in the picture")

@@ -27,6 +27,10 @@ class CodeChanged(UserError):
     """The existing results were made with other source files. The message asks the user to choose."""
 
 
+class OtherRun(UserError):
+    """A folder holds a run with other settings, and nothing was moved. The message names them and the cures."""
+
+
 @dataclass(frozen=True)
 class MadeOf:
     """Settings, inputs and code of a run.
@@ -50,10 +54,12 @@ class Differences:
     """`values`: settings and inputs that differ, as "name: old -> new". `fields`: settings that only one run has.
 
     A field is a setting that a version of the project has added or removed, so its value in the other run is unknown.
+    `contents`: the `values` that are inputs at the same place with another content.
     """
 
     values: list[str]
     fields: list[str]
+    contents: list[str]
 
 
 def take_choice(words: Sequence[str]) -> tuple[Choice | None, list[str]]:
@@ -107,7 +113,7 @@ def origin(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def find_differences(old: Mapping[str, Any], new: MadeOf) -> Differences:
     """The differences of settings and inputs between a recorded run and a new run."""
-    found = Differences([], [])
+    found = Differences([], [], [])
     # Through JSON, so that tuples equal lists and paths equal texts, as they do in the saved record.
     before, now = (json.loads(json.dumps(each, default=str)) for each in (old.get("settings", {}), new.settings))
     _walk("", before, now, found)
@@ -116,6 +122,8 @@ def find_differences(old: Mapping[str, Any], new: MadeOf) -> Differences:
         if not _same_inputs(before, inputs):
             shown = name.replace(".init_args", "")
             found.values.append(f"{shown}: {_in_words(before)} -> {_in_words(inputs)}")
+            if [path for path, _ in before] == [path for path, _ in inputs]:
+                found.contents.append(found.values[-1])
     return found
 
 
@@ -156,6 +164,31 @@ def changed_text(records: Sequence[tuple[str, Mapping[str, Any], Code]]) -> str:
         lines.append(f"  changed since: {listed(list(dict.fromkeys(files)), MOST_FILES)}")
     lines.append("KEEP=1 (flag --keep) keeps it, and goes on with what is unfinished by the code as it is now;")
     lines.append("REDO=1 (flag --redo) moves it aside and makes it again, and what is made from it.")
+    return "\n".join(lines)
+
+
+def other_run_text(folder: object, is_done: bool, differences: Differences, cure: str) -> str:
+    """The message that a folder holds a run with other settings: what differs, and the ways to go on; a few lines.
+
+    Args:
+        folder: the phase folder.
+        is_done: whether its run is finished.
+        differences: those of its run and of the run that wants to use it.
+        cure: how both runs are kept.
+    """
+    names = [*differences.values, *(f"{name}: only one of the two has it" for name in differences.fields)]
+    # The seed of module and data is the run's: it is told once.
+    is_reseeded = any(name.startswith("seed_everything:") for name in names)
+    names = [name for name in names if not (is_reseeded and name.startswith(("data.seed:", "model.seed:")))]
+    state = "finished" if is_done else "unfinished"
+    lines = [f"{folder} holds a run with other settings, which is {state}; nothing was moved. Different (old -> new):"]
+    lines += [f"  {line}" for line in ("; ".join(names[:2]), "; ".join(names[2:4])) if line]
+    if not names:
+        lines.append("  which settings, it did not write down")
+    if len(names) > 4:
+        lines[-1] += f"; and {len(names) - 4} more: compare {folder}/config.yaml"
+    lines.append(f"{cure} Or give the old values again.")
+    lines.append("REDO=1 (flag --redo) moves the old run aside, under another name, and starts afresh.")
     return "\n".join(lines)
 
 

@@ -21,6 +21,10 @@ class ShortErrors:
 
     words: Sequence[str] = ()
 
+    def __init__(self, *args: Any, **named: Any) -> None:
+        # An abbreviated flag is refused: --m could mean another setting after the next version of the project.
+        super().__init__(*args, **{"allow_abbrev": False} | named)
+
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **named: Any) -> jsonargparse.Namespace:
         """As in the base class; remembers the command line for messages."""
         self.words = list(sys.argv[1:] if args is None else args)

@@ -81,13 +81,19 @@ def training_problems(settings: Mapping) -> list[str]:
 
 
 def device_problems(trainer: Mapping) -> list[str]:
-    """The problem that a GPU is requested but does not exist."""
+    """The problem that GPUs are requested and do not exist, or fewer exist."""
     import torch  # a slow import, which an import of data does not need
 
     accelerator = trainer.get("accelerator")
-    if accelerator not in ("gpu", "cuda") or torch.cuda.is_available():
+    if accelerator not in ("gpu", "cuda"):
         return []
-    return [f"trainer.accelerator={accelerator!r}: PyTorch finds no GPU here. Use --trainer.accelerator=cpu"]
+    if not torch.cuda.is_available():
+        return [f"trainer.accelerator={accelerator!r}: PyTorch finds no GPU here. Use --trainer.accelerator=cpu"]
+    wanted, found = num_ranks({"devices": trainer.get("devices")}), torch.cuda.device_count()
+    if wanted <= found:
+        return []
+    cure = f"Use --trainer.devices={found}, or --gpus={found}, which keeps the total batch"
+    return [f"trainer.devices={wanted}: PyTorch finds {found} GPU{'s' * (found > 1)} here. {cure}"]
 
 
 def size_problems(settings: Mapping) -> list[str]:
@@ -124,7 +130,11 @@ def model_problems(path: str) -> list[str]:
     try:
         check_policy(path, known_types())
     except (ValueError, OSError) as error:
-        return [str(error)]
+        folder, told = Path(path), str(error)
+        if folder.name == "merged" and not folder.is_dir():  # the model of an earlier stage of this experiment
+            stage = f"{folder.parent.parent.name}/{folder.parent.name}"
+            told += f". Train {stage} first, or name another model with --model.model=FOLDER"
+        return [told]
     return []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,11 +25,13 @@ from experiments.runs.changes import (
     Choice,
     Differences,
     MadeOf,
+    OtherRun,
     decide,
     find_differences,
     is_stale,
     kept,
     origin,
+    other_run_text,
     question,
     set_aside_text,
 )
@@ -59,12 +62,14 @@ def claim(
     run: MadeOf | str,
     say: Callable[[str], None] = print,
     choice: Choice | None = None,
+    cure: str = "",
     **facts: object,
 ) -> bool:
     """Prepare a phase folder for a run. Returns True if this run is already done.
 
-    A folder with a run of other settings or inputs is renamed, and the differences are printed. No result is lost, and
-    no old result is reused.
+    A folder with a run of other settings or inputs is renamed, and the differences are printed. With a `cure` it is
+    renamed only with the choice "redo", or if only the content of inputs at the same path differs, because the user has
+    made these inputs again. No result is lost, and no old result is reused.
 
     Args:
         folder: the phase folder.
@@ -72,13 +77,15 @@ def claim(
         say: prints a message.
         choice: the user's choice if only the code may differ. "keep" uses or continues the existing run; "redo" renames
             its folder.
+        cure: how the user keeps both runs if the settings differ; "": the old folder is renamed without a question.
         facts: more fields of started.json, such as the commit.
 
-    Raises CodeChanged if only the code may differ and there is no `choice`.
+    Raises CodeChanged if only the code may differ and there is no `choice`, and OtherRun if the settings differ and
+    there is a `cure`.
     """
     folder = Path(folder)
     run = MadeOf(run) if isinstance(run, str) else run
-    found = _look(folder, run, choice)
+    found = _look(folder, run, choice, cure)
     started, done = found.started, found.done
     # 1. Rename the folder of another run, or of a run with other code that is repeated.
     if found.decision == "redo":
@@ -102,6 +109,11 @@ def claim(
     return bool(done)
 
 
+def check(folder: Path, run: MadeOf, choice: Choice | None, cure: str) -> None:
+    """Raise what `claim` would raise with these arguments; the folder stays as it is."""
+    _look(Path(folder), run, choice, cure)
+
+
 def finish(folder: Path, key: str, **facts: object) -> None:
     """Mark the claimed run with this hash as done, with the code with which it began."""
     write_marker(folder, key=key, **facts, **origin(read_marker(folder, STARTED)))
@@ -115,14 +127,15 @@ class _Found:
     done: dict[str, Any]  # done.json
     is_other: bool = False  # the folder has a run with other settings or inputs
     decision: Choice | None = None  # the folder may have this run, but made with other code
-    differences: Differences = field(default_factory=lambda: Differences([], []))
+    differences: Differences = field(default_factory=lambda: Differences([], [], []))
 
 
-def _look(folder: Path, run: MadeOf, choice: Choice | None) -> _Found:
-    """Read the state of a folder. Raises CodeChanged if only the code may differ and there is no choice."""
+def _look(folder: Path, run: MadeOf, choice: Choice | None, cure: str = "") -> _Found:
+    """Read the state of a folder. Raises CodeChanged if only the code may differ and there is no choice; OtherRun as
+    `claim` does."""
     started, done = read_marker(folder, STARTED), read_marker(folder)
     # 1. Equal keys: only the code may differ.
-    known, differences, is_other = started.get("key", done.get("key")), Differences([], []), False
+    known, differences, is_other = started.get("key", done.get("key")), Differences([], [], []), False
     is_other_code = known == run.key and is_stale(started, run.code, choice)
     # 2. Different keys: compare the settings, to distinguish a real change from a field that a version has added.
     if known not in (None, run.key):
@@ -133,6 +146,9 @@ def _look(folder: Path, run: MadeOf, choice: Choice | None) -> _Found:
         may_be_same = record is not None and not differences.values and bool(run.code)
         is_other_code = may_be_same and ("settings" not in started or bool(differences.fields))
         is_other = not is_other_code
+        is_remade = bool(differences.values) and differences.values == differences.contents
+        if is_other and cure and choice != "redo" and not is_remade:
+            raise OtherRun(other_run_text(folder, bool(done), differences, cure))
     message = partial(question, str(folder), bool(done), started, run.code, differences.fields)
     return _Found(started, done, is_other, decide(is_other_code, choice, message), differences)
 
@@ -163,7 +179,14 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
-def wait_for_claim(folder: Path, run: MadeOf | str, seconds: float = 600.0, choice: Choice | None = None) -> bool:
+def is_aside(folder: Path) -> bool:
+    """Whether `set_aside` has given the folder its name."""
+    return re.search(r".\.(?:[0-9a-f]{8}|old)\+*$", folder.name) is not None
+
+
+def wait_for_claim(
+    folder: Path, run: MadeOf | str, seconds: float = 600.0, choice: Choice | None = None, cure: str = ""
+) -> bool:
     """On the other ranks: wait until the leader has claimed the folder for this run.
 
     Returns True if it is already done.
@@ -175,13 +198,14 @@ def wait_for_claim(folder: Path, run: MadeOf | str, seconds: float = 600.0, choi
         run: the same as in the leader's call of `claim`.
         seconds: the longest wait.
         choice: the same as in the leader's call of `claim`.
+        cure: the same as in the leader's call of `claim`.
 
-    Raises CodeChanged as `claim` does, and TimeoutError after `seconds`.
+    Raises CodeChanged and OtherRun as `claim` does, and TimeoutError after `seconds`.
     """
     run = MadeOf(run) if isinstance(run, str) else run
     end = time.monotonic() + seconds
     while True:
-        found = _look(Path(folder), run, choice)
+        found = _look(Path(folder), run, choice, cure)
         # Polling a file needs no process group.
         if found.started.get("key") == run.key and found.decision is None:
             return found.done.get("key") == run.key
@@ -271,3 +295,16 @@ def locked(folder: Path, say: Callable[[str], None] = print, wait: bool = True) 
                 waited = True
                 time.sleep(1.0)
         yield held
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds the folder's lock. No file is written."""
+    file = folder.parent / f".{folder.name}.lock"
+    if not file.is_file():
+        return False
+    with file.open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

@@ -34,6 +34,7 @@ MODEL_NOT_IN_KEY = (
 # The order of samples does not depend on the workers (`stream`), nor on the cache folder.
 DATA_NOT_IN_KEY = ("num_workers", "worker_timeout", "cache", "cache_gib")
 CALLBACKS_NOT_IN_KEY = (
+    "callbacks.run_progress.Progress",
     "callbacks.checkpoints.WindowCheckpoint",
     "callbacks.held_out_loss.HeldOutLoss",
     "callbacks.save_on_interrupt.SaveOnInterrupt",
@@ -42,6 +43,9 @@ CALLBACKS_NOT_IN_KEY = (
     "callbacks.rejected_samples.RejectedSamples",
     "callbacks.throughput.Throughput",
 )
+# Lightning's callbacks that only show or log something.
+SHOWING = ("TQDMProgressBar", "RichProgressBar", "ModelSummary", "RichModelSummary", "LearningRateMonitor")
+SHOWING += ("DeviceStatsMonitor", "ThroughputMonitor")
 # The folder of a selection; the same settings would give the same selection.
 CALLBACK_FIELDS_NOT_IN_KEY = {"callbacks.rejection_sampling.RejectionSampling": ("folder", "shared")}
 COLLAPSE = "callbacks.collapse_guard.CollapseGuard"
@@ -106,6 +110,9 @@ def _trusting(settings: Mapping[str, Any]) -> dict[str, bool]:
 def _matters(callback: Mapping[str, Any]) -> bool:
     if callback["class_path"] == COLLAPSE:  # a warning does not change results, and a stopped run is not finished
         return callback.get("init_args", {}).get("action") == "roll_back"
+    package, _, name = callback["class_path"].rpartition(".")
+    if package.startswith("lightning.pytorch.callbacks") and name in SHOWING:
+        return False
     return callback["class_path"] not in CALLBACKS_NOT_IN_KEY
 
 

@@ -10,10 +10,12 @@ import argparse
 import difflib
 import importlib
 import re
+import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 MOST_CHARACTERS = 80  # largest length of a value in a message
 MOST_LINES = 5
@@ -68,7 +70,10 @@ def explain(
         return _explain_unrecognized(found[1].split(), flags)
     if found := re.search(r"the following arguments are required: (.*)", message):
         names = ", ".join(name.strip().removeprefix("--") for name in found[1].split(","))
-        return f"no value for: {names}. Give a YAML with --config, or each as --name=value"
+        cure = (
+            "Give a YAML with --config, or each as --name=value" if "config" in flags else "Give each as --name=value"
+        )
+        return f"no value for: {names}. {cure}"
     if found := re.search(r"Problems parsing config: (.*)", message, re.DOTALL):
         return _explain_yaml(found[1], words)
     leaves, value = _read_tree(message)
@@ -213,7 +218,7 @@ def _files(words: Sequence[str]) -> list[Path]:
 
 def _given(name: str, words: Sequence[str]) -> str:
     """ "=value" as a flag or a YAML gives it to the setting whose name ends in `name`; "" if none does."""
-    for word, after in zip(words, [*words[1:], ""], strict=True):
+    for word, after in pairwise([*words, ""]):
         flag, is_one_word, value = word.partition("=")
         if word.startswith("--") and flag.rpartition(".")[2].lstrip("-") == name:
             return f"={(value if is_one_word else after)[:MOST_CHARACTERS]}"
@@ -226,7 +231,7 @@ def _given(name: str, words: Sequence[str]) -> str:
 def _where(name: str, words: Sequence[str], value: bool = False) -> str:
     """ "file.yaml, line 3: " if a YAML of the command line has this name as a key, and no flag has it; else ""."""
     flags = [word.partition("=")[0].rpartition(".")[2].lstrip("-") for word in words if word.startswith("--")]
-    if any(flag and name.startswith(flag) for flag in flags):  # a flag may be abbreviated
+    if name in flags:
         return ""
     pattern = re.compile(name if value else rf"(?:^|[\s{{,]){name}\s*:")
     for file in _files(words):
@@ -247,9 +252,21 @@ def _shorten(text: str) -> str:
 
 
 class PlainParser(argparse.ArgumentParser):
-    """argparse's parser, whose errors are short."""
+    """argparse's parser, whose errors are short. It refuses abbreviated flags."""
+
+    words: Sequence[str] = ()
+
+    def __init__(self, **named: Any) -> None:
+        super().__init__(**{"allow_abbrev": False} | named)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As in the base class; remembers the command line for messages."""
+        self.words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """End the program with a short message."""
+        """End the program with a short message. Unknown flags are told before absent ones, which they may stand for."""
         flags = [name for action in self._actions for name in action.option_strings]
+        if unknown := [word for word in self.words if word.startswith("--") and word.partition("=")[0] not in flags]:
+            message = f"unrecognized arguments: {' '.join(unknown)}"
         raise SystemExit(explain(message, known=flags))

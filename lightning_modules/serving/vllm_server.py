@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -89,6 +90,20 @@ def check_model(model: str) -> None:
         sys.exit(f"--model={model}: there is no such folder, and it is no Hub name (owner/name)")
 
 
+def check_port(host: str, port: str) -> None:
+    """Exit with a message if `port` is no port, or if another process uses it."""
+    if not port.isdigit() or not 0 < int(port) < 2**16:
+        sys.exit(f"--port={port} must be a number from 1 to 65535")
+    with socket.socket() as probe:
+        # As the server does: the connections of a server that has just ended do not hold the port.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, int(port)))
+        except OSError as error:
+            other = int(port) + 1 if int(port) < 2**16 - 1 else 8001
+            sys.exit(f'--port={port} on --host={host}: {error.strerror}. Name another port: ARGS="--port {other}"')
+
+
 def serve_command(venv: Path, model: str, on_cpu: bool, more: Sequence[str] = ()) -> list[str]:
     """The command that starts the server.
 
@@ -108,7 +123,8 @@ def serve_environment(on_cpu: bool) -> dict[str, str]:
 
 def main() -> None:
     """Install vLLM if necessary, then become the server."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    # Without abbreviations: all other flags are vLLM's, such as --max-model-len.
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", help="folder or Hub name of the model that GRPO trains; without it, only install")
     parser.add_argument("--venv", type=Path, default=Path(".venv-vllm"), help="the server's virtual environment")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: open to other machines, also to load adapters")
@@ -118,6 +134,7 @@ def main() -> None:
     arguments, more = parser.parse_known_args()
     if arguments.model is not None:
         check_model(arguments.model)  # first: the installation takes minutes
+        check_port(arguments.host, arguments.port)
     on_cpu = arguments.cpu or shutil.which("nvidia-smi") is None
     install(arguments.venv, on_cpu)
     if arguments.model is not None:

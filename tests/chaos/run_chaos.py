@@ -111,7 +111,9 @@ def render(kills: Sequence[Kill], spent: dict[str, float], found: Sequence[str],
 @command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make chaos`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--folder", type=Path, default=Path("outputs/chaos"), help="removed first")
     parser.add_argument("--model", default=str(ROOT / "models/nano-base"))
     parser.add_argument("--kills", type=int, default=20)

@@ -12,6 +12,7 @@ import torch
 
 from datamodules.checkpoints.model_folder import ModelError
 from experiments import evaluate, train
+from experiments.runs.command_line import train_cli
 from lightning_modules.serving.transformers_server import local_server, sampling_folder
 from tests.broken_models import change_tensors
 from tests.experiments.conftest import Workbench
@@ -117,7 +118,7 @@ def test_settings_of_an_adapter_are_told_with_the_other_faults(workbench: Workbe
 
 
 def test_all_linear_is_a_word_on_the_command_line(workbench: Workbench) -> None:
-    class Parsed(train.TrainCLI):
+    class Parsed(train_cli.TrainCLI):
         def instantiate_classes(self) -> None:
             pass
 

@@ -25,9 +25,9 @@ from experiments import (
     import_shards,
     pipeline,
     synthesize,
-    train,
 )
 from experiments.evaluation.evaluation_settings import Evaluation
+from experiments.runs.command_line import train_cli
 from experiments.sweep import num_trials
 from experiments.sweeps.plan import read_plan
 from lightning_modules.cot_sft import CoTSFT
@@ -102,7 +102,7 @@ SHAPES = {
 PARAMETERS = {"3b": 3.75e9, "7b": 8.29e9}  # of the whole model
 
 
-class Parsed(train.TrainCLI):
+class Parsed(train_cli.TrainCLI):
     """The CLI up to instantiation, without the folder, the files and the checks of a run."""
 
     def before_instantiate_classes(self) -> None:

@@ -27,16 +27,21 @@ class Processes:
         self.broken: str | None = None
         self.ran: list[str] = []
         self.told: list[str] = []  # --keep or --redo, of those that ran
+        self.checked: list[str] = []  # the stages whose process was only asked whether it may use its folder
 
     def __call__(self, command: list[str], tick: Callable[[], object], environment: Mapping[str, str]) -> int:
         self.told += [word for word in command if word in ("--keep", "--redo")]
         command = [word for word in command if word not in ("--keep", "--redo")]
+        is_check = command[-1] == "--check"
+        command = command[: -1 if is_check else None]
         flags = dict(zip(command[3::2], command[4::2], strict=True))
         train = command[2] == "experiments.train"
         folder = Path(flags["--outputs"], flags["--experiment"], flags["--phase"]) if train else Path(flags["--output"])
         folder = folder if train else folder.parent
-        if folder.name == self.broken:
-            return 1
+        if is_check:
+            self.checked.append(folder.name)
+        if folder.name == self.broken or is_check:
+            return int(folder.name == self.broken)
         self.ran.append(f"{folder.parent.name}/{folder.name}")
         if train:
             model = flags["--model.init_args.model"]
@@ -52,6 +57,7 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> Processes:
     stand_ins = Processes()
     monkeypatch.setattr(subprocess_steps, "run_process", stand_ins)
     monkeypatch.setattr(wandb_runs, "log_summary", lambda *_: None)
+    monkeypatch.setattr(pipeline, "write_model_card", lambda phase: None)  # the stand-ins write no config.yaml
     return stand_ins
 
 
@@ -243,3 +249,23 @@ def test_a_yaml_that_asks_for_the_same_keeps_the_time_that_it_took(
     (tmp_path / "cot_sft.yaml").write_text((tmp_path / "cot_sft.yaml").read_text() + "# a comment\n")
     run_pipeline(settings, tmp_path)
     assert read_json(marker)["seconds"] == 1234.5
+
+
+def test_a_stage_that_would_be_refused_later_is_refused_before_any_stage_runs(
+    processes: Processes, settings: dict, tmp_path: Path
+) -> None:
+    run_rows(settings)
+    for name in ("cot_sft", "grpo"):  # as training leaves it
+        write_json(tmp_path / f"outputs/tiny/{name}/started.json", {"key": "a"})
+    run_rows(settings)
+    assert processes.checked == [], "a stage that is done needs no check, which takes seconds"
+    processes.ran.clear()
+    write_config(tmp_path, "cot_sft", 1)
+    processes.broken = "cot_sft"
+    with pytest.raises(SystemExit, match="cot_sft: training is refused; no stage was started"):
+        run_rows(settings)
+    assert processes.checked == ["cot_sft"] and processes.ran == []
+    processes.broken = None
+    run_rows(settings, redo=True)
+    assert processes.checked == ["cot_sft"], "the user has chosen already"
+    assert "tiny/cot_sft" in processes.ran and "tiny/grpo" in processes.ran

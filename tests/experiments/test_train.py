@@ -12,6 +12,7 @@ import yaml
 from datamodules.persistence.files import read_json
 from experiments import train
 from experiments.runs import metrics_csv, run_identity, run_key, wandb_runs
+from experiments.runs.command_line import train_cli
 from lightning_modules.rl.rollout_log import read_index
 from tests.experiments.conftest import Workbench, rolling_back, run_apart
 
@@ -49,14 +50,43 @@ def test_a_run_without_callbacks_is_saved_unless_told_otherwise(workbench: Workb
     assert all(file.parent == folder / "checkpoints" for file in folder.rglob("*.ckpt"))
 
 
-def test_other_settings_train_afresh_and_keep_the_old_run(workbench: Workbench) -> None:
+def test_other_settings_are_refused_and_with_redo_the_old_run_is_moved_aside(workbench: Workbench, capsys) -> None:
     config = workbench.training("cot_sft")
     arguments = ["--config", config, "--trainer.logger=false", "--trainer.max_steps=1"]
     train.main(arguments)
     key = read_json(workbench.outputs / "tiny" / "cot_sft" / "done.json")["key"]
-    train.main([*arguments, "--seed_everything=1"])
+    for more in ([], ["--check"], ["--keep"]):
+        with pytest.raises(SystemExit) as refused:
+            train.main([*arguments, "--seed_everything=1", *more])
+        message = str(refused.value.code)
+        assert len(message.splitlines()) <= 5 and "finished; nothing was moved" in message
+        assert "  seed_everything: 0 -> 1\n" in message and "--experiment NAME" in message and "REDO=1" in message
+        assert read_json(workbench.outputs / "tiny" / "cot_sft" / "done.json")["key"] == key
+    capsys.readouterr()
+    train.main([*arguments, "--check"])
+    assert capsys.readouterr().out == "", "the same run needs no answer"
+    train.main([*arguments, "--seed_everything=1", "--redo"])
     assert read_json(workbench.outputs / "tiny" / f"cot_sft.{key[:8]}" / "done.json")["key"] == key
     assert read_json(workbench.outputs / "tiny" / "cot_sft" / "done.json")["key"] != key
+
+
+def test_a_seed_and_an_experiment_name_the_folder_and_its_phases_start_from_each_other(
+    workbench: Workbench, capsys
+) -> None:
+    quick = ["--trainer.logger=false", "--trainer.max_steps=1"]
+    sft = ["--config", workbench.training("cot_sft"), *quick]
+    train.main([*sft, "--seed", "1", "--experiment=mine"])
+    home = workbench.outputs / "mine-seed1"
+    assert read_json(home / "cot_sft/started.json")["settings"]["seed_everything"] == 1
+    # The YAML of GRPO names the model of its own experiment.
+    settings = yaml.safe_load(Path(workbench.training("grpo")).read_text())
+    settings["model"]["init_args"]["model"] = str(workbench.outputs / "tiny/cot_sft/merged")
+    grpo = ["--config", workbench.write_yaml("linked", settings), *quick]
+    train.main([*grpo, "--experiment", "mine", "--seed=1"])
+    saved = yaml.safe_load((home / "grpo/config.yaml").read_text())
+    assert saved["model"]["init_args"]["model"] == str(home / "cot_sft/merged")
+    with pytest.raises(SystemExit, match=r"Train mine-seed2/cot_sft first, or name another model with --model\.model="):
+        train.main([*grpo, "--experiment=mine", "--seed=2"])
 
 
 def test_a_run_that_other_code_has_made_is_never_already_done(workbench: Workbench, capsys, monkeypatch) -> None:
@@ -79,7 +109,7 @@ def test_a_run_that_other_code_has_made_is_never_already_done(workbench: Workben
     train.main([*arguments, "--redo"])
     assert read_json(folder / "done.json")["code"] == code and "redo" not in (folder / "config.yaml").read_text()
     assert read_json(workbench.outputs / "tiny" / f"cot_sft.{key[:8]}" / "done.json")["key"] == key
-    train.main([*arguments, "--seed_everything=1"])
+    train.main([*arguments, "--seed_everything=1", "--redo"])
     said = capsys.readouterr().out
     assert "seed_everything: 0 -> 1" in said and f"mv {folder}.{key[:8]}+ {folder}" in said
 
@@ -151,7 +181,7 @@ def test_a_seed_out_of_range_is_named(workbench: Workbench) -> None:
 
 
 def test_a_stop_before_the_first_checkpoint_does_not_name_one(workbench: Workbench, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(train.Trainer, "fit", lambda *_, **__: sys.exit(1))
+    monkeypatch.setattr(train_cli.Trainer, "fit", lambda *_, **__: sys.exit(1))
     with pytest.raises(SystemExit):
         train.main(["--config", workbench.training("cot_sft"), "--trainer.logger=false"])
     assert "goes on from what is saved" in capsys.readouterr().out
@@ -160,7 +190,7 @@ def test_a_stop_before_the_first_checkpoint_does_not_name_one(workbench: Workben
 def test_the_key_follows_what_is_computed(workbench: Workbench) -> None:
     config = workbench.training("cot_sft")
 
-    class Parsed(train.TrainCLI):
+    class Parsed(train_cli.TrainCLI):
         def before_instantiate_classes(self) -> None:
             self.key = run_key.run_key(self.settings())
 

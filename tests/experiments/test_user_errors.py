@@ -1,150 +1,396 @@
-"""Mistakes of a user: each is answered in at most five lines with what, where, the value and the cure. Nothing runs."""
+"""Mistakes of a user: each is answered in at most five lines with place, value and cure, and nothing is lost."""
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
 from datamodules.checkpoints.model_folder import ModelError, local_folder
-from experiments import ablations, ask_model, evaluate, generate_synthetic, pipeline, sweep, synthesize, train
+from datamodules.streaming.shard_reader import ShardReader
+from datamodules.streaming.shard_writer import ShardWriter
+from experiments import (
+    ablations,
+    ask_model,
+    compare,
+    evaluate,
+    generate_synthetic,
+    import_shards,
+    pipeline,
+    sweep,
+    synthesize,
+    train,
+)
+from experiments.runs.command_line import mig
+from experiments.runs.overview import run_table
 from experiments.runs.usage_errors import explain, suggest
-from tests.experiments.conftest import Workbench
+from tests.datamodules.importers.own_data import own_files
+from tests.experiments.conftest import REJECTION, Workbench
 from tests.outside_make import outside_make
 
 ROOT = Path(__file__).resolve().parents[2]
 NANO = "experiments/configs/nano"
 Main = Callable[[list[str]], None]
+TAKEN: list[socket.socket] = []  # open until the tests end
+Prepare = Callable[[Workbench], tuple[Main, list[str]]]
 
 
 @pytest.fixture(autouse=True)
-def one_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_command_line(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("sys.argv", ["train"])  # LightningCLI warns when it is given arguments in two ways
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    yield
+    while TAKEN:
+        TAKEN.pop().close()
 
 
-def message_of(main: Main, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The message with which the command ends. Fails if the command prints a usage or ends as if it had worked."""
+def on_nano(main: Main, config: str, *more: str) -> Prepare:
+    """A command with a YAML of the nano default."""
+    return lambda bench: (main, ["--config", f"{NANO}/{config}.yaml", *more])
+
+
+def alone(main: Main, *words: str) -> Prepare:
+    """A command without a YAML."""
+    return lambda bench: (main, list(words))
+
+
+def on_bench(*more: str) -> Prepare:
+    """CoT-SFT of the tiny experiment."""
+    return lambda bench: (train.main, ["--config", bench.training("cot_sft"), "--trainer.logger=false", *more])
+
+
+def apart(*command: str) -> Prepare:
+    """A command of the shell; it ends as a command in this process does, with what it printed as the message."""
+
+    def run(arguments: list[str]) -> None:
+        ended = subprocess.run(command, cwd=ROOT, env=outside_make(), capture_output=True, text=True, timeout=60)
+        assert not ended.stdout
+        raise SystemExit(ended.stderr.strip() if ended.returncode else 0)
+
+    return lambda bench: (run, [])
+
+
+def of_make(variable: str) -> Prepare:
+    """`make grpo` with a variable."""
+
+    def prepare(bench: Workbench) -> tuple[Main, list[str]]:
+        if shutil.which("make") is None:
+            pytest.skip("needs make")
+        return apart("make", "-n", "grpo", variable)(bench)
+
+    return prepare
+
+
+def in_yaml(old: str, new: str) -> Prepare:
+    """CoT-SFT by a YAML with a mistake."""
+
+    def prepare(bench: Workbench) -> tuple[Main, list[str]]:
+        text = Path(bench.root, "wrong.yaml")
+        text.write_text((ROOT / NANO / "cot_sft.yaml").read_text().replace(old, new, 1))
+        return train.main, ["--config", str(text)]
+
+    return prepare
+
+
+def no_yaml(bench: Workbench) -> tuple[Main, list[str]]:
+    (bench.root / "bad.yaml").write_text("a: [1, 2\nb: {")
+    return train.main, ["--config", str(bench.root / "bad.yaml")]
+
+
+def in_benchmark(**changes: object) -> Prepare:
+    """MIG-Bench whose second question is changed."""
+
+    def prepare(bench: Workbench) -> tuple[Main, list[str]]:
+        root = bench.root / "own"
+        shutil.copytree(bench.root / "MIG-Bench", root / "MIG-Bench")
+        records = json.loads((root / "MIG-Bench/MIG_data.json").read_text())
+        records[1] |= changes
+        (root / "MIG-Bench/MIG_data.json").write_text(json.dumps(records))
+        words = ["--config", f"{NANO}/eval.yaml", f"--model={bench.model}", f"--data_root={root}", "--replicas=false"]
+        return evaluate.main, [*words, f"--output={bench.root / 'evaluated'}"]
+
+    return prepare
+
+
+def after_a_run(*more: str) -> Prepare:
+    """Other settings in the folder of a finished run."""
+
+    def prepare(bench: Workbench) -> tuple[Main, list[str]]:
+        words = ["--config", bench.training("cot_sft"), "--trainer.logger=false", "--trainer.max_steps=1"]
+        train.main(words)
+        return train.main, [*words, *more]
+
+    return prepare
+
+
+def too_few_kept(bench: Workbench) -> tuple[Main, list[str]]:
+    return train.main, ["--config", bench.training("grpo", [REJECTION]), "--trainer.logger=false"]
+
+
+def unsolved(bench: Workbench) -> tuple[Main, list[str]]:
+    return import_shards.main, import_words(bench.root, own_files.records("qwen", count=20), range(12))
+
+
+def import_words(root: Path, records: list[dict], broken: range) -> list[str]:
+    for number in broken:
+        records[number]["images"][1] = "images/gone.jpg"
+    mine = own_files.write_jsonl(root / "mine", records)
+    return ["--source=jsonl", f"--root={mine}", f"--out={root / 'imported'}", "--own.box_format=pixels"]
+
+
+def without_thinking(bench: Workbench) -> tuple[Main, list[str]]:
+    settings = yaml.safe_load(Path(bench.training("cot_sft")).read_text())
+    settings["data"] |= {"shards": str(bench.root / "plain_shards"), "style": "think"}
+    reader = ShardReader([str(bench.root / "shards")])
+    with ShardWriter(bench.root / "plain_shards") as writer:
+        for number in range(reader.count):
+            loaded = reader.read(number)
+            object.__setattr__(loaded.sample, "thinking", None)
+            writer.add(loaded)
+    return train.main, ["--config", bench.write_yaml("plain", settings), "--trainer.logger=false"]
+
+
+def refused_server(bench: Workbench) -> tuple[Main, list[str]]:
+    words = ["--config", f"{NANO}/synthesize.yaml", "--endpoint.base_url=http://127.0.0.1:9/v1", "--endpoint.model=x"]
+    return synthesize.main, [*words, f"--questions={bench.root / 'shards'}", f"--output={bench.root / 'syn'}"]
+
+
+def port_in_use(bench: Workbench) -> tuple[Main, list[str]]:
+    taken = socket.create_server(("127.0.0.1", 0))
+    TAKEN.append(taken)  # else it is closed at once
+    command = [sys.executable, "lightning_modules/serving/vllm_server.py", "--venv", str(bench.root / "venv")]
+    return apart(*command, "--model", str(bench.model), "--port", str(taken.getsockname()[1]))(bench)
+
+
+def linked_model(bench: Workbench) -> tuple[Main, list[str]]:
+    return train.main, ["--config", f"{NANO}/grpo.yaml", "--experiment=mine", f"--outputs={bench.outputs}"]
+
+
+SERVER = (sys.executable, "lightning_modules/serving/vllm_server.py", "--venv", "/nope/venv", "--model")
+# A mistake, how to make it, and what the message must have: the setting, the value, and the cure.
+MISTAKES: list[tuple[str, Prepare, tuple[str, ...]]] = [
+    # names
+    (
+        "a setting",
+        on_nano(train.main, "cot_sft", "--model.learning_rat=0.01"),
+        ("--model.learning_rat=0.01", "did you mean model.learning_rate?"),
+    ),
+    (
+        "init_args",
+        on_nano(train.main, "grpo", "--model.init_args.looss.kl_beta=1"),
+        ("--model.looss.kl_beta=1", "did you mean model.loss.kl_beta?"),
+    ),
+    (
+        "a group's setting",
+        on_nano(train.main, "cot_sft", "--model.lora.rnk=4"),
+        ("--model.lora.rnk=4", "did you mean model.lora.rank?"),
+    ),
+    (
+        "two settings",
+        on_nano(train.main, "cot_sft", "--trainer.max_stps=3", "--data.batch_sise=3"),
+        ("--trainer.max_stps=3", "did you mean trainer.max_steps?", "--data.batch_sise=3", "data.batch_size?"),
+    ),
+    (
+        "the experiment",
+        on_nano(train.main, "cot_sft", "--expriment", "mine"),
+        ("--expriment", "did you mean experiment?"),
+    ),
+    ("an abbreviation", on_nano(train.main, "cot_sft", "--exper", "mine"), ("--exper", "did you mean experiment?")),
+    (
+        "an abbreviated setting",
+        on_nano(train.main, "cot_sft", "--model.learning_r=1"),
+        ("model.learning_r=1", "did you mean model.learning_rate?"),
+    ),
+    ("eval, a flag", on_nano(evaluate.main, "eval", "--modl", "x"), ("--modl", "did you mean model?")),
+    ("eval, abbreviated", on_nano(evaluate.main, "eval", "--mod=x"), ("--mod=x", "did you mean model?")),
+    (
+        "eval, a group",
+        on_nano(evaluate.main, "eval", "--endpoint.base_ur=x"),
+        ("endpoint.base_ur=x", "did you mean endpoint.base_url?"),
+    ),
+    ("sweep", on_nano(sweep.main, "sweep", "--trails", "2"), ("--trails", "did you mean trials?")),
+    ("sweep, abbreviated", on_nano(sweep.main, "sweep", "--tria", "2"), ("--tria", "did you mean trials?")),
+    ("ablations", on_nano(ablations.main, "ablations", "--sedes=[1]"), ("--sedes", "did you mean seeds?")),
+    ("synthesize", on_nano(synthesize.main, "synthesize", "--limits=3"), ("--limits=3", "did you mean limit?")),
+    (
+        "shards",
+        on_nano(generate_synthetic.main, "shards", "--train_smples=3"),
+        ("--train_smples=3", "did you mean train_samples?"),
+    ),
+    ("compare", alone(compare.main, "--rns", "outputs/nano"), ("--rns", "did you mean runs?")),
+    ("mig", alone(mig.main, "trian"), ("mig trian", "did you mean train?")),
+    ("runs", alone(run_table.main, "--yes"), ("--yes", "--clean")),
+    (
+        "pipeline, a stage's setting",
+        on_nano(pipeline.main, "pipeline", "--trainer.max_steps=3"),
+        ("--trainer.max_steps=3", "--overrides.grpo="),
+    ),
+    ("make ARG=", of_make("ARG=--trainer.max_steps=1"), ("ARG", "ARGS")),
+    ("make CONFG=", of_make("CONFG=a.yaml"), ("CONFG", "CONFIG")),
+    # names in a YAML
+    (
+        "YAML, a setting",
+        in_yaml("learning_rate:", "lerning_rate:"),
+        ("wrong.yaml, line 10: ", "lerning_rate=", "did you mean model.learning_rate?"),
+    ),
+    (
+        "YAML, a callback's setting",
+        in_yaml("{every_n_steps:", "{evry_n_steps:"),
+        ("wrong.yaml, line ", "evry_n_steps=", "WindowCheckpoint", "every_n_steps?"),
+    ),
+    (
+        "YAML, a class",
+        in_yaml("merge_adapter.MergeAdapter", "merge_adapter.MrgeAdapter"),
+        ("wrong.yaml, line ", "MrgeAdapter", "merge_adapter.MergeAdapter?"),
+    ),
+    (
+        "YAML, the experiment",
+        in_yaml("experiment:", "exprmnt:"),
+        ("wrong.yaml, line 2: ", "exprmnt=nano", "did you mean experiment?"),
+    ),
+    ("no such YAML", alone(train.main, "--config", "nope.yaml"), ("nope.yaml", "not exist")),
+    ("no arguments", alone(train.main), ("no value for", "experiment", "--config")),
+    ("no valid YAML", no_yaml, ("bad.yaml", "line 2")),
+    # values
+    ("a group", on_nano(train.main, "cot_sft", "--model.lora=abc"), ("model.lora='abc'", "a group of settings")),
+    ("a choice", on_nano(train.main, "cot_sft", "--data.style=thnk"), ("data.style='thnk'", "did you mean think?")),
+    (
+        "a number",
+        on_nano(train.main, "cot_sft", "--model.learning_rate=high"),
+        ("model.learning_rate='high'", "a number"),
+    ),
+    (
+        "a whole number",
+        on_nano(train.main, "cot_sft", "--seed_everything=abc"),
+        ("seed_everything='abc'", "a whole number"),
+    ),
+    ("SEED", on_nano(train.main, "cot_sft", "--seed", "abc"), ("--seed='abc'", "a whole number")),
+    ("pipeline SEED", on_nano(pipeline.main, "pipeline", "--seed=abc"), ("seed='abc'", "a whole number")),
+    (
+        "eval, a choice",
+        on_nano(evaluate.main, "eval", "--form.style=thnk"),
+        ("form.style='thnk'", "did you mean think?"),
+    ),
+    (
+        "eval, a range",
+        on_nano(evaluate.main, "eval", "--endpoint.timeout=-1"),
+        ("timeout=-1", "must be greater than 0"),
+    ),
+    ("ablations, a row", on_nano(ablations.main, "ablations", "--only=[sfft]"), ("'sfft'", "'sft'")),
+    ("LoRA rank 0", on_bench("--model.lora.rank=0"), ("rank=0", "greater than 0")),
+    ("a batch too large", on_bench("--data.batch_size=1000"), ("data.batch_size=1000", "--data.batch_size=")),
+    (
+        "GPUS",
+        on_nano(train.main, "grpo", "--gpus=7"),
+        ("--gpus=7", "total batch of 32", "Use 1, 2, 4, 8, 16, 32 GPUs"),
+    ),
+    (
+        "GPUS and devices",
+        on_nano(train.main, "grpo", "--gpus=2", "--trainer.devices=2"),
+        ("--gpus=2", "--trainer.devices"),
+    ),
+    # files, models, data
+    (
+        "an image to ask about",
+        alone(ask_model.main, "--model=nano", "--images=[nope.png]", "--question=Where?"),
+        ("nope.png",),
+    ),
+    ("a model", on_bench("--model.model=models/nano-bas"), ("models/nano-bas", "did you mean 'models/nano-base'?")),
+    ("shards", on_bench("--data.shards=data/nope"), ("data/nope", "manifest.json")),
+    ("a benchmark", on_nano(evaluate.main, "eval", "--bench=blinkk", "--replicas=false"), ("bench='blinkk'", "blink")),
+    ("data_root", on_nano(evaluate.main, "eval", "--data_root=data/nope", "--replicas=false"), ("data/nope",)),
+    (
+        "a benchmark's image",
+        in_benchmark(images=["gone.png", "gone.png"]),
+        ("mig_bench/1", "gone.png", "must be the one that holds"),
+    ),
+    (
+        "a benchmark's task",
+        in_benchmark(task="reasonning"),
+        ("mig_bench/1", "task is 'reasonning'", "group_grounding, reasoning"),
+    ),
+    ("no thinking", without_thinking, ("missing_thinking", "--data.style=answer", "make synthesize")),
+    ("rejection sampling keeps too few", too_few_kept, ("rejection sampling kept", "of 12", "threshold")),
+    ("an import rejects too many", unsolved, ("12 of 20 samples rejected", "max_rejected=0.2", "missing_image")),
+    # machines and servers
+    ("no GPU", on_bench("--trainer.accelerator=gpu"), ("trainer.accelerator='gpu'", "--trainer.accelerator=cpu")),
+    (
+        "eval, no GPU",
+        on_nano(evaluate.main, "eval", "--device=cuda", "--replicas=false"),
+        ("device='cuda'", "--device=cpu"),
+    ),
+    ("eval, a device", on_nano(evaluate.main, "eval", "--device=gpu", "--replicas=false"), ("device='gpu'", "cuda:0")),
+    ("a refused server", refused_server, ("http://127.0.0.1:9/v1",)),
+    ("a port in use", port_in_use, ("--port=", "in use", "Name another port")),
+    ("vLLM's port", apart(*SERVER, "models/nano-base", "--port", "99999"), ("--port=99999", "65535")),
+    ("vLLM, no such folder", apart(*SERVER, "/nope"), ("--model=/nope",)),
+    ("vLLM, no such folder here", apart(*SERVER, "experiments/nope"), ("--model=experiments/nope",)),
+    ("vLLM, no model", apart(*SERVER, "experiments"), ("--model=experiments", "config.json")),
+    # runs
+    (
+        "another learning rate",
+        after_a_run("--model.learning_rate=0.5"),
+        ("model.learning_rate: 0.001 -> 0.5", "nothing was moved", "--experiment NAME", "REDO=1"),
+    ),
+    (
+        "an experiment without its CoT-SFT",
+        linked_model,
+        ("mine/cot_sft/merged", "Train mine/cot_sft first", "--model.model=FOLDER"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("prepare", "parts"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
+def test_a_mistake_is_told_in_five_lines_and_nothing_is_moved_or_lost(
+    prepare: Prepare, parts: tuple[str, ...], workbench: Workbench, capsys
+) -> None:
+    main, arguments = prepare(workbench)
+    capsys.readouterr()
+    before, here = contents(workbench.outputs), sorted(ROOT.glob("outputs/*"))
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     message, printed = str(caught.value.code), capsys.readouterr()
     assert isinstance(caught.value.code, str), "the message is printed to stderr, and the exit code is 1"
+    assert_short(message, *parts)
     for text in (message, printed.err, printed.out):
         assert "usage:" not in text and "Traceback" not in text and "NestedArg" not in text
-    return message
+    assert before.items() <= contents(workbench.outputs).items(), "nothing is changed or removed"
+    assert not [path for path in workbench.outputs.glob("*/*.*") if not path.name.startswith(".")], "nothing is moved"
+    assert sorted(ROOT.glob("outputs/*")) == here
+    assert not (workbench.root / "venv").exists()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, but for the locks."""
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
 
 
 def assert_short(message: str, *parts: str) -> None:
     assert 1 <= len(message.splitlines()) <= 5, message
     for part in parts:
-        assert part in message
+        assert part in message, message
 
 
-# Command, configuration, its further arguments, and what the message must have: the value, and the cure.
-TYPOS: list[tuple[Main, str, list[str], tuple[str, ...]]] = [
-    (train.main, "cot_sft", ["--model.learning_rat=0.01"], ("learning_rat=0.01", "did you mean model.learning_rate?")),
-    (train.main, "cot_sft", ["--model.lora.rnk=4"], ("model.lora.rnk=4", "did you mean model.lora.rank?")),
-    (train.main, "cot_sft", ["--model.lora=abc"], ("model.lora='abc'", "a group of settings")),
-    (train.main, "cot_sft", ["--trainer.max_stps=3"], ("--trainer.max_stps=3", "did you mean trainer.max_steps?")),
-    (train.main, "cot_sft", ["--data.batch_sise=3"], ("--data.batch_sise=3", "did you mean data.batch_size?")),
-    (train.main, "cot_sft", ["--expriment", "mine"], ("--expriment", "did you mean experiment?")),
-    (train.main, "cot_sft", ["--data.style=thnk"], ("data.style='thnk'", "did you mean think?")),
-    (train.main, "cot_sft", ["--model.learning_rate=high"], ("model.learning_rate='high'", "a number")),
-    (train.main, "cot_sft", ["--seed_everything=abc"], ("seed_everything='abc'", "a whole number")),
-    (evaluate.main, "eval", ["--modl", "x"], ("--modl", "did you mean model?")),
-    (evaluate.main, "eval", ["--form.style=thnk"], ("form.style='thnk'", "did you mean think?")),
-    (evaluate.main, "eval", ["--endpoint.base_ur=x"], ("endpoint.base_ur=x", "did you mean endpoint.base_url?")),
-    (evaluate.main, "eval", ["--endpoint.timeout=-1"], ("timeout=-1", "must be greater than 0")),
-    (evaluate.main, "eval", ["--bench=blinkk", "--replicas=false"], ("bench='blinkk'", "blink")),
-    (evaluate.main, "eval", ["--device=cuda", "--replicas=false"], ("device='cuda'", "--device=cpu")),
-    (evaluate.main, "eval", ["--device=gpu", "--replicas=false"], ("device='gpu'", "cuda:0")),
-    (evaluate.main, "eval", ["--data_root=data/nope", "--replicas=false"], ("data/nope",)),
-    (pipeline.main, "pipeline", ["--trainer.max_steps=3"], ("--trainer.max_steps=3", "--overrides.grpo=")),
-    (pipeline.main, "pipeline", ["--seed=abc"], ("seed='abc'", "a whole number")),
-    (ablations.main, "ablations", ["--sedes=[1]"], ("--sedes", "did you mean seeds?")),
-    (ablations.main, "ablations", ["--only=[sfft]"], ("'sfft'", "'sft'")),
-    (sweep.main, "sweep", ["--trails", "2"], ("--trails", "did you mean trials?")),
-    (synthesize.main, "synthesize", ["--limits=3"], ("--limits=3", "did you mean limit?")),
-    (generate_synthetic.main, "shards", ["--train_smples=3"], ("--train_smples=3", "did you mean train_samples?")),
-    (ask_model.main, "", ["--model=nano", "--images=[nope.png]", "--question=Where?"], ("nope.png",)),
-]
-
-
-@pytest.mark.parametrize(("main", "config", "more", "parts"), TYPOS, ids=[f"{t[1]} {t[2][0]}" for t in TYPOS])
-def test_a_mistake_on_the_command_line(main: Main, config: str, more: list[str], parts: tuple, capsys) -> None:
-    before = sorted(ROOT.glob("outputs/*"))
-    named = ["--config", f"{NANO}/{config}.yaml"] if config else []
-    message = message_of(main, [*named, *more], capsys)
-    assert_short(message, *parts)
-    assert sorted(ROOT.glob("outputs/*")) == before, "nothing is moved or made"
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "parts"),
-    [
-        ("learning_rate:", "lerning_rate:", ("lerning_rate=", "did you mean model.learning_rate?")),
-        ("{every_n_steps:", "{evry_n_steps:", ("evry_n_steps=", "WindowCheckpoint", "every_n_steps?")),
-        ("merge_adapter.MergeAdapter", "merge_adapter.MrgeAdapter", ("MrgeAdapter", "merge_adapter.MergeAdapter?")),
-        ("experiment:", "exprmnt:", ("exprmnt=nano", "did you mean experiment?")),
-    ],
-)
-def test_a_mistake_in_a_yaml_is_named_with_its_line(old: str, new: str, parts: tuple, tmp_path, capsys) -> None:
-    text = (ROOT / NANO / "cot_sft.yaml").read_text()
-    number = next(k for k, line in enumerate(text.splitlines(), 1) if old in line)
-    file = tmp_path / "wrong.yaml"
-    file.write_text(text.replace(old, new, 1))
-    assert_short(message_of(train.main, ["--config", str(file)], capsys), f"{file}, line {number}: ", *parts)
-
-
-def test_a_yaml_that_is_absent_or_no_yaml(tmp_path, capsys) -> None:
-    assert_short(message_of(train.main, ["--config", "nope.yaml"], capsys), "nope.yaml", "not exist")
-    (tmp_path / "bad.yaml").write_text("a: [1, 2\nb: {")
-    assert_short(message_of(train.main, ["--config", str(tmp_path / "bad.yaml")], capsys), "bad.yaml", "line 2")
-
-
-@pytest.mark.parametrize(
-    ("more", "parts"),
-    [
-        (["--model.lora.rank=0"], ("rank=0", "greater than 0")),
-        (["--data.batch_size=1000"], ("data.batch_size=1000", "--data.batch_size=")),
-        (["--model.model=models/nano-bas"], ("models/nano-bas", "did you mean 'models/nano-base'?")),
-        (["--trainer.accelerator=gpu"], ("trainer.accelerator='gpu'", "--trainer.accelerator=cpu")),
-        (["--data.shards=data/nope"], ("data/nope", "manifest.json")),
-    ],
-)
-def test_settings_that_cannot_be_run_are_refused_before_a_finished_run_is_moved(
-    workbench: Workbench, more: list[str], parts: tuple, capsys, monkeypatch
-) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    folder = workbench.outputs / "tiny" / "cot_sft"
-    folder.mkdir(parents=True)
-    (folder / "started.json").write_text('{"key": "of another run"}')
-    message = message_of(train.main, ["--config", workbench.training("cot_sft"), *more], capsys)
-    assert_short(message, *parts)
-    assert [each.name for each in folder.parent.iterdir() if not each.name.startswith(".")] == ["cot_sft"]
-
-
-def test_samples_without_thinking_name_both_cures(workbench: Workbench, capsys) -> None:
-    settings = yaml.safe_load(Path(workbench.training("cot_sft")).read_text())
-    settings["data"] |= {"shards": str(workbench.root / "plain_shards"), "style": "think"}
-    from datamodules.streaming.shard_reader import ShardReader
-    from datamodules.streaming.shard_writer import ShardWriter
-
-    reader = ShardReader([str(workbench.root / "shards")])
-    with ShardWriter(workbench.root / "plain_shards") as writer:
-        for number in range(reader.count):
-            loaded = reader.read(number)
-            object.__setattr__(loaded.sample, "thinking", None)
-            writer.add(loaded)
-    config = workbench.write_yaml("plain", settings)
-    message = message_of(train.main, ["--config", config, "--trainer.logger=false"], capsys)
-    assert_short(message, "missing_thinking", "--data.style=answer", "make synthesize")
+def test_no_program_takes_abbreviated_flags() -> None:
+    """argparse takes --seed for --seed_everything, until another flag begins so too."""
+    for file in (
+        file
+        for folder in ("experiments", "lightning_modules", "datamodules", "callbacks", "tests", "docs")
+        for file in (ROOT / folder).rglob("*.py")
+    ):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "argparse.ArgumentParser":
+                assert "allow_abbrev=False" in ast.unparse(node), f"{file}, line {node.lineno}"
 
 
 def test_a_path_below_a_folder_here_is_not_asked_of_the_hub(tmp_path, monkeypatch) -> None:
@@ -152,23 +398,6 @@ def test_a_path_below_a_folder_here_is_not_asked_of_the_hub(tmp_path, monkeypatc
     (tmp_path / "outputs" / "nano").mkdir(parents=True)
     with pytest.raises(ModelError, match=r"no folder 'outputs/nanoo' in it; did you mean 'outputs/nano'\?"):
         local_folder("outputs/nanoo")
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-@pytest.mark.parametrize("variable", ["ARG=--trainer.max_steps=1", "CONFG=a.yaml"])
-def test_a_misspelt_make_variable_starts_nothing(variable: str) -> None:
-    command = ["make", "-n", "grpo", variable]
-    ended = subprocess.run(command, cwd=ROOT, env=outside_make(), capture_output=True, text=True)
-    assert ended.returncode != 0 and not ended.stdout
-    assert_short(ended.stderr.strip(), variable.partition("=")[0], "ARGS", "CONFIG")
-
-
-@pytest.mark.parametrize("model", ["experiments/nope", "/nope", "experiments"])
-def test_the_vllm_server_checks_its_model_before_it_installs(model: str, tmp_path) -> None:
-    command = [sys.executable, "lightning_modules/serving/vllm_server.py", "--venv", str(tmp_path / "venv")]
-    ended = subprocess.run([*command, "--model", model], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 1 and not (tmp_path / "venv").exists()
-    assert_short(ended.stderr.strip(), f"--model={model}")
 
 
 def test_suggestions_know_the_last_part_of_a_nested_name() -> None:
@@ -179,10 +408,3 @@ def test_suggestions_know_the_last_part_of_a_nested_name() -> None:
 def test_a_message_of_unknown_form_is_cut_and_not_lost() -> None:
     text = explain("\n".join(["", *(f"line {k} {'x' * 400}" for k in range(30))]))
     assert len(text.splitlines()) == 5 and re.match("line 0 x+", text)
-
-
-def test_a_misspelt_field_of_a_settings_group_is_told_with_its_full_name() -> None:
-    config = str(ROOT / "experiments/configs/nano/grpo.yaml")
-    with pytest.raises(SystemExit) as caught:
-        train.main(["--config", config, "--model.loss.kl_bta=1"])
-    assert str(caught.value) == "--model.loss.kl_bta=1: no such setting; did you mean model.loss.kl_beta?"

@@ -1,0 +1,1 @@
+"""Command lines: words are completed and checked before torch and Lightning, which take seconds, are imported."""

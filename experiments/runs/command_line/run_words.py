@@ -1,0 +1,160 @@
+"""What a training's command line says in one word and the run needs in several: its seed, its GPUs, its first model.
+
+Words are completed from the YAML files alone, before anything that takes long is imported. The completed words are
+settings of the run, so the saved configuration and the processes of other ranks have them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from datamodules.persistence.user_error import UserError
+
+MODEL_FLAGS = ("model.init_args.model", "model.model")
+
+
+class WordsError(UserError, ValueError):
+    """Words of a command line that cannot be completed; the message has the value and the cure."""
+
+
+def complete_words(words: Sequence[str]) -> list[str]:
+    """The command line of `experiments.train` with --seed, --gpus and the model of an earlier phase as settings."""
+    words, seed = take_number(words, "--seed", least=0)
+    words, gpus = take_number(words, "--gpus", least=1)
+    settings = read_yamls(words)
+    # 1. The same folder as the pipeline's at this seed.
+    before, experiment = settings.get("experiment"), _given(words, settings, "experiment")
+    if seed is not None:
+        experiment = seeded(str(experiment), seed)
+        words += [f"--seed_everything={seed}", f"--experiment={experiment}"]
+    # 2. The phases of an experiment belong together.
+    words += _linked_model(words, settings, (str(before), str(experiment)))
+    # 3. The total batch of an update stays.
+    return words + (gpu_words(words, settings, gpus) if gpus else [])
+
+
+def seeded(experiment: str, seed: int) -> str:
+    """The name of an experiment at this seed."""
+    return experiment if seed == 0 else f"{experiment}-seed{seed}"
+
+
+def take_number(words: Sequence[str], flag: str, least: int) -> tuple[list[str], int | None]:
+    """The words without `flag` and its value, and the last value given. Raises WordsError if that is no number."""
+    rest, found, waiting = [], None, list(words)
+    while waiting:
+        name, is_one_word, value = waiting[0].partition("=")
+        if name != flag:
+            rest.append(waiting.pop(0))
+            continue
+        found = value if is_one_word else (waiting[1] if len(waiting) > 1 else "")
+        del waiting[: 1 if is_one_word else 2]
+        if not found.isdigit() or int(found) < least:
+            raise WordsError(f"{flag}={found!r} must be a whole number, at least {least}")
+    return rest, None if found is None else int(found)
+
+
+def read_yamls(words: Sequence[str]) -> dict[str, Any]:
+    """The settings of the YAML files behind --config, later files over earlier ones; {} where one cannot be read.
+
+    The parser of the command tells what is wrong with a file.
+    """
+    settings: dict[str, Any] = {}
+    for file in config_files(words):
+        try:
+            _lay_over(settings, yaml.safe_load(file.read_text()) or {})
+        except (OSError, ValueError, AttributeError, yaml.YAMLError):
+            return {}
+    return settings
+
+
+def config_files(words: Sequence[str]) -> list[Path]:
+    """The existing files behind --config."""
+    named = [value for word, value in pairwise([*words, ""]) if word == "--config"]
+    named += [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    return [Path(name) for name in named if Path(name).is_file()]
+
+
+def last_given(words: Sequence[str], *names: str) -> str | None:
+    """The last value that a flag of one of these names has; None without one."""
+    found = None
+    for word, after in pairwise([*words, ""]):
+        name, is_one_word, value = word.partition("=")
+        if name.removeprefix("--") in names and name.startswith("--"):
+            found = value if is_one_word else after
+    return found
+
+
+def gpu_words(words: Sequence[str], settings: Mapping[str, Any], gpus: int) -> list[str]:
+    """The settings by which this number of GPUs makes the same total batch; says what they are.
+
+    Raises WordsError if the total batch cannot be divided so.
+    """
+    if given := [name for name in ("trainer.devices", "trainer.accelerator") if last_given(words, name) is not None]:
+        raise WordsError(f"--gpus={gpus} and --{given[0]} exclude each other: give one of them")
+    names = ("data.batch_size", "trainer.devices", "model.accumulate", "trainer.num_nodes")
+    values = [_given(words, settings, name) or 1 for name in names]
+    if not all(str(value).isdigit() for value in values):
+        shown = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+        raise WordsError(f"--gpus={gpus}: the total batch is not known from {shown}. Give numbers")
+    batch, devices, accumulate, nodes = map(int, values)
+    total = batch * devices * accumulate * nodes
+    share = total // (gpus * nodes)  # samples of one update on one GPU
+    if total % (gpus * nodes):
+        fitting = [str(number) for number in range(1, total // nodes + 1) if total % (number * nodes) == 0]
+        raise WordsError(
+            f"--gpus={gpus}: the total batch of {total} samples (batch_size {batch} x devices {devices} x accumulate "
+            f"{accumulate} x nodes {nodes}) cannot be divided among them. Use {', '.join(fitting)} GPUs"
+        )
+    batch = max(size for size in range(1, batch + 1) if share % size == 0)
+    print(f"{gpus} GPUs x batch_size {batch} x accumulate {share // batch} x {nodes} nodes = {total}, the total batch")
+    more = [f"--data.batch_size={batch}", f"--model.init_args.accumulate={share // batch}"]
+    if gpus > 1 and _given(words, settings, "trainer.strategy") in (None, "auto"):
+        more.append("--trainer.strategy=ddp")
+    return ["--trainer.accelerator=gpu", f"--trainer.devices={gpus}", *more]
+
+
+def _linked_model(words: Sequence[str], settings: Mapping[str, Any], names: tuple[str, str]) -> list[str]:
+    """The flag by which a run of another experiment than the YAML's starts from a model of its own experiment.
+
+    Args:
+        words: the command line.
+        settings: those of the YAML files.
+        names: the experiment of the YAML, and of the run.
+    """
+    model = str(_find(settings, "model.model"))
+    there = Path(settings.get("outputs", "outputs"), names[0])
+    here = Path(str(_given(words, settings, "outputs") or "outputs"), names[1])
+    if last_given(words, *MODEL_FLAGS) is not None or Path(model).name != "merged" or here == there:
+        return []
+    if Path(model).parent.parent != there:
+        return []
+    return [f"--model.init_args.model={here / Path(model).parent.name / 'merged'}"]
+
+
+def _given(words: Sequence[str], settings: Mapping[str, Any], name: str) -> Any:
+    """The value of a setting in the command line, else in the YAML files; None without one."""
+    value = last_given(words, name, name.replace("model.", "model.init_args.", 1))
+    return _find(settings, name) if value is None else value
+
+
+def _find(settings: Mapping[str, Any], name: str) -> Any:
+    """The value at a dotted name; "init_args" may be left out of it. None without one."""
+    for part in name.split("."):
+        if not isinstance(settings, Mapping):
+            return None
+        arguments = settings.get("init_args")
+        settings = settings.get(part, arguments.get(part) if isinstance(arguments, Mapping) else None)
+    return settings
+
+
+def _lay_over(settings: dict[str, Any], more: Mapping[str, Any]) -> None:
+    for name, value in more.items():
+        if isinstance(value, Mapping) and isinstance(settings.get(name), dict):
+            _lay_over(settings[name], value)
+        else:
+            settings[name] = value

@@ -1,0 +1,213 @@
+"""The names of a training's settings, read from source files: a misspelt name is told within a second.
+
+The parser of the command knows all names, but it needs the classes, and so torch and Lightning, which take several
+seconds. Here the classes are not imported. Only names that no class has are told; where a class cannot be read, the
+parser decides.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from datamodules.persistence.source_code import PACKAGES, ROOT
+from experiments.runs.command_line.run_words import config_files, last_given
+from experiments.runs.run_identity import STARTED
+from experiments.runs.usage_errors import MOST_CHARACTERS, MOST_LINES, suggest
+
+# {"loss": {"kl_beta": None}, "seed": None}: a group has names, a value or an unknown type has None.
+Names = Mapping[str, Any]
+DATA = "datamodules.multi_image.MultiImageData"
+TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
+RUN = ("config", "seed_everything", "experiment", "phase", "outputs", "trainer", "model", "data")
+ALWAYS = ("help", "print_config", "class_path", "init_args", "<<")
+
+
+def refuse_unknown(words: Sequence[str]) -> None:
+    """End the program with the settings of the command line and its YAML files that do not exist."""
+    # A run's own config.yaml may be of another version of the project: the command tells that, and how to go on.
+    given = [file for file in config_files(words) if not (file.parent / STARTED).is_file()]
+    files = [(file, node) for file in given if (node := _compose(file)) is not None]
+    # The class of `model` is known if a file or a flag names it; its settings may stand in other files.
+    paths = [path for _, node in files if (path := _class_path(_member(node, "model")))]
+    path = last_given(words, "model", "model.class_path") or (paths[-1] if paths else "")
+    names = dict.fromkeys(RUN) | {"model": class_names(path)}
+    names |= {"data": class_names(DATA), "trainer": class_names(TRAINER)}
+    known = [*_dotted(names)]
+    faults = [fault for word in words if (fault := _flag_fault(word, names, known))]
+    for file, node in files:
+        faults += _node_faults(node, names, "", str(file), known)
+        callbacks = _member(_member(node, "trainer"), "callbacks")
+        for entry in callbacks.value if isinstance(callbacks, yaml.SequenceNode) else []:
+            faults += _callback_faults(entry, str(file))
+    if faults:
+        raise SystemExit("\n".join(faults[:MOST_LINES]))
+
+
+@functools.cache
+def class_names(path: str) -> Names | None:
+    """The settings of a class, with those of its groups; None if the source files do not show all of them."""
+    module, _, name = path.rpartition(".")
+    tree = _read(module)
+    found = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name] if tree else []
+    if not found:
+        return None
+    (node,) = found
+    if _is_dataclass(node):
+        own = [(item.target.id, item.annotation) for item in node.body if isinstance(item, ast.AnnAssign)]
+        return _with_bases(node, module, own, node.bases)
+    makers = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
+    if not makers:  # the class of its base, if there is but one
+        return class_names(_resolve(node.bases[0], module)) if len(node.bases) == 1 else None
+    arguments = makers[0].args
+    own = [(each.arg, each.annotation) for each in (*arguments.args[1:], *arguments.kwonlyargs)]
+    if arguments.vararg or (arguments.kwarg and not _only_for_base(makers[0], arguments.kwarg.arg)):
+        return None
+    return _with_bases(node, module, own, node.bases if arguments.kwarg else [])
+
+
+def _with_bases(
+    node: ast.ClassDef, module: str, own: Sequence[tuple[str, ast.expr | None]], bases: Sequence[ast.expr]
+) -> Names | None:
+    """The settings `own` and those of the classes `bases`; None if one of these cannot be read."""
+    names: dict[str, Any] = {}
+    for base in bases:
+        inherited = class_names(_resolve(base, module))
+        if inherited is None:
+            return None
+        names |= inherited
+    return names | {name: _group(annotation, module) for name, annotation in own}
+
+
+def _group(annotation: ast.expr | None, module: str) -> Names | None:
+    """The settings of the dataclass that is the one type of an annotation; None for any other annotation."""
+    if isinstance(annotation, ast.BinOp) and isinstance(annotation.op, ast.BitOr):
+        sides = [side for side in (annotation.left, annotation.right) if ast.unparse(side) != "None"]
+        annotation = sides[0] if len(sides) == 1 else None
+    if not isinstance(annotation, ast.Name):
+        return None
+    path = _resolve(annotation, module)
+    tree = _read(path.rpartition(".")[0])
+    nodes = [node for node in tree.body if isinstance(node, ast.ClassDef)] if tree else []
+    return class_names(path) if any(n.name == annotation.id and _is_dataclass(n) for n in nodes) else None
+
+
+def _resolve(node: ast.expr, module: str) -> str:
+    """The dotted path of the class that a file calls so: imported, or its own."""
+    name = ast.unparse(node)
+    for item in (_read(module) or ast.Module([], [])).body:
+        if isinstance(item, ast.ImportFrom) and item.module:
+            for alias in item.names:
+                if (alias.asname or alias.name) == name:
+                    return f"{item.module}.{alias.name}"
+    return f"{module}.{name}"
+
+
+@functools.cache
+def _read(module: str) -> ast.Module | None:
+    """The syntax tree of a module of the project, or of Lightning's Trainer; None for any other."""
+    first, _, rest = module.partition(".")
+    if first in PACKAGES:
+        file = ROOT / f"{module.replace('.', '/')}.py"
+    elif module == TRAINER.rpartition(".")[0] and (spec := importlib.util.find_spec(first)):
+        file = Path(spec.submodule_search_locations[0], f"{rest.replace('.', '/')}.py")  # found without importing it
+    else:
+        return None
+    return ast.parse(file.read_text()) if file.is_file() else None
+
+
+def _is_dataclass(node: ast.ClassDef) -> bool:
+    return any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+def _only_for_base(maker: ast.FunctionDef, name: str) -> bool:
+    """Whether `**name` is passed on to `super().__init__` and used nowhere else."""
+    uses = [node for node in ast.walk(maker) if isinstance(node, ast.Name) and node.id == name]
+    calls = [node for node in ast.walk(maker) if isinstance(node, ast.Call)]
+    passed = [call for call in calls if any(k.arg is None and ast.unparse(k.value) == name for k in call.keywords)]
+    return len(uses) == 1 and [ast.unparse(call.func) for call in passed] == ["super().__init__"]
+
+
+def _flag_fault(word: str, names: Names, known: Sequence[str]) -> str | None:
+    """What is wrong with the name of a flag, if anything."""
+    flag, is_one_word, value = word.partition("=")
+    if not flag.startswith("--"):
+        return None
+    parts = [part for part in flag[2:].removesuffix("+").split(".") if part != "init_args"]
+    for part in parts:
+        if part in ALWAYS or names is None:
+            return None
+        if part not in names:
+            shown = f"{flag.replace('.init_args', '')}{is_one_word}{value[:MOST_CHARACTERS]}"
+            return f"{shown}: no such setting{suggest('.'.join(parts), known) or '; --help lists all'}"
+        names = names[part]
+    return None
+
+
+def _node_faults(
+    node: yaml.Node, names: Names, path: str, file: str, known: Sequence[str], owner: str = ""
+) -> Iterator[str]:
+    """What is wrong with the names in a part of a YAML file.
+
+    Args:
+        node: the part.
+        names: the settings that it may have.
+        path: the dotted name of the part.
+        file: for messages.
+        known: the dotted names of all settings, for suggestions.
+        owner: the class that has the settings, for messages; "" for the run.
+    """
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+        name = str(key.value)
+        dotted = f"{path}.{name}".lstrip(".")
+        if name == "init_args":
+            yield from _node_faults(value, names, path, file, known, owner)
+        elif name in ALWAYS or names is None:
+            continue
+        elif name not in names:
+            shown = f"{dotted}={value.value[:MOST_CHARACTERS]}" if isinstance(value, yaml.ScalarNode) else dotted
+            cure = suggest(dotted, known)
+            what = f"{owner} has no such setting" if owner else "no such setting"
+            yield f"{file}, line {key.start_mark.line + 1}: {shown}: {what}{cure}"
+        elif names[name] is not None:
+            yield from _node_faults(value, names[name], dotted, file, known, owner)
+
+
+def _callback_faults(entry: yaml.Node, file: str) -> Iterator[str]:
+    """What is wrong with the names of a callback's settings."""
+    path = _class_path(entry)
+    if names := class_names(path):
+        yield from _node_faults(entry, names, "", file, list(_dotted(names)), path.rpartition(".")[2])
+
+
+def _dotted(names: Names, prefix: str = "") -> Iterator[str]:
+    """All dotted names."""
+    for name, group in names.items():
+        yield f"{prefix}{name}"
+        if group:
+            yield from _dotted(group, f"{prefix}{name}.")
+
+
+def _compose(file: Path) -> yaml.Node | None:
+    """The nodes of a YAML file; None for a file that is no YAML, which the parser tells."""
+    try:
+        return yaml.compose(file.read_text(), Loader=yaml.SafeLoader)
+    except (ValueError, OSError, yaml.YAMLError):
+        return None
+
+
+def _member(node: yaml.Node | None, name: str) -> yaml.Node | None:
+    """The value of a key in a mapping; None without it."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    return next((value for key, value in pairs if key.value == name), None)
+
+
+def _class_path(node: yaml.Node | None) -> str:
+    value = _member(node, "class_path")
+    return str(value.value) if isinstance(value, yaml.ScalarNode) else ""
