@@ -151,9 +151,12 @@ class BoxesInText:
 
 def is_box(value: Any) -> bool:
     """Whether `value` is a list of four finite numbers."""
-    return (
-        isinstance(value, list) and len(value) == 4 and all(_is_number(item) and math.isfinite(item) for item in value)
-    )
+    if not isinstance(value, list) or len(value) != 4:
+        return False
+    a, b, c, d = value  # without a loop: this is asked for every list of an answer
+    if not (_is_number(a) and _is_number(b) and _is_number(c) and _is_number(d)):
+        return False
+    return math.isfinite(a) and math.isfinite(b) and math.isfinite(c) and math.isfinite(d)
 
 
 def is_inside(place: int, spans: list[tuple[int, int]]) -> bool:

@@ -101,7 +101,7 @@ def prediction(sample: Sample, text: str, box, failure: str | None) -> Predictio
 def test_a_preview_shows_both_boxes_in_their_colours(bench) -> None:
     sample = replace(load_mig_bench(bench[0])[0], answer=BoxAnswer(1, (0.1, 0.2, 0.5, 0.6), ""))
     answer = prediction(sample, "because é 猫 " * 40, (0.9, 0.4, 0.2, 3.0), None)
-    picture = draw_preview(Image.new("RGB", (100, 50), "white"), sample, answer)
+    picture = draw_preview({1: Image.new("RGB", (100, 50), "white")}, sample, answer)
     assert picture.width == 640 and picture.height > 320
     assert picture.getpixel((64, 128)) == (0x00, 0xA0, 0x00)  # the true box's left side
     assert picture.getpixel((300, 128)) == (0xE0, 0x20, 0x20)  # the predicted one's top, with its sides put in order
@@ -109,7 +109,7 @@ def test_a_preview_shows_both_boxes_in_their_colours(bench) -> None:
 
 def test_a_preview_of_an_answer_without_a_box_is_drawn(bench) -> None:
     sample = load_mig_bench(bench[0])[0]
-    picture = draw_preview(Image.new("L", (90, 900)), sample, prediction(sample, "", None, "empty"))
+    picture = draw_preview({1: Image.new("L", (90, 900))}, sample, prediction(sample, "", None, "empty"))
     assert picture.size > (640, 6400)
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Literal
 
 from datamodules.samples.answer_text import AnswerForm, ParsedAnswer, ParseFailure, answer_text, parse_answer
-from datamodules.samples.box_matching import BoxMatching, WrittenBox, named_boxes
+from datamodules.samples.box_matching import BoxMatching, WrittenBox
 from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import BoxAnswer, BoxPart, Sample, TextPart
 from datamodules.samples.scores import TextScore, score_text, true_boxes
@@ -80,10 +80,10 @@ class Completion:
     @cached_property
     def boxes(self) -> tuple[WrittenBox, ...]:
         """All boxes of the answer, in the order written."""
+        if self.answer_form == AnswerForm.NAMED_IMAGE:
+            return self.score.matching.written
         if isinstance(self.parsed, ParseFailure) or not self.true_boxes:
             return ()
-        if self.answer_form == AnswerForm.NAMED_IMAGE:
-            return named_boxes(self.parsed, self.image_sizes, self.box_format)
         image = self.true_boxes[0].image
         sizes = self.image_sizes[image]
         return tuple(
@@ -94,6 +94,8 @@ class Completion:
     @cached_property
     def matching(self) -> BoxMatching:
         """All boxes of the answer against all true boxes."""
+        if self.answer_form == AnswerForm.NAMED_IMAGE:
+            return self.score.matching
         return BoxMatching(self.boxes, self.true_boxes)
 
     @cached_property
