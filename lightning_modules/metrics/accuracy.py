@@ -88,8 +88,7 @@ class GroundingAccuracy(Metric):
 
         A cell is {"score", "low", "high", "n"}: accuracy at the threshold of the rule, its 95 % interval, and the
         number of questions; and "f1" (0-100), where F1 is given. The details are averaged in the same way as "avg";
-        "macc" is the mean accuracy over
-        `COCO_THRESHOLDS`.
+        "macc" is the mean accuracy over `COCO_THRESHOLDS`.
         """
         hits, iou_sums, counts = self.hits.tolist(), self.iou_sum.tolist(), self.count.tolist()
         asked = [index for index, count in enumerate(counts) if count]
