@@ -108,7 +108,11 @@ def build_messages(
         prefix = ""
     # 2. The suffix that asks for the form of the answer.
     if suffix is None:
-        suffix = _style_suffixes(sample, answer_form)[style]
+        if isinstance(sample.answer, ChoiceAnswer):
+            suffix = _CHOICE_SUFFIXES[style]
+        else:
+            form = AnswerForm.NAMED_IMAGE if isinstance(sample.answer, BoxesAnswer) else answer_form
+            suffix = style_suffix(style, form)
     # This project's suffixes begin with a space, so exactly one space separates them from the question. The official
     # code appends its suffix without a space.
     if style in (PromptStyle.THINK, PromptStyle.ANSWER):
@@ -121,11 +125,9 @@ def build_messages(
     return [{"role": "user", "content": content}]
 
 
-def _style_suffixes(sample: Sample, answer_form: AnswerForm) -> Mapping[PromptStyle, str]:
-    if isinstance(sample.answer, ChoiceAnswer):
-        return _CHOICE_SUFFIXES
-    named = answer_form == AnswerForm.NAMED_IMAGE or isinstance(sample.answer, BoxesAnswer)
-    return _NAMED_SUFFIXES if named else _SUFFIXES
+def style_suffix(style: PromptStyle, answer_form: AnswerForm) -> str:
+    """The text after a question for boxes."""
+    return (_NAMED_SUFFIXES if answer_form == AnswerForm.NAMED_IMAGE else _SUFFIXES)[style]
 
 
 def target_text(
