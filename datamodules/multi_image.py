@@ -12,9 +12,10 @@ from datamodules.encoding.encoder import Batch, EncodedSample, Encoder
 from datamodules.encoding.messages import PromptStyle
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
 from datamodules.persistence.problems import Problems
+from datamodules.samples.answer_text import AnswerForm
 from datamodules.samples.boxes import BoxFormat, BoxFormatName
 from datamodules.samples.sample import LoadedSample, Rejections, SampleError
-from datamodules.samples.scores import require_box
+from datamodules.samples.scores import require_boxes
 from datamodules.streaming.epoch_order import Order
 from datamodules.streaming.remote_cache import CacheSettings
 from datamodules.streaming.resumable_loader import WORKER_SECONDS, BatchLoader, num_samples_held
@@ -30,12 +31,13 @@ NUM_MEASURED = 8  # samples that are encoded in advance to measure the usual siz
 
 
 def encode_for_training(encoder: Encoder, loaded: LoadedSample) -> EncodedSample:
-    """Encode a sample that training can use. Both CoT-SFT and GRPO need an answer with a box.
+    """Encode a sample that training can use. Both CoT-SFT and GRPO need an answer with a box; with the form that names
+    images it may have several.
 
     Raises:
         SampleError: with the rule "no_box_answer", or with a rule of `Encoder.encode`.
     """
-    require_box(loaded.sample)  # first, because it costs no decoding
+    require_boxes(loaded.sample, encoder.answer_form)  # first, because it costs no decoding
     return encoder.encode(loaded)
 
 
@@ -52,6 +54,8 @@ class MultiImageData(LightningDataModule):
         processor: folder or Hub name of the model's processor.
         box_format: the meaning of the numbers that the model reads and writes.
         style: the text after the question (`PromptStyle`).
+        answer_form: "one_box" is the paper's answer. With "named_image" answers have one or several boxes, and each
+            names its image by number; "label_images" should then be set, so that the images have numbers.
         batch_size: samples of one batch on one rank.
         num_workers: processes that encode samples; 0 encodes in this process. If a worker dies, is stopped, or cannot
             hand over its samples, the run ends with WorkersFailed.
@@ -79,6 +83,7 @@ class MultiImageData(LightningDataModule):
         processor: str,
         box_format: BoxFormatName = "absolute_pixels",
         style: Literal["think", "answer", "plain", "official"] = "think",
+        answer_form: Literal["one_box", "named_image"] = "one_box",
         batch_size: int = 8,
         num_workers: int = 0,
         seed: int = 0,
@@ -121,6 +126,7 @@ class MultiImageData(LightningDataModule):
             max_sample_pixels,
             max_resized_pixels,
             label_images,
+            AnswerForm(answer_form),
         )
         self._loader: BatchLoader | None = None
         self._state: dict[str, Any] = {}  # a checkpoint's state, kept until the loader is made

@@ -41,7 +41,8 @@ from datamodules.metrics.result_files import (
 from datamodules.metrics.scoring import score_replies
 from datamodules.persistence.files import fingerprint, read_json, write_json
 from datamodules.persistence.source_code import source_code
-from datamodules.samples.sample import BoxAnswer, Sample
+from datamodules.samples.sample import Sample
+from datamodules.samples.scores import true_boxes
 from datamodules.synthetic.benchmark_replicas.write import REPLICAS, write_replica
 from experiments.evaluation.ask_processes import Ended, Job, ask_all
 from experiments.evaluation.choose_predictor import PredictorSettings, choose_predictor
@@ -219,7 +220,7 @@ class _ScoredBenchmarks:
     def _draw(self, benchmark: Benchmark, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Drawn]:
         """Draw one answer of each column, if the answers are boxes."""
         known = {found.id: found for found in predictions}
-        chosen = limit_columns([sample for sample in samples if isinstance(sample.answer, BoxAnswer)], 1)
+        chosen = limit_columns([sample for sample in samples if true_boxes(sample.answer)], 1)
         found = [known[sample.id] for sample in chosen]
         return draw_previews(chosen, found, benchmark.load, self.asked.limits.max_image_pixels)
 

@@ -1,15 +1,17 @@
 """Generate the synthetic dataset once: `make shards`, or
 `python -m experiments.generate_synthetic --config experiments/configs/nano/shards.yaml`.
 
-It writes <root>/shards/sft, <root>/shards/rl_pool, <root>/MIG-Bench and <root>/validation/MIG-Bench. If the same code
-has written them before with the same settings, it does nothing. A dataset with other settings is renamed first. If a
-folder with one of these names was not written by this command, such as the real benchmark, it is not touched.
+It writes <root>/shards/sft, <root>/shards/rl_pool, <root>/MIG-Bench and <root>/validation/MIG-Bench; for
+kind=multi_box it writes only shards, which include those for evaluation. If the same code has written them before with
+the same settings, it does nothing. A dataset with other settings is renamed first. If a folder with one of these names
+was not written by this command, such as the real benchmark, it is not touched.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 from datamodules.persistence.files import fingerprint
 from datamodules.streaming.path_fingerprint import path_fingerprint
@@ -29,6 +31,7 @@ def build(
     pool_samples: int,
     validation_per_task: int = 100,
     keep: bool = False,
+    kind: Literal["mig_bench", "multi_box"] = "mig_bench",
 ) -> None:
     """Generate the synthetic dataset.
 
@@ -41,6 +44,8 @@ def build(
         validation_per_task: questions like those of MIG-Bench, with other scenes, for choosing settings
         keep: keep a finished dataset even if it has other settings, so that training uses a dataset that was made on
             purpose with `make shards ARGS=...`
+        kind: the questions: MIG-Bench's, which one box answers, or those that several boxes in several images answer
+            (datamodules/synthetic/multi_box), which have no validation questions
     """
     settings = {
         "seed": seed,
@@ -49,8 +54,11 @@ def build(
         "validation_per_task": validation_per_task,
         "pool_samples": pool_samples,
     }
-    # The key changes with the settings and with the code of the generator.
     sources = [path_fingerprint(file) for file in sorted(GENERATOR.glob("*.py"))]
+    if kind == "multi_box":
+        del settings["validation_per_task"]
+        sources += [path_fingerprint(file) for file in sorted(GENERATOR.glob("multi_box/*.py"))]
+    # The key changes with the settings and with the code of the generator.
     key = fingerprint(settings, sources)
     with run_identity.locked(Path(root)):
         refuse_foreign(Path(root))
@@ -64,9 +72,10 @@ def build(
             print(f"{root} is already built with these settings", flush=True)
             return
         # Imported here, so that a finished dataset is recognised without loading the generator.
+        from datamodules.synthetic.multi_box.write_multi_box import build_multi_box
         from datamodules.synthetic.write_samples import build_nano
 
-        build_nano(root, **settings)
+        (build_multi_box if kind == "multi_box" else build_nano)(root, **settings)
         run_identity.write_marker(Path(root), key=key)
 
 

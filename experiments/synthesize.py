@@ -112,11 +112,11 @@ def synthesize(
     stated = server_fields(endpoint) | endpoint.extra_body
     teacher = [endpoint.model, stated, path_fingerprint(endpoint.model)]
     contents = [path_fingerprint(folder) for folder in folders]
-    key = fingerprint(contents, teacher, asdict(form), asdict(sampling))
+    key = fingerprint(contents, teacher, form.facts(), asdict(sampling))
     home = Path(output)
     with run_identity.locked(home):
         known = {"endpoint": {"model": endpoint.model, "extra_body": stated}}
-        known |= {"form": asdict(form), "sampling": asdict(sampling)}
+        known |= {"form": form.facts(), "sampling": asdict(sampling)}
         inputs = {"questions": [(str(folder), content) for folder, content in zip(folders, contents, strict=True)]}
         code = source_code(("experiments.synthesize",))
         cure = "To keep both, give the new responses another folder: --output FOLDER."

@@ -17,7 +17,7 @@ PACKAGES = ("datamodules", "lightning_modules", "callbacks", "experiments")
 # top may import every room of the package, and no room imports them, but for those that the order names.
 ROOMS = {
     "datamodules": (
-        ("synthetic/benchmark_replicas",),
+        ("synthetic/benchmark_replicas", "synthetic/multi_box"),
         ("importers", "synthetic"),
         ("importers/own_data",),
         ("importers/reading",),

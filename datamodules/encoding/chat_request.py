@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,9 @@ from datamodules.encoding.messages import PromptStyle, build_messages
 from datamodules.encoding.model_families import ModelFamily
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS, decode_images, open_images
 from datamodules.persistence.problems import Problems
+from datamodules.samples.answer_text import AnswerForm
 from datamodules.samples.boxes import BoxFormat, ImageSizes, fit_size
-from datamodules.samples.sample import ChoiceAnswer, LoadedSample
+from datamodules.samples.sample import BoxesAnswer, ChoiceAnswer, LoadedSample
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class RequestForm:
     Args:
         model_family: its box format, and its own prompt suffix and image labels.
         style: the text after the question. "think" and "answer" are this project's suffixes, "plain" adds none, and
-            "native" is the model family's own suffix. With "native", a question with options asks for a letter as with
-            "answer": families differ only in their boxes.
+            "native" is the model family's own suffix. With "native", a question with options, or with several boxes as
+            its answer, asks as with "answer": families differ only in how they write one box.
         before_image: the label before each image, such as "Picture {}: "; None takes that of the model family.
         min_pixels: smallest area of an image as it is sent, in pixels.
         max_pixels: largest area of an image as it is sent. For a model that writes boxes in pixels, both limits must
@@ -38,6 +39,7 @@ class RequestForm:
             the pixels of prompt, answer and score agree.
         max_image_pixels: a stored image with more pixels is refused (decompression bomb).
         max_sample_pixels: a sample whose stored images together have more pixels is refused.
+        answer_form: what the styles "think" and "answer" ask for.
     """
 
     model_family: ModelFamily
@@ -47,6 +49,7 @@ class RequestForm:
     max_pixels: int = 16384 * 28 * 28
     max_image_pixels: int = MAX_IMAGE_PIXELS
     max_sample_pixels: int = MAX_SAMPLE_PIXELS
+    answer_form: AnswerForm = AnswerForm.ONE_BOX
 
     def __post_init__(self) -> None:
         problems, family = Problems(), self.model_family
@@ -60,6 +63,13 @@ class RequestForm:
         if family.box_format == BoxFormat.ABSOLUTE_PIXELS and family.factor is None:
             problems.append(f"model_family {family.name!r} writes boxes in pixels: it needs a factor")
         problems.raise_all("request form")
+
+    def facts(self) -> dict[str, Any]:
+        """All of the form, JSON-like, for the keys of kept answers."""
+        facts = asdict(self)
+        if self.answer_form == AnswerForm.ONE_BOX:  # keys of earlier versions, which had no other form, stay valid
+            del facts["answer_form"]
+        return facts
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,8 @@ def build_turn(loaded: LoadedSample, form: RequestForm) -> ChatRequest:
     # 2. Text: the question with its boxes in the model's format, and the suffix of the style.
     style, suffix = form.style, None
     if style == "native":
-        chooses = isinstance(sample.answer, ChoiceAnswer)
+        # A family's own suffix asks for one box, of which it names no image.
+        chooses = isinstance(sample.answer, ChoiceAnswer | BoxesAnswer)
         style, suffix = (PromptStyle.ANSWER, None) if chooses else (PromptStyle.PLAIN, model_family.suffix)
     turn = build_messages(
         sample,
@@ -103,6 +114,7 @@ def build_turn(loaded: LoadedSample, form: RequestForm) -> ChatRequest:
         PromptStyle(style),
         suffix=suffix,
         question_box=model_family.question_box,
+        answer_form=form.answer_form,
     )
     # 3. Put each image, with its label, in place of its placeholder.
     before = model_family.before_image if form.before_image is None else form.before_image

@@ -20,6 +20,7 @@ from datamodules.checkpoints.pretrained import load_processor
 from datamodules.encoding.messages import PromptStyle, build_messages, target_text
 from datamodules.encoding.mrope import mrope_positions
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS, decode_images, open_images
+from datamodules.samples.answer_text import AnswerForm
 from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import LoadedSample, Sample, SampleError
 
@@ -39,6 +40,7 @@ class EncodedSample:
     image_sizes: tuple[ImageSizes, ...]
     completion_ids: Tensor | None  # long [C], ends with <|im_end|>; None without a target
     image_keys: tuple[str, ...]  # sha256 of each image's encoded bytes
+    answer_form: AnswerForm = AnswerForm.ONE_BOX  # that the prompt asks for
 
     def to(self, device: torch.device | str) -> EncodedSample:
         return replace(self, **{name: value.to(device) for name, value in self._tensors().items()})
@@ -108,6 +110,7 @@ class Encoder:
         max_sample_pixels: a sample whose stored images together have more pixels is refused.
         max_resized_pixels: largest area of an image after resizing; None takes the processor's own limit.
         label_images: write "Picture k: " before image k, an option of Qwen's chat template.
+        answer_form: what an answer consists of.
 
     Raises:
         ValueError: `with_target` is set, but the style has no target.
@@ -123,9 +126,11 @@ class Encoder:
     max_sample_pixels: int = MAX_SAMPLE_PIXELS
     max_resized_pixels: int | None = None
     label_images: bool = False
+    answer_form: AnswerForm = AnswerForm.ONE_BOX
 
     def __post_init__(self) -> None:
         self.box_format, self.style = BoxFormat(self.box_format), PromptStyle(self.style)
+        self.answer_form = AnswerForm(self.answer_form)
         if self.with_target and self.style not in (PromptStyle.THINK, PromptStyle.ANSWER):
             raise ValueError(f"with_target=True needs style think or answer, got style={str(self.style)!r}")
 
@@ -138,7 +143,10 @@ class Encoder:
 
         The processor is left out: it belongs to the model's folder, which those keys contain already.
         """
-        return {name: value for name, value in vars(self).items() if name not in ("processor", "processor_path")}
+        left_out = {"processor", "processor_path"}
+        if self.answer_form == AnswerForm.ONE_BOX:  # keys of earlier versions, which had no other form, stay valid
+            left_out.add("answer_form")
+        return {name: value for name, value in vars(self).items() if name not in left_out}
 
     @cached_property
     def processor(self) -> Any:
@@ -181,6 +189,7 @@ class Encoder:
             image_sizes=layout.image_sizes,
             completion_ids=layout.completion_ids,
             image_keys=tuple(hashlib.sha256(data).hexdigest() for data in loaded.images),
+            answer_form=self.answer_form,
         )
 
     def _layout(self, sample: Sample, sizes: Sequence[tuple[int, int]], grid_thw: Tensor) -> _Layout:
@@ -218,7 +227,7 @@ class Encoder:
     def _prompt_ids(self, sample: Sample, image_sizes: Sequence[ImageSizes], grid_thw: Tensor) -> Tensor:
         """The token ids of the prompt, long [P]."""
         # The chat template writes one placeholder for each image.
-        messages = build_messages(sample, image_sizes, self.box_format, self.style)
+        messages = build_messages(sample, image_sizes, self.box_format, self.style, answer_form=self.answer_form)
         text = self.processor.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, add_vision_id=self.label_images
         )
@@ -238,7 +247,7 @@ class Encoder:
 
     def _completion_ids(self, sample: Sample, image_sizes: Sequence[ImageSizes]) -> Tensor:
         """The token ids of the target, long [C], with the end of the turn."""
-        text = target_text(sample, image_sizes, self.box_format, self.style) + END_OF_TURN
+        text = target_text(sample, image_sizes, self.box_format, self.style, self.answer_form) + END_OF_TURN
         ids = torch.tensor(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
         if bool((ids == self.processor.image_token_id).any()):
             raise SampleError(sample.id, "placeholder_mismatch", "the target holds an image placeholder")

@@ -1,7 +1,8 @@
 """The prompt format of a trained model: a small file in its folder, which is copied with the model.
 
     <model>/prompt_form.json
-    {"version": 1, "style": "think", "box_format": "absolute_pixels", "label_images": true, "max_resized_pixels": null}
+    {"version": 1, "style": "think", "box_format": "absolute_pixels", "label_images": true, "max_resized_pixels": null,
+     "answer_form": "one_box"}
 
 If the prompts differ from those in training, the model answers worse, or its boxes are read wrongly.
 """
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from datamodules.checkpoints.model_folder import PROMPT_FORM, ModelError, local_folder
 from datamodules.encoding.messages import PromptStyle
 from datamodules.persistence.strict_json import refuse_constant, unique_keys
+from datamodules.samples.answer_text import AnswerForm
 from datamodules.samples.boxes import BoxFormat
 
 if TYPE_CHECKING:  # both modules import torch
@@ -32,7 +34,9 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "box_format": (lambda v: v in list(BoxFormat), f"one of {', '.join(BoxFormat)}"),
     "label_images": (lambda v: isinstance(v, bool), "true or false"),
     "max_resized_pixels": (lambda v: v is None or (type(v) is int and v > 0), "null or a number of pixels above 0"),
+    "answer_form": (lambda v: v in list(AnswerForm), f"one of {', '.join(AnswerForm)}"),
 }
+_ADDED = {"answer_form": AnswerForm.ONE_BOX}  # fields that files of earlier versions lack, and what these files mean
 
 
 def prompt_form_text(encoder: Encoder) -> str:
@@ -42,7 +46,7 @@ def prompt_form_text(encoder: Encoder) -> str:
 
 
 def read_prompt_form(model: str) -> dict[str, Any] | None:
-    """{"style", "box_format", "label_images", "max_resized_pixels"} of a model; None if its folder has no such file.
+    """The fields of the form ("style", "box_format", …) of a model; None if its folder has no such file.
 
     Args:
         model: folder or Hub name.
@@ -62,11 +66,11 @@ def read_prompt_form(model: str) -> dict[str, Any] | None:
         raise ModelError(f"model: {path} cannot be read: {error}; {CURE}") from error
     if problems := _problems(found):
         raise ModelError(f"model: {path}: {'; '.join(problems)}; {CURE}")
-    return {name: found[name] for name in _FIELDS}
+    return {name: (_ADDED | found)[name] for name in _FIELDS}
 
 
 def form_as_trained(form: RequestForm, trained: Mapping[str, Any], model: str, flag: str) -> RequestForm:
-    """The form of requests to a server, with the style, box format, labels and largest image of the model's training.
+    """The form of requests to a server, with style, box format, labels, largest image and answer form of the training.
 
     Prints each value that differs from the given one.
 
@@ -81,6 +85,7 @@ def form_as_trained(form: RequestForm, trained: Mapping[str, Any], model: str, f
         "style": trained["style"],
         "before_image": LABEL if trained["label_images"] else family.before_image,
         "max_pixels": trained["max_resized_pixels"] or form.max_pixels,
+        "answer_form": trained["answer_form"],
     }
     for name, value in values.items():
         given = getattr(form, name)
@@ -96,8 +101,8 @@ def _problems(found: Any) -> list[str]:
         return [f"version={found.get('version')!r:.40} is not {VERSION}: another version of the project wrote it"]
     problems = [f"{name[:40]!r} is no field of it" for name in found if name not in {"version", *_FIELDS}]
     for name, (is_valid, rule) in _FIELDS.items():
-        if name not in found:
+        if name not in _ADDED | found:
             problems.append(f"the field {name} is missing")
-        elif not is_valid(found[name]):
+        elif name in found and not is_valid(found[name]):
             problems.append(f"{name}={found[name]!r:.40} must be {rule}")
     return problems

@@ -1,17 +1,18 @@
-"""Draw an answer: the predicted and the true box on the target image, with the question and the answer below."""
+"""Draw an answer: the predicted and the true boxes on their images, with the question and the answer below."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from datamodules.images.image_loading import ImageError, load_image
 from datamodules.metrics.predictions import Prediction
-from datamodules.samples.boxes import ImageSizes
-from datamodules.samples.sample import BoxPart, LoadedSample, Sample, SampleError, TextPart
+from datamodules.samples.boxes import Box, ImageSizes
+from datamodules.samples.sample import BoxAnswer, BoxesAnswer, BoxPart, LoadedSample, Sample, SampleError, TextPart
+from datamodules.samples.scores import true_boxes
 
 WIDTH = 640  # width of every preview in pixels
 FONT_SIZE = 14
@@ -21,16 +22,30 @@ TRUE_COLOUR, PREDICTED_COLOUR = "#00a000", "#e02020"
 Drawn = tuple[Sample, Prediction, Image.Image]
 
 
-def draw_preview(image: Image.Image, sample: Sample, prediction: Prediction) -> Image.Image:
-    """The target `image` with the true (green) and the predicted (red) box, above the question and the answer."""
-    picture = image.convert("RGB").resize((WIDTH, max(1, round(image.height * WIDTH / image.width))))
-    draw = ImageDraw.Draw(picture)
-    for box, colour in ((sample.answer.box, TRUE_COLOUR), (prediction.read, PREDICTED_COLOUR)):
-        if box is not None:
-            outline_box(draw, ImageSizes(picture.size, picture.size).to_pixels(box), colour, picture.size)
+def draw_preview(images: Mapping[int, Image.Image], sample: Sample, prediction: Prediction) -> Image.Image:
+    """The images with the true (green) and the predicted (red) boxes, above the question and the answer.
+
+    Args:
+        images: by their index in the sample: the target image, or, of an answer of several boxes, all images.
+        sample: the question and its true boxes.
+        prediction: the answer.
+    """
+    boxes = [(box.image, box.box, TRUE_COLOUR) for box in true_boxes(sample.answer)]
+    boxes += [(image, box, PREDICTED_COLOUR) for image, box in _read_boxes(sample, prediction)]
+    # One image below the other, each as wide as the preview.
+    pictures = [
+        _with_boxes(image, [(box, colour) for place, box, colour in boxes if place == index])
+        for index, image in images.items()
+    ]
+    picture = Image.new("RGB", (WIDTH, sum(one.height for one in pictures)))
+    for number, one in enumerate(pictures):
+        picture.paste(one, (0, sum(above.height for above in pictures[:number])))
     question = "".join(part.text for part in sample.messages if isinstance(part, TextPart | BoxPart))
     result = f"no box: {prediction.failure}" if prediction.read is None else f"IoU {prediction.value:.2f}"
-    heading = f"{sample.task} {sample.id}, image {sample.answer.image + 1} of {len(sample.images)}, {result}"
+    if prediction.f1 is not None:
+        result = f"F1 {prediction.f1:.2f}" + (f", {result}" if prediction.failure else "")
+    shown = ", ".join(str(index + 1) for index in images)
+    heading = f"{sample.task} {sample.id}, image {shown} of {len(sample.images)}, {result}"
     lines = [line for text in (heading, question, prediction.text) for line in textwrap.wrap(text, WIDTH // 8) or [""]]
     canvas = Image.new("RGB", (WIDTH, picture.height + LINE_HEIGHT * len(lines) + 8), "white")
     canvas.paste(picture)
@@ -39,6 +54,24 @@ def draw_preview(image: Image.Image, sample: Sample, prediction: Prediction) -> 
     for number, line in enumerate(lines):
         draw.text((4, picture.height + 4 + number * LINE_HEIGHT), line, "black", font)
     return canvas
+
+
+def _read_boxes(sample: Sample, prediction: Prediction) -> list[tuple[int, Box]]:
+    """(image, unit xyxy box) of every box that was read."""
+    if prediction.read is None:
+        return []
+    if isinstance(sample.answer, BoxesAnswer):
+        return [(int(image), tuple(box)) for image, *box in prediction.read]
+    return [(sample.answer.image, prediction.read)]
+
+
+def _with_boxes(image: Image.Image, boxes: Sequence[tuple[Box, str]]) -> Image.Image:
+    """The image, WIDTH pixels wide, with unit xyxy boxes in their colours."""
+    picture = image.convert("RGB").resize((WIDTH, max(1, round(image.height * WIDTH / image.width))))
+    draw = ImageDraw.Draw(picture)
+    for box, colour in boxes:
+        outline_box(draw, ImageSizes(picture.size, picture.size).to_pixels(box), colour, picture.size)
+    return picture
 
 
 def outline_box(
@@ -72,7 +105,7 @@ def draw_previews(
     Samples with an unreadable image are skipped; the evaluation has logged a warning about them.
 
     Args:
-        samples: questions for one box.
+        samples: questions for one box or several.
         predictions: one for each sample.
         load: reads the images of a sample.
         max_image_pixels: a larger image is skipped.
@@ -80,10 +113,13 @@ def draw_previews(
     rows = []
     for sample, prediction in zip(samples, predictions, strict=True):
         try:
-            image = load_image(load(sample).images[sample.answer.image], max_image_pixels)
+            one_box = isinstance(sample.answer, BoxAnswer)
+            shown = [sample.answer.image] if one_box else range(len(sample.images))
+            stored = load(sample).images
+            images = {index: load_image(stored[index], max_image_pixels) for index in shown}
         except (ImageError, SampleError):
             continue
-        rows.append((sample, prediction, draw_preview(image, sample, prediction)))
+        rows.append((sample, prediction, draw_preview(images, sample, prediction)))
     return rows
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from datamodules.benchmarks.base import Benchmark, Rule, column_of
 from datamodules.metrics.extraction import EXTRACTED_READERS
 from datamodules.metrics.official_parsers import extract_box_officially, read_choice_as_blink, read_choice_as_mmiu
-from datamodules.metrics.predictions import Prediction, Reply
-from datamodules.samples.answer_text import is_well_formed
+from datamodules.metrics.predictions import Prediction, Read, Reply
+from datamodules.samples.answer_text import AnswerForm, is_well_formed
 from datamodules.samples.boxes import BoxFormat, iou
 from datamodules.samples.choice_text import ChoiceFailure, parse_choice
-from datamodules.samples.sample import BoxAnswer, ChoiceAnswer, Sample
+from datamodules.samples.sample import BoxAnswer, BoxesAnswer, ChoiceAnswer, Sample
 from datamodules.samples.scores import score_text
 
 
@@ -21,8 +21,9 @@ class _Reading:
     """The result of parsing and scoring an answer by one rule."""
 
     value: float = 0.0  # IoU, or 1.0 for the right option
-    read: str | tuple[float, ...] | None = None  # box or letter
+    read: Read | None = None  # box, boxes or letter
     failure: str | None = None  # the reason if nothing was parsed
+    f1: float | None = None  # of several boxes
 
 
 def score_reply(sample: Sample, reply: Reply, box_format: BoxFormat, rule: Rule, official: Rule) -> Prediction:
@@ -61,17 +62,20 @@ def rescore(prediction: Prediction, rule: Rule, official: Rule) -> Prediction:
     """Score a stored answer again. The record contains everything that is needed."""
     # The text is parsed twice: by the paper's rule and by the rule of the official code.
     found, officially = _read(prediction, rule), _read(prediction, official)
-    is_box = isinstance(prediction.answer, BoxAnswer)
+    is_box, several = not isinstance(prediction.answer, ChoiceAnswer), isinstance(prediction.answer, BoxesAnswer)
+    form = AnswerForm.NAMED_IMAGE if several else AnswerForm.ONE_BOX
     return replace(
         prediction,
         value=found.value,
         correct=_is_correct(found.value, prediction, rule),
         read=found.read,
-        well_formed=is_box and prediction.refused is None and is_well_formed(prediction.text),
+        well_formed=is_box and prediction.refused is None and is_well_formed(prediction.text, form),
         failure=found.failure,
         official_value=officially.value,
         official_correct=_is_correct(officially.value, prediction, official),
         official_read=officially.read,
+        f1=found.f1,
+        official_f1=officially.f1,
     )
 
 
@@ -91,10 +95,11 @@ def _is_correct(value: float, prediction: Prediction, rule: Rule) -> bool:
 
 def _read(prediction: Prediction, rule: Rule) -> _Reading:
     if prediction.refused is not None:
-        return _Reading(failure=prediction.refused)
+        return _Reading(failure=prediction.refused, f1=0.0 if isinstance(prediction.answer, BoxesAnswer) else None)
     if isinstance(prediction.answer, ChoiceAnswer):
         return _read_choice(prediction, prediction.answer, rule)
-    assert isinstance(prediction.answer, BoxAnswer)
+    if isinstance(prediction.answer, BoxesAnswer):
+        return _read_boxes(prediction, prediction.answer, rule)
     return _read_box(prediction, prediction.answer, rule)
 
 
@@ -106,6 +111,16 @@ def _read_box(prediction: Prediction, answer: BoxAnswer, rule: Rule) -> _Reading
     how = (prediction.image_sizes, prediction.box_format, rule.box)
     score = score_text(prediction.text, answer, *how, lenient=True)
     return _Reading(score.iou, score.box, score.failure)
+
+
+def _read_boxes(prediction: Prediction, answer: BoxesAnswer, rule: Rule) -> _Reading:
+    """All boxes of the answer, each in the image that it names, against all true boxes."""
+    how = (prediction.image_sizes, prediction.box_format)
+    score = score_text(prediction.text, answer, *how, lenient=True, form=AnswerForm.NAMED_IMAGE)
+    matching = score.matching
+    boxes = tuple((box.image, *box.box) for box in matching.written if box.image is not None)
+    f1 = matching.f1(rule.threshold)
+    return _Reading(matching.worst_iou, boxes or None, score.failure, f1)
 
 
 def _read_choice(prediction: Prediction, answer: ChoiceAnswer, rule: Rule) -> _Reading:

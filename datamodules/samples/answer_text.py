@@ -4,6 +4,13 @@
     {"bbox_2d": [x1, y1, x2, y2], "label": "…"}
     ```</answer>
 
+This is the form of the paper: one box, in the image that the question means (`AnswerForm.ONE_BOX`). With
+`AnswerForm.NAMED_IMAGE` the answer names the image of each box, by its number from 1. It is one such object, or a list
+of them:
+
+    [{"image": 2, "bbox_2d": [x1, y1, x2, y2], "label": "…"},
+    {"image": 3, "bbox_2d": [x1, y1, x2, y2], "label": "…"}]
+
 The four numbers are in the model's own box format; `boxes.ImageSizes` converts them. The tolerant parser also reads
 boxes in slightly broken JSON (10., +10, .5, numbers in quotes, a comma before a closing bracket, full-width digits and
 brackets) and boxes without JSON (`box_texts.py`). None of these earns the format reward.
@@ -29,6 +36,8 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
 
 from datamodules.samples.box_texts import BoxesInText, ParsedBox, decode, is_box, is_inside, is_one_value
 from datamodules.samples.conclusions import statements
@@ -45,6 +54,13 @@ _FENCE = re.compile(r"```(?:json)?[ \t\r]*+\n(.*)```", re.DOTALL)
 _PARAGRAPH_BREAK = re.compile(r"\n[ \t\r]*+\n")
 _MARKUP = re.compile(r"```(?:json)?|<\|?/?[a-z_]{1,20}\|?>", re.IGNORECASE)  # what models write around a box
 _BOX = "\ufffc"  # replaces each box where only the words between boxes matter
+
+
+class AnswerForm(StrEnum):
+    """What an answer consists of: a property of a run, and of the model that it trains."""
+
+    ONE_BOX = "one_box"  # one box; it names no image
+    NAMED_IMAGE = "named_image"  # one or several boxes; each names its image
 
 
 @dataclass(frozen=True)
@@ -86,12 +102,36 @@ def render_answer(values: Sequence[int | float], label: str, thinking: str | Non
     Raises:
         ValueError: `values` are not four finite numbers, or `thinking` holds a think or answer tag.
     """
+    return _render(_box_json(values, label), thinking)
+
+
+def render_boxes(boxes: Sequence[ParsedBox], thinking: str | None) -> str:
+    """As `render_answer`, in the form that names images: one box as an object, several as a list.
+
+    Args:
+        boxes: at least one box, each with its image's number from 1.
+        thinking: the reasoning in front of the answer.
+
+    Raises:
+        ValueError: there is no box, a box names no image, or as `render_answer` says.
+    """
+    if not boxes or any(box.image is None or box.image < 1 for box in boxes):
+        raise ValueError(f"an answer of this form has boxes, each with an image from 1, got {boxes!r}")
+    objects = [_box_json(box.values, box.label or "", image=box.image) for box in boxes]
+    return _render(objects[0] if len(objects) == 1 else "[" + ",\n".join(objects) + "]", thinking)
+
+
+def _box_json(values: Sequence[int | float], label: str, **before: int) -> str:
     if not is_box(list(values)):
         raise ValueError(f"an answer has four finite numbers, got {values!r}")
+    return json.dumps({**before, "bbox_2d": list(values), "label": label}, ensure_ascii=False)
+
+
+def _render(body: str, thinking: str | None) -> str:
     if thinking is not None and has_answer_tags(thinking):
         raise ValueError(f"thinking must not hold think or answer tags: {thinking[:200]!r}")
     # "<" is escaped, so that no label can open or close a block. JSON decodes the escape to the same character.
-    body = json.dumps({"bbox_2d": list(values), "label": label}, ensure_ascii=False).replace("<", "\\u003c")
+    body = body.replace("<", "\\u003c")
     fenced = f"```json\n{body}\n```"
     return fenced if thinking is None else f"<think>{thinking}</think><answer>{fenced}</answer>"
 
@@ -132,12 +172,15 @@ def answer_text(text: str) -> str | None:
     return _split(text)[1]
 
 
-def is_well_formed(text: str) -> bool:
+def is_well_formed(text: str, form: AnswerForm = AnswerForm.ONE_BOX) -> bool:
     """Whether `text` earns the format reward (paper §3.2; the paper leaves details open, this rule is exact).
 
     The text is one think block and then one answer block, with only white space outside. The answer is one JSON object,
     with or without a fence. Its "bbox_2d" has four finite numbers with x1 < x2 and y1 < y2. Its "label", if any, is a
     string. Empty thinking and other keys are allowed; a repeated key is not.
+
+    With NAMED_IMAGE the answer may also be a list of at least one such object, and the "image" of every object is a
+    whole number from 1.
     """
     # The four tags, each once, in this order and spelling.
     tags = _tags(text) or []
@@ -153,16 +196,27 @@ def is_well_formed(text: str) -> bool:
         if fenced is None:
             return False
         body = fenced.group(1).strip()
-    if not body.startswith("{") or not is_one_value(body):
+    named = form == AnswerForm.NAMED_IMAGE
+    if not body.startswith(("{", "[") if named else "{") or not is_one_value(body):
         return False
     try:
         answer = decode(body)
     except ValueError:
         return False
+    objects = answer if isinstance(answer, list) else [answer]
+    return bool(objects) and all(_is_box_object(one, named) for one in objects)
+
+
+def _is_box_object(value: Any, named: bool) -> bool:
+    """Whether a decoded value is an object with one box; `named`: and with the number of its image."""
     # The box: four finite numbers with an area.
-    if not isinstance(answer.get("label", ""), str) or not is_box(answer.get("bbox_2d")):
+    if not isinstance(value, dict) or not isinstance(value.get("label", ""), str) or not is_box(value.get("bbox_2d")):
         return False
-    x1, y1, x2, y2 = answer["bbox_2d"]
+    if named:
+        image = value.get("image")  # every number is decoded as a float
+        if not isinstance(image, float) or image < 1 or not image.is_integer():
+            return False
+    x1, y1, x2, y2 = value["bbox_2d"]
     return x1 < x2 and y1 < y2
 
 

@@ -56,6 +56,7 @@ class ParsedBox:
 
     values: Box
     label: str | None
+    image: int | None = None  # the number under "image", from 1; None where no whole number is there
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ class PlacedBox:
     box: ParsedBox
     start: int
     end: int
+
+
+_Beside = tuple[str | None, int | None]  # the label and the image's number beside a box
+_NOTHING: _Beside = (None, None)
 
 
 class BoxesInText:
@@ -115,31 +120,43 @@ class BoxesInText:
                 self.num_bad += 1
         self.bare.sort(key=lambda placed: placed.start)  # stable: boxes of one JSON value stay in order
 
-    def _read(self, value: Any, start: int, end: int, label: str | None = None, keyed: bool = False) -> None:
-        """Walk through one decoded value (at most MAX_DEPTH deep); `keyed`: the value stands under "bbox_2d"."""
+    def _read(self, value: Any, start: int, end: int, beside: _Beside = _NOTHING, keyed: bool = False) -> None:
+        """Walk through one decoded value (at most MAX_DEPTH deep).
+
+        Args:
+            value: the decoded value.
+            start, end: the place of the whole JSON value in the text.
+            beside: label and image of the object around the value.
+            keyed: the value stands under "bbox_2d".
+        """
         if isinstance(value, dict) and not keyed:
             label = value["label"] if isinstance(value.get("label"), str) else None
+            # An object of several boxes may name their image once: {"image": 2, "boxes": [{…}, {…}]}.
+            image = _image_number(value["image"]) if "image" in value else beside[1]
             for key, item in value.items():
                 if key == "bbox_2d" or isinstance(item, dict | list):
-                    self._read(item, start, end, label, keyed=key == "bbox_2d")
+                    self._read(item, start, end, (label, image), keyed=key == "bbox_2d")
         elif isinstance(value, list) and is_box(numbers := [_from_quotes(item) for item in value[:5]]):
-            (self.keyed if keyed else self.bare).append(PlacedBox(ParsedBox(tuple(numbers), label), start, end))
+            (self.keyed if keyed else self.bare).append(PlacedBox(ParsedBox(tuple(numbers), *beside), start, end))
         elif isinstance(value, list) and value and all(isinstance(item, dict | list) for item in value):
             for item in value:
-                self._read(item, start, end, label, keyed)
+                self._read(item, start, end, beside, keyed)
         elif keyed or (isinstance(value, list) and any(_is_number(item) for item in value)):
             self.num_bad += 1
         elif isinstance(value, list):
             for item in value:
                 if isinstance(item, dict | list):
-                    self._read(item, start, end, label)
+                    self._read(item, start, end, beside)
 
 
 def is_box(value: Any) -> bool:
     """Whether `value` is a list of four finite numbers."""
-    return (
-        isinstance(value, list) and len(value) == 4 and all(_is_number(item) and math.isfinite(item) for item in value)
-    )
+    if not isinstance(value, list) or len(value) != 4:
+        return False
+    a, b, c, d = value  # without a loop: this is asked for every list of an answer
+    if not (_is_number(a) and _is_number(b) and _is_number(c) and _is_number(d)):
+        return False
+    return math.isfinite(a) and math.isfinite(b) and math.isfinite(c) and math.isfinite(d)
 
 
 def is_inside(place: int, spans: list[tuple[int, int]]) -> bool:
@@ -166,6 +183,12 @@ def is_one_value(text: str) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _image_number(value: Any) -> int | None:
+    """The whole number that a model wrote under "image", in quotes or not; None for anything else."""
+    number = _from_quotes(value)
+    return int(number) if _is_number(number) and abs(number) < 1e6 and number == int(number) else None
 
 
 def _from_quotes(value: Any) -> Any:

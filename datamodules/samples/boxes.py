@@ -31,9 +31,9 @@ def iou(a: Box, b: Box) -> float:
 
 
 def _area(box: Box) -> float:
-    if not all(math.isfinite(value) for value in box) or box[2] <= box[0] or box[3] <= box[1]:
-        return 0.0
-    return (box[2] - box[0]) * (box[3] - box[1])
+    x1, y1, x2, y2 = box
+    # NaN is above nothing. An infinite edge gives an infinite area, and so an infinite union, for which `iou` is 0.
+    return (x2 - x1) * (y2 - y1) if x2 > x1 and y2 > y1 else 0.0
 
 
 def box_fault(box: Box) -> str | None:

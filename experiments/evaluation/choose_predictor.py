@@ -14,6 +14,7 @@ from datamodules.encoding.chat_request import RequestForm
 from datamodules.encoding.messages import PromptStyle
 from datamodules.encoding.model_families import find_model_family
 from datamodules.encoding.prompt_form import form_as_trained, read_prompt_form
+from datamodules.samples.answer_text import AnswerForm
 from datamodules.samples.boxes import BoxFormat
 from experiments.evaluation.evaluation_settings import Evaluation, QuestionForm
 from experiments.runs import run_identity
@@ -165,6 +166,7 @@ def _policy_settings(model: str, model_type: str, asked: Evaluation) -> PolicySe
     # 2. The prompt form: from the YAML, or from the training of the model.
     prompts = {"box_format": form.box_format, "style": "think" if form.style == "auto" else form.style}
     prompts |= {"max_resized_pixels": form.max_resized_pixels, "label_images": form.label_images}
+    prompts |= {"answer_form": form.answer_form}
     trained = run_identity.trained_form(model, prompts) if form.as_trained else {}
     # 3. A model that was not trained here writes boxes in the format of its family. With the default format of the
     # settings, its boxes could be read wrongly and count as wrong answers.
@@ -178,6 +180,7 @@ def _policy_settings(model: str, model_type: str, asked: Evaluation) -> PolicySe
         raise ValueError("; ".join(problems))
     prompts |= trained
     prompts |= {"box_format": BoxFormat(prompts["box_format"]), "style": PromptStyle(prompts["style"])}
+    prompts |= {"answer_form": AnswerForm(prompts["answer_form"])}
     return PolicySettings(model, prompts | asdict(asked.limits), asked.decoding, asked.dtype, asked.device)
 
 
@@ -193,7 +196,7 @@ def _request_form(asked: Evaluation, *names: str) -> RequestForm:
     sizes = {name: getattr(asked.limits, name) for name in ("max_image_pixels", "max_sample_pixels")}
     if form.max_resized_pixels is not None:
         sizes["max_pixels"] = form.max_resized_pixels
-    return RequestForm(model_family, style, form.before_image, **sizes)
+    return RequestForm(model_family, style, form.before_image, **sizes, answer_form=AnswerForm(form.answer_form))
 
 
 def check_device(device: str) -> None:

@@ -39,8 +39,10 @@ class QuestionForm:
             auto finds it by model_type and name
         before_image: text before image k for other models, instead of the text of the model family, such as "Picture
             {}: "
+        answer_form: named_image asks for the number of each box's image, and reads it. Questions with several boxes ask
+            for it in any case
         as_trained: use the prompt form of the phase for its merged model, local or on a server that names the model by
-            its folder; this overrides box_format, style, max_resized_pixels and label_images
+            its folder; this overrides box_format, style, max_resized_pixels, label_images and answer_form
     """
 
     style: Style = "auto"
@@ -49,6 +51,7 @@ class QuestionForm:
     max_resized_pixels: int | None = None
     model_family: str = "auto"
     before_image: str | None = None
+    answer_form: Literal["one_box", "named_image"] = "one_box"
     as_trained: bool = True
 
 

@@ -52,7 +52,8 @@ class Answer:
         thinking: the part between the think tags; None without them
         answer: the part with the answer
         boxes: the boxes in the order of the text; () if there are none
-        image_from: the source that names the image of the boxes: "target", "thinking", "question", "only" or "last"
+        image_from: the source that names the image of the boxes: "answer" (each box names its own), "target",
+            "thinking", "question", "only" or "last"
         failure: the reason if no box was found, or if the question was not asked
         finished: False if the answer was cut at the token limit
     """
@@ -115,19 +116,25 @@ def _parts(question: str, num_images: int) -> tuple[ImagePart | TextPart, ...]:
 def read_answer(reply: Reply, question: str, box_format: BoxFormat, target: int | None = None) -> Answer:
     """The answer with its boxes in pixels.
 
-    The paper's answer with one box does not name its image. It is the first of these that exists: `target` (from 1),
-    the image that the thinking names last, the image that the question names last, the only or last image.
+    Boxes that all name an image of the question are in these. The paper's answer with one box does not name its image.
+    It is the first of these that exists: `target` (from 1), the image that the thinking names last, the image that the
+    question names last, the only or last image.
     """
     if reply.refused is not None:
         return Answer("", None, None, (), None, f"the question was not put to the model: {reply.refused}", True)
     parsed = parse_answer(reply.text, lenient=True)
     if not isinstance(parsed, ParsedAnswer):
         return Answer(reply.text, None, answer_text(reply.text), (), None, parsed.kind, reply.finished)
-    index, source = _find_image(parsed.thinking, question, len(reply.image_sizes), target)
-    sizes = reply.image_sizes[index]
+    count = len(reply.image_sizes)
+    if all(box.image is not None and 1 <= box.image <= count for box in parsed.boxes):
+        numbers, source = [box.image for box in parsed.boxes], "answer"
+    else:
+        index, source = _find_image(parsed.thinking, question, count, target)
+        numbers = [index + 1] * len(parsed.boxes)
     boxes = tuple(
-        FoundBox(index + 1, sizes.to_pixels(sizes.to_unit(box.values, box_format)), box.label or "")
-        for box in parsed.boxes
+        FoundBox(number, sizes.to_pixels(sizes.to_unit(box.values, box_format)), box.label or "")
+        for number, box in zip(numbers, parsed.boxes, strict=True)
+        for sizes in (reply.image_sizes[number - 1],)
     )
     return Answer(reply.text, parsed.thinking, answer_text(reply.text), boxes, source, None, reply.finished)
 

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS, ImageError, load_image
+from datamodules.metrics.predictions import answer_from_json
 from datamodules.persistence.files import write_atomic
-from datamodules.samples.answer_text import ParsedAnswer, answer_text, parse_answer
+from datamodules.samples.answer_text import AnswerForm, ParsedAnswer, answer_text, parse_answer
 from datamodules.samples.boxes import BoxFormat, image_sizes_from_json
-from datamodules.samples.sample import BoxAnswer, BoxPart, Sample, SampleError, TextPart
-from datamodules.samples.scores import score_text
+from datamodules.samples.sample import BoxPart, Sample, SampleError, TextPart
+from datamodules.samples.scores import score_text, true_boxes
 from datamodules.streaming.manifest import MANIFEST
 from datamodules.streaming.shard_reader import ShardReader
 from datamodules.streaming.shard_sources import source_list
@@ -167,21 +168,22 @@ def _index_row(group: LoggedGroup, tasks: list[str]) -> list[Any]:
 
 
 def _whole_group(group: LoggedGroup, run: Run, pictures: Pictures) -> dict[str, Any]:
-    """The data of a group for the page. Boxes are xyxy in 0-1 of the answer's image."""
+    """The data of a group for the page. Each box is [index of its image, x1, y1, x2, y2], in 0-1 of this image."""
     record = group.read()
-    answer = BoxAnswer(record["answer"]["image"], tuple(record["answer"]["box"]), record["answer"]["label"])
+    answer = answer_from_json(record["answer"])
     image_sizes = image_sizes_from_json(record["sizes"])
-    # Use the box format of this run, because today's default may differ.
+    # Use the settings of this run, because today's defaults may differ. Earlier versions had one form of answers.
     box_format = BoxFormat(run.config["data.box_format"])
+    form = AnswerForm(run.config.get("data.answer_form", AnswerForm.ONE_BOX))
     completions = []
     for text, reward, advantage in zip(record["texts"], record["rewards"], record["advantages"], strict=True):
-        parsed, score = parse_answer(text), score_text(text, answer, image_sizes, box_format)
+        parsed, score = parse_answer(text), score_text(text, answer, image_sizes, box_format, form=form)
         completions.append(
             {
                 "thinking": parsed.thinking if isinstance(parsed, ParsedAnswer) else None,
                 "answer": answer_text(text),
                 "text": text,
-                "box": score.box,
+                "boxes": [[box.image, *box.box] for box in score.matching.written if box.image is not None],
                 "iou": score.iou,
                 "reward": reward,
                 "advantage": advantage,
@@ -192,8 +194,7 @@ def _whole_group(group: LoggedGroup, run: Run, pictures: Pictures) -> dict[str, 
         "question": pictures.questions.get(group.id),
         "pictures": pictures.files.get(group.id, []),
         "sizes": [sizes.original for sizes in image_sizes],
-        "target": answer.image,
-        "label": answer.label,
-        "truth": answer.box,
+        "truths": [[box.image, *box.box] for box in true_boxes(answer)],
+        "labels": [box.label for box in true_boxes(answer)],
         "completions": completions,
     }

@@ -258,7 +258,8 @@ def _form_of_phase(model: str, given: Iterable[str]) -> dict[str, Any]:
     phase = Path(model).parent
     if Path(model).name != "merged" or not (phase / CONFIG).is_file():
         return {}
-    trained = {name: read_field(phase, f"data.{name}") for name in given}
+    # A phase of that version had one form of answers, and no setting for it.
+    trained = {name: read_field(phase, f"data.{name}") for name in given if name != "answer_form"}
     for name, kind in (("box_format", BoxFormat), ("style", PromptStyle)):
         if name in trained and trained[name] not in list(kind):
             raise OtherVersion(phase, f"data.{name}={trained[name]!r} is none of {[str(k.value) for k in kind]}")

@@ -15,9 +15,10 @@ from tqdm import tqdm
 from datamodules.encoding.chat_request import ChatRequest, RequestForm, build_request
 from datamodules.persistence.files import Journal
 from datamodules.persistence.problems import Problems
+from datamodules.samples.answer_text import AnswerForm
 from datamodules.samples.boxes import image_sizes_to_json
 from datamodules.samples.sample import SampleError
-from datamodules.samples.scores import require_box
+from datamodules.samples.scores import require_boxes
 from datamodules.streaming.shard_reader import ShardReader
 from lightning_modules.serving.generation_rules import server_fields
 from lightning_modules.serving.openai_client import (
@@ -241,7 +242,7 @@ class Teacher:
     def _prepare(self, number: int) -> tuple[str, ChatRequest]:
         """(sample id, request) of a question. Raises SampleError."""
         loaded = self.reader.read(number)
-        require_box(loaded.sample)
+        require_boxes(loaded.sample, AnswerForm.ONE_BOX)
         return loaded.sample.id, build_request(loaded, self.form)
 
     async def _ask(self, question: _Question, sample_id: str, request: ChatRequest, endpoint: ChatEndpoint) -> None:

@@ -22,10 +22,14 @@ class GroundingAccuracy(Metric):
     Acc@t is the percentage of questions whose IoU exceeds t (or reaches it, if the rule is inclusive). A question
     without a readable box has IoU 0. Units and columns without questions are skipped.
 
+    Of an answer of several boxes, the IoU is that of its worst pair, and F1 is averaged beside it.
+
     Every state is a sum, so ranks may have different numbers of questions. Shapes: U units, T thresholds.
 
         hits [U, T] int64        questions whose IoU counts at the threshold
         iou_sum [U] float64      sum of their IoUs
+        f1_sum [U] float64       sum of their F1, where that is given
+        f1_count int64           number of questions with an F1, of all units
         count [U] int64          number of questions
     """
 
@@ -53,15 +57,21 @@ class GroundingAccuracy(Metric):
         shape = (len(self.units), len(self.thresholds))
         self.add_state("hits", torch.zeros(shape, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("iou_sum", torch.zeros(shape[0], dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("f1_sum", torch.zeros(shape[0], dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("f1_count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros(shape[0], dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, ious: Sequence[float], units: Sequence[Unit]) -> None:
+    def update(self, ious: Sequence[float], units: Sequence[Unit], f1s: Sequence[float] = ()) -> None:
         """Add N questions.
 
         Args:
             ious: [N], 0 where no box could be read.
             units: [N], the unit of each question.
+            f1s: [N], where some questions have several boxes; () where none has.
         """
+        for value, unit in zip(f1s, units, strict=bool(f1s)):
+            self.f1_sum[self.units.index(unit)] += value
+            self.f1_count += 1
         by_unit: dict[Unit, list[float]] = {}
         for iou, unit in zip(ious, units, strict=True):
             by_unit.setdefault(unit, []).append(iou)
@@ -77,8 +87,8 @@ class GroundingAccuracy(Metric):
         """{"columns": {name: cell}, "averages": {name: cell}, "details": {"mean_iou", "acc_0.3", …, "macc"}}.
 
         A cell is {"score", "low", "high", "n"}: accuracy at the threshold of the rule, its 95 % interval, and the
-        number of questions. The details are averaged in the same way as "avg"; "macc" is the mean accuracy over
-        `COCO_THRESHOLDS`.
+        number of questions; and "f1" (0-100), where F1 is given. The details are averaged in the same way as "avg";
+        "macc" is the mean accuracy over `COCO_THRESHOLDS`.
         """
         hits, iou_sums, counts = self.hits.tolist(), self.iou_sum.tolist(), self.count.tolist()
         asked = [index for index, count in enumerate(counts) if count]
@@ -94,6 +104,9 @@ class GroundingAccuracy(Metric):
             unit_counts.setdefault(column, {})[unit] = (right[index], counts[index])
         intervals = bootstrap_intervals(unit_counts, self.rule, self.averages, self.seed)
         cells = {name: _cell(score, n, intervals[name]) for name, (score, n) in scores.items()}
+        if self.f1_count:
+            for name, (f1, _) in self._average([100 * total for total in self.f1_sum.tolist()], counts).items():
+                cells[name]["f1"] = f1
         # 3. Other thresholds and the IoU itself, averaged like "avg".
         details = {"mean_iou": self._average(iou_sums, counts)["avg"][0]}
         accuracies = {t: self._average([100 * row[at(t)] for row in hits], counts)["avg"][0] for t in self.thresholds}

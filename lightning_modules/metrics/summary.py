@@ -9,7 +9,7 @@ from typing import Any
 
 from datamodules.benchmarks.base import Rule
 from datamodules.metrics.predictions import Prediction
-from datamodules.samples.sample import ChoiceAnswer
+from datamodules.samples.sample import BoxesAnswer, ChoiceAnswer
 
 
 def summarise(
@@ -34,11 +34,16 @@ def summarise(
     n = len(predictions)
     boxes = [p for p in predictions if not isinstance(p.answer, ChoiceAnswer)]  # shards may contain both kinds
     values, officials = [p.value for p in predictions], [p.official_value for p in predictions]
+    f1s, official_f1s = (
+        [float(p.correct) if p.f1 is None else p.f1 for p in predictions],
+        [float(p.official_correct) if p.official_f1 is None else p.official_f1 for p in predictions],
+    )
     return {
         "n": n,
-        **_accuracies(predictions, values, rule, averages, seed),
+        **_accuracies(predictions, values, f1s, rule, averages, seed),
         "rule": asdict(rule),
-        "official": _accuracies(predictions, officials, official, averages, seed) | {"rule": asdict(official)},
+        "official": _accuracies(predictions, officials, official_f1s, official, averages, seed)
+        | {"rule": asdict(official)},
         "format_rate": 100 * sum(p.well_formed for p in boxes) / len(boxes) if boxes else None,
         "failures": dict(sorted(Counter(p.failure for p in predictions if p.failure is not None).items())),
         "truncated_rate": 100 * sum(not p.finished for p in predictions) / n,
@@ -49,11 +54,12 @@ def summarise(
 def _accuracies(
     predictions: Sequence[Prediction],
     values: Sequence[float],
+    f1s: Sequence[float],
     rule: Rule,
     averages: Mapping[str, Sequence[str]],
     seed: int,
 ) -> dict[str, Any]:
-    """{"columns", "averages", "details"} from one value for each prediction."""
+    """{"columns", "averages", "details"} from one value and one F1 for each prediction."""
     # Importing torchmetrics takes seconds and loads transformers: so only a process that scores answers imports it.
     from lightning_modules.metrics.accuracy import GroundingAccuracy
 
@@ -63,5 +69,7 @@ def _accuracies(
     units = [(p.column, p.unit) for p in predictions]
     # All answers are in this process, because the answers of all ranks are read from the journals.
     metric = GroundingAccuracy(list(dict.fromkeys(units)), rule, averages, seed, sync_on_compute=False)
-    metric.update(values, units)
+    # F1 stands in the result where some question has several boxes. Of one box, and of an option, it is 0 or 1.
+    has_several = any(isinstance(p.answer, BoxesAnswer) for p in predictions)
+    metric.update(values, units, f1s if has_several else ())
     return metric.compute() | ({"details": {}} if any(is_choice) else {})

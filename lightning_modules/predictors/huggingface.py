@@ -7,7 +7,6 @@ its own engine; this predictor is for models that it is compared with.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -69,7 +68,7 @@ class HuggingFacePredictor:
         """Everything that answers depend on except the question, as JSON-like data."""
         decoding = {"max_tokens": self.decoding.max_new_tokens, "dtype": self.dtype}
         decoding |= rules(self.decoding.generation)
-        return {"model": self._weights_key, "form": asdict(self.form), "decoding": decoding}
+        return {"model": self._weights_key, "form": self.form.facts(), "decoding": decoding}
 
     @cached_property
     def _weights_key(self) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from functools import partial
 from io import BytesIO
 from typing import Any
@@ -58,7 +57,7 @@ class OpenAIPredictor:
         rules = server_rules(self.settings, self._server.generation)
         server = {"model": self.settings.model, "extra_body": self.settings.extra_body}
         decoding = {"max_tokens": self.max_tokens} | rules
-        return {"endpoint": server, "form": asdict(self.form), "decoding": decoding}
+        return {"endpoint": server, "form": self.form.facts(), "decoding": decoding}
 
     def answers(self, samples: Sequence[Sample], load: Load) -> Iterator[tuple[Sample, Reply]]:
         """Yields one reply for each sample as they arrive, with up to `concurrency` requests at a time.

@@ -12,8 +12,6 @@ from lightning_modules.rl.losses import LossTerms
 from lightning_modules.rl.rewards.reward_list import Reward
 from lightning_modules.rollouts.base import Rollout
 
-RIGHT_IOU = 0.5  # a completion is right if its IoU is above this value, as in the benchmark
-
 SUMS = (
     "groups",
     "zero_advantage",  # groups whose rewards are all equal
@@ -107,7 +105,7 @@ class GRPOMetrics(StepSums):
                 sums["rewarded"] += not reward.left_out
                 sums["reward/total"] += reward.total
                 sums["zero_iou"] += reward.iou == 0
-                sums["right"] += reward.iou > RIGHT_IOU
+                sums["right"] += reward.is_right
                 sums["well_formed"] += reward.well_formed
                 sums["failed"] += bool(reward.failed)
                 for name, value in reward.terms.items():

@@ -23,7 +23,7 @@ from datamodules.encoding.encoder import EncodedSample, Encoder
 from datamodules.persistence.files import Journal, fingerprint, read_journal, read_json, write_atomic, write_json
 from datamodules.persistence.problems import Problems
 from datamodules.samples.sample import LoadedSample, Rejections, SampleError
-from datamodules.samples.scores import require_box, score_text
+from datamodules.samples.scores import require_boxes, score_text
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from datamodules.streaming.shard_reader import ShardReader
 from datamodules.streaming.shard_sources import source_list
@@ -45,6 +45,9 @@ class RejectionSettings:
     """Settings of rejection sampling: `num_samples` completions per candidate; a completion is correct if its IoU is
     above `threshold`.
 
+    With several boxes in the answer, a completion is correct if F1 at this IoU is at least `min_f1`: by default all
+    boxes are right, and no other is written.
+
     A candidate is kept if it has `min_correct` to `max_correct` correct completions. The default, as in the paper, is
     from one to all but one. If a box can be found by chance, a larger `min_correct` is useful. If temperature or
     max_new_tokens is null, the value of the rollouts in training is used.
@@ -58,6 +61,7 @@ class RejectionSettings:
     prompts_per_batch: int = 32
     threshold: float = 0.5
     seed: int = 0
+    min_f1: float = 1.0
 
     def __post_init__(self) -> None:
         problems, most = Problems(), self.num_samples
@@ -65,6 +69,7 @@ class RejectionSettings:
         problems.positive_or_null(temperature=self.temperature, max_new_tokens=self.max_new_tokens)
         problems.positive(prompts_per_batch=self.prompts_per_batch)
         problems.require(0 <= self.threshold < 1, "must be in [0, 1)", threshold=self.threshold)
+        problems.require(0 < self.min_f1 <= 1, "must be in (0, 1]", min_f1=self.min_f1)
         in_range = 0 <= self.min_correct <= self.most_correct <= most
         correct = {"min_correct": self.min_correct, "max_correct": self.max_correct}
         problems.require(in_range, f"is no range within num_samples={most}", **correct)
@@ -149,7 +154,10 @@ def _explain_nothing_kept(histogram: Mapping[str, Any], settings: RejectionSetti
 def rejection_key(model: str, encoder: Encoder, source: str | list[str], settings: RejectionSettings) -> str:
     """Hash of everything that the choice depends on: weights, candidates, prompts and settings."""
     candidates = [path_fingerprint(path) for path in source_list(source)]
-    return fingerprint(path_fingerprint(model), candidates, encoder.form(), asdict(settings))
+    facts = asdict(settings)
+    if settings.min_f1 == 1.0:  # choices of earlier versions, which had no such setting, stay valid
+        del facts["min_f1"]
+    return fingerprint(path_fingerprint(model), candidates, encoder.form(), facts)
 
 
 def is_finished(folder: str | Path, key: str) -> bool:
@@ -186,7 +194,7 @@ def _sample_chunks(
 
     def read(number: int) -> LoadedSample:
         loaded = reader.read(number)
-        require_box(loaded.sample)
+        require_boxes(loaded.sample, encoder.answer_form)
         return loaded
 
     rejections = Rejections()  # rejections of this call; `_write_kept` counts those of all calls and ranks
@@ -210,7 +218,7 @@ def _sample_chunks(
             items = [item.to(policy.device) for _, item in known]
             groups = engine.generate(RolloutRequest(items, sampling, generator=generator))
             outcomes = [
-                _outcome(place, item, [rollout.text for rollout in group], encoder, settings.threshold)
+                _outcome(place, item, [rollout.text for rollout in group], encoder, settings)
                 for (place, item), group in zip(known, groups, strict=True)
             ]
             rejected = {error.sample_id: error.rule for error in errors}
@@ -218,11 +226,18 @@ def _sample_chunks(
             bar.update(len(members))
 
 
-def _outcome(number: int, item: EncodedSample, texts: list[str], encoder: Encoder, threshold: float) -> dict[str, Any]:
-    ious = [score_text(text, item.sample.answer, item.image_sizes, encoder.box_format).iou for text in texts]
-    correct = sum(value > threshold for value in ious)
+def _outcome(
+    number: int, item: EncodedSample, texts: list[str], encoder: Encoder, settings: RejectionSettings
+) -> dict[str, Any]:
+    how = (item.sample.answer, item.image_sizes, encoder.box_format)
+    scores = [score_text(text, *how, form=encoder.answer_form) for text in texts]
+    correct = sum(score.is_right(settings.threshold, settings.min_f1) for score in scores)
     fields = {"number": number, "id": item.sample.id, "task": item.sample.task}
-    return fields | {"correct": correct, "samples": len(ious), "mean_iou": sum(ious) / len(ious)}
+    return fields | {
+        "correct": correct,
+        "samples": len(scores),
+        "mean_iou": sum(score.iou for score in scores) / len(scores),
+    }
 
 
 def _write_kept(

@@ -24,7 +24,7 @@ from datamodules.benchmarks.mig_bench import load_mig_bench
 from datamodules.metrics.drawing import draw_preview
 from datamodules.metrics.predictions import Prediction
 from datamodules.samples.boxes import BoxFormat
-from datamodules.samples.sample import BoxAnswer, Sample
+from datamodules.samples.sample import BoxAnswer, BoxesAnswer, Sample
 from lightning_modules.rollouts.vllm.server_pool import ServersLost
 from tests.callbacks.conftest import TWO_EPOCHS, FakeEngine, FakeModule, Windows, read_rows, resuming, true_answer
 
@@ -101,15 +101,27 @@ def prediction(sample: Sample, text: str, box, failure: str | None) -> Predictio
 def test_a_preview_shows_both_boxes_in_their_colours(bench) -> None:
     sample = replace(load_mig_bench(bench[0])[0], answer=BoxAnswer(1, (0.1, 0.2, 0.5, 0.6), ""))
     answer = prediction(sample, "because é 猫 " * 40, (0.9, 0.4, 0.2, 3.0), None)
-    picture = draw_preview(Image.new("RGB", (100, 50), "white"), sample, answer)
+    picture = draw_preview({1: Image.new("RGB", (100, 50), "white")}, sample, answer)
     assert picture.width == 640 and picture.height > 320
     assert picture.getpixel((64, 128)) == (0x00, 0xA0, 0x00)  # the true box's left side
     assert picture.getpixel((300, 128)) == (0xE0, 0x20, 0x20)  # the predicted one's top, with its sides put in order
 
 
+def test_a_preview_of_several_boxes_shows_every_image_with_its_own(bench) -> None:
+    truth = BoxesAnswer((BoxAnswer(0, (0.1, 0.2, 0.5, 0.6), ""), BoxAnswer(1, (0.1, 0.2, 0.5, 0.6), "")))
+    sample = replace(load_mig_bench(bench[0])[0], answer=truth)
+    answer = replace(prediction(sample, "text", ((1, 0.6, 0.5, 0.9, 0.9),), None), f1=0.5)
+    white = Image.new("RGB", (100, 50), "white")
+    picture = draw_preview({0: white, 1: white}, sample, answer)
+    assert picture.width == 640 and picture.height > 640
+    green, red = (0x00, 0xA0, 0x00), (0xE0, 0x20, 0x20)
+    assert picture.getpixel((64, 128)) == green and picture.getpixel((64, 320 + 128)) == green
+    assert picture.getpixel((480, 320 + 160)) == red and picture.getpixel((480, 160)) == (255, 255, 255)
+
+
 def test_a_preview_of_an_answer_without_a_box_is_drawn(bench) -> None:
     sample = load_mig_bench(bench[0])[0]
-    picture = draw_preview(Image.new("L", (90, 900)), sample, prediction(sample, "", None, "empty"))
+    picture = draw_preview({1: Image.new("L", (90, 900))}, sample, prediction(sample, "", None, "empty"))
     assert picture.size > (640, 6400)
 
 

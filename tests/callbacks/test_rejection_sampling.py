@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Sequence
@@ -19,13 +20,15 @@ from lightning.pytorch.loggers import CSVLogger
 from callbacks import rejection_sampling
 from callbacks.checkpoints import RunStopped
 from callbacks.rejection_sampling import RejectionSampling
+from datamodules.samples.answer_text import AnswerForm, render_boxes
+from datamodules.samples.box_texts import ParsedBox
 from datamodules.samples.sample import BoxAnswer, BoxesAnswer, ChoiceAnswer
 from datamodules.streaming.shard_reader import ShardReader
 from datamodules.streaming.shard_writer import ShardWriter
 from lightning_modules.grpo import GRPO
 from lightning_modules.models.layers.lora import LoraSettings
 from lightning_modules.rl import prompt_selection
-from lightning_modules.rl.prompt_selection import RejectionSettings, rejection_sample
+from lightning_modules.rl.prompt_selection import RejectionSettings, rejection_key, rejection_sample
 from lightning_modules.rollouts.base import SamplingSettings
 from tests.callbacks.conftest import FakeEngine, FakeModule, FakePolicy, read_rows, resuming, true_answer
 from tests.lightning_modules.grpo_modules import build_grpo
@@ -199,6 +202,31 @@ def test_a_candidate_without_one_box_is_rejected_by_name(run, pool, tmp_path: Pa
     histogram = json.loads((tmp_path / "rs/histogram.json").read_text())
     assert histogram["rejected"] == {"no_box_answer": 2, "truncated_image": 1} and histogram["candidates"] == 17
     assert "'no_box_answer': 2" in caplog.text
+
+
+def test_several_boxes_are_right_together_or_from_a_chosen_f1_on(run, encoder, pool, tmp_path: Path) -> None:
+    """Candidates are shown in the form that names images; one of two boxes has F1 2/3."""
+    named = copy.copy(encoder)
+    named.answer_form = AnswerForm.NAMED_IMAGE
+    both = BoxesAnswer((BOX, BoxAnswer(0, (0.75, 0.0, 1.0, 0.2), "ring")))
+    with ShardWriter(tmp_path / "both") as writer:
+        for number in range(10):
+            loaded = ShardReader(pool).read(number)
+            writer.add(replace(loaded, sample=replace(loaded.sample, answer=both)))
+
+    def some_right(item, k: int) -> str:
+        """Both boxes in number mod 5 of 4 completions, else one of them."""
+        values = [item.image_sizes[box.image].to_model(box.box, encoder.box_format) for box in both.boxes]
+        boxes = [ParsedBox(four, "ring", box.image + 1) for four, box in zip(values, both.boxes, strict=True)]
+        return render_boxes(boxes if k < int(item.sample.id[1:]) % 5 else boxes[:1], "t")
+
+    asked = {"encoder": named, "source": str(tmp_path / "both")}
+    assert kept_ids(run(FakeEngine(some_right), **asked)) == [f"c{n}" for n in range(10) if 0 < n % 5 < 4]
+    lower = replace(SETTINGS, min_f1=0.6)
+    with pytest.raises(RunStopped, match="4 right 10"):
+        run(FakeEngine(some_right), **asked, settings=lower)
+    key = partial(rejection_key, str(pool), encoder, str(pool))
+    assert key(SETTINGS) == key(replace(SETTINGS, min_f1=1.0)) != key(lower)
 
 
 def test_rejected_candidates_are_told_while_others_are_sampled(run, pool, tmp_path: Path, caplog) -> None:

@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from datamodules.metrics.predictions import Reply
+from datamodules.samples.answer_text import render_boxes
+from datamodules.samples.box_texts import ParsedBox
 from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import ImagePart, TextPart
 from experiments import ask_model
@@ -67,6 +69,16 @@ def test_the_image_of_a_box_and_its_pixels(thinking, question, target, image, so
     scale = {1: 2, 2: 4}[image]
     assert (found.image, answer.image_from, found.label) == (image, source, "cup")
     assert found.box == tuple(edge * scale for edge in (10, 20, 50, 50))
+
+
+def test_boxes_that_name_their_images_are_in_these() -> None:
+    boxes = [ParsedBox((10, 20, 50, 50), "cup", image) for image in (2, 1)]
+    answer = read_answer(reply(render_boxes(boxes, "Image 1.")), "Find all in image 1.", BoxFormat.ABSOLUTE_PIXELS, 1)
+    assert [found.image for found in answer.boxes] == [2, 1] and answer.image_from == "answer"
+    assert [found.box for found in answer.boxes] == [(40, 80, 200, 200), (20, 40, 100, 100)]
+    absent = [ParsedBox((10, 20, 50, 50), "cup", 7)]
+    answer = read_answer(reply(render_boxes(absent, "Image 1.")), "Find it.", BoxFormat.ABSOLUTE_PIXELS)
+    assert [found.image for found in answer.boxes] == [1] and answer.image_from == "thinking"
 
 
 def test_an_answer_without_a_box_says_why() -> None:

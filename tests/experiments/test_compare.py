@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from datamodules.samples.answer_text import render_boxes
+from datamodules.samples.box_texts import ParsedBox
 from datamodules.streaming.shard_writer import ShardWriter
 from experiments import compare
 from experiments.reports.compare_page import stage_rows
@@ -260,6 +262,25 @@ def test_a_browser_pages_through_thousands_and_loads_what_it_shows(
     page.wait_for_function("document.querySelector('.group').innerText.includes('update 1499,')")
     scripts = [url for url in asked if url.endswith(".js")]
     assert len(scripts) == len(set(scripts)) < 9, "nothing is loaded twice, and little at all"
+
+
+def test_a_group_of_several_boxes_has_all_of_them_with_their_images(experiments: list[Path], tmp_path: Path) -> None:
+    grpo = experiments[1] / "grpo"
+    settings = yaml.safe_load((grpo / "config.yaml").read_text())
+    settings["data"]["answer_form"] = "named_image"
+    (grpo / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    true = [{"image": k, "box": [0.0, 0.0, 0.5, 0.5], "label": f"dog {k}"} for k in range(2)]
+    boxes = [ParsedBox((0, 0, 28, 28), "a", 1), ParsedBox((0, 0, 42, 28), "b", 2), ParsedBox((0, 0, 9, 9), "c", 7)]
+    texts = {"texts": [render_boxes(boxes, "t"), render_boxes(boxes[1:2], "t"), ""]}
+    RolloutLog(grpo / "rollouts.jsonl").append([logged_group(1) | {"answer": {"boxes": true}} | texts])
+    compare.compare([experiments[1]], tmp_path / "page")
+    (chunk,) = (tmp_path / "page" / "rollouts").rglob("chunk-*.js")
+    (group,) = json.loads(chunk.read_text().split(", ", 1)[1].rstrip(");\n"))
+    assert group["truths"] == [[0, 0.0, 0.0, 0.5, 0.5], [1, 0.0, 0.0, 0.5, 0.5]]
+    assert group["labels"] == ["dog 0", "dog 1"]
+    first, second, third = group["completions"]
+    assert first["boxes"] == group["truths"] and first["iou"] == pytest.approx(2 / 3), "the third names no image"
+    assert second["boxes"] == group["truths"][1:] and second["iou"] == 0.5 and third["boxes"] == []
 
 
 @pytest.mark.parametrize("name", ["box_format", "shards"])

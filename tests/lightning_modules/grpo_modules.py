@@ -32,7 +32,7 @@ def build_grpo(model: str, **settings: Any) -> GRPO:
 
 def flat_reward(accuracy: float, failure: str | None = None) -> Reward:
     """A reward that is its accuracy."""
-    return Reward(accuracy, {"accuracy": accuracy, "format": 0.0}, failure, iou=accuracy)
+    return Reward(accuracy, {"accuracy": accuracy, "format": 0.0}, failure, accuracy, is_right=accuracy > 0.5)
 
 
 def use_reward(monkeypatch: Any, function: Callable[..., Reward]) -> None:

@@ -176,16 +176,17 @@ function picture(name, group, place, [width, height]) {
   const frame = make("div", { class: "frame", style: `aspect-ratio: ${width} / ${height}` });
   const file = group.pictures[place];
   if (file) frame.append(make("img", { src: `rollouts/${name}/pictures/${encodeURIComponent(file)}`, alt: "", loading: "lazy" }));
-  const target = place === group.target;
-  if (target) {
-    const layer = make("svg", { viewBox: "0 0 100 100", preserveAspectRatio: "none" });
-    layer.append(rectangle(group.truth, { class: "true" }));
-    group.completions.forEach((completion, k) => {
-      if (completion.box) layer.append(rectangle(completion.box, { class: "predicted", "data-completion": k }));
-    });
-    frame.append(layer);
-  }
-  const caption = `image ${place + 1}${target ? `, true: ${group.label}` : ""}${file ? "" : " (no picture)"}`;
+  // Boxes are [image, x1, y1, x2, y2]: those of this image.
+  const here = (boxes) => boxes.filter(([image]) => image === place).map(([, ...box]) => box);
+  const labels = group.labels.filter((_, k) => group.truths[k][0] === place);
+  const target = labels.length > 0;
+  const layer = make("svg", { viewBox: "0 0 100 100", preserveAspectRatio: "none" });
+  layer.append(...here(group.truths).map((box) => rectangle(box, { class: "true" })));
+  group.completions.forEach((completion, k) => {
+    layer.append(...here(completion.boxes).map((box) => rectangle(box, { class: "predicted", "data-completion": k })));
+  });
+  if (layer.childNodes.length) frame.append(layer);
+  const caption = `image ${place + 1}${target ? `, true: ${labels.join(", ")}` : ""}${file ? "" : " (no picture)"}`;
   return make("figure", { class: target ? "target" : "" }, frame, make("figcaption", {}, caption));
 }
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import yaml
 
-from datamodules.encoding.messages import ANSWER_SUFFIX, THINK_SUFFIX, PromptStyle
+from datamodules.encoding.messages import PromptStyle, style_suffix
 from datamodules.encoding.prompt_form import read_prompt_form
 from datamodules.metrics.result_files import RESULT, read_result
 from datamodules.persistence.files import write_atomic
+from datamodules.samples.answer_text import AnswerForm
 from experiments.runs import run_identity
 
 CARD = "README.md"
@@ -193,7 +194,7 @@ def _prompt(form: Mapping[str, Any]) -> str:
     if not form:
         return "The folder has no prompt_form.json, which would say how the model was asked in training."
     style, labels = PromptStyle(form["style"]), form["label_images"]
-    suffix = {PromptStyle.THINK: THINK_SUFFIX, PromptStyle.ANSWER: ANSWER_SUFFIX}.get(style, "")
+    suffix = style_suffix(style, AnswerForm(form.get("answer_form", AnswerForm.ONE_BOX)))
     limit = form.get("max_resized_pixels")
     lines = [
         "Images first, then the question, then the text below. Each image is "

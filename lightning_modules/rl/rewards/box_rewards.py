@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from datamodules.persistence.problems import Problems
-from datamodules.samples.boxes import iou
-from datamodules.samples.sample import BoxAnswer
+from datamodules.samples.answer_text import AnswerForm
 from lightning_modules.rl.rewards.box_overlaps import LOWEST, OverlapKind, overlap
-from lightning_modules.rl.rewards.completion import Completion, WrittenBox
+from lightning_modules.rl.rewards.completion import Completion
 
 Measure = Literal["f1", "precision", "recall"]
 
 
 class IoU:
-    """r_acc of eq. 3: the IoU of the answer's box with the true box, 0 to 1; 0 if no box can be read."""
+    """r_acc of eq. 3: the IoU of the answer's box with the true box, 0 to 1; 0 if no box can be read.
+
+    With named images: the mean IoU of the best pairing of written and true boxes, where a box without a partner counts
+    0 (`BoxMatching.mean_iou`).
+    """
 
     range = (0.0, 1.0)
 
@@ -26,7 +28,10 @@ class IoU:
 
 @dataclass(frozen=True)
 class IoUAbove:
-    """1 if the IoU is above `threshold`, otherwise 0. Benchmarks count an answer with an IoU above 0.5 as right."""
+    """1 if the IoU is above `threshold`, otherwise 0. Benchmarks count an answer with an IoU above 0.5 as right.
+
+    With named images: 1 if this holds of a partner for every true box, and no other box is written.
+    """
 
     threshold: float = 0.5
 
@@ -36,7 +41,7 @@ class IoUAbove:
         _check_threshold(self)
 
     def __call__(self, completion: Completion) -> float:
-        return float(completion.score.iou > self.threshold)
+        return float(completion.score.is_right(self.threshold))
 
 
 class _Overlap:
@@ -46,6 +51,9 @@ class _Overlap:
     range: ClassVar[tuple[float, float]]
 
     def __call__(self, completion: Completion) -> float:
+        if completion.answer_form != AnswerForm.ONE_BOX:
+            cure = "data.answer_form=named_image needs IoU, IoUAbove, RightImage or BoxMatch"
+            raise ValueError(f"{type(self).__name__} compares one box with one: {cure}")
         box, answer = completion.score.box, completion.sample.answer
         return self.range[0] if box is None else overlap(self.kind, box, answer.box)
 
@@ -98,39 +106,11 @@ class BoxMatch:
         problems.raise_all("BoxMatch")
 
     def __call__(self, completion: Completion) -> float:
-        written, true = completion.boxes, completion.true_boxes
-        if not written or not true:
-            return 0.0
-        pairs = count_pairs(written, true, self.threshold)
-        counts = {"f1": (len(written) + len(true)) / 2, "precision": len(written), "recall": len(true)}
-        return pairs / counts[self.measure]
-
-
-def count_pairs(written: Sequence[WrittenBox], true: Sequence[BoxAnswer], threshold: float) -> int:
-    """The largest number of pairs of a written and a true box in the same image whose IoU is above `threshold`.
-
-    Each box is in at most one pair. (Maximum matching in a bipartite graph by augmenting paths, Kuhn 1955.)
-    """
-    fits = [
-        [k for k, box in enumerate(written) if box.image == answer.image and iou(box.box, answer.box) > threshold]
-        for answer in true
-    ]
-    partner: dict[int, int] = {}  # written box -> true box
-
-    def augment(number: int, seen: set[int]) -> bool:
-        """Find a partner for this true box; other true boxes may change their partners.
-
-        The recursion depth is at most the number of true boxes.
-        """
-        for k in fits[number]:
-            if k not in seen:
-                seen.add(k)
-                if k not in partner or augment(partner[k], seen):
-                    partner[k] = number
-                    return True
-        return False
-
-    return sum(augment(number, set()) for number in range(len(true)))
+        matching = completion.matching
+        written, true = len(matching.written), len(matching.true)
+        if self.measure == "f1" or not written or not true:
+            return matching.f1(self.threshold)
+        return matching.num_pairs(self.threshold) / (written if self.measure == "precision" else true)
 
 
 def _check_threshold(reward: IoUAbove | BoxMatch) -> None:

@@ -8,26 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from datamodules.samples.answer_text import ParsedAnswer, ParseFailure, answer_text, parse_answer
-from datamodules.samples.boxes import Box, BoxFormat, ImageSizes
-from datamodules.samples.sample import BoxAnswer, BoxesAnswer, BoxPart, Sample, TextPart
-from datamodules.samples.scores import TextScore, score_text
+from datamodules.samples.answer_text import AnswerForm, ParsedAnswer, ParseFailure, answer_text, parse_answer
+from datamodules.samples.box_matching import BoxMatching, WrittenBox
+from datamodules.samples.boxes import BoxFormat, ImageSizes
+from datamodules.samples.sample import BoxAnswer, BoxPart, Sample, TextPart
+from datamodules.samples.scores import TextScore, score_text, true_boxes
 
 FinishReason = Literal["stop", "length"]
 _NAMED_IMAGE = re.compile(r'"image"\s*+:\s*+"?([0-9]{1,4})\b')
-
-
-@dataclass(frozen=True)
-class WrittenBox:
-    """A box that the model wrote.
-
-    `image` is an index into `Sample.images`. The answer format with one box names no image, so its box is in the image
-    of the true box.
-    """
-
-    image: int
-    box: Box  # xyxy, 0-1 of that image; it may be inverted or outside
-    label: str | None
 
 
 @dataclass(frozen=True)
@@ -42,6 +30,7 @@ class Completion:
         token_ids: [T], with the end token.
         finish_reason: "stop" after an end token, "length" if the completion was cut at `max_tokens`.
         max_tokens: the limit of T, `rollout.max_new_tokens`.
+        answer_form: what the prompt asks for (`data.answer_form`).
     """
 
     sample: Sample
@@ -51,6 +40,7 @@ class Completion:
     token_ids: Sequence[int] = ()
     finish_reason: FinishReason = "stop"
     max_tokens: int = 1024
+    answer_form: AnswerForm = AnswerForm.ONE_BOX
 
     @property
     def num_tokens(self) -> int:
@@ -65,19 +55,17 @@ class Completion:
     @cached_property
     def true_boxes(self) -> tuple[BoxAnswer, ...]:
         """The true boxes of all images; each names its image. () if the answer is a choice."""
-        answer = self.sample.answer
-        if isinstance(answer, BoxesAnswer):
-            return answer.boxes
-        return (answer,) if isinstance(answer, BoxAnswer) else ()
+        return true_boxes(self.sample.answer)
 
     @cached_property
     def score(self) -> TextScore:
-        """The box that counts, its IoU, and the format. Benchmarks score a text in the same way.
+        """The boxes that count, their IoU, and the format. Benchmarks score a text in the same way.
 
         Raises:
-            ValueError: the true answer is not one box in an image of the sample.
+            ValueError: the true answer has no box (in the one-box form: not one box) in an image of the sample.
         """
-        return score_text(self.text, self.sample.answer, self.image_sizes, self.box_format)
+        how = (self.image_sizes, self.box_format)
+        return score_text(self.text, self.sample.answer, *how, form=self.answer_form)
 
     @cached_property
     def parsed(self) -> ParsedAnswer | ParseFailure:
@@ -92,6 +80,8 @@ class Completion:
     @cached_property
     def boxes(self) -> tuple[WrittenBox, ...]:
         """All boxes of the answer, in the order written."""
+        if self.answer_form == AnswerForm.NAMED_IMAGE:
+            return self.score.matching.written
         if isinstance(self.parsed, ParseFailure) or not self.true_boxes:
             return ()
         image = self.true_boxes[0].image
@@ -100,6 +90,13 @@ class Completion:
             WrittenBox(image, sizes.to_unit(written.values, self.box_format), written.label)
             for written in self.parsed.boxes
         )
+
+    @cached_property
+    def matching(self) -> BoxMatching:
+        """All boxes of the answer against all true boxes."""
+        if self.answer_form == AnswerForm.NAMED_IMAGE:
+            return self.score.matching
+        return BoxMatching(self.boxes, self.true_boxes)
 
     @cached_property
     def named_images(self) -> tuple[int, ...]:

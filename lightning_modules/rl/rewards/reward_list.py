@@ -43,6 +43,9 @@ PAPER: tuple[RewardEntry, ...] = (  # eq. 3
 )
 
 
+RIGHT_IOU = 0.5  # a completion is right if its IoU is above it, as in the benchmark
+
+
 class RewardError(UserError, ValueError):
     """A reward raised an error or returned an invalid value. The message names the reward and the sample."""
 
@@ -60,6 +63,7 @@ class Reward:
     failure: str | None  # the reason if no box could be read (a kind of `answer_text.ParseFailure`), otherwise None
     iou: float = 0.0
     well_formed: bool = False
+    is_right: bool = False  # the IoU is above 0.5; of several boxes: F1 at this IoU is 1
     failed: tuple[str, ...] = ()  # names of the rewards that could not judge the completion
     left_out: bool = False  # whether its group is skipped in this step
 
@@ -208,6 +212,7 @@ class RewardList:
                         rollout.token_ids.tolist(),
                         "stop" if rollout.finished else "length",
                         max_tokens,
+                        item.answer_form,
                     )
                     for rollout in group
                 ]
@@ -234,7 +239,8 @@ class RewardList:
         terms = {name: value.value if isinstance(value, Failed) else value for name, value in found.items()}
         total = sum(term.weight * (terms[term.name] or 0.0) for term in self.terms)
         score = completion.score
-        return Reward(total, terms, score.failure, score.iou, score.well_formed, failed)
+        right = score.is_right(RIGHT_IOU)
+        return Reward(total, terms, score.failure, score.iou, score.well_formed, right, failed)
 
 
 def brief(value: Any) -> str:

@@ -1,15 +1,19 @@
 """A folder of shards as a benchmark: its questions, its columns, and what is left out."""
 
+import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from datamodules.benchmarks.registry import benchmark_names, benchmark_rules, load_benchmark
 from datamodules.benchmarks.shard_folders import shards_name
-from datamodules.metrics.predictions import Reply
+from datamodules.metrics.predictions import Prediction, Reply
 from datamodules.metrics.result_files import format_result, result_metrics
-from datamodules.metrics.scoring import score_replies
+from datamodules.metrics.scoring import rescore, score_replies, score_reply
+from datamodules.samples.answer_text import render_boxes
+from datamodules.samples.box_texts import ParsedBox
 from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import (
     BoxAnswer,
@@ -76,15 +80,49 @@ def test_facts_of_the_source_are_no_facts_of_a_benchmark(tmp_path: Path) -> None
     assert benchmark.load(benchmark.samples[0]).images == (b"image 0",)
 
 
-def test_what_is_no_question_is_counted_and_named(tmp_path: Path) -> None:
-    rows = [("track", BoxesAnswer((BOX, BOX)), {}), ("find", BOX, {}), ("track", BoxesAnswer((BOX,)), {})]
-    folder = write(tmp_path / "kites", rows)
-    benchmark = load_benchmark(str(folder), "")
-    assert [sample.id for sample in benchmark.samples] == ["kites/1"]
-    assert benchmark.dropped == {"several_answers (kites/0, kites/2)": 2}
-    assert benchmark.averages == {"avg": ("find",)}
-    with pytest.raises(ValueError, match=r"no question was found; dropped: .*kites/0"):
-        load_benchmark(str(write(tmp_path / "tracks", rows[:1])), "")
+def named(*boxes: BoxAnswer) -> str:
+    """An answer that names images, for a model that writes 0-1."""
+    return render_boxes([ParsedBox(box.box, box.label, box.image + 1) for box in boxes], "t")
+
+
+def test_answers_of_several_boxes_have_an_accuracy_and_f1(tmp_path: Path) -> None:
+    other = BoxAnswer(BOX.image, (0.0, 0.0, 0.05, 0.05), "kite")
+    both = BoxesAnswer((BOX, other))
+    rows = [("track", both, {})] * 4 + [("find", BOX, {})] * 2
+    benchmark = load_benchmark(str(write(tmp_path / "kites", rows)), "")
+    texts = [named(BOX, other), named(other), named(other, BOX, BOX), "none", right(BOX.box), "none"]
+    result = answer(texts, benchmark)
+    track, find, avg = result["columns"]["track"], result["columns"]["find"], result["averages"]["avg"]
+    assert track["score"] == 25.0 and find["score"] == 50.0 and avg["score"] == 37.5
+    assert track["f1"] == pytest.approx(100 * (1 + 2 / 3 + 4 / 5) / 4), "of two true boxes"
+    assert find["f1"] == 50.0 and avg["f1"] == pytest.approx((track["f1"] + 50.0) / 2)
+    assert result["official"]["columns"]["track"]["f1"] == track["f1"]
+    assert result_metrics(result)[f"{benchmark.name}/f1/track"] == track["f1"]
+    assert format_result(result).splitlines()[0].endswith("F1")
+    assert result["details"]["mean_iou"] == pytest.approx((1 / 4 + 1 / 2) / 2, abs=1e-3), "of the worst pairs"
+
+
+def test_a_scored_answer_of_several_boxes_is_read_from_its_file_again(tmp_path: Path) -> None:
+    benchmark = load_benchmark(str(write(tmp_path / "kites", [("track", BoxesAnswer((BOX,)), {})])), "")
+    (sample,) = benchmark.samples
+    sizes = tuple(ImageSizes((10, 10), (10, 10)) for _ in sample.images)
+    found = score_reply(sample, Reply(named(BOX), sizes), BoxFormat.NORMALIZED, benchmark.rule, benchmark.official)
+    assert found.read == ((BOX.image, *BOX.box),) and found.f1 == 1.0 and found.correct and found.well_formed
+    again = Prediction.from_json(json.loads(json.dumps(found.to_json())))
+    assert again == found == rescore(again, benchmark.rule, benchmark.official)
+    assert (
+        "f1"
+        not in score_reply(
+            replace(sample, answer=BOX), Reply("", sizes), BoxFormat.NORMALIZED, benchmark.rule, benchmark.official
+        ).to_json()
+    ), "records of other answers are as before"
+
+
+def test_a_folder_without_a_question_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "kites", [("find", BOX, {})])
+    (folder / "shard-00000.tar").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"no question was found; dropped: .*manifest_mismatch"):
+        load_benchmark(str(folder), "")
 
 
 def test_boxes_and_choices_may_lie_in_one_folder(tmp_path: Path) -> None:

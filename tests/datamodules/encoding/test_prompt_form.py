@@ -25,6 +25,7 @@ def encoder(**settings) -> Encoder:
         {"style": "think", "box_format": "absolute_pixels", "label_images": True},
         {"style": "answer", "box_format": "relative_1000", "max_resized_pixels": 10_000},
         {"style": "official", "box_format": "normalized"},
+        {"style": "think", "box_format": "absolute_pixels", "answer_form": "named_image"},
     ],
 )
 def test_what_an_encoder_writes_is_read_again_also_in_a_copy(tmp_path: Path, settings: dict) -> None:
@@ -32,9 +33,14 @@ def test_what_an_encoder_writes_is_read_again_also_in_a_copy(tmp_path: Path, set
     model.mkdir()
     (model / "prompt_form.json").write_text(prompt_form_text(encoder(**settings)))
     shutil.copytree(model, tmp_path / "my model")
-    expected = {"label_images": False, "max_resized_pixels": None} | settings
+    expected = {"label_images": False, "max_resized_pixels": None, "answer_form": "one_box"} | settings
     assert read_prompt_form(str(tmp_path / "my model")) == expected
-    assert trained_form(str(tmp_path / "my model"), GIVEN) == expected
+    assert trained_form(str(tmp_path / "my model"), GIVEN | {"answer_form": "one_box"}) == expected
+
+
+def test_a_file_without_an_answer_form_is_of_a_model_of_one_box(tmp_path: Path) -> None:
+    (tmp_path / "prompt_form.json").write_text(json.dumps(GOOD))
+    assert read_prompt_form(str(tmp_path)) == GIVEN | {"answer_form": "one_box"}
 
 
 def test_a_model_of_another_making_has_no_form(tmp_path: Path) -> None:
@@ -74,6 +80,10 @@ GOOD = {"version": 1, **GIVEN}
         (json.dumps(GOOD | {"label_images": "yes"}), "label_images='yes' must be true or false"),
         (json.dumps(GOOD | {"max_resized_pixels": 0}), "max_resized_pixels=0 must be null or a number"),
         (json.dumps(GOOD | {"max_resized_pixels": True}), "max_resized_pixels=True must be null or a number"),
+        (
+            json.dumps(GOOD | {"answer_form": "two_boxes"}),
+            "answer_form='two_boxes' must be one of one_box, named_image",
+        ),
         (json.dumps(GOOD | {"sytle": "think"}), "'sytle' is no field of it"),
         (json.dumps({"version": 1, "style": "think"}), "box_format is missing.*label_images is missing"),
         (json.dumps(GOOD).replace("null", "NaN"), "NaN is not JSON"),

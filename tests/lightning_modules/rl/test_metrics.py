@@ -25,7 +25,11 @@ def add_prompts(metrics: GRPOMetrics, numbers: range) -> None:
     """A group of two for each number, each with the loss of its packed row."""
     for number in numbers:
         accuracy = number / 10
-        rewards = [Reward(accuracy + k, {"accuracy": accuracy, "format": float(k)}, None, accuracy) for k in range(2)]
+        is_right = accuracy > 0.5
+        rewards = [
+            Reward(accuracy + k, {"accuracy": accuracy, "format": float(k)}, None, accuracy, is_right=is_right)
+            for k in range(2)
+        ]
         zero = torch.tensor([number % 3 == 0])
         metrics.add_rollouts([[rollout(number), rollout(number + 1)]], [rewards], zero)
         metrics.update(informative=number % 3 > 0)

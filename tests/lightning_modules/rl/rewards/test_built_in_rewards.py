@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules.samples.answer_text import render_answer
+from datamodules.samples.box_matching import BoxMatching, WrittenBox
 from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import BoxAnswer, BoxesAnswer
 from lightning_modules.rl.rewards import box_rewards, text_rewards
 from lightning_modules.rl.rewards.box_overlaps import overlap
-from lightning_modules.rl.rewards.box_rewards import BoxMatch, CIoU, DIoU, GIoU, IoU, IoUAbove, RightImage, count_pairs
-from lightning_modules.rl.rewards.completion import Completion, WrittenBox
+from lightning_modules.rl.rewards.box_rewards import BoxMatch, CIoU, DIoU, GIoU, IoU, IoUAbove, RightImage
+from lightning_modules.rl.rewards.completion import Completion
 from lightning_modules.rl.rewards.judge import Judge
 from lightning_modules.rl.rewards.reward_list import RewardList
 from lightning_modules.rl.rewards.text_rewards import Format, Length, Repetition, SoftOverlong
@@ -160,7 +161,7 @@ def test_the_matching_is_the_largest_of_all():
     for _ in range(60):
         written = [WrittenBox(rng.randrange(2), box(), None) for _ in range(rng.randrange(5))]
         true = [BoxAnswer(rng.randrange(2), box(), "") for _ in range(rng.randrange(1, 4))]
-        found = count_pairs(written, true, 0.05)
+        found = BoxMatching(tuple(written), tuple(true)).num_pairs(0.05)
         assert found == slow_pairs(written, true, 0.05)
         sizes.add(found)
     assert len(sizes) >= 3

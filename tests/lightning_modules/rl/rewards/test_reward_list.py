@@ -3,14 +3,18 @@ rewards: what is summed, what is refused, and how a reward that fails is told.""
 
 import math
 import pickle
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from datamodules.samples.answer_text import render_answer
+from datamodules.samples.answer_text import AnswerForm, render_answer, render_boxes
+from datamodules.samples.box_texts import ParsedBox
 from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import BoxAnswer
 from lightning_modules.rl.rewards.completion import Completion, Failed
 from lightning_modules.rl.rewards.reward_list import PAPER, Reward, RewardError, RewardList
+from lightning_modules.rollouts.base import Rollout
 from tests.lightning_modules.rl.rewards.completions import make_completion
 
 HERE = "tests.lightning_modules.rl.rewards.test_reward_list"
@@ -53,6 +57,25 @@ def test_weights_of_equation_3():
     text = answer([0, 0, 320, 480])  # twice the area of the target: IoU 1/2
     got = reward(text, HALF, [WIDE], BoxFormat.ABSOLUTE_PIXELS, {"accuracy": 3.0, "format": 0.25})
     assert got.total == pytest.approx(3.0 * 0.5 + 0.25)
+
+
+def test_the_form_of_the_prompt_decides_how_an_answer_is_read():
+    """`EncodedSample.answer_form`: with named images, the right box in the wrong image earns nothing."""
+    texts = [render_boxes([ParsedBox((0, 0, 320, 240), "cup", image)], "t") for image in (1, 2)]
+    sample = make_completion("", HALF, [WIDE, WIDE]).sample
+    rollouts = [[Rollout(torch.arange(2), torch.zeros(2), True, text) for text in texts]]
+    for form, expected in ((AnswerForm.ONE_BOX, [1.5, 1.5]), (AnswerForm.NAMED_IMAGE, [1.5, 0.5])):
+        item = SimpleNamespace(sample=sample, image_sizes=[WIDE, WIDE], answer_form=form)
+        (group,) = RewardList().score([item], rollouts, BoxFormat.ABSOLUTE_PIXELS, 8)
+        assert [found.total for found in group] == expected
+        assert [found.is_right for found in group] == [total > 1 for total in expected]
+
+
+def test_an_overlap_of_two_boxes_refuses_several():
+    entries = [{"class_path": "lightning_modules.rl.rewards.box_rewards.GIoU"}]
+    completion = make_completion(answer([0, 0, 9, 9]), HALF, [WIDE], answer_form=AnswerForm.NAMED_IMAGE)
+    with pytest.raises(RewardError, match="GIoU compares one box with one"):
+        RewardList(entries).score_completions([[completion]])
 
 
 def test_without_tags_the_box_counts_but_the_format_does_not():

@@ -1,0 +1,180 @@
+"""Matching of the boxes that a model wrote with the true ones, over all images of a sample.
+
+A written box can be the partner of a true one only in the same image. Every box has one partner at most.
+
+The work is bounded: of a long answer only the first boxes are matched (`MAX_EXTRA`); the others count as wrong boxes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from datamodules.samples.answer_text import ParsedAnswer
+from datamodules.samples.boxes import Box, BoxFormat, ImageSizes, iou
+from datamodules.samples.sample import BoxAnswer
+
+MAX_EXTRA = 32  # written boxes that are matched, beyond the number of true ones
+
+
+@dataclass(frozen=True)
+class WrittenBox:
+    """A box that the model wrote.
+
+    `image` is an index into `Sample.images`. The one-box form names no image: its boxes are in the true box's image.
+    In the form that names images it is None where the answer names no image of the sample. Such a box is always wrong.
+    """
+
+    image: int | None
+    box: Box  # xyxy, 0-1 of that image; it may be inverted or outside. Without an image: the numbers as written
+    label: str | None
+
+
+def named_boxes(
+    parsed: ParsedAnswer, image_sizes: Sequence[ImageSizes], box_format: BoxFormat
+) -> tuple[WrittenBox, ...]:
+    """The boxes of an answer that names images, in the order written.
+
+    Args:
+        parsed: the answer.
+        image_sizes: the sizes of the sample's images, one entry an image. A box that names none is in the only image.
+        box_format: how the model writes coordinates.
+    """
+    boxes = []
+    for written in parsed.boxes:
+        number = 1 if written.image is None and len(image_sizes) == 1 else written.image
+        if number is None or not 1 <= number <= len(image_sizes):
+            boxes.append(WrittenBox(None, written.values, written.label))
+        else:
+            unit = image_sizes[number - 1].to_unit(written.values, box_format)
+            boxes.append(WrittenBox(number - 1, unit, written.label))
+    return tuple(boxes)
+
+
+@dataclass(frozen=True)
+class BoxMatching:
+    """W written boxes against T true ones."""
+
+    written: tuple[WrittenBox, ...]
+    true: tuple[BoxAnswer, ...]
+
+    @cached_property
+    def ious(self) -> list[dict[int, float]]:
+        """For each of T true boxes: index of a written box -> IoU, where it is above 0."""
+        considered = self.written[: len(self.true) + MAX_EXTRA]
+        return [
+            {
+                index: value
+                for index, one in enumerate(considered)
+                if one.image == answer.image and (value := iou(one.box, answer.box)) > 0.0
+            }
+            for answer in self.true
+        ]
+
+    def num_pairs(self, threshold: float) -> int:
+        """The largest number of pairs whose IoU is above `threshold` (0 or more).
+
+        (Maximum matching in a bipartite graph by augmenting paths, Kuhn 1955.)
+        """
+        fits = [[index for index, value in found.items() if value > threshold] for found in self.ious]
+        partner: dict[int, int] = {}  # written box -> true box
+
+        def augment(number: int, seen: set[int]) -> bool:
+            """Find a partner for this true box; others may change theirs. At most as deep as there are true boxes."""
+            for index in fits[number]:
+                if index not in seen:
+                    seen.add(index)
+                    if index not in partner or augment(partner[index], seen):
+                        partner[index] = number
+                        return True
+            return False
+
+        return sum(augment(number, set()) for number in range(len(self.true)))
+
+    def f1(self, threshold: float) -> float:
+        """2 · pairs / (W + T), 0 to 1: 1 where every true box has a partner and no other box is written.
+
+        A pair counts where its IoU is above `threshold`.
+        """
+        total = len(self.written) + len(self.true)
+        return 2 * self.num_pairs(threshold) / total if self.written and self.true else 0.0
+
+    @cached_property
+    def mean_iou(self) -> float:
+        """The mean IoU of the pairing with the largest sum of IoUs, 0 to 1.
+
+        It is over max(W, T): a box without a partner counts 0, whether it is missing or superfluous.
+        """
+        if not self.written or not self.true:
+            return 0.0
+        return min(1.0, _largest_sum(self.ious) / max(len(self.written), len(self.true)))
+
+    @cached_property
+    def worst_iou(self) -> float:
+        """The smallest IoU of the pairing in which it is largest; 0 where W and T differ, or a box has no partner.
+
+        So f1(t) is 1 for every threshold t below it and for no other: it is to several boxes what IoU is to one.
+        """
+        if len(self.written) != len(self.true):
+            return 0.0
+        # The largest of the IoUs up to which every box keeps a partner, by bisection.
+        values = sorted({value for found in self.ious for value in found.values()})
+        low, high = 0, len(values)  # all boxes have partners above values[low - 1], not above values[high]
+        while low < high:
+            middle = (low + high) // 2
+            below = values[middle - 1] if middle else 0.0  # above it means from values[middle] on
+            if self.num_pairs(below) == len(self.true):
+                low = middle + 1
+            else:
+                high = middle
+        return values[low - 1] if low else 0.0
+
+
+def _largest_sum(ious: Sequence[dict[int, float]]) -> float:
+    """The largest sum of IoUs of a pairing.
+
+    (The assignment problem by shortest augmenting paths: Jonker and Volgenant 1987.)
+
+    Args:
+        ious: for each of T true boxes, index of a written box -> IoU.
+    """
+    # 1. A true box needs at most T candidates: with more, one of its T best would be free.
+    size = len(ious)
+    best = [sorted(found, key=found.__getitem__, reverse=True)[:size] for found in ious]
+    columns = {index: place for place, index in enumerate(sorted({index for row in best for index in row}))}
+    # 2. One more column for each true box, of IoU 0: it stays without a partner.
+    width = len(columns) + size
+    costs = [[0.0] * width for _ in range(size)]
+    for row, (indices, found) in enumerate(zip(best, ious, strict=True)):
+        for index in indices:
+            costs[row][columns[index]] = -found[index]
+    # 3. One row after the other enters the pairing along the shortest path; `rows_up` and `columns_up` are the dual
+    # prices, under which no reduced cost is negative.
+    rows_up, columns_up, owner = [0.0] * size, [0.0] * width, [-1] * width
+    for start in range(size):
+        distance, before, done = [float("inf")] * width, [-1] * width, [False] * width
+        row, column = start, -1
+        while True:
+            base = 0.0 if column < 0 else distance[column]
+            for other in range(width):
+                if not done[other]:
+                    value = base + costs[row][other] - rows_up[row] - columns_up[other]
+                    if value < distance[other]:
+                        distance[other], before[other] = value, column
+            column = min((k for k in range(width) if not done[k]), key=distance.__getitem__)
+            if owner[column] < 0:
+                break
+            done[column] = True
+            row = owner[column]
+        length = distance[column]
+        rows_up[start] += length
+        for other in range(width):
+            if done[other]:
+                rows_up[owner[other]] += length - distance[other]
+                columns_up[other] -= length - distance[other]
+        while column >= 0:  # each row on the path takes the column that was found from it
+            previous = before[column]
+            owner[column] = start if previous < 0 else owner[previous]
+            column = previous
+    return sum(-costs[row][column] for column, row in enumerate(owner) if row >= 0)

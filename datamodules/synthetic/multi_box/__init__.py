@@ -1,0 +1,1 @@
+"""Synthetic questions that several boxes in several images answer."""

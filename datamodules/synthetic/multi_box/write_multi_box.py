@@ -1,0 +1,92 @@
+"""Write the synthetic questions with several boxes as shards.
+
+    root/shards/sft, root/shards/rl_pool   training samples of the trained tasks
+    root/shards/in_domain                  other questions of these tasks, for evaluation
+    root/shards/out_of_domain              questions of tasks that are never trained
+
+The questions for evaluation do not depend on the seed, and training never sees a scene of theirs.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from datamodules.samples.sample import BoxAnswer, BoxesAnswer, ImagePart, LoadedSample, Sample, TextPart
+from datamodules.streaming.shard_writer import ShardWriter
+from datamodules.synthetic.multi_box.multi_box_tasks import NOT_TRAINED, TRAINED, MultiBoxPuzzle
+from datamodules.synthetic.world import draw_scene, encode_png
+from datamodules.synthetic.write_samples import SHORT_THINKING_SHARE
+
+SOURCE = "nano-multi-box"
+HELD_OUT = {"in_domain": TRAINED, "out_of_domain": NOT_TRAINED}
+
+
+def held_out_puzzle(task: str, index: int) -> MultiBoxPuzzle:
+    """Question `index` of a task, for evaluation."""
+    return (TRAINED | NOT_TRAINED)[task](random.Random(f"held_out:{task}:{index}"))
+
+
+def training_puzzle(part: str, seed: int, index: int) -> tuple[MultiBoxPuzzle, bool]:
+    """Puzzle `index` of "sft" or "rl_pool", and whether its thinking is short."""
+    rng = random.Random(f"{SOURCE}:{part}:{seed}:{index}")
+    return rng.choice(tuple(TRAINED.values()))(rng), rng.random() < SHORT_THINKING_SHARE
+
+
+def _loaded(name: str, puzzle: MultiBoxPuzzle, short: bool = False) -> LoadedSample:
+    images = tuple(f"{name}/{k}.png" for k in range(len(puzzle.scenes)))
+    boxes = tuple(BoxAnswer(image, thing.box, thing.kind.name) for image, thing in puzzle.answers)
+    parts = (*map(ImagePart, range(len(images))), TextPart(puzzle.question))
+    thinking = puzzle.short_thinking() if short else puzzle.thinking()
+    sample = Sample(name, SOURCE, puzzle.task, images, parts, BoxesAnswer(boxes), thinking)
+    return LoadedSample(sample, tuple(encode_png(draw_scene(scene)) for scene in puzzle.scenes))
+
+
+def training_samples(part: str, seed: int, count: int, excluded: frozenset[str]) -> Iterator[LoadedSample]:
+    """`count` samples of a part in order of their index, without those that have an excluded scene.
+
+    Args:
+        part: "sft" or "rl_pool".
+        seed: seed of the training data.
+        count: number of samples.
+        excluded: hashes of scenes that no sample may have.
+    """
+    index = taken = 0
+    while taken < count:
+        puzzle, short = training_puzzle(part, seed, index)
+        if not puzzle.content_hashes() & excluded:
+            taken += 1
+            yield _loaded(f"{SOURCE}/{part}/{seed}/{index}", puzzle, short)
+        index += 1
+
+
+def build_multi_box(root: str, seed: int, train_samples: int, eval_per_task: int, pool_samples: int) -> None:
+    """Write the shards. The folder `root`/shards is REMOVED first, because an interrupted run may have left it.
+
+    Args:
+        root: folder of the dataset.
+        seed: seed of the training data.
+        train_samples: samples for CoT-SFT.
+        eval_per_task: questions for evaluation of each of the five tasks.
+        pool_samples: prompts in the RL pool.
+    """
+    shards = Path(root) / "shards"
+    shutil.rmtree(shards, ignore_errors=True)
+    # 1. The questions for evaluation. Their scenes are excluded from training.
+    excluded: frozenset[str] = frozenset()
+    for part, tasks in HELD_OUT.items():
+        with ShardWriter(shards / part) as writer:
+            for task in tasks:
+                for index in range(eval_per_task):
+                    puzzle = held_out_puzzle(task, index)
+                    excluded |= puzzle.content_hashes()
+                    writer.add(_loaded(f"{SOURCE}/{part}/{task}/{index}", puzzle))
+    # 2. The training data.
+    for part, count in (("sft", train_samples), ("rl_pool", pool_samples)):
+        with ShardWriter(shards / part) as writer:
+            for loaded in tqdm(training_samples(part, seed, count, excluded), total=count, desc=part, unit="sample"):
+                writer.add(loaded)
