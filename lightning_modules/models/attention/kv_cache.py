@@ -56,7 +56,8 @@ class PrefixKVCache:
     - `token_index` [A]: position of the new token in its completion
     - `num_seen` [A]: number of tokens of the completion, with the new one
     - `prompt_index` [A] and `completion_index` [A]
-    - `completion_bias` [P, 1, G, 1, tokens read]: masks later tokens
+    - `is_full`: whether every completion is active
+    - `completion_bias` [P, 1, G, 1, tokens read]: masks later tokens; None if there are none
     """
 
     def __init__(self, shape: CacheShape, sizes: CacheSizes, dtype: torch.dtype, device: torch.device) -> None:
@@ -114,6 +115,11 @@ class PrefixKVCache:
         """
         self.prompt_index = self.active_rows // self.num_completions
         self.completion_index = self.active_rows % self.num_completions
+        self.is_full = len(self.active_rows) == self.num_prompts * self.num_completions
+        self.completion_bias = None
+        # If all completions are equally long, nothing is masked. On a CPU it is cheap to look at the values.
+        if self.token_index.device.type == "cpu" and bool((self.token_index == self.completion_width - 1).all()):
+            return
         last = self.token_index.new_zeros(self.num_prompts * self.num_completions)
         last[self.active_rows] = self.token_index
         hidden = torch.arange(self.completion_width, device=last.device) > last[:, None]
@@ -178,10 +184,11 @@ class PrefixKVLayer:
         prompts, heads, completions, _, width = self.keys.shape
         length = cache.prefix_width
         query = (query if scaling == 1 else query * scaling)[:, :, 0]
-        # Rows that have ended get zeros, so that every prompt has G queries.
-        rows = query.new_zeros(prompts * completions, *query.shape[1:])
-        rows[cache.active_rows] = query
-        query = rows.view(prompts, completions, heads, -1, width).transpose(1, 2).contiguous()  # [P, H, G, R, D]
+        if not cache.is_full:  # rows that have ended get zeros, so that every prompt has G queries
+            rows = query.new_zeros(prompts * completions, *query.shape[1:])
+            rows[cache.active_rows] = query
+            query = rows
+        query = query.view(prompts, completions, heads, -1, width).transpose(1, 2).contiguous()  # [P, H, G, R, D]
         for_prefix = query.view(prompts * heads, -1, width)  # [P * H, G * R, D]
         for_own = query.view(prompts * heads * completions, -1, width)  # [P * H * G, R, D]
         prefix_keys, prefix_values = (t.flatten(0, 1)[:, :length] for t in (self.prefix_keys, self.prefix_values))
@@ -191,14 +198,16 @@ class PrefixKVLayer:
         prefix_scores = torch.bmm(for_prefix, prefix_keys.transpose(1, 2))
         prefix_scores = prefix_scores.view(prompts, -1, length) + cache.prefix_bias[:, :, :length]
         own_scores = torch.bmm(for_own, keys.transpose(1, 2))
-        by_completion = own_scores.view(prompts, heads, completions, -1, cache.completion_width)
-        own_scores = (by_completion + cache.completion_bias).view(own_scores.shape)
+        if cache.completion_bias is not None:
+            by_completion = own_scores.view(prompts, heads, completions, -1, cache.completion_width)
+            own_scores = (by_completion + cache.completion_bias).view(own_scores.shape)
         scores = torch.cat([prefix_scores.view(*for_own.shape[:2], length), own_scores], dim=-1)
         weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
         prefix_weights = weights[..., :length].reshape(*for_prefix.shape[:2], length)
         out = torch.bmm(prefix_weights, prefix_values).view_as(for_own)
         out = (out + torch.bmm(weights[..., length:], values)).view_as(query)
-        return out.transpose(1, 2).reshape(prompts * completions, 1, -1, width)[cache.active_rows]
+        out = out.transpose(1, 2).reshape(prompts * completions, 1, -1, width)
+        return out if cache.is_full else out[cache.active_rows]
 
     def keep(self, prompts: Tensor, completions: Tensor) -> None:
         """Continue with `prompts` [P'] and their `completions` [P', G']."""

@@ -6,7 +6,7 @@ T queries, S keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lightning_modules.models.attention.flex_attention import attend_packed, compiled_flex, row_block_mask
 from lightning_modules.models.attention.layout import GroupSpan
 
+KEPT_BIAS = 1 << 22  # numbers; larger biases are not kept: those of all blocks of a long prompt would fill gigabytes
 QUERY_BLOCK = 256  # smaller blocks are not faster, and more slices make the backward pass slower
 
 
@@ -30,6 +31,8 @@ class SharedPrefixAttention:
     """
 
     spans: tuple[GroupSpan, ...]
+    # (queries, keys) -> bias of the scores; computed in the first layer, used by all layers.
+    biases: dict[tuple[int, int], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Attention over the row.
@@ -93,15 +96,23 @@ class SharedPrefixAttention:
             blocks = zip(query.split(QUERY_BLOCK, dim=1), ends, strict=True)
             parts = [self._attend(q, key[:, : before + end], value[:, : before + end], scaling) for q, end in blocks]
             return torch.cat(parts, dim=1)
-        # The bias of the scores [R * T, S]: the last query attends to all keys, the query before it to all except the
-        # last one.
-        num_keys = key.shape[1]
-        hidden = query.new_full((num_queries, num_keys), float("-inf")).triu_(num_keys - num_queries + 1)
         out = F.scaled_dot_product_attention(
             rearrange(query, "g t h r d -> g h (r t) d"),
             key.transpose(1, 2),
             value.transpose(1, 2),
-            attn_mask=repeat(hidden, "t s -> (r t) s", r=sharing),
+            attn_mask=self._causal_bias(query, key.shape[1]),
             scale=scaling,
         )
         return rearrange(out, "g h (r t) d -> g t h r d", r=sharing)
+
+    def _causal_bias(self, query: Tensor, num_keys: int) -> Tensor:
+        """The bias of the scores [R * T, S] of the last T of S tokens; a small bias is kept for the next layer."""
+        num_queries, sharing = query.shape[1], query.shape[3]
+        if (num_queries, num_keys) in self.biases:
+            return self.biases[num_queries, num_keys]
+        # The last query attends to all keys, the query before it to all except the last one.
+        hidden = query.new_full((num_queries, num_keys), float("-inf")).triu_(num_keys - num_queries + 1)
+        bias = repeat(hidden, "t s -> (r t) s", r=sharing)
+        if bias.numel() <= KEPT_BIAS:
+            self.biases[num_queries, num_keys] = bias
+        return bias
