@@ -39,7 +39,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from datamodules.samples.box_texts import BoxesInText, ParsedBox, decode, is_box, is_inside, is_one_value
+from datamodules.samples.box_texts import BoxesInText, ParsedBox, decode, is_box, is_inside, is_one_value, span_around
 from datamodules.samples.conclusions import statements
 
 FAILURE_KINDS = ("empty", "no_answer", "no_json", "bad_json", "no_box", "bad_box")
@@ -230,6 +230,9 @@ def _conclusion(answer: str, found: BoxesInText) -> int:
     for part in statements(answer[offset:]):
         if part.start > values[-1][0]:
             break  # no box follows from here on
+        value = span_around(part.start, values)
+        if value is not None and not answer[offset + value[1] : offset + part.end].strip(", \t\r"):
+            continue  # a line of JSON: its words are never a conclusion, and are not searched
         span = part.said()
         if span is not None and part.start + span[0] <= values[-1][0] and not is_inside(part.start + span[0], values):
             said = part.start + span[0]

@@ -160,9 +160,14 @@ def is_box(value: Any) -> bool:
 
 
 def is_inside(place: int, spans: list[tuple[int, int]]) -> bool:
-    """Whether one of the spans [start, end) holds `place`. The spans are sorted and do not overlap."""
+    """Whether one of the spans [start, end) contains `place`. The spans are sorted and do not overlap."""
+    return span_around(place, spans) is not None
+
+
+def span_around(place: int, spans: list[tuple[int, int]]) -> tuple[int, int] | None:
+    """The span [start, end) that contains `place`, of sorted spans that do not overlap; None if none does."""
     before = bisect_right(spans, (place, math.inf)) - 1
-    return before >= 0 and place < spans[before][1]
+    return spans[before] if before >= 0 and place < spans[before][1] else None
 
 
 def decode(text: str, unique_keys: bool = True) -> Any:

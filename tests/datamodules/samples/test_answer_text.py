@@ -152,6 +152,13 @@ def test_boxes_in_the_thinking_are_not_the_answer() -> None:
     assert parse_answer('<think>first {"bbox_2d": [9, 9, 99, 99]}') == ParseFailure("no_answer")
 
 
+@pytest.mark.parametrize("between", [",\n", "\n", ", \r\n"])
+def test_words_in_lines_of_json_are_no_conclusion_but_words_after_them_are(between: str) -> None:
+    first, second = '{"label": "so the answer is: x", "bbox_2d": [1, 2, 3, 4]}', '{"bbox_2d": [5, 6, 7, 8]}'
+    assert [box.values for box in parse_answer(between.join([first, first])).boxes] == [(1, 2, 3, 4)] * 2
+    assert [box.values for box in parse_answer(f"{first} so the answer is {second}{between}").boxes] == [(5, 6, 7, 8)]
+
+
 @pytest.mark.parametrize(
     "text", ["<", "<think", "<a>", "<answer>", "<think></think>", "<x></x><answer></answer>", "<|", "|"]
 )
