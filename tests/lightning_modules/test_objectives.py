@@ -44,6 +44,8 @@ class Recorder(Callback):
         self.gradients.append([p.grad.clone() for p in module.policy.trainable_parameters()])
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if module.window_is_open:
+            return  # all batches of a window are sampled, and logged, with its last
         self.records += module.last_rollouts
         self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
