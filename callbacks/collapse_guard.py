@@ -120,11 +120,14 @@ class CollapseGuard(Callback):
         """Collect the metrics of the batch; at the end of a window, check all bounds and act."""
         if self.action == "roll_back":
             pl_module.log("collapse/rollbacks", float(self._rollbacks))
+        is_open = getattr(pl_module, "window_is_open", False)
+        if is_open and not getattr(pl_module, "logs_every_batch", True):
+            return  # the metrics are those of the window before
         # 1. Collect. Batches of an open window are kept apart, because a run that resumes repeats them.
         known = trainer.callback_metrics
         values = {name: float(known[name]) for name in self.bounds if name in known}
         self._open.append({"step": trainer.global_step, **values})
-        if getattr(pl_module, "window_is_open", False):
+        if is_open:
             return
         # 2. Check. Rank 0 decides for all, so that all ranks stop at the same batch.
         self._values, self._open = [*self._values, *self._open][-self.average_over :], []

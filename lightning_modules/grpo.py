@@ -1,7 +1,7 @@
 """GRPO (paper section 3.3): sample completions, score them, compare them inside their group, train on the difference.
 
-`GRPO.training_step` is the whole algorithm on one page. Shapes: P prompts of a batch, G completions of each (a group),
-C completions of several groups, N tokens of the completions in one packed row, T tokens of one completion.
+`GRPO.training_step` is the whole algorithm on one page. Shapes: P prompts of an accumulation window, G completions of
+each (a group), N tokens of the completions in one packed row, T tokens of one completion.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from datamodules.encoding.encoder import Batch
 from datamodules.persistence.problems import Problems
 from datamodules.samples.boxes import BoxFormat
 from lightning_modules.group_objective import GroupObjective
+from lightning_modules.models.attention.kv_cache import CacheShape
+from lightning_modules.models.qwen_vl import DTYPES
 from lightning_modules.policy_module import STATE_KEY
 from lightning_modules.rl.advantages import group_advantages, zero_advantage
 from lightning_modules.rl.grpo_settings import RolloutSettings, UpdateSettings
@@ -27,6 +29,7 @@ from lightning_modules.rl.rewards.reward_list import Reward, RewardList
 from lightning_modules.rl.rollout_batch import PromptGroup, trainable_groups
 from lightning_modules.rl.rollout_log import RolloutLog, rollout_records
 from lightning_modules.rollouts.base import Rollout, RolloutEngine, RolloutRequest
+from lightning_modules.rollouts.native.cache_room import check_cache
 from lightning_modules.rollouts.native.engine import NativeEngine
 from lightning_modules.rollouts.vllm.lifecycle import CloseOnError, connect
 from lightning_modules.training.seeds import derive_seed
@@ -56,6 +59,8 @@ class GRPO(GroupObjective):
         ValueError: settings that cannot work.
     """
 
+    logs_every_batch = False
+
     def __init__(
         self,
         model: str,
@@ -74,9 +79,9 @@ class GRPO(GroupObjective):
         self.rewards = RewardList(rewards, reward_weights)
         self.metrics = GRPOMetrics(self.rewards.names)
         self.engine: RolloutEngine | None = None
-        self.last_rollouts: list[dict[str, Any]] = []  # of the last batch, for callbacks
+        self.last_rollouts: list[dict[str, Any]] = []  # of the last window, for callbacks
         self._log: RolloutLog | None = None
-        self._window: list[PromptGroup] = []  # of the open accumulation window, where it has several updates
+        self._batches: list[Batch] = []  # of the open accumulation window
         self._idle = IdleWindows()
         self.problems().raise_all(type(self).__name__)
 
@@ -106,8 +111,19 @@ class GRPO(GroupObjective):
         return [CloseOnError()]
 
     def on_fit_start(self) -> None:
+        self._batches = []  # of a fit that was stopped inside a window
         self.check_reference()
+        self._check_cache()
         self.engine.sync()
+
+    def _check_cache(self) -> None:
+        """Raises ValueError if sampling may need more memory than `rollout.kv_cache_gib`."""
+        settings, data = self.rollout_settings, getattr(self.trainer, "datamodule", None)
+        if settings.engine == "native" and settings.kv_cache_gib is not None and data is not None:
+            prompts = min(settings.prompts_per_batch, data.batch_size * self.accumulate)
+            shape = CacheShape(prompts, settings.group_size, data.max_prompt_tokens, settings.max_new_tokens)
+            sizes = self.policy.architecture.cache_sizes(self.policy.base)
+            check_cache(shape, sizes, DTYPES[self.dtype_name], settings.kv_cache_gib)
 
     def on_train_start(self) -> None:
         if self.trainer.strategy.restore_checkpoint_after_setup:  # a resumed run's weights are here only now
@@ -117,105 +133,132 @@ class GRPO(GroupObjective):
         self.engine.close()
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """One batch of P prompts: sample G completions each, score them, compare inside each group, add the gradient.
-
-        The last batch of an accumulation window also updates the weights and gives them to the rollout engine.
+        """One batch of prompts. With the last batch of an accumulation window, all P prompts of the window are sampled
+        (G completions each), scored, compared inside each group, and trained on.
         """
+        # 0. Wait for the window. One policy samples all of it, and decoding takes hardly longer for many prompts than
+        # for few, because each step reads all weights.
         self.begin_batch(batch)
+        self._batches.append(batch)
+        if not self.end_batch():
+            return
+        items = [item for each in self._batches for item in each.items]  # P
         self.metrics.reset()
         started = time.perf_counter()
 
         # 1. Sample. The engine may be this process or a vLLM server; both return token ids with log-probabilities.
-        with torch.no_grad():
-            features = self.policy.encode_images(batch.items)  # P of [image tokens, D]
-        request = RolloutRequest(batch.items, self.rollout_settings, features, self.sample_seeds(batch))
+        with torch.no_grad():  # one batch at a time, which bounds the memory of the vision tower
+            # P of [image tokens, F]
+            features = [tokens for each in self._batches for tokens in self.policy.encode_images(each.items)]
+        request = RolloutRequest(items, self.rollout_settings, features, self.window_seeds(self._batches))
         rollouts = self.engine.generate(request)  # P lists of G
         sampled = time.perf_counter()
 
         # 2. Score every completion: a weighted sum of rewards, by default by the rules of eq. 3.
         max_tokens = self.rollout_settings.max_new_tokens
-        rewards = self.rewards.score(batch.items, rollouts, self.box_format, max_tokens)  # P lists of G
+        rewards = self.rewards.score(items, rollouts, self.box_format, max_tokens)  # P lists of G
         totals = torch.tensor([[reward.total for reward in group] for group in rewards], dtype=torch.float64)  # [P, G]
 
         # 3. Compare inside the group (eq. 1). Where all rewards are equal, no completion is better than another: such a
         # group has zero advantage and teaches no preference, whatever its completions' distances from the reference.
-        is_zero = zero_advantage(totals)  # bool [P]
+        has_equal_rewards = zero_advantage(totals)  # bool [P]
         if self.loss_settings.kl_in == "reward" and self.kl_beta > 0:
-            totals = totals - self.kl_penalty(batch.items, rollouts, features)
+            totals = totals - self.kl_penalty(items, rollouts, features)
         advantages = group_advantages(totals, self.advantage_settings.scale)  # [P, G]
-        self.metrics.add_rollouts(rollouts, rewards, is_zero)
-        self._save_rollouts(batch, rollouts, rewards, advantages, is_zero)
-        groups = trainable_groups(
-            batch.items,
-            rollouts,
-            advantages,
-            features=features if self.freeze_vision else None,  # of a trained tower they change with each update
-            skip=(is_zero & self.update_settings.skip_zero_advantage).tolist(),
-            mask_truncated=self.update_settings.mask_truncated,
-            with_absent=self.loss_settings.normalise_over == "all",
-        )
-        self.metrics.update(informative=sum(group.is_informative for group in groups))
+        self.metrics.add_rollouts(rollouts, rewards, has_equal_rewards)
+        self._record_rollouts(rollouts, rewards, advantages, has_equal_rewards)
 
-        # 4. Train (eq. 2). With one update a window, the policy is still the one that sampled: the batch is
-        # backpropagated at once, and nothing is kept of it. Otherwise its groups wait for the end of the window.
-        if self.updates_per_window == 1:
-            self.add_gradient(groups)
-        else:
-            self._window += groups
-        if self.end_batch():
-            self._update_window()
-            self.commit_window(batch)
+        # 4. Train (eq. 2): the optimizer updates of the window, after which the engine gets the new weights.
+        self._train_on_window(self._trainable(rollouts, advantages, has_equal_rewards, features))
+        self._batches = []
+        self.commit_window(batch)  # a checkpoint from now on resumes after this batch
         self._log_step(sampled - started, time.perf_counter() - sampled)
 
-    # Sampling: what is kept of it
+    # What is kept of the rollouts
 
-    def _save_rollouts(
-        self,
-        batch: Batch,
-        rollouts: list[list[Rollout]],
-        rewards: list[list[Reward]],
-        advantages: Tensor,
-        is_zero: Tensor,
+    def _record_rollouts(
+        self, rollouts: list[list[Rollout]], rewards: list[list[Reward]], advantages: Tensor, has_equal_rewards: Tensor
     ) -> None:
-        """Keep the batch's groups for callbacks, and write them to the rollout log.
+        """Keep the window's groups for callbacks, and write those of every `log_every`-th batch to the rollout log.
 
         Args:
-            batch: P prompts.
             rollouts: P lists of G.
             rewards: P lists of G.
             advantages: [P, G].
-            is_zero: bool [P], the groups of equal rewards.
+            has_equal_rewards: bool [P].
         """
-        counts = {"update": self.global_step, "batch": self.num_batches}
-        records = rollout_records(batch.items, rollouts, rewards, advantages, is_zero)
-        self.last_rollouts = [counts | record for record in records]
+        items = [item for each in self._batches for item in each.items]
+        first = self.num_batches - len(self._batches)  # number of the window's first batch
+        numbers = [number for number, each in enumerate(self._batches, first) for _ in each.items]
+        records = rollout_records(items, rollouts, rewards, advantages, has_equal_rewards)
+        self.last_rollouts = [
+            {"update": self.global_step, "batch": number} | record
+            for number, record in zip(numbers, records, strict=True)
+        ]
         file, every = self.rollout_settings.log, self.rollout_settings.log_every
-        if file is not None and self.num_batches % every == 0:
+        chosen = [record for record in self.last_rollouts if record["batch"] % every == 0]
+        if file is not None and chosen:
             if self._log is None:
                 path = Path(self.trainer.default_root_dir) / file
                 self._log = RolloutLog(path, self.global_rank, self.trainer.world_size)
-            self._log.append(self.last_rollouts)
+            self._log.append(chosen)
+
+    def _trainable(
+        self,
+        rollouts: list[list[Rollout]],
+        advantages: Tensor,
+        has_equal_rewards: Tensor,
+        features: list[Tensor],
+    ) -> list[list[PromptGroup]]:
+        """For each batch of the window, its groups that are trained on; the arguments as in `_record_rollouts`."""
+        skip = (has_equal_rewards & self.update_settings.skip_zero_advantage).tolist()
+        by_batch, start = [], 0
+        for batch in self._batches:
+            own = slice(start, start := start + len(batch.items))
+            by_batch.append(
+                trainable_groups(
+                    batch.items,
+                    rollouts[own],
+                    advantages[own],
+                    # Features of a vision tower that is trained must be computed again after each update.
+                    features=features[own] if self.freeze_vision else None,
+                    skip=skip[own],
+                    mask_truncated=self.update_settings.mask_truncated,
+                    with_absent=self.loss_settings.normalise_over == "all",
+                )
+            )
+        # For the idle-window check. Where truncated completions are masked, the rest of a group may have equal rewards.
+        self.metrics.update(informative=sum(group.is_informative for groups in by_batch for group in groups))
+        return by_batch
 
     # Training on a window
 
-    def _update_window(self) -> None:
-        """All optimizer updates of an accumulation window; then the engine gets the weights.
+    def _train_on_window(self, by_batch: list[list[PromptGroup]]) -> None:
+        """All optimizer updates of a window; then the engine gets the weights.
 
         Every rank makes the same number of updates, whatever groups it has.
+
+        Args:
+            by_batch: the groups of each batch.
         """
         before = self.global_step
         if self.updates_per_window == 1:
+            # The policy is still the one that sampled, so the ratio is 1. Gradients of the batches add up to a sum,
+            # which `update` divides once.
+            for number, groups in enumerate(by_batch, self.num_batches - len(by_batch)):
+                self.seed_dropout(number)
+                self.add_gradient(groups)
             self.update()
         else:
-            self.attach_old_log_probs(self._window)
+            window = [group for groups in by_batch for group in groups]
+            self.attach_old_log_probs(window)
             for epoch in range(self.update_settings.epochs_per_rollout):
                 # The order is drawn from the window's seed, so a resumed run divides the window as before.
-                generator = torch.Generator().manual_seed(derive_seed(self.batch_seed(), epoch))
-                order = torch.randperm(len(self._window), generator=generator)
+                generator = torch.Generator().manual_seed(derive_seed(self.batch_seed(self.num_batches), epoch))
+                order = torch.randperm(len(window), generator=generator)
                 for chosen in order.tensor_split(self.update_settings.minibatches):
-                    self.add_gradient([self._window[index] for index in chosen.tolist()])
+                    self.add_gradient([window[index] for index in chosen.tolist()])
                     self.update()
-            self._window = []
         if self.global_step != before:  # not if there was nothing to train on, on any rank
             self.engine.sync()
 
@@ -223,7 +266,7 @@ class GRPO(GroupObjective):
 
     def _log_step(self, rollout_seconds: float, update_seconds: float) -> None:
         sums = self.metrics.compute()  # of all ranks, which wait for one another here
-        self._idle.add(sums, ends_window=not self.window_is_open)
+        self._idle.add(sums)
         speeds = {
             "speed/rollout_seconds": rollout_seconds,
             "speed/update_seconds": update_seconds,

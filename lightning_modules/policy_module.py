@@ -67,6 +67,8 @@ class PolicyModule(LightningModule):
         seed: seed of all random numbers.
     """
 
+    logs_every_batch = True  # False: with the last batch of each window only
+
     def __init__(
         self,
         model: str,
@@ -180,17 +182,25 @@ class PolicyModule(LightningModule):
     def begin_batch(self, batch: Batch) -> None:
         """Call first in a training step."""
         self._window_ids += batch.sample_ids
+        self.seed_dropout(self.num_batches)
+
+    def seed_dropout(self, number: int) -> None:
+        """Call before the forward passes of batch `number`, so that its dropout follows from the seed alone."""
         if self.lora is not None and self.lora.dropout > 0:
-            torch.manual_seed(self.batch_seed())  # dropout is all that draws from the global generator
+            torch.manual_seed(self.batch_seed(number))  # dropout is all that draws from the global generator
 
-    def batch_seed(self) -> int:
-        """A seed for this batch on this rank."""
-        return derive_seed(self.seed, self.num_batches, self.global_rank)
+    def batch_seed(self, number: int) -> int:
+        """A seed for batch `number` on this rank."""
+        return derive_seed(self.seed, number, self.global_rank)
 
-    def sample_seeds(self, batch: Batch) -> list[int]:
-        """A seed for each item of a batch that has begun. It does not depend on the rank that holds the item."""
-        earlier = self._window_ids[: -len(batch)]
-        return sample_seeds(self.seed, self.num_batches // self.accumulate, earlier, batch.sample_ids)
+    def window_seeds(self, batches: Sequence[Batch]) -> list[int]:
+        """A seed for each item of the open window's batches, in order. It does not depend on the rank of the item."""
+        seeds: list[int] = []
+        earlier: list[str] = []
+        for number, batch in enumerate(batches, self._num_batches_committed):
+            seeds += sample_seeds(self.seed, number // self.accumulate, earlier, batch.sample_ids)
+            earlier += batch.sample_ids
+        return seeds
 
     def end_batch(self) -> bool:
         """Count the batch. True if it was the last of its window: the caller should update the weights."""

@@ -26,6 +26,9 @@ class RolloutSettings(SamplingSettings):
     Args:
         engine: "native" samples in this process, "vllm" on the servers that `vllm` names (docs/rollout_engines.md).
         vllm: the servers; used only with engine "vllm".
+        kv_cache_gib: most memory of the key-value cache of the native engine. All prompts of an accumulation window are
+            sampled together, at most `prompts_per_batch` at the same time; the run ends before its first step if their
+            cache could become larger. null: no limit.
         log: JSONL file for the sampled groups, read by `make compare`; a relative path is relative to the phase's
             folder. null writes no log.
         log_every: write the groups of every `log_every`-th batch.
@@ -33,6 +36,7 @@ class RolloutSettings(SamplingSettings):
 
     engine: Engine = "native"
     vllm: VLLMSettings = VLLMSettings()
+    kv_cache_gib: float | None = None
     log: str | None = None
     log_every: int = 1
 
@@ -43,6 +47,7 @@ class RolloutSettings(SamplingSettings):
         problems = super().problems()
         problems.require(self.group_size != 1, ": an advantage needs a group of at least 2", group_size=self.group_size)
         problems.positive(log_every=self.log_every)
+        problems.positive_or_null(kv_cache_gib=self.kv_cache_gib)
         problems.one_of(get_args(Engine), engine=self.engine)
         return problems
 

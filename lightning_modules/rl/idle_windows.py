@@ -21,34 +21,19 @@ COUNTED = {name: name for name in ("groups", "completions", "zero_iou", "right",
 
 
 class IdleWindows:
-    """Counts of the finished windows since the last window with an informative group.
-
-    An open window counts once it is finished, because a checkpoint resumes at its start.
-    """
+    """Counts of the windows since the last window with an informative group."""
 
     def __init__(self) -> None:
         self.number = 0
         self._counts: Counter[str] = Counter()
-        self._open: Counter[str] = Counter()
-        self._open_is_informative = False
 
-    def add(self, sums: Mapping[str, float], ends_window: bool) -> None:
-        """Count one batch.
-
-        Args:
-            sums: `GRPOMetrics.compute` of the batch, over all ranks.
-            ends_window: whether it was the last batch of its accumulation window.
-        """
-        self._open.update({name: int(sums[source]) for name, source in COUNTED.items()})
-        self._open_is_informative |= sums["informative"] > 0
-        if not ends_window:
-            return
-        if self._open_is_informative:
+    def add(self, sums: Mapping[str, float]) -> None:
+        """Count one window. `sums` are `GRPOMetrics.compute` of it, over all ranks."""
+        if sums["informative"] > 0:
             self.number, self._counts = 0, Counter()
         else:
             self.number += 1
-            self._counts.update(self._open)
-        self._open, self._open_is_informative = Counter(), False
+            self._counts.update({name: int(sums[source]) for name, source in COUNTED.items()})
 
     def state_dict(self) -> dict[str, Any]:
         return {"number": self.number, "counts": dict(self._counts)}

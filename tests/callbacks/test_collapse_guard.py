@@ -48,7 +48,7 @@ class Rewarded(Windows):
         given = self.rewards[self.global_step - 1] if self.rewards else None
         self.log_step({"reward/total": given or (SPOILT if falls else HEALTHY)})
         self.rates.append(self.optimizers().param_groups[0]["lr"])
-        self.seeds.append(self.batch_seed())
+        self.seeds.append(self.batch_seed(self.num_batches))
 
 
 @pytest.fixture

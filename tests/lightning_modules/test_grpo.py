@@ -15,6 +15,8 @@ from lightning_modules.rl.grpo_settings import RolloutSettings
 from lightning_modules.rl.loss_settings import REDUCTIONS
 from lightning_modules.rl.losses import LossTerms
 from lightning_modules.rl.rollout_log import read_index
+from lightning_modules.rollouts.base import RolloutRequest
+from lightning_modules.rollouts.native.engine import NativeEngine
 from lightning_modules.training.non_finite import NonFiniteLoss
 from lightning_modules.training.seeds import derive_seed
 from tests.lightning_modules.conftest import trained_weights
@@ -45,6 +47,8 @@ class Recorder(Callback):
         self.gradients.append([p.grad.clone() for p in module.policy.trainable_parameters()])
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if module.window_is_open:
+            return  # all batches of a window are sampled, and logged, with its last
         self.records += module.last_rollouts
         self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
@@ -131,7 +135,7 @@ def test_gradient_of_a_window_is_that_of_the_written_out_equation(
     for got, want in zip(recorder.gradients[0], expected, strict=True):
         size = MAX_NEW if reduction == "completion_sum" else 1  # a sum over tokens is larger than a mean
         torch.testing.assert_close(got, want, atol=1e-6 * size, rtol=2e-3)
-    assert [m["grpo/frac_zero_advantage"] for m in recorder.metrics] == [0.0, 0.5]
+    assert [m["grpo/frac_zero_advantage"] for m in recorder.metrics] == [0.25], "one log of the window's four groups"
     assert all(m["grpo/kl"] > 0 and m["grpo/clip_fraction"] == 0 for m in recorder.metrics)
 
 
@@ -232,7 +236,7 @@ def test_several_updates_to_a_rollout(build, make_items, fit, easy, old_log_prob
     assert trainer.global_step == 4 and module.num_batches == 2
     assert len(recorder.gradients) == 4
     assert recorder.metrics[-1]["grpo/clip_fraction"] > 0
-    assert not module._window
+    assert not module._batches
 
 
 def test_trainer_and_engine_agree_on_the_old_log_probs(build, make_items, easy, fit, monkeypatch):
@@ -371,3 +375,25 @@ def test_seeds_differ_by_every_part_and_never_change():
     seeds = {derive_seed(*parts) for parts in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 10), (1, 0)]}
     assert len(seeds) == 6 and all(0 <= seed < 2**63 for seed in seeds)
     assert derive_seed(0, 0, 0) == 8387133978117270309
+
+
+def test_a_window_has_the_texts_of_its_batches_sampled_one_by_one(build, make_items, fit, easy):
+    """Seeds belong to prompts, so what is sampled does not depend on what is sampled beside it."""
+    module, recorder = build(accumulate=2), Recorder()
+    module.configure_model()
+    seeds, module.engine = [], RecordingEngine(module.engine)
+    items, generate = make_items([1, 2, 1, 3]), module.engine.generate
+
+    def noting(request):
+        seeds.append(list(zip(request.items, request.seeds, strict=True)))
+        return generate(request)
+
+    module.engine.generate = noting
+    start = trained_weights(module.policy)
+    fit(module, items, max_steps=1, callbacks=[recorder])
+    assert [len(window) for window in seeds] == [4], "one request for the window"
+    module.policy.load_state_dict(start, strict=False)
+    for number, (item, seed) in enumerate(seeds[0]):
+        request = RolloutRequest([item], module.rollout_settings, seeds=[seed])
+        (alone,) = NativeEngine(module.policy).generate(request)
+        assert [rollout.text for rollout in alone] == recorder.records[number]["texts"]

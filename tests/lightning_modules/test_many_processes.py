@@ -27,12 +27,14 @@ GLOBAL_BATCH = 4
 
 
 class Curve(Callback):
-    """What is logged of every batch, but for times."""
+    """What is logged of every batch, or of every window, but for times."""
 
     def __init__(self):
         self.metrics, self.records = [], []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if module.window_is_open and not module.logs_every_batch:
+            return
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         self.metrics.append({name: value for name, value in logged.items() if not name.startswith("speed/")})
         self.records += [(record["id"], record["texts"]) for record in getattr(module, "last_rollouts", [])]

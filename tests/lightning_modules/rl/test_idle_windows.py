@@ -37,26 +37,16 @@ def step(informative: int = 0, format: int = 0, **sums: float) -> dict[str, floa
 def test_windows_in_a_row_are_counted_and_an_informative_group_starts_anew():
     idle = IdleWindows()
     for informative, expected in ((0, 1), (0, 2), (1, 0), (0, 1)):
-        idle.add(step(informative), ends_window=True)
+        idle.add(step(informative))
         assert idle.number == expected
     assert idle.state_dict()["counts"]["completions"] == 8, "of the last window alone"
 
 
-def test_one_informative_group_in_any_batch_of_a_window_is_enough():
-    idle = IdleWindows()
-    idle.add(step(), ends_window=True)
-    idle.add(step(1), ends_window=False)
-    assert idle.number == 1 and idle.state_dict()["counts"]["groups"] == 2, "an open window does not count yet"
-    idle.add(step(), ends_window=True)
-    assert idle.number == 0
-
-
-def test_a_checkpoint_keeps_the_finished_windows_and_not_the_open_one():
+def test_counts_go_on_from_a_checkpoint():
     idle, resumed = IdleWindows(), IdleWindows()
-    idle.add(step(zero_iou=8), ends_window=True)
-    idle.add(step(zero_iou=8), ends_window=False)
+    idle.add(step(zero_iou=8))
     resumed.load_state_dict(idle.state_dict())
-    resumed.add(step(zero_iou=8), ends_window=True)
+    resumed.add(step(zero_iou=8))
     assert (resumed.number, resumed.state_dict()["counts"]["zero_iou"]) == (2, 16)
 
 
@@ -77,7 +67,7 @@ def test_a_checkpoint_keeps_the_finished_windows_and_not_the_open_one():
 )
 def test_the_reason_is_read_from_what_was_counted(sums, words):
     idle = IdleWindows()
-    idle.add(step(**sums), ends_window=True)
+    idle.add(step(**sums))
     idle.require_fewer_than(2, SAMPLING)
     idle.require_fewer_than(None, SAMPLING)
     with pytest.raises(IdleTooLong) as caught:
