@@ -273,7 +273,7 @@ def _repaired(part: str) -> Any:
 
 def _as_json(found: re.Match[str]) -> str:
     numbers = [float(number) for number in found.groups()]
-    return json.dumps(numbers) if is_box(numbers) else found[0]
+    return repr(numbers) if is_box(numbers) else found[0]  # of finite floats, as JSON writes them
 
 
 def _outer_spans(text: str) -> list[tuple[int, int]]:
