@@ -33,9 +33,13 @@ def source_code(modules: Iterable[str], root: Path = ROOT) -> Code:
     found: Code = {}
     waiting = list(modules)
     homes: dict[str, Path | None] = dict.fromkeys(PACKAGES, root)
-    # Follow the imports from file to file, each file once.
+    # Follow the imports from file to file, each module once: most modules are imported many times.
+    seen: set[str] = set()
     while waiting:
-        parts = waiting.pop().split(".")
+        if (module := waiting.pop()) in seen:
+            continue
+        seen.add(module)
+        parts = module.split(".")
         if parts[0] not in homes:
             homes[parts[0]] = _home_of(parts[0])
         for path in _files_of(parts, homes[parts[0]]):
