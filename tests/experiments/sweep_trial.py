@@ -67,6 +67,7 @@ def run(given: argparse.Namespace, folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--redo", action="store_true")  # as experiments.train takes it
     for name in ("experiment", "phase", "outputs"):
         parser.add_argument(f"--{name}")
     for name, kind, default in (("height", float, 0), ("slope", float, 0), ("pace", float, 0.1), ("steps", int, 4)):

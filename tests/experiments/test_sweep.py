@@ -80,9 +80,11 @@ def test_a_sweep_without_an_end_is_refused(run) -> None:
         run(run_cap=None)
 
 
-def test_another_sweep_of_the_same_name_moves_the_old_one_aside(run, tmp_path: Path) -> None:
+def test_another_sweep_of_the_same_name_is_refused_or_moves_the_old_one_aside(run, tmp_path: Path) -> None:
     run("--trials=1")
-    run("--trials=1", metric={"name": "score", "goal": "minimize"})
+    with pytest.raises(SystemExit, match="maximize: true -> false"):
+        run("--trials=1", metric={"name": "score", "goal": "minimize"})
+    run("--trials=1", "--redo", metric={"name": "score", "goal": "minimize"})
     assert len(list((tmp_path / "outputs").glob("tiny-sweep*"))) == 2
     assert starts(tmp_path / "outputs/tiny-sweep") == ["trial-0/0"]
 

@@ -19,7 +19,9 @@ from tests.datamodules.importers.own_data import own_files
 DOCS = Path(__file__).resolve().parents[4] / "docs"
 RECORD = re.compile(r"<!-- record: (\w+) ?(\w*) -->\n```json\n(.*?)```", re.DOTALL)
 RECORDS = RECORD.findall((DOCS / "own_data.md").read_text(encoding="utf-8"))
-PUBLISHED = re.findall(r"\*\*([\w-]+).*?```json\n(.*?)```", (DOCS / "data.md").read_text(encoding="utf-8"), re.DOTALL)
+# The records of published sources stand before the section on imports.
+SOURCES = (DOCS / "data.md").read_text(encoding="utf-8").partition("## An import")[0]
+PUBLISHED = re.findall(r"\*\*([\w-]+).*?```json\n(.*?)```", SOURCES, re.DOTALL)
 
 
 @pytest.mark.parametrize(("source", "box_format", "text"), RECORDS)
