@@ -22,7 +22,7 @@ from torch import distributed, multiprocessing
 
 from callbacks.sound_checkpoints import damage
 from datamodules.checkpoints.pretrained import new_model
-from datamodules.persistence.processes import ChildWatch
+from datamodules.persistence.processes import ChildWatch, end_with_parent
 from experiments.nano.build_model import build_config, build_processor
 from experiments.nano.language import InterleavedStage, LanguageStage
 from experiments.nano.loop import CHECKPOINT, LOG, StageRun
@@ -139,6 +139,7 @@ def train_process(rank: int, world_size: int, rendezvous: str, settings: Pretrai
         settings: of the training.
         folder: of the model.
     """
+    end_with_parent()
     torch.set_num_threads(1)  # on a CPU, processes with one thread each are faster than one process with threads
     distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
     train(settings, folder)
