@@ -1,12 +1,12 @@
-"""Pretrain the nano base model: a tiny Qwen2.5-VL that grounds, lists and describes one image, also one among several
-that the question names. It never saw a question that compares images.
+"""Pretrain the nano base model: a tiny Qwen2.5-VL that grounds, lists and describes one image.
 
     python -m experiments.nano.pretrain --output models/nano-base
 
-There are three stages. First the vision tower learns to see from dense targets (`vision_tower`). Then the language
-model learns to answer, with the tower frozen: about single pictures, then about one of several (`language`). Example i
-of a stage is a pure function of (seed, stage, i), so a run that was killed resumes from its last checkpoint exactly as
-if nothing had happened.
+First the vision tower learns to see from dense targets (`vision_tower`). Then the language model learns to answer
+questions about single pictures, with the tower frozen (`language`). With `--interleaved_sets` a third stage follows:
+questions about one of several pictures, which the question names. No stage has a question that compares pictures.
+Example i of a stage is a pure function of (seed, stage, i), so a run that was killed resumes from its last checkpoint
+exactly as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def is_finished(settings: PretrainSettings, folder: Path) -> bool:
     if not (folder / LOG).exists():
         raise ValueError(f"{folder} holds a model without {LOG}: choose another --output")
     header, *records = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
-    old, new = header["settings"], asdict(settings)
+    # A setting that is newer than the log had its default's effect.
+    old, new = asdict(PretrainSettings()) | header["settings"], asdict(settings)
     if changed := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
         values = ", ".join(f"{name}={old.get(name)} there and {new.get(name)} here" for name in changed)
         raise ValueError(
@@ -54,7 +55,10 @@ def is_finished(settings: PretrainSettings, folder: Path) -> bool:
         )
     # Finished: the log has the last step of the last stage, and the checkpoint is gone.
     last = records[-1] if records else {"stage": None}
-    ended = (last["stage"], last.get("step")) == (InterleavedStage.name, settings.interleaved_steps)
+    final, steps = InterleavedStage, settings.interleaved_steps
+    if steps == 0:
+        final, steps = LanguageStage, settings.language_steps
+    ended = (last["stage"], last.get("step")) == (final.name, steps)
     return ended and not (folder / CHECKPOINT).exists()
 
 
@@ -85,12 +89,13 @@ def _is_before(record: dict[str, object], stage: str, step: int) -> bool:
     return (order.index(record["stage"]), record["step"]) <= (order.index(stage), step)
 
 
-def stages_left(folder: Path) -> tuple[type[TowerStage | LanguageStage], ...]:
-    """The stage of the checkpoint and all later ones. The checkpoint may be at the end of its stage."""
+def stages_left(settings: PretrainSettings, folder: Path) -> tuple[type[TowerStage | LanguageStage], ...]:
+    """The stage of the checkpoint and all later stages. The checkpoint may be at the end of its stage."""
+    stages = STAGES if settings.interleaved_steps else STAGES[:-1]
     if not (folder / CHECKPOINT).exists():
-        return STAGES
+        return stages
     stage = torch.load(folder / CHECKPOINT, weights_only=True, mmap=True)["stage"]
-    return STAGES[[kind.name for kind in STAGES].index(stage) :]
+    return stages[[kind.name for kind in stages].index(stage) :]
 
 
 def train(
@@ -122,7 +127,7 @@ def train(
         print(f"{folder} is finished: remove it or choose another --output to train again")
         return QwenVL(str(folder), freeze_vision=False)
     # 2. The stages, each from the checkpoint that the one before has left.
-    for kind in stages_left(folder):
+    for kind in stages_left(settings, folder):
         run = StageRun(kind(settings, folder), folder)
         run.train(save_every, eval_every, log_every)
     run.finish()

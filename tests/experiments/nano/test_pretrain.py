@@ -410,3 +410,17 @@ def test_its_processes_end_with_the_command(tmp_path: Path) -> None:
     for pid in children:
         while process_state(pid)[0] not in ENDED:
             time.sleep(0.05)
+
+
+def test_without_interleaved_sets_there_are_two_stages_and_an_older_log_is_accepted(tmp_path: Path) -> None:
+    settings = replace(TINY, interleaved_sets=0)
+    train_tiny(tmp_path, settings)
+    assert {record["stage"] for record in records(tmp_path)[1:]} == {"tower", "language"}
+    lines = (tmp_path / LOG).read_text().splitlines()
+    header = json.loads(lines[0])
+    for name in ("interleaved_sets", "interleaved_batch", "interleaved_learning_rate"):
+        del header["settings"][name]
+    (tmp_path / LOG).write_text("\n".join([json.dumps(header), *lines[1:]]) + "\n")
+    assert pretrain.is_finished(replace(settings, interleaved_batch=16), tmp_path)
+    with pytest.raises(ValueError, match="interleaved_sets=0 there and 12 here"):
+        pretrain.is_finished(replace(TINY, interleaved_batch=16), tmp_path)
