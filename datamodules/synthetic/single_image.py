@@ -39,6 +39,7 @@ class Turn:
     question: str
     answer: str
     box: Box | None = None  # the true unit xyxy box of a grounding turn; None for other turns
+    image: int = 0  # index of the picture
 
 
 def crowd(rng: random.Random, count: int) -> list[Kind]:

@@ -1,11 +1,12 @@
-"""Pretrain the nano base model: a tiny Qwen2.5-VL that grounds, lists and describes objects in one image and has never
-seen two images.
+"""Pretrain the nano base model: a tiny Qwen2.5-VL that grounds, lists and describes one image.
 
     python -m experiments.nano.pretrain --output models/nano-base
 
-There are two stages. First the vision tower learns to see from dense targets (`vision_tower`). Then the language model
-learns to answer, with the tower frozen (`language`). Picture i of a stage is a pure function of (seed, stage, i), so a
-run that was killed resumes from its last checkpoint exactly as if nothing had happened.
+First the vision tower learns to see from dense targets (`vision_tower`). Then the language model learns to answer
+questions about single pictures, with the tower frozen (`language`). With `--interleaved_sets` a third stage follows:
+questions about one of several pictures, which the question names. No stage has a question that compares pictures.
+Example i of a stage is a pure function of (seed, stage, i), so a run that was killed resumes from its last checkpoint
+exactly as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from torch import distributed, multiprocessing
 
 from callbacks.sound_checkpoints import damage
 from datamodules.checkpoints.pretrained import new_model
-from datamodules.persistence.processes import ChildWatch
+from datamodules.persistence.processes import ChildWatch, end_with_parent
 from experiments.nano.build_model import build_config, build_processor
-from experiments.nano.language import LanguageStage
+from experiments.nano.language import InterleavedStage, LanguageStage
 from experiments.nano.loop import CHECKPOINT, LOG, StageRun
 from experiments.nano.settings import PretrainSettings
 from experiments.nano.vision_tower import TowerStage
@@ -31,21 +32,22 @@ from experiments.runs.commands import command
 from experiments.runs.usage_errors import PlainParser
 from lightning_modules.models.qwen_vl import QwenVL
 
-STAGES = (TowerStage, LanguageStage)
+STAGES = (TowerStage, LanguageStage, InterleavedStage)
 
 
 def is_finished(settings: PretrainSettings, folder: Path) -> bool:
-    """Whether `folder` has the finished base model with these settings.
+    """Whether `folder` holds the finished base model of these settings.
 
     Raises:
-        ValueError: the folder has another model, or a base model with other settings.
+        ValueError: the folder holds another model, or a base model of other settings.
     """
     if not (folder / "config.json").exists():
         return False
     if not (folder / LOG).exists():
         raise ValueError(f"{folder} holds a model without {LOG}: choose another --output")
     header, *records = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
-    old, new = header["settings"], asdict(settings)
+    # A setting that is newer than the log had its default's effect.
+    old, new = asdict(PretrainSettings()) | header["settings"], asdict(settings)
     if changed := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
         values = ", ".join(f"{name}={old.get(name)} there and {new.get(name)} here" for name in changed)
         raise ValueError(
@@ -53,7 +55,10 @@ def is_finished(settings: PretrainSettings, folder: Path) -> bool:
         )
     # Finished: the log has the last step of the last stage, and the checkpoint is gone.
     last = records[-1] if records else {"stage": None}
-    ended = (last["stage"], last.get("step")) == (LanguageStage.name, settings.language_steps)
+    final, steps = InterleavedStage, settings.interleaved_steps
+    if steps == 0:
+        final, steps = LanguageStage, settings.language_steps
+    ended = (last["stage"], last.get("step")) == (final.name, steps)
     return ended and not (folder / CHECKPOINT).exists()
 
 
@@ -79,34 +84,35 @@ def prepare_folder(settings: PretrainSettings, folder: Path) -> None:
 
 
 def _is_before(record: dict[str, object], stage: str, step: int) -> bool:
-    """Whether a record of the log belongs to this stage and step, or to an earlier one."""
+    """Whether a record of the log is from this stage and step, or from before."""
     order = [kind.name for kind in STAGES]
     return (order.index(record["stage"]), record["step"]) <= (order.index(stage), step)
 
 
-def stages_left(folder: Path) -> tuple[type[TowerStage] | type[LanguageStage], ...]:
-    """The stage of the checkpoint and all later ones. The checkpoint may be at the end of its stage."""
+def stages_left(settings: PretrainSettings, folder: Path) -> tuple[type[TowerStage | LanguageStage], ...]:
+    """The stage of the checkpoint and all later stages. The checkpoint may be at the end of its stage."""
+    stages = STAGES if settings.interleaved_steps else STAGES[:-1]
     if not (folder / CHECKPOINT).exists():
-        return STAGES
+        return stages
     stage = torch.load(folder / CHECKPOINT, weights_only=True, mmap=True)["stage"]
-    return STAGES[[kind.name for kind in STAGES].index(stage) :]
+    return stages[[kind.name for kind in stages].index(stage) :]
 
 
 def train(
     settings: PretrainSettings, folder: Path, save_every: int = 200, eval_every: int = 1000, log_every: int = 50
 ) -> QwenVL:
-    """Train the base model, or resume; a finished folder is not changed.
+    """Train the base model, or resume; a finished folder is left as it is.
 
     Args:
-        settings: settings of the training.
+        settings: of the training.
         folder: for the model's files, the log and, until the end, a checkpoint.
-        save_every: steps between two checkpoints; a multiple of `log_every`, so that the log of a resumed run is
-            complete.
+        save_every: steps between two checkpoints; a multiple of `log_every`, so that the log of a resumed run lacks no
+            loss.
         eval_every: steps between two evaluations.
         log_every: steps between two records of the log.
 
     Raises:
-        ValueError: `save_every` is not a multiple of `log_every`, or the folder has another model.
+        ValueError: `save_every` is not a multiple of `log_every`, or the folder holds another model.
     """
     if save_every % log_every:
         raise ValueError(f"save_every={save_every} must be a multiple of log_every={log_every}")
@@ -120,8 +126,8 @@ def train(
     if is_finished(settings, folder):
         print(f"{folder} is finished: remove it or choose another --output to train again")
         return QwenVL(str(folder), freeze_vision=False)
-    # 2. The stages; each starts from the checkpoint of the previous stage.
-    for kind in stages_left(folder):
+    # 2. The stages, each from the checkpoint that the one before has left.
+    for kind in stages_left(settings, folder):
         run = StageRun(kind(settings, folder), folder)
         run.train(save_every, eval_every, log_every)
     run.finish()
@@ -135,9 +141,10 @@ def train_process(rank: int, world_size: int, rendezvous: str, settings: Pretrai
         rank: number of this process.
         world_size: number of processes.
         rendezvous: address at which the processes find each other.
-        settings: settings of the training.
-        folder: folder of the model.
+        settings: of the training.
+        folder: of the model.
     """
+    end_with_parent()
     torch.set_num_threads(1)  # on a CPU, processes with one thread each are faster than one process with threads
     distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
     train(settings, folder)

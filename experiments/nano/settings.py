@@ -25,7 +25,11 @@ class PretrainSettings:
     language_learning_rate: float = 2e-3
     grounding_turns: int = 5  # number of grounding questions about one picture
     max_tokens_per_row: int = 4096  # length of a packed row
-    # Both stages: the share of the steps in which the learning rate rises, and the share in which it falls to zero.
+    # Stage 3: several pictures in a conversation. The committed base model was trained without it.
+    interleaved_sets: int = 0  # sets of pictures, a quarter of them single pictures as in stage 2; 0: no stage 3
+    interleaved_batch: int = 16
+    interleaved_learning_rate: float = 1.5e-3
+    # All stages: the share of the steps in which the learning rate rises, and the share in which it falls to zero.
     warmup: float = 0.03
     decay: float = 0.4
     num_eval: int = 400  # number of pictures in the evaluation at the end of a stage
@@ -39,3 +43,8 @@ class PretrainSettings:
     def language_steps(self) -> int:
         """Number of optimizer steps of stage 2."""
         return self.language_pictures // self.language_batch
+
+    @property
+    def interleaved_steps(self) -> int:
+        """Number of optimizer steps of stage 3."""
+        return self.interleaved_sets // self.interleaved_batch

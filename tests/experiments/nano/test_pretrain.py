@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -16,19 +19,23 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from datamodules.encoding.encoder import EncodedSample
 from datamodules.encoding.mrope import mrope_positions
+from datamodules.persistence.processes import ENDED, process_state
 from datamodules.samples.answer_text import ParsedAnswer, parse_answer
-from datamodules.synthetic.single_image import single_scene
+from datamodules.synthetic.interleaved import interleaved_scenes
+from datamodules.synthetic.single_image import Turn, single_scene
 from datamodules.synthetic.world import draw_scene
 from experiments.nano import build_model, drawing_tasks, pretrain
-from experiments.nano.drawing_tasks import HELD_OUT, Picture, PictureEncoder, accuracy
-from experiments.nano.language import LanguageStage
+from experiments.nano.drawing_tasks import HELD_OUT, PictureEncoder, PictureSet, accuracy, named_picture_accuracy
+from experiments.nano.language import InterleavedStage, LanguageStage
 from experiments.nano.loop import CHECKPOINT, LOG, average_gradients, build_optimizers, learning_rate_factor
 from experiments.nano.muon import Muon
 from experiments.nano.pretrain import train
 from experiments.nano.settings import PretrainSettings
 from experiments.nano.vision_tower import TowerStage
 from lightning_modules.models.qwen_vl import QwenVL
+from tests.experiments.conftest import ROOT
 
 TINY = PretrainSettings(
     text_width=64,
@@ -40,6 +47,8 @@ TINY = PretrainSettings(
     tower_learning_rate=5e-4,
     language_pictures=12,
     language_batch=2,
+    interleaved_sets=12,
+    interleaved_batch=2,
     grounding_turns=2,
     max_tokens_per_row=600,
     num_eval=3,
@@ -97,6 +106,48 @@ def test_completions_hold_question_and_answer_and_mark_the_answer(processor, enc
         assert processor.tokenizer.decode(ids[mark]) == f"{turn.answer}<|im_end|>"
 
 
+def plain_conversation(processor, count: int, turns: Sequence[Turn]) -> str:
+    """The chat template's text of a conversation about `count` pictures, up to the last answer."""
+    messages: list[dict] = []
+    for turn in turns:
+        images = [] if messages else [{"type": "image"}] * count
+        messages.append({"role": "user", "content": [*images, {"type": "text", "text": turn.question}]})
+        messages.append({"role": "assistant", "content": turn.answer})
+    return processor.apply_chat_template(messages, add_vision_id=True, tokenize=False).removesuffix("\n")
+
+
+def test_sets_of_pictures_are_what_the_processor_makes_of_plain_conversations(
+    processor, encoder: PictureEncoder
+) -> None:
+    counts, lengths = set(), set()
+    for index in range(40):
+        pictures = encoder.interleaved("interleaved:0", index)
+        counts.add(len(pictures.item.image_sizes))
+        if index % 4 == 0:
+            assert torch.equal(pictures.item.input_ids, encoder.picture("interleaved:0", index).item.input_ids)
+            continue
+        scenes = interleaved_scenes(random.Random(f"interleaved:0:{index}"))
+        marks = pictures.is_answer.split([len(ids) for ids in pictures.completions])
+        for turns, ids, mark in zip(pictures.conversations, pictures.completions, marks, strict=True):
+            lengths.add(len(turns))
+            text = plain_conversation(processor, len(scenes), turns)
+            expected = processor(text=[text], images=[draw_scene(scene) for scene in scenes], return_tensors="pt")
+            prefix = expected["input_ids"][0, : len(pictures.item.input_ids)]
+            assert torch.equal(pictures.item.input_ids, prefix)
+            # Token by token the text may split elsewhere, because answers are tokenized alone, as they are generated.
+            rest = processor.tokenizer.decode(expected["input_ids"][0, len(prefix) :])
+            assert processor.tokenizer.decode(ids) == rest
+            assert processor.tokenizer.decode(ids[mark]) == "".join(f"{turn.answer}<|im_end|>" for turn in turns)
+            assert torch.equal(pictures.item.pixel_values, expected["pixel_values"])
+            assert torch.equal(pictures.item.grid_thw, expected["image_grid_thw"])
+        merge = processor.image_processor.merge_size
+        positions, after = mrope_positions(
+            pictures.item.input_ids, pictures.item.grid_thw, processor.image_token_id, merge
+        )
+        assert torch.equal(pictures.item.positions, positions) and pictures.item.next_position == after
+    assert counts == {1, 2, 3, 4, 5, 6} and lengths == {1, 2}
+
+
 def test_any_token_that_is_text_is_an_answer_now_and_then(encoder: PictureEncoder) -> None:
     turns = [encoder.picture("train:0", index).turns[-1] for index in range(300)]
     assert all(turn.task == "repeating" and turn.question == f"Output: {turn.answer}" for turn in turns)
@@ -107,7 +158,7 @@ def test_any_token_that_is_text_is_an_answer_now_and_then(encoder: PictureEncode
     assert any(ord(letter) > 0x7FF for letter in answers)
 
 
-def plain_losses(model: nn.Module, processor, batch: list[Picture], first: int) -> tuple[Tensor, int]:
+def plain_losses(model: nn.Module, processor, batch: list[PictureSet], first: int) -> tuple[Tensor, int]:
     """Negative log-likelihood of all answer tokens and their number, one plain conversation after another."""
     total, count = torch.zeros(()), 0
     for index, picture in enumerate(batch, first):
@@ -224,6 +275,26 @@ def test_accuracy_counts_boxes_and_failures(
     assert isinstance(parse_answer(encoder.picture(HELD_OUT, 0).turns[0].answer), ParsedAnswer)
 
 
+def test_questions_that_name_a_picture_are_scored_in_that_picture(
+    encoder: PictureEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[EncodedSample] = []
+
+    class Engine:
+        """Answers every question with the right box, in the resized pixels of the picture that it names."""
+
+        def __init__(self, policy: QwenVL) -> None: ...
+
+        def generate(self, request):
+            asked.extend(request.items)
+            sets = [encoder.interleaved(HELD_OUT, index) for index in (1, 2, 3, 5, 6, 7)]
+            return [[SimpleNamespace(text=pictures.turns[0].answer)] for pictures in sets]
+
+    monkeypatch.setattr(drawing_tasks, "NativeEngine", Engine)
+    assert named_picture_accuracy(None, encoder, 6) == {"named_picture_acc": 100.0}
+    assert all(len(item.image_sizes) > 1 for item in asked)
+
+
 class Killed(Exception):
     """Stands for a process that ends in the middle of a step."""
 
@@ -271,13 +342,14 @@ def test_a_finished_folder_loads_plainly_and_has_its_log(finished: tuple[Path, d
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
     header, *steps = records(folder)
     assert header == {"settings": asdict(TINY)}
-    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6] * 2
-    assert [record["stage"] for record in steps] == ["tower"] * 6 + ["language"] * 6
-    assert "cell_kind_acc" in steps[5] and "single_image_acc" in steps[-1] and "single_image_acc" not in steps[6]
-    assert steps[5]["loss"] < steps[1]["loss"] and steps[-1]["loss"] < steps[6]["loss"]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6] * 3
+    assert [record["stage"] for record in steps] == ["tower"] * 6 + ["language"] * 6 + ["interleaved"] * 6
+    assert "cell_kind_acc" in steps[5] and "single_image_acc" in steps[11] and "single_image_acc" not in steps[6]
+    assert {"single_image_acc", "named_picture_acc"} < steps[-1].keys()
+    assert steps[5]["loss"] < steps[1]["loss"] and steps[11]["loss"] < steps[6]["loss"]
 
 
-@pytest.mark.parametrize("kind", [TowerStage, LanguageStage])
+@pytest.mark.parametrize("kind", [TowerStage, LanguageStage, InterleavedStage])
 @pytest.mark.parametrize("step", [0, 1, 5])  # at a stage's start, before its first checkpoint, and past one
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     kind: type,
@@ -288,7 +360,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
 ) -> None:
     folder, expected = finished
     killed_at(monkeypatch, tmp_path, kind, step)
-    assert (tmp_path / CHECKPOINT).exists() == (kind is LanguageStage or step == 5)
+    assert (tmp_path / CHECKPOINT).exists() == (kind is not TowerStage or step == 5)
     done = [record for record in records(tmp_path)[1:] if record["stage"] == kind.name]
     assert len(done) == step
     weights = train_tiny(tmp_path)
@@ -322,3 +394,33 @@ def test_saving_between_records_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="save_every=3 must be a multiple of log_every=2"):
         train(TINY, tmp_path / "base", save_every=3, log_every=2)
     assert not (tmp_path / "base").exists()
+
+
+def test_its_processes_end_with_the_command(tmp_path: Path) -> None:
+    sizes = [f"--{name}={value}" for name, value in asdict(TINY).items()]
+    command = [sys.executable, "-m", "experiments.nano.pretrain", "--processes=2", f"--output={tmp_path / 'base'}"]
+    with subprocess.Popen([*command, *sizes], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        children: list[int] = []
+        while not children:  # the tracker of multiprocessing's resources is a child too
+            assert run.poll() is None, "it ended before it had started processes"
+            found = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+            children = [int(pid) for pid in found] if len(found) >= 2 else []
+            time.sleep(0.05)
+        run.kill()
+    for pid in children:
+        while process_state(pid)[0] not in ENDED:
+            time.sleep(0.05)
+
+
+def test_without_interleaved_sets_there_are_two_stages_and_an_older_log_is_accepted(tmp_path: Path) -> None:
+    settings = replace(TINY, interleaved_sets=0)
+    train_tiny(tmp_path, settings)
+    assert {record["stage"] for record in records(tmp_path)[1:]} == {"tower", "language"}
+    lines = (tmp_path / LOG).read_text().splitlines()
+    header = json.loads(lines[0])
+    for name in ("interleaved_sets", "interleaved_batch", "interleaved_learning_rate"):
+        del header["settings"][name]
+    (tmp_path / LOG).write_text("\n".join([json.dumps(header), *lines[1:]]) + "\n")
+    assert pretrain.is_finished(replace(settings, interleaved_batch=16), tmp_path)
+    with pytest.raises(ValueError, match="interleaved_sets=0 there and 12 here"):
+        pretrain.is_finished(replace(TINY, interleaved_batch=16), tmp_path)
