@@ -148,7 +148,7 @@ def test_a_finished_run_asks_nothing_and_another_threshold_or_limit_asks_nothing
         assert read_json(out / "synthesis.json")["kept"] == 0
         run(config, "--limit=10")
         assert server.asked.total() == 40
-        with pytest.raises(SystemExit, match="sampling.seed: 0 -> 1"):
+        with pytest.raises(SystemExit, match=r"sampling\.seed: 0 -> 1"):
             run(config, "--limit=9", "--sampling.seed=1")
         run(config, "--limit=9", "--sampling.seed=1", "--redo")
         assert server.asked.total() == 76
