@@ -172,7 +172,7 @@ def other_run_text(folder: object, is_done: bool, differences: Differences, cure
 
     Args:
         folder: the phase folder.
-        is_done: whether its run is finished.
+        is_done: whether its run is known to be finished; sweeps and syntheses do not say it.
         differences: those of its run and of the run that wants to use it.
         cure: how both runs are kept.
     """
@@ -180,8 +180,8 @@ def other_run_text(folder: object, is_done: bool, differences: Differences, cure
     # The seed of module and data is the run's: it is told once.
     is_reseeded = any(name.startswith("seed_everything:") for name in names)
     names = [name for name in names if not (is_reseeded and name.startswith(("data.seed:", "model.seed:")))]
-    state = "finished" if is_done else "unfinished"
-    lines = [f"{folder} holds a run with other settings, which is {state}; nothing was moved. Different (old -> new):"]
+    state = ", which is finished" if is_done else ""
+    lines = [f"{folder} holds a run with other settings{state}; nothing was moved. Different (old -> new):"]
     lines += [f"  {line}" for line in ("; ".join(names[:2]), "; ".join(names[2:4])) if line]
     if not names:
         lines.append("  which settings, it did not write down")
