@@ -141,6 +141,7 @@ class GRPO(GroupObjective):
         self.begin_batch(batch)
         self._batches.append(batch)
         if not self.end_batch():
+            self.trainer._results.reset(fx="training_step")  # else Lightning logs the values of the window before again
             return
         items = [item for each in self._batches for item in each.items]  # P
         self.metrics.reset()

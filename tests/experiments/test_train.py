@@ -293,7 +293,7 @@ def test_a_kill_inside_a_window_of_several_updates_repeats_the_whole_window(
         arguments = ("--trainer.max_steps=12", f"--phase={phase}", *objective)
         if phase == "stopped":
             assert run_apart(config, *arguments, log=log, STOP_SIGNAL=int(signal.SIGKILL), STOP_AT=14) != 0
-            assert [step for step, _ in metrics_csv.read_curve(reported(workbench, phase), "grpo/entropy")] == [0, 1, 2]
+            assert [step for step, _ in metrics_csv.read_curve(reported(workbench, phase), "grpo/entropy")] == [1]
         assert run_apart(config, *arguments, log=log) == 0, log.read_text()
         curves[phase] = [without_times(row) for row in reported(workbench, phase)]
         weights[phase] = (workbench.outputs / "tiny" / phase / "merged/model.safetensors").read_bytes()
