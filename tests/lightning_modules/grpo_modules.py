@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+from lightning.pytorch.callbacks import Callback
+
 from lightning_modules.grpo import GRPO
 from lightning_modules.rl.grpo_settings import RolloutSettings, UpdateSettings
 from lightning_modules.rl.loss_settings import AdvantageSettings, LossSettings
@@ -53,3 +55,37 @@ def by_text(function: Callable[..., Reward]) -> Callable[..., list[list[Reward]]
 def letters(text: str, *_: object) -> Reward:
     """An easy reward that a random model meets by chance: the share of characters that are letters."""
     return flat_reward(sum(character.isalpha() for character in text) / max(len(text), 1))
+
+
+class Recorder(Callback):
+    """Keeps every gradient, and what each accumulation window sampled and logged."""
+
+    def __init__(self):
+        self.gradients, self.records, self.metrics = [], [], []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.gradients.append([p.grad.clone() for p in module.policy.trainable_parameters()])
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if module.window_is_open:
+            return  # all batches of a window are sampled, and logged, with its last
+        self.records += module.last_rollouts
+        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+class RecordingEngine:
+    """Passes rollouts on, and keeps them with their prompts."""
+
+    def __init__(self, engine):
+        self.engine, self.seen = engine, []
+
+    def generate(self, request):
+        rollouts = self.engine.generate(request)
+        self.seen += zip(request.items, rollouts, strict=True)
+        return rollouts
+
+    def sync(self):
+        self.engine.sync()
+
+    def close(self):
+        self.engine.close()

@@ -20,7 +20,7 @@ from lightning_modules.rollouts.native.engine import NativeEngine
 from lightning_modules.training.non_finite import NonFiniteLoss
 from lightning_modules.training.seeds import derive_seed
 from tests.lightning_modules.conftest import trained_weights
-from tests.lightning_modules.grpo_modules import build_grpo, flat_reward, letters, use_reward
+from tests.lightning_modules.grpo_modules import Recorder, RecordingEngine, build_grpo, flat_reward, letters, use_reward
 
 MAX_NEW = 8
 
@@ -37,38 +37,6 @@ def build(tiny_model_dir, lora):
         return build_grpo(str(tiny_model_dir), **small | settings)
 
     return make
-
-
-class Recorder(Callback):
-    def __init__(self):
-        self.gradients, self.records, self.metrics, self.parameters = [], [], [], []
-
-    def on_before_optimizer_step(self, trainer, module, optimizer):
-        self.gradients.append([p.grad.clone() for p in module.policy.trainable_parameters()])
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if module.window_is_open:
-            return  # all batches of a window are sampled, and logged, with its last
-        self.records += module.last_rollouts
-        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-
-
-class RecordingEngine:
-    """Passes rollouts on and keeps them."""
-
-    def __init__(self, engine):
-        self.engine, self.seen = engine, []
-
-    def generate(self, request):
-        rollouts = self.engine.generate(request)
-        self.seen += zip(request.items, rollouts, strict=True)
-        return rollouts
-
-    def sync(self):
-        self.engine.sync()
-
-    def close(self):
-        self.engine.close()
 
 
 def stir(module):

@@ -10,7 +10,7 @@ from lightning_modules.models.attention.packed_rows import pack_rows
 from lightning_modules.rl.advantages import group_advantages
 from lightning_modules.rl.loss_settings import EntropySettings, ScheduleSettings
 from tests.lightning_modules.conftest import trained_weights
-from tests.lightning_modules.grpo_modules import build_grpo, flat_reward, letters, use_reward
+from tests.lightning_modules.grpo_modules import Recorder, RecordingEngine, build_grpo, flat_reward, letters, use_reward
 
 MAX_NEW = 8
 SEVERAL = {"epochs_per_rollout": 2, "minibatches": 2, "accumulate": 2}
@@ -36,43 +36,11 @@ def build(tiny_model_dir, lora):
     return make
 
 
-class Recorder(Callback):
-    def __init__(self):
-        self.gradients, self.records, self.metrics = [], [], []
-
-    def on_before_optimizer_step(self, trainer, module, optimizer):
-        self.gradients.append([p.grad.clone() for p in module.policy.trainable_parameters()])
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if module.window_is_open:
-            return  # all batches of a window are sampled, and logged, with its last
-        self.records += module.last_rollouts
-        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-
-
-class Seen:
-    """Passes rollouts on and keeps them."""
-
-    def __init__(self, engine):
-        self.engine, self.groups = engine, []
-
-    def generate(self, request):
-        rollouts = self.engine.generate(request)
-        self.groups += zip(request.items, rollouts, strict=True)
-        return rollouts
-
-    def sync(self):
-        self.engine.sync()
-
-    def close(self):
-        self.engine.close()
-
-
 def first_gradient(module, items, fit, **trainer):
     """The gradient of the first update, and what was recorded."""
     recorder = Recorder()
     module.max_grad_norm = None
-    module.engine = Seen(module.engine)
+    module.engine = RecordingEngine(module.engine)
     fit(module, items, callbacks=[recorder], **{"max_steps": 1} | trainer)
     return recorder.gradients[0], recorder
 
@@ -98,7 +66,7 @@ def test_a_mean_over_all_divides_by_skipped_groups_too(build, make_items, fit, m
     kept, of_kept = first_gradient(build(**settings), items, fit)
     module = build(normalise_over="all", **settings)
     found, of_all = first_gradient(module, items, fit)
-    lengths = [[len(r.token_ids) for r in group] for _, group in module.engine.groups[:4]]
+    lengths = [[len(r.token_ids) for r in group] for _, group in module.engine.seen[:4]]
     sizes = [sum(group) if reduction == "token" else len(group) for group in lengths]  # what each group counts
     for a, b in zip(found, kept, strict=True):
         torch.testing.assert_close(a, (1 - sizes[2] / sum(sizes)) * b)
@@ -132,7 +100,7 @@ def test_the_kl_term_in_the_reward(build, make_items, fit, easy, estimator, scal
     found, recorder = first_gradient(module, make_items([1, 2]), fit)
     module.policy.load_state_dict(start, strict=False)
     losses, penalties = [], []
-    for record, (item, group) in zip(recorder.records, module.engine.groups, strict=True):
+    for record, (item, group) in zip(recorder.records, module.engine.seen, strict=True):
         shaped = []
         for parts, rollout in zip(record["rewards"], group, strict=True):
             d = alone(module, item, rollout, reference=True) - alone(module, item, rollout).detach()
@@ -173,7 +141,7 @@ def test_the_entropy_bonus_reaches_the_gradient(build, make_items, fit, easy):
     plain, _ = first_gradient(build(kl_beta=0.0), items, fit)
     module.policy.load_state_dict(start, strict=False)
     means = []
-    for item, group in module.engine.groups:
+    for item, group in module.engine.seen:
         for rollout in group:
             (rows,) = pack_rows([item], [[rollout.token_ids]], 100_000)
             features = module.policy.encode_images([item])

@@ -29,14 +29,9 @@ class MultiBoxPuzzle:
     reason: str  # beginning of the thinking text
 
     def thinking(self) -> str:
-        """The thorough thinking text: which thing in which image."""
+        """The thinking text: which thing in which image."""
         found = ", ".join(f"the {thing.kind.name} in image {image + 1}" for image, thing in self.answers)
         return f"{self.reason}: {found}."
-
-    def short_thinking(self) -> str:
-        """In which images to look, but not for which things. It is true, and helps little."""
-        images = sorted({image + 1 for image, _ in self.answers})
-        return f"Look at image {' and image '.join(map(str, images))}."
 
     def content_hashes(self) -> frozenset[str]:
         """The hashes of all scenes, by which training and evaluation are kept apart."""

@@ -20,7 +20,6 @@ from datamodules.samples.sample import BoxAnswer, BoxesAnswer, ImagePart, Loaded
 from datamodules.streaming.shard_writer import ShardWriter
 from datamodules.synthetic.multi_box.multi_box_tasks import NOT_TRAINED, TRAINED, MultiBoxPuzzle
 from datamodules.synthetic.world import draw_scene, encode_png
-from datamodules.synthetic.write_samples import SHORT_THINKING_SHARE
 
 SOURCE = "nano-multi-box"
 HELD_OUT = {"in_domain": TRAINED, "out_of_domain": NOT_TRAINED}
@@ -31,18 +30,17 @@ def held_out_puzzle(task: str, index: int) -> MultiBoxPuzzle:
     return (TRAINED | NOT_TRAINED)[task](random.Random(f"held_out:{task}:{index}"))
 
 
-def training_puzzle(part: str, seed: int, index: int) -> tuple[MultiBoxPuzzle, bool]:
-    """Puzzle `index` of "sft" or "rl_pool", and whether its thinking is short."""
+def training_puzzle(part: str, seed: int, index: int) -> MultiBoxPuzzle:
+    """Puzzle `index` of "sft" or "rl_pool"."""
     rng = random.Random(f"{SOURCE}:{part}:{seed}:{index}")
-    return rng.choice(tuple(TRAINED.values()))(rng), rng.random() < SHORT_THINKING_SHARE
+    return rng.choice(tuple(TRAINED.values()))(rng)
 
 
-def _loaded(name: str, puzzle: MultiBoxPuzzle, short: bool = False) -> LoadedSample:
+def _loaded(name: str, puzzle: MultiBoxPuzzle) -> LoadedSample:
     images = tuple(f"{name}/{k}.png" for k in range(len(puzzle.scenes)))
     boxes = tuple(BoxAnswer(image, thing.box, thing.kind.name) for image, thing in puzzle.answers)
     parts = (*map(ImagePart, range(len(images))), TextPart(puzzle.question))
-    thinking = puzzle.short_thinking() if short else puzzle.thinking()
-    sample = Sample(name, SOURCE, puzzle.task, images, parts, BoxesAnswer(boxes), thinking)
+    sample = Sample(name, SOURCE, puzzle.task, images, parts, BoxesAnswer(boxes), puzzle.thinking())
     return LoadedSample(sample, tuple(encode_png(draw_scene(scene)) for scene in puzzle.scenes))
 
 
@@ -57,10 +55,10 @@ def training_samples(part: str, seed: int, count: int, excluded: frozenset[str])
     """
     index = taken = 0
     while taken < count:
-        puzzle, short = training_puzzle(part, seed, index)
+        puzzle = training_puzzle(part, seed, index)
         if not puzzle.content_hashes() & excluded:
             taken += 1
-            yield _loaded(f"{SOURCE}/{part}/{seed}/{index}", puzzle, short)
+            yield _loaded(f"{SOURCE}/{part}/{seed}/{index}", puzzle)
         index += 1
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from datamodules.samples.answer_text import AnswerForm, ParsedAnswer, ParseFailure, answer_text, parse_answer
+from datamodules.samples.answer_text import AnswerForm, ParsedAnswer, ParseFailure, parse_answer
 from datamodules.samples.box_matching import BoxMatching, WrittenBox
 from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import BoxAnswer, BoxPart, Sample, TextPart
 from datamodules.samples.scores import TextScore, score_text, true_boxes
 
 FinishReason = Literal["stop", "length"]
-_NAMED_IMAGE = re.compile(r'"image"\s*+:\s*+"?([0-9]{1,4})\b')
 
 
 @dataclass(frozen=True)
@@ -100,9 +98,10 @@ class Completion:
 
     @cached_property
     def named_images(self) -> tuple[int, ...]:
-        """The images that the answer names by `"image": k`, k counted from 1, as indices into `Sample.images`."""
-        answer = answer_text(self.text) or ""
-        return tuple(int(number) - 1 for number in _NAMED_IMAGE.findall(answer))
+        """The images that the boxes of the answer name by `"image": k`, k counted from 1, as indices from 0."""
+        if isinstance(self.parsed, ParseFailure):
+            return ()
+        return tuple(box.image - 1 for box in self.parsed.boxes if box.image is not None)
 
 
 @dataclass(frozen=True)

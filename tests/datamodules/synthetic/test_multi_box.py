@@ -68,7 +68,7 @@ def test_training_never_sees_a_scene_of_the_evaluation() -> None:
     held_out = frozenset().union(*(held_out_puzzle(task, k).content_hashes() for task in TASKS for k in range(20)))
     for part in ("sft", "rl_pool"):
         for index in range(50):
-            puzzle, _ = training_puzzle(part, 0, index)
+            puzzle = training_puzzle(part, 0, index)
             assert puzzle.task in TRAINED and not puzzle.content_hashes() & held_out
 
 
