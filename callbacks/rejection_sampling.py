@@ -1,4 +1,4 @@
-"""Rejection sampling: GRPO trains only on prompts that the stage-1 model solves sometimes (`prompt_selection`)."""
+"""Rejection sampling: GRPO trains only on prompts that the loaded model solves sometimes (`prompt_selection`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RejectionSampling(Callback):
     """Before training, chooses prompts from the datamodule's shards, and replaces these shards by the chosen part.
 
     It runs in `setup`, for two reasons. The learning-rate schedule needs the number of batches, for which the Trainer
-    opens the shards right after `setup`. And the policy is still the stage-1 model: a resumed run loads its checkpoint
+    opens the shards right after `setup`. And the policy is still the loaded model: a resumed run loads its checkpoint
     later, so the same choice can be made again if its files are gone.
 
     List this callback after those that check their paths in `setup`, because it may take hours.

@@ -3,8 +3,8 @@
 The formulas are in `rl/losses.py`. This class computes their inputs in packed rows, on all ranks. It also keeps the
 values that change with the number of updates: β, the coefficient of the entropy bonus, and the reference.
 
-Shapes: P prompts of a batch, G completions of each prompt, C completions of several groups, N tokens of the completions
-in one packed row, T tokens of one completion.
+Shapes: P prompts, G completions of each prompt, C completions of several groups, N tokens of the completions in one
+packed row, T tokens of one completion, F width of an image feature.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class GroupObjective(PolicyModule):
         Args:
             items: P prompts.
             rollouts: P lists of G rollouts.
-            features: P tensors [image tokens, D].
+            features: P tensors [image tokens, F].
         """
         none = torch.zeros(len(items), len(rollouts[0]))
         skip = [False] * len(items)
@@ -181,8 +181,7 @@ class GroupObjective(PolicyModule):
 
     def add_gradient(self, groups: list[PromptGroup]) -> None:
         """Add the gradient of minus the objective over these groups, one packed row after the other."""
-        # The number of completions without gradient that still count in the mean; 0 if the mean is only over trained
-        # ones.
+        # Sampled completions (or their tokens) without gradient that count in the mean; 0 with `normalise_over: kept`.
         absent = absent_count(groups, self.loss_settings.reduction)
         self._absent += absent
         self.metrics.update(loss_count=absent)
@@ -200,7 +199,7 @@ class GroupObjective(PolicyModule):
             log_probs, entropies = log_probs if with_entropy else (log_probs, None)
             ref_log_probs = self._reference_log_probs(rows, features, items) if self.loss_reads_reference else None
 
-            # Log-probabilities [N] at the time of sampling: computed by the trainer, and by the engine.
+            # Log-probabilities [N] under the policy that sampled: computed by the trainer, and by the engine.
             present = rows.completion_index.unique_consecutive().tolist()
             old_log_probs = torch.cat([old[c] for c in present]) if old else None
             sampler_log_probs = torch.cat([sampler[c] for c in present])

@@ -1,7 +1,7 @@
 """GRPO (paper section 3.3): sample completions, score them, compare them inside their group, train on the difference.
 
 `GRPO.training_step` is the whole algorithm on one page. Shapes: P prompts of an accumulation window, G completions of
-each (a group), N tokens of the completions in one packed row, T tokens of one completion.
+each prompt (its group), F width of an image feature.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lightning_modules.group_objective import GroupObjective
 from lightning_modules.models.attention.kv_cache import CacheShape
 from lightning_modules.models.qwen_vl import DTYPES
 from lightning_modules.policy_module import STATE_KEY
-from lightning_modules.rl.advantages import group_advantages, zero_advantage
+from lightning_modules.rl.advantages import group_advantages, has_equal_rewards
 from lightning_modules.rl.grpo_settings import RolloutSettings, UpdateSettings
 from lightning_modules.rl.idle_windows import IdleWindows
 from lightning_modules.rl.loss_settings import AdvantageSettings, LossSettings
@@ -42,7 +42,7 @@ class GRPO(GroupObjective):
     on, in `update.updates_per_window` optimizer updates, and the engine gets the new weights.
 
     Args:
-        model: model folder or Hub name; the merged model of stage 1.
+        model: folder or Hub name of the model that GRPO starts from, such as the merged model of CoT-SFT.
         box_format: how the model writes coordinates; `experiments.train` sets it to `data.box_format`.
         rollout: how completions are sampled.
         advantage: how completions are compared inside their group.
@@ -51,7 +51,7 @@ class GRPO(GroupObjective):
         rewards: what a completion earns: a list whose weighted sum is the reward. Its entries have class_path, and
             maybe init_args, weight and name (`rewards.reward_list`). null is eq. 3: IoU as `accuracy` with weight 1.0,
             and `format` with 0.5.
-        reward_weights: λ by the name of a reward, over the weight in the list; for flags and sweeps.
+        reward_weights: λ by the name of a reward. It replaces the weight in the list; for flags and sweeps.
         learning_rate: peak of the schedule.
         policy: the other arguments of `PolicyModule`.
 
@@ -86,7 +86,7 @@ class GRPO(GroupObjective):
         self.problems().raise_all(type(self).__name__)
 
     def problems(self) -> Problems:
-        """All settings that cannot work, in words; those of the groups are told by the groups."""
+        """Messages for all settings that cannot work. The settings classes, such as `LossSettings`, check their own."""
         problems = super().problems()
         problems.extend(self.rewards.problems)
         if self.rollout_settings.engine == "vllm" and (self.lora is None or not self.freeze_vision):
@@ -133,52 +133,56 @@ class GRPO(GroupObjective):
         self.engine.close()
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """One batch of prompts. With the last batch of an accumulation window, all P prompts of the window are sampled
-        (G completions each), scored, compared inside each group, and trained on.
+        """Keep one batch of prompts. The last batch of an accumulation window starts the work: all P prompts of the
+        window are sampled (G completions each), scored, compared inside each group, and trained on.
         """
-        # 0. Wait for the window. One policy samples all of it, and decoding takes hardly longer for many prompts than
-        # for few, because each step reads all weights.
+        # 0. Wait until the window is complete. One policy samples all of it, and decoding takes hardly longer for many
+        # prompts than for few, because each step reads all weights.
         self.begin_batch(batch)
         self._batches.append(batch)
-        if not self.end_batch():
-            self.trainer._results.reset(fx="training_step")  # else Lightning logs the values of the window before again
+        if not self.end_batch():  # the window is not complete yet
+            # Lightning would log the metrics of the window before again, as those of this batch. It has no public
+            # method that removes them.
+            self.trainer._results.reset(fx="training_step")
             return
-        items = [item for each in self._batches for item in each.items]  # P
+        items = [item for each in self._batches for item in each.items]  # the P encoded prompts
         self.metrics.reset()
-        started = time.perf_counter()
+        sampling_began = time.perf_counter()
 
         # 1. Sample. The engine may be this process or a vLLM server; both return token ids with log-probabilities.
-        with torch.no_grad():  # one batch at a time, which bounds the memory of the vision tower
-            # P of [image tokens, F]
-            features = [tokens for each in self._batches for tokens in self.policy.encode_images(each.items)]
+        with torch.no_grad():
+            # P tensors [image tokens, F]. Each batch is encoded alone, which bounds the memory of the vision tower.
+            features = [feature for each in self._batches for feature in self.policy.encode_images(each.items)]
         request = RolloutRequest(items, self.rollout_settings, features, self.window_seeds(self._batches))
-        rollouts = self.engine.generate(request)  # P lists of G
-        sampled = time.perf_counter()
+        rollouts = self.engine.generate(request)  # P lists of G `Rollout`
+        sampling_ended = time.perf_counter()
 
-        # 2. Score every completion: a weighted sum of rewards, by default by the rules of eq. 3.
+        # 2. Score every completion: its total is a weighted sum of rewards, by default that of eq. 3.
         max_tokens = self.rollout_settings.max_new_tokens
-        rewards = self.rewards.score(items, rollouts, self.box_format, max_tokens)  # P lists of G
+        rewards = self.rewards.score(items, rollouts, self.box_format, max_tokens)  # P lists of G `Reward`
         totals = torch.tensor([[reward.total for reward in group] for group in rewards], dtype=torch.float64)  # [P, G]
 
-        # 3. Compare inside the group (eq. 1). Where all rewards are equal, no completion is better than another: such a
-        # group has zero advantage and teaches no preference, whatever its completions' distances from the reference.
-        has_equal_rewards = zero_advantage(totals)  # bool [P]
+        # 3. Compare inside the group (eq. 1). If all rewards of a group are equal, no completion is better than
+        # another, and the group is left out by default. This is found before the KL penalty is subtracted: after that,
+        # rewards differ by the distances from the reference alone, which say nothing about the answers.
+        equal_rewards = has_equal_rewards(totals)  # bool [P]
         if self.loss_settings.kl_in == "reward" and self.kl_beta > 0:
-            totals = totals - self.kl_penalty(items, rollouts, features)
+            totals = totals - self.kl_penalty(items, rollouts, features)  # [P, G]
         advantages = group_advantages(totals, self.advantage_settings.scale)  # [P, G]
-        self.metrics.add_rollouts(rollouts, rewards, has_equal_rewards)
-        self._record_rollouts(rollouts, rewards, advantages, has_equal_rewards)
+        self.metrics.add_rollouts(rollouts, rewards, equal_rewards)
+        self._record_rollouts(rollouts, rewards, advantages, equal_rewards)
 
         # 4. Train (eq. 2): the optimizer updates of the window, after which the engine gets the new weights.
-        self._train_on_window(self._trainable(rollouts, advantages, has_equal_rewards, features))
+        groups = self._trainable(rollouts, advantages, equal_rewards, features)  # for each batch, a list of groups
+        self._train_on_window(groups)
         self._batches = []
         self.commit_window(batch)  # a checkpoint from now on resumes after this batch
-        self._log_step(sampled - started, time.perf_counter() - sampled)
+        self._log_window(sampling_ended - sampling_began, time.perf_counter() - sampling_ended)
 
     # What is kept of the rollouts
 
     def _record_rollouts(
-        self, rollouts: list[list[Rollout]], rewards: list[list[Reward]], advantages: Tensor, has_equal_rewards: Tensor
+        self, rollouts: list[list[Rollout]], rewards: list[list[Reward]], advantages: Tensor, equal_rewards: Tensor
     ) -> None:
         """Keep the window's groups for callbacks, and write those of every `log_every`-th batch to the rollout log.
 
@@ -186,12 +190,12 @@ class GRPO(GroupObjective):
             rollouts: P lists of G.
             rewards: P lists of G.
             advantages: [P, G].
-            has_equal_rewards: bool [P].
+            equal_rewards: bool [P], whether all rewards of a group are equal.
         """
         items = [item for each in self._batches for item in each.items]
         first = self.num_batches - len(self._batches)  # number of the window's first batch
         numbers = [number for number, each in enumerate(self._batches, first) for _ in each.items]
-        records = rollout_records(items, rollouts, rewards, advantages, has_equal_rewards)
+        records = rollout_records(items, rollouts, rewards, advantages, equal_rewards)
         self.last_rollouts = [
             {"update": self.global_step, "batch": number} | record
             for number, record in zip(numbers, records, strict=True)
@@ -208,11 +212,11 @@ class GRPO(GroupObjective):
         self,
         rollouts: list[list[Rollout]],
         advantages: Tensor,
-        has_equal_rewards: Tensor,
+        equal_rewards: Tensor,
         features: list[Tensor],
     ) -> list[list[PromptGroup]]:
-        """For each batch of the window, its groups that are trained on; the arguments as in `_record_rollouts`."""
-        skip = (has_equal_rewards & self.update_settings.skip_zero_advantage).tolist()
+        """For each batch, its groups that are trained on. `features`: P of [image tokens, F]."""
+        skip = (equal_rewards & self.update_settings.skip_zero_advantage).tolist()
         by_batch, start = [], 0
         for batch in self._batches:
             own = slice(start, start := start + len(batch.items))
@@ -254,7 +258,7 @@ class GRPO(GroupObjective):
             window = [group for groups in by_batch for group in groups]
             self.attach_old_log_probs(window)
             for epoch in range(self.update_settings.epochs_per_rollout):
-                # The order is drawn from the window's seed, so a resumed run divides the window as before.
+                # The order follows from a seed of this window and epoch, so a resumed run divides the window as before.
                 generator = torch.Generator().manual_seed(derive_seed(self.batch_seed(self.num_batches), epoch))
                 order = torch.randperm(len(window), generator=generator)
                 for chosen in order.tensor_split(self.update_settings.minibatches):
@@ -265,7 +269,8 @@ class GRPO(GroupObjective):
 
     # Logging, and ending where nothing is learnt
 
-    def _log_step(self, rollout_seconds: float, update_seconds: float) -> None:
+    def _log_window(self, rollout_seconds: float, update_seconds: float) -> None:
+        """Log the metrics of a window, and count it if it was idle."""
         sums = self.metrics.compute()  # of all ranks, which wait for one another here
         self._idle.add(sums)
         speeds = {
@@ -277,7 +282,8 @@ class GRPO(GroupObjective):
         spreads = self.metrics.spreads(sums) if self.trainer.loggers else {}
         self.log_step(self.metrics.means(sums) | spreads | speeds)
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # after the callbacks' own
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        # Lightning has called this method of the callbacks already, so they have seen the batch before the run ends.
         if not self.window_is_open:
             self._idle.require_fewer_than(self.update_settings.max_idle_windows, self.rollout_settings)
 

@@ -98,8 +98,8 @@ class PolicyModule(LightningModule):
         self.policy: QwenVL | None = None
         self.num_batches = 0  # that this rank has trained on; seeds derive from it
         self._num_batches_committed = 0  # at the end of the last finished window, as a checkpoint has it
-        self._count = 0.0  # what the accumulated gradient must be divided by
-        self._absent = 0.0  # what is added to it for completions that are in the mean and not in the gradient
+        self._count = 0.0  # the number of tokens or completions in the accumulated gradient; `update` divides by it
+        self._absent = 0.0  # what `update` adds to this divisor for sampled completions that give no gradient
         self._window_ids: list[str] = []  # sample ids of the open window
         self._start: dict[str, int] = {}  # marks of the weights as loaded, where they are trained themselves
         self._latest: dict[str, float] = {}  # every metric, as logged last
@@ -180,7 +180,7 @@ class PolicyModule(LightningModule):
     # One accumulation window
 
     def begin_batch(self, batch: Batch) -> None:
-        """Call first in a training step."""
+        """Call first in a training step: it notes the batch's samples, and seeds dropout."""
         self._window_ids += batch.sample_ids
         self.seed_dropout(self.num_batches)
 
@@ -194,7 +194,10 @@ class PolicyModule(LightningModule):
         return derive_seed(self.seed, number, self.global_rank)
 
     def window_seeds(self, batches: Sequence[Batch]) -> list[int]:
-        """A seed for each item of the open window's batches, in order. It does not depend on the rank of the item."""
+        """A seed for each item of the open window's batches, in order. It does not depend on the rank of the item.
+
+        Call it before `commit_window`, which closes the window.
+        """
         seeds: list[int] = []
         earlier: list[str] = []
         for number, batch in enumerate(batches, self._num_batches_committed):
@@ -203,7 +206,9 @@ class PolicyModule(LightningModule):
         return seeds
 
     def end_batch(self) -> bool:
-        """Count the batch. True if it was the last of its window: the caller should update the weights."""
+        """Count the batch as done. True if it is the last one of its window: then the caller must update the weights
+        and call `commit_window`.
+        """
         self.num_batches += 1
         return self.num_batches - self._num_batches_committed >= self.accumulate or is_last_batch(self.trainer)
 
@@ -213,7 +218,7 @@ class PolicyModule(LightningModule):
         return self.num_batches != self._num_batches_committed
 
     def commit_window(self, batch: Batch) -> None:
-        """Call after the updates of a window: a checkpoint written from now on resumes after `batch`."""
+        """Call after the updates of a window: a checkpoint written from now on resumes after `batch`, its last one."""
         self._num_batches_committed = self.num_batches
         self._window_ids = []
         mark_trained = getattr(getattr(self.trainer, "datamodule", None), "mark_trained", None)
@@ -348,7 +353,7 @@ class PolicyModule(LightningModule):
         raise NonFiniteLoss(what, step, ids)
 
     def row_features(self, rows: PackedRows, items: Sequence[EncodedSample], reference: bool = False) -> list[Tensor]:
-        """Image features for one forward pass with a trained vision tower: one [image tokens, D] for each item.
+        """Image features for one forward pass with a trained vision tower: one [image tokens, F] for each item.
 
         Only the items in `rows` have any; the others have an empty tensor. Nothing is shared between passes, because
         each backward pass frees its graph.

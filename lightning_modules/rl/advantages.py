@@ -17,8 +17,8 @@ EPSILON = 1e-4  # added to the standard deviation; keeps eq. 1 finite
 EQUAL_TOLERANCE = 1e-6  # rewards closer than this are equal: smaller differences are rounding, not preference
 
 
-def zero_advantage(rewards: Tensor) -> Tensor:
-    """Bool [P]: the groups of `rewards` [P, G] whose rewards are all equal, so that no completion is preferred."""
+def has_equal_rewards(rewards: Tensor) -> Tensor:
+    """Whether all rewards of a group in `rewards` [P, G] are equal: bool [P]. No completion of it is preferred."""
     return rewards.amax(dim=1) - rewards.amin(dim=1) <= EQUAL_TOLERANCE
 
 
@@ -47,4 +47,4 @@ def group_advantages(rewards: Tensor, scale: AdvantageScale = "group") -> Tensor
     exact = rewards.double()
     centred = exact - exact.mean(dim=1, keepdim=True)
     spread = exact.std(dim=1, keepdim=True, unbiased=True) + EPSILON if scale == "group" else 1.0
-    return (centred / spread).masked_fill(zero_advantage(rewards)[:, None], 0.0).float()
+    return (centred / spread).masked_fill(has_equal_rewards(rewards)[:, None], 0.0).float()

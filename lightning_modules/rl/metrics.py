@@ -84,18 +84,18 @@ class GRPOMetrics(StepSums):
         self,
         rollouts: Sequence[Sequence[Rollout]],
         rewards: Sequence[Sequence[Reward]],
-        zero_advantage: Tensor,
+        equal_rewards: Tensor,
     ) -> None:
         """Count the sampled completions and their rewards.
 
         Args:
             rollouts: P lists of G rollouts.
             rewards: P lists of G rewards.
-            zero_advantage: bool [P], the groups of equal rewards.
+            equal_rewards: bool [P], whether all rewards of a group are equal.
         """
         sums = dict.fromkeys(self.names, 0.0)
         sums["groups"] += len(rollouts)
-        sums["zero_advantage"] += sum(zero_advantage.tolist())
+        sums["zero_advantage"] += sum(equal_rewards.tolist())
         for group, group_rewards in zip(rollouts, rewards, strict=True):
             for rollout, reward in zip(group, group_rewards, strict=True):
                 sums["completions"] += 1

@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 class PromptGroup:
     """The trained completions of one prompt: C of its G completions. Tensors are on the item's device.
 
-    T is the number of tokens of a completion.
+    T is the number of tokens of a completion, F the width of an image feature.
     """
 
     item: EncodedSample
-    features: Tensor | None  # [image tokens, D] from a frozen tower; None if images are encoded in each forward pass
+    features: Tensor | None  # [image tokens, F] from a frozen tower; None if images are encoded in each forward pass
     completions: list[Tensor]  # C tensors of token ids [T]
     advantages: Tensor  # [C]
     sampler_log_probs: list[Tensor]  # C tensors [T], from the engine that sampled
     # C tensors [T], from the trainer before the first update of the window, if needed
     old_log_probs: list[Tensor] | None = None
-    absent_completions: int = 0  # number of completions without training that still count in the mean of the loss
-    absent_tokens: int = 0  # their number of tokens, without masked completions
+    absent_completions: int = 0  # number of sampled completions that give no gradient but count in the mean of the loss
+    absent_tokens: int = 0  # their number of tokens, without those of masked completions
 
     @property
     def is_informative(self) -> bool:
@@ -54,7 +54,7 @@ def trainable_groups(
         items: the P prompts.
         rollouts: P lists of G rollouts.
         advantages: [P, G].
-        features: image features of a frozen tower, P tensors [image tokens, D]; None if the tower is trained.
+        features: image features of a frozen tower, P tensors [image tokens, F]; None if the tower is trained.
         skip: bool for each prompt; True skips it.
         mask_truncated: skip completions without an end token.
         with_absent: count the skipped completions (`absent_count`); then groups without trained completions are

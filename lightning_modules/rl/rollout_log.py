@@ -40,7 +40,7 @@ def rollout_records(
     rollouts: Sequence[Sequence[Rollout]],
     rewards: Sequence[Sequence[Reward]],
     advantages: Tensor,
-    zero_advantage: Tensor,
+    equal_rewards: Tensor,
 ) -> list[dict[str, Any]]:
     """One JSON-like record for each of P groups.
 
@@ -49,7 +49,7 @@ def rollout_records(
         rollouts: P lists of G rollouts.
         rewards: P lists of G rewards.
         advantages: [P, G].
-        zero_advantage: bool [P], the groups of equal rewards.
+        equal_rewards: bool [P], whether all rewards of a group are equal.
     """
     return [
         {
@@ -61,7 +61,7 @@ def rollout_records(
             "rewards": [reward.to_json() for reward in rewards[index]],
             "ious": [reward.iou for reward in rewards[index]],
             "advantages": advantages[index].tolist(),
-            "zero_advantage": bool(zero_advantage[index]),
+            "zero_advantage": bool(equal_rewards[index]),
         }
         for index, item in enumerate(items)
     ]

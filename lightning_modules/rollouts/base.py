@@ -2,7 +2,7 @@
 
 `native/engine.py` samples in this process, `vllm/engine.py` on servers. Both are a `RolloutEngine`.
 
-Shapes: P prompts, G completions of a prompt, T tokens of a completion.
+Shapes: P prompts, G completions of a prompt, T tokens of a completion, F width of an image feature.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class RolloutRequest:
     Args:
         items: the P encoded prompts, on the policy's device.
         sampling: group size, temperature and limits.
-        features: image features of each item, [image tokens, D], if they are encoded already. An engine that encodes
+        features: image features of each item, [image tokens, F], if they are encoded already. An engine that encodes
             images itself ignores them.
         seeds: one seed for each item. The random numbers of an item depend only on its seed, so its completions depend
             neither on other items nor on the process.

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_modules.rl.advantages import group_advantages, zero_advantage
+from lightning_modules.rl.advantages import group_advantages, has_equal_rewards
 
 
 def reference_advantages(rewards):
@@ -24,7 +24,7 @@ def test_advantages_match_a_slow_reference():
 def test_constant_group_is_equal_whatever_its_reward(value):
     """FIELD 8: a filter on the group's mean keeps a constant 0.6 group; rounding must not leave an advantage either."""
     rewards = torch.tensor([[value] * 8, [0.0, 1.0] * 4])
-    assert zero_advantage(rewards).tolist() == [True, False]
+    assert has_equal_rewards(rewards).tolist() == [True, False]
     advantages = group_advantages(rewards)
     assert (advantages[0] == 0).all()
     assert (advantages[1] != 0).all()
