@@ -50,8 +50,10 @@ def test_every_column_names_a_cell_that_its_benchmark_has() -> None:
                 averages = BENCHMARKS[name].AVERAGES
                 assert column in averages or column in averages["avg"]
     keys = {key for table in paper_tables.load_paper_tables()[1] for _, key in table.columns}
-    for name, module in BENCHMARKS.items():
-        assert {f"{name}/{column}" for column in module.AVERAGES["avg"]} <= keys
+    in_paper = {key.split("/")[0] for key in keys} - {"mean"}  # a benchmark that was added later may have no table
+    assert len(in_paper) == 7
+    for name in in_paper:
+        assert {f"{name}/{column}" for column in BENCHMARKS[name].AVERAGES["avg"]} <= keys
 
 
 def test_a_measured_row_stands_below_the_papers_with_its_interval(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def assert_same(new: Any, old: Any, where: str) -> None:
         assert new == old, (where, new, old)
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", SCORES)
 def test_every_answer_is_read_and_scored_as_before(name: str) -> None:
     records = stored(name)
     assert len(records) >= 28
@@ -76,7 +76,7 @@ def test_every_answer_is_read_and_scored_as_before(name: str) -> None:
         assert {key: now[key] for key in record["scored"]} == record["scored"], prediction.id
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", SCORES)
 def test_the_numbers_of_every_benchmark_are_those_of_before(name: str) -> None:
     old, new = SCORES[name]["result"], summary(name, predictions(name))
     assert_same(json.loads(json.dumps(new)), old, name)
@@ -112,7 +112,7 @@ def test_mig_bench_has_exactly_the_numbers_of_the_stack_of_its_own() -> None:
     assert new["failures"] == old["parse_failures"]
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", SCORES)
 def test_predictions_that_were_written_give_the_same_numbers_when_they_are_scored_again(name: str, tmp_path) -> None:
     module, found = BENCHMARKS[name], predictions(name)
     write_evaluation(tmp_path, found, summary(name, found))
