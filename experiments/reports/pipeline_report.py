@@ -27,7 +27,7 @@ CHARTS = {
     "Loss": ("train/loss", "grpo/loss"),
     "Token accuracy": ("train/token_accuracy",),
     "Reward": ("reward/total", "reward/<name>"),
-    "KL to the stage-1 model": ("grpo/kl",),
+    "KL to the reference": ("grpo/kl",),
     "Groups without advantage": ("grpo/frac_zero_advantage",),
     "Completion length (tokens)": ("grpo/completion_length",),
     "Entropy (nats a token)": ("grpo/entropy",),
