@@ -26,6 +26,7 @@ from lightning_modules.models.layers.fused_layers import HALF
 from lightning_modules.models.layers.fused_lora import FusedLoraLinear
 
 ALL_LINEAR = "all-linear"  # PEFT's name for it
+ADAPTER_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def write_adapter(tensors: dict[str, Tensor], model: PeftModel, folder: Path) ->
     `folder` appears complete or not at all.
     """
     with whole_folder(folder) as unfinished:
-        save_file(tensors, unfinished / "adapter_model.safetensors")
+        save_file(tensors, unfinished / ADAPTER_FILE)
         config = copy.deepcopy(model.peft_config["default"])
         config.inference_mode = True
         config.save_pretrained(unfinished)

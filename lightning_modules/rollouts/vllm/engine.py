@@ -6,33 +6,32 @@ the adapter gets a new name, because under the old name a server would reuse pre
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
-from functools import cached_property, partial
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from datamodules.encoding.encoder import EncodedSample
-from lightning_modules.models.layers.lora import adapter_tensors, write_adapter
+from lightning_modules.models.layers.lora import ADAPTER_FILE, adapter_tensors, write_adapter
 from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.rollouts.base import Rollout, RolloutRequest
-from lightning_modules.rollouts.vllm.prompts import PromptWriter
+from lightning_modules.rollouts.vllm.background_loop import BackgroundLoop
+from lightning_modules.rollouts.vllm.completions import Completions
 from lightning_modules.rollouts.vllm.server_checks import (
     VLLMSettings,
     find_model,
     raise_if_down,
-    read_choices,
     read_models,
     require_lora,
     require_processed_log_probs,
 )
 from lightning_modules.rollouts.vllm.server_pool import ServerPool
-from lightning_modules.serving.generation_rules import SERVER_FIELDS
 from lightning_modules.serving.openai_client import (
     ChatEndpoint,
     EndpointMisused,
@@ -42,7 +41,6 @@ from lightning_modules.serving.openai_client import (
 
 T = TypeVar("T")
 UNLOAD_TIMEOUT = 30.0  # seconds; unloading is fast, and a hanging server must not delay an error
-BAN = -100.0  # OpenAI's lowest bias; it is added to a logit before the division by the temperature
 
 
 class VLLMEngine:
@@ -53,12 +51,17 @@ class VLLMEngine:
     to the other ranks. `generate` is called by each rank independently. If a server does not know the current adapter,
     because it was dead or was restarted, it loads the adapter before it gets a prompt.
 
+    Servers are asked in a thread. With `staleness`, prompts are submitted ahead, and `sync` does not wait for them:
+    they are answered with the adapter from the time when they were submitted, one submission after the other. So
+    `staleness` older adapters are kept.
+
     Args:
         policy: the trained model, whose adapter is sent.
         settings: the servers.
         folder: folder for the adapters, unless the settings name another one.
         rank: rank of this process.
         broadcast: returns the value of rank 0 on every rank.
+        staleness: largest number of accumulation windows that are submitted ahead; 0 submits none.
     """
 
     def __init__(
@@ -68,15 +71,19 @@ class VLLMEngine:
         folder: Path,
         rank: int = 0,
         broadcast: Callable[[Any], Any] = lambda value: value,
+        staleness: int = 0,
     ) -> None:
-        self.policy, self.settings = policy, settings
+        self.policy, self.settings, self.staleness = policy, settings, staleness
         self.folder = Path(settings.adapters or folder).absolute()
         self.rank, self.broadcast = rank, broadcast
+        self._completions = Completions(policy)
         self.adapter: Path | None = None  # the folder of its current state; servers know it by the folder's name
-        self._prefix = f"policy-{uuid.uuid4().hex[:8]}-"  # prefix of adapter names; it is unique to this process
+        self._older: list[Path] = []  # adapters before it that may still be needed
+        self._known: list[Path] = []  # both, when the running call was submitted; it uses the last one
+        self._prefix = f"policy-{uuid.uuid4().hex[:8]}-"  # of adapter names; unique to this run, from rank 0
         self._count = 0
         self._needs: Mapping[str, int] = {}
-        self._runner: asyncio.Runner | None = None
+        self._loop: BackgroundLoop | None = None
         self._pool: ServerPool | None = None
         self._models: dict[str, str] = {}  # server -> name of the model
         self._fit: set[str] = set()  # servers that have passed all checks
@@ -94,7 +101,7 @@ class VLLMEngine:
         self._call(lambda pool: pool.prepare_all())
 
     async def _prepare(self, endpoint: ChatEndpoint) -> None:
-        """Make sure that a server passes the checks, has the current adapter, and has no older adapter of this run."""
+        """Make sure that a server passes the checks, has the adapter of the running call, and none that is outdated."""
         url = endpoint.settings.base_url
         served = await endpoint.get("/models", read_models)
         known = self._own(served)
@@ -109,20 +116,29 @@ class VLLMEngine:
             await require_lora(endpoint)
             await require_processed_log_probs(endpoint, model, self.policy.eos_ids[0])
             self._fit.add(url)
-        if self.adapter is not None and self.adapter.name not in known:
-            await self._load(endpoint, self.adapter)
-        if self.adapter is not None:
-            self._given.add(url)
+        if not self._known:
+            return
+        if self._known[-1].name not in known:
+            await self._load(endpoint, self._known[-1])
+        self._given.add(url)
         if self.rank == 0:
             for name in known:
-                if self.adapter is None or name != self.adapter.name:
+                # Another rank may be at a later call, and have loaded a newer one.
+                if _number(name) < _number(self._known[0].name):
                     await self._unload(endpoint, name)
 
     # The adapter
 
-    def sync(self) -> None:
-        """Load the present adapter on the servers. All ranks call this, and it ends in the same way on every rank."""
-        tensors = adapter_tensors(self.policy.model)
+    def sync(self, tensors: dict[str, Tensor] | None = None) -> None:
+        """Load an adapter on the servers. All ranks call this, and it ends in the same way on every rank.
+
+        Without staleness it is loaded now; with staleness, when its first prompts come, because a server still answers
+        prompts of an older one.
+
+        Args:
+            tensors: the adapter, from `tensors`; None takes the policy's present one.
+        """
+        tensors = adapter_tensors(self.policy.model) if tensors is None else tensors
         self._count += 1
         adapter = self.folder / f"{self._prefix}{self._count}"
         fault = None
@@ -131,30 +147,44 @@ class VLLMEngine:
                 self._publish(adapter, tensors)
             except Exception as error:  # sent to the other ranks, which would otherwise wait forever, and raised again
                 fault = error
-        adapter, message = self.broadcast((adapter, fault and f"{type(fault).__name__}: {fault}"))
+        told = self.broadcast((self._prefix, adapter, fault and f"{type(fault).__name__}: {fault}"))
         if fault is not None:
             raise fault
+        self._prefix, adapter, message = told
         if message is not None:
             raise RuntimeError(f"rank 0 could not give the servers the adapter: {message}")
-        self.adapter = adapter
+        if self.rank != 0:
+            self._use(adapter)
 
     def _publish(self, adapter: Path, tensors: dict[str, Tensor]) -> None:
         # left over from an earlier process of this phase that was killed
         if self.adapter is None and self.settings.adapters is None:
             shutil.rmtree(self.folder, ignore_errors=True)
-        old, self.adapter = self.adapter, adapter
+        outdated = self._use(adapter)
         write_adapter(tensors, self.policy.model, adapter)
-        self._call(lambda pool: pool.prepare_all())
-        if old is not None:
-            shutil.rmtree(old)
+        if self.staleness == 0:
+            self._call(lambda pool: pool.prepare_all())
+        for folder in outdated:
+            shutil.rmtree(folder)
+
+    def _use(self, adapter: Path) -> list[Path]:
+        """Take this adapter from now on. Returns those that are no longer needed."""
+        known = [*self._older, *([] if self.adapter is None else [self.adapter]), adapter]
+        self.adapter, self._older = adapter, known[-1 - self.staleness : -1]
+        return known[: -1 - self.staleness]
+
+    def tensors(self, adapter: Path) -> dict[str, Tensor]:
+        """An adapter that is still needed, read from its folder. On rank 0 alone, whose disk has it."""
+        return load_file(adapter / ADAPTER_FILE) if self.rank == 0 else {}
 
     def close(self) -> None:
         """Unload the run's adapters from all reachable servers, and remove their files.
 
         If a server fails to unload one, its error is raised after all other servers were asked.
         """
+        self._disconnect()  # nobody waits for what was submitted and not fetched
         if self.adapter is not None and self.rank == 0:
-            self.adapter = None
+            self.adapter, self._older = None, []
             self._given.clear()
             try:
                 self._call(lambda pool: pool.visit_all(self._unload_all, UNLOAD_TIMEOUT))
@@ -164,11 +194,15 @@ class VLLMEngine:
         self._disconnect()
 
     def _disconnect(self) -> None:
-        if self._runner is not None:
-            if self._pool is not None:
-                self._runner.run(self._pool.close())
-            self._runner.close()
-            self._runner = self._pool = None
+        """Cancel what is submitted, and close the connections."""
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.close(self._close_pool)
+
+    async def _close_pool(self) -> None:
+        if self._pool is not None:
+            await self._pool.close()
+        self._pool = None
 
     async def _load(self, endpoint: ChatEndpoint, adapter: Path) -> None:
         try:
@@ -202,7 +236,11 @@ class VLLMEngine:
     # Completions
 
     def generate(self, request: RolloutRequest) -> list[list[Rollout]]:
-        """G rollouts of each item. `request.features` is ignored, because the servers encode the images themselves.
+        """G rollouts of each item. `request.features` is ignored, because the servers encode the images themselves."""
+        return self.fetch(self.submit(request))
+
+    def submit(self, request: RolloutRequest) -> Future[list[list[Rollout]]]:
+        """Begin to sample with the present adapter; `fetch` gives the rollouts.
 
         Greedy completions have log-probabilities at temperature 1.
 
@@ -215,63 +253,40 @@ class VLLMEngine:
             device = None if request.generator is None else request.generator.device
             seeds = torch.randint(2**31, (len(request.items),), generator=request.generator, device=device).tolist()
         jobs = [(item.to("cpu"), seed % 2**31) for item, seed in zip(request.items, seeds, strict=True)]
-        ask = partial(self._ask, writer=self._writer, request=request)
-        return self._call(lambda pool: pool.run(jobs, ask))
+        name = self.adapter.name if self.adapter is not None else None
 
-    @cached_property
-    def _writer(self) -> PromptWriter:
-        return PromptWriter(self.policy.processor_path)
+        async def ask(endpoint: ChatEndpoint, job: tuple[EncodedSample, int]) -> list[Rollout]:
+            model = name or self._models[endpoint.settings.base_url]
+            return await self._completions.ask(endpoint, model, *job, request)
 
-    async def _ask(
-        self, endpoint: ChatEndpoint, job: tuple[EncodedSample, int], writer: PromptWriter, request: RolloutRequest
-    ) -> list[Rollout]:
-        item, seed = job
-        sampling, banned = request.sampling, self.policy.banned_ids(request.ban)
-        messages = await asyncio.to_thread(writer.messages, item)
-        body = {
-            "model": self.adapter.name if self.adapter else self._models[endpoint.settings.base_url],
-            "messages": messages,
-            "n": sampling.group_size,
-            "temperature": 0.0 if request.greedy else sampling.temperature,
-            "max_completion_tokens": sampling.max_new_tokens,
-            "seed": seed,
-            "logprobs": True,
-            "top_logprobs": 0,
-            "return_token_ids": True,
-            "stop_token_ids": list(self.policy.eos_ids),
-            "logit_bias": {str(token): BAN for token in banned},
-        }
-        try:
-            vocabulary = range(self.policy.base.config.text_config.vocab_size)
-            read = partial(read_choices, item=item, sampling=sampling, ends=self.policy.eos_ids, vocabulary=vocabulary)
-            choices = await endpoint.post("/chat/completions", body | SERVER_FIELDS, read)
-        except RequestRefused as error:
-            raise RequestRefused(f"sample {item.sample.id!r}: {endpoint.settings.base_url}: {error}") from error
-        except EndpointUnavailable as error:
-            raise EndpointUnavailable(f"sample {item.sample.id!r}: {error}", error.status) from error
-        return [self._rollout(item, token_ids, log_probs, banned) for token_ids, log_probs in choices]
-
-    def _rollout(
-        self, item: EncodedSample, token_ids: list[int], log_probs: list[float], banned: Collection[int]
-    ) -> Rollout:
-        if wrong := sorted(set(token_ids) & set(banned)):
-            raise ValueError(f"sample {item.sample.id!r}: the server sampled banned tokens {wrong}")
-        text = self.policy.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Rollout(torch.tensor(token_ids), torch.tensor(log_probs), token_ids[-1] in self.policy.eos_ids, text)
+        return self._begin(lambda pool: pool.run(jobs, ask))
 
     def _call(self, what: Callable[[ServerPool], Awaitable[T]]) -> T:
-        """Run `what` on the pool, in the event loop of its connections. An error closes both."""
-        if self._runner is None:
-            self._runner = asyncio.Runner()
+        """Run `what` on the pool, behind everything that was submitted before."""
+        return self.fetch(self._begin(what))
+
+    def _begin(self, what: Callable[[ServerPool], Awaitable[T]]) -> Future[T]:
+        self._loop = self._loop or BackgroundLoop()
+        adapters = [] if self.adapter is None else [*self._older, self.adapter]
 
         async def run() -> T:
             if self._pool is None:
                 waits = self.settings.patience, self.settings.pause, self.settings.look
                 self._pool = ServerPool(self.settings.endpoints(), self._prepare, *waits)
+            self._known = adapters
             return await what(self._pool)
 
+        return self._loop.submit(run)
+
+    def fetch(self, submitted: Future[T]) -> T:
+        """Wait for something that was submitted. An error ends everything that was, and closes the connections."""
         try:
-            return self._runner.run(run())
+            return submitted.result()
         except BaseException:
             self._disconnect()
             raise
+
+
+def _number(name: str) -> int:
+    """The number of an adapter from its name."""
+    return int(name.rpartition("-")[2])

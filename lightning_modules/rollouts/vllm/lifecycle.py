@@ -16,7 +16,9 @@ from lightning_modules.rollouts.vllm.server_checks import VLLMSettings
 log = logging.getLogger(__name__)
 
 
-def connect(policy: QwenVL, settings: VLLMSettings, trainer: Trainer, max_new_tokens: int) -> VLLMEngine:
+def connect(
+    policy: QwenVL, settings: VLLMSettings, trainer: Trainer, max_new_tokens: int, staleness: int = 0
+) -> VLLMEngine:
     """The engine of this rank.
 
     The servers are checked for the longest sequences of training and of all callbacks, so that a sequence that does not
@@ -27,9 +29,10 @@ def connect(policy: QwenVL, settings: VLLMSettings, trainer: Trainer, max_new_to
         settings: the servers.
         trainer: its callbacks report their longest sequences.
         max_new_tokens: length limit of a completion in training.
+        staleness: number of accumulation windows that are sampled ahead.
     """
     folder = Path(trainer.default_root_dir) / "adapters"
-    engine = VLLMEngine(policy, settings, folder, trainer.global_rank, trainer.strategy.broadcast)
+    engine = VLLMEngine(policy, settings, folder, trainer.global_rank, trainer.strategy.broadcast, staleness)
     encoder = getattr(trainer.datamodule, "encoder", None)
     limits = getattr(encoder, "max_prompt_tokens", 1), max_new_tokens
     needs = {"training": sum(limits)}

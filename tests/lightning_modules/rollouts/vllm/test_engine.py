@@ -228,8 +228,10 @@ def test_grpo_trains_on_what_the_server_samples(
 
 
 def test_ranks_share_one_adapter(stub, tiny_model_dir, lora, make_items, fit, monkeypatch, tmp_path) -> None:
-    """Rank 0 loads it; both ask for it by its name."""
+    """Rank 0 loads it; both ask for it by its name, and rank 1 sees that it is there."""
     use_reward(monkeypatch, letters)
+    paths: list[str] = []
+    stub.wrap = lambda path, answer: (paths.append(path), answer())[1]
 
     class Write(Callback):
         def __init__(self):
@@ -245,6 +247,8 @@ def test_ranks_share_one_adapter(stub, tiny_model_dir, lora, make_items, fit, mo
     fit(module, make_items([1, 2]), num_items=1, max_steps=2, strategy="ddp_fork", devices=2, callbacks=[Write()])
     first, second = (json.loads((tmp_path / f"names-{rank}.json").read_text()) for rank in range(2))
     assert first == second == stub.loads[1:] and len(first) == 2
+    # Each rank checks once, with a folder that is not there, whether the server loads adapters at all.
+    assert paths.count("load_lora_adapter") == len(stub.loads) + 2
     assert not stub.adapters
 
 
