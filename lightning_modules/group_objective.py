@@ -9,6 +9,7 @@ packed row, T tokens of one completion, F width of an image feature.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 
 from datamodules.encoding.encoder import EncodedSample
+from datamodules.persistence.problems import Problems
 from lightning_modules.models.attention.packed_rows import PackedRows, pack_rows
 from lightning_modules.policy_module import STATE_KEY, PolicyModule
 from lightning_modules.rl.coefficients import EntropyController, scheduled
-from lightning_modules.rl.grpo_settings import RolloutSettings, UpdateSettings
+from lightning_modules.rl.grpo_settings import RolloutSettings, UpdateSettings, problems_between
 from lightning_modules.rl.loss_settings import LossSettings
 from lightning_modules.rl.losses import LossInputs, kl_estimate, policy_loss
 from lightning_modules.rl.metrics import GRPOMetrics
@@ -27,6 +29,9 @@ from lightning_modules.rl.rollout_batch import PromptGroup, absent_count, by_com
 from lightning_modules.rl.sampler_correction import sampler_correction
 from lightning_modules.rollouts.base import Rollout
 from lightning_modules.training.optim import count_updates
+from lightning_modules.training.seeds import derive_seed
+
+log = logging.getLogger(__name__)
 
 
 class GroupObjective(PolicyModule):
@@ -48,6 +53,11 @@ class GroupObjective(PolicyModule):
         self.metrics = GRPOMetrics()
         self._entropy = EntropyController(loss.entropy)
 
+    def problems(self) -> Problems:
+        problems = super().problems()
+        problems.extend(problems_between(self.rollout_settings, self.loss_settings, self.update_settings))
+        return problems
+
     @property
     def with_reference(self) -> bool:
         return self.loss_settings.has_kl
@@ -66,6 +76,16 @@ class GroupObjective(PolicyModule):
             )
 
     # Values that change with the number of updates
+
+    def on_train_end(self) -> None:
+        """Warn if refilling has used up the data: the learning rate has not come to its end."""
+        planned = count_updates(self.trainer, self.accumulate, self.updates_per_window)
+        if self.update_settings.refill_windows and self.global_step < planned and self.trainer.is_global_zero:
+            log.warning(
+                "ended after %d of %d planned updates: groups that teach nothing were replaced, and the batches of "
+                "trainer.max_epochs=%s are used up",
+                *(self.global_step, planned, self.trainer.max_epochs),
+            )
 
     @property
     def kl_beta(self) -> float:
@@ -107,6 +127,33 @@ class GroupObjective(PolicyModule):
         self._entropy.load_state_dict(state.get("entropy", EntropyController(self.loss_settings.entropy).state_dict()))
         if self.loss_settings.reference_every is not None:
             self.policy.reference.load_state_dict(self.policy, state.get("reference", {}))
+
+    # Training on a window
+
+    def train_on(self, by_batch: list[list[PromptGroup]]) -> None:
+        """All optimizer updates of a window. Every rank makes the same number of updates, whatever groups it has.
+
+        Args:
+            by_batch: the groups of each batch.
+        """
+        first = self._num_batches_committed  # number of the window's first batch
+        if self.updates_per_window == 1:
+            # Gradients of the batches add up to a sum, which `update` divides once. The policy does not change, so the
+            # ratio is 1.
+            for number, groups in enumerate(by_batch, first):
+                self.seed_dropout(number)
+                self.add_gradient(groups)
+            self.update()
+            return
+        window = [group for groups in by_batch for group in groups]
+        self.attach_old_log_probs(window)
+        for epoch in range(self.update_settings.epochs_per_rollout):
+            # The order is drawn from the window's seed, so a resumed run divides the window as before.
+            generator = torch.Generator().manual_seed(derive_seed(self.batch_seed(first + len(by_batch)), epoch))
+            order = torch.randperm(len(window), generator=generator)
+            for chosen in order.tensor_split(self.update_settings.minibatches):
+                self.add_gradient([window[index] for index in chosen.tolist()])
+                self.update()
 
     # Log-probabilities of groups
 

@@ -1,12 +1,13 @@
 """GRPO (paper section 3.3): sample completions, score them, compare them inside their group, train on the difference.
 
-`GRPO.training_step` is the whole algorithm on one page. Shapes: P prompts of an accumulation window, G completions of
+`GRPO.learn_from` is the whole algorithm on one page. Shapes: P prompts of an accumulation window, G completions of
 each prompt (its group), F width of an image feature.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,24 @@ from lightning_modules.rl.grpo_settings import RolloutSettings, UpdateSettings
 from lightning_modules.rl.idle_windows import IdleWindows
 from lightning_modules.rl.loss_settings import AdvantageSettings, LossSettings
 from lightning_modules.rl.metrics import GRPOMetrics
-from lightning_modules.rl.rewards.reward_list import Reward, RewardList
-from lightning_modules.rl.rollout_batch import PromptGroup, trainable_groups
+from lightning_modules.rl.refill import RefilledWindow
+from lightning_modules.rl.rewards.reward_list import RewardList
+from lightning_modules.rl.rollout_batch import PromptGroup, trainable_by_batch
 from lightning_modules.rl.rollout_log import RolloutLog, rollout_records
+from lightning_modules.rl.sampling_ahead import Round, SamplingAhead
 from lightning_modules.rollouts.base import Rollout, RolloutEngine, RolloutRequest
 from lightning_modules.rollouts.native.cache_room import check_cache
 from lightning_modules.rollouts.native.engine import NativeEngine
 from lightning_modules.rollouts.vllm.lifecycle import CloseOnError, connect
-from lightning_modules.training.seeds import derive_seed
+from lightning_modules.training.progress import is_last_batch
 
 
 class GRPO(GroupObjective):
     """Group-relative policy optimization (arXiv:2402.03300) with the paper's reward (eq. 3) and objective (eq. 2).
 
-    An accumulation window is `accumulate` batches. All of them are sampled with one policy; then the window is trained
-    on, in `update.updates_per_window` optimizer updates, and the engine gets the new weights.
+    An accumulation window is `accumulate` batches, and those that refill it (`rl/refill.py`). All of them are sampled
+    with one policy; then the window is trained on, in `update.updates_per_window` optimizer updates, and the engine
+    gets the new weights.
 
     Args:
         model: folder or Hub name of the model that GRPO starts from, such as the merged model of CoT-SFT.
@@ -81,7 +85,10 @@ class GRPO(GroupObjective):
         self.engine: RolloutEngine | None = None
         self.last_rollouts: list[dict[str, Any]] = []  # of the last window, for callbacks
         self._log: RolloutLog | None = None
-        self._batches: list[Batch] = []  # of the open accumulation window
+        self._batches: list[Batch] = []  # of the open accumulation window, that wait to be sampled
+        self._window: RefilledWindow | None = None
+        self._ahead = SamplingAhead(rollout.staleness)
+        self._began = self._rollout_seconds = 0.0  # of the window: when it was first sampled from, and how long
         self._idle = IdleWindows()
         self.problems().raise_all(type(self).__name__)
 
@@ -100,11 +107,15 @@ class GRPO(GroupObjective):
     def updates_per_window(self) -> int:
         return self.update_settings.updates_per_window
 
+    @property
+    def window_length(self) -> int:
+        return len(self._ahead.batches) + self._window.num_batches
+
     def configure_model(self) -> None:
         super().configure_model()
         if self.engine is None and self.rollout_settings.engine == "vllm":
-            limit = self.rollout_settings.max_new_tokens
-            self.engine = connect(self.policy, self.rollout_settings.vllm, self.trainer, limit)
+            limits = self.rollout_settings.max_new_tokens, self.rollout_settings.staleness
+            self.engine = connect(self.policy, self.rollout_settings.vllm, self.trainer, *limits)
         self.engine = self.engine or NativeEngine(self.policy)
 
     def configure_callbacks(self) -> list[CloseOnError]:
@@ -112,6 +123,9 @@ class GRPO(GroupObjective):
 
     def on_fit_start(self) -> None:
         self._batches = []  # of a fit that was stopped inside a window
+        self._ahead.clear()
+        ranks = self.global_rank, self.trainer.world_size, self.sum_over_ranks
+        self._window = RefilledWindow(self.accumulate, self.update_settings.refill_windows, *ranks)
         self.check_reference()
         self._check_cache()
         self.engine.sync()
@@ -133,29 +147,58 @@ class GRPO(GroupObjective):
         self.engine.close()
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Keep one batch of prompts. The last batch of an accumulation window starts the work: all P prompts of the
-        window are sampled (G completions each), scored, compared inside each group, and trained on.
+        """One batch of prompts. With the last batch of an accumulation window, the window is sampled and trained on.
+
+        One policy samples all of it: decoding takes hardly longer for many prompts than for few, because each step
+        reads all weights. With staleness, servers begin to sample this window, and an earlier one is trained on.
         """
-        # 0. Wait until the window is complete. One policy samples all of it, and decoding takes hardly longer for many
-        # prompts than for few, because each step reads all weights.
         self.begin_batch(batch)
         self._batches.append(batch)
-        if not self.end_batch():  # the window is not complete yet
-            # Lightning would log the metrics of the window before again, as those of this batch. It has no public
-            # method that removes them.
+        is_learnt = False
+        if self.end_batch():
+            window, ahead = self._round(), self._ahead
+            if ahead.staleness == 0:
+                is_learnt = self.learn_from(window)
+            else:
+                ahead.submit(self.engine, window)
+                while due := ahead.due(is_last_batch(self.trainer)):
+                    self._window_ids = due.sample_ids
+                    is_learnt = self.learn_from(due)
+                    if 0 < self.trainer.max_steps <= self.global_step:
+                        ahead.cancel()  # no other window is needed
+                        break
+            self._batches = []
+        if not is_learnt:
+            # Lightning would log the metrics of the window before again. It has no public method that removes them.
             self.trainer._results.reset(fx="training_step")
-            return
-        items = [item for each in self._batches for item in each.items]  # the P encoded prompts
-        self.metrics.reset()
-        sampling_began = time.perf_counter()
+
+    def _round(self) -> Round:
+        """The waiting batches, with a seed for each prompt."""
+        ahead, items = self._ahead.batches, [item for batch in self._batches for item in batch.items]
+        sample_ids = self._window_ids[sum(map(len, ahead)) :]  # of the open window, earlier rounds too
+        sample_ids, earlier = sample_ids[-len(items) :], sample_ids[: -len(items)]
+        seeds = self.window_seeds(self._num_batches_committed + len(ahead), earlier, sample_ids)
+        request = RolloutRequest(items, self.rollout_settings, seeds=seeds)
+        return Round(self._batches, self.num_batches - len(self._batches), request, self.global_step)
+
+    def learn_from(self, window: Round) -> bool:
+        """All P prompts of the window are sampled (G completions each), scored, compared inside each group, and trained
+        on. Returns False if the window is to be refilled, with further batches, before it is trained on.
+        """
+        items = window.request.items  # P
+        if self._window.is_new:
+            self.metrics.reset()
+            self.last_rollouts, self._began, self._rollout_seconds = [], time.perf_counter(), 0.0
+        started = time.perf_counter()
 
         # 1. Sample. The engine may be this process or a vLLM server; both return token ids with log-probabilities.
-        with torch.no_grad():
-            # P tensors [image tokens, F]. Each batch is encoded alone, which bounds the memory of the vision tower.
-            features = [feature for each in self._batches for feature in self.policy.encode_images(each.items)]
-        request = RolloutRequest(items, self.rollout_settings, features, self.window_seeds(self._batches))
-        rollouts = self.engine.generate(request)  # P lists of G `Rollout`
-        sampling_ended = time.perf_counter()
+        with torch.no_grad():  # P of [image tokens, F]; one batch at a time bounds the memory of the vision tower
+            features = [tokens for batch in window.batches for tokens in self.policy.encode_images(batch.items)]
+        if window.submitted is None:
+            rollouts = self.engine.generate(replace(window.request, features=features))  # P lists of G `Rollout`
+        else:
+            rollouts = self.engine.fetch(window.submitted)
+        self._rollout_seconds += time.perf_counter() - started
 
         # 2. Score every completion: its total is a weighted sum of rewards, by default that of eq. 3.
         max_tokens = self.rollout_settings.max_new_tokens
@@ -170,38 +213,31 @@ class GRPO(GroupObjective):
             totals = totals - self.kl_penalty(items, rollouts, features)  # [P, G]
         advantages = group_advantages(totals, self.advantage_settings.scale)  # [P, G]
         self.metrics.add_rollouts(rollouts, rewards, equal_rewards)
-        self._record_rollouts(rollouts, rewards, advantages, equal_rewards)
+        self._record_rollouts(window, rollouts, rewards, advantages, equal_rewards)
 
-        # 4. Train (eq. 2): the optimizer updates of the window, after which the engine gets the new weights.
-        groups = self._trainable(rollouts, advantages, equal_rewards, features)  # for each batch, a list of groups
-        self._train_on_window(groups)
-        self._batches = []
-        self.commit_window(batch)  # a checkpoint from now on resumes after this batch
-        self._log_window(sampling_ended - sampling_began, time.perf_counter() - sampling_ended)
+        # 4. Refill (DAPO, section 3.2; off by default): further prompts replace the groups that teach nothing.
+        self._window.add(self._trainable(window, rollouts, advantages, equal_rewards, features), len(items))
+        if self._window.ask_for_more(is_last_batch(self.trainer)):
+            return False
+
+        # 5. Train (eq. 2): the optimizer updates of the window, after which the engine gets the new weights.
+        if self._ahead.staleness:
+            self.metrics.update(staleness=self.global_step - window.policy, stale=1)
+        self._train_on_window(self._window.groups())
+        self._window.clear()
+        self._ahead.finish(window)
+        self.commit_window(window.batches[-1], self._ahead.batches)  # checkpoints resume after the window from now on
+        self._log_window()
+        return True
 
     # What is kept of the rollouts
 
-    def _record_rollouts(
-        self, rollouts: list[list[Rollout]], rewards: list[list[Reward]], advantages: Tensor, equal_rewards: Tensor
-    ) -> None:
-        """Keep the window's groups for callbacks, and write those of every `log_every`-th batch to the rollout log.
-
-        Args:
-            rollouts: P lists of G.
-            rewards: P lists of G.
-            advantages: [P, G].
-            equal_rewards: bool [P], whether all rewards of a group are equal.
-        """
-        items = [item for each in self._batches for item in each.items]
-        first = self.num_batches - len(self._batches)  # number of the window's first batch
-        numbers = [number for number, each in enumerate(self._batches, first) for _ in each.items]
-        records = rollout_records(items, rollouts, rewards, advantages, equal_rewards)
-        self.last_rollouts = [
-            {"update": self.global_step, "batch": number} | record
-            for number, record in zip(numbers, records, strict=True)
-        ]
+    def _record_rollouts(self, window: Round, *scored: Any) -> None:
+        """Keep the groups for callbacks, and log every `log_every`-th batch; `scored` as in `rollout_records`."""
+        records = rollout_records(self.global_step, window.policy, window.first, window.batches, *scored)
+        self.last_rollouts += records
         file, every = self.rollout_settings.log, self.rollout_settings.log_every
-        chosen = [record for record in self.last_rollouts if record["batch"] % every == 0]
+        chosen = [record for record in records if record["batch"] % every == 0]
         if file is not None and chosen:
             if self._log is None:
                 path = Path(self.trainer.default_root_dir) / file
@@ -209,74 +245,36 @@ class GRPO(GroupObjective):
             self._log.append(chosen)
 
     def _trainable(
-        self,
-        rollouts: list[list[Rollout]],
-        advantages: Tensor,
-        equal_rewards: Tensor,
-        features: list[Tensor],
+        self, window: Round, rollouts: list[list[Rollout]], advantages: Tensor, equal: Tensor, features: list[Tensor]
     ) -> list[list[PromptGroup]]:
-        """For each batch, its groups that are trained on. `features`: P of [image tokens, F]."""
-        skip = (equal_rewards & self.update_settings.skip_zero_advantage).tolist()
-        by_batch, start = [], 0
-        for batch in self._batches:
-            own = slice(start, start := start + len(batch.items))
-            by_batch.append(
-                trainable_groups(
-                    batch.items,
-                    rollouts[own],
-                    advantages[own],
-                    # Features of a vision tower that is trained must be computed again after each update.
-                    features=features[own] if self.freeze_vision else None,
-                    skip=skip[own],
-                    mask_truncated=self.update_settings.mask_truncated,
-                    with_absent=self.loss_settings.normalise_over == "all",
-                )
-            )
-        # For the idle-window check. Where truncated completions are masked, the rest of a group may have equal rewards.
-        self.metrics.update(informative=sum(group.is_informative for groups in by_batch for group in groups))
-        return by_batch
+        """For each sampled batch, its groups that are trained on; the arguments as in `trainable_groups`."""
+        skip = (equal & self.update_settings.skip_zero_advantage).tolist()
+        kept = features if self.freeze_vision else None  # those of a trained tower change with each update
+        settings = self.update_settings.mask_truncated, self.loss_settings.normalise_over == "all"
+        return trainable_by_batch(window.batches, rollouts, advantages, kept, skip, *settings)
 
     # Training on a window
 
     def _train_on_window(self, by_batch: list[list[PromptGroup]]) -> None:
-        """All optimizer updates of a window; then the engine gets the weights.
-
-        Every rank makes the same number of updates, whatever groups it has.
-
-        Args:
-            by_batch: the groups of each batch.
-        """
+        """All optimizer updates of a window (`train_on`); then the engine gets the weights."""
+        # For the idle-window check. Where truncated completions are masked, the rest of a group may have equal rewards.
+        informative = sum(group.is_informative for groups in by_batch for group in groups)
+        self.metrics.update(informative=informative, **self._window.sums())
         before = self.global_step
-        if self.updates_per_window == 1:
-            # The policy is still the one that sampled, so the ratio is 1. Gradients of the batches add up to a sum,
-            # which `update` divides once.
-            for number, groups in enumerate(by_batch, self.num_batches - len(by_batch)):
-                self.seed_dropout(number)
-                self.add_gradient(groups)
-            self.update()
-        else:
-            window = [group for groups in by_batch for group in groups]
-            self.attach_old_log_probs(window)
-            for epoch in range(self.update_settings.epochs_per_rollout):
-                # The order follows from a seed of this window and epoch, so a resumed run divides the window as before.
-                generator = torch.Generator().manual_seed(derive_seed(self.batch_seed(self.num_batches), epoch))
-                order = torch.randperm(len(window), generator=generator)
-                for chosen in order.tensor_split(self.update_settings.minibatches):
-                    self.add_gradient([window[index] for index in chosen.tolist()])
-                    self.update()
+        self.train_on(by_batch)
         if self.global_step != before:  # not if there was nothing to train on, on any rank
             self.engine.sync()
 
     # Logging, and ending where nothing is learnt
 
-    def _log_window(self, rollout_seconds: float, update_seconds: float) -> None:
+    def _log_window(self) -> None:
         """Log the metrics of a window, and count it if it was idle."""
-        sums = self.metrics.compute()  # of all ranks, which wait for one another here
-        self._idle.add(sums)
+        self._idle.add(sums := self.metrics.compute())  # of all ranks, which wait for one another here
+        seconds = time.perf_counter() - self._began
         speeds = {
-            "speed/rollout_seconds": rollout_seconds,
-            "speed/update_seconds": update_seconds,
-            "speed/completion_tokens_per_second": sums["completion_tokens"] / (rollout_seconds + update_seconds),
+            "speed/rollout_seconds": self._rollout_seconds,
+            "speed/update_seconds": seconds - self._rollout_seconds,
+            "speed/completion_tokens_per_second": sums["completion_tokens"] / seconds,
         }
         # Without a logger nobody draws the spread of each reward.
         spreads = self.metrics.spreads(sums) if self.trainer.loggers else {}
@@ -293,7 +291,10 @@ class GRPO(GroupObjective):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint[STATE_KEY]["idle_windows"] = self._idle.state_dict()
+        if self._ahead.staleness:
+            checkpoint[STATE_KEY]["ahead"] = self._ahead.state_dict(self.engine)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._idle.load_state_dict(checkpoint[STATE_KEY].get("idle_windows", IdleWindows().state_dict()))
+        self._ahead.load_state_dict(checkpoint[STATE_KEY].get("ahead", []))

@@ -98,6 +98,7 @@ class PolicyModule(LightningModule):
         self.policy: QwenVL | None = None
         self.num_batches = 0  # that this rank has trained on; seeds derive from it
         self._num_batches_committed = 0  # at the end of the last finished window, as a checkpoint has it
+        self._num_batches_closed = 0  # the same, with later batches that had come when it was finished
         self._count = 0.0  # the number of tokens or completions in the accumulated gradient; `update` divides by it
         self._absent = 0.0  # what `update` adds to this divisor for sampled completions that give no gradient
         self._window_ids: list[str] = []  # sample ids of the open window
@@ -143,6 +144,11 @@ class PolicyModule(LightningModule):
     def updates_per_window(self) -> int:
         """Optimizer updates at the end of an accumulation window."""
         return 1
+
+    @property
+    def window_length(self) -> int:
+        """Number of batches of the open accumulation window. The last window of a run may have fewer."""
+        return self.accumulate
 
     def configure_model(self) -> None:
         if self.policy is not None:
@@ -193,34 +199,39 @@ class PolicyModule(LightningModule):
         """A seed for batch `number` on this rank."""
         return derive_seed(self.seed, number, self.global_rank)
 
-    def window_seeds(self, batches: Sequence[Batch]) -> list[int]:
-        """A seed for each item of the open window's batches, in order. It does not depend on the rank of the item.
+    def window_seeds(self, start: int, earlier: Sequence[str], sample_ids: Sequence[str]) -> list[int]:
+        """A seed for each sample, which does not depend on its rank.
 
-        Call it before `commit_window`, which closes the window.
+        Args:
+            start: number of the first batch of the accumulation window.
+            earlier: ids of the samples before these in the window, on this rank.
+            sample_ids: ids of the samples.
         """
-        seeds: list[int] = []
-        earlier: list[str] = []
-        for number, batch in enumerate(batches, self._num_batches_committed):
-            seeds += sample_seeds(self.seed, number // self.accumulate, earlier, batch.sample_ids)
-            earlier += batch.sample_ids
-        return seeds
+        # No other window has this number: each has at least `accumulate` batches, except the last one of a run.
+        return sample_seeds(self.seed, start // self.accumulate, earlier, sample_ids)
 
     def end_batch(self) -> bool:
         """Count the batch as done. True if it is the last one of its window: then the caller must update the weights
         and call `commit_window`.
         """
         self.num_batches += 1
-        return self.num_batches - self._num_batches_committed >= self.accumulate or is_last_batch(self.trainer)
+        return self.num_batches - self._num_batches_committed >= self.window_length or is_last_batch(self.trainer)
 
     @property
     def window_is_open(self) -> bool:
-        """Whether batches were trained on since the last update. A checkpoint would go back to before them."""
-        return self.num_batches != self._num_batches_committed
+        """Whether batches have come since the last updates. A checkpoint would go back to before them."""
+        return self.num_batches != self._num_batches_closed
 
-    def commit_window(self, batch: Batch) -> None:
-        """Call after the updates of a window: a checkpoint written from now on resumes after `batch`, its last one."""
-        self._num_batches_committed = self.num_batches
-        self._window_ids = []
+    def commit_window(self, batch: Batch, waiting: Sequence[Batch] = ()) -> None:
+        """Call after the updates of a window: a checkpoint written from now on resumes after `batch`.
+
+        Args:
+            batch: the last batch of the window.
+            waiting: later batches that have come already; a resumed run gets them again.
+        """
+        self._num_batches_closed = self.num_batches
+        self._num_batches_committed = self.num_batches - len(waiting)
+        self._window_ids = [sample_id for each in waiting for sample_id in each.sample_ids]
         mark_trained = getattr(getattr(self.trainer, "datamodule", None), "mark_trained", None)
         if mark_trained is not None:
             self._latest |= mark_trained(batch)  # logged with the batch, and again until the next window ends
@@ -391,5 +402,6 @@ class PolicyModule(LightningModule):
             )
         require_same_groups(checkpoint, self.policy.trainable_parameters(), self.weight_decay)
         self.num_batches = self._num_batches_committed = checkpoint[STATE_KEY]["num_batches"]
+        self._num_batches_closed = self.num_batches
         self._latest_committed = checkpoint[STATE_KEY]["latest"]
         self._latest = dict(self._latest_committed)

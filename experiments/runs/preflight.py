@@ -53,6 +53,13 @@ def training_problems(settings: Mapping) -> list[str]:
     for source in shard_list(settings):
         problems += shard_problems(source)
     problems += device_problems(settings["trainer"]) + size_problems(settings)
+    windows = (model.get("update") or {}).get("refill_windows")
+    if windows and settings["trainer"].get("max_steps", -1) == -1:
+        problems.append(
+            f"model.update.refill_windows={windows} with trainer.max_steps=-1: an update then has a number of batches "
+            "that is not known before, so the epochs do not tell the learning-rate schedule its length. Set "
+            "trainer.max_steps"
+        )
     for name in ("experiment", "phase"):
         if not settings[name] or Path(settings[name]).name != settings[name]:
             problems.append(f"{name}={settings[name]!r} must be a plain folder name")

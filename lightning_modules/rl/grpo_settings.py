@@ -7,11 +7,14 @@ Each class checks its own fields. `experiments.train` reports the problems of al
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from datamodules.persistence.problems import Problems
 from lightning_modules.rollouts.base import SamplingSettings
 from lightning_modules.rollouts.vllm.server_checks import VLLMSettings
+
+if TYPE_CHECKING:
+    from lightning_modules.rl.loss_settings import LossSettings
 
 ImportanceMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 Engine = Literal["native", "vllm"]
@@ -26,6 +29,9 @@ class RolloutSettings(SamplingSettings):
     Args:
         engine: "native" samples in this process, "vllm" on the servers that `vllm` names (docs/rollout_engines.md).
         vllm: the servers; used only with engine "vllm".
+        staleness: with engine "vllm", the number of accumulation windows (0, 1 or 2) that the servers sample ahead,
+            while the trainer updates (`sampling_ahead`). The policy of a completion is that many windows old, so
+            `update.importance_cap` is needed.
         kv_cache_gib: most memory of the key-value cache of the native engine. All prompts of an accumulation window are
             sampled together, at most `prompts_per_batch` at the same time; the run ends before its first step if their
             cache could become larger. null: no limit.
@@ -36,6 +42,7 @@ class RolloutSettings(SamplingSettings):
 
     engine: Engine = "native"
     vllm: VLLMSettings = VLLMSettings()
+    staleness: int = 0
     kv_cache_gib: float | None = None
     log: str | None = None
     log_every: int = 1
@@ -49,6 +56,11 @@ class RolloutSettings(SamplingSettings):
         problems.positive(log_every=self.log_every)
         problems.positive_or_null(kv_cache_gib=self.kv_cache_gib)
         problems.one_of(get_args(Engine), engine=self.engine)
+        problems.one_of((0, 1, 2), staleness=self.staleness)
+        rule = ": the native engine samples in the process that trains, so it cannot sample ahead"
+        problems.require(
+            self.staleness == 0 or self.engine == "vllm", rule, staleness=self.staleness, engine=self.engine
+        )
         return problems
 
 
@@ -74,6 +86,9 @@ class UpdateSettings:
         importance_floor: the lower bound of these weights; null means no lower bound.
         importance_mode: weights per "token" or per "sequence". Weights beyond the bounds are clipped ("truncate") or
             set to 0 ("mask"). TRL's vllm_importance_sampling_mode has the same four values.
+        refill_windows: the budget of refilled dynamic sampling (`refill`): groups that teach nothing are replaced by
+            further prompts, until an update has as many informative groups as its window has prompts, or until the
+            further prompts are this number of windows. 0 does not refill.
         max_idle_windows: after this number of windows in a row without an informative group (`idle_windows`), the run
             ends with IdleTooLong; null means no limit. A resumed run continues counting.
     """
@@ -86,6 +101,7 @@ class UpdateSettings:
     importance_cap: float | None = None
     importance_floor: float | None = None
     importance_mode: ImportanceMode = "token_truncate"
+    refill_windows: int = 0
     max_idle_windows: int | None = 100
 
     @property
@@ -95,6 +111,12 @@ class UpdateSettings:
     def __post_init__(self) -> None:
         problems = Problems("update.")
         problems.positive(epochs_per_rollout=self.epochs_per_rollout, minibatches=self.minibatches)
+        problems.at_least(0, refill_windows=self.refill_windows)
+        problems.require(
+            self.refill_windows == 0 or self.skip_zero_advantage,
+            f"with skip_zero_advantage={self.skip_zero_advantage}: only groups that are skipped can be replaced",
+            refill_windows=self.refill_windows,
+        )
         problems.positive_or_null(importance_cap=self.importance_cap, max_idle_windows=self.max_idle_windows)
         problems.one_of(get_args(OldLogProbs), old_log_probs=self.old_log_probs)
         problems.one_of(get_args(ImportanceMode), importance_mode=self.importance_mode)
@@ -112,3 +134,27 @@ class UpdateSettings:
             old_log_probs=self.old_log_probs,
         )
         problems.raise_all("update")
+
+
+def problems_between(rollout: RolloutSettings, loss: LossSettings, update: UpdateSettings) -> Problems:
+    """Messages for valid settings that exclude each other."""
+    problems, refills = Problems(), update.refill_windows
+    problems.require(
+        refills == 0 or loss.normalise_over == "kept",
+        f"with update.refill_windows={refills}: groups that are replaced cannot count in the mean too; use 'kept', or "
+        "0 windows",
+        **{"loss.normalise_over": loss.normalise_over},
+    )
+    stale = {"rollout.staleness": rollout.staleness}
+    is_in_ratio = update.updates_per_window > 1 and update.old_log_probs == "sampler"
+    problems.require(
+        rollout.staleness == 0 or update.importance_cap is not None or is_in_ratio,
+        ": an older policy has sampled, which needs the correction; set update.importance_cap, such as 2.0",
+        **stale | {"update.importance_cap": update.importance_cap},
+    )
+    problems.require(
+        rollout.staleness == 0 or refills == 0,
+        ": a window cannot be refilled when the next one is sampled already; set one of them to 0",
+        **stale | {"update.refill_windows": refills},
+    )
+    return problems

@@ -16,6 +16,11 @@ SUMS = (
     "groups",
     "zero_advantage",  # groups whose rewards are all equal
     "informative",  # groups with a trained completion whose advantage is not 0
+    "wanted",  # with refilling: informative groups that the update should have
+    "refill_exhausted",  # ranks whose budget of further prompts is spent, and groups are still missing
+    "refillable",  # ranks that refill
+    "staleness",  # Σ over ranks of the updates between a window's sampling and its training
+    "stale",  # ranks that sample ahead
     "completions",
     "completion_tokens",
     "truncated",  # completions without an end token
@@ -61,6 +66,10 @@ MEANS = {
     "grpo/token_entropy": ("token_entropy", "entropy_tokens"),
     "grpo/sequence_clip_fraction": ("clipped_completions", "trained_completions"),
     "grpo/kl_penalty": ("kl_penalty", "penalised_completions"),
+    "grpo/frac_informative": ("informative", "wanted"),
+    "grpo/prompts_per_group": ("groups", "wanted"),
+    "grpo/refill_exhausted": ("refill_exhausted", "refillable"),
+    "grpo/staleness": ("staleness", "stale"),
 }
 
 

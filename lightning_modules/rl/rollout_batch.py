@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from datamodules.encoding.encoder import EncodedSample
+from datamodules.encoding.encoder import Batch, EncodedSample
 from lightning_modules.rollouts.base import Rollout
 
 if TYPE_CHECKING:
@@ -79,6 +79,23 @@ def trainable_groups(
                 )
             )
     return groups
+
+
+def trainable_by_batch(
+    batches: Sequence[Batch],
+    rollouts: Sequence[Sequence[Rollout]],
+    advantages: Tensor,
+    features: Sequence[Tensor] | None,
+    skip: Sequence[bool],
+    *settings: bool,
+) -> list[list[PromptGroup]]:
+    """`trainable_groups` of each batch; the other arguments are those of all batches together, in order."""
+    by_batch, start = [], 0
+    for batch in batches:
+        own = slice(start, start := start + len(batch.items))
+        known = None if features is None else features[own]
+        by_batch.append(trainable_groups(batch.items, rollouts[own], advantages[own], known, skip[own], *settings))
+    return by_batch
 
 
 def absent_count(groups: Sequence[PromptGroup], reduction: Reduction) -> int:

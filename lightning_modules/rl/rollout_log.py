@@ -2,11 +2,14 @@
 
 Every rank writes its own file; all files are read as one log.
 
-    {"update": 3, "batch": 12, "id": "pool/17", "task": "diff", "answer": {"image": 1, "box": [...], "label": "ring"},
+    {"update": 3, "policy": 3, "batch": 12, "id": "pool/17", "task": "diff",
+     "answer": {"image": 1, "box": [...], "label": "ring"},
      "sizes": [[width, height, resized width, resized height], ...], "texts": [G texts], "rewards": [G records],
      "ious": [G numbers], "advantages": [G numbers], "zero_advantage": false}
 
     {"resumed_at": 12}
+
+"policy" is the number of updates of the policy that has sampled.
 
 The second kind is written when a run resumes from a checkpoint, maybe with another number of ranks. Earlier lines of
 batch 12 or later batches are then invalid. A kill may leave an incomplete last line; readers ignore it.
@@ -28,7 +31,7 @@ from datamodules.samples.boxes import image_sizes_to_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from datamodules.encoding.encoder import EncodedSample
+    from datamodules.encoding.encoder import Batch
     from lightning_modules.rl.rewards.reward_list import Reward
     from lightning_modules.rollouts.base import Rollout
 
@@ -36,7 +39,10 @@ log = logging.getLogger(__name__)
 
 
 def rollout_records(
-    items: Sequence[EncodedSample],
+    update: int,
+    policy: int,
+    first_batch: int,
+    batches: Sequence[Batch],
     rollouts: Sequence[Sequence[Rollout]],
     rewards: Sequence[Sequence[Reward]],
     advantages: Tensor,
@@ -45,14 +51,21 @@ def rollout_records(
     """One JSON-like record for each of P groups.
 
     Args:
-        items: P prompts.
+        update: number of the next optimizer update.
+        policy: number of updates of the policy that has sampled.
+        first_batch: number of the first of the batches.
+        batches: with P prompts together.
         rollouts: P lists of G rollouts.
         rewards: P lists of G rewards.
         advantages: [P, G].
         equal_rewards: bool [P], whether all rewards of a group are equal.
     """
+    numbered = [(number, item) for number, batch in enumerate(batches, first_batch) for item in batch.items]
     return [
         {
+            "update": update,
+            "policy": policy,
+            "batch": number,
             "id": item.sample.id,
             "task": item.sample.task,
             "answer": item.sample.to_json()["answer"],
@@ -63,7 +76,7 @@ def rollout_records(
             "advantages": advantages[index].tolist(),
             "zero_advantage": bool(equal_rewards[index]),
         }
-        for index, item in enumerate(items)
+        for index, (number, item) in enumerate(numbered)
     ]
 
 

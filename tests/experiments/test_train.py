@@ -159,6 +159,14 @@ def test_a_precision_that_would_round_adapters_or_be_ignored_is_refused(workbenc
         train.main(["--config", workbench.training("cot_sft"), f"--trainer.precision={precision}"])
 
 
+def test_refilling_without_a_number_of_updates_is_refused(workbench: Workbench) -> None:
+    config = workbench.training("grpo", refill_windows=2)
+    with pytest.raises(
+        SystemExit, match=r"update\.refill_windows=2 with trainer\.max_steps=-1: .*Set trainer\.max_steps"
+    ):
+        train.main(["--config", config, "--trainer.max_steps=-1", "--trainer.max_epochs=1"])
+
+
 def test_a_metrics_file_that_cannot_be_written_hides_nothing(workbench: Workbench, caplog) -> None:
     sends = {"class_path": "tests.callbacks.test_fit_callbacks.Sends", "init_args": {"signum": int(signal.SIGTERM)}}
     (workbench.outputs / "tiny/cot_sft/metrics.csv").mkdir(parents=True)  # no file

@@ -78,6 +78,7 @@ def test_the_means_are_those_of_the_names_and_of_nothing_there_is_none():
     sums = metrics.compute()
     means = metrics.means(sums)
     off = {"grpo/frac_masked", "grpo/token_entropy", "grpo/sequence_clip_fraction", "grpo/kl_penalty"}
+    off |= {"grpo/frac_informative", "grpo/prompts_per_group", "grpo/refill_exhausted", "grpo/staleness"}
     assert means.keys() == MEANS.keys() - off | {"reward/accuracy", "reward/format"}
     assert means["reward/total"] == pytest.approx(0.15 + 0.5)
     assert means["reward/accuracy"] == pytest.approx(0.15) and means["reward/format"] == 0.5
