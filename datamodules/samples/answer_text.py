@@ -223,8 +223,9 @@ def _is_box_object(value: Any, named: bool) -> bool:
 def _conclusion(answer: str, found: BoxesInText) -> int:
     """The place in `answer` where its conclusion begins (see the top of this file); 0 without a conclusion."""
     offset = max(0, len(answer) - MAX_CONCLUSION)  # only the end of a very long answer is searched
-    values = [(start - offset, end - offset) for start, end in found.places() if start >= offset]
-    if not values or len(found.places()) < 2:
+    places = found.places()
+    values = [(start - offset, end - offset) for start, end in places if start >= offset]
+    if not values or len(places) < 2:
         return 0
     said, concluding = 0, 0  # where the last statement of each kind begins; 0 for none
     for part in statements(answer[offset:]):

@@ -73,10 +73,18 @@ class BoxMatching:
         ]
 
     def num_pairs(self, threshold: float) -> int:
-        """The largest number of pairs whose IoU is above `threshold` (0 or more).
+        """The largest number of pairs whose IoU is above `threshold` (0 or more)."""
+        if threshold not in self._pairs:
+            self._pairs[threshold] = self._count_pairs(threshold)
+        return self._pairs[threshold]
 
-        (Maximum matching in a bipartite graph by augmenting paths, Kuhn 1955.)
-        """
+    @cached_property
+    def _pairs(self) -> dict[float, int]:
+        """The pairs at each threshold that was asked for: several rewards ask for the same one."""
+        return {}
+
+    def _count_pairs(self, threshold: float) -> int:
+        """Maximum matching in a bipartite graph by augmenting paths (Kuhn 1955)."""
         fits = [[index for index, value in found.items() if value > threshold] for found in self.ious]
         partner: dict[int, int] = {}  # written box -> true box
 
