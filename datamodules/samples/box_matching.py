@@ -62,13 +62,11 @@ class BoxMatching:
     @cached_property
     def ious(self) -> list[dict[int, float]]:
         """For each of T true boxes: index of a written box -> IoU, where it is above 0."""
-        considered = self.written[: len(self.true) + MAX_EXTRA]
+        by_image: dict[int | None, list[tuple[int, Box]]] = {}
+        for index, one in enumerate(self.written[: len(self.true) + MAX_EXTRA]):
+            by_image.setdefault(one.image, []).append((index, one.box))
         return [
-            {
-                index: value
-                for index, one in enumerate(considered)
-                if one.image == answer.image and (value := iou(one.box, answer.box)) > 0.0
-            }
+            {index: value for index, box in by_image.get(answer.image, ()) if (value := iou(box, answer.box)) > 0.0}
             for answer in self.true
         ]
 
@@ -142,7 +140,8 @@ class BoxMatching:
 def _largest_sum(ious: Sequence[dict[int, float]]) -> float:
     """The largest sum of IoUs of a pairing.
 
-    (The assignment problem by shortest augmenting paths: Jonker and Volgenant 1987.)
+    (The assignment problem by shortest augmenting paths: Jonker and Volgenant 1987. SciPy's `linear_sum_assignment` is faster, but
+    no dependency brings SciPy, and reading an answer costs more than this.)
 
     Args:
         ious: for each of T true boxes, index of a written box -> IoU.
@@ -161,26 +160,24 @@ def _largest_sum(ious: Sequence[dict[int, float]]) -> float:
     # prices, under which no reduced cost is negative.
     rows_up, columns_up, owner = [0.0] * size, [0.0] * width, [-1] * width
     for start in range(size):
-        distance, before, done = [float("inf")] * width, [-1] * width, [False] * width
-        row, column = start, -1
-        while True:
-            base = 0.0 if column < 0 else distance[column]
-            for other in range(width):
-                if not done[other]:
-                    value = base + costs[row][other] - rows_up[row] - columns_up[other]
-                    if value < distance[other]:
-                        distance[other], before[other] = value, column
-            column = min((k for k in range(width) if not done[k]), key=distance.__getitem__)
-            if owner[column] < 0:
-                break
-            done[column] = True
-            row = owner[column]
-        length = distance[column]
-        rows_up[start] += length
-        for other in range(width):
-            if done[other]:
-                rows_up[owner[other]] += length - distance[other]
-                columns_up[other] -= length - distance[other]
+        distance, before = [float("inf")] * width, [-1] * width
+        row, column, base = start, -1, 0.0
+        reached, open_columns = [], list(range(width))
+        while row >= 0:
+            prices, offset, nearest, last = costs[row], base - rows_up[row], float("inf"), column
+            for other in open_columns:
+                value = offset + prices[other] - columns_up[other]
+                if value < distance[other]:
+                    distance[other], before[other] = value, last
+                if distance[other] < nearest:
+                    nearest, column = distance[other], other
+            reached.append(column)
+            open_columns.remove(column)
+            row, base = owner[column], nearest
+        rows_up[start] += base
+        for other in reached[:-1]:
+            rows_up[owner[other]] += base - distance[other]
+            columns_up[other] -= base - distance[other]
         while column >= 0:  # each row on the path takes the column that was found from it
             previous = before[column]
             owner[column] = start if previous < 0 else owner[previous]
