@@ -107,6 +107,11 @@ class BoxMatching:
         return 2 * self.num_pairs(threshold) / total if self.written and self.true else 0.0
 
     @cached_property
+    def iou_sum(self) -> float:
+        """The sum of IoUs of the pairing in which it is largest."""
+        return sum(self.ious[row][index] for row, index in best_pairing(self.ious).items())
+
+    @cached_property
     def mean_iou(self) -> float:
         """The mean IoU of the pairing with the largest sum of IoUs, 0 to 1.
 
@@ -114,7 +119,7 @@ class BoxMatching:
         """
         if not self.written or not self.true:
             return 0.0
-        return min(1.0, _largest_sum(self.ious) / max(len(self.written), len(self.true)))
+        return min(1.0, self.iou_sum / max(len(self.written), len(self.true)))
 
     @cached_property
     def worst_iou(self) -> float:
@@ -137,23 +142,23 @@ class BoxMatching:
         return values[low - 1] if low else 0.0
 
 
-def _largest_sum(ious: Sequence[dict[int, float]]) -> float:
-    """The largest sum of IoUs of a pairing.
+def best_pairing(values: Sequence[dict[int, float]]) -> dict[int, int]:
+    """The pairing with the largest sum of values: row -> its index. A row without a partner is left out.
 
-    (The assignment problem by shortest augmenting paths: Jonker and Volgenant 1987. SciPy's `linear_sum_assignment` is faster, but
-    no dependency brings SciPy, and reading an answer costs more than this.)
+    (The assignment problem by shortest augmenting paths: Jonker and Volgenant 1987. SciPy's `linear_sum_assignment` is
+    faster, but no dependency brings SciPy, and reading an answer costs more than this.)
 
     Args:
-        ious: for each of T true boxes, index of a written box -> IoU.
+        values: for each of T rows (true boxes), index (of a written box) -> value (IoU), above 0.
     """
-    # 1. A true box needs at most T candidates: with more, one of its T best would be free.
-    size = len(ious)
-    best = [sorted(found, key=found.__getitem__, reverse=True)[:size] for found in ious]
+    # 1. A row needs at most T candidates: with more, one of its T best would be free.
+    size = len(values)
+    best = [sorted(found, key=found.__getitem__, reverse=True)[:size] for found in values]
     columns = {index: place for place, index in enumerate(sorted({index for row in best for index in row}))}
-    # 2. One more column for each true box, of IoU 0: it stays without a partner.
+    # 2. One more column for each row, of value 0: the row stays without a partner.
     width = len(columns) + size
     costs = [[0.0] * width for _ in range(size)]
-    for row, (indices, found) in enumerate(zip(best, ious, strict=True)):
+    for row, (indices, found) in enumerate(zip(best, values, strict=True)):
         for index in indices:
             costs[row][columns[index]] = -found[index]
     # 3. One row after the other enters the pairing along the shortest path; `rows_up` and `columns_up` are the dual
@@ -182,4 +187,5 @@ def _largest_sum(ious: Sequence[dict[int, float]]) -> float:
             previous = before[column]
             owner[column] = start if previous < 0 else owner[previous]
             column = previous
-    return sum(-costs[row][column] for column, row in enumerate(owner) if row >= 0)
+    pairs = ((owner[place], index) for index, place in columns.items() if owner[place] >= 0)
+    return {row: index for row, index in pairs if index in values[row]}

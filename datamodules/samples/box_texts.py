@@ -34,8 +34,8 @@ MAX_REPAIRS = 65_536  # characters of all broken values together
 
 _MARKS = '{}[]()"\n\\,<'  # the characters that cost work
 _ESCAPED = r"\\[\s\S]"  # a backslash hides the character behind it
-# The next bracket outside all pairs, where a quote is prose; and the next bracket or string inside a pair. A JSON string
-# holds no raw line break, so an open string ends there, or with the text.
+# The next bracket outside all pairs, where a quote is prose; and the next bracket or string inside a pair. A JSON
+# string holds no raw line break, so an open string ends there, or with the text.
 _OPENING = re.compile(rf"{_ESCAPED}|[{{\[]")
 _INSIDE = re.compile(rf'{_ESCAPED}|"(?:[^"\\\n]++|{_ESCAPED})*+(?:["\n]|\\?\Z)|[{{}}\[\]]')
 _NUMBER = r"\s*+([-+]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++))\s*+"

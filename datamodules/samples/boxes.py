@@ -23,8 +23,10 @@ def iou(a: Box, b: Box) -> float:
     """
     ax1, ay1, ax2, ay2 = a
     bx1, by1, bx2, by2 = b
-    # Most pairs do not overlap. NaN is above nothing, so that no comparison with it is true.
-    if not (ax2 > ax1 and ay2 > ay1 and bx2 > bx1 and by2 > by1 and ax1 < bx2 and bx1 < ax2 and ay1 < by2 and by1 < ay2):
+    # NaN is above nothing, so that no comparison with it is true.
+    if not (ax2 > ax1 and ay2 > ay1 and bx2 > bx1 and by2 > by1):
+        return 0.0
+    if not (ax1 < bx2 and bx1 < ax2 and ay1 < by2 and by1 < ay2):  # most pairs do not overlap
         return 0.0
     area_a, area_b = (ax2 - ax1) * (ay2 - ay1), (bx2 - bx1) * (by2 - by1)
     overlap = (min(ax2, bx2) - max(ax1, bx1)) * (min(ay2, by2) - max(ay1, by1))
