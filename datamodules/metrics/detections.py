@@ -11,10 +11,10 @@ again for each question, so that its renaming is lost for all questions but the 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from datamodules.benchmarks.base import Rule
+from datamodules.benchmarks.mc_bench import group_of
 from datamodules.samples.box_matching import MAX_EXTRA, BoxMatching, WrittenBox, best_pairing
 from datamodules.samples.boxes import iou
 from datamodules.samples.sample import BoxAnswer
@@ -22,14 +22,6 @@ from datamodules.samples.sample import BoxAnswer
 MAX_DETECTIONS = 100  # of one group in one image; further ones do not count, as in COCO
 NO_IMAGE = -1  # the image of a box that names none of the question's images
 Detection = tuple[int, int, int]  # (group, image, 1 if it has a true box of its own, else 0)
-
-_GROUP = re.compile(r"\s*group\s*([1-9]\d{0,2})\s*", re.IGNORECASE | re.ASCII)
-
-
-def group_of(label: str | None) -> int:
-    """The number in a label such as "group 2"; 1 for any other label."""
-    found = _GROUP.fullmatch(label or "")
-    return int(found[1]) if found else 1
 
 
 def find_detections(written: Sequence[WrittenBox], true: Sequence[BoxAnswer], rule: Rule) -> tuple[Detection, ...]:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from datamodules.benchmarks.base import Rule
-from datamodules.metrics.detections import Detection, group_of, right_images
+from datamodules.benchmarks.mc_bench import group_of
+from datamodules.metrics.detections import Detection, right_images
 from datamodules.metrics.predictions import Prediction
 from datamodules.samples.scores import true_boxes
 from lightning_modules.metrics.bootstrap import NUM_RESAMPLES, percentiles
