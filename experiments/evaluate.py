@@ -1,4 +1,4 @@
-"""Evaluate a model on the paper's seven benchmarks, such as MIG-Bench, or on any folder of shards.
+"""Evaluate a model on the paper's benchmarks, on MC-Bench, or on any folder of shards.
 
     python -m experiments.evaluate --config experiments/configs/nano/eval.yaml --model M --bench all
     … --model M --bench mig_bench,data/kites/val

@@ -77,7 +77,7 @@ def run(
         seed: seed of the random choice of samples
         records_per_shard: records of the source in one shard
         max_rejected: stop if a larger share of the samples breaks a rule
-        one_box: reject answers with several boxes, which training cannot score
+        one_box: reject answers with several boxes, which only data.answer_form=named_image trains on
         allow: unknown fields of the source's records that are accepted
         processes: number of processes; 0 means one for each core
         scan_only: print the schema reports and write nothing

@@ -1,10 +1,11 @@
-"""The common form of all benchmarks, so that one evaluation serves all seven.
+"""The common form of all benchmarks, so that one evaluation serves them all.
 
 The samples of a benchmark are grouped into the columns of the paper's table, and each column into units. The unit of a
 sample is its `task`. Its column is `extra["column"]`, or the unit if `extra` has no column. `extra["size"]` is the
-(width, height) of the annotated image, if the files contain it. If the image file has another size, the boxes would be
-wrong, so the question counts as wrong with the reason "size_mismatch". Boxes and sizes refer to the image as it is
-shown, after the rotation by EXIF. `file_benchmark` converts boxes that refer to the stored pixels.
+(width, height) of the annotated image, if the files contain it; of several boxes, `extra["sizes"]` has the size of each
+image. If the image file has another size, the boxes would be wrong, so the question counts as wrong with the reason
+"size_mismatch". Boxes and sizes refer to the image as it is shown, after the rotation by EXIF. `file_benchmark`
+converts boxes that refer to the stored pixels.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from datamodules.samples.scores import BoxChoice
 
 T = TypeVar("T")
 Average = Literal["micro", "macro"]
-Reader = Literal["project", "mig_bench", "blink", "mmiu"]
+Reader = Literal["project", "mig_bench", "blink", "mmiu", "mc_bench"]
+Measure = Literal["accuracy", "average_precision"]
 
 # A part of `source`, for official rules whose authors ask a language model if their parser finds no letter.
 WITHOUT_MODEL = "without its last step, which asks a language model"
@@ -42,6 +44,9 @@ class Rule:
     across: Average = "macro"  # an average: mean over its columns, or mean over their questions
     # "project": answer_text.py and choice_text.py; other values: the parser of the official code
     reader: Reader = "project"
+    # "average_precision": COCO's AP at the threshold, weighted over groups (`detections.py`); `within` has no meaning
+    # then
+    measure: Measure = "accuracy"
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:

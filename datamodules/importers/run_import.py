@@ -42,7 +42,8 @@ class Settings:
     records_per_shard: int = 1000
     # a larger share of rejected samples stops the import, because the format has probably changed
     max_rejected: float = 0.2
-    one_box: bool = False  # reject answers with several boxes ("several_answers"), which no training here can score
+    # reject answers with several boxes ("several_answers"), which only data.answer_form=named_image trains on
+    one_box: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from datamodules.samples.sample import LoadedSample, SampleError
+from datamodules.samples.scores import true_boxes
 
 NUM_EXAMPLES = 3  # number of rejected samples whose detail is kept, for each rule
 COUNTED = ("image_from", "repaired", "turned")  # fields of a sample's `extra` whose values the report counts
@@ -30,6 +31,8 @@ class Tally:
         for what in COUNTED:
             if what in outcome.sample.extra:
                 self.counts.setdefault(what, Counter())[outcome.sample.extra[what]] += 1
+        if boxes := len(true_boxes(outcome.sample.answer)):
+            self.counts.setdefault("boxes in an answer", Counter())[str(boxes)] += 1
         return True
 
     def add(self, note: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ class Reply:
         return cls(**values | {"image_sizes": image_sizes_from_json(record["image_sizes"])})
 
 
-_OPTIONAL = ("f1", "official_f1")
+_OPTIONAL = ("f1", "official_f1", "detections", "official_detections")
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,9 @@ class Prediction:
     extracted: str | None = None  # the letter that a language model extracted for the official rule (`extraction.py`)
     f1: float | None = None  # of several boxes, at the rule's threshold; None for other answers, and not in the file
     official_f1: float | None = None
+    # For average precision: (group, image, hit) of each box (`detections.py`). None: the answer is wrong in any case.
+    detections: tuple[tuple[int, ...], ...] | None = None
+    official_detections: tuple[tuple[int, ...], ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-like record."""
@@ -90,7 +93,7 @@ class Prediction:
         values["answer"] = answer_from_json(record["answer"])
         values["box_format"] = BoxFormat(record["box_format"])
         values["image_sizes"] = image_sizes_from_json(record["image_sizes"])
-        for name in ("read", "official_read"):
+        for name in {"read", "official_read", "detections", "official_detections"} & values.keys():
             values[name] = _tuples(values[name])
         return cls(**values)
 

@@ -9,9 +9,10 @@
 
 Scores and rates are percentages (0-100, unrounded), a mean IoU is 0-1; `low` and `high` are the limits of the 95 %
 interval. For multiple choice, `details` is empty and `format_rate` is null. If questions have several boxes, each cell
-also has "f1" at the rule's threshold, and the IoU of such an answer is that of its worst pair. `generation` describes
-the decoding of answers. `extractor` is {"model", "asked", "found", "none", "failed"} if a language model did the last
-step of the official parser (`extraction.py`). An evaluation inside training adds "step".
+also has "f1" at the rule's threshold, and the IoU of such an answer is that of its worst pair. If the rule's `measure`
+is "average_precision", the scores are AP, each cell also has "image_accuracy", and `details` is empty. `generation`
+describes the decoding of answers. `extractor` is {"model", "asked", "found", "none", "failed"} if a language model did
+the last step of the official parser (`extraction.py`). An evaluation inside training adds "step".
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ PREDICTIONS, RESULT = "predictions.jsonl", "result.json"
 VERSION = 2  # version of both files; files of version 1 have no such field
 # The fields of `details` that W&B and the tables in training show.
 LOGGED_DETAILS = ("acc_0.3", "acc_0.7", "mean_iou")
+# The numbers of a cell that some benchmarks have beside the score -> heading in the terminal.
+BESIDE = {"f1": "F1", "image_accuracy": "images"}
 
 
 class OtherVersion(UserError, ValueError):
@@ -89,7 +92,8 @@ def result_metrics(result: Mapping[str, Any], suffix: str = "") -> dict[str, flo
     """
     cells = result["columns"] | result["averages"]
     values = {name: cell["score"] for name, cell in cells.items()}
-    values |= {f"f1/{name}": cell["f1"] for name, cell in cells.items() if "f1" in cell}
+    for beside in BESIDE:
+        values |= {f"{beside}/{name}": cell[beside] for name, cell in cells.items() if beside in cell}
     values |= {name: result["details"].get(name) for name in LOGGED_DETAILS}
     values |= {name: result[name] for name in ("format_rate", "truncated_rate", "mean_tokens")}
     values["official_avg"] = result["official"]["averages"]["avg"]["score"]
@@ -98,15 +102,15 @@ def result_metrics(result: Mapping[str, Any], suffix: str = "") -> dict[str, flo
 
 def format_result(result: Mapping[str, Any]) -> str:
     """A table for the terminal: one line per column, then the averages. The official score is beside each."""
-    has_f1 = any("f1" in cell for cell in result["columns"].values())
+    beside = [name for name in BESIDE if any(name in cell for cell in result["columns"].values())]
     head = f"{result['benchmark']:<24} {'score':>7} {'95 % interval':>17} {'official':>9} {'n':>6}"
-    lines = [head + f" {'F1':>7}" * has_f1]
+    lines = [head + "".join(f" {BESIDE[name]:>7}" for name in beside)]
     for kind in ("columns", "averages"):
         for name, cell in result[kind].items():
             official = result["official"][kind][name]["score"]
             interval = f"[{cell['low']:.2f}, {cell['high']:.2f}]"
             line = f"{name:<24} {cell['score']:>7.2f} {interval:>17} {official:>9.2f} {cell['n']:>6}"
-            lines.append(line + (f" {cell['f1']:>7.2f}" if "f1" in cell else ""))
+            lines.append(line + "".join(f" {cell[name]:>7.2f}" for name in beside if name in cell))
     failures = ", ".join(f"{kind} {count}" for kind, count in result["failures"].items()) or "none"
     form = "" if result["format_rate"] is None else f"format {result['format_rate']:.2f} %, "
     lines.append(f"{result['rule']['source']}; {form}answers that could not be read: {failures}")

@@ -6,14 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from datamodules.benchmarks.base import Benchmark, Rule, column_of
+from datamodules.metrics.detections import Detection, find_detections
 from datamodules.metrics.extraction import EXTRACTED_READERS
 from datamodules.metrics.official_parsers import extract_box_officially, read_choice_as_blink, read_choice_as_mmiu
 from datamodules.metrics.predictions import Prediction, Read, Reply
-from datamodules.samples.answer_text import AnswerForm, is_well_formed
+from datamodules.samples.answer_text import (
+    AnswerForm,
+    ParseFailure,
+    is_well_formed,
+    parse_answer,
+    states_no_box,
+)
+from datamodules.samples.box_matching import BoxMatching, named_boxes
 from datamodules.samples.boxes import BoxFormat, iou
 from datamodules.samples.choice_text import ChoiceFailure, parse_choice
 from datamodules.samples.sample import BoxAnswer, BoxesAnswer, ChoiceAnswer, Sample
-from datamodules.samples.scores import score_text
+from datamodules.samples.scores import score_text, true_boxes
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,7 @@ class _Reading:
     read: Read | None = None  # box, boxes or letter
     failure: str | None = None  # the reason if nothing was parsed
     f1: float | None = None  # of several boxes
+    detections: tuple[Detection, ...] | None = None  # for average precision
 
 
 def score_reply(sample: Sample, reply: Reply, box_format: BoxFormat, rule: Rule, official: Rule) -> Prediction:
@@ -64,27 +73,35 @@ def rescore(prediction: Prediction, rule: Rule, official: Rule) -> Prediction:
     found, officially = _read(prediction, rule), _read(prediction, official)
     is_box, several = not isinstance(prediction.answer, ChoiceAnswer), isinstance(prediction.answer, BoxesAnswer)
     form = AnswerForm.NAMED_IMAGE if several else AnswerForm.ONE_BOX
+    may_be_empty = rule.measure == "average_precision"  # such benchmarks have questions that no box answers
     return replace(
         prediction,
         value=found.value,
         correct=_is_correct(found.value, prediction, rule),
         read=found.read,
-        well_formed=is_box and prediction.refused is None and is_well_formed(prediction.text, form),
+        well_formed=is_box and prediction.refused is None and is_well_formed(prediction.text, form, may_be_empty),
         failure=found.failure,
         official_value=officially.value,
         official_correct=_is_correct(officially.value, prediction, official),
         official_read=officially.read,
         f1=found.f1,
         official_f1=officially.f1,
+        detections=found.detections,
+        official_detections=officially.detections,
     )
 
 
 def _find_size_fault(sample: Sample, reply: Reply) -> str | None:
-    """ "size_mismatch" if the size of the image differs from the size of the annotated image."""
-    if "size" not in sample.extra or not reply.image_sizes:
+    """ "size_mismatch" if the size of an image with a true box differs from the size of the annotated image."""
+    if not reply.image_sizes:
         return None
-    real = reply.image_sizes[sample.answer.image].original
-    return None if real == tuple(sample.extra["size"]) else "size_mismatch"
+    told: dict[int, Sequence[int]] = {}
+    if "sizes" in sample.extra:
+        told = {box.image: sample.extra["sizes"][box.image] for box in true_boxes(sample.answer)}
+    elif "size" in sample.extra:
+        told = {sample.answer.image: sample.extra["size"]}
+    is_same = all(reply.image_sizes[image].original == tuple(size) for image, size in told.items())
+    return None if is_same else "size_mismatch"
 
 
 def _is_correct(value: float, prediction: Prediction, rule: Rule) -> bool:
@@ -99,7 +116,8 @@ def _read(prediction: Prediction, rule: Rule) -> _Reading:
     if isinstance(prediction.answer, ChoiceAnswer):
         return _read_choice(prediction, prediction.answer, rule)
     if isinstance(prediction.answer, BoxesAnswer):
-        return _read_boxes(prediction, prediction.answer, rule)
+        by_detections = rule.measure == "average_precision"
+        return (_read_detections if by_detections else _read_boxes)(prediction, prediction.answer, rule)
     return _read_box(prediction, prediction.answer, rule)
 
 
@@ -121,6 +139,21 @@ def _read_boxes(prediction: Prediction, answer: BoxesAnswer, rule: Rule) -> _Rea
     boxes = tuple((box.image, *box.box) for box in matching.written if box.image is not None)
     f1 = matching.f1(rule.threshold)
     return _Reading(matching.worst_iou, boxes or None, score.failure, f1)
+
+
+def _read_detections(prediction: Prediction, answer: BoxesAnswer, rule: Rule) -> _Reading:
+    """All boxes of the answer as detections. A question that no box answers has the right answer "[]"."""
+    parsed = parse_answer(prediction.text, lenient=True)
+    if isinstance(parsed, ParseFailure):
+        # The official files hold boxes alone, so that a text without a box says "none", whatever it says.
+        says_none = states_no_box(prediction.text, parsed) or rule.reader == "mc_bench"
+        right = float(says_none and not answer.boxes)
+        return _Reading(right, None, None if says_none else parsed.kind, right, () if says_none else None)
+    written = named_boxes(parsed, prediction.image_sizes, prediction.box_format)
+    matching = BoxMatching(written, answer.boxes)
+    boxes = tuple((box.image, *box.box) for box in written if box.image is not None)
+    detections = find_detections(written, answer.boxes, rule)
+    return _Reading(matching.worst_iou, boxes or None, None, matching.f1(rule.threshold), detections)
 
 
 def _read_choice(prediction: Prediction, answer: ChoiceAnswer, rule: Rule) -> _Reading:

@@ -52,6 +52,7 @@ _TAG = re.compile(r"<(/?)(think|answer)(?:\s[^<>]*+)?>", re.IGNORECASE | re.ASCI
 _BEGINNINGS = ("<think", "</think", "<answer", "</answer")  # plain text search for these is faster than _TAG
 _FENCE = re.compile(r"```(?:json)?[ \t\r]*+\n(.*)```", re.DOTALL)
 _PARAGRAPH_BREAK = re.compile(r"\n[ \t\r]*+\n")
+_EMPTY_LIST = re.compile(r"\[\s*+\]")
 _MARKUP = re.compile(r"```(?:json)?|<\|?/?[a-z_]{1,20}\|?>", re.IGNORECASE)  # what models write around a box
 _BOX = "\ufffc"  # replaces each box where only the words between boxes matter
 
@@ -172,7 +173,18 @@ def answer_text(text: str) -> str | None:
     return _split(text)[1]
 
 
-def is_well_formed(text: str, form: AnswerForm = AnswerForm.ONE_BOX) -> bool:
+def states_no_box(text: str, parsed: ParsedAnswer | ParseFailure) -> bool:
+    """Whether the answer says that there is no such object: by an empty list, and no box.
+
+    Args:
+        text: the model's text.
+        parsed: what `parse_answer` returns for it.
+    """
+    answer = answer_text(text)
+    return parsed == ParseFailure("no_box") and answer is not None and _EMPTY_LIST.search(answer) is not None
+
+
+def is_well_formed(text: str, form: AnswerForm = AnswerForm.ONE_BOX, may_be_empty: bool = False) -> bool:
     """Whether `text` earns the format reward (paper §3.2; the paper leaves details open, this rule is exact).
 
     The text is one think block and then one answer block, with only white space outside. The answer is one JSON object,
@@ -180,7 +192,7 @@ def is_well_formed(text: str, form: AnswerForm = AnswerForm.ONE_BOX) -> bool:
     string. Empty thinking and other keys are allowed; a repeated key is not.
 
     With NAMED_IMAGE the answer may also be a list of at least one such object, and the "image" of every object is a
-    whole number from 1.
+    whole number from 1. `may_be_empty` accepts an empty list too: some benchmarks have questions that no box answers.
     """
     # The four tags, each once, in this order and spelling.
     tags = _tags(text) or []
@@ -204,7 +216,7 @@ def is_well_formed(text: str, form: AnswerForm = AnswerForm.ONE_BOX) -> bool:
     except ValueError:
         return False
     objects = answer if isinstance(answer, list) else [answer]
-    return bool(objects) and all(_is_box_object(one, named) for one in objects)
+    return (bool(objects) or may_be_empty) and all(_is_box_object(one, named) for one in objects)
 
 
 def _is_box_object(value: Any, named: bool) -> bool:
@@ -223,8 +235,9 @@ def _is_box_object(value: Any, named: bool) -> bool:
 def _conclusion(answer: str, found: BoxesInText) -> int:
     """The place in `answer` where its conclusion begins (see the top of this file); 0 without a conclusion."""
     offset = max(0, len(answer) - MAX_CONCLUSION)  # only the end of a very long answer is searched
-    values = [(start - offset, end - offset) for start, end in found.places() if start >= offset]
-    if not values or len(found.places()) < 2:
+    places = found.places()
+    values = [(start - offset, end - offset) for start, end in places if start >= offset]
+    if not values or len(places) < 2:
         return 0
     said, concluding = 0, 0  # where the last statement of each kind begins; 0 for none
     for part in statements(answer[offset:]):

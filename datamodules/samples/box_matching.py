@@ -62,21 +62,27 @@ class BoxMatching:
     @cached_property
     def ious(self) -> list[dict[int, float]]:
         """For each of T true boxes: index of a written box -> IoU, where it is above 0."""
-        considered = self.written[: len(self.true) + MAX_EXTRA]
+        by_image: dict[int | None, list[tuple[int, Box]]] = {}
+        for index, one in enumerate(self.written[: len(self.true) + MAX_EXTRA]):
+            by_image.setdefault(one.image, []).append((index, one.box))
         return [
-            {
-                index: value
-                for index, one in enumerate(considered)
-                if one.image == answer.image and (value := iou(one.box, answer.box)) > 0.0
-            }
+            {index: value for index, box in by_image.get(answer.image, ()) if (value := iou(box, answer.box)) > 0.0}
             for answer in self.true
         ]
 
     def num_pairs(self, threshold: float) -> int:
-        """The largest number of pairs whose IoU is above `threshold` (0 or more).
+        """The largest number of pairs whose IoU is above `threshold` (0 or more)."""
+        if threshold not in self._pairs:
+            self._pairs[threshold] = self._count_pairs(threshold)
+        return self._pairs[threshold]
 
-        (Maximum matching in a bipartite graph by augmenting paths, Kuhn 1955.)
-        """
+    @cached_property
+    def _pairs(self) -> dict[float, int]:
+        """The pairs at each threshold that was asked for: several rewards ask for the same one."""
+        return {}
+
+    def _count_pairs(self, threshold: float) -> int:
+        """Maximum matching in a bipartite graph by augmenting paths (Kuhn 1955)."""
         fits = [[index for index, value in found.items() if value > threshold] for found in self.ious]
         partner: dict[int, int] = {}  # written box -> true box
 
@@ -101,6 +107,11 @@ class BoxMatching:
         return 2 * self.num_pairs(threshold) / total if self.written and self.true else 0.0
 
     @cached_property
+    def iou_sum(self) -> float:
+        """The sum of IoUs of the pairing in which it is largest."""
+        return sum(self.ious[row][index] for row, index in best_pairing(self.ious).items())
+
+    @cached_property
     def mean_iou(self) -> float:
         """The mean IoU of the pairing with the largest sum of IoUs, 0 to 1.
 
@@ -108,7 +119,7 @@ class BoxMatching:
         """
         if not self.written or not self.true:
             return 0.0
-        return min(1.0, _largest_sum(self.ious) / max(len(self.written), len(self.true)))
+        return min(1.0, self.iou_sum / max(len(self.written), len(self.true)))
 
     @cached_property
     def worst_iou(self) -> float:
@@ -131,50 +142,50 @@ class BoxMatching:
         return values[low - 1] if low else 0.0
 
 
-def _largest_sum(ious: Sequence[dict[int, float]]) -> float:
-    """The largest sum of IoUs of a pairing.
+def best_pairing(values: Sequence[dict[int, float]]) -> dict[int, int]:
+    """The pairing with the largest sum of values: row -> its index. A row without a partner is left out.
 
-    (The assignment problem by shortest augmenting paths: Jonker and Volgenant 1987.)
+    (The assignment problem by shortest augmenting paths: Jonker and Volgenant 1987. SciPy's `linear_sum_assignment` is
+    faster, but no dependency brings SciPy, and reading an answer costs more than this.)
 
     Args:
-        ious: for each of T true boxes, index of a written box -> IoU.
+        values: for each of T rows (true boxes), index (of a written box) -> value (IoU), above 0.
     """
-    # 1. A true box needs at most T candidates: with more, one of its T best would be free.
-    size = len(ious)
-    best = [sorted(found, key=found.__getitem__, reverse=True)[:size] for found in ious]
+    # 1. A row needs at most T candidates: with more, one of its T best would be free.
+    size = len(values)
+    best = [sorted(found, key=found.__getitem__, reverse=True)[:size] for found in values]
     columns = {index: place for place, index in enumerate(sorted({index for row in best for index in row}))}
-    # 2. One more column for each true box, of IoU 0: it stays without a partner.
+    # 2. One more column for each row, of value 0: the row stays without a partner.
     width = len(columns) + size
     costs = [[0.0] * width for _ in range(size)]
-    for row, (indices, found) in enumerate(zip(best, ious, strict=True)):
+    for row, (indices, found) in enumerate(zip(best, values, strict=True)):
         for index in indices:
             costs[row][columns[index]] = -found[index]
     # 3. One row after the other enters the pairing along the shortest path; `rows_up` and `columns_up` are the dual
     # prices, under which no reduced cost is negative.
     rows_up, columns_up, owner = [0.0] * size, [0.0] * width, [-1] * width
     for start in range(size):
-        distance, before, done = [float("inf")] * width, [-1] * width, [False] * width
-        row, column = start, -1
-        while True:
-            base = 0.0 if column < 0 else distance[column]
-            for other in range(width):
-                if not done[other]:
-                    value = base + costs[row][other] - rows_up[row] - columns_up[other]
-                    if value < distance[other]:
-                        distance[other], before[other] = value, column
-            column = min((k for k in range(width) if not done[k]), key=distance.__getitem__)
-            if owner[column] < 0:
-                break
-            done[column] = True
-            row = owner[column]
-        length = distance[column]
-        rows_up[start] += length
-        for other in range(width):
-            if done[other]:
-                rows_up[owner[other]] += length - distance[other]
-                columns_up[other] -= length - distance[other]
+        distance, before = [float("inf")] * width, [-1] * width
+        row, column, base = start, -1, 0.0
+        reached, open_columns = [], list(range(width))
+        while row >= 0:
+            prices, offset, nearest, last = costs[row], base - rows_up[row], float("inf"), column
+            for other in open_columns:
+                value = offset + prices[other] - columns_up[other]
+                if value < distance[other]:
+                    distance[other], before[other] = value, last
+                if distance[other] < nearest:
+                    nearest, column = distance[other], other
+            reached.append(column)
+            open_columns.remove(column)
+            row, base = owner[column], nearest
+        rows_up[start] += base
+        for other in reached[:-1]:
+            rows_up[owner[other]] += base - distance[other]
+            columns_up[other] -= base - distance[other]
         while column >= 0:  # each row on the path takes the column that was found from it
             previous = before[column]
             owner[column] = start if previous < 0 else owner[previous]
             column = previous
-    return sum(-costs[row][column] for column, row in enumerate(owner) if row >= 0)
+    pairs = ((owner[place], index) for index, place in columns.items() if owner[place] >= 0)
+    return {row: index for row, index in pairs if index in values[row]}

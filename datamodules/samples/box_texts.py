@@ -33,7 +33,11 @@ MAX_REPAIRED = 2_048  # characters of one broken value; of a longer value only i
 MAX_REPAIRS = 65_536  # characters of all broken values together
 
 _MARKS = '{}[]()"\n\\,<'  # the characters that cost work
-_STRUCTURE = re.compile(r'[\\"\n{}\[\]]')
+_ESCAPED = r"\\[\s\S]"  # a backslash hides the character behind it
+# The next bracket outside all pairs, where a quote is prose; and the next bracket or string inside a pair. A JSON
+# string holds no raw line break, so an open string ends there, or with the text.
+_OPENING = re.compile(rf"{_ESCAPED}|[{{\[]")
+_INSIDE = re.compile(rf'{_ESCAPED}|"(?:[^"\\\n]++|{_ESCAPED})*+(?:["\n]|\\?\Z)|[{{}}\[\]]')
 _NUMBER = r"\s*+([-+]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++))\s*+"
 _QUOTED = rf"\s*+[\"'“”]?{_NUMBER}[\"'“”]?\s*+"
 _FOUR = ",".join([_QUOTED] * 4)
@@ -48,6 +52,7 @@ _QUOTED_NUMBER = re.compile(_NUMBER)
 _TRAILING_COMMA = re.compile(r",(\s*+[}\]])")
 # Full-width forms (U+FF01 to U+FF5E) -> ASCII, as Chinese keyboards and models write them.
 _FULL_WIDTH = {0xFF01 + offset: chr(0x21 + offset) for offset in range(94)} | {ord("【"): "[", ord("】"): "]"}
+_WIDE = re.compile("[\uff01-\uff5e【】]++")
 
 
 @dataclass(frozen=True)
@@ -200,8 +205,14 @@ def _from_quotes(value: Any) -> Any:
     """The number in a JSON string; any other value is returned unchanged."""
     if not isinstance(value, str) or len(value) > 100:
         return value
-    number = _QUOTED_NUMBER.fullmatch(value.translate(_FULL_WIDTH))
+    number = _QUOTED_NUMBER.fullmatch(_as_ascii(value))
     return value if number is None else float(number[1])
+
+
+def _as_ascii(text: str) -> str:
+    """The text with ASCII characters for full-width ones. Places in it are places in `text`."""
+    # `translate` looks every character up, so that it gets only the runs that need it.
+    return text if text.isascii() else _WIDE.sub(lambda run: run[0].translate(_FULL_WIDTH), text)
 
 
 def _read_parts(text: str) -> list[tuple[int, int]]:
@@ -224,7 +235,7 @@ def _written(text: str, lenient: bool) -> Iterator[re.Match[str]]:
     """The boxes without JSON. A list in ASCII brackets is not one of them: it is read as JSON or not at all."""
     plain = text  # each character becomes one character, so that places in `plain` are places in `text`
     if not text.isascii() and len(text) <= 16 * EXCERPT:
-        plain = text.translate(_FULL_WIDTH)
+        plain = _as_ascii(text)
     if "(" in plain or "<box>" in plain or plain != text:
         for found in (_LENIENT if lenient else _WRITTEN).finditer(plain):
             if text[found.start()] != "[":
@@ -261,7 +272,7 @@ def _json_values(text: str) -> Iterator[tuple[int, int, Any]]:
 def _repaired(part: str) -> Any:
     """The value of a part that is broken only in the notation of boxes or in trailing commas, if it has a box; else
     None."""
-    plain = _TRAILING_COMMA.sub(r"\1", _LIST.sub(_as_json, part.translate(_FULL_WIDTH)))
+    plain = _TRAILING_COMMA.sub(r"\1", _LIST.sub(_as_json, _as_ascii(part)))
     if plain == part:
         return None
     try:
@@ -281,28 +292,21 @@ def _outer_spans(text: str) -> list[tuple[int, int]]:
     starts: list[int] = []  # place of every opening bracket
     ends: list[int | None] = []  # the place behind its closing bracket; None while open, or nested too deeply
     open_pairs: list[list[int]] = []  # stack of [index into starts, depth of the brackets inside]
-    in_string, escaped = False, -1  # `escaped`: the place of a character behind a backslash
-    for match in _STRUCTURE.finditer(text):
-        token = match.group()
-        if match.start() == escaped:
-            continue
-        if token == "\\":
-            escaped = match.end()
-        elif token == '"' or token == "\n":
-            # A quote outside brackets is prose. A JSON string holds no raw line break, so an open string ends there.
-            in_string = token == '"' and not in_string and bool(open_pairs)
-        elif in_string:
-            continue
-        elif token in "{[":
+    place = 0
+    while match := (_INSIDE if open_pairs else _OPENING).search(text, place):
+        start, place = match.span()
+        token = text[start]
+        if token == "{" or token == "[":
             open_pairs.append([len(starts), 1])
-            starts.append(match.start())
+            starts.append(start)
             ends.append(None)
-        elif not open_pairs or text[starts[open_pairs[-1][0]]] != ("{" if token == "}" else "["):
-            open_pairs.clear()  # a closing bracket of the wrong kind: no open pair can be balanced any more
-        else:
+        elif token == "}" or token == "]":
             index, height = open_pairs.pop()
+            if text[starts[index]] != ("{" if token == "}" else "["):
+                open_pairs.clear()  # a closing bracket of the wrong kind: no open pair can be balanced any more
+                continue
             if height <= MAX_DEPTH:
-                ends[index] = match.end()
+                ends[index] = place
             if open_pairs:
                 open_pairs[-1][1] = max(open_pairs[-1][1], height + 1)
     return [(start, end) for start, end in zip(starts, ends, strict=True) if end is not None]

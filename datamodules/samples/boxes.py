@@ -21,19 +21,20 @@ def iou(a: Box, b: Box) -> float:
     The area of a box is (x2-x1)(y2-y1), without the +1 of integer pixel boxes. A degenerate, inverted or non-finite box
     has no area, so its IoU with any box is 0.0.
     """
-    area_a, area_b = _area(a), _area(b)
-    if area_a == 0.0 or area_b == 0.0:
+    ax1, ay1, ax2, ay2 = a
+    bx1, by1, bx2, by2 = b
+    # NaN is above nothing, so that no comparison with it is true.
+    if not (ax2 > ax1 and ay2 > ay1 and bx2 > bx1 and by2 > by1):
         return 0.0
-    overlap = _area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
+    if not (ax1 < bx2 and bx1 < ax2 and ay1 < by2 and by1 < ay2):  # most pairs do not overlap
+        return 0.0
+    area_a, area_b = (ax2 - ax1) * (ay2 - ay1), (bx2 - bx1) * (by2 - by1)
+    overlap = (min(ax2, bx2) - max(ax1, bx1)) * (min(ay2, by2) - max(ay1, by1))
     union = area_a + area_b - overlap
-    # Rounding can make the quotient slightly larger than 1. An area that overflowed would make it inf / inf.
-    return min(overlap / union, 1.0) if math.isfinite(union) else 0.0
-
-
-def _area(box: Box) -> float:
-    x1, y1, x2, y2 = box
-    # NaN is above nothing. An infinite edge gives an infinite area, and so an infinite union, for which `iou` is 0.
-    return (x2 - x1) * (y2 - y1) if x2 > x1 and y2 > y1 else 0.0
+    # A tiny area can be rounded to 0. An infinite edge gives an infinite union, or NaN.
+    if area_a == 0.0 or area_b == 0.0 or not math.isfinite(union):
+        return 0.0
+    return min(overlap / union, 1.0)  # rounding can make the quotient slightly larger than 1
 
 
 def box_fault(box: Box) -> str | None:

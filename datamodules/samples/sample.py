@@ -94,6 +94,8 @@ class BoxAnswer:
 
 @dataclass(frozen=True)
 class BoxesAnswer:
+    """All true boxes. Only benchmarks have questions that no box answers."""
+
     boxes: tuple[BoxAnswer, ...]
 
 
@@ -136,7 +138,8 @@ class Sample:
     def from_json(cls, record: Mapping[str, Any], strict_boxes: bool = True) -> Sample:
         """Validate a record and make a sample of it. Raises SampleError with the id and the broken rule.
 
-        `strict_boxes=False` accepts degenerate and out-of-range answer boxes: benchmarks score such boxes as they are.
+        `strict_boxes=False` accepts degenerate and out-of-range answer boxes, which benchmarks score as they are, and
+        answers without a box.
         """
         if not isinstance(record, Mapping):
             raise SampleError("unknown", "field_type", f"a record is an object, got {type(record).__name__}")
@@ -228,7 +231,9 @@ class _Reader:
         if isinstance(value, Mapping) and "boxes" in value:
             self.fields(value, "answer", ("boxes",))
             boxes = tuple(self.box_answer(item) for item in self.items(value["boxes"], "boxes"))
-            return BoxesAnswer(boxes) if boxes else self.fail("no_boxes", "answer.boxes is empty")
+            if not boxes and self.strict_boxes:
+                self.fail("no_boxes", "answer.boxes is empty")
+            return BoxesAnswer(boxes)
         if isinstance(value, Mapping) and "letter" in value:
             return self.choice(value)
         return self.box_answer(value)

@@ -67,6 +67,7 @@ def score_text(
     which: BoxChoice = "first",
     lenient: bool = False,
     form: AnswerForm = AnswerForm.ONE_BOX,
+    parsed: ParsedAnswer | ParseFailure | None = None,
 ) -> TextScore:
     """Score one text against the true box, or the true boxes.
 
@@ -79,6 +80,7 @@ def score_text(
         which: which of several boxes counts in the one-box form. With "first", further boxes cannot raise the score.
         lenient: read the box notations of other models too, as in `parse_answer`.
         form: with NAMED_IMAGE all boxes count, each in the image that it names.
+        parsed: what `parse_answer` returns for these arguments, if the caller has it already.
 
     Raises:
         ValueError: `answer` has no box, has several in the one-box form, or names an image that has no sizes.
@@ -90,7 +92,7 @@ def score_text(
         if not 0 <= one.image < len(image_sizes):
             raise ValueError(f"answer is in image {one.image}, but there are {len(image_sizes)} images")
     # The two checks are independent: a tolerantly read box may have the wrong format.
-    parsed, well_formed = parse_answer(text, lenient), is_well_formed(text, form)
+    parsed, well_formed = parsed or parse_answer(text, lenient), is_well_formed(text, form)
     if isinstance(parsed, ParseFailure):
         return TextScore(None, 0.0, well_formed, parsed.kind, BoxMatching((), true))
     if form == AnswerForm.NAMED_IMAGE:

@@ -78,9 +78,10 @@ class Evaluation:
         model: folder or Hub name of a Qwen2.5-VL without an adapter (merge first), or of any image-text model that
             transformers can load; the nano model is models/nano-base. With an endpoint, the name of the model on the
             server
-        data_root: folder that holds MIG-Bench/, Ref-L4/, ReasonSeg/, ReVOS/, odinw/, BLINK/, MMIU/
-        bench: all, or a comma-separated list of mig_bench, ref_l4, lisa, revos, odinw, blink, mmiu; a path, such as
-            data/kites/val, is a folder of shards, and its tasks are the columns
+        data_root: folder that holds MIG-Bench/, Ref-L4/, ReasonSeg/, ReVOS/, odinw/, BLINK/, MMIU/, MC-Bench/
+        bench: all (the seven of the paper's tables), or a comma-separated list of mig_bench, ref_l4, lisa, revos,
+            odinw, blink, mmiu, mc_bench; a path, such as data/kites/val, is a folder of shards, and its tasks are the
+            columns
         output: output folder; null means <phase>/benchmarks for the merged model of a phase (finished results with
             other settings are not replaced), and outputs/eval/<model> for another model
         limit: largest number of questions of each column (task, split, set or subset); null means all

@@ -39,7 +39,7 @@ def bootstrap_intervals(
         columns[column] = _mean(units, rule.within)
     members = {name: [columns[member] for member in found if member in columns] for name, found in averages.items()}
     means = {name: _mean(found, rule.across) for name, found in members.items() if found}
-    return {name: _percentiles(draws) for name, (draws, _) in (columns | means).items()}
+    return {name: percentiles(100 * draws) for name, (draws, _) in (columns | means).items()}
 
 
 def _mean(parts: Sequence[Draws], how: Average) -> Draws:
@@ -49,6 +49,7 @@ def _mean(parts: Sequence[Draws], how: Average) -> Draws:
     return np.average([draws for draws, _ in parts], axis=0, weights=weights), sum(sizes)
 
 
-def _percentiles(draws: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(100 * draws, [2.5, 97.5])
+def percentiles(draws: np.ndarray) -> tuple[float, float]:
+    """The limits of the 95 % interval of `draws`."""
+    low, high = np.percentile(draws, [2.5, 97.5])
     return float(low), float(high)

@@ -8,8 +8,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from datamodules.benchmarks.base import Rule
+from datamodules.metrics.detections import Detection
 from datamodules.metrics.predictions import Prediction
 from datamodules.samples.sample import BoxesAnswer, ChoiceAnswer
+from lightning_modules.metrics.average_precision import average_precisions
 
 
 def summarise(
@@ -40,9 +42,11 @@ def summarise(
     )
     return {
         "n": n,
-        **_accuracies(predictions, values, f1s, rule, averages, seed),
+        **_numbers(predictions, values, f1s, [p.detections for p in predictions], rule, averages, seed),
         "rule": asdict(rule),
-        "official": _accuracies(predictions, officials, official_f1s, official, averages, seed)
+        "official": _numbers(
+            predictions, officials, official_f1s, [p.official_detections for p in predictions], official, averages, seed
+        )
         | {"rule": asdict(official)},
         "format_rate": 100 * sum(p.well_formed for p in boxes) / len(boxes) if boxes else None,
         "failures": dict(sorted(Counter(p.failure for p in predictions if p.failure is not None).items())),
@@ -51,15 +55,18 @@ def summarise(
     }
 
 
-def _accuracies(
+def _numbers(
     predictions: Sequence[Prediction],
     values: Sequence[float],
     f1s: Sequence[float],
+    detections: Sequence[Sequence[Detection] | None],
     rule: Rule,
     averages: Mapping[str, Sequence[str]],
     seed: int,
 ) -> dict[str, Any]:
-    """{"columns", "averages", "details"} from one value and one F1 for each prediction."""
+    """{"columns", "averages", "details"} from one value, one F1, and the detections, for each prediction."""
+    if rule.measure == "average_precision":
+        return average_precisions(predictions, detections, f1s, rule, averages, seed)
     # Importing torchmetrics takes seconds and loads transformers: so only a process that scores answers imports it.
     from lightning_modules.metrics.accuracy import GroundingAccuracy
 

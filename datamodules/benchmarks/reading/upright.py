@@ -18,8 +18,8 @@ def turn_questions(samples: Sequence[Sample], folder: Path) -> tuple[list[Sample
     """Rotate the boxes of samples together with their images; returns the samples and the number of changed samples.
 
     The images are files below `folder`. Each image with a box is opened once. `extra["size"]` is the stored size of the
-    answer's image; it is rotated too. A missing or damaged image changes nothing here; its question is rejected when it
-    is asked.
+    answer's image, `extra["sizes"]` has the sizes of all images; they are rotated too. A missing or damaged image
+    changes nothing here; its question is rejected when it is asked.
     """
     known: dict[str, int] = {}
     found = []
@@ -43,7 +43,12 @@ def orientation_of(path: Path) -> int:
 
 def _turned(sample: Sample, orientations: dict[int, int]) -> Sample:
     new = turn_sample(sample, orientations)
-    if new is not sample and "size" in sample.extra and isinstance(sample.answer, BoxAnswer):
-        width, height = turn_size(tuple(sample.extra["size"]), orientations[sample.answer.image])
-        new = replace(new, extra={**sample.extra, "size": [width, height]})
+    if new is sample:
+        return sample
+    if "size" in sample.extra and isinstance(sample.answer, BoxAnswer):
+        size = turn_size(tuple(sample.extra["size"]), orientations[sample.answer.image])
+        new = replace(new, extra={**sample.extra, "size": list(size)})
+    if "sizes" in sample.extra:
+        sizes = [list(turn_size(tuple(size), orientations.get(k, 1))) for k, size in enumerate(sample.extra["sizes"])]
+        new = replace(new, extra={**sample.extra, "sizes": sizes})
     return new

@@ -5,6 +5,7 @@ Boxes are `<|box_start|>(x1,y1),(x2,y2)<|box_end|>`, 0-1000; images are "the sec
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -19,6 +20,11 @@ BOX = re.compile(rf"<\|box_start\|>\({_NUMBER},{_NUMBER}\),\({_NUMBER},{_NUMBER}
 _KIND = "(?:image|picture|frame|photo)"
 _ORDINAL = rf"{'|'.join(ORDINALS)}|\d+(?:st|nd|rd|th)"
 _IMAGE = re.compile(rf"\b(?:({_ORDINAL})\s+{_KIND}|{_KIND}[- ]?(\d+))\b", re.IGNORECASE)
+# "the first and the third image": a list of which `_IMAGE` finds only the last.
+_LISTED = re.compile(
+    rf"\b(?:{_ORDINAL})(?:\s*,\s*|\s*,?\s+(?:and|or|to)\s+)(?:the\s+)?(?:{_ORDINAL})\s+{_KIND}", re.IGNORECASE
+)
+_IN = re.compile(r"\)?,?\s*(?:in|of|from|on)\s+(?:the\s+)?", re.IGNORECASE)  # between a box and its image
 _LABEL = re.compile(r"<\|object_ref_start\|>(.*?)<\|object_ref_end\|>", re.DOTALL)
 _RELATIVE_1000 = ImageSizes(original=(1, 1), resized=(1, 1))  # this box format needs no sizes
 
@@ -58,10 +64,12 @@ def bind(
 
     The sources are tried in this order. "single": there is one image. "fixed": the answers of the task are always in
     image `fixed`. "answer": the nearest image named before the box. "order", only if `in_order`: there are equally many
-    boxes and images, or equally many boxes and images after the first if the question marks the first. "question": the
-    image that the question names last. "silent": image `silent`, if no image is named. Raises SampleError "no_box";
-    "box_in_unit" for numbers in 0-1; "image_unknown" if no source names an image, because it is never guessed;
-    "image_conflict" if the answer names another image than the one found.
+    boxes and images, or equally many boxes and images after the first if the question marks its box there. "question":
+    the image that the question names last. "silent": image `silent`, if no image is named. Raises SampleError "no_box";
+    "box_in_unit" for numbers in 0-1; "image_unknown" if no source names an image, because it is never guessed, nor
+    where the words of the answer leave it open (`_is_unclear`); "image_conflict" if the answer names another image than
+    the one found, if two boxes of a track would be in one image, or if the question names last the image of its own
+    box.
     """
     matches = list(BOX.finditer(answer))
     if not matches:
@@ -69,21 +77,27 @@ def bind(
     # 1. The most reliable sources: a single image, a fixed rule of the task, the words of the answer.
     named = named_images(answer, num_images, sample_id)
     images, source = _images(matches, named, num_images, fixed)
-    # 2. Tracking lists one box per frame. If the question has a box, it marks the first frame, which is not in the
-    # answer.
-    if not images and in_order and len(matches) > 1:
-        first = 1 if BOX.search(question) else 0
-        if len(matches) == num_images - first:
-            images, source = list(range(first, num_images)), "order"
+    asked = [] if images else named_images(question, num_images, sample_id)
+    marked = {_question_image(question, asked, box) for box in BOX.finditer(question)}
+    # 2. Tracking lists one box per frame, without the first one if the question marks the object there.
+    if not images and in_order:
+        without_first = num_images - 1 if marked == {0} else num_images
+        if len(matches) in (without_first, num_images):
+            images, source = list(range(num_images - len(matches), num_images)), "order"
     # 3. One box, and the answer names no image: the last image named in the question, or else the task's default.
     if not images and len(matches) == 1:
-        asked = named_images(question, num_images, sample_id)
         images, source = ([asked[-1][1]], "question") if asked else ([silent], "silent")
+        if source == "question" and images[0] in marked and num_images > 1:
+            raise SampleError(sample_id, "image_conflict", f"the question's own box is there: {question!r:.150}")
     # 4. Unknown and contradictory images are rejected, so that no wrong target is used in training.
     if not images or images[0] is None or max(images) >= num_images:
         raise SampleError(sample_id, "image_unknown", f"no image is named: {question[-100:]!r} -> {answer!r:.100}")
     if source != "answer" and not {image for _, image in named} <= set(images):
         raise SampleError(sample_id, "image_conflict", f"{source} says {images}, but the answer is {answer!r:.150}")
+    if source == "answer" and (_LISTED.search(answer) or (len(matches) > 1 and _is_unclear(matches, named))):
+        raise SampleError(sample_id, "image_unknown", f"the image of a box is not clear: {answer!r:.150}")
+    if in_order and num_images > 1 and len(set(images)) < len(images):
+        raise SampleError(sample_id, "image_conflict", f"two boxes of a track in one image: {answer!r:.150}")
     if in_unit := [match.group() for match in matches if max(map(float, match.groups())) <= 1]:
         raise SampleError(sample_id, "box_in_unit", f"{in_unit[0]} is in 0-1, where the markup means 0-1000")
     found = [Marked(image, _unit(match), match.start()) for match, image in zip(matches, images, strict=True)]
@@ -104,6 +118,34 @@ def _images(
     return [], ""
 
 
+def _question_image(text: str, named: list[tuple[int, int]], box: re.Match[str]) -> int:
+    """The image of a box in a question: "(box) in image-2", or the last one named before it, or the first image."""
+    behind = next(((place, image) for place, image in named if place >= box.end()), None)
+    if behind is not None and _IN.fullmatch(text, box.end(), behind[0]):
+        return behind[1]
+    return _image_before(named, box.start()) or 0
+
+
+def _image_before(named: list[tuple[int, int]], place: int) -> int | None:
+    """The last image that is named before `place`; None if there is none. `named` is sorted by position."""
+    return next((image for start, image in reversed(named) if start < place), None)
+
+
+def _is_unclear(matches: list[re.Match[str]], named: list[tuple[int, int]]) -> bool:
+    """Whether the nearest image before a box need not be its image, in an answer of several boxes.
+
+    So it is if two images are named before one box ("image-1 is like image-2: …"), or if the last box has no image
+    of its own before it and another image is named behind it ("image-1: …. … is in image-2").
+    """
+    starts = [match.start() for match in matches]
+    gaps = [
+        {image for place, image in named if before < place < start}
+        for before, start in zip([-1, *starts], [*starts, math.inf], strict=True)
+    ]
+    behind = gaps.pop()
+    return any(len(gap) > 1 for gap in gaps) or (not gaps[-1] and not behind <= {_image_before(named, starts[-1])})
+
+
 def label_before(text: str, end: int | None = None) -> str:
     """The last phrase marked as an object before `end`; "" if there is none."""
     found = _LABEL.findall(text[:end])
@@ -114,7 +156,8 @@ def question_parts(question: str, num_images: int, sample_id: str, image_tag: st
     """Split a human turn into message parts: images at their tags (or all first if there are no tags), boxes, and
     texts.
 
-    A box in a question belongs to the nearest image named before it, or else to the first image.
+    A box in a question belongs to the image that follows as in "(box) in image-2", or to the nearest image named before
+    it, or else to the first image.
     """
     pieces = question.split(image_tag)
     parts: list[dict[str, Any]] = []
@@ -127,7 +170,7 @@ def question_parts(question: str, num_images: int, sample_id: str, image_tag: st
         done = 0
         named = named_images(piece, num_images, sample_id) if BOX.search(piece) else []
         for match in BOX.finditer(piece):
-            image = next((index for place, index in reversed(named) if place < match.start()), 0)
+            image = _question_image(piece, named, match)
             parts.append({"type": "text", "text": piece[done : match.start()]})
             parts.append({"type": "box", "image": image, "box": list(_unit(match)), "text": match.group()})
             done = match.end()

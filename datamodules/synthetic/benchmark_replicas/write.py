@@ -1,6 +1,6 @@
 """Write the nano replicas that are missing: in each benchmark's own files, by a pure function of a fixed seed.
 
-data/nano/{Ref-L4,ReasonSeg,ReVOS,odinw,BLINK,MMIU}    (data/nano/MIG-Bench comes with the synthetic dataset)
+data/nano/{Ref-L4,ReasonSeg,ReVOS,odinw,BLINK,MMIU,MC-Bench}    (data/nano/MIG-Bench comes with the synthetic dataset)
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from pathlib import Path
 
 from datamodules.persistence.files import fingerprint, read_json, whole_folder, write_json
 from datamodules.streaming.path_fingerprint import path_fingerprint
-from datamodules.synthetic.benchmark_replicas import grounding, multiple_choice
+from datamodules.synthetic.benchmark_replicas import grounding, multi_context, multiple_choice
 
 MARKER, OLD_MARKER = ".replica.json", ".twin.json"  # earlier versions wrote the second
-# Benchmark -> (its folder, writer, questions or pictures of each split, set, subset or task key).
+# Benchmark -> (its folder, writer, questions or pictures of each split, set, subset, task key or style).
 REPLICAS: dict[str, tuple[str, Callable[[Path, int], None], int]] = {
     "ref_l4": ("Ref-L4", grounding.write_ref_l4, 40),
     "lisa": ("ReasonSeg", grounding.write_reason_seg, 40),
@@ -21,6 +21,7 @@ REPLICAS: dict[str, tuple[str, Callable[[Path, int], None], int]] = {
     "odinw": ("odinw", grounding.write_odinw, 12),
     "blink": ("BLINK", multiple_choice.write_blink, 12),
     "mmiu": ("MMIU", multiple_choice.write_mmiu, 6),
+    "mc_bench": ("MC-Bench", multi_context.write_mc_bench, 40),
 }
 
 

@@ -63,7 +63,7 @@ class Completion:
             ValueError: the true answer has no box (in the one-box form: not one box) in an image of the sample.
         """
         how = (self.image_sizes, self.box_format)
-        return score_text(self.text, self.sample.answer, *how, form=self.answer_form)
+        return score_text(self.text, self.sample.answer, *how, form=self.answer_form, parsed=self.parsed)
 
     @cached_property
     def parsed(self) -> ParsedAnswer | ParseFailure:

@@ -41,6 +41,9 @@ def test_an_image_that_is_not_there_is_an_error(text: str) -> None:
         (A, "Locate the 2th image's region.", {"fixed": 0}, [0], "fixed"),
         (A + B, f"The first is {A}.", {"in_order": True}, [1, 2], "order"),
         (A + B + A, "Track it.", {"in_order": True}, [0, 1, 2], "order"),
+        (A + B + A, f"Track {A} of image-1.", {"in_order": True}, [0, 1, 2], "order"),  # with the marked frame
+        (f"Image-2: {A}. Image-3: {B}. Image-1 has none.", "", {"in_order": True}, [1, 2], "answer"),
+        (f"Unlike the first image, the second image has it: {A}", "", {}, [1], "answer"),
     ],
 )
 def test_a_box_is_bound_to_the_image_that_words_or_the_task_say(
@@ -68,6 +71,19 @@ def test_with_one_image_nothing_need_be_named() -> None:
         (f"{A} in the first image", "Find it in image-2.", {}, "image_conflict"),
         (f"In the second image: {A}", "Region 1?", {"fixed": 0}, "image_conflict"),
         (A, "Find it.", {"silent": 7}, "image_unknown"),
+        # The box in the question is in an image that the question names last: the answer's box need not be there.
+        (A, f"In image-2, find what is at {B} in image-1.", {}, "image_conflict"),
+        (A, f"Find what is in image-1 at {B}.", {}, "image_conflict"),
+        (A, f"Track what is at {B} in the second image.", {"in_order": True}, "image_conflict"),
+        (A + B, f"It is in the second image at {B}: track it.", {"in_order": True}, "image_unknown"),
+        # Several boxes whose words leave open which image each is in.
+        (f"In the first and third image: {A}, {B}", "", {}, "image_unknown"),
+        (f"In the first, and the 3rd picture: {A}", "", {}, "image_unknown"),
+        (f"Image-1 is like image-2: {A}, {B}", "", {}, "image_unknown"),
+        (f"In the first and third image: {A} in the first, {B} in the third", "", {}, "image_unknown"),
+        (f"Image-1: {A}. {B} is in image-2.", "", {}, "image_unknown"),
+        (f"{A} in image-1, {B} in image-2", "", {}, "image_unknown"),
+        (f"What the first image marks: {A}, {B}", "", {"in_order": True}, "image_conflict"),
     ],
 )
 def test_no_image_is_guessed(answer: str, question: str, rules: dict, rule: str) -> None:
@@ -94,6 +110,8 @@ def test_a_question_keeps_its_images_in_place_and_its_boxes_as_written() -> None
         {"type": "box", "image": 1, "box": [0.001, 0.002, 0.003, 0.004], "text": B},
         {"type": "text", "text": "?"},
     ]
+    behind = question_parts(f"The cup {A} in the second image, not {B} of image-1.", 2, "s", "<image>")
+    assert [part["image"] for part in behind if part["type"] == "box"] == [1, 0]
     later = question_parts(f"And {A}?", 2, "s", "<image>")
     assert [part["type"] for part in later] == ["image", "image", "text", "box", "text"]
     assert later[3]["image"] == 0
