@@ -120,7 +120,7 @@ eval: $(STAMP)  ## Evaluate any model on MIG-Bench, BENCH=all (or ref_l4,...), o
 		$(if $(GPUS),--processes $(GPUS)) $(answer) $(ARGS)
 
 ask: $(STAMP)  ## Ask a model about your own images: MODEL=folder IMAGES="a.jpg b.jpg" QUESTION="..."; boxes in pixels and a drawing
-	@$(PY) -m experiments.ask_model --model $(or $(MODEL),nano) --images $(call list,$(IMAGES)) --question "$$QUESTION" $(ARGS)
+	@$(PY) -m experiments.asking.ask_model --model $(or $(MODEL),nano) --images $(call list,$(IMAGES)) --question "$$QUESTION" $(ARGS)
 
 publish: $(STAMP)  ## Push a trained model, its card and its adapter to the Hugging Face Hub: MODEL=outputs/nano/grpo/merged REPO=owner/name
 	$(PY) -m experiments.runs.sharing.publish --model $(or $(MODEL),$(error MODEL=folder is missing)) \

@@ -45,7 +45,7 @@ ROOMS = {
     ),
     "callbacks": (),
     "experiments": (
-        ("reports", "runs/sharing"),
+        ("reports", "runs/sharing", "asking"),
         ("evaluation", "sweeps", "nano", "bench", "runs/command_line", "runs/overview"),
         ("runs", "synthesis"),
     ),

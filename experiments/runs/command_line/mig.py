@@ -16,7 +16,7 @@ COMMANDS = {
     "ablations": "experiments.ablations",
     "sweep": "experiments.sweep",
     "eval": "experiments.evaluate",
-    "ask": "experiments.ask_model",
+    "ask": "experiments.asking.ask_model",
     "rescore": "experiments.evaluation.rescore",
     "runs": "experiments.runs.overview.run_table",
     "report": "experiments.reports.pipeline_report",

@@ -1,0 +1,140 @@
+"""The page of `make demo`. This is the only file that imports Gradio."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from datamodules.images.image_loading import ImageError, load_image
+from experiments.asking.grounding_model import GroundingModel
+from experiments.asking.one_question import QuestionError, build_question
+from experiments.asking.side_by_side import Shown, ask_side_by_side
+
+TITLE = "Multi-image grounding"
+HELP = (
+    "Drop the images of one question in the order of their numbers. The text may name them (image 1, image 2), or say "
+    "where each image stands by <image>, once for each image."
+)
+USERS = 8  # number of questions that are worked on at the same time; more wait in a queue
+LONGEST_QUEUE = 64
+LARGEST_FILE = "64mb"
+KEEP_SECONDS = 3600  # uploads and drawings of an open page are removed after this time
+THUMBNAIL = (360, 360)  # largest sides of a numbered image, in pixels
+FONTS = ("system-ui", "sans-serif")  # the fonts of the machine
+
+
+def open_page(
+    models: Sequence[GroundingModel], address: tuple[str, int], max_images: int, opened: Callable[[], None]
+) -> None:
+    """Serve the page until the process is interrupted.
+
+    Args:
+        models: a column for each.
+        address: host and port.
+        max_images: largest number of images of a question.
+        opened: called when the page can be opened.
+    """
+    page = build_page(models, max_images)
+    host, port = address
+    # Each argument overrides an environment variable or a default that would open the page to other machines, write
+    # questions down, or start other servers.
+    page.queue(max_size=LONGEST_QUEUE, default_concurrency_limit=USERS).launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        root_path="",
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        inbrowser=False,
+        inline=False,
+        footer_links=[],
+        max_file_size=LARGEST_FILE,
+        theme=gr.themes.Base(font=FONTS, font_mono=("monospace",)),
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    opened()
+    page.block_thread()
+
+
+def build_page(models: Sequence[GroundingModel], max_images: int) -> gr.Blocks:
+    """The page: images and a question above, a column for each model below."""
+
+    def preview(files: list[str] | None) -> dict:
+        pictures = []
+        for number, file in enumerate((files or [])[:max_images], 1):
+            with suppress(OSError, ImageError):  # a broken file is named when the question is asked
+                picture = load_image(Path(file).read_bytes(), models[0].limits.max_image_pixels)
+                picture.thumbnail(THUMBNAIL)
+                pictures.append((picture, f"image {number}"))
+        return gr.update(value=pictures, visible=bool(pictures))
+
+    def answer(files: list[str] | None, question: str | None) -> Iterator[list[Any]]:
+        yield from ask(models, files or [], question or "", max_images)
+
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEEP_SECONDS, KEEP_SECONDS)) as page:
+        gr.Markdown(f"# {TITLE}\n{HELP}".replace("<image>", "`<image>`"))
+        with gr.Row():
+            files = gr.File(
+                label="Images", file_count="multiple", file_types=["image"], allow_reordering=True, elem_id="images"
+            )
+            question = gr.Textbox(label="Question", lines=4, elem_id="question", max_length=10_000)
+        numbered = gr.Gallery(
+            label="Numbers of the images", visible=False, interactive=False, columns=8, height=180, format="png"
+        )
+        button = gr.Button("Ask", variant="primary", elem_id="ask")
+        message = gr.Textbox(label="Message", visible=False, interactive=False, elem_id="message")
+        shown: list[gr.Blocks] = []
+        with gr.Row():
+            for number, model in enumerate(models, 1):
+                with gr.Column():
+                    gr.Textbox(model.name, label=f"Model {number}", interactive=False)
+                    shown += [
+                        gr.Image(label="Boxes", type="pil", format="png", interactive=False, elem_id=f"boxes-{number}"),
+                        gr.Textbox(label="Thinking", lines=4, interactive=False, elem_id=f"thinking-{number}"),
+                        gr.Textbox(label="Answer", lines=4, interactive=False, elem_id=f"answer-{number}"),
+                    ]
+        files.change(preview, files, numbered, show_progress="hidden")
+        gr.on(
+            [button.click, question.submit],
+            answer,
+            [files, question],
+            [message, *shown],
+            concurrency_limit=USERS,
+            show_progress="minimal",
+        )
+    return page
+
+
+def ask(models: Sequence[GroundingModel], files: Sequence[str], question: str, max_images: int) -> Iterator[list[Any]]:
+    """Yields the values of the message and of all columns, again and again."""
+    empty = [Shown("", "")] * len(models)
+    if len(files) > max_images:
+        yield _values(f"{len(files)} images are too many: a question has at most {max_images}", empty)
+        return
+    try:
+        loaded = build_question(files, question, models[0].limits.max_image_pixels)
+    except QuestionError as error:
+        yield _values(_with_names(str(error), files), empty)
+        return
+    for shown in ask_side_by_side(models, loaded, question):
+        yield _values("", shown)
+
+
+def _with_names(text: str, files: Sequence[str]) -> str:
+    """The message with the names of the files instead of their temporary paths."""
+    for file in files:
+        text = text.replace(file, Path(file).name)
+    return text
+
+
+def _values(message: str, shown: Sequence[Shown]) -> list[Any]:
+    columns = [value for each in shown for value in (each.drawing, each.thinking, each.answer)]
+    return [gr.update(value=message, visible=bool(message)), *columns]
