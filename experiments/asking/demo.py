@@ -12,7 +12,9 @@ on it are kept in a temporary folder, which is removed when the command ends.
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +73,7 @@ def serve(demo: Demo) -> None:
     if len(names) > MOST_MODELS:
         raise DemoError(f"models: {len(names)} are given; the page has room for {MOST_MODELS}")
     check_port(demo.port)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # or the folder would stay
     with tempfile.TemporaryDirectory(prefix="demo-") as folder:
         _keep_to_this_machine(folder)
         try:

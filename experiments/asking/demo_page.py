@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from datamodules.images.image_loading import ImageError, load_image
+from datamodules.samples.sample import LoadedSample
 from experiments.asking.grounding_model import GroundingModel
-from experiments.asking.one_question import QuestionError, build_question
+from experiments.asking.one_question import QuestionError, build_question, draw_images
 from experiments.asking.side_by_side import Shown, ask_side_by_side
 
 TITLE = "Multi-image grounding"
@@ -23,7 +22,6 @@ USERS = 8  # number of questions that are worked on at the same time; more wait 
 LONGEST_QUEUE = 64
 LARGEST_FILE = "64mb"
 KEEP_SECONDS = 3600  # uploads and drawings of an open page are removed after this time
-THUMBNAIL = (360, 360)  # largest sides of a numbered image, in pixels
 FONTS = ("system-ui", "sans-serif")  # the fonts of the machine
 
 
@@ -66,15 +64,10 @@ def open_page(
 
 def build_page(models: Sequence[GroundingModel], max_images: int) -> gr.Blocks:
     """The page: images and a question above, a column for each model below."""
+    most_pixels = models[0].limits.max_image_pixels
 
-    def preview(files: list[str] | None) -> dict:
-        pictures = []
-        for number, file in enumerate((files or [])[:max_images], 1):
-            with suppress(OSError, ImageError):  # a broken file is named when the question is asked
-                picture = load_image(Path(file).read_bytes(), models[0].limits.max_image_pixels)
-                picture.thumbnail(THUMBNAIL)
-                pictures.append((picture, f"image {number}"))
-        return gr.update(value=pictures, visible=bool(pictures))
+    def look(files: list[str] | None) -> list[Any]:
+        return preview(files or [], most_pixels, max_images)
 
     def answer(files: list[str] | None, question: str | None) -> Iterator[list[Any]]:
         yield from ask(models, files or [], question or "", max_images)
@@ -86,8 +79,14 @@ def build_page(models: Sequence[GroundingModel], max_images: int) -> gr.Blocks:
                 label="Images", file_count="multiple", file_types=["image"], allow_reordering=True, elem_id="images"
             )
             question = gr.Textbox(label="Question", lines=4, elem_id="question", max_length=10_000)
-        numbered = gr.Gallery(
-            label="Numbers of the images", visible=False, interactive=False, columns=8, height=180, format="png"
+        numbered = gr.Image(
+            label="Numbers of the images",
+            visible=False,
+            interactive=False,
+            format="png",
+            height=220,
+            buttons=["fullscreen"],
+            elem_id="numbered",
         )
         button = gr.Button("Ask", variant="primary", elem_id="ask")
         message = gr.Textbox(label="Message", visible=False, interactive=False, elem_id="message")
@@ -97,11 +96,17 @@ def build_page(models: Sequence[GroundingModel], max_images: int) -> gr.Blocks:
                 with gr.Column():
                     gr.Textbox(model.name, label=f"Model {number}", interactive=False)
                     shown += [
-                        gr.Image(label="Boxes", type="pil", format="png", interactive=False, elem_id=f"boxes-{number}"),
+                        gr.Image(
+                            label="Boxes",
+                            format="png",
+                            interactive=False,
+                            buttons=["download", "fullscreen"],
+                            elem_id=f"boxes-{number}",
+                        ),
                         gr.Textbox(label="Thinking", lines=4, interactive=False, elem_id=f"thinking-{number}"),
                         gr.Textbox(label="Answer", lines=4, interactive=False, elem_id=f"answer-{number}"),
                     ]
-        files.change(preview, files, numbered, show_progress="hidden")
+        files.change(look, files, [message, numbered], show_progress="hidden")
         gr.on(
             [button.click, question.submit],
             answer,
@@ -113,28 +118,45 @@ def build_page(models: Sequence[GroundingModel], max_images: int) -> gr.Blocks:
     return page
 
 
+def preview(files: Sequence[str], max_image_pixels: int, max_images: int) -> list[Any]:
+    """The values of the message and of the picture with the numbered images, before a question is asked."""
+    if not files:
+        return [_message(""), gr.update(value=None, visible=False)]
+    try:
+        loaded = check(files, "-", max_image_pixels, max_images)
+    except QuestionError as error:
+        return [_message(str(error)), gr.update(value=None, visible=False)]
+    return [_message(""), gr.update(value=draw_images(loaded.images, max_image_pixels), visible=True)]
+
+
 def ask(models: Sequence[GroundingModel], files: Sequence[str], question: str, max_images: int) -> Iterator[list[Any]]:
     """Yields the values of the message and of all columns, again and again."""
-    empty = [Shown("", "")] * len(models)
-    if len(files) > max_images:
-        yield _values(f"{len(files)} images are too many: a question has at most {max_images}", empty)
-        return
     try:
-        loaded = build_question(files, question, models[0].limits.max_image_pixels)
+        loaded = check(files, question, models[0].limits.max_image_pixels, max_images)
     except QuestionError as error:
-        yield _values(_with_names(str(error), files), empty)
+        yield _values(str(error), [Shown("", "")] * len(models))
         return
     for shown in ask_side_by_side(models, loaded, question):
         yield _values("", shown)
 
 
-def _with_names(text: str, files: Sequence[str]) -> str:
-    """The message with the names of the files instead of their temporary paths."""
-    for file in files:
-        text = text.replace(file, Path(file).name)
-    return text
+def check(files: Sequence[str], question: str, max_image_pixels: int, max_images: int) -> LoadedSample:
+    """The question as a sample. Raises QuestionError, whose message has the names of the files as users know them."""
+    if len(files) > max_images:
+        raise QuestionError(f"{len(files)} images are too many: a question has at most {max_images}")
+    try:
+        return build_question(files, question, max_image_pixels)
+    except QuestionError as error:
+        text = str(error)
+        for file in files:  # without the temporary folder of an upload
+            text = text.replace(file, Path(file).name)
+        raise QuestionError(text) from error
+
+
+def _message(text: str) -> Any:
+    return gr.update(value=text, visible=bool(text))
 
 
 def _values(message: str, shown: Sequence[Shown]) -> list[Any]:
     columns = [value for each in shown for value in (each.drawing, each.thinking, each.answer)]
-    return [gr.update(value=message, visible=bool(message)), *columns]
+    return [_message(message), *columns]

@@ -23,7 +23,9 @@ from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sampl
 ImageSource = str | Path | Image.Image
 MARK = "<image>"  # marks the position of an image in a question
 HEIGHT = 420  # height of every image in the drawing, in pixels
-FONT_SIZE = 15
+GAP = 8  # between two images
+FONT_SIZE, NUMBER_SIZE = 15, 28
+NUMBER_PLACE = (6, HEIGHT - 2)  # left, and bottom, of an image's number
 
 
 class QuestionError(UserError, ValueError):
@@ -200,21 +202,32 @@ def describe_boxes(answer: Answer) -> list[str]:
     return lines
 
 
+def draw_images(images: Sequence[bytes], max_image_pixels: int) -> Image.Image:
+    """All images side by side with their numbers, each scaled to one height."""
+    return _draw(images, (), max_image_pixels)
+
+
 def draw_answer(images: Sequence[bytes], answer: Answer, max_image_pixels: int) -> Image.Image:
-    """All images side by side, each scaled to one height, with the boxes of the answer and their labels."""
+    """The same with the boxes of the answer and their labels."""
+    return _draw(images, answer.boxes, max_image_pixels)
+
+
+def _draw(images: Sequence[bytes], boxes: Sequence[FoundBox], max_image_pixels: int) -> Image.Image:
     pictures = [load_image(data, max_image_pixels).convert("RGB") for data in images]
     scales = [HEIGHT / picture.height for picture in pictures]
     small = [p.resize((max(1, round(p.width * s)), HEIGHT)) for p, s in zip(pictures, scales, strict=True)]
-    canvas = Image.new("RGB", (sum(p.width for p in small) + 8 * (len(small) - 1), HEIGHT), "white")
-    font = ImageFont.load_default(FONT_SIZE)
+    canvas = Image.new("RGB", (sum(p.width for p in small) + GAP * (len(small) - 1), HEIGHT), "grey")
+    font, large = ImageFont.load_default(FONT_SIZE), ImageFont.load_default(NUMBER_SIZE)
     left = 0
     for number, (picture, scale) in enumerate(zip(small, scales, strict=True), 1):
         draw = ImageDraw.Draw(picture)
-        for found in answer.boxes:
+        draw.rectangle(draw.textbbox(NUMBER_PLACE, str(number), large, anchor="ld"), fill="white")
+        draw.text(NUMBER_PLACE, str(number), "black", large, anchor="ld")
+        for found in boxes:
             if found.image == number:
                 _draw_box(draw, [edge * scale for edge in found.box], found.label, picture.size, font)
         canvas.paste(picture, (left, 0))
-        left += picture.width + 8
+        left += picture.width + GAP
     return canvas
 
 

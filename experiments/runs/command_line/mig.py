@@ -17,6 +17,7 @@ COMMANDS = {
     "sweep": "experiments.sweep",
     "eval": "experiments.evaluate",
     "ask": "experiments.asking.ask_model",
+    "demo": "experiments.asking.demo",
     "rescore": "experiments.evaluation.rescore",
     "runs": "experiments.runs.overview.run_table",
     "report": "experiments.reports.pipeline_report",
