@@ -3,7 +3,7 @@
     make demo                                                   # nano: base, CoT-SFT and GRPO, as far as they exist
     make demo MODEL=outputs/kites-7b/grpo/merged ARGS="--dtype bfloat16"
     make demo MODELS="nano outputs/mine/grpo/merged"
-    make demo MODEL=my-model ARGS="--endpoint.base_url http://localhost:8000/v1"
+    make demo MODEL=Qwen/Qwen2.5-VL-7B-Instruct ARGS="--endpoint.base_url http://localhost:8000/v1"
 
 Only this machine can open the page (127.0.0.1), and the page loads nothing from other machines. Images that are dropped
 on it are kept in a temporary folder, which is removed when the command ends.

@@ -72,22 +72,23 @@ def start() -> Iterator[Callable[..., str]]:
 
 
 def drop(page: Any, address: str, files: list[str], question: str) -> None:
+    page.set_default_timeout(PATIENCE)
     page.goto(address)
-    page.wait_for_selector("#ask", timeout=PATIENCE)
+    page.wait_for_selector("#ask")
     page.set_input_files("#images input[type=file]", files)
-    page.wait_for_selector("#numbered img", timeout=PATIENCE)
+    page.wait_for_selector("#numbered img")
     page.fill("#question textarea", question)
 
 
 def wait_for(page: Any, field: str, text: str) -> None:
     script = "([field, text]) => document.querySelector(field)?.value.includes(text)"
-    page.wait_for_function(script, arg=[f"#{field} textarea", text], timeout=PATIENCE)
+    page.wait_for_function(script, arg=[f"#{field} textarea", text])
 
 
 def drawn(page: Any, number: int = 1) -> Image.Image:
     """The picture with the boxes of a model, as the page shows it."""
-    picture = page.wait_for_selector(f"#boxes-{number} img", timeout=PATIENCE)
-    return load_image(page.request.get(picture.get_attribute("src")).body())
+    picture = page.wait_for_selector(f"#boxes-{number} img")
+    return load_image(page.request.get(picture.get_attribute("src"), timeout=PATIENCE).body(), 10**7)
 
 
 def test_two_users_at_once_see_thinking_grow_and_then_boxes(images: list[str], start) -> None:
@@ -120,6 +121,7 @@ def test_two_users_at_once_see_thinking_grow_and_then_boxes(images: list[str], s
     assert sorted(asked) == ["one", "one", "two", "two"]
 
 
+@pytest.mark.slow
 def test_the_committed_base_answers_two_users_and_mistakes_are_told_on_the_page(
     images: list[str], start, tmp_path: Path
 ) -> None:
@@ -142,7 +144,7 @@ def test_the_committed_base_answers_two_users_and_mistakes_are_told_on_the_page(
         first.click("#ask")
         wait_for(first, "message", "question: it is empty")
         second.goto(address)
-        second.wait_for_selector("#ask", timeout=PATIENCE)
+        second.wait_for_selector("#ask")
         second.click("#ask")
         wait_for(second, "message", "images: none is given")
         second.set_input_files("#images input[type=file]", [str(broken)])
@@ -224,7 +226,11 @@ def test_models_that_exist_are_the_default(tmp_path: Path, monkeypatch: pytest.M
         (["--models=[a,b,c,d]"], "models: 4 are given; the page has room for 3"),
         (["--port=0"], "port=0 must be in 1..65535"),
         (["--models=[nowhere/at-all]"], "nowhere/at-all"),
-        (["--models=[a]", "--endpoint.base_url=http://127.0.0.1:9/v1"], "no server listens at http://127.0.0.1:9/v1"),
+        (["--models=[a]", "--endpoint.base_url=http://127.0.0.1:9/v1"], "model='a' is of no known family"),
+        (
+            ["--models=[a]", "--endpoint.base_url=http://127.0.0.1:9/v1", "--form.model_family=qwen2_5_vl"],
+            "no server listens at http://127.0.0.1:9/v1",
+        ),
     ],
 )
 def test_mistakes_are_told_in_short(flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
