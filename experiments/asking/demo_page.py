@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
+from datamodules.encoding.chat_request import png_data_url
 from datamodules.samples.sample import LoadedSample
 from experiments.asking.grounding_model import GroundingModel
 from experiments.asking.one_question import QuestionError, build_question, draw_images
@@ -79,14 +81,8 @@ def build_page(models: Sequence[GroundingModel], max_images: int) -> gr.Blocks:
                 label="Images", file_count="multiple", file_types=["image"], allow_reordering=True, elem_id="images"
             )
             question = gr.Textbox(label="Question", lines=4, elem_id="question", max_length=10_000)
-        numbered = gr.Image(
-            label="Numbers of the images",
-            visible=False,
-            interactive=False,
-            format="png",
-            height=220,
-            buttons=["fullscreen"],
-            elem_id="numbered",
+        numbered = gr.HTML(
+            label="Numbers of the images", show_label=True, container=True, visible=False, elem_id="numbered"
         )
         button = gr.Button("Ask", variant="primary", elem_id="ask")
         message = gr.Textbox(label="Message", visible=False, interactive=False, elem_id="message")
@@ -96,12 +92,8 @@ def build_page(models: Sequence[GroundingModel], max_images: int) -> gr.Blocks:
                 with gr.Column():
                     gr.Textbox(model.name, label=f"Model {number}", interactive=False)
                     shown += [
-                        gr.Image(
-                            label="Boxes",
-                            format="png",
-                            interactive=False,
-                            buttons=["download", "fullscreen"],
-                            elem_id=f"boxes-{number}",
+                        gr.HTML(
+                            label="Boxes", show_label=True, container=True, min_height=60, elem_id=f"boxes-{number}"
                         ),
                         gr.Textbox(label="Thinking", lines=4, interactive=False, elem_id=f"thinking-{number}"),
                         gr.Textbox(label="Answer", lines=4, interactive=False, elem_id=f"answer-{number}"),
@@ -121,12 +113,13 @@ def build_page(models: Sequence[GroundingModel], max_images: int) -> gr.Blocks:
 def preview(files: Sequence[str], max_image_pixels: int, max_images: int) -> list[Any]:
     """The values of the message and of the picture with the numbered images, before a question is asked."""
     if not files:
-        return [_message(""), gr.update(value=None, visible=False)]
+        return [_message(""), gr.update(value="", visible=False)]
     try:
         loaded = check(files, "-", max_image_pixels, max_images)
     except QuestionError as error:
-        return [_message(str(error)), gr.update(value=None, visible=False)]
-    return [_message(""), gr.update(value=draw_images(loaded.images, max_image_pixels), visible=True)]
+        return [_message(str(error)), gr.update(value="", visible=False)]
+    picture = _picture(draw_images(loaded.images, max_image_pixels), "the images with their numbers", "14em")
+    return [_message(""), gr.update(value=picture, visible=True)]
 
 
 def ask(models: Sequence[GroundingModel], files: Sequence[str], question: str, max_images: int) -> Iterator[list[Any]]:
@@ -134,10 +127,13 @@ def ask(models: Sequence[GroundingModel], files: Sequence[str], question: str, m
     try:
         loaded = check(files, question, models[0].limits.max_image_pixels, max_images)
     except QuestionError as error:
-        yield _values(str(error), [Shown("", "")] * len(models))
+        yield [_message(str(error)), *_column(Shown("", "")) * len(models)]
         return
+    before: Sequence[Shown | None] = [None] * len(models)
     for shown in ask_side_by_side(models, loaded, question):
-        yield _values("", shown)
+        columns = [_column(new) if new is not old else [gr.skip()] * 3 for new, old in zip(shown, before, strict=True)]
+        yield [_message(""), *(value for column in columns for value in column)]
+        before = shown
 
 
 def check(files: Sequence[str], question: str, max_image_pixels: int, max_images: int) -> LoadedSample:
@@ -157,6 +153,18 @@ def _message(text: str) -> Any:
     return gr.update(value=text, visible=bool(text))
 
 
-def _values(message: str, shown: Sequence[Shown]) -> list[Any]:
-    columns = [value for each in shown for value in (each.drawing, each.thinking, each.answer)]
-    return [_message(message), *columns]
+def _column(shown: Shown) -> list[Any]:
+    """The values of the fields of one model."""
+    words = "the images with the boxes of the answer"
+    picture = "" if shown.drawing is None else _picture(shown.drawing, words, "24em")
+    return [picture, shown.thinking, shown.answer]
+
+
+def _picture(drawing: Image.Image, words: str, height: str) -> str:
+    """A picture as HTML that holds its data.
+
+    Gradio would write it to a file whose name is a hash of the pixels. One user's file would be written again while
+    another user with the same images reads it.
+    """
+    style = f"max-width: 100%; max-height: {height}; object-fit: contain"
+    return f'<img src="{png_data_url(drawing)}" alt="{words}" style="{style}">'
