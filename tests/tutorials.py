@@ -24,7 +24,7 @@ from tests.outside_make import outside_make
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(
-    r"<!-- (run|file: (\S+)) -->\n+(?:```(\w+)\n(.*?)^```|((?: {4}.*\n|\n)+))", re.DOTALL | re.MULTILINE
+    r"<!-- (run|file: (\S+)) -->\n+(?:```(\w+)\n(.*?)^```|((?: {4}[^\n]*\n|\n)+))", re.DOTALL | re.MULTILINE
 )
 
 
@@ -82,7 +82,9 @@ def shell_lines(line: str, flags: Mapping[str, Sequence[str]]) -> Iterator[str]:
     if words[:1] == ["make"]:
         asked = ["make", "--dry-run", "--no-print-directory", *words[1:]]
         shown = subprocess.run(asked, cwd=ROOT, env=outside_make(), capture_output=True, text=True, check=True)
-        lines = shown.stdout.replace("\\\n", " ").splitlines()
+        # Only commands of the project: make would also install packages where it has not done so.
+        lines = [found for found in shown.stdout.replace("\\\n", " ").splitlines() if " -m experiments." in found]
+        assert lines, f"{line}: this runs no command of the project"
     for command in lines:
         command = re.sub(r"(?<!\S)(?:\.venv/bin/)?python(?= )", shlex.quote(sys.executable), command)
         module = re.search(r" -m (\S+)", command)
