@@ -18,13 +18,14 @@ from tests.tutorials import ROOT, marked_blocks, run_page
 DOCS = ROOT / "docs"
 TRAINED = {"outputs/nano/grpo/merged": "models/nano-base", "outputs/nano/cot_sft/merged": "models/nano-base"}
 # Few steps and questions, one process, and no callback that needs the nano dataset.
-ONLY_MERGE = "--trainer.callbacks=callbacks.merge_adapter.MergeAdapter"
+ONLY_MERGE = ["--trainer.callbacks=callbacks.merge_adapter.MergeAdapter"]
+ONLY_MERGE += ["--trainer.callbacks+=callbacks.save_on_interrupt.SaveOnInterrupt"]
 SMALL = {
     "experiments.generate_synthetic": [
         "--train_samples=48", "--pool_samples=24", "--eval_per_task=1", "--validation_per_task=1",
     ],
     "experiments.train": [
-        "--trainer.devices=1", "--trainer.strategy=auto", "--trainer.max_steps=2", "--data.batch_size=2", ONLY_MERGE,
+        "--trainer.devices=1", "--trainer.strategy=auto", "--trainer.max_steps=2", "--data.batch_size=2", *ONLY_MERGE,
     ],
     "experiments.evaluate": ["--decoding.max_new_tokens=24", "--processes=1"],
 }  # fmt: skip
