@@ -11,6 +11,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 CONFIG ?=
 MODEL ?=
+MODELS ?=
 BENCH ?=
 IMAGES ?=
 REPO ?=
@@ -31,7 +32,7 @@ KEEP ?=
 REDO ?=
 NANO := experiments/configs/nano
 # A misspelt variable, such as ARG= for ARGS=, would be ignored and a full run started.
-VARIABLES := PYTHON VENV CONFIG MODEL BENCH IMAGES REPO QUESTION ARGS SOURCE ROOT BOXES DATA SEED GPUS RUNS SEEDS ROWS SWEEP KEEP REDO \
+VARIABLES := PYTHON VENV CONFIG MODEL MODELS BENCH IMAGES REPO QUESTION ARGS SOURCE ROOT BOXES DATA SEED GPUS RUNS SEEDS ROWS SWEEP KEEP REDO \
 	VLLM_VENV BENCH_PYTHON STAMP
 given := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 unknown := $(filter-out $(VARIABLES) MAKE% -%,$(given))
@@ -55,7 +56,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help pipeline smoke ablations base shards inspect sft grpo vllm-server sweep agent eval ask publish rescore synthesize tables runs report compare
+.PHONY: help pipeline smoke ablations base shards inspect sft grpo vllm-server sweep agent eval ask demo publish rescore synthesize tables runs report compare
 .PHONY: dashboard bench bench-gpu chaos lint test test-slow clean
 
 help:  ## Print this help
@@ -120,7 +121,10 @@ eval: $(STAMP)  ## Evaluate any model on MIG-Bench, BENCH=all (or ref_l4,...), o
 		$(if $(GPUS),--processes $(GPUS)) $(answer) $(ARGS)
 
 ask: $(STAMP)  ## Ask a model about your own images: MODEL=folder IMAGES="a.jpg b.jpg" QUESTION="..."; boxes in pixels and a drawing
-	@$(PY) -m experiments.ask_model --model $(or $(MODEL),nano) --images $(call list,$(IMAGES)) --question "$$QUESTION" $(ARGS)
+	@$(PY) -m experiments.asking.ask_model --model $(or $(MODEL),nano) --images $(call list,$(IMAGES)) --question "$$QUESTION" $(ARGS)
+
+demo: $(STAMP)  ## A local page for your own images, up to three models side by side: MODEL=folder, MODELS="a b c", or nano's
+	@$(PY) -m experiments.asking.demo $(if $(or $(MODELS),$(MODEL)),--models $(call list,$(or $(MODELS),$(MODEL)))) $(ARGS)
 
 publish: $(STAMP)  ## Push a trained model, its card and its adapter to the Hugging Face Hub: MODEL=outputs/nano/grpo/merged REPO=owner/name
 	$(PY) -m experiments.runs.sharing.publish --model $(or $(MODEL),$(error MODEL=folder is missing)) \

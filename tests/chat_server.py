@@ -33,6 +33,23 @@ def completion(text: str, **message: Any) -> bytes:
     return json.dumps({"id": "1", "object": "chat.completion", "choices": [choice], "usage": usage}).encode()
 
 
+def streamed(*texts: str | threading.Event) -> list[bytes | threading.Event]:
+    """A streamed chat completion, for a reply of `ChatServer`. It goes on behind an event when the event is set."""
+    parts: list[bytes | threading.Event] = [b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"]
+    for text in texts:
+        if isinstance(text, threading.Event):
+            parts.append(text)
+        else:
+            parts.append(stream_part({"content": text}))
+    return [*parts, stream_part({}, "stop"), b"data: [DONE]\n\n"]
+
+
+def stream_part(delta: dict[str, Any], finish_reason: str | None = None) -> bytes:
+    """One part of a streamed chat completion."""
+    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+    return b"data: " + json.dumps({"id": "1", "choices": [choice]}).encode() + b"\n\n"
+
+
 def question_text(request: dict[str, Any]) -> str:
     """All text of the user's turn."""
     return "".join(part["text"] for part in request["messages"][0]["content"] if part["type"] == "text")
@@ -83,12 +100,15 @@ class _Server:
 
 
 class ChatServer(_Server):
-    """Answers with `reply(request)`: a text, the bytes of a whole HTTP response, or None for no answer at all.
+    """Answers with `reply(request)`: a text, the bytes of a whole HTTP response, its parts (`streamed`), or None for no
+    answer at all.
 
     It keeps the requests, and counts in `asked` those that were received, by question and seed.
     """
 
-    def __init__(self, reply: Callable[[dict[str, Any]], str | bytes | None], delay: float = 0.0) -> None:
+    def __init__(
+        self, reply: Callable[[dict[str, Any]], str | bytes | list[bytes | threading.Event] | None], delay: float = 0.0
+    ) -> None:
         self.reply, self.delay = reply, delay
         self.requests: list[dict[str, Any]] = []
         self.asked: Counter[tuple[str, int | None]] = Counter()
@@ -101,6 +121,14 @@ class ChatServer(_Server):
         reply = self.reply(request)
         if reply is None:
             await reader.read()  # until the client gives up
+            return
+        if isinstance(reply, list):
+            for part in reply:
+                if isinstance(part, threading.Event):
+                    assert await asyncio.to_thread(part.wait, 120)
+                else:
+                    writer.write(part)
+                    await writer.drain()
             return
         writer.write(reply if isinstance(reply, bytes) else http_response(200, completion(reply)))
         await writer.drain()

@@ -20,6 +20,7 @@ import pytest
 from experiments.runs.renamed_settings import find_old_flags, find_old_names
 from tests.documents import HISTORY, Code, Page, commands, is_placeholder, module_command, read_page
 from tests.outside_make import outside_make
+from tests.tutorials import marked_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -138,6 +139,7 @@ def project_commands(code: Code) -> Iterator[tuple[int, Command]]:
 def collect(page: Page) -> tuple[list[str], list[tuple[int, Command]]]:
     """Faults of the page's make commands and of the scripts that it runs, and its project commands with their lines."""
     faults, found = [], []
+    saved = {block.file for block in marked_blocks(page.path)}
     for code in page.code:
         found += project_commands(code)
         for line, words in commands(code):
@@ -146,8 +148,18 @@ def collect(page: Page) -> tuple[list[str], list[tuple[int, Command]]]:
                 faults += [f"line {line}: {' '.join(words)}: {fault}" for fault in wrong]
                 found += [(line, command) for command in inner]
             elif len(words) > 1 and re.fullmatch(r"(python3?|sbatch) \S+\.\w+", " ".join(words[:2])):
-                faults += [] if (ROOT / words[1]).is_file() else [f"line {line}: {words[1]}: no such file"]
-    return faults, found
+                exists = words[1] in saved or (ROOT / words[1]).is_file()
+                faults += [] if exists else [f"line {line}: {words[1]}: no such file"]
+    return faults, [(line, (module, without_saved(words, saved))) for line, (module, words) in found]
+
+
+def without_saved(words: list[str], saved: set[str | None]) -> list[str]:
+    """A command without the configurations that a reader of the page has saved: no parser could read them here.
+
+    `tests/test_tutorials.py` runs such commands.
+    """
+    dropped = {place for place, word in enumerate(words) if word in saved and words[place - 1] == "--config"}
+    return [word for place, word in enumerate(words) if place not in dropped and place + 1 not in dropped]
 
 
 def ask_parsers(asked: Sequence[Command], names: Sequence[str]) -> tuple[dict[str, str | None], dict[str, str | None]]:

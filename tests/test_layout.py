@@ -45,7 +45,7 @@ ROOMS = {
     ),
     "callbacks": (),
     "experiments": (
-        ("reports", "runs/sharing"),
+        ("reports", "runs/sharing", "asking"),
         ("evaluation", "sweeps", "nano", "bench", "runs/command_line", "runs/overview"),
         ("runs", "synthesis"),
     ),
@@ -435,6 +435,20 @@ def test_only_the_importer_of_hugging_face_data_sets_needs_their_library() -> No
     extras.read(ROOT / "setup.cfg")
     assert "datasets" in extras["options.extras_require"]["hf"] and "hf]" in extras["options.extras_require"]["dev"]
     assert "datasets" not in extras["options"]["install_requires"]
+
+
+def test_only_the_page_of_the_demo_needs_gradio() -> None:
+    users = {
+        str(file.relative_to(ROOT))
+        for file in python_files()
+        if any(name.split(".")[0] == "gradio" for name in imported_names(file.read_text()))
+    }
+    assert users == {"experiments/asking/demo_page.py"}
+    assert "gradio" not in import_closure(ROOT, "experiments/asking/demo.py")
+    extras = configparser.ConfigParser()
+    extras.read(ROOT / "setup.cfg")
+    assert "gradio" in extras["options.extras_require"]["demo"] and "demo," in extras["options.extras_require"]["dev"]
+    assert "gradio" not in extras["options"]["install_requires"]
 
 
 def test_nothing_is_unpickled_from_disk() -> None:

@@ -18,6 +18,7 @@ from lightning_modules.serving.generation_rules import Generation
 
 T = TypeVar("T")
 Load = Callable[[Sample], LoadedSample]  # reads the images of a sample; may raise SampleError
+Show = Callable[[str], None]  # gets the text of an answer so far, while it is decoded
 # the rule for a question without an answer from the server; it is asked again by the next call
 UNANSWERED = "unanswered"
 
@@ -68,6 +69,12 @@ class Predictor(Protocol):
         The text of a question is `sample.messages` (images and texts interleaved), converted by
         `messages.build_messages`. `sample.answer` is the true answer and must not reach the model. If `load` or the
         model's limits raise SampleError, the reply has its rule. Any other error is raised.
+        """
+
+    def stream(self, loaded: LoadedSample, show: Show) -> Reply:
+        """The reply to one question, as `answers` gives it. `show` gets the text so far, again and again.
+
+        An error that `show` raises ends the answer.
         """
 
 

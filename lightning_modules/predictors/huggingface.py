@@ -16,10 +16,11 @@ from datamodules.checkpoints.pretrained import ANY_ATTENTION, load_model, load_p
 from datamodules.encoding.chat_request import ChatRequest, RequestForm, build_turn
 from datamodules.metrics.predictions import Reply
 from datamodules.samples.boxes import BoxFormat, ImageSizes
-from datamodules.samples.sample import Sample, SampleError
+from datamodules.samples.sample import LoadedSample, Sample, SampleError
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from lightning_modules.models.token_bans import end_ids
-from lightning_modules.predictors.base import Decoding, Load
+from lightning_modules.predictors.base import Decoding, Load, Show
+from lightning_modules.predictors.token_stream import TokenStreamer, Watch, show_tokens
 from lightning_modules.serving.generation_rules import configure, own_seed, rules
 
 
@@ -86,13 +87,24 @@ class HuggingFacePredictor:
                 reply = self._answer(request)
             yield sample, reply
 
+    def stream(self, loaded: LoadedSample, show: Show) -> Reply:
+        """The reply to one question; `show` gets the text so far, again and again."""
+        try:
+            request = build_turn(loaded, self.form)
+        except SampleError as error:
+            return Reply("", (), refused=error.rule)
+        with own_seed(loaded.sample.id):
+            return self._answer(request, show_tokens(self.processor, show))
+
     @torch.inference_mode()
-    def _answer(self, request: ChatRequest) -> Reply:
+    def _answer(self, request: ChatRequest, watch: Watch | None = None) -> Reply:
         inputs = self.processor.apply_chat_template(
             request.messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         ).to(self.model.device, self.model.dtype)
         self._check_sizes(request.image_sizes, inputs)
-        written = self.model.generate(**inputs, generation_config=self.config)[0, inputs["input_ids"].shape[1] :]
+        streamer = TokenStreamer.of(self.config, watch)
+        whole = self.model.generate(**inputs, generation_config=self.config, streamer=streamer)
+        written = whole[0, inputs["input_ids"].shape[1] :]
         text = self.processor.decode(written, skip_special_tokens=True)
         return Reply(text, request.image_sizes, len(written), int(written[-1]) in self.ends)
 

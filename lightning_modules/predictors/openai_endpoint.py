@@ -18,7 +18,7 @@ from datamodules.encoding.chat_request import RequestForm, build_request
 from datamodules.metrics.predictions import Reply
 from datamodules.samples.boxes import BoxFormat
 from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, SampleError, TextPart
-from lightning_modules.predictors.base import UNANSWERED, Decoding, Load
+from lightning_modules.predictors.base import UNANSWERED, Decoding, Load, Show
 from lightning_modules.serving.generation_rules import server_rules
 from lightning_modules.serving.openai_client import ChatEndpoint, EndpointSettings, RequestRefused
 from lightning_modules.serving.server_questions import ServerQuestions, Unanswered
@@ -69,10 +69,22 @@ class OpenAIPredictor:
         """
         return self._server.ask_all(samples, partial(self._answer, load)) if samples else iter(())
 
-    async def _answer(self, load: Load, endpoint: ChatEndpoint, sample: Sample) -> tuple[Sample, Reply]:
+    def stream(self, loaded: LoadedSample, show: Show) -> Reply:
+        """The reply to one question; `show` gets the text so far, again and again, if the server streams."""
+        ask = partial(self._answer, lambda _: loaded, show=show)
+        ((_, reply),) = self._server.ask_all([loaded.sample], ask)
+        return reply
+
+    def check(self) -> None:
+        """Ask about a grey image, so that a wrong address, key, model or setting raises an error of `ChatEndpoint`."""
+        list(self._server.ask_all((), self._answer))
+
+    async def _answer(
+        self, load: Load, endpoint: ChatEndpoint, sample: Sample, show: Show | None = None
+    ) -> tuple[Sample, Reply]:
         try:
             request = await asyncio.to_thread(lambda: build_request(load(sample), self.form))
-            found = await self._server.complete(endpoint, request.messages)
+            found = await self._server.complete(endpoint, request.messages, show)
         except SampleError as error:
             return sample, Reply("", (), refused=error.rule)
         except RequestRefused:

@@ -13,12 +13,13 @@ import torch
 
 from datamodules.encoding.encoder import EncodedSample, Encoder
 from datamodules.metrics.predictions import Reply
-from datamodules.samples.sample import Sample, SampleError
+from datamodules.samples.sample import LoadedSample, Sample, SampleError
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from lightning_modules.models.qwen_vl import QwenVL
-from lightning_modules.predictors.base import Decoding, Load, split_chunks
+from lightning_modules.predictors.base import Decoding, Load, Show, split_chunks
 from lightning_modules.predictors.encode_ahead import encode_ahead
 from lightning_modules.predictors.own_generation import answer_by_own_settings
+from lightning_modules.predictors.token_stream import Watch, show_tokens
 from lightning_modules.rollouts.base import Rollout, RolloutEngine, RolloutRequest
 from lightning_modules.serving.generation_rules import rules
 
@@ -73,14 +74,28 @@ class PolicyPredictor:
                 else:
                     items.append(item.to(self.policy.device))
             for item, rollout in zip(items, self._generate(items), strict=True):
-                yield item.sample, Reply(rollout.text, item.image_sizes, len(rollout.token_ids), rollout.finished)
+                yield item.sample, _reply(item, rollout)
 
-    def _generate(self, items: Sequence[EncodedSample]) -> list[Rollout]:
+    def stream(self, loaded: LoadedSample, show: Show) -> Reply:
+        """The reply to one question; `show` gets the text so far, again and again."""
+        try:
+            item = self.encoder.encode(loaded).to(self.policy.device)
+        except SampleError as error:
+            return Reply("", (), refused=error.rule)
+        (rollout,) = self._generate([item], show_tokens(self.policy.tokenizer, show))
+        return _reply(item, rollout)
+
+    def _generate(self, items: Sequence[EncodedSample], watch: Watch | None = None) -> list[Rollout]:
         """One completion for each prompt."""
         length, batch = self.decoding.max_new_tokens, self.decoding.prompts_per_batch
         if self.decoding.generation == "model":
-            return [answer_by_own_settings(self.policy, item, length) for item in items]
-        return [rollout for (rollout,) in self.engine.generate(RolloutRequest.for_evaluation(items, length, batch))]
+            return [answer_by_own_settings(self.policy, item, length, watch) for item in items]
+        request = RolloutRequest.for_evaluation(items, length, batch, watch)
+        return [rollout for (rollout,) in self.engine.generate(request)]
+
+
+def _reply(item: EncodedSample, rollout: Rollout) -> Reply:
+    return Reply(rollout.text, item.image_sizes, len(rollout.token_ids), rollout.finished)
 
 
 def policy_fingerprint(policy: QwenVL) -> str:

@@ -7,7 +7,7 @@ Shapes: P prompts, G completions of a prompt, T tokens of a completion, F width 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
@@ -67,9 +67,12 @@ class RolloutRequest:
         ban: tokens that are never sampled (`QwenVL.banned_ids`). Training bans all special tokens except end tokens,
             because an image placeholder in a completion would count as an image of the prompt. Evaluation bans only the
             placeholders.
+        watch: called while the only completion of the only prompt is decoded, with its token ids so far. An error that
+            it raises ends the call. An engine on servers ignores it.
 
     Raises:
-        ValueError: `greedy` is set for a group of several completions, which would all be equal.
+        ValueError: `greedy` is set for a group of several completions, which would all be equal, or `watch` for several
+            completions.
     """
 
     items: Sequence[EncodedSample]
@@ -79,19 +82,26 @@ class RolloutRequest:
     generator: torch.Generator | None = None
     greedy: bool = False
     ban: Ban = "special"
+    watch: Callable[[list[int]], None] | None = None
 
     def __post_init__(self) -> None:
         if self.greedy and self.sampling.group_size > 1:
             size = self.sampling.group_size
             raise ValueError(f"rollouts: greedy={self.greedy} gives {size} equal completions; set group_size=1")
+        if self.watch is not None and len(self.items) * self.sampling.group_size > 1:
+            raise ValueError(f"rollouts: watch is for one completion, not {len(self.items) * self.sampling.group_size}")
 
     @classmethod
     def for_evaluation(
-        cls, items: Sequence[EncodedSample], max_new_tokens: int, prompts_per_batch: int
+        cls,
+        items: Sequence[EncodedSample],
+        max_new_tokens: int,
+        prompts_per_batch: int,
+        watch: Callable[[list[int]], None] | None = None,
     ) -> RolloutRequest:
         """The request for one greedy answer per item. All special tokens except placeholders are allowed."""
         sampling = SamplingSettings(1, 1.0, max_new_tokens, prompts_per_batch)
-        return cls(items, sampling, greedy=True, ban="placeholders")
+        return cls(items, sampling, greedy=True, ban="placeholders", watch=watch)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 from datamodules.persistence.credentials import find_credential, hide_credentials
 from datamodules.persistence.problems import Problems
 from datamodules.persistence.user_error import UserError
-from lightning_modules.serving.responses import Completion, Malformed, bound_body, read_completion
+from lightning_modules.serving.responses import Completion, Malformed, bound_body, read_completion, read_stream
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -153,6 +153,7 @@ class ChatEndpoint:
         temperature: float | None,
         seed: int | None = None,
         attempts: int | None = None,
+        show: Callable[[str], None] | None = None,
     ) -> Completion:
         """The server's answer to a chat.
 
@@ -162,14 +163,16 @@ class ChatEndpoint:
             temperature: None uses the server's default.
             seed: seed of the sampling; None sends no seed.
             attempts: number of attempts, at most the number in the settings; None takes the number in the settings.
+            show: the server is asked to stream; `show` gets the text so far, again and again. A further attempt begins
+                with an empty text.
 
         Raises:
             RequestRefused: the server cannot answer this request.
             EndpointMisused: the key, the model or the path is wrong.
             EndpointUnavailable: all attempts have failed.
         """
-        ask = partial(self._ask, messages, max_tokens, temperature, seed)
-        return await self._persist(ask, read_completion, attempts)
+        ask = partial(self._ask, messages, max_tokens, temperature, seed, show)
+        return await self._persist(ask, read_completion if show is None else lambda found: found, attempts)
 
     async def post(self, path: str, body: dict[str, Any], read: Callable[[str], T] = str) -> T:
         """Send JSON to the server and read its response.
@@ -232,18 +235,35 @@ class ChatEndpoint:
         raise EndpointUnavailable(message, status)
 
     async def _ask(
-        self, messages: list[dict[str, Any]], max_tokens: int, temperature: float | None, seed: int | None
-    ) -> bytes:
-        """Send one chat request; returns the body of the response."""
+        self,
+        messages: list[dict[str, Any]],
+        max_tokens: int,
+        temperature: float | None,
+        seed: int | None,
+        show: Callable[[str], None] | None,
+    ) -> bytes | Completion:
+        """Send one chat request; returns the body of the response, or with `show` the streamed answer."""
         stated = {"temperature": temperature, "seed": seed}
+        request = {
+            "model": self.settings.model,
+            "messages": messages,
+            "max_completion_tokens": max_tokens,
+            "extra_body": self.settings.extra_body | {name: v for name, v in stated.items() if v is not None},
+        }
+        chat = self._client.chat.completions
+        if show is not None:
+            async with chat.with_streaming_response.create(**request, stream=True) as response:
+                return await read_stream(self._lines(response), show)
         # The raw body is read here: `openai` would return a truncated body as a string or an answer without choices.
-        response = await self._client.chat.completions.with_raw_response.create(
-            model=self.settings.model,
-            messages=messages,
-            max_completion_tokens=max_tokens,
-            extra_body=self.settings.extra_body | {name: value for name, value in stated.items() if value is not None},
-        )
-        return response.http_response.content
+        return (await chat.with_raw_response.create(**request)).http_response.content
+
+    async def _lines(self, response: Any) -> AsyncIterator[str]:
+        """The lines of a streamed body. `openai` does not convert the errors that reading them raises."""
+        try:
+            async for line in response.iter_lines():
+                yield line
+        except Exception as error:
+            raise self._errors.APIConnectionError(request=response.http_request) from error
 
     def _hide(self, text: str) -> str:
         """`text` without secrets: a server may repeat the key, and messages are written to logs and journals."""

@@ -7,7 +7,7 @@ that is larger than LARGEST_BODY is cut off.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -67,9 +67,54 @@ def read_completion(body: bytes) -> Completion:
         if not isinstance(content, str) or not isinstance(thinking, str | None):
             raise TypeError(f"content is a {type(content).__name__}, thinking a {type(thinking).__name__}")
     text = content if thinking is None else f"<think>{thinking}</think>{content}"
-    # JSON may contain a lone surrogate, which cannot be written to a file
-    text = text.encode(errors="replace").decode()
-    return Completion(text, str(choice.get("finish_reason"))[:40], *counts)
+    return Completion(_writable(text), str(choice.get("finish_reason"))[:40], *counts)
+
+
+async def read_stream(lines: AsyncIterator[str], show: Callable[[str], None]) -> Completion:
+    """Read a streamed chat completion; `show` gets the text so far, again and again.
+
+    A server that cannot stream sends a whole chat completion, which is read as such.
+
+    Args:
+        lines: the lines of the body: "data: " and the JSON of a part, or other lines of server-sent events.
+
+    Raises:
+        Malformed: the body is neither, or it ends before the answer ends.
+    """
+    parts, whole, reason = {"content": "", "thinking": ""}, [], None
+    async for line in lines:
+        name, _, data = line.partition(":")
+        if name != "data":
+            whole.append(line)
+            continue
+        if data.strip() == "[DONE]":
+            break
+        with reading(data, "a part of a streamed chat completion") as record:
+            for choice in record["choices"][:1]:  # a part about the usage has none
+                delta = choice.get("delta") or {}
+                parts["content"] += delta.get("content") or ""
+                parts["thinking"] += delta.get("reasoning_content") or delta.get("reasoning") or ""
+                reason = choice.get("finish_reason") or reason
+            if reason in ("abort", "error"):
+                raise ValueError(f"finish_reason={reason!r}")
+        show(_joined(parts))
+    if not any(parts.values()) and reason is None:
+        return read_completion("\n".join(whole).encode())
+    if reason is None:
+        raise Malformed("a streamed chat completion that ends without a finish_reason")
+    return Completion(_joined(parts), str(reason)[:40], 0, 0)
+
+
+def _joined(parts: Mapping[str, str]) -> str:
+    """Thinking in its tags, as far as it is there, and the answer."""
+    thinking, content = parts["thinking"], parts["content"]
+    text = f"<think>{thinking}" + ("</think>" if content else "") if thinking else ""
+    return _writable(text + content)
+
+
+def _writable(text: str) -> str:
+    """The text without lone surrogates: JSON may contain them, and they cannot be written to a file."""
+    return text.encode(errors="replace").decode()
 
 
 def _count(value: Any) -> int:

@@ -87,8 +87,10 @@ class ServerQuestions:
             while (found := runner.run(following())) is not None:
                 yield found
 
-    async def complete(self, endpoint: ChatEndpoint, messages: Messages) -> Completion:
-        """The server's answer to one question.
+    async def complete(
+        self, endpoint: ChatEndpoint, messages: Messages, show: Callable[[str], None] | None = None
+    ) -> Completion:
+        """The server's answer to one question; `show` gets the text so far, as in `ChatEndpoint.complete`.
 
         Raises:
             RequestRefused: the server refuses this question.
@@ -96,7 +98,7 @@ class ServerQuestions:
             EndpointUnavailable: `check` gets no answer either, so the server is gone.
         """
         try:
-            return await endpoint.complete(messages, self.max_tokens, self.temperature)
+            return await endpoint.complete(messages, self.max_tokens, self.temperature, show=show)
         except EndpointUnavailable as error:
             with suppress(RequestRefused):
                 await endpoint.complete(self.check, 1, self.temperature)

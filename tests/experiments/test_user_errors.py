@@ -20,7 +20,6 @@ from datamodules.streaming.shard_reader import ShardReader
 from datamodules.streaming.shard_writer import ShardWriter
 from experiments import (
     ablations,
-    ask_model,
     compare,
     evaluate,
     generate_synthetic,
@@ -30,6 +29,7 @@ from experiments import (
     synthesize,
     train,
 )
+from experiments.asking import ask_model
 from experiments.runs.command_line import mig
 from experiments.runs.overview import run_table
 from experiments.runs.usage_errors import explain, suggest

@@ -86,7 +86,12 @@ class CompletionDecoder:
         self.run_static: Callable[[int], None] = self.step_all
 
     def decode(
-        self, count: int, prefill: Callable[[int, int], Prefilled], limit: int, draw: Callable[[int], Tensor] | None
+        self,
+        count: int,
+        prefill: Callable[[int, int], Prefilled],
+        limit: int,
+        draw: Callable[[int], Tensor] | None,
+        watch: Callable[[list[int]], None] | None = None,
     ) -> Iterator[list[Decoded]]:
         """Decode the prompts 0 to `count`; yields each prompt as soon as all its completions have ended.
 
@@ -98,6 +103,8 @@ class CompletionDecoder:
             limit: largest number of tokens of a completion.
             draw: `draw(i)` returns all random numbers of prompt i, float64 [G, limit] in 0-1, so that they do not
                 depend on other prompts. None means greedy.
+            watch: called with the tokens so far of the only completion, after each step, or with `static` after
+                several.
         """
         self.limit.fill_(limit)
         self.alive.zero_()
@@ -121,6 +128,8 @@ class CompletionDecoder:
                 continue
             alive = self._alive_slots(shrink=taken == count)
             done = [i for i, slot in enumerate(slots) if slot is not None and not alive[i]]
+            if watch is not None and not done:
+                watch(self.tokens[0, : slots[0].steps].tolist())
             if done:
                 yield self._collect(done, [slots[i].number for i in done])
             for index in done:

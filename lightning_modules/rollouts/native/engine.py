@@ -83,7 +83,8 @@ class NativeEngine:
 
         rollouts: list[list[Rollout]] = [[] for _ in items]
         decoder = self._decoder(request, max(len(item.input_ids) for item in items))
-        for decoded in decoder.decode(len(items), prefill, sampling.max_new_tokens, None if request.greedy else draw):
+        random = None if request.greedy else draw
+        for decoded in decoder.decode(len(items), prefill, sampling.max_new_tokens, random, request.watch):
             for group in decoded:
                 rollouts[order[group.number]] = self._rollouts(group)
         return rollouts

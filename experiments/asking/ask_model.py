@@ -1,7 +1,7 @@
 """Ask a model one question about your own images, and draw the boxes of its answer.
 
     make ask MODEL=outputs/nano/grpo/merged IMAGES="a.jpg b.jpg" QUESTION="Which object of image 1 is in image 2 too?"
-    python -m experiments.ask_model --model gpt-4o --endpoint.base_url https://…/v1 --images '[a.jpg]' --question "…"
+    python -m experiments.asking.ask_model --images '[a.jpg]' --question "…" --model gpt-4o --endpoint.base_url https://…
 
 Boxes are x1, y1, x2, y2 in pixels of the original image. A model that was trained here has its prompt form in its
 folder. A question may define the position of each image: "In <image> there is a dog. Find it in <image>."
@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Literal
 
 from datamodules.samples.sample import LoadedSample
-from experiments.evaluation.evaluation_settings import Evaluation, QuestionForm, QuestionLimits
-from experiments.evaluation.one_question import Answer, QuestionError, build_question, draw_answer, read_answer
+from experiments.asking.grounding_model import GroundingModel
+from experiments.asking.one_question import Answer, QuestionError, build_question, describe_boxes, draw_answer
+from experiments.evaluation.evaluation_settings import QuestionForm, QuestionLimits
 from experiments.runs.commands import command
 from experiments.runs.parsers import run_cli
 from lightning_modules.predictors.base import Decoding
@@ -63,23 +64,14 @@ class Question:
 def ask(asked: Question) -> Answer:
     """Ask the question, and draw the boxes of the answer into the file `asked.output`. Raises QuestionError."""
     # 1. Check the images and the text before anything slow is loaded.
-    if asked.target is not None and not 1 <= asked.target <= len(asked.images):
-        raise QuestionError(f"target={asked.target} is none of {len(asked.images)} images; they count from 1")
-    loaded = build_question(asked.images, asked.question, asked.limits.max_image_pixels)
+    loaded = build_question(asked.images, asked.question, asked.limits.max_image_pixels, asked.target)
 
-    # 2. Load the model, with the prompt form of its training.
-    from experiments.evaluation.choose_predictor import choose_predictor, make_predictor  # imports torch
-
+    # 2. Load the model, with the prompt form of its training, and ask it.
     names = ("model", "form", "limits", "decoding", "dtype", "device", "trust_remote_code", "endpoint")
-    try:
-        settings = choose_predictor(Evaluation(data_root="", **{name: getattr(asked, name) for name in names}))
-    except (OSError, ValueError) as error:
-        raise QuestionError(str(error)) from error
-    predictor = make_predictor(settings)
+    model = GroundingModel(**{name: getattr(asked, name) for name in names})
+    answer = model.answer(loaded, asked.question, asked.target)
 
-    # 3. Ask, convert the boxes to pixels, and draw them.
-    ((_, reply),) = predictor.answers([loaded.sample], lambda _: loaded)
-    answer = read_answer(reply, asked.question, predictor.box_format, asked.target)
+    # 3. Draw the boxes.
     _save_drawing(loaded, answer, asked)
     return answer
 
@@ -97,17 +89,7 @@ def format_answer(answer: Answer, output: str) -> str:
     """The answer as text for a terminal."""
     lines = [f"Thinking: {answer.thinking.strip()}"] if answer.thinking else []
     lines.append(f"Answer: {(answer.answer or answer.text).strip()}")
-    for found in answer.boxes:
-        numbers = ", ".join(f"{edge:.1f}" for edge in found.box)
-        lines.append(f"Box in image {found.image}, pixels: [{numbers}]" + (f" {found.label}" if found.label else ""))
-    if answer.image_from in ("thinking", "question", "last"):
-        why = {"thinking": "the thinking names it", "question": "the question names it", "last": "nothing names one"}
-        lines.append(f"(the answer names no image; image {answer.boxes[0].image}: {why[answer.image_from]})")
-    if answer.failure:
-        lines.append(f"No box: {answer.failure}")
-    if not answer.finished:
-        lines.append("The answer was cut at decoding.max_new_tokens")
-    return "\n".join([*lines, f"Drawn in {output}"])
+    return "\n".join([*lines, *describe_boxes(answer), f"Drawn in {output}"])
 
 
 @command

@@ -13,8 +13,8 @@ from datamodules.samples.answer_text import render_boxes
 from datamodules.samples.box_texts import ParsedBox
 from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import ImagePart, TextPart
-from experiments import ask_model
-from experiments.evaluation.one_question import (
+from experiments.asking import ask_model
+from experiments.asking.one_question import (
     COLOUR,
     HEIGHT,
     build_question,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,12 @@ from datamodules.samples.answer_text import ParsedAnswer, answer_text, parse_ans
 from datamodules.samples.boxes import BoxFormat
 from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, SampleError, TextPart
 
+ImageSource = str | Path | Image.Image
 MARK = "<image>"  # marks the position of an image in a question
 HEIGHT = 420  # height of every image in the drawing, in pixels
-FONT_SIZE = 15
+GAP = 8  # between two images
+FONT_SIZE, NUMBER_SIZE = 15, 28
+NUMBER_PLACE = (6, HEIGHT - 2)  # left, and bottom, of an image's number
 
 
 class QuestionError(UserError, ValueError):
@@ -67,26 +71,31 @@ class Answer:
     finished: bool
 
 
-def build_question(images: Sequence[str], question: str, max_image_pixels: int) -> LoadedSample:
-    """Make the sample of a question about image files.
+def build_question(
+    images: Sequence[ImageSource], question: str, max_image_pixels: int, target: int | None = None
+) -> LoadedSample:
+    """Make the sample of a question about a user's images.
 
     Args:
-        images: paths of the files, in the order in which the model sees them.
+        images: paths of files, or Pillow images, in the order in which the model sees them.
         question: the text. The images are at its <image> marks; without marks, they come before the text.
         max_image_pixels: a larger image is refused.
+        target: number of the image for the answer's box, from 1; None if the answer decides.
 
     Raises:
-        QuestionError: a file cannot be read as an image, the question is empty, or the number of <image> marks is
-            wrong. The message names all problems.
+        QuestionError: a file cannot be read as an image, the question is empty, or `target` or the number of <image>
+            marks is wrong. The message names all problems.
     """
     problems, data = [], []
-    for path in images:
+    if target is not None and not 1 <= target <= len(images):
+        problems.append(f"target={target} is none of {len(images)} images; they count from 1")
+    for number, image in enumerate(images, 1):
         try:
-            data.append(Path(path).read_bytes())
+            data.append(_stored(image))
             load_image(data[-1], max_image_pixels)
         except (OSError, ImageError) as error:
             reason = error.strerror or error if isinstance(error, OSError) else error
-            problems.append(f"images: {path}: {reason}")
+            problems.append(f"images: {number if isinstance(image, Image.Image) else image}: {reason}")
     marks = question.count(MARK)
     if not images:
         problems.append("images: none is given")
@@ -98,8 +107,21 @@ def build_question(images: Sequence[str], question: str, max_image_pixels: int) 
         raise QuestionError("\n".join(problems))
     # The true answer is unknown. This placeholder is never shown to the model.
     truth = BoxAnswer(0, (0.0, 0.0, 1.0, 1.0), "")
-    sample = Sample("question", "user", "question", tuple(images), _parts(question, len(images)), truth)
+    names = tuple(
+        str(number) if isinstance(image, Image.Image) else str(image) for number, image in enumerate(images, 1)
+    )
+    sample = Sample("question", "user", "question", names, _parts(question, len(images)), truth)
     return LoadedSample(sample, tuple(data))
+
+
+def _stored(image: ImageSource) -> bytes:
+    """The bytes of an image file. A Pillow image becomes a PNG of its pixels as they are, which is lossless."""
+    if not isinstance(image, Image.Image):
+        return Path(image).read_bytes()
+    file = io.BytesIO()
+    # A PNG cannot hold the other modes, such as CMYK.
+    (image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA") else image.convert("RGB")).save(file, "PNG")
+    return file.getvalue()
 
 
 def _parts(question: str, num_images: int) -> tuple[ImagePart | TextPart, ...]:
@@ -139,6 +161,15 @@ def read_answer(reply: Reply, question: str, box_format: BoxFormat, target: int 
     return Answer(reply.text, parsed.thinking, answer_text(reply.text), boxes, source, None, reply.finished)
 
 
+def split_text(text: str) -> tuple[str, str]:
+    """(thinking, answer) of a text that may still be growing; the tags are left out."""
+    before, opened, rest = text.partition("<think>")
+    if not opened:
+        return "", text.replace("<answer>", "").replace("</answer>", "").strip()
+    thinking, _, answer = rest.partition("</think>")
+    return thinking.strip(), (before + answer).replace("<answer>", "").replace("</answer>", "").strip()
+
+
 def _find_image(thinking: str | None, question: str, num_images: int, target: int | None) -> tuple[int, str]:
     """0-based index of the image of the boxes, and the source that names it."""
     if target is not None:
@@ -155,21 +186,48 @@ def _find_image(thinking: str | None, question: str, num_images: int, target: in
     return num_images - 1, "last"
 
 
+def describe_boxes(answer: Answer) -> list[str]:
+    """Lines about the boxes: their pixels, why they are in their image, or why there are none."""
+    lines = []
+    for found in answer.boxes:
+        numbers = ", ".join(f"{edge:.1f}" for edge in found.box)
+        lines.append(f"Box in image {found.image}, pixels: [{numbers}]" + (f" {found.label}" if found.label else ""))
+    if answer.image_from in ("thinking", "question", "last"):
+        why = {"thinking": "the thinking names it", "question": "the question names it", "last": "nothing names one"}
+        lines.append(f"(the answer names no image; image {answer.boxes[0].image}: {why[answer.image_from]})")
+    if answer.failure:
+        lines.append(f"No box: {answer.failure}")
+    if not answer.finished:
+        lines.append("The answer was cut at decoding.max_new_tokens")
+    return lines
+
+
+def draw_images(images: Sequence[bytes], max_image_pixels: int) -> Image.Image:
+    """All images side by side with their numbers, each scaled to one height."""
+    return _draw(images, (), max_image_pixels)
+
+
 def draw_answer(images: Sequence[bytes], answer: Answer, max_image_pixels: int) -> Image.Image:
-    """All images side by side, each scaled to one height, with the boxes of the answer and their labels."""
+    """The same with the boxes of the answer and their labels."""
+    return _draw(images, answer.boxes, max_image_pixels)
+
+
+def _draw(images: Sequence[bytes], boxes: Sequence[FoundBox], max_image_pixels: int) -> Image.Image:
     pictures = [load_image(data, max_image_pixels).convert("RGB") for data in images]
     scales = [HEIGHT / picture.height for picture in pictures]
     small = [p.resize((max(1, round(p.width * s)), HEIGHT)) for p, s in zip(pictures, scales, strict=True)]
-    canvas = Image.new("RGB", (sum(p.width for p in small) + 8 * (len(small) - 1), HEIGHT), "white")
-    font = ImageFont.load_default(FONT_SIZE)
+    canvas = Image.new("RGB", (sum(p.width for p in small) + GAP * (len(small) - 1), HEIGHT), "grey")
+    font, large = ImageFont.load_default(FONT_SIZE), ImageFont.load_default(NUMBER_SIZE)
     left = 0
     for number, (picture, scale) in enumerate(zip(small, scales, strict=True), 1):
         draw = ImageDraw.Draw(picture)
-        for found in answer.boxes:
+        draw.rectangle(draw.textbbox(NUMBER_PLACE, str(number), large, anchor="ld"), fill="white")
+        draw.text(NUMBER_PLACE, str(number), "black", large, anchor="ld")
+        for found in boxes:
             if found.image == number:
                 _draw_box(draw, [edge * scale for edge in found.box], found.label, picture.size, font)
         canvas.paste(picture, (left, 0))
-        left += picture.width + 8
+        left += picture.width + GAP
     return canvas
 
 
