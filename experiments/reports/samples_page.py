@@ -27,7 +27,7 @@ from datamodules.samples.sample import (
     SampleError,
     TextPart,
 )
-from experiments.reports.templates import render
+from experiments.reports.drawing.templates import render
 
 LONGEST_SIDE = 560  # longest side of a copy in pixels
 # Name -> range of the share of the image that a box covers.

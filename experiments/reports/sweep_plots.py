@@ -12,7 +12,7 @@ from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import TrialState
 
 from datamodules.persistence.files import write_atomic
-from experiments.reports.templates import render
+from experiments.reports.drawing.templates import render
 from experiments.sweeps.plan import SweepPlan
 
 MISSING = "no sweep.html: pip install -e '.[plots]' gives plotly, which draws it"

@@ -40,6 +40,7 @@ def summarise(
     )
     return {
         "n": n,
+        "box_format": predictions[0].box_format,  # one model has one format
         **_accuracies(predictions, values, f1s, rule, averages, seed),
         "rule": asdict(rule),
         "official": _accuracies(predictions, officials, official_f1s, official, averages, seed)

@@ -16,7 +16,7 @@ from experiments import compare
 from experiments.reports.compare_page import stage_rows
 from experiments.reports.find_runs import config_differences, find_runs, flatten
 from experiments.reports.rollout_pages import GROUPS_PER_CHUNK, thin
-from experiments.reports.templates import script_json
+from experiments.reports.drawing.templates import script_json
 from experiments.runs.results import Results, make_stage, write_results
 from lightning_modules.rl.rollout_log import RolloutLog
 from tests.datamodules.encoding.tiny_processor import make_sample

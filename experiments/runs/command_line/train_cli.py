@@ -32,6 +32,7 @@ from datamodules.persistence.problems import collect_problems
 from datamodules.samples.boxes import BoxFormat
 from experiments.runs import metrics_csv, preflight, run_identity, wandb_runs
 from experiments.runs.changes import Choice
+from experiments.runs.command_line.run_facts import run_facts
 from experiments.runs.loggers import MetricsLogger, OnceWandbLogger
 from experiments.runs.parsers import ShortErrors
 from experiments.runs.results import current_commit
@@ -70,7 +71,7 @@ class TrainCLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None, choice: Choice | None = None, only_check: bool = False) -> None:
         self.stack, self.choice = ExitStack(), choice  # the stack holds the lock on the phase folder
-        self.only_check = only_check
+        self.only_check, self.words = only_check, args
         self.commit = current_commit(Path(__file__).parent)
         # Lightning, not this project, calls functions that newer versions of jsonargparse have renamed.
         os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -145,7 +146,8 @@ class TrainCLI(LightningCLI):
         with ExitStack() as stack:
             if self.is_leader:
                 stack.enter_context(run_identity.locked(self.folder))
-                done = run_identity.claim(self.folder, run, choice=self.choice, cure=KEEPS_BOTH, commit=self.commit)
+                facts = {"commit": self.commit} | run_facts("experiments.train", self.words)
+                done = run_identity.claim(self.folder, run, choice=self.choice, cure=KEEPS_BOTH, **facts)
             else:
                 done = run_identity.wait_for_claim(self.folder, run, choice=self.choice, cure=KEEPS_BOTH)
             if done:

@@ -9,12 +9,12 @@ import pytest
 from jinja2 import UndefinedError
 
 from experiments.reports import pipeline_report
-from experiments.reports.templates import PAGES, render
+from experiments.reports.drawing.templates import PAGES, render
 from experiments.runs.results import Results, make_stage, write_results
 from tests.experiments.phase_results import cell, summary
 from tests.experiments.runs.test_metrics_csv import attempt
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 HOSTILE = "</h1></title><script>alert('text')</script><img src=x onerror=alert(1)>"
 
 
