@@ -55,6 +55,7 @@ from experiments.runs.commands import command
 from experiments.runs.parsers import run_cli
 from experiments.runs.renamed_settings import refuse_moved
 from experiments.runs.results import EVALUATION
+from experiments.runs.tracking.lineage import log_evaluations
 from lightning_modules.metrics.summary import summarise
 from lightning_modules.predictors.ask import answers_folder, read_answers
 from lightning_modules.predictors.extractor import Extractor
@@ -91,7 +92,7 @@ def evaluate(asked: Evaluation, words: Sequence[str] | None = None) -> dict[str,
         facts = {"predictor": asdict(settings)}
         facts |= {result["benchmark"]: {name: result[name] for name in FACTS} for result in scored.logged}
         key = fingerprint([result["key"] for result in scored.logged])
-        wandb_runs.log_evaluation(folder, key, values, facts, scored.drawn)
+        wandb_runs.log_evaluation(folder, key, values, facts, scored.drawn, partial(_log_lineage, scored, folder))
     print(f"wrote {home}")
     return scored.results
 
@@ -171,16 +172,21 @@ def _settle_answers(home: Path, choice: Choice | None, words: Sequence[str] | No
     write_json(home / EVALUATION, {"key": "benchmarks", "code": code} | record | run_facts("experiments.evaluate", words))
 
 
+def _log_lineage(scored: _ScoredBenchmarks, folder: Path, run: Any) -> None:
+    log_evaluations(run, folder, {path.name: path for path in scored.written}, scored.model)
+
+
 class _ScoredBenchmarks:
     """Scores, writes and prints the benchmarks one by one.
 
-    `logged` has the results of complete benchmarks, `drawn` pictures of some answers.
+    `logged` has the results of complete benchmarks, `written` their folders, `drawn` pictures of some answers.
     """
 
     def __init__(self, asked: Evaluation, model: str, home: Path, extractor: Extractor | None) -> None:
         self.asked, self.model, self.home, self.extractor = asked, model, home, extractor
         self.results: dict[str, dict[str, Any]] = {}
         self.logged: list[dict[str, Any]] = []
+        self.written: list[Path] = []
         self.drawn: list[Drawn] = []
 
     def add(self, benchmark: Benchmark, ended: Ended) -> None:
@@ -207,6 +213,7 @@ class _ScoredBenchmarks:
         # A part of a benchmark, or a result with other settings, must not be logged to the curves of the run.
         if asked.limit is None and folder == plain:
             self.logged.append(result)
+            self.written.append(folder)
             self.drawn += self._draw(benchmark, samples, predictions)
 
     def _spare(self, folder: Path, key: str) -> Path:

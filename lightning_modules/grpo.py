@@ -160,6 +160,7 @@ class GRPO(GroupObjective):
         # 2. Score every completion: its total is a weighted sum of rewards, by default that of eq. 3.
         max_tokens = self.rollout_settings.max_new_tokens
         rewards = self.rewards.score(items, rollouts, self.box_format, max_tokens)  # P lists of G `Reward`
+        scoring_ended = time.perf_counter()
         totals = torch.tensor([[reward.total for reward in group] for group in rewards], dtype=torch.float64)  # [P, G]
 
         # 3. Compare inside the group (eq. 1). If all rewards of a group are equal, no completion is better than
@@ -177,7 +178,7 @@ class GRPO(GroupObjective):
         self._train_on_window(groups)
         self._batches = []
         self.commit_window(batch)  # a checkpoint from now on resumes after this batch
-        self._log_window(sampling_ended - sampling_began, time.perf_counter() - sampling_ended)
+        self._log_window(sampling_began, sampling_ended, scoring_ended)
 
     # What is kept of the rollouts
 
@@ -269,13 +270,16 @@ class GRPO(GroupObjective):
 
     # Logging, and ending where nothing is learnt
 
-    def _log_window(self, rollout_seconds: float, update_seconds: float) -> None:
-        """Log the metrics of a window, and count it if it was idle."""
+    def _log_window(self, sampling_began: float, sampling_ended: float, scoring_ended: float) -> None:
+        """Log the metrics of a window, with the seconds between these times and now; count it if it was idle."""
+        rollout_seconds, update_seconds = sampling_ended - sampling_began, time.perf_counter() - sampling_ended
         sums = self.metrics.compute()  # of all ranks, which wait for one another here
         self._idle.add(sums)
         speeds = {
             "speed/rollout_seconds": rollout_seconds,
             "speed/update_seconds": update_seconds,
+            "speed/reward_seconds": scoring_ended - sampling_ended,
+            "speed/reference_seconds": self.reference_clock.take(),
             "speed/completion_tokens_per_second": sums["completion_tokens"] / (rollout_seconds + update_seconds),
         }
         # Without a logger nobody draws the spread of each reward.

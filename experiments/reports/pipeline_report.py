@@ -78,7 +78,12 @@ def stage_text(results: Results, starts: Mapping[str, str] | None = None) -> str
 
 
 def render_report(folder: Path) -> str:
-    """The whole page of an experiment's folder, or of a folder of evaluations such as outputs/eval/models--nano-base.
+    """The whole page of an experiment's folder, or of a folder of evaluations such as outputs/eval/models--nano-base."""
+    return render("pipeline.html.j2", **report_values(folder))
+
+
+def report_values(folder: Path) -> dict[str, Any]:
+    """The values of the template of such a page.
 
     It shows what is there: finished and unfinished phases, and evaluations. Raises FileNotFoundError if nothing is.
     """
@@ -98,26 +103,25 @@ def render_report(folder: Path) -> str:
     if homes == {folder.name: folder}:
         settings = [report_sections.described("evaluation", read_json(folder / EVALUATION))]
     paper = _paper_tables(folder) if results.stages else {"paper_tables": [], "paper_note": ""}
-    names = {"pipeline": "Stages"} if found or (folder / "results.json").is_file() else {}
+    names = {"pipeline": "Pipeline"} if found or (folder / "results.json").is_file() else {}
     names |= {"tasks": "Tasks"} if tasks else {}
     names |= {phase["id"]: phase["name"] for phase in phases}
     names |= {"evaluations": "Evaluations"} if measured else {}
     names |= {"settings": "Settings"} if settings else {}
     names |= {"paper": "The paper's tables"} if paper["paper_tables"] else {}
-    return render(
-        "pipeline.html.j2",
-        title=f"{results.experiment}, seed {results.seed}" if results.commit else results.experiment,
-        sections=names,
-        notes=_stage_notes(folder, results),
-        stages=stage_rows(results, stage_starts(folder, results)) if results.stages else [],
-        task_chart=charts.bar_chart("Acc@0.5 by task, in percent", tasks, _bars(folder, results)),
-        tasks=[["task", *scores], *([task, *(number(s.get(task)) for s in scores.values())] for task in tasks)],
-        failures=_failures(results),
-        phases=phases,
-        evaluations=measured,
-        settings=settings,
+    return {
+        "title": f"{results.experiment}, seed {results.seed}" if results.commit else results.experiment,
+        "sections": names,
+        "notes": _stage_notes(folder, results),
+        "stages": stage_rows(results, stage_starts(folder, results)) if results.stages else [],
+        "task_chart": charts.bar_chart("Acc@0.5 by task, in percent", tasks, _bars(folder, results)),
+        "tasks": [["task", *scores], *([task, *(number(s.get(task)) for s in scores.values())] for task in tasks)],
+        "failures": _failures(results),
+        "phases": phases,
+        "evaluations": measured,
+        "settings": settings,
         **paper,
-    )
+    }
 
 
 def _what_there_is(folder: Path) -> str:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datamodules.metrics.result_files import RESULT, OtherVersion, read_result
+from datamodules.metrics.result_files import RESULT, OtherVersion, read_result, result_folder
 from datamodules.persistence.files import read_json, write_atomic
 
 BASE = "base"  # the first stage: the given model
@@ -59,7 +59,8 @@ def make_stage(name: str, result: Mapping[str, Any], seconds: float) -> Stage:
 def find_results(experiment: Path) -> Results:
     """results.json of an experiment, and after its stages those that other commands have evaluated on MIG-Bench.
 
-    So phases that were trained and evaluated alone have stages too. Their seconds are those of the last training.
+    So phases that were trained and evaluated alone have stages too. Their seconds are those of the last training. An
+    evaluation of a part of the questions, or with other settings than the phase's first, is no stage.
     Raises ValueError if a file is damaged, and OtherVersion.
     """
     file = experiment / "results.json"
@@ -67,7 +68,9 @@ def find_results(experiment: Path) -> Results:
     known = {stage.name for stage in found.stages}
     stages = []
     for phase in find_phases(experiment):
-        if phase.name not in known and (result := read_mig_bench(phase)):
+        home = None if phase.name in known else find_mig_bench(phase)
+        result = read_result(home / RESULT) if home else {}
+        if home and home.name == result_folder(result["benchmark"], None, result["generation"]):
             stages.append(make_stage(phase.name, result, read_json(phase / "done.json").get("seconds", 0.0)))
     return replace(found, stages=(*found.stages, *stages))
 

@@ -207,7 +207,7 @@ def test_a_browser_pages_through_thousands_and_loads_what_it_shows(
     assert "33.00 ± 4.24" in page.locator("#pipeline").inner_text()
     page.select_option("#delta-to", label="tiny-seed1/grpo")
     assert page.locator("#deltas .total td").all_inner_texts()[:4] == ["AVG", "10.00", "36.00", "+26.00"]
-    visible = page.locator("figure[data-metric]:visible")
+    visible = page.locator("div[data-metric]:visible")
     assert [figure.get_attribute("data-metric") for figure in visible.all()] == ["reward/total", "grpo/kl"]
     page.locator("#metrics summary").click()
     page.get_by_role("checkbox", name="grpo/kl").uncheck()

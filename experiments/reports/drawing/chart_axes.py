@@ -34,7 +34,9 @@ class Axis:
     def _text(self, value: float) -> str:
         largest = max(abs(self.low), abs(self.high))
         if value and (largest >= 1e6 or largest < 1e-3):
-            mantissa, exponent = f"{value:.2e}".split("e")
+            # As many digits as the value has more than the step, and one for a step of 2.5.
+            digits = math.floor(math.log10(abs(value))) - math.floor(math.log10(self.step) + 1e-9) + 1
+            mantissa, exponent = f"{value:.{max(digits, 1)}e}".split("e")
             return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
         return f"{value:,.{self.decimals()}f}" if value else "0"
 

@@ -71,4 +71,8 @@ function setUpChart(chart) {
   });
 }
 
-for (const chart of document.querySelectorAll('[data-chart="lines"]')) setUpChart(chart);
+function setUpCharts() {
+  for (const chart of document.querySelectorAll('[data-chart="lines"]')) setUpChart(chart);
+}
+
+setUpCharts();

@@ -9,7 +9,7 @@ from PIL import Image
 
 from experiments.reports import pipeline_report
 from experiments.runs import run_identity
-from experiments.runs.results import Results, make_stage, write_results
+from experiments.runs.results import Results, make_stage, read_results, write_results
 from tests.experiments.phase_results import summary
 from tests.experiments.runs.test_metrics_csv import attempt
 
@@ -48,7 +48,7 @@ def test_the_page_needs_nothing_from_outside(folder: Path) -> None:
 
 
 def test_the_terminal_table_is_aligned(folder: Path) -> None:
-    lines = pipeline_report.stage_text(pipeline_report.read_results(folder / "results.json")).splitlines()
+    lines = pipeline_report.stage_text(read_results(folder / "results.json")).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[-1].split()[:3] == ["grpo", "32.25", "+5.75"]
 
@@ -59,8 +59,11 @@ def test_a_half_finished_experiment_is_reported_as_far_as_it_went(tmp_path: Path
 
 
 def test_a_missing_experiment_is_a_short_error(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"no report: .*results\.json"):
-        pipeline_report.main(["--folder", str(tmp_path)])
+    (tmp_path / "outputs/other/grpo/benchmarks").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"no report: --folder=.*/absent has neither .* There is: .*/outputs/other$"):
+        pipeline_report.main(["--folder", str(tmp_path / "outputs/absent")])
+    with pytest.raises(SystemExit, match="`make sft` and `make eval` make one"):
+        pipeline_report.main(["--outputs", str(tmp_path / "empty")])
 
 
 def test_a_phase_whose_last_answer_was_cut_short_is_no_obstacle(folder: Path) -> None:
