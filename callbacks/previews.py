@@ -29,7 +29,8 @@ class Previews(MIGBench):
     It does so every `every_n_steps` updates, and once when training ends.
 
     PNG files go to <folder>/step_000100/<task>_<position>.png (by default <default_root_dir>/previews), their questions
-    and answers to previews.json beside them; a W&B logger also gets them as the table "previews". Only rank 0 works. If a file cannot be written, a warning is logged.
+    and answers to previews.json beside them. A W&B logger also gets them as the table "previews". Only rank 0 works. If
+    a file cannot be written, a warning is logged.
 
     Args:
         annotations: path of MIG_data.json.

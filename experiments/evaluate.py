@@ -169,7 +169,9 @@ def _settle_answers(home: Path, choice: Choice | None, words: Sequence[str] | No
         record, old = {}, answers.with_name(f"answers.{secrets.token_hex(4)}")
         answers.replace(old)
         print(f"{answers} is moved to {old}", flush=True)
-    write_json(home / EVALUATION, {"key": "benchmarks", "code": code} | record | run_facts("experiments.evaluate", words))
+    write_json(
+        home / EVALUATION, {"key": "benchmarks", "code": code} | record | run_facts("experiments.evaluate", words)
+    )
 
 
 def _log_lineage(scored: _ScoredBenchmarks, folder: Path, run: Any) -> None:

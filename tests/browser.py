@@ -10,7 +10,7 @@ It needs Debian's package chromium and the extra `dev` (playwright); the test is
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,24 +38,37 @@ def browser_page() -> Iterator[Any]:
 
 @contextmanager
 def opened_page() -> Iterator[Any]:
-    """A playwright `Page` of 1280 x 900 pixels without network.
+    """A playwright `Page` of 1280 x 900 pixels without network; see `opened_pages`."""
+    with opened_pages(1) as (page,):
+        yield page
 
-    Fails the test at the end where the page wrote an error or a warning to the console, raised an error that it did not
-    catch, opened a dialog, or asked for anything but files of this machine. Each has a browser of its own: a lasting
-    event loop of playwright's would get in the way of other tests' loops.
+
+@contextmanager
+def opened_pages(count: int, origin: str | None = None, known: Sequence[str] = ()) -> Iterator[list[Any]]:
+    """Playwright pages of 1280 x 900 pixels, each of a user of its own.
+
+    Fails the test at the end where a page wrote an error or a warning to the console, raised an error that it did not
+    catch, opened a dialog, or asked for anything but files of this machine. There is one browser for each test: a
+    lasting event loop of playwright's would get in the way of other tests' loops.
+
+    Args:
+        count: number of pages.
+        origin: a server on this machine, such as http://127.0.0.1:7860, that pages may ask. None: no network at all.
+        known: messages of the console that are no fault.
     """
     playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -e '.[dev]'")
     chromium = next((path for name in CHROMIUM if (path := shutil.which(name))), None)
     if chromium is None:
         pytest.skip("no browser: apt-get install chromium")
     faults: list[str] = []
+    allowed = ("file:", "data:", "blob:", "about:", *([f"{origin}/"] if origin else []))
 
     def hear(message: Any) -> None:
-        if message.type in ("error", "warning"):
+        if message.type in ("error", "warning") and message.text not in known:
             faults.append(f"wrote to the console: {message.text}")
 
     def see_request(request: Any) -> None:
-        if not request.url.startswith(("file:", "data:", "blob:", "about:")):
+        if not request.url.startswith(allowed):
             faults.append(f"asked for {request.url}")
 
     def refuse(dialog: Any) -> None:
@@ -64,13 +77,17 @@ def opened_page() -> Iterator[Any]:
 
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=list(ARGUMENTS))
-        page = browser.new_context(viewport={"width": 1280, "height": 900}, offline=True).new_page()
-        page.on("console", hear)
-        page.on("pageerror", lambda error: faults.append(f"raised, uncaught: {error}"))
-        page.on("dialog", refuse)
-        page.on("request", see_request)
+        pages = []
+        for _ in range(count):
+            size = {"width": 1280, "height": 900}
+            page = browser.new_context(viewport=size, offline=origin is None).new_page()
+            page.on("console", hear)
+            page.on("pageerror", lambda error: faults.append(f"raised, uncaught: {error}"))
+            page.on("dialog", refuse)
+            page.on("request", see_request)
+            pages.append(page)
         try:
-            yield page
+            yield pages
         finally:
             browser.close()
     if faults:

@@ -1,8 +1,9 @@
 """The files of one evaluation: predictions.jsonl with every scored answer, and result.json.
 
     {"version": 2, "benchmark": "mig_bench", "model": "models/nano-base", "data_root": "data/nano", "key": "…",
-     "limit": null, "generation": "greedy", "extractor": null, "dropped": {}, "n": 3000, "box_format": "absolute_pixels",
-     "columns": {"diff": {"score", "low", "high", "n"}, …}, "averages": {"avg": {…}, "in_domain": {…}, …},
+     "limit": null, "generation": "greedy", "extractor": null, "dropped": {}, "n": 3000,
+     "box_format": "absolute_pixels", "columns": {"diff": {"score", "low", "high", "n"}, …},
+     "averages": {"avg": {…}, "in_domain": {…}, …},
      "details": {"mean_iou", "acc_0.3", "acc_0.5", …, "macc"}, "rule": {…},
      "official": {"columns", "averages", "details", "rule"},
      "format_rate": 99.9, "failures": {"no_box": 3}, "truncated_rate": 0.1, "mean_tokens": 71.5}

@@ -9,11 +9,11 @@ from typing import Any
 
 from datamodules.persistence.files import read_json, write_atomic, write_json
 from datamodules.persistence.message_text import markdown_table
-from experiments.reports.drawing import charts
 from experiments.reports.ablation_summary import FIGURES, Comparison, read_rows, summarise
+from experiments.reports.drawing import charts
+from experiments.reports.drawing.templates import render
 from experiments.reports.pipeline_report import number
 from experiments.reports.significance import TRANSFER
-from experiments.reports.drawing.templates import render
 
 NAMES = {"avg": "AVG", "in_domain": "in-domain", "out_of_domain": "out-of-domain", "format_rate": "format %"}
 NOTE = (

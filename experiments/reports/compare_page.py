@@ -7,9 +7,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from experiments.reports.drawing import charts
+from experiments.reports.drawing.templates import render, script_json
 from experiments.reports.find_runs import Points, Run, config_differences
 from experiments.reports.rollout_pages import WrittenLog
-from experiments.reports.drawing.templates import render, script_json
 
 MAX_POINTS = 400  # largest number of points of a curve
 # The charts that are visible at the beginning, if the runs have logged their metrics.

@@ -78,7 +78,7 @@ def stage_text(results: Results, starts: Mapping[str, str] | None = None) -> str
 
 
 def render_report(folder: Path) -> str:
-    """The whole page of an experiment's folder, or of a folder of evaluations such as outputs/eval/models--nano-base."""
+    """The whole page of the folder of an experiment, or of evaluations, such as outputs/eval/models--nano-base."""
     return render("pipeline.html.j2", **report_values(folder))
 
 

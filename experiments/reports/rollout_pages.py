@@ -26,8 +26,8 @@ from datamodules.samples.scores import score_text, true_boxes
 from datamodules.streaming.manifest import MANIFEST
 from datamodules.streaming.shard_reader import ShardReader
 from datamodules.streaming.shard_sources import source_list
-from experiments.reports.find_runs import Run
 from experiments.reports.drawing.templates import script_json
+from experiments.reports.find_runs import Run
 from experiments.runs import run_identity
 from lightning_modules.rl.rollout_log import LoggedGroup
 

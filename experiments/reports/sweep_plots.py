@@ -38,11 +38,15 @@ def write_plots(
         return MISSING
     if not study.get_trials(states=[TrialState.COMPLETE]):
         return "no sweep.html: no trial has finished"
-    figures = [
-        (heading, note, _figure_markup(plot))
-        for heading, note, plot in plots(plan, study)
-    ]
-    page = render("sweep.html.j2", title=plan.name, figures=figures, commands=commands or {}, trials=trials, plotly=Markup(get_plotlyjs()))
+    figures = [(heading, note, _figure_markup(plot)) for heading, note, plot in plots(plan, study)]
+    page = render(
+        "sweep.html.j2",
+        title=plan.name,
+        figures=figures,
+        commands=commands or {},
+        trials=trials,
+        plotly=Markup(get_plotlyjs()),
+    )
     write_atomic(path, page)
     return None
 

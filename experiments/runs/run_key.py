@@ -16,7 +16,7 @@ from datamodules.streaming.shard_sources import mixing_weights
 from experiments.runs import preflight
 from experiments.runs.changes import Inputs, MadeOf
 
-# The folder and name of a run, its loggers, and its configuration files, because their values are in the key as settings.
+# The folder and name of a run, its loggers, and its configuration files, whose values are in the key as settings.
 RUN_NOT_IN_KEY = ("config", "outputs", "experiment", "phase", "log_to")
 # Display, logs, saving, profiling, and validation loops (no module here has one).
 TRAINER_NOT_IN_KEY = (

@@ -14,9 +14,9 @@ from datamodules.samples.box_texts import ParsedBox
 from datamodules.streaming.shard_writer import ShardWriter
 from experiments import compare
 from experiments.reports.compare_page import stage_rows
+from experiments.reports.drawing.templates import script_json
 from experiments.reports.find_runs import config_differences, find_runs, flatten
 from experiments.reports.rollout_pages import GROUPS_PER_CHUNK, thin
-from experiments.reports.drawing.templates import script_json
 from experiments.runs.results import Results, make_stage, write_results
 from lightning_modules.rl.rollout_log import RolloutLog
 from tests.datamodules.encoding.tiny_processor import make_sample

@@ -40,7 +40,11 @@ class LivePage:
         """A text that changes when the page would."""
         marks = []
         for phase in find_phases(self.folder):
-            files = [*phase.glob("attempts/*/metrics.*"), *phase.glob("*.json*"), *phase.glob("benchmarks/*/result.json")]
+            files = [
+                *phase.glob("attempts/*/metrics.*"),
+                *phase.glob("*.json*"),
+                *phase.glob("benchmarks/*/result.json"),
+            ]
             files += phase.glob("previews/*/previews.json")
             stats = [(file.name, file.stat()) for file in sorted(files) if file.exists()]
             marks.append((phase.name, run_identity.is_locked(phase), [(n, s.st_size, s.st_mtime_ns) for n, s in stats]))

@@ -31,7 +31,12 @@ def timeline(rows: metrics_csv.Rows) -> list[dict[str, Any]]:
     shown = []
     for step, parts in reversed(steps):
         cells = [
-            {"name": name, "seconds": parts[name], "share": round(100 * parts[name] / longest, 2), "colour": COLOUR[name]}
+            {
+                "name": name,
+                "seconds": parts[name],
+                "share": round(100 * parts[name] / longest, 2),
+                "colour": COLOUR[name],
+            }
             for name in NAMES
             if parts.get(name)
         ]

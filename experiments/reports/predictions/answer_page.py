@@ -147,9 +147,7 @@ def _option(answer: Any) -> str | None:
     return f"{answer.letter} of {', '.join(answer.choices)}"
 
 
-def _notes(
-    models: Sequence[Answers], num_common: int, num_shown: int, pictures: _Pictures, missing: str
-) -> list[str]:
+def _notes(models: Sequence[Answers], num_common: int, num_shown: int, pictures: _Pictures, missing: str) -> list[str]:
     """Sentences about what the page holds, and what it leaves out."""
     notes = [f"{model.label}: {model.folder}, model {model.result['model']}." for model in models]
     if num_shown < num_common:
@@ -159,9 +157,7 @@ def _notes(
             notes.append(f"{alone:,} questions of {model.label} are left out: the other model was not asked them.")
     notes += [f"No pictures and questions: {missing}."] if missing else []
     if pictures.num_left_out:
-        notes.append(
-            f"{pictures.num_left_out:,} pictures are left out, so that the file stays below its limit (--max_megabytes)."
-        )
+        notes.append(f"{pictures.num_left_out:,} pictures are left out, to bound the file (--max_megabytes).")
     notes += [f"{pictures.num_broken:,} images cannot be read."] if pictures.num_broken else []
     gaps = dict.fromkeys(gap for model in models if (gap := official_gap(model.result)))
     return notes + [f"{gap}." for gap in gaps]

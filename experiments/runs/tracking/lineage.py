@@ -47,7 +47,9 @@ def log_evaluations(run: wandb.Run, phase: Path, folders: Mapping[str, Path], mo
         folders: benchmark -> folder of its results.
         model: folder or name of the model.
     """
-    source = model_facts(phase) if (phase / CONFIG).is_file() else {"name": _plain(phase), "kind": "model", "model": model}
+    source = (
+        model_facts(phase) if (phase / CONFIG).is_file() else {"name": _plain(phase), "kind": "model", "model": model}
+    )
     files = [phase / CONFIG] if (phase / CONFIG).is_file() else []
     for benchmark, folder in folders.items():
         facts = {"name": _plain(phase, benchmark), "kind": "evaluation", "made_from": [source["name"]]}
@@ -77,9 +79,7 @@ def _plain(phase: Path, *more: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in "-".join(words))[:128]
 
 
-def _log(
-    run: wandb.Run, inputs: Sequence[tuple[dict, Sequence[Path]]], output: tuple[dict, Sequence[Path]]
-) -> None:
+def _log(run: wandb.Run, inputs: Sequence[tuple[dict, Sequence[Path]]], output: tuple[dict, Sequence[Path]]) -> None:
     import wandb
 
     try:

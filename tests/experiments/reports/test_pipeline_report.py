@@ -43,7 +43,9 @@ def test_the_page_tells_the_commit_of_the_training_from_the_last_commands(folder
 
 def test_the_page_needs_nothing_from_outside(folder: Path) -> None:
     page = pipeline_report.render_report(folder)
-    links = re.findall(r"(?:src|href)=\"(?!data:|#)[^\"]*", page) + re.findall(r"url\(|@import|<script src|<link(?! rel=\"icon\" href=\"data:)", page)
+    links = re.findall(r"(?:src|href)=\"(?!data:|#)[^\"]*", page) + re.findall(
+        r"url\(|@import|<script src|<link(?! rel=\"icon\" href=\"data:)", page
+    )
     assert links == []
 
 
