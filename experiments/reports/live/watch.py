@@ -48,6 +48,9 @@ class WatchServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, folder: Path, port: int, seconds: float) -> None:
+        self._temporary = TemporaryDirectory(prefix="watch-")
+        self.pictures = Path(self._temporary.name) / "pictures"
+        self.page, self.lock = LivePage(folder, self.pictures, seconds), threading.Lock()
         try:
             super().__init__((HOST, port), _Handler)
         except OSError as error:
@@ -55,9 +58,6 @@ class WatchServer(ThreadingHTTPServer):
                 raise
             reason = "is in use" if error.errno == errno.EADDRINUSE else "is not allowed"
             raise PortInUse(f"--port={port} {reason}; choose another, such as --port={max(port, 1024) + 1}") from error
-        self._temporary = TemporaryDirectory(prefix="watch-")
-        self.pictures = Path(self._temporary.name) / "pictures"
-        self.page, self.lock = LivePage(folder, self.pictures, seconds), threading.Lock()
 
     @property
     def address(self) -> str:

@@ -9,6 +9,7 @@ The page is one file that opens offline. It says what it leaves out.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from datamodules.benchmarks import mig_bench
@@ -53,6 +54,8 @@ def write_page(
     if max_questions < 1 or max_megabytes < 0:
         raise NoAnswers(f"--max_questions={max_questions} must be at least 1, --max_megabytes={max_megabytes} 0")
     models = [_read(find_evaluation(Path(run), bench)) for run in runs]
+    if len({model.label for model in models}) < len(models):
+        models = [replace(model, label=str(model.folder)) for model in models]
     names = [model.result["benchmark"] for model in models]
     if len(set(names)) > 1:
         raise NoAnswers(f"--runs: {models[0].folder} has {names[0]} and {models[1].folder} {names[1]}: compare one")

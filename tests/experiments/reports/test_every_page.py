@@ -153,6 +153,7 @@ def open_all(page: Any) -> None:
 
 @pytest.mark.parametrize("kind", PAGES)
 def test_a_page_has_no_fault_on_a_desk_and_on_a_phone(browser_page, tmp_path: Path, kind: str) -> None:
+    browser_page.set_default_timeout(180_000)  # plotly takes long on a busy machine
     browser_page.goto(PAGES[kind](tmp_path).as_uri())
     if kind == "compare":
         browser_page.locator("#browser").scroll_into_view_if_needed()

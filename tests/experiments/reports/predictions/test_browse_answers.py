@@ -39,7 +39,7 @@ def test_a_browser_filters_and_compares_two_models(browser_page, runs: list[Path
     page = browser_page
     page.goto(write_page(runs, tmp_path / "page.html").as_uri())
     count = page.locator("#count")
-    assert count.inner_text() == "4 of 4 questions; outputs/good 4 right, outputs/bad 0 right"
+    assert count.inner_text() == "4 of 4 questions; good 4 right, bad 0 right"
     assert HOSTILE in page.locator(".group").first.inner_text(), "an answer is text"
     card = page.locator(".group").nth(1)
     page.wait_for_function("[...document.images].every((image) => image.naturalWidth > 0)")
@@ -59,7 +59,7 @@ def test_a_browser_filters_and_compares_two_models(browser_page, runs: list[Path
     page.select_option("#kind", "")
     page.fill("#least", "0.9")
     assert count.inner_text().startswith("4 of 4")
-    page.select_option("#of", label="outputs/bad")
+    page.select_option("#of", label="bad")
     assert count.inner_text().startswith("0 of 4")
     page.fill("#least", "")
     page.fill("#most", "0.5")
@@ -73,7 +73,7 @@ def test_the_page_says_what_it_leaves_out(runs: list[Path], tmp_path: Path) -> N
     assert "3 of 4 questions are here, evenly over the file (--max_questions)." in page
     assert "6 pictures are left out" in page and "data:image/png" not in page
     assert "The official scores are left out" in page and ">official<" not in page
-    size = len(write_page(runs, tmp_path / "page.html", max_megabytes=0.01).read_text())
+    size = len(write_page(runs, tmp_path / "page.html", max_megabytes=0.0005).read_text())
     assert size < len(write_page(runs, tmp_path / "page.html").read_text())
 
 
@@ -83,6 +83,12 @@ def test_without_the_benchmark_the_answers_are_there(runs: list[Path], tmp_path:
         file.write_text(json.dumps(json.loads(file.read_text()) | {"data_root": str(tmp_path / "gone")}))
     page = write_page(runs, tmp_path / "page.html").read_text()
     assert "No pictures and questions: the benchmark cannot be read" in page and "bbox_2d" in page
+
+
+def test_two_models_of_one_name_are_told_apart_by_their_folders(runs: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(runs[0], tmp_path / "elsewhere/good")
+    page = write_page([runs[0], tmp_path / "elsewhere/good"], tmp_path / "page.html").read_text()
+    assert f"wrong: {tmp_path / 'elsewhere/good/benchmarks/mig_bench'}" in page
 
 
 def test_multiple_choice_has_options_and_no_boxes(browser_page, tmp_path: Path) -> None:
