@@ -46,7 +46,7 @@ def write(home: Path, folders: Mapping[int, Path], starts: Mapping[str, str], co
     means = {row["name"]: task_means(row) for row in summary["rows"] if row["seeds"]}
     names = list(dict.fromkeys(task for tasks in means.values() for task in tasks))
     chart = charts.bar_chart("Acc@0.5 by task, mean over seeds", names, means)
-    notes = [NOTE, *filter(None, _missing(summary))]
+    notes = [NOTE, " ".join(filter(None, _missing(summary)))]
     page = render("ablations.html.j2", title=home.name, notes=notes, tables=sections, task_chart=chart)
     write_atomic(home / "ablations.html", page)
     return text

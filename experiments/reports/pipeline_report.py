@@ -136,7 +136,12 @@ def reportable(outputs: Path) -> list[Path]:
     folders = [path for path in outputs.glob("*") if path.is_dir() and "." not in path.name]
     found = [path for path in folders if find_phases(path) or (path / "results.json").is_file()]
     found += [path for path in (outputs / "eval").glob("*") if any(path.glob(f"*/{RESULT}"))]
-    return sorted(found, key=lambda path: max(p.stat().st_mtime for p in (path, *path.iterdir())), reverse=True)
+    return sorted(found, key=_changed, reverse=True)
+
+
+def _changed(folder: Path) -> float:
+    """The time of the last change of the folders in `folder`, in seconds since 1970; a report is no change."""
+    return max((path.stat().st_mtime for path in folder.iterdir() if path.is_dir()), default=0.0)
 
 
 def _stage_notes(folder: Path, results: Results) -> list[str]:

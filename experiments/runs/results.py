@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,22 +57,22 @@ def make_stage(name: str, result: Mapping[str, Any], seconds: float) -> Stage:
 
 
 def find_results(experiment: Path) -> Results:
-    """results.json of an experiment, and after its stages those that other commands have evaluated on MIG-Bench.
+    """results.json of an experiment; without this file, the phases that were evaluated on all questions of MIG-Bench.
 
-    So phases that were trained and evaluated alone have stages too. Their seconds are those of the last training. An
-    evaluation of a part of the questions, or with other settings than the phase's first, is no stage.
-    Raises ValueError if a file is damaged, and OtherVersion.
+    So phases that were trained and evaluated alone are stages too. Their seconds are those of the last training. Raises
+    ValueError if a file is damaged, and OtherVersion.
     """
     file = experiment / "results.json"
-    found = read_results(file) if file.is_file() else Results(experiment.name, 0, "")
-    known = {stage.name for stage in found.stages}
+    if file.is_file():
+        return read_results(file)
     stages = []
     for phase in find_phases(experiment):
-        home = None if phase.name in known else find_mig_bench(phase)
+        home = find_mig_bench(phase)
         result = read_result(home / RESULT) if home else {}
+        # An evaluation with other settings than the first one of the phase has another folder name.
         if home and home.name == result_folder(result["benchmark"], None, result["generation"]):
             stages.append(make_stage(phase.name, result, read_json(phase / "done.json").get("seconds", 0.0)))
-    return replace(found, stages=(*found.stages, *stages))
+    return Results(experiment.name, 0, "", tuple(stages))
 
 
 def find_phases(experiment: Path) -> list[Path]:

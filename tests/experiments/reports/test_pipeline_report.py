@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from datamodules.metrics.result_files import write_evaluation
 from experiments.reports import pipeline_report
 from experiments.runs import run_identity
 from experiments.runs.results import Results, make_stage, read_results, write_results
-from tests.experiments.phase_results import summary
+from tests.experiments.phase_results import summary, write_mig_bench
 from tests.experiments.runs.test_metrics_csv import attempt
 
 
@@ -58,6 +61,56 @@ def test_the_terminal_table_is_aligned(folder: Path) -> None:
 def test_a_half_finished_experiment_is_reported_as_far_as_it_went(tmp_path: Path) -> None:
     write_results(tmp_path / "results.json", Results("nano", 0, "abc"))
     assert "Pipeline" in pipeline_report.render_report(tmp_path)
+
+
+def test_phases_that_were_trained_and_evaluated_alone_are_reported(tmp_path: Path) -> None:
+    """What make sft, make grpo and make eval leave, without results.json."""
+    home = tmp_path / "outputs/nano"
+    attempt(home / "cot_sft", 0, "train/loss,step\n2.0,0\n1.0,1\n")
+    (home / "cot_sft/config.yaml").write_text("model: {init_args: {model: models/tiny}}")
+    (home / "cot_sft/started.json").write_text('{"command": "python -m experiments.train --config a.yaml"}')
+    page = pipeline_report.render_report(home)
+    assert "No phase was evaluated" in page and "train/loss" in page and "experiments.train --config a.yaml" in page
+    merged = home / "cot_sft/merged"
+    attempt(home / "grpo", 0, "reward/total,step\n0.5,0\n")
+    (home / "grpo/config.yaml").write_text(f"model: {{init_args: {{model: {merged}}}}}")
+    for number, (phase, average) in enumerate((("cot_sft", 20.0), ("grpo", 32.0))):
+        write_mig_bench(home / phase, summary(average))
+        os.utime(home / phase / "config.yaml", (number, number))
+    write_evaluation(home / "grpo/benchmarks/blink-limit2", (), summary(77.7, benchmark="blink", limit=2))
+    page = pipeline_report.render_report(home)
+    assert "+12.00" in page and "blink-limit2" in page and "77.70" in page
+    assert "At most 2 questions of each column were asked." in page
+
+
+def test_an_evaluation_alone_is_reported_and_the_latest_is_the_default(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = tmp_path / "outputs"
+    attempt(outputs / "nano/grpo", 0, "reward/total,step\n0.5,0\n")
+    write_evaluation(outputs / "eval/models--m/ref_l4", (), summary(12.34, benchmark="ref_l4"))
+    (outputs / "eval/models--m/evaluation.json").write_text('{"command": "python -m experiments.evaluate --model m"}')
+    os.utime(outputs / "nano/grpo", (1, 1))
+    pipeline_report.main(["--outputs", str(outputs)])
+    assert f"wrote {outputs / 'eval/models--m/report.html'}" in capsys.readouterr().out
+    page = (outputs / "eval/models--m/report.html").read_text()
+    assert "12.34" in page and "experiments.evaluate --model m" in page
+
+
+def test_every_image_of_an_answer_is_shown_with_its_texts(folder: Path) -> None:
+    texts = [{"file": "step_000020_example.png", "task": "diff", "id": "mig/7", "question": "Where is <it>?"}]
+    step = folder / "grpo/previews/step_000020"
+    (step / "previews.json").write_text(json.dumps([texts[0] | {"answer": "here", "result": "IoU 0.52"}]))
+    page = pipeline_report.render_report(folder)
+    assert "Where is &lt;it&gt;?" in page and "IoU 0.52" in page and "mig/7" in page
+
+
+def test_official_scores_that_mean_nothing_are_left_out_and_the_page_says_so(folder: Path) -> None:
+    official = {kind: summary()[kind] for kind in ("columns", "averages")} | {"rule": {"reader": "mig_bench"}}
+    for box_format, is_shown in (("relative_1000", True), ("absolute_pixels", False)):
+        write_mig_bench(folder / "grpo", summary(32.25, official=official, box_format=box_format))
+        page = pipeline_report.render_report(folder)
+        assert ('<th scope="col">official</th>' in page) == is_shown == ("official scores are left out" not in page)
 
 
 def test_a_missing_experiment_is_a_short_error(tmp_path: Path) -> None:
