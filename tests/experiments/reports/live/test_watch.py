@@ -86,6 +86,7 @@ def test_a_run_without_rollouts_has_wait_and_update() -> None:
 
 def test_the_page_follows_the_run(server: WatchServer, phase: Path) -> None:
     with opened_pages(1, server.address.rstrip("/")) as (page,):
+        page.set_default_timeout(180_000)  # of a busy machine
         page.goto(server.address)
         follow(page, phase)
 

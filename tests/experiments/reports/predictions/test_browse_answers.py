@@ -86,9 +86,11 @@ def test_without_the_benchmark_the_answers_are_there(runs: list[Path], tmp_path:
 
 
 def test_two_models_of_one_name_are_told_apart_by_their_folders(runs: list[Path], tmp_path: Path) -> None:
-    shutil.copytree(runs[0], tmp_path / "elsewhere/good")
-    page = write_page([runs[0], tmp_path / "elsewhere/good"], tmp_path / "page.html").read_text()
-    assert f"wrong: {tmp_path / 'elsewhere/good/benchmarks/mig_bench'}" in page
+    other = tmp_path / "elsewhere/outputs/good"
+    shutil.copytree(runs[0], other)
+    page = write_page([runs[0], other], tmp_path / "page.html").read_text()
+    for run in (runs[0], other):
+        assert f"wrong: {run / 'benchmarks/mig_bench'}" in page
 
 
 def test_multiple_choice_has_options_and_no_boxes(browser_page, tmp_path: Path) -> None:
