@@ -71,7 +71,6 @@ def run(fit, tiny_model_dir, tmp_path: Path):
         collapse_guard.finish_rollback(folder)
         given = {
             "enable_checkpointing": True,
-            "logger": logger,
             "max_epochs": 5,
             "ckpt_path": collapse_guard.last_good(folder),
         }
