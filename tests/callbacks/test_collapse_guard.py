@@ -73,8 +73,10 @@ def run(fit, tiny_model_dir, tmp_path: Path):
             "enable_checkpointing": True,
             "max_epochs": 5,
             "ckpt_path": collapse_guard.last_good(folder),
+            "logger": logger,
+            "log_every_n_steps": 1,
         }
-        fit(module, [guard, checkpoints, *more], max_steps=max_steps, logger=logger, **given)
+        fit(module, [guard, checkpoints, *more], max_steps=max_steps, **given)
         return module
 
     return train
@@ -111,11 +113,14 @@ def test_a_warning_is_given_once_and_training_goes_on(run, tmp_path: Path, caplo
 @pytest.mark.parametrize(("action", "level"), [("warn", "WARN"), ("stop", "ERROR")])
 def test_wandb_gets_an_alert(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str, level: str) -> None:
     alerts: list[dict[str, str]] = []
+    wandb.finish()  # a run that an earlier test in this process left open would be taken for the new one
     logger = WandbLogger(name="tiny/grpo", save_dir=tmp_path, offline=True)
     monkeypatch.setattr(wandb.Run, "alert", lambda run, **words: alerts.append(words))
-    with pytest.raises(RunStopped) if action == "stop" else nullcontext():
-        run(action, logger=logger)
-    wandb.finish()
+    try:
+        with pytest.raises(RunStopped) if action == "stop" else nullcontext():
+            run(action, logger=logger)
+    finally:
+        wandb.finish()
     (alert,) = alerts
     assert alert["level"] == level and alert["title"] == f"tiny/grpo: collapse, {action}"
     assert "reward/total" in alert["text"] and "low=0.5" in alert["text"]
