@@ -57,6 +57,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .PHONY: help pipeline smoke ablations base shards inspect sft grpo vllm-server sweep agent eval ask demo publish rescore synthesize tables runs report compare
+.PHONY: predictions watch
 .PHONY: dashboard bench bench-gpu chaos lint test test-slow clean
 
 help:  ## Print this help
@@ -144,11 +145,18 @@ synthesize: $(STAMP)  ## CoT data from a teacher: the nano CoT-SFT model, served
 runs: $(STAMP)  ## All runs in outputs/: state, AVG, commit, size, age; ARGS=--clean offers to delete what was moved aside
 	@$(PY) -m experiments.runs.overview.run_table $(ARGS)
 
-report: $(STAMP)  ## Rewrite report.html from a finished or running experiment: ARGS="--folder outputs/nano-seed1"
+report: $(STAMP)  ## Write report.html of any experiment or evaluation, the latest by default: ARGS="--folder outputs/nano-seed1"
 	$(PY) -m experiments.reports.pipeline_report $(ARGS)
 
 compare: $(STAMP)  ## One page that compares runs, with their rollouts: RUNS="outputs/nano outputs/nano-seed1/grpo"
 	$(PY) -m experiments.compare --runs $(or $(RUNS),outputs/nano) $(ARGS)
+
+predictions: $(STAMP)  ## A page of a model's answers, or of two models': RUNS="outputs/nano/grpo outputs/nano/cot_sft" BENCH=mig_bench
+	$(PY) -m experiments.reports.predictions.browse_answers --runs $(or $(RUNS),outputs/nano/grpo) \
+		$(addprefix --bench ,$(BENCH)) $(ARGS)
+
+watch: $(STAMP)  ## The report of a running experiment in the browser, live: ARGS="--folder outputs/nano --port 8765"
+	$(PY) -m experiments.reports.live.watch $(ARGS)
 
 dashboard: $(STAMP)  ## The same as a W&B report (needs a key): ARGS="--experiments nano nano-seed1"
 	$(PY) -m experiments.reports.wandb_report $(ARGS)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
 
 from callbacks.checkpoints import RunStopped, log_batch, newest, num_updates
 from callbacks.sound_checkpoints import newest_whole
@@ -57,7 +58,8 @@ class CollapseGuard(Callback):
       oldest checkpoint; `keep_last` of WindowCheckpoint decides how old that is. The run then continues with other
       samples and other rollouts.
 
-    Events are written to <default_root_dir>/collapse.json, and `collapse/rollbacks` is logged. A rollback is decided by
+    Events are written to <default_root_dir>/collapse.json, and `collapse/rollbacks` is logged. A W&B logger sends an
+    alert. A rollback is decided by
     one write of this file and carried out when the run starts again, so a kill at any moment does no harm.
 
     List this callback before SaveOnInterrupt.
@@ -178,6 +180,7 @@ class CollapseGuard(Callback):
         words = f"collapse at step {fault['step']}: {fault['fault']}"
         if trainer.is_global_zero:
             log.warning(words)
+            _alert(trainer, words, event["action"])
             try:
                 _record(trainer.default_root_dir, event, spoilt if event["action"] == "roll_back" else [])
             except StorageError as error:
@@ -191,6 +194,14 @@ class CollapseGuard(Callback):
         if event["action"] == "stop":
             after = f" after {self._rollbacks} rollbacks" if self._rollbacks else ""
             raise RunStopped(f"stopped{after}: {words}. The last good checkpoint is {good}")
+
+
+def _alert(trainer: Trainer, words: str, action: str) -> None:
+    """Send an alert to W&B, which mails it to the owner of the run or posts it, as they have chosen there."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            title = f"{logger.experiment.name}: collapse, {action.replace('_', ' ')}"
+            logger.experiment.alert(title=title, text=words, level="WARN" if action == "warn" else "ERROR")
 
 
 def finish_rollback(folder: str | Path) -> None:

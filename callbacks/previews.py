@@ -12,9 +12,9 @@ from lightning.pytorch.loggers import WandbLogger
 
 from callbacks.mig_bench import MIGBench
 from datamodules.benchmarks.base import limit_columns
-from datamodules.metrics.drawing import Drawn, draw_previews, preview_table
+from datamodules.metrics.drawing import PREVIEW_TEXTS, Drawn, describe_preview, draw_previews, preview_table
 from datamodules.metrics.scoring import score_replies
-from datamodules.persistence.files import make_folder, remove_draft
+from datamodules.persistence.files import make_folder, remove_draft, write_json
 from datamodules.persistence.problems import Problems
 from datamodules.samples.sample import Sample
 from lightning_modules.predictors.encode_ahead import prompt_encoder, rollout_engine
@@ -28,8 +28,9 @@ class Previews(MIGBench):
 
     It does so every `every_n_steps` updates, and once when training ends.
 
-    PNG files go to <folder>/step_000100/<task>_<position>.png (by default <default_root_dir>/previews); a W&B logger
-    also gets them as the table "previews". Only rank 0 works. If a file cannot be written, a warning is logged.
+    PNG files go to <folder>/step_000100/<task>_<position>.png (by default <default_root_dir>/previews), their questions
+    and answers to previews.json beside them. A W&B logger also gets them as the table "previews". Only rank 0 works. If
+    a file cannot be written, a warning is logged.
 
     Args:
         annotations: path of MIG_data.json.
@@ -73,10 +74,13 @@ class Previews(MIGBench):
 
 def _save(rows: Sequence[Drawn], folder: Path) -> None:
     make_folder(folder)
-    for sample, _, preview in rows:
+    texts = []
+    for sample, prediction, preview in rows:
         file = folder / f"{sample.task}_{sample.id.rpartition('/')[2]}.png"
         try:
             preview.save(file)
         except OSError:
             remove_draft(file)
             raise
+        texts.append({"file": file.name} | describe_preview(sample, prediction))
+    write_json(folder / PREVIEW_TEXTS, texts)

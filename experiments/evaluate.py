@@ -50,25 +50,32 @@ from experiments.evaluation.evaluation_settings import MOVED, PHASE_FOLDER, Eval
 from experiments.evaluation.extracting import extract_letters, extractor_problems
 from experiments.runs import preflight, run_identity, wandb_runs
 from experiments.runs.changes import Choice, choice_of, decide, is_stale, kept, question, spell_out
+from experiments.runs.command_line.run_facts import run_facts
 from experiments.runs.commands import command
 from experiments.runs.parsers import run_cli
 from experiments.runs.renamed_settings import refuse_moved
+from experiments.runs.results import EVALUATION
+from experiments.runs.tracking.lineage import log_evaluations
 from lightning_modules.metrics.summary import summarise
 from lightning_modules.predictors.ask import answers_folder, read_answers
 from lightning_modules.predictors.extractor import Extractor
 
-RECORD = "evaluation.json"  # file beside the answers with the hashes of the evaluation's source files
 FACTS = ("data_root", "key", "extractor")  # fields of a result that are logged to W&B
 
 
-def evaluate(asked: Evaluation) -> dict[str, dict[str, Any]]:
-    """Evaluate a model on the paper's benchmarks and on shards; returns the results by name."""
+def evaluate(asked: Evaluation, words: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Evaluate a model on the paper's benchmarks and on shards; returns the results by name.
+
+    Args:
+        asked: the settings.
+        words: the command line, for the record of the evaluation; None means that of this process.
+    """
     # 1. Check every setting and file, before any weights are read.
     choice = choice_of(asked.redo, asked.keep)
     settings, benchmarks = _check(asked)
     home = Path(asked.output or default_output(settings.model, served=asked.endpoint is not None))
     with run_identity.locked(home):
-        _settle_answers(home, choice)
+        _settle_answers(home, choice, words)
         extractor = None if asked.extractor is None else Extractor(asked.extractor, home / "answers")
         if extractor is not None:
             extractor.check_first()
@@ -85,7 +92,7 @@ def evaluate(asked: Evaluation) -> dict[str, dict[str, Any]]:
         facts = {"predictor": asdict(settings)}
         facts |= {result["benchmark"]: {name: result[name] for name in FACTS} for result in scored.logged}
         key = fingerprint([result["key"] for result in scored.logged])
-        wandb_runs.log_evaluation(folder, key, values, facts, scored.drawn)
+        wandb_runs.log_evaluation(folder, key, values, facts, scored.drawn, partial(_log_lineage, scored, folder))
     print(f"wrote {home}")
     return scored.results
 
@@ -141,8 +148,8 @@ def load_benchmarks(names: Sequence[str], data_root: str, replicas: bool) -> tup
     return found, problems
 
 
-def _settle_answers(home: Path, choice: Choice | None) -> None:
-    """Record the code of this evaluation in `home`.
+def _settle_answers(home: Path, choice: Choice | None, words: Sequence[str] | None) -> None:
+    """Record the code, the command line and the machine of this evaluation in `home`.
 
     Answers from other code are kept or moved away, as the user has chosen.
 
@@ -150,7 +157,7 @@ def _settle_answers(home: Path, choice: Choice | None) -> None:
     Raises CodeChanged if there are answers from other code and the user has made no choice.
     """
     answers, code = home / "answers", source_code(("experiments.evaluate",))
-    record = read_json(home / RECORD)
+    record = read_json(home / EVALUATION)
     stale = (record or any(answers.glob("*/*.jsonl"))) and is_stale(record, code, choice)
     is_done = any(home.glob(f"*/{RESULT}"))
     decision = decide(stale, choice, partial(question, f"the evaluation in {home}", is_done, record, code))
@@ -162,19 +169,26 @@ def _settle_answers(home: Path, choice: Choice | None) -> None:
         record, old = {}, answers.with_name(f"answers.{secrets.token_hex(4)}")
         answers.replace(old)
         print(f"{answers} is moved to {old}", flush=True)
-    write_json(home / RECORD, {"key": "benchmarks", "code": code} | record)
+    write_json(
+        home / EVALUATION, {"key": "benchmarks", "code": code} | record | run_facts("experiments.evaluate", words)
+    )
+
+
+def _log_lineage(scored: _ScoredBenchmarks, folder: Path, run: Any) -> None:
+    log_evaluations(run, folder, {path.name: path for path in scored.written}, scored.model)
 
 
 class _ScoredBenchmarks:
     """Scores, writes and prints the benchmarks one by one.
 
-    `logged` has the results of complete benchmarks, `drawn` pictures of some answers.
+    `logged` has the results of complete benchmarks, `written` their folders, `drawn` pictures of some answers.
     """
 
     def __init__(self, asked: Evaluation, model: str, home: Path, extractor: Extractor | None) -> None:
         self.asked, self.model, self.home, self.extractor = asked, model, home, extractor
         self.results: dict[str, dict[str, Any]] = {}
         self.logged: list[dict[str, Any]] = []
+        self.written: list[Path] = []
         self.drawn: list[Drawn] = []
 
     def add(self, benchmark: Benchmark, ended: Ended) -> None:
@@ -201,6 +215,7 @@ class _ScoredBenchmarks:
         # A part of a benchmark, or a result with other settings, must not be logged to the curves of the run.
         if asked.limit is None and folder == plain:
             self.logged.append(result)
+            self.written.append(folder)
             self.drawn += self._draw(benchmark, samples, predictions)
 
     def _spare(self, folder: Path, key: str) -> Path:
@@ -237,7 +252,8 @@ def default_output(model: str, served: bool = False) -> str:
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make eval`."""
     refuse_moved(args, MOVED)
-    evaluate(run_cli(Evaluation, spell_out(args)))
+    words = spell_out(args)
+    evaluate(run_cli(Evaluation, words), words)
 
 
 if __name__ == "__main__":

@@ -280,7 +280,7 @@ def main(args: list[str] | None = None) -> None:
         except Interrupted as signal_name:
             sys.exit(f"stopped by {signal_name}; the same command goes on with the trial that was running")
         plots = folder / "sweep.html"
-        missing = sweep_plots.write_plots(plots, plan, sweep.study.study)
+        missing = sweep_plots.write_plots(plots, plan, sweep.study.study, **sweep_summary.page_values(folder, plan))
         wandb_sweep.log_sweep(folder, plan)
     say(f"{folder / 'sweep.md'}, {folder / 'sweep.json'}, {missing or plots}")
 

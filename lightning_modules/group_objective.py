@@ -29,6 +29,7 @@ from lightning_modules.rl.rollout_batch import PromptGroup, absent_count, by_com
 from lightning_modules.rl.sampler_correction import sampler_correction
 from lightning_modules.rollouts.base import Rollout
 from lightning_modules.training.optim import count_updates
+from lightning_modules.training.part_clock import PartClock
 from lightning_modules.training.seeds import derive_seed
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class GroupObjective(PolicyModule):
         self.rollout_settings, self.loss_settings, self.update_settings = rollout, loss, update
         self.metrics = GRPOMetrics()
         self._entropy = EntropyController(loss.entropy)
+        self.reference_clock = PartClock()
 
     def problems(self) -> Problems:
         problems = super().problems()
@@ -199,8 +201,9 @@ class GroupObjective(PolicyModule):
 
     def _reference_log_probs(self, rows: PackedRows, features: list[Tensor], items: list[EncodedSample]) -> Tensor:
         """Log-probabilities [N] of a row's tokens under the reference; other arguments as in `_packed_rows`."""
-        fixed = features if self.freeze_vision else self.row_features(rows, items, reference=True)
-        return self.policy.token_log_probs(rows, fixed, self.rollout_settings.temperature, reference=True)
+        with self.reference_clock.running(self.device):
+            fixed = features if self.freeze_vision else self.row_features(rows, items, reference=True)
+            return self.policy.token_log_probs(rows, fixed, self.rollout_settings.temperature, reference=True)
 
     def _packed_rows(
         self, groups: list[PromptGroup], reference: bool = False

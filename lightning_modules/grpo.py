@@ -88,7 +88,8 @@ class GRPO(GroupObjective):
         self._batches: list[Batch] = []  # of the open accumulation window, that wait to be sampled
         self._window: RefilledWindow | None = None
         self._ahead = SamplingAhead(rollout.staleness)
-        self._began = self._rollout_seconds = 0.0  # of the window: when it was first sampled from, and how long
+        self._began = 0.0  # time at which the window was first sampled from
+        self._seconds = {"rollout": 0.0, "reward": 0.0}  # of the window, over all its rounds
         self._idle = IdleWindows()
         self.problems().raise_all(type(self).__name__)
 
@@ -188,8 +189,8 @@ class GRPO(GroupObjective):
         items = window.request.items  # P
         if self._window.is_new:
             self.metrics.reset()
-            self.last_rollouts, self._began, self._rollout_seconds = [], time.perf_counter(), 0.0
-        started = time.perf_counter()
+            self.last_rollouts, self._began, self._seconds = [], time.perf_counter(), {"rollout": 0.0, "reward": 0.0}
+        sampling_began = time.perf_counter()
 
         # 1. Sample. The engine may be this process or a vLLM server; both return token ids with log-probabilities.
         with torch.no_grad():  # P of [image tokens, F]; one batch at a time bounds the memory of the vision tower
@@ -198,11 +199,13 @@ class GRPO(GroupObjective):
             rollouts = self.engine.generate(replace(window.request, features=features))  # P lists of G `Rollout`
         else:
             rollouts = self.engine.fetch(window.submitted)
-        self._rollout_seconds += time.perf_counter() - started
+        sampling_ended = time.perf_counter()
+        self._seconds["rollout"] += sampling_ended - sampling_began
 
         # 2. Score every completion: its total is a weighted sum of rewards, by default that of eq. 3.
         max_tokens = self.rollout_settings.max_new_tokens
         rewards = self.rewards.score(items, rollouts, self.box_format, max_tokens)  # P lists of G `Reward`
+        self._seconds["reward"] += time.perf_counter() - sampling_ended
         totals = torch.tensor([[reward.total for reward in group] for group in rewards], dtype=torch.float64)  # [P, G]
 
         # 3. Compare inside the group (eq. 1). If all rewards of a group are equal, no completion is better than
@@ -272,8 +275,10 @@ class GRPO(GroupObjective):
         self._idle.add(sums := self.metrics.compute())  # of all ranks, which wait for one another here
         seconds = time.perf_counter() - self._began
         speeds = {
-            "speed/rollout_seconds": self._rollout_seconds,
-            "speed/update_seconds": seconds - self._rollout_seconds,
+            "speed/rollout_seconds": self._seconds["rollout"],
+            "speed/update_seconds": seconds - self._seconds["rollout"],
+            "speed/reward_seconds": self._seconds["reward"],
+            "speed/reference_seconds": self.reference_clock.take(),
             "speed/completion_tokens_per_second": sums["completion_tokens"] / seconds,
         }
         # Without a logger nobody draws the spread of each reward.

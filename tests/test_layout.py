@@ -45,8 +45,10 @@ ROOMS = {
     ),
     "callbacks": (),
     "experiments": (
+        ("reports/predictions", "reports/live"),
         ("reports", "runs/sharing", "asking"),
-        ("evaluation", "sweeps", "nano", "bench", "runs/command_line", "runs/overview"),
+        ("evaluation", "sweeps", "nano", "bench", "runs/command_line", "runs/overview", "reports/drawing"),
+        ("runs/tracking",),
         ("runs", "synthesis"),
     ),
 }

@@ -2,7 +2,8 @@
 
     {"version": 2, "benchmark": "mig_bench", "model": "models/nano-base", "data_root": "data/nano", "key": "…",
      "limit": null, "generation": "greedy", "extractor": null, "dropped": {}, "n": 3000,
-     "columns": {"diff": {"score", "low", "high", "n"}, …}, "averages": {"avg": {…}, "in_domain": {…}, …},
+     "box_format": "absolute_pixels", "columns": {"diff": {"score", "low", "high", "n"}, …},
+     "averages": {"avg": {…}, "in_domain": {…}, …},
      "details": {"mean_iou", "acc_0.3", "acc_0.5", …, "macc"}, "rule": {…},
      "official": {"columns", "averages", "details", "rule"},
      "format_rate": 99.9, "failures": {"no_box": 3}, "truncated_rate": 0.1, "mean_tokens": 71.5}
@@ -88,7 +89,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 def result_metrics(result: Mapping[str, Any], suffix: str = "") -> dict[str, float]:
     """The values of a result that are logged, as "<benchmark><suffix>/avg" and so on: all columns and averages,
-    accuracy at other thresholds, rates, mean length, and the official average.
+    accuracy at other thresholds, rates, mean length, and the official average if it has a meaning.
     """
     cells = result["columns"] | result["averages"]
     values = {name: cell["score"] for name, cell in cells.items()}
@@ -96,24 +97,43 @@ def result_metrics(result: Mapping[str, Any], suffix: str = "") -> dict[str, flo
         values |= {f"{beside}/{name}": cell[beside] for name, cell in cells.items() if beside in cell}
     values |= {name: result["details"].get(name) for name in LOGGED_DETAILS}
     values |= {name: result[name] for name in ("format_rate", "truncated_rate", "mean_tokens")}
-    values["official_avg"] = result["official"]["averages"]["avg"]["score"]
+    if official_gap(result) is None:
+        values["official_avg"] = result["official"]["averages"]["avg"]["score"]
     return {f"{result['benchmark']}{suffix}/{name}": value for name, value in values.items() if value is not None}
+
+
+def official_gap(result: Mapping[str, Any]) -> str | None:
+    """Why the official scores of a result say nothing about the model, as a sentence; None if they do.
+
+    The official parser of MIG-Bench divides every number above 1 by 1000, so boxes in pixels are always wrong.
+    """
+    pixels = result.get("box_format") == "absolute_pixels"
+    if not pixels or result["official"].get("rule", {}).get("reader") != "mig_bench":
+        return None
+    return (
+        "The official scores are left out: MIG-Bench's own parser takes numbers for thousandths of the image, and this "
+        "model writes pixels"
+    )
 
 
 def format_result(result: Mapping[str, Any]) -> str:
     """A table for the terminal: one line per column, then the averages. The official score is beside each."""
     beside = [name for name in BESIDE if any(name in cell for cell in result["columns"].values())]
-    head = f"{result['benchmark']:<24} {'score':>7} {'95 % interval':>17} {'official':>9} {'n':>6}"
+    gap = official_gap(result)
+    head = f"{result['benchmark']:<24} {'score':>7} {'95 % interval':>17}"
+    head += f" {'official':>9} {'n':>6}" if gap is None else f" {'n':>6}"
     lines = [head + "".join(f" {BESIDE[name]:>7}" for name in beside)]
     for kind in ("columns", "averages"):
         for name, cell in result[kind].items():
             official = result["official"][kind][name]["score"]
             interval = f"[{cell['low']:.2f}, {cell['high']:.2f}]"
-            line = f"{name:<24} {cell['score']:>7.2f} {interval:>17} {official:>9.2f} {cell['n']:>6}"
+            line = f"{name:<24} {cell['score']:>7.2f} {interval:>17}"
+            line += f" {official:>9.2f} {cell['n']:>6}" if gap is None else f" {cell['n']:>6}"
             lines.append(line + "".join(f" {cell[name]:>7.2f}" for name in beside if name in cell))
     failures = ", ".join(f"{kind} {count}" for kind, count in result["failures"].items()) or "none"
     form = "" if result["format_rate"] is None else f"format {result['format_rate']:.2f} %, "
     lines.append(f"{result['rule']['source']}; {form}answers that could not be read: {failures}")
+    lines += [gap] if gap else []
     if extractor := result.get("extractor"):
         failed = ", ".join(f"{kind} {count}" for kind, count in extractor["failed"].items()) or "none"
         counts = f"{extractor['asked']} answers, a letter in {extractor['found']}, none in {extractor['none']}"

@@ -9,11 +9,11 @@ from typing import Any
 
 from datamodules.persistence.files import read_json, write_atomic, write_json
 from datamodules.persistence.message_text import markdown_table
-from experiments.reports import svg_charts
 from experiments.reports.ablation_summary import FIGURES, Comparison, read_rows, summarise
+from experiments.reports.drawing import charts
+from experiments.reports.drawing.templates import render
 from experiments.reports.pipeline_report import number
 from experiments.reports.significance import TRANSFER
-from experiments.reports.templates import render
 
 NAMES = {"avg": "AVG", "in_domain": "in-domain", "out_of_domain": "out-of-domain", "format_rate": "format %"}
 NOTE = (
@@ -45,8 +45,8 @@ def write(home: Path, folders: Mapping[int, Path], starts: Mapping[str, str], co
     write_atomic(home / "ablations.md", text)
     means = {row["name"]: task_means(row) for row in summary["rows"] if row["seeds"]}
     names = list(dict.fromkeys(task for tasks in means.values() for task in tasks))
-    chart = svg_charts.bar_chart("Acc@0.5 by task, mean over seeds", names, means)
-    notes = [NOTE, *filter(None, _missing(summary))]
+    chart = charts.bar_chart("Acc@0.5 by task, mean over seeds", names, means)
+    notes = [NOTE, " ".join(filter(None, _missing(summary)))]
     page = render("ablations.html.j2", title=home.name, notes=notes, tables=sections, task_chart=chart)
     write_atomic(home / "ablations.html", page)
     return text

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from experiments.reports import svg_charts
+from experiments.reports.drawing import charts
+from experiments.reports.drawing.templates import render, script_json
 from experiments.reports.find_runs import Points, Run, config_differences
 from experiments.reports.rollout_pages import WrittenLog
-from experiments.reports.templates import render, script_json
 
 MAX_POINTS = 400  # largest number of points of a curve
 # The charts that are visible at the beginning, if the runs have logged their metrics.
@@ -85,16 +85,16 @@ def _curves(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str, A
     names = sorted({name for run in logged for name in run.curves})
     shown = [name for name in FIRST_CHARTS if name in names] or names[:4]
     labels = [run.label for run in runs]
-    charts = []
+    drawn = []
     for name in [*shown, *(name for name in names if name not in shown)]:
         curves = {run.label: _thin_curve(run.curves.get(name, [])) for run in logged}
-        drawing = svg_charts.line_chart(name, curves, labels)
-        charts.append({"name": name, "is_shown": name in shown, "drawing": drawing})
+        drawing = charts.line_chart(name, curves, labels)
+        drawn.append({"name": name, "is_shown": name in shown, "drawing": drawing})
     legend = []
     for place, run in enumerate(runs):
-        colour, dash = svg_charts.curve_style(place)
+        colour, dash = charts.curve_style(place)
         legend += [{"place": place, "label": run.label, "colour": colour, "dash": dash}] if run.curves else []
-    return charts, legend, any(len(points) > MAX_POINTS for run in logged for points in run.curves.values())
+    return drawn, legend, any(len(points) > MAX_POINTS for run in logged for points in run.curves.values())
 
 
 def _thin_curve(points: Points) -> Points:

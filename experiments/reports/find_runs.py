@@ -15,6 +15,7 @@ from experiments.runs.results import (
     BASE,
     Results,
     find_mig_bench,
+    find_phases,
     make_stage,
     read_mig_bench,
     read_results,
@@ -66,9 +67,14 @@ class Run:
     @cached_property
     def groups(self) -> list[LoggedGroup]:
         """The groups of its rollout log; [] without a log."""
+        return read_index(self.rollout_log)
+
+    @property
+    def rollout_log(self) -> Path:
+        """The path of its rollout log, which may not exist."""
         names = ("model.init_args.rollout.log", "model.init_args.rollout_log")  # the second in runs of earlier versions
         named = [self.config[name] for name in names if self.config.get(name)]
-        return read_index(self.folder / (named[0] if named else "rollouts.jsonl"))
+        return self.folder / (named[0] if named else "rollouts.jsonl")
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Run]:
@@ -153,7 +159,7 @@ def _phases(path: Path) -> list[Path]:
     if not path.is_dir():
         return []
     staged = [path / stage.name for stage in _results(path).stages]
-    others = [folder for folder in sorted(path.iterdir()) if folder not in staged and "." not in folder.name]
+    others = [folder for folder in find_phases(path) if folder not in staged]
     return [folder for folder in staged + others if folder.is_dir() and _is_phase(folder)]
 
 

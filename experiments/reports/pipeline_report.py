@@ -1,22 +1,24 @@
-"""report.html of an experiment: stages, curves, bars per task and drawn examples in one file that needs no network.
+"""report.html of an experiment or an evaluation: stages, tasks, curves, answers, settings, in one file without network.
 
 python -m experiments.reports.pipeline_report --folder outputs/nano
 """
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.persistence.files import write_atomic
-from experiments.reports import paper_tables, svg_charts
-from experiments.reports.templates import render
+from datamodules.metrics.result_files import RESULT
+from datamodules.persistence.files import read_json, write_atomic
+from datamodules.persistence.message_text import listed
+from experiments.reports import paper_tables, report_sections
+from experiments.reports.drawing import charts
+from experiments.reports.drawing.templates import render
 from experiments.runs import metrics_csv
 from experiments.runs.commands import command
-from experiments.runs.results import Results, read_mig_bench, read_results, started_from
+from experiments.runs.results import EVALUATION, Results, find_phases, find_results, read_mig_bench, started_from
 from experiments.runs.run_identity import CONFIG, read_field, trained_commit
 from experiments.runs.usage_errors import PlainParser
 from lightning_modules.serving.generation_rules import note
@@ -34,7 +36,6 @@ CHARTS = {
     "MIG-Bench subset in training": ("mig_bench_val/avg", "mig_bench_val/in_domain", "mig_bench_val/out_of_domain"),
     "Learning rate": ("train/learning_rate",),
 }
-MAX_EXAMPLES = 12  # largest number of drawn examples of one phase
 
 
 def stage_rows(results: Results, starts: Mapping[str, str] | None = None) -> list[list[str]]:
@@ -52,7 +53,8 @@ def stage_rows(results: Results, starts: Mapping[str, str] | None = None) -> lis
         over = (starts or {}).get(name, before)
         gain = f"{bench['avg'] - known[over].mig_bench['avg']:+.2f}" if over in known else ""
         averages = [number(bench[key]) for key in ("in_domain", "out_of_domain")]
-        last = [f"{bench['format_rate']:.1f}", str(bench["n"]), f"{stage.seconds:.0f}"]
+        seconds = f"{stage.seconds:.0f}" if stage.seconds else "–"
+        last = [f"{bench['format_rate']:.1f}", str(bench["n"]), seconds]
         rows.append([name, f"{bench['avg']:.2f}", gain, over if gain else "", *averages, *last])
     return rows
 
@@ -76,24 +78,90 @@ def stage_text(results: Results, starts: Mapping[str, str] | None = None) -> str
 
 
 def render_report(folder: Path) -> str:
-    """The whole page of an experiment folder with a results.json. It shows the finished stages."""
+    """The whole page of the folder of an experiment, or of evaluations, such as outputs/eval/models--nano-base."""
+    return render("pipeline.html.j2", **report_values(folder))
+
+
+def report_values(folder: Path) -> dict[str, Any]:
+    """The values of the template of such a page.
+
+    It shows what is there: finished and unfinished phases, and evaluations. Raises FileNotFoundError if nothing is.
+    """
     folder = Path(folder)
-    results = read_results(folder / "results.json")
+    results, found = find_results(folder), find_phases(folder)
+    homes = {phase.name: phase / "benchmarks" for phase in found}
+    if not found and not results.stages:
+        homes = {folder.name: folder}
+    measured = report_sections.evaluations(homes)
+    if not (found or measured or (folder / "results.json").is_file()):
+        raise FileNotFoundError(f"--folder={folder} has neither a phase nor an evaluation{_what_there_is(folder)}")
     # The stages may have different tasks. The page shows all of them, in the order of their first appearance.
     tasks = list(dict.fromkeys(task for stage in results.stages for task in stage.mig_bench["tasks"]))
-    bars = {stage.name: stage.mig_bench["tasks"] for stage in results.stages}
-    return render(
-        "pipeline.html.j2",
-        title=f"{results.experiment}, seed {results.seed}",
-        commits=_commits(folder, results),
-        decoding=_decoding(folder, results),
-        stages=stage_rows(results, stage_starts(folder, results)),
-        task_chart=svg_charts.bar_chart("Acc@0.5 by task", tasks, bars),
-        tasks=[["task", *bars], *([task, *(number(b.get(task)) for b in bars.values())] for task in tasks)],
-        failures=_failures(results),
-        phases=[phase for folder in _phases(folder, results) if (phase := _phase(folder))],
-        **_paper_tables(folder),
-    )
+    scores = {stage.name: stage.mig_bench["tasks"] for stage in results.stages}
+    phases = [shown for path in _phases(folder, results) if (shown := _phase(path))]
+    settings = report_sections.settings(found)
+    if homes == {folder.name: folder}:
+        settings = [report_sections.described("evaluation", read_json(folder / EVALUATION))]
+    paper = _paper_tables(folder) if results.stages else {"paper_tables": [], "paper_note": ""}
+    names = {"pipeline": "Pipeline"} if found or (folder / "results.json").is_file() else {}
+    names |= {"tasks": "Tasks"} if tasks else {}
+    names |= {phase["id"]: phase["name"] for phase in phases}
+    names |= {"evaluations": "Evaluations"} if measured else {}
+    names |= {"settings": "Settings"} if settings else {}
+    names |= {"paper": "The paper's tables"} if paper["paper_tables"] else {}
+    return {
+        "title": f"{results.experiment}, seed {results.seed}" if results.commit else results.experiment,
+        "sections": names,
+        "notes": _stage_notes(folder, results),
+        "stages": stage_rows(results, stage_starts(folder, results)) if results.stages else [],
+        "task_chart": charts.bar_chart("Acc@0.5 by task, in percent", tasks, _bars(folder, results)),
+        "tasks": [["task", *scores], *([task, *(number(s.get(task)) for s in scores.values())] for task in tasks)],
+        "failures": _failures(results),
+        "phases": phases,
+        "evaluations": measured,
+        "settings": settings,
+        **paper,
+    }
+
+
+def _what_there_is(folder: Path) -> str:
+    """A sentence with the folders beside `folder` that have something to report; "" without any."""
+    outputs = folder.parent.parent if folder.parent.name == "eval" else folder.parent
+    names = [str(path) for path in reportable(outputs)]
+    return f". There is: {listed(names)}" if names else ". `make pipeline`, `make sft` and `make eval` make one"
+
+
+def reportable(outputs: Path) -> list[Path]:
+    """The folders below outputs/ of which there is something to report, the latest change first."""
+    folders = [path for path in outputs.glob("*") if path.is_dir() and "." not in path.name]
+    found = [path for path in folders if find_phases(path) or (path / "results.json").is_file()]
+    found += [path for path in (outputs / "eval").glob("*") if any(path.glob(f"*/{RESULT}"))]
+    return sorted(found, key=_changed, reverse=True)
+
+
+def _changed(folder: Path) -> float:
+    """The time of the last change of the folders in `folder`, in seconds since 1970; a report is no change."""
+    return max((path.stat().st_mtime for path in folder.iterdir() if path.is_dir()), default=0.0)
+
+
+def _stage_notes(folder: Path, results: Results) -> list[str]:
+    if not results.stages:
+        return ["No phase was evaluated on MIG-Bench yet: make eval MODEL=<folder of the phase>/merged."]
+    scale = "Accuracies are Acc@0.5 in percent; AVG is the mean over the tasks. Lines on bars: 95 % intervals."
+    return [_commits(folder, results), scale, *_decoding(folder, results)]
+
+
+def _bars(folder: Path, results: Results) -> dict[str, dict[str, charts.Bar]]:
+    """The tasks of each stage with their intervals, where the result in its folder is the one that is shown."""
+    bars = {}
+    for stage in results.stages:
+        cells = read_mig_bench(folder / stage.name).get("columns", {})
+        bars[stage.name] = {}
+        for task, score in stage.mig_bench["tasks"].items():
+            cell = cells.get(task, {})
+            limits = (cell["low"], cell["high"]) if cell.get("score") == score else ()
+            bars[stage.name][task] = charts.Bar(score, *limits)
+    return bars
 
 
 def _decoding(folder: Path, results: Results) -> list[str]:
@@ -105,9 +173,10 @@ def _decoding(folder: Path, results: Results) -> list[str]:
 
 def _commits(folder: Path, results: Results) -> str:
     """A note about the commits that trained the stages; results.json only has the commit of the last command."""
+    last = f"Last command at commit {results.commit}" if results.commit else "No pipeline has run here"
     trained = {stage.name: trained_commit(folder / stage.name) for stage in results.stages}
     words = ", ".join(f"{name} at {commit}" for name, commit in trained.items() if commit)
-    return f"Last command at commit {results.commit}" + (f"; trained: {words}." if words else ".")
+    return last + (f"; trained: {words}." if words else ".")
 
 
 def write_report(folder: Path) -> Path:
@@ -120,23 +189,24 @@ def write_report(folder: Path) -> Path:
 def _phases(folder: Path, results: Results) -> list[Path]:
     """Phase folders: first those of the stages, in order, then others with logged metrics."""
     staged = [folder / stage.name for stage in results.stages]
-    others = [path for path in sorted(folder.iterdir()) if (path / "attempts").is_dir() and path not in staged]
-    return [path for path in staged + others if path.is_dir() and "." not in path.name]
+    others = [path for path in find_phases(folder) if path not in staged]
+    return [path for path in staged + others if path.is_dir()]
 
 
 def _phase(folder: Path) -> dict[str, Any] | None:
-    """Name, charts and drawn examples (name, PNG in base64) of a phase; None if it has neither."""
+    """Name, charts and previews of a phase; None if it has neither."""
     rows = metrics_csv.read_rows(folder)
     curves = {
         title: {name: metrics_csv.read_curve(rows, name) for name in _spelt_out(names, rows)}
         for title, names in CHARTS.items()
     }
-    charts = [chart for title in curves if (chart := svg_charts.line_chart(title, curves[title]))]
-    # Only the newest previews, because the pictures are inside the page and make it large.
-    last_step = sorted((folder / "previews").glob("step_*"))[-1:]
-    images = [image for step in last_step for image in sorted(step.glob("*.png"))[:MAX_EXAMPLES]]
-    drawings = [(image.stem, base64.b64encode(image.read_bytes()).decode()) for image in images]
-    return {"name": folder.name, "charts": charts, "drawings": drawings} if charts or drawings else None
+    drawn = [chart for title in curves if (chart := charts.line_chart(title, curves[title]))]
+    shown = report_sections.previews(folder)
+    return (
+        {"id": f"phase-{folder.name}", "name": folder.name, "charts": drawn, "previews": shown}
+        if drawn or shown["items"]
+        else None
+    )
 
 
 def _spelt_out(names: Sequence[str], rows: metrics_csv.Rows) -> list[str]:
@@ -178,11 +248,14 @@ def number(value: float | None) -> str:
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make report`."""
     parser = PlainParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path("outputs/nano"), help="the experiment's folder")
-    folder = parser.parse_args(args).folder
+    parser.add_argument("--folder", type=Path, help="folder of an experiment or of evaluations; the latest by default")
+    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder that holds all of them")
+    given = parser.parse_args(args)
+    folder = given.folder or next(iter(reportable(given.outputs)), given.outputs / "nano")
     path = write_report(folder)
-    results = read_results(folder / "results.json")
-    print(stage_text(results, stage_starts(folder, results)))
+    results = find_results(folder)
+    if results.stages:
+        print(stage_text(results, stage_starts(folder, results)))
     print(f"wrote {path}")
 
 

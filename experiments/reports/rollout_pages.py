@@ -26,8 +26,8 @@ from datamodules.samples.scores import score_text, true_boxes
 from datamodules.streaming.manifest import MANIFEST
 from datamodules.streaming.shard_reader import ShardReader
 from datamodules.streaming.shard_sources import source_list
+from experiments.reports.drawing.templates import script_json
 from experiments.reports.find_runs import Run
-from experiments.reports.templates import script_json
 from experiments.runs import run_identity
 from lightning_modules.rl.rollout_log import LoggedGroup
 
@@ -69,7 +69,7 @@ def write_rollouts(run: Run, folder: Path, name: str, max_groups: int, max_pictu
     if len(groups) < len(run.groups):
         notes.append(f"{len(groups):,} of {len(run.groups):,} groups are here, evenly over the run (--max_groups).")
     # 2. Read their images and questions from the shards, because the log has neither.
-    pictures = Pictures(folder / "pictures", _shard_folder(run), max_pictures)
+    pictures = Pictures(folder / "pictures", run_shards(run), max_pictures)
     pictures.write(group.id for group in groups)
     notes += pictures.notes
     # 3. Write a short index that the page loads first, and chunks of groups that it loads on demand.
@@ -78,7 +78,7 @@ def write_rollouts(run: Run, folder: Path, name: str, max_groups: int, max_pictu
     head = {"chunk": GROUPS_PER_CHUNK, "tasks": tasks, "groups": rows}
     write_script(folder / "index.js", "receiveIndex", name, head)
     for number, start in enumerate(range(0, len(groups), GROUPS_PER_CHUNK)):
-        whole = [_whole_group(group, run, pictures) for group in groups[start : start + GROUPS_PER_CHUNK]]
+        whole = [whole_group(group, run, pictures) for group in groups[start : start + GROUPS_PER_CHUNK]]
         write_script(folder / f"chunk-{number:05d}.js", "receiveChunk", f"{name}/{number}", whole)
     return WrittenLog(len(run.groups), len(groups), pictures.num_written, tuple(notes))
 
@@ -150,7 +150,7 @@ def _spread(items: list[Any]) -> list[Any]:
     return [item for start in range(16) for item in items[start::16]]
 
 
-def _shard_folder(run: Run) -> list[str]:
+def run_shards(run: Run) -> list[str]:
     """The shards with the prompts of the run: those that rejection sampling has kept, or else the pool."""
     kept = run.folder / "rejection_sampling" / "shards"
     if (kept / MANIFEST).is_file():
@@ -167,7 +167,7 @@ def _index_row(group: LoggedGroup, tasks: list[str]) -> list[Any]:
     return [group.batch, group.update, group.id, tasks.index(group.task), int(group.zero_advantage), *scores]
 
 
-def _whole_group(group: LoggedGroup, run: Run, pictures: Pictures) -> dict[str, Any]:
+def whole_group(group: LoggedGroup, run: Run, pictures: Pictures) -> dict[str, Any]:
     """The data of a group for the page. Each box is [index of its image, x1, y1, x2, y2], in 0-1 of this image."""
     record = group.read()
     answer = answer_from_json(record["answer"])

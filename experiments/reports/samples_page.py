@@ -6,8 +6,6 @@ the shards, so that wrong boxes are visible.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from datamodules.encoding.encoder import EncodedSample
-from datamodules.images.image_loading import MAX_IMAGE_PIXELS, ImageError, load_image
+from datamodules.images.image_loading import ImageError
 from datamodules.samples.sample import (
     Answer,
     BoxAnswer,
@@ -27,7 +25,8 @@ from datamodules.samples.sample import (
     SampleError,
     TextPart,
 )
-from experiments.reports.templates import render
+from experiments.reports.drawing.pictures import small_copy
+from experiments.reports.drawing.templates import render
 
 LONGEST_SIDE = 560  # longest side of a copy in pixels
 # Name -> range of the share of the image that a box covers.
@@ -119,7 +118,7 @@ def _card(shown: Shown) -> dict[str, Any]:
         "fault": str(shown.encoded) if isinstance(shown.encoded, SampleError) else "",
         "sample": sample,
         "facts": " · ".join(facts),
-        "question": _question(sample),
+        "question": question_text(sample),
         "answer": _answer_text(sample.answer),
         "figures": [_figure(shown.loaded, index, encoded) for index in range(len(sample.images))],
     }
@@ -128,30 +127,24 @@ def _card(shown: Shown) -> dict[str, Any]:
 def _figure(loaded: LoadedSample, index: int, encoded: EncodedSample | None) -> dict[str, Any]:
     """The data of one image: a small copy as a data URI, its boxes in 0-1, and its sizes."""
     sample = loaded.sample
-    # Boxes are numbered over the whole question, with the same numbers as in the text of `_question`.
+    # Boxes are numbered over the whole question, with the same numbers as in the text of `question_text`.
     asked = [part for part in sample.messages if isinstance(part, BoxPart)]
     boxes = [("asked", f"box {k + 1}", part.box) for k, part in enumerate(asked) if part.image == index]
     boxes += [("true", box.label, box.box) for box in _boxes(sample.answer) if box.image == index]
     caption = f"image {index + 1} of {len(sample.images)}: {sample.images[index]}"
     try:
-        image = load_image(loaded.images[index], MAX_IMAGE_PIXELS)
+        copy = small_copy(loaded.images[index], LONGEST_SIDE)
     except ImageError as error:
         return {"uri": "", "boxes": [], "caption": f"{caption}: {error}", "width": 1, "height": 1}
-    caption += f", {image.width}x{image.height}"
+    caption += f", {copy.size[0]}x{copy.size[1]}"
     if encoded:
         width, height = encoded.image_sizes[index].resized
         caption += f", resized to {width}x{height}"
-    # Keep the original size for coordinates, because `thumbnail` changes the image in place.
-    size = image.size
-    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=90)
-    uri = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
     drawn = [
         {"kind": kind, "label": label, "x": box[0], "y": box[1], "width": box[2] - box[0], "height": box[3] - box[1]}
         for kind, label, box in boxes
     ]
-    return {"uri": uri, "boxes": drawn, "caption": caption, "width": size[0], "height": size[1]}
+    return {"uri": copy.uri, "boxes": drawn, "caption": caption, "width": copy.size[0], "height": copy.size[1]}
 
 
 def _boxes(answer: Answer) -> tuple[BoxAnswer, ...]:
@@ -160,7 +153,7 @@ def _boxes(answer: Answer) -> tuple[BoxAnswer, ...]:
     return (answer,) if isinstance(answer, BoxAnswer) else ()
 
 
-def _question(sample: Sample) -> str:
+def question_text(sample: Sample) -> str:
     """The text of the question; images and boxes are replaced by the names of their figures."""
     texts, boxes, images = [], 0, 0
     for part in sample.messages:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +12,52 @@ from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import TrialState
 
 from datamodules.persistence.files import write_atomic
-from experiments.reports.templates import render
+from experiments.reports.drawing.templates import render
 from experiments.sweeps.plan import SweepPlan
 
+Rows = Sequence[Sequence[str]]
 MISSING = "no sweep.html: pip install -e '.[plots]' gives plotly, which draws it"
 FEWEST_FOR_IMPORTANCE = 6  # smallest number of finished trials for the plot of importance
 
 
-def write_plots(path: Path, plan: SweepPlan, study: Study) -> str | None:
-    """Write the page of plots to `path`. Returns the reason if plotly or a finished trial is missing."""
+def write_plots(
+    path: Path, plan: SweepPlan, study: Study, commands: Mapping[str, str] | None = None, trials: Rows = ()
+) -> str | None:
+    """Write the page of plots. Returns the reason if plotly or a finished trial is missing.
+
+    Args:
+        path: the file.
+        plan: the sweep.
+        study: all its trials.
+        commands: heading -> command of the best trial.
+        trials: the trials as rows of text cells, header first.
+    """
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
         return MISSING
     if not study.get_trials(states=[TrialState.COMPLETE]):
         return "no sweep.html: no trial has finished"
-    figures = [
-        (heading, note, Markup(plot.to_html(full_html=False, include_plotlyjs=False)))
-        for heading, note, plot in plots(plan, study)
-    ]
-    page = render("sweep.html.j2", title=plan.name, figures=figures, plotly=Markup(get_plotlyjs()))
+    figures = [(heading, note, _figure_markup(plot)) for heading, note, plot in plots(plan, study)]
+    page = render(
+        "sweep.html.j2",
+        title=plan.name,
+        figures=figures,
+        commands=commands or {},
+        trials=trials,
+        plotly=Markup(get_plotlyjs()),
+    )
     write_atomic(path, page)
     return None
+
+
+def _figure_markup(plot: Any) -> Markup:
+    """The figure as HTML that is as wide as its card."""
+    plot.update_layout(autosize=True, margin={"l": 60, "r": 20, "t": 20, "b": 60}, title=None)
+    plot.update_xaxes(automargin=True)
+    plot.update_yaxes(automargin=True)
+    config = {"responsive": True, "displaylogo": False}
+    return Markup(plot.to_html(full_html=False, include_plotlyjs=False, default_width="100%", config=config))
 
 
 def plots(plan: SweepPlan, study: Study) -> Iterator[tuple[str, str, Any]]:

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from datamodules.persistence.files import write_atomic, write_json
+from datamodules.persistence.files import read_json, write_atomic, write_json
 from datamodules.persistence.message_text import markdown_table
 from experiments.sweeps.plan import SweepPlan
 from experiments.sweeps.trials import Trial
@@ -78,14 +78,41 @@ def _markdown(plan: SweepPlan, summary: Mapping[str, Any], ranked: Sequence[Mapp
     if best is None:
         lines += ["No trial has finished yet.", ""]
     else:
-        config = f"CONFIG={plan.configs[0]} " if plan.configs else ""
-        flags = " ".join(shlex.quote(f"--{name}={value}") for name, value in best["parameters"].items())
         lines += [f"Best: trial {best['trial']}, {in_words(best['value'])}. Its command:", ""]
-        lines += [f"    {best['command']}", "", "The same settings in a longer run:", ""]
-        lines += [f'    make grpo {config}ARGS="{flags}"', ""]
+        lines += [f"    {best['command']}", "", f"{_again_heading(plan)}:", ""]
+        lines += [f"    {again_command(plan, best['parameters'])}", ""]
+    return "\n".join([*lines, markdown_table(_trial_rows(plan, ranked))]) + "\n"
+
+
+def page_values(folder: Path, plan: SweepPlan) -> dict[str, Any]:
+    """What the page of plots shows of sweep.json beside the plots: the best trial's commands, and all trials."""
+    summary = read_json(folder / "sweep.json")
+    best = summary["best"]
+    commands = {}
+    if best:
+        commands[f"Trial {best['trial']}, {plan.metric} {in_words(best['value'])}"] = best["command"]
+        commands[_again_heading(plan)] = again_command(plan, best["parameters"])
+    ranked = sorted(summary["trials"], key=lambda row: _rank(row, plan.maximize))
+    return {"commands": commands, "trials": _trial_rows(plan, ranked)}
+
+
+def again_command(plan: SweepPlan, parameters: Mapping[str, Any]) -> str:
+    """The command of a longer run with the settings of a trial: its parameters, and the fixed flags of the sweep."""
+    config = f"CONFIG={plan.configs[0]} " if plan.configs else ""
+    flags = " ".join(map(shlex.quote, plan.flags(parameters)))
+    return f'make grpo {config}ARGS="{flags}"'
+
+
+def _again_heading(plan: SweepPlan) -> str:
+    others = plan.configs[1:]  # such as the YAML that makes trials short
+    return "The same settings in a longer run" + (f", without {' and '.join(others)}" if others else "")
+
+
+def _trial_rows(plan: SweepPlan, ranked: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The trials as rows of text cells, header first."""
     table = [["trial", "state", "value", *(parameter.label for parameter in plan.varied), "minutes", "note"]]
     for row in ranked:
         settings = [in_words(row["parameters"][parameter.name]) for parameter in plan.varied]
         last = [f"{row['seconds'] / 60:.1f}", " ".join(row["message"].split())]
         table.append([str(row["trial"]), row["state"], in_words(row["value"]), *settings, *last])
-    return "\n".join([*lines, markdown_table(table)]) + "\n"
+    return table

@@ -1,19 +1,29 @@
-"""Loggers of metrics: a file of the attempt, and W&B. Both write a batch's row once, even if it is logged twice."""
+"""Loggers of metrics: a file of the attempt, and W&B or TensorBoard. Each writes a batch's row once, even if it is
+logged twice."""
 
 from __future__ import annotations
 
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.persistence.files import append_text
+from datamodules.persistence.user_error import UserError
+from experiments.runs import metrics_csv
 from experiments.runs.metrics_csv import ATTEMPTS, ROWS
+from experiments.runs.wandb_runs import choose_wandb_mode, wandb_identity, wandb_run_id
 
 log = logging.getLogger(__name__)
+
+LogTo = Literal["wandb", "tensorboard", "csv"]
+
+
+class LoggerMissing(UserError):
+    """The package of a logger is not installed. The message has the cure."""
 
 
 class MetricsLogger(Logger):
@@ -70,16 +80,46 @@ class MetricsLogger(Logger):
             self._waiting = []
 
 
-class OnceWandbLogger(WandbLogger):
+class _Once:
     """A batch may be logged before its checkpoint and again by Lightning; this logs it only once."""
 
     _last: Any = None
-
-    def __init__(self, *args: Any, **named: Any) -> None:
-        super().__init__(*args, **named)
-        self._wandb_init.pop("anonymous", None)  # Lightning passes None, and W&B warns that the setting has no effect
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if (step, metrics) != self._last:
             self._last = step, dict(metrics)
             super().log_metrics(metrics, step)
+
+
+class OnceWandbLogger(_Once, WandbLogger):
+    """W&B's logger, which logs a batch once."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._wandb_init.pop("anonymous", None)  # Lightning passes None, and W&B warns that the setting has no effect
+
+
+class OnceTensorBoardLogger(_Once, TensorBoardLogger):
+    """TensorBoard's logger, which logs a batch once."""
+
+
+def make_loggers(folder: Path, key: str, log_to: LogTo) -> list[Logger]:
+    """The loggers of a phase; metrics.jsonl of this attempt is always one of them.
+
+    Args:
+        folder: the phase folder.
+        key: the key of the run.
+        log_to: where else the metrics go; "csv": nowhere. W&B that is switched off in the environment is not asked.
+
+    Raises LoggerMissing without the package of TensorBoard.
+    """
+    attempt = metrics_csv.next_attempt(folder)
+    rows = MetricsLogger(folder, attempt)
+    if log_to == "tensorboard":
+        try:
+            return [OnceTensorBoardLogger(folder, "tensorboard", str(attempt)), rows]
+        except ModuleNotFoundError as error:
+            raise LoggerMissing("log_to=tensorboard needs a package: pip install -e '.[tensorboard]'") from error
+    if log_to == "csv" or choose_wandb_mode() == "disabled":
+        return [rows]
+    return [OnceWandbLogger(save_dir=str(folder), **wandb_identity(folder, wandb_run_id(folder, key))), rows]

@@ -17,10 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from datamodules.metrics.result_files import RESULT, OtherVersion, read_result
-from datamodules.persistence.files import write_atomic
+from datamodules.metrics.result_files import RESULT, OtherVersion, read_result, result_folder
+from datamodules.persistence.files import read_json, write_atomic
 
 BASE = "base"  # the first stage: the given model
+EVALUATION = "evaluation.json"  # file beside results with the code, command and machine of their evaluation
 VERSION = 2  # files of version 1 do not name theirs
 
 
@@ -53,6 +54,37 @@ def make_stage(name: str, result: Mapping[str, Any], seconds: float) -> Stage:
     tasks = {task: cell["score"] for task, cell in result["columns"].items()}
     rest = {"format_rate": result["format_rate"], "parse_failures": result["failures"], "n": result["n"]}
     return Stage(name, averages | {"tasks": tasks} | rest, round(float(seconds), 1))
+
+
+def find_results(experiment: Path) -> Results:
+    """results.json of an experiment; without this file, the phases that were evaluated on all questions of MIG-Bench.
+
+    So phases that were trained and evaluated alone are stages too. Their seconds are those of the last training. Raises
+    ValueError if a file is damaged, and OtherVersion.
+    """
+    file = experiment / "results.json"
+    if file.is_file():
+        return read_results(file)
+    stages = []
+    for phase in find_phases(experiment):
+        home = find_mig_bench(phase)
+        result = read_result(home / RESULT) if home else {}
+        # An evaluation with other settings than the first one of the phase has another folder name.
+        if home and home.name == result_folder(result["benchmark"], None, result["generation"]):
+            stages.append(make_stage(phase.name, result, read_json(phase / "done.json").get("seconds", 0.0)))
+    return Results(experiment.name, 0, "", tuple(stages))
+
+
+def find_phases(experiment: Path) -> list[Path]:
+    """The folders of phases in an experiment's folder, in the order in which they began to train.
+
+    Phases that were only evaluated are first; folders that were moved aside, which have a dot, are left out.
+    """
+    folders = [path for path in sorted(experiment.glob("*")) if path.is_dir() and "." not in path.name]
+    marks = {path: [path / name for name in ("config.yaml", "attempts", "benchmarks")] for path in folders}
+    phases = [path for path in folders if any(mark.exists() for mark in marks[path])]
+    config = {path: path / "config.yaml" for path in phases}
+    return sorted(phases, key=lambda path: config[path].stat().st_mtime if config[path].is_file() else 0.0)
 
 
 def find_mig_bench(phase: Path) -> Path | None:

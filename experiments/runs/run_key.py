@@ -16,8 +16,8 @@ from datamodules.streaming.shard_sources import mixing_weights
 from experiments.runs import preflight
 from experiments.runs.changes import Inputs, MadeOf
 
-# The folder and name of a run, and its configuration files, because their values are in the key as settings.
-RUN_NOT_IN_KEY = ("config", "outputs", "experiment", "phase")
+# The folder and name of a run, its loggers, and its configuration files, whose values are in the key as settings.
+RUN_NOT_IN_KEY = ("config", "outputs", "experiment", "phase", "log_to")
 # Display, logs, saving, profiling, and validation loops (no module here has one).
 TRAINER_NOT_IN_KEY = (
     *("logger", "default_root_dir", "enable_progress_bar", "enable_model_summary", "log_every_n_steps", "profiler"),

@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,12 @@ PROJECT = "multi-image-grounding"
 
 
 def choose_wandb_mode() -> str:
-    """Set WANDB_MODE to offline if there is no key, unless the user has set it. Returns the mode."""
+    """Set WANDB_MODE to offline if there is no key, unless the user has set it. Returns the mode.
+
+    WANDB_DISABLED, which other programs know, is the same as WANDB_MODE=disabled: nothing is logged to W&B.
+    """
+    if os.environ.get("WANDB_DISABLED", "").lower() not in ("", "0", "false", "no", "off"):
+        os.environ["WANDB_MODE"] = "disabled"
     if not os.environ.get("WANDB_MODE"):
         os.environ["WANDB_MODE"] = "online" if has_key() else "offline"
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -78,19 +83,22 @@ def log_evaluation(
     values: Mapping[str, float],
     settings: Mapping[str, Any],
     previews: Sequence[Sequence[Any]] = (),
+    after: Callable[[Any], None] = lambda run: None,
 ) -> None:
     """Log an evaluation to the W&B run of the phase in `folder`, after its last training step.
 
     `settings` go into the run's config as "evaluation", with the commit; `previews` are rows of `preview_table`. A
     folder without training, such as that of the base model, gets its own run, identified by the key of the evaluation.
-    A phase that was trained without W&B gets no run.
+    A phase that was trained without W&B gets no run. Returns at once if W&B is switched off. `after` is called with the
+    open run.
     """
+    if choose_wandb_mode() == "disabled":
+        return
     import wandb
 
     trained, file = (folder / run_identity.CONFIG).is_file(), folder / "wandb_id"
     if trained and not file.is_file():
         return
-    choose_wandb_mode()
     identity = wandb_identity(folder, file.read_text().strip() if trained else wandb_run_id(folder, key))
     rows = metrics_csv.read_rows(folder)
     step = int(rows[-1]["step"]) + 1 if rows else 0
@@ -101,6 +109,7 @@ def log_evaluation(
         if previews:
             values = {**values, "previews": preview_table(previews)}
         run.log({**values, "trainer/global_step": step})
+        after(run)
 
 
 def finish_run() -> None:
@@ -117,12 +126,13 @@ def log_summary(folder: Path, values: Mapping[str, float], tables: Mapping[str, 
         values: name -> number.
         tables: title -> rows of text cells, header first.
     """
+    if choose_wandb_mode() == "disabled":
+        return
     import wandb
 
     key, marker = fingerprint(values, tables), folder / "logged.json"
     if read_json(marker).get("key") == key:
         return
-    choose_wandb_mode()
     identity = wandb_identity(folder, wandb_run_id(folder, fingerprint(folder.parent.name)))
     with wandb.init(dir=str(folder), reinit="finish_previous", **identity) as run:
         shown = {name: wandb.Table(columns=list(rows[0]), data=list(rows[1:])) for name, rows in tables.items()}

@@ -92,6 +92,23 @@ class SweepPlan:
         words = " ".join(self.command).replace("--config=", "--config ").split()
         return [after for word, after in pairwise(words) if word == "--config"]
 
+    def flags(self, values: Mapping[str, Any]) -> list[str]:
+        """The flags of a trial as `make grpo ARGS=` takes them: fixed ones of the YAML, and `values`, in their order.
+
+        Configurations and the names of the run's folder are left out.
+        """
+        words = self.arguments(values, "python")
+        start = max(words.index(word) for word in ("experiments.train", self.program, words[0]) if word in words) + 1
+        # One word for each flag with its value: "--a 1" becomes "--a=1".
+        flags: list[str] = []
+        for word in words[start:]:
+            if word.startswith("--"):
+                flags.append(word)
+            elif flags:
+                flags[-1] += ("=" if "=" not in flags[-1] else " ") + word
+        own = ("--config", "--experiment", "--phase", "--outputs")
+        return [flag for flag in flags if flag.partition("=")[0] not in own]
+
     def grid_size(self) -> int | None:
         """The number of trials of a grid search; None for other methods."""
         return math.prod(len(parameter.grid()) for parameter in self.parameters) if self.method == "grid" else None

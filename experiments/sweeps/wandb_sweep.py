@@ -42,9 +42,10 @@ def run_agent(sweep: str, count: int | None) -> NoReturn:
 
 def log_sweep(folder: Path, plan: SweepPlan) -> None:
     """One W&B run for a whole local sweep: the table of trials and the best trial. Offline without a key."""
+    if choose_wandb_mode() == "disabled":
+        return
     import wandb
 
-    choose_wandb_mode()
     summary = read_json(folder / "sweep.json")
     identity = wandb_identity(folder / "sweep", wandb_run_id(folder, fingerprint(folder.name)))
     identity |= {"name": folder.name, "tags": with_given_tags("sweep", plan.method)}

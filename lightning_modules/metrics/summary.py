@@ -42,6 +42,7 @@ def summarise(
     )
     return {
         "n": n,
+        "box_format": predictions[0].box_format,  # one model has one format
         **_numbers(predictions, values, f1s, [p.detections for p in predictions], rule, averages, seed),
         "rule": asdict(rule),
         "official": _numbers(

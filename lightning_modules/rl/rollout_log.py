@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TAIL = 4 * 2**20  # bytes at the end of a file in which the newest groups are looked for
+
 
 def rollout_records(
     update: int,
@@ -157,10 +159,19 @@ def read_index(path: str | Path) -> list[LoggedGroup]:
     return [group for _, _, group in sorted(groups, key=lambda entry: entry[:2])]
 
 
-def _read_file(file: Path) -> list[LoggedGroup]:
-    """The groups of one rank, in the order of their lines."""
+def read_newest(path: str | Path, count: int, tail: int = TAIL) -> list[LoggedGroup]:
+    """The newest groups of a log, the newest first, from the last `tail` bytes of each rank's file.
+
+    So a log of any size is read quickly. Fewer than `count` are returned if these bytes hold fewer.
+    """
+    found = [group for file in _all_files(Path(path)) for group in _read_file(file, tail)]
+    return sorted(found, key=lambda group: group.batch, reverse=True)[:count]
+
+
+def _read_file(file: Path, tail: int | None = None) -> list[LoggedGroup]:
+    """The groups of one rank, in the order of their lines; with `tail`, those in the last bytes of the file."""
     found: dict[tuple[int, str], LoggedGroup] = {}
-    for offset, group in _sound_lines(file):
+    for offset, group in _sound_lines(file, tail):
         if "resumed_at" in group:
             # A resumed run repeats the batches since its checkpoint, so their earlier lines are invalid.
             found = {key: earlier for key, earlier in found.items() if key[0] < group["resumed_at"]}
@@ -192,11 +203,16 @@ def _all_files(path: Path) -> list[Path]:
     return [path, *sorted(files, key=lambda file: int(file.stem.rpartition("-rank")[2]))]
 
 
-def _sound_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _sound_lines(file: Path, tail: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(offset, record) of the whole lines; with `tail`, of those that begin in the last bytes of the file."""
     if not file.is_file():
         return
-    offset = 0
+    offset = 0 if tail is None else max(0, file.stat().st_size - tail)
     with file.open("rb") as lines:
+        if offset:
+            # The line that contains the byte before is read to its end; it may be whole, or the rest of a line.
+            lines.seek(offset - 1)
+            offset += len(lines.readline()) - 1
         for line in lines:
             try:
                 group = json.loads(line)

@@ -6,10 +6,13 @@ import logging
 import math
 import signal
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+import wandb
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks import collapse_guard
@@ -60,12 +63,19 @@ def run(fit, tiny_model_dir, tmp_path: Path):
         bounds = {settings.pop("metric", "reward/total"): bound or Bound(low=0.5)}
         guard = CollapseGuard(bounds, action, average_over=4, learning_rate_factor=factor)
         more = settings.pop("callbacks", ())
+        logger = settings.pop("logger", False)
         checkpoints = WindowCheckpoint(every_n_steps=settings.pop("every_n_steps", 2), keep_last=9)
         module = Rewarded(str(tiny_model_dir), **settings)
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
         collapse_guard.finish_rollback(folder)
-        given = {"enable_checkpointing": True, "max_epochs": 5, "ckpt_path": collapse_guard.last_good(folder)}
+        given = {
+            "enable_checkpointing": True,
+            "max_epochs": 5,
+            "ckpt_path": collapse_guard.last_good(folder),
+            "logger": logger,
+            "log_every_n_steps": 1,
+        }
         fit(module, [guard, checkpoints, *more], max_steps=max_steps, **given)
         return module
 
@@ -98,6 +108,22 @@ def test_a_warning_is_given_once_and_training_goes_on(run, tmp_path: Path, caplo
     # The mean of four batches: 0.55 at update 8, 0.325 at update 9.
     assert warning == "collapse at step 9: reward/total: the mean 0.325 over the last 4 batches is below low=0.5"
     assert [(event["action"], event["step"]) for event in events(tmp_path)] == [("warn", 9)]
+
+
+@pytest.mark.parametrize(("action", "level"), [("warn", "WARN"), ("stop", "ERROR")])
+def test_wandb_gets_an_alert(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str, level: str) -> None:
+    alerts: list[dict[str, str]] = []
+    wandb.finish()  # a run that an earlier test in this process left open would be taken for the new one
+    logger = WandbLogger(name="tiny/grpo", save_dir=tmp_path, offline=True)
+    monkeypatch.setattr(wandb.Run, "alert", lambda run, **words: alerts.append(words))
+    try:
+        with pytest.raises(RunStopped) if action == "stop" else nullcontext():
+            run(action, logger=logger)
+    finally:
+        wandb.finish()
+    (alert,) = alerts
+    assert alert["level"] == level and alert["title"] == f"tiny/grpo: collapse, {action}"
+    assert "reward/total" in alert["text"] and "low=0.5" in alert["text"]
 
 
 def test_a_warning_that_cannot_be_written_down_does_not_end_the_run(run, tmp_path: Path, caplog) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from contextlib import nullcontext
@@ -21,7 +22,7 @@ from callbacks.previews import Previews
 from callbacks.save_on_interrupt import SaveOnInterrupt
 from callbacks.throughput import Throughput
 from datamodules.benchmarks.mig_bench import load_mig_bench
-from datamodules.metrics.drawing import draw_preview
+from datamodules.metrics.drawing import GAP, LINE_HEIGHT, PREVIEW_TEXTS, describe_preview, draw_preview
 from datamodules.metrics.predictions import Prediction
 from datamodules.samples.boxes import BoxFormat
 from datamodules.samples.sample import BoxAnswer, BoxesAnswer, Sample
@@ -74,6 +75,8 @@ def test_previews_are_drawn_for_every_task(fit, module, bench, tmp_path: Path) -
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
     files = ["common_object_8.png", "diff_0.png", "region_4.png"]
     assert names == [f"step_{step:06d}/{name}" for step in (1, 2) for name in files]
+    texts = json.loads((folder / "step_000002" / PREVIEW_TEXTS).read_text())
+    assert sorted(text["file"] for text in texts) == files and all(text["question"] for text in texts)
 
 
 def test_previews_that_cannot_be_written_are_warned_of(fit, module, bench, small_disk, caplog) -> None:
@@ -98,31 +101,45 @@ def prediction(sample: Sample, text: str, box, failure: str | None) -> Predictio
     return Prediction(*given, value=0.2, read=box, failure=failure)
 
 
-def test_a_preview_shows_both_boxes_in_their_colours(bench) -> None:
+GREEN, RED, WHITE = (0x00, 0xA0, 0x00), (0xE0, 0x20, 0x20), (255, 255, 255)
+
+
+def test_a_preview_shows_every_image_and_both_boxes_in_their_colours(bench) -> None:
     sample = replace(load_mig_bench(bench[0])[0], answer=BoxAnswer(1, (0.1, 0.2, 0.5, 0.6), ""))
-    answer = prediction(sample, "because é 猫 " * 40, (0.9, 0.4, 0.2, 3.0), None)
-    picture = draw_preview({1: Image.new("RGB", (100, 50), "white")}, sample, answer)
-    assert picture.width == 640 and picture.height > 320
-    assert picture.getpixel((64, 128)) == (0x00, 0xA0, 0x00)  # the true box's left side
-    assert picture.getpixel((300, 128)) == (0xE0, 0x20, 0x20)  # the predicted one's top, with its sides put in order
+    answer = prediction(sample, "because", (0.9, 0.4, 0.2, 3.0), None)
+    picture = draw_preview([Image.new("RGB", (316, 158), colour) for colour in ("blue", "white")], sample, answer)
+    assert picture.size == (640, LINE_HEIGHT + 158 + GAP + LINE_HEIGHT), "two images beside each other, and the legend"
+    assert picture.getpixel((158, LINE_HEIGHT + 60)) == (0, 0, 255), "the first image has no box"
+    left, top = 316 + GAP, LINE_HEIGHT
+    assert picture.getpixel((left + 32, top + 60)) == GREEN, "the left side of the true box"
+    assert picture.getpixel((left + 150, top + 64)) == RED, "the top of the predicted box, with its sides put in order"
+    legend = [picture.getpixel((x, picture.height - LINE_HEIGHT + 8)) for x in (3, 111)]
+    assert legend == [GREEN, RED]
+    assert describe_preview(sample, answer)["result"] == "IoU 0.20"
 
 
-def test_a_preview_of_several_boxes_shows_every_image_with_its_own(bench) -> None:
+def test_a_preview_of_several_boxes_has_them_on_their_images(bench) -> None:
     truth = BoxesAnswer((BoxAnswer(0, (0.1, 0.2, 0.5, 0.6), ""), BoxAnswer(1, (0.1, 0.2, 0.5, 0.6), "")))
     sample = replace(load_mig_bench(bench[0])[0], answer=truth)
     answer = replace(prediction(sample, "text", ((1, 0.6, 0.5, 0.9, 0.9),), None), f1=0.5)
-    white = Image.new("RGB", (100, 50), "white")
-    picture = draw_preview({0: white, 1: white}, sample, answer)
-    assert picture.width == 640 and picture.height > 640
-    green, red = (0x00, 0xA0, 0x00), (0xE0, 0x20, 0x20)
-    assert picture.getpixel((64, 128)) == green and picture.getpixel((64, 320 + 128)) == green
-    assert picture.getpixel((480, 320 + 160)) == red and picture.getpixel((480, 160)) == (255, 255, 255)
+    picture = draw_preview([Image.new("RGB", (316, 158), "white")] * 4, sample, answer)
+    assert picture.width == 640 and len(answer.read) == 1
+    side = (640 - 2 * GAP) // 3
+    second, down = side + GAP, LINE_HEIGHT
+    height = round(158 * side / 316)
+    assert picture.getpixel((round(0.1 * side), down + height // 2)) == GREEN
+    assert picture.getpixel((second + round(0.1 * side), down + height // 2)) == GREEN
+    assert picture.getpixel((second + round(0.75 * side), down + round(0.5 * height))) == RED
+    assert picture.getpixel((round(0.75 * side), down + round(0.5 * height))) == WHITE
+    assert picture.height > 2 * height, "the fourth image is in a second row"
+    assert describe_preview(sample, answer)["result"] == "F1 0.50"
 
 
 def test_a_preview_of_an_answer_without_a_box_is_drawn(bench) -> None:
     sample = load_mig_bench(bench[0])[0]
-    picture = draw_preview({1: Image.new("L", (90, 900))}, sample, prediction(sample, "", None, "empty"))
-    assert picture.size > (640, 6400)
+    answer = prediction(sample, "", None, "empty")
+    assert draw_preview([Image.new("L", (90, 900))], sample, answer).size > (640, 6400)
+    assert describe_preview(sample, answer)["result"] == "no box: empty"
 
 
 @resuming

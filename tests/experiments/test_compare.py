@@ -14,9 +14,9 @@ from datamodules.samples.box_texts import ParsedBox
 from datamodules.streaming.shard_writer import ShardWriter
 from experiments import compare
 from experiments.reports.compare_page import stage_rows
+from experiments.reports.drawing.templates import script_json
 from experiments.reports.find_runs import config_differences, find_runs, flatten
 from experiments.reports.rollout_pages import GROUPS_PER_CHUNK, thin
-from experiments.reports.templates import script_json
 from experiments.runs.results import Results, make_stage, write_results
 from lightning_modules.rl.rollout_log import RolloutLog
 from tests.datamodules.encoding.tiny_processor import make_sample
@@ -207,7 +207,7 @@ def test_a_browser_pages_through_thousands_and_loads_what_it_shows(
     assert "33.00 ± 4.24" in page.locator("#pipeline").inner_text()
     page.select_option("#delta-to", label="tiny-seed1/grpo")
     assert page.locator("#deltas .total td").all_inner_texts()[:4] == ["AVG", "10.00", "36.00", "+26.00"]
-    visible = page.locator("figure[data-metric]:visible")
+    visible = page.locator("div[data-metric]:visible")
     assert [figure.get_attribute("data-metric") for figure in visible.all()] == ["reward/total", "grpo/kl"]
     page.locator("#metrics summary").click()
     page.get_by_role("checkbox", name="grpo/kl").uncheck()

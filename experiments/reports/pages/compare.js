@@ -3,19 +3,6 @@
 
 const PER_PAGE = 5;
 const data = JSON.parse(document.getElementById("data").textContent);
-const byId = (id) => document.getElementById(id);
-
-/** An element: make("td", {class: "number"}, "12", child, ...). */
-function make(tag, attributes = {}, ...children) {
-  const svg = ["svg", "rect", "title"].includes(tag);
-  const element = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  element.append(...children);
-  return element;
-}
-
-const fixed = (value, digits = 2) => (value === null || value === undefined ? "–" : value.toFixed(digits));
-const signed = (value) => (value > 0 ? "+" : value < 0 ? "−" : "") + Math.abs(value).toFixed(2);
 
 // Accuracy by task
 
@@ -34,12 +21,11 @@ function showDeltas() {
     const bar = make("i", { class: b < a ? "loss" : "gain", style: `${side}: 50%; width: ${share.toFixed(2)}%` });
     const cells = [make("td", {}, name), make("td", {}, fixed(a)), make("td", {}, fixed(b)), make("td", {}, signed(b - a))];
     const kind = place >= names.length ? "total" : "";
-    return make("tr", { class: kind }, ...cells, make("td", { class: "bar" }, make("div", {}, bar)));
+    return make("tr", { class: kind }, ...cells, make("td", { class: "delta" }, make("div", {}, bar)));
   });
   const heads = ["task", before.label, after.label, "difference", ""].map((text) => make("th", {}, text));
-  byId("deltas").replaceChildren(
-    make("table", {}, make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...body)),
-  );
+  const table = make("table", {}, make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...body));
+  byId("deltas").replaceChildren(make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "differences by task" }, table));
 }
 
 function setUpDeltas() {
@@ -55,7 +41,7 @@ function setUpDeltas() {
 
 function setUpCurves() {
   for (const box of document.querySelectorAll("input[data-chart]")) {
-    const figure = [...document.querySelectorAll("figure[data-metric]")].find((f) => f.dataset.metric === box.dataset.chart);
+    const figure = [...document.querySelectorAll("div[data-metric]")].find((f) => f.dataset.metric === box.dataset.chart);
     const show = () => { figure.hidden = !box.checked; };
     box.addEventListener("change", show);
     show(); // a browser may remember boxes over a reload
@@ -141,15 +127,9 @@ async function showGroups() {
     const index = await readIndex(name);
     if (mine !== asked) return;
     const places = choose(index);
-    const pages = Math.max(1, Math.ceil(places.length / PER_PAGE));
-    const page = Math.min(Math.max(1, Number(byId("page").value) || 1), pages);
-    byId("page").value = page;
-    byId("page").max = pages;
-    byId("pages").textContent = pages.toLocaleString("en");
-    byId("previous").disabled = page === 1;
-    byId("next").disabled = page === pages;
+    const [from, to] = turnPages(places.length, PER_PAGE);
     byId("count").textContent = `${places.length.toLocaleString("en")} of ${index.groups.length.toLocaleString("en")} groups`;
-    const shown = places.slice((page - 1) * PER_PAGE, page * PER_PAGE);
+    const shown = places.slice(from, to);
     const groups = await readGroups(name, index, shown);
     if (mine !== asked) return; // another page was asked for meanwhile
     byId("groups").replaceChildren(...groups.map((group, k) => groupCard(name, index, index.groups[shown[k]], group)));
@@ -164,41 +144,13 @@ function groupCard(name, index, row, group) {
   const head = make("h3", {}, make("b", {}, index.tasks[row[TASK]]), ` ${row[ID]} `, make("span", { class: "note" }, facts));
   if (row[ZERO_ADVANTAGE]) head.append(make("span", { class: "badge" }, "all rewards equal"));
   const question = make("p", { class: "question" }, group.question ?? "The question is not in the shards.");
-  const pictures = make("div", { class: "pictures" });
-  group.sizes.forEach((size, place) => pictures.append(picture(name, group, place, size)));
+  const sources = group.pictures.map((file) => `rollouts/${name}/pictures/${encodeURIComponent(file)}`);
+  const pictures = questionPictures(group, sources, group.completions.map((completion, k) => ({ key: k, boxes: completion.boxes })));
   const list = make("ol", { class: "completions" });
   group.completions.forEach((completion, k) => list.append(completionItem(card, completion, k)));
   card.append(head, question, make("div", { class: "columns" }, pictures, list));
   return card;
 }
-
-function picture(name, group, place, [width, height]) {
-  const frame = make("div", { class: "frame", style: `aspect-ratio: ${width} / ${height}` });
-  const file = group.pictures[place];
-  if (file) frame.append(make("img", { src: `rollouts/${name}/pictures/${encodeURIComponent(file)}`, alt: "", loading: "lazy" }));
-  // Boxes are [image, x1, y1, x2, y2]: those of this image.
-  const here = (boxes) => boxes.filter(([image]) => image === place).map(([, ...box]) => box);
-  const labels = group.labels.filter((_, k) => group.truths[k][0] === place);
-  const target = labels.length > 0;
-  const layer = make("svg", { viewBox: "0 0 100 100", preserveAspectRatio: "none" });
-  layer.append(...here(group.truths).map((box) => rectangle(box, { class: "true" })));
-  group.completions.forEach((completion, k) => {
-    layer.append(...here(completion.boxes).map((box) => rectangle(box, { class: "predicted", "data-completion": k })));
-  });
-  if (layer.childNodes.length) frame.append(layer);
-  const caption = `image ${place + 1}${target ? `, true: ${labels.join(", ")}` : ""}${file ? "" : " (no picture)"}`;
-  return make("figure", { class: target ? "target" : "" }, frame, make("figcaption", {}, caption));
-}
-
-/** A unit box, possibly inverted or outside: cut to the picture, sides put in order. */
-function rectangle(box, attributes) {
-  const [x1, y1, x2, y2] = box.map((value) => 100 * Math.min(1, Math.max(0, value)));
-  const [left, top] = [Math.min(x1, x2), Math.min(y1, y2)];
-  return make("rect", { x: left, y: top, width: Math.abs(x2 - x1), height: Math.abs(y2 - y1), ...attributes });
-}
-
-/** A model's JSON on one line, without its fence; the raw text is behind "as written". */
-const brief = (answer) => answer.replace(/```(json)?/g, "").replace(/\s+/g, " ").trim();
 
 /** Every reward by its name; the other fields of the record are no rewards. */
 const terms = (reward) => Object.entries(reward).filter(([name]) => !["total", "failure", "failed"].includes(name))
@@ -206,24 +158,14 @@ const terms = (reward) => Object.entries(reward).filter(([name]) => !["total", "
 
 function completionItem(card, completion, k) {
   const { reward, advantage } = completion;
-  const raw = make("pre", { hidden: "" }, completion.text);
-  const button = make("button", { type: "button", class: "link" }, "as written");
-  button.addEventListener("click", () => { raw.hidden = !raw.hidden; });
+  const { button, parts } = answerText(completion);
   const score = make("p", { class: "score" }, make("b", {}, `reward ${fixed(reward.total)}`),
     ` · IoU ${fixed(completion.iou)} · ${terms(reward)} · `,
     make("span", { class: ["loss", "", "gain"][1 + Math.sign(advantage)] }, `advantage ${signed(advantage)}`));
   if (reward.failure) score.append(make("span", { class: "badge" }, reward.failure));
   score.append(button);
-  const item = make("li", {}, score);
-  const parsed = completion.thinking !== null && completion.answer !== null;
-  if (parsed) item.append(make("p", { class: "thinking" }, completion.thinking));
-  item.append(make("code", {}, parsed ? brief(completion.answer) : completion.text || "(empty)"), raw);
-  const mark = (on) => () => {
-    card.classList.toggle("one", on);
-    for (const box of card.querySelectorAll(`[data-completion="${k}"]`)) box.classList.toggle("chosen", on);
-  };
-  item.addEventListener("mouseenter", mark(true));
-  item.addEventListener("mouseleave", mark(false));
+  const item = make("li", {}, score, ...parts);
+  singleOut(card, item, k);
   return item;
 }
 
@@ -234,17 +176,13 @@ async function chooseLog() {
   return firstPage();
 }
 
-function firstPage() { byId("page").value = 1; return showGroups(); }
-function turn(by) { byId("page").value = Number(byId("page").value) + by; return showGroups(); }
+const firstPage = byId("browser") ? setUpPager(showGroups) : null;
 
 function setUpRollouts() {
   byId("log").append(...data.logs.map((log) => make("option", { value: log.name }, log.label)));
   byId("log").addEventListener("change", chooseLog);
   for (const id of ["task", "zero_advantage", "order"]) byId(id).addEventListener("change", firstPage);
   for (const id of ["name", "first", "last"]) byId(id).addEventListener("input", firstPage);
-  byId("page").addEventListener("change", showGroups);
-  byId("previous").addEventListener("click", () => turn(-1));
-  byId("next").addEventListener("click", () => turn(1));
   // Nothing is loaded before a reader gets near.
   const near = new IntersectionObserver((entries) => {
     if (entries.some((entry) => entry.isIntersecting)) { near.disconnect(); chooseLog(); }

@@ -22,6 +22,8 @@ COMMANDS = {
     "runs": "experiments.runs.overview.run_table",
     "report": "experiments.reports.pipeline_report",
     "compare": "experiments.compare",
+    "predictions": "experiments.reports.predictions.browse_answers",
+    "watch": "experiments.reports.live.watch",
     "tables": "experiments.print_tables",
     "dashboard": "experiments.reports.wandb_report",
     "publish": "experiments.runs.sharing.publish",

@@ -25,7 +25,7 @@ from experiments.runs.usage_errors import MOST_CHARACTERS, MOST_LINES, suggest
 Names = Mapping[str, Any]
 DATA = "datamodules.multi_image.MultiImageData"
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
-RUN = ("config", "seed_everything", "experiment", "phase", "outputs", "trainer", "model", "data")
+RUN = ("config", "seed_everything", "experiment", "phase", "outputs", "log_to", "trainer", "model", "data")
 ALWAYS = ("help", "print_config", "class_path", "init_args", "<<")
 
 

@@ -16,7 +16,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import WandbLogger
 from torch.distributed import DistNetworkError
 
 from callbacks import collapse_guard, preemption
@@ -32,11 +32,12 @@ from datamodules.persistence.problems import collect_problems
 from datamodules.samples.boxes import BoxFormat
 from experiments.runs import metrics_csv, preflight, run_identity, wandb_runs
 from experiments.runs.changes import Choice
-from experiments.runs.loggers import MetricsLogger, OnceWandbLogger
+from experiments.runs.command_line.run_facts import run_facts
+from experiments.runs.loggers import LogTo, make_loggers
 from experiments.runs.parsers import ShortErrors
 from experiments.runs.results import current_commit
 from experiments.runs.run_key import made_of
-from experiments.runs.wandb_runs import choose_wandb_mode, wandb_identity, wandb_run_id
+from experiments.runs.tracking import lineage
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class TrainCLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None, choice: Choice | None = None, only_check: bool = False) -> None:
         self.stack, self.choice = ExitStack(), choice  # the stack holds the lock on the phase folder
-        self.only_check = only_check
+        self.only_check, self.words = only_check, args
         self.commit = current_commit(Path(__file__).parent)
         # Lightning, not this project, calls functions that newer versions of jsonargparse have renamed.
         os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -93,6 +94,7 @@ class TrainCLI(LightningCLI):
         parser.add_argument("--experiment", type=str, required=True, help="name of the folder in outputs/, W&B group")
         parser.add_argument("--phase", type=str, required=True, help="name of the phase's folder, W&B job type")
         parser.add_argument("--outputs", type=str, default="outputs", help="folder that holds all experiments")
+        parser.add_argument("--log_to", type=LogTo, default="wandb", help="wandb, tensorboard, or csv: files alone")
         # Module and data share one seed, one model and one box format.
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.init_args.seed")
@@ -140,12 +142,13 @@ class TrainCLI(LightningCLI):
         preflight.raise_all(preflight.training_problems(settings) + self.constructor_problems())
         # 2. The key tells whether the folder holds this run, another run, or another version of this run.
         run = made_of(settings)
-        self.key = run.key
+        self.key, self.inputs = run.key, run.inputs
         # 3. Only one run at a time may use the folder. The lock is released at once if this process does not train.
         with ExitStack() as stack:
             if self.is_leader:
                 stack.enter_context(run_identity.locked(self.folder))
-                done = run_identity.claim(self.folder, run, choice=self.choice, cure=KEEPS_BOTH, commit=self.commit)
+                facts = {"commit": self.commit} | run_facts("experiments.train", self.words)
+                done = run_identity.claim(self.folder, run, choice=self.choice, cure=KEEPS_BOTH, **facts)
             else:
                 done = run_identity.wait_for_claim(self.folder, run, choice=self.choice, cure=KEEPS_BOTH)
             if done:
@@ -177,7 +180,7 @@ class TrainCLI(LightningCLI):
         """The Trainer, with this project's loggers, checkpoints, RankWatch and RejectedSamples unless the YAML has
         others."""
         if self.config_init.trainer.logger is None:
-            kwargs["logger"] = self.loggers()
+            kwargs["logger"] = make_loggers(self.folder, self.key, self.config.log_to)
         callbacks = list(self.config_init.trainer.callbacks or [])
         for kind in (RejectedSamples, RankWatch):
             if not any(isinstance(callback, kind) for callback in callbacks):
@@ -196,13 +199,6 @@ class TrainCLI(LightningCLI):
         plugins = self.config_init.trainer.plugins or []
         kwargs["plugins"] = [WholeCheckpoints(), *(plugins if isinstance(plugins, list) else [plugins])]
         return super().instantiate_trainer(**kwargs)
-
-    def loggers(self) -> list[Logger]:
-        """The loggers: W&B, and metrics.jsonl of this attempt."""
-        choose_wandb_mode()
-        identity = wandb_identity(self.folder, wandb_run_id(self.folder, self.key))
-        wandb_logger = OnceWandbLogger(save_dir=str(self.folder), **identity)
-        return [wandb_logger, MetricsLogger(self.folder, metrics_csv.next_attempt(self.folder))]
 
 
 def saved_configs(args: list[str]) -> list[Path]:
@@ -257,6 +253,9 @@ def fit(cli: TrainCLI) -> None:
     if cli.is_leader:
         seconds = time.monotonic() - start
         run_identity.finish(cli.folder, cli.key, seconds=round(seconds, 1))
+        for logger in cli.trainer.loggers:
+            if isinstance(logger, WandbLogger) and (cli.folder / "merged").is_dir():
+                lineage.log_training(logger.experiment, cli.folder, cli.inputs["data.shards"])
         measured = metrics_text(cli.trainer.callback_metrics)
         print(f"{cli.folder}: {cli.trainer.global_step} steps in {in_words(seconds)}; {measured}", flush=True)
         print(next_commands(cli.folder), end="", flush=True)

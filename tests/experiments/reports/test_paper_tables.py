@@ -22,7 +22,7 @@ CONTRADICTIONS = {(2, "LLaVA-OV-72B"), (8, "Qwen2.5-VL-7B"), (8, "+ SFT"), (9, "
 
 def write_result(folder: Path, name: str, columns: dict[str, float], averages: dict[str, float], **changes) -> None:
     result = {"benchmark": name, "model": "m", "data_root": "d", "limit": None, "generation": "greedy", "n": 10}
-    result |= {"rule": {}, "official": {}, "failures": {}}
+    result |= {"rule": {}, "official": {}, "failures": {}, "format_rate": 100.0}
     result["columns"] = {name: phase_results.cell(score, 10) for name, score in columns.items()}
     result["averages"] = {name: phase_results.cell(score, 10) for name, score in averages.items()}
     write_evaluation(folder, [], result | changes)

@@ -1,17 +1,19 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import re
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
 
-from experiments.reports import pipeline_report, svg_charts
+from datamodules.metrics.result_files import write_evaluation
+from experiments.reports import pipeline_report
 from experiments.runs import run_identity
-from experiments.runs.results import Results, make_stage, write_results
-from tests.experiments.phase_results import summary
+from experiments.runs.results import Results, make_stage, read_results, write_results
+from tests.experiments.phase_results import summary, write_mig_bench
 from tests.experiments.runs.test_metrics_csv import attempt
 
 
@@ -44,12 +46,14 @@ def test_the_page_tells_the_commit_of_the_training_from_the_last_commands(folder
 
 def test_the_page_needs_nothing_from_outside(folder: Path) -> None:
     page = pipeline_report.render_report(folder)
-    links = re.findall(r"(?:src|href)=\"(?!data:)[^\"]*", page) + re.findall(r"url\(|@import|<script|<link", page)
+    links = re.findall(r"(?:src|href)=\"(?!data:|#)[^\"]*", page) + re.findall(
+        r"url\(|@import|<script src|<link(?! rel=\"icon\" href=\"data:)", page
+    )
     assert links == []
 
 
 def test_the_terminal_table_is_aligned(folder: Path) -> None:
-    lines = pipeline_report.stage_text(pipeline_report.read_results(folder / "results.json")).splitlines()
+    lines = pipeline_report.stage_text(read_results(folder / "results.json")).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[-1].split()[:3] == ["grpo", "32.25", "+5.75"]
 
@@ -59,48 +63,67 @@ def test_a_half_finished_experiment_is_reported_as_far_as_it_went(tmp_path: Path
     assert "Pipeline" in pipeline_report.render_report(tmp_path)
 
 
+def test_phases_that_were_trained_and_evaluated_alone_are_reported(tmp_path: Path) -> None:
+    """What make sft, make grpo and make eval leave, without results.json."""
+    home = tmp_path / "outputs/nano"
+    attempt(home / "cot_sft", 0, "train/loss,step\n2.0,0\n1.0,1\n")
+    (home / "cot_sft/config.yaml").write_text("model: {init_args: {model: models/tiny}}")
+    (home / "cot_sft/started.json").write_text('{"command": "python -m experiments.train --config a.yaml"}')
+    page = pipeline_report.render_report(home)
+    assert "No phase was evaluated" in page and "train/loss" in page and "experiments.train --config a.yaml" in page
+    merged = home / "cot_sft/merged"
+    attempt(home / "grpo", 0, "reward/total,step\n0.5,0\n")
+    (home / "grpo/config.yaml").write_text(f"model: {{init_args: {{model: {merged}}}}}")
+    for number, (phase, average) in enumerate((("cot_sft", 20.0), ("grpo", 32.0))):
+        write_mig_bench(home / phase, summary(average))
+        os.utime(home / phase / "config.yaml", (number, number))
+    write_evaluation(home / "grpo/benchmarks/blink-limit2", (), summary(77.7, benchmark="blink", limit=2))
+    page = pipeline_report.render_report(home)
+    assert "+12.00" in page and "blink-limit2" in page and "77.70" in page
+    assert "At most 2 questions of each column were asked." in page
+
+
+def test_an_evaluation_alone_is_reported_and_the_latest_is_the_default(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = tmp_path / "outputs"
+    attempt(outputs / "nano/grpo", 0, "reward/total,step\n0.5,0\n")
+    write_evaluation(outputs / "eval/models--m/ref_l4", (), summary(12.34, benchmark="ref_l4"))
+    (outputs / "eval/models--m/evaluation.json").write_text('{"command": "python -m experiments.evaluate --model m"}')
+    os.utime(outputs / "nano/grpo", (1, 1))
+    pipeline_report.main(["--outputs", str(outputs)])
+    assert f"wrote {outputs / 'eval/models--m/report.html'}" in capsys.readouterr().out
+    page = (outputs / "eval/models--m/report.html").read_text()
+    assert "12.34" in page and "experiments.evaluate --model m" in page
+
+
+def test_every_image_of_an_answer_is_shown_with_its_texts(folder: Path) -> None:
+    texts = [{"file": "step_000020_example.png", "task": "diff", "id": "mig/7", "question": "Where is <it>?"}]
+    step = folder / "grpo/previews/step_000020"
+    (step / "previews.json").write_text(json.dumps([texts[0] | {"answer": "here", "result": "IoU 0.52"}]))
+    page = pipeline_report.render_report(folder)
+    assert "Where is &lt;it&gt;?" in page and "IoU 0.52" in page and "mig/7" in page
+
+
+def test_official_scores_that_mean_nothing_are_left_out_and_the_page_says_so(folder: Path) -> None:
+    official = {kind: summary()[kind] for kind in ("columns", "averages")} | {"rule": {"reader": "mig_bench"}}
+    for box_format, is_shown in (("relative_1000", True), ("absolute_pixels", False)):
+        write_mig_bench(folder / "grpo", summary(32.25, official=official, box_format=box_format))
+        page = pipeline_report.render_report(folder)
+        assert ('<th scope="col">official</th>' in page) == is_shown == ("official scores are left out" not in page)
+
+
 def test_a_missing_experiment_is_a_short_error(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"no report: .*results\.json"):
-        pipeline_report.main(["--folder", str(tmp_path)])
-
-
-@pytest.mark.parametrize(
-    "points", [[(0, 1.0)], [(5, 2.0), (5, 2.0)], [(k, k % 7) for k in range(100)], [(0, -1), (1, 1e9)]]
-)
-def test_charts_are_well_formed_and_stay_inside_their_frame(points: list) -> None:
-    tree = ElementTree.fromstring(svg_charts.line_chart("a < b", {"x & y": points, "empty": []}))
-    lines = [line.get("points").split() for line in tree.iter("{http://www.w3.org/2000/svg}polyline")]
-    dots = [f"{dot.get('cx')},{dot.get('cy')}" for dot in tree.iter("{http://www.w3.org/2000/svg}circle")]
-    assert (len(lines), len(dots)) == (0, 1) if len(points) == 1 else len(lines) >= 1
-    for place in [*dots, *(place for line in lines for place in line)]:
-        x, y = map(float, place.split(","))
-        assert svg_charts.LEFT - 0.1 <= x <= svg_charts.WIDTH and 0 <= y <= svg_charts.HEIGHT
-
-
-def test_bars_are_as_tall_as_their_values() -> None:
-    tree = ElementTree.fromstring(svg_charts.bar_chart("t", ["diff", "region"], {"base": {"diff": 50, "region": 100}}))
-    bars = [float(bar.get("height")) for bar in tree.iter("{http://www.w3.org/2000/svg}rect") if bar.get("fill")]
-    assert bars[1] == pytest.approx(2 * bars[0], abs=0.2)
-
-
-def test_a_bar_that_was_not_measured_is_a_gap_and_not_a_zero() -> None:
-    tree = ElementTree.fromstring(svg_charts.bar_chart("t", ["diff", "region"], {"base": {"region": 0.0}, "grpo": {}}))
-    titles = [title.text for title in tree.iter("{http://www.w3.org/2000/svg}title")]
-    assert titles == ["region: 0.0"]
+    (tmp_path / "outputs/other/grpo/benchmarks").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"no report: --folder=.*/absent has neither .* There is: .*/outputs/other$"):
+        pipeline_report.main(["--folder", str(tmp_path / "outputs/absent")])
+    with pytest.raises(SystemExit, match="`make sft` and `make eval` make one"):
+        pipeline_report.main(["--outputs", str(tmp_path / "empty")])
 
 
 def test_a_phase_whose_last_answer_was_cut_short_is_no_obstacle(folder: Path) -> None:
     (folder / "grpo" / "predictions.jsonl").write_text('{"id": "diff/1", "task": "di')
     assert "Pipeline" in pipeline_report.render_report(folder)
-
-
-def test_no_points_make_no_chart() -> None:
-    assert svg_charts.line_chart("t", {"a": []}) == ""
-
-
-def test_smoothing_keeps_a_constant_and_the_number_of_points() -> None:
-    points = [(k, 3.0) for k in range(50)]
-    assert svg_charts.smooth(points) == points
 
 
 def test_a_stage_of_another_version_is_told_with_file_and_field(folder: Path) -> None:

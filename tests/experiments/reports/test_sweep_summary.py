@@ -103,6 +103,15 @@ def test_the_command_of_a_longer_run_can_be_pasted(tmp_path: Path) -> None:
     assert shlex.split(shlex.split(command)[-1].removeprefix("ARGS=")) == ["--a=[1, 2]", "--b=3"]
 
 
+def test_the_command_of_a_longer_run_has_the_fixed_flags_in_their_order(tmp_path: Path) -> None:
+    command = ["${env}", "${interpreter}", "-m", "experiments.train", "--config=a.yaml", "--data.batch_size", "4"]
+    command += ["--phase", "trial", "--config", "b.yaml", "${args}", "--trainer.max_steps=9"]
+    plan = read_plan(write(tmp_path, parameters={"lr": {"values": [0.1, 0.2]}}, command=command))
+    again = sweep_summary.again_command(plan, {"lr": 0.2})
+    flags = "--data.batch_size=4 --lr=0.2 --trainer.max_steps=9"
+    assert again == f'make grpo CONFIG=a.yaml ARGS="{flags}"'
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_sweep_that_has_just_begun_has_a_table(plan: SweepPlan, tmp_path: Path, count: int) -> None:
     values = {p.name: (p.grid() or [p.low])[0] for p in plan.parameters}
@@ -114,12 +123,18 @@ def test_a_sweep_that_has_just_begun_has_a_table(plan: SweepPlan, tmp_path: Path
 
 def test_optuna_s_plots_open_offline_in_a_browser(plan: SweepPlan, tmp_path: Path, browser_page) -> None:
     pytest.importorskip("plotly")
-    assert sweep_plots.write_plots(tmp_path / "sweep.html", plan, told(plan, made_up_trials(plan))) is None
+    trials = made_up_trials(plan)
+    summarise(plan, tmp_path, trials)
+    values = sweep_summary.page_values(tmp_path, plan)
+    assert sweep_plots.write_plots(tmp_path / "sweep.html", plan, told(plan, trials), **values) is None
     browser_page.goto((tmp_path / "sweep.html").as_uri())
     headings = browser_page.locator("h2").all_inner_texts()
-    assert headings == ["History", "Intermediate values", "Parallel coordinates", "Slices", "Importance"]
+    plots = ["History", "Intermediate values", "Parallel coordinates", "Slices", "Importance"]
+    assert headings == ["Best trial", *plots, "Trials"]
+    assert browser_page.locator("#trials tbody tr").count() == len(trials)
+    assert "alert(1)" in browser_page.locator("#trials").inner_text(), "a value is text"
     browser_page.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length >= 5")
-    shown = browser_page.locator("main").inner_text()
+    shown = " ".join(browser_page.locator(".plotly-figure").all_inner_texts())
     assert "beta" in shown and "accuracy_weight" in shown and PREFIX not in shown
     assert "<sweep>" in browser_page.locator("h1").inner_text(), "a name is text"
 

@@ -60,7 +60,8 @@ def test_an_evaluation_brings_its_settings_and_drawn_boxes(workbench: Workbench,
     settings = {"data_root": str(workbench.root), "model": str(workbench.model), "decoding": {"max_new_tokens": 4}}
     home = workbench.outputs / "tiny-seed3" / "base" / "benchmarks"
     evaluate.main(["--config", workbench.write_yaml("eval", settings | {"output": str(home)})])
-    assert seen["names"] >= {"mig_bench/avg", "mig_bench/official_avg"}
+    assert "mig_bench/avg" in seen["names"]
+    assert "mig_bench/official_avg" not in seen["names"], "the official parser cannot read the pixels of this model"
     assert seen["names"] - documented_names() == set()
     assert seen["config"]["evaluation"]["predictor"]["decoding"]["max_new_tokens"] == 4
     assert seen["config"]["evaluation"]["commit"]

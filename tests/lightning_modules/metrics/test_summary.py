@@ -11,7 +11,7 @@ import pytest
 from datamodules.benchmarks.base import Rule
 from datamodules.benchmarks.mig_bench import AVERAGES, OFFICIAL, RULE, TASKS, load_mig_bench
 from datamodules.metrics.predictions import Prediction, Reply
-from datamodules.metrics.result_files import format_result, result_metrics
+from datamodules.metrics.result_files import format_result, official_gap, result_metrics
 from datamodules.metrics.scoring import score_reply
 from datamodules.samples.answer_text import render_answer
 from datamodules.samples.boxes import BoxFormat, ImageSizes, box_fault
@@ -131,6 +131,18 @@ def test_a_well_formed_answer_is_counted_and_a_refused_question_is_not() -> None
     assert result["format_rate"] == result["columns"]["diff"]["score"] == pytest.approx(100 / 3)
     assert result["failures"] == {"no_json": 1, "prompt_too_long": 1}
     assert result["official"]["columns"]["diff"]["score"] == 0.0  # the official code takes pixels for thousandths
+
+
+def test_official_scores_that_mean_nothing_are_left_out_with_the_reason() -> None:
+    pixels = [replace(prediction("diff", 0.9), box_format=BoxFormat.ABSOLUTE_PIXELS)]
+    known = {"benchmark": "mig_bench", "limit": None, "generation": "greedy"}
+    result, other = known | mig_bench(pixels), known | mig_bench([prediction("diff", 0.9)])
+    assert official_gap(other) is None and "official" in format_result(other).splitlines()[0]
+    assert "official" not in format_result(result).splitlines()[0] and official_gap(result) in format_result(result)
+    assert "mig_bench/official_avg" in result_metrics(other) and "mig_bench/official_avg" not in result_metrics(result)
+    own = known | summarise(pixels, TEST_RULE, TEST_RULE, {"avg": ("diff",)})
+    assert official_gap(own) is None, "a rule with the project's own reader knows pixels"
+    assert official_gap({"official": {}}) is None, "a result of an earlier version"
 
 
 def test_true_answers_to_the_real_questions_score_full_marks_but_for_the_dirty_ones() -> None:

@@ -1,0 +1,1 @@
+"""What all pages draw with: templates, charts, small copies of images."""

@@ -1,0 +1,1 @@
+"""What a run sends to W&B beside its metrics."""
