@@ -37,7 +37,7 @@ class Reply:
         return cls(**values | {"image_sizes": image_sizes_from_json(record["image_sizes"])})
 
 
-_OPTIONAL = ("f1", "official_f1")
+_OPTIONAL = ("f1", "official_f1", "image_set")
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class Prediction:
     extracted: str | None = None  # the letter that a language model extracted for the official rule (`extraction.py`)
     f1: float | None = None  # of several boxes, at the rule's threshold; None for other answers, and not in the file
     official_f1: float | None = None
+    image_set: str | None = None  # equal for questions about the same images; None in files of older versions
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-like record."""

@@ -9,6 +9,7 @@ from datamodules.benchmarks.base import Benchmark, Rule, column_of
 from datamodules.metrics.extraction import EXTRACTED_READERS
 from datamodules.metrics.official_parsers import extract_box_officially, read_choice_as_blink, read_choice_as_mmiu
 from datamodules.metrics.predictions import Prediction, Read, Reply
+from datamodules.persistence.files import fingerprint
 from datamodules.samples.answer_text import AnswerForm, is_well_formed
 from datamodules.samples.boxes import BoxFormat, iou
 from datamodules.samples.choice_text import ChoiceFailure, parse_choice
@@ -46,6 +47,7 @@ def score_reply(sample: Sample, reply: Reply, box_format: BoxFormat, rule: Rule,
         num_tokens=reply.num_tokens,
         finished=reply.finished,
         refused=reply.refused or _find_size_fault(sample, reply),
+        image_set=fingerprint(sorted(sample.images)),
     )
     return rescore(unscored, rule, official)
 

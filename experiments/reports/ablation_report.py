@@ -19,8 +19,9 @@ NAMES = {"avg": "AVG", "in_domain": "in-domain", "out_of_domain": "out-of-domain
 NOTE = (
     "AVG is the mean over tasks of Acc@0.5, in percent. ± is the standard deviation over seeds, in brackets stand the"
     " smallest and the largest. Differences are in points, paired by seed and question, with 95 % bootstrap intervals"
-    " over questions and seeds; of one seed, over questions alone. An aim is reached when the mean difference reaches"
-    " it; sure says whether the whole interval does."
+    " over questions and seeds; of one seed, over questions alone. Questions about the same images are drawn together."
+    " p (Holm) is p corrected for the number of comparisons in the table. An aim is reached when the mean difference"
+    " reaches it; sure says whether the whole interval does."
 )
 
 
@@ -101,21 +102,21 @@ def task_means(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _aim_rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    rows = [["aim for AVG", "reached", "difference", "95 % interval", "p", "sure", "seeds"]]
+    rows = [["aim for AVG", "reached", "difference", "95 % interval", "p", "p (Holm)", "sure", "seeds"]]
     words = {True: "yes", False: "no", None: "not measured"}
     for record in (record for record in summary["comparisons"] if record["aim"]):
         values = list(record["by_seed"].values())
         seeds = f"{len(values)} of {len(summary['seeds'])}"
         figure = f"{statistics.mean(values):+.2f}" if values else "–"
-        interval, p = _interval(record["differences"].get("avg"))
+        interval, p, corrected = _interval(record["differences"].get("avg"))
         sure = words[record["sure"]] if record["sure"] is not None else "–"
         aim = f"{record['row']} − {record['over']} {record['aim']}"
-        rows.append([aim, words[record["reached"]], figure, interval, p, sure, seeds])
+        rows.append([aim, words[record["reached"]], figure, interval, p, corrected, sure, seeds])
     return rows
 
 
 def _difference_rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    rows = [["difference", "of", "points", "95 % interval", "p", "by seed", "seeds"]]
+    rows = [["difference", "of", "points", "95 % interval", "p", "p (Holm)", "by seed", "seeds"]]
     for record in summary["comparisons"]:
         title, seeds = f"{record['row']} − {record['over']}", ", ".join(map(str, record["seeds"]))
         by_seed = ", ".join(f"{value:+.2f}" for value in record["by_seed"].values())
@@ -124,14 +125,16 @@ def _difference_rows(summary: Mapping[str, Any]) -> list[list[str]]:
             cells = [f"{difference['value']:+.2f}", *_interval(difference), by_seed if key == "avg" else "", seeds]
             rows.append([title, what, *cells])
         if record["missing"]:
-            rows.append([title, record["missing"], "–", "–", "–", by_seed, seeds])
+            rows.append([title, record["missing"], "–", "–", "–", "–", by_seed, seeds])
     return rows
 
 
-def _interval(difference: Mapping[str, float] | None) -> tuple[str, str]:
+def _interval(difference: Mapping[str, float] | None) -> tuple[str, str, str]:
+    """The interval, p and the corrected p as text."""
     if difference is None:
-        return "–", "–"
-    return f"[{difference['low']:+.2f}, {difference['high']:+.2f}]", f"{difference['p']:.3f}"
+        return "–", "–", "–"
+    interval = f"[{difference['low']:+.2f}, {difference['high']:+.2f}]"
+    return interval, f"{difference['p']:.3f}", f"{difference['p_holm']:.3f}"
 
 
 def _spread(row: Mapping[str, Any], key: str) -> str:

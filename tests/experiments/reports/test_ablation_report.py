@@ -114,9 +114,9 @@ def test_a_comparison_without_a_seed_or_without_answers_says_so(tmp_path: Path, 
     records = read_json(tmp_path / "home" / "ablations.json")["comparisons"]
     assert records[0]["missing"].startswith("the single answers") and records[0]["reached"] is True
     assert records[1]["missing"] == "the rows were asked different questions"
-    assert records[0]["differences"] == {} and "| grpo − sft >= 9.04 | yes | +27.50 | – | – | – | 2 of 3 |" in text
+    assert records[0]["differences"] == {} and "| grpo − sft >= 9.04 | yes | +27.50 | – | – | – | – | 2 of 3 |" in text
     nothing = ablation_report.write(tmp_path / "other", {7: tmp_path / "none"}, starts, comparisons)
-    assert "| grpo − sft >= 9.04 | not measured | – | – | – | – | 0 of 1 |" in nothing
+    assert "| grpo − sft >= 9.04 | not measured | – | – | – | – | – | 0 of 1 |" in nothing
 
 
 def test_answers_that_are_not_those_of_the_figures_are_not_believed(tmp_path: Path, folders) -> None:
