@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from datamodules.metrics.result_files import PREDICTIONS, read_predictions
-from experiments.reports.significance import holm, paired_differences
+from experiments.reports.significance import TRANSFER, holm, paired_differences
 from experiments.runs.results import Stage, find_mig_bench, read_results
 from experiments.runs.run_identity import trained_commit
 
 FIGURES = ("avg", "in_domain", "out_of_domain", "format_rate")
+FINDING_FIGURES = ("avg", "in_domain", "out_of_domain", TRANSFER)
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,30 @@ class Comparison:
         limits = [difference >= self.at_least] if self.at_least is not None else []
         limits += [difference > self.more_than] if self.more_than is not None else []
         return bool(limits) and all(limits)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A finding of the paper: `row` is better than `over` in `figure`, by more than `more_than` points.
+
+    text: the finding in words. paper: the paper's difference in points, if it reports one. figure: avg, in_domain or
+    out_of_domain, or "out_of_domain - in_domain", by how much more the second grew.
+    """
+
+    text: str
+    row: str
+    over: str
+    figure: str = "avg"
+    more_than: float = 0.0
+    paper: float | None = None
+
+    def verdict(self, difference: Mapping[str, float] | None) -> str:
+        """ "shown", "opposite", "not shown" or "not measured", by the 95 % interval of the difference."""
+        if difference is None:
+            return "not measured"
+        if difference["low"] > self.more_than:
+            return "shown"
+        return "opposite" if difference["high"] < self.more_than else "not shown"
 
 
 @dataclass(frozen=True)
@@ -106,15 +131,17 @@ def summarise(
     starts: Mapping[str, str],
     comparisons: Sequence[Comparison],
     seeds: Sequence[int],
+    findings: Sequence[Finding] = (),
 ) -> dict[str, Any]:
-    """The content of ablations.json: {"seeds", "rows": [row], "comparisons": [comparison]}.
+    """The content of ablations.json: {"seeds", "rows": [row], "comparisons": [comparison], "findings": [finding]}.
 
     A row is {"name", "start", "seeds": {seed: {figure: value, "tasks", "n", "minutes", "commit"}}, "mean", "std",
     "low", "high"}, the last four for each figure. std is null with one seed. commit is that of the training; it is null
     for a model that was not trained here. A comparison is {"row", "over", "aim", "seeds", "differences": {average:
     {"value", "low", "high", "p", "p_holm"}}, "by_seed": {seed: AVG's}, "reached", "sure", "missing"}; reached is null
     without an aim or a number, and `missing` is the reason why differences have no interval. p_holm is p corrected for
-    the number of comparisons of the same average.
+    the number of comparisons of the same average. A finding is {"text", "row", "over", "figure", "more_than", "paper",
+    "difference", "verdict"}.
     """
     records = [_compare(comparison, found) for comparison in comparisons]
     for average in dict.fromkeys(name for record in records for name in record["differences"]):
@@ -125,6 +152,7 @@ def summarise(
         "seeds": list(seeds),
         "rows": [_row(name, starts[name], by_seed) for name, by_seed in found.items()],
         "comparisons": records,
+        "findings": [_judge(finding, records) for finding in findings],
     }
 
 
@@ -179,6 +207,13 @@ def _compare(comparison: Comparison, found: Found) -> dict[str, Any]:
         if "avg" in record["differences"] and (by_difference or not low_enough):
             record["sure"] = comparison.holds(record["differences"]["avg"]["low"])
     return record
+
+
+def _judge(finding: Finding, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The record of a finding, from the comparison of the same two rows."""
+    compared = next(record for record in records if (record["row"], record["over"]) == (finding.row, finding.over))
+    difference = compared["differences"].get(finding.figure)
+    return asdict(finding) | {"difference": difference, "verdict": finding.verdict(difference)}
 
 
 def _questions(hits: Mapping[str, Mapping[str, bool]]) -> tuple:
