@@ -58,6 +58,7 @@ OTHERS = {
     "nano/validation.yaml": Evaluation,
     "nano/shards.yaml": generate_synthetic.build,
     "nano/pipeline.yaml": pipeline.run,
+    "nano/long.yaml": pipeline.run,
     "nano/smoke.yaml": pipeline.run,
     "nano/smoke_shards.yaml": generate_synthetic.build,
     "nano/multi_box/shards.yaml": generate_synthetic.build,
