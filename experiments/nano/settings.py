@@ -28,7 +28,7 @@ class PretrainSettings:
     # Stage 3: several pictures in a conversation.
     interleaved_sets: int = 38_400  # sets of pictures, a quarter of them single pictures as in stage 2; 0: no stage 3
     interleaved_batch: int = 16
-    interleaved_learning_rate: float = 6e-4  # at 1.5e-3 the number of the picture was not learnt
+    interleaved_learning_rate: float = 1.5e-3
     # All stages: the share of the steps in which the learning rate rises, and the share in which it falls to zero.
     warmup: float = 0.03
     decay: float = 0.4
