@@ -85,7 +85,7 @@ ablations: $(STAMP)  ## The paper's Tables 2, 3 and 9: all rows or ROWS="sft grp
 	$(PY) -m experiments.ablations $(call config,ablations) $(if $(SEEDS),--seeds $(call list,$(SEEDS))) \
 		$(if $(ROWS),--only $(call list,$(ROWS))) $(answer) $(ARGS)
 
-base: $(STAMP)  ## Pretrain the nano base model on single-image tasks (half an hour or more on two CPU cores; resumes)
+base: $(STAMP)  ## Pretrain the nano base model (an hour on two CPU cores; resumes)
 	$(PY) -m experiments.nano.pretrain --processes 2 $(ARGS)
 
 shards: $(STAMP)  ## Generate the synthetic dataset, or import data: SOURCE=mgrounding|refcoco|odinw|v3det|jsonl|hf|coco|mixture.yaml ROOT=folder

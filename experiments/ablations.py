@@ -24,7 +24,7 @@ from datamodules.persistence.files import write_atomic
 from datamodules.persistence.user_error import UserError
 from experiments.pipeline import Phase, Pipeline, build_synthetic, check_files, check_stages, experiment_folder
 from experiments.reports import ablation_report
-from experiments.reports.ablation_summary import Comparison
+from experiments.reports.ablation_summary import FINDING_FIGURES, Comparison, Finding
 from experiments.runs import run_identity, wandb_runs
 from experiments.runs.changes import choice_of, spell_out
 from experiments.runs.commands import command
@@ -56,6 +56,7 @@ def run(
     synthetic_dataset: str | None = None,
     seeds: list[int] | None = None,
     comparisons: list[Comparison] | None = None,
+    findings: list[Finding] | None = None,
     only: list[str] | None = None,
     report_only: bool = False,
     outputs: str = "outputs",
@@ -75,6 +76,7 @@ def run(
         synthetic_dataset: YAML of experiments.generate_synthetic; null if the data exist already
         seeds: seeds of all training; null: [0]
         comparisons: differences between rows, with their aims
+        findings: the paper's findings, each judged by one of the comparisons
         only: rows to run, with the rows that they start from; other rows are kept if they are done. null: all
         report_only: run nothing; compare the rows that are done
         outputs: folder of all experiments
@@ -84,15 +86,15 @@ def run(
         keep: keep results that were made with other source files of the project
     """
     # 1. Check all settings before anything runs.
-    seeds, comparisons, overrides = seeds or [0], comparisons or [], overrides or {}
+    seeds, comparisons, findings, overrides = seeds or [0], comparisons or [], findings or [], overrides or {}
     check_stages(rows, overrides)
-    check_rows(rows, comparisons, only)
+    check_rows(rows, comparisons, findings, only)
     folders = {seed: experiment_folder(outputs, experiment, seed) for seed in seeds}
     home = Path(outputs) / f"{experiment}-ablations"
     starts = {BASE: BASE} | {name: row.start for name, row in rows.items()}
 
     def report() -> str:
-        return ablation_report.write(home, folders, starts, comparisons)
+        return ablation_report.write(home, folders, starts, comparisons, findings)
 
     if not report_only:
         configs = {f"rows.{name}.config": row.config for name, row in rows.items()}
@@ -204,8 +206,10 @@ def class_name(callback: Mapping) -> str:
     return callback["class_path"].rpartition(".")[-1]
 
 
-def check_rows(rows: Mapping[str, Row], comparisons: list[Comparison], only: list[str] | None) -> None:
-    """Raises ValueError that lists every name of a row that does not exist."""
+def check_rows(
+    rows: Mapping[str, Row], comparisons: list[Comparison], findings: list[Finding], only: list[str] | None
+) -> None:
+    """Raises ValueError that lists every name of a row that does not exist, and every finding without a comparison."""
     known, problems = [BASE], []
     for name, row in rows.items():
         # Only an earlier row may be the start of a row. This also excludes cycles.
@@ -215,6 +219,12 @@ def check_rows(rows: Mapping[str, Row], comparisons: list[Comparison], only: lis
     wanted = [("comparisons", name) for each in comparisons for name in (each.row, each.over)]
     wanted += [("only", name) for name in only or ()]
     problems += [f"{where}: no row {name!r} in {known}" for where, name in wanted if name not in known]
+    compared = {(each.row, each.over) for each in comparisons}
+    for each in findings:
+        if (each.row, each.over) not in compared:
+            problems.append(f"findings: {each.text!r} needs {{row: {each.row}, over: {each.over}}} in comparisons")
+        if each.figure not in FINDING_FIGURES:
+            problems.append(f"findings: figure={each.figure!r} must be one of {', '.join(FINDING_FIGURES)}")
     if problems:
         raise ValueError("; ".join(problems))
 

@@ -37,7 +37,7 @@ class Reply:
         return cls(**values | {"image_sizes": image_sizes_from_json(record["image_sizes"])})
 
 
-_OPTIONAL = ("f1", "official_f1", "detections", "official_detections")
+_OPTIONAL = ("f1", "official_f1", "detections", "official_detections", "image_set")
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Prediction:
     # For average precision: (group, image, hit) of each box (`detections.py`). None: the answer is wrong in any case.
     detections: tuple[tuple[int, ...], ...] | None = None
     official_detections: tuple[tuple[int, ...], ...] | None = None
+    image_set: str | None = None  # equal for questions about the same images; None in files of older versions
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-like record."""

@@ -10,6 +10,7 @@ from datamodules.metrics.detections import Detection, find_detections
 from datamodules.metrics.extraction import EXTRACTED_READERS
 from datamodules.metrics.official_parsers import extract_box_officially, read_choice_as_blink, read_choice_as_mmiu
 from datamodules.metrics.predictions import Prediction, Read, Reply
+from datamodules.persistence.files import fingerprint
 from datamodules.samples.answer_text import (
     AnswerForm,
     ParseFailure,
@@ -55,6 +56,7 @@ def score_reply(sample: Sample, reply: Reply, box_format: BoxFormat, rule: Rule,
         num_tokens=reply.num_tokens,
         finished=reply.finished,
         refused=reply.refused or _find_size_fault(sample, reply),
+        image_set=fingerprint(sorted(sample.images)),
     )
     return rescore(unscored, rule, official)
 

@@ -93,19 +93,21 @@ def interleaved_turns(
 
     conversations: list[tuple[Turn, ...]] = []
     # Always: grounding of single things. A part of the conversations goes on about another thing of the same picture.
+    asked: set[tuple[int, Thing]] = set()
     for number in range(grounding):
-        k = rng.randrange(len(scenes))
-        first, *others = rng.sample(scenes[k].things, len(scenes[k].things))
+        k, first = _another(rng, scenes, asked)
+        asked.add((k, first))
+        others = [thing for thing in scenes[k].things if thing != first]
         turns = [locate(GROUNDING, k, first)]
         if number > 0 and others and rng.random() < 0.4:
-            turns.append(locate(ALSO_GROUNDING, k, others[0]))
+            turns.append(locate(ALSO_GROUNDING, k, rng.choice(others)))
         conversations.append(tuple(turns))
-    # Always: a description of one picture, after which a part of the conversations locates one of its things.
-    k = rng.randrange(len(scenes))
-    turns = [describe(DESCRIBING, k)]
-    if rng.random() < 0.5:
-        turns.append(locate(ALSO_GROUNDING, k, rng.choice(scenes[k].things)))
-    conversations.append(tuple(turns))
+    # Always: descriptions of two pictures. After some of them, one of the things is located.
+    for k in rng.sample(range(len(scenes)), 2):
+        turns = [describe(DESCRIBING, k)]
+        if rng.random() < 0.5:
+            turns.append(locate(ALSO_GROUNDING, k, rng.choice(scenes[k].things)))
+        conversations.append(tuple(turns))
     # Sometimes: one thing, then all things of its picture.
     if rng.random() < 0.2:
         k = rng.randrange(len(scenes))
@@ -126,3 +128,15 @@ def interleaved_turns(
             marked = next(thing for thing in scene.things if thing.box == scene.frame)
             conversations.append((Turn("marked", ask(MARKED, k), marked.kind.name, image=k),))
     return conversations
+
+
+def _another(rng: random.Random, scenes: Sequence[Scene], asked: set[tuple[int, Thing]]) -> tuple[int, Thing]:
+    """A picture and a thing in it for the next grounding question.
+
+    Often it is a thing that was asked about before, in another picture. Two questions that differ in the number of the
+    picture alone have different answers, so the number has to be read.
+    """
+    things = [(k, thing) for k, scene in enumerate(scenes) for thing in scene.things]
+    kinds = {thing.kind for _, thing in asked}
+    same = [(k, thing) for k, thing in things if thing.kind in kinds and (k, thing) not in asked]
+    return rng.choice(same if same and rng.random() < 0.5 else things)

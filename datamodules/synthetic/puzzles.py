@@ -9,7 +9,7 @@ from PIL import Image
 
 from datamodules.samples.boxes import Box
 from datamodules.synthetic.single_image import crowd
-from datamodules.synthetic.thinking_texts import thorough_thinking
+from datamodules.synthetic.thinking_texts import thinking_text
 from datamodules.synthetic.world import (
     COLOURS,
     FILLS,
@@ -56,8 +56,8 @@ class Puzzle:
         return draw_scene(self.scenes[k]) if crop is None else crop_scene(self.scenes[k], crop)
 
     def thinking(self, wording: int = 0) -> str:
-        """The thorough thinking text that leads to the answer."""
-        return thorough_thinking(self.reasons, self.label, self.target, wording)
+        """The thinking text that leads to the answer."""
+        return thinking_text(self.reasons, self.label, self.target, wording)
 
     def content_hashes(self) -> frozenset[str]:
         """The hashes of all scenes, by which training and evaluation are kept apart."""

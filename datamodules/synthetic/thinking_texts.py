@@ -11,8 +11,8 @@ from collections.abc import Sequence
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 
 
-def thorough_thinking(reasons: Sequence[str], name: str, image: int, wording: int = 0) -> str:
-    """Thorough thinking: why this object is the answer, and in which image it is.
+def thinking_text(reasons: Sequence[str], name: str, image: int, wording: int = 0) -> str:
+    """Why this object is the answer, and in which image it is.
 
     Args:
         reasons: beginnings of a sentence that mean the same, such as "The only object in every image".
@@ -27,8 +27,3 @@ def thorough_thinking(reasons: Sequence[str], name: str, image: int, wording: in
         f"So the {name}: {reason[0].lower()}{reason[1:]}. It is in image {image + 1}.",
     )
     return texts[wording % len(texts)]
-
-
-def short_thinking(image: int) -> str:
-    """Short thinking: in which image to look, but not for which object. It is true, and helps little."""
-    return f"Look at image {image + 1}."

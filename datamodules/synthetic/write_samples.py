@@ -30,7 +30,7 @@ from datamodules.synthetic.puzzles import Puzzle, box_text
 from datamodules.synthetic.question_wordings import BOX, reworded
 from datamodules.synthetic.single_image import GROUNDING, single_scene
 from datamodules.synthetic.tasks import make_puzzle
-from datamodules.synthetic.thinking_texts import short_thinking, thorough_thinking
+from datamodules.synthetic.thinking_texts import thinking_text
 from datamodules.synthetic.world import draw_scene, encode_png
 
 # Shares of the tasks in training, similar to the paper's Table 1: common_object and refer_grounding are the largest. A
@@ -38,9 +38,6 @@ from datamodules.synthetic.world import draw_scene, encode_png
 MIXTURE = {"common_object": 0.33, "refer_grounding": 0.24, "diff": 0.19, "region": 0.14, "single": 0.1}
 # The RL pool also has prompts that the policy always or never solves, like real data. Rejection sampling removes them.
 POOL_DIFFICULTY = {"normal": 0.7, "easy": 0.12, "hard": 0.18}
-# Share of the training samples with short thinking, whatever the question; the others have thorough thinking. The
-# rationales of a teacher are not equally good either, and GRPO has to find out which kind leads to the right box.
-SHORT_THINKING_SHARE = 0.6
 # Text before and after the box in a single-image question. With MARKING, the picture also has a red frame there.
 POINTING = (("Which object is at ", "? Name it and locate it."), ("Name the object at ", " and give its bounding box."))
 MARKING = (("What is in the red bounding box ", "? Locate it."), ("Name and locate the object marked in red ", "."))
@@ -57,7 +54,7 @@ def training_puzzle(part: str, seed: int, index: int) -> tuple[Sample, tuple[byt
     difficulty = "normal"
     if part == "rl_pool":
         difficulty = rng.choices(tuple(POOL_DIFFICULTY), tuple(POOL_DIFFICULTY.values()))[0]
-    # 2. Question, pictures, and an answer with thorough thinking.
+    # 2. Question, pictures, thinking text and answer.
     name = f"nano/{part}/{seed}/{index}"
     if task == "single":
         sample, images, hashes = _single(rng, name)
@@ -69,9 +66,6 @@ def training_puzzle(part: str, seed: int, index: int) -> tuple[Sample, tuple[byt
         answer = BoxAnswer(puzzle.target, puzzle.box, puzzle.label)
         sample = _sample(name, task, len(puzzle.scenes), parts, answer, puzzle.thinking(wording), difficulty)
         hashes = puzzle.content_hashes()
-    # 3. Short thinking for a share of the samples.
-    if rng.random() < SHORT_THINKING_SHARE:
-        sample = replace(sample, thinking=short_thinking(sample.answer.image))
     return sample, images, hashes
 
 
@@ -118,7 +112,7 @@ def _single(rng: random.Random, name: str) -> tuple[Sample, tuple[bytes, ...], f
         wording = rng.randrange(len(POINTING + MARKING))
         before, after = (POINTING + MARKING)[wording]
         question = (TextPart(before), BoxPart(0, thing.box, box_text(thing.box)), TextPart(after))
-        thinking = thorough_thinking(("The marked object",), kind, 0, wording)
+        thinking = thinking_text(("The marked object",), kind, 0, wording)
         if (before, after) in MARKING:
             scene = scene.with_frame(thing.box)
     sample = _sample(name, "single", 1, question, BoxAnswer(0, thing.box, kind), thinking, "normal")

@@ -1,10 +1,10 @@
-"""Pretrain the nano base model: a tiny Qwen2.5-VL that grounds, lists and describes one image.
+"""Pretrain the nano base model: a tiny Qwen2.5-VL that grounds, lists and describes single images.
 
     python -m experiments.nano.pretrain --output models/nano-base
 
 First the vision tower learns to see from dense targets (`vision_tower`). Then the language model learns to answer
-questions about single pictures, with the tower frozen (`language`). With `--interleaved_sets` a third stage follows:
-questions about one of several pictures, which the question names. No stage has a question that compares pictures.
+questions about single pictures, with the tower frozen. At last come questions about one of several pictures, which the
+question names (`language`, both stages). No stage has a question that compares pictures.
 Example i of a stage is a pure function of (seed, stage, i), so a run that was killed resumes from its last checkpoint
 exactly as if nothing had happened.
 """
@@ -46,8 +46,8 @@ def is_finished(settings: PretrainSettings, folder: Path) -> bool:
     if not (folder / LOG).exists():
         raise ValueError(f"{folder} holds a model without {LOG}: choose another --output")
     header, *records = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
-    # A setting that is newer than the log had its default's effect.
-    old, new = asdict(PretrainSettings()) | header["settings"], asdict(settings)
+    # A setting that is newer than the log had its default's effect, but there was no stage 3.
+    old, new = asdict(PretrainSettings(interleaved_sets=0)) | header["settings"], asdict(settings)
     if changed := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
         values = ", ".join(f"{name}={old.get(name)} there and {new.get(name)} here" for name in changed)
         raise ValueError(

@@ -25,8 +25,8 @@ class PretrainSettings:
     language_learning_rate: float = 2e-3
     grounding_turns: int = 5  # number of grounding questions about one picture
     max_tokens_per_row: int = 4096  # length of a packed row
-    # Stage 3: several pictures in a conversation. The committed base model was trained without it.
-    interleaved_sets: int = 0  # sets of pictures, a quarter of them single pictures as in stage 2; 0: no stage 3
+    # Stage 3: several pictures in a conversation.
+    interleaved_sets: int = 38_400  # sets of pictures, a quarter of them single pictures as in stage 2; 0: no stage 3
     interleaved_batch: int = 16
     interleaved_learning_rate: float = 1.5e-3
     # All stages: the share of the steps in which the learning rate rises, and the share in which it falls to zero.

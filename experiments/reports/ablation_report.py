@@ -9,7 +9,7 @@ from typing import Any
 
 from datamodules.persistence.files import read_json, write_atomic, write_json
 from datamodules.persistence.message_text import markdown_table
-from experiments.reports.ablation_summary import FIGURES, Comparison, read_rows, summarise
+from experiments.reports.ablation_summary import FIGURES, Comparison, Finding, read_rows, summarise
 from experiments.reports.drawing import charts
 from experiments.reports.drawing.templates import render
 from experiments.reports.pipeline_report import number
@@ -19,18 +19,26 @@ NAMES = {"avg": "AVG", "in_domain": "in-domain", "out_of_domain": "out-of-domain
 NOTE = (
     "AVG is the mean over tasks of Acc@0.5, in percent. ± is the standard deviation over seeds, in brackets stand the"
     " smallest and the largest. Differences are in points, paired by seed and question, with 95 % bootstrap intervals"
-    " over questions and seeds; of one seed, over questions alone. An aim is reached when the mean difference reaches"
-    " it; sure says whether the whole interval does."
+    " over questions and seeds; of one seed, over questions alone. Questions about the same images are drawn together."
+    " p (Holm) is p corrected for the number of comparisons in the table. An aim is reached when the mean difference"
+    " reaches it; sure says whether the whole interval does. A finding is shown if its whole interval is on the paper's"
+    " side, and opposite if it is on the other side."
 )
 
 
-def write(home: Path, folders: Mapping[int, Path], starts: Mapping[str, str], comparisons: Sequence[Comparison]) -> str:
+def write(
+    home: Path,
+    folders: Mapping[int, Path],
+    starts: Mapping[str, str],
+    comparisons: Sequence[Comparison],
+    findings: Sequence[Finding] = (),
+) -> str:
     """Write all three files into `home`; returns the tables as Markdown text.
 
     `folders` maps each seed to its experiment folder. `starts` maps each row to the row it starts from, in the order of
     the tables.
     """
-    summary = summarise(read_rows(folders, starts), starts, comparisons, list(folders))
+    summary = summarise(read_rows(folders, starts), starts, comparisons, list(folders), findings)
     write_json(home / "ablations.json", summary)
     sections = [(title, rows) for title, rows in tables(summary).items() if len(rows) > 1]
     text = "\n".join(
@@ -84,6 +92,7 @@ def tables(summary: Mapping[str, Any]) -> dict[str, list[list[str]]]:
     tasks += [[task, *(number(task_means(row).get(task)) for row in rows)] for task in names]
     return {
         "Rows": means,
+        "The paper's findings": _finding_rows(summary),
         "Aims": _aim_rows(summary),
         "Differences": _difference_rows(summary),
         "Tasks, mean over seeds": tasks,
@@ -100,38 +109,56 @@ def task_means(row: Mapping[str, Any]) -> dict[str, float]:
     return {task: statistics.mean(values) for task, values in by_task.items()}
 
 
+def _finding_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["finding", "here", "comparison", "of", "points", "95 % interval", "p (Holm)", "paper"]]
+    for record in summary["findings"]:
+        difference = record["difference"]
+        points = "–" if difference is None else f"{difference['value']:+.2f}"
+        interval, _, corrected = _interval(difference)
+        limit = f" > {record['more_than']:g}" if record["more_than"] else ""
+        compared = [f"{record['row']} − {record['over']}{limit}", _figure_name(record["figure"])]
+        paper = "" if record["paper"] is None else f"{record['paper']:+.2f}"
+        rows.append([record["text"], record["verdict"], *compared, points, interval, corrected, paper])
+    return rows
+
+
+def _figure_name(figure: str) -> str:
+    return "out-of-domain − in-domain" if figure == TRANSFER else NAMES[figure]
+
+
 def _aim_rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    rows = [["aim for AVG", "reached", "difference", "95 % interval", "p", "sure", "seeds"]]
+    rows = [["aim for AVG", "reached", "difference", "95 % interval", "p", "p (Holm)", "sure", "seeds"]]
     words = {True: "yes", False: "no", None: "not measured"}
     for record in (record for record in summary["comparisons"] if record["aim"]):
         values = list(record["by_seed"].values())
         seeds = f"{len(values)} of {len(summary['seeds'])}"
         figure = f"{statistics.mean(values):+.2f}" if values else "–"
-        interval, p = _interval(record["differences"].get("avg"))
+        interval, p, corrected = _interval(record["differences"].get("avg"))
         sure = words[record["sure"]] if record["sure"] is not None else "–"
         aim = f"{record['row']} − {record['over']} {record['aim']}"
-        rows.append([aim, words[record["reached"]], figure, interval, p, sure, seeds])
+        rows.append([aim, words[record["reached"]], figure, interval, p, corrected, sure, seeds])
     return rows
 
 
 def _difference_rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    rows = [["difference", "of", "points", "95 % interval", "p", "by seed", "seeds"]]
+    rows = [["difference", "of", "points", "95 % interval", "p", "p (Holm)", "by seed", "seeds"]]
     for record in summary["comparisons"]:
         title, seeds = f"{record['row']} − {record['over']}", ", ".join(map(str, record["seeds"]))
         by_seed = ", ".join(f"{value:+.2f}" for value in record["by_seed"].values())
         for key, difference in record["differences"].items():
-            what = "out-of-domain − in-domain" if key == TRANSFER else NAMES[key]
             cells = [f"{difference['value']:+.2f}", *_interval(difference), by_seed if key == "avg" else "", seeds]
-            rows.append([title, what, *cells])
+            rows.append([title, _figure_name(key), *cells])
         if record["missing"]:
-            rows.append([title, record["missing"], "–", "–", "–", by_seed, seeds])
+            rows.append([title, record["missing"], "–", "–", "–", "–", by_seed, seeds])
     return rows
 
 
-def _interval(difference: Mapping[str, float] | None) -> tuple[str, str]:
+def _interval(difference: Mapping[str, float] | None) -> tuple[str, str, str]:
+    """The interval, p and the corrected p as text."""
     if difference is None:
-        return "–", "–"
-    return f"[{difference['low']:+.2f}, {difference['high']:+.2f}]", f"{difference['p']:.3f}"
+        return "–", "–", "–"
+    interval = f"[{difference['low']:+.2f}, {difference['high']:+.2f}]"
+    return interval, f"{difference['p']:.3f}", f"{difference['p_holm']:.3f}"
 
 
 def _spread(row: Mapping[str, Any], key: str) -> str:

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from datamodules.metrics.result_files import PREDICTIONS, read_predictions
-from experiments.reports.significance import paired_differences
+from experiments.reports.significance import TRANSFER, holm, paired_differences
 from experiments.runs.results import Stage, find_mig_bench, read_results
 from experiments.runs.run_identity import trained_commit
 
 FIGURES = ("avg", "in_domain", "out_of_domain", "format_rate")
+FINDING_FIGURES = ("avg", "in_domain", "out_of_domain", TRANSFER)
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,38 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """A finding of the paper: `row` is better than `over` in `figure`, by more than `more_than` points.
+
+    text: the finding in words. paper: the paper's difference in points, if it reports one. figure: avg, in_domain or
+    out_of_domain, or "out_of_domain - in_domain", by how much more the second grew.
+    """
+
+    text: str
+    row: str
+    over: str
+    figure: str = "avg"
+    more_than: float = 0.0
+    paper: float | None = None
+
+    def verdict(self, difference: Mapping[str, float] | None) -> str:
+        """ "shown", "opposite", "not shown" or "not measured", by the 95 % interval of the difference."""
+        if difference is None:
+            return "not measured"
+        if difference["low"] > self.more_than:
+            return "shown"
+        return "opposite" if difference["high"] < self.more_than else "not shown"
+
+
+@dataclass(frozen=True)
 class SeedRow:
-    """One row at one seed: its stage, the correctness of each answer by task (None if unknown), and the commit of its
-    training (None for a model that was not trained here).
+    """One row at one seed: its stage, the correctness of each answer by task (None if unknown), the image set of each
+    question, and the commit of its training (None for a model that was not trained here).
     """
 
     stage: Stage
     hits: Mapping[str, Mapping[str, bool]] | None
+    image_sets: Mapping[str, str]  # question -> its image set
     commit: str | None
 
 
@@ -76,26 +102,28 @@ def read_rows(folders: Mapping[int, Path], names: Iterable[str]) -> Found:
         for stage in read_results(folder / "results.json").stages if (folder / "results.json").is_file() else ():
             if stage.name in found:
                 phase = folder / stage.name
-                found[stage.name][seed] = SeedRow(stage, row_hits(phase, stage), trained_commit(phase))
+                found[stage.name][seed] = SeedRow(stage, *row_hits(phase, stage), trained_commit(phase))
     return found
 
 
-def row_hits(phase: Path, stage: Stage) -> Mapping[str, Mapping[str, bool]] | None:
-    """task -> question -> whether the answer is right, from the phase's predictions.
+def row_hits(phase: Path, stage: Stage) -> tuple[Mapping[str, Mapping[str, bool]] | None, Mapping[str, str]]:
+    """(task -> question -> whether the answer is right, question -> its image set), from the phase's predictions.
 
-    None if they do not match the stage's results.
+    The first is None if they do not match the stage's results.
     """
     hits: dict[str, dict[str, bool]] = {}
+    image_sets: dict[str, str] = {}
     folder = find_mig_bench(phase)
     there = folder is not None and (folder / PREDICTIONS).is_file()
     for prediction in read_predictions(folder / PREDICTIONS) if there else ():
         hits.setdefault(prediction.column, {})[prediction.id] = prediction.correct
+        image_sets[prediction.id] = prediction.image_set or prediction.id
     # The predictions may come from a later evaluation. They are used only if they give the percentages in results.json.
     shares = {task: 100 * statistics.mean(right.values()) for task, right in hits.items()}
     same = shares.keys() == stage.mig_bench["tasks"].keys() and all(
         abs(share - stage.mig_bench["tasks"][task]) < 1e-6 for task, share in shares.items()
     )
-    return hits if same else None
+    return (hits if same else None), image_sets
 
 
 def summarise(
@@ -103,19 +131,28 @@ def summarise(
     starts: Mapping[str, str],
     comparisons: Sequence[Comparison],
     seeds: Sequence[int],
+    findings: Sequence[Finding] = (),
 ) -> dict[str, Any]:
-    """The content of ablations.json: {"seeds", "rows": [row], "comparisons": [comparison]}.
+    """The content of ablations.json: {"seeds", "rows": [row], "comparisons": [comparison], "findings": [finding]}.
 
     A row is {"name", "start", "seeds": {seed: {figure: value, "tasks", "n", "minutes", "commit"}}, "mean", "std",
     "low", "high"}, the last four for each figure. std is null with one seed. commit is that of the training; it is null
     for a model that was not trained here. A comparison is {"row", "over", "aim", "seeds", "differences": {average:
-    {"value", "low", "high", "p"}}, "by_seed": {seed: AVG's}, "reached", "sure", "missing"}; reached is null without an
-    aim or a number, and `missing` is the reason why differences have no interval.
+    {"value", "low", "high", "p", "p_holm"}}, "by_seed": {seed: AVG's}, "reached", "sure", "missing"}; reached is null
+    without an aim or a number, and `missing` is the reason why differences have no interval. p_holm is p corrected for
+    the number of comparisons of the same average. A finding is {"text", "row", "over", "figure", "more_than", "paper",
+    "difference", "verdict"}.
     """
+    records = [_compare(comparison, found) for comparison in comparisons]
+    for average in dict.fromkeys(name for record in records for name in record["differences"]):
+        differences = [record["differences"][average] for record in records if average in record["differences"]]
+        for difference, corrected in zip(differences, holm([d["p"] for d in differences]), strict=True):
+            difference["p_holm"] = corrected
     return {
         "seeds": list(seeds),
         "rows": [_row(name, starts[name], by_seed) for name, by_seed in found.items()],
-        "comparisons": [_compare(comparison, found) for comparison in comparisons],
+        "comparisons": records,
+        "findings": [_judge(finding, records) for finding in findings],
     }
 
 
@@ -156,7 +193,8 @@ def _compare(comparison: Comparison, found: Found) -> dict[str, Any]:
     elif len({_questions(hits) for side in sides for hits in side}) > 1:
         record["missing"] = "the rows were asked different questions"
     else:
-        differences = paired_differences(*(_stack(side) for side in sides))
+        clusters = _clusters(row[seeds[0]])
+        differences = paired_differences(*(_stack(side) for side in sides), clusters)
         record["differences"] = {name: asdict(difference) for name, difference in differences.items()}
     # 3. The aim: `reached` if the mean difference reaches it, `sure` if the lower end of the interval reaches it too.
     if comparison.aim:
@@ -171,6 +209,13 @@ def _compare(comparison: Comparison, found: Found) -> dict[str, Any]:
     return record
 
 
+def _judge(finding: Finding, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The record of a finding, from the comparison of the same two rows."""
+    compared = next(record for record in records if (record["row"], record["over"]) == (finding.row, finding.over))
+    difference = compared["differences"].get(finding.figure)
+    return asdict(finding) | {"difference": difference, "verdict": finding.verdict(difference)}
+
+
 def _questions(hits: Mapping[str, Mapping[str, bool]]) -> tuple:
     return tuple((task, *sorted(right)) for task, right in sorted(hits.items()))
 
@@ -178,3 +223,11 @@ def _questions(hits: Mapping[str, Mapping[str, bool]]) -> tuple:
 def _stack(seeds: Sequence[Mapping[str, Mapping[str, bool]]]) -> dict[str, np.ndarray]:
     """task -> bool [seeds, questions], questions in the order of their ids."""
     return {task: np.array([[right for _, right in sorted(hits[task].items())] for hits in seeds]) for task in seeds[0]}
+
+
+def _clusters(row: SeedRow) -> dict[str, np.ndarray]:
+    """task -> the number of each question's image set, questions in the order of `_stack`."""
+    return {
+        task: np.unique([row.image_sets[name] for name in sorted(right)], return_inverse=True)[1]
+        for task, right in row.hits.items()
+    }

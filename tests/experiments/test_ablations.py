@@ -14,7 +14,7 @@ import yaml
 from datamodules.persistence.files import read_json
 from experiments import ablations, pipeline, train
 from experiments.ablations import Row
-from experiments.reports.ablation_summary import Comparison
+from experiments.reports.ablation_summary import Comparison, Finding
 from experiments.runs import metrics_csv, wandb_runs
 from experiments.runs.results import read_results
 from tests.experiments.conftest import ROOT, Workbench
@@ -62,10 +62,17 @@ def test_a_row_brings_those_that_it_starts_from() -> None:
 def test_every_row_that_is_not_there_is_named() -> None:
     rows = {"grpo": Row("cot_sft", "grpo.yaml"), "cot_sft": Row("base", "cot_sft.yaml")}
     with pytest.raises(ValueError) as caught:
-        ablations.check_rows(rows, [Comparison("grpo", "ful")], ["sfft"])
-    for text in ("rows.grpo: start='cot_sft'", "comparisons: no row 'ful'", "only: no row 'sfft'"):
+        findings = [Finding("RL helps", "grpo", "cot_sft"), Finding("more", "grpo", "ful", figure="average")]
+        ablations.check_rows(rows, [Comparison("grpo", "ful")], findings, ["sfft"])
+    for text in (
+        "'RL helps' needs {row: grpo, over: cot_sft}",
+        "figure='average' must be one of avg",
+        "rows.grpo: start='cot_sft'",
+        "comparisons: no row 'ful'",
+        "only: no row 'sfft'",
+    ):
         assert text in str(caught.value)
-    ablations.check_rows(ROWS, [Comparison("grpo", "base")], ["sft", "base"])
+    ablations.check_rows(ROWS, [Comparison("grpo", "base")], [Finding("", "grpo", "base")], ["sft", "base"])
 
 
 def test_configurations_that_are_not_there_are_named_before_anything_runs(tmp_path: Path) -> None:

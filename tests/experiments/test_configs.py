@@ -51,11 +51,14 @@ TRAINING = (
 )
 OTHERS = {
     "nano/ablations.yaml": ablations.run,
+    "nano/lengths.yaml": ablations.run,
     "nano/objectives.yaml": ablations.run,
     "paper/ablations_7b.yaml": ablations.run,
     "nano/eval.yaml": Evaluation,
+    "nano/validation.yaml": Evaluation,
     "nano/shards.yaml": generate_synthetic.build,
     "nano/pipeline.yaml": pipeline.run,
+    "nano/long.yaml": pipeline.run,
     "nano/smoke.yaml": pipeline.run,
     "nano/smoke_shards.yaml": generate_synthetic.build,
     "nano/multi_box/shards.yaml": generate_synthetic.build,
@@ -147,7 +150,9 @@ def qwen_config(size: str) -> dict:
 
 def test_the_lists_here_name_every_configuration() -> None:
     sweeps = {*SWEEPS, *(changes for _, changes in SWEEPS.values())}
-    fragments = {"nano/objectives_run.yaml"} | {f"objectives/{name}.yaml" for name in OBJECTIVES}
+    fragments = {"nano/objectives_run.yaml", "nano/lengths_run.yaml"} | {
+        f"objectives/{name}.yaml" for name in OBJECTIVES
+    }
     assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")} == {
         *TRAINING,
         *OTHERS,

@@ -13,7 +13,7 @@ from datamodules.persistence.files import read_json, write_json
 from datamodules.samples.boxes import BoxFormat
 from datamodules.samples.sample import BoxAnswer
 from experiments.reports import ablation_report
-from experiments.reports.ablation_summary import Comparison
+from experiments.reports.ablation_summary import Comparison, Finding
 from experiments.runs.results import Results, make_stage, read_results, write_results
 from lightning_modules.metrics.summary import summarise
 from tests.experiments.phase_results import write_mig_bench
@@ -105,6 +105,23 @@ def test_aims_are_told_with_their_figure_whether_reached_or_not(tmp_path: Path, 
     assert "| sft − base > 90 or both AVG <= 60 | yes | +47.50 |" in text and "2 of 3" in text
 
 
+def test_findings_are_shown_not_shown_or_opposite_by_their_interval(tmp_path: Path, folders) -> None:
+    comparisons = [Comparison("grpo", "sft"), Comparison("sft", "grpo"), Comparison("cot_sft", "sft")]
+    findings = [
+        Finding("RL beats SFT", "grpo", "sft", paper=9.04),
+        Finding("SFT beats RL", "sft", "grpo", figure="in_domain"),
+        Finding("by far", "grpo", "sft", more_than=25),
+        Finding("RL carries over", "grpo", "sft", figure="out_of_domain - in_domain"),
+    ]
+    text = ablation_report.write(tmp_path / "home", folders, STARTS, comparisons, findings)
+    records = read_json(tmp_path / "home" / "ablations.json")["findings"]
+    assert [record["verdict"] for record in records] == ["shown", "opposite", "not shown", "not shown"]
+    assert "| RL beats SFT | shown | grpo − sft | AVG | +27.50 |" in text and "| +9.04 |" in text
+    assert "grpo − sft > 25" in text and "out-of-domain − in-domain" in text
+    nothing = ablation_report.write(tmp_path / "other", {7: tmp_path / "none"}, STARTS, comparisons, findings)
+    assert "| RL beats SFT | not measured | grpo − sft | AVG | – | – | – | +9.04 |" in nothing
+
+
 def test_a_comparison_without_a_seed_or_without_answers_says_so(tmp_path: Path, folders) -> None:
     comparisons = [Comparison("grpo", "sft", at_least=9.04), Comparison("grpo", "extra", more_than=0)]
     (folders[0] / "grpo/benchmarks/mig_bench/predictions.jsonl").unlink()
@@ -114,9 +131,9 @@ def test_a_comparison_without_a_seed_or_without_answers_says_so(tmp_path: Path, 
     records = read_json(tmp_path / "home" / "ablations.json")["comparisons"]
     assert records[0]["missing"].startswith("the single answers") and records[0]["reached"] is True
     assert records[1]["missing"] == "the rows were asked different questions"
-    assert records[0]["differences"] == {} and "| grpo − sft >= 9.04 | yes | +27.50 | – | – | – | 2 of 3 |" in text
+    assert records[0]["differences"] == {} and "| grpo − sft >= 9.04 | yes | +27.50 | – | – | – | – | 2 of 3 |" in text
     nothing = ablation_report.write(tmp_path / "other", {7: tmp_path / "none"}, starts, comparisons)
-    assert "| grpo − sft >= 9.04 | not measured | – | – | – | – | 0 of 1 |" in nothing
+    assert "| grpo − sft >= 9.04 | not measured | – | – | – | – | – | 0 of 1 |" in nothing
 
 
 def test_answers_that_are_not_those_of_the_figures_are_not_believed(tmp_path: Path, folders) -> None:

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from experiments.reports.significance import TRANSFER, Hits, paired_differences
+from experiments.reports.significance import TRANSFER, Hits, holm, paired_differences
 
 
 def random_hits(rng: np.random.Generator, share: float, num_seeds: int = 3, num_questions: int = 40) -> Hits:
@@ -105,3 +105,32 @@ def test_the_order_of_tasks_does_not_matter_and_absent_averages_are_left_out() -
 def test_rows_that_cannot_be_paired_are_refused(other: Hits) -> None:
     with pytest.raises(ValueError, match="the same tasks, seeds and questions"):
         paired_differences({"diff": np.ones((2, 3), bool)}, other)
+
+
+def test_questions_about_the_same_images_are_drawn_together() -> None:
+    """Copies of a question say nothing new: the interval is that of the questions without copies."""
+    rng = np.random.default_rng(3)
+    row, over = random_hits(rng, 0.6, num_questions=100), random_hits(rng, 0.4, num_questions=100)
+    single = paired_differences(row, over)["avg"]
+    copied = [{task: np.repeat(hits, 5, axis=1) for task, hits in side.items()} for side in (row, over)]
+    clusters = {task: np.repeat(np.arange(100), 5) for task in row}
+    together = paired_differences(*copied, clusters)["avg"]
+    assert (together.value, together.low, together.high) == pytest.approx((single.value, single.low, single.high))
+    apart = paired_differences(*copied)["avg"]
+    assert apart.high - apart.low < 0.7 * (together.high - together.low)
+
+
+def test_clusters_of_different_sizes_give_the_mean_over_their_questions() -> None:
+    rng = np.random.default_rng(4)
+    over = {"diff": np.zeros((1, 2000), bool)}
+    row = {"diff": rng.random((1, 2000)) < 0.3}
+    clusters = {"diff": np.repeat(np.arange(400), np.tile([1, 9], 200))}
+    found = paired_differences(row, over, clusters)["avg"]
+    assert found.value == pytest.approx(100 * row["diff"].mean())
+    assert found.low < found.value < found.high and found.high - found.low < 6
+
+
+def test_the_correction_for_several_comparisons_is_holm_s() -> None:
+    # The smallest of four is multiplied by 4, the next by 3, and no corrected value is below one before it.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.6]) == [1.0, 1.0] and holm([]) == []
