@@ -104,7 +104,7 @@ def check(number):
 
 def test_thousands_of_hostile_answers_keep_every_reward_in_its_range():
     assert REWARDS.problems == []
-    found = [check(number)[1] for number in range(3_000)]
+    found = [check(number)[1] for number in range(4_000)]
     assert sum(reward.is_right for reward in found) > 20 and sum(reward.failure is not None for reward in found) > 500
     assert (
         sum(reward.well_formed for reward in found) > 50 and sum(0 < reward.terms["f1"] < 1 for reward in found) > 200
