@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -17,6 +17,7 @@ class BackgroundLoop:
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._turn = asyncio.Lock()  # its waiters get it in their order
+        self._tasks: set[asyncio.Task[Any]] = set()  # submitted, and not ended
         # a daemon, so that a process that ends in any other way than by `close` does not wait for it
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-requests", daemon=True)
         self._thread.start()
@@ -25,8 +26,13 @@ class BackgroundLoop:
         """Begin `what` as soon as everything that was submitted before has ended."""
 
         async def in_turn() -> T:
-            async with self._turn:
-                return await what()
+            task = asyncio.current_task()
+            self._tasks.add(task)
+            try:
+                async with self._turn:
+                    return await what()
+            finally:
+                self._tasks.discard(task)
 
         return asyncio.run_coroutine_threadsafe(in_turn(), self._loop)
 
@@ -34,10 +40,12 @@ class BackgroundLoop:
         """Cancel everything that runs or waits, run `last`, and end the thread."""
 
         async def end() -> None:
-            others = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in others:
+            # Each task ends the tasks that it has begun. Cancelled from here, one that has not run yet would leave a
+            # coroutine behind that nobody awaits.
+            tasks = list(self._tasks)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await last()
             await self._loop.shutdown_default_executor()
 
