@@ -102,7 +102,7 @@ def report_values(folder: Path) -> dict[str, Any]:
     settings = report_sections.settings(found)
     if homes == {folder.name: folder}:
         settings = [report_sections.described("evaluation", read_json(folder / EVALUATION))]
-    paper = _paper_tables(folder) if results.stages else {"paper_tables": [], "paper_note": ""}
+    paper = _paper_tables(folder) if found else {"paper_tables": [], "paper_note": ""}
     names = {"pipeline": "Pipeline"} if found or (folder / "results.json").is_file() else {}
     names |= {"tasks": "Tasks"} if tasks else {}
     names |= {phase["id"]: phase["name"] for phase in phases}

@@ -248,7 +248,7 @@ def test_a_browser_pages_through_thousands_and_loads_what_it_shows(
     page.select_option("#task", "")
     page.fill("#first", "700")
     page.fill("#last", "701")
-    page.wait_for_function("document.querySelectorAll('.group').length > 0")
+    page.wait_for_function("document.querySelectorAll('.group').length === 1")
     assert [text for text in cards() if "all rewards equal" not in text or "update 70" not in text] == []
     assert page.locator("#count").inner_text() == "1 of 3,000 groups"
     page.select_option("#zero_advantage", "")

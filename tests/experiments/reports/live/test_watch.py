@@ -116,8 +116,8 @@ def test_a_server_that_ends_is_told_on_the_page(phase: Path) -> None:
     server = WatchServer(phase.parent, 0, 0.2)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    refused = "Failed to load resource: net::ERR_CONNECTION_REFUSED"
-    with opened_pages(1, server.address.rstrip("/"), known=[refused]) as (page,):
+    refused = [f"Failed to load resource: net::ERR_CONNECTION_{word}" for word in ("REFUSED", "RESET")]
+    with opened_pages(1, server.address.rstrip("/"), known=refused) as (page,):
         page.goto(server.address)
         server.shutdown()
         server.server_close()
