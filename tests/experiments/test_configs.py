@@ -326,6 +326,11 @@ def test_one_setting_of_a_group_is_changed_and_the_others_stay(parse) -> None:
     assert model.rewards.weights == {"accuracy": 1.0, "format": 0.0}
 
 
+def test_a_single_callback_without_a_list_is_a_list_in_the_settings(parse) -> None:
+    callbacks = parse("nano/cot_sft.yaml", "--trainer.callbacks=callbacks.throughput.Throughput").settings()["trainer"]
+    assert [callback["class_path"] for callback in callbacks["callbacks"]] == ["callbacks.throughput.Throughput"]
+
+
 @pytest.mark.parametrize("config", ["nano/grpo.yaml", "paper/grpo_7b.yaml"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_fragment_changes_its_settings_alone(parse, config: str, name: str) -> None:

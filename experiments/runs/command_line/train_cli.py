@@ -10,6 +10,7 @@ import warnings
 from contextlib import ExitStack, redirect_stderr
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jsonargparse import Namespace
@@ -126,7 +127,9 @@ class TrainCLI(LightningCLI):
 
     def settings(self) -> dict:
         """The resolved configuration as plain values, with every default."""
-        return yaml.safe_load(self.parser.dump(self.config, skip_unset=False, skip_link_targets=False))
+        plain = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, skip_link_targets=False))
+        plain["trainer"]["callbacks"] = _as_list(plain["trainer"].get("callbacks"))
+        return plain
 
     def before_instantiate_classes(self) -> None:
         """Check the settings, and claim the phase folder. Raises AlreadyDone if there is nothing to do."""
@@ -161,8 +164,7 @@ class TrainCLI(LightningCLI):
     def constructor_problems(self) -> list[str]:
         """The problems that the constructors of module, data and callbacks find. All these constructors are cheap."""
         parts = [("model", self.model_class, self.config.model), ("data", self.datamodule_class, self.config.data)]
-        callbacks = self.config.trainer.callbacks or []
-        parts += [("callback", Callback, each) for each in (callbacks if isinstance(callbacks, list) else [callbacks])]
+        parts += [("callback", Callback, each) for each in _as_list(self.config.trainer.callbacks)]
         problems = []
         for name, kind, settings in parts:
             parser = LightningArgumentParser()
@@ -181,7 +183,7 @@ class TrainCLI(LightningCLI):
         others."""
         if self.config_init.trainer.logger is None:
             kwargs["logger"] = make_loggers(self.folder, self.key, self.config.log_to)
-        callbacks = list(self.config_init.trainer.callbacks or [])
+        callbacks = _as_list(self.config_init.trainer.callbacks)
         for kind in (RejectedSamples, RankWatch):
             if not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.insert(0, kind())
@@ -196,9 +198,13 @@ class TrainCLI(LightningCLI):
             if callback.dirpath is None:
                 callback.dirpath = str(self.folder / "checkpoints")
         kwargs["callbacks"] = callbacks
-        plugins = self.config_init.trainer.plugins or []
-        kwargs["plugins"] = [WholeCheckpoints(), *(plugins if isinstance(plugins, list) else [plugins])]
+        kwargs["plugins"] = [WholeCheckpoints(), *_as_list(self.config_init.trainer.plugins)]
         return super().instantiate_trainer(**kwargs)
+
+
+def _as_list(value: Any) -> list[Any]:
+    """Callbacks or plugins, of which Lightning takes a single one without a list, too."""
+    return list(value) if isinstance(value, list | tuple) else [value] if value else []
 
 
 def saved_configs(args: list[str]) -> list[Path]:
