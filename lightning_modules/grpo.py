@@ -123,11 +123,11 @@ class GRPO(GroupObjective):
         return [CloseOnError()]
 
     def on_fit_start(self) -> None:
+        self.check_reference()
         self._batches = []  # of a fit that was stopped inside a window
         self._ahead.clear()
         ranks = self.global_rank, self.trainer.world_size, self.sum_over_ranks
         self._window = RefilledWindow(self.accumulate, self.update_settings.refill_windows, *ranks)
-        self.check_reference()
         self._check_cache()
         self.engine.sync()
 

@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -162,25 +161,3 @@ def test_a_pipeline_notices_a_changed_file_too(workbench: Workbench) -> None:
     file = workbench.root / "my_rewards.py"
     file.write_text(file.read_text().replace("return 1 - completion", "return 2 - completion"))
     assert changed_files(before, made.training("grpo").code()) == ["my_rewards.py"]
-
-
-def code_blocks(language: str) -> list[str]:
-    """The blocks of CONTRIBUTING's recipe for a reward, without their indentation."""
-    recipe = (ROOT / "CONTRIBUTING.md").read_text().partition("### 1. A reward\n")[2].partition("\n### ")[0]
-    return [textwrap.dedent(block) for block in re.findall(rf"```{language}\n(.*?)```", recipe, re.DOTALL)]
-
-
-def test_the_recipe_of_contributing_works_word_for_word(workbench: Workbench) -> None:
-    (source,), (listed,) = code_blocks("python"), code_blocks("yaml")
-    (workbench.root / "my_rewards.py").write_text(source)
-    config = workbench.training("grpo", log="rollouts.jsonl")
-    settings = yaml.safe_load(Path(config).read_text())
-    settings["model"]["init_args"] |= yaml.safe_load(listed)
-    config = workbench.write_yaml("recipe", settings)
-    train.main(["--config", config, "--trainer.max_steps=1", "--model.reward_weights.short=0.2"])
-    folder = workbench.outputs / "tiny" / "grpo"
-    rows = metrics_csv.read_rows(folder)
-    for name in ("reward/accuracy", "reward/format", "reward/short", "reward/short/std", "reward/short/zero"):
-        assert metrics_csv.read_curve(rows, name), name
-    for reward in read_index(folder / "rollouts.jsonl")[0].read()["rewards"]:
-        assert reward["total"] == pytest.approx(reward["accuracy"] + 0.5 * reward["format"] + 0.2 * reward["short"])
