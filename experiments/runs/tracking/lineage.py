@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,8 +99,11 @@ def _artifact(facts: Mapping[str, Any], files: Sequence[Path]) -> wandb.Artifact
     artifact = wandb.Artifact(facts["name"], facts["kind"], metadata=metadata)
     # The facts that identify it are a file, too: W&B knows a version by its files.
     fixed = {name: value for name, value in metadata.items() if name in ("fingerprint", "key", "model")}
-    with artifact.new_file("facts.json") as file:
-        json.dump(fixed, file)
+    # `new_file` of W&B would leave a temporary folder until the artefact is collected; `add_file` copies at once.
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "facts.json")
+        file.write_text(json.dumps(fixed))
+        artifact.add_file(str(file), name=file.name)
     for path in files:
         artifact.add_file(str(path), name=path.name)
     return artifact
