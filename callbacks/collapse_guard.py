@@ -59,8 +59,8 @@ class CollapseGuard(Callback):
       samples and other rollouts.
 
     Events are written to <default_root_dir>/collapse.json, and `collapse/rollbacks` is logged. A W&B logger sends an
-    alert. A rollback is decided by
-    one write of this file and carried out when the run starts again, so a kill at any moment does no harm.
+    alert. A rollback is decided by one write of this file and carried out when the run starts again, so a kill at any
+    moment does no harm.
 
     List this callback before SaveOnInterrupt.
 

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from datamodules.checkpoints.model_folder import ModelError
+from datamodules.encoding.messages import PromptStyle
 from datamodules.persistence import processes as process_module
 from datamodules.persistence.processes import ProcessLost
 from datamodules.persistence.source_code import source_code
+from datamodules.samples.boxes import BoxFormat
 from datamodules.synthetic.benchmark_replicas import write
 from experiments import evaluate, print_tables
 from experiments.evaluation import rescore
@@ -168,7 +170,9 @@ def test_two_processes_write_what_one_writes(tiny_model_dir: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("signum", "why"), [(signal.SIGSTOP, r"was stopped \(SIGSTOP\)"), (signal.SIGKILL, "was killed by signal 9")]
 )
-def test_a_process_that_is_stopped_or_killed_ends_the_evaluation(tmp_path: Path, monkeypatch, signum, why) -> None:
+def test_a_process_that_is_stopped_or_killed_ends_the_evaluation(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch, signum, why
+) -> None:
     monkeypatch.setattr(process_module, "STOPPED_SECONDS", 2.0)
 
     def disturb() -> None:
@@ -177,8 +181,9 @@ def test_a_process_that_is_stopped_or_killed_ends_the_evaluation(tmp_path: Path,
         os.kill(workers[0].pid, signum)
 
     threading.Thread(target=disturb).start()
-    settings = PolicySettings("none", {}, Decoding(), "float32", "cpu")
-    job = Job(settings, (), str(tmp_path), str(tmp_path), None)  # no question: whoever lives ends at once
+    prompts = {"box_format": BoxFormat.ABSOLUTE_PIXELS, "style": PromptStyle.THINK, "max_prompt_tokens": 2048}
+    settings = PolicySettings(str(tiny_model_dir), prompts, Decoding(), "float32", "cpu")
+    job = Job(settings, (), str(tmp_path), str(tmp_path), None)  # without questions, the other process just ends
     with pytest.raises(ProcessLost, match=rf"process \d of 2 {why}"):
         list(ask_all(job, {}, 2))
 
