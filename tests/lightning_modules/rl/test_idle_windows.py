@@ -11,20 +11,11 @@ from lightning_modules.rl.idle_windows import IdleWindows
 from lightning_modules.rl.metrics import GRPOMetrics
 from lightning_modules.rollouts.base import SamplingSettings
 from lightning_modules.training.endings import IdleTooLong
-from tests.lightning_modules.grpo_modules import build_grpo, flat_reward, letters, use_reward
+from tests.lightning_modules.grpo_modules import flat_reward, letters, use_reward
 from tests.lightning_modules.ranks import run_ranks
 
 NOTHING = flat_reward(0.0, "empty")
 SAMPLING = SamplingSettings(group_size=4, temperature=0.7, max_new_tokens=16)
-
-
-@pytest.fixture
-def build(tiny_model_dir, lora):
-    def make(**settings):
-        small = {"lora": lora, "group_size": 4, "temperature": 1.0, "max_new_tokens": 6, "learning_rate": 1e-3}
-        return build_grpo(str(tiny_model_dir), **small | settings)
-
-    return make
 
 
 def step(informative: int = 0, format: int = 0, **sums: float) -> dict[str, float]:

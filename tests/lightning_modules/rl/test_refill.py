@@ -16,7 +16,7 @@ from lightning_modules.rl.rewards.reward_list import RewardList
 from lightning_modules.rl.rollout_batch import PromptGroup
 from lightning_modules.training.endings import IdleTooLong
 from tests.lightning_modules.conftest import served, trained_weights
-from tests.lightning_modules.grpo_modules import Recorder, build_grpo, flat_reward, letters
+from tests.lightning_modules.grpo_modules import Recorder, flat_reward, letters
 from tests.lightning_modules.ranks import run_ranks
 
 HARD = {1, 4, 5, 9}  # of ten prompts: at most 40 % of a window's groups teach something
@@ -39,15 +39,6 @@ def pool(make_items, monkeypatch):
 
     monkeypatch.setattr(RewardList, "score", score)
     return make_items([1, 2, 1, 1, 2, 1, 1, 1, 2, 1])
-
-
-@pytest.fixture
-def build(tiny_model_dir, lora):
-    def make(**settings):
-        small = {"lora": lora, "group_size": 4, "temperature": 1.0, "max_new_tokens": 6, "learning_rate": 1e-3}
-        return build_grpo(str(tiny_model_dir), **small | settings)
-
-    return make
 
 
 class Trained(Callback):

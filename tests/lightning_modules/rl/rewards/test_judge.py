@@ -14,7 +14,6 @@ from lightning_modules.rl.rewards.judge import Judge
 from lightning_modules.rl.rewards.reward_list import RewardList
 from lightning_modules.serving.openai_client import EndpointMisused
 from tests.chat_server import ChatServer, http_response, question_text
-from tests.lightning_modules.grpo_modules import build_grpo
 from tests.lightning_modules.rl.rewards.completions import make_completion
 
 WIDE = ImageSizes(original=(640, 480), resized=(640, 480))
@@ -108,7 +107,7 @@ def test_a_judge_can_be_sent_to_another_process():
         assert pickle.loads(pickle.dumps(judge(server))).score_batch(completions("5")) == [0.5]
 
 
-def test_training_goes_on_where_a_judge_fails_and_its_group_teaches_nothing(tiny_model_dir, lora, make_items, fit):
+def test_training_goes_on_where_a_judge_fails_and_its_group_teaches_nothing(build, make_items, fit):
     """The judge answers for every other group alone."""
     asked = Counter()
 
@@ -119,8 +118,7 @@ def test_training_goes_on_where_a_judge_fails_and_its_group_teaches_nothing(tiny
     with ChatServer(reply) as server:
         arguments = {"base_url": server.base_url, "model": "judge", "on_failure": "leave_out", "concurrency": 1}
         entries = [{"class_path": "lightning_modules.rl.rewards.judge.Judge", "init_args": arguments, "name": "judge"}]
-        small = {"lora": lora, "group_size": 4, "temperature": 1.0, "max_new_tokens": 6, "learning_rate": 1e-3}
-        module = build_grpo(str(tiny_model_dir), rewards=entries, **small)
+        module = build(rewards=entries)
         trainer = fit(module, make_items([1, 2]), max_steps=1)
     first, second = module.last_rollouts
     assert any(first["advantages"]) and not first["zero_advantage"]
