@@ -37,6 +37,7 @@ class VLLMStub:
         self.asked = 0
         self.port = 0
         self.lock = threading.Lock()
+        self.loading = threading.Lock()  # vLLM loads one adapter at a time, each name once
         self.max_model_len, self.raw_log_probs, self.can_load = 4096, False, True
         self.read_prompt: Callable[[list[int]], list[int]] = lambda ids: ids
         self.before_answer: Callable[[], Any] = lambda: None
@@ -107,11 +108,12 @@ class VLLMStub:
         folder = Path(body["lora_path"])
         if not folder.is_dir():
             return 404, error(f"No adapter found for {folder}")
-        if body["lora_name"] in self.adapters:
-            return 400, error("already loaded")
-        assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
-        self.adapters[body["lora_name"]] = load_file(folder / "adapter_model.safetensors")
-        self.loads.append(body["lora_name"])
+        with self.loading:
+            if body["lora_name"] in self.adapters:
+                return 400, error("already loaded")
+            assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
+            self.adapters[body["lora_name"]] = load_file(folder / "adapter_model.safetensors")
+            self.loads.append(body["lora_name"])
         return 200, "Success"
 
     def _complete(self, body: dict[str, Any]) -> tuple[int, Any]:
