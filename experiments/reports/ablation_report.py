@@ -10,6 +10,7 @@ from typing import Any
 from datamodules.persistence.files import read_json, write_atomic, write_json
 from datamodules.persistence.message_text import markdown_table
 from experiments.reports.ablation_summary import FIGURES, Comparison, Finding, read_rows, summarise
+from experiments.reports.changed_answers import changed_answers
 from experiments.reports.drawing import charts
 from experiments.reports.drawing.templates import render
 from experiments.reports.pipeline_report import number
@@ -23,6 +24,11 @@ NOTE = (
     " p (Holm) is p corrected for the number of comparisons in the table. An aim is reached when the mean difference"
     " reaches it; sure says whether the whole interval does. A finding is shown if its whole interval is on the paper's"
     " side, and opposite if it is on the other side."
+)
+
+EXAMPLES_NOTE = (
+    "Each question here is the first of its task that became right; the tasks are evenly spaced in the order of the"
+    " benchmark. `make predictions` with both folders shows all answers, those that became wrong too."
 )
 
 
@@ -55,7 +61,19 @@ def write(
     names = list(dict.fromkeys(task for tasks in means.values() for task in tasks))
     chart = charts.bar_chart("Acc@0.5 by task, mean over seeds", names, means)
     notes = [NOTE, " ".join(filter(None, _missing(summary)))]
-    page = render("ablations.html.j2", title=home.name, notes=notes, tables=sections, task_chart=chart)
+    drawn = [
+        _examples(comparison, folders[record["seeds"][0]])
+        for comparison, record in zip(comparisons, summary["comparisons"], strict=True)
+        if comparison.examples and record["seeds"]
+    ]
+    page = render(
+        "ablations.html.j2",
+        title=home.name,
+        notes=notes,
+        tables=sections,
+        task_chart=chart,
+        examples=[each for each in drawn if each],
+    )
     write_atomic(home / "ablations.html", page)
     return text
 
@@ -107,6 +125,20 @@ def task_means(row: Mapping[str, Any]) -> dict[str, float]:
         for task, accuracy in seed["tasks"].items():
             by_task.setdefault(task, []).append(accuracy)
     return {task: statistics.mean(values) for task, values in by_task.items()}
+
+
+def _examples(comparison: Comparison, folder: Path) -> dict[str, Any] | None:
+    """The section of drawn examples of a comparison, from the experiment folder of one seed."""
+    changed = changed_answers(folder / comparison.over, folder / comparison.row, comparison.examples)
+    if changed is None:
+        return None
+    note = (
+        f"{folder.name}: {changed.num_won} answers became right from {comparison.over} to {comparison.row}, and"
+        f" {changed.num_lost} became wrong. "
+    )
+    note += f"No pictures: {changed.missing}." if changed.missing else EXAMPLES_NOTE
+    title = f"Answers that changed from {comparison.over} to {comparison.row}"
+    return {"title": title, "note": note, "previews": changed.previews}
 
 
 def _finding_rows(summary: Mapping[str, Any]) -> list[list[str]]:

@@ -30,6 +30,7 @@ class Comparison:
     Its aim, if any, is a difference of AVG of `at_least` or `more_than` this number of points.
 
     or_both_at_most: the aim is also reached if the AVG of both rows is at most this.
+    examples: number of questions that the page draws, whose answer became right.
     """
 
     row: str
@@ -37,6 +38,7 @@ class Comparison:
     at_least: float | None = None
     more_than: float | None = None
     or_both_at_most: float | None = None
+    examples: int = 0
 
     @property
     def aim(self) -> str:

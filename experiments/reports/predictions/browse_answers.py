@@ -13,13 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from datamodules.benchmarks import mig_bench
-from datamodules.benchmarks.base import Benchmark
-from datamodules.benchmarks.registry import load_benchmark
-from datamodules.benchmarks.shard_folders import PREFIX
 from datamodules.metrics.result_files import PREDICTIONS, RESULT, read_predictions, read_result
 from datamodules.persistence.files import write_atomic
 from datamodules.persistence.user_error import UserError
 from experiments.reports.predictions.answer_page import Answers, render_answers
+from experiments.reports.predictions.questions import load_questions
 from experiments.runs.commands import command
 from experiments.runs.usage_errors import PlainParser, suggest
 
@@ -59,7 +57,7 @@ def write_page(
     names = [model.result["benchmark"] for model in models]
     if len(set(names)) > 1:
         raise NoAnswers(f"--runs: {models[0].folder} has {names[0]} and {models[1].folder} {names[1]}: compare one")
-    benchmark, missing = _load_questions(models[0])
+    benchmark, missing = load_questions(models[0].result)
     write_atomic(output, render_answers(models, benchmark, missing, max_questions, max_megabytes))
     return output
 
@@ -90,15 +88,6 @@ def _read(folder: Path) -> Answers:
     parts = [part for part in folder.resolve().parts[-4:] if part not in ("benchmarks", "outputs", "eval")]
     label = "/".join(parts[-3:-1]) or folder.name
     return Answers(label, folder, read_result(folder / RESULT), read_predictions(folder / PREDICTIONS))
-
-
-def _load_questions(model: Answers) -> tuple[Benchmark | None, str]:
-    """The benchmark with its images; None and the reason if it is not here."""
-    name, root = model.result["benchmark"], model.result["data_root"]
-    try:
-        return load_benchmark(root if name.startswith(PREFIX) else name, root), ""
-    except (OSError, ValueError) as error:
-        return None, f"the benchmark cannot be read ({str(error).splitlines()[0][:200]})"
 
 
 @command(failed="no page of answers")
