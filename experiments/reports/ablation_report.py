@@ -10,11 +10,11 @@ from typing import Any
 from datamodules.persistence.files import read_json, write_atomic, write_json
 from datamodules.persistence.message_text import markdown_table
 from experiments.reports.ablation_summary import FIGURES, Comparison, Finding, read_rows, summarise
-from experiments.reports.changed_answers import changed_answers
 from experiments.reports.drawing import charts
 from experiments.reports.drawing.templates import render
 from experiments.reports.pipeline_report import number
 from experiments.reports.significance import TRANSFER
+from experiments.reports.stored_answers import changed_answers
 
 NAMES = {"avg": "AVG", "in_domain": "in-domain", "out_of_domain": "out-of-domain", "format_rate": "format %"}
 NOTE = (

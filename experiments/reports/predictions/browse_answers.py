@@ -17,7 +17,7 @@ from datamodules.metrics.result_files import PREDICTIONS, RESULT, read_predictio
 from datamodules.persistence.files import write_atomic
 from datamodules.persistence.user_error import UserError
 from experiments.reports.predictions.answer_page import Answers, render_answers
-from experiments.reports.predictions.questions import load_questions
+from experiments.reports.stored_answers import load_questions
 from experiments.runs.commands import command
 from experiments.runs.usage_errors import PlainParser, suggest
 

@@ -10,10 +10,10 @@ from datamodules.metrics.result_files import RESULT, read_result
 from datamodules.persistence.files import write_json
 from experiments.reports import ablation_report
 from experiments.reports.ablation_summary import Comparison
-from experiments.reports.changed_answers import changed_answers
+from experiments.reports.stored_answers import changed_answers
 from experiments.runs.results import Results, make_stage, write_results
-from tests.page_faults import page_faults
 from tests.experiments.reports.test_every_page import write_answers
+from tests.page_faults import page_faults
 
 STARTS = {"cot_sft": "cot_sft", "grpo": "cot_sft"}
 
@@ -41,7 +41,7 @@ def test_the_first_won_question_of_a_task_is_drawn_before_and_after(browser_page
     texts = [(each["by"], each["text"]["task"], each["text"]["result"]) for each in changed.previews]
     tasks = list(dict.fromkeys(task for _, task, _ in texts))
     assert [by for by, _, _ in texts] == ["cot_sft", "grpo"] * len(tasks), "each question once for each row"
-    assert all((result == "IoU 1.00") == (by == "grpo") for by, _, result in texts)
+    assert all((float(result.removeprefix("IoU ")) > 0.5) == (by == "grpo") for by, _, result in texts)
 
     browser_page.goto(write_page(nano, Comparison("grpo", "cot_sft", examples=3)).as_uri())
     assert "4 answers became right from cot_sft to grpo, and 0 became wrong" in browser_page.inner_text("#changed-1")

@@ -1,20 +1,31 @@
-"""Drawn examples for the ablation page: questions that one row answers wrongly and another row rightly."""
+"""Stored answers of evaluations with their questions, and drawn examples of those that changed between two rows."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datamodules.benchmarks.base import Benchmark
+from datamodules.benchmarks.registry import load_benchmark
+from datamodules.benchmarks.shard_folders import PREFIX
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS
 from datamodules.metrics.drawing import describe_preview, draw_previews
 from datamodules.metrics.result_files import PREDICTIONS, RESULT, read_predictions, read_result
-from experiments.reports.predictions.questions import load_questions
 from experiments.reports.rollout_pages import thin
 from experiments.runs.results import find_mig_bench
+
+
+def load_questions(result: Mapping[str, Any]) -> tuple[Benchmark | None, str]:
+    """(the benchmark of an evaluation's result.json, ""); (None, why) if its files cannot be read."""
+    name, root = result["benchmark"], result["data_root"]
+    try:
+        return load_benchmark(root if name.startswith(PREFIX) else name, root), ""
+    except (OSError, ValueError) as error:
+        return None, f"the benchmark cannot be read ({str(error).splitlines()[0][:200]})"
 
 
 @dataclass(frozen=True)
