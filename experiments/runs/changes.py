@@ -121,7 +121,7 @@ def find_differences(old: Mapping[str, Any], new: MadeOf) -> Differences:
         before = [tuple(pair) for pair in old.get("inputs", {}).get(name, [])]
         if not _same_inputs(before, inputs):
             shown = name.replace(".init_args", "")
-            found.values.append(f"{shown}: {_in_words(before)} -> {_in_words(inputs)}")
+            found.values.append(f"{shown}: {_inputs_text(before)} -> {_inputs_text(inputs)}")
             if [path for path, _ in before] == [path for path, _ in inputs]:
                 found.contents.append(found.values[-1])
     return found
@@ -237,7 +237,7 @@ def _same_inputs(old: Sequence[tuple[str, str | None]], new: Sequence[tuple[str,
     return all(a[1] == b[1] if a[1] is not None else a[0] == b[0] for a, b in zip(old, new, strict=True))
 
 
-def _in_words(inputs: Sequence[tuple[str, str | None]]) -> str:
+def _inputs_text(inputs: Sequence[tuple[str, str | None]]) -> str:
     return ", ".join(f"{path} ({content[:8]})" if content else path for path, content in inputs) or "none"
 
 

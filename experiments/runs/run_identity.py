@@ -1,13 +1,10 @@
-"""Make phases restartable: markers with a hash of all dependencies, and a lock on the folder."""
+"""Make phases restartable: markers with a hash of all dependencies, and the saved settings of a phase."""
 
 from __future__ import annotations
 
-import fcntl
 import re
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -264,48 +261,3 @@ def _form_of_phase(model: str, given: Iterable[str]) -> dict[str, Any]:
         if name in trained and trained[name] not in list(kind):
             raise OtherVersion(phase, f"data.{name}={trained[name]!r} is none of {[str(k.value) for k in kind]}")
     return trained
-
-
-@contextmanager
-def locked(folder: Path, say: Callable[[str], None] = print, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock of a folder. If another process holds it, print a message and wait.
-
-    The system releases it at any exit.
-
-    With `wait=False`, do not wait. Yields whether the lock is held. Ends the program if the lock file cannot be
-    written.
-    """
-    folder = Path(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(folder.parent / f".{folder.name}.lock", "w")  # noqa: SIM115
-    except OSError as error:
-        sys.exit(f"{folder} cannot be written: {error}")
-    with lock as file:
-        held = waited = False
-        while not held:
-            try:
-                # flock belongs to the open file, so the kernel releases it even after a kill; the file itself stays.
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = True
-            except BlockingIOError:
-                if not wait:
-                    break
-                if not waited:
-                    say(f"waiting: another process is working in {folder}")
-                waited = True
-                time.sleep(1.0)
-        yield held
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether a process holds the folder's lock. No file is written."""
-    file = folder.parent / f".{folder.name}.lock"
-    if not file.is_file():
-        return False
-    with file.open() as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False

@@ -164,12 +164,12 @@ def last_value(folder: Path, metric: str) -> float | None:
     return float(values[-1]) if values else None
 
 
-def last_words(log: Path, limit: int = 300) -> str:
+def last_words(log: Path) -> str:
     """The last informative line of a log: the error, if a trial has failed."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()] if log.is_file() else []
     telling = [line for line in lines if line and not line.startswith(("wandb:", "warn"))]
     errors = [line for line in telling if "Error" in line.split(":")[0] or line.startswith("- ")]
-    return (errors or telling or ["it said nothing"])[-1][:limit]
+    return (errors or telling or ["it said nothing"])[-1][:300]
 
 
 def trial_environment(tags: Iterable[str]) -> dict[str, str]:

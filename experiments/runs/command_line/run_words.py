@@ -66,7 +66,7 @@ def read_yamls(words: Sequence[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for file in config_files(words):
         try:
-            _lay_over(settings, yaml.safe_load(file.read_text()) or {})
+            settings = laid_over(settings, yaml.safe_load(file.read_text()) or {})
         except (OSError, ValueError, AttributeError, yaml.YAMLError):
             return {}
     return settings
@@ -152,9 +152,10 @@ def _find(settings: Mapping[str, Any], name: str) -> Any:
     return settings
 
 
-def _lay_over(settings: dict[str, Any], more: Mapping[str, Any]) -> None:
-    for name, value in more.items():
-        if isinstance(value, Mapping) and isinstance(settings.get(name), dict):
-            _lay_over(settings[name], value)
-        else:
-            settings[name] = value
+def laid_over(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with the values of `changes`, name by name; lists are replaced completely."""
+    merged = dict(settings)
+    for name, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = laid_over(merged[name], value) if both else value
+    return merged

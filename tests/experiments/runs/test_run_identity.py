@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +9,6 @@ import yaml
 
 from experiments.runs import run_identity
 from experiments.runs.changes import CodeChanged, MadeOf
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_a_phase_is_done_only_with_its_own_hash(tmp_path: Path) -> None:
@@ -46,49 +42,6 @@ def test_other_ranks_learn_that_the_run_is_done(tmp_path: Path) -> None:
     assert run_identity.wait_for_claim(folder, "bbbb", seconds=1) is False
     with pytest.raises(TimeoutError, match="aaaa"):
         run_identity.wait_for_claim(folder, "aaaa", seconds=0)
-
-
-def test_a_second_process_waits_for_the_first_and_a_kill_frees_the_lock(tmp_path: Path) -> None:
-    code = (
-        "import sys, time; from experiments.runs import run_identity\n"
-        "with run_identity.locked(sys.argv[1]): print('in', flush=True); time.sleep(60)"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "grpo")], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert holder.stdout.readline() == "in\n"
-        said: list[str] = []
-
-        def kill_and_note(message: str) -> None:
-            said.append(message)
-            holder.kill()
-
-        start = time.monotonic()
-        with run_identity.locked(tmp_path / "grpo", kill_and_note):
-            assert len(said) == 1 and "waiting" in said[0]
-        assert time.monotonic() - start < 30
-    finally:
-        holder.kill()
-        holder.wait()
-        holder.stdout.close()
-
-
-def test_a_place_that_cannot_be_written_ends_the_program_and_is_named(tmp_path: Path) -> None:
-    (tmp_path / "outputs").write_text("a file where a folder should be")
-    wanted = r"outputs/nano/grpo cannot be written: .*[Nn]ot a directory"
-    with pytest.raises(SystemExit, match=wanted), run_identity.locked(tmp_path / "outputs/nano/grpo"):
-        pass
-
-
-def test_a_lock_that_is_not_waited_for_says_whether_it_is_held(tmp_path: Path) -> None:
-    with (
-        run_identity.locked(tmp_path / "grpo", wait=False) as first,
-        run_identity.locked(tmp_path / "grpo", wait=False) as second,
-    ):
-        assert first and not second
-    with run_identity.locked(tmp_path / "grpo") as third:
-        assert third
 
 
 @pytest.mark.parametrize(
