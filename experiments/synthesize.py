@@ -10,9 +10,9 @@ output folder has
     synthesis.json, report.md   counts, tokens, cost and the histogram of difficulty
     server/           the log of the local server, if one was started
 
-A run with another threshold or limit uses the existing responses. With other prompts, sampling, questions or another
-teacher, the old folder is renamed first. If source files of the project have changed since, the command asks for --keep
-or --redo.
+A run with another threshold or limit uses the existing responses. Other prompts, sampling or another teacher are
+refused, unless --redo renames the old folder. If the questions themselves have changed, it is renamed at once. If
+source files of the project have changed since, the command asks for --keep or --redo.
 """
 
 from __future__ import annotations
