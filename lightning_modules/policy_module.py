@@ -94,7 +94,7 @@ class PolicyModule(LightningModule):
         self.weight_decay, self.betas, self.max_grad_norm = weight_decay, betas, max_grad_norm
         self.accumulate, self.max_tokens_per_row, self.seed = accumulate, max_tokens_per_row, seed
         self.automatic_optimization = False
-        self.strict_loading = False  # checkpoints hold only what is trained; on_load_checkpoint is the strict check
+        self.strict_loading = False  # checkpoints hold only the trained weights; on_load_checkpoint is the strict check
         self.policy: QwenVL | None = None
         self.num_batches = 0  # that this rank has trained on; seeds derive from it
         self._num_batches_committed = 0  # at the end of the last finished window, as a checkpoint has it

@@ -57,7 +57,7 @@ def draw_preview(images: Sequence[Image.Image], sample: Sample, prediction: Pred
 
 
 def describe_preview(sample: Sample, prediction: Prediction) -> dict[str, str]:
-    """The texts that belong to a preview: task, id, question, answer, and what the answer scored."""
+    """The texts that belong to a preview: task, id, question, answer, and the score of the answer."""
     result = f"no box: {prediction.failure}" if prediction.read is None else f"IoU {prediction.value:.2f}"
     if prediction.f1 is not None:
         result = f"F1 {prediction.f1:.2f}" + (f", {result}" if prediction.failure else "")

@@ -85,7 +85,7 @@ def render_report(folder: Path) -> str:
 def report_values(folder: Path) -> dict[str, Any]:
     """The values of the template of such a page.
 
-    It shows what is there: finished and unfinished phases, and evaluations. Raises FileNotFoundError if nothing is.
+    It shows all phases, finished or not, and all evaluations. Raises FileNotFoundError if the folder has neither.
     """
     folder = Path(folder)
     results, found = find_results(folder), find_phases(folder)
@@ -94,7 +94,7 @@ def report_values(folder: Path) -> dict[str, Any]:
         homes = {folder.name: folder}
     measured = report_sections.evaluations(homes)
     if not (found or measured or (folder / "results.json").is_file()):
-        raise FileNotFoundError(f"--folder={folder} has neither a phase nor an evaluation{_what_there_is(folder)}")
+        raise FileNotFoundError(f"--folder={folder} has neither a phase nor an evaluation{_others_text(folder)}")
     # The stages may have different tasks. The page shows all of them, in the order of their first appearance.
     tasks = list(dict.fromkeys(task for stage in results.stages for task in stage.mig_bench["tasks"]))
     scores = {stage.name: stage.mig_bench["tasks"] for stage in results.stages}
@@ -124,7 +124,7 @@ def report_values(folder: Path) -> dict[str, Any]:
     }
 
 
-def _what_there_is(folder: Path) -> str:
+def _others_text(folder: Path) -> str:
     """A sentence with the folders beside `folder` that have something to report; "" without any."""
     outputs = folder.parent.parent if folder.parent.name == "eval" else folder.parent
     names = [str(path) for path in reportable(outputs)]
@@ -152,7 +152,7 @@ def _stage_notes(folder: Path, results: Results) -> list[str]:
 
 
 def _bars(folder: Path, results: Results) -> dict[str, dict[str, charts.Bar]]:
-    """The tasks of each stage with their intervals, where the result in its folder is the one that is shown."""
+    """The tasks of each stage with their intervals, if the result in its folder has the score that is shown."""
     bars = {}
     for stage in results.stages:
         cells = read_mig_bench(folder / stage.name).get("columns", {})

@@ -1,4 +1,4 @@
-"""What report.html shows of a folder beside its stages: evaluations, settings with command and machine, previews."""
+"""Sections of report.html beside the stages: evaluations, settings with command and machine, previews."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def take_number(words: Sequence[str], flag: str, least: int) -> tuple[list[str],
 def read_yamls(words: Sequence[str]) -> dict[str, Any]:
     """The settings of the YAML files behind --config, later files over earlier ones; {} where one cannot be read.
 
-    The parser of the command tells what is wrong with a file.
+    The parser of the command reports the fault of a file.
     """
     settings: dict[str, Any] = {}
     for file in config_files(words):
@@ -90,7 +90,7 @@ def last_given(words: Sequence[str], *names: str) -> str | None:
 
 
 def gpu_words(words: Sequence[str], settings: Mapping[str, Any], gpus: int) -> list[str]:
-    """The settings by which this number of GPUs makes the same total batch; says what they are.
+    """The settings by which this number of GPUs makes the same total batch. They are printed.
 
     Raises WordsError if the total batch cannot be divided so.
     """
