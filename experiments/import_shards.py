@@ -182,8 +182,8 @@ def _write_preview(page: Path, parts: Sequence[tuple[Part, Scan]], one_box: bool
         entries = _entries(part, scan)
         drawn = random.Random(seed).sample(range(len(entries)), min(PREVIEWED, len(entries)))
         for kind, numbers in (("first", range(min(PREVIEWED, len(entries)))), ("at random", sorted(drawn))):
-            made = outcomes([entries[n] for n in numbers], scan.convert, scan.image_root, scan.frame, one_box)
-            groups[f"{part.name}: {len(numbers)} {kind}"] = [Shown(part.name, one) for one in made]
+            converted = outcomes([entries[n] for n in numbers], scan.convert, scan.image_root, scan.frame, one_box)
+            groups[f"{part.name}: {len(numbers)} {kind}"] = [Shown(part.name, one) for one in converted]
     tables = count_tables([shown for group in groups.values() for shown in group])
     write_atomic(page, render_samples("Before the import", groups, tables, "The tables count these samples alone."))
     print(f"wrote {page}", flush=True)
@@ -240,8 +240,8 @@ def _finish(out: Path, scans: dict[tuple[str, str, str], tuple[Part, Scan]], tal
     sources: dict[str, Any] = {}
     for part, scan in scans.values():
         found = {"subsets": {name: len(entries) for name, entries in scan.subsets.items()}, "skipped": scan.skipped}
-        said = {"own": asdict(part.own)} if part.is_own else {}
-        sources[f"{part.source} {part.root}".strip()] = scan.report | found | said
+        statements = {"own": asdict(part.own)} if part.is_own else {}
+        sources[f"{part.source} {part.root}".strip()] = scan.report | found | statements
     write_json(out / REPORT, {"sources": sources, "parts": tallies})
     shards = [
         shard | {"name": f"{name}/{shard['name']}"} for name in tallies for shard in read_manifest(out / name)["shards"]

@@ -109,7 +109,7 @@ class Pipeline:
     def __post_init__(self) -> None:
         find_user_files(phase.config for phase in self.phases.values())
         self.commit, self.stages = current_commit(ROOT), {}
-        self.asked = read_settings(self.evaluation, shlex.split(self.overrides.get("evaluation", "")))
+        self.evaluation_settings = read_settings(self.evaluation, shlex.split(self.overrides.get("evaluation", "")))
 
     @property
     def results(self) -> Results:
@@ -146,12 +146,12 @@ class Pipeline:
     def evaluation_of(self, stage: str) -> Step:
         """The step that measures MIG-Bench for the model of the stage."""
         folder, model = self.folder / stage, self.model_of(stage)
-        home, asked = folder / PHASE_FOLDER, self.asked
+        home, settings = folder / PHASE_FOLDER, self.evaluation_settings
         command = ["experiments.evaluate", "--config", self.evaluation, "--model", model, "--output", str(home)]
         command += [] if self.gpus is None else ["--processes", str(self.gpus)]
         command += ["--bench", mig_bench.NAME, *shlex.split(self.overrides.get("evaluation", ""))]
-        questions = Path(asked.data_root, mig_bench.FOLDER, mig_bench.ANNOTATIONS)
-        result = home / result_folder(mig_bench.NAME, asked.limit, asked.decoding.generation) / RESULT
+        questions = Path(settings.data_root, mig_bench.FOLDER, mig_bench.ANNOTATIONS)
+        result = home / result_folder(mig_bench.NAME, settings.limit, settings.decoding.generation) / RESULT
         return Step(
             title=f"{stage}: MIG-Bench",
             marker=folder / "evaluated.json",

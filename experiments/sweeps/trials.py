@@ -112,22 +112,22 @@ def run_process(
     Raises Interrupted if this process was asked to stop.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    start, seen, asked = time.monotonic(), 0, []  # `asked`: the signals that this process has got
+    start, seen, signals = time.monotonic(), 0, []  # `signals`: those that this process has got
     with log.open("a") as out:
         streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
         # The trial has its own process group, so that Ctrl-C reaches it only once, through the handler below.
         child = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
-    old = {number: signal.signal(number, lambda n, _: asked.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
-    pruned, before, told = False, read_points(), time.monotonic()
+    old = {number: signal.signal(number, lambda n, _: signals.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
+    pruned, before, line_time = False, read_points(), time.monotonic()
     try:
-        while (code := child.poll()) is None and not pruned and not asked:
+        while (code := child.poll()) is None and not pruned and not signals:
             now = read_points()
             points, before = points_agreed(before, now), now
             if len(points) > seen:
                 seen = len(points)
                 pruned = see(points, time.monotonic() - start)
-            if time.monotonic() - told >= LINE_SECONDS:
-                told = time.monotonic()
+            if time.monotonic() - line_time >= LINE_SECONDS:
+                line_time = time.monotonic()
                 if line := last_progress(log):
                     say(line)
             time.sleep(0 if pruned else POLL_SECONDS)
@@ -136,8 +136,8 @@ def run_process(
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-    if asked:
-        raise Interrupted(signal.Signals(asked[0]).name)
+    if signals:
+        raise Interrupted(signal.Signals(signals[0]).name)
     return Ended(code, pruned, time.monotonic() - start)
 
 
