@@ -23,15 +23,7 @@ from callbacks import preemption
 from datamodules.persistence import folder_lock
 from datamodules.persistence.files import write_atomic
 from datamodules.persistence.user_error import UserError
-from experiments.pipeline import (
-    Phase,
-    Pipeline,
-    build_synthetic,
-    check_files,
-    check_stages,
-    experiment_folder,
-    settle_and_plan,
-)
+from experiments.pipeline import Phase, Pipeline, build_synthetic, check_files, check_stages, experiment_folder
 from experiments.reports import ablation_report
 from experiments.reports.ablation_summary import FINDING_FIGURES, Comparison, Finding
 from experiments.runs import wandb_runs
@@ -40,7 +32,7 @@ from experiments.runs.command_line.run_words import laid_over
 from experiments.runs.commands import command
 from experiments.runs.parsers import run_cli
 from experiments.runs.results import BASE
-from experiments.runs.subprocess_steps import say
+from experiments.runs.subprocess_steps import Plan, say, settle
 
 
 @dataclass(frozen=True)
@@ -125,7 +117,11 @@ def run(
         for seed, folder in folders.items():
             names = partial(wandb_runs.wandb_environment, home.name, f"seed{seed}")  # of a row; the row is also a tag
             pipelines[seed] = Pipeline(folder, seed, model, evaluation, phases, arguments, names, choice)
-        settle_and_plan(list(pipelines.values()), minutes or {})
+        steps = [step for pipeline in pipelines.values() for step in pipeline.steps()]
+        settle(steps)
+        plan = Plan(steps, minutes or {})
+        for pipeline in pipelines.values():
+            pipeline.plan = plan
         # 3. Run the rows, seed after seed, and write the comparison after each row.
         list_all_done(pipelines)
         report()

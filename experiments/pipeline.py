@@ -12,7 +12,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -211,15 +211,6 @@ class Pipeline:
         pipeline_report.write_report(self.folder)
 
 
-def settle_and_plan(pipelines: Sequence[Pipeline], minutes: Mapping[str, float]) -> None:
-    """Ask about all steps that other source files have made, and give all pipelines one plan for the time left."""
-    steps = [step for pipeline in pipelines for step in pipeline.steps()]
-    settle(steps)
-    plan = Plan(steps, minutes)
-    for pipeline in pipelines:
-        pipeline.plan = plan
-
-
 def run(
     experiment: str,
     model: str,
@@ -269,10 +260,10 @@ def run(
         # 2. The synthetic dataset, and the choice for steps that other source files have made.
         if synthetic_dataset:
             build_synthetic(synthetic_dataset)
-        settle_and_plan([pipeline], minutes or {})
-        steps = pipeline.plan.steps
-        left = pipeline.plan.seconds_of(steps)
-        say(f"{len(steps)} stages" + ("" if left is None else f", about {in_words(left)}") + f". {note}")
+        settle(pipeline.steps())
+        pipeline.plan = Plan(pipeline.steps(), minutes or {})
+        left = pipeline.plan.seconds_of(pipeline.steps())
+        say(f"{len(pipeline.steps())} stages" + ("" if left is None else f", about {in_words(left)}") + f". {note}")
         # 3. Run the stages. The results on disk always list exactly the finished stages.
         pipeline.list_done()
         for stage in starts:

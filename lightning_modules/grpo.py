@@ -157,11 +157,11 @@ class GRPO(GroupObjective):
         self._batches.append(batch)
         is_learnt = False
         if self.end_batch():
-            current, ahead = self._waiting_round(), self._ahead
+            window, ahead = self._round(), self._ahead
             if ahead.staleness == 0:
-                is_learnt = self.learn_from(current)
+                is_learnt = self.learn_from(window)
             else:
-                ahead.submit(self.engine, current)
+                ahead.submit(self.engine, window)
                 while due := ahead.due(is_last_batch(self.trainer)):
                     self._window_ids = due.sample_ids
                     is_learnt = self.learn_from(due)
@@ -173,7 +173,7 @@ class GRPO(GroupObjective):
             # Lightning would log the metrics of the window before again. It has no public method that removes them.
             self.trainer._results.reset(fx="training_step")
 
-    def _waiting_round(self) -> Round:
+    def _round(self) -> Round:
         """The waiting batches, with a seed for each prompt."""
         ahead, items = self._ahead.batches, [item for batch in self._batches for item in batch.items]
         sample_ids = self._window_ids[sum(map(len, ahead)) :]  # of the open window, earlier rounds too
@@ -182,12 +182,12 @@ class GRPO(GroupObjective):
         request = RolloutRequest(items, self.rollout_settings, seeds=seeds)
         return Round(self._batches, self.num_batches - len(self._batches), request, self.global_step)
 
-    def learn_from(self, current: Round) -> bool:
+    def learn_from(self, window: Round) -> bool:
         """Sample the P prompts of a round (G completions each), score them, compare them inside each group, and train.
 
         Returns False if the accumulation window is to be refilled, by a further round, before it is trained on.
         """
-        items = current.request.items  # P
+        items = window.request.items  # P
         if self._window.is_new:
             self.metrics.reset()
             self.last_rollouts, self._began, self._seconds = [], time.perf_counter(), {"rollout": 0.0, "reward": 0.0}
@@ -195,11 +195,11 @@ class GRPO(GroupObjective):
 
         # 1. Sample. The engine may be this process or a vLLM server; both return token ids with log-probabilities.
         with torch.no_grad():  # P of [image tokens, F]; one batch at a time bounds the memory of the vision tower
-            features = [tokens for batch in current.batches for tokens in self.policy.encode_images(batch.items)]
-        if current.submitted is None:
-            rollouts = self.engine.generate(replace(current.request, features=features))  # P lists of G `Rollout`
+            features = [tokens for batch in window.batches for tokens in self.policy.encode_images(batch.items)]
+        if window.submitted is None:
+            rollouts = self.engine.generate(replace(window.request, features=features))  # P lists of G `Rollout`
         else:
-            rollouts = self.engine.fetch(current.submitted)
+            rollouts = self.engine.fetch(window.submitted)
         sampling_ended = time.perf_counter()
         self._seconds["rollout"] += sampling_ended - sampling_began
 
@@ -217,28 +217,28 @@ class GRPO(GroupObjective):
             totals = totals - self.kl_penalty(items, rollouts, features)  # [P, G]
         advantages = group_advantages(totals, self.advantage_settings.scale)  # [P, G]
         self.metrics.add_rollouts(rollouts, rewards, equal_rewards)
-        self._record_rollouts(current, rollouts, rewards, advantages, equal_rewards)
+        self._record_rollouts(window, rollouts, rewards, advantages, equal_rewards)
 
         # 4. Refill (DAPO, section 3.2; off by default): further prompts replace the groups that teach nothing.
-        self._window.add(self._trainable(current, rollouts, advantages, equal_rewards, features), len(items))
+        self._window.add(self._trainable(window, rollouts, advantages, equal_rewards, features), len(items))
         if self._window.ask_for_more(is_last_batch(self.trainer)):
             return False
 
         # 5. Train (eq. 2): the optimizer updates of the window, after which the engine gets the new weights.
         if self._ahead.staleness:
-            self.metrics.update(staleness=self.global_step - current.policy, stale=1)
+            self.metrics.update(staleness=self.global_step - window.policy, stale=1)
         self._train_on_window(self._window.groups())
         self._window.clear()
-        self._ahead.finish(current)
-        self.commit_window(current.batches[-1], self._ahead.batches)  # checkpoints resume after the window from now on
+        self._ahead.finish(window)
+        self.commit_window(window.batches[-1], self._ahead.batches)  # checkpoints resume after the window from now on
         self._log_window()
         return True
 
     # What is kept of the rollouts
 
-    def _record_rollouts(self, current: Round, *scored: Any) -> None:
+    def _record_rollouts(self, window: Round, *scored: Any) -> None:
         """Keep the groups for callbacks, and log every `log_every`-th batch; `scored` as in `rollout_records`."""
-        records = rollout_records(self.global_step, current.policy, current.first, current.batches, *scored)
+        records = rollout_records(self.global_step, window.policy, window.first, window.batches, *scored)
         self.last_rollouts += records
         file, every = self.rollout_settings.log, self.rollout_settings.log_every
         chosen = [record for record in records if record["batch"] % every == 0]
@@ -249,13 +249,13 @@ class GRPO(GroupObjective):
             self._log.append(chosen)
 
     def _trainable(
-        self, current: Round, rollouts: list[list[Rollout]], advantages: Tensor, equal: Tensor, features: list[Tensor]
+        self, window: Round, rollouts: list[list[Rollout]], advantages: Tensor, equal: Tensor, features: list[Tensor]
     ) -> list[list[PromptGroup]]:
         """For each sampled batch, its groups that are trained on; the arguments as in `trainable_groups`."""
         skip = (equal & self.update_settings.skip_zero_advantage).tolist()
         kept = features if self.freeze_vision else None  # those of a trained tower change with each update
         settings = self.update_settings.mask_truncated, self.loss_settings.normalise_over == "all"
-        return trainable_by_batch(current.batches, rollouts, advantages, kept, skip, *settings)
+        return trainable_by_batch(window.batches, rollouts, advantages, kept, skip, *settings)
 
     # Training on a window
 

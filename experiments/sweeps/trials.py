@@ -112,22 +112,22 @@ def run_process(
     Raises Interrupted if this process was asked to stop.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    start, seen, signals = time.monotonic(), 0, []  # `signals`: those that this process has got
+    start, seen, asked = time.monotonic(), 0, []  # `asked`: the signals that this process has got
     with log.open("a") as out:
         streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
         # The trial has its own process group, so that Ctrl-C reaches it only once, through the handler below.
         child = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
-    old = {number: signal.signal(number, lambda n, _: signals.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
-    pruned, before, line_time = False, read_points(), time.monotonic()
+    old = {number: signal.signal(number, lambda n, _: asked.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
+    pruned, before, told = False, read_points(), time.monotonic()
     try:
-        while (code := child.poll()) is None and not pruned and not signals:
+        while (code := child.poll()) is None and not pruned and not asked:
             now = read_points()
             points, before = points_agreed(before, now), now
             if len(points) > seen:
                 seen = len(points)
                 pruned = see(points, time.monotonic() - start)
-            if time.monotonic() - line_time >= LINE_SECONDS:
-                line_time = time.monotonic()
+            if time.monotonic() - told >= LINE_SECONDS:
+                told = time.monotonic()
                 if line := last_progress(log):
                     say(line)
             time.sleep(0 if pruned else POLL_SECONDS)
@@ -136,8 +136,8 @@ def run_process(
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-    if signals:
-        raise Interrupted(signal.Signals(signals[0]).name)
+    if asked:
+        raise Interrupted(signal.Signals(asked[0]).name)
     return Ended(code, pruned, time.monotonic() - start)
 
 
@@ -164,12 +164,12 @@ def last_value(folder: Path, metric: str) -> float | None:
     return float(values[-1]) if values else None
 
 
-def last_words(log: Path) -> str:
+def last_words(log: Path, limit: int = 300) -> str:
     """The last informative line of a log: the error, if a trial has failed."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()] if log.is_file() else []
     telling = [line for line in lines if line and not line.startswith(("wandb:", "warn"))]
     errors = [line for line in telling if "Error" in line.split(":")[0] or line.startswith("- ")]
-    return (errors or telling or ["it said nothing"])[-1][:300]
+    return (errors or telling or ["it said nothing"])[-1][:limit]
 
 
 def trial_environment(tags: Iterable[str]) -> dict[str, str]:
