@@ -18,7 +18,15 @@ from experiments.reports.drawing import charts
 from experiments.reports.drawing.templates import render
 from experiments.runs import metrics_csv
 from experiments.runs.commands import command
-from experiments.runs.results import EVALUATION, Results, find_phases, find_results, read_mig_bench, started_from
+from experiments.runs.results import (
+    EVALUATION,
+    Results,
+    find_phases,
+    find_results,
+    read_mig_bench,
+    stages_first,
+    started_from,
+)
 from experiments.runs.run_identity import CONFIG, read_field, trained_commit
 from experiments.runs.usage_errors import PlainParser
 from lightning_modules.serving.generation_rules import note
@@ -98,7 +106,7 @@ def report_values(folder: Path) -> dict[str, Any]:
     # The stages may have different tasks. The page shows all of them, in the order of their first appearance.
     tasks = list(dict.fromkeys(task for stage in results.stages for task in stage.mig_bench["tasks"]))
     scores = {stage.name: stage.mig_bench["tasks"] for stage in results.stages}
-    phases = [shown for path in _phases(folder, results) if (shown := _phase(path))]
+    phases = [shown for path in stages_first(folder, results) if (shown := _phase(path))]
     settings = report_sections.settings(found)
     if homes == {folder.name: folder}:
         settings = [report_sections.described("evaluation", read_json(folder / EVALUATION))]
@@ -184,13 +192,6 @@ def write_report(folder: Path) -> Path:
     path = Path(folder) / "report.html"
     write_atomic(path, render_report(folder))
     return path
-
-
-def _phases(folder: Path, results: Results) -> list[Path]:
-    """Phase folders: first those of the stages, in order, then others with logged metrics."""
-    staged = [folder / stage.name for stage in results.stages]
-    others = [path for path in find_phases(folder) if path not in staged]
-    return [path for path in staged + others if path.is_dir()]
 
 
 def _phase(folder: Path) -> dict[str, Any] | None:
