@@ -92,6 +92,11 @@ class Sample:
     thinking: str | None = None  # a reference rationale, the target of CoT-SFT
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)  # further facts, such as the difficulty
 
+    @property
+    def question(self) -> str:
+        """The text of the question, with its boxes as the data set writes them."""
+        return "".join(part.text for part in self.messages if isinstance(part, TextPart | BoxPart)).strip()
+
     def to_json(self) -> dict[str, Any]:
         """The JSON record of the sample; `from_json` reads it back as an equal sample."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}

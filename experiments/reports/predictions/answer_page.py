@@ -19,7 +19,7 @@ from experiments.reports.drawing.pictures import small_copy
 from experiments.reports.drawing.templates import render, script_json
 from experiments.reports.report_sections import score_rows
 from experiments.reports.rollout_pages import thin
-from experiments.reports.samples_page import question_text
+from experiments.reports.samples_page import numbered_question
 
 LONGEST_SIDE = 448  # pixels of a picture
 MEGABYTE = 2**20
@@ -92,7 +92,7 @@ def render_answers(
         return {
             "id": name,
             "column": columns.index(answers[0].column),
-            "question": question_text(found) if found else None,
+            "question": numbered_question(found) if found else None,
             "sizes": sizes,
             "pictures": [place for place, _ in kept],
             "truths": [[box.image, *box.box] for box in true_boxes(answers[0].answer)],
