@@ -26,6 +26,7 @@ from datamodules.samples.scores import score_text, true_boxes
 from datamodules.streaming.manifest import MANIFEST
 from datamodules.streaming.shard_reader import ShardReader
 from datamodules.streaming.shard_sources import source_list
+from experiments.reports.drawing.pictures import SHARP
 from experiments.reports.drawing.templates import script_json
 from experiments.reports.find_runs import Run
 from experiments.runs import run_identity
@@ -139,7 +140,7 @@ class Pictures:
         image = load_image(data, MAX_IMAGE_PIXELS)
         image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
         # Small images stay sharp as PNG; photographs take far less space as JPEG.
-        name = f"{stem}.png" if max(image.size) <= 256 else f"{stem}.jpg"
+        name = f"{stem}.png" if max(image.size) <= SHARP else f"{stem}.jpg"
         image.save(self.folder / name)
         self.num_written += 1
         return name
