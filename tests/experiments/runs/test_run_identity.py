@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from experiments.evaluation.trained_form import trained_form
 from experiments.runs import run_identity
 from experiments.runs.changes import CodeChanged, MadeOf
 
@@ -57,7 +58,7 @@ def test_settings_of_another_version_are_told_with_file_and_field(tmp_path: Path
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
     file = re.escape(str(tmp_path / "config.yaml"))
     with pytest.raises(ValueError, match=f"{file} was written by another version of the project: {what}"):
-        run_identity.trained_form(str(tmp_path / "merged"), {"box_format": "absolute_pixels", "style": "think"})
+        trained_form(str(tmp_path / "merged"), {"box_format": "absolute_pixels", "style": "think"})
 
 
 OLD_CODE, NEW_CODE = {"lightning_modules/grpo.py": "1"}, {"lightning_modules/grpo.py": "2"}
