@@ -64,27 +64,27 @@ from lightning_modules.predictors.extractor import Extractor
 FACTS = ("data_root", "key", "extractor")  # fields of a result that are logged to W&B
 
 
-def evaluate(evaluation: Evaluation, words: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+def evaluate(asked: Evaluation, words: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     """Evaluate a model on the paper's benchmarks and on shards; returns the results by name.
 
     Args:
-        evaluation: the settings.
+        asked: the settings.
         words: the command line, for the record of the evaluation; None means that of this process.
     """
     # 1. Check every setting and file, before any weights are read.
-    choice = choice_of(evaluation.redo, evaluation.keep)
-    settings, benchmarks = _check(evaluation)
-    home = Path(evaluation.output or default_output(settings.model, served=evaluation.endpoint is not None))
+    choice = choice_of(asked.redo, asked.keep)
+    settings, benchmarks = _check(asked)
+    home = Path(asked.output or default_output(settings.model, served=asked.endpoint is not None))
     with folder_lock.locked(home):
         _settle_answers(home, choice, words)
-        extractor = None if evaluation.extractor is None else Extractor(evaluation.extractor, home / "answers")
+        extractor = None if asked.extractor is None else Extractor(asked.extractor, home / "answers")
         if extractor is not None:
             extractor.check_first()
         # 2. Ask, and score each benchmark as soon as it has all answers.
-        scored = _ScoredBenchmarks(evaluation, settings.model, home, extractor)
-        job = Job(settings, tuple(benchmarks), evaluation.data_root, str(home), evaluation.limit)
-        totals = {name: len(limit_columns(found.samples, evaluation.limit)) for name, found in benchmarks.items()}
-        for ended in ask_all(job, totals, 1 if evaluation.endpoint else evaluation.processes):
+        scored = _ScoredBenchmarks(asked, settings.model, home, extractor)
+        job = Job(settings, tuple(benchmarks), asked.data_root, str(home), asked.limit)
+        totals = {name: len(limit_columns(found.samples, asked.limit)) for name, found in benchmarks.items()}
+        for ended in ask_all(job, totals, 1 if asked.endpoint else asked.processes):
             scored.add(benchmarks[ended.name], ended)
     # 3. Log the results of complete benchmarks to the W&B run of the phase, or to a new run for the model.
     if scored.logged:
@@ -98,33 +98,29 @@ def evaluate(evaluation: Evaluation, words: Sequence[str] | None = None) -> dict
     return scored.results
 
 
-def _check(evaluation: Evaluation) -> tuple[PredictorSettings, dict[str, Benchmark]]:
+def _check(asked: Evaluation) -> tuple[PredictorSettings, dict[str, Benchmark]]:
     """Check and return the predictor's settings and the benchmarks.
 
     Raises SettingsError with all problems of the settings, of the model's files and of the benchmarks' files.
     """
-    problems = [f"processes={evaluation.processes} must be at least 1"] if evaluation.processes < 1 else []
-    problems += (
-        [f"limit={evaluation.limit} must be at least 1"]
-        if evaluation.limit is not None and evaluation.limit < 1
-        else []
-    )
+    problems = [f"processes={asked.processes} must be at least 1"] if asked.processes < 1 else []
+    problems += [f"limit={asked.limit} must be at least 1"] if asked.limit is not None and asked.limit < 1 else []
     # Each check adds its problems and the next check follows, so that the user sees all problems at once.
     names: list[str] = []
     settings: PredictorSettings | None = None
     try:
-        names = benchmark_names(evaluation.bench)
-        problems += extractor_problems(evaluation.extractor, names)
+        names = benchmark_names(asked.bench)
+        problems += extractor_problems(asked.extractor, names)
     except ValueError as error:
         problems.append(str(error))
     try:
-        settings = choose_predictor(evaluation)
+        settings = choose_predictor(asked)
     except (OSError, ValueError) as error:
         problems.append(str(error))
 
-    if evaluation.replicas and problems:  # then no replica is written, so missing benchmarks are not reported
+    if asked.replicas and problems:  # then no replica is written, so missing benchmarks are not reported
         names = [name for name in names if name not in REPLICAS]
-    benchmarks, missing = load_benchmarks(names, evaluation.data_root, evaluation.replicas)
+    benchmarks, missing = load_benchmarks(names, asked.data_root, asked.replicas)
     preflight.raise_all(problems + missing)
     for name, benchmark in benchmarks.items():
         notes = "".join(f"; {count} {reason}" for reason, count in benchmark.dropped.items() if count)
@@ -189,8 +185,8 @@ class _ScoredBenchmarks:
     `logged` has the results of complete benchmarks, `written` their folders, `drawn` pictures of some answers.
     """
 
-    def __init__(self, evaluation: Evaluation, model: str, home: Path, extractor: Extractor | None) -> None:
-        self.evaluation, self.model, self.home, self.extractor = evaluation, model, home, extractor
+    def __init__(self, asked: Evaluation, model: str, home: Path, extractor: Extractor | None) -> None:
+        self.asked, self.model, self.home, self.extractor = asked, model, home, extractor
         self.results: dict[str, dict[str, Any]] = {}
         self.logged: list[dict[str, Any]] = []
         self.written: list[Path] = []
@@ -198,12 +194,12 @@ class _ScoredBenchmarks:
 
     def add(self, benchmark: Benchmark, ended: Ended) -> None:
         """Score, summarise and write a benchmark that has all answers."""
-        evaluation, rules = self.evaluation, (benchmark.rule, benchmark.official)
-        data_root = ended.name if is_shards(ended.name) else evaluation.data_root
+        asked, rules = self.asked, (benchmark.rule, benchmark.official)
+        data_root = ended.name if is_shards(ended.name) else asked.data_root
         result = {"benchmark": benchmark.name, "model": self.model, "data_root": data_root, "key": ended.key}
-        result |= {"limit": evaluation.limit, "generation": evaluation.decoding.generation, "extractor": None}
+        result |= {"limit": asked.limit, "generation": asked.decoding.generation, "extractor": None}
         # Score each answer by both rules. A language model may do the last step of the official parser.
-        samples = limit_columns(benchmark.samples, evaluation.limit)
+        samples = limit_columns(benchmark.samples, asked.limit)
         replies = read_answers(answers_folder(self.home, benchmark.name, ended.key), ended.key)
         predictions = score_replies(benchmark, samples, replies, ended.box_format)
         if self.extractor is not None and benchmark.official.reader in EXTRACTED_READERS:
@@ -212,13 +208,13 @@ class _ScoredBenchmarks:
         # Summarise: columns, averages, intervals.
         result |= {"dropped": dict(benchmark.dropped)} | summarise(predictions, *rules, benchmark.averages)
         # Write.
-        plain = self.home / result_folder(benchmark.name, evaluation.limit, evaluation.decoding.generation)
+        plain = self.home / result_folder(benchmark.name, asked.limit, asked.decoding.generation)
         folder = self._spare(plain, ended.key)
         write_evaluation(folder, predictions, result)
         print("\n" + format_result(result), flush=True)
         self.results[benchmark.name] = result
         # A part of a benchmark, or a result with other settings, must not be logged to the curves of the run.
-        if evaluation.limit is None and folder == plain:
+        if asked.limit is None and folder == plain:
             self.logged.append(result)
             self.written.append(folder)
             self.drawn += self._draw(benchmark, samples, predictions)
@@ -229,7 +225,7 @@ class _ScoredBenchmarks:
         So results that a pipeline or a report reads are not overwritten, unless --output names the folder.
         """
         found = read_json(folder / RESULT)
-        if self.evaluation.output or self.home.name != PHASE_FOLDER or found.get("version") != VERSION:
+        if self.asked.output or self.home.name != PHASE_FOLDER or found.get("version") != VERSION:
             return folder
         if found["key"] == key:
             return folder
@@ -242,7 +238,7 @@ class _ScoredBenchmarks:
         known = {found.id: found for found in predictions}
         chosen = limit_columns([sample for sample in samples if true_boxes(sample.answer)], 1)
         found = [known[sample.id] for sample in chosen]
-        return draw_previews(chosen, found, benchmark.load, self.evaluation.limits.max_image_pixels)
+        return draw_previews(chosen, found, benchmark.load, self.asked.limits.max_image_pixels)
 
 
 def default_output(model: str, served: bool = False) -> str:

@@ -73,28 +73,26 @@ class ServedSettings:
 PredictorSettings = PolicySettings | ImageTextSettings | ServedSettings
 
 
-def choose_predictor(evaluation: Evaluation) -> PredictorSettings:
+def choose_predictor(asked: Evaluation) -> PredictorSettings:
     """Choose the predictor's settings, and check them as far as possible without weights and without the server.
 
     Raises ValueError that names each wrong field.
     """
     # 1. A served model: it has no files here.
-    if evaluation.endpoint is not None:
-        return _served_settings(evaluation, evaluation.endpoint)
-    check_device(evaluation.device)
+    if asked.endpoint is not None:
+        return _served_settings(asked, asked.endpoint)
+    check_device(asked.device)
     # 2. A model of a family that can be trained, known by the model_type in its config.json.
-    model = ALIASES.get(evaluation.model, evaluation.model)
+    model = ALIASES.get(asked.model, asked.model)
     found = read_model_type(model)
     if found in known_types():
-        return _policy_settings(model, found, evaluation)
+        return _policy_settings(model, found, asked)
     # 3. Any other image-text model that transformers can load.
-    check_image_text_model(model, evaluation.trust_remote_code)
-    if not evaluation.trust_remote_code:  # custom code of a model may not support the meta device
+    check_image_text_model(model, asked.trust_remote_code)
+    if not asked.trust_remote_code:  # custom code of a model may not support the meta device
         check_tensors(model, ANY_ATTENTION)
-    form = _request_form(evaluation, found, model)
-    return ImageTextSettings(
-        model, form, evaluation.decoding, evaluation.dtype, evaluation.device, evaluation.trust_remote_code
-    )
+    form = _request_form(asked, found, model)
+    return ImageTextSettings(model, form, asked.decoding, asked.dtype, asked.device, asked.trust_remote_code)
 
 
 def make_predictor(settings: PredictorSettings, rank: int = 0) -> Predictor:
@@ -127,38 +125,34 @@ def _make_policy(settings: PolicySettings, device: str) -> Predictor:
     return PolicyPredictor(policy, NativeEngine(policy), encoder, settings.decoding)
 
 
-def _served_settings(evaluation: Evaluation, endpoint: EndpointSettings) -> ServedSettings:
+def _served_settings(asked: Evaluation, endpoint: EndpointSettings) -> ServedSettings:
     if endpoint.base_url is None:
         raise ValueError("endpoint.base_url=None: a model behind a server needs its address")
     # With two names, it would be unclear which model is asked.
-    if endpoint.model not in ("", evaluation.model):
-        raise ValueError(
-            f"endpoint.model={endpoint.model!r} and model={evaluation.model!r} differ: leave out the first"
-        )
-    stating(endpoint, evaluation.decoding.generation)  # raises an error if extra_body contradicts it
-    form = _served_form(evaluation)
-    return ServedSettings(replace(endpoint, model=evaluation.model), form, evaluation.decoding)
+    if endpoint.model not in ("", asked.model):
+        raise ValueError(f"endpoint.model={endpoint.model!r} and model={asked.model!r} differ: leave out the first")
+    stating(endpoint, asked.decoding.generation)  # raises an error if extra_body contradicts it
+    form = _served_form(asked)
+    return ServedSettings(replace(endpoint, model=asked.model), form, asked.decoding)
 
 
-def _served_form(evaluation: Evaluation) -> RequestForm:
+def _served_form(asked: Evaluation) -> RequestForm:
     """The prompt form of a served model.
 
     The name on the server may be the folder of a model that was trained here (as with vLLM). Then the prompt form of
     its training is used.
     """
-    trained = (
-        read_prompt_form(evaluation.model) if evaluation.form.as_trained and Path(evaluation.model).is_dir() else None
-    )
+    trained = read_prompt_form(asked.model) if asked.form.as_trained and Path(asked.model).is_dir() else None
     if trained is None:
-        return _request_form(evaluation, evaluation.model)
-    form = _request_form(evaluation, "qwen2_5_vl")
-    return form_as_trained(form, trained, evaluation.model, "--form.as_trained")
+        return _request_form(asked, asked.model)
+    form = _request_form(asked, "qwen2_5_vl")
+    return form_as_trained(form, trained, asked.model, "--form.as_trained")
 
 
-def _policy_settings(model: str, model_type: str, evaluation: Evaluation) -> PolicySettings:
+def _policy_settings(model: str, model_type: str, asked: Evaluation) -> PolicySettings:
     """The settings for a model of a family that can be trained; `model_type` comes from its config.json."""
     check_policy(model, known_types())
-    form, default = evaluation.form, QuestionForm()
+    form, default = asked.form, QuestionForm()
     # 1. Refuse settings that belong to other models.
     name = known_types()[model_type]
     problems = [
@@ -187,21 +181,19 @@ def _policy_settings(model: str, model_type: str, evaluation: Evaluation) -> Pol
     prompts |= trained
     prompts |= {"box_format": BoxFormat(prompts["box_format"]), "style": PromptStyle(prompts["style"])}
     prompts |= {"answer_form": AnswerForm(prompts["answer_form"])}
-    return PolicySettings(
-        model, prompts | asdict(evaluation.limits), evaluation.decoding, evaluation.dtype, evaluation.device
-    )
+    return PolicySettings(model, prompts | asdict(asked.limits), asked.decoding, asked.dtype, asked.device)
 
 
-def _request_form(evaluation: Evaluation, *names: str) -> RequestForm:
+def _request_form(asked: Evaluation, *names: str) -> RequestForm:
     """The prompt form of another model; its family is found from `names`."""
-    form = evaluation.form
+    form = asked.form
     if form.box_format != "absolute_pixels":
         raise ValueError(
             f"form.box_format={form.box_format!r} is for Qwen2.5-VL; other models have theirs from form.model_family"
         )
     model_family = find_model_family(form.model_family, *names)
     style = "native" if form.style == "auto" else form.style
-    sizes = {name: getattr(evaluation.limits, name) for name in ("max_image_pixels", "max_sample_pixels")}
+    sizes = {name: getattr(asked.limits, name) for name in ("max_image_pixels", "max_sample_pixels")}
     if form.max_resized_pixels is not None:
         sizes["max_pixels"] = form.max_resized_pixels
     return RequestForm(model_family, style, form.before_image, **sizes, answer_form=AnswerForm(form.answer_form))
