@@ -20,6 +20,7 @@ from datamodules.persistence.user_error import UserError
 Choice = Literal["redo", "keep"]
 Inputs = dict[str, list[tuple[str, str | None]]]  # {"data.shards": [(path, hash of its content), …]}
 
+UNKNOWN_FILES = "  Which ones is not known: an earlier version of the project has made it, and wrote none down."
 MOST_LINES, MOST_FILES = 8, 6  # largest numbers in a message; the rest is only counted
 
 
@@ -144,7 +145,7 @@ def question(what: str, is_done: bool, record: Mapping[str, Any], code: Code, fi
     elif record.get("code"):
         lines.append(f"  changed since: {listed(changed_files(record['code'], code), MOST_FILES)}")
     else:
-        lines.append("  Which ones is not known: an earlier version of the project has made it, and wrote none down.")
+        lines.append(UNKNOWN_FILES)
     if fields:
         lines.append(f"  settings that only one of the two has: {listed(fields, MOST_FILES)}")
     keep = "keeps it as it is" if is_done else "goes on with it, by the code as it is now"
@@ -159,7 +160,7 @@ def changed_text(records: Sequence[tuple[str, Mapping[str, Any], Code]]) -> str:
     titles = listed([title for title, _, _ in records], MOST_FILES)
     lines = [f"Other source files of the project have made what is there, with the same settings and inputs: {titles}."]
     if unknown:
-        lines.append("  Which ones is not known: an earlier version of the project has made it, and wrote none down.")
+        lines.append(UNKNOWN_FILES)
     else:
         lines.append(f"  changed since: {listed(list(dict.fromkeys(files)), MOST_FILES)}")
     lines.append("KEEP=1 (flag --keep) keeps it, and goes on with what is unfinished by the code as it is now;")
