@@ -13,7 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from datamodules.encoding.encoder import EncodedSample, Encoder
 from datamodules.multi_image import encode_for_training
 from datamodules.persistence.problems import Problems
-from datamodules.samples.sample import Rejections, SampleError
+from datamodules.samples.rejections import Rejections
+from datamodules.samples.sample import SampleError
 from datamodules.streaming.prefetch import prefetch
 from datamodules.streaming.shard_reader import ShardReader
 from datamodules.streaming.shard_sources import read_shards, source_list

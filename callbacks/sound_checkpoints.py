@@ -91,9 +91,9 @@ def newest_whole(folder: str | Path, without: Collection[str] = (), keep_aside: 
 
 def _none_whole(folder: Path, faults: dict[str, str]) -> str:
     """The message for a folder in which all checkpoints are damaged."""
-    told = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
+    reasons = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
     return (
-        f"no checkpoint in {folder} is whole ({told}).\n"
+        f"no checkpoint in {folder} is whole ({reasons}).\n"
         "Put a whole copy of one there under its name, or remove them all: the same command then goes on from the copy,"
         " or trains from the beginning."
     )

@@ -14,7 +14,8 @@ from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
 from datamodules.persistence.problems import Problems
 from datamodules.samples.answer_text import AnswerForm
 from datamodules.samples.boxes import BoxFormat, BoxFormatName
-from datamodules.samples.sample import LoadedSample, Rejections, SampleError
+from datamodules.samples.rejections import Rejections
+from datamodules.samples.sample import LoadedSample, SampleError
 from datamodules.samples.scores import require_boxes
 from datamodules.streaming.epoch_order import Order
 from datamodules.streaming.remote_cache import CacheSettings

@@ -20,13 +20,15 @@ from pathlib import Path
 import yaml
 
 from callbacks import preemption
+from datamodules.persistence import folder_lock
 from datamodules.persistence.files import write_atomic
 from datamodules.persistence.user_error import UserError
 from experiments.pipeline import Phase, Pipeline, build_synthetic, check_files, check_stages, experiment_folder
 from experiments.reports import ablation_report
 from experiments.reports.ablation_summary import FINDING_FIGURES, Comparison, Finding
-from experiments.runs import run_identity, wandb_runs
+from experiments.runs import wandb_runs
 from experiments.runs.changes import choice_of, spell_out
+from experiments.runs.command_line.run_words import laid_over
 from experiments.runs.commands import command
 from experiments.runs.parsers import run_cli
 from experiments.runs.results import BASE
@@ -35,10 +37,14 @@ from experiments.runs.subprocess_steps import Plan, say, settle
 
 @dataclass(frozen=True)
 class Row:
-    """One row: a phase that is trained with `config` from the model of row `start` ("base" is the given model).
+    """One row: a training phase, and the row whose model it is trained from.
 
-    changes: YAML files whose settings replace those of that configuration, in order; lists are replaced completely.
-    without: class names of callbacks to remove. overrides: arguments for experiments.train.
+    Args:
+        start: the row whose model it is trained from; "base" is the given model.
+        config: YAML of the phase.
+        without: class names of callbacks to remove from it.
+        overrides: more arguments for experiments.train.
+        changes: YAML files whose settings replace those of `config`, in order; lists are replaced completely.
     """
 
     start: str
@@ -68,7 +74,7 @@ def run(
     """Run the rows at all seeds, and compare them.
 
     Args:
-        experiment: name of the pipeline's folder in `outputs`; "-seed1" and so on  is added at other seeds than 0. The
+        experiment: name of the pipeline's folder in `outputs`; "-seed1" and so on is added at other seeds than 0. The
             comparison goes to <experiment>-ablations
         model: the base model, folder or Hub name
         evaluation: YAML of experiments.evaluate
@@ -120,7 +126,7 @@ def run(
         list_all_done(pipelines)
         report()
         for seed, pipeline in pipelines.items():
-            with run_identity.locked(pipeline.folder):
+            with folder_lock.locked(pipeline.folder):
                 for name in run_rows(pipeline, wanted_rows(rows, only)):
                     say(f"seed {seed}: {name} is there")
                     report()
@@ -137,7 +143,7 @@ def list_all_done(pipelines: Mapping[int, Pipeline]) -> None:
     A seed at which another process is working is skipped, because that process lists its own rows.
     """
     for seed, pipeline in pipelines.items():
-        with run_identity.locked(pipeline.folder, wait=False) as held:
+        with folder_lock.locked(pipeline.folder, wait=False) as held:
             if held:
                 pipeline.list_done()
             else:
@@ -191,15 +197,6 @@ def row_config(name: str, row: Row, home: Path) -> str:
     head = f"# {row.config} {' '.join(parts)}\n"
     write_atomic(path, head + yaml.safe_dump(settings, sort_keys=False, width=120))
     return str(path)
-
-
-def laid_over(settings: Mapping, changes: Mapping) -> dict:
-    """`settings` with the values of `changes`, key by key."""
-    merged = dict(settings)
-    for key, value in changes.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = laid_over(merged[key], value) if both else value
-    return merged
 
 
 def class_name(callback: Mapping) -> str:

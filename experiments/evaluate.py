@@ -39,6 +39,7 @@ from datamodules.metrics.result_files import (
     write_evaluation,
 )
 from datamodules.metrics.scoring import score_replies
+from datamodules.persistence import folder_lock
 from datamodules.persistence.files import fingerprint, read_json, write_json
 from datamodules.persistence.source_code import source_code
 from datamodules.samples.sample import Sample
@@ -48,7 +49,7 @@ from experiments.evaluation.ask_processes import Ended, Job, ask_all
 from experiments.evaluation.choose_predictor import PredictorSettings, choose_predictor
 from experiments.evaluation.evaluation_settings import MOVED, PHASE_FOLDER, Evaluation
 from experiments.evaluation.extracting import extract_letters, extractor_problems
-from experiments.runs import preflight, run_identity, wandb_runs
+from experiments.runs import preflight, wandb_runs
 from experiments.runs.changes import Choice, choice_of, decide, is_stale, kept, question, spell_out
 from experiments.runs.command_line.run_facts import run_facts
 from experiments.runs.commands import command
@@ -74,7 +75,7 @@ def evaluate(asked: Evaluation, words: Sequence[str] | None = None) -> dict[str,
     choice = choice_of(asked.redo, asked.keep)
     settings, benchmarks = _check(asked)
     home = Path(asked.output or default_output(settings.model, served=asked.endpoint is not None))
-    with run_identity.locked(home):
+    with folder_lock.locked(home):
         _settle_answers(home, choice, words)
         extractor = None if asked.extractor is None else Extractor(asked.extractor, home / "answers")
         if extractor is not None:

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from datamodules.persistence import folder_lock
 from datamodules.persistence.files import fingerprint
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from experiments.runs import run_identity
@@ -60,7 +61,7 @@ def build(
         sources += [path_fingerprint(file) for file in sorted(GENERATOR.glob("multi_box/*.py"))]
     # The key changes with the settings and with the code of the generator.
     key = fingerprint(settings, sources)
-    with run_identity.locked(Path(root)):
+    with folder_lock.locked(Path(root)):
         refuse_foreign(Path(root))
         if keep and run_identity.read_marker(Path(root)).get("key", key) != key:
             print(

@@ -29,6 +29,8 @@ from datamodules.importers.reading.field_checks import format_report
 from datamodules.importers.reading.source import Scan
 from datamodules.importers.registry import OWN_DATA, VERSION
 from datamodules.importers.run_import import Settings, Workers, forget_parts, import_part, outcomes
+from datamodules.importers.tally import Tally
+from datamodules.persistence import folder_lock
 from datamodules.persistence.files import fingerprint, read_json, write_atomic, write_json
 from datamodules.persistence.problems import Problems
 from datamodules.streaming.manifest import MANIFEST, read_manifest, write_manifest
@@ -95,7 +97,7 @@ def run(
     plan = [part.describe() | {"digests": digests[part.origin]} for part in wanted]
     key = fingerprint(VERSION, plan, parts is None, surplus, seed, records_per_shard, one_box)
     is_trial = scan_only or dry_run
-    with run_identity.locked(folder):
+    with folder_lock.locked(folder):
         _refuse_foreign(folder)
         if run_identity.read_marker(folder).get("key") == key and not is_trial:
             print(f"{folder} is already imported with these settings", flush=True)
@@ -111,10 +113,7 @@ def run(
         with Workers(processes or os.cpu_count() or 1) as workers:
             if dry_run:
                 for part in wanted:
-                    scan = scans[part.origin]
-                    where = scan.image_root, settings, workers, part.name, scan.frame
-                    tally = import_part(None, _entries(part, scan), scan.convert, *where)
-                    print(f"{part.name}:\n{tally}", flush=True)
+                    _convert(None, part, scans[part.origin], settings, workers)
                 return
             # 3. Write the parts one by one. The old manifest is removed first, because it may name parts that are
             # renamed now.
@@ -183,8 +182,8 @@ def _write_preview(page: Path, parts: Sequence[tuple[Part, Scan]], one_box: bool
         entries = _entries(part, scan)
         drawn = random.Random(seed).sample(range(len(entries)), min(PREVIEWED, len(entries)))
         for kind, numbers in (("first", range(min(PREVIEWED, len(entries)))), ("at random", sorted(drawn))):
-            made = outcomes([entries[n] for n in numbers], scan.convert, scan.image_root, scan.frame, one_box)
-            groups[f"{part.name}: {len(numbers)} {kind}"] = [Shown(part.name, one) for one in made]
+            converted = outcomes([entries[n] for n in numbers], scan.convert, scan.image_root, scan.frame, one_box)
+            groups[f"{part.name}: {len(numbers)} {kind}"] = [Shown(part.name, one) for one in converted]
     tables = count_tables([shown for group in groups.values() for shown in group])
     write_atomic(page, render_samples("Before the import", groups, tables, "The tables count these samples alone."))
     print(f"wrote {page}", flush=True)
@@ -221,15 +220,19 @@ def _import(
     if run_identity.claim(folder, MadeOf(key, recorded)):
         print(f"{folder} is already imported with these settings", flush=True)
     else:
-        entries = _entries(part, scan)
-        settings = replace(settings, count=count)
-        where = scan.image_root, settings, workers, part.name, scan.frame
-        tally = import_part(folder, entries, scan.convert, *where)
+        tally = _convert(folder, part, scan, replace(settings, count=count), workers)
         write_json(folder / REPORT, tally.to_json())
         run_identity.write_marker(folder, key=key)
-        print(f"{part.name}:\n{tally}", flush=True)
     forget_parts(folder)
     return read_json(folder / REPORT)
+
+
+def _convert(folder: Path | None, part: Part, scan: Scan, settings: Settings, workers: Workers) -> Tally:
+    """Convert one part, as `import_part` does, and print its counts."""
+    entries = _entries(part, scan)
+    tally = import_part(folder, entries, scan.convert, scan.image_root, settings, workers, part.name, scan.frame)
+    print(f"{part.name}:\n{tally}", flush=True)
+    return tally
 
 
 def _finish(out: Path, scans: dict[tuple[str, str, str], tuple[Part, Scan]], tallies: dict[str, Any]) -> None:
@@ -237,8 +240,8 @@ def _finish(out: Path, scans: dict[tuple[str, str, str], tuple[Part, Scan]], tal
     sources: dict[str, Any] = {}
     for part, scan in scans.values():
         found = {"subsets": {name: len(entries) for name, entries in scan.subsets.items()}, "skipped": scan.skipped}
-        said = {"own": asdict(part.own)} if part.is_own else {}
-        sources[f"{part.source} {part.root}".strip()] = scan.report | found | said
+        statements = {"own": asdict(part.own)} if part.is_own else {}
+        sources[f"{part.source} {part.root}".strip()] = scan.report | found | statements
     write_json(out / REPORT, {"sources": sources, "parts": tallies})
     shards = [
         shard | {"name": f"{name}/{shard['name']}"} for name in tallies for shard in read_manifest(out / name)["shards"]

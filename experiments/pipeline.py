@@ -21,6 +21,7 @@ import yaml
 from callbacks import preemption
 from datamodules.benchmarks import mig_bench
 from datamodules.metrics.result_files import RESULT, read_result, result_folder
+from datamodules.persistence import folder_lock
 from datamodules.persistence.durations import in_words
 from datamodules.persistence.source_code import class_modules
 from datamodules.streaming.shard_sources import source_list
@@ -108,7 +109,7 @@ class Pipeline:
     def __post_init__(self) -> None:
         find_user_files(phase.config for phase in self.phases.values())
         self.commit, self.stages = current_commit(ROOT), {}
-        self.asked = read_settings(self.evaluation, shlex.split(self.overrides.get("evaluation", "")))
+        self.evaluation_settings = read_settings(self.evaluation, shlex.split(self.overrides.get("evaluation", "")))
 
     @property
     def results(self) -> Results:
@@ -145,12 +146,12 @@ class Pipeline:
     def evaluation_of(self, stage: str) -> Step:
         """The step that measures MIG-Bench for the model of the stage."""
         folder, model = self.folder / stage, self.model_of(stage)
-        home, asked = folder / PHASE_FOLDER, self.asked
+        home, settings = folder / PHASE_FOLDER, self.evaluation_settings
         command = ["experiments.evaluate", "--config", self.evaluation, "--model", model, "--output", str(home)]
         command += [] if self.gpus is None else ["--processes", str(self.gpus)]
         command += ["--bench", mig_bench.NAME, *shlex.split(self.overrides.get("evaluation", ""))]
-        questions = Path(asked.data_root, mig_bench.FOLDER, mig_bench.ANNOTATIONS)
-        result = home / result_folder(mig_bench.NAME, asked.limit, asked.decoding.generation) / RESULT
+        questions = Path(settings.data_root, mig_bench.FOLDER, mig_bench.ANNOTATIONS)
+        result = home / result_folder(mig_bench.NAME, settings.limit, settings.decoding.generation) / RESULT
         return Step(
             title=f"{stage}: MIG-Bench",
             marker=folder / "evaluated.json",
@@ -255,7 +256,7 @@ def run(
     phases = {stage: Phase(start, config) for start, (stage, config) in zip(starts, stages.items(), strict=False)}
     choice = choice_of(redo, keep)
     pipeline = Pipeline(folder, seed, model, evaluation, phases, overrides or {}, choice=choice, gpus=gpus)
-    with run_identity.locked(folder):
+    with folder_lock.locked(folder):
         # 2. The synthetic dataset, and the choice for steps that other source files have made.
         if synthetic_dataset:
             build_synthetic(synthetic_dataset)

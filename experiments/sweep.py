@@ -19,12 +19,13 @@ from pathlib import Path
 
 import yaml
 
-from datamodules.persistence.durations import in_words as in_words_of_time
+from datamodules.persistence import folder_lock
+from datamodules.persistence.durations import in_words
 from datamodules.persistence.files import fingerprint
 from datamodules.persistence.source_code import class_modules, source_code
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from experiments.reports import sweep_plots, sweep_summary
-from experiments.reports.sweep_summary import in_words
+from experiments.reports.sweep_summary import value_text
 from experiments.runs import run_identity
 from experiments.runs.changes import Choice, MadeOf, choice_of
 from experiments.runs.commands import command
@@ -131,7 +132,7 @@ class LocalSweep:
     def _carry_out(self, trial: Trial) -> None:
         number, folder, spent = trial.number, self.folder / phase_name(trial), trial.seconds
         log = self.folder / "logs" / f"{folder.name}.log"
-        settings = ", ".join(f"{p.label} {in_words(trial.parameters[p.name])}" for p in self.plan.parameters)
+        settings = ", ".join(f"{p.label} {value_text(trial.parameters[p.name])}" for p in self.plan.parameters)
         say(f"trial {number} ({number + 1} of {self.num_trials}): {settings}{self._left_text()}")
 
         def see(points: Points, seconds: float) -> bool:
@@ -160,7 +161,7 @@ class LocalSweep:
         """ "; about 12 min left", from the mean time of the finished trials; "" before the first one."""
         ended = [trial.seconds for trial in self.log.trials if trial.state != "running"]
         left = self.num_trials - len(ended)
-        return f"; about {in_words_of_time(left * sum(ended) / len(ended))} left of the sweep" if ended else ""
+        return f"; about {in_words(left * sum(ended) / len(ended))} left of the sweep" if ended else ""
 
     def _report(self, first: int, points: Sequence[tuple[int, float]]) -> int | None:
         """Report the values from number `first` on to the optimizer.
@@ -272,7 +273,7 @@ def main(args: list[str] | None = None) -> None:
     if online and not given.local:
         wandb_sweep.run_agent(wandb_sweep.find_or_create(given.config, folder), given.trials)
     # 3. Trials on this machine, and the pages about them.
-    with run_identity.locked(folder):
+    with folder_lock.locked(folder):
         choice = choice_of(given.redo, given.keep)
         sweep = LocalSweep(plan, folder, given.seed, count, given.retry_failed, choice)
         try:

@@ -10,9 +10,9 @@ output folder has
     synthesis.json, report.md   counts, tokens, cost and the histogram of difficulty
     server/           the log of the local server, if one was started
 
-A run with another threshold or limit uses the existing responses. With other prompts, sampling, questions or another
-teacher, the old folder is renamed first. If source files of the project have changed since, the command asks for --keep
-or --redo.
+A run with another threshold or limit uses the existing responses. Other prompts, sampling or another teacher are
+refused, unless --redo renames the old folder. If the questions themselves have changed, it is renamed at once. If
+source files of the project have changed since, the command asks for --keep or --redo.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from datamodules.encoding.chat_request import RequestForm
 from datamodules.encoding.model_families import find_model_family
 from datamodules.encoding.prompt_form import form_as_trained, read_prompt_form
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
+from datamodules.persistence import folder_lock
 from datamodules.persistence.files import Journal, fingerprint, read_journal, read_json, write_atomic, write_json
 from datamodules.persistence.problems import Problems
 from datamodules.persistence.source_code import source_code
@@ -54,6 +55,8 @@ from experiments.synthesis.teacher import Prices, Sampling, Session, Teacher, mi
 from lightning_modules.serving.generation_rules import server_fields
 from lightning_modules.serving.openai_client import EndpointSettings
 from lightning_modules.serving.transformers_server import local_server
+
+KEEPS_BOTH = "To keep both, give the new responses another folder: --output FOLDER."
 
 
 def synthesize(
@@ -109,32 +112,24 @@ def synthesize(
     pixels = (min_pixels, max_pixels, max_image_pixels, max_sample_pixels)
     form = _form(model_family, endpoint.model, problems, as_trained, before_image, *pixels)
     # 2. The key: everything that the responses depend on.
-    stated = server_fields(endpoint) | endpoint.extra_body
-    teacher = [endpoint.model, stated, path_fingerprint(endpoint.model)]
-    contents = [path_fingerprint(folder) for folder in folders]
-    key = fingerprint(contents, teacher, form.facts(), asdict(sampling))
+    responses = _made_of(folders, endpoint, form, sampling)
     home = Path(output)
-    with run_identity.locked(home):
-        known = {"endpoint": {"model": endpoint.model, "extra_body": stated}}
-        known |= {"form": form.facts(), "sampling": asdict(sampling)}
-        inputs = {"questions": [(str(folder), content) for folder, content in zip(folders, contents, strict=True)]}
-        code = source_code(("experiments.synthesize",))
-        cure = "To keep both, give the new responses another folder: --output FOLDER."
-        run_identity.claim(home, MadeOf(key, known, inputs, code), choice=choice_of(redo, keep), cure=cure)
+    with folder_lock.locked(home):
+        run_identity.claim(home, responses, choice=choice_of(redo, keep), cure=KEEPS_BOTH)
         reader = ShardReader(folders, verify_shards)
         count = min(reader.count, limit or reader.count)
-        result_key = fingerprint(key, threshold, count, asdict(prices))
+        result_key = fingerprint(responses.key, threshold, count, asdict(prices))
         if _is_finished(home, result_key):
             print(f"{home} is already finished with these settings", flush=True)
             return
         # 3. Request all responses that are missing in the journal.
-        journal = Journal(home / "journal.jsonl", key)
+        journal = Journal(home / "journal.jsonl", responses.key)
         session = Session()
         if missing_responses(journal.records, count, sampling.num_responses):  # otherwise no server is started
             with _reachable(endpoint, home / "server", device) as settings:
                 session = Teacher(reader, settings, form, sampling, journal, prices).run(count)
         # 4. Choose the rationales and write the shards. Without synthesis.json, the result counts as unfinished.
-        records = read_journal(journal.path, key)
+        records = read_journal(journal.path, responses.key)
         (home / "synthesis.json").unlink(missing_ok=True)
         verdicts = _judge_all(records, count, reader, form, threshold, sampling)
         tasks = write_rationales(home, reader, verdicts, endpoint.model)
@@ -142,12 +137,24 @@ def synthesize(
         summary = summarise(verdicts, tasks, records, count, sampling.num_responses)
         summary["failed"] = session.failed
         summary["cost"] = round(prices.cost(summary["prompt_tokens"], summary["completion_tokens"]), 4)
-        said = {"teacher": endpoint.model, "threshold": threshold, "sampling": asdict(sampling)}
-        report = format_report(summary | said, f"CoT synthesis by {endpoint.model}")
+        summary |= {"teacher": endpoint.model, "threshold": threshold, "sampling": asdict(sampling)}
+        report = format_report(summary, f"CoT synthesis by {endpoint.model}")
         write_atomic(home / "report.md", report)
-        write_json(home / "synthesis.json", {"key": result_key} | summary | said)  # it marks the result as complete
+        write_json(home / "synthesis.json", {"key": result_key} | summary)  # it marks the result as complete
         print(report, flush=True)
     print(_session_text(session), flush=True)
+
+
+def _made_of(folders: list[str], endpoint: EndpointSettings, form: RequestForm, sampling: Sampling) -> MadeOf:
+    """The settings, questions and code that the responses depend on."""
+    request_fields = server_fields(endpoint) | endpoint.extra_body
+    teacher = [endpoint.model, request_fields, path_fingerprint(endpoint.model)]
+    contents = [path_fingerprint(folder) for folder in folders]
+    key = fingerprint(contents, teacher, form.facts(), asdict(sampling))
+    known = {"endpoint": {"model": endpoint.model, "extra_body": request_fields}}
+    known |= {"form": form.facts(), "sampling": asdict(sampling)}
+    inputs = {"questions": [(str(folder), content) for folder, content in zip(folders, contents, strict=True)]}
+    return MadeOf(key, known, inputs, source_code(("experiments.synthesize",)))
 
 
 def _is_finished(home: Path, key: str) -> bool:

@@ -51,9 +51,9 @@ def main(args: list[str] | None = None) -> None:
     if args is None:
         sys.argv[1:] = words  # Lightning passes sys.argv to the ranks that it starts
     # 2. The run. Imported here, because torch and Lightning take seconds, which a typo need not wait for.
-    from experiments.runs.command_line import train_cli
+    from experiments.runs.command_line import train_phase
 
-    train_cli.run(None if args is None else words, choice, only_check)
+    train_phase.run(None if args is None else words, choice, only_check)
 
 
 if __name__ == "__main__":

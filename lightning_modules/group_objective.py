@@ -77,8 +77,6 @@ class GroupObjective(PolicyModule):
                 "cannot be refreshed; use ddp or one device"
             )
 
-    # Values that change with the number of updates
-
     def on_train_end(self) -> None:
         """Warn if refilling has used up the data: the learning rate has not come to its end."""
         planned = count_updates(self.trainer, self.accumulate, self.updates_per_window)
@@ -88,6 +86,8 @@ class GroupObjective(PolicyModule):
                 "trainer.max_epochs=%s are used up",
                 *(self.global_step, planned, self.trainer.max_epochs),
             )
+
+    # Values that change with the number of updates
 
     @property
     def kl_beta(self) -> float:

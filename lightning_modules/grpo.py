@@ -183,8 +183,9 @@ class GRPO(GroupObjective):
         return Round(self._batches, self.num_batches - len(self._batches), request, self.global_step)
 
     def learn_from(self, window: Round) -> bool:
-        """All P prompts of the window are sampled (G completions each), scored, compared inside each group, and trained
-        on. Returns False if the window is to be refilled, with further batches, before it is trained on.
+        """Sample the P prompts of a round (G completions each), score them, compare them inside each group, and train.
+
+        Returns False if the accumulation window is to be refilled, by a further round, before it is trained on.
         """
         items = window.request.items  # P
         if self._window.is_new:

@@ -28,7 +28,6 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from datamodules.encoding.encoder import Batch, EncodedSample
-from datamodules.persistence.files import write_json
 from datamodules.persistence.problems import Problems
 from lightning_modules.models.attention.packed_rows import PackedRows
 from lightning_modules.models.fsdp import clip_sharded, sum_gradients
@@ -37,7 +36,7 @@ from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.models.unmoved import is_unmoved, weight_marks
 from lightning_modules.training.endings import NothingLearnt
 from lightning_modules.training.fsdp_strategy import ShardedStrategy
-from lightning_modules.training.non_finite import NON_FINITE_FILE, NonFiniteLoss
+from lightning_modules.training.non_finite import NonFiniteLoss
 from lightning_modules.training.optim import cosine_factor, count_updates, decay_groups, require_same_groups
 from lightning_modules.training.progress import is_last_batch, rewind
 from lightning_modules.training.seeds import derive_seed, sample_seeds
@@ -94,7 +93,7 @@ class PolicyModule(LightningModule):
         self.weight_decay, self.betas, self.max_grad_norm = weight_decay, betas, max_grad_norm
         self.accumulate, self.max_tokens_per_row, self.seed = accumulate, max_tokens_per_row, seed
         self.automatic_optimization = False
-        self.strict_loading = False  # checkpoints hold only what is trained; on_load_checkpoint is the strict check
+        self.strict_loading = False  # checkpoints hold only the trained weights; on_load_checkpoint is the strict check
         self.policy: QwenVL | None = None
         self.num_batches = 0  # that this rank has trained on; seeds derive from it
         self._num_batches_committed = 0  # at the end of the last finished window, as a checkpoint has it
@@ -355,13 +354,10 @@ class PolicyModule(LightningModule):
 
     def _require_finite(self, value: Tensor, what: str) -> None:
         """Raises NonFiniteLoss if a loss or the norm of a gradient, named `what`, is NaN or infinite."""
-        if torch.isfinite(value):
-            return
-        step, ids = self.global_step, self._window_ids
-        # The file stays when the traceback is lost, and names the samples to look at.
-        record = {"what": what, "update": step, "rank": self.global_rank, "sample_ids": ids}
-        write_json(Path(self.trainer.default_root_dir) / NON_FINITE_FILE, record)
-        raise NonFiniteLoss(what, step, ids)
+        if not torch.isfinite(value):
+            error = NonFiniteLoss(what, self.global_step, self._window_ids)
+            error.write(Path(self.trainer.default_root_dir), self.global_rank)
+            raise error
 
     def row_features(self, rows: PackedRows, items: Sequence[EncodedSample], reference: bool = False) -> list[Tensor]:
         """Image features for one forward pass with a trained vision tower: one [image tokens, F] for each item.

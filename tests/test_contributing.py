@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("datamodules", "lightning_modules", "callbacks", "experiments", "tests")
 NAME = re.compile(r"[A-Za-z_]\w*")
 MEMBER = re.compile(r"([A-Z]\w*)\.(\w+)")
+PLACE = re.compile(r"`([A-Za-z_]\w*)` (?:in |\()`([\w/]+\.py)`")  # `name` in `file.py`, `name` (`file.py`)
 
 
 def unknown_names(page: Page) -> list[str]:
@@ -36,3 +37,16 @@ def test_names_in_the_recipes_exist(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("`GRPO.problems` and `smart_resize` exist; `GRPO.no_member` and `_no_function_has_this` do not.\n")
     assert unknown_names(read_page(page)) == ["GRPO.no_member", "_no_function_has_this"]
+
+
+def misplaced_names(text: str) -> list[str]:
+    """Names that the file named beside them does not have."""
+    places = PLACE.findall(" ".join(text.split()))
+    return [name for name, file in places if not re.search(rf"\b{name}\b", (ROOT / file).read_text(encoding="utf-8"))]
+
+
+def test_names_in_the_recipes_are_in_the_files_beside_them() -> None:
+    recipes = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert len(PLACE.findall(" ".join(recipes.split()))) > 10
+    assert misplaced_names(recipes) == []
+    assert misplaced_names("`LABEL` in\n`experiments/synthesize.py`, `GRPO` (`lightning_modules/grpo.py`)") == ["LABEL"]

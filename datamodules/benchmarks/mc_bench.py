@@ -90,8 +90,8 @@ def _samples(tables: Mapping[str, Mapping[Any, Mapping[str, Any]]]) -> tuple[lis
     for number, annotation in tables["annotations"].items():
         owner, image = _entry(descriptions, annotation["text_id"]), annotation["image_id"]
         if owner is None or image not in owner["images_id"]:
-            told = f"text_id={annotation['text_id']!r:.40}, image_id={image!r:.40}"
-            raise ValueError(f"{FILE}: annotation {number} has {told}: no description with this image")
+            ids = f"text_id={annotation['text_id']!r:.40}, image_id={image!r:.40}"
+            raise ValueError(f"{FILE}: annotation {number} has {ids}: no description with this image")
         boxes[owner["id"]].append(annotation)
     samples = []
     dropped = {IN_UNIT: 0, CONTRADICTION: 0, OUTSIDE: 0}
@@ -106,8 +106,8 @@ def _samples(tables: Mapping[str, Mapping[Any, Mapping[str, Any]]]) -> tuple[lis
         dropped[CONTRADICTION] += bool(found) != description["positive_sample"]
         names = [relative_name(images[image]["file_name"], f"{NAME}/{number}") for image in pair]
         question = QUESTION.format(description["text"].strip().rstrip("."))
-        told = {"sizes": [list(size) for size in sizes]}
-        samples.append(make_sample(NAME, number, style, names, question, {"boxes": found}, **told))
+        extra = {"sizes": [list(size) for size in sizes]}
+        samples.append(make_sample(NAME, number, style, names, question, {"boxes": found}, **extra))
     return samples, dropped
 
 

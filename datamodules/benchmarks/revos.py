@@ -76,8 +76,8 @@ def load(root: Path, num_frames: int = 6, grounded: int = 2) -> Benchmark:
             question = QUESTION.format(ORDINALS[target], expression["exp"])
             answer = {"image": target, "box": box, "label": ""}
             task = TYPES[expression["type_id"]]
-            told = {"column": COLUMNS[0], "size": size}
-            samples.append(make_sample(NAME, f"{video}/{number}", task, names, question, answer, **told))
+            extra = {"column": COLUMNS[0], "size": size}
+            samples.append(make_sample(NAME, f"{video}/{number}", task, names, question, answer, **extra))
 
     return file_benchmark(NAME, samples, root, RULE, OFFICIAL, AVERAGES, dict(dropped), frame="shown")
 

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from datamodules.benchmarks.base import PAPER, Benchmark, Rule
-from datamodules.samples.sample import LoadedSample, Rejections, Sample, SampleError
+from datamodules.samples.rejections import Rejections
+from datamodules.samples.sample import LoadedSample, Sample, SampleError
 from datamodules.streaming.manifest import MANIFEST
 
 PREFIX = "shards-"  # first part of the names of such benchmarks

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from datamodules.checkpoints.model_folder import PROMPT_FORM, ModelError, local_folder
 from datamodules.encoding.messages import PromptStyle
-from datamodules.persistence.strict_json import refuse_constant, unique_keys
+from datamodules.persistence.strict_json import parse_strictly
 from datamodules.samples.answer_text import AnswerForm
 from datamodules.samples.boxes import BoxFormat
 
@@ -61,7 +61,7 @@ def read_prompt_form(model: str) -> dict[str, Any] | None:
         return None
     try:
         text = path.read_text(encoding="utf-8")
-        found = json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+        found = parse_strictly(text)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"model: {path} cannot be read: {error}; {CURE}") from error
     if problems := _problems(found):

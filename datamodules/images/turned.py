@@ -7,17 +7,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from datamodules.samples.boxes import Box, turn_box
-from datamodules.samples.sample import Answer, BoxAnswer, BoxesAnswer, BoxPart, ChoiceAnswer, Part, Sample
+from datamodules.samples.sample import Answer, BoxesAnswer, BoxPart, ChoiceAnswer, Part, Sample
+from datamodules.samples.scores import true_boxes
 
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
 def boxed_images(sample: Sample) -> set[int]:
     """The indices of the images in which the question or the answer has a box."""
-    found = {part.image for part in sample.messages if isinstance(part, BoxPart)}
-    if isinstance(sample.answer, BoxesAnswer):
-        return found | {box.image for box in sample.answer.boxes}
-    return found | ({sample.answer.image} if isinstance(sample.answer, BoxAnswer) else set())
+    asked = {part.image for part in sample.messages if isinstance(part, BoxPart)}
+    return asked | {box.image for box in true_boxes(sample.answer)}
 
 
 def turn_sample(sample: Sample, orientations: Mapping[int, int]) -> Sample:

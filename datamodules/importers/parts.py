@@ -110,19 +110,19 @@ class Part:
         """
         # 1. The patterns: wanted ones and excluded ones; the source's defaults if none is wanted.
         without = [pattern[1:] for pattern in self.subsets if pattern.startswith("!")]
-        asked = [pattern for pattern in self.subsets if not pattern.startswith("!")]
-        patterns = asked or SOURCES[self.source].DEFAULT_SUBSETS
+        patterns_given = [pattern for pattern in self.subsets if not pattern.startswith("!")]
+        patterns = patterns_given or SOURCES[self.source].DEFAULT_SUBSETS
 
         def matching(some: Sequence[str]) -> list[str]:
             return [name for name in scan.subsets if any(fnmatch.fnmatchcase(name, pattern) for pattern in some)]
 
         named = matching(patterns)
-        if not asked and self.is_own:
+        if not patterns_given and self.is_own:
             named = named or list(scan.subsets)  # no subset has the name of a training split, so all are taken
         # 2. Apply the exclusions.
         names = [name for name in named if name not in matching(without)]
         # 3. A pattern without a match is probably a typing error, so it is refused.
-        idle = [pattern for pattern in asked if not fnmatch.filter(scan.subsets, pattern)]
+        idle = [pattern for pattern in patterns_given if not fnmatch.filter(scan.subsets, pattern)]
         if idle or not names:
             raise DataError(f"{self.name}: subsets={idle or list(patterns)} match none of {', '.join(scan.subsets)}")
         return names

@@ -150,16 +150,8 @@ def import_part(
     tally, shards = Tally(), []
     total = len(entries) if settings.count is None else settings.count
     unit = "record" if settings.count is None else "sample"
-    order: Sequence[int] = range(len(entries))
-    if settings.count is not None:
-        # Records are shuffled, not samples, because the number of samples of a record is known only after its
-        # conversion.
-        order = list(order)
-        random.Random(settings.seed).shuffle(order)
-    size = settings.records_per_shard
-    runs = (order[start : start + size] for start in range(0, len(order), size))
-    how = convert, image_root, settings.one_box, frame
-    tasks = (_Task(folder, number, [entries[index] for index in run], *how) for number, run in enumerate(runs))
+    of_shards = enumerate(_entries_of_shards(entries, settings))
+    tasks = (_Task(folder, k, chosen, convert, image_root, settings.one_box, frame) for k, chosen in of_shards)
     finished = workers.in_order(tasks)
     # 2. Make the shards, in order.
     with tqdm(total=total, desc=title, unit=unit) as bar, closing(finished):
@@ -182,6 +174,19 @@ def import_part(
         _remove_strays(folder, {shard["name"] for shard in shards})
         write_manifest(folder, shards)
     return tally
+
+
+def _entries_of_shards(entries: Sequence[Any], settings: Settings) -> Iterator[list[Any]]:
+    """The entries of each shard: in file order, or in random order if only some of the samples are wanted."""
+    order: Sequence[int] = range(len(entries))
+    if settings.count is not None:
+        # Records are shuffled, not samples, because the number of samples of a record is known only after its
+        # conversion.
+        order = list(order)
+        random.Random(settings.seed).shuffle(order)
+    size = settings.records_per_shard
+    for start in range(0, len(order), size):
+        yield [entries[index] for index in order[start : start + size]]
 
 
 def forget_parts(folder: str | Path) -> None:

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from datamodules.images.image_loading import ImageError, load_image
 from datamodules.metrics.predictions import Prediction
 from datamodules.samples.boxes import Box, ImageSizes
-from datamodules.samples.sample import BoxesAnswer, BoxPart, ChoiceAnswer, LoadedSample, Sample, SampleError, TextPart
+from datamodules.samples.sample import BoxesAnswer, ChoiceAnswer, LoadedSample, Sample, SampleError
 from datamodules.samples.scores import true_boxes
 
 PREVIEW_TEXTS = "previews.json"  # file beside previews with their texts (`describe_preview`)
@@ -57,12 +57,12 @@ def draw_preview(images: Sequence[Image.Image], sample: Sample, prediction: Pred
 
 
 def describe_preview(sample: Sample, prediction: Prediction) -> dict[str, str]:
-    """The texts that belong to a preview: task, id, question, answer, and what the answer scored."""
+    """The texts that belong to a preview: task, id, question, answer, and the score of the answer."""
     result = f"no box: {prediction.failure}" if prediction.read is None else f"IoU {prediction.value:.2f}"
     if prediction.f1 is not None:
         result = f"F1 {prediction.f1:.2f}" + (f", {result}" if prediction.failure else "")
-    question = "".join(part.text for part in sample.messages if isinstance(part, TextPart | BoxPart)).strip()
-    return {"task": sample.task, "id": sample.id, "question": question, "answer": prediction.text, "result": result}
+    texts = {"question": sample.question, "answer": prediction.text, "result": result}
+    return {"task": sample.task, "id": sample.id} | texts
 
 
 def read_boxes(prediction: Prediction) -> list[tuple[int, Box]]:

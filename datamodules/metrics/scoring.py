@@ -97,12 +97,12 @@ def _find_size_fault(sample: Sample, reply: Reply) -> str | None:
     """ "size_mismatch" if the size of an image with a true box differs from the size of the annotated image."""
     if not reply.image_sizes:
         return None
-    told: dict[int, Sequence[int]] = {}
+    sizes: dict[int, Sequence[int]] = {}
     if "sizes" in sample.extra:
-        told = {box.image: sample.extra["sizes"][box.image] for box in true_boxes(sample.answer)}
+        sizes = {box.image: sample.extra["sizes"][box.image] for box in true_boxes(sample.answer)}
     elif "size" in sample.extra:
-        told = {sample.answer.image: sample.extra["size"]}
-    is_same = all(reply.image_sizes[image].original == tuple(size) for image, size in told.items())
+        sizes = {sample.answer.image: sample.extra["size"]}
+    is_same = all(reply.image_sizes[image].original == tuple(size) for image, size in sizes.items())
     return None if is_same else "size_mismatch"
 
 

@@ -147,6 +147,11 @@ def storage_error(error: Exception, path: str | Path) -> StorageError:
     return StorageError(number or 0, f"cannot be written: {reason or error}; {free_space(path)}", str(path))
 
 
+def user_cache() -> Path:
+    """The project's folder in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "multi-image-grounding"
+
+
 def free_space(path: str | Path) -> str:
     """The free space on the filesystem of `path`, in words."""
     try:

@@ -104,8 +104,8 @@ def _read(path: Path, written: int, size: int) -> tuple[str, tuple[str, ...]]:
         tree = ast.parse(data)
     except (SyntaxError, ValueError):  # someone is editing the file; importing it will raise the proper error
         return hashlib.sha256(data).hexdigest()[:12], ()
-    said = "".join(_shape(tree))
-    return hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()[:12], tuple(_imports(tree))
+    text = "".join(_shape(tree))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12], tuple(_imports(tree))
 
 
 def _imports(tree: ast.AST) -> Iterator[str]:

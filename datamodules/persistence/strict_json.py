@@ -1,4 +1,4 @@
-"""Hooks for Python's JSON decoder that refuse text which the decoder alone would accept.
+"""JSON without the texts that Python's decoder accepts although they are no JSON.
 
 Python's decoder reads NaN and Infinity, which JSON does not have. If an object has a key twice, it silently keeps the
 last value.
@@ -6,7 +6,13 @@ last value.
 
 from __future__ import annotations
 
+import json
 from typing import Any, NoReturn
+
+
+def parse_strictly(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError for NaN, Infinity and an object with a key twice."""
+    return json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
 
 
 def refuse_constant(name: str) -> NoReturn:

@@ -48,10 +48,10 @@ def box_fault(box: Box) -> str | None:
     return None
 
 
-def from_pixels_xywh(values: Sequence[float], size: tuple[int, int], tolerance: float = 1.0) -> tuple[Box, bool]:
+def from_pixels_xywh(values: Sequence[float], size: tuple[int, int]) -> tuple[Box, bool]:
     """Convert COCO's x, y, width, height in pixels to a unit xyxy box; the rest is as in `from_pixels_xyxy`."""
     x, y, width, height = values
-    return from_pixels_xyxy((x, y, x + width, y + height), size, tolerance)
+    return from_pixels_xyxy((x, y, x + width, y + height), size)
 
 
 def from_pixels_xyxy(edges: Sequence[float], size: tuple[int, int], tolerance: float = 1.0) -> tuple[Box, bool]:

@@ -1,9 +1,8 @@
-"""Typed samples, their JSON form (the `.json` member of a shard), and the counting of samples that break a rule."""
+"""Typed samples and their JSON form (the `.json` member of a shard)."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
@@ -28,40 +27,6 @@ class SampleError(ValueError):
 
     def __str__(self) -> str:
         return f"sample {self.sample_id!r}: {self.rule}" + (f": {self.detail}" if self.detail else "")
-
-
-class Rejections:
-    """Counts rejected samples by rule and keeps a few ids for each rule. With `strict`, the first error is raised."""
-
-    NUM_EXAMPLES = 3
-
-    def __init__(self, strict: bool = False) -> None:
-        self.strict = strict
-        self.counts: Counter[str] = Counter()
-        self.examples: defaultdict[str, list[str]] = defaultdict(list)
-        self._next_report = 1  # number of rejected samples at which the next report is due
-
-    def add(self, error: SampleError) -> None:
-        """Count `error`, or raise it if strict."""
-        if self.strict:
-            raise error
-        self.counts[error.rule] += 1
-        if len(self.examples[error.rule]) < self.NUM_EXAMPLES:
-            self.examples[error.rule].append(error.sample_id)
-
-    def __len__(self) -> int:
-        return self.counts.total()
-
-    def report_is_due(self) -> bool:
-        """True at the first rejected sample, then whenever their number has doubled."""
-        is_due = len(self) >= self._next_report
-        self._next_report = 2 * len(self) if is_due else self._next_report
-        return is_due
-
-    def summary(self) -> str:
-        """One line for the log: the number of rejected samples, the rules, and a few ids for each rule."""
-        rules = [f"{rule} {count} ({', '.join(self.examples[rule])})" for rule, count in self.counts.most_common()]
-        return f"{len(self)} samples rejected" + (f": {'; '.join(rules)}" if rules else "")
 
 
 @dataclass(frozen=True)
@@ -126,6 +91,11 @@ class Sample:
     answer: Answer
     thinking: str | None = None  # a reference rationale, the target of CoT-SFT
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)  # further facts, such as the difficulty
+
+    @property
+    def question(self) -> str:
+        """The text of the question, with its boxes as the data set writes them."""
+        return "".join(part.text for part in self.messages if isinstance(part, TextPart | BoxPart)).strip()
 
     def to_json(self) -> dict[str, Any]:
         """The JSON record of the sample; `from_json` reads it back as an equal sample."""

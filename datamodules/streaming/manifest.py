@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from datamodules.persistence.files import write_atomic
-from datamodules.persistence.strict_json import refuse_constant, unique_keys
+from datamodules.persistence.strict_json import parse_strictly
 from datamodules.streaming.url_openers import Refused, open_url, read_some, retry, scheme_of
 
 MANIFEST = "manifest.json"
@@ -51,7 +51,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = in_folder(folder, MANIFEST)
     try:
         data = manifest_bytes(folder)
-        manifest = None if data is None else _parse(data)
+        manifest = None if data is None else parse_strictly(data.decode())
     except (ValueError, RecursionError, OSError) as error:
         raise ValueError(f"{path} is not a manifest: {_reason(error)}. {CURE}") from error
     if data is None:
@@ -127,11 +127,6 @@ def name_fault(name: object) -> str | None:
     if any(part in ("", ".", "..") for part in parts) or re.search(r"[\\\x00-\x1f:]", name):
         return "is no plain name of a file in the manifest's folder or below it"
     return None
-
-
-def _parse(data: bytes) -> Any:
-    """Decode strict JSON: without NaN, Infinity and repeated keys (Python would silently take the last value)."""
-    return json.loads(data.decode(), object_pairs_hook=unique_keys, parse_constant=refuse_constant)
 
 
 def _reason(error: Exception) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from webdataset.cache import FileCache
 
-from datamodules.persistence.files import StorageError, hash_file, remove_draft, storage_error
+from datamodules.persistence.files import StorageError, hash_file, remove_draft, storage_error, user_cache
 from datamodules.streaming.shard_content import PROCESS_BEGAN, State, content_sha256, file_state, remember
 from datamodules.streaming.shard_sources import Shard
 from datamodules.streaming.url_openers import TRIES, FetchError, open_url, read_some, retry
@@ -58,8 +58,7 @@ class CacheSettings:
     def path(self) -> Path:
         if self.folder:
             return Path(self.folder).expanduser()
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return cache / "multi-image-grounding" / "shards"
+        return user_cache() / "shards"
 
 
 class ShardCache(FileCache):

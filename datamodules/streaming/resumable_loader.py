@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from datamodules.encoding.encoder import Batch, EncodedSample
-from datamodules.samples.sample import Rejections, SampleError
+from datamodules.samples.rejections import Rejections
+from datamodules.samples.sample import SampleError
 from datamodules.streaming.prefetch import prefetch
 from datamodules.streaming.stream import CURES, ShardStream, Slot, UnusableData, smaller_batch
 from datamodules.streaming.url_openers import FetchError

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datamodules.persistence.files import fingerprint, hash_file, read_json, write_json
+from datamodules.persistence.files import fingerprint, hash_file, read_json, user_cache, write_json
 from datamodules.streaming.shard_sources import Shard, read_shards
 
 log = logging.getLogger(__name__)
@@ -147,8 +147,7 @@ def _record_folder(folder: Path) -> Path:
     """The path of the record: beside the shards, or in the user's cache folder if nothing can be written there."""
     if os.access(folder, os.W_OK):
         return folder / RECORDS
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "multi-image-grounding" / "content" / fingerprint(str(folder.resolve()))
+    return user_cache() / "content" / fingerprint(str(folder.resolve()))
 
 
 def _record_file(path: Path) -> Path:

@@ -27,6 +27,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (250, 250, 250),
 }
 MARGIN = (40, 40, 40)
+TRIES = 60  # number of random places that are tried for a thing
 SHAPES = ("circle", "square", "triangle", "cross", "star", "diamond")
 FILLS = ("solid", "hollow")
 # (width, height) of the drawn picture in pixels. The nano processor (at most 10,000 pixels, multiples of 28) resizes
@@ -86,20 +87,17 @@ def random_background(rng: random.Random) -> tuple[int, int, int, int]:
     return (rng.randint(95, 185), rng.randint(95, 185), rng.randint(0, 14), rng.randrange(1 << 30))
 
 
-def place(
-    rng: random.Random, size: tuple[int, int], taken: list[Box], scale: tuple[float, float], tries: int = 60
-) -> Box | None:
-    """A random free place for a thing, a unit xyxy box on whole pixels; None if all tries fail.
+def place(rng: random.Random, size: tuple[int, int], taken: list[Box], scale: tuple[float, float]) -> Box | None:
+    """A random free place for a thing, a unit xyxy box on whole pixels; None if `TRIES` random places are taken.
 
     Args:
         rng: source of randomness.
         size: (width, height) of the picture in pixels.
         taken: the boxes of the things that are there already.
         scale: smallest and largest side of the thing, as a share of the shorter side of the picture.
-        tries: number of random places that are tried.
     """
     width, height = size
-    for _ in range(tries):
+    for _ in range(TRIES):
         # Nearly square, and at least 5 pixels a side, so that every shape is recognizable.
         side = rng.uniform(*scale) * min(width, height)
         w = max(5, round(side * rng.uniform(0.85, 1.18)))

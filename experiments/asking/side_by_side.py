@@ -19,7 +19,7 @@ WAITING = "…"  # the model's turn has not come
 
 @dataclass(frozen=True)
 class Shown:
-    """What is shown of one model's answer so far."""
+    """One model's answer so far, as the page shows it."""
 
     thinking: str = WAITING
     answer: str = WAITING
@@ -31,7 +31,7 @@ class _Left(Exception):
 
 
 def ask_side_by_side(models: Sequence[GroundingModel], loaded: LoadedSample, question: str) -> Iterator[list[Shown]]:
-    """Yields what is shown of each model, again and again, until all have answered.
+    """Yields the texts and drawings of all models, again and again, until all have answered.
 
     Args:
         models: asked in this order.

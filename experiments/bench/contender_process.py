@@ -29,7 +29,7 @@ class Contender:
         name: "ours" or "trl".
         python: the interpreter of the environment to use.
         threads: number of threads on the CPU.
-        log: file for what the process prints.
+        log: file for the output of the process.
         deadline: in seconds of time.monotonic().
     """
 

@@ -73,10 +73,10 @@ def machine_peaks() -> Peaks:
     return Peaks(operations, bandwidth, "measured")
 
 
-def _best_seconds(work: Callable[[], Any], tries: int = 10) -> float:
-    """The shortest of several measurements: other work on the machine only makes them longer."""
+def _best_seconds(work: Callable[[], Any]) -> float:
+    """The shortest of ten measurements: other work on the machine only makes them longer."""
     best = float("inf")
-    for _ in range(tries):
+    for _ in range(10):
         began = time.perf_counter()
         work()
         if torch.cuda.is_available():

@@ -17,7 +17,7 @@ from datamodules.encoding.prompt_form import form_as_trained, read_prompt_form
 from datamodules.samples.answer_text import AnswerForm
 from datamodules.samples.boxes import BoxFormat
 from experiments.evaluation.evaluation_settings import Evaluation, QuestionForm
-from experiments.runs import run_identity
+from experiments.evaluation.trained_form import trained_form
 from lightning_modules.models.architectures.registry import known_types
 from lightning_modules.predictors.base import Decoding, Predictor
 from lightning_modules.serving.generation_rules import stating
@@ -167,7 +167,7 @@ def _policy_settings(model: str, model_type: str, asked: Evaluation) -> PolicySe
     prompts = {"box_format": form.box_format, "style": "think" if form.style == "auto" else form.style}
     prompts |= {"max_resized_pixels": form.max_resized_pixels, "label_images": form.label_images}
     prompts |= {"answer_form": form.answer_form}
-    trained = run_identity.trained_form(model, prompts) if form.as_trained else {}
+    trained = trained_form(model, prompts) if form.as_trained else {}
     # 3. A model that was not trained here writes boxes in the format of its family. With the default format of the
     # settings, its boxes could be read wrongly and count as wrong answers.
     written = find_model_family("auto", model_type).box_format

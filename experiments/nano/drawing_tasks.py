@@ -86,7 +86,7 @@ class PictureEncoder:
     def interleaved(self, stream: str, index: int) -> PictureSet:
         """Several pictures with their conversations, number `index` of a stream: a pure function of the arguments.
 
-        Every fourth set is a single picture as in stage 2, so that what was learnt there is kept.
+        Every fourth set is a single picture as in stage 2, so that the model does not forget stage 2.
         """
         if index % 4 == 0:
             return self.picture(stream, index)

@@ -27,10 +27,13 @@ FINDING_FIGURES = ("avg", "in_domain", "out_of_domain", TRANSFER)
 class Comparison:
     """A comparison: `row` minus `over`.
 
-    Its aim, if any, is a difference of AVG of `at_least` or `more_than` this number of points.
-
-    or_both_at_most: the aim is also reached if the AVG of both rows is at most this.
-    examples: number of questions that the page draws, whose answer became right.
+    Args:
+        row: name of a row.
+        over: name of the row that it is compared with.
+        at_least: the aim: the smallest difference of AVG in points.
+        more_than: the aim: the difference of AVG is larger than this number of points.
+        or_both_at_most: the aim is also reached if the AVG of both rows is at most this.
+        examples: number of questions that the page draws, whose answer became right.
     """
 
     row: str
@@ -62,8 +65,13 @@ class Comparison:
 class Finding:
     """A finding of the paper: `row` is better than `over` in `figure`, by more than `more_than` points.
 
-    text: the finding in words. paper: the paper's difference in points, if it reports one. figure: avg, in_domain or
-    out_of_domain, or "out_of_domain - in_domain", by how much more the second grew.
+    Args:
+        text: the finding in words.
+        row: name of a row.
+        over: name of the row that it is compared with.
+        figure: avg, in_domain, out_of_domain, or "out_of_domain - in_domain": the difference of the two gains.
+        more_than: points.
+        paper: the paper's difference in points, if it reports one.
     """
 
     text: str

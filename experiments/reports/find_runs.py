@@ -15,10 +15,10 @@ from experiments.runs.results import (
     BASE,
     Results,
     find_mig_bench,
-    find_phases,
     make_stage,
     read_mig_bench,
     read_results,
+    stages_first,
     started_from,
 )
 from experiments.runs.run_identity import CONFIG, read_settings, trained_commit
@@ -85,7 +85,7 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
     folders: dict[Path, None] = {}
     empty = []
     for path in map(Path, paths):
-        found = [path] if _is_phase(path) else _phases(path)
+        found = [path] if _is_phase(path) else list(filter(_is_phase, stages_first(path, _results(path))))
         folders |= dict.fromkeys(folder.resolve() for folder in found)
         empty += [str(path)] if not found else []
     if empty or not folders:
@@ -149,18 +149,6 @@ def _named(member: Any, place: int) -> tuple[str, Any]:
 
 def _is_phase(path: Path) -> bool:
     return any((path / name).exists() for name in (CONFIG, "attempts")) or find_mig_bench(path) is not None
-
-
-def _phases(path: Path) -> list[Path]:
-    """Phase folders of an experiment: first those in results.json, in its order, then others.
-
-    Renamed old folders (with a dot) are skipped.
-    """
-    if not path.is_dir():
-        return []
-    staged = [path / stage.name for stage in _results(path).stages]
-    others = [folder for folder in find_phases(path) if folder not in staged]
-    return [folder for folder in staged + others if folder.is_dir() and _is_phase(folder)]
 
 
 def _results(experiment: Path) -> Results:

@@ -18,7 +18,15 @@ from experiments.reports.drawing import charts
 from experiments.reports.drawing.templates import render
 from experiments.runs import metrics_csv
 from experiments.runs.commands import command
-from experiments.runs.results import EVALUATION, Results, find_phases, find_results, read_mig_bench, started_from
+from experiments.runs.results import (
+    EVALUATION,
+    Results,
+    find_phases,
+    find_results,
+    read_mig_bench,
+    stages_first,
+    started_from,
+)
 from experiments.runs.run_identity import CONFIG, read_field, trained_commit
 from experiments.runs.usage_errors import PlainParser
 from lightning_modules.serving.generation_rules import note
@@ -85,7 +93,7 @@ def render_report(folder: Path) -> str:
 def report_values(folder: Path) -> dict[str, Any]:
     """The values of the template of such a page.
 
-    It shows what is there: finished and unfinished phases, and evaluations. Raises FileNotFoundError if nothing is.
+    It shows all phases, finished or not, and all evaluations. Raises FileNotFoundError if the folder has neither.
     """
     folder = Path(folder)
     results, found = find_results(folder), find_phases(folder)
@@ -94,11 +102,11 @@ def report_values(folder: Path) -> dict[str, Any]:
         homes = {folder.name: folder}
     measured = report_sections.evaluations(homes)
     if not (found or measured or (folder / "results.json").is_file()):
-        raise FileNotFoundError(f"--folder={folder} has neither a phase nor an evaluation{_what_there_is(folder)}")
+        raise FileNotFoundError(f"--folder={folder} has neither a phase nor an evaluation{_others_text(folder)}")
     # The stages may have different tasks. The page shows all of them, in the order of their first appearance.
     tasks = list(dict.fromkeys(task for stage in results.stages for task in stage.mig_bench["tasks"]))
     scores = {stage.name: stage.mig_bench["tasks"] for stage in results.stages}
-    phases = [shown for path in _phases(folder, results) if (shown := _phase(path))]
+    phases = [shown for path in stages_first(folder, results) if (shown := _phase(path))]
     settings = report_sections.settings(found)
     if homes == {folder.name: folder}:
         settings = [report_sections.described("evaluation", read_json(folder / EVALUATION))]
@@ -124,7 +132,7 @@ def report_values(folder: Path) -> dict[str, Any]:
     }
 
 
-def _what_there_is(folder: Path) -> str:
+def _others_text(folder: Path) -> str:
     """A sentence with the folders beside `folder` that have something to report; "" without any."""
     outputs = folder.parent.parent if folder.parent.name == "eval" else folder.parent
     names = [str(path) for path in reportable(outputs)]
@@ -152,7 +160,7 @@ def _stage_notes(folder: Path, results: Results) -> list[str]:
 
 
 def _bars(folder: Path, results: Results) -> dict[str, dict[str, charts.Bar]]:
-    """The tasks of each stage with their intervals, where the result in its folder is the one that is shown."""
+    """The tasks of each stage with their intervals, if the result in its folder has the score that is shown."""
     bars = {}
     for stage in results.stages:
         cells = read_mig_bench(folder / stage.name).get("columns", {})
@@ -184,13 +192,6 @@ def write_report(folder: Path) -> Path:
     path = Path(folder) / "report.html"
     write_atomic(path, render_report(folder))
     return path
-
-
-def _phases(folder: Path, results: Results) -> list[Path]:
-    """Phase folders: first those of the stages, in order, then others with logged metrics."""
-    staged = [folder / stage.name for stage in results.stages]
-    others = [path for path in find_phases(folder) if path not in staged]
-    return [path for path in staged + others if path.is_dir()]
 
 
 def _phase(folder: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""What report.html shows of a folder beside its stages: evaluations, settings with command and machine, previews."""
+"""Sections of report.html beside the stages: evaluations, settings with command and machine, previews."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def settings(phases: Sequence[Path]) -> list[dict[str, Any]]:
         started = read_marker(phase, STARTED)
         facts = started if "command" in started else read_json(phase / "benchmarks" / EVALUATION)
         fields = flatten(read_settings(phase))
-        rows = [["setting", "value"], *([name, _in_words(value)] for name, value in fields.items())]
-        shown.append(described(phase.name, facts) | {"rows": rows if fields else []})
+        cells = [[name, "null" if value is None else str(value)] for name, value in fields.items()]
+        shown.append(described(phase.name, facts) | {"rows": [["setting", "value"], *cells] if cells else []})
     return [entry for entry in shown if entry["command"] or entry["rows"]]
 
 
@@ -99,7 +99,3 @@ def previews(phase: Path) -> dict[str, Any]:
         items.append({"name": file.stem, "uri": uri, "text": text, "alt": alt})
     step = int(folder.name.removeprefix("step_"))
     return {"step": step, "num_left_out": len(files) - len(items), "items": items}
-
-
-def _in_words(value: Any) -> str:
-    return "null" if value is None else str(value)

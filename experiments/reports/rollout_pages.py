@@ -21,11 +21,12 @@ from datamodules.metrics.predictions import answer_from_json
 from datamodules.persistence.files import write_atomic
 from datamodules.samples.answer_text import AnswerForm, ParsedAnswer, answer_text, parse_answer
 from datamodules.samples.boxes import BoxFormat, image_sizes_from_json
-from datamodules.samples.sample import BoxPart, Sample, SampleError, TextPart
+from datamodules.samples.sample import SampleError
 from datamodules.samples.scores import score_text, true_boxes
 from datamodules.streaming.manifest import MANIFEST
 from datamodules.streaming.shard_reader import ShardReader
 from datamodules.streaming.shard_sources import source_list
+from experiments.reports.drawing.pictures import SHARP
 from experiments.reports.drawing.templates import script_json
 from experiments.reports.find_runs import Run
 from experiments.runs import run_identity
@@ -122,7 +123,7 @@ class Pictures:
         for name in _spread([name for name in wanted if name in numbers]):
             try:
                 loaded = reader.read(numbers[name])
-                self.questions[name] = _question(loaded.sample)
+                self.questions[name] = loaded.sample.question
                 if self.num_written + len(loaded.images) <= self.limit:
                     self.files[name] = [
                         self._save(data, f"{numbers[name]}-{place}") for place, data in enumerate(loaded.images)
@@ -139,7 +140,7 @@ class Pictures:
         image = load_image(data, MAX_IMAGE_PIXELS)
         image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
         # Small images stay sharp as PNG; photographs take far less space as JPEG.
-        name = f"{stem}.png" if max(image.size) <= 256 else f"{stem}.jpg"
+        name = f"{stem}.png" if max(image.size) <= SHARP else f"{stem}.jpg"
         image.save(self.folder / name)
         self.num_written += 1
         return name
@@ -156,10 +157,6 @@ def run_shards(run: Run) -> list[str]:
     if (kept / MANIFEST).is_file():
         return [str(kept)]
     return [str(folder) for folder in source_list(run_identity.read_field(run.folder, "data.shards"))]
-
-
-def _question(sample: Sample) -> str:
-    return "".join(part.text for part in sample.messages if isinstance(part, TextPart | BoxPart)).strip()
 
 
 def _index_row(group: LoggedGroup, tasks: list[str]) -> list[Any]:

@@ -16,8 +16,6 @@ from datamodules.encoding.encoder import EncodedSample
 from datamodules.images.image_loading import ImageError
 from datamodules.samples.sample import (
     Answer,
-    BoxAnswer,
-    BoxesAnswer,
     BoxPart,
     ChoiceAnswer,
     LoadedSample,
@@ -25,6 +23,7 @@ from datamodules.samples.sample import (
     SampleError,
     TextPart,
 )
+from datamodules.samples.scores import true_boxes
 from experiments.reports.drawing.pictures import small_copy
 from experiments.reports.drawing.templates import render
 
@@ -64,13 +63,13 @@ def count_tables(samples: Sequence[Shown]) -> dict[str, list[list[str]]]:
     """Statistics of the samples: tasks, images, boxes, prompt lengths, and broken rules."""
     # 1. Tasks, images and boxes. Areas are shares of the image, because boxes are in 0-1.
     read = [shown.loaded.sample for shown in samples if isinstance(shown.loaded, LoadedSample)]
-    boxes = [box for sample in read for box in _boxes(sample.answer)]
+    boxes = [box for sample in read for box in true_boxes(sample.answer)]
     areas = [(box.box[2] - box.box[0]) * (box.box[3] - box.box[1]) for box in boxes]
     kinds = Counter(next(name for name, most in AREAS.items() if area < most) for area in areas)
     tables = {
         "Tasks": _counted("task", Counter(sample.task for sample in read)),
         "Images of a sample": _counted("images", Counter(str(len(sample.images)) for sample in read)),
-        "Boxes of an answer": _counted("boxes", Counter(str(len(_boxes(sample.answer))) for sample in read)),
+        "Boxes of an answer": _counted("boxes", Counter(str(len(true_boxes(sample.answer))) for sample in read)),
         "Share of the image that a box fills": _counted("share", {name: kinds[name] for name in AREAS if kinds[name]}),
     }
     # 2. Prompt lengths in tokens, including images; only with a model.
@@ -118,7 +117,7 @@ def _card(shown: Shown) -> dict[str, Any]:
         "fault": str(shown.encoded) if isinstance(shown.encoded, SampleError) else "",
         "sample": sample,
         "facts": " · ".join(facts),
-        "question": question_text(sample),
+        "question": numbered_question(sample),
         "answer": _answer_text(sample.answer),
         "figures": [_figure(shown.loaded, index, encoded) for index in range(len(sample.images))],
     }
@@ -127,10 +126,10 @@ def _card(shown: Shown) -> dict[str, Any]:
 def _figure(loaded: LoadedSample, index: int, encoded: EncodedSample | None) -> dict[str, Any]:
     """The data of one image: a small copy as a data URI, its boxes in 0-1, and its sizes."""
     sample = loaded.sample
-    # Boxes are numbered over the whole question, with the same numbers as in the text of `question_text`.
+    # Boxes are numbered over the whole question, with the same numbers as in the text of `numbered_question`.
     asked = [part for part in sample.messages if isinstance(part, BoxPart)]
     boxes = [("asked", f"box {k + 1}", part.box) for k, part in enumerate(asked) if part.image == index]
-    boxes += [("true", box.label, box.box) for box in _boxes(sample.answer) if box.image == index]
+    boxes += [("true", box.label, box.box) for box in true_boxes(sample.answer) if box.image == index]
     caption = f"image {index + 1} of {len(sample.images)}: {sample.images[index]}"
     try:
         copy = small_copy(loaded.images[index], LONGEST_SIDE)
@@ -147,13 +146,7 @@ def _figure(loaded: LoadedSample, index: int, encoded: EncodedSample | None) -> 
     return {"uri": copy.uri, "boxes": drawn, "caption": caption, "width": copy.size[0], "height": copy.size[1]}
 
 
-def _boxes(answer: Answer) -> tuple[BoxAnswer, ...]:
-    if isinstance(answer, BoxesAnswer):
-        return answer.boxes
-    return (answer,) if isinstance(answer, BoxAnswer) else ()
-
-
-def question_text(sample: Sample) -> str:
+def numbered_question(sample: Sample) -> str:
     """The text of the question; images and boxes are replaced by the names of their figures."""
     texts, boxes, images = [], 0, 0
     for part in sample.messages:
@@ -173,5 +166,5 @@ def _answer_text(answer: Answer) -> str:
         return f"{answer.letter} of {', '.join(answer.choices)}"
     return "; ".join(
         f"image {box.image + 1}: {box.label or 'no label'} [{', '.join(f'{value:.4g}' for value in box.box)}]"
-        for box in _boxes(answer)
+        for box in true_boxes(answer)
     )

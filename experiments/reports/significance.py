@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from datamodules.benchmarks.mig_bench import AVERAGES
-from lightning_modules.metrics.bootstrap import NUM_RESAMPLES
+from lightning_modules.metrics.bootstrap import NUM_RESAMPLES, percentiles
 
 Hits = Mapping[str, np.ndarray]  # task -> bool [seeds, questions]: which answers are right
 Clusters = Mapping[str, np.ndarray]  # task -> int [questions]: the number of each question's set of images, from 0
@@ -79,10 +79,10 @@ def paired_differences(row: Hits, over: Hits, clusters: Clusters | None = None, 
 
 def _difference(values: np.ndarray) -> Difference:
     measured, drawn = float(values[0]), values[1:]
-    low, high = np.percentile(drawn, [2.5, 97.5])
+    low, high = percentiles(drawn)
     # Two-sided p-value: twice the number of resamples on the smaller side of 0, where the measured value counts as one.
     tail = 1 + min(np.sum(drawn <= 1e-9), np.sum(drawn >= -1e-9))
-    return Difference(measured, float(low), float(high), min(1.0, 2 * float(tail) / (len(drawn) + 1)))
+    return Difference(measured, low, high, min(1.0, 2 * float(tail) / (len(drawn) + 1)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -58,7 +58,7 @@ def write(
     write_atomic(folder / "sweep.md", _markdown(plan, summary, ranked))
 
 
-def in_words(value: Any) -> str:
+def value_text(value: Any) -> str:
     """A value of a parameter or a trial as text; "" for None."""
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -78,7 +78,7 @@ def _markdown(plan: SweepPlan, summary: Mapping[str, Any], ranked: Sequence[Mapp
     if best is None:
         lines += ["No trial has finished yet.", ""]
     else:
-        lines += [f"Best: trial {best['trial']}, {in_words(best['value'])}. Its command:", ""]
+        lines += [f"Best: trial {best['trial']}, {value_text(best['value'])}. Its command:", ""]
         lines += [f"    {best['command']}", "", f"{_again_heading(plan)}:", ""]
         lines += [f"    {again_command(plan, best['parameters'])}", ""]
     return "\n".join([*lines, markdown_table(_trial_rows(plan, ranked))]) + "\n"
@@ -90,7 +90,7 @@ def page_values(folder: Path, plan: SweepPlan) -> dict[str, Any]:
     best = summary["best"]
     commands = {}
     if best:
-        commands[f"Trial {best['trial']}, {plan.metric} {in_words(best['value'])}"] = best["command"]
+        commands[f"Trial {best['trial']}, {plan.metric} {value_text(best['value'])}"] = best["command"]
         commands[_again_heading(plan)] = again_command(plan, best["parameters"])
     ranked = sorted(summary["trials"], key=lambda row: _rank(row, plan.maximize))
     return {"commands": commands, "trials": _trial_rows(plan, ranked)}
@@ -112,7 +112,7 @@ def _trial_rows(plan: SweepPlan, ranked: Sequence[Mapping[str, Any]]) -> list[li
     """The trials as rows of text cells, header first."""
     table = [["trial", "state", "value", *(parameter.label for parameter in plan.varied), "minutes", "note"]]
     for row in ranked:
-        settings = [in_words(row["parameters"][parameter.name]) for parameter in plan.varied]
+        settings = [value_text(row["parameters"][parameter.name]) for parameter in plan.varied]
         last = [f"{row['seconds'] / 60:.1f}", " ".join(row["message"].split())]
-        table.append([str(row["trial"]), row["state"], in_words(row["value"]), *settings, *last])
+        table.append([str(row["trial"]), row["state"], value_text(row["value"]), *settings, *last])
     return table

@@ -20,6 +20,7 @@ from datamodules.persistence.user_error import UserError
 Choice = Literal["redo", "keep"]
 Inputs = dict[str, list[tuple[str, str | None]]]  # {"data.shards": [(path, hash of its content), …]}
 
+UNKNOWN_FILES = "  Which ones is not known: an earlier version of the project has made it, and wrote none down."
 MOST_LINES, MOST_FILES = 8, 6  # largest numbers in a message; the rest is only counted
 
 
@@ -121,7 +122,7 @@ def find_differences(old: Mapping[str, Any], new: MadeOf) -> Differences:
         before = [tuple(pair) for pair in old.get("inputs", {}).get(name, [])]
         if not _same_inputs(before, inputs):
             shown = name.replace(".init_args", "")
-            found.values.append(f"{shown}: {_in_words(before)} -> {_in_words(inputs)}")
+            found.values.append(f"{shown}: {_inputs_text(before)} -> {_inputs_text(inputs)}")
             if [path for path, _ in before] == [path for path, _ in inputs]:
                 found.contents.append(found.values[-1])
     return found
@@ -144,7 +145,7 @@ def question(what: str, is_done: bool, record: Mapping[str, Any], code: Code, fi
     elif record.get("code"):
         lines.append(f"  changed since: {listed(changed_files(record['code'], code), MOST_FILES)}")
     else:
-        lines.append("  Which ones is not known: an earlier version of the project has made it, and wrote none down.")
+        lines.append(UNKNOWN_FILES)
     if fields:
         lines.append(f"  settings that only one of the two has: {listed(fields, MOST_FILES)}")
     keep = "keeps it as it is" if is_done else "goes on with it, by the code as it is now"
@@ -159,7 +160,7 @@ def changed_text(records: Sequence[tuple[str, Mapping[str, Any], Code]]) -> str:
     titles = listed([title for title, _, _ in records], MOST_FILES)
     lines = [f"Other source files of the project have made what is there, with the same settings and inputs: {titles}."]
     if unknown:
-        lines.append("  Which ones is not known: an earlier version of the project has made it, and wrote none down.")
+        lines.append(UNKNOWN_FILES)
     else:
         lines.append(f"  changed since: {listed(list(dict.fromkeys(files)), MOST_FILES)}")
     lines.append("KEEP=1 (flag --keep) keeps it, and goes on with what is unfinished by the code as it is now;")
@@ -237,7 +238,7 @@ def _same_inputs(old: Sequence[tuple[str, str | None]], new: Sequence[tuple[str,
     return all(a[1] == b[1] if a[1] is not None else a[0] == b[0] for a, b in zip(old, new, strict=True))
 
 
-def _in_words(inputs: Sequence[tuple[str, str | None]]) -> str:
+def _inputs_text(inputs: Sequence[tuple[str, str | None]]) -> str:
     return ", ".join(f"{path} ({content[:8]})" if content else path for path, content in inputs) or "none"
 
 

@@ -137,11 +137,11 @@ def model_problems(path: str) -> list[str]:
     try:
         check_policy(path, known_types())
     except (ValueError, OSError) as error:
-        folder, told = Path(path), str(error)
+        folder, message = Path(path), str(error)
         if folder.name == "merged" and not folder.is_dir():  # the model of an earlier stage of this experiment
             stage = f"{folder.parent.parent.name}/{folder.parent.name}"
-            told += f". Train {stage} first, or name another model with --model.model=FOLDER"
-        return [told]
+            message += f". Train {stage} first, or name another model with --model.model=FOLDER"
+        return [message]
     return []
 
 

@@ -87,6 +87,13 @@ def find_phases(experiment: Path) -> list[Path]:
     return sorted(phases, key=lambda path: config[path].stat().st_mtime if config[path].is_file() else 0.0)
 
 
+def stages_first(experiment: Path, results: Results) -> list[Path]:
+    """The folders of phases in an experiment's folder: first those of its stages, in order, then the others."""
+    staged = [experiment / stage.name for stage in results.stages]
+    others = [path for path in find_phases(experiment) if path not in staged]
+    return [path for path in staged + others if path.is_dir()]
+
+
 def find_mig_bench(phase: Path) -> Path | None:
     """The folder with a phase's result of MIG-Bench, preferably for all questions; None if there is none.
 

@@ -1,13 +1,10 @@
-"""Make phases restartable: markers with a hash of all dependencies, and a lock on the folder."""
+"""Make phases restartable: markers with a hash of all dependencies, and the saved settings of a phase."""
 
 from __future__ import annotations
 
-import fcntl
 import re
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,12 +12,8 @@ from typing import Any
 
 import yaml
 
-from datamodules.checkpoints.model_folder import PROMPT_FORM
-from datamodules.encoding.messages import PromptStyle
-from datamodules.encoding.prompt_form import read_prompt_form
 from datamodules.persistence.files import read_json, write_json
 from datamodules.persistence.user_error import UserError
-from datamodules.samples.boxes import BoxFormat
 from experiments.runs.changes import (
     Choice,
     Differences,
@@ -231,81 +224,3 @@ def read_field(folder: Path, name: str) -> Any:
             raise OtherVersion(folder, f"it has no field {name}")
         value = value[part]
     return value
-
-
-def trained_form(model: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `given` with their values from the model's training. Prints which values differ.
-
-    They are read from prompt_form.json in the model's folder. A merged model of an earlier version has no such file;
-    then they are read from the settings of its phase. {} for a model that was not trained here. So one YAML can
-    evaluate the base model, answer-only SFT and models that think. Raises OtherVersion, and ModelError for a damaged
-    prompt_form.json.
-    """
-    trained, source = read_prompt_form(model), f"{model}/{PROMPT_FORM}"
-    if trained is None:
-        trained, source = _form_of_phase(model, given), str(Path(model).parent / CONFIG)
-    trained = {name: trained[name] for name in given if name in trained}
-    for name, value in trained.items():
-        if value != given[name]:
-            print(
-                f"{name}={value} as {source} has it, not {given[name]}; --form.as_trained=false puts questions as given"
-            )
-    return trained
-
-
-def _form_of_phase(model: str, given: Iterable[str]) -> dict[str, Any]:
-    """The fields `given` in the config.yaml of the phase that contains a merged model; {} if there is no such phase."""
-    phase = Path(model).parent
-    if Path(model).name != "merged" or not (phase / CONFIG).is_file():
-        return {}
-    # A phase of that version had one form of answers, and no setting for it.
-    trained = {name: read_field(phase, f"data.{name}") for name in given if name != "answer_form"}
-    for name, kind in (("box_format", BoxFormat), ("style", PromptStyle)):
-        if name in trained and trained[name] not in list(kind):
-            raise OtherVersion(phase, f"data.{name}={trained[name]!r} is none of {[str(k.value) for k in kind]}")
-    return trained
-
-
-@contextmanager
-def locked(folder: Path, say: Callable[[str], None] = print, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock of a folder. If another process holds it, print a message and wait.
-
-    The system releases it at any exit.
-
-    With `wait=False`, do not wait. Yields whether the lock is held. Ends the program if the lock file cannot be
-    written.
-    """
-    folder = Path(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(folder.parent / f".{folder.name}.lock", "w")  # noqa: SIM115
-    except OSError as error:
-        sys.exit(f"{folder} cannot be written: {error}")
-    with lock as file:
-        held = waited = False
-        while not held:
-            try:
-                # flock belongs to the open file, so the kernel releases it even after a kill; the file itself stays.
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = True
-            except BlockingIOError:
-                if not wait:
-                    break
-                if not waited:
-                    say(f"waiting: another process is working in {folder}")
-                waited = True
-                time.sleep(1.0)
-        yield held
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether a process holds the folder's lock. No file is written."""
-    file = folder.parent / f".{folder.name}.lock"
-    if not file.is_file():
-        return False
-    with file.open() as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False

@@ -22,7 +22,7 @@ class GroundingAccuracy(Metric):
     Acc@t is the percentage of questions whose IoU exceeds t (or reaches it, if the rule is inclusive). A question
     without a readable box has IoU 0. Units and columns without questions are skipped.
 
-    Of an answer of several boxes, the IoU is that of its worst pair, and F1 is averaged beside it.
+    The IoU of an answer of several boxes is that of its worst pair. F1 is averaged beside it.
 
     Every state is a sum, so ranks may have different numbers of questions. Shapes: U units, T thresholds.
 

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from datamodules.encoding.encoder import EncodedSample, Encoder
 from datamodules.persistence.files import Journal, fingerprint, read_journal, read_json, write_atomic, write_json
 from datamodules.persistence.problems import Problems
-from datamodules.samples.sample import LoadedSample, Rejections, SampleError
+from datamodules.samples.rejections import Rejections
+from datamodules.samples.sample import LoadedSample, SampleError
 from datamodules.samples.scores import require_boxes, score_text
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from datamodules.streaming.shard_reader import ShardReader

@@ -28,6 +28,7 @@ from lightning_modules.serving.generation_rules import NEUTRAL, TOKEN_IDS
 
 HOST = "127.0.0.1"
 GENERATION = "generation_config.json"
+STARTUP_SECONDS = 600.0  # in which the server must be ready
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,13 @@ class LocalServer:
 
 
 @contextmanager
-def local_server(model: str, work: Path, device: str = "auto", startup_seconds: float = 600.0) -> Iterator[LocalServer]:
+def local_server(model: str, work: Path, device: str = "auto") -> Iterator[LocalServer]:
     """Serve a model inside the context.
 
     Args:
         model: folder or Hub name.
         work: folder for server.log and for the copy of the model folder that is served.
         device: name of the device for `transformers serve`.
-        startup_seconds: time in which the server must be ready.
 
     Raises:
         ModelError: weights of the model are missing or not finite.
@@ -69,7 +69,7 @@ def local_server(model: str, work: Path, device: str = "auto", startup_seconds: 
     try:
         # A stopped server (SIGSTOP) would accept requests and never answer, so ChildWatch kills it.
         with ChildWatch(lambda: [process.pid]):
-            _wait_until_healthy(process, f"http://{HOST}:{port}/health", log, startup_seconds)
+            _wait_until_healthy(process, f"http://{HOST}:{port}/health", log, STARTUP_SECONDS)
             yield LocalServer(f"http://{HOST}:{port}/v1", served)
     finally:
         process.kill()

@@ -18,8 +18,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from datamodules.persistence import folder_lock
 from datamodules.persistence.files import read_json, write_json
-from experiments.runs import metrics_csv, run_identity
+from experiments.runs import metrics_csv
 
 LIMIT_SECONDS = 1200  # of every wait for another process, on a busy machine
 asked: list[int] = []
@@ -77,5 +78,5 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     phase = Path(arguments.outputs) / arguments.experiment / arguments.phase
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
-    with run_identity.locked(phase):
+    with folder_lock.locked(phase):
         run(arguments, phase)

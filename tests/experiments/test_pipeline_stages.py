@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from datamodules.persistence import folder_lock
 from datamodules.persistence.files import fingerprint, read_json, write_json
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from experiments import ablations, pipeline
-from experiments.runs import run_identity, subprocess_steps, wandb_runs
+from experiments.runs import subprocess_steps, wandb_runs
 from experiments.runs.changes import CodeChanged
 from experiments.runs.results import read_results
 from tests.experiments.phase_results import summary, write_mig_bench
@@ -146,7 +147,7 @@ def test_a_seed_at_which_another_process_works_is_left_to_it(
     run_rows(settings)
     write_config(tmp_path, "sft", 1)
     processes.broken = "sft"
-    with run_identity.locked(tmp_path / "outputs/tiny-seed1"), pytest.raises(SystemExit, match="sft: training"):
+    with folder_lock.locked(tmp_path / "outputs/tiny-seed1"), pytest.raises(SystemExit, match="sft: training"):
         run_rows(settings)
     assert "seed 1: another process is working" in capsys.readouterr().out
     assert listed(tmp_path / "outputs", 1) == ALL and "sft" not in listed(tmp_path / "outputs", 0)

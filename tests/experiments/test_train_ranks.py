@@ -16,7 +16,7 @@ import pytest
 from datamodules.persistence.files import read_json
 from experiments import train
 from experiments.runs import metrics_csv
-from experiments.runs.command_line import train_cli
+from experiments.runs.command_line import train_phase
 from lightning_modules.rl.rollout_log import read_index
 from tests.callbacks.test_preemption import put_scontrol
 from tests.experiments.conftest import REJECTION, ROOT, Workbench, rolling_back, run_apart
@@ -26,7 +26,7 @@ def test_every_rank_of_a_finished_run_ends(workbench: Workbench, monkeypatch, ca
     arguments = ["--config", workbench.training("cot_sft"), "--trainer.logger=false", "--trainer.max_steps=1"]
     train.main(arguments)
     capsys.readouterr()
-    monkeypatch.setattr(train_cli, "fit", lambda cli: pytest.fail("a rank went on without the first"))
+    monkeypatch.setattr(train_phase, "fit", lambda cli: pytest.fail("a rank went on without the first"))
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         train.main(arguments)

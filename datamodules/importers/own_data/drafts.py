@@ -221,9 +221,9 @@ def _images_of(
             detail = f"image_id is {list(given)} for {len(boxes)} boxes and {num_images} images"
             raise SampleError(name, "image_id", detail)
         # A default of the format must not contradict the question either.
-        said = in_answer | (asked if by_default and len(asked) == 1 else set())
-        if len(said) == 1 and not said & set(images):
-            detail = f"image_id says {images}, the text names image {said.pop()}, counted from 0"
+        mentioned = in_answer | (asked if by_default and len(asked) == 1 else set())
+        if len(mentioned) == 1 and not mentioned & set(images):
+            detail = f"image_id says {images}, the text names image {mentioned.pop()}, counted from 0"
             raise SampleError(name, "image_conflict", detail)
         return images, "form" if by_default else "record"
     # 3. The answer's own words.

@@ -8,7 +8,6 @@ ROOT may also be such a file; names are then relative to its folder. A subset is
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -21,7 +20,7 @@ from datamodules.importers.own_data.statement import TRAIN, OwnData
 from datamodules.importers.reading.field_checks import Schema
 from datamodules.importers.reading.json_stream import BOM, MAX_ITEM, stream_json
 from datamodules.importers.reading.source import DataError, Scan, Spans, find_files
-from datamodules.persistence.strict_json import refuse_constant, unique_keys
+from datamodules.persistence.strict_json import parse_strictly
 from datamodules.samples.sample import LoadedSample, SampleError
 
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -129,7 +128,7 @@ def _decode(data: bytes, sample_id: str) -> dict[str, Any] | SampleError:
     except UnicodeDecodeError as error:
         return SampleError(sample_id, "not_utf8", f"{error.reason} at byte {error.start} of the record")
     try:
-        value = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=unique_keys)
+        value = parse_strictly(text)
     except RecursionError:
         return SampleError(sample_id, "bad_json", "its lists and objects are nested too deep")
     except ValueError as error:  # cut short, NaN, a key that is given twice, a number of thousands of digits

@@ -9,16 +9,14 @@ from typing import Literal, get_args
 from datamodules.images.image_files import Frame
 from datamodules.persistence.problems import Problems
 
-# Box formats. The four numbers are x1, y1, x2, y2; for names that end in xywh they are x, y, width, height. pixels
-# pixels of the image file resized_pixels  pixels of the image as Qwen2.5-VL's processor resizes it (with
-# `resized_limits`) relative_1000   0 to 1000 over the image normalized      0 to 1 over the image
+# The four numbers are x1, y1, x2, y2; for names that end in xywh they are x, y, width, height.
 Coordinates = Literal[
-    "pixels",
+    "pixels",  # of the image file
     "pixels_xywh",
-    "resized_pixels",
-    "relative_1000",
+    "resized_pixels",  # of the image as Qwen2.5-VL's processor resizes it (`resized_limits`)
+    "relative_1000",  # 0 to 1000 over the image
     "relative_1000_xywh",
-    "normalized",
+    "normalized",  # 0 to 1 over the image
     "normalized_xywh",
 ]
 COORDINATES: tuple[Coordinates, ...] = get_args(Coordinates)

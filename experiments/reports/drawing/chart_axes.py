@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)  # a step between ticks is one of these, times a power of ten
+INTERVALS = 4  # number of steps between ticks, about
 
 
 @dataclass(frozen=True)
@@ -41,27 +42,25 @@ class Axis:
         return f"{value:,.{self.decimals()}f}" if value else "0"
 
 
-def value_axis(values: Sequence[float], intervals: int = 4) -> Axis:
-    """An axis that ends at ticks and covers the values. It goes below zero only if a value does.
+def value_axis(values: Sequence[float]) -> Axis:
+    """An axis that ends at ticks and covers the values (at least one, all finite).
 
-    Args:
-        values: at least one finite number.
-        intervals: about so many steps.
+    It goes below zero only if a value does.
     """
     low, high = min(values), max(values)
     # One value alone has no range, and neither have values that differ by rounding: begin at zero.
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = (min(low, 0.0), max(high, 0.0)) if low else (0.0, 1.0)
-    step = round_step((high - low) / intervals)
+    step = round_step((high - low) / INTERVALS)
     return Axis(math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step, step)
 
 
-def step_axis(steps: Sequence[float], intervals: int = 4) -> Axis:
+def step_axis(steps: Sequence[float]) -> Axis:
     """An axis of training steps: it ends at the first and the last step, and its ticks are whole numbers."""
     low, high = min(steps), max(steps)
     if low == high:
         low, high = max(low - 1, 0.0), low + 1
-    return Axis(low, high, max(1.0, round_step((high - low) / intervals, high - low < 10 * intervals)))
+    return Axis(low, high, max(1.0, round_step((high - low) / INTERVALS, high - low < 10 * INTERVALS)))
 
 
 def round_step(least: float, whole: bool = False) -> float:

@@ -94,9 +94,9 @@ def curve_style(place: int) -> tuple[str, str]:
     return COLOURS[place % len(COLOURS)], DASHES[place // len(COLOURS) % len(DASHES)]
 
 
-def smooth(points: Points, share: float = 0.05) -> list[tuple[float, float]]:
-    """A centred running mean over about `share` of the points."""
-    reach = max(1, round(len(points) * share / 2))
+def smooth(points: Points) -> list[tuple[float, float]]:
+    """A centred running mean over about 5 % of the points."""
+    reach = max(1, round(len(points) * 0.05 / 2))
     means = []
     for k, (x, _) in enumerate(points):
         # At both ends the window is smaller, so the mean is over fewer points.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS, load_image
 
-SHARP = 256  # an image of at most so many pixels a side stays a PNG, so that drawings keep their edges
+SHARP = 256  # an image whose sides are not longer (in pixels) stays a PNG, so that drawings keep their edges
 
 
 @dataclass(frozen=True)

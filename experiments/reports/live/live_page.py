@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from datamodules.persistence import folder_lock
 from datamodules.persistence.durations import in_words
 from experiments.reports.drawing.templates import render, script_json
 from experiments.reports.find_runs import Run, find_runs
@@ -47,7 +48,7 @@ class LivePage:
             ]
             files += phase.glob("previews/*/previews.json")
             stats = [(file.name, file.stat()) for file in sorted(files) if file.exists()]
-            marks.append((phase.name, run_identity.is_locked(phase), [(n, s.st_size, s.st_mtime_ns) for n, s in stats]))
+            marks.append((phase.name, folder_lock.is_locked(phase), [(n, s.st_size, s.st_mtime_ns) for n, s in stats]))
         return str(hash(str(marks)))
 
     def html(self) -> str:
@@ -72,7 +73,7 @@ class LivePage:
         groups, notes = self._groups(phase)
         return {
             "phase": phase.name,
-            "is_running": run_identity.is_locked(phase),
+            "is_running": folder_lock.is_locked(phase),
             "is_finished": bool(run_identity.read_marker(phase)),
             "step": int(rows[-1]["step"]) if rows else None,
             "changed": in_words(max(0.0, time.time() - _changed(phase))),

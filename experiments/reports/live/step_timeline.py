@@ -8,7 +8,7 @@ from typing import Any
 from experiments.reports.drawing.charts import COLOURS
 from experiments.runs import metrics_csv
 
-# A part of a step -> its metric, in the order in which the parts follow one another. `update` is what remains.
+# A part of a step -> its metric, in the order in which the parts follow one another. `update` is the rest.
 PARTS = {
     "wait": "speed/data_wait",
     "rollout": "speed/rollout_seconds",

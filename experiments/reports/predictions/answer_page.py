@@ -1,4 +1,4 @@
-"""The page of answers: which questions it shows, and what it holds of each. It is one file that needs no network."""
+"""The page of answers: the choice of its questions, and the data of each. It is one file that needs no network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from experiments.reports.drawing.pictures import small_copy
 from experiments.reports.drawing.templates import render, script_json
 from experiments.reports.report_sections import score_rows
 from experiments.reports.rollout_pages import thin
-from experiments.reports.samples_page import question_text
+from experiments.reports.samples_page import numbered_question
 
 LONGEST_SIDE = 448  # pixels of a picture
 MEGABYTE = 2**20
@@ -47,7 +47,7 @@ class _Pictures:
     _size: int = 0
 
     def add(self, data: bytes) -> tuple[int | None, tuple[int, int] | None]:
-        """The index of the image's URI and its size; None for what is left out or cannot be read."""
+        """The index of the image's URI and its size; None for an image that is left out or cannot be read."""
         if data in self._places:
             return self._places[data]
         try:
@@ -92,7 +92,7 @@ def render_answers(
         return {
             "id": name,
             "column": columns.index(answers[0].column),
-            "question": question_text(found) if found else None,
+            "question": numbered_question(found) if found else None,
             "sizes": sizes,
             "pictures": [place for place, _ in kept],
             "truths": [[box.image, *box.box] for box in true_boxes(answers[0].answer)],
@@ -148,7 +148,7 @@ def _option(answer: Any) -> str | None:
 
 
 def _notes(models: Sequence[Answers], num_common: int, num_shown: int, pictures: _Pictures, missing: str) -> list[str]:
-    """Sentences about what the page holds, and what it leaves out."""
+    """Sentences about the content of the page, and about questions and images that are left out."""
     notes = [f"{model.label}: {model.folder}, model {model.result['model']}." for model in models]
     if num_shown < num_common:
         notes.append(f"{num_shown:,} of {num_common:,} questions are here, evenly over the file (--max_questions).")

@@ -3,7 +3,7 @@
     make predictions RUNS="outputs/nano/grpo outputs/nano/cot_sft" BENCH=mig_bench
     python -m experiments.reports.predictions.browse_answers --runs outputs/eval/models--nano-base --bench blink
 
-The page is one file that opens offline. It says what it leaves out.
+The page is one file that opens offline. It says how many questions and images are left out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MOST_MODELS = 2
 
 
 class NoAnswers(UserError, ValueError):
-    """There are no answers to show. The message names the folder and what it has."""
+    """There are no answers to show. The message names the folder and its evaluations."""
 
 
 def write_page(

@@ -61,12 +61,12 @@ def take_number(words: Sequence[str], flag: str, least: int) -> tuple[list[str],
 def read_yamls(words: Sequence[str]) -> dict[str, Any]:
     """The settings of the YAML files behind --config, later files over earlier ones; {} where one cannot be read.
 
-    The parser of the command tells what is wrong with a file.
+    The parser of the command reports the fault of a file.
     """
     settings: dict[str, Any] = {}
     for file in config_files(words):
         try:
-            _lay_over(settings, yaml.safe_load(file.read_text()) or {})
+            settings = laid_over(settings, yaml.safe_load(file.read_text()) or {})
         except (OSError, ValueError, AttributeError, yaml.YAMLError):
             return {}
     return settings
@@ -90,7 +90,7 @@ def last_given(words: Sequence[str], *names: str) -> str | None:
 
 
 def gpu_words(words: Sequence[str], settings: Mapping[str, Any], gpus: int) -> list[str]:
-    """The settings by which this number of GPUs makes the same total batch; says what they are.
+    """The settings by which this number of GPUs makes the same total batch. They are printed.
 
     Raises WordsError if the total batch cannot be divided so.
     """
@@ -152,9 +152,10 @@ def _find(settings: Mapping[str, Any], name: str) -> Any:
     return settings
 
 
-def _lay_over(settings: dict[str, Any], more: Mapping[str, Any]) -> None:
-    for name, value in more.items():
-        if isinstance(value, Mapping) and isinstance(settings.get(name), dict):
-            _lay_over(settings[name], value)
-        else:
-            settings[name] = value
+def laid_over(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with the values of `changes`, name by name; lists are replaced completely."""
+    merged = dict(settings)
+    for name, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = laid_over(merged[name], value) if both else value
+    return merged

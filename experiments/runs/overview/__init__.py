@@ -1,1 +1,1 @@
-"""All runs below outputs/ in one table, and the removal of what is no longer needed."""
+"""All runs below outputs/ in one table, and the removal of files that are no longer needed."""

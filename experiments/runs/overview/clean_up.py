@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from datamodules.persistence import folder_lock
 from experiments.runs import run_identity
 
 CHECKPOINTS = "checkpoints"
@@ -85,7 +86,7 @@ def _old(folder: Path) -> list[Path]:
 
     The model is merged then. The newest one stays, so that training can still be continued from it.
     """
-    if not run_identity.read_marker(folder) or not (folder / "merged").is_dir() or run_identity.is_locked(folder):
+    if not run_identity.read_marker(folder) or not (folder / "merged").is_dir() or folder_lock.is_locked(folder):
         return []
     if _keeps_some(folder):
         return []
@@ -103,7 +104,7 @@ def _keeps_some(folder: Path) -> bool:
 def _delete(candidate: Candidate) -> int:
     """Delete it; the freed bytes. A run that has begun since the list was made keeps its files."""
     phase = candidate.path if candidate.path.is_dir() else candidate.path.parents[1]
-    with run_identity.locked(phase, wait=False) as is_held:
+    with folder_lock.locked(phase, wait=False) as is_held:
         if not is_held:
             print(f"{candidate.path} is kept: a process is working there")
             return 0

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datamodules.metrics.result_files import RESULT, OtherVersion, read_result
+from datamodules.persistence import folder_lock
 from datamodules.persistence.durations import in_words
 from experiments.runs import run_identity
 from experiments.runs.commands import command
@@ -90,7 +91,7 @@ def _read_row(folder: Path, outputs: Path) -> RunRow:
     is_done = bool(run_identity.read_marker(folder))
     if run_identity.is_aside(folder):
         state = "moved aside"
-    elif run_identity.is_locked(folder):
+    elif folder_lock.is_locked(folder):
         state = "running"
     elif is_done:
         state = "finished"

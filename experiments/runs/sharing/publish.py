@@ -46,23 +46,23 @@ class Publication:
     message: str = "Upload the model, its adapter and its card"
 
 
-def publish(asked: Publication) -> str:
+def publish(publication: Publication) -> str:
     """Write the card and upload everything; returns the address of the commit.
 
     Raises:
         PublishError: the folder is not a merged model of a phase, there is no key, or the Hub refuses.
     """
     # 1. Check the names, the folder and its phase before anything is uploaded.
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", asked.repo):
-        raise PublishError(f"repo={asked.repo!r} must be owner/name")
-    folder = local_folder(asked.model)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", publication.repo):
+        raise PublishError(f"repo={publication.repo!r} must be owner/name")
+    folder = local_folder(publication.model)
     phase = folder.resolve().parent
     if folder.name != "merged" or not (folder / CONFIG).is_file() or not (phase / run_identity.CONFIG).is_file():
         raise PublishError(
-            f"model={asked.model!r} is not the merged folder of a phase, such as outputs/nano/grpo/merged: its card "
-            "needs the config.yaml beside it"
+            f"model={publication.model!r} is not the merged folder of a phase, such as outputs/nano/grpo/merged: its "
+            "card needs the config.yaml beside it"
         )
-    card = write_model_card(phase, asked.license_name)
+    card = write_model_card(phase, publication.license_name)
 
     # 2. The repository.
     from huggingface_hub import HfApi, get_token  # a slow import, needed only for the Hub
@@ -72,20 +72,20 @@ def publish(asked: Publication) -> str:
         raise PublishError("no key for the Hub: run `hf auth login`, or set the environment variable HF_TOKEN")
     hub = HfApi()
     try:
-        hub.create_repo(asked.repo, private=asked.private, exist_ok=True)
+        hub.create_repo(publication.repo, private=publication.private, exist_ok=True)
         # 3. The merged model with its card, then the adapter.
-        commit = hub.upload_folder(repo_id=asked.repo, folder_path=folder, commit_message=asked.message)
+        commit = hub.upload_folder(repo_id=publication.repo, folder_path=folder, commit_message=publication.message)
         if (phase / ADAPTER_FOLDER).is_dir():
             commit = hub.upload_folder(
-                repo_id=asked.repo,
+                repo_id=publication.repo,
                 folder_path=phase / ADAPTER_FOLDER,
                 path_in_repo=ADAPTER_FOLDER,
-                commit_message=f"{asked.message}: adapter",
+                commit_message=f"{publication.message}: adapter",
             )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PublishError(
-            f"repo={asked.repo!r} at {hub.endpoint}: {first}. Nothing local has changed but {card}"
+            f"repo={publication.repo!r} at {hub.endpoint}: {first}. Nothing local has changed but {card}"
         ) from error
     return str(commit.commit_url)
 
@@ -93,9 +93,9 @@ def publish(asked: Publication) -> str:
 @command
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make publish`."""
-    asked = run_cli(Publication, args)
-    print(f"card: {Path(asked.model) / CARD}")
-    print(f"published: {publish(asked)}")
+    publication = run_cli(Publication, args)
+    print(f"card: {Path(publication.model) / CARD}")
+    print(f"published: {publish(publication)}")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What a run sends to W&B beside its metrics."""
+"""W&B artefacts of a run."""

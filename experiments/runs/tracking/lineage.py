@@ -4,7 +4,7 @@
 
 An artefact is made of files that stay the same, so the same data and the same model are one version in all runs. Large
 files stay where they are: a model's artefact holds its settings, not its weights. W&B accepts no inputs while it is
-offline. Therefore each artefact also names what it was made from in its metadata, as `made_from`.
+offline. Therefore the metadata of each artefact also name its sources, as `made_from`.
 """
 
 from __future__ import annotations

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from lightning_modules.models.architectures.base import CacheSizes
 
+MIN_WASTE = 0.25  # the memory shrinks only if this frees at least this share of it, because the rest is copied
+
 
 class PrefixRecorder:
     """The model's cache during the prefill: stores the rotated keys and the values of each layer, [P, H, L, D].
@@ -125,14 +127,13 @@ class PrefixKVCache:
         hidden = torch.arange(self.completion_width, device=last.device) > last[:, None]
         self.completion_bias = _bias(hidden).view(self.num_prompts, 1, self.num_completions, 1, -1)
 
-    def keep_rows(self, rows: Tensor, shrink: bool = True, min_waste: float = 0.25) -> None:
+    def keep_rows(self, rows: Tensor, shrink: bool = True) -> None:
         """Continue with fewer active rows, in the same order.
 
         Args:
             rows: ascending indices into [A].
             shrink: reduce the memory to the remaining prompts and to the largest number of remaining completions per
-                prompt. Afterwards, no prompt can be admitted.
-            min_waste: shrink only if this frees at least this share of the memory, because the rest is copied.
+                prompt, if this frees enough of it (`MIN_WASTE`). Afterwards, no prompt can be admitted.
         """
         self.active_rows = self.active_rows[rows]
         if not shrink or len(rows) == 0:
@@ -140,7 +141,7 @@ class PrefixKVCache:
         prompts = self.active_rows // self.num_completions
         alive, counts = torch.unique_consecutive(prompts, return_counts=True)
         most = int(counts.max())
-        if len(alive) * most > (1 - min_waste) * self.num_prompts * self.num_completions:
+        if len(alive) * most > (1 - MIN_WASTE) * self.num_prompts * self.num_completions:
             return
         # New prompt index and new completion index of each row, both numbered from 0.
         prompt = torch.arange(len(alive), device=prompts.device).repeat_interleave(counts)

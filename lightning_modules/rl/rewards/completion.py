@@ -10,7 +10,7 @@ from typing import Literal
 from datamodules.samples.answer_text import AnswerForm, ParsedAnswer, ParseFailure, parse_answer
 from datamodules.samples.box_matching import BoxMatching, WrittenBox
 from datamodules.samples.boxes import BoxFormat, ImageSizes
-from datamodules.samples.sample import BoxAnswer, BoxPart, Sample, TextPart
+from datamodules.samples.sample import BoxAnswer, Sample
 from datamodules.samples.scores import TextScore, score_text, true_boxes
 
 FinishReason = Literal["stop", "length"]
@@ -44,11 +44,10 @@ class Completion:
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
-    @cached_property
+    @property
     def question(self) -> str:
         """The text of the user's turn."""
-        parts = (part.text for part in self.sample.messages if isinstance(part, TextPart | BoxPart))
-        return "".join(parts).strip()
+        return self.sample.question
 
     @cached_property
     def true_boxes(self) -> tuple[BoxAnswer, ...]:

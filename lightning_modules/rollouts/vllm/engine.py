@@ -182,7 +182,7 @@ class VLLMEngine:
 
         If a server fails to unload one, its error is raised after all other servers were asked.
         """
-        self._disconnect()  # nobody waits for what was submitted and not fetched
+        self._disconnect()  # nobody waits for requests that were submitted and not fetched
         if self.adapter is not None and self.rank == 0:
             self.adapter, self._older = None, []
             self._given.clear()
@@ -194,7 +194,7 @@ class VLLMEngine:
         self._disconnect()
 
     def _disconnect(self) -> None:
-        """Cancel what is submitted, and close the connections."""
+        """Cancel all submitted requests, and close the connections."""
         loop, self._loop = self._loop, None
         if loop is not None:
             loop.close(self._close_pool)

@@ -9,7 +9,7 @@ import pytest
 from datamodules.checkpoints.model_folder import ModelError
 from datamodules.encoding.encoder import Encoder
 from datamodules.encoding.prompt_form import prompt_form_text, read_prompt_form
-from experiments.runs.run_identity import trained_form
+from experiments.evaluation.trained_form import trained_form
 
 GIVEN = {"style": "think", "box_format": "absolute_pixels", "label_images": True, "max_resized_pixels": None}
 

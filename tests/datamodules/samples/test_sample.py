@@ -20,7 +20,6 @@ from datamodules.samples.sample import (
     BoxPart,
     ChoiceAnswer,
     ImagePart,
-    Rejections,
     Sample,
     SampleError,
     TextPart,
@@ -175,21 +174,3 @@ def test_a_sample_error_survives_pickling_between_processes() -> None:
     assert (error.sample_id, error.rule) == ("nano/7", "degenerate_box")
     assert str(error) == "sample 'nano/7': degenerate_box: x2 <= x1"
     assert isinstance(error, ValueError)
-
-
-def test_rejections_are_counted_by_rule_with_example_ids() -> None:
-    rejections = Rejections()
-    assert len(rejections) == 0 and rejections.summary() == "0 samples rejected"
-    for index in range(5):
-        rejections.add(SampleError(f"s{index}", "degenerate_box"))
-    rejections.add(SampleError("t", "missing_image"))
-    assert len(rejections) == 6
-    assert rejections.counts == {"degenerate_box": 5, "missing_image": 1}
-    assert rejections.summary() == "6 samples rejected: degenerate_box 5 (s0, s1, s2); missing_image 1 (t)"
-
-
-def test_strict_rejections_raise_the_error_itself() -> None:
-    error = SampleError("s", "degenerate_box")
-    with pytest.raises(SampleError) as caught:
-        Rejections(strict=True).add(error)
-    assert caught.value is error

@@ -23,7 +23,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from datamodules.samples.sample import Rejections
+from datamodules.samples.rejections import Rejections
 from datamodules.streaming.epoch_order import EpochOrder
 from datamodules.streaming.remote_cache import CacheSettings
 from datamodules.streaming.resumable_loader import BatchLoader

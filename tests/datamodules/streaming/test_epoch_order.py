@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 
 import pytest
 
-from datamodules.samples.sample import Rejections
+from datamodules.samples.rejections import Rejections
 from datamodules.streaming.epoch_order import EpochOrder
 from datamodules.streaming.resumable_loader import BatchLoader
 from datamodules.streaming.stream import ShardStream, UnusableData

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.samples.sample import Rejections
+from datamodules.samples.rejections import Rejections
 from datamodules.streaming import fetch_ahead
 from datamodules.streaming.fetch_ahead import FetchAhead, Upcoming
 from datamodules.streaming.remote_cache import CacheSettings

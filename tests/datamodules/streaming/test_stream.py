@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from datamodules.encoding.encoder import Batch
-from datamodules.samples.sample import Rejections, SampleError
+from datamodules.samples.rejections import Rejections
+from datamodules.samples.sample import SampleError
 from datamodules.streaming.resumable_loader import BatchLoader
 from datamodules.streaming.stream import ShardStream
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from datamodules.persistence import processes
-from datamodules.samples.sample import Rejections
+from datamodules.samples.rejections import Rejections
 from datamodules.streaming import workers
 from datamodules.streaming.resumable_loader import BatchLoader, num_samples_held
 from datamodules.streaming.stream import ShardStream

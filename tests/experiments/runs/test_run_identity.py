@@ -2,17 +2,14 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from experiments.evaluation.trained_form import trained_form
 from experiments.runs import run_identity
 from experiments.runs.changes import CodeChanged, MadeOf
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_a_phase_is_done_only_with_its_own_hash(tmp_path: Path) -> None:
@@ -48,49 +45,6 @@ def test_other_ranks_learn_that_the_run_is_done(tmp_path: Path) -> None:
         run_identity.wait_for_claim(folder, "aaaa", seconds=0)
 
 
-def test_a_second_process_waits_for_the_first_and_a_kill_frees_the_lock(tmp_path: Path) -> None:
-    code = (
-        "import sys, time; from experiments.runs import run_identity\n"
-        "with run_identity.locked(sys.argv[1]): print('in', flush=True); time.sleep(60)"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "grpo")], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert holder.stdout.readline() == "in\n"
-        said: list[str] = []
-
-        def kill_and_note(message: str) -> None:
-            said.append(message)
-            holder.kill()
-
-        start = time.monotonic()
-        with run_identity.locked(tmp_path / "grpo", kill_and_note):
-            assert len(said) == 1 and "waiting" in said[0]
-        assert time.monotonic() - start < 30
-    finally:
-        holder.kill()
-        holder.wait()
-        holder.stdout.close()
-
-
-def test_a_place_that_cannot_be_written_ends_the_program_and_is_named(tmp_path: Path) -> None:
-    (tmp_path / "outputs").write_text("a file where a folder should be")
-    wanted = r"outputs/nano/grpo cannot be written: .*[Nn]ot a directory"
-    with pytest.raises(SystemExit, match=wanted), run_identity.locked(tmp_path / "outputs/nano/grpo"):
-        pass
-
-
-def test_a_lock_that_is_not_waited_for_says_whether_it_is_held(tmp_path: Path) -> None:
-    with (
-        run_identity.locked(tmp_path / "grpo", wait=False) as first,
-        run_identity.locked(tmp_path / "grpo", wait=False) as second,
-    ):
-        assert first and not second
-    with run_identity.locked(tmp_path / "grpo") as third:
-        assert third
-
-
 @pytest.mark.parametrize(
     ("saved", "what"),
     [
@@ -104,7 +58,7 @@ def test_settings_of_another_version_are_told_with_file_and_field(tmp_path: Path
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
     file = re.escape(str(tmp_path / "config.yaml"))
     with pytest.raises(ValueError, match=f"{file} was written by another version of the project: {what}"):
-        run_identity.trained_form(str(tmp_path / "merged"), {"box_format": "absolute_pixels", "style": "think"})
+        trained_form(str(tmp_path / "merged"), {"box_format": "absolute_pixels", "style": "think"})
 
 
 OLD_CODE, NEW_CODE = {"lightning_modules/grpo.py": "1"}, {"lightning_modules/grpo.py": "2"}

@@ -13,11 +13,11 @@ from urllib.request import urlopen
 import pytest
 import yaml
 
+from datamodules.persistence import folder_lock
 from datamodules.samples.sample import BoxAnswer
 from experiments.reports.live import watch
 from experiments.reports.live.step_timeline import NEWEST, timeline
 from experiments.reports.live.watch import PortInUse, WatchServer
-from experiments.runs import run_identity
 from lightning_modules.rl.rollout_log import RolloutLog
 from tests.browser import opened_pages
 from tests.experiments.test_compare import HOSTILE, logged_group
@@ -100,7 +100,7 @@ def follow(page: Any, phase: Path) -> None:
     page.wait_for_function("[...document.images].length === 8 && [...document.images].every((i) => i.naturalWidth > 0)")
     assert page_faults(page) == []
     now.locator("details").nth(1).locator("summary").click()
-    with run_identity.locked(phase):
+    with folder_lock.locked(phase):
         log_step(phase, 3, **{"speed/data_wait": 9.0})
         RolloutLog(phase / "rollouts.jsonl").append([logged_group(8) | {"id": "s1"}])
         page.wait_for_function("document.querySelector('#now').innerText.includes('grpo is running, step 3')")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from datamodules.persistence import folder_lock
 from datamodules.persistence.files import write_json
-from experiments.runs import run_identity
 from experiments.runs.overview import run_table
 
 DAYS = 24 * 3600
@@ -76,7 +76,7 @@ def test_the_table_has_every_run_with_its_state(outputs: Path, capsys) -> None:
     old = outputs / "nano/cot_sft"
     for path in [*old.rglob("*"), old]:
         os.utime(path, (path.stat().st_mtime - 5 * DAYS,) * 2)
-    with run_identity.locked(outputs / "nano-seed1/cot_sft"):
+    with folder_lock.locked(outputs / "nano-seed1/cot_sft"):
         run_table.main(["--outputs", str(outputs)])
     header, *lines, total = capsys.readouterr().out.splitlines()
     assert header.split() == ["experiment", "phase", "state", "AVG", "commit", "size", "age"]
