@@ -124,6 +124,7 @@ class GRPO(GroupObjective):
         return [CloseOnError()]
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         self.check_reference()
         self._batches = []  # of a fit that was stopped inside a window
         self._ahead.clear()
