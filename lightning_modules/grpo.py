@@ -299,7 +299,7 @@ class GRPO(GroupObjective):
             "speed/completion_tokens_per_second": sums["completion_tokens"] / seconds,
         }
         # Without a logger nobody draws the spread of each reward.
-        spreads = self.metrics.spreads(sums) if self.trainer.loggers else {}
+        spreads = self.metrics.spreads(sums, self._latest) if self.trainer.loggers else {}
         self.log_step(self.metrics.means(sums) | spreads | speeds)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
