@@ -139,7 +139,7 @@ def _read_boxes(prediction: Prediction, answer: BoxesAnswer, rule: Rule) -> _Rea
     score = score_text(prediction.text, answer, *how, lenient=True, form=AnswerForm.NAMED_IMAGE)
     matching = score.matching
     boxes = tuple((box.image, *box.box) for box in matching.written if box.image is not None)
-    f1 = matching.f1(rule.threshold)
+    f1 = matching.f1(rule.exceeded)
     return _Reading(matching.worst_iou, boxes or None, score.failure, f1)
 
 
@@ -155,7 +155,7 @@ def _read_detections(prediction: Prediction, answer: BoxesAnswer, rule: Rule) ->
     matching = BoxMatching(written, answer.boxes)
     boxes = tuple((box.image, *box.box) for box in written if box.image is not None)
     detections = find_detections(written, answer.boxes, rule)
-    return _Reading(matching.worst_iou, boxes or None, None, matching.f1(rule.threshold), detections)
+    return _Reading(matching.worst_iou, boxes or None, None, matching.f1(rule.exceeded), detections)
 
 
 def _read_choice(prediction: Prediction, answer: ChoiceAnswer, rule: Rule) -> _Reading:
