@@ -25,6 +25,8 @@ _LISTED = re.compile(
     rf"\b(?:{_ORDINAL})(?:\s*,\s*|\s*,?\s+(?:and|or|to)\s+)(?:the\s+)?(?:{_ORDINAL})\s+{_KIND}", re.IGNORECASE
 )
 _IN = re.compile(r"\)?,?\s*(?:in|of|from|on)\s+(?:the\s+)?", re.IGNORECASE)  # between a box and its image
+# The same, where the words are about this box: behind a comma they may begin the next one, "image-1 (box), in image-2".
+_OF_THIS_BOX = re.compile(r"\)?\s*(?:(?:is|are)\s+)?(?:in|of|from|on)\s+(?:the\s+)?", re.IGNORECASE)
 _LABEL = re.compile(r"<\|object_ref_start\|>(.*?)<\|object_ref_end\|>", re.DOTALL)
 _RELATIVE_1000 = ImageSizes(original=(1, 1), resized=(1, 1))  # this box format needs no sizes
 
@@ -94,7 +96,8 @@ def bind(
         raise SampleError(sample_id, "image_unknown", f"no image is named: {question[-100:]!r} -> {answer!r:.100}")
     if source != "answer" and not {image for _, image in named} <= set(images):
         raise SampleError(sample_id, "image_conflict", f"{source} says {images}, but the answer is {answer!r:.150}")
-    if source == "answer" and (_LISTED.search(answer) or (len(matches) > 1 and _is_unclear(matches, named))):
+    is_unclear = len(matches) > 1 and _is_unclear(matches, named)
+    if source == "answer" and (is_unclear or _LISTED.search(answer) or _is_denied(answer, matches, images, named)):
         raise SampleError(sample_id, "image_unknown", f"the image of a box is not clear: {answer!r:.150}")
     if in_order and num_images > 1 and len(set(images)) < len(images):
         raise SampleError(sample_id, "image_conflict", f"two boxes of a track in one image: {answer!r:.150}")
@@ -144,6 +147,15 @@ def _is_unclear(matches: list[re.Match[str]], named: list[tuple[int, int]]) -> b
     ]
     behind = gaps.pop()
     return any(len(gap) > 1 for gap in gaps) or (not gaps[-1] and not behind <= {_image_before(named, starts[-1])})
+
+
+def _is_denied(answer: str, matches: list[re.Match[str]], images: list[int], named: list[tuple[int, int]]) -> bool:
+    """Whether another image than the one found is named right behind a box: "as in image-1, it is (box) in image-3"."""
+    for box, image in zip(matches, images, strict=True):
+        behind = next((found for found in named if found[0] >= box.end()), None)
+        if behind is not None and behind[1] != image and _OF_THIS_BOX.fullmatch(answer, box.end(), behind[0]):
+            return True
+    return False
 
 
 def label_before(text: str, end: int | None = None) -> str:
