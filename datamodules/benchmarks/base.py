@@ -86,6 +86,8 @@ class Benchmark:
     data: str  # fingerprint of the image files
     # reason -> number of records that are not used as questions
     dropped: Mapping[str, int] = field(default_factory=dict)
+    # Whether the image that a model names counts in questions of one box too. Published measures do not know it.
+    image_counts: bool = False
 
     def __post_init__(self) -> None:
         if not self.samples:
