@@ -186,7 +186,7 @@ class BenchmarkEvaluation(Callback):
         """Score the answers of all ranks; write, log and print the result. Raises StorageError."""
         benchmark = self.benchmark
         replies = read_answers(answers_folder(home, self.name, key), key)
-        predictions = score_replies(benchmark, samples, replies, predictor.box_format)
+        predictions = score_replies(benchmark, samples, replies, predictor.box_format, predictor.answer_form)
         facts = {"benchmark": self.name, "key": key, "step": trainer.global_step, "generation": "greedy"}
         result = facts | summarise(predictions, benchmark.rule, benchmark.official, benchmark.averages)
         write_evaluation(home, predictions, result)

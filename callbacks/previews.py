@@ -59,7 +59,7 @@ class Previews(MIGBench):
         samples = limit_columns(benchmark.samples, self.limit)
         predictor = PolicyPredictor(pl_module.policy, rollout_engine(pl_module), encoder, self.decoding)
         replies = {sample.id: reply for sample, reply in predictor.answers(samples, benchmark.load)}
-        predictions = score_replies(benchmark, samples, replies, predictor.box_format)
+        predictions = score_replies(benchmark, samples, replies, predictor.box_format, predictor.answer_form)
         rows = draw_previews(samples, predictions, benchmark.load, encoder.max_image_pixels)
         folder = self._home(trainer) / f"step_{trainer.global_step:06d}"
         try:

@@ -73,6 +73,9 @@ class SaveOnInterrupt(Callback):
         self._restore()
         # The weights are good. With several ranks, the others need not come here, and saving needs them all.
         if isinstance(exception, ServersLost) and trainer.world_size == 1:
+            batches = trainer.fit_loop.epoch_loop.batch_progress.total
+            if batches.ready > batches.completed and not getattr(pl_module, "window_is_open", False):
+                log_batch(trainer)  # a resumed run does not repeat this batch
             save(trainer, _path(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -201,7 +201,7 @@ class _ScoredBenchmarks:
         # Score each answer by both rules. A language model may do the last step of the official parser.
         samples = limit_columns(benchmark.samples, asked.limit)
         replies = read_answers(answers_folder(self.home, benchmark.name, ended.key), ended.key)
-        predictions = score_replies(benchmark, samples, replies, ended.box_format)
+        predictions = score_replies(benchmark, samples, replies, ended.box_format, ended.answer_form)
         if self.extractor is not None and benchmark.official.reader in EXTRACTED_READERS:
             predictions, result["extractor"] = extract_letters(self.extractor, benchmark, samples, predictions)
             rules = (benchmark.rule, with_extractor(benchmark.official, self.extractor.settings.model))

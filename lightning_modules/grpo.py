@@ -7,6 +7,7 @@ each prompt (its group), F width of an image feature.
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,7 @@ class GRPO(GroupObjective):
         return [CloseOnError()]
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         self.check_reference()
         self._batches = []  # of a fit that was stopped inside a window
         self._ahead.clear()
@@ -146,6 +148,12 @@ class GRPO(GroupObjective):
 
     def on_fit_end(self) -> None:
         self.engine.close()
+
+    def close_on_error(self) -> None:
+        """Close the engine of a run that has failed. A checkpoint may still be written after that."""
+        if self.engine is not None:
+            with closing(self.engine):
+                self._ahead.keep(self.engine)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One batch of prompts. With the last batch of an accumulation window, the window is sampled and trained on.
@@ -227,11 +235,13 @@ class GRPO(GroupObjective):
         # 5. Train (eq. 2): the optimizer updates of the window, after which the engine gets the new weights.
         if self._ahead.staleness:
             self.metrics.update(staleness=self.global_step - window.policy, stale=1)
+        before = self.global_step
         self._train_on_window(self._window.groups())
         self._window.clear()
         self._ahead.finish(window)
         self.commit_window(window.batches[-1], self._ahead.batches)  # checkpoints resume after the window from now on
-        self._log_window()
+        # After the commit: servers may be lost here, and a resumed run must not train on the window again.
+        self._sync_and_log(self.global_step != before)  # False if there was nothing to train on, on any rank
         return True
 
     # What is kept of the rollouts
@@ -260,16 +270,23 @@ class GRPO(GroupObjective):
     # Training on a window
 
     def _train_on_window(self, by_batch: list[list[PromptGroup]]) -> None:
-        """All optimizer updates of a window (`train_on`); then the engine gets the weights."""
-        # For the idle-window check. Where truncated completions are masked, the rest of a group may have equal rewards.
+        """All optimizer updates of a window (`train_on`), and its counts for the idle-window check."""
+        # Where truncated completions are masked, the rest of a group may have equal rewards.
         informative = sum(group.is_informative for groups in by_batch for group in groups)
         self.metrics.update(informative=informative, **self._window.sums())
-        before = self.global_step
         self.train_on(by_batch)
-        if self.global_step != before:  # not if there was nothing to train on, on any rank
-            self.engine.sync()
 
     # Logging, and ending where nothing is learnt
+
+    def _sync_and_log(self, updated: bool) -> None:
+        """The engine gets the weights of an update; the finished window is logged, even if that fails."""
+        try:
+            if updated:
+                self.engine.sync()
+        except Exception:  # the same on every rank
+            self._log_window()
+            raise
+        self._log_window()
 
     def _log_window(self) -> None:
         """Log the metrics of a window, and count it if it was idle."""
@@ -283,7 +300,7 @@ class GRPO(GroupObjective):
             "speed/completion_tokens_per_second": sums["completion_tokens"] / seconds,
         }
         # Without a logger nobody draws the spread of each reward.
-        spreads = self.metrics.spreads(sums) if self.trainer.loggers else {}
+        spreads = self.metrics.spreads(sums, self._latest) if self.trainer.loggers else {}
         self.log_step(self.metrics.means(sums) | spreads | speeds)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:

@@ -184,6 +184,13 @@ class PolicyModule(LightningModule):
 
     # One accumulation window
 
+    def on_fit_start(self) -> None:
+        """Forget the open window of an earlier fit of this module, such as one that a notebook has interrupted."""
+        self.num_batches = self._num_batches_closed = self._num_batches_committed
+        self._window_ids, self._count, self._absent = [], 0.0, 0.0
+        for parameter in self.policy.trainable_parameters():
+            parameter.grad = None
+
     def begin_batch(self, batch: Batch) -> None:
         """Call first in a training step: it notes the batch's samples, and seeds dropout."""
         self._window_ids += batch.sample_ids

@@ -10,6 +10,7 @@ converts boxes that refer to the stored pixels.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,11 @@ class Rule:
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"rule: threshold={self.threshold} is an IoU and must lie in 0-1")
 
+    @property
+    def exceeded(self) -> float:
+        """What an IoU exceeds where it counts at the rule's own threshold; for functions that compare with >."""
+        return math.nextafter(self.threshold, -math.inf) if self.inclusive else self.threshold
+
     def counts(self, iou: T, threshold: float) -> T:
         """Whether an IoU is a hit at `threshold`. Every Acc@t uses this comparison.
 
@@ -80,6 +86,8 @@ class Benchmark:
     data: str  # fingerprint of the image files
     # reason -> number of records that are not used as questions
     dropped: Mapping[str, int] = field(default_factory=dict)
+    # Whether the image that a model names counts in questions of one box too. Published measures do not know it.
+    image_counts: bool = False
 
     def __post_init__(self) -> None:
         if not self.samples:

@@ -59,7 +59,8 @@ def load(folder: str | Path) -> Benchmark:
     columns = tuple(sorted({sample.extra["column"] for sample in samples}))
     named = {f"{rule} ({', '.join(rejections.examples[rule])})": n for rule, n in rejections.counts.items()}
     rules = (RULE, OFFICIAL, averages(columns))
-    return Benchmark(shards_name(folder), tuple(samples), read, *rules, data=reader.fingerprint, dropped=named)
+    facts = {"data": reader.fingerprint, "dropped": named, "image_counts": True}
+    return Benchmark(shards_name(folder), tuple(samples), read, *rules, **facts)
 
 
 def _question(sample: Sample) -> Sample:

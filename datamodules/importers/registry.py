@@ -7,7 +7,7 @@ from types import ModuleType
 from datamodules.importers import mgrounding, odinw, refcoco, v3det
 from datamodules.importers.own_data import coco, hf, jsonl
 
-VERSION = 3  # increase it if the same files now give other samples; finished imports are then repeated
+VERSION = 4  # increase it if the same files now give other samples; finished imports are then repeated
 
 
 # Published data sets. Each module has annotation_files(root) -> list[Path], which finds what

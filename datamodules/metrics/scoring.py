@@ -62,11 +62,32 @@ def score_reply(sample: Sample, reply: Reply, box_format: BoxFormat, rule: Rule,
 
 
 def score_replies(
-    benchmark: Benchmark, samples: Sequence[Sample], replies: Mapping[str, Reply], box_format: BoxFormat
+    benchmark: Benchmark,
+    samples: Sequence[Sample],
+    replies: Mapping[str, Reply],
+    box_format: BoxFormat,
+    form: AnswerForm = AnswerForm.ONE_BOX,
 ) -> list[Prediction]:
-    """Score the replies to `samples`, in their order. `replies` maps the ids of samples to replies."""
+    """Score the replies to `samples`, in their order.
+
+    Args:
+        benchmark: its rules.
+        samples: the questions.
+        replies: id of a sample -> its reply.
+        box_format: the format of the numbers in the replies.
+        form: of the replies. With NAMED_IMAGE, an answer of one box is scored like several, as in training, if the
+            benchmark lets the image count.
+    """
     rules = (benchmark.rule, benchmark.official)
+    if form == AnswerForm.NAMED_IMAGE and benchmark.image_counts:
+        samples = [_with_boxes(sample) for sample in samples]
     return [score_reply(sample, replies[sample.id], box_format, *rules) for sample in samples]
+
+
+def _with_boxes(sample: Sample) -> Sample:
+    """The sample with a true answer of one box as a list of boxes."""
+    is_one_box = isinstance(sample.answer, BoxAnswer)
+    return replace(sample, answer=BoxesAnswer((sample.answer,))) if is_one_box else sample
 
 
 def rescore(prediction: Prediction, rule: Rule, official: Rule) -> Prediction:
@@ -139,7 +160,7 @@ def _read_boxes(prediction: Prediction, answer: BoxesAnswer, rule: Rule) -> _Rea
     score = score_text(prediction.text, answer, *how, lenient=True, form=AnswerForm.NAMED_IMAGE)
     matching = score.matching
     boxes = tuple((box.image, *box.box) for box in matching.written if box.image is not None)
-    f1 = matching.f1(rule.threshold)
+    f1 = matching.f1(rule.exceeded)
     return _Reading(matching.worst_iou, boxes or None, score.failure, f1)
 
 
@@ -155,7 +176,7 @@ def _read_detections(prediction: Prediction, answer: BoxesAnswer, rule: Rule) ->
     matching = BoxMatching(written, answer.boxes)
     boxes = tuple((box.image, *box.box) for box in written if box.image is not None)
     detections = find_detections(written, answer.boxes, rule)
-    return _Reading(matching.worst_iou, boxes or None, None, matching.f1(rule.threshold), detections)
+    return _Reading(matching.worst_iou, boxes or None, None, matching.f1(rule.exceeded), detections)
 
 
 def _read_choice(prediction: Prediction, answer: ChoiceAnswer, rule: Rule) -> _Reading:

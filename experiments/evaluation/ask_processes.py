@@ -19,6 +19,7 @@ from datamodules.benchmarks.base import limit_columns
 from datamodules.benchmarks.registry import load_benchmark
 from datamodules.checkpoints.model_folder import ModelError
 from datamodules.persistence.processes import ChildWatch, ProcessLost, end_with_parent
+from datamodules.samples.answer_text import AnswerForm
 from datamodules.samples.boxes import BoxFormat
 from experiments.evaluation.choose_predictor import PredictorSettings, make_predictor
 from lightning_modules.predictors.ask import answers_folder, answers_key, ask_share
@@ -52,6 +53,7 @@ class Ended:
     name: str
     key: str  # key of its answers
     box_format: BoxFormat
+    answer_form: AnswerForm
 
 
 def ask_all(job: Job, totals: Mapping[str, int], processes: int) -> Iterator[Ended]:
@@ -89,7 +91,7 @@ def ask_rank(job: Job, rank: int, world_size: int) -> Iterator[Asked | Ended]:
         samples = limit_columns(benchmark.samples, job.limit)
         for count in ask_share(predictor, samples, benchmark, folder, key, rank, world_size):
             yield Asked(name, count)
-        yield Ended(name, key, predictor.box_format)
+        yield Ended(name, key, predictor.box_format, predictor.answer_form)
 
 
 def _events(job: Job, processes: int) -> Iterator[Asked | Ended]:

@@ -39,8 +39,8 @@ class QuestionForm:
             auto finds it by model_type and name
         before_image: text before image k for other models, instead of the text of the model family, such as "Picture
             {}: "
-        answer_form: named_image asks for the number of each box's image, and reads it. Questions with several boxes ask
-            for it in any case
+        answer_form: named_image asks for the number of each box's image, and reads it (in a folder of shards; a
+            published benchmark has no image in its measure). Questions with several boxes ask for it in any case
         as_trained: use the prompt form of the phase for its merged model, local or on a server that names the model by
             its folder; this overrides box_format, style, max_resized_pixels, label_images and answer_form
     """

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from datamodules.metrics.predictions import Reply
 from datamodules.persistence.problems import Problems
+from datamodules.samples.answer_text import AnswerForm
 from datamodules.samples.boxes import BoxFormat
 from datamodules.samples.sample import LoadedSample, Sample
 from lightning_modules.serving.generation_rules import Generation
@@ -55,6 +56,7 @@ class Predictor(Protocol):
     """
 
     box_format: BoxFormat
+    answer_form: AnswerForm
     chunk_size: int
 
     def identity(self) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from datamodules.checkpoints.pretrained import ANY_ATTENTION, load_model, load_processor
 from datamodules.encoding.chat_request import ChatRequest, RequestForm, build_turn
 from datamodules.metrics.predictions import Reply
+from datamodules.samples.answer_text import AnswerForm
 from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import LoadedSample, Sample, SampleError
 from datamodules.streaming.path_fingerprint import path_fingerprint
@@ -64,6 +65,11 @@ class HuggingFacePredictor:
     def box_format(self) -> BoxFormat:
         """The box format of the answers."""
         return self.form.model_family.box_format
+
+    @property
+    def answer_form(self) -> AnswerForm:
+        """What an answer consists of."""
+        return self.form.answer_form
 
     def identity(self) -> dict[str, Any]:
         """Everything that answers depend on except the question, as JSON-like data."""

@@ -16,6 +16,7 @@ from PIL import Image
 
 from datamodules.encoding.chat_request import RequestForm, build_request
 from datamodules.metrics.predictions import Reply
+from datamodules.samples.answer_text import AnswerForm
 from datamodules.samples.boxes import BoxFormat
 from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, SampleError, TextPart
 from lightning_modules.predictors.base import UNANSWERED, Decoding, Load, Show
@@ -48,6 +49,11 @@ class OpenAIPredictor:
     def box_format(self) -> BoxFormat:
         """The box format of the answers."""
         return self.form.model_family.box_format
+
+    @property
+    def answer_form(self) -> AnswerForm:
+        """What an answer consists of."""
+        return self.form.answer_form
 
     def identity(self) -> dict[str, Any]:
         """Everything that answers depend on except the question, as JSON-like data.

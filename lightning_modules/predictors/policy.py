@@ -50,7 +50,7 @@ class PolicyPredictor:
         batches_per_chunk: int = BATCHES_PER_CHUNK,
     ) -> None:
         self.policy, self.engine, self.encoder, self.decoding = policy, engine, encoder, decoding
-        self.box_format = encoder.box_format
+        self.box_format, self.answer_form = encoder.box_format, encoder.answer_form
         # With the model's own settings, one question is answered at a time, so no answer depends on another question.
         self.chunk_size = 1 if decoding.generation == "model" else batches_per_chunk * decoding.prompts_per_batch
 

@@ -15,7 +15,7 @@ from lightning_modules.rollouts.base import SamplingSettings
 from lightning_modules.training.endings import IdleTooLong
 
 # Name in messages and checkpoints -> name of the sum in `GRPOMetrics`.
-COUNTED = {name: name for name in ("groups", "completions", "zero_iou", "right", "truncated", "failed")} | {
+COUNTED = {name: name for name in ("groups", "completions", "zero_iou", "right", "truncated", "failed", "left_out")} | {
     "format": "well_formed"
 }
 
@@ -68,6 +68,11 @@ def _cause(counts: Mapping[str, int], sampling: SamplingSettings) -> str:
     if counts.get("failed", 0) == total:
         return (
             "no completion could be judged: see the warnings of the reward that fails, such as a judge without a server"
+        )
+    if counts.get("left_out", 0) == total:
+        return (
+            "every group has a completion that could not be judged, and is left out: see the warnings of the reward "
+            "that fails; a judge with on_failure=zero leaves no group out"
         )
     if counts["truncated"] == total:
         limit = sampling.max_new_tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 from torch import Tensor
 
@@ -29,6 +29,7 @@ SUMS = (
     "well_formed",  # completions in the right format
     "rewarded",  # completions of groups without a failed reward
     "failed",  # completions that a reward could not judge
+    "left_out",  # completions of groups with a failed reward, which have no advantage
     "neg_log_prob_sum",  # Σ over sampled tokens of -log p
     "reward/total",
     "loss",
@@ -87,7 +88,6 @@ class GRPOMetrics(StepSums):
         parts = ("", "/square", "/count", "/zero", "/failed")
         super().__init__((*SUMS, *(f"{name}{part}" for name in named for part in parts)))
         self.rewards = named
-        self._has_failed: set[str] = set()  # rewards whose failure rate is logged from now on, even if it is 0
 
     def add_rollouts(
         self,
@@ -112,6 +112,7 @@ class GRPOMetrics(StepSums):
                 sums["truncated"] += not rollout.finished
                 sums["neg_log_prob_sum"] -= rollout.log_probs.sum().item()
                 sums["rewarded"] += not reward.left_out
+                sums["left_out"] += reward.left_out
                 sums["reward/total"] += reward.total
                 sums["zero_iou"] += reward.iou == 0
                 sums["right"] += reward.is_right
@@ -173,12 +174,13 @@ class GRPOMetrics(StepSums):
         ratios = MEANS | {name: (name, f"{name}/count") for name in self.rewards}
         return {name: sums[total] / sums[count] for name, (total, count) in ratios.items() if sums[count]}
 
-    def spreads(self, sums: Mapping[str, float]) -> dict[str, float]:
+    def spreads(self, sums: Mapping[str, float], logged: Container[str] = ()) -> dict[str, float]:
         """For each reward: the standard deviation over completions, the share of zeros, and, after its first failure,
         the share of completions that it could not judge.
 
         Args:
             sums: as `compute` gives them.
+            logged: names of the metrics so far, also of the run that a resumed run continues.
         """
         found = {}
         for name in self.rewards:
@@ -188,7 +190,6 @@ class GRPOMetrics(StepSums):
                 # Rounding can make the difference slightly negative.
                 found[f"{name}/std"] = math.sqrt(max(0.0, sums[f"{name}/square"] / count - mean * mean))
                 found[f"{name}/zero"] = sums[f"{name}/zero"] / count
-            if sums[f"{name}/failed"] or name in self._has_failed:
-                self._has_failed.add(name)
+            if sums[f"{name}/failed"] or f"{name}/failed" in logged:  # or an old share would be logged for ever
                 found[f"{name}/failed"] = sums[f"{name}/failed"] / sums["completions"]
         return found

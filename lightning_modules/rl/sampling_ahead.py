@@ -89,6 +89,11 @@ class SamplingAhead:
         for each in self._rounds:
             each.submitted.cancel()
 
+    def keep(self, engine: VLLMEngine) -> None:
+        """Call before the engine is closed, which removes the adapters' files: a later checkpoint still has them."""
+        self._replayed = deque(self.state_dict(engine))
+        self._rounds.clear()
+
     def state_dict(self, engine: VLLMEngine) -> list[dict[str, Any]]:
         """For a checkpoint: the policies of the windows that are ahead."""
         own = [{"policy": each.policy, "adapter": engine.tensors(each.adapter)} for each in self._rounds]

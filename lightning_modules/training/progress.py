@@ -20,11 +20,17 @@ def rewind(fit_loop: dict[str, Any], num_batches: int) -> None:
 
     A checkpoint inside an accumulation window needs this: the gradient of the open window is not saved, so its batches
     are repeated. They may belong to earlier epochs. All epochs have the same number of batches.
+
+    A training step that has ended with an error is counted like one that has returned: its batch goes back with its
+    window, or its window is trained on. Otherwise Lightning would begin one batch too early, and the run would be
+    longer by this batch.
     """
+    batches, epochs = fit_loop["epoch_loop.batch_progress"], fit_loop["epoch_progress"]
+    for counts in (batches["total"], batches["current"]):
+        counts["processed"] = counts["ready"]
     if num_batches == 0:
         return
     # 1. Number of epochs to go back, and the batch in that epoch.
-    batches, epochs = fit_loop["epoch_loop.batch_progress"], fit_loop["epoch_progress"]
     done = batches["current"]["ready"]
     left, epochs_back = done - num_batches, 0
     if left < 0:

@@ -106,3 +106,27 @@ def test_max_steps_still_ends_a_run_first(build, make_items, fit):
     trainer = fit(module, make_items([1, 2], with_target=True), 1, callbacks=[recorder], max_steps=2, **EPOCH)
     assert trainer.global_step == 2 and module.num_batches == 4
     assert recorder.rates == pytest.approx(hugging_face_rates(2))
+
+
+@pytest.mark.parametrize("phase", ["sft", "grpo"])
+@pytest.mark.parametrize("from_checkpoint", [True, False])
+def test_a_module_that_was_stopped_inside_a_window_begins_it_anew(
+    build, make_items, fit, tmp_path, phase, from_checkpoint
+):
+    """In the same process, as in a notebook: nothing of the open window is left. Rollouts draw the same numbers."""
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            trainer.should_stop = module.num_batches == (3 if from_checkpoint else 1)
+
+        def on_train_end(self, trainer, module):
+            trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+
+    items, updates = make_items([1, 2, 1, 3, 2], with_target=True), {"max_steps": 3}
+    whole, stopped = build(phase), build(phase)
+    fit(whole, items, 1, **updates)
+    assert fit(stopped, items, 1, callbacks=[Stop()], **updates).global_step == from_checkpoint
+    checkpoint = tmp_path / "stopped.ckpt" if from_checkpoint else None
+    assert fit(stopped, items, 1, ckpt_path=checkpoint, **updates).global_step == 3
+    expected = trained_weights(whole.policy)
+    assert all(torch.equal(value, expected[name]) for name, value in trained_weights(stopped.policy).items())

@@ -17,7 +17,13 @@ from datamodules.importers.own_data.coordinates import read_numbers
 from datamodules.importers.own_data.forms import form_of, read_conversation
 from datamodules.importers.own_data.statement import Coordinates, OwnData
 from datamodules.importers.reading.coco_annotations import QUESTIONS
-from datamodules.importers.reading.image_references import BOX, label_before, named_images
+from datamodules.importers.reading.image_references import (
+    BOX,
+    label_before,
+    named_images,
+    names_other_image_behind,
+    require_same_numbers,
+)
 from datamodules.samples.answer_text import ParsedAnswer, answer_text, parse_answer
 from datamodules.samples.box_texts import MAX_MARKS, BoxesInText, PlacedBox
 from datamodules.samples.sample import SampleError
@@ -152,6 +158,8 @@ def _draft(talk: Conversation, exchange: Exchange, shows_images: bool, own: OwnD
     # 1. The answer's boxes, and the image of each.
     boxes, text, thinking = _answer_boxes(exchange.answer, name)
     images, source = _images_of(boxes, text, exchange, talk.by_default, own, num_images, name)
+    if source != "single":
+        require_same_numbers([placed.box.image for placed in boxes], images, name)
     # 2. The question's texts, images and boxes. A later question of the conversation has the same images.
     question = exchange.question
     if not (shows_images and IMAGE_TAG in question):
@@ -231,7 +239,10 @@ def _images_of(
         return [*in_answer] * len(boxes), "answer"
     if len(boxes) > 1 and named and all(named[0][0] < placed.start for placed in boxes):
         # "In the first image … [box]; in the second … [box]": take the nearest image named before each box.
-        return [[image for place, image in named if place < placed.start][-1] for placed in boxes], "answer"
+        images = [[image for place, image in named if place < placed.start][-1] for placed in boxes]
+        if names_other_image_behind(text, [placed.end for placed in boxes], images, named):
+            raise SampleError(name, "image_unknown", f"the image of a box is not clear: {text!r:.150}")
+        return images, "answer"
     # 4. The words of the question, if the user allows it.
     if in_answer or len(asked) != 1 or not own.image_in_question:
         detail = f"nothing says which of {num_images} images the box is in; give the record a field image_id"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ _LISTED = re.compile(
     rf"\b(?:{_ORDINAL})(?:\s*,\s*|\s*,?\s+(?:and|or|to)\s+)(?:the\s+)?(?:{_ORDINAL})\s+{_KIND}", re.IGNORECASE
 )
 _IN = re.compile(r"\)?,?\s*(?:in|of|from|on)\s+(?:the\s+)?", re.IGNORECASE)  # between a box and its image
+# The same, where the words are about this box: behind a comma they may begin the next one, "image-1 (box), in image-2".
+_OF_THIS_BOX = re.compile(r"\)?\s*(?:(?:is|are)\s+)?(?:in|of|from|on)\s+(?:the\s+)?", re.IGNORECASE)
 _LABEL = re.compile(r"<\|object_ref_start\|>(.*?)<\|object_ref_end\|>", re.DOTALL)
 _RELATIVE_1000 = ImageSizes(original=(1, 1), resized=(1, 1))  # this box format needs no sizes
 
@@ -94,7 +97,9 @@ def bind(
         raise SampleError(sample_id, "image_unknown", f"no image is named: {question[-100:]!r} -> {answer!r:.100}")
     if source != "answer" and not {image for _, image in named} <= set(images):
         raise SampleError(sample_id, "image_conflict", f"{source} says {images}, but the answer is {answer!r:.150}")
-    if source == "answer" and (_LISTED.search(answer) or (len(matches) > 1 and _is_unclear(matches, named))):
+    is_unclear = len(matches) > 1 and _is_unclear(matches, named)
+    is_unclear |= names_other_image_behind(answer, [match.end() for match in matches], images, named)
+    if source == "answer" and (is_unclear or _LISTED.search(answer)):
         raise SampleError(sample_id, "image_unknown", f"the image of a box is not clear: {answer!r:.150}")
     if in_order and num_images > 1 and len(set(images)) < len(images):
         raise SampleError(sample_id, "image_conflict", f"two boxes of a track in one image: {answer!r:.150}")
@@ -144,6 +149,40 @@ def _is_unclear(matches: list[re.Match[str]], named: list[tuple[int, int]]) -> b
     ]
     behind = gaps.pop()
     return any(len(gap) > 1 for gap in gaps) or (not gaps[-1] and not behind <= {_image_before(named, starts[-1])})
+
+
+def names_other_image_behind(
+    text: str, ends: Sequence[int], images: Sequence[int], named: Sequence[tuple[int, int]]
+) -> bool:
+    """Whether another image than the one found stands right behind a box: "as in image-1, it is (box) in image-3".
+
+    Args:
+        text: the answer.
+        ends: place behind each box.
+        images: the image found for each box.
+        named: as `named_images` gives them.
+    """
+    for end, image in zip(ends, images, strict=True):
+        behind = next((found for found in named if found[0] >= end), None)
+        if behind is not None and behind[1] != image and _OF_THIS_BOX.fullmatch(text, end, behind[0]):
+            return True
+    return False
+
+
+def require_same_numbers(numbers: Sequence[int | None], images: Sequence[int], sample_id: str) -> None:
+    """Raises SampleError "image_conflict" if `"image": k` beside the boxes says other images than those found.
+
+    k may be counted from 0 or from 1: both are in use, and a record does not say which.
+
+    Args:
+        numbers: k of each box; None where there is none.
+        images: the image found for each box.
+        sample_id: named in the error.
+    """
+    said = [(number, image) for number, image in zip(numbers, images, strict=True) if number is not None]
+    if not any(all(number == image + first for number, image in said) for first in (0, 1)):
+        detail = f'"image" beside the boxes is {list(numbers)}, but they are found in the images {list(images)} from 0'
+        raise SampleError(sample_id, "image_conflict", detail)
 
 
 def label_before(text: str, end: int | None = None) -> str:

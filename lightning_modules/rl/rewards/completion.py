@@ -108,7 +108,7 @@ class Failed:
     """The return value of a reward that could not judge a completion, for example because a server did not answer.
 
     The failure is counted as `reward/<name>/failed`. With `value=None`, the group of the completion is skipped in this
-    step. With a number, the completion gets this reward.
+    step, unless the weight of the reward is 0. With a number, the completion gets this reward.
     """
 
     value: float | None = None

@@ -67,6 +67,9 @@ class Judge:
         )
         self.prompt, self.highest, self.max_tokens = prompt, highest, max_tokens
         self.failed = Failed(0.0 if on_failure == "zero" else None)
+        highest_number = re.escape(f"{highest:g}")
+        # A judge may repeat the scale before its grade: "From 0 to 10: 7". Its 0 is no grade.
+        self._scale = re.compile(rf"\b0\s*(?:-|–|to)\s*{highest_number}\b|(?:/|\bof)\s*{highest_number}\b")
         self._is_failing = False  # whether the last step had a failure
 
     def score_batch(self, completions: Sequence[Completion]) -> list[float | Failed]:
@@ -114,8 +117,8 @@ class Judge:
         return [task.result() for task in tasks]
 
     def _read(self, reply: str) -> float | str:
-        """The first number of a reply, scaled to 0-1, or the problem of the reply."""
-        number = _NUMBER.search(reply[:1000])
+        """The first number of a reply beside its scale, scaled to 0-1, or the problem of the reply."""
+        number = _NUMBER.search(self._scale.sub(" ", reply[:1000]))
         if number is None or not 0 <= float(number[0]) <= self.highest:
             return f"the reply {reply[:80]!r} holds no number from 0 to {self.highest:g}"
         return float(number[0]) / self.highest

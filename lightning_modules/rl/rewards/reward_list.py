@@ -120,9 +120,10 @@ class Term:
             shown = f"{brief(repr(value))}, of type {type(value).__name__}"
             raise self._error(f"returned {shown}; it must return a number", completion)
         stated = getattr(self.reward, "range", None)
-        low, high = stated or (-sys.float_info.max, sys.float_info.max)
-        if not low <= value <= high:  # false for NaN, so NaN is outside every range
-            wanted = f"a number in its range, {low:g} to {high:g}" if stated else "a finite number"
+        low, high = stated or (-math.inf, math.inf)
+        is_finite = -sys.float_info.max <= value <= sys.float_info.max  # a range may have an infinite limit
+        if not (is_finite and low <= value <= high):  # false for NaN, so NaN is outside every range
+            wanted = f"a finite number in its range, {low:g} to {high:g}" if stated else "a finite number"
             raise self._error(f"returned {brief(value)}; it must return {wanted}", completion)
         return float(value)
 
@@ -231,7 +232,7 @@ class RewardList:
         # for each completion, one value per reward
         rows = zip(*[term.values(flat) for term in self.terms], strict=True)
         rewards = iter([self._reward(completion, row) for completion, row in zip(flat, rows, strict=True)])
-        return [_left_out_if_failed([next(rewards) for _ in group]) for group in groups]
+        return [self._left_out_if_failed([next(rewards) for _ in group]) for group in groups]
 
     def _reward(self, completion: Completion, row: Sequence[float | Failed]) -> Reward:
         found = dict(zip(self.names, row, strict=True))
@@ -241,6 +242,16 @@ class RewardList:
         score = completion.score
         right = score.is_right(RIGHT_IOU)
         return Reward(total, terms, score.failure, score.iou, score.well_formed, right, failed)
+
+    def _left_out_if_failed(self, group: list[Reward]) -> list[Reward]:
+        """The group. If a reward failed without a value, all totals are equal, so that no completion has an advantage.
+
+        A reward with weight 0 is only logged, so its failure changes nothing.
+        """
+        counting = [term.name for term in self.terms if term.weight != 0]
+        if all(reward.terms[name] is not None for reward in group for name in counting):
+            return group
+        return [replace(reward, total=0.0, left_out=True) for reward in group]
 
 
 def brief(value: Any) -> str:
@@ -260,10 +271,3 @@ def entry_faults(where: str, entry: RewardEntry) -> list[str]:
             kind = {Mapping: "arguments by name", Real: "a number", str: "text"}[FIELDS[name]]
             faults.append(f"{where}.{name}={value!r:.60} must be {kind}")
     return faults
-
-
-def _left_out_if_failed(group: list[Reward]) -> list[Reward]:
-    """The group. If a reward failed without a value, all totals are equal, so that no completion has an advantage."""
-    if all(value is not None for reward in group for value in reward.terms.values()):
-        return group
-    return [replace(reward, total=0.0, left_out=True) for reward in group]

@@ -53,7 +53,6 @@ class CloseOnError(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         try:
-            if pl_module.engine is not None:
-                pl_module.engine.close()
+            pl_module.close_on_error()
         except Exception as error:  # the error that has ended the run is raised, not this one
             log.warning("the servers may still have this run's adapter: %s", error)

@@ -12,7 +12,7 @@ from datamodules.benchmarks.shard_folders import shards_name
 from datamodules.metrics.predictions import Prediction, Reply
 from datamodules.metrics.result_files import format_result, result_metrics
 from datamodules.metrics.scoring import rescore, score_replies, score_reply
-from datamodules.samples.answer_text import render_boxes
+from datamodules.samples.answer_text import AnswerForm, render_boxes
 from datamodules.samples.box_texts import ParsedBox
 from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import (
@@ -100,6 +100,25 @@ def test_answers_of_several_boxes_have_an_accuracy_and_f1(tmp_path: Path) -> Non
     assert result_metrics(result)[f"{benchmark.name}/f1/track"] == track["f1"]
     assert format_result(result).splitlines()[0].endswith("F1")
     assert result["details"]["mean_iou"] == pytest.approx((1 / 4 + 1 / 2) / 2, abs=1e-3), "of the worst pairs"
+
+
+def test_a_model_that_names_images_is_scored_by_them_on_questions_of_one_box_too(tmp_path: Path) -> None:
+    """A box in the wrong image, or one box too many, is wrong, as in training."""
+    benchmark = load_benchmark(str(write(tmp_path / "kites", [("find", BOX, {})] * 4 + [("ask", CHOICE, {})])), "")
+    elsewhere, spare = replace(BOX, image=1), replace(BOX, box=(0.0, 0.0, 0.05, 0.05))
+    texts = [named(BOX), named(elsewhere), named(BOX, spare), right(BOX.box), "B"]
+    replies = {
+        sample.id: Reply(text, SIZES * len(sample.images))
+        for sample, text in zip(benchmark.samples, texts, strict=True)
+    }
+    given = benchmark, benchmark.samples, replies, BoxFormat.NORMALIZED
+    by_form = {form: score_replies(*given, form) for form in AnswerForm}
+    assert [one.correct for one in by_form[AnswerForm.ONE_BOX]] == [True] * 5
+    # The last answer names no image. A question of one image has no other.
+    assert [one.correct for one in by_form[AnswerForm.NAMED_IMAGE]] == [True, False, False, True, True]
+    assert [one.f1 for one in by_form[AnswerForm.NAMED_IMAGE]] == [1.0, 0.0, pytest.approx(2 / 3), 1.0, None]
+    published = replace(benchmark, image_counts=False)
+    assert score_replies(published, *given[1:], AnswerForm.NAMED_IMAGE) == by_form[AnswerForm.ONE_BOX]
 
 
 def test_a_scored_answer_of_several_boxes_is_read_from_its_file_again(tmp_path: Path) -> None:

@@ -67,6 +67,9 @@ FAULTS = {  # answer -> the rule that rejects it
     f"In the first and second image: {notation((5, 6, 70, 80))}, {notation((50, 60, 70, 80))}": "image_unknown",
     f"Image-1: {notation((5, 6, 70, 80))}. {notation((50, 60, 70, 80))} is in image-2.": "image_unknown",
     f"As in image-1: {notation((5, 6, 70, 80))}, {notation((50, 60, 70, 80))}": "image_conflict",
+    f"As in image-1, {notation((5, 6, 70, 80))} in image-2, {notation((50, 60, 70, 80))} in image-3": "image_unknown",
+    f"The object of the first image is at {notation((5, 6, 70, 80))} in the third image.": "image_unknown",
+    f"That of image-1: {notation((5, 6, 70, 80))} is in image-4": "image_unknown",
     "It has left all images.": "no_box",
 }
 

@@ -18,7 +18,7 @@ from datamodules.metrics.predictions import Prediction, Reply
 from datamodules.metrics.result_files import PREDICTIONS, OtherVersion, read_predictions, read_result, write_evaluation
 from datamodules.metrics.scoring import rescore, score_reply
 from datamodules.samples.boxes import Box, BoxFormat, ImageSizes, iou
-from datamodules.samples.sample import BoxAnswer, ChoiceAnswer, ImagePart, Sample, TextPart
+from datamodules.samples.sample import BoxAnswer, BoxesAnswer, ChoiceAnswer, ImagePart, Sample, TextPart
 from tests.beside import SHARED
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -42,6 +42,16 @@ def test_a_tie_counts_only_where_the_rule_is_inclusive() -> None:
     assert boxed(HALF).value == 0.5 and not boxed(HALF).correct
     assert boxed(HALF, replace(RULE, inclusive=True)).correct
     assert boxed(HALF, replace(RULE, threshold=0.4)).correct
+
+
+@pytest.mark.parametrize("measure", ["accuracy", "average_precision"])
+def test_f1_counts_a_tie_as_the_rule_does(measure) -> None:
+    sample = replace(box_sample(), answer=BoxesAnswer((BoxAnswer(0, TRUTH, ""),)))
+    text = json.dumps([{"image": 1, "bbox_2d": [0, 0, 250, 500]}])  # IoU 0.5
+    for inclusive in (False, True):
+        rule = replace(RULE, inclusive=inclusive, measure=measure)
+        found = score_reply(sample, Reply(text, (SIZES,)), BoxFormat.RELATIVE_1000, rule, rule)
+        assert (found.correct, found.f1, found.official_f1) == (inclusive, float(inclusive), float(inclusive))
 
 
 @pytest.mark.parametrize(("box", "value"), [("first", 0.5), ("last", 0.0), ("best", 1.0)])

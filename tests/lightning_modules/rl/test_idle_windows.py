@@ -45,6 +45,7 @@ def test_counts_go_on_from_a_checkpoint():
     ("sums", "words"),
     [
         ({"failed": 8, "zero_iou": 8}, "no completion could be judged: see the warnings"),
+        ({"failed": 2, "left_out": 8, "right": 8}, "every group has a completion that could not be judged"),
         ({"truncated": 8, "zero_iou": 8}, "every completion was cut at rollout.max_new_tokens=16"),
         ({"zero_iou": 8}, "every completion has IoU 0 and none has the format"),
         ({"zero_iou": 8, "format": 8, "truncated": 1}, "every completion has IoU 0: the prompts are too hard"),

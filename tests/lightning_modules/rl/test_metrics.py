@@ -127,10 +127,11 @@ def test_each_reward_has_its_spread_and_failures_are_counted():
         }
     )
     assert sums["failed"] == 1
-    metrics.reset()
-    metrics.add_rollouts([[rollout(0)]], [[Reward(0.5, {"short": 0.5, "judge": 0.0}, None)]], torch.tensor([True]))
-    later = metrics.spreads(metrics.compute())
-    assert later["reward/judge/failed"] == 0.0, "logged, so that no old share stays"
+    resumed = GRPOMetrics(("short", "judge"))
+    resumed.add_rollouts([[rollout(0)]], [[Reward(0.5, {"short": 0.5, "judge": 0.0}, None)]], torch.tensor([True]))
+    later = resumed.spreads(resumed.compute(), logged=spreads)
+    assert later["reward/judge/failed"] == 0.0, "logged, so that no old share stays, in a resumed run neither"
+    assert "reward/judge/failed" not in resumed.spreads(resumed.compute())
 
 
 def test_a_sum_that_does_not_exist_is_named():

@@ -8,11 +8,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from callbacks.checkpoints import WindowCheckpoint
 from callbacks.save_on_interrupt import SaveOnInterrupt
 from lightning_modules.rollouts.base import RolloutRequest
 from lightning_modules.rollouts.vllm.server_pool import ServersLost
+from lightning_modules.training.endings import IdleTooLong
 from tests.lightning_modules.conftest import served, trained_weights
-from tests.lightning_modules.grpo_modules import Recorder, build_grpo, letters, use_reward
+from tests.lightning_modules.grpo_modules import Recorder, build_grpo, flat_reward, letters, use_reward
 from tests.lightning_modules.ranks import run_ranks
 from tests.vllm_stub import wait_for
 
@@ -147,6 +149,23 @@ def test_a_run_that_lost_its_servers_goes_on_as_if_it_had_not(build, make_items,
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     assert fit(again, items, max_steps=4, ckpt_path=checkpoint).global_step == 4
     assert equal_weights(whole, again)
+
+
+def test_a_run_that_learns_nothing_is_saved_though_its_adapters_are_removed(
+    build, make_items, fit, stub, monkeypatch, tmp_path
+):
+    """The checkpoint is written after the engine was closed. The same command goes on from it with those policies."""
+    use_reward(monkeypatch, lambda *_: flat_reward(0.9))
+    items, recorder, run = make_items([1, 2]), Recorder(), {"max_steps": 5, "enable_checkpointing": True}
+    with pytest.raises(IdleTooLong):
+        fit(build(1, max_idle_windows=2), items, callbacks=[WindowCheckpoint()], **run)
+    assert not stub.adapters
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    again = build(1, max_idle_windows=3)
+    with pytest.raises(IdleTooLong):
+        fit(again, items, callbacks=[recorder, WindowCheckpoint()], ckpt_path=checkpoint, **run)
+    assert [record["policy"] for record in recorder.records] == [0, 0]
+    assert {record["batch"] for record in recorder.records} == {2}
 
 
 def test_a_server_that_is_started_again_gets_the_adapter_of_the_window_that_it_samples(build, make_items, fit, stub):

@@ -172,6 +172,16 @@ def test_the_image_of_a_box_is_the_one_that_the_record_or_the_answer_names(tmp_p
     assert loaded.sample.answer.image == image
 
 
+# As the project's own models write several boxes: images count from 1.
+KEYED = '[{"image": 1, "bbox_2d": [0, 0, 8, 8]}, {"image": 2, "bbox_2d": [1, 1, 2, 2]}]'
+
+
+@pytest.mark.parametrize("text", [KEYED, KEYED.replace("1,", "0,", 1).replace("2,", "1,", 1)])
+def test_numbers_beside_boxes_may_repeat_what_the_record_says(tmp_path: Path, text: str) -> None:
+    (loaded,) = imported(write_jsonl(tmp_path, [answered(text, image_id=[0, 1])]))
+    assert [box.image for box in loaded.sample.answer.boxes] == [0, 1]
+
+
 def test_several_boxes_are_each_in_the_image_named_before_them(tmp_path: Path) -> None:
     record = answered("In the first image: [0, 0, 8, 8]; in the second image: [0, 0, 4, 8] and [4, 4, 8, 8].")
     twice = answered("[[0, 0, 8, 8], [0, 0, 4, 8]]", image_id=[1, 0])
@@ -188,6 +198,11 @@ def test_several_boxes_are_each_in_the_image_named_before_them(tmp_path: Path) -
         (answered("[0, 0, 8, 8]", "<image><image>Find the thing of the first image in the other."), "image_unknown"),
         (answered("In the first image or in the second image: [0, 0, 8, 8]"), "image_unknown"),
         (answered("In the second image: [0, 0, 8, 8]", image_id=0), "image_conflict"),
+        (answered("As in image 2, [0, 0, 8, 8] in image 1 and [1, 1, 2, 2] in image 2"), "image_unknown"),
+        (answered(f"The second image has most: {KEYED}"), "image_conflict"),
+        (answered(KEYED, image_id=[1, 0]), "image_conflict"),
+        (answered(KEYED, image_id=1), "image_conflict"),
+        (answered(KEYED), "image_unknown"),
         (answered("In the third image: [0, 0, 8, 8]"), "image_index"),
         (answered("[0, 0, 8, 8]", image_id=2), "image_id"),
         (answered("[0, 0, 8, 8]", image_id=[0, 1]), "image_id"),

@@ -172,6 +172,13 @@ def graded(completion: Completion, grade: float) -> float:
 graded.range = (0, 1)
 
 
+def unbounded(completion: Completion) -> float:
+    return math.inf
+
+
+unbounded.range = (0, math.inf)
+
+
 class Backwards:
     range = (1, 0)
 
@@ -240,7 +247,8 @@ def test_the_default_is_equation_3():
         ("huge", "returned 1000"),
         ("chatty", "raised RuntimeError: line 0 line 1"),
         ("Single", "returned 1.0 from score_batch; it must return a list"),
-        ("Half", "returned 0.75; it must return a number in its range, 0 to 0.5"),
+        ("Half", "returned 0.75; it must return a finite number in its range, 0 to 0.5"),
+        ("unbounded", "returned inf; it must return a finite number in its range, 0 to inf"),
     ],
 )
 def test_a_reward_that_fails_is_named_with_the_sample(name, words):
@@ -269,6 +277,12 @@ def test_a_failure_without_a_value_leaves_its_group_out_and_no_other():
     assert [each.total for each in first] == [0.0, 0.0] and all(each.left_out for each in first)
     assert [each.terms["together"] for each in first] == [3.0, None]
     assert [each.total for each in second] == [1.0, 2.0] and not any(each.left_out for each in second)
+
+
+def test_a_failure_of_a_reward_that_is_only_logged_leaves_no_group_out():
+    first, second = score([*PAPER, entry("Together", weight=0.0)], [answer([0, 0, 320, 240]), ""])
+    assert (first.total, second.total) == (1.5, 0.0) and not first.left_out and not second.left_out
+    assert second.terms["together"] is None and second.failed == ("together",)
 
 
 def test_every_problem_of_a_list_is_named_with_its_cure():
@@ -308,7 +322,7 @@ def test_every_problem_of_a_list_is_named_with_its_cure():
 def test_a_function_states_its_range_as_an_attribute():
     assert score([entry("graded", init_args={"grade": 0.5})], ["a"])[0].total == 0.5
     with pytest.raises(
-        RewardError, match=r"reward 'graded' .* returned 2; it must return a number in its range, 0 to 1"
+        RewardError, match=r"reward 'graded' .* returned 2; it must return a finite number in its range, 0 to 1"
     ):
         score([entry("graded", init_args={"grade": 2})], ["a"])
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+
 import pytest
+import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
 
 from callbacks.mig_bench import MIGBench
 from callbacks.previews import Previews
 from callbacks.rejection_sampling import RejectionSampling
+from callbacks.save_on_interrupt import SaveOnInterrupt
+from lightning_modules.rollouts.vllm.server_pool import ServersLost
 from lightning_modules.serving.openai_client import EndpointMisused
-from tests.lightning_modules.conftest import served
+from tests.lightning_modules.conftest import served, trained_weights
 from tests.lightning_modules.grpo_modules import letters, use_reward
 from tests.vllm_stub import error
 
@@ -83,3 +89,62 @@ def test_an_adapter_that_cannot_be_unloaded_hides_no_error(
         fit(served(tiny_model_dir, lora, stub.url), make_items([1, 2]), max_steps=3, callbacks=[failing])
     assert "may still have this run's adapter" in caplog.text and "not you" in caplog.text
     assert stub.adapters
+
+
+def same_weights(ours, theirs) -> bool:
+    other = trained_weights(theirs.policy)
+    return all(torch.equal(value, other[name]) for name, value in trained_weights(ours.policy).items())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_servers_lost_after_an_update_do_not_make_a_run_train_on_the_window_again(
+    stub, tiny_model_dir, lora, make_items, fit, monkeypatch, tmp_path, accumulate
+) -> None:
+    """They die during the second update, and are missed when they should get its adapter."""
+    use_reward(monkeypatch, letters)
+    whole, lost, again = (served(tiny_model_dir, lora, stub.url, accumulate=accumulate) for _ in range(3))
+    items, train_on = make_items([1, 2, 1]), lost.train_on
+    fit(whole, items, max_steps=4)
+
+    def dying(by_batch):
+        train_on(by_batch)
+        if lost.global_step == 2:
+            lost.engine._pool.patience = 0.2
+            stub.stop()
+
+    lost.train_on = dying
+    logger = CSVLogger(tmp_path, "log", "")
+    with pytest.raises(ServersLost):
+        fit(lost, items, max_steps=4, callbacks=[SaveOnInterrupt()], logger=logger)
+    stub.start()
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    assert fit(again, items, max_steps=4, ckpt_path=checkpoint).global_step == 4
+    assert again.num_batches == whole.num_batches and same_weights(whole, again)
+    with (tmp_path / "log" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["grpo/loss"]]
+    assert [int(row["step"]) for row in rows] == [accumulate - 1, 2 * accumulate - 1], "both updates are logged"
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")  # the batches of this test are in memory
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_run_that_lost_its_servers_has_no_batch_more(
+    stub, tiny_model_dir, lora, make_items, fit, monkeypatch, tmp_path, staleness
+) -> None:
+    """The error comes out of a training step, which Lightning then has not counted as done."""
+    use_reward(monkeypatch, letters)
+    whole, lost, again = (served(tiny_model_dir, lora, stub.url, staleness=staleness) for _ in range(3))
+    items, epochs = make_items([1, 2, 1]), {"max_epochs": 2, "limit_train_batches": 3}
+    fit(whole, items, **epochs)
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            if module.num_batches == 2:
+                module.engine._pool.patience = 0.2
+                stub.stop()
+
+    with pytest.raises(ServersLost):
+        fit(lost, items, callbacks=[Stop(), SaveOnInterrupt()], **epochs)
+    stub.start()
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    fit(again, items, ckpt_path=checkpoint, **epochs)
+    assert again.num_batches == whole.num_batches == 6 and same_weights(whole, again)
