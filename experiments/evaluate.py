@@ -113,7 +113,7 @@ def _check(asked: Evaluation) -> tuple[PredictorSettings, dict[str, Benchmark]]:
     except ValueError as error:
         problems.append(str(error))
     try:
-        settings = choose_predictor(asked)
+        settings = choose_predictor(asked.model, asked)
     except (OSError, ValueError) as error:
         problems.append(str(error))
 
