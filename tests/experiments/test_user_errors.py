@@ -335,6 +335,7 @@ MISTAKES: list[tuple[str, Prepare, tuple[str, ...]]] = [
     ("vLLM's port", apart(*SERVER, "models/nano-base", "--port", "99999"), ("--port=99999", "65535")),
     ("vLLM, no such folder", apart(*SERVER, "/nope"), ("--model=/nope",)),
     ("vLLM, no such folder here", apart(*SERVER, "experiments/nope"), ("--model=experiments/nope",)),
+    ("vLLM, no outputs yet", apart(*SERVER, "outputs/no-such-model"), ("--model=outputs/no-such-model",)),
     ("vLLM, no model", apart(*SERVER, "experiments"), ("--model=experiments", "config.json")),
     # runs
     (
@@ -398,6 +399,12 @@ def test_a_path_below_a_folder_here_is_not_asked_of_the_hub(tmp_path, monkeypatc
     (tmp_path / "outputs" / "nano").mkdir(parents=True)
     with pytest.raises(ModelError, match=r"no folder 'outputs/nanoo' in it; did you mean 'outputs/nano'\?"):
         local_folder("outputs/nanoo")
+
+
+def test_a_path_in_outputs_is_not_asked_of_the_hub_in_a_fresh_clone(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"there is no folder 'outputs/nano'"):
+        local_folder("outputs/nano")
 
 
 def test_suggestions_know_the_last_part_of_a_nested_name() -> None:
