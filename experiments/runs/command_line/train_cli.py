@@ -42,7 +42,7 @@ from experiments.runs.tracking import lineage
 
 log = logging.getLogger(__name__)
 
-DESCRIPTION = "Train one phase from one YAML. Beside the settings there are --seed, --gpus, --keep, --redo and --check."
+DESCRIPTION = "Train one phase from one YAML. Beside the settings: --seed, --gpus, --keep, --redo, --check, --names."
 
 
 # Both runs stay if the new one has another experiment, whose folder is another one.
