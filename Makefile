@@ -139,7 +139,7 @@ publish: $(STAMP)  ## Push a trained model, its card and its adapter to the Hugg
 rescore: $(STAMP)  ## Score stored answers again: ARGS="--predictions outputs/eval/models--nano-base/lisa --threshold 0.3"
 	$(PY) -m experiments.evaluation.rescore $(ARGS)
 
-tables: $(STAMP)  ## The paper's Tables 2-9 with the measured numbers beside them: Markdown, CSV, report.html
+tables: $(STAMP)  ## The paper's Tables 2-9 with the measured numbers beside them: Markdown, CSV, and in report.html of every experiment
 	$(PY) -m experiments.print_tables $(ARGS)
 
 synthesize: $(STAMP)  ## CoT data from a teacher: the nano CoT-SFT model, served here, or any OpenAI-compatible server

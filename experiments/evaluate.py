@@ -143,6 +143,10 @@ def load_benchmarks(names: Sequence[str], data_root: str, replicas: bool) -> tup
             if benchmark.name in {other.name for other in found.values()}:
                 raise ValueError(f"the results of two folders would lie in {benchmark.name}/: evaluate one at a time")
             found[name] = benchmark
+        except FileNotFoundError as error:
+            cure = "data_root is the folder of the benchmarks, and `make shards` makes the nano default's"
+            what = f"there is no {error.filename}" if error.filename else str(error)
+            problems.append(f"{name}: {what}; {cure}")
         except (OSError, ValueError) as error:
             problems.append(f"{name}: {error}")
     return found, problems

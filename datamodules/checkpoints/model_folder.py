@@ -57,7 +57,7 @@ def local_folder(path: str | Path, weights: bool = True, code: bool = False) -> 
         cure = f"; did you mean {str(folder.parent / near[0])!r}?" if near else ""
         raise ModelError(f"model: {folder.parent}/ is here, but there is no folder {path!r} in it{cure}")
     if path.startswith(OWN_FOLDERS):  # a fresh clone has no outputs/ yet
-        raise ModelError(f"model: there is no folder {path!r}; make it, for example by `make pipeline`, or name another")
+        raise ModelError(f"model: there is no folder {path!r}; name another, or make it, as by `make pipeline`")
     from huggingface_hub import snapshot_download  # a slow import, needed only for the Hub
 
     wanted = [*COMPANIONS, ADAPTER, PROMPT_FORM]

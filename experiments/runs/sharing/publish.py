@@ -94,8 +94,8 @@ def publish(asked: Publication) -> str:
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make publish`."""
     asked = run_cli(Publication, args)
-    print(f"card: {Path(asked.model) / CARD}")
-    print(f"published: {publish(asked)}")
+    address = publish(asked)
+    print(f"card: {Path(asked.model) / CARD}\npublished: {address}")
 
 
 if __name__ == "__main__":
