@@ -47,7 +47,10 @@ seed = $(if $(SEED),--seed $(SEED)) $(if $(GPUS),--gpus $(GPUS))
 answer = $(if $(filter-out 0,$(REDO)),--redo) $(if $(filter-out 0,$(KEEP)),--keep)
 # The nano configurations need the synthetic dataset. It is generated once; a finished one is kept, also if `make shards`
 # has made it with other ARGS. Another CONFIG has its own data.
-dataset = $(if $(CONFIG),,$(PY) -m experiments.generate_synthetic --config $(NANO)/shards.yaml --keep=true)
+dataset = $(if $(CONFIG)$(wildcard data/nano/done.json),,$(PY) -m experiments.generate_synthetic --config $(NANO)/shards.yaml --keep=true)
+train = $(PY) -m experiments.train $(call config,$(1)) $(seed) $(answer) $(ARGS)
+# A misspelt setting is told before the dataset is generated, which takes half a minute or more.
+names = $(if $(dataset),@$(call train,$(1)) --names)
 # SOURCE is the name of a source, or the YAML of a mixture. BOXES is what the four numbers of your own boxes mean.
 import = import_shards $(if $(filter %.yaml,$(SOURCE)),--config,--source) $(SOURCE) $(if $(ROOT),--root $(ROOT)) \
 	$(if $(BOXES),--own.box_format $(BOXES))
@@ -96,12 +99,14 @@ inspect: $(STAMP)  ## A page of samples with their boxes, before training on the
 		$(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 sft: $(STAMP)  ## Train CoT-SFT (LoRA) and merge
+	$(call names,cot_sft)
 	$(dataset)
-	$(PY) -m experiments.train $(call config,cot_sft) $(seed) $(answer) $(ARGS)
+	$(call train,cot_sft)
 
 grpo: $(STAMP)  ## Rejection-sample with the model of `make sft`, train GRPO and merge
+	$(call names,grpo)
 	$(dataset)
-	$(PY) -m experiments.train $(call config,grpo) $(seed) $(answer) $(ARGS)
+	$(call train,grpo)
 
 sweep: $(STAMP)  ## Sweep λ, β and other settings of GRPO, on W&B or without a key on this machine; resumes: ARGS="--trials 8"
 	$(if $(CONFIG),,test -d outputs/nano/cot_sft/merged || $(MAKE) sft SEED= ARGS=)
@@ -134,7 +139,7 @@ publish: $(STAMP)  ## Push a trained model, its card and its adapter to the Hugg
 rescore: $(STAMP)  ## Score stored answers again: ARGS="--predictions outputs/eval/models--nano-base/lisa --threshold 0.3"
 	$(PY) -m experiments.evaluation.rescore $(ARGS)
 
-tables: $(STAMP)  ## The paper's Tables 2-9 with the measured numbers beside them: Markdown, CSV, report.html
+tables: $(STAMP)  ## The paper's Tables 2-9 with the measured numbers beside them: Markdown, CSV, and in report.html of every experiment
 	$(PY) -m experiments.print_tables $(ARGS)
 
 synthesize: $(STAMP)  ## CoT data from a teacher: the nano CoT-SFT model, served here, or any OpenAI-compatible server

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from tqdm import tqdm
 
 from callbacks.checkpoints import RunStopped
 from datamodules.benchmarks.base import Benchmark, limit_columns
@@ -19,6 +18,7 @@ from datamodules.metrics.result_files import format_result, result_metrics, writ
 from datamodules.metrics.scoring import score_replies
 from datamodules.persistence.files import StorageError, make_folder
 from datamodules.persistence.problems import Problems
+from datamodules.persistence.progress_lines import Counted
 from datamodules.persistence.user_error import UserError
 from datamodules.samples.sample import Sample
 from lightning_modules.metrics.summary import summarise
@@ -176,9 +176,9 @@ class BenchmarkEvaluation(Callback):
             make_folder(path)  # one level at a time, so that nothing is created in the mount point of a lost filesystem
         rank, world_size = trainer.global_rank, trainer.world_size
         total = sum(map(len, share_of(samples, predictor, rank, world_size)))
-        with tqdm(total=total, desc=self.name, unit="question", disable=not trainer.is_global_zero) as bar:
+        with Counted(total, self.name, "question", is_shown=trainer.is_global_zero) as progress:
             for count in ask_share(predictor, samples, self.benchmark, folder, key, rank, world_size):
-                bar.update(count)
+                progress.update(count)
 
     def _finish(
         self, predictor: PolicyPredictor, samples: Sequence[Sample], home: Path, key: str, trainer: Trainer

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from typing import Any
 
@@ -11,8 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from datamodules.persistence.durations import LATER_SECONDS, STAGE, in_words
+from datamodules.persistence.durations import in_words, left_text, stage_prefix
 from datamodules.persistence.problems import Problems
+from datamodules.persistence.progress_lines import EVERY_SECONDS, ProgressLines, has_terminal, needs_lines
 from lightning_modules.training.optim import count_updates
 
 # Metric -> its name and format in a line. From each group, the first metric that is logged is shown.
@@ -27,14 +26,15 @@ class Progress(ProgressBar):
     """Shows the step of all steps, loss or reward, KL, tokens per second, and the time that is left.
 
     The time left is the training time of this process, multiplied by the remaining steps and divided by the finished
-    steps. It includes validation inside training. In a pipeline, the environment variables of
-    `datamodules.persistence.durations` add the stage and the time left for all stages.
+    steps. It includes validation inside training. In a pipeline, the line also has the stage and the time left for all
+    stages. Without a terminal there is a line before the first step and after the last one, too, because to load and
+    to merge the weights of a large model takes minutes.
 
     Args:
         every_n_seconds: seconds between two lines if the output is not a terminal.
     """
 
-    def __init__(self, every_n_seconds: float = 30.0) -> None:
+    def __init__(self, every_n_seconds: float = EVERY_SECONDS) -> None:
         super().__init__()
         problems = Problems()
         problems.positive(every_n_seconds=every_n_seconds)
@@ -42,9 +42,11 @@ class Progress(ProgressBar):
         self.every_n_seconds = every_n_seconds
         self._enabled = True
         self._bar: tqdm | None = None
+        self._lines: ProgressLines | None = None
+        self._said = ""  # step and metrics, as of the last batch
         self._total = 0  # updates of the whole run
-        self._began = self._last = 0.0  # time of the first step, and time of the last line
-        self._first = 0.0  # share of the run that was finished before this process began
+        self._set_up = self._began = self._seen = 0.0  # time of the setup, the first step, and the last `_look`
+        self._first = self._done = 0.0  # finished share of the run when this process began, and now
 
     # Lightning's interface of a progress bar
 
@@ -57,46 +59,69 @@ class Progress(ProgressBar):
     def print(self, *args: Any, **_: Any) -> None:
         tqdm.write(" ".join(map(str, args)))
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin to print lines."""
+        self._set_up = time.monotonic()
+        if self._is_shown(trainer) and needs_lines():
+            self._lines = ProgressLines(self.line, self.every_n_seconds)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to measure."""
         if not self._is_shown(trainer):
             return
         self._total = count_updates(trainer, pl_module.accumulate, pl_module.updates_per_window)
-        self._began = self._last = time.monotonic()
-        self._first = self.share_done(trainer)
-        if sys.stderr.isatty():
+        self._began = time.monotonic()
+        self._look(trainer)
+        self._first = self._done
+        if self._lines is not None:
+            self._lines.say()
+        if has_terminal():
             self._bar = tqdm(total=self._total, initial=trainer.global_step, unit="step", dynamic_ncols=True)
-        else:
-            print(f"{stage_prefix()}training: step {trainer.global_step} of {self._total}", flush=True)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Move the bar, or print a line if it is time."""
+        """Move the bar, and note what the next line says."""
         if not self._is_shown(trainer):
             return
         if self._bar is not None:
             self._bar.update(trainer.global_step - self._bar.n)
             self._bar.set_postfix_str(metrics_text(trainer.callback_metrics), refresh=False)
-        elif time.monotonic() - self._last >= self.every_n_seconds:
-            self._last = time.monotonic()
-            print(self.line(trainer), flush=True)
+        if time.monotonic() - self._seen >= 1:  # batches of a small model are shorter
+            self._look(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the bar, or print the last line."""
+        """Close the bar, and print the last line of training."""
         if self._bar is not None:
             self._bar.close()
-        elif self._is_shown(trainer):
-            print(self.line(trainer), flush=True)
+        if self._lines is not None:
+            self._look(trainer)
+            self._lines.say()
+            self._said = ""
 
-    def line(self, trainer: Trainer) -> str:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Print no more lines."""
+        if self._lines is not None:
+            self._lines.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Print no more lines. Lightning does not call `teardown` after an exception."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def line(self) -> str:
         """The line of this moment."""
-        parts = [f"{stage_prefix()}step {trainer.global_step} of {self._total}", metrics_text(trainer.callback_metrics)]
-        spent, done = time.monotonic() - self._began, self.share_done(trainer)
-        if self._first < done < 1:
-            left = spent * (1 - done) / (done - self._first)
-            parts.append(f"{in_words(left)} left")
-            if later := os.environ.get(LATER_SECONDS):
-                parts.append(f"of all stages {in_words(left + float(later))}")
-        return ", ".join(part for part in parts if part)
+        if not self._said:
+            return f"{stage_prefix()}loading or saving, {in_words(time.monotonic() - self._set_up)} since the start"
+        parts = [stage_prefix() + self._said]
+        if self._first < self._done < 1:
+            # Of the moment of `_look`, less the time since then.
+            left = (self._seen - self._began) * (1 - self._done) / (self._done - self._first)
+            parts.append(left_text(max(0.0, left - (time.monotonic() - self._seen)), is_whole_stage=True))
+        return ", ".join(parts)
+
+    def _look(self, trainer: Trainer) -> None:
+        """Note the step and the metrics. The lines are made in another thread, which must not read the Trainer."""
+        self._seen, self._done = time.monotonic(), self.share_done(trainer)
+        step, metrics = f"step {trainer.global_step} of {self._total}", metrics_text(trainer.callback_metrics)
+        self._said = f"{step}, {metrics}" if metrics else step
 
     def share_done(self, trainer: Trainer) -> float:
         """Finished share of the run, from 0 to 1. It counts updates, or batches if their limit ends the run sooner."""
@@ -120,9 +145,3 @@ def metrics_text(metrics: dict[str, Any]) -> str:
                 parts.append(f"{value} {word}" if "/" in word else f"{word} {value}")
                 break
     return ", ".join(parts)
-
-
-def stage_prefix() -> str:
-    """ "[2 of 5, cot_sft: training] " in a stage of a pipeline, else ""."""
-    stage = os.environ.get(STAGE)
-    return f"[{stage}] " if stage else ""

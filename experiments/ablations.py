@@ -117,9 +117,9 @@ def run(
         for seed, folder in folders.items():
             names = partial(wandb_runs.wandb_environment, home.name, f"seed{seed}")  # of a row; the row is also a tag
             pipelines[seed] = Pipeline(folder, seed, model, evaluation, phases, arguments, names, choice)
-        steps = [step for pipeline in pipelines.values() for step in pipeline.steps()]
-        settle(steps)
-        plan = Plan(steps, minutes or {})
+        settle([step for pipeline in pipelines.values() for step in pipeline.steps()])
+        wanted = wanted_rows(rows, only)
+        plan = Plan([step for pipeline in pipelines.values() for step in pipeline.steps(wanted)], minutes or {})
         for pipeline in pipelines.values():
             pipeline.plan = plan
         # 3. Run the rows, seed after seed, and write the comparison after each row.
@@ -127,7 +127,7 @@ def run(
         report()
         for seed, pipeline in pipelines.items():
             with folder_lock.locked(pipeline.folder):
-                for name in run_rows(pipeline, wanted_rows(rows, only)):
+                for name in run_rows(pipeline, wanted):
                     say(f"seed {seed}: {name} is there")
                     report()
         say(f"{(time.monotonic() - start) / 60:.1f} minutes")

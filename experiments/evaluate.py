@@ -114,7 +114,7 @@ def _check(asked: Evaluation) -> tuple[PredictorSettings, dict[str, Benchmark]]:
     except ValueError as error:
         problems.append(str(error))
     try:
-        settings = choose_predictor(asked)
+        settings = choose_predictor(asked.model, asked)
     except (OSError, ValueError) as error:
         problems.append(str(error))
 
@@ -144,6 +144,10 @@ def load_benchmarks(names: Sequence[str], data_root: str, replicas: bool) -> tup
             if benchmark.name in {other.name for other in found.values()}:
                 raise ValueError(f"the results of two folders would lie in {benchmark.name}/: evaluate one at a time")
             found[name] = benchmark
+        except FileNotFoundError as error:
+            cure = "data_root is the folder of the benchmarks, and `make shards` makes the nano default's"
+            what = f"there is no {error.filename}" if error.filename else str(error)
+            problems.append(f"{name}: {what}; {cure}")
         except (OSError, ValueError) as error:
             problems.append(f"{name}: {error}")
     return found, problems

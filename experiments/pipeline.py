@@ -12,7 +12,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,9 +178,10 @@ class Pipeline:
         training = None if evaluating is None else self.training_seconds(stage)
         return None if training is None else training + evaluating
 
-    def steps(self) -> list[Step]:
-        """All steps of all stages, in order."""
-        trained = [step for name in self.phases for step in (self.training(name), self.evaluation_of(name))]
+    def steps(self, wanted: Collection[str] | None = None) -> list[Step]:
+        """All steps of BASE and of the wanted stages, by default of all stages, in order."""
+        names = [name for name in self.phases if wanted is None or name in wanted]
+        trained = [step for name in names for step in (self.training(name), self.evaluation_of(name))]
         return [self.evaluation_of(BASE), *trained]
 
     def list_done(self) -> None:

@@ -22,9 +22,14 @@ def make_tables(outputs: Path) -> str:
     text = paper_tables.markdown(source, tables)
     write_atomic(outputs / "tables" / "tables.md", text)
     write_atomic(outputs / "tables" / "tables.csv", paper_tables.comma_separated(tables))
-    for results in sorted(outputs.glob("*/results.json")):
-        write_report(results.parent)
+    for folder in reported(outputs):
+        write_report(folder)
     return text
+
+
+def reported(outputs: Path) -> list[Path]:
+    """The experiments whose report.html has the tables."""
+    return sorted(results.parent for results in outputs.glob("*/results.json"))
 
 
 @command(failed="no tables")
@@ -34,7 +39,8 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="the folder of all experiments")
     outputs = parser.parse_args(args).outputs
     print(make_tables(outputs))
-    print(f"wrote {outputs / 'tables'}")
+    reports = [str(folder / "report.html") for folder in reported(outputs)]
+    print(f"wrote {', '.join([str(outputs / 'tables'), *reports])}")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from experiments.sweeps.trials import (
     logged_points,
     run_process,
     trial_environment,
+    trial_outlook,
 )
 
 GIVE_UP = 3  # the sweep ends after this number of failures in a row without any success, because all trials would fail
@@ -147,7 +148,8 @@ class LocalSweep:
             say(f"trial {number}: {self.plan.metric} {kept[-1][1]:.4g} at step {kept[-1][0]}")
             return stopped is not None
 
-        environment = trial_environment(("sweep", self.plan.method))
+        outlook = trial_outlook(self.log.trials, number, self.num_trials)
+        environment = trial_environment(("sweep", self.plan.method), outlook)
         # The flag --keep or --redo applies to a trial that was started with other code.
         words = self.command(trial) + ([f"--{self.choice}"] if self.choice else [])
         for _ in range(ATTEMPTS):

@@ -7,7 +7,7 @@ old one aside. If only source files of the project have changed, it asks for --k
 it) or --redo.
 
 Beside the settings of the YAML there are --seed N (as in the pipeline: outputs/<experiment>-seedN), --gpus N (keeps the
-total batch) and --check (only says what would happen to the phase folder).
+total batch), --check (only says what would happen to the phase folder) and --names (only checks the names of settings).
 """
 
 from __future__ import annotations
@@ -44,10 +44,13 @@ def main(args: list[str] | None = None) -> None:
     """
     # 1. The command line, as far as it can be completed and checked without the classes of the run.
     choice, words = take_choice(sys.argv[1:] if args is None else args)
-    only_check, words = "--check" in words, [word for word in words if word != "--check"]
+    only_check, only_names = "--check" in words, "--names" in words
+    words = [word for word in words if word not in ("--check", "--names")]
     find_user_files(words)
     words = help_of_config(complete_words(words))
     refuse_unknown(words)
+    if only_names:
+        return
     if args is None:
         sys.argv[1:] = words  # Lightning passes sys.argv to the ranks that it starts
     # 2. The run. Imported here, because torch and Lightning take seconds, which a typo need not wait for.

@@ -37,6 +37,9 @@ class ModelError(UserError, ValueError):
     """The model cannot be used. The message names the model, its problems and the fix."""
 
 
+OWN_FOLDERS = ("outputs/", "models/", "data/")  # folders of this project, and not owners on the Hub
+
+
 def local_folder(path: str | Path, weights: bool = True, code: bool = False) -> Path:
     """The folder of a model: `path` itself, or the local copy of the Hub repository with that name.
 
@@ -53,6 +56,8 @@ def local_folder(path: str | Path, weights: bool = True, code: bool = False) -> 
         near = difflib.get_close_matches(folder.name, [each.name for each in folder.parent.iterdir()], 1)
         cure = f"; did you mean {str(folder.parent / near[0])!r}?" if near else ""
         raise ModelError(f"model: {folder.parent}/ is here, but there is no folder {path!r} in it{cure}")
+    if path.startswith(OWN_FOLDERS):  # a fresh clone has no outputs/ yet
+        raise ModelError(f"model: there is no folder {path!r}; name another, or make it, as by `make pipeline`")
     from huggingface_hub import snapshot_download  # a slow import, needed only for the Hub
 
     wanted = [*COMPANIONS, ADAPTER, PROMPT_FORM]

@@ -17,14 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from datamodules.images.image_files import Frame
 from datamodules.importers.reading.image_bytes import load_images
 from datamodules.importers.reading.source import Convert, DataError, name_record
 from datamodules.importers.tally import Tally
 from datamodules.persistence.files import read_json, write_json
 from datamodules.persistence.processes import end_with_parent, process_pool
+from datamodules.persistence.progress_lines import Counted
 from datamodules.samples.sample import BoxAnswer, LoadedSample, SampleError
 from datamodules.streaming.manifest import write_manifest
 from datamodules.streaming.shard_writer import ShardFile
@@ -135,7 +134,7 @@ def import_part(
         image_root: the folder to which the samples' image names are relative.
         settings: how many samples, their order, and the share that may be rejected.
         workers: the processes that make shards.
-        title: title of the progress bar.
+        title: title of the progress.
         frame: the frame of the boxes (`Scan.frame`).
 
     Raises:
@@ -154,7 +153,7 @@ def import_part(
     tasks = (_Task(folder, k, chosen, convert, image_root, settings.one_box, frame) for k, chosen in of_shards)
     finished = workers.in_order(tasks)
     # 2. Make the shards, in order.
-    with tqdm(total=total, desc=title, unit=unit) as bar, closing(finished):
+    with Counted(total, title, unit) as progress, closing(finished):
         for task, note in finished:
             missing = None if settings.count is None else settings.count - tally.samples
             # The last shard has too many samples, so it is made again with fewer.
@@ -162,7 +161,7 @@ def import_part(
                 note = workers.submit(replace(task, limit=missing)).result()
             tally.add(note)
             shards += [note["shard"]] if note.get("shard") else []
-            bar.update(len(task.entries) if missing is None else note["samples"])
+            progress.update(len(task.entries) if missing is None else note["samples"])
             _judge(title, tally, settings.max_rejected, at_least=MIN_JUDGED)
             if tally.samples == settings.count:
                 break

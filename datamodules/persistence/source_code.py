@@ -4,7 +4,8 @@ The files are the project's, and the user's own files that a configuration names
 modules that they import. Installed packages are not read.
 
 A hash covers the syntax tree of a file without docstrings, so comments, docstrings and layout may change. A file counts
-if the command imports it, directly or through other files, at the start or later. No git checkout is needed.
+if the command imports it, directly or through other files, at the start or later, or if a file names a class of it by
+`class_path`. No git checkout is needed.
 """
 
 from __future__ import annotations
@@ -109,13 +110,27 @@ def _read(path: Path, written: int, size: int) -> tuple[str, tuple[str, ...]]:
 
 
 def _imports(tree: ast.AST) -> Iterator[str]:
-    """All dotted names that a file imports, also inside functions."""
+    """All dotted names that a file imports, also inside functions, and the modules of classes that it names by
+    `class_path`.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)  # the name may be a module itself
+        elif isinstance(node, ast.Dict):  # a default that is loaded by its path, such as GRPO's rewards
+            yield from class_modules({"class_path": _text_of(node, "class_path")})
+
+
+def _text_of(node: ast.Dict, name: str) -> str | None:
+    """The text at this key of a dict that is written in a file."""
+    values = [value for key, value in zip(node.keys, node.values, strict=True) if _constant(key) == name]
+    return _constant(values[-1]) if values else None
+
+
+def _constant(node: ast.expr | None) -> Any:
+    return node.value if isinstance(node, ast.Constant) else None
 
 
 def _shape(node: Any) -> Iterator[str]:

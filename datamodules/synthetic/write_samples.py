@@ -20,10 +20,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from datamodules.benchmarks.mig_bench import TASKS
 from datamodules.persistence.processes import end_with_parent, process_pool
+from datamodules.persistence.progress_lines import Counted
 from datamodules.samples.sample import BoxAnswer, BoxPart, ImagePart, LoadedSample, Part, Sample, TextPart
 from datamodules.streaming.shard_writer import ShardWriter
 from datamodules.synthetic.puzzles import Puzzle, box_text
@@ -204,6 +203,7 @@ def build_nano(
     excluded |= write_benchmark(folder / VALIDATION, validation_per_task, VALIDATION)
     # 2. The training data as shards.
     for part, count in (("sft", train_samples), ("rl_pool", pool_samples)):
-        with ShardWriter(folder / "shards" / part) as writer:
-            for loaded in tqdm(training_samples(part, seed, count, excluded), total=count, desc=part, unit="sample"):
+        with ShardWriter(folder / "shards" / part) as writer, Counted(count, part, "sample") as progress:
+            for loaded in training_samples(part, seed, count, excluded):
                 writer.add(loaded)
+                progress.update()

@@ -10,22 +10,19 @@ folder. A question may define the position of each image: "In <image> there is a
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 from datamodules.samples.sample import LoadedSample
 from experiments.asking.grounding_model import GroundingModel
 from experiments.asking.one_question import Answer, QuestionError, build_question, describe_boxes, draw_answer
-from experiments.evaluation.evaluation_settings import QuestionForm, QuestionLimits
+from experiments.evaluation.evaluation_settings import AskedModel, settings_of_model
 from experiments.runs.commands import command
 from experiments.runs.parsers import run_cli
-from lightning_modules.predictors.base import Decoding
-from lightning_modules.serving.openai_client import EndpointSettings
 
 
 @dataclass(frozen=True)
-class Question:
+class Question(AskedModel):
     """Ask a model one question about your own images.
 
     Args:
@@ -37,13 +34,6 @@ class Question:
             names
         output: the picture with the boxes (PNG)
         json: print one JSON object instead of text
-        form: form of the prompt, for a model that was not trained here
-        limits: limits of image sizes
-        decoding: decoding of the answer
-        dtype: data type of the weights
-        device: auto, cpu, cuda, cuda:1, ...
-        trust_remote_code: run code that comes with a model's weights
-        endpoint: an OpenAI-compatible server, by base_url
     """
 
     model: str
@@ -52,13 +42,6 @@ class Question:
     target: int | None = None
     output: str = "outputs/answer.png"
     json: bool = False
-    form: QuestionForm = field(default_factory=QuestionForm)
-    limits: QuestionLimits = field(default_factory=QuestionLimits)
-    decoding: Decoding = field(default_factory=Decoding)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str = "auto"
-    trust_remote_code: bool = False
-    endpoint: EndpointSettings | None = None
 
 
 def ask(asked: Question) -> Answer:
@@ -67,8 +50,7 @@ def ask(asked: Question) -> Answer:
     loaded = build_question(asked.images, asked.question, asked.limits.max_image_pixels, asked.target)
 
     # 2. Load the model, with the prompt form of its training, and ask it.
-    names = ("model", "form", "limits", "decoding", "dtype", "device", "trust_remote_code", "endpoint")
-    model = GroundingModel(**{name: getattr(asked, name) for name in names})
+    model = GroundingModel(asked.model, **settings_of_model(asked))
     answer = model.answer(loaded, asked.question, asked.target)
 
     # 3. Draw the boxes.

@@ -16,17 +16,14 @@ import signal
 import socket
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from datamodules.persistence.user_error import UserError
 from experiments.asking.grounding_model import GroundingModel
-from experiments.evaluation.evaluation_settings import QuestionForm, QuestionLimits
+from experiments.evaluation.evaluation_settings import AskedModel, settings_of_model
 from experiments.runs.commands import command
 from experiments.runs.parsers import run_cli
-from lightning_modules.predictors.base import Decoding
-from lightning_modules.serving.openai_client import EndpointSettings
 
 HOST = "127.0.0.1"
 MOST_MODELS = 3  # more columns would be too narrow
@@ -38,7 +35,7 @@ class DemoError(UserError, ValueError):
 
 
 @dataclass(frozen=True)
-class Demo:
+class Demo(AskedModel):
     """Open a local page that asks models about your own images.
 
     Args:
@@ -46,25 +43,11 @@ class Demo:
             base model, and the models in outputs/nano that exist
         port: port of the page on this machine
         max_images: largest number of images of a question
-        form: form of the prompts, for models that were not trained here
-        limits: limits of image sizes
-        decoding: decoding of the answers
-        dtype: data type of the weights
-        device: auto, cpu, cuda, cuda:1, ...
-        trust_remote_code: run code that comes with a model's weights
-        endpoint: an OpenAI-compatible server, by base_url
     """
 
     models: list[str] | None = None
     port: int = 7860
     max_images: int = 16
-    form: QuestionForm = field(default_factory=QuestionForm)
-    limits: QuestionLimits = field(default_factory=QuestionLimits)
-    decoding: Decoding = field(default_factory=Decoding)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str = "auto"
-    trust_remote_code: bool = False
-    endpoint: EndpointSettings | None = None
 
 
 def serve(demo: Demo) -> None:
@@ -82,12 +65,10 @@ def serve(demo: Demo) -> None:
             if error.name != "gradio":
                 raise
             raise DemoError("the page needs Gradio: pip install -e '.[demo]'") from error
-        shared = ("form", "limits", "decoding", "dtype", "device", "trust_remote_code", "endpoint")
-        settings = {name: getattr(demo, name) for name in shared}
         models = []
         for name in names:
             print(f"loading {name}", flush=True)
-            models.append(GroundingModel(name, **settings))
+            models.append(GroundingModel(name, **settings_of_model(demo)))
         address = f"http://{HOST}:{demo.port}"
         open_page(
             models,

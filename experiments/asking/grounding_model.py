@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import Any
 
 from PIL import Image
 
@@ -23,11 +23,8 @@ from experiments.asking.one_question import (
     draw_answer,
     read_answer,
 )
-from experiments.evaluation.evaluation_settings import Evaluation, QuestionForm, QuestionLimits
-from lightning_modules.predictors.base import Decoding, Show
-
-if TYPE_CHECKING:
-    from lightning_modules.serving.openai_client import EndpointSettings
+from experiments.evaluation.evaluation_settings import AskedModel
+from lightning_modules.predictors.base import Show
 
 
 class GroundingModel:
@@ -36,52 +33,26 @@ class GroundingModel:
     Args:
         model: folder or Hub name of a Qwen2.5-VL without an adapter, or of another image-text model; "nano" is
             models/nano-base. With an endpoint, the name of the model on the server.
-        form: form of the prompt, for a model that was not trained here.
-        limits: limits of image sizes.
-        decoding: decoding of the answers.
-        dtype: data type of the weights: float32, bfloat16 or float16.
-        device: auto, cpu, cuda, cuda:1, ...
-        trust_remote_code: run code that comes with a model's weights.
-        endpoint: an OpenAI-compatible server, by base_url.
+        settings: fields of `AskedModel`, such as dtype="bfloat16", device="cuda", or endpoint=EndpointSettings(…).
 
     Raises:
         QuestionError: the model does not exist or cannot be loaded, or a setting does not suit it.
         EndpointMisused, EndpointUnavailable: the server's address, key or model is wrong.
     """
 
-    def __init__(
-        self,
-        model: str,
-        form: QuestionForm | None = None,
-        limits: QuestionLimits | None = None,
-        decoding: Decoding | None = None,
-        dtype: str = "float32",
-        device: str = "auto",
-        trust_remote_code: bool = False,
-        endpoint: EndpointSettings | None = None,
-    ) -> None:
+    def __init__(self, model: str, **settings: Any) -> None:
         from experiments.evaluation.choose_predictor import choose_predictor, make_predictor  # imports torch
 
-        self.name, self.limits = model, limits or QuestionLimits()
-        asked = Evaluation(
-            model=model,
-            data_root="",
-            form=form or QuestionForm(),
-            limits=self.limits,
-            decoding=decoding or Decoding(),
-            dtype=dtype,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            endpoint=endpoint,
-        )
+        asked = AskedModel(**settings)
+        self.name, self.limits = model, asked.limits
         try:
-            settings = choose_predictor(asked)
+            chosen = choose_predictor(model, asked)
         except (OSError, ValueError) as error:
             raise QuestionError(str(error)) from error
-        self.predictor = make_predictor(settings)
+        self.predictor = make_predictor(chosen)
         # A model in this process decodes one question at a time. A server takes several.
-        self._lock: AbstractContextManager = Lock() if endpoint is None else nullcontext()
-        if endpoint is not None:
+        self._lock: AbstractContextManager = Lock() if asked.endpoint is None else nullcontext()
+        if asked.endpoint is not None:
             self.predictor.check()
 
     def ask(

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from datamodules.benchmarks.base import limit_columns
 from datamodules.benchmarks.registry import load_benchmark
 from datamodules.checkpoints.model_folder import ModelError
 from datamodules.persistence.processes import ChildWatch, ProcessLost, end_with_parent
+from datamodules.persistence.progress_lines import Counted
 from datamodules.samples.answer_text import AnswerForm
 from datamodules.samples.boxes import BoxFormat
 from experiments.evaluation.choose_predictor import PredictorSettings, make_predictor
@@ -69,15 +69,15 @@ def ask_all(job: Job, totals: Mapping[str, int], processes: int) -> Iterator[End
     """
     events = _events(job, processes) if processes > 1 else ask_rank(job, 0, 1)
     ended: Counter[str] = Counter()
-    with tqdm(total=sum(totals.values()), unit="question", smoothing=0.1) as bar:
+    with Counted(sum(totals.values()), next(iter(totals), "questions"), "question", is_stage=True) as progress:
         for event in events:
             if isinstance(event, Asked):
-                bar.set_description(event.name)
-                bar.update(event.count)
+                progress.title = event.name
+                progress.update(event.count)
             else:
                 ended[event.name] += 1
                 if ended[event.name] == processes:
-                    bar.clear()
+                    progress.make_room()
                     yield event
 
 

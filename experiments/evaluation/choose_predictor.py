@@ -16,7 +16,7 @@ from datamodules.encoding.model_families import find_model_family
 from datamodules.encoding.prompt_form import form_as_trained, read_prompt_form
 from datamodules.samples.answer_text import AnswerForm
 from datamodules.samples.boxes import BoxFormat
-from experiments.evaluation.evaluation_settings import Evaluation, QuestionForm
+from experiments.evaluation.evaluation_settings import AskedModel, QuestionForm
 from experiments.evaluation.trained_form import trained_form
 from lightning_modules.models.architectures.registry import known_types
 from lightning_modules.predictors.base import Decoding, Predictor
@@ -73,17 +73,21 @@ class ServedSettings:
 PredictorSettings = PolicySettings | ImageTextSettings | ServedSettings
 
 
-def choose_predictor(asked: Evaluation) -> PredictorSettings:
+def choose_predictor(model: str, asked: AskedModel) -> PredictorSettings:
     """Choose the predictor's settings, and check them as far as possible without weights and without the server.
+
+    Args:
+        model: folder or Hub name, or an alias such as "nano"; with an endpoint, the name of the model on the server.
+        asked: how the model is loaded and asked.
 
     Raises ValueError that names each wrong field.
     """
     # 1. A served model: it has no files here.
     if asked.endpoint is not None:
-        return _served_settings(asked, asked.endpoint)
+        return _served_settings(model, asked, asked.endpoint)
     check_device(asked.device)
     # 2. A model of a family that can be trained, known by the model_type in its config.json.
-    model = ALIASES.get(asked.model, asked.model)
+    model = ALIASES.get(model, model)
     found = read_model_type(model)
     if found in known_types():
         return _policy_settings(model, found, asked)
@@ -125,31 +129,31 @@ def _make_policy(settings: PolicySettings, device: str) -> Predictor:
     return PolicyPredictor(policy, NativeEngine(policy), encoder, settings.decoding)
 
 
-def _served_settings(asked: Evaluation, endpoint: EndpointSettings) -> ServedSettings:
+def _served_settings(model: str, asked: AskedModel, endpoint: EndpointSettings) -> ServedSettings:
     if endpoint.base_url is None:
         raise ValueError("endpoint.base_url=None: a model behind a server needs its address")
     # With two names, it would be unclear which model is asked.
-    if endpoint.model not in ("", asked.model):
-        raise ValueError(f"endpoint.model={endpoint.model!r} and model={asked.model!r} differ: leave out the first")
+    if endpoint.model not in ("", model):
+        raise ValueError(f"endpoint.model={endpoint.model!r} and model={model!r} differ: leave out the first")
     stating(endpoint, asked.decoding.generation)  # raises an error if extra_body contradicts it
-    form = _served_form(asked)
-    return ServedSettings(replace(endpoint, model=asked.model), form, asked.decoding)
+    form = _served_form(model, asked)
+    return ServedSettings(replace(endpoint, model=model), form, asked.decoding)
 
 
-def _served_form(asked: Evaluation) -> RequestForm:
+def _served_form(model: str, asked: AskedModel) -> RequestForm:
     """The prompt form of a served model.
 
     The name on the server may be the folder of a model that was trained here (as with vLLM). Then the prompt form of
     its training is used.
     """
-    trained = read_prompt_form(asked.model) if asked.form.as_trained and Path(asked.model).is_dir() else None
+    trained = read_prompt_form(model) if asked.form.as_trained and Path(model).is_dir() else None
     if trained is None:
-        return _request_form(asked, asked.model)
+        return _request_form(asked, model)
     form = _request_form(asked, "qwen2_5_vl")
-    return form_as_trained(form, trained, asked.model, "--form.as_trained")
+    return form_as_trained(form, trained, model, "--form.as_trained")
 
 
-def _policy_settings(model: str, model_type: str, asked: Evaluation) -> PolicySettings:
+def _policy_settings(model: str, model_type: str, asked: AskedModel) -> PolicySettings:
     """The settings for a model of a family that can be trained; `model_type` comes from its config.json."""
     check_policy(model, known_types())
     form, default = asked.form, QuestionForm()
@@ -184,7 +188,7 @@ def _policy_settings(model: str, model_type: str, asked: Evaluation) -> PolicySe
     return PolicySettings(model, prompts | asdict(asked.limits), asked.decoding, asked.dtype, asked.device)
 
 
-def _request_form(asked: Evaluation, *names: str) -> RequestForm:
+def _request_form(asked: AskedModel, *names: str) -> RequestForm:
     """The prompt form of another model; its family is found from `names`."""
     form = asked.form
     if form.box_format != "absolute_pixels":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS, MAX_SAMPLE_PIXELS
 from datamodules.samples.boxes import BoxFormatName
@@ -70,8 +70,39 @@ class QuestionLimits:
     max_sample_pixels: int = MAX_SAMPLE_PIXELS
 
 
+@dataclass(frozen=True, kw_only=True)
+class AskedModel:
+    """How a model is loaded and asked: shared by evaluation, `make ask` and the demo.
+
+    Args:
+        form: form of the prompts, for a model that was not trained here
+        limits: a question beyond these limits is not asked, and counts as wrong
+        decoding: decoding of the answers
+        dtype: data type of the weights
+        device: auto, cpu, cuda (each process takes its own GPU), cuda:1, ...
+        trust_remote_code: run code that comes with a model's weights
+        endpoint: an OpenAI-compatible server, by base_url; its model is named by the command
+    """
+
+    form: QuestionForm = field(default_factory=QuestionForm)
+    limits: QuestionLimits = field(default_factory=QuestionLimits)
+    decoding: Decoding = field(default_factory=Decoding)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    endpoint: EndpointSettings | None = None
+
+
+def settings_of_model(asked: AskedModel) -> dict[str, Any]:
+    """The settings of AskedModel by name, without those that a subclass adds.
+
+    A function, because jsonargparse takes methods of a dataclass for subcommands.
+    """
+    return {each.name: getattr(asked, each.name) for each in fields(AskedModel)}
+
+
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(AskedModel):
     """Evaluate a model on the paper's benchmarks.
 
     Args:
@@ -86,15 +117,8 @@ class Evaluation:
             other settings are not replaced), and outputs/eval/<model> for another model
         limit: largest number of questions of each column (task, split, set or subset); null means all
         replicas: write nano replicas of missing benchmarks into data_root
-        form: form of the prompts
-        limits: a question beyond these limits is not asked and counts as wrong
-        decoding: decoding of the answers
-        dtype: data type of the weights
-        device: auto, cpu, cuda (each process takes its own GPU), cuda:1, ...
         processes: number of processes that share the questions; answers do not depend on it. A single process asks an
             endpoint, with the concurrency of the endpoint
-        trust_remote_code: run code that comes with a model's weights
-        endpoint: an OpenAI-compatible server, by base_url; its model is the one above
         extractor: an OpenAI-compatible server, by base_url and model, that finds the chosen option in an answer of
             BLINK or MMIU if the official parser finds no letter; it affects only official columns, and its replies are
             stored
@@ -108,14 +132,7 @@ class Evaluation:
     output: str | None = None
     limit: int | None = None
     replicas: bool = False
-    form: QuestionForm = field(default_factory=QuestionForm)
-    limits: QuestionLimits = field(default_factory=QuestionLimits)
-    decoding: Decoding = field(default_factory=Decoding)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str = "auto"
     processes: int = 1
-    trust_remote_code: bool = False
-    endpoint: EndpointSettings | None = None
     extractor: EndpointSettings | None = None
     redo: bool = False
     keep: bool = False

@@ -35,7 +35,8 @@ def rescore_predictions(
     """Score stored answers again; returns the result in the format of result.json.
 
     Args:
-        predictions: output folder of an evaluation, with predictions.jsonl and result.json
+        predictions: folder of one benchmark's results, with predictions.jsonl and result.json; or the folder of a phase
+            or a model that has only one
         threshold: IoU above which a box counts
         inclusive: an IoU equal to the threshold counts too
         box: which of several boxes counts; best uses the true box
@@ -44,7 +45,7 @@ def rescore_predictions(
         seed: seed of the bootstrap
         output: output file; null means rescored.json in the folder
     """
-    folder = Path(predictions)
+    folder = find_results(Path(predictions))
     result = read_result(folder / RESULT)
     stored = read_predictions(folder / PREDICTIONS)
     try:
@@ -62,6 +63,21 @@ def rescore_predictions(
     write_json(Path(output) if output else folder / "rescored.json", rescored)
     print(format_result(rescored))
     return rescored
+
+
+def find_results(folder: Path) -> Path:
+    """`folder` itself, or the only folder with results in a phase or in a model's folder.
+
+    Raises ValueError if there is none, or more than one.
+    """
+    if (folder / RESULT).is_file():
+        return folder
+    found = sorted(file.parent for pattern in ("*", "benchmarks/*") for file in folder.glob(f"{pattern}/{RESULT}"))
+    if not found:
+        raise ValueError(f"predictions={str(folder)!r}: no {RESULT} is there; make eval MODEL=folder makes one")
+    if len(found) > 1:
+        raise ValueError(f"predictions={str(folder)!r} has several results: name one of {', '.join(map(str, found))}")
+    return found[0]
 
 
 @command(failed="not rescored")

@@ -89,7 +89,10 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
         folders |= dict.fromkeys(folder.resolve() for folder in found)
         empty += [str(path)] if not found else []
     if empty or not folders:
-        raise ValueError(f"runs={empty}: no folder of a phase (config.yaml, benchmarks/mig_bench), nor one with such")
+        raise ValueError(
+            f"runs={empty}: no folder of a phase (config.yaml, benchmarks/mig_bench), nor one with such; "
+            "make pipeline, make sft and make grpo make one"
+        )
     # Labels must be unique, since pages and tables find a run by its label.
     runs: list[Run] = []
     for folder in folders:

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from callbacks.preemption import is_first_process
 from datamodules.persistence.credentials import find_credential
+from datamodules.persistence.progress_lines import lines_in_stage
 from datamodules.persistence.user_error import UserError
 from experiments.runs.renamed_settings import find_old_flags, find_old_names
 
@@ -22,6 +24,8 @@ CURE = (
 
 def command(main: Callable[..., T] | None = None, *, failed: str = "") -> Callable[..., Any]:
     """Decorates the `main(args=None)` of an entry point: checks its arguments and configuration files first.
+
+    In a stage of a pipeline, the command prints lines of progress from its first second on.
 
     A UserError ends the program with its message, without a traceback. Every other exception is an error of the code.
 
@@ -43,7 +47,8 @@ def command(main: Callable[..., T] | None = None, *, failed: str = "") -> Callab
     def run(args: Sequence[str] | None = None) -> T:
         refuse_credentials(sys.argv[1:] if args is None else args)
         try:
-            return main() if args is None else main(args)
+            with lines_in_stage(is_first_process()):
+                return main() if args is None else main(args)
         except told as error:
             sys.exit(f"{failed}: {error}" if failed else str(error))
 

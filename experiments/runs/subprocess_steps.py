@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from callbacks import preemption
-from datamodules.persistence.durations import LATER_SECONDS, STAGE, in_words
+from datamodules.persistence.durations import Outlook, in_words
 from datamodules.persistence.files import fingerprint, read_json
 from datamodules.persistence.source_code import source_code
 from datamodules.streaming.path_fingerprint import path_fingerprint
@@ -87,43 +88,69 @@ class Plan:
 
     Args:
         steps: all steps.
-        minutes: title of a step, or the name before its colon -> expected minutes from earlier measurements; {} if
-            unknown.
+        minutes: title of a step, such as "cot_sft: training" -> expected minutes from earlier measurements; {} if
+            unknown. Unknown times follow from the steps that have run, see `seconds_of`.
     """
 
     def __init__(self, steps: Sequence[Step], minutes: Mapping[str, float]) -> None:
         self.steps = list(steps)
-        self.expected = {step.marker: 60 * value for step in steps if (value := minutes.get(step.title)) is not None}
-        self.spent: dict[Path, float] = {}
+        self.expected = {step.title: 60 * minutes[step.title] for step in steps if step.title in minutes}
+        self.spent: dict[str, list[float]] = {}  # title -> seconds of the steps that have run here
 
     def begin(self, step: Step) -> dict[str, str]:
-        """The environment variables with the position of the step (`datamodules.persistence.durations`)."""
-        number = [each.marker for each in self.steps].index(step.marker) + 1
-        later = self.seconds_of(self.steps[number:])
-        place = {STAGE: f"{number} of {len(self.steps)}, {step.title}"}
-        return place | ({} if later is None else {LATER_SECONDS: str(round(later))})
+        """The environment variable with the position of the step and the expected times."""
+        later = self.seconds_of(self.steps[self._number(step) :])
+        expected = self.seconds_of([step])
+        return Outlook(self.place(step), time.time(), expected, later, evidence=self.evidence()).environment()
+
+    def place(self, step: Step) -> str:
+        """The position of a step, such as "2 of 5, cot_sft: training"."""
+        return f"{self._number(step)} of {len(self.steps)}, {step.title}"
+
+    def _number(self, step: Step) -> int:
+        return [each.marker for each in self.steps].index(step.marker) + 1
 
     def seconds_of(self, steps: Sequence[Step]) -> float | None:
-        """Expected seconds of the steps that are not done; None if the time of a step is unknown."""
-        waiting = [step for step in steps if step.seconds_if_done() is None]
-        if any(step.marker not in self.expected for step in waiting):
-            return None
-        return self.pace() * sum(self.expected[step.marker] for step in waiting)
+        """Expected seconds of the steps that are not done; None if the time of a step is unknown.
+
+        The time of a step is, in this order: the measured time of a step with the same title (of another seed), the
+        expected time at the pace of this machine, and the measured mean of steps of the same kind, such as "training".
+        """
+        times = [self._seconds_of(step) for step in steps if step.seconds_if_done() is None]
+        return None if None in times else sum(times)
+
+    def _seconds_of(self, step: Step) -> float | None:
+        kind = step.title.rpartition(": ")[2]
+        same_kind = [s for title, each in self.spent.items() if title.rpartition(": ")[2] == kind for s in each]
+        if step.title in self.spent:
+            return mean(self.spent[step.title])
+        if step.title in self.expected:
+            return self.expected[step.title] * self.pace()
+        return mean(same_kind) if same_kind else None
 
     def pace(self) -> float:
-        """The factor between measured and expected time of the steps that have run here; 1 before any step."""
-        known = [marker for marker in self.spent if marker in self.expected]
-        return sum(self.spent[m] for m in known) / sum(self.expected[m] for m in known) if known else 1.0
+        """The factor between measured and expected times on this machine; 1 before any step.
+
+        A tenth of all expected times counts as measured as expected. Without this, a short first step, which mostly
+        loads the model, would set the pace of hours.
+        """
+        known = [title for title in self.spent if title in self.expected]
+        weight = 0.1 * sum(self.expected.values())
+        foreseen = weight + sum(self.expected[title] * len(self.spent[title]) for title in known)
+        return (weight + sum(sum(self.spent[title]) for title in known)) / foreseen if foreseen else 1.0
+
+    def evidence(self) -> float:
+        """The weight of the expected times, in seconds (`Outlook`)."""
+        return 0.1 * sum(self.expected.values()) + sum(sum(seconds) for seconds in self.spent.values())
 
     def left_text(self, step: Step) -> str:
         """ "; about 12 min left of all stages", or "" if that is not known."""
-        number = [each.marker for each in self.steps].index(step.marker)
-        left = self.seconds_of(self.steps[number:])
+        left = self.seconds_of(self.steps[self._number(step) - 1 :])
         return "" if left is None else f"; about {in_words(left)} left of all stages"
 
     def end(self, step: Step, seconds: float) -> None:
         """Record the seconds of a step in this process."""
-        self.spent[step.marker] = seconds
+        self.spent.setdefault(step.title, []).append(seconds)
 
 
 def settle(steps: Sequence[Step]) -> None:
@@ -159,7 +186,6 @@ def run_step(step: Step, plan: Plan | None = None) -> float:
         step: the step.
         plan: all steps, for messages and for the progress lines of the process.
     """
-    place = plan.begin(step) if plan else {}
     seconds = step.seconds_if_done()
     if seconds is not None:
         say(f"{step.title}: done before, in {seconds:.0f} s")
@@ -168,8 +194,8 @@ def run_step(step: Step, plan: Plan | None = None) -> float:
     # The time of earlier attempts is added, if they belong to the same step and are not repeated.
     key, old, redone = step.key(), read_json(step.marker), step.is_stale()
     command = [*step.command, *([f"--{step.choice}"] if step.choice else [])]
-    if place:
-        say(f"stage {place[STAGE]}{plan.left_text(step)}")
+    if plan:
+        say(f"stage {plan.place(step)}{plan.left_text(step)}")
     say(f"{step.title}: python -m {shlex.join(command)}")
     goes_on = old.get("key") == key and not redone
     before, start = old["seconds"] if goes_on else 0.0, time.monotonic()
@@ -193,7 +219,8 @@ def run_step(step: Step, plan: Plan | None = None) -> float:
         except OSError as error:  # only the clock failed; the step itself notices if it cannot continue
             say(f"{step.title}: the time spent is not noted: {error}")
 
-    status = run_process([sys.executable, "-m", *command], tick, {**step.environment, **place})
+    environment = {**step.environment, **(plan.begin(step) if plan else {})}
+    status = run_process([sys.executable, "-m", *command], tick, environment)
     if status != 0:
         sys.exit(f"{step.title} ended with exit code {status}. The same command goes on from what is saved.")
     seconds = note(True)

@@ -16,13 +16,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from datamodules.persistence.durations import Outlook
 from datamodules.persistence.files import Journal
+from datamodules.persistence.progress_lines import EVERY_SECONDS
 from experiments.runs import metrics_csv
 from experiments.runs.subprocess_steps import ROOT, say
 from experiments.runs.wandb_runs import child_environment, with_given_tags
 
 POLL_SECONDS = 1.0
-LINE_SECONDS = 30.0  # time between two lines about a running trial
+TRIAL = "trial"  # its lines of progress begin with "[trial 3 of 24]"
 STOP_SECONDS = 300.0  # a trial that is asked to stop finishes its batch and writes a checkpoint
 Points = list[tuple[int, float]]
 
@@ -126,7 +128,7 @@ def run_process(
             if len(points) > seen:
                 seen = len(points)
                 pruned = see(points, time.monotonic() - start)
-            if time.monotonic() - told >= LINE_SECONDS:
+            if time.monotonic() - told >= EVERY_SECONDS:
                 told = time.monotonic()
                 if line := last_progress(log):
                     say(line)
@@ -142,9 +144,9 @@ def run_process(
 
 
 def last_progress(log: Path) -> str:
-    """The last line of `callbacks.run_progress` in a trial's log; "" before there is one."""
+    """The last line of a trial's progress in its log; "" before there is one."""
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    return next((line for line in reversed(lines) if line.startswith("step ")), "")
+    return next((line for line in reversed(lines) if line.startswith(f"[{TRIAL} ")), "")
 
 
 def points_agreed(one: Points, other: Points) -> Points:
@@ -172,9 +174,23 @@ def last_words(log: Path, limit: int = 300) -> str:
     return (errors or telling or ["it said nothing"])[-1][:limit]
 
 
-def trial_environment(tags: Iterable[str]) -> dict[str, str]:
+def trial_environment(tags: Iterable[str], outlook: Outlook) -> dict[str, str]:
     """The environment of a trial's process. It tells W&B that the phase is a trial."""
-    return child_environment() | {"WANDB_JOB_TYPE": "trial", "WANDB_TAGS": ",".join(with_given_tags(*tags))}
+    names = {"WANDB_JOB_TYPE": "trial", "WANDB_TAGS": ",".join(with_given_tags(*tags))}
+    return child_environment() | names | outlook.environment()
+
+
+def trial_outlook(trials: Sequence[Trial], number: int, total: int) -> Outlook:
+    """The outlook of trial `number` (from 0) of `total`: further trials take the mean time of those that have ended.
+
+    Before any has ended, they take as long as this one.
+    """
+    ended = [trial.seconds for trial in trials if trial.state != "running"]
+    stage, more = f"{TRIAL} {number + 1} of {total}", total - len(ended) - 1
+    if not ended:
+        return Outlook(stage, time.time(), later=0.0, alike=more)
+    each = sum(ended) / len(ended)
+    return Outlook(stage, time.time(), each, later=more * each, evidence=sum(ended))
 
 
 def _stop(child: subprocess.Popen) -> int:

@@ -10,11 +10,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tqdm import tqdm
-
 from datamodules.encoding.chat_request import ChatRequest, RequestForm, build_request
 from datamodules.persistence.files import Journal
 from datamodules.persistence.problems import Problems
+from datamodules.persistence.progress_lines import Counted
 from datamodules.samples.answer_text import AnswerForm
 from datamodules.samples.boxes import image_sizes_to_json
 from datamodules.samples.sample import SampleError
@@ -129,7 +128,7 @@ class Teacher:
         form: the form of the prompts.
         sampling: number of responses, temperature, length and seed.
         journal: the journal with the responses of all runs.
-        prices: for the cost in the progress bar.
+        prices: for the cost in the progress.
     """
 
     reader: ShardReader
@@ -142,7 +141,7 @@ class Teacher:
     def __post_init__(self) -> None:
         self.settings = replace(self.endpoint, extra_body=server_fields(self.endpoint) | self.endpoint.extra_body)
         self.session = Session()
-        self._bar: tqdm | None = None  # the progress bar
+        self._progress: Counted | None = None
         self._lost = 0  # number of failed tries to get answers
         known = [record for record in self.journal.records if "text" in record]
         # Refusals before the first answer, which are not in the journal yet. If all questions are refused, the settings
@@ -186,8 +185,8 @@ class Teacher:
         # One thread reads and encodes images. The reader is not thread-safe, and one thread is enough, because the
         # server is slower.
         with ThreadPoolExecutor(max_workers=1) as pool:
-            self._bar = tqdm(total=total, initial=total - asked, desc="teacher", unit="response", smoothing=0.05)
-            with self._bar:
+            self._progress = Counted(total, "teacher", "response", initial=total - asked, note=self._note)
+            with self._progress:
                 async with ChatEndpoint(self.settings) as endpoint:
                     self.session.faults = endpoint.faults
                     async with asyncio.TaskGroup() as workers:
@@ -206,7 +205,7 @@ class Teacher:
                 # The question itself is unusable, or the server refuses it.
                 rejected = {"number": question.number, "id": error.sample_id, "rule": error.rule}
                 self._reject(rejected | {"detail": error.detail})
-                self._bar.update(len(question.responses))
+                self._progress.update(len(question.responses))
             except EndpointUnavailable as error:
                 # No answer to this question. If the server still answers the smallest question, continue with others. A
                 # refusal is an answer too.
@@ -262,11 +261,13 @@ class Teacher:
             self.journal.append([*(self._refused or ()), record])  # the first answer shows that the refusals were real
             self._refused = None
             question.responses.pop(0)
-            # Count the response, and show the totals in the progress bar.
             self.session.requests += 1
             self._tokens[0] += found.prompt_tokens
             self._tokens[1] += found.completion_tokens
-            shown = {"tokens": f"{self._tokens[0]}+{self._tokens[1]}", "cost": f"{self.prices.cost(*self._tokens):.2f}"}
-            shown |= {"retries": self.session.faults.total(), "failed": len(self.session.failed)}
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update()
+            self._progress.update()
+
+    def _note(self) -> str:
+        """The totals that are shown with the progress."""
+        tokens, cost = f"{self._tokens[0]:,} + {self._tokens[1]:,} tokens", self.prices.cost(*self._tokens)
+        lost = f"{self.session.faults.total()} retries, {len(self.session.failed)} failed"
+        return f"{tokens}, cost {cost:.2f}, {lost}"

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from datamodules.encoding.encoder import EncodedSample, Encoder
 from datamodules.persistence.files import Journal, fingerprint, read_journal, read_json, write_atomic, write_json
 from datamodules.persistence.problems import Problems
+from datamodules.persistence.progress_lines import Counted
 from datamodules.samples.rejections import Rejections
 from datamodules.samples.sample import LoadedSample, SampleError
 from datamodules.samples.scores import require_boxes, score_text
@@ -201,12 +201,8 @@ def _sample_chunks(
     rejections = Rejections()  # rejections of this call; `_write_kept` counts those of all calls and ranks
     # A thread encodes the next chunk while the engine samples this one.
     encoded = encode_ahead(encoder, [numbers for _, numbers in chunks], read)
-    with tqdm(
-        total=sum(len(numbers) for _, numbers in chunks),
-        desc="rejection sampling",
-        unit="prompt",
-        disable=not show_progress,
-    ) as bar:
+    total = sum(len(numbers) for _, numbers in chunks)
+    with Counted(total, "rejection sampling", "prompt", is_shown=show_progress) as progress:
         for (number, _), members in zip(chunks, encoded, strict=True):
             errors = [error for _, error in members if isinstance(error, SampleError)]
             for error in errors:
@@ -224,7 +220,7 @@ def _sample_chunks(
             ]
             rejected = {error.sample_id: error.rule for error in errors}
             journal.append([{"window": number, "outcomes": outcomes, "rejected": rejected}])
-            bar.update(len(members))
+            progress.update(len(members))
 
 
 def _outcome(

@@ -86,7 +86,9 @@ def check_model(model: str) -> None:
         if not (folder / "config.json").is_file():
             sys.exit(f"--model={model}: the folder has no config.json; give a model folder, such as .../merged")
         return
-    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1 or folder.parent.is_dir():
+    # Folders of this project are no owners on the Hub, even in a fresh clone, which has no outputs/ yet.
+    is_path = folder.is_absolute() or model.startswith((".", "~", "outputs/", "models/", "data/"))
+    if is_path or model.count("/") != 1 or folder.parent.is_dir():
         sys.exit(f"--model={model}: there is no such folder, and it is no Hub name (owner/name)")
 
 

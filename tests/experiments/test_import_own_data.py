@@ -20,7 +20,7 @@ from datamodules.streaming.manifest import read_manifest
 from datamodules.streaming.shard_reader import ShardReader
 from experiments import evaluate, import_shards, train
 from experiments.evaluation.choose_predictor import choose_predictor
-from experiments.evaluation.evaluation_settings import Evaluation
+from experiments.evaluation.evaluation_settings import AskedModel
 from tests.datamodules.importers.own_data import own_files, test_coco
 from tests.datamodules.importers.own_data.own_files import SIZES, numbers, true_boxes
 from tests.datamodules.importers.published import jpeg
@@ -68,7 +68,7 @@ def test_ten_lines_of_each_form_are_imported_trained_on_and_evaluated(workbench:
 
     # A copy anywhere is asked as the phase asked: "answer", where the evaluation's own default is "think".
     copied = shutil.copytree(merged, workbench.root / "published")
-    chosen = choose_predictor(Evaluation(str(copied), ""))
+    chosen = choose_predictor(str(copied), AskedModel())
     assert chosen.prompts["style"] == "answer" and chosen.prompts["box_format"] == "absolute_pixels"
 
     where = [

@@ -16,7 +16,7 @@ from datamodules.synthetic.benchmark_replicas import write
 from experiments import evaluate
 from experiments.evaluation import rescore
 from experiments.evaluation.choose_predictor import ImageTextSettings, PolicySettings, choose_predictor
-from experiments.evaluation.evaluation_settings import Evaluation, QuestionForm
+from experiments.evaluation.evaluation_settings import AskedModel, Evaluation, QuestionForm
 from experiments.runs import preflight
 from lightning_modules.models.architectures import registry
 from lightning_modules.serving.openai_client import EndpointSettings
@@ -100,7 +100,7 @@ def test_servers_that_cannot_be_used_end_the_evaluation_soon(tmp_path: Path) -> 
 
 def test_another_family_in_this_process(tmp_path: Path) -> None:
     model = str(save_model(qwen2_vl, tmp_path / "model"))
-    settings = choose_predictor(Evaluation(model, "data"))
+    settings = choose_predictor(model, AskedModel())
     assert isinstance(settings, ImageTextSettings) and settings.form.model_family.name == "qwen2_vl"
     assert settings.form.style == "native" and not settings.trust_remote_code
     out = run(model, tmp_path, "--limit=1")
@@ -119,15 +119,15 @@ def test_the_base_model_of_a_further_family_is_read_in_the_box_format_of_its_fam
     monkeypatch.setitem(registry.ARCHITECTURES, Qwen3VL.model_type, Qwen3VL())
     model = str(write_tiny_model(tmp_path / "model"))
     with pytest.raises(ValueError, match=r"is a Qwen3-VL, which writes boxes as relative_1000.*set form.box_format"):
-        choose_predictor(Evaluation(model, "data"))
+        choose_predictor(model, AskedModel())
     with pytest.raises(ValueError, match="is a Qwen3-VL: box format, style"):
-        choose_predictor(Evaluation(model, "data", form=QuestionForm(model_family="qwen3_vl")))
-    settings = choose_predictor(Evaluation(model, "data", form=QuestionForm(box_format="relative_1000")))
+        choose_predictor(model, AskedModel(form=QuestionForm(model_family="qwen3_vl")))
+    settings = choose_predictor(model, AskedModel(form=QuestionForm(box_format="relative_1000")))
     assert isinstance(settings, PolicySettings) and settings.prompts["box_format"] == BoxFormat.RELATIVE_1000
     # One that was trained here, in whatever format, is asked as it was trained.
     form = {"version": 1, "style": "think", "box_format": "absolute_pixels", "label_images": False}
     (tmp_path / "model" / PROMPT_FORM).write_text(json.dumps(form | {"max_resized_pixels": None}))
-    assert choose_predictor(Evaluation(model, "data")).prompts["box_format"] == BoxFormat.ABSOLUTE_PIXELS
+    assert choose_predictor(model, AskedModel()).prompts["box_format"] == BoxFormat.ABSOLUTE_PIXELS
 
 
 @pytest.mark.parametrize(
@@ -174,18 +174,18 @@ def test_a_served_model_that_was_trained_here_is_asked_as_in_its_training(tmp_pa
     (tmp_path / "prompt_form.json").write_text(json.dumps({"version": 1, **form}))
     served = EndpointSettings(base_url="http://a/v1")
 
-    found = choose_predictor(Evaluation(str(tmp_path), "", endpoint=served)).form
+    found = choose_predictor(str(tmp_path), AskedModel(endpoint=served)).form
     assert (found.style, found.before_image, found.max_pixels) == ("answer", "Picture {}: ", 5000)
     assert (found.model_family.name, found.model_family.box_format) == ("qwen2_5_vl", "relative_1000")
     assert "style='answer' as" in capsys.readouterr().out
 
     given = QuestionForm(as_trained=False, model_family="qwen2_5_vl")
-    found = choose_predictor(Evaluation(str(tmp_path), "", endpoint=served, form=given)).form
+    found = choose_predictor(str(tmp_path), AskedModel(endpoint=served, form=given)).form
     assert (found.style, found.before_image, found.model_family.box_format) == ("native", None, "absolute_pixels")
 
     (tmp_path / "prompt_form.json").write_text(json.dumps({"version": 1}))
     with pytest.raises(ValueError, match="the field style is missing"):
-        choose_predictor(Evaluation(str(tmp_path), "", endpoint=served))
+        choose_predictor(str(tmp_path), AskedModel(endpoint=served))
 
 
 def test_every_fault_is_told_at_once(tmp_path: Path) -> None:

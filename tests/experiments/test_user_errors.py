@@ -24,14 +24,20 @@ from experiments import (
     evaluate,
     generate_synthetic,
     import_shards,
+    inspect_shards,
     pipeline,
     sweep,
     synthesize,
     train,
 )
-from experiments.asking import ask_model
+from experiments.asking import ask_model, demo
+from experiments.evaluation import rescore
+from experiments.reports import pipeline_report
+from experiments.reports.live import watch
+from experiments.reports.predictions import browse_answers
 from experiments.runs.command_line import mig
 from experiments.runs.overview import run_table
+from experiments.runs.sharing import publish
 from experiments.runs.usage_errors import explain, suggest
 from tests.datamodules.importers.own_data import own_files
 from tests.experiments.conftest import REJECTION, Workbench
@@ -308,7 +314,40 @@ MISTAKES: list[tuple[str, Prepare, tuple[str, ...]]] = [
     ("a model", on_bench("--model.model=models/nano-bas"), ("models/nano-bas", "did you mean 'models/nano-base'?")),
     ("shards", on_bench("--data.shards=data/nope"), ("data/nope", "manifest.json")),
     ("a benchmark", on_nano(evaluate.main, "eval", "--bench=blinkk", "--replicas=false"), ("bench='blinkk'", "blink")),
-    ("data_root", on_nano(evaluate.main, "eval", "--data_root=data/nope", "--replicas=false"), ("data/nope",)),
+    (
+        "data_root",
+        on_nano(evaluate.main, "eval", "--data_root=data/nope", "--replicas=false"),
+        ("data/nope", "data_root is the folder of the benchmarks", "make shards"),
+    ),
+    (
+        "eval, a model",
+        on_nano(evaluate.main, "eval", "--model=outputs/no-such-model", "--replicas=false"),
+        ("'outputs/no-such-model'", "there is no folder"),
+    ),
+    ("a source", alone(import_shards.main, "--source=mgrouding", "--root=x"), ("mgrouding", "mgrounding")),
+    ("samples", alone(inspect_shards.main, "--data", "data/no-such-data"), ("data/no-such-data",)),
+    (
+        "a report of nothing",
+        alone(pipeline_report.main, "--folder", "outputs/no-such-run"),
+        ("--folder=outputs/no-such-run",),
+    ),
+    (
+        "a comparison of nothing",
+        alone(compare.main, "--runs", "outputs/no-such-run"),
+        ("outputs/no-such-run", "make pipeline"),
+    ),
+    (
+        "answers of nothing",
+        alone(browse_answers.main, "--runs", "outputs/no-such-run"),
+        ("--runs=outputs/no-such-run", "make eval MODEL="),
+    ),
+    (
+        "scores of nothing",
+        alone(rescore.main, "--predictions=outputs/no-such-run"),
+        ("predictions='outputs/no-such-run'", "make eval MODEL="),
+    ),
+    ("a model to publish", alone(publish.main, "--model=outputs/no-such-run", "--repo=a/b"), ("outputs/no-such-run",)),
+    ("a repository", alone(publish.main, "--model=models/nano-base", "--repo=me"), ("repo='me'", "owner/name")),
     (
         "a benchmark's image",
         in_benchmark(images=["gone.png", "gone.png"]),
@@ -332,9 +371,12 @@ MISTAKES: list[tuple[str, Prepare, tuple[str, ...]]] = [
     ("eval, a device", on_nano(evaluate.main, "eval", "--device=gpu", "--replicas=false"), ("device='gpu'", "cuda:0")),
     ("a refused server", refused_server, ("http://127.0.0.1:9/v1",)),
     ("a port in use", port_in_use, ("--port=", "in use", "Name another port")),
+    ("watch, a port", alone(watch.main, "--port", "99999"), ("--port=99999", "below 65536")),
+    ("demo, a port", alone(demo.main, "--port=99999"), ("port=99999", "1..65535")),
     ("vLLM's port", apart(*SERVER, "models/nano-base", "--port", "99999"), ("--port=99999", "65535")),
     ("vLLM, no such folder", apart(*SERVER, "/nope"), ("--model=/nope",)),
     ("vLLM, no such folder here", apart(*SERVER, "experiments/nope"), ("--model=experiments/nope",)),
+    ("vLLM, no outputs yet", apart(*SERVER, "outputs/no-such-model"), ("--model=outputs/no-such-model",)),
     ("vLLM, no model", apart(*SERVER, "experiments"), ("--model=experiments", "config.json")),
     # runs
     (
@@ -398,6 +440,12 @@ def test_a_path_below_a_folder_here_is_not_asked_of_the_hub(tmp_path, monkeypatc
     (tmp_path / "outputs" / "nano").mkdir(parents=True)
     with pytest.raises(ModelError, match=r"no folder 'outputs/nanoo' in it; did you mean 'outputs/nano'\?"):
         local_folder("outputs/nanoo")
+
+
+def test_a_path_in_outputs_is_not_asked_of_the_hub_in_a_fresh_clone(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"there is no folder 'outputs/nano'"):
+        local_folder("outputs/nano")
 
 
 def test_suggestions_know_the_last_part_of_a_nested_name() -> None:

@@ -14,8 +14,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
+from datamodules.persistence.progress_lines import Counted
 from datamodules.samples.sample import BoxAnswer, BoxesAnswer, ImagePart, LoadedSample, Sample, TextPart
 from datamodules.streaming.shard_writer import ShardWriter
 from datamodules.synthetic.multi_box.multi_box_tasks import NOT_TRAINED, TRAINED, MultiBoxPuzzle
@@ -85,6 +84,7 @@ def build_multi_box(root: str, seed: int, train_samples: int, eval_per_task: int
                     writer.add(_loaded(f"{SOURCE}/{part}/{task}/{index}", puzzle))
     # 2. The training data.
     for part, count in (("sft", train_samples), ("rl_pool", pool_samples)):
-        with ShardWriter(shards / part) as writer:
-            for loaded in tqdm(training_samples(part, seed, count, excluded), total=count, desc=part, unit="sample"):
+        with ShardWriter(shards / part) as writer, Counted(count, part, "sample") as progress:
+            for loaded in training_samples(part, seed, count, excluded):
                 writer.add(loaded)
+                progress.update()

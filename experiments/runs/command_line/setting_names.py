@@ -31,8 +31,11 @@ ALWAYS = ("help", "print_config", "class_path", "init_args", "<<")
 
 def refuse_unknown(words: Sequence[str]) -> None:
     """End the program with the settings of the command line and its YAML files that do not exist."""
+    configs = config_files(words)
+    if missing := [file for file in configs if file.suffix in (".yaml", ".yml") and not file.is_file()]:
+        raise SystemExit("\n".join(f"--config={file} does not exist" for file in missing[:MOST_LINES]))
     # A run's own config.yaml may be of another version of the project: the command tells that, and how to go on.
-    given = [file for file in config_files(words) if not (file.parent / STARTED).is_file()]
+    given = [file for file in configs if not (file.parent / STARTED).is_file()]
     files = [(file, node) for file in given if (node := _compose(file)) is not None]
     # The class of `model` is known if a file or a flag names it; its settings may stand in other files.
     paths = [path for _, node in files if (path := _class_path(_member(node, "model")))]

@@ -33,7 +33,7 @@ from experiments.runs.parsers import ShortErrors
 from experiments.runs.results import current_commit
 from experiments.runs.run_key import made_of
 
-DESCRIPTION = "Train one phase from one YAML. Beside the settings there are --seed, --gpus, --keep, --redo and --check."
+DESCRIPTION = "Train one phase from one YAML. Beside the settings: --seed, --gpus, --keep, --redo, --check, --names."
 # Both runs stay if the new one has another experiment, whose folder is another one.
 KEEPS_BOTH = 'To keep both runs, name the new one: --experiment NAME (make sft ARGS="--experiment NAME").'
 

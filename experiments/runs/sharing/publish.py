@@ -94,8 +94,8 @@ def publish(publication: Publication) -> str:
 def main(args: list[str] | None = None) -> None:
     """Entry point of `make publish`."""
     publication = run_cli(Publication, args)
-    print(f"card: {Path(publication.model) / CARD}")
-    print(f"published: {publish(publication)}")
+    address = publish(publication)
+    print(f"card: {Path(publication.model) / CARD}\npublished: {address}")
 
 
 if __name__ == "__main__":

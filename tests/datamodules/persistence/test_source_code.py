@@ -42,6 +42,14 @@ def test_all_that_is_imported_counts_at_once_late_or_by_a_configuration(project:
     assert {"callbacks/named.py", "datamodules/samples/boxes.py"} < set(found) and "callbacks/unused.py" not in found
 
 
+def test_a_class_that_a_file_names_by_its_path_counts(project: Path) -> None:
+    text = 'FIELDS = {"class_path": str}\nDEFAULT = [{"class_path": "callbacks.named.Named", **FIELDS}, {1: 2}]\n'
+    found = changed_by(project, "callbacks/merge.py", text)
+    assert found == ["callbacks/merge.py"], "callbacks.named is counted by its configuration already"
+    found = source_code(("callbacks.merge",), project)
+    assert {"callbacks/named.py", "datamodules/samples/boxes.py"} < set(found)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "counts"),
     [
@@ -69,6 +77,8 @@ def test_the_project_s_own_commands_are_read() -> None:
     found = source_code(("experiments.train", "lightning_modules.grpo"))
     assert {
         "lightning_modules/rl/rewards/reward_list.py",
+        "lightning_modules/rl/rewards/box_rewards.py",
+        "lightning_modules/rl/rewards/text_rewards.py",
         "datamodules/samples/answer_text.py",
         "experiments/runs/run_key.py",
     } < set(found)

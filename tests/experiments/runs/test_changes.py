@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
+from datamodules.persistence.files import write_json
 from experiments.runs.changes import (
     MadeOf,
     choice_of,
@@ -92,3 +94,19 @@ def test_make_passes_the_answer_on(target: str) -> None:
 
     assert "--keep" in last_command("KEEP=1") and "--redo" in last_command("REDO=1")
     assert not {"--keep", "--redo"} & set(last_command("REDO=0").split())
+
+
+def test_make_checks_the_names_of_settings_before_it_generates_the_dataset(tmp_path: Path) -> None:
+    for name in ("setup.cfg", "installed"):
+        (tmp_path / name).touch()
+
+    def commands() -> list[str]:
+        command = ["make", "-n", "-f", str(ROOT / "Makefile"), "grpo", "STAMP=installed", "ARGS=--model.sead=1"]
+        done = subprocess.run(command, cwd=tmp_path, env=outside_make(), capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    check, dataset, training = commands()
+    assert check.endswith("--model.sead=1 --names") and "experiments.generate_synthetic" in dataset
+    assert training.endswith("--model.sead=1")
+    write_json(tmp_path / "data/nano/done.json", {})
+    assert commands() == [training], "a finished dataset costs no time"

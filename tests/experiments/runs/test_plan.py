@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from datamodules.persistence.durations import LATER_SECONDS, STAGE
+from datamodules.persistence.durations import OUTLOOK, Outlook
 from experiments.runs.subprocess_steps import Plan, Step
 
 
@@ -19,18 +20,37 @@ def steps(tmp_path: Path) -> list[Step]:
 MINUTES = {"base: MIG-Bench": 1, "grpo: training": 10, "grpo: MIG-Bench": 1}
 
 
-def test_a_step_knows_its_number_and_the_time_of_later_steps(steps: list[Step]) -> None:
+def outlook_of(plan: Plan, step: Step) -> Outlook:
+    return Outlook(**json.loads(plan.begin(step)[OUTLOOK]))
+
+
+def test_a_step_knows_its_number_and_the_times(steps: list[Step]) -> None:
     plan = Plan(steps, MINUTES)
-    assert plan.begin(steps[1]) == {STAGE: "2 of 3, grpo: training", LATER_SECONDS: "60"}
+    outlook = outlook_of(plan, steps[1])
+    assert (outlook.stage, outlook.expected, outlook.later) == ("2 of 3, grpo: training", 600, 60)
+    assert outlook.evidence == pytest.approx(72), "a tenth of the whole"
     assert plan.left_text(steps[0]) == "; about 12 min left of all stages"
 
 
 def test_a_slower_machine_corrects_the_time_left(steps: list[Step]) -> None:
     plan = Plan(steps, MINUTES)
     plan.end(steps[0], 120.0)
-    assert plan.left_text(steps[1]) == "; about 22 min left of all stages"
+    # 120 s in place of 60 s, and 72 s as expected: 192 s in place of 132 s. Eleven minutes become sixteen.
+    assert plan.left_text(steps[1]) == "; about 16 min left of all stages"
+    plan.end(steps[1], 1200.0)
+    assert plan.pace() == pytest.approx((72 + 1320) / (72 + 660)), "a long step weighs more"
 
 
 def test_without_expectations_only_the_number_is_said(steps: list[Step]) -> None:
     plan = Plan(steps, {"grpo: training": 10})
-    assert plan.begin(steps[0]) == {STAGE: "1 of 3, base: MIG-Bench"} and plan.left_text(steps[0]) == ""
+    assert outlook_of(plan, steps[0]).later is None and plan.left_text(steps[0]) == ""
+
+
+def test_unknown_times_follow_from_the_steps_that_have_run(tmp_path: Path) -> None:
+    titles = ("base: MIG-Bench", "sft: training", "sft: MIG-Bench") * 2  # of two seeds
+    steps = [Step(title, tmp_path / f"{number}.json", ("x",), ()) for number, title in enumerate(titles)]
+    plan = Plan(steps, {})
+    plan.end(steps[0], 60.0)
+    assert outlook_of(plan, steps[1]).expected is None and plan.left_text(steps[1]) == ""
+    plan.end(steps[1], 300.0)
+    assert plan.left_text(steps[2]) == "; about 8 min left of all stages", "60 + 60 + 300 + 60"

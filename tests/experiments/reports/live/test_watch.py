@@ -127,11 +127,20 @@ def test_a_server_that_ends_is_told_on_the_page(phase: Path) -> None:
 
 
 def test_before_the_run_the_page_waits(tmp_path: Path) -> None:
-    server = WatchServer(tmp_path / "outputs/later", 0, 5.0)
-    assert "No run is in" in server.page.html() and "every 5.0 s" in server.page.html()
-    log_step(tmp_path / "outputs/later/cot_sft", 0)
-    assert "cot_sft" in server.page.html()
+    server = WatchServer(tmp_path / "outputs/later", 0, 3600.0)
+    assert "every 3600.0 s" in server.page.html()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    with opened_pages(1, server.address.rstrip("/")) as (page,):
+        page.set_default_timeout(180_000)  # of a busy machine
+        page.goto(server.address)
+        assert "No run is in" in page.locator("body").inner_text() and page_faults(page) == []
+        log_step(tmp_path / "outputs/later/cot_sft", 0)
+        page.reload()  # as the page does after its interval
+        assert "cot_sft" in page.locator("#now").inner_text()
+    server.shutdown()
     server.server_close()
+    thread.join()
 
 
 def test_only_this_machine_and_only_pictures_are_served(server: WatchServer) -> None:
