@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from glob import glob
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,7 @@ def make_faults(words: Sequence[str], named: bool = False) -> tuple[list[str], l
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
     variables = set(re.findall(r"^([A-Z_]+)\s*[?:]?=", makefile, re.MULTILINE))
     faults, given = [], []
-    for word in words[1:]:
+    for word in takewhile(lambda word: word != ">", words[1:]):  # what the shell does with the output is not make's
         name, joined, _ = word.partition("=")
         if joined and name not in variables:
             faults.append(f"the Makefile has no variable {name}")

@@ -15,6 +15,7 @@ import pytest
 import wandb
 import yaml
 
+from datamodules.persistence.durations import Outlook
 from datamodules.persistence.files import read_json
 from experiments import sweep
 from experiments.sweeps import trials
@@ -146,7 +147,7 @@ def test_a_trial_that_diverged_at_the_end_has_failed(run) -> None:
 def test_trials_keep_the_users_tags_and_have_a_wandb_service_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_TAGS", "mine,sweep")
     monkeypatch.setenv("WANDB_SERVICE", "3-4711-tcp-localhost-1")  # of a process that has logged something itself
-    variables = trials.trial_environment(("sweep", "bayes"))
+    variables = trials.trial_environment(("sweep", "bayes"), Outlook("trial 1 of 2", began=0.0))
     assert variables["WANDB_TAGS"] == "mine,sweep,bayes"
     assert "WANDB_SERVICE" not in variables
 
