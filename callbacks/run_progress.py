@@ -43,7 +43,7 @@ class Progress(ProgressBar):
         self._enabled = True
         self._bar: tqdm | None = None
         self._lines: ProgressLines | None = None
-        self._said = ""  # step and metrics, as of the last batch
+        self._step_text = ""  # step and metrics, as of the last batch
         self._total = 0  # updates of the whole run
         self._set_up = self._began = self._seen = 0.0  # time of the setup, the first step, and the last `_look`
         self._first = self._done = 0.0  # finished share of the run when this process began, and now
@@ -79,7 +79,7 @@ class Progress(ProgressBar):
             self._bar = tqdm(total=self._total, initial=trainer.global_step, unit="step", dynamic_ncols=True)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Move the bar, and note what the next line says."""
+        """Move the bar, and note the text of the next line."""
         if not self._is_shown(trainer):
             return
         if self._bar is not None:
@@ -95,7 +95,7 @@ class Progress(ProgressBar):
         if self._lines is not None:
             self._look(trainer)
             self._lines.say()
-            self._said = ""
+            self._step_text = ""
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print no more lines."""
@@ -108,11 +108,11 @@ class Progress(ProgressBar):
 
     def line(self) -> str:
         """The line of this moment."""
-        if not self._said:
+        if not self._step_text:
             return f"{stage_prefix()}loading or saving, {in_words(time.monotonic() - self._set_up)} since the start"
-        parts = [stage_prefix() + self._said]
+        parts = [stage_prefix() + self._step_text]
         if self._first < self._done < 1:
-            # Of the moment of `_look`, less the time since then.
+            # The estimate is that of `_look`; the time since then has passed.
             left = (self._seen - self._began) * (1 - self._done) / (self._done - self._first)
             parts.append(left_text(max(0.0, left - (time.monotonic() - self._seen)), is_whole_stage=True))
         return ", ".join(parts)
@@ -121,7 +121,7 @@ class Progress(ProgressBar):
         """Note the step and the metrics. The lines are made in another thread, which must not read the Trainer."""
         self._seen, self._done = time.monotonic(), self.share_done(trainer)
         step, metrics = f"step {trainer.global_step} of {self._total}", metrics_text(trainer.callback_metrics)
-        self._said = f"{step}, {metrics}" if metrics else step
+        self._step_text = f"{step}, {metrics}" if metrics else step
 
     def share_done(self, trainer: Trainer) -> float:
         """Finished share of the run, from 0 to 1. It counts updates, or batches if their limit ends the run sooner."""

@@ -37,7 +37,7 @@ class ProgressLines:
         every_seconds: seconds between two lines.
     """
 
-    # Of several open objects only the newest prints: validation inside training, for example.
+    # If several objects are open, only the newest prints: validation inside training, for example.
     _open: ClassVar[list[ProgressLines]] = []
     _last: ClassVar[float] = 0.0  # time of the last line of any object
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from datamodules.metrics.drawing import PREVIEW_TEXTS
 from datamodules.metrics.result_files import RESULT, official_gap, read_result
 from datamodules.persistence.files import read_json
+from experiments.reports.drawing.pictures import data_uri
 from experiments.reports.find_runs import flatten
 from experiments.runs.results import EVALUATION
 from experiments.runs.run_identity import STARTED, read_marker, read_settings
@@ -95,7 +95,7 @@ def previews(phase: Path) -> dict[str, Any]:
     for file in files[:MAX_PREVIEWS]:
         text = known.get(file.name)
         alt = f"{file.stem}: images with the true and the predicted boxes"
-        uri = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+        uri = data_uri(file.read_bytes())
         items.append({"name": file.stem, "uri": uri, "text": text, "alt": alt})
     step = int(folder.name.removeprefix("step_"))
     return {"step": step, "num_left_out": len(files) - len(items), "items": items}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from datamodules.benchmarks.shard_folders import PREFIX
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS
 from datamodules.metrics.drawing import describe_preview, draw_previews
 from datamodules.metrics.result_files import PREDICTIONS, RESULT, read_predictions, read_result
+from experiments.reports.drawing.pictures import data_uri
 from experiments.reports.rollout_pages import thin
 from experiments.runs.results import find_mig_bench
 
@@ -80,7 +80,8 @@ def changed_answers(before: Path, after: Path, limit: int) -> ChangedAnswers | N
     for (phase, _), (sample, answer, picture) in zip(answers, drawn, strict=True):
         file = io.BytesIO()
         picture.save(file, "PNG", optimize=True)
-        uri = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
         alt = f"{sample.id}: images with the true box and the box of {phase}"
-        previews.append({"uri": uri, "alt": alt, "by": phase, "text": describe_preview(sample, answer)})
+        previews.append(
+            {"uri": data_uri(file.getvalue()), "alt": alt, "by": phase, "text": describe_preview(sample, answer)}
+        )
     return ChangedAnswers(len(won), num_lost, previews, "")

@@ -120,7 +120,7 @@ def run_process(
         # The trial has its own process group, so that Ctrl-C reaches it only once, through the handler below.
         child = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
     old = {number: signal.signal(number, lambda n, _: asked.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
-    pruned, before, told = False, read_points(), time.monotonic()
+    pruned, before, last_line = False, read_points(), time.monotonic()
     try:
         while (code := child.poll()) is None and not pruned and not asked:
             now = read_points()
@@ -128,8 +128,8 @@ def run_process(
             if len(points) > seen:
                 seen = len(points)
                 pruned = see(points, time.monotonic() - start)
-            if time.monotonic() - told >= EVERY_SECONDS:
-                told = time.monotonic()
+            if time.monotonic() - last_line >= EVERY_SECONDS:
+                last_line = time.monotonic()
                 if line := last_progress(log):
                     say(line)
             time.sleep(0 if pruned else POLL_SECONDS)

@@ -179,8 +179,8 @@ def require_same_numbers(numbers: Sequence[int | None], images: Sequence[int], s
         images: the image found for each box.
         sample_id: named in the error.
     """
-    said = [(number, image) for number, image in zip(numbers, images, strict=True) if number is not None]
-    if not any(all(number == image + first for number, image in said) for first in (0, 1)):
+    named = [(number, image) for number, image in zip(numbers, images, strict=True) if number is not None]
+    if not any(all(number == image + first for number, image in named) for first in (0, 1)):
         detail = f'"image" beside the boxes is {list(numbers)}, but they are found in the images {list(images)} from 0'
         raise SampleError(sample_id, "image_conflict", detail)
 

@@ -27,4 +27,9 @@ def small_copy(data: bytes, longest_side: int) -> SmallCopy:
     kind = "PNG" if max(image.size) <= SHARP else "JPEG"
     file = io.BytesIO()
     image.save(file, kind, **({"optimize": True} if kind == "PNG" else {"quality": 85}))
-    return SmallCopy(f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}", size)
+    return SmallCopy(data_uri(file.getvalue(), kind), size)
+
+
+def data_uri(data: bytes, kind: str = "PNG") -> str:
+    """The data URI of an encoded image: a picture inside the page. `kind` is its format, PNG or JPEG."""
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"
