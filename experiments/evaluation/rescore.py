@@ -19,6 +19,7 @@ from datamodules.metrics.scoring import rescore
 from datamodules.persistence.files import write_json
 from experiments.runs.commands import command
 from experiments.runs.parsers import run_cli
+from experiments.runs.results import benchmark_folders
 from lightning_modules.metrics.summary import summarise
 
 
@@ -45,7 +46,7 @@ def rescore_predictions(
         seed: seed of the bootstrap
         output: output file; null means rescored.json in the folder
     """
-    folder = find_results(Path(predictions))
+    folder = only_results(Path(predictions))
     result = read_result(folder / RESULT)
     stored = read_predictions(folder / PREDICTIONS)
     try:
@@ -65,14 +66,12 @@ def rescore_predictions(
     return rescored
 
 
-def find_results(folder: Path) -> Path:
+def only_results(folder: Path) -> Path:
     """`folder` itself, or the only folder with results in a phase or in a model's folder.
 
     Raises ValueError if there is none, or more than one.
     """
-    if (folder / RESULT).is_file():
-        return folder
-    found = sorted(file.parent for pattern in ("*", "benchmarks/*") for file in folder.glob(f"{pattern}/{RESULT}"))
+    found = list(benchmark_folders(folder).values())
     if not found:
         raise ValueError(f"predictions={str(folder)!r}: no {RESULT} is there; make eval MODEL=folder makes one")
     if len(found) > 1:

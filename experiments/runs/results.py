@@ -94,6 +94,14 @@ def stages_first(experiment: Path, results: Results) -> list[Path]:
     return [path for path in staged + others if path.is_dir()]
 
 
+def benchmark_folders(run: Path) -> dict[str, Path]:
+    """The folders of results by their names: of a phase, of a model in outputs/eval, or `run` itself, if it is one."""
+    if (run / RESULT).is_file():
+        return {run.name: run}
+    home = run / "benchmarks" if (run / "benchmarks").is_dir() else run
+    return {file.parent.name: file.parent for file in sorted(home.glob(f"*/{RESULT}"))}
+
+
 def find_mig_bench(phase: Path) -> Path | None:
     """The folder with a phase's result of MIG-Bench, preferably for all questions; None if there is none.
 

@@ -19,6 +19,7 @@ from datamodules.persistence.user_error import UserError
 from experiments.reports.predictions.answer_page import Answers, render_answers
 from experiments.reports.stored_answers import load_questions
 from experiments.runs.commands import command
+from experiments.runs.results import benchmark_folders
 from experiments.runs.usage_errors import PlainParser, suggest
 
 MOST_MODELS = 2
@@ -69,8 +70,7 @@ def find_evaluation(run: Path, bench: str = "") -> Path:
     """
     if (run / RESULT).is_file():
         return run
-    home = run / "benchmarks" if (run / "benchmarks").is_dir() else run
-    found = {file.parent.name: file.parent for file in sorted(home.glob(f"*/{RESULT}"))}
+    found = benchmark_folders(run)
     if not found:
         cure = f"make eval MODEL={run / 'merged'}" if (run / "merged").is_dir() else "make eval MODEL=folder makes some"
         raise NoAnswers(f"--runs={run}: no evaluation with a {RESULT} is there; {cure}")
@@ -80,7 +80,7 @@ def find_evaluation(run: Path, bench: str = "") -> Path:
             raise NoAnswers(f"--runs={run} has several benchmarks: name one with --bench: {', '.join(found)}")
         return found[min(named, key=len)] if named else next(iter(found.values()))
     if bench not in found:
-        raise NoAnswers(f"--bench={bench}: {home} has only {', '.join(found)}{suggest(bench, found)}")
+        raise NoAnswers(f"--bench={bench}: {run} has only {', '.join(found)}{suggest(bench, found)}")
     return found[bench]
 
 
