@@ -124,7 +124,6 @@ def train(
     if parallel:
         distributed.barrier()
     if is_finished(settings, folder):
-        print(f"{folder} is finished: remove it or choose another --output to train again")
         return QwenVL(str(folder), freeze_vision=False)
     # 2. The stages, each from the checkpoint that the one before has left.
     for kind in stages_left(settings, folder):
@@ -162,7 +161,13 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     output, processes = arguments.pop("output"), arguments.pop("processes")
     settings = PretrainSettings(**arguments)
-    # A damaged checkpoint is reported here, without a traceback from several processes.
+    # A finished folder, a folder of other settings and a damaged checkpoint are reported here, once for all processes.
+    try:
+        if is_finished(settings, output):
+            print(f"{output} is there already; to train it again, remove it or choose another --output")
+            return
+    except ValueError as error:
+        sys.exit(f"no base model: {error}")
     checkpoint = output / CHECKPOINT
     if checkpoint.exists() and (fault := damage(checkpoint)):
         sys.exit(f"{checkpoint} is damaged: {fault}. Put an intact copy there, or remove {output} to train again")

@@ -370,14 +370,28 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     assert not (tmp_path / CHECKPOINT).exists()
 
 
+def make_base(monkeypatch: pytest.MonkeyPatch, folder: Path, settings: PretrainSettings) -> None:
+    flags = [f"--{name}={value}" for name, value in asdict(settings).items()]
+    monkeypatch.setattr("sys.argv", ["pretrain", f"--output={folder}", "--processes=2", *flags])
+    pretrain.main()
+
+
 def test_a_finished_folder_is_left_as_it_is(
-    finished: tuple[Path, dict[str, Tensor]], capsys: pytest.CaptureFixture[str]
+    finished: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, _ = finished
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     train_tiny(folder)
+    make_base(monkeypatch, folder, TINY)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert "is finished" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("is there already") == 1, "once for all processes"
+
+
+def test_a_folder_of_other_settings_is_told_in_one_line(
+    finished: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match=r"^no base model: .*tower_batch=2 there and 3 here"):
+        make_base(monkeypatch, finished[0], replace(TINY, tower_batch=3))
 
 
 def test_other_settings_in_the_same_folder_are_refused(finished: tuple[Path, dict[str, Tensor]]) -> None:
