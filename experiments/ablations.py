@@ -151,13 +151,16 @@ def list_all_done(pipelines: Mapping[int, Pipeline]) -> None:
 
 
 def run_rows(pipeline: Pipeline, wanted: set[str]) -> Iterator[str]:
-    """Run the wanted rows of one seed in their order; yields each row's name when it is evaluated.
+    """Run the wanted rows of one seed in their order; yields each row's name when it is trained and evaluated.
 
-    A row that is not wanted is not run, but it stays in the results if it is done with the present settings.
+    A row that is done with the present settings is not run. It stays in the results, even if it is not wanted.
     """
     pipeline.list_done()
     for name in (BASE, *pipeline.phases):
-        if name == BASE or name in wanted or pipeline.seconds_if_done(name) is not None:
+        # `list_done` has listed a finished row. Its report is not written again: that takes seconds for each row.
+        if pipeline.seconds_if_done(name) is not None:
+            say(f"seed {pipeline.seed}: {name} was done before")
+        elif name == BASE or name in wanted:
             pipeline.run(name)
             yield name
 
