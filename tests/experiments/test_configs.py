@@ -52,6 +52,7 @@ TRAINING = (
 OTHERS = {
     "nano/ablations.yaml": ablations.run,
     "nano/lengths.yaml": ablations.run,
+    "nano/levers.yaml": ablations.run,
     "nano/objectives.yaml": ablations.run,
     "paper/ablations_7b.yaml": ablations.run,
     "nano/eval.yaml": Evaluation,
