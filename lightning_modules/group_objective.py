@@ -30,6 +30,7 @@ from lightning_modules.rl.sampler_correction import sampler_correction
 from lightning_modules.rollouts.base import Rollout
 from lightning_modules.training.optim import count_updates
 from lightning_modules.training.part_clock import PartClock
+from lightning_modules.training.progress import has_used_all_batches
 from lightning_modules.training.seeds import derive_seed
 
 log = logging.getLogger(__name__)
@@ -78,14 +79,15 @@ class GroupObjective(PolicyModule):
             )
 
     def on_train_end(self) -> None:
-        """Warn if refilling has used up the data: the learning rate has not come to its end."""
-        planned = count_updates(self.trainer, self.accumulate, self.updates_per_window)
-        if self.update_settings.refill_windows and self.global_step < planned and self.trainer.is_global_zero:
-            log.warning(
-                "ended after %d of %d planned updates: groups that teach nothing were replaced, and the batches of "
-                "trainer.max_epochs=%s are used up",
-                *(self.global_step, planned, self.trainer.max_epochs),
-            )
+        """Warn if a run with refilling ends before its planned updates: its learning rate has not come to its end."""
+        trainer, planned = self.trainer, count_updates(self.trainer, self.accumulate, self.updates_per_window)
+        if not self.update_settings.refill_windows or self.global_step >= planned or not trainer.is_global_zero:
+            return
+        reason = "the Trainer was stopped, by trainer.max_time or a callback"
+        if has_used_all_batches(trainer):
+            epochs = f"trainer.max_epochs={trainer.max_epochs}"
+            reason = f"groups that teach nothing were replaced, and the batches of {epochs} are used up"
+        log.warning("ended after %d of %d planned updates: %s", self.global_step, planned, reason)
 
     # Values that change with the number of updates
 

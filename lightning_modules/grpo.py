@@ -221,14 +221,17 @@ class GRPO(GroupObjective):
         # another, and the group is left out by default. This is found before the KL penalty is subtracted: after that,
         # rewards differ by the distances from the reference alone, which say nothing about the answers.
         equal_rewards = has_equal_rewards(totals)  # bool [P]
+        left_out = torch.tensor([group[0].left_out for group in rewards])  # bool [P]: without rewards, never trained on
         if self.loss_settings.kl_in == "reward" and self.kl_beta > 0:
             totals = totals - self.kl_penalty(items, rollouts, features)  # [P, G]
         advantages = group_advantages(totals, self.advantage_settings.scale)  # [P, G]
+        advantages[left_out] = 0.0
+        skip = left_out | (equal_rewards & self.update_settings.skip_zero_advantage)  # bool [P]
         self.metrics.add_rollouts(rollouts, rewards, equal_rewards)
         self._record_rollouts(window, rollouts, rewards, advantages, equal_rewards)
 
         # 4. Refill (DAPO, section 3.2; off by default): further prompts replace the groups that teach nothing.
-        self._window.add(self._trainable(window, rollouts, advantages, equal_rewards, features), len(items))
+        self._window.add(self._trainable(window, rollouts, advantages, skip, features), len(items))
         if self._window.ask_for_more(is_last_batch(self.trainer)):
             return False
 
@@ -259,13 +262,12 @@ class GRPO(GroupObjective):
             self._log.append(chosen)
 
     def _trainable(
-        self, window: Round, rollouts: list[list[Rollout]], advantages: Tensor, equal: Tensor, features: list[Tensor]
+        self, window: Round, rollouts: list[list[Rollout]], advantages: Tensor, skip: Tensor, features: list[Tensor]
     ) -> list[list[PromptGroup]]:
         """For each sampled batch, its groups that are trained on; the arguments as in `trainable_groups`."""
-        skip = (equal & self.update_settings.skip_zero_advantage).tolist()
         kept = features if self.freeze_vision else None  # those of a trained tower change with each update
         settings = self.update_settings.mask_truncated, self.loss_settings.normalise_over == "all"
-        return trainable_by_batch(window.batches, rollouts, advantages, kept, skip, *settings)
+        return trainable_by_batch(window.batches, rollouts, advantages, kept, skip.tolist(), *settings)
 
     # Training on a window
 

@@ -1,9 +1,10 @@
-"""The cases for each shape: a GRPO step and an SFT step compared with TRL, and the growth of our GRPO step."""
+"""The cases for each shape: GRPO and SFT steps compared with TRL, sampling in two ways, and growth of our GRPO step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from experiments.bench.workload import Workload
 
@@ -23,10 +24,16 @@ class Case:
     name: str
     workload: Workload
     contenders: tuple[str, ...] = ("ours", "trl")
+    # A further contender of this project -> the fields of the workload that it changes.
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     turns: int = 4  # of each contender
     warmup: int = 0  # untimed steps of a turn; the first turn has at least one
     steps: int = 2  # timed steps of a turn
     expected_seconds: int = 60  # the case is not started if less time than this is left
+
+    def workload_of(self, contender: str) -> Workload:
+        """The workload of a contender."""
+        return replace(self.workload, **self.variants.get(contender, {}))
 
 
 def workloads(shape: str) -> dict[str, Workload]:
@@ -58,10 +65,27 @@ def cases(shape: str, growth_contenders: tuple[str, ...] = ("ours",)) -> Iterato
     pace = {"turns": 2, "warmup": 1, "steps": 1} if on_gpu else {"turns": 1 if shape == "tiny" else 4}
     yield Case("grpo", base["grpo"], expected_seconds=380 if on_gpu else 60, **pace)
     yield Case("sft", base["sft"], expected_seconds=120 if on_gpu else 60, **pace)
+    if not on_gpu:
+        yield from sampling_cases(base["grpo"], 1 if shape == "tiny" else 4)
     once = {"turns": 1, "steps": 2, "contenders": growth_contenders, "expected_seconds": 100 if on_gpu else 60}
     if on_gpu:
         large = replace(base["grpo"], images=8, completion_tokens=1024)
         yield Case("grpo large", large, **once)
-    for field, values in (TINY_GROWTH if shape == "tiny" else GROWTH).items():
+    for name, values in (TINY_GROWTH if shape == "tiny" else GROWTH).items():
         for value in values:
-            yield Case(f"grpo {field}={value}", replace(base["grpo"], **{field: value}), **once)
+            yield Case(f"grpo {name}={value}", replace(base["grpo"], **{name: value}), **once)
+
+
+def sampling_cases(grpo: Workload, turns: int) -> Iterator[Case]:
+    """What sampling gains from other prompts at the same time, and what it loses by ragged lengths.
+
+    - window: an update of 8 prompts in 4 batches, sampled together, or two at a time like batches of their own.
+    - ragged: the rate of completions of 60 tokens on average, 400 at most, and of completions of 60 tokens.
+    """
+    by_batch = {"by batch": {"prompts_per_batch": 2}}
+    yield Case("window", replace(grpo, prompts=8, accumulate=4), ("ours", "by batch"), by_batch, turns)
+    # At a high temperature all tokens are equally likely, so the lengths do not depend on the weights.
+    mean = min(60, grpo.completion_tokens)
+    equal = replace(grpo, task="rollout", prompts=64, temperature=1e6, completion_tokens=mean)
+    ragged = {"completion_tokens": 400 * mean // 60, "mean_tokens": mean}
+    yield Case("ragged", equal, ("ragged", "equal"), {"ragged": ragged}, turns, expected_seconds=120)

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-MODULES = {"ours": "experiments.bench.our_contender", "trl": "experiments.bench.trl_contender"}
+OURS = "experiments.bench.our_contender"
+MODULES = {"trl": "experiments.bench.trl_contender"}  # contenders that are not this project
 
 
 class ContenderFailed(RuntimeError):
@@ -26,7 +27,7 @@ class Contender:
     """A process that trains step by step. It starts at once; `await_greeting` waits until it is ready for commands.
 
     Args:
-        name: "ours" or "trl".
+        name: "trl"; any other contender is this project.
         python: the interpreter of the environment to use.
         threads: number of threads on the CPU.
         log: file for the output of the process.
@@ -40,7 +41,7 @@ class Contender:
         own = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         with log.open("w") as errors:
             self.process = subprocess.Popen(
-                [python, "-m", MODULES[name]],
+                [python, "-m", MODULES.get(name, OURS)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

@@ -29,8 +29,8 @@ def measure(case: Case, model: str, contenders: Mapping[str, Contender], peaks: 
     """
     # 1. Both load the model at the same time.
     chosen = {name: contenders[name] for name in case.contenders}
-    for contender in chosen.values():
-        contender.tell(do="train", model=model, workload=asdict(case.workload))
+    for name, contender in chosen.items():
+        contender.tell(do="train", model=model, workload=asdict(case.workload_of(name)))
     for contender in chosen.values():
         contender.read()
     # 2. The contenders alternate, so that a slow period of the machine affects both. The first contender changes in
@@ -51,6 +51,7 @@ def measure(case: Case, model: str, contenders: Mapping[str, Contender], peaks: 
     result = {
         "case": case.name,
         "workload": asdict(case.workload),
+        "variants": case.variants,
         "contenders": {name: _summary(turns[name], case) for name in chosen},
         "decoding": decoding,
     }
@@ -84,6 +85,8 @@ def _summary(turns: list[list[dict[str, Any]]], case: Case) -> dict[str, Any]:
     # With warm-up steps (on a GPU), the phases are those of the last exact step; otherwise medians over timed steps.
     phased = [step for steps in turns for step in steps if step["exact"]][-1:] if case.warmup else flat
     seconds = median(step["seconds"] for step in flat)
+    tokens = median(step["completion_tokens"] for step in flat)
+    sampled = [step for step in phased if step["phases"].get("rollout")]
     names = dict.fromkeys(name for step in phased for name in step["phases"])
     return {
         "seconds": seconds,
@@ -92,30 +95,36 @@ def _summary(turns: list[list[dict[str, Any]]], case: Case) -> dict[str, Any]:
         "phases": {name: median(step["phases"].get(name, 0.0) for step in phased) for name in names},
         "peak_bytes": max(step["peak_bytes"] for step in flat),
         "prompt_tokens": flat[-1]["prompt_tokens"],
-        "completion_tokens": flat[-1]["completion_tokens"],
-        "tokens_per_second": flat[-1]["completion_tokens"] / seconds,
+        "completion_tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "rollout_tokens_per_second": (
+            median(step["completion_tokens"] / step["phases"]["rollout"] for step in sampled) if sampled else None
+        ),
         "patches": flat[-1].get("patches"),
         "first_loss": turns[0][0].get("loss"),
     }
 
 
 def _ratio(contenders: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """TRL's seconds divided by ours; empty if only one of them was measured.
+    """The second contender's seconds divided by those of the first; empty if only one was measured.
 
     - ratio: of the medians.
     - ratio_by_turn: of the medians of each turn; it shows the spread.
     - cpu_ratio: of CPU time, which is less sensitive to other work on the machine. With one thread and an idle machine
       it equals `ratio`.
+    - rollout_rate: the tokens/s of the first contender's rollout divided by those of the second, where both sample.
     """
-    if set(contenders) != {"ours", "trl"}:
+    if len(contenders) != 2:
         return {}
-    ours, trl = contenders["ours"], contenders["trl"]
-    by_turn = [median(b) / median(a) for a, b in zip(ours["steps"], trl["steps"], strict=True)]
-    return {
-        "ratio": trl["seconds"] / ours["seconds"],
+    first, second = contenders.values()
+    by_turn = [median(b) / median(a) for a, b in zip(first["steps"], second["steps"], strict=True)]
+    ratios = {
+        "ratio": second["seconds"] / first["seconds"],
         "ratio_by_turn": by_turn,
-        "cpu_ratio": trl["cpu_seconds"] / ours["cpu_seconds"],
+        "cpu_ratio": second["cpu_seconds"] / first["cpu_seconds"],
     }
+    rates = [each["rollout_tokens_per_second"] for each in (first, second)]
+    return ratios | ({"rollout_rate": rates[0] / rates[1]} if all(rates) else {})
 
 
 def _lower_bound(result: dict[str, Any], case: Case, model: str, peaks: Peaks) -> dict[str, Any]:

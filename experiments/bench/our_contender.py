@@ -16,6 +16,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from datamodules.checkpoints.pretrained import load_config
 from datamodules.encoding.encoder import Batch, EncodedSample, Encoder
 from datamodules.persistence.files import fingerprint
 from datamodules.streaming.prefetch import prefetch
@@ -44,18 +45,22 @@ def build_module(model: str, workload: Workload) -> PolicyModule:
     }
     if workload.task == "sft":
         return CoTSFT(model, **common)
+    samples_only = workload.task == "rollout"
+    sampling = (workload.group_size, workload.temperature, workload.completion_tokens, workload.prompts_per_batch)
     return GRPO(
         model,
-        rollout=RolloutSettings(workload.group_size, workload.temperature, workload.completion_tokens),
+        rollout=RolloutSettings(*sampling),
         loss=LossSettings(kl_beta=workload.beta),
         # All rewards of a random model are 0, and TRL trains on such groups too.
-        update=UpdateSettings(skip_zero_advantage=False),
+        update=UpdateSettings(skip_zero_advantage=samples_only, max_idle_windows=None),
+        rewards=[{"class_path": "experiments.bench.workload.no_reward"}] if samples_only else None,
+        accumulate=workload.accumulate,
         **common,
     )
 
 
 class EndlessBatches:
-    """An endless loader that encodes the prompts of each step.
+    """An endless loader that encodes the prompts of each step, in `accumulate` batches.
 
     With a GPU, it encodes while the previous step runs, like the datamodule in training. On a CPU, it encodes inside
     the step, like TRL, because there is no core to spare.
@@ -67,7 +72,7 @@ class EndlessBatches:
         with_target = workload.task == "sft"
         self.encoder = Encoder(model, "absolute_pixels", "think", 1 << 17, limit, with_target)
         self.samples = make_samples(workload)
-        self.prompts, self.gate = workload.prompts, gate
+        self.size, self.gate = workload.prompts // workload.accumulate, gate
 
     def __iter__(self) -> Iterator[Batch]:
         batches = prefetch(self._encoded(), num_ahead=1) if torch.cuda.is_available() else self._encoded()
@@ -80,15 +85,16 @@ class EndlessBatches:
         """Yields batches; after the last sample it starts again with the first."""
         stream = itertools.cycle(self.samples)
         while True:
-            yield Batch([self.encoder.encode(sample) for sample in itertools.islice(stream, self.prompts)])
+            yield Batch([self.encoder.encode(sample) for sample in itertools.islice(stream, self.size)])
 
 
 class Turnstile(Callback):
-    """Waits at the gate after every batch. Each batch is one optimizer step."""
+    """Waits at the gate after every accumulation window, which is one optimizer step."""
 
     def __init__(self, model: str, workload: Workload, gate: Gate) -> None:
         self.model, self.workload, self.gate = model, workload, gate
-        self.items: list[EncodedSample] = []  # the last batch, for `_time_decoding`
+        self.items: list[EncodedSample] = []  # of the present step
+        self.is_new = True  # whether the next batch begins a step
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Forbid the tokens that would end a completion, and measure the phases."""
@@ -104,28 +110,31 @@ class Turnstile(Callback):
         clock.wrap(policy, "token_log_probs", _scoring_phase)
         clock.wrap(module, "manual_backward", "backward")
         clock.wrap(module, "update", "optimizer")
-        if self.workload.task == "grpo":
+        if self.workload.task != "sft":
+            if self.workload.mean_tokens is not None:
+                policy.eos_ids = _random_ends(self.model, self.workload.mean_tokens)
             clock.wrap(module.engine, "generate", "rollout")
-            _check_lengths(module.engine)
+            _count_tokens(module.engine, self.gate, self.workload)
             self.gate.answers["decode"] = lambda: self._time_decoding(module)
         trainer.should_stop = not self.gate.open()
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Report the step. The hash of its tokens shows that TRL reads the same."""
-        self.items = batch.items
-        gate, metrics = self.gate, trainer.callback_metrics
-        gate.facts["prompt_tokens"] = sum(len(item.input_ids) for item in batch.items)
-        gate.facts["patches"] = sum(len(item.pixel_values) for item in batch.items)
+        """Report the step at its end. The hash of its tokens shows that the other contender reads the same."""
+        self.items = [*([] if self.is_new else self.items), *batch.items]
+        self.is_new = not module.window_is_open
+        if not self.is_new:
+            return
+        gate, metrics, items = self.gate, trainer.callback_metrics, self.items
+        gate.facts["prompt_tokens"] = sum(len(item.input_ids) for item in items)
+        gate.facts["patches"] = sum(len(item.pixel_values) for item in items)
         if self.workload.task == "sft":
             gate.facts["completion_tokens"] = int(metrics["train/tokens"])
             gate.facts["loss"] = float(metrics["train/loss"])
-            gate.facts["inputs"] = _digest([torch.cat([item.input_ids, item.completion_ids]) for item in batch.items])
+            gate.facts["inputs"] = _digest([torch.cat([item.input_ids, item.completion_ids]) for item in items])
         else:
-            workload = self.workload
-            gate.facts["completion_tokens"] = workload.prompts * workload.group_size * workload.completion_tokens
-            gate.facts["inputs"] = _digest([item.input_ids for item in batch.items])
+            gate.facts["inputs"] = _digest([item.input_ids for item in items])
         trainer.should_stop = not gate.step_done()
 
     def _time_decoding(self, module: GRPO) -> dict[str, Any]:
@@ -149,18 +158,26 @@ class Turnstile(Callback):
         return {"seconds_a_token": a_token, "prefill_seconds": best[longest] - (longest - 1) * a_token}
 
 
-def _check_lengths(engine: RolloutEngine) -> None:
-    """Let the engine raise ValueError for completions that do not have the stated length."""
+def _random_ends(model: str, mean_tokens: int) -> tuple[int, ...]:
+    """End tokens with which equally likely tokens make completions of this mean length: one of `mean_tokens` tokens."""
+    vocabulary, never = load_config(model).text_config.vocab_size, set(tokens_never_sampled(model))
+    sampled = [token for token in range(vocabulary) if token not in never]
+    return tuple(sampled[: max(1, round(len(sampled) / mean_tokens))])
+
+
+def _count_tokens(engine: RolloutEngine, gate: Gate, workload: Workload) -> None:
+    """Let the engine count its tokens. It raises ValueError for completions that do not have the stated length."""
     generate = engine.generate
 
-    def checked(request: RolloutRequest) -> list[list[Rollout]]:
+    def counted(request: RolloutRequest) -> list[list[Rollout]]:
         rollouts = generate(request)
-        lengths = {len(rollout.token_ids) for group in rollouts for rollout in group}
-        if lengths != {request.sampling.max_new_tokens}:
-            raise ValueError(f"completions have lengths {sorted(lengths)}, not {request.sampling.max_new_tokens}")
+        lengths = [len(rollout.token_ids) for group in rollouts for rollout in group]
+        if workload.mean_tokens is None and set(lengths) != {request.sampling.max_new_tokens}:
+            raise ValueError(f"completions have lengths {sorted(set(lengths))}, not {request.sampling.max_new_tokens}")
+        gate.facts["completion_tokens"] = gate.facts.get("completion_tokens", 0) + sum(lengths)
         return rollouts
 
-    engine.generate = checked
+    engine.generate = counted
 
 
 def _scoring_phase(*args: Any, reference: bool = False, **kwargs: Any) -> str:

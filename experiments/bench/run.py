@@ -78,8 +78,10 @@ class Runner:
         """The cases that the command line selects."""
         growth = ("ours", "trl") if self.arguments.growth == "both" else ("ours",)
         found = [case for case in cases(self.shape, growth) if case.name.startswith(tuple(self.arguments.cases))]
+        if "ours" not in self.arguments.contenders:
+            found = [case for case in found if not case.variants]
         if self.arguments.growth == "none":
-            found = [case for case in found if case.name in ("grpo", "sft")]
+            found = [case for case in found if "=" not in case.name and len(case.contenders) > 1]
         return [_only(case, self.arguments.contenders) for case in found]
 
     def results(self) -> dict[str, Any]:
@@ -152,8 +154,8 @@ class Runner:
 
 
 def _only(case: Case, contenders: Sequence[str]) -> Case:
-    """The case with the contenders that the user has chosen."""
-    kept = tuple(name for name in case.contenders if name in contenders)
+    """The case with the contenders that the user has chosen. Two variants of this project are not separated."""
+    kept = case.contenders if case.variants else tuple(name for name in case.contenders if name in contenders)
     return replace(case, contenders=kept or tuple(contenders))
 
 

@@ -27,17 +27,23 @@ def case_table(result: Mapping[str, Any]) -> str:
     lines.append(_row(["step, seconds", *total, _number(bound.get("seconds"))]))
     lines.append(_row(["processor seconds", *(_number(contenders[name]["cpu_seconds"]) for name in names)]))
     lines.append(_row(["tokens/s", *(f"{contenders[name]['tokens_per_second']:.0f}" for name in names)]))
+    if any(contenders[name]["rollout_tokens_per_second"] for name in names):
+        rates = [_number(contenders[name]["rollout_tokens_per_second"]) for name in names]
+        lines.append(_row(["tokens/s of the rollout", *rates]))
     lines.append(_row(["peak GB", *(f"{contenders[name]['peak_bytes'] / 1e9:.2f}" for name in names)]))
     return "\n".join([*lines, *_verdict(result)])
 
 
 def _verdict(result: Mapping[str, Any]) -> list[str]:
-    """The ratio to TRL, and the shares of the lower bound, as far as they were measured."""
+    """The ratio of both contenders, and the shares of the lower bound, as far as they were measured."""
     lines = []
     if "ratio" in result:
         by_turn = ", ".join(f"{ratio:.2f}" for ratio in result["ratio_by_turn"])
         processor = f"of processor time {result['cpu_ratio']:.2f}"
-        lines.append(f"TRL / ours: {result['ratio']:.2f} (by turn {by_turn}; {processor})")
+        first, second = result["contenders"]
+        lines.append(f"seconds, {second} / {first}: {result['ratio']:.2f} (by turn {by_turn}; {processor})")
+    if "rollout_rate" in result:
+        lines.append(f"tokens/s of the rollout, {first} / {second}: {result['rollout_rate']:.2f}")
     if "lower_bound_share" in result:
         lines.append(f"lower bound / step: {result['lower_bound_share']:.1%}")
     if "decode_share" in result:
@@ -53,9 +59,14 @@ def headline(result: Mapping[str, Any]) -> str:
     completions = f"{work['prompts']} prompts x {work['group_size']} completions of {work['completion_tokens']} tokens"
     if work["task"] == "sft":
         completions = f"{work['prompts']} samples of about {work['completion_tokens']} words"
+    of_variants = [
+        f"; {name}: {', '.join(f'{field}={value}' for field, value in changes.items())}"
+        for name, changes in result["variants"].items()
+        if changes
+    ]
     return (
         f"{result['shape']} {result['case']}: {completions}, {work['images']} images of {width}x{height}, "
-        f"LoRA {work['lora_rank']}, {work['dtype']}"
+        f"LoRA {work['lora_rank']}, {work['dtype']}{''.join(of_variants)}"
     )
 
 

@@ -6,12 +6,15 @@ import io
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
 from datamodules.persistence.problems import Problems
 from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sample, TextPart
+
+if TYPE_CHECKING:
+    from lightning_modules.rl.rewards.completion import Completion
 
 POOL = 16  # number of steps after which the prompts repeat
 QUESTION = "Which object is in all of these images? Locate it in the last one."
@@ -22,11 +25,16 @@ WORDS = ("the", "red", "ring", "is", "left", "of", "a", "blue", "square", "in", 
 class Workload:
     """One optimizer step."""
 
-    task: Literal["grpo", "sft"] = "grpo"
+    task: Literal["grpo", "rollout", "sft"] = "grpo"  # rollout: GRPO whose rewards are all equal, so it only samples
     prompts: int = 2  # prompts of a step
     group_size: int = 8  # completions of a prompt (1 for SFT)
-    # GRPO: exact length of every completion. SFT: mean number of words of the written answers, which differ in length.
+    # GRPO: length of every completion. SFT: mean number of words of the written answers, which differ in length.
     completion_tokens: int = 64
+    # GRPO: completions end at random after this number of tokens on average, and `completion_tokens` is the longest
+    # length; None: no completion ends before.
+    mean_tokens: int | None = None
+    accumulate: int = 1  # GRPO: number of batches that the prompts of a step come in
+    prompts_per_batch: int = 32  # GRPO: number of prompts that are decoded at the same time
     images: int = 3  # images of a prompt
     image_size: tuple[int, int] = (112, 84)  # (width, height) in pixels
     lora_rank: int = 32
@@ -40,9 +48,12 @@ class Workload:
 
     def __post_init__(self) -> None:
         problems = Problems()
-        for name in ("prompts", "group_size", "completion_tokens", "images", "lora_rank", "temperature"):
+        for name in ("prompts", "group_size", "completion_tokens", "accumulate", "images", "lora_rank", "temperature"):
             problems.positive(**{name: getattr(self, name)})
-        problems.one_of(("grpo", "sft"), task=self.task)
+        problems.positive_or_null(mean_tokens=self.mean_tokens)
+        problems.one_of(("grpo", "rollout", "sft"), task=self.task)
+        is_whole = self.accumulate <= 0 or self.prompts % self.accumulate == 0
+        problems.require(is_whole, f"must divide prompts={self.prompts}", accumulate=self.accumulate)
         problems.raise_all("workload")
 
     @classmethod
@@ -54,6 +65,11 @@ class Workload:
     def alpha(self) -> int:
         """LoRA's alpha."""
         return 2 * self.lora_rank
+
+
+def no_reward(completion: Completion) -> float:
+    """The reward of a rollout workload: no completion is better than another, so nothing is trained on."""
+    return 0.0
 
 
 def make_samples(workload: Workload) -> list[LoadedSample]:

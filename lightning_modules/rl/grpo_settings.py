@@ -77,7 +77,8 @@ class UpdateSettings:
         minibatches: number of updates in one epoch over the window.
         old_log_probs: source of the denominator of the ratio if there are several updates: "trainer" computes it again
             before the first update, "sampler" uses the values from the rollout engine.
-        skip_zero_advantage: skip groups whose rewards are all equal; False trains on them for their KL term.
+        skip_zero_advantage: skip groups whose rewards are all equal; False trains on them for their KL term. A group
+            without rewards, because one of them failed, is always skipped.
         mask_truncated: skip completions that were cut at the length limit. They still count in the mean reward of their
             group. `loss.normalise_over` decides whether these completions and skipped groups count in the normaliser of
             the loss.

@@ -15,6 +15,13 @@ def is_last_batch(trainer: Trainer) -> bool:
     return batches.is_last_batch or batches.current.ready >= trainer.num_training_batches
 
 
+def has_used_all_batches(trainer: Trainer) -> bool:
+    """Whether a run that has ended came to its last batch. It may have been stopped before, also in the last epoch."""
+    if trainer.max_epochs in (None, -1) or trainer.current_epoch < trainer.max_epochs:  # counts the ended epochs now
+        return False
+    return is_last_batch(trainer)
+
+
 def rewind(fit_loop: dict[str, Any], num_batches: int) -> None:
     """Set the saved state of a fit loop back by `num_batches` batches, in place.
 

@@ -102,6 +102,8 @@ OBJECTIVES = {
     },
     "sampler_sequence_mask": {"update.importance_mode": "sequence_mask", "update.importance_cap": 3.0},
 }
+# A second --config for GRPO, and the accuracy reward that it puts in the place of the IoU.
+REWARDS = {"iou_above": "IoUAbove", "giou": "GIoU"}
 # Qwen2.5-VL as published, cut to what decides shapes.
 SHAPES = {
     "3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16},
@@ -151,9 +153,8 @@ def qwen_config(size: str) -> dict:
 
 def test_the_lists_here_name_every_configuration() -> None:
     sweeps = {*SWEEPS, *(changes for _, changes in SWEEPS.values())}
-    fragments = {"nano/objectives_run.yaml", "nano/lengths_run.yaml"} | {
-        f"objectives/{name}.yaml" for name in OBJECTIVES
-    }
+    fragments = {"nano/objectives_run.yaml", "nano/lengths_run.yaml"}
+    fragments |= {f"objectives/{name}.yaml" for name in OBJECTIVES} | {f"rewards/{name}.yaml" for name in REWARDS}
     assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")} == {
         *TRAINING,
         *OTHERS,
@@ -350,18 +351,34 @@ def test_a_fragment_changes_its_settings_alone(parse, config: str, name: str) ->
     assert isinstance(cli.model, GRPO) and cli.model.loss_settings.kl_beta == after["loss.kl_beta"]
 
 
-def test_rows_of_objectives_differ_in_their_objective_alone(parse, tmp_path: Path) -> None:
-    """At least six objectives, from one cold start, on the prompts of one choice."""
-    rows = yaml.safe_load((CONFIGS / "nano/objectives.yaml").read_text())["rows"]
-    models, trainers = {}, set()
-    for name, row in rows.items():
+@pytest.mark.parametrize("config", ["nano/grpo.yaml", "paper/grpo_7b.yaml"])
+@pytest.mark.parametrize("name", REWARDS)
+def test_a_fragment_changes_the_accuracy_reward_alone(parse, config: str, name: str) -> None:
+    plain = parse(config).settings()["model"]["init_args"]
+    changed = parse(config, "--config", str(CONFIGS / f"rewards/{name}.yaml")).settings()["model"]["init_args"]
+    (accuracy, *others), (before, *others_before) = changed.pop("rewards"), plain.pop("rewards")
+    assert accuracy["class_path"] == f"lightning_modules.rl.rewards.box_rewards.{REWARDS[name]}"
+    assert all(accuracy[field] == before[field] for field in ("name", "weight"))
+    assert others == others_before and changed == plain
+
+
+def test_rows_of_objectives_differ_in_objective_or_reward_alone(parse, tmp_path: Path) -> None:
+    """At least six objectives and two rewards, from one cold start, on the prompts of one choice."""
+    settings = yaml.safe_load((CONFIGS / "nano/objectives.yaml").read_text())
+    objectives, rewards, trainers = {}, {}, set()
+    for name, row in settings["rows"].items():
         if row["start"] == "cot_sft":
             cli = parse(ablations.row_config(name, ablations.Row(**row), tmp_path), *row.get("overrides", "").split())
-            models[name] = (cli.model.advantage_settings, cli.model.loss_settings, cli.model.update_settings)
-            settings = cli.settings()["trainer"]
-            rollouts = settings["max_steps"] // cli.model.updates_per_window
-            trainers.add((rollouts, json.dumps(settings["callbacks"], sort_keys=True, default=str)))
-    assert len(models) == len(set(models.values())) >= 8 and len(trainers) == 1
+            objectives[name] = (cli.model.advantage_settings, cli.model.loss_settings, cli.model.update_settings)
+            rewards[name] = [(type(term.reward).__name__, term.weight) for term in cli.model.rewards.terms]
+            trainer = cli.settings()["trainer"]
+            rollouts = trainer["max_steps"] // cli.model.updates_per_window
+            trainers.add((rollouts, json.dumps(trainer["callbacks"], sort_keys=True, default=str)))
+    others = {name for name in rewards if rewards[name] != rewards["grpo"]}
+    assert {rewards[name][0] for name in others} == {("IoUAbove", 1.0), ("GIoU", 1.0)} and len(others) == 2
+    assert {objectives[name] for name in others} == {objectives["grpo"]}
+    assert len(objectives) - len(others) == len(set(objectives.values())) >= 8 and len(trainers) == 1
+    assert {c["row"] for c in settings["comparisons"] if c["over"] == "grpo"} == objectives.keys() - {"grpo"}
 
 
 @pytest.mark.parametrize("name", [name for name in TRAINING if name.startswith("paper/")])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -132,6 +134,26 @@ def test_groups_of_equal_rewards_are_not_trained_on_for_their_penalty(build, mak
     assert fit(module, make_items([1, 2]), max_steps=3, callbacks=[Stop()]).global_step == 0
     module = build(kl_in="reward", kl_beta=0.3, skip_zero_advantage=False)
     assert fit(module, make_items([1, 2]), max_steps=1).global_step == 1
+
+
+@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+def test_a_group_without_rewards_is_never_trained_on(build, make_items, fit, monkeypatch, kl_in):
+    """The reward failed for one of two prompts: the gradient is that of the other prompt alone."""
+    kept, missing = items = make_items([1, 2])
+    settings = {"kl_in": kl_in, "kl_beta": 0.3, "skip_zero_advantage": False}
+    use_reward(monkeypatch, letters)
+    expected, _ = first_gradient(build(**settings), [kept], fit, num_items=1)
+
+    def failed_for_one(text, answer, image_sizes):
+        found = letters(text, answer, image_sizes)
+        return replace(found, total=0.0, left_out=True) if image_sizes is missing.image_sizes else found
+
+    use_reward(monkeypatch, failed_for_one)
+    found, recorder = first_gradient(build(**settings), items, fit)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-3)
+    of_kept, of_missing = (record["advantages"] for record in recorder.records)
+    assert any(of_kept) and not any(of_missing)
 
 
 def test_the_entropy_bonus_reaches_the_gradient(build, make_items, fit, easy):

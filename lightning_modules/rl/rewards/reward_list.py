@@ -58,14 +58,14 @@ class Reward:
     0.6.
     """
 
-    total: float  # Σ weight · term; 0 in a group that is skipped because of a failed reward
+    total: float  # Σ weight · term; 0 in a group that is left out
     terms: Mapping[str, float | None]  # every reward by name, unweighted; None if it failed without a value
     failure: str | None  # the reason if no box could be read (a kind of `answer_text.ParseFailure`), otherwise None
     iou: float = 0.0
     well_formed: bool = False
     is_right: bool = False  # the IoU is above 0.5; of several boxes: F1 at this IoU is 1
     failed: tuple[str, ...] = ()  # names of the rewards that could not judge the completion
-    left_out: bool = False  # whether its group is skipped in this step
+    left_out: bool = False  # its group has no rewards, because one of them failed, and is not trained on
 
     def to_json(self) -> dict[str, Any]:
         failed = {"failed": list(self.failed)} if self.failed else {}

@@ -80,7 +80,7 @@ def test_it_runs_without_the_optional_packages_and_goes_on_where_it_stopped(
 
 @pytest.mark.slow
 def test_both_sides_read_the_same_tokens_and_begin_at_the_same_loss(tmp_path: Path) -> None:
-    finished = run_bench(tmp_path, "--growth", "none")
+    finished = run_bench(tmp_path, "--growth", "none", "--cases", "grpo", "sft")
     assert finished.returncode == 0, finished.stderr + "".join(p.read_text() for p in tmp_path.rglob("*.log"))
     stored = json.loads((tmp_path / "out" / "tiny.json").read_text())["cases"]
     for name, result in stored.items():
@@ -89,6 +89,23 @@ def test_both_sides_read_the_same_tokens_and_begin_at_the_same_loss(tmp_path: Pa
         assert result["ratio"] == pytest.approx(trl["seconds"] / ours["seconds"]), name
     losses = [contender["first_loss"] for contender in stored["sft"]["contenders"].values()]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_ways_of_sampling_are_compared_on_the_same_prompts(tmp_path: Path) -> None:
+    finished = run_bench(tmp_path, "--cases", "window", "ragged")
+    assert finished.returncode == 0, finished.stderr + "".join(p.read_text() for p in tmp_path.rglob("*.log"))
+    stored = json.loads((tmp_path / "out" / "tiny.json").read_text())["cases"]
+    for case in (case for case in cases("tiny") if case.variants):
+        first, second = (stored[case.name]["contenders"][contender] for contender in case.contenders)
+        assert first["prompt_tokens"] == second["prompt_tokens"] and stored[case.name]["ratio"] > 0
+        assert f"tokens/s of the rollout, {' / '.join(case.contenders)}: " in finished.stdout
+        workload = case.workload_of(case.contenders[1])
+        expected = workload.prompts * workload.group_size * workload.completion_tokens
+        assert second["completion_tokens"] == expected, "every completion has the stated length"
+    ragged, equal = (stored["ragged"]["contenders"][name] for name in ("ragged", "equal"))
+    assert ragged["completion_tokens"] == pytest.approx(equal["completion_tokens"], rel=0.3)
+    assert not {"forward", "backward"} & ragged["phases"].keys(), "nothing is trained on"
 
 
 def test_a_run_that_has_no_time_left_says_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -235,7 +235,21 @@ def test_the_last_window_takes_what_the_data_give_and_says_so(build, pool, fit, 
         callbacks=[trained],
     )
     assert trained.prompts == [[1, 4], [9]] and trained.batches == [6, 5] and trainer.global_step == 2
-    assert "ended after 2 of 5 planned updates" in caplog.text
+    assert "ended after 2 of 5 planned updates: groups that teach nothing were replaced" in caplog.text
+    assert "trainer.max_epochs=1 are used up" in caplog.text
+
+
+@pytest.mark.parametrize("max_epochs", [None, 1])
+def test_a_run_that_is_stopped_before_does_not_say_that_its_data_are_used_up(build, pool, fit, caplog, max_epochs):
+    class Stop(Callback):  # as the timer of trainer.max_time does
+        def on_train_batch_end(self, trainer, module, *_):
+            trainer.should_stop = trainer.global_step == 1
+
+    limits = {"max_steps": 5} if max_epochs is None else {"max_epochs": 1, "limit_train_batches": 11}
+    module = build(accumulate=2, refill_windows=5)
+    assert fit(module, pool, num_items=1, callbacks=[Stop()], **limits).global_step == 1
+    assert "planned updates: the Trainer was stopped, by trainer.max_time or a callback" in caplog.text
+    assert "used up" not in caplog.text
 
 
 def test_ranks_refill_together(build, pool, fit):

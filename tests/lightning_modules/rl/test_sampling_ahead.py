@@ -103,11 +103,36 @@ def test_windows_that_are_not_needed_are_not_waited_for(build, make_items, fit, 
     assert len(seen[0]) == 2
 
 
-def test_no_window_is_lost_at_the_end_of_the_data(build, make_items, fit):
+def test_no_window_is_lost_or_trained_on_twice_at_the_end_of_the_data(build, make_items, fit):
     """Seven batches in windows of two: all four windows are trained on, though two are ahead at the last batch."""
-    module, recorder = build(2, accumulate=2), Recorder()
-    trainer = fit(module, make_items([1, 2, 1]), num_items=1, max_epochs=1, limit_train_batches=7, callbacks=[recorder])
-    assert trainer.global_step == 4 and not module.window_is_open and module._num_batches_committed == 7
+    module, trained = build(2, accumulate=2), []
+    learn_from = module.learn_from
+    module.learn_from = lambda window: trained.append((window.first, len(window.batches))) or learn_from(window)
+    trainer = fit(module, make_items([1, 2, 1]), num_items=1, max_epochs=1, limit_train_batches=7)
+    assert trained == [(0, 2), (2, 2), (4, 2), (6, 1)] and trainer.global_step == 4
+    assert not module.window_is_open and module._num_batches_committed == 7
+
+
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_an_idle_window_leaves_the_adapter_as_it_is(build, make_items, fit, stub, monkeypatch, staleness):
+    """Every second window is idle. The next ones are sampled by the policy of the updates that were made."""
+    items, recorder = make_items([1, 2, 1, 1]), Recorder()
+    idle = {id(item.image_sizes) for item in items[2:]}
+
+    def score(text, answer, image_sizes):
+        return flat_reward(0.9) if id(image_sizes) in idle else letters(text)
+
+    use_reward(monkeypatch, score)
+    trainer = fit(build(staleness), items, max_steps=4, callbacks=[recorder])
+    assert trainer.global_step == 4
+    updates = [0, 1, 1, 2, 2, 3, 3]  # made before each window was trained on
+    policies = [updates[max(0, window - staleness)] for window in range(7)]
+    found = [(record["update"], record["policy"]) for record in recorder.records]
+    assert found == [pair for pair in zip(updates, policies, strict=True) for _ in range(2)]
+    for window in range(0, 7, 2):  # at a learning rate of 1e-2 a policy that is an update older differs visibly
+        is_current = updates[window] == policies[window]
+        assert (recorder.metrics[window]["grpo/sampler_abs_log_ratio"] < 1e-4) == is_current
+    assert 1 + policies[-1] <= len(stub.loads) == len(set(stub.loads)) <= 4, "one at the start, one for each update"
 
 
 @pytest.mark.parametrize("staleness", [1, 2])
