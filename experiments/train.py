@@ -19,6 +19,7 @@ from pathlib import Path
 
 import yaml
 
+from datamodules.persistence.garbage import without_collection
 from experiments.runs.changes import take_choice
 from experiments.runs.command_line.run_words import complete_words, read_paths, take_value
 from experiments.runs.command_line.setting_names import refuse_unknown
@@ -52,7 +53,8 @@ def main(args: list[str] | None = None) -> None:
     if args is None:
         sys.argv[1:] = words  # Lightning passes sys.argv to the ranks that it starts
     # 2. The run. Imported here, because torch and Lightning take seconds, which a typo need not wait for.
-    from experiments.runs.command_line import train_phase
+    with without_collection():
+        from experiments.runs.command_line import train_phase
 
     train_phase.run(None if args is None else words, choice, None if absent is None else read_paths(absent))
 

@@ -17,6 +17,7 @@ from callbacks.rank_watch import end_with_launcher
 from callbacks.run_progress import metrics_text
 from datamodules.persistence.durations import in_words
 from datamodules.persistence.files import StorageError
+from datamodules.persistence.garbage import without_collection
 from datamodules.persistence.message_text import first_line
 from experiments.runs import metrics_csv, preflight, run_identity, wandb_runs
 from experiments.runs.changes import Choice
@@ -40,7 +41,8 @@ def run(args: list[str] | None, choice: Choice | None, check_without: Sequence[s
     preemption.requeue_at_once()  # until training starts; SaveOnInterrupt then replaces this handler
     while True:  # one pass, and one more after each rollback
         try:
-            cli = TrainCLI(args, choice, check_without)
+            with without_collection():  # parsing imports the classes of the run
+                cli = TrainCLI(args, choice, check_without)
             with cli.stack:
                 fit(cli)
             return
