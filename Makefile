@@ -45,12 +45,16 @@ space := $(subst ,, )
 list = '[$(subst $(space),$(comma),$(strip $(1)))]'
 seed = $(if $(SEED),--seed $(SEED)) $(if $(GPUS),--gpus $(GPUS))
 answer = $(if $(filter-out 0,$(REDO)),--redo) $(if $(filter-out 0,$(KEEP)),--keep)
-# The nano configurations need the synthetic dataset. It is generated once; a finished one is kept, also if `make shards`
-# has made it with other ARGS. Another CONFIG has its own data.
-dataset = $(if $(CONFIG)$(wildcard data/nano/done.json),,$(PY) -m experiments.generate_synthetic --config $(NANO)/shards.yaml --keep=true)
-train = $(PY) -m experiments.train $(call config,$(1)) $(seed) $(answer) $(ARGS)
-# A misspelt setting is told before the dataset is generated, which takes half a minute or more.
-names = $(if $(dataset),@$(call train,$(1)) --names)
+# What the nano default needs and what is not there yet: $(call absent,file that marks its end,path). Another CONFIG has its
+# own data and models.
+absent = $(if $(CONFIG)$(wildcard $(1)),,$(2))
+data = $(call absent,data/nano/done.json,data/nano)
+cot_sft = $(call absent,outputs/nano/cot_sft/merged,outputs/nano/cot_sft)
+base = $(call absent,models/nano-base/model.safetensors,models/nano-base)
+# The synthetic dataset is generated once; a finished one is kept, also if `make shards` has made it with other ARGS.
+make_data = $(if $(data),$(PY) -m experiments.generate_synthetic --config $(NANO)/shards.yaml --keep=true)
+# A mistake is told before something is made, which takes minutes: $(call check,what is not there yet) checks all but that.
+check = $(if $(strip $(1)),@$(command) --check_without $(call list,$(1)))
 # SOURCE is the name of a source, or the YAML of a mixture. BOXES is what the four numbers of your own boxes mean.
 import = import_shards $(if $(filter %.yaml,$(SOURCE)),--config,--source) $(SOURCE) $(if $(ROOT),--root $(ROOT)) \
 	$(if $(BOXES),--own.box_format $(BOXES))
@@ -76,17 +80,21 @@ $(STAMP): setup.cfg
 	$(PY) -m pip install --editable '.[dev]'
 	touch $@
 
+pipeline: command = $(PY) -m experiments.pipeline $(call config,pipeline) --seed $(or $(SEED),0) $(if $(GPUS),--gpus $(GPUS)) $(answer) $(ARGS)
 pipeline: $(STAMP)  ## Base model, CoT-SFT, rejection sampling, GRPO, MIG-Bench after each stage, and the report (the main job)
+	$(call check,$(base))
 	$(if $(CONFIG),,$(PY) -m experiments.nano.pretrain --processes 2)
-	$(PY) -m experiments.pipeline $(call config,pipeline) --seed $(or $(SEED),0) $(if $(GPUS),--gpus $(GPUS)) $(answer) $(ARGS)
+	$(command)
 
 smoke: $(STAMP)  ## The pipeline with few steps and questions, in about two minutes: does everything work here?
 	$(PY) -m experiments.pipeline $(call config,smoke) $(answer) $(ARGS)
 
+ablations: command = $(PY) -m experiments.ablations $(call config,ablations) $(if $(SEEDS),--seeds $(call list,$(SEEDS))) \
+	$(if $(ROWS),--only $(call list,$(ROWS))) $(answer) $(ARGS)
 ablations: $(STAMP)  ## The paper's Tables 2, 3 and 9: all rows or ROWS="sft grpo", with SEEDS="0 1 2"; resumes, reuses `make pipeline`
+	$(call check,$(base))
 	$(if $(CONFIG),,$(PY) -m experiments.nano.pretrain --processes 2)
-	$(PY) -m experiments.ablations $(call config,ablations) $(if $(SEEDS),--seeds $(call list,$(SEEDS))) \
-		$(if $(ROWS),--only $(call list,$(ROWS))) $(answer) $(ARGS)
+	$(command)
 
 base: $(STAMP)  ## Pretrain the nano base model (an hour on two CPU cores; resumes)
 	$(PY) -m experiments.nano.pretrain --processes 2 $(ARGS)
@@ -98,20 +106,24 @@ inspect: $(STAMP)  ## A page of samples with their boxes, before training on the
 	$(PY) -m experiments.inspect_shards --data $(or $(DATA),$(error DATA=folder is missing)) \
 		$(if $(MODEL),--model $(MODEL)) $(ARGS)
 
+sft: command = $(PY) -m experiments.train $(call config,cot_sft) $(seed) $(answer) $(ARGS)
 sft: $(STAMP)  ## Train CoT-SFT (LoRA) and merge
-	$(call names,cot_sft)
-	$(dataset)
-	$(call train,cot_sft)
+	$(call check,$(data))
+	$(make_data)
+	$(command)
 
+grpo: command = $(PY) -m experiments.train $(call config,grpo) $(seed) $(answer) $(ARGS)
 grpo: $(STAMP)  ## Rejection-sample with the model of `make sft`, train GRPO and merge
-	$(call names,grpo)
-	$(dataset)
-	$(call train,grpo)
+	$(call check,$(data))
+	$(make_data)
+	$(command)
 
+sweep: command = $(PY) -m experiments.sweep $(call config,sweep) $(if $(SEED),--seed $(SEED)) $(answer) $(ARGS)
 sweep: $(STAMP)  ## Sweep λ, β and other settings of GRPO, on W&B or without a key on this machine; resumes: ARGS="--trials 8"
-	$(if $(CONFIG),,test -d outputs/nano/cot_sft/merged || $(MAKE) sft SEED= ARGS=)
-	$(dataset)
-	$(PY) -m experiments.sweep $(call config,sweep) $(if $(SEED),--seed $(SEED)) $(answer) $(ARGS)
+	$(call check,$(data) $(cot_sft))
+	$(if $(cot_sft),$(MAKE) sft SEED= ARGS=)
+	$(make_data)
+	$(command)
 
 agent: $(STAMP)  ## Join a W&B sweep from another machine: SWEEP=entity/project/id
 	$(PY) -m experiments.sweep --join $(or $(SWEEP),$(error SWEEP=entity/project/id is missing)) $(ARGS)
@@ -121,10 +133,12 @@ VLLM_VENV ?= .venv-vllm
 vllm-server:  ## Serve rollouts for GRPO with model.rollout.engine=vllm: MODEL=folder, ARGS="--port 8001"; on a GPU if there is one
 	$(PYTHON) lightning_modules/serving/vllm_server.py --venv $(VLLM_VENV) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
+eval: command = $(PY) -m experiments.evaluate $(call config,eval) $(if $(MODEL),--model $(MODEL)) $(addprefix --bench ,$(or $(DATA),$(BENCH))) \
+	$(if $(GPUS),--processes $(GPUS)) $(answer) $(ARGS)
 eval: $(STAMP)  ## Evaluate any model on MIG-Bench, BENCH=all (or ref_l4,...), or shards DATA=data/kites/val: MODEL=outputs/nano/grpo/merged
-	$(if $(DATA),,$(dataset))
-	$(PY) -m experiments.evaluate $(call config,eval) $(if $(MODEL),--model $(MODEL)) $(addprefix --bench ,$(or $(DATA),$(BENCH))) \
-		$(if $(GPUS),--processes $(GPUS)) $(answer) $(ARGS)
+	$(if $(DATA),,$(call check,$(data)))
+	$(if $(DATA),,$(make_data))
+	$(command)
 
 ask: $(STAMP)  ## Ask a model about your own images: MODEL=folder IMAGES="a.jpg b.jpg" QUESTION="..."; boxes in pixels and a drawing
 	@$(PY) -m experiments.asking.ask_model --model $(or $(MODEL),nano) --images $(call list,$(IMAGES)) --question "$$QUESTION" $(ARGS)
@@ -142,10 +156,12 @@ rescore: $(STAMP)  ## Score stored answers again: ARGS="--predictions outputs/ev
 tables: $(STAMP)  ## The paper's Tables 2-9 with the measured numbers beside them: Markdown, CSV, and in report.html of every experiment
 	$(PY) -m experiments.print_tables $(ARGS)
 
+synthesize: command = $(PY) -m experiments.synthesize $(call config,synthesize) $(answer) $(ARGS)
 synthesize: $(STAMP)  ## CoT data from a teacher: the nano CoT-SFT model, served here, or any OpenAI-compatible server
-	$(if $(CONFIG),,test -d outputs/nano/cot_sft/merged || $(MAKE) sft SEED= ARGS=)
-	$(dataset)
-	$(PY) -m experiments.synthesize $(call config,synthesize) $(answer) $(ARGS)
+	$(call check,$(data) $(cot_sft))
+	$(if $(cot_sft),$(MAKE) sft SEED= ARGS=)
+	$(make_data)
+	$(command)
 
 runs: $(STAMP)  ## All runs in outputs/: state, AVG, commit, size, age; ARGS=--clean offers to delete what was moved aside
 	@$(PY) -m experiments.runs.overview.run_table $(ARGS)

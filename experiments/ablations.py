@@ -23,12 +23,14 @@ from callbacks import preemption
 from datamodules.persistence import folder_lock
 from datamodules.persistence.files import write_atomic
 from datamodules.persistence.user_error import UserError
-from experiments.pipeline import Phase, Pipeline, build_synthetic, check_files, check_stages, experiment_folder
+from experiments.generate_synthetic import absent_data, build_synthetic
+from experiments.pipeline import Phase, Pipeline, check_files, check_stages, experiment_folder
 from experiments.reports import ablation_report
 from experiments.reports.ablation_summary import FINDING_FIGURES, Comparison, Finding
 from experiments.runs import wandb_runs
 from experiments.runs.changes import choice_of, spell_out
 from experiments.runs.command_line.run_words import laid_over
+from experiments.runs.command_line.step_checks import check_steps
 from experiments.runs.commands import command
 from experiments.runs.parsers import run_cli
 from experiments.runs.results import BASE
@@ -70,6 +72,7 @@ def run(
     minutes: dict[str, float] | None = None,
     redo: bool = False,
     keep: bool = False,
+    check_without: list[str] | None = None,
 ) -> None:
     """Run the rows at all seeds, and compare them.
 
@@ -90,6 +93,7 @@ def run(
         minutes: expected minutes of each step, by its title such as "cot_sft: training", for the time left
         redo: repeat results that were made with other source files of the project
         keep: keep results that were made with other source files of the project
+        check_without: only check the settings, and read nothing from these paths, which are still to be made
     """
     # 1. Check all settings before anything runs.
     seeds, comparisons, findings, overrides = seeds or [0], comparisons or [], findings or [], overrides or {}
@@ -107,9 +111,6 @@ def run(
         configs |= {f"rows.{name}.changes": path for name, row in rows.items() for path in row.changes}
         check_files({"evaluation": evaluation, "synthetic_dataset": synthetic_dataset} | configs)
         start = time.monotonic()
-        # 2. The synthetic dataset, and the choice for steps that other source files have made.
-        if synthetic_dataset:
-            build_synthetic(synthetic_dataset)
         phases = {name: Phase(row.start, row_config(name, row, home)) for name, row in rows.items()}
         arguments = {name: f"{row.overrides} {overrides.get(name, '')}".strip() for name, row in rows.items()}
         arguments["evaluation"] = overrides.get("evaluation", "")
@@ -117,9 +118,17 @@ def run(
         for seed, folder in folders.items():
             names = partial(wandb_runs.wandb_environment, home.name, f"seed{seed}")  # of a row; the row is also a tag
             pipelines[seed] = Pipeline(folder, seed, model, evaluation, phases, arguments, names, choice)
-        settle([step for pipeline in pipelines.values() for step in pipeline.steps()])
         wanted = wanted_rows(rows, only)
-        plan = Plan([step for pipeline in pipelines.values() for step in pipeline.steps(wanted)], minutes or {})
+        steps = [step for pipeline in pipelines.values() for step in pipeline.steps(wanted)]
+        models = [model for pipeline in pipelines.values() for model in pipeline.models]
+        check_steps(steps, [*absent_data(synthetic_dataset), *models, *(check_without or [])])
+        if check_without is not None:
+            return
+        # 2. The synthetic dataset, and the choice for steps that other source files have made.
+        if synthetic_dataset:
+            build_synthetic(synthetic_dataset)
+        settle([step for pipeline in pipelines.values() for step in pipeline.steps()])
+        plan = Plan(steps, minutes or {})
         for pipeline in pipelines.values():
             pipeline.plan = plan
         # 3. Run the rows, seed after seed, and write the comparison after each row.

@@ -49,11 +49,12 @@ from experiments.evaluation.ask_processes import Ended, Job, ask_all
 from experiments.evaluation.choose_predictor import PredictorSettings, choose_predictor
 from experiments.evaluation.evaluation_settings import MOVED, PHASE_FOLDER, Evaluation
 from experiments.evaluation.extracting import extract_letters, extractor_problems
-from experiments.runs import preflight, wandb_runs
+from experiments.runs import wandb_runs
 from experiments.runs.changes import Choice, choice_of, decide, is_stale, kept, question, spell_out
 from experiments.runs.command_line.run_facts import run_facts
 from experiments.runs.commands import command
 from experiments.runs.parsers import run_cli
+from experiments.runs.preflight import is_within, raise_all
 from experiments.runs.renamed_settings import refuse_moved
 from experiments.runs.results import EVALUATION
 from experiments.runs.tracking.lineage import log_evaluations
@@ -65,7 +66,7 @@ FACTS = ("data_root", "key", "extractor")  # fields of a result that are logged 
 
 
 def evaluate(asked: Evaluation, words: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Evaluate a model on the paper's benchmarks and on shards; returns the results by name.
+    """Evaluate a model on the paper's benchmarks and on shards; returns the results by name, {} for a mere check.
 
     Args:
         asked: the settings.
@@ -74,6 +75,8 @@ def evaluate(asked: Evaluation, words: Sequence[str] | None = None) -> dict[str,
     # 1. Check every setting and file, before any weights are read.
     choice = choice_of(asked.redo, asked.keep)
     settings, benchmarks = _check(asked)
+    if settings is None or asked.check_without is not None:
+        return {}
     home = Path(asked.output or default_output(settings.model, served=asked.endpoint is not None))
     with folder_lock.locked(home):
         _settle_answers(home, choice, words)
@@ -98,8 +101,8 @@ def evaluate(asked: Evaluation, words: Sequence[str] | None = None) -> dict[str,
     return scored.results
 
 
-def _check(asked: Evaluation) -> tuple[PredictorSettings, dict[str, Benchmark]]:
-    """Check and return the predictor's settings and the benchmarks.
+def _check(asked: Evaluation) -> tuple[PredictorSettings | None, dict[str, Benchmark]]:
+    """Check and return the predictor's settings and the benchmarks, without those that are still to be made.
 
     Raises SettingsError with all problems of the settings, of the model's files and of the benchmarks' files.
     """
@@ -108,24 +111,26 @@ def _check(asked: Evaluation) -> tuple[PredictorSettings, dict[str, Benchmark]]:
     # Each check adds its problems and the next check follows, so that the user sees all problems at once.
     names: list[str] = []
     settings: PredictorSettings | None = None
+    absent = asked.check_without or ()
     try:
         names = benchmark_names(asked.bench)
         problems += extractor_problems(asked.extractor, names)
     except ValueError as error:
         problems.append(str(error))
     try:
-        settings = choose_predictor(asked.model, asked)
+        settings = None if is_within(asked.model, absent) else choose_predictor(asked.model, asked)
     except (OSError, ValueError) as error:
         problems.append(str(error))
 
-    if asked.replicas and problems:  # then no replica is written, so missing benchmarks are not reported
+    # Then no replica is written, so missing benchmarks are not reported.
+    if asked.replicas and (problems or asked.check_without is not None):
         names = [name for name in names if name not in REPLICAS]
+    names = [name for name in names if not is_within(name if is_shards(name) else asked.data_root, absent)]
     benchmarks, missing = load_benchmarks(names, asked.data_root, asked.replicas)
-    preflight.raise_all(problems + missing)
+    raise_all(problems + missing)
     for name, benchmark in benchmarks.items():
         notes = "".join(f"; {count} {reason}" for reason, count in benchmark.dropped.items() if count)
         print(f"{name}: {len(benchmark.samples)} questions{notes}", flush=True)
-    assert settings is not None
     return settings, benchmarks
 
 

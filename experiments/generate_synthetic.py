@@ -18,8 +18,10 @@ from datamodules.persistence.files import fingerprint
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from experiments.runs import run_identity
 from experiments.runs.changes import MadeOf
+from experiments.runs.command_line.run_words import read_yamls
 from experiments.runs.commands import command
 from experiments.runs.parsers import run_cli
+from experiments.runs.subprocess_steps import run_process
 
 GENERATOR = Path(__file__).resolve().parents[1] / "datamodules" / "synthetic"
 
@@ -90,6 +92,22 @@ def refuse_foreign(root: Path) -> None:
             f"root={str(root)!r}: {', '.join(foreign)} would be replaced, but this command did not write it; choose "
             "another root"
         )
+
+
+def absent_data(config: str | None) -> list[str]:
+    """The folder of a dataset, by its YAML, in a list; [] if the dataset is finished, or without a YAML."""
+    root = read_yamls(["--config", config]).get("root") if config else None
+    return [] if root is None or Path(root, run_identity.DONE).is_file() else [str(root)]
+
+
+def build_synthetic(config: str) -> None:
+    """Generate the dataset of a YAML in a process of its own, unless there is a finished one with any settings.
+
+    The process is always run: it checks by itself whether there is work to do.
+    """
+    command = ["experiments.generate_synthetic", "--config", config, "--keep=true"]
+    if run_process([sys.executable, "-m", *command], lambda: None) != 0:
+        sys.exit("the synthetic dataset could not be built")
 
 
 @command

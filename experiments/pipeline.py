@@ -26,15 +26,17 @@ from datamodules.persistence.durations import in_words
 from datamodules.persistence.source_code import class_modules
 from datamodules.streaming.shard_sources import source_list
 from experiments.evaluation.evaluation_settings import PHASE_FOLDER, read_settings
+from experiments.generate_synthetic import absent_data, build_synthetic
 from experiments.reports import pipeline_report
 from experiments.runs import preflight, run_identity
 from experiments.runs.changes import Choice, choice_of, spell_out
 from experiments.runs.command_line.run_words import seeded
+from experiments.runs.command_line.step_checks import check_steps
 from experiments.runs.commands import command
 from experiments.runs.parsers import run_cli
 from experiments.runs.results import BASE, Results, Stage, current_commit, make_stage, write_results
 from experiments.runs.sharing.model_card import write_model_card
-from experiments.runs.subprocess_steps import ROOT, Plan, Step, run_process, run_step, say, settle
+from experiments.runs.subprocess_steps import ROOT, Plan, Step, run_step, say, settle
 from experiments.runs.user_files import find_user_files
 
 
@@ -58,16 +60,6 @@ def check_files(files: Mapping[str, str | None]) -> None:
     missing = [f"{field}={path!r}" for field, path in files.items() if path is not None and not Path(path).is_file()]
     if missing:
         sys.exit(f"no such file: {', '.join(missing)}")
-
-
-def build_synthetic(config: str) -> None:
-    """Generate shards and benchmark, unless there is a finished dataset with any settings.
-
-    The process is always run: it checks by itself whether there is work to do.
-    """
-    command = ["experiments.generate_synthetic", "--config", config, "--keep=true"]
-    if run_process([sys.executable, "-m", *command], lambda: None) != 0:
-        sys.exit("the synthetic dataset could not be built")
 
 
 @dataclass(frozen=True)
@@ -112,6 +104,11 @@ class Pipeline:
         self.evaluation_settings = read_settings(self.evaluation, shlex.split(self.overrides.get("evaluation", "")))
 
     @property
+    def models(self) -> list[str]:
+        """The models that the phases produce."""
+        return [self.model_of(stage) for stage in self.phases]
+
+    @property
     def results(self) -> Results:
         """The finished stages, in the pipeline's order."""
         stages = tuple(self.stages[name] for name in (BASE, *self.phases) if name in self.stages)
@@ -140,7 +137,7 @@ class Pipeline:
             modules=("experiments.train", *class_modules(settings)),
             choice=self.choice,
             proof=self.folder / stage / run_identity.DONE,
-            check=("--check",),
+            checks=True,
         )
 
     def evaluation_of(self, stage: str) -> Step:
@@ -162,6 +159,7 @@ class Pipeline:
             modules=("experiments.evaluate",),
             choice=self.choice,
             proof=result,
+            checks=stage == BASE,  # the later ones have the same settings
         )
 
     def training_seconds(self, stage: str) -> float | None:
@@ -226,6 +224,7 @@ def run(
     redo: bool = False,
     keep: bool = False,
     gpus: int | None = None,
+    check_without: list[str] | None = None,
 ) -> None:
     """Run the whole pipeline.
 
@@ -243,6 +242,7 @@ def run(
         redo: repeat results that were made with other source files of the project
         keep: keep results that were made with other source files of the project
         gpus: number of GPUs for each training, with the same total batch, and for each evaluation
+        check_without: only check the settings, and read nothing from these paths, which are still to be made
     """
     # 1. Check all settings before anything runs.
     check_stages(stages, overrides or {})
@@ -258,6 +258,9 @@ def run(
     choice = choice_of(redo, keep)
     pipeline = Pipeline(folder, seed, model, evaluation, phases, overrides or {}, choice=choice, gpus=gpus)
     with folder_lock.locked(folder):
+        check_steps(pipeline.steps(), [*absent_data(synthetic_dataset), *pipeline.models, *(check_without or [])])
+        if check_without is not None:
+            return
         # 2. The synthetic dataset, and the choice for steps that other source files have made.
         if synthetic_dataset:
             build_synthetic(synthetic_dataset)

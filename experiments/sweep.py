@@ -26,7 +26,7 @@ from datamodules.persistence.source_code import class_modules, source_code
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from experiments.reports import sweep_plots, sweep_summary
 from experiments.reports.sweep_summary import value_text
-from experiments.runs import run_identity
+from experiments.runs import run_identity, subprocess_steps
 from experiments.runs.changes import Choice, MadeOf, choice_of
 from experiments.runs.commands import command
 from experiments.runs.results import current_commit
@@ -247,6 +247,8 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--retry_failed", action="store_true", help="take up failed trials again")
     parser.add_argument("--redo", action="store_true", help="make a sweep again that other source files have made")
     parser.add_argument("--keep", action="store_true", help="go on with a sweep that other source files have made")
+    only_check = "only check the settings, and read nothing from these paths, which are still to be made: '[data/nano]'"
+    parser.add_argument("--check_without", metavar="PATHS", help=only_check)
     known = parser.parse_args(args)
     if (known.config is None) == (known.join is None):
         parser.error("give --config, or --join")
@@ -271,6 +273,9 @@ def main(args: list[str] | None = None) -> None:
         count = num_trials(plan, given.trials)
     except (OSError, ValueError) as error:
         sys.exit(str(error))
+    if given.check_without is not None:
+        words = ["experiments.train", *plan.example(), f"--check_without={given.check_without}"]
+        sys.exit(subprocess_steps.run_process([sys.executable, "-m", *words], lambda: None))
     folder = given.outputs / plan.name
     if online and not given.local:
         wandb_sweep.run_agent(wandb_sweep.find_or_create(given.config, folder), given.trials)

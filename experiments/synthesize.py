@@ -18,13 +18,13 @@ source files of the project have changed since, the command asks for --keep or -
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from datamodules.checkpoints.model_folder import PROMPT_FORM
+from datamodules.checkpoints.model_folder import PROMPT_FORM, ModelError, check_name
 from datamodules.encoding.chat_request import RequestForm
 from datamodules.encoding.model_families import find_model_family
 from datamodules.encoding.prompt_form import form_as_trained, read_prompt_form
@@ -78,6 +78,7 @@ def synthesize(
     verify_shards: bool = True,
     redo: bool = False,
     keep: bool = False,
+    check_without: list[str] | None = None,
 ) -> None:
     """Ask a teacher for rationales and write the kept samples as shards.
 
@@ -104,13 +105,16 @@ def synthesize(
         verify_shards: compare the sha256 of each shard with its manifest when the shard is first read
         redo: rename the folder of responses that another version of the code has collected, and ask again
         keep: continue with the responses that another version of the code has collected
+        check_without: only check the settings, and read nothing from these paths, which are still to be made
     """
     # 1. Check the settings; report all problems before anything is started.
     sampling, prices = sampling or Sampling(), prices or Prices()
     folders = source_list(questions)
-    problems = _problems(folders, endpoint, threshold, limit)
+    problems = _problems(folders, endpoint, threshold, limit, check_without or ())
     pixels = (min_pixels, max_pixels, max_image_pixels, max_sample_pixels)
     form = _form(model_family, endpoint.model, problems, as_trained, before_image, *pixels)
+    if check_without is not None:
+        return
     # 2. The key: everything that the responses depend on.
     responses = _made_of(folders, endpoint, form, sampling)
     home = Path(output)
@@ -195,22 +199,24 @@ def _judge_all(
     return verdicts
 
 
-def _problems(folders: list[str], endpoint: EndpointSettings, threshold: float, limit: int | None) -> Problems:
-    """The problems of the settings and of the shards."""
+def _problems(
+    folders: list[str], endpoint: EndpointSettings, threshold: float, limit: int | None, absent: Collection[str]
+) -> Problems:
+    """The problems of the settings and of the shards; those in `absent` are still to be made."""
     problems = Problems()
-    problems += [problem for folder in folders for problem in preflight.shard_problems(str(folder))]
+    for folder in folders:
+        problems += preflight.shard_problems(str(folder), "questions", absent)
     problems.require(0 <= threshold < 1, "must be in [0, 1)", threshold=threshold)
     problems.require(limit is None or limit >= 1, "must be at least 1", limit=limit)
     if own := sorted({"temperature", "seed"} & endpoint.extra_body.keys()):
         problems.append(f"endpoint.extra_body: {', '.join(own)} belong to sampling, such as sampling.temperature")
-    model = Path(endpoint.model)
     if not endpoint.model:
         problems.append("endpoint.model='' must name the teacher")
-    elif endpoint.base_url is None and not model.is_dir() and (model.is_absolute() or len(model.parts) != 2):
-        problems.append(
-            f"endpoint.model={endpoint.model!r} is neither a folder here nor a Hub name; `make sft` makes the nano"
-            " teacher, and a teacher behind a server needs endpoint.base_url"
-        )
+    elif endpoint.base_url is None and not preflight.is_within(endpoint.model, absent):
+        try:
+            check_name(endpoint.model)
+        except ModelError as error:
+            problems.append(f"endpoint.{error}. A teacher behind a server needs endpoint.base_url")
     return problems
 
 

@@ -7,7 +7,8 @@ old one aside. If only source files of the project have changed, it asks for --k
 it) or --redo.
 
 Beside the settings of the YAML there are --seed N (as in the pipeline: outputs/<experiment>-seedN), --gpus N (keeps the
-total batch), --check (only says what would happen to the phase folder) and --names (only checks the names of settings).
+total batch) and --check_without '[data/nano]', which only checks the settings and the phase folder, and reads nothing
+from these paths, because they are still to be made.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from pathlib import Path
 
 import yaml
 
+from datamodules.persistence.garbage import without_collection
 from experiments.runs.changes import take_choice
-from experiments.runs.command_line.run_words import complete_words
+from experiments.runs.command_line.run_words import complete_words, read_paths, take_value
 from experiments.runs.command_line.setting_names import refuse_unknown
 from experiments.runs.commands import command
 from experiments.runs.user_files import find_user_files
@@ -44,19 +46,17 @@ def main(args: list[str] | None = None) -> None:
     """
     # 1. The command line, as far as it can be completed and checked without the classes of the run.
     choice, words = take_choice(sys.argv[1:] if args is None else args)
-    only_check, only_names = "--check" in words, "--names" in words
-    words = [word for word in words if word not in ("--check", "--names")]
+    words, absent = take_value(words, "--check_without")
     find_user_files(words)
     words = help_of_config(complete_words(words))
     refuse_unknown(words)
-    if only_names:
-        return
     if args is None:
         sys.argv[1:] = words  # Lightning passes sys.argv to the ranks that it starts
     # 2. The run. Imported here, because torch and Lightning take seconds, which a typo need not wait for.
-    from experiments.runs.command_line import train_phase
+    with without_collection():
+        from experiments.runs.command_line import train_phase
 
-    train_phase.run(None if args is None else words, choice, only_check)
+    train_phase.run(None if args is None else words, choice, None if absent is None else read_paths(absent))
 
 
 if __name__ == "__main__":

@@ -170,6 +170,4 @@ def module_command(words: Sequence[str]) -> tuple[str, list[str]] | None:
     if not runs_python or "-m" not in words:
         return None
     at = words.index("-m")
-    # With --names (`make sft`) a command ends before it parses its arguments, so they are checked without it.
-    words = [word for word in words if word != "--names"]
     return (words[at + 1], list(words[at + 2 :])) if at + 1 < len(words) else None

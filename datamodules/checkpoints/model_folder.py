@@ -47,17 +47,9 @@ def local_folder(path: str | Path, weights: bool = True, code: bool = False) -> 
     too. Raises ModelError if neither a folder nor a repository exists.
     """
     path = str(path)
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if folder.is_file() or folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
-        raise ModelError(f"model: there is no folder {path!r}, and it is no Hub name ('owner/name') either")
-    if folder.parent.is_dir():  # such as outputs/nano: a missing folder, not a name on the Hub
-        near = difflib.get_close_matches(folder.name, [each.name for each in folder.parent.iterdir()], 1)
-        cure = f"; did you mean {str(folder.parent / near[0])!r}?" if near else ""
-        raise ModelError(f"model: {folder.parent}/ is here, but there is no folder {path!r} in it{cure}")
-    if path.startswith(OWN_FOLDERS):  # a fresh clone has no outputs/ yet
-        raise ModelError(f"model: there is no folder {path!r}; name another, or make it, as by `make pipeline`")
+    check_name(path)
+    if Path(path).is_dir():
+        return Path(path)
     from huggingface_hub import snapshot_download  # a slow import, needed only for the Hub
 
     wanted = [*COMPANIONS, ADAPTER, PROMPT_FORM]
@@ -71,6 +63,21 @@ def local_folder(path: str | Path, weights: bool = True, code: bool = False) -> 
         raise ModelError(
             f"model: {path!r} is no folder here, and could not be had from the Hub: {first_line(error)}"
         ) from error
+
+
+def check_name(path: str) -> None:
+    """Raise ModelError if a model is neither a folder nor, by the form of its name, a repository on the Hub."""
+    folder = Path(path)
+    if folder.is_dir():
+        return
+    if folder.is_file() or folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
+        raise ModelError(f"model: there is no folder {path!r}, and it is no Hub name ('owner/name') either")
+    if folder.parent.is_dir():  # such as outputs/nano: a missing folder, not a name on the Hub
+        near = difflib.get_close_matches(folder.name, [each.name for each in folder.parent.iterdir()], 1)
+        cure = f"; did you mean {str(folder.parent / near[0])!r}?" if near else ""
+        raise ModelError(f"model: {folder.parent}/ is here, but there is no folder {path!r} in it{cure}")
+    if path.startswith(OWN_FOLDERS):  # a fresh clone has no outputs/ yet
+        raise ModelError(f"model: there is no folder {path!r}; name another, or make it, as by `make pipeline`")
 
 
 def check_model(path: str | Path, known_types: Mapping[str, str], need_weights: bool = True) -> None:

@@ -124,6 +124,7 @@ class Evaluation(AskedModel):
             stored
         redo: ask again, and do not use answers from other source files of the project
         keep: use answers from other source files of the project
+        check_without: only check the settings, and read nothing from these paths, which are still to be made
     """
 
     model: str
@@ -136,6 +137,7 @@ class Evaluation(AskedModel):
     extractor: EndpointSettings | None = None
     redo: bool = False
     keep: bool = False
+    check_without: list[str] | None = None
 
 
 def read_settings(config: str, more: Sequence[str] = ()) -> Evaluation:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from callbacks.preemption import is_first_process
 from datamodules.persistence.credentials import find_credential
+from datamodules.persistence.garbage import end_quickly
 from datamodules.persistence.progress_lines import lines_in_stage
 from datamodules.persistence.user_error import UserError
 from experiments.runs.renamed_settings import find_old_flags, find_old_names
@@ -46,6 +47,8 @@ def command(main: Callable[..., T] | None = None, *, failed: str = "") -> Callab
     @functools.wraps(main)
     def run(args: Sequence[str] | None = None) -> T:
         refuse_credentials(sys.argv[1:] if args is None else args)
+        if args is None:
+            end_quickly()
         try:
             with lines_in_stage(is_first_process()):
                 return main() if args is None else main(args)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from datamodules.persistence.user_error import UserError
@@ -46,12 +46,21 @@ def seed_problems(seed: object) -> list[str]:
     return [] if not isinstance(seed, int) or 0 <= seed < 2**32 else [f"seed={seed} must be in 0 to {2**32 - 1}"]
 
 
-def training_problems(settings: Mapping) -> list[str]:
-    """Problems of a training run's resolved configuration. Each names the field and its value."""
+def is_within(path: object, folders: Collection[str]) -> bool:
+    """Whether a path is one of the folders or lies in one of them."""
+    absolute = Path(str(path)).absolute()
+    return any(absolute.is_relative_to(Path(folder).absolute()) for folder in folders)
+
+
+def training_problems(settings: Mapping, absent: Collection[str] = ()) -> list[str]:
+    """Problems of a training run's resolved configuration. Each names the field and its value.
+
+    Folders in `absent` are still to be made, so nothing is read from them.
+    """
     model = settings["model"]["init_args"]
-    problems = model_problems(model["model"])
+    problems = [] if is_within(model["model"], absent) else model_problems(model["model"])
     for source in shard_list(settings):
-        problems += shard_problems(source)
+        problems += shard_problems(source, absent=absent)
     problems += device_problems(settings["trainer"]) + size_problems(settings)
     windows = (model.get("update") or {}).get("refill_windows")
     if windows and settings["trainer"].get("max_steps", -1) == -1:
@@ -79,7 +88,7 @@ def training_problems(settings: Mapping) -> list[str]:
             reason = "a run goes on from checkpoints/ in its phase's folder, and looks nowhere else"
             problems.append(f"WindowCheckpoint: dirpath={elsewhere!r} must be null: {reason}")
         if callback["class_path"].endswith(".HeldOutLoss"):
-            problems += held_out_problems(callback["init_args"]["shards"], shard_list(settings))
+            problems += held_out_problems(callback["init_args"]["shards"], shard_list(settings), absent)
     for name, (instead, harmless) in MODULES_OWN.items():
         value = settings["trainer"].get(name)
         if value not in harmless:
@@ -145,11 +154,11 @@ def model_problems(path: str) -> list[str]:
     return []
 
 
-def held_out_problems(held_out: str | Sequence[str], trained: Sequence[str]) -> list[str]:
+def held_out_problems(held_out: str | Sequence[str], trained: Sequence[str], absent: Collection[str] = ()) -> list[str]:
     """Problems of HeldOutLoss's shards: invalid shards, and shards that training also reads."""
     problems = []
     for source in source_list(held_out):
-        problems += shard_problems(source, "HeldOutLoss: shards")
+        problems += shard_problems(source, "HeldOutLoss: shards", absent)
         if any(Path(source).absolute() == Path(other).absolute() for other in trained):
             problems.append(
                 f"HeldOutLoss: shards={source!r} are in data.shards: held-out samples must not be trained on"
@@ -157,11 +166,13 @@ def held_out_problems(held_out: str | Sequence[str], trained: Sequence[str]) -> 
     return problems
 
 
-def shard_problems(source: str, setting: str = "data.shards") -> list[str]:
+def shard_problems(source: str, setting: str = "data.shards", absent: Collection[str] = ()) -> list[str]:
     """Problems of one source of shards: it is missing, has no manifest, is unreachable, or is empty.
 
-    `setting` is used in the message.
+    A source in `absent` is still to be made, and has no problem. `setting` is used in the message.
     """
+    if is_within(source, absent):
+        return []
     try:
         shards = read_shards(source)
     except (ValueError, OSError, FetchError) as error:

@@ -44,8 +44,7 @@ class Step:
         modules: the modules whose code makes the result.
         choice: keep or repeat a step that was made with other code; the process gets the same flag.
         proof: a file that changes if the process has computed anything.
-        check: further arguments, with which the process only finds out whether it would move another run's folder
-            aside without a permission; () if it moves none.
+        checks: whether its settings are checked before any step runs (command_line/step_checks.py).
     """
 
     title: str
@@ -57,7 +56,7 @@ class Step:
     modules: tuple[str, ...] = ()
     choice: Choice | None = None
     proof: Path | None = None
-    check: tuple[str, ...] = ()
+    checks: bool = False
 
     def result_key(self) -> str | None:
         return read_json(self.result).get("key") if self.result else None
@@ -157,8 +156,7 @@ def settle(steps: Sequence[Step]) -> None:
     """Before any step runs: mark steps that were made with other code as kept, or let them be repeated, as the user has
     chosen.
 
-    Raises CodeChanged, which names the steps and the changed files, if there is no choice. Ends the program if the
-    folder of a step holds a run with other settings, which the step would refuse to move: its process names them.
+    Raises CodeChanged, which names the steps and the changed files, if there is no choice.
     """
     stale = [step for step in steps if step.is_stale()]
     waiting = [(step.title, read_json(step.marker), step.code()) for step in stale if step.choice is None]
@@ -168,15 +166,6 @@ def settle(steps: Sequence[Step]) -> None:
             marker = read_json(step.marker)
             run_identity.write_marker(step.marker.parent, step.marker.name, **(marker | kept(marker, step.code())))
             say(f"{step.title}: kept, although other source files have made it")
-
-    for step in steps:
-        # A step that goes on with its own run needs no check, which takes seconds.
-        is_its_own = read_json(step.marker).get("key") == step.key()
-        is_free = is_its_own or not (step.marker.parent / run_identity.STARTED).is_file()
-        if step.check and step.choice != "redo" and not is_free:
-            words = [*step.command, *step.check, *([f"--{step.choice}"] if step.choice else [])]
-            if run_process([sys.executable, "-m", *words], lambda: None, step.environment) != 0:
-                sys.exit(f"{step.title} is refused; no stage was started.")
 
 
 def run_step(step: Step, plan: Plan | None = None) -> float:

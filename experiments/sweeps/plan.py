@@ -109,6 +109,12 @@ class SweepPlan:
         own = ("--config", "--experiment", "--phase", "--outputs")
         return [flag for flag in flags if flag.partition("=")[0] not in own]
 
+    def example(self) -> list[str]:
+        """The arguments of experiments.train in a trial with the first value of every parameter."""
+        values = {p.name: p.choices[0] if p.choices else p.low for p in self.parameters}
+        configs = [f"--config={config}" for config in self.configs]
+        return [*configs, *self.flags(values), f"--experiment={self.name}", "--phase=example"]
+
     def grid_size(self) -> int | None:
         """The number of trials of a grid search; None for other methods."""
         return math.prod(len(parameter.grid()) for parameter in self.parameters) if self.method == "grid" else None

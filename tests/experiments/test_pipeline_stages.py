@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from datamodules.streaming.path_fingerprint import path_fingerprint
 from experiments import ablations, pipeline
 from experiments.runs import subprocess_steps, wandb_runs
 from experiments.runs.changes import CodeChanged
+from experiments.runs.command_line import step_checks
 from experiments.runs.results import read_results
 from tests.experiments.phase_results import summary, write_mig_bench
 
@@ -22,27 +24,28 @@ ALL = ["base", *ROWS]
 
 
 class Processes:
-    """In the place of the steps' processes. One of the stage `broken` ends with an error."""
+    """In the place of the steps' processes. One of the stage `broken` ends with an error, at a check if `refuses`."""
 
     def __init__(self) -> None:
         self.broken: str | None = None
+        self.refuses = False
         self.ran: list[str] = []
         self.told: list[str] = []  # --keep or --redo, of those that ran
-        self.checked: list[str] = []  # the stages whose process was only asked whether it may use its folder
+        self.checked: list[str] = []  # the steps whose settings were checked before any step ran
 
-    def __call__(self, command: list[str], tick: Callable[[], object], environment: Mapping[str, str]) -> int:
+    def __call__(self, command: list[str], tick: Callable[[], object], environment: Mapping[str, str] = {}) -> int:
+        if command[2].endswith("step_checks"):
+            titles = [title for title, _ in json.loads(command[-1])]
+            self.checked += titles
+            return int(self.refuses and f"{self.broken}: training" in titles)
         self.told += [word for word in command if word in ("--keep", "--redo")]
         command = [word for word in command if word not in ("--keep", "--redo")]
-        is_check = command[-1] == "--check"
-        command = command[: -1 if is_check else None]
         flags = dict(zip(command[3::2], command[4::2], strict=True))
         train = command[2] == "experiments.train"
         folder = Path(flags["--outputs"], flags["--experiment"], flags["--phase"]) if train else Path(flags["--output"])
         folder = folder if train else folder.parent
-        if is_check:
-            self.checked.append(folder.name)
-        if folder.name == self.broken or is_check:
-            return int(folder.name == self.broken)
+        if folder.name == self.broken:
+            return 1
         self.ran.append(f"{folder.parent.name}/{folder.name}")
         if train:
             model = flags["--model.init_args.model"]
@@ -57,6 +60,7 @@ class Processes:
 def processes(monkeypatch: pytest.MonkeyPatch) -> Processes:
     stand_ins = Processes()
     monkeypatch.setattr(subprocess_steps, "run_process", stand_ins)
+    monkeypatch.setattr(step_checks, "run_process", stand_ins)
     monkeypatch.setattr(wandb_runs, "log_summary", lambda *_: None)
     monkeypatch.setattr(pipeline, "write_model_card", lambda phase: None)  # the stand-ins write no config.yaml
     return stand_ins
@@ -255,7 +259,15 @@ def test_a_yaml_that_asks_for_the_same_keeps_the_time_that_it_took(
 def test_a_stage_that_would_be_refused_later_is_refused_before_any_stage_runs(
     processes: Processes, settings: dict, tmp_path: Path
 ) -> None:
+    processes.broken, processes.refuses = "cot_sft", True
+    with pytest.raises(SystemExit, match="1"):
+        run_rows(settings)
+    trainings = [f"{name}: training" for name in ROWS]
+    assert processes.checked == ["base: MIG-Bench", *trainings], "once for both seeds"
+    assert processes.ran == []
+    processes.broken, processes.checked = None, []
     run_rows(settings)
+    processes.checked = []
     for name in ("cot_sft", "grpo"):  # as training leaves it
         write_json(tmp_path / f"outputs/tiny/{name}/started.json", {"key": "a"})
     run_rows(settings)
@@ -263,10 +275,9 @@ def test_a_stage_that_would_be_refused_later_is_refused_before_any_stage_runs(
     processes.ran.clear()
     write_config(tmp_path, "cot_sft", 1)
     processes.broken = "cot_sft"
-    with pytest.raises(SystemExit, match="cot_sft: training is refused; no stage was started"):
+    with pytest.raises(SystemExit, match="1"):
         run_rows(settings)
-    assert processes.checked == ["cot_sft"] and processes.ran == []
+    assert set(processes.checked) == {"cot_sft: training"} and processes.ran == []
     processes.broken = None
     run_rows(settings, redo=True)
-    assert processes.checked == ["cot_sft"], "the user has chosen already"
     assert "tiny/cot_sft" in processes.ran and "tiny/grpo" in processes.ran

@@ -55,7 +55,7 @@ def test_other_settings_are_refused_and_with_redo_the_old_run_is_moved_aside(wor
     arguments = ["--config", config, "--trainer.logger=false", "--trainer.max_steps=1"]
     train.main(arguments)
     key = read_json(workbench.outputs / "tiny" / "cot_sft" / "done.json")["key"]
-    for more in ([], ["--check"], ["--keep"]):
+    for more in ([], ["--check_without=[]"], ["--keep"]):
         with pytest.raises(SystemExit) as refused:
             train.main([*arguments, "--seed_everything=1", *more])
         message = str(refused.value.code)
@@ -63,7 +63,7 @@ def test_other_settings_are_refused_and_with_redo_the_old_run_is_moved_aside(wor
         assert "  seed_everything: 0 -> 1\n" in message and "--experiment NAME" in message and "REDO=1" in message
         assert read_json(workbench.outputs / "tiny" / "cot_sft" / "done.json")["key"] == key
     capsys.readouterr()
-    train.main([*arguments, "--check"])
+    train.main([*arguments, "--check_without", "[]"])
     assert capsys.readouterr().out == "", "the same run needs no answer"
     train.main([*arguments, "--seed_everything=1", "--redo"])
     assert read_json(workbench.outputs / "tiny" / f"cot_sft.{key[:8]}" / "done.json")["key"] == key

@@ -182,6 +182,15 @@ def linked_model(bench: Workbench) -> tuple[Main, list[str]]:
     return train.main, ["--config", f"{NANO}/grpo.yaml", "--experiment=mine", f"--outputs={bench.outputs}"]
 
 
+def swept_without(bench: Workbench) -> tuple[Main, list[str]]:
+    """`make sweep` with a parameter that does not exist, before what its trials need is made."""
+    settings = yaml.safe_load((ROOT / NANO / "sweep.yaml").read_text())
+    settings["parameters"] = {"model.init_args.loss.kl_bta": {"values": [0.1]}}
+    words = ["--config", bench.write_yaml("sweep", settings), *UNMADE]
+    return apart(sys.executable, "-m", "experiments.sweep", *words)(bench)
+
+
+UNMADE = ("--check_without=[data/nano,outputs/nano/cot_sft]",)
 SERVER = (sys.executable, "lightning_modules/serving/vllm_server.py", "--venv", "/nope/venv", "--model")
 # A mistake, how to make it, and what the message must have: the setting, the value, and the cure.
 MISTAKES: list[tuple[str, Prepare, tuple[str, ...]]] = [
@@ -305,6 +314,43 @@ MISTAKES: list[tuple[str, Prepare, tuple[str, ...]]] = [
         on_nano(train.main, "grpo", "--gpus=2", "--trainer.devices=2"),
         ("--gpus=2", "--trainer.devices"),
     ),
+    # before the nano dataset and the CoT-SFT model are made
+    (
+        "first, a benchmark",
+        on_nano(evaluate.main, "eval", "--bench=blinkk", "--check_without=[data/nano]"),
+        ("bench='blinkk'", "blink"),
+    ),
+    (
+        "first, a model to evaluate",
+        on_nano(evaluate.main, "eval", "--model=outputs/no-such-model", "--check_without=[data/nano]"),
+        ("'outputs/no-such-model'", "there is no folder"),
+    ),
+    (
+        "first, other data",
+        on_nano(evaluate.main, "eval", "--data_root=data/nope", "--check_without=[data/nano]"),
+        ("data/nope", "data_root is the folder of the benchmarks"),
+    ),
+    (
+        "first, a value",
+        on_nano(train.main, "cot_sft", "--check_without=[data/nano]", "--model.lora.rank=0"),
+        ("rank=0", "greater than 0"),
+    ),
+    (
+        "first, shards",
+        on_nano(train.main, "cot_sft", "--check_without", "[data/nano]", "--data.shards=data/nope"),
+        ("data.shards='data/nope'", "manifest.json"),
+    ),
+    (
+        "first, questions",
+        on_nano(synthesize.main, "synthesize", *UNMADE, "--questions=data/nope"),
+        ("questions='data/nope'", "manifest.json"),
+    ),
+    (
+        "first, a teacher",
+        on_nano(synthesize.main, "synthesize", *UNMADE, "--endpoint.model=outputs/nope"),
+        ("endpoint.model: there is no folder 'outputs/nope'", "endpoint.base_url"),
+    ),
+    ("first, a sweep", swept_without, ("--model.loss.kl_bta=0.1", "did you mean model.loss.kl_beta?")),
     # files, models, data
     (
         "an image to ask about",

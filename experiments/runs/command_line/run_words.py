@@ -43,8 +43,8 @@ def seeded(experiment: str, seed: int) -> str:
     return experiment if seed == 0 else f"{experiment}-seed{seed}"
 
 
-def take_number(words: Sequence[str], flag: str, least: int) -> tuple[list[str], int | None]:
-    """The words without `flag` and its value, and the last value given. Raises WordsError if that is no number."""
+def take_value(words: Sequence[str], flag: str) -> tuple[list[str], str | None]:
+    """The words without `flag` and its value, and the last value given."""
     rest, found, waiting = [], None, list(words)
     while waiting:
         name, is_one_word, value = waiting[0].partition("=")
@@ -53,9 +53,20 @@ def take_number(words: Sequence[str], flag: str, least: int) -> tuple[list[str],
             continue
         found = value if is_one_word else (waiting[1] if len(waiting) > 1 else "")
         del waiting[: 1 if is_one_word else 2]
-        if not found.isdigit() or int(found) < least:
-            raise WordsError(f"{flag}={found!r} must be a whole number, at least {least}")
+    return rest, found
+
+
+def take_number(words: Sequence[str], flag: str, least: int) -> tuple[list[str], int | None]:
+    """The words without `flag` and its value, and the last value given. Raises WordsError if that is no number."""
+    rest, found = take_value(words, flag)
+    if found is not None and (not found.isdigit() or int(found) < least):
+        raise WordsError(f"{flag}={found!r} must be a whole number, at least {least}")
     return rest, None if found is None else int(found)
+
+
+def read_paths(text: str) -> list[str]:
+    """The paths of a flag's value, such as "[data/nano,models/base]"."""
+    return [path.strip() for path in text.strip("[]").split(",") if path.strip()]
 
 
 def read_yamls(words: Sequence[str]) -> dict[str, Any]:

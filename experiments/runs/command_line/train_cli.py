@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -33,7 +34,7 @@ from experiments.runs.parsers import ShortErrors
 from experiments.runs.results import current_commit
 from experiments.runs.run_key import made_of
 
-DESCRIPTION = "Train one phase from one YAML. Beside the settings: --seed, --gpus, --keep, --redo, --check, --names."
+DESCRIPTION = "Train one phase from one YAML. Beside the settings: --seed, --gpus, --keep, --redo, --check_without."
 # Both runs stay if the new one has another experiment, whose folder is another one.
 KEEPS_BOTH = 'To keep both runs, name the new one: --experiment NAME (make sft ARGS="--experiment NAME").'
 
@@ -43,7 +44,7 @@ class AlreadyDone(Exception):
 
 
 class Checked(Exception):
-    """The phase folder can be used for this run; the command was only asked whether it can (--check)."""
+    """The settings and the phase folder have no problem; the command was only asked to check them (--check_without)."""
 
 
 class TrainParser(ShortErrors, LightningArgumentParser):
@@ -56,12 +57,18 @@ class TrainCLI(LightningCLI):
     Args:
         args: the command line; None means sys.argv.
         choice: --keep or --redo, if the user gave one.
-        only_check: raise Checked where the phase folder would be claimed.
+        check_without: raise Checked where the phase folder would be claimed, and read nothing from these paths, which
+            are still to be made; None trains.
     """
 
-    def __init__(self, args: list[str] | None = None, choice: Choice | None = None, only_check: bool = False) -> None:
+    def __init__(
+        self,
+        args: list[str] | None = None,
+        choice: Choice | None = None,
+        check_without: Sequence[str] | None = None,
+    ) -> None:
         self.stack, self.choice = ExitStack(), choice  # the stack holds the lock on the phase folder
-        self.only_check, self.words = only_check, args
+        self.check_without, self.words = check_without, args
         self.commit = current_commit(Path(__file__).parent)
         # Lightning, not this project, calls functions that newer versions of jsonargparse have renamed.
         os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -125,15 +132,14 @@ class TrainCLI(LightningCLI):
         # A W&B agent passes the id of a sweep's run in the environment; the folder's name may contain it.
         self.config.phase = os.path.expandvars(self.config.phase)
         settings = self.settings()
-        if self.only_check:  # the model of an earlier stage may still be missing
-            sources = preflight.shard_list(settings)
-            preflight.raise_all([problem for source in sources for problem in preflight.shard_problems(source)])
-            run_identity.check(self.folder, made_of(settings), self.choice, KEEPS_BOTH)
-            raise Checked
         # 1. Report all problems before weights are loaded.
-        preflight.raise_all(preflight.training_problems(settings) + self.constructor_problems())
+        problems = preflight.training_problems(settings, self.check_without or ())
+        preflight.raise_all(problems + self.constructor_problems())
         # 2. The key tells whether the folder holds this run, another run, or another version of this run.
         run = made_of(settings)
+        if self.check_without is not None:
+            run_identity.check(self.folder, run, self.choice, KEEPS_BOTH)
+            raise Checked
         self.key, self.inputs = run.key, run.inputs
         # 3. Only one run at a time may use the folder. The lock is released at once if this process does not train.
         with ExitStack() as stack:

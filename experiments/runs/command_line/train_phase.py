@@ -6,6 +6,7 @@ import logging
 import os
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch.loggers import WandbLogger
@@ -16,6 +17,7 @@ from callbacks.rank_watch import end_with_launcher
 from callbacks.run_progress import metrics_text
 from datamodules.persistence.durations import in_words
 from datamodules.persistence.files import StorageError
+from datamodules.persistence.garbage import without_collection
 from datamodules.persistence.message_text import first_line
 from experiments.runs import metrics_csv, preflight, run_identity, wandb_runs
 from experiments.runs.changes import Choice
@@ -25,20 +27,22 @@ from experiments.runs.tracking import lineage
 log = logging.getLogger(__name__)
 
 
-def run(args: list[str] | None, choice: Choice | None, only_check: bool = False) -> None:
+def run(args: list[str] | None, choice: Choice | None, check_without: Sequence[str] | None = None) -> None:
     """Train the phase of a command line, unless it is done.
 
     Args:
         args: the command line; None means sys.argv.
         choice: --keep or --redo, if the user gave one.
-        only_check: end where the phase folder would be claimed. Raises OtherRun or CodeChanged if that needs an answer.
+        check_without: end where the phase folder would be claimed, and read nothing from these paths, which are still
+            to be made; None trains. Raises OtherRun or CodeChanged if claiming needs an answer.
     """
     quieten()
     end_with_launcher()
     preemption.requeue_at_once()  # until training starts; SaveOnInterrupt then replaces this handler
     while True:  # one pass, and one more after each rollback
         try:
-            cli = TrainCLI(args, choice, only_check)
+            with without_collection():  # parsing imports the classes of the run
+                cli = TrainCLI(args, choice, check_without)
             with cli.stack:
                 fit(cli)
             return
@@ -126,7 +130,8 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # Lightning uses an old name of PyTorch's tree utilities; this project does not.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
-    # Each rank announces that it begins to wait for the others.
+    # Each rank announces the seed, which is one of the settings, and then that it begins to wait for the others.
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric.utilities.distributed").setLevel(logging.WARNING)
     # Checkpoints are loaded with weights_only=True (`fit`). Lightning warns when it reads a part of them a second time.
     logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector").setLevel(logging.WARNING)

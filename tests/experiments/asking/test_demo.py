@@ -50,7 +50,10 @@ def images(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., str]]:
-    """start(*flags) runs the command and returns the page's address; the command ends with the test."""
+    """start(*flags) runs the command and returns the page's address; the command ends with the test.
+
+    `start.processes` are those that were started.
+    """
     started: list[subprocess.Popen] = []
 
     def run(*flags: str) -> str:
@@ -66,6 +69,7 @@ def start() -> Iterator[Callable[..., str]]:
                 return line.split(" ")[0]
         raise AssertionError(f"the command ended with {process.wait()}")
 
+    run.processes = started
     yield run
     for process in started:
         process.terminate()
@@ -84,6 +88,12 @@ def drop(page: Any, address: str, files: list[str], question: str) -> None:
 def wait_for(page: Any, field: str, text: str) -> None:
     script = "([field, text]) => document.querySelector(field)?.value.includes(text)"
     page.wait_for_function(script, arg=[f"#{field} textarea", text])
+
+
+def cpu_seconds(process: subprocess.Popen) -> float:
+    """The CPU time that a process has used so far."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def drawn(page: Any, number: int = 1) -> Image.Image:
@@ -134,6 +144,7 @@ def test_the_committed_base_answers_two_users_and_mistakes_are_told_on_the_page(
     with opened_pages(2, address, KNOWN) as pages:
         for page in pages:
             drop(page, address, images, "Find the blue square in image-2.")
+        before = cpu_seconds(start.processes[0])
         for page in pages:
             page.click("#ask")
         answers = set()
@@ -141,6 +152,8 @@ def test_the_committed_base_answers_two_users_and_mistakes_are_told_on_the_page(
             wait_for(page, "answer-1", "Box in image 2, pixels: [")
             answers.add(page.input_value("#answer-1 textarea"))
             assert drawn(page).size == (2 * 420 + 8, 420)
+        spent = cpu_seconds(start.processes[0]) - before
+        assert spent < 5, "the model is loaded before the page opens, so that the first click only waits for the answer"
         assert len(answers) == 1, "the same question has the same answer"
         first, second = pages
         first.fill("#question textarea", " ")

@@ -96,17 +96,34 @@ def test_make_passes_the_answer_on(target: str) -> None:
     assert not {"--keep", "--redo"} & set(last_command("REDO=0").split())
 
 
-def test_make_checks_the_names_of_settings_before_it_generates_the_dataset(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("target", "absent"),
+    [
+        ("sft", ["data/nano"]),
+        ("grpo", ["data/nano"]),
+        ("eval", ["data/nano"]),
+        ("sweep", ["data/nano", "outputs/nano/cot_sft"]),
+        ("synthesize", ["data/nano", "outputs/nano/cot_sft"]),
+        ("pipeline", ["models/nano-base"]),
+        ("ablations", ["models/nano-base"]),
+    ],
+)
+def test_make_checks_the_settings_before_it_makes_what_a_command_needs(
+    target: str, absent: list[str], tmp_path: Path
+) -> None:
     for name in ("setup.cfg", "installed"):
         (tmp_path / name).touch()
 
     def commands() -> list[str]:
-        command = ["make", "-n", "-f", str(ROOT / "Makefile"), "grpo", "STAMP=installed", "ARGS=--model.sead=1"]
+        command = ["make", "-n", "--no-print-directory", "-f", str(ROOT / "Makefile"), target, "STAMP=installed"]
+        # `make sweep` calls make again, which looks for the Makefile in this folder.
+        command += ["ARGS=--model.sead=1", f"MAKE=make -f {ROOT / 'Makefile'} STAMP=installed"]
         done = subprocess.run(command, cwd=tmp_path, env=outside_make(), capture_output=True, text=True, check=True)
         return done.stdout.splitlines()
 
-    check, dataset, training = commands()
-    assert check.endswith("--model.sead=1 --names") and "experiments.generate_synthetic" in dataset
-    assert training.endswith("--model.sead=1")
+    check, *making, last = commands()
+    assert check == f"{last} --check_without '[{','.join(absent)}]'" and last.endswith("--model.sead=1") and making
     write_json(tmp_path / "data/nano/done.json", {})
-    assert commands() == [training], "a finished dataset costs no time"
+    for name in ("models/nano-base/model.safetensors", "outputs/nano/cot_sft/merged"):
+        (tmp_path / name).mkdir(parents=True)
+    assert commands()[-1] == last and not any("--check_without" in line for line in commands())

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from experiments.runs.command_line.run_words import complete_words
 from experiments.sweeps.plan import EarlyStop, read_early_stop, read_parameter, read_plan
 
-CONFIGS = Path(__file__).resolve().parents[3] / "experiments" / "configs"
+ROOT = Path(__file__).resolve().parents[3]
+CONFIGS = ROOT / "experiments" / "configs"
 SWEEPS = ("nano/sweep.yaml", "paper/sweep_7b.yaml")
 PLAN = {
     "name": "tiny-sweep",
@@ -176,3 +178,13 @@ def test_a_trial_gets_the_command_line_that_wandb_s_agent_makes(name: str) -> No
 
 def test_the_configurations_of_a_command_are_found(tmp_path: Path) -> None:
     assert read_plan(write(tmp_path)).configs == ["a.yaml", "b.yaml"]
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_shipped_trial_starts_from_the_model_of_its_configuration(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep is an experiment of its own, and the CoT-SFT model is another experiment's."""
+    monkeypatch.chdir(ROOT)
+    plan = read_plan(CONFIGS / name)
+    model = yaml.safe_load((ROOT / plan.configs[0]).read_text())["model"]["init_args"]["model"]
+    given = [word for word in complete_words(plan.example()) if word.startswith("--model.init_args.model=")]
+    assert given == [f"--model.init_args.model={model}"]
