@@ -114,7 +114,7 @@ class Progress(ProgressBar):
         if self._first < self._done < 1:
             # The estimate is that of `_look`; the time since then has passed.
             left = (self._seen - self._began) * (1 - self._done) / (self._done - self._first)
-            parts.append(left_text(max(0.0, left - (time.monotonic() - self._seen)), is_whole_stage=True))
+            parts.append(left_text(max(0.0, left - (time.monotonic() - self._seen))))
         return ", ".join(parts)
 
     def _look(self, trainer: Trainer) -> None:

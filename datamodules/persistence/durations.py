@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 
 OUTLOOK = "GROUNDING_OUTLOOK"  # environment variable with the `Outlook` of a process
 
@@ -34,6 +35,8 @@ class Outlook:
         later: expected seconds of all later stages; None if they are unknown.
         alike: number of further stages, not counted in `later`, that take as long as this stage.
         evidence: the weight of the expected times, in seconds; this stage corrects them by its own duration.
+        parts: part of the stage, such as "rejection sampling" -> expected seconds from the start of the stage to the
+            end of the part.
     """
 
     stage: str
@@ -42,30 +45,37 @@ class Outlook:
     later: float | None = None
     alike: int = 0
     evidence: float = 0.0
+    parts: Mapping[str, float] = field(default_factory=dict)
 
     def environment(self) -> dict[str, str]:
         """The environment variable for the process of the stage."""
         return {OUTLOOK: json.dumps(asdict(self))}
 
-    def seconds_left(self, left: float, is_whole_stage: bool) -> float | None:
+    def seconds_left(self, left: float, part: str | None = None) -> float | None:
         """Seconds until the end of all stages; None if they are unknown.
 
         Args:
             left: seconds that the present work still takes.
-            is_whole_stage: whether the stage ends with this work. Rejection sampling, for example, is a part of a
-                training stage.
+            part: the work, if the stage does not end with it. Rejection sampling, for example, is a part of a training
+                stage.
         """
         spent = time.time() - self.began
-        if not is_whole_stage:
+        if part is not None:
             if self.expected is None:
                 return None
-            left = max(left, self.expected - spent)
+            if part in self.parts:
+                left += (self.expected - self.parts[part]) * self._pace(spent + left, self.parts[part])
+            else:
+                left = max(left, self.expected - spent)
         if self.later is None:
             return None
         whole = spent + left
-        # A slow machine makes later stages slow, too.
-        pace = 1.0 if self.expected is None else (self.evidence + whole) / (self.evidence + self.expected)
+        pace = 1.0 if self.expected is None else self._pace(whole, self.expected)
         return left + self.later * pace + self.alike * whole
+
+    def _pace(self, seconds: float, expected: float) -> float:
+        """The factor by which work on this machine takes longer than expected, if a part of it takes `seconds`."""
+        return (self.evidence + seconds) / (self.evidence + expected)
 
 
 def own_outlook() -> Outlook | None:
@@ -80,8 +90,8 @@ def stage_prefix() -> str:
     return f"[{outlook.stage}] " if outlook else ""
 
 
-def left_text(left: float, is_whole_stage: bool) -> str:
+def left_text(left: float, part: str | None = None) -> str:
     """ "2 min left", in a stage "2 min left, of all stages 10 min". The arguments are those of `seconds_left`."""
     outlook = own_outlook()
-    whole = None if outlook is None else outlook.seconds_left(left, is_whole_stage)
+    whole = None if outlook is None else outlook.seconds_left(left, part)
     return f"{in_words(left)} left" + ("" if whole is None else f", of all stages {in_words(whole)}")

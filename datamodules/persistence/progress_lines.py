@@ -94,7 +94,8 @@ class Counted:
         unit: name of one unit; its plural ends with "s".
         initial: number of units that were done before.
         note: makes further words for the bar or the line.
-        is_stage: whether the stage of a pipeline ends with this work (`Outlook.seconds_left`).
+        is_stage: whether the stage of a pipeline ends with this work; else it is the part `title` of the stage
+            (`Outlook.seconds_left`).
         is_shown: False shows nothing, as on all ranks but one.
     """
 
@@ -111,6 +112,7 @@ class Counted:
         self.total, self.title, self.unit, self.note, self.is_stage = total, title, unit, note, is_stage
         self.count = self._initial = initial
         self._began = time.monotonic()
+        self._updates: list[tuple[float, int]] = []  # (time, count) after the first, the last but one, the last update
         self._bar = self._lines = None
         if is_shown and has_terminal():
             self._bar = tqdm(total=total, initial=initial, desc=title, unit=unit, smoothing=0.1, dynamic_ncols=True)
@@ -130,6 +132,7 @@ class Counted:
     def update(self, count: int = 1) -> None:
         """Add finished units."""
         self.count += count
+        self._updates = [*self._updates[:1], *self._updates[1:][-1:], (time.monotonic(), self.count)]
         if self._bar is not None:
             self._bar.set_description(self.title, refresh=False)
             self._bar.set_postfix_str(self.note(), refresh=False)
@@ -147,7 +150,20 @@ class Counted:
         if self.count >= self.total:
             parts.append(f"in {in_words(spent)}")
         elif done:
-            parts.append(left_text(spent * (self.total - self.count) / done, self.is_stage))
+            parts.append(left_text(self._seconds_left(), None if self.is_stage else self.title))
         else:
             parts.append(f"{in_words(spent)} so far")
         return ", ".join(part for part in parts if part)
+
+    def _seconds_left(self) -> float:
+        """The seconds that the remaining units take, at the pace of the finished ones.
+
+        Units may be finished by many at once, such as 512 questions, and some of the next ones are in work already. So
+        the pace is that between two updates. The first update also holds what was done before, and the warming up.
+        """
+        (first, before), (last, count), now = self._updates[0], self._updates[-1], time.monotonic()
+        rest = self.total - count
+        if count == before:
+            return (now - self._began) * rest / (count - self._initial)
+        pace, newest = (last - first) / (count - before), count - self._updates[-2][1]
+        return max(pace * rest - (now - last), pace * (rest - newest))

@@ -26,6 +26,9 @@ from experiments.runs.changes import Choice, changed_text, decide, is_stale, kep
 from experiments.runs.wandb_runs import child_environment
 
 ROOT = Path(__file__).resolve().parents[2]
+# Share of all expected times that counts as measured as expected. Without it, a short first step, which mostly loads
+# the model, or which other work on the machine slows down, would set the pace of hours.
+PRIOR = 0.15
 CLOCK_SECONDS = 5.0  # interval at which the elapsed time is saved; a kill loses at most this time
 
 
@@ -88,19 +91,24 @@ class Plan:
     Args:
         steps: all steps.
         minutes: title of a step, such as "cot_sft: training" -> expected minutes from earlier measurements; {} if
-            unknown. Unknown times follow from the steps that have run, see `seconds_of`.
+            unknown. Unknown times follow from the steps that have run, see `seconds_of`. "grpo: training, rejection
+            sampling" -> expected minutes from the start of the step to the end of this part of it.
     """
 
     def __init__(self, steps: Sequence[Step], minutes: Mapping[str, float]) -> None:
         self.steps = list(steps)
+        self.minutes = minutes
         self.expected = {step.title: 60 * minutes[step.title] for step in steps if step.title in minutes}
         self.spent: dict[str, list[float]] = {}  # title -> seconds of the steps that have run here
 
     def begin(self, step: Step) -> dict[str, str]:
         """The environment variable with the position of the step and the expected times."""
         later = self.seconds_of(self.steps[self._number(step) :])
-        expected = self.seconds_of([step])
-        return Outlook(self.place(step), time.time(), expected, later, evidence=self.evidence()).environment()
+        expected, start = self.seconds_of([step]), f"{step.title}, "
+        parts = {name: minutes for name, minutes in self.minutes.items() if name.startswith(start)}
+        parts = {name.removeprefix(start): 60 * minutes * self.pace() for name, minutes in parts.items()}
+        outlook = Outlook(self.place(step), time.time(), expected, later, evidence=self.evidence(), parts=parts)
+        return outlook.environment()
 
     def place(self, step: Step) -> str:
         """The position of a step, such as "2 of 5, cot_sft: training"."""
@@ -130,17 +138,16 @@ class Plan:
     def pace(self) -> float:
         """The factor between measured and expected times on this machine; 1 before any step.
 
-        A tenth of all expected times counts as measured as expected. Without this, a short first step, which mostly
-        loads the model, would set the pace of hours.
+        A part of all expected times counts as measured as expected (`PRIOR`).
         """
         known = [title for title in self.spent if title in self.expected]
-        weight = 0.1 * sum(self.expected.values())
+        weight = PRIOR * sum(self.expected.values())
         foreseen = weight + sum(self.expected[title] * len(self.spent[title]) for title in known)
         return (weight + sum(sum(self.spent[title]) for title in known)) / foreseen if foreseen else 1.0
 
     def evidence(self) -> float:
         """The weight of the expected times, in seconds (`Outlook`)."""
-        return 0.1 * sum(self.expected.values()) + sum(sum(seconds) for seconds in self.spent.values())
+        return PRIOR * sum(self.expected.values()) + sum(sum(seconds) for seconds in self.spent.values())
 
     def left_text(self, step: Step) -> str:
         """ "; about 12 min left of all stages", or "" if that is not known."""

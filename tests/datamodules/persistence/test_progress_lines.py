@@ -93,6 +93,20 @@ def test_without_a_terminal_there_are_lines_and_no_bar(streams, clock) -> None:
     assert out.getvalue() == "mig_bench: 200 of 200 questions, 3 retries, in 10 s\n" and err.getvalue() == ""
 
 
+def test_units_that_are_finished_many_at_once_do_not_hide_those_in_work(streams, clock) -> None:
+    streams(False, False)
+    with Counted(3000, "mig_bench", "question") as progress:
+        progress.update(500)  # done before
+        for _ in range(2):
+            clock.seconds += 10
+            progress.update(500)
+        clock.seconds += 8
+        assert progress.line() == "mig_bench: 1,500 of 3,000 questions, 22 s left"
+        clock.seconds += 60
+        assert progress.line().endswith("20 s left"), "the chunks behind the one that takes long"
+        progress.update(1500)
+
+
 def test_what_was_done_before_is_not_in_the_pace(streams, clock) -> None:
     streams(False, False)
     with Counted(1100, "rejection sampling", "prompt", initial=1000) as progress:

@@ -28,17 +28,17 @@ def test_a_step_knows_its_number_and_the_times(steps: list[Step]) -> None:
     plan = Plan(steps, MINUTES)
     outlook = outlook_of(plan, steps[1])
     assert (outlook.stage, outlook.expected, outlook.later) == ("2 of 3, grpo: training", 600, 60)
-    assert outlook.evidence == pytest.approx(72), "a tenth of the whole"
+    assert outlook.evidence == pytest.approx(108), "a part of the whole"
     assert plan.left_text(steps[0]) == "; about 12 min left of all stages"
 
 
 def test_a_slower_machine_corrects_the_time_left(steps: list[Step]) -> None:
     plan = Plan(steps, MINUTES)
     plan.end(steps[0], 120.0)
-    # 120 s in place of 60 s, and 72 s as expected: 192 s in place of 132 s. Eleven minutes become sixteen.
-    assert plan.left_text(steps[1]) == "; about 16 min left of all stages"
+    # 120 s in place of 60 s, and 108 s as expected: 228 s in place of 168 s. Eleven minutes become fifteen.
+    assert plan.left_text(steps[1]) == "; about 15 min left of all stages"
     plan.end(steps[1], 1200.0)
-    assert plan.pace() == pytest.approx((72 + 1320) / (72 + 660)), "a long step weighs more"
+    assert plan.pace() == pytest.approx((108 + 1320) / (108 + 660)), "a long step weighs more"
 
 
 def test_without_expectations_only_the_number_is_said(steps: list[Step]) -> None:

@@ -1,0 +1,84 @@
+"""The time left in the log of `make pipeline` on the nano default, replayed from the recorded times of whole runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from datamodules.persistence import durations
+from datamodules.persistence.durations import OUTLOOK, Outlook
+from datamodules.persistence.progress_lines import EVERY_SECONDS
+from experiments.runs import subprocess_steps
+from experiments.runs.subprocess_steps import Plan, Step
+
+ROOT = Path(__file__).resolve().parents[3]
+MINUTES = yaml.safe_load((ROOT / "experiments/configs/nano/pipeline.yaml").read_text())["minutes"]
+TITLES = [title for title in MINUTES if "," not in title]
+# Seconds of the stages, and share of GRPO's training until the end of its rejection sampling. In each of the second to
+# fourth run, other work slowed down some of the stages, but not all.
+RECORDED = {
+    "quiet": ([32, 234, 38, 427, 38], 0.57),
+    "slow at first": ([90, 236, 33, 435, 35], 0.58),
+    "slow in the first half": ([59, 429, 62, 484, 36], 0.61),
+    "slow in GRPO": ([48, 254, 46, 594, 44], 0.57),
+    "seed 0": ([42, 256, 50, 485, 49], 0.57),
+    "seed 3": ([55, 284, 51, 520, 50], 0.57),
+}
+MACHINES = {f"{factor} x": ([60 * factor * MINUTES[title] for title in TITLES], 0.57) for factor in (0.5, 2, 3)}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    now = SimpleNamespace(seconds=0.0)
+    time = SimpleNamespace(time=lambda: now.seconds)
+    monkeypatch.setattr(durations, "time", time)
+    monkeypatch.setattr(subprocess_steps, "time", time)
+    return now
+
+
+def estimates(
+    seconds: list[float], share: float, folder: Path, clock: SimpleNamespace
+) -> Iterator[tuple[float, float]]:
+    """(seconds since the start, estimated seconds left) at each line, for stages that proceed evenly."""
+    steps = [Step(title, folder / f"{number}.json", ("x",), ()) for number, title in enumerate(TITLES)]
+    plan, start = Plan(steps, MINUTES), 0.0
+    for step, whole in zip(steps, seconds, strict=True):
+        clock.seconds = start
+        yield start, plan.seconds_of(steps[steps.index(step) :])
+        outlook = Outlook(**json.loads(plan.begin(step)[OUTLOOK]))
+        for count in range(1, int(whole / EVERY_SECONDS) + 1):
+            spent = count * EVERY_SECONDS
+            clock.seconds = start + spent
+            if step.title == "grpo: training" and spent < share * whole:
+                yield clock.seconds, outlook.seconds_left(share * whole - spent, "rejection sampling")
+            else:
+                yield clock.seconds, outlook.seconds_left(whole - spent)
+        plan.end(step, whole)
+        (folder / f"{steps.index(step)}.json").write_text(
+            json.dumps({"key": step.key(), "done": True, "seconds": whole})
+        )
+        start += whole
+
+
+@pytest.mark.parametrize("name", [*RECORDED, *MACHINES])
+def test_after_a_tenth_of_a_run_the_time_left_is_right_within_a_factor_of_one_and_a_half(
+    name: str, tmp_path: Path, clock: SimpleNamespace
+) -> None:
+    seconds, share = (RECORDED | MACHINES)[name]
+    total = sum(seconds)
+    judged = [(at, left, total - at) for at, left in estimates(seconds, share, tmp_path, clock) if at >= total / 10]
+    assert len(judged) > 10
+    wrong = [(at, left, true) for at, left, true in judged if not 1 / 1.5 <= left / true <= 1.5 and true > 0]
+    assert not wrong
+
+
+def test_the_parts_of_a_step_are_told_to_its_process(tmp_path: Path) -> None:
+    step = Step("grpo: training", tmp_path / "a.json", ("x",), ())
+    plan = Plan([step], {"grpo: training": 10, "grpo: training, rejection sampling": 6, "grpo: MIG-Bench": 1})
+    assert json.loads(plan.begin(step)[OUTLOOK])["parts"] == {"rejection sampling": 360}
+    assert plan.seconds_of([step]) == 600, "a part is within its step"
