@@ -77,6 +77,9 @@ def evaluate(asked: Evaluation, words: Sequence[str] | None = None) -> dict[str,
     settings, benchmarks = _check(asked)
     if settings is None or asked.check_without is not None:
         return {}
+    for name, benchmark in benchmarks.items():
+        notes = "".join(f"; {count} {reason}" for reason, count in benchmark.dropped.items() if count)
+        print(f"{name}: {len(benchmark.samples)} questions{notes}", flush=True)
     home = Path(asked.output or default_output(settings.model, served=asked.endpoint is not None))
     with folder_lock.locked(home):
         _settle_answers(home, choice, words)
@@ -128,9 +131,6 @@ def _check(asked: Evaluation) -> tuple[PredictorSettings | None, dict[str, Bench
     names = [name for name in names if not is_within(name if is_shards(name) else asked.data_root, absent)]
     benchmarks, missing = load_benchmarks(names, asked.data_root, asked.replicas)
     raise_all(problems + missing)
-    for name, benchmark in benchmarks.items():
-        notes = "".join(f"; {count} {reason}" for reason, count in benchmark.dropped.items() if count)
-        print(f"{name}: {len(benchmark.samples)} questions{notes}", flush=True)
     return settings, benchmarks
 
 
