@@ -51,7 +51,8 @@ def main() -> None:
             importlib.import_module(module).main(words)
         except SystemExit as end:
             if end.code:
-                sys.exit(f"{title}: {end.code}")
+                # A parser has printed its message already, and ends with a number.
+                sys.exit(f"{title}: {end.code if isinstance(end.code, str) else 'refused, see above'}")
 
 
 if __name__ == "__main__":
