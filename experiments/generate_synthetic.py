@@ -74,6 +74,7 @@ def build(
         if run_identity.claim(Path(root), MadeOf(key, settings)):
             print(f"{root} is already built with these settings", flush=True)
             return
+        print(f"generating the synthetic dataset: {root}", flush=True)
         # Imported here, so that a finished dataset is recognised without loading the generator.
         from datamodules.synthetic.multi_box.write_multi_box import build_multi_box
         from datamodules.synthetic.write_samples import build_nano

@@ -132,25 +132,27 @@ def write_benchmark(root: Path, per_task: int, split: str = BENCHMARK) -> frozen
         split: BENCHMARK or VALIDATION; each has its own questions.
     """
     records, hashes = [], set()
-    for task in TASKS:
-        folder = f"MIG-Bench/images/{IMAGE_FOLDERS.get(task, task)}"
-        (root / folder).mkdir(parents=True, exist_ok=True)
-        for index in range(per_task):
-            puzzle = benchmark_puzzle(task, index, split)
-            hashes |= puzzle.content_hashes()
-            paths = [f"{folder}/{index:05d}_{k}.png" for k in range(len(puzzle.scenes))]
-            for k, path in enumerate(paths):
-                (root / path).write_bytes(encode_png(puzzle.picture(k)))
-            records.append(
-                {
-                    "task": task,
-                    "images": [f"./{path}" for path in paths],
-                    "question": puzzle.question,
-                    "answer": [round(v, 3) for v in puzzle.box],  # unit xyxy with three digits, as published
-                    "additional_info": puzzle.info,
-                    "need_format": task not in ("group_grounding", "object_tracking"),
-                }
-            )
+    with Counted(len(TASKS) * per_task, split, "question") as progress:
+        for task in TASKS:
+            folder = f"MIG-Bench/images/{IMAGE_FOLDERS.get(task, task)}"
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            for index in range(per_task):
+                puzzle = benchmark_puzzle(task, index, split)
+                hashes |= puzzle.content_hashes()
+                paths = [f"{folder}/{index:05d}_{k}.png" for k in range(len(puzzle.scenes))]
+                for k, path in enumerate(paths):
+                    (root / path).write_bytes(encode_png(puzzle.picture(k)))
+                records.append(
+                    {
+                        "task": task,
+                        "images": [f"./{path}" for path in paths],
+                        "question": puzzle.question,
+                        "answer": [round(v, 3) for v in puzzle.box],  # unit xyxy with three digits, as published
+                        "additional_info": puzzle.info,
+                        "need_format": task not in ("group_grounding", "object_tracking"),
+                    }
+                )
+                progress.update()
     (root / "MIG-Bench/MIG_data.json").write_text(json.dumps(records, indent=0))
     return frozenset(hashes)
 

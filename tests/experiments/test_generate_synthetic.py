@@ -36,6 +36,22 @@ def test_a_dataset_of_the_same_settings_is_built_once_and_another_moves_it_aside
     assert read_json(tmp_path / f"nano.{key[:8]}" / "done.json")["key"] == key
 
 
+@pytest.mark.parametrize(
+    "kind, parts",
+    [
+        ("mig_bench", ["MIG-Bench: 10", "validation: 10", "sft: 2", "rl_pool: 2"]),
+        ("multi_box", ["in_domain: 3", "out_of_domain: 2", "sft: 2", "rl_pool: 2"]),
+    ],
+)
+def test_each_part_of_a_dataset_shows_its_progress(tmp_path: Path, capsys, kind: str, parts: list[str]) -> None:
+    """In a log file, no part is silent, not even the questions for evaluation, which take longest to begin."""
+    settings = {"seed": 0, "train_samples": 2, "eval_per_task": 1, "pool_samples": 2, "validation_per_task": 1}
+    generate_synthetic.build(str(tmp_path / "data"), **settings, kind=kind)
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"generating the synthetic dataset: {tmp_path / 'data'}"
+    assert [line.split(" of ")[0] for line in lines if " of " in line] == parts
+
+
 def test_training_keeps_a_finished_dataset_of_other_settings(tmp_path: Path, built: list, capsys) -> None:
     root = tmp_path / "nano"
     generate_synthetic.build(str(root), **SETTINGS | {"train_samples": 9})

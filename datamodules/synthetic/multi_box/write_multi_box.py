@@ -76,12 +76,14 @@ def build_multi_box(root: str, seed: int, train_samples: int, eval_per_task: int
     # 1. The questions for evaluation. Their scenes are excluded from training.
     excluded: frozenset[str] = frozenset()
     for part, tasks in HELD_OUT.items():
-        with ShardWriter(shards / part) as writer:
+        total = len(tasks) * eval_per_task
+        with ShardWriter(shards / part) as writer, Counted(total, part, "question") as progress:
             for task in tasks:
                 for index in range(eval_per_task):
                     puzzle = held_out_puzzle(task, index)
                     excluded |= puzzle.content_hashes()
                     writer.add(_loaded(f"{SOURCE}/{part}/{task}/{index}", puzzle))
+                    progress.update()
     # 2. The training data.
     for part, count in (("sft", train_samples), ("rl_pool", pool_samples)):
         with ShardWriter(shards / part) as writer, Counted(count, part, "sample") as progress:
