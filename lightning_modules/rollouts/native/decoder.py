@@ -1,10 +1,11 @@
-"""Continuous batching: many prompts are decoded in a fixed number of batch slots.
+"""Continuous batching: many prompts are decoded at the same time, and waiting prompts take the place of those that end.
 
-When all completions of a prompt have ended, the next waiting prompt takes its slot. On a CPU, each step computes only
-active rows, so finished slots cost nothing. On a GPU, an additional row is nearly free, and every step computes all
-rows with the same shapes, so that it can be captured once as a CUDA graph and replayed (`cuda_graphs`).
+On a CPU, each step computes only active rows (`ragged_kv_cache`), and a prompt is admitted as soon as completions that
+have ended leave enough memory. On a GPU, an additional row is nearly free, and every step computes all rows with the
+same shapes, so that it can be captured once as a CUDA graph and replayed (`cuda_graphs`). There a prompt waits for the
+slot of another one.
 
-Shapes: S batch slots, G completions per prompt, R = S * G rows, A active rows of a step, T largest number of tokens of
+Shapes: S slots, G completions per prompt, R = S * G rows, A active rows of a step, T largest number of tokens of
 a completion, D hidden width, V vocabulary, p prompts in one prefill.
 """
 
@@ -99,7 +100,8 @@ class CompletionDecoder:
     ) -> Iterator[list[Decoded]]:
         """Decode the prompts 0 to `count`; yields each prompt as soon as all its completions have ended.
 
-        Free slots are filled again when a quarter of all slots is free, so that several prompts are read together.
+        Waiting prompts are admitted when there is room for all of them or for a quarter of `room.prompts`, so that
+        several prompts are read together.
 
         Args:
             count: number of prompts.
