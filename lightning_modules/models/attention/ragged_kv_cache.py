@@ -174,7 +174,7 @@ class _RaggedKVLayer(CompletionMemory):
         keys, values = self.prefix[:, len(self.prefix[0]) - count :].flatten(1, 2)[:, :, :length]  # [N * H, L, D]
 
         scores = torch.bmm(self._by_prompt(query), keys.transpose(1, 2)).view(count, -1, length) + cache.prefix_bias
-        scores = self._by_row(scores, length).view(len(query) * heads, -1, length)
+        scores = self._by_row(scores, length).reshape(len(query) * heads, -1, length)
         for_own = query.reshape(len(query) * heads, -1, width)  # [A * H, R, D]
         prefix_weights, out = [], []
         for chunk in cache.chunks:

@@ -15,7 +15,6 @@ from lightning_modules.models.attention.ragged_kv_cache import RaggedKVCache
 
 SIZES = CacheSizes(layers=2, heads=2, width=8)
 SHAPE = CacheShape(prompts=4, completions=3, prefix_tokens=7, completion_tokens=12)
-PER_KEY = 3  # query heads per key-value head
 
 
 @dataclass
@@ -30,14 +29,18 @@ class Row:
 
 def attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
     """query [H * R, D], keys and values [H, T, D] -> [H * R, D]."""
-    keys, values = (t.repeat_interleave(PER_KEY, dim=0) for t in (keys, values))
+    keys, values = (t.repeat_interleave(len(query) // len(t), dim=0) for t in (keys, values))
     return ((keys @ query[:, :, None])[..., 0] * scaling).softmax(-1)[:, None].matmul(values)[:, 0]
 
 
 class Decoding:
-    """A cache and its reference, which get the same random prompts, tokens and ends."""
+    """A cache and its reference, which get the same random prompts, tokens and ends.
 
-    def __init__(self, seed: int) -> None:
+    `per_key`: number of query heads per key-value head.
+    """
+
+    def __init__(self, seed: int, per_key: int = 3) -> None:
+        self.per_key = per_key
         self.generator = torch.Generator().manual_seed(seed)
         self.cache = RaggedKVCache(SHAPE, SIZES, torch.float32, torch.device("cpu"))
         self.rows: list[Row] = []
@@ -62,7 +65,7 @@ class Decoding:
         self.cache.begin()
         for layer in range(SIZES.layers):
             keys, values = (self.randn(len(self.rows), SIZES.heads, 1, SIZES.width) for _ in "kv")
-            query = self.randn(len(self.rows), SIZES.heads * PER_KEY, 1, SIZES.width)
+            query = self.randn(len(self.rows), SIZES.heads * self.per_key, 1, SIZES.width)
             memory, _ = self.cache.update(keys, values, layer)
             expected = []
             for index, row in enumerate(self.rows):
@@ -104,6 +107,13 @@ def test_attention_is_that_over_each_completions_own_tokens(monkeypatch: pytest.
     assert decoding.cache.num_admissible() == SHAPE.prompts  # all memory is free again
     assert (max(chunks) > 2) == (most_padding < 10_000)
     assert max(prompts) > SHAPE.prompts  # completions of other prompts had ended
+
+
+def test_one_prompt_of_a_model_with_one_query_head_per_key_value_head() -> None:
+    decoding = Decoding(0, per_key=1)
+    decoding.admit(1)
+    for _ in range(3):
+        decoding.step()
 
 
 def test_more_prompts_than_fit_are_refused() -> None:
