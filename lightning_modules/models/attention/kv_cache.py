@@ -5,8 +5,8 @@ each has its own further keys. Attention over the prefix is one matrix product f
 of a key-value head. Attention over the completion's own tokens is a small matrix product per completion. One softmax
 covers both. Keys and values are not repeated in memory, neither for completions nor for heads.
 
-Shapes: P prompts, G completions per prompt, A rows of a step, H key-value heads, R query
-heads per key-value head, L prefix tokens (padded on the right), T largest number of completion tokens, D head width.
+Shapes: P prompts, G completions per prompt, A rows of a step, H key-value heads, R query heads per key-value head, L
+prefix tokens (padded on the right), T largest number of completion tokens, D head width.
 Each prompt is in one batch slot; a row is a flat index into [P, G].
 """
 
@@ -38,9 +38,9 @@ class PrefixRecorder:
 
 @dataclass(frozen=True)
 class CacheShape:
-    """The sizes of a `PrefixKVCache`."""
+    """The sizes of a `PrefixKVCache` or a `RaggedKVCache`."""
 
-    prompts: int
+    prompts: int  # prompts for which there is memory when all their completions have their full length
     completions: int  # completions per prompt
     prefix_tokens: int
     completion_tokens: int

@@ -1,16 +1,17 @@
 """KV cache for completions of very different lengths: memory and time follow the tokens that active completions have.
 
 The mathematics are those of `kv_cache`: the completions of a prompt share its keys, and one softmax covers prompt and
-completion. Here nothing has a fixed place. Active completions lie without gaps, the longest first, and so do the
-prompts that they read. Where one ends, another moves into its place; a move costs far less than the steps over a gap.
-Completions that were admitted together are equally long, so they are read together, without padding.
+completion. Here nothing has a fixed place. Active completions lie without gaps, the longest first. Their prompts lie
+without gaps too, in any order. Where one ends, another moves into its place: steps over a gap would cost far more than
+the move. Completions that were admitted together are equally long, so they are read together, without padding.
 
-Rows and prompts share one block of memory: rows lie at its start, prompts at its end. So a prompt is admitted as soon
-as completions of any prompts have made room, and the block is as large as its `CacheShape` says.
+Rows and prompts share one block of memory, which is as large as its `CacheShape` says. Rows lie at its start, prompts
+at its end. A prompt is admitted as soon as completions of any prompts have left enough room. Each row is counted with
+the full length of a completion and each prompt with the full length of a prompt, so rows never reach the prompts.
 
-Shapes: A active rows (completions that have not ended), N prompts of active rows, C largest number of active
-completions of a prompt, H key-value heads, R query heads per key-value head, L prefix tokens (padded on the right), T
-tokens of a completion, D head width.
+Shapes: A active rows (completions that have not ended), N prompts of active rows, G completions of a new prompt, C
+largest number of active completions of a prompt, H key-value heads, R query heads per key-value head, L prefix tokens
+(padded on the right), T tokens of a completion, D head width.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class _Chunk:
     start: int
     stop: int
     width: int  # number of tokens of its longest row, which is its first
-    bias: Tensor | None = None  # [rows, 1, width], masks the padding of shorter rows; None if all are equally long
+    is_padded: bool = False  # whether some rows are shorter
+    bias: Tensor | None = None  # [rows, 1, width], masks the padding in a step; None without padding
 
 
 class RaggedKVCache:
@@ -43,6 +45,7 @@ class RaggedKVCache:
 
     - `num_seen` [A]: number of tokens of each row, with the token of this step
     - `prompt` [A]: the prompt of each row; prompt n is the n-th from the end of the memory
+    - `most`: C
     - `place` [A]: index of each row in [N, C]; `row` [N * C]: the row at each place, or any row if there is none
     - `is_full`: whether `place` counts 0, 1, 2, ..., so that no row has to be moved
     """
@@ -112,7 +115,7 @@ class RaggedKVCache:
         self.num_seen = self.num_seen + 1
         for chunk in self.chunks:
             chunk.width += 1
-            if chunk.bias is not None:
+            if chunk.is_padded:
                 seen = self.num_seen[chunk.start : chunk.stop, None]
                 chunk.bias = mask_bias(torch.arange(chunk.width, device=seen.device) >= seen)[:, None]
 
@@ -123,25 +126,28 @@ class RaggedKVCache:
         for memory, new in zip(self.own[layer], (keys, values), strict=True):
             for chunk in self.chunks:
                 rows = slice(chunk.start, chunk.stop)
-                if chunk.bias is None:
-                    memory[rows, :, chunk.width - 1] = new[rows, :, 0]
-                else:
+                if chunk.is_padded:  # the new tokens have different places
                     index = torch.arange(chunk.start, chunk.stop, device=keys.device)
                     memory[index, :, self.num_seen[rows] - 1] = new[rows, :, 0]
+                else:
+                    memory[rows, :, chunk.width - 1] = new[rows, :, 0]
         return self.layers[layer], self.layers[layer]
 
     def _arrange(self) -> None:
         """Compute what all steps share until rows come or go."""
         self.chunks = []
         lengths, counts = torch.unique_consecutive(self.num_seen, return_counts=True)
-        stop = padding = 0
+        start = padding = 0
         for width, count in zip(lengths.tolist(), counts.tolist(), strict=True):
-            stop, start = stop + count, stop
-            if self.chunks and (padding := padding + count * (self.chunks[-1].width - width)) <= MOST_PADDING:
-                self.chunks[-1].stop, self.chunks[-1].bias = stop, self.num_seen  # `begin` computes the bias
+            stop = start + count
+            if self.chunks:
+                padding += count * (self.chunks[-1].width - width)
+            if self.chunks and padding <= MOST_PADDING:
+                self.chunks[-1].stop, self.chunks[-1].is_padded = stop, True
             else:
                 self.chunks.append(_Chunk(start, stop, width))
                 padding = 0
+            start = stop
 
         num_prompts = len(self.prefix_lengths)
         prompt = num_prompts - 1 - self.prompt  # counted from the first in memory

@@ -21,8 +21,8 @@ from lightning_modules.models.attention.kv_cache import CacheShape, PrefixKVCach
 from lightning_modules.models.attention.ragged_kv_cache import RaggedKVCache
 from lightning_modules.models.inference.base import SamplingModel
 
-# Unless steps compute all rows, up to this number of times `prompts_per_batch` prompts have active completions: where
-# some completions of a prompt have ended, those of further prompts take their places.
+# There are SLOTS * `prompts_per_batch` slots where steps compute only active rows. A prompt keeps its slot until its
+# last completion has ended. The memory of its other completions goes to further prompts earlier; these need slots too.
 SLOTS = 2
 CHECK_EVERY = 8  # number of steps of all rows between two checks for ended rows, because a check waits for the device
 
@@ -58,7 +58,7 @@ class _Slot:
 
 
 class CompletionDecoder:
-    """Decodes prompts in fixed batch slots."""
+    """Decodes prompts; each has a slot, a fixed range of rows in the tensors below, until all its completions end."""
 
     def __init__(
         self, model: SamplingModel, choose: Choose, ends: Sequence[int], room: CacheShape, static: bool
@@ -68,7 +68,7 @@ class CompletionDecoder:
             model: computes the hidden states and logits.
             choose: samples the next tokens.
             ends: tokens that end a completion.
-            room: number of prompts at the same time, completions per prompt, and largest lengths of both.
+            room: sizes of the cache. With `static`, its number of prompts is also the number of slots.
             static: compute all rows in each step, with constant shapes.
         """
         self.model, self.choose, self.room, self.static = model, choose, room, static
@@ -117,7 +117,7 @@ class CompletionDecoder:
         slots = self.slots = [None] * self.num_slots
         taken = num_steps = 0
         while True:
-            # 1. Read waiting prompts if enough slots are free; otherwise make one step.
+            # 1. Read waiting prompts if there is room for enough of them; otherwise make one step.
             free = [index for index, slot in enumerate(slots) if slot is None]
             chosen = free[: min(count - taken, self.cache.num_admissible())]
             if chosen and 4 * len(chosen) >= min(4 * (count - taken), self.room.prompts):
