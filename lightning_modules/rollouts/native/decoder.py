@@ -114,6 +114,7 @@ class CompletionDecoder:
         """
         self.limit.fill_(limit)
         self.alive.zero_()
+        self._alive_slots()  # the cache drops the rows of an earlier call that ended with an error
         slots = self.slots = [None] * self.num_slots
         taken = num_steps = 0
         while True:

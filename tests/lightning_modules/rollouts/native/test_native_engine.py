@@ -150,6 +150,22 @@ def test_completions_that_end_make_room_for_further_prompts(
     assert sum(rows for _, rows in active) == sum(lengths) - len(lengths)
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_a_decoder_can_be_used_again_after_an_error(
+    policy: QwenVL, make_items: MakeItems, monkeypatch: pytest.MonkeyPatch, static: bool
+) -> None:
+    end_often(policy)
+    engine, items, decoders = NativeEngine(policy, static), make_items([1, 2]), []
+    with monkeypatch.context() as patch:
+        patch.setattr(CompletionDecoder, "_advance", lambda self, _: decoders.append(self) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # in the first step, with all memory in use
+            generate(policy, items, engine)
+    expected = generate(policy, items)
+    monkeypatch.setattr(engine, "_decoder", lambda *_: decoders[0])
+    for one, other in zip(generate(policy, items, engine), expected, strict=True):
+        assert [r.token_ids.tolist() for r in one] == [r.token_ids.tolist() for r in other]
+
+
 def test_a_seed_gives_the_same_rollouts_and_completions_differ(policy: QwenVL, make_items: MakeItems) -> None:
     items = make_items([1, 2])
     first, second = (generate(policy, items) for _ in range(2))
