@@ -26,7 +26,7 @@ NUM_EPOCHS = 3
 
 
 class NoEncoder:
-    processor = None
+    processor, answer_form = None, "one_box"
 
     def encode(self, loaded: LoadedSample) -> LoadedSample:
         return loaded
