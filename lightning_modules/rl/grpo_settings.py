@@ -33,8 +33,8 @@ class RolloutSettings(SamplingSettings):
             while the trainer updates (`sampling_ahead`). The policy of a completion is that many windows old, so
             `update.importance_cap` is needed.
         kv_cache_gib: most memory of the key-value cache of the native engine. All prompts of an accumulation window are
-            sampled together, at most `prompts_per_batch` at the same time; the run ends before its first step if their
-            cache could become larger. null: no limit.
+            sampled together, with memory for `prompts_per_batch` of them at full length; the run ends before its first
+            step if this could be more. null: no limit.
         log: JSONL file for the sampled groups, read by `make compare`; a relative path is relative to the phase's
             folder. null writes no log.
         log_every: write the groups of every `log_every`-th batch.

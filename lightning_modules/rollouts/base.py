@@ -29,8 +29,10 @@ class SamplingSettings:
         group_size: G, number of completions of each prompt.
         temperature: logits are divided by it before the softmax.
         max_new_tokens: length limit of a completion, including its end token.
-        prompts_per_batch: number of prompts that are decoded at the same time. When all completions of a prompt have
-            ended, the next waiting prompt takes its slot (continuous batching).
+        prompts_per_batch: number of prompts whose completions have memory at full length. When completions have ended,
+            waiting prompts take their places (continuous batching). On a GPU a prompt waits until all completions of
+            another one have ended. On a CPU it begins as soon as there is memory, so that at most twice this number of
+            prompts is decoded at the same time.
     """
 
     group_size: int = 8

@@ -153,7 +153,7 @@ def qwen_config(size: str) -> dict:
 
 def test_the_lists_here_name_every_configuration() -> None:
     sweeps = {*SWEEPS, *(changes for _, changes in SWEEPS.values())}
-    fragments = {"nano/objectives_run.yaml", "nano/lengths_run.yaml"}
+    fragments = {"nano/objectives_run.yaml", "nano/lengths_run.yaml", "nano/grpo_lora.yaml"}
     fragments |= {f"objectives/{name}.yaml" for name in OBJECTIVES} | {f"rewards/{name}.yaml" for name in REWARDS}
     assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")} == {
         *TRAINING,
@@ -360,6 +360,14 @@ def test_a_fragment_changes_the_accuracy_reward_alone(parse, config: str, name: 
     assert accuracy["class_path"] == f"lightning_modules.rl.rewards.box_rewards.{REWARDS[name]}"
     assert all(accuracy[field] == before[field] for field in ("name", "weight"))
     assert others == others_before and changed == plain
+
+
+def test_a_vllm_server_can_sample_with_the_lora_settings_of_the_nano_default(parse) -> None:
+    servers = "--model.rollout.engine=vllm"
+    with pytest.raises(SystemExit, match="lora=None"):
+        parse("nano/grpo.yaml", servers)
+    model = parse("nano/grpo.yaml", "--config", str(CONFIGS / "nano/grpo_lora.yaml"), servers).model
+    assert model.lora.rank == 32 and model.rollout_settings.engine == "vllm"
 
 
 def test_rows_of_objectives_differ_in_objective_or_reward_alone(parse, tmp_path: Path) -> None:

@@ -307,7 +307,7 @@ MISTAKES: list[tuple[str, Prepare, tuple[str, ...]]] = [
     (
         "GPUS",
         on_nano(train.main, "grpo", "--gpus=7"),
-        ("--gpus=7", "total batch of 32", "Use 1, 2, 4, 8, 16, 32 GPUs"),
+        ("--gpus=7", "total batch of 64", "Use 1, 2, 4, 8, 16, 32, 64 GPUs"),
     ),
     (
         "GPUS and devices",

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lightning_modules.models.attention.kv_cache import PrefixKVLayer
+from lightning_modules.models.attention.kv_cache import CompletionMemory
 from lightning_modules.models.attention.prefix_attention import SharedPrefixAttention
 from lightning_modules.models.layers.fused_layers import HALF, is_recent_gpu
 
@@ -31,8 +31,8 @@ def register_attention() -> None:
 def text_attention(
     module: nn.Module,
     query: Tensor,
-    key: Tensor | PrefixKVLayer,
-    value: Tensor | PrefixKVLayer,
+    key: Tensor | CompletionMemory,
+    value: Tensor | CompletionMemory,
     attention_mask: Tensor | SharedPrefixAttention | None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
@@ -42,7 +42,7 @@ def text_attention(
     decoding step, it computes the attention. If the mask is the attention of a packed row, that computes it. Otherwise
     transformers' SDPA computes it.
     """
-    if isinstance(key, PrefixKVLayer):
+    if isinstance(key, CompletionMemory):
         return key.attend(query, module.scaling), None
     if isinstance(attention_mask, SharedPrefixAttention):
         return attention_mask(query, key, value, module.scaling), None

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from lightning_modules.models.architectures.registry import architecture_of
 from lightning_modules.models.attention.kv_cache import PrefixKVCache, PrefixRecorder
 from lightning_modules.models.attention.prefix_attention import SharedPrefixAttention
+from lightning_modules.models.attention.ragged_kv_cache import RaggedKVCache
 
 # The tokens to which a token attends. In a decoding step: the cache. In the prefill: the earlier tokens of its row (the
 # recorder stores their keys and values). In a packed row: its prompt and its completion.
-Context = PrefixKVCache | PrefixRecorder | SharedPrefixAttention
+Context = PrefixKVCache | RaggedKVCache | PrefixRecorder | SharedPrefixAttention
 
 
 class SamplingModel(ABC):
@@ -36,8 +37,8 @@ class SamplingModel(ABC):
         """Hidden states [B, T, D] after the final norm.
 
         Args:
-            context: the tokens to which tokens attend. A `PrefixKVCache` needs T = 1 and one row for each of its active
-                rows, a `PrefixRecorder` one prompt per row, a `SharedPrefixAttention` one packed row.
+            context: the tokens to which tokens attend. A cache needs T = 1 and one row for each of its active rows, a
+                `PrefixRecorder` one prompt per row, a `SharedPrefixAttention` one packed row.
             position_ids: long [3, B, T], M-RoPE: time, row and column.
             inputs_embeds: [B, T, D], or wider for some families (`Architecture.image_features`).
         """

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_modules.models.architectures.base import LayerParts
 from lightning_modules.models.architectures.registry import architecture_of
-from lightning_modules.models.attention.kv_cache import PrefixKVLayer
+from lightning_modules.models.attention.kv_cache import CompletionMemory
 from lightning_modules.models.attention.prefix_attention import SharedPrefixAttention
 from lightning_modules.models.inference.base import Context, SamplingModel
 from lightning_modules.models.layers.lora import merged_weight, plain_weight
@@ -127,7 +127,7 @@ class _Layer:
         if isinstance(context, SharedPrefixAttention):
             return context(query, key, value, 1.0).reshape(rows * tokens, -1)
         key, value = context.update(key, value, self.index)
-        if isinstance(key, PrefixKVLayer):
+        if isinstance(key, CompletionMemory):
             return key.attend(query, 1.0).reshape(rows * tokens, -1)
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0, enable_gqa=True)
         return out.transpose(1, 2).reshape(rows * tokens, -1)

@@ -11,7 +11,7 @@ GIB = 2**30
 
 
 def cache_bytes(shape: CacheShape, sizes: CacheSizes, dtype: torch.dtype) -> int:
-    """Bytes of a `PrefixKVCache` of this shape: keys and values of each prompt once, and of each completion."""
+    """Bytes of a key-value cache of this shape: keys and values of each prompt once, and of each completion."""
     tokens = shape.prompts * (shape.prefix_tokens + shape.completions * shape.completion_tokens)
     return 2 * sizes.layers * sizes.heads * sizes.width * dtype.itemsize * tokens
 

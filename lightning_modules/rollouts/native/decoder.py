@@ -1,10 +1,11 @@
-"""Continuous batching: many prompts are decoded in a fixed number of batch slots.
+"""Continuous batching: many prompts are decoded at the same time, and waiting prompts take the place of those that end.
 
-When all completions of a prompt have ended, the next waiting prompt takes its slot. On a CPU, each step computes only
-active rows, so finished slots cost nothing. On a GPU, an additional row is nearly free, and every step computes all
-rows with the same shapes, so that it can be captured once as a CUDA graph and replayed (`cuda_graphs`).
+On a CPU, each step computes only active rows (`ragged_kv_cache`), and a prompt is admitted as soon as completions that
+have ended leave enough memory. On a GPU, an additional row is nearly free, and every step computes all rows with the
+same shapes, so that it can be captured once as a CUDA graph and replayed (`cuda_graphs`). There a prompt waits for the
+slot of another one.
 
-Shapes: S batch slots, G completions per prompt, R = S * G rows, A active rows of a step, T largest number of tokens of
+Shapes: S slots, G completions per prompt, R = S * G rows, A active rows of a step, T largest number of tokens of
 a completion, D hidden width, V vocabulary, p prompts in one prefill.
 """
 
@@ -17,8 +18,12 @@ import torch
 from torch import Tensor
 
 from lightning_modules.models.attention.kv_cache import CacheShape, PrefixKVCache, PrefixRecorder
+from lightning_modules.models.attention.ragged_kv_cache import RaggedKVCache
 from lightning_modules.models.inference.base import SamplingModel
 
+# There are SLOTS * `prompts_per_batch` slots where steps compute only active rows. A prompt keeps its slot until its
+# last completion has ended. The memory of its other completions goes to further prompts earlier; these need slots too.
+SLOTS = 2
 CHECK_EVERY = 8  # number of steps of all rows between two checks for ended rows, because a check waits for the device
 
 Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # logits [A, V], draws [A, 1] in 0-1 -> tokens, log p [A]
@@ -49,12 +54,11 @@ class _Slot:
     """A prompt that is being decoded."""
 
     number: int
-    prefix: int  # number of tokens of the prompt
     steps: int  # number of tokens of each of its active completions
 
 
 class CompletionDecoder:
-    """Decodes prompts in fixed batch slots."""
+    """Decodes prompts; each has a slot, a fixed range of rows in the tensors below, until all its completions end."""
 
     def __init__(
         self, model: SamplingModel, choose: Choose, ends: Sequence[int], room: CacheShape, static: bool
@@ -64,16 +68,17 @@ class CompletionDecoder:
             model: computes the hidden states and logits.
             choose: samples the next tokens.
             ends: tokens that end a completion.
-            room: number of prompts at the same time, completions per prompt, and largest lengths of both.
+            room: sizes of the cache. With `static`, its number of prompts is also the number of slots.
             static: compute all rows in each step, with constant shapes.
         """
         self.model, self.choose, self.room, self.static = model, choose, room, static
-        self.cache = PrefixKVCache(room, model.cache_sizes, model.dtype, model.device)
-        device, rows, longest = model.device, room.prompts * room.completions, room.completion_tokens
+        kind, self.num_slots = (PrefixKVCache, room.prompts) if static else (RaggedKVCache, SLOTS * room.prompts)
+        self.cache = kind(room, model.cache_sizes, model.dtype, model.device)
+        device, rows, longest = model.device, self.num_slots * room.completions, room.completion_tokens
         self.ends = torch.tensor(ends, device=device)
         self.rows = torch.arange(rows, device=device)
         self.slots: list[_Slot | None] = []
-        self.active = self.rows  # rows that the next step computes
+        self.active = self.rows if static else self.rows[:0]  # rows that the next step computes, in the cache's order
         self.token = torch.zeros(rows, dtype=torch.long, device=device)  # the last sampled token
         self.first = torch.zeros_like(self.token)  # position of the first completion token
         self.length = torch.ones_like(self.token)  # number of sampled tokens
@@ -95,7 +100,8 @@ class CompletionDecoder:
     ) -> Iterator[list[Decoded]]:
         """Decode the prompts 0 to `count`; yields each prompt as soon as all its completions have ended.
 
-        Free slots are filled again when a quarter of all slots is free, so that several prompts are read together.
+        Waiting prompts are admitted when there is room for all of them or for a quarter of `room.prompts`, so that
+        several prompts are read together.
 
         Args:
             count: number of prompts.
@@ -108,16 +114,17 @@ class CompletionDecoder:
         """
         self.limit.fill_(limit)
         self.alive.zero_()
-        slots = self.slots = [None] * self.room.prompts
+        self._alive_slots()  # the cache drops the rows of an earlier call that ended with an error
+        slots = self.slots = [None] * self.num_slots
         taken = num_steps = 0
         while True:
-            # 1. Read waiting prompts if enough slots are free; otherwise make one step.
+            # 1. Read waiting prompts if there is room for enough of them; otherwise make one step.
             free = [index for index, slot in enumerate(slots) if slot is None]
-            if taken < count and 4 * len(free) >= self.room.prompts:
-                chosen = free[: count - taken]
+            chosen = free[: min(count - taken, self.cache.num_admissible())]
+            if chosen and 4 * len(chosen) >= min(4 * (count - taken), self.room.prompts):
                 self._admit(chosen, taken, prefill(taken, taken + len(chosen)), draw)
                 taken += len(chosen)
-            elif len(free) == self.room.prompts:
+            elif len(free) == len(slots):
                 return
             else:
                 self._advance([slot for slot in slots if slot is not None])
@@ -126,7 +133,7 @@ class CompletionDecoder:
             longest = max(slot.steps for slot in slots if slot is not None)
             if self.static and num_steps % CHECK_EVERY and longest < limit:
                 continue
-            alive = self._alive_slots(shrink=taken == count)
+            alive = self._alive_slots()
             done = [i for i, slot in enumerate(slots) if slot is not None and not alive[i]]
             if watch is not None and not done:
                 watch(self.tokens[0, : slots[0].steps].tolist())
@@ -140,30 +147,28 @@ class CompletionDecoder:
     ) -> None:
         """Put the prompts from `number` on into the slots `chosen` and sample the first token of their completions."""
         device = self.rows.device
-        self.cache.admit(torch.tensor(chosen, device=device), prefilled.recorder, prefilled.lengths)
-        for index, prefix in zip(chosen, prefilled.lengths.tolist(), strict=True):
-            self.slots[index] = _Slot(number, prefix, 1)
-            number += 1
-        rows = self.rows.view(self.room.prompts, self.room.completions)[chosen].flatten()
+        for place, index in enumerate(chosen):
+            self.slots[index] = _Slot(number + place, 1)
+        rows = self.rows.view(self.num_slots, self.room.completions)[chosen].flatten()
         if draw is not None:
             numbers = torch.cat([draw(self.slots[index].number) for index in chosen])
             self.draws[rows, : numbers.shape[1]] = numbers.to(device)
         self.alive[rows], self.length[rows] = True, 0
         self.first[rows] = prefilled.next_positions.repeat_interleave(self.room.completions)
-        if not self.static:
-            self.active = self.cache.active_rows = self.alive.nonzero()[:, 0]
+        if self.static:
+            self.cache.admit(torch.tensor(chosen, device=device), prefilled.recorder, prefilled.lengths)
+        else:
+            self.cache.admit(prefilled.recorder, prefilled.lengths)
+            self.active = torch.cat([self.active, rows])
         self._sample(rows, prefilled.hidden.repeat_interleave(self.room.completions, dim=0))
 
     def _advance(self, slots: list[_Slot]) -> None:
         """One step of all prompts that are being decoded."""
-        steps = [slot.steps for slot in slots]
         if self.static:
-            self.run_static(self._width(max(steps)))
+            self.run_static(self._width(max(slot.steps for slot in slots)))
         else:
-            rows = self.active
-            self.cache.prefix_width = max(slot.prefix for slot in slots)
-            self.cache.begin(self.length[rows] - 1, max(steps))
-            self._step(rows)
+            self.cache.begin()
+            self._step(self.active)
         for slot in slots:
             slot.steps += 1
 
@@ -202,21 +207,18 @@ class CompletionDecoder:
         self.length[rows] = length
         self.alive[rows] = alive & (chosen[:, None] != self.ends).all(-1) & (length < self.limit)
 
-    def _alive_slots(self, shrink: bool) -> list[bool]:
+    def _alive_slots(self) -> list[bool]:
         """Whether each slot has an active completion.
 
-        Unless steps compute all rows, the next step skips the rows that have ended. With `shrink`, used when no prompt
-        waits for a slot, the cache also frees their memory.
+        Unless steps compute all rows, the cache drops the rows that have ended, and the next step skips them.
         """
-        kept = self.alive[self.active].nonzero()[:, 0]
-        if not self.static and len(kept) < len(self.active):
-            self.active = self.active[kept]
-            self.cache.keep_rows(kept, shrink)
-        return self.alive.view(self.room.prompts, self.room.completions).any(1).tolist()
+        if not self.static and not (alive := self.alive[self.active]).all():
+            self.active = self.active[self.cache.keep(alive)]
+        return self.alive.view(self.num_slots, self.room.completions).any(1).tolist()
 
     def _collect(self, slots: list[int], numbers: list[int]) -> list[Decoded]:
         """The completions in these slots. `numbers`: their prompts."""
-        rows = self.rows.view(self.room.prompts, self.room.completions)[slots]
+        rows = self.rows.view(self.num_slots, self.room.completions)[slots]
         longest = int(self.length[rows].max())
         tokens, log_probs = self.tokens[rows, :longest].cpu(), self.log_probs[rows, :longest].cpu()
         ends = set(self.ends.tolist())

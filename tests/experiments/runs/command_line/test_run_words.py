@@ -72,7 +72,7 @@ def total(words: list[str], devices: int) -> int:
     return int(batch) * devices * int(accumulate)
 
 
-@pytest.mark.parametrize(("config", "samples"), [("nano/grpo", 32), ("paper/cot_sft_7b", 32), ("paper/grpo_7b", 8)])
+@pytest.mark.parametrize(("config", "samples"), [("nano/grpo", 64), ("paper/cot_sft_7b", 32), ("paper/grpo_7b", 8)])
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8])
 def test_the_total_batch_stays(config: str, samples: int, gpus: int, capsys) -> None:
     words = added("--config", str(NANO.parent / f"{config}.yaml"), f"--gpus={gpus}")
@@ -90,7 +90,7 @@ def test_flags_count_for_the_total_batch_and_a_strategy_stays() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--gpus=3"], "total batch of 32 samples .* Use 1, 2, 4, 8, 16, 32 GPUs"),
+        (["--gpus=3"], "total batch of 64 samples .* Use 1, 2, 4, 8, 16, 32, 64 GPUs"),
         (["--gpus=2", "--trainer.devices=2"], "exclude each other"),
         (["--gpus=2", "--data.batch_size=many"], "is not known from data.batch_size=many"),
     ],

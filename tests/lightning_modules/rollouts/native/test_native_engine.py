@@ -8,6 +8,7 @@ import torch
 
 from datamodules.encoding.encoder import EncodedSample
 from lightning_modules.models.attention.packed_rows import pack_rows
+from lightning_modules.models.attention.ragged_kv_cache import RaggedKVCache
 from lightning_modules.models.qwen_vl import LoraSettings, QwenVL
 from lightning_modules.rollouts.base import Rollout, RolloutRequest, SamplingSettings
 from lightning_modules.rollouts.native.decoder import CompletionDecoder
@@ -113,6 +114,56 @@ def test_results_do_not_depend_on_batching_and_features(policy: QwenVL, make_ite
     for (a,), (b,) in zip(alone, together, strict=True):
         assert a.token_ids.tolist() == b.token_ids.tolist()
         torch.testing.assert_close(a.log_probs, b.log_probs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_ragged_completions_are_those_of_each_prompt_alone(policy: QwenVL, make_items: MakeItems, static: bool) -> None:
+    end_often(policy)
+    items, settings = make_items([1, 3, 2, 1, 2, 1, 2, 4, 1]), SamplingSettings(4, 1.0, 40, prompts_per_batch=3)
+    seeds = list(range(20, 20 + len(items)))
+    together = NativeEngine(policy, static).generate(RolloutRequest(items, settings, seeds=seeds))
+    for item, seed, group in zip(items, seeds, together, strict=True):
+        (alone,) = NativeEngine(policy).generate(RolloutRequest([item], settings, seeds=[seed]))
+        for one, other in zip(group, alone, strict=True):
+            assert one.token_ids.tolist() == other.token_ids.tolist()
+            torch.testing.assert_close(one.log_probs, other.log_probs, rtol=1e-4, atol=1e-4)
+    assert len({len(r.token_ids) for group in together for r in group}) > 10
+
+
+def test_completions_that_end_make_room_for_further_prompts(
+    policy: QwenVL, make_items: MakeItems, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end_often(policy)
+    active: list[tuple[int, int]] = []  # prompts and rows of each step
+    begin = RaggedKVCache.begin
+
+    def watched(cache: RaggedKVCache) -> None:
+        active.append((len(cache.prefix_lengths), len(cache.num_seen)))
+        begin(cache)
+
+    monkeypatch.setattr(RaggedKVCache, "begin", watched)
+    rollouts = generate(policy, make_items([1] * 12), prompts_per_batch=4, max_new_tokens=40)
+    assert max(prompts for prompts, _ in active) > 4
+    assert max(rows for _, rows in active) <= 16
+    # A step computes only rows that have not ended; the first token of a completion needs no step.
+    lengths = [len(r.token_ids) for group in rollouts for r in group]
+    assert sum(rows for _, rows in active) == sum(lengths) - len(lengths)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_decoder_can_be_used_again_after_an_error(
+    policy: QwenVL, make_items: MakeItems, monkeypatch: pytest.MonkeyPatch, static: bool
+) -> None:
+    end_often(policy)
+    engine, items, decoders = NativeEngine(policy, static), make_items([1, 2]), []
+    with monkeypatch.context() as patch:
+        patch.setattr(CompletionDecoder, "_advance", lambda self, _: decoders.append(self) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # in the first step, with all memory in use
+            generate(policy, items, engine)
+    expected = generate(policy, items)
+    monkeypatch.setattr(engine, "_decoder", lambda *_: decoders[0])
+    for one, other in zip(generate(policy, items, engine), expected, strict=True):
+        assert [r.token_ids.tolist() for r in one] == [r.token_ids.tolist() for r in other]
 
 
 def test_a_seed_gives_the_same_rollouts_and_completions_differ(policy: QwenVL, make_items: MakeItems) -> None:
