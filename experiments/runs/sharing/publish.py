@@ -43,7 +43,7 @@ class Publication:
     repo: str
     private: bool = False
     license_name: str | None = None
-    message: str = "Upload the model, its adapter and its card"
+    message: str = "Upload the model and its card"
 
 
 def publish(publication: Publication) -> str:
