@@ -23,7 +23,7 @@ import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from datamodules.persistence.problems import Problems
-from datamodules.persistence.processes import ENDED, StopClock, end_with_parent, process_state
+from datamodules.persistence.processes import ENDED, STOPPED, StopClock, end_with_parent, process_state
 
 BEAT_SECONDS = 1.0  # time between two heartbeats, and between two checks
 KEY = "rank_watch"  # prefix of keys in the store; name of threads and barriers
@@ -75,7 +75,7 @@ class RankWatch(Callback):
             peers.beat()
             self._stop = threading.Event()
             for look in (peers.beat, peers.look):  # two threads, because `beat` blocks while the store does not answer
-                threading.Thread(target=_watch, args=(look, peers.rank, self._stop), name=KEY, daemon=True).start()
+                threading.Thread(target=_watch, args=(look, peers, self._stop), name=KEY, daemon=True).start()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop watching, after `on_fit_end` of all callbacks, where the model is merged and evaluated."""
@@ -90,12 +90,14 @@ class RankWatch(Callback):
         self._stop.set()
 
 
-def _watch(look: Callable[[], str | None], rank: int, stop: threading.Event) -> None:
+def _watch(look: Callable[[], str | None], peers: Peers, stop: threading.Event) -> None:
     """The loop of a thread: call `look`, and end the process if it reports a dead rank."""
     while not stop.wait(BEAT_SECONDS):
         fault = look()
         if fault and not stop.is_set():
-            message = f"{fault}: rank {rank} ends too; the same command goes on from the last checkpoint"
+            # Whatever the reason is: once this rank has ended, nobody else would end a stopped one.
+            also = "".join(f"; {name} was stopped (SIGSTOP) and is killed" for name in peers.kill_stopped())
+            message = f"{fault}{also}: rank {peers.rank} ends too; the same command goes on from the last checkpoint"
             print(f"\n{message}", file=sys.stderr, flush=True)
             os._exit(1)  # sys.exit would end only this thread; the main thread is stuck in a collective
 
@@ -152,14 +154,24 @@ class Peers:
         # 1. On this host: the system tells the state of a process. A stopped one is killed.
         for other, sign in list(self.known.items()):
             if sign["host"] == self.host and (fault := self.clock.fault(sign["pid"], process_state(sign["pid"])[0])):
-                with suppress(ProcessLookupError):
-                    os.kill(sign["pid"], signal.SIGKILL)
+                _kill(sign["pid"])
                 return f"{_name(other, sign)} {fault} and is killed"
         # 2. The process with the store, on any host: `beat` has not returned since several looks.
         number, looks = self._seen
         self._seen = self.number, looks + 1 if number == self.number else 0
         silence = self._seen[1] * BEAT_SECONDS
         return f"rank 0 or its launcher gives no answer for {silence:.0f} s" if silence > self.silence_seconds else None
+
+    def kill_stopped(self) -> list[str]:
+        """Kill the ranks on this host that are stopped at this moment; returns their names."""
+        stopped = [
+            (other, sign)
+            for other, sign in list(self.known.items())
+            if sign["host"] == self.host and process_state(sign["pid"])[0] == STOPPED
+        ]
+        for _, sign in stopped:
+            _kill(sign["pid"])
+        return [_name(other, sign) for other, sign in stopped]
 
     def _gone(self, other: int) -> str | None:
         """Describes a rank that is gone, or None. This host: by its process; other hosts: by its silence."""
@@ -168,6 +180,11 @@ class Peers:
         if sign["host"] == self.host:
             return f"{name} has ended" if process_state(sign["pid"])[0] in ENDED else None
         return f"{name} has given no sign for {silence:.0f} s" if silence > self.silence_seconds else None
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):  # it may have ended by itself a moment ago
+        os.kill(pid, signal.SIGKILL)
 
 
 def _name(rank: int, sign: dict[str, Any]) -> str:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch.distributed
 
-from callbacks.rank_watch import BEAT_SECONDS, KEY, Peers, RankWatch
+from callbacks.rank_watch import BEAT_SECONDS, KEY, Peers, RankWatch, _watch
 from datamodules.persistence.processes import process_state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,6 +123,32 @@ def test_a_store_that_answers_no_more_is_noticed_while_the_beat_waits_for_it(pee
     faults = [peers[1].look() for _ in range(6)]
     assert faults[:5] == [None] * 5
     assert "rank 0 or its launcher gives no answer for 6 s" in faults[5]
+
+
+def test_a_stopped_rank_is_killed_whatever_ends_this_one(
+    peers: list[Peers], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The silence of its store may be noticed a moment before its state: it must not be left behind with its lock."""
+    children = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) for _ in range(2)]
+    stopped, running = children
+    for rank, child in ((0, stopped), (2, running)):
+        peers[1].known[rank] = {"host": peers[1].host, "pid": child.pid, "number": 9}
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    try:
+        stopped.send_signal(signal.SIGSTOP)
+        while process_state(stopped.pid)[0] != "T":
+            time.sleep(0.01)
+        with pytest.raises(SystemExit):
+            _watch(lambda: "rank 0 gives no answer", peers[1], threading.Event())
+        assert stopped.wait() == -signal.SIGKILL and running.poll() is None
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    told = (
+        f"rank 0 gives no answer; rank 0 (process {stopped.pid} on {peers[1].host}) was stopped (SIGSTOP) and is killed"
+    )
+    assert told in capsys.readouterr().err
 
 
 RANK = """
