@@ -19,17 +19,26 @@ from experiments.runs.subprocess_steps import Plan, Step
 ROOT = Path(__file__).resolve().parents[3]
 MINUTES = yaml.safe_load((ROOT / "experiments/configs/nano/pipeline.yaml").read_text())["minutes"]
 TITLES = [title for title in MINUTES if "," not in title]
-# Seconds of the stages, and share of GRPO's training until the end of its rejection sampling. In each of the second to
-# fourth run, other work slowed down some of the stages, but not all.
+# Seconds of the stages in whole runs on two CPU cores, and the share of GRPO's training until the end of its rejection
+# sampling. To be recorded again whenever the settings of a stage change its time, together with the YAML's minutes.
 RECORDED = {
-    "quiet": ([32, 234, 38, 427, 38], 0.57),
-    "slow at first": ([90, 236, 33, 435, 35], 0.58),
-    "slow in the first half": ([59, 429, 62, 484, 36], 0.61),
-    "slow in GRPO": ([48, 254, 46, 594, 44], 0.57),
-    "seed 0": ([42, 256, 50, 485, 49], 0.57),
-    "seed 3": ([55, 284, 51, 520, 50], 0.57),
+    "seed 0": ([27, 219, 33, 566, 30], 0.39),
+    "seed 7": ([28, 231, 34, 584, 35], 0.39),
 }
-MACHINES = {f"{factor} x": ([60 * factor * MINUTES[title] for title in TITLES], 0.57) for factor in (0.5, 2, 3)}
+# By which factor each stage was slower in runs beside other work, recorded with earlier settings against a run alone.
+# The other work came and went, so that it slowed down some of the stages, but not all.
+SLOWER = {
+    "slow at first": [2.8, 1.0, 0.9, 1.0, 0.9],
+    "slow in the first half": [1.8, 1.8, 1.6, 1.1, 0.9],
+    "slow in GRPO": [1.5, 1.1, 1.2, 1.4, 1.2],
+    "a little slower everywhere": [1.7, 1.2, 1.3, 1.2, 1.3],
+}
+QUIET, SHARE = RECORDED["seed 0"]
+BESIDE = {
+    name: ([round(one * factor) for one, factor in zip(QUIET, factors, strict=True)], SHARE)
+    for name, factors in SLOWER.items()
+}
+MACHINES = {f"{factor} x": ([60 * factor * MINUTES[title] for title in TITLES], SHARE) for factor in (0.5, 2, 3)}
 
 
 @pytest.fixture
@@ -65,15 +74,16 @@ def estimates(
         start += whole
 
 
-@pytest.mark.parametrize("name", [*RECORDED, *MACHINES])
+@pytest.mark.parametrize("name", [*RECORDED, *BESIDE, *MACHINES])
 def test_after_a_tenth_of_a_run_the_time_left_is_right_within_a_factor_of_one_and_a_half(
     name: str, tmp_path: Path, clock: SimpleNamespace
 ) -> None:
-    seconds, share = (RECORDED | MACHINES)[name]
+    seconds, share = (RECORDED | BESIDE | MACHINES)[name]
     total = sum(seconds)
-    judged = [(at, left, total - at) for at, left in estimates(seconds, share, tmp_path, clock) if at >= total / 10]
+    lines = estimates(seconds, share, tmp_path, clock)
+    judged = [(at, left, total - at) for at, left in lines if total / 10 <= at < total]
     assert len(judged) > 10
-    wrong = [(at, left, true) for at, left, true in judged if not 1 / 1.5 <= left / true <= 1.5 and true > 0]
+    wrong = [(at, left, true) for at, left, true in judged if not 1 / 1.5 <= left / true <= 1.5]
     assert not wrong
 
 
