@@ -146,7 +146,7 @@ ask: $(STAMP)  ## Ask a model about your own images: MODEL=folder IMAGES="a.jpg 
 demo: $(STAMP)  ## A local page for your own images, up to three models side by side: MODEL=folder, MODELS="a b c", or nano's
 	@$(PY) -m experiments.asking.demo $(if $(or $(MODELS),$(MODEL)),--models $(call list,$(or $(MODELS),$(MODEL)))) $(ARGS)
 
-publish: $(STAMP)  ## Push a trained model, its card and its adapter to the Hugging Face Hub: MODEL=outputs/nano/grpo/merged REPO=owner/name
+publish: $(STAMP)  ## Push a trained model with its card, and its LoRA adapter if it has one, to the Hugging Face Hub: MODEL=outputs/nano/grpo/merged REPO=owner/name
 	$(PY) -m experiments.runs.sharing.publish --model $(or $(MODEL),$(error MODEL=folder is missing)) \
 		--repo $(or $(REPO),$(error REPO=owner/name is missing)) $(ARGS)
 

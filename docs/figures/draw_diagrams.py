@@ -67,7 +67,7 @@ def pipeline() -> str:
         box("model", 10, middle, 160, ["Base model", "Qwen2.5-VL", "grounds in one image"]),
         box("train", 214, middle, 190, ["1. CoT-SFT", "imitate thinking", "LoRA, then merge"]),
         box("train", 446, middle, 190, ["Rejection sampling", "keep prompts that are", "solved sometimes"]),
-        box("train", 678, middle, 190, ["2. GRPO", "prefer the better answers", "LoRA, then merge"]),
+        box("train", 678, middle, 190, ["2. GRPO", "prefer the better answers", "all weights, or LoRA"]),
         arrow((309, 66), (309, middle - 2)),
         arrow((541, 66), (541, middle - 2)),
         arrow((170, middle + 35), (212, middle + 35)),
@@ -103,7 +103,7 @@ def grpo_step() -> str:
         ["advantages [P, G]; a group of equal", "rewards has zero advantage and is left out"],
         ["rows [1, L]; N target tokens;", "completion_index [N] says whose each is"],
         ["log-probs [N] of policy, of reference,", "and of the policy that sampled"],
-        ["new LoRA weights: to the engine,", "which samples the next batch with them"],
+        ["new weights: to the engine,", "which samples the next batch with them"],
     ]
     parts = []
     for (y, kind, lines), beside in zip(rows, shapes, strict=True):

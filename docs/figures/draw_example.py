@@ -1,6 +1,6 @@
 """Draw the README's example: one question of the nano MIG-Bench on its images, with the true box and a model's answer.
 
-    python -m docs.figures.draw_example --id mig_bench/2411 \
+    python -m docs.figures.draw_example --id mig_bench/30 \
         --predictions outputs/nano/grpo/benchmarks/mig_bench/predictions.jsonl
     python -m docs.figures.draw_example    # draws example.json again
 
