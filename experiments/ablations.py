@@ -23,7 +23,7 @@ from callbacks import preemption
 from datamodules.persistence import folder_lock
 from datamodules.persistence.files import write_atomic
 from datamodules.persistence.user_error import UserError
-from experiments.generate_synthetic import absent_data, build_synthetic
+from experiments.generate_synthetic import absent_data, build_synthetic, dataset_configs
 from experiments.pipeline import Phase, Pipeline, check_files, check_stages, experiment_folder
 from experiments.reports import ablation_report
 from experiments.reports.ablation_summary import FINDING_FIGURES, Comparison, Finding
@@ -61,7 +61,7 @@ def run(
     model: str,
     evaluation: str,
     rows: dict[str, Row],
-    synthetic_dataset: str | None = None,
+    synthetic_dataset: str | list[str] | None = None,
     seeds: list[int] | None = None,
     comparisons: list[Comparison] | None = None,
     findings: list[Finding] | None = None,
@@ -82,7 +82,7 @@ def run(
         model: the base model, folder or Hub name
         evaluation: YAML of experiments.evaluate
         rows: name of each row's phase, after the row that it starts from; the first row, "base", always exists
-        synthetic_dataset: YAML of experiments.generate_synthetic; null if the data exist already
+        synthetic_dataset: YAML of experiments.generate_synthetic, or a list of them; null if the data exist already
         seeds: seeds of all training; null: [0]
         comparisons: differences between rows, with their aims
         findings: the paper's findings, each judged by one of the comparisons
@@ -109,7 +109,9 @@ def run(
     if not report_only:
         configs = {f"rows.{name}.config": row.config for name, row in rows.items()}
         configs |= {f"rows.{name}.changes": path for name, row in rows.items() for path in row.changes}
-        check_files({"evaluation": evaluation, "synthetic_dataset": synthetic_dataset} | configs)
+        datasets = dataset_configs(synthetic_dataset)
+        configs |= {f"synthetic_dataset[{n}]": config for n, config in enumerate(datasets)}
+        check_files({"evaluation": evaluation} | configs)
         start = time.monotonic()
         phases = {name: Phase(row.start, row_config(name, row, home)) for name, row in rows.items()}
         arguments = {name: f"{row.overrides} {overrides.get(name, '')}".strip() for name, row in rows.items()}
@@ -121,12 +123,11 @@ def run(
         wanted = wanted_rows(rows, only)
         steps = [step for pipeline in pipelines.values() for step in pipeline.steps(wanted)]
         models = [model for pipeline in pipelines.values() for model in pipeline.models]
-        check_steps(steps, [*absent_data(synthetic_dataset), *models, *(check_without or [])])
+        check_steps(steps, [*absent_data(datasets), *models, *(check_without or [])])
         if check_without is not None:
             return
-        # 2. The synthetic dataset, and the choice for steps that other source files have made.
-        if synthetic_dataset:
-            build_synthetic(synthetic_dataset)
+        # 2. The synthetic datasets, and the choice for steps that other source files have made.
+        build_synthetic(datasets)
         settle([step for pipeline in pipelines.values() for step in pipeline.steps()])
         plan = Plan(steps, minutes or {})
         for pipeline in pipelines.values():

@@ -95,20 +95,26 @@ def refuse_foreign(root: Path) -> None:
         )
 
 
-def absent_data(config: str | None) -> list[str]:
-    """The folder of a dataset, by its YAML, in a list; [] if the dataset is finished, or without a YAML."""
-    root = read_yamls(["--config", config]).get("root") if config else None
-    return [] if root is None or Path(root, run_identity.DONE).is_file() else [str(root)]
+def dataset_configs(configs: str | list[str] | None) -> list[str]:
+    """The YAMLs of a field `synthetic_dataset`: one, several, or none."""
+    return [configs] if isinstance(configs, str) else list(configs or [])
 
 
-def build_synthetic(config: str) -> None:
-    """Generate the dataset of a YAML in a process of its own, unless there is a finished one with any settings.
+def absent_data(configs: list[str]) -> list[str]:
+    """The folders of those datasets, by their YAMLs, that are not finished."""
+    roots = [read_yamls(["--config", config]).get("root") for config in configs]
+    return [str(root) for root in roots if root is not None and not Path(root, run_identity.DONE).is_file()]
+
+
+def build_synthetic(configs: list[str]) -> None:
+    """Generate the dataset of each YAML in a process of its own, unless there is a finished one with any settings.
 
     The process is always run: it checks by itself whether there is work to do.
     """
-    command = ["experiments.generate_synthetic", "--config", config, "--keep=true"]
-    if run_process([sys.executable, "-m", *command], lambda: None) != 0:
-        sys.exit("the synthetic dataset could not be built")
+    for config in configs:
+        command = ["experiments.generate_synthetic", "--config", config, "--keep=true"]
+        if run_process([sys.executable, "-m", *command], lambda: None) != 0:
+            sys.exit(f"the synthetic dataset of {config} could not be built")
 
 
 @command

@@ -26,7 +26,7 @@ from datamodules.persistence.durations import in_words
 from datamodules.persistence.source_code import class_modules
 from datamodules.streaming.shard_sources import source_list
 from experiments.evaluation.evaluation_settings import PHASE_FOLDER, read_settings
-from experiments.generate_synthetic import absent_data, build_synthetic
+from experiments.generate_synthetic import absent_data, build_synthetic, dataset_configs
 from experiments.reports import pipeline_report
 from experiments.runs import preflight, run_identity
 from experiments.runs.changes import Choice, choice_of, spell_out
@@ -215,7 +215,7 @@ def run(
     model: str,
     evaluation: str,
     stages: dict[str, str],
-    synthetic_dataset: str | None = None,
+    synthetic_dataset: str | list[str] | None = None,
     seed: int = 0,
     outputs: str = "outputs",
     overrides: dict[str, str] | None = None,
@@ -233,7 +233,7 @@ def run(
         model: the base model, folder or Hub name
         evaluation: YAML of experiments.evaluate
         stages: name of each training phase, in order, and its YAML for experiments.train
-        synthetic_dataset: YAML of experiments.generate_synthetic; null if the data exist already
+        synthetic_dataset: YAML of experiments.generate_synthetic, or a list of them; null if the data exist already
         seed: seed of all training
         outputs: folder of all experiments
         overrides: arguments for one stage, or for "evaluation": --overrides.grpo="--model.loss.kl_beta=0.01"
@@ -246,8 +246,10 @@ def run(
     """
     # 1. Check all settings before anything runs.
     check_stages(stages, overrides or {})
+    datasets = dataset_configs(synthetic_dataset)
     check_files(
-        {"evaluation": evaluation, "synthetic_dataset": synthetic_dataset}
+        {"evaluation": evaluation}
+        | {f"synthetic_dataset[{n}]": config for n, config in enumerate(datasets)}
         | {f"stages.{n}": config for n, config in stages.items()}
     )
     preflight.raise_all(preflight.seed_problems(seed))
@@ -258,12 +260,11 @@ def run(
     choice = choice_of(redo, keep)
     pipeline = Pipeline(folder, seed, model, evaluation, phases, overrides or {}, choice=choice, gpus=gpus)
     with folder_lock.locked(folder):
-        check_steps(pipeline.steps(), [*absent_data(synthetic_dataset), *pipeline.models, *(check_without or [])])
+        check_steps(pipeline.steps(), [*absent_data(datasets), *pipeline.models, *(check_without or [])])
         if check_without is not None:
             return
-        # 2. The synthetic dataset, and the choice for steps that other source files have made.
-        if synthetic_dataset:
-            build_synthetic(synthetic_dataset)
+        # 2. The synthetic datasets, and the choice for steps that other source files have made.
+        build_synthetic(datasets)
         settle(pipeline.steps())
         pipeline.plan = Plan(pipeline.steps(), minutes or {})
         left = pipeline.plan.seconds_of(pipeline.steps())

@@ -27,6 +27,7 @@ from experiments import (
     synthesize,
 )
 from experiments.evaluation.evaluation_settings import Evaluation
+from experiments.generate_synthetic import dataset_configs
 from experiments.runs.command_line import train_cli
 from experiments.sweep import num_trials
 from experiments.sweeps.plan import read_plan
@@ -58,6 +59,7 @@ OTHERS = {
     "nano/eval.yaml": Evaluation,
     "nano/validation.yaml": Evaluation,
     "nano/shards.yaml": generate_synthetic.build,
+    "nano/long_shards.yaml": generate_synthetic.build,
     "nano/pipeline.yaml": pipeline.run,
     "nano/long.yaml": pipeline.run,
     "nano/smoke.yaml": pipeline.run,
@@ -209,7 +211,8 @@ def parse_settings(function: Callable[..., None], path: Path) -> None:
 def test_other_configurations_fit_their_function(name: str) -> None:
     parse_settings(OTHERS[name], CONFIGS / name)
     settings = yaml.safe_load((CONFIGS / name).read_text())
-    for path in (settings.get("evaluation"), settings.get("synthetic_dataset"), *settings.get("stages", {}).values()):
+    datasets = dataset_configs(settings.get("synthetic_dataset"))
+    for path in (settings.get("evaluation"), *datasets, *settings.get("stages", {}).values()):
         assert path is None or (ROOT / path).is_file(), path
 
 

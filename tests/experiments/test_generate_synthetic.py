@@ -78,3 +78,16 @@ def test_make_shards_runs_this_command() -> None:
     root = Path(generate_synthetic.__file__).parents[1]
     printed = subprocess.run(command, cwd=root, env=outside_make(), capture_output=True, text=True, check=True).stdout
     assert f"-m {generate_synthetic.__name__} --config experiments/configs/nano/shards.yaml" in printed
+
+
+def test_a_pipeline_may_have_several_datasets_and_the_absent_ones_are_known(tmp_path: Path) -> None:
+    configs = []
+    for name in ("small", "large"):
+        (tmp_path / f"{name}.yaml").write_text(f"root: {tmp_path / name}\n")
+        configs.append(str(tmp_path / f"{name}.yaml"))
+    assert generate_synthetic.dataset_configs(None) == []
+    assert generate_synthetic.dataset_configs(configs[0]) == configs[:1]
+    assert generate_synthetic.absent_data(configs) == [str(tmp_path / "small"), str(tmp_path / "large")]
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "done.json").write_text("{}")
+    assert generate_synthetic.absent_data(generate_synthetic.dataset_configs(configs)) == [str(tmp_path / "large")]

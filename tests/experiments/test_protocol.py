@@ -123,3 +123,12 @@ def test_validation_and_benchmark_share_no_scene() -> None:
         puzzles = (benchmark_puzzle(task, index, split) for task in TASKS for index in range(count))
         scenes[split] = set().union(*(puzzle.content_hashes() for puzzle in puzzles))
     assert not scenes[BENCHMARK] & scenes[VALIDATION]
+
+
+def test_every_pool_of_the_nano_default_leaves_out_the_scenes_of_the_same_questions() -> None:
+    """A dataset leaves out the scenes of its own questions, so it must have all those that models are measured on."""
+    counts = {}
+    for name in ("shards", "long_shards"):
+        settings = yaml.safe_load((CONFIGS / "nano" / f"{name}.yaml").read_text())
+        counts[name] = (settings["eval_per_task"], settings["validation_per_task"])
+    assert counts["long_shards"] == counts["shards"]
