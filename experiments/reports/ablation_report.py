@@ -21,9 +21,9 @@ NOTE = (
     "AVG is the mean over tasks of Acc@0.5, in percent. ± is the standard deviation over seeds, in brackets stand the"
     " smallest and the largest. Differences are in points, paired by seed and question, with 95 % bootstrap intervals"
     " over questions and seeds; of one seed, over questions alone. Questions about the same images are drawn together."
-    " p (Holm) is p corrected for the number of comparisons of the same figure. An aim is reached when the mean difference"
-    " reaches it; sure says whether the whole interval does. A finding is shown if its whole interval is on the paper's"
-    " side, and opposite if it is on the other side."
+    " p (Holm) is p corrected for the number of comparisons of the same figure. An aim is reached when the mean"
+    " difference reaches it; sure says whether the whole interval does. A finding is shown if its whole interval is on"
+    " the paper's side, and opposite if it is on the other side."
 )
 
 EXAMPLES_NOTE = (
