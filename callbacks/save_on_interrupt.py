@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks import preemption
-from callbacks.checkpoints import log_batch, save
+from callbacks.checkpoints import STEP, log_batch, num_updates, save
 from lightning_modules.rollouts.vllm.server_pool import ServersLost
 
 FILE_NAME = "interrupted.ckpt"
@@ -79,9 +79,16 @@ class SaveOnInterrupt(Callback):
             save(trainer, _path(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove the checkpoint of an interruption: a finished run has its own last checkpoint."""
-        if trainer.is_global_zero:
-            _path(trainer).unlink(missing_ok=True)
+        """Remove the checkpoint of an interruption: a finished run has its own last checkpoint.
+
+        If the signal came in the very last batch, the run has no other one, and this becomes its last checkpoint.
+        """
+        if trainer.is_global_zero and (path := _path(trainer)).exists():
+            last = path.with_name(f"{STEP}{trainer.global_step:08d}.ckpt")
+            if num_updates(path) == trainer.global_step and not last.exists():
+                path.rename(last)
+            else:
+                path.unlink()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         """The handler of SIGINT, SIGTERM and SLURM's warning."""

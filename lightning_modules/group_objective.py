@@ -19,6 +19,7 @@ from torch import Tensor
 from datamodules.encoding.encoder import EncodedSample
 from datamodules.persistence.problems import Problems
 from lightning_modules.models.attention.packed_rows import PackedRows, pack_rows
+from lightning_modules.models.layers.lora import without_dropout
 from lightning_modules.policy_module import STATE_KEY, PolicyModule
 from lightning_modules.rl.coefficients import EntropyController, scheduled
 from lightning_modules.rl.grpo_settings import RolloutSettings, UpdateSettings, problems_between
@@ -170,7 +171,8 @@ class GroupObjective(PolicyModule):
             return
         temperature, groups = self.rollout_settings.temperature, [group for group in groups if group.completions]
         rows = self._packed_rows(groups)
-        log_probs = by_completion(groups, [self.policy.token_log_probs(row, f, temperature) for row, f in rows])
+        with without_dropout(self.policy):  # the policy that sampled had none
+            log_probs = by_completion(groups, [self.policy.token_log_probs(row, f, temperature) for row, f in rows])
         for group, old_log_probs in zip(groups, log_probs, strict=True):
             group.old_log_probs = old_log_probs
 

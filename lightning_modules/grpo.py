@@ -119,6 +119,7 @@ class GRPO(GroupObjective):
             limits = self.rollout_settings.max_new_tokens, self.rollout_settings.staleness
             self.engine = connect(self.policy, self.rollout_settings.vllm, self.trainer, *limits)
         self.engine = self.engine or NativeEngine(self.policy)
+        self._check_cache()
 
     def configure_callbacks(self) -> list[CloseOnError]:
         return [CloseOnError()]
@@ -130,15 +131,15 @@ class GRPO(GroupObjective):
         self._ahead.clear()
         ranks = self.global_rank, self.trainer.world_size, self.sum_over_ranks
         self._window = RefilledWindow(self.accumulate, self.update_settings.refill_windows, *ranks)
-        self._check_cache()
         self.engine.sync()
 
     def _check_cache(self) -> None:
-        """Raises ValueError if sampling may need more memory than `rollout.kv_cache_gib`."""
-        settings, data = self.rollout_settings, getattr(self.trainer, "datamodule", None)
-        if settings.engine == "native" and settings.kv_cache_gib is not None and data is not None:
+        """Raises UserError if sampling may need more memory than `rollout.kv_cache_gib`."""
+        settings = self.rollout_settings
+        if settings.engine == "native" and settings.kv_cache_gib is not None:
+            data = self.trainer.datamodule
             prompts = min(settings.prompts_per_batch, data.batch_size * self.accumulate)
-            shape = CacheShape(prompts, settings.group_size, data.max_prompt_tokens, settings.max_new_tokens)
+            shape = CacheShape(prompts, settings.group_size, data.encoder.max_prompt_tokens, settings.max_new_tokens)
             sizes = self.policy.architecture.cache_sizes(self.policy.base)
             check_cache(shape, sizes, DTYPES[self.dtype_name], settings.kv_cache_gib)
 

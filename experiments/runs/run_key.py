@@ -25,10 +25,11 @@ TRAINER_NOT_IN_KEY = (
     *("limit_val_batches", "limit_test_batches", "limit_predict_batches", "num_sanity_val_steps"),
     *("val_check_interval", "check_val_every_n_epoch", "inference_mode", "use_distributed_sampler"),
 )
-# The device of sampling, its log, the limit at which a run gives up, and settings that trade memory for time. They do
+# The device of sampling, its log, the limits at which a run gives up, and settings that trade memory for time. They do
 # not change the results.
 MODEL_NOT_IN_KEY = (
-    *("rollout.vllm", "rollout.log", "rollout.log_every", "update.max_idle_windows"),
+    *("rollout.vllm", "rollout.log", "rollout.log_every", "rollout.kv_cache_gib"),
+    *("update.max_idle_windows",),
     *("feature_cache", "feature_cache_gib", "gradient_checkpointing", "activation_gib"),
 )
 # The order of samples does not depend on the workers (`stream`), nor on the cache folder.

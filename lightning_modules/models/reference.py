@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_modules.models.inference.base import SamplingModel
 from lightning_modules.models.inference.fastest import CachedReference
 from lightning_modules.models.inference.plain_model import PlainSamplingModel
-from lightning_modules.models.layers.lora import merged_copy
+from lightning_modules.models.layers.lora import merged_copy, without_dropout
 
 if TYPE_CHECKING:
     from lightning_modules.models.qwen_vl import QwenVL
@@ -85,16 +85,12 @@ def _exchanged(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
     """
     parameters = dict(model.named_parameters()) if tensors else {}
     own = {name: parameters[name].data for name in tensors}
-    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.training and tensors]
     try:
         for name, tensor in tensors.items():
             tensors[name] = tensor.to(parameters[name].device)  # a loaded tensor is on the CPU
             parameters[name].data = tensors[name]
-        for module in dropouts:
-            module.training = False
-        yield
+        with without_dropout(model) if tensors else nullcontext():
+            yield
     finally:
         for name, data in own.items():
             parameters[name].data = data
-        for module in dropouts:
-            module.training = True

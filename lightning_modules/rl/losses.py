@@ -185,16 +185,17 @@ def clipped_surrogate(
         clip_high: the ratio is clipped to at most 1 + clip_high; None means no upper clip. DAPO's clip-higher
             (arXiv:2503.14476, eq. 10) is clip_high > clip_low.
         dual_clip: upper bound of the ratio for negative advantages; the surrogate is then at least dual_clip · A
-            (dual-clip PPO, arXiv:1912.09729); None means no bound.
+            (dual-clip PPO, arXiv:1912.09729, eq. 5); None means no bound.
     """
-    surrogate = ratio * advantages if dual_clip is None else ratio.clamp(max=dual_clip) * advantages
-    if clip_low is None and clip_high is None:  # eq. 2 as it is printed
-        return surrogate, torch.zeros_like(ratio, dtype=torch.bool)
-    # The minimum below makes the bound pessimistic: clipping can only decrease the surrogate.
-    low = None if clip_low is None else 1 - clip_low
-    high = None if clip_high is None else 1 + clip_high
-    bounded = ratio.clamp(low, high) * advantages
-    return torch.minimum(surrogate, bounded), bounded < surrogate
+    plain = surrogate = ratio * advantages  # eq. 2 as it is printed
+    if clip_low is not None or clip_high is not None:
+        # The minimum makes the bound pessimistic: clipping can only decrease the surrogate.
+        low = None if clip_low is None else 1 - clip_low
+        high = None if clip_high is None else 1 + clip_high
+        surrogate = torch.minimum(plain, ratio.clamp(low, high) * advantages)
+    if dual_clip is not None:
+        surrogate = torch.where(advantages < 0, torch.maximum(surrogate, dual_clip * advantages), surrogate)
+    return surrogate, surrogate != plain
 
 
 def cispo_surrogate(

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 
-from callbacks.checkpoints import WholeCheckpoints
+from callbacks.checkpoints import WholeCheckpoints, WindowCheckpoint, newest
 from callbacks.merge_adapter import MergeAdapter
 from callbacks.previews import Previews
 from callbacks.save_on_interrupt import SaveOnInterrupt
@@ -163,6 +163,23 @@ def test_a_signal_saves_a_checkpoint_behind_the_batch_and_a_resume_loses_nothing
     fit(resumed, [SaveOnInterrupt(), checkpoints], max_steps=5, enable_checkpointing=True, ckpt_path=path)
     assert resumed.seen == whole.seen[4:]
     assert not path.exists()
+
+
+@resuming
+def test_a_run_stopped_in_its_last_batch_keeps_its_last_checkpoint(fit, tiny_model_dir, tmp_path: Path) -> None:
+    """Resuming it trains nothing, so no other checkpoint of its last state is written."""
+
+    def callbacks() -> list[Callback]:
+        return [SaveOnInterrupt(), WindowCheckpoint(str(tmp_path / "ckpt"), every_n_steps=2)]
+
+    first, resumed = (FakeModule(str(tiny_model_dir), FakeEngine(true_answer)) for _ in range(2))
+    given = {"max_steps": 3, "enable_checkpointing": True}
+    with pytest.raises(SIGTERMException):
+        fit(first, [*callbacks(), Sends(signal.SIGTERM, batch=3)], **given)
+    fit(resumed, callbacks(), ckpt_path=tmp_path / "ckpt/interrupted.ckpt", **given)
+    assert resumed.seen == []
+    assert newest(tmp_path / "ckpt").name == "step-00000003.ckpt"
+    assert not (tmp_path / "ckpt/interrupted.ckpt").exists()
 
 
 @resuming

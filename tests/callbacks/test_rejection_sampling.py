@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import CSVLogger
 from callbacks import rejection_sampling
 from callbacks.checkpoints import RunStopped
 from callbacks.rejection_sampling import RejectionSampling
+from datamodules.persistence.user_error import UserError
 from datamodules.samples.answer_text import AnswerForm, render_boxes
 from datamodules.samples.box_texts import ParsedBox
 from datamodules.samples.sample import BoxAnswer, BoxesAnswer, ChoiceAnswer
@@ -351,6 +352,14 @@ def test_grpo_trains_an_epoch_of_what_was_kept_and_its_schedule_ends_there(fit, 
     )
     assert records.read() == KEPT
     assert float((tmp_path / "rate-0").read_text()) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_cache_without_room_is_refused_before_candidates_are_sampled(fit, grpo) -> None:
+    module = grpo()
+    module.rollout_settings = replace(module.rollout_settings, kv_cache_gib=1e-5)
+    with pytest.raises(UserError, match=r"rollout\.kv_cache_gib=1e-05 is less than .* \(data\.max_prompt_tokens\)"):
+        fit(module, [RejectionSampling(num_samples=4)], max_steps=1)
+    assert module.engine.asked == []
 
 
 @pytest.mark.parametrize("ranks", [{}, {"strategy": "ddp_fork", "devices": 2}], ids=["one", "two"])

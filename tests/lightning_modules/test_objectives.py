@@ -77,6 +77,24 @@ def test_a_mean_over_all_divides_by_skipped_groups_too(build, make_items, fit, m
         assert of_all == pytest.approx(of_kept * (1 - sizes[2] / sum(sizes)))
 
 
+def test_the_first_of_several_updates_has_the_ratio_1_with_dropout_too(build, lora, make_items, fit, easy):
+    """Old log-probabilities are those of the policy that sampled, which has no dropout."""
+    given = SEVERAL | {"lora": replace(lora, dropout=0.5)}
+    module = build(**given)
+    log_probs = module.policy.token_log_probs
+    seen = []
+
+    def noted(rows, features, temperature, **more):
+        modes = {m.training for m in module.policy.modules() if isinstance(m, torch.nn.Dropout)}
+        seen.append((torch.is_grad_enabled(), modes))
+        return log_probs(rows, features, temperature, **more)
+
+    module.policy.token_log_probs = noted
+    fit(module, make_items([1, 2, 1, 3]), max_steps=4)
+    assert {mode for gradient, modes in seen if not gradient for mode in modes} == {False}
+    assert {mode for gradient, modes in seen if gradient for mode in modes} == {True}
+
+
 def test_a_mean_over_all_makes_no_update_of_nothing(build, make_items, fit, monkeypatch):
     """Groups that are only counted move no weight by decay or momentum."""
     use_reward(monkeypatch, lambda *_: flat_reward(0.6))

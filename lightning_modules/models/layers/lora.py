@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -126,6 +127,19 @@ def write_adapter(tensors: dict[str, Tensor], model: PeftModel, folder: Path) ->
         config = copy.deepcopy(model.peft_config["default"])
         config.inference_mode = True
         config.save_pretrained(unfinished)
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Inside this context, the adapter has no dropout. Everything else in the model stays in its mode."""
+    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.training]
+    for module in dropouts:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in dropouts:
+            module.training = True
 
 
 def merged_copy(module: nn.Module) -> nn.Module:

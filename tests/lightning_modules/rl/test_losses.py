@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_modules.rl.loss_settings import REDUCTIONS, LossSettings
-from lightning_modules.rl.losses import LossInputs, kl_estimate, policy_loss
+from lightning_modules.rl.losses import LossInputs, clipped_surrogate, kl_estimate, policy_loss
 from lightning_modules.rl.sampler_correction import sampler_correction
 
 LENGTHS = [3, 1, 5, 2]
@@ -235,6 +235,23 @@ def test_with_one_update_to_a_window_every_objective_has_the_gradient_of_grpo(te
     moved = [torch.autograd.grad(loss_of(tensors, **more).loss, tensors.log_probs)[0] for more in ({}, OTHERS[name])]
     if name != "dual clip":
         assert (moved[0] - moved[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("clip", "surrogates"),
+    [
+        ((0.2, 0.2), [1.2, -3.0, -2.0, 0.1, -0.8]),
+        ((0.2, None), [5.0, -3.0, -2.0, 0.1, -0.8]),
+        ((None, None), [5.0, -3.0, -2.0, 0.1, -0.1]),
+    ],
+)
+def test_dual_clip_bounds_negative_advantages_alone(clip, surrogates):
+    """arXiv:1912.09729, eq. 5, with the bound 3; whatever the other two bounds are."""
+    ratio = torch.tensor([5.0, 5.0, 2.0, 0.1, 0.1])
+    advantages = torch.tensor([1.0, -1.0, -1.0, 1.0, -1.0])
+    found, is_clipped = clipped_surrogate(ratio, advantages, *clip, dual_clip=3.0)
+    torch.testing.assert_close(found, torch.tensor(surrogates))
+    assert is_clipped.tolist() == [a != b for a, b in zip(surrogates, [5.0, -5.0, -2.0, 0.1, -0.1], strict=True)]
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

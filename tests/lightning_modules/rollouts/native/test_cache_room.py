@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from datamodules.persistence.user_error import UserError
 from lightning_modules.models.architectures.base import CacheSizes
 from lightning_modules.models.attention.kv_cache import CacheShape, PrefixKVCache
 from lightning_modules.models.attention.ragged_kv_cache import RaggedKVCache
@@ -36,7 +37,7 @@ def test_a_cache_above_its_limit_is_refused_with_the_number_of_prompts_that_fits
     need = cache_bytes(SHAPE, SIZES, torch.float32) / GIB
     check_cache(SHAPE, SIZES, torch.float32, None)
     check_cache(SHAPE, SIZES, torch.float32, need)
-    with pytest.raises(ValueError, match=r"rollout\.kv_cache_gib=.* set rollout\.prompts_per_batch=3$"):
+    with pytest.raises(UserError, match=r"rollout\.kv_cache_gib=.* set rollout\.prompts_per_batch=3$"):
         check_cache(SHAPE, SIZES, torch.float32, need * 3.5 / 8)
-    with pytest.raises(ValueError, match="not even one prompt fits: raise it"):
+    with pytest.raises(UserError, match="not even one prompt fits: raise it"):
         check_cache(SHAPE, SIZES, torch.float32, need / 9)
