@@ -104,7 +104,9 @@ class Plan:
     def begin(self, step: Step) -> dict[str, str]:
         """The environment variable with the position of the step and the expected times."""
         later = self.seconds_of(self.steps[self._number(step) :])
-        expected, start = self.seconds_of([step]), f"{step.title}, "
+        # The mean of other steps says nothing about the pace of the machine, so it does not correct other times.
+        is_measured = step.title in self.spent or step.title in self.expected
+        expected, start = self.seconds_of([step]) if is_measured else None, f"{step.title}, "
         parts = {name: minutes for name, minutes in self.minutes.items() if name.startswith(start)}
         parts = {name.removeprefix(start): 60 * minutes * self.pace() for name, minutes in parts.items()}
         outlook = Outlook(self.place(step), time.time(), expected, later, evidence=self.evidence(), parts=parts)

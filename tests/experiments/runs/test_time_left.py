@@ -87,6 +87,22 @@ def test_after_a_tenth_of_a_run_the_time_left_is_right_within_a_factor_of_one_an
     assert not wrong
 
 
+def test_a_stage_of_unknown_length_does_not_change_the_expected_time_of_later_ones(
+    tmp_path: Path, clock: SimpleNamespace
+) -> None:
+    """Without `minutes`, a long stage is guessed from a short one of its kind, which is no measure of the machine."""
+    steps = [Step(title, tmp_path / f"{number}.json", ("x",), ()) for number, title in enumerate(TITLES)]
+    plan = Plan(steps, {})
+    for step, seconds in zip(steps[:3], (30, 240, 30), strict=True):
+        plan.end(step, seconds)
+        (tmp_path / f"{steps.index(step)}.json").write_text(
+            json.dumps({"key": step.key(), "done": True, "seconds": seconds})
+        )
+    outlook = Outlook(**json.loads(plan.begin(steps[3])[OUTLOOK]))
+    clock.seconds = 1200.0
+    assert outlook.seconds_left(1200.0) == 1200 + 30
+
+
 def test_the_parts_of_a_step_are_told_to_its_process(tmp_path: Path) -> None:
     step = Step("grpo: training", tmp_path / "a.json", ("x",), ())
     plan = Plan([step], {"grpo: training": 10, "grpo: training, rejection sampling": 6, "grpo: MIG-Bench": 1})
