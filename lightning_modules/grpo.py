@@ -81,7 +81,7 @@ class GRPO(GroupObjective):
     ) -> None:
         super().__init__(model, rollout, loss, update, learning_rate=learning_rate, **policy)
         self.box_format, self.advantage_settings = BoxFormat(box_format), advantage
-        self.rewards = RewardList(rewards, reward_weights)
+        self.rewards = RewardList(rewards, reward_weights, rollout.max_new_tokens)
         self.metrics = GRPOMetrics(self.rewards.names)
         self.engine: RolloutEngine | None = None
         self.last_rollouts: list[dict[str, Any]] = []  # of the last window, for callbacks

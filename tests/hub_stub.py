@@ -22,6 +22,7 @@ class HubStub:
     files: dict[str, bytes] = field(default_factory=dict)  # path in the repository -> content
     blobs: dict[str, bytes] = field(default_factory=dict)  # sha256 -> content
     commits: list[str] = field(default_factory=list)
+    deleted: list[str] = field(default_factory=list)  # paths that a commit has deleted
 
 
 @contextmanager
@@ -51,6 +52,9 @@ def hub_stub() -> Iterator[HubStub]:
                 return self.answer({"url": f"{hub.url}/{name}", "id": name})
             if self.path == "/api/validate-yaml":
                 return self.answer({"errors": [], "warnings": []})
+            if "/tree/" in self.path:
+                sizes = {name: len(content) for name, content in hub.files.items()}
+                return self.answer([{"type": "file", "path": name, "size": sizes[name], "oid": "1"} for name in sizes])
             if "/preupload/" in self.path:
                 asked = json.loads(body)["files"]
                 modes = [
@@ -79,6 +83,9 @@ def hub_stub() -> Iterator[HubStub]:
                         hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
                     elif line["key"] == "lfsFile":
                         hub.files[line["value"]["path"]] = hub.blobs[line["value"]["oid"]]
+                    elif line["key"] == "deletedFile":
+                        del hub.files[line["value"]["path"]]
+                        hub.deleted.append(line["value"]["path"])
                 return self.answer({"commitUrl": f"{hub.url}/me/x/commit/{len(hub.commits)}", "commitOid": "1"})
             return self.answer({"error": "not found"}, 404)
 

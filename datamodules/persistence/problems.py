@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from numbers import Integral, Real
 from typing import Any
 
 _collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
@@ -44,6 +46,18 @@ class Problems(list[str]):
         for name, value in settings.items():
             self.require(value >= least, f"must be at least {least}", **{name: value})
 
+    def whole(self, least: int, **settings: int) -> None:
+        """For settings that no parser has read by their types, such as those in `init_args` of a reward."""
+        for name, value in settings.items():
+            is_whole = isinstance(value, Integral) and not isinstance(value, bool)  # bool is an int
+            self.require(is_whole and value >= least, f"must be a whole number of at least {least}", **{name: value})
+
+    def positive_number(self, **settings: float) -> None:
+        """Like `whole`, for finite numbers above 0."""
+        for name, value in settings.items():
+            valid = is_number(value) and 0 < value < math.inf
+            self.require(valid, "must be a finite number greater than 0", **{name: value})
+
     def one_of(self, known: Collection[Any], **settings: Any) -> None:
         for name, value in settings.items():
             self.require(value in known, f"must be one of {', '.join(map(repr, known))}", **{name: value})
@@ -58,6 +72,11 @@ class Problems(list[str]):
             collected += self
         elif self:
             raise ValueError(f"{owner}: {'; '.join(self)}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a real number and no bool, which Python counts as an int."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @contextmanager

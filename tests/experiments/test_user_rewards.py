@@ -114,6 +114,10 @@ def test_the_key_holds_what_a_users_file_imports(workbench: Workbench, monkeypat
             "wieght=2.0: there is no such field; did you mean weight?",
         ),
         ({"class_path": "my_rewards.short", "weight": "much"}, "rewards[0].weight='much' must be a number"),
+        (
+            {"class_path": "lightning_modules.rl.rewards.text_rewards.SoftOverlong", "init_args": {"margin": 400}},
+            "margin=400 must be at most the limit, which is rollout.max_new_tokens=6",
+        ),
         ({"class_path": "my_rewards.short", "weight": 0.0}, "every reward would be 0"),
     ],
 )
@@ -123,6 +127,32 @@ def test_a_list_that_cannot_work_ends_in_a_short_message(workbench: Workbench, c
         train.main(["--config", config])
     assert words in str(caught.value.code) and len(str(caught.value.code).splitlines()) <= 5
     assert not (workbench.outputs / "tiny").exists() or not list((workbench.outputs / "tiny").glob("grpo*"))
+
+
+FAULTY = """
+class NoFile:
+    def __init__(self):
+        open("no_such_words.txt")
+
+    def __call__(self, completion):
+        return 0.0
+
+
+class OneNumber(NoFile):
+    def __init__(self):
+        self.range = 1.0
+"""
+
+
+def test_constructors_with_a_fault_end_in_a_short_message_with_each_entry(workbench: Workbench) -> None:
+    config = configure(workbench, [{"class_path": "my_rewards.NoFile"}, {"class_path": "my_rewards.OneNumber"}])
+    (workbench.root / "my_rewards.py").write_text(FAULTY)
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--config", config, "--trainer.logger=false"])
+    said = str(caught.value.code)
+    assert "rewards[0].class_path='my_rewards.NoFile': its constructor raised FileNotFoundError: [Errno 2]" in said
+    assert "rewards[1].class_path='my_rewards.OneNumber': range=1.0 must be two numbers, the lower one first" in said
+    assert len(said.splitlines()) <= 5
 
 
 def test_a_reward_that_raises_ends_the_run_in_a_few_lines(workbench: Workbench) -> None:

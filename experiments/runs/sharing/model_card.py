@@ -1,7 +1,8 @@
 """The model card: README.md in a merged model's folder, for readers on the Hub and for the Hub's own filters.
 
 Everything in it is read from the phase's files: settings from config.yaml, scores from the evaluations' result.json,
-the commit from started.json, the prompt from prompt_form.json. Nothing is written by hand.
+the commit from started.json, the prompt from prompt_form.json. Nothing is written by hand. Server addresses, private
+paths and names of keys are left out (`public_settings`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from datamodules.metrics.result_files import RESULT, read_result
 from datamodules.persistence.files import write_atomic
 from datamodules.samples.answer_text import AnswerForm
 from experiments.runs import run_identity
+from experiments.runs.sharing.public_settings import public
 
 CARD = "README.md"
 PAPER = "Improving the Reasoning of Multi-Image Grounding in MLLMs via Reinforcement Learning (arXiv:2507.00748)"
@@ -26,9 +28,11 @@ METHODS = {
     "lightning_modules.cot_sft.CoTSFT": "supervised fine-tuning on answers, with thinking where the data have it",
     "lightning_modules.grpo.GRPO": "GRPO, reinforcement learning with rewards by rules",
 }
+LORA = "model.init_args.lora"
 # The most important settings of config.yaml: dotted names, in the order of the table.
 SETTINGS = (
-    "model.init_args.lora",
+    LORA,
+    "model.init_args.freeze_vision",
     "model.init_args.learning_rate",
     "model.init_args.rollout",
     "model.init_args.advantage",
@@ -170,7 +174,7 @@ def _result_table(result: Mapping[str, Any]) -> str:
 
 def _training(config: Mapping[str, Any], commit: str) -> str:
     kind = config["model"]["class_path"]
-    base, shards = config["model"]["init_args"]["model"], config["data"]["shards"]
+    base, shards = public(config["model"]["init_args"]["model"]), public(config["data"]["shards"])
     lines = [
         f"- method: {METHODS.get(kind, kind)} (`{kind}`)",
         f"- started from: `{base}`",
@@ -184,6 +188,9 @@ def _training(config: Mapping[str, Any], commit: str) -> str:
         value: Any = config
         for key in place.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
+        if place == LORA and value is None:  # no missing value: another way of training
+            value = "none: all weights of the language model are trained"
+        value = public(value)
         if value is not None:
             shown = ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, Mapping) else value
             lines.append(f"| `{place.removeprefix('model.init_args.')}` | {str(shown).replace('|', '/')} |")

@@ -4,23 +4,31 @@
     python -m experiments.runs.sharing.publish --model outputs/nano/grpo/merged --repo owner/name --private true
 
 The key is the Hub's own: `hf auth login`, or the environment variable HF_TOKEN. The same command again uploads only
-the files that differ.
+the files that differ. Weights and the adapter of another model that was published there before are deleted.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from datamodules.checkpoints.model_folder import CONFIG, local_folder
+from datamodules.checkpoints.model_folder import ADAPTER, CONFIG, local_folder
 from datamodules.persistence.user_error import UserError
 from experiments.runs import run_identity
 from experiments.runs.commands import command
 from experiments.runs.parsers import run_cli
 from experiments.runs.sharing.model_card import CARD, write_model_card
+from experiments.runs.sharing.public_settings import public
 
 ADAPTER_FOLDER = "adapter"  # folder of the adapter in a phase and in the repository
+# Files of an earlier model that would be loaded in place of this model's, or beside them, where it has no such files.
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "prompt_form.json")
 
 
 class PublishError(UserError):
@@ -62,6 +70,7 @@ def publish(publication: Publication) -> str:
             f"model={publication.model!r} is not the merged folder of a phase, such as outputs/nano/grpo/merged: its "
             "card needs the config.yaml beside it"
         )
+    adapter = phase / ADAPTER_FOLDER
     card = write_model_card(phase, publication.license_name)
 
     # 2. The repository.
@@ -74,20 +83,37 @@ def publish(publication: Publication) -> str:
     try:
         hub.create_repo(publication.repo, private=publication.private, exist_ok=True)
         # 3. The merged model with its card, then the adapter.
-        commit = hub.upload_folder(repo_id=publication.repo, folder_path=folder, commit_message=publication.message)
-        if (phase / ADAPTER_FOLDER).is_dir():
-            commit = hub.upload_folder(
-                repo_id=publication.repo,
-                folder_path=phase / ADAPTER_FOLDER,
-                path_in_repo=ADAPTER_FOLDER,
-                commit_message=f"{publication.message}: adapter",
-            )
+        commit = hub.upload_folder(
+            repo_id=publication.repo,
+            folder_path=folder,
+            commit_message=publication.message,
+            delete_patterns=[*WEIGHTS, *([] if adapter.is_dir() else [f"{ADAPTER_FOLDER}/*"])],
+        )
+        if adapter.is_dir():
+            with _public_adapter(adapter) as copy:
+                commit = hub.upload_folder(
+                    repo_id=publication.repo,
+                    folder_path=copy,
+                    path_in_repo=ADAPTER_FOLDER,
+                    commit_message=f"{publication.message}: adapter",
+                )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PublishError(
             f"repo={publication.repo!r} at {hub.endpoint}: {first}. Nothing local has changed but {card}"
         ) from error
     return str(commit.commit_url)
+
+
+@contextmanager
+def _public_adapter(adapter: Path) -> Iterator[Path]:
+    """A copy of the adapter's folder whose configuration names no private path of the base model."""
+    with TemporaryDirectory() as folder:
+        copy = Path(shutil.copytree(adapter, Path(folder) / ADAPTER_FOLDER))
+        settings = json.loads((copy / ADAPTER).read_text())
+        settings["base_model_name_or_path"] = public(settings.get("base_model_name_or_path"))
+        (copy / ADAPTER).write_text(json.dumps(settings, indent=2) + "\n")
+        yield copy
 
 
 @command

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from datamodules.persistence.problems import Problems
+from datamodules.persistence.problems import Problems, is_number
 from datamodules.samples.answer_text import AnswerForm
 from lightning_modules.rl.rewards.box_overlaps import LOWEST, OverlapKind, overlap
 from lightning_modules.rl.rewards.completion import Completion
@@ -115,5 +115,6 @@ class BoxMatch:
 
 def _check_threshold(reward: IoUAbove | BoxMatch) -> None:
     problems = Problems()
-    problems.require(0 <= reward.threshold < 1, "must be in [0, 1)", threshold=reward.threshold)
+    valid = is_number(reward.threshold) and 0 <= reward.threshold < 1
+    problems.require(valid, "must be a number in [0, 1)", threshold=reward.threshold)
     problems.raise_all(type(reward).__name__)

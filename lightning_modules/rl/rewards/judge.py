@@ -57,10 +57,14 @@ class Judge:
         api_key_env: str = "OPENAI_API_KEY",
     ) -> None:
         problems = Problems()
-        problems.require("{text}" in prompt, "must have the place {text}", prompt=prompt[:40])
-        problems.positive(highest=highest, max_tokens=max_tokens)
+        is_request = isinstance(prompt, str) and "{text}" in prompt
+        problems.require(is_request, "must be a text with the place {text}", prompt=str(prompt)[:40])
+        problems.positive_number(highest=highest, timeout=timeout)
+        problems.whole(1, max_tokens=max_tokens, attempts=attempts, concurrency=concurrency)
         problems.one_of(("zero", "leave_out"), on_failure=on_failure)
-        problems.require(bool(model), "must be the server's name of the model", model=model)
+        named = isinstance(model, str) and bool(model)
+        problems.require(named, "must be the server's name of the model", model=model)
+        problems.require(isinstance(base_url, str), "must be the address of the server", base_url=base_url)
         problems.raise_all("Judge")
         self.endpoint = EndpointSettings(
             model, base_url, api_key_env, timeout=timeout, attempts=attempts, concurrency=concurrency

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import difflib
 import math
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
@@ -24,7 +23,7 @@ from datamodules.persistence.problems import Problems
 from datamodules.persistence.user_error import UserError
 from datamodules.samples.boxes import BoxFormat
 from lightning_modules.rl.rewards.completion import Completion, Failed
-from lightning_modules.rl.rewards.reward_paths import build, is_name
+from lightning_modules.rl.rewards.reward_paths import brief, build, is_name, is_range
 
 if TYPE_CHECKING:
     from datamodules.encoding.encoder import EncodedSample
@@ -43,6 +42,9 @@ PAPER: tuple[RewardEntry, ...] = (  # eq. 3
 )
 
 
+# The largest value and weighted sum, positive or negative. Sums over a window, squares of differences inside a group,
+# and advantages as float32 stay finite.
+LARGEST = 1e30
 RIGHT_IOU = 0.5  # a completion is right if its IoU is above it, as in the benchmark
 
 
@@ -92,14 +94,16 @@ class Term:
             return [
                 self._checked(self._call(self.reward, completion, completion), completion) for completion in completions
             ]
-        found = self._call(together, completions, completions[0]) if completions else []
-        if not isinstance(found, Iterable):
-            raise self._error(f"returned {brief(found)} from score_batch; it must return a list", completions[0])
-        found = list(found)
+        if not completions:
+            return []
+        found = self._call(together, completions, completions[0])
+        # The items of a mapping or a set are no values in the order of the completions.
+        if not isinstance(found, Iterable) or isinstance(found, Mapping | Set | str | bytes | bytearray):
+            kind = f"it must return a list of numbers, one for each completion, not {type(found).__name__}"
+            raise self.error(f"returned {brief(found)} from score_batch; {kind}", completions[0])
+        found = self._call(list, found, completions[0])  # of a generator, this runs the user's code
         if len(found) != len(completions):
-            raise self._error(
-                f"score_batch gave {len(found)} values for {len(completions)} completions", completions[0]
-            )
+            raise self.error(f"score_batch gave {len(found)} values for {len(completions)} completions", completions[0])
         return [self._checked(value, completion) for value, completion in zip(found, completions, strict=True)]
 
     def _call(self, function: Callable[[Any], Any], argument: Any, completion: Completion) -> Any:
@@ -111,23 +115,28 @@ class Term:
             # the frame of the reward, not of functions that it calls; None for a function in C
             place = error.__traceback__.tb_next
             where = f" at {Path(place.tb_frame.f_code.co_filename).name}, line {place.tb_lineno}" if place else ""
-            raise self._error(f"raised {type(error).__name__}: {brief(error)}{where}", completion) from error
+            raise self.error(f"raised {type(error).__name__}: {brief(error)}{where}", completion) from error
 
     def _checked(self, value: Any, completion: Completion) -> float | Failed:
-        if isinstance(value, Failed):
+        if isinstance(value, Failed) and not isinstance(value.value, Failed):
             return value if value.value is None else Failed(self._checked(value.value, completion))
         if not isinstance(value, Real):
             shown = f"{brief(repr(value))}, of type {type(value).__name__}"
-            raise self._error(f"returned {shown}; it must return a number", completion)
+            raise self.error(f"returned {shown}; it must return a number", completion)
         stated = getattr(self.reward, "range", None)
+        if stated is not None and not is_range(stated):  # set by the reward after its construction
+            raise self.error(f"has range={stated!r:.60}; it must be two numbers, the lower one first", completion)
         low, high = stated or (-math.inf, math.inf)
-        is_finite = -sys.float_info.max <= value <= sys.float_info.max  # a range may have an infinite limit
-        if not (is_finite and low <= value <= high):  # false for NaN, so NaN is outside every range
+        if not (abs(value) < math.inf and low <= value <= high):  # false for NaN, so NaN is outside every range
             wanted = f"a finite number in its range, {low:g} to {high:g}" if stated else "a finite number"
-            raise self._error(f"returned {brief(value)}; it must return {wanted}", completion)
+            raise self.error(f"returned {brief(value)}; it must return {wanted}", completion)
+        if abs(value) > LARGEST:
+            wanted = f"a number from {-LARGEST:g} to {LARGEST:g}"
+            raise self.error(f"returned {brief(value)}; it must return {wanted}", completion)
         return float(value)
 
-    def _error(self, what: str, completion: Completion) -> RewardError:
+    def error(self, what: str, completion: Completion) -> RewardError:
+        """The error of this reward for one completion; `what` follows the reward's name."""
         return RewardError(
             f"reward {self.name!r} ({self.class_path}) {what}\n"
             f"sample {completion.sample.id!r}, completion {completion.text[:120]!r}"
@@ -140,10 +149,15 @@ class RewardList:
     Args:
         entries: the list in the YAML; None means eq. 3: IoU plus 0.5 times the format.
         weights: λ by name; they override the weights in the list.
+        max_new_tokens: length limit of the run's completions, for rewards that depend on it: their
+            `length_faults(max_new_tokens)` lists the problems. None: no such check.
     """
 
     def __init__(
-        self, entries: Sequence[RewardEntry] | None = None, weights: Mapping[str, float] | None = None
+        self,
+        entries: Sequence[RewardEntry] | None = None,
+        weights: Mapping[str, float] | None = None,
+        max_new_tokens: int | None = None,
     ) -> None:
         self.problems = Problems()
         self.terms: list[Term] = []
@@ -152,6 +166,9 @@ class RewardList:
                 self.problems += faults
                 continue
             built = build(f"rewards[{index}]", entry["class_path"], entry.get("init_args") or {}, self.problems)
+            if max_new_tokens is not None and hasattr(built, "length_faults"):
+                where = f"rewards[{index}].class_path={entry['class_path']!r}"
+                self.problems += [f"{where}: {fault}" for fault in built.length_faults(max_new_tokens)]
             name = entry.get("name") or entry["class_path"].rpartition(".")[2].lower()
             weight = (weights or {}).get(name, 1.0 if entry.get("weight") is None else entry["weight"])
             self.terms.append(Term(name, weight, entry["class_path"], built))
@@ -238,10 +255,23 @@ class RewardList:
         found = dict(zip(self.names, row, strict=True))
         failed = tuple(name for name, value in found.items() if isinstance(value, Failed))
         terms = {name: value.value if isinstance(value, Failed) else value for name, value in found.items()}
-        total = sum(term.weight * (terms[term.name] or 0.0) for term in self.terms)
+        total = self._total(completion, terms)
         score = completion.score
         right = score.is_right(RIGHT_IOU)
         return Reward(total, terms, score.failure, score.iou, score.well_formed, right, failed)
+
+    def _total(self, completion: Completion, terms: Mapping[str, float | None]) -> float:
+        """Σ weight · term. A sum that is not finite, or too large, is an error of the reward that adds most to it."""
+        parts = {term: term.weight * (terms[term.name] or 0.0) for term in self.terms}
+        total = sum(parts.values())
+        if abs(total) <= LARGEST:  # false for NaN, the sum of both infinities
+            return total
+        largest = max(self.terms, key=lambda term: abs(parts[term]))
+        raise largest.error(
+            f"returned {terms[largest.name]:g}, which has weight {largest.weight:g}: the weighted sum of all rewards "
+            f"is {total:g}, and must be from {-LARGEST:g} to {LARGEST:g}; lower the weight, or scale the reward",
+            completion,
+        )
 
     def _left_out_if_failed(self, group: list[Reward]) -> list[Reward]:
         """The group. If a reward failed without a value, all totals are equal, so that no completion has an advantage.
@@ -252,11 +282,6 @@ class RewardList:
         if all(reward.terms[name] is not None for reward in group for name in counting):
             return group
         return [replace(reward, total=0.0, left_out=True) for reward in group]
-
-
-def brief(value: Any) -> str:
-    """The text of a value in one line of at most 200 characters."""
-    return " ".join(str(value)[:1000].split())[:200]
 
 
 def entry_faults(where: str, entry: RewardEntry) -> list[str]:

@@ -37,9 +37,18 @@ class SoftOverlong:
 
     def __post_init__(self) -> None:
         problems = Problems()
-        problems.positive(margin=self.margin)
-        problems.require(self.limit is None or self.limit >= self.margin, "must be at least margin", limit=self.limit)
+        problems.whole(1, margin=self.margin)
+        if self.limit is not None:
+            problems.whole(0, limit=self.limit)
+            if not problems:
+                problems.require(self.limit >= self.margin, "must be at least margin", limit=self.limit)
         problems.raise_all("SoftOverlong")
+
+    def length_faults(self, max_new_tokens: int) -> list[str]:
+        """Without a limit of its own, `max_new_tokens` is the limit, which is known only in a run."""
+        problems, rule = Problems(), f"must be at most the limit, which is rollout.max_new_tokens={max_new_tokens}"
+        problems.require(self.limit is not None or self.margin <= max_new_tokens, rule, margin=self.margin)
+        return problems
 
     def __call__(self, completion: Completion) -> float:
         limit = completion.max_tokens if self.limit is None else self.limit
@@ -60,9 +69,17 @@ class Length:
 
     def __post_init__(self) -> None:
         problems = Problems()
-        problems.at_least(0, shortest=self.shortest)
-        problems.require(self.longest >= max(1, self.shortest), "must be at least 1 and shortest", longest=self.longest)
+        problems.whole(0, shortest=self.shortest)
+        problems.whole(1, longest=self.longest)
+        if not problems:
+            problems.require(self.longest >= self.shortest, "must be at least shortest", longest=self.longest)
         problems.raise_all("Length")
+
+    def length_faults(self, max_new_tokens: int) -> list[str]:
+        """No completion of the run would be long enough."""
+        problems, rule = Problems(), f"must be at most rollout.max_new_tokens={max_new_tokens}"
+        problems.require(self.shortest <= max_new_tokens, rule, shortest=self.shortest)
+        return problems
 
     def __call__(self, completion: Completion) -> float:
         length = completion.num_tokens
@@ -81,7 +98,7 @@ class Repetition:
 
     def __post_init__(self) -> None:
         problems = Problems()
-        problems.positive(n=self.n)
+        problems.whole(1, n=self.n)
         problems.raise_all("Repetition")
 
     def __call__(self, completion: Completion) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ from experiments.runs.sharing.model_card import CARD, phase_results, write_model
 from tests.experiments.conftest import ROOT, Workbench
 from tests.experiments.test_pipeline import evaluation
 from tests.hub_stub import HubStub, hub_stub
+
+BASE = "base_model_name_or_path"  # in PEFT's configuration of an adapter
 
 
 @pytest.fixture
@@ -45,7 +48,7 @@ def test_the_card_holds_the_numbers_the_settings_the_prompt_and_the_commit(phase
         name: round(cell["score"], 2) for name, cell in cells.items()
     }
     config = yaml.safe_load((phase / "config.yaml").read_text())
-    assert f"started from: `{config['model']['init_args']['model']}`" in body
+    assert f"started from: `…/{Path(config['model']['init_args']['model']).name}`" in body
     assert "| `learning_rate` | 0.001 |" in body and "rank: 4, alpha: 8" in body
     assert json.loads((phase / "started.json").read_text())["commit"] in body
     assert f"```text\n{THINK_SUFFIX.strip()}\n```" in body
@@ -100,6 +103,27 @@ def test_the_folder_its_card_and_the_adapter_are_uploaded(phase: Path) -> None:
     assert adapter.keys() == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
     tensors = load_file(phase / "adapter" / "adapter_model.safetensors")
     assert tensors and all("lora_" in name for name in tensors)
+    # No file has a path of this machine. PEFT's configuration would have that of the base model.
+    assert not [name for name, content in hub.files.items() if str(phase.parents[2]).encode() in content]
+    base = json.loads(hub.files["adapter/adapter_config.json"])[BASE]
+    assert base == "…/model" and Path(json.loads((phase / "adapter/adapter_config.json").read_text())[BASE]).is_dir()
+
+
+def test_a_model_without_an_adapter_replaces_an_earlier_one_with_all_of_its_weights(phase: Path) -> None:
+    with hub_stub() as hub:
+        assert published(hub, phase / "merged").returncode == 0
+        again = published(hub, phase / "merged")
+        assert again.returncode == 0 and not hub.deleted, "the same model again deletes nothing"
+        assert "adapter/adapter_model.safetensors" in hub.files
+        # An earlier model with weights in two files, and a file of the owner.
+        stale = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"}
+        hub.files |= dict.fromkeys([*stale, "notes.md", ".gitattributes"], b"earlier")
+        shutil.rmtree(phase / "adapter")  # as after a training of all weights
+        run = published(hub, phase / "merged")
+        assert run.returncode == 0, run.stderr
+    assert set(hub.deleted) == stale | {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+    local = {path.name for path in (phase / "merged").iterdir() if path.is_file()}
+    assert hub.files.keys() == local | {"notes.md", ".gitattributes"}
 
 
 @pytest.mark.parametrize(("status", "word"), [(401, "401"), (403, "403"), (500, "500")])

@@ -7,6 +7,7 @@ import itertools
 import math
 import random
 import re
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +17,8 @@ from datamodules.samples.answer_text import render_answer
 from datamodules.samples.box_matching import BoxMatching, WrittenBox
 from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import BoxAnswer, BoxesAnswer
+from lightning_modules.grpo import GRPO
+from lightning_modules.rl.grpo_settings import RolloutSettings
 from lightning_modules.rl.rewards import box_rewards, text_rewards
 from lightning_modules.rl.rewards.box_overlaps import overlap
 from lightning_modules.rl.rewards.box_rewards import BoxMatch, CIoU, DIoU, GIoU, IoU, IoUAbove, RightImage
@@ -29,6 +32,7 @@ from tests.lightning_modules.rl.rewards.completions import make_completion
 
 WIDE = ImageSizes(original=(640, 480), resized=(640, 480))
 SECOND = BoxAnswer(image=1, box=(0.0, 0.0, 0.5, 0.5), label="cup")
+JUDGE = {"base_url": "http://localhost:8000/v1", "model": "judge"}
 ALL = [
     *(IoU(), IoUAbove(), IoUAbove(0.9), GIoU(), DIoU(), CIoU(), RightImage(), Format()),
     *(BoxMatch(measure, threshold) for measure in ("f1", "precision", "recall") for threshold in (0.0, 0.5)),
@@ -211,16 +215,70 @@ def test_repeated_tokens_cost_their_share():
 @pytest.mark.parametrize(
     ("reward", "words"),
     [
-        (lambda: IoUAbove(1.0), r"threshold=1.0 must be in \[0, 1\)"),
+        (lambda: IoUAbove(1.0), r"threshold=1.0 must be a number in \[0, 1\)"),
+        (lambda: IoUAbove(math.nan), r"threshold=nan must be a number in \[0, 1\)"),
+        (lambda: IoUAbove(False), r"threshold=False must be a number in \[0, 1\)"),
+        (lambda: BoxMatch(threshold="0.5"), r"threshold='0.5' must be a number in \[0, 1\)"),
         (lambda: BoxMatch("accuracy"), "measure='accuracy' must be one of"),
         (lambda: SoftOverlong(margin=8, limit=4), "limit=4 must be at least margin"),
-        (lambda: Length(9, 4), "longest=4 must be at least 1 and shortest"),
-        (lambda: Repetition(0), "n=0 must be greater than 0"),
+        (lambda: Length(9, 4), "longest=4 must be at least shortest"),
+        *(
+            (
+                partial(reward, **arguments | {name: value}),
+                f"{name}={value!r} must be a whole number of at least {least}",
+            )
+            for reward, arguments, name, least in (
+                (Repetition, {}, "n", 1),
+                (SoftOverlong, {}, "margin", 1),
+                (SoftOverlong, {"margin": 1}, "limit", 0),
+                (Length, {"longest": 8}, "shortest", 0),
+                (Length, {"shortest": 0}, "longest", 1),
+                (Judge, JUDGE, "max_tokens", 1),
+                (Judge, JUDGE, "attempts", 1),
+                (Judge, JUDGE, "concurrency", 1),
+            )
+            for value in (least - 1, 1.5, 2.0, True, math.nan, math.inf, "2")
+        ),
+        *(
+            (partial(Judge, **JUDGE | {name: value}), f"{name}={value!r} must be a finite number greater than 0")
+            for name in ("highest", "timeout")
+            for value in (0, -1.0, True, math.nan, math.inf, "2")
+        ),
+        (partial(Judge, **JUDGE | {"base_url": None}), "base_url=None must be the address of the server"),
+        (partial(Judge, **JUDGE | {"model": 7}), "model=7 must be the server's name of the model"),
+        (partial(Judge, **JUDGE | {"prompt": ["{text}"]}), "must be a text with the place {text}"),
     ],
 )
 def test_arguments_that_cannot_work_are_named(reward, words):
     with pytest.raises(ValueError, match=words):
         reward()
+
+
+TEXT_REWARDS = "lightning_modules.rl.rewards.text_rewards."
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("SoftOverlong", {"margin": 161}, "margin=161 must be at most the limit, which is rollout.max_new_tokens=160"),
+        ("SoftOverlong", {"margin": 160}, None),
+        ("SoftOverlong", {"margin": 161, "limit": 161}, None),
+        ("Length", {"shortest": 161, "longest": 200}, "shortest=161 must be at most rollout.max_new_tokens=160"),
+        ("Length", {"shortest": 160, "longest": 200}, None),
+    ],
+)
+def test_arguments_that_cannot_work_at_the_length_limit_of_the_run_are_named(name, arguments, words):
+    entries = [{"class_path": TEXT_REWARDS + name, "init_args": arguments}]
+    assert RewardList(entries).problems == [], "without a run, the limit is not known"
+    found = RewardList(entries, max_new_tokens=160).problems
+    assert found == ([f"rewards[0].class_path='{TEXT_REWARDS}{name}': {words}"] if words else [])
+
+
+def test_a_module_of_grpo_refuses_them_before_it_loads_weights():
+    entries = [{"class_path": TEXT_REWARDS + "SoftOverlong", "init_args": {"margin": 400}}]
+    words = "margin=400 must be at most the limit, which is rollout.max_new_tokens=160"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        GRPO("no/such-model", rollout=RolloutSettings(max_new_tokens=160), rewards=entries)
 
 
 def test_a_completion_reads_its_text_once_and_gives_every_images_boxes():

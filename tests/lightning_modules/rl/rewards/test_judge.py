@@ -99,7 +99,7 @@ def test_settings_that_cannot_work_are_all_named():
     entry = {"class_path": "lightning_modules.rl.rewards.judge.Judge"}
     bad = {"base_url": "localhost", "model": "", "prompt": "grade", "highest": 0, "on_failure": "skip"}
     faults = RewardList([entry | {"init_args": bad}, entry | {"name": "other"}]).problems
-    for words in ("prompt='grade' must have the place {text}", "highest=0", "model=''", "on_failure='skip'"):
+    for words in ("prompt='grade' must be a text with the place {text}", "highest=0", "model=''", "on_failure='skip'"):
         assert words in faults[0]
     assert "missing a required argument: 'base_url'" in faults[1]
 

@@ -310,7 +310,7 @@ def test_every_problem_of_a_list_is_named_with_its_cure():
         "name='words': 2 rewards have this name; give each its own with name: …",
         "rewards.words.weight=inf must be a finite number",
         "name='total' is no name: letters, digits and _, but not total, failure, failed",
-        "margin=0 must be greater than 0",
+        "init_args={'margin': 0}: margin=0 must be a whole number of at least 1",
         f"{HERE}.Backwards': range=(1, 0) must be two numbers, the lower one first",
         "BoxAnswer has neither __call__(completion) nor score_batch(completions)",
         "reward_weights.lenght=1.0: there is no such reward; the rewards are word, ",
