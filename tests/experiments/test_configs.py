@@ -52,6 +52,7 @@ TRAINING = (
 )
 OTHERS = {
     "nano/ablations.yaml": ablations.run,
+    "nano/long_ablations.yaml": ablations.run,
     "nano/lengths.yaml": ablations.run,
     "nano/levers.yaml": ablations.run,
     "nano/objectives.yaml": ablations.run,
@@ -263,7 +264,11 @@ def test_a_pipelines_parts_agree(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "whole"),
-    [("nano/ablations.yaml", "nano/pipeline.yaml"), ("paper/ablations_7b.yaml", "paper/pipeline_7b.yaml")],
+    [
+        ("nano/ablations.yaml", "nano/pipeline.yaml"),
+        ("nano/long_ablations.yaml", "nano/long.yaml"),
+        ("paper/ablations_7b.yaml", "paper/pipeline_7b.yaml"),
+    ],
 )
 def test_an_ablation_has_the_pipelines_stages_as_rows(name: str, whole: str) -> None:
     rows, stages = (yaml.safe_load((CONFIGS / file).read_text()) for file in (name, whole))
@@ -271,7 +276,9 @@ def test_an_ablation_has_the_pipelines_stages_as_rows(name: str, whole: str) -> 
         assert rows[field] == stages[field], field
     before = "base"
     for stage, config in stages["stages"].items():
-        assert rows["rows"][stage] == {"start": before, "config": config}, "the steps' keys would differ"
+        given = stages.get("overrides", {}).get(stage)
+        row = {"start": before, "config": config} | ({"overrides": given} if given else {})
+        assert rows["rows"][stage] == row, "the steps' keys would differ"
         before = stage
     fields = {"config", "start", "overrides", "without"}
     assert all(row.keys() <= fields and (ROOT / row["config"]).is_file() for row in rows["rows"].values())
