@@ -134,7 +134,7 @@ class GRPO(GroupObjective):
         self.engine.sync()
 
     def _check_cache(self) -> None:
-        """Raises ValueError if sampling may need more memory than `rollout.kv_cache_gib`."""
+        """Raises SettingsError if sampling may need more memory than `rollout.kv_cache_gib`."""
         settings, data = self.rollout_settings, getattr(self.trainer, "datamodule", None)
         if settings.engine == "native" and settings.kv_cache_gib is not None and data is not None:
             prompts = min(settings.prompts_per_batch, data.batch_size * self.accumulate)
