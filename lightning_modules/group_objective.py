@@ -18,12 +18,13 @@ from torch import Tensor
 
 from datamodules.encoding.encoder import EncodedSample
 from datamodules.persistence.problems import Problems
+from datamodules.persistence.user_error import SettingsError
 from lightning_modules.models.attention.packed_rows import PackedRows, pack_rows
 from lightning_modules.models.layers.lora import without_dropout
 from lightning_modules.policy_module import STATE_KEY, PolicyModule
 from lightning_modules.rl.coefficients import EntropyController, scheduled
 from lightning_modules.rl.grpo_settings import RolloutSettings, UpdateSettings, problems_between
-from lightning_modules.rl.loss_settings import LossSettings
+from lightning_modules.rl.loss_settings import FIXED_REFERENCE, LossSettings
 from lightning_modules.rl.losses import LossInputs, kl_estimate, policy_loss
 from lightning_modules.rl.metrics import GRPOMetrics
 from lightning_modules.rl.rollout_batch import PromptGroup, absent_count, by_completion, trainable_groups
@@ -71,13 +72,10 @@ class GroupObjective(PolicyModule):
         return self.kl_beta > 0 and self.loss_settings.kl_in == "loss"
 
     def check_reference(self) -> None:
-        """Raises ValueError if the reference of a sharded policy should be refreshed."""
+        """Raises SettingsError if the reference of a sharded policy should be refreshed."""
         every = self.loss_settings.reference_every
         if every is not None and self.policy.sharded is not None:
-            raise ValueError(
-                f"loss.reference_every={every} with trainer.strategy='sharded': the reference of a sharded policy "
-                "cannot be refreshed; use ddp or one device"
-            )
+            raise SettingsError(f"loss.reference_every={every} with trainer.strategy='sharded': {FIXED_REFERENCE}")
 
     def on_train_end(self) -> None:
         """Warn if a run with refilling ends before its planned updates: its learning rate has not come to its end."""

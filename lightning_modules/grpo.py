@@ -134,7 +134,7 @@ class GRPO(GroupObjective):
         self.engine.sync()
 
     def _check_cache(self) -> None:
-        """Raises UserError if sampling may need more memory than `rollout.kv_cache_gib`."""
+        """Raises SettingsError if sampling may need more memory than `rollout.kv_cache_gib`."""
         settings = self.rollout_settings
         if settings.engine == "native" and settings.kv_cache_gib is not None:
             data = self.trainer.datamodule

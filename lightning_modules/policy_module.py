@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from datamodules.encoding.encoder import Batch, EncodedSample
 from datamodules.persistence.problems import Problems
+from datamodules.persistence.user_error import SettingsError
 from lightning_modules.models.attention.packed_rows import PackedRows
 from lightning_modules.models.fsdp import clip_sharded, sum_gradients
 from lightning_modules.models.layers.lora import LoraSettings
@@ -113,6 +114,8 @@ class PolicyModule(LightningModule):
             learning_rate=self.learning_rate, accumulate=self.accumulate, max_tokens_per_row=self.max_tokens_per_row
         )
         problems.require(0 <= self.warmup_fraction < 1, "must be in [0, 1)", warmup_fraction=self.warmup_fraction)
+        problems.at_least(0, weight_decay=self.weight_decay)
+        problems.require(all(0 <= beta < 1 for beta in self.betas), "must be two numbers in [0, 1)", betas=self.betas)
         problems.positive_or_null(max_grad_norm=self.max_grad_norm)
         problems.require(
             self.activation_gib is None or (self.gradient_checkpointing and self.activation_gib > 0),
@@ -170,7 +173,7 @@ class PolicyModule(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         strategy = self.trainer.strategy
         if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ShardedStrategy):
-            raise ValueError(
+            raise SettingsError(
                 f"trainer.strategy={type(strategy).__name__} is not supported: gradients are summed and divided here; "
                 "use ddp, sharded (FSDP2) or one device"
             )

@@ -9,3 +9,7 @@ class UserError(Exception):
     The message has one to five lines. It says what is wrong and where, with the value, and how to fix it.
     `experiments.runs.commands.command` prints it and ends the program with exit code 1.
     """
+
+
+class SettingsError(UserError, ValueError):
+    """The settings cannot be run. The message has every problem that was found."""

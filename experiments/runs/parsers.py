@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
+import json
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -27,6 +29,10 @@ class ShortErrors:
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **named: Any) -> jsonargparse.Namespace:
         """As in the base class; remembers the command line for messages."""
+        # For a setting inside a group of a class, such as --model.loss.clip_high=null, jsonargparse gives the parsed
+        # value to the parser of the class as Python's text of it. There null would be the text "None".
+        if not self.exit_on_error and args is not None:
+            args = [_with_null(word) for word in args]
         self.words = list(sys.argv[1:] if args is None else args)
         return super().parse_args(args, *more, **named)
 
@@ -50,6 +56,18 @@ class ShortErrors:
 
 class Parser(ShortErrors, jsonargparse.ArgumentParser):
     """The parser of `run_cli`."""
+
+
+def _with_null(word: str) -> str:
+    """A flag, with YAML's null where its value is Python's text of None, or of a list or a mapping with None."""
+    flag, _, text = word.partition("=")
+    if "None" not in text:
+        return word
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):  # a text
+        return word
+    return word if isinstance(value, str) else f"{flag}={json.dumps(value)}"
 
 
 def run_cli(component: Callable, args: Sequence[str] | None = None) -> Any:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from datamodules.persistence.user_error import UserError
+from datamodules.persistence.user_error import SettingsError
 from datamodules.streaming.shard_sources import read_shards, source_list
 from datamodules.streaming.url_openers import FetchError
+from experiments.runs.usage_errors import suggest
 
 SHARDED = "sharded (FSDP2)"
 REFUSED_STRATEGIES = {
@@ -24,10 +25,6 @@ MODULES_OWN = {
     "gradient_clip_val": ("max_grad_norm", (None,)),
     "precision": ("dtype", (None, 32, "32", "32-true")),
 }
-
-
-class SettingsError(UserError, ValueError):
-    """The settings cannot be run. The message lists every problem."""
 
 
 def raise_all(problems: Sequence[str]) -> None:
@@ -62,6 +59,8 @@ def training_problems(settings: Mapping, absent: Collection[str] = ()) -> list[s
     for source in shard_list(settings):
         problems += shard_problems(source, absent=absent)
     problems += device_problems(settings["trainer"]) + size_problems(settings)
+    problems += length_problems(settings["trainer"])
+    problems += strategy_problems(settings["trainer"], model)
     windows = (model.get("update") or {}).get("refill_windows")
     if windows and settings["trainer"].get("max_steps", -1) == -1:
         problems.append(
@@ -74,11 +73,6 @@ def training_problems(settings: Mapping, absent: Collection[str] = ()) -> list[s
             problems.append(f"{name}={settings[name]!r} must be a plain folder name")
         elif "$" in settings[name]:
             problems.append(f"{name}={settings[name]!r} names an environment variable that is not set")
-    strategy = settings["trainer"].get("strategy")
-    strategy = strategy["class_path"] if isinstance(strategy, Mapping) else strategy
-    for name, reason in REFUSED_STRATEGIES.items():
-        if name in str(strategy).lower():
-            problems.append(f"trainer.strategy={strategy!r}: {reason}; use ddp or {SHARDED}")
     for callback in settings["trainer"].get("callbacks") or []:
         if callback["class_path"].endswith(".RejectionSampling") and isinstance(settings["data"]["shards"], Mapping):
             reason = "the prompts that it keeps are one source; give the sources as a list"
@@ -96,13 +90,65 @@ def training_problems(settings: Mapping, absent: Collection[str] = ()) -> list[s
     return problems
 
 
-def device_problems(trainer: Mapping) -> list[str]:
-    """The problem that GPUs are requested and do not exist, or fewer exist."""
-    import torch  # a slow import, which an import of data does not need
+def length_problems(trainer: Mapping) -> list[str]:
+    """Problems of the settings that end a run: without an end the learning rate has no schedule."""
+    from lightning_modules.training.optim import no_end  # imports torch
 
-    accelerator = trainer.get("accelerator")
-    if accelerator not in ("gpu", "cuda"):
-        return []
+    steps, epochs = trainer.get("max_steps", -1), trainer.get("max_epochs")
+    problems = [
+        f"trainer.{name}={value} must be greater than 0, or -1 for no limit"
+        for name, value in (("max_steps", steps), ("max_epochs", epochs))
+        if value is not None and value != -1 and value < 1
+    ]
+    # Without both, Lightning makes 1000 epochs, or any number where a timer ends the run.
+    timed = trainer.get("max_time") is not None
+    timed |= any(callback["class_path"].endswith(".Timer") for callback in trainer.get("callbacks") or [])
+    if steps == -1 and (epochs == -1 or (epochs is None and timed)):
+        problems.append(no_end(steps, epochs))
+    return problems
+
+
+def strategy_problems(trainer: Mapping, model: Mapping) -> list[str]:
+    """Problems of the strategy: refused, unknown, or not for these settings of the model."""
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    import lightning_modules.training.fsdp_strategy  # noqa: F401 - registers "sharded"
+    from lightning_modules.rl.loss_settings import FIXED_REFERENCE
+
+    given = trainer.get("strategy")
+    strategy = given["class_path"] if isinstance(given, Mapping) else given
+    name = str(strategy).rpartition(".")[2].lower()  # without the module: ShardedStrategy is in fsdp_strategy
+    problems = [
+        f"trainer.strategy={strategy!r}: {reason}; use ddp or {SHARDED}"
+        for refused, reason in REFUSED_STRATEGIES.items()
+        if refused in name
+    ]
+    known = ["auto", *StrategyRegistry.available_strategies()]
+    if not problems and isinstance(given, str) and given not in known:
+        cure = suggest(given, known) or f"; use ddp or {SHARDED}"
+        problems.append(f"trainer.strategy={given!r} does not exist{cure}")
+    every = (model.get("loss") or {}).get("reference_every")
+    if every is not None and "sharded" in name:
+        problems.append(f"model.loss.reference_every={every} with trainer.strategy={strategy!r}: {FIXED_REFERENCE}")
+    return problems
+
+
+def device_problems(trainer: Mapping) -> list[str]:
+    """Problems of the devices: no valid number, or GPUs that do not exist."""
+    import torch  # a slow import, which an import of data does not need
+    from lightning.pytorch.accelerators import AcceleratorRegistry
+
+    accelerator, devices, nodes = (trainer.get(name) for name in ("accelerator", "devices", "num_nodes"))
+    known = ["auto", "gpu", *AcceleratorRegistry.available_accelerators()]
+    if isinstance(accelerator, str) and accelerator not in known:
+        return [f"trainer.accelerator={accelerator!r} must be one of {', '.join(known)}{suggest(accelerator, known)}"]
+    problems = [] if nodes is None or nodes > 0 else [f"trainer.num_nodes={nodes} must be greater than 0"]
+    on_cpu = accelerator == "cpu" or (accelerator in (None, "auto") and not torch.cuda.is_available())
+    if not is_number_of_devices(devices, on_cpu):
+        cure = "processes, such as 1" if on_cpu else "GPUs, such as 1, a list of GPUs, or -1 for all"
+        problems.append(f"trainer.devices={devices!r} must be a number of {cure}; or auto")
+    if problems or accelerator not in ("gpu", "cuda"):
+        return problems
     if not torch.cuda.is_available():
         return [f"trainer.accelerator={accelerator!r}: PyTorch finds no GPU here. Use --trainer.accelerator=cpu"]
     wanted, found = num_ranks({"devices": trainer.get("devices")}), torch.cuda.device_count()
@@ -110,6 +156,16 @@ def device_problems(trainer: Mapping) -> list[str]:
         return []
     cure = f"Use --trainer.devices={found}, or --gpus={found}, which keeps the total batch"
     return [f"trainer.devices={wanted}: PyTorch finds {found} GPU{'s' * (found > 1)} here. {cure}"]
+
+
+def is_number_of_devices(devices: object, on_cpu: bool) -> bool:
+    """Whether Lightning takes this value of trainer.devices."""
+    if devices in (None, "auto"):
+        return True
+    if isinstance(devices, list) or "," in str(devices):
+        return bool(devices) and not on_cpu
+    number = int(devices) if str(devices).removeprefix("-").isdigit() else 0
+    return number > 0 or (number == -1 and not on_cpu)
 
 
 def size_problems(settings: Mapping) -> list[str]:

@@ -19,6 +19,8 @@ KLEstimator = Literal["k1", "k2", "k3"]
 NormaliseOver = Literal["kept", "all"]
 AdvantageScale = Literal["group", "none"]
 ScheduleKind = Literal["constant", "linear", "cosine"]
+# Why `reference_every` cannot be used with sharded layers.
+FIXED_REFERENCE = "the reference of a sharded policy cannot be refreshed; use ddp or one device"
 
 
 @dataclass(frozen=True)

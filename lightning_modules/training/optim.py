@@ -17,6 +17,7 @@ from typing import Any
 from lightning import Trainer
 from torch import nn
 
+from datamodules.persistence.user_error import SettingsError
 from lightning_modules.training.endings import RunStopped
 
 
@@ -41,7 +42,7 @@ def count_updates(trainer: Trainer, batches_per_window: int, updates_per_window:
         updates_per_window: number of updates at the end of each window.
 
     Raises:
-        ValueError: neither setting limits the run; the schedule needs an end.
+        SettingsError: neither setting limits the run; the schedule needs an end.
     """
     # Lightning's `estimated_stepping_batches` is not right here, because with manual optimization it does not know the
     # windows.
@@ -52,11 +53,16 @@ def count_updates(trainer: Trainer, batches_per_window: int, updates_per_window:
             num_batches = int(trainer.num_training_batches) * trainer.max_epochs
             limits.append(math.ceil(num_batches / batches_per_window) * updates_per_window)
     if not limits:
-        raise ValueError(
-            f"the cosine schedule needs an end: trainer.max_steps={trainer.max_steps} and "
-            f"trainer.max_epochs={trainer.max_epochs} give none; set trainer.max_steps"
-        )
+        raise SettingsError(no_end(trainer.max_steps, trainer.max_epochs))
     return max(min(limits), 1)
+
+
+def no_end(max_steps: int, max_epochs: int | None) -> str:
+    """The problem that no setting of the Trainer limits a run."""
+    return (
+        f"the cosine schedule needs an end: trainer.max_steps={max_steps} and trainer.max_epochs={max_epochs} give "
+        "none; set trainer.max_steps"
+    )
 
 
 def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

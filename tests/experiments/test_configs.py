@@ -361,6 +361,13 @@ def test_a_fragment_changes_its_settings_alone(parse, config: str, name: str) ->
     assert isinstance(cli.model, GRPO) and cli.model.loss_settings.kl_beta == after["loss.kl_beta"]
 
 
+@pytest.mark.parametrize("name", ["dr_grpo", "dapo", "gspo", "cispo", "sapo"])
+def test_the_fragment_of_grpo_undoes_another_one(parse, name: str) -> None:
+    after = ["--model.loss.dual_clip=9", "--config", str(CONFIGS / "objectives/grpo.yaml")]
+    undone = parse("nano/grpo.yaml", "--config", str(CONFIGS / f"objectives/{name}.yaml"), *after)
+    assert undone.settings() == parse("nano/grpo.yaml").settings()
+
+
 @pytest.mark.parametrize("config", ["nano/grpo.yaml", "paper/grpo_7b.yaml"])
 @pytest.mark.parametrize("name", REWARDS)
 def test_a_fragment_changes_the_accuracy_reward_alone(parse, config: str, name: str) -> None:
@@ -392,6 +399,8 @@ def test_rows_of_objectives_differ_in_objective_or_reward_alone(parse, tmp_path:
             trainer = cli.settings()["trainer"]
             rollouts = trainer["max_steps"] // cli.model.updates_per_window
             trainers.add((rollouts, json.dumps(trainer["callbacks"], sort_keys=True, default=str)))
+    minibatches = {name: update.minibatches for name, (_, _, update) in objectives.items()}
+    assert minibatches == dict.fromkeys(objectives, 4) | {"on_policy": 1}, "objectives_run.yaml is over the fragments"
     others = {name for name in rewards if rewards[name] != rewards["grpo"]}
     assert {rewards[name][0] for name in others} == {("IoUAbove", 1.0), ("GIoU", 1.0)} and len(others) == 2
     assert {objectives[name] for name in others} == {objectives["grpo"]}

@@ -252,6 +252,11 @@ MISTAKES: list[tuple[str, Prepare, tuple[str, ...]]] = [
     ),
     ("make ARG=", of_make("ARG=--trainer.max_steps=1"), ("ARG", "ARGS")),
     ("make CONFG=", of_make("CONFG=a.yaml"), ("CONFG", "CONFIG")),
+    (
+        "the seed of the model alone",
+        on_nano(train.main, "cot_sft", "--model.seed=5"),
+        ("--model.seed=5", "Give seed_everything instead"),
+    ),
     # names in a YAML
     (
         "YAML, a setting",
@@ -272,6 +277,11 @@ MISTAKES: list[tuple[str, Prepare, tuple[str, ...]]] = [
         "YAML, the experiment",
         in_yaml("experiment:", "exprmnt:"),
         ("wrong.yaml, line 2: ", "exprmnt=nano", "did you mean experiment?"),
+    ),
+    (
+        "YAML, the seed of the model alone",
+        in_yaml("learning_rate:", "seed: 5\n    learning_rate:"),
+        ("wrong.yaml, line 10: model.seed=5", "Give seed_everything instead"),
     ),
     ("no such YAML", alone(train.main, "--config", "nope.yaml"), ("nope.yaml", "not exist")),
     ("no arguments", alone(train.main), ("no value for", "experiment", "--config")),
@@ -303,6 +313,32 @@ MISTAKES: list[tuple[str, Prepare, tuple[str, ...]]] = [
     ),
     ("ablations, a row", on_nano(ablations.main, "ablations", "--only=[sfft]"), ("'sfft'", "'sft'")),
     ("LoRA rank 0", on_bench("--model.lora.rank=0"), ("rank=0", "greater than 0")),
+    (
+        "AdamW",
+        on_bench("--model.weight_decay=-0.1", "--model.betas=[0.9,1.5]"),
+        ("model.weight_decay=-0.1 must be at least 0", "model.betas=(0.9, 1.5) must be two numbers in [0, 1)"),
+    ),
+    (
+        "null for a number",
+        on_bench("--model.lora.rank=null", "--model.accumulate=null"),
+        ("model.lora.rank=null: ", "model.accumulate=null: "),
+    ),
+    (
+        "no end",
+        on_bench("--trainer.max_steps=-1", "--trainer.max_epochs=-1"),
+        ("trainer.max_steps=-1", "trainer.max_epochs=-1", "set trainer.max_steps"),
+    ),
+    (
+        "a moving reference, sharded",
+        lambda bench: (
+            train.main,
+            ["--config", bench.training("grpo"), "--trainer.strategy=sharded", "--model.loss.reference_every=1"],
+        ),
+        ("model.loss.reference_every=1", "trainer.strategy='sharded'", "use ddp or one device"),
+    ),
+    ("no devices", on_bench("--trainer.devices=0"), ("trainer.devices='0'", "such as 1")),
+    ("a strategy", on_bench("--trainer.strategy=dpp"), ("trainer.strategy='dpp'", "did you mean ddp?")),
+    ("what Lightning alone checks", on_bench("--trainer.limit_train_batches=-1"), ("trainer: ", "limit_train_batches")),
     ("a batch too large", on_bench("--data.batch_size=1000"), ("data.batch_size=1000", "--data.batch_size=")),
     (
         "GPUS",

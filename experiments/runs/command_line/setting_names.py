@@ -1,4 +1,4 @@
-"""The names of a training's settings, read from source files: a misspelt name is told within a second.
+"""The names of a training's settings, read from source files: a wrong name is told within a second.
 
 The parser of the command knows all names, but it needs the classes, and so torch and Lightning, which take several
 seconds. Here the classes are not imported. Only names that no class has are told; where a class cannot be read, the
@@ -11,6 +11,7 @@ import ast
 import functools
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,18 @@ DATA = "datamodules.multi_image.MultiImageData"
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 RUN = ("config", "seed_everything", "experiment", "phase", "outputs", "log_to", "trainer", "model", "data")
 ALWAYS = ("help", "print_config", "class_path", "init_args", "<<")
+# Settings that always have the value of another one: {setting: the one to give}. `train_cli` makes the links from this
+# table. The parser would overwrite a value for the first one, inside init_args without a word.
+LINKED = {
+    "data.seed": "seed_everything",
+    "model.seed": "seed_everything",
+    "data.processor": "model.model",
+    "model.box_format": "data.box_format",
+}
 
 
 def refuse_unknown(words: Sequence[str]) -> None:
-    """End the program with the settings of the command line and its YAML files that do not exist."""
+    """End the program with the settings of the command line and its YAML files that do not exist or are linked."""
     configs = config_files(words)
     if missing := [file for file in configs if file.suffix in (".yaml", ".yml") and not file.is_file()]:
         raise SystemExit("\n".join(f"--config={file} does not exist" for file in missing[:MOST_LINES]))
@@ -42,9 +51,11 @@ def refuse_unknown(words: Sequence[str]) -> None:
     path = last_given(words, "model", "model.class_path") or (paths[-1] if paths else "")
     names = dict.fromkeys(RUN) | {"model": class_names(path)}
     names |= {"data": class_names(DATA), "trainer": class_names(TRAINER)}
-    known = [*_dotted(names)]
-    faults = [fault for word in words if (fault := _flag_fault(word, names, known))]
+    known = [name for name in _dotted(names) if name not in LINKED]
+    faults = [*_linked_flags(words)]
+    faults += [fault for word in words if not _is_linked(word) and (fault := _flag_fault(word, names, known))]
     for file, node in files:
+        faults += _linked_nodes(node, "", str(file))
         faults += _node_faults(node, names, "", str(file), known)
         callbacks = _member(_member(node, "trainer"), "callbacks")
         for entry in callbacks.value if isinstance(callbacks, yaml.SequenceNode) else []:
@@ -137,12 +148,56 @@ def _only_for_base(maker: ast.FunctionDef, name: str) -> bool:
     return len(uses) == 1 and [ast.unparse(call.func) for call in passed] == ["super().__init__"]
 
 
+def _linked_flags(words: Sequence[str]) -> Iterator[str]:
+    """A message for each setting that a flag gives although it has the value of another setting.
+
+    A flag may give a whole group, as a mapping or as a YAML file: --data='{"seed": 5}'.
+    """
+    for word, after in pairwise([*words, ""]):
+        flag, is_one_word, value = word.partition("=")
+        name, value = _setting(flag), value if is_one_word else after
+        if _is_linked(word):
+            yield _linked(f"--{name}={value[:MOST_CHARACTERS]}", LINKED[name])
+        elif name.partition(".")[0] in ("model", "data"):
+            is_file = value.endswith((".yaml", ".yml"))
+            node = _compose(Path(value) if is_file else value) if is_file or value.startswith("{") else None
+            yield from _linked_nodes(node, name, value if is_file else flag)
+
+
+def _linked_nodes(node: yaml.Node | None, path: str, place: str) -> Iterator[str]:
+    """The same for a part of a YAML. `path` is its dotted name, `place` its file or its flag."""
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+        name = str(key.value)
+        dotted = path if name in ("init_args", "<<") else f"{path}.{name}".lstrip(".")
+        if dotted in LINKED:
+            shown = f"{dotted}={value.value[:MOST_CHARACTERS]}" if isinstance(value, yaml.ScalarNode) else dotted
+            where = place if place.startswith("--") else f"{place}, line {key.start_mark.line + 1}"
+            yield _linked(f"{where}: {shown}", LINKED[dotted])
+        else:
+            yield from _linked_nodes(value, dotted, place)
+
+
+def _linked(shown: str, source: str) -> str:
+    return f"{shown}: this setting always has the value of {source}. Give {source} instead"
+
+
+def _is_linked(word: str) -> bool:
+    """Whether a word is the flag of a setting that has the value of another one."""
+    return word.startswith("--") and _setting(word.partition("=")[0]) in LINKED
+
+
+def _setting(flag: str) -> str:
+    """The dotted name of the setting of a flag, without init_args; "" if the word is no flag."""
+    parts = flag[2:].removesuffix("+").split(".") if flag.startswith("--") else []
+    return ".".join(part for part in parts if part != "init_args")
+
+
 def _flag_fault(word: str, names: Names, known: Sequence[str]) -> str | None:
     """What is wrong with the name of a flag, if anything."""
     flag, is_one_word, value = word.partition("=")
     if not flag.startswith("--"):
         return None
-    parts = [part for part in flag[2:].removesuffix("+").split(".") if part != "init_args"]
+    parts = _setting(flag).split(".")
     for part in parts:
         if part in ALWAYS or names is None:
             return None
@@ -171,7 +226,7 @@ def _node_faults(
         dotted = f"{path}.{name}".lstrip(".")
         if name == "init_args":
             yield from _node_faults(value, names, path, file, known, owner)
-        elif name in ALWAYS or names is None:
+        elif name in ALWAYS or names is None or dotted in LINKED:
             continue
         elif name not in names:
             shown = f"{dotted}={value.value[:MOST_CHARACTERS]}" if isinstance(value, yaml.ScalarNode) else dotted
@@ -197,10 +252,10 @@ def _dotted(names: Names, prefix: str = "") -> Iterator[str]:
             yield from _dotted(group, f"{prefix}{name}.")
 
 
-def _compose(file: Path) -> yaml.Node | None:
-    """The nodes of a YAML file; None for a file that is no YAML, which the parser tells."""
+def _compose(source: Path | str) -> yaml.Node | None:
+    """The nodes of a YAML file, or of a text; None for what is no YAML, which the parser tells."""
     try:
-        return yaml.compose(file.read_text(), Loader=yaml.SafeLoader)
+        return yaml.compose(source if isinstance(source, str) else source.read_text(), Loader=yaml.SafeLoader)
     except (ValueError, OSError, yaml.YAMLError):
         return None
 

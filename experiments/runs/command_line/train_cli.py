@@ -15,6 +15,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from callbacks import preemption
 from callbacks.checkpoints import WholeCheckpoints, WindowCheckpoint
@@ -24,11 +25,14 @@ from callbacks.run_progress import Progress
 from datamodules.multi_image import MultiImageData
 from datamodules.persistence import folder_lock
 from datamodules.persistence.files import write_atomic
+from datamodules.persistence.message_text import first_line
 from datamodules.persistence.problems import collect_problems
 from datamodules.samples.boxes import BoxFormat
 from experiments.runs import preflight, run_identity
 from experiments.runs.changes import Choice
+from experiments.runs.command_line.null_settings import null_problems
 from experiments.runs.command_line.run_facts import run_facts
+from experiments.runs.command_line.setting_names import LINKED
 from experiments.runs.loggers import LogTo, make_loggers
 from experiments.runs.parsers import ShortErrors
 from experiments.runs.results import current_commit
@@ -93,10 +97,9 @@ class TrainCLI(LightningCLI):
         parser.add_argument("--outputs", type=str, default="outputs", help="folder that holds all experiments")
         parser.add_argument("--log_to", type=LogTo, default="wandb", help="wandb, tensorboard, or csv: files alone")
         # Module and data share one seed, one model and one box format.
-        parser.link_arguments("seed_everything", "data.seed")
-        parser.link_arguments("seed_everything", "model.init_args.seed")
-        parser.link_arguments("model.init_args.model", "data.processor")
-        parser.link_arguments("data.box_format", "model.init_args.box_format", compute_fn=BoxFormat)
+        for target, source in LINKED.items():
+            names = [name.replace("model.", "model.init_args.", 1) for name in (source, target)]
+            parser.link_arguments(*names, compute_fn=BoxFormat if source == "data.box_format" else None)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
         """Parse. If it fails because config.yaml comes from another version of the project, explain this."""
@@ -131,8 +134,9 @@ class TrainCLI(LightningCLI):
         """Check the settings, and claim the phase folder. Raises AlreadyDone if there is nothing to do."""
         # A W&B agent passes the id of a sweep's run in the environment; the folder's name may contain it.
         self.config.phase = os.path.expandvars(self.config.phase)
+        # 1. Report all problems before weights are loaded. null first: the other checks compare numbers.
+        preflight.raise_all([problem for part in self._parts() for problem in null_problems(*part)])
         settings = self.settings()
-        # 1. Report all problems before weights are loaded.
         problems = preflight.training_problems(settings, self.check_without or ())
         preflight.raise_all(problems + self.constructor_problems())
         # 2. The key tells whether the folder holds this run, another run, or another version of this run.
@@ -158,10 +162,8 @@ class TrainCLI(LightningCLI):
 
     def constructor_problems(self) -> list[str]:
         """The problems that the constructors of module, data and callbacks find. All these constructors are cheap."""
-        parts = [("model", self.model_class, self.config.model), ("data", self.datamodule_class, self.config.data)]
-        parts += [("callback", Callback, each) for each in _as_list(self.config.trainer.callbacks)]
         problems = []
-        for name, kind, settings in parts:
+        for name, kind, settings in self._parts():
             parser = LightningArgumentParser()
             parser.add_lightning_class_args(kind, name, subclass_mode=name != "data")
             # Each settings object checks itself. All problems are reported together with the module's.
@@ -172,6 +174,11 @@ class TrainCLI(LightningCLI):
                     problems.append(f"{name}: {error.__cause__ or error}")
             problems += [f"{name}.{problem}" for problem in found]
         return problems
+
+    def _parts(self) -> list[tuple[str, type, Namespace]]:
+        """Module, data and callbacks: name, class or base class, and settings."""
+        parts = [("model", self.model_class, self.config.model), ("data", self.datamodule_class, self.config.data)]
+        return parts + [("callback", Callback, each) for each in _as_list(self.config.trainer.callbacks)]
 
     def instantiate_trainer(self, **kwargs: object) -> Trainer:
         """The Trainer, with this project's loggers, checkpoints, RankWatch and RejectedSamples unless the YAML has
@@ -194,7 +201,10 @@ class TrainCLI(LightningCLI):
                 callback.dirpath = str(self.folder / "checkpoints")
         kwargs["callbacks"] = callbacks
         kwargs["plugins"] = [WholeCheckpoints(), *_as_list(self.config_init.trainer.plugins)]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:  # settings that Lightning alone can judge
+            raise preflight.SettingsError(f"trainer: {first_line(error)}") from error
 
 
 def _as_list(value: Any) -> list[Any]:

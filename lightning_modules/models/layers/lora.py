@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from datamodules.persistence.files import whole_folder
 from datamodules.persistence.problems import Problems
+from datamodules.persistence.user_error import SettingsError
 from lightning_modules.models.architectures.base import Architecture
 from lightning_modules.models.architectures.qwen2_5_vl import Qwen25VL
 from lightning_modules.models.architectures.registry import all_linear_layers, architecture_of
@@ -92,10 +93,10 @@ def _unmatched(model: nn.Module, layers: Sequence[str], architecture: Architectu
 
 
 def with_adapter(model: nn.Module, lora: LoraSettings) -> PeftModel:
-    """The model with a new adapter. Raises ValueError for a target that matches no linear layer."""
+    """The model with a new adapter. Raises SettingsError for a target that matches no linear layer."""
     architecture = architecture_of(model)
     if unmatched := _unmatched(model, lora.layers(architecture.linear_layers), architecture):
-        raise ValueError(_unknown_targets(unmatched, architecture.linear_layers))
+        raise SettingsError(_unknown_targets(unmatched, architecture.linear_layers))
     with warnings.catch_warnings():
         # PEFT reads an attribute that transformers has renamed.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)

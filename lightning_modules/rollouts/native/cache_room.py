@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from datamodules.persistence.user_error import UserError
+from datamodules.persistence.user_error import SettingsError
 from lightning_modules.models.architectures.base import CacheSizes
 from lightning_modules.models.attention.kv_cache import CacheShape
 
@@ -27,14 +27,14 @@ def check_cache(shape: CacheShape, sizes: CacheSizes, dtype: torch.dtype, limit_
         limit_gib: `rollout.kv_cache_gib`.
 
     Raises:
-        UserError: names the limit, the need, and the settings that lower it.
+        SettingsError: names the limit, the need, and the settings that lower it.
     """
     need = cache_bytes(shape, sizes, dtype)
     if limit_gib is None or need <= limit_gib * GIB:
         return
     fitting = int(limit_gib * GIB * shape.prompts / need)
     fix = f"set rollout.prompts_per_batch={fitting}" if fitting else "not even one prompt fits: raise it"
-    raise UserError(
+    raise SettingsError(
         f"rollout.kv_cache_gib={limit_gib:g} is less than the {need / GIB:.2f} GiB that sampling may need: "
         f"{shape.prompts} prompts of {shape.prefix_tokens} tokens (data.max_prompt_tokens), each with "
         f"{shape.completions} completions of {shape.completion_tokens} (rollout.max_new_tokens); {fix}"

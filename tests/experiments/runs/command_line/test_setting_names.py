@@ -1,7 +1,8 @@
-"""Misspelt names are found from the source files alone, and no name that exists is refused."""
+"""Wrong names are found from the source files alone, and no name that exists is refused."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,61 @@ def test_no_shipped_training_configuration_is_refused(file: Path) -> None:
 )
 def test_what_only_the_parser_can_judge_is_left_to_it(words: list[str]) -> None:
     refuse_unknown(["--config", str(ROOT / "experiments/configs/nano/grpo.yaml"), *words])
+
+
+FOLLOWS = r"this setting always has the value of {0}\. Give {0} instead"
+
+
+@pytest.mark.parametrize(
+    ("words", "shown", "source"),
+    [
+        (["--model.seed=5"], "--model.seed=5", "seed_everything"),
+        (["--model.init_args.seed", "5"], "--model.seed=5", "seed_everything"),
+        (["--data.seed=5"], "--data.seed=5", "seed_everything"),
+        (["--model.box_format=normalized"], "--model.box_format=normalized", "data.box_format"),
+        (["--data.processor=models/other"], "--data.processor=models/other", "model.model"),
+        (['--model.init_args={"seed": 5}'], "--model.init_args: model.seed=5", "seed_everything"),
+        (["--model", '{"init_args": {"seed": 5}}'], "--model: model.seed=5", "seed_everything"),
+        (['--data={"seed": 5}'], "--data: data.seed=5", "seed_everything"),
+        (["--model.class_path=my.own.Module", "--model.seed=5"], "--model.seed=5", "seed_everything"),
+    ],
+)
+def test_a_flag_that_another_setting_would_overwrite_is_refused(words: list[str], shown: str, source: str) -> None:
+    message = f"^{re.escape(shown)}: {FOLLOWS.format(source)}$"
+    with pytest.raises(SystemExit, match=message):
+        refuse_unknown(["--config", str(ROOT / "experiments/configs/nano/grpo.yaml"), *words])
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "source"),
+    [
+        ("model:\n  init_args:\n    seed: 5\n", 3, "seed_everything"),
+        ("model:\n  seed: 5\n", 2, "seed_everything"),
+        ("model: {class_path: my.own.Module, init_args: {seed: 5}}\n", 1, "seed_everything"),
+        ("model: {init_args: {box_format: normalized}}\n", 1, "data.box_format"),
+        ("data: {seed: 5}\n", 1, "seed_everything"),
+    ],
+)
+@pytest.mark.parametrize("phase", ["grpo", "cot_sft"])
+def test_a_setting_of_a_yaml_that_another_one_would_overwrite_is_refused(
+    tmp_path: Path, text: str, line: int, source: str, phase: str
+) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    message = rf"^{tmp_path}/mine\.yaml, line {line}: (model|data)\.\w+=\w+: {FOLLOWS.format(source)}$"
+    with pytest.raises(SystemExit, match=message):
+        refuse_unknown([f"--config={ROOT}/experiments/configs/nano/{phase}.yaml", f"--config={tmp_path}/mine.yaml"])
+
+
+def test_a_yaml_of_the_data_alone_is_read_too(tmp_path: Path) -> None:
+    (tmp_path / "data.yaml").write_text("batch_size: 3\nseed: 5\n")
+    with pytest.raises(SystemExit, match=r"data\.yaml, line 2: data\.seed=5: "):
+        refuse_unknown([f"--config={ROOT}/experiments/configs/nano/grpo.yaml", f"--data={tmp_path}/data.yaml"])
+
+
+def test_no_message_suggests_a_setting_that_would_be_refused() -> None:
+    with pytest.raises(SystemExit) as end:
+        refuse_unknown(["--config", str(ROOT / "experiments/configs/nano/grpo.yaml"), "--model.seeed=5"])
+    assert "--model.seeed=5: no such setting" in str(end.value) and "model.seed?" not in str(end.value)
 
 
 def test_a_class_that_passes_its_arguments_elsewhere_is_not_known(tmp_path: Path, monkeypatch) -> None:
