@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from glob import glob
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 import pytest
@@ -154,6 +154,21 @@ def collect(page: Page) -> tuple[list[str], list[tuple[int, Command]]]:
     return faults, [(line, (module, without_saved(words, saved))) for line, (module, words) in found]
 
 
+def start_faults(found: Sequence[tuple[int, Command]]) -> Iterator[str]:
+    """Commands that train GRPO in an experiment without a CoT-SFT model: it starts from that of its own experiment."""
+    trained = set()
+    for line, (module, words) in found:
+        flags = dict(word[2:].split("=", 1) for word in words if word.startswith("--") and "=" in word)
+        flags |= {word[2:]: after for word, after in pairwise(words) if word.startswith("--") and "=" not in word}
+        name = flags.get("experiment")
+        if module != "experiments.train" or name is None or is_placeholder(name):
+            continue
+        if not any("grpo" in word for word in words if word.endswith(".yaml")):
+            trained.add(name)
+        elif "model.model" not in flags and name not in trained:
+            yield f"line {line}: outputs/{name} has no model to start from; add --model.model, or train it before"
+
+
 def without_saved(words: list[str], saved: set[str | None]) -> list[str]:
     """A command without the configurations that a reader of the page has saved: no parser could read them here.
 
@@ -194,6 +209,7 @@ BROKEN = {
     "a flag that is gone": "    python -m experiments.compare --no_such_flag 3",
     "a module that is gone": "    python -m experiments.no_such_module --config experiments/configs/nano/grpo.yaml",
     "an override that is gone": """    make pipeline ARGS='--overrides.grpo="--model.no_such_field=1"'""",
+    "GRPO of an experiment without a model": '    make grpo ARGS="--experiment longer"',
     "a class that is gone": "`callbacks.previews.NoSuchClass` draws.",
     "an old flag": "Set `--data.convention=relative_1000`.",
     "an old name of a setting": "Raise `model.max_new_tokens`.",
@@ -208,6 +224,8 @@ SOUND = """# A page
     make eval MODEL=gpt-4o BENCH=blink ARGS="--endpoint.base_url http://…/v1"  # a server
     python -m experiments.train --config experiments/configs/nano/grpo.yaml --experiment NAME … \\
         --trainer.devices=8
+    make sft ARGS="--experiment mine"
+    make grpo ARGS="--experiment=mine"
 """
 
 
@@ -230,7 +248,7 @@ def all_faults(page: Page, root: Path, verdicts: tuple[dict[str, str | None], di
     """Everything that is wrong with a page, each with its line."""
     by_command, by_name = verdicts
     faults, found = collect(page)
-    faults += [*link_faults(page, root), *path_faults(page)]
+    faults += [*link_faults(page, root), *path_faults(page), *start_faults(found)]
     for line, (module, words) in found:
         if fault := by_command[json.dumps((module, words))]:
             faults.append(f"line {line}: {module} {' '.join(words)}: {fault}")
