@@ -31,7 +31,7 @@ from datamodules.importers.own_data.records import Kept, RecordReader, Reservoir
 from datamodules.importers.own_data.statement import TRAIN, OwnData
 from datamodules.importers.reading.field_checks import Schema
 from datamodules.importers.reading.json_stream import stream_json
-from datamodules.importers.reading.source import MAX_DEPTH, DataError, Scan, find_files
+from datamodules.importers.reading.source import MAX_DEPTH, DataError, Scan, find_files, name_subset
 from datamodules.samples.sample import LoadedSample, SampleError
 
 DEFAULT_SUBSETS = TRAIN
@@ -83,17 +83,19 @@ def scan(root: Path, allow: Sequence[str], own: OwnData) -> Scan:
 
     Raises:
         DataError: the boxes of a file contradict the box format of COCO or of the user, two images or two categories
-            have the same id, or no file has a question.
+            have the same id, two files are the same subset, or no file has a question.
     """
     # Each annotation file has its own image folder, because exports of several splits are side by side.
     schema, skipped, subsets = Schema(allow), Counter({"no_box": 0}), {}
     name, folders, passed_over = own.dataset_name(root), [], []
+    named: dict[str, Path] = {}
     for path in annotation_files(root, own):
         # 1. Read the file.
         content = _read(path, schema)
         if missing := [key for key in KNOWN if not content.found[key]]:
             passed_over.append(f"{path.name} (no {', '.join(missing)})")
             continue
+        subset = name_subset(_subset(root, path), path, named)
         # 2. Its images, and a question for each category of each image.
         names = [file_name for file_name, _ in content.images.values()]
         folder = ImageFolder(find_image_root(root, path, names, own.images), own.follow_links, own.frame)
@@ -101,7 +103,6 @@ def scan(root: Path, allow: Sequence[str], own: OwnData) -> Scan:
         folders.append(folder)
         # 3. Check that its boxes can have COCO's format.
         _check_boxes(path, entries, folder, own, schema)
-        subset = _subset(root, path)
         schema.counts["images with a question"][subset] = len(entries)
         subsets[subset] = entries
     for note in passed_over:

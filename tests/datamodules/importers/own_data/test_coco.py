@@ -247,6 +247,13 @@ def test_files_that_are_no_detection_files_are_named_and_passed_over(tmp_path: P
         coco.scan(root, (), OwnData())
 
 
+def test_two_files_of_one_split_do_not_hide_each_other(tmp_path: Path) -> None:
+    _, content = content_of(roboflow(tmp_path))
+    (tmp_path / "train/_annotations_more.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"would both be the subset 'train': rename one of them"):
+        coco.scan(tmp_path, (), OwnData())
+
+
 def test_the_shared_cases(tmp_path: Path) -> None:
     if not (SHARED / "cases/inputs.py").is_file():
         pytest.skip("the shared cases are not here")

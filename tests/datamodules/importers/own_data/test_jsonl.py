@@ -419,6 +419,13 @@ def test_files_are_found_by_what_they_hold_and_are_subsets(tmp_path: Path) -> No
         jsonl.scan(tmp_path / "images", (), PIXELS)
 
 
+def test_two_files_of_one_name_do_not_hide_each_other(tmp_path: Path) -> None:
+    write_jsonl(tmp_path, [QWEN])
+    (tmp_path / "train.json").write_text(json.dumps([QWEN, QWEN]))
+    with pytest.raises(DataError, match=r"train\.json and .*train\.jsonl would both be the subset 'train': rename"):
+        jsonl.scan(tmp_path, (), PIXELS)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
