@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datamodules.importers.own_data.coordinates import Size, read_numbers
-from datamodules.importers.own_data.drafts import Draft, DraftBox, DraftRecord, detection_drafts
+from datamodules.importers.own_data.drafts import Draft, DraftBox, DraftRecord, detection_drafts, question_key
 from datamodules.importers.own_data.image_folder import ImageFolder, find_image_root
 from datamodules.importers.own_data.records import Kept, RecordReader, Reservoir, compare_boxes
 from datamodules.importers.own_data.statement import TRAIN, OwnData
@@ -146,18 +146,18 @@ def convert(
 
 
 def _drafts(entry: ImageEntry, own: OwnData, sample_id: str) -> Iterator[Draft | SampleError]:
-    """The draft of a category.
+    """The drafts of an image's categories.
 
-    If one of its annotations is unusable, the category is rejected, because its answer would be incomplete.
+    If an annotation is unusable, the question of its category is rejected, because its answer would be incomplete.
     """
-    faults: dict[str, Fault] = {}
+    faults: dict[str, tuple[str, Fault]] = {}  # key of the question -> category, fault
     for category, value in entry.boxes:
         # An entry is four numbers or a Fault. A Fault begins with a text, its rule.
         if isinstance(value, tuple) and isinstance(value[0], str):
-            faults.setdefault(category, value)
-    for category, (rule, detail) in faults.items():
+            faults.setdefault(question_key(category), (category, value))
+    for category, (rule, detail) in faults.values():
         yield SampleError(sample_id, rule, f"{category!r:.80}: {detail}")
-    sound = [(category, values) for category, values in entry.boxes if category not in faults]
+    sound = [(category, values) for category, values in entry.boxes if question_key(category) not in faults]
     yield from detection_drafts(sound, own, sample_id)
 
 

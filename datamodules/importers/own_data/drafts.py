@@ -16,7 +16,7 @@ from datamodules.importers.own_data.conversation import IMAGE_TAG, Conversation,
 from datamodules.importers.own_data.coordinates import read_numbers
 from datamodules.importers.own_data.forms import form_of, read_conversation
 from datamodules.importers.own_data.statement import Coordinates, OwnData
-from datamodules.importers.reading.coco_annotations import QUESTIONS
+from datamodules.importers.reading.coco_annotations import QUESTIONS, as_phrase
 from datamodules.importers.reading.image_references import (
     BOX,
     label_before,
@@ -111,9 +111,7 @@ def detection_drafts(
     """
     by_phrase: dict[str, tuple[str, list[tuple[float, ...]]]] = {}
     for category, values in boxes:
-        phrase = " ".join(category.split()).rstrip(".?! ")
-        # "Dog" and "dog " become one question. Two questions would each have an incomplete answer.
-        by_phrase.setdefault(phrase.casefold(), (phrase, []))[1].append(tuple(values))
+        by_phrase.setdefault(question_key(category), (as_phrase(category), []))[1].append(tuple(values))
     for phrase, found in by_phrase.values():
         if not phrase:
             yield SampleError(sample_id, "empty_phrase", "a category's name names nothing")
@@ -123,6 +121,14 @@ def detection_drafts(
         digest = hashlib.sha256(f"{sample_id}/{phrase}".encode("utf-8", "replace")).digest()
         text = wordings[digest[0] % len(wordings)].format(phrase)
         yield Draft((0, text), tuple(DraftBox(values, 0, phrase) for values in found), "single")
+
+
+def question_key(category: str) -> str:
+    """Categories with the same key are one question.
+
+    "Dog" and "dog " are one: two questions would each have an incomplete answer.
+    """
+    return as_phrase(category).casefold()
 
 
 def _renamed(record: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:

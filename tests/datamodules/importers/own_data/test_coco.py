@@ -191,6 +191,11 @@ def changed(root: Path, change: Any) -> Scan:
         (lambda c: c["annotations"].append(dict(c["annotations"][0])), {"sound": 3}),
         # Two categories of one name are one question.
         (lambda c: c["categories"][2].update(name="Cat "), {"sound": 2}),
+        # A crowd of the one category is a crowd of that question.
+        (
+            lambda c: (c["categories"][2].update(name="Cat "), c["annotations"][1].update(iscrowd=1)),
+            {"sound": 1, "crowd": 1},
+        ),
     ],
 )
 def test_every_dirty_annotation_costs_its_own_question_alone(tmp_path: Path, change: Any, counts: dict) -> None:
