@@ -119,8 +119,9 @@ def run(
             # renamed now.
             run_identity.write_marker(folder, run_identity.STARTED, key=key, made_by=MADE_BY)
             (folder / MANIFEST).unlink(missing_ok=True)
-            tallies = {}
-            for part in wanted:
+            tallies = dict.fromkeys(part.name for part in wanted)
+            # A folder above others comes first: where it is moved aside, they are moved with it, and made anew.
+            for part in sorted(wanted, key=lambda part: part.name.count("/")):
                 scan, found = scans[part.origin], digests[part.origin]
                 tallies[part.name] = _import(folder, part, scan, found, settings, surplus, workers)
         # 4. The common manifest and report; the marker comes last.

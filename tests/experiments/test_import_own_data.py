@@ -173,6 +173,18 @@ def test_a_file_whose_name_no_manifest_can_hold_is_refused(tmp_path: Path) -> No
         run(source="jsonl", root=tmp_path / "kites", out=tmp_path / "out", **{"own.box_format": "pixels"})
 
 
+def test_a_subset_below_another_survives_changed_annotations(tmp_path: Path) -> None:
+    root = own_files.write_jsonl(tmp_path / "kites", own_files.records("trl"))
+    (root / "train").mkdir()
+    chosen = {"source": "jsonl", "root": root, "out": tmp_path / "out", "own.box_format": "pixels"}
+    for count in (4, 5):  # the second import moves both folders of the first one aside
+        own_files.write_jsonl(root, own_files.records("trl", count=count), "train/train_more.jsonl")
+        run(**chosen)
+        reader = ShardReader(tmp_path / "out")
+        assert [path.parent.name for path in reader.paths] == ["train_more", "train"]
+        assert reader.count == own_files.NUM_RECORDS + count
+
+
 def test_no_parts_and_a_file_in_place_of_the_folder_are_refused(tmp_path: Path) -> None:
     root = own_files.write_jsonl(tmp_path / "kites", own_files.records("trl"))
     (tmp_path / "mixture.yaml").write_text("parts: []")
