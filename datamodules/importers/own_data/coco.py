@@ -17,6 +17,7 @@ Each category in an image becomes a question. Its answer is the list of all boxe
 
 from __future__ import annotations
 
+import posixpath
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -250,11 +251,15 @@ def _entries(file: int, content: DetectionFile, skipped: Counter[str], schema: S
         else:
             boxes[image].append(entry)
     # 2. Images in the order of the file, so that a rerun gives the same samples.
+    entries = Counter(posixpath.normpath(name) for image, (name, _) in content.images.items() if boxes[image])
     for image, (name, size) in content.images.items():
         if size is None:
             schema.count("images without width and height", "the file's own are taken")
         if not boxes[image]:
             skipped["no_box"] += 1
+        elif entries[posixpath.normpath(name)] > 1:
+            # Each entry may have a part of the boxes, as in joined exports of several annotators.
+            faults.append(("repeated_image", f"{name!r:.80} has several ids, one of them is {image!r:.60}"))
         else:
             yield ImageEntry(file, image, name, size, tuple(boxes[image]))
     # 3. One entry without an image passes the problems on, so that they are counted as rejected samples.

@@ -189,6 +189,8 @@ def changed(root: Path, change: Any) -> Scan:
         (lambda c: c["annotations"][3].update(iscrowd=1), {"sound": 2, "crowd": 1}),
         # The same box twice is one box, whatever the ids say.
         (lambda c: c["annotations"].append(dict(c["annotations"][0])), {"sound": 3}),
+        # One image under two ids: each may have a part of its boxes.
+        (lambda c: c["images"][1].update(file_name=f"./{c['images'][0]['file_name']}"), {"repeated_image": 2}),
         # Two categories of one name are one question.
         (lambda c: c["categories"][2].update(name="Cat "), {"sound": 2}),
         # A crowd of the one category is a crowd of that question.
