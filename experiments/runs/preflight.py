@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from datamodules.persistence.user_error import SettingsError
-from datamodules.streaming.shard_sources import read_shards, source_list
+from datamodules.streaming.shard_sources import read_shards, repeated_shard, source_list
 from datamodules.streaming.url_openers import FetchError
 from experiments.runs.usage_errors import suggest
 
@@ -169,13 +169,17 @@ def is_number_of_devices(devices: object, on_cpu: bool) -> bool:
 
 
 def size_problems(settings: Mapping) -> list[str]:
-    """The problem that the data have fewer samples than one batch of all ranks. The counts are in the manifests."""
+    """The problem that the data have fewer samples than one batch of all ranks, or hold a shard twice. The counts are
+    in the manifests."""
     from datamodules.streaming.stream import smaller_batch  # imports torch
 
     try:
-        count = sum(shard.count for source in shard_list(settings) for shard in read_shards(source))
+        shards = [shard for source in shard_list(settings) for shard in read_shards(source)]
     except (ValueError, OSError, FetchError):
         return []  # `shard_problems` reports the source
+    if fault := repeated_shard(shards):
+        return [f"data.shards={settings['data']['shards']!r}: {fault}"]
+    count = sum(shard.count for shard in shards)
     batch, ranks = settings["data"]["batch_size"], num_ranks(settings["trainer"])
     if not count or batch < 1 or count >= batch * ranks:
         return []
