@@ -217,13 +217,25 @@ def model_problems(path: str) -> list[str]:
 def held_out_problems(held_out: str | Sequence[str], trained: Sequence[str], absent: Collection[str] = ()) -> list[str]:
     """Problems of HeldOutLoss's shards: invalid shards, and shards that training also reads."""
     problems = []
+    of_training = set().union(*map(_shard_files, trained))
     for source in source_list(held_out):
         problems += shard_problems(source, "HeldOutLoss: shards", absent)
-        if any(Path(source).absolute() == Path(other).absolute() for other in trained):
+        is_same = any(Path(source).absolute() == Path(other).absolute() for other in trained)
+        # A folder above others has their shards: training on data/kites is training on data/kites/val.
+        if is_same or not of_training.isdisjoint(_shard_files(source)):
             problems.append(
                 f"HeldOutLoss: shards={source!r} are in data.shards: held-out samples must not be trained on"
             )
     return problems
+
+
+def _shard_files(source: str) -> set[str]:
+    """The places of a source's shards; none if it cannot be read, which `shard_problems` reports."""
+    try:
+        shards = read_shards(source)
+    except (ValueError, OSError, FetchError):
+        return set()
+    return {shard.location if shard.is_remote else str(Path(shard.location).absolute()) for shard in shards}
 
 
 def shard_problems(source: str, setting: str = "data.shards", absent: Collection[str] = ()) -> list[str]:

@@ -27,6 +27,9 @@ def test_held_out_shards_must_be_there_and_not_be_trained_on(tmp_path: Path) -> 
     assert "no sample" in counted
     (both,) = held_out_problems([held, train + "/."], [train])
     assert "must not be trained on" in both
+    write_manifest(tmp_path, [shard("b") | {"name": "held/shard-00000.tar"}])  # a folder above others
+    (below,) = held_out_problems(held, [str(tmp_path)])
+    assert "must not be trained on" in below
 
 
 def test_shards_are_not_trained_on_twice(tmp_path: Path) -> None:
