@@ -93,6 +93,8 @@ def test_ten_lines_of_each_form_are_imported_trained_on_and_evaluated(workbench:
         ({"own.box_format": "pixels", "own.images": "/gone"}, "own.images='/gone' is no folder"),
         ({"own.box_format": "pixels", "root": "/gone"}, "root='/gone' is neither a folder nor a file of records"),
         ({"own.box_format": "pixels", "own.questions": '["Where?"]'}, "must hold {} once"),
+        ({"own.box_format": "pixels", "own.fields": "{promt: q}"}, "'promt' is a field of no format; there are"),
+        ({"own.box_format": "pixels", "own.fields": "{prompt: q, label: q}"}, "two names stand for 'q'"),
         ({"source": "odinw", "own.box_format": "pixels"}, "own.* is for jsonl, hf, coco"),
     ],
 )
