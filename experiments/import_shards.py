@@ -33,7 +33,7 @@ from datamodules.importers.tally import Tally
 from datamodules.persistence import folder_lock
 from datamodules.persistence.files import fingerprint, read_json, write_atomic, write_json
 from datamodules.persistence.problems import Problems
-from datamodules.streaming.manifest import MANIFEST, read_manifest, write_manifest
+from datamodules.streaming.manifest import MANIFEST, name_fault, read_manifest, write_manifest
 from experiments.runs import preflight, run_identity
 from experiments.runs.changes import MadeOf
 from experiments.runs.commands import command
@@ -119,8 +119,9 @@ def run(
             # renamed now.
             run_identity.write_marker(folder, run_identity.STARTED, key=key, made_by=MADE_BY)
             (folder / MANIFEST).unlink(missing_ok=True)
-            tallies = {}
-            for part in wanted:
+            tallies = dict.fromkeys(part.name for part in wanted)
+            # A folder above others comes first: where it is moved aside, they are moved with it, and made anew.
+            for part in sorted(wanted, key=lambda part: part.name.count("/")):
                 scan, found = scans[part.origin], digests[part.origin]
                 tallies[part.name] = _import(folder, part, scan, found, settings, surplus, workers)
         # 4. The common manifest and report; the marker comes last.
@@ -139,7 +140,7 @@ def _check(
 ) -> None:
     """Raise SettingsError with all wrong settings at once."""
     problems = Problems()
-    if (parts is None) == (not source):
+    if (parts is None) == (not source) or parts == []:
         problems.append(f"source={source!r} with {len(parts or ())} parts: exactly one of the two is needed")
     else:
         problems += dict.fromkeys(problem for part in wanted for problem in part.problems(root))
@@ -147,12 +148,26 @@ def _check(
         problems.append("out='': a mixture needs a folder to write")
     folders = [part.name for part in parts or ()]
     problems += [f"two parts are named {name!r}" for name in sorted(set(folders)) if folders.count(name) > 1]
+    problems += _name_problems(folders)
     # Sample ids begin with the name of the data set, so two data sets with the same name would share ids.
     origins = {part.origin: part for part in wanted if part.is_own}
     names = [part.own.dataset_name(part.place(root)) for part in origins.values()]
     problems += [f"two data sets are named {name!r}: say own.name" for name in set(names) if names.count(name) > 1]
     problems.at_least(1, surplus=surplus, records_per_shard=records_per_shard)
     preflight.raise_all(problems)
+
+
+def _name_problems(names: Sequence[str]) -> list[str]:
+    """The names of parts or subsets that cannot be folders below `out`, as messages."""
+    problems = []
+    own_files = {MANIFEST, REPORT, run_identity.DONE, run_identity.STARTED}
+    for name in names:
+        # The manifest names the shards by these folders, and a reader refuses the same names.
+        if fault := name_fault(name):
+            problems.append(f"name={name!r} of a part or subset {fault}: rename it")
+        elif taken := own_files & set(name.split("/")):
+            problems.append(f"name={name!r} of a part or subset: {taken.pop()} is a file of the import; rename it")
+    return problems
 
 
 def _scan(part: Part, root: str, allow: Sequence[str]) -> Scan:
@@ -168,6 +183,7 @@ def _scan(part: Part, root: str, allow: Sequence[str]) -> Scan:
 def _part_for_each_subset(part: Part, scan: Scan) -> list[Part]:
     """One part for each chosen subset of a single source."""
     names = part.chosen(scan)
+    preflight.raise_all(_name_problems(names))
     if left := [name for name in scan.subsets if name not in names and not part.subsets]:
         print(f"  not taken, as others are for training: {', '.join(left[:20])}; --subsets takes them", flush=True)
     return [replace(part, name=name, subsets=[name]) for name in names]
@@ -252,6 +268,8 @@ def _finish(out: Path, scans: dict[tuple[str, str, str], tuple[Part, Scan]], tal
 
 def _refuse_foreign(folder: Path) -> None:
     """End the program if `folder` has files that were not written by an import."""
+    if folder.exists() and not folder.is_dir():
+        sys.exit(f"out={str(folder)!r} is a file, where a folder of shards is to be written")
     made_here = run_identity.read_marker(folder, run_identity.STARTED).get("made_by") == MADE_BY
     if folder.exists() and any(folder.iterdir()) and not made_here:
         sys.exit(f"out={str(folder)!r} holds files that no import has written; choose another folder")

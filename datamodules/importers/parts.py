@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from datamodules.importers.own_data.forms import field_problems
 from datamodules.importers.own_data.statement import OwnData
 from datamodules.importers.reading.source import DataError, Scan
 from datamodules.importers.registry import OWN_DATA, SOURCES
@@ -67,7 +68,8 @@ class Part:
         problems.require(self.count is None or self.count >= 1, "must be at least 1", count=self.count)
         # Own data checks its root itself: the root may be a file, or a name on the Hub.
         if self.is_own:
-            return problems + self.own.problems() + SOURCES[self.source].root_problems(str(self.place(root)), self.own)
+            problems += self.own.problems() + field_problems(self.own.fields)
+            return problems + SOURCES[self.source].root_problems(str(self.place(root)), self.own)
         if self.own != OwnData():
             problems.append(f"own.* is for {', '.join(OWN_DATA)}: source={self.source!r} says all of it itself")
         return problems + ([] if root and Path(root).is_dir() else [f"root={root!r} is no folder"])

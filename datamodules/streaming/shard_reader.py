@@ -30,7 +30,7 @@ from datamodules.samples.sample import LoadedSample, Sample, SampleError
 from datamodules.streaming.fetch_ahead import FetchAhead, Upcoming
 from datamodules.streaming.remote_cache import CacheSettings, ShardCache
 from datamodules.streaming.shard_content import PROCESS_BEGAN, State, content_sha256, file_state
-from datamodules.streaming.shard_sources import Sources, read_shards, source_list
+from datamodules.streaming.shard_sources import Sources, read_shards, repeated_shard, source_list
 from datamodules.streaming.url_openers import FetchError
 
 BLOCK = tarfile.BLOCKSIZE
@@ -99,6 +99,8 @@ class ShardReader:
         by_source = [read_shards(source) for source in source_list(sources)]
         self.shards = list(itertools.chain.from_iterable(by_source))
         self.spans = [len(shards) for shards in by_source]
+        if fault := repeated_shard(self.shards):
+            raise ValueError(fault)
         self.paths = [Path(shard.name if shard.is_remote else shard.location) for shard in self.shards]
         self.starts = [0, *itertools.accumulate(shard.count for shard in self.shards)]
         self.count = self.starts[-1]

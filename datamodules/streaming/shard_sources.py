@@ -104,6 +104,16 @@ def read_shards(source: str | Path) -> list[Shard]:
     return shards
 
 
+def repeated_shard(shards: Sequence[Shard]) -> str | None:
+    """The problem that two sources hold the same shard, such as a folder and one below it; None if there is none."""
+    seen: set[str] = set()
+    for shard in shards:
+        if shard.location in seen:
+            return f"two sources of shards hold {shard.location}: each of its samples would be read twice"
+        seen.add(shard.location)
+    return None
+
+
 def is_brace_list(source: str | Path) -> bool:
     """Whether the text names several folders, or tar files of a folder, and not a single folder."""
     return _folders(str(source)) != [(str(source), None)]

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from datamodules.persistence.user_error import SettingsError
-from datamodules.streaming.shard_sources import read_shards, source_list
+from datamodules.streaming.shard_sources import read_shards, repeated_shard, source_list
 from datamodules.streaming.url_openers import FetchError
 from experiments.runs.usage_errors import suggest
 
@@ -169,13 +169,17 @@ def is_number_of_devices(devices: object, on_cpu: bool) -> bool:
 
 
 def size_problems(settings: Mapping) -> list[str]:
-    """The problem that the data have fewer samples than one batch of all ranks. The counts are in the manifests."""
+    """The problem that the data have fewer samples than one batch of all ranks, or hold a shard twice. The counts are
+    in the manifests."""
     from datamodules.streaming.stream import smaller_batch  # imports torch
 
     try:
-        count = sum(shard.count for source in shard_list(settings) for shard in read_shards(source))
+        shards = [shard for source in shard_list(settings) for shard in read_shards(source)]
     except (ValueError, OSError, FetchError):
         return []  # `shard_problems` reports the source
+    if fault := repeated_shard(shards):
+        return [f"data.shards={settings['data']['shards']!r}: {fault}"]
+    count = sum(shard.count for shard in shards)
     batch, ranks = settings["data"]["batch_size"], num_ranks(settings["trainer"])
     if not count or batch < 1 or count >= batch * ranks:
         return []
@@ -213,13 +217,25 @@ def model_problems(path: str) -> list[str]:
 def held_out_problems(held_out: str | Sequence[str], trained: Sequence[str], absent: Collection[str] = ()) -> list[str]:
     """Problems of HeldOutLoss's shards: invalid shards, and shards that training also reads."""
     problems = []
+    of_training = set().union(*map(_shard_files, trained))
     for source in source_list(held_out):
         problems += shard_problems(source, "HeldOutLoss: shards", absent)
-        if any(Path(source).absolute() == Path(other).absolute() for other in trained):
+        is_same = any(Path(source).absolute() == Path(other).absolute() for other in trained)
+        # A folder above others has their shards: training on data/kites is training on data/kites/val.
+        if is_same or not of_training.isdisjoint(_shard_files(source)):
             problems.append(
                 f"HeldOutLoss: shards={source!r} are in data.shards: held-out samples must not be trained on"
             )
     return problems
+
+
+def _shard_files(source: str) -> set[str]:
+    """The places of a source's shards; none if it cannot be read, which `shard_problems` reports."""
+    try:
+        shards = read_shards(source)
+    except (ValueError, OSError, FetchError):
+        return set()
+    return {shard.location if shard.is_remote else str(Path(shard.location).absolute()) for shard in shards}
 
 
 def shard_problems(source: str, setting: str = "data.shards", absent: Collection[str] = ()) -> list[str]:

@@ -93,6 +93,8 @@ def test_ten_lines_of_each_form_are_imported_trained_on_and_evaluated(workbench:
         ({"own.box_format": "pixels", "own.images": "/gone"}, "own.images='/gone' is no folder"),
         ({"own.box_format": "pixels", "root": "/gone"}, "root='/gone' is neither a folder nor a file of records"),
         ({"own.box_format": "pixels", "own.questions": '["Where?"]'}, "must hold {} once"),
+        ({"own.box_format": "pixels", "own.fields": "{promt: q}"}, "'promt' is a field of no format; there are"),
+        ({"own.box_format": "pixels", "own.fields": "{prompt: q, label: q}"}, "two names stand for 'q'"),
         ({"source": "odinw", "own.box_format": "pixels"}, "own.* is for jsonl, hf, coco"),
     ],
 )
@@ -155,6 +157,44 @@ def test_training_splits_are_the_default_and_what_is_left_out_is_said(tmp_path: 
     assert ShardReader(tmp_path / "one").count == 4
     parts = read_json(tmp_path / "one/import.json")["parts"]
     assert parts["train"]["rejected"] == {"several_answers": 1}
+
+
+@pytest.mark.parametrize("name", ["", ".", "../other", "/proc/other", "a:b", "a\\b", "done.json", "manifest.json/a"])
+def test_a_part_is_a_folder_below_out_that_the_manifest_can_name(tmp_path: Path, name: str) -> None:
+    own_files.write_jsonl(tmp_path / "kites", own_files.records("trl"))
+    part = {"name": name, "source": "jsonl", "root": "kites", "own": {"box_format": "pixels"}}
+    (tmp_path / "mixture.yaml").write_text(yaml.safe_dump({"parts": [part]}))
+    with pytest.raises(SystemExit, match=r"these settings cannot be run:\n  - name='.*rename it"):
+        run(config=tmp_path / "mixture.yaml", root=tmp_path, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_whose_name_no_manifest_can_hold_is_refused(tmp_path: Path) -> None:
+    own_files.write_jsonl(tmp_path / "kites", own_files.records("trl"), "train:1.jsonl")
+    with pytest.raises(SystemExit, match=r"name='train:1' of a part or subset is no plain name"):
+        run(source="jsonl", root=tmp_path / "kites", out=tmp_path / "out", **{"own.box_format": "pixels"})
+
+
+def test_a_subset_below_another_survives_changed_annotations(tmp_path: Path) -> None:
+    root = own_files.write_jsonl(tmp_path / "kites", own_files.records("trl"))
+    (root / "train").mkdir()
+    chosen = {"source": "jsonl", "root": root, "out": tmp_path / "out", "own.box_format": "pixels"}
+    for count in (4, 5):  # the second import moves both folders of the first one aside
+        own_files.write_jsonl(root, own_files.records("trl", count=count), "train/train_more.jsonl")
+        run(**chosen)
+        reader = ShardReader(tmp_path / "out")
+        assert [path.parent.name for path in reader.paths] == ["train_more", "train"]
+        assert reader.count == own_files.NUM_RECORDS + count
+
+
+def test_no_parts_and_a_file_in_place_of_the_folder_are_refused(tmp_path: Path) -> None:
+    root = own_files.write_jsonl(tmp_path / "kites", own_files.records("trl"))
+    (tmp_path / "mixture.yaml").write_text("parts: []")
+    with pytest.raises(SystemExit, match="with 0 parts: exactly one of the two is needed"):
+        run(config=tmp_path / "mixture.yaml", root=tmp_path, out=tmp_path / "out")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit, match=r"out='.*file' is a file"):
+        run(source="jsonl", root=root, out=tmp_path / "file", **{"own.box_format": "pixels"})
 
 
 def test_a_mixture_draws_from_data_of_ones_own_too(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ Each category in an image becomes a question. Its answer is the list of all boxe
 
 from __future__ import annotations
 
+import posixpath
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,13 +26,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datamodules.importers.own_data.coordinates import Size, read_numbers
-from datamodules.importers.own_data.drafts import Draft, DraftBox, DraftRecord, detection_drafts
+from datamodules.importers.own_data.drafts import Draft, DraftBox, DraftRecord, detection_drafts, question_key
 from datamodules.importers.own_data.image_folder import ImageFolder, find_image_root
 from datamodules.importers.own_data.records import Kept, RecordReader, Reservoir, compare_boxes
 from datamodules.importers.own_data.statement import TRAIN, OwnData
 from datamodules.importers.reading.field_checks import Schema
 from datamodules.importers.reading.json_stream import stream_json
-from datamodules.importers.reading.source import MAX_DEPTH, DataError, Scan, find_files
+from datamodules.importers.reading.source import MAX_DEPTH, DataError, Scan, find_files, name_subset
 from datamodules.samples.sample import LoadedSample, SampleError
 
 DEFAULT_SUBSETS = TRAIN
@@ -83,17 +84,19 @@ def scan(root: Path, allow: Sequence[str], own: OwnData) -> Scan:
 
     Raises:
         DataError: the boxes of a file contradict the box format of COCO or of the user, two images or two categories
-            have the same id, or no file has a question.
+            have the same id, two files are the same subset, or no file has a question.
     """
     # Each annotation file has its own image folder, because exports of several splits are side by side.
     schema, skipped, subsets = Schema(allow), Counter({"no_box": 0}), {}
     name, folders, passed_over = own.dataset_name(root), [], []
+    named: dict[str, Path] = {}
     for path in annotation_files(root, own):
         # 1. Read the file.
         content = _read(path, schema)
         if missing := [key for key in KNOWN if not content.found[key]]:
             passed_over.append(f"{path.name} (no {', '.join(missing)})")
             continue
+        subset = name_subset(_subset(root, path), path, named)
         # 2. Its images, and a question for each category of each image.
         names = [file_name for file_name, _ in content.images.values()]
         folder = ImageFolder(find_image_root(root, path, names, own.images), own.follow_links, own.frame)
@@ -101,7 +104,6 @@ def scan(root: Path, allow: Sequence[str], own: OwnData) -> Scan:
         folders.append(folder)
         # 3. Check that its boxes can have COCO's format.
         _check_boxes(path, entries, folder, own, schema)
-        subset = _subset(root, path)
         schema.counts["images with a question"][subset] = len(entries)
         subsets[subset] = entries
     for note in passed_over:
@@ -145,18 +147,18 @@ def convert(
 
 
 def _drafts(entry: ImageEntry, own: OwnData, sample_id: str) -> Iterator[Draft | SampleError]:
-    """The draft of a category.
+    """The drafts of an image's categories.
 
-    If one of its annotations is unusable, the category is rejected, because its answer would be incomplete.
+    If an annotation is unusable, the question of its category is rejected, because its answer would be incomplete.
     """
-    faults: dict[str, Fault] = {}
+    faults: dict[str, tuple[str, Fault]] = {}  # key of the question -> category, fault
     for category, value in entry.boxes:
         # An entry is four numbers or a Fault. A Fault begins with a text, its rule.
         if isinstance(value, tuple) and isinstance(value[0], str):
-            faults.setdefault(category, value)
-    for category, (rule, detail) in faults.items():
+            faults.setdefault(question_key(category), (category, value))
+    for category, (rule, detail) in faults.values():
         yield SampleError(sample_id, rule, f"{category!r:.80}: {detail}")
-    sound = [(category, values) for category, values in entry.boxes if category not in faults]
+    sound = [(category, values) for category, values in entry.boxes if question_key(category) not in faults]
     yield from detection_drafts(sound, own, sample_id)
 
 
@@ -249,11 +251,15 @@ def _entries(file: int, content: DetectionFile, skipped: Counter[str], schema: S
         else:
             boxes[image].append(entry)
     # 2. Images in the order of the file, so that a rerun gives the same samples.
+    entries = Counter(posixpath.normpath(name) for image, (name, _) in content.images.items() if boxes[image])
     for image, (name, size) in content.images.items():
         if size is None:
             schema.count("images without width and height", "the file's own are taken")
         if not boxes[image]:
             skipped["no_box"] += 1
+        elif entries[posixpath.normpath(name)] > 1:
+            # Each entry may have a part of the boxes, as in joined exports of several annotators.
+            faults.append(("repeated_image", f"{name!r:.80} has several ids, one of them is {image!r:.60}"))
         else:
             yield ImageEntry(file, image, name, size, tuple(boxes[image]))
     # 3. One entry without an image passes the problems on, so that they are counted as rejected samples.

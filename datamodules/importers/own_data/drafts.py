@@ -16,9 +16,10 @@ from datamodules.importers.own_data.conversation import IMAGE_TAG, Conversation,
 from datamodules.importers.own_data.coordinates import read_numbers
 from datamodules.importers.own_data.forms import form_of, read_conversation
 from datamodules.importers.own_data.statement import Coordinates, OwnData
-from datamodules.importers.reading.coco_annotations import QUESTIONS
+from datamodules.importers.reading.coco_annotations import QUESTIONS, as_phrase
 from datamodules.importers.reading.image_references import (
     BOX,
+    in_a_list,
     label_before,
     named_images,
     names_other_image_behind,
@@ -111,9 +112,7 @@ def detection_drafts(
     """
     by_phrase: dict[str, tuple[str, list[tuple[float, ...]]]] = {}
     for category, values in boxes:
-        phrase = " ".join(category.split()).rstrip(".?! ")
-        # "Dog" and "dog " become one question. Two questions would each have an incomplete answer.
-        by_phrase.setdefault(phrase.casefold(), (phrase, []))[1].append(tuple(values))
+        by_phrase.setdefault(question_key(category), (as_phrase(category), []))[1].append(tuple(values))
     for phrase, found in by_phrase.values():
         if not phrase:
             yield SampleError(sample_id, "empty_phrase", "a category's name names nothing")
@@ -123,6 +122,14 @@ def detection_drafts(
         digest = hashlib.sha256(f"{sample_id}/{phrase}".encode("utf-8", "replace")).digest()
         text = wordings[digest[0] % len(wordings)].format(phrase)
         yield Draft((0, text), tuple(DraftBox(values, 0, phrase) for values in found), "single")
+
+
+def question_key(category: str) -> str:
+    """Categories with the same key are one question.
+
+    "Dog" and "dog " are one: two questions would each have an incomplete answer.
+    """
+    return as_phrase(category).casefold()
 
 
 def _renamed(record: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
@@ -219,7 +226,8 @@ def _images_of(
     if num_images == 1 and (exchange.answer_images is None or by_default):
         return [0] * len(boxes), "single"
     named = named_images(text, num_images, name) if num_images > 1 else []
-    asked = {image for _, image in named_images(exchange.question, num_images, name)} if num_images > 1 else set()
+    named_in_question = named_images(exchange.question, num_images, name) if num_images > 1 else []
+    asked = {image for _, image in named_in_question}
     in_answer = {image for _, image in named}
     # 2. The record, or the form's default.
     if exchange.answer_images is not None:
@@ -235,16 +243,19 @@ def _images_of(
             raise SampleError(name, "image_conflict", detail)
         return images, "form" if by_default else "record"
     # 3. The answer's own words.
-    if len(in_answer) == 1:
+    if len(in_answer) == 1 and not all(in_a_list(text, place) for place, _ in named):
         return [*in_answer] * len(boxes), "answer"
     if len(boxes) > 1 and named and all(named[0][0] < placed.start for placed in boxes):
         # "In the first image … [box]; in the second … [box]": take the nearest image named before each box.
-        images = [[image for place, image in named if place < placed.start][-1] for placed in boxes]
-        if names_other_image_behind(text, [placed.end for placed in boxes], images, named):
+        nearest = [[found for found in named if found[0] < placed.start][-1] for placed in boxes]
+        images = [image for _, image in nearest]
+        is_listed = any(in_a_list(text, place) for place, _ in nearest)
+        if is_listed or names_other_image_behind(text, [placed.end for placed in boxes], images, named):
             raise SampleError(name, "image_unknown", f"the image of a box is not clear: {text!r:.150}")
         return images, "answer"
     # 4. The words of the question, if the user allows it.
-    if in_answer or len(asked) != 1 or not own.image_in_question:
+    is_listed = any(in_a_list(exchange.question, place) for place, _ in named_in_question)
+    if in_answer or len(asked) != 1 or is_listed or not own.image_in_question:
         detail = f"nothing says which of {num_images} images the box is in; give the record a field image_id"
         raise SampleError(name, "image_unknown", f"{detail}: {exchange.question[-100:]!r} -> {text!r:.100}")
     return [*asked] * len(boxes), "question"

@@ -50,6 +50,17 @@ FIELDS = {
 }
 
 
+def field_problems(fields: Mapping[str, str]) -> list[str]:
+    """The problems of `OwnData.fields`, as messages: a name that no format has, one field for two names."""
+    known = dict.fromkeys(name for names in FIELDS.values() for name in names)
+    unknown = [name for name in fields if name not in known]
+    problems = [f"own.fields: {name!r} is a field of no format; there are {', '.join(known)}" for name in unknown]
+    own = list(fields.values())
+    return problems + [
+        f"own.fields: two names stand for {name!r}" for name in dict.fromkeys(own) if own.count(name) > 1
+    ]
+
+
 def form_of(record: Mapping[str, Any], sample_id: str) -> str:
     """The format of a record, as a key of FIELDS.
 

@@ -20,6 +20,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from datamodules.importers.own_data.drafts import draft_record
 from datamodules.importers.own_data.image_folder import ImageFolder
 from datamodules.importers.own_data.records import RecordReader, RecordScan
 from datamodules.importers.own_data.statement import TRAIN, OwnData
@@ -143,13 +144,9 @@ def _holds_bytes(kind: Any) -> bool:
     return pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
 
 
-def _images_of(own: OwnData, rows: Any, row: int) -> list[Any]:
-    """The images of one row, for their sizes."""
-    record = _row(rows, row)
-    for name in (*IMAGE_COLUMNS, "file_name"):
-        if (value := record.get(own.fields.get(name, name))) is not None:
-            return value if isinstance(value, list) else [value]
-    return []
+def _images_of(own: OwnData, rows: Any, row: int) -> tuple[Any, ...]:
+    """The images of one row, for their sizes. Raises SampleError as `draft_record`."""
+    return draft_record(_row(rows, row), own, f"row {row}").images
 
 
 def _category_names(features: Mapping[str, Any]) -> list[str] | None:

@@ -19,7 +19,7 @@ from datamodules.importers.own_data.records import RecordReader, RecordScan
 from datamodules.importers.own_data.statement import TRAIN, OwnData
 from datamodules.importers.reading.field_checks import Schema
 from datamodules.importers.reading.json_stream import BOM, MAX_ITEM, stream_json
-from datamodules.importers.reading.source import DataError, Scan, Spans, find_files
+from datamodules.importers.reading.source import DataError, Scan, Spans, find_files, name_subset
 from datamodules.persistence.strict_json import parse_strictly
 from datamodules.samples.sample import LoadedSample, SampleError
 
@@ -48,7 +48,8 @@ def scan(root: Path, allow: Sequence[str], own: OwnData) -> Scan:
     """Read every record once.
 
     Raises:
-        DataError: a file cannot be read as records, its boxes contradict the stated box format, or no record has a box.
+        DataError: a file cannot be read as records, its boxes contradict the stated box format, two files have the same
+            name without their ends, or no record has a box.
     """
     # 1. The folder of the images, and the files with records.
     base = root.parent if root.is_file() else root
@@ -56,7 +57,8 @@ def scan(root: Path, allow: Sequence[str], own: OwnData) -> Scan:
     reader = RecordReader("jsonl", own.dataset_name(root), own, folder)
     schema, skipped, subsets = Schema(allow), Counter({"no_box": 0}), {}
     files = annotation_files(root, own)
-    names = [path.relative_to(base).with_suffix("").as_posix() for path in files]
+    named: dict[str, Path] = {}
+    names = [name_subset(path.relative_to(base).with_suffix("").as_posix(), path, named) for path in files]
     # 2. Each file is one subset. Only positions in the files are kept, so that the texts need no memory.
     for number, (path, name) in enumerate(zip(files, names, strict=True)):
         # For each record: its file, its byte range, and its line or position for messages.

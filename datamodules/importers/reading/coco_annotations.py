@@ -160,8 +160,13 @@ def convert(source: str, entries: Sequence[Entry]) -> Iterator[Sample | SampleEr
             yield error
 
 
+def as_phrase(name: str) -> str:
+    """The name of a category, or an expression, as it stands in a question; "" if it names nothing."""
+    return " ".join(name.split()).rstrip(".?! ")
+
+
 def _sample(source: str, entry: Entry) -> Sample:
-    phrase = " ".join(entry.phrase.split()).rstrip(".?! ")
+    phrase = as_phrase(entry.phrase)
     if not phrase:
         raise SampleError(entry.id, "empty_phrase", f"{entry.phrase!r} names nothing")
     # As pixels, such a box would be a dot in the corner and would pass every other check.

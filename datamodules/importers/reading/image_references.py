@@ -21,10 +21,11 @@ BOX = re.compile(rf"<\|box_start\|>\({_NUMBER},{_NUMBER}\),\({_NUMBER},{_NUMBER}
 _KIND = "(?:image|picture|frame|photo)"
 _ORDINAL = rf"{'|'.join(ORDINALS)}|\d+(?:st|nd|rd|th)"
 _IMAGE = re.compile(rf"\b(?:({_ORDINAL})\s+{_KIND}|{_KIND}[- ]?(\d+))\b", re.IGNORECASE)
+_AND = r"(?:\s*,\s*|\s*,?\s+(?:and|or|to)\s+)(?:the\s+)?"
 # "the first and the third image": a list of which `_IMAGE` finds only the last.
-_LISTED = re.compile(
-    rf"\b(?:{_ORDINAL})(?:\s*,\s*|\s*,?\s+(?:and|or|to)\s+)(?:the\s+)?(?:{_ORDINAL})\s+{_KIND}", re.IGNORECASE
-)
+_LISTED = re.compile(rf"\b(?:{_ORDINAL}){_AND}(?:{_ORDINAL})\s+{_KIND}", re.IGNORECASE)
+# The same, and lists of which `_IMAGE` finds all: "image 1 and image 3", "the first image and the third image".
+_ANY_LISTED = re.compile(rf"(?:{_LISTED.pattern}|(?:{_IMAGE.pattern}){_AND}(?:{_IMAGE.pattern}))", re.IGNORECASE)
 _IN = re.compile(r"\)?,?\s*(?:in|of|from|on)\s+(?:the\s+)?", re.IGNORECASE)  # between a box and its image
 # The same, where the words are about this box: behind a comma they may begin the next one, "image-1 (box), in image-2".
 _OF_THIS_BOX = re.compile(r"\)?\s*(?:(?:is|are)\s+)?(?:in|of|from|on)\s+(?:the\s+)?", re.IGNORECASE)
@@ -52,6 +53,12 @@ def named_images(text: str, num_images: int, sample_id: str) -> list[tuple[int, 
             raise SampleError(sample_id, "image_index", f"{match.group()!r} of {num_images} images")
         found.append((match.start(), index))
     return found
+
+
+def in_a_list(text: str, place: int) -> bool:
+    """Whether the image that `named_images` found at `place` stands in a list of images: "the first and the third
+    image: …" does not say which of them is meant."""
+    return any(match.start() <= place < match.end() for match in _ANY_LISTED.finditer(text))
 
 
 def bind(

@@ -32,6 +32,18 @@ def find_files(root: Path, pattern: str) -> list[Path]:
     return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
 
 
+def name_subset(name: str, path: Path, files: dict[str, Path]) -> str:
+    """`name`, the subset of the file `path`. `files` has the files of the subsets so far; this one is added.
+
+    Raises:
+        DataError: another file has this subset: train.json and train.jsonl, for example.
+    """
+    if name in files:
+        raise DataError(f"{files[name]} and {path} would both be the subset {name!r}: rename one of them")
+    files[name] = path
+    return name
+
+
 def name_record(error: SampleError, record: Any) -> SampleError:
     """Add the record's own id to the error. Without a valid id in `record`, the error is not changed."""
     if not isinstance(record, str | int) or isinstance(record, bool):

@@ -76,6 +76,13 @@ def test_several_folders_are_read_as_one(tmp_path: Path) -> None:
     assert [reader.read(number) for number in range(reader.count)] == first + second
 
 
+@pytest.mark.parametrize("again", ["{}/", "file://{}", "{}/shard-00001.tar"])
+def test_a_shard_that_two_sources_hold_is_refused(tmp_path: Path, again: str) -> None:
+    write(tmp_path / "a", 6)
+    with pytest.raises(ValueError, match=r"two sources of shards hold .*a/shard-0000\d\.tar: each of its samples"):
+        ShardReader([str(tmp_path / "a"), again.format(tmp_path / "a")])
+
+
 def test_few_member_tables_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ShardReader, "NUM_INDEXED_SHARDS", 2)
     samples = write(tmp_path, 8, max_samples=1)

@@ -8,7 +8,7 @@ import pytest
 
 from datamodules.streaming.manifest import write_manifest
 from experiments.runs import preflight
-from experiments.runs.preflight import held_out_problems
+from experiments.runs.preflight import held_out_problems, size_problems
 
 
 def shard(digit: str) -> dict:
@@ -27,6 +27,19 @@ def test_held_out_shards_must_be_there_and_not_be_trained_on(tmp_path: Path) -> 
     assert "no sample" in counted
     (both,) = held_out_problems([held, train + "/."], [train])
     assert "must not be trained on" in both
+    write_manifest(tmp_path, [shard("b") | {"name": "held/shard-00000.tar"}])  # a folder above others
+    (below,) = held_out_problems(held, [str(tmp_path)])
+    assert "must not be trained on" in below
+
+
+def test_shards_are_not_trained_on_twice(tmp_path: Path) -> None:
+    (tmp_path / "val").mkdir()
+    write_manifest(tmp_path / "val", [shard("a")])
+    write_manifest(tmp_path, [shard("a") | {"name": "val/shard-00000.tar"}])
+    data = {"shards": [str(tmp_path), str(tmp_path / "val")], "batch_size": 1}
+    (twice,) = size_problems({"data": data, "trainer": {}})
+    assert "two sources of shards hold" in twice and "val/shard-00000.tar" in twice
+    assert size_problems({"data": data | {"shards": str(tmp_path)}, "trainer": {}}) == []
 
 
 @pytest.mark.parametrize(

@@ -189,8 +189,15 @@ def changed(root: Path, change: Any) -> Scan:
         (lambda c: c["annotations"][3].update(iscrowd=1), {"sound": 2, "crowd": 1}),
         # The same box twice is one box, whatever the ids say.
         (lambda c: c["annotations"].append(dict(c["annotations"][0])), {"sound": 3}),
+        # One image under two ids: each may have a part of its boxes.
+        (lambda c: c["images"][1].update(file_name=f"./{c['images'][0]['file_name']}"), {"repeated_image": 2}),
         # Two categories of one name are one question.
         (lambda c: c["categories"][2].update(name="Cat "), {"sound": 2}),
+        # A crowd of the one category is a crowd of that question.
+        (
+            lambda c: (c["categories"][2].update(name="Cat "), c["annotations"][1].update(iscrowd=1)),
+            {"sound": 1, "crowd": 1},
+        ),
     ],
 )
 def test_every_dirty_annotation_costs_its_own_question_alone(tmp_path: Path, change: Any, counts: dict) -> None:
@@ -245,6 +252,13 @@ def test_files_that_are_no_detection_files_are_named_and_passed_over(tmp_path: P
     (root / "annotations" / "broken.json").write_text('{"images": [')
     with pytest.raises(DataError, match=r"broken\.json, byte 12"):
         coco.scan(root, (), OwnData())
+
+
+def test_two_files_of_one_split_do_not_hide_each_other(tmp_path: Path) -> None:
+    _, content = content_of(roboflow(tmp_path))
+    (tmp_path / "train/_annotations_more.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"would both be the subset 'train': rename one of them"):
+        coco.scan(tmp_path, (), OwnData())
 
 
 def test_the_shared_cases(tmp_path: Path) -> None:

@@ -78,6 +78,29 @@ def test_splits_are_subsets_and_ms_swifts_form_says_its_own_format(tmp_path: Pat
     assert all(path.is_relative_to(tmp_path / "kites") for path in hf.annotation_files(tmp_path / "kites", own))
 
 
+def test_images_that_the_messages_name_themselves_are_found(tmp_path: Path) -> None:
+    def part(kind: str, value: str) -> dict[str, Any]:
+        return {"type": kind, "image": None, "text": None, kind: value}
+
+    rows = [
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [*(part("image", f"images/{k}.jpg") for k in (1, 0)), part("text", "Where?")],
+                },
+                {"role": "assistant", "content": [part("text", "In the second image: [0, 12, 32, 48]")]},
+            ]
+        }
+    ]
+    own_files.write_images(tmp_path / "pictures")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "kites")
+    scan = hf.scan(tmp_path / "kites", (), OwnData(box_format="pixels", images=str(tmp_path / "pictures")))
+    (loaded,) = outcomes(scan, "all")
+    assert loaded.sample.images == ("images/1.jpg", "images/0.jpg")
+    assert loaded.sample.answer == BoxAnswer(1, (0.0, 0.25, 0.5, 1.0), "")
+
+
 def detection_rows(names: bool) -> Any:
     features = datasets.Features(
         {

@@ -165,6 +165,7 @@ def answered(text: Any, question: str = "<image><image>Where?", **fields: Any) -
         (answered("[0, 0, 8, 8]", image_id=1), 1),
         (answered("[0, 0, 8, 8]", image_id=[0]), 0),
         (answered("It is in the 2nd image: [0, 0, 8, 8]", image_id=1), 1),
+        (answered("The first and the second image show kites; the red one is in the second image: [0, 0, 8, 8]"), 1),
     ],
 )
 def test_the_image_of_a_box_is_the_one_that_the_record_or_the_answer_names(tmp_path: Path, record, image: int) -> None:
@@ -197,6 +198,9 @@ def test_several_boxes_are_each_in_the_image_named_before_them(tmp_path: Path) -
         (answered("[0, 0, 8, 8]"), "image_unknown"),
         (answered("[0, 0, 8, 8]", "<image><image>Find the thing of the first image in the other."), "image_unknown"),
         (answered("In the first image or in the second image: [0, 0, 8, 8]"), "image_unknown"),
+        (answered("In the first and the second image: [0, 0, 8, 8], [1, 1, 2, 2]"), "image_unknown"),
+        (answered("In image 1 and image 2: [0, 0, 8, 8], [1, 1, 2, 2]"), "image_unknown"),
+        (answered("In the first image, the second image: [0, 0, 8, 8], [1, 1, 2, 2]"), "image_unknown"),
         (answered("In the second image: [0, 0, 8, 8]", image_id=0), "image_conflict"),
         (answered("As in image 2, [0, 0, 8, 8] in image 1 and [1, 1, 2, 2] in image 2"), "image_unknown"),
         (answered(f"The second image has most: {KEYED}"), "image_conflict"),
@@ -257,6 +261,9 @@ def test_the_question_says_the_image_only_where_the_user_says_so(tmp_path: Path)
     assert rules(root) == {"image_unknown": 1}
     (loaded,) = imported(root, OwnData(box_format="pixels", image_in_question=True))
     assert loaded.sample.answer.image == 1 and loaded.sample.extra["image_from"] == "question"
+    listed = answered("[0, 0, 8, 8]", "<image><image>Locate the kite in the first and the second image.")
+    root = write_jsonl(tmp_path / "listed", [listed])
+    assert rules(root, OwnData(box_format="pixels", image_in_question=True)) == {"image_unknown": 1}
 
 
 @pytest.mark.parametrize(
@@ -417,6 +424,13 @@ def test_files_are_found_by_what_they_hold_and_are_subsets(tmp_path: Path) -> No
     assert len(imported(tmp_path / "train.jsonl", PIXELS)) == 1
     with pytest.raises(DataError, match=r"no \.jsonl file"):
         jsonl.scan(tmp_path / "images", (), PIXELS)
+
+
+def test_two_files_of_one_name_do_not_hide_each_other(tmp_path: Path) -> None:
+    write_jsonl(tmp_path, [QWEN])
+    (tmp_path / "train.json").write_text(json.dumps([QWEN, QWEN]))
+    with pytest.raises(DataError, match=r"train\.json and .*train\.jsonl would both be the subset 'train': rename"):
+        jsonl.scan(tmp_path, (), PIXELS)
 
 
 @pytest.mark.parametrize(
