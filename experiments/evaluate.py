@@ -175,10 +175,12 @@ def _settle_answers(home: Path, choice: Choice | None, words: Sequence[str] | No
         record = kept(record, code)
         print(f"the answers in {home} are kept, although other source files have asked for them", flush=True)
     elif decision == "redo":
-        # A random name, so that it never equals the name of an older copy.
-        record, old = {}, answers.with_name(f"answers.{secrets.token_hex(4)}")
-        answers.replace(old)
-        print(f"{answers} is moved to {old}", flush=True)
+        record = {}
+        if answers.exists():  # an evaluation that was stopped before its first question has none
+            # A random name, so that it never equals the name of an older copy.
+            old = answers.with_name(f"answers.{secrets.token_hex(4)}")
+            answers.replace(old)
+            print(f"{answers} is moved to {old}", flush=True)
     write_json(
         home / EVALUATION, {"key": "benchmarks", "code": code} | record | run_facts("experiments.evaluate", words)
     )
