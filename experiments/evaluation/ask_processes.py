@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import signal
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -133,6 +134,7 @@ def _work(job: Job, rank: int, world_size: int, messages: Any) -> None:
     # With more threads than cores, all processes would be slow.
     torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // world_size)))
     end_with_parent()  # the next run asks the remaining questions
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
     try:
         for event in ask_rank(job, rank, world_size):
             messages.put(event)

@@ -137,6 +137,7 @@ def test_an_error_of_the_user_in_one_of_several_processes_is_told_without_a_trac
     full = storage_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "outputs/answers/rank1.jsonl")
     monkeypatch.setattr(ask_processes, "ask_rank", fail)
     monkeypatch.setattr(ask_processes, "end_with_parent", lambda: None)
+    monkeypatch.setattr(ask_processes.signal, "signal", lambda *_: None)
     messages: queue.Queue = queue.Queue()
     threads = torch.get_num_threads()
     try:
