@@ -35,6 +35,7 @@ from experiments.runs.commands import command
 from experiments.runs.parsers import run_cli
 from experiments.runs.results import BASE
 from experiments.runs.subprocess_steps import Plan, say, settle
+from experiments.runs.user_files import also_beside
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,7 @@ def row_config(name: str, row: Row, home: Path) -> str:
         return row.config
     # The command line can change a callback but cannot remove it, and the key of a step depends on the content of only
     # one YAML. So the row gets its own YAML.
+    also_beside([row.config, *row.changes])  # rewards of the user
     settings = yaml.safe_load(Path(row.config).read_text())
     for path in row.changes:
         settings = laid_over(settings, yaml.safe_load(Path(path).read_text()))
