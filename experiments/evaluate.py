@@ -112,6 +112,10 @@ def _check(asked: Evaluation) -> tuple[PredictorSettings | None, dict[str, Bench
     problems = [f"processes={asked.processes} must be at least 1"] if asked.processes < 1 else []
     problems += [f"limit={asked.limit} must be at least 1"] if asked.limit is not None and asked.limit < 1 else []
     # Each check adds its problems and the next check follows, so that the user sees all problems at once.
+    try:
+        wandb_runs.choose_wandb_mode()
+    except ValueError as error:
+        problems.append(str(error))
     names: list[str] = []
     settings: PredictorSettings | None = None
     absent = asked.check_without or ()

@@ -121,6 +121,14 @@ def test_answers_of_other_source_files_are_asked_about(
     assert len(list(output.glob("answers.*"))) == 1 and files(output / "blink") == first
 
 
+def test_a_mode_that_wandb_does_not_have_is_told_before_the_model_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with pytest.raises(preflight.SettingsError, match="WANDB_MODE='ofline' must be online, offline or disabled"):
+        evaluate.evaluate(Evaluation(str(tmp_path), str(tmp_path), bench="lisa"))
+
+
 def test_an_evaluation_that_was_stopped_before_its_first_answer_can_be_made_again(tmp_path: Path) -> None:
     write_json(tmp_path / "evaluation.json", {"code": {"experiments/evaluate.py": "other"}})
     evaluate._settle_answers(tmp_path, "redo", [])
