@@ -35,6 +35,7 @@ from experiments.runs.commands import command
 from experiments.runs.parsers import run_cli
 from experiments.runs.results import BASE
 from experiments.runs.subprocess_steps import Plan, say, settle
+from experiments.runs.user_files import also_beside
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def run(
 
     if not report_only:
         configs = {f"rows.{name}.config": row.config for name, row in rows.items()}
-        configs |= {f"rows.{name}.changes": path for name, row in rows.items() for path in row.changes}
+        configs |= {f"rows.{name}.changes[{n}]": p for name, row in rows.items() for n, p in enumerate(row.changes)}
         datasets = dataset_configs(synthetic_dataset)
         configs |= {f"synthetic_dataset[{n}]": config for n, config in enumerate(datasets)}
         check_files({"evaluation": evaluation} | configs)
@@ -195,14 +196,16 @@ def row_config(name: str, row: Row, home: Path) -> str:
         return row.config
     # The command line can change a callback but cannot remove it, and the key of a step depends on the content of only
     # one YAML. So the row gets its own YAML.
+    also_beside([row.config, *row.changes])  # rewards of the user
     settings = yaml.safe_load(Path(row.config).read_text())
     for path in row.changes:
         settings = laid_over(settings, yaml.safe_load(Path(path).read_text()))
-    callbacks = settings["trainer"].get("callbacks") or []
+    trainer = settings.get("trainer") or {}
+    callbacks = trainer.get("callbacks") or []
     kept = [callback for callback in callbacks if class_name(callback) not in row.without]
     if missing := sorted(set(row.without) - {class_name(callback) for callback in callbacks}):
         raise ValueError(f"rows.{name}: without={missing}, but {row.config} has {[class_name(c) for c in callbacks]}")
-    settings["trainer"]["callbacks"] = kept
+    settings["trainer"] = trainer | {"callbacks": kept}
     path = home / "configs" / f"{name}.yaml"
     parts = [f"with {', '.join(row.changes)}"] * bool(row.changes) + [f"without {', '.join(row.without)}"] * bool(
         row.without

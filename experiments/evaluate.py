@@ -112,6 +112,10 @@ def _check(asked: Evaluation) -> tuple[PredictorSettings | None, dict[str, Bench
     problems = [f"processes={asked.processes} must be at least 1"] if asked.processes < 1 else []
     problems += [f"limit={asked.limit} must be at least 1"] if asked.limit is not None and asked.limit < 1 else []
     # Each check adds its problems and the next check follows, so that the user sees all problems at once.
+    try:
+        wandb_runs.choose_wandb_mode()
+    except ValueError as error:
+        problems.append(str(error))
     names: list[str] = []
     settings: PredictorSettings | None = None
     absent = asked.check_without or ()
@@ -175,10 +179,12 @@ def _settle_answers(home: Path, choice: Choice | None, words: Sequence[str] | No
         record = kept(record, code)
         print(f"the answers in {home} are kept, although other source files have asked for them", flush=True)
     elif decision == "redo":
-        # A random name, so that it never equals the name of an older copy.
-        record, old = {}, answers.with_name(f"answers.{secrets.token_hex(4)}")
-        answers.replace(old)
-        print(f"{answers} is moved to {old}", flush=True)
+        record = {}
+        if answers.exists():  # an evaluation that was stopped before its first question has none
+            # A random name, so that it never equals the name of an older copy.
+            old = answers.with_name(f"answers.{secrets.token_hex(4)}")
+            answers.replace(old)
+            print(f"{answers} is moved to {old}", flush=True)
     write_json(
         home / EVALUATION, {"key": "benchmarks", "code": code} | record | run_facts("experiments.evaluate", words)
     )

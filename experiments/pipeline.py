@@ -12,11 +12,9 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import yaml
 
 from callbacks import preemption
 from datamodules.benchmarks import mig_bench
@@ -24,13 +22,12 @@ from datamodules.metrics.result_files import RESULT, read_result, result_folder
 from datamodules.persistence import folder_lock
 from datamodules.persistence.durations import in_words
 from datamodules.persistence.source_code import class_modules
-from datamodules.streaming.shard_sources import source_list
 from experiments.evaluation.evaluation_settings import PHASE_FOLDER, read_settings
 from experiments.generate_synthetic import absent_data, build_synthetic, dataset_configs
 from experiments.reports import pipeline_report
 from experiments.runs import preflight, run_identity
 from experiments.runs.changes import Choice, choice_of, spell_out
-from experiments.runs.command_line.run_words import seeded
+from experiments.runs.command_line.run_words import config_files, given_shards, read_yamls, seeded, yaml_fault
 from experiments.runs.command_line.step_checks import check_steps
 from experiments.runs.commands import command
 from experiments.runs.parsers import run_cli
@@ -39,27 +36,44 @@ from experiments.runs.sharing.model_card import write_model_card
 from experiments.runs.subprocess_steps import ROOT, Plan, Step, run_step, say, settle
 from experiments.runs.user_files import find_user_files
 
+EVALUATION = "evaluation"  # its overrides are for the evaluations of all stages
+
 
 def experiment_folder(outputs: str, experiment: str, seed: int) -> Path:
     """The folder of an experiment at this seed."""
     return Path(outputs, seeded(experiment, seed))
 
 
-def check_stages(stages: Iterable[str], overrides: Iterable[str]) -> None:
-    """Ends the program if a stage's name cannot be a folder's name, or overrides name an unknown stage."""
-    if unknown := sorted(set(overrides) - set(stages) - {"evaluation"}):
-        sys.exit(f"overrides for {unknown}, but the stages are {sorted(stages)} and 'evaluation'")
+def check_stages(stages: Iterable[str], overrides: Mapping[str, str]) -> None:
+    """Ends the program if a stage's name cannot be a folder's name, or overrides name an unknown stage or are no words
+    of a command line.
+    """
+    if unknown := sorted(set(overrides) - set(stages) - {EVALUATION}):
+        sys.exit(f"overrides for {unknown}, but the stages are {sorted(stages)} and {EVALUATION!r}")
     if BASE in stages:
         sys.exit(f"stages={sorted(stages)}: {BASE!r} is the name of the first stage, the model as it is given")
+    if EVALUATION in stages:
+        sys.exit(f"stages={sorted(stages)}: overrides.{EVALUATION} is for all evaluations, so no stage has this name")
     if wrong := [stage for stage in stages if Path(stage).name != stage or "." in stage or not stage]:
         sys.exit(f"stages={wrong}: a name must be a folder name without a dot; a dot marks runs that were set aside")
+    for stage, words in overrides.items():
+        try:
+            shlex.split(words)
+        except ValueError as error:
+            sys.exit(f"overrides.{stage}={words!r} are no words of a command line: {error}")
 
 
 def check_files(files: Mapping[str, str | None]) -> None:
-    """Ends the program before anything runs if files of settings do not exist; the message names these fields."""
+    """Ends the program before anything runs if files of settings do not exist or are no settings; the message names
+    these fields.
+    """
     missing = [f"{field}={path!r}" for field, path in files.items() if path is not None and not Path(path).is_file()]
     if missing:
         sys.exit(f"no such file: {', '.join(missing)}")
+    for field, path in files.items():
+        fault = None if path is None else yaml_fault(Path(path))
+        if fault:
+            sys.exit(f"{field}={path!r} is no YAML of settings: {fault}")
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,7 @@ class Pipeline:
 
     def __post_init__(self) -> None:
         find_user_files(phase.config for phase in self.phases.values())
+        find_user_files(word for words in self.overrides.values() for word in shlex.split(words))
         self.commit, self.stages = current_commit(ROOT), {}
         self.evaluation_settings = read_settings(self.evaluation, shlex.split(self.overrides.get("evaluation", "")))
 
@@ -125,9 +140,8 @@ class Pipeline:
         command += ["--experiment", self.folder.name, "--phase", stage, "--outputs", str(self.folder.parent)]
         command += ["--seed_everything", str(self.seed), *shlex.split(self.overrides.get(stage, ""))]
         command += [] if self.gpus is None else ["--gpus", str(self.gpus)]
-        settings = yaml.safe_load(Path(config).read_text())
-        given = [word.partition("=")[2] for word in command if word.startswith("--data.shards=")]
-        inputs = (config, model, *source_list(given[-1] if given else settings["data"]["shards"]))
+        settings = read_yamls(command)
+        inputs = (config, model, *given_shards(command, settings), *_more_configs(command))
         return Step(
             title=f"{stage}: training",
             marker=self.folder / stage / "trained.json",
@@ -153,7 +167,7 @@ class Pipeline:
             title=f"{stage}: MIG-Bench",
             marker=folder / "evaluated.json",
             command=tuple(command),
-            inputs=(self.evaluation, model, str(questions)),
+            inputs=(self.evaluation, model, str(questions), *_more_configs(command)),
             result=result,
             environment=self.environment(stage),
             modules=("experiments.evaluate",),
@@ -208,6 +222,11 @@ class Pipeline:
     def _write(self) -> None:
         write_results(self.folder / "results.json", self.results)
         pipeline_report.write_report(self.folder)
+
+
+def _more_configs(words: Sequence[str]) -> list[str]:
+    """The YAML files that overrides lay over the first one: their content decides about the result too."""
+    return [str(file) for file in config_files(words)[1:]]
 
 
 def run(

@@ -13,9 +13,11 @@ import argparse
 import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -28,6 +30,7 @@ from experiments.reports import sweep_plots, sweep_summary
 from experiments.reports.sweep_summary import value_text
 from experiments.runs import run_identity, subprocess_steps
 from experiments.runs.changes import Choice, MadeOf, choice_of
+from experiments.runs.command_line.run_words import MODEL_FLAGS, given_shards, laid_over, setting_given
 from experiments.runs.commands import command
 from experiments.runs.results import current_commit
 from experiments.runs.subprocess_steps import ROOT, say
@@ -87,8 +90,11 @@ class LocalSweep:
         settings |= {"configurations": {str(c): content for c, content in zip(plan.configs, inputs, strict=True)}}
         find_user_files(str(ROOT / config) for config in plan.configs)
         loaded = [yaml.safe_load((ROOT / config).read_text()) for config in plan.configs]
+        # So is the content of the model and of the shards: the values of finished trials were measured with it.
+        settings |= {"inputs": {path: path_fingerprint(_place(path)) for path in input_paths(plan, loaded)}}
         code = source_code(("experiments.sweep", "experiments.train", *class_modules(loaded)))
-        run_identity.claim(folder, MadeOf(key, settings, code=code), choice=choice, cure=KEEPS_BOTH)
+        made = MadeOf(fingerprint(key, settings["inputs"]), settings, code=code)
+        run_identity.claim(folder, made, choice=choice, cure=KEEPS_BOTH)
         self.log = TrialLog(folder / "trials.jsonl", key)
         self.study = Study(plan, seed)
         self.facts = {"seed": seed, "commit": current_commit(ROOT)}
@@ -225,6 +231,20 @@ def phase_name(trial: Trial) -> str:
 def describe_command(arguments: Sequence[str]) -> str:
     """A command line that can be copied into a shell."""
     return shlex.join(["python", *[word for word in arguments if word != "/usr/bin/env"][1:]])
+
+
+def input_paths(plan: SweepPlan, loaded: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The models and the sources of shards that trials read, by their flags or by the YAML files `loaded`."""
+    words, settings = plan.example(), reduce(laid_over, loaded, {})
+    paths = [setting_given(words, settings, "model.model"), *given_shards(words, settings)]
+    for parameter in plan.parameters:  # the example has the first value alone
+        paths += parameter.choices if parameter.name in (*MODEL_FLAGS, "data.shards") else ()
+    return sorted({str(path) for path in paths if path is not None})
+
+
+def _place(path: str) -> str | Path:
+    """Where trials, which run in `ROOT`, find a path; a name on the Hub or a URL as it is."""
+    return ROOT / path if (ROOT / path).exists() else path
 
 
 def num_trials(plan: SweepPlan, asked: int | None) -> int:

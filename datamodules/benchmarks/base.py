@@ -10,6 +10,7 @@ converts boxes that refer to the stored pixels.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -69,6 +70,8 @@ class Rule:
 
 
 PAPER = "paper §4.1: Acc@0.5, IoU exceeds 0.5"
+NUMBER, ID = int | float, int | str
+KINDS: Mapping[Any, str] = {str: "text", list: "a list", Mapping: "an object", NUMBER: "a number", ID: "an id"}
 IN_UNIT = "box in 0-1, not pixels"  # reason for which a record is dropped, if the format requires pixels
 
 
@@ -220,3 +223,29 @@ def require_fields(record: Any, names: Sequence[str], where: str) -> None:
     missing = [name for name in names if name not in record]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}; it has {', '.join(map(str, list(record)[:20]))}")
+
+
+def require_types(record: Mapping[str, Any], where: str, **kinds: Any) -> None:
+    """Raise ValueError that names a field of `record` with a value of another type; `kinds` are keys of `KINDS`.
+
+    None in a text would be the word "None" in a question.
+    """
+    for name, kind in kinds.items():
+        if isinstance(record[name], bool) or not isinstance(record[name], kind):
+            raise ValueError(f"{where}: {name}={record[name]!r:.80} is not {KINDS[kind]}")
+
+
+def is_xywh(value: Any) -> bool:
+    """Whether the value of a field is a list of four finite numbers."""
+    numbers = value if isinstance(value, list) and len(value) == 4 else [None]
+    return all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
+
+
+def read_object(path: Path) -> Mapping[str, Any]:
+    """The object in a JSON file. Raises ValueError that names the file, FileNotFoundError without the file."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    require_fields(record, (), str(path))
+    return record

@@ -23,6 +23,7 @@ from datamodules.benchmarks.base import (
     file_benchmark,
     make_sample,
     require_fields,
+    require_types,
 )
 from datamodules.benchmarks.reading.polygons import points_fault, polygons_box
 from datamodules.images.image_files import read_header
@@ -96,8 +97,11 @@ def _read(file: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}: not valid JSON: {error}") from error
     require_fields(record, ("text", "is_sentence", "shapes"), str(file))
-    if not isinstance(record["text"], list) or not record["text"] or not record["shapes"]:
+    require_types(record, str(file), text=list, shapes=list)
+    if not record["text"] or not record["shapes"]:
         raise ValueError(f"{file}: text={record['text']!r:.80} and shapes must be lists that hold something")
+    if not isinstance(record["text"][0], str):
+        raise ValueError(f"{file}: text={record['text']!r:.80} holds no text")
     for shape in record["shapes"]:
         require_fields(shape, ("label", "points"), f"{file}: a shape")
         if not isinstance(shape["label"], str):

@@ -16,13 +16,23 @@ question counts as wrong under "size_mismatch".
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datamodules.benchmarks.base import IN_UNIT, Benchmark, Rule, by_id, file_benchmark, make_sample, require_fields
+from datamodules.benchmarks.base import (
+    IN_UNIT,
+    Benchmark,
+    Rule,
+    by_id,
+    file_benchmark,
+    is_xywh,
+    make_sample,
+    read_object,
+    require_fields,
+    require_types,
+)
 from datamodules.benchmarks.mig_bench import relative_name
 from datamodules.samples.boxes import box_fault, from_pixels_clipped, is_unit_xywh
 from datamodules.samples.sample import Sample
@@ -70,8 +80,9 @@ def load(root: Path) -> Benchmark:
     folder = next((root / name for name in IMAGES if (root / name).is_dir()), None)
     if folder is None:
         raise FileNotFoundError(f"{root} has no folder {IMAGES[0]}/ with the images")
-    data = json.loads((root / FILE).read_text(encoding="utf-8"))
+    data = read_object(root / FILE)
     require_fields(data, tuple(_FIELDS), FILE)
+    require_types(data, FILE, **dict.fromkeys(_FIELDS, list))
     tables = {}
     for what, names in _FIELDS.items():
         tables[what] = by_id(data[what], what, FILE)
@@ -142,7 +153,7 @@ def _box(
     if not isinstance(name, str) or not _GROUP.fullmatch(name):
         raise ValueError(f"{where}: category_id={annotation['category_id']!r:.40} is no group, such as 'group 1'")
     box, image = annotation["bbox"], pair.index(annotation["image_id"])
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, int | float) for value in box):
+    if not is_xywh(box):
         raise ValueError(f"{where}: bbox={box!r:.80} is not [x, y, w, h]")
     if is_unit_xywh(box, sizes[image]):
         return None

@@ -122,7 +122,7 @@ def _read(sample: Sample, root: Path) -> LoadedSample:
 
 def _sample(row: dict[str, Any], key: str, position: int) -> Sample:
     where = f"MMIU row {position} ({row['task']})"
-    if not isinstance(row["input_image_path"], list):
+    if not isinstance(row["input_image_path"], list) or not all(isinstance(n, str) for n in row["input_image_path"]):
         raise ValueError(f"{where}: input_image_path={row['input_image_path']!r:.80} is not a list of paths")
     options = _OPTION.findall(row["options"])
     letters = [letter for letter, _ in options]

@@ -11,20 +11,24 @@ GLIP, by the authors of ODinW, reads images as they are stored.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from datamodules.benchmarks.base import (
+    ID,
     IN_UNIT,
+    NUMBER,
     PAPER,
     Benchmark,
     Rule,
     by_id,
     file_benchmark,
+    is_xywh,
     make_sample,
+    read_object,
     require_fields,
+    require_types,
 )
 from datamodules.samples.boxes import from_pixels_clipped, is_unit_xywh
 from datamodules.samples.sample import Sample
@@ -56,8 +60,9 @@ def load(root: Path, split: str = "valid") -> Benchmark:
         if not path.is_file():
             there = sorted(p.parent.name for p in (root / folder).glob(f"*/{FILE}"))
             raise FileNotFoundError(f"{path} is not there; {root / folder} has the splits {there}")
-        coco = json.loads(path.read_text(encoding="utf-8"))
+        coco = read_object(path)
         require_fields(coco, ("images", "annotations", "categories"), str(path))
+        require_types(coco, str(path), images=list, annotations=list, categories=list)
         samples += _samples(coco, column, f"{folder}/{split}", dropped)
 
     return file_benchmark(NAME, samples, root, RULE, OFFICIAL, AVERAGES, dict(dropped), frame="stored")
@@ -71,6 +76,7 @@ def _samples(coco: dict[str, Any], column: str, folder: str, dropped: Counter[st
     boxes: dict[tuple[int, int], list[list[float]]] = {}
     for annotation in coco["annotations"]:
         require_fields(annotation, ("image_id", "category_id", "bbox"), f"{folder}: an annotation")
+        require_types(annotation, f"{folder}: an annotation", image_id=ID, category_id=ID)
         boxes.setdefault((annotation["image_id"], annotation["category_id"]), []).append(annotation["bbox"])
     samples = []
     for (image_id, category_id), found in boxes.items():
@@ -79,12 +85,15 @@ def _samples(coco: dict[str, Any], column: str, folder: str, dropped: Counter[st
         if len(found) != 1:
             dropped["several boxes of the category"] += 1
             continue
-        image = images[image_id]
+        image, category = images[image_id], categories[category_id]
         require_fields(image, ("file_name", "width", "height"), f"{folder}: image {image_id}")
-        if not isinstance(found[0], list) or len(found[0]) != 4:
+        require_types(image, f"{folder}: image {image_id}", file_name=str, width=NUMBER, height=NUMBER)
+        require_fields(category, ("name",), f"{folder}: category {category_id}")
+        require_types(category, f"{folder}: category {category_id}", name=str)
+        if not is_xywh(found[0]):
             raise ValueError(f"{folder}: image {image_id}: bbox={found[0]!r:.80} is not [x, y, w, h]")
         x, y, w, h = found[0]
-        size, label = (image["width"], image["height"]), categories[category_id]["name"]
+        size, label = (image["width"], image["height"]), category["name"]
         if is_unit_xywh(found[0], size):
             dropped[IN_UNIT] += 1
             continue

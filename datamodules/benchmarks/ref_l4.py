@@ -12,7 +12,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datamodules.benchmarks.base import IN_UNIT, PAPER, Benchmark, Rule, file_benchmark, make_sample
+from datamodules.benchmarks.base import (
+    IN_UNIT,
+    NUMBER,
+    PAPER,
+    Benchmark,
+    Rule,
+    file_benchmark,
+    is_xywh,
+    make_sample,
+    require_types,
+)
 from datamodules.benchmarks.reading.parquet import read_rows
 from datamodules.images.image_files import file_size
 from datamodules.samples.boxes import from_pixels_clipped, is_unit_xywh
@@ -44,8 +54,10 @@ def load(root: Path) -> Benchmark:
 
 def _sample(row: dict, split: str, position: int) -> Sample | None:
     """The question, or None if its box is in 0-1."""
-    if not isinstance(row["bbox"], list) or len(row["bbox"]) != 4:
-        raise ValueError(f"ref-l4-{split}.parquet, row {position}: bbox={row['bbox']} is not [x, y, w, h]")
+    where = f"ref-l4-{split}.parquet, row {position}"
+    require_types(row, where, caption=str, file_name=str, width=NUMBER, height=NUMBER)
+    if not is_xywh(row["bbox"]):
+        raise ValueError(f"{where}: bbox={row['bbox']} is not [x, y, w, h]")
     size = (row["width"], row["height"])
     if is_unit_xywh(row["bbox"], size):
         return None

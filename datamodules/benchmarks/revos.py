@@ -12,8 +12,8 @@ refer to the rotated frames.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from datamodules.benchmarks.base import (
     Rule,
     file_benchmark,
     make_sample,
+    read_object,
     require_fields,
+    require_types,
 )
 from datamodules.benchmarks.mig_bench import ORDINALS
 from datamodules.benchmarks.reading.masks import rle_box, union_box
@@ -49,19 +51,20 @@ def load(root: Path, num_frames: int = 6, grounded: int = 2) -> Benchmark:
     """
     if not 0 <= grounded < num_frames <= len(ORDINALS):
         raise ValueError(f"grounded={grounded} must be one of num_frames={num_frames}, at most {len(ORDINALS)}")
-    meta = json.loads((root / "meta_expressions_valid_.json").read_text(encoding="utf-8"))
+    meta = read_object(root / "meta_expressions_valid_.json")
     require_fields(meta, ("videos",), "meta_expressions_valid_.json")
+    require_types(meta, "meta_expressions_valid_.json", videos=Mapping)
     # {annotation id: one RLE or null for each frame of its video}.
-    masks = json.loads((root / "mask_dict.json").read_text(encoding="utf-8"))
+    masks = read_object(root / "mask_dict.json")
     samples: list[Sample] = []
     dropped: Counter[str] = Counter()
     for video, content in meta["videos"].items():
         require_fields(content, ("frames", "expressions"), f"video {video}")
+        require_types(content, f"video {video}", frames=list, expressions=Mapping)
         for number, expression in content["expressions"].items():
             where = f"{video}, expression {number}"
             require_fields(expression, ("exp", "anno_id", "type_id"), where)
-            if not isinstance(expression["anno_id"], list):
-                raise ValueError(f"{where}: anno_id={expression['anno_id']!r:.80} is not a list")
+            require_types(expression, where, exp=str, anno_id=list)
             if expression["type_id"] not in TYPES:
                 dropped[f"type_id {expression['type_id']}"] += 1
                 continue
@@ -91,7 +94,7 @@ def sample_frames(count: int, num_frames: int) -> list[int]:
 
 
 def _find(
-    annotations: list[Any], masks: dict[str, Any], places: list[int], grounded: int, where: str
+    annotations: list[Any], masks: Mapping[str, Any], places: list[int], grounded: int, where: str
 ) -> tuple[int, list[float], list[int]] | None:
     """(index, unit box, [width, height]) of the sampled frame nearest to the wanted one that shows an object."""
     # Nearest frame first. The earlier one wins if two are equally near.
@@ -99,11 +102,15 @@ def _find(
         found = []
         for annotation in annotations:
             frames = masks.get(str(annotation))
-            if frames is None or len(frames) <= places[index]:
+            if not isinstance(frames, list) or len(frames) <= places[index]:
                 raise ValueError(f"{where}: mask_dict.json has no frame {places[index]} of anno_id {annotation}")
             if frames[places[index]] is not None:
                 found.append(frames[places[index]])
-        box = union_box([rle_box(rle) for rle in found])
+        try:
+            box = union_box([rle_box(rle) for rle in found])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            what = f"frame {places[index]} in mask_dict.json holds no mask in COCO's run lengths"
+            raise ValueError(f"{where}: {what}: {error!r}") from error
         if box is not None:
             # COCO's RLE states height before width; boxes need (width, height).
             height, width = found[0]["size"]

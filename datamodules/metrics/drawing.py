@@ -15,6 +15,7 @@ from datamodules.samples.scores import true_boxes
 
 PREVIEW_TEXTS = "previews.json"  # file beside previews with their texts (`describe_preview`)
 WIDTH = 640  # width of every preview in pixels
+TALLEST = 8 * WIDTH  # a strip of a few columns would be taller, up to all memory: it is squeezed
 FONT_SIZE = 14
 LINE = 3  # width of the outline of a box
 LINE_HEIGHT = 18
@@ -76,7 +77,8 @@ def read_boxes(prediction: Prediction) -> list[tuple[int, Box]]:
 
 def _captioned(image: Image.Image, width: int, boxes: Sequence[tuple[Box, str]], caption: str) -> Image.Image:
     """The image at this width with unit xyxy boxes in their colours, below a line of text."""
-    picture = image.convert("RGB").resize((width, max(1, round(image.height * width / image.width))))
+    height = min(TALLEST, max(1, round(image.height * width / image.width)))
+    picture = image.convert("RGB").resize((width, height))
     draw = ImageDraw.Draw(picture)
     for box, colour in boxes:
         pixels = ImageSizes(picture.size, picture.size).to_pixels(box)

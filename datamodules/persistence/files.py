@@ -23,6 +23,10 @@ class StorageError(UserError, OSError):
     """A write has failed. The message names the path, the reason and the free space."""
 
 
+class DamagedFile(UserError, ValueError):
+    """A file of the project is no JSON. The message names it, and what happens without it."""
+
+
 def fingerprint(*parts: Any) -> str:
     """16 hex digits that change whenever one of the JSON-like `parts` changes."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -79,9 +83,12 @@ def atomic_path(path: str | Path, shared: bool = False) -> Iterator[Path]:
 
 
 def write_atomic(path: str | Path, text: str) -> None:
-    """Replace `path` by a file with `text`. The file is always completely old or completely new."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    """Replace `path` by a file with `text`. The file is always completely old or completely new.
+
+    Raises StorageError.
+    """
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path, shared=True) as draft:
             draft.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -93,11 +100,11 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """The value in a JSON file; {} if the file does not exist. Raises ValueError that names a damaged file."""
+    """The value in a JSON file; {} if the file does not exist. Raises DamagedFile."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {}
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; without it, what it says is done is made again") from error
+        raise DamagedFile(f"{path} is damaged: {error}; without it, what it says is done is made again") from error
 
 
 def append_text(path: str | Path, text: str) -> None:
@@ -185,8 +192,11 @@ class Journal:
                 raise storage_error(error, self.path) from error
             write_json(_key_file(self.path), {"key": key})
         self.records, sound = _sound_records(self.path)
-        if self.path.is_file():
-            os.truncate(self.path, sound)
+        try:
+            if self.path.is_file():
+                os.truncate(self.path, sound)
+        except OSError as error:
+            raise storage_error(error, self.path) from error
 
     def append(self, records: Iterable[Any]) -> None:
         """Write the records as one piece; they are on the disk when this returns."""

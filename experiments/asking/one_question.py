@@ -23,6 +23,7 @@ from datamodules.samples.sample import BoxAnswer, ImagePart, LoadedSample, Sampl
 ImageSource = str | Path | Image.Image
 MARK = "<image>"  # marks the position of an image in a question
 HEIGHT = 420  # height of every image in the drawing, in pixels
+WIDEST = 20 * HEIGHT  # a strip of a few rows would be wider, up to all memory: it is squeezed
 GAP = 8  # between two images
 FONT_SIZE, NUMBER_SIZE = 15, 28
 NUMBER_PLACE = (6, HEIGHT - 2)  # left, and bottom, of an image's number
@@ -214,8 +215,8 @@ def draw_answer(images: Sequence[bytes], answer: Answer, max_image_pixels: int) 
 
 def _draw(images: Sequence[bytes], boxes: Sequence[FoundBox], max_image_pixels: int) -> Image.Image:
     pictures = [load_image(data, max_image_pixels).convert("RGB") for data in images]
-    scales = [HEIGHT / picture.height for picture in pictures]
-    small = [p.resize((max(1, round(p.width * s)), HEIGHT)) for p, s in zip(pictures, scales, strict=True)]
+    scales = [(min(HEIGHT / p.height, WIDEST / p.width), HEIGHT / p.height) for p in pictures]
+    small = [p.resize((max(1, round(p.width * s)), HEIGHT)) for p, (s, _) in zip(pictures, scales, strict=True)]
     canvas = Image.new("RGB", (sum(p.width for p in small) + GAP * (len(small) - 1), HEIGHT), "grey")
     font, large = ImageFont.load_default(FONT_SIZE), ImageFont.load_default(NUMBER_SIZE)
     left = 0
@@ -225,7 +226,8 @@ def _draw(images: Sequence[bytes], boxes: Sequence[FoundBox], max_image_pixels: 
         draw.text(NUMBER_PLACE, str(number), "black", large, anchor="ld")
         for found in boxes:
             if found.image == number:
-                _draw_box(draw, [edge * scale for edge in found.box], found.label, picture.size, font)
+                pixels = [edge * scale[axis % 2] for axis, edge in enumerate(found.box)]
+                _draw_box(draw, pixels, found.label, picture.size, font)
         canvas.paste(picture, (left, 0))
         left += picture.width + GAP
     return canvas

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import signal
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,9 +17,9 @@ import torch
 
 from datamodules.benchmarks.base import limit_columns
 from datamodules.benchmarks.registry import load_benchmark
-from datamodules.checkpoints.model_folder import ModelError
 from datamodules.persistence.processes import ChildWatch, ProcessLost, end_with_parent
 from datamodules.persistence.progress_lines import Counted
+from datamodules.persistence.user_error import UserError
 from datamodules.samples.answer_text import AnswerForm
 from datamodules.samples.boxes import BoxFormat
 from experiments.evaluation.choose_predictor import PredictorSettings, make_predictor
@@ -64,8 +65,9 @@ def ask_all(job: Job, totals: Mapping[str, int], processes: int) -> Iterator[End
         totals: number of questions of each benchmark, for the progress bar.
         processes: number of processes that share the questions; with 1, this process asks.
 
-    Raises RuntimeError with the traceback of a process that failed, ModelError if its model cannot be used, and
-    ProcessLost if a process was killed or was stopped for too long. The other processes are then ended.
+    Raises the UserError of a process (its model cannot be used, its answers cannot be written), ProcessLost if a
+    process was killed or was stopped for too long, and RuntimeError with the traceback of any other failure. The other
+    processes are then ended.
     """
     events = _events(job, processes) if processes > 1 else ask_rank(job, 0, 1)
     ended: Counter[str] = Counter()
@@ -132,10 +134,11 @@ def _work(job: Job, rank: int, world_size: int, messages: Any) -> None:
     # With more threads than cores, all processes would be slow.
     torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // world_size)))
     end_with_parent()  # the next run asks the remaining questions
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
     try:
         for event in ask_rank(job, rank, world_size):
             messages.put(event)
-    except ModelError as error:
+    except UserError as error:
         messages.put(error)
     except Exception:
         messages.put(RuntimeError(f"process {rank} of {world_size} failed:\n{traceback.format_exc()}"))

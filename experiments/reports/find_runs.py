@@ -12,7 +12,6 @@ from typing import Any
 
 from experiments.runs import metrics_csv
 from experiments.runs.results import (
-    BASE,
     Results,
     find_mig_bench,
     make_stage,
@@ -52,9 +51,10 @@ class Run:
     def start(self) -> Path | None:
         """The folder of the phase in this experiment that it was trained from; None for another start."""
         model = self.config.get("model.init_args.model")
-        if model is None or (started_from(model) != BASE and Path(model).parents[1].name != self.folder.parent.name):
-            return None
-        return self.folder.parent / started_from(model)
+        # By the name in its settings, which stays when the folder of the experiment is renamed.
+        name = self.config.get("experiment", self.folder.parent.name)
+        stage = None if model is None else started_from(model, name)
+        return None if stage is None else self.folder.parent / stage
 
     @cached_property
     def curves(self) -> dict[str, Points]:

@@ -89,11 +89,18 @@ def mean_cell(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def find_measured(outputs: Path) -> dict[str, Cells]:
     """Label -> cells, for all results below `outputs`: evaluated models, and phases of experiments."""
-    measured: dict[str, Cells] = {}
-    # 1. Models that were evaluated without a pipeline.
-    for result in _whole_results(outputs.glob(f"eval/*/*/{RESULT}")):
+    # 1. Models that were evaluated without a pipeline: a row for each folder, as one model may have been asked in two
+    # ways (on a server too, in another prompt form). Rows of one label are told apart by their folders.
+    found: dict[str, dict[str, Cells]] = {}  # label -> folder -> cells
+    for file, result in _whole_results(outputs.glob(f"eval/*/*/{RESULT}")):
         label = f"{result['model']} ({result['data_root']}){note(result['generation'])}"
-        measured.setdefault(label, {}).update(result_cells(result))
+        folder = file.parents[1].name
+        found.setdefault(label, {}).setdefault(folder, {}).update(result_cells(result))
+    measured = {
+        label if len(folders) == 1 else f"{label}, in {folder}": cells
+        for label, folders in found.items()
+        for folder, cells in folders.items()
+    }
     # 2. Phases of experiments, with benchmarks in their folders.
     for experiment in sorted(path for path in outputs.iterdir() if path.is_dir()):
         measured |= phase_measured(experiment)
@@ -105,14 +112,14 @@ def phase_measured(experiment: Path) -> dict[str, Cells]:
     measured: dict[str, Cells] = {}
     phases = [path for path in sorted(experiment.iterdir()) if "." not in path.name]  # a dot means a renamed old run
     for phase in phases:
-        for result in _whole_results(phase.glob(f"benchmarks/*/{RESULT}")):
+        for _, result in _whole_results(phase.glob(f"benchmarks/*/{RESULT}")):
             label = f"{experiment.name}/{phase.name}{note(result['generation'])}"
             measured.setdefault(label, {}).update(result_cells(result))
     return measured
 
 
-def _whole_results(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """The results of complete benchmarks, in the order of their paths.
+def _whole_results(files: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The results of complete benchmarks with their files, in the order of their paths.
 
     Results of earlier versions are reported and skipped. Evaluations of a phase with other settings, which have their
     own folders, are skipped too.
@@ -124,7 +131,7 @@ def _whole_results(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
             print(f"left out: {error}", flush=True)
             continue
         if file.parent.name == result_folder(result["benchmark"], None, result["generation"]):
-            yield result
+            yield file, result
 
 
 def result_cells(result: Mapping[str, Any]) -> Cells:

@@ -27,7 +27,7 @@ from experiments.runs.results import (
     stages_first,
     started_from,
 )
-from experiments.runs.run_identity import CONFIG, read_field, trained_commit
+from experiments.runs.run_identity import CONFIG, read_field, read_settings, trained_commit
 from experiments.runs.usage_errors import PlainParser
 from lightning_modules.serving.generation_rules import note
 
@@ -49,7 +49,7 @@ CHARTS = {
 def stage_rows(results: Results, starts: Mapping[str, str] | None = None) -> list[list[str]]:
     """A row of text cells for each stage, header first: its averages, and its gain over its start stage.
 
-    `starts`: stage -> the stage that it was trained from; by default the previous stage.
+    `starts`: stage -> the stage that it was trained from, or ""; by default the previous stage.
     """
     rows = [["stage", "AVG", "gain", "over", "in-domain", "out-of-domain", "format %", "questions", "seconds"]]
     names = [stage.name for stage in results.stages]
@@ -68,12 +68,17 @@ def stage_rows(results: Results, starts: Mapping[str, str] | None = None) -> lis
 
 
 def stage_starts(folder: Path, results: Results) -> dict[str, str]:
-    """Each trained stage -> the stage whose model it was trained from, from the config.yaml of the phases."""
+    """Each trained stage -> the stage whose model it was trained from, from the config.yaml of the phases.
+
+    "" for a stage that was trained from a model of another experiment.
+    """
     starts = {}
     for stage in results.stages:
         phase = Path(folder) / stage.name
         if (phase / CONFIG).is_file():
-            starts[stage.name] = started_from(read_field(phase, "model.init_args.model"))
+            settings = read_settings(phase)
+            experiment = settings.get("experiment", Path(folder).name)
+            starts[stage.name] = started_from(read_field(phase, "model.init_args.model"), experiment) or ""
     return starts
 
 

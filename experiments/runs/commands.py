@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,8 @@ def command(main: Callable[..., T] | None = None, *, failed: str = "") -> Callab
 
     In a stage of a pipeline, the command prints lines of progress from its first second on.
 
-    A UserError ends the program with its message, without a traceback. Every other exception is an error of the code.
+    A UserError ends the program with its message, and Ctrl-C with a line, without a traceback. Every other exception is
+    an error of the code.
 
     Passwords, keys and old names of settings are refused before anything parses, prints or writes them. The message
     does not repeat a secret.
@@ -54,6 +56,9 @@ def command(main: Callable[..., T] | None = None, *, failed: str = "") -> Callab
                 return main() if args is None else main(args)
         except told as error:
             sys.exit(f"{failed}: {error}" if failed else str(error))
+        except KeyboardInterrupt:
+            print("\nstopped by Ctrl-C", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGINT) from None
 
     return run
 

@@ -119,9 +119,14 @@ def read_mig_bench(phase: Path) -> dict[str, Any]:
     return read_result(folder / RESULT) if folder else {}
 
 
-def started_from(model: str) -> str:
-    """The stage that produced `model`: the stage whose folder contains the merged model, or else the first stage."""
-    return Path(model).parent.name if Path(model).name == "merged" else BASE
+def started_from(model: str, experiment: str) -> str | None:
+    """The stage of an experiment that produced `model`: the phase whose folder contains the merged model, or else the
+    first stage. None for a phase of another experiment.
+    """
+    path = Path(model)
+    if path.name != "merged":
+        return BASE
+    return path.parent.name if path.parent.parent.name == experiment else None
 
 
 def read_results(path: Path) -> Results:

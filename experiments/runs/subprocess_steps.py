@@ -260,13 +260,15 @@ def run_process(command: list[str], tick: Callable[[], Any], environment: Mappin
     try:
         while True:
             try:
-                code = child.wait(CLOCK_SECONDS)
+                try:
+                    code = child.wait(CLOCK_SECONDS)
+                except subprocess.TimeoutExpired:
+                    tick()
+                    continue
                 if requeue:
                     preemption.requeue_job()
                 return code or (128 + signal.SIGTERM if stopped else 0)
-            except subprocess.TimeoutExpired:
-                tick()
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # in `tick` too
                 stopped = True
                 say("stopping: the step saves what it has")
     finally:

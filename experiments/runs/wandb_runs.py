@@ -13,21 +13,26 @@ from typing import Any
 
 from datamodules.metrics.drawing import preview_table
 from datamodules.persistence.files import fingerprint, read_json, write_atomic, write_json
+from datamodules.persistence.user_error import SettingsError
 from experiments.runs import metrics_csv, run_identity
 from experiments.runs.results import current_commit
 
 PROJECT = "multi-image-grounding"
+MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")  # the values that W&B accepts
 
 
 def choose_wandb_mode() -> str:
     """Set WANDB_MODE to offline if there is no key, unless the user has set it. Returns the mode.
 
-    WANDB_DISABLED, which other programs know, is the same as WANDB_MODE=disabled: nothing is logged to W&B.
+    WANDB_DISABLED, which other programs know, is the same as WANDB_MODE=disabled: nothing is logged to W&B. Raises
+    SettingsError for a mode that W&B does not have.
     """
     if os.environ.get("WANDB_DISABLED", "").lower() not in ("", "0", "false", "no", "off"):
         os.environ["WANDB_MODE"] = "disabled"
     if not os.environ.get("WANDB_MODE"):
         os.environ["WANDB_MODE"] = "online" if has_key() else "offline"
+    if os.environ["WANDB_MODE"] not in MODES:
+        raise SettingsError(f"WANDB_MODE={os.environ['WANDB_MODE']!r} must be online, offline or disabled")
     os.environ.setdefault("WANDB_SILENT", "true")
     return os.environ["WANDB_MODE"]
 

@@ -38,7 +38,6 @@ class Extractor:
         self._server = ServerQuestions("extractor", settings, "greedy", MAX_TOKENS, *check)
         rules = [settings.model, settings.extra_body, server_rules(settings, "greedy"), MAX_TOKENS]
         key = fingerprint("extractor", rules)
-        folder.mkdir(parents=True, exist_ok=True)
         self._journal = Journal(folder / f"extractor-{key}.jsonl", key)
         self._replies = {record["key"]: record["reply"] for record in self._journal.records}
         self.failures: Counter[str] = Counter()

@@ -15,7 +15,7 @@ from datamodules.persistence.files import read_json
 from experiments import ablations, pipeline, train
 from experiments.ablations import Row
 from experiments.reports.ablation_summary import Comparison, Finding
-from experiments.runs import metrics_csv, wandb_runs
+from experiments.runs import metrics_csv, user_files, wandb_runs
 from experiments.runs.results import read_results
 from tests.experiments.conftest import ROOT, Workbench
 from tests.experiments.test_pipeline import evaluation
@@ -116,6 +116,21 @@ def test_a_row_lays_yaml_files_over_its_configuration(workbench: Workbench, tmp_
     assert derived["model"]["init_args"] == settings["model"]["init_args"] | {"loss": loss}
     assert derived["trainer"]["max_steps"] == 7
     assert "Throughput" not in str(derived["trainer"]["callbacks"])
+
+
+def test_a_row_that_is_copied_finds_the_rewards_beside_its_own_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(user_files.ALSO, "")
+    for folder, text in (("mine", "trainer: {}"), ("more", "phase: grpo")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "row.yaml").write_text(text)
+        (tmp_path / folder / f"{folder}_rewards.py").write_text("")
+    row = Row("base", str(tmp_path / "mine/row.yaml"), changes=[str(tmp_path / "more/row.yaml")])
+    path = ablations.row_config("grpo", row, tmp_path / "tiny-ablations")
+    code = "import sys; from experiments.runs.user_files import find_user_files; find_user_files(sys.argv[1:])"
+    command = [sys.executable, "-c", f"{code}; import mine_rewards, more_rewards", "--config", path]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
 
 
 def test_rows_share_a_wandb_group_and_keep_the_users_tags(

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
+import pickle
+import queue
 import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from datamodules.checkpoints.model_folder import ModelError
 from datamodules.encoding.messages import PromptStyle
 from datamodules.persistence import processes as process_module
+from datamodules.persistence.files import StorageError, storage_error, write_json
 from datamodules.persistence.processes import ProcessLost
 from datamodules.persistence.source_code import source_code
 from datamodules.samples.boxes import BoxFormat
 from datamodules.synthetic.benchmark_replicas import write
 from experiments import evaluate, print_tables
-from experiments.evaluation import rescore
+from experiments.evaluation import ask_processes, rescore
 from experiments.evaluation.ask_processes import Job, ask_all
 from experiments.evaluation.choose_predictor import PolicySettings
 from experiments.evaluation.evaluation_settings import MOVED, Evaluation
@@ -113,6 +119,42 @@ def test_answers_of_other_source_files_are_asked_about(
     assert [path.name for path in output.glob("answers.*")] == []
     run(tiny_model_dir, tmp_path, "--bench=blink", "--redo")
     assert len(list(output.glob("answers.*"))) == 1 and files(output / "blink") == first
+
+
+def test_a_mode_that_wandb_does_not_have_is_told_before_the_model_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with pytest.raises(preflight.SettingsError, match="WANDB_MODE='ofline' must be online, offline or disabled"):
+        evaluate.evaluate(Evaluation(str(tmp_path), str(tmp_path), bench="lisa"))
+
+
+def test_an_evaluation_that_was_stopped_before_its_first_answer_can_be_made_again(tmp_path: Path) -> None:
+    write_json(tmp_path / "evaluation.json", {"code": {"experiments/evaluate.py": "other"}})
+    evaluate._settle_answers(tmp_path, "redo", [])
+    assert json.loads((tmp_path / "evaluation.json").read_text())["code"] == source_code(("experiments.evaluate",))
+
+
+def test_an_error_of_the_user_in_one_of_several_processes_is_told_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> Iterator[ask_processes.Asked]:
+        yield ask_processes.Asked("blink", 1)
+        raise full
+
+    full = storage_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "outputs/answers/rank1.jsonl")
+    monkeypatch.setattr(ask_processes, "ask_rank", fail)
+    monkeypatch.setattr(ask_processes, "end_with_parent", lambda: None)
+    monkeypatch.setattr(ask_processes.signal, "signal", lambda *_: None)
+    messages: queue.Queue = queue.Queue()
+    threads = torch.get_num_threads()
+    try:
+        ask_processes._work(None, 1, 2, messages)
+    finally:
+        torch.set_num_threads(threads)
+    assert messages.get() == ask_processes.Asked("blink", 1)
+    told = pickle.loads(pickle.dumps(messages.get()))  # as it reaches the first process
+    assert isinstance(told, StorageError) and str(told) == str(full)
 
 
 def test_every_missing_file_is_named_before_weights_are_read(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -94,6 +94,20 @@ def test_sigterm_is_passed_on_and_ends_the_pipeline(tmp_path: Path) -> None:
         process.stdout.close()
 
 
+def test_ctrl_c_waits_for_the_step_also_while_its_clock_is_written(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(subprocess_steps, "CLOCK_SECONDS", 0.05)
+    ticks = []
+
+    def tick() -> None:
+        ticks.append(1)
+        if len(ticks) == 1:
+            raise KeyboardInterrupt
+
+    code = subprocess_steps.run_process([sys.executable, "-c", "import time; time.sleep(0.5); print('saved')"], tick)
+    assert code == 128 + signal.SIGTERM and "the step saves what it has" in capsys.readouterr().out
+    assert len(ticks) > 1, "it has waited"
+
+
 def test_overrides_for_an_unknown_stage_are_named(workbench: Workbench) -> None:
     with pytest.raises(SystemExit, match="'grpoo'"):
         pipeline.run("tiny", str(workbench.model), "eval.yaml", {"grpo": "x.yaml"}, overrides={"grpoo": "--a=1"})

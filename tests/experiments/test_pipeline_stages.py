@@ -185,6 +185,63 @@ def test_a_run_that_finds_nothing_writes_nothing(processes: Processes, settings:
     assert not (tmp_path / "outputs/tiny/results.json").exists()
 
 
+def test_what_overrides_name_decides_about_a_result_as_the_stage_itself_does(
+    processes: Processes, settings: dict, tmp_path: Path
+) -> None:
+    write_json(tmp_path / "other/manifest.json", {})
+    (tmp_path / "more.yaml").write_text("version: 1")
+    (tmp_path / "asked.yaml").write_text("limit: null")
+    words = f"--config {tmp_path / 'more.yaml'} --data.shards {tmp_path / 'other'}"
+    more = {"overrides": {"grpo": words, "evaluation": f"--config {tmp_path / 'asked.yaml'}"}}
+    stages = {"grpo": str(tmp_path / "grpo.yaml")}
+
+    def ran() -> list[str]:
+        processes.ran = []
+        pipeline.run(**settings, stages=stages, **more)
+        return processes.ran
+
+    trained, all_asked = ["tiny/grpo"], ["tiny/base", "tiny/grpo"]
+    assert ran() == [*all_asked, "tiny/grpo"] and ran() == []
+    write_json(tmp_path / "shards/manifest.json", {"shards": "of the YAML"})
+    assert ran() == [], "nobody reads them"
+    write_json(tmp_path / "other/manifest.json", {"shards": "changed"})
+    assert ran() == trained
+    (tmp_path / "more.yaml").write_text("version: 2")
+    assert ran() == [*trained, "tiny/grpo"], "another model is asked again"
+    (tmp_path / "asked.yaml").write_text("limit: null\ndtype: float16")
+    assert ran() == all_asked
+
+
+@pytest.mark.parametrize("shards", ["[{0}/shards,{0}/other]", "{{{0}/shards: 1, {0}/other: 2}}"])
+def test_a_list_of_shards_in_a_flag_is_read_source_by_source(settings: dict, tmp_path: Path, shards: str) -> None:
+    phases = {"grpo": pipeline.Phase("base", str(tmp_path / "grpo.yaml"))}
+    overrides = {"grpo": f"--data.shards='{shards.format(tmp_path)}'"}
+    made = pipeline.Pipeline(tmp_path / "tiny", 0, settings["model"], settings["evaluation"], phases, overrides)
+    assert made.training("grpo").inputs[2:] == (f"{tmp_path}/shards", f"{tmp_path}/other")
+
+
+def test_settings_that_no_step_can_read_are_named_without_a_traceback(
+    processes: Processes, settings: dict, tmp_path: Path
+) -> None:
+    for name, text in {"broken": "a: [", "empty": "", "words": "[1, 2]", "without": "phase: sft"}.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    for name, fault in {"broken": "line 1: ", "empty": "found None", "words": r"found \[1, 2\]"}.items():
+        stages = {"grpo": str(tmp_path / f"{name}.yaml")}
+        with pytest.raises(SystemExit, match=rf"stages.grpo='.*{name}.yaml' is no YAML of settings: .*{fault}"):
+            pipeline.run(**settings, stages=stages)
+    with pytest.raises(SystemExit, match=r"overrides.grpo=\"--a='x\" are no words of a command line: No closing"):
+        pipeline.run(**settings, stages={"grpo": str(tmp_path / "grpo.yaml")}, overrides={"grpo": "--a='x"})
+    with pytest.raises(SystemExit, match=r"'evaluation'.*so no stage has this name"):
+        pipeline.run(**settings, stages={"evaluation": str(tmp_path / "grpo.yaml")}, overrides={"evaluation": "--a=1"})
+    pipeline.run(**settings, stages={"grpo": str(tmp_path / "without.yaml")})  # the check of the steps would name it
+    row = {"start": "base", "config": str(tmp_path / "without.yaml")}
+    with pytest.raises(SystemExit, match=r"rows.sft.changes\[0\]='.*broken.yaml' is no YAML"):
+        changes = [str(tmp_path / name) for name in ("broken.yaml", "without.yaml")]
+        ablations.run(**settings, rows={"sft": ablations.Row(**row, changes=changes)})
+    with pytest.raises(ValueError, match=r"rows.sft: without=\['MIGBench'\], but .*without.yaml has \[\]"):
+        ablations.run(**settings, rows={"sft": ablations.Row(**row, without=["MIGBench"])})
+
+
 @pytest.fixture
 def code(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The source files, as all steps are told; a test may change them."""

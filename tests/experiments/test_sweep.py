@@ -16,9 +16,11 @@ import wandb
 import yaml
 
 from datamodules.persistence.durations import Outlook
-from datamodules.persistence.files import read_json
+from datamodules.persistence.files import read_json, write_json
 from experiments import sweep
+from experiments.runs.changes import Choice, CodeChanged, OtherRun
 from experiments.sweeps import trials
+from experiments.sweeps.plan import read_plan
 from experiments.sweeps.trials import last_words, points_agreed
 from tests.experiments.conftest import Workbench, kill_all
 from tests.experiments.sweep_trial import LIMIT_SECONDS, num_seen
@@ -88,6 +90,35 @@ def test_another_sweep_of_the_same_name_is_refused_or_moves_the_old_one_aside(ru
     run("--trials=1", "--redo", metric={"name": "score", "goal": "minimize"})
     assert len(list((tmp_path / "outputs").glob("tiny-sweep*"))) == 2
     assert starts(tmp_path / "outputs/tiny-sweep") == ["trial-0/0"]
+
+
+def test_values_that_another_model_or_other_shards_have_made_are_not_gone_on_with(tmp_path: Path) -> None:
+    model, shards = tmp_path / "model/config.json", tmp_path / "shards/manifest.json"
+    for file in (model, shards):
+        write_json(file, {"version": 1})
+    settings = {"model": {"init_args": {"model": str(model.parent)}}, "data": {"shards": str(shards.parent)}}
+    (tmp_path / "trial.yaml").write_text(yaml.safe_dump(settings))
+    command = ["${interpreter}", "-m", "experiments.train", "--config", str(tmp_path / "trial.yaml"), "${args}"]
+    plan, folder = read_plan(write(tmp_path, command=command)), tmp_path / "outputs/tiny-sweep"
+
+    def trials_there(choice: Choice | None = None) -> int:
+        return len(sweep.LocalSweep(plan, folder, 0, 3, choice=choice).log.trials)
+
+    assert trials_there() == 0
+    sweep.LocalSweep(plan, folder, 0, 3).log.begin({"model.init_args.loss.kl_beta": 0.1})
+    assert trials_there() == 1
+    for file in (model, shards):
+        write_json(file, {"version": 2})
+        with pytest.raises(OtherRun, match=rf"inputs\.{file.parent}: \w+ -> \w+"):
+            trials_there()
+        write_json(file, {"version": 1})
+    assert trials_there() == 1
+    started = read_json(folder / "started.json")
+    del started["settings"]["inputs"]
+    write_json(folder / "started.json", started | {"key": "that of an earlier version, which did not note them"})
+    with pytest.raises(CodeChanged, match="settings that only one of the two has: inputs"):
+        trials_there()
+    assert trials_there("keep") == trials_there() == 1, "its trials are kept"
 
 
 def test_a_trial_that_lags_is_stopped_by_sigterm_and_kept_as_pruned(run, tmp_path: Path) -> None:

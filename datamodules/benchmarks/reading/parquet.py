@@ -36,12 +36,28 @@ def row_bytes(path: Path, row: int, columns: Sequence[str]) -> list[bytes]:
 
 
 def null_columns(path: Path, columns: Sequence[str]) -> list[set[str]]:
-    """For each row, which of these columns are null; images are not decoded to Python."""
+    """For each row, which of these columns are null; images are not decoded to Python.
+
+    Raises ValueError for an image that is not null and has no bytes, such as one that names a file.
+    """
+    import pyarrow
+    import pyarrow.compute
+
     found: list[set[str]] = []
     file = _open(str(path))
     for group in range(file.metadata.num_row_groups):
         table = file.read_row_group(group, columns=list(columns))
         nulls = {name: table[name].is_null().to_pylist() for name in columns}
+        for name in columns:
+            kind = table.schema.field(name).type
+            if pyarrow.types.is_null(kind):
+                continue
+            if not pyarrow.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+                raise ValueError(f"{path}: the column {name} holds no images, but {kind}")
+            empty = pyarrow.compute.struct_field(table[name], "bytes").is_null().to_pylist()
+            for row, (is_empty, is_null) in enumerate(zip(empty, nulls[name], strict=True), len(found)):
+                if is_empty and not is_null:
+                    raise ValueError(f"{path}, row {row}: {name} has no bytes of an image")
         found += [{name for name in columns if nulls[name][row]} for row in range(table.num_rows)]
     return found
 

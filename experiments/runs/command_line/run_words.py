@@ -6,6 +6,7 @@ settings of the run, so the saved configuration and the processes of other ranks
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 
 from datamodules.persistence.user_error import UserError
+from datamodules.streaming.shard_sources import source_list
 
 MODEL_FLAGS = ("model.init_args.model", "model.model")
 
@@ -28,7 +30,7 @@ def complete_words(words: Sequence[str]) -> list[str]:
     words, gpus = take_number(words, "--gpus", least=1)
     settings = read_yamls(words)
     # 1. The same folder as the pipeline's at this seed.
-    before, experiment = settings.get("experiment"), _given(words, settings, "experiment")
+    before, experiment = settings.get("experiment"), setting_given(words, settings, "experiment")
     if seed is not None:
         experiment = seeded(str(experiment), seed)
         words += [f"--seed_everything={seed}", f"--experiment={experiment}"]
@@ -83,10 +85,22 @@ def read_yamls(words: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
+def yaml_fault(file: Path) -> str | None:
+    """Why a file holds no settings by name; None if it does."""
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        mark = getattr(error, "problem_mark", None)
+        return f"line {mark.line + 1}: {error.problem}" if mark else str(error).splitlines()[0]
+    return None if isinstance(settings, Mapping) else f"expected names and values, found {settings!r:.60}"
+
+
 def config_files(words: Sequence[str]) -> list[Path]:
-    """The existing files behind --config."""
-    named = [value for word, value in pairwise([*words, ""]) if word == "--config"]
-    named += [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    """The existing files behind --config, in the order of the command line."""
+    named = []
+    for word, after in pairwise([*words, ""]):
+        name, is_one_word, value = word.partition("=")
+        named += [value if is_one_word else after] if name == "--config" else []
     return [Path(name) for name in named if Path(name).is_file()]
 
 
@@ -108,7 +122,7 @@ def gpu_words(words: Sequence[str], settings: Mapping[str, Any], gpus: int) -> l
     if given := [name for name in ("trainer.devices", "trainer.accelerator") if last_given(words, name) is not None]:
         raise WordsError(f"--gpus={gpus} and --{given[0]} exclude each other: give one of them")
     names = ("data.batch_size", "trainer.devices", "model.accumulate", "trainer.num_nodes")
-    values = [_given(words, settings, name) or 1 for name in names]
+    values = [setting_given(words, settings, name) or 1 for name in names]
     if not all(str(value).isdigit() for value in values):
         shown = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
         raise WordsError(f"--gpus={gpus}: the total batch is not known from {shown}. Give numbers")
@@ -124,7 +138,7 @@ def gpu_words(words: Sequence[str], settings: Mapping[str, Any], gpus: int) -> l
     batch = max(size for size in range(1, batch + 1) if share % size == 0)
     print(f"{gpus} GPUs x batch_size {batch} x accumulate {share // batch} x {nodes} nodes = {total}, the total batch")
     more = [f"--data.batch_size={batch}", f"--model.init_args.accumulate={share // batch}"]
-    if gpus > 1 and _given(words, settings, "trainer.strategy") in (None, "auto"):
+    if gpus > 1 and setting_given(words, settings, "trainer.strategy") in (None, "auto"):
         more.append("--trainer.strategy=ddp")
     return ["--trainer.accelerator=gpu", f"--trainer.devices={gpus}", *more]
 
@@ -139,7 +153,7 @@ def _linked_model(words: Sequence[str], settings: Mapping[str, Any], names: tupl
     """
     model = str(_find(settings, "model.model"))
     there = Path(settings.get("outputs", "outputs"), names[0])
-    here = Path(str(_given(words, settings, "outputs") or "outputs"), names[1])
+    here = Path(str(setting_given(words, settings, "outputs") or "outputs"), names[1])
     if last_given(words, *MODEL_FLAGS) is not None or Path(model).name != "merged" or here == there:
         return []
     if Path(model).parent.parent != there:
@@ -147,10 +161,19 @@ def _linked_model(words: Sequence[str], settings: Mapping[str, Any], names: tupl
     return [f"--model.init_args.model={here / Path(model).parent.name / 'merged'}"]
 
 
-def _given(words: Sequence[str], settings: Mapping[str, Any], name: str) -> Any:
+def setting_given(words: Sequence[str], settings: Mapping[str, Any], name: str) -> Any:
     """The value of a setting in the command line, else in the YAML files; None without one."""
     value = last_given(words, name, name.replace("model.", "model.init_args.", 1))
     return _find(settings, name) if value is None else value
+
+
+def given_shards(words: Sequence[str], settings: Mapping[str, Any]) -> list[str | Path]:
+    """The sources of a training's shards, from its command line or its YAML files; [] where neither names any."""
+    shards = setting_given(words, settings, "data.shards")
+    if isinstance(shards, str) and shards.startswith(("[", "{")):  # a list, or sources with weights, in a flag
+        with contextlib.suppress(yaml.YAMLError):
+            shards = yaml.safe_load(shards)
+    return source_list(shards) if shards else []
 
 
 def _find(settings: Mapping[str, Any], name: str) -> Any:

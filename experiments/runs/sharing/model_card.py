@@ -16,11 +16,12 @@ import yaml
 
 from datamodules.encoding.messages import PromptStyle, style_suffix
 from datamodules.encoding.prompt_form import read_prompt_form
-from datamodules.metrics.result_files import RESULT, read_result
+from datamodules.metrics.result_files import RESULT, read_result, result_folder
 from datamodules.persistence.files import write_atomic
 from datamodules.samples.answer_text import AnswerForm
 from experiments.runs import run_identity
 from experiments.runs.sharing.public_settings import public
+from lightning_modules.serving.generation_rules import note
 
 CARD = "README.md"
 PAPER = "Improving the Reasoning of Multi-Image Grounding in MLLMs via Reinforcement Learning (arXiv:2507.00748)"
@@ -97,8 +98,13 @@ def write_model_card(phase: str | Path, license_name: str | None = None) -> Path
 
 
 def phase_results(phase: Path) -> list[dict[str, Any]]:
-    """The results of a phase's evaluations, in the order of their folders' names."""
-    return [read_result(path) for path in sorted((phase / "benchmarks").glob(f"*/{RESULT}"))]
+    """The results of a phase's evaluations, in the order of their folders' names.
+
+    Later evaluations with other settings, which have folders of their own, are left out: a reader of the card could not
+    tell the two apart.
+    """
+    found = [(path.parent.name, read_result(path)) for path in sorted((phase / "benchmarks").glob(f"*/{RESULT}"))]
+    return [each for name, each in found if name == result_folder(each["benchmark"], each["limit"], each["generation"])]
 
 
 def card_text(
@@ -155,7 +161,8 @@ def _front_matter(base: str, license_name: str | None) -> str:
 
 def _result_table(result: Mapping[str, Any]) -> str:
     """One benchmark: averages first, then its columns, in per cent with 95 % intervals."""
-    which = "all questions" if result["limit"] is None else f"the first {result['limit']} questions of each column"
+    limit = result["limit"]
+    which = ("all questions" if limit is None else f"{limit} questions of each column") + note(result["generation"])
     lines = [
         f"**{result['benchmark']}**, {which}, in %, with 95 % intervals (bootstrap over questions):",
         "",

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
-from datamodules.benchmarks import blink, lisa, mmiu, odinw, ref_l4, revos
+from datamodules.benchmarks import blink, lisa, mc_bench, mmiu, odinw, ref_l4, revos
 from datamodules.benchmarks.base import Benchmark, column_of, limit_columns
 from datamodules.benchmarks.reading.parquet import _group, row_bytes
 from datamodules.benchmarks.registry import BENCHMARKS, PAPER, benchmark_names, load_benchmark
@@ -182,10 +182,20 @@ def change_parquet(path: Path, change) -> None:
         (ref_l4, "ref-l4-val.parquet", lambda r: {k: v for k, v in r.items() if k != "caption"}, "caption"),
         (ref_l4, "ref-l4-test.parquet", lambda r: r | {"bbox": r["bbox"][:3]}, "bbox"),
         (ref_l4, "ref-l4-test.parquet", lambda r: r | {"bbox": None}, "bbox=None"),
+        (ref_l4, "ref-l4-test.parquet", lambda r: r | {"bbox": [None] * 4}, r"row 0: bbox=\[None"),
         (ref_l4, "ref-l4-test.parquet", lambda r: r | {"width": 0}, r"size=\[0"),
+        (ref_l4, "ref-l4-test.parquet", lambda r: r | {"width": None}, "row 0: width=None is not a number"),
+        (ref_l4, "ref-l4-val.parquet", lambda r: r | {"caption": None}, "row 0: caption=None is not text"),
         (blink, "Jigsaw/val-00000-of-00001.parquet", lambda r: r | {"answer": "hidden"}, "answer='hidden'"),
         (blink, "Jigsaw/val-00000-of-00001.parquet", lambda r: r | {"answer": None}, "answer=None"),
+        (
+            blink,
+            "Jigsaw/val-00000-of-00001.parquet",
+            lambda r: r | {"image_2": {"bytes": None, "path": "a.png"}},
+            "row 0: image_2 has no bytes of an image",
+        ),
         (mmiu, "all.parquet", lambda r: r | {"question": None}, "question=None"),
+        (mmiu, "all.parquet", lambda r: r | {"input_image_path": [None]}, r"input_image_path=\[None\]"),
         (mmiu, "all.parquet", lambda r: r | {"options": "one or two"}, "options"),
         (mmiu, "all.parquet", lambda r: r | {"output": r["output"] and "H"}, "output='H'"),
         (mmiu, "all.parquet", lambda r: r | {"task": "point_tracking"}, "casuality_reasoning_var"),
@@ -208,6 +218,37 @@ def test_another_parquet_is_refused_with_the_field(module, file: str, change, na
         (odinw, "PascalVOC/valid/annotations_without_background.json", '"bbox"', '"box"', "bbox"),
         (odinw, "PascalVOC/valid/annotations_without_background.json", '"bbox": [', '"bbox": [1, ', "bbox=.1, "),
         (odinw, "PascalVOC/valid/annotations_without_background.json", '"width"', '"w"', "width"),
+        (
+            odinw,
+            "PascalVOC/valid/annotations_without_background.json",
+            '"width": ',
+            '"width": null, "w": ',
+            "width=None",
+        ),
+        (odinw, "PascalVOC/valid/annotations_without_background.json", '"name": ', '"name": 3, "n": ', "name=3"),
+        (odinw, "PascalVOC/valid/annotations_without_background.json", '"bbox": [', '"bbox": ["1", ', "bbox=.'1', "),
+        (
+            odinw,
+            "PascalVOC/valid/annotations_without_background.json",
+            '"image_id": ',
+            '"image_id": [], "i": ',
+            "image_id",
+        ),
+        (
+            odinw,
+            "PascalVOC/valid/annotations_without_background.json",
+            '"images": ',
+            '"images": null, "i": ',
+            "images=None",
+        ),
+        (odinw, "PascalVOC/valid/annotations_without_background.json", "{", "", "background.json: not valid JSON"),
+        (lisa, "val/00001.json", '"text": [', '"text": [3, ', r"text=\[3, "),
+        (revos, "meta_expressions_valid_.json", '"videos": ', '"videos": [], "v": ', r"videos=\[\]"),
+        (revos, "meta_expressions_valid_.json", '"exp": ', '"exp": null, "e": ', "exp=None is not text"),
+        (revos, "meta_expressions_valid_.json", '"frames": ', '"frames": null, "f": ', "frames=None"),
+        (revos, "mask_dict.json", '"counts": ', '"runs": ', "no mask in COCO's run lengths: KeyError"),
+        (mc_bench, mc_bench.FILE, "{", "", f"{mc_bench.FILE}: not valid JSON"),
+        (mc_bench, mc_bench.FILE, '"descriptions": ', '"descriptions": null, "d": ', "descriptions=None is not a list"),
     ],
 )
 def test_another_json_is_refused_with_the_field(module, file: str, old: str, new: str, named: str, copy) -> None:

@@ -13,7 +13,9 @@ import pytest
 
 from datamodules.persistence import files
 from datamodules.persistence.files import (
+    DamagedFile,
     Journal,
+    StorageError,
     atomic_path,
     fingerprint,
     read_journal,
@@ -22,6 +24,7 @@ from datamodules.persistence.files import (
     write_atomic,
     write_json,
 )
+from datamodules.persistence.user_error import UserError
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from tests.conftest import SmallDisk
 
@@ -156,8 +159,25 @@ def test_writers_that_share_a_path_have_drafts_of_their_own(tmp_path: Path) -> N
 @pytest.mark.parametrize("damage", [b"", b'{"key": "a', b"\xff\xfe\x00"])
 def test_a_damaged_marker_is_named(tmp_path: Path, damage: bytes) -> None:
     (tmp_path / "done.json").write_bytes(damage)
-    with pytest.raises(ValueError, match=r"done\.json is damaged"):
+    with pytest.raises(DamagedFile, match=r"done\.json is damaged"):
         read_json(tmp_path / "done.json")
+    assert issubclass(DamagedFile, UserError), "a command prints it without a traceback"
+
+
+def test_a_folder_that_cannot_be_made_is_told_as_a_file_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(StorageError, match=r"cannot be written.*taken/folder/result\.json"):
+        write_json(tmp_path / "taken/folder/result.json", {})
+    Journal(tmp_path / "journal.jsonl", "a").append([1])
+
+    def refuse(path: Path, length: int) -> None:
+        raise PermissionError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "truncate", refuse)
+    with pytest.raises(StorageError, match="Read-only file system"):
+        Journal(tmp_path / "journal.jsonl", "a")
 
 
 def test_large_files_are_hashed_once_until_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,15 +8,21 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from datamodules.benchmarks import mig_bench
+from datamodules.metrics.drawing import TALLEST, WIDTH, draw_preview
 from datamodules.metrics.predictions import Reply
+from datamodules.metrics.scoring import score_reply
 from datamodules.samples.answer_text import render_boxes
 from datamodules.samples.box_texts import ParsedBox
 from datamodules.samples.boxes import BoxFormat, ImageSizes
-from datamodules.samples.sample import ImagePart, TextPart
+from datamodules.samples.sample import BoxAnswer, ImagePart, Sample, TextPart
 from experiments.asking import ask_model
 from experiments.asking.one_question import (
     COLOUR,
     HEIGHT,
+    WIDEST,
+    Answer,
+    FoundBox,
     build_question,
     draw_answer,
     read_answer,
@@ -100,6 +106,22 @@ def test_the_box_is_drawn_in_its_image_alone(images: list[str], box: str) -> Non
     first, second = drawing.crop((0, 0, 2 * HEIGHT, HEIGHT)), drawing.crop((2 * HEIGHT + 8, 0, *drawing.size))
     assert colour not in {pixel for _, pixel in first.getcolors(10**6)}
     assert colour in {pixel for _, pixel in second.getcolors(10**6)}
+
+
+def test_a_strip_of_a_few_rows_or_columns_is_squeezed_in_drawings() -> None:
+    strip = Image.new("RGB", (40_000, 2), "blue")
+    (data,) = build_question([strip], "Where?", 10**6).images
+    box = FoundBox(1, (20_000.0, 0.0, 40_000.0, 2.0), "")
+    drawing = draw_answer([data], Answer("", None, None, (box,), "only", None, True), 10**6)
+    assert drawing.size == (WIDEST, HEIGHT)
+    row = [drawing.getpixel((x, HEIGHT // 2)) != (0, 0, 255) for x in range(WIDEST)]
+    assert row.index(True) == WIDEST // 2 and row[-1], "the box is the right half"
+    truth = BoxAnswer(0, (0.0, 0.5, 1.0, 1.0), "")
+    sample = Sample("a", "b", "c", ("a.png",), (ImagePart(0), TextPart("Where?")), truth)
+    reply = Reply("", (ImageSizes((2, 40_000), (28, 28)),))
+    prediction = score_reply(sample, reply, BoxFormat.ABSOLUTE_PIXELS, mig_bench.RULE, mig_bench.OFFICIAL)
+    preview = draw_preview([strip.transpose(Image.Transpose.ROTATE_90)], sample, prediction)
+    assert preview.width == WIDTH and TALLEST < preview.height < TALLEST + 100
 
 
 def test_the_command_answers_in_json_with_the_committed_base(images: list[str], tmp_path: Path, capsys) -> None:

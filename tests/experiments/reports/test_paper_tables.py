@@ -127,6 +127,18 @@ def test_a_row_that_was_decoded_otherwise_says_so_and_is_mixed_with_no_other(tmp
     assert "mig_bench/avg" in measured["nano/grpo"]
 
 
+def test_one_model_that_was_asked_in_two_ways_has_a_row_of_each(tmp_path: Path) -> None:
+    for folder, score in (("m", 50.0), ("m--served", 60.0)):
+        write_result(tmp_path / f"eval/{folder}/blink", "blink", {"Jigsaw": score}, {})
+    write_result(tmp_path / "eval/m--served/lisa", "lisa", {"val": 10.0}, {})
+    measured = paper_tables.find_measured(tmp_path)
+    found = {label: {key: cell["score"] for key, cell in cells.items()} for label, cells in measured.items()}
+    assert found == {
+        "m (d), in m": {"blink/Jigsaw": 50.0},
+        "m (d), in m--served": {"blink/Jigsaw": 60.0, "lisa/val": 10.0},
+    }
+
+
 def test_results_of_an_earlier_version_are_left_out_and_named(tmp_path: Path, capsys) -> None:
     write_result(tmp_path / "eval/m/blink", "blink", {"Jigsaw": 50.0}, {})
     (tmp_path / "eval/old/blink").mkdir(parents=True)

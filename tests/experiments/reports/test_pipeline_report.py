@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from datamodules.metrics.result_files import write_evaluation
@@ -42,6 +43,20 @@ def test_the_page_holds_the_stages_curves_and_pictures(folder: Path) -> None:
 def test_the_page_tells_the_commit_of_the_training_from_the_last_commands(folder: Path) -> None:
     run_identity.claim(folder / "grpo", "key", commit="def456")
     assert "Last command at commit abc123; trained: grpo at def456." in pipeline_report.render_report(folder)
+
+
+def test_a_stage_has_a_gain_only_over_the_stage_of_its_own_experiment_that_it_was_trained_from(folder: Path) -> None:
+    def rows(model: str) -> dict[str, list[str]]:
+        settings = {"experiment": "nano", "model": {"init_args": {"model": model}}}
+        (folder / "grpo/config.yaml").write_text(yaml.safe_dump(settings))
+        results = read_results(folder / "results.json")
+        found = pipeline_report.stage_rows(results, pipeline_report.stage_starts(folder, results))
+        return {row[0]: row[2:4] for row in found}
+
+    assert rows("outputs/nano/cot_sft/merged")["grpo"] == ["+5.75", "cot_sft"], "also where the folder was renamed"
+    assert rows("models/nano-base")["grpo"] == ["+21.25", "base"]
+    assert rows("outputs/other/cot_sft/merged")["grpo"] == ["", ""], "its own cot_sft is another model"
+    assert rows("merged")["grpo"] == ["", ""]
 
 
 def test_the_page_needs_nothing_from_outside(folder: Path) -> None:

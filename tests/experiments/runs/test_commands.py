@@ -10,7 +10,7 @@ import pytest
 
 from datamodules.synthetic.benchmark_replicas import write
 from experiments import ablations, evaluate, pipeline, synthesize, train
-from experiments.runs.commands import refuse_credentials
+from experiments.runs.commands import command, refuse_credentials
 from experiments.runs.renamed_settings import MOVED, RENAMED, find_old_names
 from tests.chat_server import ChatServer, http_response
 
@@ -35,6 +35,16 @@ PLANTED = {
     ),
     "a key in the middle": (ablations, [f"--config={NANO}/ablations.yaml", "--seeds", f"hf_{SECRET}0123456789"]),
 }
+
+
+def test_ctrl_c_ends_a_command_with_a_line(capsys: pytest.CaptureFixture) -> None:
+    @command
+    def main(args: list[str] | None = None) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 130 and capsys.readouterr().err == "\nstopped by Ctrl-C\n"
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

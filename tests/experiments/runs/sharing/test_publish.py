@@ -15,9 +15,11 @@ import yaml
 from safetensors.torch import load_file
 
 from datamodules.encoding.messages import THINK_SUFFIX
+from datamodules.metrics.result_files import write_evaluation
 from experiments import evaluate, train
-from experiments.runs.sharing.model_card import CARD, phase_results, write_model_card
+from experiments.runs.sharing.model_card import CARD, card_text, phase_results, write_model_card
 from tests.experiments.conftest import ROOT, Workbench
+from tests.experiments.phase_results import summary
 from tests.experiments.test_pipeline import evaluation
 from tests.hub_stub import HubStub, hub_stub
 
@@ -63,6 +65,25 @@ def test_a_card_without_results_says_so_and_names_a_base_model_of_the_hub(phase:
     text = write_model_card(phase).read_text()
     assert "This model was not evaluated." in text and "base_model: Qwen/Qwen2.5-VL-7B-Instruct" in text
     assert "license:" not in text
+
+
+def test_a_card_tells_apart_how_its_results_were_measured(tmp_path: Path) -> None:
+    results = {
+        "mig_bench": summary(),
+        "mig_bench-0123456789abcdef": summary(12.34),  # a later evaluation with other settings
+        "mig_bench-limit5": summary(limit=5),
+        "mig_bench-model-generation": summary(generation="model"),
+    }
+    for name, result in results.items():
+        write_evaluation(tmp_path / "benchmarks" / name, (), result)
+    config = {"model": {"class_path": "m.GRPO", "init_args": {"model": "m"}}, "data": {"shards": "s"}}
+    text = card_text("tiny", config, phase_results(tmp_path), {}, "abc")
+    assert re.findall(r"^\*\*mig_bench\*\*, (.*), in %", text, re.MULTILINE) == [
+        "all questions",
+        "5 questions of each column",
+        "all questions, the model's own generation settings",
+    ]
+    assert "12.34" not in text
 
 
 def test_the_code_in_the_card_asks_the_model_as_it_was_trained(phase: Path) -> None:
