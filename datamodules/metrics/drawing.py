@@ -15,7 +15,7 @@ from datamodules.samples.scores import true_boxes
 
 PREVIEW_TEXTS = "previews.json"  # file beside previews with their texts (`describe_preview`)
 WIDTH = 640  # width of every preview in pixels
-TALLEST = 8 * WIDTH  # a strip of a few columns would be taller, up to all memory: it is squeezed
+TALLEST = 20 * WIDTH  # a strip of a few columns would be taller, up to all memory: it is squeezed
 FONT_SIZE = 14
 LINE = 3  # width of the outline of a box
 LINE_HEIGHT = 18

@@ -228,9 +228,10 @@ def test_planted_faults_in_coco_files(tmp_path: Path) -> None:
         lambda a: a.update(category_id=10**6),
         lambda a: a.update(attributes={"rotation": rng.uniform(1, 359)}),
     ]
-    images, annotations, truths = [], [], {}
+    images, annotations, truths, picture = [], [], {}, jpeg(0, size)
     for number in range(NUM_RECORDS):
-        images.append({"id": number, "file_name": "a.jpg", "width": size[0], "height": size[1]})
+        images.append({"id": number, "file_name": f"{number}.jpg", "width": size[0], "height": size[1]})
+        (tmp_path / f"{number}.jpg").write_bytes(picture)
         x1, y1, x2, y2 = (float(round(v)) for v in numbers(true_box(rng, size), size, "pixels"))
         annotation = {"id": number, "image_id": number, "category_id": 1, "bbox": [x1, y1, x2 - x1, y2 - y1]}
         truths[number] = x1 / 64, y1 / 48, x2 / 64, y2 / 48
@@ -238,7 +239,6 @@ def test_planted_faults_in_coco_files(tmp_path: Path) -> None:
             faults[(number // 2) % len(faults)](annotation)
         annotations.append(annotation)
     content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "kite"}]}
-    (tmp_path / "a.jpg").write_bytes(jpeg(0, size))
     (tmp_path / "train.json").write_text(json.dumps(content))
     found = outcomes(coco.scan(tmp_path, (), OwnData(max_misfits=1.0)))
     good = {int(one.sample.extra["record"]): one.sample.answer for one in found if isinstance(one, LoadedSample)}
