@@ -176,8 +176,10 @@ def test_training_configurations_instantiate(parse, name: str) -> None:
     assert isinstance(cli.trainer.strategy.checkpoint_io, WholeCheckpoints)
     assert isinstance(cli.trainer.checkpoint_callback, WindowCheckpoint)
     names = [type(callback).__name__ for callback in cli.trainer.callbacks]
-    assert ("RejectionSampling" in names) == is_grpo
-    if is_grpo:  # hours of sampling come after the callbacks that find a wrong path in the first second
+    # Several boxes: prompts that are never wholly right teach too, by their graded rewards.
+    rejects = is_grpo and name != "nano/multi_box/grpo.yaml"
+    assert ("RejectionSampling" in names) == rejects
+    if rejects:  # hours of sampling come after the callbacks that find a wrong path in the first second
         others = [names.index(name) for name in ("Previews", "MIGBench") if name in names]
         assert names.index("RejectionSampling") > max(others, default=0)
 
