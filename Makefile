@@ -1,7 +1,7 @@
 # One command for each job. The first command that needs Python makes .venv and installs the dependencies of setup.cfg.
 # CONFIG is another YAML, ARGS overrides any of its fields, SEED is the seed of pipeline, sft, grpo and sweep.
-# GPUS=8 trains on 8 GPUs with the same total batch:
-#   make grpo CONFIG=experiments/configs/paper/grpo_7b.yaml ARGS="--model.loss.kl_beta=0.01"
+# GPUS=8 trains on 8 GPUs with the same total batch.
+#   make grpo CONFIG=experiments/configs/paper/grpo_7b.yaml GPUS=8 ARGS="--model.loss.kl_beta=0.01"
 #   make pipeline SEED=1
 # A command may ask whether to keep results from before source files changed. KEEP=1 or REDO=1 answers this question.
 

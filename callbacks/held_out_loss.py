@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 class HeldOutLoss(Callback):
     """Measures loss and token accuracy by task on held-out shards during CoT-SFT or SFT, and at its end.
 
-    It logs `val/loss`, `val/token_accuracy` and `val/loss/<task>`. `WindowCheckpoint` with `monitor: val/loss` and
+    It logs `val/loss` and `val/loss/<task>`, in nats per token of the completions, and `val/token_accuracy`, 0-1.
+    `WindowCheckpoint` with `monitor: val/loss` and
     `mode: min` keeps the checkpoint with the lowest loss. Give both the same `every_n_steps`.
 
     It measures only between two updates, without gradients or random numbers, so training is exactly the same with and

@@ -35,6 +35,10 @@ class RejectionSampling(Callback):
             and a choice that is there already is used. So the trials of a sweep sample only once, as long as the code
             that samples stays the same.
         settings: the fields of `RejectionSettings`.
+
+    Raises in `setup`:
+        RunStopped: no prompt is kept.
+        UnusableData: fewer prompts are kept than one batch on every rank needs.
     """
 
     def __init__(self, folder: str | None = None, shared: str | None = None, **settings: Any) -> None:

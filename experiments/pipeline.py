@@ -37,6 +37,7 @@ from experiments.runs.subprocess_steps import ROOT, Plan, Step, run_step, say, s
 from experiments.runs.user_files import find_user_files
 
 EVALUATION = "evaluation"  # its overrides are for the evaluations of all stages
+QUESTION_FILES = (mig_bench.ANNOTATIONS, mig_bench.IMAGES)  # changed images are other questions too
 
 
 def experiment_folder(outputs: str, experiment: str, seed: int) -> Path:
@@ -161,13 +162,13 @@ class Pipeline:
         command = ["experiments.evaluate", "--config", self.evaluation, "--model", model, "--output", str(home)]
         command += [] if self.gpus is None else ["--processes", str(self.gpus)]
         command += ["--bench", mig_bench.NAME, *shlex.split(self.overrides.get("evaluation", ""))]
-        questions = Path(settings.data_root, mig_bench.FOLDER, mig_bench.ANNOTATIONS)
+        questions = [str(Path(settings.data_root, mig_bench.FOLDER, name)) for name in QUESTION_FILES]
         result = home / result_folder(mig_bench.NAME, settings.limit, settings.decoding.generation) / RESULT
         return Step(
             title=f"{stage}: MIG-Bench",
             marker=folder / "evaluated.json",
             command=tuple(command),
-            inputs=(self.evaluation, model, str(questions), *_more_configs(command)),
+            inputs=(self.evaluation, model, *questions, *_more_configs(command)),
             result=result,
             environment=self.environment(stage),
             modules=("experiments.evaluate",),

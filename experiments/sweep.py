@@ -234,9 +234,12 @@ def describe_command(arguments: Sequence[str]) -> str:
 
 
 def input_paths(plan: SweepPlan, loaded: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The models and the sources of shards that trials read, by their flags or by the YAML files `loaded`."""
+    """The models, the sources of shards and the questions that trials read, by flags or by the YAML files `loaded`."""
     words, settings = plan.example(), reduce(laid_over, loaded, {})
     paths = [setting_given(words, settings, "model.model"), *given_shards(words, settings)]
+    # The metric may be an accuracy on the questions of a callback, so other questions give other values.
+    callbacks = setting_given(words, settings, "trainer.callbacks") or []
+    paths += [entry.get("init_args", {}).get("annotations") for entry in callbacks if isinstance(entry, Mapping)]
     for parameter in plan.parameters:  # the example has the first value alone
         paths += parameter.choices if parameter.name in (*MODEL_FLAGS, "data.shards") else ()
     return sorted({str(path) for path in paths if path is not None})

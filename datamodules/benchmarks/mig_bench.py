@@ -40,14 +40,18 @@ TASKS = (
 IN_DOMAIN = ("diff", "common_object", "region", "refer_grounding")
 OUT_OF_DOMAIN = tuple(task for task in TASKS if task not in IN_DOMAIN)
 
-NAME, FOLDER, ANNOTATIONS = "mig_bench", "MIG-Bench", "MIG_data.json"
+NAME, FOLDER, ANNOTATIONS, IMAGES = "mig_bench", "MIG-Bench", "MIG_data.json", "images"
 AVERAGES = {"avg": TASKS, "in_domain": IN_DOMAIN, "out_of_domain": OUT_OF_DOMAIN}
 RULE = Rule(source=PAPER + ", mean over tasks")
 OFFICIAL = Rule(source="Migician eval/utils.py: its own box reader, IoU >= 0.5", inclusive=True, reader="mig_bench")
 
 _FIELDS = {"task": str, "images": list, "question": str, "answer": list, "additional_info": str, "need_format": bool}
 _SECOND_IMAGE = ("correspondence", "diff", "view_diff", "refer_grounding", "reasoning")
-ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+ORDINALS = (
+    *("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"),
+    *("eleventh", "twelfth", "thirteenth", "fourteenth", "fifteenth", "sixteenth", "seventeenth", "eighteenth"),
+    *("nineteenth", "twentieth"),
+)
 _NUMBERED = re.compile(r"\bin the (\d+)th image\b")  # "1th" is literal
 _NAMED = re.compile(r"\bIt is in the (\w+) image\b")
 _QUERY_BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")  # in 0-1000, of image 0

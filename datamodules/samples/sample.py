@@ -31,11 +31,15 @@ class SampleError(ValueError):
 
 @dataclass(frozen=True)
 class TextPart:
+    """A piece of the question's text, without special tokens of the model."""
+
     text: str
 
 
 @dataclass(frozen=True)
 class ImagePart:
+    """The place of an image in the question."""
+
     image: int  # index into Sample.images
 
 
@@ -59,14 +63,19 @@ class BoxAnswer:
 
 @dataclass(frozen=True)
 class BoxesAnswer:
-    """All true boxes. Only benchmarks have questions that no box answers."""
+    """All true boxes of a question, over all its images.
+
+    In a benchmark it may be empty: the object is in no image. In training data it is never empty.
+    """
 
     boxes: tuple[BoxAnswer, ...]
 
 
 @dataclass(frozen=True)
 class ChoiceAnswer:
-    letter: str  # "A" is choices[0]
+    """The letter of the right option."""
+
+    letter: str  # "A" is choices[0], "B" is choices[1], …
     choices: tuple[str, ...]
 
 

@@ -12,12 +12,13 @@ from datamodules.streaming.shard_sources import is_brace_list, read_shards
 
 
 def path_fingerprint(path: str | Path) -> str:
-    """Hash of the content of a file, a source of shards or a model folder.
+    """Hash of the content of a file, a source of shards, a model folder or another folder, such as one of images.
 
     For any other name (a Hub name), the name is hashed.
 
     For shards, the manifest is hashed, because it contains the hash of every shard; shards that differ from it are
-    added. A remote folder and a local copy of it have the same hash.
+    added. A remote folder and a local copy of it have the same hash. Of another folder, the names and sizes of all
+    files below it are hashed, because reading every image would take too long.
 
     Raises ValueError and FetchError, as `read_shards` does, if a remote manifest cannot be read.
     """
@@ -34,4 +35,7 @@ def path_fingerprint(path: str | Path) -> str:
         files, differing = [path / MANIFEST], deviations(path)
     else:
         files = sorted([*path.glob("*.json"), *path.glob("*.safetensors"), *path.glob("*.jinja")])
+        if not files and path.is_dir():
+            below = sorted(file for file in path.rglob("*") if file.is_file())
+            return fingerprint([(str(file.relative_to(path)), file.stat().st_size) for file in below])
     return fingerprint([*((file.name, file_sha256(file)[:16]) for file in files), *differing] or str(path))

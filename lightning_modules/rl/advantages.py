@@ -18,7 +18,7 @@ EQUAL_TOLERANCE = 1e-6  # rewards closer than this are equal: smaller difference
 
 
 def has_equal_rewards(rewards: Tensor) -> Tensor:
-    """Whether all rewards of a group in `rewards` [P, G] are equal: bool [P]. No completion of it is preferred."""
+    """Whether all rewards of a group in `rewards` [P, G] are equal, up to 1e-6: bool [P]. None of them is preferred."""
     return rewards.amax(dim=1) - rewards.amin(dim=1) <= EQUAL_TOLERANCE
 
 

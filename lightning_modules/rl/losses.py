@@ -74,11 +74,20 @@ class LossTerms:
 
     @property
     def loss(self) -> Tensor:
+        """The loss of these terms alone, a scalar; for a window, terms are added first."""
         return self.total / max(self.count, 1.0)
 
 
 def policy_loss(inputs: LossInputs, settings: LossSettings) -> LossTerms:
     """The negative objective; by default eq. 2 with PPO's clip (arXiv:1707.06347, eq. 7) and the k3 estimate of the KL.
+
+    Args:
+        inputs: the trained tokens of one packed row, N tokens of C completions.
+        settings: objective, clip range, reduction, KL term and entropy bonus.
+
+    Returns:
+        Sums, not means: `total` is divided by the sum of `count` over the window and all ranks. KL and entropy are in
+        nats.
 
     Raises:
         ValueError: there is a KL term, but `ref_log_probs` is None.

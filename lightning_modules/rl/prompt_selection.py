@@ -43,15 +43,22 @@ POLL_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class RejectionSettings:
-    """Settings of rejection sampling: `num_samples` completions per candidate; a completion is correct if its IoU is
-    above `threshold`.
+    """Settings of rejection sampling (paper, section 3.3): which candidates are kept.
 
-    With several boxes in the answer, a completion is correct if F1 at this IoU is at least `min_f1`: by default all
-    boxes are right, and no other is written.
+    Args:
+        num_samples: number of completions of each candidate.
+        min_correct, max_correct: a candidate is kept with this number of correct completions, both included. By default
+            from one to all but one, as in the paper (null: num_samples - 1). If a box can be found by chance, a larger
+            `min_correct` is useful.
+        temperature, max_new_tokens: of sampling, the second in tokens; null takes those of the rollouts in training.
+        prompts_per_batch: number of prompts sampled together. Another number draws other samples.
+        threshold: the IoU, 0-1, above which a box is right.
+        seed: of sampling.
+        min_f1: with several boxes, a completion is correct if F1 at `threshold` is at least this, 0-1. By default all
+            boxes are right, and no other is written.
 
-    A candidate is kept if it has `min_correct` to `max_correct` correct completions. The default, as in the paper, is
-    from one to all but one. If a box can be found by chance, a larger `min_correct` is useful. If temperature or
-    max_new_tokens is null, the value of the rollouts in training is used.
+    Raises:
+        ValueError: a setting cannot work.
     """
 
     num_samples: int = 8
@@ -96,9 +103,9 @@ def rejection_sample(
     """Sample every candidate, write the kept ones as shards and return their folder.
 
     An interrupted call continues from its journals with exactly the same samples. A finished choice in `folder` for the
-    same weights, candidates and settings is used again. An unusable candidate (its answer is not one box, an image is
-    damaged) is skipped and counted by rule. Every rank calls this function. The ranks wait for each other's files after
-    sampling.
+    same weights, candidates and settings is used again. An unusable candidate is skipped and counted by rule: an answer
+    without a box, or in the one-box form with several; a damaged image. Every rank calls this function. The ranks wait
+    for each other's files after sampling.
 
     Args:
         policy: the policy as loaded from its path; its files are hashed, not its weights in memory.

@@ -25,14 +25,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class Round:
-    """Batches whose prompts are sampled together: an accumulation window, or a part of a window that is refilled."""
+    """Batches whose prompts are sampled together: an accumulation window, or a part of a window that is refilled.
+
+    `request` has the prompts of `batches`, in their order.
+    """
 
     batches: list[Batch]
-    first: int  # number of the first batch on this rank
+    first: int  # number of the first batch, of this rank, from 0
     request: RolloutRequest
     policy: int  # number of updates of the policy that samples
     submitted: Future[list[list[Rollout]]] | None = None  # None: not ahead
-    adapter: Path | None = None
+    adapter: Path | None = None  # file of the adapter that servers sample with; None: the native engine
 
     @property
     def sample_ids(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,6 +35,7 @@ from experiments.sweeps.plan import read_plan
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.grpo import GRPO
 from lightning_modules.models.qwen_vl import QwenVL
+from tests.tutorials import marked_blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "experiments" / "configs"
@@ -291,6 +293,24 @@ def test_grpo_without_a_cold_start_is_worth_as_many_batches_as_the_full_row() ->
     full = yaml.safe_load((ROOT / rows["grpo"]["config"]).read_text())
     limits = f"--trainer.max_epochs=1 --trainer.limit_train_batches={full['trainer']['max_steps']}"
     assert rows["grpo_without_cold_start"]["overrides"] == limits
+
+
+def test_the_ablation_that_a_page_shows_has_rows_that_train_what_it_says(parse, tmp_path: Path) -> None:
+    (block,) = marked_blocks(ROOT / "docs/ablations.md")
+    path = tmp_path / block.file
+    path.parent.mkdir()
+    path.write_text(block.text)
+    parse_settings(ablations.run, path)
+    settings = yaml.safe_load(block.text)
+    rows = {name: ablations.Row(**row) for name, row in settings["rows"].items()}
+    ablations.check_rows(rows, [ablations.Comparison(**each) for each in settings["comparisons"]], [], None)
+    betas = {}
+    for name in ("grpo", "weak_kl"):
+        overrides = shlex.split(rows[name].overrides)
+        betas[name] = parse(str(ROOT / rows[name].config), *overrides).model.loss_settings.kl_beta
+    assert betas["weak_kl"] == 0.001 != betas["grpo"]
+    data = [settings["synthetic_dataset"], settings["evaluation"], settings["model"]]
+    assert all((ROOT / name).exists() for name in data)
 
 
 @pytest.mark.parametrize("size", ["3b", "7b"])

@@ -178,6 +178,20 @@ def test_a_pipeline_that_is_stopped_lists_what_is_done_behind(
     assert (tmp_path / "outputs/tiny/report.html").is_file()
 
 
+def test_other_image_files_of_the_questions_are_asked_again(
+    processes: Processes, settings: dict, tmp_path: Path
+) -> None:
+    image = tmp_path / "MIG-Bench/images/region/a.jpg"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(b"123")
+    pipeline.run(**settings, stages={})
+    pipeline.run(**settings, stages={})
+    assert len(processes.ran) == 1
+    image.write_bytes(b"1234")
+    pipeline.run(**settings, stages={})
+    assert len(processes.ran) == 2
+
+
 def test_a_run_that_finds_nothing_writes_nothing(processes: Processes, settings: dict, tmp_path: Path) -> None:
     processes.broken = "base"
     with pytest.raises(SystemExit, match="base: MIG-Bench"):

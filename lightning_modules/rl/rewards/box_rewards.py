@@ -59,19 +59,19 @@ class _Overlap:
 
 
 class GIoU(_Overlap):
-    """Generalized IoU, -1 to 1; -1 if no box can be read."""
+    """Generalized IoU (Rezatofighi et al., arXiv:1902.09630), -1 to 1; -1 if no box can be read. One-box form only."""
 
     kind, range = "giou", (LOWEST["giou"], 1.0)
 
 
 class DIoU(_Overlap):
-    """Distance IoU, -1 to 1; -1 if no box can be read."""
+    """Distance IoU (Zheng et al., arXiv:1911.08287), -1 to 1; -1 if no box can be read. One-box form only."""
 
     kind, range = "diou", (LOWEST["diou"], 1.0)
 
 
 class CIoU(_Overlap):
-    """Complete IoU, -1.5 to 1; -1.5 if no box can be read."""
+    """Complete IoU (Zheng et al., arXiv:1911.08287), -1.5 to 1; -1.5 if no box can be read. One-box form only."""
 
     kind, range = "ciou", (LOWEST["ciou"], 1.0)
 

@@ -22,10 +22,10 @@ class Completion:
 
     Args:
         sample: question, file names of the images, true answer, task, and further facts (`extra`).
-        image_sizes: the sizes of the sample's images, one entry per image.
+        image_sizes: for each image of the sample (width, height) in pixels: original, and as the model sees it.
         box_format: how the model writes coordinates.
         text: without special tokens.
-        token_ids: [T], with the end token.
+        token_ids: [T]; the last one is the end token, unless the completion was cut.
         finish_reason: "stop" after an end token, "length" if the completion was cut at `max_tokens`.
         max_tokens: the limit of T, `rollout.max_new_tokens`.
         answer_form: what the prompt asks for (`data.answer_form`).
@@ -76,7 +76,12 @@ class Completion:
 
     @cached_property
     def boxes(self) -> tuple[WrittenBox, ...]:
-        """All boxes of the answer, in the order written."""
+        """All boxes of the answer, in the order written; () if none can be read.
+
+        `box` is xyxy, 0-1 of the original image. It may be inverted or outside the image, as the model wrote it. In the
+        one-box form `image` is the true box's image, because the answer does not name one. With named images it is the
+        image that the answer names; None if the question has no such image, and then `box` has the numbers as written.
+        """
         if self.answer_form == AnswerForm.NAMED_IMAGE:
             return self.score.matching.written
         if isinstance(self.parsed, ParseFailure) or not self.true_boxes:

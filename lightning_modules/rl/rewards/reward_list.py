@@ -6,7 +6,7 @@
 
 A reward is a function of one `Completion` that returns a number, or a class whose objects are called in the same way. A
 class may define `score_batch(completions)` instead, which gets all completions of a step at once. A reward may have a
-`range`, a pair of numbers; then a value outside is an error. CONTRIBUTING.md explains how to add a reward.
+`range`, a pair of numbers; then a value outside is an error. docs/own_reward.md shows how to write one.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Reward:
     total: float  # Σ weight · term; 0 in a group that is left out
     terms: Mapping[str, float | None]  # every reward by name, unweighted; None if it failed without a value
     failure: str | None  # the reason if no box could be read (a kind of `answer_text.ParseFailure`), otherwise None
-    iou: float = 0.0
-    well_formed: bool = False
+    iou: float = 0.0  # 0-1; of several boxes, the mean over the best pairing
+    well_formed: bool = False  # it has the format (eq. 3)
     is_right: bool = False  # the IoU is above 0.5; of several boxes: F1 at this IoU is 1
     failed: tuple[str, ...] = ()  # names of the rewards that could not judge the completion
     left_out: bool = False  # its group has no rewards, because one of them failed, and is not trained on

@@ -60,6 +60,12 @@ class Length:
     """1 for a completion of `shortest` to `longest` tokens.
 
     Outside, it is the ratio of length and nearer limit, from 0 to 1: half of `shortest`, or twice `longest`, gets 0.5.
+
+    Args:
+        shortest, longest: in tokens, the end token included.
+
+    Raises:
+        ValueError: they are no whole numbers, or `shortest` is larger than `longest`.
     """
 
     shortest: int
@@ -90,7 +96,11 @@ class Length:
 
 @dataclass(frozen=True)
 class Repetition:
-    """Minus the share of token n-grams that repeat an earlier n-gram of the completion, -1 to 0."""
+    """Minus the share of token n-grams that repeat an earlier n-gram of the completion, -1 to 0.
+
+    Args:
+        n: length of an n-gram in tokens. A completion of fewer tokens earns 0, since it has no n-gram.
+    """
 
     n: int = 4
 

@@ -193,3 +193,16 @@ def test_local_shards_of_a_brace_list_are_compared_as_those_of_a_folder(folder: 
     assert reader.read(0).sample.id == "s0"
     with pytest.raises(SampleError, match="manifest_mismatch"):
         reader.read(3)
+
+
+def test_the_fingerprint_of_a_folder_of_images_changes_with_any_file_below_it(tmp_path: Path) -> None:
+    (tmp_path / "images/region").mkdir(parents=True)
+    (tmp_path / "images/region/a.jpg").write_bytes(b"123")
+    seen = [path_fingerprint(tmp_path / "images")]
+    (tmp_path / "images/region/a.jpg").write_bytes(b"1234")
+    seen.append(path_fingerprint(tmp_path / "images"))
+    (tmp_path / "images/region/a.jpg").rename(tmp_path / "images/a.jpg")
+    seen.append(path_fingerprint(tmp_path / "images"))
+    (tmp_path / "images/b.jpg").write_bytes(b"")
+    seen.append(path_fingerprint(tmp_path / "images"))
+    assert len(set(seen)) == 4 and path_fingerprint(tmp_path / "images") == seen[-1]
