@@ -17,6 +17,7 @@ from torch import Tensor
 
 from datamodules.encoding.encoder import Batch
 from datamodules.persistence.problems import Problems
+from datamodules.samples.answer_text import AnswerForm
 from datamodules.samples.boxes import BoxFormat
 from lightning_modules.group_objective import GroupObjective
 from lightning_modules.models.attention.kv_cache import CacheShape
@@ -104,6 +105,9 @@ class GRPO(GroupObjective):
                 "adapter of the language model, and nothing else"
             )
         return problems
+
+    def data_problems(self, answer_form: AnswerForm) -> list[str]:
+        return self.rewards.form_faults(answer_form)
 
     @property
     def updates_per_window(self) -> int:

@@ -30,6 +30,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from datamodules.encoding.encoder import Batch, EncodedSample
 from datamodules.persistence.problems import Problems
 from datamodules.persistence.user_error import SettingsError
+from datamodules.samples.answer_text import AnswerForm
 from lightning_modules.models.attention.packed_rows import PackedRows
 from lightning_modules.models.fsdp import clip_sharded, sum_gradients
 from lightning_modules.models.layers.lora import LoraSettings
@@ -105,6 +106,10 @@ class PolicyModule(LightningModule):
         self._start: dict[str, int] = {}  # marks of the weights as loaded, where they are trained themselves
         self._latest: dict[str, float] = {}  # every metric, as logged last
         self._latest_committed: dict[str, float] = {}  # the same at the end of the last finished window
+
+    def data_problems(self, answer_form: AnswerForm) -> list[str]:
+        """All settings that cannot work with `data.answer_form`, in words; subclasses may have some."""
+        return []
 
     def problems(self) -> Problems:
         """All settings that cannot work, in words; subclasses add theirs."""

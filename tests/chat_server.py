@@ -58,12 +58,16 @@ def question_text(request: dict[str, Any]) -> str:
 class _Server:
     """An asyncio server in a thread of its own; `with` starts and ends it. `heads` holds the head of each request."""
 
+    wanted_port = 0  # any free one
+
     def __enter__(self) -> Any:
         self.heads: list[bytes] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        started = asyncio.run_coroutine_threadsafe(asyncio.start_server(self._serve, "127.0.0.1", 0), self._loop)
+        started = asyncio.run_coroutine_threadsafe(
+            asyncio.start_server(self._serve, "127.0.0.1", self.wanted_port), self._loop
+        )
         self._server = started.result(10)
         self.port = self._server.sockets[0].getsockname()[1]
         return self

@@ -31,7 +31,7 @@ RETRIED = (408, 409, 425, 429)  # temporary, like every 5xx
 REFUSED = (400, 413, 422)  # this request cannot be answered: it is too long, or the server does not accept its image
 
 
-class RequestRefused(ValueError):
+class RequestRefused(UserError, ValueError):
     """The server cannot answer this request; further attempts would not help."""
 
 
@@ -109,16 +109,21 @@ class ChatEndpoint:
 
     It must be used in one event loop only. `faults` counts the failed attempts by HTTP status, or as "timeout",
     "connection" or "malformed".
+
+    Args:
+        settings: address, model, time-outs, attempts.
+        was_reached: whether an earlier connection has reached the server. A server that was never reached is not waited
+            for, because its address is probably wrong.
     """
 
-    def __init__(self, settings: EndpointSettings) -> None:
+    def __init__(self, settings: EndpointSettings, was_reached: bool = False) -> None:
         import openai
 
         if settings.base_url is None or not settings.model:
             raise ValueError(f"an endpoint needs base_url={settings.base_url!r} and model={settings.model!r}")
         self.settings = settings
         self.faults: Counter[str] = Counter()
-        self._was_reached = False  # whether a connection has ever been made
+        self.was_reached = was_reached
         self._errors = openai
         self._random = random.Random()  # only for the lengths of waits, so it needs no seed
         # Credentials, from environment variables. `_secrets` lists all their forms, so that messages can hide them.
@@ -199,11 +204,11 @@ class ChatEndpoint:
             try:
                 async with asyncio.timeout(settings.timeout):
                     answer = read(await ask())
-                self._was_reached = True
+                self.was_reached = True
                 return answer
             # The server has answered with an error, either permanent or temporary.
             except self._errors.APIStatusError as error:
-                self._was_reached = True
+                self.was_reached = True
                 status, fault = error.status_code, self._hide(f"{error.status_code} {error.message[:300]}")
                 if status in REFUSED:
                     raise RequestRefused(fault) from error
@@ -217,7 +222,7 @@ class ChatEndpoint:
             except self._errors.APIConnectionError as error:
                 # `openai` reports every error during the transfer as a connection error, even for a body that is too
                 # large.
-                if not self._was_reached and _is_refusal(error):
+                if not self.was_reached and _is_refusal(error):
                     # A server that was reachable may return. This server was never reachable, so waiting is useless.
                     self.faults["connection"] += 1
                     raise EndpointUnavailable(

@@ -155,6 +155,14 @@ def test_constructors_with_a_fault_end_in_a_short_message_with_each_entry(workbe
     assert len(said.splitlines()) <= 5
 
 
+def test_a_reward_for_one_box_is_refused_with_named_images_before_anything_is_loaded(workbench: Workbench) -> None:
+    config = configure(workbench, [{"class_path": "lightning_modules.rl.rewards.box_rewards.CIoU"}])
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--config", config, "--trainer.logger=false", "--data.answer_form=named_image"])
+    said = str(caught.value.code)
+    assert "these settings cannot be run" in said and "reward 'ciou'" in said and "data.answer_form=named_image" in said
+
+
 def test_a_reward_that_raises_ends_the_run_in_a_few_lines(workbench: Workbench) -> None:
     config = configure(workbench, [{"class_path": "my_rewards.broken"}])
     (workbench.root / "my_rewards.py").write_text("def broken(completion):\n    return 1 / 0\n")

@@ -22,11 +22,13 @@ from callbacks.checkpoints import WholeCheckpoints, WindowCheckpoint
 from callbacks.rank_watch import RankWatch
 from callbacks.rejected_samples import RejectedSamples
 from callbacks.run_progress import Progress
+from callbacks.save_on_interrupt import SaveOnInterrupt
 from datamodules.multi_image import MultiImageData
 from datamodules.persistence import folder_lock
 from datamodules.persistence.files import write_atomic
 from datamodules.persistence.message_text import first_line
 from datamodules.persistence.problems import collect_problems
+from datamodules.samples.answer_text import AnswerForm
 from datamodules.samples.boxes import BoxFormat
 from experiments.runs import preflight, run_identity
 from experiments.runs.changes import Choice
@@ -37,6 +39,7 @@ from experiments.runs.loggers import LogTo, make_loggers
 from experiments.runs.parsers import ShortErrors
 from experiments.runs.results import current_commit
 from experiments.runs.run_key import made_of
+from lightning_modules.policy_module import PolicyModule
 
 DESCRIPTION = "Train one phase from one YAML. Beside the settings: --seed, --gpus, --keep, --redo, --check_without."
 # Both runs stay if the new one has another experiment, whose folder is another one.
@@ -162,17 +165,20 @@ class TrainCLI(LightningCLI):
 
     def constructor_problems(self) -> list[str]:
         """The problems that the constructors of module, data and callbacks find. All these constructors are cheap."""
-        problems = []
+        problems, module = [], None
         for name, kind, settings in self._parts():
             parser = LightningArgumentParser()
             parser.add_lightning_class_args(kind, name, subclass_mode=name != "data")
             # Each settings object checks itself. All problems are reported together with the module's.
             with collect_problems() as found:
                 try:
-                    parser.instantiate(Namespace({name: settings.clone()}))
+                    made = parser.instantiate(Namespace({name: settings.clone()}))[name]
+                    module = made if name == "model" else module
                 except ValueError as error:  # the cause has our message; the parser adds text
                     problems.append(f"{name}: {error.__cause__ or error}")
             problems += [f"{name}.{problem}" for problem in found]
+        if isinstance(module, PolicyModule):
+            problems += module.data_problems(AnswerForm(self.config.data.answer_form))
         return problems
 
     def _parts(self) -> list[tuple[str, type, Namespace]]:
@@ -199,7 +205,8 @@ class TrainCLI(LightningCLI):
         for callback in checkpoints:
             if callback.dirpath is None:
                 callback.dirpath = str(self.folder / "checkpoints")
-        kwargs["callbacks"] = callbacks
+        # It ends the run inside `on_train_batch_end`, so a callback behind it would miss the last batch.
+        kwargs["callbacks"] = sorted(callbacks, key=lambda callback: isinstance(callback, SaveOnInterrupt))
         kwargs["plugins"] = [WholeCheckpoints(), *_as_list(self.config_init.trainer.plugins)]
         try:
             return super().instantiate_trainer(**kwargs)

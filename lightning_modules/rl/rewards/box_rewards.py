@@ -50,10 +50,14 @@ class _Overlap:
     kind: ClassVar[OverlapKind]
     range: ClassVar[tuple[float, float]]
 
+    def form_faults(self, form: AnswerForm) -> list[str]:
+        """It cannot judge answers of several boxes."""
+        cure = f"data.answer_form={form} needs IoU, IoUAbove, RightImage or BoxMatch"
+        return [] if form == AnswerForm.ONE_BOX else [f"compares one box with one: {cure}"]
+
     def __call__(self, completion: Completion) -> float:
-        if completion.answer_form != AnswerForm.ONE_BOX:
-            cure = "data.answer_form=named_image needs IoU, IoUAbove, RightImage or BoxMatch"
-            raise ValueError(f"{type(self).__name__} compares one box with one: {cure}")
+        if faults := self.form_faults(completion.answer_form):
+            raise ValueError(f"{type(self).__name__} {faults[0]}")
         box, answer = completion.score.box, completion.sample.answer
         return self.range[0] if box is None else overlap(self.kind, box, answer.box)
 

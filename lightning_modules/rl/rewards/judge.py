@@ -72,9 +72,12 @@ class Judge:
         self.prompt, self.highest, self.max_tokens = prompt, highest, max_tokens
         self.failed = Failed(0.0 if on_failure == "zero" else None)
         highest_number = re.escape(f"{highest:g}")
-        # A judge may repeat the scale before its grade: "From 0 to 10: 7". Its 0 is no grade.
-        self._scale = re.compile(rf"\b0\s*(?:-|–|to)\s*{highest_number}\b|(?:/|\bof)\s*{highest_number}\b")
+        # A judge may repeat the scale beside its grade: "From 0 to 10: 7", "7/10". These numbers are no grade.
+        self._scale = re.compile(
+            rf"{_NUMBER.pattern}\s*(?:-|–|to)\s*{highest_number}\b|(?:/|\bof)\s*{highest_number}\b"
+        )
         self._is_failing = False  # whether the last step had a failure
+        self._was_reached = False  # whether the server has answered in any step
 
     def score_batch(self, completions: Sequence[Completion]) -> list[float | Failed]:
         """The grades of all completions, in their order.
@@ -100,9 +103,8 @@ class Judge:
     async def _grade_all(self, completions: Sequence[Completion]) -> list[float | str]:
         """The grade of each completion, or the reason why it has none."""
         free = asyncio.Semaphore(self.endpoint.concurrency)
-        async with ChatEndpoint(
-            self.endpoint
-        ) as server:  # a client belongs to one event loop, so each step makes its own
+        # A client belongs to one event loop, so each step makes its own.
+        async with ChatEndpoint(self.endpoint, self._was_reached) as server:
 
             async def grade(completion: Completion) -> float | str:
                 message = {"role": "user", "content": [{"type": "text", "text": self.request(completion)}]}
@@ -118,11 +120,13 @@ class Judge:
                     tasks = [group.create_task(grade(completion)) for completion in completions]
             except ExceptionGroup as errors:  # a misused server gives the same error to all requests
                 raise errors.exceptions[0] from None
+            self._was_reached = server.was_reached
         return [task.result() for task in tasks]
 
     def _read(self, reply: str) -> float | str:
-        """The first number of a reply beside its scale, scaled to 0-1, or the problem of the reply."""
-        number = _NUMBER.search(self._scale.sub(" ", reply[:1000]))
-        if number is None or not 0 <= float(number[0]) <= self.highest:
-            return f"the reply {reply[:80]!r} holds no number from 0 to {self.highest:g}"
-        return float(number[0]) / self.highest
+        """The number of a reply beside its scale, scaled to 0-1, or the problem of the reply."""
+        numbers = _NUMBER.findall(self._scale.sub(" ", reply[:1000]))
+        # Of several numbers nobody knows which is the grade: "The 2 images support it: 8".
+        if len(set(numbers)) != 1 or not 0 <= float(numbers[0]) <= self.highest:
+            return f"the reply {reply[:80]!r} is not one number from 0 to {self.highest:g}"
+        return float(numbers[0]) / self.highest

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from datamodules.persistence.problems import Problems
 from datamodules.persistence.user_error import UserError
+from datamodules.samples.answer_text import AnswerForm
 from datamodules.samples.boxes import BoxFormat
 from lightning_modules.rl.rewards.completion import Completion, Failed
 from lightning_modules.rl.rewards.reward_paths import brief, build, is_name, is_range
@@ -178,6 +179,11 @@ class RewardList:
     def names(self) -> tuple[str, ...]:
         return tuple(term.name for term in self.terms)
 
+    def form_faults(self, form: AnswerForm) -> list[str]:
+        """The rewards that cannot judge answers of this form: those whose `form_faults(form)` says so."""
+        asked = ((term, getattr(term.reward, "form_faults", lambda _: ())) for term in self.terms)
+        return [f"reward {term.name!r} ({term.class_path}) {fault}" for term, ask in asked for fault in ask(form)]
+
     @property
     def weights(self) -> dict[str, float]:
         """λ by name."""
@@ -262,11 +268,11 @@ class RewardList:
 
     def _total(self, completion: Completion, terms: Mapping[str, float | None]) -> float:
         """Σ weight · term. A sum that is not finite, or too large, is an error of the reward that adds most to it."""
-        parts = {term: term.weight * (terms[term.name] or 0.0) for term in self.terms}
+        parts = {term.name: term.weight * (terms[term.name] or 0.0) for term in self.terms}
         total = sum(parts.values())
         if abs(total) <= LARGEST:  # false for NaN, the sum of both infinities
             return total
-        largest = max(self.terms, key=lambda term: abs(parts[term]))
+        largest = max(self.terms, key=lambda term: abs(parts[term.name]))
         raise largest.error(
             f"returned {terms[largest.name]:g}, which has weight {largest.weight:g}: the weighted sum of all rewards "
             f"is {total:g}, and must be from {-LARGEST:g} to {LARGEST:g}; lower the weight, or scale the reward",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 import time
 from collections import Counter
 
@@ -39,6 +40,8 @@ def test_grades_are_parts_of_the_highest_in_the_order_of_the_completions():
         assert judge(server).score_batch(completions("10", "0", "7.5", "8/10")) == [1.0, 0.0, 0.75, 0.8]
         with_scale = "From 0 to 10: 7", "Rating (0-10): 10", "0 – 10? 0.", "10 out of 10", "0/10"
         assert judge(server).score_batch(completions(*with_scale)) == [0.7, 1.0, 0.0, 1.0, 0.0]
+        from_one = "On a scale of 1 to 10, I would give 7", "Score (1-10): 8"
+        assert judge(server).score_batch(completions(*from_one)) == [0.7, 0.8]
         (request, *_) = server.requests
     assert request["temperature"] == 0.0 and request["model"] == "judge"
     assert "Question: Where is the cup?" in question_text(request) and "from 0 (no support) to 10" in question_text(
@@ -49,10 +52,10 @@ def test_grades_are_parts_of_the_highest_in_the_order_of_the_completions():
 @pytest.mark.parametrize(("on_failure", "value"), [("zero", 0.0), ("leave_out", None)])
 def test_what_is_no_grade_is_a_failure(on_failure, value, caplog):
     with ChatServer(grade_by_text) as server:
-        texts = ("5", "no idea", "11", "-1", "")
+        texts = ("5", "no idea", "11", "-1", "The 2 images support it: 8")
         found = judge(server, on_failure=on_failure).score_batch(completions(*texts))
     assert found[0] == 0.5 and [each.value for each in found[1:]] == [value] * 4
-    assert "4 of 5 completions got no grade; first: the reply 'no idea' holds no number from 0 to 10" in caplog.text
+    assert "4 of 5 completions got no grade; first: the reply 'no idea' is not one number from 0 to 10" in caplog.text
 
 
 def test_a_server_that_does_not_answer_costs_one_time_out_for_all():
@@ -128,3 +131,24 @@ def test_training_goes_on_where_a_judge_fails_and_its_group_teaches_nothing(buil
     assert [reward["failed"] for reward in second["rewards"]] == [["judge"]] * 4
     assert trainer.callback_metrics["reward/judge"] == pytest.approx((1 + 2 + 3 + 4) / 40)
     assert trainer.callback_metrics["reward/total"] == trainer.callback_metrics["reward/judge"]
+
+
+def test_a_server_that_has_answered_before_is_waited_for_when_it_is_started_again():
+    with ChatServer(grade_by_text) as server:
+        grader = Judge(server.base_url, "judge", attempts=6)
+        assert grader.score_batch(completions("5")) == [0.5]
+    started = []
+
+    def start_again():
+        time.sleep(0.5)
+        again = ChatServer(grade_by_text)
+        again.wanted_port = server.port
+        started.append(again.__enter__())
+
+    thread = threading.Thread(target=start_again)
+    thread.start()
+    try:
+        assert grader.score_batch(completions("7")) == [0.7]
+    finally:
+        thread.join()
+        started[0].__exit__(None, None, None)

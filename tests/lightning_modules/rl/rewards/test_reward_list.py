@@ -3,6 +3,7 @@ rewards: what is summed, what is refused, and how a reward that fails is told.""
 
 import math
 import pickle
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
@@ -347,3 +348,26 @@ def test_a_list_can_be_sent_to_another_process():
     again = pickle.loads(pickle.dumps(rewards))
     completion = make_completion("yes!", HALF, [WIDE])
     assert again.score_completions([[completion]]) == rewards.score_completions([[completion]])
+
+
+@dataclass
+class Unhashable:
+    """A class as users write it: a dataclass with `eq`, so its objects have no hash."""
+
+    scales: list[float] = field(default_factory=lambda: [0.25])
+
+    def __call__(self, completion: Completion) -> float:
+        return self.scales[0]
+
+
+def test_a_reward_whose_objects_have_no_hash_is_summed_like_any_other():
+    rewards = RewardList([{"class_path": f"{HERE}.Unhashable", "weight": 2.0}])
+    (got,) = rewards.score_completions([[make_completion("text", HALF, [WIDE])]])[0]
+    assert got.total == 0.5 and got.terms == {"unhashable": 0.25}
+
+
+def test_rewards_that_cannot_judge_a_form_are_named():
+    rewards = RewardList([*PAPER, {"class_path": "lightning_modules.rl.rewards.box_rewards.GIoU"}])
+    assert rewards.form_faults(AnswerForm.ONE_BOX) == []
+    (fault,) = rewards.form_faults(AnswerForm.NAMED_IMAGE)
+    assert "reward 'giou' (lightning_modules.rl.rewards.box_rewards.GIoU) compares one box with one" in fault
