@@ -83,7 +83,6 @@ class BenchmarkEvaluation(Callback):
         self.decoding = Decoding(max_new_tokens, prompts_per_batch)
         self.max_prompt_tokens = max_prompt_tokens
         self.benchmark: Benchmark | None = None
-        self._resumed_step = 0
         self._last_step = 0
 
     def load(self) -> Benchmark:
@@ -106,10 +105,11 @@ class BenchmarkEvaluation(Callback):
         return (self.max_prompt_tokens or max_prompt_tokens) + self.decoding.max_new_tokens if asks else 0
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._resumed_step = self._last_step = checkpoint["global_step"]
+        self._last_step = checkpoint["global_step"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.before and self._resumed_step == 0:  # a resumed run no longer has the initial weights
+        # A resumed run has made this evaluation. (Sharded strategies load the checkpoint later than this.)
+        if self.before and trainer.ckpt_path is None:
             self._evaluate("before", trainer, pl_module, self.benchmark.samples, required=True)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:

@@ -21,6 +21,7 @@ from lightning_modules.training.endings import IdleTooLong, RunStopped
 log = logging.getLogger(__name__)
 
 STEP = "step-"  # first part of a checkpoint's name; the number of updates follows
+INTERRUPTED = "interrupted.ckpt"  # the checkpoint of SaveOnInterrupt
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -204,6 +205,9 @@ class WindowCheckpoint(Checkpoint):
             self._failures, self._saved_batches = 0, _num_batches(trainer)
             if trainer.is_global_zero:
                 self._remove_old(trainer)
+                # The run has gone on from the checkpoint of an interruption. This one is newer, perhaps with the same
+                # number of updates: windows in which nothing is learnt have none.
+                path.with_name(INTERRUPTED).unlink(missing_ok=True)
             return
         # 3. It could not be written.
         self.scores.pop(path.name, None)

@@ -62,7 +62,7 @@ class CollapseGuard(Callback):
     alert. A rollback is decided by one write of this file and carried out when the run starts again, so a kill at any
     moment does no harm.
 
-    List this callback before SaveOnInterrupt.
+    It must come before SaveOnInterrupt, as `experiments.train` arranges.
 
     Args:
         bounds: metric -> its limits. An average that is NaN breaks every limit. A metric that is never logged leads to
@@ -254,6 +254,7 @@ def _scale_learning_rate(trainer: Trainer, factor: float) -> None:
     """Multiply the learning rate by `factor`: its schedule, and the value in use now."""
     for config in trainer.lr_scheduler_configs:
         config.scheduler.base_lrs = [rate * factor for rate in config.scheduler.base_lrs]
+        config.scheduler._last_lr = [rate * factor for rate in config.scheduler.get_last_lr()]  # what is logged
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
             group["lr"] *= factor

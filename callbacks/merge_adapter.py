@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -34,15 +35,21 @@ class MergeAdapter(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge and save. Gathering sharded weights needs all ranks; rank 0 writes."""
         pl_module.require_learnt()
-        error = None
+        policy, write = pl_module.policy, trainer.is_global_zero
         folder = Path(self.folder or Path(trainer.default_root_dir) / "merged")
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            texts = {PROMPT_FORM: prompt_form_text(trainer.datamodule.encoder)}
-            pl_module.policy.save_adapter(folder.parent / "adapter", write=trainer.is_global_zero)
-            pl_module.policy.save_merged(folder, write=trainer.is_global_zero, texts=texts)
-        except (OSError, SafetensorError) as failure:
-            error = str(storage_error(failure, folder))
-        error = trainer.strategy.broadcast(error)  # the other ranks wait in this call until rank 0 has written
+        texts = {PROMPT_FORM: prompt_form_text(trainer.datamodule.encoder)}
+        # 1. Save. If rank 0 cannot write the one, it still takes part in the other, in which all ranks gather weights.
+        errors = []
+        for save in (
+            partial(policy.save_adapter, folder.parent / "adapter", write),
+            partial(policy.save_merged, folder, write, texts),
+        ):
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                save()
+            except (OSError, SafetensorError) as failure:
+                errors.append(str(storage_error(failure, folder)))
+        # 2. All ranks end alike. The others wait in this call until rank 0 has written.
+        error = trainer.strategy.broadcast(errors[0] if errors else None)
         if error is not None:
             raise RunStopped(f"the merged model: {error}. Make room; the same command goes on from the last checkpoint")

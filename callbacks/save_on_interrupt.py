@@ -15,10 +15,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks import preemption
-from callbacks.checkpoints import STEP, log_batch, num_updates, save
+from callbacks.checkpoints import INTERRUPTED, STEP, log_batch, num_updates, save
 from lightning_modules.rollouts.vllm.server_pool import ServersLost
-
-FILE_NAME = "interrupted.ckpt"
 
 
 class SaveOnInterrupt(Callback):
@@ -107,4 +105,4 @@ def _path(trainer: Trainer) -> Path:
     """The path of the checkpoint, in the folder of the checkpoint callback."""
     checkpoints = trainer.checkpoint_callback
     folder = getattr(checkpoints, "dirpath", None) or Path(trainer.default_root_dir) / "checkpoints"
-    return Path(folder) / FILE_NAME
+    return Path(folder) / INTERRUPTED

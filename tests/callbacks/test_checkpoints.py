@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from callbacks.checkpoints import RunStopped, WholeCheckpoints, WindowCheckpoint, newest
+from callbacks.checkpoints import INTERRUPTED, RunStopped, WholeCheckpoints, WindowCheckpoint, newest
 from tests.callbacks.conftest import TWO_EPOCHS, FakeEngine, FakeModule, Windows, true_answer
 from tests.conftest import SmallDisk
 
@@ -216,3 +216,19 @@ def test_a_folder_that_has_become_a_file_is_named(train_on, small_disk: SmallDis
 def test_settings_that_cannot_work_are_named() -> None:
     with pytest.raises(ValueError, match=r"every_n_steps=0.*keep_last=0.*mode='most'"):
         WindowCheckpoint(every_n_steps=0, keep_last=0, mode="most")
+
+
+def test_a_checkpoint_replaces_that_of_an_interruption_with_as_many_updates(
+    fit, tiny_model_dir, tmp_path: Path
+) -> None:
+    """Windows in which nothing is learnt have no update: the newer checkpoint has the same number of updates."""
+    folder = tmp_path / "ckpt"
+    folder.mkdir()
+    torch.save({"global_step": 4}, folder / INTERRUPTED)
+    fit(
+        FakeModule(str(tiny_model_dir), FakeEngine(true_answer)),
+        [WindowCheckpoint(str(folder), every_n_steps=4)],
+        max_steps=4,
+        enable_checkpointing=True,
+    )
+    assert names(folder) == ["step-00000004.ckpt"]

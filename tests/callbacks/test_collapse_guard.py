@@ -42,10 +42,13 @@ class Rewarded(Windows):
         super().__init__(path)
         self.falls_at, self.accumulate, self.always, self.rewards = falls_at, accumulate, always, rewards
         self.rates: list[float] = []
+        self.shown_rates: list[tuple[float, float]] = []  # of each update: in use, and as it is logged
         self.seeds: list[int] = []
         self.base_seed = self.seed
 
     def training_step(self, batch, batch_idx: int) -> None:
+        in_use = self.optimizers().param_groups[0]["lr"]
+        self.shown_rates.append((in_use, self.lr_schedulers().get_last_lr()[0]))
         super().training_step(batch, batch_idx)
         falls = self.global_step >= self.falls_at and (self.always or self.seed == self.base_seed)
         given = self.rewards[self.global_step - 1] if self.rewards else None
@@ -176,6 +179,7 @@ def test_after_a_rollback_samples_rollouts_and_rate_differ(run, tmp_path: Path) 
     assert module.seen != undisturbed.seen[2 * 4 :]
     assert not set(module.seeds) & set(undisturbed.seeds)
     assert module.rates == pytest.approx([rate / 2 for rate in undisturbed.rates[4:]])
+    assert all(shown == in_use for in_use, shown in module.shown_rates)
 
 
 def test_rollbacks_are_bounded(run, tmp_path: Path) -> None:

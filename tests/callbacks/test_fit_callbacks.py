@@ -15,8 +15,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
+from safetensors import SafetensorError
 
-from callbacks.checkpoints import WholeCheckpoints, WindowCheckpoint, newest
+from callbacks.checkpoints import RunStopped, WholeCheckpoints, WindowCheckpoint, newest
 from callbacks.merge_adapter import MergeAdapter
 from callbacks.previews import Previews
 from callbacks.save_on_interrupt import SaveOnInterrupt
@@ -273,3 +274,15 @@ def test_a_second_ctrl_c_stops_at_once(fit, module, tmp_path: Path) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     assert len(module.seen) == 2
     assert not (tmp_path / "ckpt/interrupted.ckpt").exists()
+
+
+def test_a_rank_that_cannot_write_the_adapter_takes_part_in_the_merge(fit, module, monkeypatch) -> None:
+    """Merging gathers the weights of all ranks: without this rank the others would wait forever."""
+
+    def fill_up(*_: object) -> None:
+        raise SafetensorError("no space left on device")
+
+    monkeypatch.setattr(module.policy, "save_adapter", fill_up)
+    with pytest.raises(RunStopped, match=r"the merged model: .*no space left"):
+        fit(module, [MergeAdapter()])
+    assert len(module.policy.merged) == 1

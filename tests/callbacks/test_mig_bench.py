@@ -256,3 +256,18 @@ def test_two_ranks_share_the_questions_and_write_what_one_writes(bench, fit, tin
         assert (tmp_path / "two/before" / name).read_text() == (tmp_path / "one/before" / name).read_text()
     (inside,) = (tmp_path / "two").glob("step_*/result.json")
     assert json.loads(inside.read_text())["n"] == 6
+
+
+def test_a_resumed_run_does_not_evaluate_the_start_whenever_its_checkpoint_is_loaded(
+    bench, fit, tiny_model_dir, tmp_path: Path
+) -> None:
+    """Sharded strategies load the checkpoint after `on_fit_start`."""
+    callback = MIGBench(str(bench[0]), str(bench[1]), before=True)
+    module = FakeModule(str(tiny_model_dir), FakeEngine(half_right))
+    trainer = fit(module, [callback])
+    result = tmp_path / "run/mig_bench/before/result.json"
+    assert result.is_file()
+    result.unlink()
+    trainer.ckpt_path = str(tmp_path / "any.ckpt")
+    callback.on_fit_start(trainer, module)
+    assert not result.exists()
