@@ -140,15 +140,17 @@ class GroupObjective(PolicyModule):
             by_batch: the groups of each batch.
         """
         first = self._num_batches_committed  # number of the window's first batch
+        window = [group for groups in by_batch for group in groups]
         if self.updates_per_window == 1:
+            if self._compares_without_dropout:
+                self.attach_old_log_probs(window)
             # Gradients of the batches add up to a sum, which `update` divides once. The policy does not change, so the
-            # ratio is 1.
+            # ratio is 1, up to dropout.
             for number, groups in enumerate(by_batch, first):
                 self.seed_dropout(number)
                 self.add_gradient(groups)
             self.update()
             return
-        window = [group for groups in by_batch for group in groups]
         self.attach_old_log_probs(window)
         for epoch in range(self.update_settings.epochs_per_rollout):
             # The order is drawn from the window's seed, so a resumed run divides the window as before.
@@ -159,6 +161,11 @@ class GroupObjective(PolicyModule):
                 self.update()
 
     # Log-probabilities of groups
+
+    @property
+    def _compares_without_dropout(self) -> bool:
+        """Whether the sampler correction needs log-probabilities of its own: the engine samples without dropout."""
+        return self.lora is not None and self.lora.dropout > 0 and self.update_settings.importance_cap is not None
 
     @torch.no_grad()
     def attach_old_log_probs(self, groups: list[PromptGroup]) -> None:

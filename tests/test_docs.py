@@ -139,9 +139,10 @@ def project_commands(code: Code) -> Iterator[tuple[int, Command]]:
 
 def collect(page: Page) -> tuple[list[str], list[tuple[int, Command]]]:
     """Faults of the page's make commands and of the scripts that it runs, and its project commands with their lines."""
-    faults, found = [], []
+    faults, found, copies = [], [], {}
     saved = {block.file for block in marked_blocks(page.path)}
     for code in page.code:
+        copies |= {words[2]: words[1] for _, words in commands(code) if words[0] == "cp" and len(words) == 3}
         found += project_commands(code)
         for line, words in commands(code):
             if words[0] == "make" and len(words) > 1:
@@ -151,7 +152,14 @@ def collect(page: Page) -> tuple[list[str], list[tuple[int, Command]]]:
             elif len(words) > 1 and re.fullmatch(r"(python3?|sbatch) \S+\.\w+", " ".join(words[:2])):
                 exists = words[1] in saved or (ROOT / words[1]).is_file()
                 faults += [] if exists else [f"line {line}: {words[1]}: no such file"]
-    return faults, [(line, (module, without_saved(words, saved))) for line, (module, words) in found]
+    # A copy is read as its original. Of a command whose only configuration is on the page, nothing would be left to
+    # parse: `test_configs.py` reads that page.
+    found = [(line, (module, [copies.get(word, word) for word in words])) for line, (module, words) in found]
+    return faults, [
+        (line, (module, without_saved(words, saved)))
+        for line, (module, words) in found
+        if not (module == "experiments.ablations" and saved.intersection(words))
+    ]
 
 
 def start_faults(found: Sequence[tuple[int, Command]]) -> Iterator[str]:

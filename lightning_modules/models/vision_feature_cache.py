@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -20,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from datamodules.encoding.encoder import EncodedSample
-from datamodules.persistence.files import atomic_path, file_sha256, fingerprint
+from datamodules.persistence.files import atomic_path, file_sha256, fingerprint, storage_error
 
+log = logging.getLogger(__name__)
 GIB = 1 << 30
 # largest number of patches in one pass through the vision tower; it limits the memory of activations
 MAX_PATCHES = 1 << 15
@@ -63,6 +65,7 @@ class FeatureCache:
         # Number of bytes that this process has written since its last scan. It starts at the limit, so that the first
         # `put` scans.
         self._unchecked = self.limit
+        self._is_failing = False  # whether the last image could not be written
 
     def get(self, image_key: str, grid: Sequence[int], device: torch.device) -> Tensor | None:
         """Features [tokens, F] of an image, or None if they are not in the cache.
@@ -84,10 +87,18 @@ class FeatureCache:
         return features
 
     def put(self, image_key: str, grid: Sequence[int], features: Tensor) -> None:
+        """Keep the features [tokens, F] of an image. If they cannot be written, training goes on without them."""
         path = self._path(image_key, grid)
-        with atomic_path(path, shared=True) as draft:
-            save_file({"features": features.detach().contiguous()}, draft)
-            self._unchecked += draft.stat().st_size
+        try:
+            with atomic_path(path, shared=True) as draft:
+                save_file({"features": features.detach().contiguous()}, draft)
+                self._unchecked += draft.stat().st_size
+        except (OSError, SafetensorError) as error:
+            if not self._is_failing:  # one warning, not one for each image
+                log.warning("the feature cache keeps no further images: %s", storage_error(error, path))
+            self._is_failing = True
+            return
+        self._is_failing = False
         if self._unchecked >= SCAN_EVERY * self.limit:
             self._evict()
 

@@ -44,7 +44,11 @@ def read_answers(folder: Path, key: str) -> dict[str, Reply]:
     """Sample id -> reply, from the journals of all processes, including earlier evaluations."""
     replies: dict[str, Reply] = {}
     for file in sorted(folder.glob("rank*.jsonl")):
-        replies |= {record["id"]: Reply.from_json(record) for record in read_journal(file, key)}
+        for record in read_journal(file, key):
+            reply = Reply.from_json(record)
+            # A question that one process has lost may be answered in the journal of another one.
+            if reply.refused != UNANSWERED or record["id"] not in replies:
+                replies[record["id"]] = reply
     return replies
 
 

@@ -199,8 +199,8 @@ def _read_file(file: Path, tail: int | None = None) -> list[LoggedGroup]:
 
 def _all_files(path: Path) -> list[Path]:
     """The file of a run with one rank, then the files of all ranks."""
-    files = path.parent.glob(f"{path.stem}-rank*{path.suffix}")
-    return [path, *sorted(files, key=lambda file: int(file.stem.rpartition("-rank")[2]))]
+    found = ((file.stem.removeprefix(f"{path.stem}-rank"), file) for file in path.parent.glob(f"*{path.suffix}"))
+    return [path, *(file for _, file in sorted((int(rank), file) for rank, file in found if rank.isdecimal()))]
 
 
 def _sound_lines(file: Path, tail: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -95,6 +95,15 @@ def test_the_first_of_several_updates_has_the_ratio_1_with_dropout_too(build, lo
     assert {mode for gradient, modes in seen if gradient for mode in modes} == {True}
 
 
+def test_dropout_is_no_difference_between_sampler_and_trainer(build, lora, make_items, fit, easy):
+    """The engine samples without dropout, so the sampler correction compares with log-probabilities without it."""
+    recorder = Recorder()
+    module = build(lora=replace(lora, dropout=0.5), importance_cap=1.5, kl_beta=0.0, accumulate=2)
+    fit(module, make_items([1, 2, 1, 3]), max_steps=2, callbacks=[recorder])
+    assert [m["grpo/sampler_abs_log_ratio"] < 1e-4 for m in recorder.metrics] == [True, True]
+    assert [m["grpo/frac_capped"] for m in recorder.metrics] == [0.0, 0.0]
+
+
 def test_a_mean_over_all_makes_no_update_of_nothing(build, make_items, fit, monkeypatch):
     """Groups that are only counted move no weight by decay or momentum."""
     use_reward(monkeypatch, lambda *_: flat_reward(0.6))

@@ -35,6 +35,7 @@ def sample(logits: Tensor, banned: Tensor, temperature: float, draws: Tensor | N
         # On a CPU, exponentials in float64 would cost more than everything else here.
         sums = probabilities.double().cumsum(-1)
         tokens = torch.searchsorted(sums, draws * sums[:, -1:], right=True)[:, 0]
+        tokens.clamp_(max=logits.shape[-1] - 1)  # NaN logits give V; the NaN shall reach the finite check
     return tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log()
 
 

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from datamodules.encoding.encoder import EncodedSample
+from datamodules.persistence.files import storage_error
+from datamodules.persistence.user_error import UserError
 from lightning_modules.models.layers.lora import ADAPTER_FILE, adapter_tensors, write_adapter
 from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.rollouts.base import Rollout, RolloutRequest
@@ -41,6 +44,10 @@ from lightning_modules.serving.openai_client import (
 
 T = TypeVar("T")
 UNLOAD_TIMEOUT = 30.0  # seconds; unloading is fast, and a hanging server must not delay an error
+
+
+class AdapterNotGiven(UserError, RuntimeError):
+    """Another rank could not give the servers the adapter; its own error has the details."""
 
 
 class VLLMEngine:
@@ -152,7 +159,7 @@ class VLLMEngine:
             raise fault
         self._prefix, adapter, message = told
         if message is not None:
-            raise RuntimeError(f"rank 0 could not give the servers the adapter: {message}")
+            raise AdapterNotGiven(f"rank 0 could not give the servers the adapter: {message}")
         if self.rank != 0:
             self._use(adapter)
 
@@ -161,7 +168,10 @@ class VLLMEngine:
         if self.adapter is None and self.settings.adapters is None:
             shutil.rmtree(self.folder, ignore_errors=True)
         outdated = self._use(adapter)
-        write_adapter(tensors, self.policy.model, adapter)
+        try:
+            write_adapter(tensors, self.policy.model, adapter)
+        except (OSError, SafetensorError) as error:
+            raise storage_error(error, adapter) from error
         if self.staleness == 0:
             self._call(lambda pool: pool.prepare_all())
         for folder in outdated:

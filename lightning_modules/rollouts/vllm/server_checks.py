@@ -9,6 +9,7 @@ from typing import Any
 from datamodules.encoding.encoder import EncodedSample
 from datamodules.persistence.credentials import hide_credentials
 from datamodules.persistence.problems import Problems
+from datamodules.persistence.user_error import UserError
 from lightning_modules.rollouts.base import SamplingSettings
 from lightning_modules.serving.openai_client import (
     ChatEndpoint,
@@ -24,7 +25,7 @@ from lightning_modules.serving.responses import reading
 HIGHEST_LOG_PROB, LOWEST_LOG_PROB = 1e-3, -1e4
 
 
-class PromptMismatch(ValueError):
+class PromptMismatch(UserError, ValueError):
     """The server has read other prompt tokens than the trainer."""
 
 

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from datamodules.persistence.user_error import UserError
 from lightning_modules.serving.openai_client import ChatEndpoint, EndpointMisused, EndpointSettings, EndpointUnavailable
 
 J = TypeVar("J")
@@ -25,7 +26,7 @@ MAX_JOB_RETRIES = 3
 log = logging.getLogger(__name__)
 
 
-class ServersLost(RuntimeError):
+class ServersLost(UserError, RuntimeError):
     """No server has answered for `patience` seconds."""
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from datamodules.encoding.encoder import EncodedSample
 from lightning_modules.cot_sft import CoTSFT
+from lightning_modules.models import vision_feature_cache
 from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.models.vision_feature_cache import GIB, FeatureCache, tower_fingerprint
 
@@ -106,3 +108,19 @@ def test_sft_with_the_cache_trains_the_same_and_encodes_no_image_twice(
 def test_senseless_settings_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="feature_cache"):
         CoTSFT("unread", **settings)
+
+
+def test_a_full_disk_costs_a_warning_and_no_training(tmp_path: Path, monkeypatch, caplog) -> None:
+    cache = FeatureCache(tmp_path, "tower", 1.0)
+
+    def fill_up(*_: object) -> None:
+        raise SafetensorError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vision_feature_cache, "save_file", fill_up)
+        for key in "ab":
+            cache.put(key, GRID, torch.zeros(2, 2))
+    assert caplog.text.count("the feature cache keeps no further images") == 1
+    assert cache.get("a", GRID, CPU) is None and not list(tmp_path.rglob("*.safetensors*"))
+    cache.put("a", GRID, torch.zeros(2, 2))
+    assert cache.get("a", GRID, CPU) is not None

@@ -13,6 +13,7 @@ from datamodules.benchmarks.base import Benchmark, limit_columns
 from datamodules.benchmarks.registry import load_benchmark
 from datamodules.encoding.encoder import Encoder
 from datamodules.metrics.predictions import Reply
+from datamodules.persistence.files import Journal
 from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import Sample
 from datamodules.synthetic.benchmark_replicas.write import write_replica
@@ -187,3 +188,10 @@ def test_the_policys_hash_follows_what_is_trained() -> None:
     with torch.no_grad():
         policy.model.weight[0, 0] += 1
     assert policy_fingerprint(policy) != before
+
+
+def test_an_answer_counts_more_than_that_another_process_got_none(tmp_path: Path) -> None:
+    lost, found = Reply("", (), 0, refused=UNANSWERED), Reply("here", (SIZES,), 3)
+    for rank, reply in enumerate((found, lost)):
+        Journal(tmp_path / f"rank{rank}.jsonl", "key").append([{"id": "q", **reply.to_json()}])
+    assert read_answers(tmp_path, "key")["q"] == found

@@ -120,3 +120,13 @@ def test_into_the_place_that_a_lost_filesystem_left_nothing_is_written(small_dis
 
 def test_without_a_log_there_is_nothing(tmp_path: Path) -> None:
     assert read_index(tmp_path / "r.jsonl") == []
+
+
+def test_a_copy_beside_the_log_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    RolloutLog(path, 0, 2).append([group(0, "x")])
+    RolloutLog(path, 1, 2).append([group(0, "y")])
+    for name in ("r-rank0.bak.jsonl", "r-rankx.jsonl", "other-rank0.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    RolloutLog(path, 0, 2).append([group(1, "z")])
+    assert names(path) == [(0, "x"), (0, "y"), (1, "z")]

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.callbacks import Checkpoint
 
+from callbacks.save_on_interrupt import SaveOnInterrupt
+from callbacks.throughput import Throughput
 from experiments.runs.command_line import train_cli
 from experiments.runs.command_line.null_settings import null_problems
 from experiments.runs.command_line.setting_names import LINKED, refuse_unknown
@@ -22,6 +25,15 @@ class Parsed(train_cli.TrainCLI):
         pass
 
     def instantiate_classes(self) -> None:
+        pass
+
+
+class Made(train_cli.TrainCLI):
+    """The CLI with all its objects, and without the folder and the checks of a run."""
+
+    key = "none"
+
+    def before_instantiate_classes(self) -> None:
         pass
 
 
@@ -121,3 +133,11 @@ def test_no_shipped_configuration_has_a_null_that_is_refused(file: Path) -> None
         return
     cli = Parsed(["--config", str(file)])
     assert [problem for part in cli._parts() for problem in null_problems(*part)] == []
+
+
+def test_the_callback_that_ends_an_interrupted_run_is_the_last(monkeypatch) -> None:
+    """A callback behind it would miss the last batch: an evaluation that is due then would never be made."""
+    late = "--trainer.callbacks+=callbacks.throughput.Throughput"
+    cli = Made(["--config", str(NANO / "grpo.yaml"), late, "--trainer.logger=false", "--trainer.devices=1"])
+    kinds = [type(callback) for callback in cli.trainer.callbacks if not isinstance(callback, Checkpoint)]
+    assert kinds[-1] is SaveOnInterrupt and kinds[-2] is Throughput

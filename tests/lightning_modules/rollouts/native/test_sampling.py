@@ -23,11 +23,6 @@ def test_samples_follow_the_tempered_distribution() -> None:
     torch.testing.assert_close(log_probs.double(), expected.log()[tokens], rtol=1e-5, atol=1e-5)
 
 
-def test_logits_that_are_not_numbers_give_such_log_probs() -> None:
-    tokens, log_probs = sample(torch.full((1, 10_000), float("nan")), torch.tensor([0]), 1.0, torch.rand(1, 1).double())
-    assert 0 <= tokens.item() < 10_000 and log_probs.isnan().all()
-
-
 @pytest.mark.parametrize("size", [20_000, 16_384])
 def test_tokens_of_a_large_vocabulary_are_those_of_one_long_sum(size: int) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -46,3 +41,10 @@ def test_tokens_of_a_large_vocabulary_are_those_of_one_long_sum(size: int) -> No
     assert ((end - width - 1e-6 <= draws) & (draws <= end + 1e-6)).all()  # sums in another order round differently
     assert tokens[:2].tolist() == [700, 1]
     torch.testing.assert_close(log_probs, expected.gather(1, tokens[:, None])[:, 0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [100, 10_000])
+def test_logits_that_are_not_numbers_give_a_token_of_any_vocabulary(size: int) -> None:
+    logits = torch.full((2, size), float("nan"))
+    tokens, log_probs = sample(logits, torch.tensor([0]), 1.0, torch.rand(2, 1, dtype=torch.float64))
+    assert tokens.max() < size and log_probs.isnan().all()

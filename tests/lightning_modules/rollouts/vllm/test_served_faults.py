@@ -13,10 +13,18 @@ from typing import Any
 
 import pytest
 
+from datamodules.persistence.files import StorageError
+from datamodules.persistence.user_error import UserError
 from lightning_modules.rollouts.base import RolloutRequest, SamplingSettings
+from lightning_modules.rollouts.vllm.engine import AdapterNotGiven
 from lightning_modules.rollouts.vllm.server_checks import PromptMismatch
 from lightning_modules.rollouts.vllm.server_pool import ServerPool, ServersLost
-from lightning_modules.serving.openai_client import EndpointMisused, EndpointSettings, EndpointUnavailable
+from lightning_modules.serving.openai_client import (
+    EndpointMisused,
+    EndpointSettings,
+    EndpointUnavailable,
+    RequestRefused,
+)
 from tests.vllm_stub import error, wait_for
 
 SAMPLING = SamplingSettings(group_size=3, temperature=0.8, max_new_tokens=6)
@@ -289,3 +297,8 @@ def test_a_job_that_no_preparation_helps_ends_the_run() -> None:
 
     with pytest.raises(EndpointMisused, match="403 no"):
         asyncio.run(run())
+
+
+@pytest.mark.parametrize("kind", [ServersLost, PromptMismatch, RequestRefused, AdapterNotGiven, StorageError])
+def test_a_fault_of_a_server_or_a_disk_is_told_without_a_traceback(kind: type[Exception]) -> None:
+    assert issubclass(kind, UserError)
