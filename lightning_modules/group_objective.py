@@ -144,11 +144,10 @@ class GroupObjective(PolicyModule):
         if self.updates_per_window == 1:
             if self._compares_without_dropout:
                 self.attach_old_log_probs(window)
-            # Gradients of the batches add up to a sum, which `update` divides once. The policy does not change, so the
-            # ratio is 1, up to dropout.
-            for number, groups in enumerate(by_batch, first):
-                self.seed_dropout(number)
-                self.add_gradient(groups)
+            # Groups of all batches share packed rows, because few long rows cost less than many short ones. The policy
+            # does not change before the update, so the ratio is 1, up to dropout.
+            self.seed_dropout(first)
+            self.add_gradient(window)
             self.update()
             return
         self.attach_old_log_probs(window)

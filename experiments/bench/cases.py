@@ -79,10 +79,11 @@ def cases(shape: str, growth_contenders: tuple[str, ...] = ("ours",)) -> Iterato
 def sampling_cases(grpo: Workload, turns: int) -> Iterator[Case]:
     """What sampling gains from other prompts at the same time, and what it loses by ragged lengths.
 
-    - window: an update of 8 prompts in 4 batches, sampled together, or two at a time like batches of their own.
+    - window: an update of 8 prompts in 4 batches: sampled together and trained on in long rows, or batch by batch, each
+      with a rollout and rows of its own.
     - ragged: the rate of completions of 60 tokens on average, 400 at most, and of completions of 60 tokens.
     """
-    by_batch = {"by batch": {"prompts_per_batch": 2}}
+    by_batch = {"by batch": {"prompts_per_batch": 2, "rows_by_batch": True}}
     yield Case("window", replace(grpo, prompts=8, accumulate=4), ("ours", "by batch"), by_batch, turns)
     # At a high temperature all tokens are equally likely, so the lengths do not depend on the weights.
     mean = min(60, grpo.completion_tokens)

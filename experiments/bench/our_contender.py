@@ -29,6 +29,7 @@ from lightning_modules.models.layers.lora import LoraSettings
 from lightning_modules.policy_module import PolicyModule
 from lightning_modules.rl.grpo_settings import RolloutSettings, UpdateSettings
 from lightning_modules.rl.loss_settings import LossSettings
+from lightning_modules.rl.rollout_batch import PromptGroup
 from lightning_modules.rollouts.base import Rollout, RolloutEngine, RolloutRequest, SamplingSettings
 
 
@@ -47,7 +48,7 @@ def build_module(model: str, workload: Workload) -> PolicyModule:
         return CoTSFT(model, **common)
     samples_only = workload.task == "rollout"
     sampling = (workload.group_size, workload.temperature, workload.completion_tokens, workload.prompts_per_batch)
-    return GRPO(
+    return (RowsByBatch if workload.rows_by_batch else GRPO)(
         model,
         rollout=RolloutSettings(*sampling),
         loss=LossSettings(kl_beta=workload.beta),
@@ -57,6 +58,15 @@ def build_module(model: str, workload: Workload) -> PolicyModule:
         accumulate=workload.accumulate,
         **common,
     )
+
+
+class RowsByBatch(GRPO):
+    """GRPO that trains on the batches of a window one after the other, each in rows of its own."""
+
+    def train_on(self, by_batch: list[list[PromptGroup]]) -> None:
+        for groups in by_batch:
+            self.add_gradient(groups)
+        self.update()
 
 
 class EndlessBatches:

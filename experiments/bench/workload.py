@@ -43,6 +43,7 @@ class Workload:
     gradient_checkpointing: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_tokens_per_row: int = 4096
+    rows_by_batch: bool = False  # GRPO: a packed row holds no groups of several batches
     activation_gib: float | None = None
     seed: int = 0
 

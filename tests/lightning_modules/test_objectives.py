@@ -95,6 +95,28 @@ def test_the_first_of_several_updates_has_the_ratio_1_with_dropout_too(build, lo
     assert {mode for gradient, modes in seen if gradient for mode in modes} == {True}
 
 
+def test_groups_of_all_batches_of_a_window_share_packed_rows(build, make_items, fit, easy):
+    """Four batches of one prompt: one pass with gradient where the row has room, the same gradient from small rows."""
+
+    def run(**settings):
+        module = build(kl_beta=0.05, accumulate=4, **settings)
+        log_probs, passes = module.policy.token_log_probs, []
+
+        def noted(rows, *more, **named):
+            passes.append((len(rows.items), torch.is_grad_enabled() and not named.get("reference", False)))
+            return log_probs(rows, *more, **named)
+
+        module.policy.token_log_probs = noted
+        gradient, _ = first_gradient(module, make_items([1, 2, 1, 3]), fit, num_items=1)
+        return gradient, [items for items, with_gradient in passes if with_gradient]
+
+    together, passes = run()
+    apart, of_small_rows = run(max_tokens_per_row=10)
+    assert passes == [4] and of_small_rows == [1] * 4
+    for a, b in zip(together, apart, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_dropout_is_no_difference_between_sampler_and_trainer(build, lora, make_items, fit, easy):
     """The engine samples without dropout, so the sampler correction compares with log-probabilities without it."""
     recorder = Recorder()
