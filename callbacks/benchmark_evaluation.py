@@ -22,7 +22,14 @@ from datamodules.persistence.progress_lines import Counted
 from datamodules.persistence.user_error import UserError
 from datamodules.samples.sample import Sample
 from lightning_modules.metrics.summary import summarise
-from lightning_modules.predictors.ask import answers_folder, answers_key, ask_share, read_answers, share_of
+from lightning_modules.predictors.ask import (
+    answers_folder,
+    answers_key,
+    ask_share,
+    questions_key,
+    read_answers,
+    share_of,
+)
 from lightning_modules.predictors.base import Decoding
 from lightning_modules.predictors.encode_ahead import prompt_encoder, rollout_engine
 from lightning_modules.predictors.policy import BATCHES_PER_CHUNK, PolicyPredictor
@@ -188,6 +195,7 @@ class BenchmarkEvaluation(Callback):
         replies = read_answers(answers_folder(home, self.name, key), key)
         predictions = score_replies(benchmark, samples, replies, predictor.box_format, predictor.answer_form)
         facts = {"benchmark": self.name, "key": key, "step": trainer.global_step, "generation": "greedy"}
+        facts["questions"] = questions_key(benchmark)
         result = facts | summarise(predictions, benchmark.rule, benchmark.official, benchmark.averages)
         write_evaluation(home, predictions, result)
 

@@ -59,7 +59,7 @@ from experiments.runs.renamed_settings import refuse_moved
 from experiments.runs.results import EVALUATION
 from experiments.runs.tracking.lineage import log_evaluations
 from lightning_modules.metrics.summary import summarise
-from lightning_modules.predictors.ask import answers_folder, read_answers
+from lightning_modules.predictors.ask import answers_folder, questions_key, read_answers
 from lightning_modules.predictors.extractor import Extractor
 
 FACTS = ("data_root", "key", "extractor")  # fields of a result that are logged to W&B
@@ -212,7 +212,12 @@ class _ScoredBenchmarks:
         asked, rules = self.asked, (benchmark.rule, benchmark.official)
         data_root = ended.name if is_shards(ended.name) else asked.data_root
         result = {"benchmark": benchmark.name, "model": self.model, "data_root": data_root, "key": ended.key}
-        result |= {"limit": asked.limit, "generation": asked.decoding.generation, "extractor": None}
+        result |= {
+            "questions": questions_key(benchmark),
+            "limit": asked.limit,
+            "generation": asked.decoding.generation,
+            "extractor": None,
+        }
         # Score each answer by both rules. A language model may do the last step of the official parser.
         samples = limit_columns(benchmark.samples, asked.limit)
         replies = read_answers(answers_folder(self.home, benchmark.name, ended.key), ended.key)

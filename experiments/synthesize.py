@@ -152,10 +152,11 @@ def synthesize(
 def _made_of(folders: list[str], endpoint: EndpointSettings, form: RequestForm, sampling: Sampling) -> MadeOf:
     """The settings, questions and code that the responses depend on."""
     request_fields = server_fields(endpoint) | endpoint.extra_body
-    teacher = [endpoint.model, request_fields, path_fingerprint(endpoint.model)]
+    weights = path_fingerprint(endpoint.model)
+    teacher = [endpoint.model, request_fields, weights]
     contents = [path_fingerprint(folder) for folder in folders]
     key = fingerprint(contents, teacher, form.facts(), asdict(sampling))
-    known = {"endpoint": {"model": endpoint.model, "extra_body": request_fields}}
+    known = {"endpoint": {"model": endpoint.model, "weights": weights, "extra_body": request_fields}}
     known |= {"form": form.facts(), "sampling": asdict(sampling)}
     inputs = {"questions": [(str(folder), content) for folder, content in zip(folders, contents, strict=True)]}
     return MadeOf(key, known, inputs, source_code(("experiments.synthesize",)))

@@ -1,7 +1,7 @@
 """The files of one evaluation: predictions.jsonl with every scored answer, and result.json.
 
     {"version": 2, "benchmark": "mig_bench", "model": "models/nano-base", "data_root": "data/nano", "key": "…",
-     "limit": null, "generation": "greedy", "extractor": null, "dropped": {}, "n": 3000,
+     "questions": "…", "limit": null, "generation": "greedy", "extractor": null, "dropped": {}, "n": 3000,
      "box_format": "absolute_pixels", "columns": {"diff": {"score", "low", "high", "n"}, …},
      "averages": {"avg": {…}, "in_domain": {…}, …},
      "details": {"mean_iou", "acc_0.3", "acc_0.5", …, "macc"}, "rule": {…},
@@ -13,7 +13,8 @@ interval. For multiple choice, `details` is empty and `format_rate` is null. If 
 also has "f1" at the rule's threshold, and the IoU of such an answer is that of its worst pair. If the rule's `measure`
 is "average_precision", the scores are AP, each cell also has "image_accuracy", and `details` is empty. `generation`
 describes the decoding of answers. `extractor` is {"model", "asked", "found", "none", "failed"} if a language model did
-the last step of the official parser (`extraction.py`). An evaluation inside training adds "step".
+the last step of the official parser (`extraction.py`). `key` is a hash of questions and model, `questions` one of the
+questions with their images. An evaluation inside training adds "step".
 """
 
 from __future__ import annotations
@@ -85,6 +86,15 @@ def read_result(path: Path) -> dict[str, Any]:
     if not isinstance(result, dict) or result.get("version") != VERSION:
         raise OtherVersion(path)
     return result
+
+
+def same_questions(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two results are of the same questions; ids are positions, so different files have the same ids.
+
+    A result of an earlier version has no hash of its questions; then the folders of the data are compared.
+    """
+    field = "data_root" if None in (first.get("questions"), second.get("questions")) else "questions"
+    return first.get(field) == second.get(field)
 
 
 def result_metrics(result: Mapping[str, Any], suffix: str = "") -> dict[str, float]:

@@ -10,6 +10,7 @@ folder. A question may define the position of each image: "In <image> there is a
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def ask(asked: Question) -> Answer:
     """Ask the question, and draw the boxes of the answer into the file `asked.output`. Raises QuestionError."""
     # 1. Check the images and the text before anything slow is loaded.
     loaded = build_question(asked.images, asked.question, asked.limits.max_image_pixels, asked.target)
+    _check_output(asked.output)
 
     # 2. Load the model, with the prompt form of its training, and ask it.
     model = GroundingModel(asked.model, **settings_of_model(asked))
@@ -56,6 +58,17 @@ def ask(asked: Question) -> Answer:
     # 3. Draw the boxes.
     _save_drawing(loaded, answer, asked)
     return answer
+
+
+def _check_output(output: str) -> None:
+    """Raises QuestionError if the picture could not be written: asking a large model takes minutes."""
+    path = Path(output)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise QuestionError(f"output={output!r} cannot be written: {error.strerror or error}") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise QuestionError(f"output={output!r} cannot be written: {'a folder' if path.is_dir() else 'no permission'}")
 
 
 def _save_drawing(loaded: LoadedSample, answer: Answer, asked: Question) -> None:

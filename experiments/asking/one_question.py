@@ -58,7 +58,7 @@ class Answer:
         answer: the part with the answer
         boxes: the boxes in the order of the text; () if there are none
         image_from: the source that names the image of the boxes: "answer" (each box names its own), "target",
-            "thinking", "question", "only" or "last"
+            "thinking", "question", "only" or "last". Boxes that name an image of the question are in that one
         failure: the reason if no box was found, or if the question was not asked
         finished: False if the answer was cut at the token limit
     """
@@ -139,9 +139,9 @@ def _parts(question: str, num_images: int) -> tuple[ImagePart | TextPart, ...]:
 def read_answer(reply: Reply, question: str, box_format: BoxFormat, target: int | None = None) -> Answer:
     """The answer with its boxes in pixels.
 
-    Boxes that all name an image of the question are in these. The paper's answer with one box does not name its image.
-    It is the first of these that exists: `target` (from 1), the image that the thinking names last, the image that the
-    question names last, the only or last image.
+    A box that names an image of the question is in it. The paper's answer with one box does not name its image. Such a
+    box is in the first of these that exists: `target` (from 1), the image that the thinking names last, the image that
+    the question names last, the only or last image.
     """
     if reply.refused is not None:
         return Answer("", None, None, (), None, f"the question was not put to the model: {reply.refused}", True)
@@ -149,11 +149,11 @@ def read_answer(reply: Reply, question: str, box_format: BoxFormat, target: int 
     if not isinstance(parsed, ParsedAnswer):
         return Answer(reply.text, None, answer_text(reply.text), (), None, parsed.kind, reply.finished)
     count = len(reply.image_sizes)
-    if all(box.image is not None and 1 <= box.image <= count for box in parsed.boxes):
-        numbers, source = [box.image for box in parsed.boxes], "answer"
-    else:
+    numbers, source = [box.image for box in parsed.boxes], "answer"
+    is_named = [number is not None and 1 <= number <= count for number in numbers]
+    if not all(is_named):
         index, source = _find_image(parsed.thinking, question, count, target)
-        numbers = [index + 1] * len(parsed.boxes)
+        numbers = [number if named else index + 1 for number, named in zip(numbers, is_named, strict=True)]
     boxes = tuple(
         FoundBox(number, sizes.to_pixels(sizes.to_unit(box.values, box_format)), box.label or "")
         for number, box in zip(numbers, parsed.boxes, strict=True)
@@ -195,7 +195,9 @@ def describe_boxes(answer: Answer) -> list[str]:
         lines.append(f"Box in image {found.image}, pixels: [{numbers}]" + (f" {found.label}" if found.label else ""))
     if answer.image_from in ("thinking", "question", "last"):
         why = {"thinking": "the thinking names it", "question": "the question names it", "last": "nothing names one"}
-        lines.append(f"(the answer names no image; image {answer.boxes[0].image}: {why[answer.image_from]})")
+        images = sorted({found.image for found in answer.boxes})
+        what = "not every box names its image" if images[1:] else f"the answer names no image; image {images[0]}"
+        lines.append(f"({what}: {why[answer.image_from]})")
     if answer.failure:
         lines.append(f"No box: {answer.failure}")
     if not answer.finished:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from datamodules.metrics.result_files import PREDICTIONS, read_predictions
+from datamodules.metrics.result_files import PREDICTIONS, RESULT, read_predictions, same_questions
+from datamodules.persistence.files import read_json
 from experiments.reports.significance import TRANSFER, holm, paired_differences
 from experiments.runs.results import Stage, find_mig_bench, read_results
 from experiments.runs.run_identity import trained_commit
@@ -93,13 +94,15 @@ class Finding:
 @dataclass(frozen=True)
 class SeedRow:
     """One row at one seed: its stage, the correctness of each answer by task (None if unknown), the image set of each
-    question, and the commit of its training (None for a model that was not trained here).
+    question, the commit of its training (None for a model that was not trained here), and the result.json, which tells
+    which questions were asked ({} if it is not there).
     """
 
     stage: Stage
     hits: Mapping[str, Mapping[str, bool]] | None
     image_sets: Mapping[str, str]  # question -> its image set
     commit: str | None
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
 
 Found = dict[str, dict[int, SeedRow]]  # row -> seed -> its results
@@ -112,8 +115,13 @@ def read_rows(folders: Mapping[int, Path], names: Iterable[str]) -> Found:
         for stage in read_results(folder / "results.json").stages if (folder / "results.json").is_file() else ():
             if stage.name in found:
                 phase = folder / stage.name
-                found[stage.name][seed] = SeedRow(stage, *row_hits(phase, stage), trained_commit(phase))
+                found[stage.name][seed] = SeedRow(stage, *row_hits(phase, stage), trained_commit(phase), _asked(phase))
     return found
+
+
+def _asked(phase: Path) -> dict[str, Any]:
+    folder = find_mig_bench(phase)
+    return {} if folder is None else read_json(folder / RESULT)
 
 
 def row_hits(phase: Path, stage: Stage) -> tuple[Mapping[str, Mapping[str, bool]] | None, Mapping[str, str]]:
@@ -200,8 +208,11 @@ def _compare(comparison: Comparison, found: Found) -> dict[str, Any]:
     sides = [[side[s].hits for s in seeds] for side in (row, over)]
     if any(hits is None for side in sides for hits in side):
         record["missing"] = "the single answers are not there, or not those of the figures"
-    elif len({_questions(hits) for side in sides for hits in side}) > 1:
-        record["missing"] = "the rows were asked different questions"
+    elif len({_questions(hits) for side in sides for hits in side}) > 1 or not _same(row, over, seeds):
+        return record | {"missing": "the rows were asked different questions"}  # no aim is judged by them either
+    elif len(seeds) == 1 and min(map(len, map(set, _clusters(row[seeds[0]]).values()))) < 2:
+        # Every resample of one question is the question itself: the interval would have no width.
+        record["missing"] = "a task has too few questions for an interval with one seed"
     else:
         clusters = _clusters(row[seeds[0]])
         differences = paired_differences(*(_stack(side) for side in sides), clusters)
@@ -224,6 +235,12 @@ def _judge(finding: Finding, records: Sequence[Mapping[str, Any]]) -> dict[str, 
     compared = next(record for record in records if (record["row"], record["over"]) == (finding.row, finding.over))
     difference = compared["differences"].get(finding.figure)
     return asdict(finding) | {"difference": difference, "verdict": finding.verdict(difference)}
+
+
+def _same(row: Mapping[int, SeedRow], over: Mapping[int, SeedRow], seeds: Sequence[int]) -> bool:
+    """Whether both rows were asked the same questions at all seeds. Ids alone do not tell: they are positions."""
+    first, *others = [side[seed].asked for side in (row, over) for seed in seeds]
+    return all(same_questions(first, asked) for asked in others)
 
 
 def _questions(hits: Mapping[str, Mapping[str, bool]]) -> tuple:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from datamodules.metrics.result_files import same_questions
 from experiments.reports.drawing import charts
 from experiments.reports.drawing.templates import render, script_json
 from experiments.reports.find_runs import Points, Run, config_differences
@@ -45,20 +47,32 @@ def stage_rows(runs: Sequence[Run]) -> list[list[str]]:
     known = {run.folder: run for run in runs}
     families = list(dict.fromkeys(run.family for run in runs))
     names = [family.name for family in families]
+    asked = question_sets(runs)
     for family in families:
         title = family.name if names.count(family.name) == 1 else f"{family.parent.name}/{family.name}"
         mine = [run for run in runs if run.family == family]
-        for phase in dict.fromkeys(run.phase for run in mine):
-            seeds = [run for run in mine if run.phase == phase]
+        for phase, questions_of in dict.fromkeys((run.phase, asked[run.folder]) for run in mine):
+            seeds = [run for run in mine if (run.phase, asked[run.folder]) == (phase, questions_of)]
             columns = [[run.mig_bench[key] for run in seeds] for key in ("avg", "in_domain", "out_of_domain")]
             average, inside, outside = map(_mean_and_spread, columns)
             form = _mean_and_spread([run.mig_bench["format_rate"] for run in seeds])
             questions = ", ".join(f"{n:,}" for n in sorted({run.mig_bench["n"] for run in seeds}))
-            gains = [r.mig_bench["avg"] - known[r.start].mig_bench["avg"] for r in seeds if r.start in known]
-            over = ", ".join(dict.fromkeys(run.start.name for run in seeds if run.start in known))
+            paired = [run for run in seeds if asked.get(run.start) == questions_of]  # the same questions before
+            gains = [run.mig_bench["avg"] - known[run.start].mig_bench["avg"] for run in paired]
+            over = ", ".join(dict.fromkeys(run.start.name for run in paired))
             gain = _mean_and_spread(gains, signed=True)
-            rows.append([title, phase, str(len(seeds)), average, gain, over, inside, outside, form, questions])
+            rows.append(
+                [title, phase + questions_of, str(len(seeds)), average, gain, over, inside, outside, form, questions]
+            )
     return rows
+
+
+def question_sets(runs: Sequence[Run]) -> dict[Path, str]:
+    """For each run's folder its set of questions as a suffix of a label; "" for all if they are the same."""
+    if all(same_questions(runs[0].asked, run.asked) for run in runs):
+        return {run.folder: "" for run in runs}
+    sets = [[run.asked.get("data_root"), (run.asked.get("questions") or "")[:6]] for run in runs]
+    return {run.folder: f" ({', '.join(filter(None, parts))})" for run, parts in zip(runs, sets, strict=True)}
 
 
 def _mean_and_spread(values: Sequence[float | None], signed: bool = False) -> str:
@@ -72,10 +86,12 @@ def _mean_and_spread(values: Sequence[float | None], signed: bool = False) -> st
 def _run_rows(runs: Sequence[Run]) -> list[list[str]]:
     """Header and one row for each run."""
     rows = [["run", "seed", "commit", "AVG", "in-domain", "out-of-domain", "format %", "questions"]]
+    asked = question_sets(runs)
     for run in runs:
+        label = run.label + asked[run.folder]
         numbers = [_mean_and_spread([run.mig_bench[key]]) for key in ("avg", "in_domain", "out_of_domain")]
         last = [f"{run.mig_bench['format_rate']:.2f}", f"{run.mig_bench['n']:,}"]
-        rows.append([run.label, "–" if run.seed is None else str(run.seed), run.commit, *numbers, *last])
+        rows.append([label, "–" if run.seed is None else str(run.seed), run.commit, *numbers, *last])
     return rows
 
 
@@ -107,5 +123,6 @@ def _thin_curve(points: Points) -> Points:
 def _data(runs: Sequence[Run], measured: Sequence[Run], logs: Mapping[int, WrittenLog]) -> dict[str, Any]:
     """The values that the script of the page uses."""
     keys = ("avg", "in_domain", "out_of_domain", "tasks")
-    stages = [{"label": run.label} | {key: run.mig_bench[key] for key in keys} for run in measured]
+    asked = question_sets(measured)
+    stages = [{"label": run.label + asked[run.folder]} | {key: run.mig_bench[key] for key in keys} for run in measured]
     return {"stages": stages, "logs": [{"name": str(place), "label": runs[place].label} for place in logs]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Run:
     commit: str
     config: Mapping[str, Any]  # flat: {"model.init_args.beta": 0.001, …}; {} for a model that was only evaluated
     mig_bench: Mapping[str, Any] | None  # the numbers of MIG-Bench, as in results.json
+    asked: Mapping[str, Any] = field(default_factory=dict)  # `data_root` and `questions` of the result.json
 
     @property
     def phase(self) -> str:
@@ -173,4 +174,5 @@ def _read_run(folder: Path, taken: Sequence[str]) -> Run:
         commit=trained_commit(folder) or results.commit or "unknown",
         config=config,
         mig_bench=make_stage(label, result, 0.0).mig_bench if result else None,
+        asked={name: result.get(name) for name in ("data_root", "questions")},
     )

@@ -108,12 +108,12 @@ def find_measured(outputs: Path) -> dict[str, Cells]:
 
 
 def phase_measured(experiment: Path) -> dict[str, Cells]:
-    """The same for the phases of an experiment, as "<experiment>/<phase>"; one row per decoding method."""
+    """The same for the phases of an experiment, as "<experiment>/<phase> (<data_root>)", for each decoding method."""
     measured: dict[str, Cells] = {}
     phases = [path for path in sorted(experiment.iterdir()) if "." not in path.name]  # a dot means a renamed old run
     for phase in phases:
         for _, result in _whole_results(phase.glob(f"benchmarks/*/{RESULT}")):
-            label = f"{experiment.name}/{phase.name}{note(result['generation'])}"
+            label = f"{experiment.name}/{phase.name} ({result['data_root']}){note(result['generation'])}"
             measured.setdefault(label, {}).update(result_cells(result))
     return measured
 

@@ -13,7 +13,7 @@ from datamodules.benchmarks.registry import load_benchmark
 from datamodules.benchmarks.shard_folders import PREFIX
 from datamodules.images.image_loading import MAX_IMAGE_PIXELS
 from datamodules.metrics.drawing import describe_preview, draw_previews
-from datamodules.metrics.result_files import PREDICTIONS, RESULT, read_predictions, read_result
+from datamodules.metrics.result_files import PREDICTIONS, RESULT, read_predictions, read_result, same_questions
 from experiments.reports.drawing.pictures import data_uri
 from experiments.reports.rollout_pages import thin
 from experiments.runs.results import find_mig_bench
@@ -57,7 +57,8 @@ def changed_answers(before: Path, after: Path, limit: int) -> ChangedAnswers | N
     if any(folder is None or not (folder / PREDICTIONS).is_file() for folder in folders):
         return None
     old, new = ({each.id: each for each in read_predictions(folder / PREDICTIONS)} for folder in folders)
-    if old.keys() != new.keys():
+    first, second = (read_result(folder / RESULT) for folder in folders)
+    if old.keys() != new.keys() or not same_questions(first, second):
         return None
     # 1. Count, and take the first won question of each task.
     won = [name for name in old if new[name].correct and not old[name].correct]
@@ -67,11 +68,13 @@ def changed_answers(before: Path, after: Path, limit: int) -> ChangedAnswers | N
         first.setdefault(old[name].column, name)
     chosen = thin(list(first.values()), limit)
     # 2. Draw both answers to each.
-    benchmark, missing = load_questions(read_result(folders[1] / RESULT))
+    benchmark, missing = load_questions(second)
     if benchmark is None:
         return ChangedAnswers(len(won), num_lost, [], missing)
     samples = {sample.id: sample for sample in benchmark.samples}
     answers = [(phase.name, side[name]) for name in chosen for phase, side in ((before, old), (after, new))]
+    if any(name not in samples or samples[name].answer != new[name].answer for name in chosen):
+        return ChangedAnswers(len(won), num_lost, [], "the questions have changed since")
     asked = [samples[answer.id] for _, answer in answers]
     drawn = draw_previews(asked, [answer for _, answer in answers], benchmark.load, MAX_IMAGE_PIXELS)
     if len(drawn) < len(answers):

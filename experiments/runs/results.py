@@ -103,14 +103,23 @@ def benchmark_folders(run: Path) -> dict[str, Path]:
 
 
 def find_mig_bench(phase: Path) -> Path | None:
-    """The folder with a phase's result of MIG-Bench, preferably for all questions; None if there is none.
+    """The folder with a phase's result of MIG-Bench, by `preference`; None if there is none.
 
     Raises OtherVersion if an earlier version of the project has evaluated the phase.
     """
-    found = sorted((phase / "benchmarks").glob(f"mig_bench*/{RESULT}"), key=lambda file: len(file.parent.name))
+    found = [file.parent for file in sorted((phase / "benchmarks").glob(f"mig_bench*/{RESULT}"))]
     if not found and (phase / "mig_bench.json").is_file():
         raise OtherVersion(phase / "mig_bench.json")
-    return found[0].parent if found else None
+    return min(found, key=preference, default=None)
+
+
+def preference(folder: Path) -> tuple[bool, int, bool, int]:
+    """The order of a benchmark's results: all questions first, then more questions, greedy decoding, and the first
+    evaluation, which has the shortest name.
+    """
+    result = read_json(folder / RESULT)
+    limit = result.get("limit")
+    return limit is not None, -(limit or 0), result.get("generation") != "greedy", len(folder.name)
 
 
 def read_mig_bench(phase: Path) -> dict[str, Any]:

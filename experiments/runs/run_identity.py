@@ -173,8 +173,12 @@ def set_aside(folder: Path) -> Path:
 
 
 def is_aside(folder: Path) -> bool:
-    """Whether `set_aside` has given the folder its name."""
-    return re.search(r".\.(?:[0-9a-f]{8}|old)\+*$", folder.name) is not None
+    """Whether `set_aside` has given the folder its name, and not a user, as in `nano.20261130` or `nano.old`."""
+    found = re.search(r".\.([0-9a-f]{8}|old)\+*$", folder.name)
+    if found is None:
+        return False
+    key = read_marker(folder, STARTED).get("key")
+    return (folder / CONFIG).is_file() if key is None and found[1] == "old" else (key or "")[:8] == found[1]
 
 
 def wait_for_claim(

@@ -27,6 +27,11 @@ class QuestionsLost(UserError, RuntimeError):
     """More questions of a benchmark have no answer than have one, so a score would be meaningless."""
 
 
+def questions_key(benchmark: Benchmark) -> str:
+    """Hash of the questions and their images (by name and size)."""
+    return fingerprint([sample.to_json() for sample in benchmark.samples], benchmark.data)
+
+
 def answers_key(benchmark: Benchmark, predictor: Predictor) -> str:
     """Hash of the questions, their images (by name and size) and the predictor.
 

@@ -293,3 +293,16 @@ def test_rollouts_of_another_version_are_told_with_file_and_field(
     file.write_text(yaml.safe_dump(settings))
     with pytest.raises(ValueError, match=rf"grpo/config.yaml was written by another version .* no field data\.{name}"):
         compare.compare([experiments[0]], tmp_path / "page")
+
+
+def test_runs_that_were_asked_other_questions_are_no_seeds_of_one_row(experiments: list[Path]) -> None:
+    """Ids of questions are positions in a file, so they do not tell which questions were asked."""
+    write_mig_bench(experiments[1] / "grpo", summary(36.0, data_root="data/nano/validation"))
+    rows = stage_rows(find_runs(experiments))
+    assert [row[:6] for row in rows[1:]] == [
+        ["tiny", "base (d)", "2", "11.00 ± 1.41", "", ""],
+        ["tiny", "grpo (d)", "1", "30.00", "+20.00", "base"],
+        ["tiny", "grpo (data/nano/validation)", "1", "36.00", "", ""],
+    ]
+    page = compare.compare(experiments, experiments[0].parent / "page", max_groups=7, max_pictures=5)
+    assert "tiny-seed1/grpo (data/nano/validation)" in page.read_text()

@@ -140,9 +140,12 @@ async function showGroups() {
 
 function groupCard(name, index, row, group) {
   const card = make("article", { class: "group" });
-  const facts = `update ${row[UPDATE]}, batch ${row[BATCH]} · mean reward ${fixed(row[REWARD])} · mean IoU ${fixed(row[ACCURACY])}`;
+  const leftOut = group.completions.some((completion) => completion.reward.left_out);
+  const reward = leftOut ? "no reward" : `mean reward ${fixed(row[REWARD])}`;
+  const facts = `update ${row[UPDATE]}, batch ${row[BATCH]} · ${reward} · mean IoU ${fixed(row[ACCURACY])}`;
   const head = make("h3", {}, make("b", {}, index.tasks[row[TASK]]), ` ${row[ID]} `, make("span", { class: "note" }, facts));
-  if (row[ZERO_ADVANTAGE]) head.append(make("span", { class: "badge" }, "all rewards equal"));
+  if (leftOut) head.append(make("span", { class: "badge" }, "left out: a reward could not judge it"));
+  else if (row[ZERO_ADVANTAGE]) head.append(make("span", { class: "badge" }, "all rewards equal"));
   const question = make("p", { class: "question" }, group.question ?? "The question is not in the shards.");
   const sources = group.pictures.map((file) => `rollouts/${name}/pictures/${encodeURIComponent(file)}`);
   const pictures = questionPictures(group, sources, group.completions.map((completion, k) => ({ key: k, boxes: completion.boxes })));
@@ -153,15 +156,16 @@ function groupCard(name, index, row, group) {
 }
 
 /** Every reward by its name; the other fields of the record are no rewards. */
-const terms = (reward) => Object.entries(reward).filter(([name]) => !["total", "failure", "failed"].includes(name))
+const terms = (reward) => Object.entries(reward).filter(([name]) => !["total", "failure", "failed", "left_out"].includes(name))
   .map(([name, value]) => `${name} ${fixed(value)}`).join(" · ");
 
 function completionItem(card, completion, k) {
   const { reward, advantage } = completion;
   const { button, parts } = answerText(completion);
-  const score = make("p", { class: "score" }, make("b", {}, `reward ${fixed(reward.total)}`),
+  const score = make("p", { class: "score" }, make("b", {}, reward.left_out ? "no reward" : `reward ${fixed(reward.total)}`),
     ` · IoU ${fixed(completion.iou)} · ${terms(reward)} · `,
     make("span", { class: ["loss", "", "gain"][1 + Math.sign(advantage)] }, `advantage ${signed(advantage)}`));
+  if (reward.failed) score.append(make("span", { class: "badge" }, `not judged: ${reward.failed.join(", ")}`));
   if (reward.failure) score.append(make("span", { class: "badge" }, reward.failure));
   score.append(button);
   const item = make("li", {}, score, ...parts);

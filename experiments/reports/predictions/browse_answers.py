@@ -13,13 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from datamodules.benchmarks import mig_bench
-from datamodules.metrics.result_files import PREDICTIONS, RESULT, read_predictions, read_result
+from datamodules.metrics.result_files import PREDICTIONS, RESULT, read_predictions, read_result, same_questions
 from datamodules.persistence.files import write_atomic
 from datamodules.persistence.user_error import UserError
 from experiments.reports.predictions.answer_page import Answers, render_answers
 from experiments.reports.stored_answers import load_questions
 from experiments.runs.commands import command
-from experiments.runs.results import benchmark_folders
+from experiments.runs.results import benchmark_folders, preference
 from experiments.runs.usage_errors import PlainParser, suggest
 
 MOST_MODELS = 2
@@ -58,6 +58,9 @@ def write_page(
     names = [model.result["benchmark"] for model in models]
     if len(set(names)) > 1:
         raise NoAnswers(f"--runs: {models[0].folder} has {names[0]} and {models[1].folder} {names[1]}: compare one")
+    if not same_questions(models[0].result, models[-1].result):
+        asked = " and ".join(f"{model.folder} those of {model.result['data_root']}" for model in models)
+        raise NoAnswers(f"--runs: the models were asked different questions, {asked}: compare answers to the same ones")
     benchmark, missing = load_questions(models[0].result)
     write_atomic(output, render_answers(models, benchmark, missing, max_questions, max_megabytes))
     return output
@@ -78,7 +81,7 @@ def find_evaluation(run: Path, bench: str = "") -> Path:
         named = [name for name in found if name.startswith(mig_bench.NAME)]
         if len(found) > 1 and not named:
             raise NoAnswers(f"--runs={run} has several benchmarks: name one with --bench: {', '.join(found)}")
-        return found[min(named, key=len)] if named else next(iter(found.values()))
+        return found[min(named, key=lambda name: preference(found[name]))] if named else next(iter(found.values()))
     if bench not in found:
         raise NoAnswers(f"--bench={bench}: {run} has only {', '.join(found)}{suggest(bench, found)}")
     return found[bench]

@@ -164,7 +164,8 @@ def _result_table(result: Mapping[str, Any]) -> str:
     limit = result["limit"]
     which = ("all questions" if limit is None else f"{limit} questions of each column") + note(result["generation"])
     lines = [
-        f"**{result['benchmark']}**, {which}, in %, with 95 % intervals (bootstrap over questions):",
+        f"**{result['benchmark']}** in `{public(result['data_root'])}`, {which}, in %, with 95 % intervals (bootstrap "
+        "over questions):",
         "",
         "| | score | interval | questions |",
         "| --- | --- | --- | --- |",

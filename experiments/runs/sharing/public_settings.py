@@ -43,7 +43,10 @@ def _is_private(name: Any) -> bool:
 def _public_text(text: str) -> str:
     if text.startswith("pipe:"):
         return "(a command)"
-    if not _OUTSIDE.match(text) or "\n" in text:
+    if text.startswith("{") and text.endswith("}") and "\n" not in text:  # a list of folders in one text
+        return "{" + ",".join(_public_text(part.strip()) for part in text[1:-1].split(",")) + "}"
+    is_outside = _OUTSIDE.match(text) or ".." in PurePosixPath(text).parts
+    if not is_outside or "\n" in text:
         return _ADDRESS.sub("(an address)", text)
     names = (PureWindowsPath(text) if "\\" in text else PurePosixPath(text)).parts[1:]
     kept = names[names.index(OUTPUTS) :] if OUTPUTS in names else names[-1:]

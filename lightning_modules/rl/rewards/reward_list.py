@@ -71,8 +71,9 @@ class Reward:
     left_out: bool = False  # its group has no rewards, because one of them failed, and is not trained on
 
     def to_json(self) -> dict[str, Any]:
-        failed = {"failed": list(self.failed)} if self.failed else {}
-        return {"total": self.total, **self.terms, "failure": self.failure, **failed}
+        more = {"failed": list(self.failed)} if self.failed else {}
+        more |= {"left_out": True} if self.left_out else {}
+        return {"total": self.total, **self.terms, "failure": self.failure, **more}
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ class RewardList:
 
     def _check(self, weights: Mapping[str, float]) -> None:
         problems, known = self.problems, ", ".join(self.names)
-        rule = "is no name: letters, digits and _, but not total, failure, failed"
+        rule = "is no name: letters, digits and _, but not total, failure, failed, left_out"
         for name in dict.fromkeys(self.names):
             problems.require(is_name(name), rule, **{"rewards.name": name})
             number = self.names.count(name)

@@ -14,7 +14,7 @@ from typing import Any
 from datamodules.persistence.credentials import hide_credentials
 from datamodules.persistence.problems import Problems, collect_problems
 
-RESERVED = ("total", "failure", "failed")  # fields of a completion's record in the rollout log
+RESERVED = ("total", "failure", "failed", "left_out")  # fields of a completion's record in the rollout log
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 

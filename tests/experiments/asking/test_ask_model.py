@@ -82,6 +82,12 @@ def test_boxes_that_name_their_images_are_in_these() -> None:
     answer = read_answer(reply(render_boxes(boxes, "Image 1.")), "Find all in image 1.", BoxFormat.ABSOLUTE_PIXELS, 1)
     assert [found.image for found in answer.boxes] == [2, 1] and answer.image_from == "answer"
     assert [found.box for found in answer.boxes] == [(40, 80, 200, 200), (20, 40, 100, 100)]
+    mixed = [ParsedBox((10, 20, 50, 50), "cup", image) for image in (1, 7)]
+    answer = read_answer(reply(render_boxes(mixed, "")), "Find it.", BoxFormat.ABSOLUTE_PIXELS)
+    assert [found.box for found in answer.boxes] == [(20, 40, 100, 100), (40, 80, 200, 200)], (
+        "the last image for the 7th"
+    )
+    assert "(not every box names its image: nothing names one)" in ask_model.format_answer(answer, "a.png")
     absent = [ParsedBox((10, 20, 50, 50), "cup", 7)]
     answer = read_answer(reply(render_boxes(absent, "Image 1.")), "Find it.", BoxFormat.ABSOLUTE_PIXELS)
     assert [found.image for found in answer.boxes] == [1] and answer.image_from == "thinking"

@@ -178,3 +178,30 @@ def test_wandb_gets_every_rows_figures_and_differences(tmp_path: Path, folders) 
     values, tables = ablation_report.figures(tmp_path / "home")
     assert values["grpo/avg"] == 80 and values["grpo-sft/avg"] == pytest.approx(27.5) and values["grpo/avg_std"] > 7
     assert len(tables["Rows"]) == 5 and all(len(row) == len(rows[0]) for rows in tables.values() for row in rows)
+
+
+def test_rows_that_were_asked_other_questions_of_the_same_ids_have_no_difference(tmp_path: Path, folders) -> None:
+    file = folders[1] / "grpo/benchmarks/mig_bench/result.json"
+    comparison = Comparison("grpo", "cot_sft", at_least=1)
+    for other in ({"data_root": "data/nano/validation"}, {"questions": "0123"}):
+        before = read_json(file)
+        write_json(file, before | other)
+        if "questions" in other:  # of both: one alone is of an earlier version
+            for folder, name in ((folders[0], "grpo"), (folders[0], "cot_sft"), (folders[1], "cot_sft")):
+                known = folder / name / "benchmarks/mig_bench/result.json"
+                write_json(known, read_json(known) | {"questions": "4567"})
+        ablation_report.write(tmp_path / "home", folders, STARTS, [comparison])
+        (record,) = read_json(tmp_path / "home/ablations.json")["comparisons"]
+        assert record["missing"] == "the rows were asked different questions"
+        assert record["differences"] == {} and record["reached"] is None
+        write_json(file, before)
+
+
+def test_one_question_a_task_and_one_seed_give_no_interval(tmp_path: Path) -> None:
+    """Every resample would be the question itself, and any difference would look certain."""
+    for name, right in (("base", 0), ("sft", 0), ("cot_sft", 0), ("grpo", 1)):
+        add_stage(tmp_path / "nano", name, right, num_questions=1)
+    ablation_report.write(tmp_path / "home", {0: tmp_path / "nano"}, STARTS, [Comparison("grpo", "cot_sft")])
+    (record,) = read_json(tmp_path / "home/ablations.json")["comparisons"]
+    assert record["by_seed"] == {"0": 100.0} and record["differences"] == {}
+    assert record["missing"] == "a task has too few questions for an interval with one seed"

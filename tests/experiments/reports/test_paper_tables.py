@@ -100,8 +100,8 @@ def test_a_pipelines_phases_stand_in_the_mig_bench_tables_and_in_the_report(tmp_
     write_phase(tmp_path / "nano/grpo.0123abcd")
     write_results(tmp_path / "nano/results.json", Results("nano", 0, "abc"))
     measured = paper_tables.find_measured(tmp_path)
-    assert list(measured) == ["nano/grpo"]
-    assert measured["nano/grpo"]["mig_bench/avg"]["score"] == 50.0
+    assert list(measured) == ["nano/grpo (d)"]
+    assert measured["nano/grpo (d)"]["mig_bench/avg"]["score"] == 50.0
     text = print_tables.make_tables(tmp_path)
     assert text.count("measured: nano/grpo") == 3  # Tables 2, 3 and 9
     page = (tmp_path / "nano/report.html").read_text()
@@ -122,9 +122,9 @@ def test_a_row_that_was_decoded_otherwise_says_so_and_is_mixed_with_no_other(tmp
     assert {label: cells["blink/Jigsaw"]["score"] for label, cells in measured.items() if "blink/Jigsaw" in cells} == {
         "m (d)": 50.0,
         "m (d), the model's own generation settings": 60.0,
-        "nano/grpo, the model's own generation settings": 80.0,
+        "nano/grpo (d), the model's own generation settings": 80.0,
     }
-    assert "mig_bench/avg" in measured["nano/grpo"]
+    assert "mig_bench/avg" in measured["nano/grpo (d)"]
 
 
 def test_one_model_that_was_asked_in_two_ways_has_a_row_of_each(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -57,8 +58,9 @@ def test_fewer_are_drawn_if_fewer_are_asked_for_and_lost_ones_are_counted(nano: 
 
 def test_a_page_without_examples_or_pictures_says_why(nano: Path) -> None:
     assert "became right" not in write_page(nano, Comparison("grpo", "cot_sft")).read_text()
-    file = nano / "grpo/benchmarks/mig_bench" / RESULT
-    write_json(file, read_result(file) | {"data_root": str(nano / "gone")})
+    for name in STARTS:
+        file = nano / name / "benchmarks/mig_bench" / RESULT
+        write_json(file, read_result(file) | {"data_root": str(nano / "gone")})
     page = write_page(nano, Comparison("grpo", "cot_sft", examples=3)).read_text()
     assert "No pictures: the benchmark cannot be read" in page and "data:image" not in page
 
@@ -66,4 +68,21 @@ def test_a_page_without_examples_or_pictures_says_why(nano: Path) -> None:
 def test_rows_that_were_asked_other_questions_have_no_examples(nano: Path) -> None:
     file = nano / "grpo/benchmarks/mig_bench/predictions.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    assert changed_answers(nano / "cot_sft", nano / "grpo", 3) is None
+
+
+def test_answers_to_questions_that_have_changed_are_not_drawn_on_the_new_images(nano: Path, tiny_world: Path) -> None:
+    file = tiny_world / "MIG-Bench/MIG_data.json"
+    text = file.read_text()
+    records = json.loads(text)
+    try:
+        moved = [record | {"answer": [0.0, 0.0, 0.5, 0.25]} for record in records]
+        for changed in (moved, records[:1]):
+            file.write_text(json.dumps(changed))
+            found = changed_answers(nano / "cot_sft", nano / "grpo", 3)
+            assert (found.previews, found.missing) == ([], "the questions have changed since")
+    finally:
+        file.write_text(text)
+    result = nano / "grpo/benchmarks/mig_bench" / RESULT
+    write_json(result, read_result(result) | {"data_root": "elsewhere"})
     assert changed_answers(nano / "cot_sft", nano / "grpo", 3) is None

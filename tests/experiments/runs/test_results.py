@@ -49,6 +49,11 @@ def test_a_phases_result_is_that_of_all_questions_if_there_is_one(tmp_path: Path
     assert find_mig_bench(phase) is None and read_mig_bench(phase) == {}
     some = write_mig_bench(phase, summary(10.0, limit=20)).rename(phase / "benchmarks/mig_bench-limit20")
     assert find_mig_bench(phase) == some
+    more = write_mig_bench(phase, summary(20.0, limit=200)).rename(phase / "benchmarks/mig_bench-limit200")
+    assert find_mig_bench(phase) == more, "more questions"
+    sampled = write_mig_bench(phase, summary(25.0, generation="model"))
+    sampled = sampled.rename(phase / "benchmarks/mig_bench-model-generation")
+    assert find_mig_bench(phase) == sampled, "all questions"
     write_mig_bench(phase, summary(30.0))
     assert read_mig_bench(phase)["averages"]["avg"]["score"] == 30.0
 

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
+from datamodules.persistence.files import write_json
 from experiments.evaluation.trained_form import trained_form
 from experiments.runs import run_identity
 from experiments.runs.changes import CodeChanged, MadeOf
@@ -144,3 +146,18 @@ def test_a_run_of_a_version_that_wrote_down_neither_settings_nor_code_is_compare
     assert begin(folder, NEW_CODE, data={"batch_size": 2}) is True and run_identity.trained_commit(folder) == "abc"
     assert begin(folder, NEW_CODE, key="bbbb", data={"batch_size": 3}) is False
     assert "data.batch_size: 2 -> 3" in capsys.readouterr().out
+
+
+def test_a_copy_that_a_user_has_named_was_not_moved_aside(tmp_path: Path) -> None:
+    run = tmp_path / "grpo"
+    write_json(run / run_identity.STARTED, {"key": "0123abcd4567"})
+    aside = run_identity.set_aside(run)
+    assert aside.name == "grpo.0123abcd" and run_identity.is_aside(aside)
+    shutil.copytree(aside, tmp_path / "grpo.20261130")
+    (tmp_path / "nano.old/grpo").mkdir(parents=True)
+    for name in ("grpo.20261130", "nano.old"):
+        assert not run_identity.is_aside(tmp_path / name), name
+    early = tmp_path / "sft"  # of a version that wrote no key
+    early.mkdir()
+    (early / run_identity.CONFIG).write_text("")
+    assert run_identity.is_aside(run_identity.set_aside(early))

@@ -134,3 +134,10 @@ def test_what_cannot_be_shown_is_told_with_its_cure(runs: list[Path], tmp_path: 
     with pytest.raises(SystemExit, match=r"no page of answers: .*predictions.jsonl, line 1: no prediction"):
         browse_answers.main(["--runs", str(runs[0]), "--output", str(tmp_path / "page.html")])
     assert not (tmp_path / "page.html").exists()
+
+
+def test_answers_to_other_questions_are_not_put_side_by_side(runs: list[Path], tmp_path: Path) -> None:
+    file = runs[1] / "benchmarks/mig_bench" / RESULT
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"data_root": "data/nano/validation"}))
+    with pytest.raises(NoAnswers, match=r"asked different questions, .* those of data/nano/validation"):
+        write_page(runs, tmp_path / "page.html")

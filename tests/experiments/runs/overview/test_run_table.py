@@ -26,9 +26,9 @@ def make_run(folder: Path, is_done: bool = True, average: float | None = None, *
     (folder / "merged/model.safetensors").write_bytes(bytes(5000))
     callbacks = [{"class_path": "callbacks.checkpoints.WindowCheckpoint", "init_args": checkpoint}]
     (folder / "config.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
-    write_json(folder / "started.json", {"key": "0123456789abcdef", "commit": "abc1234"})
+    write_json(folder / "started.json", {"key": "0123abcd456789ef", "commit": "abc1234"})
     if is_done:
-        write_json(folder / "done.json", {"key": "0123456789abcdef"})
+        write_json(folder / "done.json", {"key": "0123abcd456789ef"})
     if average is not None:
         write_result(folder / "benchmarks/mig_bench", average)
     return folder
@@ -51,6 +51,7 @@ def outputs(tmp_path: Path) -> Path:
     make_run(outputs / "nano-seed1/cot_sft", keep_every=100)
     write_result(outputs / "nano-seed1/cot_sft/benchmarks/mig_bench-limit4", 0.0, limit=4)
     (outputs / "my-sweep.0123abcd/trial-0").mkdir(parents=True)
+    write_json(outputs / "my-sweep.0123abcd/started.json", {"key": "0123abcd456789ef"})
     (outputs / "rejection_sampling/abc").mkdir(parents=True)  # no run
     (outputs / "results.txt").write_text("no folder")
     return outputs
@@ -114,10 +115,13 @@ def test_nothing_is_deleted_without_an_answer(outputs: Path, answer, capsys) -> 
 
 @pytest.mark.parametrize("is_agreed", [True, False])
 def test_what_was_listed_is_deleted_and_nothing_else(outputs: Path, answer, capsys, is_agreed: bool) -> None:
+    for copy in ("nano.20261130", "nano.old"):  # of the user
+        (outputs / copy / "grpo").mkdir(parents=True)
+        (outputs / copy / "grpo/notes.txt").write_text("kept")
     before = files(outputs)
     answer(None if is_agreed else "y")
     run_table.main(["--outputs", str(outputs), "--clean", *(["--yes"] if is_agreed else [])])
-    gone = {name for name in before if name.startswith("nano/grpo.0123abcd+")}
+    gone = {name for name in before if name.startswith(("nano/grpo.0123abcd+", "my-sweep.0123abcd"))}
     gone |= {"nano/cot_sft/checkpoints/step-00000010.ckpt", "nano/cot_sft/checkpoints/step-00000020.ckpt"}
     assert before - files(outputs) == gone, "the newest stays, and so do those of keep_every and of an unfinished run"
     assert not (outputs / "my-sweep.0123abcd").exists()

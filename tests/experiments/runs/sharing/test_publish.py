@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from datamodules.encoding.messages import THINK_SUFFIX
 from datamodules.metrics.result_files import write_evaluation
 from experiments import evaluate, train
-from experiments.runs.sharing.model_card import CARD, card_text, phase_results, write_model_card
+from experiments.runs.sharing.model_card import CARD, _result_table, card_text, phase_results, write_model_card
 from tests.experiments.conftest import ROOT, Workbench
 from tests.experiments.phase_results import summary
 from tests.experiments.test_pipeline import evaluation
@@ -78,7 +78,7 @@ def test_a_card_tells_apart_how_its_results_were_measured(tmp_path: Path) -> Non
         write_evaluation(tmp_path / "benchmarks" / name, (), result)
     config = {"model": {"class_path": "m.GRPO", "init_args": {"model": "m"}}, "data": {"shards": "s"}}
     text = card_text("tiny", config, phase_results(tmp_path), {}, "abc")
-    assert re.findall(r"^\*\*mig_bench\*\*, (.*), in %", text, re.MULTILINE) == [
+    assert re.findall(r"^\*\*mig_bench\*\* in `d`, (.*), in %", text, re.MULTILINE) == [
         "all questions",
         "5 questions of each column",
         "all questions, the model's own generation settings",
@@ -165,3 +165,11 @@ def test_what_cannot_be_published_is_told_before_anything_is_sent(phase: Path) -
     for run in (without_key, wrong, name):
         assert run.returncode == 1 and len(run.stderr.strip().splitlines()) <= 5 and "Traceback" not in run.stderr
     assert not hub.files and not hub.private
+
+
+def test_a_card_says_in_which_folder_the_questions_were(tmp_path: Path) -> None:
+    """A replica of drawn scenes, or validation questions, have the benchmark's name too."""
+    assert "**mig_bench** in `data/nano/validation`, all questions" in _result_table(
+        summary(data_root="data/nano/validation")
+    )
+    assert "in `…/MIG`" in _result_table(summary(data_root="/home/jane/MIG"))

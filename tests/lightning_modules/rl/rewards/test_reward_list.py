@@ -276,6 +276,7 @@ def test_a_failure_without_a_value_leaves_its_group_out_and_no_other():
     groups = [[make_completion(text, HALF, [WIDE]) for text in texts] for texts in (["abc", ""], ["a", "bc"])]
     first, second = rewards.score_completions(groups)
     assert [each.total for each in first] == [0.0, 0.0] and all(each.left_out for each in first)
+    assert all(each.to_json()["left_out"] for each in first), "a page shows no reward of 0"
     assert [each.terms["together"] for each in first] == [3.0, None]
     assert [each.total for each in second] == [1.0, 2.0] and not any(each.left_out for each in second)
 
@@ -310,7 +311,7 @@ def test_every_problem_of_a_list_is_named_with_its_cure():
         "unexpected keyword argument 'marks' (init_args; it takes mark)",
         "name='words': 2 rewards have this name; give each its own with name: …",
         "rewards.words.weight=inf must be a finite number",
-        "name='total' is no name: letters, digits and _, but not total, failure, failed",
+        "name='total' is no name: letters, digits and _, but not total, failure, failed, left_out",
         "init_args={'margin': 0}: margin=0 must be a whole number of at least 1",
         f"{HERE}.Backwards': range=(1, 0) must be two numbers, the lower one first",
         "BoxAnswer has neither __call__(completion) nor score_batch(completions)",
