@@ -88,7 +88,7 @@ def run(
         comparisons: differences between rows, with their aims
         findings: the paper's findings, each judged by one of the comparisons
         only: rows to run, with the rows that they start from; other rows are kept if they are done. null: all
-        report_only: run nothing; compare the rows that are done
+        report_only: run nothing; compare the rows that the results.json of each seed lists
         outputs: folder of all experiments
         overrides: more arguments for one row, or for "evaluation": --overrides.grpo="--model.loss.kl_beta=0.01"
         minutes: expected minutes of each step, by its title such as "cot_sft: training", for the time left
