@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,14 @@ from datamodules.samples.boxes import BoxFormat, ImageSizes
 from datamodules.samples.sample import Sample
 from datamodules.synthetic.benchmark_replicas.write import write_replica
 from lightning_modules.models.qwen_vl import QwenVL
-from lightning_modules.predictors.ask import MANY_LOST, QuestionsLost, answers_key, ask_share, read_answers
+from lightning_modules.predictors.ask import (
+    MANY_LOST,
+    QuestionsLost,
+    answers_key,
+    ask_share,
+    questions_key,
+    read_answers,
+)
 from lightning_modules.predictors.base import UNANSWERED, Decoding, Predictor
 from lightning_modules.predictors.policy import PolicyPredictor, policy_fingerprint
 from lightning_modules.rollouts.native.engine import NativeEngine
@@ -109,6 +117,19 @@ def test_the_key_sees_a_changed_image(tmp_path: Path) -> None:
     image = tmp_path / "ReasonSeg/val/00000.jpg"
     image.write_bytes(image.read_bytes() + b"\0")
     assert answers_key(load_benchmark("lisa", tmp_path), Scripted()) != before
+
+
+def test_the_key_of_the_questions_sees_an_image_and_an_answer_and_no_model(tmp_path: Path) -> None:
+    write_replica("lisa", tmp_path, count=2)
+    bench = load_benchmark("lisa", tmp_path)
+    before = questions_key(bench)
+    assert questions_key(load_benchmark("lisa", tmp_path)) == before
+    first, *others = bench.samples
+    moved = replace(first, answer=replace(first.answer, box=(0.0, 0.0, 0.5, 0.25)))
+    assert questions_key(replace(bench, samples=(moved, *others))) != before
+    image = tmp_path / "ReasonSeg/val/00000.jpg"
+    image.write_bytes(image.read_bytes() + b"\0")
+    assert questions_key(load_benchmark("lisa", tmp_path)) != before
 
 
 def test_a_limited_look_leaves_answers_that_the_whole_evaluation_keeps_apart(bench, tmp_path: Path) -> None:
