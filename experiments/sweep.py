@@ -55,6 +55,8 @@ from experiments.sweeps.trials import (
 
 GIVE_UP = 3  # the sweep ends after this number of failures in a row without any success, because all trials would fail
 KEEPS_BOTH = "To keep both sweeps, give the new one another `name` in its YAML."
+# Arguments of callbacks that name what a metric is measured on: MIGBench, HeldOutLoss, BenchmarkEvaluation.
+MEASURED_ON = ("annotations", "shards", "benchmark")
 ATTEMPTS = 2  # a trial whose process is killed, for example because memory ran out, is tried once more
 
 
@@ -237,9 +239,11 @@ def input_paths(plan: SweepPlan, loaded: Sequence[Mapping[str, Any]]) -> list[st
     """The models, the sources of shards and the questions that trials read, by flags or by the YAML files `loaded`."""
     words, settings = plan.example(), reduce(laid_over, loaded, {})
     paths = [setting_given(words, settings, "model.model"), *given_shards(words, settings)]
-    # The metric may be an accuracy on the questions of a callback, so other questions give other values.
-    callbacks = setting_given(words, settings, "trainer.callbacks") or []
-    paths += [entry.get("init_args", {}).get("annotations") for entry in callbacks if isinstance(entry, Mapping)]
+    # The metric may be measured by a callback, on its own questions or samples: others give other values.
+    for entry in setting_given(words, settings, "trainer.callbacks") or []:
+        given = entry.get("init_args", {}) if isinstance(entry, Mapping) else {}
+        for name in MEASURED_ON:
+            paths += given.get(name) if isinstance(given.get(name), list) else [given.get(name)]
     for parameter in plan.parameters:  # the example has the first value alone
         paths += parameter.choices if parameter.name in (*MODEL_FLAGS, "data.shards") else ()
     return sorted({str(path) for path in paths if path is not None})

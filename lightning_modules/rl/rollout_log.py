@@ -199,7 +199,8 @@ def _read_file(file: Path, tail: int | None = None) -> list[LoggedGroup]:
 
 def _all_files(path: Path) -> list[Path]:
     """The file of a run with one rank, then the files of all ranks."""
-    found = ((file.stem.removeprefix(f"{path.stem}-rank"), file) for file in path.parent.glob(f"*{path.suffix}"))
+    start = f"{path.stem}-rank"
+    found = ((file.stem.removeprefix(start), file) for file in path.parent.glob(f"{start}*{path.suffix}"))
     return [path, *(file for _, file in sorted((int(rank), file) for rank, file in found if rank.isdecimal()))]
 
 

@@ -94,12 +94,16 @@ def test_another_sweep_of_the_same_name_is_refused_or_moves_the_old_one_aside(ru
 
 def test_values_of_another_model_other_shards_or_other_questions_are_not_gone_on_with(tmp_path: Path) -> None:
     model, shards = tmp_path / "model/config.json", tmp_path / "shards/manifest.json"
-    questions = tmp_path / "MIG-Bench/MIG_data.json"
-    for file in (model, shards, questions):
+    questions, held_out = tmp_path / "MIG-Bench/MIG_data.json", tmp_path / "held_out/manifest.json"
+    own = tmp_path / "squares/manifest.json"
+    for file in (model, shards, questions, held_out, own):
         write_json(file, {"version": 1})
     settings = {"model": {"init_args": {"model": str(model.parent)}}, "data": {"shards": str(shards.parent)}}
     measures = {"class_path": "callbacks.mig_bench.MIGBench", "init_args": {"annotations": str(questions)}}
-    settings["trainer"] = {"callbacks": [{"class_path": "callbacks.run_progress.Progress"}, measures]}
+    loss = {"class_path": "callbacks.held_out_loss.HeldOutLoss", "init_args": {"shards": [str(held_out.parent)]}}
+    evaluates = {"class_path": "callbacks.benchmark_evaluation.BenchmarkEvaluation"}
+    evaluates["init_args"] = {"benchmark": str(own.parent)}
+    settings["trainer"] = {"callbacks": [{"class_path": "callbacks.run_progress.Progress"}, measures, loss, evaluates]}
     (tmp_path / "trial.yaml").write_text(yaml.safe_dump(settings))
     command = ["${interpreter}", "-m", "experiments.train", "--config", str(tmp_path / "trial.yaml"), "${args}"]
     plan, folder = read_plan(write(tmp_path, command=command)), tmp_path / "outputs/tiny-sweep"
@@ -110,7 +114,7 @@ def test_values_of_another_model_other_shards_or_other_questions_are_not_gone_on
     assert trials_there() == 0
     sweep.LocalSweep(plan, folder, 0, 3).log.begin({"model.init_args.loss.kl_beta": 0.1})
     assert trials_there() == 1
-    for file in (model, shards, questions):
+    for file in (model, shards, questions, held_out, own):
         write_json(file, {"version": 2})
         with pytest.raises(OtherRun, match=rf"inputs\.{file if file == questions else file.parent}: \w+ -> \w+"):
             trials_there()

@@ -125,8 +125,8 @@ class Judge:
 
     def _read(self, reply: str) -> float | str:
         """The number of a reply beside its scale, scaled to 0-1, or the problem of the reply."""
-        numbers = _NUMBER.findall(self._scale.sub(" ", reply[:1000]))
+        grades = set(map(float, _NUMBER.findall(self._scale.sub(" ", reply[:1000]))))
         # Of several numbers nobody knows which is the grade: "The 2 images support it: 8".
-        if len(set(numbers)) != 1 or not 0 <= float(numbers[0]) <= self.highest:
+        if len(grades) != 1 or not 0 <= min(grades) <= self.highest:
             return f"the reply {reply[:80]!r} is not one number from 0 to {self.highest:g}"
-        return float(numbers[0]) / self.highest
+        return grades.pop() / self.highest

@@ -126,7 +126,7 @@ def test_a_copy_beside_the_log_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     RolloutLog(path, 0, 2).append([group(0, "x")])
     RolloutLog(path, 1, 2).append([group(0, "y")])
-    for name in ("r-rank0.bak.jsonl", "r-rankx.jsonl", "other-rank0.jsonl"):
+    for name in ("r-rank0.bak.jsonl", "r-rankx.jsonl", "other-rank0.jsonl", "0.jsonl"):
         (tmp_path / name).write_text("{}\n")
     RolloutLog(path, 0, 2).append([group(1, "z")])
     assert names(path) == [(0, "x"), (0, "y"), (1, "z")]

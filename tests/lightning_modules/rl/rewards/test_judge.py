@@ -40,8 +40,8 @@ def test_grades_are_parts_of_the_highest_in_the_order_of_the_completions():
         assert judge(server).score_batch(completions("10", "0", "7.5", "8/10")) == [1.0, 0.0, 0.75, 0.8]
         with_scale = "From 0 to 10: 7", "Rating (0-10): 10", "0 – 10? 0.", "10 out of 10", "0/10"
         assert judge(server).score_batch(completions(*with_scale)) == [0.7, 1.0, 0.0, 1.0, 0.0]
-        from_one = "On a scale of 1 to 10, I would give 7", "Score (1-10): 8"
-        assert judge(server).score_batch(completions(*from_one)) == [0.7, 0.8]
+        from_one = "On a scale of 1 to 10, I would give 7", "Score (1-10): 8", "7.0. So: 7"
+        assert judge(server).score_batch(completions(*from_one)) == [0.7, 0.8, 0.7]
         (request, *_) = server.requests
     assert request["temperature"] == 0.0 and request["model"] == "judge"
     assert "Question: Where is the cup?" in question_text(request) and "from 0 (no support) to 10" in question_text(
