@@ -72,12 +72,13 @@ def check_name(path: str) -> None:
         return
     if folder.is_file() or folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
         raise ModelError(f"model: there is no folder {path!r}, and it is no Hub name ('owner/name') either")
-    if folder.parent.is_dir():  # such as outputs/nano: a missing folder, not a name on the Hub
-        near = difflib.get_close_matches(folder.name, [each.name for each in folder.parent.iterdir()], 1)
-        cure = f"; did you mean {str(folder.parent / near[0])!r}?" if near else ""
-        raise ModelError(f"model: {folder.parent}/ is here, but there is no folder {path!r} in it{cure}")
-    if path.startswith(OWN_FOLDERS):  # a fresh clone has no outputs/ yet
-        raise ModelError(f"model: there is no folder {path!r}; name another, or make it, as by `make pipeline`")
+    # A folder of this project may still be absent, as in a fresh clone. The message is the same with it and without it.
+    if folder.parent.is_dir() or path.startswith(OWN_FOLDERS):
+        beside = [each.name for each in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        near = difflib.get_close_matches(folder.name, beside, 1)
+        make = "name another, or make it, as by `make pipeline`"
+        cure = f"did you mean {str(folder.parent / near[0])!r}?" if near else make
+        raise ModelError(f"model: there is no folder {path!r}; {cure}")
 
 
 def check_model(path: str | Path, known_types: Mapping[str, str], need_weights: bool = True) -> None:

@@ -520,8 +520,10 @@ def test_no_program_takes_abbreviated_flags() -> None:
 def test_a_path_below_a_folder_here_is_not_asked_of_the_hub(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs" / "nano").mkdir(parents=True)
-    with pytest.raises(ModelError, match=r"no folder 'outputs/nanoo' in it; did you mean 'outputs/nano'\?"):
+    with pytest.raises(ModelError, match=r"there is no folder 'outputs/nanoo'; did you mean 'outputs/nano'\?"):
         local_folder("outputs/nanoo")
+    with pytest.raises(ModelError, match=r"there is no folder 'outputs/xyzzy'; name another"):
+        local_folder("outputs/xyzzy")
 
 
 def test_a_path_in_outputs_is_not_asked_of_the_hub_in_a_fresh_clone(tmp_path, monkeypatch) -> None:
