@@ -96,8 +96,9 @@ class LocalSweep:
         settings |= {"inputs": {path: path_fingerprint(_place(path)) for path in input_paths(plan, loaded)}}
         code = source_code(("experiments.sweep", "experiments.train", *class_modules(loaded)))
         made = MadeOf(fingerprint(key, settings["inputs"]), settings, code=code)
+        is_ours = run_identity.is_recorded(folder)
         run_identity.claim(folder, made, choice=choice, cure=KEEPS_BOTH)
-        self.log = TrialLog(folder / "trials.jsonl", key)
+        self.log = TrialLog(folder / "trials.jsonl", key, is_ours)
         self.study = Study(plan, seed)
         self.facts = {"seed": seed, "commit": current_commit(ROOT)}
         self.failures = 0  # failures in a row in this process

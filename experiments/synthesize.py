@@ -119,6 +119,7 @@ def synthesize(
     responses = _made_of(folders, endpoint, form, sampling)
     home = Path(output)
     with folder_lock.locked(home):
+        is_ours = run_identity.is_recorded(home)
         run_identity.claim(home, responses, choice=choice_of(redo, keep), cure=KEEPS_BOTH)
         reader = ShardReader(folders, verify_shards)
         count = min(reader.count, limit or reader.count)
@@ -127,7 +128,7 @@ def synthesize(
             print(f"{home} is already finished with these settings", flush=True)
             return
         # 3. Request all responses that are missing in the journal.
-        journal = Journal(home / "journal.jsonl", responses.key)
+        journal = Journal(home / "journal.jsonl", responses.key, is_ours)
         session = Session()
         if missing_responses(journal.records, count, sampling.num_responses):  # otherwise no server is started
             with _reachable(endpoint, home / "server", device) as settings:

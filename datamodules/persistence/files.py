@@ -177,17 +177,19 @@ def remove_draft(path: Path) -> None:
 class Journal:
     """A JSONL file to which results are appended, so that a repeated run reads them instead of computing them again.
 
-    `key` identifies the inputs of the results and is stored in `<path>.key`. A journal with another key is deleted.
-    `records` are the records found in the file. An incomplete last line is removed.
+    `key` identifies the inputs of the results and is stored in `<path>.key`. A journal with another key is deleted,
+    unless it `is_ours`: another check has found that its records belong to these inputs. `records` are the records
+    found in the file. An incomplete last line is removed.
     """
 
-    def __init__(self, path: str | Path, key: str) -> None:
+    def __init__(self, path: str | Path, key: str, is_ours: bool = False) -> None:
         self.path = Path(path)
         if read_json(_key_file(self.path)) != {"key": key}:
             # removed before the new key is written; otherwise a kill in between would keep old records under the new
             # key
             try:
-                self.path.unlink(missing_ok=True)
+                if not is_ours:
+                    self.path.unlink(missing_ok=True)
             except OSError as error:
                 raise storage_error(error, self.path) from error
             write_json(_key_file(self.path), {"key": key})

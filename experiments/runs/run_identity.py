@@ -102,6 +102,12 @@ def claim(
     return bool(done)
 
 
+def is_recorded(folder: Path) -> bool:
+    """Whether the folder says which run it holds. Then `claim` leaves nothing of another run there: what it finds is
+    this run's, also if the key is another one, because the user keeps the run of another version of the project."""
+    return "key" in read_marker(folder, STARTED)
+
+
 def check(folder: Path, run: MadeOf, choice: Choice | None, cure: str) -> None:
     """Raise what `claim` would raise with these arguments; the folder stays as it is."""
     _look(Path(folder), run, choice, cure)

@@ -43,10 +43,11 @@ class Trial:
 
 
 class TrialLog:
-    """The trials of one sweep, in the order of their numbers, stored in `path`. `key` is the hash of the sweep."""
+    """The trials of one sweep, in the order of their numbers, stored in `path`. `key` is the hash of the sweep;
+    `is_ours` as in `Journal`."""
 
-    def __init__(self, path: Path, key: str) -> None:
-        self._journal = Journal(path, key)
+    def __init__(self, path: Path, key: str, is_ours: bool = False) -> None:
+        self._journal = Journal(path, key, is_ours)
         self.trials: list[Trial] = []
         for record in self._journal.records:
             self._apply(record)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,6 +154,27 @@ def test_a_finished_run_asks_nothing_and_another_threshold_or_limit_asks_nothing
         run(config, "--limit=9", "--sampling.seed=1", "--redo")
         assert server.asked.total() == 76
     assert [folder.is_dir() for folder in tmp_path.glob("out.*")] == [True]  # the paid-for answers are still there
+
+
+def test_the_responses_that_another_version_has_collected_are_kept(
+    undisturbed: Path, questions: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    started = read_json(out / "started.json")
+    (out / "synthesis.json").unlink()
+    del started["settings"]["sampling"]["seed"]  # a setting that the other version did not have
+    write_json(out / "started.json", started | {"key": "other", "code": {"experiments/synthesize.py": "other"}})
+    write_json(out / "journal.jsonl.key", {"key": "other"})
+    with ChatServer(teach) as server:
+        config = write_config(tmp_path, questions, server.base_url)
+        with pytest.raises(SystemExit, match=r"only one of the two has: sampling\.seed"):
+            run(config)
+        run(config, "--keep")
+        run(config)
+        assert not server.asked
+    assert (out / "journal.jsonl").read_text() == (undisturbed / "journal.jsonl").read_text()
+    assert kept(out) == kept(undisturbed)
 
 
 def test_a_torn_journal_costs_its_last_line_only(undisturbed: Path, questions: Path, tmp_path: Path) -> None:
