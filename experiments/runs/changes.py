@@ -7,6 +7,7 @@ changed files and ends, until the user chooses with KEEP=1 (--keep) or REDO=1 (-
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,10 @@ Inputs = dict[str, list[tuple[str, str | None]]]  # {"data.shards": [(path, hash
 
 UNKNOWN_FILES = "  Which ones is not known: an earlier version of the project has made it, and wrote none down."
 MOST_LINES, MOST_FILES = 8, 6  # largest numbers in a message; the rest is only counted
+# Groups of settings whose names the user has chosen, and settings of the data that every version writes down only if
+# they are not the default: no version of the project has added or removed one.
+USERS_GROUPS = re.compile(r"(.*\.)?(parameters|reward_weights|bounds)$|.*\.rewards\[")
+WRITTEN_IF_GIVEN = ("data.order", "data.weights")
 
 
 class CodeChanged(UserError):
@@ -218,6 +223,9 @@ def _walk(name: str, old: Any, new: Any, found: Differences) -> None:
         # the list of callbacks is the user's choice, not a difference between versions of the project
         elif key.startswith("["):
             found.values.append(f"{dotted}: {_presence(key in old)} -> {_presence(key in new)}")
+        elif USERS_GROUPS.match(name) or dotted in WRITTEN_IF_GIVEN:
+            before, now = (_brief(side[key]) if key in side else _presence(False) for side in (old, new))
+            found.values.append(f"{dotted}: {before} -> {now}")
         else:
             found.fields.append(dotted)
 

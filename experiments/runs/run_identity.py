@@ -141,8 +141,11 @@ def _look(folder: Path, run: MadeOf, choice: Choice | None, cure: str = "") -> _
         record = _recorded(folder, run, started)
         differences = find_differences(record, run) if record else differences
         # A setting that only one of the two runs has was added or removed by a version of the project, so its value in
-        # the other run is unknown. In this case, too, only the code may differ.
+        # the other run is unknown. In this case, too, only the code may differ. If the code is the same, this can only
+        # be a setting of Lightning; all others come from the user.
         may_be_same = record is not None and not differences.values and bool(run.code)
+        is_same_code = not is_stale(started, run.code)
+        may_be_same &= not is_same_code or all(name.startswith("trainer.") for name in differences.fields)
         is_other_code = may_be_same and ("settings" not in started or bool(differences.fields))
         is_other = not is_other_code
         is_remade = bool(differences.values) and differences.values == differences.contents

@@ -122,10 +122,24 @@ def test_values_of_another_model_other_shards_or_other_questions_are_not_gone_on
     assert trials_there() == 1
     started = read_json(folder / "started.json")
     del started["settings"]["inputs"]
-    write_json(folder / "started.json", started | {"key": "that of an earlier version, which did not note them"})
+    early = {"key": "that of an earlier version, which did not note them", "code": {"experiments/sweep.py": "early"}}
+    write_json(folder / "started.json", started | early)
+    write_json(folder / "trials.jsonl.key", {"key": "another one too"})
     with pytest.raises(CodeChanged, match="settings that only one of the two has: inputs"):
         trials_there()
     assert trials_there("keep") == trials_there() == 1, "its trials are kept"
+
+
+@pytest.mark.parametrize("more", [{"pace": {"value": 0.0}}, {"slope": None}])
+def test_a_sweep_of_more_or_fewer_parameters_is_another_sweep_and_loses_no_trial(run, tmp_path: Path, more) -> None:
+    run("--trials=1")
+    journal = tmp_path / "outputs/tiny-sweep/trials.jsonl"
+    trials_there = journal.read_text()
+    parameters = {name: fields for name, fields in (HEIGHTS | more).items() if fields is not None}
+    for choice in ([], ["--keep"]):
+        with pytest.raises(SystemExit, match=r"parameters\.\w+: .*not there"):
+            run("--trials=1", *choice, parameters=parameters)
+    assert journal.read_text() == trials_there
 
 
 def test_a_trial_that_lags_is_stopped_by_sigterm_and_kept_as_pruned(run, tmp_path: Path) -> None:

@@ -76,6 +76,31 @@ def test_equal_settings_do_not_differ_and_a_field_of_one_version_is_none_of_the_
     assert moved.values == ["data.shards: data/a -> data/b (12)"], "by path, where the content is not known"
 
 
+def test_a_name_that_only_one_run_has_differs_where_the_user_has_chosen_it() -> None:
+    reward = {"class_path": "my.Near", "weight": 1.0}
+    guard = {"class_path": "callbacks.c.Guard", "init_args": {"bounds": {"grpo/kl": {"low": None, "high": 1.0}}}}
+
+    def of(named: dict, rewards: dict, bounds: dict, **data: object) -> dict:
+        one = settings(data=data)
+        one["model"]["init_args"] |= {"reward_weights": {"a": 1.0} | named, "rewards": [reward | rewards]}
+        changed = {"init_args": {"bounds": guard["init_args"]["bounds"] | bounds}}
+        one["trainer"]["callbacks"].append(guard | changed)
+        return one
+
+    new = of({"b": 2.0}, {"init_args": {"t": 1}}, {"grpo/entropy": {"low": 0.1}}, order="block", weights=[0.5, 0.5])
+    found = find_differences({"settings": of({}, {}, {})}, MadeOf("k", new))
+    assert found.values == [
+        "data.order: not there -> block",
+        "data.weights: not there -> [0.5, 0.5]",
+        "model.reward_weights.b: not there -> 2.0",
+        'model.rewards[Near]: not there -> {"t": 1}',
+        'trainer.callbacks[Guard].bounds.grpo/entropy: not there -> {"low": 0.1}',
+    ]
+    assert found.fields == []
+    newer = of({}, {}, {"grpo/kl": {"low": None, "high": 1.0, "most": None}})
+    assert find_differences({"settings": of({}, {}, {})}, MadeOf("k", newer)).values == [], "a setting of each bound"
+
+
 def test_the_question_is_short_and_has_both_answers() -> None:
     many = {f"{k}.py": "1" for k in range(20)}
     for record, words in (({"code": OLD}, "b.py"), ({}, "earlier version"), ({"code": many}, "and 16 more")):

@@ -11,7 +11,7 @@ import yaml
 from datamodules.persistence.files import write_json
 from experiments.evaluation.trained_form import trained_form
 from experiments.runs import run_identity
-from experiments.runs.changes import CodeChanged, MadeOf
+from experiments.runs.changes import CodeChanged, MadeOf, OtherRun
 
 
 def test_a_phase_is_done_only_with_its_own_hash(tmp_path: Path) -> None:
@@ -131,6 +131,19 @@ def test_a_setting_that_a_new_version_has_is_asked_about(tmp_path: Path) -> None
         begin(folder, NEW_CODE, key="bbbb", data={"batch_size": 2, "verify": True})
     assert begin(folder, NEW_CODE, "keep", key="bbbb", data={"batch_size": 2, "verify": True}) is True
     assert begin(folder, NEW_CODE, key="bbbb", data={"batch_size": 2, "verify": True}) is True
+
+
+def test_by_the_same_code_only_lightning_can_have_added_a_setting(tmp_path: Path) -> None:
+    old, trainer, folder = {"trainer": {"devices": 1}}, {"trainer": {"devices": 1, "new": None}}, tmp_path / "grpo"
+    begin(folder, OLD_CODE, **old)
+    assert begin(folder, NEW_CODE, "keep", **old) is False
+    for code in (NEW_CODE, OLD_CODE):  # the code for which it was kept is as good as that which has made it
+        more = MadeOf("bbbb", old | {"data": {"given": 1}}, {}, code)
+        for choice in (None, "keep"):
+            with pytest.raises(OtherRun, match="data: only one of the two has it"):
+                run_identity.claim(folder, more, choice=choice, cure="name another")
+        with pytest.raises(CodeChanged, match=r"only one of the two has: trainer\.new"):
+            begin(folder, code, key="cccc", **trainer)
 
 
 def test_a_run_of_a_version_that_wrote_down_neither_settings_nor_code_is_compared_by_its_configuration(
