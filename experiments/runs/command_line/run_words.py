@@ -18,6 +18,8 @@ from datamodules.persistence.user_error import UserError
 from datamodules.streaming.shard_sources import source_list
 
 MODEL_FLAGS = ("model.init_args.model", "model.model")
+# The numbers whose product is the total batch of an update, with their values where neither YAML nor flag has one.
+BATCH = {"data.batch_size": 8, "trainer.devices": 1, "model.accumulate": 1, "trainer.num_nodes": 1}
 
 
 class WordsError(UserError, ValueError):
@@ -30,7 +32,8 @@ def complete_words(words: Sequence[str]) -> list[str]:
     words, gpus = take_number(words, "--gpus", least=1)
     settings = read_yamls(words)
     # 1. The same folder as the pipeline's at this seed.
-    before, experiment = settings.get("experiment"), setting_given(words, settings, "experiment")
+    before = settings.get("experiment")
+    experiment = last_given(words, "experiment") or before  # wherever the flag stands: it is repeated at the end
     if seed is not None:
         experiment = seeded(str(experiment), seed)
         words += [f"--seed_everything={seed}", f"--experiment={experiment}"]
@@ -121,11 +124,10 @@ def gpu_words(words: Sequence[str], settings: Mapping[str, Any], gpus: int) -> l
     """
     if given := [name for name in ("trainer.devices", "trainer.accelerator") if last_given(words, name) is not None]:
         raise WordsError(f"--gpus={gpus} and --{given[0]} exclude each other: give one of them")
-    names = ("data.batch_size", "trainer.devices", "model.accumulate", "trainer.num_nodes")
-    values = [setting_given(words, settings, name) or 1 for name in names]
-    if not all(str(value).isdigit() for value in values):
-        shown = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
-        raise WordsError(f"--gpus={gpus}: the total batch is not known from {shown}. Give numbers")
+    values = [setting_given(words, settings, name) or default for name, default in BATCH.items()]
+    if not all(str(value).isdigit() and int(value) > 0 for value in values):
+        shown = ", ".join(f"{name}={value}" for name, value in zip(BATCH, values, strict=True))
+        raise WordsError(f"--gpus={gpus}: the total batch is not known from {shown}. Give numbers above 0")
     batch, devices, accumulate, nodes = map(int, values)
     total = batch * devices * accumulate * nodes
     share = total // (gpus * nodes)  # samples of one update on one GPU
@@ -162,9 +164,16 @@ def _linked_model(words: Sequence[str], settings: Mapping[str, Any], names: tupl
 
 
 def setting_given(words: Sequence[str], settings: Mapping[str, Any], name: str) -> Any:
-    """The value of a setting in the command line, else in the YAML files; None without one."""
-    value = last_given(words, name, name.replace("model.", "model.init_args.", 1))
-    return _find(settings, name) if value is None else value
+    """The value of a setting in the command line, else in the YAML files; None without one.
+
+    As in the parser, a YAML file that stands behind the flag has the last word.
+    """
+    names = (name, name.replace("model.", "model.init_args.", 1))
+    value, behind = last_given(words, *names), list(words)
+    while value is not None and last_given(behind, *names) is not None:
+        behind = behind[1:]
+    later = None if value is None else _find(read_yamls(behind), name)
+    return _find(settings, name) if value is None else value if later is None else later
 
 
 def given_shards(words: Sequence[str], settings: Mapping[str, Any]) -> list[str | Path]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
 import yaml
 
+from datamodules.multi_image import MultiImageData
 from experiments.runs.command_line.run_words import WordsError, complete_words, take_number
 
 NANO = Path(__file__).resolve().parents[4] / "experiments/configs/nano"
@@ -87,12 +89,26 @@ def test_flags_count_for_the_total_batch_and_a_strategy_stays() -> None:
     assert total(words, 6) == 12 and "--trainer.strategy=ddp" not in words
 
 
+def test_the_total_batch_stays_without_a_number_in_the_yaml_and_with_a_yaml_behind_a_flag(tmp_path: Path) -> None:
+    plain = write(tmp_path, data={"shards": "x"})
+    assert (
+        total(added("--config", plain, "--gpus=2"), 2)
+        == inspect.signature(MultiImageData).parameters["batch_size"].default
+    )
+    more = write(tmp_path, data={"batch_size": 16})
+    for words in (["--data.batch_size=4", "--config", more], ["--data.batch_size", "4", f"--config={more}"]):
+        assert total(added("--config", plain, *words, "--gpus=2"), 2) == 16
+        assert total(added("--config", plain, *words, "--data.batch_size=32", "--gpus=2"), 2) == 32
+    assert total(added("--config", more, "--data.batch_size=4", "--config", plain, "--gpus=2"), 2) == 4
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--gpus=3"], "total batch of 64 samples .* Use 1, 2, 4, 8, 16, 32, 64 GPUs"),
         (["--gpus=2", "--trainer.devices=2"], "exclude each other"),
         (["--gpus=2", "--data.batch_size=many"], "is not known from data.batch_size=many"),
+        (["--gpus=2", "--data.batch_size=0"], "is not known from data.batch_size=0.* Give numbers above 0"),
     ],
 )
 def test_a_number_of_gpus_that_changes_the_total_batch_is_refused(flags: list[str], message: str) -> None:
