@@ -21,13 +21,19 @@ from datamodules.benchmarks import mig_bench
 from datamodules.metrics.result_files import RESULT, read_result, result_folder
 from datamodules.persistence import folder_lock
 from datamodules.persistence.durations import in_words
-from datamodules.persistence.source_code import class_modules
 from experiments.evaluation.evaluation_settings import PHASE_FOLDER, read_settings
 from experiments.generate_synthetic import absent_data, build_synthetic, dataset_configs
 from experiments.reports import pipeline_report
 from experiments.runs import preflight, run_identity
 from experiments.runs.changes import Choice, choice_of, spell_out
-from experiments.runs.command_line.run_words import config_files, given_shards, read_yamls, seeded, yaml_fault
+from experiments.runs.command_line.run_words import (
+    config_files,
+    given_modules,
+    given_shards,
+    read_yamls,
+    seeded,
+    yaml_fault,
+)
 from experiments.runs.command_line.step_checks import check_steps
 from experiments.runs.commands import command
 from experiments.runs.parsers import run_cli
@@ -149,7 +155,7 @@ class Pipeline:
             command=tuple(command),
             inputs=inputs,
             environment=self.environment(stage),
-            modules=("experiments.train", *class_modules(settings)),
+            modules=("experiments.train", *given_modules(command, settings)),
             choice=self.choice,
             proof=self.folder / stage / run_identity.DONE,
             checks=True,

@@ -24,13 +24,13 @@ import yaml
 from datamodules.persistence import folder_lock
 from datamodules.persistence.durations import in_words
 from datamodules.persistence.files import fingerprint
-from datamodules.persistence.source_code import class_modules, source_code
+from datamodules.persistence.source_code import source_code
 from datamodules.streaming.path_fingerprint import path_fingerprint
 from experiments.reports import sweep_plots, sweep_summary
 from experiments.reports.sweep_summary import value_text
 from experiments.runs import run_identity, subprocess_steps
 from experiments.runs.changes import Choice, MadeOf, choice_of
-from experiments.runs.command_line.run_words import MODEL_FLAGS, given_shards, laid_over, setting_given
+from experiments.runs.command_line.run_words import MODEL_FLAGS, given_modules, given_shards, laid_over, setting_given
 from experiments.runs.commands import command
 from experiments.runs.results import current_commit
 from experiments.runs.subprocess_steps import ROOT, say
@@ -94,7 +94,8 @@ class LocalSweep:
         loaded = [yaml.safe_load((ROOT / config).read_text()) for config in plan.configs]
         # So is the content of the model and of the shards: the values of finished trials were measured with it.
         settings |= {"inputs": {path: path_fingerprint(_place(path)) for path in input_paths(plan, loaded)}}
-        code = source_code(("experiments.sweep", "experiments.train", *class_modules(loaded)))
+        flags = [*plan.example(), *(f"--{p.name}={choice}" for p in plan.parameters for choice in p.choices)]
+        code = source_code(("experiments.sweep", "experiments.train", *given_modules(flags, loaded)))
         made = MadeOf(fingerprint(key, settings["inputs"]), settings, code=code)
         is_ours = run_identity.is_recorded(folder)
         run_identity.claim(folder, made, choice=choice, cure=KEEPS_BOTH)

@@ -234,6 +234,20 @@ def test_a_list_of_shards_in_a_flag_is_read_source_by_source(settings: dict, tmp
     assert made.training("grpo").inputs[2:] == (f"{tmp_path}/shards", f"{tmp_path}/other")
 
 
+@pytest.mark.parametrize(
+    "flag",
+    ["--model.rewards='[{class_path: near.Near}]'", "--trainer.callbacks+=near.Near", "--model.class_path near.Near"],
+)
+def test_a_class_that_a_flag_names_is_among_the_code_of_its_step(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "near.py").write_text("class Near: ...")
+    phases = {"grpo": pipeline.Phase("base", str(tmp_path / "grpo.yaml"))}
+    made = pipeline.Pipeline(tmp_path, 0, settings["model"], settings["evaluation"], phases, {"grpo": flag})
+    assert "near.py" in made.training("grpo").code()
+
+
 def test_settings_that_no_step_can_read_are_named_without_a_traceback(
     processes: Processes, settings: dict, tmp_path: Path
 ) -> None:

@@ -130,6 +130,16 @@ def test_values_of_another_model_other_shards_or_other_questions_are_not_gone_on
     assert trials_there("keep") == trials_there() == 1, "its trials are kept"
 
 
+def test_a_class_that_a_flag_of_the_trials_names_is_among_the_code_of_a_sweep(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("near", "far"):
+        (tmp_path / f"{name}.py").write_text(f"class {name.title()}: ...")
+    command = ["${interpreter}", "-m", "experiments.train", "--trainer.callbacks+=near.Near", "${args}"]
+    plan = read_plan(write(tmp_path, command=command, parameters={"model": {"values": ["m.GRPO", "far.Far"]}}))
+    sweep.LocalSweep(plan, tmp_path / "outputs/tiny-sweep", 0, 3)
+    assert {"near.py", "far.py"} <= read_json(tmp_path / "outputs/tiny-sweep/started.json")["code"].keys()
+
+
 @pytest.mark.parametrize("more", [{"pace": {"value": 0.0}}, {"slope": None}])
 def test_a_sweep_of_more_or_fewer_parameters_is_another_sweep_and_loses_no_trial(run, tmp_path: Path, more) -> None:
     run("--trials=1")

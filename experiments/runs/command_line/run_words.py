@@ -7,19 +7,23 @@ settings of the run, so the saved configuration and the processes of other ranks
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from datamodules.persistence.source_code import class_modules
 from datamodules.persistence.user_error import UserError
 from datamodules.streaming.shard_sources import source_list
 
 MODEL_FLAGS = ("model.init_args.model", "model.model")
 # The numbers whose product is the total batch of an update, with their values where neither YAML nor flag has one.
 BATCH = {"data.batch_size": 8, "trainer.devices": 1, "model.accumulate": 1, "trainer.num_nodes": 1}
+
+CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\.[A-Z]\w*")
 
 
 class WordsError(UserError, ValueError):
@@ -183,6 +187,26 @@ def given_shards(words: Sequence[str], settings: Mapping[str, Any]) -> list[str 
         with contextlib.suppress(yaml.YAMLError):
             shards = yaml.safe_load(shards)
     return source_list(shards) if shards else []
+
+
+def given_modules(words: Sequence[str], settings: Any) -> list[str]:
+    """The modules of all classes that the flags or the YAML files name, by class_path or by the path alone, such as
+    --trainer.callbacks+=callbacks.throughput.Throughput."""
+    values = [word.partition("=")[2] if word.startswith("--") else word for word in words]
+    read = []
+    for value in values:
+        with contextlib.suppress(ValueError, yaml.YAMLError):
+            read.append(yaml.safe_load(value))
+    given = [settings, read]
+    return [*class_modules(given), *(path.rpartition(".")[0] for path in _texts(given) if CLASS_PATH.fullmatch(path))]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts that are values of settings, at any depth."""
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from _texts(inner)
 
 
 def _find(settings: Mapping[str, Any], name: str) -> Any:
