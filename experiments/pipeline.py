@@ -30,8 +30,11 @@ from experiments.runs.command_line.run_words import (
     config_files,
     given_modules,
     given_shards,
+    last_given,
     read_yamls,
+    replaced,
     seeded,
+    setting_given,
     yaml_fault,
 )
 from experiments.runs.command_line.step_checks import check_steps
@@ -124,6 +127,25 @@ class Pipeline:
         find_user_files(word for words in self.overrides.values() for word in shlex.split(words))
         self.commit, self.stages = current_commit(ROOT), {}
         self.evaluation_settings = read_settings(self.evaluation, shlex.split(self.overrides.get("evaluation", "")))
+        self._check_overrides()
+
+    def _check_overrides(self) -> None:
+        """Ends the program if overrides replace what the pipeline itself gives to its steps: it would then read other
+        results than those of its stages.
+        """
+        steps = {stage: (self.training(stage).command, ("experiment", "phase", "outputs")) for stage in self.phases}
+        steps[EVALUATION] = self.evaluation_of(BASE).command, ("model", "output")
+        for stage, (words, names) in steps.items():
+            faults = replaced(words, names)
+            faults += [f"seed={seed}"] if (seed := last_given(words, "seed")) is not None else []
+            bench = setting_given(words, read_yamls(words), "bench")
+            if bench not in (None, "all") and mig_bench.NAME not in bench.split(","):
+                faults.append(f"bench={bench}, without {mig_bench.NAME}")
+            if faults:
+                sys.exit(
+                    f"overrides.{stage}: {', '.join(faults)}. The pipeline itself gives these to its steps: leave them "
+                    "out, of a YAML behind --config too. Another experiment, seed or model is a setting of the pipeline"
+                )
 
     @property
     def models(self) -> list[str]:

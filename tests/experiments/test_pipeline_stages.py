@@ -248,6 +248,34 @@ def test_a_class_that_a_flag_names_is_among_the_code_of_its_step(
     assert "near.py" in made.training("grpo").code()
 
 
+@pytest.mark.parametrize(
+    ("stage", "words", "fault"),
+    [
+        ("evaluation", "--model other", "model=other"),
+        ("evaluation", "--config {}/whole.yaml", "model=that of the YAML, bench=lisa, without mig_bench"),
+        ("evaluation", "--output=elsewhere", "output=elsewhere"),
+        ("evaluation", "--bench lisa,blink", "bench=lisa,blink, without mig_bench"),
+        ("grpo", "--experiment mine --phase x", "experiment=mine, phase=x"),
+        ("grpo", "--config {}/whole.yaml", "experiment=another"),
+        ("grpo", "--seed 3", "seed=3"),
+    ],
+)
+def test_overrides_that_replace_what_the_pipeline_gives_are_refused(
+    processes: Processes, settings: dict, tmp_path: Path, stage: str, words: str, fault: str
+) -> None:
+    whole = {
+        "evaluation": {"model": "that of the YAML", "bench": "lisa", "data_root": "x"},
+        "grpo": {"experiment": "another"},
+    }
+    (tmp_path / "whole.yaml").write_text(yaml.safe_dump(whole[stage]))
+    stages = {"grpo": str(tmp_path / "grpo.yaml")}
+    with pytest.raises(SystemExit, match=rf"^overrides\.{stage}: {fault}\. "):
+        pipeline.run(**settings, stages=stages, overrides={stage: words.format(tmp_path)})
+    assert processes.ran == processes.checked == []
+    allowed = {"evaluation": "--bench all --limit=3", "grpo": "--seed_everything 3 --model.init_args.model m"}
+    pipeline.Pipeline(tmp_path, 0, settings["model"], settings["evaluation"], {}, {stage: allowed[stage]})
+
+
 def test_settings_that_no_step_can_read_are_named_without_a_traceback(
     processes: Processes, settings: dict, tmp_path: Path
 ) -> None:

@@ -167,6 +167,16 @@ def _linked_model(words: Sequence[str], settings: Mapping[str, Any], names: tupl
     return [f"--model.init_args.model={here / Path(model).parent.name / 'merged'}"]
 
 
+def replaced(words: Sequence[str], names: Sequence[str]) -> list[str]:
+    """ "name=value" of each setting that has another value than the first one that a flag of the command line gives."""
+    settings, found = read_yamls(words), []
+    for name in names:
+        first = next((value for flag, value in pairwise(words) if flag == f"--{name}"), None)
+        if (value := setting_given(words, settings, name)) != first and first is not None:
+            found.append(f"{name}={value}")
+    return found
+
+
 def setting_given(words: Sequence[str], settings: Mapping[str, Any], name: str) -> Any:
     """The value of a setting in the command line, else in the YAML files; None without one.
 
