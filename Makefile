@@ -37,12 +37,37 @@ VARIABLES := PYTHON VENV CONFIG MODEL MODELS BENCH IMAGES REPO QUESTION ARGS SOU
 given := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 unknown := $(filter-out $(VARIABLES) MAKE% -%,$(given))
 $(if $(unknown),$(error no variable $(unknown) here; nothing was started. The variables are: $(VARIABLES)))
+# So would a variable that the target does not read, such as SEED=1 for SEEDS=1 of ablations, or MODEL= of grpo.
+of_CONFIG := pipeline smoke ablations shards sft grpo sweep eval synthesize
+of_MODEL := inspect vllm-server eval ask demo publish
+of_MODELS := demo
+of_BENCH := eval predictions
+of_IMAGES := ask
+of_QUESTION := ask
+of_REPO := publish
+of_SOURCE := shards
+of_ROOT := shards
+of_BOXES := shards
+of_DATA := inspect eval
+of_SEED := pipeline sft grpo sweep
+of_GPUS := pipeline sft grpo eval
+of_RUNS := compare predictions
+of_SEEDS := ablations
+of_ROWS := ablations
+of_SWEEP := agent
+of_KEEP := pipeline smoke ablations sft grpo sweep eval synthesize
+of_REDO := $(of_KEEP)
+unread = $(if $(and $($(2)),$(of_$(2))),$(if $(filter $(1),$(of_$(2))),,$(error make $(1) does not read \
+	$(2)=$($(2)); nothing was started. $(2) is for: $(of_$(2)))))
+$(foreach goal,$(MAKECMDGOALS),$(foreach name,$(given),$(call unread,$(goal),$(name))))
 # $(call config,name): CONFIG, or the nano YAML of this name.
 config = --config $(or $(CONFIG),$(NANO)/$(1).yaml)
 comma := ,
 space := $(subst ,, )
 # $(call list,a b): the value [a,b] for a flag.
 list = '[$(subst $(space),$(comma),$(strip $(1)))]'
+# Several are one flag: of two flags, the last one would count alone.
+bench = $(addprefix --bench ,$(subst $(space),$(comma),$(strip $(1))))
 seed = $(if $(SEED),--seed $(SEED)) $(if $(GPUS),--gpus $(GPUS))
 answer = $(if $(filter-out 0,$(REDO)),--redo) $(if $(filter-out 0,$(KEEP)),--keep)
 # What the nano default needs and what is not there yet: $(call absent,file that marks its end,path). Another CONFIG has its
@@ -133,7 +158,7 @@ VLLM_VENV ?= .venv-vllm
 vllm-server:  ## Serve rollouts for GRPO with model.rollout.engine=vllm: MODEL=folder, ARGS="--port 8001"; on a GPU if there is one
 	$(PYTHON) lightning_modules/serving/vllm_server.py --venv $(VLLM_VENV) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
-eval: command = $(PY) -m experiments.evaluate $(call config,eval) $(if $(MODEL),--model $(MODEL)) $(addprefix --bench ,$(or $(DATA),$(BENCH))) \
+eval: command = $(PY) -m experiments.evaluate $(call config,eval) $(if $(MODEL),--model $(MODEL)) $(call bench,$(or $(DATA),$(BENCH))) \
 	$(if $(GPUS),--processes $(GPUS)) $(answer) $(ARGS)
 eval: $(STAMP)  ## Evaluate any model on MIG-Bench, BENCH=all (or ref_l4,...), or shards DATA=data/kites/val: MODEL=outputs/nano/grpo/merged
 	$(if $(DATA),,$(call check,$(data)))
@@ -174,7 +199,7 @@ compare: $(STAMP)  ## One page that compares runs, with their rollouts: RUNS="ou
 
 predictions: $(STAMP)  ## A page of a model's answers, or of two models': RUNS="outputs/nano/grpo outputs/nano/cot_sft" BENCH=mig_bench
 	$(PY) -m experiments.reports.predictions.browse_answers --runs $(or $(RUNS),outputs/nano/grpo) \
-		$(addprefix --bench ,$(BENCH)) $(ARGS)
+		$(call bench,$(BENCH)) $(ARGS)
 
 watch: $(STAMP)  ## The report of a running experiment in the browser, live: ARGS="--folder outputs/nano --port 8765"
 	$(PY) -m experiments.reports.live.watch $(ARGS)
