@@ -27,7 +27,7 @@ from experiments.generate_synthetic import absent_data, build_synthetic, dataset
 from experiments.pipeline import Phase, Pipeline, check_files, check_stages, experiment_folder
 from experiments.reports import ablation_report
 from experiments.reports.ablation_summary import FINDING_FIGURES, Comparison, Finding
-from experiments.runs import wandb_runs
+from experiments.runs import preflight, wandb_runs
 from experiments.runs.changes import choice_of, spell_out
 from experiments.runs.command_line.run_words import laid_over
 from experiments.runs.command_line.step_checks import check_steps
@@ -100,6 +100,7 @@ def run(
     seeds, comparisons, findings, overrides = seeds or [0], comparisons or [], findings or [], overrides or {}
     check_stages(rows, overrides)
     check_rows(rows, comparisons, findings, only)
+    preflight.raise_all([problem for seed in seeds for problem in preflight.seed_problems(seed)])
     folders = {seed: experiment_folder(outputs, experiment, seed) for seed in seeds}
     home = Path(outputs) / f"{experiment}-ablations"
     starts = {BASE: BASE} | {name: row.start for name, row in rows.items()}

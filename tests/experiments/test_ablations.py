@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from datamodules.persistence.files import read_json
+from datamodules.persistence.user_error import SettingsError
 from experiments import ablations, pipeline, train
 from experiments.ablations import Row
 from experiments.reports.ablation_summary import Comparison, Finding
@@ -83,6 +84,11 @@ def test_configurations_that_are_not_there_are_named_before_anything_runs(tmp_pa
     with pytest.raises(SystemExit, match=r"evaluation='.*evl\.yaml', rows\.sft\.config='.*sfft\.yaml'"):
         ablations.main(["--config", str(config)])
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_seed_that_no_run_can_have_is_named_before_the_seeds_before_it_are_trained() -> None:
+    with pytest.raises(SettingsError, match="seed=-1 must be in 0 to"):
+        ablations.run("tiny", "m", "eval.yaml", {"sft": Row("base", "sft.yaml")}, seeds=[0, -1])
 
 
 @pytest.mark.parametrize("name", ["grpo.v2", "../grpo", ""])
