@@ -60,8 +60,8 @@ def inspect(
         f"{len(chosen)} at random": sorted(chosen),
     }
     shown = {heading: [_show(reader, encoder, number) for number in numbers] for heading, numbers in groups.items()}
-    step = max(1, reader.count // max(measured, 1))
-    counted = [_show(reader, encoder, number) for number in range(0, reader.count, step)][:measured]
+    count = min(measured, reader.count)
+    counted = [_show(reader, encoder, place * reader.count // count) for place in range(count)]
     tables = count_tables(counted)
     for folder in data:
         tables |= rejection_tables(read_json(Path(folder) / IMPORT_REPORT))

@@ -53,6 +53,16 @@ def write_shards(folder: Path, *answers: Answer, text: str = "Where is it?", ima
     return folder
 
 
+def test_the_tables_count_samples_of_all_parts_of_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = write_shards(tmp_path / "shards", *[BoxAnswer(0, RED, "thing")] * 5)
+    read, show = [], inspect_shards._show
+    monkeypatch.setattr(inspect_shards, "_show", lambda *given: read.append(given[-1]) or show(*given))
+    for measured, numbers in ((3, [0, 1, 3]), (9, [0, 1, 2, 3, 4]), (0, [])):
+        read.clear()
+        inspect([str(shards)], tmp_path / "page.html", first=0, drawn=0, measured=measured)
+        assert read == numbers
+
+
 def found(pixels: np.ndarray, is_colour: np.ndarray) -> tuple[float, ...]:
     """Unit xyxy of all pixels of a colour."""
     rows, columns = is_colour.any(axis=1).nonzero()[0], is_colour.any(axis=0).nonzero()[0]
