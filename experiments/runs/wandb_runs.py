@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from callbacks.preemption import is_first_process
 from datamodules.metrics.drawing import preview_table
 from datamodules.persistence.files import fingerprint, read_json, write_atomic, write_json
 from datamodules.persistence.user_error import SettingsError
@@ -38,8 +39,14 @@ def choose_wandb_mode() -> str:
 
 
 def wandb_run_id(folder: Path, key: str) -> str:
-    """The W&B id of the run in this phase folder. It stays the same after a resume."""
+    """The W&B id of the run in this phase folder. It stays the same after a resume.
+
+    Only the first process logs to W&B and writes the id. Ranks that torchrun or SLURM starts together could otherwise
+    replace it by another one, under which a resumed run would go on as a second run.
+    """
     file = Path(folder) / "wandb_id"
+    if not is_first_process():
+        return key[:8]
     if os.environ.get("WANDB_SWEEP_ID"):  # W&B's agent has named the run and accepts no other name
         write_atomic(file, os.environ["WANDB_RUN_ID"])
     elif not file.is_file() or not file.read_text().startswith(key[:8]):

@@ -70,6 +70,21 @@ def test_one_setting_chooses_where_metrics_go(tmp_path: Path, monkeypatch: pytes
     assert kinds(tmp_path, "tensorboard") == ["OnceTensorBoardLogger", "MetricsLogger"]
 
 
+@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
+def test_only_the_first_rank_writes_the_wandb_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv(variable, "1")
+    assert kinds(tmp_path, "wandb") == ["OnceWandbLogger", "MetricsLogger"] and not (tmp_path / "wandb_id").exists()
+    monkeypatch.setenv(variable, "0")
+    run_id = wandb_runs.wandb_run_id(tmp_path, "0123456789")
+    assert run_id == wandb_runs.wandb_run_id(tmp_path, "0123456789") and len(run_id) == 16
+    monkeypatch.setenv(variable, "1")
+    wandb_runs.wandb_run_id(tmp_path, "another")
+    assert (tmp_path / "wandb_id").read_text() == run_id
+
+
 def test_without_tensorboard_one_line_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(*_: object) -> None:
         raise ModuleNotFoundError("No module named 'tensorboard'")
