@@ -11,12 +11,13 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, distributed, nn
 
-from datamodules.persistence.files import atomic_path
+from datamodules.persistence.files import atomic_path, whole_folder
 from experiments.nano.muon import Muon
 from experiments.nano.settings import PretrainSettings
 from lightning_modules.models.qwen_vl import QwenVL
 
 CHECKPOINT, LOG = "checkpoint.pt", "training_log.jsonl"
+FINAL = "final"  # folder of the finished model's files, until they replace those of the untrained one
 
 
 class Stage(Protocol):
@@ -205,5 +206,10 @@ class StageRun:
     def finish(self) -> None:
         """Save the model and remove the checkpoint."""
         if self.rank == 0:
-            self.policy.base.save_pretrained(self.folder)
+            # Each file is complete or the old one: a run that was killed here first loads the model's files.
+            with whole_folder(self.folder / FINAL) as draft:
+                self.policy.base.save_pretrained(draft)
+            for file in (self.folder / FINAL).iterdir():
+                file.replace(self.folder / file.name)
+            (self.folder / FINAL).rmdir()
             (self.folder / CHECKPOINT).unlink()  # a folder without a checkpoint counts as finished

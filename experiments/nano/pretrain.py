@@ -22,6 +22,8 @@ from torch import distributed, multiprocessing
 
 from callbacks.sound_checkpoints import damage
 from datamodules.checkpoints.pretrained import new_model
+from datamodules.persistence import folder_lock
+from datamodules.persistence.files import read_sound_lines, write_atomic
 from datamodules.persistence.processes import ChildWatch, end_with_parent
 from experiments.nano.build_model import build_config, build_processor
 from experiments.nano.language import InterleavedStage, LanguageStage
@@ -43,9 +45,10 @@ def is_finished(settings: PretrainSettings, folder: Path) -> bool:
     """
     if not (folder / "config.json").exists():
         return False
-    if not (folder / LOG).exists():
+    lines = read_sound_lines(folder / LOG)
+    if not lines:
         raise ValueError(f"{folder} holds a model without {LOG}: choose another --output")
-    header, *records = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+    header, *records = lines
     # A setting that is newer than the log had its default's effect, but there was no stage 3.
     old, new = asdict(PretrainSettings(interleaved_sets=0)) | header["settings"], asdict(settings)
     if changed := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
@@ -69,15 +72,15 @@ def prepare_folder(settings: PretrainSettings, folder: Path) -> None:
     # An interrupted run: drop records of the log from after the checkpoint, because those steps are repeated.
     if (folder / CHECKPOINT).exists():
         state = torch.load(folder / CHECKPOINT, weights_only=True, mmap=True)
-        header, *records = (folder / LOG).read_text().splitlines(keepends=True)
-        kept = [line for line in records if _is_before(json.loads(line), state["stage"], state["step"])]
-        (folder / LOG).write_text(header + "".join(kept))
+        header, *records = read_sound_lines(folder / LOG)
+        kept = [record for record in records if _is_before(record, state["stage"], state["step"])]
+        write_atomic(folder / LOG, "".join(json.dumps(line) + "\n" for line in (header, *kept)))
         return
     # A new run.
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
     processor = build_processor(settings.seed)
-    (folder / LOG).write_text(json.dumps({"settings": asdict(settings)}) + "\n")
+    write_atomic(folder / LOG, json.dumps({"settings": asdict(settings)}) + "\n")
     processor.save_pretrained(folder)
     sizes = (settings.text_width, settings.text_depth), (settings.vision_width, settings.vision_depth)
     new_model(build_config(processor.tokenizer, *sizes)).save_pretrained(folder)
@@ -161,20 +164,34 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     output, processes = arguments.pop("output"), arguments.pop("processes")
     settings = PretrainSettings(**arguments)
-    # A finished folder, a folder of other settings and a damaged checkpoint are reported here, once for all processes.
+    if _is_there(settings, output):
+        return
+    # Only one command at a time trains there. The one that has waited finds the model of the other.
+    with folder_lock.locked(output):
+        if not _is_there(settings, output):
+            _train_in(settings, output, processes)
+
+
+def _is_there(settings: PretrainSettings, output: Path) -> bool:
+    """Whether the model is finished, which is printed. Ends the program for a folder of other settings and for a
+    damaged checkpoint, once for all processes."""
     try:
         if is_finished(settings, output):
             print(f"{output} is there already; to train it again, remove it or choose another --output")
-            return
+            return True
     except ValueError as error:
         sys.exit(f"no base model: {error}")
     checkpoint = output / CHECKPOINT
     if checkpoint.exists() and (fault := damage(checkpoint)):
         sys.exit(f"{checkpoint} is damaged: {fault}. Put an intact copy there, or remove {output} to train again")
+    return False
+
+
+def _train_in(settings: PretrainSettings, output: Path, processes: int) -> None:
+    """Train in this process or in several. ChildWatch kills a stopped one, and its end is reported in one line."""
     if processes == 1:
         train(settings, output)
         return
-    # Several processes. ChildWatch kills a stopped one, and its end is reported in one line.
     with tempfile.TemporaryDirectory() as folder:
         arguments = (processes, f"file://{folder}/rendezvous", settings, output)
         context = multiprocessing.spawn(train_process, arguments, processes, join=False)

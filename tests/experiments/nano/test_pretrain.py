@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from datamodules.encoding.encoder import EncodedSample
 from datamodules.encoding.mrope import mrope_positions
+from datamodules.persistence import folder_lock
 from datamodules.persistence.processes import ENDED, process_state
 from datamodules.samples.answer_text import ParsedAnswer, parse_answer
 from datamodules.synthetic.interleaved import interleaved_scenes
@@ -29,7 +31,7 @@ from datamodules.synthetic.world import draw_scene
 from experiments.nano import build_model, drawing_tasks, pretrain
 from experiments.nano.drawing_tasks import HELD_OUT, PictureEncoder, PictureSet, accuracy, named_picture_accuracy
 from experiments.nano.language import InterleavedStage, LanguageStage
-from experiments.nano.loop import CHECKPOINT, LOG, average_gradients, build_optimizers, learning_rate_factor
+from experiments.nano.loop import CHECKPOINT, LOG, StageRun, average_gradients, build_optimizers, learning_rate_factor
 from experiments.nano.muon import Muon
 from experiments.nano.pretrain import train
 from experiments.nano.settings import PretrainSettings
@@ -438,3 +440,53 @@ def test_without_interleaved_sets_there_are_two_stages_and_an_older_log_is_accep
     assert pretrain.is_finished(replace(settings, interleaved_batch=16), tmp_path)
     with pytest.raises(ValueError, match="interleaved_sets=0 there and 12 here"):
         pretrain.is_finished(replace(TINY, interleaved_batch=16), tmp_path)
+
+
+def interrupted(folder: Path) -> Path:
+    """A folder that a run has left with a checkpoint of its third step, and with a record of the fourth."""
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    torch.save({"stage": "tower", "step": 3}, folder / CHECKPOINT)
+    records = [{"settings": asdict(TINY)}, *({"stage": "tower", "step": step} for step in (2, 3, 4))]
+    (folder / LOG).write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def test_a_log_that_a_kill_has_cut_costs_its_last_line_only(tmp_path: Path) -> None:
+    folder = interrupted(tmp_path / "base")
+    text = (folder / LOG).read_text()
+    (folder / LOG).write_text(text[:-5])
+    assert not pretrain.is_finished(TINY, folder)
+    pretrain.prepare_folder(TINY, folder)
+    assert (folder / LOG).read_text() == "".join(text.splitlines(keepends=True)[:3])
+
+
+def test_a_kill_while_the_finished_model_is_saved_leaves_one_that_can_be_loaded(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("untrained")
+    (tmp_path / CHECKPOINT).touch()
+    run = StageRun.__new__(StageRun)
+
+    def save(folder: Path, is_killed: bool) -> None:
+        (Path(folder) / "model.safetensors").write_text("tra" if is_killed else "trained")
+        if is_killed:
+            raise KeyboardInterrupt
+
+    for is_killed, model in ((True, "untrained"), (False, "trained")):
+        save_pretrained = partial(save, is_killed=is_killed)
+        run.rank, run.folder, run.policy = (
+            0,
+            tmp_path,
+            SimpleNamespace(base=SimpleNamespace(save_pretrained=save_pretrained)),
+        )
+        with pytest.raises(KeyboardInterrupt) if is_killed else nullcontext():
+            run.finish()
+        assert (tmp_path / "model.safetensors").read_text() == model
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_one_command_at_a_time_trains_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+    monkeypatch.setattr(pretrain, "train", lambda settings, folder: held.append(folder_lock.is_locked(folder)))
+    monkeypatch.setattr("sys.argv", ["pretrain", "--output", str(tmp_path / "base")])
+    pretrain.main()
+    assert held == [True]
