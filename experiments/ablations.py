@@ -34,6 +34,7 @@ from experiments.runs.command_line.step_checks import check_steps
 from experiments.runs.commands import command
 from experiments.runs.parsers import run_cli
 from experiments.runs.results import BASE
+from experiments.runs.run_identity import callback_entries
 from experiments.runs.subprocess_steps import Plan, say, settle
 from experiments.runs.user_files import also_beside
 
@@ -201,8 +202,7 @@ def row_config(name: str, row: Row, home: Path) -> str:
     settings = yaml.safe_load(Path(row.config).read_text())
     for path in row.changes:
         settings = laid_over(settings, yaml.safe_load(Path(path).read_text()))
-    trainer = settings.get("trainer") or {}
-    callbacks = trainer.get("callbacks") or []
+    trainer, callbacks = settings.get("trainer") or {}, callback_entries(settings)
     kept = [callback for callback in callbacks if class_name(callback) not in row.without]
     if missing := sorted(set(row.without) - {class_name(callback) for callback in callbacks}):
         raise ValueError(f"rows.{name}: without={missing}, but {row.config} has {[class_name(c) for c in callbacks]}")
@@ -217,7 +217,7 @@ def row_config(name: str, row: Row, home: Path) -> str:
 
 
 def class_name(callback: Mapping) -> str:
-    return callback["class_path"].rpartition(".")[-1]
+    return str(callback.get("class_path")).rpartition(".")[-1]
 
 
 def check_rows(

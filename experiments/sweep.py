@@ -242,8 +242,9 @@ def input_paths(plan: SweepPlan, loaded: Sequence[Mapping[str, Any]]) -> list[st
     words, settings = plan.example(), reduce(laid_over, loaded, {})
     paths = [setting_given(words, settings, "model.model"), *given_shards(words, settings)]
     # The metric may be measured by a callback, on its own questions or samples: others give other values.
-    for entry in setting_given(words, settings, "trainer.callbacks") or []:
-        given = entry.get("init_args", {}) if isinstance(entry, Mapping) else {}
+    callbacks = {"callbacks": setting_given(words, settings, "trainer.callbacks")}
+    for entry in run_identity.callback_entries({"trainer": callbacks}):
+        given = entry.get("init_args") or {}
         for name in MEASURED_ON:
             paths += given.get(name) if isinstance(given.get(name), list) else [given.get(name)]
     for parameter in plan.parameters:  # the example has the first value alone

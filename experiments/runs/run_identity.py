@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -237,3 +237,13 @@ def read_field(folder: Path, name: str) -> Any:
             raise OtherVersion(folder, f"it has no field {name}")
         value = value[part]
     return value
+
+
+def callback_entries(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The callbacks of a configuration, each as {"class_path": …, "init_args": …}.
+
+    As the training command accepts them, a single one may stand without a list, and a class path for an entry.
+    """
+    given = (settings.get("trainer") or {}).get("callbacks") or []
+    entries = given if isinstance(given, list) else [given]
+    return [entry if isinstance(entry, dict) else {"class_path": str(entry)} for entry in entries]

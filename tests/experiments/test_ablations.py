@@ -124,6 +124,15 @@ def test_a_row_lays_yaml_files_over_its_configuration(workbench: Workbench, tmp_
     assert "Throughput" not in str(derived["trainer"]["callbacks"])
 
 
+@pytest.mark.parametrize("path", ["callbacks.throughput.Throughput", {"class_path": "callbacks.throughput.Throughput"}])
+def test_a_row_leaves_out_a_callback_that_is_given_without_a_list_or_by_its_path_alone(tmp_path: Path, path) -> None:
+    for given, kept in ((path, []), ([path, "callbacks.b.Kept"], [{"class_path": "callbacks.b.Kept"}])):
+        config = tmp_path / "sft.yaml"
+        config.write_text(yaml.safe_dump({"trainer": {"callbacks": given}}))
+        written = ablations.row_config("sft", Row("base", str(config), without=["Throughput"]), tmp_path / "home")
+        assert yaml.safe_load(Path(written).read_text()) == {"trainer": {"callbacks": kept}}
+
+
 def test_a_row_that_is_copied_finds_the_rewards_beside_its_own_yaml(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

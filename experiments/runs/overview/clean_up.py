@@ -96,7 +96,7 @@ def _old(folder: Path) -> list[Path]:
 
 def _keeps_some(folder: Path) -> bool:
     """Whether the run's configuration asks for checkpoints that are never deleted, or for the best ones."""
-    callbacks = (run_identity.read_settings(folder).get("trainer") or {}).get("callbacks") or []
+    callbacks = run_identity.callback_entries(run_identity.read_settings(folder))
     settings = [callback.get("init_args") or {} for callback in callbacks]
     return any(each.get("keep_every") or each.get("monitor") for each in settings)
 

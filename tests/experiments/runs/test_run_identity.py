@@ -174,3 +174,16 @@ def test_a_copy_that_a_user_has_named_was_not_moved_aside(tmp_path: Path) -> Non
     early.mkdir()
     (early / run_identity.CONFIG).write_text("")
     assert run_identity.is_aside(run_identity.set_aside(early))
+
+
+def test_callbacks_are_read_as_the_training_command_accepts_them() -> None:
+    full = {"class_path": "callbacks.a.B", "init_args": {"n": 1}}
+    for given, found in (
+        ([full], [full]),
+        (full, [full]),
+        (["callbacks.a.B", full], [{"class_path": "callbacks.a.B"}, full]),
+        ("callbacks.a.B", [{"class_path": "callbacks.a.B"}]),
+        (None, []),
+    ):
+        assert run_identity.callback_entries({"trainer": {"callbacks": given}}) == found
+    assert run_identity.callback_entries({}) == run_identity.callback_entries({"trainer": None}) == []
