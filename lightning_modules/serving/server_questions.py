@@ -110,14 +110,23 @@ class ServerQuestions:
             if not self._is_checked:
                 await self._require_fit(endpoint)
                 self._is_checked = True
-            while True:
-                while len(running) < self.settings.concurrency and (question := next(waiting, None)) is not None:
-                    running.add(asyncio.ensure_future(ask(endpoint, question)))
-                if not running:
-                    return
-                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    yield task.result()
+            try:
+                while True:
+                    while len(running) < self.settings.concurrency and (question := next(waiting, None)) is not None:
+                        running.add(asyncio.ensure_future(ask(endpoint, question)))
+                    if not running:
+                        return
+                    done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    # Every error is read: asyncio prints the traceback of an error that nobody has read.
+                    errors = {task: task.exception() for task in done}
+                    for task in (task for task, error in errors.items() if error is None):
+                        yield task.result()
+                    for error in filter(None, errors.values()):
+                        raise error
+            finally:  # before the endpoint is closed: a request on a closed endpoint fails
+                for task in running:
+                    task.cancel()
+                await asyncio.gather(*running, return_exceptions=True)
 
     async def _require_fit(self, endpoint: ChatEndpoint) -> None:
         """Raises EndpointMisused for a server that does not answer `check`."""
