@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from datamodules.persistence.credentials import find_credential, hide_credentials
 from datamodules.persistence.problems import Problems
@@ -90,8 +91,9 @@ class EndpointSettings:
         problems.at_least(0, backoff=self.backoff, max_backoff=self.max_backoff)
         problems.one_of(("vllm", "openai"), sampling_fields=self.sampling_fields)
         problems.positive(timeout=self.timeout)
-        if url is not None and not url.startswith(("http://", "https://")):
-            problems.require(False, "must begin with http:// or https://", base_url=hide_credentials(url))
+        if url is not None and not _is_address(url):
+            rule = "must begin with http:// or https://, and have a host and no wrong port"
+            problems.require(False, rule, base_url=hide_credentials(url))
         # Settings that hold a secret, in words that do not repeat it.
         if url is not None and (kind := find_credential(url)):
             problems.append(f"base_url holds {kind}: put it into the variable of basic_auth_env or api_key_env")
@@ -131,6 +133,9 @@ class ChatEndpoint:
         user = os.environ.get(settings.basic_auth_env or "") or ""
         if settings.basic_auth_env and not user:
             raise EndpointMisused(f"basic_auth_env={settings.basic_auth_env!r}: no such environment variable, or empty")
+        if not user and not (self._key.isascii() and self._key.isprintable()):  # no HTTP header can hold it
+            found = f"api_key_env={settings.api_key_env!r}: the key in this variable holds a character that no key has"
+            raise EndpointMisused(f"{found}, such as a line break at its end")
         basic = base64.b64encode(user.encode()).decode()
         self._secrets = [self._key, user, basic, user.partition(":")[2]]
         headers = {"Accept-Encoding": "identity"}  # the size of a compressed body could not be bounded
@@ -281,6 +286,15 @@ class ChatEndpoint:
         """
         longest = min(self.settings.max_backoff, self.settings.backoff * 2 ** (attempt - 1))
         return max(longest * self._random.uniform(0.5, 1.0), min(wait, self.settings.max_backoff))
+
+
+def _is_address(url: str) -> bool:
+    """Whether the HTTP library can read the address of a server."""
+    try:
+        parts = urlsplit(url)
+        return url.startswith(("http://", "https://")) and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # no number as port, or an open bracket
+        return False
 
 
 def _is_refusal(error: BaseException | None) -> bool:

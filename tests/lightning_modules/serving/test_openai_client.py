@@ -6,6 +6,7 @@ import asyncio
 import base64
 import gzip
 import json
+import re
 import time
 
 import pytest
@@ -142,10 +143,14 @@ def test_a_body_that_is_no_completion_is_an_error(body: bytes) -> None:
         ("backoff", -1),
         ("max_backoff", -1),
         ("base_url", "localhost"),
+        ("base_url", "http://localhost:80a0/v1"),
+        ("base_url", "http://localhost:99999/v1"),
+        ("base_url", "http://[::1/v1"),
+        ("base_url", "http:///v1"),
     ],
 )
 def test_wrong_settings_are_named(field: str, value: object) -> None:
-    with pytest.raises(ValueError, match=f"{field}={value!r}"):
+    with pytest.raises(ValueError, match=re.escape(f"{field}={value!r}")):
         EndpointSettings(**{"model": "m", "base_url": "http://localhost/v1", field: value})
 
 
@@ -213,6 +218,14 @@ def test_a_key_that_the_server_repeats_is_hidden(monkeypatch: pytest.MonkeyPatch
         ):
             ask(settings(server.base_url))
         assert "plain-secret" not in str(caught.value) and "***" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["plain-secret\n", "plain\nsecret", "plain-sécret"])
+def test_a_key_that_no_header_can_hold_is_told_at_once_and_not_repeated(key: str, monkeypatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(EndpointMisused, match="api_key_env='OPENAI_API_KEY'") as caught:
+        ask(settings("http://localhost:9/v1"))
+    assert "cret" not in str(caught.value)
 
 
 def test_basic_authentication_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
