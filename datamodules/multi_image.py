@@ -75,7 +75,7 @@ class MultiImageData(LightningDataModule):
         verify_shards: compare the sha256 of each shard with its manifest when the shard is first read.
         worker_timeout: seconds that a worker may take for one sample.
         cache: folder for remote shards, shared by the runs of a machine; null is ~/.cache/multi-image-grounding/shards.
-        cache_gib: the largest size of that folder, in GiB; the shards that were not used for the longest time go first.
+        cache_gib: the largest size of these shards, in GiB; those that were not used for the longest time go first.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ class CoTSFT(PolicyModule):
         model: folder or Hub name of the model.
         feature_cache: folder for the image features of a frozen vision tower, which are kept for later epochs and runs;
             null keeps none.
-        feature_cache_gib: largest size of this folder in GiB.
+        feature_cache_gib: largest size of these features in GiB.
         policy: the settings of `PolicyModule`.
     """
 

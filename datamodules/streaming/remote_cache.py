@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 USE_SECONDS = 1.0  # smallest time between two updates of a shard's last use
 ROOM_SECONDS = 120.0  # longest time to wait for space that other processes use
 POLL_SECONDS = 0.5
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class CacheSettings:
 
     Args:
         folder: shared by the processes of a machine; by default ~/.cache/multi-image-grounding/shards.
-        gib: largest size of the folder, in GiB.
+        gib: largest size of the shards that were downloaded to it, in GiB.
         sharers: number of processes on this machine that download ahead; each may use an equal part.
     """
 
@@ -52,7 +54,7 @@ class CacheSettings:
 
     @property
     def limit(self) -> int:
-        """Largest size of the folder, in bytes."""
+        """Largest size of the downloaded shards, in bytes."""
         return int(self.gib * 2**30)
 
     def path(self) -> Path:
@@ -198,6 +200,8 @@ class ShardCache(FileCache):
         found = []
         for path in self.folder.iterdir():
             name, _, kind = path.name.partition(".")
+            if not SHA256.fullmatch(name):  # the user keeps other files in this folder
+                continue
             with contextlib.suppress(OSError, ValueError):  # another process has removed or renamed it
                 if kind == "tar" or kind.endswith(".part"):
                     size = path.stat().st_size if kind == "tar" else int(kind.partition(".")[0])

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,9 @@ GIB = 1 << 30
 # largest number of patches in one pass through the vision tower; it limits the memory of activations
 MAX_PATCHES = 1 << 15
 SUFFIX = ".safetensors"
+# A file of the cache, or the draft of one (`atomic_path`): only such files are removed, because the folder may be one
+# that the user keeps other files in.
+OWN_FILE = re.compile(r"\.?[0-9A-Za-z]+(-\d+x\d+x\d+)" + re.escape(SUFFIX) + r"(?P<draft>\.\d+-\d+\.tmp)?")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 ABANDONED_AFTER = 3600.0  # seconds; if an unfinished file is older than this, its process must have been killed
 SCAN_EVERY = 0.02  # rescan the folder's size after writing this fraction of the limit (a scan of many files is slow)
@@ -54,14 +58,21 @@ class FeatureCache:
     Args:
         folder: may be shared by several towers and processes.
         tower: `tower_fingerprint`.
-        max_gib: limit for all of `folder`, in GiB, greater than 0. The least recently used features are evicted first.
+        max_gib: limit for all features in `folder`, in GiB, greater than 0. The least recently used are evicted first.
+            Other files in `folder` are neither counted nor removed.
+
+    Raises:
+        StorageError: the folder cannot be made.
     """
 
     def __init__(self, folder: str | Path, tower: str, max_gib: float) -> None:
         if max_gib <= 0:
             raise ValueError(f"feature cache: max_gib={max_gib} must be greater than 0")
         self.root, self.folder, self.limit = Path(folder), Path(folder, tower), int(max_gib * GIB)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(error, self.folder) from error
         # Number of bytes that this process has written since its last scan. It starts at the limit, so that the first
         # `put` scans.
         self._unchecked = self.limit
@@ -78,12 +89,14 @@ class FeatureCache:
         path = self._path(image_key, grid)
         try:
             features = load_file(path, device=str(device))["features"]
-            os.utime(path)  # the time of last use, by which files are evicted
-        except FileNotFoundError:
-            return None
         except SafetensorError:  # damaged, for example by a full disk: encode the image again
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
             return None
+        except OSError:  # not in the cache, or it cannot be read now
+            return None
+        with contextlib.suppress(OSError):  # another user's file, or a folder that is read-only here
+            os.utime(path)  # the time of last use, by which files are evicted
         return features
 
     def put(self, image_key: str, grid: Sequence[int], features: Tensor) -> None:
@@ -106,19 +119,22 @@ class FeatureCache:
         return self.folder / f"{image_key}-{'x'.join(map(str, grid))}{SUFFIX}"
 
     def _evict(self) -> None:
-        """Remove files until the folder is below its limit. Files that another process removes are ignored."""
+        """Remove features until they are below the limit. Files that cannot be removed are ignored, such as those that
+        another process removes."""
         found: list[tuple[float, int, Path]] = []
         for path in self.root.glob("*/*"):
-            with contextlib.suppress(FileNotFoundError):
+            own = OWN_FILE.fullmatch(path.name)
+            with contextlib.suppress(OSError):
                 status = path.stat()
-                if path.suffix == SUFFIX or time.time() - status.st_mtime > ABANDONED_AFTER:
+                if own and (own["draft"] is None or time.time() - status.st_mtime > ABANDONED_AFTER):
                     found.append((status.st_mtime, status.st_size, path))
         excess = sum(size for _, size, _ in found) - self.limit
         for _, size, path in sorted(found):
             if excess <= 0:
                 break
-            path.unlink(missing_ok=True)
-            excess -= size
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+                excess -= size
         self._unchecked = 0
 
 

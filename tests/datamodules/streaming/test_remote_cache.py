@@ -189,6 +189,18 @@ def test_the_cache_keeps_within_its_bound_and_drops_the_longest_unused(
     assert len(held(tmp_path)) == 2
 
 
+def test_files_of_the_user_in_the_folder_are_neither_counted_nor_removed(
+    server: ShardServer, folder: Path, tmp_path: Path
+) -> None:
+    own = [tmp_path / "cache" / name for name in ("coco.tar", "shard-00000.tar", "film.100.part")]
+    own[0].parent.mkdir()
+    for path in own:
+        path.write_bytes(bytes(10**6))
+        os.utime(path, (0, 0))
+    assert ids(server.url, settings(tmp_path, 1.5 * size_of(folder) / 2**30)) == ALL
+    assert all(path.is_file() for path in own) and len(held(tmp_path)) == 1 + len(own)
+
+
 def test_a_bound_below_one_shard_is_told_before_anything_is_fetched(
     server: ShardServer, folder: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,10 +12,12 @@ import torch
 from safetensors import SafetensorError
 
 from datamodules.encoding.encoder import EncodedSample
+from datamodules.persistence.files import StorageError
 from lightning_modules.cot_sft import CoTSFT
 from lightning_modules.models import vision_feature_cache
 from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.models.vision_feature_cache import GIB, FeatureCache, tower_fingerprint
+from tests.conftest import SmallDisk
 
 CPU = torch.device("cpu")
 GRID = (1, 4, 6)
@@ -44,6 +47,37 @@ def test_the_folder_stays_under_its_limit_and_loses_what_was_used_least_lately(t
     assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) <= 130_000
     assert old.get("x", GRID, CPU) is None
     assert all(cache.get(key, GRID, CPU) is not None for key in "abc")
+
+
+def test_other_files_and_folders_in_the_folder_are_neither_counted_nor_removed(tmp_path: Path) -> None:
+    """The setting may name a folder that the user keeps models and results in."""
+    own = [tmp_path / name for name in ("base/model.safetensors", "run/results.json", "run/checkpoints/last.ckpt")]
+    for path in own:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(100_000))
+    for path in (*own, own[2].parent):
+        os.utime(path, (0, 0))
+    cache = FeatureCache(tmp_path, "tower", 100_000 / GIB)
+    abandoned = cache.folder / ".e-1x4x6.safetensors.1-2.tmp"
+    abandoned.write_bytes(bytes(100_000))
+    os.utime(abandoned, (0, 0))
+    for key in "abcd":
+        cache.put(key, GRID, torch.zeros(100, 100))  # 40,000 bytes and a header
+    assert all(path.stat().st_size == 100_000 for path in own) and not abandoned.exists()
+    assert [cache.get(key, GRID, CPU) is not None for key in "abcd"] == [False, False, True, True]
+
+
+def test_features_are_read_from_a_folder_that_cannot_be_written(small_disk: SmallDisk, caplog) -> None:
+    FeatureCache(small_disk.root, "tower", 1.0).put("a", GRID, torch.ones(2, 2))
+    (FeatureCache(small_disk.root, "other", 1.0).folder / "a-1x4x6.safetensors").write_bytes(b"damaged")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk.root], check=True)
+    cache, other = (FeatureCache(small_disk.root, name, 1.0) for name in ("tower", "other"))
+    assert torch.equal(cache.get("a", GRID, CPU), torch.ones(2, 2))
+    assert other.get("a", GRID, CPU) is None
+    cache.put("b", GRID, torch.ones(2, 2))
+    assert "keeps no further images" in caplog.text
+    with pytest.raises(StorageError, match="cannot be written"):
+        FeatureCache(small_disk.root, "third", 1.0)
 
 
 def test_many_workers_share_a_small_folder(tmp_path: Path) -> None:
