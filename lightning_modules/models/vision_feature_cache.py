@@ -41,7 +41,8 @@ def tower_fingerprint(tower: nn.Module, processor_path: str) -> str:
     """A hash of everything that features depend on besides the image and its size.
 
     Args:
-        tower: the vision tower; its weights and their precision are hashed.
+        tower: the vision tower; its weights, their precision and its configuration are hashed, such as the size of a
+            window, and the version of transformers.
         processor_path: folder of the processor, whose files are hashed; for a Hub name, the name is hashed.
     """
     digest = hashlib.sha256()
@@ -49,7 +50,8 @@ def tower_fingerprint(tower: nn.Module, processor_path: str) -> str:
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
         digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     files = [file for name in PROCESSOR_FILES if (file := Path(processor_path, name)).is_file()]
-    return fingerprint(digest.hexdigest(), [file_sha256(file) for file in files] or processor_path)
+    own = digest.hexdigest(), tower.config.to_diff_dict()
+    return fingerprint(*own, [file_sha256(file) for file in files] or processor_path)
 
 
 class FeatureCache:

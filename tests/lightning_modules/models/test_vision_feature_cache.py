@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -116,6 +117,21 @@ def test_the_fingerprint_knows_weights_precision_and_processor(tiny_model_dir: P
         next(tower.parameters()).view(-1)[0] += 1
     others = {half, tower_fingerprint(tower, str(tiny_model_dir)), tower_fingerprint(tower, str(folder))}
     assert len(others | {first}) == 4
+
+
+def test_the_fingerprint_knows_the_configuration(
+    tiny_model_dir: Path, tmp_path: Path, make_items: Callable[..., list[EncodedSample]]
+) -> None:
+    """The same weights with smaller windows give other features."""
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["window_size"] = 56
+    (folder / "config.json").write_text(json.dumps(config))
+    one, same, other = (QwenVL(str(path)) for path in (tiny_model_dir, tiny_model_dir, folder))
+    items = make_items([1])
+    assert not torch.equal(one.encode_images(items)[0], other.encode_images(items)[0])
+    marks = [tower_fingerprint(policy.vision_tower, str(tiny_model_dir)) for policy in (one, same, other)]
+    assert marks[0] == marks[1] != marks[2]
 
 
 def test_sft_with_the_cache_trains_the_same_and_encodes_no_image_twice(
