@@ -22,6 +22,7 @@ from lightning_modules.models.attention.layout import GroupSpan
 
 BLOCK = 128
 SHORTEST = 1024
+MOST_COMPILATIONS = 64
 
 
 def padded_length(length: int) -> int:
@@ -98,9 +99,21 @@ def _listed(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def compiled_flex() -> Callable[..., Tensor]:
-    """Compiled once for each padded length, number of heads and dtype."""
-    return torch.compile(flex_attention, dynamic=False)
+def compiled_flex(backend: str = "inductor") -> Callable[..., Tensor]:
+    """Compiled once for each padded length, dtype and number of heads, with and without gradients.
+
+    dynamo would give up after 8 compilations. Then PyTorch computes all pairs of tokens and keeps their scores: tens of
+    gigabytes for a long row.
+    """
+    compiled = torch.compile(flex_attention, dynamic=False, backend=backend)
+
+    def flex(*args: object, **options: object) -> Tensor:
+        # Set around each call, because dynamo's settings belong to a thread, and the backward pass of a checkpointed
+        # layer runs in a thread of autograd.
+        with torch._dynamo.config.patch(recompile_limit=MOST_COMPILATIONS):
+            return compiled(*args, **options)
+
+    return flex
 
 
 def attend_packed(

@@ -3,16 +3,19 @@ gradients those of a dense attention under the very blocks that it is given."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from datamodules.encoding.encoder import EncodedSample
+from lightning_modules.models.attention import flex_attention as flex_module
 from lightning_modules.models.attention.flex_attention import (
     BLOCK,
     attend_packed,
@@ -108,7 +111,23 @@ def test_padding_costs_a_diagonal() -> None:
 
 def test_lengths_fall_into_few_shapes() -> None:
     assert [padded_length(n) for n in (1, 1024, 1025, 5000)] == [1024, 1024, 2048, 8192]
-    assert len({padded_length(n) for n in range(1, 65_537, 97)}) <= 7  # dynamo gives up at 8 compiled versions
+    assert len({padded_length(n) for n in range(1, 65_537, 97)}) <= 7  # each is compiled, with and without gradients
+
+
+def test_it_is_compiled_for_more_shapes_than_dynamo_compiles_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step with a reference and rows of five lengths needs ten versions. After eight, dynamo would give up."""
+    monkeypatch.setattr(flex_module, "SHORTEST", BLOCK)
+
+    def compile_all() -> None:
+        flex = compiled_flex(backend="eager")  # dynamo's work alone
+        for length, with_gradient in itertools.product((100, 200, 400, 800, 1600), (True, False)):
+            spans = (GroupSpan(length - 10, (4, 6)),)
+            tensors = [t.detach() for t in operands(spans)]  # there is no backward pass on a CPU
+            with torch.set_grad_enabled(with_gradient):
+                attend_packed(*tensors, row_block_mask(spans, CPU), 0.3, flex)
+
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        run_ranks(1, compile_all)  # in a process of its own, as below
 
 
 def log_probs_and_gradients(policy: QwenVL, items: list[EncodedSample]) -> list[Tensor]:
