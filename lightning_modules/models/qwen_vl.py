@@ -94,6 +94,7 @@ class QwenVL(nn.Module):
         register_attention()
         model = skeleton(path, DTYPES[dtype]) if on_meta else load_model(path, DTYPES[dtype])
         self.architecture = architecture_of(model)
+        self.architecture.check_attention(path, model)
         if not on_meta:
             check_names(path, model.state_dict(), self.architecture)
         model.set_attn_implementation({"text_config": TEXT_ATTENTION, "vision_config": VISION_ATTENTION})

@@ -16,6 +16,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from datamodules.checkpoints.model_folder import ModelError
+
 
 @dataclass(frozen=True)
 class CacheSizes:
@@ -94,6 +96,18 @@ class Architecture(ABC):
     linear_layers: ClassVar[tuple[str, ...]]  # names of the linear layers in a decoder layer, which LoRA may adapt
     # Names of tensors in published files: (prefix in a file, prefix in the model). The first matching pair is used.
     published_prefixes: ClassVar[tuple[tuple[str, str], ...]]
+
+    def check_attention(self, path: str, model: nn.Module) -> None:
+        """Raise ModelError if a decoder layer does not attend to all earlier tokens, but only to a window of them.
+
+        Packed rows and the sampling models of this project would compute it without its window.
+        """
+        kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+        if others := sorted({*kinds} - {"full_attention"}):
+            raise ModelError(
+                f"model: {path!r}: its config.json asks for {', '.join(others)} (use_sliding_window), which is not"
+                f" supported: published models of {self.name} do without it"
+            )
 
     def text_model(self, model: nn.Module) -> nn.Module:
         """The decoder: embeddings, layers and final norm."""

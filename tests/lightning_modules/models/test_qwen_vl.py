@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from datamodules.checkpoints.model_folder import ModelError
 from datamodules.encoding.encoder import EncodedSample
 from lightning_modules.models.attention.packed_rows import pack_rows
 from lightning_modules.models.layers.lora import merged_copy
@@ -268,3 +269,16 @@ def test_wrong_folders_are_named_with_what_is_missing(tiny_model_dir: Path, tmp_
     assert "'llama'" in fault(folder) and "'qwen2_5_vl'" in fault(folder)
     (folder / "config.json").write_text("[")
     assert "not a JSON object" in fault(folder)
+
+
+def test_windows_in_the_decoder_are_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Sampling would ignore them, and training would end in the middle of a layer."""
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    config["text_config"].pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"sliding_attention \(use_sliding_window\), which is not supported"):
+        QwenVL(str(folder))
+    with torch.device("meta"), pytest.raises(ModelError, match="sliding_attention"):
+        QwenVL(str(folder))
