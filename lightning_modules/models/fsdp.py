@@ -149,7 +149,9 @@ def clip_sharded(parameters: Sequence[nn.Parameter], limit: float, add_up: Calla
     Args:
         parameters: parameters whose gradients are summed over ranks (`sum_gradients`).
         limit: largest norm of all gradients together.
-        add_up: returns the sum of a tensor over ranks. Returns:
+        add_up: returns the sum of a tensor over ranks.
+
+    Returns:
         The norm before clipping.
     """
     sharded = [p.grad.to_local() for p in parameters if isinstance(p, DTensor)]
