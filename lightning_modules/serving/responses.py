@@ -66,8 +66,7 @@ def read_completion(body: bytes) -> Completion:
             raise ValueError(f"finish_reason={choice['finish_reason']!r}")  # from a vLLM server that is shutting down
         if not isinstance(content, str) or not isinstance(thinking, str | None):
             raise TypeError(f"content is a {type(content).__name__}, thinking a {type(thinking).__name__}")
-    text = content if thinking is None else f"<think>{thinking}</think>{content}"
-    return Completion(_writable(text), str(choice.get("finish_reason"))[:40], *counts)
+    return Completion(_whole(thinking, content), str(choice.get("finish_reason"))[:40], *counts)
 
 
 async def read_stream(lines: AsyncIterator[str], show: Callable[[str], None]) -> Completion:
@@ -102,11 +101,16 @@ async def read_stream(lines: AsyncIterator[str], show: Callable[[str], None]) ->
         return read_completion("\n".join(whole).encode())
     if reason is None:
         raise Malformed("a streamed chat completion that ends without a finish_reason")
-    return Completion(_joined(parts), str(reason)[:40], 0, 0)
+    return Completion(_whole(parts["thinking"] or None, parts["content"]), str(reason)[:40], 0, 0)
+
+
+def _whole(thinking: str | None, content: str) -> str:
+    """The text of a whole answer: thinking in its tags, also if the answer was cut inside it, and the content."""
+    return _writable(content if thinking is None else f"<think>{thinking}</think>{content}")
 
 
 def _joined(parts: Mapping[str, str]) -> str:
-    """Thinking in its tags, as far as it is there, and the answer."""
+    """The text of an answer so far: thinking in its tags, as far as it is there, and the content."""
     thinking, content = parts["thinking"], parts["content"]
     text = f"<think>{thinking}" + ("</think>" if content else "") if thinking else ""
     return _writable(text + content)

@@ -23,7 +23,8 @@ from lightning_modules.predictors.token_stream import TokenStreamer, show_tokens
 from lightning_modules.rollouts.base import RolloutRequest, SamplingSettings
 from lightning_modules.rollouts.native.engine import NativeEngine
 from lightning_modules.serving.openai_client import ChatEndpoint, EndpointSettings, EndpointUnavailable
-from tests.chat_server import ChatServer, http_response, question_text, stream_part, streamed
+from lightning_modules.serving.responses import read_completion
+from tests.chat_server import ChatServer, completion, http_response, question_text, stream_part, streamed
 from tests.conftest import QUESTIONS, random_png
 
 SAMPLE = Sample(
@@ -149,6 +150,10 @@ def test_thinking_in_a_field_of_its_own_and_a_server_that_does_not_stream() -> N
     assert found.text == texts[-1] and found.finish_reason == "stop"
     found, _ = ask(lambda request: "whole", [])
     assert found.text == "whole"
+    # cut inside the thinking: the reply is that of a request without streaming
+    cut = [parts[0], stream_part({"reasoning": "why"}), stream_part({}, "length")]
+    found, _ = ask(lambda request: cut, texts)
+    assert texts[-1] == "<think>why" and found.text == read_completion(completion("", reasoning="why")).text
 
 
 @pytest.mark.parametrize(
