@@ -19,6 +19,7 @@ from datamodules.samples.boxes import image_sizes_to_json
 from datamodules.samples.sample import SampleError
 from datamodules.samples.scores import require_boxes
 from datamodules.streaming.shard_reader import ShardReader
+from lightning_modules.serving.background_loop import event_loop
 from lightning_modules.serving.generation_rules import server_fields
 from lightning_modules.serving.openai_client import (
     ChatEndpoint,
@@ -163,7 +164,8 @@ class Teacher:
         missing = missing_responses(self.journal.records, count, self.sampling.num_responses)
         if missing:
             try:
-                asyncio.run(self._ask_all(missing, count))
+                with event_loop() as run:
+                    run(lambda: self._ask_all(missing, count))
             except ExceptionGroup as group:  # all workers fail for the same reason, so one error is enough
                 raise group.exceptions[0] from None
         if self._refused:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from lightning_modules.serving.background_loop import event_loop
 from lightning_modules.serving.generation_rules import OPENAI_FIELDS, SERVER_FIELDS, Generation, stating
 from lightning_modules.serving.openai_client import (
     ChatEndpoint,
@@ -78,13 +79,9 @@ class ServerQuestions:
             EndpointMisused: the server refuses `check`, or its reply is useless.
             Exception: the errors of `ask`.
         """
-        with asyncio.Runner() as runner:
+        with event_loop() as run:
             stream = self._stream(questions, ask)
-
-            async def following() -> R | None:
-                return await anext(stream, None)
-
-            while (found := runner.run(following())) is not None:
+            while (found := run(lambda: anext(stream, None))) is not None:
                 yield found
 
     async def complete(

@@ -10,6 +10,7 @@ from typing import Literal
 
 from datamodules.persistence.problems import Problems
 from lightning_modules.rl.rewards.completion import Completion, Failed
+from lightning_modules.serving.background_loop import event_loop
 from lightning_modules.serving.openai_client import ChatEndpoint, EndpointSettings, EndpointUnavailable, RequestRefused
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,8 @@ class Judge:
         Raises:
             EndpointMisused: the key, the model or the path is wrong, so that no request can succeed.
         """
-        graded = asyncio.run(self._grade_all(completions))
+        with event_loop() as run:
+            graded = run(lambda: self._grade_all(completions))
         faults = [fault for fault in graded if isinstance(fault, str)]
         if faults and not self._is_failing:  # the metric counts all failures; one line in the log has the reason
             log.warning("judge: %d of %d completions got no grade; first: %s", len(faults), len(graded), faults[0])

@@ -24,7 +24,6 @@ from datamodules.persistence.user_error import UserError
 from lightning_modules.models.layers.lora import ADAPTER_FILE, adapter_tensors, write_adapter
 from lightning_modules.models.qwen_vl import QwenVL
 from lightning_modules.rollouts.base import Rollout, RolloutRequest
-from lightning_modules.rollouts.vllm.background_loop import BackgroundLoop
 from lightning_modules.rollouts.vllm.completions import Completions
 from lightning_modules.rollouts.vllm.server_checks import (
     VLLMSettings,
@@ -35,6 +34,7 @@ from lightning_modules.rollouts.vllm.server_checks import (
     require_processed_log_probs,
 )
 from lightning_modules.rollouts.vllm.server_pool import ServerPool
+from lightning_modules.serving.background_loop import BackgroundLoop
 from lightning_modules.serving.openai_client import (
     ChatEndpoint,
     EndpointMisused,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 
@@ -53,6 +54,16 @@ def test_every_sample_gets_one_reply_that_is_read_in_the_dialect() -> None:
     for answer in found.values():
         assert score_text(answer.text, TRUTH, answer.image_sizes, asked.box_format).iou > 0.99
         assert answer.num_tokens == 4 and answer.finished and answer.refused is None
+
+
+def test_questions_are_answered_in_a_notebook_too() -> None:
+    async def cell() -> list[str]:  # a notebook runs its cells in an event loop
+        answers = asked.answers(SAMPLES[:2], load)
+        return [next(answers)[0].id, *(sample.id for sample, _ in answers)]
+
+    with ChatServer(reply) as server:
+        asked = predictor(server.base_url)
+        assert sorted(asyncio.run(cell())) == ["q/0", "q/1"]
 
 
 def test_a_server_that_takes_no_such_question_at_all_is_an_error_and_no_wrong_answers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 import threading
 import time
@@ -47,6 +48,14 @@ def test_grades_are_parts_of_the_highest_in_the_order_of_the_completions():
     assert "Question: Where is the cup?" in question_text(request) and "from 0 (no support) to 10" in question_text(
         request
     )
+
+
+def test_a_judge_grades_in_a_notebook_too():
+    async def cell():  # a notebook runs its cells in an event loop
+        return judge(server).score_batch(completions("10", "5"))
+
+    with ChatServer(grade_by_text) as server:
+        assert asyncio.run(cell()) == [1.0, 0.5]
 
 
 @pytest.mark.parametrize(("on_failure", "value"), [("zero", 0.0), ("leave_out", None)])
