@@ -215,6 +215,9 @@ def _walk(name: str, old: Any, new: Any, found: Differences) -> None:
         if old != new:
             found.values.append(f"{name}: {_brief(old)} -> {_brief(new)}")
         return
+    orders = [" ".join(key for key in side if key.startswith("[")) for side in (old, new)]
+    if old.keys() == new.keys() and orders[0] != orders[1]:  # the order of a list of classes, which is in the key too
+        found.values.append(f"{name}: {orders[0]} -> {orders[1]}".replace(".init_args", ""))
     for key in sorted(old.keys() | new.keys()):
         dotted = key if key.startswith("[") else f".{key}"
         dotted = (name + dotted).lstrip(".").replace(".init_args", "")

@@ -76,6 +76,13 @@ def test_equal_settings_do_not_differ_and_a_field_of_one_version_is_none_of_the_
     assert moved.values == ["data.shards: data/a -> data/b (12)"], "by path, where the content is not known"
 
 
+def test_another_order_of_the_callbacks_is_told() -> None:
+    new = settings()
+    new["trainer"]["callbacks"].reverse()
+    found = find_differences({"settings": settings()}, MadeOf("k", new))
+    assert found.values == ["trainer.callbacks: [Merge] [Bench] -> [Bench] [Merge]"] and found.fields == []
+
+
 def test_a_name_that_only_one_run_has_differs_where_the_user_has_chosen_it() -> None:
     reward = {"class_path": "my.Near", "weight": 1.0}
     guard = {"class_path": "callbacks.c.Guard", "init_args": {"bounds": {"grpo/kl": {"low": None, "high": 1.0}}}}
