@@ -95,6 +95,9 @@ def _watch(look: Callable[[], str | None], peers: Peers, stop: threading.Event) 
     while not stop.wait(BEAT_SECONDS):
         fault = look()
         if fault and not stop.is_set():
+            # Never released: only the thread that finds a fault first tells it. The other one may find that a rank has
+            # ended because this one has killed it.
+            peers.telling.acquire()
             # Whatever the reason is: once this rank has ended, nobody else would end a stopped one.
             also = "".join(f"; {name} was stopped (SIGSTOP) and is killed" for name in peers.kill_stopped())
             message = f"{fault}{also}: rank {peers.rank} ends too; the same command goes on from the last checkpoint"
@@ -123,6 +126,7 @@ class Peers:
         self.known: dict[int, dict[str, Any]] = {}  # rank -> its last heartbeat: host, process id, number
         self.number = 0  # of this rank's last heartbeat
         self.clock = StopClock(silence_seconds)
+        self.telling = threading.Lock()  # held by the thread that ends this process
         self._seen = 0, 0  # (our heartbeat number at the last `look`, number of looks since it changed)
 
     def beat(self) -> str | None:

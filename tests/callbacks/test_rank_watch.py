@@ -151,6 +151,39 @@ def test_a_stopped_rank_is_killed_whatever_ends_this_one(
     assert told in capsys.readouterr().err
 
 
+def test_the_thread_that_finds_a_fault_first_tells_it(
+    peers: list[Peers], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The other thread finds that the stopped rank, which the first one has killed, has ended."""
+    killed, looked_again, stop = threading.Event(), threading.Event(), threading.Event()
+    main = threading.current_thread()
+
+    def kill_stopped() -> list[str]:
+        if threading.current_thread() is second:
+            return []
+        killed.set()
+        looked_again.wait(60)
+        second.join(0.2)  # without a lock it tells its fault now
+        return ["rank 1"]
+
+    def look() -> str:
+        killed.wait(60)
+        looked_again.set()
+        return "rank 1 has ended"
+
+    monkeypatch.setattr(os, "_exit", lambda status: sys.exit(status) if threading.current_thread() is main else None)
+    monkeypatch.setattr(peers[0], "kill_stopped", kill_stopped)
+    second = threading.Thread(target=_watch, args=(look, peers[0], stop), daemon=True)
+    second.start()
+    with pytest.raises(SystemExit):
+        _watch(lambda: "rank 1 was stopped", peers[0], threading.Event())
+    told = capsys.readouterr().err
+    assert told.startswith("\nrank 1 was stopped; rank 1 was stopped (SIGSTOP) and is killed: rank 0 ends too")
+    stop.set()
+    peers[0].telling.release()  # the process lives on in this test
+    second.join(60)
+
+
 RANK = """
 import sys, torch
 from types import SimpleNamespace
