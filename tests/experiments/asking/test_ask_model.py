@@ -154,10 +154,10 @@ def test_the_command_answers_in_json_with_the_committed_base(images: list[str], 
         ({"output": "/dev/null/answer.png"}, ["output='/dev/null/answer.png' cannot be written"]),
     ],
 )
-def test_mistakes_are_told_in_short(images, change, messages, monkeypatch) -> None:
+def test_mistakes_are_told_in_short(images, change, messages, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     settings = {"model": str(NANO), "images": f"[{','.join(images)}]", "question": "Find it.", "device": "cpu"}
-    settings |= {"decoding.max_new_tokens": "4"} | change
+    settings |= {"decoding.max_new_tokens": "4", "output": str(tmp_path / "answer.png")} | change
     with pytest.raises(SystemExit) as caught:
         ask_model.main([f"--{name}={value}" for name, value in settings.items()])
     text = str(caught.value)
